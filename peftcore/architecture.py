@@ -1,4 +1,4 @@
-"""What a placement may need to know of a model: its parts, its sizes, and the sublayers of its layers."""
+"""Facts about a model that placements need: its parts, its sizes, and the sublayers of its layers."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class Sublayer:
         pre-norm (Llama):  s --- norm --- x --- F --- h --- (+ s) ---
 
     Args:
-        kind: which of the three it is. What mixes tokens in the place of attention (a state space, a convolution,
+        kind: which of the three it is. What mixes tokens instead of attention (a state space, a convolution,
             a Fourier transform) counts as attention.
         layer: index in its stack; encoder and decoder each count from 0.
         output: path of the module whose (first) output is h, before residual and norm. Dropout may follow.
         width: the size of h's last dimension.
-        whole: path of the module that a branch from x to h runs beside. Its first argument is x and its (first)
-            output is h, or h with the residual added; where `adds_residual`, its arguments are (h', x) and it adds
-            them itself. None where no module is like that.
+        whole: path of the module that a branch from x to h runs parallel to. Its first argument is x and its (first)
+            output is h, or h with the residual added; with `adds_residual`, its arguments are (h', x) and it adds
+            them itself. None if there is no such module.
         adds_residual: see `whole`.
         norm: path of the norm whose input is h + x (post-norm), else None.
-        stream: path of the module whose (first) output is h + s (pre-norm), None where no module's is.
-        query: path of the layer that projects x to queries, None where keys and values share it.
+        stream: path of the module whose (first) output is h + s (pre-norm), or None.
+        query: path of the layer that projects x to queries, None if keys and values share it.
         inner: paths of the layers from the hidden to the inner size of a feed-forward.
     """
 
@@ -49,7 +49,7 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a placement may need to know of a model; None or empty where the model does not say.
+    """Facts about a model that placements need; None or empty if unknown.
 
     Args:
         task_type: PEFT's name of the task (`CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, ...).
@@ -57,11 +57,11 @@ class Architecture:
         backbone: path of the module that embeds and runs the layers; "" is the model itself.
         encoder, decoder: paths of the two stacks of an encoder-decoder.
         embedding: path of the token embedding.
-        output_head: path of the head that gives token logits.
+        output_head: path of the head that computes token logits.
         task_heads: paths of the heads that pre-training did not train (a classifier's).
-        cache_argument: name under which the backbone's forward takes the attention cache.
+        cache_argument: name of the backbone's argument for the attention cache.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim: sizes.
-        sublayers: attention and feed-forward of every layer, observed when first asked for; none where that fails.
+        sublayers: attention and feed-forward of every layer, observed on first use; empty if that fails.
     """
 
     task_type: str | None = None

@@ -1,4 +1,4 @@
-"""The errors that a user can act on, and the search for the name that was meant."""
+"""Errors that a user can act on, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LONGEST = 200  # characters of a name that is compared
 
 
 class PeftcoreError(ValueError):
-    """Something given to peftcore was wrong; the message says what, what was found, and what to do."""
+    """Invalid input or state; the message says what is wrong, what was found, and what to do."""
 
 
 class PluginError(PeftcoreError):
@@ -23,10 +23,10 @@ class CheckpointError(PeftcoreError):
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """Return a hint such as ` (nearest: 'r', 'use_rslora')`, or an empty string where nothing is near.
+    """Return a hint such as ` (nearest: 'r', 'use_rslora')`, or an empty string if nothing is similar.
 
-    Of very many names, those of other lengths are not compared, and of long ones nothing is said: a file's names may be
-    of any number and length.
+    The work is bounded, since a file may have any number of names of any length: among many names only those of similar
+    length are compared, and long ones are skipped.
     """
     if len(name) > _LONGEST:
         return ""

@@ -1,4 +1,4 @@
-"""What happens in one room and concerns rooms above it: the lower one announces it, and knows none that listens."""
+"""Events that lower packages emit and higher packages subscribe to, so that nothing below imports above."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Event:
         self._subscribers.append(function)
 
     def announce(self, *facts: Any) -> None:
-        """It has happened."""
+        """Call all subscribers with `facts`."""
         for function in self._subscribers:
             function(*facts)
 
 
-adapter_applied = Event()  # (model): an adapter stands on it, its first or one more
-vocabulary_resizes = Event()  # (model or part of it, its embedding and head that are about to get other sizes)
-adapters_wanted = Event()  # (model, names, those that must stay): they are about to be used, and may rest on disk
+adapter_applied = Event()  # (model): an adapter was applied
+vocabulary_resizes = Event()  # (model or part of it, the embedding and head that are about to be resized)
+adapters_wanted = Event()  # (model, names about to be used, which may be on disk; names that must stay in memory)
 adapter_names_given = Event()  # (model, adapter names of a call's samples, function that takes their activation)

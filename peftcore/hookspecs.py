@@ -18,17 +18,17 @@ hookimpl = pluggy.HookimplMarker("peftcore")
 
 @hookspec
 def peftcore_methods() -> list[Method]:  # type: ignore[empty-body]  # a specification, never called
-    """The fine-tuning methods of this plugin. Each method's name is that of the plugin's entry point."""
+    """Return the fine-tuning methods of this plugin. Each method has the name of the plugin's entry point."""
 
 
 @hookspec
 def peftcore_weight_formats() -> list[WeightFormat]:  # type: ignore[empty-body]
-    """How to read and write a kind of stored weight, for modules whose weight is no plain dense tensor."""
+    """Return formats that read and write stored weights of modules whose weight is not a plain dense tensor."""
 
 
 @hookspec(firstresult=True)
 def peftcore_architecture(model: nn.Module) -> Architecture | None:
-    """The facts of a model family that `peftcore.observation.detect` cannot see; None for other models."""
+    """Return facts about a model family that `peftcore.observation.detect` cannot see; None for other models."""
 
 
 @hookspec

@@ -14,18 +14,18 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Is this transformers' Conv1D (GPT-2), a linear whose weight is stored `[in, out]`?"""
+    """Return whether this is transformers' Conv1D (GPT-2), a linear layer whose weight is stored `[in, out]`."""
     library = sys.modules.get("transformers.pytorch_utils")
     return library is not None and isinstance(module, library.Conv1D)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer in the sense of `all-linear`."""
+    """Return whether `all-linear` includes this module."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_unknown_linear(module: nn.Module) -> bool:
-    """Has it the sizes of a linear layer and no weight that could be read, as HQQ's, GPTQ's and AWQ's layers have?"""
+    """Return whether it has the sizes of a linear layer but no readable weight, like layers of HQQ, GPTQ and AWQ."""
     features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return (
         all(type(each) is int for each in features)
@@ -35,18 +35,18 @@ def is_unknown_linear(module: nn.Module) -> bool:
 
 
 def unknown_layers(modules: Iterable[nn.Module]) -> str:
-    """What is to be said of such layers where others were sought; empty if there are none."""
+    """Return a sentence about unreadable layers for error messages; empty if there are none."""
     kinds = sorted({type(module).__name__ for module in modules if is_unknown_linear(module)})
     if not kinds:
         return ""
     return (
-        f". Its layers are {' and '.join(kinds)}, whose weight cannot be read: take a base that is dense (in 4 bits by "
-        "peftcore.quantize), or whose layers are still nn.Linear, as torchao leaves them"
+        f". Its layers are {' and '.join(kinds)}, whose weight cannot be read. Use a dense base (quantized by "
+        "peftcore.quantize if needed), or one whose layers are still nn.Linear, as with torchao"
     )
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Is it of another library's class, which stands for a weight that it keeps in other tensors (torchao, quanto)?"""
+    """Return whether it is a tensor subclass of another library that wraps a quantized weight (torchao, quanto)."""
     return (
         type(tensor) is not nn.Parameter
         and is_traceable_wrapper_subclass(tensor)
@@ -55,7 +55,7 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """(input, output) of a linear layer; of others those of the linear map that the weight is.
+    """Return (input, output) sizes of a linear layer, or of the linear map that another layer's weight is.
 
     A convolution maps the numbers under its kernel, in one group, to channels; an embedding maps tokens to vectors.
     """
@@ -68,7 +68,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def shape_of(module: nn.Module, name: str) -> tuple[int, ...]:
-    """The shape of the weight that the parameter `name` of `module` itself stands for; in 4 bits it has another."""
+    """Return the shape of the weight that the module's own parameter `name` represents, also if it is packed."""
     if hasattr(type(module), "packings"):  # of `quantization.parameters.PackedParameters`
         packings: Any = module.packings
         if name in packings:
@@ -78,4 +78,4 @@ def shape_of(module: nn.Module, name: str) -> tuple[int, ...]:
         parameter = module.get_parameter(name)
     if name == "weight" and is_linear(module) and not parameter.is_floating_point():  # bitsandbytes'
         return sizes(module)[::-1]
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves no elements of its own
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves empty tensors

@@ -29,12 +29,12 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's rank, from 0."""
     return distributed.get_rank() if _running() else 0
 
 
 def count() -> int:
-    """How many ranks there are."""
+    """Return the number of ranks."""
     return distributed.get_world_size() if _running() else 1
 
 
@@ -82,7 +82,7 @@ def gathered(tensors: Iterable[Tensor], *, write: bool = False) -> Iterator[None
         write: keep what the block writes into them on rank 0, also in the optimizer's float32 copy.
     """
     partitioned = [each for each in dict.fromkeys(tensors) if is_partitioned(each)]
-    if not write:  # small ones may be here already, and reading asks for no more
+    if not write:  # small ones may be whole already, which is enough for reading
         partitioned = [each for each in partitioned if each.shape != shape_of(each)]
     if not partitioned:
         yield
@@ -126,16 +126,16 @@ def _read(stand_in: Unread) -> Tensor:
 
 
 def behind(tensor: Tensor) -> Tensor:
-    """Return the parameter that a stand-in stands for, or the tensor itself."""
+    """Return the parameter behind a stand-in, or the tensor itself."""
     return tensor.part if isinstance(tensor, Unread) else tensor
 
 
 @contextmanager
 def whole_when_read(model: nn.Module) -> Iterator[None]:
-    """Within the block, code that reads a parameter of which this rank has a part reads the whole. Collective.
+    """Make reads of sharded parameters inside the block return the whole parameter. Collective.
 
-    One is gathered at a time, and only where its values are asked for. Parameters that stay divided in a forward pass
-    are left alone.
+    Parameters are gathered one at a time, and only if their values are read. Parameters that stay sharded in a forward
+    pass are not gathered.
     """
     if not is_sharded(model):
         yield
@@ -181,7 +181,7 @@ def is_divided(tensor: Tensor, *, fsdp: bool) -> bool:
 
 @contextmanager
 def whole_parameters(module: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the sharded parameters of `module` are whole ones. Collective where there are such."""
+    """Make the sharded parameters of `module` whole inside the block. Collective if there are any."""
     parts = [
         (m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and is_part(p)
     ]
@@ -195,16 +195,16 @@ def whole_parameters(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def of_whole(modules: Sequence[nn.Module], compute: Callable[[], Tensor | None], what: str) -> Tensor | None:
-    """`compute()` while the sharded parameters of `modules` are whole ones. Collective.
+    """Return `compute()`, run while the sharded parameters of `modules` are whole. Collective.
 
-    Its gradient is the same on every rank. A backward pass adds each part's share when it has ended, behind what
-    `fully_shard` does; to what ZeRO-3 has partitioned the gradient goes as any other.
+    The gradient is equal on every rank. At its end, after `fully_shard`'s work, the backward pass adds each shard's
+    part; parameters partitioned by ZeRO-3 get the gradient like any other.
 
     Args:
-        what: for messages, of which this is.
+        what: whose term it is, for messages.
 
     Raises:
-        PeftcoreError: it depends on other tensors with gradients than parameters of these modules.
+        PeftcoreError: the result depends on tensors with gradients other than parameters of these modules.
     """
     parameters = [p for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
     with ExitStack() as stack:
@@ -231,7 +231,7 @@ def of_whole(modules: Sequence[nn.Module], compute: Callable[[], Tensor | None],
 
 
 class _Shares(torch.autograd.Function):
-    """A value whose gradient is known: `backward` adds it to the parameters' when everything else is done."""
+    """A value with known gradients, which `backward` adds to the parameters' gradients at the very end."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, value: Tensor, shares: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
@@ -241,7 +241,7 @@ class _Shares(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         queue = Variable._execution_engine.queue_callback
-        queue(lambda: queue(lambda: _Shares.add(ctx.shares, gradients[0])))  # `fully_shard` has one of its own there
+        queue(lambda: queue(lambda: _Shares.add(ctx.shares, gradients[0])))  # after the callback of `fully_shard`
         return None, None, None
 
     @staticmethod
@@ -254,7 +254,7 @@ class _Shares(torch.autograd.Function):
 
 
 class _Known(torch.autograd.Function):
-    """A value whose gradients are known, for ZeRO-3, which takes a parameter's gradient when autograd has summed it."""
+    """A value with known gradients, for ZeRO-3, which takes a parameter's gradient once autograd has summed it."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ class _Known(torch.autograd.Function):
 
 
 def _leaves(value: Tensor) -> Iterator[Tensor]:
-    """The tensors with gradients that `value` was computed from."""
+    """Yield the tensors with gradients that `value` was computed from."""
     nodes, seen = [value.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -285,7 +285,7 @@ def fill(parameter: Tensor, value: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         value = value.to(parameter.device_mesh.device_type, parameter.dtype)
-        # Every rank has the value: none is asked for it.
+        # Every rank has the value, so nothing is communicated.
         part = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.to_local().copy_(part.to_local())
     else:
@@ -296,13 +296,13 @@ def refuse_sharded(module: nn.Module, what: str) -> None:
     """Raise a PeftcoreError if `module` is sharded. `what`: what cannot be done then, such as `merge`."""
     if is_sharded(module):
         raise PeftcoreError(
-            f"cannot {what}: the model is sharded, and no rank holds a whole weight. "
-            "Save the adapter, and do it in one process"
+            f"cannot {what}: the model is sharded, and no rank has a whole weight. "
+            "Save the adapter, and do it in a single process"
         )
 
 
 def reshard(module: nn.Module) -> None:
-    """Let `fully_shard` take back whole parameters that a forward left in their slots."""
+    """Make `fully_shard` free whole parameters that a forward left in their slots."""
     if count() == 1:
         return
     for part in module.modules():
@@ -314,7 +314,7 @@ def once(action: Callable[[], Any], *, together: bool) -> None:
     """Run `action` on rank 0 alone.
 
     Args:
-        together: all ranks wait for its end, and raise what it raises (collective). Else the others go on at once.
+        together: all ranks wait for it and raise its exception (collective). If False, the others continue at once.
     """
     failure: list[Exception | None] = [None]
     if rank() == 0:
@@ -388,7 +388,7 @@ def difference(tensors: Mapping[str, Tensor]) -> tuple[str, int, float] | None:
 
 
 def any_of(flag: bool) -> bool:
-    """Is it true on any rank? Collective."""
+    """Return whether `flag` is true on any rank. Collective."""
     if count() == 1:
         return flag
     found = torch.tensor(int(flag), device=_device())
@@ -397,7 +397,7 @@ def any_of(flag: bool) -> bool:
 
 
 def _device() -> str:
-    """Where a message between ranks is."""
+    """Return the device of messages between ranks."""
     return "cuda" if distributed.get_backend() == "nccl" else "cpu"
 
 

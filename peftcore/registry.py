@@ -1,4 +1,4 @@
-"""Which methods are installed. Plugins are found by entry point and imported one by one; a broken one breaks no other.
+"""Registry of installed plugins, which are found by entry point and imported one by one; a broken one breaks no other.
 
 pluggy's own `load_setuptools_entrypoints` is not used: it imports every plugin at once, one failure
 stops all, and a second distribution of the same name is dropped in silence.
@@ -36,7 +36,7 @@ LISTS = ("peftcore_methods", "peftcore_weight_formats")  # hooks that answer a l
 
 
 def canonical(name: str) -> str:
-    """A name as names of packages are compared: `My_Method` and `my.method` are `my-method`."""
+    """Return a name normalised like package names: `My_Method` and `my.method` become `my-method`."""
     return re.sub("[-_.]+", "-", name).lower()
 
 
@@ -61,7 +61,7 @@ class Registry:
         self._plugins: dict[str, Plugin] = {}  # by canonical name
         self._discovered = False
         self._own_formats: list[WeightFormat] = []
-        self._formats: list[WeightFormat] | None = None  # of plugins, then the core's; None: to be asked for
+        self._formats: list[WeightFormat] | None = None  # of plugins, then of the core; None: not collected yet
 
     @property
     def hook(self) -> Any:
@@ -70,18 +70,18 @@ class Registry:
         return self._manager.hook
 
     def plugins(self) -> list[Plugin]:
-        """All plugins, broken ones included, by name."""
+        """Return all plugins by name, including broken ones."""
         if not self._discovered:
             self._discovered = True
             self._discover()
         return [self._plugins[name] for name in sorted(self._plugins)]
 
     def methods(self) -> dict[str, Method]:
-        """The usable methods by name."""
+        """Return the usable methods by name."""
         return {method.name: method for plugin in self.plugins() for method in plugin.methods}
 
     def method(self, name: str) -> Method:
-        """The method `name`; names are compared as those of packages are.
+        """Return the method `name`; names are compared like package names.
 
         Raises:
             PluginError: it is not installed, or its plugin is broken.
@@ -103,7 +103,7 @@ class Registry:
         )
 
     def method_of_config(self, config: Any) -> Method:
-        """The method whose config class is that of `config`."""
+        """Return the method with the config class of `config`."""
         for method in self.methods().values():
             if type(config) is method.config_class:
                 return method
@@ -113,7 +113,7 @@ class Registry:
         )
 
     def weight_formats(self) -> list[WeightFormat]:
-        """The formats of all plugins, then those of the core.
+        """Return the formats of all plugins, then those of the core.
 
         Raises:
             PluginError: a plugin's hook fails: what its format reads would else be taken for a plain weight.
@@ -129,12 +129,12 @@ class Registry:
         return self._formats
 
     def add_weight_format(self, weight_format: WeightFormat) -> None:
-        """A format of the core itself, from the room whose layers it reads."""
+        """Add a format of the core, from the package with the layers that it reads."""
         self._own_formats.append(weight_format)
         self._formats = None
 
     def answers(self, hook: str, *, contain: bool = False, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
-        """(plugin, what its `hook` answers) of every plugin that answers, in pluggy's order: the last comes first.
+        """Yield (plugin, result of its `hook`) for every plugin that has one, in pluggy's order, last registered first.
 
         Raises:
             PluginError: it fails. With `contain` that is a warning, and the other plugins are asked.
@@ -246,7 +246,7 @@ class Registry:
             warnings.warn(message, stacklevel=4)
 
     def _forget(self) -> None:
-        """Discover anew when next asked."""
+        """Clear the cache, so that plugins are discovered again on next use."""
         self._plugins, self._discovered, self._formats = {}, False, None
 
     def _register(self, entry: Plugin, plugin: Any) -> list[Method]:
@@ -300,7 +300,7 @@ class Registry:
         for name in method.state.own_fields:
             if name not in names:
                 raise PluginError(
-                    f"StateRules.own_fields names '{name}', which is no field of {config_class.__name__}"
+                    f"StateRules.own_fields names '{name}', which is not a field of {config_class.__name__}"
                     f"{nearest(name, names)}"
                 )
 
@@ -319,9 +319,7 @@ def _is_frozen(config_class: Any) -> bool:
 
 
 # Never a name to install: whoever registered it may be a stranger, and the name may come from a stranger's file.
-HOW_TO_INSTALL = (
-    "A method is a package of its own: install the one that you know to provide it, or see: peftcore methods"
-)
+HOW_TO_INSTALL = "Methods are separate packages: install the one that provides it, or run: peftcore methods"
 
 
 def _without(plugin: Plugin) -> str:
@@ -351,13 +349,13 @@ def _has_other_distribution(entry_point: EntryPoint) -> bool:
 
 
 def _owner(entry_point: EntryPoint, name: str) -> str:
-    """`DISTRIBUTION VERSION`, with the name that it gives where that is another spelling."""
+    """Return `DISTRIBUTION VERSION`, with the entry point's name if it is spelt differently."""
     owner = f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "an unknown distribution"
     return owner if entry_point.name == name else f"{owner} (as '{entry_point.name}')"
 
 
 def _all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
-    """What a hook answers, where that is a list of what it is for."""
+    """Return the result of a hook if it is a list of `kind`, else raise a PluginError."""
     for answer in answers if isinstance(answers, (list, tuple)) else [answers]:
         if not isinstance(answer, kind):
             raise PluginError(
@@ -368,7 +366,7 @@ def _all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
 
 
 def _contained(plugin: Plugin, weight_format: WeightFormat) -> Callable[[nn.Module], bool]:
-    """`matches` of a plugin's format, whose failure names the plugin."""
+    """Return `matches` of a plugin's format, with errors that name the plugin."""
 
     def matches(module: nn.Module) -> bool:
         try:
@@ -383,7 +381,7 @@ def _contained(plugin: Plugin, weight_format: WeightFormat) -> Callable[[nn.Modu
 
 
 def _chosen() -> list[str] | None:
-    """The names of the plugins that may be imported; None: all."""
+    """Return the names of the plugins that may be imported; None: all."""
     value = os.environ.get(CHOSEN)
     if value is None or not value.strip():
         return None
@@ -417,12 +415,12 @@ def _check_api_declared(plugin: Any) -> None:
 
 
 def _check_hook_names(manager: pluggy.PluginManager, name: str, plugin: Any) -> None:
-    """A misspelt hook is an error that shows the nearest real one."""
+    """Raise a PluginError for a misspelt hook, with the nearest real one."""
     known = [attribute for attribute in dir(hookspecs) if attribute.startswith("peftcore_")]
     for attribute in dir(plugin):
         if manager.parse_hookimpl_opts(plugin, attribute) is not None and attribute not in known:
             raise PluginError(
-                f"'{attribute}' is no hook of peftcore{nearest(attribute, known)}. The hooks are: {', '.join(known)}"
+                f"'{attribute}' is not a hook of peftcore{nearest(attribute, known)}. The hooks are: {', '.join(known)}"
             )
 
 
@@ -430,5 +428,5 @@ registry = Registry()
 
 
 def methods() -> dict[str, Method]:
-    """The usable installed methods by name."""
+    """Return the usable installed methods by name."""
     return registry.methods()

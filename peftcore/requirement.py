@@ -18,7 +18,7 @@ def unmet(requirements: Iterable[str], version: str) -> str | None:
     for text in requirements:
         try:
             requirement = Requirement(text)
-        except InvalidRequirement:  # of another package, in a form of its own
+        except InvalidRequirement:  # another package's requirement in a non-standard form
             continue
         is_meant = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if canonicalize_name(requirement.name) == "peftcore" and is_meant and release not in requirement.specifier:

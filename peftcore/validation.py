@@ -20,17 +20,18 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number"
 
 
 def check_types(config: Any, fields: Mapping[str, Any] | None = None) -> None:
-    """The values of a dataclass are of the types that its fields are annotated with; call it first in `__post_init__`.
+    """Check that the values of a dataclass have their annotated types; call it first in `__post_init__`.
 
-    Checked are bool, int, float, str, None, Literal, lists, tables and unions of these; numbers are finite, an int is
-    a float too, a bool is no number, any collection but a text is a list. Other annotations take any value.
+    It checks bool, int, float, str, None, Literal, lists, tables and unions of these. Numbers must be finite; an int is
+    also a float, a bool is not a number, and any collection except a string is a list. Other annotations accept any
+    value.
 
     Args:
         config: the dataclass, or its class.
-        fields: values by name, where there is no object yet.
+        fields: values by name, if there is no object yet.
 
     Raises:
-        PeftcoreError: one is not.
+        PeftcoreError: a value has another type.
     """
     hints = _hints(config if isinstance(config, type) else type(config))
     if fields is None:
@@ -43,7 +44,7 @@ def check_types(config: Any, fields: Mapping[str, Any] | None = None) -> None:
 
 
 def shown(value: Any) -> str:
-    """`repr(value)`, or its beginning."""
+    """Return `repr(value)`, shortened if it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits
@@ -60,7 +61,7 @@ def _hints(config_class: type) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is of the type that an annotation names, as `check_types` says."""
+    """Return whether a value has the type of an annotation, by the rules of `check_types`."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, each) for each in inside)
@@ -84,7 +85,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _literals(hint: Any) -> list[Any]:
-    """The values that a hint names."""
+    """Return the values in a `Literal` hint."""
     inside = typing.get_args(hint)
     return list(inside) if typing.get_origin(hint) is Literal else [each for part in inside for each in _literals(part)]
 
@@ -110,13 +111,13 @@ def in_words(hint: Any) -> str:
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise a PeftcoreError with `message` unless something `holds`."""
+    """Raise a PeftcoreError with `message` unless the condition `holds`."""
     if not holds:
         raise PeftcoreError(message)
 
 
 def positive_whole(**fields: Any) -> None:
-    """Each value is an int above 0.
+    """Raise a PeftcoreError unless each value is an int above 0.
 
     Raises:
         PeftcoreError: one is not.
@@ -127,7 +128,7 @@ def positive_whole(**fields: Any) -> None:
 
 
 def probability(**fields: Any) -> None:
-    """Each value is in [0, 1).
+    """Raise a PeftcoreError unless each value is in [0, 1).
 
     Raises:
         PeftcoreError: one is not.
@@ -138,7 +139,7 @@ def probability(**fields: Any) -> None:
 
 
 def one_of(allowed: Collection[Any], **fields: Any) -> None:
-    """Each value is one of `allowed`.
+    """Raise a PeftcoreError unless each value is one of `allowed`.
 
     Raises:
         PeftcoreError: one is not.

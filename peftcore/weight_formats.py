@@ -1,4 +1,4 @@
-"""How a layer's weight is read as a dense one and written: in plugins' formats, in few bits, transposed, or plainly."""
+"""Reading and writing of a layer's weight as a dense one: plugins' formats, quantized, transposed, or plain."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ ONE_EXPERT = WeightFormat(
 
 
 def find_weight_format(module: nn.Module) -> WeightFormat | None:
-    """The format that reads the weight of `module`, if one does; those of plugins are asked first."""
+    """Return the format that reads the weight of `module`, or None; plugins' formats come first."""
     known = (*registry.weight_formats(), TRANSPOSED, ATTENTION, ONE_EXPERT, DENSE)
     return next((each for each in known if each.matches(module)), None)
 
 
 def weight_format(module: nn.Module) -> WeightFormat:
-    """The format that reads the weight of `module`.
+    """Return the format that reads the weight of `module`.
 
     Raises:
         PeftcoreError: none does.
@@ -68,15 +68,15 @@ def weight_format(module: nn.Module) -> WeightFormat:
     found = find_weight_format(module)
     if found is None:
         raise PeftcoreError(
-            f"no weight format reads {type(module).__name__}: it has no floating parameter 'weight' of its own. "
-            "Where a norm computes that (parametrize, weight_norm), take the norm off before apply; else a plugin can "
+            f"no weight format reads {type(module).__name__}: it has no floating-point parameter 'weight'. "
+            "If a norm computes it (parametrize, weight_norm), remove the norm before apply; otherwise a plugin can "
             "provide a format"
         )
     return found
 
 
 def format_in_few_bits(module: nn.Module, name: str) -> WeightFormat | None:
-    """The format that keeps the parameter `name` of `module` itself in few bits; None where it is dense."""
+    """Return the format of the module's own quantized parameter `name`; None if it is dense."""
     if name == "weight":
         found = find_weight_format(module)
         return found if found is not None and found.decode is not None else None

@@ -138,7 +138,7 @@ def test_a_misspelt_hook_shows_the_nearest(discover) -> None:
             return []
 
     registry = discover(("misspelt", Misspelt(), "peftcore-misspelt"))
-    with pytest.warns(UserWarning, match=r"'peftcore_method' is no hook of peftcore \(nearest: 'peftcore_methods'"):
+    with pytest.warns(UserWarning, match=r"'peftcore_method' is not a hook of peftcore \(nearest: 'peftcore_methods'"):
         registry.methods()
 
 

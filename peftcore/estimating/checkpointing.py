@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a stand-in: activations are computed again (Chen et al. 2016, arXiv 1604.06174)."""
+"""Gradient checkpointing of a stand-in, which recomputes activations (Chen et al. 2016, arXiv 1604.06174)."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from torch import nn
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
 
-_METHODS = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # by transformers' release
+_METHODS = (
+    "activation_checkpointing_enable",
+    "gradient_checkpointing_enable",
+)  # the name depends on the release of transformers
 
 
 def checkpoint(model: nn.Module, kind: bool | str | Mapping[str, Any]) -> None:
-    """Let a model of transformers compute activations again in the backward, as `Step.gradient_checkpointing` says.
+    """Enable gradient checkpointing on a transformers model, as `Step.gradient_checkpointing` asks.
 
     Raises:
-        NotFollowed: it cannot, or it would move activations to another memory.
-        PeftcoreError: what is asked of it is none of its options.
+        NotFollowed: The model has no gradient checkpointing, or `offload` was asked for.
+        PeftcoreError: An option is unknown.
     """
     options = dict(kind) if isinstance(kind, Mapping) else {"use_reentrant": kind == "reentrant"}
     options.setdefault("use_reentrant", False)
     if options.get("offload"):
-        raise NotFollowed("gradient_checkpointing: offload=True moves activations to another memory")
+        raise NotFollowed("gradient_checkpointing: offload=True is not followed. Leave it out")
     name = next((name for name in _METHODS if hasattr(model, name)), None)
     if name is None or not getattr(model, "supports_gradient_checkpointing", True):
-        raise NotFollowed(f"{type(model).__name__} has no gradient checkpointing of transformers' kind")
+        raise NotFollowed(f"{type(model).__name__} does not support gradient_checkpointing. Leave it out")
     enable = getattr(model, name)
     own = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
     missing = own.keys() - inspect.signature(enable).parameters.keys()
     if missing:
-        raise PeftcoreError(f"gradient_checkpointing: this release of transformers knows no {', '.join(missing)}")
+        raise PeftcoreError(f"gradient_checkpointing: {', '.join(missing)} needs a later release of transformers")
     unknown = options.keys() - {"use_reentrant", "context_fn", "preserve_rng_state", "determinism_check", "debug"}
     if unknown:
         raise PeftcoreError(
-            f"gradient_checkpointing: torch.utils.checkpoint takes no {', '.join(sorted(unknown))}. It takes "
+            f"gradient_checkpointing: torch.utils.checkpoint has no option {', '.join(sorted(unknown))}. It has "
             "use_reentrant, context_fn, preserve_rng_state, determinism_check and debug; transformers every_n_layers"
         )
     enable(options, **own)

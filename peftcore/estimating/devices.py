@@ -1,10 +1,10 @@
-"""What a step's operations take in seconds: on this machine, whose rates are measured once, and on named cards.
+"""Devices and the time of a step on them: this machine, whose rates are measured once, and a table of cards.
 
-    a card    sum over operators of max(operations / rate, bytes moved / bandwidth) + what a call costs
-    here      see `rates`
+    a card          sum over operators of max(operations / rate, bytes moved / bandwidth) + the cost of a call
+    this machine    see `rates`
 
-Rates of cards are their makers' (dense, without sparsity), of which a step reaches about half in products and three
-quarters in bandwidth; memory is what is left of it beside a context. Nothing here was measured on them.
+The rates of a card come from its data sheet (dense). A step is assumed to reach half of them in products and three
+quarters of the bandwidth; neither was measured on a card. Memory is what a CUDA context leaves.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from peftcore.ops.build_info import build_info
 
 
 class Sheet(NamedTuple):
-    """Rates of a data sheet.
+    """Rates from a data sheet.
 
     Args:
-        half, single: floating-point operations a second in products of 16 and of 32 bits.
-        bandwidth: bytes a second.
-        call: seconds that an operator costs beside its work.
+        half, single: Floating-point operations per second in products of 16 and of 32 bits.
+        bandwidth: Bytes per second.
+        call: Seconds of a call besides its work.
     """
 
     half: float
@@ -40,18 +40,18 @@ class Sheet(NamedTuple):
     call: float
 
     def seconds(self, operation: Operation) -> float:
-        """Of one operator."""
+        """Return the seconds of one operation."""
         rate = self.half if operation.halves else self.single
         return operation.times * (max(operation.cost.flops / rate, operation.moved / self.bandwidth) + self.call)
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where a step runs.
+    """Device that a step runs on.
 
     Args:
-        memory: bytes that there are for tensors.
-        rates: of a data sheet, or as they were measured on this machine.
+        memory: Bytes available to the step.
+        rates: Rates from a data sheet, or as measured on this machine.
     """
 
     name: str
@@ -60,17 +60,17 @@ class Device:
 
     @property
     def measured(self) -> bool:
-        """Is it this machine?"""
+        """Whether the device is this machine, whose rates were measured."""
         return isinstance(self.rates, Rates)
 
     def seconds(self, operations: Sequence[Operation], fresh: int = 0) -> float:
-        """Of a step of these operations. `fresh`: bytes of memory that a process of this machine gets anew in it."""
+        """Return the seconds of a step. `fresh`: bytes whose pages the system maps again in each step."""
         of_pages = fresh * self.rates.fresh if isinstance(self.rates, Rates) else 0.0
         return sum(map(self.rates.seconds, operations)) + of_pages
 
 
 def usable(memory: float) -> float:
-    """Bytes of a card's memory that there are for tensors, beside a context and what is not to be had."""
+    """Return the bytes of a card's memory that its context and the driver leave."""
     return 0.94 * memory - 0.5e9
 
 
@@ -80,7 +80,7 @@ def libraries_of_command() -> float:
 
 
 def _card(name: str, gigabytes: float, half: float, single: float, bandwidth: float) -> Device:
-    """Of its data sheet: GB, TFLOP/s in 16 and 32 bits, GB/s."""
+    """Return a card from its data sheet: GB, TFLOP/s in 16 and 32 bits, GB/s."""
     return Device(name, usable(1e9 * gigabytes), Sheet(0.5e12 * half, 0.5e12 * single, 0.75e9 * bandwidth, 8e-6))
 
 
@@ -104,26 +104,27 @@ CARDS = {
 
 
 def device_of(name: str) -> Device:
-    """The card of that name, or with `cpu` this machine.
+    """Return the card with this name, or this machine for `cpu`.
 
     Raises:
-        PeftcoreError: it is neither.
+        PeftcoreError: The name is unknown.
     """
     if name == "cpu":
         return this_machine()
     card = CARDS.get(name.lower())
     if card is None:
         raise PeftcoreError(
-            f"there is no card '{name}' in the table{nearest(name, [*CARDS, 'cpu'])}. It has: cpu, {', '.join(CARDS)}"
+            f"there is no card '{name}' in the table{nearest(name, [*CARDS, 'cpu'])}. "
+            f"Use one of: cpu, {', '.join(CARDS)}"
         )
     return card
 
 
 def memory_here() -> float:
-    """Bytes of this machine's memory that may be had now, within a container's limit.
+    """Return the bytes of memory that are free on this machine, within the limit of a container.
 
     Raises:
-        PeftcoreError: that cannot be told here.
+        PeftcoreError: The system does not report free memory.
     """
     try:
         import psutil
@@ -133,19 +134,19 @@ def memory_here() -> float:
         try:
             available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
         except (AttributeError, ValueError, OSError):
-            raise PeftcoreError("how much memory is free is asked of psutil here: pip install psutil") from None
+            raise PeftcoreError("free memory cannot be read here without psutil. Try: pip install psutil") from None
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
         if limit != "max":
             available = min(available, float(limit) - float(used))
-    except (OSError, ValueError):  # no such limit here
+    except (OSError, ValueError):  # the system has no such limit
         pass
     return available
 
 
 def _kernels() -> str:
-    """Which kernels run: a build that multiplies faster is measured again."""
+    """Return the kernels in use, since another build is measured again."""
     build = build_info()
     return f"{build.cpu_level} {build.commit}".strip()
 
@@ -155,5 +156,5 @@ _RATES = Measurement("rates.json", read, measure, Rates._asdict, _kernels)
 
 
 def this_machine() -> Device:
-    """This machine, with its rates as they were measured when that was first asked; kept in a file of the user's."""
+    """Return this machine, with rates that are measured at the first call and kept in a file."""
     return Device("this machine", memory_here(), _RATES.get())

@@ -1,12 +1,12 @@
-"""Rates at which PyTorch multiplies fp32, bf16 and fp16 on this CPU: in which dtype a model computes fast here.
+"""Rates of products in fp32, bf16 and fp16 on this CPU, which decide in which dtype a model computes fast.
 
     forward     x Wᵀ        of 256 x 256 x 256
-    backward    dy W        the other layout, for which a CPU without instructions for a dtype may take another loop
-    share       both products' time in fp32 / theirs in the dtype
+    backward    dy W        another layout, for which a CPU without instructions for the dtype may use another loop
+    share       time of both products in fp32 / in the dtype
 
-A CPU without bf16 instructions multiplies bf16 20 to 60 times slower than fp32. Measured in less than two seconds, and
-kept in the file of this machine, so that two commands choose alike. One thread is measured: where other programs keep a
-core busy, threads wait for each other, and every dtype seems equally slow.
+A CPU without bf16 instructions multiplies bf16 20 to 60 times slower than fp32. The measurement takes less than two
+seconds and is kept in a file, so that two commands choose the same dtype. It uses one thread: when other programs keep
+a core busy, threads wait for each other and every dtype seems equally slow.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch import Tensor
 from peftcore.estimating.measurements import Measurement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAST = 0.5  # of fp32's rate, from which on a dtype of half the memory is worth it
+FAST = 0.5  # share of fp32's rate from which a dtype of half the memory is worth it
 _SIZE = 256
-_SECONDS, _SLOW = 0.6, 0.1  # of all rounds; a product that takes longer than this is measured once
+_SECONDS, _SLOW = 0.6, 0.1  # for all rounds; a slower product is measured once
 
 
 class DtypeRate(NamedTuple):
-    """Floating-point operations a second in one dtype, of x Wᵀ (`forward`) and of dy W (`backward`)."""
+    """Floating-point operations per second in one dtype, for x Wᵀ (`forward`) and dy W (`backward`)."""
 
     forward: float
     backward: float
 
     @property
     def both(self) -> float:
-        """Operations a second of one product of each kind."""
+        """Operations per second over one product of each kind."""
         return 2 / (1 / self.forward + 1 / self.backward)
 
 
@@ -48,7 +48,7 @@ class DtypeRates(NamedTuple):
     fp16: DtypeRate
 
     def of(self, dtype: str) -> DtypeRate:
-        """The rate of a dtype that is named as in `DTYPES`."""
+        """Return the rate of a dtype, by its name in `DTYPES`."""
         return self[tuple(DTYPES).index(dtype)]
 
     def share(self, dtype: str) -> float:
@@ -56,7 +56,7 @@ class DtypeRates(NamedTuple):
         return self.of(dtype).both / self.fp32.both
 
     def is_fast(self, dtype: str) -> bool:
-        """Return whether the dtype is multiplied at half of fp32's rate at least."""
+        """Return whether the dtype is multiplied at no less than half of fp32's rate."""
         return self.share(dtype) >= FAST
 
     def sentence(self, dtype: str) -> str:
@@ -66,12 +66,12 @@ class DtypeRates(NamedTuple):
 
 
 def gigaflops(rate: float) -> str:
-    """Write a rate in GFLOP/s, with two digits at least."""
+    """Return a rate in GFLOP/s, with at least two digits."""
     return f"{rate / 1e9:,.0f}" if rate >= 10e9 else f"{rate / 1e9:.2g}"
 
 
 def measure(clock: Callable[[], float] = time.perf_counter) -> DtypeRates:
-    """Measure all rates: the shortest of several rounds, in which each product has its turn."""
+    """Measure all rates: the shortest time of several rounds over all products."""
     calls: dict[tuple[str, str], Callable[[], Tensor]] = {}
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad(), _one_thread():
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ def measure(clock: Callable[[], float] = time.perf_counter) -> DtypeRates:
             x, w = wide.to(dtype)
             calls[name, "forward"] = functools.partial(torch.mm, x, w.t())
             calls[name, "backward"] = functools.partial(torch.mm, x, w)
-        shortest = {each: _seconds(call, clock) for each, call in calls.items()}  # with what libraries prepare
+        shortest = {each: _seconds(call, clock) for each, call in calls.items()}  # includes the libraries' preparation
         end, again = clock() + _SECONDS, [each for each, taken in shortest.items() if taken < _SLOW]
         for number in range(40):
             if number >= 2 and clock() >= end:
@@ -108,10 +108,10 @@ def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def read(found: Mapping[str, Any]) -> DtypeRates:
-    """Read what JSON keeps of them.
+    """Return the rates that an entry of the file describes.
 
     Raises:
-        KeyError, TypeError, ValueError: the entry is of another kind.
+        KeyError, TypeError, ValueError: The entry has another format.
     """
     rates = DtypeRates(**{name: DtypeRate(*map(float, found[name])) for name in DTYPES})
     if not all(0 < each < float("inf") for rate in rates for each in rate):
@@ -124,10 +124,10 @@ _RATES = Measurement("dtypes.json", read, measure, DtypeRates._asdict)
 
 @functools.cache
 def here() -> DtypeRates:
-    """Return this machine's rates: from its file, else measured, once a process."""
+    """Return this machine's rates, read from the file or measured, once per process."""
     return _RATES.get()
 
 
 def measured_again() -> DtypeRates:
-    """Measure the rates now, and keep them in place of those in the file."""
+    """Measure the rates now, and replace those in the file."""
     return _RATES.measured_again()

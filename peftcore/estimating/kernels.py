@@ -1,4 +1,4 @@
-"""Operators with a kernel for CPUs alone: on meta tensors, too, they are followed as this kernel."""
+"""Operators with a kernel for CPUs only, followed as that kernel on meta tensors."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class _Scaled(torch.autograd.Function):
 
 @contextmanager
 def kernels_of_cpu() -> Iterator[None]:
-    """Within the block `ops.scaled` of meta tensors is one operator, as on a CPU.
+    """Make `ops.scaled` on meta tensors one operator, as on a CPU, within the block.
 
-    On other devices it consists of PyTorch's operators, which for 16 bits make a matrix in fp32; on meta tensors as
-    well. Without the extension nothing changes: the reference makes this matrix.
+    On other devices, meta included, it consists of PyTorch's operators, which create a matrix in fp32 for 16 bits.
+    Without the extension nothing changes, since the reference creates this matrix, too.
     """
     original = ops.scaled
 

@@ -1,4 +1,4 @@
-"""A step of training of a stand-in, as a training loop does it: forward, backward, clipped gradients, optimizer."""
+"""Training step of a stand-in: forward, backward, gradient clipping and optimizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORWARD, BACKWARD, UPDATE = "forward", "backward", "optimizer"
 
 _TORCH: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "adamw_torch": lambda parameters: torch.optim.AdamW(parameters, foreach=False),
-    "adamw_torch_fused": lambda parameters: torch.optim.AdamW(parameters, foreach=False),  # the state is the same
+    "adamw_torch_fused": lambda parameters: torch.optim.AdamW(parameters, foreach=False),  # with equal state
     "sgd": lambda parameters: torch.optim.SGD(parameters, foreach=False),
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, foreach=False),
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, foreach=False),
@@ -41,15 +41,15 @@ OPTIMIZERS = (*_TORCH, *NAMES)
 
 
 def make_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
-    """What the model is trained on: example inputs of so many rows and tokens, and labels for its loss.
+    """Return inputs and labels with so many rows and tokens.
 
     Raises:
-        PeftcoreError: its forward takes no labels.
+        NotFollowed: The model's forward has no argument `labels`.
     """
     if "labels" not in inspect.signature(original_forward(model)).parameters:
         raise NotFollowed(
-            f"the forward of {type(model).__name__} takes no labels, so that what its loss needs is not known. "
-            "Estimate a class with a loss, such as ...ForCausalLM or ...ForSequenceClassification"
+            f"the forward of {type(model).__name__} takes no labels, so its loss is not known. Estimate a class with a "
+            "loss, such as ...ForCausalLM or ...ForSequenceClassification"
         )
     sized = {}
     for name, value in example_inputs(model, device="cpu").items():
@@ -64,7 +64,7 @@ def make_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
             sized[name] = torch.full(shape, 3, dtype=value.dtype, device="cpu")
     config = getattr(model, "config", None)
     if "input_ids" in sized and config is not None and config.is_encoder_decoder:
-        sized.pop("decoder_input_ids", None)  # made of the labels
+        sized.pop("decoder_input_ids", None)  # the model derives them from the labels
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if head is not None and "input_ids" in sized:
         sized["labels"] = torch.full((rows, length), 3, device="cpu")
@@ -76,13 +76,13 @@ def make_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
 
 
 def make_optimizer(parameters: list[nn.Parameter], optimizer: str, *, paged: bool = False) -> torch.optim.Optimizer:
-    """The optimizer of that name; unless `paged`, one with the same state in tensors instead of pages."""
+    """Return the optimizer with this name; unless `paged`, with state in tensors instead of pages."""
     if optimizer in _TORCH:
         return _TORCH[optimizer](parameters)
     if optimizer not in NAMES:
         raise PeftcoreError(
-            f"there is no optimizer '{optimizer}' that estimate knows{nearest(optimizer, OPTIMIZERS)}. "
-            f"It knows: {', '.join(OPTIMIZERS)}"
+            f"the memory of optimizer '{optimizer}' is not known{nearest(optimizer, OPTIMIZERS)}. "
+            f"Use one of: {', '.join(OPTIMIZERS)}"
         )
     kind: Any = NAMES[optimizer]
     if issubclass(kind, PagedOptimizer) and not paged:
@@ -91,17 +91,18 @@ def make_optimizer(parameters: list[nn.Parameter], optimizer: str, *, paged: boo
 
 
 def is_paged(optimizer: str) -> bool:
-    """Does it keep its state in pages?"""
+    """Return whether the optimizer keeps its state in pages."""
     return optimizer in NAMES and issubclass(NAMES[optimizer], PagedOptimizer)
 
 
 def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool) -> None:
-    """Follow one step of the stand-in, which is not the first: the optimizer has its state."""
+    """Follow one step of the stand-in after the first, so that the optimizer has its state."""
     inputs = make_inputs(model, rows_of(step.loss, step.batch_size), step.length)
     loss, processes = loss_of(model, step.loss), processes_of(model, step, on_card=on_card)
     if loss.reference is not None and step.is_sharded:
         raise NotFollowed(
-            f"loss='{step.loss}' without adapters: how the trainer shards its second model is not followed"
+            f"loss='{step.loss}' without adapters on shards is not followed: the trainer loads a second model. Name a "
+            "method, or leave out shard"
         )
     optimizer = make_optimizer(processes.trained(), step.optimizer)
     with ExitStack() as stack:
@@ -162,13 +163,13 @@ def _follow(
 
 
 def _firsts(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
-    """For each parameter the first one like it: optimizers treat them alike, one after the other."""
+    """Return for each parameter the first one with its shape and dtype, since optimizers treat these alike."""
     found: dict[Any, nn.Parameter] = {}
     return {p: found.setdefault((p.shape, p.dtype, p.stride(), p.grad is None), p) for p in parameters}
 
 
 def _update(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's step, of one parameter of each kind; all gradients stay meanwhile."""
+    """Run the optimizer's step on one parameter of each kind, while all gradients stay."""
     firsts = _firsts(parameters)
     held = {p: p.grad for p in parameters if firsts[p] is not p}
     for p in held:
@@ -179,7 +180,7 @@ def _update(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
 
 
 def _give_state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """The state that the optimizer has after its first step."""
+    """Create the state that the optimizer has after its first step."""
     firsts = _firsts(parameters)
     for p in {*firsts.values()}:
         p.grad = torch.empty_like(p)

@@ -1,8 +1,7 @@
-"""The loss of a step: the model's own, or that of one of TRL's trainers, with the passes of its reference.
+"""Loss of a step: the model's own, or the loss of a TRL trainer, with the passes of its reference model.
 
-TRL multiplies by the head's weight in tiles, so that no step of its has logits of all tokens; its own function
-(`add_fused_lm_head`) is followed, of the release that is installed. What stands above the log-likelihoods is a few
-numbers a sequence.
+TRL multiplies by the head's weight in tiles, so no step has logits of all tokens. Its function `add_fused_lm_head` is
+followed as installed. What is computed from the log-likelihoods is a few numbers per sequence.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from peftcore.engine import disabled, state_of
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
 
-Call = Callable[..., Any]  # (model, **inputs) -> its outputs, as a trainer calls it
-# What each trainer asks of the policy's pass beside log-likelihoods, for its log (TRL 1.16).
+Call = Callable[..., Any]  # (model, **inputs) -> outputs, as a trainer calls the model
+# What each trainer logs of the policy's pass besides log-likelihoods (TRL 1.16).
 _ASKED = {
     "sft": ("entropy", "is_top1"),
     "dpo": ("entropy", "mean_logits", "is_top1"),
@@ -32,12 +31,12 @@ _BETA = 0.1
 
 
 def rows_of(loss: str | None, batch_size: int) -> int:
-    """Sequences of a batch: two answers to each prompt are compared in one pass."""
+    """Return the number of sequences in a batch; DPO has two answers per prompt."""
     return 2 * batch_size if loss == "dpo" else batch_size
 
 
 class Own:
-    """The loss that `model` returns for its labels."""
+    """Loss that `model` returns for its labels."""
 
     reference: nn.Module | None = None
 
@@ -52,11 +51,11 @@ class Own:
 
 
 class OfTrainer(Own):
-    """The loss of TRL's trainer of that name, for `model`, whose forward it changes as the trainer does.
+    """Loss of a TRL trainer for `model`, whose forward is changed as the trainer changes it.
 
     Attributes:
-        reference: without adapters the trainer loads a second model, which is this one; None: with its adapters off the
-            model itself is the reference.
+        reference: Second model that the trainer loads for a model without adapters; None: the model itself, with its
+            adapters disabled, is the reference.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -64,7 +63,7 @@ class OfTrainer(Own):
         try:
             from trl.trainer.utils import add_fused_lm_head
         except ImportError as error:
-            raise PeftcoreError(f"loss='{name}' is that of TRL, from 1.16 on. Try: pip install 'trl>=1.16'") from error
+            raise PeftcoreError(f"loss='{name}' needs TRL 1.16 or later. Try: pip install 'trl>=1.16'") from error
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
         if head is None:
             raise PeftcoreError(f"loss='{name}' is for language models, and {type(model).__name__} has no output head")
@@ -90,7 +89,7 @@ class OfTrainer(Own):
         if self.name == "kto":
             with torch.no_grad():
                 of_policy = likelihoods(self.model)
-        outputs = call(self.model, **inputs, fused_lm_head=True)  # which the trainer has until it has logged them
+        outputs = call(self.model, **inputs, fused_lm_head=True)  # the trainer keeps them for its log
         found = outputs.log_probs.sum(1)
         with torch.no_grad(), self._acting():
             if self.name == "kto":
@@ -104,7 +103,7 @@ class OfTrainer(Own):
 
     @contextmanager
     def _acting(self) -> Iterator[None]:
-        """Within the block the model is the reference."""
+        """Make the model the reference within the block."""
         if self.reference is not None:
             yield
             return
@@ -124,7 +123,7 @@ class OfTrainer(Own):
 
 @contextmanager
 def tiles_in_place() -> Iterator[None]:
-    """Within the block TRL reads and writes a tile of logits in place, as its Triton kernels do on a card."""
+    """Make TRL read and write a tile of logits in place, as its Triton kernels do on a card, within the block."""
     kernels = sys.modules.get("trl.kernels.chunked_logprob")
     names = [name for name in ("_forward_tile", "_backward_tile") if hasattr(kernels, name)]
     before = {name: getattr(kernels, name) for name in names}
@@ -138,5 +137,5 @@ def tiles_in_place() -> Iterator[None]:
 
 
 def loss_of(model: nn.Module, name: str | None) -> Own:
-    """The loss of that name, as `Step.loss` has it."""
+    """Return the loss that `Step.loss` names."""
     return Own(model) if name is None else OfTrainer(model, name)

@@ -1,14 +1,14 @@
-"""`torch.autocast` on the meta device, which PyTorch does not have: what it casts on a CPU or a card is cast here, too.
+"""`torch.autocast` for the meta device, which PyTorch lacks, with the casts of a CPU or a card.
 
-Whether autocast is on, and in which dtype, is what the CPU's says, so that a checkpoint that computes again restores it
-as it does for others. Which operators it knows is asked of PyTorch's dispatcher; what it does is one of three:
+The state and dtype of the CPU's autocast apply, so that gradient checkpointing restores them. The list of operators
+comes from PyTorch's dispatcher, and the casts are one of three:
 
-    products      arguments to the 16 bits
+    products      arguments to the 16-bit dtype
     a few more    arguments to the widest dtype among them
-    all others    arguments to 32 bits, unless the call names a dtype
+    all others    arguments to fp32, unless the call names a dtype
 
-A parameter in fp32 that is trained is cast once a forward (autocast's cache); a frozen one at every use, and where a
-gradient passes by, each copy stays until the backward.
+A trained parameter in fp32 is cast once per forward (autocast's cache). A frozen one is cast at every use; where a
+gradient passes through, each copy stays until the backward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-KEY, _DEVICE = "AutocastIPU", "ipu"  # of a device that nobody has, so that no other kernels stand in its place
+KEY, _DEVICE = "AutocastIPU", "ipu"  # a device without kernels of its own
 # ATen/autocast_mode.h of PyTorch 2.13.
 _PRODUCTS = {
     "_convolution", "conv1d", "conv2d", "conv3d", "conv_tbc", "conv_transpose1d", "conv_transpose2d",
@@ -40,7 +40,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @contextmanager
 def autocast(precision: str | None) -> Iterator[None]:
-    """Within the block products are in 16 bits, `bf16` or `fp16`; None: nothing changes. In a block of `on_meta`."""
+    """Compute products in `bf16` or `fp16` within the block, inside of `on_meta`; None changes nothing."""
     if precision is None:
         yield
         return
@@ -49,13 +49,13 @@ def autocast(precision: str | None) -> Iterator[None]:
 
 
 def to_single(outputs: Any) -> Any:
-    """A forward's outputs in 32 bits, as accelerate gives them to a trainer."""
+    """Return a forward's outputs in fp32, as accelerate does for a trainer."""
     return tree_map_only(Tensor, lambda t: t.float() if t.dtype in _DTYPES.values() else t, outputs)
 
 
 @contextmanager
 def on_meta(on_card: bool) -> Iterator[None]:
-    """Within the block meta tensors are cast as the CPU's autocast says, by the CPU's list of operators or a card's."""
+    """Cast meta tensors by the state of the CPU's autocast and its operators, or a card's, within the block."""
     library, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
     others.fallback(torch.library.fallthrough_kernel, KEY)
     key = getattr(torch._C.DispatchKey, KEY)
@@ -65,7 +65,7 @@ def on_meta(on_card: bool) -> Iterator[None]:
         if namespace == "aten":
             library.impl(operator, casts.kernel(operator), KEY)
     enabled = torch.is_autocast_enabled(_DEVICE)
-    torch.set_autocast_enabled(_DEVICE, True)  # those kernels are reached; they ask the CPU's
+    torch.set_autocast_enabled(_DEVICE, True)  # reaches these kernels, which read the CPU's state
     try:
         with torch._C._IncludeDispatchKeyGuard(key):
             yield
@@ -77,7 +77,7 @@ def on_meta(on_card: bool) -> Iterator[None]:
 
 @contextmanager
 def asked_of_cpu() -> Iterator[None]:
-    """Within the block there is an answer to what autocast does with meta tensors, which is the CPU's."""
+    """Make queries of autocast's state for meta return the CPU's, within the block."""
     before = torch.is_autocast_enabled, torch.get_autocast_dtype
 
     def as_on_cpu(asked: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +91,7 @@ def asked_of_cpu() -> Iterator[None]:
 
 
 class _Casts:
-    """What stands in for autocast's kernels."""
+    """Substitutes for autocast's kernels."""
 
     def __init__(self, keys: Any) -> None:
         self.keys = keys
@@ -106,7 +106,7 @@ class _Casts:
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(self.keys):
                 if not torch.is_autocast_enabled("cpu"):
-                    self.cache.clear()  # the forward in which it was on is over
+                    self.cache.clear()  # the forward under autocast has ended
                 elif packet in _PRODUCTS:
                     args, kwargs = tree_map_only(Tensor, self._half, (args, kwargs))
                 elif packet in _WIDEST:

@@ -1,14 +1,14 @@
-"""A model on several processes, as one of them has it: what DDP and FSDP2 keep and make beside a step of one process.
+"""Model on several processes, as one of them holds it: memory that DDP and FSDP2 add to a step of one process.
 
-DDP (torch.nn.parallel.DistributedDataParallel, Li et al. 2020, arXiv 2006.15704): all gradients once more, in buckets.
-FSDP2 (`fully_shard`, as `peftcore.shard` calls it): of each block a shard of 1/ranks; before its forward, and again
-before its backward, one message with all of it is gathered and copied out to whole weights:
+DDP (torch.nn.parallel.DistributedDataParallel, Li et al. 2020, arXiv 2006.15704): a copy of all gradients, in buckets.
+FSDP2 (`fully_shard`, as `peftcore.shard` calls it): a shard of 1/ranks of each block. Before the block's forward, and
+again before its backward, one message with the whole block is gathered and copied out to whole weights:
 
-    forward     gather block k | copy out | give message k-1 back | compute | give the weights back
-    backward    gather block k, if it is not there | copy out | gather block k-1 | compute | give the weights back |
+    forward     gather block k | copy out | free message k-1 | compute | free the weights
+    backward    gather block k, if it is missing | copy out | gather block k-1 | compute | free the weights |
                 gradients into one message, of which this rank's part stays
 
-What one rank sends to another is no memory of its own, and its time is not known here.
+The time of messages is not known.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ GRADIENTS, GATHERED, MESSAGES = "gradients", "gathered weights", "between ranks"
 
 
 class Alone:
-    """One process, and what the others change about it.
+    """Model on one process; base class for models on several.
 
     Attributes:
-        shards: this rank's part of each parameter of which it has no more.
+        shards: This rank's shard of each sharded parameter.
     """
 
     shards: dict[nn.Parameter, nn.Parameter]
@@ -39,23 +39,27 @@ class Alone:
         self.model, self.shards = model, {}
 
     def trained(self) -> list[nn.Parameter]:
-        """What the optimizer has."""
+        """Return the parameters of the optimizer."""
         return [self.shards.get(p, p) for p in self.model.parameters() if p.requires_grad]
 
     def start(self, following: Following) -> None:
-        """Within the run: note what there is beside the model."""
+        """Record what exists besides the model when the run begins."""
 
     def after_forward(self, outputs: Any) -> Any:
-        """The model's outputs, as the loss gets them."""
+        """Return the model's outputs as the loss receives them."""
         return outputs
 
     def after_backward(self) -> None:
-        """What is done when a backward has ended."""
+        """Do what follows a backward."""
 
 
 class Replicas(Alone):
-    """DDP. `clones`: where it looks for parameters that no output needs, as Trainer lets it do without gradient
-    checkpointing, it copies all outputs."""
+    """DDP.
+
+    Args:
+        clones: Whether it copies all outputs to find unused parameters, as Trainer makes it do without gradient
+            checkpointing.
+    """
 
     def __init__(self, model: nn.Module, clones: bool) -> None:
         super().__init__(model)
@@ -73,7 +77,7 @@ class Replicas(Alone):
 
 
 class Shards(Alone):
-    """FSDP2, and the mean of the gradients of adapters that stay whole."""
+    """FSDP2, with averaged gradients of the adapters that stay whole."""
 
     def __init__(self, model: nn.Module, step: Step, on_card: bool) -> None:
         super().__init__(model)
@@ -83,9 +87,9 @@ class Shards(Alone):
         self.reshards = options.get("reshard_after_forward", True)
         self.averaged, whole = divided(model, options.get("adapter_placement", "replicate"))
         self.nothing = torch.empty((), device="meta")
-        self.last: Tensor | None = None  # the message of the forward's last gather, which the next one gives back
-        self.reduced: list[Tensor] = []  # the messages of gradients that are under way
-        self.order: list[_Group] = []  # in which the groups' forwards ended
+        self.last: Tensor | None = None  # message of the forward's last gather, freed by the next one
+        self.reduced: list[Tensor] = []  # messages of gradients in flight
+        self.order: list[_Group] = []  # order in which the groups' forwards ended
         taken: set[nn.Parameter] = set(whole)
         self.groups = []
         for module in (*blocks(model), model):
@@ -103,13 +107,13 @@ class Shards(Alone):
             group.hook()
 
     def message(self, size: int) -> Tensor:
-        """Memory of so many bytes for what goes between ranks."""
+        """Return a tensor of so many bytes for a message between ranks."""
         made = self.nothing.new_empty(-(-size // 2), dtype=torch.bfloat16)
         self.following.see(made, MESSAGES)
         return made
 
     def sent(self, name: str, size: int) -> None:
-        """A message goes between ranks: gloo, which does so on a CPU, has a copy of it meanwhile; NCCL has none."""
+        """Record a message between ranks. Gloo, on CPUs, holds a copy of it meanwhile; NCCL does not."""
         copy = None if self.on_card else self.message(size)
         self.following.pass_by(name, size)
         del copy
@@ -130,7 +134,7 @@ class Shards(Alone):
 
 
 class _Group:
-    """Parameters that are gathered together: a block's, or what is in none."""
+    """Parameters that are gathered together: those of a block, or those outside of all blocks."""
 
     def __init__(self, run: Shards, module: nn.Module, parameters: list[nn.Parameter]) -> None:
         self.run, self.module, self.parameters = run, module, parameters
@@ -140,7 +144,7 @@ class _Group:
         self.is_whole = self.is_in_backward = False
 
     def hook(self) -> None:
-        """Let the module gather and give back."""
+        """Make the module gather its weights and free them."""
         self.module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         self.module.register_forward_hook(self._after_forward, always_call=False)
 
@@ -207,7 +211,7 @@ class _Group:
                 order[at - 1].gather()
 
     def after_backward(self) -> None:
-        """The block's gradients are there: its weights go, and of the gradients this rank's part stays."""
+        """Free the block's weights when its gradients are complete, and keep this rank's part of the gradients."""
         self.is_in_backward = False
         trained = [p for p in self.parameters if p.grad is not None]
         if not trained:
@@ -233,7 +237,7 @@ class _Group:
 
 
 class _AfterBackward(torch.autograd.Function):
-    """Tensors as they are; when their gradients are there, a group's backward has ended."""
+    """Identity that tells a group when its backward has ended."""
 
     @staticmethod
     def forward(ctx: Any, group: _Group, *tensors: Tensor) -> Any:
@@ -247,7 +251,7 @@ class _AfterBackward(torch.autograd.Function):
 
 
 def _shard(p: nn.Parameter, ranks: int) -> nn.Parameter:
-    """The first rank's part of the first dimension, which no other's is larger than."""
+    """Return the first rank's part of the first dimension, which is the largest of all ranks."""
     rows = -(-p.shape[0] // ranks) if p.dim() else 1
     return nn.Parameter(p.detach().new_empty((rows, *p.shape[1:]), device="meta"), p.requires_grad)
 
@@ -257,7 +261,7 @@ def _in_backward() -> bool:
 
 
 def processes_of(model: nn.Module, step: Step, *, on_card: bool) -> Alone:
-    """What a step's processes make of the model."""
+    """Return the model as one of the step's processes holds it."""
     if step.is_sharded:
         return Shards(model, step, on_card)
     if step.ranks > 1:

@@ -1,13 +1,13 @@
-"""How fast this machine does what a step consists of: measured once, in seconds, and kept in a file.
+"""Rates of this machine for the operators of a step, measured once in a few seconds and kept in a file.
 
     an operator   max(operations / rate of such products, elements x seconds of one, bytes / bandwidth) + a call
-    a step        the sum of its operators, and a page fault for each page that its process gets anew
+    a step        the sum over its operators, and a page fault for each page that the system maps again
 
-A rate of products depends on the type, on how the matrices lie (a CPU without bf16 instructions multiplies x Wᵀ ten
-times as fast as dy W) and on the narrowest dimension: those of adapters are thin. peftcore's operators may multiply a
-dense weight faster than PyTorch does. Of a weight in 4 bits each value is unpacked, too. Operators that compute more
-than they move (`_elements`) have seconds of their own for an element; all others take what an addition takes. What is
-small is read from the caches: so the bandwidth is one by size.
+The rate of a product depends on the dtype, the layout (a CPU without bf16 instructions multiplies x Wᵀ ten times as
+fast as dy W) and the narrowest dimension, which is small for adapters. peftcore's operators may multiply a dense weight
+faster than PyTorch. Each value of a 4-bit weight is also unpacked. Operators that compute more than they move
+(`_elements`) have their own time per element; all others take that of an addition. Small tensors are read from caches,
+so the bandwidth depends on the size.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ _LAYOUTS = (PLAIN, TRANSPOSED, OUTER)
 _NARROW = (1, 8, 32, 128, 512)
 _SIZES = (1 << 18, 1 << 21, 1 << 24, 1 << 27)  # bytes
 _ROWS, _INNER = 512, 1024
-_OTHERS = "aten::add"  # what an operator without a rate of its own takes
+_OTHERS = "aten::add"  # for operators without a rate of their own
 
 
 class Rates(NamedTuple):
-    """Of this machine, with so many threads as PyTorch had.
+    """Rates of this machine with PyTorch's number of threads.
 
     Args:
-        products: (narrowest dimension, operations a second) by type and layout.
-        dense: operations a second of (x Wᵀ, dy W) of peftcore's operators over a dense weight, by type.
-        attention: operations a second of (forward, backward) by type.
-        packed: (seconds for a value of a weight in 4 bits, operations a second) by type.
-        elements: seconds for an element, by type and operator.
-        bandwidth: (bytes that are moved, bytes a second).
-        fresh: seconds for a byte of memory that a process gets anew.
-        calls: seconds that an operator costs beside its work, by phase and whose it is.
+        products: (narrowest dimension, operations per second) by dtype and layout.
+        dense: Operations per second of (x Wᵀ, dy W) in peftcore's operators over a dense weight, by dtype.
+        attention: Operations per second of (forward, backward) by dtype.
+        packed: (seconds per value of a 4-bit weight, operations per second) by dtype.
+        elements: Seconds per element, by dtype and operator.
+        bandwidth: (bytes moved, bytes per second).
+        fresh: Seconds per byte of memory that the system maps again.
+        calls: Seconds of a call besides its work: PyTorch's in forward and backward, and peftcore's.
     """
 
     products: dict[str, dict[str, tuple[tuple[int, float], ...]]]
@@ -63,7 +63,7 @@ class Rates(NamedTuple):
     calls: dict[str, float]
 
     def seconds(self, operation: Operation) -> float:
-        """Of one operator."""
+        """Return the seconds of one operation."""
         cost, kind = operation.cost, HALF if operation.halves else SINGLE
         backward = operation.phase.startswith("backward") and not operation.recomputed
         mine = operation.name.startswith("peftcore::")
@@ -94,10 +94,10 @@ class Rates(NamedTuple):
 
 
 def read(found: Mapping[str, Any]) -> Rates:
-    """What JSON keeps of them.
+    """Return the rates that an entry of the file describes.
 
     Raises:
-        KeyError, TypeError, ValueError: it is of another kind.
+        KeyError, TypeError, ValueError: The entry has another format.
     """
     made = Rates(**found)
     by_type: tuple[Mapping[str, Any], ...] = (made.products, made.dense, made.attention, made.packed, made.elements)
@@ -122,7 +122,7 @@ def read(found: Mapping[str, Any]) -> Rates:
 
 
 def _between(table: Sequence[tuple[int, float]], at: int) -> float:
-    """The rate at `at`, between two entries by their logarithms; beyond the last that of the last."""
+    """Return the rate at `at`, interpolated in logarithms; outside of the table, that of its nearest entry."""
     place = bisect_left(table, (at,))
     if place in (0, len(table)):
         return table[min(place, len(table) - 1)][1]
@@ -132,7 +132,7 @@ def _between(table: Sequence[tuple[int, float]], at: int) -> float:
 
 
 def fastest(call: Callable[[], object], seconds: float = 0.03) -> float:
-    """The least of several runs: of three at least, but for calls that take far longer than `seconds`."""
+    """Return the shortest time of at least three runs, or of fewer if a call takes far longer than `seconds`."""
     end = time.perf_counter() + seconds
     call()
     end, last = time.perf_counter() + seconds, end + 3 * seconds
@@ -147,7 +147,7 @@ def fastest(call: Callable[[], object], seconds: float = 0.03) -> float:
 
 
 def measure() -> Rates:
-    """All of them, in a few seconds."""
+    """Measure all rates, in a few seconds."""
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         with torch.no_grad():
@@ -165,7 +165,7 @@ def measure() -> Rates:
 
 
 def _product(narrow: int, layout: str, dtype: torch.dtype) -> float:
-    """Operations a second where the inner dimension, or the columns, are so few: the mean of their seconds."""
+    """Return operations per second, averaged over a narrow inner dimension and narrow columns."""
     taken = 0.0
     for inner, columns in ((narrow, _INNER), (_INNER, narrow)):
         x = torch.ones((inner, _ROWS) if layout == OUTER else (_ROWS, inner), dtype=dtype)
@@ -176,13 +176,13 @@ def _product(narrow: int, layout: str, dtype: torch.dtype) -> float:
 
 
 def _dense(dtype: torch.dtype) -> tuple[float, float]:
-    """Operations a second of x Wᵀ and of dy W, by peftcore's operators over a dense weight."""
+    """Return operations per second of x Wᵀ and dy W in peftcore's operators over a dense weight."""
     forward, backward = (2 * _ROWS * _INNER**2 / fastest(call) for call in over_dense(_ROWS, _INNER, dtype))
     return forward, backward
 
 
 def _packed(dtype: torch.dtype) -> tuple[float, float]:
-    """By few and by many rows, forward and backward: what a value costs, and what a product."""
+    """Return the seconds per value and the operations per second, from products with few and with many rows."""
     from peftcore.ops import quantize_4bit
 
     weight, packing = quantize_4bit(torch.randn(_INNER, _INNER)).operands()
@@ -262,7 +262,7 @@ def _bandwidth(size: int) -> float:
 
 
 def _fresh() -> float:
-    """Of memory that is larger than what malloc keeps, the first touch of each page beside the second."""
+    """Return the seconds per byte of the first write to a page beyond those of the second, in a large tensor."""
     size = 64 << 20
     known = torch.ones(size // 4)
     return max(0.0, fastest(lambda: torch.ones(size // 4)) - fastest(lambda: known.fill_(1.0))) / size
@@ -270,7 +270,7 @@ def _fresh() -> float:
 
 class _Counted(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -288,7 +288,7 @@ class _Block(nn.Module):
 
 
 def _calls() -> dict[str, float]:
-    """By a stack of tiny layers, whose work is nothing."""
+    """Return the seconds of a call, from a stack of layers too small to take time for work."""
     from peftcore.ops import linear_4bit, quantize_4bit
 
     with torch.enable_grad():

@@ -1,8 +1,8 @@
-"""The ways of training that are searched: their memory and time by batch, from models of few layers.
+"""Lines of memory and time by batch for each way of training, from models of few layers.
 
-    memory and time of a step = a + b · batch, each of them u + v · layers, from four steps of models of 2 and 3 layers
+    memory and time of a step = a + b · batch, each u + v · layers, from four steps of models of 2 and 3 layers
 
-A way that is answered is followed whole, at its own batch and all layers; what that finds corrects its line.
+A way that is returned is followed with its own batch and all layers, which corrects its line.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from peftcore.observation.language_config import text_config
 
 PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
 LARGEST_BATCH = 64
-ALIKE = 0.05  # what differs by less in memory and in time is no choice
+ALIKE = 0.05  # ways that differ by less in memory and time count as equal
 _DEPTHS = (2, 3)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is chosen beside the batch."""
+    """Way of training without its batch size."""
 
     method: str
     fields: tuple[tuple[str, Any], ...]
@@ -41,7 +41,7 @@ class Choice:
 
 @dataclass
 class Line:
-    """Bytes and seconds of a choice by batch, how many parameters it trains, and whether its base is in 4 bits."""
+    """Bytes and seconds of a choice by batch, its number of trained parameters, and whether its base is in 4 bits."""
 
     at_one: tuple[float, float]
     more: tuple[float, float]
@@ -50,14 +50,14 @@ class Line:
     correction: tuple[float, float] = (1.0, 1.0)
 
     def at(self, batch: int) -> tuple[float, float]:
-        """(bytes, seconds) of a step of such batches."""
+        """Return (bytes, seconds) of a step with this batch size."""
         memory, seconds = (
             c * (a + (batch - 1) * b) for a, b, c in zip(self.at_one, self.more, self.correction, strict=True)
         )
         return memory, seconds
 
     def correct(self, batch: int, found: Estimate) -> None:
-        """Let the line go through what was found at this batch."""
+        """Scale the line to what was found at this batch size."""
         memory, seconds = self.at(batch)
         by_memory, by_time = self.correction
         self.correction = by_memory * found.needed / memory, by_time * (found.seconds or 0.0) / (seconds or 1.0)
@@ -65,7 +65,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Sized:
-    """A choice with a batch, and what a step of it takes; `found` where it was followed whole."""
+    """Choice with a batch size, and its memory and time; `found` once it was followed with all layers."""
 
     choice: Choice
     batch: int
@@ -77,13 +77,13 @@ class Sized:
 
     @property
     def of_an_example(self) -> float:
-        """Seconds."""
+        """Seconds per example."""
         return self.seconds / self.batch
 
 
 @dataclass
 class Search:
-    """Follows steps of one model on one device, and none of them twice. `step`: what is not searched of them."""
+    """Cache of followed steps of one model on one device. `step`: the fields that are not searched."""
 
     config: Any
     device: Device
@@ -93,36 +93,36 @@ class Search:
     _known: dict[Any, Estimate] = field(default_factory=dict)
 
     def whole(self, choice: Choice, batch: int, length: int | None = None) -> Estimate:
-        """All layers followed."""
+        """Follow a step with all layers."""
         return self._estimate(choice, batch, None, length or self.step.length)
 
     def needs(self, choice: Choice, batch: int) -> float:
-        """Bytes: as found where it was followed whole, else by the choice's line."""
+        """Return the bytes that were found with all layers, or else those of the choice's line."""
         known = self._known.get((choice, batch, None, self.step.length))
         return self.line(choice).at(batch)[0] if known is None else known.needed
 
     def line(self, choice: Choice) -> Line:
-        """Of few layers, or where they cannot be counted, or are few, of all."""
+        """Return the line of a choice, from few layers; from all where they are few or cannot be counted."""
         if choice not in self.lines:
             one, two = ((self._bytes(choice, batch), self._seconds(choice, batch)) for batch in (1, 2))
             self.lines[choice] = Line(one, (two[0] - one[0], two[1] - one[1]), *self._base(choice))
         return self.lines[choice]
 
     def contenders(self, choices: Sequence[Choice]) -> dict[Choice, tuple[str, ...]]:
-        """Their `front` with one example at a time, and the names of those that are alike to each."""
+        """Return the `front` of the choices with one example at a time, and the methods equal to each."""
         found = []
         for choice in choices:
             try:
                 found.append(Sized(choice, 1, self._bytes(choice, 1), self._seconds(choice, 1), *self._base(choice)))
             except PeftcoreError:
-                continue  # it does not apply to this model, or needs more than a rank
+                continue  # it does not apply to this model, or needs other fields
         return {
             best.choice: tuple(e.choice.method for e in found if e is not best and is_alike(e, best))
             for best in front(found)
         }
 
     def _base(self, choice: Choice) -> tuple[float, bool]:
-        """(parameters that are trained, is the base in 4 bits?)."""
+        """Return the number of trained parameters, and whether the base is in 4 bits."""
         trained = self._extrapolated(choice, 1, lambda each: each.summary.trainable_parameters)
         return trained, bool(self._extrapolated(choice, 1, lambda each: each.summary.packed_parameters))
 
@@ -160,13 +160,13 @@ class Search:
 
 
 def layers_of(config: Any) -> int | None:
-    """How many layers a model of this config has; None: it does not say."""
+    """Return the number of layers of a model with this config, or None if it does not say."""
     found = getattr(text_config(config), "num_hidden_layers", None)
     return found if isinstance(found, int) else None
 
 
 def shallow(config: Any, depth: int) -> Any:
-    """The config with so many layers."""
+    """Return the config with so many layers."""
     small = copy.deepcopy(config)
     text = text_config(small)
     layers = text.num_hidden_layers
@@ -178,10 +178,10 @@ def shallow(config: Any, depth: int) -> Any:
 
 
 def front(sized: Sequence[Sized]) -> list[Sized]:
-    """Those of which no other needs less memory and takes less time an example, the fastest first.
+    """Return the Pareto front of memory and time per example, the fastest first.
 
-    Of those that are alike in both the one that trains the most parameters. A base in 4 bits is not what it was, and so
-    beats no dense one.
+    Of equal ways the one that trains the most parameters is kept. A way with a base in 4 bits, which is less exact,
+    does not replace one with a dense base.
     """
     found: list[Sized] = []
     for each in sorted(sized, key=lambda each: (each.of_an_example, each.memory)):
@@ -198,7 +198,7 @@ def front(sized: Sequence[Sized]) -> list[Sized]:
 
 
 def is_alike(one: Sized, other: Sized) -> bool:
-    """Are they one as good as the other in memory and time?"""
+    """Return whether both are equal in memory and time."""
     return all(
         abs(a - b) <= ALIKE * max(a, b)
         for a, b in ((one.memory, other.memory), (one.of_an_example, other.of_an_example))

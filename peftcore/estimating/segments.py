@@ -1,14 +1,14 @@
-"""What PyTorch's allocator has of a CUDA card for a step's tensors: its segments, simulated.
+"""Memory that PyTorch's caching allocator reserves on a CUDA card for a step, by its documented rules.
 
     a block       multiples of 512 bytes
     up to 1 MiB   of segments of 2 MiB
     below 10 MiB  of segments of 20 MiB
     from there    a segment of its own, in multiples of 2 MiB
 
-A request takes the smallest free block of its kind that is large enough; what remains of it becomes a block where it is
-512 bytes or more (small ones) or more than 1 MiB (large ones). Free neighbours of a segment are joined, and segments
-stay. Where no more is to be had, those that are free as a whole are given back first (c10/cuda/CUDACachingAllocator.cpp
-and PyTorch's notes on CUDA's memory, with none of the options of PYTORCH_CUDA_ALLOC_CONF; one stream).
+A request takes the smallest free block of its kind that is large enough. The remainder becomes a block if it has at
+least 512 bytes (small blocks) or more than 1 MiB (large blocks). Free neighbours in a segment are merged, and segments
+stay. When the card is full, entirely free segments are returned first (c10/cuda/CUDACachingAllocator.cpp and PyTorch's
+notes on CUDA memory; default PYTORCH_CUDA_ALLOC_CONF, one stream).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _OF_SMALL, _OF_LARGE, _MULTIPLE = 2 * MIB, 20 * MIB, 2 * MIB
 
 
 class NoMemory(Exception):
-    """A request that the card cannot fill."""
+    """Request for more memory than the card has."""
 
 
 @dataclass(eq=False)
 class Block:
-    """A piece of a segment, with its neighbours in it."""
+    """Part of a segment, with its neighbours."""
 
     segment: int
     start: int
@@ -41,25 +41,25 @@ class Block:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """By which free blocks are sorted."""
+        """Sort key of free blocks."""
         return self.size, self.segment, self.start
 
 
 class Segments:
-    """The allocator of one card. `limit`: bytes that the card has; None: any number."""
+    """Allocator of one card. `limit`: bytes of the card; None: unlimited."""
 
     def __init__(self, limit: float | None = None) -> None:
         self.limit = limit
         self.reserved = self.allocated = 0
         self._count = 0
-        self._places: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}  # of free blocks, sorted
+        self._places: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}  # free blocks, sorted
         self._free: dict[tuple[int, int, int], Block] = {}
 
     def allocate(self, count: int) -> Block:
-        """A block for so many bytes.
+        """Return a block of so many bytes.
 
         Raises:
-            NoMemory: the limit is reached, with all that is free given back.
+            NoMemory: The limit is reached although all free segments were returned.
         """
         size = max(_BLOCK, -(-count // _BLOCK) * _BLOCK)
         small = size <= _SMALL
@@ -77,7 +77,7 @@ class Segments:
         return block
 
     def free(self, block: Block) -> None:
-        """Give a block back."""
+        """Free a block."""
         self.allocated -= block.size
         if (behind := block.behind) is not None and behind.place in self._free:
             self._taken(behind)
@@ -119,10 +119,10 @@ class Segments:
 
 
 def peak_reserved(storages: Sequence[Storage], operations: Sequence[Operation], limit: float | None = None) -> int:
-    """The most bytes that the allocator has of the card in two such steps.
+    """Return the most bytes that the allocator reserves in two such steps.
 
     Raises:
-        NoMemory: more than `limit` would be needed.
+        NoMemory: More than `limit` is needed.
     """
     card = Segments(limit)
     born, died, stay = births_and_deaths(storages)

@@ -1,4 +1,4 @@
-"""Stand-ins: a model of the same parts whose tensors have shapes and no values, from a model, a config or a folder."""
+"""Stand-ins: copies of a model on the meta device, built from a model, a config or a folder."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from peftcore.quantization.convert import convert_dense
 
 
 def stand_in(model: Any, dtype: torch.dtype | None) -> nn.Module:
-    """A model on the meta device, without adapters, in training mode.
+    """Return a copy of the model on the meta device, without adapters, in training mode.
 
     Args:
-        model: a module, a config of transformers, a folder with a `config.json`, or a hub id.
-        dtype: of its floating parameters; None: those of the module, or what the config says, else fp32.
+        model: A module, a transformers config, a folder with a `config.json`, or a hub id.
+        dtype: Dtype of the floating-point parameters; None: the module's, or the config's, else fp32.
 
     Raises:
-        PeftcoreError: it is none of these, or no model can be built of it on the meta device.
+        PeftcoreError: `model` is of another type, or cannot be built on the meta device.
     """
     if isinstance(model, nn.Module):
         copied = _copy(model)
@@ -37,7 +37,7 @@ def stand_in(model: Any, dtype: torch.dtype | None) -> nn.Module:
         model = _config(str(model))
     if not hasattr(model, "to_dict") or not hasattr(model, "model_type"):
         raise PeftcoreError(
-            f"estimate takes a model, a config of transformers, a folder or a hub id, found {type(model).__name__}"
+            f"estimate takes a model, a transformers config, a folder or a hub id, found {type(model).__name__}"
         )
     return _built(model, dtype or getattr(model, "dtype", None) or torch.float32).train()
 
@@ -46,7 +46,7 @@ def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
     """Apply the adapters of `model` to `made`, its stand-in, and return the names of the active ones.
 
     Raises:
-        PeftcoreError: they are merged, or each sample of a batch has its own.
+        PeftcoreError: Adapters are merged, or each sample of a batch has its own.
     """
     state = state_of(model) if isinstance(model, nn.Module) else None
     if state is None:
@@ -69,22 +69,22 @@ def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
 
 
 def config_of(model: Any) -> Any:
-    """The config of a model, of a folder or hub id, or the config itself.
+    """Return the config of a model, a folder or a hub id; a config is returned as it is.
 
     Raises:
-        PeftcoreError: there is none.
+        PeftcoreError: There is no config.
     """
     found = _config(str(model)) if isinstance(model, (str, Path)) else getattr(model, "config", model)
     if not hasattr(found, "to_dict") or not hasattr(found, "model_type"):
-        raise PeftcoreError(f"a config of transformers is needed, found {type(found).__name__}")
+        raise PeftcoreError(f"expected a transformers config or a model that has one, found {type(found).__name__}")
     return found
 
 
 def _refuse_packed(config: Any) -> None:
-    """Raise where weights are stored in a form of which a model built from the config knows nothing."""
-    told = getattr(config, "quantization_config", None)
-    if told is not None:
-        kind = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
+    """Raise NotFollowed if the config describes quantized weights, which a model built from it would not have."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        kind = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
         raise _not_followed(getattr(kind, "value", kind) or "see quantization_config")
 
 
@@ -97,7 +97,7 @@ def _not_followed(kind: str) -> NotFollowed:
 
 def _copy(model: nn.Module) -> nn.Module:
     if next(quantized_experts(model), None) is not None:
-        raise PeftcoreError("the model's experts are in 4 bits already. Estimate from its config, with quantize=")
+        raise PeftcoreError("the model's experts are already in 4 bits. Estimate from its config, with quantize='nf4'")
     packed = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.is_quantized}
     if not packed:
         _refuse_packed(getattr(model, "config", None))
@@ -117,23 +117,23 @@ def _config(where: str) -> Any:
     try:
         from transformers import AutoConfig
     except ImportError as error:
-        raise PeftcoreError("a folder or a hub id is read with transformers: pip install transformers") from error
-    if Path(where).is_absolute() and not Path(where).is_dir():  # which the hub would call a bad name of its own
-        raise PeftcoreError(f"there is no folder '{where}': give one with a config.json, or a hub id")
+        raise PeftcoreError("reading a folder or a hub id needs transformers. Try: pip install transformers") from error
+    if Path(where).is_absolute() and not Path(where).is_dir():  # the hub would report it as a malformed repository id
+        raise PeftcoreError(f"there is no folder '{where}'. Give one with a config.json, or a hub id")
     try:
         return AutoConfig.from_pretrained(where)
-    except Exception as error:  # of transformers, or of the class that checks a config's fields
+    except Exception as error:  # from transformers, or from the validation of the config's fields
         known = isinstance(error, (OSError, ValueError, KeyError))
         reason = str(error if known else error.__cause__ or error).strip().partition("\n")[0]
         raise PeftcoreError(f"the configuration of '{where}' cannot be read: {reason}") from error
 
 
 def _built(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The class that the config names, or the one with a head for language; from_config would draw weights."""
+    """Build the class that the config names, or a language model; from_config would initialise weights."""
     import transformers
 
     _refuse_packed(config)
-    config = copy.deepcopy(config)  # which a model writes to
+    config = copy.deepcopy(config)  # building a model changes its config
     named = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)
     kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
     try:

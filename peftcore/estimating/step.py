@@ -1,4 +1,4 @@
-"""How a step of training is run: how much of it at once, in what it computes, by which loss, on how many processes."""
+"""Settings of a training step: batch, precision, loss and processes."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ _OF_SHARD = {"adapter_placement": ("replicate", "shard"), "reshard_after_forward
 
 @dataclass(frozen=True)
 class Step:
-    """How a step of training is run, by the words of `peftcore train`, of Trainer's arguments and of `peftcore.shard`.
+    """Settings of a training step, named as in `peftcore train`, Trainer's arguments and `peftcore.shard`.
 
     Args:
-        batch_size, length: examples at once in each process, and their tokens; for `dpo` pairs, and the tokens of a
-            prompt with an answer.
-        optimizer: by the name that `peftcore train --optim` takes.
-        gradient_accumulation: batches that make one step.
-        gradient_checkpointing: True; `"reentrant"` for PyTorch's older kind; or what Trainer takes as its
-            `gradient_checkpointing_kwargs`: `use_reentrant`, `every_n_layers`, and `context_fn` for a selection of
-            operators whose outputs are kept (`torch.utils.checkpoint.create_selective_checkpoint_contexts`).
-        mixed_precision: `bf16` or `fp16`: products in 16 bits beside a base in its own dtype, by PyTorch's autocast, as
-            Trainer's `bf16=True` does. None: all in the base's dtype.
-        loss: `sft`, `dpo` or `kto`: of TRL's trainer, with the passes of its reference. None: the model's own, as
-            Trainer's.
-        ranks: processes of the run, one of which is estimated.
-        shard: False: each has a whole copy (DDP). True: the base lies in shards (FSDP2), as `peftcore.shard` puts it;
-            or arguments of that, `adapters` and `reshard_after_forward`.
-        per_sample: adapters of which each sample of a batch has one, in turn (`activate(..., per_sample=True)`); 0: one
+        batch_size: Examples per batch in each process; for `dpo`, pairs.
+        length: Tokens per example; for `dpo`, tokens of a prompt with one answer.
+        optimizer: Name, as in `peftcore train --optim`.
+        gradient_accumulation: Batches per step.
+        gradient_checkpointing: True; `"reentrant"` for PyTorch's older kind; or Trainer's
+            `gradient_checkpointing_kwargs`: `use_reentrant`, `every_n_layers`, and `context_fn` to keep the outputs of
+            some operators (`torch.utils.checkpoint.create_selective_checkpoint_contexts`).
+        mixed_precision: `bf16` or `fp16` for autocast, as with Trainer's `bf16=True`; None: everything in the base's
+            dtype.
+        loss: `sft`, `dpo` or `kto` for TRL's trainers, with the passes of the reference; None: the model's own loss.
+        ranks: Processes of the run, one of which is estimated.
+        shard: False: each process has a whole copy (DDP). True: the base is sharded (FSDP2) as by `peftcore.shard`. A
+            dict: arguments of `peftcore.shard`, `adapter_placement` and `reshard_after_forward`.
+        per_sample: Number of adapters among the samples of a batch (`activate(..., per_sample=True)`); 0: one adapter
             for all.
 
     Raises:
-        PeftcoreError: a value is none of these.
+        PeftcoreError: A value is invalid.
     """
 
     batch_size: int = 8
@@ -61,13 +60,13 @@ class Step:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise PeftcoreError(
-                    f"{name} is None or one of {', '.join(known)}, found {value!r}{nearest(str(value), known)}"
+                    f"{name} must be None or one of {', '.join(known)}, found {value!r}{nearest(str(value), known)}"
                 )
         kind = self.gradient_checkpointing
         if not isinstance(kind, (bool, Mapping)) and kind not in CHECKPOINTING:
             raise PeftcoreError(
-                "gradient_checkpointing is True, False, 'reentrant', 'non-reentrant' or a dict of what Trainer takes "
-                f"as gradient_checkpointing_kwargs, found {kind!r}"
+                "gradient_checkpointing must be True, False, 'reentrant', 'non-reentrant' or a dict as in Trainer's "
+                f"gradient_checkpointing_kwargs, found {kind!r}"
             )
         self._check_shard()
 
@@ -76,19 +75,19 @@ class Step:
             return
         if not isinstance(self.shard, Mapping):
             raise PeftcoreError(
-                f"shard is True (FSDP2), False (DDP), or a dict of arguments of peftcore.shard, found {self.shard!r}"
+                f"shard must be True (FSDP2), False (DDP) or arguments of peftcore.shard, found {self.shard!r}"
             )
         for name, value in self.shard.items():
             if name not in _OF_SHARD:
                 raise PeftcoreError(
-                    f"shard: '{name}' is not followed. Estimated are: {', '.join(_OF_SHARD)}{nearest(name, _OF_SHARD)}"
+                    f"shard: '{name}' is not followed{nearest(name, _OF_SHARD)}. Use only: {', '.join(_OF_SHARD)}"
                 )
             if value not in _OF_SHARD[name]:
-                raise PeftcoreError(f"shard: {name} is one of {_OF_SHARD[name]}, found {value!r}")
+                raise PeftcoreError(f"shard: {name} must be one of {_OF_SHARD[name]}, found {value!r}")
 
     @property
     def is_sharded(self) -> bool:
-        """Do parameters lie in shards?"""
+        """Whether parameters are sharded."""
         return self.shard is not False
 
     def __str__(self) -> str:

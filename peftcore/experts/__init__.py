@@ -1,4 +1,4 @@
-"""Mixtures of experts whose weights are parameters `[experts, out, in]`: what is known of them, and their forward."""
+"""Mixtures of experts whose weights are parameters `[experts, out, in]`: their layout and their forward."""
 
 from peftcore.experts.each import EachExpert
 from peftcore.experts.expert_linear import PackedExpert, expert_linear, expert_path, split_expert_path

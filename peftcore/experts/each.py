@@ -23,11 +23,11 @@ Around = Callable[[nn.Linear, Sequence[Any], int], Callable[[Tensor], Tensor]]  
 
 
 class EachExpert(Adapter):
-    """What a method changes of one stacked weight: an adapter for each expert.
+    """Adapter of one stacked weight, with an adapter for each expert.
 
     Args:
-        adapters: as of linear layers, `adapter(base, x)`.
-        behind: they stand behind the layers, `adapter(y)`.
+        adapters: adapters of linear layers, `adapter(base, x)`.
+        behind: the adapters take the layers' outputs, `adapter(y)`.
         transposed: the weight is `[experts, in, out]`.
     """
 
@@ -39,7 +39,7 @@ class EachExpert(Adapter):
 
     @property
     def multiplier(self) -> float | None:
-        """The factor of all adapters inside, each of which is set by itself; None where they have none."""
+        """The factor of all adapters inside, each of which is set separately; None if they have none."""
         first = self.of_expert(0)
         return first.multiplier if isinstance(first, Adapter) else None
 
@@ -48,14 +48,14 @@ class EachExpert(Adapter):
         pass
 
     def of_expert(self, expert: int) -> Any:
-        """The adapter of one."""
+        """Return the adapter of one expert."""
         return self._modules[str(expert)]
 
     def is_mergeable(self) -> bool:
         return all(implements(adapter, Adapter.merged) for adapter in self._modules.values())
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) of all experts with their adapters in them, fp32; bias `[experts, out]` or None."""
+        """Return the merged (weight, bias) of all experts in fp32; bias is `[experts, out]` or None."""
         weights, biases = [], []
         for expert in range(len(weight)):
             own = weight[expert].float()
@@ -63,26 +63,26 @@ class EachExpert(Adapter):
             changed, its_bias = self.of_expert(expert).merged((own.mT if self.transposed else own).clone(), given)
             if bias is None and its_bias is not None:
                 raise PeftcoreError(
-                    f"'merged' of {type(self.of_expert(expert)).__name__} gives experts a bias, and they have none "
-                    "that could take it. Nothing was changed. Keep the adapters beside the base, or off the experts"
+                    f"'merged' of {type(self.of_expert(expert)).__name__} gives experts a bias, but the module has no "
+                    "biases. Nothing was changed. Keep the adapter unmerged, or do not adapt the experts"
                 )
             weights.append(changed.mT if self.transposed else changed)
             biases.append(its_bias)
         return torch.stack(weights), None if bias is None else torch.stack(biases)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Of a forward that reads the weight of all experts with its changes, which is refused."""
+        """Raise a PeftcoreError: a forward that reads all changed weights at once is not supported."""
         raise PeftcoreError(
-            f"{type(self.of_expert(0)).__name__} acts on experts one by one, for which transformers' experts interface "
-            "must run them. Here another forward does, or another adapter changes the weights as a whole. Leave "
-            "_experts_implementation as it was, or that adapter out"
+            f"{type(self.of_expert(0)).__name__} acts on experts one by one, which needs transformers' experts "
+            "interface. Here another forward runs them, or another adapter changes the weights as a whole. Restore "
+            "_experts_implementation, or leave that adapter out"
         )
 
 
 def product_by_expert(
     module: nn.Module, x: Tensor, offsets: Tensor, name: str, changes: Sequence[Any], around: Around
 ) -> Tensor:
-    """The product of a module's weight `name`, for rows sorted by expert, with whatever changes each expert's.
+    """Return the product of a module's weight `name` for rows sorted by expert, with the changes of each expert.
 
     Args:
         offsets: int32 `[experts]`, where the rows of each end. On the meta device all rows are the first one's.
@@ -111,7 +111,7 @@ def product_by_expert(
 
 
 class _Idle(torch.autograd.Function):
-    """y; parameters of experts that had no rows get zeros, since all that trains has gradients on every rank."""
+    """y, with zero gradients for experts that had no rows, since every rank needs gradients for all that trains."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *idle: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One expert as a linear layer, whose weight is its part of the stacked one, where it lies: dense, or in 4 bits."""
+"""One expert as a linear layer whose weight is a view of the stacked one, dense or in 4 bits."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _PATH = re.compile(r"(.+)\.(\d+)\.(\w+)")
 
 
 def operand(module: nn.Module, name: str) -> Tensor | ops.PackedWeight:
-    """A weight as operators take it: the parameter, or the packed one that a quantized module keeps under its name."""
+    """Return a weight as operators take it: the parameter, or the packed weight of a quantized module."""
     packed = getattr(module, "packed_parameter", None)
     found = packed(name) if packed is not None else None
     return getattr(module, name) if found is None else found
 
 
 def expert_path(path: str, name: str, expert: int) -> str:
-    """The path of an expert's layer, as of a list of experts: `experts.3.down_proj` of `experts`."""
+    """Return the path of an expert's layer, as in a list of experts: `experts.3.down_proj` of `experts`."""
     return f"{path}.{expert}.{name}"
 
 
 def split_expert_path(model: nn.Module, path: str) -> tuple[str, str, int] | None:
-    """(path of the module of experts, name of the weight, which expert) of an `expert_path`; None of any other."""
+    """Return (path of the module of experts, name of the weight, expert) of an `expert_path`; None for other paths."""
     match = _PATH.fullmatch(path)
     if match is None:
         return None
@@ -41,7 +41,7 @@ def split_expert_path(model: nn.Module, path: str) -> tuple[str, str, int] | Non
 
 
 def expert_linear(module: nn.Module, name: str, expert: int) -> nn.Linear:
-    """The layer of one expert of a module that has an `experts_layout`; it is made anew at each call.
+    """Return the layer of one expert of a module that has an `experts_layout`; each call makes a new one.
 
     Args:
         name: of the weight, one of the layout's `names`.
@@ -58,7 +58,7 @@ def expert_linear(module: nn.Module, name: str, expert: int) -> nn.Linear:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """An `nn.Linear` of these tensors, which need be no parameters."""
+    """Return an `nn.Linear` with these tensors, which need not be parameters."""
     layer = object.__new__(nn.Linear)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
@@ -68,7 +68,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 class PackedExpert(nn.Linear):
-    """An expert in 4 bits. `weight` is dense, made at each look; products take it as it lies.
+    """An expert in 4 bits. `weight` is dense and computed on each access; products use the packed weight.
 
     Args:
         packed: `[1, out, in]`; `transposed`: `[1, in, out]`.
@@ -84,7 +84,7 @@ class PackedExpert(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # of nn.Linear an attribute
-        """`[out, in]`, fp32, or what was put in its place."""
+        """Dense weight `[out, in]` in fp32, or the value that was assigned."""
         given = self._parameters.get("weight")
         if given is not None:
             return given
@@ -101,6 +101,6 @@ class PackedExpert(nn.Linear):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def linear_operands(self, x: Tensor) -> tuple[ops.PackedWeight, Tensor | None] | None:
-        """What an adapter may multiply by itself: see `peftcore.adaptation.adapted.Base`."""
+        """Return the operands that an adapter may multiply itself: see `peftcore.adaptation.adapted.Base`."""
         matrix = self.packed._replace(shape=tuple(self.packed.shape[1:]))
         return None if self.transposed else (matrix, self.bias)

@@ -2,8 +2,8 @@
 
     rows sorted by expert -> x W_upᵀ -> gate -> · W_downᵀ -> times the router's weights -> added up, row by row
 
-Each of the two products is one operator over all experts (`ops.grouped_linear`): dense or in 4 bits, thin changes
-included. Where an adapter changes experts one by one, it is that of one expert after the other.
+Each of the two products is one operator over all experts (`ops.grouped_linear`): dense or in 4 bits, with low-rank
+changes. If an adapter changes experts one by one, the products run one expert after the other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peftcore.ops.routing import combined, gathered, routed
 from peftcore.ops.swiglu import swiglu
 from peftcore.ops.weight import autocast_device
 
-_PLAIN_GATE = "transformers.integrations.moe", "_default_apply_gate"  # act(gate) * up, one behind the other
+_PLAIN_GATE = "transformers.integrations.moe", "_default_apply_gate"  # act(gate) * up, the gate's columns first
 
 
 def adapter_of_expert(change: LowRank | EachExpert, expert: int) -> Any:
@@ -59,14 +59,14 @@ def experts_forward(
     changes: Mapping[str, Sequence[LowRank | EachExpert]] | None = None,
     around: Around = lambda layer, _changes, _expert: layer,
 ) -> Tensor:
-    """What `module` computes, a module that has an `experts_layout`.
+    """Compute the forward of `module`, which has an `experts_layout`.
 
     Args:
         hidden_states: `[tokens, hidden]`.
         top_k_index, top_k_weights: `[tokens, k]`, each token's experts and their shares.
-            An index from the number of experts on is another process's (transformers' expert parallelism).
-        changes: of the parameters, by name. Without them the weights may be in 4 bits all the same.
-        around: puts changes around the layer of one expert, where there are others than thin ones.
+            An index not below the number of experts belongs to another process (transformers' expert parallelism).
+        changes: low-rank changes of the parameters, by name.
+        around: wraps the layer of one expert in its changes, if some are not low-rank products.
 
     Returns:
         `[tokens, hidden]` in the dtype of `hidden_states`.
@@ -108,7 +108,7 @@ def experts_forward(
 
 
 def _gated(module: Any, y: Tensor) -> Tensor:
-    """What stands between the two products."""
+    """Compute the gate between the two products."""
     if not module.has_gate:
         return module.act_fn(y)
     gate = getattr(module._apply_gate, "__func__", None)
@@ -117,7 +117,7 @@ def _gated(module: Any, y: Tensor) -> Tensor:
 
 
 def _is_silu(act: Any) -> bool:
-    """Does a call compute silu, and nothing else: no hook, no forward that someone put on the instance?"""
+    """Return whether a call computes silu only: no hooks and no forward on the instance."""
     kind = type(act)
     if kind is not nn.SiLU and (kind.__module__, kind.__name__) != ("transformers.activations", "SiLUActivation"):
         return False
@@ -129,16 +129,16 @@ def _is_silu(act: Any) -> bool:
     )
     own = ("forward", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     hooks = [hook for name in of_all for hook in vars(nn.modules.module)[name].values()]
-    # Those by which `estimate` follows a step change nothing, and say so.
+    # Hooks by which `estimate` follows a step change nothing, and are marked.
     return not any(vars(act).get(name) for name in own) and all(getattr(hook, "only_looks", False) for hook in hooks)
 
 
 def expert_changes(
     module: nn.Module, changes: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[LowRank | EachExpert]] | None:
-    """What is added to the weights, or done to each expert's, by name; None where a change is neither.
+    """Return low-rank changes of the weights, or changes of each expert, by name; None if a change is neither.
 
-    None, too, where weights get gradients and all changes are thin. Of a module with an `experts_layout`, else None.
+    Also None without an `experts_layout`, or if the weights require gradients and all changes are low-rank.
     """
     layout = experts_layout(module)
     if layout is None:
@@ -163,7 +163,7 @@ def expert_changes(
 
 
 def _together(changes: Sequence[LowRank]) -> list[LowRank]:
-    """Those with one dropout as one, of the sum of their ranks."""
+    """Join low-rank products with the same dropout into one of the summed rank."""
     by_dropout: dict[float, list[LowRank]] = {}
     for each in changes:
         by_dropout.setdefault(each.dropout_p, []).append(each)
@@ -176,10 +176,10 @@ def _together(changes: Sequence[LowRank]) -> list[LowRank]:
 
 
 def _thin(x: Tensor, offsets: Tensor, change: LowRank) -> Tensor:
-    """scale · (dropout(x_i) A_eᵀ) B_eᵀ in fp32, of an adapter with another dropout than the first.
+    """Return scale · (dropout(x_i) A_eᵀ) B_eᵀ in fp32, for an adapter whose dropout differs from that of the first.
 
-    The operator adds a thin product to a base's: here two bases of zeros, as narrow as the factors, beside which one
-    factor is A and then B, and the other the identity. A loop over experts takes four to six times as long.
+    The operator adds a low-rank product to that of a base: here two narrow bases of zeros, with A and then B as one
+    factor and the identity as the other. A loop over experts takes four to six times as long.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     experts, r = change.a.shape[:2]

@@ -1,7 +1,7 @@
-"""What a module of experts says of itself: transformers' experts interface (`use_experts_implementation`).
+"""Layout of a module of experts, from transformers' experts interface (`use_experts_implementation`).
 
-The decorator notes on every instance how its weights lie, and lets `config._experts_implementation` choose a forward:
-so one forward serves every model that uses it (transformers 5, integrations/moe.py).
+The decorator records the layout of the weights on every instance and lets `config._experts_implementation` choose a
+forward, so one forward serves every model that uses it (transformers 5, integrations/moe.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_e
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """How the weights of a module of experts lie.
+    """Layout of the weights of a module of experts.
 
     Args:
         count: of experts.
@@ -40,7 +40,7 @@ class ExpertsLayout:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Of the parameters, in the order in which they are used."""
+        """Names of the parameters in the order of use."""
         return self.up, self.down
 
     def bias_name(self, name: str) -> str | None:
@@ -48,7 +48,7 @@ class ExpertsLayout:
 
 
 def experts_layout(module: nn.Module) -> ExpertsLayout | None:
-    """That of a module that uses the interface; None for any other."""
+    """Return the layout of a module that uses the interface; None for any other module."""
     flags: Any = {flag: getattr(module, flag, None) for flag in FLAGS}
     if not all(isinstance(value, bool) for value in flags.values()) or not hasattr(module, "_is_expert_parallel"):
         return None
@@ -67,12 +67,12 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
 
 
 def has_interface_forward(module: Any, forward: Any) -> bool:
-    """Is `forward`, that of the module's class, the interface's? See `why_not_fused`."""
+    """Return whether `forward` of the module's class is that of the interface. See `why_not_fused`."""
     return why_not_fused(module, forward) is None
 
 
 def why_not_fused(module: Any, forward: Any) -> str | None:
-    """Why `experts_forward` does not stand for `forward`, that of the module's class; None where it does.
+    """Return why `experts_forward` cannot replace `forward` of the module's class; None if it can.
 
     A subclass may have one that computes something else, and what the interface looks up by the config may be one that
     a user has registered.
@@ -86,10 +86,10 @@ def why_not_fused(module: Any, forward: Any) -> str | None:
 
 
 def stacked_weights(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's parameters that are weights of all its experts, dense or packed.
+    """Return the names of a module's parameters that are weights of all its experts, dense or packed.
 
-    Those of transformers' interface, and parameters of three dimensions of which the first is a number of experts that
-    the module bears (Llama 4's `num_experts`).
+    These are those of transformers' interface, and three-dimensional parameters whose first dimension is the module's
+    number of experts (Llama 4's `num_experts`).
     """
     layout = experts_layout(module)
     if layout is not None:
@@ -104,6 +104,6 @@ def stacked_weights(module: nn.Module) -> tuple[str, ...]:
 
 
 def expert_biases(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's parameters that are biases of all its experts, `[experts, out]`."""
+    """Return the names of a module's parameters that are biases of all its experts, `[experts, out]`."""
     layout = experts_layout(module)
     return () if layout is None or not layout.has_bias else tuple(f"{name}_bias" for name in layout.names)

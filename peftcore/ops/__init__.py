@@ -1,4 +1,4 @@
-"""The arithmetic as PyTorch operators (`torch.ops.peftcore.*`), each with a plain-PyTorch reference beside it.
+"""PyTorch operators (`torch.ops.peftcore.*`), each with a plain-PyTorch reference.
 
 A compiled kernel is used where the extension has one for the device; every other device runs the reference.
 """

@@ -1,4 +1,4 @@
-"""Loads peftcore._C, the compiled kernels. Without it every operator runs on its PyTorch reference."""
+"""Loading of peftcore._C, the compiled kernels; without it every operator runs on its PyTorch reference."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def sources_beside(root: Path) -> Path | None:
-    """A checkout's `csrc`; in site-packages there may be another package's."""
+    """Return `csrc` of a checkout; in site-packages it may belong to another package."""
     return root / "csrc" if (root / "setup.py").exists() else None
 
 
 def how_to_build(csrc: Path | None) -> str:
-    """The command that builds it for the PyTorch that is installed, beside a checkout's sources or without them."""
+    """Return the command that builds the extension for the installed PyTorch, with or without a checkout."""
     pip = "pip install --no-build-isolation --no-deps --force-reinstall"
     if csrc is None:
         return f"{pip} --no-binary peftcore peftcore=={peftcore.__version__}, with g++, ninja and pybind11"
@@ -37,7 +37,7 @@ REBUILD = how_to_build(CSRC)
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What the build wrote about itself; empty if there was none or it cannot be read."""
+    """Return the record of the build; empty if there is none or it cannot be read."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -46,7 +46,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def release(version: str) -> str:
-    """Major and minor of a PyTorch version: within one, the C++ interface stays the same."""
+    """Return major and minor of a PyTorch version, within which the C++ interface is stable."""
     match = re.match(r"\d+\.\d+", version)
     return match.group() if match else version
 
@@ -54,9 +54,9 @@ def release(version: str) -> str:
 def why_not(
     record: dict[str, Any], torch_version: str = torch.__version__, csrc: Path | None = CSRC
 ) -> tuple[str, bool]:
-    """Why the recorded build must not be loaded, and whether that is worth a warning; ("", False) if it may be.
+    """Return why the recorded build must not be loaded, and whether to warn; ("", False) if it may be loaded.
 
-    Beside a checkout's sources (`csrc`) the binary must have been built from them.
+    In a checkout with sources (`csrc`) the binary must have been built from them.
     """
     if os.environ.get("PEFTCORE_EXT") == "0":
         return "switched off by PEFTCORE_EXT=0", False
@@ -74,7 +74,7 @@ def why_not(
 
 
 def load(record: dict[str, Any]) -> tuple[ModuleType | None, str]:
-    """The module, or None and the reason."""
+    """Return (module or None, reason)."""
     reason, warn = why_not(record)
     module = None
     if not reason:

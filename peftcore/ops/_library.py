@@ -18,7 +18,7 @@ library = torch.library.Library("peftcore", "DEF")
 
 
 def _tensors_there(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function behind a check that a schema does not make: None passes for a tensor, undefined."""
+    """Wrap the function in a check that schemas lack: they accept None as an undefined tensor."""
     name, _, arguments = schema.partition("(")
     declared = re.sub(r"\([a-z]!\)", "", arguments.split(") ->")[0]).split(", ")
     names = [argument.split()[-1].split("=")[0] for argument in declared]
@@ -36,7 +36,7 @@ def _tensors_there(schema: str, function: Callable[..., Any]) -> Callable[..., A
 
 
 def _outside_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """As a kernel: arguments were cast before, and what is computed of them has their dtypes."""
+    """Disable autocast, as in a kernel: arguments have been cast, and results have their dtypes."""
 
     @functools.wraps(reference)
     def computed(*args: Any, **kwargs: Any) -> Any:
@@ -76,14 +76,14 @@ class Call(Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def compute(self) -> Any:
-        """The results, by PyTorch's operators."""
+        """Return the results, computed by PyTorch's operators."""
 
     def empty(self) -> Any:
         """Tensors of the results' shapes and dtypes."""
 
 
 def define_by(schema: str, call: type[Call]) -> None:
-    """Define an operator whose reference and shape rule are those of one class, over the same arguments and checks."""
+    """Define an operator whose reference and shape rule come from one class, with the same arguments and checks."""
 
     def reference(*args: Any, **kwargs: Any) -> Any:
         made = call(*args, **kwargs)
@@ -113,10 +113,10 @@ def constants() -> Iterator[None]:
 
 
 def unviewed(y: torch.Tensor) -> torch.Tensor:
-    """`y` as a tensor that is no view, for the forward of a `torch.autograd.Function`.
+    """Return `y` as a tensor that is not a view, for the forward of a `torch.autograd.Function`.
 
-    A model may then add to it in place (Llama 4 does, to the output of its shared expert), which autograd allows of no
-    view that a function of its own returns.
+    A model may then add to it in place (as Llama 4 does to the output of its shared expert), which autograd forbids for
+    views that a custom function returns.
     """
     if torch.compiler.is_compiling() or not y._is_view():
         return y
@@ -124,7 +124,7 @@ def unviewed(y: torch.Tensor) -> torch.Tensor:
 
 
 def transformed() -> bool:
-    """Is a transform of `torch.func` (vmap, grad, jvp) at work, or a dual level of `forward_ad`?
+    """Return whether a transform of `torch.func` (vmap, grad, jvp) or a dual level of `forward_ad` is active.
 
     They see through PyTorch's own operators alone.
     """

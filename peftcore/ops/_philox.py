@@ -14,7 +14,7 @@ LOW = 0xFFFFFFFF
 
 
 def philox(counter: Sequence[Tensor], key: int, rounds: int) -> Tensor:
-    """The words of many counters, each as eight 16-bit numbers, the low half of a word first.
+    """Return the words of many counters, each as eight 16-bit numbers, the low half of a word first.
 
     Args:
         counter: four int64 tensors of one shape with the counters' 32-bit words.

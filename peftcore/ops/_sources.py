@@ -9,7 +9,7 @@ SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 
 
 def digest(csrc: Path) -> str:
-    """Of the names and contents of all sources below `csrc`; empty where there are none, as in an installed wheel."""
+    """Return a hash of the names and contents of all sources in `csrc`; empty if there are none, as in a wheel."""
     files = sorted(path for path in csrc.rglob("*") if path.suffix in SUFFIXES)
     found = hashlib.sha256()
     for path in files:

@@ -27,7 +27,7 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What `_C` is, or why it is not there."""
+    """Facts about `_C`, or why it is missing."""
 
     available: bool
     missing_because: str = ""  # empty when available
@@ -47,14 +47,14 @@ class BuildInfo:
 
     @property
     def out_of_reach(self) -> tuple[str, ...]:
-        """Kernels of this build that cannot run on this machine, so that no test on it reaches them."""
+        """Kernels of this build that cannot run on this machine, so that no test here reaches them."""
         levels = tuple(level for level in self.compiled_cpu_levels if level not in self.cpu_levels)
         cuda = ("CUDA",) if self.cuda_architectures and not torch.cuda.is_available() else ()
         return levels + cuda
 
 
 def build_info() -> BuildInfo:
-    """Look at the extension that this process uses. CUDA counts as missing only where PyTorch sees a device."""
+    """Return facts about the extension of this process. CUDA counts as missing only if PyTorch sees a device."""
     record, module = _extension.record, _extension.extension
     if module is None:
         return BuildInfo(False, _extension.missing_because, costs=(COSTS["extension"],))

@@ -1,4 +1,4 @@
-"""The values that 4-bit and 8-bit codes stand for: NF4 and FP4 of weights, the dynamic map of their scales."""
+"""Codebooks of 4-bit and 8-bit codes: NF4 and FP4 for weights, the dynamic map for their scales."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from peftcore.ops._library import constants
 
 
 def _dynamic_map() -> Tensor:
-    """The signed dynamic 8-bit map (Dettmers, arXiv 1511.04561): for every power of ten from 1e-6 to 1, the middles
-    of 1, 2, 4, ... 64 equal parts of [0.1, 1], both signs; with 0 and 1 that is 256 values, sorted."""
+    """Return the signed dynamic 8-bit map (Dettmers, arXiv 1511.04561), 256 sorted values.
+
+    For every power of ten from 1e-6 to 1, it has the midpoints of 1, 2, 4, ... 64 equal parts of [0.1, 1] with both
+    signs, and 0 and 1.
+    """
     values = [torch.tensor([0.0, 1.0])]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
@@ -51,7 +54,7 @@ _CODEBOOKS = {"nf4": NF4, "fp4": FP4, "dynamic8": DYNAMIC8}
 
 
 def codebook(name: str, device: torch.device | str = "cpu") -> Tensor:
-    """The codebook `nf4` or `fp4` (fp32 `[16]`), or `dynamic8` (fp32 `[256]`, for scales), as a new tensor.
+    """Return the codebook `nf4` or `fp4` (fp32 `[16]`), or `dynamic8` (fp32 `[256]`, for scales), as a new tensor.
 
     Raises ValueError for another name.
     """

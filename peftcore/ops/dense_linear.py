@@ -79,7 +79,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         bias: `[out]`, cast to x's dtype.
 
     Returns:
-        `[..., out]` in x's dtype (autocast's, where it is on), with gradients for x and bias.
+        `[..., out]` in x's dtype (under autocast in its dtype), with gradients for x and bias.
 
     Raises:
         TypeError, ValueError: an argument does not fit the others.

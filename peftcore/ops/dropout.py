@@ -11,12 +11,12 @@ from peftcore.ops.weight import value
 
 
 def threshold(p: float) -> int:
-    """Of 65536 equally likely numbers, how many drop an element."""
+    """Return how many of 65536 equally likely numbers drop an element."""
     return min(round(p * 65536), 65535)
 
 
 def keep_mask(rows: int, columns: int, p: float, seed: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Which elements of x `[rows, columns]` dropout keeps, bool: the bits that every kernel generates.
+    """Return the bool mask of the elements of x `[rows, columns]` that dropout keeps, as every kernel generates it.
 
     Philox4x32-7 (Salmon et al. 2011) of counter (column // 8, row mod 2³², row >> 32, 0) and key `seed` gives eight
     16-bit numbers, low half first, for eight columns; those below round(65536 p) drop theirs. So p is exact to 2⁻¹⁷.
@@ -39,7 +39,7 @@ def factor(scale: float, p: float, seed: Tensor | None) -> float:
 
 
 def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
-    """The same conditions, messages and exception types as csrc/lora/arguments.h."""
+    """Check dropout's arguments, with the conditions, messages and exception types of csrc/lora/arguments.h."""
     value(0 <= p < 1, op, f"dropout_p must be in [0, 1), found {p}")
     if seed is None:
         value(p == 0, op, f"dropout_p={p} needs a seed, found none")
@@ -52,7 +52,7 @@ def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
 
 
 def refuse_capture(x: Tensor) -> None:
-    """A CUDA graph would keep the seed that the host drew once, and drop the same elements at every replay."""
+    """Refuse a CUDA graph, which would keep the host's seed and drop the same elements at every replay."""
     if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "lora_linear: dropout cannot be captured in a CUDA graph, every replay of which would drop the same "

@@ -15,13 +15,15 @@ BLOCK = 256
 
 
 def blocks_of(count: int) -> int:
-    """How many blocks `count` elements take."""
+    """Return how many blocks `count` elements take."""
     return -(-count // BLOCK)
 
 
 def _unsigned_map() -> Tensor:
-    """The unsigned dynamic map: for every power of ten from 1e-6 to 1, the middles of 2, 4, ... 128 equal parts of
-    [0.1, 1]; with 0 and 1 that is 256 values, sorted."""
+    """Return the unsigned dynamic map, 256 sorted values.
+
+    For every power of ten from 1e-6 to 1, it has the midpoints of 2, 4, ... 128 equal parts of [0.1, 1], and 0 and 1.
+    """
     values = [torch.tensor([0.0, 1.0])]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (exponent + 1) + 1)
@@ -53,7 +55,7 @@ def decode(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, absmax) of flat fp32 values; nearest entries as csrc/optim/dynamic8.h decides them.
+    """Return (codes, absmax) of flat fp32 values; nearest entries as in csrc/optim/dynamic8.h.
 
     What is not finite counts as 0, since it would else be the scale of 256 elements.
     """

@@ -75,17 +75,17 @@ class _GroupedLinear(torch.autograd.Function):
 def grouped_linear(
     x: Tensor, offsets: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, transposed: bool = False
 ) -> Tensor:
-    """x_i W_eᵀ + bias_e, for the rows of each expert e.
+    """Return x_i W_eᵀ + bias_e for the rows of each expert e.
 
     Args:
         x: fp32, fp16, bf16 or float64 `[rows, in]`, sorted by expert; under autocast it is cast as for `F.linear`.
-        offsets: int32 `[E]`, the row behind the last one of each expert. Rows behind the last offset give zeros.
+        offsets: int32 `[E]`, the end of each expert's rows. Rows from the last offset on give zeros.
         weight: `[E, out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It gets no gradient.
         bias: `[E, out]`, cast to x's dtype.
         transposed: the weight is `[E, in, out]`.
 
     Returns:
-        `[rows, out]` in x's dtype (autocast's, where it is on), with gradients for x and bias.
+        `[rows, out]` in x's dtype (under autocast in its dtype), with gradients for x and bias.
 
     Raises:
         TypeError, ValueError: an argument that does not fit the others. RuntimeError: differentiated twice.

@@ -6,13 +6,13 @@
     backward              T_i = c dy_i B_e,  dx_i = dy_i W_e + keep ∘ (T_i A_e)
                           dA_e = T_eᵀ (keep ∘ x)_e,  dB_e = dy_eᵀ S_e
 
-W is `[E, out, in]`, or `[E, in, out]` with `transposed`; dense, or in 4 bits, where an expert is whole blocks. Only
-experts that have rows are read. Rows behind the last offset belong to none (transformers' expert parallelism sorts
-those of other processes there): their y and dx are zero.
+W is `[E, out, in]`, or `[E, in, out]` with `transposed`; dense, or in 4 bits, where an expert consists of whole blocks.
+Only experts that have rows are read. Rows from the last offset on belong to no expert (transformers' expert parallelism
+sorts rows of other processes there): their y and dx are zero.
 
-`offsets` stays on its device: nothing waits for it. Offsets that do not rise from 0 to the number of rows are an error,
-or, where CUDA's kernels find it and nobody waits to hear of it, NaN in all results. The rest is as in lora.py: S, T and
-the factors are fp32 beside a 16-bit x, and the gradient cannot be differentiated again.
+`offsets` stays on its device without synchronisation. Offsets that do not rise from 0 to the number of rows are an
+error on CPU, and NaN in all results on CUDA. Everything else is as in lora.py: S, T and the factors are fp32 for a
+16-bit x, and the gradient cannot be differentiated again.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _check_factors(op: str, x: Tensor, factors: Sequence[Tensor], sizes: tuple[i
 
 
 class _Experts:
-    """What both calls share: the weight, by expert, and whose rows are where."""
+    """Arguments that both calls share: the weight by expert, and the rows of each expert."""
 
     offsets: Tensor
     frozen: Tensor | PackedWeight
@@ -90,12 +90,12 @@ class _Experts:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """(experts, out, in)."""
+        """Return (experts, out, in)."""
         experts, out, width = self.frozen.shape
         return (experts, width, out) if self.transposed else (experts, out, width)
 
     def groups(self, rows: int) -> Iterator[tuple[int, slice]]:
-        """(expert, its rows), of those that have some."""
+        """Yield (expert, its rows) of experts that have rows."""
         begin = 0
         for expert, end in enumerate(self.offsets.tolist()):
             value(
@@ -110,7 +110,7 @@ class _Experts:
 
 
 class _Matrices:
-    """W_e `[out, in]` of each expert, unpacked when it is asked for."""
+    """W_e `[out, in]` of each expert, unpacked on access."""
 
     def __init__(self, frozen: Tensor | PackedWeight, transposed: bool, dtype: torch.dtype) -> None:
         self.frozen, self.transposed, self.dtype = frozen, transposed, dtype

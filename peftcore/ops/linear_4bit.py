@@ -38,7 +38,7 @@ _local = threading.local()
 
 
 def _workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`count` elements of scratch memory. On CPU each thread keeps one; elsewhere the caching allocator does."""
+    """Return `count` elements of scratch memory, cached per thread on CPU, by the caching allocator elsewhere."""
     if device.type != "cpu":
         return torch.empty(count, dtype=dtype, device=device)
     size = count * dtype.itemsize
@@ -56,7 +56,7 @@ def free_workspace() -> None:
 
 
 def _panels(weight: PackedWeight, dtype: torch.dtype, limit: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(first row, last row + 1, values `[last - first, columns]`) of up to `limit` bytes, each valid until the next."""
+    """Yield (first row, end row, values `[end - first, columns]`) of up to `limit` bytes, each valid until the next."""
     rows, columns = weight.shape
     step, row_bytes = rows, columns * dtype.itemsize
     if rows * row_bytes > limit:
@@ -145,15 +145,15 @@ class _Linear4bit(torch.autograd.Function):
 
 
 def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b.
+    """Return x Wᵀ + b.
 
     Args:
         x: fp32, fp16 or bf16 `[..., in]`; under autocast it is cast as for `F.linear`.
-        weight: of shape `[out, in]`. It gets no gradient.
+        weight: packed weight of shape `[out, in]`. It gets no gradient.
         bias: `[out]`, cast to x's dtype.
 
     Returns:
-        `[..., out]` in x's dtype (autocast's, where it is on), with gradients for x and bias.
+        `[..., out]` in x's dtype (under autocast in its dtype), with gradients for x and bias.
 
     Raises:
         TypeError, ValueError: an argument that does not fit the others.

@@ -75,12 +75,12 @@ def lora_linear_per_sample(
     scales: Sequence[float],
     index: Tensor,
 ) -> Tensor:
-    """x Wᵀ + bias, and for each sample i of x the adapter `index[i]` of several added. Without gradients.
+    """Return x Wᵀ + bias plus, for each sample i of x, the change of adapter `index[i]`. Without gradients.
 
     Args:
-        x, weight, bias: as for `lora_linear`; x is `[samples, ..., in]`.
-        a, b, scales: of each adapter, `[r, in]`, `[out, r]` and a number; ranks may differ.
-        index: int64 `[samples]` on x's device; -1 for a sample that gets no adapter.
+        x, weight, bias: as in `lora_linear`; x is `[samples, ..., in]`.
+        a, b, scales: `[r, in]`, `[out, r]` and a number for each adapter; ranks may differ.
+        index: int64 `[samples]` on x's device; -1 for a sample without an adapter.
 
     Returns:
         `[samples, ..., out]`.

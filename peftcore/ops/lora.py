@@ -6,14 +6,14 @@
                 dx = dy W + keep ∘ (T A)
                 dA = Tᵀ (keep ∘ x),  dB = dyᵀ S,  dbias = the sum of dy over all rows
 
-Kept for the gradient are x and S, which is thin; the mask `keep` is made again (see dropout.py).
+x and S, which has only r columns, are kept for the gradient; the mask `keep` is generated again (see dropout.py).
 
-A, B, S and T are fp32 beside a 16-bit x, never rounded to it: in fp16 a T of small gradients would vanish, and in bf16
-dA would be off by 2e-3. y and dx are rounded once, or twice where the library makes the base's product; dA and dB leave
-in the dtype of A and B.
+A, B, S and T are fp32 for a 16-bit x, never rounded to 16 bits: in fp16 a T of small gradients would vanish, and in
+bf16 dA would be off by 2e-3. y and dx are rounded once, or twice if the library computes the base's product; dA and dB
+have the dtype of A and B.
 
 Whole blocks are not fused (q, k and v, or gate and up, share x): all of LoRA adds 9 % to a training step of a 135M
-Llama shape, and its passes over x, which alone could be shared, are a fraction of that.
+Llama shape, and its passes over x, the only part that could be shared, are a fraction of that.
 
 The gradient is an `autograd.Function` over operators without autograd of their own: the layers of a model pay for
 every microsecond (see linear_4bit.py). It cannot be differentiated again.
@@ -43,7 +43,7 @@ def matrix(t: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """In which A, B, S and T are."""
+    """Return the dtype of A, B, S and T."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -172,18 +172,18 @@ define_by(
 
 @torch.no_grad()
 def _in_float64(call: type[LoraLinear] | type[LoraLinearBackward], *arguments: Any) -> Any:
-    """By the reference: kernels are for the dtypes of training, float64 is for checking gradients."""
+    """Run the reference: kernels are for training dtypes, float64 is for checking gradients."""
     return call(*arguments).compute()
 
 
 def _differentiable(call: LoraLinearBackward) -> tuple[Tensor, ...]:
-    """The gradients by operators that have gradients themselves (create_graph=True)."""
+    """Compute the gradients by differentiable operators (create_graph=True)."""
     x, drop, dtype = call.x, (call.dropout_p, call.seed), wide(call.x)
     if call.needs[2]:
         if not call.needs[1]:
             raise RuntimeError(
-                "lora_linear keeps no x beside a frozen A, so that it cannot be differentiated twice "
-                "(create_graph=True). Let A require gradients, too"
+                "lora_linear does not keep x if A is frozen, so it cannot be differentiated twice "
+                "(create_graph=True). Make A require gradients, too"
             )
         s = dropped(matrix(x), *drop).to(dtype) @ call.a.to(dtype).T * factor(call.scale, *drop)
         call = replace(call, s=s)
@@ -246,20 +246,20 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias + scale · (dropout(x) Aᵀ) Bᵀ.
+    """Return x Wᵀ + bias + scale · (dropout(x) Aᵀ) Bᵀ.
 
     Args:
         x: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.
         weight: `[out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It gets no gradient.
         bias: `[out]`, cast to x's dtype.
-        a, b: `[r, in]` and `[out, r]` in any floating-point dtype, used as fp32 (beside a float64 x as float64);
+        a, b: `[r, in]` and `[out, r]` in any floating-point dtype, used as fp32 (for a float64 x as float64);
             their gradients have their own.
         dropout_p: probability with which an element of x is dropped before A, to a multiple of 1/65536.
-        seed: int64 `[]` on CPU, which decides the elements (see `keep_mask`). Drawn from PyTorch's generator where
-            there is dropout and none is given, so that `torch.manual_seed` and checkpointing hold.
+        seed: int64 `[]` on CPU, which determines the elements (see `keep_mask`). If there is dropout, the default is
+            drawn from PyTorch's generator, so that `torch.manual_seed` and checkpointing work.
 
     Returns:
-        `[..., out]` in x's dtype (autocast's, where it is on), with gradients for x, bias, a and b.
+        `[..., out]` in x's dtype (under autocast in its dtype), with gradients for x, bias, a and b.
 
     Raises:
         TypeError, ValueError: an argument that does not fit the others. RuntimeError: differentiated twice while a

@@ -2,11 +2,11 @@
 
     optim_step_(params, grads, state, rule, scalars, steps, rows, streams)
 
-`rule` names an entry of `optim_rules.RULES`, which has the formulas. State comes plane by plane, in each plane one
-tensor a parameter. What is the same for many parameters stands in rows of `scalars`, and `rows` says which row each
-parameter uses. A rule computes in fp32 and rounds a parameter once, to the nearest or at random (`streams`).
+`rule` names an entry of `optim_rules.RULES`, which has the formulas. State is passed plane by plane, with one tensor
+per parameter in each plane. Values that many parameters share are rows of `scalars`, and `rows` has the row of each
+parameter. A rule computes in fp32 and rounds a parameter once, to the nearest or stochastically (`streams`).
 
-The fp32 rule of AdamW gives the bits of `torch.optim.AdamW(fused=True)` on CPU.
+The fp32 rule of AdamW gives exactly the bits of `torch.optim.AdamW(fused=True)` on CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftcore.ops.weight import DTYPES
 
 
 class Updates(NamedTuple):
-    """What an operator is told beside its tensors.
+    """Arguments of an operator other than its tensors.
 
     Args:
         scalars: rows of a rule's scalars, one after another.
@@ -62,7 +62,7 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, stream: int, step: int) -> T
 def check_step(
     params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor], rule: str, updates: Updates
 ) -> None:
-    """What csrc/optim/arguments.h checks.
+    """Check the arguments as csrc/optim/arguments.h does.
 
     Raises:
         TypeError: a tensor has another dtype.
@@ -99,7 +99,7 @@ def check_step(
 def optim_step_reference(
     params: Sequence[Tensor], grads: Sequence[Tensor], state: Sequence[Tensor], rule: str, *fields: Any, **named: Any
 ) -> None:
-    """`optim_step_` in PyTorch, on any device; behind `rule` stand the fields of `Updates`."""
+    """Run `optim_step_` in PyTorch, on any device; the arguments after `rule` are the fields of `Updates`."""
     updates = Updates(*fields, **named)
     check_step(params, grads, state, rule, updates)
     scalars, steps, rows, streams = updates
@@ -134,7 +134,7 @@ optim_step_ = torch.ops.peftcore.optim_step_.default
 
 
 def why_no_pages() -> str | None:
-    """Why there is no paged state here, or None where there is."""
+    """Return why paged state is not available, or None if it is."""
     return _extension.missing_because if _extension.extension is None else None
 
 

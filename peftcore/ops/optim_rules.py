@@ -53,19 +53,19 @@ class Plane:
 
     @property
     def initial(self) -> int:
-        """What 0 is in this plane."""
+        """Return the code of 0 in this plane."""
         return 127 if self.coded and self.map is SIGNED_MAP else 0
 
     def numel(self, count: int) -> int:
-        """How many values belong to a parameter of `count` elements."""
+        """Return how many values belong to a parameter of `count` elements."""
         return count if self.elements == 1 else blocks_of(count)
 
     def shaped(self, values: Tensor, param: Tensor) -> Tensor:
-        """A parameter's values in the shape in which state is seen: the parameter's, or one value a block."""
+        """Return a parameter's values in the visible shape of state: the parameter's, or one value per block."""
         return values.view(param.shape) if self.elements == 1 else values
 
     def new(self, param: Tensor) -> Tensor:
-        """The plane of a parameter that was never updated."""
+        """Return the plane of a parameter that was never updated."""
         values = torch.full((self.numel(param.numel()),), self.initial, dtype=self.dtype, device=param.device)
         return self.shaped(values, param)
 
@@ -99,7 +99,7 @@ class Rule:
 
 
 def in_8_bits(name: str, planes: Sequence[Plane], scalars: type[Any], update_values: Update) -> Rule:
-    """A rule with planes of state as codes, and behind them the scales of all. `update_values` gets decoded state."""
+    """Return a rule with planes of codes followed by their scales. `update_values` gets decoded state."""
     codes = [dataclasses.replace(plane, dtype=torch.uint8) for plane in planes]
     scales = [Plane(f"{plane.name}_absmax", elements=BLOCK) for plane in planes]
 
@@ -109,7 +109,7 @@ def in_8_bits(name: str, planes: Sequence[Plane], scalars: type[Any], update_val
         update_values(p, g, values, c)
         finite = torch.stack([value.isfinite() for value in values]).all(0)
         for (plane, code, absmax), value in zip(pairs, values, strict=True):
-            # One element must not become the scale of 256: where it is not finite, its state begins anew.
+            # One element must not become the scale of 256: if it is not finite, its state is reset.
             new_code, new_absmax = encode(value.where(finite, 0), plane.map)
             code.copy_(new_code)
             absmax.copy_(new_absmax)
@@ -134,7 +134,7 @@ class AdamWScalars(NamedTuple):
     def of(
         cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, factor: float = 1.0
     ) -> AdamWScalars:
-        """Of the `step`-th update, from 1."""
+        """Return the scalars of the `step`-th update, from 1."""
         beta1, beta2 = betas
         size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
         return cls(factor, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, -size, root, eps)
@@ -153,7 +153,7 @@ class AdamW8bitScalars(NamedTuple):
     def of(
         cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, factor: float = 1.0
     ) -> AdamW8bitScalars:
-        """Of the `step`-th update, from 1: sqrt(v) / root + eps, and with it the size of a step, times root."""
+        """Return the scalars of the `step`-th update, from 1: the step size and eps are scaled by root."""
         beta1, beta2 = betas
         size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
         return cls(factor, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, -size * root, eps * root)
@@ -193,7 +193,7 @@ class LionScalars(NamedTuple):
 
     @classmethod
     def of(cls, lr: float, betas: tuple[float, float], weight_decay: float, factor: float = 1.0) -> LionScalars:
-        """Of any update."""
+        """Return the scalars of an update, the same for every step."""
         return cls(factor, 1 - lr * weight_decay, 1 - betas[0], 1 - betas[1], -lr)
 
 
@@ -226,7 +226,7 @@ class MomentumScalars(NamedTuple):
         nesterov: bool,
         factor: float = 1.0,
     ) -> MomentumScalars:
-        """Of the `step`-th update, from 1: the first takes the whole gradient."""
+        """Return the scalars of the `step`-th update, from 1: the first takes the whole gradient."""
         weight = 1.0 if step == 1 else 1 - dampening
         return cls(factor, weight_decay, momentum, weight, -lr, float(nesterov))
 

@@ -1,4 +1,4 @@
-"""Calls of operators whose time tells how fast a processor multiplies in them; `estimating.rates` takes the time."""
+"""Calls of operators that `estimating.rates` times to measure how fast a processor multiplies."""
 
 from __future__ import annotations
 

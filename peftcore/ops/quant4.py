@@ -10,14 +10,15 @@ Double quantization stores the scales themselves in 8 bits, around their mean (`
 
     a[b] = nested_quant_map[s[b]] * nested_absmax[b // nested_blocksize] + nested_offset, each step rounded to fp32
 
-Source: Dettmers et al., arXiv 2305.14314, section 3 and appendix E. The bits of codes, scales and values are those of
-bitsandbytes 0.50 on CPU, so packed weights move either way unchanged: a full block is multiplied by the fp32
-reciprocal of its scale, the partial block at the end is divided by it, scales below 1e-38 count as 1e-38.
-Its 8-bit codes of scales come from a coarse table on CPU; here, as on its CUDA side, they are the nearest.
+Source: Dettmers et al., arXiv 2305.14314, section 3 and appendix E. Codes, scales and values equal those of
+    bitsandbytes 0.50 on CPU bit for bit, so packed weights can be exchanged: a full block is multiplied by the fp32
+    reciprocal of its scale,
+the partial block at the end is divided by it, scales below 1e-38 count as 1e-38. bitsandbytes takes the 8-bit codes of
+scales from a coarse table on CPU; here, as in its CUDA kernels, they are the nearest.
 
-Non-finite input is not an error, so that a caller can look at many tensors with one synchronisation: a NaN makes
-its block's scale NaN and the whole block dequantizes to NaN, an infinity makes the scale infinite. `absmax` is
-finite exactly when the input was.
+Non-finite input is not an error, so that a caller can check many tensors with one synchronisation: a NaN makes the
+scale of its block NaN and the whole block dequantizes to NaN, an infinity makes the scale infinite. `absmax` is finite
+exactly if the input was.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _blocks(count: int, blocksize: int) -> int:
 
 
 def _scaled(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Flattened x over its blocks' scales, and the scales: a full block times the reciprocal, the rest divided."""
+    """Return flattened x over its blocks' scales, and the scales: full blocks times the reciprocal."""
     flat = x.reshape(-1).float()
     full = flat.numel() // blocksize * blocksize
     blocks, rest = flat[:full].view(-1, blocksize), flat[full:]
@@ -210,7 +211,7 @@ def quantize_4bit(
 
 @torch.no_grad()
 def with_nested_scales(weight: PackedWeight, nested_blocksize: int = 256) -> PackedWeight:
-    """The same weight with its fp32 scales in 8 bits: the second half of `quantize_4bit(.., double_quant=True)`."""
+    """Return the weight with its fp32 scales in 8 bits, the second half of `quantize_4bit(.., double_quant=True)`."""
     nested_map = codebook("dynamic8", weight.absmax.device)
     absmax, nested_absmax, offset = _OPS.quantize_absmax(weight.absmax, nested_map, nested_blocksize)
     return weight._replace(
@@ -236,6 +237,6 @@ def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype | None = None, *, o
     if out is None:
         return _OPS.dequantize_4bit(tensors, packing, dtype or weight.dtype)
     if dtype is not None and dtype != out.dtype:
-        raise ValueError(f"dequantize_4bit: out has dtype {out.dtype}, but dtype={dtype} was asked for")
+        raise ValueError(f"dequantize_4bit: out has dtype {out.dtype}, but dtype={dtype} was requested")
     _OPS.dequantize_4bit.out(tensors, packing, out=out)
     return out

@@ -1,4 +1,4 @@
-"""Rows of experts from tokens, and back: which rows are whose, copies of tokens for them, and their weighted sums.
+"""Routing of tokens to rows of experts and back: sorting, gathering, and weighted sums.
 
     e[t, j]      the experts of token t, j < k                     order = the pairs (t, j), as t k + j, sorted by e
     x_i          = the token of pair order[i]                      places[t, j] = the i of this pair
@@ -30,7 +30,7 @@ class Routing(NamedTuple):
     Args:
         order: int64 `[tokens · k]`, the pair of each row; pairs of one expert stay in their order.
         places: int64 `[tokens, k]`, the row of each pair.
-        offsets: int32 `[experts]`, the row behind the last one of each expert.
+        offsets: int32 `[experts]`, the end of each expert's rows.
     """
 
     order: Tensor
@@ -54,7 +54,7 @@ def _check_x(t: Tensor, op: str, name: str) -> None:
 
 
 def _check_numbers(t: Tensor, op: str, name: str, least: int) -> None:
-    """Numbers below `least` from 0 on; on a GPU nobody waits to see."""
+    """Raise a ValueError if there are numbers below `least`; not checked on a GPU, to avoid a synchronisation."""
     if t.device.type == "cpu" and t.numel():
         low, high = int(t.min()), int(t.max())
         value(low >= 0 and high < least, op, f"{name} must be from 0 to {least - 1}, found {low} to {high}")
@@ -202,15 +202,15 @@ define_by(
 
 
 def routed(index: Tensor, experts: int) -> Routing:
-    """The rows of pairs (token, j), sorted by the experts that `index` `[tokens, k]` names.
+    """Return the rows of pairs (token, j), sorted by the experts in `index` `[tokens, k]`.
 
-    Numbers from `experts` on are nobody's: their rows come last, behind all offsets.
+    Numbers from `experts` on belong to no expert: their rows come last, after all offsets.
     """
     return Routing(*_OPS.routed(index.to(torch.int64), experts))
 
 
 def gathered(x: Tensor, routing: Routing) -> Tensor:
-    """The token of each row: `[tokens, n]` -> `[rows, n]`, with a gradient."""
+    """Return the token of each row, `[tokens, n]` -> `[rows, n]`, with a gradient."""
     k = routing.places.shape[1]
     if x.dtype is torch.float64:
         return x[routing.order // k]
@@ -220,7 +220,7 @@ def gathered(x: Tensor, routing: Routing) -> Tensor:
 
 
 def combined(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-    """Each token's rows of y, times its weights `[tokens, k]`, added up; with gradients for both.
+    """Return the sum of each token's rows of y times its weights `[tokens, k]`, with gradients for both.
 
     Returns:
         `[tokens, n]` in the dtype of their product.

@@ -1,8 +1,9 @@
-"""n = the norms of the rows of W + scale · B A, which is never there as a whole; W is frozen, dense or in 4 bits.
+"""Norms of the rows of W + scale · B A, without computing the whole sum; W is frozen, dense or in 4 bits.
 
-Rows are made in fp32 (float64 beside float64): in registers by kernels, in pieces of a few MB by the reference.
+Rows are computed in fp32 (in float64 for float64 weights): in registers by kernels, in pieces of a few MB by the
+reference.
 
-Without gradients: whoever divides by norms takes them for constants, or differentiates another formula.
+There are no gradients: callers that divide by norms treat them as constants, or differentiate another formula.
 """
 
 from __future__ import annotations
@@ -72,14 +73,14 @@ define_by("row_norms(Tensor[] weight, SymInt[] packing, Tensor a, Tensor b, floa
 
 
 def row_norms(weight: Tensor | PackedWeight, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """The norms of the rows of W + scale · B A.
+    """Return the norms of the rows of W + scale · B A.
 
     Args:
         weight: `[out, in]`, fp32, fp16, bf16 or float64, or a `PackedWeight`.
         a, b: `[r, in]` and `[out, r]` in any floating-point dtype.
 
     Returns:
-        fp32 `[out]` (float64 beside a float64 weight), without gradients.
+        fp32 `[out]` (float64 for a float64 weight), without gradients.
 
     Raises:
         TypeError, ValueError: an argument that does not fit the others.

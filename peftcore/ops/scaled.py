@@ -116,12 +116,12 @@ def _forward(x: Tensor, g: Tensor, behind: int) -> Tensor:
 
 
 def scaled(x: Tensor, g: Tensor, behind: int = 0) -> Tensor:
-    """x ∘ g.
+    """Return x ∘ g.
 
     Args:
-        x: of any floating dtype.
-        g: `[n]`, for a dimension of x of this size.
-        behind: how many dimensions lie behind it.
+        x: tensor of any floating-point dtype.
+        g: `[n]`, for a dimension of x with this size.
+        behind: how many dimensions follow that one.
 
     Returns:
         In the shape and dtype of x, with gradients for both.

@@ -95,7 +95,7 @@ def swiglu(x: Tensor) -> Tensor:
     Returns:
         `[.., n]` in the dtype of x, with a gradient.
     """
-    # Without a kernel the reference would make matrices of fp32. Tensors without memory (meta) stand in for a CPU.
+    # Without a kernel the reference would make fp32 matrices. Meta tensors are treated as on a CPU.
     if x.device.type not in ("cpu", "meta") or x.dtype is torch.float64:
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up

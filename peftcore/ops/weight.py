@@ -1,12 +1,12 @@
-"""A frozen weight, dense or in 4 bits, as one thing: a tensor or a `PackedWeight` here, two arguments of an operator.
+"""Frozen weights, dense or in 4 bits: a tensor or a `PackedWeight`, passed as two arguments of an operator.
 
     dense       Tensor[] weight = [W [.., out, in]]                   SymInt[] packing = []
     in 4 bits   [codes, absmax, quant_map]                            [blocksize, 0, .., out, in]
     and nested  [.., nested_absmax, nested_quant_map, nested_offset]  [blocksize, nested_blocksize, .., out, in]
 
-The parts have the names that bitsandbytes gives them on disk. What they mean: quant4.py. The same in C++: csrc/weight.
+The parts have bitsandbytes' names on disk; quant4.py defines them. The C++ counterpart is csrc/weight.
 
-What is checked where, with the same messages and types of error:
+These checks exist twice, with the same messages and types of error:
 
     | what                                     | compiled kernels             | references and shape rules       |
     |------------------------------------------|------------------------------|----------------------------------|
@@ -16,8 +16,8 @@ What is checked where, with the same messages and types of error:
     | a codebook's values are finite, sorted   | csrc/nf4/cpu/ops.cpp         | quant4.py; on CPU, not fake      |
     | a sample's adapter exists                | lora/cpu; NaN on a GPU       | per_sample.py; not fake          |
 
-The Python functions that users call check nothing of this again: the operator does, once a call. Under
-`torch.compile` the shape rule checks while tracing, and the kernel at every run.
+The public Python functions do not repeat these checks: the operator makes them once per call. Under `torch.compile` the
+shape rule checks while tracing, and the kernel at every run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class PackedWeight(NamedTuple):
         return self.nested_absmax is not None
 
     def operands(self) -> tuple[list[Tensor], list[int]]:
-        """What an operator takes.
+        """Return the two arguments of an operator.
 
         Raises:
             ValueError: some of the nested scales' parts are there, and others are not.
@@ -81,12 +81,12 @@ class PackedWeight(NamedTuple):
         return tensors, [self.blocksize, self.nested_blocksize, *self.shape]
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        """The same on another device."""
+        """Return the weight on another device."""
         moved: dict[str, Any] = {name: t.to(device) for name, t in self._asdict().items() if isinstance(t, Tensor)}
         return self._replace(**moved)
 
     def scales(self) -> Tensor:
-        """fp32, one a block: `absmax`, or what its 8 bits stand for."""
+        """Return the fp32 scales, one per block: `absmax`, or its decoded 8-bit values."""
         absmax, nested = self.absmax.reshape(-1), self.nested_absmax
         if nested is None or self.nested_quant_map is None or self.nested_offset is None:
             return absmax
@@ -94,18 +94,18 @@ class PackedWeight(NamedTuple):
         return self.nested_quant_map.reshape(-1)[absmax.int()] * per_block + self.nested_offset.reshape(())
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The dense weight by PyTorch's operators: the reference of `dequantize_4bit`."""
+        """Return the dense weight by PyTorch's operators: the reference of `dequantize_4bit`."""
         count, codes = math.prod(self.shape), self.codes.reshape(-1)
         values = self.quant_map.reshape(16)[torch.stack([codes >> 4, codes & 15], 1).flatten()[:count].int()]
         return (values * self.scales().repeat_interleave(self.blocksize)[:count]).to(dtype).reshape(self.shape)
 
     def rows_that_begin_blocks(self) -> int:
-        """Rows of a matrix whose every multiple begins with a block, of scales too where they are nested."""
+        """The number of rows after which a block begins, also a block of scales if they are nested."""
         together = self.blocksize * (self.nested_blocksize if self.double_quant else 1)
         return together // math.gcd(self.shape[-1], together)
 
     def rows(self, first: int, last: int) -> PackedWeight:
-        """Rows [first, last) of a matrix, where they lie. `first` is a multiple of `rows_that_begin_blocks`."""
+        """Return rows [first, last) of a matrix as views. `first` is a multiple of `rows_that_begin_blocks`."""
         columns = self.shape[1]
         begin, end = first * columns, last * columns
         blocks, nested = slice(begin // self.blocksize, -(-end // self.blocksize)), self.nested_absmax
@@ -120,7 +120,7 @@ class PackedWeight(NamedTuple):
         )
 
     def expert(self, index: int) -> PackedWeight:
-        """`[1, out, in]`: one of `[experts, out, in]`, each of whole blocks, where it lies."""
+        """Return one expert `[1, out, in]` of `[experts, out, in]`, each of whole blocks, as a view."""
         size = math.prod(self.shape[1:])
         begin, end = (i * size // self.blocksize for i in (index, index + 1))
         absmax, nested, step = self.absmax.reshape(-1)[begin:end], self.nested_absmax, self.nested_blocksize
@@ -139,14 +139,14 @@ class PackedWeight(NamedTuple):
 
 
 def autocast_device(x: Tensor) -> str:
-    """Of which device autocast is asked for x: PyTorch has none for meta tensors, which are cast as on a CPU."""
+    """Return the device type whose autocast applies to x: for meta tensors, which PyTorch lacks, that of the CPU."""
     return "cpu" if x.is_meta else x.device.type
 
 
 def frozen_operands(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None
 ) -> tuple[Tensor, list[Tensor], list[int], Tensor | None]:
-    """(x, the operator's two arguments, bias), cast as autocast says."""
+    """Return (x, the operator's two arguments, bias), cast by the rules of autocast."""
     device = autocast_device(x)
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
@@ -163,7 +163,7 @@ def frozen_operands(
 
 
 def value(condition: bool, op: str, message: str) -> None:
-    """Raise a ValueError unless it holds."""
+    """Raise a ValueError unless the condition holds."""
     if not condition:
         raise ValueError(f"{op}: {message}")
 
@@ -202,7 +202,7 @@ def check_like(t: Tensor, x: Tensor, op: str, name: str) -> None:
 
 
 def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tensor | PackedWeight:
-    """The weight of an operator's two arguments."""
+    """Return the weight of an operator's two arguments, checked."""
     if not packing:
         found = f"found {len(tensors)}"
         value(len(tensors) == 1, op, f"a dense weight is 1 tensor (without packing), {found}")
@@ -244,7 +244,7 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
 
 
 def checked_packed(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> PackedWeight:
-    """The same, of an operator that takes no dense one."""
+    """Return the packed weight of an operator's two arguments, checked; dense ones are refused."""
     weight = checked(tensors, packing, op)
     if isinstance(weight, Tensor):
         raise ValueError(f"{op}: the weight must be in 4 bits, found a dense one of shape {list(weight.shape)}")
@@ -252,7 +252,7 @@ def checked_packed(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -
 
 
 def check_beside(weight: Tensor | PackedWeight, t: Tensor, name: str, is_gradient: bool, op: str) -> None:
-    """W `[out, in]` beside `t`, which is x `[.., in]`, or a gradient `[.., out]`. Float64 too, where W is dense."""
+    """Check W `[out, in]` against `t`, which is x `[.., in]` or a gradient `[.., out]`; float64 only if W is dense."""
     dense = isinstance(weight, Tensor)
     if not (dense and t.dtype is torch.float64):
         check_dtype(t.dtype, op)

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by the names that they have in the model, each read when it is asked for."""
+"""Lazy access to the tensors of a checkpoint by their names in the model."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ class CheckpointFiles:
                 lists.setdefault(pattern, []).append(key)
 
     def stored(self, key: str) -> Any:
-        """What the file has under this name of its own, to be sliced."""
+        """Return the stored tensor with this name, to be sliced."""
         file = self.files[key]
         if file not in self._archives:
             self._archives[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
         return self._archives[file].get_slice(key)
 
     def parts(self, name: str) -> dict[str, Tensor]:
-        """What lies beside the bytes of a packed parameter."""
+        """Return the tensors that belong to a packed parameter, other than its bytes."""
         there = {part: self.keys[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in self.keys}
         return {part: self.stored(key)[...] for part, key in there.items()}
 
     def by_expert(self, model: nn.Module, name: str, first: int, last: int) -> Iterator[Tensor]:
-        """The experts [first, last) of a parameter."""
+        """Yield the experts [first, last) of a parameter."""
         converter, lists = self.experts[name]
         for i in range(first, last):
             yield expert_of(converter, {p: self.stored(keys[i])[...] for p, keys in lists.items()}, name, model)
@@ -80,7 +80,7 @@ class CheckpointFiles:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """The file of every tensor of a checkpoint."""
+    """Return {tensor: file} of a checkpoint."""
     if (folder / _INDEX).is_file():
         files = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         for file in sorted(set(files.values())):
@@ -88,6 +88,6 @@ def _files(folder: Path) -> dict[str, str]:
                 raise CheckpointError(f"'{folder}' is not whole: '{file}', which its index names, is missing")
         return files
     if not (folder / _SINGLE).is_file():
-        raise CheckpointError(f"'{folder}' holds neither {_SINGLE} nor {_INDEX}: give a local folder with safetensors")
+        raise CheckpointError(f"'{folder}' has neither {_SINGLE} nor {_INDEX}. Pass a local folder with safetensors")
     with safe_open(folder / _SINGLE, framework="pt") as archive:
         return dict.fromkeys(archive.keys(), _SINGLE)

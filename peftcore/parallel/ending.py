@@ -1,9 +1,9 @@
-"""The end of a distributed run, after which no thread of it is left.
+"""Clean end of a distributed run, after which none of its threads is left.
 
-`destroy_process_group` forgets the groups, and whoever still holds one keeps its threads: meshes, which PyTorch caches
-with the placements of sharded tensors, and functions imported after `init_process_group`, whose defaults it was. Such
-threads then meet the end of the interpreter, and now and again abort a run that has written everything: `terminate
-called without an active exception`.
+`destroy_process_group` drops the groups, but objects that still refer to one keep its threads alive: meshes, which
+PyTorch caches with the placements of sharded tensors, and functions imported after `init_process_group`, with a group
+as default argument. Such threads are running when the interpreter ends, and sometimes abort a run that has written
+everything: `terminate called without an active exception`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import distributed
 
 
 def finish() -> None:
-    """End this process's part in a distributed run, as the last thing that a script does. Collective.
+    """End this process's part in a distributed run; the last call of a script. Collective.
 
-    Waits for the other ranks, destroys all process groups, and empties whatever attribute or default holds one, so that
-    nothing of them is left when Python ends. While an exception is on its way, it waits for nobody. Without a run, or
-    after `destroy_process_group`, it only empties.
+    Wait for the other ranks, destroy all process groups, and clear all attributes and defaults that refer to one, so
+    that nothing is left when Python ends. While an exception propagates, do not wait. Without a run, or after
+    `destroy_process_group`, only clear references.
     """
     if not distributed.is_available():
         return
@@ -35,7 +35,7 @@ def finish() -> None:
 
 
 def _let_go(holder: Any) -> None:
-    kind = type(holder)  # any object may be here: none is asked for an attribute in its own way
+    kind = type(holder)  # any object may be here, so its own attribute lookup is not used
     if kind is FunctionType:
         if any(map(_is_group, holder.__defaults__ or ())):
             holder.__defaults__ = tuple(None if _is_group(value) else value for value in holder.__defaults__)
@@ -53,6 +53,6 @@ def _elements(values: Any) -> Any:
 
 
 def _is_group(value: Any) -> bool:
-    """Or what holds one where Python does not see it, as in DDP."""
+    """Return whether it is a process group, or contains one invisibly, like DDP."""
     holders = (distributed.Reducer, distributed.Logger)  # type: ignore[attr-defined]  # there, and not in its stubs
     return issubclass(type(value), (distributed.ProcessGroup, *holders))

@@ -1,4 +1,4 @@
-"""A transformers model from a folder, sharded as it is read: no rank ever holds more than its shards and one weight."""
+"""Loading of a transformers model in shards: no rank ever has more than its shards and one weight in memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from peftcore.parallel.checkpoint_files import CheckpointFiles
 
-_PARTS = tuple(f".{part}" for part in PARTS)  # of what lies beside a packed parameter
+_PARTS = tuple(f".{part}" for part in PARTS)  # suffixes of the other tensors of a packed parameter
 
 
 def load_sharded(
@@ -49,20 +49,20 @@ def load_sharded(
     dtype: torch.dtype | None = None,
     model_class: Any = None,
 ) -> nn.Module:
-    """Read a model onto the ranks of a distributed run, each its shards. Collective.
+    """Read a model in shards onto the ranks of a distributed run. Collective.
 
     The model is made on the meta device, sharded (`shard`), and filled tensor by tensor. Apply an adapter to it, then
-    call `shard` once more, which gives the adapter to all ranks.
+    call `shard` again, which copies the adapter to all ranks.
 
     Args:
-        path: a local folder with safetensors in the model's own names, as `save_pretrained` writes it; experts may lie
-            in it one by one.
+        path: a local folder with safetensors in the model's own names, as `save_pretrained` writes it; experts may be
+            stored one by one.
         quant_type: None keeps the weights as they are; `nf4` or `fp4` quantizes linear layers and experts as they are
-            read. Those that bitsandbytes' 4-bit format holds keep their bits either way.
-        mesh, mixed_precision, offload, reshard_after_forward: as for `shard`.
-        double_quant, skip, compute_dtype, blocksize: as for `quantize`.
-        dtype: of what stays dense; None: the checkpoint's.
-        model_class: by default the class that the checkpoint names.
+            read. Weights in bitsandbytes' 4-bit format keep their bits in any case.
+        mesh, mixed_precision, offload, reshard_after_forward: as in `shard`.
+        double_quant, skip, compute_dtype, blocksize: as in `quantize`.
+        dtype: dtype of dense tensors; None: the checkpoint's.
+        model_class: class of the model; by default that of the checkpoint.
 
     Raises:
         CheckpointError: a file or a tensor is missing, or does not fit.
@@ -126,7 +126,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _materialize(model: nn.Module, device: torch.device) -> None:
-    """Memory for every shard, in place of the meta device's."""
+    """Allocate memory for every shard on the meta device."""
     from torch.distributed.tensor import DTensor
 
     made: dict[int, nn.Parameter] = {}
@@ -186,7 +186,7 @@ def _read(model: nn.Module, tensors: CheckpointFiles) -> None:
 
 
 def _fill_dense(parameter: DTensor, stored: Any, name: str) -> None:
-    """This rank's rows, and no others, from the file."""
+    """Read this rank's rows, and no others, from the file."""
     if list(stored.get_shape()) != list(parameter.shape):
         raise CheckpointError(f"'{name}' has shape {stored.get_shape()}, the model needs {list(parameter.shape)}")
     begin, rows = _rows(parameter)
@@ -230,7 +230,7 @@ def _check_shape(name: str, lists: dict[str, list[str]], shape: Sequence[int]) -
 
 
 def _rows(parameter: DTensor) -> tuple[int, int]:
-    """(first, number) of the rows of a sharded parameter that this rank has."""
+    """Return (first, number) of this rank's rows of a sharded parameter."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -49,15 +49,15 @@ def shard(
         adapter_placement: "replicate" keeps adapters whole on every rank, as plain parameters for any optimizer and any
             number of ranks to resume; "shard" also shards large adapters. Parameters that blocks share stay whole.
         mixed_precision: a `torch.distributed.fsdp.MixedPrecisionPolicy`. 4-bit weights keep their bytes.
-        offload: keep the shards in the host's memory (`CPUOffloadPolicy`).
-        reshard_after_forward: give a block's whole weights back before the backward pass needs them again.
+        offload: keep the shards in host memory (`CPUOffloadPolicy`).
+        reshard_after_forward: free a block's whole weights after its forward; the backward pass gathers them again.
 
     Returns:
-        The same model. Adapters have rank 0's values.
+        `model`, with rank 0's values in the adapters.
 
     Raises:
-        PeftcoreError: no distributed run has begun, the ranks hold different models or adapters, or an argument is
-            wrong. The model is then as it was.
+        PeftcoreError: no distributed run has begun, the ranks have different models or adapters, or an argument is
+            wrong. The model is then unchanged.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -94,7 +94,7 @@ def shard(
 
 @torch.no_grad()
 def give_adapters(model: nn.Module) -> None:
-    """Give every rank rank 0's adapters with their buffers: first values may be drawn, or of data. Collective."""
+    """Copy rank 0's adapters with their buffers to every rank, since they may be initialised randomly. Collective."""
     state = state_of(model)
     tensors: list[Tensor] = []
     for name in state.applied if state is not None else ():
@@ -120,7 +120,7 @@ def check_running() -> None:
 
 
 def check_ranks(model: nn.Module) -> None:
-    """Raise a PeftcoreError on every rank unless all hold the same model with the same adapters. Collective."""
+    """Raise a PeftcoreError on every rank unless all have the same model with the same adapters. Collective."""
     base = {id(p): (name, p) for name, p in base_parameters(model)}.values()
     facts = {"base": f"{type(model).__name__} with {_digest(base)}"}
     if (state := state_of(model)) is not None:
@@ -131,7 +131,7 @@ def check_ranks(model: nn.Module) -> None:
 
 
 def divided(model: nn.Module, adapter_placement: str) -> tuple[list[nn.Parameter], set[nn.Parameter]]:
-    """(adapters' parameters that are replicated, all that is on no shard): the rest of the model is sharded.
+    """Return (replicated adapter parameters, all unsharded parameters); the rest of the model is sharded.
 
     What a trained parameter has replaced takes no part in any forward: to gather it would be idle work.
     """
@@ -148,7 +148,7 @@ def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of a model: the members of its outermost `ModuleList`s."""
+    """Yield the repeated blocks of a model: the members of its outermost `ModuleList`s."""
     outer: list[str] = []
     for path, module in base_modules(model):
         if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{other}.") for other in outer):
@@ -182,7 +182,7 @@ class _GradientMean:
     def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
         self.parameters, self.groups, self.waits = parameters, groups, False
         for parameter in parameters:
-            trains = parameter.requires_grad  # a frozen or resting adapter may train later
+            trains = parameter.requires_grad  # a frozen or inactive adapter may train later
             parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._note)
             parameter.requires_grad_(trains)
             setattr(parameter, _AVERAGED, True)
@@ -200,7 +200,7 @@ class _GradientMean:
             if parameter.requires_grad:
                 by_dtype.setdefault(parameter.dtype, []).append(parameter)
         for parameters in by_dtype.values():
-            # With each gradient goes a 1, so that what no rank has used stays without one.
+            # A 1 is sent with each gradient, so that parameters that no rank used stay without one.
             pieces = [p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in parameters]
             used = torch.tensor([p.grad is not None for p in parameters], dtype=pieces[0].dtype).to(pieces[0].device)
             message = torch.cat([*pieces, used])
@@ -216,7 +216,7 @@ class _GradientMean:
 
 
 def _aside(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters that trained ones have replaced in the model, or resting ones that will replace others."""
+    """Yield adapter-owned and replaced parameters that are not in the model now."""
     state = state_of(model)
     for name in state.applied if state else ():
         own = TrainedParameters.of(model, name)
@@ -225,7 +225,7 @@ def _aside(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """`12 tensors of 3,456 values (1a2b3c4d)`: names, shapes and dtypes."""
+    """Return a digest of names, shapes and dtypes: `12 tensors of 3,456 values (1a2b3c4d)`."""
     parameters = list(parameters)
     listing = "\n".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in parameters)
     values = sum(p.numel() for _, p in parameters)

@@ -325,7 +325,7 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         peftcore.combine(model, ["default"], adapter="sum", how="cat")
     model.config._experts_implementation = "twice"
     ALL_EXPERTS_FUNCTIONS.register("twice", lambda module, x, index, weights: 2 * x)
-    with pytest.raises(peftcore.PeftcoreError, match="Dora acts on experts one by one, for which transformers'"):
+    with pytest.raises(peftcore.PeftcoreError, match="Dora acts on experts one by one, which needs transformers'"):
         model(**INPUTS)
 
 

@@ -116,7 +116,7 @@ def test_ranks_share_the_examples_and_the_base(found: peftcore.Suggestion) -> No
 
 
 def test_no_config() -> None:
-    with pytest.raises(PeftcoreError, match="a config of transformers is needed, found object"):
+    with pytest.raises(PeftcoreError, match="expected a transformers config or a model that has one, found object"):
         peftcore.suggest(object(), memory="1GB", device="t4")
 
 

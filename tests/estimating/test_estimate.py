@@ -151,23 +151,26 @@ def test_draws_nothing() -> None:
     [
         ({"batch_size": 0}, "batch_size must be a whole number from 1, found 0"),
         ({"optimizer": "adamw_8bits"}, "nearest: 'adamw_8bit'"),
-        ({"gradient_checkpointing": "some"}, "'non-reentrant' or a dict of what Trainer takes as .* found 'some'"),
-        ({"gradient_checkpointing": {"context": 1}}, "torch.utils.checkpoint takes no context. It takes use_reentrant"),
-        ({"gradient_checkpointing": {"offload": True}}, "offload=True moves activations to another memory"),
+        ({"gradient_checkpointing": "some"}, "'non-reentrant' or a dict as in Trainer's .* found 'some'"),
+        (
+            {"gradient_checkpointing": {"context": 1}},
+            "has no option context. It has use_reentrant",
+        ),
+        ({"gradient_checkpointing": {"offload": True}}, "offload=True is not followed"),
         ({"ranks": 0}, "ranks must be a whole number from 1, found 0"),
         ({"ranks": True}, "ranks must be a whole number from 1, found True"),
         ({"per_sample": -1}, "per_sample must be a whole number from 0, found -1"),
         ({"per_sample": 2, "method": "prompt-tuning"}, "acts on a batch as a whole"),
         ({"per_sample": 2, "method": None}, "per_sample needs a method: without one, every parameter is trained"),
-        ({"shard": True, "loss": "dpo", "method": None}, "loss=.dpo. without adapters: how the trainer shards its"),
+        ({"shard": True, "loss": "dpo", "method": None}, "loss=.dpo. without adapters on shards is not followed"),
         (
             {"shard": "full"},
-            "shard is True .FSDP2., False .DDP., or a dict of arguments of .* found .full.",
+            "shard must be True .FSDP2., False .DDP. or arguments of .* found .full.",
         ),
-        ({"shard": {"adapter": "shard"}}, "shard: 'adapter' is not followed. .*nearest: 'adapters'"),
-        ({"shard": {"adapter_placement": "both"}}, "shard: adapter_placement is one of .* found 'both'"),
-        ({"mixed_precision": "fp8"}, "mixed_precision is None or one of bf16, fp16, found 'fp8'"),
-        ({"loss": "dpp"}, "loss is None or one of sft, dpo, kto, found 'dpp' .nearest: 'dpo'"),
+        ({"shard": {"adapter": "shard"}}, "shard: 'adapter' is not followed .nearest: 'adapter_placement'"),
+        ({"shard": {"adapter_placement": "both"}}, "shard: adapter_placement must be one of .* found 'both'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be None or one of bf16, fp16, found 'fp8'"),
+        ({"loss": "dpp"}, "loss must be None or one of sft, dpo, kto, found 'dpp' .nearest: 'dpo'"),
         ({"quantize": "int3"}, "quant_type='int3' is not known"),
     ],
 )
@@ -180,9 +183,9 @@ def test_wrong_models(tmp_path: Path) -> None:
     broken = LlamaConfig(**{**SIZES, "num_attention_heads": 4}, vocab_size=-3)
     for model, message in [
         (tmp_path, "the configuration of '.*' cannot be read"),
-        (tmp_path / "nowhere", "there is no folder '.*nowhere': give one with a config.json"),
-        (3, "takes a model, a config of transformers, a folder or a hub id, found int"),
-        (nn.Linear(2, 2), "takes no labels"),
+        (tmp_path / "nowhere", "there is no folder '.*nowhere'. Give one with a config.json"),
+        (3, "takes a model, a transformers config, a folder or a hub id, found int"),
+        (nn.Linear(2, 2), "takes no labels, so its loss is not known"),
         (broken, "no model can be built on the meta device of this LlamaConfig"),
     ]:
         with pytest.raises(PeftcoreError, match=message):

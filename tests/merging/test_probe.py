@@ -141,7 +141,7 @@ def test_normed_weights_are_refused() -> None:
     for layer in (norms.spectral_norm(nn.Linear(8, 8)), norms.weight_norm(nn.Linear(8, 8))):
         model = peftcore.apply(nn.Sequential(layer), "lora", target_modules="0")
         disturb(model, "default", seed=1)
-        refused(model, r"no weight format reads ParametrizedLinear: it has no floating parameter 'weight'")
+        refused(model, r"no weight format reads ParametrizedLinear: it has no floating-point parameter 'weight'")
 
 
 def test_a_weight_without_values_is_refused() -> None:

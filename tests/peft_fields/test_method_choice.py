@@ -33,7 +33,7 @@ def test_the_method_whose_flag_is_set_reads_and_the_method_without_one_any_other
         with pytest.raises(
             peftcore.PluginError,
             match=r"no installed method reads 'the file', of peft_type 'SAME' with r set, without a field that marks "
-            rf"its method: '{special}' \(peftcore-{special} 1.0\) use_flag. A method is a package",
+            rf"its method: '{special}' \(peftcore-{special} 1.0\) use_flag. Methods are separate packages",
         ):
             read_by(r=3)
 
