@@ -88,7 +88,8 @@ class Backbone(Adapter):
         mask, positions = call.get("attention_mask"), call.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise PeftcoreError(
-                "a prompt needs a 2-d attention mask [batch, tokens] to extend, found {list(mask.shape) if "
+                "a prompt needs a 2-d attention mask [batch, tokens] to extend, found "
+                f"{list(mask.shape) if "st(mask.shape) if "st(mask.shape) if "
                 "isinstance(mask, Tensor) else type(mask).__name__} (static caches use another; generate with "
                 "the dynamic one)"
             )

@@ -188,7 +188,7 @@ def test_a_value_too_large_for_the_type_is_refused(tmp_path: Path) -> None:
         model.lm_head.weight[3, 5] = 7e4
     file = tmp_path / "model.gguf"
     file.write_text("what was there")
-    with pytest.raises(PeftcoreError, match=r"'output.weight' holds 7e\+04, which F16 cannot.*bf16"):
+    with pytest.raises(PeftcoreError, match=r"'output.weight' contains 7e\+04, which F16 cannot.*bf16"):
         write(model, file, "f16")
     assert file.read_text() == "what was there" and len(list(tmp_path.iterdir())) == 1
     write(model, file, "bf16")
