@@ -65,7 +65,7 @@ class Registry:
 
     @property
     def hook(self) -> Any:
-        """pluggy's hook caller, with every working plugin registered."""
+        """Hook caller of pluggy, with every working plugin registered."""
         self.plugins()
         return self._manager.hook
 

@@ -10,13 +10,9 @@ import peftcore.ops
 
 CORE = Path(peftcore.ops.__file__).parents[1]
 # Packages and modules that are not yet rewritten: this list shrinks.
-NOT_YET = {
-    *("adaptation", "adapter_files", "estimating", "experts", "observation", "ops", "parallel", "peft_fields"),
-    *("targets", "testing", "architecture", "events", "hookspecs", "layers", "method", "ranks", "registry"),
-    *("validation", "weight_formats"),
-}
+NOT_YET = {"adaptation", "adapter_files", "estimating", "testing", "method"}
 OLD = re.compile(r"\b(told|beside|lies|stands|anew)\b|(?<![Tt]here )\bis no\b|\b(Those of|The same)\b")
-LEGITIMATE = {"stands for", "stands in", "stand in"}
+LEGITIMATE = {"stands for", "stands in", "stand in", "a tensor beside factors"}  # the last is also a message of csrc
 FILES = [file for file in sorted(CORE.rglob("*.py")) if not {*file.relative_to(CORE).parts, file.stem} & NOT_YET]
 
 

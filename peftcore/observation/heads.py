@@ -36,16 +36,16 @@ def task_heads(model: nn.Module, backbone: str, output_head: str | None) -> tupl
         output_head: path of the head that gives token logits.
     """
     kinds = _kinds().get(original_class(model).__name__, set())
-    beside = _beside_backbone(model, backbone)
+    outside = _outside_backbone(model, backbone)
     loaded = any(getattr(parameter, _LOADED, False) for _, parameter in base_parameters(model))
     of_task = any(map(_TASK.search, kinds)) if kinds else bool(_TASK_NAME.search(original_class(model).__name__))
     if of_task or not (kinds or loaded):
         inner = None if of_task else output_head
-        heads = [path for path in beside if inner is None or not f"{inner}.".startswith(f"{path}.")]
+        heads = [path for path in outside if inner is None or not f"{inner}.".startswith(f"{path}.")]
     else:
         heads = []
     if loaded:
-        for path in _missing(model, beside, output_head):
+        for path in _missing(model, outside, output_head):
             heads += [path] if not _is_inside(path, heads) else []
     return tuple(heads)
 
@@ -56,7 +56,7 @@ def mark_as_loaded(parameter: Tensor, like: Tensor | None) -> None:
         setattr(parameter, _LOADED, True)
 
 
-def _beside_backbone(model: nn.Module, backbone: str) -> list[str]:
+def _outside_backbone(model: nn.Module, backbone: str) -> list[str]:
     """Return the children of the model that have parameters and neither are nor contain the backbone."""
     paths = {id(module): path for path, module in base_modules(model)}
     children = [(name, child) for name, child in model.named_children() if id(child) in paths and name not in _OURS]
@@ -73,7 +73,7 @@ def _beside_backbone(model: nn.Module, backbone: str) -> list[str]:
     ]
 
 
-def _missing(model: nn.Module, beside: list[str], output_head: str | None) -> Iterator[str]:
+def _missing(model: nn.Module, outside: list[str], output_head: str | None) -> Iterator[str]:
     """Yield paths of modules whose parameters the checkpoint did not have.
 
     Not the output head, which may be one that was made longer. In the backbone they must be few: layers that were
@@ -84,11 +84,11 @@ def _missing(model: nn.Module, beside: list[str], output_head: str | None) -> It
         parameter = ranks.behind(found)
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
         marked[name] = not plain or getattr(parameter, _LOADED, False)
-    inside = [mark for name, mark in marked.items() if not _is_inside(name, beside)]
+    inside = [mark for name, mark in marked.items() if not _is_inside(name, outside)]
     few = 2 * sum(inside) > len(inside)
     for path in dict.fromkeys(name.rpartition(".")[0] for name, mark in marked.items() if not mark):
         whole = not any(mark for name, mark in marked.items() if name.startswith(f"{path}."))
-        if path and path != output_head and whole and (few or _is_inside(path, beside)):
+        if path and path != output_head and whole and (few or _is_inside(path, outside)):
             yield path
 
 

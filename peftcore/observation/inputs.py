@@ -57,7 +57,7 @@ def example_inputs(
 
     Returns:
         Integers drawn from the vocabulary, without special tokens where the config names them; floats of the
-        model's dtype. The same at each call. Arguments that no builder knows are left out.
+        model's dtype. Each call returns equal values. Arguments that no builder knows are left out.
     """
     device = torch.device(device) if device is not None else _device(model)
     facts = Facts(model, device, batch, length, length if decoder_length is None else decoder_length)

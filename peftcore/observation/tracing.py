@@ -332,7 +332,6 @@ _TURNS: dict[str, Callable[..., bool]] = {
 
 def likeness(module: nn.Module) -> Any:
     """Return a value that is equal for modules with the same parts, sizes and settings, whatever their index is."""
-
     is_setting: Callable[[Any], bool] = _is_setting  # to mypy a class is not hashable
 
     def part(name: str, module: nn.Module) -> Any:

@@ -1,5 +1,8 @@
-"""LoRA's dropout: `keep`, the mask, is never stored. Philox gives it again from a seed, the row and the column, the
-same bits on every device (csrc/lora/dropout.h)."""
+"""Dropout of LoRA without a stored mask.
+
+Philox generates the mask `keep` again from a seed, the row and the column, with the same bits on every device
+(csrc/lora/dropout.h).
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,12 @@ def keep_mask(rows: int, columns: int, p: float, seed: int | Tensor, device: tor
 
 
 def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """keep ∘ x, of a matrix."""
+    """Return keep ∘ x for a matrix x."""
     return x if seed is None or not p else x.where(keep_mask(x.shape[0], x.shape[1], p, seed, x.device), 0)
 
 
 def factor(scale: float, p: float, seed: Tensor | None) -> float:
-    """c, which carries the scale and what dropout keeps."""
+    """Return c, which includes the scale and the share that dropout keeps."""
     return scale if seed is None else scale * 65536 / (65536 - threshold(p))
 
 

@@ -105,7 +105,7 @@ def grouped_lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """x_i W_eᵀ + bias_e + scale · (dropout(x_i) A_eᵀ) B_eᵀ, for the rows of each expert e.
+    """Return x_i W_eᵀ + bias_e + scale · (dropout(x_i) A_eᵀ) B_eᵀ for the rows of each expert e.
 
     Args:
         a, b: `[E, r, in]` and `[E, out, r]` in any floating-point dtype, whatever the layout of the weight.

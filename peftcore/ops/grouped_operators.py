@@ -32,7 +32,7 @@ from peftcore.ops.weight import PackedWeight, check_dtype, check_like, checked, 
 
 
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
-    """int64 `[rows]`: the expert of each row; E for those of none."""
+    """Return int64 `[rows]`, the expert of each row; E for rows without an expert."""
     places = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets, places, right=True)
 

@@ -48,7 +48,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def frozen_linear(x: Tensor, weight: Sequence[Tensor], packing: Sequence[int], bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias."""
+    """Return x Wᵀ + bias."""
     return _OPS.linear_4bit(x, weight, packing, bias) if packing else F.linear(x, weight[0], bias)
 
 

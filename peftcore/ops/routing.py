@@ -42,8 +42,8 @@ def _check_strided(t: Tensor, op: str, name: str) -> None:
     value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
 
 
-def _check_int64(t: Tensor, beside: Tensor, op: str, name: str) -> None:
-    check_tensor(t, torch.int64, beside.device, op, name)
+def _check_int64(t: Tensor, like: Tensor, op: str, name: str) -> None:
+    check_tensor(t, torch.int64, like.device, op, name)
     _check_strided(t, op, name)
 
 
@@ -60,11 +60,11 @@ def _check_numbers(t: Tensor, op: str, name: str, least: int) -> None:
         value(low >= 0 and high < least, op, f"{name} must be from 0 to {least - 1}, found {low} to {high}")
 
 
-def _check_weights(weights: Tensor, op: str, beside: Tensor) -> None:
+def _check_weights(weights: Tensor, op: str, like: Tensor) -> None:
     if weights.dtype not in DTYPES:
         raise TypeError(f"{op}: weights must be float32, float16 or bfloat16, found {weights.dtype}")
     _check_strided(weights, op, "weights")
-    value(weights.device == beside.device, op, f"weights must be on {beside.device}, found {weights.device}")
+    value(weights.device == like.device, op, f"weights must be on {like.device}, found {weights.device}")
 
 
 @dataclass

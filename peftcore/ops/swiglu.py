@@ -1,9 +1,11 @@
-"""y = silu(g) ∘ u of rows [g, u], the gate of most mixtures of experts (Shazeer 2020, GLU Variants, section 2), and its
-gradient:
+"""SwiGLU, the gate of most mixtures of experts (Shazeer 2020, GLU Variants, section 2), and its gradient.
+
+    y = silu(g) ∘ u of rows [g, u]
 
     s = 1 / (1 + exp(-g))         dg = dy ∘ u ∘ s ∘ (1 + g ∘ (1 - s))         du = dy ∘ g ∘ s
 
-Values are fp32 in between and rounded once; PyTorch's operators round twice, and pass six times over memory, here two.
+Intermediate values are fp32 and rounded once; PyTorch's operators round twice, and pass over memory six times instead
+of two.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ class _Swiglu(torch.autograd.Function):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(g) ∘ u.
+    """Return silu(g) ∘ u.
 
     Args:
         x: `[.., 2 n]`, g and then u; fp32, fp16, bf16 or float64.

@@ -11,7 +11,7 @@ These checks exist twice, with the same messages and types of error:
     | what                                     | compiled kernels             | references and shape rules       |
     |------------------------------------------|------------------------------|----------------------------------|
     | a weight's parts and numbers             | `Weight` in csrc/weight      | `checked` here                   |
-    | x, gradient and bias beside it           | csrc/weight/linear_arguments | `check_linear`, `check_beside`   |
+    | x, gradient and bias with it             | csrc/weight/linear_arguments | `check_linear`, `check_beside`   |
     | LoRA's factors, dropout, samples         | csrc/lora/arguments.h        | lora.py, dropout.py, per_sample  |
     | a codebook's values are finite, sorted   | csrc/nf4/cpu/ops.cpp         | quant4.py; on CPU, not fake      |
     | a sample's adapter exists                | lora/cpu; NaN on a GPU       | per_sample.py; not fake          |
@@ -100,7 +100,7 @@ class PackedWeight(NamedTuple):
         return (values * self.scales().repeat_interleave(self.blocksize)[:count]).to(dtype).reshape(self.shape)
 
     def rows_that_begin_blocks(self) -> int:
-        """The number of rows after which a block begins, also a block of scales if they are nested."""
+        """Return the number of rows after which a block begins, also a block of scales if they are nested."""
         together = self.blocksize * (self.nested_blocksize if self.double_quant else 1)
         return together // math.gcd(self.shape[-1], together)
 
@@ -268,7 +268,7 @@ def check_beside(weight: Tensor | PackedWeight, t: Tensor, name: str, is_gradien
 
 
 def check_linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, op: str) -> None:
-    """x `[.., in]`, W `[out, in]` and its bias `[out]`."""
+    """Check x `[.., in]`, W `[out, in]` and its bias `[out]` against each other."""
     check_beside(weight, x, "x", False, op)
     if bias is not None:
         rows = weight.shape[0]
