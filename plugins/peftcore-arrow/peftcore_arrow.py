@@ -99,7 +99,8 @@ def factors_of(model: nn.Module, expert: str) -> dict[str, LowRank]:
     other = other_adapter(model, expert)
     adapter: Any
     for path, adapter in other.modules.items():
-        factors = adapter.low_rank() if hasattr(adapter, "factors") else []
+        has_factors = getattr(type(adapter), "low_rank", Adapter.low_rank) is not Adapter.low_rank
+        factors = adapter.low_rank() if has_factors else []
         if len(factors) != 1 or factors[0].transposed or factors[0].a.dim() != 2:
             raise PeftcoreError(f"'{expert}' ({other.method}) is at '{path}' no product B A of a linear layer")
         found[path] = factors[0]
