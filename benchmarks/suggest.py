@@ -40,7 +40,8 @@ def ask(folder, memory, length):
     try:
         found = peftcore.suggest(folder, memory=f"{memory}GB", device=CARDS[memory], length=length, examples=10000)
         best = found.ways[0]
-        said = f"`{' '.join(best.options())}` | {best.memory / 1e9:.1f} of {found.memory / 1e9:.1f} | {best.hours:.2f}"
+        needs = f"{best.memory.high / 1e9:.1f} of {found.memory / 1e9:.1f}"
+        said = f"`{' '.join(best.options())}` | {needs} | {best.hours:.2f}"
     except peftcore.PeftcoreError as error:
         said = f"{error} | | "
     print(f"| {Path(folder).name} | {memory} | {said} | {time.process_time() - start:.0f} |")
