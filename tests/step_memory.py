@@ -1,11 +1,13 @@
-"""Bytes that PyTorch's CPU allocator reports of a training step, and what an estimate says of the same."""
+"""Bytes that PyTorch's CPU allocator reports of a training step, and those that an estimate predicts."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,3 +147,33 @@ def allocated_by(make: Callable[[TrainerCallback], Any], steps: int = 3) -> int:
     with without_onednn():
         make(watch).train()
     return watch.most
+
+
+def peak_beyond_libraries(sizes: dict[str, Any], method: str | None, run: dict[str, Any]) -> int:
+    """Return the bytes by which three steps of a Llama raise the peak of this process, which must be new."""
+    train_llama({**sizes, "num_hidden_layers": 1, "vocab_size": 320}, method, {**run, "batch_size": 1, "length": 8}, 1)
+    gc.collect()
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
+    train_llama(sizes, method, run, 3)
+    return _resident("VmHWM") - before
+
+
+def train_llama(sizes: dict[str, Any], method: str | None, run: dict[str, Any], count: int) -> None:
+    """Train a Llama with random weights for so many steps."""
+    step = Step(**run)
+    model = real(transformers.LlamaConfig(**sizes), method, step)
+    inputs = loop.make_inputs(model, step.batch_size, step.length)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = loop.make_optimizer(parameters, step.optimizer)
+    for _ in range(count):
+        model(**inputs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
