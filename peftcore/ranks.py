@@ -1,10 +1,10 @@
 """Ranks of a distributed run: whole tensors out of sharded ones, a single writer, and agreement between ranks.
 
-Two kinds of parameters are a part on each rank: DTensors (FSDP2, tensor parallelism), and those that DeepSpeed's ZeRO-3
-has partitioned, which have no elements between calls: their shape is `ds_shape`, and DeepSpeed gathers them.
+Two kinds of parameters are sharded: DTensors (FSDP2, tensor parallelism), and those that DeepSpeed's ZeRO-3 has
+partitioned, which have no elements between calls: their shape is `ds_shape`, and DeepSpeed gathers them.
 
-Without `torch.distributed` there is one rank, and a tensor is whole already. Functions marked collective must be
-called by every rank.
+Without `torch.distributed` there is one rank, and every tensor is whole. Functions marked collective must be called by
+every rank.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def whole_when_read(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parameters, name, parameter in slots:
-            if isinstance(parameters[name], Unread):  # a forward of FSDP2 has put its own back
+            if isinstance(parameters[name], Unread):  # otherwise a forward of FSDP2 has restored its own
                 parameters[name] = parameter
 
 
@@ -174,7 +174,7 @@ def is_divided(tensor: Tensor, *, fsdp: bool) -> bool:
     """Return whether a rank has only a part of `tensor` in a forward pass, too, as in tensor parallelism.
 
     Args:
-        fsdp: FSDP2 gathers it, in one of the dimensions of its mesh.
+        fsdp: whether FSDP2 gathers it, in one dimension of its mesh.
     """
     return is_dtensor(tensor) and sum(not placement.is_replicate() for placement in tensor.placements) > fsdp
 
@@ -343,7 +343,7 @@ def agree(facts: dict[str, Any], what: str) -> None:
     """Raise a PeftcoreError on every rank unless all give the same `facts`. Collective.
 
     Args:
-        what: of which these are the facts, for the message, such as `adapters`.
+        what: what the facts describe, for the message, such as `adapters`.
     """
     if count() == 1:
         return
@@ -356,17 +356,17 @@ def agree(facts: dict[str, Any], what: str) -> None:
             if mine != theirs:
                 raise PeftcoreError(
                     f"ranks have different {what}: '{name}' is {mine} on rank 0, and {theirs} on rank {number}. "
-                    "Give every rank the same model, and apply with the same arguments"
+                    "Load the same model on every rank, and apply with the same arguments"
                 )
 
 
 def difference(tensors: Mapping[str, Tensor]) -> tuple[str, int, float] | None:
     """Find a tensor that should have the same values on all ranks and has not. Collective.
 
-    Tensors of which each rank has a part are passed over. Rounding may differ: 1 % of the largest value is allowed.
+    Sharded tensors are skipped. Rounding may differ by 1 % of the largest value.
 
     Returns:
-        (its name, a rank, how far its values are from rank 0's), or None.
+        (name, rank, largest difference from rank 0), or None.
     """
     if count() == 1:
         return None

@@ -1,7 +1,7 @@
 """Registry of installed plugins, which are found by entry point and imported one by one; a broken one breaks no other.
 
-pluggy's own `load_setuptools_entrypoints` is not used: it imports every plugin at once, one failure
-stops all, and a second distribution of the same name is dropped in silence.
+pluggy's own `load_setuptools_entrypoints` is not used: it imports every plugin at once, one failure stops all, and a
+second distribution of the same name is silently dropped.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
 CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
-API = 2  # of plugins; raised when a plugin written for the last one would no longer work
-ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords that `apply` takes itself: no names of config fields
-LISTS = ("peftcore_methods", "peftcore_weight_formats")  # hooks that answer a list, and never None
+API = 2  # version of the plugin API; raised when plugins written for the previous one would no longer work
+ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords of `apply`, which cannot be names of config fields
+LISTS = ("peftcore_methods", "peftcore_weight_formats")  # hooks that return a list, never None
 
 
 def canonical(name: str) -> str:
@@ -108,7 +108,7 @@ class Registry:
             if type(config) is method.config_class:
                 return method
         raise PluginError(
-            f"{type(config).__name__} is the config of no installed method "
+            f"{type(config).__name__} is not the config of an installed method "
             f"(installed: {', '.join(m.config_class.__name__ for m in self.methods().values()) or 'none'})"
         )
 
@@ -116,7 +116,7 @@ class Registry:
         """Return the formats of all plugins, then those of the core.
 
         Raises:
-            PluginError: a plugin's hook fails: what its format reads would else be taken for a plain weight.
+            PluginError: a plugin's hook fails; otherwise weights in its format would be mistaken for plain ones.
         """
         self.plugins()
         if self._formats is None:
@@ -137,7 +137,7 @@ class Registry:
         """Yield (plugin, result of its `hook`) for every plugin that has one, in pluggy's order, last registered first.
 
         Raises:
-            PluginError: it fails. With `contain` that is a warning, and the other plugins are asked.
+            PluginError: a hook fails. With `contain` that is a warning, and the other plugins are used.
         """
         for implementation in reversed(getattr(self.hook, hook).get_hookimpls()):
             plugin = self._plugins[canonical(implementation.plugin_name)]
@@ -156,13 +156,13 @@ class Registry:
         """Warn that `what` of a plugin failed with `error`, and is left out. Where plugins are strict, raise it."""
         if os.environ.get(STRICT) == "1":
             raise PluginError(_failed(what, plugin, error)) from error
-        warnings.warn(f"{_failure(what, plugin, error)}. peftcore goes on without it", stacklevel=4)
+        warnings.warn(f"{_failure(what, plugin, error)}. peftcore continues without it", stacklevel=4)
 
     @contextmanager
     def naming(self, method: str, function: str) -> Iterator[None]:
         """Name the plugin of `method`, and its `function`, in an error that the block raises.
 
-        Errors of peftcore, warnings that are errors, and a lack of memory pass as they are.
+        Errors of peftcore, warnings turned into errors, and lack of memory are passed on unchanged.
 
         Raises:
             PluginError: the block raised another exception.
@@ -184,7 +184,7 @@ class Registry:
         self.plugins()
         there = self._plugins.get(canonical(name))
         if there is not None and not there.error:
-            raise PluginError(f"a plugin '{there.name}' is registered already, by {there.distribution}")
+            raise PluginError(f"a plugin '{there.name}' is already registered by {there.distribution}")
         entry = Plugin(name, distribution, version)
         entry.methods = self._register(entry, plugin)
         self._plugins[canonical(name)] = entry
@@ -212,7 +212,7 @@ class Registry:
                 raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
         problems = []
         for key, candidates in sorted(by_name.items()):
-            candidates.sort(key=_has_other_distribution)  # stable: else the first on sys.path, as of modules
+            candidates.sort(key=_has_other_distribution)  # stable: then the first on sys.path, as for modules
             name, dist = candidates[0].name, candidates[0].dist
             entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
             self._plugins[key] = entry
@@ -242,7 +242,7 @@ class Registry:
                     self._forget()
                     raise PluginError(message) from error
                 problems.append(message)
-        for message in problems:  # now that all others are there: a warning may be an error
+        for message in problems:  # after all others are loaded, since a warning may be turned into an error
             warnings.warn(message, stacklevel=4)
 
     def _forget(self) -> None:
@@ -318,12 +318,12 @@ def _is_frozen(config_class: Any) -> bool:
     return bool(config_class.__dataclass_params__.frozen)
 
 
-# Never a name to install: whoever registered it may be a stranger, and the name may come from a stranger's file.
+# Never suggest a name to install: it may come from an untrusted file, and anyone can register it.
 HOW_TO_INSTALL = "Methods are separate packages: install the one that provides it, or run: peftcore methods"
 
 
 def _without(plugin: Plugin) -> str:
-    return f"Upgrade or uninstall it, or name the plugins to use without '{plugin.name}': {CHOSEN}=NAME,NAME"
+    return f"Upgrade or uninstall it, or list the plugins to use without '{plugin.name}': {CHOSEN}=NAME,NAME"
 
 
 def _named(hook: str, plugin: Plugin) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftcore.errors import PeftcoreError, nearest
 
-_ENTRIES = 100_000  # of a list or table
+_ENTRIES = 100_000  # most entries of a list or table
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", type(None): "None"}
 
 

@@ -117,7 +117,7 @@ def test_names_are_compared_as_those_of_packages(discover, monkeypatch, spelling
     assert list(discover(plugin).methods()) == ["my-method"]
     registry = discover((spelling, *plugin[1:]))  # an entry point of another spelling than its method's
     assert list(registry.methods()) == ["my-method"]
-    with pytest.raises(peftcore.PluginError, match=rf"'{spelling}' is registered already, by peftcore-my-method"):
+    with pytest.raises(peftcore.PluginError, match=rf"'{spelling}' is already registered by peftcore-my-method"):
         registry.register("MY.method", plugin[1])
     registry.unregister("my_METHOD")
     assert registry.methods() == {}
@@ -286,7 +286,7 @@ def test_detect_goes_on_without_a_plugin_that_fails(discover, monkeypatch) -> No
     from peftcore.observation import detecting
 
     monkeypatch.setattr(detecting, "registry", discover(("fails", Failing(), "peftcore-fails")))
-    with pytest.warns(UserWarning, match="peftcore goes on without it"):
+    with pytest.warns(UserWarning, match="peftcore continues without it"):
         assert detecting.detect(tiny.llama()).hidden_size == tiny.llama().config.hidden_size
 
 

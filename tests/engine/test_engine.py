@@ -169,7 +169,7 @@ def test_tied_parameters_are_trained_as_one() -> None:
         (lambda m: peftcore.apply(m, "around", adapter="train"), r"attribute of torch.nn.Module"),
         (lambda m: peftcore.apply(m, "train", names=("lm_head.wait",)), r"not a parameter \(nearest: 'lm_head.weight'"),
         (lambda m: peftcore.apply(m, "train"), r"places nothing on LlamaForCausalLM"),
-        (lambda m: peftcore.apply(m, object()), r"object is the config of no installed method"),
+        (lambda m: peftcore.apply(m, object()), r"object is not the config of an installed method"),
         (lambda m: peftcore.activate(m, "x"), r"no adapter is applied"),
         (lambda m: peftcore.remove(m, "x"), r"no adapter is applied"),
         (lambda m: peftcore.save(m, "nowhere", adapter="x"), r"no adapter is applied"),

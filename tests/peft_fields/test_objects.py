@@ -217,4 +217,4 @@ def test_peft_is_not_imported_for_the_question() -> None:
         "except peftcore.PluginError as error: print(error, 'peft' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert "object is the config of no installed method" in found.stdout and found.stdout.endswith("False\n")
+    assert "object is not the config of an installed method" in found.stdout and found.stdout.endswith("False\n")
