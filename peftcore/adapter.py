@@ -104,7 +104,7 @@ class Adapter(nn.Module):
             only for adapters. Modules inside the adapter can set it, too, where they derive from `Adapter`.
         whole_batch: the adapter mixes samples of a batch, so it cannot run on some of them alone.
         multiplier: factor of the change in `forward` and `merged`, which `peftcore.scale` sets; 1.0 where the adapter
-            has it, None where it has not. See `StateRules.scaled`.
+            has it, None where it has not. See `PeftRules.scaled`.
     """
 
     needs_call: bool | tuple[str, ...] = False

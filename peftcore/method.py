@@ -126,19 +126,24 @@ def prompt_tensor_name(placement: Placement, name: str) -> str:
     return f"base_model.{name}" if isinstance(placement, Train) else name
 
 
+Tensors = Mapping[str, Tensor]  # by their names on disk
+Fields = Mapping[str, Any]  # of an `adapter_config.json`
+
+
 @dataclass(frozen=True)
 class ForeignFormat:
-    """Adapter folders of another library, which a method can read; it never writes them.
+    """A format of adapter folders of another library, which a method can read and never writes.
 
     Args:
-        name: for messages, such as `the library adapters`.
-        tensors: name of its safetensors file.
-        matches: (fields of its config, an `adapter_config.json` without `peft_type`) -> is it this format?
-        read: (model, fields, tensors) -> (config, tensors by the names that they have on disk here). It raises
-            a PeftcoreError for what this method cannot compute.
-        about: (fields) -> the same facts as an `adapter_config.json` of PEFT has them: base_model_name_or_path, and
-            fields of the method that are worth showing.
-        config: name of its config's file.
+        name: name for messages, such as `the library adapters`.
+        tensors: name of the library's safetensors file.
+        matches: (fields of the library's config, an `adapter_config.json` without `peft_type`) -> whether it is this
+            format.
+        read: (model, fields, tensors) -> (config, tensors by the names that they have on disk here). It raises a
+            PeftcoreError for what this method cannot compute.
+        about: (fields) -> the fields that PEFT's `adapter_config.json` would have: base_model_name_or_path, and fields
+            of the method that are worth showing.
+        config: name of the config's file.
     """
 
     name: str
@@ -151,36 +156,40 @@ class ForeignFormat:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Another form of a method's files, beside that of PEFT, in which others read or write the same adapter.
+    """A form of a method's files, next to PEFT's, in which other programs read or write the same adapter.
 
-    Both functions take (model, tensors on disk, fields on disk) and give (tensors, fields).
+    Both functions take (model, tensors on disk, fields on disk) and return (tensors, fields).
 
     Args:
-        read: of a file in this form what is in PEFT's; a file in any other it gives back as it is.
-        write: the other way round, for `save(..., format=...)`. It raises a PeftcoreError for what has no place there.
+        name: name of the form, for `save(..., format=...)`; `load` tries every form.
+        read: return the content of a file in this form as PEFT writes it, and of any other file unchanged.
+        write: the reverse. It raises a PeftcoreError for what has no place there.
     """
 
+    name: str
     read: Callable[[nn.Module, dict[str, Tensor], Mapping[str, Any]], tuple[dict[str, Tensor], dict[str, Any]]]
     write: Callable[[nn.Module, dict[str, Tensor], Mapping[str, Any]], tuple[dict[str, Tensor], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """One file, without a config beside it, for one model or for several at once, such as those of a pipeline.
+    """A single file without a config, for one model or for several, such as those of a pipeline.
 
-    Tensors and fields are, in both directions, those of a folder in PEFT's layout; the fields say which method's.
+    Tensors and fields are those of a folder in PEFT's layout; the fields name the method.
 
     Args:
-        file: its name in a folder.
-        matches: (names of a file's tensors) -> is it in this format?
+        name: name of the format, for `save(..., format=...)`; `load` recognises it by the tensors' names.
+        file: name of the file in a folder.
+        matches: (names of a file's tensors) -> whether it is in this format.
         parts: (model, what the user calls it, or None) -> the names that its part may have in a file. It raises a
             PeftcoreError where the model, or one of this name, has no place there.
-        split: (a file's tensors) -> {part: its tensors}; of a file that names no parts {"": all}.
+        split: (a file's tensors) -> {part: its tensors}; {"": all} of a file that names no parts.
         read: (model, part, its tensors, the file's metadata) -> (tensors, fields).
         write: ({part: (model, tensors, fields)}) -> (tensors, metadata). It raises a PeftcoreError for what has no
             place there.
     """
 
+    name: str
     file: str
     matches: Callable[[Collection[str]], bool]
     parts: Callable[[nn.Module, str | None], Sequence[str]]
@@ -192,69 +201,89 @@ class FileFormat:
 
 
 @dataclass(frozen=True)
-class StateRules:
-    """How a method's adapters look on disk.
+class PeftRules:
+    """What Hugging Face PEFT makes of a method's files, and the method of PEFT's.
 
     Args:
-        peft_type: the key by which a file's method is known, that of Hugging Face PEFT where it has the method.
-        older_types: peft_types under which older versions of PEFT wrote such files, which are read all the same.
         flag: field on disk, such as `use_dora`, that marks the files of this method among those of its peft_type. A
             file in which it is set is read by this method, any other by the method without a flag. A file that was
-            saved here names its method; where several methods are left, an error names them.
-        tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct.
-            For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P. A
-            tensor of a module that several adapters share is written once, under the name that it has in the first.
-        own_fields: names of fields of our config that PEFT does not know and that the file must keep all the same. They
-            are kept beside the tensors, not in `adapter_config.json`, where PEFT would warn of them; only where they
-            are not the default, which therefore stays what it is. Without this method such a file is refused.
-        ignored_fields: fields of others' `adapter_config.json` that do not change what the adapter computes.
-        write_config: (fields of our config as JSON) -> fields on disk, where they differ.
-        read_config: (fields on disk) -> fields of our config; the place for upgrades of older files.
-        read_tensors: (model, tensors on disk, fields on disk) -> tensors under today's names; likewise for older files.
-        write_tensors: (tensors under today's names, whole and on the CPU, config) -> tensors on disk, which
-            `read_tensors` takes back; for adapters that others know in another shape.
-        exported: (placement) -> tensors by name on disk from which others compute what its adapter computes, where its
-            own tensors are more than that (a reparameterisation). Written beside its own, or with
-            `save(..., resumable=False)` in their place. Where they are some of its own, a file may lack the others,
-            which are then as at the start (the state of a schedule).
-        config_on_disk: (config, tensors on disk) -> config of an adapter that has these tensors, where the file
-            holds only what was exported.
-        foreign: formats of other libraries that the method reads.
+            saved here names its method.
+        own_fields: names of fields of our config that PEFT does not know and that the file must keep. They are stored
+            with the tensors, not in `adapter_config.json`, where PEFT would warn of them; only where they differ from
+            the default, which therefore stays what it is. Without this method such a file is refused.
+        older_types: peft_types under which older versions of PEFT wrote such files, which are read as well.
         unreadable: (model, paths of adapted modules) -> those of them whose adapters PEFT would misread or refuse;
             `save` warns of them.
         refused: (model, tensors on disk, fields on disk) -> why the method cannot compute what the writer of a file did
             that was not written here, or None.
-        scaled: (config, factor) -> config of an adapter with the same tensors and `factor` times the change, for
-            methods whose adapters have a `multiplier`: what others read of one that `peftcore.scale` has scaled.
-        layouts: other forms of the files by name, each of which is tried when one is read.
-        files: formats of single files by name, for `save(..., format=...)`; `load` knows them by their tensors' names.
+        scaled: (config, factor) -> config of an adapter with the same tensors and `factor` times the change, which
+            others read of an adapter that `peftcore.scale` has scaled. For adapters with a `multiplier`.
+    """
+
+    flag: str | None = None
+    own_fields: frozenset[str] = frozenset()
+    older_types: frozenset[str] = frozenset()
+    unreadable: Callable[[nn.Module, Sequence[str]], Sequence[str]] = lambda _model, _paths: ()
+    refused: Callable[[nn.Module, Tensors, Fields], str | None] = lambda *_: None
+    scaled: Callable[[Any, float], Any] | None = None
+
+
+def _unchanged(model: nn.Module | None, tensors: Tensors, fields: Fields) -> tuple[Tensors, Fields]:
+    return tensors, fields
+
+
+@dataclass(frozen=True)
+class StateRules:
+    """How a method's adapters look on disk.
+
+    Args:
+        peft_type: the key by which `load` recognises a method's files, PEFT's where PEFT has the method.
+        tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct. For `Train`
+            the name is the parameter's; `P.base_layer.bias` where the same adapter is around P. A tensor of a module
+            that several adapters share is written once, under the name that it has in the first.
+        read: (model, tensors on disk, fields on disk) -> (tensors under today's names, fields of the config). Files of
+            older versions are upgraded here. Where only the config is needed, model is None and there are no tensors.
+        write: (model, tensors under today's names, whole and on the CPU, fields of the config) -> (tensors on disk,
+            fields on disk), which `read` takes back. Where only the config is needed, model is None and there are no
+            tensors.
+        formats: other formats of the files: folders of other libraries that the method reads, layouts, single files.
+        export: (placement) -> tensors by name on disk from which others compute what its adapter computes, where the
+            adapter's own tensors are more than that (a reparameterisation). They are written next to its own, or with
+            `save(..., resumable=False)` in their place. Where they are some of its own, a file may lack the others,
+            which then have their initial values (the state of a schedule).
+        peft: what PEFT makes of the files, and the method of PEFT's.
     """
 
     peft_type: str
-    flag: str | None = None
     tensor_name: Callable[[Placement, str], str] = tensor_name
-    own_fields: frozenset[str] = frozenset()
-    ignored_fields: frozenset[str] = frozenset()
-    write_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    read_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    read_tensors: Callable[[nn.Module, dict[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]] = (
-        lambda _model, tensors, _fields: tensors
-    )
-    write_tensors: Callable[[dict[str, Tensor], Any], Mapping[str, Tensor]] = lambda tensors, _config: tensors
-    exported: Callable[[Any], Mapping[str, Tensor]] = lambda _placement: {}
-    config_on_disk: Callable[[Any, Mapping[str, Tensor]], Any] = lambda config, _tensors: config
-    foreign: Sequence[ForeignFormat] = ()
-    unreadable: Callable[[nn.Module, Sequence[str]], Sequence[str]] = lambda _model, _paths: ()
-    refused: Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Any]], str | None] = lambda *_: None
-    scaled: Callable[[Any, float], Any] | None = None
-    layouts: Mapping[str, FileLayout] = field(default_factory=dict)
-    files: Mapping[str, FileFormat] = field(default_factory=dict)
-    older_types: frozenset[str] = frozenset()
+    read: Callable[[nn.Module | None, dict[str, Tensor], dict[str, Any]], tuple[Tensors, Fields]] = _unchanged
+    write: Callable[[nn.Module | None, dict[str, Tensor], dict[str, Any]], tuple[Tensors, Fields]] = _unchanged
+    formats: Sequence[ForeignFormat | FileLayout | FileFormat] = ()
+    export: Callable[[Any], Tensors] | None = None
+    peft: PeftRules = PeftRules()
 
     @property
-    def exports(self) -> bool:
-        """May an adapter have exported tensors?"""
-        return self.exported is not StateRules.exported
+    def layouts(self) -> dict[str, FileLayout]:
+        """The layouts among `formats` by name."""
+        return {each.name: each for each in self.formats if isinstance(each, FileLayout)}
+
+    @property
+    def files(self) -> dict[str, FileFormat]:
+        """The formats of single files among `formats` by name."""
+        return {each.name: each for each in self.formats if isinstance(each, FileFormat)}
+
+    @property
+    def foreign(self) -> list[ForeignFormat]:
+        """The formats of other libraries among `formats`."""
+        return [each for each in self.formats if isinstance(each, ForeignFormat)]
+
+    def read_fields(self, fields: Fields) -> dict[str, Any]:
+        """Return the fields of the config that fields on disk mean."""
+        return dict(self.read(None, {}, dict(fields))[1])
+
+    def write_fields(self, fields: Fields) -> dict[str, Any]:
+        """Return the fields on disk of fields of the config."""
+        return dict(self.write(None, {}, dict(fields))[1])
 
 
 @dataclass(frozen=True)

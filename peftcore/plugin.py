@@ -7,9 +7,10 @@ into placements, which say where in the model each adapter is attached. docs/plu
 examples. The names by subject:
 
     placements            Around, After, OnWeight, SoftPrompt, PrefixKV, Train; Placement, AdapterModules
-    adapters              Adapter, LightAdapter, LowRank, Base, BranchedBase; override, of typing_extensions
+    adapters              Adapter, LightAdapter, LowRank, Base, BranchedBase; implements; override, of typing_extensions
     method and hooks      Method, hookimpl, WeightFormat
-    files                 StateRules, ForeignFormat, FileLayout, FileFormat, tensor_name, prompt_tensor_name
+    files                 StateRules, PeftRules, ForeignFormat, FileLayout, FileFormat, tensor_name,
+                          prompt_tensor_name; Tensors, Fields
     configs               LayersConfig; validation: checks of fields
     layers                targets: choosing modules; sizes, shape_of, layer_at, is_linear, is_conv1d, base_modules,
                           base_parameters, original_class, has_forward_of_instance, modules_tied_to
@@ -38,7 +39,7 @@ from peftcore.adaptation.call import Call, current_call
 from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.light import LightAdapter
 from peftcore.adaptation.outputs import first_of, with_first
-from peftcore.adapter import Adapter, Base, BranchedBase, LowRank
+from peftcore.adapter import Adapter, Base, BranchedBase, LowRank, implements
 from peftcore.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Architecture, Sublayer
 from peftcore.engine.other_adapters import OtherAdapter, has_adapters, other_adapter
 from peftcore.engine.trained import modules_tied_to
@@ -52,15 +53,18 @@ from peftcore.method import (
     AdapterModules,
     After,
     Around,
+    Fields,
     FileFormat,
     FileLayout,
     ForeignFormat,
     Method,
     OnWeight,
+    PeftRules,
     Placement,
     PrefixKV,
     SoftPrompt,
     StateRules,
+    Tensors,
     Train,
     WeightFormat,
     prompt_tensor_name,
@@ -115,6 +119,7 @@ __all__ = [
     "CheckpointError",
     "ExpertsLayout",
     "Family",
+    "Fields",
     "FileFormat",
     "FileLayout",
     "ForeignFormat",
@@ -124,6 +129,7 @@ __all__ = [
     "Method",
     "OnWeight",
     "OtherAdapter",
+    "PeftRules",
     "PeftcoreError",
     "Placement",
     "PluginError",
@@ -131,6 +137,7 @@ __all__ = [
     "SoftPrompt",
     "StateRules",
     "Sublayer",
+    "Tensors",
     "TokenCounter",
     "Train",
     "WeightFormat",
@@ -156,6 +163,7 @@ __all__ = [
     "has_adapters",
     "has_forward_of_instance",
     "hookimpl",
+    "implements",
     "inputs_of",
     "inside_at",
     "is_conv1d",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
 CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
-API = 2  # version of the plugin API; raised when plugins written for the previous one would no longer work
+API = "3.0"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
 ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords of `apply`, which cannot be names of config fields
 LISTS = ("peftcore_methods", "peftcore_weight_formats")  # hooks that return a list, never None
 
@@ -102,6 +102,10 @@ class Registry:
             f"no PEFT method '{name}' is installed (installed: {installed}){nearest(name, methods)}. {HOW_TO_INSTALL}"
         )
 
+    def plugin_of(self, method: str) -> Plugin:
+        """Return the plugin of the installed method `method`."""
+        return self._plugins.get(canonical(method), Plugin(method))
+
     def method_of_config(self, config: Any) -> Method:
         """Return the method with the config class of `config`."""
         for method in self.methods().values():
@@ -172,7 +176,7 @@ class Registry:
         except (PeftcoreError, Warning, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            plugin = self._plugins.get(canonical(method), Plugin(method))
+            plugin = self.plugin_of(method)
             raise PluginError(_failure(f"`{function}`", plugin, error)) from error
 
     def register(self, name: str, plugin: Any, distribution: str = "-", version: str = "-") -> Plugin:
@@ -297,10 +301,10 @@ class Registry:
                 f"StateRules.peft_type must be a non-empty string, by which load recognises the method's files, "
                 f"found {peft_type!r}"
             )
-        for name in method.state.own_fields:
+        for name in method.state.peft.own_fields:
             if name not in names:
                 raise PluginError(
-                    f"StateRules.own_fields names '{name}', which is not a field of {config_class.__name__}"
+                    f"PeftRules.own_fields names '{name}', which is not a field of {config_class.__name__}"
                     f"{nearest(name, names)}"
                 )
 
@@ -318,7 +322,7 @@ def _is_frozen(config_class: Any) -> bool:
     return bool(config_class.__dataclass_params__.frozen)
 
 
-# Never suggest a name to install: it may come from an untrusted file, and anyone can register it.
+# Never a package name derived from the name of a method: anyone can register such a package.
 HOW_TO_INSTALL = "Methods are separate packages: install the one that provides it, or run: peftcore methods"
 
 
@@ -397,21 +401,34 @@ def _check_requirement(distribution: Any) -> None:
 
 
 def _check_api(plugin: Any) -> None:
-    """Raise a PluginError if `peftcore_api`, the plugin API that a plugin was written for, is not this one."""
-    api = getattr(plugin, "peftcore_api", API)
-    if type(api) is not int:
-        raise PluginError(f"its peftcore_api must be a whole number, the plugin API it was written for, found {api!r}")
-    if api != API:
-        older = "peftcore" if api > API else "the plugin"
-        raise PluginError(f"it was written for plugin API {api}, this peftcore has {API}. Upgrade {older}")
+    """Raise a PluginError unless `peftcore_api`, the range of plugin APIs that a plugin supports, has this one."""
+    declared = getattr(plugin, "peftcore_api", f"=={API}")
+    try:
+        supported = requirement.specifiers(declared)
+    except ValueError as error:
+        raise PluginError(
+            f"its peftcore_api must be the range of plugin APIs that it supports, such as {_range()!r}, found "
+            f"{declared!r}"
+        ) from error
+    if API not in supported:
+        raise PluginError(
+            f"it supports the plugin APIs {declared}, this peftcore has {API}. Upgrade the older of the two"
+        )
 
 
 def _check_api_declared(plugin: Any) -> None:
     """Raise a PluginError if an installed plugin does not declare `peftcore_api`."""
     if not hasattr(plugin, "peftcore_api"):
         raise PluginError(
-            f"it does not declare the plugin API it was written for. Add a line to its module: peftcore_api = {API}"
+            "it does not declare the plugin APIs that it supports. Add a line to its module: "
+            f'peftcore_api = "{_range()}"'
         )
+
+
+def _range() -> str:
+    """Return the range that a plugin written for this API declares."""
+    major = int(API.partition(".")[0])
+    return f">={API},<{major + 1}"
 
 
 def _check_hook_names(manager: pluggy.PluginManager, name: str, plugin: Any) -> None:

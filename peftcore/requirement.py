@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 
 def unmet(requirements: Iterable[str], version: str) -> str | None:
@@ -24,3 +28,16 @@ def unmet(requirements: Iterable[str], version: str) -> str | None:
         if canonicalize_name(requirement.name) == "peftcore" and is_meant and release not in requirement.specifier:
             return str(requirement.specifier)
     return None
+
+
+def specifiers(text: object) -> SpecifierSet:
+    """Return the range of versions that a text such as `>=3.0,<4` names.
+
+    Raises:
+        ValueError: it is not such a text, or names no limit.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"a range of versions is a text such as '>=3.0,<4', found {text!r}")
+    return SpecifierSet(text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import sys
 import types
 from importlib.metadata import EntryPoint
@@ -36,7 +37,7 @@ def discover(monkeypatch):
         entry_points = []
         for index, (name, plugin, distribution) in enumerate(entries):
             if plugin is not None and not hasattr(plugin, "peftcore_api"):
-                plugin.peftcore_api = 2
+                plugin.peftcore_api = ">=3.0,<4"
             module = types.ModuleType(f"plugin_{index}")
             module.plugin = plugin
             monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -172,7 +173,7 @@ def test_an_installed_plugin_that_does_not_declare_its_api(discover) -> None:
     plugin = Answers([tiny.method("scale")])
     registry = discover(("scale", plugin, "peftcore-scale"))
     del plugin.peftcore_api
-    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin API .*peftcore_api = 2"):
+    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin APIs .*peftcore_api = \">=3.0,<4\""):
         assert registry.methods() == {}
 
 
@@ -205,13 +206,19 @@ def test_malformed_methods(discover, plugin, message: str) -> None:
         assert registry.methods() == {}
 
 
-@pytest.mark.parametrize(("api", "upgrade"), [(3, "peftcore"), (1, "the plugin")])
-def test_another_plugin_api_says_what_to_upgrade(discover, api: int, upgrade: str) -> None:
+@pytest.mark.parametrize("api", [">=4", ">=3.1,<4", "==2.*", "<3"])
+def test_a_plugin_that_does_not_support_this_api(discover, api: str) -> None:
     plugin = tiny.Plugin(tiny.method("scale"))
     plugin.peftcore_api = api
     registry = discover(("scale", plugin, "peftcore-scale"))
-    with pytest.warns(UserWarning, match=rf"plugin API {api}, this peftcore has 2. Upgrade {upgrade}"):
+    with pytest.warns(UserWarning, match=rf"supports the plugin APIs {re.escape(api)}, this peftcore has 3.0. Upgrade"):
         assert registry.methods() == {}
+
+
+def test_an_addition_to_the_api_breaks_no_plugin(discover, monkeypatch) -> None:
+    registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
+    monkeypatch.setattr(registry_module, "API", "3.7")
+    assert list(registry.methods()) == ["scale"]
 
 
 def test_a_message_never_names_a_package_that_may_be_a_strangers(discover, monkeypatch) -> None:
@@ -329,11 +336,11 @@ def test_a_weight_format_that_fails_is_named(discover) -> None:
         chosen.matches(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("api", ["1", 1.0, True, None])
-def test_a_plugin_api_that_is_no_number(discover, api: object) -> None:
+@pytest.mark.parametrize("api", ["3", 3, 1.0, True, None, "", "three"])
+def test_a_plugin_api_that_is_no_range(discover, api: object) -> None:
     plugin = tiny.Plugin(tiny.method("scale"))
     plugin.peftcore_api = api
-    with pytest.warns(UserWarning, match=rf"peftcore_api must be a whole number, .*found {api!r}"):
+    with pytest.warns(UserWarning, match=rf"must be the range of plugin APIs .*found {re.escape(repr(api))}"):
         assert discover(("scale", plugin, "peftcore-scale")).methods() == {}
 
 

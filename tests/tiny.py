@@ -247,7 +247,7 @@ PLACES = {
 class Plugin:
     """A plugin object that offers `methods`."""
 
-    peftcore_api = 2
+    peftcore_api = ">=3.0,<4"
 
     def __init__(self, *methods: Method) -> None:
         self._methods = list(methods)

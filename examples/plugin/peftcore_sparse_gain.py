@@ -29,7 +29,7 @@ from peftcore.plugin import (
     targets,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)

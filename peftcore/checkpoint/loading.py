@@ -43,7 +43,7 @@ def load(
 
     The folder was written by peftcore, by Hugging Face PEFT, or in a foreign format that a plugin reads. If there is no
     such folder, `path` may be an id on Hugging Face's hub, `ORG/NAME`, which huggingface_hub downloads. It may also be
-    a single file for one model or several (`StateRules.files`), or the folder of one; a model gets its part.
+    a single file for one model or several (`FileFormat`), or the folder of one; a model gets its part.
 
     Args:
         model: the model, or models by name, such as `pipe.components`, each of which gets its part of a single file.

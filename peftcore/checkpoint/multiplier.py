@@ -46,11 +46,11 @@ def multiplier_in(metadata: dict[str, str]) -> float:
 def without(method: Method, config: Any, metadata: dict[str, str]) -> tuple[Any, float]:
     """Return (config without the factor, factor), or the config as it is and 1 if it was edited."""
     multiplier, fields = _parsed(metadata)
-    if multiplier == 1.0 or method.state.scaled is None:
+    if multiplier == 1.0 or method.state.peft.scaled is None:
         return config, 1.0
     try:
         own = dataclasses.replace(config, **fields)
-        scaled = method.state.scaled(own, multiplier)
+        scaled = method.state.peft.scaled(own, multiplier)
     except (TypeError, PeftcoreError) as error:
         raise CheckpointError(f"the adapter's factor ({MULTIPLIER}) cannot be read: {error}") from error
     as_it_was = all(getattr(scaled, name) == getattr(config, name) for name in fields)

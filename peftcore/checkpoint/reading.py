@@ -14,13 +14,14 @@ from peftcore.adapter_files.content import JSON_BYTES, parse_json
 from peftcore.checkpoint import single_file
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.method import ForeignFormat, Method
-from peftcore.peft_fields import config_of_fields, guarded, method_of_fields, peft_version, with_own
+from peftcore.peft_fields import config_of, config_of_fields, guarded, method_of_fields, peft_version, with_own
 from peftcore.registry import Plugin, registry
 from peftcore.targets.patterns import limited
 from peftcore.validation import shown
 
 TOGETHER = "peftcore_together"  # in a file's metadata: which adapters were saved with it
 METHOD = "peftcore_method"  # in the metadata: the adapter's method
+PLUGIN = "peftcore_plugin"  # in the metadata: `DISTRIBUTION VERSION` of the plugin that wrote the file
 OWN_FIELDS = "peftcore_fields"  # in the metadata: fields of the method's config that PEFT does not know
 TIED = "peftcore_tied"  # in the metadata: whether parameters tied in the base are trained tied
 
@@ -110,7 +111,9 @@ def _read(
     # torch cannot compare 8-bit floats with others; float32 represents them all.
     tensors = {n: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for n, t in tensors.items()}
     own = own_fields(opened.path, metadata)
-    method = method_of_fields(where, fields, own, written_by=metadata.get(METHOD, applied), method=named)
+    method = method_of_fields(
+        where, fields, own, written_by=metadata.get(METHOD, applied), plugin=metadata.get(PLUGIN), method=named
+    )
     fields = with_own(f"'{opened.path / TENSORS}'", method, fields, own)
     # PEFT's default is False, which its older files do not name.
     tied = metadata.get(TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
@@ -120,11 +123,13 @@ def _read(
     with guarded(method, f"'{opened.path}'"):
         for layout in method.state.layouts.values():
             tensors, fields = layout.read(model, tensors, fields)
-        why = None if "peftcore_version" in metadata else method.state.refused(model, tensors, fields)
+        why = None if "peftcore_version" in metadata else method.state.peft.refused(model, tensors, fields)
         if why is not None:
             raise CheckpointError(f"'{opened.path}' cannot be read: {why}")
-        config = method.state.config_on_disk(config_of_fields(where, method, fields), tensors)
-        return method, config, dict(method.state.read_tensors(model, tensors, fields)), metadata
+        config_of_fields(where, method, fields)  # errors in the fields come first
+        found, read_fields = method.state.read(model, tensors, fields)
+        config = config_of(where, method, read_fields, str(fields["peft_type"]))
+        return method, config, dict(found), metadata
 
 
 def own_fields(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -182,7 +187,8 @@ def _method(opened: Folder, named: str | None, say: str) -> Method:
         return foreign[0]
     fields, metadata = opened.config(), opened.metadata()
     own, where = own_fields(opened.path, metadata), f"'{opened.path / CONFIG}'"
-    return method_of_fields(where, fields, own, written_by=metadata.get(METHOD), method=named, say=say)
+    writer = {"written_by": metadata.get(METHOD), "plugin": metadata.get(PLUGIN)}
+    return method_of_fields(where, fields, own, **writer, method=named, say=say)
 
 
 def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:

@@ -35,7 +35,9 @@ def formats() -> dict[str, tuple[FileFormat, Method]]:
     """
     methods = registry.methods().values()
     found: dict[str, tuple[FileFormat, Method]] = {}
-    for method in [m for m in methods if m.state.flag is None] + [m for m in methods if m.state.flag is not None]:
+    for method in [m for m in methods if m.state.peft.flag is None] + [
+        m for m in methods if m.state.peft.flag is not None
+    ]:
         for name, form in method.state.files.items() if method.recorded_as is None else ():
             found.setdefault(name, (form, method))
     return found

@@ -46,11 +46,11 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
 
     for placement in engine.placements(model, adapter):
         others: Mapping[str, Tensor] = {}
-        if exported:
-            with registry.naming(entry.method, "exported"), ranks.whole_parameters(placement.adapter):
-                others = rules.exported(placement)
+        if exported and rules.export is not None:
+            with registry.naming(entry.method, "export"), ranks.whole_parameters(placement.adapter):
+                others = rules.export(placement)
         for name, tensor in others.items():
-            add(name, tensor, said_by="exported")
+            add(name, tensor, said_by="export")
         if own or not others:
             for name, tensor in own_tensors(placement.adapter).items():
                 if id(tensor) not in written:
@@ -100,7 +100,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     """
     ranks.reshard(model)
     expected = exported = tensors_on_disk(model, adapter)
-    if registry.method(engine.applied(model, adapter).method).state.exports or own_slots(model, adapter):
+    if registry.method(engine.applied(model, adapter).method).state.export is not None or own_slots(model, adapter):
         exported = tensors_on_disk(model, adapter, exported=True)  # equal to the adapter's own tensors
     tensors = _untied(tensors, expected, exported, folder, type(model).__name__, partly_tied)
     embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
@@ -142,8 +142,10 @@ def for_training(model: nn.Module, adapter: str) -> set[str]:
     """Return the names of tensors that a file may lack: those of modules that can be read from exported ones."""
     rules = registry.method(engine.applied(model, adapter).method).state
     found: set[str] = set()
-    for placement in engine.placements(model, adapter) if rules.exports else ():
-        exported = rules.exported(placement)
+    if rules.export is None:
+        return found
+    for placement in engine.placements(model, adapter):
+        exported = rules.export(placement)
         own = {rules.tensor_name(placement, n): t for n, t in own_tensors(placement.adapter).items()}
         if exported and all(own.get(name) is tensor for name, tensor in exported.items()):
             found |= own.keys() - exported.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
@@ -19,12 +20,11 @@ from peftcore.adapter_files import Content
 from peftcore.checkpoint import single_file
 from peftcore.checkpoint.fingerprint import fingerprint
 from peftcore.checkpoint.multiplier import in_metadata
-from peftcore.checkpoint.reading import METHOD, OWN_FIELDS, TIED, TOGETHER, name_inside
+from peftcore.checkpoint.reading import METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, name_inside
 from peftcore.checkpoint.tensors import for_training, kept_on_disk, name_of_base, tensors_on_disk
 from peftcore.checkpoint.written_config import fields_of_config
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
-from peftcore.method import StateRules
 from peftcore.observation import detect
 from peftcore.peft_fields import peft_version, refuse_not_its_own
 from peftcore.registry import registry
@@ -52,7 +52,7 @@ def save(
         adapter: the adapter to save; by default all. Of several, `default` is in the folder itself and the others are
             in subfolders of their name, as in PEFT; `load` finds them together, in the order of activation.
         dtype: dtype of the floating-point tensors on disk; by default their own.
-        resumable: False leaves out what only further training needs (`StateRules.exported`).
+        resumable: False leaves out what only further training needs (`StateRules.export`).
         format: "peft", or another that the method declares: "per_expert" writes the factors of experts one by one, as
             vLLM and SGLang read them; "diffusers" and "kohya" write a single file into the folder, or to `path` itself
             if it ends in `.safetensors`. `load` reads all formats.
@@ -212,6 +212,8 @@ def _gathered_content(
     }
     about = {"peftcore_version": peftcore.__version__, "peftcore_base": fingerprint(base, _important(model, base))}
     about[METHOD] = method.name
+    plugin = registry.plugin_of(method.name)
+    about[PLUGIN] = f"{plugin.distribution} {plugin.version}"
     about[TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
     about |= in_metadata(model, adapter)
     fields, own_fields = fields_of_config(model, method, adapter)
@@ -219,9 +221,9 @@ def _gathered_content(
     if own_fields:
         about[OWN_FIELDS] = json.dumps(own_fields, allow_nan=False)
     whole = _for_disk(tensors, dtype)
-    with registry.naming(method.name, "write_tensors"):
-        written = dict(method.state.write_tensors(dict(whole), entry.config))
-    if method.state.write_tensors is not StateRules.write_tensors:
+    with registry.naming(method.name, "write"):
+        written = dict(method.state.write(model, dict(whole), dataclasses.asdict(entry.config))[0])
+    if written.keys() != whole.keys() or any(written[name] is not tensor for name, tensor in whole.items()):
         _refuse_unreadable(model, adapter, whole, written, {**fields, **own_fields})
     return Content(fields, written, {**about, **metadata})
 
@@ -229,19 +231,19 @@ def _gathered_content(
 def _refuse_unreadable(
     model: nn.Module, adapter: str, given: Mapping[str, Tensor], written: dict[str, Tensor], fields: dict[str, Any]
 ) -> None:
-    """Raise a PluginError unless `read_tensors` returns the tensors that `write_tensors` was given, in their shapes."""
+    """Raise a PluginError unless `read` returns the tensors that `write` was given, in their shapes."""
     method = registry.method(engine.applied(model, adapter).method)
     fields = {**fields, "peft_version": peft_version()}
-    with registry.naming(method.name, "read_tensors"):
-        found = method.state.read_tensors(model, dict(written), fields)
+    with registry.naming(method.name, "read"):
+        found = method.state.read(model, dict(written), fields)[0]
     wanted = {**tensors_on_disk(model, adapter), **kept_on_disk(model, adapter)}
     for name in sorted(wanted.keys() & given.keys() - for_training(model, adapter)):
         if name not in found or found[name].shape != given[name].shape:
             back = f"with shape {list(found[name].shape)}" if name in found else "not at all"
             raise PluginError(
                 f"adapter '{adapter}' was not saved, since it could not be loaded: '{name}' with shape "
-                f"{list(given[name].shape)} comes back {back}. `write_tensors` of {method.name} must keep it in a form "
-                "that `read_tensors` reads"
+                f"{list(given[name].shape)} comes back {back}. `write` of {method.name} must keep it in a form "
+                "that `read` reads"
             )
 
 

@@ -25,13 +25,13 @@ def fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[di
     """
     # asdict keeps tuples, and JSON has no sets, tuples or dtypes.
     own_fields = dataclasses.asdict(scaled_config(model, adapter))
-    with registry.naming(method.name, "write_config"):
-        fields = method.state.write_config(own_fields)
+    with registry.naming(method.name, "write"):
+        fields = method.state.write_fields(own_fields)
     if "ensure_weight_tying" in fields:
         fields["ensure_weight_tying"] = _is_tied_by_peft(model, adapter)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     fields = {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()}
-    own = {name: fields.pop(name) for name in sorted(method.state.own_fields) if name in fields}
+    own = {name: fields.pop(name) for name in sorted(method.state.peft.own_fields) if name in fields}
     usual = {f.name: _as_json(f.default) for f in dataclasses.fields(method.config_class)}
     common = {
         **fields,
@@ -61,7 +61,7 @@ def _task_type(model: nn.Module, adapter: str) -> str | None:
             f"Hugging Face PEFT computes the base from this file: it gives prompts to no {type(model).__name__}",
             stacklevel=5,
         )
-    paths = [*registry.method(entry.method).state.unreadable(model, entry.paths)]
+    paths = [*registry.method(entry.method).state.peft.unreadable(model, entry.paths)]
     paths += [
         path for path, placed in entry.placements.items() if any(engine.weight_of_expert(path, p) for p in placed)
     ]

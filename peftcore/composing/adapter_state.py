@@ -47,8 +47,9 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
     tensors = {**tensors_on_disk(model, adapter, exported=True), **kept_on_disk(model, adapter)}
     whole = {name: ranks.whole(tensor).clone() for name, tensor in tensors.items()}
     entry = engine.applied(model, adapter)
-    with registry.naming(entry.method, "write_tensors"):
-        found = OrderedDict(registry.method(entry.method).state.write_tensors(whole, entry.config))
+    with registry.naming(entry.method, "write"):
+        fields = dataclasses.asdict(entry.config)
+        found = OrderedDict(registry.method(entry.method).state.write(model, whole, fields)[0])
     config = dataclasses.asdict(scaled_config(model, adapter))
     found._metadata = {_OWN: {"method": entry.method, "config": config}}  # type: ignore[attr-defined]
     return found
@@ -103,8 +104,8 @@ def _set(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None:
             _refuse_other(method, registry.method(own["method"]), adapter, where)
             config = method.config_class(**own["config"])
         with guarded(method, f"'{where}'"):
-            fields = {**method.state.write_config(dataclasses.asdict(config)), "peft_version": peft_version()}
-            tensors = dict(method.state.read_tensors(model, tensors, fields))
+            fields = {**method.state.write_fields(dataclasses.asdict(config)), "peft_version": peft_version()}
+            tensors = dict(method.state.read(model, tensors, fields)[0])
         if own is None:
             _refuse_other_shapes(model, adapter, tensors)
     else:

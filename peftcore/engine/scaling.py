@@ -51,7 +51,7 @@ def set_multiplier(model: nn.Module, adapter: str, factor: float) -> None:
 def scaled_config(model: nn.Module, adapter: str) -> Any:
     """Return the config of an applied adapter, with its multiplier folded in."""
     entry = applied(model, adapter)
-    scaled = registry.method(entry.method).state.scaled
+    scaled = registry.method(entry.method).state.peft.scaled
     return entry.config if entry.multiplier == 1.0 or scaled is None else scaled(entry.config, entry.multiplier)
 
 
@@ -67,7 +67,7 @@ def _refuse_unscalable(model: nn.Module, adapter: str) -> None:
         why = f"it trains '{entry.trained[0]}' of the base, which cannot be scaled"
     elif whole is not None:
         why = f"its effect at '{whole}' cannot be scaled" if whole else "its effect cannot be scaled"
-    elif registry.method(entry.method).state.scaled is None:
+    elif registry.method(entry.method).state.peft.scaled is None:
         why = "its files cannot store a factor"
     else:
         return

@@ -1,13 +1,14 @@
 """Choice of the installed method that reads a file, by the file's fields alone.
 
 A file saved by peftcore names its method. Any other has a `peft_type`, and perhaps a field that a method of this
-peft_type declares as its flag (`StateRules.flag`): the method whose flag is set reads it, or else the method without a
+peft_type declares as its flag (`PeftRules.flag`): the method whose flag is set reads it, or else the method without a
 flag. If several methods remain, an error names them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,7 @@ def method_of_fields(
     own: Mapping[str, Any] | None = None,
     *,
     written_by: str | None = None,
+    plugin: str | None = None,
     method: str | None = None,
     say: str = "peftcore.load(..., method='{}')",
 ) -> Method:
@@ -35,8 +37,9 @@ def method_of_fields(
 
     Args:
         where: where the fields are, for messages.
-        own: fields that PEFT does not know (`StateRules.own_fields`); each method sees its own.
+        own: fields that PEFT does not know (`PeftRules.own_fields`); each method sees its own.
         written_by: the method that wrote them, if known; it reads them if it is installed.
+        plugin: `DISTRIBUTION VERSION` of the plugin that wrote them, if known, for messages.
         method: the method that the user names.
         say: how the user names a method, for messages.
 
@@ -50,7 +53,9 @@ def method_of_fields(
     if not offered:
         all_methods = [m for m in registry.methods().values() if m.recorded_as is None]
         known = ", ".join(f"{m.state.peft_type} ({m.name})" for m in all_methods) or "none"
-        raise PluginError(f"no installed method reads peft_type {peft_type!r} (installed: {known}). {HOW_TO_INSTALL}")
+        raise PluginError(
+            f"no installed method reads peft_type {peft_type!r} (installed: {known}). {how_to_install(plugin)}"
+        )
     if written_by is not None:
         writer = next((m for m, _ in offered if canonical(m.name) == canonical(written_by)), None)
         if writer is not None and _is_flagged(writer, fields, own or {}) is not False:
@@ -60,11 +65,11 @@ def method_of_fields(
     left = [(m, plugin) for m, plugin in offered if flagged[m.name] is wanted]
     if not left:
         flags = ", ".join(
-            f"'{m.name}' ({plugin.distribution} {plugin.version}) {m.state.flag}" for m, plugin in offered
+            f"'{m.name}' ({plugin.distribution} {plugin.version}) {m.state.peft.flag}" for m, plugin in offered
         )
         raise PluginError(
             f"no installed method reads {where}, {_set_in(fields, own or {})}, without a field that marks its method: "
-            f"{flags}. {HOW_TO_INSTALL}"
+            f"{flags}. {how_to_install(plugin)}"
         )
     if len(left) > 1:
         raise PluginError(
@@ -84,6 +89,17 @@ def method_of_fields(
     return chosen
 
 
+def how_to_install(plugin: str | None) -> str:
+    """Say which package reads a file, where the file names it in a form that a package index takes."""
+    found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,99}) ([0-9][A-Za-z0-9.+!]{0,49})", plugin or "")
+    if found is None:
+        return HOW_TO_INSTALL
+    return (
+        f"The file names {found[1]} {found[2]} as the package that wrote it. If you trust the file and that package: "
+        f"pip install {found[1]}=={found[2]}"
+    )
+
+
 def why_unknown(method: Method, name: str, value: Any) -> str:
     """Explain a field that PEFT's config has and the method's does not: which method has it, or why it is refused."""
     peft_type = method.state.peft_type
@@ -95,7 +111,7 @@ def why_unknown(method: Method, name: str, value: Any) -> str:
         if other is not method:
             return f". It belongs to the method '{other.name}': peftcore.apply(model, '{other.name}', ...)"
         try:
-            method.state.read_config({name: value})
+            method.state.read_fields({name: value})
         except PeftcoreError as error:
             return f". Files of PEFT with this field are refused: {error}"
     return ""
@@ -105,9 +121,9 @@ def refuse_not_its_own(method: Method, fields: Mapping[str, Any], own: Mapping[s
     """Raise a PluginError if the fields written by a method lack its flag."""
     if _is_flagged(method, fields, own) is False:
         raise PluginError(
-            f"the file of '{method.name}' would not have {method.state.flag!r} set, the StateRules.flag that marks it, "
-            f"{_set_in(fields, own)}, and another method would read it. Upgrade the plugin; the adapter's values are "
-            "in model.state_dict() meanwhile"
+            f"the file of '{method.name}' would not have {method.state.peft.flag!r} set, the PeftRules.flag that marks "
+            f"it, {_set_in(fields, own)}, and another method would read it. Upgrade the plugin; meanwhile the "
+            "adapter's values are in model.state_dict()"
         )
 
 
@@ -117,7 +133,7 @@ def of_peft_type(peft_type: str) -> list[Offered]:
         (method, plugin)
         for plugin in registry.plugins()
         for method in plugin.methods
-        if method.recorded_as is None and peft_type in {method.state.peft_type, *method.state.older_types}
+        if method.recorded_as is None and peft_type in {method.state.peft_type, *method.state.peft.older_types}
     ]
 
 
@@ -127,7 +143,8 @@ def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: M
         if candidate is method:
             if _is_flagged(method, fields, own) is False:
                 raise PluginError(
-                    f"'{method.name}' reads files with {method.state.flag} set, found {where}, {_set_in(fields, own)}"
+                    f"'{method.name}' reads files with {method.state.peft.flag} set, found {where}, "
+                    f"{_set_in(fields, own)}"
                 )
             return method
     if method.recorded_as is not None:
@@ -141,7 +158,7 @@ def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: M
 
 def _is_flagged(method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> bool | None:
     """Return whether the flag of the method is set; None if it has none."""
-    flag = method.state.flag
+    flag = method.state.peft.flag
     return None if flag is None else bool({**fields, **own_of(method, own)}.get(flag))
 
 

@@ -40,11 +40,22 @@ def config_of_fields(
     peft_type = str(fields.get("peft_type", method.state.peft_type))
     with guarded(method, where, kind):
         try:
-            read = method.state.read_config({name: value for name, value in fields.items() if name not in COMMON})
+            read = method.state.read_fields(fields)
         except PeftcoreError as error:
             raise kind(f"{where} cannot be read: {error}") from error
+    return config_of(where, method, read, peft_type, kind)
+
+
+def config_of(
+    where: str,
+    method: Method,
+    read: Mapping[str, Any],
+    peft_type: str,
+    kind: type[PeftcoreError] = CheckpointError,
+) -> Any:
+    """Return the method's config of the fields that `StateRules.read` returned; see `config_of_fields`."""
     known = {f.name for f in dataclasses.fields(method.config_class)}
-    ignored = {*method.state.ignored_fields, "ensure_weight_tying"}  # a method may lack it: the tensors show it
+    ignored = {*COMMON, "ensure_weight_tying"}  # a method may lack it: the tensors show it
     for name, value in read.items():
         if name not in known and name not in ignored and says_something(peft_type, name, value):
             raise _unknown(where, method, name, value, kind)
@@ -58,17 +69,17 @@ def config_of_fields(
 
 def own_of(method: Method, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the fields outside a config that belong to the method."""
-    return {name: value for name, value in own.items() if name in method.state.own_fields}
+    return {name: value for name, value in own.items() if name in method.state.peft.own_fields}
 
 
 def with_own(where: str, method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config combined with those outside it (`StateRules.own_fields`), found at `where`.
+    """Return the fields of a config combined with those outside it (`PeftRules.own_fields`), found at `where`.
 
     Raises:
         CheckpointError: one of the latter is not the method's, or is also in the config.
     """
     for name, value in own.items():
-        if name not in method.state.own_fields:
+        if name not in method.state.peft.own_fields:
             raise _unknown(where, method, name, value, CheckpointError)
         if name in fields and fields[name] != value:
             raise CheckpointError(f"{where} has {name}={shown(value)}, but its config {name}={shown(fields[name])}")

@@ -147,11 +147,11 @@ def _is_as_made(config: Any, name: str, value: Any) -> bool:
 
 def _as_fresh(where: str, method: Method, config: Any) -> Any:
     """Return the config with the defaults of fields that are not saved, which reading a file sets otherwise."""
-    on_disk = method.state.write_config(dataclasses.asdict(config))
+    on_disk = method.state.write_fields(dataclasses.asdict(config))
     for field in dataclasses.fields(config):
         if field.name in on_disk or field.default is dataclasses.MISSING:
             continue
         fresh = dataclasses.replace(config, **{field.name: field.default})
-        if method.state.write_config(dataclasses.asdict(fresh)) == on_disk:
+        if method.state.write_fields(dataclasses.asdict(fresh)) == on_disk:
             config = fresh
     return config

@@ -41,7 +41,7 @@ class LayersConfig:
     fan_in_fan_out: bool = False
 
     # Fields that PEFT's config of the method lacks. They are folded into target_modules, so that PEFT adapts the same
-    # layers; a method has them in `StateRules.own_fields`, too.
+    # layers; a method has them in `PeftRules.own_fields`, too.
     not_in_peft: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[tuple[type[nn.Module], ...]] = ()  # other layers that the method adapts if they are named
 

@@ -24,17 +24,19 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
     PeftcoreError,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     targets,
     tensor_name,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -179,13 +181,21 @@ def no_steps(fields: Mapping[str, Any]) -> int:
     return int(fields.get("tinit", 0) + fields.get("tfinal", 0) + 1)
 
 
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    return tensors, {n: v for n, v in fields.items() if n != "total_step" or v != no_steps(fields)}
+
+
+def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    return tensors, {**fields, "total_step": fields["total_step"] or no_steps(fields)}
+
+
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
         peft_type="ADALORA",
-        exported=lambda at: {tensor_name(at, name): p for name, p in at.adapter.named_parameters()},  # no buffers
-        write_config=lambda fields: {**fields, "total_step": fields["total_step"] or no_steps(fields)},
-        read_config=lambda fields: {n: v for n, v in fields.items() if n != "total_step" or v != no_steps(fields)},
+        export=lambda at: {tensor_name(at, name): p for name, p in at.adapter.named_parameters()},  # no buffers
+        read=read,
+        write=write,
     )
     return [
         Method(

@@ -40,7 +40,7 @@ from peftcore.plugin import (
     with_first,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -236,5 +236,5 @@ def peftcore_methods() -> list[Method]:
         lambda fields: dict(fields["config"]),
         config="adapter_fusion_config.json",
     )
-    rules = StateRules(peft_type="ADAPTER_FUSION", foreign=(foreign,))
+    rules = StateRules(peft_type="ADAPTER_FUSION", formats=(foreign,))
     return [Method("adapter-fusion", AdapterFusionConfig, place, rules, loss=loss, learning_rate=1e-3)]

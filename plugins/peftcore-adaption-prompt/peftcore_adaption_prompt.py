@@ -25,6 +25,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -33,7 +34,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 _ROTARY, _FUSED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"c_attn", "c_proj"}
 _IN_PEFT = ("llama", "mistral", "gpt2")
@@ -166,5 +167,7 @@ def unreadable(model: Any, paths: Sequence[str]) -> Sequence[str]:
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="ADAPTION_PROMPT", own_fields=frozenset({"modules_to_save"}), unreadable=unreadable)
+    rules = StateRules(
+        peft_type="ADAPTION_PROMPT", peft=PeftRules(own_fields=frozenset({"modules_to_save"}), unreadable=unreadable)
+    )
     return [Method("adaption-prompt", AdaptionPromptConfig, place, rules, learning_rate=1e-2)]

@@ -31,15 +31,18 @@ from peftcore.plugin import (
     Around,
     Base,
     Call,
+    Fields,
+    FileFormat,
     Method,
     Placement,
+    Tensors,
     cached_tokens,
     current_call,
     hookimpl,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -159,15 +162,21 @@ def place(model: nn.Module, config: AloraConfig, architecture: Architecture) -> 
     return [Around(architecture.backbone or "", invocation), *layers]
 
 
+FLAG = "alora_invocation_tokens"
+
+
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    found, read = RULES.read(model, tensors, {**fields, FLAG: None})
+    return found, {**read, FLAG: fields.get(FLAG) or ()}
+
+
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    own = "alora_invocation_tokens"
     rules = dataclasses.replace(
         RULES,
-        flag=own,
         tensor_name=name_inside,
-        read_config=lambda fields: {**RULES.read_config({**fields, own: None}), own: fields.get(own) or ()},
-        scaled=None,
-        files={},  # nobody invokes an image
+        read=read,
+        formats=[each for each in RULES.formats if not isinstance(each, FileFormat)],  # those are of images
+        peft=dataclasses.replace(RULES.peft, flag=FLAG, scaled=None),
     )
     return [Method("alora", AloraConfig, place, rules, learning_rate=1e-3)]

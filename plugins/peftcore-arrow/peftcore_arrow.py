@@ -30,11 +30,12 @@ from peftcore.plugin import (
     Placement,
     StateRules,
     hookimpl,
+    implements,
     other_adapter,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 _STEPS = 15  # of the power iteration, as in PEFT, so that v is PEFT's
 
@@ -97,10 +98,8 @@ def factors_of(model: nn.Module, expert: str) -> dict[str, LowRank]:
     """
     found: dict[str, LowRank] = {}
     other = other_adapter(model, expert)
-    adapter: Any
     for path, adapter in other.modules.items():
-        has_factors = getattr(type(adapter), "low_rank", Adapter.low_rank) is not Adapter.low_rank
-        factors = adapter.low_rank() if has_factors else []
+        factors = adapter.low_rank() if implements(adapter, Adapter.low_rank) else []
         if len(factors) != 1 or factors[0].transposed or factors[0].a.dim() != 2:
             raise PeftcoreError(f"'{expert}' ({other.method}) is at '{path}' no product B A of a linear layer")
         found[path] = factors[0]

@@ -17,6 +17,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -24,7 +25,7 @@ from peftcore.plugin import (
     targets,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,6 @@ def place(model: nn.Module, config: BeftConfig, architecture: Architecture) -> l
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
-        peft_type="BEFT",
-        own_fields=BeftConfig.not_in_peft,
-        unreadable=targets.conv1d_paths,
+        peft_type="BEFT", peft=PeftRules(own_fields=BeftConfig.not_in_peft, unreadable=targets.conv1d_paths)
     )
     return [Method("beft", BeftConfig, place, rules, learning_rate=3e-3)]

@@ -39,7 +39,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 ALL = "all"
 QUERY_INTERMEDIATE = "query-intermediate"

@@ -12,9 +12,8 @@ numbers in a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from peftcore_oft import cayley, turned
@@ -25,16 +24,19 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
+    PeftRules,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     override,
     targets,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -184,13 +186,13 @@ def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> l
     return placed + targets.trained_biases(model, config.bias, layers)
 
 
-def config_on_disk(config: BOFTConfig, tensors: Mapping[str, Tensor]) -> BOFTConfig:
-    """Where PEFT's CUDA kernel is not built, it trains one rotation, and writes the number that it was given."""
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Read the number of rotations from the tensors: where PEFT's CUDA kernel is not built, it trains only one."""
     rotations = {tensor.shape[:1] for name, tensor in tensors.items() if name.endswith(".boft_R")}
-    return replace(config, boft_n_butterfly_factor=1) if rotations == {(1,)} else config
+    return tensors, {**fields, "boft_n_butterfly_factor": 1} if rotations == {(1,)} else fields
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="BOFT", unreadable=targets.conv1d_paths, config_on_disk=config_on_disk)
+    rules = StateRules(peft_type="BOFT", read=read, peft=PeftRules(unreadable=targets.conv1d_paths))
     return [Method("boft", BOFTConfig, place, rules, learning_rate=3e-3)]

@@ -22,6 +22,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -30,7 +31,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 SMALLEST = 16  # blocks that `all-linear` chooses: smaller ones have nearly as many numbers as the weight
@@ -164,5 +165,7 @@ def place(model: nn.Module, config: C3AConfig, architecture: Architecture) -> li
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="C3A", own_fields=C3AConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    rules = StateRules(
+        peft_type="C3A", peft=PeftRules(own_fields=C3AConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    )
     return [Method("c3a", C3AConfig, place, rules, learning_rate=3e-2)]

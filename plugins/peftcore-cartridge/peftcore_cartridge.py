@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from peftcore.plugin import (
     Architecture,
+    Fields,
     Method,
     Placement,
     PrefixKV,
     StateRules,
+    Tensors,
     hookimpl,
     prompt_tensor_name,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -118,18 +120,21 @@ def initialize(model: Any, adapters: Mapping[str, Any], config: CartridgeConfig,
             cartridge.trainable_embedding.data.copy_(rows[config.num_frozen_tokens :])
 
 
-def write_tensors(tensors: dict[str, Tensor], config: CartridgeConfig) -> Mapping[str, Tensor]:
-    """P as one tensor, as PEFT writes it."""
+def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Write P as one tensor, as PEFT does."""
+    if not tensors:
+        return tensors, fields
     rest = {name: t for name, t in tensors.items() if name not in ("frozen_embedding", "trainable_embedding")}
-    return {**rest, "prompt_embeddings": torch.cat([tensors["frozen_embedding"], tensors["trainable_embedding"]])}
+    both = torch.cat([tensors["frozen_embedding"], tensors["trainable_embedding"]])
+    return {**rest, "prompt_embeddings": both}, fields
 
 
-def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
     if "prompt_embeddings" not in tensors:
-        return tensors
+        return tensors, fields
     first, rest = fields.get("num_frozen_tokens", 1), dict(tensors)
     rows = rest.pop("prompt_embeddings")
-    return {**rest, "frozen_embedding": rows[:first].clone(), "trainable_embedding": rows[first:].clone()}
+    return {**rest, "frozen_embedding": rows[:first].clone(), "trainable_embedding": rows[first:].clone()}, fields
 
 
 @hookimpl
@@ -137,7 +142,7 @@ def peftcore_methods() -> list[Method]:
     rules = StateRules(
         peft_type="CARTRIDGE",
         tensor_name=prompt_tensor_name,
-        write_tensors=write_tensors,
-        read_tensors=read_tensors,
+        read=read,
+        write=write,
     )
     return [Method("cartridge", CartridgeConfig, place, rules, initialize, learning_rate=1e-2)]

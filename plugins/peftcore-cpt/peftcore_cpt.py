@@ -25,10 +25,12 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
     Placement,
     SoftPrompt,
     StateRules,
+    Tensors,
     current_call,
     hookimpl,
     override,
@@ -37,7 +39,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -218,21 +220,21 @@ def after_step(adapters: Mapping[str, Any], config: CptConfig, step: int, total_
         ranks.fill(prompt.delta_embedding, prompt.projected(ranks.whole(prompt.delta_embedding)))
 
 
-def exported(placement: Any) -> dict[str, Tensor]:
+def export(placement: Any) -> dict[str, Tensor]:
     """P, all that PEFT keeps; it goes on from there, with a ball of its own."""
     prompt: Any = placement.adapter
     return {"prompt_embeddings": prompt().detach()} if isinstance(prompt, ContextPrompt) else {}
 
 
-def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
     if "embedding" in tensors or "prompt_embeddings" not in tensors:
-        return tensors
+        return tensors, fields
     rows = tensors.pop("prompt_embeddings")
-    return {**tensors, "embedding": rows, "delta_embedding": torch.zeros_like(rows)}
+    return {**tensors, "embedding": rows, "delta_embedding": torch.zeros_like(rows)}, fields
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="CPT", tensor_name=prompt_tensor_name, exported=exported, read_tensors=read_tensors)
+    rules = StateRules(peft_type="CPT", tensor_name=prompt_tensor_name, export=export, read=read)
     hooks: dict[str, Any] = {"initialize": initialize, "after_step": after_step}
     return [Method("cpt", CptConfig, place, rules, **hooks, learning_rate=1e-3)]

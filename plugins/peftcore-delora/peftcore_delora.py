@@ -20,6 +20,7 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -28,7 +29,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -92,5 +93,7 @@ def initialize(model: nn.Module, adapters: Any, config: DeloraConfig, batches: A
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="DELORA", own_fields=DeloraConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    rules = StateRules(
+        peft_type="DELORA", peft=PeftRules(own_fields=DeloraConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    )
     return [Method("delora", DeloraConfig, place, rules, initialize, learning_rate=1e-2)]

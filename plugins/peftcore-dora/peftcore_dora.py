@@ -35,15 +35,18 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
+    FileLayout,
     Method,
     Placement,
+    Tensors,
     hookimpl,
     inside_at,
     override,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 KNOWN = LoraLinear, LoraConv, LoraEmbedding, LoraLinearOnWeight, LoraConvOnWeight
 
@@ -131,15 +134,23 @@ def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any
         m.copy_(dora.norms(inside_at(model, path).weight()).view_as(m))
 
 
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    return RULES.read(model, tensors, {name: value for name, value in fields.items() if name != "use_dora"})
+
+
+def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    tensors_on_disk, fields_on_disk = RULES.write(model, tensors, fields)
+    return tensors_on_disk, {**fields_on_disk, "use_dora": True}
+
+
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = dataclasses.replace(
         RULES,
-        flag="use_dora",
         tensor_name=name_inside,
-        write_config=lambda fields: {**RULES.write_config(fields), "use_dora": True},
-        read_config=lambda fields: RULES.read_config({n: value for n, value in fields.items() if n != "use_dora"}),
-        scaled=None,
-        layouts={},  # in which experts are LoRA's
+        read=read,
+        write=write,
+        formats=[each for each in RULES.formats if not isinstance(each, FileLayout)],  # in which experts are LoRA's
+        peft=dataclasses.replace(RULES.peft, flag="use_dora", scaled=None),
     )
     return [Method("dora", DoraConfig, place, rules, initialize, learning_rate=1e-3)]

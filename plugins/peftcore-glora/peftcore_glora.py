@@ -12,7 +12,6 @@ Trained: the X, so that all five are zero at the start. C, D and E are those of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,16 +24,19 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
+    PeftRules,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     override,
     targets,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -145,17 +147,16 @@ def place(model: nn.Module, config: GloraConfig, architecture: Architecture) -> 
     return placed + targets.trained_biases(model, config.bias, layers)
 
 
-def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Without the zeros that PEFT writes for each that is "none"."""
-    return {name: t for name, t in tensors.items() if not name.endswith(".zeros") or t.any()}
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Leave out the zeros that PEFT writes for each part that is "none"."""
+    return {name: t for name, t in tensors.items() if not name.endswith(".zeros") or t.any()}, fields
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
         peft_type="GLORA",
-        own_fields=GloraConfig.not_in_peft,
-        unreadable=targets.conv1d_paths,
-        read_tensors=read_tensors,
+        read=read,
+        peft=PeftRules(own_fields=GloraConfig.not_in_peft, unreadable=targets.conv1d_paths),
     )
     return [Method("glora", GloraConfig, place, rules, learning_rate=1e-3)]

@@ -26,6 +26,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -34,7 +35,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -135,5 +136,5 @@ def place(model: nn.Module, config: GraloraConfig, architecture: Architecture) -
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="GRALORA", own_fields=GraloraConfig.not_in_peft)
+    rules = StateRules(peft_type="GRALORA", peft=PeftRules(own_fields=GraloraConfig.not_in_peft))
     return [Method("gralora", GraloraConfig, place, rules, learning_rate=1e-3)]

@@ -23,9 +23,12 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
+    PeftRules,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     odd_embedding,
     override,
@@ -33,7 +36,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,11 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
     return f"its rank_pattern is not that of its tensors, whose ranks are {r}. Take it out of adapter_config.json"
 
 
+def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    return tensors, {**fields, "rank_pattern": fields["rank_pattern"] or {}}
+
+
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    filled = lambda fields: {**fields, "rank_pattern": fields["rank_pattern"] or {}}  # noqa: E731
-    rules = StateRules(peft_type="HIRA", write_config=filled, refused=refused)
+    rules = StateRules(peft_type="HIRA", write=write, peft=PeftRules(refused=refused))
     return [Method("hira", HiraConfig, place, rules, learning_rate=1e-2)]

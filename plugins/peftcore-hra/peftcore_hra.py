@@ -25,6 +25,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -33,7 +34,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -121,5 +122,7 @@ def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> li
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="HRA", own_fields=HRAConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    rules = StateRules(
+        peft_type="HRA", peft=PeftRules(own_fields=HRAConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    )
     return [Method("hra", HRAConfig, place, rules, learning_rate=3e-3)]

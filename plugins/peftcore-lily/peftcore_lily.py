@@ -25,9 +25,12 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
+    PeftRules,
     Placement,
     StateRules,
+    Tensors,
     arguments_by_name,
     cache_argument,
     cached_tokens,
@@ -38,7 +41,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,10 @@ def place(model: nn.Module, config: LilyConfig, architecture: Architecture) -> l
     return [notice, *(placements[path] for path in layers)]
 
 
-def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """PEFT writes a shared matrix with each of its layers; here it stands with the first."""
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Keep a shared matrix, which PEFT writes with each of its layers, with the first alone."""
+    if model is None:
+        return tensors, fields
     start, end = "base_model.model.", ".lily_router.weight"
     paths = {name[len(start) : -len(end)] for name in tensors if name.startswith(start) and name.endswith(end)}
     there = {path: targets.sizes(m) for path, m in targets.base_modules(model) if path in paths}
@@ -159,15 +164,12 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
                     same = torch.equal(own, tensors[f"{start}{owner}.{name}.weight"])
                     validation.require(same, f"{name} of '{path}' is not that of '{owner}', with which it is shared")
                     del found[f"{start}{path}.{name}.weight"]
-    return found
+    return found, fields
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
-        peft_type="LILY",
-        own_fields=LilyConfig.not_in_peft,
-        unreadable=targets.conv1d_paths,
-        read_tensors=read_tensors,
+        peft_type="LILY", read=read, peft=PeftRules(own_fields=LilyConfig.not_in_peft, unreadable=targets.conv1d_paths)
     )
     return [Method("lily", LilyConfig, place, rules, learning_rate=1e-3)]

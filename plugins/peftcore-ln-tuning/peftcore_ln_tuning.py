@@ -7,7 +7,7 @@ Trained: one or two vectors a norm. They merge by value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from peftcore import plugin
 from peftcore.plugin import (
     Architecture,
+    Fields,
     Method,
     Placement,
     StateRules,
+    Tensors,
     Train,
     base_parameters,
     hookimpl,
@@ -27,7 +29,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 ALL_NORMS = "all-norms"
 BASE, COPY = "base_model.model.", ".ln_tuning_layers."  # PEFT keeps a trained copy of each chosen module
@@ -105,28 +107,32 @@ def place(model: nn.Module, config: LNTuningConfig, architecture: Architecture) 
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """`PATH.ln_tuning_layers.NAME`, of a module inside a chosen one, too; see `write_tensors`."""
+    """`PATH.ln_tuning_layers.NAME`, of a module inside a chosen one, too; see `write`."""
     if placement.saved:  # a `Train`
         return plugin.tensor_name(placement, name)
     path, _, parameter = name.rpartition(".")
     return plugin.tensor_name(placement, f"{path}{COPY}{parameter}")
 
 
-def write_tensors(tensors: dict[str, Tensor], config: LNTuningConfig) -> dict[str, Tensor]:
+def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
     """Name tensors as in PEFT's copy of a chosen module: with its buffers, and the adapter before modules inside it."""
-    named, without = matcher(config.target_modules), matcher(config.exclude_modules or ())
+    if not tensors:
+        return tensors, fields
+    named, without = matcher(fields["target_modules"]), matcher(fields["exclude_modules"] or ())
     written = {}
     for name, tensor in tensors.items():
         path, _, own = name.removeprefix(BASE).replace(COPY, ".").rpartition(".")
-        saved = any(targets.is_inside(entry, path) for entry in config.modules_to_save or ())
+        saved = any(targets.is_inside(entry, path) for entry in fields["modules_to_save"] or ())
         outer = None if saved else next((p for p in ancestors(path) if named(p) and not without(p)), None)
         inside = "" if outer in (None, path) else f"default.{path.removeprefix(f'{outer}.')}."
         written[name if outer is None else f"{BASE}{outer}{COPY}{inside}{own}"] = tensor
-    return written
+    return written, fields
 
 
-def read_tensors(model: nn.Module, tensors: dict[str, Tensor], _fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors under the names of `tensor_name`, whatever adapter `write_tensors` or PEFT named."""
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Return the tensors under the names of `tensor_name`, whatever adapter `write` or PEFT named."""
+    if model is None:
+        return tensors, fields
     buffers = {name for name, _ in model.named_buffers()}
     found = {}
     for name, tensor in tensors.items():
@@ -135,12 +141,10 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], _fields: Mapping[
         path, own = ".".join([outer, *modules]), inside.rpartition(".")[2]
         of_copy = f"{BASE}{path}.{own}" if f"{path}.{own}" in buffers else f"{BASE}{path}{COPY}{own}"
         found[of_copy if copied else name] = tensor
-    return found
+    return found, fields
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(
-        peft_type="LN_TUNING", tensor_name=tensor_name, read_tensors=read_tensors, write_tensors=write_tensors
-    )
+    rules = StateRules(peft_type="LN_TUNING", tensor_name=tensor_name, read=read, write=write)
     return [Method("ln-tuning", LNTuningConfig, place, rules, learning_rate=1e-3)]

@@ -27,6 +27,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -34,7 +35,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -183,5 +184,7 @@ def of_layer(config: LoHaConfig, path: str, module: nn.Module) -> LoHa:
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="LOHA", own_fields=LoHaConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    rules = StateRules(
+        peft_type="LOHA", peft=PeftRules(own_fields=LoHaConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    )
     return [Method("loha", LoHaConfig, place, rules, learning_rate=1e-2)]

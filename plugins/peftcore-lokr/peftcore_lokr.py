@@ -28,6 +28,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -36,7 +37,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -180,5 +181,7 @@ def of_layer(config: LoKrConfig, path: str, module: nn.Module) -> LoKr:
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="LOKR", own_fields=LoKrConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    rules = StateRules(
+        peft_type="LOKR", peft=PeftRules(own_fields=LoKrConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    )
     return [Method("lokr", LoKrConfig, place, rules, learning_rate=1e-2)]

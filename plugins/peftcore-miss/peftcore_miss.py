@@ -13,7 +13,6 @@ Trained: D, zero at the start. Files of Bone, of PEFT before 0.18, are those of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,16 +25,19 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
+    PeftRules,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     override,
     targets,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,18 @@ def place(model: nn.Module, config: MissConfig, architecture: Architecture) -> l
     return placed + targets.trained_biases(model, config.bias, layers)
 
 
-def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Bone's tensors under today's names."""
-    return {name.replace(".bone_block", ".miss_block"): tensor for name, tensor in tensors.items()}
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Rename Bone's tensors to today's names."""
+    return {name.replace(".bone_block", ".miss_block"): tensor for name, tensor in tensors.items()}, fields
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
         peft_type="MISS",
-        older_types=frozenset({"BONE"}),
-        own_fields=MissConfig.not_in_peft,
-        read_tensors=read_tensors,
-        unreadable=targets.conv1d_paths,
+        read=read,
+        peft=PeftRules(
+            older_types=frozenset({"BONE"}), own_fields=MissConfig.not_in_peft, unreadable=targets.conv1d_paths
+        ),
     )
     return [Method("miss", MissConfig, place, rules, learning_rate=2e-4)]

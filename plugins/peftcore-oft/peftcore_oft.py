@@ -26,17 +26,20 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
     PeftcoreError,
+    PeftRules,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     override,
     targets,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -262,15 +265,15 @@ def after_step(adapters: Mapping[str, Any], config: OFTConfig, step: int, total_
         rotation.weight.copy_(rotation.within_eps())
 
 
-def refuse_old(fields: dict[str, Any]) -> dict[str, Any]:
-    """Files of PEFT before 0.14 have other blocks."""
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Refuse files of PEFT before 0.14, which have other blocks."""
     if "oft_block_size" not in fields:
         raise PeftcoreError("it is an OFT of PEFT before 0.14, whose blocks are others. Train it again")
-    return fields
+    return tensors, fields
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="OFT", read_config=refuse_old, unreadable=targets.conv1d_paths)
+    rules = StateRules(peft_type="OFT", read=read, peft=PeftRules(unreadable=targets.conv1d_paths))
     hooks: dict[str, Any] = {"after_step": after_step, "needs_after_step": lambda config: config.coft}
     return [Method("oft", OFTConfig, place, rules, **hooks, learning_rate=1e-3)]

@@ -8,7 +8,7 @@ that for training on E and the network, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from peftcore.plugin import (
     Adapter,
     Architecture,
+    Fields,
     Method,
     Placement,
     SoftPrompt,
     StateRules,
+    Tensors,
     hookimpl,
     prompt_tensor_name,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def place(model: nn.Module, config: PTuningConfig, architecture: Architecture) -
     return [SoftPrompt(PromptEncoder(config))]
 
 
-def exported(placement: SoftPrompt) -> dict[str, Tensor]:
+def export(placement: SoftPrompt) -> dict[str, Tensor]:
     """P, for those who know no network; without dropout."""
     encoder: Any = placement.adapter
     training = encoder.training
@@ -117,15 +119,17 @@ def exported(placement: SoftPrompt) -> dict[str, Tensor]:
     return {"prompt_embeddings": rows} if hasattr(encoder, "embedding") else {}
 
 
-def config_on_disk(config: PTuningConfig, tensors: Mapping[str, Tensor]) -> PTuningConfig:
-    """A file without the network holds P, whatever that was made by."""
-    return config if "embedding" in tensors else replace(config, encoder_reparameterization_type="NONE")
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Read P itself from a file without the network."""
+    if tensors and "embedding" not in tensors:
+        fields = {**fields, "encoder_reparameterization_type": "NONE"}
+    return tensors, fields
 
 
-def write_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """PEFT knows no kind "NONE": its kind is asked for in training alone."""
+def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Write a kind for "NONE", which PEFT does not have; it uses the kind in training alone."""
     kind = fields["encoder_reparameterization_type"]
-    return {**fields, "encoder_reparameterization_type": "MLP" if kind == "NONE" else kind}
+    return tensors, {**fields, "encoder_reparameterization_type": "MLP" if kind == "NONE" else kind}
 
 
 @hookimpl
@@ -133,8 +137,8 @@ def peftcore_methods() -> list[Method]:
     rules = StateRules(
         peft_type="P_TUNING",
         tensor_name=prompt_tensor_name,
-        exported=exported,
-        config_on_disk=config_on_disk,
-        write_config=write_config,
+        export=export,
+        read=read,
+        write=write,
     )
     return [Method("p-tuning", PTuningConfig, place, rules, learning_rate=1e-3)]

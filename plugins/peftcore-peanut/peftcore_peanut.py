@@ -20,6 +20,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -28,7 +29,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,6 @@ def place(model: nn.Module, config: PeanutConfig, architecture: Architecture) ->
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
-        peft_type="PEANUT",
-        own_fields=PeanutConfig.not_in_peft,
-        unreadable=targets.conv1d_paths,
+        peft_type="PEANUT", peft=PeftRules(own_fields=PeanutConfig.not_in_peft, unreadable=targets.conv1d_paths)
     )
     return [Method("peanut", PeanutConfig, place, rules, learning_rate=1e-3)]

@@ -24,6 +24,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     current_call,
@@ -33,7 +34,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -144,5 +145,7 @@ def place(model: nn.Module, config: PolyConfig, architecture: Architecture) -> l
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="POLY", own_fields=PolyConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    rules = StateRules(
+        peft_type="POLY", peft=PeftRules(own_fields=PolyConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    )
     return [Method("poly", PolyConfig, place, rules, learning_rate=1e-3)]

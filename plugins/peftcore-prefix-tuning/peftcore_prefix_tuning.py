@@ -11,7 +11,7 @@ for users of the adapter holds P, that for training on E and W, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,17 +21,19 @@ from torch import Tensor, nn
 from peftcore.plugin import (
     Adapter,
     Architecture,
+    Fields,
     Method,
     PeftcoreError,
     Placement,
     PrefixKV,
     StateRules,
+    Tensors,
     hookimpl,
     prompt_tensor_name,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -130,15 +132,17 @@ def place(model: nn.Module, config: PrefixTuningConfig, architecture: Architectu
     return [PrefixKV(Prefix(config))]
 
 
-def exported(placement: PrefixKV) -> dict[str, Tensor]:
+def export(placement: PrefixKV) -> dict[str, Tensor]:
     """P, for those who know no projection."""
     adapter: Any = placement.adapter
     return {"prompt_embeddings": adapter.rows()} if hasattr(adapter, "projection") else {}
 
 
-def config_on_disk(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuningConfig:
-    """A file without the projection holds P, whatever it was trained by."""
-    return config if "embedding" in tensors else replace(config, prefix_projection=False)
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Read P itself from a file without the projection."""
+    if tensors and "embedding" not in tensors:
+        fields = {**fields, "prefix_projection": False}
+    return tensors, fields
 
 
 @hookimpl
@@ -146,7 +150,7 @@ def peftcore_methods() -> list[Method]:
     rules = StateRules(
         peft_type="PREFIX_TUNING",
         tensor_name=prompt_tensor_name,
-        exported=exported,
-        config_on_disk=config_on_disk,
+        export=export,
+        read=read,
     )
     return [Method("prefix-tuning", PrefixTuningConfig, place, rules, learning_rate=1e-2)]

@@ -33,7 +33,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def peftcore_methods() -> list[Method]:
     rules = StateRules(
         peft_type="PROMPT_TUNING",
         tensor_name=prompt_tensor_name,
-        write_config=lambda fields: {name: value for name, value in fields.items() if name != "initialize"},
-        read_config=lambda fields: {**fields, "initialize": False},
+        read=lambda _model, tensors, fields: (tensors, {**fields, "initialize": False}),
+        write=lambda _model, tensors, fields: (tensors, {n: v for n, v in fields.items() if n != "initialize"}),
     )
     return [Method("prompt-tuning", PromptTuningConfig, place, rules, learning_rate=3e-2)]

@@ -24,6 +24,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -32,7 +33,7 @@ from peftcore.plugin import (
     weight_format,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -164,5 +165,5 @@ def place(model: nn.Module, config: PsoftConfig, architecture: Architecture) -> 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="PSOFT", unreadable=targets.conv1d_paths)
+    rules = StateRules(peft_type="PSOFT", peft=PeftRules(unreadable=targets.conv1d_paths))
     return [Method("psoft", PsoftConfig, place, rules, learning_rate=3e-3)]

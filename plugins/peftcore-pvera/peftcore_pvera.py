@@ -25,16 +25,19 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
+    PeftRules,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     override,
     targets,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -131,16 +134,16 @@ def tensor_name(placement: Any, name: str) -> str:
     return plugin.tensor_name(placement, name)
 
 
-def read_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without PEFT's own generator, which would draw other noise where checkpointing computes a part again."""
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Leave out PEFT's own generator, which would draw other noise where checkpointing recomputes a part."""
     if fields.get("generator_seed") is not None:
         warnings.warn("generator_seed is not used: the noise follows torch.manual_seed(...)", stacklevel=2)
-    return {name: value for name, value in fields.items() if name != "generator_seed"}
+    return tensors, {name: value for name, value in fields.items() if name != "generator_seed"}
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
-        peft_type="PVERA", tensor_name=tensor_name, own_fields=PveraConfig.not_in_peft, read_config=read_config
+        peft_type="PVERA", tensor_name=tensor_name, read=read, peft=PeftRules(own_fields=PveraConfig.not_in_peft)
     )
     return [Method("pvera", PveraConfig, place, rules, learning_rate=3e-2)]

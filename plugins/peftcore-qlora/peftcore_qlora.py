@@ -29,7 +29,7 @@ from torch import nn
 import peftcore
 from peftcore.plugin import Method, default_skip, hookimpl, quantized_layers, validation
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ formula's; so it is here, for the files' sake. The columns are random either way
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,16 +26,19 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
+    PeftRules,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     override,
     targets,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -154,22 +156,19 @@ def tensor_name(placement: Any, name: str) -> str:
     return f"base_model.{name.removeprefix('bases.')}" if "bases." in name else plugin.tensor_name(placement, name)
 
 
-def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """PEFT writes A and B with each layer once more."""
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Leave out A and B of single layers, which PEFT writes as well."""
     found = {n: t for n, t in tensors.items() if not n.endswith((".randlora_A", ".randlora_B")) or n.count(".") == 1}
     for name in tensors.keys() - found.keys():
         shared = tensors.get(f"base_model.{name.rpartition('.')[2]}")
         one = shared is not None and torch.equal(shared, tensors[name])
         validation.require(one, f"'{name}' is not what all layers share. Write the file again with PEFT")
-    return found
+    return found, fields
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
-        peft_type="RANDLORA",
-        tensor_name=tensor_name,
-        own_fields=RandLoraConfig.not_in_peft,
-        read_tensors=read_tensors,
+        peft_type="RANDLORA", tensor_name=tensor_name, read=read, peft=PeftRules(own_fields=RandLoraConfig.not_in_peft)
     )
     return [Method("randlora", RandLoraConfig, place, rules, learning_rate=1e-3)]

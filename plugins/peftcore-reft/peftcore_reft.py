@@ -42,7 +42,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 ACTIVATIONS = {
     **{name: getattr(F, name) for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "mish")},
@@ -281,5 +281,5 @@ def about(fields: dict[str, Any]) -> dict[str, Any]:
 @hookimpl
 def peftcore_methods() -> list[Method]:
     foreign = ForeignFormat("the library adapters", "adapter.safetensors", matches, read, about)
-    rules = StateRules(peft_type="REFT", foreign=(foreign,))
+    rules = StateRules(peft_type="REFT", formats=(foreign,))
     return [Method("reft", ReftConfig, place, rules, learning_rate=3e-3)]

@@ -24,6 +24,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -32,7 +33,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -102,5 +103,7 @@ def place(model: nn.Module, config: RoadConfig, architecture: Architecture) -> l
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="ROAD", own_fields=RoadConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    rules = StateRules(
+        peft_type="ROAD", peft=PeftRules(own_fields=RoadConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    )
     return [Method("road", RoadConfig, place, rules, learning_rate=5e-3)]

@@ -24,6 +24,7 @@ from peftcore.plugin import (
     Base,
     Method,
     PeftcoreError,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -32,7 +33,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,7 @@ def refuse(model: nn.Module, adapters: Any, config: ShiraConfig, batches: Any) -
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
-        peft_type="SHIRA",
-        own_fields=ShiraConfig.not_in_peft,
-        unreadable=targets.conv1d_paths,
+        peft_type="SHIRA", peft=PeftRules(own_fields=ShiraConfig.not_in_peft, unreadable=targets.conv1d_paths)
     )
     foreign = lambda config: config.mask_type != "random"  # noqa: E731
     return [Method("shira", ShiraConfig, place, rules, refuse, initializes=foreign, learning_rate=5e-4)]

@@ -11,7 +11,6 @@ places are written into the file, or found again in the same base (save_precompu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,9 +23,12 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
+    PeftRules,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     override,
     targets,
@@ -34,7 +36,7 @@ from peftcore.plugin import (
     weight_format,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,15 @@ def place(model: nn.Module, config: SupertuningConfig, architecture: Architectur
     ]
 
 
-def write_tensors(tensors: dict[str, Tensor], config: SupertuningConfig) -> Mapping[str, Tensor]:
-    kept = config.save_precomputed_indices
-    return {name: t for name, t in tensors.items() if kept or not name.endswith(".supertuning_indices")}
+def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    kept = fields["save_precomputed_indices"]
+    return {name: t for name, t in tensors.items() if kept or not name.endswith(".supertuning_indices")}, fields
 
 
-def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """With the places that a file does not have, of the model's own weights."""
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Add the indices that a file does not have, from the model's own weights."""
+    if model is None:
+        return tensors, fields
     config = SupertuningConfig(sparsity=fields.get("sparsity", 0.99), select_top=fields.get("select_top", True))
     found = dict(tensors)
     for name in tensors:
@@ -154,16 +158,15 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
         if last == "supertuning_values" and f"{prefix}.supertuning_indices" not in tensors:
             path = prefix.removeprefix("base_model.model.")
             found[f"{prefix}.supertuning_indices"] = places_of(targets.layer_at(model, path), config, path)
-    return found
+    return found, fields
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
         peft_type="SUPERTUNING",
-        own_fields=SupertuningConfig.not_in_peft,
-        unreadable=targets.conv1d_paths,
-        write_tensors=write_tensors,
-        read_tensors=read_tensors,
+        write=write,
+        read=read,
+        peft=PeftRules(own_fields=SupertuningConfig.not_in_peft, unreadable=targets.conv1d_paths),
     )
     return [Method("supertuning", SupertuningConfig, place, rules, learning_rate=5e-4)]

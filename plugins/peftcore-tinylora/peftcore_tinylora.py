@@ -26,6 +26,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     hookimpl,
@@ -35,7 +36,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -156,5 +157,7 @@ def tensor_name(placement: Any, name: str) -> str:
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="TINYLORA", tensor_name=tensor_name, own_fields=TinyLoraConfig.not_in_peft)
+    rules = StateRules(
+        peft_type="TINYLORA", tensor_name=tensor_name, peft=PeftRules(own_fields=TinyLoraConfig.not_in_peft)
+    )
     return [Method("tinylora", TinyLoraConfig, place, rules, initialize, learning_rate=3e-3)]

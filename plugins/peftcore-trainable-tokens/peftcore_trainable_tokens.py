@@ -26,6 +26,7 @@ from peftcore.plugin import (
     Around,
     Base,
     Method,
+    PeftRules,
     Placement,
     StateRules,
     embed_scale,
@@ -40,7 +41,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def token_rows(model: nn.Module, path: str, ids: Sequence[int], copy: bool = Tru
     return [Around(each, rows) for each in (path, *others)]
 
 
-def exported(placement: Around) -> dict[str, Tensor]:
+def export(placement: Around) -> dict[str, Tensor]:
     """T once more for each module that is tied, as PEFT writes it."""
     rows: Any = placement.adapter
     name = tensor_name(placement, "trainable_tokens_delta")
@@ -184,5 +185,5 @@ def place(model: nn.Module, config: TrainableTokensConfig, architecture: Archite
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules("TRAINABLE_TOKENS", exported=exported, unreadable=biased_heads, refused=refused)
+    rules = StateRules("TRAINABLE_TOKENS", export=export, peft=PeftRules(unreadable=biased_heads, refused=refused))
     return [Method("trainable-tokens", TrainableTokensConfig, place, rules, learning_rate=1e-3)]

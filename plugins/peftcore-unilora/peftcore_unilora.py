@@ -19,9 +19,19 @@ from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
 
 from peftcore import plugin
-from peftcore.plugin import Architecture, Around, Method, Placement, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    Method,
+    PeftRules,
+    Placement,
+    StateRules,
+    hookimpl,
+    targets,
+    validation,
+)
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -119,5 +129,7 @@ def tensor_name(placement: Any, name: str) -> str:
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="UNILORA", tensor_name=tensor_name, own_fields=UniLoraConfig.not_in_peft)
+    rules = StateRules(
+        peft_type="UNILORA", tensor_name=tensor_name, peft=PeftRules(own_fields=UniLoraConfig.not_in_peft)
+    )
     return [Method("unilora", UniLoraConfig, place, rules, learning_rate=5e-3)]

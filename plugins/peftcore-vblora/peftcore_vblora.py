@@ -23,9 +23,20 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore import plugin
-from peftcore.plugin import Architecture, Around, Method, Placement, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    Fields,
+    Method,
+    Placement,
+    StateRules,
+    Tensors,
+    hookimpl,
+    targets,
+    validation,
+)
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 SHORTEST = 32  # vectors that `all-linear` chooses: of shorter ones the logits outnumber LoRA's factors by far
 MISSING = -1e4  # the logit of a vector that a file with save_only_topk_weights leaves out
@@ -138,24 +149,24 @@ def tensor_name(placement: Any, name: str) -> str:
     )
 
 
-def thinned(tensors: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
-    """Of each piece the k largest logits' places, and their weights but the last, which the others leave over."""
-    if not config.save_only_topk_weights:
-        return tensors
-    found, h = {}, config.num_vectors
+def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Write the indices of the k largest logits of each piece, and their weights without the last, 1 - the others."""
+    if not fields["save_only_topk_weights"]:
+        return tensors, fields
+    found, h = {}, fields["num_vectors"]
     kind = torch.uint8 if h < 1 << 8 else torch.int16 if h < 1 << 15 else torch.int32 if h < 1 << 31 else torch.int64
     for name, tensor in tensors.items():
         if ".vblora_logits_" in name:
-            largest, which = tensor.topk(config.topk, dim=-1)
+            largest, which = tensor.topk(fields["topk"], dim=-1)
             found[f"{name}_topk_indices"] = which.to(kind)
             found[f"{name}_topk_weights"] = largest.softmax(-1)[..., :-1].contiguous()
         else:
             found[name] = tensor
-    return found
+    return found, fields
 
 
-def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Logits that have these weights."""
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Compute logits that have the weights of the file."""
     found = {name: t for name, t in tensors.items() if not name.endswith(("_topk_indices", "_topk_weights"))}
     for name, first in tensors.items():
         if name.endswith("_topk_weights"):
@@ -163,11 +174,11 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
             weights = torch.cat([first, 1 - first.sum(-1, keepdim=True)], dim=-1).clamp(min=1e-30)
             logits = weights.new_full((*weights.shape[:-1], fields["num_vectors"]), MISSING)
             found[name] = logits.scatter(-1, tensors[f"{name}_topk_indices"].long(), weights.log())
-    return found
+    return found, fields
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="VBLORA", tensor_name=tensor_name, write_tensors=thinned, read_tensors=read_tensors)
+    rules = StateRules(peft_type="VBLORA", tensor_name=tensor_name, read=read, write=write)
     groups = parameter_groups
     return [Method("vblora", VBLoRAConfig, place, rules, parameter_groups=groups, learning_rate=1e-2)]

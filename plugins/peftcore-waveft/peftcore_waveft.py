@@ -25,16 +25,18 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     override,
     targets,
     validation,
 )
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 # Coiflets 1 to 4 (Daubechies 1993) of sum 1: PEFT's numbers, which are PyWavelets', but for the fourth, 2 % off.
 _COIFLETS = {
@@ -266,8 +268,11 @@ def place(model: nn.Module, config: WaveFTConfig, architecture: Architecture) ->
     return placed + targets.trained_biases(model, config.bias, layers)
 
 
+def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    return tensors, {**fields, "n_frequency_pattern": fields["n_frequency_pattern"] or {}}
+
+
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    filled = lambda fields: {**fields, "n_frequency_pattern": fields["n_frequency_pattern"] or {}}  # noqa: E731
-    rules = StateRules(peft_type="WAVEFT", write_config=filled)
+    rules = StateRules(peft_type="WAVEFT", write=write)
     return [Method("waveft", WaveFTConfig, place, rules, learning_rate=3e-3)]

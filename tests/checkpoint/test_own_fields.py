@@ -11,14 +11,16 @@ import tiny
 
 import peftcore
 from peftcore.engine import applied
-from peftcore.plugin import Method, StateRules
+from peftcore.plugin import Method, PeftRules, StateRules
 
 FIELDS = "peftcore_fields"
 
 
 def gated(name: str = "gated", **rules: object) -> Method:
     """A method of the same files as `plain`, but for fields of its own."""
-    return tiny.method(name, state=StateRules("SAME", own_fields=frozenset({"value", "names"}), **rules))
+    return tiny.method(
+        name, state=StateRules("SAME", peft=PeftRules(own_fields=frozenset({"value", "names"}), **rules))
+    )
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_defaults_are_not_written(tmp_path: Path, plain: None) -> None:
 def test_a_method_that_would_not_take_its_own_file_does_not_write_it(tmp_path: Path, plain: None) -> None:
     with tiny.installed(gated(flag="value")):  # which a default leaves out
         model = peftcore.apply(tiny.llama(), "gated")
-        with pytest.raises(peftcore.PluginError, match=r"of 'gated' would not have 'value' set, the StateRules.flag"):
+        with pytest.raises(peftcore.PluginError, match=r"of 'gated' would not have 'value' set, the PeftRules.flag"):
             peftcore.save(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -107,6 +109,6 @@ def test_a_field_in_both_places_says_one_thing(tmp_path: Path) -> None:
 
 
 def test_a_field_that_the_config_does_not_have_is_refused() -> None:
-    method = tiny.method("gated", state=StateRules("SAME", own_fields=frozenset({"valeu"})))
+    method = tiny.method("gated", state=StateRules("SAME", peft=PeftRules(own_fields=frozenset({"valeu"}))))
     with pytest.raises(peftcore.PluginError, match=r"own_fields names 'valeu', .* ToyGatedConfig \(nearest: 'value'"):
         tiny.installed(method).__enter__()

@@ -43,13 +43,13 @@ def write(contents: Mapping[str, Any]) -> Any:
     return {f"{part}/{name}": t for part, (_, tensors, _) in contents.items() for name, t in tensors.items()}, {}
 
 
-FORMAT = FileFormat(FILE, lambda names: all("gain" in name for name in names), parts, split, read, write)
+FORMAT = FileFormat("toys", FILE, lambda names: all("gain" in name for name in names), parts, split, read, write)
 
 
 @pytest.fixture(autouse=True)
 def filed() -> Any:
     method = tiny.method("filed")
-    with tiny.installed(dataclasses.replace(method, state=dataclasses.replace(method.state, files={"toys": FORMAT}))):
+    with tiny.installed(dataclasses.replace(method, state=dataclasses.replace(method.state, formats=(FORMAT,)))):
         yield
 
 

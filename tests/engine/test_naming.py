@@ -56,7 +56,7 @@ def test_functions_that_training_calls(function: str) -> None:
             calls[function]()
 
 
-@pytest.mark.parametrize("function", ["write_config", "write_tensors", "exported", "tensor_name"])
+@pytest.mark.parametrize("function", ["write", "export", "tensor_name"])
 def test_functions_that_save_calls(tmp_path, function: str) -> None:
     state = StateRules(peft_type="FAULTY", **{function: raising})
     with tiny.installed(tiny.method("faulty", state=state)):
@@ -64,7 +64,7 @@ def test_functions_that_save_calls(tmp_path, function: str) -> None:
         with pytest.raises(peftcore.PluginError, match=named(function)):
             peftcore.save(model, tmp_path / "adapter")
         assert not (tmp_path / "adapter").exists()
-        if function == "write_tensors":
+        if function == "write":
             with pytest.raises(peftcore.PluginError, match=named(function)):
                 peftcore.state_dict(model, "default")
 

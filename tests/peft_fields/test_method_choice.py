@@ -11,11 +11,11 @@ import torch
 import peftcore
 from peftcore.engine import adapter_parameters, applied
 from peftcore.peft_fields import method_of_fields
-from peftcore.plugin import ForeignFormat, Method, StateRules
+from peftcore.plugin import ForeignFormat, Method, PeftRules, StateRules
 
 
-def same(name: str, **rules: object) -> Method:
-    return tiny.method(name, state=StateRules("SAME", **rules))
+def same(name: str, flag: str | None = None, **rules: object) -> Method:
+    return tiny.method(name, state=StateRules("SAME", peft=PeftRules(flag), **rules))
 
 
 def read_by(**fields: object) -> str:
@@ -118,13 +118,16 @@ def test_one_method_reads_a_file_and_no_other_is_called(tmp_path: Path) -> None:
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_bb": True}))
     form = ForeignFormat("theirs", "their.safetensors", fails, fails)
-    others = [same(name, flag=f"use_{name}", read_config=fails, read_tensors=fails) for name in ("aa", "cc")]
+    others = [same(name, flag=f"use_{name}", read=fails) for name in ("aa", "cc")]
     others += [
-        same("dd", read_config=fails, foreign=(form,)),
-        tiny.method("zz", state=StateRules("Z", foreign=(form,))),
+        same("dd", read=fails, formats=(form,)),
+        tiny.method("zz", state=StateRules("Z", formats=(form,))),
     ]
-    read_config = lambda fields: {name: value for name, value in fields.items() if name != "use_bb"}  # noqa: E731
-    with tiny.installed(same("bb", flag="use_bb", read_config=read_config), *others):
+
+    def read(_model, tensors, fields):
+        return tensors, {name: value for name, value in fields.items() if name != "use_bb"}
+
+    with tiny.installed(same("bb", flag="use_bb", read=read), *others):
         assert applied(peftcore.load(tiny.llama(), tmp_path), "default").method == "bb"
 
 
@@ -139,7 +142,7 @@ def test_two_that_read_one_foreign_format(tmp_path: Path) -> None:
 
     def foreign(name: str, matches, **more) -> Method:
         form = ForeignFormat("theirs", "their.safetensors", matches, read, **more)
-        return tiny.method(name, state=StateRules(name, foreign=(form,)))
+        return tiny.method(name, state=StateRules(name, formats=(form,)))
 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"kind": "zz"}))
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "their.safetensors")
@@ -161,3 +164,19 @@ def test_two_that_read_one_foreign_format(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match=r"ForeignFormat.matches of 'theirs' of the plugin 'aa' .* failed: KeyError"),
     ):
         assert applied(peftcore.load(tiny.llama(), tmp_path), "default").method == "zz"
+
+
+def test_a_file_names_the_package_that_wrote_it(tmp_path: Path) -> None:
+    with tiny.installed(tiny.method("named")):
+        peftcore.save(peftcore.apply(tiny.llama(), "named"), tmp_path)
+    with safetensors.safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["peftcore_plugin"] == "peftcore-named 1.0"
+    with pytest.raises(peftcore.PluginError, match=r"If you trust the file .*: pip install peftcore-named==1\.0$"):
+        peftcore.load(tiny.llama(), tmp_path)
+
+
+@pytest.mark.parametrize("plugin", [None, "- -", "--index-url=http://x 1", "a; rm 1", "a\nb 1", "a 1 2", "a"])
+def test_a_package_that_no_index_takes_is_not_named(plugin: str | None) -> None:
+    with pytest.raises(peftcore.PluginError) as found:
+        method_of_fields("'the file'", {"peft_type": "NOBODYS"}, plugin=plugin)
+    assert "pip install" not in str(found.value)

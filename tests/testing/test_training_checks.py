@@ -110,17 +110,17 @@ def test_an_error_of_first_values_is_what_is_reported() -> None:
 
 
 def test_exported_names_that_collide() -> None:
-    rules = StateRules(peft_type="TOY_FAULTY", exported=lambda placement: {"gain": placement.adapter.gain})
+    rules = StateRules(peft_type="TOY_FAULTY", export=lambda placement: {"gain": placement.adapter.gain})
     assert failed(method_of(Gain, state=rules), FILES)
 
 
 def test_two_names_of_a_part_that_export_loses() -> None:
     """What is exported in place of an adapter's own tensors must compute the same."""
 
-    def exported(placement: Any) -> dict[str, Tensor]:
+    def export(placement: Any) -> dict[str, Tensor]:
         return {tensor_name(placement, "gain"): torch.ones_like(placement.adapter.gain)}
 
-    rules = StateRules(peft_type="TOY_FAULTY", exported=exported)
+    rules = StateRules(peft_type="TOY_FAULTY", export=export)
     assert failed(method_of(Gain, state=rules), FILES)
 
 

@@ -56,13 +56,13 @@ def write(module: nn.Linear, weight: Tensor) -> dict[str, Tensor]:
     return {"weight": weight.to(module.weight.dtype)}
 
 
-def exported(placement: Around) -> Mapping[str, Tensor]:
+def export(placement: Around) -> Mapping[str, Tensor]:
     return {"w": placement.adapter.get_parameter("weight")}
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="MINE", exported=exported)
+    rules = StateRules(peft_type="MINE", export=export)
     return [Method("mine", LoraConfig, place, rules, learning_rate=1e-3)]
 
 

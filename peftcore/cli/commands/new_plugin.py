@@ -124,14 +124,13 @@ _HEAD = '''\
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.plugin import {names}
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 
 @dataclass(frozen=True)
@@ -176,23 +175,26 @@ _TOKENS = '''\
 '''
 
 _SELECT = """\
-def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Placement]:
     layers = targets.select(model, architecture, target_modules=config.target_modules)
 """
 
 _MODULES = {
-    "around": _HEAD.replace("{names}", "Architecture, Around, Method, StateRules, hookimpl, targets")
+    "around": _HEAD.replace(
+        "{names}", "Adapter, Architecture, Around, Base, Method, Placement, StateRules, hookimpl, override, targets"
+    )
     .replace("{formula}", "y = gain · base(x), one learned gain for each output.")
     .replace("{fields}", _TARGETS)
     + '''\
-class $title(nn.Module):
+class $title(Adapter):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(size))
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         return base(x) * self.gain.to(x.dtype)
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight [out, in] and the bias that compute the same without the adapter."""
         return weight * self.gain[:, None], None if bias is None else bias * self.gain
@@ -202,11 +204,11 @@ class $title(nn.Module):
     + _SELECT
     + "    return [Around(path, $title(targets.sizes(layer)[1])) for path, layer in layers.items()]\n"
     + _HOOK,
-    "after": _HEAD.replace("{names}", "After, Architecture, Method, StateRules, hookimpl, targets")
+    "after": _HEAD.replace("{names}", "Adapter, After, Architecture, Method, Placement, StateRules, hookimpl, targets")
     .replace("{formula}", "y -> y + shift, one learned shift for each output.")
     .replace("{fields}", _TARGETS)
     + """\
-class $title(nn.Module):
+class $title(Adapter):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(size))
@@ -220,12 +222,12 @@ class $title(nn.Module):
     + "    return [After(path, $title(targets.sizes(layer)[1])) for path, layer in layers.items()]\n"
     + _HOOK,
     "on-weight": _HEAD.replace(
-        "{names}", "Architecture, Method, OnWeight, PeftcoreError, StateRules, hookimpl, targets"
+        "{names}", "Adapter, Architecture, Method, OnWeight, PeftcoreError, Placement, StateRules, hookimpl, targets"
     )
     .replace("{formula}", "W + B A, a change of low rank of the chosen weights.")
     .replace("{fields}", _RANK)
     + """\
-class $title(nn.Module):
+class $title(Adapter):
     def __init__(self, rows: int, columns: int, rank: int) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
@@ -238,7 +240,7 @@ class $title(nn.Module):
 """
     + _SELECT
     + """\
-    placements = []
+    placements: list[Placement] = []
     for path, layer in layers.items():
         columns, rows = targets.sizes(layer)
         if targets.is_conv1d(layer):  # GPT-2 stores its weights [in, out]
@@ -247,11 +249,13 @@ class $title(nn.Module):
     return placements
 """
     + _HOOK,
-    "soft-prompt": _HEAD.replace("{names}", "Architecture, Method, PeftcoreError, SoftPrompt, StateRules, hookimpl")
+    "soft-prompt": _HEAD.replace(
+        "{names}", "Adapter, Architecture, Method, PeftcoreError, Placement, SoftPrompt, StateRules, hookimpl"
+    )
     .replace("{formula}", "learned vectors [tokens, hidden] before the input.")
     .replace("{fields}", _TOKENS)
     + """\
-class $title(nn.Module):
+class $title(Adapter):
     def __init__(self, tokens: int, hidden_size: int) -> None:
         super().__init__()
         self.prompt = nn.Parameter(0.02 * torch.randn(tokens, hidden_size))
@@ -260,15 +264,17 @@ class $title(nn.Module):
         return self.prompt
 
 
-def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Placement]:
     return [SoftPrompt($title(config.num_virtual_tokens, architecture.hidden_size))]
 """
     + _HOOK,
-    "prefix": _HEAD.replace("{names}", "Architecture, Method, PeftcoreError, PrefixKV, StateRules, hookimpl")
+    "prefix": _HEAD.replace(
+        "{names}", "Adapter, Architecture, Method, PeftcoreError, Placement, PrefixKV, StateRules, hookimpl"
+    )
     .replace("{formula}", "learned keys and values before those of the input, in every layer.")
     .replace("{fields}", _TOKENS)
     + """\
-class $title(nn.Module):
+class $title(Adapter):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.prefix = nn.Parameter(0.02 * torch.randn(shape))
@@ -277,12 +283,14 @@ class $title(nn.Module):
         return self.prefix
 
 
-def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Placement]:
     a = architecture
     return [PrefixKV($title(a.num_layers, 2, a.num_kv_heads, config.num_virtual_tokens, a.head_dim))]
 """
     + _HOOK,
-    "train": _HEAD.replace("{names}", "Architecture, Method, PeftcoreError, StateRules, Train, hookimpl, targets")
+    "train": _HEAD.replace(
+        "{names}", "Architecture, Method, PeftcoreError, Placement, StateRules, Train, hookimpl, targets"
+    )
     .replace("{formula}", "some parameters of the base are trained themselves.")
     .replace("import torch\nfrom torch import Tensor, nn\n", "from torch import nn\n")
     .replace(
@@ -294,7 +302,7 @@ def place(model: nn.Module, config: ${title}Config, architecture: Architecture) 
 ''',
     )
     + """\
-def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Placement]:
     vectors = [name for name, parameter in targets.base_parameters(model) if parameter.dim() == 1]
     names = [name for name in vectors if name.endswith(config.ending)]
     if not names:

@@ -150,6 +150,6 @@ def _peft(case: Case) -> tuple[Any, str | None]:
     if method.state.peft_type not in peft.PeftType.__members__:
         return None, "PEFT has no such method"
     model = case.add(case.family.make(), None, "default")
-    if method.state.unreadable(model, [path for path, _ in adapter_modules(model, "default")]):
+    if method.state.peft.unreadable(model, [path for path, _ in adapter_modules(model, "default")]):
         return None, "PEFT knows the method for other layers, and save says so"
     return peft, None

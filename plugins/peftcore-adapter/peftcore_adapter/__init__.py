@@ -26,12 +26,12 @@ from peftcore_adapter.bottleneck import BehindNorm, Bottleneck, Series, behind_n
 from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
 from peftcore_adapter.placing import place
 
-peftcore_api = 2
+peftcore_api = ">=3.0,<4"
 
 __all__ = ["ACTIVATIONS", "AdapterConfig", "BehindNorm", "Bottleneck", "Series", "behind_norm", "peftcore_methods"]
 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="BOTTLENECK_ADAPTER", foreign=(hub.FORMAT,))
+    rules = StateRules(peft_type="BOTTLENECK_ADAPTER", formats=(hub.FORMAT,))
     return [Method("adapter", AdapterConfig, place, rules, learning_rate=3e-3)]

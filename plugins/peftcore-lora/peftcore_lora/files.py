@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore import plugin
-from peftcore.plugin import Around, FileLayout, PeftcoreError, StateRules, targets
+from peftcore.plugin import Around, Fields, FileLayout, PeftcoreError, PeftRules, StateRules, Tensors, targets
 from peftcore_lora import per_expert, starts
-from peftcore_lora.config import LoraConfig, scaled
+from peftcore_lora.config import scaled
 from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
 from peftcore_lora.layers import LoraEmbedding
 from peftcore_lora.parameters import LoraParameter, name_on_disk, read_experts, write_experts
@@ -134,35 +134,42 @@ def write_config(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def config_on_disk(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
-    """With ensure_weight_tying PEFT forgets in target_modules the head that it ties to an adapted embedding."""
-    if config.kept_dropout is not None:
-        config = replace(config, lora_dropout=config.kept_dropout, kept_dropout=None)
+def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    config = starts.read_config(read_config(fields))
+    return (tensors, config) if model is None else (read_tensors(model, tensors, fields), as_trained(config, tensors))
+
+
+def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
+    return write_experts(starts.write_start(tensors, fields["frozen_start"])), write_config(fields)
+
+
+def as_trained(fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Restore what PEFT's config lacks: dropout, and a head that ensure_weight_tying ties to an adapted embedding."""
+    if fields.get("kept_dropout") is not None:
+        fields = {**fields, "lora_dropout": fields["kept_dropout"], "kept_dropout": None}
     embedding = next((t for name, t in tensors.items() if name.endswith(".lora_embedding_A")), None)
-    if embedding is None or not config.ensure_weight_tying or isinstance(config.target_modules, str):
-        return config
+    if embedding is None or not fields.get("ensure_weight_tying") or isinstance(fields["target_modules"], str):
+        return fields
     heads = [
         path
         for name, tensor in tensors.items()
         if name.endswith(".lora_B.weight") and tensor.shape == embedding.mT.shape
         for path in [name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")]
-        if not any(targets.matches(pattern, path) for pattern in config.target_modules)
+        if not any(targets.matches(pattern, path) for pattern in fields["target_modules"])
     ]
-    return replace(config, target_modules=[*config.target_modules, *heads])
+    return {**fields, "target_modules": [*fields["target_modules"], *heads]}
 
 
 RULES = StateRules(
     peft_type="LORA",
     tensor_name=tensor_name,
-    own_fields=frozenset({"frozen_start", "lora_plus_ratio", "lora_fa", "expert_r", "kept_dropout"}),
-    write_config=write_config,
-    read_config=lambda fields: starts.read_config(read_config(fields)),
-    config_on_disk=config_on_disk,
-    write_tensors=lambda tensors, config: write_experts(starts.write_tensors(tensors, config)),
-    read_tensors=read_tensors,
-    unreadable=unreadable,
-    refused=refused,
-    scaled=scaled,
-    layouts={"per_expert": FileLayout(per_expert.read, per_expert.write)},
-    files=FILES,
+    read=read,
+    write=write,
+    formats=(FileLayout("per_expert", per_expert.read, per_expert.write), *FILES),
+    peft=PeftRules(
+        own_fields=frozenset({"frozen_start", "lora_plus_ratio", "lora_fa", "expert_r", "kept_dropout"}),
+        unreadable=unreadable,
+        refused=refused,
+        scaled=scaled,
+    ),
 )

@@ -164,7 +164,7 @@ def stem_on_disk(path: str, inside: int) -> str:
 
 
 def write_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """LowRank of experts under the names and in the shapes of PEFT's file."""
+    """Write factors of experts under the names and in the shapes of PEFT's file."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stem, _, end = name.rpartition(".")

@@ -141,10 +141,10 @@ def _scaled(fields: dict[str, Any], factor: float) -> dict[str, Any]:
     return {**fields, "r": r, "lora_alpha": lora_alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
 
 
-def write_tensors(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """[A; A0] and [B, -B0] in place of the four."""
+def write_start(tensors: dict[str, Tensor], frozen_start: bool) -> dict[str, Tensor]:
+    """Write [A; A0] and [B, -B0] in place of the four."""
     found = {name: tensor for name, tensor in tensors.items() if ".start_" not in name}
-    for name in tensors if config.frozen_start else ():
+    for name in tensors if frozen_start else ():
         if ".start_A." in name:
             a, b = name.replace(".start_A.", ".lora_A."), name.replace(".start_A.", ".lora_B.")
             found[a] = torch.cat([tensors[a], tensors[name]])

@@ -9,6 +9,6 @@ part of a pipeline.
 
 from peftcore_lora.pipelines import diffusers_file, kohya_file
 
-FILES = {"diffusers": diffusers_file.FORMAT, "kohya": kohya_file.FORMAT}
+FILES = (diffusers_file.FORMAT, kohya_file.FORMAT)
 
 __all__ = ["FILES"]

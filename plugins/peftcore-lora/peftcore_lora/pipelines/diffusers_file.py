@@ -167,4 +167,4 @@ def write(
     return found, {HEADER: json.dumps(header, indent=2, sort_keys=True)}
 
 
-FORMAT = FileFormat(FILE, matches, parts, split, read, write)
+FORMAT = FileFormat("diffusers", FILE, matches, parts, split, read, write)

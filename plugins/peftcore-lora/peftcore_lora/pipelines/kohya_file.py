@@ -197,4 +197,4 @@ def _times(b: Tensor, ratio: float) -> Tensor:
     return b if ratio == 1 else b * ratio if exact else b.float() * ratio
 
 
-FORMAT = FileFormat(FILE, matches, parts, split, read, write)
+FORMAT = FileFormat("kohya", FILE, matches, parts, split, read, write)
