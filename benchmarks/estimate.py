@@ -94,11 +94,12 @@ def config_of(chosen):
 
 
 def name_of(chosen):
-    shape = f"{chosen['family']} {chosen['hidden']} x {chosen['layers']}, {chosen['vocab']} tokens"
-    run = [chosen["method"] or "every parameter", chosen["optimizer"]]
+    """Return family, hidden size x layers x vocabulary, method, optimizer, dtype and batch x length."""
+    sizes = f"{chosen['hidden']}x{chosen['layers']}x{chosen['vocab']}"
+    run = [chosen["method"] or "full", chosen["optimizer"]]
     run += ["checkpointing"] if chosen["gradient_checkpointing"] else []
     dtype = {"bfloat16": "bf16", "float32": "fp32"}[chosen["dtype"]]
-    return f"{shape}; {', '.join(run)}; {dtype} {chosen['batch_size']} x {chosen['length']}"
+    return " ".join([chosen["family"], sizes, *run, dtype, f"{chosen['batch_size']}x{chosen['length']}"])
 
 
 def estimate(chosen, device=None):
@@ -191,9 +192,7 @@ def main():
         return
     file = Path(options.output) if options.output else None
     known = json.loads(file.read_text()) if file is not None and file.exists() else {}
-    columns = ["configuration", "predicted, MB", "measured, MB", "width", "within"]
-    columns += ["seconds: predicted, measured"] if options.times else []
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    print(f"{'':62}{'predicted':>12}{'measured':>10}  width, MB")
     widths, held = [], 0
     for chosen, said in chosen_by(options.seed, options.count):
         name = name_of(chosen)
@@ -207,10 +206,11 @@ def main():
         peak = known[name]["peak"]
         widths.append((high - low) / ((high + low) / 2))
         held += said.process.holds(peak)
-        row = f"| {name} | {low / 1e6:,.0f} to {high / 1e6:,.0f} | {peak / 1e6:,.0f} | {widths[-1]:.0%} | "
-        row += "yes |" if said.process.holds(peak) else f"{(peak - min(max(peak, low), high)) / peak:+.1%} |"
+        row = f"{name:62}{f'{low / 1e6:,.0f}-{high / 1e6:,.0f}':>12}{peak / 1e6:10,.0f}{widths[-1]:6.0%}"
+        if not said.process.holds(peak):
+            row += f"  outside by {(peak - min(max(peak, low), high)) / peak:+.1%}"
         if options.times:
-            row += f" {estimate(chosen, 'cpu').seconds:.2f}, {known[name]['seconds']:.2f} |"
+            row += f"  {estimate(chosen, 'cpu').seconds:.2f} s predicted, {known[name]['seconds']:.2f} s measured"
         print(row, flush=True)
     print(f"\n{held} of {len(widths)} within; width: median {statistics.median(widths):.1%}, at most {max(widths):.1%}")
 
