@@ -153,7 +153,7 @@ def test_a_model_of_which_nothing_trains_is_refused(how: str, tmp_path: Path) ->
             peftcore.engine.set_trainable(model, "default", False)
         case "merged":
             peftcore.merge(model)
-    with pytest.raises(peftcore.PeftcoreError, match="nothing of the model trains"):
+    with pytest.raises(peftcore.PeftcoreError, match="no parameter of the model trains"):
         trainer(model, tmp_path).train()
 
 

@@ -108,16 +108,16 @@ ROWS: dict[str, list[Case]] = {
 
 NOTES = {
     **{name: f"as plain LoRA, which computes the same; {what}" for name, what in PLAIN.items()},
-    **dict.fromkeys(CONFIGS, "of the start that `init_lora_weights` names; a trained file does not need it"),
+    **dict.fromkeys(CONFIGS, "only for the initialisation by `init_lora_weights`; a trained file does not need it"),
     "layer_replication": "after `peftcore_lora.replicate_layers(model, ...)`, without which it is refused",
-    "megatron_core": "of no consequence without `megatron_config`",
-    "qalora_group_size": "of no consequence without `use_qalora`",
-    "fan_in_fan_out": "here a layer's layout is read off the layer",
+    "megatron_core": "no effect without `megatron_config`",
+    "qalora_group_size": "no effect without `use_qalora`",
+    "fan_in_fan_out": "peftcore reads the layout from the layer",
     "use_dora": "by the plugin `dora`",
     "alora_invocation_tokens": "by the plugin `alora`",
     "target_parameters": "of any module, of two or three dimensions; files of PEFT before 0.19, too",
     "trainable_token_indices": "by the plugin `trainable-tokens`; of what is tied to the embedding, too",
-    "lora_bias": "merged, it moves the layer's bias; where there is none that is refused",
+    "lora_bias": "merging changes the layer's bias, and is refused for layers without one",
     "ensure_weight_tying": "PEFT's default is False, here it is True",
 }
 
@@ -155,8 +155,8 @@ def page(found: dict[str, list[tuple[str, str]]]) -> str:
     lines = [
         "# LoRA: each field of PEFT's `LoraConfig`",
         "",
-        "Of each a file was made by Hugging Face PEFT, loaded here, saved, and loaded by PEFT again: it works where",
-        "the logits were the same, to 1e-5 in float32, both ways. Else here is the sentence with which it is refused.",
+        "For each value PEFT writes a file, which peftcore loads and saves, and PEFT loads again. *Works* means",
+        "that the logits are equal to 1e-5 in float32, both ways; otherwise the table has the error with which it is refused.",
         "",
         "| field | value | outcome |",
         "|---|---|---|",
@@ -179,7 +179,7 @@ def test_every_field_has_a_row() -> None:
 def test_the_page_says_what_is_found(found: dict[str, list[tuple[str, str]]]) -> None:
     if os.environ.get("PEFTCORE_WRITE_FIELDS"):
         PAGE.write_text(page(found))
-    assert page(found) == PAGE.read_text(), "docs/lora.md is stale: PEFTCORE_WRITE_FIELDS=1 writes it anew"
+    assert page(found) == PAGE.read_text(), "docs/lora.md is stale: PEFTCORE_WRITE_FIELDS=1 updates it"
 
 
 def test_plain_fields_work(found: dict[str, list[tuple[str, str]]]) -> None:
