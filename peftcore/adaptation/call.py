@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -45,10 +45,35 @@ ROOT = "_peftcore_root"  # attribute of the model itself
 SAMPLES = "peftcore_samples"  # int64 `[rows]`, a keyword argument of calls that `generate` makes: the sample of a row
 
 
+class CallState(dict[Hashable, Any]):
+    """Values that adapters share during one call of their model; each key is written once.
+
+    A checkpointed part that runs again in the backward pass reads what its forward read, so a value must not change in
+    between: what each layer updates is written under a key of that layer.
+    """
+
+    def __setitem__(self, key: Hashable, value: Any) -> None:
+        if key in self and not is_dynamo_compiling() and torch._C._current_graph_task_id() < 0:
+            raise PeftcoreError(
+                f"the state of this call has {key!r} already. A checkpointed part that runs again would read the new "
+                "value: write each value once, under a key of its layer"
+            )
+        super().__setitem__(key, value)
+
+
 class Call(Mapping[str, Any]):
-    """The arguments of a call by name, to be read: those that it was given, and those that are the adapters' alone."""
+    """Arguments of a call of the model by name, read-only; those that are only for adapters are among them.
+
+    Attributes:
+        state: values that adapters share during this call, such as what one layer's adapter leaves for the next. It
+            belongs to one call in one thread, and is empty at the beginning; keys are a method's own, such as
+            `("ladder", layer)`. Where each sample of a batch has its own adapter, the samples of one adapter have a
+            state of their own.
+    """
 
     def __init__(self, values: dict[str, Any], samples: Tensor | None = None) -> None:
+        self.state = CallState()
+        self.states: dict[tuple[int, ...], CallState] = {}  # of calls of some of the samples, by their numbers
         self._values = values
         self._samples = samples
         self._repeated: tuple[int, ...] | None = None

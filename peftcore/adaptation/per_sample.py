@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.call import Call, Frame, as_if_called, current_frame
+from peftcore.adaptation.call import Call, CallState, Frame, as_if_called, current_frame
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.adaptation.rows import ROWS, UNKNOWN, Rows, Samples, first_in, joined, taken
@@ -216,6 +216,7 @@ class _CallOfSamples(Call):
         outer = call.samples
         self._repeated = samples.numbers if outer is None else tuple(outer[i] for i in samples.numbers)
         self._call, self._where, self._index, self._count = call, where, samples.index, count
+        self.state = call.states.setdefault(samples.numbers, CallState())
 
     def __getitem__(self, name: str) -> Any:
         return taken(self._call[name], self._where.get(name, UNKNOWN), self._index, self._count)

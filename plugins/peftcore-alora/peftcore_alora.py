@@ -88,10 +88,10 @@ class Invocation(Adapter):
     def acts(self) -> Tensor:
         """`[batch, tokens]`: does the adapter act?"""
         call = current_call()
-        known = vars(call).setdefault("alora", {})
-        if self.tokens not in known:
-            known[self.tokens] = self.offset(call) if call.get("alora_offsets") is not None else self.found(call)
-        return cast(Tensor, known[self.tokens])
+        key = "alora", self.tokens
+        if key not in call.state:
+            call.state[key] = self.offset(call) if call.get("alora_offsets") is not None else self.found(call)
+        return cast(Tensor, call.state[key])
 
     def offset(self, call: Call) -> Tensor:
         rows, count = (call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]).shape[:2]
