@@ -155,8 +155,8 @@ def page(found: dict[str, list[tuple[str, str]]]) -> str:
     lines = [
         "# LoRA: each field of PEFT's `LoraConfig`",
         "",
-        "For each value PEFT writes a file, which peftcore loads and saves, and PEFT loads again. *Works* means",
-        "that the logits are equal to 1e-5 in float32, both ways; otherwise the table has the error with which it is refused.",
+        "For each value PEFT writes a file, which peftcore loads and saves, and PEFT loads again. *Works* means that",
+        "both times the logits are equal to 1e-5 in float32; otherwise the table has the error that refuses the file.",
         "",
         "| field | value | outcome |",
         "|---|---|---|",
