@@ -143,7 +143,8 @@ def _full_match(pattern: str) -> tuple[Callable[..., Any], bool]:
         plain = re.compile(pattern)
     if not set(pattern) & set("*+?{|("):
         return plain.fullmatch, False
-    differing = re.search(r"\{(?!\d+\}|\d*,\d*\})|\[:", pattern)  # to `regex`: approximate matches, POSIX classes
+    # What `regex` reads in another way: approximate matches, POSIX classes, and \B in a text without characters.
+    differing = re.search(r"\{(?!\d+\}|\d*,\d*\})|\[:|\\B", pattern)
     if differing:
         raise ValueError(
             f"'{differing[0]}' at position {differing.start()} means something else in other libraries. Leave it out"
