@@ -1,0 +1,132 @@
+"""Count the Python calls of `apply`, a forward pass, `save`, `load` and `merge`, with Hugging Face PEFT's next to them.
+
+    python benchmarks/trace.py [--by file|function] [--of load]
+
+A two-layer Llama with LoRA on all linear layers, warm: each action has run before in this process. Counted are
+calls of functions that the package under test defines (peftcore and its plugins, or peft), the files in which they
+are, and the largest number of them that are on the stack together. The counts are the same in every run. `--by` lists
+where the calls of one action are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import peft
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peftcore
+
+TOKENS = torch.tensor([[5, 17, 3, 60]])
+TARGETS = "all-linear"
+# Calls, files, depth of the stack, as issue 33 wants them.
+LIMITS = {
+    "apply": (4_000, 25, 16),
+    "forward": (150, 7, 6),
+    "save": (1_500, None, None),
+    "load": (4_500, 30, None),
+    "merge": (2_000, None, None),
+}
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).eval()
+
+
+class Trace:
+    """Calls of functions in files whose path has one of `parts`."""
+
+    def __init__(self, *parts: str) -> None:
+        self.parts = parts
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.depth = 0
+        self.deepest = 0
+
+    def is_ours(self, frame: FrameType) -> bool:
+        return any(part in frame.f_code.co_filename for part in self.parts)
+
+    def follow(self, frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and self.is_ours(frame):
+            self.calls[frame.f_code.co_filename, frame.f_code.co_qualname] += 1
+            self.depth += 1
+            self.deepest = max(self.deepest, self.depth)
+        elif event == "return" and self.is_ours(frame):
+            self.depth -= 1
+
+    def of(self, act: Callable[[], Any]) -> Trace:
+        sys.setprofile(self.follow)
+        try:
+            act()
+        finally:
+            sys.setprofile(None)
+        return self
+
+    def counts(self) -> tuple[int, int, int]:
+        return self.calls.total(), len({file for file, _ in self.calls}), self.deepest
+
+
+def of_peftcore(folder: Path) -> dict[str, Trace]:
+    model, other = llama(), llama()
+    actions = {
+        "apply": lambda: peftcore.apply(model, "lora", target_modules=TARGETS),
+        "forward": lambda: model(TOKENS),
+        "save": lambda: peftcore.save(model, folder),
+        "load": lambda: peftcore.load(other, folder),
+        "merge": lambda: peftcore.merge(other),
+    }
+    return {name: Trace("/peftcore/", "/peftcore_lora/").of(act) for name, act in actions.items()}
+
+
+def of_peft(folder: Path) -> dict[str, Trace]:
+    base, other = llama(), llama()
+    made: list[Any] = []
+    config = peft.LoraConfig(target_modules=TARGETS)
+    actions = {
+        "apply": lambda: made.append(peft.get_peft_model(base, config).eval()),
+        "forward": lambda: made[0](TOKENS),
+        "save": lambda: made[0].save_pretrained(folder),
+        "load": lambda: made.append(peft.PeftModel.from_pretrained(other, folder)),
+        "merge": lambda: made[1].merge_adapter(),
+    }
+    return {name: Trace("/peft/").of(act) for name, act in actions.items()}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--by", choices=["file", "function"])
+    parser.add_argument("--of", choices=list(LIMITS), default="load")
+    parser.add_argument("--most", type=int, default=40)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(2):  # the second time is warm
+            ours = of_peftcore(Path(folder) / f"ours {number}")
+            theirs = of_peft(Path(folder) / f"theirs {number}")
+    print(f"{'':8} {'calls':>7} {'files':>6} {'depth':>6}   peft: calls files depth   wanted")
+    for action, trace in ours.items():
+        calls, files, depth = trace.counts()
+        wanted = " ".join("-" if limit is None else f"{limit:,}" for limit in LIMITS[action])
+        peft_calls, peft_files, peft_depth = theirs[action].counts()
+        print(f"{action:8} {calls:7,} {files:6} {depth:6}   {peft_calls:11,} {peft_files:5} {peft_depth:5}   {wanted}")
+    if options.by:
+        found: Counter[str] = Counter()
+        for (file, function), count in ours[options.of].calls.items():
+            path = file.rpartition("/site-packages/")[2].split("/peftcore/", 1)[-1]
+            found[path if options.by == "file" else f"{path}: {function}"] += count
+        print(f"\n{options.of}:")
+        for where, count in found.most_common(options.most):
+            print(f"{count:7,}  {where}")
+
+
+if __name__ == "__main__":
+    main()
