@@ -122,7 +122,6 @@ class Registry:
         Raises:
             PluginError: a plugin's hook fails; otherwise weights in its format would be mistaken for plain ones.
         """
-        self.plugins()
         if self._formats is None:
             of_plugins = [
                 dataclasses.replace(weight_format, matches=_contained(plugin, weight_format))

@@ -55,8 +55,10 @@ ONE_EXPERT = WeightFormat(
 
 def find_weight_format(module: nn.Module) -> WeightFormat | None:
     """Return the format that reads the weight of `module`, or None; plugins' formats come first."""
-    known = (*registry.weight_formats(), TRANSPOSED, ATTENTION, ONE_EXPERT, DENSE)
-    return next((each for each in known if each.matches(module)), None)
+    for each in (*registry.weight_formats(), TRANSPOSED, ATTENTION, ONE_EXPERT, DENSE):
+        if each.matches(module):
+            return each
+    return None
 
 
 def weight_format(module: nn.Module) -> WeightFormat:

@@ -217,7 +217,9 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], tuple[int, in
 
 
 def _whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 40 for value in values)
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        return False
+    return not values or (min(values) >= 0 and max(values) < 1 << 40)
 
 
 def _view(content: bytearray, begin: int, dtype: torch.dtype, shape: list[int]) -> Tensor:

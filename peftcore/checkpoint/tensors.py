@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -52,12 +52,11 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
         for name, tensor in others.items():
             add(name, tensor, said_by="export")
         if own or not others:
-            for name, tensor in own_tensors(placement.adapter).items():
-                if id(tensor) not in written:
-                    written.add(id(tensor))
-                    with registry.naming(entry.method, "tensor_name"):
-                        on_disk = rules.tensor_name(placement, name)
-                    add(on_disk, tensor)
+            with registry.naming(entry.method, "tensor_name"):
+                for name, tensor in own_tensors(placement.adapter).items():
+                    if id(tensor) not in written:
+                        written.add(id(tensor))
+                        add(rules.tensor_name(placement, name), tensor)
     owned = TrainedParameters.of(model, adapter)
     if owned is not None:
         for name, parameter in owned.values(model):
@@ -293,7 +292,8 @@ def own_slots(model: nn.Module, adapter: str) -> set[str]:
     return {slot for slots in owned.slots.values() for slot in slots} if owned is not None else set()
 
 
-def name_of_base(model: nn.Module, adapter: str, name: str) -> str:
-    """Return the name on disk of the adapter-owned copy of the base's tensor `name`."""
+def names_of_base(model: nn.Module, adapter: str, names: Iterable[str]) -> dict[str, str]:
+    """Return {name of a base tensor: name on disk of the adapter-owned copy}."""
     entry = engine.applied(model, adapter)
-    return _base_name(registry.method(entry.method).state, entry, name)
+    rules = registry.method(entry.method).state
+    return {name: _base_name(rules, entry, name) for name in names}

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import adapter_files, engine, ranks
-from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.adapted import base_parameters, walked_once
 from peftcore.adapter_files import Content
 from peftcore.checkpoint import single_file
 from peftcore.checkpoint.fingerprint import fingerprint
 from peftcore.checkpoint.multiplier import in_metadata
 from peftcore.checkpoint.reading import METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, name_inside
-from peftcore.checkpoint.tensors import for_training, kept_on_disk, name_of_base, tensors_on_disk
+from peftcore.checkpoint.tensors import for_training, kept_on_disk, names_of_base, tensors_on_disk
 from peftcore.checkpoint.written_config import fields_of_config
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
@@ -149,10 +149,11 @@ def _save(
     for name in inside.values() if sharded else ():
         _refuse_drifted(model, name)
     if inside and (sharded or ranks.rank() == 0):
-        contents = {
-            place: _laid_out(model, name, format, _content(model, name, dtype, resumable, metadata))
-            for place, name in inside.items()
-        }
+        with walked_once(model):
+            contents = {
+                place: _laid_out(model, name, format, _content(model, name, dtype, resumable, metadata))
+                for place, name in inside.items()
+            }
         ranks.once(lambda: adapter_files.write(folder, contents), together=sharded)
     return folder
 
@@ -205,11 +206,9 @@ def _gathered_content(
             )
     tensors = {**own, **kept_on_disk(model, adapter)}
     # Tensors that the adapter owns may differ in the base, such as a head that every load re-initialises.
-    base = {
-        name: tensor
-        for name, tensor in base_tensors(model).items()
-        if name_of_base(model, adapter, name) not in tensors
-    }
+    base = base_tensors(model)
+    on_disk = names_of_base(model, adapter, base)
+    base = {name: tensor for name, tensor in base.items() if on_disk[name] not in tensors}
     about = {"peftcore_version": peftcore.__version__, "peftcore_base": fingerprint(base, _important(model, base))}
     about[METHOD] = method.name
     plugin = registry.plugin_of(method.name)

@@ -401,8 +401,11 @@ def _refuse_offloaded(model: nn.Module) -> None:
 def refuse_adapters_of_others(model: nn.Module) -> None:
     """Raise a PeftcoreError if the model, a part or an ancestor of it has adapters of another library or model."""
     state = state_of(model)
-    for path, module in adapted.base_modules(model):
-        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+    modules = list(adapted.base_modules(model))
+    kinds = {type(module) for _, module in modules}
+    of_peft = {kind for kind in kinds if any(cls.__module__.partition(".")[0] == "peft" for cls in kind.__mro__)}
+    for path, module in modules:
+        if type(module) in of_peft:
             raise PeftcoreError(
                 f"the model has adapters of Hugging Face PEFT already ({path or 'the model itself'!r} is a "
                 f"{type(module).__module__}.{type(module).__name__}). Save them with its save_pretrained(folder), and "

@@ -9,13 +9,12 @@ under a condition that is ruled out (`if self.slow_but_exact:`) does not count: 
 from __future__ import annotations
 
 import dis
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -28,28 +27,6 @@ from peftcore.observation.tracing import observe, once_a_model
 _FACTS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cuda", "is_quantized", "numel", "size",
           "requires_grad_", "register_hook"}  # fmt: skip
 
-Answer = TypeVar("Answer")
-
-
-def _of_reads(find: Callable[[nn.Module, list[_ReadOf]], Answer]) -> Callable[[nn.Module], Answer]:
-    """Return `find` applied to the reads in a model's code, cached while modules and config fields stay the same."""
-
-    def made(model: nn.Module) -> tuple[Answer, Known]:
-        reads, asked = _reads(model)
-        return find(model, reads), asked
-
-    made.__qualname__ = find.__qualname__
-    remembered = once_a_model(made)
-
-    @functools.wraps(find)
-    def found(model: nn.Module) -> Answer:
-        answer, asked = remembered(model)
-        if any(getattr(config, name, None) != value for (_, name), (config, value) in asked.items()):
-            answer, _ = made(model)
-        return answer
-
-    return found
-
 
 def bypassed(model: nn.Module) -> dict[str, str]:
     """Return {path: why} of bypassed layers; layers that the forward pass did not reach are left out.
@@ -59,11 +36,10 @@ def bypassed(model: nn.Module) -> dict[str, str]:
     return {**_bypassed_in_code(model), **dict(_fused(dict(base_modules(model))))}
 
 
-@_of_reads
-def _bypassed_in_code(model: nn.Module, reads: list[_ReadOf]) -> dict[str, str]:
+def _bypassed_in_code(model: nn.Module) -> dict[str, str]:
     modules = dict(base_modules(model))
     found: dict[str, str] = {}
-    for path, cls, read in reads:
+    for path, cls, read in _reads(model):
         if read.of_self and not read.is_fact and not read.is_change:
             found[_join(path, read.path)] = f"code of {cls.__name__} takes its weight without calling it"
     seen = observe(model)
@@ -101,22 +77,20 @@ def _fused(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
                 yield _join(path, whole), f"{', '.join(parts)} are called in its place"
 
 
-@_of_reads
-def rewritten(model: nn.Module, reads: list[_ReadOf]) -> dict[str, str]:
+def rewritten(model: nn.Module) -> dict[str, str]:
     """Return {path: why} of layers whose weight the model changes in place, as RWKV does for evaluation."""
     modules = dict(base_modules(model))
     found: dict[str, str] = {}
-    for path, cls, read in reads:
+    for path, cls, read in _reads(model):
         if read.is_change:  # also of a part of a part: `for block in self.blocks: block.output.weight.mul_(2)`
             inside = [p for p in modules if p.startswith(_join(path, "")) and f".{p}".endswith(f".{read.path}")]
             found.update(dict.fromkeys(inside, f"code of {cls.__name__} changes its weight in place"))
     return {path: why for path, why in found.items() if _has_matrix(modules[path])}
 
 
-@_of_reads
-def asked_for_dtype(model: nn.Module, reads: list[_ReadOf]) -> list[str]:
+def asked_for_dtype(model: nn.Module) -> list[str]:
     """Return the layers whose weight dtype is read by code of the model to cast an input (ColPali)."""
-    return [_join(path, read.path) for path, _, read in reads if read.of_self and read.then[:1] == ("dtype",)]
+    return [_join(path, read.path) for path, _, read in _reads(model) if read.of_self and read.then[:1] == ("dtype",)]
 
 
 def _join(path: str, name: str) -> str:
@@ -151,7 +125,15 @@ class _Read:
 _ReadOf = tuple[str, type[nn.Module], _Read]  # path, class, what its code takes of a weight
 
 
-def _reads(model: nn.Module) -> tuple[list[_ReadOf], Known]:
+def _reads(model: nn.Module) -> list[_ReadOf]:
+    """Return the reads of weights in the code of all modules, cached while modules and config fields stay the same."""
+    reads, asked = _cached_reads(model)
+    if any(getattr(config, name, None) != value for (_, name), (config, value) in asked.items()):
+        reads, _ = _find_reads(model)
+    return reads
+
+
+def _find_reads(model: nn.Module) -> tuple[list[_ReadOf], Known]:
     """Return the reads of weights in the code of all modules, and the config fields that decided them.
 
     Code that counts is in the forwards, and in the methods whose names that code uses, on whichever module.
@@ -170,6 +152,9 @@ def _reads(model: nn.Module) -> tuple[list[_ReadOf], Known]:
     return reads, known.asked
 
 
+_cached_reads = once_a_model(_find_reads)
+
+
 def _read_under(
     known: Knowledge, alike: Mapping[Any, Sequence[tuple[str, nn.Module]]]
 ) -> tuple[dict[str, dict[_Read, None]], bool]:
@@ -185,14 +170,19 @@ def _read_under(
             for part in _parts(cls, name):
                 if not (part.names or part.reads or known.follows_arguments):
                     continue
-                for path, module in modules:
-                    if known.rules_out(part.conditions, part.source, path, module):
-                        continue
-                    part.add_calls(known, path, module)
-                    depends |= part.depends
+                reached = [
+                    (path, module)
+                    for path, module in modules
+                    if not part.conditions or not known.rules_out(part.conditions, part.source, path, module)
+                ]
+                if not reached:
+                    continue
+                part.add_calls(known, cls, reached)
+                depends |= part.depends
+                for path, _ in reached if part.reads else ():
                     found[path].update(dict.fromkeys(part.reads))
-                    queue += [used for used in part.names if used not in seen]
-                    seen.update(part.names)
+                queue += part.names - seen
+                seen.update(part.names)
     return found, depends
 
 
@@ -210,11 +200,11 @@ class _Part:
     reads: tuple[_Read, ...]
     depends: bool
 
-    def add_calls(self, known: Knowledge, path: str, module: nn.Module) -> None:
-        """Add what the code passes to modules, and assigns."""
+    def add_calls(self, known: Knowledge, cls: Any, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        """Add to `known` the calls and assignments of this code in `modules` of the class `cls`."""
         if known.follows_arguments:
             for line, passed in self.source.passes.get(self.conditions, ()):
-                known.called(line, passed, self.source, path, module)
+                known.called(line, passed, self.source, cls, modules)
             for name, since in self.source.stores.get(self.conditions, ()):
                 known.stored(name, since, self.source)
 

@@ -15,7 +15,7 @@ import math
 import operator
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from types import CodeType
@@ -219,9 +219,10 @@ class Knowledge:
         if since < self._changed.get((within, name), math.inf):
             self._changed[within, name], self.shrank = since, True
 
-    def called(self, line: int, passed: Pass, within: Source, path: str, module: nn.Module) -> None:
-        """Count a parameter as given what a call at `line` passes."""
-        cls: Any = original_class(module)
+    def called(
+        self, line: int, passed: Pass, within: Source, cls: Any, modules: Sequence[tuple[str, nn.Module]]
+    ) -> None:
+        """Count a parameter as given what a call at `line` passes, in `modules` of the class `cls`."""
         held = inspect.getattr_static(cls, passed.callee, None) if passed.of_self else None
         if inspect.isfunction(held):
             return  # a method, whose own calls are visible
@@ -230,10 +231,13 @@ class Knowledge:
             if passed.positional > self._positional[callee]:
                 self._positional[callee], self.shrank = passed.positional, True
             return
+        if (callee, passed.keyword) in self._keywords:
+            return
         value = passed.value
         is_none = isinstance(value, ast.Constant) and value.value is None
-        is_none |= isinstance(value, ast.Name) and self._is_none(value.id, line, within, path, module)
-        if not is_none and (callee, passed.keyword) not in self._keywords:
+        if isinstance(value, ast.Name):
+            is_none = all(self._is_none(value.id, line, within, path, module) for path, module in modules)
+        if not is_none:
             self._keywords.add((callee, passed.keyword))
             self.shrank = True
 

@@ -14,6 +14,12 @@ def matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
+def ends(path: str) -> list[str]:
+    """Return the list entries that mean `path`, as `matches` has it: the path, and what follows each of its dots."""
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
 def is_inside(saved: str, path: str) -> bool:
     """Return whether `path` is, or is inside, a module that the entry `saved` of `modules_to_save` matches."""
     return f".{saved}." in f".{path}."

@@ -7,6 +7,7 @@ pattern that matches nothing is an error.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -30,7 +31,7 @@ from peftcore.targets.expert_selection import (
     routers,
     weight_named,
 )
-from peftcore.targets.names import excluded, is_inside, layer_indices, matches, nearest_path, shortest_suffixes
+from peftcore.targets.names import ends, excluded, is_inside, layer_indices, matches, nearest_path, shortest_suffixes
 from peftcore.targets.patterns import compiled
 
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)
@@ -363,12 +364,11 @@ def drop_unmatched(model: nn.Module, entries: Sequence[str], experts: bool = Fal
     Files of PEFT name modules that a model may lack (`classifier` and `score` for every classifier).
     Reading one, the tensors decide what must be there; the list need not.
     """
-    ends: set[str] = set()
+    known: set[str] = set()
     weights = expert_weights(model) if experts else {}
     for path in [*dict(base_modules(model)), *(f"{path}.{name}" for path, names in weights.items() for name in names)]:
-        parts = path.split(".")
-        ends.update(".".join(parts[i:]) for i in range(len(parts)))
-    return [entry for entry in dict.fromkeys(entries) if entry in ends]
+        known.update(ends(path))
+    return [entry for entry in dict.fromkeys(entries) if entry in known]
 
 
 def refuse_bypassed(model: nn.Module, chosen: Iterable[str]) -> None:
@@ -453,9 +453,13 @@ def _by_suffix(
 ) -> list[str]:
     if not patterns:
         raise PeftcoreError("target_modules is an empty list. Name modules, or use 'all-linear'")
+    meant: dict[str, list[str]] = defaultdict(list)
+    for path in modules:
+        for end in ends(path):
+            meant[end].append(path)
     chosen: set[str] = set()
     for pattern in patterns:
-        matched = [path for path in modules if matches(pattern, path)]
+        matched = meant.get(pattern, [])
         chosen.update(matched)
         if not matched:
             raise PeftcoreError(f"target_modules: '{pattern}' matches no module{nearest_path(pattern, names)}")

@@ -110,7 +110,7 @@ def test_every_field_of_a_config_is_bounded(field: str, pattern: str) -> None:
         ("(?:q_proj){e<=1}", r"'\{' at position 10 means something else"),  # approximate matching for `regex`
         ("[[:alpha:]]+", r"'\[:' at position 1 means something else"),
         (r"\p{L}+", r"bad escape \\p"),
-        (r"(a|\B)", r"'\\B' at position 3 has other meanings"),
+        (r"(a|\B)", r"'\\B' at position 3 means something else"),
         ("a" * 200_000, r"it has 200,000 characters"),
     ],
     ids=["syntax", "deep", "copies", "approximate", "class", "property", "no boundary", "long"],
