@@ -202,3 +202,7 @@ def test_links_to_headings_lead_somewhere() -> None:
     for page in PAGES:
         for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", page.read_text()):
             assert anchor in anchors(page.parent / target if target else page), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_home_page_counts_the_methods() -> None:
+    assert f"**{len(registry.methods())} methods" in (ROOT / "docs/index.md").read_text()

@@ -145,7 +145,7 @@ _OF_ANY_MODULE = nn.Module().__dict__.keys()
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether `value` cannot hide a tensor."""
+    """Return whether `value` consists of plain Python values, dtypes and devices, and so contains no tensor."""
     if isinstance(value, (list, tuple, set)):
         return all(map(_is_plain, value))
     if isinstance(value, dict):

@@ -138,7 +138,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
 
 
 def for_training(model: nn.Module, adapter: str) -> set[str]:
-    """Return the names of tensors that a file may lack: those of modules that can be read from exported ones."""
+    """Return the names of own tensors that a file may lack because only further training needs them."""
     rules = registry.method(engine.applied(model, adapter).method).state
     found: set[str] = set()
     if rules.export is None:
