@@ -80,9 +80,9 @@ docs: $(VENV)/docs.stamp
 matrix: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(PY) tests/matrix.py
 
-# docs/figures.md, a page of all figures, from docs/figures.csv; a test fails when it is stale.
-figures:
-	$(PYTHON) tests/figures.py
+# docs/figures.md, a page of all figures, and docs/performance.png from docs/figures.csv; a test fails when the page is stale.
+figures: $(VENV)/dev.stamp
+	$(PY) tests/figures.py
 
 # Every method on the demo's two tasks, PEFT beside it, docs/comparison.md: hours on two cores, and it goes on where it was
 # stopped. Much less: make compare COMPARE=--reduced

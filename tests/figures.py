@@ -1,4 +1,4 @@
-"""The page of all figures, docs/figures.md, from docs/figures.csv: `make figures`.
+"""The page of all figures, docs/figures.md, and a chart, docs/performance.png, from docs/figures.csv: `make figures`.
 
 The columns of the data file: the topic, what was measured, the figure, what it compares with, the machine, the command,
 and a note. A test compares the page with the file, and the tables of other pages with both.
@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 DOCS = Path(__file__).parent.parent / "docs"
-DATA, PAGE = DOCS / "figures.csv", DOCS / "figures.md"
+DATA, PAGE, CHART = DOCS / "figures.csv", DOCS / "figures.md", DOCS / "performance.png"
 HEADER = """# All figures
 
 <!-- made by `make figures` from figures.csv: edit that file -->
@@ -61,5 +61,37 @@ def missing(text: str) -> list[str]:
     return [cell for cell in cells if re.search(r"\d", cell) and not cell.startswith("`") and cell not in known]
 
 
+def steps() -> list[tuple[str, float, float]]:
+    """Return (method, time over the frozen model's, that of peft) of the training steps measured on a Zen 4."""
+    found: dict[str, tuple[str, float, float]] = {}
+    for row in rows():
+        step = re.fullmatch(r"Training step with ([^,]+).*, over the frozen model", row["what"])
+        peft = re.match(r"peft ([\d.]+)×", row["compared"])  # noqa: RUF001
+        if step and peft and row["machine"] == "Zen 4":
+            found.setdefault(step[1], (step[1], float(row["figure"].rstrip("×")), float(peft[1])))  # noqa: RUF001
+    return list(found.values())
+
+
+def draw() -> None:
+    """Draw the chart: how much longer a training step takes with an adapter, here and in PEFT."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for i, (_, ours, theirs) in enumerate(reversed(steps())):
+        for ratio, offset, color in ((theirs, -0.2, "#9aa3b2"), (ours, 0.2, "#2457a6")):
+            axes.barh(i + offset, 100 * (ratio - 1), 0.36, color=color)
+            axes.text(100 * (ratio - 1) + 1, i + offset, f"{100 * (ratio - 1):.0f} %", va="center", size=8)
+    axes.set_yticks(range(len(steps())), [name for name, _, _ in reversed(steps())])
+    axes.set_xlabel("additional time of a training step compared with the frozen model (less is better)")
+    axes.legend(
+        [axes.patches[1], axes.patches[0]], ["peftcore", "peft 0.21.2"], frameon=False, loc="upper right", fontsize=9
+    )
+    axes.set_xlim(0, 112)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(CHART)
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())
+    draw()
