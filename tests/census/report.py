@@ -16,27 +16,36 @@ from census.check import ADVISED, CRASH, EXACT, FIELDS, IMAGES, PROMPTS, REFUSED
 KNOWN = Path(__file__).with_name("known.json")
 _FAMILIES = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_ENCODING")
 _COLUMNS = (*FIELDS, *(method + IMAGES for method in PROMPTS))
-_MARKS = {EXACT: "yes", ADVISED: "as told", REFUSED: "refused", WRONG: "**wrong**", CRASH: "**crash**"}
+_MARKS = {EXACT: "yes", ADVISED: "advised", REFUSED: "refused", WRONG: "**wrong**", CRASH: "**crash**"}
 
 _HEAD = """# The census
 
-Every model class that transformers' auto mappings list, as a tiny random instance, under every method of this
-repository. `yes` means checked: before training the adapter computes what the base computes; changed, it changes the
-output (changed 1000 times as much where rounding hides it: some layers are scaled by 1e-6); it gets a gradient where
-the weight beside it would, in the changed model; `disabled()` gives the base's outputs; saved and loaded,
-merged and unmerged, and removed, the outputs are what they were, and removal leaves every tensor of the base bit for
-bit; a prompt of a token's vectors is that token, padding before a row changes nothing where it changes nothing in the
-base, and each step of generation is one forward of all tokens so far.
+Every model class in transformers' auto mappings, as a tiny random instance, under every method of this repository.
 
-Outputs are the same if they differ by at most 2e-6 of the largest, or of 1 if that is less: where memory lies decides
-in which order some kernels add. A merged weight is a sum in another order: 2e-3 of what the adapter changes and 1e-4.
-Prompts, padding and steps: 1e-3. With images: an image stands before most of each row's text, as many tokens as the
-model makes vectors of it; where models attend to it across, it is among the inputs of the other columns. What did not
-apply, such as a head without tokens of its own, is left out and counts
-as `yes`; the rows that `make census` keeps say so in their notes.
+| outcome | meaning |
+|---|---|
+| `yes` | every check below passes |
+| `advised` | a `PeftcoreError` says what to do (name modules, make a call first); after that every check passes |
+| `refused` | a `PeftcoreError` says why the method does not apply |
+| `wrong`, `crash` | a wrong result, or any other exception |
+"""
 
-`as told` is a `PeftcoreError` that says what to do (modules to name, a call to make first), and with that done, all of
-it is exact. `refused` is a `PeftcoreError` that says why. Anything else would be a wrong result or a crash.
+_CHECKED = """## What is checked
+
+- Before training, the adapter computes what the base computes. Changed, it changes the output (changed 1000 times as
+  much where rounding hides it: some layers are scaled by 1e-6), and it gets a gradient wherever the adapted weight
+  would get one.
+- `disabled()` gives the base's outputs. After saving and loading, merging and unmerging, and removing, the outputs are
+  as before; removal restores every tensor of the base bit for bit.
+- A prompt that consists of a token's vectors equals that token. Padding before a row changes nothing where it changes
+  nothing in the base. Each step of generation equals one forward of all tokens so far.
+- Outputs are equal if they differ by at most 2e-6 of the largest value, or of 1 if that is less, since the order of
+  additions in some kernels depends on memory addresses. After a merge, which adds in another order, 2e-3 of what the
+  adapter changes plus 1e-4 is allowed; for prompts, padding and steps 1e-3.
+- With images, an image comes before most of each row's text, as many tokens as the model makes vectors of it. Models
+  that use cross-attention get it in the other columns, too.
+- Checks that do not apply, such as a head without tokens, are left out and count as `yes`; the rows that `make census`
+  keeps say so in their notes.
 
 Made by `make census`, of the commits {commits}.
 """
@@ -69,20 +78,28 @@ def failures(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
 
 
 def markdown(rows: list[dict[str, Any]], listed: int) -> str:
-    """The whole page."""
+    """Return the whole page."""
     rows = sorted(rows, key=lambda row: row["class"].lower())
     there = [row for row in rows if "none" not in row]
     commits = Counter(row.get("commit", "unknown") for row in rows).most_common()
-    head = _HEAD.format(commits=", ".join(f"{name} ({count:,} classes)" for name, count in commits))
-    parts = [head, _totals(rows, there, listed), _by_method(there), _causes(there), _table(there), _without(rows)]
+    checked = _CHECKED.format(commits=", ".join(f"{name} ({count:,} classes)" for name, count in commits))
+    parts = [
+        _HEAD,
+        _totals(rows, there, listed),
+        _by_method(there),
+        checked,
+        _causes(there),
+        _table(there),
+        _without(rows),
+    ]
     return "\n".join(parts)
 
 
 def _share(rows: list[dict[str, Any]], method: str) -> str:
     kinds = Counter(row["outcomes"].get(method, {}).get("kind") for row in rows)
     served = kinds[EXACT] + kinds[ADVISED]
-    told = f", {kinds[ADVISED]} of them as a refusal says" if kinds[ADVISED] else ""
-    return f"{served} of {len(rows)} ({served / max(1, len(rows)):.1%}){told}"
+    advised = f", {kinds[ADVISED]} of them advised" if kinds[ADVISED] else ""
+    return f"{served} of {len(rows)} ({served / max(1, len(rows)):.1%}){advised}"
 
 
 def _totals(rows: list[dict[str, Any]], there: list[dict[str, Any]], listed: int) -> str:
@@ -111,14 +128,14 @@ def _totals(rows: list[dict[str, Any]], there: list[dict[str, Any]], listed: int
         lines.append(f"| {method} on 95 % of classes that PEFT serves | {_share(served, method)} |")
     for method in PROMPTS:
         seeing = [row for row in there if method + IMAGES in row["outcomes"]]
-        lines.append(f"| {method} with images beside text | {_share(seeing, method + IMAGES)} |")
+        lines.append(f"| {method} with images and text | {_share(seeing, method + IMAGES)} |")
     chosen = [row for row in there if row["class"] in families]
     lines.append(f"| bottleneck adapters on 95 % of decoders and encoders of text | {_share(chosen, 'adapter')} |")
     return "\n".join([*lines, ""])
 
 
 def _by_method(there: list[dict[str, Any]]) -> str:
-    lines = ["## By method", "", "| | yes | as told | refused | wrong | crash |", "|---|---|---|---|---|---|"]
+    lines = ["## By method", "", "| | yes | advised | refused | wrong | crash |", "|---|---|---|---|---|---|"]
     for method in _COLUMNS:
         kinds = Counter(row["outcomes"][method]["kind"] for row in there if method in row["outcomes"])
         lines.append(
