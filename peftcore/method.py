@@ -106,9 +106,9 @@ AdapterModules = Mapping[str, nn.Module]
 
 
 def tensor_name(placement: Placement, name: str) -> str:
-    """The name on disk of the tensor `name` of a placement, in Hugging Face PEFT's format.
+    """Return the name on disk of the tensor `name` of a placement, in Hugging Face PEFT's format.
 
-    `base_model.model.` + module path + name; vectors of a prompt bear their bare name.
+    `base_model.model.` + module path + name; for the vectors of a prompt only the name.
     """
     match placement:
         case OnWeight(path, parameter):
@@ -122,7 +122,7 @@ def tensor_name(placement: Placement, name: str) -> str:
 
 
 def prompt_tensor_name(placement: Placement, name: str) -> str:
-    """The same for methods of prompts and prefixes, around whose models PEFT has one wrapper less."""
+    """Return the name on disk like `tensor_name`, for prompts and prefixes: PEFT has one wrapper less around them."""
     return f"base_model.{name}" if isinstance(placement, Train) else name
 
 
@@ -291,39 +291,40 @@ class Method:
     """A fine-tuning method.
 
     Args:
-        name: what `apply(model, name)` takes; equals the entry point's name.
-        config_class: a frozen dataclass; fields bear PEFT's names where PEFT has the method. It may have
-            `resolved(model, architecture) -> config`, which makes explicit what depends on the model.
-            A field `modules_to_save` is the core's business: these modules are trained whole, and None means the
-            heads that pre-training did not train (a classifier's).
-        place: (model, config, architecture) -> placements. It builds adapters and changes nothing; under
-            `torch.device("meta")` it must allocate nothing.
+        name: what `apply(model, name)` takes; equals the name of the entry point.
+        config_class: a frozen dataclass. If PEFT has the method, fields have PEFT's names. It may have
+            `resolved(model, architecture) -> config`, which makes explicit what depends on the model. A field
+            `modules_to_save` is handled by the core: these modules are trained as a whole, and None means the heads
+            that pre-training did not train (a classifier's).
+        place: (model, config, architecture) -> placements. It builds adapters and changes nothing. Under
+            `torch.device("meta")` it must not allocate memory.
         state: how adapters look on disk.
-        initialize: (model, adapters, config, batches) -> None, or the config that then holds where data has decided
-            sizes; once the adapters stand on the model and before they act: first values from the base's weights or
-            data. `batches` is what `apply` was given, or None: a method that needs them says so then. It may call
-            the model, best through `peftcore.observation.run`, `inputs_of` and `gradients_of`: in evaluation,
-            without gradients unless it asks for them, with the adapters that act already. It changes its adapters
-            alone; mode, gradients, moving buffers and random numbers are afterwards what they were, and if it
-            raises, the adapter is taken off again. Not called by `load`.
-        initializes: (config) -> has `initialize` anything to do for it? Where not it is not called, and `batches` are
-            refused.
-        loss: (adapters, config) -> a term that is added to the loss, a scalar with gradients, or None. Trainers add it
-            once a step, however many batches a step has: to each of n batches 1/n of what it is after its forward.
-        after_step: (adapters, config, step, total_steps) -> None, after each optimizer step, counted from 1, while the
-            gradients still stand; for methods with a schedule, or an importance, of their own. Not after a step that a
-            scaler skipped, whose gradients are not finite.
-        needs_after_step: (config) -> does `after_step` do anything for it? Training that leaves it out is then warned
-            of, at the second optimizer step.
-        parameter_groups: (adapters, config, lr, weight_decay) -> groups as `torch.optim` takes them, of all that the
-            adapters train; parameters that no group names are given `lr` and `weight_decay`.
-        prepare: (model, config) -> None. What `apply`, and nothing else, does to the base once the placements are
-            checked: it may change how weights are stored, and no module's path. `remove` does not undo it.
-        recorded_as: (config) -> config of another method, for one that only prepares the base: the adapter is then
-            the other's in every respect, on disk too, and `state` is not asked.
-        low_rank: (model, config or None, {path: rank}) -> config of adapters at these modules and no other, each with
-            :class:`LowRank` changes of this rank; the rest is as `config` has it. For `combine` and `convert`.
-        learning_rate: of AdamW, with which training starts where nobody says another.
+        initialize: (model, adapters, config, batches) -> None, or a new config if data has decided sizes. It sets first
+            values from the base's weights or from data, after the adapters are attached and before they are active.
+            `batches` is what `apply` was given, or None; a method that needs them raises an error then. It may call the
+            model, best by `run`, `inputs_of` and `gradients_of`: in evaluation mode, without gradients unless it
+            enables them, with the adapters that are already active. It changes only its adapters. Mode, gradients,
+            moving buffers and random states are restored afterwards, and if it raises, the adapter is removed. `load`
+            does not call it.
+        initializes: (config) -> whether `initialize` does anything for this config. If not, it is not called, and
+            `batches` are refused.
+        loss: (adapters, config) -> a scalar with gradients that is added to the loss, or None. Trainers add it once a
+            step, however many batches a step has: for each of n batches 1/n of its value after the batch's forward
+            pass.
+        after_step: (adapters, config, step, total_steps) -> None, called after each optimizer step, counted from 1,
+            before gradients are cleared; for methods with a schedule or an importance. Not called after a step that a
+            scaler skipped because of gradients that are not finite.
+        needs_after_step: (config) -> whether `after_step` does anything for this config. A training loop that does not
+            call it is then warned at the second optimizer step.
+        parameter_groups: (adapters, config, lr, weight_decay) -> groups as `torch.optim` takes them. Parameters of the
+            adapters in no group get `lr` and `weight_decay`.
+        prepare: (model, config) -> None. What only `apply` does to the base, after the placements are checked. It may
+            change how weights are stored, but no module's path. `remove` does not undo it.
+        recorded_as: (config) -> config of another method, for a method that only prepares the base. The adapter is then
+            the other method's in every respect, on disk too, and `state` is not used.
+        low_rank: (model, config or None, {path: rank}) -> config of adapters at exactly these modules, each with
+            :class:`LowRank` changes of this rank, otherwise like `config`. For `combine` and `convert`.
+        learning_rate: default learning rate of `train`, for AdamW.
     """
 
     name: str
@@ -344,24 +345,25 @@ class Method:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How the weight of a kind of module is read as a dense tensor, and written back.
+    """How the stored weight of a kind of module is read as a dense tensor and written back.
 
     Args:
-        name: for messages, such as `dense`.
-        matches: (module) -> does this format read it? The first format that does is used; plugins come first.
-        read: (module) -> dense weight, in the layout the layer's functional form takes (`[out, in]` for a linear).
-        write: (module, dense weight) -> the new stored tensors by parameter or buffer name, in their final
-            dtype; the core puts them in place and keeps the ones they replace.
+        name: name for messages, such as `dense`.
+        matches: (module) -> whether this format reads the module. The first format that does is used, those of plugins
+            before the core's.
+        read: (module) -> dense weight, in the layout that the layer's functional form takes (`[out, in]` for a linear).
+        write: (module, dense weight) -> the new stored tensors by parameter or buffer name, in their final dtype. The
+            core puts them in place and keeps the ones they replace.
         read_bias: (module) -> its bias, one number for each output, or None.
-        write_bias: (module, bias) -> as `write`.
-        decode: (module, what `write` gave) -> the dense weight that it stands for, fp32. A format that rounds
-            coarsely has it: merging then measures what is lost of the adapters, and with `merge(dtype=...)` puts a
-            dense `weight` in place, with which the module must be able to compute.
-        plain: (module) -> None, with `decode`: make a module that holds a dense weight an ordinary one for good.
-        update_config: (model) -> None, with `decode`: make the model's config say how its weights are stored, after
-            merging has put dense ones in place, or taken them out again.
-        for_parameter: (name) -> this format of a parameter that is not called `weight`, such as those of experts:
-            `matches`, `read`, `write` and `decode` are then of that one. None: it stores only a `weight`.
+        write_bias: (module, bias) -> the new stored tensors, like `write`.
+        decode: (module, the result of `write`) -> the dense weight that the result represents, fp32. For formats that
+            round coarsely: merging then measures the error, and `merge(dtype=...)` stores a dense `weight`, with which
+            the module must be able to compute.
+        plain: (module) -> None, with `decode`: convert a module that has a dense weight to an ordinary one for good.
+        update_config: (model) -> None, with `decode`: update the model's config to how its weights are stored, after
+            merging or unmerging.
+        for_parameter: (name) -> this format for a parameter that is not called `weight`, such as those of experts:
+            `matches`, `read`, `write` and `decode` then refer to that parameter. None: it stores only a `weight`.
     """
 
     name: str

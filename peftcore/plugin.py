@@ -21,7 +21,7 @@ examples. The names by subject:
                           gradients_of: forward passes over batches
     a call                Call, current_call, TokenCounter, cached_tokens, decoder_path, forward_arguments,
                           arguments_by_name, cache_argument; first_of, with_first
-    other adapters        OtherAdapter, other_adapter, has_adapters
+    other adapters        OtherAdapter, other_adapter, has_adapters, set_trainable
     distributed training  ranks: parameters that are sharded over ranks
     errors                PeftcoreError, CheckpointError, PluginError, nearest
     the conformance suite check_method, check_sharded, Family, FAMILIES, CHECKS, IDENTITY, MERGE, COMPILE, PEFT_READS,
@@ -41,6 +41,7 @@ from peftcore.adaptation.light import LightAdapter
 from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.adapter import Adapter, Base, BranchedBase, LowRank, implements
 from peftcore.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Architecture, Sublayer
+from peftcore.engine import set_trainable
 from peftcore.engine.other_adapters import OtherAdapter, has_adapters, other_adapter
 from peftcore.engine.trained import modules_tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, nearest
@@ -181,6 +182,7 @@ __all__ = [
     "quantized_layers",
     "ranks",
     "run",
+    "set_trainable",
     "shape_of",
     "sizes",
     "targets",
