@@ -269,7 +269,7 @@ def edit(folder: Path, **changes) -> None:
         (no_peft_type, r"names no peft_type"),
         (
             unknown_type,
-            r"no installed method reads peft_type 'UNHEARD_OF'.*install the one that provides it",
+            r"no installed method reads peft_type 'UNHEARD_OF'.*If you trust the file and that package: pip install",
         ),
         (unknown_field, r"uses magic=7, which the installed plugin 'around' does not support"),
         (truncate, r"is no whole safetensors file.*cut off"),
