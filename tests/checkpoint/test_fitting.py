@@ -1,5 +1,6 @@
 """What a file's config would place is made on the meta device, without values; what is not there has its own."""
 
+import json
 import time
 from pathlib import Path
 
@@ -38,3 +39,12 @@ def test_thousands_of_tensors_without_a_place_take_time_by_their_number_alone(tm
     with pytest.raises(peftcore.CheckpointError, match=message):
         peftcore.load(model, tmp_path)
     assert time.process_time() - began < 1.5
+
+
+def test_a_config_far_larger_than_its_file_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    folder = peftcore.save(peftcore.apply(tiny.llama(), "lora", r=2), tmp_path / "a")
+    (folder / "peftcore_manifest.json").unlink()
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 10**7}))
+    with pytest.raises(peftcore.CheckpointError, match=r"needs an adapter of [0-9,]{11,} numbers, but .* has [0-9,]+"):
+        peftcore.load(tiny.llama(), folder)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.adaptation.class_swap import BUILT
+from peftcore.adapter import Adapter, implements
 from peftcore.architecture import Sublayer
-from peftcore.engine import adapter_parameters, applied, set_trainable
+from peftcore.engine import adapter_modules, adapter_parameters, applied, set_trainable
 from peftcore.experts import experts_layout
 from peftcore.method import PrefixKV, SoftPrompt
 from peftcore.observation import detect
@@ -27,6 +28,22 @@ def identity(case: Case) -> None:
     model, wanted = case.model(seed=None), logits(case.base(), case.inputs())
     rounded = any(experts_layout(model.get_submodule(path)) for path in applied(model, "default").paths)
     (close if rounded else same)(logits(model, case.inputs()), wanted, "output")  # products of experts in one operator
+
+
+@check(essential=True)
+def neutral(case: Case) -> str | None:
+    """the tensors that adapters call neutral change nothing"""
+    model, found = case.model(), False
+    with torch.no_grad():
+        for _, adapter in adapter_modules(model, "default"):
+            if implements(adapter, Adapter.neutral):
+                tensors, found = dict(adapter.named_parameters()), True
+                for name, value in adapter.neutral().items():
+                    tensors[name].copy_(value)
+    if not found:
+        return "its adapters call no tensors neutral"
+    close(logits(model, case.inputs()), logits(case.base(), case.inputs()), "output")
+    return None
 
 
 @check(essential=True)
