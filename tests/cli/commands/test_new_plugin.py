@@ -102,4 +102,4 @@ def test_installed_with_pip_used_and_uninstalled(tmp_path: Path) -> None:
     load = "import sys, tiny, peftcore; peftcore.load(tiny.llama(), sys.argv[1])"
     gone = python("-c", load, adapter, with_plugin=False)
     assert "no installed method reads peft_type 'FRESH'" in gone.stderr
-    assert "install the one that provides it" in gone.stderr
+    assert "pip install peftcore-fresh==0.1.0" in gone.stderr
