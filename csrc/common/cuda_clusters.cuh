@@ -20,8 +20,8 @@ namespace peftcore {
 
 static inline void cluster_sync() { emulator::cluster_barrier(); }
 
-static inline float shared_of_block(unsigned block, const float* own) {
-    return *emulator::dynamic_shared_of(block, own);
+static inline float shared_of_block(unsigned block, const float* here) {
+    return *emulator::dynamic_shared_of(block, here);
 }
 
 }  // namespace peftcore
@@ -101,8 +101,8 @@ static __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// What the cluster's block of this number has where this one has `own`.
-static __device__ __forceinline__ float shared_of_block(unsigned block, const float* own) {
+// What the cluster's block of this number has where this one has `here`.
+static __device__ __forceinline__ float shared_of_block(unsigned block, const float* here) {
     float value = 0;
 #if __CUDA_ARCH__ >= 900
     asm volatile(
@@ -110,7 +110,7 @@ static __device__ __forceinline__ float shared_of_block(unsigned block, const fl
         "mapa.shared::cluster.u32 address, %1, %2;\n"
         "ld.shared::cluster.f32 %0, [address]; }"
         : "=f"(value)
-        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(block)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(here))), "r"(block)
         : "memory");
 #endif
     return value;

@@ -32,9 +32,9 @@ struct Device {
 unsigned* in_graph(Device& device, int count) {
     // Its address is asked for while nothing is captured: whether it may be in between is nowhere said.
     if (device.tickets == nullptr || count > kOfGraphs - device.of_graphs) return nullptr;
-    unsigned* own = device.tickets + kOfStreams + device.of_graphs;
+    unsigned* counters = device.tickets + kOfStreams + device.of_graphs;
     device.of_graphs += count;
-    return own;
+    return counters;
 }
 
 unsigned* on_stream(Device& device, cudaStream_t stream) {
@@ -63,13 +63,13 @@ extern "C" unsigned* peftcore_tickets(int count, void* stream) {
     int number = 0;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     const std::lock_guard<std::mutex> lock(mutex);
-    unsigned* own = nullptr;
+    unsigned* counters = nullptr;
     if (cudaGetDevice(&number) == cudaSuccess && cudaStreamIsCapturing(on, &status) == cudaSuccess) {
         Device& device = devices[number];
-        own = status == cudaStreamCaptureStatusNone ? on_stream(device, on) : in_graph(device, count);
+        counters = status == cudaStreamCaptureStatusNone ? on_stream(device, on) : in_graph(device, count);
     }
-    if (own == nullptr) (void)cudaGetLastError();  // not for the next launch to find
-    return own;
+    if (counters == nullptr) (void)cudaGetLastError();  // not for the next launch to find
+    return counters;
 }
 
 #endif

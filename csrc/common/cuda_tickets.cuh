@@ -19,7 +19,7 @@ static __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
 }
 
 // How many have come to it by now; what those wrote before can be read.
-static __device__ __forceinline__ unsigned count(unsigned* counter) {
+static __device__ __forceinline__ unsigned read_counter(unsigned* counter) {
     PEFTCORE_SHARED(unsigned, seen, [1]);
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -7,24 +7,24 @@
 #include <string>
 #include <vector>
 
-#include "gemm/cpu/few_rows/kernels.h"
 #include "gemm/cpu/kernels.h"
+#include "gemm/cpu/skinny/kernels.h"
 #include "lora/cpu/kernels.h"
-#include "nf4/cpu/kernels.h"
-#include "nf4/cpu/linear/kernels.h"
-#include "nf4/cpu/tiles/tiles.h"
 #include "optim/cpu/kernels.h"
+#include "quant4/cpu/kernels.h"
+#include "quant4/cpu/linear/kernels.h"
+#include "quant4/cpu/tiles/tiles.h"
 
 namespace peftcore {
 
 struct CpuKernels {
     const char* level;
-    nf4::Kernels nf4;                       // quantize, dequantize
-    nf4::LinearKernels linear;              // few rows of x by a packed weight
-    gemm::FewRowsKernel few_rows[kDtypes];  // few rows of x by a dense weight, by their dtype
-    gemm::ManyRows many_rows[kDtypes];      // of x, by its dtype
-    lora::Kernels lora;                     // thin products
-    optim::Kernels optim;                   // optimizer steps
+    quant4::Kernels quant4;              // quantize, dequantize
+    quant4::LinearKernels linear;        // few rows of x by a packed weight
+    gemm::SkinnyKernel skinny[kDtypes];  // few rows of x by a dense weight, by their dtype
+    gemm::ManyRows many_rows[kDtypes];   // of x, by its dtype
+    lora::Kernels lora;                  // thin products
+    optim::Kernels optim;                // optimizer steps
 };
 
 // Of the level in use: the best of what was compiled, what this CPU has, and what PEFTCORE_CPU_LEVEL allows.

@@ -56,7 +56,7 @@ namespace {
 bool anywhere() { return true; }
 
 void portable(CpuKernels& table) {
-    fill_portable(table.nf4);
+    fill_portable(table.quant4);
     fill_portable(table.lora);
     fill_portable(table.optim);
 }
@@ -67,11 +67,11 @@ bool has_avx2() {
 }
 
 void avx2(CpuKernels& table) {
-    fill_avx2(table.nf4);
+    fill_avx2(table.quant4);
     fill_avx2(table.linear);
-    fill_avx2(table.few_rows);
+    fill_avx2(table.skinny);
     fill_avx2(table.many_rows);
-    nf4::fill_avx2(table.many_rows);
+    quant4::fill_avx2(table.many_rows);
     fill_avx2(table.lora);
     fill_avx2(table.optim);
 }
@@ -91,14 +91,14 @@ bool has_fp16() {
 }
 
 void avx512(CpuKernels& table) {
-    fill_avx512(table.nf4);
+    fill_avx512(table.quant4);
     fill_avx512(table.linear);
     fill_avx512(table.many_rows);
     fill_avx512(table.lora);
     fill_avx512(table.optim);
     // What the processor multiplies in 16 bits, and no level of this build does, the library multiplies faster.
     const auto leave = [&](Dtype dtype) {
-        table.few_rows[int(dtype)] = {};
+        table.skinny[int(dtype)] = {};
         table.many_rows[int(dtype)] = {};
     };
     if (has_fp16()) leave(Dtype::kHalf);
@@ -111,7 +111,7 @@ void avx512(CpuKernels& table) {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
 void avx512bf16(CpuKernels& table) {
     fill_avx512bf16(table.linear);
-    fill_avx512bf16(table.few_rows[int(Dtype::kBFloat16)]);
+    fill_avx512bf16(table.skinny[int(Dtype::kBFloat16)]);
     gemm::ManyRows& products = table.many_rows[int(Dtype::kBFloat16)];
     products = {};
 #if !defined(PEFTCORE_HAVE_AMX)
@@ -119,7 +119,7 @@ void avx512bf16(CpuKernels& table) {
 #endif
     fill_avx512bf16(products.kernel);
     fill_avx512bf16(products.dense);
-    nf4::fill_avx512bf16(products.packed);
+    quant4::fill_avx512bf16(products.packed);
     products.factor = products.dense;
 }
 #endif
@@ -134,7 +134,7 @@ void amx(CpuKernels& table) {
 
 #if defined(PEFTCORE_HAVE_NEON)
 void neon(CpuKernels& table) {
-    fill_neon(table.nf4);
+    fill_neon(table.quant4);
     fill_neon(table.linear);
     fill_neon(table.lora);
     fill_neon(table.optim);
@@ -147,7 +147,7 @@ void neonbf16(CpuKernels& table) {
     gemm::ManyRows& products = table.many_rows[int(Dtype::kBFloat16)];
     fill_neonbf16(products.kernel);
     fill_neonbf16(products.dense);
-    nf4::fill_neonbf16(products.packed);
+    quant4::fill_neonbf16(products.packed);
     products.factor = products.dense;
 }
 #endif

@@ -32,8 +32,8 @@ inline void check_out(const Weight& weight, const at::Tensor& out, const char* o
 }
 
 // W [out, in] beside `t`, which is x with `last` = in, or a gradient with `last` = out.
-inline void check_beside(const Weight& weight, const at::Tensor& t, const char* name, bool is_gradient,
-                         const char* op) {
+inline void check_operand(const Weight& weight, const at::Tensor& t, const char* name, bool is_gradient,
+                          const char* op) {
     kernel_dtype(t.scalar_type(), op);
     TORCH_CHECK_VALUE(weight.sizes().size() == 2, op, ": weight must be [out, in], found ", weight.sizes());
     if (!weight.packed())
@@ -50,7 +50,7 @@ inline void check_beside(const Weight& weight, const at::Tensor& t, const char* 
 // x, W and its bias.
 inline void check_linear(const at::Tensor& x, const Weight& weight, const std::optional<at::Tensor>& bias,
                          const char* op) {
-    check_beside(weight, x, "x", false, op);
+    check_operand(weight, x, "x", false, op);
     if (!bias.has_value()) return;
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.rows(), op, ": bias must be [",
                       weight.rows(), "], found ", bias->sizes());

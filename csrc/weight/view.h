@@ -31,8 +31,8 @@ struct WeightView {
     int64_t first_block =
         0;  // of this weight, counted from where `nested_absmax` begins: an expert's may be any
 
-    PEFTCORE_HD int64_t count() const { return rows * columns; }
-    PEFTCORE_HD int64_t blocks() const { return ceil_div(count(), int64_t(1) << shift); }
+    PEFTCORE_HD int64_t numel() const { return rows * columns; }
+    PEFTCORE_HD int64_t blocks() const { return ceil_div(numel(), int64_t(1) << shift); }
 };
 
 // The scale of a block, on the host. Compiled with -ffp-contract=off: the product is rounded before the sum.
@@ -71,7 +71,7 @@ static inline void block_scales(const WeightView& weight, int64_t first, int64_t
 static PEFTCORE_HD WeightView expert_of(const WeightView& weight, int64_t index, int64_t experts) {
     WeightView expert = weight;
     expert.rows = weight.rows / experts;
-    const int64_t begin = index * expert.count(), block = begin >> weight.shift;
+    const int64_t begin = index * expert.numel(), block = begin >> weight.shift;
     if (weight.dense != nullptr) {
         expert.dense = static_cast<const char*>(weight.dense) + begin * weight.itemsize;
         return expert;

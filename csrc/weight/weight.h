@@ -4,7 +4,7 @@
 //   in 4 bits   tensors [codes, absmax, quant_map]             packing [blocksize, 0, .., out, in]
 //   and nested  .. [nested_absmax, nested_quant_map, nested_offset]    [blocksize, nested_blocksize, .., out, in]
 //
-// Kernels and launchers take its `view`. The format: nf4/nf4.h; the same from Python: peftcore/ops/weight.py.
+// Kernels and launchers take its `view`. The format: quant4/format.h; the same from Python: peftcore/ops/weight.py.
 #pragma once
 
 #include <ATen/core/DimVector.h>

@@ -22,7 +22,7 @@ CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "csrc" / "kernels"
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
 CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
 SHARED = ("cpu/levels.cpp", "gemm/cpu/product.cpp", "optim/dynamic8.cpp", "common/caches.cpp", "common/workspace.cpp")
-ROOMS = ("nf4", "linear", "gemm", "lora", "optim")
+ROOMS = ("quant4", "linear", "gemm", "lora", "optim")
 pytestmark = [
     pytest.mark.nightly,
     pytest.mark.skipif(not all(map(shutil.which, ("g++", CROSS, QEMU))), reason=f"no g++, {CROSS} or {QEMU}"),
@@ -83,7 +83,7 @@ def test_every_level_agrees_with_sums_in_double(all_levels):
 
 
 def test_the_arithmetic_that_levels_share_gives_the_same_bits(all_levels):
-    for room in ("nf4", "optim"):
+    for room in ("quant4", "optim"):
         assert {all_levels[level, room] for level in levels_of(all_levels)} == {all_levels["portable", room]}
 
 

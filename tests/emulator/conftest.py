@@ -126,7 +126,7 @@ def emulated(emulated_library):
 def sanitized():
     """Runs tests/emulator/sanitized.cpp with arguments, under AddressSanitizer and UndefinedBehaviorSanitizer."""
     sources = [*sorted(ROOT.glob("csrc/**/*.cu")), HERE / "toys.cu", *sorted(HERE.glob("sanitized*.cpp"))]
-    sources += [*sorted(ROOT.glob("csrc/nf4/cpu/[ap]*.cpp")), *sorted(ROOT.glob("csrc/optim/cpu/[ap]*.cpp"))]
+    sources += [*sorted(ROOT.glob("csrc/quant4/cpu/[ap]*.cpp")), *sorted(ROOT.glob("csrc/optim/cpu/[ap]*.cpp"))]
     sources += [ROOT / "csrc" / "optim" / "dynamic8.cpp"]
     flags = FLAGS + SANITIZE
     if platform.machine() in ("x86_64", "AMD64"):

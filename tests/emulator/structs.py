@@ -88,7 +88,7 @@ class Factors(Structure):
         self.kept = factors, index
 
 
-class FewRows(Structure):
+class OneLaunch(Structure):
     """csrc/lora/cuda/lora_cuda.h: LoRA over a base in 4 bits."""
 
     _fields_ = [

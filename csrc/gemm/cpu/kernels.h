@@ -87,7 +87,7 @@ static inline std::optional<Tiles> tiles_of(const ManyRows& products, const Weig
     const bool packed = weight.codes != nullptr;
     const Reader& reader = packed ? static_cast<const Reader&>(products.packed) : products.dense;
     const Tiles& tiles = transposed ? reader.transposed : reader.plain;
-    if (products.kernel.multiply == nullptr || tiles.unpack == nullptr || weight.count() == 0 ||
+    if (products.kernel.multiply == nullptr || tiles.unpack == nullptr || weight.numel() == 0 ||
         (!packed && weight.dense == nullptr) || (reader.reads != nullptr && !reader.reads(weight)))
         return {};
     return tiles.of(&weight);

@@ -1,5 +1,4 @@
 // routed, gathered, combined and its gradient on CPU. Schemas and formulas: peftcore/ops/routing.py.
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "common/tensors.h"
+#include "common/threads.h"
 #include "cpu/kernels.h"
 #include "weight/linear_arguments.h"
 
@@ -21,8 +21,6 @@ namespace {
 using at::Tensor;
 using lora::RowSumArgs;
 using lora::RowSumBackwardArgs;
-
-constexpr int64_t kValuesPerTask = 32768;
 
 // Loops over what has so many values each.
 template <typename Body>
@@ -44,10 +42,10 @@ void check_numbers(const Tensor& t, int64_t least, const char* op, const char* n
                       ", found ", *low, " to ", *high);
 }
 
-void check_weights(const Tensor& weights, const Tensor& beside, const char* op) {
+void check_weights(const Tensor& weights, const Tensor& tokens, const char* op) {
     TORCH_CHECK_TYPE(known_dtype(weights.scalar_type()), op,
                      ": weights must be float32, float16 or bfloat16, found ", weights.scalar_type());
-    TORCH_CHECK_VALUE(weights.device() == beside.device(), op, ": weights must be on ", beside.device(),
+    TORCH_CHECK_VALUE(weights.device() == tokens.device(), op, ": weights must be on ", tokens.device(),
                       ", found ", weights.device());
 }
 

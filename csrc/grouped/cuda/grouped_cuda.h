@@ -77,9 +77,9 @@ const char* peftcore_grouped_product_float(const peftcore::grouped::Product* pro
 const char* peftcore_grouped_product_half(const peftcore::grouped::Product* product, void* stream);
 const char* peftcore_grouped_product_bfloat16(const peftcore::grouped::Product* product, void* stream);
 
-// Of few rows an expert, where `peftcore_grouped_takes_few_rows`.
-const char* peftcore_grouped_few_rows(const peftcore::grouped::Product* product, void* stream);
-bool peftcore_grouped_takes_few_rows(const peftcore::grouped::Product* product);
+// Of few rows an expert, where `peftcore_grouped_is_skinny`.
+const char* peftcore_grouped_skinny(const peftcore::grouped::Product* product, void* stream);
+bool peftcore_grouped_is_skinny(const peftcore::grouped::Product* product);
 
 const char* peftcore_grouped_down(const peftcore::grouped::Down* down, void* stream);
 const char* peftcore_grouped_reduce(const peftcore::grouped::Reduce* reduce, void* stream);

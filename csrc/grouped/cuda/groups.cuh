@@ -76,8 +76,8 @@ __device__ Rows rows_of_tile(const Groups& groups, int64_t tile) {
             before += of_warps[w];
         }
         if (number >= 0 && number < tiles) {
-            const Rows own = rows_of(e, begin, end, number);
-            found[0] = own.expert, found[1] = own.first, found[2] = own.last;
+            const Rows rows = rows_of(e, begin, end, number);
+            found[0] = rows.expert, found[1] = rows.first, found[2] = rows.last;
         }
     }
     if (tile >= before)

@@ -234,22 +234,22 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
         unpacker.nested = weight.nested_absmax != nullptr;
         unpacker.vectors = weight.columns % 32 == 0 && reinterpret_cast<uintptr_t>(weight.codes) % 16 == 0;
         unpacker.nested_offset = unpacker.nested
-                                     ? nf4::load_codebooks<true>(weight, quant_map, nested_quant_map)
-                                     : nf4::load_codebooks<false>(weight, quant_map, nested_quant_map);
+                                     ? quant4::load_codebooks<true>(weight, quant_map, nested_quant_map)
+                                     : quant4::load_codebooks<false>(weight, quant_map, nested_quant_map);
     }
-    const auto place_of = [&](int64_t stage) -> Place {
-        return Shape::kAcross ? Place{stage * kStage, column} : Place{column, stage * kStage};
+    const auto position_of = [&](int64_t stage) -> Position {
+        return Shape::kAcross ? Position{stage * kStage, column} : Position{column, stage * kStage};
     };
     const auto fetch_stage = [&](int64_t stage, int slot) {
         uint8_t* to = memory + slot * Shape::kStageBytes;
         if (stage * kStage < p.inner) {
-            const Place place = place_of(stage);
+            const Position position = position_of(stage);
             lora::fetch<Input>(to, input, rows.first, rows.last, stage * kStage, p.inner);
             if constexpr (!Shape::kPacked)
-                lora::fetch<Frozen>(to + Input::kBytes, dense, place.row, weight.rows, place.column,
+                lora::fetch<Frozen>(to + Input::kBytes, dense, position.row, weight.rows, position.column,
                                     weight.columns);
             else if (unpacker.vectors)
-                fetch_codes<Frozen>(to + Input::kBytes, weight, place);
+                fetch_codes<Frozen>(to + Input::kBytes, weight, position);
         }
         cp_async_commit();
     };
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
     const int64_t stages = ceil_div(p.inner, kStage);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) fetch_stage(s, s);
-    if constexpr (Shape::kPacked) unpacker.fetch_scales(place_of(0));
+    if constexpr (Shape::kPacked) unpacker.fetch_scales(position_of(0));
     int slot = 0;
     for (int64_t stage = 0; stage < stages; ++stage) {
         const uint8_t *now = memory + slot * Shape::kStageBytes, *frozen = now + Input::kBytes;
@@ -266,8 +266,8 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
         fetch_stage(stage + kStages - 1, (slot + kStages - 1) % kStages);
         if constexpr (Shape::kPacked) {
             uint8_t* unpacked = memory + kStages * Shape::kStageBytes;
-            unpacker.unpack(unpacked, frozen, place_of(stage));
-            unpacker.fetch_scales(place_of(stage + 1));
+            unpacker.unpack(unpacked, frozen, position_of(stage));
+            unpacker.fetch_scales(position_of(stage + 1));
             frozen = unpacked;
             __syncthreads();
         }

@@ -14,18 +14,18 @@ __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const Reduce p, int column_chunks, int rank_chunks) {
     const bool rise = offsets_rise(p.groups);
     const int64_t chunk = blockIdx.x / unsigned(rank_chunks), expert = chunk / column_chunks;
-    lora::ReduceTile own = {};
-    own.wide = p.wide;
-    own.thin = p.thin;
-    own.columns = p.columns;
-    own.rank = p.rank;
-    own.first_row = rise && expert > 0 ? p.groups.offsets[expert - 1] : 0;
-    own.last_row = rise ? p.groups.offsets[expert] : 0;
-    own.column = chunk % column_chunks * lora::kReduceColumns;
-    own.first_rank = int(blockIdx.x % unsigned(rank_chunks)) * 8 * kRankTiles;
-    own.dropout = p.dropout;
+    lora::ReduceTile tile = {};
+    tile.wide = p.wide;
+    tile.thin = p.thin;
+    tile.columns = p.columns;
+    tile.rank = p.rank;
+    tile.first_row = rise && expert > 0 ? p.groups.offsets[expert - 1] : 0;
+    tile.last_row = rise ? p.groups.offsets[expert] : 0;
+    tile.column = chunk % column_chunks * lora::kReduceColumns;
+    tile.first_rank = int(blockIdx.x % unsigned(rank_chunks)) * 8 * kRankTiles;
+    tile.dropout = p.dropout;
     const int64_t begin = expert * p.columns * p.rank;
-    lora::reduce_tile<T, kRankTiles, false>(own, [&](int64_t column, int rank, float sum) {
+    lora::reduce_tile<T, kRankTiles, false>(tile, [&](int64_t column, int rank, float sum) {
         const int64_t i = p.transposed ? rank * p.columns + column : column * p.rank + rank;
         store_at(p.out, p.out_dtype, begin + i, rise ? sum : bits_float(0x7fc00000u));
     });

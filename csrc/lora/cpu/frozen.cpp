@@ -3,20 +3,20 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
-#include "gemm/cpu/few_rows/linear.h"
 #include "gemm/cpu/matrices.h"
-#include "nf4/cpu/linear/linear.h"
+#include "gemm/cpu/skinny/linear.h"
+#include "quant4/cpu/linear/linear.h"
 
 namespace peftcore {
 namespace lora {
 
 Tensor frozen_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias) {
-    if (weight.packed()) return nf4::linear(x, weight.view(), contiguous(bias));
+    if (weight.packed()) return quant4::linear(x, weight.view(), contiguous(bias));
     return gemm::dense_linear(x, weight.first(), contiguous(bias));
 }
 
 Tensor frozen_linear_backward(const Tensor& dy, const Weight& weight) {
-    return weight.packed() ? nf4::linear_backward(dy, weight.view())
+    return weight.packed() ? quant4::linear_backward(dy, weight.view())
                            : gemm::dense_linear(dy, weight.first().t(), {});
 }
 
@@ -66,7 +66,7 @@ bool whole_product(const CpuKernels& kernels, const Tensor& x, const Right& righ
     if (!products.kernel.takes_addend) return false;
     // For few rows of x, linear_4bit has kernels of its own.
     const Dtype dtype = kernel_dtype(x.scalar_type(), "linear");
-    if (right.packed() && nf4::takes_few_rows(kernels, right.view, dtype, x.size(0))) return false;
+    if (right.packed() && quant4::has_direct_kernel(kernels, right.view, dtype, x.size(0))) return false;
     const std::optional<gemm::Tiles> tiles = tiles_of(kernels, x, right);
     if (!tiles) return false;
     gemm::Product product = gemm::product_of(x, *tiles, bias, y);

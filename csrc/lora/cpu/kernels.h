@@ -167,7 +167,9 @@ struct RowSumKernels {
     void (*backward)(const RowSumBackwardArgs&, int64_t first, int64_t last);
 };
 
-// For one row, fp32 in between; by the dtype of what they read (see rows.h). Buffers have room for 16 more.
+constexpr int64_t kRowPadding = 16;  // values that RowKernels may write behind `to` or `out`
+
+// For one row, fp32 in between; by the dtype of what they read (see rows.h).
 struct RowKernels {
     void (*widen)(const void* from, int64_t count, float* to);
     void (*add)(const float* from, int64_t count, void* to);

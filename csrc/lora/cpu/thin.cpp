@@ -14,11 +14,11 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int64_t kProductsPerTask = 1 << 17, kCountersPerTask = 1 << 12;
+constexpr int64_t kCountersPerTask = 1 << 12;
 
 // Sums over the rows of x are made by groups of rows, each in their order, and added in theirs: by the shapes
 // alone, whatever the number of threads.
-constexpr int64_t kGroupRows = 256;
+constexpr int64_t kThinGroupRows = 256;
 // Of all groups: 32 MB; beyond, groups have more rows. No cache's size: sums are divided by it.
 constexpr int64_t kAllSums = int64_t(1) << 23;
 
@@ -33,7 +33,7 @@ struct Division {
     Division(int64_t rows, int64_t its_columns, int64_t its_width)
         : columns(its_columns), width(its_width), filled(filled_up(columns, kColumnGrain)) {
         const int64_t most = std::max<int64_t>(1, kAllSums / (width * filled));
-        group_rows = filled_up(ceil_div(rows, std::min(most, ceil_div(rows, kGroupRows))), kRowGrain);
+        group_rows = filled_up(ceil_div(rows, std::min(most, ceil_div(rows, kThinGroupRows))), kRowGrain);
         groups = ceil_div(rows, group_rows);
         group_size = width * filled;
         part = std::min(filled, filled_up(std::max<int64_t>(1, own_sums() / width), kColumnGrain));

@@ -16,7 +16,7 @@ namespace lora {
 // Partial products of the one pass weigh rank / 32 of a pass over wide: beyond, a second pass costs less.
 constexpr int kOnePassMaxRank = 16;
 
-constexpr int kFewRows = 8;  // of x: a block makes one rank of s
+constexpr int kRankDotRows = 8;  // of x: a block makes one rank of s
 
 // x, dy, or what is written: [samples * rows, columns] of `dtype`.
 struct Wide {
@@ -53,7 +53,7 @@ struct FactorCopy {
 };
 
 // y [batch, rows] = x Wᵀ + bias + s Bᵀ and s [batch, rank] = scale x Aᵀ: x, bias (or nullptr) and y of `dtype`.
-struct FewRows {
+struct OneLaunch {
     const void* x;
     Dtype dtype;
     int batch;
@@ -79,8 +79,8 @@ int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, int rank);
 
 // Both of its results in one launch, of up to 8 rows of x of 16 bits and a weight in 4 bits of whole blocks of 64; of other
 // shapes, and where `stream` has no counters left, nothing is launched.
-const char* peftcore_lora_few_rows(const peftcore::lora::FewRows* given, const peftcore::WeightView* weight,
-                                   bool* launched, void* stream);
+const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch* given,
+                                     const peftcore::WeightView* weight, bool* launched, void* stream);
 
 // out = keep ∘ (bias + thin factor_iᵀ), without bias where that is nullptr, or added to it where `add`; thin
 // [samples * rows, stride], out and bias [columns] of one dtype, of 16 bits, factors [columns, rank_i]. i = -1

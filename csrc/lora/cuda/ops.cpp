@@ -1,7 +1,7 @@
 // lora_linear, its gradient, and adapters by sample on CUDA. Schemas and formulas: peftcore/ops/lora.py.
 //
-// The sum s Bᵀ + x Wᵀ. Up to kLinearMaxBatch rows over a packed W, one kernel does both (nf4/cuda/linear.cu), and up to
-// kFewRows s as well (one_launch.cu).
+// The sum s Bᵀ + x Wᵀ. Up to kLinearMaxBatch rows over a packed W, one kernel does both (quant4/cuda/linear.cu), and up to
+// kRankDotRows s as well (one_launch.cu).
 // Beyond, and over a dense W, y is first written as bias + s Bᵀ, and cuBLAS adds x Wᵀ with beta = 1: its read
 // of y runs beside the product. A pass over y after the product costs the same bytes with nothing beside it.
 // The gradient of x likewise.
@@ -28,8 +28,8 @@
 #include "common/tensors.h"
 #include "lora/arguments.h"
 #include "lora/cuda/lora_cuda.h"
-#include "nf4/cuda/linear.h"
-#include "nf4/cuda/nf4_cuda.h"
+#include "quant4/cuda/linear.h"
+#include "quant4/cuda/quant4_cuda.h"
 
 namespace peftcore {
 namespace lora {
@@ -183,20 +183,20 @@ Tensor one_launch(const Tensor& x, const WeightView& weight, const Tensor& bias,
     };
     const Tensor left = factor(a), right = factor(b);
     const Tensor y = at::empty({x.size(0), weight.rows}, x.options());
-    const FewRows own = {x.const_data_ptr(),
-                         kernel_dtype(x.scalar_type(), op),
-                         int(x.size(0)),
-                         bias.defined() ? bias.const_data_ptr() : nullptr,
-                         left.const_data_ptr(),
-                         right.const_data_ptr(),
-                         kernel_dtype(left.scalar_type(), op),
-                         kernel_dtype(right.scalar_type(), op),
-                         int(a.size(0)),
-                         scale,
-                         s.mutable_data_ptr<float>(),
-                         y.mutable_data_ptr()};
+    const OneLaunch given = {x.const_data_ptr(),
+                             kernel_dtype(x.scalar_type(), op),
+                             int(x.size(0)),
+                             bias.defined() ? bias.const_data_ptr() : nullptr,
+                             left.const_data_ptr(),
+                             right.const_data_ptr(),
+                             kernel_dtype(left.scalar_type(), op),
+                             kernel_dtype(right.scalar_type(), op),
+                             int(a.size(0)),
+                             scale,
+                             s.mutable_data_ptr<float>(),
+                             y.mutable_data_ptr()};
     bool launched = false;
-    check_launch(peftcore_lora_few_rows(&own, &weight, &launched, current_cuda_stream(x.device())), op);
+    check_launch(peftcore_lora_one_launch(&given, &weight, &launched, current_cuda_stream(x.device())), op);
     return launched ? y : Tensor();
 }
 
@@ -210,11 +210,11 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const c10::DeviceGuard guard(x.device());
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, bias, op);
-    check_factors(beside(x), a, b, weight.rows(), op);
+    check_factors(operand(x), a, b, weight.rows(), op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x), added = contiguous(bias);
-    if (has_kernels(x) && weight.packed() && dropout.threshold == 0 && flat.size(0) <= kFewRows) {
+    if (has_kernels(x) && weight.packed() && dropout.threshold == 0 && flat.size(0) <= kRankDotRows) {
         const Tensor s = at::empty({flat.size(0), a.size(0)}, x.options().dtype(at::kFloat));
         const Tensor y = one_launch(flat, weight.view(), added, a, b, factor, s, op);
         if (y.defined()) return {y.view(with_last(x, weight.rows())), s};
@@ -223,10 +223,10 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const Tensor s = has_kernels(x) ? down(flat, 1, FactorList({a_float}, 0, {factor}), dropout, op)
                                     : at::mm(dropped(flat, dropout, op), a_float.t()).mul_(factor);
     Tensor y;
-    if (weight.packed() && flat.size(0) <= nf4::kLinearMaxBatch) {
-        y = nf4::few_rows(flat, weight.view(), added, s, b_float);
+    if (weight.packed() && flat.size(0) <= quant4::kLinearMaxBatch) {
+        y = quant4::linear_direct(flat, weight.view(), added, s, b_float);
     } else {
-        const Tensor dense = nf4::dense_weight(weight, x);
+        const Tensor dense = quant4::dense_weight(weight, x);
         if (has_kernels(x)) {
             y = at::empty({flat.size(0), weight.rows()}, x.options());
             up(s, FactorList({b_float}, 1), {}, added, false, y, 1, op);
@@ -249,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
     const c10::DeviceGuard guard(x.device());
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, {}, op);
-    check_factors(beside(x), a, b, weight.rows(), op);
+    check_factors(operand(x), a, b, weight.rows(), op);
     check_gradient(grad, s, x, weight.rows(), a.size(0), op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);
@@ -280,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
             up(t, FactorList({across[0]}, 1), dropout, {}, false, dx, 1, op);
         }
     }
-    if (needs[0]) dx = dx.addmm_(rows, nf4::dense_weight(weight, x)).view(x.sizes());
+    if (needs[0]) dx = dx.addmm_(rows, quant4::dense_weight(weight, x)).view(x.sizes());
     return {dx, da, db};
 }
 
@@ -298,10 +298,10 @@ Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntAr
     const Tensor flat = matrix(x), adapter = index.contiguous();
     const int64_t samples = x.size(0), rows = samples ? flat.size(0) / samples : 0;
     Tensor y;
-    if (weight.packed() && flat.size(0) <= nf4::kLinearMaxBatch) {
-        y = nf4::few_rows(flat, weight.view(), contiguous(bias), {}, {});
+    if (weight.packed() && flat.size(0) <= quant4::kLinearMaxBatch) {
+        y = quant4::linear_direct(flat, weight.view(), contiguous(bias), {}, {});
     } else {
-        const Tensor dense = nf4::dense_weight(weight, x);
+        const Tensor dense = quant4::dense_weight(weight, x);
         y = bias.has_value() ? at::addmm(*bias, flat, dense.t()) : at::mm(flat, dense.t());
     }
     if (has_kernels(x)) {

@@ -58,27 +58,27 @@ __device__ void add_parts(const ReduceParams& p, int64_t first_column, int first
 template <typename T, int kRankTiles, bool kProduct>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) {
     const int64_t chunk = blockIdx.x / p.chunks;
-    ReduceTile own = {};
-    own.wide = p.wide;
-    own.thin = p.thin;
-    own.columns = p.columns;
-    own.rank = p.rank;
-    own.first_row = int64_t(blockIdx.y) * p.part_rows;
-    own.last_row = least(own.first_row + p.part_rows, p.rows);
-    own.column = chunk * kReduceColumns;
-    own.first_rank = int(blockIdx.x % p.chunks) * 8 * kRankTiles;
-    own.dropout = p.dropout;
+    ReduceTile tile = {};
+    tile.wide = p.wide;
+    tile.thin = p.thin;
+    tile.columns = p.columns;
+    tile.rank = p.rank;
+    tile.first_row = int64_t(blockIdx.y) * p.part_rows;
+    tile.last_row = least(tile.first_row + p.part_rows, p.rows);
+    tile.column = chunk * kReduceColumns;
+    tile.first_rank = int(blockIdx.x % p.chunks) * 8 * kRankTiles;
+    tile.dropout = p.dropout;
     if (kProduct) {
-        own.factor = p.factor;
-        own.product = p.product + chunk * p.rows * p.rank;
+        tile.factor = p.factor;
+        tile.product = p.product + chunk * p.rows * p.rank;
     }
     float* partial = p.partial + blockIdx.y * p.columns * p.rank;
-    reduce_tile<T, kRankTiles, kProduct>(own, [&](int64_t column, int rank, float sum) {
+    reduce_tile<T, kRankTiles, kProduct>(tile, [&](int64_t column, int rank, float sum) {
         partial[column * p.column_step + rank * p.rank_step] = sum;
     });
     if constexpr (!kProduct)
         if (p.tickets != nullptr && comes_last(p.tickets + blockIdx.x, gridDim.y))
-            add_parts<8 * kRankTiles>(p, own.column, own.first_rank);
+            add_parts<8 * kRankTiles>(p, tile.column, tile.first_rank);
 }
 
 // Chosen by the shape alone, so that results are the same on every GPU.

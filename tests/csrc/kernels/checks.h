@@ -156,7 +156,7 @@ struct Packed {
     WeightView view;
 };
 
-void try_nf4(const CpuKernels&);
+void try_quant4(const CpuKernels&);
 void try_linear(const CpuKernels&);
 void try_gemm(const CpuKernels&);
 void try_lora(const CpuKernels&);

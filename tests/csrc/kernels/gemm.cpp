@@ -85,11 +85,11 @@ void try_addend(const gemm::ManyRows& products, int64_t rows, int64_t out, int64
 }
 
 template <typename T>
-void try_few_rows(const gemm::FewRowsKernel& kernel, int64_t rows, int64_t out, int64_t in) {
+void try_skinny(const gemm::SkinnyKernel& kernel, int64_t rows, int64_t out, int64_t in) {
     const Values<T> w = numbers<T>(out * in);
     const auto at = [&](int64_t k, int64_t n) { return double(to_float(w[n * in + k])); };
     try_any<T>(rows, in, out, at, "few rows", [&](const T* x, const T* bias, T* y) {
-        const gemm::FewRows args{
+        const gemm::SkinnyProduct args{
             .x = x, .batch = rows, .inner = in, .w = w.data(), .columns = out, .bias = bias, .y = y};
         kernel.run(args, {0, out / 2});
         kernel.run(args, {out / 2, out});
@@ -97,10 +97,10 @@ void try_few_rows(const gemm::FewRowsKernel& kernel, int64_t rows, int64_t out, 
 }
 
 template <typename T>
-void try_all_few_rows(const gemm::FewRowsKernel& kernel) {
+void try_all_skinny(const gemm::SkinnyKernel& kernel) {
     for (int64_t rows = 1; rows <= kernel.max_batch; ++rows)
         for (int64_t out : {1, 31})
-            for (int64_t in : {3, 64, 77}) try_few_rows<T>(kernel, rows, out, in);
+            for (int64_t in : {3, 64, 77}) try_skinny<T>(kernel, rows, out, in);
 }
 
 template <typename T>
@@ -155,8 +155,8 @@ void try_many_rows(const gemm::ManyRows& products) {
 }  // namespace
 
 void try_gemm(const CpuKernels& kernels) {
-    try_all_few_rows<Half>(kernels.few_rows[int(Dtype::kHalf)]);
-    try_all_few_rows<BFloat16>(kernels.few_rows[int(Dtype::kBFloat16)]);
+    try_all_skinny<Half>(kernels.skinny[int(Dtype::kHalf)]);
+    try_all_skinny<BFloat16>(kernels.skinny[int(Dtype::kBFloat16)]);
     const Caches before = caches();
     set_caches(
         {.first = kSmallestFirst, .second = kSmallestSecond, .third = 2 << 20});  // several chunks, of 512

@@ -25,7 +25,7 @@ std::vector<double> rounded_code() {
 
 struct Way {
     const char* name;
-    const nf4::LinearKernel& kernel;
+    const quant4::LinearKernel& kernel;
     std::vector<double> code;
     double lost;
 };
@@ -39,8 +39,8 @@ void try_product(const Way& way, const Packed& packed, int64_t batch, bool has_b
     const int64_t bytes = filled_up(way.kernel.arranged_bytes(batch, columns), 64);
     void* arranged = std::aligned_alloc(64, size_t(bytes));
     require(way.kernel.arrange(x.data(), dtype_of<T>, batch, columns, arranged), "arrange", batch);
-    const nf4::LinearCall call{weight,   batch,      arranged, has_bias ? bias.data() : nullptr,
-                               y.data(), dtype_of<T>};
+    const quant4::LinearCall call{weight,   batch,      arranged, has_bias ? bias.data() : nullptr,
+                                  y.data(), dtype_of<T>};
     const int64_t middle = least(rows, filled_up(rows / 2, granule));  // two threads' parts
     way.kernel.run(call, 0, middle);
     way.kernel.run(call, middle, rows);
@@ -63,7 +63,7 @@ void try_product(const Way& way, const Packed& packed, int64_t batch, bool has_b
 
 template <typename T>
 void try_dtype(const Way& way) {
-    const nf4::LinearKernel& kernel = way.kernel;
+    const quant4::LinearKernel& kernel = way.kernel;
     const Dtype dtype = dtype_of<T>;
     bool nested = false;
     for (int64_t columns : {8, 64, 104, 320, 712, 2368})

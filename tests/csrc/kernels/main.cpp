@@ -8,7 +8,7 @@ int main() {
         const char* name;
         void (*try_all)(const CpuKernels&);
     };
-    const Room rooms[] = {{"nf4", try_nf4},
+    const Room rooms[] = {{"quant4", try_quant4},
                           {"linear", try_linear},
                           {"gemm", try_gemm},
                           {"lora", try_lora},
