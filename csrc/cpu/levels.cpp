@@ -1,5 +1,5 @@
-// The levels, and what each fills in. PEFTCORE_HAVE_* says which of them were compiled (setup.py); the
-// functions `fill_LEVEL` stand in files of that name.
+// The levels and the entries that each fills. setup.py defines PEFTCORE_HAVE_* for the levels that were compiled; the
+// functions `fill_LEVEL` are in files named after the level.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -19,7 +19,7 @@
 namespace peftcore {
 namespace {
 
-// Whether this CPU has dot products of bf16: in AVX-512, or ARM's (with its products of 2 x 4 by 4 x 2).
+// Whether this CPU has dot products of bf16: those of AVX-512, or ARM's (with its products of 2 x 4 by 4 x 2).
 [[maybe_unused]] bool has_bf16_dot() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr unsigned kBf16 =
@@ -39,11 +39,12 @@ namespace {
 #endif
 }
 
-// Whether this process may use tiles of bf16 (compiled here or not: the library's products then use them).
+// Whether this process may use tiles of bf16: if so the library's products use them, even if this build has no such
+// level.
 [[maybe_unused]] bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // CPUID 7, EDX
-    // Tiles are more than Linux saves of a thread unasked: a process asks for them once.
+    // Linux saves the large state of tiles only for processes that have requested it.
     constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
     unsigned a, b, c, d = 0;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTiles) != 0 &&
@@ -96,7 +97,7 @@ void avx512(CpuKernels& table) {
     fill_avx512(table.many_rows);
     fill_avx512(table.lora);
     fill_avx512(table.optim);
-    // What the processor multiplies in 16 bits, and no level of this build does, the library multiplies faster.
+    // Where the processor multiplies a 16-bit dtype and no level of this build does, the library is faster.
     const auto leave = [&](Dtype dtype) {
         table.skinny[int(dtype)] = {};
         table.many_rows[int(dtype)] = {};
@@ -154,8 +155,8 @@ void neonbf16(CpuKernels& table) {
 
 struct Level {
     const char* name;
-    bool (*here)();             // whether this CPU, and the system on it, has what this level adds
-    void (*fill)(CpuKernels&);  // its entries, over those of the levels above it in this list
+    bool (*here)();             // whether this CPU and its operating system support what this level adds
+    void (*fill)(CpuKernels&);  // overwrites entries of the levels before it in this list
 };
 
 const Level kLevels[] = {
@@ -180,7 +181,7 @@ const Level kLevels[] = {
 #endif
 };
 
-// Of the levels that are here: a level needs all before it.
+// The levels available here: each needs all levels before it.
 const std::vector<CpuKernels>& tables() {
     static const std::vector<CpuKernels> tables = [] {
         std::vector<CpuKernels> made;

@@ -11,7 +11,7 @@ namespace lora {
 
 using at::Tensor;
 
-// What factors stand beside: x, or a weight.
+// The operand that factors must match: x, or a weight.
 struct Operand {
     const char* name;
     at::Device device;

@@ -26,7 +26,7 @@
 namespace peftcore {
 namespace quant4 {
 
-using peftcore::Dtype, peftcore::log2_of;  // for the launchers, which stand outside
+using peftcore::Dtype, peftcore::log2_of;  // for the launchers, which are outside this namespace
 
 constexpr float kSmallestScale = 1e-38f;
 

@@ -1,5 +1,5 @@
-// A weight [rows, columns] as every kernel and launcher takes it: pointers and sizes, no PyTorch. `Weight`
-// (weight.h) checks and makes it. On a GPU all pointers are to its memory.
+// A weight [rows, columns] as kernels and launchers take it: pointers and sizes, without PyTorch. `Weight` (weight.h)
+// makes it from checked tensors. On CUDA all pointers are device pointers.
 //
 // Everything here is `static`, as in common/half.h.
 #pragma once
@@ -11,7 +11,7 @@
 
 namespace peftcore {
 
-// Blocks of values and of scales have these sizes, powers of two.
+// Block sizes of values and of scales are powers of two.
 constexpr int kMinBlocksize = 32;
 constexpr int kMaxBlocksize = 4096;
 
@@ -44,8 +44,8 @@ static inline float block_scale(const WeightView& weight, int64_t block) {
     return product + *weight.nested_offset;
 }
 
-// Of blocks [first, last). A loop that stores what it makes reads scales faster from here than one by one: each store
-// could have changed the weight, for all that a compiler knows, and fills a buffer beside which loads wait.
+// Scales of blocks [first, last). A loop that also stores reads scales faster from here than one by one: as far as the
+// compiler knows, each store could change the weight, and loads wait for the store buffer.
 static inline void block_scales(const WeightView& weight, int64_t first, int64_t last, float* out) {
     if (weight.nested_absmax == nullptr) {
         const float* absmax = static_cast<const float*>(weight.absmax);
@@ -66,8 +66,8 @@ static inline void block_scales(const WeightView& weight, int64_t first, int64_t
     }
 }
 
-// Of a weight [experts, out, in], whose view has experts * out rows, the expert `index`, where it lies: in 4 bits
-// an expert is whole blocks. It may begin within a block of scales.
+// View, without a copy, of expert `index` of a weight [experts, out, in], whose view has experts * out rows. In 4 bits
+// an expert consists of whole blocks. It may begin within a block of scales.
 static PEFTCORE_HD WeightView expert_of(const WeightView& weight, int64_t index, int64_t experts) {
     WeightView expert = weight;
     expert.rows = weight.rows / experts;

@@ -1,8 +1,8 @@
 // 12 rows of x by 32 columns of B in registers, a pair of inner numbers at a time: 24 of 32 registers hold
 // sums.
 //
-// Measured on one core of Zen 4: 230 to 236 GFLOP/s with all in the second cache, of 237 that the dot
-// products allow; 220 with 1020 rows by 4096 x 4096 out of 4 bits, where the library reaches 205 to 218 with
+// Measured on one core of Zen 4: 230 to 236 GFLOP/s with all operands in the L2 cache, of 237 that the dot
+// products allow; 220 with 1020 rows by 4096 x 4096 from 4 bits, where the library reaches 205 to 218 with
 // a dense weight. No better: chunks of 384 or 512 pairs, panels of 8 tiles.
 #include "gemm/cpu/avx512.h"
 #include "gemm/cpu/panels.h"
@@ -87,7 +87,7 @@ struct DotProducts {
             transpose_words(block);
             const int64_t count = least(16, (last - k + 1) / 2);
             if (rows == kRows && count == 16) {
-                // What is written behind a pair's rows, the next pair's overwrite.
+                // What is written behind a pair's rows is overwritten by the next pair.
 #pragma GCC unroll 16
                 for (int64_t p = 0; p < 15; ++p) _mm512_storeu_si512(out + p * kRows, block[p]);
                 _mm512_mask_storeu_epi32(out + 15 * kRows, its_rows, block[15]);

@@ -1,4 +1,4 @@
-// Products whose x and B are widened to fp32: for dtypes that the processor has no dot products of. The same loops at
+// Products with x and B widened to fp32, for dtypes that the processor has no dot products for. The loops are shared by
 // every level with fused multiply-adds.
 //
 // Lanes::kRows rows of x by two vectors of B's columns are in registers, an inner number at a time.
@@ -39,7 +39,7 @@ struct WideProducts {
 
     using Floats = typename Lanes::Floats;
 
-    // Chunks of about the same size: a short last one would load and store sums for few products.
+    // Chunks of about equal size: a short last one would load and store sums for few products.
     static int64_t chunk(int64_t words, int64_t fit) {
         return filled_up(ceil_div(words, ceil_div(words, fit)), 16);
     }
@@ -78,7 +78,7 @@ struct WideProducts {
         bool first, last;
         Ahead* ahead;
     };
-    // What is added up: arranged rows of x, or of the addend, and a tile of B's words.
+    // Factors of the sums: arranged rows of x, or of the addend, and a tile of B's words.
     struct Factors {
         const float *x, *right;
         int64_t words;
@@ -128,7 +128,7 @@ struct WideProducts {
         const Mask& keep = product.addend.keep;
         const bool masked = addend.words != 0 && keep.bits != nullptr;
         accumulate<R>(factors, out.ahead, sum);
-        // Behind all of the product, wherever its chunks end: so no bit depends on the size of caches.
+        // Added after the whole product, wherever its chunks end, so that results do not depend on cache sizes.
         if (addend.words != 0 && !masked) accumulate<R>(addend, nullptr, sum);
         if (!out.last || masked) {
 #pragma GCC unroll 16
@@ -180,7 +180,7 @@ struct WideProducts {
     }
 
     void multiply(const Panel& panel, const Block& block) {
-        // A block's sums of a masked addend wait here, where the product has one chunk.
+        // Holds a block's sums of a masked addend where the product has a single chunk.
         const float *x = reinterpret_cast<const float*>(arranged.x) + panel.chunk * product.rows +
                          block.row * panel.words,
                     *left =

@@ -1,5 +1,5 @@
-// 12 rows of x by 8 columns of B in registers, four inner numbers at a time: an instruction (bfmmla) adds the products of
-// 2 rows and 2 columns, and 24 of 32 registers hold such sums.
+// 12 rows of x by 8 columns of B in registers, four inner numbers at a time: an instruction (bfmmla) adds the products
+// of 2 rows and 2 columns, and 24 of 32 registers hold such sums.
 //
 // A step of four inner numbers is 24 products, 10 loads, and 4 instructions that turn pairs of B's columns into fours.
 #include <cstring>

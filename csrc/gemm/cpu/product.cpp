@@ -11,18 +11,18 @@ namespace peftcore {
 namespace gemm {
 namespace {
 
-// Rows that are multiplied by a panel once it is unpacked: unpacking costs less than a hundredth of that.
+// Rows that are multiplied by a panel once it is unpacked; unpacking costs less than a hundredth of the products.
 constexpr int64_t kGroupRows = 1536;
 // Rows for which a panel is worth unpacking again, so that more threads have work; a multiple of every
 // kernel's block.
 constexpr int64_t kLeastRows = 96;
 
-// Values of a dtype, `count` of them further on.
+// Pointer advanced by `count` values of a dtype.
 const void* advanced(const void* values, Dtype dtype, int64_t count) {
     return static_cast<const char*>(values) + count * itemsize(dtype);
 }
 
-// Of a group: its arranged rows stay in the third cache, beside what else is there.
+// Rows of a group, whose arranged copy stays in part of the L3 cache.
 int64_t group_rows(int64_t depth) {
     const int64_t fit = caches().third / 4 * 3 / (depth * int64_t(sizeof(uint32_t)));
     return std::clamp(fit / kLeastRows * kLeastRows, kLeastRows, kGroupRows);
@@ -32,7 +32,7 @@ void multiply_group(const Kernel& kernel, const Product& product) {
     const int64_t rows = product.rows, blocks = ceil_div(rows, kernel.rows);
     const int64_t depth = filled_up(product.words(), kernel.multiple), chunk = kernel.chunk(depth);
     const int64_t tiles = ceil_div(product.columns, kTileColumns), threads = threads_here();
-    // Rows are divided only where there are too few columns to go round.
+    // Rows are divided only where there are too few columns for all threads.
     const int64_t wanted = tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
     const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kLeastRows))) * kernel.rows;
     const int64_t parts = ceil_div(rows, part_rows);

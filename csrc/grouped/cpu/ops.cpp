@@ -17,7 +17,7 @@ namespace {
 using lora::Dropout;
 using lora::ThinKernels;
 
-// What is of an expert in what is of all.
+// The part of a tensor of all experts that belongs to one.
 Tensor rows_of(const Tensor& t, const Group& group) { return t.narrow(0, group.first, group.rows); }
 
 void no_rows_behind(const Tensor& t, const std::vector<Group>& groups) {
@@ -25,8 +25,8 @@ void no_rows_behind(const Tensor& t, const std::vector<Group>& groups) {
     if (end < t.size(0)) t.narrow(0, end, t.size(0) - end).zero_();
 }
 
-// A factor of one expert as it lies beside W (see lora::ThinProduct), fp32, contiguous; `transposed` is W's side, and
-// `as_is` the one at which the factor lies so already.
+// A factor of one expert in the layout of W (see lora::ThinProduct), fp32, contiguous; `transposed` is W's layout, and
+// `as_is` the one that the factor has already.
 Tensor addend_factor(const Tensor& factor, bool transposed, bool as_is) {
     return transposed == as_is ? factor : factor.t().contiguous();
 }
@@ -101,7 +101,7 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
     const CpuKernels& kernels = cpu_kernels();
     const ThinKernels& thin = thin_kernels(kernels, dy, op);
     const Matrices matrices(weight, transposed, op);
-    // An expert's gradient of a factor, in fp32: where it is wanted, if that is fp32.
+    // An expert's gradient of a factor, in fp32: written in place if the result is fp32.
     const auto its_gradient = [](const Tensor& all, int64_t expert, bool needed) {
         if (!needed) return Tensor();
         const Tensor its = all.select(0, expert);

@@ -13,7 +13,7 @@ namespace peftcore {
 namespace grouped {
 namespace {
 
-// Columns of y that the library makes in one call, in one thread: so its sums are divided by the shapes alone.
+// Columns of y that the library computes in one call and one thread, so that its sums depend on shapes only.
 constexpr int64_t kSlab = 256;
 static_assert(kSlab % quant4::kSlabColumns == 0);
 
@@ -22,7 +22,7 @@ bool contiguous_each(const Tensor& t) {
     return (sizes[2] <= 1 || strides[2] == 1) && (sizes[1] <= 1 || strides[1] == sizes[2]);
 }
 
-// Columns [first, last) of the right side.
+// Columns [first, last) of the right operand.
 Tensor slab_of(const Matrix& matrix, Range columns, const at::TensorOptions& options) {
     const int64_t count = columns.last - columns.first;
     const WeightView& view = matrix.right.view;
@@ -89,7 +89,7 @@ void multiply(const CpuKernels& kernels, const Tensor& x, const Matrix& matrix, 
         return gemm::multiply(lora::many_rows(kernels, x).kernel, product);
     }
     const int64_t columns = y.size(1), slabs = ceil_div(columns, kSlab);
-    // Around a single one PyTorch would open no parallel region, and the library divide it among all threads.
+    // At least two: PyTorch opens no parallel region for one, and the library would then divide it among all threads.
     at::parallel_for(0, std::max<int64_t>(2, slabs), 1, [&](int64_t first, int64_t last) {
         const at::AutoDispatchBelowADInplaceOrView below;
         for (; first < std::min(last, slabs); ++first) {

@@ -1,5 +1,5 @@
-// S and T of experts: a block takes rows of one expert and its factor (lora/cuda/down.cuh). No GPU was at hand:
-// written for bandwidth, proved on the emulator.
+// S and T of experts: a block takes rows of one expert and its factor (lora/cuda/down.cuh). Written for
+// bandwidth and tested on the emulator; not measured on a GPU.
 #include "grouped/cuda/groups.cuh"
 #include "lora/cuda/down.cuh"
 

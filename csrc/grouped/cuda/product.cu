@@ -1,4 +1,4 @@
-// Which kernel makes a product. Those of each dtype are compiled by themselves, at the same time.
+// Choice of the kernel of a product. The kernels of each dtype are in separate files, compiled in parallel.
 #include "grouped/cuda/grouped_cuda.h"
 
 extern "C" bool peftcore_grouped_is_skinny(const peftcore::grouped::Product* p) {

@@ -1,6 +1,6 @@
 // dA and dB of experts: a block takes columns of one expert, whose rows it adds in their order
-// (lora/cuda/reduce.cuh). An expert without rows has zeros. No GPU was at hand: written for bandwidth, proved on the
-// emulator.
+// (lora/cuda/reduce.cuh). An expert without rows gets zeros. Written for bandwidth and tested on the emulator;
+// not measured on a GPU.
 #include "common/typed.cuh"
 #include "grouped/cuda/groups.cuh"
 #include "lora/cuda/reduce.cuh"
@@ -43,7 +43,7 @@ const char* launch(const Reduce& p, void* stream) {
 
 template <typename T>
 const char* launch(const Reduce& p, void* stream) {
-    constexpr int kMany = sizeof(T) == 2 ? 8 : 4;  // two stages of fp32 have no room for more
+    constexpr int kMany = sizeof(T) == 2 ? 8 : 4;  // two stages of fp32 leave no space for more
     return p.rank <= 16 ? launch<T, 2>(p, stream) : launch<T, kMany>(p, stream);
 }
 

@@ -1,5 +1,5 @@
-// The product of few rows an expert, as in generation, with a weight in 4 bits that lies as [columns, inner]: a block
-// takes 8 or 16 rows of one expert and 16 columns, straight from 4 bits (quant4/cuda/rows.cuh, linear.cuh).
+// The product of few rows per expert, as in generation, with a weight in 4 bits stored as [columns, inner]: a block
+// takes 8 or 16 rows of one expert and 16 columns, directly from 4 bits (quant4/cuda/rows.cuh, linear.cuh).
 #include "grouped/cuda/groups.cuh"
 #include "quant4/cuda/linear.cuh"
 #include "quant4/cuda/rows.cuh"
@@ -10,7 +10,7 @@ namespace {
 
 static_assert(quant4::kThreads == kThreads, "");
 
-// kLanes: by rows_tile.
+// kLanes: whether rows_tile takes the weight.
 template <typename T, int kTiles, bool kLanes, bool kNested>
 __global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p, unsigned column_tiles) {
     const int64_t column = int64_t(blockIdx.x % column_tiles) * quant4::kRows;
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p, unsig
     }
     linear.y = out + rows.first * p.columns;
     if constexpr (kLanes)
-        quant4::rows_tile<T, 1, kTiles, kNested>(linear, column, quant4::ThinIsThere{linear});
+        quant4::rows_tile<T, 1, kTiles, kNested>(linear, column, quant4::ReadyBranch{linear});
     else
         quant4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3, kNested>(linear, column);
 }

@@ -1,5 +1,5 @@
-// A stage of an expert's weight from 4 bits into a tile in shared memory: code * scale in fp32, rounded once to T, the
-// bits that dequantization gives.
+// Unpacking of a stage of an expert's weight from 4 bits into a tile in shared memory: code * scale in fp32, rounded
+// once to T, the same bits as dequantization.
 #pragma once
 
 #include "lora/cuda/tiles.cuh"
@@ -11,12 +11,12 @@ namespace {
 
 using lora::kThreads;
 
-// A weight's part of a stage: from (row, column) of how it is stored.
+// Position of a stage in the stored weight.
 struct Position {
     int64_t row, column;
 };
 
-// The codes of a stage, 32 a piece of 16 bytes, side by side; what lies beyond the weight is zero.
+// Fetches the codes of a stage in pieces of 16 bytes, 32 codes each; codes out of range are zero.
 template <typename Tile>
 __device__ __forceinline__ void fetch_codes(uint8_t* to, const WeightView& weight, const Position& position) {
     constexpr int kPieces = Tile::kColumns / 32;  // of a row
@@ -28,7 +28,7 @@ __device__ __forceinline__ void fetch_codes(uint8_t* to, const WeightView& weigh
     }
 }
 
-// Unpacks 16 codes at a time; a thread has kUnits of those of a stage.
+// Unpacks 16 codes at a time; a thread has kUnits such units of a stage.
 template <typename Tile>
 struct Unpacker {
     using T = typename Tile::Element;
@@ -54,7 +54,7 @@ struct Unpacker {
         return at_unit.row < weight.rows && at_unit.column < weight.columns;
     }
 
-    // Starts to bring the scales of a stage.
+    // Begins to load the scales of a stage.
     __device__ void fetch_scales(const Position& position) {
         if (!vectors) return;
 #pragma unroll

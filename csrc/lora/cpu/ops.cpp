@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const CpuKernels& kernels = cpu_kernels();
     const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
     Tensor y;
-    // Where the thin product can join a dense one (frozen.h), arranged factors are faster sooner.
+    // Where the low-rank product can join a dense one (frozen.h), arranged factors are faster from fewer rows on.
     const int64_t arrange_from =
         many_rows(kernels, x).kernel.takes_addend && !weight.packed() ? kArrangeEachFrom : kArrangeFrom;
     if (flat.size(0) < arrange_from && dropout.threshold == 0 &&

@@ -20,18 +20,18 @@ const RowKernels& row_kernels(at::ScalarType dtype, const char* op) {
     return cpu_kernels().lora.row[int(kernel_dtype(dtype, op))];
 }
 
-// One adapter, and the samples that have it, by their first rows.
+// One adapter, and the first rows of the samples that use it.
 struct Sharing {
     const Tensor *a, *b;
     float scale;
     std::vector<int64_t> samples;
 };
 
-// Of an adapter with fewer rows one thread does all. Threads that share out each of its products meet four
-// times, and with 64 adapters of 16 rows they wait as long as they multiply.
+// An adapter with fewer rows is done by one thread. Threads that divide each product synchronize four times, and with
+// 64 adapters of 16 rows they wait as long as they multiply.
 constexpr int64_t kShareFrom = 512;
 
-// y += scale x aᵀ bᵀ, by one thread, for the rows of these samples, `count` each.
+// y += scale x aᵀ bᵀ in one thread, for the rows of these samples, `count` each.
 void add_samples(const ThinKernels& kernels, const Tensor& x, const Tensor& y, const Sharing& adapter,
                  const Tensor& a, const Tensor& b, int64_t count, const char* op) {
     const int64_t r = a.size(0), columns = x.size(1), out_features = y.size(1);
@@ -74,7 +74,7 @@ void add_samples(const ThinKernels& kernels, const Tensor& x, const Tensor& y, c
                    0, count);
 }
 
-// The same by all threads.
+// y += scale x aᵀ bᵀ by all threads.
 void add_shared(const ThinKernels& kernels, const Tensor& x, const Tensor& y, const Sharing& adapter,
                 int64_t count) {
     const Factor down_right = arranged_factor(kernels.arrangement, floats(*adapter.a), true),
@@ -86,7 +86,7 @@ void add_shared(const ThinKernels& kernels, const Tensor& x, const Tensor& y, co
     }
 }
 
-// The rows [index] of x by adapters whose factors are not arranged; all of one dtype.
+// The rows [index] of x by adapters with factors that are not arranged; all of one dtype.
 void add_rows(const Tensor& x, const Tensor& y, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
               at::ArrayRef<double> scales, const std::vector<std::pair<int64_t, int64_t>>& rows,
               const char* op) {

@@ -13,8 +13,8 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-// Sums over the rows of x are made by groups of rows, each in their order, and added in theirs: by the shapes
-// alone, whatever the number of threads.
+// Sums over the rows of x are computed for groups of rows and added in order: they depend on shapes only, not on the
+// number of threads.
 constexpr int64_t kScaledGroupRows = 64, kPartColumns = 1024;
 constexpr int64_t kFilled = 16;
 
@@ -72,7 +72,8 @@ std::tuple<Tensor, Tensor> scaled_backward(const Tensor& grad, const Tensor& x, 
         const int64_t first = group * kScaledGroupRows;
         kernels.backward(args, first, std::min(first + kScaledGroupRows, rows.size(0)));
     };
-    at::parallel_for(0, groups * parts, ceil_div(kValuesPerTask, kScaledGroupRows * std::min(kPartColumns, stride)),
+    at::parallel_for(0, groups * parts,
+                     ceil_div(kValuesPerTask, kScaledGroupRows * std::min(kPartColumns, stride)),
                      [&](int64_t first, int64_t last) {
                          for (; first < last; ++first) task(first / parts, first % parts * kPartColumns);
                      });

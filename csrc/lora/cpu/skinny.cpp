@@ -44,7 +44,7 @@ SkinnyLora::SkinnyLora(const Kernels& kernels, const Tensor& x, const Tensor& a,
       y_(static_cast<char*>(y.mutable_data_ptr())),
       s_(s.mutable_data_ptr<float>()) {}
 
-// A row of A stays in the first cache while all of x passes by.
+// A row of A stays in the L1 cache while all rows of x are multiplied by it.
 void SkinnyLora::down(int64_t piece) const {
     std::vector<float> a(size_t(inner_ + kRowPadding)), sums(size_t(rows_ + kRowPadding));
     const int64_t first = piece * kOutputs, last = std::min(first + kOutputs, r_);
@@ -76,7 +76,8 @@ void SkinnyLora::down_all() const {
 }
 
 void SkinnyLora::up_all() const {
-    at::parallel_for(0, ceil_div(columns_, kUpOutputs), ceil_div(kFactorProductsPerTask, kUpOutputs * r_ * rows_),
+    at::parallel_for(0, ceil_div(columns_, kUpOutputs),
+                     ceil_div(kFactorProductsPerTask, kUpOutputs * r_ * rows_),
                      [&](int64_t first, int64_t last) {
                          up({first * kUpOutputs, std::min(last * kUpOutputs, columns_)});
                      });

@@ -1,4 +1,4 @@
-// LoRA beside few rows of x, whose factors are read as they lie: arranging them takes longer than using them.
+// LoRA of few rows of x, with factors that are read in place: arranging them takes longer than using them.
 #pragma once
 
 #include <atomic>
@@ -15,14 +15,14 @@ namespace lora {
 
 using at::Tensor;
 
-// For fewer rows than this; of several adapters, where each has fewer than the second.
+// Rows of x from which factors are arranged, for one adapter and for each of several.
 constexpr int64_t kArrangeFrom = 17, kArrangeEachFrom = 8;
 
-// A factor that RowKernels read, as it is where it can be.
+// A factor as RowKernels read it, copied only where necessary.
 Tensor plain_factor(const Tensor& factor);
 
-// s = factor x aᵀ and y += s bᵀ in pieces, each of one thread, whose sums do not depend on how they are divided. a and b
-// are plain, all sizes at least 1; the tensors outlive this.
+// s = factor x aᵀ and y += s bᵀ in pieces, one thread each, with sums that do not depend on how they are divided. a and
+// b are plain, all sizes at least 1; the tensors must outlive this object.
 class SkinnyLora {
  public:
     SkinnyLora(const Kernels& kernels, const Tensor& x, const Tensor& a, const Tensor& b, float factor,
@@ -32,7 +32,7 @@ class SkinnyLora {
     void down(int64_t piece) const;
     void up(Range columns) const;  // of y, once all pieces of `down` are done
 
-    // All of one of them, by as many threads as it is worth.
+    // The whole product, by as many threads as are useful.
     void down_all() const;
     void up_all() const;
 
@@ -40,22 +40,22 @@ class SkinnyLora {
     static constexpr int64_t kOutputs = 4, kUpOutputs = 256;  // rows of a factor that are taken at once
 
     const RowKernels &of_x_, &of_a_, &of_b_, &of_y_;
-    const int64_t rows_, inner_, columns_, r_, a_row_, b_row_, y_item_;  // of a row and an item the bytes
+    const int64_t rows_, inner_, columns_, r_, a_row_, b_row_, y_item_;  // the last three in bytes
     const float factor_;
     const char *const x_, *const a_, *const b_;
     char* const y_;
     float* const s_;
 };
 
-// All of it in the one go in which threads multiply x by their rows of W, so that they wait for one another once. One
-// that has its rows of W before others have their part of `down` leaves `up` of these rows to the end.
+// LoRA inside the parallel loop that multiplies x by W, so that threads synchronize only once. A thread that completes
+// its rows of W before all of `down` is done leaves `up` of these rows to the end.
 class LoraCompanion final : public quant4::Companion {
  public:
     explicit LoraCompanion(const SkinnyLora& lora) : lora_(lora) {}
 
     void before() override;
     void after(Range rows) override;
-    void finish() const;  // behind the product
+    void finish() const;  // after the product
 
  private:
     const SkinnyLora& lora_;

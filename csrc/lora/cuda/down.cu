@@ -1,9 +1,9 @@
-// s = c (keep ∘ x) Aᵀ in one kernel: x comes from memory once. No GPU was at hand: written for bandwidth,
-// proved on the emulator.
+// s = c (keep ∘ x) Aᵀ in one kernel, which reads x from memory once. Written for bandwidth and tested on the emulator;
+// not measured on a GPU.
 //
-// Blocks of one part of the rows and several of the ranks (down.cuh) lie next to each other, so that they find
-// x in L2. Few rows are few blocks: then the columns are split over blocks too, and the last of them adds their
-// sums in order. Up to 8 rows, as in generation, a block has one rank instead: no sums are left to add.
+// Blocks for the same rows and different ranks (down.cuh) have consecutive indices, so that they find x in L2. Few rows
+// give few blocks: columns are then divided among blocks, too, and the last block adds their sums in order. For up to 8
+// rows, as in generation, a block has one rank instead, and there are no partial sums.
 #include "common/cuda_tickets.cuh"
 #include "common/cuda_tickets.h"
 #include "common/integers.h"
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kSmallRows = 256;         // up to here, 16 rows a block
 constexpr int kBlocksWanted = 264;      // about two for each multiprocessor of a large GPU
-constexpr int64_t kSplitColumns = 512;  // at least, of a split
+constexpr int64_t kSplitColumns = 512;  // least columns of a split
 
 struct DownParams {
     const void* x;
@@ -29,7 +29,7 @@ struct DownParams {
     int64_t split_columns;
     int64_t all_rows;
     float* partial;     // [splits, all_rows, stride], or nullptr: s is written
-    unsigned* tickets;  // a block of rows and ranks each, or nullptr: another launch adds
+    unsigned* tickets;  // one per block of rows and ranks; nullptr: another launch adds
     float* s;
 };
 
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
     }
 }
 
-// A block: at most kRankDotRows rows of a sample and one rank.
+// A block takes at most kRankDotRows rows of a sample and one rank.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) rank_dot_kernel(const DownParams p) {
     const int64_t sample = blockIdx.x / p.stride;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 4) rank_dot_kernel(const DownParams 
     rank_dot<T>(dot);
 }
 
-// Chosen by the shape alone, so that results are the same on every GPU.
+// Chosen by the shape only, so that results are the same on every GPU.
 struct Plan {
     int row_tiles, chunks, splits;
     int64_t row_blocks, split_columns;

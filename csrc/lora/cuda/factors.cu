@@ -1,5 +1,5 @@
-// LoRA's factors as the other kernels take them, fp32 and some of them transposed: both in one launch, for they are
-// small, and a launch is not.
+// LoRA's factors as the other kernels take them: fp32, some of them transposed. Both in one launch, which takes longer
+// than the copies.
 #include "common/integers.h"
 #include "common/typed.cuh"
 #include "lora/cuda/tiles.cuh"

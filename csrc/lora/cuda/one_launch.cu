@@ -1,10 +1,10 @@
-// y = x Wᵀ + b + s Bᵀ and s = c x Aᵀ in one launch, for few rows of x and a W in 4 bits: generation, where a launch
-// takes as long as the work. No GPU was at hand: proved on the emulator.
+// y = x Wᵀ + b + s Bᵀ and s = c x Aᵀ in one launch, for few rows of x and a W in 4 bits, as in generation, where a
+// launch takes as long as the work. Tested on the emulator; not measured on a GPU.
 //
-// A block has rows of W (quant4/cuda/rows.cuh). While its first codes are on their way it takes a rank of s that none has yet;
-// at its end it waits until all ranks are there, and meanwhile takes what is left of them. So it waits for nothing but
-// blocks that run already, and whichever of them the card starts first, all come to their end. A rank is the same
-// sum whoever makes it: every run gives the same bits.
+// A block has rows of W (quant4/cuda/rows.cuh). While its first codes are loaded it takes a rank of s that no block has
+// yet; at its end it waits until all ranks are complete, and meanwhile takes any that are left. It waits only for
+// blocks that are already running, so all blocks finish in whatever order the GPU starts them. A rank is the same sum
+// in every block: every run gives the same bits.
 #include "common/cuda_tickets.cuh"
 #include "common/cuda_tickets.h"
 #include "lora/cuda/rank_dot.cuh"
@@ -14,7 +14,7 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int kCounters = 3;  // ranks taken, ranks done, blocks that are through
+constexpr int kCounters = 3;  // ranks taken, ranks done, blocks done
 
 struct Launch {
     quant4::LinearLaunch linear;
@@ -24,13 +24,13 @@ struct Launch {
 
 // s and B for rows_tile.
 template <typename T>
-struct ThinOfThisLaunch {
+struct SameLaunchBranch {
     static constexpr bool kLater = true;
     const Launch& p;
     int64_t first_row;
     int rows;  // of W, in a block
 
-    // The first that none has taken, if there is one.
+    // Computes the first rank that no block has taken, if any.
     __device__ bool take_rank() const {
         const unsigned rank = take_ticket(p.counters);
         if (rank >= unsigned(p.lora.rank)) return false;
@@ -60,7 +60,7 @@ struct ThinOfThisLaunch {
         bool left = true;
         while (read_counter(p.counters + 1) < unsigned(p.lora.rank)) left = left && take_rank();
     }
-    // Not of the first cache, which other blocks do not write.
+    // Not through L1, which does not see the writes of other blocks.
     __device__ float thin(int64_t m, int j) const {
         return m < p.linear.batch ? __ldcg(p.lora.s + m * p.lora.rank + j) : 0;
     }
@@ -73,7 +73,7 @@ template <typename T, int kParts, bool kNested>
 __global__ void __launch_bounds__(kThreads, 4) one_launch_kernel(const Launch p) {
     constexpr int kRows = 16 / kParts;
     const int64_t row = int64_t(blockIdx.x) * kRows;
-    quant4::rows_tile<T, kParts, 1, kNested>(p.linear, row, ThinOfThisLaunch<T>{p, row, kRows});
+    quant4::rows_tile<T, kParts, 1, kNested>(p.linear, row, SameLaunchBranch<T>{p, row, kRows});
     if (comes_last(p.counters + 2, gridDim.x) && threadIdx.x < 2) p.counters[threadIdx.x] = 0;
 }
 

@@ -1,13 +1,11 @@
-// lora_linear, its gradient, and adapters by sample on CUDA. Schemas and formulas: peftcore/ops/lora.py.
+// lora_linear, its gradient, and per-sample adapters on CUDA. Schemas and formulas: peftcore/ops/lora.py.
 //
-// The sum s Bᵀ + x Wᵀ. Up to kLinearMaxBatch rows over a packed W, one kernel does both (quant4/cuda/linear.cu), and up to
-// kRankDotRows s as well (one_launch.cu).
-// Beyond, and over a dense W, y is first written as bias + s Bᵀ, and cuBLAS adds x Wᵀ with beta = 1: its read
-// of y runs beside the product. A pass over y after the product costs the same bytes with nothing beside it.
-// The gradient of x likewise.
+// The sum s Bᵀ + x Wᵀ. Up to kLinearMaxBatch rows over a packed W, one kernel does both (quant4/cuda/linear.cu), and up
+// to kRankDotRows s as well (one_launch.cu). Beyond, and with a dense W, y is first written as bias + s Bᵀ, and cuBLAS
+// adds x Wᵀ with beta = 1: its read of y overlaps with the product. A pass over y after the product would read the same
+// bytes without overlap. The gradient of x is computed likewise.
 //
-// fp16 and bf16 take the kernels of this folder, with S and T in fp32; fp32 takes cuBLAS, around dropout by a
-// kernel.
+// fp16 and bf16 use the kernels of this folder, with S and T in fp32; fp32 uses cuBLAS, and a kernel for dropout.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -43,13 +41,13 @@ Tensor float_workspace(int64_t count, const Tensor& x) {
     return at::empty({count}, x.options().dtype(at::kFloat));
 }
 
-// t [samples * rows, columns] as launchers take it. They write it only where they say so.
+// t [samples * rows, columns] as launchers take it. They write to it only where noted.
 Wide wide_of(const Tensor& t, int64_t samples = 1) {
     return {const_cast<void*>(t.const_data_ptr()), kernel_dtype(t.scalar_type(), "lora_linear"), samples,
             samples == 0 ? 0 : t.size(0) / samples, t.size(1)};
 }
 
-// Factors of some adapters, and what launchers take of them.
+// Factors of some adapters, as tensors and as launchers take them.
 class FactorList {
  public:
     FactorList(at::TensorList factors, int rank_dimension, std::vector<float> scales = {},
@@ -174,7 +172,7 @@ Tensor dropped(const Tensor& x, const Dropout& dropout, const char* op) {
     return out;
 }
 
-// y, and s into its memory, by one launch; undefined where there is no kernel for that.
+// y and s in one launch; undefined where there is no kernel for that.
 Tensor one_launch(const Tensor& x, const WeightView& weight, const Tensor& bias, const Tensor& a,
                   const Tensor& b, float scale, const Tensor& s, const char* op) {
     const auto factor = [](const Tensor& t) {
@@ -204,7 +202,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
                                        const std::optional<Tensor>& bias, const Tensor& a, const Tensor& b,
                                        double scale, double dropout_p, const std::optional<Tensor>& seed) {
     const char* op = "lora_linear";
-    // Below autograd, whose rule stands in Python, and autocast, which has cast already.
+    // Skips autograd, whose rule is in Python, and autocast, which has already cast.
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const c10::DeviceGuard guard(x.device());

@@ -1,4 +1,4 @@
-// A block's part of s = c (keep ∘ x) Aᵀ for few rows of x: one rank. Its threads share out the columns.
+// A block's part of s = c (keep ∘ x) Aᵀ for few rows of x: one rank. Its threads divide the columns.
 #pragma once
 
 #include "common/typed.cuh"
@@ -48,7 +48,7 @@ __device__ __forceinline__ bool on_16_bytes(const void* pointer) {
 
 template <typename T>
 __device__ void rank_dot(const RankDot& p) {
-    constexpr int kAhead = 4;  // times eight columns of a thread that are on their way together
+    constexpr int kAhead = 4;  // groups of eight columns that a thread loads together
     PEFTCORE_SHARED(float, sums, [kWarps][kRankDotRows]);
     const bool vectors = on_16_bytes(p.x) && on_16_bytes(p.factor) && p.columns % 8 == 0;
     float total[kRankDotRows] = {};
@@ -100,7 +100,7 @@ __device__ void rank_dot(const RankDot& p) {
         for (int w = 0; w < kWarps; ++w) all += sums[w][m];
         p.out[m * p.stride] = p.scale * all;
     }
-    __syncthreads();  // before another part
+    __syncthreads();  // before another rank
 }
 
 }  // namespace

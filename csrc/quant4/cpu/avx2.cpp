@@ -1,4 +1,4 @@
-// AVX2 with F16C: 8 fp32 values a register, the same steps as AVX-512.
+// AVX2 with F16C: 8 fp32 values a register, by the same steps as AVX-512.
 #include "quant4/cpu/avx2.h"
 
 #include "quant4/cpu/blocks.h"
@@ -57,7 +57,7 @@ struct Avx2 {
         return _mm256_castps_si256(_mm256_cmp_ps(value, threshold, _CMP_NLE_UQ));
     }
 
-    // Minus the rank of each of 8 values.
+    // The negated rank of each of 8 values.
     static inline __m256i negative_rank(__m256 value, const Encoder& encoder) {
         __m256i index = compare(value, encoder.step8);
         __m256i bit = compare(value, _mm256_permutevar8x32_ps(encoder.step4, index));

@@ -9,7 +9,7 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-// The 16 values of the codes, times a block's scale.
+// Table of the 16 codes' values, times a block's scale.
 struct FloatTable {
     __m256 low, high;
 
@@ -20,7 +20,7 @@ struct FloatTable {
         : FloatTable(_mm256_loadu_ps(code), _mm256_loadu_ps(code + 8), scale) {}
 };
 
-// By the lowest four bits of each index.
+// Looks values up by the lowest four bits of each index.
 inline __m256 looked_up(__m256i index, __m256 low, __m256 high) {
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 as the sign
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),

@@ -18,7 +18,7 @@ inline __m512 load(const BFloat16* x) {
     return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 
-// The 16 scaled entries rounded to 16 bits, twice over: an index's fifth bit then does not matter.
+// The 16 scaled entries rounded to 16 bits, repeated, so that an index's fifth bit does not matter.
 inline __m512i round_to(__m512 values, const Half*) {
     const __m256i half = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return _mm512_broadcast_i64x4(half);

@@ -1,4 +1,4 @@
-// The loops over blocks that all SIMD levels share; a level supplies what happens inside one.
+// Loops over blocks shared by all SIMD levels; a level supplies the operations within a block.
 #pragma once
 
 #include <concepts>
@@ -9,14 +9,14 @@
 namespace peftcore {
 namespace quant4 {
 
-// Of values of type T, whose count is a multiple of 32.
+// Operations on `count` values of type T, a multiple of 32.
 template <typename Level, typename T>
 concept BlocksOf =
     requires(const T* x, T* y, int64_t count, float factor, uint8_t* codes, const uint8_t* packed,
              const typename Level::Encoder& encoder, const typename Level::Decoder& decoder) {
         { Level::absmax_bits(x, count) } -> std::same_as<uint32_t>;  // the largest magnitude_bits
         Level::encode(x, count, factor, encoder, codes);             // of x[i] factor
-        Level::decode(packed, count, factor, decoder, y, true);      // times factor; true: around the cache
+        Level::decode(packed, count, factor, decoder, y, true);  // times factor; true: bypassing the cache
     };
 
 template <typename Level>
@@ -50,8 +50,8 @@ static void quantize_partial_block(const T* x, int64_t count, const Codebook& bo
     }
 }
 
-// Blocks go in groups that stay in the first cache, a pass for scales, one for their reciprocals, and one for
-// codes: within one block each of these waits for the one before.
+// Blocks are processed in groups that stay in the L1 cache, with one pass for scales, one for reciprocals and one for
+// codes: within a single block, each step would wait for the previous one.
 constexpr int kGroupValues = 2048;
 static_assert(kGroupValues * sizeof(float) <= kSmallestFirst / 2);
 

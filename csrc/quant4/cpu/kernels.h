@@ -1,4 +1,4 @@
-// What each SIMD level supplies. A range of blocks is one task of a thread.
+// Kernels of each SIMD level. A range of blocks is one task of a thread.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct DequantizeCall {
     WeightView weight;
     Dtype dtype;
     void* out;    // its values, contiguous
-    bool stream;  // write around the cache
+    bool stream;  // bypass the cache
 };
 
 struct Kernels {

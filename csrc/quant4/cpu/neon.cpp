@@ -1,5 +1,5 @@
-// NEON, which every 64-bit ARM has: bytes are looked up 16 at a time, and a value of 16 or 32 bits is two or four of
-// them.
+// NEON, which every 64-bit ARM processor has: bytes are looked up 16 at a time, and a value of 16 or 32 bits takes two
+// or four of them.
 #include "common/neon.h"
 
 #include "quant4/cpu/blocks.h"
@@ -9,7 +9,7 @@ namespace quant4 {
 namespace {
 
 struct Neon {
-    // Comparisons are "not above", which of NaN is false, and give -1: so that the search is for 15 minus the rank.
+    // Comparisons are "not above", which is false for NaN, and give -1: the search is for 15 minus the rank.
     struct Encoder {
         explicit Encoder(const Codebook& book) {
             float tree[2][8] = {};
@@ -50,7 +50,7 @@ struct Neon {
         return vmaxvq_u32(vmaxq_u32(a, b));
     }
 
-    // Magnitudes of 16 bits are ordered as those of fp32 that they become.
+    // 16-bit magnitudes have the same order as their fp32 values.
     template <typename T>
     static inline uint32_t absmax_bits(const T* x, int64_t count) {
         const uint16x8_t magnitude = vdupq_n_u16(0x7fff);

@@ -1,4 +1,4 @@
-// Values out of 4 bits in bf16, each rounded once: code[index] times scale.
+// Values of 4-bit codes in bf16, each rounded once: code[index] times scale.
 #pragma once
 
 #include "common/neon.h"
@@ -17,7 +17,7 @@ inline ShortTable scaled(const float* code, float scale) {
     return {eight(code), eight(code + 8)};
 }
 
-// 32 values in their order.
+// 32 values in order.
 struct Decoded {
     uint16x8_t of[4];
 };

@@ -21,8 +21,8 @@ using at::Tensor;
 
 namespace {
 
-// From here on writing around the caches is faster. Measured against ordinary stores with 32 MB of third cache,
-// which still holds part of an output several times its size; one that many cores share, of less.
+// Output size from which bypassing the caches is faster. Measured against ordinary stores with 32 MB of L3 cache, which
+// still holds part of an output several times its size; an L3 that many cores share holds less.
 int64_t stream_bytes() { return std::min(4 * caches().third, int64_t(128) << 20); }
 
 int64_t grain(int64_t blocksize) { return std::max<int64_t>(1, kValuesPerTask / blocksize); }
@@ -90,7 +90,7 @@ void dequantize_4bit_out(at::TensorList tensors, at::IntArrayRef packing, at::Te
     out.copy_(dense);
 }
 
-// The nearest of 256 sorted entries; of two equally near ones the smaller. NaN takes the last.
+// Code of the nearest of 256 sorted entries; the smaller of two equally near ones. NaN takes the last.
 uint8_t nearest(float scaled, const float* midpoint) {
     int index = 0;
     for (int step = 128; step > 0; step /= 2)

@@ -1,4 +1,4 @@
-// Plain C++: any CPU, and the reading of what the SIMD levels do.
+// Plain C++ for any CPU; it is also the readable version of the SIMD levels.
 #include "quant4/cpu/blocks.h"
 
 namespace peftcore {
@@ -26,7 +26,7 @@ struct Portable {
         return largest;
     }
 
-    // Threshold by threshold over 32 values, so that the compiler can use whatever vectors there are.
+    // Threshold by threshold over 32 values, so that the compiler can vectorize it.
     template <typename T>
     static void encode(const T* x, int64_t count, float inverse, const Encoder& encoder, uint8_t* out) {
         for (int64_t i = 0; i < count; i += 32) {

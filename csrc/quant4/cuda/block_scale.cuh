@@ -1,4 +1,4 @@
-// A weight's codebooks in shared memory, and scales and values as the CPU kernels have them, bit for bit.
+// A weight's codebooks in shared memory, and scales and values bit for bit as in the CPU kernels.
 #pragma once
 
 #include "common/cuda_launch.cuh"
@@ -9,7 +9,7 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-// By all threads of a block, which then wait for each other. Returns nested_offset.
+// Loads the codebooks and synchronizes; all threads of a block call it. Returns nested_offset.
 template <bool kNested>
 __device__ __forceinline__ float load_codebooks(const WeightView& weight, float* quant_map,
                                                 float* nested_quant_map) {
@@ -21,9 +21,9 @@ __device__ __forceinline__ float load_codebooks(const WeightView& weight, float*
     return 0;
 }
 
-// A block's scale as it lies in memory, so that it can be on its way while other work is done.
+// A block's scale as it is stored, so that it can be loaded ahead of its use.
 struct StoredScale {
-    float outer;  // or the scale itself
+    float outer;  // or the scale
     uint8_t code;
 };
 

@@ -1,7 +1,7 @@
 // 4-bit dequantization on CUDA: a warp turns 512 bytes into 1024 values at a time.
 //
-// Each lane loads 16 bytes and passes them through shared memory, so that the lanes' 16-byte stores lie side
-// by side too. Codebook lookups are free of bank conflicts: 16 entries stand in 16 banks. Nested scales are
+// Each lane loads 16 bytes and passes them through shared memory, so that the lanes' 16-byte stores are contiguous,
+// too. Codebook lookups have no bank conflicts: the 16 entries are in 16 banks. Nested scales are
 // read in place.
 #include "common/cuda_launch.cuh"
 #include "quant4/cuda/block_scale.cuh"

@@ -1,9 +1,9 @@
-// y = x Wᵀ + b for few rows of x, straight from 4 bits, and with it s Fᵀ of LoRA, both fp32. No GPU was at
-// hand: written for bandwidth, proved on the emulator.
+// y = x Wᵀ + b for few rows of x, directly from 4 bits, with LoRA's s Fᵀ, whose operands are fp32. Written for
+// bandwidth and tested on the emulator; not measured on a GPU.
 //
 // rows_kernel (fp16, bf16; up to 8 rows, columns that are whole blocks of 64): rows.cuh; strip_kernel (up to 64):
-// strip.cuh. tensor_kernel (fp16, bf16; other columns): linear.cuh. s comes from a launch before; lora/cuda/one_launch.cu
-// makes it in the same.
+// strip.cuh. tensor_kernel (fp16, bf16; other columns): linear.cuh. s is computed by an earlier launch; in
+// lora/cuda/one_launch.cu by the same one.
 //
 // simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W.
 #include "common/cuda_sum.h"
@@ -18,7 +18,7 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-constexpr int64_t kStripBlocks = 128;  // wanted: about the multiprocessors of a large card
+constexpr int64_t kStripBlocks = 128;  // wanted: about the number of multiprocessors of a large GPU
 constexpr int kSimpleTile = 8;         // rows of x that a warp of simple_kernel takes together
 
 template <typename T, int kTiles, int kStage, int kStages, bool kNested>
@@ -28,13 +28,13 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) 
 
 template <typename T, int kParts, bool kNested>
 __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const LinearLaunch p) {
-    rows_tile<T, kParts, 1, kNested>(p, int64_t(blockIdx.x) * (16 / kParts), ThinIsThere{p});
+    rows_tile<T, kParts, 1, kNested>(p, int64_t(blockIdx.x) * (16 / kParts), ReadyBranch{p});
 }
 
 template <typename T, int kTiles, bool kNested>
 __global__ void __launch_bounds__(kStripThreads, 1)
     strip_kernel(const LinearLaunch p, unsigned row_blocks, uint32_t split_columns) {
-    const unsigned splits = gridDim.x / row_blocks, split = blockIdx.x % splits;  // a cluster has all of them
+    const unsigned splits = gridDim.x / row_blocks, split = blockIdx.x % splits;  // the splits of a cluster
     const uint32_t begin = split * split_columns, columns = uint32_t(p.weight.columns);
     strip_tile<T, kTiles, kNested>(p, int64_t(blockIdx.x / splits) * kStripRows, begin,
                                    begin + split_columns < columns ? begin + split_columns : columns,
@@ -88,9 +88,9 @@ constexpr Dtype kDtypeOf = Dtype::kBFloat16;
 template <>
 constexpr Dtype kDtypeOf<Half> = Dtype::kHalf;
 
-// How strip_kernel's blocks share out W: chosen by the shape alone, so that results are the same on every GPU.
+// Division of W among strip_kernel's blocks: chosen by the shape only, so that results are the same on every GPU.
 struct StripPlan {
-    unsigned row_blocks, splits;  // no splits: another kernel's shape
+    unsigned row_blocks, splits;  // 0 splits: a shape for another kernel
     uint32_t split_columns;
 };
 
@@ -143,7 +143,7 @@ const char* launch_tensor(const LinearLaunch& p, void* stream) {
         if (p.batch <= 8)
             return PEFTCORE_LAUNCH((rows_kernel<T, 1, kNested>), blocks, kThreads, 0, stream, p);
     }
-    // As many stages as 48 KiB of shared memory hold.
+    // As many stages as fit in 48 KiB of shared memory.
     if (p.batch <= 8)
         return PEFTCORE_LAUNCH((tensor_kernel<T, 1, 64, 4, kNested>), blocks, kThreads, 0, stream, p);
     if (p.batch <= 16)

@@ -1,8 +1,8 @@
-// A block's part of y = x Wᵀ + b + s Fᵀ for few rows of x, straight from 4 bits: 16 rows of W, which are the 16 rows
-// of an mma; x's rows are its columns. The warps of a block share out the columns of W in stages, which arrive by
-// cp.async, several on their way at a time, and add up in shared memory in a fixed order. A weight is code * scale
-// in fp32, rounded once to x's dtype: the bits that dequantization gives. s and F are a few more columns of x and W:
-// the same sums, one rounding.
+// A block's part of y = x Wᵀ + b + s Fᵀ for few rows of x, directly from 4 bits: 16 rows of W, which are the 16 rows of
+// an mma; x's rows are its columns. The warps of a block divide the columns of W in stages, which arrive by cp.async,
+// several of them pending at a time, and add their sums in shared memory in a fixed order. A weight is code * scale in
+// fp32, rounded once to x's dtype: the same bits as dequantization. s and F are a few more columns of x and W in the
+// same sums, which are rounded once.
 #pragma once
 
 #include "common/cuda_launch.cuh"
@@ -26,8 +26,8 @@ struct LinearLaunch {
     const float *thin, *factor;  // s [batch, rank] and F
     int rank;                    // 0: neither
     void* y;
-    // Of strip_tile, where its blocks share out the columns of W: they are a cluster, or leave [splits, batch, rows], and
-    // have a counter for each block of rows, or nullptr: another launch adds.
+    // For strip_tile, where blocks divide the columns of W: they form a cluster, or leave partial sums [splits, batch,
+    // rows] and have a counter for each block of rows; nullptr: another launch adds the sums.
     float* partial;
     unsigned* tickets;
     bool clusters;
@@ -84,7 +84,7 @@ struct Stage {
     alignas(16) uint8_t input[kTiles * 8][kStage * 2 + 16];
 };
 
-// Starts to bring a stage from column `k` on. What lies beyond either matrix is zero.
+// Begins to fetch a stage from column `k` on. Values out of range of either matrix are zero.
 template <typename T, int kTiles, int kStage>
 __device__ __forceinline__ void fetch(const LinearLaunch& p, int64_t n, int64_t k, int lane,
                                       Stage<kTiles, kStage>& to) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ void fetch(const LinearLaunch& p, int64_t n, int64_t 
     }
 }
 
-// Rows of W from `n` on. kTiles: of 8 rows of x. kStage: columns of a stage. kStages: of a warp, all but one on their way.
+// Rows of W from `n` on. kTiles: of 8 rows of x. kStage: columns of a stage. kStages: of a warp, all but one pending.
 template <typename T, int kTiles, int kStage, int kStages, bool kNested>
 __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
     using WarpStage = Stage<kTiles, kStage>;
@@ -115,7 +115,7 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
     constexpr int kBytes = kStageBytes > int(sizeof(Sums)) ? kStageBytes : int(sizeof(Sums));
     PEFTCORE_SHARED(float, quant_map, [16]);
     PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
-    PEFTCORE_SHARED(uint8_t, memory, [kBytes]);  // stages, and when they have been read, sums
+    PEFTCORE_SHARED(uint8_t, memory, [kBytes]);  // stages, and after they have been read, sums
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = lane / 4, pair = lane % 4;  // of mma fragments: rows group and group + 8
@@ -134,7 +134,7 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
     int slot = 0;
     for (int64_t stage = warp; stage < stages; stage += kWarps) {
         cp_async_wait<kStages - 2>();
-        __syncwarp();  // this stage has arrived, and the one before has been read
+        __syncwarp();  // this stage has arrived, and the previous one has been read
         const int64_t ahead = stage + int64_t(kStages - 1) * kWarps;
         const int free = (slot + kStages - 1) % kStages;
         if (ahead < stages) fetch<T>(p, n, ahead * kStage, lane, slots[free]);

@@ -100,7 +100,7 @@ Tensor linear_4bit(const Tensor& x, at::TensorList tensors, at::IntArrayRef pack
     const Weight weight(tensors, packing, op);
     check_packed(weight, op);
     check_linear(x, weight, bias, op);
-    // Below autograd, whose rule stands in Python, and autocast, which has cast x already.
+    // Skips autograd, whose rule is in Python, and autocast, which has already cast x.
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Tensor flat = matrix(x), added = contiguous(bias);

@@ -1,6 +1,6 @@
-// Launchers of the 4-bit CUDA kernels. Pointers are device memory but for the views themselves, `stream` a
-// cudaStream_t, dtypes peftcore::Dtype. They return nullptr, or why the launch failed. Arguments are checked by
-// the caller (weight/weight.h).
+// Launchers of the 4-bit CUDA kernels. Pointers are device memory, except for pointers to views; `stream` is a
+// cudaStream_t, dtypes are peftcore::Dtype. They return nullptr, or why the launch failed. The caller checks arguments
+// (weight/weight.h).
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ const char* peftcore_quant4_dequantize(const peftcore::WeightView* weight, void*
                                        void* stream);
 
 // y [batch, rows] = x [batch, columns] Wᵀ + bias + thin factorᵀ, x, bias (or nullptr) and y of `dtype`, thin
-// [batch, rank] and factor [rows, rank] fp32. Rank 0: without the last two. At most kLinearMaxBatch rows of
+// [batch, rank] and factor [rows, rank] fp32. Rank 0: neither of the last two. At most kLinearMaxBatch rows of
 // x. `partial`: peftcore_quant4_linear_workspace floats.
 const char* peftcore_quant4_linear(const void* x, int dtype, int batch, const peftcore::WeightView* weight,
                                    const void* bias, const float* thin, const float* factor, int rank,
@@ -33,8 +33,8 @@ int64_t peftcore_quant4_linear_workspace(const void* x, int dtype, int batch,
 namespace peftcore {
 namespace quant4 {
 
-// Estimated, not measured: at 64 rows the kernel takes about half of what unpacking W to memory does, before anything
-// reads it there (benchmarks/cuda_bounds). Its sums of more rows would not fit into registers.
+// Estimated, not measured: at 64 rows the kernel takes about half of the time of only unpacking W to memory
+// (benchmarks/cuda_bounds). Sums of more rows would not fit into registers.
 constexpr int kLinearMaxBatch = 64;
 
 }  // namespace quant4

@@ -12,7 +12,7 @@ namespace quant4 {
 namespace {
 
 constexpr int kValues = 8;
-constexpr int64_t kMostBlocks = 1056;  // of whole values: eight for each multiprocessor of a large card
+constexpr int64_t kMostBlocks = 1056;  // eight for each multiprocessor of a large GPU
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t max_magnitude(uint32_t largest, float value) {

@@ -1,14 +1,14 @@
-// A block's part of y = x Wᵀ + b + s Fᵀ for at most 16 rows of x, straight from 4 bits: 8 or 16 rows of W, of which
-// its warps share out the columns. Where columns are whole blocks of 64 with one scale.
+// A block's part of y = x Wᵀ + b + s Fᵀ for at most 16 rows of x, directly from 4 bits: 8 or 16 rows of W, whose
+// columns its warps divide. Columns must be whole blocks of 64 with one scale.
 //
-// A lane has 64 columns of two rows of W, whose codes come from memory in registers, a step ahead. A weight is
-// code * scale in fp32, rounded once to x's dtype, the bits that dequantization gives. Of one row its 16 possible values
-// are a table in registers that byte permutes look up; of the other, lanes hand each other the codes' values: integers
-// and shuffles are different pipes, and either alone would take longer than memory. The columns of an mma may be any, if
-// they are the same of W and x: each lane supplies its own.
+// A lane has 64 columns of two rows of W, whose codes are loaded into registers one step ahead. A weight is code *
+// scale in fp32, rounded once to x's dtype: the same bits as dequantization. The 16 possible values of one row are a
+// table in registers, looked up by byte permutes; those of the other row are exchanged between lanes by shuffles: the
+// two use different pipes, and either alone would take longer than memory. An mma may take its columns in any order
+// that is the same for W and x: each lane supplies those that it has.
 //
-// Up to 4 rows of x need half of an mma's 8 columns: then the other half is for the 256 columns of W behind (kParts),
-// the lower 8 rows of the mma likewise, and of the result one half of each is read.
+// Up to 4 rows of x need half of an mma's 8 columns: the other half then takes the following 256 columns of W (kParts),
+// as do the lower 8 rows of the mma, and one half of each is read from the result.
 #pragma once
 
 #include <type_traits>
@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kLaneColumns = 64;  // whose codes are 32 bytes
 
-// The values of the 16 codes in T, their lower and their upper bytes.
+// The lower and the upper bytes of the 16 codes' values in T.
 struct ValueTable {
     uint32_t low[4], high[4];
 };
@@ -41,9 +41,9 @@ __device__ __forceinline__ ValueTable value_table(const float* quant_map, float 
     return table;
 }
 
-// The values of eight codes, two a word, in their order.
+// The values of eight codes, two a word, in order.
 __device__ __forceinline__ void eight_values(uint32_t codes, const ValueTable& table, uint32_t (&values)[4]) {
-    // Of each code its place in one half of a table, and which half.
+    // For each code its position in a half of the table, and which half.
     uint32_t place = codes & 0x77777777u, half = (codes >> 1 & 0x44444444u) | 0x32103210u;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -59,11 +59,11 @@ __device__ __forceinline__ void eight_values(uint32_t codes, const ValueTable& t
     }
 }
 
-// The same, of the value that lane i of each 16 has for code i.
+// The values of eight codes, where lane i of each 16 lanes has the value of code i.
 template <typename T>
 __device__ __forceinline__ void eight_values(uint32_t codes, float value_of_lane, float scale,
                                              uint32_t (&values)[4]) {
-    const auto value = [&](int i) {  // the lane's number is what the code's place has in its lower four bits
+    const auto value = [&](int i) {  // the lane's number is the lower four bits of the code's position
         return __shfl_sync(0xffffffffu, value_of_lane, int(codes >> 4 * i), 16) * scale;
     };
 #pragma unroll
@@ -72,8 +72,8 @@ __device__ __forceinline__ void eight_values(uint32_t codes, float value_of_lane
 
 __device__ __forceinline__ uint4 load_16_bytes(const void* from) { return *static_cast<const uint4*>(from); }
 
-// s that is there when the kernel begins.
-struct ThinIsThere {
+// An s that is complete when the kernel begins.
+struct ReadyBranch {
     static constexpr bool kLater = false;
     const LinearLaunch& p;
     __device__ void begin() const {}
@@ -82,10 +82,10 @@ struct ThinIsThere {
     __device__ float factor(int64_t n, int j) const { return factor_value(p, n, j); }
 };
 
-// Rows of W from `first_row` on. kTiles: of 8 / kParts rows of x. `beside`: s and F; what else the block does while its
-// first codes are on their way; and where it waits for an s that comes later (lora/cuda/one_launch.cu).
-template <typename T, int kParts, int kTiles, bool kNested, typename Beside>
-__device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Beside& beside) {
+// Rows of W from `first_row` on. kTiles: tiles of 8 / kParts rows of x. `branch`: s and F, further work of the block
+// while its first codes are loaded, and how it waits for an s that is computed meanwhile (lora/cuda/one_launch.cu).
+template <typename T, int kParts, int kTiles, bool kNested, typename Branch>
+__device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch& branch) {
     constexpr int kTileRows = 16 / kParts, kBatch = 8 / kParts;  // rows of W, and of x in a tile
     constexpr int kPartColumns = 4 * kLaneColumns, kStep = kWarps * kParts * kPartColumns;
     PEFTCORE_SHARED(float, quant_map, [16]);
@@ -107,7 +107,7 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Beside
         row_block[r] = uint32_t(row * (columns / kLaneColumns));
         codes[r] = p.weight.codes + row * (columns / 2);
     }
-    // The right one: a row of x. Columns of the mma that have none repeat the last, and are not read.
+    // Right operand: a row of x. Columns of the mma without a row repeat the last one, and are not read.
     const uint32_t x_column = begin + group / kBatch * kPartColumns;
     const T* x[kTiles];
 #pragma unroll
@@ -117,7 +117,7 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Beside
 
     uint4 ahead[2][2];  // codes
     StoredScale scale_ahead[2];
-    const auto place = [&](int r, uint32_t k) {  // what lies behind a row is its end once more
+    const auto place = [&](int r, uint32_t k) {  // behind a row its end is repeated
         return column[r] + k < columns ? column[r] + k : columns - kLaneColumns;
     };
     const auto fetch_codes = [&](int half, uint32_t k) {
@@ -135,7 +135,7 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Beside
     fetch_codes(1, 0);
     fetch_scales(0);
     const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
-    beside.begin();
+    branch.begin();
 
     // s Fᵀ: a warp has every kWarps-th rank; with two parts a lane every second of those.
     constexpr int kResults = 4 / kParts;  // of a tile
@@ -150,14 +150,14 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Beside
 #pragma unroll
                 for (int i = 0; i < kResults; ++i)
                     thin[tile][i] +=
-                        beside.factor(first_row + row_of(i), j) * beside.thin(batch_of(tile, i), j);
+                        branch.factor(first_row + row_of(i), j) * branch.thin(batch_of(tile, i), j);
     };
-    if (!Beside::kLater) multiply_thin();  // while they come
+    if (!Branch::kLater) multiply_thin();  // while the codes are loaded
     __syncthreads();
 
     const float value_of_lane = quant_map[lane % 16];
-    float d[2][kTiles][4] = {};  // two sums, so that an mma seldom waits for the one before
-    // A step of the warp, of which with kWhole no lane is behind the end.
+    float d[2][kTiles][4] = {};  // two sums, so that an mma rarely waits for the previous one
+    // A step of the warp; with kWhole, no lane is beyond the end.
     const auto add_step = [&](uint32_t k, auto whole) {
         constexpr bool kWhole = decltype(whole)::value;
         float scale[2];
@@ -192,8 +192,8 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Beside
     for (; behind + k <= columns; k += kStep) add_step(k, std::true_type());
     if (first + k < columns) add_step(k, std::false_type());
 
-    beside.wait();
-    if (Beside::kLater) multiply_thin();
+    branch.wait();
+    if (Branch::kLater) multiply_thin();
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll

@@ -1,11 +1,11 @@
-// A block's part of y = x Wᵀ + b + s Fᵀ for 17 to 64 rows of x, straight from 4 bits: 128 rows of W, so that x comes from
-// the second cache once for as many, and where that makes too few blocks for a card, a part of the columns. Their sums
-// are added in order: by the last of them, or where the card has clusters each has a part of the rows of x, and reads them
-// where they are. Where columns are whole blocks of 64 with one scale.
+// A block's part of y = x Wᵀ + b + s Fᵀ for 17 to 64 rows of x, directly from 4 bits: a strip of 128 rows of W, so that
+// x is read from L2 once for all of them, and, where that gives too few blocks for a GPU, a part of the columns. The
+// sums of the parts are added in order: by the last block, or on GPUs with clusters by each block for a part of x's
+// rows, reading the sums from the other blocks' shared memory. Columns must be whole blocks of 64 with one scale.
 //
-// Four pairs of warps have 32 rows of W each; the two of a pair share out the columns. A lane has 64 columns of four
-// rows of W at a time, and their values as in rows.cuh: a row by a table, one by its neighbours. x arrives by cp.async
-// in stages that all warps read: of each lane's columns one half, 64 bytes in a piece.
+// Four pairs of warps have 32 rows of W each; the two warps of a pair divide the columns. A lane has 64 columns of four
+// rows of W at a time, with their values as in rows.cuh: half of the rows by a table, half by shuffles. x arrives by
+// cp.async in stages that all warps read: half of each lane's columns, 64 contiguous bytes.
 #pragma once
 
 #include "common/cuda_clusters.cuh"
@@ -19,10 +19,10 @@ namespace {
 constexpr int kStripThreads = 256, kStripRows = 128;
 constexpr int kSlices = 2;                              // of the columns, a warp each
 constexpr int kStripStep = kSlices * 4 * kLaneColumns;  // columns
-constexpr int kHalf = kLaneColumns / 2;                 // of a lane's columns: what a stage has of them
+constexpr int kHalf = kLaneColumns / 2;                 // columns of a lane in one stage
 constexpr int kStripStages = 3, kStageColumns = kStripStep / 2, kStagePieces = kStageColumns / 8;
 
-// What the block needs of shared memory: stages of x, and when they have been read, the sums of both slices.
+// Shared memory of a block: stages of x, and after they have been read, the sums of both slices.
 template <int kTiles>
 constexpr int strip_bytes() {
     constexpr int stages = kStripStages * kTiles * 8 * kStageColumns * 2;
@@ -30,12 +30,12 @@ constexpr int strip_bytes() {
     return stages > sums ? stages : sums;
 }
 
-// Where a piece of 16 bytes of x lies in its row of a stage: eight lanes that read together meet no bank twice.
+// Position of a 16-byte piece of x in its row of a stage: eight lanes that read together have no bank conflicts.
 __device__ __forceinline__ int place_of_piece(int row, int piece) {
     return piece ^ ((piece >> 2 & 2) | (row & 1));
 }
 
-// y of the rows of W from `first_row` on: what `splits` blocks have left, added in their order.
+// y for the rows of W from `first_row` on: the partial sums of `splits` blocks, added in order.
 template <typename T, int kTiles>
 __device__ void add_splits(const LinearLaunch& p, int64_t first_row, int splits) {
     constexpr int kEach = 8;  // that a thread waits for together
@@ -57,7 +57,7 @@ __device__ void add_splits(const LinearLaunch& p, int64_t first_row, int splits)
     }
 }
 
-// The same, of a block's part of the rows of x, from the `sums` of all blocks of its cluster.
+// y for this block's part of x's rows, from the `sums` of all blocks of its cluster.
 template <typename T, int kTiles>
 __device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int split, int splits,
                                const float (&sums)[kTiles * 8][kStripRows + 1]) {
@@ -67,7 +67,7 @@ __device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int spl
         const float* mine[kEach];
         float sum[kEach] = {};
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) {  // of one behind the last, the last once more
+        for (int i = 0; i < kEach; ++i) {  // behind the last one, the last one is repeated
             const int place = int(least(first + i * kStripThreads + int(threadIdx.x), rows * kStripRows - 1));
             mine[i] = &sums[split * rows + place / kStripRows][place % kStripRows];
         }
@@ -109,7 +109,7 @@ __device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         row_block[r] =
             uint32_t(least(warp_row + group + 8 * r, p.weight.rows - 1)) * (columns / kLaneColumns);
 
-    const auto fetch_x = [&](int stage) {  // what lies beyond is zero
+    const auto fetch_x = [&](int stage) {  // values out of range are zero
         const int slot = stage % kStripStages, piece = lane;
         const uint32_t column =
             begin + stage / 2 * kStripStep + piece / 4 * kLaneColumns + stage % 2 * kHalf + piece % 4 * 8;
@@ -124,7 +124,7 @@ __device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
     };
     uint4 ahead[4][2];  // codes
     StoredScale scale_ahead[4];
-    const auto block_at = [&](int r, uint32_t k) {  // what lies behind a row is its end once more
+    const auto block_at = [&](int r, uint32_t k) {  // behind a row its end is repeated
         return row_block[r] + (lane_column + k < end ? lane_column + k : end - kLaneColumns) / kLaneColumns;
     };
     const auto fetch_codes = [&](int half, uint32_t k) {
@@ -167,7 +167,7 @@ __device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         for (int half = 0; half < 2; ++half) {
             const int stage = 2 * step + half;
             cp_async_wait<kStripStages - 2>();
-            __syncthreads();  // this stage has arrived, and the one before has been read
+            __syncthreads();  // this stage has arrived, and the previous one has been read
             if (stage + kStripStages - 1 < stage_count)
                 fetch_x(stage + kStripStages - 1);
             else

@@ -8,7 +8,7 @@ namespace peftcore {
 namespace gemm {
 namespace {
 
-constexpr int kInputs = 4;  // rows of x, at most
+constexpr int kInputs = 4;  // most rows of x
 
 inline float sum_of(__m256 values) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
@@ -24,7 +24,7 @@ void multiply(const SkinnyProduct& args, const float* x, int64_t n) {
     __m256 sums[kCount][kBatch];
     for (auto& row : sums)
         for (__m256& sum : row) sum = _mm256_setzero_ps();
-    // The next rows: those that are read side by side are too many streams for the processor to foresee.
+    // Prefetches the next rows: reading several rows at once is too many streams for the processor's prefetcher.
     const char* ahead = reinterpret_cast<const char*>(w + kCount * inner);
     for (int64_t k = 0; k < whole; k += 8, ahead += kCount * 8 * sizeof(T)) {
         _mm_prefetch(ahead, _MM_HINT_T1);
@@ -47,7 +47,7 @@ void multiply(const SkinnyProduct& args, const float* x, int64_t n) {
 
 template <typename T, int kBatch>
 void multiply_all(const SkinnyProduct& args, const float* x, Range columns) {
-    constexpr int kRows = kBatch == 1 ? 4 : 2;  // of W, whose sums have registers
+    constexpr int kRows = kBatch == 1 ? 4 : 2;  // of W, whose sums fit in registers
     int64_t n = columns.first;
     for (; n + kRows <= columns.last; n += kRows) multiply<T, kRows, kBatch>(args, x, n);
     for (; n < columns.last; ++n) multiply<T, 1, kBatch>(args, x, n);

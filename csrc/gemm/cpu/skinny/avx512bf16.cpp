@@ -1,5 +1,5 @@
-// Four rows of W at a time, by dot products of bf16: from memory at the speed of a plain read, 27 to 31 GB/s on two cores
-// of Zen 4. Fetching ahead gains nothing.
+// Four rows of W at a time, by dot products of bf16: from memory at the speed of a plain read, 27 to 31 GB/s on two
+// cores of Zen 4. Prefetching gains nothing.
 #include "common/avx512.h"
 #include "gemm/cpu/skinny/kernels.h"
 
@@ -63,7 +63,7 @@ void run(const SkinnyProduct& args, Range columns) {
 
 }  // namespace
 
-// Of 4 rows it takes 0.9 of the library's time, of 8 1.25.
+// 4 rows take 0.9 of the library's time, 8 rows 1.25.
 void fill_avx512bf16(SkinnyKernel& kernel) { kernel = {.max_batch = kInputs, .run = run}; }
 
 }  // namespace gemm

@@ -1,7 +1,8 @@
-// y = x Wᵀ + bias of few rows of x, W dense and read once, as it lies: what each SIMD level supplies.
+// Skinny products, y = x Wᵀ + bias for few rows of x, with a dense W that is read once, in place: the kernels of each
+// SIMD level.
 //
 // PyTorch's products of bf16 read W at half the speed of memory: 131 MB, an output head, take 6.7 ms on two cores of
-// Zen 4. Where it has no instructions for 16 bits, a row of x takes as long as reading W, each further row as long again.
+// Zen 4. Without instructions for 16 bits, each row of x takes as long as reading W.
 #pragma once
 
 #include "common/dtype.h"
@@ -20,9 +21,9 @@ struct SkinnyProduct {
     void* y;  // [batch, columns], rounded once
 };
 
-// For tensors of one dtype.
+// Kernel for tensors of one dtype.
 struct SkinnyKernel {
-    int64_t max_batch = 0;  // rows of x up to which nothing else is faster
+    int64_t max_batch = 0;  // rows of x up to which this is fastest
     void (*run)(const SkinnyProduct&, Range columns) = nullptr;
 };
 

@@ -1,4 +1,5 @@
-// The product with a dense weight, by whichever way is fastest for its sizes here. The caller has checked all.
+// The product with a dense weight, by the fastest way for its sizes on this machine. The caller has checked the
+// arguments.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,7 +7,7 @@
 namespace peftcore {
 namespace gemm {
 
-// x Wᵀ + bias, if any, of matrices.
+// x Wᵀ + bias of matrices; `bias` may be undefined.
 at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
 
 }  // namespace gemm

@@ -51,10 +51,11 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
             return y;
         }
         if (products.beats_library) {
-            const Lying lies = lying(weight);
-            const WeightView view = view_of(lies.matrix);
+            const Layout layout = layout_of(weight);
+            const WeightView view = view_of(layout.matrix);
             const Tensor y = empty(), source = x.contiguous();
-            multiply(products.kernel, product_of(source, *tiles_of(products, view, !lies.flipped), bias, y));
+            multiply(products.kernel,
+                     product_of(source, *tiles_of(products, view, !layout.transposed), bias, y));
             return y;
         }
     }

@@ -1,7 +1,7 @@
-// "tile" on AMX: 32 rows of W times up to 32 rows of x, as yᵀ = W xᵀ. A row of W then lies in a row of a tile
-// as it comes out of 4 bits; x, of which there is little, is what is turned.
+// "tile" on AMX: 32 rows of W times up to 32 rows of x, as yᵀ = W xᵀ. A row of W is then a row of a tile in the order
+// of its codes; x, which is small, is transposed.
 //
-// What takes time is unpacking: 64 columns are unpacked while those before them are multiplied.
+// Unpacking takes most of the time: 64 columns are unpacked while the previous ones are multiplied.
 #include "common/amx.h"
 
 #include "common/avx512.h"
@@ -43,7 +43,7 @@ struct Unpacked {
 
 inline void unpack(const WeightView& weight, __m512 code, int64_t first_row, int64_t column, Unpacked& out) {
     for (int64_t r = 0; r < kRows; ++r) {
-        // Behind the last row: that row again, for results that are not stored.
+        // Behind the last row that row is repeated; its results are not stored.
         const int64_t row = first_row + r < weight.rows ? first_row + r : weight.rows - 1;
         const int64_t begin = row * weight.columns + column;
         const uint8_t* packed = weight.codes + begin / 2;
@@ -73,7 +73,7 @@ inline void multiply(const Unpacked& w, const uint32_t* x, int64_t x_tile) {
     }
 }
 
-// sums[x's row / 16][row of W][x's row % 16], turned and rounded.
+// Transposes and rounds sums[x's row / 16][row of W][x's row % 16].
 void store(const LinearCall& args, int64_t first_row, const float (*sums)[kRows][kSide]) {
     const int64_t left = args.weight.rows - first_row;
     const __mmask32 there = left < kRows ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
@@ -138,7 +138,7 @@ void run(const LinearCall& args, int64_t first_row, int64_t last_row) {
 void fill_amx(LinearKernels& kernels) {
     static_assert(kTileBatch == 2 * kSide);
     kernels.integers.max_batch[int(Dtype::kHalf)] =
-        kTileBatch;  // such processors' library multiplies fp16 faster
+        kTileBatch;  // on such processors the library multiplies fp16 faster
     kernels.dots.max_batch[int(Dtype::kBFloat16)] = 1;
     kernels.tile = {.granule = kRows,
                     .min_batch = 2,

@@ -51,7 +51,7 @@ struct Avx512Integers {
 
     static inline Words load_words(const uint8_t* from) { return _mm512_loadu_si512(from); }
 
-    // Twice over: an index's fifth bit then does not matter.
+    // Repeated, so that an index's fifth bit does not matter.
     struct Table {
         explicit Table(const int16_t* code)
             : code(_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(code)))) {}

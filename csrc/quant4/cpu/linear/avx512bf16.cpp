@@ -1,13 +1,13 @@
 // The "tile" way (see kernels.h) on AVX-512 with bf16 dot products: 16 rows of W by up to 16 of x in registers.
 //
-// A 16-bit lane of a word shifted right by 0, 4, 8 or 12 begins with the nibble of a value, so that one
+// A 16-bit lane of a word shifted right by 0, 4, 8 or 12 starts with a value's nibble, so that one
 // permutation turns 16 words of 16 rows into 32 bf16 values: (1, 5), (0, 4), (3, 7) and (2, 6) of the eight
-// that a word holds. They are multiplied at once, and never lie in memory. x is arranged in the same pairs and broadcast.
+// that a word holds. They are multiplied at once, and never stored. x is arranged in the same pairs and broadcast.
 //
-// On Zen 4 all multiplications of 512 bits share two ports: one dot product a cycle, so that 16 rows by 4096 x 4096 take
-// 1.14 ms on two cores. Measured: 1.07 cycles with all in the first cache, 1.13 with W in the second, 1.4 with 5
-// rows, whose products wait for one another. No better: 32 rows of W for so few rows of x; lines copied to lie side by
-// side, although rows a power of two apart share sets of the first cache.
+// On Zen 4 all multiplications of 512 bits share two ports: one dot product a cycle, so that 16 rows by 4096 x 4096
+// take 1.14 ms on two cores. Measured: 1.07 cycles with all operands in L1, 1.13 with W in L2, 1.4 with 5 rows, whose
+// products wait for one another. No better: 32 rows of W for so few rows of x; cache lines copied to be contiguous,
+// although rows a power of two apart share sets of the L1 cache.
 #include <algorithm>
 #include <vector>
 
@@ -18,10 +18,10 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-constexpr int kInputs = 16, kMinInputs = 4;  // rows of x, beside kRows of W
+constexpr int kInputs = 16, kMinInputs = 4;  // rows of x, by kRows of W
 constexpr int kStep = 64, kHalfStep = 32;    // columns that share a scale
 
-// Rows of x that are multiplied together, from m on: of more than kInputs about half each, as few cost most.
+// Number of x's rows multiplied together, from m on: more than kInputs are halved, as few rows cost most each.
 int64_t inputs_from(int64_t m, int64_t batch) {
     const int64_t left = batch - m;
     return ceil_div(left, ceil_div(left, kInputs));
@@ -29,7 +29,7 @@ int64_t inputs_from(int64_t m, int64_t batch) {
 
 int64_t arranged_bytes(int64_t batch, int64_t columns) { return batch * columns * int64_t(sizeof(uint16_t)); }
 
-// Of rows that are multiplied together [columns / 2 pairs][rows] of two values, in the order above.
+// Rows that are multiplied together, as [columns / 2 pairs][rows] of two values, in the order above.
 bool arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
     const uint16_t* from = static_cast<const uint16_t*>(x);
     uint32_t* to = static_cast<uint32_t*>(out);
@@ -56,8 +56,8 @@ struct Strip {
     int64_t bytes;        // of a row
     const float* scales;  // [step][kRows]
     __m512i table;
-    const uint8_t* ahead;  // what is fetched meanwhile, as many bytes as the strip has,
-    int64_t line;          // of which one call fetches each line, and others the first one again
+    const uint8_t* ahead;  // memory to prefetch, as many bytes as these rows have,
+    int64_t line;          // one line per call; other calls fetch the first one again
 };
 
 // sums[m][row] of kCount rows of x, which are arranged in x.
@@ -71,7 +71,7 @@ void multiply(const Strip& strip, const uint32_t* x, float* sums) {
     for (int64_t at = 0; at < strip.bytes; at += kHalves * kHalfStep / 2, scales += kRows) {
         for (int i = 0; i < kHalves * kRows * kHalfStep / 2 / 64; ++i, ahead += strip.line)
             _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-        // Many sums are better cleared before, few by their first products: g++ 12 keeps more of each in registers.
+        // Many sums are cleared first, few are set by their first products: so g++ 12 keeps more of them in registers.
         constexpr bool kCleared = kCount > 8;
         const auto first_of = [](int product) { return !kCleared && product == 0; };
         __m512 part[kCount];
@@ -101,7 +101,7 @@ void multiply(const Strip& strip, const uint32_t* x, float* sums) {
     for (int m = 0; m < kCount; ++m) _mm512_storeu_ps(sums + m * kRows, sum[m]);
 }
 
-// By pointers: where one function holds several of these loops, g++ 12 leaves too few registers to each, and 16 rows
+// Called by pointers: with several of these loops in one function, g++ 12 gives each too few registers, and 16 rows
 // take 1.2 times as long.
 using Multiply = void (*)(const Strip&, const uint32_t*, float*);
 template <int kHalves>
@@ -111,7 +111,7 @@ constexpr Multiply kMultiply[kInputs - kMinInputs + 1] = {
     multiply<12, kHalves>, multiply<13, kHalves>, multiply<14, kHalves>, multiply<15, kHalves>,
     multiply<16, kHalves>};
 
-// Those of kRows rows, `stride` apart, as [step][kRows].
+// Arranges the scales of kRows rows, `stride` apart, as [step][kRows].
 void turn_scales(const float* from, int64_t stride, int64_t steps, float* out) {
     for (int64_t k = 0; k < steps; k += 4, out += 4 * kRows) {
         const FourColumns turned = four_columns([&](int row) { return from + row * stride + k; });
@@ -138,7 +138,7 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
                     .line = 64};
         scales.fetch(n + kRows, kRows);
         for (int r = 0; r < kRows; ++r) {
-            const int64_t row = least(n + r, weight.rows - 1);  // the last one again, and not stored
+            const int64_t row = least(n + r, weight.rows - 1);  // repeats the last row, without storing it
             strip.row[r] = weight.codes + row * columns / 2;
             scales.write(row, by_row.data() + r * stride);
         }
@@ -155,7 +155,8 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
 
 }  // namespace
 
-// Measured on Zen 4, 4096 x 4096 in the second cache: 4 rows of x take 0.41 ms by dots and 0.49 so, 5 rows 0.52.
+// Measured on Zen 4, 4096 x 4096 in the second cache: 4 rows of x take 0.41 ms by dots and 0.49 by this way, 5 rows
+// 0.52.
 void fill_avx512bf16(LinearKernels& kernels) {
     kernels.dots = LinearDots::kernel();
     kernels.integers.max_batch[int(Dtype::kBFloat16)] =

@@ -1,8 +1,8 @@
-// The "dots" way (see kernels.h): some rows of W side by side, 8 values (one 32-bit word) a lane.
+// The "dots" way (see kernels.h): several rows of W at once, 8 values (one 32-bit word) a lane.
 //
-// A 16-bit lane of a word shifted right by 0, 4, 8 or 12 begins with the nibble of a value, so one permutation looks up
-// 32 values, and the dot product adds up pairs of words: 8 instructions for 128 values, beside the 23 of fp32. x is
-// arranged in that order. Two vectors of W are dealt so that each has half of every block.
+// A 16-bit lane of a word shifted right by 0, 4, 8 or 12 starts with a value's nibble, so one permutation looks up
+// 32 values, and the dot product adds up pairs of words: 8 instructions for 128 values, compared with 23 in fp32. x
+// is arranged in that order. Two vectors of W are permuted so that each has half of every block.
 #pragma once
 
 #include <immintrin.h>
@@ -20,7 +20,7 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-// Twice over: an index's fifth bit then does not matter.
+// Repeated, so that an index's fifth bit does not matter.
 struct Avx512Rounding {
     using Table = __m512i;
 
@@ -35,9 +35,9 @@ struct Avx512Rounding {
 };
 using Rounded = RoundedCodebook<Avx512Rounding>;
 
-constexpr int kRows = 16;  // of W, whose results are stored together
+constexpr int kRows = 16;  // of W with results that are stored together
 
-// Of rows of x from m on, [m][kRows] times `factor`: `store_result` of columns from n on.
+// Stores results of x's rows from m on, [m][kRows] times `factor`, in columns from n on.
 void store_results(const LinearCall& args, int64_t n, int64_t rows, int64_t m, int64_t count,
                    const float* sums, float factor) {
     const __mmask16 stored = __mmask16((1u << rows) - 1);
@@ -56,11 +56,12 @@ struct LinearDots {
     static constexpr int kChunk = 256;  // values of two vectors
     static constexpr int kBlocks = kChunk / kBlock;
     static constexpr int kMaxBatch = 4;  // rows of x
-    // Bytes from what is read to what is fetched meanwhile, in the order in which it lies, into the second cache. A row of x
-    // by 40 layers of 4096 x 4096 in turn, on two cores of Zen 4, takes 0.26 ms each, 35 GB/s. Fetched into the first
-    // cache 0.35, and half as far ahead 0.38; on one core (1536 x 2048) each row's own line as far ahead took twice as long.
+    // Prefetch distance in bytes, in memory order, into the L2 cache. A row of x by 40 layers of 4096 x 4096 in turn,
+    // on two cores of Zen 4, takes 0.26 ms each, 35 GB/s. Prefetching into L1 takes 0.35, half of the distance 0.38; on
+    // one core (1536 x 2048) the same distance within each row took twice as long.
     static constexpr int64_t kAhead = 8192;
-    // Chunks of x, 16 KB, that stay in the first cache while kRows of W pass by, one part of x after the other.
+    // Chunks of x, 16 KB, that stay in the L1 cache while kRows of W are multiplied by them, one part of x after
+    // another.
     static constexpr int64_t kCached = 32;
     static constexpr int kLanes = 16;
 
@@ -99,8 +100,8 @@ struct LinearDots {
         return true;
     }
 
-    // Half of each block in one vector, half in the other: so all their products add up before they are scaled. `values`:
-    // how many there are, if not all: what is masked is read slower, and takes 1.2 times as long with 4 rows of x.
+    // Half of each block in one vector, half in the other, so that all products of a block are added before they are
+    // scaled. `values`: number of values, if not a whole chunk; masked loads take 1.2 times as long with 4 rows of x.
     struct Words {
         __m512i of[2];
     };
@@ -115,23 +116,23 @@ struct LinearDots {
         return {{_mm512_shuffle_i32x4(one, other, 0x88), _mm512_shuffle_i32x4(one, other, 0xdd)}};
     }
 
-    // Of a chunk's blocks, each for its lanes.
+    // Scales of a chunk's blocks, each in the lanes of its block.
     static __m512 load_scales(const float* from) {
         const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
         return _mm512_permutexvar_ps(block, _mm512_castps128_ps512(_mm_loadu_ps(from)));
     }
 
-    // What a call goes through: chunks [first, last) of rows of W from `row` on.
+    // The range of a call: chunks [first, last) of rows of W from `row` on.
     struct Part {
         int64_t row = 0, first = 0, last = 0;
         const float* scales = nullptr;  // of the rows' blocks, `stride` a row
         int64_t stride = 0;
-        const uint8_t* ahead = nullptr;  // what is fetched meanwhile
+        const uint8_t* ahead = nullptr;  // memory to prefetch
         float* sums = nullptr;           // [row][kBatch][16 lanes], to which products are added
     };
 
-    // kCount rows of W by all of x. Inlined beside others it would have too few registers: one row takes 1.2 times as long
-    // then, three 1.4.
+    // kCount rows of W by all of x. Not inlined: with others in one function it has too few registers, and one row
+    // takes 1.2 times as long, three 1.4.
     template <int kCount, int kBatch>
     [[gnu::noinline]]
     static void multiply(const LinearCall& args, const __m512i table, const Part& part) {
@@ -200,7 +201,7 @@ struct LinearDots {
 
     template <int kBatch>
     static void run_all(const LinearCall& args, int64_t first, int64_t last) {
-        // Rows of W whose sums and products fit into registers.
+        // Number of W's rows with sums and products that fit into registers.
         constexpr int kAtOnce = kBatch < 3 ? 4 : kBatch == 3 ? 3 : 2;
         const WeightView& weight = args.weight;
         const Rounded& rounded = Rounded::made_of(weight.quant_map);
@@ -224,7 +225,7 @@ struct LinearDots {
                     part.scales = row_scales.data() + r * stride;
                     part.sums = sums.data() + r * kBatch * kLanes;
                     if (part.first == 0) {
-                        // Meanwhile nothing asks for W, so that some of it is asked for before: one row of x out of memory
+                        // Nothing else loads W meanwhile, so some of it is prefetched first: one row of x from memory
                         // takes 0.88 of the time.
                         for (int line = 0; line < 32; ++line)
                             _mm_prefetch(reinterpret_cast<const char*>(part.ahead + 64 * line), _MM_HINT_T1);

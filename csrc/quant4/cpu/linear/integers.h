@@ -1,14 +1,14 @@
-// The "integers" way (see kernels.h), the same loops at every SIMD level: codebook and x in 16-bit integers.
+// The "integers" way (see kernels.h), with loops shared by all SIMD levels: codebook and x in 16-bit integers.
 //
 // A block's largest value of x is 32,767, the codebook's largest entry 8,191, so that the 8 products that a lane adds
 // up stay below 2^31: sums within a block are exact, and are multiplied in fp32 by both scales. Two shuffles of bytes
-// look up twice as many values as one of floats, and a 16-bit product has twice as many lanes: of one row out of the
-// second cache, on one core of Cascade Lake, the loop takes half of the "rows" way's time with AVX2, two thirds with
-// AVX-512; out of memory with AVX-512 as long.
+// look up twice as many values as one of floats, and a 16-bit product has twice as many lanes: with one row of x and W
+// in L2, on one core of Cascade Lake, the loop takes half of the "rows" way's time with AVX2, two thirds with AVX-512;
+// with W in memory and AVX-512, the same time.
 //
-// What is lost is that rounding: of the codebook less than 2^-14 of its largest entry, of x 2^-16 of its block's largest
-// value. A row of x whose other values that would cost more than kLoss of their norm is left to another way, as is one
-// with values that are not finite.
+// The rounding loses less than 2^-14 of the codebook's largest entry, and 2^-16 of the largest value in each block of
+// x. A row of x that would lose more than kLoss of its other values' norm is left to another way, as is a row with
+// non-finite values.
 #pragma once
 
 #include <algorithm>
@@ -26,12 +26,12 @@ template <typename Level>
 concept IntegerLanes =
     requires(typename Level::Words words, typename Level::Floats floats, const uint8_t* bytes,
              const float* of, const int16_t* integers, int16_t* out, const typename Level::Table& table) {
-        { Level::kRows } -> std::convertible_to<int>;  // of W, read side by side
+        { Level::kRows } -> std::convertible_to<int>;  // of W, read at once
         { Level::kTile } -> std::convertible_to<int>;  // rows of x that share a lookup
         { Level::load_words(bytes) } -> std::same_as<typename Level::Words>;
-        // The 16 entries by which it is made, looked up by the low and by the high nibbles of the bytes of words: of each
-        // 128 bits the first 8 low ones, the last 8 low ones, the first 8 high ones, the last 8 high ones. Or value i of
-        // a chunk at place(i), where a level has that.
+        // The 16 entries by which it is made, looked up by the low and by the high nibbles of the bytes of words: of
+        // each 128 bits the first 8 low ones, the last 8 low ones, the first 8 high ones, the last 8 high ones. Or
+        // value i of a chunk at place(i), where a level has that.
         requires std::constructible_from<typename Level::Table, const int16_t*>;
         { table(words) } -> std::same_as<typename Level::Values>;
         // Products of these and of as many from there on, added up in 32-bit lanes.
@@ -45,7 +45,9 @@ concept IntegerLanes =
         { Level::all(0.0f) } -> std::same_as<typename Level::Floats>;
         { Level::larger(floats, floats) } -> std::same_as<typename Level::Floats>;  // max(a, |b|)
         { Level::largest(floats) } -> std::same_as<float>;
-        { Level::rounded(floats, out) } -> std::same_as<typename Level::Floats>;  // and as integers in `out`
+        {
+            Level::rounded(floats, out)
+        } -> std::same_as<typename Level::Floats>;  // also stores integers in `out`
     };
 
 template <IntegerLanes Level>
@@ -54,11 +56,12 @@ struct LinearIntegers {
     static constexpr int kBytes = sizeof(typename Level::Words);  // of W
     static constexpr int kChunk = 2 * kBytes, kBlocks = kChunk / kBlock;
     static constexpr int kLanes = kChunk / 8;  // 32-bit ones
-    static constexpr int64_t kGroup = 32;      // rows of x that pass by a row of W
+    static constexpr int64_t kGroup = 32;      // rows of x that are multiplied by a row of W together
     static constexpr float kEntry = 8191, kInput = 32767, kLoss = 0x1p-12f;
-    static constexpr float kSmallest = 1e-30f;  // of a block's largest value, whose reciprocal is finite
-    // Bytes from what is read to what is fetched meanwhile, in the order in which it lies. Out of memory on Zen 4 4 rows of x
-    // take 0.62 ms so, with half of it 0.72 (AVX-512, 4096 x 4096); with AVX2 a row takes 0.32 ms so, with twice of it 0.34.
+    static constexpr float kSmallest =
+        1e-30f;  // largest value of a block below which its reciprocal is not finite
+    // Prefetch distance in bytes, in memory order. From memory on Zen 4, 4 rows of x take 0.62 ms, with half of the
+    // distance 0.72 (AVX-512, 4096 x 4096); with AVX2 a row takes 0.32 ms, with twice the distance 0.34.
     static constexpr int64_t kAhead = 128 * kBytes;
 
     // A chunk of a row of x. `values` in the order in which `table` gives those of W.
@@ -90,10 +93,10 @@ struct LinearIntegers {
     }
 
     struct Loss {
-        float squares = 0, others = 0;  // of what was rounded off; of all but each block's largest value
+        float squares = 0, others = 0;  // of the rounding errors; of all values but each block's largest
     };
 
-    // One block. False: not finite, or so small that it has no reciprocal.
+    // One block. False if it is not finite, or too small to have a reciprocal.
     static bool round_block(const float* x, int16_t* out, float& scale, Loss& loss) {
         auto largest = Level::zero(), squares = Level::zero(), lost = Level::zero();
         for (int i = 0; i < kBlock; i += kLanes) {
@@ -101,7 +104,7 @@ struct LinearIntegers {
             largest = Level::larger(largest, v);
             squares = Level::fma(v, v, squares);
         }
-        const float most = Level::largest(largest), sum = Level::sum(squares);  // of a NaN the sum only
+        const float most = Level::largest(largest), sum = Level::sum(squares);  // only the sum shows a NaN
         if (!std::isfinite(sum) || (most < kSmallest && most != 0)) return false;
         scale = most / kInput;
         const auto inverse = Level::all(most == 0 ? 0 : kInput / most), less = Level::all(-scale);
@@ -115,7 +118,7 @@ struct LinearIntegers {
         return true;
     }
 
-    // A block. Of fp16 by an instruction, where a level has one: by arithmetic it takes half of the time of all that.
+    // A block. fp16 is widened by an instruction where a level has one: by arithmetic it takes half of the whole time.
     template <typename T>
     static void widen(const T* from, float* to) {
         if constexpr (requires { Level::widen(from, to); })
@@ -154,7 +157,8 @@ struct LinearIntegers {
         return arrange_as(static_cast<const BFloat16*>(x), batch, columns, to);
     }
 
-    // The entries as integers, by that of the largest ones up to kEntry at which they lose least of their squares.
+    // The entries as integers, scaled so that the largest one becomes the value up to kEntry that loses least of the
+    // squares.
     struct Codebook {
         explicit Codebook(const float* code) {
             std::memcpy(of, code, sizeof of);
@@ -174,7 +178,7 @@ struct LinearIntegers {
             }
         }
 
-        // Kept by each thread, as most weights have the same one.
+        // Cached per thread, as most weights have the same codebook.
         static const Codebook& made_of(const float* code) {
             thread_local Codebook kept(code);
             if (std::memcmp(kept.of, code, sizeof kept.of) != 0) kept = Codebook(code);
@@ -241,9 +245,10 @@ struct LinearIntegers {
         copy_scales(weight, begin, end, out);
         const int64_t first = begin >> weight.shift;
         if ((int64_t(1) << weight.shift) == kBlock) return;
-        for (int64_t i = weight.columns / kBlock - 1; i >= 0; --i)  // to behind what is still to be read
+        for (int64_t i = weight.columns / kBlock - 1; i >= 0;
+             --i)  // backward, to write only behind what is still to be read
             out[i] = out[((begin + i * kBlock) >> weight.shift) - first];
-        out[weight.columns / kBlock] = 0;  // of half a chunk, whose values of x are zeros
+        out[weight.columns / kBlock] = 0;  // for half a chunk, with values of x that are zeros
     }
 
     static void run(const LinearCall& args, int64_t first, int64_t last) {

@@ -1,5 +1,5 @@
-// The products with a weight in 4 bits, by whichever way is fastest for their sizes here. x, dy and the results
-// are matrices; the caller has checked them.
+// Products with a weight in 4 bits, by the fastest way for their sizes on this machine. x, dy and the results are
+// matrices; the caller has checked them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,20 +12,20 @@ namespace peftcore {
 namespace quant4 {
 
 at::Tensor linear(const at::Tensor& x, const WeightView& weight,
-                  const at::Tensor& bias);                                   // x Wᵀ + bias, if any
+                  const at::Tensor& bias);  // x Wᵀ + bias, which may be undefined
 at::Tensor linear_backward(const at::Tensor& dy, const WeightView& weight);  // dy W
 
-// What the threads of a product do besides, each around its rows of W.
+// Additional work of the threads of a product, before and after each one's rows of W.
 class Companion {
  public:
     virtual void before() = 0;
-    virtual void after(Range rows) = 0;  // of W, whose columns of y are there
+    virtual void after(Range rows) = 0;  // of W: these columns of y are complete
 
  protected:
     ~Companion() = default;
 };
 
-// Rows of x, contiguous, and where y belongs.
+// Arguments of `linear_direct`: contiguous rows of x, and the address of y.
 struct DirectLinear {
     const void* x;
     int64_t rows;
@@ -35,11 +35,11 @@ struct DirectLinear {
     Companion* companion = nullptr;
 };
 
-// y = x Wᵀ + bias, if any, straight from 4 bits; or false: x has too many rows for that, or the shape is not one that
-// kernels read. Nothing is empty.
+// y = x Wᵀ + bias directly from 4 bits. Returns false if x has too many rows for that, or if no kernel reads the shape.
+// No dimension may be 0.
 bool linear_direct(const CpuKernels& kernels, const DirectLinear& args, const WeightView& weight);
 
-// Whether a kernel of few rows is the fastest for so many, unless it refuses x's values.
+// Whether `linear_direct` is the fastest way for so many rows, unless the kernel rejects x's values.
 bool has_direct_kernel(const CpuKernels& kernels, const WeightView& weight, Dtype dtype, int64_t rows);
 
 }  // namespace quant4

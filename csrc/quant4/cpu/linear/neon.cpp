@@ -44,7 +44,7 @@ struct Neon {
     };
 
     static inline Vector scales(const float* from, int64_t within, int shift) {
-        if (within % 32 == 0)  // four words, which no block divides
+        if (within % 32 == 0)  // four words, which are all in one block
             return each([&](int i) { return vld1q_dup_f32(from + ((within + 32 * i) >> shift)); });
         float lane[kLanes];
         for (int i = 0; i < kLanes; ++i) lane[i] = from[(within + 8 * i) >> shift];
@@ -121,8 +121,8 @@ struct NeonIntegers {
 
 }  // namespace
 
-// Up to how many rows was not measured, as these never ran on silicon: fewer than AVX2's, for a library that may be
-// faster.
+// Numbers of rows are not measured, as these kernels have never run on hardware: fewer than AVX2's, as the library may
+// be faster.
 void fill_neon(LinearKernels& kernels) {
     kernels.integers = LinearIntegers<NeonIntegers>::kernel(64);
     kernels.rows = LinearRows<Neon>::kernel({.fp32 = 8, .fp16 = 8, .bf16 = 8});

@@ -1,8 +1,8 @@
-// The "dots" and "tile" ways (see kernels.h) by products of bf16: one instruction adds four lanes' pairs (bfdot), or the
-// fours of 2 rows of W and 2 of x (bfmmla).
+// The "dots" and "tile" ways (see kernels.h) by products of bf16: one instruction adds four lanes' pairs (bfdot), or
+// the fours of 2 rows of W and 2 of x (bfmmla).
 //
-// 32 values of a row, two nibbles a byte, become four vectors by 10 instructions. They come even ones first, then odd ones,
-// and x is arranged so.
+// 32 values of a row, two nibbles a byte, become four vectors by 10 instructions. Even ones come first, then odd ones,
+// and x is arranged in the same order.
 #include <algorithm>
 #include <vector>
 
@@ -33,8 +33,8 @@ struct NeonRounding {
 using Rounded = RoundedCodebook<NeonRounding>;
 
 constexpr int kStep = 64, kHalfStep = 32;  // columns that share a scale
-constexpr int kVectors = kHalfStep / 8;    // of which half a step is made
-constexpr int64_t kAhead = 4096;           // bytes from what is read to what is fetched meanwhile
+constexpr int kVectors = kHalfStep / 8;    // in half a step
+constexpr int64_t kAhead = 4096;           // prefetch distance in bytes
 
 inline bfloat16x8_t as_bf16(uint16x8_t bits) { return vreinterpretq_bf16_u16(bits); }
 
@@ -61,7 +61,7 @@ inline uint16x8_t second_fours(uint16x8_t a, uint16x8_t b) {
     return vreinterpretq_u16_u64(vzip2q_u64(vreinterpretq_u64_u16(a), vreinterpretq_u64_u16(b)));
 }
 
-// One or two rows of x, kRows of W side by side.
+// One or two rows of x, kRows of W at once.
 struct Dots {
     static constexpr int kRows = 4, kMaxBatch = 2;
 
@@ -166,7 +166,7 @@ struct PairsOfRows {
         }
     }
 
-    // [columns / kStep][pairs of rows], with zeros beside the last of an odd number.
+    // [columns / kStep][pairs of rows], with zeros for the missing row of an odd number.
     static bool arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
         const uint16_t* from = static_cast<const uint16_t*>(x);
         Step* to = static_cast<Step*>(out);
@@ -219,11 +219,11 @@ struct PairsOfRows {
         const Rounded& code = Rounded::made_of(weight.quant_map);
         const ShortTable table = code.table;
         const int64_t columns = weight.columns, pairs = input_pairs(args.batch);
-        const int halves = weight.shift < 6 ? 2 : 1;  // of a step, each with a scale of its own
+        const int halves = weight.shift < 6 ? 2 : 1;  // of a step, each with its scale
         float32x4_t sums[kTileBatch / 2][kPairs];
         for (int64_t n = first; n < last; n += kRows) {
             int64_t begin[kRows];
-            for (int r = 0; r < kRows; ++r)  // behind the last row: that row again, and not stored
+            for (int r = 0; r < kRows; ++r)  // repeats the last row, without storing it
                 begin[r] = least(n + r, weight.rows - 1) * columns;
             for (auto& row : sums)
                 for (float32x4_t& sum : row) sum = vdupq_n_f32(0);

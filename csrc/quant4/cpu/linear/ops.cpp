@@ -24,13 +24,12 @@ using at::Tensor;
 
 namespace {
 
-
 bool takes(const LinearKernel& kernel, const WeightView& weight, Dtype dtype, int64_t batch) {
     return batch >= kernel.min_batch && batch <= kernel.max_batch[int(dtype)] &&
            weight.columns % kernel.column_multiple == 0 && int64_t(1) << weight.shift >= kernel.min_blocksize;
 }
 
-// False: not of these values of x.
+// False if the kernel does not take these values of x.
 bool multiply_from_codes(const LinearKernel& kernel, const DirectLinear& few, const WeightView& weight) {
     void* arranged = workspace(kernel.arranged_bytes(few.rows, weight.columns));
     if (!kernel.arrange(few.x, few.dtype, few.rows, weight.columns, arranged)) return false;

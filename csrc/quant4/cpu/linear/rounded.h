@@ -1,4 +1,4 @@
-// A codebook in bf16, for dot products of it.
+// A codebook in bf16, for dot products.
 #pragma once
 
 #include <cstring>
@@ -7,12 +7,12 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-// The entries times `1 / inverse`, rounded. Of 128 factors in [1, 2) it is the one at which they lose least of their
-// squares: NF4 by 1.12 loses 0.07 % of its norm, of itself 0.11 %, and by each block's scale in turn, as whoever unpacks W,
-// 0.17 %. FP4 by 1.008, from thirds, loses nothing.
+// The entries times `1 / inverse`, rounded. The factor is the one of 128 in [1, 2) that loses least of the squares: NF4
+// times 1.12 loses 0.07 % of its norm, unscaled 0.11 %, and times each block's scale, as in unpacking W, 0.17 %. FP4
+// times 1.008, whose entries are thirds, loses nothing.
 //
-// A level has a `Table` of them, and `round(code, factor, table)`, which makes it and returns the squares lost, of entries
-// that are not scaled.
+// A level has a `Table` of them, and `round(code, factor, table)`, which makes it and returns the squares lost, of
+// entries that are not scaled.
 template <typename Level>
 struct RoundedCodebook {
     explicit RoundedCodebook(const float* code) {
@@ -29,7 +29,7 @@ struct RoundedCodebook {
         }
     }
 
-    // Kept by each thread, as most weights have the same one.
+    // Cached per thread, as most weights have the same codebook.
     static const RoundedCodebook& made_of(const float* code) {
         thread_local RoundedCodebook kept(code);
         if (std::memcmp(kept.of, code, sizeof kept.of) != 0) kept = RoundedCodebook(code);

@@ -1,4 +1,4 @@
-// The "rows" way (see kernels.h), the same loops at every SIMD level.
+// The "rows" way (see kernels.h), with loops shared by all SIMD levels.
 #pragma once
 
 #include <concepts>
@@ -21,7 +21,7 @@ concept RowLanes = requires(typename Level::Vector vector, typename Level::Words
     // The 16 entries by which it is made, looked up by 4 bits of each word from bit n on.
     requires std::constructible_from<typename Level::Table, const float*>;
     { table(words, n) } -> std::same_as<typename Level::Vector>;
-    // Of each lane's word, whose first value stands at within + 8 lane: scales[that >> n].
+    // For each lane's word, with its first value at index i = within + 8 lane: scales[i >> n].
     { Level::scales(floats, within, n) } -> std::same_as<typename Level::Vector>;
     { Level::sum(vector) } -> std::same_as<float>;
 };
@@ -35,8 +35,8 @@ template <RowLanes Level>
 struct LinearRows {
     static constexpr int kChunk = Level::kLanes * 8;  // values
     static constexpr int kMaxTile = 4;                // rows of x that share a lookup
-    // Bytes from what is read to what is fetched meanwhile: some rows of W, which the processor does not foresee to
-    // their ends. A row of x by 1536 x 2048 out of memory on one core of Zen 4: 0.17 ms, and 0.29 without.
+    // Prefetch distance in bytes: some rows of W, as the processor's prefetcher stops at the end of a row. A row of x
+    // by 1536 x 2048 from memory on one core of Zen 4: 0.17 ms, and 0.29 without.
     static constexpr int64_t kAhead = 4096;
     using Vector = typename Level::Vector;
 

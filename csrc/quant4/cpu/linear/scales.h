@@ -1,7 +1,7 @@
-// The scales of a row of W in 4 bits, all at once, with AVX-512: the same bits as `block_scale` (weight/view.h).
+// All scales of a row of W in 4 bits at once, with AVX-512: the same bits as `block_scale` (weight/view.h).
 //
-// Nested ones are looked up in a table of 256 entries. One by one, or by gathers, that takes 2 cycles each on Zen 4: 4 rows
-// of x waited a fifth of their time. As two tables of 16 bits, of which a permutation holds 64 entries, it takes 0.9.
+// Nested scales are looked up in a table of 256 entries. One by one, or by gathers, that takes 2 cycles each on Zen 4,
+// a fifth of the time of 4 rows of x. As two tables of 16 bits, with 64 entries a permutation, it takes 0.9.
 #pragma once
 
 #include <immintrin.h>
@@ -28,7 +28,7 @@ class RowScales {
         }
     }
 
-    // That of each `step` values of row n. What is behind them is overwritten, with finite numbers if they are.
+    // The scale of each `step` values of row n. Values behind them are overwritten, with finite ones if all scales are.
     void write(int64_t n, float* out) const {
         const int64_t begin = n * weight_.columns, count = weight_.columns / step_;
         const int64_t first = begin >> weight_.shift, last = (begin + weight_.columns - 1) >> weight_.shift;
@@ -37,11 +37,11 @@ class RowScales {
         else
             look_up(first, last, out);
         if ((int64_t(1) << weight_.shift) == step_) return;
-        for (int64_t i = count - 1; i >= 0; --i)  // to behind what is still to be read
+        for (int64_t i = count - 1; i >= 0; --i)  // backward, to write only behind what is still to be read
             out[i] = out[((begin + i * step_) >> weight_.shift) - first];
     }
 
-    // From where those of row n are read.
+    // Address of the scales of row n.
     void fetch(int64_t n, int64_t rows) const {
         const int64_t size = weight_.nested_absmax == nullptr ? sizeof(float) : 1;
         const char* at = static_cast<const char*>(weight_.absmax);
@@ -76,7 +76,7 @@ class RowScales {
                                        _mm512_mask_blend_epi16(six, of(2), of(3)));
     }
 
-    // What entries of 16 blocks from `block` on are multiplied by; behind the last one it may be any.
+    // The factors of the entries of 16 blocks from `block` on; any values behind the last one.
     __m512 outer(int64_t block, int64_t last) const {
         const int64_t one = block >> weight_.nested_shift, next = (one + 1) << weight_.nested_shift;
         const __m512 scale = _mm512_set1_ps(weight_.nested_absmax[one]);

@@ -16,7 +16,7 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-// Writes W's flat elements [begin, end) in pieces of a power of two of values, a divisor of the block size.
+// Writes W's flat elements [begin, end) in pieces: a power of two of values that divides the block size.
 struct Segments {
     WeightView weight;
     const Kernels& kernels;
@@ -69,7 +69,7 @@ at::Tensor dequantized_slab(const WeightView& weight, Range rows, Range columns,
                       .dtype = kernel_dtype(c10::typeMetaToScalarType(options.dtype()), "linear_4bit"),
                       .piece_shift = weight.shift,
                       .itemsize = int64_t(options.dtype().itemsize())};
-    // Pieces small enough that rows begin with one, where that is possible.
+    // Pieces small enough that each row starts with one, where possible.
     while (segments.piece() > kSlabColumns && (width % segments.piece() || across % segments.piece()))
         --segments.piece_shift;
     char* out = static_cast<char*>(workspace(height * across * segments.itemsize));

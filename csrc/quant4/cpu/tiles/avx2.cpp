@@ -18,7 +18,7 @@ float value_at(const WeightView& weight, int64_t i) {
     return weight.quant_map[i % 2 == 0 ? byte >> 4 : byte & 15] * block_scale(weight, i >> weight.shift);
 }
 
-// Columns that begin within a byte, or blocks that end within a register.
+// Columns that start within a byte, or blocks that end within a register.
 bool any_shape(const WeightView& weight) { return !has_tile_blocks(weight); }
 
 // Columns k on of 8 rows, `count` bytes of each (at most 32), as vectors of one 32-bit word of all rows.
@@ -37,7 +37,7 @@ inline void load_words(const uint8_t* const (&packed)[kRows], int64_t k, int64_t
     gemm::transpose8(words);
 }
 
-// Wᵀ: a register has one column of W in 8 rows, each with a scale of its own, so no value is transposed.
+// Wᵀ: a register has one column of W in 8 rows, each with its scale, so no value is transposed.
 void unpack_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last,
                        int64_t stride, uint32_t* out) {
     const WeightView& weight = *static_cast<const WeightView*>(source);
@@ -48,8 +48,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
         float* to = reinterpret_cast<float*>(out) + begin / kTileColumns * stride + begin % kTileColumns;
         int64_t its_row[kRows];
         const uint8_t* packed[kRows];
-        for (int r = 0; r < kRows;
-             ++r) {  // behind the last row that row again, for columns that are not stored
+        for (int r = 0; r < kRows; ++r) {  // repeats the last row, for columns that are not stored
             its_row[r] = least(row + r, weight.rows - 1);
             packed[r] = weight.codes + its_row[r] * weight.columns / 2;
         }

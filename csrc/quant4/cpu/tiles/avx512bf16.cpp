@@ -10,7 +10,7 @@ namespace {
 
 using gemm::kTileColumns;
 
-// Wᵀ: 32 rows of W, a cache line of each at a time, are decoded side by side and transposed.
+// Wᵀ: 32 rows of W, a cache line of each at a time, are decoded together and transposed.
 constexpr int kLine = 64, kLineColumns = 2 * kLine;
 struct Lines {
     alignas(64) uint16_t row[kTileColumns][kLineColumns];
@@ -26,10 +26,10 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
         for (int64_t k = first; k < last; k += kLineColumns) {
             const int64_t count = last - k < kLineColumns ? last - k : kLineColumns;
             for (int r = 0; r < kTileColumns; ++r) {
-                // Behind the last row: that row again, for columns that are not stored.
+                // Repeats the last row, for columns that are not stored.
                 const int64_t row = column + r < rows ? column + r : rows - 1, begin = row * columns + k;
                 const uint8_t* packed = weight.codes + begin / 2;
-                // A line of each row is too far from the next for the processor to foresee.
+                // Lines of successive rows are too far apart for the processor's prefetcher.
                 _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kLine), _MM_HINT_T0);
                 for (int64_t i = 0; i < count; i += kTileBlock) {
                     const __m512i table = scaled(code, block_scale(weight, (begin + i) >> weight.shift));
@@ -45,7 +45,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
 }
 
 // W: two rows at a time. One permutation of two tables looks up 16 values of each row and makes pairs of
-// them; byte j of a row holds columns 2 j and 2 j + 1, so even and odd columns come apart.
+// them; byte j of a row holds columns 2 j and 2 j + 1, so even and odd columns are separated.
 void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, int64_t last, int64_t stride,
                   uint32_t* out) {
     const WeightView& weight = *static_cast<const WeightView*>(source);

@@ -19,8 +19,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
     for (int64_t row = 0; row < tiles * kTileColumns; row += kRows) {
         uint32_t* to = out + row / kTileColumns * stride + row % kTileColumns;
         int64_t begin[kRows];
-        for (int r = 0; r < kRows;
-             ++r)  // behind the last row: that row again, for columns that are not stored
+        for (int r = 0; r < kRows; ++r)  // repeats the last row, for columns that are not stored
             begin[r] = least(column + row + r, weight.rows - 1) * weight.columns;
         ShortTable table[kRows];
         for (int64_t k = first; k < last; k += kStep, to += kStep / 2 * kTileColumns) {

@@ -1,5 +1,5 @@
-// A packed weight W [rows, columns] as the right side of gemm::multiply: each value rounded once to bf16 where words are
-// pairs of it, else in fp32.
+// A packed weight W [rows, columns] as the right side of gemm::multiply: each value rounded once to bf16 where words
+// are pairs of it, else in fp32.
 #pragma once
 
 #include "gemm/cpu/kernels.h"
@@ -8,7 +8,7 @@
 namespace peftcore {
 namespace quant4 {
 
-// What readers take columns and blocks of values to be multiples of.
+// Columns and blocks of values must be multiples of this for the readers.
 constexpr int64_t kTileBlock = 64;
 
 static inline bool has_tile_blocks(const WeightView& weight) {
