@@ -1,4 +1,4 @@
-// The 4-bit operators on CPU. Schemas: peftcore/ops/nf4.py.
+// The 4-bit operators on CPU. Schemas: peftcore/ops/quant4.py.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mean.h>

@@ -1,5 +1,5 @@
 // The 4-bit operators on CUDA: checks, allocation, the current stream, and the launchers. Schemas:
-// peftcore/ops/nf4.py, peftcore/ops/linear_4bit.py.
+// peftcore/ops/quant4.py, peftcore/ops/linear_4bit.py.
 #include <ATen/DeviceGuard.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>

@@ -46,6 +46,7 @@ void try_product(const gemm::Kernel& kernel, const gemm::Tiles& right, int64_t r
 template <typename T>
 void try_addend(const gemm::ManyRows& products, int64_t rows, int64_t out, int64_t in, int64_t r,
                 bool masked) {
+    if (left_out()) return;
     const Values<T> w(out * in, from_float<T>(0)), x = numbers<T>(rows * in);
     const Values<float> left = numbers<float>(rows * r), factor = numbers<float>(out * r);
     const int64_t mask_bytes = filled_up(ceil_div(out, 8), 4);
@@ -86,6 +87,7 @@ void try_addend(const gemm::ManyRows& products, int64_t rows, int64_t out, int64
 
 template <typename T>
 void try_skinny(const gemm::SkinnyKernel& kernel, int64_t rows, int64_t out, int64_t in) {
+    if (left_out()) return;
     const Values<T> w = numbers<T>(out * in);
     const auto at = [&](int64_t k, int64_t n) { return double(to_float(w[n * in + k])); };
     try_any<T>(rows, in, out, at, "few rows", [&](const T* x, const T* bias, T* y) {
@@ -105,6 +107,7 @@ void try_all_skinny(const gemm::SkinnyKernel& kernel) {
 
 template <typename T>
 void try_dense(const gemm::ManyRows& products, int64_t rows, int64_t out, int64_t in) {
+    if (left_out()) return;
     const Values<T> w = numbers<T>(out * in);
     WeightView view;
     view.rows = out;
@@ -120,6 +123,7 @@ void try_dense(const gemm::ManyRows& products, int64_t rows, int64_t out, int64_
 template <typename T>
 void try_packed(const gemm::ManyRows& products, int64_t rows, int64_t out, int64_t in, int64_t blocksize,
                 bool nested) {
+    if (left_out()) return;
     const Packed packed(out, in, blocksize, nested);
     const auto at = [&](int64_t n, int64_t k) {
         const int64_t i = n * in + k;

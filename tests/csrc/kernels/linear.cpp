@@ -32,6 +32,7 @@ struct Way {
 
 template <typename T>
 void try_product(const Way& way, const Packed& packed, int64_t batch, bool has_bias) {
+    if (left_out()) return;
     const WeightView& weight = packed.view;
     const int64_t rows = weight.rows, columns = weight.columns, granule = way.kernel.granule;
     const Values<T> x = numbers<T>(batch * columns), bias = numbers<T>(rows);

@@ -6,6 +6,7 @@ namespace {
 
 template <typename T>
 void try_values(const quant4::Kernels& kernels, const Values<T>& x, int64_t blocksize, bool finite) {
+    if (left_out()) return;
     const int64_t count = x.count(), blocks = ceil_div(count, blocksize);
     Values<uint8_t> codes((count + 1) / 2);
     Values<float> absmax(blocks);
