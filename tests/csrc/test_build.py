@@ -154,7 +154,7 @@ def test_a_changed_source_makes_the_binary_a_stale_one(tmp_path):
     source.write_text("int a;")
     source.rename(tmp_path / "cpu" / "products.cpp")
     assert "built from other sources" in _extension.why_not(record, csrc=tmp_path)[0]
-    assert _extension.why_not(record, csrc=None) == ("", False)  # a wheel has no sources beside it
+    assert _extension.why_not(record, csrc=None) == ("", False)  # a wheel comes without sources
 
 
 def test_anothers_csrc_in_site_packages_is_not_ours(tmp_path):

@@ -1,10 +1,10 @@
 // The kernels on memory of exactly the size they may touch, for a run under sanitizers.
 //
-//   sanitized quant4 SEED      the NF4 kernels over shapes that are no multiples of anything, beside the CPU's
-//   sanitized linear SEED   linear_4bit's kernels likewise, beside sums in double
+//   sanitized quant4 SEED   the 4-bit kernels over odd shapes, compared with the CPU's
+//   sanitized linear SEED   linear_4bit's kernels likewise, compared with sums in double
 //   sanitized lora SEED     LoRA's kernels likewise
 //   sanitized grouped SEED   those of experts (sanitized_grouped.cpp)
-//   sanitized optim SEED    the optimizer's, beside the CPU's (sanitized_optim.cpp)
+//   sanitized optim SEED    the optimizer's, compared with the CPU's (sanitized_optim.cpp)
 //   sanitized read LIMIT    a toy that reads beyond 100 values when LIMIT is more
 //   sanitized shared INDEX  a toy that writes values[INDEX] of 32 in shared memory
 #include "sanitized.h"
@@ -128,7 +128,7 @@ int run_quant4(uint64_t seed) {
     return 0;
 }
 
-// linear_4bit's kernels beside a sum in double. Tolerance: fp32 sums and one rounding to T.
+// linear_4bit's kernels compared with a sum in double. Tolerance: fp32 sums and one rounding to T.
 template <typename T>
 void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int skip, bool nested,
                     Dtype dtype, std::mt19937& random) {
@@ -204,7 +204,7 @@ int run_linear(uint64_t seed) {
     return 0;
 }
 
-// LoRA's kernels beside sums in double: left [rows, inner], right [inner, columns], both by (i, j).
+// LoRA's kernels compared with sums in double: left [rows, inner], right [inner, columns], both by (i, j).
 template <typename T, typename Left, typename Right>
 void compare_product(const Array<T>& found, int64_t rows, int64_t inner, int64_t columns, const Left& left,
                      const Right& right, const char* what) {

@@ -50,7 +50,7 @@ class Case:
         shape = (self.inner, self.columns) if self.across else (self.columns, self.inner)
         values = normal(self.experts, *shape, seed=1)
         if self.packed:
-            nested = self.packed == "nested"  # an expert is no whole number of blocks of scales
+            nested = self.packed == "nested"  # an expert is not a whole number of blocks of scales
             self.weight = ops.quantize_4bit(values, blocksize=32, double_quant=nested, nested_blocksize=128)
             dense = ops.dequantize_4bit(self.weight, self.dtype)
         else:

@@ -85,7 +85,7 @@ def test_skinny_products(emulated, rows, launches):
 
 
 def test_a_training_step(emulated):
-    """Of the base's own product, which is cuBLAS's, one each way is not counted here."""
+    """Count launches, without one each way for the base's product by cuBLAS."""
     layer = Layer(emulated, 600)
     layer.dequantize()
     s = layer.down(layer.x, layer.a)

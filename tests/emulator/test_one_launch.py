@@ -43,7 +43,7 @@ def run(emulated, x, weight, bias, a, b, scale=0.75, seed=0, tickets=True):
 
 
 def in_two(emulated, x, weight, bias, a, b, scale=0.75):
-    """The same by the launchers that make s, and then y."""
+    """Return y and s computed by separate launchers."""
     rank, (batch, columns) = len(a), x.shape
     s, y = torch.zeros(batch, rank), torch.zeros(batch, weight.shape[0], dtype=x.dtype)
     partial = emulated.workspace("peftcore_lora_down_workspace", c_int64(batch), c_int64(columns), rank)

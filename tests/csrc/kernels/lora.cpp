@@ -1,4 +1,4 @@
-// LoRA's thin products, norms and numbers a column, beside sums in double.
+// LoRA's low-rank products, norms and scaling by column, compared with sums in double.
 #include "checks.h"
 
 namespace peftcore {

@@ -1,4 +1,4 @@
-// quantize and dequantize: each value's code is the nearest, and stands for one product, rounded once.
+// quantize and dequantize: each value gets the nearest code, and each code becomes one product, rounded once.
 #include "checks.h"
 
 namespace peftcore {
