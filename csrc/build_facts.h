@@ -1,4 +1,4 @@
-// What this binary was built from and with. The values are compiler flags of build_facts.cpp alone, so a new
+// What this binary was built from and with. The values are compiler flags of build_facts.cpp only, so that a new
 // commit rebuilds one small file.
 #pragma once
 

@@ -1,5 +1,5 @@
-// Python module peftcore._C: build facts and the SIMD level. Loading it registers the operators' kernels,
-// whose schemas stand in peftcore/ops.
+// Python module peftcore._C: build facts and the SIMD level. Loading it registers the kernels of the operators,
+// whose schemas are in peftcore/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -142,7 +142,7 @@ def test_operators_take_few_arguments() -> None:
 
 def test_functions_of_the_extension_and_its_operators_take_few_parameters() -> None:
     signatures = cpp_signatures(ROOT)
-    assert {"peftcore_nf4_linear", "peftcore_lora_down", "lora_linear_backward"} <= {s.name for s in signatures}
+    assert {"peftcore_quant4_linear", "peftcore_lora_down", "lora_linear_backward"} <= {s.name for s in signatures}
     signatures += [s for s in python_signatures(ROOT) if s.where.startswith("peftcore/ops/")]
     assert not [str(s) for s in signatures if len(s.parameters) > MOST_PARAMETERS]
 

@@ -6,7 +6,7 @@ N = K = 4096
 RANK = 16
 CODES = N * K / 2 + N * K / 64 + N * K / 64 / 256 * 4  # with both kinds of scales
 TOKENS = 8192  # of training
-LINEAR = "nf4/cuda/linear.cu"
+LINEAR = "quant4/cuda/linear.cu"
 
 
 def linear(batch: int, kernel: str, blocks: int, threads: int, in_flight: float, readers: int) -> Work:
@@ -33,11 +33,11 @@ def tensor(batch: int, tiles: int, stage: int, stages: int) -> Work:
     return linear(batch, name, N // 16, 128, 4 * (stages - 1) * 16 * stage / 2, N // 16)
 
 
-def panel(batch: int, tiles: int) -> Work:
+def strip(batch: int, tiles: int) -> Work:
     """Blocks of 128 rows of W and a part of its columns. Their sums in fp32 their cluster adds, or the last of them."""
     row_blocks = N // 128
     splits = 128 // row_blocks
-    name = f"panel_kernel<peftcore::BFloat16, {tiles}, true>"
+    name = f"strip_kernel<peftcore::BFloat16, {tiles}, true>"
     work = linear(batch, name, row_blocks * splits, 256, 256 * 128, row_blocks)
     stages = 3 * tiles * 8 * 256 * 2
     return work._replace(sums=splits * batch * N * 4, dynamic_shared=stages)
@@ -70,12 +70,12 @@ WORK = (
     rows(8, 1),
     one_launch(1, 2),
     one_launch(8, 1),
-    panel(16, 2),
-    panel(32, 4),
-    panel(64, 8),
+    strip(16, 2),
+    strip(32, 4),
+    strip(64, 8),
     Work(
         label="dequantize",
-        source="nf4/cuda/dequantize.cu",
+        source="quant4/cuda/dequantize.cu",
         kernel="dequantize_kernel<peftcore::BFloat16, true>",
         marker="LDG.E.128",
         markers=N * K / 1024,
@@ -87,7 +87,7 @@ WORK = (
     ),
     Work(
         label="quantize",
-        source="nf4/cuda/quantize.cu",
+        source="quant4/cuda/quantize.cu",
         kernel="quantize_kernel<peftcore::BFloat16, true>",
         marker="LDG.E.128",
         markers=N * K / 8 / 32,

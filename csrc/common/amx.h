@@ -1,4 +1,4 @@
-// AMX: eight tile registers of 16 rows by 64 bytes, all in use as large as they are.
+// AMX: eight tile registers, each used at its full size of 16 rows by 64 bytes.
 #pragma once
 
 #include <immintrin.h>
@@ -18,10 +18,10 @@ struct alignas(64) TileShapes {
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
-// Static: the compiler does not see that all of it is read.
+// Static: the compiler does not know that the instruction reads all of it.
 const TileShapes kTileShapes;
 
-// Tiles are read and written behind the compiler's back.
+// The compiler does not know that the instructions read and write this memory.
 inline void memory_barrier_of_tiles() { asm volatile("" ::: "memory"); }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the files of AVX2 and above share: 8 values of any dtype, widened to fp32 and rounded from it. Hence the
-// namespace without a name.
+// Shared by the files of AVX2 and higher levels: 8 values of any dtype, widened to fp32 and rounded from it. The
+// namespace is anonymous because each level compiles its own copy.
 #pragma once
 
 #include <immintrin.h>
@@ -18,7 +18,7 @@ inline __m256 load8(const BFloat16* x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// To nearest, ties to even.
+// Rounded to nearest, ties to even.
 inline __m128i round_to(__m256 values, const Half*) {
     return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

@@ -1,4 +1,4 @@
-// What the files of AVX-512 share: hence the namespace without a name.
+// Shared by the files of AVX-512. The namespace is anonymous because each level compiles its own copy.
 #pragma once
 
 #include <immintrin.h>
@@ -24,7 +24,7 @@ inline __m512 from_bf16(__m256i values) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
 }
 
-// Four 32-bit words of each of 16 rows, as vectors of one word of all rows. `row(i)`: where those of row i lie.
+// Four 32-bit words of each of 16 rows, as vectors of one word of all rows. `row(i)`: address of row i's words.
 struct FourColumns {
     __m512i of[4];
 };

@@ -9,7 +9,7 @@
 namespace peftcore {
 namespace {
 
-// A virtual machine may tell of none, or of all that its host has.
+// A virtual machine may report no caches, or all of its host's.
 int64_t sane(int64_t found, int64_t otherwise, int64_t smallest, int64_t largest) {
     return found < smallest ? otherwise : std::min(found, largest);
 }

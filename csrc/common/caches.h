@@ -1,5 +1,5 @@
-// The processor's caches, in bytes: what blocks of work are made to fit. They change no bit of a result: sums
-// are divided by the shapes alone.
+// Sizes of the processor's caches in bytes, which blocks of work are made to fit. No result depends on them: how sums
+// are divided depends on shapes only.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +12,13 @@ struct Caches {
     int64_t third = 32 << 20;  // shared
 };
 
-// Of this machine, read once; where it does not tell, or what it tells cannot be, as above.
+// Caches of this machine, read once; the defaults above where it reports none or impossible sizes.
 const Caches& caches();
 
-// For tests. No operator may run meanwhile.
+// For tests: no operator may be running.
 void set_caches(const Caches& caches);
 
-// What stands on a thread's stack has its size when compiled: for the smallest caches there are.
+// Buffers on a thread's stack have sizes fixed at compile time, for the smallest caches in use.
 constexpr int64_t kSmallestFirst = 32 << 10, kSmallestSecond = 256 << 10;
 
 }  // namespace peftcore

@@ -1,4 +1,4 @@
-// Checks on operator arguments. A failed one says what was wanted, what was found, and by whom.
+// Checks of operator arguments. Errors name the operator, what it needs and what it found.
 #pragma once
 
 #include <ATen/core/Tensor.h>

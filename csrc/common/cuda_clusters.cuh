@@ -1,7 +1,7 @@
 // Clusters: blocks of a launch that run at the same time and read each other's shared memory (sm_90 and later).
 //
-// Blocks that lie next to each other are one cluster. All come to each `cluster_sync`, and none ends before another has
-// read its memory.
+// Blocks with consecutive indices form a cluster. All of them must reach each `cluster_sync`, and none may end before
+// the others have read its memory.
 #pragma once
 
 #include "common/cuda_launch.cuh"
@@ -10,7 +10,7 @@
 
 #include "emulator_clusters.h"
 
-// No stream but the one without a name has any, so that tests see both ways.
+// Only the null stream has clusters, so that tests cover both ways.
 #define PEFTCORE_CLUSTERS_FIT(kernel, blocks, threads, shared_bytes, stream) ((stream) == nullptr)
 
 #define PEFTCORE_LAUNCH_CLUSTERS(kernel, blocks, grid, block, shared_bytes, stream, ...) \
@@ -20,8 +20,8 @@ namespace peftcore {
 
 static inline void cluster_sync() { emulator::cluster_barrier(); }
 
-static inline float shared_of_block(unsigned block, const float* own) {
-    return *emulator::dynamic_shared_of(block, own);
+static inline float shared_of_block(unsigned block, const float* here) {
+    return *emulator::dynamic_shared_of(block, here);
 }
 
 }  // namespace peftcore
@@ -32,7 +32,7 @@ static inline float shared_of_block(unsigned block, const float* own) {
 #include <mutex>
 #include <tuple>
 
-// Whether the current device runs clusters of so many blocks of this kernel.
+// Whether the current device can run clusters of `blocks` blocks of this kernel.
 #define PEFTCORE_CLUSTERS_FIT(kernel, blocks, threads, shared_bytes, stream) \
     ::peftcore::clusters_fit(kernel, blocks, threads, shared_bytes)
 
@@ -57,7 +57,7 @@ struct ClusterLaunch {
     }
 };
 
-// Behind PEFTCORE_ALLOW_SHARED.
+// Call it after PEFTCORE_ALLOW_SHARED.
 template <typename... Parameters>
 bool clusters_fit(void (*function)(Parameters...), unsigned blocks, unsigned threads, int shared_bytes) {
     const void* kernel = reinterpret_cast<const void*>(function);
@@ -68,7 +68,7 @@ bool clusters_fit(void (*function)(Parameters...), unsigned blocks, unsigned thr
     const std::lock_guard<std::mutex> lock(mutex);
     const auto [entry, unknown] = known.try_emplace({device, kernel, blocks}, false);
     if (unknown) {
-        // Code for earlier architectures, which a later card runs too, has no instructions for them.
+        // Code for earlier architectures, which newer GPUs also run, has no instructions for clusters.
         cudaFuncAttributes code;
         const ClusterLaunch launch(blocks, blocks, threads, shared_bytes, nullptr);
         int at_a_time = 0;
@@ -76,7 +76,7 @@ bool clusters_fit(void (*function)(Parameters...), unsigned blocks, unsigned thr
                         code.binaryVersion >= 90 &&
                         cudaOccupancyMaxActiveClusters(&at_a_time, kernel, &launch.config) == cudaSuccess &&
                         at_a_time > 0;
-        if (!entry->second) (void)cudaGetLastError();  // not for the next launch to find
+        if (!entry->second) (void)cudaGetLastError();  // else the next launch would report it
     }
     return entry->second;
 }
@@ -91,7 +91,7 @@ const char* launch_clusters(void (*kernel)(Parameters...), unsigned blocks, unsi
     return cudaGetErrorString(error);
 }
 
-// Until all threads of the cluster are here; what they wrote to shared memory before can be read.
+// Wait until all threads of the cluster are here; what they wrote to shared memory before can then be read.
 static __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
@@ -101,8 +101,8 @@ static __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// What the cluster's block of this number has where this one has `own`.
-static __device__ __forceinline__ float shared_of_block(unsigned block, const float* own) {
+// The value that block number `block` of the cluster has in its shared memory at the offset of `here`.
+static __device__ __forceinline__ float shared_of_block(unsigned block, const float* here) {
     float value = 0;
 #if __CUDA_ARCH__ >= 900
     asm volatile(
@@ -110,7 +110,7 @@ static __device__ __forceinline__ float shared_of_block(unsigned block, const fl
         "mapa.shared::cluster.u32 address, %1, %2;\n"
         "ld.shared::cluster.f32 %0, [address]; }"
         : "=f"(value)
-        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(block)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(here))), "r"(block)
         : "memory");
 #endif
     return value;

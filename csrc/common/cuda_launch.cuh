@@ -1,9 +1,9 @@
-// What a .cu file includes: CUDA, or the emulator that stands in for it (tests/emulator), and the one way to
-// launch.
+// Included by every .cu file: CUDA, or the emulator that replaces it in tests (tests/emulator), and how kernels are
+// launched.
 //
 // A .cu file holds kernels and extern "C" launchers that take pointers, sizes and a stream and return nullptr
-// or an error message. It includes no PyTorch header, so that nvcc compiles it beside any PyTorch and a C++
-// compiler compiles it for the emulator.
+// or an error message. It includes no PyTorch header, so that nvcc can compile it for any PyTorch and a C++
+// compiler for the emulator.
 #pragma once
 
 #include <cstddef>
@@ -31,8 +31,8 @@
 // An array in shared memory on a 16-byte boundary: PEFTCORE_SHARED(float, tile, [16][32]).
 #define PEFTCORE_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 
-// Bytes whose number the launch gives. Beyond 48 KiB a kernel needs PEFTCORE_ALLOW_SHARED first, which is nullptr, or
-// why the device has not as many.
+// Shared memory whose size is an argument of the launch. More than 48 KiB needs PEFTCORE_ALLOW_SHARED first, which
+// returns nullptr, or why the device does not have as much.
 #define PEFTCORE_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
 
 #define PEFTCORE_ALLOW_SHARED(kernel, bytes) ::peftcore::allow_shared(kernel, bytes)
@@ -43,19 +43,19 @@
 
 namespace peftcore {
 
-// nullptr, or why the launch just made failed.
+// nullptr, or why the last launch failed.
 inline const char* launch_error() {
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// CUDA takes any address for a kernel's, that of a pointer to it as well, and finds none there: so the type is asked for.
+// Typed, since CUDA accepts any address as a kernel's, even that of a pointer to a kernel, and then fails to find it.
 template <typename... Parameters>
 const char* allow_shared(void (*kernel)(Parameters...), int bytes) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error == cudaSuccess) return nullptr;
-    (void)cudaGetLastError();  // not for the next launch to find
+    (void)cudaGetLastError();  // else the next launch would report it
     return cudaGetErrorString(error);
 }
 
@@ -65,7 +65,7 @@ const char* allow_shared(void (*kernel)(Parameters...), int bytes) {
 
 namespace peftcore {
 
-// Blocks of `threads` for a kernel that goes through `count` values once, from a thread's own in strides of the grid.
+// Number of blocks of `threads` threads for a kernel whose threads go through `count` values in strides of the grid.
 inline unsigned blocks_once(int64_t count, int threads) {
     const int64_t wanted = (count + threads - 1) / threads, most = 4096;
     return unsigned(wanted < most ? wanted : most);

@@ -1,5 +1,5 @@
-// The stream PyTorch currently launches on, without a CUDA header of PyTorch: so this compiles beside a CPU
-// build.
+// The stream PyTorch currently launches on, without PyTorch's CUDA headers: this also compiles with a CPU build of
+// PyTorch.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-// From PyTorch's C shim, whose names stay over releases (torch/csrc/inductor/aoti_torch/c/shim.h). Weak: a
-// CPU build has none.
+// From PyTorch's C shim, whose names are stable across releases (torch/csrc/inductor/aoti_torch/c/shim.h). Weak,
+// because a CPU build does not define it.
 extern "C" __attribute__((weak, visibility("default"))) int32_t
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 

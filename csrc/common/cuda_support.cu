@@ -1,4 +1,4 @@
-// Is there code in this build for the current device? The emulator runs any kernel.
+// Whether this build has code for the current device. The emulator runs any kernel.
 #if !defined(PEFTCORE_EMULATOR)
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@ extern "C" int peftcore_cuda_has_code() {
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, nothing);
     if (error == cudaSuccess) return 1;
-    (void)cudaGetLastError();  // not for the next launch to find
+    (void)cudaGetLastError();  // else the next launch would report it
     return error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction;
 }
 

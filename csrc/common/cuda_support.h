@@ -1,5 +1,5 @@
-// CUDA devices that this build has no code for (those below its lowest architecture): their operators run on
-// the references, as on every other device.
+// CUDA devices that this build has no code for (architectures below its lowest): operators run on their references
+// there, as on every other device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,13 +16,13 @@ extern "C" int peftcore_cuda_has_code();
 
 namespace peftcore {
 
-// What a launcher returned.
+// `error`: what a launcher returned.
 inline void check_launch(const char* error, const char* op) {
     TORCH_CHECK(error == nullptr, op, ": the CUDA kernel was not launched: ", error);
 }
 
 inline bool has_code_for(const c10::Device& device) {
-    static std::array<std::atomic<int8_t>, 256> known{};  // 0: not asked yet; 1: no; 2: yes
+    static std::array<std::atomic<int8_t>, 256> known{};  // 0: unknown; 1: no; 2: yes
     std::atomic<int8_t>& answer = known[uint8_t(device.index())];
     if (answer == 0) {
         const c10::DeviceGuard guard(device);
@@ -42,9 +42,9 @@ struct Name {
     constexpr Name(const char (&from)[size]) { std::copy_n(from, size, text); }
 };
 
-// `call` is `kernel`, or on a device without code the reference of the operator `name` or `name.overload`. It
-// is registered for every backend that has no kernel of its own (CompositeExplicitAutograd), such as HPU,
-// whose table leads to it; the tensors stay where they are.
+// `call` runs `kernel`, or on a device without code the reference of the operator `name` or `name.overload`. The
+// reference is registered for every backend without a kernel (CompositeExplicitAutograd), such as HPU, whose dispatch
+// key is used to reach it; the tensors are not moved.
 template <Name name, Name overload, auto kernel>
 struct OrReference;
 

@@ -3,7 +3,7 @@
 
 #if defined(PEFTCORE_EMULATOR)
 
-// No stream but the one without a name has any, so that tests see both ways.
+// Only the null stream has counters, so that tests cover both ways.
 extern "C" unsigned* peftcore_tickets(int count, void* stream) {
     static unsigned tickets[peftcore::kMostTickets];
     return stream == nullptr && count <= peftcore::kMostTickets ? tickets : nullptr;
@@ -19,22 +19,22 @@ namespace peftcore {
 namespace {
 
 constexpr int kStreams = 128, kOfStreams = kStreams * kMostTickets;
-constexpr int kOfGraphs = 1 << 20;  // of a model of 224 layers, 4 a layer, more than a thousand graphs
+constexpr int kOfGraphs = 1 << 20;  // a thousand graphs of 224 layers, 4 counters a layer
 
-__device__ unsigned tickets[kOfStreams + kOfGraphs];  // a device's own, zero when its code is loaded
+__device__ unsigned tickets[kOfStreams + kOfGraphs];  // on each device; zero when its code is loaded
 
 struct Device {
     unsigned* tickets = nullptr;
     int of_graphs = 0;                        // taken
-    std::map<unsigned long long, int> place;  // of a stream, by what it is called for the program's life
+    std::map<unsigned long long, int> place;  // by stream id, which is never reused
 };
 
 unsigned* in_graph(Device& device, int count) {
-    // Its address is asked for while nothing is captured: whether it may be in between is nowhere said.
+    // The address is looked up before a capture begins: CUDA does not document whether that is allowed during one.
     if (device.tickets == nullptr || count > kOfGraphs - device.of_graphs) return nullptr;
-    unsigned* own = device.tickets + kOfStreams + device.of_graphs;
+    unsigned* counters = device.tickets + kOfStreams + device.of_graphs;
     device.of_graphs += count;
-    return own;
+    return counters;
 }
 
 unsigned* on_stream(Device& device, cudaStream_t stream) {
@@ -63,13 +63,13 @@ extern "C" unsigned* peftcore_tickets(int count, void* stream) {
     int number = 0;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     const std::lock_guard<std::mutex> lock(mutex);
-    unsigned* own = nullptr;
+    unsigned* counters = nullptr;
     if (cudaGetDevice(&number) == cudaSuccess && cudaStreamIsCapturing(on, &status) == cudaSuccess) {
         Device& device = devices[number];
-        own = status == cudaStreamCaptureStatusNone ? on_stream(device, on) : in_graph(device, count);
+        counters = status == cudaStreamCaptureStatusNone ? on_stream(device, on) : in_graph(device, count);
     }
-    if (own == nullptr) (void)cudaGetLastError();  // not for the next launch to find
-    return own;
+    if (counters == nullptr) (void)cudaGetLastError();  // else the next launch would report it
+    return counters;
 }
 
 #endif

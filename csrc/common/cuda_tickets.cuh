@@ -1,14 +1,15 @@
-// What a block does with counters (cuda_tickets.h), and how it reads what other blocks of the launch have written.
+// How blocks use counters (cuda_tickets.h), and read what other blocks of the launch have written.
 #pragma once
 
 #include "common/cuda_launch.cuh"
 
 namespace peftcore {
 
-// How many have come to this counter before the block; what they wrote before can be read. By all threads of the block.
+// Number of blocks that took a ticket from this counter before; what they had written can be read. All threads of the
+// block call it.
 static __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
     PEFTCORE_SHARED(unsigned, ticket, [1]);
-    __syncthreads();  // whatever the block wrote is before
+    __syncthreads();  // the block's writes come before its ticket
     if (threadIdx.x == 0) {
         __threadfence();
         ticket[0] = atomicAdd(counter, 1u);
@@ -18,8 +19,8 @@ static __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
     return ticket[0];
 }
 
-// How many have come to it by now; what those wrote before can be read.
-static __device__ __forceinline__ unsigned count(unsigned* counter) {
+// Number of tickets taken by now; what those blocks had written can be read.
+static __device__ __forceinline__ unsigned read_counter(unsigned* counter) {
     PEFTCORE_SHARED(unsigned, seen, [1]);
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -30,7 +31,7 @@ static __device__ __forceinline__ unsigned count(unsigned* counter) {
     return seen[0];
 }
 
-// Whether all other blocks of `blocks` have come. The last sets the counter back.
+// Whether this is the last of `blocks` blocks to take a ticket. The last one resets the counter.
 static __device__ __forceinline__ bool comes_last(unsigned* counter, unsigned blocks) {
     const bool last = take_ticket(counter) == blocks - 1;
     if (last && threadIdx.x == 0) *counter = 0;
@@ -38,7 +39,7 @@ static __device__ __forceinline__ bool comes_last(unsigned* counter, unsigned bl
 }
 
 // sum[i] = partial[0][at[i]] + partial[1][at[i]] + ..., in the order of peftcore_sum, whichever block comes last. They
-// lie in the second cache: the first might still have what was there before.
+// are read from the L2 cache: L1 might hold older values.
 template <int kCount>
 __device__ __forceinline__ void ordered_sums(const float* partial, int64_t parts, int64_t stride,
                                              const int64_t (&at)[kCount], float (&sum)[kCount]) {

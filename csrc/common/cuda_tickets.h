@@ -1,5 +1,5 @@
-// Counters by which the blocks of a launch agree without another launch: who comes last, and adds what the others left;
-// what is taken already. A kernel finds them zero and leaves them zero.
+// Counters by which the blocks of a launch agree without another launch: which block is the last one and adds the
+// partial sums of the others, and which work is taken. They are zero before and after each kernel.
 #pragma once
 
 namespace peftcore {
@@ -8,7 +8,8 @@ constexpr int kMostTickets = 512;
 
 }  // namespace peftcore
 
-// `count` counters of the current device for a launch on `stream`, a cudaStream_t, that no other launch uses at the same
-// time: those of a stream run one behind the other and share theirs; one captured into a graph, which may run beside any,
-// keeps its own for good. nullptr where there are none left, or more than kMostTickets: the caller does without.
+// `count` counters of the current device for a launch on `stream`, a cudaStream_t, that no other launch uses at the
+// same time: launches on a stream run one after another and share counters; a launch captured into a graph, which may
+// run concurrently with any other, keeps its counters forever. nullptr where none are left, or for more than
+// kMostTickets: the caller then does without.
 extern "C" unsigned* peftcore_tickets(int count, void* stream);

@@ -1,4 +1,4 @@
-// The element types that kernels take, by the numbers that launchers pass.
+// Element types that kernels take, with the numbers that launchers pass.
 #pragma once
 
 namespace peftcore {
@@ -7,7 +7,7 @@ enum class Dtype { kFloat = 0, kHalf = 1, kBFloat16 = 2 };
 
 constexpr int kDtypes = 3;
 
-// Bytes of a value.
+// Bytes per value.
 constexpr int itemsize(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
 }  // namespace peftcore

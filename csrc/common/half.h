@@ -1,8 +1,8 @@
-// fp16 and bf16 as bit patterns, converted with round-to-nearest-even on any compiler. On a GPU they are one
-// instruction each; only the payload of a NaN differs there.
+// fp16 and bf16 as bit patterns, converted with round-to-nearest-even on any compiler. On a GPU each
+// conversion is one instruction; only the payload of a NaN differs there.
 //
-// Everything here is `static`: the file is compiled at several SIMD levels, and a function shared by the
-// linker would carry the instructions of whichever level came first.
+// Everything here is `static`: the file is compiled at several SIMD levels, and of a function that
+// the linker shares, it would keep the instructions of whichever level came first.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Small arithmetic of sizes, for host and device. `static`, as in half.h: every SIMD level has its own.
+// Integer arithmetic of sizes, for host and device. `static`, as in half.h: every SIMD level has its own copy.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +13,10 @@ struct Range {
 
 static PEFTCORE_HD constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// a / b rounded up, of a >= 0 and b > 0; no sum that could overflow.
+// a / b rounded up, for a >= 0 and b > 0, without a sum that could overflow.
 static PEFTCORE_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-// `count` up to the next multiple.
+// `count` rounded up to the next multiple.
 static PEFTCORE_HD constexpr int64_t filled_up(int64_t count, int64_t multiple) {
     return ceil_div(count, multiple) * multiple;
 }

@@ -1,4 +1,4 @@
-// What the files of NEON share: hence the namespace without a name.
+// Shared by the files of NEON. The namespace is anonymous because each level compiles its own copy.
 #pragma once
 
 #include <arm_neon.h>
@@ -8,12 +8,12 @@
 namespace peftcore {
 namespace {
 
-// Four values to fp32, exactly.
+// Four values widened to fp32, exactly.
 inline float32x4_t load_four(const float* from) { return vld1q_f32(from); }
 inline float32x4_t from_half(uint16x4_t bits) { return vcvt_f32_f16(vreinterpret_f16_u16(bits)); }
 inline float32x4_t from_bfloat16(uint16x4_t bits) { return vreinterpretq_f32_u32(vshll_n_u16(bits, 16)); }
 
-// And to 16 bits, to the nearest, ties to even.
+// Four values rounded to 16 bits, to nearest, ties to even.
 inline uint16x4_t rounded(float32x4_t values, const Half*) {
     return vreinterpret_u16_f16(vcvt_f16_f32(values));
 }
@@ -21,7 +21,8 @@ inline uint16x4_t rounded(float32x4_t values, const BFloat16*) {
     const uint32x4_t bits = vreinterpretq_u32_f32(values);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     const uint16x4_t upper = vaddhn_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
-    return vbsl_u16(vmovn_u32(vceqq_f32(values, values)), upper, vdup_n_u16(0x7fc0));  // of a NaN the one NaN
+    return vbsl_u16(vmovn_u32(vceqq_f32(values, values)), upper,
+                    vdup_n_u16(0x7fc0));  // for NaN, always this one
 }
 
 inline const uint16_t* bits_of(const Half* values) { return &values->bits; }
@@ -44,19 +45,19 @@ inline EightFloats load_eight(const BFloat16* from) {
     return {from_bfloat16(vget_low_u16(bits)), vreinterpretq_f32_u32(vshll_high_n_u16(bits, 16))};
 }
 
-// Sixteen bytes that address a table of fp32, as bytes, for lanes of 32 bits whose index is minus `negative`.
+// Sixteen byte indices into a table of fp32, for lanes of 32 bits whose index is minus `negative`.
 inline uint8x16_t byte_index(int32x4_t negative) {
     const int32x4_t first = vdupq_n_s32(0x03020100);
     return vreinterpretq_u8_s32(vmlsq_s32(first, negative, vdupq_n_s32(0x04040404)));
 }
 
-// Both nibbles of 16 bytes as 32 indices in their order: the high one of a byte first.
+// Both nibbles of 16 bytes as 32 indices in order: the high nibble of a byte first.
 inline uint8x16x2_t nibbles(uint8x16_t bytes) {
     const uint8x16_t even = vshrq_n_u8(bytes, 4), odd = vandq_u8(bytes, vdupq_n_u8(15));
     return {{vzip1q_u8(even, odd), vzip2q_u8(even, odd)}};
 }
 
-// Sixteen entries of 16 bits, looked up as two tables of bytes.
+// Table of sixteen entries of 16 bits, as two tables of bytes.
 struct ShortTable {
     ShortTable() = default;
     ShortTable(uint16x8_t first, uint16x8_t second)
@@ -72,7 +73,7 @@ struct ShortTable {
     uint8x16_t low, high;
 };
 
-// Sixteen entries of fp32, as four.
+// Table of sixteen entries of fp32, as four tables of bytes.
 struct FloatTable {
     explicit FloatTable(const float* code)
         : FloatTable(vld1q_f32(code), vld1q_f32(code + 4), vld1q_f32(code + 8), vld1q_f32(code + 12)) {}

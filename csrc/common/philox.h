@@ -1,6 +1,6 @@
 // Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), shared by host and device:
-// a counter and a key give four words, whatever was computed before. Seven rounds are the fewest that pass
-// BigCrush, ten the authors' own choice.
+// a counter and a key give four words, independent of earlier calls. Seven rounds are the fewest that pass
+// BigCrush; the authors chose ten.
 #pragma once
 
 #include "common/half.h"

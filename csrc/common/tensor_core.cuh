@@ -1,6 +1,6 @@
-// The instructions without a name in C++ that the kernels use (sm_80 and later), each behind one function; the emulator
-// supplies its own. Fragment layouts: PTX ISA, "Matrix fragments for mma.m16n8k16", "mma.m16n8k8" and
-// "ldmatrix". All lanes of a warp call together.
+// Functions for the PTX instructions of the kernels that have no CUDA C++ intrinsic (sm_80 and later); the emulator has
+// its own versions. Fragment layouts: PTX ISA, "Matrix fragments for mma.m16n8k16", "mma.m16n8k8" and
+// "ldmatrix". All lanes of a warp must call them together.
 #pragma once
 
 #include "common/cuda_launch.cuh"
@@ -78,20 +78,20 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                  : "memory");
 }
 
-// Of the eight bytes of `low` and `high` the four that the nibbles of `selector` name, the lowest first; its upper half is
-// not read, and no nibble is above 7.
+// The four of the eight bytes of `low` and `high` that the nibbles of `selector` select, the lowest first; its upper
+// half is not read, and no nibble may be above 7.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     uint32_t bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
     return bytes;
 }
 
-// Starts to bring the line of this byte into the second cache.
+// Prefetches the line of this byte into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* from) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
-// 16 bytes to shared memory, of which the first `bytes` come from `from` and the rest are zero.
+// Copies 16 bytes to shared memory asynchronously: the first `bytes` from `from`, the rest zeros.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, int bytes = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                  "r"(bytes)
@@ -99,7 +99,7 @@ __device__ __forceinline__ void cp_async_16(void* to, const void* from, int byte
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most kPending of this thread's groups are on their way.
+// Waits until at most kPending of this thread's groups of copies are pending.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

@@ -1,6 +1,6 @@
-// Products of fp32 on tensor cores: a value is the sum of two that tf32 holds, its upper 11 bits and what is
-// left, of which the instruction reads as many. Of a product with a 16-bit value nothing more is lost; of two
-// such sums, the product of what is left.
+// Products of fp32 on tensor cores: a value is split into two tf32 values, its upper 11 bits and the upper 11 bits of
+// the remainder. A product with a 16-bit value loses nothing more; a product of two split values omits that of the
+// remainders.
 #pragma once
 
 #include "common/half.h"
@@ -14,7 +14,7 @@ struct Tf32Pieces {
 
 static __device__ __forceinline__ Tf32Pieces tf32_pieces(float value) {
     const uint32_t first = float_bits(value) & 0xffffe000u;
-    // Nothing is left of infinity; of a NaN, whose upper bits may be infinity's, a NaN.
+    // The remainder of infinity is 0; that of a NaN is a NaN, since the upper bits alone may be infinity's.
     return {first, bits_float(first) == value ? 0 : float_bits(value - bits_float(first))};
 }
 

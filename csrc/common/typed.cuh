@@ -1,4 +1,4 @@
-// Single values of a dtype that is known only when the kernel runs.
+// Loads and stores of single values whose dtype is known only at run time.
 #pragma once
 
 #include "common/cuda_launch.cuh"

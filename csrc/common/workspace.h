@@ -1,4 +1,4 @@
-// Memory that a thread keeps between calls: on Linux a fresh large buffer costs a page fault for every 4 KiB.
+// Memory that a thread keeps between calls: on Linux a new large buffer costs a page fault for every 4 KiB.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The levels, and what each fills in. PEFTCORE_HAVE_* says which of them were compiled (setup.py); the
-// functions `fill_LEVEL` stand in files of that name.
+// The levels and the entries that each fills. setup.py defines PEFTCORE_HAVE_* for the levels that were compiled; the
+// functions `fill_LEVEL` are in files named after the level.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -19,7 +19,7 @@
 namespace peftcore {
 namespace {
 
-// Whether this CPU has dot products of bf16: in AVX-512, or ARM's (with its products of 2 x 4 by 4 x 2).
+// Whether this CPU has dot products of bf16: those of AVX-512, or ARM's (with its products of 2 x 4 by 4 x 2).
 [[maybe_unused]] bool has_bf16_dot() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr unsigned kBf16 =
@@ -39,11 +39,12 @@ namespace {
 #endif
 }
 
-// Whether this process may use tiles of bf16 (compiled here or not: the library's products then use them).
+// Whether this process may use tiles of bf16: if so the library's products use them, even if this build has no such
+// level.
 [[maybe_unused]] bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // CPUID 7, EDX
-    // Tiles are more than Linux saves of a thread unasked: a process asks for them once.
+    // Linux saves the large state of tiles only for processes that have requested it.
     constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
     unsigned a, b, c, d = 0;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTiles) != 0 &&
@@ -56,7 +57,7 @@ namespace {
 bool anywhere() { return true; }
 
 void portable(CpuKernels& table) {
-    fill_portable(table.nf4);
+    fill_portable(table.quant4);
     fill_portable(table.lora);
     fill_portable(table.optim);
 }
@@ -67,11 +68,11 @@ bool has_avx2() {
 }
 
 void avx2(CpuKernels& table) {
-    fill_avx2(table.nf4);
+    fill_avx2(table.quant4);
     fill_avx2(table.linear);
-    fill_avx2(table.few_rows);
+    fill_avx2(table.skinny);
     fill_avx2(table.many_rows);
-    nf4::fill_avx2(table.many_rows);
+    quant4::fill_avx2(table.many_rows);
     fill_avx2(table.lora);
     fill_avx2(table.optim);
 }
@@ -91,14 +92,14 @@ bool has_fp16() {
 }
 
 void avx512(CpuKernels& table) {
-    fill_avx512(table.nf4);
+    fill_avx512(table.quant4);
     fill_avx512(table.linear);
     fill_avx512(table.many_rows);
     fill_avx512(table.lora);
     fill_avx512(table.optim);
-    // What the processor multiplies in 16 bits, and no level of this build does, the library multiplies faster.
+    // Where the processor multiplies a 16-bit dtype and no level of this build does, the library is faster.
     const auto leave = [&](Dtype dtype) {
-        table.few_rows[int(dtype)] = {};
+        table.skinny[int(dtype)] = {};
         table.many_rows[int(dtype)] = {};
     };
     if (has_fp16()) leave(Dtype::kHalf);
@@ -111,7 +112,7 @@ void avx512(CpuKernels& table) {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
 void avx512bf16(CpuKernels& table) {
     fill_avx512bf16(table.linear);
-    fill_avx512bf16(table.few_rows[int(Dtype::kBFloat16)]);
+    fill_avx512bf16(table.skinny[int(Dtype::kBFloat16)]);
     gemm::ManyRows& products = table.many_rows[int(Dtype::kBFloat16)];
     products = {};
 #if !defined(PEFTCORE_HAVE_AMX)
@@ -119,7 +120,7 @@ void avx512bf16(CpuKernels& table) {
 #endif
     fill_avx512bf16(products.kernel);
     fill_avx512bf16(products.dense);
-    nf4::fill_avx512bf16(products.packed);
+    quant4::fill_avx512bf16(products.packed);
     products.factor = products.dense;
 }
 #endif
@@ -134,7 +135,7 @@ void amx(CpuKernels& table) {
 
 #if defined(PEFTCORE_HAVE_NEON)
 void neon(CpuKernels& table) {
-    fill_neon(table.nf4);
+    fill_neon(table.quant4);
     fill_neon(table.linear);
     fill_neon(table.lora);
     fill_neon(table.optim);
@@ -147,15 +148,15 @@ void neonbf16(CpuKernels& table) {
     gemm::ManyRows& products = table.many_rows[int(Dtype::kBFloat16)];
     fill_neonbf16(products.kernel);
     fill_neonbf16(products.dense);
-    nf4::fill_neonbf16(products.packed);
+    quant4::fill_neonbf16(products.packed);
     products.factor = products.dense;
 }
 #endif
 
 struct Level {
     const char* name;
-    bool (*here)();             // whether this CPU, and the system on it, has what this level adds
-    void (*fill)(CpuKernels&);  // its entries, over those of the levels above it in this list
+    bool (*here)();             // whether this CPU and its operating system support what this level adds
+    void (*fill)(CpuKernels&);  // overwrites entries of the levels before it in this list
 };
 
 const Level kLevels[] = {
@@ -180,7 +181,7 @@ const Level kLevels[] = {
 #endif
 };
 
-// Of the levels that are here: a level needs all before it.
+// The levels available here: each needs all levels before it.
 const std::vector<CpuKernels>& tables() {
     static const std::vector<CpuKernels> tables = [] {
         std::vector<CpuKernels> made;

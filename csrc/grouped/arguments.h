@@ -1,4 +1,4 @@
-// Argument checks of the grouped operators, the same for every backend. Schemas and formulas:
+// Argument checks of the grouped operators, shared by all backends. Schemas and formulas:
 // peftcore/ops/grouped_operators.py.
 #pragma once
 
@@ -25,7 +25,7 @@ inline Sizes sizes_of(const Weight& weight, bool transposed) {
     return transposed ? Sizes{sizes[0], sizes[2], sizes[1]} : Sizes{sizes[0], sizes[1], sizes[2]};
 }
 
-// W beside `t`, which is x or a gradient.
+// Checks `t`, which is x or a gradient, against W.
 inline void check_weight(const Weight& weight, const Tensor& t, const char* name, const char* op) {
     kernel_dtype(t.scalar_type(), op);
     TORCH_CHECK_VALUE(weight.sizes().size() == 3, op,
@@ -42,8 +42,8 @@ inline void check_weight(const Weight& weight, const Tensor& t, const char* name
                       ", found ", each, " values in each");
 }
 
-// x or a gradient [rows, columns], and where each expert's rows end. Whether the ends rise is seen where they are
-// read.
+// Checks x or a gradient [rows, columns], and the offsets at which each expert's rows end. Whether they increase is
+// checked where they are read.
 inline void check_rows(const Tensor& t, const char* name, int64_t columns, const Tensor& offsets,
                        int64_t experts, const char* op) {
     TORCH_CHECK_VALUE(t.dim() == 2 && t.size(1) == columns, op, ": ", name, " must be [rows, ", columns,
@@ -56,7 +56,7 @@ inline void check_rows(const Tensor& t, const char* name, int64_t columns, const
                       "], found ", offsets.sizes());
 }
 
-// A [experts, r, in] and B [experts, out, r].
+// Checks A [experts, r, in] and B [experts, out, r].
 inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, const Sizes& sizes,
                           const char* op) {
     const auto check = [&](const Tensor& t, const char* name) {
@@ -75,7 +75,7 @@ inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, con
                       b.sizes());
 }
 
-// Of the forward; all but dropout, which `lora::dropout_of` checks.
+// Checks of the forward pass, except for dropout, which `lora::dropout_of` checks.
 inline Sizes check_grouped(const Tensor& x, const Tensor& offsets, const Weight& weight,
                            const std::optional<Tensor>& bias, at::TensorList factors, bool transposed,
                            const char* op) {
@@ -93,7 +93,7 @@ inline Sizes check_grouped(const Tensor& x, const Tensor& offsets, const Weight&
     return sizes;
 }
 
-// Of the gradient; all but dropout beside factors.
+// Checks of the backward pass, except for dropout.
 inline Sizes check_grouped_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& offsets,
                                     const Weight& weight, at::TensorList factors, bool transposed,
                                     const std::optional<Tensor>& seed, const char* op) {
@@ -122,7 +122,7 @@ inline Sizes check_grouped_backward(const Tensor& grad, const std::optional<Tens
     return sizes;
 }
 
-// What the gradient returns, not filled; what is not needed is empty, [0].
+// Uninitialized results of the backward pass; those not needed are empty, [0].
 inline std::tuple<Tensor, Tensor, Tensor> empty_gradients(const Tensor& grad, at::TensorList factors,
                                                           const Sizes& sizes, std::array<bool, 3> needs) {
     const auto empty = [](bool needed, at::IntArrayRef shape, const at::TensorOptions& options) {

@@ -11,32 +11,32 @@ namespace lora {
 
 using at::Tensor;
 
-// What factors stand beside: x, or a weight.
-struct Beside {
+// The operand that factors must match: x, or a weight.
+struct Operand {
     const char* name;
     at::Device device;
     int64_t columns;
 };
 
 // A [r, in] and B [out, r].
-inline void check_factors(const Beside& beside, const Tensor& a, const Tensor& b, int64_t out_features,
+inline void check_factors(const Operand& operand, const Tensor& a, const Tensor& b, int64_t out_features,
                           const char* op, const std::string& a_name = "a", const std::string& b_name = "b") {
     const auto check = [&](const Tensor& t, const std::string& name) {
         TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()), op, ": ", name,
                          " must be of a floating-point dtype, found ", t.scalar_type());
-        TORCH_CHECK_VALUE(t.device() == beside.device, op, ": ", name, " must be on ", beside.device,
-                          " like ", beside.name, ", found ", t.device());
+        TORCH_CHECK_VALUE(t.device() == operand.device, op, ": ", name, " must be on ", operand.device,
+                          " like ", operand.name, ", found ", t.device());
         TORCH_CHECK_VALUE(t.dim() == 2, op, ": ", name, " must have two dimensions, found ", t.sizes());
     };
     check(a, a_name);
     check(b, b_name);
-    TORCH_CHECK_VALUE(a.size(1) == beside.columns, op, ": ", a_name, " must be [r, ", beside.columns,
-                      "] for ", beside.name, ", found ", a.sizes());
+    TORCH_CHECK_VALUE(a.size(1) == operand.columns, op, ": ", a_name, " must be [r, ", operand.columns,
+                      "] for ", operand.name, ", found ", a.sizes());
     TORCH_CHECK_VALUE(b.size(0) == out_features && b.size(1) == a.size(0), op, ": ", b_name, " must be [",
                       out_features, ", ", a.size(0), "], found ", b.sizes());
 }
 
-inline Beside beside(const Tensor& x) { return {"x", x.device(), x.size(-1)}; }
+inline Operand operand(const Tensor& x) { return {"x", x.device(), x.size(-1)}; }
 
 // dy [.., out] and S [rows, r], of x [.., in].
 inline void check_gradient(const Tensor& grad, const Tensor& s, const Tensor& x, int64_t out_features,
@@ -59,7 +59,7 @@ inline void check_adapters(const Tensor& x, at::TensorList a, at::TensorList b, 
                       ": a, b and scales must be of one length, found ", a.size(), ", ", b.size(), " and ",
                       scales.size());
     for (size_t i = 0; i < a.size(); ++i)
-        check_factors(beside(x), a[i], b[i], out_features, op, "a[" + std::to_string(i) + "]",
+        check_factors(operand(x), a[i], b[i], out_features, op, "a[" + std::to_string(i) + "]",
                       "b[" + std::to_string(i) + "]");
     check_tensor(index, at::kLong, x.device(), op, "index");
     TORCH_CHECK_VALUE(index.dim() == 1 && index.size(0) == x.size(0), op, ": index must be [", x.size(0),

@@ -1,4 +1,4 @@
-// LoRA's dropout mask, shared by host and device. It is never stored: a seed, the row and the column give it.
+// LoRA's dropout mask, shared by host and device. It is never stored, but computed from a seed, the row and the column.
 //
 // keep(m, k), for row m of x [M, K] (its leading dimensions flattened) and column k:
 //   counter = (k / 8, m low, m high, 0), key = (seed low, seed high): Philox4x32-7 gives four words

@@ -1,4 +1,4 @@
-// Argument checks of the optimizer steps, the same for every backend, and the segments they stand for.
+// Argument checks of the optimizer steps, shared by all backends, and the segments that they give.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@
 namespace peftcore {
 namespace optim {
 
-// What an operator is told beside its tensors: `Updates` of peftcore/ops/optim.py, and the rule's name.
+// An operator's arguments other than tensors: `Updates` of peftcore/ops/optim.py, and the rule's name.
 struct Updates {
     std::string_view rule;
     at::ArrayRef<double> scalars;
@@ -22,10 +22,10 @@ struct Step {
     const RuleEntry& rule;
     c10::Device device;
     std::vector<Scalars> rows;
-    std::vector<Segment> segments;  // one a parameter
+    std::vector<Segment> segments;  // one per parameter
 };
 
-// The step of some parameters, whose state is not attached yet.
+// The step of some parameters, before their state is attached.
 inline Step step_of(at::TensorList params, at::TensorList grads, const Updates& updates, const char* op) {
     const auto [rule, scalars, steps, rows, streams] = updates;
     Step step = {rule_named(rule, op), params.empty() ? c10::Device(c10::kCPU) : params[0].device(), {}, {}};
@@ -64,7 +64,7 @@ inline Step step_of(at::TensorList params, at::TensorList grads, const Updates& 
     return step;
 }
 
-// State in tensors of its own: plane by plane, in each plane one tensor a parameter.
+// State in tensors: plane by plane, one tensor per parameter in each plane.
 inline void attach_state(Step& step, at::TensorList state, const char* op) {
     const std::vector<Plane>& planes = step.rule.planes;
     const size_t count = step.segments.size();

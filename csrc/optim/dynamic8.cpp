@@ -32,8 +32,7 @@ Map make_map(bool is_signed) {
     }
     std::sort(value, value + 256);
 
-    // Region 0 is what counts as zero (unsigned: the smallest entry), 1 to 7 are the decades, 8 is the
-    // entry 1.
+    // Region 0 is encoded as zero (unsigned: as the smallest entry), 1 to 7 are the decades, 8 is the entry 1.
     Encoder& encoder = map.encoder;
     const int zero = is_signed ? 127 : -1;  // the code of magnitude n is zero + n
     float begin[9];
@@ -43,7 +42,7 @@ Map make_map(bool is_signed) {
         const int first = 1 << (region - 1 + s);
         begin[region] = (value[zero + first - 1] + value[zero + first]) / 2;
     }
-    // Of regions 0 and 8 one n each: parts 8/9 and parts 2, with room for rounding before it is truncated.
+    // Regions 0 and 8 have one n each: parts 8/9 and parts 2, with a margin for rounding before truncation.
     float slope[9] = {}, parts[9];
     parts[0] = is_signed ? 0 : 2.5f;
     slope[8] = 2;

@@ -3,7 +3,7 @@
 //   code k in ascending order of value; magnitude n = |k - 127| (signed) or k + 1, 0 for k = 0 (unsigned)
 //   decade d: n in [2^(d+s), 2^(d+s+1)), d = 0..6, s = 0 signed, 1 unsigned
 //   value: the middle of part n - 2^(d+s) of the 2^(d+s) equal parts of [0.1, 1], times 10^(d-6)
-//   besides these 0, and 1 (n = 2^(7+s))
+//   and also 0 and 1 (n = 2^(7+s))
 //
 // Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861, section 2), and
 // 8-Bit Approximations for Parallelism in Deep Learning (arXiv 1511.04561). The values are bitsandbytes'

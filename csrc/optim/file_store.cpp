@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kHugePage = int64_t(2) << 20;
 constexpr int kPrivate = 0600;
 
-// Around the page cache where the file system can: a second copy in memory is what the budget is to avoid.
+// Bypasses the page cache where the file system can: the budget is there to avoid a second copy in memory.
 int open_nameless(const std::string& directory) {
 #if defined(O_TMPFILE)
     for (int direct : {O_DIRECT, 0}) {
@@ -39,7 +39,7 @@ int open_nameless(const std::string& directory) {
     return fd;
 }
 
-// Gives the file so many bytes; 0, or the error's number.
+// Allocates `bytes` of the file; returns 0 or the error number.
 int allocate(int fd, int64_t bytes) {
 #if defined(__APPLE__)
     struct stat facts = {};
@@ -55,7 +55,7 @@ int allocate(int fd, int64_t bytes) {
 #endif
 }
 
-// What an error is, for good.
+// The text of an error, as a string that stays valid.
 const char* description(int error) {
 #if defined(__GLIBC__)
     return strerrordesc_np(error);
@@ -85,7 +85,7 @@ class FileStore : public Store {
     }
 
     void* new_frame() override {
-        // On a boundary of huge pages, which halve what the processor spends on looking addresses up.
+        // Aligned to huge pages, which halve the processor's time for address translation.
         const bool huge = page_bytes_ % kHugePage == 0;
         const int64_t bytes = page_bytes_ + (huge ? kHugePage : 0);
         void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -189,7 +189,7 @@ class FileStore : public Store {
                 ". What was read before is kept, the rest lies in the file. Call step() again when it can";
     }
 
-    // Calls until a page is through; nullptr, or why it is not.
+    // Repeats the call until the whole page is transferred; returns nullptr or the error.
     template <typename Call>
     const char* all_bytes(int64_t page, Call call) {
         for (int64_t done = 0; done < page_bytes_;) {

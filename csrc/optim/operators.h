@@ -1,4 +1,4 @@
-// The operators, the same for every backend but for how it updates segments. Schemas: peftcore/ops/optim.py.
+// The operators of all backends, which differ in how segments are updated. Schemas: peftcore/ops/optim.py.
 #pragma once
 
 #include "optim/paged_state.h"

@@ -128,8 +128,8 @@ void PagedState::step(const Step& step, at::IntArrayRef slots, int64_t sweep, co
             order.push_back(part.page);
     pool.expect(order);
 
-    // Where nothing has to move, all pages go together. A page that comes from the disk takes longer than one
-    // thread does: others would only wait for it, busily.
+    // If no page has to move, all are updated together. Reading a page from disk takes longer than one thread's update:
+    // other threads would only spin.
     const bool all_ready =
         std::all_of(order.begin(), order.end(), [&](int64_t page) { return pool.ready(page); });
     const size_t together = all_ready ? order.size() : size_t(std::min(pool.most_held(), kMostTogether));

@@ -1,7 +1,7 @@
-// State of one rule in a pool of pages: where each parameter's lies, and the step over it, page by page.
+// State of one rule in a pool of pages: where the state of each parameter is, and the step over it, page by page.
 //
-// A parameter's state begins at a block of 256 elements; so many blocks make a page, in which the planes of
-// the rule lie one after another.
+// A parameter's state begins at a block of 256 elements. A page holds a fixed number of blocks, the planes of the rule
+// one after another.
 #pragma once
 
 #include <functional>
@@ -22,16 +22,16 @@ class PagedState {
  public:
     PagedState(std::string_view rule, std::unique_ptr<Store> store, int64_t page_bytes, int64_t budget);
 
-    // Room for a parameter of so many elements: zeros. Returns its slot. Throws std::runtime_error if the
-    // store has no room; then nothing has changed.
+    // Allocates state of zeros for a parameter of `elements` elements and returns its slot. Throws std::runtime_error,
+    // with nothing changed, if the store is full.
     int64_t allocate(int64_t elements);
     void clear(int64_t slot);
-    // A plane of a slot, whole blocks of it, from or to ordinary memory.
+    // Copies a plane of a slot, in whole blocks, from or to ordinary memory.
     void read(int64_t slot, int64_t plane, void* to);
     void write(int64_t slot, int64_t plane, const void* from);
 
-    // One step of parameters whose state lies in `slots`. Sweeps go forward and backward by turns; one that
-    // is repeated with its number, because a transfer failed, goes on where it stopped.
+    // One step of the parameters with state in `slots`. Sweeps alternate between forward and backward; a sweep that is
+    // repeated with the same number, because a transfer failed, continues where it stopped.
     void step(const Step& step, at::IntArrayRef slots, int64_t sweep, const Update& update, const char* op);
 
     Pool pool;
@@ -41,7 +41,7 @@ class PagedState {
         int64_t first_block, elements;
         int64_t call = -1;  // the last one that updated it
     };
-    struct Part {  // of a segment, in one page; its state's addresses count from the page's
+    struct Part {  // of a segment, in one page; addresses of its state are offsets in the page
         int64_t page;
         Segment segment;
     };
@@ -57,7 +57,7 @@ class PagedState {
     int64_t calls_ = 0;
 };
 
-// By number, for operators.
+// Finds paged state by its number, for operators.
 int64_t register_state(const std::shared_ptr<PagedState>& state);
 std::shared_ptr<PagedState> state_of(int64_t number, const char* op);
 

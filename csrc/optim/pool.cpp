@@ -8,7 +8,7 @@ namespace peftcore {
 namespace optim {
 namespace {
 
-constexpr int64_t kAhead = 8;  // pages that are fetched before their turn
+constexpr int64_t kAhead = 8;  // pages that are prefetched
 
 }  // namespace
 
@@ -21,7 +21,7 @@ Pool::Pool(std::unique_ptr<Store> store, int64_t page_bytes, int64_t budget)
 
 Pool::~Pool() {
     if (getpid() != process_) {
-        // A fork's copy: its threads do not exist, and what it would free is the parent's business.
+        // The copy in a forked process: it has no threads, and its resources belong to the parent.
         (void)store_.release();
         return;
     }
@@ -79,7 +79,7 @@ void Pool::expect(std::vector<int64_t> order) {
         try {
             if (i < ahead_) settle(order_[i]);
         } catch (const std::runtime_error&) {
-            // Of a sweep that stopped. Whoever needs the page tries again, and is told.
+            // From a sweep that stopped. The next user of the page tries again, and gets the error.
         }
     }
     order_ = std::move(order);
@@ -87,7 +87,7 @@ void Pool::expect(std::vector<int64_t> order) {
     for (size_t i = 0; i < order_.size(); ++i) pages_.at(order_[i]).next_use = int64_t(i);
 }
 
-// The least recently used page that is not in use and not expected up to place `before`, or -1.
+// The least recently used page that is neither in use nor expected before position `before`; or -1.
 int64_t Pool::victim(int64_t before) const {
     for (int64_t page : used_)
         if (pages_[page].pins == 0 && pages_[page].next_use > before) return page;
@@ -102,7 +102,7 @@ void* Pool::detach(int64_t page) {
     return frame;
 }
 
-// Begins to fetch a page needed at a place of the order. False if no other may leave for it.
+// Begins to fetch a page needed at a position of the order. False if no other page may be evicted for it.
 bool Pool::fetch(int64_t page, int64_t place) {
     Page& p = pages_[page];
     if (p.going) settle(page);
@@ -206,7 +206,7 @@ void* Pool::acquire(int64_t page) {
             settle(page);
             continue;
         }
-        // Frames on their way to pages of later turns: one arrives, and leaves again if need be.
+        // All free frames are being filled with later pages: waits for one, and evicts it if necessary.
         size_t i = at_;
         while (i < order_.size() && !pages_[order_[i]].coming) ++i;
         if (i == order_.size()) throw std::runtime_error("every page of the budget is in use");

@@ -1,4 +1,4 @@
-// Rounding to 16 bits at random, from a generator that counts: the same bits on every device.
+// Stochastic rounding to 16 bits with a counter-based generator: the same bits on every device.
 #pragma once
 
 #include "common/half.h"
@@ -7,8 +7,8 @@
 namespace peftcore {
 namespace optim {
 
-// A 16-bit value rounded up or down at random, up with the probability of the fraction cut off, from 16
-// random bits. Not finite: as it is. Beyond the largest finite value it is the largest or infinity, as drawn.
+// The value rounded to 16 bits, up with the probability of the fraction that is cut off, by 16 random bits. NaN and
+// infinity are kept. A value beyond the largest finite one becomes that or infinity, as drawn.
 static PEFTCORE_HD BFloat16 round_stochastic(float value, uint32_t random, BFloat16*) {
     const uint32_t bits = float_bits(value);
     if ((bits & 0x7f800000u) == 0x7f800000u) return from_float<BFloat16>(value);
@@ -33,7 +33,7 @@ static PEFTCORE_HD PhiloxWords rounding_words(int64_t stream, int64_t group, int
     return philox<10>(counter, uint32_t(stream), uint32_t(uint64_t(stream) >> 32));
 }
 
-// Element `index`'s 16 of them. By conditions: an index would put the words into memory on a GPU.
+// The 16 bits of element `index`, selected by conditions: an index would put the words into memory on a GPU.
 static PEFTCORE_HD uint32_t random_bits(const PhiloxWords& drawn, int64_t index) {
     const uint32_t first = index & 2 ? drawn.word[1] : drawn.word[0];
     const uint32_t second = index & 2 ? drawn.word[3] : drawn.word[2];

@@ -14,7 +14,7 @@ namespace {
 
 std::map<std::string, RuleEntry, std::less<>> table;
 
-// What the kernels of a rule read.
+// Planes and scalars that a rule's kernels read.
 struct Kernel {
     std::string name, scalars;
     int moments;

@@ -1,4 +1,4 @@
-// The table of rules, as peftcore/ops/optim_rules.py hands it over when it is imported.
+// The table of rules, which peftcore/ops/optim_rules.py passes when it is imported.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -25,7 +25,7 @@ struct Plane {
 };
 
 struct RuleEntry {
-    int number;  // its place in `Rules` of rules.h
+    int number;  // its index in `Rules` of rules.h
     std::vector<Plane> planes;
     int scalars;  // how many
 

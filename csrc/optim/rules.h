@@ -1,19 +1,19 @@
 // The rules of optimizers: what each does to an element of a parameter p, given its gradient g and its state.
 //
-// peftcore/ops/optim_rules.py has the table of rules: their planes of state and their scalars, which it hands
-// over when it is imported. A rule here has its name in that table, the scalars that its update reads, in the
-// table's order, and the update. This is written once for every SIMD level and for CUDA, in terms of
+// peftcore/ops/optim_rules.py has the table of rules with their planes of state and scalars, and passes it when it is
+// imported. A rule here has its name in that table, the scalars that its update reads, in the table's order, and the
+// update. It is written once for all SIMD levels and CUDA, in terms of
 //
 //     V::F                                  fp32 values: a register of them, or one
 //     add, sub, mul, div, sqrt, fma         each rounded once
 //     set1                                  one value everywhere
 //     sign                                  -1, 0 or 1; NaN stays
 //
-// `factor` is the first scalar of every rule: g comes multiplied by it (1 / loss scale, negative to
+// `factor` is the first scalar of every rule: g is already multiplied by it (1 / loss scale, negative to
 // maximise).
 //
-// State of `kMoments` fp32 values an element lies in as many planes; in 8 bits, in as many planes of codes
-// and then of scales. A new rule is its entry in the table, its struct here, and its place in `Rules`.
+// State of `kMoments` fp32 values per element has as many planes; in 8 bits, as many planes of codes and then of
+// scales. A new rule needs an entry in the table, a struct here, and a place in `Rules`.
 #pragma once
 
 #include "optim/segment.h"
@@ -108,7 +108,7 @@ struct Momentum {
     }
 };
 
-// All of them; a rule's number is its place.
+// All rules; a rule's number is its index.
 template <typename... Rule>
 struct RuleList {
     static constexpr int kCount = sizeof...(Rule);

@@ -1,5 +1,5 @@
-// What a kernel is given: runs of elements of parameters, and the scalars of their updates. Shared by host
-// and device.
+// Arguments of the kernels: runs of elements of parameters, and the scalars of their updates. Shared by host and
+// device.
 #pragma once
 
 #include "common/dtype.h"
@@ -28,13 +28,13 @@ static PEFTCORE_HD Rule with_scalars(const Scalars& scalars) {
     return rule;
 }
 
-// A run of elements of one parameter whose state lies together.
+// A run of elements of one parameter with contiguous state.
 struct Segment {
     void* param;
     const void* grad;
     void* state[kMaxPlanes];  // at the first element
     int64_t count;
-    int64_t first;   // its first element's place in the parameter, a multiple of 256
+    int64_t first;   // index of its first element in the parameter, a multiple of 256
     int64_t stream;  // key of the random bits; negative: round to nearest
     int64_t step;    // their counter
     int32_t row;     // of the scalars

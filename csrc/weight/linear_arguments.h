@@ -1,4 +1,4 @@
-// Argument checks of y = x Wᵀ + bias, the same for linear_4bit and LoRA and for every backend.
+// Argument checks of y = x Wᵀ + bias, shared by linear_4bit, LoRA and all backends.
 #pragma once
 
 #include <optional>
@@ -16,13 +16,13 @@ inline void check_like(const at::Tensor& t, const at::Tensor& x, const char* op,
                       t.device());
 }
 
-// A matrix that is in 4 bits.
+// Checks that the weight is a matrix in 4 bits.
 inline void check_packed(const Weight& weight, const char* op) {
     TORCH_CHECK_VALUE(weight.packed(), op, ": the weight must be in 4 bits, found a dense one of shape ",
                       weight.sizes());
 }
 
-// What is dequantized is written into `out`.
+// Checks `out`, which takes the dequantized weight.
 inline void check_out(const Weight& weight, const at::Tensor& out, const char* op) {
     check_packed(weight, op);
     TORCH_CHECK_VALUE(out.device() == weight.first().device(), op, ": out must be on ",
@@ -31,9 +31,9 @@ inline void check_out(const Weight& weight, const at::Tensor& out, const char* o
                       weight.sizes(), ", found ", out.sizes());
 }
 
-// W [out, in] beside `t`, which is x with `last` = in, or a gradient with `last` = out.
-inline void check_beside(const Weight& weight, const at::Tensor& t, const char* name, bool is_gradient,
-                         const char* op) {
+// Checks `t` against W [out, in]: t is x, whose last dimension is `in`, or a gradient, whose last dimension is `out`.
+inline void check_operand(const Weight& weight, const at::Tensor& t, const char* name, bool is_gradient,
+                          const char* op) {
     kernel_dtype(t.scalar_type(), op);
     TORCH_CHECK_VALUE(weight.sizes().size() == 2, op, ": weight must be [out, in], found ", weight.sizes());
     if (!weight.packed())
@@ -47,22 +47,22 @@ inline void check_beside(const Weight& weight, const at::Tensor& t, const char* 
                       weight.sizes(), ", found ", t.sizes());
 }
 
-// x, W and its bias.
+// Checks x, W and its bias.
 inline void check_linear(const at::Tensor& x, const Weight& weight, const std::optional<at::Tensor>& bias,
                          const char* op) {
-    check_beside(weight, x, "x", false, op);
+    check_operand(weight, x, "x", false, op);
     if (!bias.has_value()) return;
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.rows(), op, ": bias must be [",
                       weight.rows(), "], found ", bias->sizes());
     check_like(*bias, x, op, "bias");
 }
 
-// The bias as kernels read it; undefined if there is none.
+// The bias as kernels read it; undefined without a bias.
 inline at::Tensor contiguous(const std::optional<at::Tensor>& bias) {
     return bias.has_value() ? bias->contiguous() : at::Tensor();
 }
 
-// t's shape with another last size.
+// t's shape with another last dimension.
 inline std::vector<int64_t> with_last(const at::Tensor& t, int64_t last) {
     std::vector<int64_t> shape = t.sizes().vec();
     shape.back() = last;

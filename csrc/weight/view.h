@@ -1,5 +1,5 @@
-// A weight [rows, columns] as every kernel and launcher takes it: pointers and sizes, no PyTorch. `Weight`
-// (weight.h) checks and makes it. On a GPU all pointers are to its memory.
+// A weight [rows, columns] as kernels and launchers take it: pointers and sizes, without PyTorch. `Weight` (weight.h)
+// makes it from checked tensors. On CUDA all pointers are device pointers.
 //
 // Everything here is `static`, as in common/half.h.
 #pragma once
@@ -11,7 +11,7 @@
 
 namespace peftcore {
 
-// Blocks of values and of scales have these sizes, powers of two.
+// Block sizes of values and of scales are powers of two.
 constexpr int kMinBlocksize = 32;
 constexpr int kMaxBlocksize = 4096;
 
@@ -31,8 +31,8 @@ struct WeightView {
     int64_t first_block =
         0;  // of this weight, counted from where `nested_absmax` begins: an expert's may be any
 
-    PEFTCORE_HD int64_t count() const { return rows * columns; }
-    PEFTCORE_HD int64_t blocks() const { return ceil_div(count(), int64_t(1) << shift); }
+    PEFTCORE_HD int64_t numel() const { return rows * columns; }
+    PEFTCORE_HD int64_t blocks() const { return ceil_div(numel(), int64_t(1) << shift); }
 };
 
 // The scale of a block, on the host. Compiled with -ffp-contract=off: the product is rounded before the sum.
@@ -44,8 +44,8 @@ static inline float block_scale(const WeightView& weight, int64_t block) {
     return product + *weight.nested_offset;
 }
 
-// Of blocks [first, last). A loop that stores what it makes reads scales faster from here than one by one: each store
-// could have changed the weight, for all that a compiler knows, and fills a buffer beside which loads wait.
+// Scales of blocks [first, last). A loop that also stores reads scales faster from here than one by one: as far as the
+// compiler knows, each store could change the weight, and loads wait for the store buffer.
 static inline void block_scales(const WeightView& weight, int64_t first, int64_t last, float* out) {
     if (weight.nested_absmax == nullptr) {
         const float* absmax = static_cast<const float*>(weight.absmax);
@@ -66,12 +66,12 @@ static inline void block_scales(const WeightView& weight, int64_t first, int64_t
     }
 }
 
-// Of a weight [experts, out, in], whose view has experts * out rows, the expert `index`, where it lies: in 4 bits
-// an expert is whole blocks. It may begin within a block of scales.
+// View, without a copy, of expert `index` of a weight [experts, out, in], whose view has experts * out rows. In 4 bits
+// an expert consists of whole blocks. It may begin within a block of scales.
 static PEFTCORE_HD WeightView expert_of(const WeightView& weight, int64_t index, int64_t experts) {
     WeightView expert = weight;
     expert.rows = weight.rows / experts;
-    const int64_t begin = index * expert.count(), block = begin >> weight.shift;
+    const int64_t begin = index * expert.numel(), block = begin >> weight.shift;
     if (weight.dense != nullptr) {
         expert.dense = static_cast<const char*>(weight.dense) + begin * weight.itemsize;
         return expert;

@@ -1,10 +1,10 @@
-// A frozen weight as operators take it, checked and made here once, for every backend. Two arguments:
+// A frozen weight as operators take it, checked once for all backends. It comes as two arguments:
 //
 //   dense       tensors [W], W of shape [.., out, in]          packing []
 //   in 4 bits   tensors [codes, absmax, quant_map]             packing [blocksize, 0, .., out, in]
 //   and nested  .. [nested_absmax, nested_quant_map, nested_offset]    [blocksize, nested_blocksize, .., out, in]
 //
-// Kernels and launchers take its `view`. The format: nf4/nf4.h; the same from Python: peftcore/ops/weight.py.
+// Kernels and launchers take its `view`. The format: quant4/format.h. Its Python side: peftcore/ops/weight.py.
 #pragma once
 
 #include <ATen/core/DimVector.h>
@@ -30,16 +30,16 @@ class Weight {
     bool packed() const { return packed_; }
     int64_t blocksize() const { return int64_t(1) << shift_; }  // in 4 bits
     at::IntArrayRef sizes() const { return sizes_; }
-    const at::Tensor& first() const { return parts_[0]; }  // W itself, or the codes
+    const at::Tensor& first() const { return parts_[0]; }  // W, or its codes
 
-    // As a matrix, of which leading dimensions are rows.
+    // Sizes as a matrix, with the leading dimensions as rows.
     int64_t rows() const { return rows_; }
     int64_t columns() const { return columns_; }
 
-    // Of a dense weight that is contiguous, or one in 4 bits; valid as long as this.
+    // Only for a contiguous dense weight or one in 4 bits; valid as long as this object.
     WeightView view() const;
 
-    // One of the leading dimension of [experts, out, in], where it lies. In 4 bits it must be whole blocks.
+    // View of one expert of [experts, out, in], without a copy. In 4 bits it must consist of whole blocks.
     WeightView expert(int64_t index, const char* op) const;
 
  private:

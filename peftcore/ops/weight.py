@@ -13,7 +13,7 @@ These checks exist twice, with the same messages and types of error:
     | a weight's parts and numbers             | `Weight` in csrc/weight      | `checked` here                   |
     | x, gradient and bias with it             | csrc/weight/linear_arguments | `check_linear`, `check_beside`   |
     | LoRA's factors, dropout, samples         | csrc/lora/arguments.h        | lora.py, dropout.py, per_sample  |
-    | a codebook's values are finite, sorted   | csrc/nf4/cpu/ops.cpp         | quant4.py; on CPU, not fake      |
+    | a codebook's values are finite, sorted   | csrc/quant4/cpu/ops.cpp      | quant4.py; on CPU, not fake      |
     | a sample's adapter exists                | lora/cpu; NaN on a GPU       | per_sample.py; not fake          |
 
 The public Python functions do not repeat these checks: the operator makes them once per call. Under `torch.compile` the

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.targets.patterns import compiled
+from peftcore.targets.patterns import FullMatch, compiled, compiled_end
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -46,8 +46,8 @@ def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> se
 
 def layer_indices(paths: Iterable[str], pattern: str | Sequence[str] | None) -> dict[str, int | None]:
     """Return the layer index of each path by `layers_pattern`: the first number after a list of layers."""
-    names = [pattern] if isinstance(pattern, str) else list(pattern or [r"[^.]*"])
-    lists = [compiled(rf"(?:.*\.)?(?:{name})", "layers_pattern") for name in names]
+    names = [pattern] if isinstance(pattern, str) else list(pattern or ())
+    lists: list[FullMatch] = [compiled_end(name, "layers_pattern") for name in names] or [lambda _: True]
 
     def index(path: str) -> int | None:
         parts = path.split(".")

@@ -27,6 +27,8 @@ _SECONDS = 10.0  # of processor time for the patterns of one load; usual pattern
 _PATTERNS = 2_000  # different patterns of one load
 _CHARACTERS = 500_000  # of all patterns of one load; compiling them takes 3 s
 
+_BEFORE, _BEHIND = r"(?:.*\.)?(?:", ")"  # around the pattern of a path's end
+
 FullMatch = Callable[[str], bool]
 
 
@@ -82,6 +84,11 @@ def limited() -> Iterator[None]:
         yield
     finally:
         _BUDGET.reset(token)
+
+
+def compiled_end(pattern: str, field: str) -> FullMatch:
+    """Like `compiled`, for a pattern of the whole path or of its end after a dot."""
+    return compiled(f"{_BEFORE}{pattern}{_BEHIND}", field)
 
 
 def compiled(pattern: str, field: str) -> FullMatch:
@@ -141,7 +148,8 @@ def _full_match(pattern: str) -> tuple[Callable[..., Any], bool]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of syntax that may change its meaning one day
         plain = re.compile(pattern)
-    if not set(pattern) & set("*+?{|("):
+    is_end = pattern.startswith(_BEFORE) and pattern.endswith(_BEHIND)
+    if not set(pattern[len(_BEFORE) : -len(_BEHIND)] if is_end else pattern) & set("*+?{|("):
         return plain.fullmatch, False
     # What `regex` reads in another way: approximate matches, POSIX classes, and \B in a text without characters.
     differing = re.search(r"\{(?!\d+\}|\d*,\d*\})|\[:|\\B", pattern)

@@ -32,7 +32,7 @@ from peftcore.targets.expert_selection import (
     weight_named,
 )
 from peftcore.targets.names import ends, excluded, is_inside, layer_indices, matches, nearest_path, shortest_suffixes
-from peftcore.targets.patterns import compiled
+from peftcore.targets.patterns import compiled, compiled_end
 
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)
 _EXPRESSIONS = 1_000  # among the keys of a pattern; others are plain names
@@ -350,7 +350,7 @@ class _Keys:
                 yield position
 
     def _expression(self, position: int) -> Callable[[str], bool]:
-        return compiled(rf"(?:.*\.)?(?:{self.keys[position]})", "rank_pattern or alpha_pattern")
+        return compiled_end(self.keys[position], "rank_pattern or alpha_pattern")
 
 
 @lru_cache(maxsize=64)

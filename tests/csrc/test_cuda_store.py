@@ -1,21 +1,18 @@
-"""The page store of a card, over a runtime that stands in for CUDA's: faults lose no page and publish no event."""
+"""Page store of a GPU over a fake CUDA runtime: failed calls lose no page and publish no event."""
 
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from compiled import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_a_call_that_fails_loses_no_page_and_publishes_no_event(tmp_path):
+def test_a_call_that_fails_loses_no_page_and_publishes_no_event():
     sources = [ROOT / "tests" / "csrc" / "cuda_store.cpp", ROOT / "csrc" / "optim" / "pool.cpp"]
     flags = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", f"-I{ROOT / 'csrc'}", "-Wall", "-Wextra"]
-    built = subprocess.run(
-        ["g++", *flags, *map(str, sources), "-o", str(tmp_path / "store")], capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(tmp_path / "store")], capture_output=True, text=True)
+    done = subprocess.run([compiled("store", sources, "g++", flags)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "whole\n"), done.stdout + done.stderr

@@ -1,5 +1,6 @@
-"""What setup.py does on other systems and processors than this one: its functions, told where they are."""
+"""Functions of setup.py: its choices on other systems and processors than this one, and what it compiles."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -100,3 +101,93 @@ def test_macos_wants_clang(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(setup.BuildFailed, match="xcode-select --install"):
         setup.compiler()
+
+
+def includes_pytorch(path: Path) -> bool:
+    """Return whether the file includes a header of PyTorch or pybind11, itself or by files of csrc."""
+    text = path.read_text()
+    inner = (setup.CSRC / name for name in re.findall(r'^#include "(.*)"', text, re.M))
+    found = re.search(r"^#include <(torch|ATen|c10|pybind11)/", text, re.M)
+    return bool(found) or any(includes_pytorch(header) for header in inner if header.exists())
+
+
+def test_files_that_include_pytorch_share_five_translation_units():
+    units = {path: setup.unit_of(path) for path in setup.CSRC.rglob("*.cpp")}
+    assert all(units[path] is not None for path in units if includes_pytorch(path))
+    assert set(filter(None, units.values())) == {"linear", "lora", "grouped", "optim", "cuda"}
+    assert {units[path] for path in units if path.stem in ("portable", *setup.SIMD)} == {None}
+    assert all((unit == "cuda") == ("cuda" in path.parts[-3:-1]) for path, unit in units.items())
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTCORE_CUDA", "0")
+    return setup.Build(tmp_path / "out" / "_C.so", tmp_path / "out", "0.1.0")
+
+
+def test_every_source_is_compiled_once(build):
+    units = build.translation_units()
+    included = [
+        f"{setup.CSRC}/{name}"
+        for path in units
+        for name in re.findall(r'^#include "(.*\.cpp)"', path.read_text(), re.M)
+    ]
+    alone = [str(path) for path in units if not path.is_relative_to(build.folder)]
+    assert sorted([*alone, *included]) == sorted(map(str, build.sources()))
+
+
+def test_a_unit_is_written_only_when_its_files_change(build):
+    times = [path.stat().st_mtime_ns for path in build.translation_units()]
+    assert times == [path.stat().st_mtime_ns for path in build.translation_units()]
+
+
+def test_another_pytorch_changes_every_command(build):
+    def flags() -> str:
+        return re.search("^cflags = .*", build.ninja_file(build.facts()), re.M).group()
+
+    before = flags()
+    assert before == flags() and setup.torch_facts()["build"] in before
+    build.torch["build"] = "2.14.0 0123abc"
+    assert flags() == before.replace(setup.torch_facts()["build"], "2.14.0 0123abc")
+
+
+@pytest.mark.parametrize(
+    ("cards", "known", "wanted"),
+    [
+        ("9.0", "80 90 100", "90+PTX"),
+        ("9.0 8.0 9.0", "80 90 100", "80+PTX;90+PTX"),
+        ("10.0", "80 90 100", "100+PTX"),
+        ("12.0", "80 90", "80+PTX"),  # newer than nvcc: compiled from PTX when it is loaded
+        ("7.5", "75 80 90", "80+PTX"),  # older than the kernels support: references
+        ("", "80 90", "80+PTX"),
+    ],
+)
+def test_cuda_kernels_are_compiled_for_the_gpus_of_the_machine(tmp_path, monkeypatch, cards, known, wanted):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("PEFTCORE_CUDA_ARCHS", raising=False)
+    program(tmp_path, "nvidia-smi", cards.replace(" ", "\n"))
+    nvcc = program(tmp_path, "nvcc", "\n".join(f"compute_{number}" for number in known.split()))
+    assert setup.local_architectures(nvcc) == wanted
+    assert setup.architectures(nvcc)[1][0] == f"sm_{wanted.split('+')[0]}"
+    monkeypatch.setenv("PEFTCORE_CUDA_ARCHS", "80;90+PTX")
+    assert setup.architectures(nvcc) == (
+        ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"],
+        ["sm_80", "sm_90", "compute_90"],
+    )
+    monkeypatch.setenv("PEFTCORE_CUDA_ARCHS", "80,90")
+    with pytest.raises(
+        SystemExit, match=r"PEFTCORE_CUDA_ARCHS must list architectures such as 80 or 90\+PTX, found '80,90'"
+    ):
+        setup.architectures(nvcc)
+
+
+def test_without_nvidia_smi_the_default_architecture_runs_on_every_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup.local_architectures(tmp_path / "nvcc") == "80+PTX"
+
+
+def test_the_announcement_names_the_optional_part_and_how_to_leave_it_out(build):
+    assert "without CUDA kernels: switched off by PEFTCORE_CUDA=0" in build.announcement(2)
+    build.nvcc, build.architectures = Path("nvcc"), ["sm_90", "compute_90"]
+    line = build.announcement(2)
+    assert "CUDA kernels for sm_90, compute_90" in line and "PEFTCORE_CUDA=0" in line and "\n" not in line

@@ -1,17 +1,15 @@
-"""Compiles the .cu files for the emulator, once for each state of the sources."""
+"""Fixtures that compile the .cu files for the emulator and run their launchers."""
 
 import ctypes
-import fcntl
-import hashlib
 import os
 import platform
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from compiled import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "emulator"
@@ -29,42 +27,15 @@ def compiler():
     return cxx
 
 
-def run_compiler(target, *arguments):
-    """Compile to `target` unless it is there; a run that is cut off leaves nothing of that name.
-
-    Of several workers that want it one compiles, and the others wait.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f"{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            beside = target.with_name(f"{target.name}.{os.getpid()}")
-            done = subprocess.run([compiler(), *arguments, "-o", str(beside)], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            beside.rename(target)
-    return target
-
-
 def compile_emulated(name, sources, flags, link):
-    """The path of a binary of `sources`; the .cu files among them are compiled as C++. Unchanged ones are kept."""
-    headers = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *HERE.glob("*.h")])
-    common = b"".join(path.read_bytes() for path in headers) + compiler().encode()
-    folder = ROOT / "build" / "emulator"
-
-    def compile_one(source):
-        own = flags + SIMD.get(source.stem, "")
-        digest = hashlib.sha256(common + own.encode() + source.read_bytes()).hexdigest()[:16]
-        target = folder / f"{source.stem}-{digest}.o"
-        return run_compiler(target, *own.split(), "-x", "c++", "-c", str(source))
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    digest = hashlib.sha256("".join([link, *(path.name for path in objects)]).encode()).hexdigest()[:16]
-    return run_compiler(folder / f"{name}-{digest}", *flags.split(), *map(str, objects), *link.split())
+    """Return the path of a binary of `sources`, in which .cu files are compiled as C++."""
+    return compiled(
+        name, sources, compiler(), flags.split(), link.split(), lambda path: SIMD.get(path.stem, "").split()
+    )
 
 
 class Emulated:
-    """Launchers by name, as functions that raise RuntimeError with their message, and how much they ask for."""
+    """Launchers by name, as functions that raise RuntimeError with the launcher's message, and their workspaces."""
 
     def __init__(self, library):
         self.library = library
@@ -82,25 +53,25 @@ class Emulated:
         return call
 
     def launches(self):
-        """How many there were."""
+        """Return the number of launches so far."""
         self.library.emulator_launches.restype = ctypes.c_uint64
         return self.library.emulator_launches()
 
     def tickets(self):
-        """The counters that launches share (csrc/common/cuda_tickets.h)."""
+        """Return the counters that launches share (csrc/common/cuda_tickets.h)."""
         function, count = self.library.peftcore_tickets, 512
         function.restype = ctypes.POINTER(ctypes.c_uint * count)
         return list(function(count, None).contents)
 
     def workspace(self, name, *args):
-        """As many floats as the function tells, and no more."""
+        """Return a workspace of exactly as many floats as the function `name` returns."""
         function = getattr(self.library, name)
         function.restype = ctypes.c_int64
         return torch.full((function(*map(passed, args)),), torch.nan)
 
 
 def passed(value):
-    """An argument in C: tensors and structs by address."""
+    """Return the value as a C argument: tensors and structs by address."""
     if hasattr(value, "data_ptr"):
         return ctypes.c_void_p(value.data_ptr())
     if value is None:
@@ -112,7 +83,7 @@ def passed(value):
 
 @pytest.fixture(scope="session")
 def emulated_library():
-    """The kernels in csrc and the toys."""
+    """Return a library of the kernels in csrc and of the toy kernels."""
     sources = [*sorted(ROOT.glob("csrc/**/*.cu")), HERE / "toys.cu", HERE / "seed.cpp"]
     return ctypes.CDLL(str(compile_emulated("kernels.so", sources, FLAGS, "-shared")))
 
@@ -124,9 +95,9 @@ def emulated(emulated_library):
 
 @pytest.fixture(scope="session")
 def sanitized():
-    """Runs tests/emulator/sanitized.cpp with arguments, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """Return a function that runs tests/emulator/sanitized.cpp under Address- and UndefinedBehaviorSanitizer."""
     sources = [*sorted(ROOT.glob("csrc/**/*.cu")), HERE / "toys.cu", *sorted(HERE.glob("sanitized*.cpp"))]
-    sources += [*sorted(ROOT.glob("csrc/nf4/cpu/[ap]*.cpp")), *sorted(ROOT.glob("csrc/optim/cpu/[ap]*.cpp"))]
+    sources += [*sorted(ROOT.glob("csrc/quant4/cpu/[ap]*.cpp")), *sorted(ROOT.glob("csrc/optim/cpu/[ap]*.cpp"))]
     sources += [ROOT / "csrc" / "optim" / "dynamic8.cpp"]
     flags = FLAGS + SANITIZE
     if platform.machine() in ("x86_64", "AMD64"):

@@ -1,10 +1,10 @@
 // The kernels on memory of exactly the size they may touch, for a run under sanitizers.
 //
-//   sanitized nf4 SEED      the NF4 kernels over shapes that are no multiples of anything, beside the CPU's
-//   sanitized linear SEED   linear_4bit's kernels likewise, beside sums in double
+//   sanitized quant4 SEED   the 4-bit kernels over odd shapes, compared with the CPU's
+//   sanitized linear SEED   linear_4bit's kernels likewise, compared with sums in double
 //   sanitized lora SEED     LoRA's kernels likewise
 //   sanitized grouped SEED   those of experts (sanitized_grouped.cpp)
-//   sanitized optim SEED    the optimizer's, beside the CPU's (sanitized_optim.cpp)
+//   sanitized optim SEED    the optimizer's, compared with the CPU's (sanitized_optim.cpp)
 //   sanitized read LIMIT    a toy that reads beyond 100 values when LIMIT is more
 //   sanitized shared INDEX  a toy that writes values[INDEX] of 32 in shared memory
 #include "sanitized.h"
@@ -15,8 +15,8 @@
 #include "emulator.h"
 #include "levels.h"
 #include "lora/cuda/lora_cuda.h"
-#include "nf4/cpu/kernels.h"
-#include "nf4/cuda/nf4_cuda.h"
+#include "quant4/cpu/kernels.h"
+#include "quant4/cuda/quant4_cuda.h"
 
 extern "C" const char* toy_neighbour(const int*, int*, int, int, void*);
 extern "C" const char* toy_shared(int*, int, void*);
@@ -24,7 +24,7 @@ extern "C" const char* toy_shared(int*, int, void*);
 namespace {
 
 using namespace peftcore;
-using namespace peftcore::nf4;
+using namespace peftcore::quant4;
 
 const float kCode[16] = {-1.0f, -0.7f, -0.52f, -0.39f, -0.28f, -0.18f, -0.09f, 0.0f,
                          0.08f, 0.16f, 0.25f,  0.34f,  0.44f,  0.56f,  0.72f,  1.0f};
@@ -58,8 +58,8 @@ void compare(int64_t count, int blocksize, int skip, Dtype dtype, const Kernels&
     Array<uint8_t> packed(bytes, skip), packed_cpu(bytes, skip);
     Array<float> absmax(blocks), absmax_cpu(blocks), code(16);
     std::copy_n(kCode, 16, code.data);
-    const char* error = peftcore_nf4_quantize(x.data, int(dtype), code.data, count, blocksize, packed.data,
-                                              absmax.data, nullptr);
+    const char* error = peftcore_quant4_quantize(x.data, int(dtype), code.data, count, blocksize, packed.data,
+                                                 absmax.data, nullptr);
     require(error == nullptr, error ? error : "", count, blocksize);
     cpu.quantize({x.data, dtype, count, blocksize, make_codebook(kCode), packed_cpu.data, absmax_cpu.data}, 0,
                  blocks);
@@ -71,13 +71,13 @@ void compare(int64_t count, int blocksize, int skip, Dtype dtype, const Kernels&
     Array<uint8_t> quantized(blocks);
     for (int i = 0; i < 256; ++i) map.data[i] = (i - 127) / 128.0f;
     offset.data[0] = 1.5f;
-    error = peftcore_nf4_quantize_absmax(absmax.data, map.data, offset.data, blocks, 32, quantized.data,
-                                         nested.data, nullptr);
+    error = peftcore_quant4_quantize_absmax(absmax.data, map.data, offset.data, blocks, 32, quantized.data,
+                                            nested.data, nullptr);
     require(error == nullptr, error ? error : "", count, blocksize);
     for (bool nests : {false, true}) {
         const WeightView weight =
             view(1, count, packed, absmax, code, blocksize, nests, quantized, nested, map, offset);
-        error = peftcore_nf4_dequantize(&weight, y.data, int(dtype), nullptr);
+        error = peftcore_quant4_dequantize(&weight, y.data, int(dtype), nullptr);
         require(error == nullptr, error ? error : "", count, blocksize);
         cpu.dequantize({weight, dtype, y_cpu.data, false}, 0, blocks);
         require(y == y_cpu, "values differ", count, blocksize);
@@ -109,7 +109,7 @@ void compare_experts(int64_t experts, int64_t rows, int64_t columns, bool nests,
     }
 }
 
-int run_nf4(uint64_t seed) {
+int run_quant4(uint64_t seed) {
     emulator::machine.seed = seed;
     std::mt19937 random(static_cast<unsigned>(seed));
     for (const auto& [level, cpu] : kernels_of_levels<Kernels>()) {
@@ -128,7 +128,7 @@ int run_nf4(uint64_t seed) {
     return 0;
 }
 
-// linear_4bit's kernels beside a sum in double. Tolerance: fp32 sums and one rounding to T.
+// linear_4bit's kernels compared with a sum in double. Tolerance: fp32 sums and one rounding to T.
 template <typename T>
 void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int skip, bool nested,
                     Dtype dtype, std::mt19937& random) {
@@ -149,9 +149,9 @@ void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int
     for (int64_t i = 0; i < rows; ++i) bias.data[i] = from_float<T>(normal(random));
     const WeightView weight =
         view(rows, columns, packed, absmax, code, blocksize, nested, quantized, outer, map, offset);
-    Array<float> partial(peftcore_nf4_linear_workspace(x.data, int(dtype), batch, &weight));
-    const char* error = peftcore_nf4_linear(x.data, int(dtype), batch, &weight, bias.data, nullptr, nullptr,
-                                            0, partial.data, y.data, nullptr);
+    Array<float> partial(peftcore_quant4_linear_workspace(x.data, int(dtype), batch, &weight));
+    const char* error = peftcore_quant4_linear(x.data, int(dtype), batch, &weight, bias.data, nullptr,
+                                               nullptr, 0, partial.data, y.data, nullptr);
     require(error == nullptr, error ? error : "", count, blocksize);
     for (int m = 0; m < batch; ++m)
         for (int64_t n = 0; n < rows; ++n) {
@@ -175,10 +175,10 @@ void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int
     Array<float> s(batch * rank, skip);
     for (int64_t i = 0; i < a.count; ++i) a.data[i] = from_float<T>(normal(random));
     std::fill_n(b.data, b.count, T{});
-    const lora::FewRows own = {x.data, dtype, batch, bias.data, a.data, b.data,
-                               dtype,  dtype, rank,  1.0f,      s.data, same.data};
+    const lora::OneLaunch given = {x.data, dtype, batch, bias.data, a.data, b.data,
+                                   dtype,  dtype, rank,  1.0f,      s.data, same.data};
     bool launched = false;
-    const char* other = peftcore_lora_few_rows(&own, &weight, &launched, nullptr);
+    const char* other = peftcore_lora_one_launch(&given, &weight, &launched, nullptr);
     require(other == nullptr, other ? other : "", count, blocksize);
     require(!launched || same == y, "one launch differs", count, blocksize);
 }
@@ -204,7 +204,7 @@ int run_linear(uint64_t seed) {
     return 0;
 }
 
-// LoRA's kernels beside sums in double: left [rows, inner], right [inner, columns], both by (i, j).
+// LoRA's kernels compared with sums in double: left [rows, inner], right [inner, columns], both by (i, j).
 template <typename T, typename Left, typename Right>
 void compare_product(const Array<T>& found, int64_t rows, int64_t inner, int64_t columns, const Left& left,
                      const Right& right, const char* what) {
@@ -302,7 +302,7 @@ int report(const char* error) {
 int main(int argc, char** argv) {
     const std::string what = argc > 2 ? argv[1] : "";
     const int number = argc > 2 ? atoi(argv[2]) : 0;
-    if (what == "nf4") return run_nf4(uint64_t(number));
+    if (what == "quant4") return run_quant4(uint64_t(number));
     if (what == "linear") return run_linear(uint64_t(number));
     if (what == "lora") return run_lora(uint64_t(number));
     if (what == "grouped") return run_grouped(uint64_t(number));
@@ -316,6 +316,6 @@ int main(int argc, char** argv) {
         Array<int> out(32);
         return report(toy_shared(out.data, number, nullptr));
     }
-    fprintf(stderr, "usage: sanitized nf4 SEED | linear SEED | lora SEED | read LIMIT | shared INDEX\n");
+    fprintf(stderr, "usage: sanitized quant4 SEED | linear SEED | lora SEED | read LIMIT | shared INDEX\n");
     return 2;
 }

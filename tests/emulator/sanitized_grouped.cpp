@@ -1,4 +1,4 @@
-// The kernels of experts on memory of exactly the size they may touch, beside sums in double; and with offsets that
+// The kernels of experts on memory of exactly the size they may touch, compared with sums in double; and with offsets that
 // lead out of it.
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-// The optimizer's kernels on memory of exactly the size they may touch: CUDA's on the emulator beside each
+// The optimizer's kernels on memory of exactly the size they may touch: CUDA's on the emulator compared with each
 // SIMD level's.
 #include <algorithm>
 #include <random>

@@ -44,7 +44,7 @@ class WeightView(Structure):
         self.nested_shift = weight.nested_blocksize.bit_length() - 1 if weight.double_quant else 0
 
     def expert(self, library, index):
-        """One of a weight `[experts, out, in]`, where it lies."""
+        """Return a view of one expert of a weight `[experts, out, in]`."""
         expert = WeightView(self.kept)
         library.expert_of(byref(self), c_int64(index), c_int64(self.kept.shape[0]), byref(expert))
         return expert
@@ -88,7 +88,7 @@ class Factors(Structure):
         self.kept = factors, index
 
 
-class FewRows(Structure):
+class OneLaunch(Structure):
     """csrc/lora/cuda/lora_cuda.h: LoRA over a base in 4 bits."""
 
     _fields_ = [

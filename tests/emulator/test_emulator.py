@@ -1,4 +1,4 @@
-"""The emulator finds what it is for: each fault is planted in a toy kernel, beside the same kernel without it."""
+"""Faults that the emulator finds: each is planted in a toy kernel, next to a version of the kernel without it."""
 
 import pytest
 import torch

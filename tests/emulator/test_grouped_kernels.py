@@ -50,7 +50,7 @@ class Case:
         shape = (self.inner, self.columns) if self.across else (self.columns, self.inner)
         values = normal(self.experts, *shape, seed=1)
         if self.packed:
-            nested = self.packed == "nested"  # an expert is no whole number of blocks of scales
+            nested = self.packed == "nested"  # an expert is not a whole number of blocks of scales
             self.weight = ops.quantize_4bit(values, blocksize=32, double_quant=nested, nested_blocksize=128)
             dense = ops.dequantize_4bit(self.weight, self.dtype)
         else:
@@ -104,8 +104,8 @@ class Kernels:
         memory, out = guarded(case.rows, case.columns, dtype=case.dtype)
         return self.run("product", self.launch(case, out), out, memory, seed)
 
-    def takes_few_rows(self, case):
-        function = self.library.peftcore_grouped_takes_few_rows
+    def is_skinny(self, case):
+        function = self.library.peftcore_grouped_is_skinny
         function.restype = c_bool
         return function(byref(self.launch(case, case.x)))
 
@@ -164,13 +164,13 @@ def test_product(kernels, counts, across, packed):
 @pytest.mark.parametrize("rank", [0, 3, 40])
 @pytest.mark.parametrize("packed", ["plain", "nested"])
 @pytest.mark.parametrize("counts", ["few", "one_row", "none", "many_experts"])
-def test_few_rows_from_four_bits(kernels, counts, packed, rank):
+def test_skinny_products_from_four_bits(kernels, counts, packed, rank):
     number = list(COUNTS).index(counts) + rank
     dtype, inner = DTYPES[1 + number % 2], [96, 320][number // 2 % 2]
     case = Case(*COUNTS[counts], dtype, inner, 75, rank, packed, bias=number % 2 == 0)
-    assert kernels.takes_few_rows(case)
+    assert kernels.is_skinny(case)
     assert not any(
-        kernels.takes_few_rows(Case(*COUNTS[counts], **{"dtype": dtype, "rank": 1, "packed": packed} | other))
+        kernels.is_skinny(Case(*COUNTS[counts], **{"dtype": dtype, "rank": 1, "packed": packed} | other))
         for other in ({"packed": ""}, {"p": 0.1}, {"factor_across": True}, {"dtype": torch.float32})
     )
     check(kernels.product(case, seed=number), *case.wanted())

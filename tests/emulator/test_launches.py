@@ -8,7 +8,7 @@ from ctypes import byref, c_bool, c_float, c_int64
 import pytest
 import torch
 from emulator.products import dropout, normal
-from emulator.structs import FactorCopy, Factors, FewRows, WeightView, Wide
+from emulator.structs import FactorCopy, Factors, OneLaunch, WeightView, Wide
 
 from peftcore import ops
 
@@ -44,16 +44,16 @@ class Layer:
 
     def linear(self, s):
         y, given = torch.zeros_like(self.grad), (self.x, 1, self.rows, WeightView(self.weight))
-        self.launch("peftcore_nf4_linear", *given, None, s, self.b, RANK, self.space("nf4_linear", *given), y)
+        self.launch("peftcore_quant4_linear", *given, None, s, self.b, RANK, self.space("quant4_linear", *given), y)
         return y
 
     def dequantize(self):
-        self.launch("peftcore_nf4_dequantize", WeightView(self.weight), torch.zeros(OUT, IN, dtype=torch.half), 1)
+        self.launch("peftcore_quant4_dequantize", WeightView(self.weight), torch.zeros(OUT, IN, dtype=torch.half), 1)
 
     def one_launch(self):
         s, y, launched = torch.zeros(self.rows, RANK), torch.zeros_like(self.grad), c_bool(False)
-        given = FewRows(self.x, None, self.a, self.b, 1.5, s, y)
-        self.launch("peftcore_lora_few_rows", given, WeightView(self.weight), byref(launched))
+        given = OneLaunch(self.x, None, self.a, self.b, 1.5, s, y)
+        self.launch("peftcore_lora_one_launch", given, WeightView(self.weight), byref(launched))
         return launched.value
 
     def copy_factors(self):
@@ -77,7 +77,7 @@ class Layer:
 
 
 @pytest.mark.parametrize(("rows", "launches"), [(1, 1), (4, 1), (8, 1), (9, 2), (16, 2), (17, 2), (64, 2)])
-def test_few_rows(emulated, rows, launches):
+def test_skinny_products(emulated, rows, launches):
     layer = Layer(emulated, rows)
     if not layer.one_launch():
         layer.linear(layer.down(layer.x, layer.a))
@@ -85,7 +85,7 @@ def test_few_rows(emulated, rows, launches):
 
 
 def test_a_training_step(emulated):
-    """Of the base's own product, which is cuBLAS's, one each way is not counted here."""
+    """Count launches, without one each way for the base's product by cuBLAS."""
     layer = Layer(emulated, 600)
     layer.dequantize()
     s = layer.down(layer.x, layer.a)

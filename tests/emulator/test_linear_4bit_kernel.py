@@ -30,8 +30,8 @@ def run(emulated, x, weight, bias, seed=0, offset=0, tickets=True):
     memory = torch.full((count + offset + 4,), 7, dtype=x.dtype)
     y = memory[offset : offset + count]
     given = (x, DTYPES.index(x.dtype), batch, WeightView(weight))
-    partial = emulated.workspace("peftcore_nf4_linear_workspace", *given)
-    emulated("peftcore_nf4_linear")(*given, bias, None, None, 0, partial, y, seed=seed, tickets=tickets)
+    partial = emulated.workspace("peftcore_quant4_linear_workspace", *given)
+    emulated("peftcore_quant4_linear")(*given, bias, None, None, 0, partial, y, seed=seed, tickets=tickets)
     assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
     return y.view(batch, rows)
 
@@ -75,9 +75,9 @@ def test_every_way_through_the_launcher(emulated, dtype, batch, columns):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [17, 32, 50])
 @pytest.mark.parametrize(("rows", "columns"), [(131, 64), (200, 512), (9, 1088), (150, 1600)])
-def test_panels_of_w(
+def test_strips_of_w(
     emulated, dtype, batch, rows, columns
-):  # rows of one and two panels, columns of one to four splits
+):  # rows of one and two strips, columns of one to four splits
     arguments, wanted, magnitude = case(rows, columns, batch, dtype, 64, True, columns + batch)
     check(run(emulated, *arguments, seed=batch), wanted, magnitude)
 

@@ -84,8 +84,8 @@ class Kernels:
     def linear(self, x, weight, bias, thin, factor, seed=0):
         memory, y = guarded(x.shape[0], weight.shape[0], dtype=x.dtype)
         given = x, DTYPES.index(x.dtype), x.shape[0], WeightView(weight)
-        launch = self.emulated("peftcore_nf4_linear")
-        partial = self.emulated.workspace("peftcore_nf4_linear_workspace", *given)
+        launch = self.emulated("peftcore_quant4_linear")
+        partial = self.emulated.workspace("peftcore_quant4_linear_workspace", *given)
         launch(*given, bias, thin, factor, thin.shape[1], partial, y, seed=seed)
         untouched(memory)
         return y

@@ -5,7 +5,7 @@ from ctypes import byref, c_bool, c_int64
 import pytest
 import torch
 from emulator.products import check, dropout, guarded, normal, untouched
-from emulator.structs import DTYPES, Factors, FewRows, WeightView, Wide
+from emulator.structs import DTYPES, Factors, OneLaunch, WeightView, Wide
 
 from peftcore import ops
 
@@ -33,8 +33,8 @@ def run(emulated, x, weight, bias, a, b, scale=0.75, seed=0, tickets=True):
     around_y, y = guarded(len(x), weight.shape[0], dtype=x.dtype)
     around_s, s = guarded(len(x), len(a), dtype=torch.float32)
     launched, before = c_bool(False), emulated.launches()
-    given = FewRows(x, bias, a, b, scale, s, y)
-    emulated("peftcore_lora_few_rows")(given, WeightView(weight), byref(launched), seed=seed, tickets=tickets)
+    given = OneLaunch(x, bias, a, b, scale, s, y)
+    emulated("peftcore_lora_one_launch")(given, WeightView(weight), byref(launched), seed=seed, tickets=tickets)
     untouched(around_y)
     untouched(around_s)
     assert emulated.launches() - before == launched.value
@@ -43,15 +43,15 @@ def run(emulated, x, weight, bias, a, b, scale=0.75, seed=0, tickets=True):
 
 
 def in_two(emulated, x, weight, bias, a, b, scale=0.75):
-    """The same by the launchers that make s, and then y."""
+    """Return y and s computed by separate launchers."""
     rank, (batch, columns) = len(a), x.shape
     s, y = torch.zeros(batch, rank), torch.zeros(batch, weight.shape[0], dtype=x.dtype)
     partial = emulated.workspace("peftcore_lora_down_workspace", c_int64(batch), c_int64(columns), rank)
     factors = Factors([a], 0, rank, [scale])
     emulated("peftcore_lora_down")(Wide(x), factors, dropout(0.0), partial, s)
     given = x, DTYPES.index(x.dtype), batch, WeightView(weight)
-    partial = emulated.workspace("peftcore_nf4_linear_workspace", *given)
-    emulated("peftcore_nf4_linear")(*given, bias, s, b, rank, partial, y)
+    partial = emulated.workspace("peftcore_quant4_linear_workspace", *given)
+    emulated("peftcore_quant4_linear")(*given, bias, s, b, rank, partial, y)
     return y, s
 
 

@@ -100,7 +100,7 @@ def test_a_subclass_that_computes_the_same_is_quantized() -> None:
 @pytest.mark.parametrize("cls", [Scaled, Clamped, InFp32, NoisyInTraining, WithMask, WithMethod, WithProperty])
 def test_a_subclass_that_does_more_stays_dense_with_a_warning(cls: Any) -> None:
     layer = cls(64) if cls is WithMask else cls(64, 64)
-    with pytest.warns(UserWarning, match=f"'1', since {cls.__name__} is not known to compute") as found:
+    with pytest.warns(UserWarning, match=f"'1', because {cls.__name__} is not known to compute") as found:
         model = peftcore.quantize(nn.Sequential(nn.Linear(64, 64), layer))
     assert kinds(model) == {"0"} and len(found) == 1
     peftcore.quantize(nn.Sequential(nn.Linear(64, 64), copy.deepcopy(layer)), skip=["1"])  # as it was said

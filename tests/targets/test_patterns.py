@@ -13,6 +13,7 @@ from imports import ROOT
 
 import peftcore
 from peftcore import targets
+from peftcore.observation import detect
 from peftcore.targets import patterns
 
 PATHS = [
@@ -139,6 +140,11 @@ def test_a_file_needs_regex_and_the_users_own_call_does_not(monkeypatch: pytest.
     assert [patterns.compiled(pattern, "target_modules")(path) for path in PATHS[1:4]] == [False, True, False]
     with patterns.limited():
         assert patterns.compiled(r"lm.head", "target_modules")("lm_head"), "there is one way to match"
+        ends = patterns.compiled_end(r"^model\.layers\.0\.self_attn\.q_proj$", "rank_pattern")  # as `combine` writes it
+        assert [path for path in PATHS if ends(path)] == [PATHS[2]] and not ends(f"a.{PATHS[2]}")
+        model = tiny.llama()
+        chosen = targets.select(model, detect(model), target_modules=["q_proj"], layers_to_transform=[1])
+        assert [*chosen] == ["model.layers.1.self_attn.q_proj"]
         with pytest.raises(peftcore.PeftcoreError, match=r"q_proj\|x_proj.* is not installed: pip install regex"):
             patterns.compiled(pattern, "target_modules")
 

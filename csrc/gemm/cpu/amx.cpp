@@ -1,12 +1,12 @@
 // 32 rows of x by 32 columns of B in tile registers of 16 rows by 64 bytes, 16 pairs of inner numbers at a
 // time: four tiles hold sums, two x, two B.
 //
-// B's columns are unpacked into a panel, which stays in the second cache, and blocks of rows of x pass by. A
-// piece of a block, which stays in the first, passes by all tiles of the panel; they go around that cache.
-// Meanwhile the sums of the tile before are rounded and stored.
+// B's columns are unpacked into a panel, which stays in the L2 cache and is multiplied by one block of x's rows after
+// another. A piece of a block, which stays in L1, is multiplied by all tiles of the panel, which bypass L1. Meanwhile
+// the sums of the previous tile are rounded and stored.
 //
 // Measured on two cores of Sapphire Rapids. 1024 rows, 576 x 1536, a tile's sums stored while the next one is
-// multiplied: 0.51 ms instead of 0.69; B around the first cache: 0.39. 4096 x 4096: pieces and chunks 0.84 of
+// multiplied: 0.51 ms instead of 0.69; B bypassing L1: 0.39. 4096 x 4096: pieces and chunks 0.84 of
 // the time of whole rows; the library takes 1.1 times as long as all this. No better: prefetching y, dividing
 // rows among threads instead of columns, panels of 12 or 16 tiles.
 #include "common/amx.h"
@@ -22,18 +22,18 @@ namespace {
 
 constexpr int64_t kBlockRows = 2 * kSide;
 constexpr int64_t kPanelTiles = 8, kPanelColumns = kPanelTiles * kTileColumns;
-constexpr int64_t kStepBytes = 2 * kTileWords * 4;  // of a tile of B, 16 pairs of it
+constexpr int64_t kStepBytes = 2 * kTileWords * 4;  // of 16 pairs of a tile of B
 
-// Pairs of a block that three quarters of the first cache hold.
+// Number of a block's pairs that fit in three quarters of the L1 cache.
 int64_t pairs_of_piece() { return caches().first / 4 * 3 / (kBlockRows * 4) / kSide * kSide; }
 
-// 16 pairs of rows of x, as a tile takes them.
+// 16 pairs of x's rows, in the layout that a tile takes.
 struct Left {
     const char* first;
     int64_t row, step;  // bytes from a row to the next, and to the next 16 pairs
 };
 
-// Each step of a row is then a cache line, and those of 32 rows do not fall into one set of the first cache.
+// Each step of a row is then a cache line, and those of 32 rows do not share a set of the L1 cache.
 bool readable_in_place(const Product& product) {
     constexpr int64_t kSame = 4096 / 2;
     return product.inner % (2 * kSide) == 0 && product.inner % kSame != 0 &&
@@ -73,7 +73,7 @@ inline void accumulate(const Left& left, const uint32_t* right, int64_t pairs, c
     }
 }
 
-// The same of factors in halves (see Addend): a tile of each is read once for the two products it is in.
+// Products of factors in halves (see Addend): a tile of each half is read once for the two products that use it.
 template <bool kBoth>
 inline void accumulate_halves(const Left& left, const uint32_t* right, int64_t pairs) {
     const int64_t steps = pairs / kSide / 2;
@@ -112,7 +112,7 @@ inline void no_sums() {
     _tile_zero(3);
 }
 
-// Where sums lie in memory, `stride` values from a row to the next.
+// Sums in memory, with rows `stride` values apart.
 struct Sums {
     float* first;
     int64_t stride;
@@ -152,18 +152,18 @@ inline TileBits bits_of(bool even_odd, const uint8_t* keep) {
             _mm512_test_epi32_mask(lanes, _mm512_set1_epi32(int(0xffff0000)))};
 }
 
-// What one tile is made of; the addend has pairs in the last chunk only.
+// Operands of one tile; the addend has pairs in the last chunk only.
 struct Work {
-    Left left, addend_left, next;  // next: to be fetched, its rows from ahead_row on
+    Left left, addend_left, next;  // next: to be prefetched, from row ahead_row on
     const uint32_t *right, *addend_right;
     int64_t pairs, addend_pairs, ahead_row, ahead_rows;
     bool halves;  // of the addend
     Sums from, to;
     float* masked;
-    bool first;  // then there is nothing to go on from
+    bool first;  // the sums start at zero
 };
 
-// A tile's sums on their way to y: they are rounded and stored while the next tile is multiplied.
+// A tile's sums that are rounded and stored in y while the next tile is multiplied.
 struct Pending {
     const Product& product;
     int64_t row = 0, column = 0;

@@ -1,4 +1,4 @@
-// What the kernels of AVX-512 share: where a result lies, its bias and its one rounding.
+// Shared by the kernels of AVX-512: addresses of results, the bias, and the rounding.
 #pragma once
 
 #include "common/avx512.h"
@@ -14,7 +14,7 @@ inline __mmask32 columns_there(const Product& product, int64_t column) {
     return left < kTileColumns ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
 }
 
-// The bias of a tile's columns, in the order in which they lie in the tile.
+// The bias of a tile's columns, in the tile's order of columns.
 struct Bias {
     __m512 first, second;
 };
@@ -29,7 +29,7 @@ inline Bias bias_of(const Product& product, int64_t column) {
     return {from_bf16(_mm512_castsi512_si256(values)), from_bf16(_mm512_extracti64x4_epi64(values, 1))};
 }
 
-// Rounded by the processor, which flushes subnormals as it did in the products.
+// Rounded by the processor, which flushes subnormals as in the products.
 inline __m512i rounded(const Product& product, __m512 first, __m512 second) {
     const __m512i both = __m512i(_mm512_cvtne2ps_pbh(second, first));
     if (!product.right.even_odd) return both;
@@ -39,7 +39,7 @@ inline __m512i rounded(const Product& product, __m512 first, __m512 second) {
     return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), both);
 }
 
-// The sums of a tile's columns in one row.
+// Sums of a tile's columns in one row.
 inline void store_row(const Product& product, int64_t row, int64_t column, const Bias& bias, __m512 first,
                       __m512 second) {
     _mm512_mask_storeu_epi16(

@@ -1,8 +1,8 @@
 // 12 rows of x by 32 columns of B in registers, a pair of inner numbers at a time: 24 of 32 registers hold
 // sums.
 //
-// Measured on one core of Zen 4: 230 to 236 GFLOP/s with all in the second cache, of 237 that the dot
-// products allow; 220 with 1020 rows by 4096 x 4096 out of 4 bits, where the library reaches 205 to 218 with
+// Measured on one core of Zen 4: 230 to 236 GFLOP/s with all operands in the L2 cache, of 237 that the dot
+// products allow; 220 with 1020 rows by 4096 x 4096 from 4 bits, where the library reaches 205 to 218 with
 // a dense weight. No better: chunks of 384 or 512 pairs, panels of 8 tiles.
 #include "gemm/cpu/avx512.h"
 #include "gemm/cpu/panels.h"
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kBlockRows = 12;  // of x that a register tile multiplies
 constexpr int64_t kPanelTiles = 4, kPanelColumns = kPanelTiles * kTileColumns;
 
-struct Place {
+struct OutputTile {
     const Product& product;
     int64_t row, column;
     float* sums;  // of this row and column, kPanelColumns a row
@@ -24,15 +24,15 @@ struct Place {
 };
 
 template <int R>
-inline void multiply_tile(const Place& place, const uint32_t* x, const uint32_t* right, int64_t pairs) {
+inline void multiply_tile(const OutputTile& out, const uint32_t* x, const uint32_t* right, int64_t pairs) {
     __m512 sum[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v)
             sum[r][v] =
-                place.first ? _mm512_setzero_ps() : _mm512_loadu_ps(place.sums + r * kPanelColumns + 16 * v);
-    Ahead ahead = place.ahead != nullptr ? *place.ahead : Ahead({});
+                out.first ? _mm512_setzero_ps() : _mm512_loadu_ps(out.sums + r * kPanelColumns + 16 * v);
+    Ahead ahead = out.ahead != nullptr ? *out.ahead : Ahead({});
     for (int64_t p = 0; p < pairs; ++p, x += R, right += kTileColumns) {
         ahead.next();
         const __m512bh first = __m512bh(_mm512_loadu_si512(right)),
@@ -44,21 +44,20 @@ inline void multiply_tile(const Place& place, const uint32_t* x, const uint32_t*
             sum[r][1] = _mm512_dpbf16_ps(sum[r][1], second, pair);
         }
     }
-    if (place.ahead != nullptr) *place.ahead = ahead;
-    if (!place.last) {
+    if (out.ahead != nullptr) *out.ahead = ahead;
+    if (!out.last) {
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-            for (int v = 0; v < 2; ++v) _mm512_storeu_ps(place.sums + r * kPanelColumns + 16 * v, sum[r][v]);
+            for (int v = 0; v < 2; ++v) _mm512_storeu_ps(out.sums + r * kPanelColumns + 16 * v, sum[r][v]);
         return;
     }
-    const Bias bias = bias_of(place.product, place.column);
+    const Bias bias = bias_of(out.product, out.column);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r)
-        store_row(place.product, place.row + r, place.column, bias, sum[r][0], sum[r][1]);
+    for (int r = 0; r < R; ++r) store_row(out.product, out.row + r, out.column, bias, sum[r][0], sum[r][1]);
 }
 
-using Tile = void (*)(const Place&, const uint32_t*, const uint32_t*, int64_t);
+using Tile = void (*)(const OutputTile&, const uint32_t*, const uint32_t*, int64_t);
 constexpr Tile kTileOf[kBlockRows + 1] = {
     nullptr,           multiply_tile<1>,  multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,
     multiply_tile<5>,  multiply_tile<6>,  multiply_tile<7>, multiply_tile<8>, multiply_tile<9>,
@@ -88,7 +87,7 @@ struct DotProducts {
             transpose_words(block);
             const int64_t count = least(16, (last - k + 1) / 2);
             if (rows == kRows && count == 16) {
-                // What is written behind a pair's rows, the next pair's overwrite.
+                // What is written behind a pair's rows is overwritten by the next pair.
 #pragma GCC unroll 16
                 for (int64_t p = 0; p < 15; ++p) _mm512_storeu_si512(out + p * kRows, block[p]);
                 _mm512_mask_storeu_epi32(out + 15 * kRows, its_rows, block[15]);

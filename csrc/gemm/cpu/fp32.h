@@ -1,4 +1,4 @@
-// Products whose x and B are widened to fp32: for dtypes that the processor has no dot products of. The same loops at
+// Products with x and B widened to fp32, for dtypes that the processor has no dot products for. The loops are shared by
 // every level with fused multiply-adds.
 //
 // Lanes::kRows rows of x by two vectors of B's columns are in registers, an inner number at a time.
@@ -39,7 +39,7 @@ struct WideProducts {
 
     using Floats = typename Lanes::Floats;
 
-    // Chunks of about the same size: a short last one would load and store sums for few products.
+    // Chunks of about equal size: a short last one would load and store sums for few products.
     static int64_t chunk(int64_t words, int64_t fit) {
         return filled_up(ceil_div(words, ceil_div(words, fit)), 16);
     }
@@ -72,13 +72,13 @@ struct WideProducts {
     WideProducts(const Product& its_product, const Arranged& its_arranged)
         : product(its_product), arranged(its_arranged) {}
 
-    struct Place {
+    struct OutputTile {
         int64_t row, column;
         float* sums;  // of this row and column, kPanelColumns a row
         bool first, last;
         Ahead* ahead;
     };
-    // What is added up: arranged rows of x, or of the addend, and a tile of B's words.
+    // Factors of the sums: arranged rows of x, or of the addend, and a tile of B's words.
     struct Factors {
         const float *x, *right;
         int64_t words;
@@ -89,7 +89,7 @@ struct WideProducts {
 
     template <int R>
     [[gnu::always_inline]]
-    static inline void accumulate(const Factors& factors, Ahead* place_ahead, Sums<R>& sum) {
+    static inline void accumulate(const Factors& factors, Ahead* next_panel, Sums<R>& sum) {
         const float *x = factors.x, *right = factors.right;
         const auto add_word = [&] {
             const Floats one = Lanes::load(right), other = Lanes::load(right + Lanes::kLanes);
@@ -102,7 +102,7 @@ struct WideProducts {
             x += R;
             right += kTileColumns;
         };
-        Ahead ahead = place_ahead != nullptr ? *place_ahead : Ahead({});
+        Ahead ahead = next_panel != nullptr ? *next_panel : Ahead({});
         int64_t p = 0;
         for (; p + 4 <= factors.words; p += 4) {
             ahead.next();
@@ -112,32 +112,32 @@ struct WideProducts {
             add_word();
         }
         for (; p < factors.words; ++p) add_word();
-        if (place_ahead != nullptr) *place_ahead = ahead;
+        if (next_panel != nullptr) *next_panel = ahead;
     }
 
     template <int R>
-    static void multiply_tile(const Product& product, const Place& place, const Factors& factors,
+    static void multiply_tile(const Product& product, const OutputTile& out, const Factors& factors,
                               const Factors& addend) {
         Sums<R> sum;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v)
-                sum[r][v] = place.first ? Lanes::zero()
-                                        : Lanes::load(place.sums + r * kPanelColumns + v * Lanes::kLanes);
+                sum[r][v] =
+                    out.first ? Lanes::zero() : Lanes::load(out.sums + r * kPanelColumns + v * Lanes::kLanes);
         const Mask& keep = product.addend.keep;
         const bool masked = addend.words != 0 && keep.bits != nullptr;
-        accumulate<R>(factors, place.ahead, sum);
-        // Behind all of the product, wherever its chunks end: so no bit depends on the size of caches.
+        accumulate<R>(factors, out.ahead, sum);
+        // Added after the whole product, wherever its chunks end, so that results do not depend on cache sizes.
         if (addend.words != 0 && !masked) accumulate<R>(addend, nullptr, sum);
-        if (!place.last || masked) {
+        if (!out.last || masked) {
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
                 for (int v = 0; v < 2; ++v)
-                    Lanes::store(place.sums + r * kPanelColumns + v * Lanes::kLanes, sum[r][v]);
+                    Lanes::store(out.sums + r * kPanelColumns + v * Lanes::kLanes, sum[r][v]);
         }
-        if (!place.last) return;
+        if (!out.last) return;
         if (masked) {
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Lanes::zero();
@@ -145,24 +145,24 @@ struct WideProducts {
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 uint32_t bits;
-                std::memcpy(&bits, keep.row(place.row + r) + place.column / 32 * 4, sizeof bits);
-                bits >>= place.column % 32;
+                std::memcpy(&bits, keep.row(out.row + r) + out.column / 32 * 4, sizeof bits);
+                bits >>= out.column % 32;
 #pragma GCC unroll 2
                 for (int v = 0; v < 2; ++v)
-                    sum[r][v] = Lanes::add(Lanes::load(place.sums + r * kPanelColumns + v * Lanes::kLanes),
+                    sum[r][v] = Lanes::add(Lanes::load(out.sums + r * kPanelColumns + v * Lanes::kLanes),
                                            Lanes::kept(sum[r][v], bits >> (v * Lanes::kLanes)));
             }
         }
-        store_rows<R>(product, place, sum);
+        store_rows<R>(product, out, sum);
     }
 
     template <int R>
-    static void store_rows(const Product& product, const Place& place, const Sums<R>& sum) {
-        const int64_t count = least(kColumns, product.columns - place.column);
+    static void store_rows(const Product& product, const OutputTile& out, const Sums<R>& sum) {
+        const int64_t count = least(kColumns, product.columns - out.column);
         float bias[kColumns] = {};
-        if (product.bias != nullptr) widen_row(product.bias, product.dtype, place.column, count, bias);
+        if (product.bias != nullptr) widen_row(product.bias, product.dtype, out.column, count, bias);
         const Floats first = Lanes::load(bias), second = Lanes::load(bias + Lanes::kLanes);
-        uint16_t* y = static_cast<uint16_t*>(product.y) + place.row * product.columns + place.column;
+        uint16_t* y = static_cast<uint16_t*>(product.y) + out.row * product.columns + out.column;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r, y += product.columns) {
             uint16_t some[kColumns], *to = count == kColumns ? y : some;
@@ -172,7 +172,7 @@ struct WideProducts {
         }
     }
 
-    using Tile = void (*)(const Product&, const Place&, const Factors&, const Factors&);
+    using Tile = void (*)(const Product&, const OutputTile&, const Factors&, const Factors&);
     template <int... R>
     static Tile tile_of(int64_t rows, std::integer_sequence<int, R...>) {
         static constexpr Tile kTileOf[] = {multiply_tile<R + 1>...};
@@ -180,7 +180,7 @@ struct WideProducts {
     }
 
     void multiply(const Panel& panel, const Block& block) {
-        // A block's sums of a masked addend wait here, where the product has one chunk.
+        // Holds a block's sums of a masked addend where the product has a single chunk.
         const float *x = reinterpret_cast<const float*>(arranged.x) + panel.chunk * product.rows +
                          block.row * panel.words,
                     *left =

@@ -1,4 +1,4 @@
-// What the SIMD levels supply to `multiply`.
+// Kernels that the SIMD levels supply to `multiply`.
 #pragma once
 
 #include <optional>
@@ -15,10 +15,10 @@ struct Arranged {
     const uint32_t *x, *addend_left;
 };
 
-// What a task has for itself.
+// Buffers of one task.
 struct Buffers {
     uint32_t* panel;         // tiles * chunk * kTileColumns words
-    uint32_t* addend_panel;  // the same of the addend's words, all in one chunk
+    uint32_t* addend_panel;  // the addend's words, all in one chunk
     float* sums;  // a panel's columns of the task's rows, filled up to whole blocks, if chunks are many
 };
 
@@ -29,9 +29,9 @@ struct Kernel {
     int64_t word_values = 2;  // inner numbers of a word: a pair of bf16, or one fp32
     bool takes_addend = false;
 
-    // How many words of inner numbers a chunk has, of so many in all.
+    // Number of words in a chunk, for so many in all.
     int64_t (*chunk)(int64_t words) = nullptr;
-    // Whether x's whole blocks of rows are read where they lie.
+    // Whether whole blocks of x's rows are read in place.
     bool (*in_place)(const Product& product) = nullptr;
     // x's rows, the first of which is a multiple of `rows`: by chunks, by blocks of rows, as `multiply` reads them.
     void (*arrange)(const Product& product, int64_t chunk, Range rows, uint32_t* out) = nullptr;
@@ -52,7 +52,7 @@ static inline BFloat16* bf16_result(const Product& product, int64_t row) {
     return static_cast<BFloat16*>(product.y) + row * product.columns;
 }
 
-// The addend as a product of its own, to be arranged like one.
+// The addend as a separate product, to be arranged like one.
 static inline Product addend_alone(const Product& product) {
     Product addend = product;
     if (product.word_values == 1) addend.dtype = Dtype::kFloat;
@@ -77,17 +77,18 @@ struct ManyRows {
     DenseReader dense;  // of x's dtype
     PackedReader packed;
     DenseReader factor;  // of an addend: bf16 where words are pairs, else fp32
-    // With a dense weight, too, faster than the library, which lacks instructions for this dtype here.
+    // Faster than the library with dense weights, too: it has no instructions for this dtype on this machine.
     bool beats_library = false;
 };
 
-// B as a kernel reads it, W or Wᵀ; or none: there is no kernel, or no reader of such a weight. It refers to the view.
+// B as a kernel reads it, W or Wᵀ; nullopt if there is no kernel, or no reader for such a weight. It refers to the
+// view.
 static inline std::optional<Tiles> tiles_of(const ManyRows& products, const WeightView& weight,
                                             bool transposed) {
     const bool packed = weight.codes != nullptr;
     const Reader& reader = packed ? static_cast<const Reader&>(products.packed) : products.dense;
     const Tiles& tiles = transposed ? reader.transposed : reader.plain;
-    if (products.kernel.multiply == nullptr || tiles.unpack == nullptr || weight.count() == 0 ||
+    if (products.kernel.multiply == nullptr || tiles.unpack == nullptr || weight.numel() == 0 ||
         (!packed && weight.dense == nullptr) || (reader.reads != nullptr && !reader.reads(weight)))
         return {};
     return tiles.of(&weight);

@@ -1,4 +1,4 @@
-// Tensors as a product takes them.
+// Tensors as `multiply` takes them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,7 +22,7 @@ inline Product product_of(const at::Tensor& x, const Tiles& right, const at::Ten
             .y = y.mutable_data_ptr()};
 }
 
-// Of a contiguous matrix.
+// View of a contiguous matrix.
 inline WeightView view_of(const at::Tensor& matrix) {
     WeightView view;
     view.rows = matrix.size(0);
@@ -32,12 +32,12 @@ inline WeightView view_of(const at::Tensor& matrix) {
     return view;
 }
 
-// A matrix of any strides, or its transpose, as one that is contiguous.
-struct Lying {
+// A matrix of any strides as a contiguous one: itself, its transpose or a copy.
+struct Layout {
     at::Tensor matrix;
-    bool flipped;  // it is the transpose that is contiguous
+    bool transposed;  // it is the transpose that is contiguous
 };
-inline Lying lying(const at::Tensor& matrix) {
+inline Layout layout_of(const at::Tensor& matrix) {
     const at::Tensor turned = matrix.t();
     if (!matrix.is_contiguous() && turned.is_contiguous()) return {turned, true};
     return {matrix.contiguous(), false};

@@ -1,4 +1,4 @@
-// What unpacks a matrix into tiles by NEON.
+// Unpacking of a matrix into tiles by NEON.
 #pragma once
 
 #include "common/neon.h"

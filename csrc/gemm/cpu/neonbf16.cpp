@@ -1,5 +1,5 @@
-// 12 rows of x by 8 columns of B in registers, four inner numbers at a time: an instruction (bfmmla) adds the products of
-// 2 rows and 2 columns, and 24 of 32 registers hold such sums.
+// 12 rows of x by 8 columns of B in registers, four inner numbers at a time: an instruction (bfmmla) adds the products
+// of 2 rows and 2 columns, and 24 of 32 registers hold such sums.
 //
 // A step of four inner numbers is 24 products, 10 loads, and 4 instructions that turn pairs of B's columns into fours.
 #include <cstring>
@@ -15,7 +15,7 @@ constexpr int64_t kBlockRows = 12;  // of x that a register tile multiplies
 constexpr int64_t kColumns = 8, kColumnPairs = kColumns / 2;
 constexpr int64_t kPanelTiles = 4, kPanelColumns = kPanelTiles * kTileColumns;
 
-struct Place {
+struct OutputTile {
     const Product& product;
     int64_t row, rows, column;
     float* sums;  // 4 kColumnPairs of the first two rows, kTwoRows to those of the next two
@@ -26,19 +26,19 @@ constexpr int64_t kTwoRows = 2 * kPanelColumns;
 
 inline bfloat16x8_t as_bf16(uint32x4_t words) { return vreinterpretq_bf16_u32(words); }
 
-// Values of the place's columns from `from` on, which has no more than the product's.
-inline uint16x8_t bias_of(const Place& place) {
+// Bias of the output tile's columns from `from` on, which has no more than the product's.
+inline uint16x8_t bias_of(const OutputTile& out) {
     uint16_t whole[kColumns] = {};
-    if (place.product.bias != nullptr)
-        std::memcpy(whole, bf16_bias(place.product) + place.column,
-                    size_t(least(kColumns, place.product.columns - place.column)) * sizeof *whole);
+    if (out.product.bias != nullptr)
+        std::memcpy(whole, bf16_bias(out.product) + out.column,
+                    size_t(least(kColumns, out.product.columns - out.column)) * sizeof *whole);
     return vld1q_u16(whole);
 }
 
-// One row of a place.
-inline void store_row(const Place& place, int64_t row, float32x4_t low, float32x4_t high) {
-    BFloat16* to = bf16_result(place.product, place.row + row) + place.column;
-    const int64_t count = place.product.columns - place.column;
+// One row of an output tile.
+inline void store_row(const OutputTile& out, int64_t row, float32x4_t low, float32x4_t high) {
+    BFloat16* to = bf16_result(out.product, out.row + row) + out.column;
+    const int64_t count = out.product.columns - out.column;
     const uint16x8_t values = vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(low), high));
     if (count >= kColumns) return vst1q_u16(bits_of(to), values);
     uint16_t whole[kColumns];
@@ -55,14 +55,14 @@ inline float32x4_t second_halves(float32x4_t a, float32x4_t b) {
 
 // P pairs of rows. sum[i][j]: rows 2 i and 2 i + 1 by columns 2 j and 2 j + 1.
 template <int P>
-inline void multiply_tile(const Place& place, const uint32_t* x, const uint32_t* right, int64_t pairs) {
+inline void multiply_tile(const OutputTile& out, const uint32_t* x, const uint32_t* right, int64_t pairs) {
     float32x4_t sum[P][kColumnPairs];
 #pragma GCC unroll 6
     for (int i = 0; i < P; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < kColumnPairs; ++j)
-            sum[i][j] = place.first ? vdupq_n_f32(0) : vld1q_f32(place.sums + i * kTwoRows + 4 * j);
-    Ahead ahead = place.ahead != nullptr ? *place.ahead : Ahead({});
+            sum[i][j] = out.first ? vdupq_n_f32(0) : vld1q_f32(out.sums + i * kTwoRows + 4 * j);
+    Ahead ahead = out.ahead != nullptr ? *out.ahead : Ahead({});
     for (int64_t p = 0; p < pairs; p += 2, x += 4 * P, right += 2 * kTileColumns) {
         ahead.next();
         bfloat16x8_t b[kColumnPairs];
@@ -80,28 +80,28 @@ inline void multiply_tile(const Place& place, const uint32_t* x, const uint32_t*
             for (int j = 0; j < kColumnPairs; ++j) sum[i][j] = vbfmmlaq_f32(sum[i][j], a, b[j]);
         }
     }
-    if (place.ahead != nullptr) *place.ahead = ahead;
-    if (!place.last) {
+    if (out.ahead != nullptr) *out.ahead = ahead;
+    if (!out.last) {
 #pragma GCC unroll 6
         for (int i = 0; i < P; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < kColumnPairs; ++j) vst1q_f32(place.sums + i * kTwoRows + 4 * j, sum[i][j]);
+            for (int j = 0; j < kColumnPairs; ++j) vst1q_f32(out.sums + i * kTwoRows + 4 * j, sum[i][j]);
         return;
     }
-    const uint16x8_t bias = bias_of(place);
+    const uint16x8_t bias = bias_of(out);
     const float32x4_t low = from_bfloat16(vget_low_u16(bias)), high = from_bfloat16(vget_high_u16(bias));
 #pragma GCC unroll 6
     for (int i = 0; i < P; ++i) {
         const float32x4_t* s = sum[i];
-        store_row(place, 2 * i, vaddq_f32(first_halves(s[0], s[1]), low),
+        store_row(out, 2 * i, vaddq_f32(first_halves(s[0], s[1]), low),
                   vaddq_f32(first_halves(s[2], s[3]), high));
-        if (2 * i + 1 < place.rows)
-            store_row(place, 2 * i + 1, vaddq_f32(second_halves(s[0], s[1]), low),
+        if (2 * i + 1 < out.rows)
+            store_row(out, 2 * i + 1, vaddq_f32(second_halves(s[0], s[1]), low),
                       vaddq_f32(second_halves(s[2], s[3]), high));
     }
 }
 
-using Tile = void (*)(const Place&, const uint32_t*, const uint32_t*, int64_t);
+using Tile = void (*)(const OutputTile&, const uint32_t*, const uint32_t*, int64_t);
 constexpr Tile kTileOf[kBlockRows / 2 + 1] = {nullptr,          multiply_tile<1>, multiply_tile<2>,
                                               multiply_tile<3>, multiply_tile<4>, multiply_tile<5>,
                                               multiply_tile<6>};

@@ -1,5 +1,5 @@
-// The loops of a product, the same at every level: columns of B go by panels, inner numbers by chunks, rows of
-// x by blocks.
+// The loops of a product, shared by all levels: over panels of B's columns, chunks of the inner dimension, and blocks
+// of x's rows.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +21,8 @@ struct Panel {
     bool first, last;                    // of the chunks
 };
 
-// What the next panel is made of, fetched line by line while this one is multiplied. For few rows of x reading B takes
-// as long as a fifth of the products (64 rows, 768 x 1024 on Zen 4), and no processor foresees where the next panel is.
+// Memory of the next panel, prefetched line by line while this one is multiplied. With few rows of x, reading B takes
+// as long as a fifth of the products (64 rows, 768 x 1024 on Zen 4), and no processor predicts where the next panel is.
 class Ahead {
  public:
     explicit Ahead(const Region& region) : region_(region) { begin_row(); }
@@ -46,15 +46,15 @@ class Ahead {
     const char* at_;
 };
 
-// Blocks of rows before the last one during which it is fetched: those before would drive it out of the cache again.
+// Number of last blocks of rows during which it is fetched: earlier, it would be evicted from the cache again.
 constexpr int64_t kAheadBlocks = 8;
 
-// Rows of x that a panel passes by, and what comes after them.
+// Rows of x that are multiplied by a panel, and those that follow them.
 struct Block {
     int64_t row, rows;
     int64_t next;  // row
     float* sums;   // from chunk to chunk, kTiles * kTileColumns a row
-    Ahead* ahead;  // to be called for; or nullptr
+    Ahead* ahead;  // prefetched meanwhile; or nullptr
 };
 
 template <typename Level>
@@ -66,18 +66,18 @@ concept BlockKernel = requires(Level level, const Product& product, const Arrang
     { Level::kWords } -> std::convertible_to<int64_t>;       // of a chunk at most: more gained nothing
     { Level::kWordValues } -> std::convertible_to<int64_t>;  // see Kernel
     { Level::kTakesAddend } -> std::convertible_to<bool>;
-    // Words of a chunk, of so many in all, where a panel of so many fits.
+    // Words in a chunk, for so many in all, where a panel of so many words fits in the cache.
     { Level::chunk(n, n) } -> std::same_as<int64_t>;
     { Level::in_place(product) } -> std::same_as<bool>;
     // x's block from row n on of n rows, words from n on, n of them; filled up with zeros to kMultiple.
     Level::arrange_block(product, n, n, n, n, out);
     Level(product, arranged);
-    // Adds their products to the block's sums, or in the last chunk to what is stored in y.
+    // Adds the products to the block's sums, or with the last chunk stores them in y.
     level.multiply(panel, block);
     level.finish();
 };
 
-// A panel is half of the second cache; as many words as a chunk may have.
+// A panel takes half of the L2 cache, within the most words that a chunk may have.
 template <BlockKernel Level>
 int64_t chunk_of(int64_t words) {
     constexpr int64_t kWordBytes = Level::kTiles * kTileColumns * sizeof(uint32_t);
@@ -97,7 +97,7 @@ void arrange(const Product& product, int64_t chunk, Range rows, uint32_t* out) {
     }
 }
 
-// What is missing of the last words is zero.
+// Missing values of the last words are zero.
 inline void unpack(const Product& product, int64_t tile, int64_t tiles, int64_t first, int64_t words,
                    uint32_t* panel) {
     const int64_t stride = words * kTileColumns, missing = first + words - product.words();
@@ -109,7 +109,7 @@ inline void unpack(const Product& product, int64_t tile, int64_t tiles, int64_t 
                     size_t(missing * kTileColumns) * sizeof(uint32_t));
 }
 
-// What a panel is unpacked from, if there is one.
+// Memory that a panel is unpacked from, if any.
 inline Ahead ahead_of(const Product& product, const void* source, int64_t tile, int64_t tiles, int64_t first,
                       int64_t words) {
     if (tiles <= 0 || source == nullptr || product.right.region == nullptr) return Ahead({});
@@ -118,7 +118,7 @@ inline Ahead ahead_of(const Product& product, const void* source, int64_t tile, 
                                       least(values * (first + words), product.inner)));
 }
 
-// That of the panel from `tile` on, the task's next; or after the product's last one that of what follows it.
+// Memory of the task's next panel, from `tile` on; after the product's last panel, that of the product that follows.
 template <BlockKernel Level>
 Ahead ahead_of_next(const Product& product, Range tiles, Range rows, int64_t tile, int64_t chunk) {
     if (tile < tiles.last)

@@ -11,42 +11,41 @@ namespace peftcore {
 namespace gemm {
 namespace {
 
-constexpr int64_t kProductsPerTask = 1 << 17;
-// Rows that are multiplied by a panel once it is unpacked: unpacking costs less than a hundredth of that.
+// Rows that are multiplied by a panel once it is unpacked; unpacking costs less than a hundredth of the products.
 constexpr int64_t kGroupRows = 1536;
 // Rows for which a panel is worth unpacking again, so that more threads have work; a multiple of every
 // kernel's block.
-constexpr int64_t kFewRows = 96;
+constexpr int64_t kLeastRows = 96;
 
-// Values of a dtype, `count` of them further on.
+// Pointer advanced by `count` values of a dtype.
 const void* advanced(const void* values, Dtype dtype, int64_t count) {
     return static_cast<const char*>(values) + count * itemsize(dtype);
 }
 
-// Of a group: its arranged rows stay in the third cache, beside what else is there.
+// Rows of a group, whose arranged copy stays in part of the L3 cache.
 int64_t group_rows(int64_t depth) {
     const int64_t fit = caches().third / 4 * 3 / (depth * int64_t(sizeof(uint32_t)));
-    return std::clamp(fit / kFewRows * kFewRows, kFewRows, kGroupRows);
+    return std::clamp(fit / kLeastRows * kLeastRows, kLeastRows, kGroupRows);
 }
 
 void multiply_group(const Kernel& kernel, const Product& product) {
     const int64_t rows = product.rows, blocks = ceil_div(rows, kernel.rows);
     const int64_t depth = filled_up(product.words(), kernel.multiple), chunk = kernel.chunk(depth);
     const int64_t tiles = ceil_div(product.columns, kTileColumns), threads = threads_here();
-    // Rows are divided only where there are too few columns to go round.
+    // Rows are divided only where there are too few columns for all threads.
     const int64_t wanted = tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
-    const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kFewRows))) * kernel.rows;
+    const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kLeastRows))) * kernel.rows;
     const int64_t parts = ceil_div(rows, part_rows);
     const Product addend = addend_alone(product);
     const int64_t addend_depth = filled_up(addend.words(), kernel.multiple);
     const int64_t panel_words = kernel.tiles * chunk * kTileColumns,
                   addend_words = kernel.tiles * addend_depth * kTileColumns;
     const int64_t sums = chunk < depth ? part_rows * kernel.tiles * kTileColumns : 0,
-                  own = panel_words + addend_words + sums;
+                  words_per_thread = panel_words + addend_words + sums;
     const int64_t all_rows = filled_up(rows, kernel.multiple);
     const int64_t x_words = filled_up(all_rows * depth, 16),
                   left_words = filled_up(all_rows * addend_depth, 16);
-    uint32_t* x = static_cast<uint32_t*>(workspace(4 * (x_words + left_words + threads * own)));
+    uint32_t* x = static_cast<uint32_t*>(workspace(4 * (x_words + left_words + threads * words_per_thread)));
     uint32_t *left = x + x_words, *buffers = left + left_words;
     const auto arrange = [&](const Product& matrix, int64_t its_depth, int64_t its_chunk, uint32_t* out) {
         const int64_t from = kernel.in_place(matrix) ? rows / kernel.rows : 0;
@@ -61,7 +60,7 @@ void multiply_group(const Kernel& kernel, const Product& product) {
     const int64_t products = kernel.word_values * depth * kTileColumns * part_rows;
     at::parallel_for(
         0, parts * tiles, ceil_div(kProductsPerTask, products), [&](int64_t first, int64_t last) {
-            uint32_t* panel = buffers + at::get_thread_num() * own;
+            uint32_t* panel = buffers + at::get_thread_num() * words_per_thread;
             uint32_t* addend_panel = panel + panel_words;
             const Buffers mine{.panel = panel,
                                .addend_panel = addend_panel,

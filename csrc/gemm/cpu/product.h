@@ -1,12 +1,12 @@
 // y [rows, columns] = x [rows, inner] B [inner, columns] + bias in 16 bits, with fp32 sums, rounded once.
 //
-// B is not in memory as such: it is unpacked into the second cache, a panel at a time, from whatever holds it.
-// So a 4-bit weight costs no trip through memory as 16 bits, and a 16-bit one none as 32 bits.
+// B is not in memory in this form: it is unpacked into the L2 cache, one panel at a time. So a 4-bit weight is never
+// written to memory in 16 bits, nor a 16-bit one in 32 bits.
 //
 // A panel consists of 32-bit words. Where the processor has dot products of bf16 a word is a pair of bf16 values that
 // follow one another on the inner dimension; elsewhere it is one fp32 value, and x is widened as well.
 //
-// A sum runs over the inner numbers in their order, whatever the number of threads and the size of caches.
+// Sums run over the inner dimension in order, for any number of threads and any cache sizes.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ namespace gemm {
 
 constexpr int kTileColumns = 32;  // two registers
 
-// Rows of memory, so many bytes each, which begin `stride` apart.
+// Rows of memory, of `bytes` each, which begin `stride` bytes apart.
 struct Region {
     const char* first = nullptr;
     int64_t rows = 0, bytes = 0, stride = 0;
@@ -35,13 +35,13 @@ struct Tiles {
                    uint32_t* out) = nullptr;
     bool even_odd = false;  // a tile's columns come as 0, 2, .. 30, 1, 3, .. 31; otherwise in order
 
-    // What `unpack` of the same arguments reads, but for scales.
+    // The memory that `unpack` reads for these arguments, without scales.
     Region (*region)(const void* source, int64_t column, int tiles, int64_t first, int64_t last) = nullptr;
 
     Tiles of(const void* matrix) const { return {matrix, unpack, even_odd, region}; }
 };
 
-// Which numbers of a matrix count: for column k bit k % 8 of byte k / 8 of its row. A row is read by 32 bits.
+// Mask of a matrix: bit k % 8 of byte k / 8 of a row keeps column k. Rows are read in words of 32 bits.
 struct Mask {
     const uint8_t* bits = nullptr;  // none: all
     int64_t stride = 0;             // bytes from a row to the next
@@ -52,7 +52,7 @@ struct Mask {
 // keep ∘ (left right), which joins the sums of a product.
 struct Addend {
     const void* left = nullptr;  // [rows, inner], bf16 for words that are pairs, else fp32; or nullptr
-    Tiles right{};               // in the order of the product's own
+    Tiles right{};               // in the order of the product's `right`
     int64_t inner = 0;
     Mask keep;
     // Both factors are [first, rest], each as long and a multiple of kHalfMultiple: what is added is
@@ -69,8 +69,8 @@ struct Product {
     const void* bias = nullptr;
     void* y;
     Addend addend{};
-    // A source like `right`'s, of a product of these sizes that is likely to come next: where its first panel lies is
-    // fetched during the last one. Or nullptr.
+    // The source of the product that is likely to come next, of the same kind and sizes as `right`'s: its first panel
+    // is prefetched during the last panel of this product. Or nullptr.
     const void* following = nullptr;
 
     int64_t word_values = 2;  // inner numbers of a word; `multiply` takes them from the kernel

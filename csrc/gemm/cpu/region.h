@@ -1,4 +1,4 @@
-// Where in memory tiles of a weight are unpacked from.
+// Memory regions that tiles of a weight are unpacked from.
 #pragma once
 
 #include "common/integers.h"
@@ -20,7 +20,7 @@ inline Region region(const WeightView& weight, Range rows, Range columns) {
             .stride = row};
 }
 
-// As `Tiles::region` of the transposed weight, and of itself.
+// `Tiles::region` of the transposed weight, and of the weight.
 inline Region region_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last) {
     return region(*static_cast<const WeightView*>(source), {column, column + tiles * kTileColumns},
                   {first, last});

@@ -1,4 +1,4 @@
-// Rows of bf16 turned into pairs, for what unpacks a transposed matrix into tiles.
+// Rows of bf16 turned into pairs, to unpack a transposed matrix into tiles.
 #pragma once
 
 #include "common/avx512.h"

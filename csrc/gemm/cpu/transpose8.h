@@ -1,4 +1,4 @@
-// Values of any dtype widened to fp32, 8 at a time, and 8 rows of 8 turned into columns: what arranges x and unpacks B
+// Values of any dtype widened to fp32, 8 at a time, and 8 rows of 8 turned into columns, to arrange x and unpack B
 // where words are fp32.
 #pragma once
 

@@ -13,12 +13,12 @@
 namespace peftcore {
 namespace grouped {
 
-// An expert and its rows, of which there may be none.
+// An expert and its rows, possibly none.
 struct Group {
     int64_t expert, first, rows;
 };
 
-// Of `offsets`, which are [experts] int32 on the CPU, and where the last one's rows end.
+// The experts of `offsets`, [experts] int32 on the CPU, and the end of the last one's rows.
 inline std::vector<Group> groups_of(const at::Tensor& offsets, int64_t rows, const char* op) {
     const at::Tensor ends = offsets.contiguous();
     const int32_t* end = ends.const_data_ptr<int32_t>();
@@ -36,9 +36,9 @@ inline int64_t end_of(const std::vector<Group>& groups) {
     return groups.empty() ? 0 : groups.back().first + groups.back().rows;
 }
 
-// `work` for each: for one with so many rows that a thread alone would keep the others waiting, with all threads
-// inside; then for the others, of which each thread takes the next, those with many rows first. `work` is also told
-// which this thread will probably take after it, or nullptr.
+// Calls `work` for each expert: first for those with so many rows that one thread would keep the others waiting, with
+// all threads inside the call; then for the others, from many rows to few, as threads become free. The second argument
+// of `work` is the expert that this thread will probably take next, or nullptr.
 template <typename Work>
 void for_each(std::vector<Group> groups, const Work& work) {
     std::stable_sort(groups.begin(), groups.end(),
@@ -53,7 +53,7 @@ void for_each(std::vector<Group> groups, const Work& work) {
             work(groups[begin], at(begin + 1));
     std::atomic<size_t> next{begin};
     at::parallel_for(0, begin < groups.size() ? threads : 0, 1, [&](int64_t first, int64_t last) {
-        // Of this thread: the operator's own do not reach here.
+        // Dispatch guards are thread-local: those of the operator do not apply in this thread.
         const at::AutoDispatchBelowADInplaceOrView below;
         const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
         for (; first < last; ++first)

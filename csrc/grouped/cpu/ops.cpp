@@ -17,7 +17,7 @@ namespace {
 using lora::Dropout;
 using lora::ThinKernels;
 
-// What is of an expert in what is of all.
+// The part of a tensor of all experts that belongs to one.
 Tensor rows_of(const Tensor& t, const Group& group) { return t.narrow(0, group.first, group.rows); }
 
 void no_rows_behind(const Tensor& t, const std::vector<Group>& groups) {
@@ -25,9 +25,9 @@ void no_rows_behind(const Tensor& t, const std::vector<Group>& groups) {
     if (end < t.size(0)) t.narrow(0, end, t.size(0) - end).zero_();
 }
 
-// A factor of one expert as it lies beside W (see lora::ThinProduct), fp32, contiguous; `transposed` is W's side, and
-// `as_is` the one at which the factor lies so already.
-Tensor beside(const Tensor& factor, bool transposed, bool as_is) {
+// A factor of one expert in the layout of W (see lora::ThinProduct), fp32, contiguous; `transposed` is W's layout, and
+// `as_is` the one that the factor has already.
+Tensor addend_factor(const Tensor& factor, bool transposed, bool as_is) {
     return transposed == as_is ? factor : factor.t().contiguous();
 }
 
@@ -70,8 +70,8 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
                    group.rows);
         if (its_y.numel() == 0) return;
         const bool turned = matrix.right.transposed;
-        if (lora::whole_product(kernels, its_x, matrix.right, its_bias, {its_s, beside(b, turned, true), {}},
-                                its_y))
+        if (lora::whole_product(kernels, its_x, matrix.right, its_bias,
+                                {its_s, addend_factor(b, turned, true), {}}, its_y))
             return;
         multiply(kernels, its_x, matrix, its_bias, its_y);
         lora::up(thin, its_y, its_s, lora::arranged_factor(thin.plain, b, true), {});
@@ -101,7 +101,7 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
     const CpuKernels& kernels = cpu_kernels();
     const ThinKernels& thin = thin_kernels(kernels, dy, op);
     const Matrices matrices(weight, transposed, op);
-    // An expert's gradient of a factor, in fp32: where it is wanted, if that is fp32.
+    // An expert's gradient of a factor, in fp32: written in place if the result is fp32.
     const auto its_gradient = [](const Tensor& all, int64_t expert, bool needed) {
         if (!needed) return Tensor();
         const Tensor its = all.select(0, expert);
@@ -144,7 +144,7 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
         store(its_da, da, group.expert);
         store(its_db, db, group.expert);
         if (!needs[0]) return;
-        const Tensor factor = beside(a, matrix.right.transposed, false);
+        const Tensor factor = addend_factor(a, matrix.right.transposed, false);
         if (lora::whole_product(kernels, its_dy, matrix.right, {}, {t, factor, keep.mask}, its_dx)) return;
         multiply(kernels, its_dy, matrix, {}, its_dx);
         lora::up(thin, its_dx, t, lora::arranged_factor(thin.plain, a, false), keep.mask);

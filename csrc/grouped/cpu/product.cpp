@@ -6,32 +6,32 @@
 #include <ATen/ops/mm_cpu_dispatch.h>
 
 #include "gemm/cpu/matrices.h"
-#include "nf4/cpu/linear/linear.h"
-#include "nf4/cpu/linear/panel.h"
+#include "quant4/cpu/linear/linear.h"
+#include "quant4/cpu/linear/slab.h"
 
 namespace peftcore {
 namespace grouped {
 namespace {
 
-// Columns of y that the library makes in one call, in one thread: so its sums are divided by the shapes alone.
-constexpr int64_t kPanel = 256;
-static_assert(kPanel % nf4::kPanelColumns == 0);
+// Columns of y that the library computes in one call and one thread, so that its sums depend on shapes only.
+constexpr int64_t kSlab = 256;
+static_assert(kSlab % quant4::kSlabColumns == 0);
 
 bool contiguous_each(const Tensor& t) {
     const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
     return (sizes[2] <= 1 || strides[2] == 1) && (sizes[1] <= 1 || strides[1] == sizes[2]);
 }
 
-// Columns [first, last) of the right side.
-Tensor panel_of(const Matrix& matrix, Range columns, const at::TensorOptions& options) {
+// Columns [first, last) of the right operand.
+Tensor slab_of(const Matrix& matrix, Range columns, const at::TensorOptions& options) {
     const int64_t count = columns.last - columns.first;
     const WeightView& view = matrix.right.view;
     if (matrix.right.transposed) {
         if (matrix.dense.defined()) return matrix.dense.narrow(0, columns.first, count).t();
-        return nf4::dequantized_panel(view, columns, {0, view.columns}, options).t();
+        return quant4::dequantized_slab(view, columns, {0, view.columns}, options).t();
     }
     if (matrix.dense.defined()) return matrix.dense.narrow(1, columns.first, count);
-    return nf4::dequantized_panel(view, {0, view.rows}, columns, options);
+    return quant4::dequantized_slab(view, {0, view.rows}, columns, options);
 }
 
 }  // namespace
@@ -61,17 +61,17 @@ Matrix Matrices::of(int64_t expert, bool transposed) const {
 bool multiply_few(const CpuKernels& kernels, const Tensor& x, const Group& group, const Matrix& matrix,
                   const Tensor& bias, const Tensor& y) {
     const WeightView& view = matrix.right.view;
-    if (!matrix.right.packed() || !matrix.right.transposed || view.count() == 0) return false;
+    if (!matrix.right.packed() || !matrix.right.transposed || view.numel() == 0) return false;
     const auto at_row = [](const Tensor& t, int64_t row, int64_t columns) {
         return static_cast<const char*>(t.const_data_ptr()) + row * columns * t.element_size();
     };
-    return nf4::few_rows(kernels,
-                         {.x = at_row(x, group.first, view.columns),
-                          .rows = group.rows,
-                          .bias = bias.defined() ? at_row(bias, group.expert, view.rows) : nullptr,
-                          .y = const_cast<char*>(at_row(y, group.first, view.rows)),
-                          .dtype = kernel_dtype(x.scalar_type(), "grouped_linear")},
-                         view);
+    return quant4::linear_direct(kernels,
+                                 {.x = at_row(x, group.first, view.columns),
+                                  .rows = group.rows,
+                                  .bias = bias.defined() ? at_row(bias, group.expert, view.rows) : nullptr,
+                                  .y = const_cast<char*>(at_row(y, group.first, view.rows)),
+                                  .dtype = kernel_dtype(x.scalar_type(), "grouped_linear")},
+                                 view);
 }
 
 void multiply(const CpuKernels& kernels, const Tensor& x, const Matrix& matrix, const Tensor& bias,
@@ -88,18 +88,18 @@ void multiply(const CpuKernels& kernels, const Tensor& x, const Matrix& matrix, 
         product.following = right.following;
         return gemm::multiply(lora::many_rows(kernels, x).kernel, product);
     }
-    const int64_t columns = y.size(1), panels = ceil_div(columns, kPanel);
-    // Around a single one PyTorch would open no parallel region, and the library divide it among all threads.
-    at::parallel_for(0, std::max<int64_t>(2, panels), 1, [&](int64_t first, int64_t last) {
+    const int64_t columns = y.size(1), slabs = ceil_div(columns, kSlab);
+    // At least two: PyTorch opens no parallel region for one, and the library would then divide it among all threads.
+    at::parallel_for(0, std::max<int64_t>(2, slabs), 1, [&](int64_t first, int64_t last) {
         const at::AutoDispatchBelowADInplaceOrView below;
-        for (; first < std::min(last, panels); ++first) {
-            const Range range{first * kPanel, std::min((first + 1) * kPanel, columns)};
-            const Tensor panel = panel_of(matrix, range, x.options());
+        for (; first < std::min(last, slabs); ++first) {
+            const Range range{first * kSlab, std::min((first + 1) * kSlab, columns)};
+            const Tensor slab = slab_of(matrix, range, x.options());
             Tensor out = y.narrow(1, range.first, range.last - range.first);
             if (bias.defined())
-                at::cpu::addmm_out(out, bias.narrow(0, range.first, range.last - range.first), x, panel);
+                at::cpu::addmm_out(out, bias.narrow(0, range.first, range.last - range.first), x, slab);
             else
-                at::cpu::mm_out(out, x, panel);
+                at::cpu::mm_out(out, x, slab);
         }
     });
 }

@@ -1,5 +1,5 @@
-// The products of one expert's rows with its frozen matrix, by whichever way is fastest for their sizes here. Bits do
-// not depend on the number of threads, nor on whether a loop over experts is around them.
+// Products of one expert's rows with its frozen matrix, by the fastest way for their sizes on this machine. Results do
+// not depend on the number of threads, nor on whether they are computed inside a loop over experts.
 #pragma once
 
 #include "grouped/cpu/groups.h"
@@ -10,13 +10,13 @@ namespace grouped {
 
 using at::Tensor;
 
-// W_e, or Wᵀ_e, on the right of an expert's rows.
+// W_e or W_eᵀ as the right operand of an expert's rows.
 struct Matrix {
     lora::Right right;
     Tensor dense;  // as it is stored, any strides; undefined in 4 bits
 };
 
-// Those of a weight, which must outlive it.
+// The matrices of a weight, which must outlive this object.
 class Matrices {
  public:
     // y = x W_eᵀ for a weight [experts, out, in]; x W_e for one that is stored [experts, in, out].
@@ -31,15 +31,15 @@ class Matrices {
     const Weight& weight_;
     const char* op_;
     bool flipped_;
-    Tensor dense_;  // [experts, .., ..], each as near to contiguous as it can be; undefined in 4 bits
+    Tensor dense_;  // [experts, .., ..], with strides as close to contiguous as possible; undefined in 4 bits
 };
 
-// y = x right + bias, if any, for the rows of one expert in x and y of all; where kernels read few rows straight from 4
-// bits, else false. Without a tensor for each expert: for a row that is a third of the time.
+// y = x right + bias for the rows of one expert in x and y of all experts, directly from 4 bits; false where no kernel
+// does that. It makes no tensors for the expert, which for one row take a third of the time.
 bool multiply_few(const CpuKernels& kernels, const Tensor& x, const Group& group, const Matrix& matrix,
                   const Tensor& bias, const Tensor& y);
 
-// y = x right + bias, if any. x and y are contiguous.
+// y = x right + bias; `bias` may be undefined. x and y are contiguous.
 void multiply(const CpuKernels& kernels, const Tensor& x, const Matrix& matrix, const Tensor& bias,
               const Tensor& y);
 

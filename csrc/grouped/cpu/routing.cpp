@@ -1,5 +1,4 @@
 // routed, gathered, combined and its gradient on CPU. Schemas and formulas: peftcore/ops/routing.py.
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "common/tensors.h"
+#include "common/threads.h"
 #include "cpu/kernels.h"
 #include "weight/linear_arguments.h"
 
@@ -22,9 +22,7 @@ using at::Tensor;
 using lora::RowSumArgs;
 using lora::RowSumBackwardArgs;
 
-constexpr int64_t kValuesPerTask = 32768;
-
-// Loops over what has so many values each.
+// Runs a loop over `count` items of `values` values each.
 template <typename Body>
 void for_all(int64_t count, int64_t values, const Body& body) {
     at::parallel_for(0, count, ceil_div(kValuesPerTask, std::max<int64_t>(1, values)), body);
@@ -44,14 +42,14 @@ void check_numbers(const Tensor& t, int64_t least, const char* op, const char* n
                       ", found ", *low, " to ", *high);
 }
 
-void check_weights(const Tensor& weights, const Tensor& beside, const char* op) {
+void check_weights(const Tensor& weights, const Tensor& tokens, const char* op) {
     TORCH_CHECK_TYPE(known_dtype(weights.scalar_type()), op,
                      ": weights must be float32, float16 or bfloat16, found ", weights.scalar_type());
-    TORCH_CHECK_VALUE(weights.device() == beside.device(), op, ": weights must be on ", beside.device(),
+    TORCH_CHECK_VALUE(weights.device() == tokens.device(), op, ": weights must be on ", tokens.device(),
                       ", found ", weights.device());
 }
 
-// Counts each expert's pairs, and puts each where those before it end.
+// Counts each expert's pairs and sorts the pairs by expert.
 std::tuple<Tensor, Tensor, Tensor> routed(const Tensor& index, int64_t experts) {
     const char* op = "routed";
     check_tensor(index, at::kLong, index.device(), op, "index");
@@ -64,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> routed(const Tensor& index, int64_t experts) 
                  places = at::empty(index.sizes(), index.options()),
                  offsets = at::empty({experts}, index.options().dtype(at::kInt));
     const int64_t* expert = from.const_data_ptr<int64_t>();
-    std::vector<int64_t> next(size_t(experts + 2), 0);  // at e + 1 the count of e; the last are nobody's
+    std::vector<int64_t> next(size_t(experts + 2), 0);  // [e + 1]: count of e; the last entry: of no expert
     for (int64_t i = 0; i < pairs; ++i) {
         TORCH_CHECK_VALUE(expert[i] >= 0, op, ": index must not be negative, found ",
                           *std::min_element(expert, expert + pairs));
@@ -158,7 +156,7 @@ std::tuple<Tensor, Tensor> combined_backward(const Tensor& grad, const std::opti
                           columns, "], found ", y->sizes());
         of_y = y->contiguous();
     }
-    // Of two dtypes of 16 bits, which no product of theirs has, both go through fp32.
+    // Two different 16-bit dtypes, for which PyTorch has no product, go through fp32.
     const bool mixed =
         of_y.defined() && grad.scalar_type() != at::kFloat && grad.scalar_type() != of_y.scalar_type();
     const Tensor its_grad = mixed ? floats(grad) : grad.contiguous(), pairs = order.contiguous(),

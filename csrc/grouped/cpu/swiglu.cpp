@@ -1,10 +1,10 @@
 // swiglu and its gradient on CPU. Schemas and formulas: peftcore/ops/swiglu.py.
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common/tensors.h"
+#include "common/threads.h"
 #include "cpu/kernels.h"
 #include "weight/linear_arguments.h"
 
@@ -15,11 +15,11 @@ namespace {
 using at::Tensor;
 using lora::GateArgs;
 
-constexpr int64_t kValuesPerTask = 8192;
+constexpr int64_t kGatesPerTask = 8192;  // each with an exponential
 
 template <typename Body>
 void for_rows(int64_t rows, int64_t columns, const Body& body) {
-    at::parallel_for(0, columns == 0 ? 0 : rows, ceil_div(kValuesPerTask, std::max<int64_t>(1, columns)),
+    at::parallel_for(0, columns == 0 ? 0 : rows, ceil_div(kGatesPerTask, std::max<int64_t>(1, columns)),
                      body);
 }
 

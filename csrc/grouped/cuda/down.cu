@@ -1,5 +1,5 @@
-// S and T of experts: a block takes rows of one expert and its factor (lora/cuda/down.cuh). No GPU was at hand:
-// written for bandwidth, proved on the emulator.
+// S and T of experts: a block takes rows of one expert and its factor (lora/cuda/down.cuh). Written for
+// bandwidth and tested on the emulator; not measured on a GPU.
 #include "grouped/cuda/groups.cuh"
 #include "lora/cuda/down.cuh"
 
@@ -13,18 +13,18 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const Down p, int chunks
     const Rows rows = rows_of_tile<16 * kRowTiles>(p.groups, blockIdx.x / unsigned(chunks));
     if (rows.first >= rows.last) return;
     if (rows.expert < 0) return fill(rows, p.out, p.rank, chunk, least(chunk + 8 * kRankTiles, p.rank));
-    lora::DownTile own = {};
-    own.x = p.wide;
-    own.columns = own.last_column = p.columns;
-    own.row = rows.first;
-    own.last_row = rows.last;
-    own.factor = p.factor + rows.expert * p.rank * p.columns;
-    own.rank = own.stride = p.rank;
-    own.first_rank = chunk;
-    own.dropout = p.dropout;
-    own.scale = p.scale;
-    own.out = p.out;
-    lora::down_tile<T, kRowTiles, kRankTiles, kAcross>(own);
+    lora::DownTile tile = {};
+    tile.x = p.wide;
+    tile.columns = tile.last_column = p.columns;
+    tile.row = rows.first;
+    tile.last_row = rows.last;
+    tile.factor = p.factor + rows.expert * p.rank * p.columns;
+    tile.rank = tile.stride = p.rank;
+    tile.first_rank = chunk;
+    tile.dropout = p.dropout;
+    tile.scale = p.scale;
+    tile.out = p.out;
+    lora::down_tile<T, kRowTiles, kRankTiles, kAcross>(tile);
 }
 
 template <typename T, int kRowTiles, bool kAcross>

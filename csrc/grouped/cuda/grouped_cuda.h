@@ -1,7 +1,7 @@
-// Launchers of the CUDA kernels of experts. Pointers are device memory but for the structs themselves, `stream` a
-// cudaStream_t; matrices are contiguous. Factors and thin matrices are fp32. They return nullptr, or why the launch
-// failed. Arguments are checked by the caller (grouped/arguments.h), but for the offsets, which stay where they
-// are: if they do not rise from 0 to `rows`, nothing is read beyond any matrix, and what is written is NaN.
+// Launchers of the CUDA kernels of experts. Pointers are device memory, except for pointers to structs; `stream` is a
+// cudaStream_t; matrices are contiguous. Factors and thin matrices [rows, rank] are fp32. They return nullptr, or why
+// the launch failed. The caller checks arguments (grouped/arguments.h), except for the offsets, which stay on the
+// device: if they do not increase from 0 to `rows`, nothing is read out of range, and NaN is written.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +13,13 @@
 namespace peftcore {
 namespace grouped {
 
-// Rows that are sorted by expert; those behind the last offset belong to none.
+// Rows sorted by expert; rows behind the last offset belong to none.
 struct Groups {
-    const int32_t* offsets;  // [experts]: the row behind the last one of each
+    const int32_t* offsets;  // [experts]: the end of each expert's rows
     int64_t experts, rows;
 };
 
-// out_i = keep ∘ (thin_i F_eᵀ) + wide_i W_e + bias_e of each row of an expert, zero of one of none.
+// out_i = keep ∘ (thin_i F_eᵀ) + wide_i W_e + bias_e for each row of an expert, zero for rows without an expert.
 struct Product {
     Groups groups;
     Dtype dtype;       // of wide, bias and out, and of W if it is dense
@@ -32,11 +32,11 @@ struct Product {
     const float* thin;    // [rows, rank]
     const float* factor;  // F [experts, columns, rank], or across [experts, rank, columns]
     bool factor_across;
-    int rank;  // 0: without both
+    int rank;  // 0: neither thin nor factor
     lora::Dropout dropout;
 };
 
-// out_i = scale (keep ∘ wide_i) F_eᵀ of each row of an expert, zero of one of none.
+// out_i = scale (keep ∘ wide_i) F_eᵀ for each row of an expert, zero for rows without an expert.
 struct Down {
     Groups groups;
     Dtype dtype;       // of wide
@@ -50,7 +50,7 @@ struct Down {
     float* out;  // [rows, rank]
 };
 
-// out_e = (keep ∘ wide)_eᵀ thin_e, the sum over the rows of each expert in their order.
+// out_e = (keep ∘ wide)_eᵀ thin_e, summed over the rows of each expert in order.
 struct Reduce {
     Groups groups;
     Dtype dtype;        // of wide
@@ -69,17 +69,17 @@ struct Reduce {
 
 extern "C" {
 
-// The product by whichever kernel is right for it.
+// The product, by the kernel for its shapes.
 const char* peftcore_grouped_product(const peftcore::grouped::Product* product, void* stream);
 
-// Its kernels, of any rows of one dtype.
+// Kernels of one dtype, for any number of rows.
 const char* peftcore_grouped_product_float(const peftcore::grouped::Product* product, void* stream);
 const char* peftcore_grouped_product_half(const peftcore::grouped::Product* product, void* stream);
 const char* peftcore_grouped_product_bfloat16(const peftcore::grouped::Product* product, void* stream);
 
-// Of few rows an expert, where `peftcore_grouped_takes_few_rows`.
-const char* peftcore_grouped_few_rows(const peftcore::grouped::Product* product, void* stream);
-bool peftcore_grouped_takes_few_rows(const peftcore::grouped::Product* product);
+// Kernel for few rows per expert, where `peftcore_grouped_is_skinny`.
+const char* peftcore_grouped_skinny(const peftcore::grouped::Product* product, void* stream);
+bool peftcore_grouped_is_skinny(const peftcore::grouped::Product* product);
 
 const char* peftcore_grouped_down(const peftcore::grouped::Down* down, void* stream);
 const char* peftcore_grouped_reduce(const peftcore::grouped::Reduce* reduce, void* stream);

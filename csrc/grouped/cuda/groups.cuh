@@ -1,5 +1,5 @@
-// Which rows a block has. Nobody on the host knows how many rows an expert has: a launch has as many blocks as
-// there can be tiles of rows, and each finds its own in the offsets.
+// The rows of a block. The host does not know how many rows an expert has: a launch has as many blocks as there can be
+// tiles of rows, and each block finds its tile in the offsets.
 #pragma once
 
 #include "common/integers.h"
@@ -12,7 +12,7 @@ namespace {
 
 using lora::kThreads, lora::kWarps;
 
-constexpr int64_t kNone = -1, kWrong = -2;  // rows of no expert; offsets that do not rise
+constexpr int64_t kNone = -1, kWrong = -2;  // rows of no expert; offsets that do not increase
 
 struct Rows {
     int64_t expert, first, last;
@@ -23,7 +23,7 @@ inline int64_t most_tiles(const Groups& groups, int64_t tile_rows) {
     return least(groups.rows, groups.experts + 1) + groups.rows / tile_rows;
 }
 
-// By all threads of a block, once: whether the offsets rise from 0 to the number of rows.
+// Whether the offsets increase from 0 to the number of rows. All threads of a block call it, once.
 __device__ __forceinline__ bool offsets_rise(const Groups& groups) {
     PEFTCORE_SHARED(uint32_t, falls, [kWarps]);
     bool fall = false;
@@ -41,8 +41,8 @@ __device__ __forceinline__ bool offsets_rise(const Groups& groups) {
     return all == 0;
 }
 
-// By all threads of a block, once: the tile's rows, which are of one expert, kNone or kWrong. Tiles are counted
-// through the experts, then through the rows of none; of those beyond, `first` is not below `last`.
+// Rows of a tile, which belong to one expert, kNone or kWrong. Tiles are numbered through the experts, then through the
+// rows without one; beyond them, `first` is not below `last`. All threads of a block call it, once.
 template <int kTileRows>
 __device__ Rows rows_of_tile(const Groups& groups, int64_t tile) {
     PEFTCORE_SHARED(int64_t, found, [3]);
@@ -66,7 +66,7 @@ __device__ Rows rows_of_tile(const Groups& groups, int64_t tile) {
             const int lower = __shfl_up_sync(0xffffffffu, sum, distance);
             if (lane >= distance) sum += lower;
         }
-        int* of_warps = sums[base / kThreads % 2];  // the other one may still be read
+        int* of_warps = sums[base / kThreads % 2];  // the other array may still be read
         if (lane == 31) of_warps[warp] = sum;
         __syncthreads();
         int64_t number = tile - before - (sum - tiles);
@@ -76,8 +76,8 @@ __device__ Rows rows_of_tile(const Groups& groups, int64_t tile) {
             before += of_warps[w];
         }
         if (number >= 0 && number < tiles) {
-            const Rows own = rows_of(e, begin, end, number);
-            found[0] = own.expert, found[1] = own.first, found[2] = own.last;
+            const Rows rows = rows_of(e, begin, end, number);
+            found[0] = rows.expert, found[1] = rows.first, found[2] = rows.last;
         }
     }
     if (tile >= before)
@@ -87,7 +87,7 @@ __device__ Rows rows_of_tile(const Groups& groups, int64_t tile) {
     return {found[0], found[1], found[2]};
 }
 
-// What rows without an expert get, in columns [first, last): zero, or NaN for offsets that do not rise.
+// Fills columns [first, last) of rows without an expert: zero, or NaN for offsets that do not increase.
 template <typename T>
 __device__ void fill(const Rows& rows, T* out, int64_t columns, int64_t first, int64_t last) {
     const T value = from_float<T>(rows.expert == kNone ? 0.0f : bits_float(0x7fc00000u));

@@ -1,5 +1,5 @@
 // grouped_linear and its gradient on CUDA. Schemas and formulas: peftcore/ops/grouped_operators.py. The
-// offsets stay on the device, where every block reads them: nothing here waits for it.
+// offsets stay on the device, where every block reads them: there is no synchronization.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -18,7 +18,7 @@ namespace {
 
 using lora::Dropout;
 
-// What the calls of an operator share, and the launchers with tensors.
+// Arguments shared by an operator's launches, and launchers that take tensors.
 class Call {
  public:
     Call(const Tensor& offsets, const Tensor& t, const char* op)
@@ -27,7 +27,7 @@ class Call {
           stream_(current_cuda_stream(t.device())),
           op_(op) {}
 
-    // keep ∘ (thin Fᵀ) + wide W + bias, of W that is contiguous; without what is undefined.
+    // keep ∘ (thin Fᵀ) + wide W + bias, for a contiguous W; undefined tensors are left out.
     void product(const Tensor& wide, const WeightView& weight, bool across, const Tensor& bias,
                  const Tensor& thin, const Tensor& factor, bool factor_across, const Dropout& dropout,
                  const Tensor& out) const {
@@ -98,7 +98,7 @@ class Call {
     const char* const op_;
 };
 
-// The weight, of which kernels take the view.
+// The weight; kernels take its view.
 Weight contiguous_weight(at::TensorList tensors, at::IntArrayRef packing, const char* op) {
     const Weight weight(tensors, packing, op);
     if (weight.packed() || weight.first().is_contiguous()) return weight;
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
                                           at::TensorList factors, bool transposed, double scale,
                                           double dropout_p, const std::optional<Tensor>& seed) {
     const char* op = "grouped_linear";
-    // Below autograd, whose rule stands in Python, and autocast, which has cast already.
+    // Skips autograd, whose rule is in Python, and autocast, which has already cast.
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const c10::DeviceGuard guard(x.device());

@@ -1,7 +1,7 @@
-// Which kernel makes a product. Those of each dtype are compiled by themselves, at the same time.
+// Choice of the kernel of a product. The kernels of each dtype are in separate files, compiled in parallel.
 #include "grouped/cuda/grouped_cuda.h"
 
-extern "C" bool peftcore_grouped_takes_few_rows(const peftcore::grouped::Product* p) {
+extern "C" bool peftcore_grouped_is_skinny(const peftcore::grouped::Product* p) {
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     return p->dtype != peftcore::Dtype::kFloat && p->weight.quant_map != nullptr && !p->across &&
            p->groups.rows <= 16 * p->groups.experts && p->inner % 32 == 0 && aligned(p->wide) &&
@@ -11,7 +11,7 @@ extern "C" bool peftcore_grouped_takes_few_rows(const peftcore::grouped::Product
 extern "C" const char* peftcore_grouped_product(const peftcore::grouped::Product* product, void* stream) {
     using peftcore::Dtype;
     if (product->groups.rows == 0 || product->columns == 0) return nullptr;
-    if (peftcore_grouped_takes_few_rows(product)) return peftcore_grouped_few_rows(product, stream);
+    if (peftcore_grouped_is_skinny(product)) return peftcore_grouped_skinny(product, stream);
     switch (product->dtype) {
         case Dtype::kFloat:
             return peftcore_grouped_product_float(product, stream);

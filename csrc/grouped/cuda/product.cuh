@@ -1,13 +1,13 @@
-// out = keep ∘ (thin Fᵀ) + wide W + bias, of rows sorted by expert: y with S Bᵀ inside, dx with T A. No GPU was at
-// hand: written for bandwidth and tensor cores, proved on the emulator.
+// out = keep ∘ (thin Fᵀ) + wide W + bias for rows sorted by expert: y, including S Bᵀ, or dx, including T A. Written
+// for bandwidth and tensor cores and tested on the emulator; not measured on a GPU.
 //
-// A block takes 16, 64 or 128 rows of one expert and 64 columns; blocks of the same rows lie next to each other, so
-// that they find these in L2, and the expert's weight after them. The thin product comes first, so that dropout sees
-// it alone, in sums that the base's product goes on with: one rounding. Both operands arrive by cp.async in stages,
-// several on their way at a time. A weight in 4 bits arrives as it is stored, its scales in registers, and is
-// unpacked in shared memory (unpack.cuh).
+// A block takes 16, 64 or 128 rows of one expert and 64 columns; blocks of the same rows have consecutive indices, so
+// that they find these rows, and then the expert's weight, in L2. The low-rank product comes first, so that dropout
+// applies to it alone; the base's product is added to its sums, and the result is rounded once. Both operands arrive by
+// cp.async in stages, several of them pending at a time. A weight in 4 bits arrives as it is stored, its scales in
+// registers, and is unpacked in shared memory (unpack.cuh).
 //
-// fp16 and bf16 are multiplied as they are; fp32 as in common/tf32.cuh.
+// fp16 and bf16 are multiplied directly, fp32 as in common/tf32.cuh.
 #pragma once
 
 #include "grouped/cuda/groups.cuh"
@@ -22,12 +22,12 @@ using lora::Source, lora::Tile;
 constexpr int kColumns = 64;
 constexpr int kRankStage = 32;
 
-// kRowTiles: of 16 rows. kAcross: W lies as [inner, columns].
+// kRowTiles: tiles of 16 rows. kAcross: W is stored as [inner, columns].
 template <typename T, int kRowTiles, bool kPacked_, bool kAcross_>
 struct Shape {
     static constexpr bool kPacked = kPacked_, kAcross = kAcross_;
     static constexpr int kRows = 16 * kRowTiles;
-    // Few rows wait for memory: more of it is on its way.
+    // With few rows, memory is the limit: more copies are pending.
     static constexpr int kStage = kRowTiles > 1 ? 32 : sizeof(T) == 2 ? 128 : 64;
     using Input = Tile<T, kRows, kStage>;
     using Frozen = Tile<T, kAcross ? kStage : kColumns, kAcross ? kColumns : kStage>;
@@ -49,7 +49,7 @@ struct Shape {
 template <typename Shape>
 using Sums = float[Shape::kM][Shape::kN][4];
 
-// Where this warp's sums are in the block's tile.
+// Position of this warp's sums in the block's tile.
 template <typename Shape>
 __device__ __forceinline__ int warp_row() {
     return int(threadIdx.x) / 32 % Shape::kWarpsOfRows * 16 * Shape::kM;
@@ -70,15 +70,15 @@ __device__ void add_thin(const Product& p, const Rows& rows, int64_t column, uin
     const bool across = p.factor_across;
     const Source<float> thin(p.thin, p.rank);
     const Source<float> factor(p.factor + rows.expert * p.columns * p.rank, across ? p.columns : p.rank);
-    uint8_t* beside = memory + Thin::kBytes;
+    uint8_t* factor_stage = memory + Thin::kBytes;
     const int column_step = across ? 4 : Factor::kPitch, rank_step = across ? Across::kPitch : 4;
     const int first_column = warp_column<Shape>() + int(threadIdx.x) % 32 / 4;
     for (int first = 0; first < p.rank; first += kRankStage) {
         lora::fetch<Thin>(memory, thin, rows.first, rows.last, first, p.rank);
         if (across)
-            lora::fetch<Across>(beside, factor, first, p.rank, column, p.columns);
+            lora::fetch<Across>(factor_stage, factor, first, p.rank, column, p.columns);
         else
-            lora::fetch<Factor>(beside, factor, column, p.columns, first, p.rank);
+            lora::fetch<Factor>(factor_stage, factor, column, p.columns, first, p.rank);
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
@@ -90,7 +90,7 @@ __device__ void add_thin(const Product& p, const Rows& rows, int64_t column, uin
             for (int n = 0; n < Shape::kN; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    const uint8_t* from = beside + (first_column + n * 8) * column_step;
+                    const uint8_t* from = factor_stage + (first_column + n * 8) * column_step;
                     right[n].piece[i] = tf32_pieces(
                         *reinterpret_cast<const float*>(from + (step + tf32_inner(i)) * rank_step));
                 }
@@ -129,7 +129,7 @@ __device__ void drop_sums(const lora::Dropout& dropout, const Rows& rows, int64_
 
 // --- the product ---
 
-// The right operands of two products, of columns from `column` on.
+// Right operands of two products, for columns from `column` on.
 template <typename Shape>
 __device__ __forceinline__ void load_pair(uint32_t (&b)[4], const uint8_t* tile, int column, int inner) {
     using Frozen = typename Shape::Frozen;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void load_pair(uint32_t (&b)[4], const uint8_t* tile,
             b, tile + (column + lane / 16 * 8 + lane % 8) * Frozen::kPitch + (inner + lane / 8 % 2 * 8) * 2);
 }
 
-// d += of a stage.
+// d += the products of a stage.
 template <typename T, typename Shape>
 __device__ __forceinline__ void add_stage(const uint8_t* input, const uint8_t* frozen, Sums<Shape>& d) {
 #pragma unroll 2
@@ -234,22 +234,22 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
         unpacker.nested = weight.nested_absmax != nullptr;
         unpacker.vectors = weight.columns % 32 == 0 && reinterpret_cast<uintptr_t>(weight.codes) % 16 == 0;
         unpacker.nested_offset = unpacker.nested
-                                     ? nf4::load_codebooks<true>(weight, quant_map, nested_quant_map)
-                                     : nf4::load_codebooks<false>(weight, quant_map, nested_quant_map);
+                                     ? quant4::load_codebooks<true>(weight, quant_map, nested_quant_map)
+                                     : quant4::load_codebooks<false>(weight, quant_map, nested_quant_map);
     }
-    const auto place_of = [&](int64_t stage) -> Place {
-        return Shape::kAcross ? Place{stage * kStage, column} : Place{column, stage * kStage};
+    const auto position_of = [&](int64_t stage) -> Position {
+        return Shape::kAcross ? Position{stage * kStage, column} : Position{column, stage * kStage};
     };
     const auto fetch_stage = [&](int64_t stage, int slot) {
         uint8_t* to = memory + slot * Shape::kStageBytes;
         if (stage * kStage < p.inner) {
-            const Place place = place_of(stage);
+            const Position position = position_of(stage);
             lora::fetch<Input>(to, input, rows.first, rows.last, stage * kStage, p.inner);
             if constexpr (!Shape::kPacked)
-                lora::fetch<Frozen>(to + Input::kBytes, dense, place.row, weight.rows, place.column,
+                lora::fetch<Frozen>(to + Input::kBytes, dense, position.row, weight.rows, position.column,
                                     weight.columns);
             else if (unpacker.vectors)
-                fetch_codes<Frozen>(to + Input::kBytes, weight, place);
+                fetch_codes<Frozen>(to + Input::kBytes, weight, position);
         }
         cp_async_commit();
     };
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
     const int64_t stages = ceil_div(p.inner, kStage);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) fetch_stage(s, s);
-    if constexpr (Shape::kPacked) unpacker.fetch_scales(place_of(0));
+    if constexpr (Shape::kPacked) unpacker.fetch_scales(position_of(0));
     int slot = 0;
     for (int64_t stage = 0; stage < stages; ++stage) {
         const uint8_t *now = memory + slot * Shape::kStageBytes, *frozen = now + Input::kBytes;
@@ -266,8 +266,8 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
         fetch_stage(stage + kStages - 1, (slot + kStages - 1) % kStages);
         if constexpr (Shape::kPacked) {
             uint8_t* unpacked = memory + kStages * Shape::kStageBytes;
-            unpacker.unpack(unpacked, frozen, place_of(stage));
-            unpacker.fetch_scales(place_of(stage + 1));
+            unpacker.unpack(unpacked, frozen, position_of(stage));
+            unpacker.fetch_scales(position_of(stage + 1));
             frozen = unpacked;
             __syncthreads();
         }
@@ -299,7 +299,7 @@ const char* launch(const Product& p, void* stream) {
                     : launch<T, kRowTiles, true, false>(p, stream);
 }
 
-// By the rows that an expert has if all have as many: nobody here knows how many one has.
+// Chosen by the average number of rows per expert: the host does not know the actual numbers.
 template <typename T>
 const char* launch_product(const Product& p, void* stream) {
     if (p.groups.rows <= 16 * p.groups.experts) return launch<T, 1>(p, stream);

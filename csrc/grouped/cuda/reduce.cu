@@ -1,6 +1,6 @@
 // dA and dB of experts: a block takes columns of one expert, whose rows it adds in their order
-// (lora/cuda/reduce.cuh). An expert without rows has zeros. No GPU was at hand: written for bandwidth, proved on the
-// emulator.
+// (lora/cuda/reduce.cuh). An expert without rows gets zeros. Written for bandwidth and tested on the emulator;
+// not measured on a GPU.
 #include "common/typed.cuh"
 #include "grouped/cuda/groups.cuh"
 #include "lora/cuda/reduce.cuh"
@@ -14,18 +14,18 @@ __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const Reduce p, int column_chunks, int rank_chunks) {
     const bool rise = offsets_rise(p.groups);
     const int64_t chunk = blockIdx.x / unsigned(rank_chunks), expert = chunk / column_chunks;
-    lora::ReduceTile own = {};
-    own.wide = p.wide;
-    own.thin = p.thin;
-    own.columns = p.columns;
-    own.rank = p.rank;
-    own.first_row = rise && expert > 0 ? p.groups.offsets[expert - 1] : 0;
-    own.last_row = rise ? p.groups.offsets[expert] : 0;
-    own.column = chunk % column_chunks * lora::kReduceColumns;
-    own.first_rank = int(blockIdx.x % unsigned(rank_chunks)) * 8 * kRankTiles;
-    own.dropout = p.dropout;
+    lora::ReduceTile tile = {};
+    tile.wide = p.wide;
+    tile.thin = p.thin;
+    tile.columns = p.columns;
+    tile.rank = p.rank;
+    tile.first_row = rise && expert > 0 ? p.groups.offsets[expert - 1] : 0;
+    tile.last_row = rise ? p.groups.offsets[expert] : 0;
+    tile.column = chunk % column_chunks * lora::kReduceColumns;
+    tile.first_rank = int(blockIdx.x % unsigned(rank_chunks)) * 8 * kRankTiles;
+    tile.dropout = p.dropout;
     const int64_t begin = expert * p.columns * p.rank;
-    lora::reduce_tile<T, kRankTiles, false>(own, [&](int64_t column, int rank, float sum) {
+    lora::reduce_tile<T, kRankTiles, false>(tile, [&](int64_t column, int rank, float sum) {
         const int64_t i = p.transposed ? rank * p.columns + column : column * p.rank + rank;
         store_at(p.out, p.out_dtype, begin + i, rise ? sum : bits_float(0x7fc00000u));
     });
@@ -43,7 +43,7 @@ const char* launch(const Reduce& p, void* stream) {
 
 template <typename T>
 const char* launch(const Reduce& p, void* stream) {
-    constexpr int kMany = sizeof(T) == 2 ? 8 : 4;  // two stages of fp32 have no room for more
+    constexpr int kMany = sizeof(T) == 2 ? 8 : 4;  // two stages of fp32 leave no space for more
     return p.rank <= 16 ? launch<T, 2>(p, stream) : launch<T, kMany>(p, stream);
 }
 

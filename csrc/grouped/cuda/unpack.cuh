@@ -1,9 +1,9 @@
-// A stage of an expert's weight from 4 bits into a tile in shared memory: code * scale in fp32, rounded once to T, the
-// bits that dequantization gives.
+// Unpacking of a stage of an expert's weight from 4 bits into a tile in shared memory: code * scale in fp32, rounded
+// once to T, the same bits as dequantization.
 #pragma once
 
 #include "lora/cuda/tiles.cuh"
-#include "nf4/cuda/block_scale.cuh"
+#include "quant4/cuda/block_scale.cuh"
 
 namespace peftcore {
 namespace grouped {
@@ -11,24 +11,24 @@ namespace {
 
 using lora::kThreads;
 
-// A weight's part of a stage: from (row, column) of how it is stored.
-struct Place {
+// Position of a stage in the stored weight.
+struct Position {
     int64_t row, column;
 };
 
-// The codes of a stage, 32 a piece of 16 bytes, side by side; what lies beyond the weight is zero.
+// Fetches the codes of a stage in pieces of 16 bytes, 32 codes each; codes out of range are zero.
 template <typename Tile>
-__device__ __forceinline__ void fetch_codes(uint8_t* to, const WeightView& weight, const Place& place) {
+__device__ __forceinline__ void fetch_codes(uint8_t* to, const WeightView& weight, const Position& position) {
     constexpr int kPieces = Tile::kColumns / 32;  // of a row
     for (int i = threadIdx.x; i < Tile::kRows * kPieces; i += kThreads) {
-        const int64_t row = place.row + i / kPieces, column = place.column + i % kPieces * 32;
+        const int64_t row = position.row + i / kPieces, column = position.column + i % kPieces * 32;
         const bool inside = row < weight.rows && column < weight.columns;
         const int64_t offset = inside ? (row * weight.columns + column) / 2 : 0;
         cp_async_16(to + i * 16, weight.codes + offset, inside ? 16 : 0);
     }
 }
 
-// Unpacks 16 codes at a time; a thread has kUnits of those of a stage.
+// Unpacks 16 codes at a time; a thread has kUnits such units of a stage.
 template <typename Tile>
 struct Unpacker {
     using T = typename Tile::Element;
@@ -40,50 +40,50 @@ struct Unpacker {
     const float *quant_map, *nested_quant_map;
     float nested_offset;
     bool nested, vectors;  // 32 codes lie in one row on 16 bytes, and have one scale
-    nf4::StoredScale scale[kUnits];
+    quant4::StoredScale scale[kUnits];
 
-    __device__ Place place_of(int unit, const Place& place) const {
+    __device__ Position position_of(int unit, const Position& position) const {
         const int i = int(threadIdx.x) + unit * kThreads;
-        return {place.row + i / kPerRow, place.column + i % kPerRow * 16};
+        return {position.row + i / kPerRow, position.column + i % kPerRow * 16};
     }
     __device__ uint8_t* tile_unit(uint8_t* tile, int unit) const {
         const int i = int(threadIdx.x) + unit * kThreads;
         return tile + i / kPerRow * Tile::kPitch + i % kPerRow * 16 * int(sizeof(T));
     }
-    __device__ bool inside(const Place& own) const {
-        return own.row < weight.rows && own.column < weight.columns;
+    __device__ bool inside(const Position& at_unit) const {
+        return at_unit.row < weight.rows && at_unit.column < weight.columns;
     }
 
-    // Starts to bring the scales of a stage.
-    __device__ void fetch_scales(const Place& place) {
+    // Begins to load the scales of a stage.
+    __device__ void fetch_scales(const Position& position) {
         if (!vectors) return;
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) {
-            const Place own = place_of(unit, place);
-            if (!inside(own)) continue;
-            const int64_t block = (own.row * weight.columns + own.column) >> weight.shift;
-            scale[unit] =
-                nested ? nf4::stored_scale<true>(weight, block) : nf4::stored_scale<false>(weight, block);
+            const Position at_unit = position_of(unit, position);
+            if (!inside(at_unit)) continue;
+            const int64_t block = (at_unit.row * weight.columns + at_unit.column) >> weight.shift;
+            scale[unit] = nested ? quant4::stored_scale<true>(weight, block)
+                                 : quant4::stored_scale<false>(weight, block);
         }
     }
 
-    __device__ void unpack(uint8_t* tile, const uint8_t* codes, const Place& place) const {
+    __device__ void unpack(uint8_t* tile, const uint8_t* codes, const Position& position) const {
         if (!vectors) {
 #pragma unroll 1
             for (int unit = 0; unit < kUnits; ++unit)
-                one_by_one(tile_unit(tile, unit), place_of(unit, place));
+                one_by_one(tile_unit(tile, unit), position_of(unit, position));
             return;
         }
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) {
             const int i = int(threadIdx.x) + unit * kThreads;
             uint8_t* to = tile_unit(tile, unit);
-            const Place own = place_of(unit, place);
-            const bool there = inside(own);
+            const Position at_unit = position_of(unit, position);
+            const bool there = inside(at_unit);
             const float factor = !there ? 0
                                  : nested
-                                     ? nf4::scale_of<true>(scale[unit], nested_quant_map, nested_offset)
-                                     : nf4::scale_of<false>(scale[unit], nested_quant_map, nested_offset);
+                                     ? quant4::scale_of<true>(scale[unit], nested_quant_map, nested_offset)
+                                     : quant4::scale_of<false>(scale[unit], nested_quant_map, nested_offset);
             const uint2 bytes = *reinterpret_cast<const uint2*>(codes + i * 8);
             eight(to, bytes.x, factor, there);
             eight(to + 8 * sizeof(T), bytes.y, factor, there);
@@ -96,7 +96,7 @@ struct Unpacker {
         for (int i = 0; i < 4; ++i) {
             const uint32_t byte = bytes >> 8 * i;
             if constexpr (sizeof(T) == 2) {
-                words[i] = there ? nf4::value_pair<T>(quant_map, byte, factor) : 0;
+                words[i] = there ? quant4::value_pair<T>(quant_map, byte, factor) : 0;
             } else {
                 words[i * 2] = there ? float_bits(quant_map[byte >> 4 & 15] * factor) : 0;
                 words[i * 2 + 1] = there ? float_bits(quant_map[byte & 15] * factor) : 0;
@@ -108,16 +108,17 @@ struct Unpacker {
                                                words[i * 4 + 3]};
     }
 
-    __device__ void one_by_one(uint8_t* to, const Place& own) const {
+    __device__ void one_by_one(uint8_t* to, const Position& at_unit) const {
 #pragma unroll 1
         for (int i = 0; i < 16; ++i) {
             float value = 0;
-            if (own.row < weight.rows && own.column + i < weight.columns) {
-                const int64_t at = own.row * weight.columns + own.column + i, block = at >> weight.shift;
+            if (at_unit.row < weight.rows && at_unit.column + i < weight.columns) {
+                const int64_t at = at_unit.row * weight.columns + at_unit.column + i,
+                              block = at >> weight.shift;
                 const uint8_t byte = weight.codes[at / 2];
                 const float factor =
-                    nested ? nf4::block_scale<true>(weight, nested_quant_map, nested_offset, block)
-                           : nf4::block_scale<false>(weight, nested_quant_map, nested_offset, block);
+                    nested ? quant4::block_scale<true>(weight, nested_quant_map, nested_offset, block)
+                           : quant4::block_scale<false>(weight, nested_quant_map, nested_offset, block);
                 value = quant_map[at % 2 ? byte & 15 : byte >> 4] * factor;
             }
             reinterpret_cast<T*>(to)[i] = from_float<T>(value);

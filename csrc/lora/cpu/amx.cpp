@@ -1,4 +1,4 @@
-// The products of bf16 by tiles of AMX, factors in two halves (see kernels.h); `up` is AVX-512's.
+// Products of bf16 by AMX tiles, with factors in two halves (see kernels.h); `up` is that of AVX-512.
 #include "common/amx.h"
 
 #include "common/caches.h"
@@ -17,7 +17,7 @@ static_assert(kSide == kWidthMultiple && kBlockPairs % kSide == 0);
 
 __mmask16 first_of(int64_t count) { return count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff); }
 
-// 16 values of fp32 as two of bf16. The instruction makes subnormals zero, and so do tiles.
+// 16 fp32 values as pairs of bf16 values. The instruction flushes subnormals to zero, as tiles do.
 struct Split {
     __m256i first, rest;
 
@@ -25,7 +25,7 @@ struct Split {
         constexpr int kInfinities = 0x18;
         first = __m256i(_mm512_cvtneps_pbh(values));
         const __m512 taken = from_bf16(first);
-        // Nothing is left of infinity: the difference would be no number.
+        // The rest of infinity is 0: the difference would be NaN.
         const __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(taken, kInfinities));
         rest = __m256i(_mm512_cvtneps_pbh(_mm512_maskz_sub_ps(finite, values, taken)));
     }
@@ -37,7 +37,7 @@ __m512i pairs(__m256i even, __m256i odd) {
 
 // Units of two words, the pairs of first values and of rests: by 16 of the outer dimension [2][16] words.
 
-// Of a factor whose values lie along the outer dimension: two lines of it are pairs.
+// For a factor that is contiguous along the outer dimension: two of its lines make pairs.
 void arrange_lines(const float* from, int64_t stride, int64_t inner, int64_t outer, int64_t width,
                    uint32_t* out) {
     for (int64_t i = 0; i < inner; i += kPair)
@@ -51,7 +51,7 @@ void arrange_lines(const float* from, int64_t stride, int64_t inner, int64_t out
         }
 }
 
-// Of one whose values lie along the inner dimension: 16 lines of 16 values, turned.
+// For a factor that is contiguous along the inner dimension: 16 lines of 16 values, transposed.
 void arrange_turned(const float* from, int64_t stride, int64_t inner, int64_t outer, int64_t width,
                     uint32_t* out) {
     constexpr int64_t kTurned = 8;  // values that `transpose` takes
@@ -117,7 +117,7 @@ __m512i load_kept(const BFloat16* from, int64_t count, const uint8_t* keep) {
     return _mm512_maskz_loadu_epi16(mask, from);
 }
 
-// 16 rows of up to 16 words, what is missing zero.
+// 16 rows of up to 16 words, padded with zeros.
 struct TileMemory {
     alignas(64) uint32_t words[kSide][kSide];
 
@@ -224,8 +224,8 @@ void stage_rows(const BFloat16* above, const BFloat16* below, int64_t columns, c
     }
 }
 
-// sums [width][columns] += leftᵀ right, of `pairs` units of left and right [pairs][columns], which go on with
-// zeros to a multiple of 16.
+// sums [width][columns] += leftᵀ right, for `pairs` units of left and right [pairs][columns], padded with zeros to a
+// multiple of 16.
 void outer_block(const uint32_t* left, int64_t width, const uint32_t* right, int64_t columns, int64_t pairs,
                  float* sums, int64_t sums_row) {
     constexpr int64_t kSteps = kBlockPairs / kSide;

@@ -47,7 +47,7 @@ struct Avx2 {
         return _mm256_and_ps(v, _mm256_castsi256_ps(set));
     }
 
-    // Four counters a vector, each word in the low half of a 64-bit lane; what is above it, products ignore.
+    // Four counters a vector, each word in the low half of a 64-bit lane; products ignore the high half.
     static inline void keep_bytes(const Dropout& dropout, int64_t row, int64_t first, int64_t count,
                                   uint8_t* out) {
         const __m256i multiply0 = _mm256_set1_epi64x(kPhiloxMultiply0);

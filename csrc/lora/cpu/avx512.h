@@ -1,4 +1,5 @@
-// Vectors of AVX-512, for the files of its levels: hence the namespace without a name.
+// Vectors of AVX-512, shared by the files of its levels. The namespace is anonymous because each level compiles its
+// copy.
 #pragma once
 
 #include "common/avx512.h"
@@ -47,7 +48,7 @@ struct Avx512 {
 
     static inline Vector keep(Vector v, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), v); }
 
-    // Eight counters a vector, each word in the low half of a 64-bit lane; what is above it, products ignore.
+    // Eight counters a vector, each word in the low half of a 64-bit lane; products ignore the high half.
     static inline void keep_bytes(const Dropout& dropout, int64_t row, int64_t first, int64_t count,
                                   uint8_t* out) {
         const __m512i multiply0 = _mm512_set1_epi64(kPhiloxMultiply0),

@@ -1,7 +1,7 @@
-// The loops of kernels.h in products of fp32, the same for every dtype of x and every level.
+// The loops of kernels.h in fp32, shared by all dtypes of x and all levels.
 //
-// A long sum is made of short ones, of kChain products each: its error grows with the root of its length, and
-// theirs of sixteen times less than that.
+// A long sum is a sum of short ones, of kChain products each, to reduce the rounding error, which grows with the root
+// of a sum's length.
 #pragma once
 
 #include <algorithm>
@@ -74,14 +74,14 @@ static inline uint32_t bits_at(const uint8_t* keep, int64_t column) {
     return bits >> column % 8;
 }
 
-// A row of x some way ahead: rows lie too far apart for the processor to foresee.
+// Prefetches a later row of x: rows are too far apart for the processor's prefetcher.
 template <typename T>
 static inline void prefetch(const T* row, int64_t columns) {
     for (int64_t k = 0; k < columns; k += 64 / int64_t(sizeof(T)))
         __builtin_prefetch(reinterpret_cast<const char*>(row + k));
 }
 
-// A block of x that `outer` arranges: it stays in the second cache.
+// A block of x that `outer` arranges; it stays in the L2 cache.
 constexpr int64_t kBlockRows = 64, kBlockColumns = 256;
 static_assert(kBlockRows <= kRowGrain && kBlockRows * kBlockColumns * sizeof(float) <= kSmallestSecond / 2);
 
@@ -89,12 +89,12 @@ template <typename T>
 struct OuterBlock {
     int64_t row, rows, columns;
     const T* x;   // its first value
-    Mask keep;    // of its own rows and columns
+    Mask keep;    // of this block's rows and columns
     float* sums;  // of its columns, sums_row a row
     int64_t sums_row;
 };
 
-// When row i is read, for its rows to come.
+// Prefetches later rows when row i is read.
 template <typename T>
 static inline void prefetch_ahead(const OuterBlock<T>& block, int64_t i, int64_t x_row) {
     constexpr int64_t kAhead = 8;
@@ -259,7 +259,7 @@ struct Blocks {
             const int64_t row = first + m;
             T* y = static_cast<T*>(args.y) + row * args.columns + n;
             const int64_t count = args.columns - n;
-            // y comes from the third cache or from memory: the next tile's, while this one is multiplied.
+            // Prefetches y of the next tile from L3 or memory while this one is multiplied.
             if (count > 2 * kLanes)
                 for (int i = 0; i < R; ++i)
                     __builtin_prefetch(reinterpret_cast<const char*>(y + i * args.columns + 2 * kLanes), 1);
@@ -310,7 +310,7 @@ struct Blocks {
         for_each_block<T>(args, first, last, [&](const OuterBlock<T>& block) {
             const float* left = static_cast<const float*>(args.left) + block.row * args.width;
             if constexpr (std::is_same_v<T, float>)
-                // x can be read where it lies; but from memory it comes faster row by row, as below.
+                // x could be read in place, but from memory reading it row by row, as below, is faster.
                 if (args.cached && block.keep.bits == nullptr && block.columns % kLanes == 0)
                     return tiles(args.r, block.columns,
                                  OuterTile{.left = left,

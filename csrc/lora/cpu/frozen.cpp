@@ -3,20 +3,20 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
-#include "gemm/cpu/few_rows/linear.h"
 #include "gemm/cpu/matrices.h"
-#include "nf4/cpu/linear/linear.h"
+#include "gemm/cpu/skinny/linear.h"
+#include "quant4/cpu/linear/linear.h"
 
 namespace peftcore {
 namespace lora {
 
 Tensor frozen_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias) {
-    if (weight.packed()) return nf4::linear(x, weight.view(), contiguous(bias));
+    if (weight.packed()) return quant4::linear(x, weight.view(), contiguous(bias));
     return gemm::dense_linear(x, weight.first(), contiguous(bias));
 }
 
 Tensor frozen_linear_backward(const Tensor& dy, const Weight& weight) {
-    return weight.packed() ? nf4::linear_backward(dy, weight.view())
+    return weight.packed() ? quant4::linear_backward(dy, weight.view())
                            : gemm::dense_linear(dy, weight.first().t(), {});
 }
 
@@ -38,11 +38,11 @@ Right right_of(const Weight& weight, bool transposed) {
     return {{}, transposed};
 }
 
-// Halves that are whole tiles are multiplied as they are: y takes 0.9 of the time of three parts (1024 rows,
-// 576 -> 1536, r = 64). Shorter ones would cost three tiles, where three parts fill one or two.
+// Halves that are whole tiles are multiplied directly: y takes 0.9 of the time of three parts (1024 rows, 576 -> 1536,
+// r = 64). Shorter halves would take three tiles, where three parts fill one or two.
 int parts_of(int64_t r) { return r % gemm::kHalfMultiple == 0 ? 2 : 3; }
 
-// The parts of a factor (see Halves), beside one another or one below the other.
+// The parts of a factor (see Halves), concatenated along either dimension.
 Tensor in_halves(const CpuKernels& kernels, const Tensor& from, int parts, bool left, bool below) {
     const int64_t rows = from.size(0), columns = from.size(1);
     const Tensor out = at::empty({below ? parts * rows : rows, below ? columns : parts * columns},
@@ -64,9 +64,9 @@ bool whole_product(const CpuKernels& kernels, const Tensor& x, const Right& righ
                    const ThinProduct& thin, const Tensor& y) {
     const gemm::ManyRows& products = many_rows(kernels, x);
     if (!products.kernel.takes_addend) return false;
-    // For few rows of x, linear_4bit has kernels of its own.
+    // linear_4bit has separate kernels for few rows of x.
     const Dtype dtype = kernel_dtype(x.scalar_type(), "linear");
-    if (right.packed() && nf4::takes_few_rows(kernels, right.view, dtype, x.size(0))) return false;
+    if (right.packed() && quant4::has_direct_kernel(kernels, right.view, dtype, x.size(0))) return false;
     const std::optional<gemm::Tiles> tiles = tiles_of(kernels, x, right);
     if (!tiles) return false;
     gemm::Product product = gemm::product_of(x, *tiles, bias, y);
@@ -90,14 +90,14 @@ bool whole_product(const CpuKernels& kernels, const Tensor& x, const Right& righ
 
 namespace {
 
-// The same, of a weight; the factor comes as it is where W is the right side, or where Wᵀ is.
+// The product with a weight; `for_transposed`: the factor has the layout of Wᵀ as right operand, else that of W.
 Tensor whole(const CpuKernels& kernels, const Tensor& x, const Right& right, int64_t columns,
              const Tensor& bias, const Tensor& left, const Tensor& factor, const Mask& keep,
              bool for_transposed) {
     if (!many_rows(kernels, x).kernel.takes_addend) return {};
     const Tensor y = at::empty({x.size(0), columns}, x.options());
-    const Tensor beside = right.transposed == for_transposed ? factor : factor.t().contiguous();
-    return whole_product(kernels, x, right, bias, {left, beside, keep}, y) ? y : Tensor();
+    const Tensor arranged = right.transposed == for_transposed ? factor : factor.t().contiguous();
+    return whole_product(kernels, x, right, bias, {left, arranged, keep}, y) ? y : Tensor();
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// y = silu(g) ∘ u of rows [g, u], and its gradient, in fp32 with one rounding: a pass over memory each. The compiler
-// makes vectors of the loops over a chunk; without contractions, so that all levels have the same bits.
+// y = silu(g) ∘ u for rows [g, u], and its gradient, each in one pass over memory, in fp32 with one rounding. The
+// compiler vectorizes the loops over a chunk, without contractions, so that all levels give the same bits.
 #pragma once
 
 #include "lora/cpu/blocks.h"
@@ -7,12 +7,12 @@
 namespace peftcore {
 namespace lora {
 
-// e^x for |x| <= 88; beyond, of 88 or -88. Off by 2e-7 of it at most: 2^n times Taylor's seventh polynomial, which on
-// half of ln 2 leaves 5e-9.
+// e^x, with x clamped to [-88, 88]. Relative error at most 2e-7: 2^n times the Taylor polynomial of degree seven, whose
+// error on half of ln 2 is 5e-9.
 static inline float exponential(float x) {
     x = x > 88.0f ? 88.0f : x;
     x = x < -88.0f ? -88.0f : x;
-    constexpr float kRound = 12582912.0f;  // 1.5 · 2^23, at which fp32 has integers
+    constexpr float kRound = 12582912.0f;  // 1.5 · 2^23, where fp32 values are integers
     const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
     float sum = 1.0f / 5040;

@@ -8,7 +8,7 @@ namespace lora {
 
 constexpr int kCounters = 16;  // that a step computes together
 
-// Bytes for columns [8 first, 8 (first + count)) of `row`; `out` has room for `count` rounded up to
+// Bytes for columns [8 first, 8 (first + count)) of `row`; `out` holds `count` rounded up to
 // kCounters.
 static inline void plain_keep_bytes(const Dropout& dropout, int64_t row, int64_t first, int64_t count,
                                     uint8_t* out) {

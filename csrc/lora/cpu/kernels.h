@@ -1,18 +1,20 @@
-// The three thin products, for x of one dtype at one SIMD level. Factors, thin matrices and sums are fp32.
+// The three low-rank products, for x of one dtype at one SIMD level. A is [r, in], B [out, r]: LoRA's A projects down
+// to the rank, B up from it, and `down` and `up` name the products with A and B everywhere in csrc. A thin matrix is
+// [rows, r]. Factors, thin matrices and sums are fp32.
 //
 //   down     s = c (keep ∘ x) right              [M, r]
 //   up       y += keep ∘ (left right)            [M, columns], rounded once
 //   outer    sums += leftᵀ (keep ∘ x)            [r, columns]
 //
-// Each is rows of a left factor, broadcast, times a right factor whose columns lie in vectors; or tiles of
-// AMX. A tile multiplies bf16, so there a factor's value is two of them, which hold 16 bits of its 24: x
-// itself is bf16 and loses nothing. dA and dB are off by 3.5e-6 so, by 2e-3 with one.
+// Each multiplies rows of a left factor, broadcast, by a right factor with columns in vectors; or AMX tiles. A tile
+// multiplies bf16: there a factor's value is split into two bf16 values, which hold 16 bits of its 24; x is bf16 and
+// loses nothing. The error of dA and dB is 3.5e-6 so, and 2e-3 with a single bf16 value.
 //
-// Where the base's product is the library's, which runs at the processor's rate, `up` adds to what it wrote.
-// With AMX the base's product is csrc/gemm, and S comes to it as more columns of K (frozen.h): `up` would take
-// as long as a third of the product.
+// Where the library computes the base's product at the processor's full rate, `up` adds to its result. With AMX the
+// base's product is that of csrc/gemm, which takes S as additional columns of K (frozen.h): `up` would take a third of
+// the product's time.
 //
-// `outer` is what is slowest: for tiles, x must be turned into pairs across rows.
+// `outer` is the slowest: for tiles, x must be rearranged into pairs across rows.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +28,7 @@ namespace lora {
 
 using gemm::Mask;
 
-// How `down` and `outer` read a factor: [ceil(inner / pair)][width] units of `pair` values along the inner
+// Layout in which `down` and `outer` read a factor: [ceil(inner / pair)][width] units of `pair` values along the inner
 // dimension, the missing ones zero.
 struct Arrangement {
     int pair, unit_size;  // bytes
@@ -67,7 +69,7 @@ struct OuterArgs {
     float* sums;
 };
 
-// norms[i]: of row i of x + left right.
+// norms[i]: the norm of row i of x + left right.
 struct NormArgs {
     const void* x;  // [M, columns]
     int64_t columns;
@@ -78,7 +80,7 @@ struct NormArgs {
     float* norms;  // [M]
 };
 
-// y = x ∘ g, g one number a column.
+// y = x ∘ g, with g one number per column.
 struct ScaleArgs {
     const void* x;  // [M, columns]
     int64_t columns;
@@ -92,10 +94,10 @@ struct ScaleBackwardArgs {
     const float* g;
     int64_t first_column, last_column;
     void* dx;     // dy ∘ g, or nullptr
-    float* sums;  // to which dy ∘ x is added, columns filled up to whole vectors; or nullptr
+    float* sums;  // dy ∘ x is added to them; columns padded to whole vectors; or nullptr
 };
 
-// Rows [g, u] of 2 columns values each.
+// For rows [g, u] of 2 columns values each.
 struct GateArgs {
     const void* x;  // [M, 2 columns]
     int64_t columns;
@@ -126,10 +128,10 @@ struct RowSumBackwardArgs {
     bool wide;  // grad and dy are fp32 and not of y's dtype
 };
 
-// A matrix of fp32 as bf16 halves: a first value, rounded, and what that leaves, rounded. Two parts are just
-// these. Of the products of two matrices all but the smallest are in
+// A matrix of fp32 as bf16 halves: the rounded value, and the rounded rest. Two parts are these halves. In products of
+// two matrices all terms but the smallest are in
 //   [first, rest, first] [first, first, rest]ᵀ
-// three parts, so that a sum over the inner dimension has them. Part p of row i begins at
+// with three parts, so that one sum over the inner dimension has them. Part p of row i begins at
 //   out + i * row_stride + p * part_stride
 struct Halves {
     const float* from;  // [rows, columns]
@@ -150,7 +152,7 @@ struct ThinKernels {
     void (*outer)(const OuterArgs&, int64_t first_row, int64_t last_row);  // first: multiple of kRowGrain
 };
 
-// A range is of rows.
+// Ranges are of rows.
 struct ScaleKernels {
     void (*scale)(const ScaleArgs&, int64_t first_row, int64_t last_row);
     void (*backward)(const ScaleBackwardArgs&, int64_t first_row, int64_t last_row);
@@ -161,13 +163,15 @@ struct GateKernels {
     void (*backward)(const GateArgs&, int64_t first_row, int64_t last_row);
 };
 
-// A range is of tokens; of the gradient, of rows.
+// Ranges are of tokens; in the gradient, of rows.
 struct RowSumKernels {
     void (*sums)(const RowSumArgs&, int64_t first, int64_t last);
     void (*backward)(const RowSumBackwardArgs&, int64_t first, int64_t last);
 };
 
-// For one row, fp32 in between; by the dtype of what they read (see rows.h). Buffers have room for 16 more.
+constexpr int64_t kRowPadding = 16;  // values that RowKernels may write behind `to` or `out`
+
+// For one row, fp32 in between; by the dtype of what they read (see rows.h).
 struct RowKernels {
     void (*widen)(const void* from, int64_t count, float* to);
     void (*add)(const float* from, int64_t count, void* to);
@@ -177,7 +181,7 @@ struct RowKernels {
 constexpr int kWidthMultiple = 16;  // of `width`
 constexpr int kColumnGrain = 32, kRowGrain = 64;
 
-// By Dtype.
+// Kernels of a level; arrays are indexed by Dtype.
 struct Kernels {
     ThinKernels thin[kDtypes];
     RowKernels row[kDtypes];

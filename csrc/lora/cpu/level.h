@@ -1,4 +1,4 @@
-// All of a level's kernels that are loops over its vectors.
+// All kernels of a level that are loops over its vectors.
 #pragma once
 
 #include "lora/cpu/gates.h"
@@ -10,7 +10,7 @@
 namespace peftcore {
 namespace lora {
 
-// By Dtype.
+// Arrays are indexed by Dtype.
 template <Lanes Simd>
 static Kernels kernels_of() {
     using F = Of<Simd, float>;

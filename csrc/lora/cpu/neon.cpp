@@ -1,4 +1,4 @@
-// NEON: a vector is two registers, as the loops read eight columns' bits of dropout at once.
+// NEON: a vector is two registers, as the loops read dropout bits of eight columns at once.
 #include "common/neon.h"
 
 #include "lora/cpu/level.h"
@@ -73,7 +73,7 @@ struct Neon {
                 key0 += kPhiloxWeyl0;
                 key1 += kPhiloxWeyl1;
             }
-            // Of each counter's lane the bits of the lower and the upper 16 of a word.
+            // The bits of the lower and the upper 16 of a word, in each counter's lane.
             const auto kept = [&](uint32x4_t words, uint32_t bits) {
                 const uint16x8_t above = vcgeq_u16(vreinterpretq_u16_u32(words), threshold);
                 return vandq_u16(above, vreinterpretq_u16_u32(vdupq_n_u32(bits)));

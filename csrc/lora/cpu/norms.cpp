@@ -1,5 +1,4 @@
 // row_norms on CPU. Schema and formula: peftcore/ops/row_norms.py.
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -7,15 +6,14 @@
 #include <torch/library.h>
 
 #include "common/tensors.h"
+#include "common/threads.h"
 #include "cpu/kernels.h"
 #include "lora/cpu/thin.h"
-#include "nf4/cpu/linear/panel.h"
+#include "quant4/cpu/linear/slab.h"
 
 namespace peftcore {
 namespace lora {
 namespace {
-
-constexpr int64_t kProductsPerTask = 1 << 17;
 
 Tensor row_norms(at::TensorList tensors, at::IntArrayRef packing, const Tensor& a, const Tensor& b,
                  double scale) {
@@ -54,10 +52,10 @@ Tensor row_norms(at::TensorList tensors, at::IntArrayRef packing, const Tensor& 
         return found;
     }
     const int64_t step =
-        std::max<int64_t>(1, nf4::kPanelBytes / int64_t(sizeof(float)) / std::max<int64_t>(1, columns));
+        std::max<int64_t>(1, quant4::kSlabBytes / int64_t(sizeof(float)) / std::max<int64_t>(1, columns));
     for (int64_t begin = 0; begin < rows; begin += step) {
         const int64_t end = std::min(begin + step, rows);
-        norms(weight.packed() ? nf4::dequantized_panel(weight.view(), {begin, end}, {0, columns}, wide)
+        norms(weight.packed() ? quant4::dequantized_slab(weight.view(), {begin, end}, {0, columns}, wide)
                               : first.narrow(0, begin, end - begin).contiguous(),
               begin);
     }

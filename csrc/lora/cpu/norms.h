@@ -1,4 +1,4 @@
-// The norms of the rows of x + left right, a tile of it at a time in registers; products and sums are fp32.
+// Norms of the rows of x + left right, one tile at a time in registers; products and sums are fp32.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ struct Norms {
     static inline void add_squares(const NormArgs& args, int64_t row, int64_t n, Vector (&squares)[R]) {
         const T* x = static_cast<const T*>(args.x) + row * args.columns + n;
         const int64_t count = args.columns - n;
-        // x comes from the third cache or from memory: the next tile's, while this one is made.
+        // Prefetches x of the next tile from L3 or memory during this one.
         if (count > 2 * kLanes)
             for (int i = 0; i < R; ++i)
                 __builtin_prefetch(reinterpret_cast<const char*>(x + i * args.columns + 2 * kLanes));

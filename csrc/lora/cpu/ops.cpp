@@ -5,8 +5,8 @@
 
 #include "common/tensors.h"
 #include "cpu/kernels.h"
-#include "lora/cpu/few_rows.h"
 #include "lora/cpu/frozen.h"
+#include "lora/cpu/skinny.h"
 #include "lora/cpu/thin.h"
 
 namespace peftcore {
@@ -14,28 +14,28 @@ namespace lora {
 namespace {
 
 // s = factor x aᵀ, and y of few rows.
-Tensor few_rows_linear(const CpuKernels& kernels, const Tensor& x, const Weight& weight,
-                       const std::optional<Tensor>& bias, const Tensor& a, const Tensor& b, float factor,
-                       const Tensor& s) {
+Tensor skinny_linear(const CpuKernels& kernels, const Tensor& x, const Weight& weight,
+                     const std::optional<Tensor>& bias, const Tensor& a, const Tensor& b, float factor,
+                     const Tensor& s) {
     const Tensor added = contiguous(bias), plain_a = plain_factor(a), plain_b = plain_factor(b);
     Tensor y;
     if (weight.packed()) {
         y = at::empty({x.size(0), weight.rows()}, x.options());
-        const FewRowsOfLora lora(kernels.lora, x, plain_a, plain_b, factor, s, y);
-        BesideFewRows beside(lora);
-        const nf4::FewRows few{.x = x.const_data_ptr(),
-                               .rows = x.size(0),
-                               .bias = added.defined() ? added.const_data_ptr() : nullptr,
-                               .y = y.mutable_data_ptr(),
-                               .dtype = kernel_dtype(x.scalar_type(), "lora_linear"),
-                               .beside = &beside};
-        if (nf4::few_rows(kernels, few, weight.view())) {
-            beside.finish();
+        const SkinnyLora lora(kernels.lora, x, plain_a, plain_b, factor, s, y);
+        LoraCompanion companion(lora);
+        const quant4::DirectLinear call{.x = x.const_data_ptr(),
+                                        .rows = x.size(0),
+                                        .bias = added.defined() ? added.const_data_ptr() : nullptr,
+                                        .y = y.mutable_data_ptr(),
+                                        .dtype = kernel_dtype(x.scalar_type(), "lora_linear"),
+                                        .companion = &companion};
+        if (quant4::linear_direct(kernels, call, weight.view())) {
+            companion.finish();
             return y;
         }
     }
     y = frozen_linear(x, weight, bias);
-    const FewRowsOfLora lora(kernels.lora, x, plain_a, plain_b, factor, s, y);
+    const SkinnyLora lora(kernels.lora, x, plain_a, plain_b, factor, s, y);
     lora.down_all();
     lora.up_all();
     return y;
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, bias, op);
-    check_factors(beside(x), a, b, weight.rows(), op);
+    check_factors(operand(x), a, b, weight.rows(), op);
     const int64_t r = a.size(0);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const Tensor flat = matrix(x);
@@ -57,12 +57,12 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const CpuKernels& kernels = cpu_kernels();
     const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
     Tensor y;
-    // Where the thin product can join a dense one (frozen.h), arranged factors are faster sooner.
+    // Where the low-rank product can join a dense one (frozen.h), arranged factors are faster from fewer rows on.
     const int64_t arrange_from =
         many_rows(kernels, x).kernel.takes_addend && !weight.packed() ? kArrangeEachFrom : kArrangeFrom;
     if (flat.size(0) < arrange_from && dropout.threshold == 0 &&
         s.numel() * weight.rows() * weight.columns() != 0) {
-        y = few_rows_linear(kernels, flat, weight, bias, a, b, float(scale), s);
+        y = skinny_linear(kernels, flat, weight, bias, a, b, float(scale), s);
     } else if (s.numel() != 0) {
         const KeepMask keep = keep_mask(thin, dropout, flat);
         const Factor right = arranged_factor(thin.arrangement, floats(a), true);
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, {}, op);
-    check_factors(beside(x), a, b, weight.rows(), op);
+    check_factors(operand(x), a, b, weight.rows(), op);
     const int64_t r = a.size(0), columns = weight.columns(), out_features = weight.rows();
     check_gradient(grad, s, x, out_features, r, op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);

@@ -8,8 +8,8 @@
 #include "common/threads.h"
 #include "common/workspace.h"
 #include "cpu/kernels.h"
-#include "lora/cpu/few_rows.h"
 #include "lora/cpu/frozen.h"
+#include "lora/cpu/skinny.h"
 #include "lora/cpu/thin.h"
 
 namespace peftcore {
@@ -20,26 +20,24 @@ const RowKernels& row_kernels(at::ScalarType dtype, const char* op) {
     return cpu_kernels().lora.row[int(kernel_dtype(dtype, op))];
 }
 
-constexpr int64_t kRoom = 16;  // see RowKernels
-
-// One adapter, and the samples that have it, by their first rows.
+// One adapter, and the first rows of the samples that use it.
 struct Sharing {
     const Tensor *a, *b;
     float scale;
     std::vector<int64_t> samples;
 };
 
-// Of an adapter with fewer rows one thread does all. Threads that share out each of its products meet four
-// times, and with 64 adapters of 16 rows they wait as long as they multiply.
+// An adapter with fewer rows is done by one thread. Threads that divide each product synchronize four times, and with
+// 64 adapters of 16 rows they wait as long as they multiply.
 constexpr int64_t kShareFrom = 512;
 
-// y += scale x aᵀ bᵀ, by one thread, for the rows of these samples, `count` each.
+// y += scale x aᵀ bᵀ in one thread, for the rows of these samples, `count` each.
 void add_samples(const ThinKernels& kernels, const Tensor& x, const Tensor& y, const Sharing& adapter,
                  const Tensor& a, const Tensor& b, int64_t count, const char* op) {
     const int64_t r = a.size(0), columns = x.size(1), out_features = y.size(1);
     const int64_t width = filled_up(r, kWidthMultiple), out_width = filled_up(out_features, kWidthMultiple);
     const Arrangement &for_down = kernels.arrangement, &for_up = kernels.plain;
-    const int64_t wide_bytes = filled_up(4 * (r * std::max(columns, out_features) + kRoom), 64),
+    const int64_t wide_bytes = filled_up(4 * (r * std::max(columns, out_features) + kRowPadding), 64),
                   units_bytes =
                       filled_up(std::max(ceil_div(columns, for_down.pair) * width * for_down.unit_size,
                                          ceil_div(r, for_up.pair) * out_width * for_up.unit_size),
@@ -76,7 +74,7 @@ void add_samples(const ThinKernels& kernels, const Tensor& x, const Tensor& y, c
                    0, count);
 }
 
-// The same by all threads.
+// y += scale x aᵀ bᵀ by all threads.
 void add_shared(const ThinKernels& kernels, const Tensor& x, const Tensor& y, const Sharing& adapter,
                 int64_t count) {
     const Factor down_right = arranged_factor(kernels.arrangement, floats(*adapter.a), true),
@@ -88,19 +86,19 @@ void add_shared(const ThinKernels& kernels, const Tensor& x, const Tensor& y, co
     }
 }
 
-// The rows [index] of x by adapters whose factors are not arranged; all of one dtype.
+// The rows [index] of x by adapters with factors that are not arranged; all of one dtype.
 void add_rows(const Tensor& x, const Tensor& y, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
               at::ArrayRef<double> scales, const std::vector<std::pair<int64_t, int64_t>>& rows,
               const char* op) {
     const RowKernels& of_x = row_kernels(x.scalar_type(), op);
     const int64_t columns = x.size(1), out_features = y.size(1);
     at::parallel_for(0, int64_t(rows.size()), 1, [&](int64_t first, int64_t last) {
-        std::vector<float> wide(size_t(columns + kRoom)), s, delta(size_t(out_features + kRoom));
+        std::vector<float> wide(size_t(columns + kRowPadding)), s, delta(size_t(out_features + kRowPadding));
         for (int64_t i = first; i < last; ++i) {
             const auto [row, which] = rows[size_t(i)];
             const Tensor &down = a[size_t(which)], &up = b[size_t(which)];
             const int64_t r = down.size(0);
-            s.resize(size_t(r + kRoom));
+            s.resize(size_t(r + kRowPadding));
             of_x.widen(static_cast<const char*>(x.const_data_ptr()) + row * columns * x.element_size(),
                        columns, wide.data());
             row_kernels(down.scalar_type(), op)

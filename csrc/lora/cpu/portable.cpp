@@ -1,4 +1,4 @@
-// Plain C++, four lanes for the compiler to fill.
+// Plain C++, with four lanes for the compiler to vectorize.
 #include "lora/cpu/level.h"
 
 namespace peftcore {

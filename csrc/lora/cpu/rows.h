@@ -1,6 +1,5 @@
-// The thin products for a single row, straight from A and B: for adapters that act on few rows, where
-// arranging the factors (see blocks.h) costs more than using them. Products and sums are fp32, factors not
-// rounded.
+// Low-rank products of a single row, directly from A and B: for adapters with few rows, where arranging the factors
+// (see blocks.h) costs more than using them. Products and sums are fp32; factors are not rounded.
 #pragma once
 
 #include "lora/cpu/blocks.h"
@@ -14,7 +13,7 @@ struct Rows {
     using Vector = typename Level::Vector;
     static constexpr int kLanes = Level::kLanes;
     static constexpr int64_t kChain = 64 * kLanes;  // products of a short sum (see blocks.h)
-    static constexpr int kParts = 4;  // of it, side by side: each product waits for the one before
+    static constexpr int kParts = 4;  // parallel sums: each product waits for the previous one of its sum
     static constexpr int kShort = 8;  // vectors of a short row
 
     static void widen(const void* from, int64_t count, float* to) {
@@ -28,7 +27,7 @@ struct Rows {
                               Level::add(load_some<Level>(y + n, count - n), Level::load(from + n)));
     }
 
-    // Of one row of a factor with x, by lanes.
+    // The product of one row of a factor with x, by lanes.
     static inline Vector products(const float* x, const T* row, int64_t inner) {
         Vector total = Level::zero();
         for (int64_t first = 0; first < inner; first += kChain) {
@@ -49,8 +48,8 @@ struct Rows {
         return total;
     }
 
-    // The same of kLanes short rows, whose sums stay in registers: with one after another each waits to be stored, and 16
-    // rows of y take four times as long. What lies behind the last row can be read, if it is `inside` the matrix.
+    // Products of kLanes short rows with x, whose sums stay in registers: one after another, each waits to be stored,
+    // and 16 rows of y take four times as long. Memory behind the last row may be read if it is `inside` the matrix.
     static inline void products_of_short(const float* x, const T* rows, int64_t inner, bool inside,
                                          Vector (&totals)[kLanes]) {
 #pragma GCC unroll 16
@@ -78,7 +77,7 @@ struct Rows {
 
     // The sums over j < inner, for i < outer:
     //   out[i] = x[j] factor[i * inner + j]
-    // x and out have room for kLanes more.
+    // x and out are padded by kLanes values.
     static void multiply(const float* x, const void* matrix, int64_t inner, int64_t outer, float* out) {
         const T* factor = static_cast<const T*>(matrix);
         for (int64_t begin = 0; begin < outer; begin += kLanes) {

@@ -1,11 +1,11 @@
 // scaled and its gradient on CPU. Schemas and formulas: peftcore/ops/scaled.py.
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "common/tensors.h"
+#include "common/threads.h"
 #include "cpu/kernels.h"
 #include "lora/arguments.h"
 
@@ -13,10 +13,9 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int64_t kValuesPerTask = 32768;
-// Sums over the rows of x are made by groups of rows, each in their order, and added in theirs: by the shapes
-// alone, whatever the number of threads.
-constexpr int64_t kGroupRows = 64, kPartColumns = 1024;
+// Sums over the rows of x are computed for groups of rows and added in order: they depend on shapes only, not on the
+// number of threads.
+constexpr int64_t kScaledGroupRows = 64, kPartColumns = 1024;
 constexpr int64_t kFilled = 16;
 
 void check_gain(const Tensor& x, const Tensor& g, const char* op) {
@@ -56,7 +55,7 @@ std::tuple<Tensor, Tensor> scaled_backward(const Tensor& grad, const Tensor& x, 
     const Tensor rows = matrix(x), dy = matrix(grad), gain = floats(g);
     const Tensor dx = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
     const int64_t columns = rows.size(1), stride = filled_up(columns, kFilled);
-    const int64_t groups = ceil_div(rows.size(0), kGroupRows), parts = ceil_div(columns, kPartColumns);
+    const int64_t groups = ceil_div(rows.size(0), kScaledGroupRows), parts = ceil_div(columns, kPartColumns);
     const Tensor sums = at::empty({needs[1] ? groups * stride : 0}, gain.options());
     float* all = needs[1] ? sums.mutable_data_ptr<float>() : nullptr;
     const auto task = [&](int64_t group, int64_t begin) {
@@ -70,10 +69,11 @@ std::tuple<Tensor, Tensor> scaled_backward(const Tensor& grad, const Tensor& x, 
                                      .sums = all == nullptr ? nullptr : all + group * stride};
         if (args.sums != nullptr)
             std::fill(args.sums + begin, args.sums + filled_up(args.last_column, kFilled), 0.0f);
-        const int64_t first = group * kGroupRows;
-        kernels.backward(args, first, std::min(first + kGroupRows, rows.size(0)));
+        const int64_t first = group * kScaledGroupRows;
+        kernels.backward(args, first, std::min(first + kScaledGroupRows, rows.size(0)));
     };
-    at::parallel_for(0, groups * parts, ceil_div(kValuesPerTask, kGroupRows * std::min(kPartColumns, stride)),
+    at::parallel_for(0, groups * parts,
+                     ceil_div(kValuesPerTask, kScaledGroupRows * std::min(kPartColumns, stride)),
                      [&](int64_t first, int64_t last) {
                          for (; first < last; ++first) task(first / parts, first % parts * kPartColumns);
                      });

@@ -1,4 +1,4 @@
-// y = x ∘ g, g one number a column, and its gradients: a pass over memory each, products and sums in fp32.
+// y = x ∘ g, with g one number per column, and its gradients: one pass over memory each, products and sums in fp32.
 #pragma once
 
 #include "lora/cpu/blocks.h"
@@ -25,7 +25,7 @@ struct Scaled {
         }
     }
 
-    // Of the columns from args.first_column to args.last_column.
+    // For the columns from args.first_column to args.last_column.
     static void backward(const ScaleBackwardArgs& args, int64_t first, int64_t last) {
         for (; first < last; ++first) {
             const int64_t row = first * args.columns;

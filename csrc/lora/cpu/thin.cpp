@@ -14,26 +14,26 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int64_t kProductsPerTask = 1 << 17, kCountersPerTask = 1 << 12;
+constexpr int64_t kCountersPerTask = 1 << 12;
 
-// Sums over the rows of x are made by groups of rows, each in their order, and added in theirs: by the shapes
-// alone, whatever the number of threads.
-constexpr int64_t kGroupRows = 256;
-// Of all groups: 32 MB; beyond, groups have more rows. No cache's size: sums are divided by it.
+// Sums over the rows of x are computed for groups of rows and added in order: they depend on shapes only, not on the
+// number of threads.
+constexpr int64_t kThinGroupRows = 256;
+// Sums of all groups: 32 MB; beyond, groups have more rows. Not a cache's size, as it determines how sums are divided.
 constexpr int64_t kAllSums = int64_t(1) << 23;
 
-// Of a task: they stay in the second cache, beside the rows that pass by. No sum depends on it.
+// Sums of a task, which stay in the L2 cache together with the rows that are read. No sum depends on it.
 int64_t own_sums() { return std::min(caches().second / 2, int64_t(512) << 10) / int64_t(sizeof(float)); }
 
-// The sums of `outer`: groups of rows, by parts of columns, each [width][its columns, filled up]. What is
-// divided by the number of threads changes no sum.
+// The sums of `outer`: groups of rows by parts of columns, each [width][its columns, padded]. No sum depends on the
+// division by the number of threads.
 struct Division {
     int64_t columns, width, filled, group_rows, groups, group_size, part, parts;
 
     Division(int64_t rows, int64_t its_columns, int64_t its_width)
         : columns(its_columns), width(its_width), filled(filled_up(columns, kColumnGrain)) {
         const int64_t most = std::max<int64_t>(1, kAllSums / (width * filled));
-        group_rows = filled_up(ceil_div(rows, std::min(most, ceil_div(rows, kGroupRows))), kRowGrain);
+        group_rows = filled_up(ceil_div(rows, std::min(most, ceil_div(rows, kThinGroupRows))), kRowGrain);
         groups = ceil_div(rows, group_rows);
         group_size = width * filled;
         part = std::min(filled, filled_up(std::max<int64_t>(1, own_sums() / width), kColumnGrain));
@@ -43,7 +43,7 @@ struct Division {
         parts = ceil_div(columns, part);
     }
 
-    // Of the part that begins at a column.
+    // The sums of the part that begins at a column.
     int64_t stride(int64_t begin) const { return filled_up(std::min(part, columns - begin), kColumnGrain); }
     int64_t place(int64_t group, int64_t begin) const { return group * group_size + width * begin; }
 };
@@ -75,7 +75,7 @@ Factor arranged_factor(const Arrangement& arrangement, const Tensor& from, bool 
     const int64_t rows = from.size(0), columns = from.size(1);
     const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
     const int64_t width = filled_up(outer, kWidthMultiple);
-    if (arrangement.pair == 1 && !transposed && width == outer) return {from, width};  // as it lies
+    if (arrangement.pair == 1 && !transposed && width == outer) return {from, width};  // in place
     const Tensor memory = at::empty({ceil_div(inner, arrangement.pair) * width * arrangement.unit_size},
                                     from.options().dtype(at::kByte));
     arrangement.arrange(from.const_data_ptr<float>(), transposed ? 1 : columns, transposed ? columns : 1,

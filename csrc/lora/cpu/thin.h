@@ -1,4 +1,4 @@
-// The thin products of kernels.h on tensors, divided among threads.
+// The low-rank products of kernels.h on tensors, divided among threads.
 #pragma once
 
 #include <array>
@@ -17,16 +17,16 @@ struct Factor {
     const void* units() const { return memory.const_data_ptr(); }
 };
 
-// From fp32, contiguous.
+// Arranges a factor, fp32 and contiguous.
 Factor arranged_factor(const Arrangement& arrangement, const Tensor& from, bool transposed);
 
-// keep of x [rows, columns].
+// The mask keep of x [rows, columns].
 struct KeepMask {
     Tensor memory;
     Mask mask;
 };
 
-// Of x's rows, the first of which has this number for dropout.
+// keep for rows of x, with the first row's number as dropout counts them.
 KeepMask keep_mask(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x,
                    int64_t first_row = 0);
 
@@ -36,19 +36,19 @@ void down(const ThinKernels& kernels, const DownArgs& args, int64_t rows);
 // y += keep ∘ (s right), right in the plain arrangement.
 void up(const ThinKernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep);
 
-// out [r, columns] = leftᵀ (keep ∘ x); transposed: [columns, r]. `down_too`, if given, is of the same x and
-// goes along, so that x comes from memory once.
+// out [r, columns] = leftᵀ (keep ∘ x); transposed: [columns, r]. `down_too`, if given, is computed from the
+// same x in the same pass, so that x is read from memory once.
 void outer(const ThinKernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out,
            bool transposed, const Mask& keep, const DownArgs* down_too);
 
-// The gradients of x, A and B beside the frozen product's: what they are made of.
+// The gradients of x, A and B, without the frozen product's: their operands and results.
 struct ThinBackward {
     const Tensor &dy, &x, &s, &b;
     std::array<bool, 3> needs;  // of x, A and B
     double scale;
     const Dropout& dropout;
     int64_t first_row;      // as of `keep_mask`
-    const Tensor& t;        // [rows, r]: what A's right side of dx is, if x or A needs a gradient
+    const Tensor& t;        // [rows, r]: the left factor of A in dx, if x or A needs a gradient
     const Tensor &da, &db;  // fp32, contiguous, if they are needed
 };
 

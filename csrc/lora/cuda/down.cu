@@ -1,14 +1,14 @@
-// s = c (keep ∘ x) Aᵀ in one kernel: x comes from memory once. No GPU was at hand: written for bandwidth,
-// proved on the emulator.
+// s = c (keep ∘ x) Aᵀ in one kernel, which reads x from memory once. Written for bandwidth and tested on the emulator;
+// not measured on a GPU.
 //
-// Blocks of one part of the rows and several of the ranks (down.cuh) lie next to each other, so that they find
-// x in L2. Few rows are few blocks: then the columns are split over blocks too, and the last of them adds their
-// sums in order. Up to 8 rows, as in generation, a block has one rank instead: no sums are left to add.
+// Blocks for the same rows and different ranks (down.cuh) have consecutive indices, so that they find x in L2. Few rows
+// give few blocks: columns are then divided among blocks, too, and the last block adds their sums in order. For up to 8
+// rows, as in generation, a block has one rank instead, and there are no partial sums.
 #include "common/cuda_tickets.cuh"
 #include "common/cuda_tickets.h"
 #include "common/integers.h"
 #include "lora/cuda/down.cuh"
-#include "lora/cuda/few_rows.cuh"
+#include "lora/cuda/rank_dot.cuh"
 
 namespace peftcore {
 namespace lora {
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kSmallRows = 256;         // up to here, 16 rows a block
 constexpr int kBlocksWanted = 264;      // about two for each multiprocessor of a large GPU
-constexpr int64_t kSplitColumns = 512;  // at least, of a split
+constexpr int64_t kSplitColumns = 512;  // least columns of a split
 
 struct DownParams {
     const void* x;
@@ -29,7 +29,7 @@ struct DownParams {
     int64_t split_columns;
     int64_t all_rows;
     float* partial;     // [splits, all_rows, stride], or nullptr: s is written
-    unsigned* tickets;  // a block of rows and ranks each, or nullptr: another launch adds
+    unsigned* tickets;  // one per block of rows and ranks; nullptr: another launch adds
     float* s;
 };
 
@@ -37,24 +37,24 @@ template <typename T, int kRowTiles, int kRankTiles>
 __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
     constexpr int kRows = 16 * kRowTiles;
     const int64_t row_tiles = (p.rows + kRows - 1) / kRows;
-    const int64_t tile = blockIdx.x / p.chunks, sample = tile / row_tiles;
+    const int64_t number = blockIdx.x / p.chunks, sample = number / row_tiles;
     const int64_t adapter = (p.index != nullptr ? p.index[sample] : 0) - p.adapters.first;
     if (adapter < 0 || adapter >= p.adapters.count) return;
-    DownTile own = {};
-    own.x = p.x;
-    own.columns = p.columns;
-    own.row = sample * p.rows + tile % row_tiles * kRows;
-    own.last_row = (sample + 1) * p.rows;
-    own.first_column = int64_t(blockIdx.y) * p.split_columns;
-    own.last_column = least(own.first_column + p.split_columns, p.columns);
-    own.factor = p.adapters.factor[adapter];
-    own.rank = p.adapters.rank[adapter];
-    own.first_rank = int(blockIdx.x % p.chunks) * 8 * kRankTiles;
-    own.dropout = p.dropout;
-    own.scale = p.partial != nullptr ? 1 : p.adapters.scale[adapter];
-    own.out = p.partial != nullptr ? p.partial + blockIdx.y * p.all_rows * p.stride : p.s;
-    own.stride = p.stride;
-    down_tile<T, kRowTiles, kRankTiles>(own);
+    DownTile tile = {};
+    tile.x = p.x;
+    tile.columns = p.columns;
+    tile.row = sample * p.rows + number % row_tiles * kRows;
+    tile.last_row = (sample + 1) * p.rows;
+    tile.first_column = int64_t(blockIdx.y) * p.split_columns;
+    tile.last_column = least(tile.first_column + p.split_columns, p.columns);
+    tile.factor = p.adapters.factor[adapter];
+    tile.rank = p.adapters.rank[adapter];
+    tile.first_rank = int(blockIdx.x % p.chunks) * 8 * kRankTiles;
+    tile.dropout = p.dropout;
+    tile.scale = p.partial != nullptr ? 1 : p.adapters.scale[adapter];
+    tile.out = p.partial != nullptr ? p.partial + blockIdx.y * p.all_rows * p.stride : p.s;
+    tile.stride = p.stride;
+    down_tile<T, kRowTiles, kRankTiles>(tile);
     if (p.tickets == nullptr || !comes_last(p.tickets + blockIdx.x, gridDim.y)) return;
     constexpr int kEach = 2;
     for (int first = 0; first < kRows * 8 * kRankTiles; first += kEach * kThreads) {
@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int place = first + i * kThreads + int(threadIdx.x);
-            const int64_t m = own.row + place / (8 * kRankTiles);
-            const int j = own.first_rank + place % (8 * kRankTiles);
-            inside[i] = m < own.last_row && j < own.rank;
+            const int64_t m = tile.row + place / (8 * kRankTiles);
+            const int j = tile.first_rank + place % (8 * kRankTiles);
+            inside[i] = m < tile.last_row && j < tile.rank;
             at[i] = inside[i] ? m * p.stride + j : 0;
         }
         ordered_sums(p.partial, gridDim.y, p.all_rows * p.stride, at, sum);
@@ -76,27 +76,27 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
     }
 }
 
-// A block: at most kFewRows rows of a sample and one rank.
+// A block takes at most kRankDotRows rows of a sample and one rank.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) few_rows_kernel(const DownParams p) {
+__global__ void __launch_bounds__(kThreads, 4) rank_dot_kernel(const DownParams p) {
     const int64_t sample = blockIdx.x / p.stride;
     const int rank = int(blockIdx.x % p.stride);
     const int64_t adapter = (p.index != nullptr ? p.index[sample] : 0) - p.adapters.first;
     if (adapter < 0 || adapter >= p.adapters.count || rank >= p.adapters.rank[adapter]) return;
-    FewRowsPart own = {};
-    own.row = sample * p.rows;
-    own.x = static_cast<const T*>(p.x) + own.row * p.columns;
-    own.rows = int(p.rows);
-    own.columns = p.columns;
-    own.factor = p.adapters.factor[adapter] + rank * p.columns;
-    own.dropout = p.dropout;
-    own.scale = p.adapters.scale[adapter];
-    own.out = p.s + own.row * p.stride + rank;
-    own.stride = p.stride;
-    few_rows_part<T>(own);
+    RankDot dot = {};
+    dot.row = sample * p.rows;
+    dot.x = static_cast<const T*>(p.x) + dot.row * p.columns;
+    dot.rows = int(p.rows);
+    dot.columns = p.columns;
+    dot.factor = p.adapters.factor[adapter] + rank * p.columns;
+    dot.dropout = p.dropout;
+    dot.scale = p.adapters.scale[adapter];
+    dot.out = p.s + dot.row * p.stride + rank;
+    dot.stride = p.stride;
+    rank_dot<T>(dot);
 }
 
-// Chosen by the shape alone, so that results are the same on every GPU.
+// Chosen by the shape only, so that results are the same on every GPU.
 struct Plan {
     int row_tiles, chunks, splits;
     int64_t row_blocks, split_columns;
@@ -108,7 +108,8 @@ Plan plan_of(int64_t samples, int64_t rows, int64_t columns, int rank, bool spli
     plan.row_blocks = samples * ((rows + 16 * plan.row_tiles - 1) / (16 * plan.row_tiles));
     plan.chunks = (rank + kRankChunk - 1) / kRankChunk;
     const int64_t blocks = plan.row_blocks * plan.chunks;
-    const int64_t wanted = split && rows > kFewRows && blocks < kBlocksWanted ? kBlocksWanted / blocks : 1;
+    const int64_t wanted =
+        split && rows > kRankDotRows && blocks < kBlocksWanted ? kBlocksWanted / blocks : 1;
     const int64_t most = columns / kSplitColumns > 1 ? columns / kSplitColumns : 1;
     const int64_t splits = wanted < most ? wanted : most;
     // Whole stages, so that only the last split has a tail.
@@ -120,8 +121,8 @@ Plan plan_of(int64_t samples, int64_t rows, int64_t columns, int rank, bool spli
 
 template <typename T>
 const char* launch(const DownParams& p, const Plan& plan, int rank, void* stream) {
-    if (p.rows <= kFewRows)
-        return PEFTCORE_LAUNCH(few_rows_kernel<T>, unsigned(p.all_rows / p.rows * p.stride), kThreads, 0,
+    if (p.rows <= kRankDotRows)
+        return PEFTCORE_LAUNCH(rank_dot_kernel<T>, unsigned(p.all_rows / p.rows * p.stride), kThreads, 0,
                                stream, p);
     const dim3 grid(unsigned(plan.row_blocks * plan.chunks), unsigned(plan.splits));
     if (plan.row_tiles == 1)

@@ -1,8 +1,8 @@
 // A block's part of s = c (keep ∘ x) Aᵀ: 16 or 64 rows of x, up to 64 ranks.
 //
-// x and A arrive by cp.async in stages of columns, several on their way at a time. A thread drops elements of
-// the 16 bytes that it fetched, in shared memory: one Philox call for eight. The four warps share out the
-// rows, or with 16 rows the columns of a stage; their sums are added in a fixed order.
+// x and A arrive by cp.async in stages of columns, several of them pending at a time. A thread applies dropout in
+// shared memory to the 16 bytes that it fetched: one Philox call for eight elements. The four warps divide the rows, or
+// with 16 rows the columns of a stage; their sums are added in a fixed order.
 #pragma once
 
 #include "lora/cuda/tiles.cuh"
@@ -14,7 +14,7 @@ namespace {
 struct DownTile {
     const void* x;
     int64_t columns;        // of x
-    int64_t row, last_row;  // of x as one matrix: dropout counts them so
+    int64_t row, last_row;  // of x as one matrix, as dropout counts them
     int64_t first_column, last_column;
     const float* factor;  // A [rank, columns], or across it [columns, rank]
     int rank, first_rank;
@@ -62,7 +62,7 @@ __device__ void down_tile(const DownTile& p) {
         cp_async_wait<kStages - 2>();
         if (p.dropout.threshold != 0)
             drop<Input>(input, p.dropout, p.row, p.last_row, p.first_column + stage * kStage);
-        __syncthreads();  // this stage has arrived, and the one before has been read
+        __syncthreads();  // this stage has arrived, and the previous one has been read
         fetch_stage(stage + kStages - 1, (slot + kStages - 1) % kStages);
 #pragma unroll
         for (int step = 0; step < kStage / 16 / kParts; ++step) {

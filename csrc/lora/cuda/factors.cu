@@ -1,5 +1,5 @@
-// LoRA's factors as the other kernels take them, fp32 and some of them transposed: both in one launch, for they are
-// small, and a launch is not.
+// LoRA's factors as the other kernels take them: fp32, some of them transposed. Both in one launch, which takes longer
+// than the copies.
 #include "common/integers.h"
 #include "common/typed.cuh"
 #include "lora/cuda/tiles.cuh"
@@ -16,21 +16,21 @@ struct Copies {  // by name: an index known only at run time would put them on t
 
 __global__ void __launch_bounds__(kThreads) copy_kernel(const Copies copies) {
     PEFTCORE_SHARED(float, tile, [kSide][kSide + 1]);
-    const FactorCopy own = blockIdx.y == 0 ? copies.first : copies.second;
-    const int64_t across = ceil_div(own.columns, kSide);
-    if (blockIdx.x >= across * ceil_div(own.rows, kSide)) return;
+    const FactorCopy copy = blockIdx.y == 0 ? copies.first : copies.second;
+    const int64_t across = ceil_div(copy.columns, kSide);
+    if (blockIdx.x >= across * ceil_div(copy.rows, kSide)) return;
     const int64_t row = blockIdx.x / across * kSide, column = blockIdx.x % across * kSide;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int i = warp; i < kSide; i += kWarps)
-        if (row + i < own.rows && column + lane < own.columns)
-            tile[i][lane] = value_at(own.from, own.dtype, (row + i) * own.columns + column + lane);
+        if (row + i < copy.rows && column + lane < copy.columns)
+            tile[i][lane] = value_at(copy.from, copy.dtype, (row + i) * copy.columns + column + lane);
     __syncthreads();
     for (int i = warp; i < kSide; i += kWarps) {
-        const int r = own.transposed ? lane : i, c = own.transposed ? i : lane;
-        if (row + r >= own.rows || column + c >= own.columns) continue;
+        const int r = copy.transposed ? lane : i, c = copy.transposed ? i : lane;
+        if (row + r >= copy.rows || column + c >= copy.columns) continue;
         const int64_t to =
-            own.transposed ? (column + c) * own.rows + row + r : (row + r) * own.columns + column + c;
-        own.to[to] = tile[r][c];
+            copy.transposed ? (column + c) * copy.rows + row + r : (row + r) * copy.columns + column + c;
+        copy.to[to] = tile[r][c];
     }
 }
 
@@ -42,14 +42,14 @@ extern "C" const char* peftcore_lora_copy_factors(const peftcore::lora::FactorCo
                                                   void* stream) {
     using namespace peftcore::lora;
     if (count > 2) return "more factors than a launch takes";
-    Copies own = {};
+    Copies both = {};
     int64_t blocks = 0;
     for (int i = 0; i < count; ++i) {
-        (i == 0 ? own.first : own.second) = copies[i];
+        (i == 0 ? both.first : both.second) = copies[i];
         const int64_t tiles =
             peftcore::ceil_div(copies[i].rows, kSide) * peftcore::ceil_div(copies[i].columns, kSide);
         blocks = blocks < tiles ? tiles : blocks;
     }
     if (blocks == 0) return nullptr;
-    return PEFTCORE_LAUNCH(copy_kernel, dim3(unsigned(blocks), unsigned(count)), kThreads, 0, stream, own);
+    return PEFTCORE_LAUNCH(copy_kernel, dim3(unsigned(blocks), unsigned(count)), kThreads, 0, stream, both);
 }

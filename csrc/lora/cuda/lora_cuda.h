@@ -1,6 +1,6 @@
-// Launchers of the LoRA CUDA kernels. Pointers are device memory unless said otherwise, `stream` a
-// cudaStream_t; matrices are contiguous. Factors and thin matrices are fp32: in fp16 a T of small gradients would
-// vanish. They return nullptr, or why the launch failed. Arguments are checked by the caller (lora/arguments.h).
+// Launchers of the LoRA CUDA kernels. Pointers are device memory unless noted; `stream` is a cudaStream_t; matrices are
+// contiguous. Factors and thin matrices [rows, rank] are fp32: in fp16 a T of small gradients would underflow. They
+// return nullptr, or why the launch failed. The caller checks arguments (lora/arguments.h).
 #pragma once
 
 #include <cstdint>
@@ -13,26 +13,26 @@
 namespace peftcore {
 namespace lora {
 
-// Partial products of the one pass weigh rank / 32 of a pass over wide: beyond, a second pass costs less.
+// The single pass writes partial products, rank / 32 of a pass over `wide`: beyond this rank, a second pass costs less.
 constexpr int kOnePassMaxRank = 16;
 
-constexpr int kFewRows = 8;  // of x: a block makes one rank of s
+constexpr int kRankDotRows = 8;  // of x: a block computes one rank of s
 
-// x, dy, or what is written: [samples * rows, columns] of `dtype`.
+// x, dy, or the output: [samples * rows, columns] of `dtype`.
 struct Wide {
     void* values;
     Dtype dtype;
     int64_t samples, rows, columns;
 };
 
-// Factors of some adapters, which have numbers. The first three are host arrays of `count` entries.
+// Factors of numbered adapters. The first three are host arrays of `count` entries.
 struct Factors {
     const float* const* values;
     const int* ranks;
     const float* scales;  // or nullptr: 1
     int count;
     int stride;            // columns of the thin matrix, at least the highest rank
-    const int64_t* index;  // of each sample its adapter; nullptr: the first, of all
+    const int64_t* index;  // each sample's adapter; nullptr: the first one for all
 };
 
 // out[i] = scale (partial[0][i] + partial[1][i] + ...), in this order, rounded once.
@@ -43,7 +43,7 @@ struct Sum {
     void* out;
 };
 
-// A factor [rows, columns] of `dtype`, contiguous, and where it goes in fp32, as it is or transposed.
+// Copy of a contiguous factor [rows, columns] of `dtype` to fp32, possibly transposed.
 struct FactorCopy {
     const void* from;
     Dtype dtype;
@@ -53,7 +53,7 @@ struct FactorCopy {
 };
 
 // y [batch, rows] = x Wᵀ + bias + s Bᵀ and s [batch, rank] = scale x Aᵀ: x, bias (or nullptr) and y of `dtype`.
-struct FewRows {
+struct OneLaunch {
     const void* x;
     Dtype dtype;
     int batch;
@@ -71,16 +71,16 @@ struct FewRows {
 extern "C" {
 
 // s [samples * rows, stride] = scale_i (keep ∘ x) factor_iᵀ, x of 16 bits, factors [rank_i, columns]. Samples
-// whose i is no adapter get no s. `partial`: peftcore_lora_down_workspace floats.
+// whose i is not an adapter get no s. `partial`: peftcore_lora_down_workspace floats.
 const char* peftcore_lora_down(const peftcore::lora::Wide* x, const peftcore::lora::Factors* factors,
                                const peftcore::lora::Dropout* dropout, float* partial, float* s,
                                void* stream);
 int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, int rank);
 
-// Both of its results in one launch, of up to 8 rows of x of 16 bits and a weight in 4 bits of whole blocks of 64; of other
-// shapes, and where `stream` has no counters left, nothing is launched.
-const char* peftcore_lora_few_rows(const peftcore::lora::FewRows* given, const peftcore::WeightView* weight,
-                                   bool* launched, void* stream);
+// y and s in one launch, for up to 8 rows of x of 16 bits and a weight in 4 bits of whole blocks of 64; for other
+// shapes, and where `stream` has no counters left, nothing is launched and `launched` is false.
+const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch* given,
+                                     const peftcore::WeightView* weight, bool* launched, void* stream);
 
 // out = keep ∘ (bias + thin factor_iᵀ), without bias where that is nullptr, or added to it where `add`; thin
 // [samples * rows, stride], out and bias [columns] of one dtype, of 16 bits, factors [columns, rank_i]. i = -1

@@ -1,71 +1,71 @@
-// y = x Wᵀ + b + s Bᵀ and s = c x Aᵀ in one launch, for few rows of x and a W in 4 bits: generation, where a launch
-// takes as long as the work. No GPU was at hand: proved on the emulator.
+// y = x Wᵀ + b + s Bᵀ and s = c x Aᵀ in one launch, for few rows of x and a W in 4 bits, as in generation, where a
+// launch takes as long as the work. Tested on the emulator; not measured on a GPU.
 //
-// A block has rows of W (nf4/cuda/rows.cuh). While its first codes are on their way it takes a rank of s that none has yet;
-// at its end it waits until all ranks are there, and meanwhile takes what is left of them. So it waits for nothing but
-// blocks that run already, and whichever of them the card starts first, all come to their end. A rank is the same
-// sum whoever makes it: every run gives the same bits.
+// A block has rows of W (quant4/cuda/rows.cuh). While its first codes are loaded it takes a rank of s that no block has
+// yet; at its end it waits until all ranks are complete, and meanwhile takes any that are left. It waits only for
+// blocks that are already running, so all blocks finish in whatever order the GPU starts them. A rank is the same sum
+// in every block: every run gives the same bits.
 #include "common/cuda_tickets.cuh"
 #include "common/cuda_tickets.h"
-#include "lora/cuda/few_rows.cuh"
-#include "nf4/cuda/rows.cuh"
+#include "lora/cuda/rank_dot.cuh"
+#include "quant4/cuda/rows.cuh"
 
 namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int kCounters = 3;  // ranks taken, ranks done, blocks that are through
+constexpr int kCounters = 3;  // ranks taken, ranks done, blocks done
 
 struct Launch {
-    nf4::LinearLaunch linear;
-    FewRows own;
+    quant4::LinearLaunch linear;
+    OneLaunch lora;
     unsigned* counters;
 };
 
 // s and B for rows_tile.
 template <typename T>
-struct ThinOfThisLaunch {
+struct SameLaunchBranch {
     static constexpr bool kLater = true;
     const Launch& p;
     int64_t first_row;
     int rows;  // of W, in a block
 
-    // The first that none has taken, if there is one.
+    // Computes the first rank that no block has taken, if any.
     __device__ bool take_rank() const {
         const unsigned rank = take_ticket(p.counters);
-        if (rank >= unsigned(p.own.rank)) return false;
-        const int64_t columns = p.linear.weight.columns, bytes = p.own.a_dtype == Dtype::kFloat ? 4 : 2;
-        FewRowsPart part = {};
+        if (rank >= unsigned(p.lora.rank)) return false;
+        const int64_t columns = p.linear.weight.columns, bytes = p.lora.a_dtype == Dtype::kFloat ? 4 : 2;
+        RankDot part = {};
         part.x = p.linear.x;
         part.rows = p.linear.batch;
         part.columns = columns;
-        part.factor = static_cast<const uint8_t*>(p.own.a) + rank * columns * bytes;
-        part.factor_dtype = p.own.a_dtype;
-        part.scale = p.own.scale;
-        part.out = p.own.s + rank;
-        part.stride = p.own.rank;
-        few_rows_part<T>(part);
+        part.factor = static_cast<const uint8_t*>(p.lora.a) + rank * columns * bytes;
+        part.factor_dtype = p.lora.a_dtype;
+        part.scale = p.lora.scale;
+        part.out = p.lora.s + rank;
+        part.stride = p.lora.rank;
+        rank_dot<T>(part);
         take_ticket(p.counters + 1);
         return true;
     }
     __device__ void begin() const {
         const int64_t row = first_row + threadIdx.x,
-                      bytes = p.own.rank * (p.own.b_dtype == Dtype::kFloat ? 4 : 2);
+                      bytes = p.lora.rank * (p.lora.b_dtype == Dtype::kFloat ? 4 : 2);
         if (int(threadIdx.x) < rows && row < p.linear.weight.rows)
             for (int64_t at = 0; at < bytes; at += 128)
-                prefetch(static_cast<const uint8_t*>(p.own.b) + row * bytes + at);
+                prefetch(static_cast<const uint8_t*>(p.lora.b) + row * bytes + at);
         take_rank();
     }
     __device__ void wait() const {
         bool left = true;
-        while (count(p.counters + 1) < unsigned(p.own.rank)) left = left && take_rank();
+        while (read_counter(p.counters + 1) < unsigned(p.lora.rank)) left = left && take_rank();
     }
-    // Not of the first cache, which other blocks do not write.
+    // Not through L1, which does not see the writes of other blocks.
     __device__ float thin(int64_t m, int j) const {
-        return m < p.linear.batch ? __ldcg(p.own.s + m * p.own.rank + j) : 0;
+        return m < p.linear.batch ? __ldcg(p.lora.s + m * p.lora.rank + j) : 0;
     }
     __device__ float factor(int64_t n, int j) const {
-        return n < p.linear.weight.rows ? value_at(p.own.b, p.own.b_dtype, n * p.own.rank + j) : 0;
+        return n < p.linear.weight.rows ? value_at(p.lora.b, p.lora.b_dtype, n * p.lora.rank + j) : 0;
     }
 };
 
@@ -73,7 +73,7 @@ template <typename T, int kParts, bool kNested>
 __global__ void __launch_bounds__(kThreads, 4) one_launch_kernel(const Launch p) {
     constexpr int kRows = 16 / kParts;
     const int64_t row = int64_t(blockIdx.x) * kRows;
-    nf4::rows_tile<T, kParts, 1, kNested>(p.linear, row, ThinOfThisLaunch<T>{p, row, kRows});
+    quant4::rows_tile<T, kParts, 1, kNested>(p.linear, row, SameLaunchBranch<T>{p, row, kRows});
     if (comes_last(p.counters + 2, gridDim.x) && threadIdx.x < 2) p.counters[threadIdx.x] = 0;
 }
 
@@ -95,24 +95,25 @@ const char* launch(const Launch& p, void* stream) {
 }  // namespace lora
 }  // namespace peftcore
 
-extern "C" const char* peftcore_lora_few_rows(const peftcore::lora::FewRows* given,
-                                              const peftcore::WeightView* weight, bool* launched,
-                                              void* stream) {
+extern "C" const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch* given,
+                                                const peftcore::WeightView* weight, bool* launched,
+                                                void* stream) {
     using namespace peftcore::lora;
-    const FewRows& own = *given;
+    const OneLaunch& lora = *given;
     *launched = false;
-    if (own.dtype == Dtype::kFloat || own.batch == 0 || own.batch > kFewRows || own.rank == 0) return nullptr;
-    if (weight->rows == 0 || weight->columns == 0 || !peftcore::nf4::in_pieces(own.x, *weight) ||
-        !peftcore::nf4::in_lanes(*weight))
+    if (lora.dtype == Dtype::kFloat || lora.batch == 0 || lora.batch > kRankDotRows || lora.rank == 0)
+        return nullptr;
+    if (weight->rows == 0 || weight->columns == 0 || !peftcore::quant4::in_pieces(lora.x, *weight) ||
+        !peftcore::quant4::in_lanes(*weight))
         return nullptr;
     unsigned* counters = peftcore_tickets(kCounters, stream);
     if (counters == nullptr) return nullptr;
     *launched = true;
     Launch p = {};
-    p.linear = {*weight,  own.batch, own.x,   own.bias, nullptr, nullptr,
-                own.rank, own.y,     nullptr, nullptr,  false};
-    p.own = own;
+    p.linear = {*weight,   lora.batch, lora.x,  lora.bias, nullptr, nullptr,
+                lora.rank, lora.y,     nullptr, nullptr,   false};
+    p.lora = lora;
     p.counters = counters;
-    return own.dtype == Dtype::kHalf ? launch<peftcore::Half>(p, stream)
-                                     : launch<peftcore::BFloat16>(p, stream);
+    return lora.dtype == Dtype::kHalf ? launch<peftcore::Half>(p, stream)
+                                      : launch<peftcore::BFloat16>(p, stream);
 }

@@ -1,13 +1,11 @@
-// lora_linear, its gradient, and adapters by sample on CUDA. Schemas and formulas: peftcore/ops/lora.py.
+// lora_linear, its gradient, and per-sample adapters on CUDA. Schemas and formulas: peftcore/ops/lora.py.
 //
-// The sum s Bᵀ + x Wᵀ. Up to kLinearMaxBatch rows over a packed W, one kernel does both (nf4/cuda/linear.cu), and up to
-// kFewRows s as well (one_launch.cu).
-// Beyond, and over a dense W, y is first written as bias + s Bᵀ, and cuBLAS adds x Wᵀ with beta = 1: its read
-// of y runs beside the product. A pass over y after the product costs the same bytes with nothing beside it.
-// The gradient of x likewise.
+// The sum s Bᵀ + x Wᵀ. Up to kLinearMaxBatch rows over a packed W, one kernel does both (quant4/cuda/linear.cu), and up
+// to kRankDotRows s as well (one_launch.cu). Beyond, and with a dense W, y is first written as bias + s Bᵀ, and cuBLAS
+// adds x Wᵀ with beta = 1: its read of y overlaps with the product. A pass over y after the product would read the same
+// bytes without overlap. The gradient of x is computed likewise.
 //
-// fp16 and bf16 take the kernels of this folder, with S and T in fp32; fp32 takes cuBLAS, around dropout by a
-// kernel.
+// fp16 and bf16 use the kernels of this folder, with S and T in fp32; fp32 uses cuBLAS, and a kernel for dropout.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -28,8 +26,8 @@
 #include "common/tensors.h"
 #include "lora/arguments.h"
 #include "lora/cuda/lora_cuda.h"
-#include "nf4/cuda/linear.h"
-#include "nf4/cuda/nf4_cuda.h"
+#include "quant4/cuda/linear.h"
+#include "quant4/cuda/quant4_cuda.h"
 
 namespace peftcore {
 namespace lora {
@@ -43,13 +41,13 @@ Tensor float_workspace(int64_t count, const Tensor& x) {
     return at::empty({count}, x.options().dtype(at::kFloat));
 }
 
-// t [samples * rows, columns] as launchers take it. They write it only where they say so.
+// t [samples * rows, columns] as launchers take it. They write to it only where noted.
 Wide wide_of(const Tensor& t, int64_t samples = 1) {
     return {const_cast<void*>(t.const_data_ptr()), kernel_dtype(t.scalar_type(), "lora_linear"), samples,
             samples == 0 ? 0 : t.size(0) / samples, t.size(1)};
 }
 
-// Factors of some adapters, and what launchers take of them.
+// Factors of some adapters, as tensors and as launchers take them.
 class FactorList {
  public:
     FactorList(at::TensorList factors, int rank_dimension, std::vector<float> scales = {},
@@ -174,7 +172,7 @@ Tensor dropped(const Tensor& x, const Dropout& dropout, const char* op) {
     return out;
 }
 
-// y, and s into its memory, by one launch; undefined where there is no kernel for that.
+// y and s in one launch; undefined where there is no kernel for that.
 Tensor one_launch(const Tensor& x, const WeightView& weight, const Tensor& bias, const Tensor& a,
                   const Tensor& b, float scale, const Tensor& s, const char* op) {
     const auto factor = [](const Tensor& t) {
@@ -183,20 +181,20 @@ Tensor one_launch(const Tensor& x, const WeightView& weight, const Tensor& bias,
     };
     const Tensor left = factor(a), right = factor(b);
     const Tensor y = at::empty({x.size(0), weight.rows}, x.options());
-    const FewRows own = {x.const_data_ptr(),
-                         kernel_dtype(x.scalar_type(), op),
-                         int(x.size(0)),
-                         bias.defined() ? bias.const_data_ptr() : nullptr,
-                         left.const_data_ptr(),
-                         right.const_data_ptr(),
-                         kernel_dtype(left.scalar_type(), op),
-                         kernel_dtype(right.scalar_type(), op),
-                         int(a.size(0)),
-                         scale,
-                         s.mutable_data_ptr<float>(),
-                         y.mutable_data_ptr()};
+    const OneLaunch given = {x.const_data_ptr(),
+                             kernel_dtype(x.scalar_type(), op),
+                             int(x.size(0)),
+                             bias.defined() ? bias.const_data_ptr() : nullptr,
+                             left.const_data_ptr(),
+                             right.const_data_ptr(),
+                             kernel_dtype(left.scalar_type(), op),
+                             kernel_dtype(right.scalar_type(), op),
+                             int(a.size(0)),
+                             scale,
+                             s.mutable_data_ptr<float>(),
+                             y.mutable_data_ptr()};
     bool launched = false;
-    check_launch(peftcore_lora_few_rows(&own, &weight, &launched, current_cuda_stream(x.device())), op);
+    check_launch(peftcore_lora_one_launch(&given, &weight, &launched, current_cuda_stream(x.device())), op);
     return launched ? y : Tensor();
 }
 
@@ -204,17 +202,17 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
                                        const std::optional<Tensor>& bias, const Tensor& a, const Tensor& b,
                                        double scale, double dropout_p, const std::optional<Tensor>& seed) {
     const char* op = "lora_linear";
-    // Below autograd, whose rule stands in Python, and autocast, which has cast already.
+    // Skips autograd, whose rule is in Python, and autocast, which has already cast.
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const c10::DeviceGuard guard(x.device());
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, bias, op);
-    check_factors(beside(x), a, b, weight.rows(), op);
+    check_factors(operand(x), a, b, weight.rows(), op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x), added = contiguous(bias);
-    if (has_kernels(x) && weight.packed() && dropout.threshold == 0 && flat.size(0) <= kFewRows) {
+    if (has_kernels(x) && weight.packed() && dropout.threshold == 0 && flat.size(0) <= kRankDotRows) {
         const Tensor s = at::empty({flat.size(0), a.size(0)}, x.options().dtype(at::kFloat));
         const Tensor y = one_launch(flat, weight.view(), added, a, b, factor, s, op);
         if (y.defined()) return {y.view(with_last(x, weight.rows())), s};
@@ -223,10 +221,10 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const Tensor s = has_kernels(x) ? down(flat, 1, FactorList({a_float}, 0, {factor}), dropout, op)
                                     : at::mm(dropped(flat, dropout, op), a_float.t()).mul_(factor);
     Tensor y;
-    if (weight.packed() && flat.size(0) <= nf4::kLinearMaxBatch) {
-        y = nf4::few_rows(flat, weight.view(), added, s, b_float);
+    if (weight.packed() && flat.size(0) <= quant4::kLinearMaxBatch) {
+        y = quant4::linear_direct(flat, weight.view(), added, s, b_float);
     } else {
-        const Tensor dense = nf4::dense_weight(weight, x);
+        const Tensor dense = quant4::dense_weight(weight, x);
         if (has_kernels(x)) {
             y = at::empty({flat.size(0), weight.rows()}, x.options());
             up(s, FactorList({b_float}, 1), {}, added, false, y, 1, op);
@@ -249,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
     const c10::DeviceGuard guard(x.device());
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, {}, op);
-    check_factors(beside(x), a, b, weight.rows(), op);
+    check_factors(operand(x), a, b, weight.rows(), op);
     check_gradient(grad, s, x, weight.rows(), a.size(0), op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);
@@ -280,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
             up(t, FactorList({across[0]}, 1), dropout, {}, false, dx, 1, op);
         }
     }
-    if (needs[0]) dx = dx.addmm_(rows, nf4::dense_weight(weight, x)).view(x.sizes());
+    if (needs[0]) dx = dx.addmm_(rows, quant4::dense_weight(weight, x)).view(x.sizes());
     return {dx, da, db};
 }
 
@@ -298,10 +296,10 @@ Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntAr
     const Tensor flat = matrix(x), adapter = index.contiguous();
     const int64_t samples = x.size(0), rows = samples ? flat.size(0) / samples : 0;
     Tensor y;
-    if (weight.packed() && flat.size(0) <= nf4::kLinearMaxBatch) {
-        y = nf4::few_rows(flat, weight.view(), contiguous(bias), {}, {});
+    if (weight.packed() && flat.size(0) <= quant4::kLinearMaxBatch) {
+        y = quant4::linear_direct(flat, weight.view(), contiguous(bias), {}, {});
     } else {
-        const Tensor dense = nf4::dense_weight(weight, x);
+        const Tensor dense = quant4::dense_weight(weight, x);
         y = bias.has_value() ? at::addmm(*bias, flat, dense.t()) : at::mm(flat, dense.t());
     }
     if (has_kernels(x)) {

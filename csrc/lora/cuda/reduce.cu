@@ -1,9 +1,9 @@
-// R = (keep ∘ W)ᵀ V, the sums over rows of a gradient: dA from x and T, dB from dy and S; and in the same
-// pass P = c W Fᵀ, T from dy and B. No GPU was at hand: written for bandwidth, proved on the emulator.
+// R = (keep ∘ W)ᵀ V, the sums over rows of a gradient: dA from x and T, dB from dy and S; and in the same pass P = c W
+// Fᵀ: T from dy and B. Written for bandwidth and tested on the emulator; not measured on a GPU.
 //
 // A block takes 128 columns of W and a part of its rows (reduce.cuh). Parts, a fixed split of the rows, are added in
-// order by the last block, so every run gives the same bits. P needs all columns: blocks leave partial products, of
-// which one block would have too many to add; another launch adds those, and R's parts beside them.
+// order by the last block, so every run gives the same bits. P needs all columns: blocks leave more partial
+// products than one block could add; another launch adds them, and R's parts with them.
 #include "common/cuda_tickets.cuh"
 #include "common/cuda_tickets.h"
 #include "common/integers.h"
@@ -15,7 +15,7 @@ namespace lora {
 namespace {
 
 constexpr int kBlocksWanted = 264;                // about two for each multiprocessor of a large GPU
-constexpr int64_t kRowsOfPart = 8 * kReduceRows;  // at least: partial sums are written and read once more
+constexpr int64_t kRowsOfPart = 8 * kReduceRows;  // at least, as partial sums are written and read again
 
 struct ReduceParams {
     const void* wide;
@@ -26,12 +26,12 @@ struct ReduceParams {
     int64_t column_step, rank_step;  // of partial sums
     Dropout dropout;
     float *partial, *product;  // [parts, columns * rank], [columns / kReduceColumns, rows, rank]
-    unsigned* tickets;         // of columns and ranks each, or nullptr: another launch adds
+    unsigned* tickets;         // one per columns and ranks; nullptr: another launch adds
     void* out;
     Dtype out_dtype;
 };
 
-// R of a block's columns and ranks: what the blocks with its parts have left, added in their order.
+// R of a block's columns and ranks: the partial sums of its parts, added in order.
 template <int kRanks>
 __device__ void add_parts(const ReduceParams& p, int64_t first_column, int first_rank) {
     constexpr int kEach = 8;  // that a thread waits for together
@@ -42,7 +42,7 @@ __device__ void add_parts(const ReduceParams& p, int64_t first_column, int first
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int place = first + i * kThreads + int(threadIdx.x);
-            const bool ranks_first = p.rank_step == 1;  // as they lie in memory
+            const bool ranks_first = p.rank_step == 1;  // in memory order
             const int64_t column = first_column + (ranks_first ? place / kRanks : place % kReduceColumns);
             const int rank = first_rank + (ranks_first ? place % kRanks : place / kReduceColumns);
             inside[i] = column < p.columns && rank < p.rank;
@@ -58,30 +58,30 @@ __device__ void add_parts(const ReduceParams& p, int64_t first_column, int first
 template <typename T, int kRankTiles, bool kProduct>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) {
     const int64_t chunk = blockIdx.x / p.chunks;
-    ReduceTile own = {};
-    own.wide = p.wide;
-    own.thin = p.thin;
-    own.columns = p.columns;
-    own.rank = p.rank;
-    own.first_row = int64_t(blockIdx.y) * p.part_rows;
-    own.last_row = least(own.first_row + p.part_rows, p.rows);
-    own.column = chunk * kReduceColumns;
-    own.first_rank = int(blockIdx.x % p.chunks) * 8 * kRankTiles;
-    own.dropout = p.dropout;
+    ReduceTile tile = {};
+    tile.wide = p.wide;
+    tile.thin = p.thin;
+    tile.columns = p.columns;
+    tile.rank = p.rank;
+    tile.first_row = int64_t(blockIdx.y) * p.part_rows;
+    tile.last_row = least(tile.first_row + p.part_rows, p.rows);
+    tile.column = chunk * kReduceColumns;
+    tile.first_rank = int(blockIdx.x % p.chunks) * 8 * kRankTiles;
+    tile.dropout = p.dropout;
     if (kProduct) {
-        own.factor = p.factor;
-        own.product = p.product + chunk * p.rows * p.rank;
+        tile.factor = p.factor;
+        tile.product = p.product + chunk * p.rows * p.rank;
     }
     float* partial = p.partial + blockIdx.y * p.columns * p.rank;
-    reduce_tile<T, kRankTiles, kProduct>(own, [&](int64_t column, int rank, float sum) {
+    reduce_tile<T, kRankTiles, kProduct>(tile, [&](int64_t column, int rank, float sum) {
         partial[column * p.column_step + rank * p.rank_step] = sum;
     });
     if constexpr (!kProduct)
         if (p.tickets != nullptr && comes_last(p.tickets + blockIdx.x, gridDim.y))
-            add_parts<8 * kRankTiles>(p, own.column, own.first_rank);
+            add_parts<8 * kRankTiles>(p, tile.column, tile.first_rank);
 }
 
-// Chosen by the shape alone, so that results are the same on every GPU.
+// Chosen by the shape only, so that results are the same on every GPU.
 struct Plan {
     int64_t column_chunks, rank_chunks, part_rows, parts;
 };
@@ -108,7 +108,7 @@ const char* launch(const ReduceParams& p, const Plan& plan, void* stream) {
                         : PEFTCORE_LAUNCH((reduce_kernel<T, 8, false>), grid, kThreads, 0, stream, p);
 }
 
-// Leaves partial sums, unless there are tickets; `sum` is what adds them.
+// Leaves partial sums, unless there are tickets; `sum` adds them.
 const char* reduce(ReduceParams& p, Dtype dtype, void* out, bool transposed, Sum& sum, void* stream) {
     const Plan plan = plan_of(p.rows, p.columns, p.rank);
     if (p.product == nullptr)

@@ -1,5 +1,5 @@
 // A block's part of R = (keep ∘ W)ᵀ V: 128 columns of W, rows of it 32 at a time, up to 64 ranks of V; and in the
-// same pass of P = W Fᵀ, what these columns give. A warp has 32 of the columns; sums over the rows stay in
+// same pass of P = W Fᵀ, the contribution of these columns. A warp has 32 of the columns; sums over the rows stay in
 // registers.
 #pragma once
 
@@ -56,11 +56,11 @@ __device__ void reduce_tile(const ReduceTile& p, const Store& store) {
     for (int s = 0; s < kStages - 1; ++s) fetch_stage(s, s);
     int slot = 0;
     for (int64_t stage = 0; stage < stages; ++stage) {
-        uint8_t *input = memory + slot * kStageBytes, *beside = input + Wide::kBytes;
+        uint8_t *input = memory + slot * kStageBytes, *thin = input + Wide::kBytes;
         const int64_t row = p.first_row + stage * kReduceRows;
         cp_async_wait<kStages - 2>();
         if (p.dropout.threshold != 0) drop<Wide>(input, p.dropout, row, p.last_row, p.column);
-        __syncthreads();  // this stage has arrived, and the one before has been read
+        __syncthreads();  // this stage has arrived, and the previous one has been read
         fetch_stage(stage + kStages - 1, (slot + kStages - 1) % kStages);
 #pragma unroll
         for (int step = 0; step < kReduceRows; step += 16) {
@@ -71,7 +71,7 @@ __device__ void reduce_tile(const ReduceTile& p, const Store& store) {
             for (int t = 0; t < kRankTiles; t += 2) {
                 if (p.first_rank + t * 8 >= p.rank) break;
                 Tf32Right right[2];
-                load_right<Thin, true>(right, beside, t * 8, step);
+                load_right<Thin, true>(right, thin, t * 8, step);
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
 #pragma unroll

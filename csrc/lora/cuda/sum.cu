@@ -1,4 +1,4 @@
-// Second passes of two sums, and dropout alone: memory goes through once, a value a thread.
+// Second passes of two sums, and dropout alone: one pass over memory, one value per thread.
 #include "lora/cuda/tiles.cuh"
 
 namespace peftcore {
@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kThreads) sum_pair_kernel(const Sum first, con
          i += int64_t(gridDim.x) * kThreads) {
         const bool in_first = i < first.count;
         const int64_t at = in_first ? i : i - first.count;
-        // Each by itself: a reference to one of the two would put both on the stack.
+        // Separately: a reference to one of the two would put both on the stack.
         const float* partial = in_first ? first.partial : second.partial;
         const int64_t parts = in_first ? first.parts : second.parts,
                       stride = in_first ? first.count : second.count;

@@ -1,4 +1,4 @@
-// What the LoRA kernels share: tiles of matrices in shared memory, dropout in them, and their mma fragments.
+// Shared by the LoRA kernels: tiles of matrices in shared memory, dropout in them, and their mma fragments.
 //
 // A tile's rows are kColumns values and 8 more, which spread rows over the banks.
 #pragma once
@@ -14,7 +14,7 @@
 namespace peftcore {
 namespace lora {
 
-using peftcore::Dtype;  // for the launchers, which stand outside
+using peftcore::Dtype;  // for the launchers, which are outside this namespace
 
 namespace {
 
@@ -31,12 +31,12 @@ struct Tile {
     static constexpr int kPerPiece = 16 / int(sizeof(Element)), kPieces = kColumns / kPerPiece;  // of a row
 };
 
-// How many stages of a pipeline fit beside `other` bytes.
+// Number of a pipeline's stages that fit together with `other` bytes.
 template <int stage_bytes, int other = 0>
 constexpr int kStagesThatFit =
     (kSharedBytes - 256 - other) / stage_bytes > 6 ? 6 : (kSharedBytes - 256 - other) / stage_bytes;
 
-// A matrix of which tiles are read: its rows and columns may be part of a larger one.
+// A matrix that tiles are read from; it may be part of a larger one.
 template <typename Element>
 struct Source {
     const Element* data;
@@ -49,7 +49,7 @@ struct Source {
           vectors(reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * int(sizeof(Element)) % 16 == 0) {}
 };
 
-// Starts to bring the tile at (row, column); what lies at or beyond `rows` and `columns` is zero.
+// Begins to fetch the tile at (row, column); values at or beyond `rows` and `columns` are zero.
 template <typename Tile, typename Element>
 __device__ __forceinline__ void fetch(uint8_t* tile, const Source<Element>& source, int64_t row, int64_t rows,
                                       int64_t column, int64_t columns) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ void fetch(uint8_t* tile, const Source<Element>& sour
     }
 }
 
-// All ones for each of the two values of a word that are kept.
+// Mask of a word: all ones for each of its two values that is kept.
 __device__ __forceinline__ uint32_t keep_pair(uint32_t random, uint32_t threshold) {
     return ((random & 0xffffu) >= threshold ? 0xffffu : 0u) | (random >> 16 >= threshold ? 0xffff0000u : 0u);
 }
@@ -89,7 +89,7 @@ __device__ __forceinline__ uint4 keep_eight(uint4 values, const Dropout& dropout
     return values;
 }
 
-// The same of four values of fp32, which half a counter is for.
+// Mask of four fp32 values, which take half of a counter.
 __device__ __forceinline__ uint4 keep_four(uint4 values, const Dropout& dropout, int64_t row,
                                            int64_t columns_over_4) {
     const PhiloxWords words = dropout_words(dropout, row, columns_over_4 / 2);
@@ -101,7 +101,7 @@ __device__ __forceinline__ uint4 keep_four(uint4 values, const Dropout& dropout,
     return {values.x & mask(0), values.y & mask(1), values.z & mask(2), values.w & mask(3)};
 }
 
-// Dropout in a tile at (row, column). Each thread takes the pieces that it fetched, so that its own wait is
+// Dropout in a tile at (row, column). Each thread takes the pieces that it fetched, so that waiting for its copies is
 // enough.
 template <typename Tile>
 __device__ __forceinline__ void drop(uint8_t* tile, const Dropout& dropout, int64_t row, int64_t rows,
@@ -189,7 +189,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Left<T>& left, con
         tf32_multiply(d, left, right);
 }
 
-// As many adapters as a launch takes by value; launchers loop over more.
+// Adapters of one launch, passed by value; launchers loop over more.
 constexpr int kMaxAdapters = 64;
 
 struct Adapters {

@@ -1,5 +1,5 @@
-// out = keep ∘ (bias + thin Fᵀ), or added to out: T A under the dropout of x, and S Bᵀ, of an adapter for
-// each sample too. No GPU was at hand: written for bandwidth, proved on the emulator.
+// out = keep ∘ (bias + thin Fᵀ), or added to out: T A with the dropout of x, and S Bᵀ, with per-sample adapters, too.
+// Written for bandwidth and tested on the emulator; not measured on a GPU.
 //
 // A block computes 64 x 64 values on tensor cores, a warp 16 rows of them, and passes them through shared
 // memory, so that a thread has the eight columns of one Philox call and of a 16-byte store.
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
     const int64_t row = sample * p.rows + tile % row_tiles * kTileSide, last_row = (sample + 1) * p.rows;
     const int64_t column = blockIdx.x % p.column_tiles * kTileSide;
     const int64_t wanted = p.index != nullptr ? p.index[sample] : 0;
-    const bool none = wanted < -1 || wanted >= p.adapters.total;  // no such adapter: NaN, not silence
+    const bool none = wanted < -1 || wanted >= p.adapters.total;  // no such adapter: NaN, to be noticed
     const int64_t adapter = wanted - p.adapters.first;
     if (none ? p.adapters.first != 0 : adapter < 0 || adapter >= p.adapters.count) return;
     const int rank = none ? 0 : p.adapters.rank[adapter];
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float d[kTileSide / 8][4] = {};
     for (int first = 0; first < rank; first += kRankChunk) {
-        if (first != 0) __syncthreads();  // the chunk before has been read
+        if (first != 0) __syncthreads();  // the previous chunk has been read
         fetch<Thin>(memory, thin, row, last_row, first, rank);
         fetch<Factor>(memory + Thin::kBytes, factor, column, p.columns, first, rank);
         cp_async_commit();

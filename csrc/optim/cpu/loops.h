@@ -1,5 +1,5 @@
-// The loops of all rules, written once in terms of what a SIMD level supplies. What is left over of a span goes
-// through the scalar level, whose bits are the same.
+// The loops of all rules, written once in terms of operations that each SIMD level supplies. The remainder of a span
+// goes through the scalar level, which gives the same bits.
 #pragma once
 
 #include <concepts>
@@ -29,8 +29,10 @@ template <typename V>
 concept Lanes = Arithmetic<V> && requires(typename V::F x, typename V::Largest largest, float value,
                                           const float* from, const uint8_t* codes, uint8_t* out,
                                           const Encoder& encoder, const uint16_t* bits, uint16_t* narrow) {
-    { V::where_zero(x, x) } -> std::same_as<typename V::F>;  // the first where the second is 0; where NaN, 0
-    largest.take(x);                                         // of |x|; NaN is above all
+    {
+        V::where_zero(x, x)
+    } -> std::same_as<typename V::F>;  // the first where the second is 0; 0 where it is NaN
+    largest.take(x);                   // of |x|; NaN is above all
     { largest.value() } -> std::same_as<float>;
     { V::kChunk } -> std::convertible_to<int>;
     V::decode(codes, V::signed_table(), value, &x);  // kChunk codes to registers of table[code] * value
@@ -43,7 +45,7 @@ concept Lanes = Arithmetic<V> && requires(typename V::F x, typename V::Largest l
     V::narrow_bfloat16(x, narrow);
 };
 
-namespace {  // each level's own: with one name for all, the linker would choose among their instructions
+namespace {  // a copy for each level: of functions with one name the linker would keep one level's instructions
 
 struct Scalar {
     using F = float;
@@ -101,7 +103,7 @@ static inline void update_block(float* p, const float* g, uint8_t* m, uint8_t* v
     for (int chunk = 0; chunk < kBlock; chunk += V::kChunk) {
         constexpr int kParts = V::kChunk / V::kWidth;
         F mean[kParts], square[kParts];
-        // The next block: encoding keeps the core from looking that far ahead.
+        // Prefetches the next block: encoding keeps the core from reaching it early enough.
         __builtin_prefetch(m + chunk + kBlock, 1);
         __builtin_prefetch(v + chunk + kBlock, 1);
         V::decode(m + chunk, m_table, m_old, mean);
@@ -113,7 +115,7 @@ static inline void update_block(float* p, const float* g, uint8_t* m, uint8_t* v
             F param = V::load(p + i), moments[2] = {mean[part], square[part]};
             rule.template update<V>(param, V::mul(V::load(g + i), V::set1(rule.factor)), moments);
             V::store(p + i, param);
-            // NaN or infinity in one element must not become the scale of 256: its state begins anew.
+            // NaN or infinity in one element must not become the scale of 256: its state is reset.
             const F finite = V::add(V::sub(moments[0], moments[0]), V::sub(moments[1], moments[1]));
             moments[0] = V::where_zero(moments[0], finite);
             moments[1] = V::where_zero(moments[1], finite);
@@ -131,7 +133,7 @@ static inline void update_block(float* p, const float* g, uint8_t* m, uint8_t* v
     V::template encode<false>(squares, v_scale > 0 ? 1.0f / v_scale : 0.0f, unsigned_map().encoder, v);
 }
 
-// Fewer elements than a block.
+// A span of fewer elements than a block.
 template <Lanes V, typename Rule>
 static void update_padded_block(float* p, const float* g, uint8_t* m, uint8_t* v, float* m_absmax,
                                 float* v_absmax, int64_t count, const Rule& rule) {
@@ -208,7 +210,7 @@ static void narrow(const float* x, int64_t count, Dtype dtype, void* out) {
     }
 }
 
-// Sixteen calls of the generator side by side, so that the compiler can use whatever vectors there are.
+// Sixteen calls of the generator at once, so that the compiler can vectorize them.
 static inline void draw(int64_t stream, int64_t step, int64_t group, PhiloxWords* drawn) {
     for (int i = 0; i < 16; ++i) drawn[i] = rounding_words(stream, group + i, step);
 }

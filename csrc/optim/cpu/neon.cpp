@@ -1,4 +1,4 @@
-// NEON. Maps are read one by one, as there is no gather, and the encoder's 16 rows are tables of bytes.
+// NEON. Maps are read one value at a time, as there are no gathers; the encoder's 16 rows are tables of bytes.
 #include "common/neon.h"
 
 #include "optim/cpu/loops.h"
@@ -21,7 +21,7 @@ struct Neon {
     static inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
     static inline F sign(F a) {
         const F unit = vbslq_f32(vdupq_n_u32(0x80000000u), a, set1(1.0f));
-        return vbslq_f32(vcagtq_f32(a, set1(0.0f)), unit, a);  // neither of zero nor of NaN
+        return vbslq_f32(vcagtq_f32(a, set1(0.0f)), unit, a);  // not where it is zero or NaN
     }
 
     static const float* signed_table() { return signed_map().value; }

@@ -12,7 +12,7 @@ namespace peftcore {
 namespace optim {
 namespace {
 
-// 16-bit values are widened in pieces, of parameters and gradients, that stay in the first cache.
+// 16-bit parameters and gradients are widened in pieces that stay in the L1 cache.
 constexpr int64_t kSpan = 2048;
 static_assert(2 * kSpan * sizeof(float) <= kSmallestFirst);
 
@@ -23,7 +23,8 @@ void update_range(const Kernels& level, const Step& step, const Segment& s, int6
     const char* grad = static_cast<const char*>(s.grad);
     const bool wide_param = s.param_dtype == Dtype::kFloat, wide_grad = s.grad_dtype == Dtype::kFloat;
     const int64_t span = wide_param && wide_grad ? end - begin : kSpan;
-    // Where a page begins, as pages of state do: else stores here could seem to precede loads of state there.
+    // Aligned to a page like pages of state: otherwise the processor could take stores here for aliases of loads of
+    // state.
     alignas(4096) float p_span[kSpan], g_span[kSpan];
     for (int64_t i = begin; i < end; i += span) {
         const int64_t count = std::min(span, end - i);
@@ -45,7 +46,7 @@ void update_range(const Kernels& level, const Step& step, const Segment& s, int6
     }
 }
 
-// Threads share the blocks of all segments, so a thousand small ones scale as one large one does.
+// Threads share the blocks of all segments, so that a thousand small segments scale like a large one.
 void update(const Step& step, const std::vector<Segment>& segments, int64_t blocks_per_task) {
     const size_t count = segments.size();
     std::vector<int64_t> first_block(count + 1, 0);

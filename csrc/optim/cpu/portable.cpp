@@ -1,4 +1,4 @@
-// Plain C++: any CPU, and the reading of what the SIMD levels do.
+// Plain C++ for any CPU; it is also the readable version of the SIMD levels.
 #include "optim/cpu/loops.h"
 
 namespace peftcore {

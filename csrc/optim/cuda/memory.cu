@@ -9,7 +9,7 @@ namespace {
 
 const char* text(cudaError_t error) {
     if (error == cudaSuccess) return nullptr;
-    (void)cudaGetLastError();  // not for the next launch to find
+    (void)cudaGetLastError();  // else the next launch would report it
     return cudaGetErrorString(error);
 }
 
@@ -49,7 +49,7 @@ const char* peftcore_cuda_record(void* stream, void** event) {
     *event = nullptr;
     if (const char* error = text(cudaEventCreateWithFlags(&made, cudaEventDisableTiming))) return error;
     if (const char* error = text(cudaEventRecord(made, stream_of(stream)))) {
-        cudaEventDestroy(made);  // one that was never recorded counts as over
+        cudaEventDestroy(made);  // an event that was never recorded counts as complete
         return error;
     }
     *event = made;

@@ -1,4 +1,4 @@
-// Optimizer steps on CUDA, state in tensors or in pages that lie in pinned memory.
+// Optimizer steps on CUDA, with state in tensors or in pages of pinned memory.
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
@@ -52,7 +52,7 @@ class LaunchTables {
         on_device_.copy_(host, /*non_blocking=*/true);
     }
 
-    // The table that was added as the `number`th, from 0.
+    // The table that was added as number `number`, from 0.
     template <typename T>
     const T* at(size_t number) const {
         return reinterpret_cast<const T*>(static_cast<const char*>(on_device_.const_data_ptr()) +

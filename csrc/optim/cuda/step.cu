@@ -1,8 +1,8 @@
-// A step of an optimizer on CUDA: 256 threads take a block of 256 elements, an element each; a table says
-// whose it is.
+// A step of an optimizer on CUDA: 256 threads take a block of 256 elements, one element each; a table maps blocks to
+// segments.
 //
 // In 8 bits the threads agree on the block's largest magnitudes, by shuffles within a warp and through shared
-// memory, and the maps lie in shared memory. Nothing is fused that the formulas of rules.h keep apart.
+// memory, and the maps are in shared memory. Operations that are separate in rules.h are not fused.
 #include <cmath>
 
 #include "common/cuda_launch.cuh"
@@ -41,7 +41,7 @@ __device__ __forceinline__ void store_param(const Segment& s, int64_t i, float v
         static_cast<BFloat16*>(s.param)[i] = rounded<BFloat16>(value, s, i);
 }
 
-// What rules.h is written in: one value, whose operations nothing fuses.
+// The operations that rules.h uses, for one value, none of them fused.
 struct Thread {
     using F = float;
     static __device__ __forceinline__ F set1(float x) { return x; }
@@ -142,10 +142,11 @@ __global__ void __launch_bounds__(kBlock)
             const float g = __fmul_rn(load_as_float(s.grad, s.grad_dtype, i), rule.factor);
             rule.template update<Thread>(p, g, state);
             store_param(s, i, p);
-            // NaN or infinity in one element must not become the scale of 256: its state begins anew.
+            // NaN or infinity in one element must not become the scale of 256: its state is reset.
             if (!(m - m == 0 && v - v == 0)) m = v = 0;
         }
-        const float m_scale = largest(m, warps), v_scale = largest(v, warps);  // all have read the old ones
+        const float m_scale = largest(m, warps),
+                    v_scale = largest(v, warps);  // after all threads have read the old scales
         if (thread == 0) {
             *m_absmax = m_scale;
             *v_absmax = v_scale;
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kBlock)
     }
 }
 
-// What all kernels are given, and how they are launched.
+// Arguments of all kernels, and their launch.
 struct Launch {
     const Segment* segments;
     const int64_t* first_block;

@@ -1,5 +1,5 @@
-// The page store of a CUDA device. It knows the calls of optim_cuda.h and nothing of PyTorch, so that a test
-// can stand in for the runtime and let any of them fail.
+// The page store of a CUDA device. It uses the calls of optim_cuda.h and not PyTorch, so that a test can replace the
+// runtime and make any call fail.
 #pragma once
 
 #include <stdexcept>
@@ -16,12 +16,12 @@ inline void check_call(const char* error, const char* what) {
     if (error != nullptr) throw std::runtime_error(std::string(what) + " failed on CUDA: " + error);
 }
 
-// Pages in pinned memory of the host; copies go over two streams of their own, one each way, so that a page comes while
-// another one leaves, and streams wait, not threads: the one that brings a page into a frame for what took the frame's
-// page out, kernels for the event of their frame.
+// Pages in pinned memory of the host. Copies use two separate streams, one for each direction, so that a page arrives
+// while another one leaves. Streams wait instead of threads: the copy into a frame waits for the copy of the frame's
+// previous page out of it, and kernels wait for the event of their frame.
 //
-// `On` makes the store's device the current one for a while, and makes no context on any other: PyTorch's
-// guard. `current` gives the stream that kernels are launched on.
+// `On` makes the store's device current for a scope, without creating a context on another one: PyTorch's guard.
+// `current` gives the stream that kernels are launched on.
 template <typename On>
 class CudaStore : public Store {
  public:
@@ -50,7 +50,7 @@ class CudaStore : public Store {
         return peftcore_cuda_alloc(page_bytes_, &memory) == nullptr ? memory : nullptr;
     }
 
-    // cudaFree waits for all that uses the memory.
+    // cudaFree waits for all users of the memory.
     void delete_frame(void* frame) override {
         const On on(device_);
         peftcore_cuda_free(frame);
@@ -85,7 +85,7 @@ class CudaStore : public Store {
         if (error == nullptr && transfer->in >= 0) {
             error = follow(last, in_);
             if (error != nullptr) {
-                transfer->written = false;  // nobody can know; the frame still has it
+                transfer->written = false;  // unknown whether it was; the frame still has it
             } else {
                 last = in_;
                 error = transfer->zero
@@ -97,8 +97,8 @@ class CudaStore : public Store {
         if (peftcore_cuda_record(last, &event) == nullptr) {
             transfer->event = std::shared_ptr<void>(event, peftcore_cuda_delete_event);
         } else if (const char* unfinished = peftcore_cuda_synchronize(last)) {
-            // Nobody can wait for the last copy, nor know that it is done: its page does not count as written,
-            // or read.
+            // Nothing can wait for the last copy or tell that it is done: its page does not count as written or
+            // read.
             if (last == out_) transfer->written = false;
             if (error == nullptr) error = unfinished;
         }
@@ -107,7 +107,7 @@ class CudaStore : public Store {
     }
 
     void wait(Transfer& transfer) override {
-        if (transfer.event == nullptr) return;  // `start` has waited, or says what failed
+        if (transfer.event == nullptr) return;  // `start` has waited, or has set the error
         const On on(device_);
         check_call(peftcore_cuda_wait_event(current_(device_), transfer.event.get()), "waiting for an event");
     }
@@ -130,7 +130,7 @@ class CudaStore : public Store {
     std::string place() const override { return "pinned memory"; }
 
  private:
-    // What `second` is given from here on happens after what `first` has been given.
+    // Work queued on `second` from here on runs after the work already queued on `first`.
     static const char* follow(void* first, void* second) {
         void* event = nullptr;
         if (peftcore_cuda_record(first, &event) != nullptr) return peftcore_cuda_synchronize(first);

@@ -65,8 +65,8 @@ def beside(case: Case) -> str | None:
     try:
         case.add(model, 2, "b")
     except peftcore.PeftcoreError as refusal:
-        if "Two at a time cannot train one parameter" in str(refusal):
-            return "two at a time cannot train one parameter, and apply says so"
+        if "two active adapters cannot train the same parameter" in str(refusal):
+            return "two active adapters cannot train the same parameter, and apply says so"
         raise
     _in_both_orders(model, inputs, ("a", "b"), _merges(case))
     peftcore.remove(model, "b")

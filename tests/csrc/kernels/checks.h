@@ -1,4 +1,4 @@
-// What the tests of all rooms share: numbers, how near a result must be, and a digest of all results.
+// Shared by the tests of all families: numbers, tolerances, and a digest of all results.
 #pragma once
 
 #include <sys/mman.h>
@@ -18,8 +18,13 @@
 namespace peftcore {
 
 inline uint64_t digest;
-inline int cases;
+inline int cases, calls;
+inline bool brief = false;
 inline std::mt19937 source;
+
+// Whether to leave a case out, as four of five are if `brief`. Five divides no loop of cases, so that each value of each
+// loop is tried.
+inline bool left_out() { return brief && calls++ % 5 != 0; }
 
 inline void require(bool condition, const char* what, int64_t i) {
     if (condition) return;
@@ -156,7 +161,7 @@ struct Packed {
     WeightView view;
 };
 
-void try_nf4(const CpuKernels&);
+void try_quant4(const CpuKernels&);
 void try_linear(const CpuKernels&);
 void try_gemm(const CpuKernels&);
 void try_lora(const CpuKernels&);

@@ -46,6 +46,7 @@ void try_product(const gemm::Kernel& kernel, const gemm::Tiles& right, int64_t r
 template <typename T>
 void try_addend(const gemm::ManyRows& products, int64_t rows, int64_t out, int64_t in, int64_t r,
                 bool masked) {
+    if (left_out()) return;
     const Values<T> w(out * in, from_float<T>(0)), x = numbers<T>(rows * in);
     const Values<float> left = numbers<float>(rows * r), factor = numbers<float>(out * r);
     const int64_t mask_bytes = filled_up(ceil_div(out, 8), 4);
@@ -85,11 +86,12 @@ void try_addend(const gemm::ManyRows& products, int64_t rows, int64_t out, int64
 }
 
 template <typename T>
-void try_few_rows(const gemm::FewRowsKernel& kernel, int64_t rows, int64_t out, int64_t in) {
+void try_skinny(const gemm::SkinnyKernel& kernel, int64_t rows, int64_t out, int64_t in) {
+    if (left_out()) return;
     const Values<T> w = numbers<T>(out * in);
     const auto at = [&](int64_t k, int64_t n) { return double(to_float(w[n * in + k])); };
     try_any<T>(rows, in, out, at, "few rows", [&](const T* x, const T* bias, T* y) {
-        const gemm::FewRows args{
+        const gemm::SkinnyProduct args{
             .x = x, .batch = rows, .inner = in, .w = w.data(), .columns = out, .bias = bias, .y = y};
         kernel.run(args, {0, out / 2});
         kernel.run(args, {out / 2, out});
@@ -97,14 +99,15 @@ void try_few_rows(const gemm::FewRowsKernel& kernel, int64_t rows, int64_t out, 
 }
 
 template <typename T>
-void try_all_few_rows(const gemm::FewRowsKernel& kernel) {
+void try_all_skinny(const gemm::SkinnyKernel& kernel) {
     for (int64_t rows = 1; rows <= kernel.max_batch; ++rows)
         for (int64_t out : {1, 31})
-            for (int64_t in : {3, 64, 77}) try_few_rows<T>(kernel, rows, out, in);
+            for (int64_t in : {3, 64, 77}) try_skinny<T>(kernel, rows, out, in);
 }
 
 template <typename T>
 void try_dense(const gemm::ManyRows& products, int64_t rows, int64_t out, int64_t in) {
+    if (left_out()) return;
     const Values<T> w = numbers<T>(out * in);
     WeightView view;
     view.rows = out;
@@ -120,6 +123,7 @@ void try_dense(const gemm::ManyRows& products, int64_t rows, int64_t out, int64_
 template <typename T>
 void try_packed(const gemm::ManyRows& products, int64_t rows, int64_t out, int64_t in, int64_t blocksize,
                 bool nested) {
+    if (left_out()) return;
     const Packed packed(out, in, blocksize, nested);
     const auto at = [&](int64_t n, int64_t k) {
         const int64_t i = n * in + k;
@@ -155,8 +159,8 @@ void try_many_rows(const gemm::ManyRows& products) {
 }  // namespace
 
 void try_gemm(const CpuKernels& kernels) {
-    try_all_few_rows<Half>(kernels.few_rows[int(Dtype::kHalf)]);
-    try_all_few_rows<BFloat16>(kernels.few_rows[int(Dtype::kBFloat16)]);
+    try_all_skinny<Half>(kernels.skinny[int(Dtype::kHalf)]);
+    try_all_skinny<BFloat16>(kernels.skinny[int(Dtype::kBFloat16)]);
     const Caches before = caches();
     set_caches(
         {.first = kSmallestFirst, .second = kSmallestSecond, .third = 2 << 20});  // several chunks, of 512

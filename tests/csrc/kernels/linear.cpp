@@ -25,13 +25,14 @@ std::vector<double> rounded_code() {
 
 struct Way {
     const char* name;
-    const nf4::LinearKernel& kernel;
+    const quant4::LinearKernel& kernel;
     std::vector<double> code;
     double lost;
 };
 
 template <typename T>
 void try_product(const Way& way, const Packed& packed, int64_t batch, bool has_bias) {
+    if (left_out()) return;
     const WeightView& weight = packed.view;
     const int64_t rows = weight.rows, columns = weight.columns, granule = way.kernel.granule;
     const Values<T> x = numbers<T>(batch * columns), bias = numbers<T>(rows);
@@ -39,8 +40,8 @@ void try_product(const Way& way, const Packed& packed, int64_t batch, bool has_b
     const int64_t bytes = filled_up(way.kernel.arranged_bytes(batch, columns), 64);
     void* arranged = std::aligned_alloc(64, size_t(bytes));
     require(way.kernel.arrange(x.data(), dtype_of<T>, batch, columns, arranged), "arrange", batch);
-    const nf4::LinearCall call{weight,   batch,      arranged, has_bias ? bias.data() : nullptr,
-                               y.data(), dtype_of<T>};
+    const quant4::LinearCall call{weight,   batch,      arranged, has_bias ? bias.data() : nullptr,
+                                  y.data(), dtype_of<T>};
     const int64_t middle = least(rows, filled_up(rows / 2, granule));  // two threads' parts
     way.kernel.run(call, 0, middle);
     way.kernel.run(call, middle, rows);
@@ -63,7 +64,7 @@ void try_product(const Way& way, const Packed& packed, int64_t batch, bool has_b
 
 template <typename T>
 void try_dtype(const Way& way) {
-    const nf4::LinearKernel& kernel = way.kernel;
+    const quant4::LinearKernel& kernel = way.kernel;
     const Dtype dtype = dtype_of<T>;
     bool nested = false;
     for (int64_t columns : {8, 64, 104, 320, 712, 2368})

@@ -1,4 +1,4 @@
-// LoRA's thin products, norms and numbers a column, beside sums in double.
+// LoRA's low-rank products, norms and scaling by column, compared with sums in double.
 #include "checks.h"
 
 namespace peftcore {
@@ -40,6 +40,7 @@ Values<float> arranged(const lora::Arrangement& how, const Values<float>& from, 
 
 template <typename T>
 void try_products(const lora::Kernels& kernels, int64_t rows, int64_t columns, int64_t r, bool drops) {
+    if (left_out()) return;
     constexpr Dtype dtype = dtype_of<T>;
     const lora::ThinKernels& thin = kernels.thin[int(dtype)];
     const int64_t width = ceil_div(r, 16) * 16, wide = ceil_div(columns, 32) * 32;
@@ -114,6 +115,7 @@ void try_products(const lora::Kernels& kernels, int64_t rows, int64_t columns, i
 
 template <typename T>
 void try_row(const lora::Kernels& kernels, int64_t inner, int64_t outer) {
+    if (left_out()) return;
     constexpr Dtype dtype = dtype_of<T>;
     const lora::RowKernels& row = kernels.row[int(dtype)];
     const Values<T> x = numbers<T>(inner), factor = numbers<T>(outer * inner);

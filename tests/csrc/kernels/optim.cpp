@@ -1,4 +1,4 @@
-// Steps of optimizers: AdamW beside double; all rules by their bits, which are the same at every level.
+// Steps of optimizers: AdamW compared with double; all rules by their bits, which are the same at every level.
 #include "checks.h"
 
 namespace peftcore {

@@ -34,7 +34,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
         uint32_t* to = out + i / kHalves * stride + i % kHalves * kRows;
         for (int64_t k = first; k < last; k += kLine) {
             const int64_t end = last - k < kLine ? last : k + kLine;
-            // A line of each row is too far from the next for the processor to foresee.
+            // Lines of successive rows are too far apart for the processor's prefetcher.
             if (rows >= kRows)
                 for (int r = 0; r < kRows; ++r)
                     _mm_prefetch(reinterpret_cast<const char*>(from + r * weight.columns + k + 2 * kLine),
@@ -49,7 +49,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
     }
 }
 
-// Two rows at a time: even columns come apart from odd ones.
+// Two rows at a time: even columns are separated from odd ones.
 void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, int64_t last, int64_t stride,
                   uint32_t* out) {
     const WeightView& weight = *static_cast<const WeightView*>(source);

@@ -1,0 +1,68 @@
+// The product of few rows per expert, as in generation, with a weight in 4 bits stored as [columns, inner]: a block
+// takes 8 or 16 rows of one expert and 16 columns, directly from 4 bits (quant4/cuda/rows.cuh, linear.cuh).
+#include "grouped/cuda/groups.cuh"
+#include "quant4/cuda/linear.cuh"
+#include "quant4/cuda/rows.cuh"
+
+namespace peftcore {
+namespace grouped {
+namespace {
+
+static_assert(quant4::kThreads == kThreads, "");
+
+// kLanes: whether rows_tile takes the weight.
+template <typename T, int kTiles, bool kLanes, bool kNested>
+__global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p, unsigned column_tiles) {
+    const int64_t column = int64_t(blockIdx.x % column_tiles) * quant4::kRows;
+    const Rows rows = rows_of_tile<8 * kTiles>(p.groups, blockIdx.x / column_tiles);
+    T* out = static_cast<T*>(p.out);
+    if (rows.first >= rows.last) return;
+    if (rows.expert < 0) return fill(rows, out, p.columns, column, column + quant4::kRows);
+    quant4::LinearLaunch linear = {};
+    linear.weight = expert_of(p.weight, rows.expert, p.groups.experts);
+    linear.batch = int(rows.last - rows.first);
+    linear.x = static_cast<const T*>(p.wide) + rows.first * p.inner;
+    if (p.bias != nullptr) linear.bias = static_cast<const T*>(p.bias) + rows.expert * p.columns;
+    linear.rank = p.rank;
+    if (p.rank > 0) {
+        linear.thin = p.thin + rows.first * p.rank;
+        linear.factor = p.factor + rows.expert * p.columns * p.rank;
+    }
+    linear.y = out + rows.first * p.columns;
+    if constexpr (kLanes)
+        quant4::rows_tile<T, 1, kTiles, kNested>(linear, column, quant4::ReadyBranch{linear});
+    else
+        quant4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3, kNested>(linear, column);
+}
+
+template <typename T, int kTiles, bool kLanes>
+const char* launch(const Product& p, void* stream) {
+    const int64_t column_tiles = ceil_div(p.columns, quant4::kRows);
+    const int64_t blocks = most_tiles(p.groups, 8 * kTiles) * column_tiles;
+    if (blocks > INT32_MAX) return "too many rows and columns for one launch";
+    const unsigned grid = unsigned(blocks), tiles = unsigned(column_tiles);
+    if (p.weight.nested_absmax != nullptr)
+        return PEFTCORE_LAUNCH((skinny_kernel<T, kTiles, kLanes, true>), grid, kThreads, 0, stream, p, tiles);
+    return PEFTCORE_LAUNCH((skinny_kernel<T, kTiles, kLanes, false>), grid, kThreads, 0, stream, p, tiles);
+}
+
+template <typename T, int kTiles>
+const char* launch(const Product& p, void* stream) {
+    return quant4::in_lanes(p.weight) ? launch<T, kTiles, true>(p, stream)
+                                      : launch<T, kTiles, false>(p, stream);
+}
+
+template <typename T>
+const char* launch(const Product& p, void* stream) {
+    return p.groups.rows <= 8 * p.groups.experts ? launch<T, 1>(p, stream) : launch<T, 2>(p, stream);
+}
+
+}  // namespace
+}  // namespace grouped
+}  // namespace peftcore
+
+extern "C" const char* peftcore_grouped_skinny(const peftcore::grouped::Product* product, void* stream) {
+    using namespace peftcore;
+    return product->dtype == Dtype::kHalf ? grouped::launch<Half>(*product, stream)
+                                          : grouped::launch<BFloat16>(*product, stream);
+}

@@ -1,0 +1,132 @@
+// AVX2 with FMA: 8 words a chunk.
+#include <immintrin.h>
+
+#include "quant4/cpu/linear/integers.h"
+#include "quant4/cpu/linear/rows.h"
+
+namespace peftcore {
+namespace quant4 {
+namespace {
+
+struct Avx2 {
+    static constexpr int kLanes = 8, kRows = 1;  // of 16 registers, 8 hold sums
+    using Vector = __m256;
+    using Words = __m256i;
+
+    static inline Vector zero() { return _mm256_setzero_ps(); }
+    static inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+    static inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+
+    static inline Words load_words(const uint8_t* from, int count) {
+        if (count == kLanes) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_maskload_epi32(reinterpret_cast<const int*>(from),
+                                     _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+    }
+
+    struct Table {
+        explicit Table(const float* code) : low(_mm256_loadu_ps(code)), high(_mm256_loadu_ps(code + 8)) {}
+        inline Vector operator()(Words words, int shift) const {
+            const __m256i index = _mm256_srli_epi32(words, shift);
+            const __m256 upper =
+                _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - shift));  // bit 3 as the sign
+            return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                                    _mm256_permutevar8x32_ps(high, index), upper);
+        }
+        __m256 low, high;
+    };
+
+    static inline Vector scales(const float* from, int64_t within, int shift) {
+        const __m256i offset = _mm256_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56);
+        const __m256i index = _mm256_srl_epi32(_mm256_add_epi32(_mm256_set1_epi32(int(within)), offset),
+                                               _mm_cvtsi32_si128(shift));
+        return _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), index);
+    }
+
+    static inline float sum(Vector v) {
+        __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
+};
+
+struct Avx2Integers {
+    static constexpr int kRows = 2, kTile = 3;  // of 16 registers, 6 hold sums and 4 what was looked up
+    using Words = __m256i;
+    using Floats = __m256;
+    struct Values {
+        __m256i of[4];
+    };
+
+    static inline Words load_words(const uint8_t* from) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    }
+
+    struct Table {
+        explicit Table(const int16_t* code) {
+            alignas(16) uint8_t bytes[2][16];
+            for (int i = 0; i < 16; ++i) {
+                bytes[0][i] = uint8_t(code[i]);
+                bytes[1][i] = uint8_t(code[i] >> 8);
+            }
+            first = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[0])));
+            second = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[1])));
+        }
+        inline Values operator()(Words words) const {
+            const __m256i nibble = _mm256_set1_epi8(15);
+            const __m256i low = _mm256_and_si256(words, nibble),
+                          high = _mm256_and_si256(_mm256_srli_epi16(words, 4), nibble);
+            const __m256i a = _mm256_shuffle_epi8(first, low), b = _mm256_shuffle_epi8(second, low),
+                          c = _mm256_shuffle_epi8(first, high), d = _mm256_shuffle_epi8(second, high);
+            return {{_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b), _mm256_unpacklo_epi8(c, d),
+                     _mm256_unpackhi_epi8(c, d)}};
+        }
+        __m256i first, second;
+    };
+
+    static inline Floats dot(const Values& w, const int16_t* x) {
+        __m256i part[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+            part[i] =
+                _mm256_madd_epi16(w.of[i], _mm256_load_si256(reinterpret_cast<const __m256i*>(x + 16 * i)));
+        return _mm256_cvtepi32_ps(
+            _mm256_add_epi32(_mm256_add_epi32(part[0], part[1]), _mm256_add_epi32(part[2], part[3])));
+    }
+
+    static inline Floats zero() { return _mm256_setzero_ps(); }
+    static inline Floats load(const float* from) { return _mm256_load_ps(from); }
+    static inline Floats scales(const float* one) { return _mm256_broadcast_ss(one); }
+    static inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+    static inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+    static inline float sum(Floats v) { return Avx2::sum(v); }
+    static inline Floats all(float value) { return _mm256_set1_ps(value); }
+    static inline Floats larger(Floats a, Floats b) {
+        return _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), b), a);
+    }
+    static inline float largest(Floats v) {
+        __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+        return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+    }
+    static inline void widen(const Half* from, float* to) {
+        _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    }
+    static inline Floats rounded(Floats v, int16_t* out) {
+        const __m256i whole = _mm256_cvtps_epi32(v);
+        const __m128i short_ones =
+            _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), short_ones);
+        return _mm256_cvtepi32_ps(whole);
+    }
+};
+
+}  // namespace
+
+void fill_avx2(LinearKernels& kernels) {
+    kernels.integers = LinearIntegers<Avx2Integers>::kernel(32);
+    kernels.rows = LinearRows<Avx2>::kernel({.fp32 = 16, .fp16 = 16, .bf16 = 16});
+}
+
+}  // namespace quant4
+}  // namespace peftcore

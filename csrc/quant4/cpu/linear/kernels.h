@@ -1,0 +1,92 @@
+// y = x Wᵀ + b for few rows of x, directly from 4 bits: the kernels of each SIMD level.
+//
+// Four ways. "rows" reads a row of W at a time, 8 values (one 32-bit word) a lane: word >> 4 j is then the lookup's
+// index of the lane's j-th value, x being stored in that order, and a lane has one scale. Products and sums are fp32.
+// "dots" does so by the bf16 dot product; scales are multiplied in fp32, once a block, so that only codebook entries
+// are rounded (rounded.h). "integers" multiplies both in 16-bit integers, for x of 16 bits: the fastest way on
+// processors without bf16 (integers.h). "tile" turns many rows of W into bf16, rounded likewise, for more rows of x.
+// With AMX the tile is a register, and the product of entry and scale is rounded.
+//
+// Plain C++ has none of them: looking values up one by one took 17 to 20 ms for 4096 x 4096, unpacking a slab 10.
+#pragma once
+
+#include <cstdint>
+
+#include "quant4/format.h"
+#include "weight/view.h"
+
+namespace peftcore {
+namespace quant4 {
+
+struct LinearCall {
+    WeightView weight;
+    int64_t batch;     // rows of x
+    const void* x;     // as the kernel's `arrange` made it
+    const void* bias;  // of `dtype`, or nullptr
+    void* y;           // [batch, weight.rows] of `dtype`
+    Dtype dtype;
+};
+
+struct LinearKernel {
+    int64_t granule = 1;              // rows of W that one call computes together
+    int64_t min_batch = 1;            // rows of x from which it is faster than the other way
+    int64_t max_batch[kDtypes] = {};  // rows of x up to which it is faster than slabs, by Dtype
+    int64_t min_blocksize = 1;
+    int column_multiple = 1;  // of the columns
+    int64_t (*arranged_bytes)(int64_t batch, int64_t columns) = nullptr;
+    // False if the kernel does not take these values.
+    bool (*arrange)(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out) = nullptr;
+    void (*run)(const LinearCall&, int64_t first_row, int64_t last_row) = nullptr;
+};
+
+// Any kernel may be missing: it then takes no rows of x.
+struct LinearKernels {
+    LinearKernel rows, integers, dots, tile;
+};
+
+// Most rows of x for "tile", in bf16 only: with more, gemm::multiply is as fast.
+constexpr int64_t kTileBatch = 32;
+
+void fill_avx2(LinearKernels&);
+void fill_avx512(LinearKernels&);
+void fill_avx512bf16(LinearKernels&);
+void fill_amx(LinearKernels&);
+void fill_neon(LinearKernels&);
+void fill_neonbf16(LinearKernels&);
+
+// The scales of W's elements [begin, end), one for each block that they touch, followed by 16 zeros.
+static inline void copy_scales(const WeightView& weight, int64_t begin, int64_t end, float* out) {
+    const int64_t first = begin >> weight.shift, last = ((end - 1) >> weight.shift) + 1;
+    block_scales(weight, first, last, out);
+    for (int i = 0; i < 16; ++i) out[last - first + i] = 0;
+}
+
+static inline float load_as_float(const void* from, Dtype dtype, int64_t i) {
+    switch (dtype) {
+        case Dtype::kHalf:
+            return to_float(static_cast<const Half*>(from)[i]);
+        case Dtype::kBFloat16:
+            return to_float(static_cast<const BFloat16*>(from)[i]);
+        default:
+            return static_cast<const float*>(from)[i];
+    }
+}
+
+// The only rounding of a result.
+static inline void store_result(const LinearCall& args, int64_t m, int64_t n, float sum) {
+    const float value = args.bias == nullptr ? sum : sum + load_as_float(args.bias, args.dtype, n);
+    const int64_t i = m * args.weight.rows + n;
+    switch (args.dtype) {
+        case Dtype::kHalf:
+            static_cast<Half*>(args.y)[i] = from_float<Half>(value);
+            break;
+        case Dtype::kBFloat16:
+            static_cast<BFloat16*>(args.y)[i] = from_float<BFloat16>(value);
+            break;
+        default:
+            static_cast<float*>(args.y)[i] = value;
+    }
+}
+
+}  // namespace quant4
+}  // namespace peftcore

@@ -1,0 +1,105 @@
+// 4-bit dequantization on CUDA: a warp turns 512 bytes into 1024 values at a time.
+//
+// Each lane loads 16 bytes and passes them through shared memory, so that the lanes' 16-byte stores are contiguous,
+// too. Codebook lookups have no bank conflicts: the 16 entries are in 16 banks. Nested scales are
+// read in place.
+#include "common/cuda_launch.cuh"
+#include "quant4/cuda/block_scale.cuh"
+#include "quant4/cuda/quant4_cuda.h"
+#include "quant4/format.h"
+
+namespace peftcore {
+namespace quant4 {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kTileBytes = 32 * 16;
+constexpr int kTileValues = kTileBytes * 2;
+constexpr int64_t kMaxBlocks = 4096;  // beyond, blocks of threads loop over tiles
+
+template <typename T, bool kNested>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const WeightView weight, bool aligned, T* __restrict__ out) {
+    PEFTCORE_SHARED(float, quant_map, [16]);
+    PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
+    PEFTCORE_SHARED(uint8_t, staged, [kWarps][kTileBytes]);
+    constexpr int kPerStore = 16 / sizeof(T);
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const float offset = load_codebooks<kNested>(weight, quant_map, nested_quant_map);
+    __syncthreads();
+
+    const int64_t count = weight.rows * weight.columns, tiles = (count + kTileValues - 1) / kTileValues;
+    for (int64_t tile = int64_t(blockIdx.x) * kWarps + warp; tile < tiles;
+         tile += int64_t(gridDim.x) * kWarps) {
+        const int64_t first = tile * kTileValues;
+        if (!aligned || first + kTileValues > count) {
+            const int64_t last = first + kTileValues < count ? first + kTileValues : count;
+            for (int64_t i = first + lane; i < last; i += 32) {
+                const uint8_t byte = weight.codes[i / 2];
+                const float scale = block_scale<kNested>(weight, nested_quant_map, offset, i >> weight.shift);
+                out[i] = from_float<T>(quant_map[i % 2 ? byte & 15 : byte >> 4] * scale);
+            }
+            continue;
+        }
+        __syncwarp();  // the previous tile has been read
+        *reinterpret_cast<uint4*>(&staged[warp][lane * 16]) =
+            reinterpret_cast<const uint4*>(weight.codes + first / 2)[lane];
+        __syncwarp();
+#pragma unroll
+        for (int step = 0; step < kTileValues / (32 * kPerStore); ++step) {
+            const int index = (step * 32 + lane) * kPerStore;
+            uint32_t bytes;
+            if constexpr (kPerStore == 8)
+                bytes = *reinterpret_cast<const uint32_t*>(&staged[warp][index / 2]);
+            else
+                bytes = *reinterpret_cast<const uint16_t*>(&staged[warp][index / 2]);
+            const float scale =
+                block_scale<kNested>(weight, nested_quant_map, offset, (first + index) >> weight.shift);
+            union {
+                uint4 vector;
+                T items[kPerStore];
+            } values;
+#pragma unroll
+            for (int i = 0; i < kPerStore; ++i) {
+                const uint32_t q = bytes >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15;
+                values.items[i] = from_float<T>(quant_map[q] * scale);
+            }
+            *reinterpret_cast<uint4*>(out + first + index) = values.vector;
+        }
+    }
+}
+
+template <typename T>
+const char* launch_dequantize(const WeightView& weight, void* out, void* stream) {
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+    const bool vectors = aligned(weight.codes) && aligned(out);
+    const int64_t wanted = ceil_div(weight.rows * weight.columns, int64_t(kTileValues) * kWarps);
+    const unsigned blocks = unsigned(wanted < kMaxBlocks ? wanted : kMaxBlocks);
+    T* typed = static_cast<T*>(out);
+    if (weight.nested_absmax != nullptr)
+        return PEFTCORE_LAUNCH((dequantize_kernel<T, true>), blocks, kThreads, 0, stream, weight, vectors,
+                               typed);
+    return PEFTCORE_LAUNCH((dequantize_kernel<T, false>), blocks, kThreads, 0, stream, weight, vectors,
+                           typed);
+}
+
+}  // namespace
+}  // namespace quant4
+}  // namespace peftcore
+
+extern "C" const char* peftcore_quant4_dequantize(const peftcore::WeightView* weight, void* out, int dtype,
+                                                  void* stream) {
+    using namespace peftcore::quant4;
+    if (weight->rows * weight->columns == 0) return nullptr;
+    switch (Dtype(dtype)) {
+        case Dtype::kFloat:
+            return launch_dequantize<float>(*weight, out, stream);
+        case Dtype::kHalf:
+            return launch_dequantize<peftcore::Half>(*weight, out, stream);
+        case Dtype::kBFloat16:
+            return launch_dequantize<peftcore::BFloat16>(*weight, out, stream);
+    }
+    return "unknown dtype";
+}

@@ -1,0 +1,192 @@
+// y = x Wᵀ + b for few rows of x, directly from 4 bits, with LoRA's s Fᵀ, whose operands are fp32. Written for
+// bandwidth and tested on the emulator; not measured on a GPU.
+//
+// rows_kernel (fp16, bf16; up to 8 rows, columns that are whole blocks of 64): rows.cuh; strip_kernel (up to 64):
+// strip.cuh. tensor_kernel (fp16, bf16; other columns): linear.cuh. s is computed by an earlier launch; in
+// lora/cuda/one_launch.cu by the same one.
+//
+// simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W.
+#include "common/cuda_sum.h"
+#include "common/cuda_tickets.h"
+#include "quant4/cuda/linear.cuh"
+#include "quant4/cuda/quant4_cuda.h"
+#include "quant4/cuda/rows.cuh"
+#include "quant4/cuda/strip.cuh"
+#include "quant4/format.h"
+
+namespace peftcore {
+namespace quant4 {
+namespace {
+
+constexpr int64_t kStripBlocks = 128;  // wanted: about the number of multiprocessors of a large GPU
+constexpr int kSimpleTile = 8;         // rows of x that a warp of simple_kernel takes together
+
+template <typename T, int kTiles, int kStage, int kStages, bool kNested>
+__global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) {
+    tensor_tile<T, kTiles, kStage, kStages, kNested>(p, int64_t(blockIdx.x) * kRows);
+}
+
+template <typename T, int kParts, bool kNested>
+__global__ void __launch_bounds__(kThreads, 4) rows_kernel(const LinearLaunch p) {
+    rows_tile<T, kParts, 1, kNested>(p, int64_t(blockIdx.x) * (16 / kParts), ReadyBranch{p});
+}
+
+template <typename T, int kTiles, bool kNested>
+__global__ void __launch_bounds__(kStripThreads, 1)
+    strip_kernel(const LinearLaunch p, unsigned row_blocks, uint32_t split_columns) {
+    const unsigned splits = gridDim.x / row_blocks, split = blockIdx.x % splits;  // the splits of a cluster
+    const uint32_t begin = split * split_columns, columns = uint32_t(p.weight.columns);
+    strip_tile<T, kTiles, kNested>(p, int64_t(blockIdx.x / splits) * kStripRows, begin,
+                                   begin + split_columns < columns ? begin + split_columns : columns,
+                                   int(split), int(splits));
+}
+
+template <typename T, bool kNested>
+__global__ void __launch_bounds__(kThreads) simple_kernel(const LinearLaunch p) {
+    PEFTCORE_SHARED(float, quant_map, [16]);
+    PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
+    const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
+    __syncthreads();
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t n = int64_t(blockIdx.x) * kWarps + warp;
+    if (n >= p.weight.rows) return;
+    const int first = int(blockIdx.y) * kSimpleTile;
+    const T* x = static_cast<const T*>(p.x);
+    float sum[kSimpleTile] = {};
+    for (int64_t k = lane; k < p.weight.columns; k += 32) {
+        const int64_t i = n * p.weight.columns + k;
+        const uint8_t byte = p.weight.codes[i / 2];
+        const float scale = block_scale<kNested>(p.weight, nested_quant_map, offset, i >> p.weight.shift);
+        const float w = to_float(from_float<T>(quant_map[i % 2 ? byte & 15 : byte >> 4] * scale));
+#pragma unroll
+        for (int m = 0; m < kSimpleTile; ++m)
+            if (first + m < p.batch) sum[m] += w * to_float(x[(first + m) * p.weight.columns + k]);
+    }
+    for (int j = lane; j < p.rank; j += 32) {
+        const float f = factor_value(p, n, j);
+#pragma unroll
+        for (int m = 0; m < kSimpleTile; ++m) sum[m] += f * thin_value(p, first + m, j);
+    }
+#pragma unroll
+    for (int m = 0; m < kSimpleTile; ++m) {
+        for (int distance = 16; distance > 0; distance /= 2)
+            sum[m] += __shfl_xor_sync(0xffffffffu, sum[m], distance);
+        if (lane == 0 && first + m < p.batch) store_result<T>(p, first + m, n, sum[m]);
+    }
+}
+
+template <typename T, bool kNested>
+const char* launch_simple(const LinearLaunch& p, void* stream) {
+    const dim3 grid(unsigned((p.weight.rows + kWarps - 1) / kWarps),
+                    unsigned((p.batch + kSimpleTile - 1) / kSimpleTile));
+    return PEFTCORE_LAUNCH((simple_kernel<T, kNested>), grid, kThreads, 0, stream, p);
+}
+
+template <typename T>
+constexpr Dtype kDtypeOf = Dtype::kBFloat16;
+template <>
+constexpr Dtype kDtypeOf<Half> = Dtype::kHalf;
+
+// Division of W among strip_kernel's blocks: chosen by the shape only, so that results are the same on every GPU.
+struct StripPlan {
+    unsigned row_blocks, splits;  // 0 splits: a shape for another kernel
+    uint32_t split_columns;
+};
+
+StripPlan strip_plan(const void* x, Dtype dtype, int batch, const WeightView& weight) {
+    constexpr int64_t kMostColumns = INT32_MAX / kLinearMaxBatch;  // x has numbers of 32 bits
+    if (dtype == Dtype::kFloat || batch <= 8 || weight.columns == 0 || weight.columns > kMostColumns ||
+        !in_pieces(x, weight) || !in_lanes(weight))
+        return {};
+    StripPlan plan;
+    plan.row_blocks = unsigned(ceil_div(weight.rows, kStripRows));
+    const int64_t steps = ceil_div(weight.columns, kStripStep);
+    const int64_t splits = least(steps, ceil_div(kStripBlocks, plan.row_blocks));
+    plan.split_columns = uint32_t(ceil_div(steps, splits) * kStripStep);
+    plan.splits = unsigned(ceil_div(weight.columns, plan.split_columns));
+    return plan;
+}
+
+template <typename T, int kTiles, bool kNested>
+const char* launch_strip(LinearLaunch p, const StripPlan& plan, void* stream) {
+    constexpr int kBytes = strip_bytes<kTiles>();
+    constexpr auto kernel = strip_kernel<T, kTiles, kNested>;
+    if (const char* error = PEFTCORE_ALLOW_SHARED(kernel, kBytes)) return error;
+    const unsigned blocks = plan.row_blocks * plan.splits;
+    p.clusters = (plan.splits == 2 || plan.splits == 4 || plan.splits == 8) &&
+                 PEFTCORE_CLUSTERS_FIT(kernel, plan.splits, kStripThreads, kBytes, stream);
+    if (p.clusters)
+        return PEFTCORE_LAUNCH_CLUSTERS(kernel, plan.splits, blocks, kStripThreads, kBytes, stream, p,
+                                        plan.row_blocks, plan.split_columns);
+    p.tickets = plan.splits > 1 ? peftcore_tickets(int(plan.row_blocks), stream) : nullptr;
+    if (const char* error = PEFTCORE_LAUNCH(kernel, blocks, kStripThreads, kBytes, stream, p, plan.row_blocks,
+                                            plan.split_columns))
+        return error;
+    if (plan.splits == 1 || p.tickets != nullptr) return nullptr;
+    return peftcore_sum(p.partial, plan.splits, p.batch * p.weight.rows, 1, p.y, int(kDtypeOf<T>), stream);
+}
+
+template <typename T, bool kNested>
+const char* launch_tensor(const LinearLaunch& p, void* stream) {
+    if (!in_pieces(p.x, p.weight)) return launch_simple<T, kNested>(p, stream);
+    const StripPlan plan = strip_plan(p.x, kDtypeOf<T>, p.batch, p.weight);
+    if (plan.splits > 0) {
+        if (p.batch <= 16) return launch_strip<T, 2, kNested>(p, plan, stream);
+        return p.batch <= 32 ? launch_strip<T, 4, kNested>(p, plan, stream)
+                             : launch_strip<T, 8, kNested>(p, plan, stream);
+    }
+    const unsigned blocks = unsigned((p.weight.rows + kRows - 1) / kRows);
+    if (in_lanes(p.weight)) {
+        const unsigned half = unsigned((p.weight.rows + 7) / 8);
+        if (p.batch <= 4) return PEFTCORE_LAUNCH((rows_kernel<T, 2, kNested>), half, kThreads, 0, stream, p);
+        if (p.batch <= 8)
+            return PEFTCORE_LAUNCH((rows_kernel<T, 1, kNested>), blocks, kThreads, 0, stream, p);
+    }
+    // As many stages as fit in 48 KiB of shared memory.
+    if (p.batch <= 8)
+        return PEFTCORE_LAUNCH((tensor_kernel<T, 1, 64, 4, kNested>), blocks, kThreads, 0, stream, p);
+    if (p.batch <= 16)
+        return PEFTCORE_LAUNCH((tensor_kernel<T, 2, 64, 3, kNested>), blocks, kThreads, 0, stream, p);
+    if (p.batch <= 24)
+        return PEFTCORE_LAUNCH((tensor_kernel<T, 3, 64, 2, kNested>), blocks, kThreads, 0, stream, p);
+    if (p.batch <= 32)
+        return PEFTCORE_LAUNCH((tensor_kernel<T, 4, 32, 3, kNested>), blocks, kThreads, 0, stream, p);
+    return PEFTCORE_LAUNCH((tensor_kernel<T, 8, 32, 2, kNested>), blocks, kThreads, 0, stream, p);
+}
+
+template <bool kNested>
+const char* launch(const LinearLaunch& p, Dtype dtype, void* stream) {
+    switch (dtype) {
+        case Dtype::kFloat:
+            return launch_simple<float, kNested>(p, stream);
+        case Dtype::kHalf:
+            return launch_tensor<Half, kNested>(p, stream);
+        case Dtype::kBFloat16:
+            return launch_tensor<BFloat16, kNested>(p, stream);
+    }
+    return "unknown dtype";
+}
+
+}  // namespace
+}  // namespace quant4
+}  // namespace peftcore
+
+extern "C" int64_t peftcore_quant4_linear_workspace(const void* x, int dtype, int batch,
+                                                    const peftcore::WeightView* weight) {
+    using namespace peftcore::quant4;
+    const unsigned splits = strip_plan(x, Dtype(dtype), batch, *weight).splits;
+    return splits > 1 ? splits * batch * weight->rows : 0;
+}
+
+extern "C" const char* peftcore_quant4_linear(const void* x, int dtype, int batch,
+                                              const peftcore::WeightView* weight, const void* bias,
+                                              const float* thin, const float* factor, int rank,
+                                              float* partial, void* y, void* stream) {
+    using namespace peftcore::quant4;
+    if (batch == 0 || weight->rows == 0) return nullptr;
+    if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
+    const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial, nullptr, false};
+    return weight->nested_absmax != nullptr ? launch<true>(p, Dtype(dtype), stream)
+                                            : launch<false>(p, Dtype(dtype), stream);
+}

@@ -1,0 +1,246 @@
+// A block's part of y = x Wᵀ + b + s Fᵀ for 17 to 64 rows of x, directly from 4 bits: a strip of 128 rows of W, so that
+// x is read from L2 once for all of them, and, where that gives too few blocks for a GPU, a part of the columns. The
+// sums of the parts are added in order: by the last block, or on GPUs with clusters by each block for a part of x's
+// rows, reading the sums from the other blocks' shared memory. Columns must be whole blocks of 64 with one scale.
+//
+// Four pairs of warps have 32 rows of W each; the two warps of a pair divide the columns. A lane has 64 columns of four
+// rows of W at a time, with their values as in rows.cuh: half of the rows by a table, half by shuffles. x arrives by
+// cp.async in stages that all warps read: half of each lane's columns, 64 contiguous bytes.
+#pragma once
+
+#include "common/cuda_clusters.cuh"
+#include "common/cuda_tickets.cuh"
+#include "quant4/cuda/rows.cuh"
+
+namespace peftcore {
+namespace quant4 {
+namespace {
+
+constexpr int kStripThreads = 256, kStripRows = 128;
+constexpr int kSlices = 2;                              // of the columns, a warp each
+constexpr int kStripStep = kSlices * 4 * kLaneColumns;  // columns
+constexpr int kHalf = kLaneColumns / 2;                 // columns of a lane in one stage
+constexpr int kStripStages = 3, kStageColumns = kStripStep / 2, kStagePieces = kStageColumns / 8;
+
+// Shared memory of a block: stages of x, and after they have been read, the sums of both slices.
+template <int kTiles>
+constexpr int strip_bytes() {
+    constexpr int stages = kStripStages * kTiles * 8 * kStageColumns * 2;
+    constexpr int sums = kSlices * kTiles * 8 * (kStripRows + 1) * 4;
+    return stages > sums ? stages : sums;
+}
+
+// Position of a 16-byte piece of x in its row of a stage: eight lanes that read together have no bank conflicts.
+__device__ __forceinline__ int place_of_piece(int row, int piece) {
+    return piece ^ ((piece >> 2 & 2) | (row & 1));
+}
+
+// y for the rows of W from `first_row` on: the partial sums of `splits` blocks, added in order.
+template <typename T, int kTiles>
+__device__ void add_splits(const LinearLaunch& p, int64_t first_row, int splits) {
+    constexpr int kEach = 8;  // that a thread waits for together
+    for (int first = 0; first < kTiles * 8 * kStripRows; first += kEach * kStripThreads) {
+        int64_t at[kEach];
+        float sum[kEach];
+        bool inside[kEach];
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int place = first + i * kStripThreads + int(threadIdx.x);
+            const int64_t m = place / kStripRows, n = first_row + place % kStripRows;
+            inside[i] = m < p.batch && n < p.weight.rows;
+            at[i] = inside[i] ? m * p.weight.rows + n : 0;
+        }
+        ordered_sums(p.partial, splits, p.batch * p.weight.rows, at, sum);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+            if (inside[i]) static_cast<T*>(p.y)[at[i]] = from_float<T>(sum[i]);
+    }
+}
+
+// y for this block's part of x's rows, from the `sums` of all blocks of its cluster.
+template <typename T, int kTiles>
+__device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int split, int splits,
+                               const float (&sums)[kTiles * 8][kStripRows + 1]) {
+    constexpr int kEach = 4;  // that a thread waits for together
+    const int rows = kTiles * 8 / splits;
+    for (int first = 0; first < rows * kStripRows; first += kEach * kStripThreads) {
+        const float* mine[kEach];
+        float sum[kEach] = {};
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {  // behind the last one, the last one is repeated
+            const int place = int(least(first + i * kStripThreads + int(threadIdx.x), rows * kStripRows - 1));
+            mine[i] = &sums[split * rows + place / kStripRows][place % kStripRows];
+        }
+#pragma unroll 2
+        for (int s = 0; s < splits; ++s)
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) sum[i] += shared_of_block(s, mine[i]);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int place = first + i * kStripThreads + int(threadIdx.x);
+            const int64_t m = split * rows + place / kStripRows, n = first_row + place % kStripRows;
+            if (place < rows * kStripRows && m < p.batch && n < p.weight.rows)
+                static_cast<T*>(p.y)[m * p.weight.rows + n] = from_float<T>(sum[i]);
+        }
+    }
+}
+
+// Rows of W from `first_row` on, columns [begin, end). kTiles: of 8 rows of x. The first split adds b and s Fᵀ.
+template <typename T, int kTiles, bool kNested>
+__device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t begin, uint32_t end, int split,
+                           int splits) {
+    using XStage = uint4[kTiles * 8][kStagePieces];
+    using Sums = float[kSlices][kTiles * 8][kStripRows + 1];
+    PEFTCORE_SHARED(float, quant_map, [16]);
+    PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
+    PEFTCORE_DYNAMIC_SHARED(memory);
+    XStage* stages = reinterpret_cast<XStage*>(memory);
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = lane / 4, pair = lane % 4;  // of mma fragments
+    const int slice = warp % kSlices;
+    const int64_t warp_row = first_row + warp / kSlices * 32;
+    const uint32_t columns = uint32_t(p.weight.columns);
+    const uint32_t lane_column = begin + (slice * 4 + pair) * kLaneColumns;
+
+    uint32_t row_block[4];  // of 64 columns; rows behind the last repeat it, and are not stored
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+        row_block[r] =
+            uint32_t(least(warp_row + group + 8 * r, p.weight.rows - 1)) * (columns / kLaneColumns);
+
+    const auto fetch_x = [&](int stage) {  // values out of range are zero
+        const int slot = stage % kStripStages, piece = lane;
+        const uint32_t column =
+            begin + stage / 2 * kStripStep + piece / 4 * kLaneColumns + stage % 2 * kHalf + piece % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            const int row = i * 8 + warp;
+            const bool inside = row < p.batch && column < end;
+            const T* from = static_cast<const T*>(p.x) + (inside ? row * columns + column : 0);
+            cp_async_16(&stages[slot][row][place_of_piece(row, piece)], from, inside ? 16 : 0);
+        }
+        cp_async_commit();
+    };
+    uint4 ahead[4][2];  // codes
+    StoredScale scale_ahead[4];
+    const auto block_at = [&](int r, uint32_t k) {  // behind a row its end is repeated
+        return row_block[r] + (lane_column + k < end ? lane_column + k : end - kLaneColumns) / kLaneColumns;
+    };
+    const auto fetch_codes = [&](int half, uint32_t k) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+            ahead[r][half] =
+                load_16_bytes(p.weight.codes + uint64_t(block_at(r, k)) * (kLaneColumns / 2) + 16 * half);
+    };
+    const auto fetch_scales = [&](uint32_t k) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+            scale_ahead[r] = stored_scale<kNested>(p.weight, block_at(r, k) >> (p.weight.shift - 6));
+    };
+    const int stage_count = 2 * int(ceil_div(end - begin, kStripStep));
+    fetch_x(0);
+    fetch_x(1);
+    const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
+
+    float d[2][kTiles][4] = {};
+    if (split == 0)
+        for (int j = slice * 16; j < p.rank; j += kSlices * 16) add_ranks(p, warp_row, j, d);
+    fetch_codes(0, 0);
+    fetch_codes(1, 0);
+    fetch_scales(0);
+    __syncthreads();
+    const float value_of_lane = quant_map[lane % 16];
+
+    for (int step = 0; 2 * step < stage_count; ++step) {
+        const uint32_t next = (step + 1) * kStripStep;
+        float scale[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            scale[r] = scale_of<kNested>(scale_ahead[r], nested_quant_map, offset);
+            if (lane_column + next - kStripStep >= end) scale[r] = 0;
+        }
+        fetch_scales(next);
+        const ValueTable tables[2] = {value_table<T>(quant_map, scale[0]),
+                                      value_table<T>(quant_map, scale[2])};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int stage = 2 * step + half;
+            cp_async_wait<kStripStages - 2>();
+            __syncthreads();  // this stage has arrived, and the previous one has been read
+            if (stage + kStripStages - 1 < stage_count)
+                fetch_x(stage + kStripStages - 1);
+            else
+                cp_async_commit();
+            const XStage& now = stages[stage % kStripStages];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const auto word = [&](int r) {
+                    const uint4& four = ahead[r][half];
+                    return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
+                };
+                uint32_t upper[2][4], lower[2][4];
+#pragma unroll
+                for (int t = 0; t < 2; ++t) {
+                    eight_values(word(2 * t), tables[t], upper[t]);
+                    eight_values<T>(word(2 * t + 1), value_of_lane, scale[2 * t + 1], lower[t]);
+                }
+#pragma unroll
+                for (int tile = 0; tile < kTiles; ++tile) {
+                    const int row = tile * 8 + group;
+                    const uint4 piece = now[row][place_of_piece(row, (slice * 4 + pair) * 4 + i)];
+#pragma unroll
+                    for (int t = 0; t < 2; ++t)
+                        mma_m16n8k16<T>(d[t][tile], {upper[t][0], lower[t][0], upper[t][1], lower[t][1]},
+                                        {piece.x, piece.y});
+#pragma unroll
+                    for (int t = 0; t < 2; ++t)
+                        mma_m16n8k16<T>(d[t][tile], {upper[t][2], lower[t][2], upper[t][3], lower[t][3]},
+                                        {piece.z, piece.w});
+                }
+            }
+            fetch_codes(half, next);  // these have been read
+        }
+    }
+    cp_async_wait<0>();
+    __syncthreads();  // stages have been read
+
+    Sums& sums = *reinterpret_cast<Sums*>(memory);
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                sums[slice][tile * 8 + pair * 2 + i % 2][warp / kSlices * 32 + t * 16 + group + i / 2 * 8] =
+                    d[t][tile][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTiles * 8 * kStripRows; i += kStripThreads) {
+        const int m = i / kStripRows, row = i % kStripRows;
+        const int64_t n = first_row + row;
+        if (m >= p.batch || n >= p.weight.rows) continue;
+        float total = 0;
+#pragma unroll
+        for (int s = 0; s < kSlices; ++s) total += sums[s][m][row];
+        if (splits == 1) {
+            store_result<T>(p, m, n, total);
+            continue;
+        }
+        if (split == 0 && p.bias != nullptr) total += to_float(static_cast<const T*>(p.bias)[n]);
+        if (p.clusters)
+            sums[0][m][row] = total;
+        else
+            p.partial[(int64_t(split) * p.batch + m) * p.weight.rows + n] = total;
+    }
+    if (splits > 1 && p.clusters) {
+        cluster_sync();
+        add_in_cluster<T, kTiles>(p, first_row, split, splits, sums[0]);
+        cluster_sync();  // no block ends before its sums have been read
+    }
+    if (p.tickets != nullptr && comes_last(p.tickets + first_row / kStripRows, splits))
+        add_splits<T, kTiles>(p, first_row, splits);
+}
+
+}  // namespace
+}  // namespace quant4
+}  // namespace peftcore
