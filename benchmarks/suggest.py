@@ -41,10 +41,10 @@ def ask(folder, memory, length):
         found = peftcore.suggest(folder, memory=f"{memory}GB", device=CARDS[memory], length=length, examples=10000)
         best = found.ways[0]
         needs = f"{best.memory.high / 1e9:.1f} of {found.memory / 1e9:.1f}"
-        said = f"`{' '.join(best.options())}` | {needs} | {best.hours:.2f}"
+        answer = f"`{' '.join(best.options())}` | {needs} | {best.hours:.2f}"
     except peftcore.PeftcoreError as error:
-        said = f"{error} | | "
-    print(f"| {Path(folder).name} | {memory} | {said} | {time.process_time() - start:.0f} |")
+        answer = f"{error} | | "
+    print(f"| {Path(folder).name} | {memory} | {answer} | {time.process_time() - start:.0f} |")
 
 
 def main():

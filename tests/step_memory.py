@@ -23,18 +23,18 @@ from peftcore.estimating.prediction import KEPT, KERNELS, KINDS
 
 
 def predicted(found: peftcore.Estimate) -> int:
-    """Of tensors, without what lies in memory before a step."""
+    """Return the predicted bytes of tensors at the peak, without those present before the step."""
     own = [i for i, kind in enumerate(KINDS) if kind not in (KERNELS, KEPT)]
     return max(sum(sizes[i] for i in own) for _, sizes in found.timeline) - staying(found)
 
 
 def staying(found: peftcore.Estimate) -> int:
-    """Of tensors that lie in memory before a step."""
+    """Return the predicted bytes of tensors that are present before the step."""
     return sum(storage.bytes for storage in found.storages if storage.born == 0 and storage.died is None)
 
 
 def most_of(profile: Any) -> int:
-    """Bytes above those at its beginning."""
+    """Return the peak of allocated bytes since the profile began."""
     held = most = 0
     for event in profile.kineto_results.events():
         if event.name() == "[memory]":
@@ -44,7 +44,7 @@ def most_of(profile: Any) -> int:
 
 
 def allocated(model: nn.Module, step: Step) -> int:
-    """What one more step for real takes at most above what there was before it; on ranks, of this one."""
+    """Return the bytes that a real step after the first adds at its peak, on this rank."""
     rows = loop.make_inputs(model, step.batch_size, step.length)
     inputs = {n: torch.rand(v.shape, dtype=v.dtype) if v.is_meta else v for n, v in rows.items()}
     called = spread(model, step)
@@ -64,7 +64,7 @@ def allocated(model: nn.Module, step: Step) -> int:
             peftcore.after_step(model, 1, 1000)
         optimizer.zero_grad()
 
-    for _ in range(2 if step.ranks > 1 else 1):  # DDP makes its buckets anew in the second
+    for _ in range(2 if step.ranks > 1 else 1):  # DDP builds its buckets again in the second
         train()
     gc.collect()
     with without_onednn(), torch.autograd.profiler.profile(profile_memory=True) as profile:
@@ -74,7 +74,7 @@ def allocated(model: nn.Module, step: Step) -> int:
 
 @contextmanager
 def without_onednn() -> Iterator[None]:
-    """Within the block PyTorch multiplies without oneDNN.
+    """Make PyTorch multiply without oneDNN within the block.
 
     What oneDNN takes inside a product in 16 bits depends on the processor: nothing with AVX2, and with bf16
     instructions more than a tiny product's result. The profiler reports it, and it belongs to no tensor.
@@ -88,7 +88,7 @@ def without_onednn() -> Iterator[None]:
 
 
 def spread(model: nn.Module, step: Step) -> nn.Module:
-    """The model over the ranks, as the step has it."""
+    """Return the model distributed over the ranks, as the step asks."""
     if step.is_sharded:
         return peftcore.shard(model, **({} if step.shard is True else dict(step.shard)))  # type: ignore[call-overload]
     if step.ranks == 1:
@@ -97,7 +97,7 @@ def spread(model: nn.Module, step: Step) -> nn.Module:
 
 
 def real(config: Any, method: Any, step: Step, dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
-    """A model with values, and the step's adapters and checkpointing."""
+    """Return a Llama with random weights, and the step's adapters and checkpointing."""
     model = transformers.LlamaForCausalLM._from_config(deepcopy(config), dtype=dtype).train()
     quantize = fields.pop("quantize", None)
     if quantize is not None:
@@ -115,7 +115,7 @@ def real(config: Any, method: Any, step: Step, dtype: torch.dtype = torch.float3
 
 
 def on_a_rank(config: Any, method: Any, step: Step, fields: dict[str, Any]) -> tuple[int, int]:
-    """(bytes that a step takes at most above what there was, of parameters and buffers) of this rank."""
+    """Return (bytes that a step adds at its peak, bytes of parameters and buffers) on this rank."""
     model = real(config, method, step, **fields)
     most = allocated(model, step)
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
@@ -123,7 +123,7 @@ def on_a_rank(config: Any, method: Any, step: Step, fields: dict[str, Any]) -> t
 
 
 class Watch(TrainerCallback):
-    """Profiles the last step of a Trainer."""
+    """Profiler of a Trainer's last step."""
 
     def __init__(self, last: int) -> None:
         self.last = last
@@ -142,7 +142,7 @@ class Watch(TrainerCallback):
 
 
 def allocated_by(make: Callable[[TrainerCallback], Any], steps: int = 3) -> int:
-    """What the last of a trainer's steps takes above what there was before it."""
+    """Return the bytes that the last of a trainer's steps adds at its peak."""
     watch = Watch(steps)
     with without_onednn():
         make(watch).train()

@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.class_swap import BUILT, original_class, original_forward
 from peftcore.adaptation.outputs import first_of, with_first
-from peftcore.adapter import Adapter, Change, LowRank, implements
+from peftcore.adapter import Adapter, Base, Change, LowRank, implements
 from peftcore.errors import PeftcoreError
 from peftcore.experts import (
     EachExpert,
@@ -275,7 +275,7 @@ class WeightChanges(Adapter):
     def multiplier(self, factor: float | None) -> None:
         pass
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return base.on_weights(self.changes)(*args, **kwargs)
 
 

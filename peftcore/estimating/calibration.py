@@ -66,7 +66,7 @@ def measure() -> Overhead:
     Raises:
         OSError: The system does not report resident memory.
     """
-    with suppress(ImportError):
+    with suppress(ImportError, RuntimeError):  # transformers raises both for what is missing or broken
         import transformers.trainer  # noqa: F401
     imported = _status("VmRSS")
     _train(_Transformer(64, 1), torch.ones(1, 8, 64))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_forward
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.observation import language_config
@@ -108,7 +108,7 @@ class Positions(Backbone):
     It counts tokens, neither padding nor prefixes: the adapter around the decoder adds its own.
     """
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         _, past = self._cached(call)
         mask, given = call.get("attention_mask"), call.get("inputs_embeds")

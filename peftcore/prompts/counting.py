@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.adaptation.call import current_call
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, Base
 from peftcore.errors import PeftcoreError
 from peftcore.prompts.backbone import IN_CACHE, IN_MASK, SOFT, arguments_by_name, first_position, forward_arguments
 
@@ -81,7 +81,7 @@ class TokenCounter(Adapter):
         self._names = forward_arguments(module)
         self._first = first_position(module)
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call, own = current_call(), arguments_by_name(self._names, args, kwargs)
         known: dict[Any, Places] = {}
         vars(call).setdefault("counted", {})[self.stack] = self._given(own if self.stack else call), known

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around
@@ -155,7 +155,7 @@ class PrefixAround(Backbone):
         self._crosses = crosses
         self._counts_padding = getattr(module.config, "model_type", None) in _COUNTS_PADDING
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call: dict[Any, Any] = self._call(args, kwargs)
         if self._cache_argument and not self._causal:
             call[self._cache_argument] = None  # bidirectional backbones keep nothing for later calls
@@ -242,7 +242,7 @@ class PrefixLayer(Adapter):
         self._names = forward_arguments(module)
         self._cache_argument = cache_argument(module)
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call: dict[Any, Any] = arguments_by_name(self._names, args, kwargs)
         cache = call.get(self._cache_argument)
         if any(call.get(name) is not None for name in _CROSS_ARGUMENTS) or not (

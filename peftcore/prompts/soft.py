@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.call import current_frame
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around
@@ -146,7 +146,7 @@ class SoftPromptAround(Backbone):
         rope = getattr(text_config(backbone), "rope_parameters", None) or {}
         self._has_coordinates = len(rope.get("mrope_section", ())) > 3  # besides the position in the text
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         cache, past = self._cached(call)
         cached = (name for name, value in call.items() if value is not None and name.startswith("past_"))
@@ -207,7 +207,7 @@ class SoftPromptAround(Backbone):
             )
         return vectors
 
-    def _by_tokens(self, base: Any, call: dict[str, Any], order: Tensor | None) -> Any:
+    def _by_tokens(self, base: Base, call: dict[str, Any], order: Tensor | None) -> Any:
         tokens = call["input_ids"]
         own = prepend(tokens, torch.ones, self.tokens)
         own[:, : self.tokens] = self._stand_in
@@ -244,7 +244,7 @@ class CrossMask(Backbone):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(None, module)
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         if states is not None and mask is not None and mask.shape[-1] < states.shape[1]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, Base
 from peftcore.errors import PeftcoreError
 
 _ENTERED = threading.local()  # {id of a backbone: prompts waiting for its token embedding}, in each thread
@@ -65,7 +65,7 @@ class StandIns(Adapter):
         super().__init__()
         self._backbone = (backbone,)  # not a child of this module
 
-    def forward(self, base: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, base: Base, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         embedded = base(tokens, *args, **kwargs)
         entered: dict[Any, Waiting] = _ENTERED.__dict__
         waiting = entered.get(id(self._backbone[0]))

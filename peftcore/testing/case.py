@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -25,13 +25,15 @@ class Case:
     """One family's run of the suite: a config, and the models that it is applied to.
 
     Args:
-        first: that of the family on which all checks run; the case itself there.
+        first: the case of the family on which all checks run; None for that case itself.
+        batches: (model) -> batches for the method's first values; None: calls of the family with labels.
     """
 
     config: Any
     family: Family
     compile_backend: str = "aot_eager"
     first: Case | None = None
+    batches: Callable[[nn.Module], Iterable[Any]] | None = None
 
     @property
     def method(self) -> Method:
@@ -77,8 +79,10 @@ class Case:
             disturb(model, adapter, seed)
         return model
 
-    def _batches(self) -> list[dict[str, Tensor]]:
-        """Return two calls with labels, where the model takes them, for methods whose first values need gradients."""
+    def _batches(self) -> Iterable[Any]:
+        """Return the batches for first values: the author's, or two calls, with labels where the model takes them."""
+        if self.batches is not None:
+            return self.batches(self._made)
         batches = [self.family.inputs(self._made, rows) for rows in (2, 3)]  # `base()` may need them itself
         if "labels" not in inspect.signature(self._made.forward).parameters:
             return batches

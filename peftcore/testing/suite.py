@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,7 @@ def check_method(
     not_applicable: Mapping[str, str] | None = None,
     checks: Collection[str] | None = None,
     compile_backend: str = "aot_eager",
+    batches: Callable[[nn.Module], Iterable[Any]] | None = None,
 ) -> Report:
     """Try what users do with the method of `config` on tiny models of each family, and print the report.
 
@@ -92,6 +93,8 @@ def check_method(
             that is not needed fails, unless its reason begins with "may" as what depends on the processor, and so
             does a merge that is wrong where it should be refused.
         checks: run these alone.
+        batches: (model) -> batches for `apply`, for a method that needs data for its first values. None: two
+            calls of the family, with labels if its models take them.
         compile_backend: of `torch.compile(fullgraph=True)`; "inductor" is the real thing and takes a minute.
 
     Raises:
@@ -111,7 +114,7 @@ def check_method(
     results: list[Result] = []
     first: Case | None = None
     for family in chosen:
-        case = Case(config, family, compile_backend, first)
+        case = Case(config, family, compile_backend, first, batches)
         applies = _applies(case, excuses)
         results.append(applies)
         if applies.error or applies.reason:

@@ -103,7 +103,7 @@ class WithoutBias:
     """What stands inside, without its bias, which magnitudes do not scale."""
 
     module: nn.Module
-    base: Any
+    base: Base
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which dtype is fast, by rates made by hand; that measuring is bounded in time; what the file of the machine keeps."""
+"""Fast dtypes by rates made by hand, the time that measuring takes, and the file of the machine."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a step is said to take, beside what PyTorch's CPU allocator reports of the same step."""
+"""Predicted tensors of a step, compared with what PyTorch's CPU allocator reports of it."""
 
 import gc
 from copy import deepcopy

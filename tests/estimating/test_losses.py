@@ -1,4 +1,4 @@
-"""Steps of TRL's trainers, with the passes of their references, beside what is said of them."""
+"""Predicted steps of TRL's trainers, with the passes of their references, compared with real ones."""
 
 from dataclasses import fields
 from pathlib import Path

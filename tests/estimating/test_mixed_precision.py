@@ -1,4 +1,4 @@
-"""Steps in mixed precision beside Trainer's own with `bf16=True`, and the casts of meta tensors beside a CPU's."""
+"""Steps in mixed precision compared with Trainer(bf16=True), and casts of meta tensors with a CPU's."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A step of one of two processes: what is said of it beside what it takes, under DDP and FSDP2."""
+"""Predicted step of one of two processes, under DDP and FSDP2, compared with a real one."""
 
 from typing import Any
 
@@ -47,8 +47,8 @@ def measured() -> dict[str, tuple[int, int]]:
 def test_is_what_the_allocator_of_a_rank_reports(case: str, measured: dict[str, tuple[int, int]]) -> None:
     method, step, fields = CASES[case]
     found = peftcore.estimate(CONFIG, method, step=step, **fields)
-    most, lies = measured[case]
-    assert found.parts["base"] + found.parts["adapters"] == pytest.approx(lies, rel=1e-3)
+    most, present = measured[case]
+    assert found.parts["base"] + found.parts["adapters"] == pytest.approx(present, rel=1e-3)
     # gloo's threads give some messages back late.
     late = 2 * max((s.bytes for s in found.storages if s.kind == "between ranks"), default=0) if step.is_sharded else 0
     assert 0.98 * most - late <= predicted(found) <= 1.02 * most

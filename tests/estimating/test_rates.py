@@ -1,4 +1,4 @@
-"""Seconds of operators by rates made by hand, and that what is measured can be kept in a file."""
+"""Seconds of operators by rates made by hand, and measured rates written to a file."""
 
 import json
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def test_an_output_head_of_peftcore_s_is_a_product() -> None:
 
 
 def test_frozen_weights_are_widened_where_the_processor_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On meta tensors PyTorch's product stands for the operator that a CPU takes."""
+    """On meta tensors PyTorch's product represents the operator that a CPU takes."""
     mm, x = torch.ops.aten.mm.default, torch.empty(6, 8, dtype=torch.bfloat16, device="meta")
     frozen = torch.empty(20, 8, dtype=torch.bfloat16, device="meta")
     trained = frozen.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Which ways stand on the front of memory against time, and the lines from which they are read."""
+"""Pareto front of memory and time, and the lines that it is read from."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""PyTorch's CUDA allocator, simulated: traces made by hand, with what its documented rules give for them."""
+"""Traces made by hand, with what the documented rules of PyTorch's CUDA allocator give for them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The stand-in of a model that has adapters has them, too: a step of it is that of the model itself."""
+"""Stand-ins of models with adapters, whose step is that of the model itself."""
 
 from typing import Any
 

@@ -91,6 +91,27 @@ def test_first_values_from_batches() -> None:
     check(method_of(Gain, initialize=from_gradients), LEFT_OUT, families=["Llama", "T5", "BERT", "ViT"])
 
 
+def test_first_values_from_batches_of_the_authors_own() -> None:
+    """A method whose first values need what the suite's own batches do not have, the outputs of a teacher."""
+
+    def from_teacher(model: Any, adapters: Any, config: Any, batches: Any) -> None:
+        if batches is None:
+            raise peftcore.PeftcoreError("give it batches")
+        far = [(model(batch["input_ids"]).logits - batch["teacher"]).abs().mean() for batch in batches]
+        for adapter in adapters.values():
+            adapter.gain.fill_(1 + 0 * float(sum(far)))
+
+    def taught(model: Any) -> list[dict[str, Tensor]]:
+        tokens = torch.arange(12).view(2, 6)
+        with torch.no_grad():
+            return [{"input_ids": tokens, "teacher": model(tokens).logits}]
+
+    method = method_of(Gain, initialize=from_teacher)
+    (error,) = failed(method, FILES).values()
+    assert "KeyError: 'teacher'" in error
+    check(method, FILES, batches=taught)
+
+
 def test_an_error_of_first_values_is_what_is_reported() -> None:
     """Also where the method prepares the base, which is asked for inputs."""
 
