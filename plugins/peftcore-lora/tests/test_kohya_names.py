@@ -5,7 +5,7 @@ from pathlib import Path
 import pipelines
 import pytest
 import torch
-from peftcore_lora.pipelines import FILES
+from peftcore_lora.pipelines.kohya_file import FORMAT
 from peftcore_lora.pipelines.kohya_names import names_of
 from pipelines import FILE, is_layer, of_kohya, output, pipeline
 from safetensors.torch import save_file
@@ -97,7 +97,7 @@ def test_single_blocks_of_flux_as_diffusers_takes_them_apart(tmp_path: Path) -> 
     written = {name: torch.randn(tensor.shape) for name, tensor in written.items()}
 
     fields = {"lora_alpha": 4, "alpha_pattern": {}}
-    tensors, _ = FILES["kohya"].write({"unet": (model, dict(written), fields)})
+    tensors, _ = FORMAT.write({"unet": (model, dict(written), fields)})
     found = diffusers.FluxPipeline.lora_state_dict({name: t.clone() for name, t in tensors.items()})
     for path in ("attn.to_q", "attn.to_v", "proj_mlp", "proj_out"):
         a, b = (written[f"base_model.model.single_transformer_blocks.0.{path}.lora_{which}.weight"] for which in "AB")
@@ -105,7 +105,7 @@ def test_single_blocks_of_flux_as_diffusers_takes_them_apart(tmp_path: Path) -> 
         x = torch.randn(a.shape[1])
         torch.testing.assert_close(theirs[1] @ (theirs[0] @ x), 2 * b @ (a @ x), rtol=1e-4, atol=1e-3)
     assert not found["transformer.single_transformer_blocks.0.attn.to_k.lora_B.weight"].any()
-    back, read = FILES["kohya"].read(model, "unet", FILES["kohya"].split(tensors)["unet"], {})
+    back, read = FORMAT.read(model, "unet", FORMAT.split(tensors)["unet"], {})
     assert read["lora_alpha"] / read["r"] == 2 and back.keys() == written.keys()
     for name, tensor in written.items():
         assert torch.equal(back[name], tensor)
