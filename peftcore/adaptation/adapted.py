@@ -134,7 +134,7 @@ def activate(module: nn.Module, names: Sequence[str] | None, *, same_base: bool 
 
 
 def is_per_sample(module: nn.Module) -> bool:
-    """Has each sample of a batch its own adapter at this adapted module?"""
+    """Return whether each sample of a batch has its own adapter at this adapted module."""
     return module.__dict__[_ACTIVE] is None
 
 
@@ -150,7 +150,7 @@ def inside(module: nn.Module) -> Any:
 
 
 def inside_at(model: nn.Module, path: str) -> Any:
-    """The same at a path, which may be that of one expert's layer (`experts.3.down_proj`)."""
+    """Return the `Base` at a path, which may be that of one expert's layer (`experts.3.down_proj`)."""
     found = split_expert_path(model, path)
     if found is None:
         return inside(model.get_submodule(path))
@@ -192,7 +192,7 @@ def _acting(module: Any, lock: ModelLock) -> Any:
 
 
 def _around(adapters: Adapters, name: str, *, inside: Any, own: OwnForward) -> AroundLink:
-    """The adapter `name`, or what it combines of the module's, around what stands inside."""
+    """Return the link of the adapter `name`, with its branches if it combines any, around what is inside."""
     if name in adapters.branches:
         inside = Branched(inside, own, {branch: _link(adapters, branch, own) for branch in adapters.branches[name]})
     return _link(adapters, name, inside)
@@ -211,7 +211,7 @@ def rebind(copy: nn.Module) -> None:
 
 
 def has_forward_of_instance(module: nn.Module) -> bool:
-    """Has `module` a forward of its own, other than that of accelerate's hooks around its class's?"""
+    """Return whether `module` has its own `forward` on the instance, other than accelerate's hooks."""
     own = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
     inside = getattr(module, "_old_forward", None) if hasattr(module, "_hf_hook") else own
     return own is not None and getattr(inside, "__func__", None) is not original_forward(module)
@@ -228,7 +228,7 @@ def adapters_at(module: nn.Module) -> Adapters:
 
 
 def acts(module: nn.Module) -> bool:
-    """Would an adapter of `module` itself act in a call that this context makes?"""
+    """Return whether an adapter of `module` itself would be active in a call made by this context."""
     names = module.__dict__.get(_ACTIVE, ())
     if not is_adapted(module):
         return False
@@ -245,12 +245,12 @@ def acts(module: nn.Module) -> bool:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Has `module` an adapter, active or not?"""
+    """Return whether `module` has an adapter, active or not."""
     return hasattr(type(module), "_peftcore_original")  # `fully_shard` may have swapped the class once more
 
 
 def is_outermost(module: nn.Module) -> bool:
-    """Is the class that adapters gave to `module` still its own, not the base of another one (`fully_shard`'s)?"""
+    """Return whether the adapted class is the class of `module` itself, not a base of another (`fully_shard`'s)."""
     return "_peftcore_original" in type(module).__dict__
 
 

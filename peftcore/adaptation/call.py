@@ -139,7 +139,7 @@ class CallContext:
 
     @partial(untraced, within=True)
     def inside(self) -> bool:
-        """Is this thread within a call of the model, and in the same pass?"""
+        """Return whether this thread is in a call of the model, in the same pass."""
         frame = getattr(_CURRENT, "frame", None)
         if frame is None or frame.context is not self:
             return False

@@ -42,7 +42,7 @@ class OwnForward:
     """The `Base` of the innermost adapter: the module's own forward."""
 
     __slots__ = ("_changes", "_forward", "_operands", "_weights", "module")
-    adapter: nn.Module | None = None  # none stands inside
+    adapter: nn.Module | None = None  # none inside
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class OwnForward:
         return output
 
     def _within_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """The same where accelerate spreads a model over devices: its hook brings input and weights to one."""
+        """Call the forward on changed parameters in accelerate's hook, which moves input and weights to one device."""
         hook: Any = getattr(self.module, "_hf_hook", None)
         forward = getattr(getattr(self.module, "_old_forward", None), "__func__", None)
         if hook is None or forward is not original_forward(self.module):
@@ -98,14 +98,11 @@ class OwnForward:
         return expert_changes(self.module, self._changes)
 
     def on_weights(self, changes: Mapping[str, Change]) -> OwnForward:
-        """The same forward, which reads changed parameters: by name (`weight`, `out_proj.weight`), what becomes of it.
-
-        For modules that read weights past the layers that hold them, and layers that do more than their product.
-        """
+        """See `Base.on_weights`."""
         return OwnForward(self.module, self._forward, self._weights, (changes, *self._changes))
 
     def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
-        """(weight `[out, in]`, bias) where calling this with x is x Wᵀ + b and no more, W frozen; else None."""
+        """See `Base.linear_operands`."""
         return None if self._operands is None else self._operands(self.module, x)
 
     def weight(self) -> Tensor:
@@ -114,7 +111,7 @@ class OwnForward:
         Where none does, it is in the dtype in which it is stored (in few bits: float32), else float32 with gradients.
 
         Raises:
-            PeftcoreError: no format reads the module's weight, or an adapter inside is no change of a weight.
+            PeftcoreError: no format reads the module's weight, or an adapter inside does not change a weight.
         """
         return self.weight_and_bias()[0]
 
@@ -139,7 +136,7 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class AroundLink:
-    """What stands inside, with an adapter around it."""
+    """The module with the adapters inside and one adapter around them; the `Base` of the next adapter outside."""
 
     __slots__ = ("_adapter", "_base", "_name", "module")
 
@@ -166,7 +163,7 @@ class AroundLink:
         return type(self)(self._name, self._adapter, self._base.on_weights(changes))
 
     def linear_operands(self, x: Tensor) -> None:
-        """None: an adapter stands between."""
+        """Return None: an adapter is in between."""
 
     def weight(self) -> Tensor:
         """See `OwnForward.weight`."""
@@ -187,7 +184,7 @@ class AroundLink:
 
 
 class Branched:
-    """What stands inside a combiner, and the adapters of the module that it combines, each alone around `own`."""
+    """The `BranchedBase` of a combiner: what is inside, and the adapters that it combines, each alone around `own`."""
 
     __slots__ = ("_base", "_branches", "module", "own")
 
@@ -221,7 +218,7 @@ class Branched:
 
     @property
     def is_own(self) -> bool:
-        """Does no other adapter stand inside, so that calling this is calling `own`?"""
+        """Return whether no other adapter is inside, so that calling this calls `own`."""
         return self._base is self.own
 
     def on_weights(self, changes: Mapping[str, Change]) -> Branched:
@@ -230,7 +227,7 @@ class Branched:
         return Branched(own if self.is_own else base, own, branches)
 
     def linear_operands(self, x: Tensor) -> Any:
-        """Those of what stands inside."""
+        """Return those of what is inside."""
         return self._base.linear_operands(x)
 
     def weight(self) -> Tensor:
@@ -243,7 +240,7 @@ class Branched:
 
 
 class AfterLink(AroundLink):
-    """What stands inside, with an adapter behind it."""
+    """The module with the adapters inside and one adapter after them."""
 
     __slots__ = ()
 
@@ -290,7 +287,7 @@ def _with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
 
 
 def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
-    """What an adapter of one expert's layer stands around: that layer, with the adapters that `base` has inside.
+    """Return the `Base` of an adapter of one expert's layer: the layer with the adapters that `base` has inside.
 
     Args:
         base: the chain of the module of experts as it is.

@@ -16,7 +16,7 @@ from peftcore.adaptation.call import arguments
 
 Maker = Callable[[type[nn.Module]], type[nn.Module]]  # a class -> the subclass of it that is swapped in
 
-BUILT = ("_peftcore_chain", "_peftcore_base")  # attributes that a copy builds anew
+BUILT = ("_peftcore_chain", "_peftcore_base")  # attributes that a copy rebuilds
 
 
 def one_for_each_class(make: Maker) -> Maker:

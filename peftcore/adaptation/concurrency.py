@@ -218,7 +218,7 @@ class ModelLock:
         self._acquire("disable adapters that train parameters of the base", base=True, held=block)
 
     def rests(self) -> bool:
-        """Do the adapters rest in this context? In a backward pass: did they in the forward that it belongs to?"""
+        """Return whether the adapters are inactive in this context; in a backward pass, in its forward pass."""
         if not (_BLOCKS.get() or self._backward):
             return False
         task = torch._C._current_graph_task_id()

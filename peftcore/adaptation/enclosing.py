@@ -47,7 +47,7 @@ def release(module: nn.Module) -> None:
 
 
 def is_enclosing(module: nn.Module) -> bool:
-    """Do adapted modules lie in it, so that its calls are calls of the model?"""
+    """Return whether `module` contains adapted modules, so that its calls are calls of the model."""
     return hasattr(type(module), "_peftcore_enclosed")
 
 

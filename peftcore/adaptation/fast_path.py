@@ -16,7 +16,7 @@ from peftcore.adaptation.adapted import acts, base_modules, is_adapted
 _FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 
-# What stands inside one of these and may be adapted alone.
+# Modules inside these that may be adapted alone.
 _PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -38,7 +38,7 @@ class Flag(int):
 
 
 def guard(model: nn.Module) -> None:
-    """Keep fused paths from adapters in `model`; where none stands any more, the flags are what they were."""
+    """Disable fused paths around adapters in `model`; restore the flags where there is no adapter any more."""
     for module in [*(module for _, module in base_modules(model)), *_around(model)]:
         for kind, name in _FLAGS.items():
             value = module.__dict__.get(name)

@@ -1,4 +1,4 @@
-"""A module whose tables of hooks are made when somebody looks at them.
+"""A module whose tables of hooks are made when they are first read.
 
 PyTorch gives every module a dozen empty ones: 1.6 KB, and as many objects that the garbage collector walks. A model
 with a thousand adapters has a quarter of a million of their modules, of which few are called and none has a hook.
@@ -41,7 +41,7 @@ for _name, _kind in _TABLES.items():
 
 
 def parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Those of `module.modules()`, in a third of its time; one that it has twice comes twice."""
+    """Like `module.modules()`, three times faster; shared modules are not de-duplicated."""
     ahead: list[nn.Module | None] = [module]
     while ahead:
         part = ahead.pop()
@@ -71,7 +71,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _has_plain_state(cls: type[nn.Module]) -> bool:
-    """Is what a module of the class itself adds to `state_dict` its parameters and buffers?"""
+    """Return whether a module of the class adds just its own parameters and buffers to `state_dict`."""
     return (
         cls.state_dict is nn.Module.state_dict
         and cls._save_to_state_dict is nn.Module._save_to_state_dict

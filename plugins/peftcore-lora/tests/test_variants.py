@@ -30,7 +30,10 @@ def test_training_that_goes_another_way_is_told(fields: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("fields", "way_round"),
     [
-        ({"use_dora": True}, r"no field 'use_dora'.* of the method 'dora': peftcore.apply\(model, 'dora', ...\)\. Its"),
+        (
+            {"use_dora": True},
+            r"no field 'use_dora'.*method 'dora': peftcore.apply\(model, 'dora', ...\)\. Its",
+        ),
         ({"use_qalora": True}, "no field 'use_qalora'.* Train on a base in NF4: method qlora. Its fields: r,"),
         ({"use_dorra": True}, r"no field 'use_dorra' \(nearest: 'use_bdlora', 'use_rslora'\)\. Its fields: r,"),
     ],
