@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.validation import fits, in_words
+from peftcore.field_types import fits, in_words
 
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
 
