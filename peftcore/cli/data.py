@@ -56,10 +56,8 @@ class Row:
     """One example. `where` is `FILE:LINE`; `text` is the prompt if there is a completion.
 
     A conversation has messages as chat templates take them, and the tools that may be called; the assistant's turns
-    from
-    `learned_from` on are learned, except the indices `not_learned`. In a preference `completion` is chosen and
-    `rejected`
-    is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
+    from `learned_from` on are learned, except the indices `not_learned`. In a preference `completion` is chosen and
+    `rejected` is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
     """
 
     where: str
@@ -128,8 +126,7 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
     """Return the task that files have examples for.
 
     It is determined by the fields of the first line. If it has a label, all labels decide: lists mean multi-label;
-    numbers
-    of which at least one is not whole mean regression; everything else is classification.
+    numbers of which at least one is not whole mean regression; everything else is classification.
     """
     found: list[Any] = []
     for _, fields in itertools.chain.from_iterable(records(each, columns) for each in _paths(path)):

@@ -39,8 +39,7 @@ class Trace:
 
         Args:
             count: number of phases to show. If a step had more, from more batches, the first two and the last ones are
-                used;
-                if it had fewer, None is returned.
+                used; if it had fewer, None is returned.
         """
         more = len(self.ends) - 1 - count
         if more < 0:

@@ -46,8 +46,7 @@ def own(model: nn.Module) -> Iterator[None]:
     """Make the model compute in its own dtype within the block.
 
     accelerate sets a mixed-precision `forward` on the instance, with which metrics would differ from those before
-    training
-    and from those of `peftcore eval`.
+    training and from those of `peftcore eval`.
     """
     mixed = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
     try:

@@ -54,14 +54,11 @@ def merge(
     Args:
         model: the model.
         keep_adapters: keep the original weights for `unmerge`. If False, the adapters are removed and nothing is kept:
-            the
-            model is a plain model with new weights.
+            the model is a plain model with new weights.
         untie: merge into a weight that another module shares (tied embeddings) by giving the adapted module its own
-            copy.
-            By default such a weight is an error, because merging would change the other module too.
+            copy. By default such a weight is an error, because merging would change the other module too.
         dtype: replace quantized weights that adapters change by dense ones of this dtype. With `keep_adapters=False`
-            the
-            whole model is cast to it. By default they are quantized again, see `max_error`.
+            the whole model is cast to it. By default they are quantized again, see `max_error`.
         max_error: largest fraction of the adapters' change that quantizing again may lose in any layer, see
             `merge_error`.
 
@@ -138,8 +135,7 @@ def merge_error(model: nn.Module) -> dict[str, float]:
     """Return the fraction of the active adapters' change that `merge` would lose in each quantized layer, by path.
 
     0 means no loss, 1 means that the error is as large as the change itself. Dense layers are not listed. The model is
-    not
-    changed.
+    not changed.
     """
     state = engine.require_state(model)
     engine.refuse_merged(state, "measure")

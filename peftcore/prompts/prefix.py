@@ -225,8 +225,7 @@ class PrefixLayer(Adapter):
     """Adapter around one attention module, for activation checkpointing, which takes the cache away from its layer.
 
     The layer runs again in the backward pass, so it must not write into a cache. Here it gets one that stores nothing
-    and
-    holds this layer's part of the prefix, recomputed so that every run has its own graph.
+    and holds this layer's part of the prefix, recomputed so that every run has its own graph.
 
     Args:
         window: how many tokens the layer sees, including its own; None for all.

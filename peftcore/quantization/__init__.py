@@ -37,16 +37,14 @@ def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) 
     """Load a transformers model from a folder or hub id, quantizing each weight as it is read.
 
     Memory holds the quantized model and one dense weight at a time. A checkpoint in bitsandbytes' 4-bit format keeps
-    its
-    bits.
+    its bits.
 
     Args:
         path: folder or hub id.
         quant_type: `nf4` or `fp4`.
         options: `double_quant`, `skip`, `compute_dtype` and `blocksize` as for `quantize`; `dtype` of what stays dense
-            (by
-            default the checkpoint's); `model_class`, by default the class that the checkpoint names. Other options are
-            passed to its `from_pretrained`.
+            (by default the checkpoint's); `model_class`, by default the class that the checkpoint names. Other options
+            are passed to its `from_pretrained`.
 
     Returns:
         The model.

@@ -50,10 +50,8 @@ def quantize(
 
     Layers stay in place and become `QuantizedLinear`, a subclass of `nn.Linear`; modules with experts as parameters
     `[experts, .., ..]` get a subclass with `PackedParameters`. Embeddings, weights shared with them (a tied output
-    head)
-    and experts' biases stay dense. Also left dense, with a warning, are subclasses of `nn.Linear` that compute
-    something
-    else, `nn.MultiheadAttention`, and layers whose weight or its dtype is read or changed by other code
+    head) and experts' biases stay dense. Also left dense, with a warning, are subclasses of `nn.Linear` that compute
+    something else, `nn.MultiheadAttention`, and layers whose weight or its dtype is read or changed by other code
     (`observation.bypassed`, `rewritten`). Layers that are quantized already, also by bitsandbytes, keep their bits.
 
     Args:
@@ -68,13 +66,11 @@ def quantize(
 
     Returns:
         The model, changed in place. The config of a transformers model contains what bitsandbytes needs to load it.
-        Experts
-        and subclasses of `nn.Linear` (Falcon's) can be loaded by `peftcore.quantization.load` only.
+        Experts and subclasses of `nn.Linear` (Falcon's) can be loaded by `peftcore.quantization.load` only.
 
     Raises:
         PeftcoreError: an argument is wrong, a weight is not floating point or contains NaN or Inf, or adapters are
-            applied.
-            The model is left unchanged.
+            applied. The model is left unchanged.
     """
     check_quant_type(quant_type)
     check_blocksize(blocksize)

@@ -45,8 +45,7 @@ class FourBitConfig(QuantizationConfigMixin):
     """Config for quantizing a dense checkpoint in `from_pretrained`, with the arguments of `peftcore.quantize`.
 
     For a checkpoint quantized by bitsandbytes, transformers accepts only bitsandbytes' config and raises ValueError:
-    load
-    it with `peftcore.quantization.load`.
+    load it with `peftcore.quantization.load`.
     """
 
     def __init__(

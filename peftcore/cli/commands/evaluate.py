@@ -34,8 +34,7 @@ def evaluate(
     """Measure a base and its adapter on a file of examples.
 
     A classifier's base has a randomly initialised head, the one that training started with if the adapter records it,
-    so
-    its figures show chance level.
+    so its figures show chance level.
     """
     from peftcore.cli import data as examples
     from peftcore.cli import dtype_choice, models

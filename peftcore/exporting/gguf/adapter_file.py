@@ -30,8 +30,7 @@ def write_adapter(model: nn.Module, path: Path, adapter: str) -> Path:
 
     Raises:
         PeftcoreError: the adapter does more than add low-rank products to weights, or changes modules that llama.cpp
-            does
-            not adapt.
+            does not adapt.
     """
     names = Names(model)
     found = products(model, adapter, "be written as an adapter of llama.cpp")
