@@ -363,7 +363,7 @@ def test_without_the_extension_resident_ones_work_and_paged_ones_say_why(monkeyp
     ("change", "message"),
     [
         (lambda state: state.update(exp_avg_absmax=state["exp_avg_absmax"][:1]), "'exp_avg_absmax' has 1 scales"),
-        (lambda state: state.update(exp_avg=state["exp_avg"].float()), "'exp_avg' is torch.float32; with"),
+        (lambda state: state.update(exp_avg=state["exp_avg"].float()), "'exp_avg' is torch.float32, but state with"),
     ],
     ids=["short", "dtype"],
 )

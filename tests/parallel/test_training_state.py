@@ -164,4 +164,4 @@ def test_the_reference_of_a_sharded_model() -> None:
     for moved, off in run(rank_work.reference, "replicate"):
         assert moved > 1e-3 and off < 1e-6
     for told in run(rank_work.reference, "shard"):
-        assert told.startswith("cannot be kept as a reference because they are sharded")
+        assert told.startswith("adapters cannot be kept as a reference because they are sharded")
