@@ -68,7 +68,9 @@ def test_what_bitsandbytes_leaves_dense_is_told_of(tmp_path):
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
     theirs.save_pretrained(tmp_path / "theirs")
-    with pytest.warns(UserWarning, match=r"4 weights of experts .* are dense in .*\. peftcore.quantize\(model\) quantizes"):
+    with pytest.warns(
+        UserWarning, match=r"4 weights of experts .* are dense in .*peftcore.quantize\(model\) quantizes"
+    ):
         found = peftcore.quantization.load(tmp_path / "theirs")
     assert not list(quantized_experts(found))
     same(peftcore.quantize(found, double_quant=False), peftcore.quantize(theirs, double_quant=False))
