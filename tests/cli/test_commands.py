@@ -33,7 +33,7 @@ def test_plugins_show_what_is_broken(run: Run, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_plugins_survives_a_broken_one_in_strict_mode(tmp_path: Path) -> None:
-    """A plugin that raises on import, really installed: `plugins` and `doctor` list it, `methods` still works."""
+    """A plugin that raises on import, really installed: `plugins` lists it, and asking for it is an error."""
     (tmp_path / "peftcore_limp.py").write_text("raise RuntimeError('no leg')\n")
     info = tmp_path / "peftcore_limp-0.3.dist-info"
     info.mkdir()
@@ -41,9 +41,7 @@ def test_plugins_survives_a_broken_one_in_strict_mode(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[peftcore]\nlimp = peftcore_limp\n")
     listed = command("plugins", path=tmp_path, PEFTCORE_STRICT_PLUGINS="1", COLUMNS="200")
     assert listed.returncode == 0, listed.stderr
-    assert "broken: RuntimeError: no leg" in listed.stdout
-    assert "'limp' (peftcore-limp) is broken" in command("doctor", path=tmp_path).stderr
-    assert "lora" in command("methods", path=tmp_path).stdout
+    assert "broken: RuntimeError: no leg" in listed.stdout and "peftcore-lora" in listed.stdout
     asked = command("methods", "limp", path=tmp_path)
     assert asked.returncode == 1 and "the plugin 'limp' (peftcore-limp 0.3) is broken" in asked.stderr
 

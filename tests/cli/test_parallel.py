@@ -1,7 +1,7 @@
 """`peftcore train --parallel`: rank 0 prints, a run is resumed, a dead rank ends all ranks with its reason.
 
-Ranks are forks with the variables of torchrun, since starting Python with transformers takes most of such a test. One
-test begins with torchrun itself, and the others do so in `make test-all`.
+Ranks are forks with the variables of torchrun, since starting Python with transformers takes most of such a test.
+`make test-all` starts them by torchrun itself.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def test_two_ranks_go_on_from_an_adapter(run: Run, llama: Path, reviews: Path, t
         torch.testing.assert_close(found["fsdp2"][name], tensor, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_dead_rank_ends_all_with_its_reason(llama: Path, reviews: Path, tmp_path: Path) -> None:
     common = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora")
     text = torchrun(*common, "--set", "r=nonsense", "--parallel", "ddp", code=1)

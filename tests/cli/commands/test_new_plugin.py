@@ -71,7 +71,7 @@ assert torch.equal(tiny.logits(peftcore.load(tiny.llama(), sys.argv[1])), tiny.l
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_installed_with_pip_used_and_uninstalled(tmp_path: Path) -> None:
     package = write("fresh", "around", tmp_path)
     site, adapter = tmp_path / "site", tmp_path / "adapter"
