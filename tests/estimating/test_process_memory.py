@@ -1,7 +1,7 @@
 """Peak of a real process compared with the range that is predicted for it.
 
-The range is meant to hold 19 of 20 peaks, which `benchmarks/estimate.py` measures. A single case may miss it, on a processor
-that nobody has tried, so that a test allows a quarter more.
+The range is meant to hold 19 of 20 peaks, which `benchmarks/estimate.py` measures. A single case may miss it on a
+processor that nobody has tried, so a test allows a quarter more.
 """
 
 import subprocess
