@@ -27,7 +27,7 @@ import peftcore
 
 TOKENS = torch.tensor([[5, 17, 3, 60]])
 TARGETS = "all-linear"
-# Calls, files, depth of the stack, as issue 33 wants them.
+# Targets: calls, files, depth of the stack.
 LIMITS = {
     "apply": (4_000, 25, 16),
     "forward": (150, 7, 6),
