@@ -139,9 +139,9 @@ def against_one_process(case: str, how: str) -> tuple[float, float]:
     return gradients, farthest(values(bare), values(alone))
 
 
-def all_against_one_process(hows: list[str]) -> dict[str, tuple[float, float]]:
+def all_against_one_process(hows: list[str], cases: list[str]) -> dict[str, tuple[float, float]]:
     warnings.simplefilter("ignore")
-    return {f"{case} / {how}": against_one_process(case, how) for case in CASES for how in hows}
+    return {f"{case} / {how}": against_one_process(case, how) for case in cases for how in hows}
 
 
 def saved(case: str, how: str, folder: str) -> dict[str, Tensor]:
@@ -299,7 +299,7 @@ def saving(pipe: Any, folder: str) -> None:
             peftcore.save(found, folder)
 
 
-def sharded_by_accelerate() -> dict[str, float]:
+def sharded_by_accelerate(cases: list[str]) -> dict[str, float]:
     """Largest difference of a gradient where accelerate's FSDP2 shards: its core, since it refuses to run on a CPU."""
     from types import SimpleNamespace
 
@@ -308,7 +308,7 @@ def sharded_by_accelerate() -> dict[str, float]:
 
     warnings.simplefilter("ignore")
     found = {}
-    for case in CASES:
+    for case in cases:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )

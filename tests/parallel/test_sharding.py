@@ -7,7 +7,7 @@ import rank_cases
 import rank_work
 import training_work
 from processes import run
-from whole import nightly_but
+from whole import WHOLE, nightly_but
 
 from peftcore.registry import registry
 
@@ -16,20 +16,23 @@ def test_every_method_is_tried() -> None:
     assert {case.partition(",")[0] for case in rank_cases.CASES} == set(registry.methods())
 
 
+ALL = list(rank_cases.CASES)
+KINDS = ALL if WHOLE else list(rank_cases.KINDS)  # every method is tried sharded, one of each kind otherwise
 HOWS = [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"]]
 
 
 @pytest.mark.parametrize("hows", nightly_but(HOWS, [["ddp"], ["shard"]]), ids=str)
 def test_gradients_and_a_step_are_those_of_one_process(hows: list[str]) -> None:
-    for found in run(rank_work.all_against_one_process, hows):
-        assert len(found) == len(rank_cases.CASES) * len(hows)
+    cases = ALL if hows == ["shard"] else KINDS
+    for found in run(rank_work.all_against_one_process, hows, cases):
+        assert len(found) == len(cases) * len(hows)
         wrong = {name: far for name, far in found.items() if max(far) > 1e-6}
         assert not wrong
 
 
 def test_gradients_where_accelerate_shards() -> None:
-    for found in run(rank_work.sharded_by_accelerate):
-        assert found.keys() == rank_cases.CASES.keys() and max(found.values()) <= 1e-6, found
+    for found in run(rank_work.sharded_by_accelerate, KINDS):
+        assert [*found] == KINDS and max(found.values()) <= 1e-6, found
 
 
 @pytest.mark.parametrize("trained_before", [False, True])
