@@ -1,4 +1,7 @@
-"""The whole contract of a plugin: four hooks, called when plugins are found or a method is applied, never later."""
+"""Hooks of plugins. They run when a method is applied or a command starts, never in `forward`.
+
+Packages of the core implement them, too, see `registry.builtin`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftcore.architecture import Architecture
+    from peftcore.exporter import Exporter
     from peftcore.method import Method, WeightFormat
 
 hookspec = pluggy.HookspecMarker("peftcore")
@@ -23,12 +27,17 @@ def peftcore_methods() -> list[Method]:  # type: ignore[empty-body]  # a specifi
 
 @hookspec
 def peftcore_weight_formats() -> list[WeightFormat]:  # type: ignore[empty-body]
-    """Return formats that read and write stored weights of modules whose weight is not a plain dense tensor."""
+    """Return formats of stored weights. Each has a name of its own; those of plugins are asked before the core's."""
 
 
-@hookspec(firstresult=True)
+@hookspec
+def peftcore_exporters() -> list[Exporter]:  # type: ignore[empty-body]
+    """Return formats that `peftcore.export` and `peftcore export` write. Each has a name of its own."""
+
+
+@hookspec
 def peftcore_architecture(model: nn.Module) -> Architecture | None:
-    """Return facts about a model family that `peftcore.observation.detect` cannot see; None for other models."""
+    """Return facts about a model of a family that the core cannot read; None for other models."""
 
 
 @hookspec

@@ -11,17 +11,19 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points, version
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pluggy
 import torch
 
 from peftcore import hookspecs, requirement
 from peftcore.errors import PeftcoreError, PluginError, nearest
+from peftcore.exporter import Exporter
 from peftcore.method import Method, WeightFormat
 
 if TYPE_CHECKING:
@@ -30,9 +32,19 @@ if TYPE_CHECKING:
 GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
 CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
-API = "3.0"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
+API = "3.1"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
 ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords of `apply`, which cannot be names of config fields
-LISTS = ("peftcore_methods", "peftcore_weight_formats")  # hooks that return a list, never None
+LISTS = ("peftcore_methods", "peftcore_weight_formats", "peftcore_exporters")  # hooks that return a list, never None
+
+
+class Named(Protocol):
+    """Object that a hook returns and that is found by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Offered = TypeVar("Offered", bound=Named)
 
 
 def canonical(name: str) -> str:
@@ -51,6 +63,22 @@ class Plugin:
     methods: list[Method] = field(default_factory=list)
     error: str | None = None
 
+    def __str__(self) -> str:
+        """Return who it is, for messages."""
+        return self.name if self is CORE else f"the plugin '{self.name}' ({self.distribution} {self.version})"
+
+
+CORE = Plugin("peftcore")  # owner of the built-in hooks
+_BUILTIN: dict[str, ModuleType] = {}  # modules of the core that implement hooks, by name
+
+
+def builtin(module: ModuleType) -> None:
+    """Register the hooks of a module of the core. It calls this when it is imported.
+
+    They are implemented like those of plugins and asked after them; errors in them are raised as they are.
+    """
+    _BUILTIN[module.__name__] = module
+
 
 class Registry:
     """The plugins of one process. Discovery runs once, at the first question."""
@@ -60,13 +88,18 @@ class Registry:
         self._manager.add_hookspecs(hookspecs)
         self._plugins: dict[str, Plugin] = {}  # by canonical name
         self._discovered = False
-        self._own_formats: list[WeightFormat] = []
-        self._formats: list[WeightFormat] | None = None  # of plugins, then of the core; None: not collected yet
+        self._built_in = 0  # number of built-ins that are registered with pluggy
+        self._offered: dict[
+            str, tuple[int, dict[str, tuple[Plugin, Any]]]
+        ] = {}  # by hook, with the number of built-ins
 
     @property
     def hook(self) -> Any:
-        """Hook caller of pluggy, with every working plugin registered."""
+        """Hook caller of pluggy, with every working plugin and the built-in hooks registered."""
         self.plugins()
+        for name in list(_BUILTIN)[self._built_in :]:
+            self._manager.register(_BUILTIN[name], name=name)
+            self._built_in += 1
         return self._manager.hook
 
     def plugins(self) -> list[Plugin]:
@@ -117,35 +150,69 @@ class Registry:
         )
 
     def weight_formats(self) -> list[WeightFormat]:
-        """Return the formats of all plugins, then those of the core.
+        """Return the weight formats of all plugins, then those of the core. Each has a name of its own.
 
         Raises:
             PluginError: a plugin's hook fails; otherwise weights in its format would be mistaken for plain ones.
         """
-        if self._formats is None:
-            of_plugins = [
-                dataclasses.replace(weight_format, matches=_contained(plugin, weight_format))
-                for plugin, formats in self.answers("peftcore_weight_formats")
-                for weight_format in _all_are(WeightFormat, plugin, "peftcore_weight_formats", formats)
-            ]
-            self._formats = [*of_plugins, *self._own_formats]
-        return self._formats
+        return [each for _, each in self.offered("peftcore_weight_formats", WeightFormat).values()]
 
-    def add_weight_format(self, weight_format: WeightFormat) -> None:
-        """Add a format of the core, from the package with the layers that it reads."""
-        self._own_formats.append(weight_format)
-        self._formats = None
-
-    def answers(self, hook: str, *, contain: bool = False, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
-        """Yield (plugin, result of its `hook`) for every plugin that has one, in pluggy's order, last registered first.
+    def exporters(self) -> dict[str, tuple[Plugin, Exporter]]:
+        """Return the formats that `export` writes by name, with their plugins.
 
         Raises:
-            PluginError: a hook fails. With `contain` that is a warning, and the other plugins are used.
+            PluginError: a plugin returns something else, or a name that is taken.
         """
-        for implementation in reversed(getattr(self.hook, hook).get_hookimpls()):
+        return self.offered("peftcore_exporters", Exporter, contain=True)
+
+    def offered(self, hook: str, kind: type[Offered], *, contain: bool = False) -> dict[str, tuple[Plugin, Offered]]:
+        """Return what the implementations of a hook that returns lists offer, by name, with their plugins.
+
+        Raises:
+            PluginError: an implementation fails (a warning with `contain`), returns something else than a list of
+                `kind`, or two have an object with the same name.
+        """
+        known = self._offered.get(hook)
+        if known is not None and known[0] == len(_BUILTIN):
+            return known[1]
+        found: dict[str, tuple[Plugin, Any]] = {}
+        for plugin, answer in self.answers(hook, contain=contain):
+            for each in _all_are(kind, plugin, hook, answer):
+                if each.name in found:
+                    first, second = found[each.name][0], plugin
+                    raise PluginError(
+                        f"{hook}: {first} and {second} both offer '{each.name}'. Give one another name, or list the "
+                        f"plugins to use without one of them: {CHOSEN}=NAME,NAME"
+                    )
+                contained = isinstance(each, WeightFormat) and plugin is not CORE
+                found[each.name] = plugin, _contained(plugin, each) if contained else each
+        self._offered[hook] = len(_BUILTIN), found
+        return found
+
+    def answers(
+        self, hook: str, *, contain: bool = False, first: bool = False, **arguments: Any
+    ) -> Iterator[tuple[Plugin, Any]]:
+        """Yield (plugin, result of its `hook`) for every plugin that has one, then for the core.
+
+        The order is pluggy's: what was registered last comes first. With `first` the core is asked only if no plugin
+        answered.
+
+        Raises:
+            PluginError: a plugin's hook fails. With `contain` that is a warning, and the other plugins are used.
+        """
+        answered = False
+        implementations = reversed(getattr(self.hook, hook).get_hookimpls())
+        for implementation in sorted(implementations, key=lambda each: each.plugin_name in _BUILTIN):
+            given = {name: arguments[name] for name in implementation.argnames}
+            if implementation.plugin_name in _BUILTIN:
+                if first and answered:
+                    return
+                answer = implementation.function(**given)
+                if answer is not None:
+                    yield CORE, answer
+                continue
             plugin = self._plugins[canonical(implementation.plugin_name)]
             try:
-                given = {name: arguments[name] for name in implementation.argnames}
                 answer = implementation.function(**given)
             except (Exception, SystemExit) as error:
                 if not contain:
@@ -153,6 +220,7 @@ class Registry:
                 self.go_on_without(hook, plugin, error)
                 continue
             if answer is not None or hook in LISTS:
+                answered = True
                 yield plugin, answer
 
     def go_on_without(self, what: str, plugin: Plugin, error: BaseException) -> None:
@@ -162,8 +230,8 @@ class Registry:
         warnings.warn(f"{_failure(what, plugin, error)}. peftcore continues without it", stacklevel=4)
 
     @contextmanager
-    def naming(self, method: str, function: str) -> Iterator[None]:
-        """Name the plugin of `method`, and its `function`, in an error that the block raises.
+    def naming(self, method: str | Plugin, function: str) -> Iterator[None]:
+        """Name the plugin, or that of `method`, and its `function` in an error that the block raises.
 
         Errors of peftcore, warnings turned into errors, and lack of memory are passed on unchanged.
 
@@ -175,7 +243,7 @@ class Registry:
         except (PeftcoreError, Warning, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            plugin = self.plugin_of(method)
+            plugin = method if isinstance(method, Plugin) else self.plugin_of(method)
             raise PluginError(_failure(f"`{function}`", plugin, error)) from error
 
     def register(self, name: str, plugin: Any, distribution: str = "-", version: str = "-") -> Plugin:
@@ -191,7 +259,7 @@ class Registry:
         entry = Plugin(name, distribution, version)
         entry.methods = self._register(entry, plugin)
         self._plugins[canonical(name)] = entry
-        self._formats = None
+        self._offered.clear()
         return entry
 
     def unregister(self, name: str) -> None:
@@ -200,7 +268,7 @@ class Registry:
         entry = self._plugins.pop(canonical(name), None)
         if entry is not None and self._manager.get_plugin(entry.name) is not None:
             self._manager.unregister(name=entry.name)
-            self._formats = None
+            self._offered.clear()
 
     def _discover(self) -> None:
         by_name: dict[str, list[EntryPoint]] = defaultdict(list)
@@ -250,7 +318,8 @@ class Registry:
 
     def _forget(self) -> None:
         """Clear the cache, so that plugins are discovered again on next use."""
-        self._plugins, self._discovered, self._formats = {}, False, None
+        self._plugins, self._discovered = {}, False
+        self._offered.clear()
 
     def _register(self, entry: Plugin, plugin: Any) -> list[Method]:
         _check_api(plugin)
@@ -330,7 +399,7 @@ def _without(plugin: Plugin) -> str:
 
 
 def _named(hook: str, plugin: Plugin) -> str:
-    return f"{hook} of the plugin '{plugin.name}' ({plugin.distribution} {plugin.version})"
+    return f"{hook} of {plugin}"
 
 
 def _failure(what: str, plugin: Plugin, error: BaseException) -> str:
@@ -368,8 +437,8 @@ def _all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
     return list(answers)
 
 
-def _contained(plugin: Plugin, weight_format: WeightFormat) -> Callable[[nn.Module], bool]:
-    """Return `matches` of a plugin's format, with errors that name the plugin."""
+def _contained(plugin: Plugin, weight_format: WeightFormat) -> WeightFormat:
+    """Return a plugin's format with errors of `matches` that name the plugin."""
 
     def matches(module: nn.Module) -> bool:
         try:
@@ -380,7 +449,7 @@ def _contained(plugin: Plugin, weight_format: WeightFormat) -> Callable[[nn.Modu
                 f"{type(module).__name__}: {type(error).__name__}: {error}. {_without(plugin)}"
             ) from error
 
-    return matches
+    return dataclasses.replace(weight_format, matches=matches)
 
 
 def _chosen() -> list[str] | None:

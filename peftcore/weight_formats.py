@@ -1,15 +1,18 @@
-"""Reading and writing of a layer's weight as a dense one: plugins' formats, quantized, transposed, or plain."""
+"""Weight formats of dense layers, and the search for the format of a module."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError
 from peftcore.experts import PackedExpert
+from peftcore.hookspecs import hookimpl
 from peftcore.layers import is_conv1d
 from peftcore.method import WeightFormat
-from peftcore.registry import registry
+from peftcore.registry import builtin, registry
 
 
 def _attention_bias(module: nn.MultiheadAttention) -> Tensor | None:
@@ -53,9 +56,17 @@ ONE_EXPERT = WeightFormat(
 )
 
 
+@hookimpl
+def peftcore_weight_formats() -> list[WeightFormat]:
+    return [TRANSPOSED, ATTENTION, ONE_EXPERT, DENSE]
+
+
+builtin(sys.modules[__name__])
+
+
 def find_weight_format(module: nn.Module) -> WeightFormat | None:
     """Return the format that reads the weight of `module`, or None; plugins' formats come first."""
-    for each in (*registry.weight_formats(), TRANSPOSED, ATTENTION, ONE_EXPERT, DENSE):
+    for each in registry.weight_formats():
         if each.matches(module):
             return each
     return None

@@ -11,7 +11,19 @@ from imports import CORE, MODULES, ROOT, imports, private_names
 
 # Each package may import packages of the lines above its own, and no others.
 ORDER = [
-    {"adapter", "errors", "field_types", "requirement", "architecture", "hookspecs", "events", "layers", "ops"},
+    {
+        "adapter",
+        "errors",
+        "field_types",
+        "requirement",
+        "architecture",
+        "exporter",
+        "hookspecs",
+        "events",
+        "layers",
+        "ops",
+    },
+    {"architecture", "exporter", "hookspecs"},
     {"validation", "ranks", "method", "adapter_files", "optim", "experts"},
     {"registry"},
     {"weight_formats"},

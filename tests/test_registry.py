@@ -173,7 +173,7 @@ def test_an_installed_plugin_that_does_not_declare_its_api(discover) -> None:
     plugin = Answers([tiny.method("scale")])
     registry = discover(("scale", plugin, "peftcore-scale"))
     del plugin.peftcore_api
-    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin APIs .*peftcore_api = \">=3.0,<4\""):
+    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin APIs .*peftcore_api = \">=3.1,<4\""):
         assert registry.methods() == {}
 
 
@@ -206,12 +206,12 @@ def test_malformed_methods(discover, plugin, message: str) -> None:
         assert registry.methods() == {}
 
 
-@pytest.mark.parametrize("api", [">=4", ">=3.1,<4", "==2.*", "<3"])
+@pytest.mark.parametrize("api", [">=4", ">=3.9,<4", "==2.*", "<3"])
 def test_a_plugin_that_does_not_support_this_api(discover, api: str) -> None:
     plugin = tiny.Plugin(tiny.method("scale"))
     plugin.peftcore_api = api
     registry = discover(("scale", plugin, "peftcore-scale"))
-    with pytest.warns(UserWarning, match=rf"supports the plugin APIs {re.escape(api)}, this peftcore has 3.0. Upgrade"):
+    with pytest.warns(UserWarning, match=rf"supports the plugin APIs {re.escape(api)}, this peftcore has 3.1. Upgrade"):
         assert registry.methods() == {}
 
 
@@ -277,7 +277,7 @@ def test_a_hook_that_fails_is_named_and_stops_no_other(discover, monkeypatch) ->
     registry = discover(("works", Works(), "peftcore-works"), ("zfails", Failing(), "peftcore-zfails"))
     named = r"of the plugin 'zfails' \(peftcore-zfails 1.0\) failed: "
     with pytest.warns(UserWarning, match=rf"peftcore_architecture {named}KeyError: 'vision_config'"):
-        (answer,) = registry.answers("peftcore_architecture", contain=True, model=None)
+        (answer,) = registry.answers("peftcore_architecture", contain=True, first=True, model=None)
     assert answer[1].hidden_size == 7
     with pytest.warns(UserWarning, match=rf"peftcore_commands {named}ImportError: no module named 'fire'"):
         list(registry.answers("peftcore_commands", contain=True, app="app"))
@@ -286,7 +286,7 @@ def test_a_hook_that_fails_is_named_and_stops_no_other(discover, monkeypatch) ->
         registry.weight_formats()
     monkeypatch.setenv("PEFTCORE_STRICT_PLUGINS", "1")
     with pytest.raises(peftcore.PluginError, match=rf"peftcore_architecture {named}KeyError"):
-        list(registry.answers("peftcore_architecture", contain=True, model=None))
+        list(registry.answers("peftcore_architecture", contain=True, first=True, model=None))
 
 
 def test_detect_goes_on_without_a_plugin_that_fails(discover, monkeypatch) -> None:
@@ -331,9 +331,57 @@ def test_a_weight_format_that_fails_is_named(discover) -> None:
         def peftcore_weight_formats(self):
             return [WeightFormat("blocks", lambda module: module.blocks, None, None)]
 
-    (chosen,) = discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()
+    chosen = discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()[0]
     with pytest.raises(peftcore.PluginError, match=r"'blocks'.*'wrong' \(peftcore-wrong 1.0\) failed at Linear: Attr"):
         chosen.matches(torch.nn.Linear(2, 2))
+
+
+def blocks(name: str = "blocks") -> object:
+    """A plugin with one weight format."""
+
+    class Blocks:
+        @hookimpl
+        def peftcore_weight_formats(self):
+            return [WeightFormat(name, lambda module: False, None, None)]
+
+    return Blocks()
+
+
+def test_weight_formats_of_plugins_come_before_the_cores(discover) -> None:
+    found = discover(("one", blocks("1"), "peftcore-one"), ("two", blocks("2"), "peftcore-two")).weight_formats()
+    names = [each.name for each in found]
+    assert names[:2] == ["2", "1"] and names[-1] == "dense" and "wrapped" in names
+
+
+def test_two_weight_formats_of_one_name_are_refused(discover) -> None:
+    registry = discover(("one", blocks(), "peftcore-one"), ("two", blocks(), "peftcore-two"))
+    both = r"'two' \(peftcore-two 1.0\) and the plugin 'one' \(peftcore-one 1.0\) both offer 'blocks'"
+    with pytest.raises(peftcore.PluginError, match=rf"{both}. Give one another name"):
+        registry.weight_formats()
+    registry.unregister("two")
+    assert registry.weight_formats()[0].name == "blocks"
+    with pytest.raises(peftcore.PluginError, match=r"'dense' \(d 1.0\) and peftcore both offer 'dense'"):
+        discover(("dense", blocks("dense"), "d")).weight_formats()
+
+
+def test_two_plugins_that_describe_one_model_differently_are_refused(discover, monkeypatch) -> None:
+    from peftcore.observation import detecting
+
+    class Sized:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        @hookimpl
+        def peftcore_architecture(self, model):
+            return Architecture(hidden_size=self.size) if isinstance(model, torch.nn.Linear) else None
+
+    one, two = ("one", Sized(1), "peftcore-one"), ("two", Sized(2), "peftcore-two")
+    monkeypatch.setattr(detecting, "registry", discover(one, two))
+    with pytest.raises(peftcore.PluginError, match=r"'two' .* and the plugin 'one' .* describe Linear differently"):
+        detecting.detect(torch.nn.Linear(2, 2))
+    assert detecting.detect(tiny.llama()).hidden_size == tiny.llama().config.hidden_size  # neither describes it
+    monkeypatch.setattr(detecting, "registry", discover(one, ("three", Sized(1), "peftcore-three")))
+    assert detecting.detect(torch.nn.Linear(2, 2)).hidden_size == 1
 
 
 @pytest.mark.parametrize("api", ["3", 3, 1.0, True, None, "", "three"])

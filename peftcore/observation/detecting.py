@@ -1,12 +1,13 @@
 """Detection of a model's architecture: its task, and where its backbone, embedding and heads are.
 
-It is read from the model itself, as transformers' models provide it; a plugin's `peftcore_architecture` hook takes
-precedence.
+It is read from the model itself, as transformers' models provide it, unless a plugin's `peftcore_architecture` hook
+describes the model.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from torch import nn
@@ -15,10 +16,11 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PluginError
+from peftcore.hookspecs import hookimpl
 from peftcore.observation.heads import task_heads
 from peftcore.observation.language_config import text_config
 from peftcore.observation.sublayers import Observed
-from peftcore.registry import registry
+from peftcore.registry import Plugin, builtin, registry
 
 # Names of the argument for the attention cache, which differ between releases of transformers.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -32,15 +34,35 @@ _TASKS = {
 
 
 def detect(model: nn.Module) -> Architecture:
-    """Return the architecture of `model`, from a plugin's hook or from the model itself."""
-    for plugin, answer in registry.answers("peftcore_architecture", contain=True, model=model):
+    """Return the architecture of `model`, from a plugin's hook or from the model itself.
+
+    Raises:
+        PluginError: two plugins describe the model differently, or a hook returns something else.
+    """
+    found: tuple[Plugin, Architecture] | None = None
+    for plugin, answer in registry.answers("peftcore_architecture", contain=True, first=True, model=model):
         if not isinstance(answer, Architecture):
             raise PluginError(
-                f"peftcore_architecture of the plugin '{plugin.name}' ({plugin.distribution} {plugin.version}) must "
-                f"return a peftcore.plugin.Architecture or None, found {type(answer).__name__}"
+                f"peftcore_architecture of {plugin} must return a peftcore.plugin.Architecture or None, found "
+                f"{type(answer).__name__}"
             )
-        return answer
+        if found is None:
+            found = plugin, answer
+        elif answer != found[1]:
+            raise PluginError(
+                f"peftcore_architecture: {found[0]} and {plugin} describe {type(model).__name__} differently. List the "
+                f"plugins to use without one of them: PEFTCORE_PLUGINS=NAME,NAME"
+            )
+    assert found is not None  # the core describes every model
+    return found[1]
+
+
+@hookimpl
+def peftcore_architecture(model: nn.Module) -> Architecture:
     return _read(model)
+
+
+builtin(sys.modules[__name__])
 
 
 def _read(model: nn.Module) -> Architecture:

@@ -1,7 +1,8 @@
-"""Weight format for merging into 4-bit parameters. Importing this module registers it."""
+"""Weight format of 4-bit parameters."""
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any, cast
 
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ops
+from peftcore.hookspecs import hookimpl
 from peftcore.method import WeightFormat
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import make_plain
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import forget_dense
 from peftcore.quantization.parameters import BUFFERS, PackedParameters
-from peftcore.registry import registry
+from peftcore.registry import builtin
 
 
 @cache
@@ -60,4 +62,11 @@ def _plain(module: PackedParameters) -> None:
 
 
 QUANTIZED = four_bits("weight")
-registry.add_weight_format(QUANTIZED)
+
+
+@hookimpl
+def peftcore_weight_formats() -> list[WeightFormat]:
+    return [QUANTIZED]
+
+
+builtin(sys.modules[__name__])

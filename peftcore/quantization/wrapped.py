@@ -1,21 +1,23 @@
 """Weights that another library quantized and stores in a tensor of its own class, such as torchao's and quanto's.
 
 The layer remains that library's: its forward runs with adapters around it, and code that asks for the dense weight gets
-a dequantized one. Importing this module registers the format.
+a dequantized one.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import PeftcoreError
+from peftcore.hookspecs import hookimpl
 from peftcore.layers import is_linear, is_wrapped
 from peftcore.method import WeightFormat
-from peftcore.registry import registry
+from peftcore.registry import builtin
 
 _ORIGINAL = "_peftcore_original_quantization"  # attribute: (quantization_config, hf_quantizer) as the model was loaded
 
@@ -62,4 +64,11 @@ WRAPPED = WeightFormat(
     decode=lambda _module, tensors: tensors["weight"].float(),
     update_config=_sync_config,
 )
-registry.add_weight_format(WRAPPED)
+
+
+@hookimpl
+def peftcore_weight_formats() -> list[WeightFormat]:
+    return [WRAPPED]
+
+
+builtin(sys.modules[__name__])

@@ -1,0 +1,57 @@
+"""Description of a format that `peftcore.export` and `peftcore export` write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PARTS = ("adapter", "model")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a format that has none."""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A format for other programs: how an adapter, a whole model, or both are written in it.
+
+    Args:
+        name: value of `peftcore.export(format=)` and of `--format`.
+        programs: programs that read the format, such as `llama.cpp, Ollama`; for help texts.
+        write_adapter: (model, path, adapter, options) -> None: write the applied adapter with this name. None if the
+            format has no adapters.
+        write_model: (model, path, options) -> None: write the whole model. None if the format has no models.
+        options: frozen dataclass of the format's options, as keyword arguments of `peftcore.export` and as `--set`.
+            The command line fills fields called `tokenizer` and `chat_template` from the run.
+        adapter_file: name of an adapter's file in the folder that the command line writes. Empty if `write_adapter`
+            writes the folder itself.
+        model_file: likewise for `write_model`. Options are filled in: `model-{gguf_type}.gguf`.
+        with_adapters: `write_model` writes active adapters as well. Otherwise active adapters must have been merged.
+        check: (model) -> None: raise a `PeftcoreError` for a model that the format does not support, before anything is
+            written.
+        usage: (path, base, part) -> commands that use what was written. `part` is `adapter` or `model`, `base` the hub
+            id or path of the base model.
+        remarks: (path, base, part) -> sentences about what may not work with what was written.
+    """
+
+    name: str
+    programs: str
+    write_adapter: Callable[[Any, Path, str, Any], None] | None = None
+    write_model: Callable[[Any, Path, Any], None] | None = None
+    options: type = NoOptions
+    adapter_file: str = ""
+    model_file: str = ""
+    with_adapters: bool = False
+    check: Callable[[Any], None] = lambda model: None
+    usage: Callable[[Path, str, str], Sequence[str]] = lambda path, base, part: ()
+    remarks: Callable[[Path, str, str], Sequence[str]] = lambda path, base, part: ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return which of `adapter` and `model` the format has."""
+        writers = (self.write_adapter, self.write_model)
+        return tuple(part for part, write in zip(PARTS, writers, strict=True) if write is not None)
