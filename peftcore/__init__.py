@@ -11,9 +11,6 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
     # Packages that are reached as attributes and are not public names.
     from peftcore import optim as optim
     from peftcore import quantization as quantization
-    from peftcore.checkpoint import load as load
-    from peftcore.checkpoint import save as save
-    from peftcore.checkpoint import set_resident_limit as set_resident_limit
     from peftcore.composing.adapter_state import set_state_dict as set_state_dict
     from peftcore.composing.adapter_state import state_dict as state_dict
     from peftcore.composing.combining import combine as combine
@@ -39,6 +36,9 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
     from peftcore.estimating import estimate as estimate
     from peftcore.estimating import suggest as suggest
     from peftcore.exporting.export import export as export
+    from peftcore.files.loading import load as load
+    from peftcore.files.resident import set_resident_limit as set_resident_limit
+    from peftcore.files.saving import save as save
     from peftcore.merging.merge import merge as merge
     from peftcore.merging.merge import merge_error as merge_error
     from peftcore.merging.merge import unmerge as unmerge
@@ -56,7 +56,6 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
 
 # {module: its public names}; `tests/test_public_names.py` compares the names with the imports above.
 _PUBLIC = {
-    "peftcore.checkpoint": ("load", "save", "set_resident_limit"),
     "peftcore.composing.adapter_state": ("set_state_dict", "state_dict"),
     "peftcore.composing.combining": ("combine",),
     "peftcore.composing.converting": ("convert",),
@@ -76,6 +75,9 @@ _PUBLIC = {
     "peftcore.errors": ("CheckpointError", "PeftcoreError", "PluginError"),
     "peftcore.estimating": ("Estimate", "Step", "Suggestion", "estimate", "suggest"),
     "peftcore.exporting.export": ("export",),
+    "peftcore.files.loading": ("load",),
+    "peftcore.files.resident": ("set_resident_limit",),
+    "peftcore.files.saving": ("save",),
     "peftcore.merging.merge": ("merge", "merge_error", "unmerge"),
     "peftcore.parallel": ("TrainingState", "load_sharded", "shard"),
     "peftcore.quantization": ("dequantize", "quantize"),

@@ -1,4 +1,4 @@
-"""Write `peftcore/peft_fields/peft_defaults.json` from the installed PEFT: `python tests/peft_defaults.py`."""
+"""Write `peftcore/files/peft_defaults.json` from the installed PEFT: `python tests/peft_defaults.py`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from peftcore.peft_fields.defaults import EMPTY, FILE
-from peftcore.peft_fields.method_config import COMMON
+from peftcore.files.peft_defaults import EMPTY, FILE
+from peftcore.files.peft_fields import COMMON
 
 
 def of_installed() -> dict[str, Any]:

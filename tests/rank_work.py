@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_parameters, set_trainable
+from peftcore.files.loading import restore
 from peftcore.parallel import refuse_between_blocks
 from peftcore.testing import disturb
 
@@ -156,7 +157,7 @@ def saved(case: str, how: str, folder: str) -> dict[str, Tensor]:
     assert farthest(values(found), wanted) > 0
     with torch.no_grad():
         found(input_ids=TOKENS)  # leaves the root's parameters whole
-    peftcore.checkpoint.restore(found, folder)
+    restore(found, folder)
     assert farthest(values(found), wanted) == 0
     return wanted
 

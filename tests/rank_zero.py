@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_parameters
+from peftcore.files.loading import restore
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
 CONFIG = {
@@ -173,7 +174,7 @@ def saved_and_restored(folder: str, **zero: Any) -> dict[str, dict[str, Tensor]]
     peftcore.save(found, folder)
     step()
     stages["moved"] = step()
-    peftcore.checkpoint.restore(found, folder)
+    restore(found, folder)
     stages["restored"] = values(found)
     stages["a step later"] = step()
     return stages

@@ -13,7 +13,7 @@ import torch
 
 import peftcore
 from peftcore import registry as registry_module
-from peftcore.peft_fields import method_choice
+from peftcore.files import peft_fields
 from peftcore.plugin import Architecture, Method, StateRules, WeightFormat, hookimpl
 from peftcore.registry import ARGUMENTS_OF_APPLY, Registry
 
@@ -226,9 +226,9 @@ def test_a_message_never_names_a_package_that_may_be_a_strangers(discover, monke
     registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
     with pytest.raises(peftcore.PluginError) as unknown:
         registry.method("scael")
-    monkeypatch.setattr(method_choice, "registry", registry)
+    monkeypatch.setattr(peft_fields, "registry", registry)
     with pytest.raises(peftcore.PluginError) as foreign:
-        method_choice.method_of_fields("a file", {"peft_type": "EVIL_NAME"})
+        peft_fields.method_of_fields("a file", {"peft_type": "EVIL_NAME"})
     assert "no PEFT method 'scael' is installed (installed: scale) (nearest: 'scale')" in str(unknown.value)
     assert "no installed method reads peft_type 'EVIL_NAME' (installed: TOY_SCALE (scale))" in str(foreign.value)
     for error in (unknown, foreign):

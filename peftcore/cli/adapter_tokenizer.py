@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.adapter_files.content import JSON_BYTES, parse_json, read_bytes, require_regular
 from peftcore.cli import template_process
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files.safe_reading import JSON_BYTES, parse_json, read_bytes, require_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -60,11 +60,11 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     Raises:
         PeftcoreError: the folder has no adapter, or one for a task that no command runs.
     """
-    from peftcore import checkpoint
-    from peftcore.adapter_files.content import JSON_BYTES, parse_json, read_bytes
+    from peftcore.files.reading import fields_of_folder
+    from peftcore.files.safe_reading import JSON_BYTES, parse_json, read_bytes
 
     given = tuple(part.strip() for part in labels.split(",")) if labels else ()
-    fields, foreign = checkpoint.about(folder)
+    fields, foreign = fields_of_folder(folder)
     try:
         stored = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
         if not isinstance(stored, dict):
@@ -99,20 +99,20 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
 
 def _refuse_labels_without_outputs(folder: Path, task: AdapterTask) -> None:
     """Raise a ValueError for very many labels without a head in the adapter, before the base gets one of that size."""
-    from peftcore import adapter_files
+    from peftcore.files.folder import read_tensors
 
     count = len(task.labels)
     if task.task in data.LABELLED and count > _LABELS:
-        tensors, _ = adapter_files.read_tensors(folder)
+        tensors, _ = read_tensors(folder)
         if not any(tensor.shape[:1] == (count,) for tensor in tensors.values()):
             raise ValueError(f"it names {count:,} labels, but no tensor of the adapter has as many rows")
 
 
 def base_of(folder: Path, model: str | None) -> str:
     """Return the base of an adapter: `model` if given, otherwise the one the adapter names."""
-    from peftcore import checkpoint
+    from peftcore.files.reading import fields_of_folder
 
-    named = model or checkpoint.about(folder)[0].get("base_model_name_or_path")
+    named = model or fields_of_folder(folder)[0].get("base_model_name_or_path")
     if not named or not isinstance(named, str):
         raise PeftcoreError(f"'{folder}' does not name the base it was trained on. Pass it: --model MODEL")
     return named
@@ -309,12 +309,12 @@ def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
     Raises:
         PeftcoreError: the adapter's tokenizer has tokens without rows.
     """
-    from peftcore import checkpoint
+    from peftcore.files.vocabulary import vocabulary_rows
 
     before = vocabulary(model)
     if before is None:
         return False
-    rows = checkpoint.vocabulary_rows(model, folder) or before
+    rows = vocabulary_rows(model, folder) or before
     if rows != before:
         model.resize_token_embeddings(rows)  # the new rows come from the adapter
     if has_tokenizer(folder) and (tokens := _tokens(adapter_tokenizer.load(folder))) > rows:
@@ -464,7 +464,7 @@ def _set_padding(loaded: PreTrainedModel, model: str) -> None:
 
 
 def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
-    from peftcore import adapter_files
+    from peftcore.files.folder import read_tensors
 
     if fields.get("task_type") in (None, "CAUSAL_LM"):
         return AdapterTask(data.LANGUAGE_MODEL, 512)
@@ -472,7 +472,7 @@ def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
         raise PeftcoreError(
             f"'{folder}' is for the task {fields['task_type']}, which no command supports. Use the library"
         )
-    tensors, _ = adapter_files.read_tensors(folder)
+    tensors, _ = read_tensors(folder)
     saved = fields.get("modules_to_save") or ["classifier", "score"]
     if not isinstance(saved, list) or len(saved) > _MODULES or not all(isinstance(each, str) for each in saved):
         raise CheckpointError(f"'{folder}': modules_to_save must be a list of names, found {shown(saved)}")

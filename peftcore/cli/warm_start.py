@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.adapter_files.content import JSON_BYTES, parse_json, read_bytes
 from peftcore.cli import data, models
 from peftcore.cli.fields import text_of
 from peftcore.cli.models import TASK_FILE, AdapterTask
 from peftcore.cli.settings import RUN_FILE, Settings
 from peftcore.errors import PeftcoreError
+from peftcore.files.safe_reading import JSON_BYTES, parse_json, read_bytes
 from peftcore.validation import check_types
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
     Raises:
         PeftcoreError: there is no adapter, `method` does not read it, or it is in `output`.
     """
-    from peftcore import checkpoint
+    from peftcore.files.reading import method_of_folder
     from peftcore.registry import registry
 
     if folder.resolve().is_relative_to(output.resolve()):
@@ -82,7 +82,7 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
         method = before.method if registry.method(before.method).recorded_as is not None else None
     chosen = None if method is None else registry.method(method)
     if chosen is None or chosen.recorded_as is None:
-        return Start(folder.resolve(), task, base, checkpoint.method_of(folder, method, "--method {}").name)
+        return Start(folder.resolve(), task, base, method_of_folder(folder, method, "--method {}").name)
     fields = before.fields if before is not None and before.method == chosen.name else {}
     return Start(folder.resolve(), task, base, chosen.name, fields)
 
@@ -118,13 +118,14 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
     import torch
 
     import peftcore
-    from peftcore import checkpoint, engine
+    from peftcore import engine
+    from peftcore.files.reading import read_adapter
     from peftcore.registry import registry
 
     folder, method = Path(str(settings.adapter)), registry.method(settings.method)
     named = None if method.recorded_as is not None else method.name
     models.fit_vocabulary(model, folder)
-    _, config, _, _ = checkpoint.read(folder, model, named)
+    _, config, _, _ = read_adapter(folder, model, named)
     shared = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
     names = {each.name for each in dataclasses.fields(method.config_class)}
     asked: Any = None

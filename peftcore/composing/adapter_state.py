@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import checkpoint, engine, ranks
+from peftcore import engine, ranks
 from peftcore.adapter import Adapter, LowRank, implements
-from peftcore.checkpoint.fitting import config_on, refuse_other_base
-from peftcore.checkpoint.reading import ties_partly
-from peftcore.checkpoint.tensors import fill, kept_on_disk, tensors_on_disk
 from peftcore.composing.compatibility import difference, has_nonpersistent_buffers
 from peftcore.engine.scaling import scaled_config, set_multiplier
 from peftcore.errors import CheckpointError
+from peftcore.files.fitting import config_on, refuse_other_base
+from peftcore.files.peft_defaults import peft_version
+from peftcore.files.peft_fields import guarded
+from peftcore.files.reading import read_adapter, ties_partly
+from peftcore.files.tensors import fill, kept_on_disk, tensors_on_disk
 from peftcore.method import Method, Model
-from peftcore.peft_fields import guarded, peft_version
 from peftcore.registry import registry
 
 _OWN = "peftcore"  # key in the dictionary's `_metadata`, which PyTorch uses for versions of modules
@@ -110,7 +111,7 @@ def _set(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None:
             _refuse_other_shapes(model, adapter, tensors)
     else:
         where = Path(source)
-        other, config, tensors, metadata = checkpoint.read(where, model, applied=method.name)
+        other, config, tensors, metadata = read_adapter(where, model, applied=method.name)
         _refuse_other(method, other, adapter, where)
         if check_base:
             refuse_other_base(model, where, metadata, f"peftcore.set_state_dict(model, {adapter!r}, ...")

@@ -24,10 +24,11 @@ from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.experts import split_expert_path
+from peftcore.files.peft_configs import config_of_peft, is_of_peft
+from peftcore.files.peft_fields import why_unknown
 from peftcore.layers import is_wrapped
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Placement, Train
 from peftcore.observation import detect, left_as_it_is
-from peftcore.peft_fields import config_of_peft, is_of_peft, why_unknown
 from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
 from peftcore.targets.coverage import LITTLE, Coverage, coverage

@@ -14,12 +14,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore import adapter_files, checkpoint, engine
+from peftcore import engine
 from peftcore.adapter import LowRank
-from peftcore.adapter_files import Content
 from peftcore.composing import low_rank
 from peftcore.errors import PeftcoreError
 from peftcore.exporting.one_product import padded, products
+from peftcore.files.atomic_writing import Content, write_adapters
+from peftcore.files.folder import read_tensors
+from peftcore.files.reading import fields_of_folder
+from peftcore.files.saving import save
 from peftcore.registry import registry
 
 WHAT = "be written for vLLM and SGLang"
@@ -37,19 +40,19 @@ def write(model: nn.Module, folder: Path, adapter: str | None) -> Path:
     engine.call_in(model, name)
     if _has_experts(model, name):
         low_rank.refuse_trained(model, name, WHAT)
-        return checkpoint.save(model, folder, adapter=name, format=PER_EXPERT, resumable=False)
+        return save(model, folder, adapter=name, format=PER_EXPERT, resumable=False)
     found = products(model, name, WHAT)
     rank, scale = max(len(each.a) for each in found.values()), next(iter(found.values())).scale or 1.0
     tensors: dict[str, Tensor] = {}
     for path, product in found.items():
         tensors.update(_tensors(model, name, path, padded(product, rank, scale)))
-    adapter_files.write(folder, {"": Content(_fields(model, found, rank, scale), tensors, {"format": "pt"})})
+    write_adapters(folder, {"": Content(_fields(model, found, rank, scale), tensors, {"format": "pt"})})
     return folder
 
 
 def commands(folder: Path, base: str) -> list[str]:
     """Return commands that serve the folder with vLLM and SGLang."""
-    named, rank = f"mine={folder}", checkpoint.about(folder)[0]["r"]
+    named, rank = f"mine={folder}", fields_of_folder(folder)[0]["r"]
     rank_option = (
         ["--max-lora-rank", str(next((each for each in RANKS if each >= rank), rank))] if rank > RANKS[1] else []
     )
@@ -61,7 +64,7 @@ def commands(folder: Path, base: str) -> list[str]:
 
 def remarks(folder: Path) -> list[str]:
     """Return sentences about what may not work there with a folder that `write` wrote."""
-    fields, tensors = checkpoint.about(folder)[0], adapter_files.read_tensors(folder)[0]
+    fields, tensors = fields_of_folder(folder)[0], read_tensors(folder)[0]
     rank, said = fields["r"], []
     if rank > RANKS[-1]:
         said.append(f"vLLM supports ranks up to {RANKS[-1]}, and the adapter has rank {rank}.")

@@ -12,9 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from peftcore import checkpoint, ranks
+from peftcore import ranks
 from peftcore.adaptation.adapted import CHILD, TRAINED
 from peftcore.engine import require_state
+from peftcore.files.saving import save
 from peftcore.integrations.patching import patch
 
 
@@ -34,7 +35,7 @@ def save_pretrained(
         options |= {"is_main_process": is_main_process, "state_dict": held, "push_to_hub": push_to_hub}
         return own(save_directory, **options)
     if is_main_process or ranks.is_sharded(model):
-        checkpoint.save(model, save_directory)
+        save(model, save_directory)
     if push_to_hub and is_main_process:
         names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
         chosen = {name: options[name] for name in names if name in options}

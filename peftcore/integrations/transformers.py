@@ -31,8 +31,11 @@ from transformers import trainer as transformers_trainer
 from transformers.trainer import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peftcore import checkpoint, engine, ranks
+from peftcore import engine, ranks
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files.loading import restore
+from peftcore.files.reading import adapter_folder
+from peftcore.files.saving import save_each
 from peftcore.integrations.patching import patch
 from peftcore.integrations.reference_model import patch_trainers, reference_of, refuse_bypassed, refuse_wrapped
 from peftcore.integrations.trainer_loss import add_extra_loss, logged
@@ -280,7 +283,7 @@ def _create_model_card(trainer: Trainer, own: Callable[..., Any], *args: Any, **
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save every trainable adapter: `default` to `folder`, others to `folder/NAME`."""
-    checkpoint.save_each(model, folder, _training(model))
+    save_each(model, folder, _training(model))
 
 
 def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -290,7 +293,7 @@ def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         CheckpointError: an adapter is missing or does not fit.
     """
     for name in _training(model):
-        checkpoint.restore(model, checkpoint.adapter_folder(Path(folder), name), adapter=name)
+        restore(model, adapter_folder(Path(folder), name), adapter=name)
 
 
 def mark_complete(folder: Path) -> None:

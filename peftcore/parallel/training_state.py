@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from peftcore import ranks
-from peftcore.checkpoint.fingerprint import difference, fingerprint
-from peftcore.checkpoint.tensors import own_slots
 from peftcore.engine import adapter_parameters, require_state, state_of
 from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files.fingerprint import difference, fingerprint
+from peftcore.files.tensors import own_slots
 
 
 class TrainingState(Stateful):

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.adapter_files.content import parse_json
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files.safe_reading import parse_json
 from peftcore.ops.weight import DTYPES as FLOATS
 from peftcore.ops.weight import PackedWeight
 from peftcore.validation import shown

@@ -19,8 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import peftcore
 from peftcore import targets
-from peftcore.checkpoint.tensors import tensors_on_disk
 from peftcore.engine import applied
+from peftcore.files.tensors import tensors_on_disk
 from peftcore.plugin import Around
 from peftcore.registry import registry
 from peftcore.testing import check_method, disturb

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, applied
+from peftcore.files.loading import restore
+from peftcore.files.saving import save_each
 from peftcore.plugin import Adapter, Around
 from peftcore.testing import disturb
 
@@ -123,9 +125,9 @@ def test_training_goes_on_with_it_and_a_checkpoint_brings_it_back(tmp_path: Path
     (_, one), (_, other) = (next(adapter_modules(m, "a")) for m in (model, plain))
     torch.testing.assert_close(one.lora_A.grad, other.lora_A.grad, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(one.lora_B.grad, 0.5 * other.lora_B.grad, rtol=1e-4, atol=1e-4)
-    peftcore.checkpoint.save_each(model, tmp_path, ["a"])
+    save_each(model, tmp_path, ["a"])
     resumed = adapted()
-    peftcore.checkpoint.restore(resumed, tmp_path / "a", adapter="a")
+    restore(resumed, tmp_path / "a", adapter="a")
     assert torch.equal(tiny.logits(resumed), tiny.logits(model))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.engine import adapter_parameters
 from peftcore.engine.trained import TrainedParameters, base_tensors, moving_buffers
+from peftcore.files.loading import restore
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -68,7 +69,7 @@ def test_statistics_are_saved_where_they_moved(tmp_path: Path) -> None:
     assert torch.equal(output(peftcore.load(tiny.batchnorm_net(), tmp_path)), output(model))
     still = peftcore.save(peftcore.apply(tiny.batchnorm_net(), "around", target_modules=("head",)), tmp_path / "still")
     assert list(safetensors.torch.load_file(still / "adapter_model.safetensors")) == ["base_model.model.head.gain"]
-    peftcore.checkpoint.restore(model, still)  # the file says: as in the base
+    restore(model, still)  # the file says: as in the base
     assert torch.equal(model.norm.running_mean, tiny.batchnorm_net().norm.running_mean)
 
 

@@ -180,11 +180,11 @@ class Talk:
 
 def _fit_vocabulary(model: Any, folders: dict[str, Path]) -> bool:
     """Resize the model's vocabulary for all adapters. Return whether it differs from the base's."""
-    from peftcore import checkpoint
     from peftcore.cli import models
+    from peftcore.files.vocabulary import vocabulary_rows
 
     before = models.vocabulary(model)
-    wanted = {name: checkpoint.vocabulary_rows(model, folder) or before for name, folder in folders.items()}
+    wanted = {name: vocabulary_rows(model, folder) or before for name, folder in folders.items()}
     if len(set(wanted.values())) > 1:
         which = ", ".join(f"'{name}' {rows}" for name, rows in wanted.items())
         raise PeftcoreError(f"these adapters have different vocabularies: {which} tokens. Load one at a time")

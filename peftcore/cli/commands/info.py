@@ -28,20 +28,23 @@ def info(
     ],
 ) -> None:
     """Show an adapter's method, config, base and size."""
-    from peftcore import adapter_files, checkpoint
     from peftcore.engine.summary import megabytes
     from peftcore.errors import PluginError
+    from peftcore.files.folder import read_tensors
+    from peftcore.files.reading import fields_of_folder, method_of_folder, own_fields
+    from peftcore.files.safe_reading import TENSORS
+    from peftcore.files.single_file import parts_of_file
 
-    single = checkpoint.contents(adapter)
+    single = parts_of_file(adapter)
     if single is not None:
         name, parts = single
         table([("layout", name), *((part or "of one model", _counts(tensors)) for part, tensors in parts.items())])
         return
-    fields, foreign = checkpoint.about(adapter)
-    tensors, metadata = adapter_files.read_tensors(adapter, foreign.tensors if foreign else adapter_files.TENSORS)
-    own = checkpoint.own_fields(adapter, metadata)
+    fields, foreign = fields_of_folder(adapter)
+    tensors, metadata = read_tensors(adapter, foreign.tensors if foreign else TENSORS)
+    own = own_fields(adapter, metadata)
     try:
-        method = checkpoint.method_of(adapter).name
+        method = method_of_folder(adapter).name
     except PluginError as error:
         method = str(error)
     written_by = foreign.name if foreign else fields.get("peft_version") and f"PEFT {fields['peft_version']}"

@@ -15,6 +15,7 @@ from against_peft import compare_padded, logits, quiet
 from torch import nn
 
 import peftcore
+from peftcore.files.folder import read_tensors
 from peftcore.plugin import disturb
 
 
@@ -101,7 +102,7 @@ def test_files_are_peft_s(fields: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "peft"))
     assert ours == {name: value for name, value in theirs.items() if name != "peft_version"}
     ours, theirs, resumable = (
-        {name: tensor.shape for name, tensor in peftcore.adapter_files.read_tensors(tmp_path / folder)[0].items()}
+        {name: tensor.shape for name, tensor in read_tensors(tmp_path / folder)[0].items()}
         for folder in ("ours", "peft", "resumable")
     )
     assert ours == theirs

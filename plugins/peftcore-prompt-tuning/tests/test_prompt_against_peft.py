@@ -14,6 +14,7 @@ from against_peft import compare_padded, logits, quiet
 from torch import nn
 
 import peftcore
+from peftcore.files.folder import read_tensors
 from peftcore.plugin import disturb
 
 
@@ -98,9 +99,7 @@ def test_files_are_peft_s(tmp_path: Path) -> None:
     assert fields[0].keys() == fields[1].keys() - {"peft_version"}
     differ = {name for name in fields[0] if fields[0][name] != fields[1][name]}
     assert differ == {"modules_to_save"}  # PEFT lists modules that are not there, twice
-    shapes = [
-        {k: v.shape for k, v in peftcore.adapter_files.read_tensors(tmp_path / n)[0].items()} for n in ("ours", "peft")
-    ]
+    shapes = [{k: v.shape for k, v in read_tensors(tmp_path / n)[0].items()} for n in ("ours", "peft")]
     assert shapes[0] == shapes[1]
 
 
@@ -137,7 +136,7 @@ def test_the_same_start_trains_to_the_same_place(tmp_path: Path) -> None:
             peftcore.save(model, tmp_path / folder)
         else:
             quiet(model.save_pretrained, tmp_path / folder)
-    found, wanted = (peftcore.adapter_files.read_tensors(tmp_path / name)[0] for name in ("ours", "theirs"))
+    found, wanted = (read_tensors(tmp_path / name)[0] for name in ("ours", "theirs"))
     assert found.keys() == wanted.keys()
     for name in found:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)

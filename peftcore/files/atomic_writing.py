@@ -23,17 +23,9 @@ from typing import Any
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from peftcore.adapter_files.content import CONFIG, TENSORS
-from peftcore.adapter_files.folder import (
-    CONFIG_HASH,
-    MANIFEST,
-    Folder,
-    Manifest,
-    read_manifest,
-    root_of,
-    sha256,
-)
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files.folder import CONFIG_HASH, MANIFEST, Folder, Manifest, read_manifest, root_of, sha256
+from peftcore.files.safe_reading import CONFIG, TENSORS
 
 try:
     import fcntl
@@ -52,7 +44,7 @@ class Content:
     metadata: dict[str, str]
 
 
-def write(folder: Path, adapters: Mapping[str, Content]) -> None:
+def write_adapters(folder: Path, adapters: Mapping[str, Content]) -> None:
     """Write adapters to `folder`, all or none: that of the name "" to itself, others to folders of their names.
 
     Raises:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import checkpoint
 from peftcore.engine import adapter_parameters, state_of
+from peftcore.files.single_file import parts_of_file
 from peftcore.plugin import FileFormat
 
 FILE = "toys.safetensors"
@@ -144,8 +144,8 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
 
 
 def test_what_is_in_it(tmp_path: Path) -> None:
-    assert checkpoint.contents(peftcore.save(peftcore.apply(tiny.llama(), "filed"), tmp_path / "folder")) is None
-    name, parts = checkpoint.contents(saved(tmp_path / "several"))
+    assert parts_of_file(peftcore.save(peftcore.apply(tiny.llama(), "filed"), tmp_path / "folder")) is None
+    name, parts = parts_of_file(saved(tmp_path / "several"))
     assert name == "toys" and parts.keys() == {"left", "right"} and len(parts["left"]) == len(parts["right"]) > 0
 
 

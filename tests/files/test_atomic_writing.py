@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from peftcore import CheckpointError
-from peftcore.adapter_files import MANIFEST, Content, Folder, read, saving, write
+from peftcore.files import atomic_writing
+from peftcore.files.atomic_writing import Content, write_adapters
+from peftcore.files.folder import MANIFEST, Folder, read_folder
 
 NAMES = ("", "a", "b")
 
@@ -44,11 +46,11 @@ ALL = sorted([*ONE, MANIFEST, *(f"{name}/{file}" for name in "ab" for file in ON
 
 
 def test_the_manifest_names_every_file(tmp_path: Path) -> None:
-    write(tmp_path, contents(3))
+    write_adapters(tmp_path, contents(3))
     assert files(tmp_path) == ALL
     told = json.loads((tmp_path / MANIFEST).read_text())
     assert sorted(told["sha256"]) == [name for name in ALL if name != MANIFEST]
-    assert read(tmp_path, values) == {3.0}
+    assert read_folder(tmp_path, values) == {3.0}
 
 
 class Killed(BaseException):
@@ -64,7 +66,7 @@ def test_killed_at_any_step(tmp_path: Path, monkeypatch, names) -> None:
     seen = set()
     for step in range(60):
         folder = tmp_path / f"{step}"
-        write(folder, contents(1, names))
+        write_adapters(folder, contents(1, names))
         left = step
 
         def counted(name, *args, **kwargs):
@@ -78,11 +80,11 @@ def test_killed_at_any_step(tmp_path: Path, monkeypatch, names) -> None:
             for name in real:
                 patch.setattr(os, name, lambda *args, name=name, **kwargs: counted(name, *args, **kwargs))
             try:
-                write(folder, contents(2, names))
+                write_adapters(folder, contents(2, names))
                 done = True
             except Killed:
                 done = False
-        found = read(folder, lambda opened: values(opened, names))
+        found = read_folder(folder, lambda opened: values(opened, names))
         assert found in ({1.0}, {2.0}), step
         seen |= found
         if done:
@@ -92,13 +94,13 @@ def test_killed_at_any_step(tmp_path: Path, monkeypatch, names) -> None:
             for name in real:
                 patch.setattr(os, name, lambda *args, name=name, **kwargs: counted(name, *args, **kwargs))
             try:
-                write(folder, contents(3, names))
+                write_adapters(folder, contents(3, names))
                 allowed = [{3.0}]
             except Killed:
                 allowed = [found, {3.0}]
-        assert read(folder, lambda opened: values(opened, names)) in allowed, step
-        write(folder, contents(4, names))
-        assert read(folder, lambda opened: values(opened, names)) == {4.0}
+        assert read_folder(folder, lambda opened: values(opened, names)) in allowed, step
+        write_adapters(folder, contents(4, names))
+        assert read_folder(folder, lambda opened: values(opened, names)) == {4.0}
         assert files(folder) == (ALL if len(names) > 1 else sorted([*ONE, MANIFEST]))
     assert done and seen == {1.0, 2.0}
 
@@ -107,8 +109,9 @@ _KILLED = """
 import os, random, signal, struct, sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from test_saving import contents, values
-from peftcore.adapter_files import read, write
+from test_atomic_writing import contents, values
+from peftcore.files.atomic_writing import write_adapters
+from peftcore.files.folder import read_folder
 
 os.fsync = lambda descriptor: None  # slow, and a power cut is not tried here
 folder = Path(sys.argv[1])
@@ -119,7 +122,7 @@ for attempt in range(80):
     while child == 0:
         for value in (2, 1):
             began = time.perf_counter()
-            write(folder, contents(value))
+            write_adapters(folder, contents(value))
             os.write(tells, struct.pack("d", time.perf_counter() - began))
     for _ in range(random.choice((1, 2))):  # saves that it has finished; then a part of the next one
         (seconds,) = struct.unpack("d", os.read(told, 8))
@@ -128,7 +131,7 @@ for attempt in range(80):
     os.waitpid(child, 0)
     os.close(told)
     os.close(tells)
-    print(read(folder, values))
+    print(read_folder(folder, values))
 """
 
 
@@ -143,18 +146,18 @@ def test_sigkill_at_random_points(tmp_path: Path) -> None:
 
 def _writer(folder: Path, value: int) -> None:
     while True:
-        write(folder, contents(value))
+        write_adapters(folder, contents(value))
         time.sleep(0.02)  # for the other one to get the lock
 
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_writers_and_readers_side_by_side(tmp_path: Path, monkeypatch, locks: bool) -> None:
     """With locks every save succeeds; without, a mixture is possible on the disk, and is never read."""
-    write(tmp_path, contents(1))
+    write_adapters(tmp_path, contents(1))
     context = multiprocessing.get_context("fork")
     if not locks:
-        monkeypatch.setattr(saving, "fcntl", None)
-        monkeypatch.setattr("peftcore.adapter_files.folder.PATIENCE", 1)
+        monkeypatch.setattr(atomic_writing, "fcntl", None)
+        monkeypatch.setattr("peftcore.files.folder.PATIENCE", 1)
     writers = [context.Process(target=_writer, args=(tmp_path, value), daemon=True) for value in (1, 2)]
     with open(os.devnull, "w") as nothing, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", nothing)
@@ -165,7 +168,7 @@ def test_writers_and_readers_side_by_side(tmp_path: Path, monkeypatch, locks: bo
     try:
         while time.monotonic() < until:
             try:
-                found.append(read(tmp_path, values))
+                found.append(read_folder(tmp_path, values))
             except CheckpointError:
                 assert not locks
         if locks:
@@ -180,28 +183,28 @@ def test_writers_and_readers_side_by_side(tmp_path: Path, monkeypatch, locks: bo
 
 
 def test_a_writer_that_waits_too_long_is_told(tmp_path: Path, monkeypatch) -> None:
-    write(tmp_path, contents(1))
-    monkeypatch.setattr(saving, "PATIENCE", 0.1)
-    with saving.locked(tmp_path, NAMES):
+    write_adapters(tmp_path, contents(1))
+    monkeypatch.setattr(atomic_writing, "PATIENCE", 0.1)
+    with atomic_writing.locked(tmp_path, NAMES):
         for inside in ("", "a"):
             with pytest.raises(CheckpointError, match=r"was not saved: another process has been saving to"):
-                write(tmp_path / inside, contents(2, [""]))
-    assert read(tmp_path, values) == {1.0}
+                write_adapters(tmp_path / inside, contents(2, [""]))
+    assert read_folder(tmp_path, values) == {1.0}
 
 
 def test_two_at_once_without_locks_are_told(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(saving, "fcntl", None)
-    real = saving.put_in_place
+    monkeypatch.setattr(atomic_writing, "fcntl", None)
+    real = atomic_writing.put_in_place
 
     def late(root, manifest):
-        monkeypatch.setattr(saving, "put_in_place", real)
-        write(tmp_path, contents(2))  # the other one, between our commit and our renames
+        monkeypatch.setattr(atomic_writing, "put_in_place", real)
+        write_adapters(tmp_path, contents(2))  # the other one, between our commit and our renames
         real(root, manifest)
 
-    monkeypatch.setattr(saving, "put_in_place", late)
+    monkeypatch.setattr(atomic_writing, "put_in_place", late)
     with pytest.raises(CheckpointError, match=r"another process saved to .* at the same time"):
-        write(tmp_path, contents(1))
-    assert read(tmp_path, values) == {2.0}
+        write_adapters(tmp_path, contents(1))
+    assert read_folder(tmp_path, values) == {2.0}
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
@@ -214,11 +217,11 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
         (folder / name).symlink_to(outside)
         (folder / f".{name}.tmp").symlink_to(outside)
         (folder / f".{name}.{'0' * 16}.tmp").symlink_to(outside)
-    write(folder, contents(1))
-    assert outside.read_text() == "mine" and read(folder, values) == {1.0}
+    write_adapters(folder, contents(1))
+    assert outside.read_text() == "mine" and read_folder(folder, values) == {1.0}
     assert files(folder) == ALL and not any(path.is_symlink() for path in folder.rglob("*"))
     with pytest.raises(FileExistsError):
-        saving.create(folder / "adapter_config.json", b"")
+        atomic_writing.create(folder / "adapter_config.json", b"")
 
 
 def test_no_adapter_is_written_through_a_link_out_of_the_folder(tmp_path: Path) -> None:
@@ -227,15 +230,15 @@ def test_no_adapter_is_written_through_a_link_out_of_the_folder(tmp_path: Path) 
     folder.mkdir()
     (folder / "b").symlink_to(outside)
     with pytest.raises(CheckpointError, match=rf"'{folder}/b' is a link to '{outside}', and nothing is written out of"):
-        write(folder, contents(1))
+        write_adapters(folder, contents(1))
     assert not files(outside) and not files(folder)
-    write(outside, contents(1, [""]))  # and what lies there is left alone, whatever a stranger's manifest says
+    write_adapters(outside, contents(1, [""]))  # and what lies there is left alone, whatever a stranger's manifest says
     before = {name: (outside / name).read_bytes() for name in files(outside)}
     waiting = outside / f".adapter_config.json.{'0' * 16}.tmp"
     waiting.write_text("{}")
     told = {"version": 1, "save": "0" * 16, "sha256": {"b/adapter_config.json": "0" * 64}}
     (folder / MANIFEST).write_text(json.dumps(told))
-    write(folder, contents(2, ["", "a"]))
+    write_adapters(folder, contents(2, ["", "a"]))
     assert {name: (outside / name).read_bytes() for name in before} == before and waiting.exists()
 
 
@@ -243,12 +246,12 @@ def test_no_adapter_is_written_through_a_link_out_of_the_folder(tmp_path: Path) 
 def test_a_folder_that_cannot_be_named(tmp_path: Path, name: str) -> None:
     for path in (tmp_path / name, tmp_path / name / "inside"):
         with pytest.raises(CheckpointError, match=r"the adapter could not be saved"):
-            write(path, contents(1))
+            write_adapters(path, contents(1))
         with pytest.raises(CheckpointError, match=r"the adapter could not be saved"):
-            saving.write_file(path / "adapter.safetensors", {}, {})
+            atomic_writing.write_file(path / "adapter.safetensors", {}, {})
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match=r"could not be saved to '.*file/run': Not a directory"):
-        write(tmp_path / "file" / "run", contents(1))
+        write_adapters(tmp_path / "file" / "run", contents(1))
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -259,53 +262,56 @@ GARBAGE = ["", "{", "[]", "null", '{"version": 1}', "\xff" * 100, "[" * 100_000,
 def test_garbage_in_the_folder_above_blocks_nothing(tmp_path: Path, garbage: str) -> None:
     folder = tmp_path / "mine"
     (tmp_path / MANIFEST).write_text(garbage)
-    write(folder, contents(1, [""]))
-    assert read(folder, lambda opened: values(opened, [""])) == {1.0}
+    write_adapters(folder, contents(1, [""]))
+    assert read_folder(folder, lambda opened: values(opened, [""])) == {1.0}
     (folder / MANIFEST).unlink()  # as from PEFT
-    assert read(folder, lambda opened: values(opened, [""])) == {1.0}
-    write(folder, contents(2, [""]))
-    assert read(folder, lambda opened: values(opened, [""])) == {2.0} and (tmp_path / MANIFEST).read_text() == garbage
+    assert read_folder(folder, lambda opened: values(opened, [""])) == {1.0}
+    write_adapters(folder, contents(2, [""]))
+    assert (
+        read_folder(folder, lambda opened: values(opened, [""])) == {2.0}
+        and (tmp_path / MANIFEST).read_text() == garbage
+    )
 
 
 def test_a_pipe_in_the_folder_above_blocks_nothing(tmp_path: Path) -> None:
-    write(tmp_path / "mine", contents(1, [""]))
+    write_adapters(tmp_path / "mine", contents(1, [""]))
     os.mkfifo(tmp_path / MANIFEST)
-    assert read(tmp_path / "mine", lambda opened: values(opened, [""])) == {1.0}
+    assert read_folder(tmp_path / "mine", lambda opened: values(opened, [""])) == {1.0}
 
 
 def test_a_damaged_manifest_above_that_names_the_folder_is_told(tmp_path: Path) -> None:
     """The folder is one of several, and whether its files are those that were saved cannot be known any more."""
-    write(tmp_path, contents(1))
+    write_adapters(tmp_path, contents(1))
     (tmp_path / MANIFEST).write_text((tmp_path / MANIFEST).read_text()[:-10])
     with pytest.raises(CheckpointError, match=rf"'{tmp_path}/{MANIFEST}' cannot be read as JSON"):
-        read(tmp_path / "b", lambda opened: values(opened, [""]))
+        read_folder(tmp_path / "b", lambda opened: values(opened, [""]))
 
 
 def test_one_of_several_can_be_saved_again(tmp_path: Path) -> None:
-    write(tmp_path, contents(1))
-    write(tmp_path / "a", contents(2, [""]))
-    assert read(tmp_path / "a", lambda opened: values(opened, [""])) == {2.0}
-    assert read(tmp_path, lambda opened: values(opened, ["", "b"])) == {1.0}
-    assert read(tmp_path, values) == {1.0, 2.0}  # of one save each, in one manifest
+    write_adapters(tmp_path, contents(1))
+    write_adapters(tmp_path / "a", contents(2, [""]))
+    assert read_folder(tmp_path / "a", lambda opened: values(opened, [""])) == {2.0}
+    assert read_folder(tmp_path, lambda opened: values(opened, ["", "b"])) == {1.0}
+    assert read_folder(tmp_path, values) == {1.0, 2.0}  # of one save each, in one manifest
     assert files(tmp_path) == ALL
     with pytest.raises(CheckpointError, match=r"it takes one adapter. Save several to another folder"):
-        write(tmp_path / "a", contents(2))
+        write_adapters(tmp_path / "a", contents(2))
 
 
 def test_a_set_over_single_ones(tmp_path: Path) -> None:
     for name in NAMES:
-        write(tmp_path / name, contents(1, [""]))
+        write_adapters(tmp_path / name, contents(1, [""]))
     assert files(tmp_path / "a") == sorted([*ONE, MANIFEST])
-    write(tmp_path, contents(2, ["a", "b"]))
-    assert read(tmp_path, lambda opened: values(opened, ["a", "b"])) == {2.0}
+    write_adapters(tmp_path, contents(2, ["a", "b"]))
+    assert read_folder(tmp_path, lambda opened: values(opened, ["a", "b"])) == {2.0}
     assert files(tmp_path / "a") == ONE
     with pytest.raises(CheckpointError, match="holds no adapter"):  # the one that lay there is of another save
-        read(tmp_path, lambda opened: opened.config())
+        read_folder(tmp_path, lambda opened: opened.config())
 
 
 @pytest.mark.parametrize("change", ["edit", "cut", "remove", "exchange"])
-def test_what_was_changed_is_not_read(tmp_path: Path, change: str) -> None:
-    write(tmp_path, contents(1))
+def test_what_was_changed_is_not_read_folder(tmp_path: Path, change: str) -> None:
+    write_adapters(tmp_path, contents(1))
     file = tmp_path / "a" / "adapter_config.json"
     message = "a/adapter_config.json', which 'peftcore_manifest.json' names, is not what was saved"
     if change == "edit":
@@ -316,15 +322,15 @@ def test_what_was_changed_is_not_read(tmp_path: Path, change: str) -> None:
         file.unlink()
         message = "names, is missing"
     else:
-        write(tmp_path / "other", contents(2, [""]))
+        write_adapters(tmp_path / "other", contents(2, [""]))
         os.replace(tmp_path / "other" / "adapter_config.json", file)
     with pytest.raises(CheckpointError, match=message):
-        read(tmp_path, values)
+        read_folder(tmp_path, values)
     with pytest.raises(CheckpointError, match=message):
-        read(tmp_path / "a", lambda opened: values(opened, [""]))
+        read_folder(tmp_path / "a", lambda opened: values(opened, [""]))
     if change == "exchange":
         (tmp_path / MANIFEST).unlink()
-        assert read(tmp_path, values) == {1.0, 2.0}
+        assert read_folder(tmp_path, values) == {1.0, 2.0}
 
 
 @pytest.mark.parametrize(
@@ -340,30 +346,30 @@ def test_what_was_changed_is_not_read(tmp_path: Path, change: str) -> None:
     ],
 )  # fmt: skip
 def test_a_manifest_is_not_trusted(tmp_path: Path, told: str, message: str) -> None:
-    write(tmp_path, contents(1))
+    write_adapters(tmp_path, contents(1))
     (tmp_path / MANIFEST).write_text(told)
     with pytest.raises(CheckpointError, match=message):
-        read(tmp_path, values)
-    write(tmp_path, contents(2))
-    assert read(tmp_path, values) == {2.0}
+        read_folder(tmp_path, values)
+    write_adapters(tmp_path, contents(2))
+    assert read_folder(tmp_path, values) == {2.0}
 
 
 def test_a_folder_in_the_way_of_a_file(tmp_path: Path) -> None:
-    write(tmp_path, contents(1))
+    write_adapters(tmp_path, contents(1))
     before = files(tmp_path)
     os.unlink(tmp_path / "b" / "adapter_model.safetensors")
     (tmp_path / "b" / "adapter_model.safetensors").mkdir()
     with pytest.raises(CheckpointError, match=r"b/adapter_model.safetensors' is a folder"):
-        write(tmp_path, contents(2))
+        write_adapters(tmp_path, contents(2))
     assert files(tmp_path) == [name for name in before if name != "b/adapter_model.safetensors"]
-    assert read(tmp_path, lambda opened: values(opened, ["", "a"])) == {1.0}
+    assert read_folder(tmp_path, lambda opened: values(opened, ["", "a"])) == {1.0}
 
 
 def test_a_killed_save_of_older_versions(tmp_path: Path) -> None:
     """They left new tensors, and the new config under its temporary name."""
-    write(tmp_path / "old", contents(1, [""]))
-    write(tmp_path / "new", contents(2, [""]))
+    write_adapters(tmp_path / "old", contents(1, [""]))
+    write_adapters(tmp_path / "new", contents(2, [""]))
     (tmp_path / "old" / MANIFEST).unlink()
     os.replace(tmp_path / "new" / "adapter_model.safetensors", tmp_path / "old" / "adapter_model.safetensors")
     os.replace(tmp_path / "new" / "adapter_config.json", tmp_path / "old" / ".adapter_config.json.tmp")
-    assert read(tmp_path / "old", lambda opened: values(opened, [""])) == {2.0}
+    assert read_folder(tmp_path / "old", lambda opened: values(opened, [""])) == {2.0}

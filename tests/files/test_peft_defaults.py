@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 import peftcore
-from peftcore.peft_fields import config_of_fields, defaults, peft_version, says_something
-from peftcore.peft_fields.defaults import FILE
+from peftcore.files.peft_defaults import FILE, defaults, peft_version, says_something
+from peftcore.files.peft_fields import config_of_fields
 from peftcore.plugin import StateRules
 
 

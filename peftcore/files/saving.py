@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import adapter_files, engine, ranks
+from peftcore import engine, ranks
 from peftcore.adaptation.adapted import base_parameters, walked_once
-from peftcore.adapter_files import Content
-from peftcore.checkpoint import single_file
-from peftcore.checkpoint.fingerprint import fingerprint
-from peftcore.checkpoint.multiplier import in_metadata
-from peftcore.checkpoint.reading import METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, name_inside
-from peftcore.checkpoint.tensors import for_training, kept_on_disk, names_of_base, tensors_on_disk
-from peftcore.checkpoint.written_config import fields_of_config
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
+from peftcore.files import single_file
+from peftcore.files.atomic_writing import Content, write_adapters
+from peftcore.files.fingerprint import fingerprint
+from peftcore.files.multiplier import in_metadata
+from peftcore.files.peft_defaults import peft_version
+from peftcore.files.peft_fields import refuse_not_its_own
+from peftcore.files.reading import METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, name_inside
+from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, tensors_on_disk
+from peftcore.files.written_config import fields_of_config
 from peftcore.observation import detect
-from peftcore.peft_fields import peft_version, refuse_not_its_own
 from peftcore.registry import registry
 
 PEFT = "peft"  # the default format
@@ -154,7 +155,7 @@ def _save(
                 place: _laid_out(model, name, format, _content(model, name, dtype, resumable, metadata))
                 for place, name in inside.items()
             }
-        ranks.once(lambda: adapter_files.write(folder, contents), together=sharded)
+        ranks.once(lambda: write_adapters(folder, contents), together=sharded)
     return folder
 
 

@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from peftcore.adapter_files import CONFIG, MANIFEST, TENSORS, Folder
-from peftcore.checkpoint.reading import TOGETHER
-from peftcore.checkpoint.single_file import file_names
 from peftcore.errors import CheckpointError
+from peftcore.files.folder import MANIFEST, Folder
+from peftcore.files.reading import TOGETHER
+from peftcore.files.safe_reading import CONFIG, TENSORS
+from peftcore.files.single_file import file_names
 from peftcore.registry import registry
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

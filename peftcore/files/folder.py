@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from peftcore.adapter_files.content import (
+from peftcore.errors import CheckpointError
+from peftcore.files.safe_reading import (
     CONFIG,
     JSON_BYTES,
     TENSORS,
@@ -28,7 +29,6 @@ from peftcore.adapter_files.content import (
     read_bytes,
     read_header,
 )
-from peftcore.errors import CheckpointError
 
 MANIFEST = "peftcore_manifest.json"
 CONFIG_HASH = "peftcore_config_sha256"  # in the metadata of tensors that had no manifest yet
@@ -255,7 +255,7 @@ def _saved(manifest: Manifest, file: Path, wanted: str, limit: int | None) -> by
     )
 
 
-def read(folder: Path, look: Callable[[Folder], T]) -> T:
+def read_folder(folder: Path, look: Callable[[Folder], T]) -> T:
     """What `look(folder)` finds, all of one save. It is called again where another process saved meanwhile.
 
     Raises:
@@ -277,7 +277,7 @@ def read(folder: Path, look: Callable[[Folder], T]) -> T:
 
 def read_tensors(folder: Path, name: str = TENSORS) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of `adapter_model.safetensors` in `folder`, or of another file there."""
-    return read(folder, lambda opened: opened.tensors(name))
+    return read_folder(folder, lambda opened: opened.tensors(name))
 
 
 def sha256(content: bytes | bytearray) -> str:

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import adapter_files, engine, ranks
+from peftcore import engine, ranks
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.adaptation.light import parts
-from peftcore.adapter_files import Folder
-from peftcore.checkpoint.fitting import Content, brings_all, fill_applied, fitting
-from peftcore.checkpoint.reading import adapter_folder, read_saved
 from peftcore.engine.scaling import set_multiplier
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.events import adapters_wanted
+from peftcore.files.fitting import Content, brings_all, fill_applied, fitting
+from peftcore.files.folder import Folder, read_folder
+from peftcore.files.reading import adapter_folder, read_saved
 from peftcore.method import Model
 from peftcore.observation import left_as_it_is
 from peftcore.targets.patterns import limited
@@ -68,7 +68,7 @@ def read_with_stamp(
         together, contents = read_saved(opened, model, adapter, method)
         return together, contents, {name: _hash(content).hexdigest() for name, content in opened.read.items()}
 
-    return adapter_files.read(folder, look)
+    return read_folder(folder, look)
 
 
 @engine.exclusive("load adapters", base=True)

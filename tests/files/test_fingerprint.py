@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftcore import CheckpointError
-from peftcore.checkpoint.fingerprint import difference, fingerprint
+from peftcore.files.fingerprint import difference, fingerprint
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:

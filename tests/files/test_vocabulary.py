@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore.checkpoint import vocabulary
+from peftcore.files import vocabulary
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")

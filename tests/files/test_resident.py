@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.adaptation.class_swap import original_class
-from peftcore.checkpoint.resident import Resting
 from peftcore.engine import adapter_parameters, require_state, set_trainable
+from peftcore.files.resident import Resting
 from peftcore.testing import disturb
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))

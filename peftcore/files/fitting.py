@@ -14,20 +14,21 @@ from torch.overrides import TorchFunctionMode
 from peftcore import engine
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.adaptation.light import own_tensors, parts
-from peftcore.adapter_files import CONFIG, TENSORS
-from peftcore.checkpoint.fingerprint import difference
-from peftcore.checkpoint.multiplier import without
-from peftcore.checkpoint.reading import ties_partly
-from peftcore.checkpoint.tensors import fill, is_tied_in
 from peftcore.engine.placing import Placed
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
+from peftcore.files.fingerprint import difference
+from peftcore.files.multiplier import without
+from peftcore.files.peft_configs import ends_within_a_name
+from peftcore.files.peft_fields import guarded
+from peftcore.files.reading import ties_partly
+from peftcore.files.safe_reading import CONFIG, TENSORS
+from peftcore.files.tensors import fill, is_tied_in
 from peftcore.method import Method, Train
 from peftcore.observation import detect
-from peftcore.peft_fields import ends_within_a_name, guarded
 from peftcore.targets import drop_unmatched
 
-Content = tuple[Method, Any, dict[str, Tensor], dict[str, str]]  # what `reading.read` gives
+Content = tuple[Method, Any, dict[str, Tensor], dict[str, str]]  # what `reading.read_adapter` gives
 
 
 def fitting(model: nn.Module, folder: Path, content: Content, check_base: bool) -> tuple[Placed, Any, float]:

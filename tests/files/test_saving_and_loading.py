@@ -12,8 +12,9 @@ import tiny
 import torch
 
 import peftcore
-from peftcore import checkpoint
 from peftcore.engine import adapter_parameters
+from peftcore.files.loading import restore
+from peftcore.files.tensors import tensors_on_disk
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -67,9 +68,9 @@ def test_names_of_every_placement() -> None:
         "soft": "vectors",
         "prefix": "vectors",
     }.items():
-        assert list(checkpoint.tensors_on_disk(peftcore.apply(tiny.llama(), kind), "default")) == [wanted]
+        assert list(tensors_on_disk(peftcore.apply(tiny.llama(), kind), "default")) == [wanted]
     model = peftcore.apply(tiny.llama(), "train", names=("lm_head.weight",))
-    assert list(checkpoint.tensors_on_disk(model, "default")) == ["base_model.model.lm_head.weight"]
+    assert list(tensors_on_disk(model, "default")) == ["base_model.model.lm_head.weight"]
 
 
 @pytest.mark.parametrize("kind", ["after", "soft", "prefix"])
@@ -165,11 +166,11 @@ def test_the_base_is_told_by_its_own_values(tmp_path: Path) -> None:
 
 def test_restore_fills_an_applied_adapter(saved: Path) -> None:
     model = peftcore.apply(tiny.llama(), "around", value=1.0)
-    checkpoint.restore(model, saved)
+    restore(model, saved)
     assert {p.item() for _, p in adapter_parameters(model, "default")} == {3.0}
     other = peftcore.apply(tiny.llama(), "after")
     with pytest.raises(peftcore.CheckpointError, match="holds around, the adapter 'default' is after"):
-        checkpoint.restore(other, saved)
+        restore(other, saved)
 
 
 def break_json(folder: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftcore import CheckpointError
-from peftcore.adapter_files import content
+from peftcore.files import safe_reading
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),
@@ -31,7 +31,7 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 
 
 def test_tensors_and_metadata() -> None:
-    found, metadata = content.parse_tensors(bytearray(FILE), Path("x"))
+    found, metadata = safe_reading.parse_tensors(bytearray(FILE), Path("x"))
     assert same(found, TENSORS) and metadata == {"format": "pt"}
 
 
@@ -50,7 +50,7 @@ def test_bytes_that_were_changed(data: st.DataObject) -> None:
     except Exception:
         wanted = None
     try:
-        found, _ = content.parse_tensors(changed, Path("x"))
+        found, _ = safe_reading.parse_tensors(changed, Path("x"))
     except CheckpointError:
         return
     assert wanted is not None and found.keys() == wanted.keys()
@@ -95,7 +95,7 @@ def entry(dtype="F32", shape=(1,), place=(0, 4)) -> dict:
 )
 def test_headers_are_not_trusted(header, data: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        content.parse_tensors(file_of(header, data), Path("x"))
+        safe_reading.parse_tensors(file_of(header, data), Path("x"))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_headers_are_not_trusted(header, data: bytes, message: str) -> None:
 )
 def test_json_that_cannot_be_read(text: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        content.parse_json(text, "x")
+        safe_reading.parse_json(text, "x")
 
 
 def test_kinds_of_files(tmp_path: Path) -> None:
@@ -132,31 +132,31 @@ def test_kinds_of_files(tmp_path: Path) -> None:
         "large": "has 1,099,511,627,776 bytes, at most",
     }.items():
         with pytest.raises(CheckpointError, match=message):
-            content.read_bytes(tmp_path / name)
+            safe_reading.read_bytes(tmp_path / name)
     assert time.process_time() - began < 1
     with pytest.raises(FileNotFoundError):
-        content.read_bytes(tmp_path / "nowhere")
+        safe_reading.read_bytes(tmp_path / "nowhere")
     (tmp_path / "file").write_bytes(b"abc")
     (tmp_path / "to file").symlink_to("file")
-    assert content.read_bytes(tmp_path / "to file") == b"abc"
+    assert safe_reading.read_bytes(tmp_path / "to file") == b"abc"
     with pytest.raises(CheckpointError, match="has 3 bytes, at most 2 are read"):
-        content.read_bytes(tmp_path / "file", 2)
+        safe_reading.read_bytes(tmp_path / "file", 2)
 
 
 def test_a_header_of_very_many_names_is_refused_before_it_takes_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     header = {f"layers.{i}.lora_A": entry(place=(4 * i, 4 * i + 4)) for i in range(50)}
-    assert len(content.parse_tensors(file_of(header, bytes(200)), Path("x"))[0]) == 50
-    monkeypatch.setattr(content, "_NAMES", 40)
+    assert len(safe_reading.parse_tensors(file_of(header, bytes(200)), Path("x"))[0]) == 50
+    monkeypatch.setattr(safe_reading, "_NAMES", 40)
     with pytest.raises(CheckpointError, match="'x' holds 50 tensors, at most 40 are read"):
-        content.parse_tensors(file_of(header, bytes(200)), Path("x"))
+        safe_reading.parse_tensors(file_of(header, bytes(200)), Path("x"))
     escaped = json.dumps(header).replace("data_offsets", "data\\u005foffsets")
     with pytest.raises(CheckpointError, match="'x' holds 50 tensors, at most 40 are read"):
-        content.parse_tensors(file_of(escaped, bytes(200)), Path("x"))
+        safe_reading.parse_tensors(file_of(escaped, bytes(200)), Path("x"))
 
 
 def test_the_limit_of_names_holds_for_whole_files() -> None:
     text = b'{"x": {"data_offsets"' + b'"data_offsets"' * 250_000 + b"}"
     began = time.process_time()
     with pytest.raises(CheckpointError, match=r"holds 250,001 tensors, at most 200,000 are read"):
-        content.parse_tensors(bytearray(len(text).to_bytes(8, "little") + text), Path("x"))
+        safe_reading.parse_tensors(bytearray(len(text).to_bytes(8, "little") + text), Path("x"))
     assert time.process_time() - began < 0.5

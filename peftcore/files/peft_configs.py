@@ -15,10 +15,9 @@ from torch import nn
 from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_layout
+from peftcore.files.peft_fields import config_of_fields, method_of_fields, of_peft_type
 from peftcore.method import Method
 from peftcore.observation import detect
-from peftcore.peft_fields.method_choice import method_of_fields, of_peft_type
-from peftcore.peft_fields.method_config import config_of_fields
 
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT trains, whatever else it trains
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore import adapter_files, engine
-from peftcore.adapter_files import CONFIG, TENSORS, Folder
-from peftcore.adapter_files.content import JSON_BYTES, parse_json
-from peftcore.checkpoint import single_file
+from peftcore import engine
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
+from peftcore.files import single_file
+from peftcore.files.folder import Folder, read_folder
+from peftcore.files.peft_defaults import peft_version
+from peftcore.files.peft_fields import config_of, config_of_fields, guarded, method_of_fields, with_own
+from peftcore.files.safe_reading import CONFIG, JSON_BYTES, TENSORS, parse_json
 from peftcore.method import ForeignFormat, Method
-from peftcore.peft_fields import config_of, config_of_fields, guarded, method_of_fields, peft_version, with_own
 from peftcore.registry import Plugin, registry
 from peftcore.targets.patterns import limited
 from peftcore.validation import shown
@@ -37,7 +38,7 @@ def name_inside(adapter: str) -> str:
 
 
 @limited()
-def read(
+def read_adapter(
     folder: Path, model: nn.Module, method: str | None = None, applied: str | None = None
 ) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
     """Return (method, config, tensors by today's names, metadata) of an adapter folder.
@@ -46,7 +47,7 @@ def read(
         method: the method that reads it; None: the method that wrote the file.
         applied: the method of the adapter that the file is for, which reads files that name no method.
     """
-    return adapter_files.read(folder, lambda opened: _read(opened, model, method, applied))
+    return read_folder(folder, lambda opened: _read(opened, model, method, applied))
 
 
 def read_saved(
@@ -150,13 +151,13 @@ def ties_partly(metadata: dict[str, str]) -> bool:
     return "peftcore_version" in metadata and TIED not in metadata
 
 
-def about(folder: Path) -> tuple[dict[str, Any], ForeignFormat | None]:
+def fields_of_folder(folder: Path) -> tuple[dict[str, Any], ForeignFormat | None]:
     """Return the config fields of an adapter folder by PEFT's names, and its foreign format.
 
     Raises:
         CheckpointError: the folder does not contain an adapter.
     """
-    return adapter_files.read(folder, _about)
+    return read_folder(folder, _about)
 
 
 def _about(opened: Folder) -> tuple[dict[str, Any], ForeignFormat | None]:
@@ -168,7 +169,7 @@ def _about(opened: Folder) -> tuple[dict[str, Any], ForeignFormat | None]:
         return {"peft_type": method.state.peft_type, **form.about(fields)}, form
 
 
-def method_of(folder: Path, method: str | None = None, say: str = "peftcore.load(..., method='{}')") -> Method:
+def method_of_folder(folder: Path, method: str | None = None, say: str = "peftcore.load(..., method='{}')") -> Method:
     """Return the installed method that reads an adapter folder, or `method`, if it can; the base is not needed.
 
     Args:
@@ -178,7 +179,7 @@ def method_of(folder: Path, method: str | None = None, say: str = "peftcore.load
         PluginError: no method can read it, several can, or the named one cannot.
         CheckpointError: the folder does not contain an adapter.
     """
-    return adapter_files.read(folder, lambda opened: _method(opened, method, say))
+    return read_folder(folder, lambda opened: _method(opened, method, say))
 
 
 def _method(opened: Folder, named: str | None, say: str) -> Method:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from peftcore import engine, ranks, targets
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.light import own_tensors
-from peftcore.checkpoint import vocabulary
 from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
+from peftcore.files import vocabulary
 from peftcore.method import Method, StateRules, Train
 from peftcore.registry import registry
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftcore
-from peftcore.checkpoint.fitting import Unfilled
+from peftcore.files.fitting import Unfilled
 
 
 def test_only_what_is_on_the_meta_device_stays_without_values() -> None:

@@ -10,16 +10,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peftcore import adapter_files, engine, ranks
-from peftcore.checkpoint import single_file
-from peftcore.checkpoint.fitting import Content, brings_all, fill_applied, fitting
-from peftcore.checkpoint.hub import folder_of
-from peftcore.checkpoint.multiplier import multiplier_in
-from peftcore.checkpoint.reading import adapter_folder, read, read_saved, ties_partly
-from peftcore.checkpoint.resident import rest
-from peftcore.checkpoint.tensors import fill
+from peftcore import engine, ranks
 from peftcore.engine.scaling import set_multiplier
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files import single_file
+from peftcore.files.fitting import Content, brings_all, fill_applied, fitting
+from peftcore.files.folder import read_folder
+from peftcore.files.hub import folder_of
+from peftcore.files.multiplier import multiplier_in
+from peftcore.files.reading import adapter_folder, read_adapter, read_saved, ties_partly
+from peftcore.files.resident import rest
+from peftcore.files.tensors import fill
 from peftcore.observation import left_as_it_is
 from peftcore.targets.patterns import limited
 
@@ -98,7 +99,7 @@ def _load_all(
     called: str | None = None,
 ) -> None:
     engine.refuse_adapters_of_others(model)  # where a file's names match nothing
-    together, contents = adapter_files.read(folder, lambda opened: read_saved(opened, model, adapter, method, called))
+    together, contents = read_folder(folder, lambda opened: read_saved(opened, model, adapter, method, called))
     with left_as_it_is(model):
         before = engine.state_of(model)
         active = before.active if before else ()
@@ -125,7 +126,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     """Set the values of the applied `adapter` to those in the folder `path`, which must be of the same method."""
     folder = Path(path)
     entry = engine.applied(model, adapter)
-    method, _, tensors, metadata = read(folder, model, applied=entry.method)
+    method, _, tensors, metadata = read_adapter(folder, model, applied=entry.method)
     if method.name != entry.method:
         raise CheckpointError(f"'{folder}' holds {method.name}, the adapter '{adapter}' is {entry.method}")
     multiplier = multiplier_in(metadata)

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore import adapter_files
-from peftcore.adapter_files import CONFIG, TENSORS, Content, Folder
-from peftcore.adapter_files.content import parse_json
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files.atomic_writing import Content, write_file
+from peftcore.files.folder import Folder
+from peftcore.files.peft_fields import guarded
+from peftcore.files.safe_reading import CONFIG, TENSORS, parse_json
 from peftcore.method import FileFormat, Method
-from peftcore.peft_fields import guarded
 from peftcore.registry import registry
 
 PARTS = "peftcore_parts"  # in a file's metadata: {part: metadata of its tensors}
@@ -103,7 +103,7 @@ def read(
     return found, fields, {name: about[name] for name in KEPT if isinstance(about, dict) and name in about}
 
 
-def contents(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]] | None:
+def parts_of_file(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]] | None:
     """Return (name of the format, {part: its tensors}) of a single file or its folder; None for any other folder.
 
     Raises:
@@ -191,7 +191,7 @@ def write(format: str, path: Path, contents: Mapping[str | None, tuple[nn.Module
             {part: (model, dict(content.tensors), dict(content.fields)) for part, (model, content) in parts.items()}
         )
     about = {part: {n: content.metadata[n] for n in KEPT} for part, (_, content) in parts.items()}
-    adapter_files.write_file(file, tensors, {**metadata, PARTS: json.dumps(about)})
+    write_file(file, tensors, {**metadata, PARTS: json.dumps(about)})
 
 
 def _refuse_loss(file: Path, path: Path, parts: Mapping[str, Any]) -> None:

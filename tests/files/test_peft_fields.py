@@ -10,7 +10,8 @@ import torch
 
 import peftcore
 from peftcore.engine import adapter_parameters, applied
-from peftcore.peft_fields import method_of_fields
+from peftcore.files.loading import restore
+from peftcore.files.peft_fields import method_of_fields
 from peftcore.plugin import ForeignFormat, Method, PeftRules, StateRules
 
 
@@ -61,7 +62,7 @@ def test_a_strangers_claim_leaves_a_method_whole(names: tuple[str, str], tmp_pat
         for spelling in (mine, mine.upper()):
             model = peftcore.load(tiny.llama(), tmp_path / mine, method=spelling)
             assert applied(model, "default").method == mine
-        peftcore.checkpoint.restore(model, tmp_path / mine)  # the method on the model is known
+        restore(model, tmp_path / mine)  # the method on the model is known
     with tiny.installed(same(mine)):
         assert applied(peftcore.load(tiny.llama(), tmp_path / mine), "default").method == mine
 

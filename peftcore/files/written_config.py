@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import warnings
 from typing import Any
@@ -10,12 +11,24 @@ from typing import Any
 from torch import nn
 
 from peftcore import engine, targets
-from peftcore.checkpoint import peft_reads
+from peftcore.adaptation.class_swap import original_forward
+from peftcore.architecture import Architecture
 from peftcore.engine.scaling import scaled_config
 from peftcore.engine.trained import TrainedParameters
 from peftcore.method import Method, PrefixKV, SoftPrompt
 from peftcore.observation import detect
 from peftcore.registry import registry
+
+_TEXT = ("input_ids", "attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states", "return_dict")
+# Further arguments that a wrapper always passes on.
+_PASSED = {
+    "CAUSAL_LM": ("labels",),
+    "SEQ_2_SEQ_LM": ("labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+    "SEQ_CLS": ("labels",),
+    "TOKEN_CLS": ("labels",),
+    "QUESTION_ANS": ("start_positions", "end_positions"),
+    "FEATURE_EXTRACTION": (),
+}
 
 
 def fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -55,7 +68,7 @@ def _task_type(model: nn.Module, adapter: str) -> str | None:
     entry = engine.applied(model, adapter)
     kinds = {type(placement) for placement in engine.placements(model, adapter)}
     placement = next((kind for kind in (SoftPrompt, PrefixKV) if kind in kinds), None)
-    task_type = peft_reads.task_type(model, detect(model), placement)
+    task_type = task_type_of(model, detect(model), placement)
     if placement is not None and task_type is None:
         warnings.warn(
             f"Hugging Face PEFT computes the base from this file: it gives prompts to no {type(model).__name__}",
@@ -90,3 +103,28 @@ def _is_tied_by_peft(model: nn.Module, adapter: str) -> bool:
         and len(others) == len(groups[0]) - 1
         and all(targets.is_linear(module) and module.bias is None for module in modules)
     )
+
+
+def task_type_of(model: nn.Module, architecture: Architecture, placement: type | None = None) -> str | None:
+    """Return the `task_type` with which PEFT computes the same as peftcore; None: no task type.
+
+    Args:
+        placement: SoftPrompt or PrefixKV, if the adapter has one. None then means that PEFT would compute the base.
+    """
+    choices = [architecture.task_type]
+    if placement is not None and architecture.task_type is None:
+        if architecture.output_head is not None and hasattr(model, "prepare_inputs_for_generation"):
+            choices.append("CAUSAL_LM")
+        if (
+            placement is PrefixKV or not architecture.is_encoder_decoder
+        ):  # there PEFT puts prompts into the encoder only
+            choices.append("FEATURE_EXTRACTION")
+    return next((choice for choice in choices if choice is not None and _passes(model, choice)), None)
+
+
+def _passes(model: nn.Module, task: str) -> bool:
+    """Return whether the model's forward accepts what PEFT's wrapper for `task` passes on."""
+    arguments = inspect.signature(original_forward(model)).parameters
+    takes_all = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments.values())
+    names = (*_TEXT, *_PASSED.get(task, ()))
+    return "input_ids" in arguments and all(takes_all or name in arguments for name in names)
