@@ -5,7 +5,7 @@ Packages of the core implement them, too, see `registry.builtin`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pluggy
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from peftcore.architecture import Architecture
     from peftcore.exporter import Exporter
+    from peftcore.extensions import Command, Integration
     from peftcore.method import Method, WeightFormat
 
 hookspec = pluggy.HookspecMarker("peftcore")
@@ -41,5 +42,10 @@ def peftcore_architecture(model: nn.Module) -> Architecture | None:
 
 
 @hookspec
-def peftcore_commands(app: Any) -> None:
-    """Add commands to the command line: `app` is the `typer.Typer` of `peftcore`."""
+def peftcore_commands() -> list[Command]:  # type: ignore[empty-body]
+    """Return commands of the command line. Each has a name of its own."""
+
+
+@hookspec
+def peftcore_integrations() -> list[Integration]:  # type: ignore[empty-body]
+    """Return integrations with other libraries. Each has a name of its own."""

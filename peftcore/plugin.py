@@ -8,7 +8,7 @@ examples. The names by subject:
 
     placements            Around, After, OnWeight, SoftPrompt, PrefixKV, Train; Placement, AdapterModules
     adapters              Adapter, LightAdapter, LowRank, Base, BranchedBase; implements; override, of typing_extensions
-    method and hooks      Method, hookimpl, WeightFormat
+    method and hooks      Method, hookimpl, WeightFormat, Exporter, Command, Integration
     files                 StateRules, PeftRules, ForeignFormat, FileLayout, FileFormat, tensor_name,
                           prompt_tensor_name; Tensors, Fields
     configs               LayersConfig; validation: checks of fields
@@ -26,176 +26,160 @@ examples. The names by subject:
     errors                PeftcoreError, CheckpointError, PluginError, nearest
     the conformance suite check_method, check_sharded, Family, FAMILIES, CHECKS, IDENTITY, MERGE, COMPILE, PEFT_READS,
                           PEFT_WRITES, disturb
+
+Names are imported when first used, so that a package of commands needs no PyTorch before a command runs.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import override
+if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
+    from typing_extensions import override as override
 
-from peftcore import ranks, targets, validation
-from peftcore.adaptation.adapted import base_modules, base_parameters, has_forward_of_instance, inside_at
-from peftcore.adaptation.call import Call, current_call
-from peftcore.adaptation.class_swap import original_class
-from peftcore.adaptation.light import LightAdapter
-from peftcore.adaptation.outputs import first_of, with_first
-from peftcore.adapter import Adapter, Base, BranchedBase, LowRank, implements
-from peftcore.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Architecture, Sublayer
-from peftcore.engine import set_trainable
-from peftcore.engine.other_adapters import OtherAdapter, has_adapters, other_adapter
-from peftcore.engine.trained import modules_tied_to
-from peftcore.errors import CheckpointError, PeftcoreError, PluginError, nearest
-from peftcore.experts import ExpertsLayout, expert_biases, experts_layout
-from peftcore.hookspecs import hookimpl
-from peftcore.layers import is_conv1d, is_linear, shape_of, sizes
-from peftcore.merging.lookup import embed_scale, looks_up, odd_embedding
-from peftcore.merging.probe import own_output
-from peftcore.method import (
-    AdapterModules,
-    After,
-    Around,
-    Fields,
-    FileFormat,
-    FileLayout,
-    ForeignFormat,
-    Method,
-    OnWeight,
-    PeftRules,
-    Placement,
-    PrefixKV,
-    SoftPrompt,
-    StateRules,
-    Tensors,
-    Train,
-    WeightFormat,
-    prompt_tensor_name,
-    tensor_name,
-)
-from peftcore.observation import detect, gradients_of, inputs_of, run
-from peftcore.prompts.backbone import arguments_by_name, cache_argument, decoder_path, forward_arguments
-from peftcore.prompts.counting import TokenCounter, cached_tokens
-from peftcore.quantization import default_skip, quantized_layers
-from peftcore.targets import LayersConfig, layer_at
-from peftcore.weight_formats import format_in_few_bits, weight_format
+    from peftcore import ranks as ranks
+    from peftcore import targets as targets
+    from peftcore import validation as validation
+    from peftcore.adaptation.adapted import base_modules as base_modules
+    from peftcore.adaptation.adapted import base_parameters as base_parameters
+    from peftcore.adaptation.adapted import has_forward_of_instance as has_forward_of_instance
+    from peftcore.adaptation.adapted import inside_at as inside_at
+    from peftcore.adaptation.call import Call as Call
+    from peftcore.adaptation.call import current_call as current_call
+    from peftcore.adaptation.class_swap import original_class as original_class
+    from peftcore.adaptation.light import LightAdapter as LightAdapter
+    from peftcore.adaptation.outputs import first_of as first_of
+    from peftcore.adaptation.outputs import with_first as with_first
+    from peftcore.adapter import Adapter as Adapter
+    from peftcore.adapter import Base as Base
+    from peftcore.adapter import BranchedBase as BranchedBase
+    from peftcore.adapter import LowRank as LowRank
+    from peftcore.adapter import implements as implements
+    from peftcore.architecture import ATTENTION as ATTENTION
+    from peftcore.architecture import CROSS_ATTENTION as CROSS_ATTENTION
+    from peftcore.architecture import FEED_FORWARD as FEED_FORWARD
+    from peftcore.architecture import Architecture as Architecture
+    from peftcore.architecture import Sublayer as Sublayer
+    from peftcore.engine import set_trainable as set_trainable
+    from peftcore.engine.other_adapters import OtherAdapter as OtherAdapter
+    from peftcore.engine.other_adapters import has_adapters as has_adapters
+    from peftcore.engine.other_adapters import other_adapter as other_adapter
+    from peftcore.engine.trained import modules_tied_to as modules_tied_to
+    from peftcore.errors import CheckpointError as CheckpointError
+    from peftcore.errors import PeftcoreError as PeftcoreError
+    from peftcore.errors import PluginError as PluginError
+    from peftcore.errors import nearest as nearest
+    from peftcore.experts import ExpertsLayout as ExpertsLayout
+    from peftcore.experts import expert_biases as expert_biases
+    from peftcore.experts import experts_layout as experts_layout
+    from peftcore.exporter import Exporter as Exporter
+    from peftcore.extensions import Command as Command
+    from peftcore.extensions import Integration as Integration
+    from peftcore.hookspecs import hookimpl as hookimpl
+    from peftcore.layers import is_conv1d as is_conv1d
+    from peftcore.layers import is_linear as is_linear
+    from peftcore.layers import shape_of as shape_of
+    from peftcore.layers import sizes as sizes
+    from peftcore.merging.lookup import embed_scale as embed_scale
+    from peftcore.merging.lookup import looks_up as looks_up
+    from peftcore.merging.lookup import odd_embedding as odd_embedding
+    from peftcore.merging.probe import own_output as own_output
+    from peftcore.method import AdapterModules as AdapterModules
+    from peftcore.method import After as After
+    from peftcore.method import Around as Around
+    from peftcore.method import Fields as Fields
+    from peftcore.method import FileFormat as FileFormat
+    from peftcore.method import FileLayout as FileLayout
+    from peftcore.method import ForeignFormat as ForeignFormat
+    from peftcore.method import Method as Method
+    from peftcore.method import OnWeight as OnWeight
+    from peftcore.method import PeftRules as PeftRules
+    from peftcore.method import Placement as Placement
+    from peftcore.method import PrefixKV as PrefixKV
+    from peftcore.method import SoftPrompt as SoftPrompt
+    from peftcore.method import StateRules as StateRules
+    from peftcore.method import Tensors as Tensors
+    from peftcore.method import Train as Train
+    from peftcore.method import WeightFormat as WeightFormat
+    from peftcore.method import prompt_tensor_name as prompt_tensor_name
+    from peftcore.method import tensor_name as tensor_name
+    from peftcore.observation import detect as detect
+    from peftcore.observation import gradients_of as gradients_of
+    from peftcore.observation import inputs_of as inputs_of
+    from peftcore.observation import run as run
+    from peftcore.prompts.backbone import arguments_by_name as arguments_by_name
+    from peftcore.prompts.backbone import cache_argument as cache_argument
+    from peftcore.prompts.backbone import decoder_path as decoder_path
+    from peftcore.prompts.backbone import forward_arguments as forward_arguments
+    from peftcore.prompts.counting import TokenCounter as TokenCounter
+    from peftcore.prompts.counting import cached_tokens as cached_tokens
+    from peftcore.quantization import default_skip as default_skip
+    from peftcore.quantization import quantized_layers as quantized_layers
+    from peftcore.targets import LayersConfig as LayersConfig
+    from peftcore.targets import layer_at as layer_at
+    from peftcore.testing import CHECKS as CHECKS
+    from peftcore.testing import COMPILE as COMPILE
+    from peftcore.testing import FAMILIES as FAMILIES
+    from peftcore.testing import IDENTITY as IDENTITY
+    from peftcore.testing import MERGE as MERGE
+    from peftcore.testing import PEFT_READS as PEFT_READS
+    from peftcore.testing import PEFT_WRITES as PEFT_WRITES
+    from peftcore.testing import Family as Family
+    from peftcore.testing import check_method as check_method
+    from peftcore.testing import check_sharded as check_sharded
+    from peftcore.testing import disturb as disturb
+    from peftcore.weight_formats import format_in_few_bits as format_in_few_bits
+    from peftcore.weight_formats import weight_format as weight_format
 
-if TYPE_CHECKING:  # imported when first used: a plugin's tests need the suite, the plugin does not
-    from peftcore.testing import (
-        CHECKS,
-        COMPILE,
-        FAMILIES,
-        IDENTITY,
-        MERGE,
-        PEFT_READS,
-        PEFT_WRITES,
-        Family,
-        check_method,
-        check_sharded,
-        disturb,
-    )
-
-_OF_THE_SUITE = (
-    "CHECKS", "COMPILE", "FAMILIES", "IDENTITY", "MERGE", "PEFT_READS", "PEFT_WRITES", "Family", "check_method",
-    "check_sharded", "disturb",
-)  # fmt: skip
-
-__all__ = [
-    "ATTENTION",
-    "CHECKS",
-    "COMPILE",
-    "CROSS_ATTENTION",
-    "FAMILIES",
-    "FEED_FORWARD",
-    "IDENTITY",
-    "MERGE",
-    "PEFT_READS",
-    "PEFT_WRITES",
-    "Adapter",
-    "AdapterModules",
-    "After",
-    "Architecture",
-    "Around",
-    "Base",
-    "BranchedBase",
-    "Call",
-    "CheckpointError",
-    "ExpertsLayout",
-    "Family",
-    "Fields",
-    "FileFormat",
-    "FileLayout",
-    "ForeignFormat",
-    "LayersConfig",
-    "LightAdapter",
-    "LowRank",
-    "Method",
-    "OnWeight",
-    "OtherAdapter",
-    "PeftRules",
-    "PeftcoreError",
-    "Placement",
-    "PluginError",
-    "PrefixKV",
-    "SoftPrompt",
-    "StateRules",
-    "Sublayer",
-    "Tensors",
-    "TokenCounter",
-    "Train",
-    "WeightFormat",
-    "arguments_by_name",
-    "base_modules",
-    "base_parameters",
-    "cache_argument",
-    "cached_tokens",
-    "check_method",
-    "check_sharded",
-    "current_call",
-    "decoder_path",
-    "default_skip",
-    "detect",
-    "disturb",
-    "embed_scale",
-    "expert_biases",
-    "experts_layout",
-    "first_of",
-    "format_in_few_bits",
-    "forward_arguments",
-    "gradients_of",
-    "has_adapters",
-    "has_forward_of_instance",
-    "hookimpl",
-    "implements",
-    "inputs_of",
-    "inside_at",
-    "is_conv1d",
-    "is_linear",
-    "layer_at",
-    "looks_up",
-    "modules_tied_to",
-    "nearest",
-    "odd_embedding",
-    "original_class",
-    "other_adapter",
-    "override",
-    "own_output",
-    "prompt_tensor_name",
-    "quantized_layers",
-    "ranks",
-    "run",
-    "set_trainable",
-    "shape_of",
-    "sizes",
-    "targets",
-    "tensor_name",
-    "validation",
-    "weight_format",
-    "with_first",
-]
+# {module: its names in the contract}. `tests/test_plugin.py` compares them with the imports above.
+_MODULES = {
+    "typing_extensions": "override",
+    "peftcore": "ranks targets validation",
+    "peftcore.adaptation.adapted": "base_modules base_parameters has_forward_of_instance inside_at",
+    "peftcore.adaptation.call": "Call current_call",
+    "peftcore.adaptation.class_swap": "original_class",
+    "peftcore.adaptation.light": "LightAdapter",
+    "peftcore.adaptation.outputs": "first_of with_first",
+    "peftcore.adapter": "Adapter Base BranchedBase LowRank implements",
+    "peftcore.architecture": "ATTENTION Architecture CROSS_ATTENTION FEED_FORWARD Sublayer",
+    "peftcore.engine": "set_trainable",
+    "peftcore.engine.other_adapters": "OtherAdapter has_adapters other_adapter",
+    "peftcore.engine.trained": "modules_tied_to",
+    "peftcore.errors": "CheckpointError PeftcoreError PluginError nearest",
+    "peftcore.experts": "ExpertsLayout expert_biases experts_layout",
+    "peftcore.exporter": "Exporter",
+    "peftcore.extensions": "Command Integration",
+    "peftcore.hookspecs": "hookimpl",
+    "peftcore.layers": "is_conv1d is_linear shape_of sizes",
+    "peftcore.merging.lookup": "embed_scale looks_up odd_embedding",
+    "peftcore.merging.probe": "own_output",
+    "peftcore.method": (
+        "AdapterModules After Around Fields FileFormat FileLayout ForeignFormat Method OnWeight PeftRules Placement "
+        "PrefixKV SoftPrompt StateRules Tensors Train WeightFormat prompt_tensor_name tensor_name"
+    ),
+    "peftcore.observation": "detect gradients_of inputs_of run",
+    "peftcore.prompts.backbone": "arguments_by_name cache_argument decoder_path forward_arguments",
+    "peftcore.prompts.counting": "TokenCounter cached_tokens",
+    "peftcore.quantization": "default_skip quantized_layers",
+    "peftcore.targets": "LayersConfig layer_at",
+    "peftcore.testing": (
+        "CHECKS COMPILE FAMILIES Family IDENTITY MERGE PEFT_READS PEFT_WRITES check_method check_sharded disturb"
+    ),
+    "peftcore.weight_formats": "format_in_few_bits weight_format",
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 
 if not TYPE_CHECKING:  # a type checker that sees it lets any name pass
+    __all__ = sorted(_HOMES)
 
     def __getattr__(name: str) -> Any:
-        if name in _OF_THE_SUITE:
-            return getattr(import_module("peftcore.testing"), name)
-        raise AttributeError(f"module 'peftcore.plugin' has no attribute '{name}'")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'peftcore.plugin' has no attribute '{name}'")
+        home = _HOMES[name]
+        value = import_module(f"peftcore.{name}") if home == "peftcore" else getattr(import_module(home), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

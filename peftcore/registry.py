@@ -15,26 +15,36 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pluggy
-import torch
 
 from peftcore import hookspecs, requirement
 from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.exporter import Exporter
-from peftcore.method import Method, WeightFormat
+from peftcore.extensions import Command, Integration
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
     from torch import nn
+
+    from peftcore.method import Method, WeightFormat
 
 GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
 CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
 API = "3.1"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
 ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords of `apply`, which cannot be names of config fields
-LISTS = ("peftcore_methods", "peftcore_weight_formats", "peftcore_exporters")  # hooks that return a list, never None
+COMMANDS = "peftcore_commands"
+LISTS = (  # hooks that return a list, never None
+    "peftcore_methods",
+    "peftcore_weight_formats",
+    "peftcore_exporters",
+    COMMANDS,
+    "peftcore_integrations",
+)
 
 
 class Named(Protocol):
@@ -97,6 +107,9 @@ class Registry:
     def hook(self) -> Any:
         """Hook caller of pluggy, with every working plugin and the built-in hooks registered."""
         self.plugins()
+        return self._with_builtin()
+
+    def _with_builtin(self) -> Any:
         for name in list(_BUILTIN)[self._built_in :]:
             self._manager.register(_BUILTIN[name], name=name)
             self._built_in += 1
@@ -155,6 +168,8 @@ class Registry:
         Raises:
             PluginError: a plugin's hook fails; otherwise weights in its format would be mistaken for plain ones.
         """
+        from peftcore.method import WeightFormat
+
         return [each for _, each in self.offered("peftcore_weight_formats", WeightFormat).values()]
 
     def exporters(self) -> dict[str, tuple[Plugin, Exporter]]:
@@ -164,6 +179,29 @@ class Registry:
             PluginError: a plugin returns something else, or a name that is taken.
         """
         return self.offered("peftcore_exporters", Exporter, contain=True)
+
+    def integrations(self) -> dict[str, tuple[Plugin, Integration]]:
+        """Return the integrations with other libraries by name, with their plugins.
+
+        Raises:
+            PluginError: a plugin's hook fails or returns something else, or a name is taken.
+        """
+        return self.offered("peftcore_integrations", Integration)
+
+    def commands(self, typed: str | None = None) -> dict[str, Command]:
+        """Return the commands of the command line by name, the core's first.
+
+        Of plugins, only those whose source mentions the hook are imported; none, if `typed` is a command of the core.
+
+        Raises:
+            PluginError: a plugin returns something else, or a name that is taken.
+        """
+        implementations = getattr(self._with_builtin(), COMMANDS).get_hookimpls()
+        core = [command for each in implementations if each.plugin_name in _BUILTIN for command in each.function()]
+        if typed in (command.name for command in core):
+            return {command.name: command for command in core}
+        found = self.offered(COMMANDS, Command, contain=True)
+        return {name: found[name][1] for name in sorted(found, key=lambda name: found[name][0] is not CORE)}
 
     def offered(self, hook: str, kind: type[Offered], *, contain: bool = False) -> dict[str, tuple[Plugin, Offered]]:
         """Return what the implementations of a hook that returns lists offer, by name, with their plugins.
@@ -184,7 +222,7 @@ class Registry:
                         f"{hook}: {first} and {second} both offer '{each.name}'. Give one another name, or list the "
                         f"plugins to use without one of them: {CHOSEN}=NAME,NAME"
                     )
-                contained = isinstance(each, WeightFormat) and plugin is not CORE
+                contained = hook == "peftcore_weight_formats" and plugin is not CORE
                 found[each.name] = plugin, _contained(plugin, each) if contained else each
         self._offered[hook] = len(_BUILTIN), found
         return found
@@ -201,7 +239,11 @@ class Registry:
             PluginError: a plugin's hook fails. With `contain` that is a warning, and the other plugins are used.
         """
         answered = False
-        implementations = reversed(getattr(self.hook, hook).get_hookimpls())
+        if hook == COMMANDS and not self._discovered:
+            self._discover(COMMANDS)
+        else:
+            self.plugins()
+        implementations = reversed(getattr(self._with_builtin(), hook).get_hookimpls())
         for implementation in sorted(implementations, key=lambda each: each.plugin_name in _BUILTIN):
             given = {name: arguments[name] for name in implementation.argnames}
             if implementation.plugin_name in _BUILTIN:
@@ -240,9 +282,11 @@ class Registry:
         """
         try:
             yield
-        except (PeftcoreError, Warning, MemoryError, torch.OutOfMemoryError):
+        except (PeftcoreError, Warning, MemoryError):
             raise
         except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+                raise
             plugin = method if isinstance(method, Plugin) else self.plugin_of(method)
             raise PluginError(_failure(f"`{function}`", plugin, error)) from error
 
@@ -270,7 +314,8 @@ class Registry:
             self._manager.unregister(name=entry.name)
             self._offered.clear()
 
-    def _discover(self) -> None:
+    def _discover(self, hook: str | None = None) -> None:
+        """Import the installed plugins; with `hook`, only those whose source mentions it."""
         by_name: dict[str, list[EntryPoint]] = defaultdict(list)
         chosen = _chosen()
         for entry_point in entry_points(group=GROUP):
@@ -283,6 +328,8 @@ class Registry:
                 raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
         problems = []
         for key, candidates in sorted(by_name.items()):
+            if key in self._plugins or not (hook is None or any(mentions(each, hook) for each in candidates)):
+                continue
             candidates.sort(key=_has_other_distribution)  # stable: then the first on sys.path, as for modules
             name, dist = candidates[0].name, candidates[0].dist
             entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
@@ -345,6 +392,8 @@ class Registry:
         return methods
 
     def _check_method(self, entry: Plugin, method: Method) -> None:
+        from peftcore.method import Method
+
         if not isinstance(method, Method):
             raise PluginError(
                 f"peftcore_methods() must return peftcore.plugin.Method objects, found {type(method).__name__}"
@@ -435,6 +484,15 @@ def _all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
                 f"{type(answer).__name__}. {_without(plugin)}"
             )
     return list(answers)
+
+
+def mentions(entry_point: EntryPoint, hook: str) -> bool:
+    """Return whether a plugin's source mentions the hook, without importing it; True if it cannot be read."""
+    try:
+        spec = find_spec(entry_point.module)
+        return spec is None or spec.origin is None or hook in Path(spec.origin).read_text(encoding="utf-8")
+    except Exception:  # a broken plugin may raise anything; its import reports it
+        return True
 
 
 def _contained(plugin: Plugin, weight_format: WeightFormat) -> WeightFormat:

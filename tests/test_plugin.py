@@ -1,6 +1,7 @@
 """`peftcore.plugin` is the whole contract: plugins import it, `peftcore` and `peftcore.ops`, and nothing else."""
 
 import ast
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,15 +81,24 @@ def test_the_docstring_names_the_contract() -> None:
     assert all(getattr(peftcore.plugin, name) is not None for name in peftcore.plugin.__all__)
 
 
+def test_type_checkers_and_programs_read_the_same_names() -> None:
+    tree = ast.parse(Path(peftcore.plugin.__file__).read_text("utf-8"))
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
+    seen = {name.asname: f"{node.module}.{name.name}" for node in imports for name in node.names}
+    assert sorted(str(name) for name in seen) == peftcore.plugin.__all__ == dir(peftcore.plugin)
+    assert all(getattr(peftcore.plugin, str(name)) is pkgutil.resolve_name(home) for name, home in seen.items())
+
+
 def test_users_of_models_see_no_name_of_the_contract() -> None:
     errors = {"PeftcoreError", "PluginError", "CheckpointError"}
     assert USERS & {*peftcore.plugin.__all__} == errors
 
 
-def test_the_suite_is_imported_when_it_is_used() -> None:
+def test_a_module_is_imported_when_a_name_of_it_is_used() -> None:
     code = (
-        "import peftcore.plugin, sys; print('peftcore.testing' in sys.modules); "
-        "peftcore.plugin.check_method; print('peftcore.testing' in sys.modules)"
+        "from peftcore.plugin import Command, hookimpl; import sys; print('torch' in sys.modules); "
+        "import peftcore; peftcore.plugin.check_method; print('peftcore.testing' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "True"]

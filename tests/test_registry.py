@@ -257,7 +257,7 @@ class Failing:
         raise SystemExit(3)
 
     @hookimpl
-    def peftcore_commands(self, app):
+    def peftcore_integrations(self):
         raise ImportError("no module named 'fire'")
 
 
@@ -271,17 +271,18 @@ def test_a_hook_that_fails_is_named_and_stops_no_other(discover, monkeypatch) ->
             return Architecture(hidden_size=7)
 
         @hookimpl
-        def peftcore_commands(self, app):
-            asked.append(app)
+        def peftcore_integrations(self):
+            asked.append("integrations")
+            return []
 
     registry = discover(("works", Works(), "peftcore-works"), ("zfails", Failing(), "peftcore-zfails"))
     named = r"of the plugin 'zfails' \(peftcore-zfails 1.0\) failed: "
     with pytest.warns(UserWarning, match=rf"peftcore_architecture {named}KeyError: 'vision_config'"):
         (answer,) = registry.answers("peftcore_architecture", contain=True, first=True, model=None)
     assert answer[1].hidden_size == 7
-    with pytest.warns(UserWarning, match=rf"peftcore_commands {named}ImportError: no module named 'fire'"):
-        list(registry.answers("peftcore_commands", contain=True, app="app"))
-    assert asked == ["architecture", "app"]
+    with pytest.warns(UserWarning, match=rf"peftcore_integrations {named}ImportError: no module named 'fire'"):
+        list(registry.answers("peftcore_integrations", contain=True))
+    assert asked == ["architecture", "integrations"]
     with pytest.raises(peftcore.PluginError, match=rf"peftcore_weight_formats {named}SystemExit: 3.*PEFTCORE_PLUGINS"):
         registry.weight_formats()
     monkeypatch.setenv("PEFTCORE_STRICT_PLUGINS", "1")

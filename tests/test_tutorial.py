@@ -3,9 +3,10 @@
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -61,3 +62,50 @@ def test_the_pages_names_and_links() -> None:
         assert hasattr(peftcore.targets, name), name
     for target in re.findall(r"\]\(([^)#:]+)\)", PAGE):
         assert (ROOT / "docs" / target).exists(), target
+
+
+@pytest.fixture
+def from_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Register under a name the plugin of the page whose source contains a text."""
+    names: list[str] = []
+
+    def register(name: str, text: str) -> None:
+        (source,) = [block for block in BLOCKS if text in block]
+        (tmp_path / f"peftcore_{name}.py").write_text(source)
+        registry.register(name, imported(tmp_path / f"peftcore_{name}.py", monkeypatch))
+        names.append(name)
+
+    yield register
+    for name in names:
+        registry.unregister(name)
+
+
+def test_the_pages_command(from_page: Any, tmp_path: Path) -> None:
+    import tiny
+    from commands import invoke
+
+    from_page("count", "[Command(")
+    peftcore.save(peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"], r=2), tmp_path / "run")
+    held = 2 * 2 * (32 + 32)  # layers, r, in + out
+    assert invoke("count", tmp_path / "run").output.strip() == f"{held}"
+    assert invoke("count", tmp_path / "run", "--thousands").output.strip() == f"{held / 1000:.1f} thousand"
+    assert "has no adapter_model.safetensors. Pass the folder of an adapter" in invoke("count", tmp_path).stderr
+    assert "peftcore count run/adapter --thousands" in invoke("count", "--help").output
+
+
+def test_the_pages_integration(from_page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiny
+
+    (tmp_path / "ponder.py").write_text("def freeze(model):\n    return 'frozen'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from_page("ponder", "[Integration(")
+    model = tiny.llama()
+    peftcore.apply(model, "lora", target_modules=["q_proj"])
+    import ponder
+
+    try:
+        assert ponder.freeze(tiny.llama()) == "frozen"
+        with pytest.raises(peftcore.PeftcoreError, match=r"would ignore adapters. Merge them first"):
+            ponder.freeze(model)
+    finally:
+        sys.modules.pop("ponder")

@@ -1,7 +1,7 @@
-"""The typer application: the commands of the core, one file each, and those that plugins add.
+"""The typer application: the commands of the core and those of plugins, all from the hook `peftcore_commands`.
 
-No command imports torch before it runs, and a plugin is imported for the list of commands only if its
-source mentions `peftcore_commands`, so that `peftcore --help` answers at once.
+No command imports torch before it runs, and plugins are imported for the list of commands only if their source
+mentions the hook, so that `peftcore --help` answers at once.
 """
 
 from __future__ import annotations
@@ -10,61 +10,32 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from peftcore.cli import arguments, completion, console, signatures
-from peftcore.cli.commands import (
-    chat,
-    compare,
-    doctor,
-    evaluate,
-    export,
-    generate,
-    info,
-    merge,
-    methods,
-    new_plugin,
-    plan,
-    plugins,
-    suggest,
-    train,
-)
+from peftcore.cli import arguments, console, core_commands, signatures
 from peftcore.cli.console import fail, warn
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, PluginError
+from peftcore.registry import builtin, registry
 
-# What runs it, and examples for the end of its --help.
-COMMANDS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
-    "train": (train.train, train.EXAMPLES),
-    "compare": (compare.compare, compare.EXAMPLES),
-    "eval": (evaluate.evaluate, evaluate.EXAMPLES),
-    "generate": (generate.generate, generate.EXAMPLES),
-    "chat": (chat.chat, chat.EXAMPLES),
-    "merge": (merge.merge, merge.EXAMPLES),
-    "export": (export.export, export.EXAMPLES),
-    "plan": (plan.plan, plan.EXAMPLES),
-    "suggest": (suggest.suggest, suggest.EXAMPLES),
-    "info": (info.info, info.EXAMPLES),
-    "methods": (methods.methods, methods.EXAMPLES),
-    "plugins": (plugins.plugins, plugins.EXAMPLES),
-    "new-plugin": (new_plugin.new_plugin, new_plugin.EXAMPLES),
-    "doctor": (doctor.doctor, doctor.EXAMPLES),
-}
-HOOK = "peftcore_commands"
+builtin(core_commands)
 
 
 def run(words: list[str] | None = None) -> None:
     """Run the command that `words` (by default those of the process) name."""
     warnings.showwarning = lambda message, *_, **__: warn(str(message))
     words = sys.argv[1:] if words is None else words
-    build(words)(words, prog_name="peftcore")
+    try:
+        app = build(words)
+    except PluginError as error:
+        sys.exit(f"peftcore: error: {error}")
+    app(words, prog_name="peftcore")
 
 
 def build(words: list[str]) -> typer.Typer:
-    """Return the application. Plugins are asked for commands unless `words` name one of the core's."""
+    """Return the application. Plugins are imported unless `words` name a command of the core."""
     app = typer.Typer(
         help="Parameter-efficient fine-tuning: an adapter from a model and a file of examples.",
         epilog=_epilog(["peftcore methods", "peftcore train --help"]),
@@ -72,14 +43,9 @@ def build(words: list[str]) -> typer.Typer:
         pretty_exceptions_show_locals=False,
     )
     app.callback()(_options)
-    for name, (command, examples) in COMMANDS.items():
-        app.command(name, epilog=_epilog(examples))(_with_clear_errors(command))
-    named = next((word for word in words if not word.startswith("-")), None)
-    if named not in COMMANDS and any(completion.mentions(point, HOOK) for point in entry_points(group="peftcore")):
-        from peftcore.registry import registry
-
-        for _ in registry.answers("peftcore_commands", contain=True, app=app):
-            pass
+    typed = next((word for word in words if not word.startswith("-")), None)
+    for command in registry.commands(typed).values():
+        app.command(command.name, epilog=_epilog(command.examples))(_with_clear_errors(command.function))
     return app
 
 

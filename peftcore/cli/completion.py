@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
+from importlib.metadata import entry_points
 from pathlib import Path
+
+from peftcore.registry import mentions
 
 _DEPTH = 3  # depth of folders searched
 _MOST = 2000  # number of folders searched at most, so that Tab answers at once
-
-
-def mentions(entry_point: EntryPoint, hook: str) -> bool:
-    """Return whether a plugin's source mentions the hook, without importing it; True if it cannot be read."""
-    try:
-        spec = find_spec(entry_point.module)
-        return spec is None or spec.origin is None or hook in Path(spec.origin).read_text(encoding="utf-8")
-    except Exception:  # a broken plugin may raise anything; the registry reports it
-        return True
 
 
 def methods(incomplete: str) -> list[str]:

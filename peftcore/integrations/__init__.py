@@ -1,37 +1,39 @@
-"""Patches for other libraries, applied when the first adapter is applied to one of their models.
+"""Integrations with other libraries: patches, applied when adapters meet the library. Without adapters none is applied.
 
-If a library is imported later, it is patched on import. Without adapters nothing is patched.
-
-    transformers            `pretrained`: `save_pretrained`
-    transformers.trainer    `transformers`: `Trainer` and its subclasses
-    peft                    `peft`: refuses a model with adapters
-    diffusers               `diffusers`, `diffusers_pipelines`: refuse calls that would ignore adapters
+The core's own are in `core_integrations`; packages add theirs through the hook `peftcore_integrations`.
 """
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftcore.events import adapter_applied
+from peftcore.integrations import core_integrations
 from peftcore.integrations.late_import import when_imported
+from peftcore.registry import Plugin, builtin, registry
 
-_PATCHES = {  # by the module that each patches
-    "transformers": "peftcore.integrations.pretrained",
-    "transformers.trainer": "peftcore.integrations.transformers",
-    "peft": "peftcore.integrations.peft",
-    "diffusers.pipelines.pipeline_utils": "peftcore.integrations.diffusers_pipelines",
-}
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-
-def _patch(model: Any) -> None:
-    if "transformers" in sys.modules and hasattr(model, "save_pretrained"):
-        for theirs, ours in _PATCHES.items():
-            when_imported(theirs, partial(import_module, ours))
-    if any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__):
-        import_module("peftcore.integrations.diffusers").patch_model(model)
+_awaited: set[str] = set()  # names of the integrations whose `on_import` has run or waits for its library
 
 
-adapter_applied.subscribe(_patch)
+def _after_apply(model: Any) -> None:
+    """Run the integrations that the adapter on `model` concerns."""
+    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    for name, (plugin, integration) in registry.integrations().items():
+        if integration.on_import is not None and name not in _awaited:
+            when_imported(integration.library, partial(_run, plugin, f"{name}.on_import", integration.on_import))
+            _awaited.add(name)
+        if integration.on_apply is not None and integration.library.partition(".")[0] in packages:
+            _run(plugin, f"{name}.on_apply", partial(integration.on_apply, model))
+
+
+def _run(plugin: Plugin, what: str, function: Callable[[], object]) -> None:
+    with registry.naming(plugin, what):
+        function()
+
+
+builtin(core_integrations)
+adapter_applied.subscribe(_after_apply)

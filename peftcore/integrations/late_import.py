@@ -6,25 +6,28 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_awaited: set[str] = set()
+_waiting: dict[str, list[Callable[[], object]]] = {}  # by module
 
 
-def when_imported(name: str, act: Callable[[], Any]) -> None:
-    """Call `act` once the module `name` has been imported: immediately if it already is. Once for each name."""
-    if name in _awaited:
-        return
-    _awaited.add(name)
+def when_imported(name: str, act: Callable[[], object]) -> None:
+    """Call `act` once the module `name` has been imported: immediately if it already is.
+
+    If `act` raises, so does the import, and the next import calls it again.
+    """
     if name in sys.modules:
         act()
+    elif name in _waiting:
+        _waiting[name].append(act)
     else:
-        sys.meta_path.insert(0, _Finder(name, act))
+        _waiting[name] = [act]
+        sys.meta_path.insert(0, _Finder(name))
 
 
 class _Finder:
-    """Finder on `sys.meta_path` that delegates to the others and calls `act` after the import."""
+    """Finder on `sys.meta_path` that delegates to the others and calls what waits after the import."""
 
-    def __init__(self, name: str, act: Callable[[], Any]) -> None:
-        self.name, self.act = name, act
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != self.name:
@@ -38,9 +41,13 @@ class _Finder:
 
         def exec_module(module: Any) -> None:
             execute(module)
+            acts = _waiting.get(name, [])
+            while acts:
+                acts[0]()
+                del acts[0]
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-                self.act()
+                del _waiting[name]
 
         spec.loader.exec_module = exec_module
         return spec

@@ -7,10 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import typer
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import peftcore
 from peftcore.cli import app as application
-from peftcore.plugin import hookimpl
+from peftcore.plugin import Command, hookimpl
 from peftcore.registry import Plugin, registry
 
 
@@ -136,37 +137,122 @@ def test_info_of_experts(run: Run, tmp_path: Path) -> None:
         run("info", tmp_path)
 
 
-def test_a_plugin_adds_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    class Greeter:
+@dataclass(frozen=True, kw_only=True)
+class Greeting:
+    """Options of the command below."""
+
+    times: Annotated[int, typer.Option(min=1, help="Number of greetings.")] = 1
+
+
+def greet(name: str, *, given: Greeting) -> None:
+    """Say hello."""
+    if name == "nobody":
+        raise peftcore.PeftcoreError("nobody cannot be greeted. Pass a name")
+    print(f"hello {name} " * given.times)
+
+
+class Adds:
+    """A plugin with one command."""
+
+    def __init__(self, name: str, function: Any = greet) -> None:
+        self.command = Command(name, function, ["peftcore greet you --times 2"])
+
+    @hookimpl
+    def peftcore_commands(self) -> list[Command]:
+        return [self.command]
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[[str, Any], None]]:
+    names: list[str] = []
+
+    def call(name: str, plugin: Any) -> None:
+        registry.register(name, plugin, f"peftcore-{name}", "2.0")
+        names.append(name)
+
+    yield call
+    for name in names:
+        registry.unregister(name)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (["greet", "you", "--times", "2"], 0, "hello you hello you"),
+        (["--help"], 0, "Say hello."),
+        (["greet", "--help"], 0, "peftcore greet you --times 2"),
+        (["greet", "nobody"], 1, "error: nobody cannot be greeted. Pass a name"),
+    ],
+)
+def test_a_plugin_adds_a_command(
+    register: Any, capsys: pytest.CaptureFixture[str], words: list[str], code: int, expected: str
+) -> None:
+    register("greeter", Adds("greet"))
+    with pytest.raises(SystemExit) as end:
+        application.run(words)
+    shown = capsys.readouterr()
+    assert (end.value.code, expected in shown.out + shown.err) == (code, True)
+
+
+@pytest.mark.parametrize(("taken", "other"), [("train", "peftcore"), ("greet", "the plugin 'first'")])
+def test_two_commands_with_the_same_name(register: Any, taken: str, other: str) -> None:
+    register("first", Adds("greet"))
+    register("second", Adds(taken))
+    match = rf"the plugin 'second' \(peftcore-second 2.0\) and {other}.* both offer '{taken}'. Give one another name"
+    with pytest.raises(SystemExit, match=match):
+        application.run(["--help"])
+    application.build(["train", "--help"])  # commands of the core work
+
+
+def test_a_plugin_whose_commands_fail_is_left_out(register: Any, run: Run) -> None:
+    class Fails:
         @hookimpl
-        def peftcore_commands(self, app: Any) -> None:
-            @app.command("greet")
-            def greet(name: str) -> None:
-                """Say hello."""
-                print(f"hello {name}")
+        def peftcore_commands(self) -> list[Command]:
+            raise ImportError("no module named 'fire'")
 
-    registry.register("greeter", Greeter())
-    here = SimpleNamespace(module=__name__)
-    monkeypatch.setattr(application, "entry_points", lambda group: [here])
-    try:
-        for arguments, expected in ((["greet", "you"], "hello you"), (["--help"], "Say hello.")):
-            with pytest.raises(SystemExit) as end:
-                application.run(arguments)
-            assert end.value.code == 0
-            assert expected in capsys.readouterr().out
-    finally:
-        registry.unregister("greeter")
+    register("fails", Fails())
+    register("greeter", Adds("greet"))
+    with pytest.warns(UserWarning, match=r"plugin 'fails' \(peftcore-fails 2.0\) failed: ImportError: no module"):
+        assert "greet" in registry.commands()
 
 
-def test_help_needs_no_torch() -> None:
-    code = "import sys; from peftcore.cli.app import build; build(['--help']); sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("answer", [greet, [greet], None])
+def test_commands_of_another_type_are_refused(register: Any, answer: Any) -> None:
+    class Wrong:
+        @hookimpl
+        def peftcore_commands(self) -> Any:
+            return answer
+
+    register("wrong", Wrong())
+    with pytest.raises(peftcore.PluginError, match=r"'wrong' \(.*must return a list of peftcore.plugin.Command, found"):
+        registry.commands()
+
+
+def test_help_needs_no_torch(tmp_path: Path) -> None:
+    """Not even with an installed package that adds a command."""
+    (tmp_path / "peftcore_hello.py").write_text(
+        'from peftcore.plugin import Command, hookimpl\n\npeftcore_api = ">=3.0,<4"\n\n\ndef hello() -> None:\n'
+        '    """Say hello."""\n\n\n@hookimpl\ndef peftcore_commands():\n    return [Command("hello", hello)]\n'
+    )
+    info = tmp_path / "peftcore_hello-0.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peftcore-hello\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[peftcore]\nhello = peftcore_hello\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from peftcore.cli.app import build\n"
+        "names = [each.name for each in build(['--help']).registered_commands]\n"
+        "assert 'hello' in names and 'train' in names and 'peftcore_hello' in sys.modules, names\n"
+        "sys.exit('torch' in sys.modules or 'peftcore_lora' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_no_plugin_is_imported_for_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "plugins", lambda: pytest.fail("a plugin was imported"))
-    application.build(["--help"])
-    application.build(["train", "--help"])
+def test_no_plugin_is_imported_for_a_command_of_the_core() -> None:
+    code = (
+        "import sys; from peftcore.cli.app import build; from peftcore import registry\n"
+        "registry.entry_points = None\nbuild(['train', '--help'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_version(run: Run) -> None:
@@ -177,10 +263,10 @@ def test_version(run: Run) -> None:
     assert lines[2].startswith("transformers 5.") and lines[3].startswith("extension ")
 
 
-@pytest.mark.parametrize("name", application.COMMANDS)
+@pytest.mark.parametrize("name", registry.commands())
 def test_examples_of_help_are_understood(name: str) -> None:
     """Each is one of this command, whose options exist and take what it gives them; nothing is run."""
-    _, examples = application.COMMANDS[name]
+    examples = registry.commands(name)[name].examples
     group: Any = typer.main.get_command(application.build([name]))
     command = group.commands[name]
     assert examples and "Examples:" in command.epilog

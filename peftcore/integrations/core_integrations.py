@@ -1,0 +1,44 @@
+"""The integrations of the core, which go through the hook of packages that add integrations.
+
+transformers            `pretrained`: `save_pretrained`
+transformers.trainer    `transformers`: `Trainer` and its subclasses
+peft                    `peft`: refuses a model with adapters
+diffusers               `diffusers`, `diffusers_pipelines`: refuse calls that would ignore adapters
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+from peftcore.extensions import Integration
+from peftcore.hookspecs import hookimpl
+
+
+def _patch_diffusers(model: Any) -> None:
+    import_module("peftcore.integrations.diffusers").patch_model(model)
+
+
+@hookimpl
+def peftcore_integrations() -> list[Integration]:
+    """Return the integrations of the core. The modules patch their library when they are imported."""
+    return [
+        Integration(
+            name="transformers",
+            library="transformers.modeling_utils",
+            on_import=partial(import_module, "peftcore.integrations.pretrained"),
+        ),
+        Integration(
+            name="trainer",
+            library="transformers.trainer",
+            on_import=partial(import_module, "peftcore.integrations.transformers"),
+        ),
+        Integration(name="peft", library="peft", on_import=partial(import_module, "peftcore.integrations.peft")),
+        Integration(
+            name="diffusers",
+            library="diffusers.pipelines.pipeline_utils",
+            on_import=partial(import_module, "peftcore.integrations.diffusers_pipelines"),
+            on_apply=_patch_diffusers,
+        ),
+    ]
