@@ -14,6 +14,13 @@ import peftcore
 import peftcore.plugin
 
 USERS = {*peftcore.__all__, "__version__"}
+# Inner modules of the core that packages without a method may use.
+TOOLS = {
+    "peftcore_compare": {  # a command that runs `train` several times
+        "peftcore.cli",
+        "peftcore.engine.summary.megabytes",
+    },
+}
 NAMESPACES = ("targets", "validation", "ranks")  # modules of the contract, whose public names are part of it
 
 
@@ -55,7 +62,9 @@ def outside_of_the_contract(code: str) -> list[str]:
 
 @pytest.mark.parametrize("file", list(sources()), ids=lambda file: str(file.relative_to(ROOT)))
 def test_plugins_import_the_contract_and_nothing_else(file: Path) -> None:
-    assert outside_of_the_contract(file.read_text()) == []
+    allowed = TOOLS.get(file.parent.name, set())
+    found = outside_of_the_contract(file.read_text())
+    assert [name for name in found if not any(f"{name}.".startswith(f"{each}.") for each in allowed)] == []
 
 
 @pytest.mark.parametrize(

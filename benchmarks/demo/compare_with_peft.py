@@ -16,7 +16,7 @@ KINDS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 def against_peft(output: Path) -> None:
     """Run PEFT for every row of a comparison whose method it has."""
-    from peftcore.cli import training_process
+    from peftcore_compare import training_process
 
     for row in rows_of(output):
         if not row.finished or (row.first / PEFT_RESULT).exists() or not peft_has(row.first, row.settings["method"]):

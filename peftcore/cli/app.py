@@ -21,6 +21,7 @@ from peftcore.errors import PeftcoreError, PluginError
 from peftcore.registry import builtin, registry
 
 builtin(core_commands)
+PACKAGES = {"compare": "peftcore-compare"}  # commands in packages of their own, which may not be installed
 
 
 def run(words: list[str] | None = None) -> None:
@@ -35,7 +36,11 @@ def run(words: list[str] | None = None) -> None:
 
 
 def build(words: list[str]) -> typer.Typer:
-    """Return the application. Plugins are imported unless `words` name a command of the core."""
+    """Return the application. Plugins are imported unless `words` name a command of the core.
+
+    Raises:
+        PluginError: the command is in a package that is not installed, or two commands have the same name.
+    """
     app = typer.Typer(
         help="Parameter-efficient fine-tuning: an adapter from a model and a file of examples.",
         epilog=_epilog(["peftcore methods", "peftcore train --help"]),
@@ -44,7 +49,11 @@ def build(words: list[str]) -> typer.Typer:
     )
     app.callback()(_options)
     typed = next((word for word in words if not word.startswith("-")), None)
-    for command in registry.commands(typed).values():
+    commands = registry.commands(typed)
+    if typed in PACKAGES and typed not in commands:
+        package, reason = PACKAGES[typed], registry.plugin_of(typed).error or "it is not installed"
+        raise PluginError(f"'peftcore {typed}' is in the package {package}: {reason}. Run: pip install {package}")
+    for command in commands.values():
         app.command(command.name, epilog=_epilog(command.examples))(_with_clear_errors(command.function))
     return app
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from peftcore.cli.commands import (
     chat,
-    compare,
     doctor,
     evaluate,
     export,
@@ -27,7 +26,6 @@ def peftcore_commands() -> list[Command]:
     """Return the commands of the core, in the order of `peftcore --help`."""
     return [
         Command("train", train.train, train.EXAMPLES),
-        Command("compare", compare.compare, compare.EXAMPLES),
         Command("eval", evaluate.evaluate, evaluate.EXAMPLES),
         Command("generate", generate.generate, generate.EXAMPLES),
         Command("chat", chat.chat, chat.EXAMPLES),

@@ -228,6 +228,13 @@ def test_commands_of_another_type_are_refused(register: Any, answer: Any) -> Non
         registry.commands()
 
 
+def test_a_command_in_a_package_that_is_not_installed(tmp_path: Path) -> None:
+    done = command("compare", "--help", path=tmp_path, PEFTCORE_PLUGINS="none")
+    assert done.returncode == 1
+    expected = "peftcore: error: 'peftcore compare' is in the package peftcore-compare: "
+    assert done.stderr.startswith(expected) and done.stderr.strip().endswith("Run: pip install peftcore-compare")
+
+
 def test_help_needs_no_torch(tmp_path: Path) -> None:
     """Not even with an installed package that adds a command."""
     (tmp_path / "peftcore_hello.py").write_text(

@@ -57,7 +57,7 @@ def test_a_command_without_dataclasses_stays_as_it_is() -> None:
     assert signatures.expand(command) is command
 
 
-@pytest.mark.parametrize("name", ["train", "compare", "plan"])
+@pytest.mark.parametrize("name", ["train", "plan"])
 def test_commands_have_the_options_of_the_dataclass(name: str) -> None:
     command: Any = typer.main.get_command(app.build([name])).commands[name]
     options = {option.name: option for option in command.params}

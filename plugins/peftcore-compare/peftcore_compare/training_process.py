@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from peftcore import PeftcoreError
 from peftcore.cli.options import FULL
 from peftcore.cli.settings import RUN_FILE, Display, Settings, prepare_folder, write_options
-from peftcore.errors import PeftcoreError
 
 _RESULT, _ERROR = "result.json", "error.txt"
 STOPPED = 130

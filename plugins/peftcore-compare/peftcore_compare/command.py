@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+import peftcore
+from peftcore import PeftcoreError
 from peftcore.cli import completion, config_file, options
 from peftcore.cli.console import command, out, require, say, warn
 from peftcore.cli.settings import RunOptions, Settings
-from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
-    from peftcore.cli.comparison_report import ComparisonReport
+    from peftcore_compare.report import ComparisonReport
 
 EXAMPLES = (
     'peftcore compare -m MODEL -d chat.jsonl -o both --method METHOD --method "OTHER FIELD=VALUE lr=1e-3" --seeds 3',
@@ -191,9 +192,7 @@ def parse_candidates(texts: list[str] | None, full: bool) -> list[Candidate]:
     Raises:
         PeftcoreError: a method is not installed, a field or rate is wrong, or two rows are the same.
     """
-    from peftcore.registry import registry
-
-    candidates = [_candidate(text) for text in (texts or registry.methods())]
+    candidates = [_candidate(text) for text in (texts or peftcore.methods())]
     if full and not any(candidate.method == options.FULL for candidate in candidates):
         candidates.append(_candidate(options.FULL))
     labels = Counter(candidate.label for candidate in candidates)
@@ -208,8 +207,6 @@ def parse_candidates(texts: list[str] | None, full: bool) -> list[Candidate]:
 
 
 def _candidate(text: str) -> Candidate:
-    from peftcore.registry import registry
-
     try:
         name, *settings = shlex.split(text) or [""]
     except ValueError as error:
@@ -230,7 +227,7 @@ def _candidate(text: str) -> Candidate:
             raise PeftcoreError(f"--method '{text}': full fine-tuning has no field but lr, found '{settings[0]}'")
         return Candidate(label, name, lr or FULL_LEARNING_RATE)
     name, fields = options.resolve_method(name, settings)
-    return Candidate(label, name, lr or registry.method(name).learning_rate, fields)
+    return Candidate(label, name, lr or peftcore.methods()[name].learning_rate, fields)
 
 
 def _prepare_folder(output: Path, resume: bool, overwrite: bool) -> None:
@@ -250,8 +247,8 @@ def _prepare_folder(output: Path, resume: bool, overwrite: bool) -> None:
 
 def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: Sequence[float], output: Path) -> None:
     """Run everything, and write the report after each run."""
-    from peftcore.cli import training_process
-    from peftcore.cli.comparison_report import ComparisonReport
+    from peftcore_compare import training_process
+    from peftcore_compare.report import ComparisonReport
 
     report = ComparisonReport(common, [(candidate.label, candidate.lr) for candidate in candidates], rates)
     too_big = {options.FULL: reason} if (reason := _does_not_fit(common)) else {}

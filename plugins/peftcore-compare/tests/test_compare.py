@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from commands import Run
+from peftcore_compare import command as compare
+from peftcore_compare import training_process
+from peftcore_compare.report import ComparisonReport
 
 from peftcore import PeftcoreError
-from peftcore.cli import training_process
-from peftcore.cli.commands import compare
-from peftcore.cli.comparison_report import ComparisonReport
 from peftcore.cli.settings import Settings
 
 SIZE = ("--steps", 2, "--batch-size", 4, "--max-length", 16)
