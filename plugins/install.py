@@ -14,7 +14,7 @@ import sys
 import tempfile
 from functools import partial
 
-from setuptools import build_meta
+from setuptools import build_meta  # type: ignore[import-untyped]
 
 
 def wheel(target: str, package: str) -> str:

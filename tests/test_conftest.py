@@ -1,4 +1,4 @@
-"""What runs in `make test`, and what a run does that is late."""
+"""What runs in `make test`, and what a run does that is late or has a test over the budget."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TESTS = """
-import time
-
+NIGHTLY = """
 import pytest
 
 def test_first():
-    time.sleep(1.2)
+    pass
 
 def test_second():
     pass
@@ -25,15 +23,41 @@ def test_second():
 def test_third():
     pass
 """
+OVER = """
+import pytest
+
+CALLS = []
+
+def work():
+    return sum(number & 3 for number in range(12_000_000))
+
+def test_first_call():
+    CALLS.append(0)
+    if len(CALLS) == 1:
+        work()
+
+def test_each_call():
+    work()
+
+@pytest.mark.slow
+def test_marked():
+    work()
+
+@pytest.fixture(scope="module")
+def shared():
+    return work()
+
+def test_fixture(shared):
+    pass
+"""
 
 
-def outcome(folder: Path, **environment: str) -> tuple[int, str]:
-    """The exit status and the output of a run of `TESTS` under the suite's own conftest.py."""
+def outcome(folder: Path, tests: str, **environment: str) -> tuple[int, str]:
+    """Return the exit status and the output of a run of `tests` under the suite's own conftest.py."""
     (folder / "conftest.py").write_text((ROOT / "conftest.py").read_text())
-    (folder / "test_it.py").write_text(TESTS)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers = nightly: of another run\n")
-    of_this_run = ("PEFTCORE_TESTS", "PEFTCORE_LATE")
-    inherited = {name: value for name, value in os.environ.items() if name not in of_this_run}
+    (folder / "test_it.py").write_text(tests)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n nightly: of another run\n slow: over the budget\n")
+    inherited = {name: value for name, value in os.environ.items() if name != "PEFTCORE_TESTS"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(folder)]
     environment = {**inherited, "PYTHONPATH": str(ROOT / "tests"), **environment}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -42,18 +66,25 @@ def outcome(folder: Path, **environment: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_nightly_tests_run_in_make_test_all_alone(tmp_path: Path) -> None:
-    status, output = outcome(tmp_path)
+    status, output = outcome(tmp_path, NIGHTLY)
     assert status == 0 and "2 passed, 1 deselected" in output
-    status, output = outcome(tmp_path, PEFTCORE_TESTS="all")
+    status, output = outcome(tmp_path, NIGHTLY, PEFTCORE_TESTS="all")
     assert status == 0 and "3 passed" in output
 
 
 @pytest.mark.slow
 def test_what_has_not_begun_when_time_is_up_fails(tmp_path: Path) -> None:
-    status, output = outcome(tmp_path, PEFTCORE_SECONDS="1")
+    status, output = outcome(tmp_path, NIGHTLY, PEFTCORE_SECONDS="0")
     assert status == 1
-    assert "1 passed, 1 deselected, 1 error" in output
-    assert "not run for lack of time: 1 tests of test_it.py" in output
-    status, output = outcome(tmp_path, PEFTCORE_SECONDS="1", PEFTCORE_LATE="skip")
-    assert status == 0 and "1 passed, 1 skipped, 1 deselected" in output
-    assert "not run for lack of time: 1 tests of test_it.py" in output
+    assert "1 deselected, 2 errors" in output
+    assert "not run for lack of time: 2 tests of test_it.py" in output
+
+
+@pytest.mark.slow
+def test_a_test_over_the_budget_fails_unless_it_is_marked(tmp_path: Path) -> None:
+    """One that takes long the first time only, or whose shared fixture does, passes."""
+    status, output = outcome(tmp_path, OVER, PEFTCORE_BUDGET="0.2")
+    assert status == 1 and "1 failed, 3 passed" in output, output
+    assert "test_each_call took" in output and "or mark it @pytest.mark.slow" in output
+    status, output = outcome(tmp_path, OVER)
+    assert status == 0 and "4 passed" in output

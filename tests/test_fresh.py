@@ -71,6 +71,7 @@ print(peftcore.ops.DYNAMIC8.double().sum().item(), *peftcore.ops.NF4.tolist())
 """
 
 
+@pytest.mark.slow
 def test_tables_are_ordinary_tensors_whatever_mode_they_are_imported_under() -> None:
     printed = set()
     for mode in (

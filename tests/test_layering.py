@@ -94,6 +94,7 @@ def test_no_private_name_is_used_across_modules() -> None:
     assert found == []
 
 
+@pytest.mark.slow
 def test_tests_use_no_private_name_but_those_of_operators() -> None:  # whose references and steps have no others
     files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("plugins/*/tests/*.py"), *ROOT.glob("benchmarks/**/*.py")]
     found = [f"{file.relative_to(ROOT)}: {name}" for file in files for name in private_names(file)]

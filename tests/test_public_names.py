@@ -76,6 +76,7 @@ def test_a_function_stays_when_modules_are_imported() -> None:
     assert peftcore.summary is peftcore.engine.summary.summary
 
 
+@pytest.mark.slow
 def test_rooms_are_imported_when_they_are_named() -> None:
     code = (
         "import peftcore, sys; print('torch' in sys.modules, peftcore.targets.select.__name__, 'torch' in sys.modules)"

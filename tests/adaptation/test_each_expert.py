@@ -398,6 +398,7 @@ def test_planned_and_summed_up() -> None:
     assert plan.rows[0][2] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Hugging Face PEFT cannot read this file")
 def test_what_the_suite_tries(capsys: pytest.CaptureFixture[str]) -> None:
     peft_lacks = "PEFT has no DoRA of stacked experts"

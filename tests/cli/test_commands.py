@@ -33,6 +33,7 @@ def test_plugins_show_what_is_broken(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert "peftcore-limp" in output and "0.3" in output and "broken: ImportError: no leg" in output.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_plugins_survives_a_broken_one_in_strict_mode(tmp_path: Path) -> None:
     """A plugin that raises on import, really installed: `plugins` lists it, and asking for it is an error."""
     (tmp_path / "peftcore_limp.py").write_text("raise RuntimeError('no leg')\n")
@@ -235,6 +236,7 @@ def test_a_command_in_a_package_that_is_not_installed(tmp_path: Path) -> None:
     assert done.stderr.startswith(expected) and done.stderr.strip().endswith("Run: pip install peftcore-compare")
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch(tmp_path: Path) -> None:
     """Not even with an installed package that adds a command."""
     (tmp_path / "peftcore_hello.py").write_text(

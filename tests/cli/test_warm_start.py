@@ -57,6 +57,7 @@ def more(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "more.jsonl", rows)
 
 
+@pytest.mark.slow
 def test_it_begins_where_the_adapter_ended(run: Run, first: Path, more: Path, tmp_path: Path) -> None:
     """Base and method are the adapter's; the first loss is that of the adapter, and its file is left as it was."""
     before = tensors_of(first)

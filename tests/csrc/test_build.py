@@ -67,6 +67,7 @@ def test_a_level_is_chosen_by_name():
     ops.extension.set_cpu_level(before)
 
 
+@pytest.mark.slow
 @needs_extension
 def test_the_environment_chooses_a_level():
     done = python(ROUND_TRIP, PEFTCORE_CPU_LEVEL="portable")
@@ -178,6 +179,7 @@ def test_there_is_one_openmp_in_a_process():
     assert b"libgomp" not in binary or "clang" in build_info().compiler
 
 
+@pytest.mark.slow
 @needs_extension
 def test_an_operator_whose_kernel_takes_other_arguments_says_rebuild():
     """A schema that was changed on the Python side alone: known at import, by PyTorch's own comparison."""

@@ -82,6 +82,7 @@ def test_strips_of_w(
     check(run(emulated, *arguments, seed=batch), wanted, magnitude)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "batch"), [(1024, 64), (2048, 30), (4096, 9)])
 def test_clusters_of_two_four_and_eight_blocks_give_the_bits_of_another_launch(emulated, columns, batch):
     arguments, wanted, magnitude = case(131, columns, batch, torch.bfloat16, 64, True, columns)
@@ -118,6 +119,7 @@ def test_an_x_off_its_alignment(emulated):
     check(run(emulated, moved, *arguments[1:]), wanted, magnitude)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("columns", "batch"), [(1024, 11), (75, 11), (1088, 33)])
 def test_every_order_of_threads_gives_the_same_bits(emulated, columns, batch):
     arguments, _, _ = case(40, columns, batch, torch.bfloat16, 64, True, 1)

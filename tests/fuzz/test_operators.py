@@ -15,6 +15,7 @@ COUNT = 2000
 LEVELS = ops.extension.cpu_levels() if ops.extension is not None else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_call_is_right_or_refused(level):
     """In a process of its own: a crash is that process's, and its last line says at which call."""
@@ -28,6 +29,7 @@ def test_every_call_is_right_or_refused(level):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_memory_ends_where_it_cannot_be_read():
     """The corpus's own instrument: a byte behind a guarded tensor is a segmentation fault."""
     code = "import ctypes, torch; from fuzz.memory import guarded; t = guarded(5, torch.float32); "

@@ -91,6 +91,7 @@ def test_shapes_whose_blocks_cross_rows(rows, columns, batch, dtype, blocksize, 
         ops.extension.set_cpu_level(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(2100, 1088), (1025, 4099), (131072 * 2, 72)])
 def test_more_than_one_panel(dtype, rows, columns):

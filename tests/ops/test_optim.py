@@ -222,6 +222,7 @@ def test_a_table_that_kernels_would_read_otherwise_is_refused(change, message):
         ops.extension.define_optim_rule(**{**lion, **change})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ops.extension is None, reason="no _C: PyTorch's own operators check")
 def test_state_on_another_device_is_refused_before_it_is_read():
     """As CPU state is beside parameters on a card. A process of its own, since reading it is a crash."""

@@ -39,6 +39,7 @@ def trained(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_answer_is_learned_with_its_end(trained: Path) -> None:
     found = json.loads((trained / "result.json").read_text())
     assert found["after"]["loss"] < 0.1 * found["before"]["loss"]

@@ -36,6 +36,7 @@ def writer(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> Path:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews: Path, tmp_path: Path) -> None:
     found = result_of(writer)
