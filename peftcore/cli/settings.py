@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,6 +159,8 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
         except ValueError as error:
             raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start again: --overwrite") from error
         now = settings.to_json()
+        since = {each.name: each.default for each in fields(settings) if each.default is not MISSING}
+        before = {**since, **before}  # a run from before an option existed had its default
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "adapter", name)):
             if before.get(name) != now.get(name):
                 raise PeftcoreError(
