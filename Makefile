@@ -139,8 +139,8 @@ $(DEEPSPEED)/deepspeed.stamp: | $(VENV)/dev.stamp
 $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)
 	@echo "2 of 3: building the extension"
 	$(PY) setup.py --quiet build_ext --inplace
-	@echo "3 of 3: installing peftcore, what training needs, and $(words $(PLUGINS)) plugins"
-	$(BUILD) -e ".[train,gguf]"
+	@echo "3 of 3: installing peftcore, what training needs, and $(words $(PLUGINS)) packages of plugins/"
+	$(BUILD) -e ".[train]"
 	@$(PY) plugins/install.py $(PLUGINS)
 	@touch $@
 

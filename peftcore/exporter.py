@@ -22,8 +22,8 @@ class Exporter:
     Args:
         name: value of `peftcore.export(format=)` and of `--format`.
         programs: programs that read the format, such as `llama.cpp, Ollama`; for help texts.
-        write_adapter: (model, path, adapter, options) -> None: write the applied adapter with this name. None if the
-            format has no adapters.
+        write_adapter: (model, path, adapter, options) -> None: write the applied adapter with this name; the
+            folder of `path` exists. None if the format has no adapters.
         write_model: (model, path, options) -> None: write the whole model. None if the format has no models.
         options: frozen dataclass of the format's options, as keyword arguments of `peftcore.export` and as `--set`.
             The command line fills fields called `tokenizer` and `chat_template` from the run.
@@ -31,7 +31,7 @@ class Exporter:
             writes the folder itself.
         model_file: likewise for `write_model`. Options are filled in: `model-{gguf_type}.gguf`.
         with_adapters: `write_model` writes active adapters as well. Otherwise active adapters must have been merged.
-        check: (model) -> None: raise a `PeftcoreError` for a model that the format does not support, before anything is
+        check: (model): raise a `PeftcoreError` for a model that the format does not support, before anything is
             written.
         usage: (path, base, part) -> commands that use what was written. `part` is `adapter` or `model`, `base` the hub
             id or path of the base model.
@@ -46,7 +46,7 @@ class Exporter:
     adapter_file: str = ""
     model_file: str = ""
     with_adapters: bool = False
-    check: Callable[[Any], None] = lambda model: None
+    check: Callable[[Any], object] = lambda model: None
     usage: Callable[[Path, str, str], Sequence[str]] = lambda path, base, part: ()
     remarks: Callable[[Path, str, str], Sequence[str]] = lambda path, base, part: ()
 

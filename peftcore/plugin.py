@@ -9,6 +9,7 @@ examples. The names by subject:
     placements            Around, After, OnWeight, SoftPrompt, PrefixKV, Train; Placement, AdapterModules
     adapters              Adapter, LightAdapter, LowRank, Base, BranchedBase; implements; override, of typing_extensions
     method and hooks      Method, hookimpl, WeightFormat, Exporter, Command, Integration
+    export                adapter_products: an adapter as low-rank products; base_tensors
     files                 StateRules, PeftRules, ForeignFormat, FileLayout, FileFormat, tensor_name,
                           prompt_tensor_name; Tensors, Fields
     configs               LayersConfig; validation: checks of fields
@@ -63,6 +64,7 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.engine.other_adapters import OtherAdapter as OtherAdapter
     from peftcore.engine.other_adapters import has_adapters as has_adapters
     from peftcore.engine.other_adapters import other_adapter as other_adapter
+    from peftcore.engine.trained import base_tensors as base_tensors
     from peftcore.engine.trained import modules_tied_to as modules_tied_to
     from peftcore.errors import CheckpointError as CheckpointError
     from peftcore.errors import PeftcoreError as PeftcoreError
@@ -72,6 +74,7 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.experts import expert_biases as expert_biases
     from peftcore.experts import experts_layout as experts_layout
     from peftcore.exporter import Exporter as Exporter
+    from peftcore.exporting import adapter_products as adapter_products
     from peftcore.extensions import Command as Command
     from peftcore.extensions import Integration as Integration
     from peftcore.hookspecs import hookimpl as hookimpl
@@ -143,10 +146,11 @@ _MODULES = {
     "peftcore.architecture": "ATTENTION Architecture CROSS_ATTENTION FEED_FORWARD Sublayer",
     "peftcore.engine": "set_trainable",
     "peftcore.engine.other_adapters": "OtherAdapter has_adapters other_adapter",
-    "peftcore.engine.trained": "modules_tied_to",
+    "peftcore.engine.trained": "base_tensors modules_tied_to",
     "peftcore.errors": "CheckpointError PeftcoreError PluginError nearest",
     "peftcore.experts": "ExpertsLayout expert_biases experts_layout",
     "peftcore.exporter": "Exporter",
+    "peftcore.exporting": "adapter_products",
     "peftcore.extensions": "Command Integration",
     "peftcore.hookspecs": "hookimpl",
     "peftcore.layers": "is_conv1d is_linear shape_of sizes",

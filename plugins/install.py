@@ -1,7 +1,8 @@
 """Install plugins as editable packages: python plugins/install.py plugins/peftcore-lora plugins/peftcore-dora ...
 
 `pip install -e` starts Python and imports setuptools three times for each package, 40 seconds for all of them. Here one
-process imports setuptools once and builds each wheel in a fork, and pip only unpacks the wheels.
+process imports setuptools once and builds each wheel in a fork, and pip only unpacks the wheels. What they need and is
+not installed, such as peftcore-gguf's library gguf, is installed after them.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def wheel(target: str, package: str) -> str:
 
 if __name__ == "__main__":
     packages = [os.path.abspath(package) for package in sys.argv[1:]]
-    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--force-reinstall"]
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory() as target:
         with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
             wheels = pool.map(partial(wheel, target), packages, chunksize=1)
-        sys.exit(subprocess.run([*pip, *wheels]).returncode)
+        failed = subprocess.run([*pip, "--no-deps", "--force-reinstall", *wheels]).returncode
+        sys.exit(failed or subprocess.run([*pip, "--quiet", *wheels]).returncode)

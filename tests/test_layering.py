@@ -150,8 +150,11 @@ def test_ops_import_only_torch() -> None:
         assert packages(file) <= {"ops"}, file
 
 
-TOOLS = {"compare"}  # packages without a method, of which the core says what to install
-METHODS = {path.name.removeprefix("peftcore-") for path in (ROOT / "plugins").iterdir() if path.is_dir()} - TOOLS
+METHODS = {
+    folder.name.removeprefix("peftcore-")
+    for folder in (ROOT / "plugins").iterdir()
+    if any("def peftcore_methods" in f.read_text() for f in [*folder.glob("peftcore_*.py"), *folder.glob("*/*.py")])
+}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CORE)))
@@ -159,7 +162,7 @@ def test_the_core_names_no_method(file: Path) -> None:
     operators = ("lora", "dropout", "grouped", "grouped_operators", "linear_per_sample", "probes", "weight", "__init__")
     if file.parent == CORE / "ops" and file.stem in operators:
         pytest.skip("an operator")
-    if file.parent.name in ("exporting", "gguf") and file.stem in ("serving", "adapter_file"):
+    if file.parent.name == "exporting" and file.stem == "serving":
         pytest.skip("writes others' formats, which bear such names")
     text = file.read_text().lower()
     for method in METHODS:

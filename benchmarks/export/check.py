@@ -26,6 +26,7 @@ os.environ["TQDM_DISABLE"] = "1"  # bars of transformers
 
 import numpy as np
 import torch
+from peftcore_gguf.tokenizer import CUTS, WHOLE_WORDS_FIRST
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -38,7 +39,6 @@ from transformers import (
 )
 
 import peftcore
-from peftcore.exporting.gguf.tokenizer import CUTS, WHOLE_WORDS_FIRST
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "demo"))
@@ -83,9 +83,9 @@ def write_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
     found: dict[str, tuple[Path, Path | None]] = {}
     exported = folder / "exported"
     for name, options in {
-        "base-f32": ["--model", WRITER, "--gguf-type", "f32"],
+        "base-f32": ["--model", WRITER, "--set", "gguf_type=f32"],
         "adapter": ["--adapter", RUN, "--only", "adapter"],
-        **{f"merged-{kind}": ["--adapter", RUN, "--only", "model", "--gguf-type", kind] for kind in TYPES},
+        **{f"merged-{kind}": ["--adapter", RUN, "--only", "model", "--set", f"gguf_type={kind}"] for kind in TYPES},
     }.items():
         if not (exported / name).exists():
             command(folder, "export", "--format", "gguf", *options, "--output", f"exported/{name}")

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from peftcore_gguf.tensor_names import family_of
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.exporting.gguf import family_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -1,5 +1,6 @@
-"""Models and adapters for other programs: llama.cpp and Ollama, vLLM and SGLang, ONNX."""
+"""Models and adapters for other programs: vLLM and SGLang, PEFT, ONNX, and the formats of plugins."""
 
-from peftcore.exporting.export import FORMATS, export
+from peftcore.exporting.export import export, find, options_of
+from peftcore.exporting.one_product import adapter_products
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["adapter_products", "export", "find", "options_of"]

@@ -2,62 +2,165 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from peftcore.errors import PeftcoreError
-from peftcore.exporting import gguf, onnx, serving
+from peftcore import engine, ranks
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.exporter import Exporter, NoOptions
+from peftcore.exporting.onnx import ONNX
+from peftcore.exporting.serving import VLLM
+from peftcore.files.saving import save
+from peftcore.hookspecs import hookimpl
+from peftcore.registry import Plugin, builtin, registry
+from peftcore.validation import check_types
 
-FORMATS = ("gguf", "vllm", "onnx")
+EXTRAS = {"gguf": "gguf"}  # formats of packages that are separate, and the extra that installs each
+
+
+def _write_peft(model: nn.Module, path: Path, adapter: str, _options: NoOptions) -> None:
+    save(model, path, adapter=adapter, resumable=False)
+
+
+PEFT = Exporter(
+    "peft",
+    "PEFT",
+    write_adapter=_write_peft,
+    usage=lambda path, base, part: [f"peft.PeftModel.from_pretrained(model, {str(path)!r})"],
+)
+
+
+@hookimpl
+def peftcore_exporters() -> list[Exporter]:
+    return [PEFT, VLLM, ONNX]
+
+
+builtin(sys.modules[__name__])
 
 
 def export(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    *,
-    format: str,
-    adapter: str | None = None,
-    tokenizer: Any = None,
-    gguf_type: str = "f16",
-    chat_template: str | None = None,
+    model: nn.Module, path: str | os.PathLike[str], *, format: str, adapter: str | None = None, **options: Any
 ) -> Path:
     """Write a model or an adapter in the format of another program. The model is not changed.
 
     Args:
         model: the model.
         path: file or folder to write.
-        format: "gguf" writes a file for llama.cpp and Ollama: the adapter if `adapter` is given, which must add
-            low-rank products to weights; otherwise the model with its current weights, so merge first. Models of
-            Llama, Mistral, Qwen2, Qwen3 (with experts), Gemma 2 and 3; byte-level BPE and SentencePiece BPE tokenizers.
-            "vllm" writes a folder with the adapter for vLLM and SGLang, with one rank and scale for all modules.
-            "onnx" writes a file with the model in evaluation mode and its active adapters, merged or not.
-        adapter: name of the adapter. "vllm" needs it only if the model has several.
-        tokenizer: required for a model in GGUF: a transformers tokenizer, or the path of a GGUF file that has one.
-        gguf_type: type of the matrices of a model in GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; with
-            llama-cpp-python also q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q3_k_m or q2_k.
-        chat_template: chat template for a model in GGUF; by default the tokenizer's.
+        format: name of the format. "vllm" writes a folder with the adapter for vLLM and SGLang, with one rank and scale
+            for all modules; "peft" a folder for PEFT, as `save` does; "onnx" a file with the model in evaluation mode
+            and its active adapters, merged or not. "gguf", of the package peftcore-gguf, writes a file for llama.cpp
+            and Ollama: the adapter if `adapter` is given, otherwise the model with its current weights, so merge first.
+            Other packages add formats; `peftcore export` lists all.
+        adapter: name of the adapter to write. Formats without models need it only if the model has several.
+        options: options of the format. Those of "gguf" are `tokenizer`, which a model needs (a transformers tokenizer,
+            or the path of a GGUF file that has one), `gguf_type` and `chat_template`.
 
     Returns:
         The path.
 
     Raises:
-        PeftcoreError: the other program would compute something else, or the files cannot be written. `convert` makes
-            a low-rank adapter from any adapter that changes weights.
+        PeftcoreError: the format is not installed or has no such option, the other program would compute something
+            else, or the files cannot be written. `convert` makes a low-rank adapter from any adapter that changes
+            weights.
+        PluginError: the package of the format failed.
     """
-    target = Path(path)
-    if format not in FORMATS:
+    plugin, exporter = find(format)
+    given, target = options_of(exporter, options), Path(path)
+    with registry.naming(plugin, "check"):
+        exporter.check(model)
+    if adapter is not None or exporter.write_model is None:
+        if exporter.write_adapter is None:
+            raise PeftcoreError(
+                f"format='{format}' writes whole models, found adapter='{adapter}'. Leave out adapter=, and choose the "
+                "active adapters with peftcore.activate"
+            )
+        name = _only(model) if adapter is None else adapter
+        with registry.naming(plugin, "write_adapter"), _folder_of(target):
+            exporter.write_adapter(model, target, name, given)
+    else:
+        _refuse(model, exporter)
+        with registry.naming(plugin, "write_model"), _folder_of(target):
+            exporter.write_model(model, target, given)
+    return target
+
+
+def find(format: str) -> tuple[Plugin, Exporter]:
+    """Return a format and the plugin that provides it.
+
+    Raises:
+        PeftcoreError: it is not installed.
+    """
+    known = registry.exporters()
+    if format in known:
+        return known[format]
+    names = ", ".join(sorted(known))
+    broken = next((each for each in registry.plugins() if each.name == format and each.error), None)
+    if broken is not None:
+        raise PeftcoreError(f"the format '{format}' is of {broken}, which is not usable: {broken.error}")
+    if format in EXTRAS:
         raise PeftcoreError(
-            f"format={format!r} is not known. Known: {', '.join(FORMATS)}. For PEFT's format use peftcore.save"
+            f"the format '{format}' is not installed. Install it: pip install peftcore[{EXTRAS[format]}]. "
+            f"Installed: {names}"
         )
-    if format == "vllm":
-        return serving.write(model, target, adapter)
-    if format == "onnx":
-        return onnx.write(model, target)
-    if adapter is not None:
-        return gguf.write_adapter(model, target, adapter)
-    if tokenizer is None:
-        raise PeftcoreError("a model in GGUF contains its tokenizer. Pass export(..., tokenizer=tokenizer)")
-    return gguf.write_model(model, target, tokenizer=tokenizer, gguf_type=gguf_type, template=chat_template)
+    raise PeftcoreError(f"the format '{format}' is not known{nearest(format, known)}. Installed: {names}")
+
+
+def options_of(exporter: Exporter, options: dict[str, Any]) -> Any:
+    """Return the options of a format from keyword arguments.
+
+    Raises:
+        PeftcoreError: the format has no such option, or its value has another type.
+    """
+    known = [field.name for field in dataclasses.fields(exporter.options)]
+    for name in options:
+        if name not in known:
+            raise PeftcoreError(
+                f"the format '{exporter.name}' has no option '{name}'{nearest(name, known)}. "
+                f"Its options: {', '.join(known) or 'none'}"
+            )
+    check_types(exporter.options, options)
+    return exporter.options(**options)
+
+
+@contextmanager
+def _folder_of(path: Path) -> Iterator[None]:
+    """Create the folder of `path` for the block; after an error folders that it left empty are removed."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PeftcoreError(f"'{path.parent}' cannot be created: {error.strerror or error}") from error
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
+
+
+def _refuse(model: nn.Module, exporter: Exporter) -> None:
+    """Raise a PeftcoreError if the file would lack a part of the model."""
+    ranks.refuse_sharded(model, "export")
+    state = engine.state_of(model)
+    if state is not None and state.active and not exporter.with_adapters:
+        raise PeftcoreError(
+            f"adapters {', '.join(map(repr, state.active))} are active and would be missing from the file. Merge them "
+            "with peftcore.merge(model), or deactivate them with peftcore.activate(model, [])"
+        )
+
+
+def _only(model: nn.Module) -> str:
+    """Return the name of the model's only adapter."""
+    state = engine.require_state(model)
+    names = list({**state.applied, **state.resting})
+    if len(names) != 1:
+        raise PeftcoreError(f"the model has the adapters {names}. Choose one: export(..., adapter=NAME)")
+    return names[0]

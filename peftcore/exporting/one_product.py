@@ -11,7 +11,7 @@ from peftcore.composing import low_rank
 from peftcore.errors import PeftcoreError
 
 
-def products(model: nn.Module, adapter: str, what: str) -> dict[str, LowRank]:
+def adapter_products(model: nn.Module, adapter: str, what: str) -> dict[str, LowRank]:
     """Return the products of an applied adapter by the path of their module.
 
     Args:

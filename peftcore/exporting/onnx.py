@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import engine, ranks
+from peftcore import engine
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.errors import PeftcoreError
+from peftcore.exporter import Exporter, NoOptions
 
 INPUTS = ("input_ids", "attention_mask")
 PROTOBUF_BYTES = 1_900_000_000  # a protobuf holds at most two gigabytes; larger weights go to a second file
 
 
-def write(model: nn.Module, path: Path) -> Path:
+def write(model: nn.Module, path: Path, _options: NoOptions) -> None:
     """Write the file: a graph from `input_ids` and `attention_mask`, `[batch, length]` of any size, to logits.
 
     A model without a head returns its last hidden state. There is no cache: each call computes the whole text.
@@ -39,7 +40,6 @@ def write(model: nn.Module, path: Path) -> Path:
     example = torch.ones(2, 8, dtype=torch.long, device=device)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     size = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
-    path.parent.mkdir(parents=True, exist_ok=True)
     was_training, verbosity = model.training, logging.root.manager.disable
     try:
         logging.disable(logging.WARNING)  # warnings about operators of missing libraries
@@ -64,7 +64,9 @@ def write(model: nn.Module, path: Path) -> Path:
     finally:
         logging.disable(verbosity)
         model.train(was_training)
-    return path
+
+
+ONNX = Exporter("onnx", "ONNX Runtime", write_model=write, model_file="model.onnx", with_adapters=True)
 
 
 class _Plain(nn.Module):
@@ -88,7 +90,6 @@ def _gives(model: nn.Module, name: str) -> bool:
 
 
 def _refuse(model: nn.Module) -> None:
-    ranks.refuse_sharded(model, "export")
     state = engine.state_of(model)
     if state is not None:
         engine.refuse_per_sample(state, "export")

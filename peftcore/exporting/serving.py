@@ -18,7 +18,8 @@ from peftcore import engine
 from peftcore.adapter import LowRank
 from peftcore.composing import low_rank
 from peftcore.errors import PeftcoreError
-from peftcore.exporting.one_product import padded, products
+from peftcore.exporter import Exporter, NoOptions
+from peftcore.exporting.one_product import adapter_products, padded
 from peftcore.files.atomic_writing import Content, write_adapters
 from peftcore.files.folder import read_tensors
 from peftcore.files.reading import fields_of_folder
@@ -30,27 +31,26 @@ RANKS = (8, 16, 32, 64, 128, 256, 512)  # values of vLLM's --max-lora-rank, 16 b
 PER_EXPERT = "per_expert"  # format of files that both read for experts
 
 
-def write(model: nn.Module, folder: Path, adapter: str | None) -> Path:
+def write(model: nn.Module, folder: Path, adapter: str, _options: NoOptions) -> None:
     """Write the folder.
 
     Raises:
         PeftcoreError: vLLM and SGLang do not support what the adapter does.
     """
-    name = adapter if adapter is not None else _only(model)
-    engine.call_in(model, name)
-    if _has_experts(model, name):
-        low_rank.refuse_trained(model, name, WHAT)
-        return save(model, folder, adapter=name, format=PER_EXPERT, resumable=False)
-    found = products(model, name, WHAT)
+    engine.call_in(model, adapter)
+    if _has_experts(model, adapter):
+        low_rank.refuse_trained(model, adapter, WHAT)
+        save(model, folder, adapter=adapter, format=PER_EXPERT, resumable=False)
+        return
+    found = adapter_products(model, adapter, WHAT)
     rank, scale = max(len(each.a) for each in found.values()), next(iter(found.values())).scale or 1.0
     tensors: dict[str, Tensor] = {}
     for path, product in found.items():
-        tensors.update(_tensors(model, name, path, padded(product, rank, scale)))
+        tensors.update(_tensors(model, adapter, path, padded(product, rank, scale)))
     write_adapters(folder, {"": Content(_fields(model, found, rank, scale), tensors, {"format": "pt"})})
-    return folder
 
 
-def commands(folder: Path, base: str) -> list[str]:
+def commands(folder: Path, base: str, _part: str = "adapter") -> list[str]:
     """Return commands that serve the folder with vLLM and SGLang."""
     named, rank = f"mine={folder}", fields_of_folder(folder)[0]["r"]
     rank_option = (
@@ -62,10 +62,12 @@ def commands(folder: Path, base: str) -> list[str]:
     ]
 
 
-def remarks(folder: Path) -> list[str]:
+def remarks(folder: Path, base: str, _part: str = "adapter") -> list[str]:
     """Return sentences about what may not work there with a folder that `write` wrote."""
     fields, tensors = fields_of_folder(folder)[0], read_tensors(folder)[0]
     rank, said = fields["r"], []
+    if base.endswith(".gguf"):
+        said.append(f"vLLM and SGLang need the base as a folder or hub id to load an adapter, not '{base}'.")
     if rank > RANKS[-1]:
         said.append(f"vLLM supports ranks up to {RANKS[-1]}, and the adapter has rank {rank}.")
     paths = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in tensors}
@@ -85,12 +87,7 @@ def remarks(folder: Path) -> list[str]:
     return said
 
 
-def _only(model: nn.Module) -> str:
-    state = engine.require_state(model)
-    names = list({**state.applied, **state.resting})
-    if len(names) != 1:
-        raise PeftcoreError(f"the model has the adapters {names}. Choose one: export(..., adapter=NAME)")
-    return names[0]
+VLLM = Exporter("vllm", "vLLM, SGLang", write_adapter=write, usage=commands, remarks=remarks)
 
 
 def _has_experts(model: nn.Module, adapter: str) -> bool:

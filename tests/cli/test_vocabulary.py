@@ -60,7 +60,9 @@ def test_every_command_has_its_rows_and_its_tokens(run: Run, base: Path, theirs:
     assert tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|new|>") >= exported.VOCABULARY - 2
     assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token_id in merged.generation_config.eos_token_id
 
-    run("export", "-a", folder, "--format", "gguf", "--only", "model", "--gguf-type", "f32", "-o", tmp_path / "gguf")
+    run(
+        "export", "-a", folder, "--format", "gguf", "--only", "model", "--set", "gguf_type=f32", "-o", tmp_path / "gguf"
+    )
     file = tmp_path / "gguf" / "model-f32.gguf"
     assert exported.keys(file)["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
     assert exported.tensors(file)["token_embd.weight"].shape[0] == exported.VOCABULARY + NEW

@@ -54,7 +54,7 @@ def test_modules_are_named_shortly_where_all_of_a_name_are_meant(tmp_path: Path)
 
 def test_what_has_to_be_said(tmp_path: Path) -> None:
     def said(name: str, **fields: Any) -> list[str]:
-        return remarks(peftcore.export(apply(llama(), **fields), tmp_path / name, format="vllm"))
+        return remarks(peftcore.export(apply(llama(), **fields), tmp_path / name, format="vllm"), "base")
 
     assert said("16", r=16, target_modules=["q_proj"]) == []
     assert "--max" not in commands(tmp_path / "16", "base")[0]
@@ -72,7 +72,7 @@ def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
     model = apply(mixture("mixtral"), **fields)
     expected = logits(model)
     folder = peftcore.export(model, tmp_path / "served", format="vllm")
-    assert any("experts" in remark for remark in remarks(folder))
+    assert any("experts" in remark for remark in remarks(folder, "base"))
     back = peftcore.load(mixture("mixtral"), folder).eval()
     assert torch.allclose(logits(back), expected, atol=2e-5)
 

@@ -1,7 +1,8 @@
-"""`peftcore export`: write a model and an adapter for llama.cpp, Ollama, vLLM, SGLang, PEFT, or ONNX."""
+"""`peftcore export`: write a model or an adapter for another program, in a format of the core or of a plugin."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,39 +10,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import say, warn
-from peftcore.errors import PeftcoreError
+from peftcore.cli.console import say, table, warn
+from peftcore.errors import PeftcoreError, PluginError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftcore.cli.models import AdapterTask
+    from peftcore.exporter import Exporter
+    from peftcore.registry import Plugin
 
 EXAMPLES = (
-    "peftcore export -a run --format gguf --gguf-type q8_0",
+    "peftcore export",
+    "peftcore export -a run --format gguf --set gguf_type=q8_0",
     "peftcore export -a run --format vllm -o served",
 )
-FORMATS = ("gguf", "vllm", "peft", "onnx")
-PARTS = ("adapter", "model")
 
 
 def export(
-    format: Annotated[
-        str, typer.Option(help="Format to write: gguf (llama.cpp, Ollama), vllm (and SGLang), peft, or onnx.")
-    ],
+    format: Annotated[str | None, typer.Option(help="Format to write; without it, the formats are listed.")] = None,
     adapter: options.MaybeAdapter = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="New folder; by default next to the adapter.")
     ] = None,
     model: options.BaseModel = None,
-    gguf_type: Annotated[
-        str,
-        typer.Option(
-            help="Type of a model's matrices in gguf: f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0, or q6_k to q2_k."
-        ),
-    ] = "f16",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the format. Repeatable.")
+    ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Write one gguf file only: the adapter, or the merged model.")
+        str | None, typer.Option(help="Part to write if the format has both: adapter, or model (merged).")
     ] = None,
     convert: Annotated[
         int | None,
@@ -54,19 +51,17 @@ def export(
 ) -> None:
     """Write files for another program, or explain why that program would compute something else.
 
-    gguf writes adapter.gguf, for a GGUF file of the base, and the merged model; without --adapter the base itself.
+    A format may have adapters, models or both. Models are merged first; without --adapter the base itself is written.
     """
+    from peftcore import exporting
     from peftcore.cli import models
 
-    for value, known, option in ((format, FORMATS, "--format"), (only, PARTS, "--only")):
-        if value is not None and value not in known:
-            raise PeftcoreError(f"{option} must be one of {', '.join(known)}, found '{value}'")
-    if adapter is None and (
-        model is None or format not in ("gguf", "onnx") or only == "adapter" or convert is not None
-    ):
-        raise PeftcoreError(
-            "no adapter is given. Pass --adapter FOLDER; a model alone (--model) can be exported to gguf and onnx"
-        )
+    if format is None:
+        _list_formats()
+        return
+    plugin, exporter = exporting.find(format)
+    given = _options(exporter, settings)
+    _refuse_part(exporter, only, adapter, model, convert)
     folder = _new(output or _default_folder(adapter, str(model), format))
     task = models.adapter_task(adapter) if adapter else models.AdapterTask("causal-lm", 512)
     base = models.resolve(models.base_of(adapter, model) if adapter else str(model))
@@ -75,18 +70,15 @@ def export(
     if adapter is not None:
         models.load_adapter(loaded, adapter)
         name = _converted(loaded, convert)
-    work = _Work(folder, loaded, base, name)
-    if format == "gguf":
-        if name is not None and only != "model":
-            work.gguf_adapter(required=only == "adapter")
-        if only != "adapter":
-            if name is not None:
-                models.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)
-            work.gguf_model(gguf_type, *_tokenizer(base, adapter, task))
-    elif format == "onnx":
-        work.onnx()
-    else:
-        work.folder_of(format)
+    work = _Work(plugin, exporter, given, folder, loaded, base)
+    exporter.check(loaded)
+    if name is not None and "adapter" in exporter.parts and only != "model":
+        work.write_adapter(name, required=only == "adapter" or "model" not in exporter.parts)
+    if "model" in exporter.parts and only != "adapter":
+        if name is not None and not exporter.with_adapters:
+            models.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)
+        _add_tokenizer(exporter, given, base, adapter, task)
+        work.write_model()
     for line in work.report:
         say(line)
 
@@ -95,63 +87,106 @@ def export(
 class _Work:
     """Files of one export, and the report that is printed once all of them are written."""
 
+    plugin: Plugin
+    exporter: Exporter
+    options: dict[str, Any]
     folder: Path
     model: PreTrainedModel
     base: str
-    adapter: str | None
     report: list[str] = field(default_factory=list)
 
-    def gguf_adapter(self, required: bool) -> None:
-        """Write the adapter for llama.cpp; if that is impossible and not required, warn."""
+    def write_adapter(self, adapter: str, required: bool) -> None:
+        """Write the adapter; if that is impossible and not required, warn."""
         import peftcore
-        from peftcore.exporting import gguf
 
-        gguf.family_of(self.model)  # an unsupported family is an error for the merged model too
+        path = self.folder / self.exporter.adapter_file
         try:
-            file = peftcore.export(self.model, self.folder / "adapter.gguf", format="gguf", adapter=self.adapter)
+            peftcore.export(self.model, path, format=self.exporter.name, adapter=adapter, **self.options)
         except PeftcoreError as error:
-            if required:
+            if required or isinstance(error, PluginError):
                 raise
             hint = ". --convert RANK makes it one that can be written" if "convert" in str(error) else ""
-            warn(f"{error}. adapter.gguf was not written{hint}")
+            warn(f"{error}. {path.name} was not written{hint}")
             return
-        self._add(file, gguf.command(self.base if self.base.endswith(".gguf") else "BASE.gguf", file))
+        self._add(path, "adapter")
 
-    def gguf_model(self, gguf_type: str, tokenizer: Any, template: str | None) -> None:
-        """Write the model's current weights and the tokenizer."""
+    def write_model(self) -> None:
+        """Write the model with its current weights."""
         import peftcore
-        from peftcore.exporting import gguf
+        from peftcore import exporting
+        from peftcore.registry import registry
 
-        file = self.folder / f"model-{gguf_type}.gguf"
-        peftcore.export(
-            self.model, file, format="gguf", tokenizer=tokenizer, gguf_type=gguf_type, chat_template=template
-        )
-        self._add(file, gguf.command(file))
+        values = exporting.options_of(self.exporter, self.options)
+        named = {each.name: getattr(values, each.name) for each in dataclasses.fields(values)}
+        with registry.naming(self.plugin, "model_file"):
+            path = self.folder / self.exporter.model_file.format(**named)
+        peftcore.export(self.model, path, format=self.exporter.name, **self.options)
+        self._add(path, "model")
 
-    def onnx(self) -> None:
-        """Write the model with its adapter unmerged."""
-        import peftcore
+    def _add(self, path: Path, part: str) -> None:
+        from peftcore.registry import registry
 
-        self._add(peftcore.export(self.model, self.folder / "model.onnx", format="onnx"), "")
-
-    def folder_of(self, format: str) -> None:
-        """Write the adapter's folder, in PEFT's format or for vLLM."""
-        import peftcore
-        from peftcore.exporting import serving
-
-        if format == "peft":
-            peftcore.save(self.model, self.folder, adapter=self.adapter, resumable=False)
-            self.report.append(f"{self.folder}: peft.PeftModel.from_pretrained(model, {str(self.folder)!r})")
-            return
-        peftcore.export(self.model, self.folder, format="vllm", adapter=self.adapter)
-        if self.base.endswith(".gguf"):
-            warn(f"vLLM and SGLang need the base as a folder or hub id to load an adapter, not '{self.base}'.")
-        for remark in serving.remarks(self.folder):
+        label = f"{path} ({path.stat().st_size / 1e6:.1f} MB)" if path.is_file() else str(path)
+        with registry.naming(self.plugin, "usage"):
+            usage = self.exporter.usage(path, self.base, part)
+        with registry.naming(self.plugin, "remarks"):
+            remarks = self.exporter.remarks(path, self.base, part)
+        self.report += [f"{label}: {command}" for command in usage] or [label]
+        for remark in remarks:
             warn(remark)
-        self.report += [f"{self.folder}: {command}" for command in serving.commands(self.folder, self.base)]
 
-    def _add(self, file: Path, command: str) -> None:
-        self.report.append(f"{file} ({file.stat().st_size / 1e6:.1f} MB){': ' if command else ''}{command}")
+
+def _list_formats() -> None:
+    """Print the installed formats, their parts and options."""
+    import peftcore.exporting  # noqa: F401  # registers the core's formats
+    from peftcore.registry import registry
+
+    def options(exporter: Exporter) -> str:
+        fields = (each for each in dataclasses.fields(exporter.options) if each.name not in _FROM_THE_RUN)
+        return ", ".join(f"{each.name}={each.default}" for each in fields)
+
+    exporters = (each for _, (_, each) in sorted(registry.exporters().items()))
+    rows = ((each.name, each.programs, " and ".join(each.parts), options(each)) for each in exporters)
+    table(rows, ("format", "for", "writes", "options (--set)"))
+
+
+_FROM_THE_RUN = ("tokenizer", "chat_template")  # options that the command line knows from the run
+
+
+def _options(exporter: Exporter, settings: list[str] | None) -> dict[str, Any]:
+    from peftcore.cli.fields import parse
+
+    return parse(exporter.options, settings or [])
+
+
+def _add_tokenizer(
+    exporter: Exporter, given: dict[str, Any], base: str, adapter: Path | None, task: AdapterTask
+) -> None:
+    """Add the tokenizer and chat template of the run, unless they were given, if the format has these options."""
+    known = {each.name for each in dataclasses.fields(exporter.options)} & {*_FROM_THE_RUN}
+    if known - given.keys():
+        for name, value in zip(_FROM_THE_RUN, _tokenizer(base, adapter, task), strict=True):
+            if name in known:
+                given.setdefault(name, value)
+
+
+def _refuse_part(
+    exporter: Exporter, only: str | None, adapter: Path | None, model: str | None, convert: int | None
+) -> None:
+    """Raise a PeftcoreError if the format does not have the part to write, or the adapter to write is missing."""
+    from peftcore.registry import registry
+
+    if only is not None and only not in exporter.parts:
+        raise PeftcoreError(
+            f"--only must be {' or '.join(exporter.parts)} for the format '{exporter.name}', found '{only}'"
+        )
+    if adapter is not None or (model and "model" in exporter.parts and only != "adapter" and convert is None):
+        return
+    of_models = [name for name, (_, each) in sorted(registry.exporters().items()) if "model" in each.parts]
+    raise PeftcoreError(
+        "no adapter is given. Pass --adapter FOLDER; a model alone (--model) can be exported to "
+        f"{' and '.join(of_models)}"
+    )
 
 
 def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any, str | None]:

@@ -200,6 +200,8 @@ def test_asked_for_wrongly(tmp_path: Path) -> None:
         write(model, tmp_path / "model.gguf", "q4_k")
     with pytest.raises(PeftcoreError, match="tokenizer=tokenizer"):
         peftcore.export(model, tmp_path / "model.gguf", format="gguf")
-    with pytest.raises(PeftcoreError, match=r"format='ggml' is not known. Known: gguf, vllm, onnx"):
-        peftcore.export(model, tmp_path / "model.gguf", format="ggml")
+    with pytest.raises(PeftcoreError, match=r"'gguf' has no option 'gguf_typ' \(nearest: 'gguf_type'"):
+        peftcore.export(model, tmp_path / "model.gguf", format="gguf", gguf_typ="f16")
+    with pytest.raises(PeftcoreError, match=r"gguf_type.* a text, found 16"):
+        write(model, tmp_path / "model.gguf", 16)
     assert model(TOKENS) is not None

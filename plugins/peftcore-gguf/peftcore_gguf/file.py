@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftcore.errors import PeftcoreError
+from peftcore.plugin import PeftcoreError
 
 
 class Entry(NamedTuple):
@@ -37,7 +37,6 @@ def writing(path: Path, architecture: str) -> Iterator[Any]:
     part = path.with_name(f"{path.name}.part")
     writer = gguf.GGUFWriter(part, architecture)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield writer
         writer.close()
         part.replace(path)

@@ -11,12 +11,10 @@ from pathlib import Path
 
 from torch import nn
 
-from peftcore.engine.trained import modules_tied_to
-from peftcore.errors import PeftcoreError
-from peftcore.exporting.gguf.file import Entry, write_tensors, writing
-from peftcore.exporting.gguf.model import EMBEDDING
-from peftcore.exporting.gguf.tensor_names import Names
-from peftcore.exporting.one_product import products
+from peftcore.plugin import PeftcoreError, adapter_products, modules_tied_to
+from peftcore_gguf.file import Entry, write_tensors, writing
+from peftcore_gguf.model import EMBEDDING, GgufOptions
+from peftcore_gguf.tensor_names import Names
 
 
 def command(model: str | Path, adapter: Path | None = None) -> str:
@@ -25,7 +23,7 @@ def command(model: str | Path, adapter: Path | None = None) -> str:
     return shlex.join(["llama-cli", "-m", str(model), *lora])
 
 
-def write_adapter(model: nn.Module, path: Path, adapter: str) -> Path:
+def write_adapter(model: nn.Module, path: Path, adapter: str, _options: GgufOptions) -> None:
     """Write the file, in fp32, for a GGUF file of the base of any type.
 
     Raises:
@@ -33,7 +31,7 @@ def write_adapter(model: nn.Module, path: Path, adapter: str) -> Path:
             does not adapt.
     """
     names = Names(model)
-    found = products(model, adapter, "be written as an adapter of llama.cpp")
+    found = adapter_products(model, adapter, "be written as an adapter of llama.cpp")
     for place in found:
         tied = modules_tied_to(model, place)
         if tied:
@@ -59,4 +57,3 @@ def write_adapter(model: nn.Module, path: Path, adapter: str) -> Path:
             for end, tensor in (("lora_a", a), ("lora_b", b)):
                 entries.append(Entry(f"{name}.{end}", tensor, gguf.GGMLQuantizationType.F32))
         write_tensors(writer, entries)
-    return path

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import PeftcoreError
-from peftcore.exporting.gguf.tensor_names import WAY_ROUND, Family, family_of
+from peftcore.plugin import PeftcoreError
+from peftcore_gguf.tensor_names import WAY_ROUND, Family, family_of
 
 ROPE = {  # supported keys by type
     "default": {"rope_theta"},

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import engine, ranks
-from peftcore.engine.trained import base_tensors
-from peftcore.errors import PeftcoreError
-from peftcore.exporting.gguf import k_quants
-from peftcore.exporting.gguf.file import Entry, write_tensors, writing
-from peftcore.exporting.gguf.hyperparameters import write_hyperparameters
-from peftcore.exporting.gguf.tensor_names import Names
-from peftcore.exporting.gguf.tokenizer import write_tokenizer
+from peftcore.plugin import PeftcoreError, base_tensors
+from peftcore_gguf import k_quants
+from peftcore_gguf.file import Entry, write_tensors, writing
+from peftcore_gguf.hyperparameters import write_hyperparameters
+from peftcore_gguf.tensor_names import Names
+from peftcore_gguf.tokenizer import write_tokenizer
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # types the package `gguf` quantizes to
 FEW_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")  # llama.cpp, too, keeps the head in 8 bits for these
@@ -23,36 +22,44 @@ HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 ROUTER = ".ffn_gate_inp.weight"  # its logits choose experts
 
 
-def write_model(
-    model: nn.Module, path: Path, *, tokenizer: Any, gguf_type: str = "f16", template: str | None = None
-) -> Path:
-    """Write the file.
+@dataclass(frozen=True)
+class GgufOptions:
+    """Options of `peftcore.export(..., format="gguf")` for a model; an adapter has none.
 
     Args:
-        model: the model, with no active adapters.
-        path: the file.
-        tokenizer: a transformers tokenizer, or the path of a GGUF file that has one.
-        gguf_type: type of the matrices, one of `TYPES` or `k_quants.FILE_TYPES`; the latter need temporary disk space
-            for an unquantized file. With 4 and 5 bits the head has 8. Vectors and routers of experts are fp32. Matrices
-            whose rows do not divide into blocks are f16.
-        template: chat template in place of the tokenizer's.
+        tokenizer: a transformers tokenizer, or the path of a GGUF file that has one. A model needs it.
+        gguf_type: type of the matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; with llama-cpp-python also
+            q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q3_k_m or q2_k. The latter need temporary disk space for an
+            unquantized file. With 4 and 5 bits the head has 8. Vectors and routers of experts are fp32. Matrices whose
+            rows do not divide into blocks are f16.
+        chat_template: chat template in place of the tokenizer's.
+    """
+
+    tokenizer: Any = None
+    gguf_type: str = "f16"
+    chat_template: str | None = None
+
+
+def write_model(model: nn.Module, path: Path, options: GgufOptions) -> None:
+    """Write the file, with the model's current weights.
 
     Raises:
-        PeftcoreError: adapters are active and not merged, or llama.cpp would compute something else.
+        PeftcoreError: llama.cpp would compute something else.
     """
-    gguf_type = gguf_type.lower()
+    if options.tokenizer is None:
+        raise PeftcoreError("a model in GGUF contains its tokenizer. Pass export(..., tokenizer=tokenizer)")
+    gguf_type = options.gguf_type.lower()
     if gguf_type in k_quants.FILE_TYPES:
         k_quants.library(gguf_type)
         whole = path.with_name(f"{path.name}.whole")
         try:
-            write_model(model, whole, tokenizer=tokenizer, gguf_type=_unrounded(model), template=template)
+            write_model(model, whole, replace(options, gguf_type=_unrounded(model)))
             k_quants.quantize(whole, path, gguf_type)
         finally:
             whole.unlink(missing_ok=True)
-        return path
+        return
     if gguf_type not in TYPES:
         raise PeftcoreError(f"gguf_type='{gguf_type}' is not known. Known: {', '.join([*TYPES, *k_quants.FILE_TYPES])}")
-    _refuse_unmerged(model)
     names = Names(model)
     tensors = _tensors(model, names)
     with writing(path, names.family.architecture) as writer:
@@ -63,12 +70,11 @@ def write_model(
         writer.add_file_type(_file_type(gguf_type))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tensors = {**write_hyperparameters(writer, model, rows), **tensors}
-        write_tokenizer(writer, tokenizer, rows, template)
+        write_tokenizer(writer, options.tokenizer, rows, options.chat_template)
         head = HEAD if HEAD in tensors else EMBEDDING  # a tied embedding is also the head
         write_tensors(
             writer, [Entry(name, each, _type_of(name, each, gguf_type, name == head)) for name, each in tensors.items()]
         )
-    return path
 
 
 def _tensors(model: nn.Module, names: Names) -> dict[str, Tensor]:
@@ -82,16 +88,6 @@ def _tensors(model: nn.Module, names: Names) -> dict[str, Tensor]:
             found.update(names.stored(name, tensor))
             seen.add(id(tensor))
     return found
-
-
-def _refuse_unmerged(model: nn.Module) -> None:
-    ranks.refuse_sharded(model, "export")
-    state = engine.state_of(model)
-    if state is not None and state.active:
-        raise PeftcoreError(
-            f"adapters {', '.join(map(repr, state.active))} are active and would be missing from the file. Merge them "
-            "with peftcore.merge(model), or deactivate them with peftcore.activate(model, [])"
-        )
 
 
 def _unrounded(model: nn.Module) -> str:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation.class_swap import original_class
-from peftcore.errors import PeftcoreError
+from peftcore.plugin import PeftcoreError, original_class
 
 WAY_ROUND = (
     "llama.cpp's convert_hf_to_gguf.py supports more models: run it on the output of `peftcore merge` or "

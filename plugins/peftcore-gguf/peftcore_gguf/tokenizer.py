@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peftcore.errors import PeftcoreError
-from peftcore.exporting.gguf import sentencepiece
-from peftcore.exporting.gguf.tensor_names import WAY_ROUND
+from peftcore.plugin import PeftcoreError
+from peftcore_gguf import sentencepiece
+from peftcore_gguf.tensor_names import WAY_ROUND
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

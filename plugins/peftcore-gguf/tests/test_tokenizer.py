@@ -8,12 +8,12 @@ from typing import Any
 import gguf
 import pytest
 from exported import VOCABULARY, keys, llama, tokenizer
+from peftcore_gguf.tokenizer import CUTS
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.exporting.gguf.tokenizer import CUTS
 
 
 def write(given: Any, file: Path, **options: Any) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""`peftcore export --format gguf`: which files are written, and what is reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import commands
+import exported
+import pytest
+import tiny
+import torch
+from commands import Run, invoke
+from exported import logits, tensors
+
+import peftcore
+from peftcore.cli.models import TASK_FILE, AdapterTask
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("export", ...)`: run the command in this process; by default it must succeed."""
+    from peftcore.cli import console
+
+    monkeypatch.setattr(console.out, "width", 200)
+
+    def call(*arguments: Any, code: int = 0) -> Any:
+        result = invoke(*arguments)
+        assert result.exit_code == code, result.output
+        return result
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    exported.llama().save_pretrained(folder)
+    exported.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def adapter_of(base: Path, folder: Path, method: Any = "lora", **fields: Any) -> torch.Tensor:
+    """Logits with an adapter that is saved as a run has it."""
+    from transformers import AutoModelForCausalLM
+
+    model = exported.apply(AutoModelForCausalLM.from_pretrained(base), method, **fields)
+    peftcore.save(model, folder / "adapter")
+    AdapterTask("causal-lm", 64, chat=True, chat_template="{{ ours }}").write(folder / "adapter")
+    return logits(model)
+
+
+def test_gguf(run: Run, base: Path, tmp_path: Path) -> None:
+    expected = adapter_of(base, tmp_path / "run", r=4)
+    told = run("export", "--format", "gguf", "--adapter", tmp_path / "run", "--set", "gguf_type=f32").output
+    folder = tmp_path / "run" / "gguf"
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter.gguf", "model-f32.gguf"]
+    assert "llama-cli -m BASE.gguf --lora" in told and "model-f32.gguf" in told
+    assert exported.keys(folder / "model-f32.gguf")["tokenizer.chat_template"] == "{{ ours }}"
+
+    run("export", "--format", "gguf", "--model", base, "--set", "gguf_type=f32", "--output", tmp_path / "bare")
+    before, after = tensors(tmp_path / "bare/model-f32.gguf"), tensors(folder / "model-f32.gguf")
+    pairs = tensors(folder / "adapter.gguf")
+    for name in (name.removesuffix(".lora_a") for name in pairs if name.endswith("a")):
+        change = pairs[f"{name}.lora_b"] @ pairs[f"{name}.lora_a"]
+        scale = exported.keys(folder / "adapter.gguf")["adapter.lora.alpha"] / 4
+        assert abs(before[name] + scale * change - after[name]).max() < 2e-6
+
+    # the file is a base in its turn, and its tokenizer goes on to the next one
+    again = tmp_path / "again"
+    run("export", "--format", "gguf", "--model", folder / "model-f32.gguf", "--set", "gguf_type=f16", "--output", again)
+    facts = exported.keys(again / "model-f16.gguf")
+    assert facts["tokenizer.chat_template"] == "{{ ours }}" and facts["tokenizer.ggml.pre"] == "gpt-2"
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(again, gguf_file="model-f16.gguf").eval()
+    assert (logits(model) - expected).abs().max() < 5e-3
+
+
+def test_parts_of_gguf_and_what_is_made_thin(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter_of(base, tmp_path / "run", "dora", r=4, target_modules=["q_proj"])
+    given = ("export", "--format", "gguf", "--adapter", tmp_path / "run", "--output")
+    refused = run(*given, tmp_path / "x", "--only", "adapter", code=1).output
+    assert "cannot be written as an adapter of llama.cpp" in refused and not (tmp_path / "x").exists()
+    told = run(*given, tmp_path / "merged").output.replace("\n", " ")
+    assert "adapter.gguf was not written. --convert RANK makes" in told
+    assert [file.name for file in (tmp_path / "merged").iterdir()] == ["model-f16.gguf"]
+    told = run(*given, tmp_path / "thin", "--only", "adapter", "--convert", 64).output
+    assert "rank 64 keeps at least 100.0% of the adapter's change" in told
+    assert tensors(tmp_path / "thin/adapter.gguf")["blk.0.attn_q.weight.lora_a"].shape == (64, 64)
+
+
+def test_a_tokenizer_beside_the_adapter_is_the_one_it_was_trained_with(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter_of(base, tmp_path, r=4)
+    (tmp_path / "adapter" / TASK_FILE).unlink()  # as other trainers leave it
+    theirs = exported.tokenizer(additional_special_tokens=["<|call|>"])
+    theirs.chat_template = "{{ theirs }}"
+    theirs.save_pretrained(tmp_path / "adapter")
+    run("export", "--format", "gguf", "--adapter", tmp_path, "--only", "model")
+    facts = exported.keys(tmp_path / "gguf" / "model-f16.gguf")
+    assert facts["tokenizer.chat_template"] == "{{ theirs }}" and "<|call|>" in facts["tokenizer.ggml.tokens"]
+
+
+def test_asked_for_wrongly(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter_of(base, tmp_path / "run", r=4)
+    given = ("export", "--format", "gguf", "--adapter", tmp_path / "run")
+    assert (
+        "--only must be adapter or model for the format 'gguf', found 'base'"
+        in run(*given, "--only", "base", code=1).output
+    )
+    wrong = run(*given, "--set", "type=f16", code=1).output
+    assert "GgufOptions has no field 'type'" in wrong and "gguf_type" in wrong
+    assert "Pass --adapter FOLDER" in run("export", "--format", "gguf", code=1).output
+    tiny.gpt2().save_pretrained(tmp_path / "gpt2")
+    exported.tokenizer().save_pretrained(tmp_path / "gpt2")
+    adapter_of(tmp_path / "gpt2", tmp_path / "other", r=4)
+    output = run("export", "--format", "gguf", "--adapter", tmp_path / "other", code=1).output.replace("\n", " ")
+    assert "GPT2LMHeadModel cannot be exported to GGUF" in output and "--convert" not in output
+    tiny.llama().save_pretrained(tmp_path / "words")
+    commands.save_tokenizer(tmp_path / "words")
+    output = run("export", "--format", "gguf", "--model", tmp_path / "words", "--output", tmp_path / "x", code=1).output
+    assert "its model is WordLevel" in output.replace("\n", " ") and not list(tmp_path.glob("x/*"))
