@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import peftcore
 from peftcore.registry import registry
@@ -110,3 +112,29 @@ def test_the_pages_integration(from_page: Any, tmp_path: Path, monkeypatch: pyte
             ponder.freeze(model)
     finally:
         sys.modules.pop("ponder")
+
+
+def test_the_pages_export_format(from_page: Any, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    from_page("npz", "NpzOptions")
+    found = np.load(peftcore.export(model, tmp_path / "x" / "model.npz", format="npz", compressed=True))
+    assert sorted(found) == ["0.bias", "0.weight"]
+    assert np.array_equal(found["0.weight"], model[0].weight.detach().numpy())
+
+
+def test_the_pages_architecture(from_page: Any) -> None:
+    class TinyGPT(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.body, self.head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(self.embed(x)))
+
+    def adapted() -> int:
+        (adapter,) = peftcore.summary(peftcore.apply(TinyGPT(), "lora", r=2)).adapters
+        return adapter.modules
+
+    assert adapted() == 2
+    from_page("tiny_gpt", "TinyGPT")
+    assert adapted() == 1  # the head is known, and left out

@@ -59,8 +59,8 @@ def export(
             and Ollama: the adapter if `adapter` is given, otherwise the model with its current weights, so merge first.
             Other packages add formats; `peftcore export` lists all.
         adapter: name of the adapter to write. Formats without models need it only if the model has several.
-        options: options of the format. Those of "gguf" are `tokenizer`, which a model needs (a transformers tokenizer,
-            or the path of a GGUF file that has one), `gguf_type` and `chat_template`.
+        options: options of the format. "gguf" has `tokenizer`, which a model needs (a transformers tokenizer, or the
+            path of a GGUF file that has one), `gguf_type` and `chat_template`.
 
     Returns:
         The path.

@@ -10,26 +10,11 @@ import exported
 import pytest
 import tiny
 import torch
-from commands import Run, invoke
+from commands import Run
 from exported import logits, tensors
 
 import peftcore
 from peftcore.cli.models import TASK_FILE, AdapterTask
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run("export", ...)`: run the command in this process; by default it must succeed."""
-    from peftcore.cli import console
-
-    monkeypatch.setattr(console.out, "width", 200)
-
-    def call(*arguments: Any, code: int = 0) -> Any:
-        result = invoke(*arguments)
-        assert result.exit_code == code, result.output
-        return result
-
-    return call
 
 
 @pytest.fixture(scope="module")
