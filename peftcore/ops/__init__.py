@@ -9,6 +9,7 @@ from peftcore.ops.dense_linear import WIDENED, dense_linear
 from peftcore.ops.dropout import keep_mask
 from peftcore.ops.grouped import grouped_linear, grouped_lora_linear
 from peftcore.ops.linear_4bit import free_workspace, linear_4bit
+from peftcore.ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from peftcore.ops.linear_per_sample import lora_linear_per_sample
 from peftcore.ops.lora import lora_linear
 from peftcore.ops.optim import optim_step_
@@ -32,6 +33,8 @@ __all__ = [
     "grouped_lora_linear",
     "keep_mask",
     "linear_4bit",
+    "linear_cross_entropy",
+    "linear_log_probs",
     "lora_linear",
     "lora_linear_per_sample",
     "optim_step_",

@@ -21,6 +21,7 @@ from fuzz.memory import LAYOUTS, laid_out
 from peftcore import ops
 from peftcore.ops import grouped, linear_per_sample, lora, optim, quant4, routing, swiglu
 from peftcore.ops import optim_rules as rules
+from peftcore.ops.cross_entropy import CrossEntropyRows
 from peftcore.ops.dense_linear import DenseLinear
 from peftcore.ops.linear_4bit import Linear4bit, Linear4bitBackward
 from peftcore.ops.row_norms import RowNorms
@@ -292,6 +293,20 @@ def _paged_reference(**given):
     optim.optim_step_reference(**given, state=state)
 
 
+def _cross_entropy_rows_(m):
+    rows, classes = m.size(40), m.choice([m.size(), 256, 700])
+    labels = torch.tensor([m.choice([-100, m.random.randrange(classes)]) for _ in range(rows)], dtype=torch.int64)
+    return {
+        "logits": m.normal(rows, classes, dtype=m.choice(FLOATS), layouts=["contiguous", "shifted"]),
+        "labels": labels,
+        "class_weight": m.choice([None, m.normal(classes).abs()]),
+        "grad_scale": m.choice([None, torch.tensor(0.25)]),
+        "settings": [m.choice([0.0, 0.1]), m.choice([1.0, 0.5]), m.choice([0.0, 5.0]), m.choice([0.0, 0.01])],
+        "ignore_index": -100,
+        "gradient": m.choice([True, False]),
+    }
+
+
 def by_reference(call):
     return lambda **given: call(**given).compute()
 
@@ -313,6 +328,7 @@ OPERATORS = {
     "gathered": (_gathered, by_reference(routing.Gathered)),
     "combined": (_combined, by_reference(routing.Combined)),
     "combined_backward": (_combined_backward, by_reference(routing.CombinedBackward)),
+    "cross_entropy_rows_": (_cross_entropy_rows_, by_reference(CrossEntropyRows)),
     "swiglu": (_swiglu, by_reference(swiglu.Swiglu)),
     "swiglu_backward": (_swiglu_backward, by_reference(swiglu.SwigluBackward)),
     "row_norms": (_row_norms, by_reference(RowNorms)),
@@ -456,7 +472,12 @@ def different(found, wanted, rough):
     return None
 
 
-WRITTEN = {"optim_step_": ["params", "state"], "optim_step_paged_": ["params"], "dequantize_4bit.out": ["out"]}
+WRITTEN = {
+    "cross_entropy_rows_": ("logits",),
+    "optim_step_": ["params", "state"],
+    "optim_step_paged_": ["params"],
+    "dequantize_4bit.out": ["out"],
+}
 
 
 def roughness(given):

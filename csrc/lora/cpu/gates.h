@@ -7,11 +7,9 @@
 namespace peftcore {
 namespace lora {
 
-// e^x, with x clamped to [-88, 88]. Relative error at most 2e-7: 2^n times the Taylor polynomial of degree seven, whose
-// error on half of ln 2 is 5e-9.
-static inline float exponential(float x) {
-    x = x > 88.0f ? 88.0f : x;
-    x = x < -88.0f ? -88.0f : x;
+// e^x for x in [-88, 88]. Relative error at most 2e-7: 2^n times the Taylor polynomial of degree seven, whose error on
+// half of ln 2 is 5e-9.
+static inline float exponential_within(float x) {
     constexpr float kRound = 12582912.0f;  // 1.5 · 2^23, where fp32 values are integers
     const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
@@ -24,6 +22,13 @@ static inline float exponential(float x) {
     sum = sum * r + 1.0f;
     sum = sum * r + 1.0f;
     return sum * bits_float((float_bits(shifted) - float_bits(kRound) + 127) << 23);
+}
+
+// e^x, with x clamped to [-88, 88].
+static inline float exponential(float x) {
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -88.0f ? -88.0f : x;
+    return exponential_within(x);
 }
 
 template <typename Level>

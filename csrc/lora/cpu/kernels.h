@@ -128,6 +128,21 @@ struct RowSumBackwardArgs {
     bool wide;  // grad and dy are fp32 and not of y's dtype
 };
 
+// Rows of logits, and where their losses, log Σ exp and entropies go. Formulas: peftcore/ops/cross_entropy.py.
+struct CrossEntropyArgs {
+    void* x;  // [M, columns]; the gradient takes their place
+    int64_t columns;
+    const int64_t* labels;  // [M]
+    const float* weights;   // of the classes, or nullptr: all are 1
+    double total_weight;    // their sum
+    double smoothing, z_loss;
+    float scale, cap;         // of the logits; cap 0: none
+    const float* grad_scale;  // one factor of the gradient, or nullptr: 1
+    int64_t ignore_index;
+    bool gradient;                // else x stays
+    float *loss, *lse, *entropy;  // [M]
+};
+
 // A matrix of fp32 as bf16 halves: the rounded value, and the rounded rest. Two parts are these halves. In products of
 // two matrices all terms but the smallest are in
 //   [first, rest, first] [first, first, rest]ᵀ
@@ -188,6 +203,7 @@ struct Kernels {
     ScaleKernels scale[kDtypes];
     GateKernels gate[kDtypes];
     RowSumKernels row_sum[kDtypes];
+    void (*cross_entropy[kDtypes])(const CrossEntropyArgs&, int64_t first_row, int64_t last_row);
     void (*norms[kDtypes])(const NormArgs&, int64_t first_row, int64_t last_row);
     void (*halves)(const Halves&) = nullptr;  // of the factors of a gemm::Addend
 };

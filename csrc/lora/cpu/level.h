@@ -1,6 +1,7 @@
 // All kernels of a level that are loops over its vectors.
 #pragma once
 
+#include "lora/cpu/cross_entropy.h"
 #include "lora/cpu/gates.h"
 #include "lora/cpu/norms.h"
 #include "lora/cpu/rows.h"
@@ -21,6 +22,7 @@ static Kernels kernels_of() {
             .scale = {Scaled<F>::kernels(), Scaled<H>::kernels(), Scaled<B>::kernels()},
             .gate = {Gates<F>::kernels(), Gates<H>::kernels(), Gates<B>::kernels()},
             .row_sum = {SumsOfRows<F>::kernels(), SumsOfRows<H>::kernels(), SumsOfRows<B>::kernels()},
+            .cross_entropy = {CrossEntropy<F>::rows, CrossEntropy<H>::rows, CrossEntropy<B>::rows},
             .norms = {Norms<F>::norms, Norms<H>::norms, Norms<B>::norms}};
 }
 

@@ -1,0 +1,384 @@
+"""Cross-entropy of a language model's head, h Wᵀ + b, without the matrix of logits.
+
+Rows are taken in pieces. A piece's logits are multiplied into a bounded workspace, `cross_entropy_rows_` turns them
+into losses and into the gradient of the logits in place, and dh = dlogits W is multiplied at once: logits, their fp32
+copy and their gradient, [rows, vocabulary] each, never exist. Rows without a label cost nothing.
+
+    forward     losses [rows], dh [rows, in]        two products, as many as the head takes with a frozen weight
+    backward    dh · dloss
+                dW, db, if they train, in pieces of the vocabulary from h and lse: one more product than PyTorch
+
+Logits of a 16-bit head are rounded to its dtype by the product, as in the head's forward; all else is fp32.
+The gradient cannot be differentiated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftcore.ops._library import define_by, transformed
+from peftcore.ops.cross_entropy import (
+    CrossEntropyRows,
+    Settings,
+    capped,
+    check_labels,
+    check_settings,
+    cross_entropy_rows_,
+    factors,
+    wide,
+)
+from peftcore.ops.dense_linear import WIDENED
+from peftcore.ops.quant4 import dequantize_4bit
+from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
+
+_OPS = torch.ops.peftcore
+# Bytes of a piece of logits. Fixed, whatever the machine's caches, as sums may depend on the size of a piece.
+PIECE_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+_LEAST_ROWS = 64  # below it a product reads the weight too often
+
+
+def _rows_in_piece(classes: int, dtype: torch.dtype, device: torch.device) -> int:
+    limit = PIECE_BYTES.get(device.type, PIECE_BYTES["cuda"])
+    return max(_LEAST_ROWS, limit // max(1, classes * dtype.itemsize) // _LEAST_ROWS * _LEAST_ROWS)
+
+
+class _Head:
+    """Products of pieces of rows with a frozen head."""
+
+    def __init__(self, weight: Sequence[Tensor], packing: Sequence[int], bias: Tensor | None, x: Tensor, rows: int):
+        self.weight, self.packing, self.bias = weight, packing, bias
+        # As `frozen` layers do: PyTorch multiplies these dtypes many times slower.
+        self.widened = not packing and x.device.type == "cpu" and x.dtype in WIDENED
+        dense = not packing and not self.widened
+        self.buffer = x.new_empty((rows, weight[0].shape[0])) if dense else None
+
+    def logits(self, x: Tensor) -> Tensor:
+        if self.packing:
+            return _OPS.linear_4bit(x, self.weight, self.packing, self.bias)
+        if self.buffer is None:
+            return _OPS.dense_linear(x, self.weight[0], self.bias)
+        out = self.buffer[: x.shape[0]]
+        if self.bias is None:
+            return torch.mm(x, self.weight[0].t(), out=out)
+        return torch.addmm(self.bias, x, self.weight[0].t(), out=out)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        if self.packing:
+            return _OPS.linear_4bit_backward(grad, self.weight, self.packing)
+        return _OPS.dense_linear(grad, self.weight[0].t()) if self.widened else grad @ self.weight[0]
+
+
+def _in_float64(*arguments: Any) -> Tensor:
+    return CrossEntropyRows(*arguments).compute()
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@dataclass
+class LinearCrossEntropy:
+    hidden: Tensor
+    weight: Sequence[Tensor]
+    packing: Sequence[int]
+    bias: Tensor | None
+    labels: Tensor
+    class_weight: Tensor | None
+    grad_scale: Tensor | None
+    settings: Sequence[float]
+    ignore_index: int
+    gradient: bool
+
+    def __post_init__(self) -> None:
+        op, frozen = "linear_cross_entropy", checked(self.weight, self.packing, "linear_cross_entropy")
+        check_linear(self.hidden, frozen, self.bias, op)
+        value(self.hidden.dim() == 2, op, f"hidden must be [rows, in], found {list(self.hidden.shape)}")
+        self.classes = frozen.shape[0]
+        check_labels(self.labels, self.hidden.shape[0], self.hidden, self.classes, self.class_weight, op)
+        check_settings(self.settings, op)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        x, count = self.hidden, self.hidden.shape[0]
+        size = _rows_in_piece(self.classes, x.dtype, x.device)
+        rows = x.new_zeros((3, count), dtype=wide(x))
+        grad = torch.zeros_like(x) if self.gradient else x.new_empty(0)
+        softmax = _in_float64 if x.dtype is torch.float64 else cross_entropy_rows_
+        pieces = list(self._pieces(size))
+        head = _Head(self.weight, self.packing, self.bias, x, min(size, count))
+        for piece in pieces:
+            logits = head.logits(x[piece]).contiguous()
+            arguments = logits, self.labels[piece], self.class_weight, self.grad_scale, self.settings
+            rows[:, piece] = softmax(*arguments, self.ignore_index, self.gradient)
+            if self.gradient:
+                grad[piece] = head.gradient(logits)
+        return rows, grad
+
+    def _pieces(self, size: int) -> Iterator[slice | Tensor]:
+        """Yield rows with labels, at most `size` at a time: slices where all rows have one."""
+        count, kept = self.hidden.shape[0], None
+        if not _capturing(self.hidden):  # else rows without labels are multiplied, too: finding them waits for the GPU
+            kept = (self.labels != self.ignore_index).nonzero()[:, 0]
+            if self.labels.device.type == "cpu" and kept.numel():
+                least, most = (int(bound) for bound in self.labels[kept].aminmax())
+                if least < 0 or most >= self.classes:
+                    found = least if least < 0 else most
+                    wanted = f"labels must be from 0 to {self.classes - 1}, or ignore_index {self.ignore_index}"
+                    raise IndexError(f"linear_cross_entropy: {wanted}, found {found}")
+        if kept is None or len(kept) == count:
+            yield from (slice(first, min(first + size, count)) for first in range(0, count, size))
+        else:
+            yield from (piece for piece in kept.split(size) if len(piece))
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        rows = self.hidden.new_empty((3, self.hidden.shape[0]), dtype=wide(self.hidden))
+        return rows, self.hidden.new_empty(self.hidden.shape if self.gradient else (0,))
+
+
+@dataclass
+class LinearCrossEntropyWeight:
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    class_weight: Tensor | None
+    lse: Tensor
+    coefficients: Tensor  # the gradient of each row's loss; 0 for rows without a label
+    settings: Sequence[float]
+    needs: Sequence[bool]
+
+    def __post_init__(self) -> None:
+        op = "linear_cross_entropy_weight"
+        check_linear(self.hidden, self.weight, self.bias, op)
+        check_labels(self.labels, self.hidden.shape[0], self.hidden, self.weight.shape[0], self.class_weight, op)
+        self.numbers = check_settings(self.settings, op)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        x, w, dtype, smoothing = self.hidden, self.weight, wide(self.hidden), self.numbers.label_smoothing
+        classes, (grad, bias_grad) = w.shape[0], self.empty()
+        counts = (self.labels >= 0) & (self.labels < classes) & (self.coefficients != 0)
+        kept = counts.nonzero()[:, 0] if not _capturing(x) else torch.arange(len(x), device=x.device)
+        x, labels, lse = x[kept], self.labels[kept].clamp(0, classes - 1), self.lse[kept]
+        coefficients = self.coefficients[kept]
+        of_softmax, of_label = factors(lse, labels, self.class_weight, self.numbers, classes)
+        limit = PIECE_BYTES.get(x.device.type, PIECE_BYTES["cuda"])
+        size = max(_LEAST_ROWS, limit // max(1, len(kept) * dtype.itemsize))
+        for first in range(0, classes, size):
+            columns = slice(first, min(first + size, classes))
+            bias = None if self.bias is None else self.bias[columns]
+            z, slope = capped(F.linear(x, w[columns], bias).to(dtype), self.numbers)
+            dz = z.sub_(lse[:, None]).exp_().mul_(of_softmax[:, None])
+            if smoothing:
+                dz -= smoothing / classes * (1.0 if self.class_weight is None else self.class_weight[columns])
+            inside = (labels >= columns.start) & (labels < columns.stop)
+            target = (labels - first).where(inside, 0)
+            dz.scatter_add_(1, target[:, None], -(of_label * inside)[:, None])
+            dz *= slope
+            dz *= coefficients[:, None]
+            if self.needs[0]:
+                torch.mm(dz.to(x.dtype).t(), x, out=grad[columns])
+            if self.needs[1]:
+                bias_grad[columns] = dz.sum(0).to(bias_grad.dtype)
+        return grad, bias_grad
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        w, classes = self.weight, self.weight.shape[0]
+        return w.new_empty(w.shape if self.needs[0] else (0,)), w.new_empty(classes if self.needs[1] else 0)
+
+
+define_by(
+    "linear_cross_entropy(Tensor hidden, Tensor[] weight, SymInt[] packing, Tensor? bias, Tensor labels, "
+    "Tensor? class_weight, Tensor? grad_scale, float[] settings, int ignore_index, bool gradient) "
+    "-> (Tensor rows, Tensor grad)",
+    LinearCrossEntropy,
+)
+define_by(
+    "linear_cross_entropy_weight(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? class_weight, "
+    "Tensor lse, Tensor coefficients, float[] settings, bool[2] needs) -> (Tensor dw, Tensor db)",
+    LinearCrossEntropyWeight,
+)
+
+
+# --- what users call -------------------------------------------------------------------------------------------------
+
+
+class _Rows(torch.autograd.Function):
+    """Losses of the rows `[rows]`, and their lse and entropies `[2, rows]`, whose gradient is not computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        class_weight: Tensor | None,
+        grad_scale: Tensor | None,
+        numbers: tuple[Settings, int, list[int]],
+        *weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        settings, ignore_index, packing = numbers
+        needed, trains = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or any(ctx.needs_input_grad[6:])
+        arguments = hidden, weight, packing, bias, labels, class_weight, grad_scale, settings, ignore_index, needed
+        rows, grad = _OPS.linear_cross_entropy(*arguments)
+        loss, rest = rows[0].clone(), rows[1:].clone()
+        kept = (hidden, bias, class_weight, rest, weight[0]) if trains else (None,) * 5
+        ctx.save_for_backward(grad if needed else None, grad_scale, labels, *kept)
+        ctx.numbers = settings, ignore_index
+        return loss, rest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_cross_entropy cannot be differentiated twice (create_graph=True). "
+                "Use F.cross_entropy(F.linear(hidden, weight, bias), labels) instead"
+            )
+        hidden_grad, scale, labels, hidden, bias, class_weight, rest, weight = ctx.saved_tensors
+        settings, ignore_index = ctx.numbers
+        grad = grad.masked_fill(labels == ignore_index, 0)  # the mean of no labels divides by 0
+        dh = dw = db = None
+        if ctx.needs_input_grad[0]:
+            factor = grad if scale is None else grad / scale  # `hidden_grad` has been multiplied by `scale`
+            dh = (hidden_grad * factor[:, None]).to(hidden_grad.dtype)
+        needs = [any(ctx.needs_input_grad[6:]), ctx.needs_input_grad[1]]
+        if any(needs):
+            arguments = hidden, weight, bias, labels, class_weight, rest[0], grad, settings, needs
+            dw, db = (
+                g if n else None for g, n in zip(_OPS.linear_cross_entropy_weight(*arguments), needs, strict=True)
+            )
+        return dh, db, None, None, None, None, dw, *(None for _ in ctx.needs_input_grad[7:])
+
+
+def _rows(
+    hidden: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    settings: Settings,
+    ignore_index: int,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses of the rows, their lse and entropies, and the number that a mean divides by."""
+    op = "linear_cross_entropy"
+    value(
+        labels.shape == hidden.shape[:-1], op, f"labels must be {list(hidden.shape[:-1])}, found {list(labels.shape)}"
+    )
+    labels = labels.reshape(-1)
+    x, tensors, packing, bias = frozen_operands(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    dtype = wide(x)
+    counts = labels != ignore_index
+    total = counts.sum().to(dtype)
+    if class_weight is not None:
+        class_weight = class_weight.to(dtype)
+        check_labels(labels, x.shape[0], x, weight.shape[0], class_weight, op)
+        total = class_weight[labels.where(counts, 0).clamp(0, weight.shape[0] - 1)].mul(counts).sum()
+    if transformed():
+        dense = weight if isinstance(weight, Tensor) else dequantize_4bit(weight, x.dtype)
+        z, _ = capped(F.linear(x, dense.to(x.dtype), bias).to(dtype), settings)
+        lse = z.logsumexp(1)
+        loss = F.cross_entropy(
+            z,
+            labels,
+            class_weight,
+            ignore_index=ignore_index,
+            reduction="none",
+            label_smoothing=settings.label_smoothing,
+        )
+        loss = loss + settings.z_loss * lse * lse * counts
+        return loss, torch.stack([lse, lse - (z.softmax(1) * z).sum(1)]), total
+    # The gradient of a mean is rounded once, as it is divided before. In fp16 it would underflow.
+    scale = 1 / total if mean and x.dtype is not torch.float16 else None
+    numbers = settings, ignore_index, packing
+    loss, rest = _Rows.apply(x, bias, labels, class_weight, scale, numbers, *tensors)  # type: ignore[no-untyped-call]
+    return loss, rest.detach(), total
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor | PackedWeight,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the cross-entropy of hidden Wᵀ + bias with labels, without making the logits.
+
+    The result and its gradients are those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)`, as
+    exact as them or more. Memory beyond hidden and its gradient is bounded: 16 MiB of logits on CPU, 256 MiB on GPUs,
+    or 64 rows where the vocabulary is larger. Rows without a label are skipped.
+
+    Args:
+        hidden: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.
+        weight: `[vocabulary, in]` in the dtype of hidden (under autocast in any), or a `PackedWeight`, which gets no
+            gradient.
+        labels: int64 `[...]`.
+        bias: `[vocabulary]`.
+        ignore_index: the label of rows that do not count.
+        label_smoothing, class_weight: as in `F.cross_entropy`.
+        logit_scale: factor of the logits.
+        soft_cap: logits become cap · tanh(logits / cap), after the scale.
+        z_loss: factor of logsumexp(logits)², which is added to each row's loss.
+        reduction: `mean` (over labels, by their class weights), `sum` or `none`.
+
+    Returns:
+        fp32 (for float64, float64): a scalar, or `[...]` with `reduction="none"`. Gradients for hidden, weight and
+        bias; they cannot be differentiated again.
+
+    Raises:
+        IndexError: a label outside the vocabulary on CPU (on GPUs the loss is NaN). TypeError, ValueError: an argument
+        that does not fit the others.
+    """
+    value(
+        reduction in ("mean", "sum", "none"),
+        "linear_cross_entropy",
+        f"reduction must be mean, sum or none, found {reduction!r}",
+    )
+    value(soft_cap is None or soft_cap > 0, "linear_cross_entropy", f"soft_cap must be positive, found {soft_cap}")
+    settings = Settings(float(label_smoothing), float(logit_scale), float(soft_cap or 0), float(z_loss))
+    mean = reduction == "mean"
+    loss, _, total = _rows(hidden, weight, bias, labels, class_weight, settings, ignore_index, mean)
+    if reduction == "none":
+        return loss.reshape(labels.shape)
+    return loss.sum() / total if mean else loss.sum()
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor | PackedWeight,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of tokens, and entropies, of a head's distributions, without making the logits.
+
+    Args:
+        hidden, weight, bias, logit_scale, soft_cap: as in `linear_cross_entropy`; `logit_scale` is 1 / temperature.
+        tokens: int64 `[...]`, one for each row of hidden.
+        ignore_index: rows with it as their token are skipped; both their values are 0.
+
+    Returns:
+        Both fp32 `[...]` (for float64, float64): log p(token), with gradients for hidden, weight and bias; and the
+        entropy in nats, without a gradient.
+
+    Raises:
+        As `linear_cross_entropy`.
+    """
+    value(soft_cap is None or soft_cap > 0, "linear_log_probs", f"soft_cap must be positive, found {soft_cap}")
+    settings = Settings(0.0, float(logit_scale), float(soft_cap or 0), 0.0)
+    loss, rest, _ = _rows(hidden, weight, bias, tokens, None, settings, ignore_index, False)
+    return -loss.reshape(tokens.shape), rest[1].reshape(tokens.shape)
