@@ -51,8 +51,10 @@ def build(words: list[str]) -> typer.Typer:
     typed = next((word for word in words if not word.startswith("-")), None)
     commands = registry.commands(typed)
     if typed in PACKAGES and typed not in commands:
-        package, reason = PACKAGES[typed], registry.plugin_of(typed).error or "it is not installed"
-        raise PluginError(f"'peftcore {typed}' is in the package {package}: {reason}. Run: pip install {package}")
+        plugin, package = registry.plugin_of(typed), PACKAGES[typed]
+        if plugin.error:
+            raise PluginError(f"'peftcore {typed}' cannot run, {plugin} is not usable: {plugin.error}")
+        raise PluginError(f"'peftcore {typed}' is in a package that is not installed. Run: pip install {package}")
     for command in commands.values():
         app.command(command.name, epilog=_epilog(command.examples))(_with_clear_errors(command.function))
     return app
