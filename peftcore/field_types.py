@@ -36,7 +36,9 @@ def fits(value: Any, hint: Any) -> bool:
             return False
         pairs = zip(inside, (list(value.keys()), list(value.values())), strict=False)
         return all(fits(each, hint) for hint, values in pairs for each in values)
-    return not inside or all(fits(each, inside[0]) for each in value)
+    if not inside or (inside[0] is str and {*map(type, value)} <= {str}):
+        return True
+    return all(fits(each, inside[0]) for each in value)
 
 
 def literals(hint: Any) -> list[Any]:

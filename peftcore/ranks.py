@@ -50,6 +50,11 @@ def is_part(tensor: Tensor) -> bool:
     return is_dtensor(tensor) or is_partitioned(tensor)
 
 
+def any_part(tensors: Iterable[Tensor]) -> bool:
+    """Return whether `is_part` holds for one of `tensors`, in one call for all of them."""
+    return bool([tensor for tensor in tensors if hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")])
+
+
 def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
     """Return whether `tensor` is a DTensor."""
     return hasattr(tensor, "full_tensor")

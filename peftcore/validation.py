@@ -14,6 +14,8 @@ from torch import Tensor
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.field_types import fits, in_words, literals
 
+_NO_DEFAULT = object()
+
 
 def check_types(config: Any, fields: Mapping[str, Any] | None = None) -> None:
     """Check that the values of a dataclass have their annotated types; call it first in `__post_init__`.
@@ -29,11 +31,12 @@ def check_types(config: Any, fields: Mapping[str, Any] | None = None) -> None:
     Raises:
         PeftcoreError: a value has another type.
     """
-    hints = _hints(config if isinstance(config, type) else type(config))
+    kind = config if isinstance(config, type) else type(config)
+    hints, defaults = _hints(kind), _defaults(kind)
     if fields is None:
-        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        fields = {name: getattr(config, name) for name in defaults}
     for name, value in fields.items():
-        if name in hints and not fits(value, hints[name]):
+        if name in hints and value is not defaults.get(name, _NO_DEFAULT) and not fits(value, hints[name]):
             known = [each for each in literals(hints[name]) if isinstance(each, str)]
             hint = nearest(value, known) if isinstance(value, str) else ""
             raise PeftcoreError(f"{name} must be {in_words(hints[name])}, found {shown(value)}{hint}")
@@ -54,6 +57,13 @@ def _hints(config_class: type) -> dict[str, Any]:
         return typing.get_type_hints(config_class)
     except Exception:  # annotations that only a type checker understands
         return {}
+
+
+@lru_cache(maxsize=256)
+def _defaults(config_class: type) -> dict[str, Any]:
+    """Return {field: default, or a marker for none}. Defaults need no check."""
+    fields = dataclasses.fields(config_class)
+    return {f.name: _NO_DEFAULT if f.default is dataclasses.MISSING else f.default for f in fields}
 
 
 def require(holds: bool, message: str) -> None:

@@ -49,8 +49,17 @@ class Placed:
     names_modules: bool = True  # rather than select all of a kind
 
 
-def placements_for(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
-    """Return the checked placements of a method on `model`, which is not changed."""
+def placements_for(
+    model: nn.Module, method: str | Any, fields: dict[str, Any], building: AbstractContextManager[Any] | None = None
+) -> Placed:
+    """Return the checked placements of a method on `model`, which is not changed.
+
+    Args:
+        model: the model.
+        method: name of a method, or a config.
+        fields: fields of the config, for a name.
+        building: context in which the adapters are built, such as `torch.device("meta")`.
+    """
     check_model(model)
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
@@ -58,10 +67,12 @@ def placements_for(model: nn.Module, method: str | Any, fields: dict[str, Any]) 
     refuse_adapters_of_others(model)
     _refuse_offloaded(model)
     with left_as_it_is(model):
-        return _placed(model, method, fields)
+        return _placed(model, method, fields, building or nullcontext())
 
 
-def _placed(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
+def _placed(
+    model: nn.Module, method: str | Any, fields: dict[str, Any], building: AbstractContextManager[Any]
+) -> Placed:
     chosen, config = _method_and_config(model, method, fields)
     architecture = detect(model)
     names_modules = getattr(config, "target_modules", None) not in ("all", ALL_LINEAR)
@@ -74,32 +85,33 @@ def _placed(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Plac
     trained: list[str] = []
     on_weights: dict[str, list[OnWeight]] = {}
     of_experts: dict[str, list[Around | After]] = {}
-    asked = _asked(chosen, model, config, architecture)
-    _check_adapters(model, chosen.name, asked)
-    for placement in [*asked, saved]:
-        carriers: Sequence[Around | After]
-        if isinstance(placement, Train):
-            trained += placement.names
-            continue
-        if isinstance(placement, OnWeight):
-            on_weights.setdefault(placement.path, []).append(placement)
-            continue
-        if isinstance(placement, (Around, After)):
-            of_expert = split_expert_path(model, placement.path)
-            if of_expert is not None:
-                of_experts.setdefault(of_expert[0], []).append(placement)
+    with building:
+        asked = _asked(chosen, model, config, architecture)
+        _check_adapters(model, chosen.name, asked)
+        for placement in [*asked, saved]:
+            carriers: Sequence[Around | After]
+            if isinstance(placement, Train):
+                trained += placement.names
                 continue
-            carriers = [placement]
-        else:
-            carriers = prompts.compiled(model, architecture, placement)
-        around += carriers
-        placements |= {carrier.path: (placement,) for carrier in carriers}
-    for path, parts in of_experts.items():
-        around.append(Around(path, each_expert(model, chosen.name, path, parts)))
-        placements[path] = tuple(parts)
-    for path, changes in on_weights.items():
-        around.append(Around(path, _weight_changes(model, chosen.name, changes)))
-        placements[path] = (*placements.get(path, ()), *changes)
+            if isinstance(placement, OnWeight):
+                on_weights.setdefault(placement.path, []).append(placement)
+                continue
+            if isinstance(placement, (Around, After)):
+                of_expert = split_expert_path(model, placement.path)
+                if of_expert is not None:
+                    of_experts.setdefault(of_expert[0], []).append(placement)
+                    continue
+                carriers = [placement]
+            else:
+                carriers = prompts.compiled(model, architecture, placement)
+            around += carriers
+            placements |= {carrier.path: (placement,) for carrier in carriers}
+        for path, parts in of_experts.items():
+            around.append(Around(path, each_expert(model, chosen.name, path, parts)))
+            placements[path] = tuple(parts)
+        for path, changes in on_weights.items():
+            around.append(Around(path, _weight_changes(model, chosen.name, changes)))
+            placements[path] = (*placements.get(path, ()), *changes)
     placed = Placed(chosen, config, tuple(around), placements, tuple(dict.fromkeys(trained)), apart, names_modules)
     _check_placed(model, placed)
     return placed

@@ -1,10 +1,10 @@
-"""Write the adapters of one save so that being cut off harms nothing, beside other processes that save there too.
+"""Writing of the adapters of one save, all or none, while other processes may save to the same folder.
 
 1. lock the folders                                   one save at a time
 2. finish a save that was killed after its step 4
-3. write every file under a temporary name of its own
-4. rename the manifest into place                     from here on the new adapters are there, for `load`
-5. rename every file into place                       and here for other readers
+3. write every file under a temporary name
+4. rename the manifest into place                     from now on `load` finds the new adapters,
+5. rename every file into place                       and from now on other readers do
 """
 
 from __future__ import annotations
@@ -29,15 +29,21 @@ from peftcore.files.safe_reading import CONFIG, TENSORS
 
 try:
     import fcntl
-except ImportError:  # Windows: unique names and hashes still keep a mixture from being read
+except ImportError:  # Windows: unique names and hashes still prevent that a mixture is read
     fcntl = None  # type: ignore[assignment]
 
-PATIENCE = 120  # seconds, to wait for others that save to the same folder
+PATIENCE = 120  # seconds to wait for other processes that save to the same folder
 
 
 @dataclass(frozen=True)
 class Content:
-    """One adapter: the fields of its config, its tensors (on the CPU, contiguous), metadata of the tensors' file."""
+    """One adapter as it is written.
+
+    Args:
+        fields: fields of its `adapter_config.json`.
+        tensors: its tensors by their names on disk, contiguous and on the CPU.
+        metadata: metadata of the tensors' file.
+    """
 
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -45,12 +51,12 @@ class Content:
 
 
 def write_adapters(folder: Path, adapters: Mapping[str, Content]) -> None:
-    """Write adapters to `folder`, all or none: that of the name "" to itself, others to folders of their names.
+    """Write adapters, all or none, to subfolders of their names; the adapter "" to `folder` itself.
 
     Raises:
-        CheckpointError: they cannot be written. The message says what then lies there.
+        CheckpointError: they cannot be written. The message says what is in the folder then.
     """
-    try:
+    with _errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in filter(None, adapters):
             _refuse_link(folder / name)
@@ -62,17 +68,6 @@ def write_adapters(folder: Path, adapters: Mapping[str, Content]) -> None:
                     "Save several to another folder"
                 )
             _write(root, {prefix.rstrip("/"): adapters[""]} if prefix else adapters, keep_others=bool(prefix))
-    except OSError as error:
-        raise CheckpointError(
-            f"the adapter could not be saved to '{folder}': {error.strerror or error}. "
-            "What lay there before is unharmed"
-        ) from error
-    except ValueError as error:
-        if isinstance(error, PeftcoreError):
-            raise
-        raise CheckpointError(
-            f"the adapter could not be saved: {str(folder)!a} cannot name a folder ({error})"
-        ) from error
 
 
 def write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -81,30 +76,37 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     Raises:
         CheckpointError: it cannot be written.
     """
-    beside = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+    with _errors_named(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            create(beside, to_bytes(dict(tensors), {"format": "pt", **metadata}))
-            os.replace(beside, file)
+            create(temporary, to_bytes(dict(tensors), {"format": "pt", **metadata}))
+            os.replace(temporary, file)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         _sync(file.parent)
+
+
+@contextlib.contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Turn errors of the file system into CheckpointErrors about `path`."""
+    try:
+        yield
+    except PeftcoreError:
+        raise
     except OSError as error:
         raise CheckpointError(
-            f"the adapter could not be saved to '{file}': {error.strerror or error}. What lay there before is unharmed"
+            f"the adapter could not be saved to '{path}': {error.strerror or error}. Existing files are unchanged"
         ) from error
     except ValueError as error:
-        if isinstance(error, PeftcoreError):
-            raise
-        raise CheckpointError(f"the adapter could not be saved: {str(file)!a} cannot name a file ({error})") from error
+        raise CheckpointError(f"the adapter could not be saved: {str(path)!a} cannot be a path ({error})") from error
 
 
 def _refuse_link(folder: Path) -> None:
-    """Raise a CheckpointError if one of several adapters would be written through a link, to somewhere else."""
+    """Raise a CheckpointError if one of several adapters would be written through a link to another place."""
     if os.path.islink(folder):
         raise CheckpointError(
-            f"'{folder}' is a link to '{os.path.realpath(folder)}', and nothing is written out of the folder that was "
+            f"'{folder}' is a link to '{os.path.realpath(folder)}', and nothing is written outside the folder that was "
             "named. Delete the link, or save to another folder"
         )
 
@@ -139,8 +141,8 @@ def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> No
         put_in_place(root, manifest)
     except OSError as error:
         raise CheckpointError(
-            f"the adapter is saved in '{root}', and peftcore loads it, but a file could not be given its name "
-            f"({error.strerror or error}), and others do not find it. Save again"
+            f"the adapter is saved in '{root}', and peftcore loads it, but a file could not be renamed "
+            f"({error.strerror or error}), so other programs do not find it. Save again"
         ) from error
     if _manifest_or_none(root) != manifest:
         raise CheckpointError(
@@ -150,7 +152,7 @@ def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> No
 
 
 def put_in_place(root: Path, manifest: Manifest) -> None:
-    """Give the files of a manifest that is there their names."""
+    """Rename the files of a save whose manifest is in place to their final names."""
     files = [root / name for name in manifest.files]
     files = [file for file in files if file.parent == root or not os.path.islink(file.parent)]  # a stranger's manifest
     waiting = [file for file in files if os.path.lexists(manifest.temporary(file))]
@@ -163,7 +165,7 @@ def put_in_place(root: Path, manifest: Manifest) -> None:
 
 
 def _finished(root: Path, folders: list[Path]) -> Manifest | None:
-    """The manifest of the last save, after what a killed one has left is put in place or taken away."""
+    """Finish the last save if it was killed, delete the files of unfinished ones, and return the manifest."""
     manifest = _manifest_or_none(root)
     if manifest is not None:
         put_in_place(root, manifest)
@@ -177,23 +179,23 @@ def _finished(root: Path, folders: list[Path]) -> Manifest | None:
 
 
 def _manifest_or_none(root: Path) -> Manifest | None:
-    with contextlib.suppress(CheckpointError):  # one that cannot be read is overwritten
+    with contextlib.suppress(CheckpointError):  # an unreadable manifest is overwritten
         return read_manifest(root)
     return None
 
 
 def _finish_older(folder: Path) -> None:
-    """Before there were manifests, a killed save could leave its config beside the old one."""
+    """Put the config in place that a killed save has left from before there were manifests."""
     with contextlib.suppress(CheckpointError, FileNotFoundError):
         opened = Folder(folder, "", None)
-        config = opened._config()
-        if config != opened.content(CONFIG):
+        config = opened.config_of_killed_save()
+        if config is not None and config != opened.content(CONFIG):
             os.replace(folder / f".{CONFIG}.tmp", folder / CONFIG)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, inside: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """Within the block no other process saves to `folder` or those in it: (root of the save, prefix in it)."""
+    """Keep other processes from saving to `folder` and subfolders `inside`; yield (root of the save, prefix in it)."""
     deadline = time.monotonic() + PATIENCE
     while True:
         root, prefix = _root(folder)
@@ -223,7 +225,7 @@ def _lock(folder: Path, deadline: float) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"the adapter was not saved: another process has been saving to '{folder}' for {PATIENCE} s. "
-                    "What lies there is that one's. Save to another folder"
+                    "The files there are that process's. Save to another folder"
                 ) from None
             time.sleep(0.01)
             continue
@@ -240,7 +242,7 @@ def _lock(folder: Path, deadline: float) -> Iterator[None]:
 
 
 def create(file: Path, content: bytes) -> None:
-    """Write a new file, which no link of this name can lead elsewhere, to the disk."""
+    """Write a new file to the disk; fails if anything has its name, so that no link is followed."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     with open(descriptor, "wb") as out:
         out.write(content)

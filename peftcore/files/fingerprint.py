@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -30,24 +30,26 @@ _SPREAD = _LAST = 4
 _TOLERANCE = 0.02
 
 
-def fingerprint(tensors: dict[str, Tensor], important: Collection[str] = ()) -> str:
+def fingerprint(tensors: Mapping[str, Tensor], important: Collection[str] = ()) -> str:
     """Return JSON with the shapes and some values of all floating-point tensors.
 
     Collective if tensors are sharded; it then has values of 16 of them and of the `important` ones only, since each is
     gathered whole.
     """
-    names = [name for name, t in tensors.items() if _has_values(t)]
+    names = _with_values(tensors)
     chosen: Collection[str] = names
-    if any(ranks.is_part(tensors[name]) for name in names):
+    parts = ranks.any_part([tensors[name] for name in names])
+    if parts:
         chosen = {*names[:: -(-len(names) // _GATHERED)], *important}
-    shapes = {name: ranks.shape_of(tensors[name]) for name in names}
-    sampled = {name: _sample(tensors[name], _positions(shapes[name].numel())) for name in names if name in chosen}
-    values = dict(_as_lists(sampled))
-    found = {name: [list(shapes[name]), _rounded(values.get(name, ()))] for name in names}
+    shapes = {name: ranks.shape_of(tensors[name]) if parts else tensors[name].shape for name in names}
+    values = _samples({name: (tensors[name], _positions(shapes[name].numel())) for name in names if name in chosen})
+    found: dict[str, Any] = {}
+    for name in names:
+        found[name] = list(shapes[name]), list(map(float, map("{:.5g}".format, values.get(name, ()))))
     return json.dumps({"version": _VERSION, "tensors": found}, separators=(",", ":"))
 
 
-def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
+def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
     """Return how `tensors` differ from the base of the fingerprint, or None.
 
     Raises:
@@ -55,31 +57,39 @@ def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
     """
     record = _parsed(expected)
     positions_of = _positions if record["version"] == _VERSION else _positions_of_version_1
-    sampled: dict[str, Tensor] = {}
+    with_values, sampled = {*_with_values(tensors)}, dict[str, tuple[Tensor, tuple[int, ...]]]()
     for name, (shape, values) in record["tensors"].items():
         tensor = tensors.get(name)
-        if tensor is not None and not _has_values(tensor):
-            continue
         if tensor is None:
             return f"it has no parameter '{name}'"
-        here = ranks.shape_of(tensor)
+        if name not in with_values:
+            continue
+        here = getattr(tensor, "ds_shape", tensor.shape)  # `ranks.shape_of`
         if list(here) != shape:
             return f"'{name}' has shape {list(here)}, the adapter's base {shape}"
         if not values:
             continue
-        positions = positions_of(here.numel())
+        positions = positions_of(math.prod(here))
         if len(values) != len(positions):
             return f"'{name}' has {len(positions)} sampled values, the adapter's base {len(values)}"
-        sampled[name] = _sample(tensor, positions)
-    for name, found in _as_lists(sampled):
-        error = _error(found, record["tensors"][name][1])
+        sampled[name] = tensor, positions
+    for name, found in _samples(sampled).items():
+        wanted = record["tensors"][name][1]
+        size = math.hypot(*wanted)
+        error = math.dist(found, wanted) / max(size, 1e-12) if math.isfinite(size) else _error(found, wanted)
         if not error <= _TOLERANCE:  # also for NaN
             return f"the values of '{name}' differ by {100 * error:.0f} %"
     return None
 
 
-def _has_values(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta and not is_wrapped(tensor)
+def _with_values(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of floating-point tensors that have values here and are not quantized."""
+    return [
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not tensor.is_meta
+        if type(tensor) is torch.nn.Parameter or not is_wrapped(tensor)
+    ]
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -88,9 +98,7 @@ def _parsed(text: str) -> dict[str, Any]:
         record = json.loads(text)
         if not isinstance(record.get("version"), int):
             record = {"version": 1, "tensors": record}
-        tensors = {
-            name: (list(shape), [float(v) for v in values]) for name, (shape, values) in record["tensors"].items()
-        }
+        tensors = {name: (list(shape), list(map(float, values))) for name, (shape, values) in record["tensors"].items()}
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"the fingerprint of the base (peftcore_base) cannot be read: {error!r}") from error
     if record["version"] > _VERSION:
@@ -102,7 +110,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _error(found: list[float], wanted: list[float]) -> float:
-    """Return |found - wanted| / |wanted|; infinite values match each other. Tensors would take ten times as long."""
+    """Return |found - wanted| / |wanted| where some values are infinite; equal ones match."""
     away = math.hypot(*(0.0 if one == other else one - other for one, other in zip(found, wanted, strict=True)))
     return away / max(math.hypot(*filter(math.isfinite, wanted)), 1e-12)
 
@@ -117,30 +125,25 @@ def _positions_of_version_1(count: int) -> tuple[int, ...]:
     return tuple(i * max(1, count // 32) for i in range(min(32, count)))
 
 
-def _sample(tensor: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """Return the values at those positions, on the tensor's device and in its dtype."""
-    flat = ranks.whole(tensor).reshape(-1)
-    index = _index(positions)
-    return flat.index_select(0, index if flat.is_cpu else index.to(flat.device))
-
-
-def _as_lists(samples: dict[str, Tensor]) -> Iterator[tuple[str, list[float]]]:
-    """Yield the values of each tensor; those of one dtype and device are fetched together."""
-    kinds: dict[Any, list[str]] = {}
-    for name, sample in samples.items():
-        kinds.setdefault((sample.dtype, sample.device), []).append(name)
-    for names in kinds.values():
-        values = torch.cat([samples[name] for name in names]).float().tolist()
+def _samples(chosen: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> dict[str, list[float]]:
+    """Return the values of tensors at positions; those of one dtype and device are fetched together."""
+    parts = ranks.any_part([tensor for tensor, _ in chosen.values()])
+    kinds: dict[Any, dict[str, Tensor]] = {}
+    for name, (tensor, positions) in chosen.items():
+        flat = (ranks.whole(tensor) if parts else tensor.detach()).reshape(-1)
+        index = _index(positions)
+        sample = flat.index_select(0, index if flat.is_cpu else index.to(flat.device))
+        kinds.setdefault((sample.dtype, sample.device), {})[name] = sample
+    found: dict[str, list[float]] = {}
+    for samples in kinds.values():
+        values = torch.cat(list(samples.values())).float().tolist()
         end = 0
-        for name in names:
-            begin, end = end, end + len(samples[name])
-            yield name, values[begin:end]
+        for name, sample in samples.items():
+            begin, end = end, end + len(sample)
+            found[name] = values[begin:end]
+    return {name: found[name] for name in chosen}
 
 
 @lru_cache(1024)  # many layers have the same size
 def _index(positions: tuple[int, ...]) -> Tensor:
     return torch.tensor(positions, dtype=torch.long, device="cpu")
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [float(f"{value:.5g}") for value in values]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from peftcore import engine
 from peftcore.adaptation.adapted import base_parameters
-from peftcore.adaptation.light import own_tensors, parts
+from peftcore.adaptation.light import own_tensors
 from peftcore.engine.placing import Placed
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
@@ -31,8 +33,24 @@ from peftcore.targets import drop_unmatched
 Content = tuple[Method, Any, dict[str, Tensor], dict[str, str]]  # what `reading.read_adapter` gives
 
 
-def fitting(model: nn.Module, folder: Path, content: Content, check_base: bool) -> tuple[Placed, Any, float]:
-    """Return (placements of a file's config on the meta device, the config, the factor set by `scale`).
+@dataclass(frozen=True)
+class Fit:
+    """An adapter of a file that fits the model.
+
+    Args:
+        to_fill: its placements on the meta device if the file has all tensors, otherwise its config, for
+            `engine.apply_to_fill`.
+        multiplier: the factor set by `scale`.
+        trained: names of base parameters that it trains.
+    """
+
+    to_fill: Placed | Any
+    multiplier: float
+    trained: tuple[str, ...]
+
+
+def fitting(model: nn.Module, folder: Path, content: Content, check_base: bool) -> Fit:
+    """Check that a file fits `model`, and return what to apply.
 
     Raises:
         CheckpointError: the file does not fit, or belongs to another base.
@@ -42,7 +60,8 @@ def fitting(model: nn.Module, folder: Path, content: Content, check_base: bool) 
     if check_base:
         refuse_other_base(model, folder, metadata, "peftcore.load(...")
     config = config_on(model, method, config, tensors, metadata)
-    return _check_fits(model, method, config, tensors, folder), config, multiplier
+    placed = _placed(model, method, config, folder)
+    return Fit(placed if _check_fits(placed, tensors, folder) else config, multiplier, placed.trained)
 
 
 def fill_applied(model: nn.Module, adapter: str, folder: Path, content: Content) -> None:
@@ -82,28 +101,54 @@ def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], 
         )
 
 
-def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str, Tensor], folder: Path) -> Placed:
-    """Return the placements of the config on the meta device.
+def _placed(model: nn.Module, method: Method, config: Any, folder: Path) -> Placed:
+    """Return the placements of the config, built on the meta device.
 
     Raises:
-        CheckpointError: it cannot be applied, or needs more numbers than the file has.
+        CheckpointError: the config cannot be applied.
     """
     try:
-        with torch.device("meta"), Unfilled(), guarded(method, f"'{folder}'"):
-            placed = engine.placements_for(model, config, {})
+        with guarded(method, f"'{folder}'"):
+            return engine.placements_for(model, config, {}, _on_meta())
     except (CheckpointError, PluginError):
         raise
     except PeftcoreError as error:
         where = folder / CONFIG if (folder / CONFIG).exists() else folder
         raise CheckpointError(f"'{where}' does not fit {type(model).__name__}: {error}") from error
-    kept = (tensor for each in placed.around for tensor in own_tensors(each.adapter).values())
-    wanted = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in kept}.values())  # shared ones once
-    there = sum(tensor.numel() for tensor in tensors.values())
-    if wanted > 2 * there + 1_000_000:  # a small difference is reported tensor by tensor
+
+
+@contextlib.contextmanager
+def _on_meta() -> Iterator[None]:
+    """Build adapters on the meta device, without initialising them."""
+    with torch.device("meta"), Unfilled():
+        yield
+
+
+def _check_fits(placed: Placed, tensors: Mapping[str, Tensor], folder: Path) -> bool:
+    """Return whether a file has every tensor of these adapters, so that none must be initialised.
+
+    Raises:
+        CheckpointError: the adapters are much larger than the file.
+    """
+    rules, wanted, complete = placed.method.state, dict[int, int](), True
+    for placement in {id(each): each for placements in placed.placements.values() for each in placements}.values():
+        for name, tensor in own_tensors(placement.adapter).items():
+            wanted[id(tensor)] = tensor.numel()  # shared ones once
+            complete = complete and rules.tensor_name(placement, name) in tensors
+    there = sum([tensor.numel() for tensor in tensors.values()])
+    if sum(wanted.values()) > 2 * there + 1_000_000:  # a small difference is reported tensor by tensor
         raise CheckpointError(
-            f"'{folder / CONFIG}' needs an adapter of {wanted:,} numbers, but '{TENSORS}' has {there:,}"
+            f"'{folder / CONFIG}' needs an adapter of {sum(wanted.values()):,} numbers, but '{TENSORS}' has {there:,}"
         )
-    return placed
+    modules = [module for each in placed.around for module in each.adapter.modules()] if complete else []
+    for module in modules:
+        held = [*module._parameters.values(), *module._buffers.values()]
+        if [t for t in held if t is not None and id(t) not in wanted]:
+            return False
+        others = [value for name, value in module.__dict__.items() if name not in _OF_ANY_MODULE]
+        if not {*map(type, others)} <= {*_PLAIN} and not all(map(_is_plain, others)):
+            return False
+    return complete
 
 
 class Unfilled(TorchFunctionMode):
@@ -126,23 +171,8 @@ _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.k
 _CONSTANTS = {torch.zeros, torch.ones}
 
 
-def brings_all(placed: Placed, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether a file has every tensor of these adapters, so that none must be initialised."""
-    rules, brought = placed.method.state, set[int]()
-    for placement in {id(each): each for placements in placed.placements.values() for each in placements}.values():
-        for name, tensor in own_tensors(placement.adapter).items():
-            if rules.tensor_name(placement, name) not in tensors:
-                return False
-            brought.add(id(tensor))
-    for module in (module for each in placed.around for module in parts(each.adapter)):
-        held = (*module._parameters.values(), *module._buffers.values())
-        others = (value for name, value in module.__dict__.items() if name not in _OF_ANY_MODULE)
-        if any(t is not None and id(t) not in brought for t in held) or not all(map(_is_plain, others)):
-            return False
-    return True
-
-
 _OF_ANY_MODULE = nn.Module().__dict__.keys()
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def _is_plain(value: Any) -> bool:
@@ -151,7 +181,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
-    return isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device))
+    return isinstance(value, _PLAIN)
 
 
 def _unnamed(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:

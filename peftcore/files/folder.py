@@ -1,7 +1,8 @@
-"""Read a folder as one save left it, also beside a process that saves there at the same time.
+"""Reading of a folder as one save left it, while other processes may save there at the same time.
 
-The manifest gives every file's hash. A file that has been renamed into place since, or not yet, is told by it: what is
-read is one save, or is read again. Of a folder without a manifest it is asked whether one has appeared meanwhile.
+The manifest has the hash of every file. By its hash a file is recognised that was not renamed into place yet, or was
+replaced since: all that is read is of one save, or is read again. Without a manifest, reading is repeated if one
+appears meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, nearest
 from peftcore.files.safe_reading import (
     CONFIG,
     JSON_BYTES,
@@ -34,34 +35,37 @@ MANIFEST = "peftcore_manifest.json"
 CONFIG_HASH = "peftcore_config_sha256"  # in the metadata of tensors that had no manifest yet
 _VERSION = 1
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-PATIENCE = 60  # seconds, for which another process may save again and again before a reader gives up
+PATIENCE = 60  # seconds for which other processes may save again and again before a reader gives up
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of one save, by path relative to the folder, with the sha256 of each.
+    """The files of one save.
 
-    Until a save is done, a file may lie under its temporary name, which `token` makes the save's own.
+    Args:
+        token: part of the temporary names of this save's files, which they may have until the save is done.
+        files: {path relative to the folder: sha256}.
     """
 
     token: str
     files: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
+        """Return the content of the manifest's file."""
         return {"version": _VERSION, "save": self.token, "sha256": self.files}
 
     def temporary(self, file: Path) -> Path:
-        """The name of `file` until it takes the place of the old one."""
+        """Return the name of `file` until it replaces the old one."""
         return file.with_name(f".{file.name}.{self.token}.tmp")
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in `folder` itself, or None.
+    """Return the manifest in `folder` itself, or None.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the manifest cannot be read.
     """
     file = folder / MANIFEST
     try:
@@ -79,7 +83,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         or not all(_names_a_file(name) for name in files)
         or not all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in files.values())
     ):
-        raise CheckpointError(f"'{file}' is no manifest. Copy the folder again, or save the adapter again")
+        raise CheckpointError(f"'{file}' is not a manifest. Copy the folder again, or save the adapter again")
     return Manifest(token, files)
 
 
@@ -89,9 +93,9 @@ def _names_a_file(name: str) -> bool:
 
 
 def root_of(folder: Path) -> tuple[Path, str, Manifest | None]:
-    """Return (root, what is before the names of `folder`'s files there, manifest) of the save that `folder` belongs to.
+    """Return (root, prefix of the folder's files in the manifest, manifest) of the save that `folder` belongs to.
 
-    One of several that were saved together belongs to the folder above. A damaged manifest there is ignored unless it
+    The root of adapters that were saved together is the folder above. A damaged manifest there is ignored unless it
     names `folder`: the folder above may be anyone's.
     """
     here = Path(os.path.realpath(folder))
@@ -107,7 +111,7 @@ def root_of(folder: Path) -> tuple[Path, str, Manifest | None]:
 
 
 def _may_name(file: Path, folder: str) -> bool:
-    """Return whether a file that is not a manifest, perhaps since it was damaged, has the name of a folder in it."""
+    """Return whether a file that cannot be read as a manifest contains the name of a folder."""
     try:
         return json.dumps(f"{folder}/")[1:-1].encode() in read_bytes(file, JSON_BYTES)
     except (CheckpointError, FileNotFoundError):
@@ -116,12 +120,15 @@ def _may_name(file: Path, folder: str) -> bool:
 
 @dataclass(frozen=True)
 class Folder:
-    """An adapter folder, as it was when it was opened.
+    """An adapter folder, as it was when it was opened. Each file is read and parsed once.
 
     Args:
-        path: of the folder. prefix: of its files in the manifest.
-        read: contents by path relative to the root, each read once.
-        only: the name of the one file of it that is meant.
+        path: path of the folder.
+        prefix: prefix of the folder's files in the manifest.
+        manifest: the manifest of the save, or None.
+        read: {path relative to the root: content}.
+        only: name of the single file in the folder that is meant, or None.
+        parsed: {path relative to the root: value of a JSON file, or (tensors, metadata)}.
     """
 
     path: Path
@@ -129,31 +136,45 @@ class Folder:
     manifest: Manifest | None
     read: dict[str, bytearray] = field(default_factory=dict)
     only: str | None = None
+    parsed: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def opened(cls, path: Path) -> Folder:
-        if os.path.lexists(path) and not os.path.isdir(path):
-            return cls(path.parent, "", None, only=path.name)
+        """Open a folder, or a single file.
+
+        Raises:
+            CheckpointError: there is neither, or the manifest cannot be read.
+        """
         if not os.path.isdir(path):
-            raise CheckpointError(f"there is no folder '{path}'")
+            if os.path.lexists(path):
+                return cls(path.parent, "", None, only=path.name)
+            raise CheckpointError(f"there is no folder '{path}'. {_instead_of(path)}")
         _, prefix, manifest = root_of(path)
         return cls(path, prefix, manifest)
 
     def inside(self, name: str) -> Folder:
-        """A folder in it, of the same save."""
-        return Folder(self.path / name, f"{self.prefix}{name}/", self.manifest, self.read)
+        """Return a subfolder of the same save."""
+        return Folder(self.path / name, f"{self.prefix}{name}/", self.manifest, self.read, parsed=self.parsed)
 
     def folders(self) -> list[str]:
-        """The names of folders in it that may hold adapters."""
+        """Return the names of subfolders that may contain adapters."""
         if self.manifest is not None and not self.prefix:
             return sorted({name.partition("/")[0] for name in self.manifest.files if "/" in name})
+        return [name for name in self.listed() if os.path.isdir(self.path / name)]
+
+    def listed(self) -> list[str]:
+        """Return the sorted names of everything in the folder.
+
+        Raises:
+            CheckpointError: the folder cannot be listed.
+        """
         try:
-            return sorted(name for name in os.listdir(self.path) if os.path.isdir(self.path / name))
+            return sorted(os.listdir(self.path))
         except OSError as error:
             raise CheckpointError(f"'{self.path}' cannot be listed: {error.strerror}") from error
 
     def holds(self, name: str) -> bool:
-        """Does the file belong to the save?"""
+        """Return whether the file belongs to the save."""
         if self.only is not None:
             return name == self.only
         if self.manifest is not None and name in (CONFIG, TENSORS):
@@ -161,10 +182,10 @@ class Folder:
         return os.path.exists(self.path / name)
 
     def content(self, name: str, limit: int | None = None) -> bytearray:
-        """A file's bytes.
+        """Return a file's bytes.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the file does not exist.
             CheckpointError: it cannot be read, or is not what was saved.
         """
         key = self.prefix + name
@@ -179,53 +200,70 @@ class Folder:
         return self.read[key]
 
     def config(self) -> dict[str, Any]:
-        """The fields of `adapter_config.json`.
+        """Return the fields of `adapter_config.json`.
 
         Raises:
-            CheckpointError: there is none, or it is no adapter's.
+            CheckpointError: the file is missing, or not that of an adapter.
         """
         file = self.path / CONFIG
         try:
-            fields = parse_json(self._config(), file)
+            older = self.config_of_killed_save()
+            fields = self.json(CONFIG) if older is None else parse_json(older, file)
         except FileNotFoundError:
-            raise CheckpointError(f"'{self.path}' holds no adapter: {CONFIG} is missing") from None
+            raise CheckpointError(f"'{self.path}' does not contain an adapter: {CONFIG} is missing") from None
         if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
-            raise CheckpointError(f"'{file}' names no peft_type: it is no adapter in the format of Hugging Face PEFT")
-        return fields
+            raise CheckpointError(
+                f"'{file}' has no field peft_type, so it is not an adapter in the format of Hugging Face PEFT"
+            )
+        return dict(fields)
 
-    def _config(self) -> bytearray:
-        if self.manifest is None and self.holds(TENSORS):
-            # Before there were manifests, a save that was killed left the config of its tensors beside the old one.
-            beside = self.path / f".{CONFIG}.tmp"
-            wanted = self.metadata().get(CONFIG_HASH) if os.path.isfile(beside) else None
-            if wanted is not None and sha256(content := read_bytes(beside, JSON_BYTES)) == wanted:
-                return content
-        return self.content(CONFIG, JSON_BYTES)
+    def json(self, name: str) -> Any:
+        """Return the value of a JSON file, which the caller must not change; errors are those of `content`."""
+        key = self.prefix + name
+        if key not in self.parsed:
+            self.parsed[key] = parse_json(self.content(name, JSON_BYTES), self.path / name)
+        return self.parsed[key]
+
+    def config_of_killed_save(self) -> bytearray | None:
+        """Return the config that belongs to the tensors, if a save was killed before it was in place.
+
+        Before there were manifests, such a save left its config under another name, next to the old one.
+        """
+        aside = self.path / f".{CONFIG}.tmp"
+        if self.manifest is not None or not os.path.isfile(aside) or not self.holds(TENSORS):
+            return None
+        wanted = self.metadata().get(CONFIG_HASH)
+        content = None if wanted is None else read_bytes(aside, JSON_BYTES)
+        return content if content is not None and sha256(content) == wanted else None
 
     def tensors(self, name: str = TENSORS) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """(tensors, metadata) of `adapter_model.safetensors`, or of another file of the folder.
+        """Return (tensors, metadata) of `adapter_model.safetensors`, or of another file in the folder.
 
         Raises:
-            CheckpointError: there is none, or it is no whole one.
+            CheckpointError: the file is missing or not complete.
         """
         why = "a pickle, which can run any code and is never read here"
         if name.endswith(_PICKLES):
             raise CheckpointError(f"'{self.path / name}' is {why}. Have its author save it as safetensors")
+        key = self.prefix + name
         try:
-            return parse_tensors(self.content(name), self.path / name)
+            if key not in self.parsed:
+                self.parsed[key] = parse_tensors(self.content(name), self.path / name)
+            tensors, metadata = self.parsed[key]
+            return dict(tensors), metadata
         except FileNotFoundError:
             pickles = sorted(path.name for path in self.path.glob("*") if path.name.endswith(_PICKLES))
             if pickles:
                 raise CheckpointError(
-                    f"'{self.path}' holds '{pickles[0]}', {why}. "
+                    f"'{self.path}' contains '{pickles[0]}', {why}. "
                     f"Have its author save it as {name}, or convert it where you trust it"
                 ) from None
             others = sorted(path for path in self.path.glob("*.safetensors") if path.name != TENSORS)
             hint = f". If '{others[0].name}' is one, give that file: '{others[0]}'" if others else ""
-            raise CheckpointError(f"'{self.path}' holds no adapter: {name} is missing{hint}") from None
+            raise CheckpointError(f"'{self.path}' does not contain an adapter: {name} is missing{hint}") from None
 
     def metadata(self) -> dict[str, str]:
-        """The metadata of `adapter_model.safetensors`; empty where the folder has no such file."""
+        """Return the metadata of `adapter_model.safetensors`; empty if the folder has no such file."""
         if self.manifest is not None or self.prefix + TENSORS in self.read:
             return self.tensors()[1] if self.holds(TENSORS) else {}
         try:
@@ -234,13 +272,29 @@ class Folder:
             return {}
 
     def was_replaced(self) -> bool:
-        """Has another save taken the place of the one that was opened?"""
+        """Return whether another save has replaced the one that was opened."""
         return self.only is None and root_of(self.path)[2] != self.manifest
+
+
+def _instead_of(path: Path) -> str:
+    """Return advice for a path at which there is no folder: similar names next to it, and what else can be passed."""
+    found = []
+    try:
+        if not path.is_absolute():
+            found.append(f"The path is relative to '{os.getcwd()}'. ")
+        with os.scandir(path.parent) as there:
+            similar = nearest(path.name, [each.name for each in there if each.is_dir()])
+        found.append(f"In '{path.parent}' are others{similar}. " if similar else "")
+    except FileNotFoundError:
+        found.append(f"'{path.parent}' does not exist either. ")
+    except (OSError, ValueError):  # it cannot be listed, or cannot be a path
+        pass
+    return f"{''.join(found)}Pass the folder that `save` wrote, or an id of Hugging Face's hub as a string, 'ORG/NAME'"
 
 
 def _saved(manifest: Manifest, file: Path, wanted: str, limit: int | None) -> bytearray:
     missing = True
-    for candidate in (file, manifest.temporary(file), file):  # which may be renamed between two looks
+    for candidate in (file, manifest.temporary(file), file):  # it may be renamed between two looks
         try:
             content = read_bytes(candidate, limit)
         except FileNotFoundError:
@@ -248,15 +302,15 @@ def _saved(manifest: Manifest, file: Path, wanted: str, limit: int | None) -> by
         missing = False
         if sha256(content) == wanted:
             return content
-    what = "is missing" if missing else "is not what was saved: its hash is another"
+    what = "is missing" if missing else "is not what was saved: its hash differs"
     raise CheckpointError(
-        f"'{file}', which '{MANIFEST}' names, {what}. Copy the folder again; where you changed it yourself, "
+        f"'{file}', which '{MANIFEST}' names, {what}. Copy the folder again; if you changed it yourself, "
         f"delete '{MANIFEST}'"
     )
 
 
 def read_folder(folder: Path, look: Callable[[Folder], T]) -> T:
-    """What `look(folder)` finds, all of one save. It is called again where another process saved meanwhile.
+    """Return `look(folder)`, of one save; it is called again if another process has saved meanwhile.
 
     Raises:
         CheckpointError: files are missing or damaged.
@@ -276,9 +330,10 @@ def read_folder(folder: Path, look: Callable[[Folder], T]) -> T:
 
 
 def read_tensors(folder: Path, name: str = TENSORS) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of `adapter_model.safetensors` in `folder`, or of another file there."""
+    """Return (tensors, metadata) of `adapter_model.safetensors` in `folder`, or of another file in it."""
     return read_folder(folder, lambda opened: opened.tensors(name))
 
 
 def sha256(content: bytes | bytearray) -> str:
+    """Return the hexadecimal SHA-256 of `content`."""
     return hashlib.sha256(content).hexdigest()

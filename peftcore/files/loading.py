@@ -14,7 +14,7 @@ from peftcore import engine, ranks
 from peftcore.engine.scaling import set_multiplier
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.files import single_file
-from peftcore.files.fitting import Content, brings_all, fill_applied, fitting
+from peftcore.files.fitting import Content, fill_applied, fitting
 from peftcore.files.folder import read_folder
 from peftcore.files.hub import folder_of
 from peftcore.files.multiplier import multiplier_in
@@ -144,12 +144,11 @@ def _load(
     check_base: bool,
     trainable: bool,
 ) -> None:
-    placed, config, multiplier = fitting(model, folder, content, check_base)
-    to_fill = placed if brings_all(placed, content[2]) else config
-    engine.apply_to_fill(model, to_fill, adapter=adapter, dtype=dtype, trainable=trainable)
+    fit = fitting(model, folder, content, check_base)
+    engine.apply_to_fill(model, fit.to_fill, adapter=adapter, dtype=dtype, trainable=trainable)
     try:
         fill_applied(model, adapter, folder, content)
-        set_multiplier(model, adapter, multiplier)
+        set_multiplier(model, adapter, fit.multiplier)
     except BaseException:
         engine.remove(model, adapter)
         raise

@@ -58,6 +58,10 @@ def method_of_fields(
         PluginError: no method reads them, several do, or the named one does not.
     """
     peft_type = fields["peft_type"]
+    if method is None and written_by is not None:
+        writer = _writer(written_by)
+        if writer is not None and _reads(writer, peft_type) and _is_flagged(writer, fields, own or {}) is not False:
+            return writer
     offered = of_peft_type(peft_type)
     if method is not None:
         return _named(where, offered, fields, own or {}, method)
@@ -67,10 +71,6 @@ def method_of_fields(
         raise PluginError(
             f"no installed method reads peft_type {peft_type!r} (installed: {known}). {how_to_install(plugin)}"
         )
-    if written_by is not None:
-        writer = next((m for m, _ in offered if canonical(m.name) == canonical(written_by)), None)
-        if writer is not None and _is_flagged(writer, fields, own or {}) is not False:
-            return writer
     flagged = {m.name: _is_flagged(m, fields, own or {}) for m, _ in offered}
     wanted = True if True in flagged.values() else None
     left = [(m, plugin) for m, plugin in offered if flagged[m.name] is wanted]
@@ -90,8 +90,7 @@ def method_of_fields(
         )
     chosen = left[0][0]
     if written_by is not None:
-        there = canonical(written_by) in map(canonical, registry.methods())
-        what = "which does not read it" if there else "which is not installed"
+        what = "which is not installed" if _writer(written_by) is None else "which does not read it"
         warnings.warn(
             f"{where} was written by the method {shown(written_by)}, {what}. '{chosen.name}' reads it as any file of "
             f"peft_type {shown(peft_type)}",
@@ -140,12 +139,19 @@ def refuse_not_its_own(method: Method, fields: Mapping[str, Any], own: Mapping[s
 
 def of_peft_type(peft_type: str) -> list[Offered]:
     """Return the installed methods that read files of this `peft_type`, each with its plugin."""
-    return [
-        (method, plugin)
-        for plugin in registry.plugins()
-        for method in plugin.methods
-        if method.recorded_as is None and peft_type in {method.state.peft_type, *method.state.peft.older_types}
-    ]
+    return [(method, plugin) for plugin in registry.plugins() for method in plugin.methods if _reads(method, peft_type)]
+
+
+def _reads(method: Method, peft_type: str) -> bool:
+    return method.recorded_as is None and peft_type in (method.state.peft_type, *method.state.peft.older_types)
+
+
+def _writer(name: str) -> Method | None:
+    """Return the installed method that a file names, in any spelling."""
+    methods = registry.methods()
+    if name in methods:
+        return methods[name]
+    return next((method for each, method in methods.items() if canonical(each) == canonical(name)), None)
 
 
 def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any], name: str) -> Method:

@@ -14,7 +14,7 @@ from peftcore.files import single_file
 from peftcore.files.folder import Folder, read_folder
 from peftcore.files.peft_defaults import peft_version
 from peftcore.files.peft_fields import config_of, config_of_fields, guarded, method_of_fields, with_own
-from peftcore.files.safe_reading import CONFIG, JSON_BYTES, TENSORS, parse_json
+from peftcore.files.safe_reading import CONFIG, TENSORS, parse_json
 from peftcore.method import ForeignFormat, Method
 from peftcore.registry import Plugin, registry
 from peftcore.targets.patterns import limited
@@ -127,9 +127,12 @@ def _read(
         why = None if "peftcore_version" in metadata else method.state.peft.refused(model, tensors, fields)
         if why is not None:
             raise CheckpointError(f"'{opened.path}' cannot be read: {why}")
-        config_of_fields(where, method, fields)  # errors in the fields come first
-        found, read_fields = method.state.read(model, tensors, fields)
-        config = config_of(where, method, read_fields, str(fields["peft_type"]))
+        try:
+            found, read_fields = method.state.read(model, tensors, fields)
+            config = config_of(where, method, read_fields, str(fields["peft_type"]))
+        except Exception:
+            config_of_fields(where, method, fields)  # an error in the fields themselves is the better message
+            raise
         return method, config, dict(found), metadata
 
 
@@ -222,7 +225,7 @@ def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignF
 def _is_of_peft(opened: Folder) -> bool:
     """Return whether the folder's config is in PEFT's format, so that no other format is tried."""
     try:
-        fields = parse_json(opened.content(CONFIG, JSON_BYTES), opened.path / CONFIG)
+        fields = opened.json(CONFIG)
     except (FileNotFoundError, CheckpointError):
         return False
     return isinstance(fields, dict) and "peft_type" in fields
@@ -231,7 +234,7 @@ def _is_of_peft(opened: Folder) -> bool:
 def _fields_of_others(opened: Folder, config: str) -> dict[str, Any] | None:
     """Return the fields of a config that is not PEFT's, or None."""
     try:
-        fields = parse_json(opened.content(config, JSON_BYTES), opened.path / config)
+        fields = opened.json(config)
     except (FileNotFoundError, CheckpointError):
         return None
     return fields if isinstance(fields, dict) and "peft_type" not in fields else None

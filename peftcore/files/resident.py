@@ -26,7 +26,7 @@ from peftcore.engine.scaling import set_multiplier
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.events import adapters_wanted
-from peftcore.files.fitting import Content, brings_all, fill_applied, fitting
+from peftcore.files.fitting import Content, fill_applied, fitting
 from peftcore.files.folder import Folder, read_folder
 from peftcore.files.reading import adapter_folder, read_saved
 from peftcore.method import Model
@@ -162,14 +162,13 @@ adapters_wanted.subscribe(bring)
 def _come(model: nn.Module, name: str, record: Resting, content: Content) -> None:
     """Attach the adapter to `model`, inactive and frozen, and record its values."""
     folder = Path(record.folder)
-    placed, config, multiplier = fitting(model, folder, content, record.check_base)
-    if placed.trained:
+    fit = fitting(model, folder, content, record.check_base)
+    if fit.trained:
         raise PeftcoreError(
-            f"'{folder}' cannot be loaded with resident=False: it trains '{placed.trained[0]}' of the base. Load it "
-            "without"
+            f"'{folder}' cannot be loaded with resident=False: it trains '{fit.trained[0]}' of the base. Load it with "
+            "resident=True"
         )
-    to_fill = placed if brings_all(placed, content[2]) else config
-    engine.apply_to_fill(model, to_fill, adapter=name, dtype=record.dtype, acts=False, trainable=False)
+    engine.apply_to_fill(model, fit.to_fill, adapter=name, dtype=record.dtype, acts=False, trainable=False)
     try:
         fill_applied(model, name, folder, content)
         if TrainedParameters.of(model, name) is not None:
@@ -177,7 +176,7 @@ def _come(model: nn.Module, name: str, record: Resting, content: Content) -> Non
                 f"'{folder}' cannot be loaded with resident=False: it has its own copies of base tensors, such as "
                 "buffers that training moves, or a resized vocabulary. Load it with resident=True"
             )
-        set_multiplier(model, name, record.multiplier if record.digest else multiplier)
+        set_multiplier(model, name, record.multiplier if record.digest else fit.multiplier)
         record.multiplier = engine.applied(model, name).multiplier
         record.size = sum(tensor.nbytes for tensor in _tensors(model, name))
         record.digest = _digest(model, name)

@@ -1,6 +1,6 @@
-"""What is in a file, read with limits: it may be a stranger's, cut off, or no file at all.
+"""Reading of files with limits: a file may be a stranger's, cut off, or not a regular file.
 
-Nothing here waits (as for a pipe) or takes more memory than the file has bytes; errors name the file.
+Nothing here waits (as for a pipe) or takes more memory than the file has bytes. Errors name the file.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ _DTYPES = {
 
 
 def read_bytes(file: Path, limit: int | None = None) -> bytearray:
-    """A regular file, or what a link to one leads to, whole.
+    """Return the bytes of a regular file, also through a link.
 
     Args:
-        limit: of its size in bytes; None: the machine's memory.
+        file: its path.
+        limit: the largest size in bytes that is read; None: the machine's memory.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it is something else (a pipe, a device, a folder), too large, or cannot be read.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: it is a pipe, a device or a folder, is too large, or cannot be read.
     """
     with _opened(file, _memory() if limit is None else limit) as (opened, size):
         return _first(opened, size)
 
 
 def read_header(file: Path) -> bytearray:
-    """The beginning of a safetensors file, without its tensors. Raises what `read_bytes` does."""
+    """Return the beginning of a safetensors file, without its tensors; errors are those of `read_bytes`."""
     with _opened(file, None) as (opened, size):
         length = _first(opened, 8)
         return length + _first(opened, min(int.from_bytes(length, "little"), size, _HEADER_BYTES))
@@ -72,7 +73,7 @@ def _first(opened: BufferedReader, size: int) -> bytearray:
 
 @contextlib.contextmanager
 def _opened(file: Path, limit: int | None) -> Iterator[tuple[BufferedReader, int]]:
-    """(file, its size)."""
+    """Open a regular file; yield (file, its size)."""
     try:
         require_regular(file, os.stat(file).st_mode)  # opening a device may have an effect
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -81,7 +82,7 @@ def _opened(file: Path, limit: int | None) -> Iterator[tuple[BufferedReader, int
             require_regular(file, status.st_mode)
             if limit is not None and status.st_size > limit:
                 raise CheckpointError(
-                    f"'{file}' has {status.st_size:,} bytes, at most {limit:,} are read. It is no file of an adapter"
+                    f"'{file}' has {status.st_size:,} bytes, at most {limit:,} are read. It is not a file of an adapter"
                 )
             yield opened, status.st_size
     except FileNotFoundError:
@@ -100,7 +101,7 @@ def require_regular(file: Path, mode: int) -> None:
             "socket": stat.S_ISSOCK,
         }
         kind = next((kind for kind, fits in kinds.items() if fits(mode)), "special file")
-        raise CheckpointError(f"'{file}' is a {kind}, where a file belongs")
+        raise CheckpointError(f"'{file}' is a {kind}, not a regular file")
 
 
 def _memory() -> int:
@@ -108,14 +109,14 @@ def _memory() -> int:
 
 
 def parse_json(content: bytes | bytearray, file: Path | str) -> Any:
-    """The value of a JSON file, without NaN and infinity, which JSON does not have.
+    """Return the value of a JSON file; NaN and infinity, which JSON does not have, are refused.
 
     Raises:
-        CheckpointError: it is none, or nested or written so that Python cannot read it.
+        CheckpointError: it is not JSON, is nested too deeply, or contains half a surrogate pair.
     """
     try:
         value = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        json.dumps(value, ensure_ascii=False).encode()  # fails for half a surrogate pair
         return value
     except (ValueError, RecursionError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else error
@@ -123,40 +124,49 @@ def parse_json(content: bytes | bytearray, file: Path | str) -> Any:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is no number of JSON")
+    raise ValueError(f"it contains {name}, which is not a JSON number")
 
 
 def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; the tensors are views of `content`.
+    """Return (tensors, metadata) of a safetensors file; the tensors are views of `content`.
 
     The format: 8 bytes for the length of a JSON header `{name: {dtype, shape, data_offsets}, __metadata__: {...}}`, and
     the tensors' bytes, which follow one another without gap (https://github.com/huggingface/safetensors).
 
     Raises:
-        CheckpointError: it is no whole one.
+        CheckpointError: the file is not complete, or not in this format.
     """
-
     begin, header, metadata = _header(content, file)
     try:
-        found = {name: _entry(name, entry) for name, entry in header.items()}
+        spans = _spans(header)
     except ValueError as error:
         raise _wrong(file, content, f"its header cannot be read: {error}") from error
+    views: dict[str, Tensor] = {}
     end = 0
-    for name, (dtype, shape, (first, last)) in sorted(found.items(), key=lambda item: item[1][2]):
-        size = math.prod(shape) * dtype.itemsize
-        if first != end or last - first != size:
-            raise _wrong(
-                file, content, f"'{name}' of {size:,} bytes lies at {first:,} to {last:,}, where byte {end:,} is next"
-            )
-        end = last
+    for first, last, name in sorted(spans):
+        entry = header[name]
+        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        count = math.prod(shape)
+        if first != end or last - first != count * dtype.itemsize:
+            what = f"'{name}' of {count * dtype.itemsize:,} bytes is at {first:,} to {last:,}, but byte {end:,} is next"
+            raise _wrong(file, content, what)
+        end, at = last, begin + first
+        if begin + end > len(content):
+            break
+        if not count:
+            views[name] = torch.empty(shape, dtype=dtype, device="cpu")
+        elif at % dtype.itemsize:  # copied: kernels may expect aligned tensors
+            views[name] = torch.frombuffer(content[at : begin + last], dtype=dtype).view(shape)
+        else:
+            views[name] = torch.frombuffer(content, dtype=dtype, count=count, offset=at).view(shape)
     if begin + end != len(content):
+        end = max((last for _, last, _ in spans), default=0)
         raise _wrong(file, content, f"its tensors would end at byte {begin + end:,}")
-    views = {name: _view(content, begin + at[0], dtype, shape) for name, (dtype, shape, at) in found.items()}
-    return views, metadata
+    return {name: views[name] for name in header}, metadata
 
 
 def parse_metadata(content: bytearray, file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, of which the beginning suffices.
+    """Return the metadata of a safetensors file, for which its beginning suffices.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -166,12 +176,13 @@ def parse_metadata(content: bytearray, file: Path) -> dict[str, str]:
 
 def _wrong(file: Path, content: bytearray, what: str) -> CheckpointError:
     return CheckpointError(
-        f"'{file}' ({len(content):,} bytes) is no whole safetensors file: {what}. It may be cut off; copy it again"
+        f"'{file}' ({len(content):,} bytes) is not a complete safetensors file: {what}. It may be cut off; copy it "
+        "again"
     )
 
 
 def _header(content: bytearray, file: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """(where the tensors begin, what is told of each, metadata)."""
+    """Return (position of the first tensor, {name: entry}, metadata)."""
     begin = 8 + int.from_bytes(content[:8], "little")
     if len(content) < 8 or begin > min(len(content), _HEADER_BYTES) or content[8:9] != b"{":
         raise _wrong(file, content, f"its header would end at byte {begin:,}")
@@ -180,52 +191,51 @@ def _header(content: bytearray, file: Path) -> tuple[int, dict[str, Any], dict[s
         header = json.loads(content[8:begin].decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("__metadata__ is no table of texts")
+            raise ValueError("__metadata__ must be a table of strings")
     except (ValueError, RecursionError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise _wrong(file, content, f"its header cannot be read: {what}") from error
-    _refuse_many(len(header), file)  # which names with escapes are counted by
+    _refuse_many(len(header), file)  # with names that are written with escapes
     return begin, header, metadata
 
 
 def _refuse_many(names: int, file: Path) -> None:
     """Raise a CheckpointError if a header names more tensors than are read."""
     if names > _NAMES:
-        raise CheckpointError(f"'{file}' holds {names:,} tensors, at most {_NAMES:,} are read")
+        raise CheckpointError(f"'{file}' contains {names:,} tensors, at most {_NAMES:,} are read")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name is there twice")
     return found
 
 
-def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], tuple[int, int]]:
-    """(dtype, shape, offsets) of a tensor in the header."""
-    if len(name) > _NAME_LENGTH:
-        raise ValueError(f"a name has {len(name):,} characters, at most {_NAME_LENGTH:,} are read")
-    name.encode()  # half a surrogate pair is no text
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name!r} needs dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"{name!r} is of dtype {dtype!r}; read are {', '.join(_DTYPES)}")
-    if not _whole_numbers(shape) or len(shape) > _DIMENSIONS or not _whole_numbers(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name!r} has shape={shape!r}, data_offsets={offsets!r}")
-    return _DTYPES[dtype], shape, (offsets[0], offsets[1])
+def _spans(header: dict[str, Any]) -> list[tuple[int, int, str]]:
+    """Return (first byte, byte after the last, name) of each tensor of a header.
 
-
-def _whole_numbers(values: Any) -> bool:
-    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
-        return False
-    return not values or (min(values) >= 0 and max(values) < 1 << 40)
-
-
-def _view(content: bytearray, begin: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    count = math.prod(shape)
-    if not count:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    if begin % dtype.itemsize:  # no kernel needs to expect that
-        content, begin = content[begin : begin + count * dtype.itemsize], 0
-    return torch.frombuffer(content, dtype=dtype, count=count, offset=begin).view(shape)
+    Raises:
+        ValueError: an entry is not that of a tensor.
+    """
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        if len(name) > _NAME_LENGTH:
+            raise ValueError(f"a name has {len(name):,} characters, at most {_NAME_LENGTH:,} are read")
+        name.encode()  # fails for half a surrogate pair
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"{name!r} needs dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise ValueError(f"{name!r} has dtype {dtype!r}; read are {', '.join(_DTYPES)}")
+        numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else []
+        if (
+            len(numbers) > _DIMENSIONS + 2
+            or {*map(type, numbers)} != {int}
+            or len(offsets) != 2
+            or min(numbers) < 0
+            or max(numbers) >= 1 << 40
+        ):
+            raise ValueError(f"{name!r} has shape={shape!r}, data_offsets={offsets!r}")
+        spans.append((*offsets, name))
+    return spans

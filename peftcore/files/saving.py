@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from peftcore.files.multiplier import in_metadata
 from peftcore.files.peft_defaults import peft_version
 from peftcore.files.peft_fields import refuse_not_its_own
 from peftcore.files.reading import METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, name_inside
-from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, tensors_on_disk
+from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, own_slots, tensors_on_disk
 from peftcore.files.written_config import fields_of_config
 from peftcore.observation import detect
 from peftcore.registry import registry
@@ -65,7 +65,7 @@ def save(
         CheckpointError: the files cannot be written, or a value is not finite. Existing files are unchanged.
         PeftcoreError: the adapter does not have this format, or cannot be expressed in it.
     """
-    if format in single_file.formats():
+    if format != PEFT and format in single_file.formats():
         return _save_single(model, Path(path), adapter, dtype, format)
     if not isinstance(model, nn.Module):
         raise PeftcoreError(
@@ -187,29 +187,26 @@ def _tell_of_others_trained(model: nn.Module) -> None:
 def _content(
     model: nn.Module, adapter: str, dtype: torch.dtype | None, resumable: bool, metadata: dict[str, str]
 ) -> Content:
+    if not ranks.is_sharded(model):
+        return _whole_content(model, adapter, dtype, resumable, metadata)
     with ranks.gathered(parameter for _, parameter in engine.adapter_parameters(model, adapter)):
-        return _gathered_content(model, adapter, dtype, resumable, metadata)
+        return _whole_content(model, adapter, dtype, resumable, metadata)
 
 
-def _gathered_content(
+def _whole_content(
     model: nn.Module, adapter: str, dtype: torch.dtype | None, resumable: bool, metadata: dict[str, str]
 ) -> Content:
     entry = engine.applied(model, adapter)
     method = registry.method(entry.method)
     ranks.reshard(model)
     own = tensors_on_disk(model, adapter, own=resumable, exported=True)
-    for name, tensor in own.items():
-        if tensor.is_floating_point() and not bool(ranks.whole(tensor).float().isfinite().all()):
-            raise CheckpointError(
-                f"adapter '{adapter}': '{name}' contains NaN or Inf and could not be loaded again: training has "
-                "diverged. Continue from an earlier checkpoint, with a smaller learning rate or a dtype with a larger "
-                "range"
-            )
-    tensors = {**own, **kept_on_disk(model, adapter)}
-    # Tensors that the adapter owns may differ in the base, such as a head that every load re-initialises.
+    kept = kept_on_disk(model, adapter)
+    whole = _for_disk({**own, **kept}, adapter, own, dtype)
     base = base_tensors(model)
-    on_disk = names_of_base(model, adapter, base)
-    base = {name: tensor for name, tensor in base.items() if on_disk[name] not in tensors}
+    if kept or own_slots(model, adapter):
+        # Tensors that the adapter owns may differ in the base, such as a head that every load re-initialises.
+        on_disk = names_of_base(model, adapter, base)
+        base = {name: tensor for name, tensor in base.items() if on_disk[name] not in whole}
     about = {"peftcore_version": peftcore.__version__, "peftcore_base": fingerprint(base, _important(model, base))}
     about[METHOD] = method.name
     plugin = registry.plugin_of(method.name)
@@ -220,7 +217,6 @@ def _gathered_content(
     refuse_not_its_own(method, fields, own_fields)
     if own_fields:
         about[OWN_FIELDS] = json.dumps(own_fields, allow_nan=False)
-    whole = _for_disk(tensors, dtype)
     with registry.naming(method.name, "write"):
         written = dict(method.state.write(model, dict(whole), dataclasses.asdict(entry.config))[0])
     if written.keys() != whole.keys() or any(written[name] is not tensor for name, tensor in whole.items()):
@@ -263,14 +259,28 @@ def _important(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Return those of `names` that a load of the same base may re-initialise: heads and the embedding."""
     architecture = detect(model)
     paths = [p for p in (architecture.embedding, architecture.output_head, *architecture.task_heads) if p]
-    return {name for name in names if any(name.startswith(f"{path}.") for path in paths)}
+    inside = tuple(f"{path}." for path in paths)
+    return {name for name in names if name.startswith(inside)}
 
 
-def _for_disk(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return whole tensors on the CPU that share no memory."""
+def _for_disk(
+    tensors: dict[str, Tensor], adapter: str, own: Collection[str], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Return whole tensors on the CPU that share no memory.
+
+    Raises:
+        CheckpointError: one of the adapter's `own` tensors is not finite, or a value is too large for `dtype`.
+    """
+    divided = ranks.any_part(tensors.values())
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        tensor = ranks.whole(tensor)
+        tensor = ranks.whole(tensor) if divided else tensor.detach()
+        if name in own and tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise CheckpointError(
+                f"adapter '{adapter}': '{name}' contains NaN or Inf and could not be loaded again: training has "
+                "diverged. Continue from an earlier checkpoint, with a smaller learning rate or a dtype with a larger "
+                "range"
+            )
         if dtype and tensor.is_floating_point():
             tensor = _cast(name, tensor, dtype)
         whole[name] = tensor.cpu().contiguous()

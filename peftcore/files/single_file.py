@@ -56,7 +56,8 @@ def named_in(opened: Folder) -> str | None:
     """
     if opened.only is not None:
         return opened.only
-    there = [name for name in file_names() if opened.holds(name)]
+    others = {name for name in opened.listed() if name.endswith(ENDING) and name != TENSORS}
+    there = [name for name in file_names() if name in others] if others else []
     if there and (opened.holds(CONFIG) or opened.holds(TENSORS)):
         raise CheckpointError(
             f"'{opened.path}' contains two adapters, '{TENSORS}' and '{there[0]}', which may differ. Pass the "

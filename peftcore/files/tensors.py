@@ -37,31 +37,29 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
     tensors: dict[str, Tensor] = {}
     written: set[int] = set()  # the first adapter writes the tensors of a module that several share
 
-    def add(on_disk: str, tensor: Tensor, said_by: str = "tensor_name") -> None:
-        if tensors.get(on_disk, tensor) is not tensor:
-            raise PeftcoreError(
-                f"{entry.method} gives two tensors the name '{on_disk}'; {said_by} must tell them apart"
-            )
-        tensors[on_disk] = tensor
+    def add(named: Iterable[tuple[str, Tensor]], said_by: str) -> None:
+        for on_disk, tensor in named:
+            if tensors.setdefault(on_disk, tensor) is not tensor:
+                raise PeftcoreError(
+                    f"{entry.method} gives two tensors the name '{on_disk}'; {said_by} must tell them apart"
+                )
 
-    for placement in engine.placements(model, adapter):
-        others: Mapping[str, Tensor] = {}
-        if exported and rules.export is not None:
-            with registry.naming(entry.method, "export"), ranks.whole_parameters(placement.adapter):
-                others = rules.export(placement)
-        for name, tensor in others.items():
-            add(name, tensor, said_by="export")
-        if own or not others:
-            with registry.naming(entry.method, "tensor_name"):
-                for name, tensor in own_tensors(placement.adapter).items():
-                    if id(tensor) not in written:
-                        written.add(id(tensor))
-                        add(rules.tensor_name(placement, name), tensor)
+    with registry.naming(entry.method, "tensor_name"):
+        for placement in engine.placements(model, adapter):
+            others: Mapping[str, Tensor] = {}
+            if exported and rules.export is not None:
+                with registry.naming(entry.method, "export"), ranks.whole_parameters(placement.adapter):
+                    others = rules.export(placement)
+                add(others.items(), "export")
+            if own or not others:
+                new = {name: t for name, t in own_tensors(placement.adapter).items() if id(t) not in written}
+                written.update(map(id, new.values()))
+                add([(rules.tensor_name(placement, name), tensor) for name, tensor in new.items()], "tensor_name")
     owned = TrainedParameters.of(model, adapter)
     if owned is not None:
         for name, parameter in owned.values(model):
             for slot in owned.slots[name] if exported else (name,):
-                add(_base_name(rules, entry, slot), parameter)
+                add([(_base_name(rules, entry, slot), parameter)], "tensor_name")
     return tensors
 
 
@@ -77,13 +75,14 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     saved = getattr(entry.config, "modules_to_save", None) or ()
     whole = {
         f"{path}.{name}"
-        for path, module in base_modules(model)
+        for path, module in (base_modules(model) if saved else ())
         if path and any(targets.is_inside(pattern, path) for pattern in saved)
         for name in module._buffers.keys() - module._non_persistent_buffers_set
         if module._buffers[name] is not None
     }
     found = {name: model.get_buffer(name) for name in sorted(whole)}
-    found.update({name: base[name] for name in vocabulary.resized(model) if name not in own_slots(model, adapter)})
+    own = own_slots(model, adapter)
+    found.update({name: base[name] for name in vocabulary.resized(model) if name not in own})
     if owned is not None:
         for name, tensor in owned.kept_values(model):
             if name in found or not torch.equal(tensor, base[name]):
@@ -98,16 +97,20 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
         partly_tied: a tied parameter may be in the file under only one of its names.
     """
     ranks.reshard(model)
+    tensors = dict(tensors)
     expected = exported = tensors_on_disk(model, adapter)
     if registry.method(engine.applied(model, adapter).method).state.export is not None or own_slots(model, adapter):
         exported = tensors_on_disk(model, adapter, exported=True)  # equal to the adapter's own tensors
-    tensors = _untied(tensors, expected, exported, folder, type(model).__name__, partly_tied)
-    embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
+    if exported is not expected:
+        _untie(tensors, expected, exported, folder, type(model).__name__, partly_tied)
+    embeddings: dict[str, Tensor] = {}
     kept = _take_kept(model, adapter, tensors)
-    extra = [name for name in tensors if name not in expected]
-    base = _values_of_base(model)
-    repeats = {name for name in extra if name in exported or _is_copy_of_base(base, name, tensors[name])}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in repeats}
+    if tensors.keys() - expected.keys():
+        embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
+        extra = [name for name in tensors if name not in expected]
+        base = _values_of_base(model)
+        repeats = {name for name in extra if name in exported or _is_copy_of_base(base, name, tensors[name])}
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in repeats}
     missing = sorted(expected.keys() - tensors.keys() - for_training(model, adapter))
     extra = sorted(tensors.keys() - expected.keys())
     if missing or extra:
@@ -119,16 +122,14 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
                 if names
             )
         )
-    for name, tensor, target in (*((n, t, expected[n]) for n, t in tensors.items()), *kept):
-        if tensor.shape != target.shape:
-            raise CheckpointError(
-                f"'{folder}' does not fit {type(model).__name__}: '{name}' has shape {list(tensor.shape)}, "
-                f"the model needs {list(target.shape)}"
-            )
-        _check_values(name, tensor, target, folder)
+    _check_values([*((n, t, expected[n]) for n, t in tensors.items()), *kept], folder, type(model).__name__)
+    divided = ranks.any_part(expected.values())
     with torch.no_grad():
         for name, tensor in tensors.items():
-            ranks.fill(expected[name], tensor)
+            if divided:
+                ranks.fill(expected[name], tensor)
+            else:
+                expected[name].copy_(tensor)
         for _, tensor, target in kept:
             target.copy_(tensor)
     if embeddings:
@@ -151,17 +152,28 @@ def for_training(model: nn.Module, adapter: str) -> set[str]:
     return found
 
 
-def _check_values(name: str, tensor: Tensor, target: Tensor, folder: Path) -> None:
-    """Raise a CheckpointError unless `target` can represent the values, which must be finite."""
-    floating = target.is_floating_point()
-    if tensor.is_floating_point() != floating or not (floating or tensor.dtype is target.dtype):
-        raise CheckpointError(f"'{folder}': '{name}' is {tensor.dtype}, the model needs {target.dtype}")
-    if floating and tensor.numel():
-        there = tensor.to(target.dtype)
-        bounds = torch.aminmax(there.float() if there.dtype.itemsize == 1 else there)
-        if not all(math.isfinite(bound.item()) for bound in bounds):
-            wrong = "values that are not finite" if not tensor.double().isfinite().all() else "too large values for it"
-            raise CheckpointError(f"'{folder}': '{name}' ({tensor.dtype}, here {target.dtype}) holds {wrong}")
+def _check_values(filled: Iterable[tuple[str, Tensor, Tensor]], folder: Path, model: str) -> None:
+    """Raise a CheckpointError unless each target has the shape of its value and can represent it.
+
+    Args:
+        filled: (name, value, target) of each tensor.
+    """
+    for name, tensor, target in filled:
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"'{folder}' does not fit {model}: '{name}' has shape {list(tensor.shape)}, the model needs "
+                f"{list(target.shape)}"
+            )
+        floating = target.is_floating_point()
+        if tensor.is_floating_point() != floating or not (floating or tensor.dtype is target.dtype):
+            raise CheckpointError(f"'{folder}': '{name}' is {tensor.dtype}, the model needs {target.dtype}")
+        if floating and tensor.numel():
+            there = tensor.to(target.dtype)
+            low, high = torch.aminmax(there.float() if there.dtype.itemsize == 1 else there)
+            if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+                finite = bool(tensor.double().isfinite().all())
+                wrong = "values too large for it" if finite else "values that are not finite"
+                raise CheckpointError(f"'{folder}': '{name}' ({tensor.dtype}, here {target.dtype}) contains {wrong}")
 
 
 def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
@@ -184,21 +196,20 @@ def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: 
     return True
 
 
-def _untied(
+def _untie(
     tensors: dict[str, Tensor],
     expected: dict[str, Tensor],
     exported: dict[str, Tensor],
     folder: Path,
     model: str,
     partly_tied: bool,
-) -> dict[str, Tensor]:
-    """Return the tensors with each tied parameter under the one name that is expected."""
+) -> None:
+    """Change `tensors` so that each tied parameter is under the one name that is expected."""
     first = {id(tensor): name for name, tensor in expected.items()}
     groups: dict[str, list[str]] = {}
     for name, tensor in exported.items():
         if id(tensor) in first:
             groups.setdefault(first[id(tensor)], []).append(name)
-    tensors = dict(tensors)
     for name, group in groups.items():
         there = [other for other in group if other in tensors]
         if len(group) == 1 or not there:
@@ -216,7 +227,6 @@ def _untied(
         for other in there:
             del tensors[other]
         tensors[name] = value
-    return tensors
 
 
 def _take_embeddings(

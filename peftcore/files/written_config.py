@@ -45,7 +45,7 @@ def fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[di
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     fields = {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()}
     own = {name: fields.pop(name) for name in sorted(method.state.peft.own_fields) if name in fields}
-    usual = {f.name: _as_json(f.default) for f in dataclasses.fields(method.config_class)}
+    usual = {f.name: _as_json(f.default) for f in dataclasses.fields(method.config_class) if f.name in own}
     common = {
         **fields,
         "peft_type": method.state.peft_type,

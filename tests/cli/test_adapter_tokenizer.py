@@ -88,7 +88,7 @@ def test_what_is_no_file(folder: Path, file: str, kind: str) -> None:
         (folder / file).symlink_to("/dev/zero")
     else:
         (folder / file).mkdir()
-    with pytest.raises(CheckpointError, match=rf"{file}' is a {kind}, where a file belongs"):
+    with pytest.raises(CheckpointError, match=rf"{file}' is a {kind}, not a regular file"):
         models.load_tokenizer("base", folder)
 
 

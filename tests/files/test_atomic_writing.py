@@ -231,7 +231,7 @@ def test_no_adapter_is_written_through_a_link_out_of_the_folder(tmp_path: Path) 
     outside.mkdir()
     folder.mkdir()
     (folder / "b").symlink_to(outside)
-    with pytest.raises(CheckpointError, match=rf"'{folder}/b' is a link to '{outside}', and nothing is written out of"):
+    with pytest.raises(CheckpointError, match=rf"'{folder}/b' is a link to '{outside}', and nothing is written"):
         write_adapters(folder, contents(1))
     assert not files(outside) and not files(folder)
     write_adapters(outside, contents(1, [""]))  # and what lies there is left alone, whatever a stranger's manifest says
@@ -307,7 +307,7 @@ def test_a_set_over_single_ones(tmp_path: Path) -> None:
     write_adapters(tmp_path, contents(2, ["a", "b"]))
     assert read_folder(tmp_path, lambda opened: values(opened, ["a", "b"])) == {2.0}
     assert files(tmp_path / "a") == ONE
-    with pytest.raises(CheckpointError, match="holds no adapter"):  # the one that lay there is of another save
+    with pytest.raises(CheckpointError, match="does not contain an adapter"):  # that of another save
         read_folder(tmp_path, lambda opened: opened.config())
 
 
@@ -339,12 +339,12 @@ def test_what_was_changed_is_not_read_folder(tmp_path: Path, change: str) -> Non
     ("told", "message"),
     [
         ("{", "cannot be read as JSON"),
-        ("3", "is no manifest"),
+        ("3", "is not a manifest"),
         ('{"version": 2}', "written by a newer peftcore"),
-        ('{"version": 1, "save": "../../../../etc", "sha256": {}}', "is no manifest"),
+        ('{"version": 1, "save": "../../../../etc", "sha256": {}}', "is not a manifest"),
         ('{"version": 1, "save": "0123456789abcdef", "sha256": {"../adapter_config.json": "%s"}}' % ("0" * 64),
-         "is no manifest"),
-        ('{"version": 1, "save": "0123456789abcdef", "sha256": {"adapter_config.json": 3}}', "is no manifest"),
+         "is not a manifest"),
+        ('{"version": 1, "save": "0123456789abcdef", "sha256": {"adapter_config.json": 3}}', "is not a manifest"),
     ],
 )  # fmt: skip
 def test_a_manifest_is_not_trusted(tmp_path: Path, told: str, message: str) -> None:

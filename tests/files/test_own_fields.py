@@ -76,7 +76,7 @@ def test_a_method_that_would_not_take_its_own_file_does_not_write_it(tmp_path: P
     ("text", "message"),
     [
         ('{"value": "3"}', "value must be a finite number, found '3'"),
-        ('{"value": NaN}', "peftcore_fields' cannot be read as JSON: it holds NaN"),
+        ('{"value": NaN}', "peftcore_fields' cannot be read as JSON: it contains NaN"),
         ("[3]", r"peftcore_fields' must be a table of fields, found \[3\]"),
         ('{"valeu": 3}', "uses valeu=3, which the installed plugin 'gated' does not support"),
         (

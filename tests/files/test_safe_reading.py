@@ -71,23 +71,23 @@ def entry(dtype="F32", shape=(1,), place=(0, 4)) -> dict:
 @pytest.mark.parametrize(
     ("header", "data", "message"),
     [
-        ({"x": entry(dtype="F3")}, b"0000", "'x' is of dtype 'F3'"),
-        ({"x": entry(dtype=["F32"])}, b"0000", r"'x' is of dtype \['F32'\]"),
+        ({"x": entry(dtype="F3")}, b"0000", "'x' has dtype 'F3'"),
+        ({"x": entry(dtype=["F32"])}, b"0000", r"'x' has dtype \['F32'\]"),
         ({"x": entry(shape=[1 << 62, 4])}, b"0000", "has shape"),
         ({"x": entry(shape=[-1])}, b"0000", "has shape"),
         ({"x": entry(shape=[1.0])}, b"0000", "has shape"),
         ({"x": entry(shape=[1] * 70)}, b"0000", "has shape"),
-        ({"x": entry(shape=[1 << 30, 1 << 30])}, b"0000", "'x' of 4,611,686,018,427,387,904 bytes lies at 0 to 4"),
+        ({"x": entry(shape=[1 << 30, 1 << 30])}, b"0000", "'x' of 4,611,686,018,427,387,904 bytes is at 0 to 4"),
         ({"x": entry(place=[4, 8])}, b"00000000", "byte 0 is next"),
         ({"x": entry(), "y": entry(place=[2, 6])}, b"000000", "byte 4 is next"),
         ({"x": entry()}, b"00000", "would end at byte"),
         ({"x": entry()}, b"000", "would end at byte"),
         ({"x": 3}, b"", "'x' needs dtype, shape and data_offsets"),
         ({"x" * 2000: entry()}, b"0000", "has 2,000 characters"),
-        ({"__metadata__": {"a": 1}}, b"", "__metadata__ is no table of texts"),
-        ({"__metadata__": [1]}, b"", "__metadata__ is no table of texts"),
+        ({"__metadata__": {"a": 1}}, b"", "__metadata__ must be a table of strings"),
+        ({"__metadata__": [1]}, b"", "__metadata__ must be a table of strings"),
         ('{"x": ' * 100_000, b"", "its header cannot be read"),
-        ('{"a": 1, "a": 2}', b"", "a name stands there twice"),
+        ('{"a": 1, "a": 2}', b"", "a name is there twice"),
         ('{"\\ud800": 3}', b"", "surrogates not allowed"),
         (f'{{"x": {"9" * 5000}}}', b"", "its header cannot be read"),
         ("[]", b"", "its header would end at"),
@@ -103,8 +103,8 @@ def test_headers_are_not_trusted(header, data: bytes, message: str) -> None:
     [
         (b"[" * 100_000, "it is nested too deeply"),
         (b"9" * 5000, "cannot be read as JSON"),
-        (b'{"r": NaN}', "it holds NaN, which is no number of JSON"),
-        (b'{"r": -Infinity}', "it holds -Infinity"),
+        (b'{"r": NaN}', "it contains NaN, which is not a JSON number"),
+        (b'{"r": -Infinity}', "it contains -Infinity"),
         (b"\xff", "cannot be read as JSON"),
         (b'{"r": "\\ud800"}', "cannot be read as JSON"),
         (b"", "cannot be read as JSON"),
@@ -124,7 +124,7 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     os.truncate(tmp_path / "large", 1 << 40)
     began = time.process_time()
     for name, message in {
-        "pipe": "is a pipe, where a file belongs",
+        "pipe": "is a pipe, not a regular file",
         "link": "is a pipe",
         "circle": "cannot be read",
         "zero": "is a device",
@@ -147,16 +147,16 @@ def test_a_header_of_very_many_names_is_refused_before_it_takes_memory(monkeypat
     header = {f"layers.{i}.lora_A": entry(place=(4 * i, 4 * i + 4)) for i in range(50)}
     assert len(safe_reading.parse_tensors(file_of(header, bytes(200)), Path("x"))[0]) == 50
     monkeypatch.setattr(safe_reading, "_NAMES", 40)
-    with pytest.raises(CheckpointError, match="'x' holds 50 tensors, at most 40 are read"):
+    with pytest.raises(CheckpointError, match="'x' contains 50 tensors, at most 40 are read"):
         safe_reading.parse_tensors(file_of(header, bytes(200)), Path("x"))
     escaped = json.dumps(header).replace("data_offsets", "data\\u005foffsets")
-    with pytest.raises(CheckpointError, match="'x' holds 50 tensors, at most 40 are read"):
+    with pytest.raises(CheckpointError, match="'x' contains 50 tensors, at most 40 are read"):
         safe_reading.parse_tensors(file_of(escaped, bytes(200)), Path("x"))
 
 
 def test_the_limit_of_names_holds_for_whole_files() -> None:
     text = b'{"x": {"data_offsets"' + b'"data_offsets"' * 250_000 + b"}"
     began = time.process_time()
-    with pytest.raises(CheckpointError, match=r"holds 250,001 tensors, at most 200,000 are read"):
+    with pytest.raises(CheckpointError, match=r"contains 250,001 tensors, at most 200,000 are read"):
         safe_reading.parse_tensors(bytearray(len(text).to_bytes(8, "little") + text), Path("x"))
     assert time.process_time() - began < 0.5

@@ -267,31 +267,31 @@ def edit(folder: Path, **changes) -> None:
     ("damage", "message"),
     [
         (break_json, r"adapter_config.json' cannot be read as JSON: Expecting property name"),
-        (no_peft_type, r"names no peft_type"),
+        (no_peft_type, r"has no field peft_type"),
         (
             unknown_type,
             r"no installed method reads peft_type 'UNHEARD_OF'.*If you trust the file and that package: pip install",
         ),
         (unknown_field, r"uses magic=7, which the installed plugin 'around' does not support"),
-        (truncate, r"is no whole safetensors file.*cut off"),
-        (lengthen, r"is no whole safetensors file"),
-        (huge_header, r"is no whole safetensors file"),
-        (empty, r"\(0 bytes\) is no whole safetensors file"),
+        (truncate, r"is not a complete safetensors file.*cut off"),
+        (lengthen, r"is not a complete safetensors file"),
+        (huge_header, r"is not a complete safetensors file"),
+        (empty, r"\(0 bytes\) is not a complete safetensors file"),
         (pickle_only, r"'adapter_model.bin', a pickle, which can run any code and is never read"),
-        (no_tensors, r"holds no adapter: adapter_model.safetensors is missing"),
+        (no_tensors, r"does not contain an adapter: adapter_model.safetensors is missing"),
         (missing_tensor, r"1 tensors are missing, such as 'base_model.model.model.layers.1.self_attn.q_proj.gain'"),
         (extra_tensor, r"1 tensors have no place, such as 'base_model.model.model.layers.7"),
         (wrong_shape, r"has shape \[2\], the model needs \[\]"),
         (
             every_value(float("nan")),
-            r"q_proj.gain' \(torch.float32, here torch.float32\) holds values that are not finite",
+            r"q_proj.gain' \(torch.float32, here torch.float32\) contains values that are not finite",
         ),
-        (every_value(float("-inf")), "holds values that are not finite"),
-        (every_value(1e300, torch.float64), r"\(torch.float64, here torch.float32\) holds too large values for it"),
+        (every_value(float("-inf")), "contains values that are not finite"),
+        (every_value(1e300, torch.float64), r"\(torch.float64, here torch.float32\) contains values too large for it"),
         (every_value(1, torch.int32), r"q_proj.gain' is torch.int32, the model needs torch.float32"),
         (every_value(True, torch.bool), r"is torch.bool, the model needs torch.float32"),
         (every_value(1, torch.uint8), r"is torch.uint8, the model needs torch.float32"),
-        (pipe, r"adapter_model.safetensors' is a pipe, where a file belongs"),
+        (pipe, r"adapter_model.safetensors' is a pipe, not a regular file"),
         (with_metadata(peftcore_base='{"lm_head.weight": [[96, 32], [NaN]]}'), "the adapter's base 1"),
         (
             with_metadata(peftcore_base=json.dumps({"lm_head.weight": [[96, 32], [float("nan")] * 32]})),
@@ -356,7 +356,9 @@ def test_folders_inside_are_not_read_whole(saved: Path) -> None:
     (saved / "peftcore_manifest.json").unlink()
     with open(saved / "adapter_model.safetensors", "r+b") as file:
         file.truncate(1 << 40)
-    with pytest.raises(peftcore.CheckpointError, match=r"holds no adapter: adapter_model.safetensors is missing"):
+    with pytest.raises(
+        peftcore.CheckpointError, match=r"does not contain an adapter: adapter_model.safetensors is missing"
+    ):
         peftcore.load(tiny.llama(), saved.parent)
 
 
@@ -388,7 +390,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, before[1]))  # the config fits, the tensors do not
-        with pytest.raises(peftcore.CheckpointError, match=r"could not be saved.*What lay there before is unharmed"):
+        with pytest.raises(peftcore.CheckpointError, match=r"could not be saved.*Existing files are unchanged"):
             peftcore.save(model, saved)
         assert sorted(os.listdir(saved)) == FILES
     finally:

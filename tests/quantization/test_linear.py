@@ -180,7 +180,7 @@ def broken(change):
         (lambda s, f: f.update(quant_type="nf5"), "quant_type='nf5' is not known"),
         (lambda s, f: f.update(dtype="float8"), "has dtype='float8', expected one of float32, float16, bfloat16"),
         (lambda s, f: f.update(dtype=["float32"]), "has dtype="),
-        (lambda s, f: f.update(nested_offset=float("nan")), "it holds NaN, which is no number of JSON"),
+        (lambda s, f: f.update(nested_offset=float("nan")), "it contains NaN, which is not a JSON number"),
         (lambda s, f: f.update(nested_offset=10**400), "has nested_offset=1000"),
         (lambda s, f: f.update(nested_offset=1e39), r"has nested_offset=1e\+39, which is not a finite float32"),
         (lambda s, f: f.update(nested_offset=None), "has nested_offset=None"),

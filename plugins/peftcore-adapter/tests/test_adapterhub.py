@@ -118,7 +118,7 @@ def test_a_config_of_nobody_keeps_the_core_s_message(tmp_path: Path) -> None:
     shutil.copytree(FOLDERS / "bert-seq_bn", tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").write_text('{"r": 8}')
     (tmp_path / "a" / "adapter.safetensors").rename(tmp_path / "a" / "adapter_model.safetensors")
-    with pytest.raises(peftcore.CheckpointError, match="names no peft_type"):
+    with pytest.raises(peftcore.CheckpointError, match="has no field peft_type"):
         peftcore.load(tiny.llama(), tmp_path / "a")
 
 
