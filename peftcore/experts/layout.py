@@ -49,8 +49,10 @@ class ExpertsLayout:
 
 def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     """Return the layout of a module that uses the interface; None for any other module."""
+    if not hasattr(module, "_is_expert_parallel"):
+        return None
     flags: Any = {flag: getattr(module, flag, None) for flag in FLAGS}
-    if not all(isinstance(value, bool) for value in flags.values()) or not hasattr(module, "_is_expert_parallel"):
+    if not {*map(type, flags.values())} <= {bool}:
         return None
     up = "gate_up_proj" if flags["has_gate"] else "up_proj"
     weight = module._parameters.get(up)
@@ -94,12 +96,18 @@ def stacked_weights(module: nn.Module) -> tuple[str, ...]:
     layout = experts_layout(module)
     if layout is not None:
         return tuple(name for name in module._parameters if name in layout.names)
+    if not module._parameters:
+        return ()
     counts = {value for name, value in vars(module).items() if "expert" in name and type(value) is int and value > 1}
-    return tuple(
-        name
-        for name, parameter in module._parameters.items()
-        if parameter is not None and (parameter.is_floating_point() or parameter.dtype is torch.uint8)
-        if len(shape := shape_of(module, name)) == 3 and shape[0] in counts and min(shape[1:]) > 1
+    return (
+        ()
+        if not counts
+        else tuple(
+            name
+            for name, parameter in module._parameters.items()
+            if parameter is not None and (parameter.is_floating_point() or parameter.dtype is torch.uint8)
+            if len(shape := shape_of(module, name)) == 3 and shape[0] in counts and min(shape[1:]) > 1
+        )
     )
 
 
