@@ -27,6 +27,7 @@ ORDER = [
     {"weight_formats"},
     {"adaptation"},
     {"observation"},
+    {"experts.in_model", "experts.joining", "experts.conversion"},
     {"targets", "prompts", "files.peft_defaults", "files.peft_fields", "files.peft_configs"},
     {"engine"},
     {"files", "quantization"},

@@ -5,7 +5,6 @@ from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_na
 from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
 from peftcore.engine.exclusive import exclusive
-from peftcore.engine.expert_layers import weight_of_expert
 from peftcore.engine.first_values import takes_batches
 from peftcore.engine.missed_steps import watch
 from peftcore.engine.placing import placements_for, refuse_adapters_of_others
@@ -38,6 +37,7 @@ from peftcore.engine.training_hooks import (
     not_in,
     parameter_groups,
 )
+from peftcore.experts.joining import weight_of_expert
 
 __all__ = [
     "STATE",

@@ -11,8 +11,8 @@ from torch import nn
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.experts import why_not_fused
+from peftcore.experts.in_model import expert_weights, experts_per_token
 from peftcore.layers import shape_of
-from peftcore.targets.expert_selection import expert_weights, experts_per_token
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from peftcore.adaptation.chain import WeightChanges
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.adapter import Adapter, implements, unseen_member
 from peftcore.architecture import Architecture
-from peftcore.engine.expert_layers import each_expert, weight_of_expert
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.experts import split_expert_path
+from peftcore.experts.joining import each_expert, weight_of_expert
 from peftcore.files.peft_configs import config_of_peft, is_of_peft
 from peftcore.files.peft_fields import why_unknown
 from peftcore.layers import is_wrapped

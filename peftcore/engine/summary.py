@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
-from peftcore.engine.expert_layers import one_by_one, weight_of_expert
 from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
 from peftcore.engine.placing import covered, device_and_dtype, not_thin, placements_for, reached_by
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
+from peftcore.experts.joining import one_by_one, weight_of_expert
 from peftcore.method import OnWeight
 from peftcore.targets import match_counts
 from peftcore.targets.coverage import Coverage, weights_in

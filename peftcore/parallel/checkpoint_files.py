@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.errors import CheckpointError
-from peftcore.quantization.expert_files import expert_of, is_by_expert
+from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.quantization.format import PARTS
 
 _INDEX = "model.safetensors.index.json"

@@ -23,10 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.layers import shape_of
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert, convert_dense, give_back_freed
-from peftcore.quantization.expert_files import expert_of, is_by_expert
 from peftcore.quantization.format import DTYPES, PARTS, check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear

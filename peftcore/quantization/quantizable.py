@@ -16,12 +16,12 @@ from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.adaptation.class_swap import original_class
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.experts import experts_layout, stacked_weights
+from peftcore.experts.in_model import routers
 from peftcore.layers import is_conv1d, is_linear, is_wrapped
 from peftcore.observation import asked_for_dtype, bypassed, detect, rewritten
 from peftcore.ops.weight import DTYPES, MIN_BLOCKSIZE
 from peftcore.quantization.parameters import PackedParameters
 from peftcore.targets import matches
-from peftcore.targets.expert_selection import routers
 
 
 def default_skip(model: nn.Module) -> list[str]:

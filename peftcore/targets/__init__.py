@@ -1,19 +1,10 @@
 """Selection of the modules that a config names, pattern matching, and coverage of the weight."""
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.experts.in_model import expert_weights, experts_per_token, is_read_by_itself, layer_at, weight_named
 from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.targets.convolutions import odd_convolution
-from peftcore.targets.expert_selection import (
-    ALL_LINEAR,
-    expert_weights,
-    experts_per_token,
-    is_read_by_itself,
-    layer_at,
-    name_experts,
-    parameter_suffixes,
-    select_experts,
-    weight_named,
-)
+from peftcore.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes, select_experts
 from peftcore.targets.layers_config import LayersConfig
 from peftcore.targets.names import is_inside, matches
 from peftcore.targets.patterns import compiled

@@ -17,9 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_class
 from peftcore.architecture import Architecture
+from peftcore.experts.in_model import is_read_by_itself
 from peftcore.layers import is_unknown_linear, shape_of, sizes
 from peftcore.observation import bypassed
-from peftcore.targets.expert_selection import is_read_by_itself
 
 LITTLE = 0.5  # share of the weight; a selection of everything that reaches less is warned about
 
