@@ -28,7 +28,7 @@ ORDER = [
     {"adaptation"},
     {"observation"},
     {"experts.in_model", "experts.joining", "experts.conversion"},
-    {"targets", "prompts", "files.peft_defaults", "files.peft_fields", "files.peft_configs"},
+    {"targets", "prompts", "files.metadata", "files.peft_defaults", "files.peft_fields", "files.peft_configs"},
     {"engine"},
     {"files", "quantization"},
     {"merging", "parallel"},

@@ -22,9 +22,10 @@ from peftcore.composing.compatibility import difference, has_nonpersistent_buffe
 from peftcore.engine.scaling import scaled_config, set_multiplier
 from peftcore.errors import CheckpointError
 from peftcore.files.fitting import config_on, refuse_other_base
+from peftcore.files.metadata import ties_partly
 from peftcore.files.peft_defaults import peft_version
 from peftcore.files.peft_fields import guarded
-from peftcore.files.reading import read_adapter, ties_partly
+from peftcore.files.reading import read_adapter
 from peftcore.files.tensors import fill, kept_on_disk, tensors_on_disk
 from peftcore.method import Method, Model
 from peftcore.registry import registry

@@ -78,7 +78,7 @@ class State:
     samples: tuple[str | None, ...] | None = None  # each sample's adapter, with activate(..., per_sample=True)
     lock: ModelLock = field(default_factory=ModelLock)
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
-    resting: dict[str, Any] = field(default_factory=dict)  # `files.resident.Resting` by name, most recent last
+    resting: dict[str, Any] = field(default_factory=dict)  # `files.resident.OnDisk` by name, most recent last
     limit: int | None = None  # bytes of adapters of `resting` that may be in memory
     snapshot: Snapshot | None = None  # snapshot of `sites` when they were last unchanged
 

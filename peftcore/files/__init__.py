@@ -5,6 +5,7 @@ The modules from the lowest up; each may import those above it in this list.
     safe_reading      bytes, JSON and safetensors of files that nobody vouches for, with limits
     folder            an adapter folder as one save left it, and the manifest that names its files
     atomic_writing    the adapters of one save, all or none, also if the process is killed
+    metadata          what peftcore writes into the metadata of tensors
     peft_defaults     the defaults of PEFT's configs
     peft_fields       fields of an `adapter_config.json`: which method reads them, and its config
     peft_configs      config objects of PEFT, which `apply` takes
@@ -13,7 +14,7 @@ The modules from the lowest up; each may import those above it in this list.
     single_file, reading, fitting                                   files without a config; content; whether it fits
     hub, resident, saving, loading                                  `save`, `load`, `restore`, `set_resident_limit`
 
-The first six are below `peftcore.engine`, the others above it, so this module imports none of them.
+The first seven are below `peftcore.engine`, the others above it, so this module imports none of them.
 
 adapter_config.json, adapter_model.safetensors            an adapter
 NAME/adapter_config.json, NAME/adapter_model.safetensors  further ones

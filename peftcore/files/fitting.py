@@ -20,17 +20,16 @@ from peftcore.engine.placing import Placed
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files.fingerprint import difference
+from peftcore.files.metadata import BASE, VERSION, ties_partly
 from peftcore.files.multiplier import without
 from peftcore.files.peft_configs import ends_within_a_name
 from peftcore.files.peft_fields import guarded
-from peftcore.files.reading import ties_partly
+from peftcore.files.reading import Stored
 from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.files.tensors import fill, is_tied_in
 from peftcore.method import Method, Train
 from peftcore.observation import detect
 from peftcore.targets import drop_unmatched
-
-Content = tuple[Method, Any, dict[str, Tensor], dict[str, str]]  # what `reading.read_adapter` gives
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Fit:
     trained: tuple[str, ...]
 
 
-def fitting(model: nn.Module, folder: Path, content: Content, check_base: bool) -> Fit:
+def fitting(model: nn.Module, folder: Path, content: Stored, check_base: bool) -> Fit:
     """Check that a file fits `model`, and return what to apply.
 
     Raises:
@@ -64,9 +63,9 @@ def fitting(model: nn.Module, folder: Path, content: Content, check_base: bool) 
     return Fit(placed if _check_fits(placed, tensors, folder) else config, multiplier, placed.trained)
 
 
-def fill_applied(model: nn.Module, adapter: str, folder: Path, content: Content) -> None:
+def fill_applied(model: nn.Module, adapter: str, folder: Path, content: Stored) -> None:
     """Set the values of the applied `adapter` to those of a file."""
-    fill(model, adapter, content[2], folder, partly_tied=ties_partly(content[3]))
+    fill(model, adapter, content.tensors, folder, partly_tied=ties_partly(content.metadata))
 
 
 def config_on(
@@ -77,7 +76,7 @@ def config_on(
     In files of other libraries, names in `target_modules` do not select experts.
     """
     changes: dict[str, Any] = {
-        name: drop_unmatched(model, value, experts="peftcore_version" in metadata)
+        name: drop_unmatched(model, value, experts=VERSION in metadata)
         for name in ("target_modules", "modules_to_save", "exclude_modules")
         if isinstance(value := getattr(config, name, None), (list, tuple)) and value
     }
@@ -85,14 +84,14 @@ def config_on(
         named = changes.get("modules_to_save", config.modules_to_save) or []
         changes["modules_to_save"] = [*named, *_unnamed(model, method, named, tensors)]
     saved = changes.get("modules_to_save")
-    if saved and getattr(config, "ensure_weight_tying", False) and "peftcore_version" not in metadata:
+    if saved and getattr(config, "ensure_weight_tying", False) and VERSION not in metadata:
         changes["ensure_weight_tying"] = is_tied_in(model, method, saved, tensors)  # PEFT ties by names, and not always
     return dataclasses.replace(config, **changes)
 
 
 def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], call: str) -> None:
     """Raise a CheckpointError if the file's fingerprint is of another base; `call` loads it anyway, for the message."""
-    why = difference(base_tensors(model), metadata["peftcore_base"]) if "peftcore_base" in metadata else None
+    why = difference(base_tensors(model), metadata[BASE]) if BASE in metadata else None
     if why:
         raise CheckpointError(
             f"'{folder}' was trained on another base: {why}. If each load of the base re-initialises that (a head, new "

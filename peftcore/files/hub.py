@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peftcore.errors import CheckpointError
 from peftcore.files.folder import MANIFEST, Folder
-from peftcore.files.reading import TOGETHER
+from peftcore.files.metadata import TOGETHER
 from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.files.single_file import file_names
 from peftcore.registry import registry

@@ -14,12 +14,13 @@ from peftcore import engine, ranks
 from peftcore.engine.scaling import set_multiplier
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.files import single_file
-from peftcore.files.fitting import Content, fill_applied, fitting
+from peftcore.files.fitting import fill_applied, fitting
 from peftcore.files.folder import read_folder
 from peftcore.files.hub import folder_of
+from peftcore.files.metadata import ties_partly
 from peftcore.files.multiplier import multiplier_in
-from peftcore.files.reading import adapter_folder, read_adapter, read_saved, ties_partly
-from peftcore.files.resident import rest
+from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_saved
+from peftcore.files.resident import register
 from peftcore.files.tensors import fill
 from peftcore.observation import left_as_it_is
 from peftcore.targets.patterns import limited
@@ -69,7 +70,7 @@ def load(
             found = type(model).__name__
             what = "is for adapters that do not train" if trainable else f"is of one model, found {found}"
             raise PeftcoreError(f"load(..., resident=False) {what}. Load it with resident=True")
-        rest(model, folder, adapter, dtype, check_base, method)
+        register(model, folder, adapter, dtype, check_base, method)
         return model
     trainable = trainable is not False
     if isinstance(model, nn.Module):
@@ -138,7 +139,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
 def _load(
     model: nn.Module,
     folder: Path,
-    content: Content,
+    content: Stored,
     adapter: str,
     dtype: torch.dtype | None,
     check_base: bool,

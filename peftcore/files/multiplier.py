@@ -18,9 +18,8 @@ from torch import nn
 from peftcore import engine
 from peftcore.engine.scaling import scaled_config
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files.metadata import MULTIPLIER
 from peftcore.method import Method
-
-MULTIPLIER = "peftcore_multiplier"
 
 
 def in_metadata(model: nn.Module, adapter: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,19 +12,29 @@ from peftcore import engine
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files import single_file
 from peftcore.files.folder import Folder, read_folder
+from peftcore.files.metadata import METHOD, PLUGIN, TIED, TOGETHER, VERSION, own_fields
 from peftcore.files.peft_defaults import peft_version
 from peftcore.files.peft_fields import config_of, config_of_fields, guarded, method_of_fields, with_own
-from peftcore.files.safe_reading import CONFIG, TENSORS, parse_json
+from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.method import ForeignFormat, Method
 from peftcore.registry import Plugin, registry
 from peftcore.targets.patterns import limited
-from peftcore.validation import shown
 
-TOGETHER = "peftcore_together"  # in a file's metadata: which adapters were saved with it
-METHOD = "peftcore_method"  # in the metadata: the adapter's method
-PLUGIN = "peftcore_plugin"  # in the metadata: `DISTRIBUTION VERSION` of the plugin that wrote the file
-OWN_FIELDS = "peftcore_fields"  # in the metadata: fields of the method's config that PEFT does not know
-TIED = "peftcore_tied"  # in the metadata: whether parameters tied in the base are trained tied
+
+class Stored(NamedTuple):
+    """An adapter as its files have it.
+
+    Args:
+        method: the method that reads it.
+        config: the method's config.
+        tensors: tensors by the names that files of this release have.
+        metadata: metadata of the tensors' file; empty for other libraries' formats.
+    """
+
+    method: Method
+    config: Any
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
 
 
 def adapter_folder(folder: Path, adapter: str) -> Path:
@@ -38,10 +48,8 @@ def name_inside(adapter: str) -> str:
 
 
 @limited()
-def read_adapter(
-    folder: Path, model: nn.Module, method: str | None = None, applied: str | None = None
-) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
-    """Return (method, config, tensors by today's names, metadata) of an adapter folder.
+def read_adapter(folder: Path, model: nn.Module, method: str | None = None, applied: str | None = None) -> Stored:
+    """Return the adapter in a folder.
 
     Args:
         method: the method that reads it; None: the method that wrote the file.
@@ -52,8 +60,8 @@ def read_adapter(
 
 def read_saved(
     opened: Folder, model: nn.Module, adapter: str | None, method: str | None = None, called: str | None = None
-) -> tuple[dict[str, list[str]] | None, dict[str, Any]]:
-    """Return ({adapters, active} of adapters saved together, or None; the content of each).
+) -> tuple[dict[str, list[str]] | None, dict[str, Stored]]:
+    """Return ({adapters, active} of adapters saved together, or None; {name: adapter}).
 
     Args:
         called: the user's name of the model, whose part of a file for several models is read.
@@ -97,7 +105,7 @@ def _read(
     named: str | None = None,
     applied: str | None = None,
     called: str | None = None,
-) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
+) -> Stored:
     foreign = _foreign(opened, named)
     if foreign is not None:
         return _read_foreign(opened, model, *foreign)
@@ -117,14 +125,14 @@ def _read(
     )
     fields = with_own(f"'{opened.path / TENSORS}'", method, fields, own)
     # PEFT's default is False, which its older files do not name.
-    tied = metadata.get(TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
+    tied = metadata.get(TIED) != "false" if VERSION in metadata else fields.get("ensure_weight_tying")
     fields["ensure_weight_tying"] = False if tied is None else tied
-    if "peftcore_version" in metadata:
+    if VERSION in metadata:
         fields.setdefault("peft_version", peft_version())  # the fields are those of that release
     with guarded(method, f"'{opened.path}'"):
         for layout in method.state.layouts.values():
             tensors, fields = layout.read(model, tensors, fields)
-        why = None if "peftcore_version" in metadata else method.state.peft.refused(model, tensors, fields)
+        why = None if VERSION in metadata else method.state.peft.refused(model, tensors, fields)
         if why is not None:
             raise CheckpointError(f"'{opened.path}' cannot be read: {why}")
         try:
@@ -133,25 +141,7 @@ def _read(
         except Exception:
             config_of_fields(where, method, fields)  # an error in the fields themselves is the better message
             raise
-        return method, config, dict(found), metadata
-
-
-def own_fields(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """Return the config fields that a file has in its metadata.
-
-    Raises:
-        CheckpointError: they are not a table of fields.
-    """
-    file = f"{folder / TENSORS}: {OWN_FIELDS}"
-    own = parse_json(metadata.get(OWN_FIELDS, "{}").encode(errors="surrogatepass"), file)
-    if not isinstance(own, dict):
-        raise CheckpointError(f"'{file}' must be a table of fields, found {shown(own)}")
-    return own
-
-
-def ties_partly(metadata: dict[str, str]) -> bool:
-    """Return whether the file is from a peftcore that wrote tied parameters under one of their names."""
-    return "peftcore_version" in metadata and TIED not in metadata
+        return Stored(method, config, dict(found), metadata)
 
 
 def fields_of_folder(folder: Path) -> tuple[dict[str, Any], ForeignFormat | None]:
@@ -242,11 +232,11 @@ def _fields_of_others(opened: Folder, config: str) -> dict[str, Any] | None:
 
 def _read_foreign(
     opened: Folder, model: nn.Module, method: Method, foreign: ForeignFormat, fields: dict[str, Any]
-) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
+) -> Stored:
     tensors, _ = opened.tensors(foreign.tensors)
     try:
         with guarded(method, f"'{opened.path}'"):
             config, tensors = foreign.read(model, fields, tensors)
     except PeftcoreError as error:
         raise CheckpointError(f"'{opened.path}', of {foreign.name}, cannot be read: {error}") from error
-    return method, config, tensors, {}
+    return Stored(method, config, tensors, {})

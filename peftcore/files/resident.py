@@ -26,9 +26,9 @@ from peftcore.engine.scaling import set_multiplier
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.events import adapters_wanted
-from peftcore.files.fitting import Content, fill_applied, fitting
+from peftcore.files.fitting import fill_applied, fitting
 from peftcore.files.folder import Folder, read_folder
-from peftcore.files.reading import adapter_folder, read_saved
+from peftcore.files.reading import Stored, adapter_folder, read_saved
 from peftcore.method import Model
 from peftcore.observation import left_as_it_is
 from peftcore.targets.patterns import limited
@@ -37,7 +37,7 @@ Stamp = dict[str, str]  # {name of a file of the adapter: hash of its content}
 
 
 @dataclass
-class Resting:
+class OnDisk:
     """An adapter that may be on disk only, and its state when it was read.
 
     Args:
@@ -61,10 +61,10 @@ class Resting:
 
 def read_with_stamp(
     folder: Path, model: nn.Module, adapter: str | None, method: str | None
-) -> tuple[dict[str, list[str]] | None, dict[str, Content], Stamp]:
+) -> tuple[dict[str, list[str]] | None, dict[str, Stored], Stamp]:
     """Return the result of `read_saved` and the hash of each file that was read."""
 
-    def look(opened: Folder) -> tuple[dict[str, list[str]] | None, dict[str, Content], Stamp]:
+    def look(opened: Folder) -> tuple[dict[str, list[str]] | None, dict[str, Stored], Stamp]:
         together, contents = read_saved(opened, model, adapter, method)
         return together, contents, {name: _hash(content).hexdigest() for name, content in opened.read.items()}
 
@@ -72,7 +72,7 @@ def read_with_stamp(
 
 
 @engine.exclusive("load adapters", base=True)
-def rest(
+def register(
     model: nn.Module, folder: Path, adapter: str | None, dtype: torch.dtype | None, check_base: bool, method: str | None
 ) -> None:
     """Check that the adapters in `folder` fit, and register them without keeping them in memory."""
@@ -89,8 +89,8 @@ def rest(
                 if together:
                     _, read, stamp = read_with_stamp(own, model, name, method)
                     content = read[name]
-                record = Resting(os.path.abspath(own), method, dtype, check_base, stamp)
-                _come(model, name, record, content)
+                record = OnDisk(os.path.abspath(own), method, dtype, check_base, stamp)
+                _attach(model, name, record, content)
                 done.append(name)
                 engine.require_state(model).resting[name] = record
                 engine.take_off(model, name)
@@ -100,7 +100,7 @@ def rest(
             raise
 
 
-@engine.exclusive("limit adapters that rest on disk", base=True)
+@engine.exclusive("limit the memory of adapters on disk", base=True)
 def set_resident_limit(model: Model, limit: int | None) -> Model:
     """Limit the memory of adapters that were loaded with `resident=False` to `limit` bytes.
 
@@ -130,8 +130,8 @@ def set_resident_limit(model: Model, limit: int | None) -> Model:
 
 
 @limited()
-@engine.exclusive("bring adapters into memory", base=True)
-def bring(model: nn.Module, names: Sequence[str], keep: Sequence[str]) -> None:
+@engine.exclusive("read adapters from disk", base=True)
+def read_named(model: nn.Module, names: Sequence[str], keep: Sequence[str]) -> None:
     """Read those of `names` that are on disk; adapters outside `keep` may be dropped to make room.
 
     All files are checked before anything is changed.
@@ -146,20 +146,20 @@ def bring(model: nn.Module, names: Sequence[str], keep: Sequence[str]) -> None:
     if not missing:
         return
     _refuse_sharded(model)
-    engine.refuse_merged(state, f"bring '{missing[0]}' into memory")
+    engine.refuse_merged(state, f"read '{missing[0]}' from disk")
     engine.refuse_changed(model)
     _check_room(state, wanted, keep, state.limit)
     with left_as_it_is(model):
         contents = {name: _read_again(model, name, state.resting[name]) for name in missing}
         _make_room(model, state, sum(state.resting[name].size for name in missing), (*wanted, *keep))
         for name in missing:
-            _come(model, name, state.resting[name], contents[name])
+            _attach(model, name, state.resting[name], contents[name])
 
 
-adapters_wanted.subscribe(bring)
+adapters_wanted.subscribe(read_named)
 
 
-def _come(model: nn.Module, name: str, record: Resting, content: Content) -> None:
+def _attach(model: nn.Module, name: str, record: OnDisk, content: Stored) -> None:
     """Attach the adapter to `model`, inactive and frozen, and record its values."""
     folder = Path(record.folder)
     fit = fitting(model, folder, content, record.check_base)
@@ -185,7 +185,7 @@ def _come(model: nn.Module, name: str, record: Resting, content: Content) -> Non
         raise
 
 
-def _read_again(model: nn.Module, name: str, record: Resting) -> Content:
+def _read_again(model: nn.Module, name: str, record: OnDisk) -> Stored:
     again = f"Restore it, or remove the adapter: peftcore.remove(model, '{name}')"
     try:
         _, contents, stamp = read_with_stamp(Path(record.folder), model, name, record.method)
@@ -240,7 +240,7 @@ def _make_room(model: nn.Module, state: engine.State, coming: int, keep: Sequenc
         )
 
 
-def _was_changed(model: nn.Module, name: str, record: Resting) -> bool:
+def _was_changed(model: nn.Module, name: str, record: OnDisk) -> bool:
     if engine.applied(model, name).trainable or any(tensor.requires_grad for tensor in _tensors(model, name)):
         return True
     return _digest(model, name) != record.digest

@@ -21,10 +21,11 @@ from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files import single_file
 from peftcore.files.atomic_writing import Content, write_adapters
 from peftcore.files.fingerprint import fingerprint
+from peftcore.files.metadata import BASE, METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, VERSION
 from peftcore.files.multiplier import in_metadata
 from peftcore.files.peft_defaults import peft_version
 from peftcore.files.peft_fields import refuse_not_its_own
-from peftcore.files.reading import METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, name_inside
+from peftcore.files.reading import name_inside
 from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, own_slots, tensors_on_disk
 from peftcore.files.written_config import fields_of_config
 from peftcore.observation import detect
@@ -207,11 +208,14 @@ def _whole_content(
         # Tensors that the adapter owns may differ in the base, such as a head that every load re-initialises.
         on_disk = names_of_base(model, adapter, base)
         base = {name: tensor for name, tensor in base.items() if on_disk[name] not in whole}
-    about = {"peftcore_version": peftcore.__version__, "peftcore_base": fingerprint(base, _important(model, base))}
-    about[METHOD] = method.name
     plugin = registry.plugin_of(method.name)
-    about[PLUGIN] = f"{plugin.distribution} {plugin.version}"
-    about[TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
+    about = {
+        VERSION: peftcore.__version__,
+        BASE: fingerprint(base, _important(model, base)),
+        METHOD: method.name,
+        PLUGIN: f"{plugin.distribution} {plugin.version}",
+        TIED: json.dumps(getattr(entry.config, "ensure_weight_tying", True)),
+    }
     about |= in_metadata(model, adapter)
     fields, own_fields = fields_of_config(model, method, adapter)
     refuse_not_its_own(method, fields, own_fields)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.files.atomic_writing import Content, write_file
 from peftcore.files.folder import Folder
+from peftcore.files.metadata import BASE, PARTS
 from peftcore.files.peft_fields import guarded
 from peftcore.files.safe_reading import CONFIG, TENSORS, parse_json
 from peftcore.method import FileFormat, Method
 from peftcore.registry import registry
 
-PARTS = "peftcore_parts"  # in a file's metadata: {part: metadata of its tensors}
-KEPT = ("peftcore_base",)  # the rest is for training, or wrong once another tool has changed the file
+_KEPT = (BASE,)  # the rest is for training, or wrong once another tool has changed the file
 ENDING = ".safetensors"
 
 
@@ -101,7 +101,7 @@ def read(
         )
     own = parse_json(metadata.get(PARTS, "{}").encode(errors="surrogatepass"), f"{where}: {PARTS}")
     about = own.get(there[0], {}) if isinstance(own, dict) else {}
-    return found, fields, {name: about[name] for name in KEPT if isinstance(about, dict) and name in about}
+    return found, fields, {name: about[name] for name in _KEPT if isinstance(about, dict) and name in about}
 
 
 def parts_of_file(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]] | None:
@@ -191,7 +191,7 @@ def write(format: str, path: Path, contents: Mapping[str | None, tuple[nn.Module
         tensors, metadata = form.write(
             {part: (model, dict(content.tensors), dict(content.fields)) for part, (model, content) in parts.items()}
         )
-    about = {part: {n: content.metadata[n] for n in KEPT} for part, (_, content) in parts.items()}
+    about = {part: {n: content.metadata[n] for n in _KEPT} for part, (_, content) in parts.items()}
     write_file(file, tensors, {**metadata, PARTS: json.dumps(about)})
 
 

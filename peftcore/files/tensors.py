@@ -52,9 +52,12 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
                     others = rules.export(placement)
                 add(others.items(), "export")
             if own or not others:
-                new = {name: t for name, t in own_tensors(placement.adapter).items() if id(t) not in written}
-                written.update(map(id, new.values()))
-                add([(rules.tensor_name(placement, name), tensor) for name, tensor in new.items()], "tensor_name")
+                named = []
+                for name, tensor in own_tensors(placement.adapter).items():
+                    if id(tensor) not in written:
+                        written.add(id(tensor))
+                        named.append((rules.tensor_name(placement, name), tensor))
+                add(named, "tensor_name")
     owned = TrainedParameters.of(model, adapter)
     if owned is not None:
         for name, parameter in owned.values(model):

@@ -1,4 +1,4 @@
-"""Adapters that rest on disk: they come when they are named, and go, the least recently used first, as they came."""
+"""Adapters kept on disk: they are read when they are named, and the least recently used are dropped unchanged."""
 
 import copy
 import shutil
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.adaptation.class_swap import original_class
 from peftcore.engine import adapter_parameters, require_state, set_trainable
-from peftcore.files.resident import Resting
+from peftcore.files.resident import OnDisk
 from peftcore.testing import disturb
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
@@ -41,7 +41,7 @@ def folders(saved: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     return {name: Path(shutil.copytree(path, tmp_path / name)) for name, path in saved.items()}
 
 
-def resting(folders: dict[str, Path], limit: int | None = None) -> nn.Module:
+def on_disk(folders: dict[str, Path], limit: int | None = None) -> nn.Module:
     model = base()
     for name, path in folders.items():
         peftcore.load(model, path, adapter=name, resident=False)
@@ -61,7 +61,7 @@ def with_each(folders: dict[str, Path]) -> dict[str, Tensor]:
 
 
 def test_nothing_stays_in_memory_until_it_is_named(saved: dict[str, Path]) -> None:
-    model, wanted = resting(saved), with_each(saved)
+    model, wanted = on_disk(saved), with_each(saved)
     assert here(model) == [] and not any(p.requires_grad for p in model.parameters())
     assert [original_class(module) for module in model] == [nn.Linear, nn.Linear]
     assert torch.equal(model(X), base()(X))
@@ -73,7 +73,7 @@ def test_nothing_stays_in_memory_until_it_is_named(saved: dict[str, Path]) -> No
 
 
 def test_the_least_recently_used_goes_first_and_one_that_acts_never(saved: dict[str, Path]) -> None:
-    model, wanted = resting(saved, 2 * SIZE), with_each(saved)
+    model, wanted = on_disk(saved, 2 * SIZE), with_each(saved)
     for name, left in (("a", "a"), ("b", "ab"), ("a", "ab"), ("c", "ac"), ("b", "bc"), ("d", "bd")):
         peftcore.activate(model, name)
         assert sorted(here(model)) == list(left)
@@ -91,7 +91,7 @@ def test_the_least_recently_used_goes_first_and_one_that_acts_never(saved: dict[
 
 
 def test_samples_of_a_batch_call_theirs(saved: dict[str, Path]) -> None:
-    model, wanted = resting(saved, 2 * SIZE), with_each(saved)
+    model, wanted = on_disk(saved, 2 * SIZE), with_each(saved)
     for names in (["a", None, "b"], ["c", "c", "b"], ["a", "d", None], ["d", "a", "d"]):
         peftcore.activate(model, names, per_sample=True)
         rows = [(base()(X) if name is None else wanted[name])[i] for i, name in enumerate(names)]
@@ -108,7 +108,7 @@ def test_samples_of_a_batch_call_theirs(saved: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("harm", ["gone", "other", "cut", "folder"])
 def test_a_file_that_is_not_what_it_was_is_named(folders: dict[str, Path], harm: str) -> None:
-    model = resting(folders, 2 * SIZE)
+    model = on_disk(folders, 2 * SIZE)
     peftcore.activate(model, ["a", "b"])
     before, file = model(X), folders["c"] / "adapter_model.safetensors"
     if harm == "gone":
@@ -129,7 +129,7 @@ def test_a_file_that_is_not_what_it_was_is_named(folders: dict[str, Path], harm:
 
 @pytest.mark.parametrize("how", ["in place", "data", "gradients", "trainable", "set_state_dict"])
 def test_one_that_was_changed_stays(folders: dict[str, Path], how: str) -> None:
-    model = resting(folders, SIZE)
+    model = on_disk(folders, SIZE)
     peftcore.activate(model, "a")
     parameter = next(p for _, p in adapter_parameters(model, "a"))
     if how == "in place":
@@ -154,8 +154,8 @@ def test_one_that_was_changed_stays(folders: dict[str, Path], how: str) -> None:
     assert torch.equal(model(X), changed)
 
 
-def test_a_factor_is_kept_where_an_adapter_goes_and_comes(saved: dict[str, Path]) -> None:
-    model = resting(saved, SIZE)
+def test_a_factor_is_kept_when_an_adapter_is_dropped_and_read_again(saved: dict[str, Path]) -> None:
+    model = on_disk(saved, SIZE)
     peftcore.scale(model, "a", 0.5)
     peftcore.activate(model, "a")
     half = model(X)
@@ -165,7 +165,7 @@ def test_a_factor_is_kept_where_an_adapter_goes_and_comes(saved: dict[str, Path]
 
 
 def test_what_else_names_an_adapter_calls_it(saved: dict[str, Path], tmp_path: Path) -> None:
-    model, wanted = resting(saved), with_each(saved)
+    model, wanted = on_disk(saved), with_each(saved)
     with pytest.raises(peftcore.PeftcoreError, match="4 adapters are on disk, such as 'a', and would be left out"):
         peftcore.save(model, tmp_path / "all")
     peftcore.save(model, tmp_path / "one", adapter="a")
@@ -207,7 +207,7 @@ def test_removing_the_last_gives_the_base_back(saved: dict[str, Path]) -> None:
 
 
 def test_names_and_what_cannot_rest(saved: dict[str, Path], tmp_path: Path) -> None:
-    model = resting(saved)
+    model = on_disk(saved)
     for call in (
         lambda: peftcore.load(model, saved["a"], adapter="a", resident=False),
         lambda: peftcore.load(model, saved["a"], adapter="a"),
@@ -234,14 +234,14 @@ def test_names_and_what_cannot_rest(saved: dict[str, Path], tmp_path: Path) -> N
 
 
 def test_a_copy_calls_its_own(saved: dict[str, Path]) -> None:
-    model, wanted = resting(saved, SIZE), with_each(saved)
+    model, wanted = on_disk(saved, SIZE), with_each(saved)
     peftcore.activate(model, "a")
     copied = copy.deepcopy(model)
     peftcore.activate(copied, "b")
     assert torch.equal(copied(X), wanted["b"]) and torch.equal(model(X), wanted["a"])
     assert here(model) == ["a"] and here(copied) == ["b"]
     record = require_state(copied).resting["b"]
-    assert isinstance(record, Resting) and record.size == SIZE
+    assert isinstance(record, OnDisk) and record.size == SIZE
 
 
 def test_prompts_may_rest_too(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ def info(
     from peftcore.engine.summary import megabytes
     from peftcore.errors import PluginError
     from peftcore.files.folder import read_tensors
-    from peftcore.files.reading import fields_of_folder, method_of_folder, own_fields
+    from peftcore.files.metadata import BASE, VERSION, own_fields
+    from peftcore.files.reading import fields_of_folder, method_of_folder
     from peftcore.files.safe_reading import TENSORS
     from peftcore.files.single_file import parts_of_file
 
@@ -48,15 +49,15 @@ def info(
     except PluginError as error:
         method = str(error)
     written_by = foreign.name if foreign else fields.get("peft_version") and f"PEFT {fields['peft_version']}"
-    if "peftcore_version" in metadata:
-        written_by = f"peftcore {metadata['peftcore_version']}"
+    if VERSION in metadata:
+        written_by = f"peftcore {metadata[VERSION]}"
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     rows = [
         ("peft_type", fields["peft_type"]),
         ("method", method),
         ("task", fields.get("task_type") or "-"),
         ("base", fields.get("base_model_name_or_path") or "-"),
-        ("base is checked on load", "yes" if "peftcore_base" in metadata else "no: the file has no fingerprint"),
+        ("base is checked on load", "yes" if BASE in metadata else "no: the file has no fingerprint"),
         ("written by", written_by or "-"),
         ("tensors", f"{len(tensors):,}, {', '.join(dtypes)}"),
         ("parameters", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
