@@ -309,7 +309,7 @@ def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
     Raises:
         PeftcoreError: the adapter's tokenizer has tokens without rows.
     """
-    from peftcore.files.vocabulary import vocabulary_rows
+    from peftcore.files.reading import vocabulary_rows
 
     before = vocabulary(model)
     if before is None:

@@ -16,6 +16,8 @@ from peftcore.files.metadata import METHOD, PLUGIN, TIED, TOGETHER, VERSION, own
 from peftcore.files.peft_defaults import peft_version
 from peftcore.files.peft_fields import config_of, config_of_fields, guarded, method_of_fields, with_own
 from peftcore.files.safe_reading import CONFIG, TENSORS
+from peftcore.files.tensors import name_in_base
+from peftcore.files.vocabulary import embedding_parameters
 from peftcore.method import ForeignFormat, Method
 from peftcore.registry import Plugin, registry
 from peftcore.targets.patterns import limited
@@ -160,6 +162,17 @@ def _about(opened: Folder) -> tuple[dict[str, Any], ForeignFormat | None]:
     method, form, fields = foreign
     with guarded(method, f"'{opened.path}'"):
         return {"peft_type": method.state.peft_type, **form.about(fields)}, form
+
+
+def vocabulary_rows(model: nn.Module, folder: Path) -> int | None:
+    """Return the number of rows of the embedding or output head in the adapter's file; None if it has neither."""
+    own = set(embedding_parameters(model))
+
+    def rows(opened: Folder) -> int | None:
+        tensors = opened.tensors()[0] if opened.holds(TENSORS) else {}
+        return max((len(tensor) for name, tensor in tensors.items() if name_in_base(name) in own), default=None)
+
+    return read_folder(folder, rows)
 
 
 def method_of_folder(folder: Path, method: str | None = None, say: str = "peftcore.load(..., method='{}')") -> Method:

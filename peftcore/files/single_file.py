@@ -33,13 +33,11 @@ def formats() -> dict[str, tuple[FileFormat, Method]]:
 
     If several methods have a format, the method is the one without a flag.
     """
-    methods = registry.methods().values()
     found: dict[str, tuple[FileFormat, Method]] = {}
-    for method in [m for m in methods if m.state.peft.flag is None] + [
-        m for m in methods if m.state.peft.flag is not None
-    ]:
-        for name, form in method.state.files.items() if method.recorded_as is None else ():
-            found.setdefault(name, (form, method))
+    for method in sorted(registry.methods().values(), key=lambda method: method.state.peft.flag is not None):
+        if method.state.formats and method.recorded_as is None:
+            for name, form in method.state.files.items():
+                found.setdefault(name, (form, method))
     return found
 
 

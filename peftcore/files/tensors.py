@@ -187,6 +187,11 @@ def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
     return rules.tensor_name(Train((name,), saved or name not in entry.trained), on_disk)
 
 
+def name_in_base(on_disk: str) -> str:
+    """Return the base's name of a tensor that has a name on disk as in PEFT's files."""
+    return on_disk.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
 def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a file also has what is tied to the modules `saved`, with equal values."""
     names = targets.trained_modules(model, saved).names
@@ -293,7 +298,7 @@ def _values_of_base(model: nn.Module) -> Callable[[], Mapping[str, Tensor]]:
 
 def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor: Tensor) -> bool:
     """Return whether a tensor of a file repeats one of the base, as PEFT's files do with the embedding's weight."""
-    own = base().get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+    own = base().get(name_in_base(name))
     return (
         own is not None and own.shape == tensor.shape and torch.equal(ranks.whole(own).cpu().to(tensor.dtype), tensor)
     )

@@ -11,8 +11,6 @@ from typing import Any
 from torch import nn
 
 from peftcore.adaptation.adapted import base_parameters
-from peftcore.files.folder import Folder, read_folder
-from peftcore.files.safe_reading import TENSORS
 from peftcore.observation import detect
 from peftcore.observation.language_config import text_config
 
@@ -35,18 +33,6 @@ def embedding_parameters(model: nn.Module) -> list[str]:
     architecture = detect(model)
     paths = {path for path in (architecture.embedding, architecture.output_head) if path}
     return [name for name, _ in base_parameters(model) if name.rpartition(".")[0] in paths]
-
-
-def vocabulary_rows(model: nn.Module, folder: Path) -> int | None:
-    """Return the number of rows of the embedding or output head in the adapter's file; None if it has neither."""
-    own = set(embedding_parameters(model))
-
-    def rows(opened: Folder) -> int | None:
-        tensors = opened.tensors()[0] if opened.holds(TENSORS) else {}
-        plain = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): t for name, t in tensors.items()}
-        return max((len(tensor) for name, tensor in plain.items() if name in own), default=None)
-
-    return read_folder(folder, rows)
 
 
 def _vocabulary(config: Any) -> int | None:

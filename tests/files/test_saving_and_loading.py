@@ -13,8 +13,10 @@ import torch
 
 import peftcore
 from peftcore.engine import adapter_parameters
+from peftcore.files import folder, single_file
 from peftcore.files.loading import restore
 from peftcore.files.tensors import tensors_on_disk
+from peftcore.plugin import PeftRules, StateRules
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -362,9 +364,46 @@ def test_folders_inside_are_not_read_whole(saved: Path) -> None:
         peftcore.load(tiny.llama(), saved.parent)
 
 
-def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(peftcore.CheckpointError, match="there is no folder"):
-        peftcore.load(tiny.llama(), tmp_path / "nowhere")
+def test_a_missing_folder_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def error(path: str | Path) -> str:
+        with pytest.raises(peftcore.CheckpointError) as found:
+            peftcore.load(tiny.llama(), path)
+        return str(found.value)
+
+    what = "Pass the folder that `save` wrote, or an id of Hugging Face's hub as a string, 'ORG/NAME'"
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter.txt").write_text("")
+    near = f"In '{tmp_path}' are others (nearest: 'adapter'). "
+    assert error(tmp_path / "adaptr") == f"there is no folder '{tmp_path}/adaptr'. {near}{what}"
+    assert error(tmp_path / "xyz") == f"there is no folder '{tmp_path}/xyz'. {what}"
+    assert f"'{tmp_path}/a/b' does not exist either. {what}" in error(tmp_path / "a" / "b" / "c")
+    monkeypatch.chdir(tmp_path)
+    assert error("xyz") == f"there is no folder 'xyz'. The path is relative to '{tmp_path}'. {what}"
+    assert what in error("half a path\0")
+
+
+def test_only_the_method_that_the_file_names_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a file read or parsed twice."""
+    reads: list[str] = []
+
+    def read(_model: object, tensors: object, fields: object) -> object:
+        reads.append("own")
+        return tensors, fields
+
+    def other(*_: object) -> object:
+        raise AssertionError("it was asked")
+
+    parsed: list[Path] = []
+    parse = folder.parse_tensors
+    monkeypatch.setattr(folder, "parse_tensors", lambda content, file: (parsed.append(file), parse(content, file))[1])
+    monkeypatch.setattr(single_file, "formats", other)
+    methods = [tiny.method("own", state=StateRules("SAME", read=read))]
+    methods.append(tiny.method("other", state=StateRules("SAME", read=other, peft=PeftRules(refused=other))))
+    with tiny.installed(*methods):
+        peftcore.save(peftcore.apply(tiny.llama(), "own", value=3.0), tmp_path / "a")
+        reads.clear()
+        peftcore.load(tiny.llama(), tmp_path / "a")
+    assert reads == ["own"] and parsed == [tmp_path / "a" / "adapter_model.safetensors"]
 
 
 def test_another_base_of_the_same_shape(saved: Path) -> None:
