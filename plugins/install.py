@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from functools import partial
 
 from setuptools import build_meta  # type: ignore[import-untyped]
@@ -21,7 +22,8 @@ from setuptools import build_meta  # type: ignore[import-untyped]
 def wheel(target: str, package: str) -> str:
     """Build the package's editable wheel in the folder `target`, and return its path."""
     os.chdir(package)
-    logging.disable()  # setuptools names each file that it writes
+    logging.disable()  # setuptools names each file that it writes, and warns that a package is editable
+    warnings.simplefilter("ignore")
     return os.path.join(target, build_meta.build_editable(target))
 
 
