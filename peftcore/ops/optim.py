@@ -85,10 +85,14 @@ def check_step(
             )
     for name, tensors in (("params", params), ("grads", grads)):
         for t in tensors:
+            if t.device != params[0].device:
+                raise ValueError(f"optim_step_: {name} must be on {params[0].device}, found {t.device}")
             if t.dtype not in DTYPES:
                 raise TypeError(f"optim_step_: {name} must be float32, float16 or bfloat16, found {t.dtype}")
     for i, t in enumerate(state):
         plane, count = planes[i // len(params)], params[i % len(params)].numel()
+        if t.device != params[0].device:
+            raise ValueError(f"optim_step_: state must be on {params[0].device}, found {t.device}")
         if t.dtype != plane.dtype:
             raise TypeError(f"optim_step_: state must be {plane.dtype}, found {t.dtype}")
         if t.numel() != plane.numel(count):

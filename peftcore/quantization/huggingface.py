@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
@@ -312,6 +313,8 @@ def load(
         if stored is not None:
             _warn_of_dense_experts(model, where, stored.get("llm_int8_skip_modules") or ())
         return model
+    except SafetensorError as error:
+        raise CheckpointError(f"the weights in '{where}' cannot be read: {error}. The checkpoint is damaged") from error
     except RuntimeError as error:
         if _failures:
             raise _failures[0] from error

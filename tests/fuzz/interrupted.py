@@ -131,6 +131,7 @@ def run_optimizers(interrupts: Interrupts, count: int) -> dict[str, int]:
                 q.grad = p.grad.clone()
             before = [p.detach().clone() for p in mine]
             stopped, _ = interrupts.run(name, optimizer.step)
+            torch.set_grad_enabled(True)  # which PyTorch's no_grad leaves off, if it is stopped as it begins
             if stopped and same([p.detach() for p in mine], before):
                 outcomes["not begun"] += 1
                 for p, q in zip(mine, others, strict=True):  # which may count it, if it was about to begin

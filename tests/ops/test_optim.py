@@ -120,6 +120,18 @@ def test_dtypes_shapes_and_rows(counts, rule, dtypes, stochastic, seed):
 
 
 @needs_extension
+@pytest.mark.parametrize(("dtype", "ulp"), [(torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)])
+def test_results_between_two_values_are_rounded_to_the_even_one(level, dtype, ulp):
+    """Random values meet no such tie."""
+    p = (1 + ulp * torch.arange(40)).to(dtype)
+    wanted = (p.double() + ulp / 2).to(dtype)
+    assert (wanted != p).sum() == 20
+    lion = rules.LionScalars(factor=1, decay=1, weight1=1, weight2=1, step=ulp / 2)
+    ops.optim_step_([p], [torch.ones(40)], [torch.zeros(40)], "lion", lion, [1], [0])
+    assert torch.equal(p, wanted)
+
+
+@needs_extension
 @pytest.mark.parametrize("rule", RULES)
 def test_all_levels_give_the_same_bits(rule):
     results = []
@@ -220,6 +232,17 @@ def test_a_table_that_kernels_would_read_otherwise_is_refused(change, message):
     ops.extension.define_optim_rule(**lion)  # as it is
     with pytest.raises(ValueError, match=message):
         ops.extension.define_optim_rule(**{**lion, **change})
+
+
+@pytest.mark.parametrize("moved", ["grads", "state"])
+def test_a_meta_tensor_among_others_is_refused(moved):
+    """PyTorch calls the operator's fake for it, and the step would change nothing."""
+    p = torch.ones(300)
+    call = {"params": [p], "grads": [torch.ones(300)], "state": [torch.zeros(300), torch.zeros(300)]}
+    call[moved][-1] = call[moved][-1].to("meta")
+    with pytest.raises(ValueError, match=f"optim_step_: {moved} must be on cpu, found meta"):
+        ops.optim_step_(*call.values(), "adamw", [1.0] * 8, [1], [0])
+    assert torch.equal(p, torch.ones(300))
 
 
 @pytest.mark.slow

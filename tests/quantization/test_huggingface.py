@@ -167,6 +167,15 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         peftcore.quantization.load(tmp_path)
 
 
+def test_a_checkpoint_with_an_empty_tensor_is_refused(tmp_path):
+    peftcore.quantize(llama()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.empty(0, 1, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(peftcore.CheckpointError, match=r"cannot be read: .*out of bounds.*The checkpoint is damaged"):
+        peftcore.quantization.load(tmp_path)
+
+
 def test_a_weight_of_another_shape_is_refused(tmp_path):
     """Of as many numbers: it would compute something else, or fail in forward."""
     peftcore.quantize(llama()).save_pretrained(tmp_path)

@@ -33,8 +33,13 @@ def identity(case: Case) -> None:
 @check(essential=True)
 def neutral(case: Case) -> str | None:
     """the tensors that adapters call neutral change nothing"""
-    model, found = case.model(), False
+    model, start, found = case.model(), case.model(seed=None), False
+    attached = {id(p) for _, adapter in adapter_modules(model, "default") for p in adapter.parameters()}
     with torch.no_grad():
+        own = zip(adapter_parameters(model, "default"), adapter_parameters(start, "default"), strict=True)
+        for (_, parameter), (_, original) in own:  # a classifier's head, for example, is trained as well
+            if id(parameter) not in attached:
+                parameter.copy_(original)
         for _, adapter in adapter_modules(model, "default"):
             if implements(adapter, Adapter.neutral):
                 tensors, found = dict(adapter.named_parameters()), True
