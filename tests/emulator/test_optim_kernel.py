@@ -51,7 +51,7 @@ def scalars(rule, step):
         return rules.LionScalars.of(1e-2, (0.9, 0.99), 0.1, -1.0)
     if rule == "momentum":
         return rules.MomentumScalars.of(step, 1e-2, 0.9, 0.1, 0.1, True)
-    return rules.RULES[rule].scalars.of(step, 1e-2, (0.9, 0.999), 1e-8, 0.1)
+    return rules.RULES[rule].scalars.of(step, 1e-2, (0.9, 0.999), 1e-8, 0.1)._replace(factor=0.3)
 
 
 def cuda_step(emulated, params, grads, state, rule, table_rows, steps, rows, streams, seed):

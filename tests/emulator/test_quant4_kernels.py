@@ -7,6 +7,7 @@ import torch
 from emulator.structs import DTYPES, WeightView
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized import at_thresholds
 
 from peftcore import ops
 from peftcore.ops.quant4 import Quantize4bit, QuantizeAbsmax
@@ -62,6 +63,13 @@ def test_quantize(emulated, count, dtype, blocksize, name, seed, offset):
     packed, absmax = cuda_quantize(emulated, x, CODES[name], blocksize, seed)
     wanted = Quantize4bit(x, CODES[name], blocksize).compute()
     assert torch.equal(packed, wanted[0]) and torch.equal(bits(absmax), bits(wanted[1]))
+
+
+def test_a_partial_block_is_divided_by_its_scale(emulated):
+    x = at_thresholds(ops.NF4)
+    packed, absmax = cuda_quantize(emulated, x, ops.NF4, 64, seed=1)
+    wanted = Quantize4bit(x, ops.NF4, 64).compute()
+    assert torch.equal(packed, wanted[0]) and torch.equal(absmax, wanted[1])
 
 
 def test_quantize_more_than_its_blocks_take_at_a_time(emulated):

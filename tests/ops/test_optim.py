@@ -38,7 +38,7 @@ def scalars(rule, step=3, lr=1e-2):
         return rules.LionScalars.of(lr, (0.9, 0.99), 0.1)
     if rule == "momentum":
         return rules.MomentumScalars.of(step, lr, 0.9, 0.1, 0.1, True)
-    return rules.RULES[rule].scalars.of(step, lr, (0.9, 0.999), 1e-8, 0.1)
+    return rules.RULES[rule].scalars.of(step, lr, (0.9, 0.999), 1e-8, 0.1)._replace(factor=0.3)
 
 
 def state_of(rule, counts):

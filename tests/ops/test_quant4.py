@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantized import at_thresholds
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftcore import ops
@@ -124,6 +125,17 @@ def test_quantize_equals_bitsandbytes(level, x, blocksize, name):
     wanted, state = bnb.quantize_4bit(x, blocksize=blocksize, quant_type=name)
     assert torch.equal(packed, wanted.reshape(-1, 1))
     assert torch.equal(absmax, state.absmax)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_partial_block_is_divided_by_its_scale(level):
+    """As bitsandbytes does. Whole blocks are multiplied by the reciprocal, and the code of some value differs."""
+    x = at_thresholds(ops.NF4)
+    with at_level(level) as (quantize, _, _):
+        packed, _ = quantize(x, ops.NF4, 64)
+        whole, _ = quantize(torch.cat([x, torch.zeros(64 - len(x))]), ops.NF4, 64)
+    assert torch.equal(packed, bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")[0].reshape(-1, 1))
+    assert not torch.equal(packed, whole[: len(packed)])
 
 
 @pytest.mark.parametrize("level", LEVELS)
