@@ -1,11 +1,11 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): y = W x + scale · B diag(E) A x, with ranks spent where they matter.
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): y = W x + scale · B diag(E) A x, with one budget of ranks.
 
 triplet i of a layer: row i of A, number i of E, column i of B       scale = lora_alpha / init_r
 importance            s(E_i) + mean s(A_i) + mean s(B_i),  s = sensitivity · uncertainty, both smoothed  (eq. 8-10)
 budget                init_r a layer until step tinit, then cubically down to target_r until total_step - tfinal
-loss                  and orth_reg_weight times the mean of |A Aᵀ - 1| and |Bᵀ B - 1|  (eq. 4)
+loss                  plus orth_reg_weight times the mean of |A Aᵀ - 1| and |Bᵀ B - 1|  (eq. 4)
 
-Of a convolution W is the matrix [out, in · k], with k numbers in a kernel.
+For a convolution W is the matrix [out, in · k], with k numbers in a kernel.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class AdaLoraConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `AdaLoraConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `AdaLoraConfig`; fields not listed are LoRA\'s.
 
     Args:
         target_r, init_r: triplets a layer, on average, at the end and at the start. A file may have target_r above
-            init_r, as PEFT's defaults make it: its triplets all stay. tinit, tfinal: steps before and
+            init_r, as with PEFT's defaults; all triplets are then kept. tinit, tfinal: steps before and
             after the schedule. deltaT: steps between two allocations. beta1, beta2: smoothing.
-        orth_reg_weight: of the term of the loss. total_step: of the whole training. None: what the trainer says.
-        rank_pattern: in files of PEFT's, which triplets are left, by the name of E.
+        orth_reg_weight: weight of the term of the loss. total_step: steps of the training. None: from the trainer.
+        rank_pattern: in PEFT's files, which triplets are left, by the name of E.
     """
 
     target_r: int = 8
@@ -78,39 +78,40 @@ class AdaLoraConfig(targets.LayersConfig):
 
 
 class AdaLora(LoraLinear):
-    """A `[r, in]`, E `[r, 1]`, B `[out, r]` of a linear layer; how much and how surely they matter; who is left."""
+    """A `[r, in]`, E `[r, 1]` and B `[out, r]` of a linear layer, with the statistics of their importance."""
 
     def __init__(self, config: AdaLoraConfig, r: int, width: int, out_width: int) -> None:
-        nn.Module.__init__(self)  # its factors begin otherwise than LoRA's
+        nn.Module.__init__(self)  # LoRA's own initialisation of the factors is skipped
         self.full_scale = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
         self.dropout, self.lora_bias = nn.Dropout(config.lora_dropout), None
         std, first_e = (0.02, torch.zeros) if config.init_lora_weights else (1.0, torch.randn)
         self.lora_A = nn.Parameter(std * torch.randn(r, width))
         self.lora_B = nn.Parameter(std * torch.randn(out_width, r))
         self.lora_E = nn.Parameter(first_e(r, 1))
-        self.register_buffer("seen", torch.zeros(2, r, width + out_width + 1))  # a triplet a row
+        self.register_buffer("seen", torch.zeros(2, r, width + out_width + 1))  # a row per triplet
         self.register_buffer("left", torch.ones(r, 1))
 
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.lora_A * self.lora_E, self.lora_B
 
     def observe(self, config: AdaLoraConfig) -> None:
-        """Smooth |p · dp| of each number, and how far it is from its mean."""
-        a, b, e = (p * (0 if p.grad is None else p.grad) for p in self.parameters())  # None: it was not called
+        """Update the smoothed |p · dp| of each number, and its smoothed distance from that mean."""
+        # no gradient: the layer was not called
+        a, b, e = (p * (0 if p.grad is None else p.grad) for p in self.parameters())
         now, (mean, off) = torch.cat([a, b.T, e], dim=1).abs(), self.get_buffer("seen")
         mean.mul_(config.beta1).add_(now, alpha=1 - config.beta1)
         off.mul_(config.beta2).add_((now - mean).abs(), alpha=1 - config.beta2)
 
     def importance(self) -> Tensor:
-        """Of each triplet, `[r]`. Of those beyond the budget E becomes zero."""
+        """Return the importance of each triplet, `[r]`. E is set to zero for those beyond the budget."""
         widths = [self.lora_A.shape[1], self.lora_B.shape[0], 1]
         return sum(seen.mean(1) for seen in self.get_buffer("seen").prod(0).split(widths, dim=1))
 
 
 class AdaLoraConv(AdaLora):
-    """The same of a convolution: A `[r, in · k]`."""
+    """AdaLoRA of a convolution: A `[r, in · k]`."""
 
-    per_sample = staticmethod(Adapter.per_sample)  # which is of linear layers
+    per_sample = staticmethod(Adapter.per_sample)  # LoRA's is for linear layers only
 
     def __init__(self, config: AdaLoraConfig, r: int, layer: nn.Conv2d) -> None:
         super().__init__(config, r, *targets.sizes(layer))
@@ -139,9 +140,9 @@ def of_layer(config: AdaLoraConfig, r: int, module: nn.Module) -> AdaLora:
 
 
 def refuse_growth(model: nn.Module, adapters: Mapping[str, Any], config: AdaLoraConfig, batches: Any) -> None:
-    """Raise a PeftcoreError for a new adapter whose schedule would have to add triplets; files may have one."""
-    found = f"target_r={config.target_r} is above init_r={config.init_r}, and triplets are only taken away"
-    raise PeftcoreError(f"{found}. Give init_r=... more, or target_r=... at most {config.init_r}")
+    """Raise a PeftcoreError for a new adapter whose schedule would add triplets; loaded adapters may have one."""
+    found = f"target_r={config.target_r} is above init_r={config.init_r}, and triplets are only removed"
+    raise PeftcoreError(f"{found}. Choose a larger init_r, or a target_r of at most {config.init_r}")
 
 
 def loss(adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor | None:
@@ -154,13 +155,13 @@ def loss(adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor | None:
 def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, total_steps: int) -> None:
     layers, total = list(adapters.values()), config.total_step or total_steps
     until, found = total - config.tfinal, f"total_step={total}, tinit={config.tinit}, tfinal={config.tfinal}"
-    validation.require(until > config.tinit, f"schedule has no step ({found}): give max_steps, or total_step=...")
+    validation.require(until > config.tinit, f"schedule has no step ({found}). Set max_steps or total_step=...")
     graded = any(p.grad is not None for layer in layers for p in layer.parameters())
     validation.require(
         graded or step >= until,
         "AdaLoRA reads gradients in after_step, and there are none. Call it between optimizer.step() and "
-        "optimizer.zero_grad(). DeepSpeed clears them within its step: train another method there, or shard the "
-        "model by peftcore.shard(model)",
+        "optimizer.zero_grad(). DeepSpeed clears them within its step: use another method with it, or shard the "
+        "model with peftcore.shard(model)",
     )
     for layer in layers if step < until else ():
         layer.observe(config)
@@ -177,7 +178,7 @@ def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, to
 
 
 def no_steps(fields: Mapping[str, Any]) -> int:
-    """Of a file for None, which PEFT refuses: a total_step whose schedule has no step, so that nobody trains by it."""
+    """Return a total_step without a step of the schedule, written for None, which PEFT refuses."""
     return int(fields.get("tinit", 0) + fields.get("tfinal", 0) + 1)
 
 
@@ -193,7 +194,7 @@ def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str,
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
         peft_type="ADALORA",
-        export=lambda at: {tensor_name(at, name): p for name, p in at.adapter.named_parameters()},  # no buffers
+        export=lambda at: {tensor_name(at, name): p for name, p in at.adapter.named_parameters()},  # without buffers
         read=read,
         write=write,
     )

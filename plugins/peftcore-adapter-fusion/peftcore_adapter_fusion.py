@@ -1,12 +1,12 @@
-"""AdapterFusion (Pfeiffer et al. 2021, arXiv 2005.00247): several bottlenecks of a sublayer act as one.
+"""AdapterFusion (Pfeiffer et al. 2021, arXiv 2005.00247): several bottlenecks of a sublayer, combined into one change.
 
-    attention     p = softmax over i of (Q x + q) · (K f_i(x) + k)       x what the bottlenecks read, of each token
+    attention     p = softmax over i of (Q x + q) · (K f_i(x) + k)       x: input of the bottlenecks, per token
                   x -> + V (sum over i of p_i f_i(x))
     average       x -> + (sum over i of w_i f_i(x))                      w given, sum 1
-    split         x -> + f_i(x)                                          i by the place in the text
+    split         x -> + f_i(x)                                          i given by the token's position
 
-f_i are adapters that stand on the model already, of the method `adapter`, at the same places. V is the identity at the
-start, Q and K random. Trained: 3 d² + 2 d numbers each (attention). The f_i are frozen.
+The f_i are existing adapters of the model (method `adapter`), attached to the same modules, and are frozen. V starts as
+the identity, Q and K at random. Trained: 3 d² + 2 d numbers per module (attention).
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class AdapterFusionConfig:
-    """Where AdapterHub's `DynamicAdapterFusionConfig` has a field, it is its name here.
+    """Config of a fusion; fields that AdapterHub's `DynamicAdapterFusionConfig` has, too, have the same name.
 
     Args:
         adapters: names of bottleneck adapters of the model.
         how: "attention", "average" or "split".
-        query, key, value: is there a Q, a K, a V? Without one the vectors are taken as they are.
-        regularization: the loss has 0.01 · |V - 1|², as in AdapterHub's library.
-        dropout_prob: of the scores in training.
-        weights: of an average, one for each adapter. None: all alike.
-        splits: of a split, how many tokens go to each adapter, one after the other; their sum is the text's length.
-        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        query, key, value: whether there is a Q, a K and a V. Without one, vectors are used unchanged.
+        regularization: add 0.01 · |V - 1|² to the loss, as AdapterHub's library does.
+        dropout_prob: dropout probability of the scores.
+        weights: for "average", a weight per adapter. None: equal weights.
+        splits: for "split", the number of tokens for each adapter, in order; their sum is the text's length.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
     """
 
     adapters: Sequence[str] = ()
@@ -73,7 +73,7 @@ class AdapterFusionConfig:
         validation.check_types(self)
         validation.probability(dropout_prob=self.dropout_prob)
         count, require = len(self.adapters), validation.require
-        require(count > 0, "name the adapters that are fused: adapters=[...]; first apply or load them")
+        require(count > 0, "adapters is empty. Apply or load the adapters to fuse, then name them: adapters=[...]")
         for name, values, how in (("weights", self.weights, "average"), ("splits", self.splits, "split")):
             require(values is None or self.how == how, f"{name} goes with how={how!r}, found how={self.how!r}")
             require(values is None or len(values) == count, f"{name} has one entry for each of {count} adapters")
@@ -84,14 +84,14 @@ class AdapterFusionConfig:
 
 
 class Projection(nn.Linear):
-    """Linear layer in the dtype of its input. It is called, since DeepSpeed's ZeRO-3 gathers weights at a call."""
+    """Linear layer in the dtype of its input. It is called as a module, so DeepSpeed's ZeRO-3 gathers its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Fusion(Adapter):
-    """x `[..., width]` -> the change `[..., width]` that takes the place of those of its adapters."""
+    """Fusion of the adapters of one module: x `[..., width]` -> the change `[..., width]` that replaces theirs."""
 
     def __init__(self, config: AdapterFusionConfig, width: int) -> None:
         super().__init__()
@@ -112,13 +112,13 @@ class Fusion(Adapter):
                     self.value.weight.fill_diagonal_(1.0)
 
     def change(self, x: Tensor, base: BranchedBase) -> Tensor:
-        """Of what is read, x; base: the link that has the branches."""
+        """Return the change for the input x; `base` is the link that has the branches."""
         adapters: list[Bottleneck] = [cast(Bottleneck, base.branch(name).adapter) for name in self.names]
         if self.config.how == "average":
             return torch.stack([w * f.change(x) for w, f in zip(self.weights, adapters, strict=True)]).sum(0)
         if self.config.how == "split":
             splits = list(self.config.splits or ())
-            found = f"splits={splits} are of {sum(splits)} tokens, and the text has {x.shape[1]}"
+            found = f"splits={splits} add up to {sum(splits)} tokens, and the text has {x.shape[1]}"
             validation.require(x.dim() == 3 and sum(splits) == x.shape[1], found)
             parts = zip(adapters, x.split(splits, dim=1), strict=True)
             return torch.cat([f.change(part) for f, part in parts], 1)
@@ -134,7 +134,7 @@ class Fusion(Adapter):
 
 
 class FusedSeries(Fusion):
-    """Around a module behind which the adapters stand."""
+    """Fusion after a module, for adapters of type `Series`."""
 
     def forward(self, base: BranchedBase, *args: Any, **kwargs: Any) -> Any:
         output = base(*args, **kwargs)
@@ -143,26 +143,26 @@ class FusedSeries(Fusion):
 
 
 class FusedBehindNorm(Fusion):
-    """Around a norm around which they stand."""
+    """Fusion around a norm, for adapters of type `BehindNorm`."""
 
-    stands_behind_norm = True
+    is_behind_norm = True
 
     def forward(self, base: BranchedBase, z: Tensor) -> Any:
         return behind_norm(self, base, z)
 
 
 def bottlenecks(model: nn.Module, name: str) -> dict[str, Bottleneck]:
-    """The bottlenecks of an adapter by the path of their module.
+    """Return the bottlenecks of an adapter by the path of their module.
 
     Raises:
-        PeftcoreError: there is no such adapter, or it is none of bottlenecks behind sublayers.
+        PeftcoreError: there is no such adapter, or it has other modules than bottlenecks after sublayers.
     """
     other = other_adapter(model, name)
     found: dict[str, Bottleneck] = {}
     for path, adapter in other.modules.items():
         if not isinstance(adapter, (Series, BehindNorm)):
             raise PeftcoreError(
-                f"'{name}' ({other.method}) has at '{path}' a {type(adapter).__name__}, and what is fused are "
+                f"'{name}' ({other.method}) has a {type(adapter).__name__} at '{path}', which cannot be fused. Fuse "
                 "bottlenecks behind sublayers (is_parallel=False, inv_adapter=None)"
             )
         found[path] = adapter
@@ -178,7 +178,7 @@ def place(model: nn.Module, config: AdapterFusionConfig, architecture: Architect
         )
         validation.require(
             not apart,
-            f"adapters that are fused stand at the same places in the same way: '{config.adapters[0]}' and '{name}' "
+            f"fused adapters must have the same bottlenecks at the same modules: '{config.adapters[0]}' and '{name}' "
             f"differ at {apart[:3]}",
         )
 
@@ -199,30 +199,32 @@ KEY = re.compile(r"(?P<place>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<te
 
 
 def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """The config and tensors of a fusion that AdapterHub's `adapters` saved."""
+    """Return the config and tensors of a fusion saved by AdapterHub's `adapters`."""
     theirs, names = fields["config"], [str(name) for name in fields.get("adapter_names") or fields["name"].split(",")]
     for name in ("query_before_ln", "residual_before", "temperature"):
         validation.require(
-            not theirs.get(name), f"it uses {name}={theirs.get(name)!r}, which a fusion here does not have"
+            not theirs.get(name), f"it uses {name}={theirs.get(name)!r}, which peftcore's fusion does not have"
         )
     drop = theirs.get("dropout_prob") or getattr(getattr(model, "config", None), "attention_probs_dropout_prob", 0.0)
     kept = {name: theirs[name] for name in ("query", "key", "value", "regularization") if name in theirs}
     config = AdapterFusionConfig(names, dropout_prob=drop, modules_to_save=(), **kept)
     known, found = detect(model).sublayers, {}
-    standing = bottlenecks(model, names[0])
+    existing = bottlenecks(model, names[0])
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise PeftcoreError(f"its tensor '{key}' belongs to no fusion")
+            raise PeftcoreError(f"its tensor '{key}' does not belong to a fusion")
         sublayer = sublayer_at(match["place"], known)
-        path = next((p for p in (sublayer.norm, sublayer.stream, sublayer.output) if p in standing), None)
-        validation.require(path is not None, f"'{names[0]}' has no bottleneck at its place '{match['place']}'")
+        path = next((p for p in (sublayer.norm, sublayer.stream, sublayer.output) if p in existing), None)
+        validation.require(
+            path is not None, f"'{names[0]}' has no bottleneck at '{match['place']}', where the file has a fusion"
+        )
         found[f"base_model.model.{path}.{match['tensor']}"] = tensor
     return config, found
 
 
 def matches(fields: dict[str, Any]) -> bool:
-    """Is it an adapter_fusion_config.json?"""
+    """Return whether the fields are those of an adapter_fusion_config.json."""
     return isinstance(fields.get("config"), dict) and isinstance(fields.get("name"), str)
 
 

@@ -1,11 +1,11 @@
-"""Adaption prompts (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199, section 3.2): vectors that attention reads.
+"""Adaption prompts (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199, section 3.2): trained vectors in attention.
 
-    q     the queries of the layer's attention, rotated as its own are       P [n, hidden], trained, one for each layer
-    S   = softmax(q (W_k P)ᵀ / sqrt(d))         without positions: P is before all of them
-    y   = attention(x) + W_o (g · S W_v P)      g trained, zero at the start: nothing is changed then
+    q     the queries of the layer's attention, rotated as in the layer      P [n, hidden], trained, one per layer
+    S   = softmax(q (W_k P)ᵀ / sqrt(d))         without positions: P comes before all tokens
+    y   = attention(x) + W_o (g · S W_v P)      g trained, zero at the start, so the start is the base
 
-The prompts have a softmax of their own, and stand in the upper layers. W_q, W_k, W_v, W_o are the layer's. For GPT-2
-PEFT adds g · S W_v P itself, without W_o; so here. The multimodal variant of the paper is not in PEFT, nor here.
+The prompts have a separate softmax and are in the upper layers. W_q, W_k, W_v and W_o are the layer's. For GPT-2,
+g · S W_v P is added without W_o, as in PEFT. The multimodal variant of the paper is not supported, as in PEFT.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _IN_PEFT = ("llama", "mistral", "gpt2")
 
 @dataclass(frozen=True)
 class AdaptionPromptConfig:
-    """The fields bear the names of Hugging Face PEFT's `AdaptionPromptConfig`, which has no defaults.
+    """Config with the field names of Hugging Face PEFT\'s `AdaptionPromptConfig`, which has no defaults.
 
     Args:
-        target_modules: how the attention modules are called. None: as the model's family calls them.
+        target_modules: name of the attention modules. None: the name in the model's family.
         adapter_len: n.
-        adapter_layers: how many of the uppermost layers have prompts; None: all. The paper leaves out the lowest two.
-        modules_to_save: modules trained whole. None: a classifier's head.
+        adapter_layers: number of uppermost layers with prompts; None: all. The paper leaves out the lowest two.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
     """
 
     target_modules: str | None = None
@@ -63,14 +63,14 @@ class AdaptionPromptConfig:
             validation.positive_whole(adapter_layers=self.adapter_layers)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> AdaptionPromptConfig:
-        """The attention's name and the number of layers made explicit."""
+        """Return the config with the attention's name and the number of layers made explicit."""
         found = attentions(model, self.target_modules)
         name = next(iter(found), "").rpartition(".")[2]
         return replace(self, target_modules=name, adapter_layers=self.adapter_layers or len(found))
 
 
 def kind(module: Any) -> set[str] | None:
-    """Which of the two forms of attention it is, for which the formula is known."""
+    """Return the form of an attention module, `_ROTARY` or `_FUSED`, or None if the formula does not cover it."""
     inside = dict(targets.base_modules(module))
     layers = {
         name for name, child in inside.items() if name and "." not in name and any(True for _ in child.parameters())
@@ -83,13 +83,13 @@ def kind(module: Any) -> set[str] | None:
         return None
     if layers == _ROTARY and rotation(module) is not None and module.o_proj.bias is None:
         return _ROTARY
-    # GPTBigCode has layers of these names, too, and another order within; in 4 bits both are of one class.
+    # GPTBigCode's layers have the same names and another order inside; with a quantized base the classes are equal.
     conv1d = any(hasattr(sys.modules[cls.__module__], "Conv1D") for cls in type(module).__mro__)
     return _FUSED if layers == _FUSED and conv1d else None
 
 
 def rotation(module: Any) -> Callable[..., Any] | None:
-    """The family's own `apply_rotary_pos_emb(q, k, cos, sin)`."""
+    """Return the family's `apply_rotary_pos_emb(q, k, cos, sin)`, or None."""
     cls: Any
     for cls in type(module).__mro__:
         found = getattr(sys.modules[cls.__module__], "apply_rotary_pos_emb", None)
@@ -100,21 +100,21 @@ def rotation(module: Any) -> Callable[..., Any] | None:
 
 
 def attentions(model: nn.Module, name: str | None) -> dict[str, Any]:
-    """The attention modules by path, in the order of the layers."""
+    """Return the attention modules by path, in the order of the layers."""
     modules = dict(targets.base_modules(model))
     found = {p: m for p, m in modules.items() if (kind(m) if name is None else p.endswith(f".{name}"))}
     odd = [path for path, module in found.items() if kind(module) is None]
-    there = f"'{odd[0]}' ({type(modules[odd[0]]).__name__}) is none" if odd else f"{type(model).__name__} has none"
+    there = f"'{odd[0]}' ({type(modules[odd[0]]).__name__}) differs" if odd else f"{type(model).__name__} has none"
     validation.require(
         bool(found) and not odd,
         "adaption prompts are for attention as in Llama, Mistral, Qwen2, Gemma and GPT-2: queries, keys and values of "
-        f"the layer's linear layers alone, scaled by 1 / sqrt(head_dim), {there}. A prefix or LoRA works",
+        f"the layer's linear layers alone, scaled by 1 / sqrt(head_dim); {there}. Use prefix-tuning or LoRA",
     )
     return found
 
 
 class AdaptionPrompt(Adapter):
-    """P `[1, n, hidden]` and g `[1]` of an attention module; hidden states `[batch, tokens, hidden]`, and back."""
+    """Prompt P `[1, n, hidden]` and gate g `[1]` of an attention module; hidden states `[batch, tokens, hidden]`."""
 
     def __init__(self, config: AdaptionPromptConfig, width: int, rotate: Callable[..., Any] | None) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class AdaptionPrompt(Adapter):
 def place(model: nn.Module, config: AdaptionPromptConfig, architecture: Architecture) -> list[Placement]:
     found = list(attentions(model, config.target_modules).items())
     count = config.adapter_layers or len(found)
-    there = f"adapter_layers={count}, and the model has {len(found)}. Take fewer, or None for all"
+    there = f"adapter_layers={count}, and the model has {len(found)}. Choose fewer, or None for all"
     validation.require(count <= len(found), there)
     placed: list[Placement] = []
     for path, module in found[-count:]:
@@ -161,7 +161,7 @@ def place(model: nn.Module, config: AdaptionPromptConfig, architecture: Architec
 
 
 def unreadable(model: Any, paths: Sequence[str]) -> Sequence[str]:
-    """PEFT knows three families."""
+    """Return the modules that PEFT cannot read: all, unless the model is of one of its three families."""
     return () if getattr(model.config, "model_type", None) in _IN_PEFT else paths
 
 

@@ -1,11 +1,11 @@
-"""Activated LoRA (Greenewald et al. 2025, arXiv 2504.12397): a LoRA that acts from an invocation on.
+"""Activated LoRA (Greenewald et al. 2025, arXiv 2504.12397): a LoRA that is active after an invocation.
 
-    y_t = W x_t + scale · B A x_t     at the tokens of a row's last invocation, and behind them
+    y_t = W x_t + scale · B A x_t     at the tokens of a row's last invocation, and after them
     y_t = W x_t                       before it, and in rows without one
 
-So what is before it lies in the cache as the base would have it. Where the invocation is found in a call's `input_ids`
-is kept beside the cache for the calls that go on with it: tokens that come one by one are taken for generated ones,
-which invoke nothing. `model(..., alora_offsets=n)` says it instead, int64 [batch]: how many of the last tokens.
+The cache before the invocation is therefore the base's. The position of an invocation in `input_ids` is stored with
+the cache, for later calls with it; tokens that come one by one are assumed to be generated, and invoke nothing.
+`model(..., alora_offsets=n)`, int64 [batch], gives the number of last tokens to adapt instead.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class AloraConfig(peftcore_lora.LoraConfig):
-    """LoRA's fields, of linear layers of decoders; on disk, as in Hugging Face PEFT, a LoRA with one more.
+    """Config with LoRA's fields, for linear layers of decoders; saved as a LoRA with one more field, as in PEFT.
 
     Args:
-        alora_invocation_tokens: the ids of what invokes it, as they stand in the text.
+        alora_invocation_tokens: token ids of the invocation, as they occur in the text.
     """
 
     alora_invocation_tokens: Sequence[int] = ()
@@ -60,12 +60,12 @@ class AloraConfig(peftcore_lora.LoraConfig):
         super().__post_init__()
         refuse_fields(self, "activated LoRA")
         tokens = list(self.alora_invocation_tokens)
-        wanted = f"alora_invocation_tokens are the ids that tokenizer.encode gives for the invocation, found {tokens}"
+        wanted = f"alora_invocation_tokens must be the token ids of the invocation (tokenizer.encode), found {tokens}"
         validation.require(bool(tokens) and all(type(t) is int and t >= 0 for t in tokens), wanted)
 
 
 class Text(NamedTuple):
-    """What a cache holds: where each row was invoked (-1: nowhere), its last tokens, how many there are."""
+    """Contents of a cache: start of each row's invocation (-1: none), its last tokens, and their number."""
 
     starts: Tensor
     tail: Tensor
@@ -73,7 +73,7 @@ class Text(NamedTuple):
 
 
 class Invocation(Adapter):
-    """Where the tokens stand in a call's input: found around the backbone, before any layer adds to the cache."""
+    """Search for invocations in a call's input, around the backbone, before any layer extends the cache."""
 
     needs_call = ("alora_offsets",)
 
@@ -86,7 +86,7 @@ class Invocation(Adapter):
         return base(*args, **kwargs)
 
     def acts(self) -> Tensor:
-        """`[batch, tokens]`: does the adapter act?"""
+        """Return `[batch, tokens]`, where the adapter is active."""
         call = current_call()
         key = "alora", self.tokens
         if key not in call.state:
@@ -99,36 +99,36 @@ class Invocation(Adapter):
         return torch.arange(count, device=last.device) >= count - last
 
     def found(self, call: Call) -> Tensor:
-        ids, say = call.get("input_ids"), "Give alora_offsets: how many of each row's last tokens, 0 for none"
+        ids, say = call.get("input_ids"), "Pass alora_offsets, the number of last tokens to adapt in each row"
         validation.require(ids is not None, f"activated LoRA reads input_ids, and the call has none. {say}")
         cache: Any = next((value for value in call.values() if "Cache" in type(value).__name__), None)
         past = 0 if cache is None else cached_tokens(cache)
         before = None if past == 0 else vars(cache).get("alora", {}).get(self.tokens)
-        if past is None:  # a recurrence's cache, which counts no tokens: any number serves, if nothing was noted
+        if past is None:  # a recurrent model's cache, which counts no tokens: any number works if nothing was stored
             past = 1 if before is None else before.length
         starts, tail = ids.new_full((len(ids),), -1), ids[:, :0]
         if before is not None and len(before.starts) == len(ids):
-            starts = torch.where(before.starts < past, before.starts, -1)  # the cache was cropped where not
+            starts = torch.where(before.starts < past, before.starts, -1)  # where not, the cache was cropped
         if ids.shape[1] > 1 or not past:
             tail = before.tail if before is not None and before.length == past else tail
             text, more = torch.cat([tail, ids], 1), len(self.tokens) - 1
             hits = F.pad(text, (0, more), value=-1).unfold(1, more + 1, 1) == ids.new_tensor(self.tokens)
             counted = torch.arange(1, text.shape[1] + 1, device=ids.device)
-            last = (hits.all(-1) * counted).amax(1) - 1 - tail.shape[1]  # less: there is none
+            last = (hits.all(-1) * counted).amax(1) - 1 - tail.shape[1]  # negative: there is none
             cut = tail.numel() and bool(((last < 0) & (last >= -tail.shape[1])).any())
-            validation.require(not cut, "the invocation lies across two calls. Give its tokens in one, or in one chunk")
+            validation.require(not cut, "the invocation is split over two calls. Pass its tokens in one call or chunk")
             starts = torch.where(last >= 0, last + past, starts)
             tail = text[:, max(0, text.shape[1] - more) :]
         if past and (before is None or len(before.starts) != len(ids)):
-            why = "the call goes on with a cache of earlier calls, whose text may have invoked the adapter"
-            validation.require(bool((starts >= 0).all()), f"{why}. {say}; or give the cache to the first call, too")
+            why = "the call continues a cache of earlier calls, whose text may have invoked the adapter"
+            validation.require(bool((starts >= 0).all()), f"{why}. {say}; or pass the cache to the first call, too")
         if cache is not None:
             vars(cache).setdefault("alora", {})[self.tokens] = Text(starts, tail, past + ids.shape[1])
         return (starts >= 0)[:, None] & (torch.arange(ids.shape[1], device=ids.device) + past >= starts[:, None])
 
 
 class Alora(Adapter):
-    """The LoRA of a linear layer; x `[batch, tokens, in]`, or `[batch · tokens, in]`."""
+    """LoRA of a linear layer; x `[batch, tokens, in]`, or `[batch · tokens, in]`."""
 
     needs_call = Invocation.needs_call
 
@@ -138,9 +138,9 @@ class Alora(Adapter):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         acts = self.invocation.acts().to(x.device)
-        acts = acts[:, -x.shape[1] :] if x.dim() == 3 else acts  # a head sees the last tokens alone
+        acts = acts[:, -x.shape[1] :] if x.dim() == 3 else acts  # a head reads only the last tokens
         fits = x.shape[:-1] == acts.shape or x.shape[:-1] == (acts.numel(),)
-        wanted = f"activated LoRA stands at layers of {[*acts.shape]} tokens, found {list(x.shape)}"
+        wanted = f"activated LoRA needs layers whose input has {[*acts.shape]} tokens, found {list(x.shape)}"
         validation.require(fits, f"{wanted}. Leave such a layer out: exclude_modules=[...]")
         y, (a, b) = base(x), self.lora.pair()
         s = F.linear(F.dropout(x.to(a.dtype), self.lora.dropout.p, self.lora.training), a) * acts.reshape(
@@ -151,7 +151,7 @@ class Alora(Adapter):
 
 def place(model: nn.Module, config: AloraConfig, architecture: Architecture) -> list[Placement]:
     decoder = architecture.task_type in (None, "CAUSAL_LM") and architecture.embedding is not None
-    message = f"activated LoRA is of decoders of text, in PEFT, too, and {type(model).__name__} is none. Choose LoRA"
+    message = f"activated LoRA is for text decoders, as in PEFT, and {type(model).__name__} is not one. Choose LoRA"
     validation.require(decoder, message)
     invocation = Invocation(config.alora_invocation_tokens)
 
@@ -176,7 +176,7 @@ def peftcore_methods() -> list[Method]:
         RULES,
         tensor_name=name_inside,
         read=read,
-        formats=[each for each in RULES.formats if not isinstance(each, FileFormat)],  # those are of images
+        formats=[each for each in RULES.formats if not isinstance(each, FileFormat)],  # the others are for images
         peft=dataclasses.replace(RULES.peft, flag=FLAG, scaled=None),
     )
     return [Method("alora", AloraConfig, place, rules, learning_rate=1e-3)]

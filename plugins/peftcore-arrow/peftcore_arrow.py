@@ -1,12 +1,12 @@
 """Arrow (Ostapenko et al. 2024, arXiv 2405.11157, section 4.2): each token is routed to low-rank experts.
 
-    v_e         top right singular vector of B_e A_e: the direction to which expert e reacts most
-    s_e = |v_e · x|                          for each of the experts, and each token x
+    v_e         top right singular vector of B_e A_e: the direction to which expert e responds most
+    s_e = |v_e · x|                          for each expert and token x
     w   = softmax(s / temperature)           over the top k; 0 for the others
     y   = W x + Σ w_e · (expert_e(x) - W x)
 
-The experts are adapters that stand on the model already, with factors B A of linear layers (LoRA and its kin), whatever
-else they do. v is a start: it trains where the adapter does, and stays as it is where that is frozen.
+The experts are existing adapters of the model with a product B A at linear layers, such as LoRA. v is the initial value
+of a parameter, which trains with the adapter unless the adapter is frozen.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from peftcore.plugin import (
 
 peftcore_api = ">=3.0,<4"
 
-_STEPS = 15  # of the power iteration, as in PEFT, so that v is PEFT's
+_STEPS = 15  # steps of the power iteration, as in PEFT, so that v is equal
 
 
 @dataclass(frozen=True)
 class ArrowConfig:
-    """The fields bear the names of Hugging Face PEFT's `ArrowConfig`, which has no list of experts but their files'.
+    """Config with the field names of Hugging Face PEFT\'s `ArrowConfig`, which lists experts by their files instead.
 
     Args:
-        experts: names of adapters of the model, of the same modules each.
-        top_k: of how many experts a token is given a share.
-        router_temperature: of the softmax over their scores.
-        rng_seed: of where the search for v starts. None: anywhere.
+        experts: names of adapters of the model, all at the same modules.
+        top_k: number of experts per token.
+        router_temperature: temperature of the softmax over the scores.
+        rng_seed: seed of the start of the power iteration. None: random.
     """
 
     experts: Sequence[str] = ()
@@ -64,13 +64,13 @@ class ArrowConfig:
         )
         validation.require(
             self.top_k <= len(self.experts),
-            f"each token goes to top_k={self.top_k} of the experts, and {len(self.experts)} are named: "
-            f"{list(self.experts)}. Name as many, experts=[...], or take a smaller top_k",
+            f"top_k={self.top_k} is more than the {len(self.experts)} experts that are named: {list(self.experts)}. "
+            "Name more in experts=[...], or choose a smaller top_k",
         )
 
 
 class ArrowRouter(Adapter):
-    """`prototypes [experts, in]`: the v of each expert."""
+    """Router of one layer: `prototypes [experts, in]`, the v of each expert."""
 
     def __init__(self, config: ArrowConfig, width: int) -> None:
         super().__init__()
@@ -78,36 +78,38 @@ class ArrowRouter(Adapter):
         self.prototypes = nn.Parameter(torch.zeros(len(self.experts), width))
 
     def shares(self, x: Tensor) -> Tensor:
-        """w `[..., experts]` of the tokens x `[..., in]`, in the dtype of the prototypes."""
+        """Return weights w `[..., experts]` of the tokens x `[..., in]`, in the dtype of the prototypes."""
         scores = F.linear(x.to(self.prototypes.dtype), self.prototypes).abs()
         top, index = scores.topk(self.top_k, dim=-1)
         scores = torch.full_like(scores, -torch.inf).scatter(-1, index, top)
         return (scores / self.temperature).softmax(-1)
 
     def forward(self, base: BranchedBase, x: Tensor) -> Tensor:
-        shares = self.shares(x).to(x.dtype).unbind(-1)  # their sum is 1, and so W x need not be taken out of each
+        shares = self.shares(x).to(x.dtype).unbind(-1)  # their sum is 1, so W x need not be subtracted from each
         mixed: Any = sum(w[..., None] * base.branch(name)(x) for w, name in zip(shares, self.experts, strict=True))
         return mixed if base.is_own else base(x) + (mixed - base.own(x))
 
 
 def factors_of(model: nn.Module, expert: str) -> dict[str, LowRank]:
-    """The factors of an expert at each linear layer, by path.
+    """Return the factors of an expert at each linear layer, by path.
 
     Raises:
-        PeftcoreError: there is no such adapter, or it is none of linear layers with factors.
+        PeftcoreError: there is no such adapter, or it is not a product B A at every module.
     """
     found: dict[str, LowRank] = {}
     other = other_adapter(model, expert)
     for path, adapter in other.modules.items():
         factors = adapter.low_rank() if implements(adapter, Adapter.low_rank) else []
         if len(factors) != 1 or factors[0].transposed or factors[0].a.dim() != 2:
-            raise PeftcoreError(f"'{expert}' ({other.method}) is at '{path}' no product B A of a linear layer")
+            raise PeftcoreError(
+                f"'{expert}' ({other.method}) is not a product B A of a linear layer at '{path}'. Choose other experts"
+            )
         found[path] = factors[0]
     return found
 
 
 def direction(factors: LowRank, seed: int | None) -> Tensor:
-    """The top right singular vector `[in]` of B A, fp32, by power iteration."""
+    """Return the top right singular vector `[in]` of B A, fp32, by power iteration."""
     a, b = factors.a.float(), factors.b.float()
     if a.is_meta:
         return a.new_empty(a.shape[1])
@@ -124,7 +126,7 @@ def place(model: nn.Module, config: ArrowConfig, architecture: Architecture) -> 
     for name, found in experts.items():
         if apart := sorted(found.keys() ^ layers.keys()):
             raise PeftcoreError(
-                f"experts are at the same modules: '{config.experts[0]}' or '{name}' alone is at {apart[:3]}"
+                f"experts must be at the same modules: only one of '{config.experts[0]}' and '{name}' is at {apart[:3]}"
             )
     routers = {path: ArrowRouter(config, factors.a.shape[1]) for path, factors in layers.items()}
     return [Around(path, router, branches=tuple(config.experts)) for path, router in routers.items()]

@@ -1,7 +1,7 @@
 """BEFT, bias-efficient fine-tuning (Huang et al. 2025, arXiv 2509.15974): y = W x + b + d, d zero at the start.
 
-As BitFit, but of chosen layers, and also of those without a bias of their own. The paper finds the values' projections
-to be worth most: `target_modules=["v_proj"]`. It merges into b, where a layer has one.
+Like BitFit, but for chosen layers, including layers without a bias. According to the paper the value projections
+matter most: `target_modules=["v_proj"]`. Merges into b, where a layer has one.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class BeftConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `BeftConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `BeftConfig`; fields not listed are LoRA\'s.
 
     Args:
-        init_weights: False: d is drawn, so that the adapter changes the model from the start.
+        init_weights: False: d is random, so the adapter changes the model from the start.
     """
 
     init_weights: bool = True
@@ -42,7 +42,7 @@ class BeftConfig(targets.LayersConfig):
 
 
 class Beft(Adapter):
-    """d `[1, out]` of a linear layer."""
+    """Trained bias d `[1, out]` of a linear layer."""
 
     def __init__(self, out_width: int, start: bool) -> None:
         super().__init__()

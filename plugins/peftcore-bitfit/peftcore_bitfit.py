@@ -1,4 +1,4 @@
-"""BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): of y = W x + b only b is trained.
+"""BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): only b of y = W x + b is trained.
 
             y [out]
             |
@@ -10,9 +10,9 @@
             |
             x [in]
 
-Every bias is, or those of the queries and of the feed-forward's inner layer, which section 4.3 finds to move
-most. A layer without a bias can be given one that starts at zero. Existing biases merge by value; an added one
-has no place in the base and does not.
+All biases are trained, or only those of the queries and of the feed-forward's inner layer, which change most
+(section 4.3). A layer without a bias can be given one that starts at zero. Trained biases of the base merge; added
+biases have no parameter in the base and do not.
 """
 
 from __future__ import annotations
@@ -47,16 +47,15 @@ QUERY_INTERMEDIATE = "query-intermediate"
 
 @dataclass(frozen=True)
 class BitFitConfig:
-    """Which biases are trained.
-
+    """Choice of the biases that are trained.
     Args:
         target_modules: "all" modules with a bias (norms too); "query-intermediate", the paper's subset: the
             projection to queries and the feed-forward's layer to its inner size (b_q and b_m2); or a list of
             suffixes or a regular expression, see `peftcore.targets.select`.
-        exclude_modules, layers_to_transform, layers_pattern: see there.
-        add_missing: give chosen linear layers without a bias one that starts at zero ("all": every linear layer
+        exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+        add_missing: add a bias, zero at the start, to chosen linear layers without one ("all": every linear layer
             but the output head and the task's heads).
-        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
     """
 
     target_modules: str | Sequence[str] = ALL
@@ -70,7 +69,7 @@ class BitFitConfig:
         validation.check_types(self)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> BitFitConfig:
-        """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
+        """Return the config with choices that depend on the model made explicit, so that it means the same anywhere."""
         if self.target_modules != QUERY_INTERMEDIATE:
             return self
         chosen = selected(model, self, architecture)
@@ -78,7 +77,7 @@ class BitFitConfig:
 
 
 class AddedBias(Adapter):
-    """y + b for a layer that has no b; y `[..., out]`, or `[..., groups, out / groups]` of a grouped layer."""
+    """Bias b added to the output of a layer without one: `[..., out]`, or `[..., groups, out / groups]`."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -90,7 +89,7 @@ class AddedBias(Adapter):
 
 
 def bias_names(module: nn.Module) -> list[str]:
-    """The module's own biases: `bias`, `in_proj_bias`, `bias_ih_l0`, ..., and those of experts `[experts, out]`."""
+    """Return the names of the module's biases: `bias`, `in_proj_bias`, `bias_ih_l0`, ..., and those of experts."""
     of_experts = expert_biases(module)
     return [
         name
@@ -100,7 +99,7 @@ def bias_names(module: nn.Module) -> list[str]:
 
 
 def selected(model: nn.Module, config: BitFitConfig, architecture: Architecture) -> dict[str, nn.Module]:
-    """The modules that the config means, by path: each has a bias or is to get one."""
+    """Return the modules that the config selects, by path; each has a bias or is to be given one."""
     pattern = wanted = config.target_modules
     if pattern == ALL:
         wanted = ".*"
@@ -121,8 +120,8 @@ def selected(model: nn.Module, config: BitFitConfig, architecture: Architecture)
         chosen = {path: module for path, module in chosen.items() if path not in dropped}
     if not chosen or (missing and not config.add_missing and pattern != ALL):
         raise PeftcoreError(
-            f"{type(model).__name__} lacks biases to train: target_modules={pattern!r} means {len(missing)} linear "
-            f"layers without one, such as '{next(iter(missing), None)}'. add_missing=True gives them one that starts "
+            f"{type(model).__name__} lacks biases to train: target_modules={pattern!r} selects {len(missing)} linear "
+            f"layers without one, such as '{next(iter(missing), None)}'. Use add_missing=True to add biases that start "
             "at zero"
         )
     targets.refuse_bypassed(model, [path for path in chosen if path in missing])
@@ -130,7 +129,7 @@ def selected(model: nn.Module, config: BitFitConfig, architecture: Architecture)
 
 
 def query_and_intermediate(model: nn.Module, architecture: Architecture) -> list[str]:
-    """The paths of the paper's subset."""
+    """Return the paths of the paper's subset."""
     attention = [sublayer for sublayer in architecture.sublayers if sublayer.kind == "attention"]
     queries = [sublayer.query for sublayer in attention if sublayer.query is not None]
     inner = [path for sublayer in architecture.sublayers for path in sublayer.inner]
@@ -138,7 +137,7 @@ def query_and_intermediate(model: nn.Module, architecture: Architecture) -> list
     if not queries or not inner or fused:
         why = "queries share a layer with keys and values" if fused else "the layers' parts are not known"
         raise PeftcoreError(
-            f"target_modules='{QUERY_INTERMEDIATE}' cannot be told apart in {type(model).__name__}: {why}. "
+            f"target_modules='{QUERY_INTERMEDIATE}' cannot be resolved for {type(model).__name__}: {why}. "
             "Name the modules, as in target_modules=['q_proj', 'fc1'] (GPT-2: ['c_attn', 'c_fc'])"
         )
     return [*queries, *inner]

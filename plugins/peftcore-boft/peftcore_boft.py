@@ -1,13 +1,13 @@
 """BOFT (Liu et al. 2023, arXiv 2311.06243): y = g ∘ W (R x) + bias, with R a product of sparse rotations.
 
-    R = Rm ... R2 R1: each turns blocks of b numbers, which are neighbours in R1, and in Rᵢ come from halves of blocks
-                      that lie 2ⁱ⁻¹ apart (a butterfly, as in the FFT), so that few numbers turn all inputs
+    R = Rm ... R2 R1: each rotates blocks of b numbers, neighbours in R1, and in Rᵢ taken from halves of blocks at
+                      distance 2ⁱ⁻¹ (a butterfly, as in the FFT), so few parameters rotate all inputs
 
     x -- R -- W -- · g --- + bias --- y
 
 A block is Cayley's (1 - Q) (1 + Q)⁻¹ with Q = (A - Aᵀ) / 2. Trained: A of each block, zero at the start, and a gain g
-for each output, one at the start. No matrix [in, in] is made. Of a convolution W is the matrix [out, in · k], with k
-numbers in a kernel.
+for each output, one at the start. The matrix [in, in] is never built. For a convolution W is the matrix [out, in · k],
+with k numbers in a kernel.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class BOFTConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `BOFTConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `BOFTConfig`; fields not listed choose layers.
 
     Args:
-        boft_block_size, boft_block_num: size and number of the blocks; one of them is 0, and follows from the other.
-            It must divide each layer's inputs.
-        boft_n_butterfly_factor: rotations in the product; 1: blocks of neighbours alone. (PEFT takes 1 for any other
-            number where its CUDA kernel is not built; its files are then read as of one.)
-        boft_dropout: share of the blocks of one rotation, drawn anew, that are not turned in a training step.
-        bias: which are trained too: "none", "all", or "boft_only" (those of adapted modules).
-        init_weights: False: random rotations and gains, so that the adapter changes the model from the start.
+        boft_block_size, boft_block_num: size or number of the blocks; exactly one is 0 and is computed from the other.
+            The given one must divide each layer's inputs.
+        boft_n_butterfly_factor: rotations in the product; 1: blocks of neighbours only. (PEFT uses 1 for any
+            number if its CUDA kernel is not built; such files are read as one rotation.)
+        boft_dropout: share of the blocks of one rotation, drawn at each training step, that are left unrotated.
+        bias: biases that are also trained: "none", "all", or "boft_only" (of adapted modules).
+        init_weights: False: random rotations and gains, so the adapter changes the model from the start.
     """
 
     boft_block_size: int = 4
@@ -67,7 +67,7 @@ class BOFTConfig(targets.LayersConfig):
         size, number = self.boft_block_size, self.boft_block_num
         one = min(size, number) == 0 < max(size, number)
         found = f"found boft_block_size={size}, boft_block_num={number}"
-        validation.require(one, f"one of boft_block_size and boft_block_num is 0, and the other above 0, {found}")
+        validation.require(one, f"one of boft_block_size and boft_block_num must be 0, and the other above 0, {found}")
         validation.positive_whole(boft_n_butterfly_factor=self.boft_n_butterfly_factor)
         validation.probability(boft_dropout=self.boft_dropout)
 
@@ -76,7 +76,7 @@ class BOFTConfig(targets.LayersConfig):
 
 
 class Butterflies(nn.Module):
-    """`orders` `[rotations, in]`: where in x each number of the blocks comes from; one for all layers of a size."""
+    """Permutations `orders` `[rotations, in]`: indices in x of the blocks' numbers, for all layers of one size."""
 
     orders: Tensor
 
@@ -100,12 +100,12 @@ class BOFT(Adapter):
             nn.init.normal_(self.boft_s, mean=1.0, std=0.1)
 
     def turns(self) -> Tensor:
-        """Each block's rotation less 1, fp32 `[rotations, blocks, b, b]`."""
+        """Return each block's rotation less 1, fp32 `[rotations, blocks, b, b]`."""
         r = self.boft_R.float()
         return cayley((r - r.transpose(-1, -2)) / 2)
 
     def kept(self) -> Tensor:
-        """`turns`, of which a share rests in training."""
+        """Return `turns`, with dropout in training."""
         turns = self.turns()
         if self.training and self.dropout:
             shape, device = turns.shape[:2], turns.device
@@ -126,8 +126,8 @@ class BOFT(Adapter):
         return y if bias is None else y + ((1 - gain) * bias).to(x.dtype)
 
     def turned(self, x: Tensor, order: Tensor, rotation: Tensor) -> Tensor:
-        """x `[..., in]`, a row, after one rotation of the product."""
-        if len(self.boft_R) == 1:  # they are neighbours
+        """Return x `[..., in]` after one rotation of the product."""
+        if len(self.boft_R) == 1:  # blocks of neighbours
             return x + turned(x, rotation)
         return x + torch.zeros_like(x).index_copy(-1, order, turned(x.index_select(-1, order), rotation))
 
@@ -136,7 +136,7 @@ class BOFT(Adapter):
         return self.changed(weight, self.turns()), bias
 
     def changed(self, weight: Tensor, turns: Tensor) -> Tensor:
-        """g ∘ W R, fp32."""
+        """Return g ∘ W R, fp32."""
         matrix = weight.flatten(1)
         for order, rotation in zip(self.butterflies.orders.to(weight.device), turns.transpose(-1, -2), strict=True):
             matrix = self.turned(matrix, order, rotation)
@@ -144,7 +144,7 @@ class BOFT(Adapter):
 
 
 class BOFTConv(BOFT):
-    """The same of a convolution, with `boft_s` `[1, out]`."""
+    """BOFT of a convolution, with `boft_s` `[1, out]`."""
 
     def __init__(self, config: BOFTConfig, butterflies: Butterflies, blocks: int, out_width: int) -> None:
         super().__init__(config, butterflies, blocks, out_width)
@@ -158,7 +158,7 @@ class BOFTConv(BOFT):
 
 
 def butterfly(i: int, blocks: int, block_size: int) -> Tensor:
-    """Of rotation i, from 0, where each number of its blocks comes from: two halves of blocks that lie 2ⁱ apart."""
+    """Return the permutation of rotation i, counted from 0: blocks are made of two halves at distance 2ⁱ."""
     order = torch.arange(2 * blocks).view(-1, 2, 2**i).transpose(1, 2).flatten()
     width = block_size // 2
     return (order[:, None] * width + torch.arange(width)).flatten() if i else torch.arange(blocks * block_size)
@@ -177,8 +177,8 @@ def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> l
         fits = m == 1 or (size % 2 == 0 and blocks % 2 ** (m - 1) == 0)
         validation.require(
             fits,
-            f"boft_n_butterfly_factor={m} wants blocks of an even size, and {2 ** (m - 1)} or a multiple of them; "
-            f"'{path}' has {blocks} of {size}",
+            f"boft_n_butterfly_factor={m} needs blocks of an even size, and a multiple of {2 ** (m - 1)} of them; "
+            f"'{path}' has {blocks} blocks of {size}. Choose another boft_block_size",
         )
         butterflies[width] = butterflies.get(width) or Butterflies(m, blocks, size)
         kind = BOFTConv if isinstance(module, nn.Conv2d) else BOFT
@@ -187,7 +187,7 @@ def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> l
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Read the number of rotations from the tensors: where PEFT's CUDA kernel is not built, it trains only one."""
+    """Read the number of rotations from the tensors, since PEFT without its CUDA kernel trains only one."""
     rotations = {tensor.shape[:1] for name, tensor in tensors.items() if name.endswith(".boft_R")}
     return tensors, {**fields, "boft_n_butterfly_factor": 1} if rotations == {(1,)} else fields
 

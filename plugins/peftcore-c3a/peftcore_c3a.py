@@ -1,9 +1,9 @@
-"""C3A (Chen et al. 2024, arXiv 2407.19342): beside W stand circular convolutions of blocks, computed by FFT.
+"""C3A (Chen et al. 2024, arXiv 2407.19342): y = W x + circular convolutions of blocks, by FFT.
 
     x in blocks x₁ .. xₙ of b numbers, y in blocks y₁ .. yₘ        kernels w [m, n, b]
-    yⱼ += 1/in · Σᵢ IDFT( DFT(xᵢ) · conj DFT(wⱼᵢ) )                of real numbers: half the spectrum is enough
+    yⱼ += 1/in · Σᵢ IDFT( DFT(xᵢ) · conj DFT(wⱼᵢ) )                real numbers: half the spectrum suffices
 
-So an update of any rank has out · in / b numbers, and no matrix of the weight's size is made. Trained: w.
+An update of any rank takes out · in / b parameters, and no matrix of the weight's size is built. Trained: w.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from peftcore.plugin import (
 peftcore_api = ">=3.0,<4"
 
 
-SMALLEST = 16  # blocks that `all-linear` chooses: smaller ones have nearly as many numbers as the weight
+SMALLEST = 16  # smallest block that `all-linear` chooses: smaller ones have nearly as many parameters as the weight
 
 
 @dataclass(frozen=True)
 class C3AConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `C3AConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `C3AConfig`; fields not listed choose layers.
 
     Args:
-        block_size: b, which divides inputs and outputs of each layer. Where it does not, `all-linear` takes the largest
-            common divisor from 16 on, and warns. block_size_pattern: others by name of a layer.
-        bias: which are trained too: "none", "all", or "c3a_only" (those of adapted modules).
-        init_weights: "xavier_uniform" (False means that, too), "kaiming_uniform" or "gaussian": random kernels, so that
+        block_size: b, a divisor of inputs and outputs of each layer. Where it is not, `all-linear` uses the largest
+            common divisor, at least 16, and warns. block_size_pattern: values for single layers, by name.
+        bias: biases that are also trained: "none", "all", or "c3a_only" (of adapted modules).
+        init_weights: "xavier_uniform" (also for False), "kaiming_uniform" or "gaussian": random kernels, so that
             the adapter changes the model from the start. True: they are zero.
     """
 
@@ -89,7 +89,7 @@ class C3AConfig(targets.LayersConfig):
 
 
 class Correlation(torch.autograd.Function):
-    """x `[..., n b]`, kernels `[m, n, b]` -> `[..., m b]`; for the backward pass it keeps these, and no spectrum."""
+    """x `[..., n b]`, kernels `[m, n, b]` -> `[..., m b]`; saves only these two for the backward pass."""
 
     @staticmethod
     def forward(x: Tensor, kernel: Tensor) -> Tensor:
@@ -114,12 +114,12 @@ class Correlation(torch.autograd.Function):
 
 
 def wide_enough(x: Tensor) -> torch.dtype:
-    """FFTs are of 32 bits and more."""
+    """Return the dtype for FFTs, which need 32 bits or more."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def spectrum(x: Tensor, kernel: Tensor) -> Tensor:
-    """Of each block of x, `[..., blocks, b / 2 + 1]`."""
+    """Return the spectrum of each block of x, `[..., blocks, b / 2 + 1]`."""
     return torch.fft.rfft(x.to(kernel.dtype).unflatten(-1, (-1, kernel.shape[-1])))
 
 
@@ -128,7 +128,7 @@ def blocks_of(spectra: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
 
 
 class C3A(Adapter):
-    """`c3a_kernel` `[out / b, in / b, b]` of a linear layer."""
+    """Kernels `c3a_kernel` `[out / b, in / b, b]` of a linear layer."""
 
     def __init__(self, config: C3AConfig, block_size: int, width: int, out_width: int) -> None:
         super().__init__()

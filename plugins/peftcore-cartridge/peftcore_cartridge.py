@@ -1,10 +1,10 @@
-"""Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266): the attention cache of a long text, made short and trained.
+"""Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266): a short, trained attention cache for a long text.
 
     layer l:   softmax( q · [K_l ; k(x)]ᵀ / √d ) · [V_l ; v(x)]        K_l, V_l [kv_heads, n, head_dim]
 
-As prefix tuning without a projection, but for the first tokens, which stay as they are, since attention rests on them,
-and the start: `apply(model, "cartridge", batches=loader)` takes what the model itself has in its cache for the first n
-tokens of the first text (section 3.2 of the paper). Without batches K and V are random, as in PEFT.
+Prefix tuning without a projection, except for two things. The first tokens stay frozen, since they are attention sinks.
+And `apply(model, "cartridge", batches=loader)` starts from the model's own cache of the first n tokens of the first
+text (section 3.2 of the paper). Without batches K and V start at random, as in PEFT.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class CartridgeConfig:
-    """The fields bear the names of Hugging Face PEFT's `CartridgeConfig`.
+    """Config with the field names of Hugging Face PEFT\'s `CartridgeConfig`.
 
     Args:
         num_virtual_tokens: n.
-        num_frozen_tokens: how many of the first stay as they are.
-        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        num_frozen_tokens: number of first tokens that stay frozen.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
         token_dim, num_attention_heads, num_layers, num_transformer_submodules: as in prefix tuning.
     """
 
@@ -57,21 +57,21 @@ class CartridgeConfig:
         self.prefix()
         fits = 0 <= self.num_frozen_tokens < self.num_virtual_tokens
         found = f"{self.num_frozen_tokens} of {self.num_virtual_tokens}"
-        validation.require(fits, f"num_frozen_tokens must leave a token that trains, found {found}")
+        validation.require(fits, f"num_frozen_tokens must leave a token to train, found {found}")
 
     def prefix(self) -> PrefixTuningConfig:
-        """The same for prefix tuning."""
+        """Return the corresponding config of prefix tuning."""
         fields = {name: value for name, value in vars(self).items() if name != "num_frozen_tokens"}
         return PrefixTuningConfig(**fields)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> CartridgeConfig:
-        """The sizes of the model's attention made explicit."""
+        """Return the config with the sizes of the model's attention made explicit."""
         found = self.prefix().resolved(model, architecture)
         return replace(self, **{name: getattr(found, name) for name in vars(self) if hasattr(found, name)})
 
 
 class Cartridge(Prefix):
-    """P `[n, 2 · layers · kv_heads · head_dim]`: its first rows frozen, the others trained."""
+    """Cache P `[n, 2 · layers · kv_heads · head_dim]`: first rows frozen, the others trained."""
 
     frozen_embedding: Tensor
 
@@ -91,7 +91,7 @@ def place(model: nn.Module, config: CartridgeConfig, architecture: Architecture)
 
 
 def initialize(model: Any, adapters: Mapping[str, Any], config: CartridgeConfig, batches: Iterable[Any] | None) -> None:
-    """K and V of the first n tokens of the first row, as the model caches them."""
+    """Set K and V to the model's cache of the first n tokens of the first row."""
     if batches is None:
         return
     n = config.num_virtual_tokens
@@ -99,9 +99,13 @@ def initialize(model: Any, adapters: Mapping[str, Any], config: CartridgeConfig,
     ids: Any = first.get("input_ids") if isinstance(first, Mapping) else first
     given = isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] >= n
     found = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-    validation.require(given, f"a cartridge of {n} tokens starts from input_ids of at least as many, found {found}")
+    validation.require(
+        given, f"a cartridge of {n} tokens starts from input_ids with at least {n} tokens, found {found}"
+    )
     submodules = f"num_transformer_submodules={config.num_transformer_submodules}"
-    validation.require(config.num_transformer_submodules == 1, f"only a decoder's cache is a start, found {submodules}")
+    validation.require(
+        config.num_transformer_submodules == 1, f"batches are for decoders, found {submodules}. Start without batches"
+    )
     device = next(model.parameters()).device
     cache: Any = getattr(model(input_ids=ids[:1, :n].to(device), use_cache=True), "past_key_values", None)
     none = f"{type(model).__name__} gives no cache to start from. Start without batches, or choose prefix-tuning"
@@ -109,9 +113,7 @@ def initialize(model: Any, adapters: Mapping[str, Any], config: CartridgeConfig,
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     shape = (1, config.num_attention_heads, n)
     same = all(tuple(t.shape[:3]) == shape for pair in pairs for t in pair) and len(pairs) == config.num_layers
-    validation.require(
-        same, f"the cache of {type(model).__name__} has not all tokens of all layers. Start without batches"
-    )
+    validation.require(same, f"the cache of {type(model).__name__} lacks tokens or layers. Start without batches")
     rows = torch.stack([torch.stack(pair) for pair in pairs])[:, :, 0]  # [layers, 2, kv_heads, n, head_dim]
     rows = rows.permute(3, 0, 1, 2, 4).flatten(1)
     for adapter in adapters.values():

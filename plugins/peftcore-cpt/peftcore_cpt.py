@@ -1,13 +1,13 @@
-"""CPT, context-aware prompt tuning (Blau et al. 2024, arXiv 2410.17222): examples as a prompt, moved a little.
+"""CPT, context-aware prompt tuning (Blau et al. 2024, arXiv 2410.17222): examples as a slightly trained prompt.
 
-    P_i = E(token i) + d_i,  |d_i| <= ε_i        E: the token embedding, of examples in the text's own format; d trains
-    ε_i = (format's or input's ε) · sqrt(hidden / 2048), after each step d_i is put back onto the ball (section 3.4)
+    P_i = E(token i) + d_i,  |d_i| <= ε_i        E: token embedding, of examples in the text's format; d is trained
+    ε_i = (format's or input's ε) · sqrt(hidden / 2048); after each step d_i is projected to the ball (section 3.4)
 
     type of a token, mod 4:  1 format of an input   2 input   3 format of an output   0 output (0 itself: none of these)
-    loss = mean over labels of type 4, 8, ...:  g^k · cross-entropy       k: how many examples of the row come after it
+    loss = mean over labels of type 4, 8, ...:  g^k · cross-entropy       k: number of examples after it in the row
 
-The outputs of the prompt's own examples are labels, too (section 3.3); theirs is the first part of the mean. They do
-not move, nor do tokens of type 0. The input's types follow the prompt's: 4 everywhere, or the call's `input_type_mask`.
+The outputs of the prompt's examples are labels, too (section 3.3), and come first in the mean. Their embeddings stay
+fixed, as do tokens of type 0. The input's types follow the prompt's: 4 everywhere, or the call's `input_type_mask`.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class CptConfig:
-    """The fields bear the names of Hugging Face PEFT's `CPTConfig`.
+    """Config with the field names of Hugging Face PEFT\'s `CPTConfig`.
 
     Args:
         cpt_token_ids: the prompt's tokens.
-        cpt_tokens_type_mask: their types, 1 where None: of the first example 1 to 4, of the second 5 to 8, and so on.
-        cpt_mask: as many numbers, which nothing reads, as in PEFT: each token of the prompt is attended to.
-        opt_weighted_loss_type: "decay": examples weigh less the further they are from the last, by g each.
+        cpt_tokens_type_mask: types of the tokens: 1 to 4 in the first example, 5 to 8 in the second, ... None: 1.
+        cpt_mask: a number per token, unused, as in PEFT: every token of the prompt is attended to.
+        opt_weighted_loss_type: "decay": weigh each example by g to the power of its distance from the last.
         opt_loss_decay_factor: g.
-        opt_projection_epsilon, opt_projection_format_epsilon: ε of inputs, and of formats, at 2048 numbers a token.
-        tokenizer_name_or_path: for the reader of the file.
-        modules_to_save: modules trained whole.
+        opt_projection_epsilon, opt_projection_format_epsilon: ε of inputs, and of formats, at hidden size 2048.
+        tokenizer_name_or_path: information for readers of the file.
+        modules_to_save: modules that are also trained, in full.
         num_virtual_tokens, token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT,
-            read off the tokens and the model.
+            read from the tokens and the model.
     """
 
     cpt_token_ids: Sequence[int] | None = None
@@ -83,15 +83,15 @@ class CptConfig:
             given[name] = None if mask is None else len(mask)
         found = f"found {len(tokens)} tokens and {given}"
         fits = set(given.values()) <= {None, len(tokens)} and len(tokens) > 0
-        validation.require(fits, f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must be of one length, {found}")
+        validation.require(fits, f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length, {found}")
         negative = min([*tokens, *(self.cpt_tokens_type_mask or ())]) < 0
-        validation.require(not negative, "cpt_token_ids and cpt_tokens_type_mask must not have negative numbers")
+        validation.require(not negative, "cpt_token_ids and cpt_tokens_type_mask must not contain negative numbers")
         for name in ("opt_projection_epsilon", "opt_projection_format_epsilon", "opt_loss_decay_factor"):
             value = getattr(self, name)
             validation.require(value >= 0, f"{name} must not be negative, found {value}")
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> CptConfig:
-        """Lists of one length, and the model's sizes."""
+        """Return the config with lists of one length and the model's sizes made explicit."""
         tokens = [0] if self.cpt_token_ids is None else list(self.cpt_token_ids)
         embedding: Any = None if architecture.embedding is None else model.get_submodule(architecture.embedding)
         found: dict[str, Any] = {"cpt_token_ids": tokens, "num_virtual_tokens": len(tokens)}
@@ -103,7 +103,7 @@ class CptConfig:
 
 
 class ContextPrompt(Adapter):
-    """`embedding [n, hidden]`, of the tokens, and d, `delta_embedding [n, hidden]`; it gives P."""
+    """Prompt P `[n, hidden]`: token embeddings `embedding` plus d, `delta_embedding`, both `[n, hidden]`."""
 
     needs_call = ("input_type_mask",)
     embedding: Tensor
@@ -118,25 +118,23 @@ class ContextPrompt(Adapter):
         self.radius = [epsilon * (self.hidden / 2048) ** 0.5 for epsilon in radius]
 
     def projected(self, d: Tensor) -> Tensor:
-        """d `[n, hidden]` on its balls."""
+        """Return d `[n, hidden]`, projected onto its balls."""
         radius = d.new_tensor(self.radius)[:, None]
         return d * (radius / d.norm(dim=1, keepdim=True).clamp(min=1e-10).max(radius))
 
     def forward(self) -> Tensor:
         d, moves = self.delta_embedding, self.delta_embedding.new_tensor(self.radius)[:, None] > 0
-        onto = (
-            self.projected(d.detach()) - d.detach()
-        )  # the gradient is that of d where it may move, as if it lay there
+        onto = self.projected(d.detach()) - d.detach()  # gradient of d as if it were on its ball
         return self.embedding + torch.where(moves, d, d.detach()) + onto
 
     @override
     def in_output(self) -> bool:
-        """Its outputs are labels where the input has some."""
+        """Return whether the prompt's outputs are labels: the input has labels."""
         return current_call().get("labels") is not None
 
 
 class ContextLoss(Adapter):
-    """Around the model: the loss of prompt and input, from the logits of both."""
+    """Loss around the model: the loss of prompt and input, from the logits of both."""
 
     needs_call = ContextPrompt.needs_call
 
@@ -149,17 +147,17 @@ class ContextLoss(Adapter):
         call = current_call()
         if call.get("labels") is None:
             return base(*args, **kwargs)
-        validation.require("labels" in kwargs, "CPT reads labels: give them by name, model(..., labels=labels)")
+        validation.require("labels" in kwargs, "CPT reads labels by name: call model(..., labels=labels)")
         labels, items = kwargs["labels"], kwargs.get("num_items_in_batch")
         output = base(*args, **{**kwargs, "labels": None, "return_dict": True})
         n, wanted = len(self.types), len(self.types) + labels.shape[1]
         found = None if output.get("logits") is None else output.logits.shape[1]
-        message = f"CPT's loss is over the logits of {n} tokens of its own and {labels.shape[1]} labels, found {found}"
-        validation.require(found == wanted, f"{message}. Leave out logits_to_keep, and losses that make no logits")
+        message = f"CPT's loss needs logits of the {n} prompt tokens and {labels.shape[1]} labels, found {found}"
+        validation.require(found == wanted, f"{message}. Leave out logits_to_keep, and losses that compute no logits")
         loss = self.loss(output.logits, labels, call.get("input_type_mask"))
-        if items is not None:  # of all batches of a step: this one's share of their mean
+        if items is not None:  # share of this batch in the mean over all batches of a step
             loss = loss * (labels[:, 1:] != -100).sum() / items
-        output.logits = output.logits[:, n:].contiguous()  # FSDP2 wants no view
+        output.logits = output.logits[:, n:].contiguous()  # FSDP2 does not accept a view
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(states[:, n:] for states in output.hidden_states)
         output["loss"] = loss
@@ -167,10 +165,10 @@ class ContextLoss(Adapter):
         return output if kwargs.get("return_dict") is not False else output.to_tuple()
 
     def loss(self, logits: Tensor, labels: Tensor, types: Any) -> Tensor:
-        """The mean of the docstring; logits `[batch, n + tokens, vocabulary]`, labels and types `[batch, tokens]`."""
+        """Return the loss; logits `[batch, n + tokens, vocabulary]`, labels and types `[batch, tokens]`."""
         labels, end = labels.to(logits.device), max(self.types)
         none = (
-            f"cpt_tokens_type_mask ends with type {end}, and an input's labels would be of type {end + 4}, no output's"
+            f"cpt_tokens_type_mask ends with type {end}, so labels would have type {end + 4}, which is not an output's"
         )
         fits = types is not None or end % 4 == 0
         validation.require(fits, f"{none}. Let the last type be a multiple of 4, or give input_type_mask in the call")
@@ -184,19 +182,19 @@ class ContextLoss(Adapter):
             logits[:, :-1].float().flatten(0, 1), labels.where(counts, -100).flatten(), reduction="none"
         )
         order, index = types.where(outputs, -1).sort(dim=1, descending=True)
-        later = F.pad((order.diff(dim=1) != 0).cumsum(dim=1), (1, 0))  # how many other types are larger
+        later = F.pad((order.diff(dim=1) != 0).cumsum(dim=1), (1, 0))  # number of other types that are larger
         weights = self.decay ** torch.zeros_like(later).scatter(1, index, later).to(each.dtype)
         return (each * weights.flatten()).sum() / counts.sum()
 
 
 def place(model: nn.Module, config: CptConfig, architecture: Architecture) -> list[Placement]:
     decoder = architecture.task_type == "CAUSAL_LM" and architecture.embedding is not None
-    message = f"CPT is of decoders of text that have a head, in PEFT, too, and {type(model).__name__} is none"
+    message = f"CPT is for text decoders with a head, as in PEFT, and {type(model).__name__} is not one"
     validation.require(decoder, f"{message}. Choose prompt-tuning")
     embedding: Any = model.get_submodule(architecture.embedding or "")
     rows, tokens = embedding.num_embeddings, config.cpt_token_ids or ()
-    largest = f"cpt_token_ids has {max(tokens)}, and the model {rows} tokens, from 0"
-    validation.require(max(tokens) < rows, f"{largest}. Take the ids that its own tokenizer gives")
+    largest = f"cpt_token_ids contains {max(tokens)}, and the model has {rows} tokens, from 0"
+    validation.require(max(tokens) < rows, f"{largest}. Use ids from the model's tokenizer")
     prompt = ContextPrompt(config)
     return [SoftPrompt(prompt, (prompt.tokens, prompt.hidden)), Around("", ContextLoss(config))]
 
@@ -221,7 +219,7 @@ def after_step(adapters: Mapping[str, Any], config: CptConfig, step: int, total_
 
 
 def export(placement: Any) -> dict[str, Tensor]:
-    """P, all that PEFT keeps; it goes on from there, with a ball of its own."""
+    """Return P, the only tensor that PEFT keeps; PEFT continues from it, with a new ball."""
     prompt: Any = placement.adapter
     return {"prompt_embeddings": prompt().detach()} if isinstance(prompt, ContextPrompt) else {}
 

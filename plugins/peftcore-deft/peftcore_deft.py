@@ -1,10 +1,10 @@
-"""DEFT (Kumar et al. 2025, arXiv 2509.22793): y = (W - Q pᵀ W + s · Q R) x + b: a subspace of the outputs anew.
+"""DEFT (Kumar et al. 2025, arXiv 2509.22793): y = (W - Q pᵀ W + s · Q R) x + b, a subspace replaced.
 
     W x ---+------------------(-)---(+)--- + b --- y
            '--- pᵀ ---- Q -----'     |            P [out, r], R [r, in], trained
      x --------- R ---- s · Q -------'            "relu": Q = P, p = relu(P);  "qr": Q = p, orthogonal, with P's span
 
-At the start s · R = pᵀ W, so that what is taken out is put back; with `para` nothing is.
+At the start s · R = pᵀ W, so the removed part is added back; with `para` there is no R.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class DeftConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `DeftConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `DeftConfig`; fields not listed are LoRA\'s.
 
     Args:
-        r: dimensions of the subspace, at most a layer's outputs.
-        alpha: s = alpha / r; None: 1.
-        para: without R.
-        deft_dropout: probability with which an input of R is dropped in training.
+        r: dimension of the subspace, at most a layer's outputs.
+        alpha: s = alpha / r; None: s = 1.
+        para: leave out R.
+        deft_dropout: dropout probability of the inputs of R.
         init_weights: False: R is normal, with standard deviation 0.02 · init_scale.
     """
 
@@ -63,7 +63,7 @@ class DeftConfig(targets.LayersConfig):
 
 
 class Deft(Adapter):
-    """P and R of a linear layer; x `[..., in]` -> y `[..., out]`."""
+    """Adapter of a linear layer, P and R; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: DeftConfig, width: int, out_width: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Deft(Adapter):
         return y + F.linear(u, q)
 
     def directions(self) -> tuple[Tensor, Tensor]:
-        """Q and p, `[out, r]`."""
+        """Return Q and p, `[out, r]`."""
         if self.orthogonal:
             q = torch.linalg.qr(self.deft_P.float())[0]
             return q, q
@@ -106,7 +106,7 @@ def place(model: nn.Module, config: DeftConfig, architecture: Architecture) -> l
 
 
 def initialize(model: nn.Module, adapters: Mapping[str, Any], config: DeftConfig, batches: Any) -> None:
-    """R puts back what is taken out; data, which `train` gives, says nothing of it."""
+    """Set R so that it adds back the removed part; the training batches are not used."""
     for path, adapter in adapters.items():
         weight = inside_at(model, path).weight().float()
         adapter.deft_R.copy_(adapter.directions()[1].float().T @ weight / adapter.scale)

@@ -1,9 +1,9 @@
-"""DeLoRA (Bini et al. 2025, arXiv 2503.18225, eq. 6): directions of a low-rank update, and its strength apart.
+"""DeLoRA (Bini et al. 2025, arXiv 2503.18225, eq. 6): direction and strength of a low-rank update.
 
-    W + λ / r · Σᵢ bᵢ aᵢᵀ / (‖bᵢ‖ ‖aᵢ‖) · diag(n)          n [in]: norms of W's columns, as they were at the start
+    W + λ / r · Σᵢ bᵢ aᵢᵀ / (‖bᵢ‖ ‖aᵢ‖) · diag(n)          n [in]: norms of W's columns at the start
 
-Each of the r products has length 1, so λ bounds how far the weight goes, however large the steps. Trained: A [r, in],
-B [out, r], zero at the start, and λ. It is computed as LoRA is, with the factors in A; n is kept in the file.
+Each of the r products has norm 1, so λ bounds the change of the weight for any step size. Trained: A [r, in],
+B [out, r], zero at the start, and λ. It is computed like LoRA, with the factors in A; n is saved in the file.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class DeloraConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `DeloraConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `DeloraConfig`; fields not listed choose layers.
 
     Args:
-        r: rank. delora_lambda: λ at the start. rank_pattern, lambda_pattern: others by name of a layer.
-        module_dropout: probability with which an input of A is dropped in training.
-        bias: which are trained too: "none", "all", or "delora_only" (those of adapted modules).
-        init_weights: False: B is random, too, so that the adapter changes the model from the start.
+        r: rank. delora_lambda: λ at the start. rank_pattern, lambda_pattern: values for single layers, by name.
+        module_dropout: dropout probability of the inputs of A.
+        bias: biases that are also trained: "none", "all", or "delora_only" (of adapted modules).
+        init_weights: False: B is random too, so the adapter changes the model from the start.
     """
 
     not_in_peft = frozenset({"fan_in_fan_out"})
@@ -86,7 +86,7 @@ def place(model: nn.Module, config: DeloraConfig, architecture: Architecture) ->
 
 
 def initialize(model: nn.Module, adapters: Any, config: DeloraConfig, batches: Any) -> None:
-    """n is of what stands inside; data, which `train` gives, says nothing of it."""
+    """Set n to the column norms of the weight that the adapter wraps; the training batches are not used."""
     for path, delora in adapters.items():
         delora.delora_w_norm.copy_(inside_at(model, path).weight().float().norm(dim=0))
 

@@ -1,10 +1,10 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353): y = g ∘ (W x + scale · B A x) + bias, with g = m / n.
 
     x ---+--- W ---------(+)--- · g --- + bias --- y       m [out], trained: at the start the norms of W's rows
-         '--- A --- B --- '                                n [out]: those of W + scale · B A
+         '--- A --- B --- '                                n [out]: norms of W + scale · B A
 
-LoRA, that of `peftcore-lora`, learns the rows' directions, m their lengths. n is taken for a constant in the gradient
-(section 4.3). Of an embedding, m and n are of the columns.
+`peftcore-lora`'s LoRA learns the rows' directions, and m their lengths. n is treated as a constant in the gradient
+(section 4.3). For an embedding, m and n belong to the columns.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ KNOWN = LoraLinear, LoraConv, LoraEmbedding, LoraLinearOnWeight, LoraConvOnWeigh
 
 @dataclass(frozen=True)
 class DoraConfig(peftcore_lora.LoraConfig):
-    """LoRA's fields, but lora_bias. On disk it is, as in Hugging Face PEFT, a LoRA with `use_dora: true`."""
+    """Config with LoRA's fields, except lora_bias; saved as a LoRA with `use_dora: true`, as in Hugging Face PEFT."""
 
     reaches_experts = False
     adapts_attention = False
@@ -64,14 +64,14 @@ class DoraConfig(peftcore_lora.LoraConfig):
 
 
 class Dora(Adapter):
-    """The LoRA of a layer, and the magnitudes of its outputs: `[out]`, of a convolution `[1, out, 1...]` as in PEFT."""
+    """LoRA of a layer and the magnitudes of its outputs: `[out]`, or `[1, out, 1...]` for a convolution, as in PEFT."""
 
     def __init__(self, lora: Any) -> None:
         super().__init__()
         self.lora = lora
         self.on_weight = isinstance(lora, LoraOnWeight)
         self.transposed = isinstance(lora, LoraEmbedding)  # outputs are the weight's last dimension
-        self.axes = [1] * (lora.lora_A.dim() - 2)  # of an output, behind its channels
+        self.axes = [1] * (lora.lora_A.dim() - 2)  # dimensions after the channels
         m = lora.lora_B.new_ones(lora.lora_B.shape[0])
         self.lora_magnitude_vector = nn.Parameter(m.view(1, -1, *self.axes) if self.axes else m)
 
@@ -86,11 +86,11 @@ class Dora(Adapter):
         return y if bias is None else y + bias.to(y.dtype)
 
     def norms(self, weight: Any) -> Tensor:
-        """n, fp32 `[out]`, for a W in the layout of the layer's weight, or packed."""
+        """Return n, fp32 `[out]`, for W in the layout of the layer's weight, or packed."""
         if isinstance(weight, Tensor):
             weight = weight.T if self.transposed else weight.flatten(1)
         a, b = self.lora.lora_A.flatten(1), self.lora.lora_B.flatten(1)
-        return ops.row_norms(weight, a, b, self.lora.scale).clamp(min=1e-30)  # a row of zeros stays one
+        return ops.row_norms(weight, a, b, self.lora.scale).clamp(min=1e-30)  # rows of zeros stay zero
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -100,7 +100,7 @@ class Dora(Adapter):
 
 @dataclass
 class WithoutBias:
-    """What stands inside, without its bias, which magnitudes do not scale."""
+    """Wrapped layer without its bias, which magnitudes do not scale."""
 
     module: nn.Module
     base: Base
@@ -120,15 +120,15 @@ def place(model: nn.Module, config: DoraConfig, architecture: Architecture) -> l
     grouped = next((p.path for p in placed if isinstance(p, Around) and isinstance(p.adapter, LoraGroupedConv)), None)
     validation.require(
         grouped is None,
-        f"'{grouped}' is a convolution in groups, where B A reaches across the groups and is no change of the weight, "
-        "so DoRA has no norms to divide by. PEFT divides by those of a matrix that the layer does not apply. Exclude "
-        f"it: exclude_modules=['{grouped}']; or choose LoRA",
+        f"'{grouped}' is a convolution in groups, where B A reaches across the groups and is not a change of the "
+        "weight, so DoRA has no norms to divide by. PEFT divides by the norms of a matrix that the layer does not "
+        f"apply. Exclude it: exclude_modules=['{grouped}']; or choose LoRA",
     )
     return wrapped(placed, lambda lora: Dora(lora) if type(lora) in KNOWN else None, "DoRA")
 
 
 def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any) -> None:
-    """m is the norms of what stands inside, with A and B; data, which `train` gives, says nothing of them."""
+    """Set m to the norms of the wrapped weight with A and B; the training batches are not used."""
     for path, dora in adapters.items():
         m: Any = dora.lora_magnitude_vector
         m.copy_(dora.norms(inside_at(model, path).weight()).view_as(m))
@@ -150,7 +150,8 @@ def peftcore_methods() -> list[Method]:
         tensor_name=name_inside,
         read=read,
         write=write,
-        formats=[each for each in RULES.formats if not isinstance(each, FileLayout)],  # in which experts are LoRA's
+        # this format is for LoRA of experts
+        formats=[each for each in RULES.formats if not isinstance(each, FileLayout)],
         peft=dataclasses.replace(RULES.peft, flag="use_dora", scaled=None),
     )
     return [Method("dora", DoraConfig, place, rules, initialize, learning_rate=1e-3)]

@@ -1,10 +1,10 @@
-"""FourierFT (Gao et al. 2024, arXiv 2405.03003): W + scaling · Re IDFT2(S), with S [out, in] zero but for n entries.
+"""FourierFT (Gao et al. 2024, arXiv 2405.03003): W + scaling · Re IDFT2(S), S [out, in] zero except n entries.
 
     x [in] -- DFT --> [in / 2 + 1] -- n entries, each times a number of S --> [out / 2 + 1] -- IDFT --> [out]
 
-The change of W is not made: Re IDFT2(S) x is a transform of x, S as a sparse matrix, and a transform back, of real
-numbers, of which half the spectrum is enough. Trained: the n entries, whose places are drawn from a seed, the same in
-all layers of one size.
+The change of W is never built: Re IDFT2(S) x is a transform of x, the sparse matrix S, and a transform back. They are
+real, so half the spectrum suffices. Trained: the n entries, at positions drawn from a seed, equal for layers of one
+size.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class FourierFTConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `FourierFTConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `FourierFTConfig`; fields not listed choose layers.
 
     Args:
-        n_frequency: entries of S a layer. n_frequency_pattern: others by name of a layer.
-        scaling: of the update; 150 for encoders, 300 for Llamas (appendix A of the paper).
-        random_loc_seed: of the places.
-        bias: which are trained too: "none", "all", or "fourier_only" (those of adapted modules).
-        init_weights: True: entries are zero at the start. False, as in the paper: random, so that the adapter changes
+        n_frequency: entries of S per layer. n_frequency_pattern: values for single layers, by name.
+        scaling: factor of the update; 150 for encoders, 300 for Llamas (appendix A of the paper).
+        random_loc_seed: seed of the positions.
+        bias: biases that are also trained: "none", "all", or "fourier_only" (of adapted modules).
+        init_weights: True: entries are zero at the start. False, as in the paper: random, so the adapter changes
             the model from the start.
     """
 
@@ -60,12 +60,12 @@ class FourierFTConfig(targets.LayersConfig):
 
 @lru_cache(maxsize=32)
 def places(size: int, count: int, seed: int) -> Tensor:
-    """int64 `[count]`, drawn without repetition from `size` as PEFT draws them."""
+    """Return positions, int64 `[count]`, drawn without repetition from `size` as PEFT draws them."""
     return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:count].clone()
 
 
 class Update(torch.autograd.Function):
-    """x `[..., in]` -> Re IDFT2(S) x `[..., out]`, for n entries of S; for the backward pass it keeps these alone."""
+    """x `[..., in]` -> Re IDFT2(S) x `[..., out]`, for n entries of S; saves only the inputs for the backward pass."""
 
     @staticmethod
     def forward(x: Tensor, entries: Tensor, rows: Tensor, columns: Tensor, out_width: int) -> Tensor:
@@ -85,28 +85,29 @@ class Update(torch.autograd.Function):
             taken = half_spectrum(x, entries).index_select(1, folded(columns, width))
             given = half_spectrum(dy, entries).index_select(1, folded(rows, out_width))
             real, imaginary = (taken * given).sum(-1) / (width * out_width)
-            once = (2 * columns > width) ^ (2 * rows > out_width)  # of the two is conjugated
+            once = (2 * columns > width) ^ (2 * rows > out_width)  # one of the two is conjugated
             dentries = torch.where(once, real + imaginary, real - imaginary)
         return dx, dentries, None, None, None
 
 
 def half_spectrum(x: Tensor, entries: Tensor) -> Tensor:
-    """DFT(x), real and imaginary part, `[2, in / 2 + 1, tokens]`: what an entry reads lies side by side."""
+    """Return DFT(x), real and imaginary part, `[2, in / 2 + 1, tokens]`, so that an entry reads contiguous memory."""
     return (
         torch.view_as_real(torch.fft.rfft(x.to(entries.dtype).reshape(-1, x.shape[-1]))).permute(2, 1, 0).contiguous()
     )
 
 
 def folded(at: Tensor, width: int) -> Tensor:
-    """Where in half a spectrum these frequencies, or their conjugates, stand."""
+    """Return the indices in half a spectrum of these frequencies, or of their conjugates."""
     return torch.minimum(at, width - at)
 
 
 def product(x: Tensor, entries: Tensor, rows: Tensor, columns: Tensor, out_width: int) -> Tensor:
-    """Re IDFT2(S) x, by half of each spectrum.
+    """Return Re IDFT2(S) x, computed with half of each spectrum.
 
-    IDFT(x) at v is the conjugate of DFT(x) at v, or DFT(x) itself at -v. What is added at u stands at -u again,
-    conjugated, and so counts half, but at 0 and in the middle.
+    IDFT(x) at v is the conjugate of DFT(x) at v, or DFT(x) itself at -v. A value added at u appears conjugated at -u,
+    too,
+    so it counts half, except at 0 and in the middle.
     """
     width = x.shape[-1]
     conjugated = (2 * columns <= width) ^ (2 * rows > out_width)
@@ -119,7 +120,7 @@ def product(x: Tensor, entries: Tensor, rows: Tensor, columns: Tensor, out_width
 
 
 class Places(nn.Module):
-    """Where entries stand, `rows` and `columns` `[n]`: one for all layers of a size."""
+    """Positions of the entries, `rows` and `columns` `[n]`, shared by all layers of one size."""
 
     rows: Tensor
     columns: Tensor
@@ -133,7 +134,7 @@ class Places(nn.Module):
 
 
 class FourierFT(Adapter):
-    """`fourierft_spectrum` `[n]` of a linear layer, and where its entries stand."""
+    """Entries `fourierft_spectrum` `[n]` of a linear layer, and their positions."""
 
     def __init__(self, config: FourierFTConfig, at: Places, out_width: int) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ def place(model: nn.Module, config: FourierFTConfig, architecture: Architecture)
     for path, (width, out_width) in layers.items():
         n = targets.pattern_value(config.n_frequency_pattern, path, config.n_frequency)
         there = f"the weight of '{path}' has {width * out_width}"
-        validation.require(n <= width * out_width, f"n_frequency={n} is above the entries there are: {there}")
+        validation.require(n <= width * out_width, f"n_frequency={n} is more than there are: {there} entries")
         size = (n, width, out_width)
         at[size] = at.get(size) or Places(*size, config.random_loc_seed)
         placed.append(Around(path, FourierFT(config, at[size], out_width)))

@@ -1,12 +1,12 @@
 """GLoRA (Chavan et al. 2023, arXiv 2306.07967, section 3.2): weight and bias, scaled and shifted.
 
-    y = (W + W ⊙ A + B) x + b + b ⊙ D + E + W C         ⊙ number by number
+    y = (W + W ⊙ A + B) x + b + b ⊙ D + E + W C         ⊙ elementwise
 
-    A, B [out, in]     lora: Xd Xu, of rank r    vector: one number for each output    constant: one    none
-    C    [in]          lora: Xd Xu               vector: its own numbers                                none
-    D, E [out]                                   vector: one number for each output    constant: one    none
+    A, B [out, in]     lora: Xd Xu, of rank r    vector: one number per output         constant: one    none
+    C    [in]          lora: Xd Xu               vector: one number per input                           none
+    D, E [out]                                   vector: one number per output         constant: one    none
 
-Trained: the X, so that all five are zero at the start. C, D and E are those of a bias: a layer without one has none.
+Trained: the X. All five are zero at the start. C, D and E change the bias, so a layer without a bias lacks them.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class GloraConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `GloraConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `GloraConfig`; fields not listed choose layers.
 
     Args:
-        r: rank of those that are "lora".
+        r: rank of the parts with form "lora".
         config_A_B, config_C, config_D_E: the form of A and B, of C, and of D and E.
-        bias: which are trained too: "none", "all", or "glora_only" (those of adapted modules).
+        bias: biases that are also trained: "none", "all", or "glora_only" (of adapted modules).
         init_weights: False: a random start.
     """
 
@@ -64,11 +64,13 @@ class GloraConfig(targets.LayersConfig):
         super().__post_init__()
         validation.positive_whole(r=self.r)
         forms = {self.config_A_B, self.config_C, self.config_D_E}
-        validation.require(forms != {"none"}, "config_A_B, config_C and config_D_E are all 'none': nothing would train")
+        validation.require(
+            forms != {"none"}, "config_A_B, config_C and config_D_E are all 'none': nothing would be trained"
+        )
 
 
 class Path(nn.Module):
-    """One of the five: `Xd` and `Xu`, or `X`. It gives what broadcasts to `shape`, [rows, columns] or [rows]."""
+    """One of the five parts, `Xd` and `Xu`, or `X`: a value that broadcasts to `shape`, [rows, columns] or [rows]."""
 
     def __init__(self, form: str, shape: tuple[int, ...], config: GloraConfig) -> None:
         super().__init__()
@@ -83,7 +85,7 @@ class Path(nn.Module):
             self.X = nn.Parameter(torch.zeros(1))
         if not start and form == "constant":
             nn.init.normal_(self.X, std=0.02)
-        elif not start and form != "none":  # uniform, as wide as the columns are few
+        elif not start and form != "none":  # uniform, with a bound from the number of columns
             drawn = self.Xd if form == "lora" else self.X
             nn.init.kaiming_uniform_(drawn if drawn.dim() > 1 else drawn[None], a=math.sqrt(5))
 
@@ -98,7 +100,7 @@ class Path(nn.Module):
 
 
 class Glora(Adapter):
-    """The five of a linear layer."""
+    """Parts A to E of a linear layer."""
 
     def __init__(self, config: GloraConfig, width: int, out_width: int, has_bias: bool) -> None:
         super().__init__()
@@ -110,8 +112,8 @@ class Glora(Adapter):
         self.glora_E = Path(form_of_d_e, (out_width,), config)
 
     def changes(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is added to weight and bias, fp32."""
-        # Of 16 and 32 bits PyTorch multiplies in fp32; a copy of W in fp32 would stay for the backward pass.
+        """Return the changes of weight and bias, fp32."""
+        # PyTorch multiplies 16 by 32 bits in fp32; a copy of W in fp32 would be kept for the backward pass.
         change = weight * self.glora_A() + self.glora_B()
         if bias is None:
             return change, None
@@ -142,7 +144,9 @@ def place(model: nn.Module, config: GloraConfig, architecture: Architecture) -> 
     for path, layer in layers.items():
         has_bias = getattr(layer, "bias", None) is not None
         trains = config.config_A_B != "none" or has_bias
-        validation.require(trains, f"'{path}' has no bias, and config_A_B is 'none': nothing would train. Leave it out")
+        validation.require(
+            trains, f"'{path}' has no bias, and config_A_B is 'none': nothing would be trained. Leave it out"
+        )
         placed.append(Around(path, Glora(config, *targets.sizes(layer), has_bias)))
     return placed + targets.trained_biases(model, config.bias, layers)
 

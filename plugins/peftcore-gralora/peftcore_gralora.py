@@ -1,13 +1,13 @@
-"""GraLoRA (Jung et al. 2025, arXiv 2505.20355): y = W x + b + s · G x, G of k · k blocks, each of rank r / k.
+"""GraLoRA (Jung et al. 2025, arXiv 2505.20355): y = W x + b + s · G x, G has k · k blocks of rank r / k.
 
-    x_1 --- A_1 --- u_11 | u_12        A_n [in / k, r] of part n of the input; its r numbers are cut into k pieces,
-    x_2 --- A_2 --- u_21 | u_22        piece j goes to part j of the output, where B_j [r, out / k] takes the k pieces
+    x_1 --- A_1 --- u_11 | u_12        A_n [in / k, r] for part n of the input; its r outputs are split into k pieces,
+    x_2 --- A_2 --- u_21 | u_22        and piece j goes to part j of the output, where B_j [r, out / k] reads k pieces
                       |      |
                      B_1    B_2        s = alpha / (r + hybrid_r)
                       |      |
-                     y_1    y_2        hybrid_r > 0: beside it a plain low-rank product of that rank
+                     y_1    y_2        hybrid_r > 0: plus a plain low-rank product of that rank
 
-As many numbers as LoRA of rank r; an outlier in one part of x moves that part's blocks alone.
+It has as many parameters as LoRA of rank r; an outlier in one part of x affects only that part's blocks.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class GraloraConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `GraloraConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `GraloraConfig`; fields not listed are LoRA\'s.
 
     Args:
-        r: a multiple of gralora_k. hybrid_r: rank of the plain product beside the blocks; 0: none.
-        gralora_k: k, which divides inputs and outputs of all layers.
-        init_weights: False: B is drawn, too, so that the adapter changes the model from the start.
+        r: a multiple of gralora_k. hybrid_r: rank of the additional plain product; 0: none.
+        gralora_k: k, a divisor of inputs and outputs of all layers.
+        init_weights: False: B is random too, so the adapter changes the model from the start.
     """
 
     r: int = 32
@@ -74,7 +74,7 @@ class GraloraConfig(targets.LayersConfig):
 
 
 class Gralora(Adapter):
-    """A `[k, in / k, r]` and B `[k, r, out / k]`; of the plain product `[hybrid_r, in]` and `[out, hybrid_r]`."""
+    """A `[k, in / k, r]` and B `[k, r, out / k]`; plain product `[hybrid_r, in]` and `[out, hybrid_r]`."""
 
     def __init__(self, config: GraloraConfig, width: int, out_width: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Gralora(Adapter):
         y, x = base(x), self.dropout(x)
         k, a, b = len(self.gralora_A), self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype)
         u = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (k, -1)), a)
-        pieces = u.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)  # [..., j, r]: part n's piece j
+        pieces = u.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)  # [..., j, r]: piece j of each part n
         change = torch.einsum("...jr,jro->...jo", pieces, b).flatten(-2)
         if self.gralora_A_general is not None:
             first, second = self.plain()
@@ -115,13 +115,13 @@ class Gralora(Adapter):
         return weight + self.scale * change, bias
 
     def plain(self) -> tuple[Tensor, Tensor]:
-        """The factors of the plain product."""
+        """Return the factors of the plain product."""
         assert self.gralora_A_general is not None and self.gralora_B_general is not None
         return self.gralora_A_general.weight, self.gralora_B_general.weight
 
 
 def kaiming(*shape: int) -> Tensor:
-    """As PEFT draws each of the k matrices by itself."""
+    """Return a stack of matrices, each initialised by itself as in PEFT."""
     drawn = torch.empty(shape)
     for matrix in drawn:
         nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))

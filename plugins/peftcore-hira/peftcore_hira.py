@@ -1,10 +1,10 @@
-"""HiRA (Huang et al. 2025, ICLR, "Hadamard high-rank adaptation"): y = (W + W ⊙ B A) x + b, ⊙ number by number.
+"""HiRA (Huang et al. 2025, ICLR, "Hadamard high-rank adaptation"): y = (W + W ⊙ B A) x + b, ⊙ elementwise.
 
-x ---+--- W ----------(+)--- + b --- y        A [r, in], B [out, r]: thin, and trained; B zero at the start
+x ---+--- W ----------(+)--- + b --- y        A [r, in], B [out, r]: trained; B zero at the start
      '--- W ⊙ B A ---- '                      the change's rank goes up to r · rank(W)
 
-Of a convolution A has its kernel, [r, in, k], and B mixes the r channels. Of an embedding A is [r, tokens], and zero at
-the start in place of B.
+For a convolution A has its kernel, [r, in, k], and B mixes the r channels. For an embedding A is [r, tokens], and A is
+zero at the start instead of B.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class HiraConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `HiraConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `HiraConfig`; fields not listed are LoRA\'s.
 
     Args:
-        hira_dropout: probability with which an input of W ⊙ B A is dropped in training; not of an embedding.
-        init_weights: True: A is drawn as LoRA's; "gaussian": with standard deviation 1 / r, of linear layers. False:
-            all is drawn.
-        rank_pattern: ranks of layers, by the ends of their paths or regular expressions.
+        hira_dropout: dropout probability of the inputs of W ⊙ B A, except for embeddings.
+        init_weights: True: A is drawn as in LoRA; "gaussian": with standard deviation 1 / r (linear layers). False:
+            A and B are random.
+        rank_pattern: ranks of single layers, by suffix of their path or regular expression.
     """
 
     r: int = 32
@@ -87,7 +87,7 @@ class Hira(Adapter):
         return base(x) + F.linear(self.dropout(x), self.change(base.weight()).to(x.dtype))
 
     def product(self) -> Tensor:
-        """B A in the layout of the weight, fp32."""
+        """Return B A in the layout of the weight, fp32."""
         return self.hira_B.float() @ self.hira_A.float()
 
     def change(self, weight: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Hira(Adapter):
 
 
 class HiraConv(Hira):
-    """A `[r, in, k]` and B `[out, r, 1]` of a convolution, with as many k and ones as it has dimensions."""
+    """A `[r, in, k]` and B `[out, r, 1]` of a convolution, with k and 1 repeated for each of its dimensions."""
 
     def __init__(self, config: HiraConfig, r: int, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
         super().__init__(config, r, *targets.sizes(layer))
@@ -122,7 +122,7 @@ class HiraConv(Hira):
 
 
 class HiraEmbedding(Adapter):
-    """`hira_embedding_A` `[r, tokens]` and `hira_embedding_B` `[width, r]`."""
+    """A and B of an embedding: `hira_embedding_A` `[r, tokens]` and `hira_embedding_B` `[width, r]`."""
 
     def __init__(self, config: HiraConfig, r: int, layer: nn.Embedding) -> None:
         super().__init__()
@@ -131,11 +131,11 @@ class HiraEmbedding(Adapter):
         self.hira_embedding_B = nn.Parameter(torch.randn(width, r))
 
     def forward(self, base: Base, tokens: Tensor) -> Tensor:
-        if tokens.is_floating_point():  # shares of each entry, as Ovis has them
+        if tokens.is_floating_point():  # mixtures of entries, as in Ovis
             mixed: Tensor = base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(tokens)
             return mixed
         y = base(tokens)
-        product = F.linear(F.embedding(tokens, self.hira_embedding_A.T), self.hira_embedding_B)  # of these tokens
+        product = F.linear(F.embedding(tokens, self.hira_embedding_A.T), self.hira_embedding_B)  # rows of these tokens
         return (y + y * product).to(y.dtype)
 
     @override
@@ -162,12 +162,12 @@ def of_layer(config: HiraConfig, path: str, module: nn.Module) -> nn.Module:
 
 
 def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
-    """PEFT 0.21 writes rank_pattern into the config and gives each layer the rank r."""
+    """Return why a file of PEFT 0.21 cannot be read: it has a rank_pattern, and rank r at every layer."""
     names = (".hira_A", ".hira_embedding_A")
     r, found = fields.get("r", 32), {len(tensor) for name, tensor in tensors.items() if name.endswith(names)}
     if found != {r} or set((fields.get("rank_pattern") or {}).values()) <= {r}:
         return None
-    return f"its rank_pattern is not that of its tensors, whose ranks are {r}. Take it out of adapter_config.json"
+    return f"its rank_pattern does not fit its tensors, whose ranks are {r}. Remove it from adapter_config.json"
 
 
 def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:

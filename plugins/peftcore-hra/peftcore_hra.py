@@ -1,11 +1,11 @@
 """HRA (Yuan et al. 2024, arXiv 2405.17484): y = W (R x) + bias, with R = H1 H2 ... Hr a product of reflections.
 
-    Hᵢ = 1 - 2 uᵢ uᵢᵀ / uᵢᵀ uᵢ                  all at once, with the unit vectors uᵢ as columns of U [in, r]:
-    R = 1 - U T Uᵀ                            T⁻¹ = 1/2 + what UᵀU has above its diagonal (compact WY form)
+    Hᵢ = 1 - 2 uᵢ uᵢᵀ / uᵢᵀ uᵢ                  together, with the unit vectors uᵢ as columns of U [in, r]:
+    R = 1 - U T Uᵀ                            T⁻¹ = 1/2 + the strict upper triangle of UᵀU (compact WY form)
 
-So W stays as it is, and x is multiplied with two thin matrices. Trained: U; at the start two neighbours are equal, and
-undo one another. With `apply_GS` the reflections are made orthogonal (Gram-Schmidt), R = 1 - 2 Q Qᵀ with Q a basis.
-Of a convolution W is the matrix [out, in · k], with k numbers in a kernel.
+W stays unchanged, and x is multiplied by two narrow matrices. Trained: U; at the start neighbours are equal in pairs
+and cancel out. With `apply_GS` the reflections are made orthogonal (Gram-Schmidt), R = 1 - 2 Q Qᵀ with Q a basis.
+For a convolution W is the matrix [out, in · k], with k numbers in a kernel.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class HRAConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `HRAConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `HRAConfig`; fields not listed choose layers.
 
     Args:
-        r: reflections. Of an odd number none begins as its neighbour, so that the start changes the model.
-        apply_GS: make them orthogonal. Their product is then never 1: the start changes the model, here by random
-            reflections, in PEFT by what is left of a vector without its equal.
-        bias: which are trained too: "none", "all", or "hra_only" (those of adapted modules).
-        init_weights: False: all are random.
+        r: number of reflections. An odd number has no pairs, so the start changes the model.
+        apply_GS: make the reflections orthogonal. Their product is then never 1, so the start changes the model: here
+            by random reflections, in PEFT by the remainder of equal vectors.
+        bias: biases that are also trained: "none", "all", or "hra_only" (of adapted modules).
+        init_weights: False: all reflections are random.
     """
 
     not_in_peft = frozenset({"fan_in_fan_out"})
@@ -65,7 +65,7 @@ class HRAConfig(targets.LayersConfig):
 
 
 class HRA(Adapter):
-    """`hra_u` `[in, r]` of a linear layer."""
+    """Reflections `hra_u` `[in, r]` of a linear layer."""
 
     def __init__(self, config: HRAConfig, width: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class HRA(Adapter):
         self.hra_u = nn.Parameter(u.repeat_interleave(2, dim=1) if paired else u)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """U and U T, fp32 `[in, r]` each, of R = 1 - U T Uᵀ."""
+        """Return U and U T, fp32 `[in, r]` each, for R = 1 - U T Uᵀ."""
         u = self.hra_u.float()
         if self.orthogonal:
             basis = torch.linalg.qr(u).Q
@@ -93,13 +93,13 @@ class HRA(Adapter):
         return weight + self.change(weight), bias
 
     def change(self, weight: Tensor) -> Tensor:
-        """W (R - 1), fp32."""
+        """Return W (R - 1), fp32."""
         u, ut = self.pair()
         return -((weight.flatten(1) @ ut) @ u.T).view_as(weight)
 
 
 class HRAConv(HRA):
-    """`hra_u` `[in · k, r]` of a convolution."""
+    """Reflections `hra_u` `[in · k, r]` of a convolution."""
 
     def forward(self, base: Base, x: Tensor) -> Any:
         change = self.change(base.weight().float())
@@ -114,7 +114,7 @@ def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> li
         validation.require(not config.apply_GS, f"r={config.r} is above the {widths[path]} inputs of '{path}'")
     if config.init_weights and (config.r % 2 or config.apply_GS):
         why = "apply_GS=True" if config.apply_GS else f"r={config.r} is odd"
-        warnings.warn(f"{why}: reflections do not undo one another at the start, which changes the model", stacklevel=2)
+        warnings.warn(f"{why}: reflections do not cancel out at the start, so it changes the model", stacklevel=2)
     kinds = {path: HRAConv if isinstance(module, nn.Conv2d) else HRA for path, module in layers.items()}
     placed: list[Placement] = [Around(path, kinds[path](config, width)) for path, width in widths.items()]
     return placed + targets.trained_biases(model, config.bias, layers)

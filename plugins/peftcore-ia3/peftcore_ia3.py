@@ -7,7 +7,7 @@
       '-----+-----'                            ( ⊙ )--- l [in]
           x [in]                               x [in]     (feedforward_modules)
 
-Trained: one factor for each output, or input, of a layer, 1 at the start. It merges: rows, or columns, of W are scaled.
+Trained: one factor per output (or input) of a layer, 1 at the start. It merges by scaling rows (or columns) of W.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class IA3Config:
-    """The fields bear the names of Hugging Face PEFT's `IA3Config`.
+    """Config with the field names of Hugging Face PEFT\'s `IA3Config`.
 
     Args:
         target_modules, exclude_modules: see `peftcore.targets.select`. The paper scales keys, values and the inner
             activations: `["k_proj", "v_proj", "down_proj"]` of a Llama.
-        feedforward_modules: ends of the paths, or a regular expression for whole paths, of those of them whose input is
-            scaled. None: layers that lead a feed-forward back to the hidden size, where these are known.
-        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
-        init_ia3_weights: factors of 1; False: random ones, so that the adapter changes the model from the start.
-        fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
+        feedforward_modules: suffixes, or a regular expression for whole paths, of selected layers whose input is
+            scaled. None: the last layers of feed-forward blocks, where they are known.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        init_ia3_weights: factors are 1; False: random, so the adapter changes the model from the start.
+        fan_in_fan_out: written for PEFT, which needs True for GPT-2; peftcore reads the layout from the layer.
     """
 
     target_modules: str | Sequence[str] = targets.ALL_LINEAR
@@ -61,7 +61,7 @@ class IA3Config:
         validation.check_types(self)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> IA3Config:
-        """The choices that depend on the model made explicit."""
+        """Return the config with the choices that depend on the model made explicit."""
         chosen = selected(model, self, architecture)
         config = replace(self, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
         if self.feedforward_modules is not None and self.target_modules != targets.ALL_LINEAR:
@@ -73,11 +73,12 @@ class IA3Config:
         others, last = (targets.minimal_suffixes(model, part) if part else [] for part in parts)
         given = self.target_modules
         named = given if isinstance(given, str) and given != targets.ALL_LINEAR else [*others, *last]
-        return replace(config, target_modules=named, feedforward_modules=last)  # PEFT wants these among those
+        # PEFT needs feedforward_modules among target_modules
+        return replace(config, target_modules=named, feedforward_modules=last)
 
 
 class IA3(Adapter):
-    """`ia3_l`: `[out, 1]`, or of an input `[1, in]`; of a convolution `[1, channels, 1, ..]`."""
+    """Factors `ia3_l`: `[out, 1]`, or `[1, in]` for the input; `[1, channels, 1, ..]` for a convolution."""
 
     def __init__(self, shape: Sequence[int], scales_input: bool, start: bool) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class IA3(Adapter):
 
 
 def selected(model: nn.Module, config: IA3Config, architecture: Architecture) -> dict[str, nn.Module]:
-    """The layers that the config means, by path, of those that can be scaled."""
+    """Return the layers that the config selects, by path, among the supported ones."""
     fields = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "modules_to_save")}
     kinds = (nn.Conv2d, nn.Conv3d)
     supported = lambda module: targets.is_linear(module) or isinstance(module, kinds)  # noqa: E731
@@ -110,7 +111,7 @@ def selected(model: nn.Module, config: IA3Config, architecture: Architecture) ->
 
 
 def scales_input(config: IA3Config, path: str) -> bool:
-    """Is it one of `feedforward_modules`?"""
+    """Return whether the layer at `path` is one of `feedforward_modules`."""
     named = config.feedforward_modules or []
     if isinstance(named, str):
         return targets.compiled(named, "feedforward_modules")(path)
@@ -118,9 +119,9 @@ def scales_input(config: IA3Config, path: str) -> bool:
 
 
 def leads_back(model: nn.Module, path: str, module: nn.Module, architecture: Architecture) -> bool:
-    """Does a linear layer lead a feed-forward from its inner to the hidden size?"""
+    """Return whether a linear layer maps a feed-forward's inner size to the hidden size."""
     if targets.weight_named(model, path) != path:
-        return path.endswith(".down_proj")  # an expert's
+        return path.endswith(".down_proj")  # of an expert
     for sublayer in architecture.sublayers:
         inner = [other for other in sublayer.inner if other.rpartition(".")[0] == path.rpartition(".")[0]]
         is_last = path == sublayer.output or path.startswith(f"{sublayer.output}.") or bool(inner)

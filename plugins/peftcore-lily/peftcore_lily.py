@@ -1,12 +1,12 @@
-"""Lily (Zhong et al. 2024, arXiv 2407.09946): y = W x + b + s · (sum over e of p_e B_e) A x, factors that layers share.
+"""Lily (Zhong et al. 2024, arXiv 2407.09946): y = W x + b + s · (sum over e of p_e B_e) A x, shared factors.
 
-    x --- A --- h --- B_1 .. B_n ---(+)        A [r, in]: one for each `stride_A` neighbouring layers
+    x --- A --- h --- B_1 .. B_n ---(+)        A [r, in]: one per `stride_A` neighbouring layers
                 |     p_1 .. p_n                B_e [out, r]: n of them for all layers of the same name and size
-                '--- R --- softmax, mean        R [n, r]: the router, of each layer
+                '--- R --- softmax, mean        R [n, r]: the router, one per layer
 
-p is the mean over all tokens of the call, so what stands beside a token changes it: a row alone, or without padding, is
-computed otherwise than in a batch, and a token otherwise than behind a cache: a warning says so at the first call with
-padding, and at the first that goes on with a cache. It is no change of a weight.
+p is the mean over all tokens of the call, so the result for a token depends on the others: on other rows of the batch,
+on padding, and on whether earlier tokens are in a cache. The first call with padding, and the first with a filled
+cache, warn about it. Lily is not a change of a weight, so it cannot be merged.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class LilyConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `LilyConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `LilyConfig`; fields not listed are LoRA\'s.
 
     Args:
-        stride_A: layers of the same name and size, one after the other, that share an A. num_B: n, 2 or more.
-        init_weights: False: B is drawn, too, so that the adapter changes the model from the start.
+        stride_A: number of consecutive layers of the same name and size that share an A. num_B: n, 2 or more.
+        init_weights: False: B is random too, so the adapter changes the model from the start.
     """
 
     r: int = 32
@@ -68,7 +68,7 @@ class LilyConfig(targets.LayersConfig):
 
 
 def weight(rows: int, columns: int, drawn: bool = True) -> nn.Linear:
-    """A matrix as a module, which layers can share."""
+    """Return a matrix as a module, so that layers can share it."""
     layer = nn.Linear(columns, rows, bias=False)
     if not drawn:
         nn.init.zeros_(layer.weight)
@@ -94,14 +94,14 @@ class Lily(Adapter):
 
 
 class Notice(Adapter):
-    """Around the backbone: warns of what the mean over all tokens makes of padding and of a cache, once each."""
+    """Observer of the backbone's calls that warns, once each, about padding and caches, which affect the mean."""
 
     whole_batch = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._names, self._cache_argument = forward_arguments(module), cache_argument(module)
-        self._left = {"padding", "cache"}  # to be said
+        self._left = {"padding", "cache"}  # warnings to be given
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         if self._left and not torch.compiler.is_compiling():
@@ -114,17 +114,17 @@ class Notice(Adapter):
         if "padding" in self._left and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
             self._left.remove("padding")
             warnings.warn(
-                f"{mean}, padding included: a row is computed otherwise than alone. Give rows of one length",
+                f"{mean}, padding included, so padding changes the result. Use rows of one length",
                 stacklevel=2,
             )
         if "cache" in self._left and cache is not None and cached_tokens(cache) != 0:
             self._left.remove("cache")
-            how = "generate with use_cache=False computes each step as a forward over the whole text does"
-            warnings.warn(f"{mean}, and those in a cache are not among them: {how}", stacklevel=2)
+            how = "Use generate(use_cache=False) to compute each step like a forward over the whole text"
+            warnings.warn(f"{mean}, without the tokens in the cache. {how}", stacklevel=2)
 
 
 def sharing(layers: Mapping[str, tuple[int, int]], named: str | Sequence[str]) -> list[list[str]]:
-    """Paths of layers that share B: of the same size, and meant by the same entry of target_modules."""
+    """Return groups of paths whose layers share B: equal sizes, and selected by the same entry of target_modules."""
     groups: dict[Any, list[str]] = {}
     for path, sizes in layers.items():
         entry = None if isinstance(named, str) else max((n for n in named if path.endswith(n)), key=len, default=None)
@@ -148,7 +148,7 @@ def place(model: nn.Module, config: LilyConfig, architecture: Architecture) -> l
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Keep a shared matrix, which PEFT writes with each of its layers, with the first alone."""
+    """Keep a shared matrix only with its first layer; PEFT writes it with each."""
     if model is None:
         return tensors, fields
     start, end = "base_model.model.", ".lily_router.weight"
@@ -162,7 +162,9 @@ def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, 
                 own = found.get(f"{start}{path}.{name}.weight")
                 if owner != path and own is not None:
                     same = torch.equal(own, tensors[f"{start}{owner}.{name}.weight"])
-                    validation.require(same, f"{name} of '{path}' is not that of '{owner}', with which it is shared")
+                    validation.require(
+                        same, f"{name} of '{path}' must be equal to that of '{owner}', with which it is shared"
+                    )
                     del found[f"{start}{path}.{name}.weight"]
     return found, fields
 

@@ -1,8 +1,8 @@
-"""LN tuning (Zhao et al. 2023, arXiv 2312.11420): the gains and shifts of the norms are trained, nothing else.
+"""LN tuning (Zhao et al. 2023, arXiv 2312.11420): only the gains and shifts of the norms are trained.
 
     y = g ⊙ (x - mean x) / std x + b        g, b [hidden] of every LayerNorm; of an RMSNorm g
 
-Trained: one or two vectors a norm. They merge by value.
+Trained: one or two vectors per norm, which merge.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from peftcore.plugin import (
 peftcore_api = ">=3.0,<4"
 
 ALL_NORMS = "all-norms"
-BASE, COPY = "base_model.model.", ".ln_tuning_layers."  # PEFT keeps a trained copy of each chosen module
+BASE, COPY = "base_model.model.", ".ln_tuning_layers."  # PEFT keeps a trained copy of each selected module
 
 
 @dataclass(frozen=True)
 class LNTuningConfig:
-    """The fields bear the names of Hugging Face PEFT's `LNTuningConfig`.
+    """Config with the field names of Hugging Face PEFT\'s `LNTuningConfig`.
 
     Args:
-        target_modules: "all-norms": every norm without statistics of its own (LayerNorm, RMSNorm, GroupNorm); or ends
-            of paths, or a regular expression for whole paths, of modules of any kind, which are trained whole.
-        exclude_modules: the same, taken away from the selection.
-        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        target_modules: "all-norms": every norm without running statistics (LayerNorm, RMSNorm, GroupNorm); or suffixes,
+            or a regular expression for whole paths, of modules of any class, which are trained in full.
+        exclude_modules: suffixes, or a regular expression, of modules to leave out.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
     """
 
     target_modules: str | Sequence[str] = ALL_NORMS
@@ -54,9 +54,9 @@ class LNTuningConfig:
         validation.check_types(self)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> LNTuningConfig:
-        """Name the norms, so that a saved config means the same anywhere, and of nested modules the outermost.
+        """Return the config with explicit module names, only the outermost of nested modules.
 
-        PEFT refuses a config that chooses a module and one inside it.
+        PEFT refuses a config that selects a module and one inside it.
         """
         chosen = selected(model, self, architecture)
         outermost = [path for path in chosen if not any(outer in chosen for outer in [*ancestors(path)][:-1])]
@@ -80,14 +80,14 @@ def ancestors(path: str) -> Iterator[str]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A norm that keeps no statistics: one or two vectors of its own, and a class that is called so."""
+    """Return whether a module is a norm without running statistics: a class named ...Norm with one or two vectors."""
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     is_one = original_class(module).__name__.rstrip("123d").endswith("Norm")
     return is_one and bool(own) and all(p.dim() == 1 for p in own) and not module._buffers and not module._modules
 
 
 def selected(model: nn.Module, config: LNTuningConfig, architecture: Architecture) -> dict[str, nn.Module]:
-    """The modules that the config means, by path."""
+    """Return the modules that the config selects, by path."""
     every = config.target_modules == ALL_NORMS
     chosen = targets.select(
         model,
@@ -107,7 +107,7 @@ def place(model: nn.Module, config: LNTuningConfig, architecture: Architecture) 
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """`PATH.ln_tuning_layers.NAME`, of a module inside a chosen one, too; see `write`."""
+    """Return `PATH.ln_tuning_layers.NAME`, also for a module inside a selected one; see `write`."""
     if placement.saved:  # a `Train`
         return plugin.tensor_name(placement, name)
     path, _, parameter = name.rpartition(".")

@@ -1,13 +1,13 @@
 """LoHa (Hyeon-Woo et al. 2021, FedPara, arXiv 2108.06098, prop. 1): W + scale · (B1 A1) ⊙ (B2 A2), scale = alpha / r.
 
-    B1 [out, r]  A1 [r, in]      the elementwise product of two low-rank matrices, whose rank is r² at most: it is
+    B1 [out, r]  A1 [r, in]      the elementwise product of two low-rank matrices, of rank r² at most: it is
     B2 [out, r]  A2 [r, in]      B A with B [out, r²], of products of columns, and A [r², in], of products of rows
 
-So it is computed, as LoRA is, where r² is thin, and else by the matrix itself. Trained: all four; A2 is zero at the
-start. Fields and files are PEFT's, which has them from LyCORIS.
+It is computed like LoRA of rank r² where r² is small, and otherwise as a full matrix. Trained: all four; A2 is zero at
+the start. Fields and files are PEFT's, which follow LyCORIS.
 
-Of a convolution the matrix is [out, in · k], with k numbers in a kernel. With `use_effective_conv2d` (prop. 3) each of
-the two products is B (T A): T [r, r, k] mixes, at each place of the kernel, the r rows of A [r, in].
+For a convolution the matrix is [out, in · k], with k numbers in a kernel. With `use_effective_conv2d` (prop. 3) each of
+the two products is B (T A): T [r, r, k] mixes the r rows of A [r, in], at each position of the kernel.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class LoHaConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `LoHaConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `LoHaConfig`; fields not listed choose layers.
 
     Args:
-        r, alpha: rank of each product; the scale is alpha / r. rank_pattern, alpha_pattern: others by name of a layer.
-        rank_dropout: probability with which, in training, an output of the update is dropped.
-        module_dropout: probability with which, in training, a layer's update is dropped as a whole.
-        use_effective_conv2d: convolutions whose kernel is larger than one number have T.
-        init_weights: False: A2 is random as the others are.
+        r, alpha: rank of each product; the scale is alpha / r. rank_pattern, alpha_pattern: values for single layers.
+        rank_dropout: dropout probability of the update's outputs.
+        module_dropout: probability of dropping a layer's whole update in training.
+        use_effective_conv2d: use T in convolutions with a kernel larger than 1.
+        init_weights: False: A2 is random, too.
     """
 
     not_in_peft = frozenset({"fan_in_fan_out"})
@@ -71,9 +71,9 @@ class LoHaConfig(targets.LayersConfig):
 
 
 class LoHa(ThinLinear):
-    """`hada_w1_a` `[out, r]`, `hada_w1_b` `[r, in]` and the second pair, of a linear layer."""
+    """`hada_w1_a` `[out, r]`, `hada_w1_b` `[r, in]` and the second pair of a linear layer."""
 
-    per_sample = staticmethod(Adapter.per_sample)  # what is dropped is dropped of a whole call
+    per_sample = staticmethod(Adapter.per_sample)  # dropout applies to the whole call
 
     def __init__(self, config: LoHaConfig, path: str, width: int, out_width: int) -> None:
         r = targets.pattern_value(config.rank_pattern, path, config.r)
@@ -88,7 +88,7 @@ class LoHa(ThinLinear):
             nn.init.zeros_(self.hada_w2_b)
 
     def products(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(B1, A1) and (B2, A2)."""
+        """Return (B1, A1) and (B2, A2)."""
         return (self.hada_w1_a, self.hada_w1_b), (self.hada_w2_a, self.hada_w2_b)
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ class LoHa(ThinLinear):
 
 
 class LoHaConv(LoHa):
-    """The two pairs of a convolution's weight, seen as a matrix `[out, in / groups · k]`."""
+    """LoHa of a convolution, whose weight is seen as a matrix `[out, in / groups · k]`."""
 
     def __init__(self, config: LoHaConfig, path: str, layer: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(config, path, *targets.sizes(layer))
@@ -122,7 +122,7 @@ class LoHaConv(LoHa):
 
 
 class LoHaTucker(LoHaConv):
-    """`hada_t1` `[r, r, k, k]`, `hada_w1_a` `[r, out]` and `hada_w1_b` `[r, in]`, and the second three."""
+    """LoHa of a convolution with T: `hada_t1` `[r, r, k, k]`, `hada_w1_a` `[r, out]`, `hada_w1_b` `[r, in]`, ..."""
 
     def __init__(self, config: LoHaConfig, path: str, layer: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(config, path, layer)
@@ -143,25 +143,25 @@ def has_core(layer: nn.Module, use_effective_conv2d: bool) -> bool:
 
 
 def core(r: int, layer: nn.Conv1d | nn.Conv2d) -> nn.Parameter:
-    """T `[r, r, k, k]`; of one dimension `[r, r, k, 1]`."""
+    """Return a new T `[r, r, k, k]`, or `[r, r, k, 1]` for one dimension."""
     return uniform(r, r, *layer.kernel_size, *([1] if isinstance(layer, nn.Conv1d) else []))
 
 
 def mixed(core: Tensor, rows: Tensor) -> Tensor:
-    """T A, `[r, in · k]`."""
+    """Return T A, `[r, in · k]`."""
     return torch.einsum("ijkl,jn->inkl", core, rows).flatten(1)
 
 
 def uniform(*shape: int) -> nn.Parameter:
-    """As PEFT fills factors: `kaiming_uniform_` with a = √5."""
+    """Return a new factor, filled as in PEFT: `kaiming_uniform_` with a = √5."""
     return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
 
 
 def kept(update: Tensor, rank_dropout: float, module_dropout: float, rescaled: bool = True, *, axes: int = 0) -> Tensor:
-    """What is left of an update in training: some outputs, which make up for the others, or nothing.
+    """Return an update after dropout in training: of outputs, rescaled, and of the whole update.
 
     Args:
-        update: `[..., out]`, with as many dimensions behind the outputs as `axes` says.
+        update: `[..., out]`, followed by `axes` more dimensions.
     """
     if rank_dropout:
         mask = (torch.rand(update.shape[-1 - axes], device=update.device) > rank_dropout).to(update.dtype)

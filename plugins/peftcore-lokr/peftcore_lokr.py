@@ -1,13 +1,13 @@
 """LoKr (Yeh et al. 2023, LyCORIS, arXiv 2309.14859, section 3.3): W + scale · W1 ⊗ W2, scale = alpha / r.
 
     out = l · k, in = m · n          x [m · n] as a matrix X [m, n]:
-    W1 [l, m], W2 [k, n]             (W1 ⊗ W2) x = W1 X W2ᵀ, of which no matrix [out, in] is made
+    W1 [l, m], W2 [k, n]             (W1 ⊗ W2) x = W1 X W2ᵀ, without a matrix [out, in]
 
-m and l are the largest divisors that are at most the root, or `decompose_factor`. W2 is a product of rank r where that
-is smaller, and W1 too with `decompose_both`. Trained: all; W1, or its first factor, is zero at the start.
+m and l are the largest divisors up to the square root, or `decompose_factor`. W2 is a product of rank r where that is
+smaller, and W1 too with `decompose_both`. Trained: all factors; W1, or its first factor, is zero at the start.
 
-Of a convolution W2 is [k, n, kernel], whose product of rank r is a matrix [k, n · kernel], or, with
-`use_effective_conv2d`, B (T A) as in LoHa.
+For a convolution W2 is [k, n, kernel]; its product of rank r is a matrix [k, n · kernel], or B (T A) as in LoHa with
+`use_effective_conv2d`.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class LoKrConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `LoKrConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `LoKrConfig`; fields not listed choose layers.
 
     Args:
-        r, alpha: rank of factors that are products, and the scale, alpha / r, also where none is. rank_pattern,
-            alpha_pattern: others by name of a layer.
-        rank_dropout: probability with which, in training, an output of the update is dropped. rank_dropout_scale: the
-            others make up for it. module_dropout: with which a layer's update is dropped as a whole.
+        r, alpha: rank of factors that are products; the scale is always alpha / r. rank_pattern, alpha_pattern: values
+            for single layers, by name.
+        rank_dropout: dropout probability of the update's outputs. rank_dropout_scale: rescale the remaining outputs.
+            module_dropout: probability of dropping a layer's whole update in training.
         decompose_both: W1 is a product, too. decompose_factor: the first divisor. -1: the largest up to the root.
-        use_effective_conv2d: the product in convolutions whose kernel is larger than one number has T.
-        init_weights: "lycoris": W2, or its second factor, is zero in place of W1. False: all are random.
+        use_effective_conv2d: use T in convolutions with a kernel larger than 1.
+        init_weights: "lycoris": W2, or its second factor, is zero instead of W1. False: all factors are random.
     """
 
     not_in_peft = frozenset({"fan_in_fan_out"})
@@ -80,7 +80,7 @@ class LoKrConfig(targets.LayersConfig):
 
 
 class LoKr(Adapter):
-    """`lokr_w1` `[l, m]` and `lokr_w2` `[k, n]`, or for each `lokr_w1_a` `[l, r]`, `lokr_w1_b` `[r, m]`."""
+    """`lokr_w1` `[l, m]` and `lokr_w2` `[k, n]`, or as products `lokr_w1_a` `[l, r]`, `lokr_w1_b` `[r, m]`, ..."""
 
     def __init__(
         self, config: LoKrConfig, path: str, width: int, out_width: int, kernel: Sequence[int] = (), cored: bool = False
@@ -108,7 +108,7 @@ class LoKr(Adapter):
             nn.init.zeros_(own[zero[0]] if zero[0] in own else own[zero[1]])
 
     def parts(self, name: str) -> list[Tensor]:
-        """The matrices whose product W1, or W2, is."""
+        """Return the matrices whose product is W1 or W2."""
         return [getattr(self, each) for each in (name, f"{name}_a", f"{name}_b") if hasattr(self, each)]
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class LoKr(Adapter):
         return base(x) + (kept(update, *self.drops) if self.training else update)
 
     def delta(self) -> Tensor:
-        """scale · W1 ⊗ W2, fp32 `[out, in]`."""
+        """Return scale · W1 ⊗ W2, fp32 `[out, in]`."""
         first, second = ([part.float() for part in self.parts(name)] for name in ("lokr_w1", "lokr_w2"))
         w1, w2 = (parts[0] @ parts[1] if len(parts) == 2 else parts[0] for parts in (first, second))
         if w2.dim() == 4:
@@ -137,8 +137,8 @@ class LoKr(Adapter):
 class LoKrConv(LoKr):
     """`lokr_w2` `[k, n, kernel]`, or `[k, r]` and `[r, n · kernel]`, or with `lokr_t2` `[r, k]` and `[r, n]`.
 
-    A whole `lokr_w2` of an nn.Conv1d is paired with W1 from the right, [1, l, m] ⊗ [k, n, kernel], and the numbers are
-    then read as a weight: so PEFT has it, and files mean that.
+    A full `lokr_w2` of an nn.Conv1d is paired with W1 from the right, [1, l, m] ⊗ [k, n, kernel], and the numbers are
+    then read as a weight, as in PEFT and its files.
     """
 
     def __init__(self, config: LoKrConfig, path: str, layer: nn.Conv1d | nn.Conv2d) -> None:
@@ -159,7 +159,10 @@ class LoKrConv(LoKr):
 
 
 def divided(size: int, factor: int) -> tuple[int, int]:
-    """(p, q) with p · q = size: p is `factor` where that divides it, else the largest divisor up to it and the root."""
+    """Return (p, q) with p · q = size, where p is `factor` if it divides size.
+
+    Otherwise p is the largest divisor that exceeds neither `factor` (unless it is -1) nor the square root of size.
+    """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))

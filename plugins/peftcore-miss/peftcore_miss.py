@@ -1,13 +1,13 @@
 """MiSS (Kang and Yin 2024, arXiv 2409.15371; first called Bone): shards of a weight share a matrix D [r, out].
 
-    x [in] in shards of r, the last filled with zeros:  s = x[0:r] + x[r:2r] + ...      y = W x + bias + Dᵀ s
+    x [in] in shards of r, the last zero-padded:  s = x[0:r] + x[r:2r] + ...      y = W x + bias + Dᵀ s
 
-So W is changed by Dᵀ, repeated along the inputs. Two variants, of `init_weights`:
+The change of W is Dᵀ, repeated along the inputs. Two variants, chosen by `init_weights`:
 
     "mini"   D [r, mini_r] is repeated along the outputs, too
-    "bat"    D [out / r, r, r]: W' = W + W[o, i] D[o] + D[o] for each block [r, r], so that the weight is made anew
+    "bat"    D [out / r, r, r]: W' = W + W[o, i] D[o] + D[o] for each block [r, r], so W' is computed in each call
 
-Trained: D, zero at the start. Files of Bone, of PEFT before 0.18, are those of this method under other names.
+Trained: D, zero at the start. Files of Bone (PEFT before 0.18) are files of this method with other names.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class MissConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `MissConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `MissConfig`; fields not listed choose layers.
 
     Args:
-        r: inputs of a shard, and rank of the update; at most a layer's inputs.
-        miss_dropout: probability with which an input of the sums is dropped in training; not with "bat".
-        mini_r: with "mini" the outputs after which D repeats; it divides a layer's outputs.
-        bias: which are trained too: "none", "all", or "MiSS_only" (those of adapted modules; Bone's is "bone_only").
+        r: size of a shard, and rank of the update; at most a layer's inputs.
+        miss_dropout: dropout probability of the inputs of the sums; not with "bat".
+        mini_r: for "mini": number of outputs after which D repeats, a divisor of a layer's outputs.
+        bias: biases that are also trained: "none", "all", or "MiSS_only" (of adapted modules; "bone_only" in Bone).
         init_weights: the variant, "mini" or "bat", or True. False: D is random.
     """
 
@@ -65,12 +65,12 @@ class MissConfig(targets.LayersConfig):
         validation.probability(miss_dropout=self.miss_dropout)
         drops = not self.miss_dropout or self.init_weights != "bat"
         validation.require(
-            drops, "miss_dropout drops nothing where init_weights='bat', which changes the weight itself"
+            drops, "miss_dropout has no effect with init_weights='bat', which changes the weight itself. Leave it out"
         )
 
 
 class Miss(Adapter):
-    """`miss_block` of a linear layer: `[r, out]`, "mini" `[r, mini_r]`, "bat" `[out / r, r, r]`."""
+    """D of a linear layer, `miss_block`: `[r, out]`, "mini" `[r, mini_r]`, "bat" `[out / r, r, r]`."""
 
     def __init__(self, config: MissConfig, out_width: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def place(model: nn.Module, config: MissConfig, architecture: Architecture) -> l
         sizes, r = f"'{path}' has {width} inputs and {out_width} outputs", config.r
         validation.require(r <= width, f"r={r} is above the inputs: {sizes}")
         whole = config.init_weights != "bat" or width % r == out_width % r == 0
-        validation.require(whole, f"init_weights='bat' wants blocks of r={r} by {r}: {sizes}")
+        validation.require(whole, f"init_weights='bat' needs sizes that r={r} divides: {sizes}")
         repeats = config.init_weights != "mini" or out_width % config.mini_r == 0
         validation.require(repeats, f"mini_r={config.mini_r} does not divide the outputs: {sizes}")
     placed: list[Placement] = [Around(path, Miss(config, out_width)) for path, (_, out_width) in layers.items()]
@@ -116,7 +116,7 @@ def place(model: nn.Module, config: MissConfig, architecture: Architecture) -> l
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Rename Bone's tensors to today's names."""
+    """Rename Bone's tensors to the current names."""
     return {name.replace(".bone_block", ".miss_block"): tensor for name, tensor in tensors.items()}, fields
 
 

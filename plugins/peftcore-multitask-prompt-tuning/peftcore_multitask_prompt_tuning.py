@@ -1,8 +1,8 @@
-"""Multitask prompt tuning (Wang et al. 2023, arXiv 2303.02861, section 3): a prompt for each task, of a shared one.
+"""Multitask prompt tuning (Wang et al. 2023, arXiv 2303.02861, section 3): prompts for tasks, from a shared one.
 
     P_k = P ∘ (C_k R_k)      P [n, hidden] shared, C_k [n, ranks] and R_k [ranks, hidden] of task k
 
-P_k stands before the embedded input, as in prompt tuning. The call says each row's task: `model(..., task_ids=t)`,
+P_k comes before the embedded input, as in prompt tuning. The call names each row's task: `model(..., task_ids=t)`,
 `model.generate(..., task_ids=t)`, or `with peftcore.call_arguments(model, task_ids=t)`; t int64 [batch], or one number.
 Trained: n · hidden + tasks · ranks · (n + hidden) numbers.
 """
@@ -40,16 +40,17 @@ _SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 
 @dataclass(frozen=True)
 class MultitaskPromptTuningConfig(PromptTuningConfig):
-    """The fields bear the names of Hugging Face PEFT's `MultitaskPromptTuningConfig`; further ones as prompt tuning's.
+    """Config with the field names of Hugging Face PEFT's `MultitaskPromptTuningConfig`; others are prompt tuning's.
 
     Args:
-        num_tasks: that share P.
-        num_ranks: of each task's factor. Wang et al. take 1.
-        prompt_tuning_init: where P comes from: "RANDOM", "TEXT", or an adapter of this method that was trained on
-            source tasks: "ONLY_SOURCE_SHARED" takes its P, "AVERAGE_SOURCE_TASKS" and "EXACT_SOURCE_TASK" in addition
-            the mean of its C and R, or those of one task, as the start of one target task.
-        prompt_tuning_init_state_dict_path: its `adapter_model.safetensors`, or the folder of that.
-        prompt_tuning_init_task: that one task.
+        num_tasks: number of tasks that share P.
+        num_ranks: rank of each task's factor. Wang et al. use 1.
+        prompt_tuning_init: source of P: "RANDOM", "TEXT", or an adapter of this method trained on source tasks:
+            "ONLY_SOURCE_SHARED" takes its P; "AVERAGE_SOURCE_TASKS" and "EXACT_SOURCE_TASK" also take the mean of its C
+                and
+            R, or C and R of one task, as the start of a single target task.
+        prompt_tuning_init_state_dict_path: the source's `adapter_model.safetensors`, or its folder.
+        prompt_tuning_init_task: task of the source, for "EXACT_SOURCE_TASK".
     """
 
     prompt_tuning_init: Init = "RANDOM"  # type: ignore[assignment]
@@ -72,14 +73,16 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         )
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> Any:
-        """Before an encoder's input alone, as PEFT generates; in training PEFT's default of 2 is the decoder's, too."""
+        """Return the config for a prompt before an encoder's input only; PEFT trains with both by default."""
         if architecture.is_encoder_decoder and self.num_transformer_submodules not in (None, 1):
-            raise PeftcoreError("a multitask prompt stands before the encoder: num_transformer_submodules=1")
+            raise PeftcoreError(
+                "a multitask prompt comes before the encoder's input only. Use num_transformer_submodules=1"
+            )
         return replace(super().resolved(model, architecture), num_transformer_submodules=1)
 
 
 class MultitaskPrompt(Adapter):
-    """P, and C and R of all tasks; it gives `[batch or 1, n, hidden]` for the tasks that the call names."""
+    """P, and C and R of all tasks; returns `[batch or 1, n, hidden]` for the tasks that the call names."""
 
     needs_call = ("task_ids",)
 
@@ -96,7 +99,7 @@ class MultitaskPrompt(Adapter):
         if tasks is None:
             if len(self.prefix_task_cols) > 1:
                 raise PeftcoreError(
-                    f"the prompt is of {len(self.prefix_task_cols)} tasks, and the call names none: model(..., "
+                    f"the prompt has {len(self.prefix_task_cols)} tasks, and the call names none: use model(..., "
                     "task_ids=t). transformers' Trainer drops that column unless remove_unused_columns=False"
                 )
             tasks = 0
@@ -107,11 +110,11 @@ class MultitaskPrompt(Adapter):
 
 
 def start_from_source(prompt: MultitaskPrompt, config: MultitaskPromptTuningConfig) -> None:
-    """Put the values of the source's file in place."""
+    """Copy the values of the source's file into `prompt`."""
     path = Path(config.prompt_tuning_init_state_dict_path or "")
     path = path / "adapter_model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
-        raise PeftcoreError(f"prompt_tuning_init_state_dict_path='{path}' is no safetensors file")
+        raise PeftcoreError(f"prompt_tuning_init_state_dict_path='{path}' is not a safetensors file")
     source, kind, task = load_file(path), config.prompt_tuning_init, config.prompt_tuning_init_task
     for name, own in prompt.named_parameters():
         if name != "prompt_embeddings" and kind == "ONLY_SOURCE_SHARED":
@@ -120,7 +123,7 @@ def start_from_source(prompt: MultitaskPrompt, config: MultitaskPromptTuningConf
         if name != "prompt_embeddings":
             value = value[task : task + 1] if kind == "EXACT_SOURCE_TASK" else value.mean(0, keepdim=True)
         if own.shape != value.shape:
-            raise PeftcoreError(f"'{name}' of '{path}' is {list(value.shape)}, and here {list(own.shape)}")
+            raise PeftcoreError(f"'{name}' of '{path}' has shape {list(value.shape)}, and the prompt {list(own.shape)}")
         own.data.copy_(value)
 
 

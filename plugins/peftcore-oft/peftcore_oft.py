@@ -1,13 +1,13 @@
-"""OFT (Qiu et al. 2023, arXiv 2306.07280; 2025, OFTv2, arXiv 2506.19847): y = W (R x), blocks of x are turned.
+"""OFT (Qiu et al. 2023, arXiv 2306.07280; 2025, OFTv2, arXiv 2506.19847): y = W (R x), with blocks of x rotated.
 
       x [in] in blocks of b:  .--R1--. .--R2--. .--R3--.      W keeps the angles between its rows, since each R is a
-      x Wᵀ + bias             |______| |______| |______|      rotation, made of a skew-symmetric Q (Cayley):
+      x Wᵀ + bias             |______| |______| |______|      rotation, the Cayley transform of a skew-symmetric Q:
 
-    R - 1 = -2 Q (1 + Q)⁻¹                                exactly, or, the default, for -Q in its place, by a series
-    R - 1 = 2 Q + 2 Q² + ... + 2 Qⁿ⁻² + Qⁿ⁻¹              of n terms (Neumann; PEFT takes three of them for four)
+    R - 1 = -2 Q (1 + Q)⁻¹                                exactly, or by default for -Q, by a Neumann series
+    R - 1 = 2 Q + 2 Q² + ... + 2 Qⁿ⁻² + Qⁿ⁻¹              of n terms (for n = 3 PEFT uses 4)
 
-Trained: for each block what Q has above the diagonal, zero at the start. In 16 bits (R - 1) x is added to x, so that
-small rotations are not lost. COFT keeps Q within eps of zero. Of an embedding the outputs are turned.
+Trained: the upper triangle of each block's Q, zero at the start. In 16 bits (R - 1) x is added to x, so that small
+rotations are not rounded away. COFT keeps Q within eps of zero. For an embedding the outputs are rotated.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class OFTConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `OFTConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `OFTConfig`; fields not listed choose layers.
 
     Args:
-        r, oft_block_size: number and size of the blocks of x; one of them is 0, and follows from the other. One that
-            does not divide a layer's inputs becomes, there, the nearest that does, as in PEFT, with a warning.
-        module_dropout: share of the blocks that are not turned in a training step. (PEFT 0.21 reads it and drops none.)
-        coft, eps: the norm of Q of each block is at most eps / √blocks. block_share: all blocks are turned alike.
-        use_cayley_neumann, num_cayley_neumann_terms: the series, and its terms.
-        bias: which are trained too: "none", "all", or "oft_only" (those of adapted modules).
-        init_weights: False: random rotations, so that the adapter changes the model from the start.
+        r, oft_block_size: number or size of the blocks of x; exactly one is 0 and is computed from the other. A value
+            that does not divide a layer's inputs is replaced by the nearest divisor, as in PEFT, with a warning.
+        module_dropout: share of the blocks left unrotated in a training step. (PEFT 0.21 ignores it.)
+        coft, eps: limit the norm of each block's Q to eps / √blocks. block_share: one rotation for all blocks.
+        use_cayley_neumann, num_cayley_neumann_terms: use the series, and its number of terms.
+        bias: biases that are also trained: "none", "all", or "oft_only" (of adapted modules).
+        init_weights: False: random rotations, so the adapter changes the model from the start.
     """
 
     r: int = 0
@@ -73,23 +73,23 @@ class OFTConfig(targets.LayersConfig):
         super().__post_init__()
         found = f"found r={self.r}, oft_block_size={self.oft_block_size}"
         one = min(self.r, self.oft_block_size) == 0 < max(self.r, self.oft_block_size)
-        validation.require(one, f"one of r and oft_block_size is 0, and the other above 0, {found}")
+        validation.require(one, f"one of r and oft_block_size must be 0, and the other above 0, {found}")
         validation.probability(module_dropout=self.module_dropout)
         validation.require(self.eps > 0, f"eps must be above 0, found {self.eps}")
-        least = f"num_cayley_neumann_terms={self.num_cayley_neumann_terms} turns nothing: take 2 or more"
+        least = f"num_cayley_neumann_terms={self.num_cayley_neumann_terms} rotates nothing. Use 2 or more"
         validation.require(self.num_cayley_neumann_terms > 1, least)
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
         if not isinstance(module, nn.Conv2d) or math.prod(module.kernel_size) == 1:
             return None
         return (
-            f"'{path}' is a convolution with kernel_size={module.kernel_size}, whose turned patches PEFT puts back in "
-            f"another order, so that no weight computes what it does. Train without it: exclude_modules=['{path}']"
+            f"'{path}' is a convolution with kernel_size={module.kernel_size}, where PEFT puts rotated patches back in "
+            f"another order, which no weight can reproduce. Leave it out: exclude_modules=['{path}']"
         )
 
 
 class Rotation(nn.Module):
-    """`weight` `[blocks, b (b - 1) / 2]`, one block for all with `block_share`; x `[..., in]` -> turned x."""
+    """Rotation of blocks `weight` `[blocks, b (b - 1) / 2]`, one row with `block_share`; x `[..., in]` -> rotated x."""
 
     def __init__(self, config: OFTConfig, blocks: int, block_size: int) -> None:
         super().__init__()
@@ -99,14 +99,14 @@ class Rotation(nn.Module):
             nn.init.normal_(self.weight, std=0.1)
 
     def within_eps(self) -> Tensor:
-        """`weight`, of which COFT has taken what is too much; the gradient is that of what is left, taken as it is."""
+        """Return `weight` limited to eps for COFT; the gradient passes through unchanged."""
         limit = self.config.eps / len(self.weight) ** 0.5
         w = self.weight.detach()
-        norms = 2**0.5 * torch.linalg.vector_norm(w, dim=1, keepdim=True)  # of Q, which has each number twice
+        norms = 2**0.5 * torch.linalg.vector_norm(w, dim=1, keepdim=True)  # norm of Q, which contains each number twice
         return self.weight + (w * (limit / norms.clamp(min=limit)) - w)
 
     def turns(self) -> Tensor:
-        """R - 1 of each block, fp32 `[blocks, b, b]`."""
+        """Return R - 1 of each block, fp32 `[blocks, b, b]`."""
         q = skew((self.within_eps() if self.config.coft else self.weight).float(), self.block_size)
         return neumann(q, self.config.num_cayley_neumann_terms) if self.config.use_cayley_neumann else cayley(q)
 
@@ -116,13 +116,13 @@ class Rotation(nn.Module):
             dropped = torch.randperm(len(turns), device=x.device) < int(self.config.module_dropout * len(turns))
             turns = turns * ~dropped[:, None, None]
         turns = turns.to(x.dtype)
-        if x.dtype in (torch.float32, torch.float64):  # in which R itself is exact enough
+        if x.dtype in (torch.float32, torch.float64):  # R itself is exact enough
             return turned(x, turns + torch.eye(self.block_size, device=x.device, dtype=x.dtype))
         return x + turned(x, turns)
 
 
 class OFT(Adapter):
-    """`oft_R`, what turns the inputs of a linear layer."""
+    """Rotation `oft_R` of the inputs of a linear layer."""
 
     def __init__(self, config: OFTConfig, blocks: int, block_size: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class OFT(Adapter):
 
 
 class OFTConv(OFT):
-    """The same of a convolution with a kernel of one number: the channels of each pixel are turned, of all groups."""
+    """Rotation of the channels of each pixel, of all groups, for a convolution with kernel size 1."""
 
     def forward(self, base: Base, x: Tensor) -> Any:
         return base(self.oft_R(x.movedim(-3, -1)).movedim(-1, -3))
@@ -147,14 +147,13 @@ class OFTConv(OFT):
         if weight.shape[1] != self.oft_R.width:
             raise PeftcoreError(
                 f"OFT of a convolution in groups (weight {list(weight.shape)}) reaches across the groups, so it cannot "
-                "be merged, in PEFT neither. Keep the adapter beside the base, or apply it with that layer in "
-                "exclude_modules"
+                "be merged (in PEFT neither). Keep the adapter unmerged, or apply it with that layer in exclude_modules"
             )
         return super().merged(weight.flatten(1), bias)[0].view_as(weight), bias
 
 
 class OFTEmbedding(Adapter):
-    """`oft_embedding_R`, what turns the outputs of an embedding."""
+    """Rotation `oft_embedding_R` of the outputs of an embedding."""
 
     def __init__(self, config: OFTConfig, blocks: int, block_size: int) -> None:
         super().__init__()
@@ -169,7 +168,7 @@ class OFTEmbedding(Adapter):
 
 
 def skew(upper: Tensor, size: int) -> Tensor:
-    """The skew-symmetric matrices `[..., size, size]` with these numbers above the diagonal, row by row."""
+    """Return the skew-symmetric matrices `[..., size, size]` with these numbers above the diagonal, row by row."""
     rows, columns = torch.triu_indices(size, size, 1, device=upper.device).unbind()
     q = upper.new_zeros(*upper.shape[:-1], size * size).index_copy(-1, rows * size + columns, upper)
     q = q.unflatten(-1, (size, size))
@@ -177,12 +176,12 @@ def skew(upper: Tensor, size: int) -> Tensor:
 
 
 def cayley(q: Tensor) -> Tensor:
-    """R - 1 for R = (1 - Q) (1 + Q)⁻¹, of skew-symmetric matrices."""
+    """Return R - 1 for R = (1 - Q) (1 + Q)⁻¹ and skew-symmetric Q."""
     return torch.linalg.solve(torch.eye(q.shape[-1], device=q.device, dtype=q.dtype) + q, -2 * q, left=False)
 
 
 def neumann(q: Tensor, terms: int) -> Tensor:
-    """R - 1 for R = (1 + Q) (1 - Q)⁻¹ by the first terms of its series."""
+    """Return R - 1 for R = (1 + Q) (1 - Q)⁻¹, from the first terms of its series."""
     if terms == 2:
         return 2 * q
     turns: Tensor = Series.apply(q, max(terms - 2, 2))  # type: ignore[no-untyped-call]
@@ -190,7 +189,7 @@ def neumann(q: Tensor, terms: int) -> Tensor:
 
 
 class Series(torch.autograd.Function):
-    """The last of Horner's steps; for the backward pass it keeps Q alone."""
+    """Result of the last of Horner's steps; saves only Q for the backward pass."""
 
     @staticmethod
     def forward(q: Tensor, count: int) -> Tensor:
@@ -211,7 +210,7 @@ class Series(torch.autograd.Function):
 
 
 def horner(q: Tensor, count: int) -> list[Tensor]:
-    """r₀ = Q, and as many steps rₖ₊₁ = 2 Q + Q rₖ."""
+    """Return r₀ = Q and `count` steps rₖ₊₁ = 2 Q + Q rₖ."""
     steps = [q]
     for _ in range(count):
         steps.append(2 * q + q @ steps[-1])
@@ -219,13 +218,13 @@ def horner(q: Tensor, count: int) -> list[Tensor]:
 
 
 def turned(x: Tensor, matrices: Tensor) -> Tensor:
-    """Each block of x `[..., in]`, a row, times its matrix of `[blocks, b, b]`, or all times the one there is."""
+    """Return x `[..., in]` with each block multiplied by its matrix of `[blocks, b, b]`, or by the only one."""
     x = x.unflatten(-1, (-1, matrices.shape[-1]))
     return (x @ matrices[0] if len(matrices) == 1 else torch.einsum("...rk,rkc->...rc", x, matrices)).flatten(-2)
 
 
 def nearest_divisor(size: int, wanted: int) -> int:
-    """The divisor of `size` that is nearest to `wanted`, of two the lower."""
+    """Return the divisor of `size` nearest to `wanted`, the lower of two."""
     return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
@@ -237,7 +236,7 @@ def place(model: nn.Module, config: OFTConfig, architecture: Architecture) -> li
     if any(divisor != given for divisor in divisors.values()):
         what = "r" if config.r else "oft_block_size"
         others = ", ".join(f"{d} of {width} inputs" for width, d in divisors.items() if d != given)
-        warnings.warn(f"{what}={given} does not divide all layers' inputs: it is taken for {others}", stacklevel=2)
+        warnings.warn(f"{what}={given} does not divide all layers' inputs. Used instead: {others}", stacklevel=2)
     placed: list[Placement] = []
     for path, width in widths.items():
         other = width // divisors[width]
@@ -247,7 +246,7 @@ def place(model: nn.Module, config: OFTConfig, architecture: Architecture) -> li
 
 
 def turned_width(module: nn.Module) -> int:
-    """How many numbers are turned at once."""
+    """Return how many numbers are rotated together."""
     if isinstance(module, nn.Conv2d):
         return module.in_channels
     return targets.sizes(module)[1 if isinstance(module, nn.Embedding) else 0]
@@ -259,16 +258,16 @@ def kind_for(module: nn.Module) -> type[OFT | OFTEmbedding]:
 
 @torch.no_grad()
 def after_step(adapters: Mapping[str, Any], config: OFTConfig, step: int, total_steps: int) -> None:
-    """COFT goes on from where it was brought back to."""
+    """Store COFT's limited weights, so that training continues from them."""
     for adapter in adapters.values() if config.coft else ():
         (rotation,) = adapter.children()
         rotation.weight.copy_(rotation.within_eps())
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Refuse files of PEFT before 0.14, which have other blocks."""
+    """Refuse files of PEFT before 0.14, whose blocks are different."""
     if "oft_block_size" not in fields:
-        raise PeftcoreError("it is an OFT of PEFT before 0.14, whose blocks are others. Train it again")
+        raise PeftcoreError("it is an OFT of PEFT before 0.14, whose blocks are different. Train it again")
     return tensors, fields
 
 

@@ -1,9 +1,9 @@
-"""P-tuning (Liu et al. 2021, arXiv 2103.10385): a prompt that a small network makes of n trained vectors.
+"""P-tuning (Liu et al. 2021, arXiv 2103.10385): a prompt computed by a small network from n trained vectors.
 
     E [n, hidden]  ->  MLP, or LSTM and MLP  ->  P [n, hidden]  ->  before the embedded input, as in prompt tuning
 
-Trained: E and the network. The network is a reparameterisation for training: the file for users of the adapter holds P,
-that for training on E and the network, too.
+Trained: E and the network. The network is a reparameterisation for training: a file for use contains only P, and a
+file to continue training also contains E and the network.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PTuningConfig:
-    """The fields bear the names of Hugging Face PEFT's `PromptEncoderConfig`.
+    """Config with the field names of Hugging Face PEFT\'s `PromptEncoderConfig`.
 
     Args:
         num_virtual_tokens: n.
         encoder_reparameterization_type: "MLP" (three layers), "LSTM" (both directions, and two layers), or "NONE": P
             itself, as in a file without the network.
-        encoder_hidden_size: of the network. None: token_dim.
-        encoder_num_layers, encoder_dropout: of the LSTM.
-        modules_to_save: modules trained whole. None: a classifier's head.
-        token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT, read off the model.
+        encoder_hidden_size: hidden size of the network. None: token_dim.
+        encoder_num_layers, encoder_dropout: layers and dropout of the LSTM.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT; read from the model.
             PEFT keeps n rows for each submodule, two in an encoder-decoder, and uses the first n, in the encoder.
     """
 
@@ -67,7 +67,7 @@ class PTuningConfig:
         validation.probability(encoder_dropout=self.encoder_dropout)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> PTuningConfig:
-        """The choices that depend on the model made explicit."""
+        """Return the config with the choices that depend on the model made explicit."""
         embedding: Any = None if architecture.embedding is None else model.get_submodule(architecture.embedding)
         width = self.token_dim or getattr(embedding, "embedding_dim", None)
         found: dict[str, Any] = {"token_dim": width, "encoder_hidden_size": width}
@@ -77,7 +77,7 @@ class PTuningConfig:
 
 
 class PromptEncoder(Adapter):
-    """E `[n · submodules, hidden]` and the network, or P itself; it gives the first n rows of P."""
+    """E `[n · submodules, hidden]` and the network, or P itself; returns the first n rows of P."""
 
     def __init__(self, config: PTuningConfig) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class PromptEncoder(Adapter):
         self.mlp_head = nn.Sequential(*parts[:-1])
 
     def rows(self) -> Tensor:
-        """P `[n · submodules, hidden]`."""
+        """Return P `[n · submodules, hidden]`."""
         if not hasattr(self, "embedding"):
             return self.prompt_embeddings
         x = self.embedding[None]
@@ -111,7 +111,7 @@ def place(model: nn.Module, config: PTuningConfig, architecture: Architecture) -
 
 
 def export(placement: SoftPrompt) -> dict[str, Tensor]:
-    """P, for those who know no network; without dropout."""
+    """Return P without dropout, for libraries that do not know the network."""
     encoder: Any = placement.adapter
     training = encoder.training
     rows = encoder.eval().rows()
@@ -127,7 +127,7 @@ def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, 
 
 
 def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Write a kind for "NONE", which PEFT does not have; it uses the kind in training alone."""
+    """Write "MLP" for "NONE", which PEFT does not have; PEFT uses the field only in training."""
     kind = fields["encoder_reparameterization_type"]
     return tensors, {**fields, "encoder_reparameterization_type": "MLP" if kind == "NONE" else kind}
 

@@ -1,10 +1,10 @@
-"""PEANUT (Zhong et al. 2024, arXiv 2410.01870): y = (W + s · D) x + b, where a small network makes D from W.
+"""PEANUT (Zhong et al. 2024, arXiv 2410.01870): y = (W + s · D) x + b, where a small network computes D from W.
 
     Wᵀ [in, out] --- A --- f ---.---.---.--- B --- Dᵀ [in, out]       A [r, out], B [out, r], zero at the start
-                                |   |   |                             f, and `depth` times f(E_i h), then as often
-                                encoders, decoders [r, r]             f(D_i h) + what stood before E of that depth
+                                |   |   |                             f, then `depth` times f(E_i h), then as often
+                                encoders, decoders [r, r]             f(D_i h) + the input of E at that depth
 
-D = B Hᵀ with H [in, r], so that D itself is never made: y = base(x) + s · B (Hᵀ x).
+D = B Hᵀ with H [in, r], so D itself is never built: y = base(x) + s · B (Hᵀ x).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PeanutConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `PeanutConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `PeanutConfig`; fields not listed are LoRA\'s.
 
     Args:
-        depth: of encoders and decoders between A and B.
+        depth: number of encoders, and of decoders, between A and B.
         act_fn: f, by its name in transformers, such as "relu", "gelu" or "silu".
-        init_weights: False: B is drawn, too, so that the adapter changes the model from the start.
+        init_weights: False: B is random too, so the adapter changes the model from the start.
     """
 
     r: int = 32
@@ -51,7 +51,7 @@ class PeanutConfig(targets.LayersConfig):
     not_in_peft = frozenset({"fan_in_fan_out"})
 
     def __post_init__(self) -> None:
-        from transformers.activations import ACT2FN  # second: half a second
+        from transformers.activations import ACT2FN  # imported late: it takes half a second
 
         super().__post_init__()
         validation.positive_whole(r=self.r)
@@ -79,7 +79,7 @@ class Peanut(Adapter):
         return base(x) + self.scale * F.linear(x @ h, self.peanut_B.weight.to(x.dtype))
 
     def inner(self, weight: Tensor) -> Tensor:
-        """H `[in, r]` of W `[out, in]`."""
+        """Return H `[in, r]` for W `[out, in]`."""
         h, before = self.act(self.peanut_A(weight.T.to(self.peanut_A.weight))), []
         for encoder in self.peanut_encoders:
             before.append(h)

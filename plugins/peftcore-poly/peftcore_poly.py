@@ -1,10 +1,10 @@
-"""Poly (Ponti et al. 2023, EACL, arXiv 2202.13914, section 2), with splits (MHR: Caccia et al. 2023, arXiv 2211.03831).
+"""Poly (Ponti et al. 2023, EACL, arXiv 2202.13914, section 2) and MHR (Caccia et al. 2023, arXiv 2211.03831).
 
-    y = W x + b + B_t A_t x / r       of task t, for each of the s splits of x, and of y:
+    y = W x + b + B_t A_t x / r       for task t, and for each of the s splits of x and y:
     A_t = Σ_k w_tk A_k,  B_t = Σ_k w_tk B_k         A_k [in / s, r] and B_k [r, out / s]: skills that the tasks share
-    w_t = z_t / Σ_k z_tk,  z_t = sigmoid(Z_t)       Z [tasks, s · skills]: the router, one a layer
+    w_t = z_t / Σ_k z_tk,  z_t = sigmoid(Z_t)       Z [tasks, s · skills]: the router, one per layer
 
-Training draws z: sigmoid(Z_t + log u - log(1 - u)), u uniform (a relaxed Bernoulli). The call says each row's task:
+Training draws z: sigmoid(Z_t + log u - log(1 - u)), u uniform (a relaxed Bernoulli). The call names each row's task:
 `model(..., task_ids=t)`, `model.generate(..., task_ids=t)`, or `with peftcore.call_arguments(model, task_ids=t)`; t
 int64 [batch], or one number.
 """
@@ -39,14 +39,14 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PolyConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `PolyConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `PolyConfig`; fields not listed choose layers.
 
     Args:
         r: rank of a skill.
-        n_tasks, n_skills: tasks, and skills that they share.
-        n_splits: of inputs and outputs, with weights of their own (MHR); 1: Poly.
-        poly_type: "poly", the one that there is.
-        init_weights: False: B is drawn, too, so that the adapter changes the model from the start.
+        n_tasks, n_skills: number of tasks, and of skills that they share.
+        n_splits: number of splits of inputs and outputs, each with its own weights (MHR); 1: Poly.
+        poly_type: "poly", the only type.
+        init_weights: False: B is random too, so the adapter changes the model from the start.
     """
 
     not_in_peft: ClassVar[frozenset[str]] = frozenset({"layers_to_transform", "layers_pattern", "fan_in_fan_out"})
@@ -63,7 +63,7 @@ class PolyConfig(targets.LayersConfig):
 
 
 class Router(nn.Module):
-    """Z `[tasks, splits · skills]`."""
+    """Router Z `[tasks, splits · skills]`."""
 
     def __init__(self, config: PolyConfig) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Router(nn.Module):
         nn.init.uniform_(self.module_logits, -1e-3, 1e-3)
 
     def forward(self, tasks: Tensor, draws: bool) -> Tensor:
-        """w `[rows, splits, skills]` of the tasks of the rows."""
+        """Return w `[rows, splits, skills]` for the rows' tasks."""
         z = self.module_logits.float().index_select(0, tasks).unflatten(1, (-1, self.skills))
         if draws:
             u = torch.rand_like(z).clamp(torch.finfo(z.dtype).tiny, 1 - torch.finfo(z.dtype).eps)
@@ -97,7 +97,7 @@ class Poly(Adapter):
             nn.init.uniform_(self.poly_lora_B, -(r**-0.5), r**-0.5)
 
     def factors_of(self, tasks: Tensor, draws: bool) -> tuple[Tensor, Tensor]:
-        """A `[rows, in, r]` and B `[rows, r, out]`, with the splits side by side."""
+        """Return A `[rows, in, r]` and B `[rows, r, out]`, with the splits concatenated."""
         w = self.poly_router(tasks, draws)
         a = torch.einsum("bqs,qsdr->bqdr", w, self.poly_lora_A.float()).flatten(1, 2)
         b = torch.einsum("bqs,qsrd->brqd", w, self.poly_lora_B.float()).flatten(2)
@@ -107,15 +107,17 @@ class Poly(Adapter):
         call, count = current_call(), len(self.poly_router.module_logits)
         tasks = call.get("task_ids")
         if tasks is None:
-            why = f"the adapter is of {count} tasks, and the call names none: model(..., task_ids=t)"
+            why = f"the adapter has {count} tasks, and the call names none: use model(..., task_ids=t)"
             hint = "transformers' Trainer drops that column unless remove_unused_columns=False"
             validation.require(count == 1, f"{why}. {hint}")
             tasks = 0
-        index = validation.task_ids(tasks, count, x.device, on_card=False)  # at every layer
+        index = validation.task_ids(tasks, count, x.device, on_card=False)  # checked at every layer
         a, b = self.factors_of(index, self.training)
         rows = math.prod(x.shape[:-1])
         fits = len(a) == 1 or (x.shape[0] == len(a) if x.dim() > 2 else rows % len(a) == 0)
-        message = f"the call names {len(a)} tasks, and this layer takes {list(x.shape)}: one for each row of the batch"
+        message = (
+            f"the call names {len(a)} tasks, one for each row of the batch, and this layer's input is {list(x.shape)}"
+        )
         validation.require(fits, f"{message}. Leave such a layer out: exclude_modules=[...]")
         inputs = x.reshape(len(a), -1, x.shape[-1])
         change = inputs @ a.to(x.dtype) @ b.to(x.dtype)
@@ -125,7 +127,7 @@ class Poly(Adapter):
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         count = len(self.poly_router.module_logits)
-        message = f"Poly changes the weights in another way for each of {count} tasks, so it cannot be merged"
+        message = f"Poly changes the weights differently for each of {count} tasks, so it cannot be merged"
         validation.require(count == 1, message)
         a, b = self.factors_of(torch.zeros(1, dtype=torch.long, device=weight.device), draws=False)
         return weight + (a[0] @ b[0]).T, bias

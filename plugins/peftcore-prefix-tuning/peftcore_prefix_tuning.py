@@ -1,12 +1,12 @@
-"""Prefix tuning (Li and Liang 2021, arXiv 2101.00190): in every layer, n trained keys and values come first.
+"""Prefix tuning (Li and Liang 2021, arXiv 2101.00190): n trained keys and values in every layer.
 
     layer l:   softmax( q · [K_l ; k(x)]ᵀ / √d ) · [V_l ; v(x)]        K_l, V_l [kv_heads, n, head_dim] are trained
 
     stored as  P [n, 2 · layers · kv_heads · head_dim], where the columns of layer l are K_l, then V_l
-    projected  P = W_2 tanh(W_1 E + b_1) + b_2,  E [n, token_dim], W_1 [hidden, token_dim]: steadier to train
+    projected  P = W_2 tanh(W_1 E + b_1) + b_2,  E [n, token_dim], W_1 [hidden, token_dim]: more stable training
 
-Trained: 2 · n · layers · kv_heads · head_dim numbers. The projection is a reparameterisation for training: the file
-for users of the adapter holds P, that for training on E and W, too.
+Trained: 2 · n · layers · kv_heads · head_dim numbers. The projection is a reparameterisation for training: a
+file for use contains only P, and a file to continue training also contains E and W.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PrefixTuningConfig:
-    """The fields bear the names of Hugging Face PEFT's `PrefixTuningConfig`.
+    """Config with the field names of Hugging Face PEFT\'s `PrefixTuningConfig`.
 
     Args:
         num_virtual_tokens: n.
         prefix_projection: train the prefix through a network of two layers.
-        encoder_hidden_size: hidden size of that network. None: token_dim.
+        encoder_hidden_size: hidden size of the network. None: token_dim.
         init_weights: None (random) or "zero": keys and values start at zero.
-        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
-        token_dim, num_attention_heads, num_layers: kv_heads · head_dim, kv_heads, layers; read off the model.
-        num_transformer_submodules: in an encoder-decoder 2 (None) lays the prefix out as PEFT does, whose decoder
-            layer l takes the part of layer 2l mod layers; 1 gives each layer its own, which PEFT cannot read.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        token_dim, num_attention_heads, num_layers: kv_heads · head_dim, kv_heads, layers; read from the model.
+        num_transformer_submodules: for encoder-decoders. 2 (None) is PEFT's layout, where decoder layer l uses the
+            part of layer 2l mod layers; with 1 each layer has its own part, which PEFT cannot read.
     """
 
     num_virtual_tokens: int = 20
@@ -69,7 +69,7 @@ class PrefixTuningConfig:
         validation.one_of((None, 1, 2), num_transformer_submodules=self.num_transformer_submodules)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> PrefixTuningConfig:
-        """The sizes of the model's attention made explicit."""
+        """Return the config with the sizes of the model's attention made explicit."""
         heads, head_dim = architecture.num_kv_heads, architecture.head_dim
         layers = architecture.num_layers
         if architecture.is_encoder_decoder:
@@ -77,8 +77,8 @@ class PrefixTuningConfig:
             layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
         if not (heads and head_dim and layers):
             raise PeftcoreError(
-                f"{type(model).__name__} does not say how many layers and heads it has. A plugin's "
-                "peftcore_architecture hook can"
+                f"the number of layers and heads of {type(model).__name__} is unknown. A plugin's "
+                "peftcore_architecture hook can give it"
             )
         found = {"token_dim": heads * head_dim, "num_attention_heads": heads, "num_layers": layers}
         for name, value in found.items():
@@ -98,13 +98,13 @@ class PrefixTuningConfig:
 
 
 class Prefix(Adapter):
-    """The prefix of all layers: P itself, or E and the network that makes P of it."""
+    """Prefix of all layers: P itself, or E and the network that computes P from it."""
 
     def __init__(self, config: PrefixTuningConfig) -> None:
         super().__init__()
         n, heads = config.num_virtual_tokens, config.num_attention_heads
         layers, width = config.num_layers, config.token_dim
-        assert layers is not None and heads is not None and width is not None  # `resolved` has read them off the model
+        assert layers is not None and heads is not None and width is not None  # `resolved` has read them from the model
         self.shape = (n, layers, 2, heads, -1)
         self.layers = [2 * i % layers for i in range(layers)] if config.num_transformer_submodules == 2 else None
         if config.prefix_projection:
@@ -120,7 +120,7 @@ class Prefix(Adapter):
                 nn.init.zeros_(parameter)
 
     def rows(self) -> Tensor:
-        """P `[n, 2 · layers · kv_heads · head_dim]`."""
+        """Return P `[n, 2 · layers · kv_heads · head_dim]`."""
         return self.projection(self.embedding) if hasattr(self, "projection") else self.prompt_embeddings
 
     def forward(self) -> Tensor:
@@ -133,7 +133,7 @@ def place(model: nn.Module, config: PrefixTuningConfig, architecture: Architectu
 
 
 def export(placement: PrefixKV) -> dict[str, Tensor]:
-    """P, for those who know no projection."""
+    """Return P, for libraries that do not know the projection."""
     adapter: Any = placement.adapter
     return {"prompt_embeddings": adapter.rows()} if hasattr(adapter, "projection") else {}
 

@@ -1,4 +1,4 @@
-"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): n trained vectors stand before the embedded input.
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): n trained vectors before the embedded input.
 
          y_1 ........ y_m               the output, for the tokens of the input
           |            |
@@ -8,7 +8,7 @@
      |    |            |
     P [n, hidden]   E(x_1) … E(x_m)     P is trained, E is the token embedding (frozen)
 
-Trained: n · hidden numbers. Nothing of the model changes, so there is nothing to merge.
+Trained: n · hidden numbers. The model itself does not change, so there is nothing to merge.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PromptTuningConfig:
-    """The fields bear the names of Hugging Face PEFT's `PromptTuningConfig`.
+    """Config with the field names of Hugging Face PEFT\'s `PromptTuningConfig`.
 
     Args:
         num_virtual_tokens: n. Lester et al. find little gain beyond 20.
-        prompt_tuning_init: where the first values come from: "RANDOM" (normal, std 1), "SAMPLE_VOCAB" (the embeddings
-            of random tokens) or "TEXT" (those of a text, repeated or cut to n tokens).
+        prompt_tuning_init: initial values: "RANDOM" (normal, std 1), "SAMPLE_VOCAB" (embeddings of random tokens) or
+            "TEXT" (embeddings of a text, repeated or truncated to n tokens).
         prompt_tuning_init_text, tokenizer_name_or_path, tokenizer_kwargs: the text and its tokenizer, for "TEXT".
-        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
-        token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT, read off the model.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT; read from the model.
             PEFT keeps n rows for each submodule, two in an encoder-decoder, and uses the first n, in the encoder.
-        initialize: False for values that come from a file; not written.
+        initialize: False if the values come from a file; not saved.
     """
 
     num_virtual_tokens: int = 20
@@ -73,7 +73,7 @@ class PromptTuningConfig:
         )
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> PromptTuningConfig:
-        """The choices that depend on the model made explicit."""
+        """Return the config with the choices that depend on the model made explicit."""
         embedding = token_embedding(model, architecture)
         return replace(
             self,
@@ -85,7 +85,7 @@ class PromptTuningConfig:
 
 
 class Prompt(Adapter):
-    """`prompt_embeddings [n · submodules, hidden]`, of which the first n are the prompt."""
+    """Prompt `prompt_embeddings` `[n · submodules, hidden]`, of which the first n rows are used."""
 
     def __init__(self, rows: Tensor, tokens: int) -> None:
         super().__init__()
@@ -97,12 +97,12 @@ class Prompt(Adapter):
 
 
 def token_embedding(model: nn.Module, architecture: Architecture) -> Any:
-    """An `nn.Embedding` or what takes its place; None where none is known, which the core refuses."""
+    """Return the token embedding; None if unknown, which the core refuses."""
     return None if architecture.embedding is None else model.get_submodule(architecture.embedding)
 
 
 def first_values(config: PromptTuningConfig, embedding: Any) -> Tensor:
-    """`[n · submodules, hidden]`, fp32, by `prompt_tuning_init`."""
+    """Return initial values `[n · submodules, hidden]`, fp32, as `prompt_tuning_init` asks."""
     count = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
     rows = torch.empty(count, config.token_dim or 0)
     if rows.is_meta or not config.initialize or embedding is None:
@@ -119,12 +119,12 @@ def first_values(config: PromptTuningConfig, embedding: Any) -> Tensor:
 
 
 def text_tokens(config: PromptTuningConfig) -> list[int]:
-    """The tokens of `prompt_tuning_init_text`."""
+    """Return the tokens of `prompt_tuning_init_text`."""
     from transformers import AutoTokenizer
 
     kwargs = dict(config.tokenizer_kwargs or {})
     if kwargs.pop("trust_remote_code", False):
-        raise PeftcoreError("tokenizer_kwargs asks for trust_remote_code: a config must not run code")
+        raise PeftcoreError("tokenizer_kwargs asks for trust_remote_code, but a config must not run code. Leave it out")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:

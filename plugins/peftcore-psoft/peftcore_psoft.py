@@ -1,11 +1,11 @@
-"""PSOFT (Wu et al. 2025, arXiv 2505.11235): the principal subspace of W is turned: W + scale · B (R - 1) A.
+"""PSOFT (Wu et al. 2025, arXiv 2505.11235): rotation of W's principal subspace, W + scale · B (R - 1) A.
 
     B A · scale = the r largest singular values of W, with their vectors      A [r, in], B [out, r], frozen
     R = diag(b) · rotation · diag(a)                                          scale = psoft_alpha / r
 
-The rotation is Cayley's, of a skew-symmetric Q, as in OFT; a and b, of r numbers each, let lengths change a little.
-Trained: what Q has above its diagonal, zero at the start, and a, b, one. x is multiplied by A, R - 1 and B in turn.
-A and B are made from W again when a file, which has R alone, is loaded.
+The rotation is the Cayley transform of a skew-symmetric Q, as in OFT; a and b, r numbers each, allow small changes of
+length. Trained: the upper triangle of Q, zero at the start, and a and b, one. x is multiplied by A, R - 1 and B in
+turn. Files contain only R; A and B are computed from W on load.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PsoftConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `PsoftConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `PsoftConfig`; fields not listed choose layers.
 
     Args:
-        r, psoft_alpha: rank of the subspace; the scale, psoft_alpha / r, is taken out of B again. psoft_dropout:
-            probability with which an input of A is dropped in training.
-        ab_svd_init: "psoft_init": singular values are in B; "pissa_init": their roots in both.
+        r, psoft_alpha: rank of the subspace; B is divided by the scale, psoft_alpha / r. psoft_dropout: dropout
+            probability of the inputs of A.
+        ab_svd_init: "psoft_init": singular values are in B; "pissa_init": their roots are in both.
         psoft_svd: "full", or "lowrank" (`torch.svd_lowrank`, with psoft_svd_lowrank_niter and random_seed).
-        psoft_orth: False: R is any matrix. psoft_mag_a, psoft_mag_b: are there a and b?
-        use_cayley_neumann, num_cayley_neumann_terms: the rotation by a series, and its terms. cayley_neumann_eps: the
-            norm of Q that it takes at most, between 0 and 1, or None.
-        init_weights: False: a random rotation, so that the adapter changes the model from the start.
+        psoft_orth: False: R is any matrix. psoft_mag_a, psoft_mag_b: whether there are a and b.
+        use_cayley_neumann, num_cayley_neumann_terms: compute the rotation by a series, and its number of terms.
+            cayley_neumann_eps: upper limit of the norm of Q, between 0 and 1, or None.
+        init_weights: False: a random rotation, so the adapter changes the model from the start.
     """
 
     r: int = 32
@@ -72,7 +72,7 @@ class PsoftConfig(targets.LayersConfig):
         validation.probability(psoft_dropout=self.psoft_dropout)
         validation.require(self.psoft_alpha > 0, f"psoft_alpha must be above 0, found {self.psoft_alpha}")
         terms, eps = self.num_cayley_neumann_terms, self.cayley_neumann_eps
-        validation.require(terms > 1, f"num_cayley_neumann_terms={terms} turns nothing: take 2 or more")
+        validation.require(terms > 1, f"num_cayley_neumann_terms={terms} rotates nothing. Use 2 or more")
         validation.require(eps is None or 0 < eps < 1, f"cayley_neumann_eps must be between 0 and 1, found {eps}")
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
@@ -82,7 +82,7 @@ class PsoftConfig(targets.LayersConfig):
 
 
 class Turn(nn.Module):
-    """R `[r, r]`: `weight` `[r (r - 1) / 2]` of Q, or R's own, and the vectors b and a `[r]`."""
+    """R `[r, r]`: `weight` `[r (r - 1) / 2]` of Q, or R itself, and the vectors b and a `[r]`."""
 
     def __init__(self, config: PsoftConfig) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Turn(nn.Module):
             self.weight.data += 0.1 * torch.randn(self.weight.shape)
 
     def forward(self) -> Tensor:
-        """R - 1, fp32."""
+        """Return R - 1, fp32."""
         one = torch.eye(self.config.r, device=self.weight.device)
         turn = self.rotation_less_1() if self.config.psoft_orth else self.weight.float() - one
         gain = turn.new_ones(self.config.r)
@@ -114,7 +114,7 @@ class Turn(nn.Module):
 
 
 class Psoft(ThinLinear):
-    """`psoft_R` of a linear layer, and the frozen A and B of its weight."""
+    """Rotation `psoft_R` of a linear layer, and the frozen A and B of its weight."""
 
     a: Tensor
     b: Tensor
@@ -132,14 +132,14 @@ class Psoft(ThinLinear):
         return self.psoft_R() @ self.a.float(), self.b
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        """A x, of r numbers, is all that the gradient of R needs."""
+        """Compute y from A x, whose r numbers are all that the gradient of R needs."""
         y, u = base(x), F.linear(self.dropout(x), self.a.to(x.dtype))
         return y + F.linear(F.linear(u, (self.scale * self.psoft_R()).to(x.dtype)), self.b.to(x.dtype))
 
 
 @torch.no_grad()
 def principal(weight: Tensor, config: PsoftConfig, scale: float) -> tuple[Tensor, Tensor]:
-    """A and B of a weight `[out, in]`, as PEFT makes them: the same signs, which R depends on."""
+    """Return A and B of a weight `[out, in]` with the signs that PEFT has, on which R depends."""
     if config.psoft_svd == "full":
         u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
     else:

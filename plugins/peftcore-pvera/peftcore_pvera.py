@@ -1,11 +1,10 @@
 """PVeRA (arXiv 2512.07703): y = W x + b ⊙ B z, z drawn around d ⊙ A x, with A and B random, frozen and shared.
 
     (m, v) = d ⊙ A x          A [2 r, widest in], d [2 r] trained
-    z = m + e · exp(v / 2)    e normal, in training; outside of it z = m, or with sample_at_inference as in training
+    z = m + e · exp(v / 2)    e normal, in training; otherwise z = m, or as in training with sample_at_inference
     y = W x + b ⊙ B z         B [widest out, r], b [out] trained, zero at the start
 
-VeRA (`peftcore-vera`) whose inner activations are noisy in training. With z = m it is a change of the weight, and
-merges.
+VeRA (`peftcore-vera`) with noisy inner activations in training. With z = m it is a change of the weight, and merges.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PveraConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `PveraConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `PveraConfig`; fields not listed are LoRA\'s.
 
     Args:
-        r: rank of B. projection_prng_key: seed of A and B. save_projection: keep them in the file, else they are drawn
-            again. d_initial: of d at the start. init_weights: False: b is one and d random.
-        sample_at_inference: z is drawn at every call. Such an adapter does not merge.
+        r: rank of B. projection_prng_key: seed of A and B. save_projection: save them; otherwise they are drawn again
+            on load. d_initial: value of d at the start. init_weights: False: b is one and d random.
+        sample_at_inference: draw z at every call. Such an adapter does not merge.
     """
 
     r: int = 256
@@ -85,7 +84,7 @@ class Projections(nn.Module):
 
 
 class Pvera(Adapter):
-    """b and d of a linear layer; x `[..., in]` -> y `[..., out]`."""
+    """Adapter of a linear layer, b and d; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: PveraConfig, projections: Projections, width: int, out_width: int) -> None:
         super().__init__()
@@ -107,13 +106,13 @@ class Pvera(Adapter):
         return y + scale * F.linear(z, b)
 
     def shared(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What this layer takes of A and B."""
+        """Return the slices of A and B that this layer uses."""
         a, b = self.projections.pvera_A[:, : self.width], self.projections.pvera_B[: self.out_width]
         return a.to(device, dtype), b.to(device, dtype)
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        drawn = "sample_at_inference draws at every call, which no weight does. Load it without to merge its mean"
+        drawn = "sample_at_inference draws at every call, so it cannot be merged. Load it with False to merge the mean"
         validation.require(not self.always_draws, drawn)
         a, b = self.shared(weight.device, weight.dtype)
         d = self.pvera_lambda_d.float()[: b.shape[1], None]
@@ -128,14 +127,14 @@ def place(model: nn.Module, config: PveraConfig, architecture: Architecture) -> 
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """A and B stand once in a file."""
+    """Name A and B without a layer, since a file holds them once."""
     if name.startswith("projections."):
         return f"base_model.{name.removeprefix('projections.')}"
     return plugin.tensor_name(placement, name)
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Leave out PEFT's own generator, which would draw other noise where checkpointing recomputes a part."""
+    """Drop PEFT's own generator, which would draw other noise where checkpointing recomputes a part."""
     if fields.get("generator_seed") is not None:
         warnings.warn("generator_seed is not used: the noise follows torch.manual_seed(...)", stacklevel=2)
     return tensors, {name: value for name, value in fields.items() if name != "generator_seed"}

@@ -13,7 +13,7 @@
             '--------+--------'
                   x [in]
 
-`apply` quantizes the base, once, and then all is LoRA: the adapter is one of `peftcore-lora`, and so is its file.
+`apply` quantizes the base once. The adapter and its file are then those of `peftcore-lora`.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class QLoraConfig(peftcore_lora.LoraConfig):
-    """LoRA's fields, and how the base is quantized. A base that is quantized already is taken as it is.
+    """Config with LoRA's fields, and fields for quantizing the base. A base that is already quantized stays as it is.
 
     Args:
         quant_type, double_quant, blocksize, compute_dtype: see `peftcore.quantize`.
-        skip: modules that stay dense; None means the heads. What modules_to_save trains stays dense anyway.
+        skip: modules that stay dense; None: the heads. Modules in modules_to_save always stay dense.
     """
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -53,7 +53,7 @@ class QLoraConfig(peftcore_lora.LoraConfig):
 
 
 def prepare(model: nn.Module, config: QLoraConfig) -> None:
-    """Quantize the base, unless it is quantized."""
+    """Quantize the base, unless it is quantized already."""
     if next(quantized_layers(model), None) is not None:
         return
     skip = [
@@ -71,7 +71,7 @@ def prepare(model: nn.Module, config: QLoraConfig) -> None:
 
 
 def as_lora(config: QLoraConfig) -> peftcore_lora.LoraConfig:
-    """What the adapter is once the base is quantized."""
+    """Return the config of the adapter after quantization, a plain LoRA."""
     names = (f.name for f in fields(peftcore_lora.LoraConfig))
     return peftcore_lora.LoraConfig(**{name: getattr(config, name) for name in names})
 

@@ -1,13 +1,13 @@
-"""RandLoRA (Albert et al. 2025, arXiv 2502.00987): y = W x + b + s · sum over n of B_n L_n A G_n x: a full-rank change.
+"""RandLoRA (Albert et al. 2025, arXiv 2502.00987): y = W x + b + s · sum over n of B_n L_n A G_n x, of full rank.
 
-    A [r, small]      random, frozen, one pair for all layers, which take as much of it as they need; `small` and
-    B_n [large, r]    `large` are the lesser and the greater of a layer's sizes, and n goes up to small / r
+    A [r, small]      random, frozen, one pair for all layers, which use as much of it as they need; `small` and
+    B_n [large, r]    `large` are the smaller and the larger of a layer's sizes, and n goes up to small / r
     L_n, G_n          diagonals `[r]` and `[small]`, trained: lambda, zero at the start, and gamma
     s                 randlora_alpha / r
 
-Where a layer's output is its smaller size the product stands the other way round. PEFT numbers the pairs (n, i), i of
-the r rows, as i · n_max + n in A and as n · r + i in B, so that row i of A L_n G_n meets another column of B than the
-formula's; so it is here, for the files' sake. The columns are random either way.
+Where a layer's output is smaller than its input, the product is transposed. PEFT numbers the pairs (n, i), i of the r
+rows, as i · n_max + n in A and as n · r + i in B, so row i of A L_n G_n is paired with another column of B than in the
+formula. This is the same here, for compatible files; the columns are random either way.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class RandLoraConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `RandLoraConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `RandLoraConfig`; fields not listed are LoRA\'s.
 
     Args:
-        r: rank of a product. The smaller, the more of them, and the more is trained.
-        projection_prng_key: seed of A and B. save_projection: keep them in the file, else they are drawn again.
-        sparse, very_sparse: A and B of -1, 0 and 1 (then scaled), a third of them, or 1 / sqrt(small), not zero.
-        init_weights: False: lambda is drawn, so that the adapter changes the model from the start.
+        r: rank of a product. A smaller r means more products and more trained parameters.
+        projection_prng_key: seed of A and B. save_projection: save them; otherwise they are drawn again on load.
+        sparse, very_sparse: A and B of -1, 0 and 1 (then scaled), with a third, or 1 / sqrt(small), of them non-zero.
+        init_weights: False: lambda is random, so the adapter changes the model from the start.
     """
 
     r: int = 32
@@ -71,7 +71,7 @@ class RandLoraConfig(targets.LayersConfig):
 
 
 class Bases(nn.Module):
-    """A `[r, 1, small]` and B `[large, n, r]`, one pair for all layers, whose standard deviation is 1."""
+    """A `[r, 1, small]` and B `[large, n, r]`, one pair for all layers, with standard deviation 1."""
 
     randlora_A: Tensor
     randlora_B: Tensor
@@ -88,7 +88,7 @@ class Bases(nn.Module):
 
 
 def drawn(config: RandLoraConfig, shape: tuple[int, int, int], sparsity: float, generator: torch.Generator) -> Tensor:
-    """As PEFT draws them, on the CPU: dense ones in bfloat16, a product after the other."""
+    """Return matrices drawn as in PEFT, on the CPU: dense ones in bfloat16, one product after the other."""
     if config.sparse or config.very_sparse:
         uniform, share = torch.rand(shape, generator=generator, device="cpu"), 1 / (2 * sparsity)
         values = (uniform > 1 - share).float() - (uniform < share).float()
@@ -100,7 +100,7 @@ def drawn(config: RandLoraConfig, shape: tuple[int, int, int], sparsity: float, 
 
 
 class Scaled(torch.autograd.Function):
-    """lambda `[r, n]`, A `[r, small]`, gamma `[n, small]` -> lambda · A · gamma, `[r, n, small]`; these are kept."""
+    """lambda `[r, n]`, A `[r, small]`, gamma `[n, small]` -> lambda · A · gamma, `[r, n, small]`; saves its inputs."""
 
     @staticmethod
     def forward(ctx: Any, by: Tensor, a: Tensor, gamma: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class RandLora(Adapter):
         return base(x) + self.scale * F.linear(F.linear(self.dropout(x), first), second)
 
     def pair(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`[r · n, in]` and `[out, r · n]`."""
+        """Return the factors, `[r · n, in]` and `[out, r · n]`."""
         a = self.bases.randlora_A[:, 0, : self.small].to(device)
         b = self.bases.randlora_B[: self.large, : len(self.randlora_gamma)].to(device).flatten(1)
         a = Scaled.apply(self.randlora_lambda, a, self.randlora_gamma).flatten(0, 1)  # type: ignore[no-untyped-call]
@@ -152,17 +152,19 @@ def place(model: nn.Module, config: RandLoraConfig, architecture: Architecture) 
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """A and B stand once in a file."""
+    """Name A and B without a layer, since a file holds them once."""
     return f"base_model.{name.removeprefix('bases.')}" if "bases." in name else plugin.tensor_name(placement, name)
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Leave out A and B of single layers, which PEFT writes as well."""
+    """Leave out A and B of single layers, which PEFT also writes."""
     found = {n: t for n, t in tensors.items() if not n.endswith((".randlora_A", ".randlora_B")) or n.count(".") == 1}
     for name in tensors.keys() - found.keys():
         shared = tensors.get(f"base_model.{name.rpartition('.')[2]}")
         one = shared is not None and torch.equal(shared, tensors[name])
-        validation.require(one, f"'{name}' is not what all layers share. Write the file again with PEFT")
+        validation.require(
+            one, f"'{name}' differs from the matrix that all layers share. Save the file again with PEFT"
+        )
     return found, fields
 
 

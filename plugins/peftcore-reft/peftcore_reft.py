@@ -1,14 +1,15 @@
-"""ReFT (Wu et al. 2024, arXiv 2404.03592): what layers give for chosen tokens is edited within a subspace of rank r.
+"""ReFT (Wu et al. 2024, arXiv 2404.03592): edits of chosen tokens' hidden states within a subspace.
 
     LoReFT     h -> h + Rᵀ (W h + b - R h)      R [r, d] with orthonormal rows, W [r, d], b [r]      (section 3.2)
     NoReFT     h -> h + Rᵀ (W h + b - R h)      R any matrix:          orthogonality=False
     DiReFT     h -> h + Rᵀ (W h + b)            neither:               and subtract_projection=False
 
-for the first p tokens of a text and its last s (section 3.3), which have an R, W and b each, or with `tied_weights`
-the same. W starts as R (DiReFT: as 0), b as 0, so that nothing is changed. Trained: 2 · r · d + r numbers each.
+for the first p tokens of a text and its last s (section 3.3), which have separate R, W and b, or shared ones with
+`tied_weights`. W starts as R (DiReFT: as 0) and b as 0, so the start is the base. Trained: 2 · r · d + r numbers each.
 
-Tokens are counted without padding. Where a text goes on, behind a cache or not, its last tokens are those of the
-prompt: `model(..., prompt_lengths=n)`, int64 `[batch]`, says how many tokens that has; without it, all of the first.
+Tokens are counted without padding. The last tokens are those of the prompt, also when generation continues, with a
+cache or not. `model(..., prompt_lengths=n)`, int64 `[batch]`, gives the prompt's length; without it, the prompt is all
+of the first call.
 """
 
 from __future__ import annotations
@@ -46,26 +47,27 @@ peftcore_api = ">=3.0,<4"
 
 ACTIVATIONS = {
     **{name: getattr(F, name) for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "mish")},
-    **{"swish": F.silu, "leakyrelu": F.leaky_relu, "gelu_new": partial(F.gelu, approximate="tanh")},  # AdapterHub's
+    # AdapterHub's names
+    **{"swish": F.silu, "leakyrelu": F.leaky_relu, "gelu_new": partial(F.gelu, approximate="tanh")},
 }
 WITHOUT_LENGTHS = (
-    "ReFT edits the last tokens of all that a call has. In a text that grows without a cache these are others at each "
-    "step: give prompt_lengths, how many tokens the prompt has, to generate or model(...)"
+    "ReFT edits the last tokens of a call, which change at each step when a text grows without a cache. Pass "
+    "prompt_lengths, the number of tokens of the prompt, to generate or model(...)"
 )
 
 
 @dataclass(frozen=True)
 class ReftConfig:
-    """The fields bear the names of AdapterHub's `LoReftConfig`, but for `layers`, which is layers_to_transform here.
+    """Config with the field names of AdapterHub's `LoReftConfig`, except `layers`, here layers_to_transform.
 
     Args:
         r: rank of the subspace.
-        prefix_positions, suffix_positions: how many tokens, p and s.
-        orthogonality, subtract_projection, tied_weights: see above.
-        dropout: probability with which a number of an edited vector is dropped in training, as in the paper's code.
-        non_linearity: of W h + b, one of `ACTIVATIONS`. None: none. With one and `subtract_projection` the start is
-            not the base.
-        target_modules: modules behind which vectors are edited, in place of all layers; exclude_modules,
+        prefix_positions, suffix_positions: number of first and last tokens, p and s.
+        orthogonality, subtract_projection, tied_weights: see the module's docstring.
+        dropout: dropout probability of the edited vectors, as in the paper's code.
+        non_linearity: activation of W h + b, one of `ACTIVATIONS`. None: none. With an activation and
+            `subtract_projection` the start differs from the base.
+        target_modules: modules whose outputs are edited, instead of all layers; exclude_modules,
             layers_to_transform, layers_pattern: see `peftcore.targets.select`.
     """
 
@@ -90,19 +92,22 @@ class ReftConfig:
         if self.non_linearity is not None:
             validation.one_of(ACTIVATIONS, non_linearity=self.non_linearity)
         require, counts = validation.require, (self.prefix_positions, self.suffix_positions)
-        require(min(counts) >= 0 and max(counts) > 0, f"no tokens are chosen: prefix and suffix are {counts}")
+        require(
+            min(counts) >= 0 and max(counts) > 0,
+            f"no tokens are chosen: prefix_positions and suffix_positions are {counts}",
+        )
         require(
             self.target_modules is not None or not (self.exclude_modules or self.layers_pattern),
-            "exclude_modules and layers_pattern go with target_modules; layers_to_transform goes without",
+            "exclude_modules and layers_pattern need target_modules. Without it, use layers_to_transform",
         )
 
 
 class Unit(nn.Module):
-    """One edit; h `[..., d]`."""
+    """Edit of hidden states h `[..., d]`."""
 
     def __init__(self, config: ReftConfig, path: str, width: int) -> None:
         super().__init__()
-        wanted = f"r={config.r} is more than the width of '{path}', {width}. Choose less"
+        wanted = f"r={config.r} is more than the width of '{path}', {width}. Choose a smaller r"
         validation.require(config.r <= width, wanted)
         self.config = config
         self.learned_source = nn.Linear(width, config.r)
@@ -115,7 +120,7 @@ class Unit(nn.Module):
             self.learned_source.weight.copy_(start)
 
     def subspace(self) -> Tensor:
-        """R `[r, d]`, float32: the rows of the parameter made orthonormal, one after the other, or as they are."""
+        """Return R `[r, d]`, float32: rows of the parameter, orthonormalised one after the other if `orthogonality`."""
         weight = self.projection.weight.float()
         if not self.config.orthogonality:
             return weight
@@ -124,7 +129,7 @@ class Unit(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         r, w, b = self.subspace(), self.learned_source.weight.float(), self.learned_source.bias.to(h.dtype)
-        if self.config.non_linearity is None:  # one product, and exactly 0 where W is R
+        if self.config.non_linearity is None:  # one product, exactly 0 where W is R
             source = F.linear(h, (w - r if self.config.subtract_projection else w).to(h.dtype), b)
         else:
             source = ACTIVATIONS[self.config.non_linearity](F.linear(h, w.to(h.dtype), b))
@@ -134,7 +139,7 @@ class Unit(nn.Module):
 
 
 class Reft(Adapter):
-    """Behind a layer: y `[batch, tokens, d]`. units: `first` and `last`, as far as there are such tokens, or `both`."""
+    """Edits after a layer, y `[batch, tokens, d]`; units are `first` and `last`, where they have tokens, or `both`."""
 
     needs_call = ("prompt_lengths",)
     whole_batch = True
@@ -155,13 +160,15 @@ class Reft(Adapter):
         return edited
 
     def chosen(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """`[batch, tokens]` each: is it one of the first tokens, of the last?"""
+        """Return masks `[batch, tokens]` of the first and of the last tokens."""
         config, places = self.config, self.counter.places(y)
         place, length = places.place, places.length
         call = current_call()
         given = call.get("prompt_lengths")
         if given is not None:
-            message = "prompt_lengths are of rows, and the positions of this call begin several texts in one"
+            message = (
+                "prompt_lengths has one length per row, but position_ids pack several texts into a row. Leave it out"
+            )
             validation.require(not places.packed(), message)
             length = torch.as_tensor(given, device=y.device).reshape(-1, 1)
         elif config.suffix_positions and not self.training and call.get("use_cache") is False and not places.packed():
@@ -172,7 +179,7 @@ class Reft(Adapter):
 
 
 def layers(model: nn.Module, config: ReftConfig, architecture: Architecture) -> dict[str, tuple[int, int]]:
-    """{module that gives what a layer gives: (index of the layer, width)}."""
+    """Return {module that returns a layer's hidden states: (index of the layer, width)}."""
     kinds = {"attention", "cross_attention", "feed_forward"}
     last: dict[str, Any] = {}
     for sublayer in targets.sublayers(model, architecture, kinds, config.layers_to_transform):
@@ -180,7 +187,7 @@ def layers(model: nn.Module, config: ReftConfig, architecture: Architecture) -> 
     nameless = [s.output for s in last.values() if s.norm is None and s.stream is None]
     validation.require(
         not nameless,
-        f"no module of {type(model).__name__} gives what comes behind '{', '.join(nameless[:2])}' and its residual. "
+        f"no module of {type(model).__name__} returns the sum of '{', '.join(nameless[:2])}' and its residual. "
         "Name modules: target_modules=[...]",
     )
     return {s.norm or s.stream: (s.layer, s.width) for s in last.values()}
@@ -209,12 +216,12 @@ KEY = re.compile(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.reft_layer\.refts\.[^.]+\.un
 
 
 def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """The config and tensors of a file of AdapterHub's `adapters`."""
+    """Return the config and tensors of a file of AdapterHub's `adapters`."""
     theirs = fields["config"]
     names = ("r", "prefix_positions", "suffix_positions", "orthogonality", "tied_weights", "dropout", "non_linearity")
     matched = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
     strange = next((key for key in tensors if key not in matched), None)
-    validation.require(bool(matched) and strange is None, f"its tensor '{strange}' belongs to no ReFT")
+    validation.require(bool(matched) and strange is None, f"its tensor '{strange}' does not belong to a ReFT")
     numbers = sorted({int(match["layer"]) for match in matched.values()})
     plain = {name: theirs[name] for name in names if name in theirs}
     if isinstance(act := plain.get("non_linearity"), str):
@@ -222,8 +229,8 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
     subtracts = theirs.get("subtract_projection", True if plain.get("orthogonality") is True else None)
     validation.require(
         subtracts is not None,
-        "it is a NoReFT or a DiReFT: `adapters` does not write which, and takes either for a NoReFT itself. Write "
-        '"subtract_projection": true (NoReFT) or false (DiReFT) into "config" of its adapter_config.json',
+        "it is a NoReFT or a DiReFT: `adapters` does not write which, and reads both as NoReFT. Add "
+        '"subtract_projection": true (NoReFT) or false (DiReFT) to "config" in its adapter_config.json',
     )
     config = ReftConfig(**plain, subtract_projection=subtracts, layers_to_transform=numbers, modules_to_save=())
     facts = detect(model)
@@ -237,9 +244,9 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, match in matched.items():
         at = int(match["layer"]), _decodes(match["stack"])
-        validation.require(at in there, f"its place '{key}' is no known layer of this model")
+        validation.require(at in there, f"its tensor '{key}' is not for a known layer of this model")
         if (unit := units.get(match["unit"])) not in used:
-            continue  # of tokens of which it edits none
+            continue  # for tokens that the config does not edit
         name = f"base_model.model.{there[at]}.units.{unit}"
         if match["tensor"].startswith("projection."):
             parts.setdefault((name, "projection"), {})[match["tensor"].removeprefix("projection.")] = tensors[key]
@@ -251,7 +258,7 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
 
 
 def _projection(those: Mapping[str, Tensor]) -> Tensor:
-    """R, of PyTorch's parametrization, which keeps Householder vectors and a base `[d, r]` to turn."""
+    """Return R from PyTorch's parametrization, which stores Householder vectors and a base `[d, r]`."""
     if "weight" in those:
         return those["weight"]
     raw = those["parametrizations.weight.original"]
@@ -259,7 +266,7 @@ def _projection(those: Mapping[str, Tensor]) -> Tensor:
     layer.load_state_dict(dict(those))
     found: Tensor = layer.weight.detach().clone()
     is_orthonormal = torch.allclose(found @ found.T, torch.eye(len(found)), atol=1e-3)
-    validation.require(is_orthonormal, "the rows of one of its projections are not orthonormal")
+    validation.require(is_orthonormal, "the rows of one of its projections are not orthonormal. The file is damaged")
     return found
 
 
@@ -268,13 +275,13 @@ def _decodes(path: str) -> bool:
 
 
 def matches(fields: dict[str, Any]) -> bool:
-    """Is it an adapter_config.json of a ReFT of `adapters`?"""
+    """Return whether the fields are those of a ReFT of `adapters`."""
     config = fields.get("config")
     return isinstance(config, dict) and config.get("architecture") == "reft" and {"model_type", "name"} <= fields.keys()
 
 
 def about(fields: dict[str, Any]) -> dict[str, Any]:
-    """The base, and all settings."""
+    """Return the name of the base, and all settings."""
     return {"base_model_name_or_path": fields.get("model_name") or None, **fields["config"]}
 
 

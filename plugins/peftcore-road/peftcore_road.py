@@ -1,13 +1,13 @@
-"""RoAd (Liao and Monz 2024, arXiv 2409.00119, eq. 4): pairs of what a layer gives are turned and scaled.
+"""RoAd (Liao and Monz 2024, arXiv 2409.00119, eq. 4): pairs of a layer's outputs are rotated and scaled.
 
-    y = W x + bias        z₀ = g cos t · y₀ - g sin t · y₁         within a group of n outputs y₀ is one of the first
-    (y₀, y₁): a pair      z₁ = g sin t · y₀ + g cos t · y₁         half, y₁ the one that lies n / 2 behind it
+    y = W x + bias        z₀ = g cos t · y₀ - g sin t · y₁         in a group of n outputs, y₀ is in the first half
+    (y₀, y₁): a pair      z₁ = g sin t · y₀ + g cos t · y₁         and y₁ is n / 2 positions after it
 
-    road_1   one t and g for a pair             road_4   each of the four factors of a pair has its own
-    road_2   one for each z
+    road_1   one t and g per pair               road_4   one t and g for each of the four factors of a pair
+    road_2   one t and g per z
 
-Trained: t, zero at the start, and g, one. What is added to y is (R - 1) y, so that small turns are not lost beside a
-16-bit base. It merges: rows of W are turned, and the bias with them.
+Trained: t, zero at the start, and g, one. (R - 1) y is added to y, so that small rotations are not rounded away in 16
+bits. It merges: the rows of W are rotated, and the bias with them.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class RoadConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `RoadConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `RoadConfig`; fields not listed choose layers.
 
     Args:
         variant: "road_1", "road_2" or "road_4".
-        group_size: outputs of a group, an even number that divides each layer's outputs.
-        init_weights: False: random turns, so that the adapter changes the model from the start.
+        group_size: outputs per group, an even divisor of each layer's outputs.
+        init_weights: False: random rotations, so the adapter changes the model from the start.
     """
 
     not_in_peft = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"})
@@ -63,7 +63,7 @@ class RoadConfig(targets.LayersConfig):
 
 
 class Road(Adapter):
-    """`road_theta` and `road_alpha` of a linear layer: half as many as its outputs, as many, or twice as many."""
+    """`road_theta` and `road_alpha` of a linear layer: half as many as outputs, as many, or twice as many."""
 
     def __init__(self, config: RoadConfig, out_width: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Road(Adapter):
             nn.init.normal_(self.road_alpha, mean=1.0, std=0.5)
 
     def factors_of(self) -> tuple[Tensor, Tensor]:
-        """Of each output, less 1, and of its partner, fp32 `[out]`."""
+        """Return the factor of each output, less 1, and of its partner, fp32 `[out]`."""
         theta, alpha = (p.float().view(-1, self.sets, self.span) for p in (self.road_theta, self.road_alpha))
         last = slice(2, None) if self.sets == 4 else slice(None)
         own, other = (alpha * theta.cos())[:, : min(self.sets, 2)], (alpha * theta.sin())[:, last]
@@ -83,7 +83,7 @@ class Road(Adapter):
         return (own - 1).expand(-1, 2, -1).flatten(), (other * signs).flatten()
 
     def turned(self, y: Tensor) -> Tensor:
-        """y `[..., out]` after its pairs are turned."""
+        """Return y `[..., out]` with its pairs rotated."""
         own, other = (factor.to(y.dtype) for factor in self.factors_of())
         partners = y.unflatten(-1, (-1, 2, self.span)).flip(-2).flatten(-3)
         return torch.addcmul(torch.addcmul(y, y, own), partners, other)

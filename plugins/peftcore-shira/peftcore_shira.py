@@ -1,10 +1,10 @@
-"""SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175): y = (W + S) x + b, S sparse, with its numbers at places drawn once.
+"""SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175): y = (W + S) x + b, S sparse, at random positions.
 
-    W [out, in]      . . . . .       + S      . 3 . . .       r · (in + out) of the in · out places, as many numbers
-                     . . . . .                . . . 1 .       as LoRA of rank r trains; the rank of S is not bounded
+    W [out, in]      . . . . .       + S      . 3 . . .       r · (in + out) of the in · out positions, as many numbers
+                     . . . . .                . . . 1 .       as LoRA of rank r has; the rank of S is not bounded
                      . . . . .                2 . . . .
 
-Trained: the numbers, zero at the start. Each weight keeps most of its own values, so several adapters hardly meet.
+Trained: the numbers, zero at the start. Most weights stay unchanged, so several adapters hardly overlap.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class ShiraConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `ShiraConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `ShiraConfig`; fields not listed are LoRA\'s.
 
     Args:
-        r: r · (in + out) numbers of a layer are trained.
-        mask_type: how their places are chosen: "random". Other ones are functions of PEFT's users; their places
-            are read from a file, and cannot be drawn.
-        random_seed: of the places. None: PyTorch's own seed of a new generator.
-        init_weights: False: the numbers are drawn, so that the adapter changes the model from the start.
+        r: train r · (in + out) numbers of each layer.
+        mask_type: choice of their positions: "random". Others are functions of PEFT's users; such positions are read
+            from a file, and cannot be drawn.
+        random_seed: seed of the positions. None: the default seed of a new generator.
+        init_weights: False: the numbers are random, so the adapter changes the model from the start.
     """
 
     r: int = 32
@@ -62,11 +62,13 @@ class ShiraConfig(targets.LayersConfig):
     def misfit(self, path: str, module: nn.Module) -> str | None:
         width, out_width = targets.sizes(module)
         count, whole = self.r * (width + out_width), width * out_width
-        return f"r={self.r} asks for {count} numbers of '{path}', whose weight has {whole}" if count > whole else None
+        return (
+            f"r={self.r} asks for {count} numbers of '{path}', whose weight has only {whole}" if count > whole else None
+        )
 
 
 class Shira(Adapter):
-    """`shira_weight` `[n]` are the numbers, `shira_indices` `[2, n]` their rows and columns in W `[out, in]`."""
+    """Numbers `shira_weight` `[n]`, and their rows and columns in W `[out, in]`, `shira_indices` `[2, n]`."""
 
     shira_indices: Tensor
 
@@ -80,10 +82,10 @@ class Shira(Adapter):
         weight, bias = base.linear_operands(x) or (None, None)
         if isinstance(weight, Tensor) and weight.dtype == torch.float32:
             return F.linear(x, self.merged(weight, bias)[0], bias)
-        return base(x) + F.linear(x, self.change(x.dtype))  # in 16 bits W + S would lose small numbers
+        return base(x) + F.linear(x, self.change(x.dtype))  # in 16 bits W + S would round small numbers away
 
     def change(self, dtype: torch.dtype) -> Tensor:
-        """S, `[out, in]`."""
+        """Return S, `[out, in]`."""
         empty = self.shira_weight.new_zeros(self.out_width, self.width, dtype=dtype)
         return empty.index_put(self.places(), self.shira_weight.to(dtype))
 
@@ -96,13 +98,13 @@ class Shira(Adapter):
         return {"shira_weight": torch.zeros_like(self.shira_weight)}
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns; distinct, so that what is added does not depend on an order."""
+        """Return rows and columns; they are distinct, so sums do not depend on an order."""
         rows, columns = self.shira_indices.long()
         return rows, columns
 
 
 def drawn(config: ShiraConfig, width: int, out_width: int) -> Tensor:
-    """Places `[2, n]` in a weight `[out, in]`, row by row, as PEFT draws them; all layers of a size have the same."""
+    """Return positions `[2, n]` in a weight `[out, in]`, row by row, drawn as in PEFT; equal for layers of one size."""
     count, whole = config.r * (width + out_width), width * out_width
     if torch.empty(0).is_meta:
         return torch.empty(2, count, dtype=torch.int32)
@@ -120,8 +122,8 @@ def place(model: nn.Module, config: ShiraConfig, architecture: Architecture) -> 
 
 
 def refuse(model: nn.Module, adapters: Any, config: ShiraConfig, batches: Any) -> None:
-    """Of a new adapter whose places cannot be drawn here."""
-    what = "is a function that PEFT's user gave: its places are read from files. Draw them: mask_type='random'"
+    """Raise a PeftcoreError for a new adapter whose positions cannot be drawn here."""
+    what = "is a user's function in PEFT, so its positions can only be read from files. Use mask_type='random'"
     raise PeftcoreError(f"mask_type={config.mask_type!r} {what}")
 
 

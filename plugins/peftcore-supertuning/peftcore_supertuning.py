@@ -1,11 +1,11 @@
-"""Super-tuning (arXiv 2607.09287): y = (W + S) x + b, S sparse, with its numbers where those of W are largest.
+"""Super-tuning (arXiv 2607.09287): y = (W + S) x + b, S sparse, non-zero where W is largest.
 
-    W [out, in]      1 . 9 . .       + S      . . 3 . .       the share 1 - sparsity of the places, by |W|; or where
-                     . . . 8 .                . . . 1 .       they are smallest (select_top=False)
+    W [out, in]      1 . 9 . .       + S      . . 3 . .       the share 1 - sparsity of positions with the largest |W|,
+                     . . . 8 .                . . . 1 .       or the smallest (select_top=False)
                      7 . . . .                2 . . . .
 
-Trained: the numbers, zero at the start. With r ("Supra") a LoRA beside them: + lora_alpha / r · B A dropout(x). The
-places are written into the file, or found again in the same base (save_precomputed_indices=False).
+Trained: the numbers, zero at the start. With r ("Supra") a LoRA is added: + lora_alpha / r · B A dropout(x). The
+positions are saved, or computed again from the same base (save_precomputed_indices=False).
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class SupertuningConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `SupertuningConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `SupertuningConfig`; fields not listed choose layers.
 
     Args:
         sparsity: share of a weight's numbers that are not trained.
-        select_top: the largest are trained; False: the smallest.
-        r: rank of a LoRA beside them. None: there is none.
-        lora_alpha, lora_dropout: of the LoRA. None: 2 r.
-        init_weights: False: numbers and B are drawn, so that the adapter changes the model from the start.
-        save_precomputed_indices: False: places are not written; whoever reads the file looks for them in the base.
+        select_top: train the largest numbers; False: the smallest.
+        r: rank of the additional LoRA. None: no LoRA.
+        lora_alpha, lora_dropout: alpha (None: 2 r) and dropout of the LoRA.
+        init_weights: False: numbers and B are random, so the adapter changes the model from the start.
+        save_precomputed_indices: False: positions are not saved, but computed from the base on load.
     """
 
     not_in_peft: ClassVar[frozenset[str]] = frozenset(
@@ -65,21 +65,21 @@ class SupertuningConfig(targets.LayersConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validation.require(0 <= self.sparsity < 1, f"sparsity is from 0 up to, without, 1, found {self.sparsity}")
+        validation.require(0 <= self.sparsity < 1, f"sparsity must be in [0, 1), found {self.sparsity}")
         validation.probability(lora_dropout=self.lora_dropout)
         if self.r is not None:
             validation.positive_whole(r=self.r)
         alone = self.lora_alpha is not None and self.r is None
-        validation.require(not alone, "lora_alpha is that of the LoRA of rank r: give r, too")
+        validation.require(not alone, "lora_alpha needs a LoRA. Give its rank r, too")
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> Any:
-        """With the LoRA's scale."""
+        """Return the config with the LoRA's scale made explicit."""
         found = super().resolved(model, architecture)
         return replace(found, lora_alpha=2.0 * self.r) if self.r and self.lora_alpha is None else found
 
 
 class Supertuning(Adapter):
-    """`supertuning_values` `[n]`, their places in the flat W `[out · in]`, and A, B where there is a LoRA."""
+    """Numbers `supertuning_values` `[n]`, their positions in the flat W `[out · in]`, and A, B of the LoRA."""
 
     supertuning_indices: Tensor
 
@@ -97,7 +97,7 @@ class Supertuning(Adapter):
                 nn.init.zeros_(self.supertuning_lora_B.weight)
 
     def with_sparse(self, weight: Tensor) -> Tensor:
-        """weight `[out, in]` + S."""
+        """Return weight `[out, in]` + S."""
         values = self.supertuning_values.to(weight.dtype)
         return weight.reshape(-1).index_add(0, self.supertuning_indices.long(), values).view(self.sizes)
 
@@ -105,7 +105,7 @@ class Supertuning(Adapter):
         weight, bias = base.linear_operands(x) or (None, None)
         if isinstance(weight, Tensor) and weight.dtype == torch.float32:
             y = F.linear(x, self.with_sparse(weight), bias)
-        else:  # in 16 bits W + S would lose small numbers
+        else:  # in 16 bits W + S would round small numbers away
             y = base(x) + F.linear(x, self.with_sparse(x.new_zeros(self.sizes)))
         if self.scale:
             low = self.supertuning_lora_A(self.dropout(x).to(self.supertuning_values.dtype))
@@ -122,7 +122,7 @@ class Supertuning(Adapter):
 
 
 def places_of(module: nn.Module, config: SupertuningConfig, path: str) -> Tensor:
-    """int32 `[n]`: where the numbers of the layer's weight `[out, in]` are largest, or smallest."""
+    """Return positions, int32 `[n]`, where the layer's weight `[out, in]` is largest, or smallest."""
     width, out_width = targets.sizes(module)
     count = int(width * out_width * (1 - config.sparsity))
     whole = f"sparsity={config.sparsity} leaves none of the {width * out_width} numbers of '{path}' to train"
@@ -148,7 +148,7 @@ def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str,
 
 
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Add the indices that a file does not have, from the model's own weights."""
+    """Add indices that the file does not have, from the model's weights."""
     if model is None:
         return tensors, fields
     config = SupertuningConfig(sparsity=fields.get("sparsity", 0.99), select_top=fields.get("select_top", True))

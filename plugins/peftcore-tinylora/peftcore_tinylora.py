@@ -2,10 +2,10 @@
 
     W ~ B A             the r largest singular vectors, B = U sqrt(S) and A = sqrt(S) V, frozen
     P_i [r, r]          u random matrices of a layer, frozen
-    v [u]               trained, zero at the start; one of each layer, or of a group of layers (weight_tying)
+    v [u]               trained, zero at the start; one per layer, or per group of layers (weight_tying)
 
-With weight_tying=1 and u=13 a whole model is trained by thirteen numbers. Of an embedding the weight [tokens, width]
-takes the place of W.
+With weight_tying=1 and u=13 a whole model has thirteen trained numbers. For an embedding W is the weight
+[tokens, width].
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class TinyLoraConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `TinyLoraConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `TinyLoraConfig`; fields not listed are LoRA\'s.
 
     Args:
-        r: singular vectors, at most as many as a weight has. u: numbers in v.
-        weight_tying: 0: each layer has a v; 1: all share one; between: groups of neighbours.
-        projection_seed: of P. save_projection: keep it in the file, else it is drawn again.
-        init_weights: True: v is zero. "uniform", or False, for which PEFT has no values: within init_v_bound of zero.
+        r: number of singular vectors, at most as many as a weight has. u: numbers in v.
+        weight_tying: 0: each layer has a v; 1: all layers share one; between: groups of neighbours share one.
+        projection_seed: seed of P. save_projection: save P; otherwise it is drawn again on load.
+        init_weights: True: v is zero. "uniform", or False (not initialised in PEFT): v is within init_v_bound of zero.
     """
 
     r: int = 2
@@ -75,7 +75,7 @@ class TinyLoraConfig(targets.LayersConfig):
 
 
 class Group(nn.Module):
-    """v of the layers of one group, `number` in the file."""
+    """v of one group of layers; `number` is its name in the file."""
 
     def __init__(self, config: TinyLoraConfig, number: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Group(nn.Module):
 
 
 class TinyLora(ThinLinear):
-    """A `[r, in]`, B `[out, r]` and P `[u, r, r]` of the layer number `index`, frozen."""
+    """A `[r, in]`, B `[out, r]` and P `[u, r, r]` of layer `index`, frozen."""
 
     tinylora_A: Tensor
     tinylora_B: Tensor
@@ -96,7 +96,7 @@ class TinyLora(ThinLinear):
         self.group = group
         r = min(config.r, width, out_width)
         p = torch.empty(config.u, r, r)
-        if not p.is_meta:  # as PEFT draws it, on the CPU
+        if not p.is_meta:  # drawn on the CPU as in PEFT
             generator = torch.Generator("cpu").manual_seed(config.projection_seed + index)
             p = torch.normal(0.0, r**-0.5, p.shape, generator=generator, device="cpu")
         self.register_buffer("tinylora_A", torch.zeros(r, width))
@@ -112,12 +112,12 @@ class TinyLora(ThinLinear):
 
 
 class TinyLoraEmbedding(TinyLora):
-    """A `[r, width]`, B `[tokens, r]`, whose rows are looked up."""
+    """A `[r, width]`, B `[tokens, r]` of an embedding; rows of B are looked up."""
 
-    per_sample = staticmethod(Adapter.per_sample)  # which is of linear layers
+    per_sample = staticmethod(Adapter.per_sample)  # LoRA's is for linear layers only
 
     def forward(self, base: Base, tokens: Tensor) -> Tensor:
-        if tokens.is_floating_point():  # shares of each entry, as Ovis has them
+        if tokens.is_floating_point():  # mixtures of entries, as in Ovis
             mixed: Tensor = base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(tokens)
             return mixed
         y, (a, b) = base(tokens), self.pair()
@@ -140,7 +140,7 @@ def place(model: nn.Module, config: TinyLoraConfig, architecture: Architecture) 
 
 
 def initialize(model: nn.Module, adapters: Mapping[str, Any], config: TinyLoraConfig, batches: Any) -> None:
-    """A and B of what stands inside; data, which `train` gives, says nothing of them."""
+    """Set A and B to singular vectors of the wrapped weight; the training batches are not used."""
     for path, adapter in adapters.items():
         r = len(adapter.tinylora_A)
         u, s, v = torch.linalg.svd(inside_at(model, path).weight().float(), full_matrices=False)
@@ -149,7 +149,7 @@ def initialize(model: nn.Module, adapters: Mapping[str, Any], config: TinyLoraCo
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """v of a group stands once in a file."""
+    """Name v by its group, since a file holds it once per group."""
     if name == "group.v":
         return f"base_model.tinylora_v.{placement.adapter.group.number}"
     return plugin.tensor_name(placement, name)

@@ -1,13 +1,13 @@
-"""Trainable tokens: rows of an embedding are trained, those of a head that is tied to it with them.
+"""Trainable tokens: rows of an embedding, and of a head tied to it, are trained.
 
       y [.., dim]                        logits [.., vocabulary]
           |                                      |
      .----+----.                            .----+----.
-     |    W    |  <-- T [n, dim] of ids --> |    W    |    W' = W, with the rows of T in place of those of `ids`
+     |    W    |  <-- T [n, dim] of ids --> |    W    |    W' = W, with the rows `ids` replaced by T
      '----+----'                            '----+----'    y  = W'[token],   logits = W' x
         token                                  x [.., dim]
 
-T starts as these rows, and replaces them. W' is never made. As Hugging Face PEFT has it, which names no paper.
+T starts as these rows. W' is never built. The method is Hugging Face PEFT's, which names no paper.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class TrainableTokensConfig:
-    """Fields and defaults bear the names of Hugging Face PEFT's `TrainableTokensConfig`.
+    """Config with the fields and defaults of Hugging Face PEFT's `TrainableTokensConfig`.
 
     Args:
         token_indices: ids of the tokens, each once.
-        target_modules: embeddings, or linear heads; None: the embedding of the tokens, and what is tied to it.
-        init_weights: T starts as the rows of W; False: with normal random numbers.
+        target_modules: embeddings, or linear heads; None: the token embedding, and modules tied to it.
+        init_weights: T starts as the rows of W; False: T is normal.
     """
 
     token_indices: Sequence[int] = ()
@@ -63,12 +63,12 @@ class TrainableTokensConfig:
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> TrainableTokensConfig:
         named = self.target_modules or ([architecture.embedding] if architecture.embedding else None)
-        validation.require(named is not None, "where the embedding is is not known. Name it: target_modules=[...]")
+        validation.require(named is not None, "the model's token embedding is unknown. Name it: target_modules=[...]")
         return replace(self, target_modules=by_embedding(model, architecture, named))
 
 
 class TokenRows(Adapter):
-    """T `[n, dim]` for the module at `path`; its ids in order, and where each stands in T."""
+    """Rows T `[n, dim]` of the module at `path`; `ids` is sorted, and `places` has their positions in T."""
 
     ids: Tensor
     places: Tensor
@@ -77,15 +77,17 @@ class TokenRows(Adapter):
         super().__init__()
         weight: Tensor = module.weight
         wrong = next((i for i in ids if not 0 <= i < len(weight)), None)
-        validation.require(wrong is None, f"'{path}' has {len(weight)} rows, and none for the token {wrong}")
+        validation.require(wrong is None, f"'{path}' has {len(weight)} rows, so no row for token {wrong}")
         once = 0 < len(set(ids)) == len(ids)
-        validation.require(once, f"'{path}' takes the ids of tokens, each once, found {validation.shown(ids)}")
+        validation.require(
+            once, f"token ids for '{path}' must be distinct, and at least one, found {validation.shown(ids)}"
+        )
         rows = torch.randn(len(ids), weight.shape[1])
         if copy and not weight.is_meta and not rows.is_meta:
             rows.copy_(ranks.whole(weight)[list(ids)])
         self.trainable_tokens_delta, self.path = nn.Parameter(rows), path
         self.is_table = isinstance(module, nn.Embedding) and looks_up(module)
-        padding: Any = getattr(module, "padding_idx", None)  # it gets no gradient, in `nn.Embedding` neither
+        padding: Any = getattr(module, "padding_idx", None)  # gets no gradient, as in `nn.Embedding`
         self.padding = list(ids).index(padding) if padding in ids else None
         self.register_buffer("ids", torch.tensor(sorted(ids)), persistent=False)
         self.register_buffer("places", torch.tensor(ids).argsort(), persistent=False)
@@ -111,12 +113,12 @@ class TokenRows(Adapter):
 
 
 def token_rows(model: nn.Module, path: str, ids: Sequence[int], copy: bool = True, together: bool = True) -> list[Any]:
-    """The rows `ids` of the module at `path`; `together` also those of what is tied to it, the same parameters."""
+    """Return rows `ids` for the module at `path`, and, if `together`, the same parameters for modules tied to it."""
     module = model.get_submodule(path)
     weight, kind = module._parameters.get("weight"), original_class(module).__name__
     validation.require(
         weight is not None and weight.is_floating_point() and weight.itemsize > 1,
-        f"'{path}' ({kind}) is in few bits, so its rows cannot be trained. Leave it out of quantization (skip=...)",
+        f"'{path}' ({kind}) is quantized, so its rows cannot be trained. Leave it out of quantization (skip=...)",
     )
     others = modules_tied_to(model, path) if together else []
     targets.refuse_bypassed(model, others)
@@ -125,7 +127,7 @@ def token_rows(model: nn.Module, path: str, ids: Sequence[int], copy: bool = Tru
 
 
 def export(placement: Around) -> dict[str, Tensor]:
-    """T once more for each module that is tied, as PEFT writes it."""
+    """Return T for a tied module, since PEFT writes it for each."""
     rows: Any = placement.adapter
     name = tensor_name(placement, "trainable_tokens_delta")
     return {} if placement.path == rows.path else {name: rows.trainable_tokens_delta}
@@ -138,30 +140,30 @@ def biased_heads(model: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def refused(model: nn.Module, tensors: Mapping[str, Tensor], _fields: Mapping[str, Any]) -> str | None:
-    """PEFT computes a linear layer with trained rows without its bias, and keeps the bias when it merges the rows."""
+    """Return why a file cannot be read: PEFT trained rows of a linear layer without its bias, and merges with it."""
     names = {name.removesuffix(".trainable_tokens_delta").removesuffix(".token_adapter") for name in tensors}
     named = [path for path, _ in targets.base_modules(model) if f"base_model.model.{path}" in names]
     heads = biased_heads(model, [each for path in named for each in (path, *modules_tied_to(model, path))])
     if not heads:
         return None
     return (
-        f"PEFT computes '{heads[0]}' without its bias where rows of it are trained, so the adapter was trained on "
-        "other outputs than this model's. Load it on a model without that bias, which computes what PEFT does: "
+        f"PEFT computes '{heads[0]}' without its bias if rows of it are trained, so the adapter was trained on "
+        "outputs that differ from this model's. To load it, remove the bias: "
         f"model.get_submodule('{heads[0]}').bias = None"
     )
 
 
 def selected(model: nn.Module, architecture: Architecture, named: Any) -> list[str]:
-    """Return the paths of the embeddings and linear layers that `named` means."""
+    """Return the paths of the embeddings and linear layers that `named` selects."""
     kinds = (nn.Embedding, nn.Linear)
     return list(targets.select(model, architecture, target_modules=named, supported=lambda m: isinstance(m, kinds)))
 
 
 def by_embedding(model: nn.Module, architecture: Architecture, named: Any) -> Any:
-    """Return `named` with the token embedding in place of modules tied to it.
+    """Return `named` with the token embedding instead of modules tied to it.
 
-    The rows are one parameter either way. PEFT adapts the head along with a named embedding, but not the embedding
-    along with a named head, so a file that names the head would be another model there.
+    The rows are one parameter either way. PEFT adapts the head together with a named embedding, but not the embedding
+    together with a named head, so a file that names the head would be a different model in PEFT.
     """
     embedding = architecture.embedding
     tied = modules_tied_to(model, embedding) if embedding else []
@@ -174,9 +176,9 @@ def by_embedding(model: nn.Module, architecture: Architecture, named: Any) -> An
 def place(model: nn.Module, config: TrainableTokensConfig, architecture: Architecture) -> list[Placement]:
     chosen = selected(model, architecture, config.target_modules or [])
     there = dict(model.named_modules())
-    placed: dict[str, Any] = {}  # what is tied to one of them is placed with that
+    placed: dict[str, Any] = {}  # tied modules are placed together
     for path in chosen:
-        no_rows = f"'{path}' is a layer of one expert, none whose rows are tokens. Leave it out of target_modules"
+        no_rows = f"'{path}' is a layer of one expert, and its rows are not tokens. Leave it out of target_modules"
         validation.require(path in there, no_rows)
         if path not in placed:
             placed |= {each.path: each for each in token_rows(model, path, config.token_indices, config.init_weights)}

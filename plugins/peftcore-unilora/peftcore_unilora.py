@@ -1,11 +1,11 @@
-"""Uni-LoRA (Li et al. 2025, arXiv 2506.00799): y = W x + B A x, each number of all A and B read from one vector.
+"""Uni-LoRA (Li et al. 2025, arXiv 2506.00799): y = W x + B A x, with all A and B read from one vector.
 
     theta [d] ------ P ------>  A, B of layer 1, A, B of layer 2, ...       D numbers
 
-    Each row of P has one number, 1 / sqrt(n_j) in a random column j that n_j rows have: P is an isometry, and each
-    number of theta stands for as many of the factors as any other.
+    Each row of P has one entry, 1 / sqrt(n_j) in a random column j that n_j rows share: P is an isometry, and each
+    number of theta is used equally often.
 
-Trained: theta, d numbers for the whole model. The start changes the model a little, as in PEFT: no factor is zero.
+Trained: theta, d numbers for the whole model. The start changes the model slightly, as in PEFT: no factor is zero.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class UniLoraConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `UniLoraConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `UniLoraConfig`; fields not listed are LoRA\'s.
 
     Args:
-        theta_d_length: d. proj_seed: of the columns, which NumPy draws.
-        init_weights: theta uniform within init_theta_d_bound of zero; False: normal.
-        save_indices: keep the columns, and the numbers in them, in the file; else they are drawn again.
+        theta_d_length: d. proj_seed: seed of the columns, drawn by NumPy.
+        init_weights: theta is uniform within init_theta_d_bound of zero; False: normal.
+        save_indices: save the columns and scales; otherwise they are drawn again on load.
     """
 
     r: int = 4
@@ -64,7 +64,7 @@ class UniLoraConfig(targets.LayersConfig):
 
 
 class Theta(nn.Module):
-    """The vector, one for all layers."""
+    """Vector theta, shared by all layers."""
 
     def __init__(self, config: UniLoraConfig) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Theta(nn.Module):
 
 
 class UniLora(ThinLinear):
-    """Of A `[r, in]` and B `[out, r]`: which number of theta each is, int64, and by what it is multiplied."""
+    """Indices into theta, int64, and scales, for A `[r, in]` and B `[out, r]`."""
 
     def __init__(self, config: UniLoraConfig, theta: Theta, columns: Tensor, scales: Tensor, sizes: Any) -> None:
         super().__init__(dropout=config.unilora_dropout)
@@ -99,7 +99,7 @@ class UniLora(ThinLinear):
 
 
 def drawn(config: UniLoraConfig, count: int) -> Tensor:
-    """The column of each of `count` numbers, as PEFT draws it: all columns as often, but for what is left over."""
+    """Return the column of each of `count` numbers, drawn as in PEFT: equally often, up to the remainder."""
     if torch.empty(0).is_meta:
         return torch.empty(count, dtype=torch.int64)
     d, generator = config.theta_d_length, np.random.default_rng(config.proj_seed)
@@ -123,7 +123,7 @@ def place(model: nn.Module, config: UniLoraConfig, architecture: Architecture) -
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """The vector stands once in a file."""
+    """Name theta without a layer, since a file holds it once."""
     return f"base_model.{name.removeprefix('theta.')}" if "theta." in name else plugin.tensor_name(placement, name)
 
 

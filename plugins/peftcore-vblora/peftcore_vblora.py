@@ -1,12 +1,12 @@
-"""VB-LoRA (Li et al. 2024, arXiv 2405.15179): y = W x + B A x, with A and B put together from one bank of vectors.
+"""VB-LoRA (Li et al. 2024, arXiv 2405.15179): y = W x + B A x, with A and B composed from one bank of vectors.
 
-    bank [h, b]      each piece of b numbers of a row of A, or of a column of B, has h logits; it is the sum of the
-      |  top k       vectors of its k largest, weighted by their softmax
+    bank [h, b]      each piece of b numbers of a row of A, or of a column of B, has h logits; the piece is the sum
+      |  top k       of the vectors with the k largest logits, weighted by their softmax
       v
     A [r, in]  B [out, r]
 
-Trained: the bank, one for all layers, and the logits. The start changes the model a little, as in the paper: no factor
-is zero. With `save_only_topk_weights` a file has the k weights and indices of each piece in place of its logits.
+Trained: the bank, one for all layers, and the logits. The start changes the model slightly, as in the paper: no factor
+is zero. With `save_only_topk_weights` a file has k weights and indices per piece instead of the logits.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ from peftcore.plugin import (
 
 peftcore_api = ">=3.0,<4"
 
-SHORTEST = 32  # vectors that `all-linear` chooses: of shorter ones the logits outnumber LoRA's factors by far
-MISSING = -1e4  # the logit of a vector that a file with save_only_topk_weights leaves out
+# shortest vectors that `all-linear` chooses: with shorter ones there are far more logits than LoRA has parameters
+SHORTEST = 32
+MISSING = -1e4  # logit of a vector that a file with save_only_topk_weights leaves out
 
 
 @dataclass(frozen=True)
 class VBLoRAConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `VBLoRAConfig`; those that are not here are LoRA's.
+    """Config with the field names of Hugging Face PEFT\'s `VBLoRAConfig`; fields not listed are LoRA\'s.
 
     Args:
-        num_vectors, vector_length: of the bank. The length divides inputs and outputs of all layers. Where it does not,
-            `all-linear` takes the largest common divisor from 32 on, and warns.
-        topk: vectors of which a piece is the sum.
-        save_only_topk_weights: files that are small, and cannot be trained further.
-        init_vector_bank_bound, init_logits_std: of a uniform and a normal distribution.
+        num_vectors, vector_length: size of the bank. The length must divide inputs and outputs of all layers.
+            Otherwise `all-linear` uses the largest common divisor, at least 32, and warns.
+        topk: number of vectors in a piece's sum.
+        save_only_topk_weights: save small files that cannot be trained further.
+        init_vector_bank_bound, init_logits_std: bound of the uniform bank, and deviation of the normal logits.
     """
 
     r: int = 4
@@ -93,7 +94,7 @@ class VBLoRAConfig(targets.LayersConfig):
 
 
 class Bank(nn.Module):
-    """`[num_vectors, vector_length]`, one for all layers."""
+    """Bank `[num_vectors, vector_length]`, shared by all layers."""
 
     def __init__(self, config: VBLoRAConfig) -> None:
         super().__init__()
@@ -117,14 +118,14 @@ class VBLoRA(ThinLinear):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         if self.thinned and self.training and not is_dynamo_compiling():
-            thinned = "a file with save_only_topk_weights has no logits to train: load one without, or call eval()"
+            thinned = "a file with save_only_topk_weights has no logits to train. Load a full file, or call eval()"
             validation.require(bool((self.vblora_logits_A[0, 0] > MISSING).all()), thinned)
         bank = self.bank.vblora_vector_bank.to(self.vblora_logits_A.device)
         a, b = (self.pieces(logits, bank) for logits in (self.vblora_logits_A, self.vblora_logits_B))
         return a.flatten(1), b.transpose(1, 2).flatten(0, 1)
 
     def pieces(self, logits: Tensor, bank: Tensor) -> Tensor:
-        """`[.., h]` -> `[.., b]`."""
+        """Return pieces `[.., b]` for logits `[.., h]`."""
         largest, which = logits.topk(self.topk, dim=-1)
         return (largest.softmax(-1)[..., None] * bank[which]).sum(-2)
 
@@ -137,20 +138,20 @@ def place(model: nn.Module, config: VBLoRAConfig, architecture: Architecture) ->
 
 
 def parameter_groups(adapters: Mapping[str, Any], config: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The bank learns at a tenth of the logits' rate, as its authors train."""
+    """Return a group in which the bank's learning rate is a tenth of the logits', as its authors train."""
     bank = next(iter(adapters.values())).bank.vblora_vector_bank
     return [{"params": [bank], "lr": lr / 10, "weight_decay": weight_decay}]
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """The bank stands once in a file."""
+    """Name the bank without a layer, since a file holds it once."""
     return (
         f"base_model.{name.removeprefix('bank.')}" if name.startswith("bank.") else plugin.tensor_name(placement, name)
     )
 
 
 def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Write the indices of the k largest logits of each piece, and their weights without the last, 1 - the others."""
+    """Write the indices of each piece's k largest logits, and their weights except the last (1 - the others)."""
     if not fields["save_only_topk_weights"]:
         return tensors, fields
     found, h = {}, fields["num_vectors"]

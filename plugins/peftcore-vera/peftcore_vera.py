@@ -35,18 +35,18 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class VeraConfig:
-    """The fields bear the names of Hugging Face PEFT's `VeraConfig`.
+    """Config with the field names of Hugging Face PEFT\'s `VeraConfig`.
 
     Args:
         r: rank of A and B. It costs r numbers a layer, so it is larger than LoRA's.
         target_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
-        projection_prng_key: seed of A and B. save_projection: keep them in the file, else they are drawn again.
-        vera_dropout: probability with which an input of A is dropped in training.
-        d_initial: of d at the start (table 6c of the paper).
-        bias: which are trained too: "none", "all", or "vera_only" (those of adapted modules).
-        modules_to_save: modules trained whole. None: a classifier's head.
+        projection_prng_key: seed of A and B. save_projection: save them; otherwise they are drawn again on load.
+        vera_dropout: dropout probability of the inputs of A.
+        d_initial: value of d at the start (table 6c of the paper).
+        bias: biases that are also trained: "none", "all", or "vera_only" (of adapted modules).
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
         init_weights: False: b is one and d random.
-        fan_in_fan_out: written for PEFT; here a layer's layout is read off the layer.
+        fan_in_fan_out: written for PEFT; peftcore reads the layout from the layer.
     """
 
     r: int = 256
@@ -68,7 +68,7 @@ class VeraConfig:
         validation.probability(vera_dropout=self.vera_dropout)
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> VeraConfig:
-        """The choices that depend on the model made explicit."""
+        """Return the config with the choices that depend on the model made explicit."""
         chosen, config = selected(model, self, architecture), self
         if self.target_modules == targets.ALL_LINEAR:
             config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
@@ -76,7 +76,7 @@ class VeraConfig:
 
 
 class Projections(nn.Module):
-    """A `[r, widest in]` and B `[widest out, r]`, one for all layers."""
+    """A `[r, widest in]` and B `[widest out, r]`, one pair for all layers."""
 
     vera_A: Tensor
     vera_B: Tensor
@@ -93,7 +93,7 @@ class Projections(nn.Module):
 
 
 class Vera(Adapter):
-    """b and d of a linear layer; x `[..., in]` -> y `[..., out]`."""
+    """Adapter of a linear layer, b and d; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: VeraConfig, projections: Projections, width: int, out_width: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Vera(Adapter):
         return y + scale * F.linear(d * F.linear(self.dropout(x), a), b)
 
     def shared(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """What this layer takes of A and B."""
+        """Return the slices of A and B that this layer uses."""
         a, b = self.projections.vera_A[:, : self.width], self.projections.vera_B[: self.out_width]
         return a.to(device, dtype), b.to(device, dtype)
 
@@ -120,7 +120,7 @@ class Vera(Adapter):
 
 
 def selected(model: nn.Module, config: VeraConfig, architecture: Architecture) -> dict[str, nn.Module]:
-    """The linear layers that the config means, by path."""
+    """Return the linear layers that the config selects, by path."""
     fields = ("target_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     return targets.select(model, architecture, **{name: getattr(config, name) for name in fields})
 
@@ -133,7 +133,7 @@ def place(model: nn.Module, config: VeraConfig, architecture: Architecture) -> l
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """A and B stand once in a file."""
+    """Name A and B without a layer, since a file holds them once."""
     if name.startswith("projections."):
         return f"base_model.{name.removeprefix('projections.')}"
     return plugin.tensor_name(placement, name)

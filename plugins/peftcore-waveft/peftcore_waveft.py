@@ -1,11 +1,11 @@
-"""WaveFT (Bilican et al. 2025, arXiv 2505.12532): W + scaling · IDWT2(S), with S zero but for n entries.
+"""WaveFT (Bilican et al. 2025, arXiv 2505.12532): W + scaling · IDWT2(S), with S zero except n entries.
 
-    S = [ LL  HL ]     entry c at (i, j) adds c · f_i ⊗ g_j to the change of W: f and g are the wavelet's low filter
-        [ LH  HH ]     or its high one, from row 2 i - L + 2 and column 2 j - L + 2 on; L numbers each
+    S = [ LL  HL ]     entry c at (i, j) adds c · f_i ⊗ g_j to the change of W: f and g are the wavelet's low- or
+        [ LH  HH ]     high-pass filter of length L, starting at row 2 i - L + 2 and column 2 j - L + 2
 
-One level of the transform. S is larger than W by L - 2 in both directions, and even; entries are in its middle, and
-what a wavelet adds outside W is lost. Trained: the n entries, whose places are drawn from a seed, the same in all
-layers of one size. So the change of W is n small patches, and no transform is run.
+The transform has one level. S is larger than W by L - 2 in both directions, and even; entries are in its middle, and
+parts of a wavelet outside W are dropped. Trained: the n entries, at positions drawn from a seed, equal for layers of
+one size. The change of W is a sum of n small patches, so no transform is run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from peftcore.plugin import (
 
 peftcore_api = ">=3.0,<4"
 
-# Coiflets 1 to 4 (Daubechies 1993) of sum 1: PEFT's numbers, which are PyWavelets', but for the fourth, 2 % off.
+# Coiflets 1 to 4 (Daubechies 1993) with sum 1, as in PEFT: PyWavelets' numbers, except the fourth, 2 % off.
 _COIFLETS = {
     "coif1": (
         -0.05142972847077,
@@ -109,25 +109,25 @@ _COIFLETS = {
         -1.123948088282e-06,
     ),
 }
-# Of each pair of roots z, 1 / z of a symlet, by the angle of z: is it the outer one? So Daubechies 1992, section 8.1.1.
+# For each pair of roots z, 1 / z of a symlet, by the angle of z: whether the outer root is used. See Daubechies 1992,
+# section 8.1.1.
 _OUTER = {2: "0", 3: "0", 4: "01", 5: "10", 6: "101", 7: "100", 8: "0101", 9: "0110", 10: "10101"}
 FAMILIES = [f"db{n}" for n in range(1, 11)] + [f"sym{n}" for n in range(2, 11)] + list(_COIFLETS)
 
 
 @dataclass(frozen=True)
 class WaveFTConfig(targets.LayersConfig):
-    """The fields bear the names of Hugging Face PEFT's `WaveFTConfig`; those that are not here choose layers.
+    """Config with the field names of Hugging Face PEFT\'s `WaveFTConfig`; fields not listed choose layers.
 
     Args:
-        n_frequency: entries of S a layer. n_frequency_pattern: others by name of a layer.
-        proportional_parameters: as many for a layer as its share of all adapted numbers; n_frequency is the mean.
-        scaling: of the update.
-        wavelet_family: "db1" (Haar) to "db10", "sym2" to "sym10", "coif1" to "coif4". Those that PEFT names beside
-            these fail there.
+        n_frequency: entries of S per layer. n_frequency_pattern: values for single layers, by name.
+        proportional_parameters: distribute entries in proportion to the layers' sizes; n_frequency is then the mean.
+        scaling: factor of the update.
+        wavelet_family: "db1" (Haar) to "db10", "sym2" to "sym10", "coif1" to "coif4". Other names fail in PEFT, too.
         use_idwt: False: S itself is the change of W.
-        random_loc_seed: of the places.
-        bias: which are trained too: "none", "all", or "waveft_only" (those of adapted modules).
-        init_weights: True: entries are zero at the start. False: drawn, with standard deviation 0.01.
+        random_loc_seed: seed of the positions.
+        bias: biases that are also trained: "none", "all", or "waveft_only" (of adapted modules).
+        init_weights: True: entries are zero at the start. False: normal, with standard deviation 0.01.
     """
 
     n_frequency: int = 2592
@@ -143,23 +143,23 @@ class WaveFTConfig(targets.LayersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         validation.positive_whole(n_frequency=self.n_frequency, **(self.n_frequency_pattern or {}))
-        known = f"wavelet_family is one of {', '.join(FAMILIES)}, found {self.wavelet_family!r}"
+        known = f"wavelet_family must be one of {', '.join(FAMILIES)}, found {self.wavelet_family!r}"
         validation.require(self.wavelet_family in FAMILIES, known)
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
-        if self.proportional_parameters:  # a share that depends on the other layers
+        if self.proportional_parameters:  # its number of entries depends on the other layers
             return None
         n = targets.pattern_value(self.n_frequency_pattern, path, self.n_frequency)
         count = math.prod(targets.sizes(module))
-        there = f"n_frequency={n} is above the entries there are: the weight of '{path}' has {count}"
+        there = f"n_frequency={n} is more than there are: the weight of '{path}' has {count} entries"
         return there if n > count else None
 
 
 @lru_cache
 def filters(family: str) -> Tensor:
-    """The low-pass filter of the inverse transform, and the high-pass one, fp64 `[2, L]`.
+    """Return the low-pass and the high-pass filter of the inverse transform, fp64 `[2, L]`.
 
-    Daubechies' and symlets are the factor (1 + z)^n Π (z - root) of sum sqrt(2), with the n - 1 roots of one of each
+    Daubechies' and symlets are the factor (1 + z)^n Π (z - root) with sum sqrt(2), with the n - 1 roots of one of each
     pair z, 1 / z for which Σ_k C(n - 1 + k, k) y^k = 0, y = (2 - z - 1 / z) / 4 (Daubechies 1992, chapter 6).
     """
     if family in _COIFLETS:
@@ -181,14 +181,14 @@ def filters(family: str) -> Tensor:
 
 @lru_cache(maxsize=32)
 def places(size: int, count: int, seed: int) -> Tensor:
-    """int64 `[count]`, drawn without repetition from `size` as PEFT draws them."""
+    """Return positions, int64 `[count]`, drawn without repetition from `size` as in PEFT."""
     return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:count].clone()
 
 
 class Patches(nn.Module):
-    """Where patches begin, `rows` and `columns` `[n]`, and of which filters they are, `high` `[2, n]`.
+    """Starts of the patches, `rows` and `columns` `[n]`, and their filters, `high` `[2, n]`.
 
-    One for all layers of a size.
+    Layers of one size share them.
     """
 
     rows: Tensor
@@ -198,7 +198,7 @@ class Patches(nn.Module):
     def __init__(self, config: WaveFTConfig, n: int, width: int, out_width: int) -> None:
         super().__init__()
         self.filters = filters(config.wavelet_family).float() if config.use_idwt else torch.ones(2, 1, device="cpu")
-        self.margin = max(self.filters.shape[1] - 2, 0)  # what a patch may reach beyond W
+        self.margin = max(self.filters.shape[1] - 2, 0)  # how far a patch may reach beyond W
         begin, high = torch.empty(2, n, dtype=torch.int64), torch.empty(2, n, dtype=torch.bool)
         if not begin.is_meta:
             at = places(width * out_width, n, config.random_loc_seed).to(begin.device)
@@ -214,7 +214,7 @@ class Patches(nn.Module):
 
 
 class WaveFT(Adapter):
-    """`waveft_spectrum` `[n]` of a linear layer, and the patches that it weighs."""
+    """Entries `waveft_spectrum` `[n]` of a linear layer, the factors of its patches."""
 
     def __init__(self, config: WaveFTConfig, patches: Patches, width: int, out_width: int) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class WaveFT(Adapter):
         self.waveft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else 0.01 * torch.randn(n))
 
     def delta(self) -> Tensor:
-        """The change of the weight, fp32 `[out, in]`."""
+        """Return the change of the weight, fp32 `[out, in]`."""
         device, margin = self.waveft_spectrum.device, self.patches.margin
         taps, rows, columns, high = (
             t.to(device) for t in (self.patches.filters, self.patches.rows, self.patches.columns, self.patches.high)
@@ -261,7 +261,7 @@ def place(model: nn.Module, config: WaveFTConfig, architecture: Architecture) ->
         if config.proportional_parameters:
             n = max(1, round(width * out_width / total * (config.n_frequency * len(layers))))
         there = f"the weight of '{path}' has {width * out_width}"
-        validation.require(n <= width * out_width, f"n_frequency={n} is above the entries there are: {there}")
+        validation.require(n <= width * out_width, f"n_frequency={n} is more than there are: {there} entries")
         size = (n, width, out_width)
         patches[size] = patches.get(size) or Patches(config, *size)
         placed.append(Around(path, WaveFT(config, patches[size], width, out_width)))

@@ -1,6 +1,6 @@
-"""Bottleneck adapters: f(x) = U · act(D x + d) + u, with D, U thin, beside or behind a frozen sublayer F.
+"""Bottleneck adapters: f(x) = U · act(D x + d) + u, with narrow D and U, parallel to or after a frozen sublayer F.
 
-    series (Houlsby et al. 2019)      series, behind the norm           parallel (He et al. 2021)
+    series (Houlsby et al. 2019)      series, after the norm            parallel (He et al. 2021)
                                       (Pfeiffer et al. 2020)
         x                                 x                                 x
         |                                 |                                 |
@@ -13,9 +13,9 @@
      + x, norm                         + x, norm                         + x, norm
 
 arXiv 1902.00751, 2005.00247, 2110.04366. U and u are zero at the start, so the model is unchanged. D and U may be sums
-of Kronecker products (Compacter, `phm`), f may stand behind the norm for good (AdapterPlus, Steitz and Roth 2024, arXiv
-2406.06820: `original_ln_after=False`, a scale for each channel), and the embedding may have an adapter of its own
-(MAD-X, `invertible`). Trained: 2 · d · bottleneck + d + bottleneck numbers each. No `merged`: act stands between.
+of Kronecker products (Compacter, `phm`), f may add after the norm (AdapterPlus, Steitz and Roth 2024, arXiv
+2406.06820: `original_ln_after=False`, a scale per channel), and the embedding may have an invertible adapter (MAD-X,
+`invertible`). Trained: 2 · d · bottleneck + d + bottleneck numbers each. It cannot be merged, since act is not linear.
 """
 
 from __future__ import annotations

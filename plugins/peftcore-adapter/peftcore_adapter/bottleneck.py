@@ -1,4 +1,4 @@
-"""f, and how it stands at a sublayer: behind it, behind its norm, or beside it."""
+"""Bottleneck networks f and their positions at a sublayer: after it, after its norm, or parallel to it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from peftcore_adapter.phm import PHMLinear, Shared
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, its weights, often fp32, rounded to the dtype of x."""
+    """Return `layer(x)`, with its weights, often fp32, rounded to the dtype of x."""
     if not isinstance(layer, nn.Linear):
         return cast(Tensor, layer(x))
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """The same of a norm."""
+    """Return `norm(x)`, with its weights rounded to the dtype of x."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 class Bottleneck(Adapter):
-    """f. Subclasses say what it reads and where its output goes; x `[..., width]`."""
+    """Network f, for x `[..., width]`. Subclasses define its input and where its output is added."""
 
     def __init__(
         self, config: AdapterConfig, path: str, width: int, out_width: int | None = None, shared: Shared | None = None
@@ -48,7 +48,7 @@ class Bottleneck(Adapter):
             self.adapter_down = PHMLinear(config, (width, size), shared, up=False)
             self.adapter_up = PHMLinear(config, (size, out_width), shared, up=True)
         else:
-            self.adapter_down = down = nn.Linear(width, size)  # Kaiming-uniform, as in He et al.
+            self.adapter_down = down = nn.Linear(width, size)  # Kaiming uniform, as in He et al.
             self.adapter_up = up = nn.Linear(size, out_width)
             for zero in (down.bias, up.weight, up.bias):
                 nn.init.zeros_(zero)
@@ -60,13 +60,14 @@ class Bottleneck(Adapter):
             nn.init.zeros_(self.gate.bias)
         if config.ln_after:
             self.adapter_norm_after = nn.LayerNorm(out_width)
-        self.dropout = nn.Dropout(config.dropout)  # a module: trainers find those, to switch dropout off
+        # a module, since trainers look for modules when they turn dropout off
+        self.dropout = nn.Dropout(config.dropout)
 
     def extra_repr(self) -> str:
         return f"non_linearity={self.config.non_linearity}, scaling={self.config.scaling}"
 
     def up(self, x: Tensor) -> Tensor:
-        """scaling · U act(D x), before dropout, gate and norm: what AdapterFusion weighs."""
+        """Return scaling · U act(D x), before dropout, gate and norm, as AdapterFusion weighs it."""
         config = self.config
         z = normed(self.adapter_norm_before, x) if config.ln_before else x
         z = ACTIVATIONS[config.non_linearity](linear(self.adapter_down, z))  # [..., bottleneck]
@@ -77,7 +78,7 @@ class Bottleneck(Adapter):
         return z * (self.scaling.to(z.dtype) if isinstance(config.scaling, str) else config.scaling)
 
     def change(self, x: Tensor, base: Base | None = None) -> Tensor:
-        """What is added where x is read. An adapter of another kind that stands so may ask base, what is inside."""
+        """Return what is added for input x. `base` is the next link of the chain, for other kinds of adapters."""
         z = self.dropout(self.up(x))
         if self.config.use_gating:
             validation.require(
@@ -89,21 +90,21 @@ class Bottleneck(Adapter):
 
 
 class Series(Bottleneck):
-    """Behind a module: y -> y + f(y)."""
+    """Bottleneck after a module: y -> y + f(y)."""
 
     def forward(self, y: Tensor) -> Tensor:
         return y + self.change(y)
 
 
 class BehindNorm(Bottleneck):
-    """Around the norm of z = h + x: norm(z + f(norm(z)))."""
+    """Bottleneck around the norm of z = h + x: norm(z + f(norm(z)))."""
 
     def forward(self, base: Base, z: Tensor) -> Any:
         return behind_norm(self, base, z)
 
 
 class Parallel(Bottleneck):
-    """Around a module whose first argument is x: h + f(x)."""
+    """Bottleneck around a module whose first argument is x: h + f(x)."""
 
     def __init__(self, config: AdapterConfig, path: str, module: nn.Module, widths: tuple[int, int], shared: Shared):
         super().__init__(config, path, *widths, shared=shared)
@@ -115,21 +116,21 @@ class Parallel(Bottleneck):
         return with_first(output, first_of(output) + self.change(x))
 
 
-class BesideResidual(Bottleneck):
-    """Around a module that takes (h, x) and adds them: it gets x + f(x) for x."""
+class ParallelToResidual(Bottleneck):
+    """Bottleneck around a module that takes (h, x) and adds them: x becomes x + f(x)."""
 
     def forward(self, base: Base, h: Tensor, x: Tensor) -> Any:
         return base(h, x + self.change(x))
 
 
 def behind_norm(adapter: Any, base: Base, z: Tensor) -> Any:
-    """norm(z + f(norm(z))), after what others that stand so have added to z: the first named is the first to add.
+    """Return norm(z + f(norm(z))), after the changes of other adapters around the same norm, first named first.
 
     Args:
-        adapter: with `change`, and `stands_behind_norm` if it is not a `BehindNorm`.
+        adapter: an adapter with `change`, and with `is_behind_norm` if it is not a `BehindNorm`.
     """
     stack = [(adapter, base)]
-    while isinstance(base.adapter, BehindNorm) or hasattr(base.adapter, "stands_behind_norm"):
+    while isinstance(base.adapter, BehindNorm) or hasattr(base.adapter, "is_behind_norm"):
         stack.append((base.adapter, base.inside))
         base = base.inside
     for each, inside in reversed(stack):

@@ -1,4 +1,4 @@
-"""The fields of a bottleneck adapter, and which of them go together."""
+"""Config fields of bottleneck adapters, and checks of their combinations."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ from peftcore.plugin import validation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: getattr(F, name) for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "mish")},
-    **{"swish": F.silu, "leakyrelu": F.leaky_relu, "gelu_new": partial(F.gelu, approximate="tanh")},  # AdapterHub's
+    # AdapterHub's names
+    **{"swish": F.silu, "leakyrelu": F.leaky_relu, "gelu_new": partial(F.gelu, approximate="tanh")},
     "linear": lambda x: x,
 }
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Where AdapterHub's library `adapters` has a field, it is its name here.
+    """Config of bottleneck adapters; fields that AdapterHub's `adapters` has, too, have the same name.
 
     Args:
         placement: the sublayers that get a bottleneck: "houlsby" (attention and feed-forward), "pfeiffer"
-            (feed-forward) or "attention". cross_adapter: cross-attention too, where there is one.
-        is_parallel: f reads what the sublayer reads, in place of what it gives. In a pre-norm model that is
-            what comes out of the norm.
-        original_ln_before: f reads what comes behind the residual and norm (Pfeiffer), not before.
-        original_ln_after, residual_before_ln: both False, with original_ln_before: f adds to what it reads, so that no
-            norm of the base comes behind it (AdapterPlus).
-        reduction_factor: the bottleneck is d // reduction_factor wide, d the width of the sublayer.
-        bottleneck_size: or this wide.
+            (feed-forward) or "attention". cross_adapter: also cross-attention, where there is one.
+        is_parallel: f reads the input of the sublayer instead of its output. In a pre-norm model the input is the
+            output of the norm.
+        original_ln_before: f reads the hidden states after the residual and norm (Pfeiffer), not before.
+        original_ln_after, residual_before_ln: both False, with original_ln_before: f is added to its own input, with no
+            norm of the base after it (AdapterPlus).
+        reduction_factor: the bottleneck has width d // reduction_factor, with d the width of the sublayer.
+        bottleneck_size: width of the bottleneck, instead of reduction_factor.
         non_linearity: act, one of `ACTIVATIONS`.
-        scaling: factor of f; "learned": one trained number, "channel": one for each output.
-        ln_before, ln_after: a norm of the adapter's own before D, or behind f.
-        use_gating: f is multiplied by the mean over a row's tokens, padding included, of a sigmoid of what f reads.
-        dropout: probability with which an output of f is dropped in training. stochastic_depth: with which f is for a
-            whole row of the batch.
+        scaling: factor of f; "learned": one trained number, "channel": one per output.
+        ln_before, ln_after: an additional norm before D, or after f.
+        use_gating: multiply f by the sigmoid of a projection of its input, averaged over a row's tokens with padding.
+        dropout: dropout probability of the outputs of f. stochastic_depth: probability of dropping f for a whole row
+            of the batch.
         phm_layer: D and U are sums of Kronecker products (Compacter), see :mod:`peftcore_adapter.phm`.
-        phm_dim: how many, n. phm_rank: of their larger factors; factorized_phm_W=False leaves these whole.
-        shared_phm_rule: all layers have their smaller factors in common; factorized_phm_rule: these have rank 1.
-        shared_W_phm: all layers have the larger factors in common. learn_phm: the smaller ones train.
+        phm_dim: number of products, n. phm_rank: rank of their larger factors, if factorized_phm_W is True.
+        shared_phm_rule: all layers share the smaller factors; factorized_phm_rule: the smaller factors have rank 1.
+        shared_W_phm: all layers share the larger factors. learn_phm: the smaller factors are trained.
         phm_bias: D and U have biases. phm_init_range: standard deviation of the smaller factors at the start.
-        inv_adapter: "nice": an invertible network behind the embedding, and its inverse before the head of tokens
-            (MAD-X), see :mod:`peftcore_adapter.invertible`. inv_adapter_reduction_factor: of its bottlenecks.
-        inv_adapter_output: False leaves the inverse out.
-        layers_to_transform: indices of the layers that get bottlenecks; None: all.
-        target_modules: modules that get one behind (or beside) them, in place of the known sublayers;
+        inv_adapter: "nice": an invertible network after the embedding, and its inverse before the output head
+            (MAD-X), see :mod:`peftcore_adapter.invertible`. inv_adapter_reduction_factor: for its bottlenecks.
+        inv_adapter_output: False: leave out the inverse.
+        layers_to_transform: indices of the layers with bottlenecks; None: all.
+        target_modules: modules to put bottlenecks after (or parallel to), instead of the known sublayers;
             exclude_modules, layers_pattern: see `peftcore.targets.select`.
-        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
     """
 
     placement: Literal["houlsby", "pfeiffer", "attention"] = "houlsby"
@@ -99,23 +100,23 @@ class AdapterConfig:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, found {getattr(self, name)!r}")
         require(
             not (self.is_parallel and self.original_ln_before),
-            "is_parallel and original_ln_before exclude each other: a parallel adapter stands behind nothing",
+            "is_parallel and original_ln_before exclude each other. Leave one of them out",
         )
         plus = self.original_ln_before and not self.original_ln_after and not self.residual_before_ln
         require(
             plus or (self.original_ln_after and self.residual_before_ln),
             "original_ln_after=False and residual_before_ln=False go together, with original_ln_before=True "
-            "(AdapterPlus); anything else would add the residual twice, or lose it",
+            "(AdapterPlus); other combinations would add the residual twice, or lose it",
         )
         require(
             not (named and (self.original_ln_before or self.cross_adapter)),
-            "original_ln_before and cross_adapter choose among known sublayers; target_modules names modules",
+            "original_ln_before and cross_adapter choose among known sublayers, so target_modules must be left out",
         )
         require(
             named or not (self.exclude_modules or self.layers_pattern),
-            "exclude_modules and layers_pattern go with target_modules; layers_to_transform goes without",
+            "exclude_modules and layers_pattern need target_modules. Without it, use layers_to_transform",
         )
         require(
             self.factorized_phm_W or self.phm_rank == 1,
-            "phm_rank is of factors that factorized_phm_W=False leaves whole",
+            f"phm_rank={self.phm_rank} needs factorized_phm_W=True",
         )

@@ -1,12 +1,12 @@
-"""Reads bottleneck adapters that AdapterHub's library `adapters` saved with `use_safetensors=True`.
+"""Reader of bottleneck adapters saved by AdapterHub's library `adapters` with `use_safetensors=True`.
 
     adapter_config.json   {"config": {"reduction_factor": 16, ...}, "model_type": ..., "name": ..., "version": ...}
     adapter.safetensors   <place>[.attention_adapters|.output_adapters].adapters.<name>.adapter_down.0.weight, ...
                           [<base>.]shared_parameters.<name>.phm_rule
                           [<base>.]invertible_adapters.<name>.F.0.weight, ...
 
-Where it names modules differently, a layer's number and the end of the place tell the sublayer. Its heads lie
-in a file of their own and are not read. Names of its predecessor `adapter-transformers` are read as it reads them.
+Where `adapters` names modules differently, the sublayer is found by the layer's number and the end of <place>. Heads
+are in another file and are not read. Names of the predecessor `adapter-transformers` are read as `adapters` reads them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KINDS = {
     "output_adapters": "feed_forward",
 }
 _OLDER = re.compile(r"\.(?:attention|layer)_text_(?:task|lang)_adapters\.")
-# Settings under which the library computes what the method computes.
+# Settings with which the library computes the same function as the method.
 _WANTED = {"adapter_residual_before_ln": (False,), "inv_adapter": (None, "nice")}
 _TYPES: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
     (("reduction_factor", "dropout", "stochastic_depth", "inv_adapter_reduction_factor"), (int, float), "a number"),
@@ -54,18 +54,18 @@ _OURS |= {"phm_rule_left": "rule.left", "phm_rule_right": "rule.right", "phm_rul
 
 
 def matches(fields: dict[str, Any]) -> bool:
-    """Is it an adapter_config.json of a bottleneck of `adapters` (or its predecessor `adapter-transformers`)?"""
+    """Return whether the fields are of a bottleneck adapter of `adapters` (or of `adapter-transformers`)."""
     theirs = fields.get("config")
     return isinstance(theirs, dict) and theirs.get("architecture") != "reft" and {"model_type", "name"} <= fields.keys()
 
 
 def about(fields: dict[str, Any]) -> dict[str, Any]:
-    """The base, and all settings of the bottleneck."""
+    """Return the name of the base, and all settings of the bottleneck."""
     return {"base_model_name_or_path": fields.get("model_name") or None, **fields["config"]}
 
 
 def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """The config, and the tensors by their names here."""
+    """Return the config, and the tensors under peftcore's names."""
     theirs = _settings(fields["config"])
     tensors = {
         _OLDER.sub(".adapters.", key).replace("invertible_lang_", "invertible_"): tensors[key] for key in tensors
@@ -74,32 +74,35 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
     matched = {key: match for key in tensors if key not in common and (match := _KEY.fullmatch(key)) is not None}
     strange = next((key for key in tensors if key not in matched and key not in common), None)
     if strange is not None or not matched:
-        raise PeftcoreError(f"its tensor '{strange}' belongs to no bottleneck" if strange else "it has no tensor")
+        raise PeftcoreError(
+            f"its tensor '{strange}' does not belong to a bottleneck" if strange else "it has no tensor"
+        )
     facts = detect(model)
     used = {match["place"]: sublayer_at(match["place"], facts.sublayers) for match in matched.values()}
     inverts = any(match["what"] == "invertible_adapters" for match in common.values())
-    if theirs.get("inv_adapter") and not inverts and fields.get("type") != "text_task":  # which named it in vain
+    # a text_task names it without having one
+    if theirs.get("inv_adapter") and not inverts and fields.get("type") != "text_task":
         raise PeftcoreError("it uses inv_adapter='nice', and the file lacks that adapter's tensors")
     shared = any(match["what"] == "shared_parameters" for match in common.values())
     if theirs.get("phm_layer") and not shared and (theirs.get("shared_phm_rule", True) or theirs.get("shared_W_phm")):
         raise PeftcoreError(
-            "its layers share parameters that are not in the file: `adapters` writes shared_parameters of models with "
-            "a head alone. Save it again from such a model"
+            "its layers share parameters that are not in the file: `adapters` writes shared_parameters only for models "
+            "with a head. Save it again from such a model"
         )
     config = _config(theirs, fields, facts.sublayers, used, inverts)
     if config.is_parallel and any(sublayer.norm is None for sublayer in used.values()):
         raise PeftcoreError(
-            f"a parallel adapter of `adapters` reads what comes before the norm of {type(model).__name__}; "
-            "here it reads what comes behind it"
+            f"it is a parallel adapter, which in `adapters` reads the input of the norm of {type(model).__name__}, and "
+            "in peftcore its output. Train it with peftcore"
         )
     return config, _renamed(model, config, facts, tensors, used, matched, common)
 
 
 def _settings(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the library, checked."""
+    """Return the library's settings, checked."""
     if "reduction_factor" not in theirs:
         raise PeftcoreError(
-            f"it is no bottleneck adapter (architecture: {theirs.get('architecture')!r}), and only these can be read"
+            f"it is not a bottleneck adapter (architecture: {theirs.get('architecture')!r}), so it cannot be read"
         )
     older = theirs.get("invertible_adapter")
     if isinstance(older, dict):
@@ -113,7 +116,7 @@ def _settings(theirs: dict[str, Any]) -> dict[str, Any]:
     for name, allowed in _WANTED.items():
         if theirs.get(name, allowed[0]) not in allowed:
             raise PeftcoreError(
-                f"it uses {name}={theirs[name]!r}, which a bottleneck here does not have; without it the adapter "
+                f"it uses {name}={theirs[name]!r}, which peftcore's bottlenecks do not have; without it the adapter "
                 "would compute something else"
             )
     for names, types, what in _TYPES:
@@ -125,7 +128,7 @@ def _settings(theirs: dict[str, Any]) -> dict[str, Any]:
     if type(theirs.get("scaling", 1.0)) not in (int, float) and theirs["scaling"] not in ("learned", "channel"):
         raise PeftcoreError(f"it uses scaling={theirs['scaling']!r}; only a number, 'learned' or 'channel' can be read")
     if "non_linearity" not in theirs:
-        raise PeftcoreError("it does not say its non_linearity")
+        raise PeftcoreError("its config has no non_linearity")
     before, after = theirs.get("original_ln_before", False), theirs.get("original_ln_after", True)
     residual = theirs.get("residual_before_ln", True) if before and not theirs.get("is_parallel") else after
     if not (after is residual and (after or before)):
@@ -150,8 +153,8 @@ def _config(
     if phm and theirs.get("factorized_phm_W", True):
         phm["phm_rank"] = theirs.get("phm_rank", 1)
     if inverts:
-        # A class of transformers' own is given no inverse by `adapters`, one of its `...AdapterModel`s is, and so were
-        # all by its predecessor.
+        # `adapters` adds no inverse to transformers' classes, but to its `...AdapterModel` classes; its predecessor
+        # added it to all.
         static = str(fields.get("version")).startswith("adapters.") and "AdapterModel" not in str(
             fields.get("model_class")
         )
@@ -189,7 +192,7 @@ def _renamed(
     matched: Mapping[str, re.Match[str]],
     common: Mapping[str, re.Match[str]],
 ) -> dict[str, Tensor]:
-    """The tensors by their names here."""
+    """Return the tensors under peftcore's names."""
     placements = place(model, config, facts)
     bottlenecks: list[Any] = [p for p in placements if not isinstance(p, Train) and hasattr(p.adapter, "adapter_down")]
     known = [s for s in facts.sublayers if any(s is u for u in used.values())]
@@ -213,10 +216,10 @@ def _renamed(
 
 
 def _name(name: str, config: AdapterConfig) -> str | None:
-    """The name here of a tensor of a bottleneck; None: one that stands there twice."""
+    """Return peftcore's name of a bottleneck's tensor, or None for the norm that the file has twice."""
     if config.ln_before:
         if name.startswith("adapter_down.0."):
-            return None  # the norm, which has a name of its own
+            return None  # the norm, which also has its own name
         name = name.replace("adapter_down.1.", "adapter_down.0.")
     name = name.replace("adapter_down.0.", "adapter_down.")
     if config.phm_layer and name.startswith(("adapter_down.", "adapter_up.")):
@@ -232,7 +235,7 @@ def _placement(kinds: Collection[str]) -> Literal["houlsby", "pfeiffer", "attent
 
 
 def sublayer_at(place: str, known: Iterable[Any]) -> Any:
-    """The sublayer of a place such as `bert.encoder.layer.0.attention.output` or `model.layers.3.output_adapters`."""
+    """Return the sublayer at a place such as `bert.encoder.layer.0.attention.output` or `model.layers.3.output`."""
     parts = _PLACE.fullmatch(place)
     if parts is not None:
         rest = parts["rest"] or ""
@@ -247,7 +250,7 @@ def sublayer_at(place: str, known: Iterable[Any]) -> Any:
                 continue
             if sublayer.kind == kind if kind else (own["rest"] or "").startswith(f"{rest}."):
                 return sublayer
-    raise PeftcoreError(f"its place '{place}' is no known sublayer of this model")
+    raise PeftcoreError(f"it has an adapter at '{place}', which is not a known sublayer of this model")
 
 
 def _in_decoder(stack: str) -> bool:

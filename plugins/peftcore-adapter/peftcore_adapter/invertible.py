@@ -1,9 +1,9 @@
-"""Invertible adapters (MAD-X, Pfeiffer et al. 2020, arXiv 2005.00052, section 3.2.2), of NICE's coupling blocks.
+"""Invertible adapters (MAD-X, Pfeiffer et al. 2020, arXiv 2005.00052, section 3.2.2), with NICE's coupling blocks.
 
-    forward, behind the embedding     y1 = x1 + F(x2)       inverse, before the head     x2 = y2 - G(y1)
+    forward, after the embedding      y1 = x1 + F(x2)       inverse, before the head     x2 = y2 - G(y1)
     x = [x1, x2]                      y2 = x2 + G(y1)                                    x1 = y1 - F(x2)
 
-F and G are bottlenecks `V act(D x)`, and zero at the start. NICE: Dinh et al. 2014, arXiv 1410.8516.
+F and G are bottlenecks `V act(D x)`, zero at the start. NICE: Dinh et al. 2014, arXiv 1410.8516.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
 
 
 class Nice(nn.Module):
-    """x `[..., width]` -> y `[..., width]`, and back."""
+    """Invertible network x `[..., width]` -> y `[..., width]`."""
 
     def __init__(self, config: AdapterConfig, width: int) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ class Nice(nn.Module):
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         validation.require(
             x.shape[-1] == self.width,
-            f"an invertible adapter of width {self.width} (the embedding's) meets vectors of {x.shape[-1]}. This model "
-            "projects them in between: choose inv_adapter=None",
+            f"an invertible adapter of width {self.width} (the embedding's) got vectors of width {x.shape[-1]}: this "
+            "model projects them in between. Choose inv_adapter=None",
         )
         return x[..., : self.width // 2], x[..., self.width // 2 :]
 
@@ -57,7 +57,7 @@ class Nice(nn.Module):
 
 
 class Inverse(Adapter):
-    """Around the head of tokens: it reads what the embedding gave before the adapter."""
+    """Inverse around the output head, which then reads the embedding's space without the adapter."""
 
     def __init__(self, of: Nice) -> None:
         super().__init__()
@@ -68,15 +68,16 @@ class Inverse(Adapter):
 
 
 def placements(model: nn.Module, config: AdapterConfig, architecture: Architecture) -> list[Any]:
-    """Behind what the embedding gives to the first layer, and before the head."""
+    """Return placements after the embedding, and before the output head."""
     tokens, name = architecture.embedding, type(model).__name__
     if tokens is None or architecture.is_encoder_decoder:
         why = "its encoder and decoder share it" if tokens else "an image has no tokens"
         raise PeftcoreError(
-            f"inv_adapter stands behind the embedding of tokens, of which {name} has none of one stack alone: {why}. "
+            f"inv_adapter needs a token embedding that belongs to one stack, and {name} has none: {why}. "
             "Choose inv_adapter=None"
         )
-    whole = tokens.rpartition(".")[0]  # of words, positions and kinds, where the layers are not in it as well
+    # the module of word, position and type embeddings, unless it also contains the layers
+    whole = tokens.rpartition(".")[0]
     alone = whole and not any(sublayer.output.startswith(f"{whole}.") for sublayer in architecture.sublayers)
     embedding: Any = model.get_submodule(tokens)
     adapter = Nice(config, getattr(embedding, "embedding_dim", None) or embedding.weight.shape[-1])

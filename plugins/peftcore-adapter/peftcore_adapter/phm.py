@@ -1,10 +1,10 @@
-"""Compacter (Karimi Mahabadi et al. 2021, arXiv 2106.04647): matrices that are sums of Kronecker products.
+"""Compacter (Karimi Mahabadi et al. 2021, arXiv 2106.04647): matrices as sums of Kronecker products.
 
     H = A_1 ⊗ W_1 + ... + A_n ⊗ W_n       y = x H + b,    A_i [n, n],  W_i [in / n, out / n]
     W_i = L_i R_i                         with factorized_phm_W, L_i [in / n, rank], R_i [rank, out / n]
     A_i = s_i t_i                         with factorized_phm_rule, s_i [n, 1], t_i [1, n]
 
-The A_i are one set for all layers with shared_phm_rule, the W_i of all D, and of all U, with shared_W_phm.
+With shared_phm_rule all layers share the A_i; with shared_W_phm all D share their W_i, and all U theirs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftcore_adapter.config import AdapterConfig
 
 
 class Factors(nn.Module):
-    """n matrices `[n, rows, columns]`, whole or as products of thin ones."""
+    """Set of n matrices `[n, rows, columns]`, full or as low-rank products."""
 
     def __init__(self, shape: tuple[int, int, int], rank: int | None) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class Factors(nn.Module):
             self.right = nn.Parameter(torch.empty(n, rank, columns))
 
     def matrices(self, like: Tensor) -> Tensor:
-        """They, on the device and in the dtype of `like`."""
+        """Return the matrices on the device and in the dtype of `like`."""
         own = [self.whole] if hasattr(self, "whole") else [self.left, self.right]
         parts = [part.to(like.device, like.dtype) for part in own]
         return parts[0] if len(parts) == 1 else torch.bmm(*parts)
 
 
 def rule(config: AdapterConfig) -> Factors:
-    """The A_i; as buffers where they do not train."""
+    """Return new A_i; buffers, if they are not trained."""
     n = config.phm_dim
     made = Factors((n, n, n), 1 if config.factorized_phm_rule else None)
     for name, parameter in list(made.named_parameters()):
@@ -49,7 +49,7 @@ def rule(config: AdapterConfig) -> Factors:
 
 
 def weights(config: AdapterConfig, width: int, out_width: int, zero: bool) -> Factors:
-    """The W_i, whose products, or the last factors of these, are zero at the start or Glorot-uniform."""
+    """Return new W_i: zero at the start (of a product, its last factor), or Glorot uniform."""
     n = config.phm_dim
     for what, size in (("the width", width), ("the width", out_width)):
         validation.require(
@@ -65,14 +65,14 @@ def weights(config: AdapterConfig, width: int, out_width: int, zero: bool) -> Fa
 
 
 class Shared:
-    """What the layers of one adapter have in common, made when the first of them asks."""
+    """Factors that the layers of one adapter share, created on first use."""
 
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
         self.made: dict[str, Factors] = {}
 
     def rule(self) -> Factors:
-        """The A_i of a layer."""
+        """Return the A_i for a layer."""
         if not self.config.shared_phm_rule:
             return rule(self.config)
         if "rule" not in self.made:
@@ -80,20 +80,20 @@ class Shared:
         return self.made["rule"]
 
     def weights(self, width: int, out_width: int, up: bool) -> Factors:
-        """The W_i of a layer, of its U or of its D."""
+        """Return the W_i for a layer's U or D."""
         made = weights(self.config, width, out_width, zero=up)
         if not self.config.shared_W_phm:
             return made
         first = self.made.setdefault("up" if up else "down", made)
         validation.require(
             [p.shape for p in first.parameters()] == [p.shape for p in made.parameters()],
-            "shared_W_phm is for layers of one width, and these have several. Leave it out, or name target_modules",
+            "shared_W_phm needs layers of one width, and these have several. Leave it out, or name target_modules",
         )
         return first
 
 
 class PHMLinear(nn.Module):
-    """x `[..., in]` -> x H + b `[..., out]`."""
+    """Linear layer x `[..., in]` -> x H + b `[..., out]`."""
 
     def __init__(self, config: AdapterConfig, sizes: tuple[int, int], shared: Shared, up: bool) -> None:
         super().__init__()

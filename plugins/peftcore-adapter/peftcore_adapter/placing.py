@@ -1,4 +1,4 @@
-"""Where a config puts bottlenecks."""
+"""Placement of bottlenecks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from peftcore.plugin import After, Architecture, Around, Placement, targets, validation
 from peftcore_adapter import invertible
-from peftcore_adapter.bottleneck import BehindNorm, BesideResidual, Parallel, Series
+from peftcore_adapter.bottleneck import BehindNorm, Parallel, ParallelToResidual, Series
 from peftcore_adapter.config import AdapterConfig
 from peftcore_adapter.phm import Shared
 
@@ -20,22 +20,22 @@ SUBLAYERS = {
 
 
 def at_module(model: nn.Module, path: str, config: AdapterConfig, widths: tuple[int, int], shared: Shared) -> Any:
-    """The placement beside or behind a module of these widths."""
+    """Return the placement parallel to or after a module of these widths."""
     if config.is_parallel:
         return Around(path, Parallel(config, path, model.get_submodule(path), widths, shared))
     return After(path, Series(config, path, widths[1], shared=shared))
 
 
 def of_sublayer(model: nn.Module, sublayer: Any, config: AdapterConfig, shared: Shared) -> Any:
-    """The placement at one sublayer."""
+    """Return the placement at one sublayer."""
     width = sublayer.width
     validation.require(
         not config.is_parallel or sublayer.whole is not None,
-        f"is_parallel: no one module of {type(model).__name__} goes from what '{sublayer.output}' and the layers "
-        "before it read to what they give. Use is_parallel=False, or name a module: target_modules=[...]",
+        f"is_parallel: no single module of {type(model).__name__} covers the sublayer that ends in "
+        f"'{sublayer.output}'. Use is_parallel=False, or name a module: target_modules=[...]",
     )
     if config.is_parallel and sublayer.adds_residual:
-        return Around(sublayer.whole, BesideResidual(config, sublayer.whole, width, shared=shared))
+        return Around(sublayer.whole, ParallelToResidual(config, sublayer.whole, width, shared=shared))
     if not config.original_ln_before:
         path = sublayer.whole if config.is_parallel else sublayer.output
         return at_module(model, path, config, (width, width), shared)
@@ -44,7 +44,7 @@ def of_sublayer(model: nn.Module, sublayer: Any, config: AdapterConfig, shared: 
     behind = sublayer.norm or sublayer.stream
     validation.require(
         behind is not None,
-        f"original_ln_before: no module of {type(model).__name__} gives what comes behind the residual of "
+        f"original_ln_before: no module of {type(model).__name__} returns the sum with the residual after "
         f"'{sublayer.output}'. Use placement='pfeiffer', or original_ln_before=False",
     )
     return After(behind, Series(config, behind, width, shared=shared))

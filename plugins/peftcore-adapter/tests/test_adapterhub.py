@@ -54,7 +54,7 @@ def changed(folder: Path, **settings: Any) -> Path:
     [
         ({"phm_layer": True}, "its layers share parameters that are not in the file"),
         ({"inv_adapter": "nice"}, "it uses inv_adapter='nice', and the file lacks"),
-        ({"inv_adapter": "glow"}, "it uses inv_adapter='glow', which a bottleneck here does not have"),
+        ({"inv_adapter": "glow"}, "it uses inv_adapter='glow', which peftcore's bottlenecks do not have"),
         ({"adapter_residual_before_ln": True}, "it uses adapter_residual_before_ln=True"),
         (
             {"original_ln_after": False},
@@ -88,22 +88,22 @@ def test_parallel_on_a_pre_norm_model_is_refused(tmp_path: Path) -> None:
         for key, tensor in tensors.items()
     }
     save_file(renamed, folder / "adapter.safetensors")
-    with pytest.raises(peftcore.CheckpointError, match="reads what comes before the norm of LlamaForCausalLM"):
+    with pytest.raises(peftcore.CheckpointError, match="reads the input of the norm of LlamaForCausalLM"):
         peftcore.load(make.filled(make.llama()), folder)
 
 
 def test_not_of_this_model_or_not_a_bottleneck(tmp_path: Path) -> None:
-    with pytest.raises(peftcore.CheckpointError, match="is no known sublayer of this model"):
+    with pytest.raises(peftcore.CheckpointError, match="is not a known sublayer of this model"):
         peftcore.load(torch.nn.Sequential(torch.nn.Linear(2, 2)), FOLDERS / "bert-seq_bn")
     folder = changed(tmp_path / "a")
     fields = json.loads((folder / "adapter_config.json").read_text())
     fields["config"] = {"architecture": "lora", "r": 8}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
-    with pytest.raises(peftcore.CheckpointError, match=r"no bottleneck adapter .architecture: 'lora'"):
+    with pytest.raises(peftcore.CheckpointError, match=r"not a bottleneck adapter .architecture: 'lora'"):
         peftcore.load(make.filled(make.bert()), folder)
     stranger = changed(tmp_path / "b")
     save_file({"heads.task.weight": torch.zeros(2)}, stranger / "adapter.safetensors")
-    with pytest.raises(peftcore.CheckpointError, match=r"'heads.task.weight' belongs to no bottleneck"):
+    with pytest.raises(peftcore.CheckpointError, match=r"'heads.task.weight' does not belong to a bottleneck"):
         peftcore.load(make.filled(make.bert()), stranger)
 
 

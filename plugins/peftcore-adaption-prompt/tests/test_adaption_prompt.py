@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused() -> None:
             peftcore.apply(make(), "adaption-prompt", **fields)
 
     refused("adapter_layers=9, and the model has 2", tiny.llama, adapter_layers=9)
-    refused(r"\(LlamaMLP\) is none. A prefix or LoRA works", tiny.llama, target_modules="mlp")
+    refused(r"\(LlamaMLP\) differs. Use prefix-tuning or LoRA", tiny.llama, target_modules="mlp")
     refused("LlamaForCausalLM has none", tiny.llama, target_modules="attention")
 
     def llama(**fields: Any) -> Any:

@@ -101,7 +101,7 @@ def test_an_invocation_across_two_calls_is_refused() -> None:
     """Its first tokens are in the cache as the base has them. The one of a later call takes the place of an earlier."""
     model, cache = adapted(), DynamicCache()
     run(model, TOKENS[1:2, :3], cache=cache)
-    with pytest.raises(peftcore.PeftcoreError, match="the invocation lies across two calls"):
+    with pytest.raises(peftcore.PeftcoreError, match="the invocation is split over two calls"):
         run(model, TOKENS[1:2, 3:], cache=cache)
     seen: list[Tensor] = []
     cache = DynamicCache()
@@ -140,7 +140,7 @@ def test_offsets_say_it_instead() -> None:
     model, offsets = adapted(), torch.tensor([3, 6, 0])
     wanted = run(model, TOKENS)
     embedded = model.get_input_embeddings()(TOKENS)
-    with pytest.raises(peftcore.PeftcoreError, match=r"the call has none\. Give alora_offsets"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"the call has none\. Pass alora_offsets"):
         run(model, None, inputs_embeds=embedded)  # type: ignore[arg-type]
     close(run(model, None, inputs_embeds=embedded, alora_offsets=offsets), wanted)  # type: ignore[arg-type]
     other = adapted([90])
@@ -155,7 +155,7 @@ def test_a_cache_of_the_base_serves_it() -> None:
         run(model, TOKENS[:2, :2], cache=cache)
     unknown = copy.deepcopy(cache)
     close(run(model, TOKENS[:2, 2:], cache=cache), run(model, TOKENS[:2])[:, 2:])
-    with pytest.raises(peftcore.PeftcoreError, match=r"may have invoked the adapter\. Give alora_offsets"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"may have invoked the adapter\. Pass alora_offsets"):
         run(model, TOKENS[:2, 4:], cache=unknown)
     close(run(model, TOKENS[:2, 2:3], cache=unknown, alora_offsets=torch.tensor([0, 1]))[:1],
           run(tiny.llama(), TOKENS[:1, :3])[:, 2:])  # fmt: skip
@@ -164,7 +164,7 @@ def test_a_cache_of_the_base_serves_it() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, r"alora_invocation_tokens are the ids .*, found \[\]"),
+        ({}, r"alora_invocation_tokens must be the token ids .*, found \[\]"),
         ({"alora_invocation_tokens": [5, -1]}, r"found \[5, -1\]"),
         ({"alora_invocation_tokens": [5], "lora_bias": True}, "lora_bias=True is not known with activated LoRA"),
         ({"alora_invocation_tokens": [5], "target_modules": ["embed_tokens"]}, "'model.embed_tokens' is a layer that"),
@@ -174,7 +174,7 @@ def test_a_cache_of_the_base_serves_it() -> None:
 def test_what_it_does_not_know_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=message):
         peftcore.apply(tiny.llama(), "alora", **fields)
-    with pytest.raises(peftcore.PeftcoreError, match="of decoders of text, in PEFT, too, and BertForSeq"):
+    with pytest.raises(peftcore.PeftcoreError, match="for text decoders, as in PEFT, and BertForSeq"):
         peftcore.apply(tiny.bert_classifier(), "alora", alora_invocation_tokens=[5])
 
 

@@ -120,9 +120,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         with pytest.raises(peftcore.PeftcoreError, match=match):
             peftcore.apply(model, "arrow", experts=experts, **{"top_k": 1, **fields})
 
-    refused("top_k=3 of the experts, and 2 are named", "maths", "code", top_k=3)
-    refused("experts are at the same modules: 'maths' or 'code' alone is at", "maths", "code")
-    refused(r"'factor' \(ia3\) is at '.*q_proj' no product B A", "factor")
+    refused("top_k=3 is more than the 2 experts", "maths", "code", top_k=3)
+    refused("experts must be at the same modules: only one of 'maths' and 'code' is at", "maths", "code")
+    refused(r"'factor' \(ia3\) is not a product B A of a linear layer at '.*q_proj'", "factor")
     refused("no adapter 'poems' is applied", "poems")
     refused("router_temperature must be positive", "maths", router_temperature=0.0)
     peftcore.apply(model, "arrow", experts=["maths"], top_k=1, adapter="router")

@@ -75,10 +75,10 @@ def test_merging_puts_the_values_into_the_base() -> None:
     assert all(torch.equal(state[name], value) for name, value in values.items())
 
 
-def test_a_model_without_biases_is_told_of_add_missing() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match=r"LlamaForCausalLM lacks biases.*add_missing=True gives them one"):
+def test_the_error_for_a_model_without_biases_names_add_missing() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=r"LlamaForCausalLM lacks biases.*Use add_missing=True"):
         peftcore.apply(tiny.llama(), "bitfit")
-    with pytest.raises(peftcore.PeftcoreError, match=r"means 6 linear layers without one, such as.*q_proj"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"selects 6 linear layers without one, such as.*q_proj"):
         peftcore.apply(tiny.llama(), "bitfit", target_modules="query-intermediate")
 
 

@@ -84,8 +84,11 @@ def test_a_share_of_one_rotation_s_blocks_rests_in_training() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     for fields, message in (
         ({"boft_block_size": 5}, "boft_block_size=5 does not divide the 32 inputs of '0'"),
-        ({"boft_block_num": 2}, "one of boft_block_size and boft_block_num is 0"),
-        ({"boft_n_butterfly_factor": 5}, "wants blocks of an even size, and 16 or a multiple of them; '0' has 8 of 4"),
+        ({"boft_block_num": 2}, "one of boft_block_size and boft_block_num must be 0"),
+        (
+            {"boft_n_butterfly_factor": 5},
+            "needs blocks of an even size, and a multiple of 16 of them; '0' has 8 blocks of 4",
+        ),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):
             adapted(**fields)

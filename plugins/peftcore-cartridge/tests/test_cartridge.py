@@ -45,9 +45,11 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(peftcore.PeftcoreError, match=match):
             peftcore.apply(make(), "cartridge", **fields)
 
-    refused("must leave a token that trains, found 4 of 4", num_virtual_tokens=4, num_frozen_tokens=4)
-    refused("starts from input_ids of at least as many", batches=[{"input_ids": torch.zeros(1, 3, dtype=torch.long)}])
+    refused("must leave a token to train, found 4 of 4", num_virtual_tokens=4, num_frozen_tokens=4)
+    refused(
+        "starts from input_ids with at least 20 tokens", batches=[{"input_ids": torch.zeros(1, 3, dtype=torch.long)}]
+    )
     text = torch.arange(20, 30)[None]
     some = [{"input_ids": text}]
     refused("gives no cache to start from", tiny.bert_classifier, num_virtual_tokens=4, batches=some)
-    refused("only a decoder's cache is a start", tiny.t5, num_virtual_tokens=4, batches=[{"input_ids": text}])
+    refused("batches are for decoders", tiny.t5, num_virtual_tokens=4, batches=[{"input_ids": text}])

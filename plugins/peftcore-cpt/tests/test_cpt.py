@@ -135,17 +135,19 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(peftcore.PeftcoreError, match=match):
             peftcore.apply(make(), "cpt", **fields)
 
-    refused("of one length, found 2 tokens", cpt_token_ids=[1, 2], cpt_mask=[1])
-    refused("of one length, found 0 tokens", cpt_token_ids=[])
-    refused("must not have negative numbers", cpt_token_ids=[1, -2])
+    refused("the same length, found 2 tokens", cpt_token_ids=[1, 2], cpt_mask=[1])
+    refused("the same length, found 0 tokens", cpt_token_ids=[])
+    refused("must not contain negative numbers", cpt_token_ids=[1, -2])
     refused("opt_projection_epsilon must not be negative", opt_projection_epsilon=-1.0)
-    refused("cpt_token_ids has 5000, and the model", cpt_token_ids=[5000])
-    refused("CPT is of decoders of text that have a head", tiny.t5)
+    refused("cpt_token_ids contains 5000, and the model", cpt_token_ids=[5000])
+    refused("CPT is for text decoders with a head", tiny.t5)
     model = peftcore.apply(tiny.llama(), "cpt", **FIELDS)
-    with pytest.raises(peftcore.PeftcoreError, match="over the logits of 8 tokens of its own"):
+    with pytest.raises(peftcore.PeftcoreError, match="needs logits of the 8 prompt tokens"):
         model(**call(False), logits_to_keep=1)
-    with pytest.raises(peftcore.PeftcoreError, match="give them by name"):
+    with pytest.raises(peftcore.PeftcoreError, match="reads labels by name"):
         model(tiny.TOKENS, None, None, None, None, tiny.TOKENS)
     model = peftcore.apply(tiny.llama(), "cpt", cpt_token_ids=IDS)
-    with pytest.raises(peftcore.PeftcoreError, match=r"ends with type 1, .* would be of type 5, no output's"):
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"ends with type 1, .* would have type 5, which is not an output's"
+    ):
         model(**call(False))

@@ -49,7 +49,7 @@ def test_the_transforms_are_the_change_of_the_weight(width: int, out_width: int,
 
 
 def test_more_frequencies_than_there_are_is_refused() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match=r"n_frequency=1000 is above the entries there are: .* has 512"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"n_frequency=1000 is more than there are: .* has 512"):
         peftcore.apply(tiny.llama(), "fourierft")
 
 

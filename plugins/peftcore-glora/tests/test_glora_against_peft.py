@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(peftcore.PeftcoreError, match=match):
             peftcore.apply(make(), "glora", **fields)
 
-    refused("are all 'none': nothing would train", config_A_B="none", config_C="none", config_D_E="none")
+    refused("are all 'none': nothing would be trained", config_A_B="none", config_C="none", config_D_E="none")
     refused("has no bias, and config_A_B is 'none'", config_A_B="none")
     refused("r must be", r=0)
     refused(r"'0' matches Conv2d .* which this method cannot adapt", tiny.convnet, target_modules=["0"])

@@ -43,5 +43,5 @@ def test_ranks_of_layers(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(again), tiny.logits(ours))
     theirs = quiet(peft.get_peft_model, tiny.llama(), peft.HiraConfig(**fields))
     quiet(theirs.save_pretrained, tmp_path / "theirs")
-    with pytest.raises(peftcore.PeftcoreError, match=r"Take it out of adapter_config\.json"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"Remove it from adapter_config\.json"):
         peftcore.load(tiny.llama(), tmp_path / "theirs")

@@ -66,7 +66,7 @@ def test_ranks_that_peft_wrote_and_did_not_use_are_refused(tmp_path: Path) -> No
     fields: dict[str, Any] = {"target_modules": ["embed_tokens"], "r": 4, "rank_pattern": {"embed_tokens": 2}}
     theirs = quiet(peft.get_peft_model, tiny.llama(), peft.HiraConfig(**fields))
     quiet(theirs.save_pretrained, tmp_path)
-    with pytest.raises(peftcore.PeftcoreError, match=r"Take it out of adapter_config\.json"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"Remove it from adapter_config\.json"):
         peftcore.load(tiny.llama(), tmp_path)
 
 

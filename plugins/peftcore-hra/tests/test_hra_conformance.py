@@ -5,7 +5,7 @@ from peftcore_hra import HRAConfig
 
 from peftcore.plugin import IDENTITY
 
-ROUNDED = "two reflections that undo one another do so up to rounding"
+ROUNDED = "two reflections cancel out up to rounding"
 
 
 def test_conformance() -> None:

@@ -29,7 +29,7 @@ def test_padding_is_said_once(make: Any) -> None:
     if model.config.is_encoder_decoder:
         call["decoder_input_ids"] = tiny.TOKENS
     with torch.no_grad():
-        with pytest.warns(UserWarning, match="Lily mixes .* padding included: .* Give rows of one length"):
+        with pytest.warns(UserWarning, match="Lily mixes .* padding included, .* Use rows of one length"):
             model(**call)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -38,7 +38,7 @@ def test_padding_is_said_once(make: Any) -> None:
 
 def test_padding_changes_a_row_as_is_said() -> None:
     model = adapted()
-    with torch.no_grad(), pytest.warns(UserWarning, match="a row is computed otherwise than alone"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="padding changes the result"):
         padded = model(input_ids=tiny.TOKENS, attention_mask=MASK).logits[1:, 2:]
         alone = model(input_ids=tiny.TOKENS[1:, 2:]).logits
     assert (padded - alone).abs().max() > 1e-3
@@ -47,7 +47,7 @@ def test_padding_changes_a_row_as_is_said() -> None:
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.t5])
 def test_a_cache_is_said_once(make: Any) -> None:
     model = adapted(make)
-    with pytest.warns(UserWarning, match="Lily mixes .* those in a cache .* use_cache=False"):
+    with pytest.warns(UserWarning, match="Lily mixes .* without the tokens in the cache.*use_cache=False"):
         model.generate(tiny.TOKENS, **GREEDY)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

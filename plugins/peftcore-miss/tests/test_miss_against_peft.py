@@ -67,9 +67,9 @@ def test_inputs_are_dropped_in_training() -> None:
     ("fields", "message"),
     [
         ({"r": 33}, "r=33 is above the inputs: '.*' has 32 inputs"),
-        ({"r": 32, "init_weights": "bat"}, "init_weights='bat' wants blocks of r=32 by 32"),
+        ({"r": 32, "init_weights": "bat"}, "init_weights='bat' needs sizes that r=32 divides"),
         ({"r": 8, "init_weights": "mini", "mini_r": 5}, "mini_r=5 does not divide the outputs"),
-        ({"r": 8, "init_weights": "bat", "miss_dropout": 0.1}, "miss_dropout drops nothing where init_weights='bat'"),
+        ({"r": 8, "init_weights": "bat", "miss_dropout": 0.1}, "miss_dropout has no effect with init_weights='bat'"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -97,18 +97,18 @@ def test_a_block_size_becomes_the_nearest_that_divides(size: int, wanted: int, f
 
 
 def test_that_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"oft_block_size=32 does not divide .*: it is taken for 24 of 48 inputs"):
+    with pytest.warns(UserWarning, match=r"oft_block_size=32 does not divide .*. Used instead: 24 of 48 inputs"):
         peftcore.apply(tiny.llama(), "oft")
 
 
 def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
     for fields, message in (
-        ({"r": 4}, "one of r and oft_block_size is 0, and the other above 0, found r=4, oft_block_size=32"),
-        ({"num_cayley_neumann_terms": 1}, "turns nothing: take 2 or more"),
+        ({"r": 4}, "one of r and oft_block_size must be 0, and the other above 0, found r=4, oft_block_size=32"),
+        ({"num_cayley_neumann_terms": 1}, "rotates nothing. Use 2 or more"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):
             peftcore.apply(tiny.llama(), "oft", **fields)
-    with pytest.raises(peftcore.PeftcoreError, match=r"kernel_size=\(3, 3\), whose turned patches PEFT puts back in"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"kernel_size=\(3, 3\), where PEFT puts rotated patches back in"):
         peftcore.apply(tiny.convnet(), "oft", target_modules=["0"])
     folder = peftcore.save(peftcore.apply(tiny.llama(), "oft", oft_block_size=8), tmp_path)
     config = json.loads((folder / "adapter_config.json").read_text())

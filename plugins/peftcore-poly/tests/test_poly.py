@@ -96,11 +96,11 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="n_splits=5 does not divide inputs and outputs of 'model"):
         peftcore.apply(tiny.llama(), "poly", n_splits=5)
     model = peftcore.apply(tiny.llama(), "poly", **FIELDS)
-    with pytest.raises(peftcore.PeftcoreError, match="is of 3 tasks, and the call names none"):
+    with pytest.raises(peftcore.PeftcoreError, match="has 3 tasks, and the call names none"):
         tiny.logits(model)
     with pytest.raises(peftcore.PeftcoreError, match=r"task_ids are whole numbers from 0 to 2, found \[0, 3\]"):
         logits(model, torch.tensor([0, 3]))
-    with pytest.raises(peftcore.PeftcoreError, match="the call names 3 tasks, and this layer takes"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"the call names 3 tasks, .*this layer's input is"):
         logits(model, torch.tensor([0, 1, 2]))
-    with pytest.raises(peftcore.PeftcoreError, match="in another way for each of 3 tasks"):
+    with pytest.raises(peftcore.PeftcoreError, match="differently for each of 3 tasks"):
         peftcore.merge(model)

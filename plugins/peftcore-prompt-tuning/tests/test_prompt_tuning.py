@@ -103,7 +103,7 @@ def test_wrong_fields(fields: dict[str, Any], message: str) -> None:
     ("changes", "message"),
     [
         ({"tokenizer_name_or_path": "/nowhere"}, "the tokenizer '/nowhere' of prompt_tuning_init='TEXT' cannot be"),
-        ({"tokenizer_kwargs": {"trust_remote_code": True}}, "trust_remote_code: a config must not run code"),
+        ({"tokenizer_kwargs": {"trust_remote_code": True}}, "trust_remote_code, but a config must not run code"),
         ({"prompt_tuning_init_text": " "}, "prompt_tuning_init_text=' ' has no tokens"),
     ],
 )

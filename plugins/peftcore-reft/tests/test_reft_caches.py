@@ -166,7 +166,7 @@ def test_texts_that_are_packed_into_one_row() -> None:
         wanted = torch.cat([model(input_ids=text).logits for text in texts], 1)
         found = model(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-        with pytest.raises(peftcore.PeftcoreError, match="prompt_lengths are of rows"):
+        with pytest.raises(peftcore.PeftcoreError, match="prompt_lengths has one length per row"):
             model(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False, prompt_lengths=[2])
 
 
@@ -193,7 +193,7 @@ def test_a_soft_prompt_is_refused_with_a_mask_and_without() -> None:
 
 def test_last_tokens_that_would_move_are_said() -> None:
     model: Any = edited(tiny.llama(), suffix_positions=1)
-    with pytest.warns(UserWarning, match="give prompt_lengths"):
+    with pytest.warns(UserWarning, match="Pass prompt_lengths"):
         generated(model, PADDED, use_cache=False)
     generated(model, PADDED, use_cache=False, prompt_lengths=torch.tensor([3, 2]))
     generated(model, PADDED)

@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(peftcore.PeftcoreError, match=match):
             peftcore.apply(make(), "supertuning", **fields)
 
-    refused("sparsity is from 0 up to, without, 1, found 1.0", sparsity=1.0)
+    refused(r"must be in \[0, 1\), found 1.0", sparsity=1.0)
     refused("leaves none of the 1024 numbers of 'model", sparsity=0.9999)
-    refused("lora_alpha is that of the LoRA of rank r", lora_alpha=4.0)
+    refused("lora_alpha needs a LoRA", lora_alpha=4.0)
     refused(r"'0' matches Conv2d .* which this method cannot adapt", tiny.convnet, target_modules=["0"])

@@ -104,10 +104,10 @@ def test_new_tokens_are_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"token_indices": []}, r"takes the ids of tokens, each once, found \[\]"),
-        ({"token_indices": [96]}, r"'model.embed_tokens' has 96 rows, and none for the token 96"),
-        ({"token_indices": [-1]}, r"none for the token -1"),
-        ({"token_indices": [3, 3]}, r"each once, found \[3, 3\]"),
+        ({"token_indices": []}, r"must be distinct, and at least one, found \[\]"),
+        ({"token_indices": [96]}, r"'model.embed_tokens' has 96 rows, so no row for token 96"),
+        ({"token_indices": [-1]}, r"no row for token -1"),
+        ({"token_indices": [3, 3]}, r"and at least one, found \[3, 3\]"),
         ({"token_indices": [3], "target_modules": ["norm"]}, r"'norm' matches LlamaRMSNorm"),
     ],
 )
@@ -118,7 +118,7 @@ def test_what_is_refused(fields: dict[str, object], message: str) -> None:
 
 def test_rows_in_few_bits_are_refused() -> None:
     model = peftcore.quantize(tiny.llama(), skip=[])
-    with pytest.raises(peftcore.PeftcoreError, match=r"'lm_head' .* is in few bits.*skip="):
+    with pytest.raises(peftcore.PeftcoreError, match=r"'lm_head' .* is quantized.*skip="):
         peftcore.apply(model, "trainable-tokens", token_indices=[3], target_modules=["lm_head"])
 
 
