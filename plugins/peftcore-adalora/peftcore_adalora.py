@@ -41,7 +41,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class AdaLoraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `AdaLoraConfig`; fields not listed are LoRA\'s.
+    """Config with the field names of Hugging Face PEFT's `AdaLoraConfig`; fields not listed are LoRA's.
 
     Args:
         target_r, init_r: triplets a layer, on average, at the end and at the start. A file may have target_r above

@@ -42,7 +42,7 @@ _IN_PEFT = ("llama", "mistral", "gpt2")
 
 @dataclass(frozen=True)
 class AdaptionPromptConfig:
-    """Config with the field names of Hugging Face PEFT\'s `AdaptionPromptConfig`, which has no defaults.
+    """Config with the field names of Hugging Face PEFT's `AdaptionPromptConfig`, which has no defaults.
 
     Args:
         target_modules: name of the attention modules. None: the name in the model's family.

@@ -42,7 +42,7 @@ _STEPS = 15  # steps of the power iteration, as in PEFT, so that v is equal
 
 @dataclass(frozen=True)
 class ArrowConfig:
-    """Config with the field names of Hugging Face PEFT\'s `ArrowConfig`, which lists experts by their files instead.
+    """Config with the field names of Hugging Face PEFT's `ArrowConfig`, which lists experts by their files instead.
 
     Args:
         experts: names of adapters of the model, all at the same modules.

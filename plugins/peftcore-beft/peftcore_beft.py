@@ -30,7 +30,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class BeftConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `BeftConfig`; fields not listed are LoRA\'s.
+    """Config with the field names of Hugging Face PEFT's `BeftConfig`; fields not listed are LoRA's.
 
     Args:
         init_weights: False: d is random, so the adapter changes the model from the start.

@@ -48,6 +48,7 @@ QUERY_INTERMEDIATE = "query-intermediate"
 @dataclass(frozen=True)
 class BitFitConfig:
     """Choice of the biases that are trained.
+
     Args:
         target_modules: "all" modules with a bias (norms too); "query-intermediate", the paper's subset: the
             projection to queries and the feed-forward's layer to its inner size (b_q and b_m2); or a list of

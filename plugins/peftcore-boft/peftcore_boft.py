@@ -41,7 +41,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class BOFTConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `BOFTConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `BOFTConfig`; fields not listed choose layers.
 
     Args:
         boft_block_size, boft_block_num: size or number of the blocks; exactly one is 0 and is computed from the other.

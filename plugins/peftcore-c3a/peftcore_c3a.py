@@ -39,7 +39,7 @@ SMALLEST = 16  # smallest block that `all-linear` chooses: smaller ones have nea
 
 @dataclass(frozen=True)
 class C3AConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `C3AConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `C3AConfig`; fields not listed choose layers.
 
     Args:
         block_size: b, a divisor of inputs and outputs of each layer. Where it is not, `all-linear` uses the largest

@@ -35,7 +35,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class CartridgeConfig:
-    """Config with the field names of Hugging Face PEFT\'s `CartridgeConfig`.
+    """Config with the field names of Hugging Face PEFT's `CartridgeConfig`.
 
     Args:
         num_virtual_tokens: n.

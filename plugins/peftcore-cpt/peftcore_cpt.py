@@ -44,7 +44,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class CptConfig:
-    """Config with the field names of Hugging Face PEFT\'s `CPTConfig`.
+    """Config with the field names of Hugging Face PEFT's `CPTConfig`.
 
     Args:
         cpt_token_ids: the prompt's tokens.

@@ -34,7 +34,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class DeloraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `DeloraConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `DeloraConfig`; fields not listed choose layers.
 
     Args:
         r: rank. delora_lambda: λ at the start. rank_pattern, lambda_pattern: values for single layers, by name.

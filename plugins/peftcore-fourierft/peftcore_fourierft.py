@@ -35,7 +35,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class FourierFTConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `FourierFTConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `FourierFTConfig`; fields not listed choose layers.
 
     Args:
         n_frequency: entries of S per layer. n_frequency_pattern: values for single layers, by name.

@@ -41,7 +41,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class GloraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `GloraConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `GloraConfig`; fields not listed choose layers.
 
     Args:
         r: rank of the parts with form "lora".

@@ -40,7 +40,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class GraloraConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `GraloraConfig`; fields not listed are LoRA\'s.
+    """Config with the field names of Hugging Face PEFT's `GraloraConfig`; fields not listed are LoRA's.
 
     Args:
         r: a multiple of gralora_k. hybrid_r: rank of the additional plain product; 0: none.

@@ -39,7 +39,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class HRAConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `HRAConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `HRAConfig`; fields not listed choose layers.
 
     Args:
         r: number of reflections. An odd number has no pairs, so the start changes the model.

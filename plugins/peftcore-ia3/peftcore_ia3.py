@@ -38,7 +38,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class IA3Config:
-    """Config with the field names of Hugging Face PEFT\'s `IA3Config`.
+    """Config with the field names of Hugging Face PEFT's `IA3Config`.
 
     Args:
         target_modules, exclude_modules: see `peftcore.targets.select`. The paper scales keys, values and the inner

@@ -46,7 +46,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class LilyConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `LilyConfig`; fields not listed are LoRA\'s.
+    """Config with the field names of Hugging Face PEFT's `LilyConfig`; fields not listed are LoRA's.
 
     Args:
         stride_A: number of consecutive layers of the same name and size that share an A. num_B: n, 2 or more.

@@ -37,7 +37,7 @@ BASE, COPY = "base_model.model.", ".ln_tuning_layers."  # PEFT keeps a trained c
 
 @dataclass(frozen=True)
 class LNTuningConfig:
-    """Config with the field names of Hugging Face PEFT\'s `LNTuningConfig`.
+    """Config with the field names of Hugging Face PEFT's `LNTuningConfig`.
 
     Args:
         target_modules: "all-norms": every norm without running statistics (LayerNorm, RMSNorm, GroupNorm); or suffixes,

@@ -42,7 +42,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class MissConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `MissConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `MissConfig`; fields not listed choose layers.
 
     Args:
         r: size of a shard, and rank of the update; at most a layer's inputs.

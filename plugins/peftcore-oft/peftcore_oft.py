@@ -44,7 +44,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class OFTConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `OFTConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `OFTConfig`; fields not listed choose layers.
 
     Args:
         r, oft_block_size: number or size of the blocks of x; exactly one is 0 and is computed from the other. A value

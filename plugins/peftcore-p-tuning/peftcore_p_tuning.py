@@ -35,7 +35,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PTuningConfig:
-    """Config with the field names of Hugging Face PEFT\'s `PromptEncoderConfig`.
+    """Config with the field names of Hugging Face PEFT's `PromptEncoderConfig`.
 
     Args:
         num_virtual_tokens: n.

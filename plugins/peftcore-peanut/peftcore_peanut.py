@@ -34,7 +34,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PeanutConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `PeanutConfig`; fields not listed are LoRA\'s.
+    """Config with the field names of Hugging Face PEFT's `PeanutConfig`; fields not listed are LoRA's.
 
     Args:
         depth: number of encoders, and of decoders, between A and B.

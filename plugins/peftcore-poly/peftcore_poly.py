@@ -39,7 +39,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PolyConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `PolyConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `PolyConfig`; fields not listed choose layers.
 
     Args:
         r: rank of a skill.

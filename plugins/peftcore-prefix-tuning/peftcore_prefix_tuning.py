@@ -38,7 +38,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PrefixTuningConfig:
-    """Config with the field names of Hugging Face PEFT\'s `PrefixTuningConfig`.
+    """Config with the field names of Hugging Face PEFT's `PrefixTuningConfig`.
 
     Args:
         num_virtual_tokens: n.

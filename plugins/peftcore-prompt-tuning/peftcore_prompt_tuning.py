@@ -38,7 +38,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PromptTuningConfig:
-    """Config with the field names of Hugging Face PEFT\'s `PromptTuningConfig`.
+    """Config with the field names of Hugging Face PEFT's `PromptTuningConfig`.
 
     Args:
         num_virtual_tokens: n. Lester et al. find little gain beyond 20.

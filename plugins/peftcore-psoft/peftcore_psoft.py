@@ -38,7 +38,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class PsoftConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `PsoftConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `PsoftConfig`; fields not listed choose layers.
 
     Args:
         r, psoft_alpha: rank of the subspace; B is divided by the scale, psoft_alpha / r. psoft_dropout: dropout

@@ -38,7 +38,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class RoadConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `RoadConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `RoadConfig`; fields not listed choose layers.
 
     Args:
         variant: "road_1", "road_2" or "road_4".

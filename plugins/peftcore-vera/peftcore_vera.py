@@ -35,7 +35,7 @@ peftcore_api = ">=3.0,<4"
 
 @dataclass(frozen=True)
 class VeraConfig:
-    """Config with the field names of Hugging Face PEFT\'s `VeraConfig`.
+    """Config with the field names of Hugging Face PEFT's `VeraConfig`.
 
     Args:
         r: rank of A and B. It costs r numbers a layer, so it is larger than LoRA's.

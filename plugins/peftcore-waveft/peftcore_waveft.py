@@ -117,7 +117,7 @@ FAMILIES = [f"db{n}" for n in range(1, 11)] + [f"sym{n}" for n in range(2, 11)] 
 
 @dataclass(frozen=True)
 class WaveFTConfig(targets.LayersConfig):
-    """Config with the field names of Hugging Face PEFT\'s `WaveFTConfig`; fields not listed choose layers.
+    """Config with the field names of Hugging Face PEFT's `WaveFTConfig`; fields not listed choose layers.
 
     Args:
         n_frequency: entries of S per layer. n_frequency_pattern: values for single layers, by name.

@@ -9,7 +9,7 @@ MEAN = "its factors are mixed by a mean over all tokens of the call, as in PEFT"
 def test_conformance() -> None:
     excuses = {
         "merge equals forward, unmerge is bit exact": "the tokens say how its factors are mixed",
-        "four batches of one row give the gradients of one of four, with the method's term of the loss once": MEAN,
+        "gradients of four accumulated batches equal those of one, with the method's loss term once": MEAN,
         "generate, with and without cache, equals one full forward": MEAN,
         "generate for rows of different lengths, with and without cache, equals each row alone": MEAN,
     }

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = W x + scale · B A x, with W frozen and A, B thin.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = W x + scale · B A x, with W frozen and A, B of rank r.
 
             y [out]
             |

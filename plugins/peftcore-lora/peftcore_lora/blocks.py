@@ -1,9 +1,9 @@
-"""BD-LoRA (Wang et al. 2025, arXiv 2510.23346): A or B of a layer is block-diagonal, so that ranks share no product.
+"""BD-LoRA (Wang et al. 2025, arXiv 2510.23346): A or B is block-diagonal, so that ranks need not communicate.
 
-    A = diag(A1 ... An)   Ai [r / n, in / n], of layers that are sharded by rows (o_proj, down_proj)
-    B = diag(B1 ... Bn)   Bi [out / n, r / n], of layers that are sharded by columns (q_proj, up_proj)
+    A = diag(A1 ... An)   Ai [r / n, in / n], for layers that are sharded by rows (o_proj, down_proj)
+    B = diag(B1 ... Bn)   Bi [out / n, r / n], for layers that are sharded by columns (q_proj, up_proj)
 
-In parameters and files the blocks are one below the other: `lora_A` `[r, in / n]`, `lora_B` `[out, r / n]`.
+Parameters and files have the blocks concatenated by rows: `lora_A` `[r, in / n]`, `lora_B` `[out, r / n]`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peftcore_lora.layers import LoraLinear
 
 @dataclass(frozen=True)
 class BlockDiagonal:
-    """The fields of Hugging Face PEFT's `BdLoraConfig`."""
+    """Config with the fields of Hugging Face PEFT's `BdLoraConfig`."""
 
     target_modules_bd_a: Sequence[str] | None = None
     target_modules_bd_b: Sequence[str] | None = None
@@ -44,12 +44,12 @@ class BlockDiagonal:
         )
         validation.require(
             not (a and b),
-            f"use_bdlora: '{path}' matches target_modules_bd_a and target_modules_bd_b. Take it out of one of the two",
+            f"use_bdlora: '{path}' matches both target_modules_bd_a and target_modules_bd_b. Remove it from one",
         )
         validation.require(
             a or b or not self.match_strict,
             f"use_bdlora: '{path}' matches neither target_modules_bd_a nor target_modules_bd_b. Name it in one of the "
-            "two, or choose match_strict=False, by which it has a plain LoRA",
+            "two, or choose match_strict=False to give it a plain LoRA",
         )
         return "A" if a else "B" if b else None
 
@@ -63,7 +63,7 @@ class LoraBlocks(LoraLinear):
         shapes = ([width // blocks], [out_width]) if factor == "A" else ([width], [out_width])
         super().__init__(config, path, *shapes, groups=1 if factor == "A" else blocks)
         self.blocks, self.factor = blocks, factor
-        if factor == "A":  # as in PEFT, whatever init_lora_weights says
+        if factor == "A":  # as in PEFT, for any init_lora_weights
             nn.init.kaiming_uniform_(self.lora_A)
         else:
             nn.init.zeros_(self.lora_B)
@@ -75,7 +75,7 @@ class LoraBlocks(LoraLinear):
 
 
 def in_blocks(config: LoraConfig, path: str, module: nn.Module) -> LoraBlocks | None:
-    """Return the adapter of a linear layer; None: it has a plain LoRA."""
+    """Return the adapter of a linear layer, or None if the layer has a plain LoRA."""
     diagonal = nested(BlockDiagonal, "use_bdlora", config.use_bdlora)
     factor, n = diagonal.factor(path), diagonal.nblocks
     if factor is None:
@@ -90,10 +90,11 @@ def in_blocks(config: LoraConfig, path: str, module: nn.Module) -> LoraBlocks | 
 
 
 def without_blocks(values: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a layer as a plain LoRA has them, for files that have no blocks.
+    """Return a layer's tensors as a plain LoRA, for files without blocks.
 
     Args:
-        values: the field `use_bdlora`. tensors: by their names in PEFT's files, such as `lora_A.weight`.
+        values: the field `use_bdlora`.
+        tensors: tensors by their names in PEFT's files, such as `lora_A.weight`.
     """
     diagonal = nested(BlockDiagonal, "use_bdlora", values)
     factor = diagonal.factor(path)

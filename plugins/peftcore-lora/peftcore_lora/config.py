@@ -1,4 +1,4 @@
-"""The config of LoRA, and the modules, parameters and experts that it means."""
+"""Config of LoRA, and the modules, parameters and experts that it selects."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def is_subtracted(start: bool | str) -> bool:
-    """Does B A begin at a value that is subtracted again?"""
+    """Return whether B A starts at a value that is subtracted again."""
     return start in SUBTRACTED or re.fullmatch(r"pissa_niter_[0-9]{1,3}", str(start)) is not None
 
 
 def nested(kind: type[Kind], field_name: str, values: Mapping[str, Any] | None) -> Kind:
-    """The config that a field of `LoraConfig` holds as a table."""
+    """Return the config that a field of `LoraConfig` holds as a table."""
     known = [each.name for each in fields(kind)]  # type: ignore[arg-type]  # a dataclass
     for name in values or {}:
         if name not in known:
@@ -45,42 +45,43 @@ def check_start(start: bool | str) -> None:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The fields and defaults bear the names of Hugging Face PEFT's `LoraConfig`.
+    """Config with the fields and defaults of Hugging Face PEFT's `LoraConfig`.
 
     Args:
         r: rank of the update. lora_alpha: the update is scaled by lora_alpha / r, with use_rslora by
             lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
-        expert_r: rank at each expert, with the scale of the others; `rank_pattern` comes before it, and says it in the
-            file. None: where target_modules reaches experts, r over the number of them that a token passes through, at
-            least 1, so that a token meets as much of the update as elsewhere; r where target_parameters names them.
-        lora_dropout: probability with which an input of A is dropped in training.
+        expert_r: rank at each expert, with the same scale as other layers; `rank_pattern` takes precedence, and is
+            saved instead. None: for experts selected by target_modules, r divided by the number of experts per token,
+            at least 1, so that a token has the same total rank as elsewhere; for target_parameters, r.
+        lora_dropout: dropout probability of the inputs of A.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
             `all-linear` includes experts, whose weights are parameters [experts, out, in], unless target_parameters is
-            given. A name of no layer may be that of a module of experts, or of its weight: `experts`, `gate_up_proj`.
-        target_parameters: parameters by the ends of their names, such as `mlp.experts.down_proj`, of two or three
-            dimensions, beside target_modules. exclude_modules and layers_to_transform do not concern them. With
-            target_modules=[] they alone; [] leaves experts out.
-        trainable_token_indices: rows of the embedding that are trained themselves, and those of what is tied to it; or
+            given. Names that match no layer may match a module of experts, or its weight: `experts`, `gate_up_proj`.
+        target_parameters: suffixes of parameters with two or three dimensions, such as `mlp.experts.down_proj`, in
+            addition to target_modules ([]: only these parameters). exclude_modules and layers_to_transform do not
+            apply to them. [] leaves out experts.
+        trainable_token_indices: rows of the embedding, and of modules tied to it, that are trained directly; or
             `{module: rows}`.
-        rank_pattern, alpha_pattern: r and lora_alpha of single modules, `{regex for the path's end: value}`.
-        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
-        ensure_weight_tying: what is tied to one of them (the head to the embedding) is trained with it, as one
-            weight. False: apart. PEFT's default is False.
-        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), False (both
-            random: the adapter changes the model from the start), or one of `starts.py`: from the weight ("pissa",
+        rank_pattern, alpha_pattern: r and lora_alpha of single modules, `{regex for a suffix of the path: value}`.
+        modules_to_save: modules that are also trained, in full. None: a classifier's head.
+        ensure_weight_tying: train modules tied to one of them (the head to the embedding) as the same weight. False:
+            train them separately. PEFT's default is False.
+        init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with std 1/r, B zero), False (both
+            random: the adapter changes the model from the start), or a start of `starts.py`: from the weight ("pissa",
             "pissa_niter_16", "olora", "mica"), from data ("eva", "corda", "lora_ga"), or random ("orthogonal").
         eva_config, corda_config, lora_ga_config: fields of `EvaConfig`, `CordaConfig`, `LoraGAConfig`.
-        frozen_start: where A and B begin, A0 and B0, is subtracted: y = W x + scale (B A - B0 A0) x. For others that is
-            LoRA of rank 2 r. It is set where `init_lora_weights` needs it.
-        layer_replication: `[[first, behind the last], ...]`: the adapters are of a model whose layers
-            `peftcore_lora.replicate_layers` has let stand several times.
-        lora_plus_ratio: B learns so many times as fast as A. lora_fa: A is not trained. See `training.py`.
-        use_bdlora: A or B of the layers whose paths hold a name of `target_modules_bd_a` or `target_modules_bd_b` is
-            block-diagonal, in `nblocks` blocks; with `match_strict`, the default, each layer must. See `blocks.py`.
-        lora_bias: B has a bias, too, `[out]`: y = W x + scale · (B A x + b). It merges where the layer has one.
-        bias: which biases are trained too: "none", "all", or "lora_only" (those of adapted modules).
-        fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
-        kept_dropout: lora_dropout in a file with target_parameters, beside which PEFT refuses any but 0.
+        frozen_start: subtract the initial A0 and B0: y = W x + scale (B A - B0 A0) x. Saved as a LoRA of rank 2 r. It
+            is set where `init_lora_weights` needs it.
+        layer_replication: `[[first, last + 1], ...]`: the adapters are for a model whose layers were repeated with
+            `peftcore_lora.replicate_layers`.
+        lora_plus_ratio: learning rate of B, in multiples of A's. lora_fa: freeze A. See `training.py`.
+        use_bdlora: A or B is block-diagonal, with `nblocks` blocks, in layers whose path contains a name of
+            `target_modules_bd_a` or `target_modules_bd_b`; with `match_strict` (default) all layers must. See
+            `blocks.py`.
+        lora_bias: B also has a bias `[out]`: y = W x + scale · (B A x + b). It merges where the layer has a bias.
+        bias: biases that are also trained: "none", "all", or "lora_only" (of adapted modules).
+        fan_in_fan_out: written for PEFT, which needs True for GPT-2; peftcore reads the layout from the layer.
+        kept_dropout: lora_dropout saved in files with target_parameters, for which PEFT requires 0.
     """
 
     r: int = 8
@@ -112,8 +113,8 @@ class LoraConfig:
     fan_in_fan_out: bool = False
     kept_dropout: float | None = None
 
-    reaches_experts: ClassVar[bool] = True  # of methods that are LoRA's kin, too
-    adapts_attention: ClassVar[bool] = True  # nn.MultiheadAttention; `all-linear` leaves it out for kin that do not
+    reaches_experts: ClassVar[bool] = True  # of methods that contain a LoRA, too
+    adapts_attention: ClassVar[bool] = True  # nn.MultiheadAttention; without it `all-linear` leaves attention out
 
     def __post_init__(self) -> None:
         validation.check_types(self)
@@ -125,22 +126,22 @@ class LoraConfig:
         validation.require(ratio is None or ratio > 0, f"lora_plus_ratio must be above 0, found {ratio!r}")
         validation.require(
             not self.lora_fa or start in (True, False, "gaussian", "orthogonal", "eva"),
-            f"lora_fa=True keeps A as it was drawn, which init_lora_weights={start!r} does not allow. Choose True",
+            f"lora_fa=True freezes A at its start, which init_lora_weights={start!r} does not allow. Choose True",
         )
 
         other = replace(self, use_bdlora=None).linear_alone if self.use_bdlora else None
-        validation.require(other is None, f"use_bdlora is not known with {other}. Leave one of the two out")
+        validation.require(other is None, f"use_bdlora is not supported with {other}. Leave one of them out")
 
     @property
     def linear_alone(self) -> str | None:
-        """What of it is known for linear layers alone, if something is."""
+        """Return a field that is only supported for linear layers, and its value, or None."""
         fields = [name for name in ("lora_bias", "lora_fa", "frozen_start") if getattr(self, name)]
         fields += ["init_lora_weights"] if self.init_lora_weights not in (True, False, "gaussian") else []
         fields += ["use_bdlora"] if self.use_bdlora else []
         return f"{fields[0]}={getattr(self, fields[0])!r}" if fields else None
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> LoraConfig:
-        """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
+        """Return the config with choices that depend on the model made explicit, so that it means the same anywhere."""
         chosen, config = selected(model, self, architecture), _with_experts(model, self)
         if self.target_modules == targets.ALL_LINEAR:
             config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
@@ -149,12 +150,12 @@ class LoraConfig:
 
 
 def _with_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """Return the config with all experts that it means in target_parameters, and their ranks and scales in patterns."""
+    """Return the config with all selected experts in target_parameters, and their ranks and scales in patterns."""
     given, found = list(config.target_parameters or ()), _reached_experts(model, config)
     weights = {f"{path}.{name}": path for path, names in targets.expert_weights(model).items() for name in names}
     named = [name for name in weights if any(targets.matches(pattern, name) for pattern in given)]
     validation.require(
-        config.expert_r is None or bool(found or named), f"expert_r={config.expert_r}: no weight of experts is reached"
+        config.expert_r is None or bool(found or named), f"expert_r={config.expert_r}: no experts are selected"
     )
     ranks: dict[int, list[str]] = {}
     for name in dict.fromkeys([*found, *named]) if config.expert_r else (n for n in found if n not in named):
@@ -178,14 +179,16 @@ def _with_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def _reached_experts(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Return the full names of the experts' weights that target_modules means."""
+    """Return the full names of the experts' weights that target_modules selects."""
     every = config.target_modules == targets.ALL_LINEAR
     if not config.reaches_experts or (every and config.target_parameters is not None):
         return []
     choice = {name: getattr(config, name) for name in CHOICE}
     found = targets.select_experts(model, supported=is_adaptable, **choice)
     if found and every and config.linear_alone:
-        warnings.warn(f"{config.linear_alone} is known for linear layers: experts are left out", stacklevel=4)
+        warnings.warn(
+            f"{config.linear_alone} is supported only for linear layers, so experts are left out", stacklevel=4
+        )
         return []
     return found
 
@@ -199,11 +202,11 @@ def _suffixes(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def of_ranks(model: nn.Module, config: LoraConfig | None, ranks: Mapping[str, int]) -> LoraConfig:
-    """Adapters of these ranks at these modules or parameters alone, each with the scale 1, and as much dropout."""
+    """Return the config for adapters of these ranks at only these modules or parameters, with scale 1."""
     parameters = [path for path in ranks if path in dict(targets.base_parameters(model))]
     r = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {path: rank for path, rank in ranks.items() if rank != r}
-    # As a suffix a path may be that of another module, too; with ^ it is not.
+    # A path may also be a suffix of another module's; ^ prevents that.
     pattern = {f"^{path}$" if any(p.endswith(f".{path}") for p in ranks) else path: n for path, n in others.items()}
     return LoraConfig(
         r=r,
@@ -218,7 +221,7 @@ def of_ranks(model: nn.Module, config: LoraConfig | None, ranks: Mapping[str, in
 
 
 def scaled(config: LoraConfig, factor: float) -> LoraConfig:
-    """The config with `factor` times the scale."""
+    """Return the config with `factor` times the scale."""
     alphas = {path: factor * alpha for path, alpha in config.alpha_pattern.items()}
     return replace(config, lora_alpha=factor * config.lora_alpha, alpha_pattern=alphas)
 
@@ -228,19 +231,19 @@ OF_KIN = """r lora_alpha lora_dropout target_modules exclude_modules layers_to_t
 
 
 def refuse_fields(config: LoraConfig, method: str) -> None:
-    """Raise a PeftcoreError where a method that has a LoRA inside is given more of LoRA's fields, or starts."""
+    """Raise a PeftcoreError for fields and starts of LoRA that a method with a LoRA inside does not support."""
     plain = LoraConfig()
     for name in (each.name for each in fields(plain) if each.name not in OF_KIN):
         found = getattr(config, name)
         validation.require(
             (found or None) == (getattr(plain, name) or None),  # [] is None
-            f"{name}={found!r} is not known with {method}. Leave it out, or choose LoRA",
+            f"{name}={found!r} is not supported with {method}. Leave it out, or choose LoRA",
         )
     validation.one_of((True, False, "gaussian"), init_lora_weights=config.init_lora_weights)
 
 
 def selected(model: nn.Module, config: LoraConfig, architecture: Architecture) -> dict[str, nn.Module]:
-    """The layers that the config means, by path, of those that LoRA can adapt."""
+    """Return the layers that the config selects, by path, among those that LoRA can adapt."""
     modules, experts = config.target_modules, list[str]()
     if config.reaches_experts:
         modules, experts = targets.name_experts(model, modules, is_adaptable)

@@ -1,9 +1,9 @@
-"""Starts that are read off data, and subtracted: CorDA from the inputs X of a layer, LoRA-GA from its gradient G.
+"""Starts computed from data, and subtracted: CorDA from the inputs X of a layer, LoRA-GA from its gradient G.
 
 corda     W C = U S Vᵀ, C = Xᵀ X + damp, s B A = U_r S_r V_rᵀ C⁻¹       (Yang et al. 2024, arXiv 2406.05223)
-          r largest parts ("ipm": learn the new task), or the r smallest ("kpm": keep what W knows of these X)
+          r largest parts ("ipm": learn the new task), or the r smallest ("kpm": preserve knowledge about these X)
 lora_ga   G = U S Vᵀ, A of some right, B of other left singular vectors    (Wang et al. 2024, arXiv 2407.05000)
-          so that the first step of B A is the nearest to that of W
+          so that the first step of B A approximates that of W
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from peftcore.plugin import PeftcoreError, gradients_of, inputs_of, targets, validation, weight_format
 from peftcore_lora.config import nested
 
-AT_ONCE = 16  # layers whose X'X or G are held at a time
+AT_ONCE = 16  # layers whose X'X or G are in memory at a time
 
 
 @dataclass(frozen=True)
 class CordaConfig:
-    """`corda_method` of Hugging Face PEFT's `CordaConfig`; its files of intermediate results are not kept here."""
+    """Field `corda_method` of Hugging Face PEFT's `CordaConfig`; files of intermediate results are not supported."""
 
     corda_method: Literal["ipm", "kpm"] = "ipm"
 
@@ -33,13 +33,13 @@ class CordaConfig:
 
 @dataclass(frozen=True)
 class LoraGAConfig:
-    """The fields bear the names of Hugging Face PEFT's `LoraGAConfig`.
+    """Config with the field names of Hugging Face PEFT's `LoraGAConfig`.
 
     Args:
-        direction: which of the 2 r first singular vectors A and B take: "ArB2r" A the first r, B the second, "A2rBr"
-            the other way round, "ArBr" A the odd, B the even ones, "random" the same random r.
-        scale: of B: "stable" (fourth root of out over the root of stable_gamma), "weight_svd" (as large as W),
-            "gd_scale" (A and B over the scale), "unit".
+        direction: choice of A and B among the first 2 r singular vectors: "ArB2r" (A the first r, B the second r),
+            "A2rBr" (the reverse), "ArBr" (A the odd, B the even ones), "random" (the same random r).
+        scale: scale of B: "stable" (fourth root of out over the root of stable_gamma), "weight_svd" (as large as W),
+            "gd_scale" (A and B divided by the scale), "unit".
     """
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
@@ -53,7 +53,7 @@ class LoraGAConfig:
 def corda(
     model: nn.Module, adapters: Mapping[str, Any], fields: Mapping[str, Any], batches: Iterable[Any]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(path, A, B) of each layer, fp32."""
+    """Yield (path, A, B) of each layer, fp32."""
     method, batches, paths = nested(CordaConfig, "corda_config", fields).corda_method, list(batches), list(adapters)
     for first in range(0, len(paths), AT_ONCE):
         sums: dict[str, Tensor] = {}
@@ -82,7 +82,7 @@ def corda(
 
 
 def invertible(path: str, product: Tensor) -> tuple[Tensor, Tensor]:
-    """X'X with as much on its diagonal as it takes to be inverted, and its inverse."""
+    """Return X'X with enough added to its diagonal to be invertible, and the inverse."""
     eye, mean, damp = torch.eye(len(product), device=product.device), product.diagonal().mean(), 0.01
     while damp < 1e3:
         damped = product + damp * mean * eye
@@ -90,13 +90,13 @@ def invertible(path: str, product: Tensor) -> tuple[Tensor, Tensor]:
         if not failed and (damped @ inverse - eye).norm() < 0.05:
             return damped, inverse
         damp *= 2
-    raise PeftcoreError(f"init_lora_weights='corda': the inputs of '{path}' are zero, or not finite")
+    raise PeftcoreError(f"init_lora_weights='corda': the inputs of '{path}' are zero, or not finite. Check the batches")
 
 
 def lora_ga(
     model: nn.Module, adapters: Mapping[str, Any], fields: Mapping[str, Any], batches: Iterable[Any]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(path, A, B) of each layer, fp32."""
+    """Yield (path, A, B) of each layer, fp32."""
     config, found = nested(LoraGAConfig, "lora_ga_config", fields), dict[str, tuple[Tensor, Tensor]]()
 
     def take(name: str, gradient: Tensor) -> None:
@@ -116,7 +116,7 @@ def of_gradient(gradient: Tensor, weight: Tensor, adapter: Any, config: LoraGACo
     validation.require(
         2 * r <= min(gradient.shape),
         f"init_lora_weights='lora_ga' needs 2 r singular vectors, and a weight {list(weight.shape)} has "
-        f"{min(gradient.shape)}: r={r} is too large",
+        f"{min(gradient.shape)}: r={r} is too large. Choose at most {min(gradient.shape) // 2}",
     )
     u, values, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
     chosen = {"ArB2r": (range(r), range(r, 2 * r)), "A2rBr": (range(r, 2 * r), range(r))}

@@ -1,9 +1,9 @@
-"""EVA (Paischer et al. 2024, arXiv 2410.07170): A is the main directions of a layer's inputs, and ranks go where these
-explain most. B is zero, so that the start changes nothing.
+"""EVA (Paischer et al. 2024, arXiv 2410.07170): A is the main directions of a layer's inputs.
 
     A = the first r principal components of the inputs X [tokens, in]    ranks by explained variance, at most rho · r
 
-The components are followed batch by batch (Ross et al. 2008), until tau tells that they have settled.
+B is zero, so the start is the base. Ranks go to layers where components explain most. The components are updated batch
+by batch (Ross et al. 2008), until their change is within tau.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from peftcore.plugin import inputs_of, validation
 from peftcore_lora.config import LoraConfig, nested
 
-_FOLLOWED = 64  # components of a layer, at least
+_FOLLOWED = 64  # minimum number of components to keep per layer
 
 
 @dataclass(frozen=True)
 class EvaConfig:
-    """The fields bear the names of Hugging Face PEFT's `EvaConfig`.
+    """Config with the field names of Hugging Face PEFT's `EvaConfig`.
 
     Args:
-        rho: a layer has at most rho · r; 1 leaves every layer its r. tau: the cosine between two batches' components
-            at which they have settled.
-        use_label_mask, label_mask_value: leave out tokens whose label is that value; padding is always left out.
+        rho: the largest rank of a layer is rho · r; with 1 every layer has rank r. tau: cosine between components of
+            two batches at which they have converged.
+        use_label_mask, label_mask_value: leave out tokens whose label is this value; padding is always left out.
         whiten: divide each component by the root of its singular value.
         adjust_scaling_factors: keep the scale of a layer whose rank changes.
     """
@@ -48,19 +48,20 @@ class EvaConfig:
 
 @dataclass
 class Components:
-    """The first `count` principal components `[count, in]` of rows that come in batches, and how they are spread."""
+    """First `count` principal components `[count, in]` of rows that come in batches, and their spread."""
 
     count: int
     tau: float
     rows: int = 0
     mean: Tensor = field(default_factory=lambda: torch.zeros(()))
-    squares: Tensor = field(default_factory=lambda: torch.zeros(()))  # sum of squares around the mean, of all features
+    # sum of squares around the mean, over all features
+    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
     vectors: Tensor | None = None
     values: Tensor | None = None
     settled: bool = False
 
     def add(self, x: Tensor) -> None:
-        """Take in `x [rows, in]`; fewer rows than components tell nothing."""
+        """Add `x [rows, in]`; batches with fewer rows than components are ignored."""
         if len(x) < self.count:
             return
         x = x.double()
@@ -75,20 +76,21 @@ class Components:
         self.squares = self.squares + around.square().sum() + (shift.square().sum() if self.rows else 0)
         self.mean, self.rows = (self.rows * self.mean + len(x) * mean) / total, total
         _, values, vectors = torch.linalg.svd(torch.cat(stacked), full_matrices=False)
-        kept = max(_FOLLOWED, 4 * self.count)  # what is cut off now may be found to matter later
+        kept = max(_FOLLOWED, 4 * self.count)  # later batches may make these components matter
         before, self.vectors, self.values = self.vectors, vectors[:kept], values[:kept]
         if before is not None:
-            cosine = (before[: self.count] * self.vectors[: self.count]).sum(1).abs()  # a component has no sign
+            # the sign of a component is arbitrary
+            cosine = (before[: self.count] * self.vectors[: self.count]).sum(1).abs()
             self.settled = bool((cosine >= self.tau).all())
 
     def explained(self) -> Tensor:
-        """The share of the variance that each component explains."""
+        """Return the share of the variance that each component explains."""
         assert self.values is not None
         return self.values[: self.count].square() / self.squares
 
 
 def initialize(model: nn.Module, adapters: Mapping[str, Any], config: LoraConfig, batches: Iterable[Any]) -> LoraConfig:
-    """Give the adapters their ranks and A; the config says the ranks."""
+    """Set the adapters' ranks and A, and return the config with the ranks."""
     eva = nested(EvaConfig, "eva_config", config.eva_config)
     ranks = {path: len(adapter.lora_A) for path, adapter in adapters.items()}
     wanted = {path: min(round(rank * eva.rho), adapters[path].lora_A.shape[1]) for path, rank in ranks.items()}
@@ -97,8 +99,8 @@ def initialize(model: nn.Module, adapters: Mapping[str, Any], config: LoraConfig
     lacking = next((path for path, components in found.items() if components.vectors is None), None)
     validation.require(
         lacking is None,
-        f"init_lora_weights='eva': no batch gave '{lacking}' at least {wanted.get(lacking or '')} tokens. Give larger "
-        "batches, or a smaller r or rho",
+        f"init_lora_weights='eva': no batch had at least {wanted.get(lacking or '')} tokens for '{lacking}'. Use "
+        "larger batches, or a smaller r or rho",
     )
     new = shared_out(found, ranks)
     rank_pattern: dict[str, int] = {}
@@ -114,12 +116,12 @@ def initialize(model: nn.Module, adapters: Mapping[str, Any], config: LoraConfig
         if rank != ranks[path]:
             adapter.full_scale = alpha / rank
             rank_pattern[path], alpha_pattern[path] = rank, alpha
-    ranks_first = {**rank_pattern, **config.rank_pattern}  # the first that matches a path counts
+    ranks_first = {**rank_pattern, **config.rank_pattern}  # the first entry that matches a path is used
     return replace(config, rank_pattern=ranks_first, alpha_pattern={**alpha_pattern, **config.alpha_pattern})
 
 
 def shared_out(found: Mapping[str, Components], ranks: Mapping[str, int]) -> dict[str, int]:
-    """The sum of the ranks, given to the components that explain most; each layer keeps one."""
+    """Return new ranks with the same sum, given to the components that explain most; each layer keeps one."""
     new = dict.fromkeys(ranks, 1)
     shares = [(share.item(), path) for path, each in found.items() for share in each.explained()[1:]]
     for _, path in sorted(shares, key=lambda pair: -pair[0])[: sum(ranks.values()) - len(ranks)]:
@@ -128,8 +130,8 @@ def shared_out(found: Mapping[str, Components], ranks: Mapping[str, int]) -> dic
 
 
 def follow(model: nn.Module, found: Mapping[str, Components], eva: EvaConfig, batches: Iterable[Any]) -> None:
-    """Run the model on batches until the components have settled; layers with one input share the work."""
-    done: dict[int, tuple[Tensor, Components]] = {}  # by input, of one batch
+    """Run the model on batches until the components have converged; layers with one input share the work."""
+    done: dict[int, tuple[Tensor, Components]] = {}  # by input, for one batch
     current: list[Any] = [None]
 
     def take(path: str, x: Tensor, batch: Any) -> bool:
@@ -150,7 +152,7 @@ def follow(model: nn.Module, found: Mapping[str, Components], eva: EvaConfig, ba
 
 
 def counted(batch: Any, eva: EvaConfig) -> Tensor | None:
-    """Which tokens count, `[batch, tokens]`; None: all."""
+    """Return the mask of tokens to use, `[batch, tokens]`, or None for all."""
     if not isinstance(batch, Mapping):
         return None
     mask, labels = batch.get("attention_mask"), batch.get("labels")

@@ -1,4 +1,4 @@
-"""How LoRA looks on disk: PEFT's names, what PEFT cannot read, and what cannot be read here."""
+"""LoRA's files: PEFT's names, files that PEFT cannot read, and files that peftcore cannot read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from peftcore_lora.pipelines import FILES
 from peftcore_lora.tokens import misread_heads, refused_tokens
 from peftcore_lora.variants import as_plain, plain_fields, why_not
 
-KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
+KNOWN_PEFT = (0, 21, 2)  # last release whose files of attention modules are known
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """PEFT keeps A and B of a linear in modules of their own, those of an embedding as plain parameters."""
+    """Return PEFT's name: A and B are in modules at a linear layer, and plain parameters at an embedding."""
     adapter = getattr(placement, "adapter", None)
     if isinstance(adapter, LoraParameter):
         return name_on_disk(placement, name)
@@ -41,7 +41,7 @@ def tensor_name(placement: Any, name: str) -> str:
 
 
 def name_inside(placement: Any, name: str) -> str:
-    """The same of an adapter that has a LoRA inside, `lora`, and is one on disk."""
+    """Return PEFT's name for an adapter that has a LoRA inside, `lora`, and is saved as a LoRA."""
     if not name.startswith("lora."):
         return plugin.tensor_name(placement, name)
     of_lora = replace(placement, adapter=placement.adapter.lora)
@@ -49,13 +49,13 @@ def name_inside(placement: Any, name: str) -> str:
 
 
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """With bias="all" PEFT writes the biases of modules_to_save, and those they replace, a second time."""
+    """Return the file's tensors; with bias="all" PEFT writes biases of modules_to_save twice, which are dropped."""
     tensors = {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
     return starts.read_start(model, read_experts(model, as_plain(tensors), fields), fields)
 
 
-# Layers of dense and shared blocks that PEFT takes for the experts of old files, by the kind of model that transformers
-# converts these for; and layers whose weights Mamba's kernels read without calling them, which it refuses.
+# Layers of dense and shared blocks that PEFT mistakes for the experts of old files, by the model types that
+# transformers converts; and layers whose weights Mamba's kernels read without a call, which PEFT refuses.
 TAKEN_FOR_EXPERTS = {
     "mixtral": {"gate", "w1", "w2", "w3"},
     "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
@@ -65,11 +65,15 @@ READ_BY_KERNELS = {"out_proj", "conv1d"}
 
 
 def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """The adapted modules that PEFT misreads (mixtures of experts, dilated convolutions, heads with a bias whose rows
-    are trained), refuses (Mamba) or cannot run (routers)."""
+    """Return the adapted modules whose file PEFT misreads, refuses or cannot run.
+
+    It misreads mixtures of experts, dilated convolutions and heads with a bias and trained rows, refuses Mamba's
+    layers,
+    and cannot run routers.
+    """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     names = set(READ_BY_KERNELS) if kind in MAMBA else set()
-    conversions = sys.modules.get("transformers.conversion_mapping")  # models are built by way of it
+    conversions = sys.modules.get("transformers.conversion_mapping")  # imported whenever a model is built
     if conversions is not None:
         alike = {"mixtral": "mixtral", **getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})}
         names |= TAKEN_FOR_EXPERTS.get(alike.get(str(kind), ""), set())
@@ -84,24 +88,26 @@ def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 
 def is_other_in_peft(module: nn.Module) -> bool:
-    """Does PEFT compute something else at a layer from the same factors, or nothing at all?"""
+    """Return whether PEFT computes something else at a layer from the same factors, or nothing."""
     if isinstance(module, Convolution):
         return module.groups == 1 and not is_undilated(module)
     return not adds_to_product(module)
 
 
 def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
-    """PEFT's A of a convolution is not dilated, which no change of its weight is.
+    """Return why a file of PEFT cannot be read, or None.
 
-    Whether a PEFT yet to come adds the change of an attention's `out_proj` once or twice is not known.
+    PEFT's A of a convolution is not dilated, which no change of the weight reproduces. For releases after `KNOWN_PEFT`
+    it
+    is unknown whether they add the change of an attention's `out_proj` once or twice.
     """
     for name, module in targets.base_modules(model):
         there = f"base_model.model.{name}.lora_A.weight"
         if there in tensors and isinstance(module, Convolution) and is_other_in_peft(module):
             return (
-                f"'{there}' is of a convolution that is dilated, or pads with other values than zero, where PEFT's A "
-                "does neither, so that no change of the weight computes what it was trained for. Train it without that "
-                f"layer: exclude_modules=['{name}']"
+                f"'{there}' is for a convolution that is dilated, or pads with other values than zero. PEFT's A does "
+                "neither, so no change of the weight reproduces it. Train it without that layer: "
+                f"exclude_modules=['{name}']"
             )
     why = starts.refused(fields) or refused_tokens(model, tensors, fields)
     if why is not None:
@@ -111,14 +117,14 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
     if twice is None or version is None or tuple(map(int, version.groups())) <= KNOWN_PEFT:
         return None
     return (
-        f"it was written by PEFT {fields['peft_version']}, and '{twice}' is of an nn.MultiheadAttention. PEFT up "
-        f"to {'.'.join(map(str, KNOWN_PEFT))} adds scale · B A to out_proj twice; of later ones it is not known here. "
-        "If that does so, too, drop peft_version from adapter_config.json; if it adds it once, also halve this tensor"
+        f"it was written by PEFT {fields['peft_version']}, and '{twice}' is for an nn.MultiheadAttention. PEFT up "
+        f"to {'.'.join(map(str, KNOWN_PEFT))} adds scale · B A to out_proj twice; for later releases it is unknown. "
+        "If yours does so, too, drop peft_version from adapter_config.json; if it adds it once, also halve this tensor"
     )
 
 
 def read_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of plain LoRA, where that is what the file's adapter computes; no module, where PEFT has None."""
+    """Return the fields of the plain LoRA that the file computes; [] for modules where PEFT has None."""
     if why := why_not(fields):
         raise PeftcoreError(why)
     chosen = {name: fields.get(name) or [] for name in ("target_modules", "target_parameters")}
@@ -126,7 +132,7 @@ def read_config(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """Beside target_parameters PEFT refuses dropout, which its adapter does without once it is trained."""
+    """Return PEFT's fields: it refuses dropout with target_parameters, so dropout is saved in another field."""
     fields = starts.write_config(fields)
     fields["target_parameters"] = fields["target_parameters"] or None
     if fields["target_parameters"] and fields["lora_dropout"]:

@@ -1,4 +1,4 @@
-"""Whether B A may be added to what a layer gives, as PEFT does it, is seen on the layer: classes are many."""
+"""Facts about layers, found by running them: whether B A may be added to the output, as PEFT does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def adds_to_product(module: nn.Module) -> bool:
-    """Does a linear layer give one tensor `[..., out]`? Of packed weights every layer does."""
+    """Return whether a linear layer returns one tensor `[..., out]`, as all with packed weights do."""
     if not isinstance(module, nn.Linear) or has_forward_of(module, nn.Linear) or not is_dense(module.weight):
         return True
     found = own_output(module, module.weight.new_ones(2, module.in_features))
@@ -21,10 +21,10 @@ def adds_to_product(module: nn.Module) -> bool:
 
 
 def is_linear_in_weight(module: Convolution) -> bool:
-    """Does the output of a convolution of a class of its own grow with the weight? PEFT's factors are of that class."""
+    """Return whether the output of a convolution's subclass is linear in the weight, as PEFT's factors assume."""
     spatial = [2 * k * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     weight, shape = module.weight, [1, module.in_channels, *spatial]
-    for axes in (shape, [shape[0], *shape[2:], shape[1]]):  # channels last, as some heads have it
+    for axes in (shape, [shape[0], *shape[2:], shape[1]]):  # also channels last, as some heads are
         x = torch.linspace(-1, 1, math.prod(axes), device=weight.device).view(axes).to(weight.dtype)
         outputs = [own_output(module, x, weight=factor * weight.detach()) for factor in (0, 1, 2)]
         if all(output is not None for output in outputs):
@@ -34,7 +34,7 @@ def is_linear_in_weight(module: Convolution) -> bool:
 
 
 def is_undilated(module: Convolution) -> bool:
-    """Does A of PEFT, which has the stride and padding of a convolution and no more, see what its weight sees?"""
+    """Return whether A of PEFT, with only a convolution's stride and padding, reads the same inputs as its weight."""
     padded = module.padding != "valid" and (isinstance(module.padding, str) or any(module.padding))
     dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
     return not dilated and (module.padding_mode == "zeros" or not padded)

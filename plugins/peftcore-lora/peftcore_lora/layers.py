@@ -1,4 +1,4 @@
-"""LoRA of each kind of layer: how B A acts beside it, and in its weight."""
+"""LoRA for each kind of layer: B A added to the output, or to the weight."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DROPOUT: ContextVar[nn.Dropout | None] = ContextVar("peftcore_lora_dropout", de
 
 @contextmanager
 def one_dropout(probability: float) -> Iterator[None]:
-    """Within the block all layers have one module that drops inputs."""
+    """Let all layers created within the block share one dropout module."""
     token = _DROPOUT.set(nn.Dropout(probability))
     try:
         yield
@@ -33,9 +33,9 @@ def one_dropout(probability: float) -> Iterator[None]:
 
 
 class Lora(LightAdapter):
-    """What the kinds of layer share: two factors, their scale, their dropout. Subclasses say how B A acts."""
+    """Base of LoRA's layers: two factors, their scale and dropout. Subclasses apply B A."""
 
-    multiplier = 1.0  # what `peftcore.scale` sets
+    multiplier = 1.0  # set by `peftcore.scale`
     dropout: nn.Dropout
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -54,7 +54,8 @@ class Lora(LightAdapter):
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
         self.full_scale = alpha / (math.sqrt(r) if config.use_rslora else r)
-        # A module: trainers find those, to switch dropout off. One for all layers, since it takes 2 KB.
+        # A module, since trainers look for modules when they turn dropout off. All layers share it, since it takes 2
+        # KB.
         self.add_module("dropout", _DROPOUT.get() or nn.Dropout(config.lora_dropout))
         self.register_parameter("lora_A", nn.Parameter(torch.empty(r * experts, *a_shape)))
         self.register_parameter("lora_B", nn.Parameter(torch.zeros(b_shape[0], r * experts // groups, *b_shape[1:])))
@@ -76,8 +77,9 @@ class Lora(LightAdapter):
         return self.full_scale * self.multiplier
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B of what is computed."""
-        parameters: dict[str, Any] = self._parameters  # past `nn.Module.__getattr__`: once a layer and token
+        """Return the A and B to compute with."""
+        # avoids `nn.Module.__getattr__`, which would run once per layer and token
+        parameters: dict[str, Any] = self._parameters
         if "lora_A" in parameters and "lora_B" in parameters:
             return parameters["lora_A"], parameters["lora_B"]
         return self.lora_A, self.lora_B
@@ -87,12 +89,12 @@ class Lora(LightAdapter):
         return [LowRank(*self.pair(), self.scale)]
 
     def delta(self) -> Tensor:
-        """scale · B A in the layout of the layer's weight, fp32."""
+        """Return scale · B A in the layout of the layer's weight, fp32."""
         a, b = self.pair()
         return (self.scale * b.float()) @ a.float()
 
     def with_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The layer's bias, to which that of B is added, in float32 where there is one."""
+        """Return the layer's bias plus B's, which is in float32 if there is one."""
         if self.lora_bias is None:
             return bias
         own = self.scale * self.lora_bias
@@ -104,7 +106,7 @@ class Lora(LightAdapter):
 
 
 class LoraLinear(Lora):
-    """nn.Linear and transformers' Conv1D. A `[r, in]`, B `[out, r]`; x `[..., in]` -> y `[..., out]`."""
+    """LoRA of nn.Linear and transformers' Conv1D. A `[r, in]`, B `[out, r]`; x `[..., in]` -> y `[..., out]`."""
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         p = self.dropout.p if self.training else 0.0
@@ -113,14 +115,14 @@ class LoraLinear(Lora):
             weight, bias = operands
             return ops.lora_linear(x, weight, self.with_bias(bias), a, b, self.scale, p)
         y, bias = base(x), self.with_bias(None)
-        x = F.dropout(x, self.dropout.p, self.training)  # of which other layers may have been told otherwise
+        x = F.dropout(x, self.dropout.p, self.training)  # other layers share the module and may be in another mode
         s = self.scale * F.linear(x, a.to(x.dtype))  # [..., r]
         return y + F.linear(s, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @override
     def per_sample(adapters: Sequence[LoraLinear], index: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
-        """Without gradients: one pass over the base for all."""
+        """Return all rows' outputs in one pass over the base; NotImplemented where gradients are needed."""
         (x,) = args
         operands, (a, b) = base.linear_operands(x), zip(*(m.pair() for m in adapters), strict=True)
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
@@ -132,9 +134,9 @@ class LoraLinear(Lora):
 
 
 class ThinLinear(LoraLinear):
-    """A change of a linear layer that is a thin product of other numbers: what other methods have in common with LoRA.
+    """Change of a linear layer that is a low-rank product of other parameters, as a base for other methods.
 
-    Subclasses have parameters of their own, and `pair()`: A `[r, in]` and B `[out, r]` computed from them.
+    Subclasses have their own parameters, and `pair()` computes A `[r, in]` and B `[out, r]` from them.
     """
 
     def __init__(self, scale: float = 1.0, dropout: float = 0.0) -> None:
@@ -149,7 +151,7 @@ class ThinLinear(LoraLinear):
 
 
 class LoraFromStart(LoraLinear):
-    """y = W x + scale · (B A - B0 A0) x: B and A begin at B0 and A0, which stay, so that the start changes nothing."""
+    """y = W x + scale · (B A - B0 A0) x: A and B start at the frozen A0 and B0, so the start is the base."""
 
     start_A: Tensor
     start_B: Tensor
@@ -164,7 +166,7 @@ class LoraFromStart(LoraLinear):
 
 
 class LoraFrozenB(LoraLinear):
-    """B stays where it began, and A alone is trained."""
+    """LoRA with frozen B; only A is trained."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -174,16 +176,16 @@ class LoraFrozenB(LoraLinear):
 
 
 class LoraConv(Lora):
-    """nn.Conv1d, 2d and 3d: A convolves with the layer's kernel to r channels, B mixes them pointwise."""
+    """LoRA of nn.Conv1d, 2d and 3d: A convolves with the layer's kernel to r channels, B mixes them pointwise."""
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y = base(x)
-        x = F.dropout(x, self.dropout.p, self.training)  # of which other layers may have been told otherwise
-        s = base.module._conv_forward(x, self.lora_A.to(x.dtype), None)  # as the layer strides, pads and dilates
+        x = F.dropout(x, self.dropout.p, self.training)  # other layers share the module and may be in another mode
+        s = base.module._conv_forward(x, self.lora_A.to(x.dtype), None)  # with the layer's stride, padding and dilation
         return self.mixed(y, s)
 
     def mixed(self, y: Tensor, s: Tensor, groups: int = 1) -> Tensor:
-        """y + scale · (B s + its bias)."""
+        """Return y + scale · (B s + its bias)."""
         mix, bias = CONVOLUTIONS[s.dim() - 2], self.with_bias(None)
         y = y + self.scale * mix(s, self.lora_B.to(s.dtype), groups=groups)
         return y if bias is None else y + bias.to(s.dtype).view(-1, *(1 for _ in s.shape[2:]))
@@ -193,14 +195,14 @@ class LoraConv(Lora):
 
 
 class LoraGroupedConv(LoraConv):
-    """In g groups: A `[r, in, ...]` sees all channels, B `[out, r / g, 1...]` mixes r / g of them in each group.
+    """LoRA with g groups: A `[r, in, ...]` reads all channels, B `[out, r / g, 1...]` mixes r / g of them per group.
 
-    So PEFT has it. B A reaches from each input to each output, which a weight in groups cannot hold.
+    This is PEFT's definition. B A connects every input to every output, which a weight in groups cannot represent.
     """
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y, layer = base(x), base.module
-        x = F.dropout(x, self.dropout.p, self.training)  # of which other layers may have been told otherwise
+        x = F.dropout(x, self.dropout.p, self.training)  # other layers share the module and may be in another mode
         convolve = CONVOLUTIONS[self.lora_A.dim() - 2]
         s = convolve(x, self.lora_A.to(x.dtype), None, layer.stride, layer.padding)
         return self.mixed(y, s, layer.groups)
@@ -209,19 +211,19 @@ class LoraGroupedConv(LoraConv):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise PeftcoreError(
             f"LoRA of a convolution in groups (weight {list(weight.shape)}) reaches across the groups, so it cannot be "
-            "merged, in PEFT neither. Keep the adapter beside the base, or apply it with that layer in exclude_modules"
+            "merged (in PEFT neither). Keep the adapter unmerged, or apply it with that layer in exclude_modules"
         )
 
 
 class LoraEmbedding(Lora):
-    """nn.Embedding: A `[r, vocabulary]` is looked up, B `[dim, r]` maps to the embedding.
+    """LoRA of nn.Embedding: A `[r, vocabulary]` is looked up, B `[dim, r]` maps to the embedding.
 
-    Subclasses that multiply what they look up by their `embed_scale` (Gemma, BART) do so with B A, too.
+    Subclasses that multiply their output by `embed_scale` (Gemma, BART) multiply B A, too.
     """
 
     def forward(self, base: Base, tokens: Tensor) -> Tensor:
         y, scale = base(tokens), embed_scale(base.module)
-        if tokens.is_floating_point():  # shares of each entry, as Ovis has them
+        if tokens.is_floating_point():  # mixtures of entries, as in Ovis
             s = F.linear(tokens, self.lora_A.to(tokens.dtype)).to(self.lora_B.dtype)
         else:
             s = F.embedding(tokens, self.lora_A.T, base.module.padding_idx)  # [..., r]
@@ -236,7 +238,7 @@ class LoraEmbedding(Lora):
 
 
 class LoraOnWeight(Lora):
-    """For layers that do more than their product: their own forward, which reads W + scale · B A. Without dropout."""
+    """LoRA of layers that do more than a product: their forward reads W + scale · B A. It has no dropout."""
 
     per_sample = staticmethod(Adapter.per_sample)
 
@@ -251,17 +253,18 @@ class LoraOnWeight(Lora):
 
 
 class LoraLinearOnWeight(LoraOnWeight, LoraLinear):
-    """A router that gives a choice beside its logits, a product in groups."""
+    """LoRA of routers, which return a choice with their logits, and of products in groups."""
 
 
 class LoraConvOnWeight(LoraOnWeight, LoraConv):
-    """A convolution that pads, or transposes, its input by itself."""
+    """LoRA of a convolution that pads or transposes its input itself."""
 
 
 class LoraAttention(LoraOnWeight):
-    """nn.MultiheadAttention: A `[r, E]`, B `[3 E, r]` for `in_proj_weight`, and a pair of their own for `out_proj`.
+    """LoRA of nn.MultiheadAttention: A `[r, E]`, B `[3 E, r]` for `in_proj_weight`, and another pair for `out_proj`.
 
-    To `out_proj` PEFT adds scale · B A twice (see `KNOWN_PEFT` in files.py). Files mean that, so it is done here, too.
+    PEFT adds scale · B A to `out_proj` twice (see `KNOWN_PEFT` in files.py). Files assume that, so it is done here,
+    too.
     """
 
     def __init__(self, config: LoraConfig, path: str, width: int) -> None:

@@ -1,17 +1,17 @@
-"""`target_parameters`: LoRA of parameters by name, of whatever module, in PEFT's format.
+"""`target_parameters`: LoRA of parameters by name, in any module, in PEFT's format.
 
     W [out, in]                A [r, in], B [out, r]
     W [experts, out, in]       W_e + scale · B_e A_e, A [experts, r, in], B [experts, out, r]
-    W [experts, in, out]       of a module that says `is_transposed`: the product, transposed
+    W [experts, in, out]       in a module with `is_transposed`: the transposed product
 
-Where transformers' experts interface runs the module, nothing as large as W is made: the products of A_e and B_e join
-those of W_e (`thin`), for the experts that have tokens. Elsewhere its own forward reads W + scale · B A.
+Where transformers' experts interface runs the module, no copy of W is built: the products of A_e and B_e are added to
+those of W_e (`expert_low_rank`), for experts that have tokens. Otherwise the module's forward reads W + scale · B A.
 
 In the file A is [experts · r, in], read as (experts, r, in), and B [out, r · experts], read as (out, r, experts).
 
-Several parameters of one module lie in PEFT's file one in the other, the first that the module has innermost, without
-their names: `experts.base_layer.lora_A.weight`, `experts.lora_A.weight`. Up to 0.18 PEFT took every W for
-[experts, in, out]: its A is the B of today, and the other way round.
+PEFT's file nests several parameters of one module, the module's first innermost, without their names:
+`experts.base_layer.lora_A.weight`, `experts.lora_A.weight`. PEFT up to 0.18 read every W as [experts, in, out], so A
+and B are exchanged in its files.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from peftcore.plugin import (
 from peftcore_lora.config import LoraConfig
 from peftcore_lora.layers import Lora
 
-BY_EXPERT = "by_expert"  # end of a name that is not yet that in the file
+BY_EXPERT = "by_expert"  # end of a name that `write_experts` has yet to convert
 
 
 class LoraParameter(Lora):
-    """Of one parameter; see above. Dropout acts where `thin` is read.
+    """LoRA of one parameter; see the module's docstring. Dropout applies where `expert_low_rank` is used.
 
     Args:
-        inside: in how many others of its module it lies in the file.
-        drops: the module's weights are changed by their thin products, so that dropout acts.
+        inside: depth of nesting in the file, in other parameters of its module.
+        drops: the module uses low-rank products, so dropout applies.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class LoraParameter(Lora):
     def forward(self, weight: Tensor) -> Tensor:
         if self.training and self.dropout.p and self.drops and torch.is_grad_enabled():
             warnings.warn(
-                f"lora_dropout={self.dropout.p} does not act where experts' weights are read changed", stacklevel=2
+                f"lora_dropout={self.dropout.p} has no effect where changed weights of experts are read", stacklevel=2
             )
         a, b = self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype)
         if self.experts is None:
@@ -95,23 +95,23 @@ class LoraParameter(Lora):
 
 
 def by_expert(b: Tensor, experts: int) -> Tensor:
-    """B `[experts, out, r]` of that in the file, `[out, r · experts]`."""
+    """Return B `[experts, out, r]` from the file's `[out, r · experts]`."""
     return b.view(len(b), -1, experts).permute(2, 0, 1).contiguous()
 
 
 def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[OnWeight]:
-    """A LoRA for each parameter that the config names."""
+    """Yield a LoRA for each parameter that the config names."""
     validation.require(
         not config.lora_bias,
-        "lora_bias=True is not possible beside target_parameters: a parameter has no bias of its own. Leave one out",
+        "lora_bias=True is not possible with target_parameters, since a parameter has no bias. Leave one of them out",
     )
     for path, names in named(model, config.target_parameters or ()).items():
         module = model.get_submodule(path)
         targets.refuse_bypassed(model, [path])
         validation.require(
             not getattr(module, "_is_expert_parallel", False) and not has_forward_of_instance(module),
-            f"the experts at '{path}' are spread over processes (tensor or expert parallelism), or have a forward of "
-            "their own, which reads their weights unchanged. Load the model without a plan of that kind "
+            f"the experts at '{path}' are spread over processes (tensor or expert parallelism), or have their own "
+            "forward on the instance, which reads their original weights. Load the model without such a plan "
             f"(distributed_config), or leave them out: exclude_modules=['{path.rpartition('.')[2]}']",
         )
         for place, name in enumerate(names):
@@ -119,14 +119,15 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[OnWeight]
             shape, whole = shape_of(module, name), f"{path}.{name}"
             validation.require(
                 targets.is_read_by_itself(module, name) or experts_layout(module) is not None,
-                f"'{whole}' is read past the forward of its module, by others: LoRA of it would do nothing. Leave it "
-                "out of target_parameters",
+                f"'{whole}' is read by other modules, not by its own module's forward, so LoRA would have no effect. "
+                "Leave it out of target_parameters",
             )
             is_packed = format_in_few_bits(module, name) is not None
             validation.require(
                 len(shape) in (2, 3) and (parameter.itemsize > 1 or name == "weight" or is_packed),
-                f"'{whole}' is {list(shape)} of {parameter.dtype}: LoRA adapts parameters of two or three "
-                "dimensions in 16 or 32 bits. Leave it out of target_parameters, or its module out of quantization",
+                f"'{whole}' has shape {list(shape)} and dtype {parameter.dtype}: LoRA adapts parameters of "
+                "two or three dimensions in 16 or 32 bits. Leave it out of target_parameters, or its module out of "
+                "quantization",
             )
             layout, transposed = experts_layout(module), getattr(module, "is_transposed", False)
             drops = layout is not None and name in layout.names
@@ -135,7 +136,7 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[OnWeight]
 
 
 def named(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
-    """The parameters that the ends of their names mean, by module, in its order."""
+    """Return the parameters selected by suffixes, by module, in the module's order."""
     found: dict[str, list[str]] = {}
     if not patterns:
         return found
@@ -152,14 +153,14 @@ def named(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
 
 
 def name_on_disk(placement: OnWeight, name: str) -> str:
-    """PEFT's name; of experts' factors, which have another shape there, one that `write_experts` turns into it."""
+    """Return PEFT's name; for experts, whose factors change shape, a name that `write_experts` converts."""
     adapter: Any = placement.adapter
     end = "weight" if adapter.experts is None else BY_EXPERT
     return f"{stem_on_disk(placement.path, adapter.inside)}.{name}.{end}"
 
 
 def stem_on_disk(path: str, inside: int) -> str:
-    """What the names of a parameter's factors begin with, one that lies in `inside` others of its module."""
+    """Return the prefix of the names of a parameter's factors, nested in `inside` others of its module."""
     return f"base_model.model.{path}{'.base_layer' * inside}"
 
 
@@ -177,7 +178,7 @@ def write_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_experts(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The other way round, of files of any release of PEFT."""
+    """Read factors of experts from a file of any release of PEFT, the reverse of `write_experts`."""
     tensors = upgraded(model, tensors, fields)
     for path, names in named(model, fields.get("target_parameters") or ()).items():
         for inside, name in enumerate(reversed(names)):
@@ -186,14 +187,14 @@ def read_experts(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
             for which in "AB" if len(shape) == 3 else ():
                 tensor = tensors.pop(f"{stem}.lora_{which}.weight", None)
                 if tensor is None or tensor.shape[0 if which == "A" else 1] % shape[0]:
-                    continue  # of which it is said that it lacks
+                    continue  # reported as missing later
                 by = tensor.view(shape[0], -1, tensor.shape[1]) if which == "A" else by_expert(tensor, shape[0])
                 tensors[f"{stem}.lora_{which}.{BY_EXPERT}"] = by
     return tensors
 
 
 def upgraded(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors with A and B of files before PEFT 0.19 as they are today."""
+    """Return the tensors with A and B of files before PEFT 0.19 in the current layout."""
     version = re.match(r"(\d+)\.(\d+)", str(fields.get("peft_version") or "0.0"))
     is_old = version is not None and tuple(map(int, version.groups())) < (0, 19)
     tensors = dict(tensors)

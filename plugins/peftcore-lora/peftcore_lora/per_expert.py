@@ -1,10 +1,10 @@
-"""Experts one by one in a file, as vLLM and SGLang read them, and as PEFT wrote them of models with a list of experts.
+"""Files with single experts, as vLLM and SGLang read them, and as PEFT wrote them for models with lists of experts.
 
 P.experts.3.gate_proj.lora_A.weight [r, in], .lora_B.weight [out, r]     likewise up_proj, down_proj (w1, w3, w2)
 
-written    A of gate_up is that of gate and of up, and its B is divided by rows
-read       where the two have one A they become that pair again; else they become one of the sum of their ranks,
-           A [A_gate; A_up], B with B_gate and B_up on its diagonal, which computes the same
+written    gate and up both have A of gate_up, and its B is split by rows
+read       if gate and up have equal A, they become that pair again; otherwise a pair of the sum of their ranks,
+           A [A_gate; A_up] and B = diag(B_gate, B_up), which computes the same
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_p
 NAME = re.compile(rf"base_model\.model\.(.+)\.(\d+)\.({'|'.join(PARTS)})\.lora_([AB])\.weight")
 
 
-TODAY = {"peft_version": "0.19.0"}  # by which A and B of experts are not swapped
-Values = dict[tuple[str, str], Any]  # by the path of a module of experts in the file, and gate_proj or the like
+TODAY = {"peft_version": "0.19.0"}  # release that does not swap A and B of experts
+Values = dict[tuple[str, str], Any]  # by the path of a module of experts in the file, and gate_proj, up_proj, ...
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Part:
 def read(
     model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, fields) in PEFT's layout for fused experts, of a file that has them one by one."""
+    """Return (tensors, fields) in PEFT's layout for fused experts, from a file with single experts."""
     found: dict[str, dict[tuple[str, int, str], Tensor]] = {}
     others: dict[str, Tensor] = {}
     paths: dict[str, str | None] = {}
@@ -97,7 +97,7 @@ def read(
 def write(
     model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, fields) with experts one by one, of what is in PEFT's layout."""
+    """Return (tensors, fields) with single experts, from PEFT's layout."""
     found, ranks, alphas = read_experts(model, tensors, {**fields, **TODAY}), Values(), Values()
     gate, up, down, block = names_in_checkpoints(model)
     targeted = named(model, fields.get("target_parameters") or ())
@@ -107,8 +107,8 @@ def write(
         for inside, name in enumerate(reversed(parameters)):
             validation.require(
                 layout is not None and name in layout.names,
-                f"'{path}.{name}' is no weight of experts that transformers' interface runs, which alone are written "
-                "one by one. Save it in PEFT's layout: format='peft'",
+                f"'{path}.{name}' is not a weight of experts run by transformers' interface, so it cannot be saved per "
+                "expert. Save it in PEFT's layout: format='peft'",
             )
             assert layout is not None
             stem = stem_on_disk(path, inside)
@@ -127,7 +127,8 @@ def write(
     for old, leaf in ranks:
         alone = all(f"base_model.model.{p}.lora_A.weight" in found for p in paths if p.endswith(f".{leaf}"))
         count = sum(f"base_model.model.{old}.{i}.{leaf}.lora_A.weight" in found for i in range(len(found)))
-        names += [leaf] if alone else [f"experts.{i}.{leaf}" for i in range(count)]  # a layer of this name has none
+        # layers with this name have no LoRA
+        names += [leaf] if alone else [f"experts.{i}.{leaf}" for i in range(count)]
     patterns = {"rank_pattern": _expert_patterns(ranks, fields["r"])}
     patterns["alpha_pattern"] = _expert_patterns(alphas, fields["lora_alpha"])
     return found, {
@@ -139,7 +140,7 @@ def write(
 
 
 def names_in_checkpoints(model: nn.Module) -> tuple[str, str, str, tuple[str, str] | None]:
-    """(gate, up, down, the block's name in checkpoints and here), as transformers converts lists of experts."""
+    """Return (gate, up, down, block's names in checkpoints and here), as transformers converts lists of experts."""
     found = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     block = None
     conversions = sys.modules.get("transformers.conversion_mapping")
@@ -162,7 +163,7 @@ def _listed(patterns: Any) -> list[str]:
 
 
 def _fused(model: nn.Module, path: str) -> str | None:
-    """The module of fused experts that a path in a file means, whose block may have had another name."""
+    """Return the module of fused experts for a path in a file, whose block may have another name there."""
     there = [p for p, module in targets.base_modules(model) if experts_layout(module) is not None]
     if path in there:
         return path
@@ -171,7 +172,7 @@ def _fused(model: nn.Module, path: str) -> str | None:
 
 
 def _rows(layout: ExpertsLayout, name: str, out: int) -> dict[str, slice]:
-    """The rows of a weight's outputs that are those of gate, up or down."""
+    """Return the rows of a weight's outputs for each of gate, up and down."""
     if name == layout.down:
         return {"down": slice(None)}
     if name == "up_proj":
@@ -188,7 +189,7 @@ def _pair(
     name: str,
     given: Mapping[tuple[str, int, str], Tensor],
 ) -> Part | None:
-    """LoRA of the parameter `name`, of what a file has of its parts; None: nothing."""
+    """Return LoRA of the parameter `name` from the file's parts, or None if there are none."""
     if name not in layout.names:
         return None
     rows = _rows(layout, name, 0)
@@ -226,8 +227,8 @@ def _part(
     if lacking or beyond:
         what = f"has expert {beyond[0][1]}" if beyond else f"lacks lora_{lacking[0][1]} of expert {lacking[0][0]}"
         raise CheckpointError(
-            f"the file {what} for {part} of '{path}', which has {layout.count} experts. It is not whole, or of another "
-            "model"
+            f"the file {what} for {part} of '{path}', which has {layout.count} experts. It is incomplete, or for "
+            "another model"
         )
     a, b = (torch.stack([given[part, e, which] for e in range(layout.count)]) for which in "AB")
     leaf = next(key[2] for key in given if key[0] == "names" and PARTS[key[2]] == part)
@@ -236,7 +237,7 @@ def _part(
 
 
 def _patterns(model: nn.Module, values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """{suffix of parameters: what they all have}, where that is not usual."""
+    """Return {suffix of parameters: their common value}, except for the usual value."""
     groups: dict[Any, list[str]] = {}
     for name, value in values.items():
         groups.setdefault(value, []).append(name)
@@ -245,7 +246,7 @@ def _patterns(model: nn.Module, values: Mapping[str, Any], usual: Any) -> dict[s
 
 
 def _expert_patterns(values: Values, usual: Any) -> dict[str, Any]:
-    """The same for experts one by one, of what is not usual."""
+    """Return {regex of single experts: their value}, except for the usual value."""
     found: dict[str, Any] = {}
     for (path, leaf), value in values.items():
         same = len({each for (_, other), each in values.items() if other == leaf}) == 1
@@ -255,7 +256,7 @@ def _expert_patterns(values: Values, usual: Any) -> dict[str, Any]:
 
 
 def _known(model: nn.Module, patterns: Mapping[str, Any] | None, layers: bool = False) -> dict[str, Any]:
-    """The entries of a pattern that mean something in the model, or layers alone."""
+    """Return the entries of a pattern that match something in the model, or only layers."""
     names = [path for path, module in targets.base_modules(model) if is_adaptable(module) or not layers]
     names += [] if layers else [name for name, _ in targets.base_parameters(model)]
     known = targets.matched_keys(patterns or {}, names)

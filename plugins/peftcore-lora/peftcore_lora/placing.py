@@ -1,4 +1,4 @@
-"""Which LoRA stands at which layer."""
+"""Placement of LoRA at layers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def place(model: nn.Module, config: LoraConfig, architecture: Architecture) -> l
         placements: list[Any] = [Around(path, adapter_for(path, module, config)) for path, module in chosen.items()]
     parameters = list(place_parameters(model, config)) if config.target_parameters else []
     both_named = bool(config.use_bdlora and parameters)
-    validation.require(not both_named, "use_bdlora is not known with target_parameters. Leave one of the two out")
+    validation.require(not both_named, "use_bdlora is not supported with target_parameters. Leave one of them out")
     all_of_them = [*placements, *parameters]
     on_weight = [
         p.path
@@ -82,20 +82,20 @@ def place(model: nn.Module, config: LoraConfig, architecture: Architecture) -> l
     ]
     if config.lora_dropout and on_weight:
         warnings.warn(
-            f"lora_dropout={config.lora_dropout} does not act at {len(on_weight)} of {len(all_of_them)} modules, where "
-            f"the weight itself is changed, such as '{on_weight[0]}'",
+            f"lora_dropout={config.lora_dropout} has no effect at {len(on_weight)} of {len(all_of_them)} modules, "
+            f"where the weight itself is changed, such as '{on_weight[0]}'",
             stacklevel=2,
         )
     trains_a = next((p.path for p in all_of_them if not isinstance(p.adapter, LoraFrozenA)), None)
     validation.require(
         not config.lora_fa or trains_a is None,
-        f"lora_fa=True is known for linear layers, and '{trains_a}' is none. Take it out of the targets",
+        f"lora_fa=True is only for linear layers, and '{trains_a}' is not one. Remove it from the targets",
     )
     tokens = place_tokens(model, config, architecture)
     both = next((each.path for each in (*parameters, *tokens) if each.path in chosen), None)
     validation.require(
         both is None,
-        f"'{both}' is one of target_modules, and target_parameters or trainable_token_indices mean it, too. Leave it "
+        f"'{both}' is selected by target_modules, and also by target_parameters or trainable_token_indices. Leave it "
         f"out of one: exclude_modules=['{both}']",
     )
     placements = [*placements, *parameters, *tokens]
@@ -104,26 +104,26 @@ def place(model: nn.Module, config: LoraConfig, architecture: Architecture) -> l
     whole = [path for path, module in chosen.items() if isinstance(module, nn.MultiheadAttention)]
     validation.require(
         not whole,
-        f"bias={config.bias!r} is not known beside '{whole[0] if whole else None}', an nn.MultiheadAttention, "
+        f"bias={config.bias!r} is not supported with '{whole[0] if whole else None}', an nn.MultiheadAttention, "
         "whose biases have other names. Choose bias='none'",
     )
     return [*placements, targets.biases(model, None if config.bias == "all" else chosen)]
 
 
 def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
-    """The LoRA of one layer."""
+    """Return the LoRA of one layer."""
     kind_of_layer = original_class(module).__name__
     validation.require(
         not any(p is not None and p.is_complex() for p in module._parameters.values()),
-        f"'{path}' ({kind_of_layer}) has complex weights, which LoRA cannot adapt",
+        f"'{path}' ({kind_of_layer}) has complex weights, which LoRA cannot adapt. Leave it out of target_modules",
     )
     validation.require(
         not (config.lora_bias and isinstance(module, (nn.MultiheadAttention, nn.Embedding))),
-        f"lora_bias=True is not known at '{path}', an {kind_of_layer}. Take it out of target_modules, or lora_bias out",
+        f"lora_bias=True is not supported at '{path}' ({kind_of_layer}). Leave it out, or drop lora_bias",
     )
     validation.require(
         not config.use_bdlora or (targets.is_linear(module) and adds_to_product(module)),
-        f"'{path}' ({kind_of_layer}) is not a plain linear layer, as use_bdlora needs. Take it out of target_modules",
+        f"'{path}' ({kind_of_layer}) is not a plain linear layer, as use_bdlora needs. Leave it out of target_modules",
     )
     if isinstance(module, nn.MultiheadAttention):
         return of_attention(path, module, config)
@@ -143,7 +143,7 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     validation.require(
         not (config.lora_bias and isinstance(adapter, LoraOnWeight) and getattr(module, "bias", None) is None),
         f"lora_bias=True is not possible at '{path}' ({kind_of_layer}), which has no bias and whose weight itself is "
-        "changed. Take it out of target_modules, or lora_bias out",
+        "changed. Leave it out of target_modules, or drop lora_bias",
     )
     return adapter
 
@@ -151,7 +151,7 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
 def of_attention(path: str, module: nn.MultiheadAttention, config: LoraConfig) -> Lora:
     validation.require(
         module.in_proj_weight is not None,
-        f"'{path}' is an attention whose keys or values have a width of their own (kdim, vdim), which LoRA "
+        f"'{path}' is an attention whose keys or values have another width (kdim, vdim), which LoRA "
         f"cannot adapt. Exclude its projection: exclude_modules=['{path}.out_proj']",
     )
     return LoraAttention(config, path, module.embed_dim)
@@ -164,7 +164,7 @@ def of_embedding(path: str, module: nn.Embedding, config: LoraConfig) -> Lora:
         "Take it out of target_modules",
     )
     adapter = LoraEmbedding(config, path, [module.num_embeddings], [module.embedding_dim])
-    if config.init_lora_weights is not False:  # as in the paper's code and PEFT: here A is zero, B normal
+    if config.init_lora_weights is not False:  # as in the paper's code and PEFT: A is zero and B normal
         nn.init.zeros_(adapter.lora_A)
         nn.init.normal_(adapter.lora_B)
     return adapter
@@ -186,8 +186,8 @@ def of_convolution(path: str, module: Convolution, config: LoraConfig) -> Lora:
     r = adapter.lora_A.shape[0]
     validation.require(
         r % groups == 0,
-        f"'{path}' is a convolution in {groups} groups, for which r must be a multiple of that, found {r}. Give it "
-        f"another: rank_pattern={{'{path}': {groups}}}, or exclude it: exclude_modules=['{path}']",
+        f"'{path}' is a convolution in {groups} groups, so r must be a multiple of {groups}, found {r}. Set another "
+        f"rank: rank_pattern={{'{path}': {groups}}}, or exclude it: exclude_modules=['{path}']",
     )
     validation.require(
         is_undilated(module),

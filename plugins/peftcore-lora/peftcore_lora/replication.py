@@ -1,8 +1,8 @@
-"""`layer_replication`: layers of the base stand several times in the model, with one weight and adapters of their own.
+"""`layer_replication`: repeated layers of the base, with shared weights and separate adapters.
 
     [[0, 4], [2, 5]]    layers 0 1 2 3, then 2 3 4
 
-That changes the model, which no adapter may: it is done before, and a config is compared with what stands there.
+Replication changes the model, which adapters must not do. It is therefore done beforehand, and the config is checked.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from peftcore.plugin import PeftcoreError, has_adapters, validation
 
 
 def replicate_layers(model: Any, layer_map: Sequence[Sequence[int]]) -> Any:
-    """Let the layers of a transformers model be those of `layer_map`, `[[first, behind the last], ...]`, in order.
+    """Repeat the layers of a transformers model according to `layer_map`, `[[first, last + 1], ...]`, in order.
 
-    As Hugging Face PEFT does it: a layer that stands twice has its weights once. The model is changed, and given back.
+    As in Hugging Face PEFT, repeated layers share their weights. The model is changed in place and returned.
 
     Raises:
-        PeftcoreError: adapters stand on it, where its layers are is not known, or one that is named is not there.
+        PeftcoreError: the model has adapters, its list of layers is unknown, or a named layer does not exist.
     """
     validation.require(
         not has_adapters(model), "the model has adapters already. Replicate its layers before apply or load"
@@ -32,12 +32,12 @@ def replicate_layers(model: Any, layer_map: Sequence[Sequence[int]]) -> Any:
     order = _order(layer_map)
     validation.require(
         bool(order) and all(0 <= i < len(layers) for i in order),
-        f"layer_map={list(layer_map)!r} names layers that are not there: the model has {len(layers)}",
+        f"layer_map={list(layer_map)!r} names layers that do not exist: the model has {len(layers)}",
     )
     copies = [_sharing(layers[i]) for i in order]
     for place, layer in enumerate(copies):
         for module in layer.modules():
-            if hasattr(module, "layer_idx"):  # by which transformers finds the layer's cache
+            if hasattr(module, "layer_idx"):  # transformers finds the layer's cache by it
                 module.__dict__["layer_idx"] = place
     setattr(owner, name, nn.ModuleList(copies))
     config: Any = getattr(model, "config", None)
@@ -57,22 +57,22 @@ def check_replicated(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> No
     wanted = [order.index(i) for i in order]
     validation.require(
         there == wanted,
-        f"layer_replication={[list(each) for each in layer_map]} is of a model whose layers stand several times, and "
-        f"this one has {len(layers)} layers that do not. First peftcore_lora.replicate_layers(model, ...), which "
-        "changes the model, then apply or load",
+        f"layer_replication={[list(each) for each in layer_map]} needs a model with repeated layers, and the "
+        f"{len(layers)} layers of this one are not repeated like that. Call peftcore_lora.replicate_layers(model, "
+        "...), which changes the model, and then apply or load",
     )
 
 
 def _order(layer_map: Sequence[Sequence[int]]) -> list[int]:
     validation.require(
         all(len(each) == 2 for each in layer_map),
-        f"layer_replication has [first, behind the last] for each run of layers, found {list(layer_map)!r}",
+        f"layer_replication must have [first, last + 1] for each run of layers, found {list(layer_map)!r}",
     )
     return [i for first, behind in layer_map for i in range(first, behind)]
 
 
 def _layers(model: Any) -> tuple[Any, str]:
-    """(module, name) of the list of layers, which is looked for where PEFT looks."""
+    """Return (module, name) of the list of layers, searched where PEFT searches."""
     while hasattr(model, "model"):
         model = model.model
     model = getattr(model, "bert", model)
@@ -80,7 +80,7 @@ def _layers(model: Any) -> tuple[Any, str]:
         if isinstance(getattr(owner, name, None), nn.ModuleList):
             return owner, name
     raise PeftcoreError(
-        f"where {type(model).__name__} has its layers is not known (layers, encoder.layer, h), so they cannot be "
+        f"{type(model).__name__} has no known list of layers (layers, encoder.layer, h), so they cannot be "
         "replicated. Leave layer_replication out"
     )
 

@@ -1,14 +1,14 @@
-"""Where A and B begin, by `init_lora_weights`, read off the frozen weight W [out, in]; s is the scale.
+"""Initial A and B for `init_lora_weights`, computed from the frozen weight W [out, in]; s is the scale.
 
-Those that are read off data stand in `eva.py` and `data_starts.py`.
+Starts computed from data are in `eva.py` and `data_starts.py`.
 
     pissa       s B A = the r largest singular parts of W           (Meng et al. 2024, arXiv 2404.02948)
     olora       B = the first r columns of Q, A = rows of R, W = Q R   (Büyükakyüz 2024, arXiv 2406.01775)
     mica        B = the left singular vectors of the r smallest singular values, frozen; A = 0   (arXiv 2604.01694)
     orthogonal  random, with orthogonal rows in A and columns in B such that B A = 0
 
-PEFT subtracts s B A from W where that is not zero. Here W is left alone: the start is kept as frozen factors B0 A0, and
-y = W x + s (B A - B0 A0) x, which is LoRA of rank 2 r for others, and comes off bit for bit.
+PEFT subtracts s B A from W where it is not zero. Here W stays unchanged: the start is kept as frozen factors B0 A0, and
+y = W x + s (B A - B0 A0) x. It is saved as LoRA of rank 2 r, and removing it restores W bit for bit.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from peftcore_lora.layers import LoraFromStart, LoraLinear
 
 
 def is_read_off(config: LoraConfig) -> bool:
-    """Is the start read off W, or off data, rather than drawn?"""
+    """Return whether the start is computed from W or data rather than drawn."""
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, adapters: Mapping[str, Any], config: LoraConfig, batches: Any) -> LoraConfig | None:
-    """Give all adapters the start that the config asks for; the config that then holds, where that is another."""
+    """Initialise all adapters as the config asks; return the config that then applies, if it differs."""
     start = str(config.init_lora_weights)
     adapters = {path: adapter for path, adapter in adapters.items() if hasattr(adapter, "lora_A")}
     for path, adapter in adapters.items():
         validation.require(
             isinstance(adapter, LoraLinear),
-            f"init_lora_weights={start!r} is known for linear layers, and '{path}' is none. Take it out of "
+            f"init_lora_weights={start!r} is only for linear layers, and '{path}' is not one. Leave it out of "
             "target_modules, or choose init_lora_weights=True",
         )
     validation.require(
         batches is not None or start not in FROM_DATA,
-        f"init_lora_weights={start!r} needs data: give peftcore.apply(..., batches=...) an iterable of what the model "
-        "is called with, such as a DataLoader",
+        f"init_lora_weights={start!r} needs data: pass peftcore.apply(..., batches=...) an iterable of the model's "
+        "inputs, such as a DataLoader",
     )
     if start == "eva":
         return eva.initialize(model, adapters, config, batches)
@@ -65,23 +65,24 @@ def initialize(model: nn.Module, adapters: Mapping[str, Any], config: LoraConfig
 
 
 def of_weights(model: nn.Module, adapters: Mapping[str, Any], start: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(path, A, B) of each layer, read off its weight."""
+    """Yield (path, A, B) of each layer, computed from its weight."""
     for path, adapter in adapters.items():
         module, r = model.get_submodule(path), len(adapter.lora_A)
         weight = weight_format(module).read(module).detach().float()
         validation.require(
-            not weight.is_meta, f"init_lora_weights={start!r} needs the values of '{path}', which is on the meta device"
+            not weight.is_meta,
+            f"init_lora_weights={start!r} needs the values of '{path}', which is on the meta device. Load it first",
         )
         validation.require(
             r <= min(weight.shape),
-            f"init_lora_weights={start!r}: r={r} is above what '{path}' {list(weight.shape)} has. "
-            f"Give it less: rank_pattern={{'{path}': {min(weight.shape)}}}",
+            f"init_lora_weights={start!r}: r={r} is above the rank of '{path}' {list(weight.shape)}. "
+            f"Choose a smaller one: rank_pattern={{'{path}': {min(weight.shape)}}}",
         )
         yield path, *STARTS[start.partition("_niter_")[0]](weight, r, adapter.full_scale, start)
 
 
 def pissa(weight: Tensor, r: int, scale: float, start: str) -> tuple[Tensor, Tensor]:
-    """By an exact decomposition, or, with "pissa_niter_N", by N iterations of a random one (Halko et al. 2009)."""
+    """Return A and B from an exact decomposition, or N iterations of a randomised one (Halko et al. 2009)."""
     rounds = start.partition("_niter_")[2]
     if rounds:
         u, values, v = torch.svd_lowrank(weight, q=r, niter=int(rounds))
@@ -110,11 +111,11 @@ def orthogonal(weight: Tensor, r: int, scale: float, start: str) -> tuple[Tensor
     return a, torch.randn(out_width, r // 2, device=weight.device) @ q[1::2] / 10
 
 
-FOUND_AGAIN = ("pissa", "olora")  # starts that the weight alone decides
+FOUND_AGAIN = ("pissa", "olora")  # starts that are functions of the weight
 FROM_DATA = ("eva", "corda", "lora_ga")
 STARTS = {"pissa": pissa, "olora": olora, "mica": mica, "orthogonal": orthogonal}
 
-# On disk: both pairs as the factors of one LoRA of rank 2 r.
+# On disk both pairs are the factors of one LoRA of rank 2 r.
 
 
 def write_config(fields: dict[str, Any]) -> dict[str, Any]:
@@ -128,12 +129,12 @@ def read_config(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _known_on_disk(start: bool | str) -> bool | str:
-    """PEFT would begin with `start` itself, and change the base; what is in the file has begun."""
+    """Return the start to write: PEFT would apply other starts again, and change the base."""
     return start if start in (True, False, "gaussian", "mica") else True
 
 
 def _scaled(fields: dict[str, Any], factor: float) -> dict[str, Any]:
-    """The same scale at `factor` times the rank."""
+    """Return the fields with an equal scale at `factor` times the rank."""
     alpha = factor**0.5 if fields.get("use_rslora") else factor
     r, lora_alpha = int(fields.get("r", 8) * factor), fields.get("lora_alpha", 8) * alpha
     ranks = {name: int(value * factor) for name, value in (fields.get("rank_pattern") or {}).items()}
@@ -142,7 +143,7 @@ def _scaled(fields: dict[str, Any], factor: float) -> dict[str, Any]:
 
 
 def write_start(tensors: dict[str, Tensor], frozen_start: bool) -> dict[str, Tensor]:
-    """Write [A; A0] and [B, -B0] in place of the four."""
+    """Write [A; A0] and [B, -B0] instead of the four factors."""
     found = {name: tensor for name, tensor in tensors.items() if ".start_" not in name}
     for name in tensors if frozen_start else ():
         if ".start_A." in name:
@@ -153,7 +154,7 @@ def write_start(tensors: dict[str, Tensor], frozen_start: bool) -> dict[str, Ten
 
 
 def read_start(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The four of the two; of a file of PEFT's, which has subtracted its start from W, A0 and B0 are found again."""
+    """Return the four factors from two; for PEFT's files, where W is changed, A0 and B0 are computed from W."""
     found, start = dict(tensors), fields.get("init_lora_weights")
     if fields.get("frozen_start"):
         for name, tensor in tensors.items():
@@ -176,15 +177,15 @@ def read_start(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str
 
 
 def refused(fields: Mapping[str, Any]) -> str | None:
-    """PEFT has changed the base by a start that cannot be found again."""
+    """Return why a file cannot be read: PEFT has changed the base by a start that cannot be recomputed."""
     start = str(fields.get("init_lora_weights"))
     if start in FOUND_AGAIN or not (is_subtracted(start) or start == "loftq"):
         return None
     author = "Have its author save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-    anew = f"Or train anew: peftcore.apply(model, 'lora', init_lora_weights={start!r}) changes no weight of the base"
-    merged = "Have its author merge it in PEFT, on the base that it was trained on (merge_and_unload), and take that"
+    again = f"Or train again: peftcore.apply(model, 'lora', init_lora_weights={start!r}) changes no weight of the base"
+    merged = "Have its author merge it in PEFT, on the base that it was trained on (merge_and_unload), and use that"
     return (
         f"it was trained with init_lora_weights={start!r}, for which PEFT changes the base by values that the file "
-        "does not hold, so that on the base itself it computes something else. "
-        + (f"{merged} model. Or train on a base in 4 bits: method qlora" if start == "loftq" else f"{author}. {anew}")
+        "does not contain, so on the original base it computes something else. "
+        + (f"{merged} model. Or train on a 4-bit base: method qlora" if start == "loftq" else f"{author}. {again}")
     )

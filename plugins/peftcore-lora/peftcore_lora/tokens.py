@@ -1,4 +1,4 @@
-"""`trainable_token_indices`: rows of embeddings, trained beside LoRA as `peftcore-trainable-tokens` trains them."""
+"""`trainable_token_indices`: rows of embeddings, trained with LoRA as `peftcore-trainable-tokens` trains them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ImportError:
 
 
 def refused_tokens(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
-    """Return why the rows of a file of PEFT's cannot be computed here, or None."""
+    """Return why the token rows of PEFT's file cannot be computed here, or None."""
     return refused(model, tensors, fields) if refused is not None and fields.get("trainable_token_indices") else None
 
 
@@ -30,21 +30,22 @@ def misread_heads(model: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def place_tokens(model: nn.Module, config: LoraConfig, architecture: Architecture) -> list[Any]:
-    """The rows that the config names. Those of what is tied to the embedding are the same, where none are named for it.
+    """Return placements of the rows that the config names.
 
-    Different ones are refused with ensure_weight_tying, and else trained apart.
+    Modules tied to the embedding have the same rows, unless others are named for them. Different rows are refused with
+    ensure_weight_tying, and trained separately without.
     """
     given = config.trainable_token_indices
     if not given:
         return []
     validation.require(
         token_rows is not None,
-        "trainable_token_indices needs the method trainable-tokens, a plugin of its own, which is not installed",
+        "trainable_token_indices needs the plugin peftcore-trainable-tokens, which is not installed. Install it",
     )
     if not isinstance(given, Mapping):
         validation.require(
             architecture.embedding is not None,
-            "where the embedding is is not known. Name it: trainable_token_indices={name: [...]}",
+            "the model's token embedding is unknown. Name it: trainable_token_indices={name: [...]}",
         )
         given = {str(architecture.embedding): given}
     rows = _by_path(model, given)
@@ -52,19 +53,19 @@ def place_tokens(model: nn.Module, config: LoraConfig, architecture: Architectur
         saved = next((entry for entry in config.modules_to_save or () if targets.is_inside(entry, path)), None)
         validation.require(
             saved is None,
-            f"'{path}' is trained whole (modules_to_save names '{saved}'), and trainable_token_indices names rows of "
+            f"'{path}' is trained in full (modules_to_save names '{saved}'), and trainable_token_indices names rows of "
             "it. Leave one out",
         )
     placed: dict[str, Any] = {}
-    for path in sorted(rows, key=lambda path: path != architecture.embedding):  # what is tied to it comes with it
+    for path in sorted(rows, key=lambda path: path != architecture.embedding):  # tied modules are placed with it
         if path in placed:
             continue
         tied = modules_tied_to(model, path) if path == architecture.embedding else []
         other = next((each for each in tied if list(rows.get(each, rows[path])) != list(rows[path])), None)
         validation.require(
             other is None or not config.ensure_weight_tying,
-            f"trainable_token_indices names other rows of '{other}' than of '{path}', whose weight it has. Name the "
-            "same, or train the two apart: ensure_weight_tying=False",
+            f"trainable_token_indices names different rows of '{other}' and '{path}', which are tied. Name equal rows, "
+            "or train the two separately: ensure_weight_tying=False",
         )
         placed |= {each.path: each for each in token_rows(model, path, rows[path], together=bool(tied) and not other)}
     return list(placed.values())
@@ -78,7 +79,7 @@ def _by_path(model: nn.Module, given: Mapping[str, Sequence[int]]) -> dict[str, 
         paths = [path for path in there if targets.matches(name, path)]
         known = [part for path in there for part in (path, path.rpartition(".")[2])]
         validation.require(
-            bool(paths), f"trainable_token_indices: '{name}' is no embedding or head{nearest(name, known)}"
+            bool(paths), f"trainable_token_indices: '{name}' is not an embedding or head{nearest(name, known)}"
         )
         found |= dict.fromkeys(paths, ids)
     return found

@@ -1,7 +1,7 @@
-"""How A and B are trained, where that is not AdamW with one rate for both.
+"""Training of A and B other than by AdamW with one learning rate.
 
 LoRA+     B learns `lora_plus_ratio` times as fast as A                (Hayou et al. 2024, arXiv 2402.12354)
-LoRA-FA   A stays as it was drawn, and B's gradient is the one that comes nearest to that of the whole weight:
+LoRA-FA   A is frozen, and B's gradient is the best approximation of the full weight's gradient:
           g (A Aᵀ)⁻¹ / scale²                                          (Zhang et al. 2023, arXiv 2308.03303)
 """
 
@@ -18,7 +18,7 @@ from peftcore_lora.layers import LoraLinear
 
 
 class LoraFrozenA(LoraLinear):
-    """LoRA-FA: A is a buffer. The projection is a part of the gradient, so that any optimizer is LoRA-FA's."""
+    """LoRA-FA: A is a buffer. The projection is a part of the gradient, so it works with any optimizer."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -31,7 +31,7 @@ class LoraFrozenA(LoraLinear):
 
 
 class _Projected(torch.autograd.Function):
-    """B, whose gradient g becomes g (A Aᵀ)⁻¹ / scale²."""
+    """B, with its gradient g replaced by g (A Aᵀ)⁻¹ / scale²."""
 
     @staticmethod
     def forward(ctx: Any, b: Tensor, a: Tensor, scale: float) -> Tensor:
@@ -51,7 +51,7 @@ class _Projected(torch.autograd.Function):
 def parameter_groups(
     adapters: Mapping[str, Any], config: LoraConfig, lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """LoRA+: those that learn faster, B and its bias, which is not drawn to zero."""
+    """Return LoRA+'s groups with a larger learning rate: B, and its bias, which has no weight decay."""
     ratio = config.lora_plus_ratio
     if ratio is None:
         return []

@@ -121,7 +121,7 @@ def test_bf16_base_is_as_close_to_fp32_as_peft_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_dora": True}, r"cannot be read: it has use_dora: DoRA is a method of its own, and needs a plugin"),
+        ({"use_dora": True}, r"cannot be read: it has use_dora: DoRA is another method, whose plugin is not installed"),
         ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights='pissa_niter_4', for which PEFT changes the base"),
     ],
 )

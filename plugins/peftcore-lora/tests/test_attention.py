@@ -202,9 +202,9 @@ def test_a_compiled_encoder() -> None:
 @pytest.mark.parametrize(
     ("model", "fields", "message"),
     [
-        (lambda: nn.MultiheadAttention(16, 4, kdim=8), {}, r"keys or values have a width of their own \(kdim, vdim\)"),
+        (lambda: nn.MultiheadAttention(16, 4, kdim=8), {}, r"keys or values have another width \(kdim, vdim\)"),
         (Attend, {"target_modules": ["out_proj"]}, r"never calls it.*target_modules=\['self_attn'\]"),
-        (Attend, {"bias": "lora_only"}, r"bias='lora_only' is not known beside 'self_attn'"),
+        (Attend, {"bias": "lora_only"}, r"bias='lora_only' is not supported with 'self_attn'"),
     ],
 )
 def test_what_is_refused(model: Callable[[], nn.Module], fields: dict[str, Any], message: str) -> None:

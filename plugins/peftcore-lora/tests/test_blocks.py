@@ -90,17 +90,20 @@ def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
     for more, message in (
         ({"use_bdlora": {**BLOCKS, "nblocks": 3}}, r"nblocks=3 must divide r=4 and the 32 outputs of '.*q_proj'"),
         ({"use_bdlora": {**BLOCKS, "blocks": 3}}, "use_bdlora has no field 'blocks'. Its fields: target_modules_bd_a"),
-        ({"use_bdlora": {**BLOCKS, "target_modules_bd_a": ["proj"]}}, "q_proj' matches target_modules_bd_a and target"),
+        (
+            {"use_bdlora": {**BLOCKS, "target_modules_bd_a": ["proj"]}},
+            "q_proj' matches both target_modules_bd_a and target",
+        ),
         ({"target_modules": ["q_proj", "v_proj"]}, r"v_proj' matches neither .* or choose match_strict=False"),
         (
             {"target_modules": ["embed_tokens"]},
             r"\(Embedding\) is not a plain linear layer, as use_bdlora needs",
         ),
-        ({"lora_bias": True}, "use_bdlora is not known with lora_bias=True. Leave one of the two out"),
-        ({"init_lora_weights": "pissa"}, "use_bdlora is not known with init_lora_weights='pissa'"),
-        ({"target_parameters": ["v_proj.weight"]}, "use_bdlora is not known with target_parameters"),
+        ({"lora_bias": True}, "use_bdlora is not supported with lora_bias=True. Leave one of them out"),
+        ({"init_lora_weights": "pissa"}, "use_bdlora is not supported with init_lora_weights='pissa'"),
+        ({"target_parameters": ["v_proj.weight"]}, "use_bdlora is not supported with target_parameters"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):
             adapted(**more)
-    with pytest.raises(peftcore.PeftcoreError, match=r"use_bdlora=.* is not known with DoRA"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"use_bdlora=.* is not supported with DoRA"):
         peftcore.apply(tiny.llama(), "dora", use_bdlora=BLOCKS, **FIELDS)

@@ -117,7 +117,7 @@ def test_batches_of_any_size_give_one_result(sizes: list[int]) -> None:
 @pytest.mark.parametrize(
     ("changes", "given", "message"),
     [
-        ({}, None, r"init_lora_weights='eva' needs data: give peftcore.apply\(..., batches="),
+        ({}, None, r"init_lora_weights='eva' needs data: pass peftcore.apply\(..., batches="),
         ({}, [], "there is no batch"),
         ({"eva_config": {"rhoo": 2.0}}, batches(1), "eva_config has no field 'rhoo'. Its fields: rho, tau"),
         ({"eva_config": {"rho": 0.5}}, batches(1), "rho must be 1 or more, found 0.5"),

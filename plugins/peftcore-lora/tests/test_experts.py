@@ -95,7 +95,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:lora_dropout=0.1 does not act at 2 of")  # Llama 4's experts
+@pytest.mark.filterwarnings("ignore:lora_dropout=0.1 has no effect at 2 of")  # Llama 4's experts
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_against_peft(family: str, tmp_path: Path) -> None:
     out = [f"{block}.{name}" for block in OTHERS.get(family, ()) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -167,10 +167,10 @@ def test_what_reaches_experts(
     ("fields", "message"),
     [
         ({"target_modules": ["gate_proj"]}, r"'gate_proj' matches no module \(nearest: 'gate_up_proj'"),
-        ({"target_modules": ["q_proj"], "expert_r": 2}, "expert_r=2: no weight of experts is reached"),
+        ({"target_modules": ["q_proj"], "expert_r": 2}, "expert_r=2: no experts are selected"),
         ({"target_modules": ["experts"], "lora_bias": True}, "lora_bias=True is not possible"),
-        ({"target_modules": ["experts"], "lora_fa": True}, "lora_fa=True is known for linear layers"),
-        ({"target_modules": ["experts"], "init_lora_weights": "pissa"}, "'pissa' is known for linear layers"),
+        ({"target_modules": ["experts"], "lora_fa": True}, "lora_fa=True is only for linear layers"),
+        ({"target_modules": ["experts"], "init_lora_weights": "pissa"}, "'pissa' is only for linear layers"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -180,7 +180,7 @@ def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:lora on Qwen3Moe")
 def test_experts_are_left_out_aloud() -> None:
-    with pytest.warns(UserWarning, match="lora_fa=True is known for linear layers: experts are left out"):
+    with pytest.warns(UserWarning, match="lora_fa=True is supported only for linear layers, so experts are left out"):
         peftcore.apply(mixture("qwen3_moe"), "lora", lora_fa=True)
 
 

@@ -139,7 +139,7 @@ def test_dora_scale(axis: str, tmp_path: Path) -> None:
         wanted[path] = scale * changed / norm
     save_file(tensors, tmp_path / "a.safetensors")
     if axis == "in":
-        with pytest.raises(peftcore.CheckpointError, match="One of each input"):
+        with pytest.raises(peftcore.CheckpointError, match="Numbers per input"):
             peftcore.load(unet, tmp_path / "a.safetensors")
         return
     peftcore.merge(peftcore.load(unet, tmp_path / "a.safetensors"))

@@ -185,7 +185,7 @@ def test_gemma_in_bf16_is_scaled_as_its_embedding() -> None:
 
 def test_dropout_that_does_not_act_is_said() -> None:
     model = model_of("llama4", "Llama4Router", router())
-    with pytest.warns(UserWarning, match=r"lora_dropout=0.5 does not act at 1 of 1 modules.*such as 'layer'"):
+    with pytest.warns(UserWarning, match=r"lora_dropout=0.5 has no effect at 1 of 1 modules.*such as 'layer'"):
         peftcore.apply(model, "lora", target_modules=["layer"], lora_dropout=0.5)
     disturb(model, "default", seed=1)
     assert torch.equal(model.train()(ROWS)[1], model.eval()(ROWS)[1])

@@ -208,7 +208,7 @@ def test_a_bias_of_b(kind: str, tmp_path: Path) -> None:
 
 def test_where_b_has_no_bias() -> None:
     for layer in (nn.Embedding(8, 4), nn.MultiheadAttention(8, 2)):
-        with pytest.raises(peftcore.PeftcoreError, match=r"lora_bias=True is not known at '0'"):
+        with pytest.raises(peftcore.PeftcoreError, match=r"lora_bias=True is not supported at '0'"):
             peftcore.apply(nn.Sequential(layer), "lora", target_modules=["0"], lora_bias=True)
 
 

@@ -130,7 +130,9 @@ def test_what_others_read_is_refused() -> None:
         hidden_size, ffn_hidden_size, moe_num_experts, ffn_act_fn = 16, 24, 4, {"name": "silu"}
 
     model = nn.Sequential(nn.Linear(16, 16), DbrxExperts(Config()))
-    with pytest.raises(peftcore.PeftcoreError, match=r"'1.mlp.w1' is read past the forward of its module, by others"):
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"'1.mlp.w1' is read by other modules, not by its own module's forward"
+    ):
         peftcore.apply(model, "lora", target_modules=[], target_parameters=["mlp.w1"])
 
 
@@ -138,9 +140,9 @@ def test_what_others_read_is_refused() -> None:
     ("fields", "message"),
     [
         ({"target_parameters": ["experts.up"]}, r"target_parameters: 'experts.up' matches no parameter \(nearest"),
-        ({"target_parameters": EXPERTS, "lora_bias": True}, r"lora_bias=True is not possible beside target_parameters"),
-        ({"target_parameters": ["norm.weight"]}, r"'model.norm.weight' is \[32\].*two or three"),
-        ({"target_parameters": ["q_proj.weight"]}, r"one of target_modules, and target_parameters"),
+        ({"target_parameters": EXPERTS, "lora_bias": True}, r"lora_bias=True is not possible with target_parameters"),
+        ({"target_parameters": ["norm.weight"]}, r"'model.norm.weight' has shape \[32\].*two or three"),
+        ({"target_parameters": ["q_proj.weight"]}, r"selected by target_modules, and also by target_parameters"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:

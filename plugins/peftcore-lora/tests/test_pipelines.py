@@ -153,7 +153,7 @@ def test_a_file_of_one_model_names_no_part(tmp_path: Path) -> None:
     ours = peftcore.load(pipeline("sd").unet, tmp_path / FILE)
     torch.testing.assert_close(output(ours), wanted["unet"], rtol=1e-5, atol=1e-5)
     with pytest.raises(
-        peftcore.CheckpointError, match=r"tensors fit no layer of CLIPTextModel, or are no LoRA's: 'down_"
+        peftcore.CheckpointError, match=r"tensors are not for a layer of CLIPTextModel, or not LoRA: 'down_"
     ):
         peftcore.load(pipeline("sd").text_encoder, tmp_path / FILE)
 

@@ -76,11 +76,11 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
         peftcore.PeftcoreError, match=r"may be 'text_encoder' or 'text_encoder_2' of a pipeline. Say which"
     ):
         peftcore.save(pipe.text_encoder, tmp_path, format="diffusers")
-    with pytest.raises(peftcore.PeftcoreError, match="attention of a text encoder without out_proj"):
+    with pytest.raises(peftcore.PeftcoreError, match="text encoder's attention but without out_proj"):
         peftcore.save({"text_encoder": pipe.text_encoder}, tmp_path, format="kohya")
     peftcore.apply(pipe.transformer, "lora", target_modules=["to_q"])
     with pytest.raises(
-        peftcore.PeftcoreError, match="diffusers reads no kohya name of 2 layers of SD3Transformer2DModel"
+        peftcore.PeftcoreError, match="diffusers knows no kohya name for 2 layers of SD3Transformer2DModel"
     ):
         peftcore.save(pipe.transformer, tmp_path, format="kohya")
     unet = peftcore.apply(pipelines.unet(), "lora", target_modules=["to_q"], modules_to_save=["conv_norm_out"])
@@ -102,17 +102,20 @@ STEM = "lora_unet_down_blocks_1_attentions_0_proj_in"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"{STEM}.lora_mid.weight": torch.ones(2, 2, 1, 1)}, r"are no LoRA's, such as '.*proj_in.lora_mid.weight'"),
-        ({f"{STEM}.alpha": torch.tensor(0.0)}, "is 0.0, which is no alpha"),
-        ({f"{STEM}.alpha": torch.tensor(float("nan"))}, "is nan, which is no alpha"),
-        ({f"{STEM}.alpha": torch.ones(3)}, "where one number belongs"),
+        ({f"{STEM}.lora_mid.weight": torch.ones(2, 2, 1, 1)}, r"are not LoRA, such as '.*proj_in.lora_mid.weight'"),
+        ({f"{STEM}.alpha": torch.tensor(0.0)}, "must be finite and not 0, found 0.0"),
+        ({f"{STEM}.alpha": torch.tensor(float("nan"))}, "must be finite and not 0, found nan"),
+        ({f"{STEM}.alpha": torch.ones(3)}, "must be one number, found"),
         ({f"{STEM}.lora_up.weight": torch.ones(32, 3, 1, 1)}, r"has A \[2, 32, 1, 1\] and B \[32, 3, 1, 1\]"),
         ({f"{STEM}.lora_up.weight": torch.ones(0)}, "which are no"),
         ({f"{STEM}.lora_up.weight": None}, r"lora_B \(up\) of .* is missing"),
-        ({f"{STEM}.lora_up.weight": torch.ones(31, 2, 1, 1)}, "and the model 32 outputs there"),
+        ({f"{STEM}.lora_up.weight": torch.ones(31, 2, 1, 1)}, "but the model has 32 outputs there"),
         ({f"{STEM}.lora_down.weight": torch.ones(2, 31, 1, 1)}, "has shape"),
         ({f"{STEM}.lora_down.weight": torch.full((2, 32, 1, 1), float("inf"))}, "not finite"),
-        ({"lora_unet_nothing.lora_down.weight": torch.ones(2, 2)}, r"mean no layer of UNet2DConditionModel: 'nothing'"),
+        (
+            {"lora_unet_nothing.lora_down.weight": torch.ones(2, 2)},
+            r"are not layers of UNet2DConditionModel: 'nothing'",
+        ),
         ({"conv_in.weight": torch.ones(2)}, "is in no format that is known"),
         ({"unet.conv_in.lora_A.weight": torch.ones(2)}, "is in no format that is known"),
     ],
@@ -130,15 +133,15 @@ def test_hostile_files(change: dict[str, Tensor | None], message: str, tmp_path:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("[", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ("3", "is no table"),
-        ('{"unet.r": 5, "unet.lora_alpha": 4}', "the header says r=5"),
+        ("[", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("3", "is not an object"),
+        ('{"unet.r": 5, "unet.lora_alpha": 4}', "the header has r=5"),
         ('{"unet.r": 4, "unet.lora_alpha": "x"}', "the header has lora_alpha='x'"),
         ('{"unet.r": 4, "unet.rank_pattern": {"((a+)+)+$": 4}}', None),
         ('{"unet.r": 4, "unet.init_lora_weights": "corda"}', "was trained with init_lora_weights='corda'"),
         ('{"unet.r": 4, "unet.flux": 4}', "flux"),
-        ('{"unet.r": 4, "unet.use_dora": true}', "says use_dora=true, and no tensor is a magnitude"),
+        ('{"unet.r": 4, "unet.use_dora": true}', "has use_dora=true, but no tensor is a magnitude"),
         ('{"unet.r": 4, "unet.rank_pattern": [1]}', "the plugin 'lora' cannot use"),
     ],
 )

@@ -105,10 +105,10 @@ def test_a_base_in_4_bits_is_read_dense() -> None:
     [
         ({"init_lora_weights": "pisa"}, "init_lora_weights must be .*found 'pisa'.*pissa"),
         ({"init_lora_weights": "orthogonal", "r": 3}, "needs an even r, found 3"),
-        ({"init_lora_weights": "pissa", "r": 64}, r"r=64 is above what '.*q_proj' \[32, 32\] has"),
+        ({"init_lora_weights": "pissa", "r": 64}, r"r=64 is above the rank of '.*q_proj' \[32, 32\]"),
         (
             {"init_lora_weights": "olora", "target_modules": ["embed_tokens"]},
-            "is known for linear layers, and 'model.embed_tokens' is none",
+            "is only for linear layers, and 'model.embed_tokens' is not one",
         ),
     ],
 )

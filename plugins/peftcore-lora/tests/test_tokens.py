@@ -67,11 +67,17 @@ def test_against_peft_and_merged(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"trainable_token_indices": [96]}, r"has 96 rows, and none for the token 96"),
-        ({"trainable_token_indices": {"wpe_": [3]}}, r"'wpe_' is no embedding or head \(nearest"),
-        ({"trainable_token_indices": {"wte": IDS, "lm_head": OTHER}}, r"names other rows of 'lm_head'.*tying=False"),
-        ({"trainable_token_indices": IDS, "modules_to_save": ["wte"]}, r"'transformer.wte' is trained whole"),
-        ({"trainable_token_indices": IDS, "target_modules": ["wte"]}, r"'transformer.wte' is one of target_modules"),
+        ({"trainable_token_indices": [96]}, r"has 96 rows, so no row for token 96"),
+        ({"trainable_token_indices": {"wpe_": [3]}}, r"'wpe_' is not an embedding or head \(nearest"),
+        (
+            {"trainable_token_indices": {"wte": IDS, "lm_head": OTHER}},
+            r"names different rows of 'lm_head'.*tying=False",
+        ),
+        ({"trainable_token_indices": IDS, "modules_to_save": ["wte"]}, r"'transformer.wte' is trained in full"),
+        (
+            {"trainable_token_indices": IDS, "target_modules": ["wte"]},
+            r"'transformer.wte' is selected by target_modules",
+        ),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -99,10 +99,13 @@ def ours_of(model: nn.Module) -> dict[str, Tensor]:
     ("fields", "message"),
     [
         ({"lora_plus_ratio": 0.0}, r"lora_plus_ratio must be above 0, found 0.0"),
-        ({"lora_fa": True, "init_lora_weights": "pissa"}, r"lora_fa=True keeps A .*'pissa' does not allow"),
-        ({"lora_fa": True, "target_modules": ["embed_tokens"]}, r"for linear layers, and 'model.embed_tokens' is none"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, r"First peftcore_lora.replicate_layers"),
-        ({"layer_replication": [[0, 2, 1]]}, r"\[first, behind the last\]"),
+        ({"lora_fa": True, "init_lora_weights": "pissa"}, r"lora_fa=True freezes A .*'pissa' does not allow"),
+        (
+            {"lora_fa": True, "target_modules": ["embed_tokens"]},
+            r"for linear layers, and 'model.embed_tokens' is not one",
+        ),
+        ({"layer_replication": [[0, 2], [1, 2]]}, r"Call peftcore_lora.replicate_layers"),
+        ({"layer_replication": [[0, 2, 1]]}, r"\[first, last \+ 1\]"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -130,5 +133,5 @@ def test_layers_that_stand_several_times() -> None:
     torch.testing.assert_close(torch.stack(out.logits, 1), whole, rtol=0, atol=1e-5)
     with pytest.raises(peftcore.PeftcoreError, match="tied to"):
         peftcore.merge(model)
-    with pytest.raises(peftcore.PeftcoreError, match="names layers that are not there: the model has 2"):
+    with pytest.raises(peftcore.PeftcoreError, match="names layers that do not exist: the model has 2"):
         replicate_layers(base, [[0, 3]])

@@ -17,7 +17,7 @@ import peftcore
     ("fields", "message"),
     [
         ({"velora_config": peft.VeloraConfig(num_groups=4)}, "velora_config: the adapter is plain LoRA.*exact"),
-        ({"monteclora_config": peft.MontecloraConfig()}, "monteclora_config: .* A is not drawn anew"),
+        ({"monteclora_config": peft.MontecloraConfig()}, "monteclora_config: .* A is not drawn around it"),
     ],
 )
 def test_training_that_goes_another_way_is_told(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_training_that_goes_another_way_is_told(fields: dict[str, Any], message:
             {"use_dora": True},
             r"no field 'use_dora'.*method 'dora': peftcore.apply\(model, 'dora', ...\)\. Its",
         ),
-        ({"use_qalora": True}, "no field 'use_qalora'.* Train on a base in NF4: method qlora. Its fields: r,"),
+        ({"use_qalora": True}, "no field 'use_qalora'.* Train on an NF4 base: method qlora. Its fields: r,"),
         ({"use_dorra": True}, r"no field 'use_dorra' \(nearest: 'use_bdlora', 'use_rslora'\)\. Its fields: r,"),
     ],
     ids=["dora", "qalora", "misspelt"],

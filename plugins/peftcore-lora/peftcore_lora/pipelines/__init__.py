@@ -1,10 +1,10 @@
-"""One file for the models of a pipeline, as diffusers and kohya-ss/sd-scripts keep LoRA.
+"""Single files for all models of a pipeline, as diffusers and kohya-ss/sd-scripts keep LoRA.
 
 diffusers    unet.PATH.lora_A.weight, text_encoder.PATH.lora_linear_layer.down.weight, ...; alpha in the header
-kohya        lora_unet_PATH.lora_down.weight, .lora_up.weight, .alpha, with _ for each dot; Flux by its own names
+kohya        lora_unet_PATH.lora_down.weight, .lora_up.weight, .alpha, with _ for each dot; Flux by its original names
 
-Both are read to, and written from, the LoRA of single layers (`layer_changes.py`); `parts.py` says which model is which
-part of a pipeline.
+Both are converted from and to the LoRA of single layers (`layer_changes.py`); `parts.py` tells which part of a pipeline
+a model is.
 """
 
 from peftcore_lora.pipelines import diffusers_file, kohya_file

@@ -1,11 +1,11 @@
-"""diffusers' `pytorch_lora_weights.safetensors`, what `save_lora_weights` writes and `load_lora_weights` reads.
+"""diffusers' `pytorch_lora_weights.safetensors`, as written by `save_lora_weights` and read by `load_lora_weights`.
 
 PART.PATH.lora_A.weight, .lora_B.weight, .lora_B.bias, .lora_magnitude_vector      unet, transformer
 PART.PATH.lora_linear_layer.down.weight, .up.weight, ...                           text encoders
 lora_adapter_metadata in the header: {"PART.r": 4, "PART.lora_alpha": 8, ...}      the config, since diffusers 0.34
 
-Read are also its older spellings (`lora.down`, `processor.to_q_lora.down`), alphas as tensors, and files of one model
-without parts (`save_lora_adapter`). Facts: diffusers 0.42, loaders/lora_base.py, utils/state_dict_utils.py.
+Older names (`lora.down`, `processor.to_q_lora.down`), alphas as tensors, and files of one model without parts
+(`save_lora_adapter`) are also read. Source: diffusers 0.42, loaders/lora_base.py, utils/state_dict_utils.py.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ TENSOR = re.compile(
     r"|(?P<alpha>\.alpha)"
     r")"
 )
-OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # of CLIP's projections
-# Fields of the header that tensors say here, or that are of training and not of every release of PEFT.
+OLD_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # CLIP's projections
+# Fields of the header that tensors determine, or that concern training and differ between releases of PEFT.
 REPLACED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"} | {
     "layers_to_transform", "layers_pattern", "use_rslora", "use_dora", "lora_bias", "modules_to_save"
 }  # fmt: skip
@@ -50,7 +50,7 @@ REPLACED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"
 
 def matches(names: Collection[str]) -> bool:
     found = [PART.fullmatch(name) is not None for name in names if TENSOR.fullmatch(name)]
-    others = any(name.startswith(("lora_", "diffusion_model.")) for name in names)  # kohya's, ComfyUI's
+    others = any(name.startswith(("lora_", "diffusion_model.")) for name in names)  # of kohya, ComfyUI
     return bool(found) and all(found) == any(found) and not others
 
 
@@ -69,7 +69,7 @@ def read(
     there = layers(model)
     found: dict[str, dict[str, Tensor]] = {}
     unknown: list[str] = []
-    names: dict[str, str] = {}  # here: in the file
+    names: dict[str, str] = {}  # ours: in the file
     for name, tensor in tensors.items():
         match = TENSOR.fullmatch(name)
         path = match and _path(match["path"], there)
@@ -77,20 +77,20 @@ def read(
             unknown.append(name)
             continue
         kind = str(match.lastgroup)
-        validation.require(kind not in found.setdefault(path, {}), f"it has {kind} of '{path}' twice")
+        validation.require(kind not in found.setdefault(path, {}), f"it has {kind} for '{path}' twice")
         found[path][kind] = tensor
         names[path] = match["path"]
     if unknown or not found:
         what = ", ".join(f"'{name}'" for name in unknown[:5]) or "none"
         raise CheckpointError(
-            f"{len(unknown)} of its tensors fit no layer of {type(model).__name__}, or are no LoRA's: {what}"
+            f"{len(unknown)} of its tensors are not for a layer of {type(model).__name__}, or not LoRA: {what}"
         )
     fields = _header(metadata, part)
     changes = {path: _change(path, names[path], each, fields) for path, each in found.items()}
     for name, kind in (("use_dora", "magnitude"), ("lora_bias", "bias")):
         there_is = any(kind in each for each in found.values())
         validation.require(
-            there_is or not (fields or {}).get(name), f"the header says {name}=true, and no tensor is a {kind}"
+            there_is or not (fields or {}).get(name), f"the header has {name}=true, but no tensor is a {kind}"
         )
     return to_peft(model, changes, {name: value for name, value in (fields or {}).items() if name not in REPLACED})
 
@@ -99,7 +99,7 @@ def _change(path: str, in_file: str, found: dict[str, Tensor], fields: dict[str,
     alpha = number(f"{in_file}.alpha", found["alpha"]) if "alpha" in found else None
     if fields is None:
         return complete(path, found, alpha)
-    validation.require(alpha is None, f"'{in_file}' has an alpha of its own beside that of the header")
+    validation.require(alpha is None, f"'{in_file}' has an alpha, and the header has another")
     values: dict[str, Any] = {}
     for name, pattern, usual in (("r", "rank_pattern", 8), ("lora_alpha", "alpha_pattern", 8)):
         values[name] = fields.get(name, usual)
@@ -109,13 +109,13 @@ def _change(path: str, in_file: str, found: dict[str, Tensor], fields: dict[str,
         validation.require(is_number, f"the header has {name}={values[name]!r} for '{path}'")
     change = complete(path, found, float(values["lora_alpha"]), bool(fields.get("use_rslora")))
     validation.require(
-        change.r == values["r"], f"'{path}' has A {list(change.a.shape)}, and the header says r={values['r']}"
+        change.r == values["r"], f"'{path}' has A {list(change.a.shape)}, but the header has r={values['r']}"
     )
     return change
 
 
 def _path(path: str, there: Collection[str]) -> str | None:
-    """The layer that a path in a file means."""
+    """Return the layer for a path in a file."""
     path = path.replace(".processor.", ".")
     stem, _, last = path.rpartition(".")
     candidates = [path, f"{path}.0", f"{stem}.{OLD_NAMES.get(last, last)}"]
@@ -125,15 +125,15 @@ def _path(path: str, there: Collection[str]) -> str | None:
 
 
 def _header(metadata: Mapping[str, str], part: str) -> dict[str, Any] | None:
-    """The fields of a part's config; None where the file has none."""
+    """Return the fields of a part's config, or None if the file has none."""
     if HEADER not in metadata:
         return None
     try:
         fields = json.loads(metadata[HEADER])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"its {HEADER} is no JSON: {error}") from error
+        raise CheckpointError(f"its {HEADER} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise CheckpointError(f"its {HEADER} is no table")
+        raise CheckpointError(f"its {HEADER} is not an object")
     prefix = f"{part}." if part else ""
     own = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
     return own or None

@@ -1,10 +1,10 @@
-"""Files of kohya-ss/sd-scripts, which ComfyUI, A1111 and diffusers read, too.
+"""Files of kohya-ss/sd-scripts, which ComfyUI, A1111 and diffusers also read.
 
 PREFIX_NAME.lora_down.weight [r, in, ...], .lora_up.weight [out, r, ...], .alpha []       scale = alpha / r
-PREFIX: lora_unet (a transformer as well); lora_te, or lora_te1 where there may be a second; lora_te2
+PREFIX: lora_unet (also for a transformer); lora_te, or lora_te1 if there may be a second; lora_te2
 
-Names that mean several layers whose outputs stand one below the other (Flux' qkv) are read as LoRA of each with one A,
-or with its own where B is a diagonal of blocks, as which they are written. Facts: sd-scripts, networks/lora.py and
+Names of several layers with concatenated outputs (Flux' qkv) are read as a LoRA of each layer: with one A, or with
+separate A where B is block-diagonal, as they are written. Source: sd-scripts, networks/lora.py and
 networks/convert_flux_lora.py; diffusers 0.42, loaders/lora_conversion_utils.py.
 """
 
@@ -43,7 +43,7 @@ def matches(names: Collection[str]) -> bool:
 
 
 def parts(model: nn.Module, called: str | None) -> list[str]:
-    """As in a pipeline, but a transformer bears the name of a UNet."""
+    """Return the possible parts of a pipeline; a transformer is called a UNet in these files."""
     return [UNET if part == TRANSFORMER else part for part in parts_of_pipeline(model, called)]
 
 
@@ -51,7 +51,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = PREFIX.fullmatch(_normal(name))
-        assert match is not None  # `matches` has seen it
+        assert match is not None  # checked by `matches`
         own = found.setdefault(PART_OF_PREFIX[match[1]], {})
         validation.require(match[2] not in own, f"it has '{name}' twice")
         own[match[2]] = tensor
@@ -69,20 +69,20 @@ def read(
     strange = [f"{stem}.{kind}" for stem, each in found.items() for kind in each if kind not in KINDS.values()]
     if strange:
         raise CheckpointError(
-            f"{len(strange)} of its tensors are no LoRA's, such as '{strange[0]}': of LoCon, LoHa, LoKr and the like "
-            f"only {', '.join(KINDS)} are read"
+            f"{len(strange)} of its tensors are not LoRA, such as '{strange[0]}' (LoCon, LoHa, LoKr, ...). Only "
+            f"{', '.join(KINDS)} can be read"
         )
     unknown = [stem for stem in found if stem not in known]
     if unknown:
         what = ", ".join(f"'{stem}'" for stem in unknown[:5])
-        raise CheckpointError(f"{len(unknown)} of its names mean no layer of {type(model).__name__}: {what}")
+        raise CheckpointError(f"{len(unknown)} of its names are not layers of {type(model).__name__}: {what}")
     changes: dict[str, Change] = {}
     for stem, each in found.items():
         alpha = number(f"{stem}.alpha", each["alpha"]) if "alpha" in each else None
         for path, change in _apart(
             stem, known[stem], complete(stem, each, alpha), each.get("dora_scale"), there
         ).items():
-            validation.require(path not in changes, f"it has LoRA of '{path}' twice")
+            validation.require(path not in changes, f"it has LoRA for '{path}' twice")
             changes[path] = change
     return to_peft(model, changes, {})
 
@@ -90,14 +90,16 @@ def read(
 def _apart(
     stem: str, name: Name, change: Change, dora_scale: Tensor | None, there: Mapping[str, Any]
 ) -> dict[str, Change]:
-    """LoRA of each layer that a name means."""
+    """Return LoRA of each layer that a name covers."""
     rows = [outputs(there[path]) for path in name.paths]
     if sum(rows) != change.b.shape[0]:
-        raise CheckpointError(f"'{stem}' has B {list(change.b.shape)}, and the model {sum(rows)} outputs there")
+        raise CheckpointError(f"'{stem}' has B {list(change.b.shape)}, but the model has {sum(rows)} outputs there")
     if name.swapped:
         change.b = torch.cat(change.b.chunk(2)[::-1])
     if dora_scale is not None:
-        validation.require(len(rows) == 1, f"'{stem}' has a dora_scale, of {len(rows)} layers at once")
+        validation.require(
+            len(rows) == 1, f"'{stem}' has a dora_scale for {len(rows)} layers together, which cannot be read"
+        )
         change.magnitude = _magnitude(stem, dora_scale, change)
     if len(rows) == 1:
         return {name.paths[0]: change}
@@ -109,18 +111,18 @@ def _apart(
             return {
                 path: Change(a.clone(), b.clone(), change.alpha / n)
                 for path, a, b in own
-                if bool(a.any()) or bool(b.any())  # all zeros: it had none
+                if bool(a.any()) or bool(b.any())  # all zeros: the layer had none
             }
     return {path: Change(change.a.clone(), b.clone(), change.alpha) for path, b in zip(name.paths, bs, strict=True)}
 
 
 def _magnitude(stem: str, scale: Tensor, change: Change) -> Tensor:
-    """DoRA's, as PEFT has it. LyCORIS' older ones are of inputs, which is another change."""
+    """Return DoRA's magnitude in PEFT's shape; LyCORIS' older ones scale inputs, and are refused."""
     out, kernel = change.b.shape[0], [1] * (change.a.dim() - 2)
     if list(scale.shape) != [out, 1, *kernel]:
         raise CheckpointError(
-            f"'{stem}.dora_scale' has shape {list(scale.shape)}, and DoRA has a number for each output here, "
-            f"{[out, 1, *kernel]}. One of each input (LyCORIS without wd_on_output) is another change of the weight"
+            f"'{stem}.dora_scale' has shape {list(scale.shape)}, and DoRA needs a number per output, "
+            f"{[out, 1, *kernel]}. Numbers per input (LyCORIS without wd_on_output) cannot be read"
         )
     return scale.reshape(1, out, *kernel) if kernel else scale.reshape(out)
 
@@ -134,13 +136,13 @@ def write(
         for path, change in changes.items():
             validation.require(
                 change.bias is None and change.magnitude is None,
-                f"'{path}' has {'lora_bias' if change.magnitude is None else 'DoRA'}, which diffusers does not read of "
-                "a kohya file. Choose format='diffusers'",
+                f"'{path}' has {'lora_bias' if change.magnitude is None else 'DoRA'}, which diffusers does not read "
+                "from a kohya file. Choose format='diffusers'",
             )
         projections = {path.rpartition(".")[2] for path in changes if ".self_attn." in path}
         validation.require(
             part == UNET or not projections or "out_proj" in projections,
-            "diffusers does not know a kohya file's attention of a text encoder without out_proj. Add it to "
+            "diffusers cannot read a kohya file with a text encoder's attention but without out_proj. Add out_proj to "
             "target_modules, or choose format='diffusers'",
         )
         prefix, named = _prefix(part, contents), dict[str, Change]()
@@ -148,7 +150,7 @@ def write(
             if any(path in changes for path in paths):
                 named[stem] = _together(model, [changes.pop(path, None) for path in paths], paths)
         alphas = {stem: each.scale * each.r for stem, each in named.items()}
-        if alphas and not is_flux(model):  # where diffusers misreads those that differ
+        if alphas and not is_flux(model):  # diffusers misreads alphas that differ
             alphas = dict.fromkeys(alphas, Counter(alphas.values()).most_common(1)[0][0])
         for stem, each in named.items():
             found[f"{prefix}_{stem}.lora_down.weight"] = each.a
@@ -156,7 +158,7 @@ def write(
             found[f"{prefix}_{stem}.alpha"] = torch.tensor(alphas[stem])
         if changes:
             raise PeftcoreError(
-                f"diffusers reads no kohya name of {len(changes)} layers of {type(model).__name__}, such as "
+                f"diffusers knows no kohya name for {len(changes)} layers of {type(model).__name__}, such as "
                 f"'{next(iter(changes))}'. Choose format='diffusers', or leave them out: exclude_modules=[...]"
             )
     return found, {}
@@ -173,7 +175,7 @@ def _prefix(part: str, contents: Mapping[str, Any]) -> str:
 
 
 def _together(model: nn.Module, changes: list[Change | None], paths: tuple[str, ...]) -> Change:
-    """LoRA of layers whose outputs stand one below the other, as one: B a diagonal of blocks of one size."""
+    """Return one LoRA for layers with concatenated outputs: B is block-diagonal, with blocks of one size."""
     first = next(change for change in changes if change is not None)
     if len(changes) == 1:
         return first
@@ -192,7 +194,7 @@ def _together(model: nn.Module, changes: list[Change | None], paths: tuple[str, 
 
 
 def _times(b: Tensor, ratio: float) -> Tensor:
-    """In float32 where the product would be rounded in 16 bits."""
+    """Return b times ratio, in float32 if the product would be rounded in 16 bits."""
     exact = math.frexp(ratio)[0] == 0.5
     return b if ratio == 1 else b * ratio if exact else b.float() * ratio
 

@@ -1,5 +1,7 @@
-"""Names of layers in kohya's files, each with the layers that it means: paths with _ for each dot, and those of the
-models' first authors: Stable Diffusion's (`input_blocks.1.1.proj_in`) and Flux' (`double_blocks.0.img_attn.qkv`).
+"""Names of layers in kohya's files, each with the layers that it covers.
+
+They are paths with _ for each dot, and the names of the models' first authors: Stable Diffusion's
+(`input_blocks.1.1.proj_in`) and Flux' (`double_blocks.0.img_attn.qkv`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from peftcore_lora.pipelines.parts import has_flat_clip
 
 
 class Name(NamedTuple):
-    """The layers whose outputs stand one below the other; swapped: the halves of the output are."""
+    """Layers with concatenated outputs; `swapped`: the halves of the output are exchanged."""
 
     paths: tuple[str, ...]
     swapped: bool = False
@@ -64,11 +66,11 @@ FLUX_ENDS = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
-SWAPPED = {"final_layer.adaLN_modulation.1"}  # shift and scale there, scale and shift in diffusers
+SWAPPED = {"final_layer.adaLN_modulation.1"}  # shift and scale in the file, scale and shift in diffusers
 
 
 def names_of(model: nn.Module) -> dict[str, Name]:
-    """All names under which a file may have layers of a model. One that means two layers is left out."""
+    """Return all names that a file may use for a model's layers, except ambiguous ones."""
     there = layers(model)
     found: dict[str, Name] = {}
     twice: set[str] = set()
@@ -82,7 +84,7 @@ def names_of(model: nn.Module) -> dict[str, Name]:
 
 
 def written_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The names under which layers are written, those that diffusers reads."""
+    """Return the names to write layers with, which diffusers reads."""
     there, known = layers(model), names_of(model)
     if is_flux(model):
         chosen = {path.replace(".", "_") for path, name in _flux(model) if "blocks" in path}
@@ -124,11 +126,11 @@ def _flux(model: Any) -> Iterator[tuple[str, Name]]:
 
 
 def _unet(model: Any) -> Iterator[tuple[str, Name]]:
-    """Stable Diffusion's own names: every resnet or sampler is a block of its own, and an attention is beside it."""
+    """Yield Stable Diffusion's original names: every resnet or sampler is a block, with its attention next to it."""
     if not is_unet(model):
         return
     there = layers(model)
-    blocks: list[tuple[str, str]] = []  # (its prefix, ours)
+    blocks: list[tuple[str, str]] = []  # (original prefix, ours)
     n = 1
     for i, down in enumerate(model.down_blocks):
         for j in range(len(getattr(down, "resnets", ()))):

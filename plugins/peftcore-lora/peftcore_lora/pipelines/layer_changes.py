@@ -1,4 +1,4 @@
-"""LoRA of single layers, by path: between the tensors and fields of PEFT's layout and those of other files."""
+"""LoRA of single layers, by path: conversion between PEFT's layout and other files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from peftcore_lora.blocks import without_blocks
 from peftcore_lora.layer_facts import Convolution
 
 PEFT = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
-FUSED = (".to_qkv", ".to_kv", ".to_added_qkv", ".to_added_kv")  # which another pipeline has not, unless it fuses, too
+# layers of fused projections, which other pipelines lack
+FUSED = (".to_qkv", ".to_kv", ".to_added_qkv", ".to_added_kv")
 
 
 @dataclass
 class Change:
-    """B A of one layer, times `alpha / r`, or `alpha / sqrt(r)` (rs).
+    """Change B A of one layer, times `alpha / r`, or `alpha / sqrt(r)` if `rs`.
 
     Args:
-        a: `[r, in, ...]`. b: `[out, r, ...]`. bias: of b, `[out]`.
-        magnitude: of DoRA, as PEFT has it.
+        a: A `[r, in, ...]`.
+        b: B `[out, r, ...]`.
+        bias: bias of B, `[out]`.
+        magnitude: DoRA's magnitude in PEFT's shape.
     """
 
     a: Tensor
@@ -44,7 +47,7 @@ class Change:
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of which these files have LoRA."""
+    """Return the layers that these files can have LoRA for."""
     return {
         path: module
         for path, module in targets.base_modules(model)
@@ -57,7 +60,11 @@ def outputs(module: Any) -> int:
 
 
 def from_peft(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Change]:
-    """What is in PEFT's layout. Raises a PeftcoreError for a tensor that is no LoRA of such a layer."""
+    """Return changes by path, from PEFT's layout.
+
+    Raises:
+        PeftcoreError: a tensor is not LoRA of a linear layer or convolution.
+    """
     there, found, modules = layers(model), dict[str, dict[str, Tensor]](), dict(targets.base_modules(model))
     for name, tensor in tensors.items():
         match = PEFT.fullmatch(name)
@@ -66,7 +73,7 @@ def from_peft(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[s
         fused = getattr(owner, "fused_projections", False) is True and path.endswith(FUSED)
         if match is None or path not in there or fused:
             raise PeftcoreError(
-                f"'{name.removeprefix('base_model.model.')}' has no place in a file for pipelines, which holds LoRA of "
+                f"'{name.removeprefix('base_model.model.')}' cannot be in a file for pipelines, which contains LoRA of "
                 "linear layers and convolutions. Leave its module out, or choose format='peft'"
             )
         found.setdefault(path, {})[match[2]] = tensor
@@ -88,7 +95,7 @@ def from_peft(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[s
 def to_peft(
     model: nn.Module, changes: Mapping[str, Change], others: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, fields) in PEFT's layout, with the fields `others`."""
+    """Return (tensors, fields) in PEFT's layout, with the additional fields `others`."""
     tensors: dict[str, Tensor] = {}
     for path, change in changes.items():
         stem = f"base_model.model.{path}"
@@ -120,7 +127,7 @@ def ranks_and_alphas(model: nn.Module, changes: Mapping[str, Change]) -> dict[st
 
 
 def _patterns(model: nn.Module, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(what most have, {path: what another has}); a path that ends as another's does is anchored."""
+    """Return (the most common value, {path: another value}); a path that is also a suffix of another is anchored."""
     usual, _ = Counter(values.values()).most_common(1)[0]
     ends = Counter(end for path, _ in targets.base_modules(model) for end in _ends(path))
     others = {path: value for path, value in values.items() if value != usual}
@@ -133,23 +140,23 @@ def _ends(path: str) -> Iterable[str]:
 
 
 def complete(path: str, found: Mapping[str, Tensor], alpha: float | None, rs: bool = False) -> Change:
-    """The change of the tensors "a", "b", "bias", "magnitude" that a file has of a layer; alpha None: r."""
+    """Return the change from a layer's tensors "a", "b", "bias" and "magnitude"; alpha None: r."""
     for name, other in (("a", "lora_A (down)"), ("b", "lora_B (up)")):
         if name not in found:
-            raise CheckpointError(f"{other} of '{path}' is missing. The file is not whole")
+            raise CheckpointError(f"{other} of '{path}' is missing. The file is incomplete")
     a, b = found["a"], found["b"]
     if a.dim() < 2 or b.dim() < 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise CheckpointError(
-            f"'{path}' has A {list(a.shape)} and B {list(b.shape)}, which are no [r, in, ...] and [out, r, ...]"
+            f"'{path}' has A {list(a.shape)} and B {list(b.shape)}, which are not [r, in, ...] and [out, r, ...]"
         )
     return Change(a, b, float(a.shape[0]) if alpha is None else alpha, found.get("bias"), found.get("magnitude"), rs)
 
 
 def number(name: str, tensor: Tensor) -> float:
-    """An alpha, which is one finite number that is not 0 (to sd-scripts 0 means r, to diffusers 0)."""
+    """Return an alpha, one finite number other than 0 (0 means r in sd-scripts, and 0 in diffusers)."""
     if tensor.numel() != 1 or (not tensor.is_floating_point() and tensor.dtype.itemsize == 1):
-        raise CheckpointError(f"'{name}' is {tensor.dtype} {list(tensor.shape)}, where one number belongs")
+        raise CheckpointError(f"'{name}' must be one number, found {tensor.dtype} {list(tensor.shape)}")
     value = float(tensor.item())
     if value == 0 or value != value or abs(value) == float("inf"):
-        raise CheckpointError(f"'{name}' is {value}, which is no alpha")
+        raise CheckpointError(f"'{name}' must be finite and not 0, found {value}")
     return value

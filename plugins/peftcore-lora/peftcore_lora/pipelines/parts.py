@@ -1,4 +1,4 @@
-"""Which part of a diffusers pipeline a model is, seen on its class: neither library need be imported for that."""
+"""Parts of a diffusers pipeline, found by a model's class without importing diffusers or transformers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ONE_OF_TEXT = (TEXT_ENCODER, f"{TEXT_ENCODER}_2")
 
 
 def parts(model: nn.Module, called: str | None) -> list[str]:
-    """The parts of a pipeline that a model may be, one if it is called something.
+    """Return the parts of a pipeline that a model may be; only one if `called` names it.
 
-    Of text encoders diffusers reads LoRA of CLIP's alone.
+    Diffusers reads LoRA only of CLIP among text encoders.
     """
     may_be = _parts(model)
     if called is not None and called in may_be:
@@ -27,7 +27,7 @@ def parts(model: nn.Module, called: str | None) -> list[str]:
     what = (
         f"a {kind} is not read as '{called}' of a pipeline"
         if called
-        else f"a {kind} is no part of a pipeline whose LoRA is read"
+        else f"a {kind} is not a part of a pipeline whose LoRA can be read"
     )
     raise PeftcoreError(f"{what}. {known}")
 
@@ -36,7 +36,7 @@ def _parts(model: nn.Module) -> list[str]:
     cls = original_class(model)
     names = [f"{each.__module__}.{each.__qualname__}" for each in cls.__mro__]
     if is_a(names, "transformers.", "CLIPTextModelWithProjection"):
-        return list(ONE_OF_TEXT)  # the second of SDXL, both of SD 3
+        return list(ONE_OF_TEXT)  # SDXL's second, SD 3's both
     if is_a(names, "transformers.", "CLIPTextModel"):
         return [TEXT_ENCODER]
     if is_a(names, "diffusers.", "ModelMixin"):
@@ -52,5 +52,5 @@ def is_a(names: Iterable[str], library: str, kind: str) -> bool:
 
 
 def has_flat_clip(model: nn.Module) -> bool:
-    """Is it a CLIP text encoder without the `text_model.` that others' files have? (transformers 5's CLIPTextModel)"""
+    """Return whether it is a CLIP text encoder without the `text_model.` of others' files (transformers 5)."""
     return TEXT_ENCODER in _parts(model) and not hasattr(model, "text_model")
