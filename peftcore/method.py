@@ -1,4 +1,4 @@
-"""Placements, which say where in a model each adapter is attached, and `Method`, which turns a config into them."""
+"""Placements, which attach adapters to a model, and `Method`, which turns a config into placements."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """`adapter(base, *args, **kwargs) -> output` replaces the forward of the module at `path`.
+    """Placement around a module: `adapter(base, *args, **kwargs) -> output` replaces its forward.
 
     `base` is a :class:`Base`: `base(*args, **kwargs)` calls the module with the adapters inside this one. The adapter
-    can be merged where it has `merged`, see :class:`Adapter`.
+    can be merged if it has `merged`, see :class:`Adapter`.
 
     Args:
         path: path of the module; "" for the model itself.
         adapter: the adapter.
         branches: names of other adapters of the module that this one combines. Its `base` is a :class:`BranchedBase`:
             `base.branch(name)(*args, **kwargs)` runs one of them alone around the module's own forward (`base.own`).
-            While this adapter is active, they act only through it.
+            While this adapter is active, they are only applied through it.
     """
 
     path: str
@@ -34,7 +34,7 @@ class Around:
 
 @dataclass(frozen=True, slots=True)
 class After:
-    """`adapter(y) -> y` follows the module at `path`; of a tuple output it gets and replaces the first element."""
+    """Placement after a module: `adapter(y) -> y` changes its output, or the first element of a tuple."""
 
     path: str
     adapter: nn.Module
@@ -42,12 +42,12 @@ class After:
 
 @dataclass(frozen=True, slots=True)
 class OnWeight:
-    """`adapter(weight) -> weight` changes what the forward of the module at `path` reads of its parameter `name`.
+    """Placement on a parameter: `adapter(weight) -> weight` changes what the module's forward reads as `name`.
 
     It works for any module: convolutions, embeddings, `nn.MultiheadAttention` (`in_proj_weight`), experts
-    `[E, out, in]`. A dotted name (`out_proj.weight`) is a parameter of a submodule whose weight is read past the
-    submodule's forward. The adapter is called once in each call of the module, with the parameter as it is stored, or
-    with the dense weight where it is quantized. It is a pure function, so it merges without `merged`.
+    `[E, out, in]`. A dotted name (`out_proj.weight`) is a parameter of a submodule whose weight is read without calling
+    the submodule. The adapter is called once in each call of the module, with the parameter as it is stored, or
+    with the dense weight if it is quantized. It is a pure function, so it merges without `merged`.
 
     An adapter of experts' weights that is a low-rank product for each expert may have `Adapter.expert_low_rank`.
     """
@@ -59,17 +59,17 @@ class OnWeight:
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """`adapter() -> [tokens, hidden]` returns vectors that precede the embedded input of the backbone.
+    """Placement before the input: `adapter() -> [tokens, hidden]` precedes the embedded input of the backbone.
 
     An adapter that depends on the call (`Adapter.needs_call`) returns `[batch, tokens, hidden]`, or
     `[1, tokens, hidden]` for all rows.
 
-    The output at the prompt's positions is removed. Where the adapter's `in_output` returns True, the prompt is first,
+    The output at the prompt's positions is removed. If the adapter's `in_output` returns True, the prompt comes first,
     before padding too, and its states stay in the output of the model: an `Around("", ...)` of the method removes them.
 
     Args:
         adapter: the adapter.
-        shape: (tokens, hidden). Required where the adapter depends on the call, since it is not called without one.
+        shape: (tokens, hidden). Required if the adapter depends on the call, since it is not called without one.
     """
 
     adapter: nn.Module
@@ -78,30 +78,30 @@ class SoftPrompt:
 
 @dataclass(frozen=True)
 class PrefixKV:
-    """`adapter() -> [layers, 2, kv_heads, tokens, head_dim]` returns keys and values that come first in the cache."""
+    """Placement in the cache: `adapter() -> [layers, 2, kv_heads, tokens, head_dim]` are its first keys and values."""
 
     adapter: nn.Module
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train parameters of the base themselves. Their original values are kept, and `remove` restores them.
+    """Placement that trains parameters of the base themselves; `remove` restores their original values.
 
     Args:
         names: full names of the parameters.
-        saved: only in `tensor_name`: the tensor belongs to `modules_to_save`, the method did not choose it.
+        saved: only in `tensor_name`: the tensor belongs to `modules_to_save`, and was not chosen by the method.
     """
 
     names: Sequence[str]
     saved: bool = False
 
 
-Model = TypeVar("Model", bound=nn.Module)  # functions give back the type of the model that they were given
+Model = TypeVar("Model", bound=nn.Module)  # functions return the type of model that they were given
 
 AdapterPlacement = Around | After | OnWeight | SoftPrompt | PrefixKV
 Placement = AdapterPlacement | Train
-# The adapters of one name by the path of their module; an `OnWeight` by that and its parameter's name, a prompt by "",
-# or, where that is taken, by "#1", "#2" in the order in which they were placed.
+# The adapters with one name, by the path of their module. An `OnWeight` is keyed by path and parameter name, a prompt
+# by "", or, if that is taken, by "#1", "#2" in order of placement.
 AdapterModules = Mapping[str, nn.Module]
 
 
@@ -126,21 +126,22 @@ def prompt_tensor_name(placement: Placement, name: str) -> str:
     return f"base_model.{name}" if isinstance(placement, Train) else name
 
 
-Tensors = Mapping[str, Tensor]  # by their names on disk
-Fields = Mapping[str, Any]  # of an `adapter_config.json`
+Tensors = Mapping[str, Tensor]  # by name on disk
+Fields = Mapping[str, Any]  # fields of an `adapter_config.json`
 
 
 @dataclass(frozen=True)
 class ForeignFormat:
-    """A format of adapter folders of another library, which a method can read and never writes.
+    """Format of another library's adapter folders, which a method can read but never writes.
 
     Args:
         name: name for messages, such as `the library adapters`.
         tensors: name of the library's safetensors file.
         matches: (fields of the library's config, an `adapter_config.json` without `peft_type`) -> whether it is this
             format.
-        read: (model, fields, tensors) -> (config, tensors by the names that they have on disk here). It raises a
-            PeftcoreError for what this method cannot compute.
+        read: (model, fields, tensors) -> (config, tensors under peftcore's names on disk). It raises a PeftcoreError
+            for
+            anything that the method cannot compute.
         about: (fields) -> the fields that PEFT's `adapter_config.json` would have: base_model_name_or_path, and fields
             of the method that are worth showing.
         config: name of the config's file.
@@ -156,14 +157,14 @@ class ForeignFormat:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """A form of a method's files, next to PEFT's, in which other programs read or write the same adapter.
+    """Layout of a method's files, other than PEFT's, in which other programs read or write the same adapter.
 
     Both functions take (model, tensors on disk, fields on disk) and return (tensors, fields).
 
     Args:
-        name: name of the form, for `save(..., format=...)`; `load` tries every form.
-        read: return the content of a file in this form as PEFT writes it, and of any other file unchanged.
-        write: the reverse. It raises a PeftcoreError for what has no place there.
+        name: name of the layout, for `save(..., format=...)`; `load` tries every layout.
+        read: return the content of a file with this layout as PEFT writes it, and of any other file unchanged.
+        write: the reverse. It raises a PeftcoreError for content that the layout does not support.
     """
 
     name: str
@@ -173,20 +174,20 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A single file without a config, for one model or for several, such as those of a pipeline.
+    """Single file without a config, for one model or for several, such as the models of a pipeline.
 
-    Tensors and fields are those of a folder in PEFT's layout; the fields name the method.
+    Tensors and fields have PEFT's layout; the fields name the method.
 
     Args:
         name: name of the format, for `save(..., format=...)`; `load` recognises it by the tensors' names.
         file: name of the file in a folder.
         matches: (names of a file's tensors) -> whether it is in this format.
-        parts: (model, what the user calls it, or None) -> the names that its part may have in a file. It raises a
-            PeftcoreError where the model, or one of this name, has no place there.
-        split: (a file's tensors) -> {part: its tensors}; {"": all} of a file that names no parts.
+        parts: (model, the user's name for it, or None) -> the names that its part may have in a file. It raises a
+            PeftcoreError if the format does not support the model, or one with this name.
+        split: (a file's tensors) -> {part: its tensors}; {"": all} for a file that names no parts.
         read: (model, part, its tensors, the file's metadata) -> (tensors, fields).
-        write: ({part: (model, tensors, fields)}) -> (tensors, metadata). It raises a PeftcoreError for what has no
-            place there.
+        write: ({part: (model, tensors, fields)}) -> (tensors, metadata). It raises a PeftcoreError for content that the
+            format does not support.
     """
 
     name: str
@@ -202,22 +203,24 @@ class FileFormat:
 
 @dataclass(frozen=True)
 class PeftRules:
-    """What Hugging Face PEFT makes of a method's files, and the method of PEFT's.
+    """Relation between a method's files and Hugging Face PEFT's.
 
     Args:
         flag: field on disk, such as `use_dora`, that marks the files of this method among those of its peft_type. A
-            file in which it is set is read by this method, any other by the method without a flag. A file that was
-            saved here names its method.
-        own_fields: names of fields of our config that PEFT does not know and that the file must keep. They are stored
-            with the tensors, not in `adapter_config.json`, where PEFT would warn of them; only where they differ from
-            the default, which therefore stays what it is. Without this method such a file is refused.
-        older_types: peft_types under which older versions of PEFT wrote such files, which are read as well.
-        unreadable: (model, paths of adapted modules) -> those of them whose adapters PEFT would misread or refuse;
-            `save` warns of them.
-        refused: (model, tensors on disk, fields on disk) -> why the method cannot compute what the writer of a file did
-            that was not written here, or None.
+            file with this field is read by this method, others by the method without a flag. A file that was
+            saved by peftcore names its method.
+        own_fields: names of config fields that PEFT does not know and that the file must keep. They are stored
+            with the tensors, not in `adapter_config.json`, where PEFT would warn about them, and only if they differ
+                from
+            the default, which must therefore never change. Without this method such a file is refused.
+        older_types: peft_types under which older versions of PEFT wrote such files, which are also read.
+        unreadable: (model, paths of adapted modules) -> the paths whose adapters PEFT would misread or refuse;
+            `save` warns about them.
+        refused: (model, tensors on disk, fields on disk) -> why the method cannot compute what the file's writer did,
+            for
+            files that peftcore did not write, or None.
         scaled: (config, factor) -> config of an adapter with the same tensors and `factor` times the change, which
-            others read of an adapter that `peftcore.scale` has scaled. For adapters with a `multiplier`.
+            is written for an adapter scaled by `peftcore.scale`. For adapters with a `multiplier`.
     """
 
     flag: str | None = None
@@ -234,24 +237,24 @@ def _unchanged(model: nn.Module | None, tensors: Tensors, fields: Fields) -> tup
 
 @dataclass(frozen=True)
 class StateRules:
-    """How a method's adapters look on disk.
+    """Format of a method's adapters on disk.
 
     Args:
-        peft_type: the key by which `load` recognises a method's files, PEFT's where PEFT has the method.
+        peft_type: the key by which `load` recognises a method's files, PEFT's if PEFT has the method.
         tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct. For `Train`
-            the name is the parameter's; `P.base_layer.bias` where the same adapter is around P. A tensor of a module
-            that several adapters share is written once, under the name that it has in the first.
-        read: (model, tensors on disk, fields on disk) -> (tensors under today's names, fields of the config). Files of
-            older versions are upgraded here. Where only the config is needed, model is None and there are no tensors.
-        write: (model, tensors under today's names, whole and on the CPU, fields of the config) -> (tensors on disk,
-            fields on disk), which `read` takes back. Where only the config is needed, model is None and there are no
+            the name is the parameter's; `P.base_layer.bias` if the same adapter is around P. A tensor of a module
+            that several adapters share is written once, under its name in the first adapter.
+        read: (model, tensors on disk, fields on disk) -> (tensors under current names, fields of the config). Files of
+            older versions are upgraded here. If only the config is needed, model is None and there are no tensors.
+        write: (model, tensors under current names, full and on the CPU, fields of the config) -> (tensors on disk,
+            fields on disk), which `read` reverses. If only the config is needed, model is None and there are no
             tensors.
         formats: other formats of the files: folders of other libraries that the method reads, layouts, single files.
-        export: (placement) -> tensors by name on disk from which others compute what its adapter computes, where the
-            adapter's own tensors are more than that (a reparameterisation). They are written next to its own, or with
-            `save(..., resumable=False)` in their place. Where they are some of its own, a file may lack the others,
+        export: (placement) -> tensors by name on disk from which other libraries compute the same, if the adapter's own
+            tensors contain more (a reparameterisation). They are written next to the adapter's, or instead of them with
+            `save(..., resumable=False)`. If they are a subset of the adapter's, a file may lack the others,
             which then have their initial values (the state of a schedule).
-        peft: what PEFT makes of the files, and the method of PEFT's.
+        peft: relation to PEFT's files.
     """
 
     peft_type: str
@@ -264,62 +267,67 @@ class StateRules:
 
     @property
     def layouts(self) -> dict[str, FileLayout]:
-        """The layouts among `formats` by name."""
+        """Layouts among `formats`, by name."""
         return {each.name: each for each in self.formats if isinstance(each, FileLayout)}
 
     @property
     def files(self) -> dict[str, FileFormat]:
-        """The formats of single files among `formats` by name."""
+        """Formats of single files among `formats`, by name."""
         return {each.name: each for each in self.formats if isinstance(each, FileFormat)}
 
     @property
     def foreign(self) -> list[ForeignFormat]:
-        """The formats of other libraries among `formats`."""
+        """Formats of other libraries among `formats`."""
         return [each for each in self.formats if isinstance(each, ForeignFormat)]
 
     def read_fields(self, fields: Fields) -> dict[str, Any]:
-        """Return the fields of the config that fields on disk mean."""
+        """Return the config's fields for fields on disk."""
         return dict(self.read(None, {}, dict(fields))[1])
 
     def write_fields(self, fields: Fields) -> dict[str, Any]:
-        """Return the fields on disk of fields of the config."""
+        """Return the fields on disk for the config's fields."""
         return dict(self.write(None, {}, dict(fields))[1])
 
 
 @dataclass(frozen=True)
 class Method:
-    """A fine-tuning method.
+    """Fine-tuning method.
 
     Args:
-        name: what `apply(model, name)` takes; equals the name of the entry point.
+        name: name for `apply(model, name)`; equals the name of the entry point.
         config_class: a frozen dataclass. If PEFT has the method, fields have PEFT's names. It may have
             `resolved(model, architecture) -> config`, which makes explicit what depends on the model. A field
-            `modules_to_save` is handled by the core: these modules are trained as a whole, and None means the heads
+            `modules_to_save` is handled by the core: these modules are trained in full, and None means the heads
             that pre-training did not train (a classifier's).
         place: (model, config, architecture) -> placements. It builds adapters and changes nothing. Under
             `torch.device("meta")` it must not allocate memory.
-        state: how adapters look on disk.
-        initialize: (model, adapters, config, batches) -> None, or a new config if data has decided sizes. It sets first
+        state: format of adapters on disk.
+        initialize: (model, adapters, config, batches) -> None, or a new config if data has decided sizes. It sets
+            initial
             values from the base's weights or from data, after the adapters are attached and before they are active.
-            `batches` is what `apply` was given, or None; a method that needs them raises an error then. It may call the
-            model, best by `run`, `inputs_of` and `gradients_of`: in evaluation mode, without gradients unless it
+            `batches` is the argument of `apply`, or None; a method that needs them raises an error then. It may call
+                the
+            model, preferably with `run`, `inputs_of` and `gradients_of`: in evaluation mode, without gradients unless
+                it
             enables them, with the adapters that are already active. It changes only its adapters. Mode, gradients,
             moving buffers and random states are restored afterwards, and if it raises, the adapter is removed. `load`
             does not call it.
         initializes: (config) -> whether `initialize` does anything for this config. If not, it is not called, and
             `batches` are refused.
-        loss: (adapters, config) -> a scalar with gradients that is added to the loss, or None. Trainers add it once a
-            step, however many batches a step has: for each of n batches 1/n of its value after the batch's forward
+        loss: (adapters, config) -> a scalar with gradients that is added to the loss, or None. Trainers add it once per
+            step, also with gradient accumulation: for each of n batches 1/n of its value after the batch's forward
             pass.
         after_step: (adapters, config, step, total_steps) -> None, called after each optimizer step, counted from 1,
             before gradients are cleared; for methods with a schedule or an importance. Not called after a step that a
-            scaler skipped because of gradients that are not finite.
-        needs_after_step: (config) -> whether `after_step` does anything for this config. A training loop that does not
-            call it is then warned at the second optimizer step.
+            scaler skipped because of non-finite gradients.
+        needs_after_step: (config) -> whether `after_step` does anything for this config. If so, a training loop that
+            does
+            not call it causes a warning at the second optimizer step.
         parameter_groups: (adapters, config, lr, weight_decay) -> groups as `torch.optim` takes them. Parameters of the
             adapters in no group get `lr` and `weight_decay`.
-        prepare: (model, config) -> None. What only `apply` does to the base, after the placements are checked. It may
-            change how weights are stored, but no module's path. `remove` does not undo it.
+        prepare: (model, config) -> None. Changes of the base that only `apply` makes, after the placements are checked.
+            It
+            may change how weights are stored, but no module's path. `remove` does not undo it.
         recorded_as: (config) -> config of another method, for a method that only prepares the base. The adapter is then
             the other method's in every respect, on disk too, and `state` is not used.
         low_rank: (model, config or None, {path: rank}) -> config of adapters at exactly these modules, each with
@@ -345,30 +353,30 @@ class Method:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How the stored weight of a kind of module is read as a dense tensor and written back.
+    """Conversion between the stored weight of a kind of module and a dense tensor.
 
     Args:
         name: name for messages, such as `dense`.
-        matches: (module) -> whether this format reads the module. The first format that does is used, those of plugins
+        matches: (module) -> whether this format reads the module. The first that matches is used, plugins' formats
             before the core's.
-        read: (module) -> dense weight, in the layout that the layer's functional form takes (`[out, in]` for a linear).
+        read: (module) -> dense weight, in the layout of the layer's functional form (`[out, in]` for a linear layer).
         write: (module, dense weight) -> the new stored tensors by parameter or buffer name, in their final dtype. The
-            core puts them in place and keeps the ones they replace.
-        read_bias: (module) -> its bias, one number for each output, or None.
+            core assigns them and keeps the ones they replace.
+        read_bias: (module) -> its bias, one number per output, or None.
         write_bias: (module, bias) -> the new stored tensors, like `write`.
         decode: (module, the result of `write`) -> the dense weight that the result represents, fp32. For formats that
             round coarsely: merging then measures the error, and `merge(dtype=...)` stores a dense `weight`, with which
             the module must be able to compute.
         plain: (module) -> None, with `decode`: convert a module that has a dense weight to an ordinary one for good.
-        update_config: (model) -> None, with `decode`: update the model's config to how its weights are stored, after
+        update_config: (model) -> None, with `decode`: update the model's config to the stored weights, after
             merging or unmerging.
-        for_parameter: (name) -> this format for a parameter that is not called `weight`, such as those of experts:
+        for_parameter: (name) -> this format for a parameter with another name than `weight`, such as experts':
             `matches`, `read`, `write` and `decode` then refer to that parameter. None: it stores only a `weight`.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
-    read: Callable[[Any], Tensor]  # of a module that matches, as the following
+    read: Callable[[Any], Tensor]  # for a module that matches; also the functions below
     write: Callable[[Any, Tensor], dict[str, Tensor]] = field(repr=False)
     read_bias: Callable[[Any], Tensor | None] = lambda module: module._parameters.get("bias")
     write_bias: Callable[[Any, Tensor], dict[str, Tensor]] = lambda module, bias: {"bias": bias.to(module.bias.dtype)}

@@ -1,4 +1,4 @@
-"""The conformance suite a plugin author runs: `check_method(config)` tries what users do with every method."""
+"""Conformance suite for plugin authors: `check_method(config)` tries what users do with a method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the checks work with: a model with the method applied, its inputs, and training steps."""
+"""Models with the method applied, their inputs, and training steps, for the checks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from peftcore.testing.families import Family
 
 @dataclass(frozen=True)
 class Case:
-    """One family's run of the suite: a config, and the models that it is applied to.
+    """Run of the suite on one family: a config, and the models that it is applied to.
 
     Args:
         first: the case of the family on which all checks run; None for that case itself.
-        batches: (model) -> batches for the method's first values; None: calls of the family with labels.
+        batches: (model) -> batches for the method's initial values; None: calls of the family with labels.
     """
 
     config: Any
@@ -40,9 +40,9 @@ class Case:
         return registry.method_of_config(self.config)
 
     def base(self, dtype: torch.dtype = torch.float32, *, quantized: bool = False) -> nn.Module:
-        """The family's model; where the method prepares the base, prepared. `quantized`: in 4 bits (NF4)."""
+        """Return the family's model, prepared if the method prepares the base. `quantized`: in NF4."""
         model = self.family.make()
-        known_as(model, self._made)  # observing each anew takes most of the suite's time
+        known_as(model, self._made)  # observing each model again takes most of the suite's time
         model.to(dtype)
         if self.method.prepare is not None:
             peftcore.remove(self.add(model, None, "default"))
@@ -53,24 +53,24 @@ class Case:
         return model
 
     def unprepared(self) -> nn.Module:
-        """The family's model, which the method has not prepared."""
+        """Return the family's model before the method prepares it."""
         model = self.family.make()
         if self.family.before is not None:
             self.family.before(model)
         return model
 
     def model(self, dtype: torch.dtype = torch.float32, seed: int | None = 1, adapter: str = "default") -> nn.Module:
-        """A model with the adapter, moved away from its start by noise of `seed` (None: as it starts)."""
+        """Return a model with the adapter, disturbed by noise with `seed` (None: at its start)."""
         return self.add(self.base(dtype), seed, adapter)
 
     def add(self, model: nn.Module, seed: int | None, adapter: str) -> nn.Module:
-        """Apply the method to `model`, the same start values at each call."""
+        """Apply the method to `model`, with the same initial values at each call."""
         torch.manual_seed(7)
         try:
             peftcore.apply(model, self.config, adapter=adapter)
         except peftcore.PluginError:
             raise
-        except peftcore.PeftcoreError:  # it may need data for its first values
+        except peftcore.PeftcoreError:  # it may need data for its initial values
             if initializer(self.method, self.config)[0] is None:
                 raise
             torch.manual_seed(7)
@@ -80,10 +80,10 @@ class Case:
         return model
 
     def _batches(self) -> Iterable[Any]:
-        """Return the batches for first values: the author's, or two calls, with labels where the model takes them."""
+        """Return batches for initial values: the author's, or two calls, with labels if the model takes them."""
         if self.batches is not None:
             return self.batches(self._made)
-        batches = [self.family.inputs(self._made, rows) for rows in (2, 3)]  # `base()` may need them itself
+        batches = [self.family.inputs(self._made, rows) for rows in (2, 3)]  # `base()` may itself need batches
         if "labels" not in inspect.signature(self._made.forward).parameters:
             return batches
         classes = getattr(getattr(self._made, "config", None), "num_labels", 2)
@@ -100,17 +100,17 @@ class Case:
 
     @property
     def _made(self) -> nn.Module:
-        """One model of the family, of which whatever is observed is known of all the others."""
+        """Shared model of the family, whose observed facts hold for all its models."""
         return _made(self.family)
 
     @cached_property
     def _base(self) -> nn.Module:
-        """One that is asked about, and not changed."""
+        """Model to ask for facts, which is never changed."""
         return self.base()
 
     @property
     def generates(self) -> bool:
-        """Does the model write text?"""
+        """Whether the model generates text."""
         model: Any = self._base
         return hasattr(model, "can_generate") and bool(model.can_generate())
 
@@ -119,11 +119,11 @@ class Case:
         return bool(getattr(getattr(self._base, "config", None), "is_encoder_decoder", False))
 
     def inputs(self, rows: int = 2) -> dict[str, Tensor]:
-        """A call of the model."""
+        """Return a call of the model."""
         return self.family.inputs(self._base, rows)
 
     def prompts(self) -> dict[str, Tensor]:
-        """Tokens and mask, two rows of one length."""
+        """Return tokens and mask, two rows of one length."""
         return {name: self.inputs()[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -133,7 +133,7 @@ def _made(family: Family) -> nn.Module:
 
 
 def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None:
-    """Add noise to all that `adapter` trains, so that it computes something."""
+    """Add noise to all trained parameters of `adapter`, so that it changes the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in adapter_parameters(model, adapter):
@@ -142,42 +142,42 @@ def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None
 
 
 def logits(model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
-    """The model's first floating output, without gradients."""
+    """Return the model's first output, without gradients."""
     with torch.no_grad():
         return first_output(model(**inputs))
 
 
 def first_output(output: Any) -> Tensor:
-    """What a model gives, or the first of what it gives."""
+    """Return a model's output, or its first element."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 def same(found: Tensor, wanted: Tensor, what: str, atol: float = 0.0) -> None:
-    """Fail unless the two differ by `atol` at most."""
+    """Fail if two tensors differ by more than `atol`."""
     assert found.shape == wanted.shape, f"{what}: shape {list(found.shape)}, expected {list(wanted.shape)}"
     difference = (found.float() - wanted.float()).abs().max().item() if found.numel() else 0.0
     assert difference <= atol, f"{what}: differs by {difference:.3g}, allowed {atol:g}"
 
 
 def close(found: Tensor, wanted: Tensor, what: str, share: float = 1e-4) -> None:
-    """Fail unless the two differ by this share of the largest value at most."""
+    """Fail if two tensors differ by more than this share of the largest value."""
     same(found, wanted, what, atol=share * wanted.abs().max().item())
 
 
 def differs(found: Tensor, base: Tensor) -> None:
-    """Fail if the two are equal."""
+    """Fail if two tensors are equal."""
     assert found.shape != base.shape or not torch.equal(found, base), "the adapter changes nothing"
 
 
 def loss_of(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-    """A loss that any output has; of a batch the mean over its rows."""
+    """Return a loss that works for any output, a mean over the rows of a batch."""
     output = first_output(model(**inputs)).float()
     targets = torch.arange(output[0, ..., 0].numel()) % 3
     return nn.functional.cross_entropy(output.flatten(0, -2), targets.repeat(len(output)))
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over what trains."""
+    """Return AdamW over the trained parameters."""
     return torch.optim.AdamW(peftcore.parameter_groups(model, lr=1e-2, weight_decay=0.01))
 
 
@@ -190,7 +190,7 @@ def train(
     begin: int = 0,
     total: int | None = None,
 ) -> list[float]:
-    """Train for `steps` after the first `begin` of `total`, as trainers do; the losses."""
+    """Train for `steps` after the first `begin` of `total`, as trainers do, and return the losses."""
     optimizer = optimizer or optimizer_of(model)
     losses = []
     for step in range(begin + 1, begin + steps + 1):

@@ -1,4 +1,4 @@
-"""The kinds of models that the suite runs on: tiny ones of transformers, whose biases and norms are random, too."""
+"""Families of models for the suite: tiny transformers models, with random biases and norms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VOCABULARY = 96
 
 
 def tokens(model: nn.Module, rows: int) -> dict[str, Tensor]:
-    """A call of a language model, text classifier or encoder-decoder: rows of one length, without padding."""
+    """Return a call of a language model, text classifier or encoder-decoder: rows of one length, without padding."""
     found = torch.randint(3, 90, (rows, 9), generator=torch.Generator().manual_seed(3))
     call = {"input_ids": found, "attention_mask": torch.ones_like(found)}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -32,15 +32,15 @@ def _images(_model: nn.Module, rows: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Family:
-    """Models of one kind.
+    """Family of models.
 
     Args:
-        name: what reports and `not_applicable` call it.
-        make: a model, in evaluation mode and without dropout, with the same weights at each call.
-        inputs: (model, number of rows) -> a call of it, whose tensors have a row for each sample. The first output is
-            a floating tensor with the rows first.
-        before: what is done to a model of it, in 4 bits or not, before the method: for one that works with adapters
-            that stand there, apply them.
+        name: its name in reports and `not_applicable`.
+        make: return a model, in evaluation mode and without dropout, with the same weights at each call.
+        inputs: (model, number of rows) -> a call of the model, whose tensors have a row per sample. The first output is
+            a floating-point tensor with the rows first.
+        before: (model) -> None, applied before the method, to dense and quantized models: a method that works with
+            existing adapters has them applied here.
     """
 
     name: str
@@ -50,14 +50,14 @@ class Family:
 
 
 class _TokenBatchNorm(nn.BatchNorm1d):
-    """A BatchNorm over the tokens of all samples."""
+    """BatchNorm over the tokens of all samples."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).view_as(x)
 
 
 def tiny_llama(seed: int = 0) -> nn.Module:
-    """A Llama of 2 layers, hidden size 32, grouped-query attention and a vocabulary of 96, random weights."""
+    """Return a Llama with 2 layers, hidden size 32, grouped-query attention and vocabulary 96, with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -106,7 +106,7 @@ def _vit() -> nn.Module:
 
     config = ViTConfig(**_SIZES, num_attention_heads=4, image_size=16, patch_size=8, num_labels=3)
     model = ViTForImageClassification(config)
-    norm = model.vit.layernorm = _TokenBatchNorm(32)  # statistics that training moves, beside what a method adapts
+    norm = model.vit.layernorm = _TokenBatchNorm(32)  # statistics that training changes, independent of the method
     for buffer in (norm.running_mean, norm.running_var):
         assert buffer is not None
         nn.init.uniform_(buffer, 0.5, 2)
@@ -121,7 +121,7 @@ def _qwen3_moe() -> nn.Module:
 
 
 def _varied(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """What `make` makes, whose biases and norms are not the zeros and ones of a fresh model."""
+    """Return a function that makes models like `make`, but with random biases and norms."""
 
     @cache
     def made() -> nn.Module:
@@ -135,8 +135,8 @@ def _varied(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         return model
 
     def copied() -> nn.Module:
-        model = copy.deepcopy(made())  # in half the time
-        torch.manual_seed(0)  # adapters that a check applies to its base start alike in every copy
+        model = copy.deepcopy(made())  # takes half the time
+        torch.manual_seed(0)  # adapters that a check applies to its base have equal initial values in every copy
         return model
 
     return copied
@@ -158,7 +158,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(given: str | Family | Callable[[], nn.Module]) -> Family:
-    """The family that is meant: by its name, itself, or a function that makes a model.
+    """Return a family by its name, itself, or from a function that makes a model.
 
     Raises:
         KeyError: no family has this name.
@@ -169,5 +169,5 @@ def family_of(given: str | Family | Callable[[], nn.Module]) -> Family:
 
 
 def families_of(given: Sequence[str | Family | Callable[[], nn.Module]]) -> list[Family]:
-    """`family_of` each."""
+    """Return `family_of` for each."""
     return [family_of(each) for each in given]

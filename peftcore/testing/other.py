@@ -1,4 +1,4 @@
-"""A method of the suite's own, on which others are stacked: y = gain · base(x) at every linear layer."""
+"""Method of the suite itself, to stack others on: y = gain · base(x) at every linear layer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ NAME = "the-suites-other"
 
 @dataclass(frozen=True)
 class OtherConfig:
-    """The other method has no choices."""
+    """Config of the other method, without fields."""
 
 
 class Other(Adapter):
-    """A gain for each output."""
+    """Gain for each output."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class _Plugin:
 
 @contextmanager
 def other_method() -> Iterator[None]:
-    """Within the block the other method is there."""
+    """Register the other method within the block."""
     registry.register(NAME, _Plugin())
     try:
         yield
@@ -64,6 +64,6 @@ def other_method() -> Iterator[None]:
 
 
 def add_other(model: nn.Module) -> None:
-    """Apply it to `model`, as the adapter `other`, and let it compute something."""
+    """Apply the other method to `model` as the adapter `other`, with non-trivial values."""
     apply(model, OtherConfig(), adapter="other")
     disturb(model, "other", 3)

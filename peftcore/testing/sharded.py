@@ -1,6 +1,6 @@
-"""`check_sharded(config)`: the method on two ranks, the base in shards (FSDP2), compared with one process.
+"""Check of a method on two ranks with a sharded base (FSDP2), compared with one process.
 
-It starts processes, which takes some seconds; a plugin's test of it is marked slow.
+It starts processes, which takes some seconds; mark a plugin's test of it as slow.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ COUNT = 2
 
 
 def check_sharded(config: Any, *, family: str = "Llama", adapters: Shards = "replicate", seconds: float = 300) -> None:
-    """Train the method of `config` a step on two ranks, and save it.
+    """Train the method of `config` for one step on two ranks, save it, and compare with one process.
 
     Args:
-        config: of a method that is installed, or whose module is imported by name and has its hooks.
+        config: config of an installed method, or of one whose module is importable by name and has its hooks.
         family: one of `FAMILIES`.
         adapters: see `peftcore.shard`.
+        seconds: limit of the time.
 
     Raises:
-        AssertionError: a rank computes, or saves, something else than one process does; or did not end in time.
+        AssertionError: a rank computes or saves something else than one process does, or does not end in time.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        told = context.Queue()
-        arguments = (folder, config, family, adapters, told)
+        results = context.Queue()
+        arguments = (folder, config, family, adapters, results)
         processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(COUNT)]
         for process in processes:
             process.start()
         try:
-            errors = [told.get(timeout=seconds) for _ in processes]
+            errors = [results.get(timeout=seconds) for _ in processes]
         finally:
             for process in processes:
                 process.join(10)
@@ -56,15 +57,15 @@ def check_sharded(config: Any, *, family: str = "Llama", adapters: Shards = "rep
         assert not found, found[0]
 
 
-def _rank(rank: int, folder: str, config: Any, family: str, adapters: Shards, told: Any) -> None:
+def _rank(rank: int, folder: str, config: Any, family: str, adapters: Shards, results: Any) -> None:
     try:
         torch.set_num_threads(1)
         store = f"file://{folder}/store"
         distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=COUNT)
         _work(folder, config, family, adapters)
-        told.put(None)
+        results.put(None)
     except BaseException:
-        told.put(f"rank {rank}:\n{traceback.format_exc()}")
+        results.put(f"rank {rank}:\n{traceback.format_exc()}")
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
@@ -95,7 +96,7 @@ def _work(folder: str, config: Any, family: str, adapters: Shards) -> None:
 
 
 def _install(config: Any) -> None:
-    """Register the plugin of `config` where it is not installed but imported, as in a test of its own."""
+    """Register the plugin of `config` if it is imported but not installed, as in a plugin's own test."""
     try:
         registry.method_of_config(config)
     except PluginError:

@@ -1,4 +1,4 @@
-"""One call of the suite: which checks run on which family, what is excused, and the report."""
+"""Run of the suite: which checks run on which family, what is excused, and the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ APPLIES = "apply, or a refusal that says why not"
 
 @dataclass(frozen=True)
 class Result:
-    """One check on one family: failed (`error`), not applicable (`reason`), or passed (both are None)."""
+    """Result of one check on one family: failed (`error`), not applicable (`reason`), or passed (neither)."""
 
     name: str
     error: str | None = None
@@ -32,7 +32,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_method` found. Printing it gives one line a check of the first family, and one a family after it."""
+    """Results of `check_method`; printed as a line per check of the first family, and a line per further family."""
 
     method: str
     results: tuple[Result, ...]
@@ -43,16 +43,16 @@ class Report:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The families it ran on."""
+        """Families that were tried."""
         return tuple(dict.fromkeys(result.family for result in self.results if result.family))
 
     @property
     def first(self) -> str:
-        """The family that all checks ran on."""
+        """Family on which all checks ran."""
         return max(self.families, key=lambda family: len(self.of(family)), default="")
 
     def of(self, family: str) -> tuple[Result, ...]:
-        """The results on one family."""
+        """Return the results on one family."""
         return tuple(result for result in self.results if result.family == family)
 
     def __str__(self) -> str:
@@ -83,34 +83,37 @@ def check_method(
 ) -> Report:
     """Try what users do with the method of `config` on tiny models of each family, and print the report.
 
-    All checks run on the first family that the method can be applied to, on the others those that depend on the model.
+    All checks run on the first family that the method can be applied to, and on the others those that depend on the
+    model.
 
     Args:
-        config: of an installed method, with dropout off: the checks compare outputs.
-        families: names in `FAMILIES`, families of your own, or functions that make a model.
-        not_applicable: what this method cannot pass: {check, family, or "family: check": the reason}. A family is
-            excused where `apply` refuses it with a PeftcoreError. What is excused is tried all the same: an excuse
-            that is not needed fails, unless its reason begins with "may" as what depends on the processor, and so
-            does a merge that is wrong where it should be refused.
-        checks: run these alone.
-        batches: (model) -> batches for `apply`, for a method that needs data for its first values. None: two
+        config: config of an installed method, without dropout, since the checks compare outputs.
+        families: names in `FAMILIES`, your own families, or functions that make a model.
+        not_applicable: what this method cannot pass: {check, family, or "family: check": the reason}. A family can be
+            excused if `apply` refuses it with a PeftcoreError. Excused checks run nevertheless: an excuse that is not
+            needed is a failure, unless its reason begins with "may" (what depends on the processor), and so is a merge
+            that is wrong instead of refused.
+        checks: run only these.
+        batches: (model) -> batches for `apply`, for a method that needs data for its initial values. None: two
             calls of the family, with labels if its models take them.
-        compile_backend: of `torch.compile(fullgraph=True)`; "inductor" is the real thing and takes a minute.
+        compile_backend: backend of `torch.compile(fullgraph=True)`; "inductor" compiles fully and takes a minute.
 
     Raises:
         AssertionError: a check failed; the message is the report.
-        PeftcoreError: `families`, `checks` or `not_applicable` names what is not there.
+        PeftcoreError: `families`, `checks` or `not_applicable` contains an unknown name.
     """
     excuses = _Excuses(dict(not_applicable or {}))
     for each in families:
         if isinstance(each, str) and each not in FAMILIES:
-            raise peftcore.PeftcoreError(f"'{each}' is no family{nearest(each, FAMILIES)}: {', '.join(FAMILIES)}")
+            raise peftcore.PeftcoreError(f"'{each}' is not a family{nearest(each, FAMILIES)}: {', '.join(FAMILIES)}")
     chosen = families_of(families)
     known = [*CHECKS, *(family.name for family in chosen)]
     known += [f"{family.name}: {name}" for family in chosen for name in CHECKS]
     for name in (*excuses.reasons, *(checks or ())):
         if name not in (CHECKS if name in (checks or ()) else known):
-            raise peftcore.PeftcoreError(f"'{name}' is no check{nearest(name, known)}. The checks: {', '.join(CHECKS)}")
+            raise peftcore.PeftcoreError(
+                f"'{name}' is not a check{nearest(name, known)}. The checks: {', '.join(CHECKS)}"
+            )
     results: list[Result] = []
     first: Case | None = None
     for family in chosen:
@@ -125,7 +128,7 @@ def check_method(
         first = first or case
     meant = {name for r in results if r.error is None for name in (r.name, r.family, f"{r.family}: {r.name}")}
     results += [
-        Result(name, error="it is excused, and nothing fails without the excuse: take it out of not_applicable")
+        Result(name, error="it is excused, but passes without the excuse. Remove it from not_applicable")
         for name in excuses.reasons
         if name not in excuses.used and name in meant and not excuses.reasons[name].startswith("may ")
     ]
@@ -139,14 +142,14 @@ def check_method(
 
 
 class _Excuses:
-    """What is excused, and which excuses were needed."""
+    """Excuses, and which of them were needed."""
 
     def __init__(self, reasons: dict[str, str]) -> None:
         self.reasons = reasons
         self.used: set[str] = set()
 
     def of(self, *names: str) -> str | None:
-        """The reason for the first of `names` that is excused; it is needed, then."""
+        """Return the reason for the first of `names` that is excused, and mark the excuse as needed."""
         name = next((name for name in names if name in self.reasons), None)
         if name is None:
             return None
@@ -160,7 +163,7 @@ def _applies(case: Case, excuses: _Excuses) -> Result:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             case.add(case.unprepared(), None, "default")
-    except peftcore.PluginError as fault:  # the plugin's, not its word
+    except peftcore.PluginError as fault:  # a fault of the plugin, not a refusal
         return Result(APPLIES, error=_where(fault), family=family)
     except peftcore.PeftcoreError as refusal:
         reason = excuses.of(family)
@@ -176,9 +179,10 @@ def _applies(case: Case, excuses: _Excuses) -> Result:
 def _run(check: Check, case: Case, excuses: _Excuses) -> Result:
     family = case.family.name
     try:
-        with warnings.catch_warnings():  # one of the checks asks for it
+        with warnings.catch_warnings():  # one of the checks looks for this warning
             warnings.filterwarnings("ignore", ".* of the weight in layers; left out: ")
-            warnings.filterwarnings("ignore", "Hugging Face PEFT cannot read this file: ")  # as the rules say
+            # allowed by the method's PeftRules
+            warnings.filterwarnings("ignore", "Hugging Face PEFT cannot read this file: ")
             reason = check.run(case)
     except Exception as found:
         is_refusal = isinstance(found, peftcore.PeftcoreError) and not isinstance(found, peftcore.PluginError)

@@ -407,7 +407,7 @@ def test_what_the_suite_tries(capsys: pytest.CaptureFixture[str]) -> None:
         "Hugging Face PEFT computes the same from the file": peft_lacks,
         "a file that Hugging Face PEFT writes computes the same here": peft_lacks,
         "torch.compile(fullgraph=True)": "how many rows an expert has is data",
-        "tensors that adapters share are saved once, and are shared after load, deepcopy and .to()": "may share none",
+        "shared tensors are saved once, and stay shared after load, deepcopy and .to()": "may share none",
     }
     report = check_method(config, families=["Qwen3-MoE"], not_applicable=excused)
     assert len([result for result in report.results if not result.reason]) > 22

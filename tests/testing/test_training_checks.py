@@ -16,9 +16,9 @@ from peftcore.testing import check_sharded
 from peftcore.testing.suite import APPLIES
 
 FILES = "save and load are bit exact"
-LEFT_OUT = "no layer is left out in silence"
+LEFT_OUT = "no layer is left out without a warning"
 RESUME = "resume is exact"
-ACCUMULATE = "four batches of one row give the gradients of one of four, with the method's term of the loss once"
+ACCUMULATE = "gradients of four accumulated batches equal those of one, with the method's loss term once"
 GROUPS = "parameter groups name each trained parameter once"
 
 

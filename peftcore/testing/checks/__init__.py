@@ -1,9 +1,9 @@
-"""The checks, in the order in which they run."""
+"""Checks, in the order in which they run."""
 
 from peftcore.testing.checks import acting, training, files, merging, running  # noqa: F401, I001  # each adds its own
 from peftcore.testing.checks.register import CHECKS, Check, name_of
 
-# Names of those that methods are often excused from.
+# names of checks that methods are often excused from
 IDENTITY = name_of(acting.identity)
 MERGE = name_of(merging.merging)
 COMPILE = name_of(running.compiling)

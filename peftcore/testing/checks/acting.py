@@ -1,4 +1,4 @@
-"""Where the adapters stand, what they act on, and that nothing is left of them."""
+"""Checks of where adapters are, what they change, and that removing them leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ from peftcore.testing.case import Case, close, differs, logits, loss_of, same, t
 from peftcore.testing.checks.register import check
 
 
-@check(essential=True)
+@check("identity at the start", essential=True)
 def identity(case: Case) -> None:
-    """identity at the start"""
     model, wanted = case.model(seed=None), logits(case.base(), case.inputs())
     rounded = any(experts_layout(model.get_submodule(path)) for path in applied(model, "default").paths)
-    (close if rounded else same)(logits(model, case.inputs()), wanted, "output")  # products of experts in one operator
+    # products of experts are summed in one operator
+    (close if rounded else same)(logits(model, case.inputs()), wanted, "output")
 
 
-@check(essential=True)
+@check("neutral tensors change nothing", essential=True)
 def neutral(case: Case) -> str | None:
-    """the tensors that adapters call neutral change nothing"""
     model, start, found = case.model(), case.model(seed=None), False
     attached = {id(p) for _, adapter in adapter_modules(model, "default") for p in adapter.parameters()}
     with torch.no_grad():
@@ -46,53 +45,51 @@ def neutral(case: Case) -> str | None:
                 for name, value in adapter.neutral().items():
                     tensors[name].copy_(value)
     if not found:
-        return "its adapters call no tensors neutral"
+        return "its adapters have no neutral tensors"
     close(logits(model, case.inputs()), logits(case.base(), case.inputs()), "output")
     return None
 
 
-@check(essential=True)
+@check("no layer is left out without a warning", essential=True)
 def left_out(case: Case) -> str | None:
-    """no layer is left out in silence"""
     model = case.base()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         case.add(model, None, "default")
     entry, architecture = applied(model, "default"), detect(model)
-    if told or getattr(entry.config, "layers_to_transform", None) is not None:
+    if caught or getattr(entry.config, "layers_to_transform", None) is not None:
         return None
     if any(isinstance(each, (SoftPrompt, PrefixKV)) for placed in entry.placements.values() for each in placed):
-        return None  # where these act is no choice of the method
+        return None  # the method does not choose where prompts act
     reached = [*entry.paths, *(f"{name.rpartition('.')[0]}." for name in entry.trained)]
     found, nothing = coverage(model, architecture, reached), coverage(model, architecture, ())
     for what, count in nothing.left_out.items():
         assert found.left_out.get(what) != count or count < found.total / 2 or found.share == 0, (
-            f"{case.method.name} {found}, and does not say so. Adapt them, or warn of it in place(...)"
+            f"{case.method.name} {found}, without a warning. Adapt them, or warn in place(...)"
         )
     for kind in dict.fromkeys(sublayer.kind for sublayer in architecture.sublayers):
         scopes = [_scope(sublayer) for sublayer in architecture.sublayers if sublayer.kind == kind]
         lacking = [scope for scope in scopes if not any(_meet(scope, path.rstrip(".")) for path in reached)]
         assert not lacking or len(lacking) == len(scopes), (
-            f"of the {kind} layers {', '.join(lacking)} are left out. Adapt these too, or warn of it in place(...)"
+            f"{kind} layers are left out without a warning: {', '.join(lacking)}. Adapt them, or warn in place(...)"
         )
     return None
 
 
 def _scope(sublayer: Sublayer) -> str:
-    """The path of the innermost module in which all known parts of a sublayer lie."""
+    """Return the path of the innermost module that contains all known parts of a sublayer."""
     parts = [path.split(".") for path in (sublayer.output, sublayer.query, *sublayer.inner) if path]
     common = [names[0] for names in zip(*parts, strict=False) if len(set(names)) == 1]
     return ".".join(common)
 
 
 def _meet(one: str, other: str) -> bool:
-    """Is one of two paths inside the other?"""
+    """Return whether one of two paths contains the other."""
     return f"{one}.".startswith(f"{other}." if other else "") or f"{other}.".startswith(f"{one}.")
 
 
-@check(essential=True)
+@check("base untouched by training", essential=True)
 def base_untouched(case: Case) -> None:
-    """base untouched by training"""
     base, model = case.base(), case.model()
     train(model, case.inputs(), steps=2)
     state = model.state_dict()
@@ -107,9 +104,8 @@ def base_untouched(case: Case) -> None:
             same(state[name], value, name)
 
 
-@check(essential=True)
+@check("gradients only where they belong", essential=True)
 def gradients(case: Case) -> None:
-    """gradients only where they belong"""
     model = case.model()
     loss_of(model, case.inputs()).backward()
     own = {id(p): name for name, p in adapter_parameters(model, "default")}
@@ -121,9 +117,8 @@ def gradients(case: Case) -> None:
             assert parameter.grad is None and not parameter.requires_grad, f"'{name}' of the base gets a gradient"
 
 
-@check(essential=True)
+@check("disabled equals base", essential=True)
 def disabling(case: Case) -> None:
-    """disabled equals base"""
     model, inputs = case.model(), case.inputs()
     before, base = logits(model, inputs), logits(case.base(), inputs)
     differs(before, base)
@@ -132,12 +127,11 @@ def disabling(case: Case) -> None:
     same(logits(model, inputs), before, "enabled again")
 
 
-@check(essential=True)
+@check("remove is bit exact", essential=True)
 def removing(case: Case) -> None:
-    """remove is bit exact"""
     model, inputs = case.base().train(), case.inputs()
     with torch.no_grad():
-        model.eval()(**inputs)  # what a first call leaves behind is not the method's
+        model.eval()(**inputs)  # effects of a first call are not the method's
     before = _Snapshot(model.train())
     case.add(model, 1, "default")
     train(model, inputs, steps=1)
@@ -146,19 +140,19 @@ def removing(case: Case) -> None:
 
 
 class _Snapshot:
-    """All that a model holds: its classes, tensors, hooks, and other attributes."""
+    """Snapshot of all that a model holds: classes, tensors, hooks, and other attributes."""
 
     def __init__(self, model: nn.Module) -> None:
         self._facts = dict(_facts(model))
         self._tensors = {where: (value, value.detach().clone()) for where, value in _tensors(model)}
 
     def compare(self, model: nn.Module) -> None:
-        """Fail unless `model`, the same one, holds the very same."""
+        """Fail unless `model` holds exactly the content of the snapshot."""
         tensors, facts = dict(_tensors(model)), dict(_facts(model))
         assert list(tensors) == list(self._tensors), f"tensors differ: {sorted(tensors.keys() ^ self._tensors.keys())}"
         for where, (tensor, value) in self._tensors.items():
             same(tensors[where], value, where)
-            assert tensors[where] is tensor, f"'{where}' is another tensor, of the same values"
+            assert tensors[where] is tensor, f"'{where}' is another tensor with equal values"
         gone, new = self._facts.keys() - facts.keys(), facts.keys() - self._facts.keys()
         assert not gone and not new, f"left behind: {sorted(new)[:5]}, gone: {sorted(gone)[:5]}"
         for where, fact in self._facts.items():
@@ -166,7 +160,7 @@ class _Snapshot:
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and all buffers, by name."""
+    """Return parameters and all buffers, by name."""
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
@@ -174,7 +168,7 @@ _OF_ANY_MODULE = tuple(vars(nn.Module()))
 
 
 def _facts(model: nn.Module) -> list[tuple[str, Any]]:
-    """(where, what is there) of all else; objects by their identity."""
+    """Return (where, value) of everything but tensors; objects by their identity."""
     found: list[tuple[str, Any]] = [
         (f"requires_grad of '{name}'", p.requires_grad) for name, p in model.named_parameters()
     ]
@@ -182,9 +176,9 @@ def _facts(model: nn.Module) -> list[tuple[str, Any]]:
     for path, module in model.named_modules():
         found.append((f"the class of '{path}'", type(module)))
         for name in _OF_ANY_MODULE:
-            getattr(module, name, None)  # of a `LightModule`, which has its tables from then on
+            getattr(module, name, None)  # makes a `LightModule` create its tables
         for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", *BUILT):  # of adapters that stood there before
+            if name in ("_parameters", "_buffers", *BUILT):  # adapters that were attached before
                 continue
             is_plain = isinstance(value, (bool, int, float, str, tuple, set, torch.dtype, type(None)))
             fact = value if is_plain else id(value)
@@ -197,9 +191,8 @@ def _facts(model: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
-@check()
+@check("two adapters are switched")
 def switching(case: Case) -> None:
-    """two adapters are switched"""
     inputs = case.inputs()
     alone = {name: logits(case.model(seed=seed, adapter=name), inputs) for name, seed in (("a", 1), ("b", 2))}
     model = _with_two(case)
@@ -207,19 +200,18 @@ def switching(case: Case) -> None:
         peftcore.activate(model, name)
         same(logits(model, inputs), alone[name], f"'{name}' of two")
         others = [p for n in ("a", "b") if n != name for _, p in adapter_parameters(model, n)]
-        assert not any(p.requires_grad for p in others), "a resting adapter requires gradients"
+        assert not any(p.requires_grad for p in others), "an inactive adapter requires gradients"
 
 
 def _with_two(case: Case) -> nn.Module:
-    """A model with two adapters, of which the last one acts."""
+    """Return a model with two adapters, the last one active."""
     model = case.model(seed=1, adapter="a")
     peftcore.activate(model, [])
     return case.add(model, 2, "b")
 
 
-@check()
+@check("an adapter for each sample of a batch equals each sample alone")
 def per_sample(case: Case) -> str | None:
-    """an adapter for each sample of a batch equals each sample alone"""
     model, names = _with_two(case), ["a", None, "b", "a"]
     inputs: dict[str, Any] = {**case.inputs(rows=len(names)), **({"use_cache": False} if case.generates else {})}
     try:
@@ -237,17 +229,15 @@ def per_sample(case: Case) -> str | None:
     return None
 
 
-@check()
+@check("a frozen adapter gets no gradients")
 def freezing(case: Case) -> None:
-    """a frozen adapter gets no gradients"""
     model = case.model()
     set_trainable(model, "default", False)
     assert not any(p.requires_grad for p in model.parameters()), "a parameter still requires gradients"
 
 
-@check()
+@check("bf16 and fp32 bases")
 def dtypes(case: Case) -> None:
-    """bf16 and fp32 bases"""
     for dtype in (torch.bfloat16, torch.float32):
         model = case.model(dtype)
         trained = set(applied(model, "default").trained)

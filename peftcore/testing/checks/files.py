@@ -1,4 +1,4 @@
-"""Files and copies: save and load, shared tensors, deepcopy and pickle, Hugging Face PEFT both ways."""
+"""Checks of files and copies: save and load, shared tensors, deepcopy and pickle, Hugging Face PEFT both ways."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from peftcore.quantization.packed_experts import unpack_experts
 from peftcore.testing.case import Case, close, differs, disturb, logits, same
 from peftcore.testing.checks.register import check
 
-NOT_CHECKED = "not checked: "  # how the reason of a check begins that could not run here
+NOT_CHECKED = "not checked: "  # prefix of the reason of a check that could not run here
 
 
-@check(essential=True)
+@check("save and load are bit exact", essential=True)
 def saving(case: Case) -> None:
-    """save and load are bit exact"""
     model, fresh = case.model(), case.base()
     with tempfile.TemporaryDirectory() as folder:
         peftcore.save(model, folder, adapter="default")
@@ -42,9 +41,8 @@ def saving(case: Case) -> None:
     close(logits(used, case.inputs()), wanted, "output of a file without what only training needs", 1e-5)
 
 
-@check()
+@check("deepcopy and pickle")
 def copying(case: Case) -> None:
-    """deepcopy and pickle"""
     model, inputs = case.model(), case.inputs()
     wanted = logits(model, inputs)
     for how, twin in (("deepcopy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
@@ -54,9 +52,8 @@ def copying(case: Case) -> None:
         same(logits(model, inputs), wanted, f"the original after its {how} changed")
 
 
-@check()
+@check("shared tensors are saved once, and stay shared after load, deepcopy and .to()")
 def sharing(case: Case) -> str | None:
-    """tensors that adapters share are saved once, and are shared after load, deepcopy and .to()"""
     model = case.model()
     shared = _shared(model)
     if not shared:
@@ -76,7 +73,7 @@ def sharing(case: Case) -> str | None:
 
 
 def _shared(model: nn.Module) -> dict[frozenset[str], torch.Tensor]:
-    """Tensors that stand in several adapters, by all their places."""
+    """Return tensors that several adapters share, by all their names."""
     places: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, torch.Tensor] = {}
     for path, adapter in adapter_modules(model, "default"):
@@ -88,25 +85,23 @@ def _shared(model: nn.Module) -> dict[frozenset[str], torch.Tensor]:
     return {frozenset(names): tensors[key] for key, names in several.items()}
 
 
-@check(essential=True)
+@check("Hugging Face PEFT computes the same from the file", essential=True)
 def read_by_peft(case: Case) -> str | None:
-    """Hugging Face PEFT computes the same from the file"""
     peft, reason = _peft(case)
     if peft is None:
         return reason
     model, inputs = case.model(), case.inputs()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, of names that transformers has deprecated
+        warnings.simplefilter("ignore")  # PEFT's warnings about names that transformers has deprecated
         peftcore.save(model, folder, adapter="default")
         found = logits(peft.PeftModel.from_pretrained(_base_for_peft(case), folder).eval(), inputs)
     wanted = logits(model, inputs)
-    close(found[:, -wanted.shape[1] :], wanted, "output")  # theirs of a soft prompt's own places come first
+    close(found[:, -wanted.shape[1] :], wanted, "output")  # PEFT's output starts with that of the soft prompt
     return None
 
 
-@check(essential=True)
+@check("a file that Hugging Face PEFT writes computes the same here", essential=True)
 def written_by_peft(case: Case) -> str | None:
-    """a file that Hugging Face PEFT writes computes the same here"""
     peft, reason = _peft(case)
     if peft is None:
         return reason
@@ -131,7 +126,7 @@ def written_by_peft(case: Case) -> str | None:
 
 
 def _base_for_peft(case: Case) -> nn.Module:
-    """The base with the values of experts that are in 4 bits, of which PEFT knows none."""
+    """Return the base with dense experts, since PEFT does not know quantized ones."""
     model = case.base()
     for _, experts in list(quantized_experts(model)):
         unpack_experts(experts)
@@ -139,7 +134,7 @@ def _base_for_peft(case: Case) -> nn.Module:
 
 
 def _peft(case: Case) -> tuple[Any, str | None]:
-    """(the library peft, None), or why the method has nothing to do with it."""
+    """Return (the library peft, None), or (None, why the method cannot be compared with it)."""
     if importlib.util.find_spec("peft") is None:
         return None, f"{NOT_CHECKED}peft is not installed"
     import peft
@@ -151,5 +146,5 @@ def _peft(case: Case) -> tuple[Any, str | None]:
         return None, "PEFT has no such method"
     model = case.add(case.family.make(), None, "default")
     if method.state.peft.unreadable(model, [path for path, _ in adapter_modules(model, "default")]):
-        return None, "PEFT knows the method for other layers, and save says so"
+        return None, "PEFT does not support the method on these layers, and save warns"
     return peft, None

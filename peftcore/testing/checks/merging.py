@@ -1,4 +1,4 @@
-"""Merging into the weights; adapters that stand at one module, of the same method and of another."""
+"""Checks of merging into the weights, and of several adapters at one module."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from peftcore.testing.checks.register import check
 from peftcore.testing.other import add_other, other_method
 
 
-@check(essential=True, refused=True)
+@check("merge equals forward, unmerge is bit exact", essential=True, refused=True)
 def merging(case: Case) -> None:
-    """merge equals forward, unmerge is bit exact"""
     model, inputs = case.model(), case.inputs()
     _merge_and_unmerge(model, inputs, "merged")
 
@@ -39,17 +38,17 @@ def _merge(model: nn.Module) -> None:
     """Merge exactly.
 
     Raises:
-        PeftcoreError: it is refused, or quantizing again loses some of it.
+        PeftcoreError: merging is refused, or quantizing again loses part of the change.
     """
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("always", "quantized again, ")
         peftcore.merge(model)
-    for warning in told:
+    for warning in caught:
         raise peftcore.PeftcoreError(str(warning.message))
 
 
 def _merges(case: Case) -> bool:
-    """Does the method say that it can be merged?"""
+    """Return whether the method can be merged."""
     try:
         _merge(case.model())
     except peftcore.PeftcoreError:
@@ -57,16 +56,15 @@ def _merges(case: Case) -> bool:
     return True
 
 
-@check()
-def beside(case: Case) -> str | None:
-    """two adapters of the method act together, and merge in both orders"""
+@check("two adapters of the method together, merged in both orders")
+def together(case: Case) -> str | None:
     model, inputs = case.model(adapter="a"), case.inputs()
     alone = logits(model, inputs)
     try:
         case.add(model, 2, "b")
     except peftcore.PeftcoreError as refusal:
         if "two active adapters cannot train the same parameter" in str(refusal):
-            return "two active adapters cannot train the same parameter, and apply says so"
+            return "two active adapters cannot train the same parameter, and apply refuses it"
         raise
     _in_both_orders(model, inputs, ("a", "b"), _merges(case))
     peftcore.remove(model, "b")
@@ -74,9 +72,8 @@ def beside(case: Case) -> str | None:
     return None
 
 
-@check(essential=True)
+@check("with another method's adapter, merged in both orders, saved and removed", essential=True)
 def stacked(case: Case) -> None:
-    """beside another method's adapter it acts, merges in both orders, is saved and comes off alone"""
     inputs = case.inputs()
     with other_method():
         model = case.model()
@@ -93,7 +90,7 @@ def stacked(case: Case) -> None:
         add_other(model)
         wanted = logits(model, inputs)
         peftcore.remove(case.add(model, 1, "default"), "default")
-        same(logits(model, inputs), wanted, "the other one alone, when it was removed")
+        same(logits(model, inputs), wanted, "the other one alone, after removal")
 
 
 def _in_both_orders(model: nn.Module, inputs: dict[str, Tensor], names: Sequence[str], merges: bool) -> None:

@@ -1,4 +1,4 @@
-"""What makes a function a check: its docstring is what reports call it."""
+"""Registry of the checks, with the names that reports show."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ Function = Callable[[Case], str | None]
 
 @dataclass(frozen=True)
 class Check:
-    """One check.
+    """Check of a method.
 
     Args:
-        run: (case) -> None where it holds, or why it has nothing to check here. It raises where it does not hold.
-        essential: it runs on every family, not on the first alone.
-        refused: a method that cannot pass it must refuse with a PeftcoreError; wrong values are no excuse.
+        name: its name in reports and excuses.
+        run: (case) -> None if it passes, or why there is nothing to check. It raises if it fails.
+        essential: run on every family, not only on the first.
+        refused: a method that cannot pass it must refuse with a PeftcoreError; wrong values cannot be excused.
     """
 
     name: str
@@ -29,11 +30,10 @@ class Check:
 CHECKS: dict[str, Check] = {}
 
 
-def check(*, essential: bool = False, refused: bool = False) -> Callable[[Function], Function]:
-    """Make a function a check, see :class:`Check`."""
+def check(name: str, *, essential: bool = False, refused: bool = False) -> Callable[[Function], Function]:
+    """Register a function as the check `name`, see :class:`Check`."""
 
     def decorate(function: Function) -> Function:
-        name = name_of(function)
         CHECKS[name] = Check(name, function, essential, refused)
         return function
 
@@ -41,5 +41,5 @@ def check(*, essential: bool = False, refused: bool = False) -> Callable[[Functi
 
 
 def name_of(function: Function) -> str:
-    """What the check that this function is is called."""
-    return (function.__doc__ or "").strip().rstrip(".")
+    """Return the name of the check that `function` implements."""
+    return next(check.name for check in CHECKS.values() if check.run is function)

@@ -1,4 +1,4 @@
-"""Ways to run a model: compiled as one graph, generating, rows of different lengths."""
+"""Checks of ways to run a model: compiled as one graph, generating, rows of different lengths."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from peftcore.testing.checks.register import check
 from peftcore.testing.checks.training import gradients_of
 
 
-@check()
+@check("torch.compile(fullgraph=True)")
 def compiling(case: Case) -> str | None:
-    """torch.compile(fullgraph=True)"""
-    with warnings.catch_warnings():  # PyTorch's tracing of an `autograd.Function` makes an instance, and warns of it
+    with warnings.catch_warnings():  # PyTorch's tracing creates an instance of an `autograd.Function`, and warns
         warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
         try:
             _compile(case)
@@ -54,7 +53,7 @@ def _compile(case: Case) -> None:
         seen.append(first_output(compiled(**call)))
         return (seen[-1],)
 
-    loss_of(run, inputs).backward()  # one graph serves both
+    loss_of(run, inputs).backward()  # one graph for the output and the gradients
     close(seen[0], wanted, "compiled")
     compiled_gradients = gradients_of(model)
     model.zero_grad()
@@ -64,9 +63,8 @@ def _compile(case: Case) -> None:
         same(compiled_gradients[name], gradient, f"gradient of '{name}'", atol)
 
 
-@check()
+@check("generate, with and without cache, equals one full forward")
 def generating(case: Case) -> str | None:
-    """generate, with and without cache, equals one full forward"""
     if not case.generates:
         return "the model does not generate"
     inputs = case.prompts()
@@ -82,9 +80,8 @@ def generating(case: Case) -> str | None:
     return None
 
 
-@check()
+@check("generate for rows of different lengths, with and without cache, equals each row alone")
 def padding(case: Case) -> str | None:
-    """generate for rows of different lengths, with and without cache, equals each row alone"""
     if not case.generates:
         return "the model does not generate"
     model: Any = case.model()
@@ -101,9 +98,8 @@ def padding(case: Case) -> str | None:
     return None
 
 
-@check()
+@check("two threads at once compute what each computes alone")
 def threads(case: Case) -> None:
-    """two threads that call the model at once get what each gets alone"""
     model, rows = case.model(), case.inputs(rows=4)
     calls = [
         {name: each[part] if isinstance(each, Tensor) else each for name, each in rows.items()}
@@ -123,7 +119,7 @@ def threads(case: Case) -> None:
 
 
 class _Turns:
-    """Turns of threads: each runs one operation of PyTorch, then the next thread one, so that all meet everywhere."""
+    """Turns of threads: each runs one operation of PyTorch and then lets the next run, so that all orders occur."""
 
     def __init__(self, threads: int) -> None:
         self._changed = threading.Condition()
@@ -132,7 +128,7 @@ class _Turns:
 
     @contextmanager
     def of(self, number: int) -> Iterator[None]:
-        """Within the block, each operation of this thread waits for its turn."""
+        """Make each operation of this thread wait for its turn within the block."""
         try:
             with _EachOperation(lambda: self._wait(number)):
                 yield
@@ -143,7 +139,7 @@ class _Turns:
                 self._changed.notify_all()
 
     def _wait(self, number: int) -> None:
-        with self._changed:  # not for ever: the other thread may wait for a lock that this one holds
+        with self._changed:  # limited, since the other thread may wait for a lock that this one holds
             self._changed.wait_for(lambda: self._turn == number or self._running == [number], timeout=0.2)
             self._pass_on(number)
             self._changed.notify_all()
@@ -154,7 +150,7 @@ class _Turns:
 
 
 class _EachOperation(TorchDispatchMode):
-    """Call a function before each operation of this thread."""
+    """Mode that calls a function before each operation of this thread."""
 
     def __init__(self, before: Callable[[], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Training: steps, schedules, resuming, checkpointed activations, a base in 4 bits."""
+"""Checks of training: steps, schedules, resuming, gradient checkpointing, a quantized base."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from peftcore.testing.case import Case, first_output, logits, loss_of, optimizer
 from peftcore.testing.checks.register import check
 
 
-@check()
+@check("training lowers the loss")
 def learns(case: Case) -> None:
-    """training lowers the loss"""
     losses = train(case.model(seed=None), case.inputs(), steps=12)
     assert losses[-1] < losses[0], f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f} in 12 steps"
 
 
-@check()
+@check("resume is exact")
 def resuming(case: Case) -> None:
-    """resume is exact"""
     inputs, total = case.inputs(), 6
     whole = case.model(seed=None)
     train(whole, inputs, steps=total)
@@ -44,9 +42,8 @@ def resuming(case: Case) -> None:
     same(logits(second, inputs), logits(whole, inputs), "output")
 
 
-@check()
+@check("gradients of four accumulated batches equal those of one, with the method's loss term once")
 def accumulating(case: Case) -> None:
-    """four batches of one row give the gradients of one of four, with the method's term of the loss once"""
     inputs, whole, parts = case.inputs(rows=4), case.model(), case.model()
     (loss_of(whole, inputs) + peftcore.extra_loss(whole)).backward()
     for row in range(4):
@@ -57,9 +54,8 @@ def accumulating(case: Case) -> None:
         same(found[name], wanted, f"gradient of '{name}'", atol=1e-4 * wanted.abs().max().item() + 1e-6)
 
 
-@check()
+@check("parameter groups name each trained parameter once")
 def grouping(case: Case) -> None:
-    """parameter groups name each trained parameter once"""
     model = case.model()
     groups = peftcore.parameter_groups(model, lr=1e-3, weight_decay=0.01)
     named = [each[1] if isinstance(each, tuple) else each for group in groups for each in group["params"]]
@@ -67,15 +63,14 @@ def grouping(case: Case) -> None:
     assert len({id(p) for p in named}) == len(named), "a parameter is in two groups"
     missing = trained.keys() - {id(p) for p in named}
     assert not missing, f"in no group: {sorted(trained[key] for key in missing)[:3]}"
-    assert len(named) == len(trained), "a group names what is not trained"
+    assert len(named) == len(trained), "a group has parameters that are not trained"
     assert all(group.get("lr", 1e-3) > 0 for group in groups), "a group has a learning rate that is not positive"
 
 
-@check(essential=True)
+@check("gradient checkpointing", essential=True)
 def checkpointing(case: Case) -> str | None:
-    """gradient checkpointing"""
     if not getattr(case.base(), "supports_gradient_checkpointing", False):
-        return "the model has none"
+        return "the model does not support it"
     wanted: dict[str, Tensor] = {}
     options = {"use_cache": False} if case.generates else {}
     ways = [None, {"use_reentrant": False}, *([{"use_reentrant": True}] if case.first is None else [])]
@@ -90,13 +85,13 @@ def checkpointing(case: Case) -> str | None:
         found = gradients_of(model)
         wanted = wanted or found
         for name, gradient in found.items():
-            limit = 1e-5 * wanted[name].abs().max().item() + 1e-7  # a gradient that is zero but for rounding
+            limit = 1e-5 * wanted[name].abs().max().item() + 1e-7  # for gradients that are zero up to rounding
             same(gradient, wanted[name], f"{kwargs}: gradient of '{name}'", limit)
     return None
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """The gradient of each parameter of the adapter."""
+    """Return the gradient of each parameter of the adapter."""
     found = {}
     for name, parameter in adapter_parameters(model, "default"):
         assert parameter.grad is not None, f"'{name}' gets no gradient"
@@ -104,9 +99,8 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@check(essential=True)
+@check("a quantized base (NF4)", essential=True)
 def quantized_base(case: Case) -> None:
-    """a quantized base (NF4)"""
     base, inputs = case.base(quantized=True), case.inputs()
     packed = [p for _, p in base_parameters(base) if p.dtype is torch.uint8]
     bits = [p.clone() for p in packed]
@@ -121,4 +115,4 @@ def quantized_base(case: Case) -> None:
     peftcore.remove(model, "default")
     same(logits(model, inputs), logits(case.base(quantized=True), inputs), "removed")
     for parameter, before in zip(packed, bits, strict=True):
-        same(parameter, before, "a weight in 4 bits")
+        same(parameter, before, "a quantized weight")
