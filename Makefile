@@ -64,6 +64,8 @@ test-deepspeed: $(DEEPSPEED)/deepspeed.stamp
 # mypy reads PyTorch once, 20 seconds, and then takes a second: its cache is .mypy_cache.
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
+	$(PY) -m ruff check --preview --select DOC102,DOC202,DOC403 peftcore plugins
+	$(VENV)/bin/codespell
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
