@@ -132,7 +132,7 @@ def test_the_call_is_read_only_and_ends() -> None:
         current_call()
 
 
-def test_an_adapter_that_did_not_say_so_is_told() -> None:
+def test_an_error_for_an_adapter_that_did_not_say_so() -> None:
     model = peftcore.apply(Net(), "asks", target_modules=("first.0",))
     with pytest.raises(peftcore.PeftcoreError, match="needs_call = True"):
         model(X)

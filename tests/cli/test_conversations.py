@@ -108,7 +108,7 @@ def test_no_template_is_an_error_that_names_one(tokenizer: Any) -> None:
         conversations.set_template(tokenizer, "nowhere.jinja")
 
 
-def test_what_a_template_refuses_is_told(tokenizer: Any) -> None:
+def test_what_a_template_refuses_is_reported(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
     with pytest.raises(PeftcoreError, match="f:1: the chat template rejects the conversation: only two turns"):
         conversations.encode(Row("f:1", "", messages=TALK), tokenizer)

@@ -192,7 +192,7 @@ def test_what_is_trained_of_the_base_is_in_fp32(
     assert dtype_choice.of_run(plain, ()) == dtype_choice.Choice("bf16")
 
 
-def test_what_does_not_fit_in_fp32_is_told_of_bf16(
+def test_the_error_for_what_does_not_fit_in_fp32_names_bf16(
     run: Run, in_bf16: Path, reviews: Path, tmp_path: Path, on: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peftcore.cli import forecast

@@ -67,7 +67,7 @@ def changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return found
 
 
-def test_a_smaller_one_is_the_nearest_and_its_share_is_told() -> None:
+def test_a_smaller_one_is_the_nearest_and_its_share_is_reported() -> None:
     model = adapted("ia3", target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
     kept = peftcore.convert(model, "a", method="lora", r=5, adapter="b")
     whole, part = changes(model, "a"), changes(model, "b")
@@ -162,7 +162,7 @@ def test_experts_have_a_product_each(kind: str, method: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("r", [3, None])
-def test_experts_of_a_smaller_rank_keep_what_is_told_of_them_all(r: int | None) -> None:
+def test_experts_of_a_smaller_rank_keep_the_share_that_is_reported(r: int | None) -> None:
     model = adapted("dora", lambda: mixture("qwen3_moe"), r=6, target_modules=["experts"])
     kept = peftcore.convert(model, "a", method="lora", r=r, adapter="b")
     experts = model.get_submodule("model.layers.1.mlp.experts")

@@ -221,7 +221,7 @@ def test_a_damaged_record_counts_as_none(tmp_path):
         assert _extension.read_record(path) == {}
 
 
-def test_doctor_is_told_what_is_missing_and_what_it_costs(monkeypatch):
+def test_doctor_reports_what_is_missing_and_what_it_costs(monkeypatch):
     monkeypatch.setattr(_extension, "extension", None)
     monkeypatch.setattr(_extension, "missing_because", "it was not built: no C++ compiler")
     info = build_info()

@@ -70,7 +70,7 @@ def test_summary() -> None:
     assert "b: train, active, 0 modules, 1 parameters of the base" in str(found)
 
 
-def test_whether_experts_are_fused_and_why_not_is_told_of() -> None:
+def test_whether_experts_are_fused_and_why_not_is_reported() -> None:
     for kind, way in (
         ("qwen3_moe", "in all; fused\n"),
         ("llama4_text", "Llama4TextExperts: its forward is written by"),
@@ -87,7 +87,7 @@ def test_whether_experts_are_fused_and_why_not_is_told_of() -> None:
     assert "_experts_implementation='mine' is a user's own" in str(peftcore.plan(model, "lora"))
 
 
-def test_experts_and_four_bits_are_told_of() -> None:
+def test_experts_and_four_bits_are_reported() -> None:
     model = mixture("qwen3_moe", num_experts=6)
     count, experts = sum(p.numel() for p in model.parameters()), 2 * 6 * 3 * 32 * 64
     found = peftcore.plan(model, "around", target_modules=("q_proj",)).experts

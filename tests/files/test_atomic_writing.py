@@ -184,7 +184,7 @@ def test_writers_and_readers_side_by_side(tmp_path: Path, monkeypatch, locks: bo
         assert {1.0} in found and {2.0} in found
 
 
-def test_a_writer_that_waits_too_long_is_told(tmp_path: Path, monkeypatch) -> None:
+def test_an_error_for_a_writer_that_waits_too_long(tmp_path: Path, monkeypatch) -> None:
     write_adapters(tmp_path, contents(1))
     monkeypatch.setattr(atomic_writing, "PATIENCE", 0.1)
     with atomic_writing.locked(tmp_path, NAMES):
@@ -194,7 +194,7 @@ def test_a_writer_that_waits_too_long_is_told(tmp_path: Path, monkeypatch) -> No
     assert read_folder(tmp_path, values) == {1.0}
 
 
-def test_two_at_once_without_locks_are_told(tmp_path: Path, monkeypatch) -> None:
+def test_an_error_for_two_writers_without_locks(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(atomic_writing, "fcntl", None)
     real = atomic_writing.put_in_place
 
@@ -281,7 +281,7 @@ def test_a_pipe_in_the_folder_above_blocks_nothing(tmp_path: Path) -> None:
     assert read_folder(tmp_path / "mine", lambda opened: values(opened, [""])) == {1.0}
 
 
-def test_a_damaged_manifest_above_that_names_the_folder_is_told(tmp_path: Path) -> None:
+def test_a_damaged_manifest_above_that_names_the_folder_is_reported(tmp_path: Path) -> None:
     """The folder is one of several, and whether its files are those that were saved cannot be known any more."""
     write_adapters(tmp_path, contents(1))
     (tmp_path / MANIFEST).write_text((tmp_path / MANIFEST).read_text()[:-10])

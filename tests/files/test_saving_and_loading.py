@@ -55,7 +55,7 @@ def test_the_files(saved: Path) -> None:
     assert sorted(tensors) == [f"base_model.model.model.layers.{i}.self_attn.q_proj.gain" for i in range(2)]
 
 
-def test_what_is_trained_beside_the_adapters_is_told_of(tmp_path: Path) -> None:
+def test_what_is_trained_beside_the_adapters_is_reported(tmp_path: Path) -> None:
     model = peftcore.apply(tiny.llama(), "around")
     peftcore.apply(model, "train", adapter="second", names=("lm_head.weight",))
     peftcore.save(model, tmp_path / "all")  # which has what is trained
@@ -157,7 +157,7 @@ def test_checkpoints_beside_an_adapter_are_not_loaded_with_it(saved: Path) -> No
     assert [a.name for a in peftcore.summary(model).adapters] == ["default"]
 
 
-def test_the_base_is_told_by_its_own_values(tmp_path: Path) -> None:
+def test_the_base_is_recognised_by_its_values(tmp_path: Path) -> None:
     """An adapter on the model that trains a sampled parameter does not make it another base."""
     peftcore.save(peftcore.apply(tiny.llama(), "around"), tmp_path)
     model = peftcore.apply(tiny.llama(), "train", names=("lm_head.weight",), adapter="head")

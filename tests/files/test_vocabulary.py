@@ -67,7 +67,7 @@ def test_new_rows_are_saved_and_belong_to_the_adapter(make, method: str, tmp_pat
     assert torch.equal(tiny.logits(again, input_ids=TOKENS), base)
 
 
-def test_a_base_that_was_not_resized_is_told_what_to_do(make, tmp_path: Path) -> None:
+def test_the_error_for_a_base_that_was_not_resized_names_the_way(make, tmp_path: Path) -> None:
     peftcore.save(peftcore.apply(make(1), "around"), tmp_path)
     with pytest.raises(peftcore.CheckpointError, match=r"vocabulary was resized.*model.resize_token_embeddings\(100\)"):
         peftcore.load(make(1, 96), tmp_path)

@@ -89,7 +89,7 @@ def test_peft_computes_the_same(
 
 
 @pytest.mark.parametrize(("name", "method"), [("bare t5", PROMPT), ("whisper", PREFIX)])
-def test_prompts_of_which_peft_makes_the_base_are_told(name: str, method, tmp_path: Path) -> None:
+def test_prompts_of_which_peft_makes_the_base_are_reported(name: str, method, tmp_path: Path) -> None:
     model = peftcore.apply(made(name), method[0], **method[1])
     disturb(model, "default", seed=1)
     with pytest.warns(UserWarning, match="Hugging Face PEFT computes the base from this file"):

@@ -82,7 +82,7 @@ def test_projections_that_were_fused(kind: str) -> None:
     with pytest.raises(peftcore.PeftcoreError, match="unfuse_qkv_projections would replace"):
         model.unfuse_qkv_projections()
     assert torch.equal(output(model), changed)
-    with pytest.raises(peftcore.PeftcoreError, match="has no place in a file for pipelines"):
+    with pytest.raises(peftcore.PeftcoreError, match="cannot be in a file for pipelines"):
         peftcore.save(model, "nowhere", format="diffusers")
     peftcore.remove(model)
     model.unfuse_qkv_projections()

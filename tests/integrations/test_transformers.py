@@ -86,7 +86,7 @@ def test_the_best_model_is_loaded_at_the_end(toys: None, tmp_path: Path) -> None
     assert all(torch.equal(a, b) for a, b in zip(trained, values(model), strict=True))
 
 
-def test_methods_are_told_of_every_step_while_gradients_stand(tmp_path: Path) -> None:
+def test_methods_are_called_after_every_step_while_there_are_gradients(tmp_path: Path) -> None:
     told = []
 
     def after_step(adapters: Any, config: Any, step: int, total: int) -> None:
@@ -113,7 +113,7 @@ def test_a_step_that_a_scaler_skips_is_none(tmp_path: Path) -> None:
     assert told == [1]
 
 
-def test_methods_are_told_of_every_step_of_a_model_that_the_trainer_makes(tmp_path: Path) -> None:
+def test_methods_are_called_after_every_step_of_a_model_that_the_trainer_makes(tmp_path: Path) -> None:
     told = []
     with tiny.installed(tiny.method("watched", after_step=lambda *call: told.append(call[2:]))):
         settings = {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}

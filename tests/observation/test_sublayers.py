@@ -81,7 +81,7 @@ def test_what_is_observed_is_what_the_model_does(kind: str) -> None:
             torch.testing.assert_close(stream, came + sum(added))
 
 
-def test_what_is_told_of_families_without_a_table() -> None:
+def test_facts_of_families_without_a_table() -> None:
     """Kinds, norms and stages, where the names of modules say nothing."""
     bart = find(built("BartModel"))
     assert {s.whole is None for s in bart if s.kind == "feed_forward"} == {

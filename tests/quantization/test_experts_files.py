@@ -63,7 +63,7 @@ def test_options_and_what_is_left_dense(tmp_path):
         same(peftcore.quantization.load(tmp_path / "half"), found)
 
 
-def test_what_bitsandbytes_leaves_dense_is_told_of(tmp_path):
+def test_what_bitsandbytes_leaves_dense_is_reported(tmp_path):
     mixture("mixtral").save_pretrained(tmp_path / "dense")
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)

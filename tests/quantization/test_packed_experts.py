@@ -214,7 +214,7 @@ def test_experts_and_routers_of_other_models():
     assert type(peftcore.quantize(Block(), skip=[]).router) is QuantizedLinear
 
 
-def test_nothing_is_told_of_what_is_reached():
+def test_no_warning_about_reached_experts():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         peftcore.quantize(mixture("mixtral"))

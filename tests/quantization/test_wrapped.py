@@ -149,7 +149,7 @@ def packed(model: nn.Module, but: str = "") -> nn.Module:
     return model
 
 
-def test_layers_whose_weight_is_not_known_are_told_of() -> None:
+def test_layers_whose_weight_is_not_known_are_reported() -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"found no linear layer .* Its layers are Packed, whose weight"):
         peftcore.apply(packed(tiny.llama()), "lora")
     model = packed(tiny.llama(), but="model.layers.0.self_attn.q_proj")

@@ -43,7 +43,7 @@ WITHOUT_GATE = {
     "road": "group_size=64 does not divide the 1 outputs",
     "shira": "r=32 asks for 65568 numbers",
     "vblora": "vector_length=256 must divide",
-    "waveft": "n_frequency=2592 is above the entries",
+    "waveft": "n_frequency=2592 is more than there are",
 }
 
 

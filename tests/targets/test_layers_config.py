@@ -49,5 +49,5 @@ def test_a_pattern_of_layers_without_layers_is_refused() -> None:
         targets.LayersConfig(layers_pattern="layers")
 
 
-def test_conv1d_is_told_from_linear() -> None:
+def test_conv1d_is_distinguished_from_linear() -> None:
     assert targets.conv1d_paths(GPT2, ["lm_head", "transformer.h.0.attn.c_attn"]) == ["transformer.h.0.attn.c_attn"]

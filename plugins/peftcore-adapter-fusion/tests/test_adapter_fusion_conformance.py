@@ -13,7 +13,7 @@ from peftcore.plugin import IDENTITY, MERGE, disturb
 NAMES = ("reviews", "tweets")
 EXCUSED = {
     IDENTITY: "its adapters act at once",
-    MERGE: "its adapters are no change of a weight",
+    MERGE: "its adapters are not changes of a weight",
 }
 
 

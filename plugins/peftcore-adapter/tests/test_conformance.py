@@ -6,7 +6,7 @@ from peftcore_adapter import AdapterConfig
 
 from peftcore.plugin import CHECKS, COMPILE, MERGE, check_method
 
-EXCUSED = {MERGE: "a non-linearity stands between the two projections: it is no change of a weight"}
+EXCUSED = {MERGE: "it has a non-linearity, so it is not a change of a weight"}
 PFEIFFER = AdapterConfig(placement="pfeiffer", original_ln_before=True, reduction_factor=4, non_linearity="gelu")
 PARALLEL = AdapterConfig(is_parallel=True, scaling=4.0, bottleneck_size=6, cross_adapter=True)
 COMPACTER = AdapterConfig(phm_layer=True, bottleneck_size=8, non_linearity="gelu")

@@ -5,9 +5,9 @@ from peftcore_adaption_prompt import AdaptionPromptConfig
 
 from peftcore.plugin import MERGE
 
-OTHER = "its attention is another, as in PEFT"
+OTHER = "its attention is not supported, as in PEFT"
 EXCUSED = {
-    MERGE: "prompts of attention are no change of a weight",
+    MERGE: "prompts in attention are not a change of a weight",
     "T5": OTHER,
     "BERT": OTHER,
     "ViT": OTHER,

@@ -8,8 +8,8 @@ from peftcore.plugin import MERGE
 from peftcore.testing.families import tokens
 
 EXCUSED = {
-    MERGE: "it acts from a token on",
-    **dict.fromkeys(("T5", "BERT", "ViT"), "in PEFT it is of decoders, too"),
+    MERGE: "it is active only after an invocation",
+    **dict.fromkeys(("T5", "BERT", "ViT"), "it is for decoders, as in PEFT"),
 }
 
 

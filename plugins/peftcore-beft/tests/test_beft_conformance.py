@@ -3,7 +3,7 @@
 import matrix
 from peftcore_beft import BeftConfig
 
-NO_BIASES = "of layers without a bias, which merge refuses; it merges where all have one"
+NO_BIASES = "merge refuses layers without a bias; it merges if all have one"
 
 
 def test_conformance() -> None:

@@ -5,7 +5,7 @@ from peftcore_bitfit import BitFitConfig
 
 from peftcore.plugin import CHECKS, COMPILE, MERGE, check_method
 
-BARE = dict.fromkeys(("Llama", "Gemma", "T5", "Qwen3-MoE"), "a model without biases; add_missing=True gives it some")
+BARE = dict.fromkeys(("Llama", "Gemma", "T5", "Qwen3-MoE"), "the model has no biases; add_missing=True adds them")
 
 
 def test_conformance() -> None:

@@ -5,10 +5,10 @@ from peftcore_cpt import CptConfig
 
 from peftcore.plugin import IDENTITY, MERGE
 
-NO_DECODER = "its loss is that of a decoder, in PEFT, too"
+NO_DECODER = "its loss is for decoders, as in PEFT"
 EXCUSED = {
     IDENTITY: "vectors before the input change the output, whatever their values",
-    MERGE: "a prompt is no change of a weight",
+    MERGE: "a prompt is not a change of a weight",
     "T5": NO_DECODER,
     "BERT": NO_DECODER,
     "ViT": NO_DECODER,

@@ -21,7 +21,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:apply_GS=True. reflections do not undo")
+@pytest.mark.filterwarnings("ignore:apply_GS=True. reflections do not cancel")
 @pytest.mark.parametrize("fields", [{"r": 4}, {"r": 3, "apply_GS": True, "init_weights": False}], ids=["plain", "GS"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_files(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def deepseek() -> nn.Module:
     return DeepseekV3ForCausalLM(config).eval()
 
 
-def test_modules_that_peft_takes_for_experts_are_told(tmp_path: Path) -> None:
+def test_modules_that_peft_takes_for_experts_are_reported(tmp_path: Path) -> None:
     model = peftcore.apply(deepseek(), "lora", r=2)
     disturb(model, "default", seed=1)
     names = r"\['mlp.down_proj', .*'shared_experts.up_proj'\]"

@@ -121,7 +121,7 @@ def test_batches_of_any_size_give_one_result(sizes: list[int]) -> None:
         ({}, [], "there is no batch"),
         ({"eva_config": {"rhoo": 2.0}}, batches(1), "eva_config has no field 'rhoo'. Its fields: rho, tau"),
         ({"eva_config": {"rho": 0.5}}, batches(1), "rho must be 1 or more, found 0.5"),
-        ({"r": 40}, batches(1), r"no batch gave 'model.layers.0.self_attn.q_proj' at least 32 tokens|at least"),
+        ({"r": 40}, batches(1), r"no batch had at least 32 tokens for 'model.layers.0.self_attn.q_proj'|at least"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], given: Any, message: str) -> None:

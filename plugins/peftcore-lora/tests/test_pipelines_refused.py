@@ -84,12 +84,12 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
     ):
         peftcore.save(pipe.transformer, tmp_path, format="kohya")
     unet = peftcore.apply(pipelines.unet(), "lora", target_modules=["to_q"], modules_to_save=["conv_norm_out"])
-    with pytest.raises(peftcore.PeftcoreError, match=r"'conv_norm_out.weight' has no place in a file for pipelines"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"'conv_norm_out.weight' cannot be in a file for pipelines"):
         peftcore.save(unet, tmp_path, format="diffusers")
     with pytest.raises(peftcore.PeftcoreError, match=r"format='peft' takes one model, found dict"):
         peftcore.save({"unet": unet}, tmp_path)
     dora = peftcore.apply(pipelines.unet(), "dora", target_modules=["to_q"])
-    with pytest.raises(peftcore.PeftcoreError, match="has DoRA, which diffusers does not read of a kohya file"):
+    with pytest.raises(peftcore.PeftcoreError, match="has DoRA, which diffusers does not read from a kohya file"):
         peftcore.save(dora, tmp_path, format="kohya")
     with pytest.raises(peftcore.PeftcoreError, match="format='kohya' is not known of 'default' \\(ia3\\)"):
         peftcore.save(peftcore.apply(pipelines.text_encoder(), "ia3"), tmp_path, format="kohya")

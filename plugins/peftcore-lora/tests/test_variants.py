@@ -20,7 +20,7 @@ import peftcore
         ({"monteclora_config": peft.MontecloraConfig()}, "monteclora_config: .* A is not drawn around it"),
     ],
 )
-def test_training_that_goes_another_way_is_told(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_training_that_goes_another_way_is_reported(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "o_proj"], **fields)
     quiet(moved(quiet(peft.get_peft_model, tiny.llama(), config)).save_pretrained, tmp_path)
     with pytest.warns(UserWarning, match=message):

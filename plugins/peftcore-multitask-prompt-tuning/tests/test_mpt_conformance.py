@@ -5,13 +5,13 @@ from peftcore_multitask_prompt_tuning import MultitaskPromptTuningConfig
 
 from peftcore.plugin import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES
 
-TASKS = "PEFT asks for task_ids in every call; compared in its tests"
+TASKS = "PEFT needs task_ids in every call; compared in the plugin's tests"
 EXCUSED = {
     IDENTITY: "vectors before the input change the output, whatever their values",
-    MERGE: "a prompt is no change of a weight",
+    MERGE: "a prompt is not a change of a weight",
     PEFT_READS: TASKS,
     PEFT_WRITES: TASKS,
-    "ViT": "an image has no tokens before which vectors could stand",
+    "ViT": "an image has no tokens that vectors could precede",
 }
 
 

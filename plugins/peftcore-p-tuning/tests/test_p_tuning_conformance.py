@@ -7,8 +7,8 @@ from peftcore.plugin import IDENTITY, MERGE
 
 EXCUSED = {
     IDENTITY: "vectors before the input change the output, whatever their values",
-    MERGE: "a prompt is no change of a weight",
-    "ViT": "an image has no tokens before which vectors could stand",
+    MERGE: "a prompt is not a change of a weight",
+    "ViT": "an image has no tokens that vectors could precede",
 }
 
 

@@ -5,7 +5,7 @@ from peftcore_poly import PolyConfig
 
 from peftcore.plugin import PEFT_READS, PEFT_WRITES
 
-TASKS = "PEFT asks for task_ids in every call; compared in its tests"
+TASKS = "PEFT needs task_ids in every call; compared in the plugin's tests"
 
 
 def test_conformance() -> None:

@@ -9,7 +9,7 @@ from peftcore.plugin import CHECKS, COMPILE, IDENTITY, MERGE, PEFT_READS, PEFT_W
 
 EXCUSED = {
     IDENTITY: "keys before those of the input take part of the attention, whatever their values",
-    MERGE: "a prefix is no change of a weight",
+    MERGE: "a prefix is not a change of a weight",
 }
 RENAMED = "it asks classifiers for an argument that is renamed, see test_prefix_against_peft.py"
 NOT_COMPILED = [name for name in CHECKS if name != COMPILE]  # it takes seconds; done with Llama
@@ -20,7 +20,7 @@ def of_classifiers(family: str) -> dict[str, str]:
 
 
 def test_conformance() -> None:
-    excused = {**EXCUSED, **of_classifiers("BERT"), "ViT": "an image has no tokens before which a prefix could stand"}
+    excused = {**EXCUSED, **of_classifiers("BERT"), "ViT": "an image has no tokens that a prefix could precede"}
     matrix.conformance(PrefixTuningConfig(num_virtual_tokens=4), not_applicable=excused)
 
 

@@ -10,13 +10,13 @@ from peftcore.plugin import CHECKS, COMPILE, IDENTITY, MERGE, check_method
 CONFIG = PromptTuningConfig(num_virtual_tokens=4)
 EXCUSED = {
     IDENTITY: "vectors before the input change the output, whatever their values",
-    MERGE: "a prompt is no change of a weight",
+    MERGE: "a prompt is not a change of a weight",
 }
 NOT_COMPILED = [name for name in CHECKS if name != COMPILE]  # it takes seconds; done with Llama
 
 
 def test_conformance() -> None:
-    excused = {**EXCUSED, "ViT": "an image has no tokens before which vectors could stand"}
+    excused = {**EXCUSED, "ViT": "an image has no tokens that vectors could precede"}
     matrix.conformance(CONFIG, not_applicable=excused)
 
 

@@ -6,7 +6,7 @@ from peftcore_reft import ReftConfig
 
 from peftcore.plugin import CHECKS, COMPILE, MERGE, check_method
 
-NO_WEIGHT = "it edits what layers give, for some tokens"
+NO_WEIGHT = "it edits hidden states of some tokens"
 
 
 def test_conformance() -> None:
