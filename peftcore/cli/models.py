@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftcore.cli import adapter_tokenizer, data
 from peftcore.cli.console import note, require, warn
+from peftcore.cli.gguf_file import check_blocks
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.validation import check_types, shown
 
@@ -183,6 +184,9 @@ def load_model(
         quantization.check_quant_type(packing["quant_type"])
         if not is_gguf:  # transformers reads the whole file
             loader, options = quantization.load, {**options, **packing, "model_class": _auto_class(task)}
+    if is_gguf:
+        require("gguf", extra="gguf")
+        check_blocks(model)
     if packing is None or is_gguf:
         loaded, info = _load(loader, model, "model", output_loading_info=True, **options)
         _check_whole(loaded, info["missing_keys"], model, task)

@@ -121,9 +121,11 @@ def _cut(case: Case, count: int) -> Iterator[None]:
         output.last_hidden_state = output.last_hidden_state[:, count:]
         return output
 
-    backbone = case.base.get_submodule(peftcore.observation.detect(case.base).backbone)
-    module = next((m for m in backbone.modules() if hasattr(m, "encoder") and hasattr(m, "embeddings")), backbone)
-    handle = module.register_forward_hook(without)
+    found = peftcore.observation.detect(case.base)
+    backbone, embedding = case.base.get_submodule(found.backbone), case.base.get_submodule(found.embedding)
+    whole = (m for m in backbone.modules() if hasattr(m, "encoder") and hasattr(m, "embeddings"))
+    text = (m for m in whole if embedding in m.embeddings.modules())  # a tower of images has embeddings, too
+    handle = next(text, backbone).register_forward_hook(without)
     try:
         yield
     finally:

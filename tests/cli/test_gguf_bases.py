@@ -37,9 +37,14 @@ def reshape(content: Content) -> None:
     ]
 
 
+def count_more_blocks(content: Content) -> None:
+    content.keys = [(key, kind, 255 if key == "llama.block_count" else value) for key, kind, value in content.keys]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (count_more_blocks, "its header counts 255 blocks, and it has tensors of 2. Download it again"),
         (drop, r"the file lacks model\.layers\.0\.self_attn\.v_proj\.weight\. Download it again"),
         (rename, r"the file lacks model\.layers\.1\..*, .*, .* and 1 more\. Download it again"),
         (reshape, "its tensors and its config have different shapes"),
