@@ -73,6 +73,33 @@ def test_resume_is_exact_with_several_adapters(toys: None, tmp_path: Path) -> No
     assert len(pairs) == 4 and all(torch.equal(a, b) for a, b in pairs)
 
 
+class Plain(torch.nn.Module):
+    """A model that is not of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(self.embed(input_ids))
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def test_a_model_that_is_not_of_transformers_resumes_exactly(tmp_path: Path) -> None:
+    found = []
+    for folder, resumed in (("whole", False), ("parts", True)):
+        torch.manual_seed(0)
+        model = peftcore.apply(Plain(), "lora", r=2, target_modules=["head"])
+        run = trainer(model, tmp_path / folder)
+        if resumed:
+            (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resumed else None)
+        found.append({name: t for name, t in model.state_dict().items() if "lora" in name})
+    assert found[0].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    names = {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+
+
 def test_the_best_model_is_loaded_at_the_end(toys: None, tmp_path: Path) -> None:
     model = peftcore.apply(tiny.llama(), "around")
     best = trainer(model, tmp_path / "run")
