@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
+from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
 from peftcore.engine.placing import covered, device_and_dtype, not_thin, placements_for, reached_by
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
@@ -97,6 +98,7 @@ class Summary:
         experts: facts about the model's experts, if it has any.
         on_disk: by name, the folders of adapters that are on disk and not in memory.
         packed_parameters, packed_bytes: parameters of the base in 4 bits, and their size with scales.
+        lazy_logits: whether logits are computed in training only if they are read.
     """
 
     adapters: tuple[AdapterSummary, ...]
@@ -109,6 +111,7 @@ class Summary:
     packed_parameters: int = 0
     packed_bytes: int = 0
     on_disk: dict[str, str] = field(default_factory=dict)
+    lazy_logits: bool = False
 
     def __str__(self) -> str:
         lines = [
@@ -121,6 +124,8 @@ class Summary:
             bits = 8 * self.packed_bytes / self.packed_parameters
             part = share(self.packed_parameters, self.base_parameters)
             lines.insert(1, f"in 4 bits: {self.packed_parameters:,} of them ({part}), {bits:.3f} bits each with scales")
+        if self.lazy_logits:
+            lines.append("logits are computed only if they are read, in training")
         lines += [
             f"  {a.name}: {a.method}, {'active' if a.active else 'inactive'}, {a.modules} modules"
             + (f", {a.trained} parameters of the base" if a.trained else "")
@@ -225,6 +230,7 @@ def summary(model: nn.Module) -> Summary:
         experts=mixture_of(model, reached, copied, apart),
         packed_parameters=sum(weights for weights, _ in packed),
         packed_bytes=packed_bytes,
+        lazy_logits=has_lazy_logits(model),
         on_disk={
             name: record.folder
             for name, record in (state.resting.items() if state is not None else ())

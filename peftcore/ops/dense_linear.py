@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by, transformed, unviewed
@@ -84,6 +85,8 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Raises:
         TypeError, ValueError: an argument does not fit the others.
     """
+    if type(x) is not Tensor and has_torch_function_unary(x):
+        return handle_torch_function(dense_linear, (x,), x, weight, bias)
     if transformed():
         return F.linear(x, weight, bias)
     x, (weight,), _, bias = frozen_operands(x, weight, bias)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by, transformed, unviewed
@@ -158,6 +159,8 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
     Raises:
         TypeError, ValueError: an argument that does not fit the others.
     """
+    if type(x) is not Tensor and has_torch_function_unary(x):
+        return handle_torch_function(linear_4bit, (x,), x, weight, bias)
     if transformed():
         return F.linear(x, dequantize_4bit(weight, x.dtype), bias)
     x, tensors, packing, bias = frozen_operands(x, weight, bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.ops.optim import Updates
@@ -66,6 +67,7 @@ class Batch:
         return Updates(self.scalars, self.steps, self.rows, self.streams if at_random else [])
 
     def copy_back(self) -> None:
-        """Copy results back into parameters that are not contiguous."""
+        """Copy results back into parameters that are not contiguous, and let autograd know of all changes."""
         for param, copy in self.copies:
             param.copy_(copy)
+        torch.autograd.graph.increment_version([param for param in self.params if not param.is_inference()])
