@@ -356,7 +356,7 @@ class WeightFormat:
     """Conversion between the stored weight of a kind of module and a dense tensor.
 
     Args:
-        name: name for messages, such as `dense`.
+        name: name for messages, such as `dense`; no other format has it.
         matches: (module) -> whether this format reads the module. The first that matches is used, plugins' formats
             before the core's.
         read: (module) -> dense weight, in the layout of the layer's functional form (`[out, in]` for a linear layer).
@@ -370,6 +370,8 @@ class WeightFormat:
         plain: (module) -> None, with `decode`: convert a module that has a dense weight to an ordinary one for good.
         update_config: (model) -> None, with `decode`: update the model's config to the stored weights, after
             merging or unmerging.
+        quantize: (layer), with `decode` and `plain`: convert a dense `nn.Linear` to this format in place. It makes the
+            name of the format a `quant_type` of `peftcore.quantize`, `peftcore.quantization.load` and `--quantize`.
         for_parameter: (name) -> this format for a parameter with another name than `weight`, such as experts':
             `matches`, `read`, `write` and `decode` then refer to that parameter. None: it stores only a `weight`.
     """
@@ -383,4 +385,5 @@ class WeightFormat:
     decode: Callable[[Any, dict[str, Tensor]], Tensor] | None = None
     plain: Callable[[Any], None] | None = None
     update_config: Callable[[nn.Module], None] | None = None
+    quantize: Callable[[Any], object] | None = None
     for_parameter: Callable[[str], WeightFormat] | None = None

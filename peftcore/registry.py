@@ -99,9 +99,9 @@ class Registry:
         self._plugins: dict[str, Plugin] = {}  # by canonical name
         self._discovered = False
         self._built_in = 0  # number of built-ins that are registered with pluggy
-        self._offered: dict[
-            str, tuple[int, dict[str, tuple[Plugin, Any]]]
-        ] = {}  # by hook, with the number of built-ins
+        # What the implementations of a hook offer, by hook: the number of built-ins that were asked, objects by name.
+        self._offered: dict[str, tuple[int, dict[str, tuple[Plugin, Any]]]] = {}
+        self._formats: tuple[int, list[WeightFormat]] | None = None  # likewise, asked for often
 
     @property
     def hook(self) -> Any:
@@ -168,9 +168,12 @@ class Registry:
         Raises:
             PluginError: a plugin's hook fails; otherwise weights in its format would be mistaken for plain ones.
         """
-        from peftcore.method import WeightFormat
+        if self._formats is None or self._formats[0] != len(_BUILTIN):
+            from peftcore.method import WeightFormat
 
-        return [each for _, each in self.offered("peftcore_weight_formats", WeightFormat).values()]
+            found = self.offered("peftcore_weight_formats", WeightFormat)
+            self._formats = len(_BUILTIN), [each for _, each in found.values()]
+        return self._formats[1]
 
     def exporters(self) -> dict[str, tuple[Plugin, Exporter]]:
         """Return the formats that `export` writes by name, with their plugins.
@@ -304,6 +307,7 @@ class Registry:
         entry.methods = self._register(entry, plugin)
         self._plugins[canonical(name)] = entry
         self._offered.clear()
+        self._formats = None
         return entry
 
     def unregister(self, name: str) -> None:
@@ -313,6 +317,7 @@ class Registry:
         if entry is not None and self._manager.get_plugin(entry.name) is not None:
             self._manager.unregister(name=entry.name)
             self._offered.clear()
+            self._formats = None
 
     def _discover(self, hook: str | None = None) -> None:
         """Import the installed plugins; with `hook`, only those whose source mentions it."""
@@ -367,6 +372,7 @@ class Registry:
         """Clear the cache, so that plugins are discovered again on next use."""
         self._plugins, self._discovered = {}, False
         self._offered.clear()
+        self._formats = None
 
     def _register(self, entry: Plugin, plugin: Any) -> list[Method]:
         _check_api(plugin)

@@ -181,7 +181,7 @@ def load_model(
     if packing is not None:
         from peftcore import quantization
 
-        quantization.check_quant_type(packing["quant_type"])
+        quantization.find_type(packing["quant_type"])
         if not is_gguf:  # transformers reads the whole file
             loader, options = quantization.load, {**options, **packing, "model_class": _auto_class(task)}
     if is_gguf:

@@ -115,7 +115,9 @@ Parallel = Annotated[
 Ranks = Annotated[int, typer.Option(min=1, help="Processes of the run, of which one is estimated.")]
 Quantize = Annotated[
     str | None,
-    typer.Option("--quantize", help="Keep the base in 4 bits, nf4 or fp4, as an adapter was trained on it."),
+    typer.Option(
+        "--quantize", help="Format in which to quantize the base, such as nf4, as for the adapter's training."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 Task = Annotated[

@@ -10,22 +10,20 @@ import torch
 from torch import nn
 
 from peftcore.errors import PeftcoreError
+from peftcore.quantization import weight_format, wrapped  # noqa: F401  # they register their formats
 from peftcore.quantization.convert import dequantize, quantize, quantized_experts, quantized_layers
-from peftcore.quantization.format import check_quant_type
+from peftcore.quantization.format import QUANT_TYPES
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.parameters import PackedParameters
+from peftcore.quantization.quant_types import find_type
 from peftcore.quantization.quantizable import default_skip
-from peftcore.quantization.weight_format import QUANTIZED
-from peftcore.quantization.wrapped import WRAPPED
 
 __all__ = [
-    "QUANTIZED",
-    "WRAPPED",
     "PackedParameters",
     "QuantizedLinear",
-    "check_quant_type",
     "default_skip",
     "dequantize",
+    "find_type",
     "load",
     "quantize",
     "quantized_experts",
@@ -41,7 +39,7 @@ def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) 
 
     Args:
         path: folder or hub id.
-        quant_type: `nf4` or `fp4`.
+        quant_type: `nf4`, `fp4`, or a format of a plugin. In a plugin's format the dense model is loaded first.
         options: `double_quant`, `skip`, `compute_dtype` and `blocksize` as for `quantize`; `dtype` of what stays dense
             (by default the checkpoint's); `model_class`, by default the class that the checkpoint names. Other options
             are passed to its `from_pretrained`.
@@ -62,4 +60,7 @@ def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) 
         )
     from peftcore.quantization import huggingface
 
+    find_type(quant_type)
+    if quant_type not in QUANT_TYPES:
+        return huggingface.load_then_quantize(path, quant_type, **options)
     return huggingface.load(path, quant_type, **options)

@@ -24,14 +24,23 @@ from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight, quantize_4bit
 from peftcore.ops.weight import DTYPES
 from peftcore.quantization.config_sync import packed_names, sync_config
-from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors
+from peftcore.quantization.format import check_blocksize, from_tensors
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import pack_experts, unpack_experts
 from peftcore.quantization.parameters import PackedParameters, refuse_non_finite
+from peftcore.quantization.quant_types import (
+    dequantize_by_plugin,
+    find_type,
+    quantize_by_plugin,
+    refuse_options,
+    warn_of_experts,
+)
 from peftcore.quantization.quantizable import selected, selected_experts, warn_of_dense
+from peftcore.registry import CORE
 from peftcore.targets import is_conv1d
 from peftcore.targets.coverage import LITTLE, coverage
+from peftcore.weight_formats import find_weight_format
 
 _WORTH = 16 << 20  # bytes of dense weights from which returning free memory to the system is worth the time
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -56,7 +65,7 @@ def quantize(
 
     Args:
         model: the model.
-        quant_type: `nf4` or `fp4`.
+        quant_type: `nf4`, `fp4`, or the name of a plugin's weight format that can quantize.
         double_quant: store the scales in 8 bits: 4.127 bits per weight instead of 4.5.
         skip: paths, or their last parts, of modules to leave dense with their children, or of experts' parameters. None
             for the output head, task heads, routers, and modules the model class keeps in float32.
@@ -72,8 +81,11 @@ def quantize(
         PeftcoreError: an argument is wrong, a weight is not floating point or contains NaN or Inf, or adapters are
             applied. The model is left unchanged.
     """
-    check_quant_type(quant_type)
-    check_blocksize(blocksize)
+    plugin, chosen_format = find_type(quant_type)
+    if plugin is CORE:
+        check_blocksize(blocksize)
+    else:
+        refuse_options(quant_type, double_quant, blocksize, compute_dtype)
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Quantize the original model, then call torch.compile on it")
     if any(map(lock_of, model.modules())):  # also of a submodule, or of a model that contains this one
@@ -83,6 +95,9 @@ def quantize(
             f"quantize needs a model without adapters, found {applied}. Quantize first, or call peftcore.remove"
         )
     chosen, experts = selected(model, skip), selected_experts(model, skip, blocksize)
+    if plugin is not CORE:
+        warn_of_experts([f"{path}.{name}" for path, names in experts.items() for name in names], quant_type, 3)
+        experts = {}
     theirs = [path for path, module in base_modules(model) if _is_bnb(module)]
     if not chosen and not experts and not theirs and not any(packed_names(model)):
         raise PeftcoreError(f"{type(model).__name__} has no linear layer to quantize (skip={skip!r})")
@@ -100,6 +115,9 @@ def quantize(
     before = _held_by(model)
     for path in theirs:
         _adopt(model.get_submodule(path), path)
+    if plugin is not CORE:
+        quantize_by_plugin(plugin, chosen_format, chosen)
+        chosen = {}
     for module, first in _with_first(chosen.values()):
         if first is module:
             convert_dense(module, quant_type, double_quant, blocksize, compute_dtype)
@@ -107,7 +125,7 @@ def quantize(
             convert(module, cast(QuantizedLinear, first).packed, compute_dtype)
     for path, blocksizes in experts.items():
         pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
-    sync_config(model)
+    (chosen_format.update_config or sync_config)(model)
     guard_quantized(model)
     fold_frozen(model, head=None)  # what stays dense
     if before - _held_by(model) >= _WORTH:
@@ -146,6 +164,12 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
     """
     if any(map(lock_of, model.modules())):
         raise PeftcoreError("dequantize needs a model without adapters. Dequantize first, or call peftcore.remove")
+    for _, module in list(base_modules(model)):
+        found = find_weight_format(module)
+        if found is not None and found.quantize and found.plain and not isinstance(module, PackedParameters):
+            dequantize_by_plugin(module, found, dtype)
+            if found.update_config is not None:
+                found.update_config(model)
     for _, experts in list(quantized_experts(model)):
         unpack_experts(experts, dtype)
     layers = [module for _, module in base_modules(model) if isinstance(module, QuantizedLinear)]

@@ -10,6 +10,7 @@ from torch import nn
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.quantization.linear import QuantizedLinear
+from peftcore.weight_formats import find_weight_format
 
 _FLAGS: dict[type[nn.Module], tuple[str, int]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
@@ -24,9 +25,16 @@ def guard_quantized(model: nn.Module) -> None:
         for kind, (name, off) in _FLAGS.items():
             if not isinstance(module, kind):
                 continue
-            is_off = any(isinstance(inside, QuantizedLinear) for inside in module.modules())
+            is_off = any(map(_is_quantized, module.modules()))
             if is_off and _KEPT not in module.__dict__:
                 module.__dict__[_KEPT] = module.__dict__.get(name, off)
                 module.__dict__[name] = off
             elif not is_off and _KEPT in module.__dict__:
                 module.__dict__[name] = module.__dict__.pop(_KEPT)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    if isinstance(module, QuantizedLinear):
+        return True
+    found = find_weight_format(module)
+    return found is not None and found.decode is not None

@@ -27,12 +27,13 @@ from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.layers import shape_of
 from peftcore.quantization.config_sync import sync_config
-from peftcore.quantization.convert import convert, convert_dense, give_back_freed
+from peftcore.quantization.convert import convert, convert_dense, give_back_freed, quantize
 from peftcore.quantization.format import DTYPES, PARTS, check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import pack_parameter
 from peftcore.quantization.parameters import check_experts, check_shape, joined_experts, refuse_non_finite
+from peftcore.quantization.quant_types import refuse_options
 from peftcore.quantization.quantizable import expert_parameters, selected, selected_experts, warn_of_dense
 from peftcore.targets import is_linear, sizes
 
@@ -319,6 +320,32 @@ def load(
         if _failures:
             raise _failures[0] from error
         raise
+
+
+def load_then_quantize(
+    path: str | os.PathLike[str],
+    quant_type: str,
+    *,
+    skip: Sequence[str] | None = None,
+    dtype: torch.dtype | str = "auto",
+    model_class: Any = None,
+    double_quant: bool = True,
+    blocksize: int = 64,
+    compute_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Load a dense model and quantize it in a plugin's format."""
+    import transformers
+
+    refuse_options(quant_type, double_quant, blocksize, compute_dtype)
+    where = os.fspath(path)
+    config, _ = transformers.AutoConfig.from_pretrained(where, return_unused_kwargs=True, **options)
+    options = {name: value for name, value in options.items() if not hasattr(config, name)}
+    if model_class is None:
+        named = (config.architectures or [None])[0]
+        model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
+    model: nn.Module = model_class.from_pretrained(where, config=config, dtype=dtype, **options)
+    return quantize(model, quant_type, skip=skip)
 
 
 @contextlib.contextmanager

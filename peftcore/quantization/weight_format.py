@@ -1,9 +1,9 @@
-"""Weight format of 4-bit parameters."""
+"""Weight formats of 4-bit parameters: NF4 and FP4."""
 
 from __future__ import annotations
 
 import sys
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,8 @@ from peftcore import ops
 from peftcore.hookspecs import hookimpl
 from peftcore.method import WeightFormat
 from peftcore.quantization.config_sync import sync_config
-from peftcore.quantization.convert import make_plain
+from peftcore.quantization.convert import convert_dense, make_plain
+from peftcore.quantization.format import QUANT_TYPES
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import forget_dense
 from peftcore.quantization.parameters import BUFFERS, PackedParameters
@@ -21,11 +22,14 @@ from peftcore.registry import builtin
 
 
 @cache
-def four_bits(name: str) -> WeightFormat:
-    """Return the format of the parameter `name` of a module with `PackedParameters`."""
+def four_bits(quant_type: str, name: str = "weight") -> WeightFormat:
+    """Return the format of parameters called `name` with these codes, of modules with `PackedParameters`."""
 
     def matches(module: nn.Module) -> bool:
-        return isinstance(module, PackedParameters) and module.packed_parameter(name) is not None
+        if not isinstance(module, PackedParameters):
+            return False
+        packing = module.packings.get(name)
+        return packing is not None and packing.quant_type == quant_type and module.packed_parameter(name) is not None
 
     def names_of(module: PackedParameters) -> dict[str, str]:
         """Return the names of a packed weight's tensors, by part."""
@@ -43,14 +47,15 @@ def four_bits(name: str) -> WeightFormat:
         return ops.dequantize_4bit(packed._replace(**changed), torch.float32)
 
     return WeightFormat(
-        name="4-bit",
+        name=quant_type,
         matches=matches,
         read=lambda module: module.dequantized_parameter(name, torch.float32),
         write=write,
         decode=decode,
         plain=_plain,
         update_config=sync_config,
-        for_parameter=four_bits,
+        quantize=partial(convert_dense, quant_type=quant_type, double_quant=True, blocksize=64, compute_dtype=None),
+        for_parameter=partial(four_bits, quant_type),
     )
 
 
@@ -61,12 +66,9 @@ def _plain(module: PackedParameters) -> None:
         forget_dense(module)
 
 
-QUANTIZED = four_bits("weight")
-
-
 @hookimpl
 def peftcore_weight_formats() -> list[WeightFormat]:
-    return [QUANTIZED]
+    return [four_bits(quant_type) for quant_type in QUANT_TYPES]
 
 
 builtin(sys.modules[__name__])
