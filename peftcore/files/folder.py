@@ -173,7 +173,7 @@ class Folder:
         except OSError as error:
             raise CheckpointError(f"'{self.path}' cannot be listed: {error.strerror}") from error
 
-    def holds(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
         """Return whether the file belongs to the save."""
         if self.only is not None:
             return name == self.only
@@ -190,7 +190,7 @@ class Folder:
         """
         key = self.prefix + name
         if key not in self.read:
-            if not self.holds(name):
+            if not self.has(name):
                 raise FileNotFoundError(name)
             file = self.path / name
             if self.manifest is not None and (wanted := self.manifest.files.get(key)) is not None:
@@ -230,7 +230,7 @@ class Folder:
         Before there were manifests, such a save left its config under another name, next to the old one.
         """
         aside = self.path / f".{CONFIG}.tmp"
-        if self.manifest is not None or not os.path.isfile(aside) or not self.holds(TENSORS):
+        if self.manifest is not None or not os.path.isfile(aside) or not self.has(TENSORS):
             return None
         wanted = self.metadata().get(CONFIG_HASH)
         content = None if wanted is None else read_bytes(aside, JSON_BYTES)
@@ -265,7 +265,7 @@ class Folder:
     def metadata(self) -> dict[str, str]:
         """Return the metadata of `adapter_model.safetensors`; empty if the folder has no such file."""
         if self.manifest is not None or self.prefix + TENSORS in self.read:
-            return self.tensors()[1] if self.holds(TENSORS) else {}
+            return self.tensors()[1] if self.has(TENSORS) else {}
         try:
             return parse_metadata(read_header(self.path / TENSORS), self.path / TENSORS)
         except FileNotFoundError:

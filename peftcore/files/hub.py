@@ -57,7 +57,7 @@ def _more(folder: Path) -> list[str]:
             return [name for name in opened.manifest.files if "/" in name]
         if TOGETHER in opened.metadata():
             return [f"*/{CONFIG}", f"*/{TENSORS}"]
-        if not opened.holds(TENSORS) and opened.holds(CONFIG):
+        if not opened.has(TENSORS) and opened.has(CONFIG):
             return [form.tensors for method in registry.methods().values() for form in method.state.foreign]
     except CheckpointError:  # reading it raises the proper error
         pass

@@ -129,7 +129,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     entry = engine.applied(model, adapter)
     method, _, tensors, metadata = read_adapter(folder, model, applied=entry.method)
     if method.name != entry.method:
-        raise CheckpointError(f"'{folder}' holds {method.name}, the adapter '{adapter}' is {entry.method}")
+        raise CheckpointError(f"'{folder}' contains an adapter of {method.name}, but '{adapter}' is of {entry.method}")
     multiplier = multiplier_in(metadata)
     with ranks.gathered((parameter for _, parameter in engine.adapter_parameters(model, adapter)), write=True):
         fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))

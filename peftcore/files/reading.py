@@ -76,7 +76,7 @@ def read_saved(
 
 def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
     """Return {adapters, active} of the adapters that were saved to a folder in one call, or None."""
-    inside = [opened] if opened.holds(TENSORS) else map(opened.inside, opened.folders())
+    inside = [opened] if opened.has(TENSORS) else map(opened.inside, opened.folders())
     text = next((text for each in inside if (text := each.metadata().get(TOGETHER))), None)
     if text is None:
         return None
@@ -94,7 +94,7 @@ def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
             raise ValueError(f"{active} are active, but the folder has {names}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"the list of adapters in '{folder}' ({TOGETHER}) is invalid: {error}") from error
-    return together if all(_of_several(opened, name).holds(TENSORS) for name in names) else None
+    return together if all(_of_several(opened, name).has(TENSORS) for name in names) else None
 
 
 def _of_several(opened: Folder, adapter: str) -> Folder:
@@ -169,7 +169,7 @@ def vocabulary_rows(model: nn.Module, folder: Path) -> int | None:
     own = set(embedding_parameters(model))
 
     def rows(opened: Folder) -> int | None:
-        tensors = opened.tensors()[0] if opened.holds(TENSORS) else {}
+        tensors = opened.tensors()[0] if opened.has(TENSORS) else {}
         return max((len(tensor) for name, tensor in tensors.items() if name_in_base(name) in own), default=None)
 
     return read_folder(folder, rows)

@@ -1,6 +1,6 @@
 """Adapters kept on disk: they are read when they are named, and the least recently used are dropped to make room.
 
-    load(..., resident=False)     reads an adapter, checks it against the model, and drops it; its folder is noted
+    load(..., resident=False)     reads an adapter, checks that it fits the model, and drops it
     activate, save, combine, ...  read the adapters they name; `set_resident_limit` bounds the bytes held in memory
 
 Only unchanged adapters are dropped. One that was changed, or that trains, stays like any other adapter.

@@ -301,6 +301,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
     if not bool((cast.isfinite() | ~tensor.isfinite()).all()):
         raise CheckpointError(
-            f"'{name}' holds {tensor.abs().max().item():.3g}, which is too large for {dtype}. Choose another dtype"
+            f"'{name}' contains {tensor.abs().max().item():.3g}, which is too large for {dtype}. Choose another dtype"
         )
     return cast

@@ -56,7 +56,7 @@ def named_in(opened: Folder) -> str | None:
         return opened.only
     others = {name for name in opened.listed() if name.endswith(ENDING) and name != TENSORS}
     there = [name for name in file_names() if name in others] if others else []
-    if there and (opened.holds(CONFIG) or opened.holds(TENSORS)):
+    if there and (opened.has(CONFIG) or opened.has(TENSORS)):
         raise CheckpointError(
             f"'{opened.path}' contains two adapters, '{TENSORS}' and '{there[0]}', which may differ. Pass the "
             f"file itself, '{opened.path / there[0]}', or move it into a folder of its own"
@@ -93,8 +93,8 @@ def read(
     left = {part: len(names) for part, names in parts.items() if part not in there}
     if left and called is None:
         warnings.warn(
-            f"'{where}' also holds {_counted(left)}, left for other models: peftcore.load(them, ...), or all at once: "
-            "peftcore.load(pipe.components, ...)",
+            f"'{where}' also contains {_counted(left)}, left for other models: peftcore.load(them, ...), or all at "
+            "once: peftcore.load(pipe.components, ...)",
             stacklevel=2,
         )
     own = parse_json(metadata.get(PARTS, "{}").encode(errors="surrogatepass"), f"{where}: {PARTS}")
@@ -151,8 +151,8 @@ def owners(file: Path, models: Mapping[str, Any]) -> dict[str, nn.Module]:
     if parts:
         what = _counted({part: len(names) for part, names in parts.items()})
         raise CheckpointError(
-            f"'{opened.path / name}' holds {what}, for which no model is given (found: {', '.join(models)}). Pass it "
-            "under its name in the pipeline, or load the others one by one: peftcore.load(model, ...)"
+            f"'{opened.path / name}' contains {what}, for which no model is given (found: {', '.join(models)}). Pass "
+            "it under its name in the pipeline, or load the others one by one: peftcore.load(model, ...)"
         )
     return found
 
@@ -228,9 +228,9 @@ def _format_of(where: Path, tensors: Mapping[str, Tensor]) -> tuple[FileFormat, 
 def _not_one(model: nn.Module, wanted: Any, there: list[str], parts: Mapping[str, Any]) -> str:
     if there:
         example = f"peftcore.load({{'{there[0]}': model}}, ...)"
-        return f"it holds {' and '.join(there)}, and a {type(model).__name__} may be either. Say which: {example}"
+        return f"it contains {' and '.join(there)}, and a {type(model).__name__} may be either. Say which: {example}"
     counted = _counted({part: len(names) for part, names in parts.items()})
-    return f"it holds {counted}, and nothing for a {type(model).__name__} ({' or '.join(wanted)})"
+    return f"it contains {counted}, and nothing for a {type(model).__name__} ({' or '.join(wanted)})"
 
 
 def _counted(parts: Mapping[str, int]) -> str:

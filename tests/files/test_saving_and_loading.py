@@ -171,7 +171,7 @@ def test_restore_fills_an_applied_adapter(saved: Path) -> None:
     restore(model, saved)
     assert {p.item() for _, p in adapter_parameters(model, "default")} == {3.0}
     other = peftcore.apply(tiny.llama(), "after")
-    with pytest.raises(peftcore.CheckpointError, match="holds around, the adapter 'default' is after"):
+    with pytest.raises(peftcore.CheckpointError, match="contains an adapter of around, but 'default' is of after"):
         restore(other, saved)
 
 
@@ -338,7 +338,7 @@ def test_numbers_of_8_bits(theirs: Path) -> None:
 
 def test_values_too_large_for_the_dtype_on_disk(saved: Path) -> None:
     model = peftcore.apply(tiny.llama(), "around", value=1e6)
-    with pytest.raises(peftcore.CheckpointError, match=r"gain' holds 1e\+06, which is too large for torch.float16"):
+    with pytest.raises(peftcore.CheckpointError, match=r"gain' contains 1e\+06, which is too large for torch.float16"):
         peftcore.save(model, saved, dtype=torch.float16)
     assert {p.item() for _, p in adapter_parameters(peftcore.load(tiny.llama(), saved), "default")} == {3.0}
 

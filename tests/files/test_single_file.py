@@ -75,9 +75,9 @@ def test_each_model_is_given_its_part(tmp_path: Path) -> None:
         assert peftcore.load(models, path) is models
         assert (gains(models["left"]), gains(models["right"])) == ({2.0}, {3.0})
     one = tiny.llama()
-    with pytest.raises(peftcore.CheckpointError, match="holds left and right, and a LlamaForCausalLM may be either"):
+    with pytest.raises(peftcore.CheckpointError, match="contains left and right, and a LlamaForCausalLM may be either"):
         peftcore.load(one, tmp_path)
-    with pytest.raises(peftcore.CheckpointError, match=r"holds right \(\d+ tensors\), for which no model is given"):
+    with pytest.raises(peftcore.CheckpointError, match=r"contains right \(\d+ tensors\), for which no model is given"):
         peftcore.load({"left": one}, tmp_path)
     assert state_of(one) is None
 

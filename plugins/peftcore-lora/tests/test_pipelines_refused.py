@@ -21,16 +21,16 @@ def test_each_model_takes_its_part(tmp_path: Path) -> None:
     peftcore.save(pipe.components, tmp_path, format="diffusers")
     ours = pipeline("sdxl")
     with pytest.warns(
-        UserWarning, match=r"also holds text_encoder \(16 tensors\), text_encoder_2 \(16 tensors\), left for"
+        UserWarning, match=r"also contains text_encoder \(16 tensors\), text_encoder_2 \(16 tensors\), left for"
     ):
         peftcore.load(ours.unet, tmp_path)
     assert torch.equal(output(ours.unet), wanted["unet"])
     with pytest.raises(
-        peftcore.CheckpointError, match=r"holds text_encoder and text_encoder_2, and a CLIPTextModelWithPro"
+        peftcore.CheckpointError, match=r"contains text_encoder and text_encoder_2, and a CLIPTextModelWithPro"
     ):
         peftcore.load(ours.text_encoder_2, tmp_path)
     with pytest.raises(
-        peftcore.CheckpointError, match=r"holds text_encoder_2 \(16 tensors\), for which no model is given"
+        peftcore.CheckpointError, match=r"contains text_encoder_2 \(16 tensors\), for which no model is given"
     ):
         peftcore.load({"unet": pipeline("sdxl").unet, "text_encoder": ours.text_encoder}, tmp_path)
     with pytest.raises(peftcore.CheckpointError, match=r"nothing for a FluxTransformer2DModel \(transformer\)"):
