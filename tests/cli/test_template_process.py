@@ -6,12 +6,12 @@ import datetime
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import Run, save_tokenizer, write_jsonl
+from fuzz.corpus import limit
 from transformers import AutoTokenizer
 
 import peftcore
@@ -97,11 +97,9 @@ def test_what_would_not_end_is_refused(
     if "took" in message:
         monkeypatch.setattr(template_process, "SECONDS", 0.5)
     tokenizer.chat_template = template
-    began = time.monotonic()
-    with pytest.raises(PeftcoreError, match="the chat template ") as told:
+    with limit(60), pytest.raises(PeftcoreError, match="the chat template ") as told:
         conversations.rendered(tokenizer, TALK)
     assert message in str(told.value) and "--chat-template chatml" in str(told.value) and len(str(told.value)) < 600
-    assert time.monotonic() - began < 30
     monkeypatch.undo()
     tokenizer.chat_template = "{{ messages | length }}"  # the next one is served again
     assert conversations.rendered(tokenizer, TALK) == "3"

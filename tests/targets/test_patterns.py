@@ -3,10 +3,12 @@
 import ast
 import re
 import sys
-import time
+from collections.abc import Callable
 
 import pytest
 import tiny
+from counting import growth
+from fuzz.corpus import limit
 from hypothesis import given
 from hypothesis import strategies as st
 from imports import ROOT
@@ -76,12 +78,11 @@ def test_any_pattern_gives_what_re_gives(pattern: str, text: str) -> None:
 @pytest.mark.parametrize("pattern", TRAPS)
 def test_traps_are_answered_or_refused_in_time(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "_SECONDS", 0.2)
-    began = time.process_time()
-    try:
-        assert not any(patterns.compiled(pattern, "target_modules")(path) for path in PATHS)
-    except peftcore.PeftcoreError as error:
-        assert "take more than 0.2 s to match" in str(error)
-    assert time.process_time() - began < 1
+    with limit(60):  # the matching of `re` would take years
+        try:
+            assert not any(patterns.compiled(pattern, "target_modules")(path) for path in PATHS)
+        except peftcore.PeftcoreError as error:
+            assert "take more than 0.2 s to match" in str(error)
 
 
 @pytest.mark.parametrize("pattern", TRAPS[:2])
@@ -92,14 +93,13 @@ def test_every_field_of_a_config_is_bounded(field: str, pattern: str) -> None:
     value = {pattern: 4} if field.endswith("k_pattern") or field == "alpha_pattern" else pattern
     others = {"layers_to_transform": [0], "target_modules": ["q_proj"]} if field == "layers_pattern" else {}
     model, _ = tiny.llama(), peftcore.methods()  # imports
-    began = time.process_time()
-    if "_pattern" in field and field != "layers_pattern":
-        peftcore.apply(model, "lora", **{field: value})
-        assert model.model.layers[0].self_attn.q_proj._modules["peftcore"] is not None
-    else:
-        with pytest.raises(peftcore.PeftcoreError, match=field):
-            peftcore.apply(model, "lora", **{field: value, **others})
-    assert time.process_time() - began < 2
+    with limit(60):
+        if "_pattern" in field and field != "layers_pattern":
+            peftcore.apply(model, "lora", **{field: value})
+            assert model.model.layers[0].self_attn.q_proj._modules["peftcore"] is not None
+        else:
+            with pytest.raises(peftcore.PeftcoreError, match=field):
+                peftcore.apply(model, "lora", **{field: value, **others})
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,17 @@ def test_a_pattern_with_thousands_of_expressions_is_refused() -> None:
         targets.pattern_value(traps, PATHS[2], 8)
 
 
-def test_a_pattern_with_thousands_of_names_takes_time_by_module_alone() -> None:
-    paths = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(5_000) for name in "qkvo"]
-    values = {path: i for i, path in enumerate(paths)}
-    assert targets.pattern_value(values, paths[0], None) == 0
-    began = time.process_time()
-    assert [targets.pattern_value(values, path, None) for path in paths[-500:]] == list(range(19_500, 20_000))
-    assert time.process_time() - began < 1.5  # 1.2 million comparisons took 10 s
+def test_work_on_a_pattern_of_names_grows_with_the_number_of_modules_alone() -> None:
+    def looking_up(size: int) -> Callable[[], None]:
+        paths = [f"model.layers.{i}.self_attn.q_proj" for i in range(size + 1)]
+        values = {path: i for i, path in enumerate(paths)}
+
+        def call() -> None:
+            assert [targets.pattern_value(values, path, None) for path in paths] == list(range(size + 1))
+
+        return call
+
+    assert growth(looking_up, 500) < 2.5
 
 
 _KEYS = st.sampled_from(["a", "b.a", "b_a", "b.b.a", "bxa", ".a", "a.", "b.(a|b)", ".*a", "..", "b.."])
