@@ -50,3 +50,23 @@ def test_no_docstring_is_a_question(file: Path) -> None:
     documented = (node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)))
     first_lines = [(ast.get_docstring(node) or "").partition("\n")[0] for node in documented]
     assert [line for line in first_lines if line.endswith("?")] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_documented_arguments_exist(file: Path) -> None:
+    """Entries for several arguments, and of classes, which ruff's DOC102 does not read."""
+    stale = []
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.bases:
+            continue  # may document inherited fields
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            section = re.search(r"^Args:\n((?: +.*\n|\n)+)", f"{ast.get_docstring(node) or ''}\n", re.MULTILINE)
+            entries = re.findall(r"^ {4}(\w+(?:, \w+)*): ", section[1] if section else "", re.MULTILINE)
+            fields = {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+            fields |= {each.id if isinstance(each, ast.Name) else each.attr for each in ast.walk(node) if _is_set(each)}
+            stale += [name for entry in entries for name in entry.split(", ") if name not in fields]
+    assert stale == []
+
+
+def _is_set(node: ast.AST) -> bool:
+    return isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store)
