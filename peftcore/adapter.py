@@ -1,4 +1,4 @@
-"""The types of an adapter: `Adapter`, whose members are optional, and `Base`, what an adapter around a module calls."""
+"""Types of adapters: `Adapter`, with optional members, and `Base`, which an adapter around a module calls."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing_extensions import TypeIs
 if TYPE_CHECKING:
     from peftcore.ops import PackedWeight
 
-Change = Callable[[Tensor], Tensor]  # a parameter -> what is read in its place
+Change = Callable[[Tensor], Tensor]  # a parameter -> the value that is read instead
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A low-rank change of a weight: scale · `b.flatten(1) @ a.flatten(1)`, or scale · B_e A_e for each expert e.
+    """Low-rank change of a weight: scale · `b.flatten(1) @ a.flatten(1)`, or scale · B_e A_e for each expert e.
 
     Where one module holds several weights, the products of several are concatenated along the output dimension.
 
     Args:
-        a: `[r, ...]`; of experts `[experts, r, in]`.
-        b: `[out, r, ...]`; of experts `[experts, out, r]`, whatever the layout of the weight. Factors may be parameters
-            of the adapter, which `combine` and `load` can fill, or be computed from them.
+        a: `[r, ...]`; for experts `[experts, r, in]`.
+        b: `[out, r, ...]`; for experts `[experts, out, r]`, for any layout of the weight. Factors may be parameters
+            of the adapter, which `combine` and `load` can set, or be computed from them.
         scale: factor of the product.
         transposed: the change of the weight is the transposed product, as for an embedding, `[vocabulary, dim]`.
-        dropout_p: probability with which inputs are dropped before A. Only for experts.
+        dropout_p: dropout probability of the inputs of A. Only for experts.
     """
 
     a: Tensor
@@ -38,19 +38,19 @@ class LowRank:
 
 
 class Base(Protocol):
-    """What an `Around` adapter is given as `base`: the wrapped module, with the adapters inside this one."""
+    """Argument `base` of an `Around` adapter: the wrapped module, with the adapters inside this one."""
 
     @property
     def module(self) -> Any:
-        """The wrapped module. Its parameters and forward are without adapters."""
+        """Wrapped module. Its parameters and forward are without adapters."""
 
     @property
     def adapter(self) -> nn.Module | None:
-        """The next adapter inside, or None where `base` is the module's own forward."""
+        """Next adapter inside, or None if `base` is the module's own forward."""
 
     @property
     def inside(self) -> Base:
-        """What the next adapter inside is given as `base`. Only where `adapter` is not None."""
+        """Argument `base` of the next adapter inside. Only if `adapter` is not None."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped module with the adapters inside this one."""
@@ -58,32 +58,32 @@ class Base(Protocol):
     def on_weights(self, changes: Mapping[str, Change]) -> Base:
         """Return the same call with changed parameters: {name, such as `weight` or `out_proj.weight`: change}.
 
-        For modules that read weights past the layers that hold them, and layers that do more than their product.
+        For modules that read a submodule's weight without calling it, and for layers that do more than a product.
         """
 
     def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
-        """Return (weight `[out, in]`, bias) where calling this with `x` is x Wᵀ + b with W frozen, else None."""
+        """Return (weight `[out, in]`, bias) if calling this with `x` computes x Wᵀ + b with W frozen, else None."""
 
     def weight(self) -> Tensor:
-        """Return the dense weight in the layout of `WeightFormat` (`[out, in]` of a linear layer).
+        """Return the dense weight in the layout of `WeightFormat` (`[out, in]` for a linear layer).
 
-        It includes the changes of adapters inside, in float32 with gradients. Without any it has the stored dtype, or
-        float32 where it is quantized.
+        It includes the changes of adapters inside, in float32 with gradients. Without such adapters it has the stored
+        dtype, or float32 if it is quantized.
 
         Raises:
-            PeftcoreError: no format reads the module's weight, or an adapter inside does not change a weight.
+            PeftcoreError: no format reads the module's weight, or an adapter inside is not a change of a weight.
         """
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return `weight()` and the bias, `[out]` or None where the module has none."""
+        """Return `weight()` and the bias, `[out]`, or None if the module has none."""
 
 
 class BranchedBase(Base, Protocol):
-    """What an `Around` adapter with `branches` is given as `base`."""
+    """Argument `base` of an `Around` adapter with `branches`."""
 
     @property
     def own(self) -> Base:
-        """The module's own forward, without adapters."""
+        """Module's own forward, without adapters."""
 
     @property
     def is_own(self) -> bool:
@@ -94,17 +94,17 @@ class BranchedBase(Base, Protocol):
 
 
 class Adapter(nn.Module):
-    """Base class of adapters. All members are optional; each default means that the adapter cannot do it.
+    """Base class of adapters. All members are optional; a default means that the adapter does not support it.
 
-    Mark the members that you write with `@override` (of typing_extensions): a type checker then finds a misspelt one.
-    A plain `nn.Module` can be placed as well, as long as it has none of these members.
+    Mark the members that you write with `@override` (of typing_extensions), so that a type checker finds misspelt ones.
+    A plain `nn.Module` can also be placed, if it has none of these members.
 
     Attributes:
         needs_call: the adapter reads `current_call()`. A tuple names keyword arguments of the model's calls that are
-            only for adapters. Modules inside the adapter can set it, too, where they derive from `Adapter`.
-        whole_batch: the adapter mixes samples of a batch, so it cannot run on some of them alone.
-        multiplier: factor of the change in `forward` and `merged`, which `peftcore.scale` sets; 1.0 where the adapter
-            has it, None where it has not. See `PeftRules.scaled`.
+            only for adapters. Modules inside the adapter can also set it, if they derive from `Adapter`.
+        whole_batch: the adapter mixes samples of a batch, so it cannot run on a part of them.
+        multiplier: factor of the change in `forward` and `merged`, which `peftcore.scale` sets; 1.0 if the adapter
+            supports it, else None. See `PeftRules.scaled`.
     """
 
     needs_call: bool | tuple[str, ...] = False
@@ -114,19 +114,21 @@ class Adapter(nn.Module):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight and the bias that compute the same without the adapter; for `Around`.
 
-        A pure function of float32 tensors in the layout of `WeightFormat`. The bias is None where the module has none.
+        It must be a pure function of float32 tensors in the layout of `WeightFormat`. The bias is None if the module
+        has none.
         """
         raise NotImplementedError
 
     def low_rank(self) -> list[LowRank]:
-        """Return the low-rank products that `merged` (or the forward of `OnWeight`) adds to the weight, and no more."""
+        """Return the low-rank products whose sum `merged` (or the forward of `OnWeight`) adds to the weight."""
         raise NotImplementedError
 
     def expert_low_rank(self) -> LowRank | None:
-        """Return the change of the weight of all experts as one product for each, or None; for `OnWeight`.
+        """Return the change of all experts' weights as one product per expert, or None; for `OnWeight`.
 
-        Where transformers' experts interface runs the module and all changes of the module have it, the products join
-        those of the weights, and nothing as large as the weights is made. Only there inputs can be dropped.
+        If transformers' experts interface runs the module and all its changes have this member, the products are added
+        to
+        those of the weights, without a copy of the weights. Only then inputs can be dropped.
         """
         raise NotImplementedError
 
@@ -143,7 +145,7 @@ class Adapter(nn.Module):
 
     @staticmethod
     def per_sample(adapters: Sequence[Any], index: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
-        """Run several adapters of this class in one pass, and return the output, or NotImplemented.
+        """Run several adapters of this class in one pass; return the output, or NotImplemented.
 
         Args:
             adapters: the adapters.
@@ -160,11 +162,11 @@ def implements(adapter: Any, member: Callable[..., Any]) -> TypeIs[Adapter]:
 
 
 def unseen_member(kind: type[nn.Module], *, inside: bool) -> str | None:
-    """Return an optional member of a class that does not derive from `Adapter`, so that nobody looks at it, or None.
+    """Return an optional member of a class that does not derive from `Adapter`, where it is ignored, or None.
 
     Args:
         kind: the class.
-        inside: its modules are only inside adapters, of which fewer members are looked at.
+        inside: its modules are only inside adapters, where fewer members are used.
     """
     members = ["needs_call", "whole_batch"]
     if not inside:
