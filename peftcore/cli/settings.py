@@ -73,6 +73,10 @@ class RunOptions:
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute activations in backward: less memory, more time.")
     ] = False
+    lazy_logits: Annotated[
+        bool,
+        typer.Option("--lazy-logits", help="Compute the loss without the logits: less memory (causal-lm, chat)."),
+    ] = False
     optim: Annotated[
         str, typer.Option(help="Trainer's optim, or peftcore's paged_adamw_8bit and paged_adamw_32bit.")
     ] = "adamw_torch"

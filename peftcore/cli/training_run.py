@@ -230,6 +230,8 @@ def run(
 
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
+    if settings.lazy_logits:
+        peftcore.lazy_logits(model)
     meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
     common = {
         "model": model,

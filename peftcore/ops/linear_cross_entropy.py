@@ -39,8 +39,8 @@ from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_oper
 
 _OPS = torch.ops.peftcore
 # Bytes of a piece of logits. Fixed, whatever the machine's caches, as sums may depend on the size of a piece.
-PIECE_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
-_LEAST_ROWS = 64  # below it a product reads the weight too often
+PIECE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
+_LEAST_ROWS = 128  # below it a product reads the weight too often
 
 
 def _rows_in_piece(classes: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -316,8 +316,8 @@ def linear_cross_entropy(
     """Return the cross-entropy of hidden Wᵀ + bias with labels, without making the logits.
 
     The result and its gradients are those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)`, as
-    exact as them or more. Memory beyond hidden and its gradient is bounded: 16 MiB of logits on CPU, 256 MiB on GPUs,
-    or 64 rows where the vocabulary is larger. Rows without a label are skipped.
+    exact as them or more. Memory beyond hidden and its gradient is bounded: 32 MiB of logits on CPU, 256 MiB on GPUs,
+    or 128 rows where those take more. Rows without a label are skipped.
 
     Args:
         hidden: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.

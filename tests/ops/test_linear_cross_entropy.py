@@ -78,7 +78,7 @@ OPTIONS = [
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_against_float64(level: str, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PIECE_BYTES, "cpu", 1)  # pieces of 64 rows, or of 64 columns
+    monkeypatch.setitem(PIECE_BYTES, "cpu", 1)  # pieces of 128 rows, or of 128 columns
     for options in OPTIONS:
         h, w = values(150, 24, dtype=dtype), values(300, 24, dtype=dtype, seed=1) / 4
         b, y = values(300, dtype=dtype, seed=2), labels_of(150, 300)

@@ -37,6 +37,17 @@ def writer(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_losses_without_logits(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    found = []
+    for name, more in (("plain", ()), ("lazy", ("--lazy-logits",))):
+        arguments = ("-m", llama, "-d", reviews, "-o", tmp_path / name, *METHOD, *STEPS, *more)
+        run("train", *arguments)
+        found.append(result_of(tmp_path / name)["after"]["loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert "lazy_logits = true" in (tmp_path / "lazy" / "run.toml").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews: Path, tmp_path: Path) -> None:
     found = result_of(writer)
