@@ -19,7 +19,7 @@ from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.parallel.sharding import check_running, shard
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense
-from peftcore.quantization.format import PARTS, from_tensors
+from peftcore.quantization.format import PARTS, check_quant_type, from_tensors
 from peftcore.quantization.packed_experts import pack_experts
 from peftcore.quantization.parameters import PackedParameters, check_experts, joined_experts, refuse_non_finite
 from peftcore.quantization.quantizable import selected, selected_experts
@@ -72,6 +72,8 @@ def load_sharded(
 
     from peftcore.parallel.checkpoint_files import CheckpointFiles
 
+    if quant_type is not None:
+        check_quant_type(quant_type)
     check_running()
     folder = Path(path)
     tensors = CheckpointFiles(folder)

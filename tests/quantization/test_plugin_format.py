@@ -110,6 +110,9 @@ def test_what_is_refused(int4: ModuleType) -> None:
         peftcore.quantize(llama(**WIDE), "int5")
     with pytest.raises(PeftcoreError, match="quant_type='int4' takes no double_quant, blocksize or compute_dtype"):
         peftcore.quantize(llama(**WIDE), "int4", blocksize=32)
+    for name in ("int4", "nf5"):  # sharded loading has the core's types only
+        with pytest.raises(PeftcoreError, match=rf"quant_type='{name}' is not known\. Choose one of: nf4, fp4"):
+            peftcore.load_sharded("folder", name)
     model = llama(num_hidden_layers=1)  # intermediate_size=96
     who = r"'model.layers.0.mlp.down_proj': `quantize` of the plugin 'int4' \(peftcore-int4 1.0\) failed: RuntimeError"
     with pytest.raises(peftcore.PluginError, match=who):
