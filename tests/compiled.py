@@ -53,6 +53,16 @@ def _run(target: Path, command: Sequence[str]) -> Path:
     return target
 
 
+def precompiled(header: Path, compiler: str, flags: Sequence[str]) -> Path:
+    """Return a header that includes `header` and is precompiled, for `-include`, by g++, with the same flags."""
+    command = [compiler, *flags, "-x", "c++-header"]
+    own = OBJECTS / f"{header.stem}-{_digest(header, command)}.h"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text(f'#include "{header}"\n')
+    _run(own.with_name(f"{own.name}.gch"), [*command, str(own)])
+    return own
+
+
 def compiled(
     name: str,
     sources: Iterable[Path],

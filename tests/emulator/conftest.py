@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled import compiled
+from compiled import compiled, precompiled
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "emulator"
@@ -85,7 +85,8 @@ def passed(value):
 def emulated_library():
     """Return a library of the kernels in csrc and of the toy kernels."""
     sources = [*sorted(ROOT.glob("csrc/**/*.cu")), HERE / "toys.cu", HERE / "seed.cpp"]
-    return ctypes.CDLL(str(compile_emulated("kernels.so", sources, FLAGS, "-shared")))
+    header = precompiled(HERE / "emulator.h", compiler(), FLAGS.split())
+    return ctypes.CDLL(str(compile_emulated("kernels.so", sources, f"{FLAGS} -include {header}", "-shared")))
 
 
 @pytest.fixture(scope="session")
