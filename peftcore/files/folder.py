@@ -163,13 +163,15 @@ class Folder:
         return [name for name in self.listed() if os.path.isdir(self.path / name)]
 
     def listed(self) -> list[str]:
-        """Return the sorted names of everything in the folder.
+        """Return the sorted names of everything in the folder; none if it was deleted.
 
         Raises:
             CheckpointError: the folder cannot be listed.
         """
         try:
             return sorted(os.listdir(self.path))
+        except FileNotFoundError:
+            return []
         except OSError as error:
             raise CheckpointError(f"'{self.path}' cannot be listed: {error.strerror}") from error
 

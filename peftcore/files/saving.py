@@ -114,7 +114,7 @@ def _save_single(
             )
         engine.refuse_merged(state, "save")
         engine.refuse_changed(each)
-        _tell_of_others_trained(each)
+        _warn_of_others_trained(each)
         method = registry.method(engine.applied(each, names[0]).method)
         if format not in method.state.files:
             raise PeftcoreError(f"format={format!r} is not known of '{names[0]}' ({method.name})")
@@ -146,7 +146,7 @@ def _save(
     """Write adapters, by subfolder of `folder`."""
     engine.refuse_merged(engine.require_state(model), "save")
     engine.refuse_changed(model)
-    _tell_of_others_trained(model)
+    _warn_of_others_trained(model)
     sharded = ranks.is_sharded(model)
     for name in inside.values() if sharded else ():
         _refuse_drifted(model, name)
@@ -172,7 +172,7 @@ def _refuse_drifted(model: nn.Module, adapter: str) -> None:
         )
 
 
-def _tell_of_others_trained(model: nn.Module) -> None:
+def _warn_of_others_trained(model: nn.Module) -> None:
     """Warn about parameters of the base with requires_grad=True, which no adapter's file contains."""
     of_adapters = {id(parameter) for _, own in all_of(model) for _, parameter in own.values(model)}
     others = [name for name, p in base_parameters(model) if p.requires_grad and id(p) not in of_adapters]

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -132,6 +133,13 @@ def test_one_of_several_that_does_not_load_takes_all_back(tmp_path: Path) -> Non
         peftcore.load(model, tmp_path)
     assert torch.equal(tiny.logits(model), acting)
     assert [a.name for a in peftcore.summary(model).adapters] == ["mine"]
+
+
+def test_one_of_several_whose_folder_was_deleted(tmp_path: Path) -> None:
+    peftcore.save(several(), tmp_path)
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(peftcore.CheckpointError, match=r"b/adapter_model.safetensors', which .* names, is missing"):
+        peftcore.load(tiny.llama(), tmp_path)
 
 
 @pytest.mark.parametrize(
