@@ -26,9 +26,10 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_unknown_linear(module: nn.Module) -> bool:
     """Return whether it has the sizes of a linear layer but no readable weight, like layers of HQQ, GPTQ and AWQ."""
-    features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return (
-        all(type(each) is int for each in features)
+        type(getattr(module, "in_features", None)) is int
+        and type(getattr(module, "out_features", None)) is int
+        and not isinstance(module, nn.Linear)
         and not any(is_linear(each) for each in module.modules())
         and not any(p is not None and p.is_floating_point() and p.dim() > 1 for p in module._parameters.values())
     )

@@ -69,7 +69,10 @@ def find_weight_format(module: nn.Module) -> WeightFormat | None:
     for each in registry.weight_formats():
         if each.matches(module):
             return each
-    return None
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.Linear) and weight is not None and weight.is_floating_point():  # the ordinary case
+        return DENSE
+    return next((each for each in (TRANSPOSED, ATTENTION, ONE_EXPERT, DENSE) if each.matches(module)), None)
 
 
 def weight_format(module: nn.Module) -> WeightFormat:

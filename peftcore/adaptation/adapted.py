@@ -26,7 +26,7 @@ from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Branched, OwnForward, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, rests_in_thread
-from peftcore.adaptation.enclosing import LOCK, adapter_for_each_sample, is_enclosing, takes_adapter_names
+from peftcore.adaptation.enclosing import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
 from peftcore.adaptation.per_sample import PerSample
 from peftcore.adaptation.rows import ROWS
 from peftcore.errors import PeftcoreError
@@ -173,7 +173,8 @@ def _chain_of(module: nn.Module, base: OwnForward) -> Any:
         return _by_sample(module, base)
     chain: Any = base
     for name in names:
-        chain = _around(adapters, name, inside=chain, own=base)
+        branched = name in adapters.branches
+        chain = _around(adapters, name, inside=chain, own=base) if branched else _link(adapters, name, chain)
     return chain
 
 
@@ -199,15 +200,27 @@ def _around(adapters: Adapters, name: str, *, inside: Any, own: OwnForward) -> A
 
 
 def _link(adapters: Adapters, name: str, inside: Any) -> AroundLink:
-    return (AfterLink if name in adapters.behind else AroundLink)(name, adapters[name], inside)
+    return (AfterLink if name in adapters.behind else AroundLink)(
+        name, cast(nn.Module, adapters._modules[name]), inside
+    )
 
 
-def rebind(copy: nn.Module) -> None:
-    """Let a shallow copy of an adapted module run its own chain, and any module the forward of its class."""
+def rebind(copy: nn.Module, *, builds: bool = True) -> None:
+    """Make a shallow copy of an adapted module run its own chain, and any module the forward of its class.
+
+    Args:
+        copy: the copy.
+        builds: build its chain. If False, it has none until `activate`.
+    """
     copy.__dict__.pop("forward", None)
     copy.__dict__.pop(OWN_FORWARD, None)
-    if is_adapted(copy):
+    if not hasattr(type(copy), "_peftcore_original"):
+        return
+    if builds:
         activate(copy, copy.__dict__[_ACTIVE])
+    else:
+        for name in BUILT:
+            copy.__dict__.pop(name, None)
 
 
 def has_forward_of_instance(module: nn.Module) -> bool:
@@ -225,6 +238,11 @@ def adapters_of(module: nn.Module) -> Adapters | None:
 def adapters_at(module: nn.Module) -> Adapters:
     """The adapters of a module that has some."""
     return cast(Adapters, module._modules[CHILD])
+
+
+def adapter_at(module: nn.Module, name: str) -> nn.Module:
+    """Return the adapter `name` of a module that has it."""
+    return cast(nn.Module, cast(Adapters, module._modules[CHILD])._modules[name])
 
 
 def acts(module: nn.Module) -> bool:
@@ -262,41 +280,46 @@ def walked_once(model: nn.Module) -> Iterator[None]:
     """Within the block no module of `model` comes or goes, so that its modules are looked up once."""
     before = getattr(_WALKED, "model", None)
     if before is None or before[0] is not model:
-        _WALKED.model = model, list(_walk(model, ""))
+        _WALKED.model = model, _walk(model, "")
     try:
         yield
     finally:
         _WALKED.model = before
 
 
-def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the model itself, without what peftcore put there; a shared module once."""
+def base_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Return (path, module) of the model itself, without what peftcore put there; a shared module once."""
     walked = getattr(_WALKED, "model", None)
     if walked is not None and walked[0] is model and not prefix:
-        return iter(walked[1])
+        found: list[tuple[str, nn.Module]] = walked[1]
+        return found
     return _walk(model, prefix)
 
 
-def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _walk(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
-    ahead = [(prefix, model)]  # the next one last; generators in generators would take twice as long
+    ahead = [(prefix, model)]  # the next one last
     while ahead:
         path, module = ahead.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
-        yield path, module
+        found.append((path, module))
         for name, child in reversed(module._modules.items()):
             if child is not None and name not in (CHILD, TRAINED):
                 ahead.append((path if name == _WRAPPED else f"{path}.{name}" if path else name, child))
+    return found
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of the model itself, adapters left out; a tied parameter under each of its names."""
+def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return (name, parameter) of the model itself, without adapters; a tied parameter under each of its names."""
+    found: list[tuple[str, nn.Parameter]] = []
     for path, module in base_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield (f"{path}.{name}" if path else name), parameter
+                found.append((f"{path}.{name}" if path else name, parameter))
+    return found
 
 
 @one_for_each_class
@@ -306,7 +329,7 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
             lock = self._peftcore_lock
         except AttributeError:  # a bound method that torch.compile kept, and the adapters were removed since
             return cls.forward(self, *args, **kwargs)
-        if kwargs and takes_adapter_names(self, kwargs):
+        if NAMES in kwargs and takes_adapter_names(self, kwargs):
             with adapter_for_each_sample(self, kwargs):
                 return forward(self, *args, **kwargs)
         if is_dynamo_compiling():
@@ -317,7 +340,9 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         thread = get_ident()
         rests = lock.calls.get(thread)
         if rests is not None:
-            return (self._peftcore_base if rests else _acting(self, lock))(*args, **kwargs)
+            if rests:
+                return self._peftcore_base(*args, **kwargs)
+            return (_acting(self, lock) if lock.choosing else self._peftcore_chain)(*args, **kwargs)
         if lock.context is not None and not lock.context.inside():
             with Frame(self, lock.context, args, kwargs):
                 return forward(self, *args, **kwargs)

@@ -308,8 +308,12 @@ def current_frame() -> Frame | None:
 
 def asked(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
     """The arguments that these adapters read of calls of their model; None where none asks for its calls."""
-    modules = dict.fromkeys(module for adapter in adapters for module in parts(adapter) if isinstance(module, Adapter))
-    needs = [module.needs_call for module in modules if module.needs_call]
+    needs = [
+        module.needs_call
+        for adapter in adapters
+        for module in parts(adapter)
+        if isinstance(module, Adapter) and module.needs_call
+    ]
     return frozenset(name for need in needs if not isinstance(need, bool) for name in need) if needs else None
 
 

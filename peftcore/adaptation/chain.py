@@ -103,6 +103,12 @@ class OwnForward:
 
     def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
         """See `Base.linear_operands`."""
+        if self._operands is nn.Linear:  # the ordinary case
+            module = self.module
+            weight: Any = module.weight
+            if type(weight) not in _DENSE or weight.requires_grad:
+                return None
+            return weight, module.bias  # type: ignore[return-value]
         return None if self._operands is None else self._operands(self.module, x)
 
     def weight(self) -> Tensor:
@@ -357,18 +363,27 @@ def keep_attributes(module: nn.Module, copy: nn.Module) -> None:
             own[name] = value
 
 
+_DENSE = (Tensor, nn.Parameter)
+
+
 def _operands_of(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    """`linear_operands` of the class whose forward this is: a subclass that overrides it computes something else."""
-    cls = next((c for c in original_class(module).__mro__ if c.__dict__.get("forward") is forward), None)
-    if cls is nn.Linear:
-        return _dense_operands
-    if cls is not None and (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return lambda module, x: _dense_operands(module, x, transposed=True)
-    return vars(cls).get("linear_operands") if cls is not None else None
+    """Return `linear_operands` of the class whose forward this is, or `nn.Linear`.
 
-
-def _dense_operands(module: Any, x: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor | None] | None:
-    weight = module.weight
-    if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad:
+    A subclass that overrides the forward computes something else.
+    """
+    cls: Any
+    for cls in original_class(module).__mro__:
+        if cls.__dict__.get("forward") is forward:
+            break
+    else:
         return None
-    return weight.T if transposed else weight, module.bias
+    if cls is nn.Linear:
+        return nn.Linear
+    if (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return _transposed_operands
+    return vars(cls).get("linear_operands")
+
+
+def _transposed_operands(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    weight = module.weight
+    return None if type(weight) not in _DENSE or weight.requires_grad else (weight.T, module.bias)

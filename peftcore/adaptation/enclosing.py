@@ -23,7 +23,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_names_given, vocabulary_resizes
 
 LOCK = "_peftcore_lock"
-_NAMES = "adapter_names"  # PEFT's argument of a call: the adapter of each sample
+NAMES = "adapter_names"  # PEFT's argument of a call: the adapter of each sample
 
 
 def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
@@ -58,7 +58,7 @@ def lock_of(module: nn.Module) -> ModelLock | None:
 
 def takes_adapter_names(module: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether a call of `module` names an adapter for each sample in an argument that its forward lacks."""
-    return _NAMES in kwargs and _NAMES not in module._peftcore_arguments
+    return NAMES in kwargs and NAMES not in module._peftcore_arguments
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def adapter_for_each_sample(module: nn.Module, kwargs: dict[str, Any]) -> Iterat
             f"adapter_names were given to a {type(module).__name__}, a part of the model that adapters were applied "
             "to. Give them to that model"
         )
-    names = kwargs.pop(_NAMES)
+    names = kwargs.pop(NAMES)
     if names is None:
         yield 0
         return
@@ -123,7 +123,7 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if LOCK not in self.__dict__:  # torch.compile kept this bound method, and the adapters were removed since
             return cls.__call__(self, *args, **kwargs)
-        if kwargs and takes_adapter_names(self, kwargs):
+        if NAMES in kwargs and takes_adapter_names(self, kwargs):
             with adapter_for_each_sample(self, kwargs):
                 return __call__(self, *args, **kwargs)
         lock = self._peftcore_lock

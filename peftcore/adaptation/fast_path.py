@@ -39,7 +39,7 @@ class Flag(int):
 
 def guard(model: nn.Module) -> None:
     """Disable fused paths around adapters in `model`; restore the flags where there is no adapter any more."""
-    for module in [*(module for _, module in base_modules(model)), *_around(model)]:
+    for module in [*[module for _, module in base_modules(model)], *_around(model)]:
         for kind, name in _FLAGS.items():
             value = module.__dict__.get(name)
             if not isinstance(module, kind) or value is None:

@@ -7,7 +7,6 @@ with a thousand adapters has a quarter of a million of their modules, of which f
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,14 +39,16 @@ for _name, _kind in _TABLES.items():
     setattr(LightAdapter, _name, _Table(_name, _kind))
 
 
-def parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Like `module.modules()`, three times faster; shared modules are not de-duplicated."""
+def parts(module: nn.Module) -> list[nn.Module]:
+    """Return a list like `module.modules()`, three times faster; shared modules are not de-duplicated."""
+    found: list[nn.Module] = []
     ahead: list[nn.Module | None] = [module]
     while ahead:
         part = ahead.pop()
         if part is not None:
-            yield part
+            found.append(part)
             ahead += part._modules.values()
+    return found
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

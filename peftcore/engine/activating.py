@@ -237,14 +237,18 @@ def _let_train(model: nn.Module, state: State, touched: Iterable[str], training:
             entry.frozen = not trains
 
 
-def _parameters(model: nn.Module, state: State, name: str) -> Iterator[nn.Parameter]:
-    """Yield the parameters of an adapter, like `adapter_parameters` without names, three times faster."""
+def _parameters(model: nn.Module, state: State, name: str) -> list[nn.Parameter]:
+    """Return the parameters of an adapter, like `adapter_parameters` without names, three times faster."""
+    found: list[nn.Parameter] = []
     for _, module in modules_with(model, state, name):
         for part in parts(adapted.adapters_at(module)[name]):
-            yield from (parameter for parameter in part._parameters.values() if parameter is not None)
+            for parameter in part._parameters.values():
+                if parameter is not None:
+                    found.append(parameter)
     own = TrainedParameters.of(model, name)
     if own is not None:
-        yield from (parameter for _, parameter in own.values(model))
+        found += [parameter for _, parameter in own.values(model)]
+    return found
 
 
 def _names(names: Any, per_sample: bool) -> tuple[str | None, ...]:

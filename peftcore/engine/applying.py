@@ -47,7 +47,7 @@ from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
 from peftcore.method import After, Around, Model
-from peftcore.observation import detect, left_as_it_is
+from peftcore.observation import left_as_it_is
 from peftcore.registry import registry
 
 
@@ -148,10 +148,9 @@ def _apply(
         _settle(placement.adapter, *device_and_dtype(modules[placement.path], dtype), model.training, made)
 
     is_first = not state.applied and not state.resting
-    head = detect(model).output_head if is_first else None
     if is_first:  # before other classes are swapped in, inside which the folding class stays
-        folding.fold_frozen(model, head)
-    for path in _enclosing_paths(model, [placement.path for placement in placed.around], placed.trained):
+        folding.fold_frozen(model, placed.architecture.output_head)
+    for path in _enclosing_paths(model, modules, placed.trained):
         enclosing.enclose(submodule(model, path), state.lock, root=not path)
     if is_first:
         state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
@@ -167,9 +166,9 @@ def _apply(
         state.sites[placement.path].adapters += 1
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     fast_path.guard(model)
-    reads = asked(placement.adapter for placement in placed.around)
-    adapters = (placement.adapter for placement in placed.around)
-    whole_batch = any(each.whole_batch for each in adapters if isinstance(each, Adapter))
+    adapters = [placement.adapter for placement in placed.around]
+    reads = asked(adapters)
+    whole_batch = any([each.whole_batch for each in adapters if isinstance(each, Adapter)])
     entry = Applied(
         of_method.name,
         config,

@@ -14,7 +14,7 @@ from torch import nn
 from peftcore.adaptation.adapted import CHILD, adapters_at, is_adapted
 from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.concurrency import ModelLock
-from peftcore.adaptation.enclosing import lock_of
+from peftcore.adaptation.enclosing import LOCK, lock_of
 from peftcore.engine.trained import TrainedParameters
 
 Facts = Mapping[str, tuple[int, ...]]
@@ -36,9 +36,14 @@ class Site:
 def facts(module: nn.Module) -> Facts:
     """Return the shape of each of the module's own parameters by name; empty for a parametrized one."""
     # Other classes, such as bitsandbytes' or DTensor, may change shape with the device. ZeRO-3 empties its parameters.
-    plain = {name: p for name, p in module._parameters.items() if p is not None}
-    found = {n: tuple(getattr(p, "ds_shape", p.shape)) if type(p) is nn.Parameter else () for n, p in plain.items()}
-    return {**found, **{f"parametrizations.{name}": () for name in getattr(module, "parametrizations", ())}}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            is_plain = type(parameter) is nn.Parameter
+            found[name] = tuple(getattr(parameter, "ds_shape", parameter.shape)) if is_plain else ()
+    for name in getattr(module, "parametrizations", ()):
+        found[f"parametrizations.{name}"] = ()
+    return found
 
 
 def changes(
@@ -58,13 +63,14 @@ def changes(
     """
     for path, site in sites:
         module = _there(model, path)
-        change = _replaced(module, lock)
-        if change is None and module is not None:
-            there = adapters_at(module)
-            if len(there) < site.adapters if adapter is None else adapter not in there:
-                change = "has lost its adapter"
-            elif shapes:
-                change = _differs(module, site.facts)
+        if module is None or not is_adapted(module) or module.__dict__.get(LOCK) is not lock:
+            yield path, _replaced(module)
+            continue
+        change, there = None, adapters_at(module)._modules
+        if len(there) < site.adapters if adapter is None else adapter not in there:
+            change = "has lost its adapter"
+        elif shapes:
+            change = _differs(module, site.facts)
         if change:
             yield path, change
 
@@ -81,12 +87,16 @@ def changes_of_trained(model: nn.Module, adapter: str, lock: ModelLock) -> Itera
             yield owner, f"was replaced by another {original_class(module).__name__}"
 
 
-def standing(model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLock) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) where `adapter` is still attached."""
+def standing(model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLock) -> list[tuple[str, nn.Module]]:
+    """Return (path, module) where `adapter` is still attached."""
+    found: list[tuple[str, nn.Module]] = []
     for path in paths:
         module = _there(model, path)
-        if module is not None and _replaced(module, lock) is None and adapter in adapters_at(module):
-            yield path, module
+        if module is None or not is_adapted(module) or module.__dict__.get(LOCK) is not lock:
+            continue
+        if adapter in adapters_at(module)._modules:
+            found.append((path, module))
+    return found
 
 
 def with_adapter(model: nn.Module, adapter: str, paths: Iterable[str]) -> Iterator[nn.Module]:
@@ -97,15 +107,14 @@ def with_adapter(model: nn.Module, adapter: str, paths: Iterable[str]) -> Iterat
             yield module
 
 
-def _replaced(module: nn.Module | None, lock: ModelLock) -> str | None:
+def _replaced(module: nn.Module | None) -> str:
+    """Return how a module that is not the adapted one of this model came to its place."""
     if module is None:
         return "is gone"
     kind = type(module).__name__
     if not is_adapted(module):
         return f"was given another class, {kind}" if CHILD in module._modules else f"was replaced by another {kind}"
-    if lock_of(module) is not lock:
-        return f"was replaced by a {kind} of another model, or a copy"
-    return None
+    return f"was replaced by a {kind} of another model, or a copy"
 
 
 def _differs(module: nn.Module, was: Facts) -> str | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_args
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from peftcore import prompts
 from peftcore.adaptation import adapted
 from peftcore.adaptation.chain import WeightChanges
-from peftcore.adaptation.enclosing import lock_of
+from peftcore.adaptation.enclosing import LOCK
 from peftcore.adapter import Adapter, implements, unseen_member
 from peftcore.architecture import Architecture
 from peftcore.engine.state import Applied, State, check_model, state_of
@@ -42,6 +43,7 @@ class Placed:
 
     method: Method
     config: Any
+    architecture: Architecture
     around: tuple[Around | After, ...]
     placements: dict[str, tuple[AdapterPlacement, ...]]  # what the method placed, by the paths of `around`
     trained: tuple[str, ...]
@@ -112,7 +114,8 @@ def _placed(
         for path, changes in on_weights.items():
             around.append(Around(path, _weight_changes(model, chosen.name, changes)))
             placements[path] = (*placements.get(path, ()), *changes)
-    placed = Placed(chosen, config, tuple(around), placements, tuple(dict.fromkeys(trained)), apart, names_modules)
+    names = tuple(dict.fromkeys(trained))
+    placed = Placed(chosen, config, architecture, tuple(around), placements, names, apart, names_modules)
     _check_placed(model, placed)
     return placed
 
@@ -163,14 +166,18 @@ def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight
     return WeightChanges({placement.name: placement.adapter for placement in placements})
 
 
-def reached_by(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
-    """Yield the paths of modules and full names of parameters whose adapters have parameters."""
+def reached_by(placements: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Return the paths of modules and full names of parameters whose adapters have parameters."""
+    found: list[str] = []
     for path, placed in placements.items():
-        for each in (each for each in placed if next(each.adapter.parameters(), None) is not None):
+        for each in placed:
+            if next(each.adapter.parameters(), None) is None:
+                continue
             if isinstance(each, OnWeight):
-                yield f"{path}.{each.name}" if path else each.name
+                found.append(f"{path}.{each.name}" if path else each.name)
             else:
-                yield weight_of_expert(path, each) or path
+                found.append(weight_of_expert(path, each) or path)
+    return found
 
 
 def not_thin(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
@@ -183,10 +190,10 @@ def not_thin(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
 
 def covered(model: nn.Module, placed: Placed) -> Coverage:
     """Return what share of the weight in layers has an adapter or a trained parameter."""
-    reached = list(reached_by(placed.placements))
+    reached = reached_by(placed.placements)
     reached += dict.fromkeys(f"{name.rpartition('.')[0]}." for name in placed.trained)
     lacking = "not selected" if placed.around else "without a trained parameter"
-    return coverage(model, detect(model), reached, lacking=lacking)
+    return coverage(model, placed.architecture, reached, lacking=lacking)
 
 
 def tell_if_little(model: nn.Module, placed: Placed) -> None:
@@ -297,7 +304,7 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 tensors.add(id(tensor))
-                addresses.add(_address(tensor))
+                addresses.add(tensor.data_ptr() if type(tensor) in _PLAIN else 0)
     addresses.discard(0)  # tensors without memory
     seen: set[int] = set()
     classes: dict[type[nn.Module], bool] = {}  # False: only inside of adapters
@@ -325,9 +332,12 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
             )
 
 
+_PLAIN = (nn.Parameter, Tensor)
+
+
 def _address(tensor: Tensor) -> int:
     """Return where a plain tensor's memory begins, the same for a parameter made from another tensor."""
-    return tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else 0
+    return tensor.data_ptr() if type(tensor) in _PLAIN else 0
 
 
 def _refuse_registered(model: nn.Module, method: str, placement: Any, registered: Any) -> None:
@@ -403,28 +413,33 @@ def _refuse_lazy(model: nn.Module) -> None:
 def _refuse_offloaded(model: nn.Module) -> None:
     """Refuse weights that accelerate offloads between calls: adapters would be on the meta device, without values."""
     for path, module in adapted.base_modules(model):
-        on_meta = any(parameter is not None and parameter.is_meta for parameter in module._parameters.values())
-        if on_meta and hasattr(module, "_hf_hook"):
+        if "_hf_hook" not in module.__dict__:
+            continue
+        if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
             raise PeftcoreError(
                 f"accelerate has offloaded {path or 'the model itself'!r}, whose weights are here only while it is "
                 "called. Apply or load adapters first, and offload the model with them afterwards"
             )
 
 
+@cache
+def _is_of_peft(cls: type) -> bool:
+    return any(base.__module__.partition(".")[0] == "peft" for base in cls.__mro__)
+
+
 def refuse_adapters_of_others(model: nn.Module) -> None:
     """Raise a PeftcoreError if the model, a part or an ancestor of it has adapters of another library or model."""
     state = state_of(model)
-    modules = list(adapted.base_modules(model))
-    kinds = {type(module) for _, module in modules}
-    of_peft = {kind for kind in kinds if any(cls.__module__.partition(".")[0] == "peft" for cls in kind.__mro__)}
+    modules = adapted.base_modules(model)
+    is_of_peft: Callable[[Any], bool] = _is_of_peft  # to mypy a class is not hashable
     for path, module in modules:
-        if type(module) in of_peft:
+        if is_of_peft(type(module)):
             raise PeftcoreError(
                 f"the model has adapters of Hugging Face PEFT already ({path or 'the model itself'!r} is a "
                 f"{type(module).__module__}.{type(module).__name__}). Save them with its save_pretrained(folder), and "
                 "load them here on the plain base: peftcore.load(base, folder)"
             )
-        lock = lock_of(module)
+        lock = module.__dict__.get(LOCK)
         if lock is not None and not lock.retired and (state is None or lock is not state.lock):
             raise PeftcoreError(
                 f"{path or 'the model'!r} has adapters that were applied to another model, of which it is a part, or "

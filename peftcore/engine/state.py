@@ -136,11 +136,13 @@ def call_in(model: nn.Module, *adapters: str) -> None:
         adapters_wanted.announce(model, adapters, state.active)
 
 
-def adapter_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path of the adapted module, adapter) for every placement of `adapter` that is still attached."""
+def adapter_modules(model: nn.Module, adapter: str) -> list[tuple[str, nn.Module]]:
+    """Return (path of the adapted module, adapter) for every placement of `adapter` that is still attached."""
     applied(model, adapter)
-    for path, module in modules_with(model, require_state(model), adapter):
-        yield path, adapted.adapters_at(module)[adapter]
+    return [
+        (path, adapted.adapter_at(module, adapter))
+        for path, module in modules_with(model, require_state(model), adapter)
+    ]
 
 
 def placements(model: nn.Module, adapter: str) -> list[AdapterPlacement]:
@@ -204,10 +206,11 @@ def changes_of(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[s
     yield from changes_of_trained(model, adapter, state.lock)
 
 
-def modules_with(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+def modules_with(model: nn.Module, state: State, adapter: str) -> list[tuple[str, nn.Module]]:
     """Return (path, module) for each module to which `adapter` is still attached."""
     if state.snapshot is not None and state.snapshot.matches(state.sites):
-        return ((path, state.snapshot.modules[path]) for path in state.applied[adapter].paths)
+        modules = state.snapshot.modules
+        return [(path, modules[path]) for path in state.applied[adapter].paths]
     return standing(model, adapter, state.applied[adapter].paths, state.lock)
 
 

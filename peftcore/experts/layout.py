@@ -98,7 +98,10 @@ def stacked_weights(module: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in module._parameters if name in layout.names)
     if not module._parameters:
         return ()
-    counts = {value for name, value in vars(module).items() if "expert" in name and type(value) is int and value > 1}
+    counts = set()
+    for name, value in vars(module).items():
+        if "expert" in name and type(value) is int and value > 1:
+            counts.add(value)
     return (
         ()
         if not counts

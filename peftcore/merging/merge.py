@@ -79,7 +79,8 @@ def merge(
     refuse_unmergeable(model, state.active)
     for name in () if keep_adapters else state.active:
         engine.refuse_needed(state, name, "remove")
-    tied = _tied(model, state.active)
+    alike = _changed_alike(model, state.active)
+    tied = _tied(model, state.active, alike)
     if tied and not untie:
         raise PeftcoreError(
             f"the weight of '{tied[0][0]}' is tied to '{tied[0][1]}', which merging would change too. Call "
@@ -98,7 +99,7 @@ def merge(
     for name in state.active:
         _merge_trained(model, name, merged)
     unpacked: dict[str, WeightFormat] = {}
-    first = {slot: slots[0] for slots in _changed_alike(model, state.active) for slot in slots}
+    first = {slot: slots[0] for slots in alike for slot in slots}
     written: dict[str, Tensor] = {}  # under the first name of a parameter that stays tied
     for layer in layers:
         for name, tensor in layer.named():
@@ -221,10 +222,12 @@ def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
             _exchange(model, slot, tensor)
 
 
-def _tied(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return (adapted module, another name of its parameter) for every adapted weight that is shared."""
+def _tied(model: nn.Module, names: tuple[str, ...], alike: list[list[str]]) -> list[tuple[str, str]]:
+    """Return (adapted module, another name of its parameter) for every adapted weight that is shared.
+
+    Shared parameters in `alike` are left out.
+    """
     paths = {path for name in names for path in _changed_modules(model, name)}
-    alike = _changed_alike(model, names)
     shared = [slots for slots in _shared(model) if slots not in alike]
     return [
         *_trained_apart(model, names),
@@ -257,13 +260,15 @@ def _changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
     return [slots for slots in _shared(model) if all(changed_by.get(s, []) == changed_by.get(slots[0]) for s in slots)]
 
 
-def _changed_modules(model: nn.Module, name: str) -> Iterator[str]:
-    """Yield the paths of modules whose parameters an adapter changes."""
+def _changed_modules(model: nn.Module, name: str) -> list[str]:
+    """Return the paths of modules whose parameters an adapter changes."""
+    found: list[str] = []
     for path, adapter in engine.adapter_modules(model, name):
-        yield path
+        found.append(path)
         for changed in adapter.changes if isinstance(adapter, WeightChanges) else ():
             inside = changed.rpartition(".")[0]
-            yield f"{path}.{inside}".strip(".") if inside else path
+            found.append(f"{path}.{inside}".strip(".") if inside else path)
+    return found
 
 
 def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:

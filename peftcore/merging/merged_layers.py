@@ -38,9 +38,10 @@ class MergedLayer:
     lost: float | None
     unpacked: WeightFormat | None = None  # format of a dense weight that replaces a quantized one
 
-    def named(self) -> Iterator[tuple[str, Tensor]]:
-        for attribute, tensor in self.tensors.items():
-            yield f"{self.path}.{attribute}" if self.path else attribute, tensor
+    def named(self) -> list[tuple[str, Tensor]]:
+        """Return (full name, tensor) for each tensor to store."""
+        prefix = f"{self.path}." if self.path else ""
+        return [(prefix + attribute, tensor) for attribute, tensor in self.tensors.items()]
 
 
 @dataclass
@@ -49,12 +50,14 @@ class MergedCopies:
 
     Args:
         changed: names of the parameters that may differ.
+        packed: formats of the module's own quantized parameters, by name.
         weight, bias: those of the merged copy, in the layout of the module's format, if they were asked for.
     """
 
     base: nn.Module
     merged: nn.Module
     changed: dict[str, None] = field(default_factory=dict)
+    packed: dict[str, WeightFormat] = field(default_factory=dict)
     weight: Tensor | None = None
     bias: Tensor | None = None
 
@@ -111,17 +114,17 @@ def merged_layers(
         dtype: of a dense weight that replaces a quantized one; None to quantize again.
         checked: outputs were compared before.
     """
-    paths = dict.fromkeys(path for name in names for path in engine.applied(model, name).paths)
-    for path in paths:
+    entries = {name: engine.applied(model, name) for name in names}
+    for path in dict.fromkeys([path for entry in entries.values() for path in entry.paths]):
         module = model.get_submodule(path)
-        acting = {name: engine.applied(model, name).method for name in names if name in adapters_at(module)}
+        there = adapters_at(module)._modules
+        acting = {name: entry.method for name, entry in entries.items() if name in there}
         kinds = {p.device.type for p in module._parameters.values() if p is not None} - {"meta"}
         with torch.no_grad(), torch.autocast(min(kinds, default="cpu"), enabled=False):
             chosen = find_weight_format(module)
             copies = merged_copies(path, module, acting, chosen)
-            packed = {name: found for name in copies.changed if (found := format_in_few_bits(module, name)) is not None}
-            if packed:
-                layer = _packed(path, module, copies, packed, dtype)
+            if not copies.packed.keys().isdisjoint(copies.changed):
+                layer = _packed(path, module, copies, dtype)
             else:
                 layer = MergedLayer(path, _stored(module, copies, chosen), None)
             bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not _is_finite(t)]
@@ -145,19 +148,21 @@ def merged_copies(
         path: path of the module.
         module: the module.
         methods: {adapter name: method name}, in order of activation.
-        chosen: the module's weight format; None if only single parameters are merged.
+        chosen: the module's weight format, or None if it has none.
 
     Raises:
         PluginError: `merged` of an adapter fails.
     """
-    adapters = {name: cast(Any, adapters_at(module)[name]) for name in methods}
-    base = evaluated(module)
+    there: Any = adapters_at(module)._modules
+    adapters = {name: there[name] for name in methods}
+    base, packed = evaluated(module), dict[str, WeightFormat]()
     for name in module._parameters:
-        found = format_in_few_bits(module, name)
-        if found is not None:
+        found = chosen if name == "weight" else format_in_few_bits(module, name)
+        if found is not None and found.decode is not None:
+            packed[name] = found
             put(base, name, _with_values(path, found.read(module).detach()).float())
             chosen = DENSE if name == "weight" else chosen
-    copies = MergedCopies(base, evaluated(base))
+    copies = MergedCopies(base, evaluated(base, adapters=False), packed=packed)
     for adapter_name, adapter in adapters.items():
         for name, change in adapter.changes.items() if isinstance(adapter, WeightChanges) else ():
             before = _with_values(path, _get(copies.merged, name)).clone()
@@ -168,13 +173,13 @@ def merged_copies(
                 else:
                     put(copies.merged, name, change(before).float())
             copies.changed[name] = None
-    around = {name: adapter for name, adapter in adapters.items() if not isinstance(adapter, WeightChanges)}
+    around = [(name, adapter) for name, adapter in adapters.items() if not isinstance(adapter, WeightChanges)]
     if not around:
         return copies
     chosen = chosen or weight_format(module)
     before = _with_values(path, chosen.read(copies.merged))
     weight, bias = before.clone(), chosen.read_bias(copies.merged)  # a plugin's `merged` may modify its arguments
-    for name, adapter in around.items():
+    for name, adapter in around:
         given = None if bias is None else bias.clone()
         with registry.naming(methods[name], "merged"):
             found = adapter.merged(weight, given)
@@ -229,22 +234,23 @@ def _shown(found: Any) -> str:
 
 def _stored(module: nn.Module, copies: MergedCopies, chosen: WeightFormat | None) -> dict[str, Tensor]:
     """Return the tensors to store for an unquantized module, in their dtypes."""
-    stored = {name: _get(copies.merged, name).to(_get(module, name).dtype) for name in copies.changed}
-    if copies.weight is not None and chosen is not None:
-        stored |= chosen.write(module, copies.weight)
-        if copies.bias is not None:
-            stored |= chosen.write_bias(module, copies.bias)
+    stored: dict[str, Tensor] = {}
+    written = {} if copies.weight is None or chosen is None else chosen.write(module, copies.weight)
+    for name in copies.changed:
+        if name not in written:
+            stored[name] = _get(copies.merged, name).to(_get(module, name).dtype)
+    stored |= written
+    if copies.bias is not None and chosen is not None:
+        stored |= chosen.write_bias(module, copies.bias)
     return stored
 
 
-def _packed(
-    path: str, module: nn.Module, copies: MergedCopies, packed: dict[str, WeightFormat], dtype: torch.dtype | None
-) -> MergedLayer:
-    """Merge a module whose parameters `packed` are quantized; its error is that of the worst parameter."""
+def _packed(path: str, module: nn.Module, copies: MergedCopies, dtype: torch.dtype | None) -> MergedLayer:
+    """Merge a module with quantized parameters; its error is that of the worst parameter."""
     tensors: dict[str, Tensor] = {}
     losses: list[float] = []
     for name in copies.changed:
-        before, weight, chosen = _get(copies.base, name), _get(copies.merged, name), packed.get(name)
+        before, weight, chosen = _get(copies.base, name), _get(copies.merged, name), copies.packed.get(name)
         if chosen is None:
             tensors[name] = weight.to(_get(module, name).dtype)
         elif dtype is not None:
@@ -254,7 +260,8 @@ def _packed(
             assert chosen.decode is not None
             losses.append(((chosen.decode(module, written) - weight).norm() / (weight - before).norm()).item())
             tensors |= written
-    unpacked = next(iter(packed.values())) if dtype is not None else None
+    formats = [copies.packed[name] for name in copies.changed if name in copies.packed]
+    unpacked = formats[0] if dtype is not None else None
     return MergedLayer(path, tensors, max(losses, default=None), unpacked)
 
 
@@ -273,7 +280,10 @@ def _get(module: nn.Module, name: str) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor))  # NaN is kept
+    if not tensor.numel():
+        return True
+    smallest, largest = torch.aminmax(tensor)  # NaN is kept
+    return bool(smallest.isfinite() and largest.isfinite())
 
 
 def measured_error(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> dict[str, float]:

@@ -9,6 +9,7 @@ hooks, with its own float32 parameters.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -55,11 +56,13 @@ def refuse_inexact(
     if adapted.has_forward_of_instance(module):
         raise refuse("it has its own `forward` on the instance, so how it uses the weight is not known")
     with torch.no_grad():
-        tensors = [tensor for name in changed if (tensor := _tensor(merged, name)).is_floating_point()]
+        tensors = list(filter(Tensor.is_floating_point, [_tensor(merged, name) for name in changed]))
         if not tensors:
             return
         adapted.activate(base, names)
-        tolerance = max(_rounding(tensors[0].device), *(4 * torch.finfo(tensor.dtype).eps for tensor in tensors))
+        tolerance = _rounding(tensors[0].device)
+        for tensor in tensors:
+            tolerance = max(tolerance, 4 * torch.finfo(tensor.dtype).eps)
         forward = original_forward(module)
         inputs, wanted = _first_that_runs(_inputs(module, tensors[0]), lambda *args: forward(merged, *args))
         if inputs is None:
@@ -73,11 +76,12 @@ def refuse_inexact(
                 f"the adapters do not run on inputs of shape {[list(x.shape) for x in inputs]}: {error!r}"
             ) from error
         found, wanted = _floating(found), _floating(wanted)
-        if [y.shape for y in found] != [y.shape for y in wanted]:
-            raise refuse("its output has a different shape with the adapters than without")
-        off = max((_difference(y, z, module) for y, z in zip(found, wanted, strict=True)), default=0.0)
-        if not off <= tolerance:
-            raise refuse(f"on random input a feature of its output differs by {off:.2g} of its size")
+        for y, z in itertools.zip_longest(found, wanted):
+            if y is None or z is None or y.shape != z.shape:
+                raise refuse("its output has a different shape with the adapters than without")
+            off = _difference(y, z, module)
+            if not off <= tolerance:
+                raise refuse(f"on random input a feature of its output differs by {off:.2g} of its size")
 
 
 def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None) -> Any:
@@ -96,8 +100,19 @@ def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None)
         return _first_that_runs(iter([inputs]), lambda *args: forward(copy, *args))[1]
 
 
-def evaluated(module: nn.Module, floats: torch.dtype | None = torch.float32) -> nn.Module:
-    """Return a shallow copy of `module` in evaluation mode, without hooks, with floating tensors cast to `floats`."""
+def evaluated(
+    module: nn.Module, floats: torch.dtype | None = torch.float32, *, adapters: bool = True, is_root: bool = True
+) -> nn.Module:
+    """Return a shallow copy of `module` in evaluation mode, without hooks, with floating tensors cast to `floats`.
+
+    The chain of the copy itself is built by `adapted.activate`; those of modules inside it are built here.
+
+    Args:
+        module: the module.
+        floats: dtype of floating tensors; None to keep their own.
+        adapters: also copy the adapters of the module itself.
+        is_root: whether the copy is what was asked for, not a part of it.
+    """
     copy: nn.Module = object.__new__(type(module))
     copy.__dict__.update(module.__dict__, training=False, _compiled_call_impl=None)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -105,12 +120,15 @@ def evaluated(module: nn.Module, floats: torch.dtype | None = torch.float32) -> 
     for kind in ("_parameters", "_buffers"):
         copy.__dict__[kind] = tensors = dict(module.__dict__[kind])
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.is_floating_point() and floats is not None and not is_wrapped(tensor):
+            if tensor is None or floats is None or not tensor.is_floating_point():
+                continue
+            if type(tensor) is nn.Parameter or not is_wrapped(tensor):
                 tensors[name] = tensor.detach().to(floats)
-    copy.__dict__["_modules"] = {
-        name: None if child is None else evaluated(child, floats) for name, child in module._modules.items()
-    }
-    adapted.rebind(copy)
+    copy.__dict__["_modules"] = modules = dict(module._modules)
+    for name, child in module._modules.items():
+        if child is not None and (adapters or name != adapted.CHILD):
+            modules[name] = evaluated(child, floats, is_root=False)
+    adapted.rebind(copy, builds=not is_root)
     return copy
 
 
@@ -194,11 +212,11 @@ def _difference(found: Tensor, wanted: Tensor, module: nn.Module) -> float:
         found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
     off = torch.where(found == wanted, 0.0, found - wanted).abs()  # equal infinities
     size = torch.maximum(found.abs(), wanted.abs()).nan_to_num(posinf=0.0)
-    return max((_relative(*half) for half in zip(off.chunk(2), size.chunk(2), strict=True)), default=0.0)
+    return max(map(_relative, off.chunk(2), size.chunk(2)), default=0.0)
 
 
 def _relative(off: Tensor, size: Tensor) -> float:
     if not off.numel():
         return 0.0
-    off, size = (y.reshape(-1, y.shape[-1]).amax(0) for y in (off, size))
+    off, size = off.reshape(-1, off.shape[-1]).amax(0), size.reshape(-1, size.shape[-1]).amax(0)
     return (off / size.clamp(min=1e-3 * size.max().item() + 1e-30)).nan_to_num(nan=torch.inf).max().item()

@@ -143,7 +143,7 @@ def _find_reads(model: nn.Module) -> tuple[list[_ReadOf], Known]:
         alike[original_class(module)].append((path, module))
     known = Knowledge(model)
     found, depends = _read_under(known, alike)
-    if depends:
+    if found and depends:  # arguments can only rule reads out
         known = Knowledge(model, follows_arguments=True)
         while known.shrank or depends:
             known.shrank = depends = False
@@ -170,11 +170,7 @@ def _read_under(
             for part in _parts(cls, name):
                 if not (part.names or part.reads or known.follows_arguments):
                     continue
-                reached = [
-                    (path, module)
-                    for path, module in modules
-                    if not part.conditions or not known.rules_out(part.conditions, part.source, path, module)
-                ]
+                reached = modules if not part.conditions else known.reaches(part.conditions, part.source, modules)
                 if not reached:
                     continue
                 part.add_calls(known, cls, reached)

@@ -206,13 +206,19 @@ class Knowledge:
         self._positional: dict[str, float] = defaultdict(float)
         self._changed: dict[tuple[Source, str], int] = {}
 
-    def rules_out(self, conditions: Conditions, within: Source, path: str, module: nn.Module) -> bool:
-        """Return whether one of the conditions cannot have the value that it must have."""
-        for test, wanted in conditions:
-            value = self._value(test, within, path, module)
-            if value is not UNKNOWN and bool(value) is not wanted:
-                return True
-        return False
+    def reaches(
+        self, conditions: Conditions, within: Source, modules: Sequence[tuple[str, nn.Module]]
+    ) -> list[tuple[str, nn.Module]]:
+        """Return those of `modules` in which every condition may have the value that it must have."""
+        reached = []
+        for path, module in modules:
+            for test, wanted in conditions:
+                value = self._value(test, within, path, module)
+                if value is not UNKNOWN and bool(value) is not wanted:
+                    break
+            else:
+                reached.append((path, module))
+        return reached
 
     def stored(self, name: str, since: int, within: Source) -> None:
         """Count the variable `name` as changed from the line `since` on."""
@@ -265,10 +271,6 @@ class Knowledge:
 
     def _value(self, test: ast.expr, within: Source, path: str, module: nn.Module) -> Any:
         """Return the value of `test`, or `UNKNOWN`."""
-
-        def value_of(each: ast.expr) -> Any:
-            return self._value(each, within, path, module)
-
         if isinstance(test, ast.Constant):
             return test.value
         if isinstance(test, ast.Attribute):
@@ -276,16 +278,21 @@ class Knowledge:
         if isinstance(test, ast.Name):
             return None if self._is_none(test.id, within.line(test), within, path, module) else UNKNOWN
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            value = value_of(test.operand)
+            value = self._value(test.operand, within, path, module)
             return value if value is UNKNOWN else not value
         if isinstance(test, ast.BoolOp):
-            values = [value_of(each) for each in test.values]
             decides = isinstance(test.op, ast.Or)  # `or` with one that is true is true, whatever the others are
-            if any(value is not UNKNOWN and bool(value) is decides for value in values):
-                return decides
-            return UNKNOWN if UNKNOWN in values else not decides
+            found: Any = not decides
+            for each in test.values:
+                value = self._value(each, within, path, module)
+                if value is UNKNOWN:
+                    found = UNKNOWN
+                elif bool(value) is decides:
+                    return decides
+            return found
         if isinstance(test, ast.Compare) and len(test.ops) == 1 and type(test.ops[0]) in _COMPARISONS:
-            left, right = value_of(test.left), value_of(test.comparators[0])
+            left = self._value(test.left, within, path, module)
+            right = self._value(test.comparators[0], within, path, module)
             if left is not UNKNOWN and right is not UNKNOWN:
                 try:
                     return _COMPARISONS[type(test.ops[0])](left, right)

@@ -37,7 +37,7 @@ def task_heads(model: nn.Module, backbone: str, output_head: str | None) -> tupl
     """
     kinds = _kinds().get(original_class(model).__name__, set())
     outside = _outside_backbone(model, backbone)
-    loaded = any(getattr(parameter, _LOADED, False) for _, parameter in base_parameters(model))
+    loaded = any([getattr(parameter, _LOADED, False) for _, parameter in base_parameters(model)])
     of_task = any(map(_TASK.search, kinds)) if kinds else bool(_TASK_NAME.search(original_class(model).__name__))
     if of_task or not (kinds or loaded):
         inner = None if of_task else output_head

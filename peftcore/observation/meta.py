@@ -8,7 +8,8 @@ ones, a boolean is False and a number 0.0: any valid value shows where it goes. 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class MetaFloats(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = _tensors(args, kwargs.values() if kwargs else ())
+        tensors = _tensors([*args, *kwargs.values()])
         output = self._run(operator, args, kwargs, tensors)
         if self._record is not None:
             self._record(operator, args, tensors, output)
@@ -57,7 +58,10 @@ class MetaFloats(TorchDispatchMode):
         to_meta = device is not None and torch.device(device).type == "meta"
         if operator in _FILLED and args[0].is_meta and args[0].numel() <= _SMALL and not _in_backward():
             return _without_values(operator, args, {**kwargs, "device": "meta"}, _FILLED[operator](args))
-        if not any(tensor.is_meta for tensor in tensors):
+        for tensor in tensors:
+            if tensor.is_meta:
+                break
+        else:
             if torch.Tag.nondeterministic_seeded in operator.tags:
                 return _without_values(operator, args, kwargs)
             if to_meta and (not tensors or not tensors[0].is_floating_point()):
@@ -75,7 +79,7 @@ class MetaFloats(TorchDispatchMode):
         if operator in _MASKED:
             args = _MASKED[operator](*args)
             operator = aten.index_put_.default if operator is aten.index_put_.default else aten.index.Tensor
-        written = _written(operator, args)
+        written = _written(operator, args) if operator._schema.is_mutable else None
         if written is not None and not written.is_meta:
             return written  # a real tensor keeps its values where those to be written are not known
         if device is not None and not to_meta:
@@ -83,7 +87,9 @@ class MetaFloats(TorchDispatchMode):
         made = _shaped(operator, args, kwargs)
         if operator in _ORDERING:
             return made[0], _positions(made[1], *args[_ORDERING[operator] :][:1], **kwargs)
-        return self._with_values(made) if isinstance(made, Tensor) else tree_map_only(Tensor, self._with_values, made)
+        if isinstance(made, Tensor):
+            return made if made.is_floating_point() else self._with_values(made)
+        return tree_map_only(Tensor, self._with_values, made)
 
     def _with_values(self, tensor: Tensor) -> Tensor:
         """Integers and truths are real: zeros, where they are not known."""
@@ -114,7 +120,7 @@ def _shaped(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return the operator's output on meta, cached for arguments of the same kind."""
     key = None
     if not operator.is_view and not operator._schema.is_mutable:
-        key = operator, _kind_of(args), _kind_of(tuple(kwargs.items())), torch.get_default_dtype()
+        key = operator, _kind_of(args, kwargs), torch.get_default_dtype()
         try:
             known = _known.get(key)
         except TypeError:  # an argument that cannot be a key
@@ -126,7 +132,7 @@ def _shaped(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if key is not None:
         found = (output,) if isinstance(output, Tensor) else output
         if type(found) is tuple and all(type(each) is Tensor and each.is_meta for each in found):
-            storages = [each.untyped_storage()._cdata for each in (*found, *_tensors(args, kwargs.values()))]
+            storages = [each.untyped_storage()._cdata for each in (*found, *_tensors([*args, *kwargs.values()]))]
             if len({*storages[: len(found)]}) == len(found) and not {*storages[: len(found)]} & {
                 *storages[len(found) :]
             }:
@@ -141,13 +147,20 @@ def _made(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Ten
     return aten.empty_strided.default(shape, stride, dtype=dtype, device="meta")
 
 
-def _kind_of(value: Any) -> Any:
+def _kind_of(args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Return what determines the form of an output: a tensor's own form, the type and value of anything else."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_kind_of, value))
-    return type(value), value
+    kind: list[Any] = [tuple(kwargs)]
+    ahead = [*args, *kwargs.values()]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, Tensor):
+            kind.append((value.shape, value.stride(), value.dtype))
+        elif isinstance(value, (list, tuple)):
+            kind.append(len(value))
+            ahead += value
+        else:
+            kind.append((type(value), value))
+    return tuple(kind)
 
 
 def _in_backward() -> bool:
@@ -155,14 +168,16 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
-def _tensors(*values: Any) -> list[Tensor]:
-    """Return the tensors among arguments, also in lists."""
+def _tensors(values: list[Any]) -> list[Tensor]:
+    """Return the tensors among arguments, also in lists, in their order."""
     found: list[Tensor] = []
-    for value in values:
+    ahead = values[::-1]
+    while ahead:
+        value = ahead.pop()
         if isinstance(value, Tensor):
             found.append(value)
-        elif not isinstance(value, str) and isinstance(value, Iterable):
-            found += _tensors(*value)
+        elif isinstance(value, (list, tuple)):
+            ahead += reversed(value)
     return found
 
 
@@ -281,9 +296,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
             if tensor is not None and id(tensor) not in memo:
                 memo[id(tensor)] = _copied(tensor)
     sharded: dict[nn.Module, Any] = {}  # modules of FSDP2's classes, which refuse to be copied
+    is_sharded: Callable[[Any], bool] = _is_sharded  # to mypy a class is not hashable
     for _, module in base_modules(model):
         cls = original_class(module)
-        if "FSDPModule" in (base.__name__ for base in cls.__mro__):
+        if is_sharded(cls):
             sharded[module] = memo[id(module)] = object.__new__(cls.__bases__[1])
             for name, value in module.__dict__.items():
                 if isinstance(value, dict) and ("_hooks" in name or _COMPOSABLE in str(name)):
@@ -295,6 +311,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         _strip(module)
     return copied
+
+
+@cache
+def _is_sharded(cls: type) -> bool:
+    """Return whether it is a class of FSDP2."""
+    return any(base.__name__ == "FSDPModule" for base in cls.__mro__)
 
 
 def _strip(module: nn.Module) -> None:

@@ -183,16 +183,16 @@ class _Watch:
         self._model = model
         self._numbers: dict[int, int] = {}  # of tensors, by their id
         self._tensors: list[Tensor] = []  # by number; alive, so that no id comes again
-        self._owners: dict[int, list[nn.Module]] = defaultdict(list)
+        self._owners: dict[int, list[int]] = defaultdict(list)  # ids of the modules that have a parameter, by its id
         self._paths = {id(module): path for path, module in base_modules(model)}
         self._call: Call | None = None
         self._seen: dict[Any, tuple[str, Any, Any]] = {}  # layers that were watched
         self._likenesses: dict[int, Any] = {}
-        self._running: dict[int, int] = defaultdict(int)
+        self._running: dict[int, int] = defaultdict(int)  # calls of a module that have begun, by its id
         for module in model.modules():
             for parameter in module._parameters.values():
                 if parameter is not None:
-                    self._owners[id(parameter)].append(module)
+                    self._owners[id(parameter)].append(id(module))
 
     def run(self, make_inputs: Inputs) -> Trace:
         inputs = {
@@ -215,22 +215,36 @@ class _Watch:
         if isinstance(module, torch.jit.ScriptModule) or getattr(forward, "__name__", "") == "_forward_unimplemented":
             return
         path, names = self._paths.get(id(module), ""), _names(forward)
-        numbers = [part.isdigit() for part in path.split(".")]
+        numbers = list(map(str.isdigit, path.split(".")))
         is_layer = self._skips and numbers[-1] and sum(numbers) == 1 and any(True for _ in module.children())
 
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
             call = Call(path, module, self._call)
             for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-                call.given[name] = shapes_of(value)
                 if isinstance(value, Tensor):
+                    call.given[name] = value.shape
                     call.arguments[name] = self._number(value)
+                else:
+                    call.given[name] = shapes_of(value)
             self.trace.calls.append(call)
             key = (path.rpartition(".")[0], self._likeness(module), _kind(args, kwargs)) if is_layer else None
             if key in self._seen:
                 output = self._again(call, *self._seen[key], args, kwargs)
             else:
-                output = self._through(call, forward, args, kwargs)
+                self._call = call
+                self._running[id(module)] += 1
+                self.trace.called.add(path)
+                if _in_function():
+                    self.trace.in_function.add(path)
+                try:
+                    output = forward(*args, **kwargs)
+                except Exception:
+                    self.trace.failed.add(path)
+                    raise
+                finally:
+                    self._call = call.parent
+                    self._running[id(module)] -= 1
                 if key is not None:
                     self._seen[key] = path, (args, kwargs), output
             call.gave = shapes_of(output)
@@ -240,21 +254,6 @@ class _Watch:
             return output
 
         module.__dict__["forward"] = watched
-
-    def _through(self, call: Call, forward: Any, args: Any, kwargs: Any) -> Any:
-        self.trace.called.add(call.path)
-        if _in_function():
-            self.trace.in_function.add(call.path)
-        self._call = call
-        self._running[id(call.module)] += 1
-        try:
-            return forward(*args, **kwargs)
-        except Exception:
-            self.trace.failed.add(call.path)
-            raise
-        finally:
-            self._call = call.parent
-            self._running[id(call.module)] -= 1
 
     def _again(self, call: Call, path: str, before: Any, output: Any, args: Any, kwargs: Any) -> Any:
         """Return the output of the layer at `call`, which is like the traced one at `path`."""
@@ -297,14 +296,17 @@ class _Watch:
         return self._new(tensor, "leaf", (), True) if number is None else number
 
     def _record(self, operator: Any, args: tuple[Any, ...], tensors: list[Tensor], output: Any) -> None:
-        for tensor in tensors:
-            owners = self._owners.get(id(tensor))
-            if owners and not any(self._running[id(owner)] for owner in owners):
-                self.trace.read.update(self._paths[id(owner)] for owner in owners)
-        inputs = tuple(self._number(tensor) for tensor in tensors)
         values = self.trace.values
         name = operator._schema.name.partition("::")[2]
-        is_weight = name not in _PRODUCTS and all(values[number].is_weight for number in inputs)
+        inputs: tuple[int, ...] = ()
+        is_weight = name not in _PRODUCTS
+        for tensor in tensors:
+            known = self._numbers.get(id(tensor))
+            inputs += (self._new(tensor, "leaf", (), True) if known is None else known,)
+            is_weight = is_weight and values[inputs[-1]].is_weight
+            owners = self._owners.get(id(tensor), ())
+            if not any(map(self._running.get, owners)):
+                self.trace.read.update(map(self._paths.__getitem__, owners))
         turned = name in _TURNS and _TURNS[name](-1, *args)
         moved = name in _TURNS and _TURNS[name](0, *args)
         for tensor in tree_leaves(output):
@@ -334,14 +336,16 @@ def likeness(module: nn.Module) -> Any:
     """Return a value that is equal for modules with the same parts, sizes and settings, whatever their index is."""
     is_setting: Callable[[Any], bool] = _is_setting  # to mypy a class is not hashable
 
-    def part(name: str, module: nn.Module) -> Any:
-        tensors = (*module._parameters.items(), *module._buffers.items())
-        settings = [(n, v) for n, v in module.__dict__.items() if is_setting(type(v)) and not _is_index(n)]
-        there = [(n, tensor) for n, tensor in tensors if tensor is not None]
-        shapes = [(n, None if is_lazy(tensor) else tensor.shape, tensor.dtype) for n, tensor in there]
-        return name, original_class(module), tuple(shapes), tuple(settings)
-
-    return tuple([part(path, inside) for path, inside in base_modules(module)])
+    found: list[Any] = []
+    for path, part in base_modules(module):
+        found += path, original_class(part)
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None:
+                found.append((name, None if is_lazy(tensor) else tensor.shape, tensor.dtype))
+        for name, value in part.__dict__.items():
+            if is_setting(type(value)) and not _is_index(name):
+                found.append((name, value))
+    return tuple(found)
 
 
 _SETTINGS = (bool, int, float, str, type(None))

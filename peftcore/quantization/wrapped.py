@@ -26,6 +26,11 @@ def _weight(module: nn.Module) -> Any:
     return module._parameters.get("weight")
 
 
+def _matches(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and type(weight) not in (nn.Parameter, Tensor) and is_wrapped(weight)
+
+
 def _refuse_to_write(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
     kind = type(_weight(module))
     raise PeftcoreError(
@@ -58,7 +63,7 @@ def _sync_config(model: Any) -> None:
 
 WRAPPED = WeightFormat(
     name="wrapped",
-    matches=lambda module: (weight := _weight(module)) is not None and is_wrapped(weight),
+    matches=_matches,
     read=lambda module: _weight(module).dequantize().float(),
     write=_refuse_to_write,
     decode=lambda _module, tensors: tensors["weight"].float(),

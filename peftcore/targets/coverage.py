@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,13 +53,13 @@ def coverage(
             `.` means its own weight alone.
         lacking: the default reason for a linear layer that is left out.
     """
-    heads = [head for head in (architecture.output_head, *architecture.task_heads) if head]
+    heads = tuple([f"{head}." for head in (architecture.output_head, *architecture.task_heads) if head])
     past, wanted = dict(bypassed(model)), set(reached)
     counted, total = 0, 0
     left: Counter[str] = Counter()
     seen: set[int] = set()
     for path, module in base_modules(model):
-        if isinstance(module, nn.Embedding) or any(_inside(path, head) for head in heads):
+        if isinstance(module, nn.Embedding) or f"{path}.".startswith(heads):
             continue
         if issubclass(original_class(module), nn.MultiheadAttention):
             past[f"{path}.out_proj" if path else "out_proj"] = "read by the attention"
@@ -80,33 +80,30 @@ def weights_in(module: nn.Module, name: str) -> int:
     return math.prod(shape_of(module, name))
 
 
-def _matrices(module: nn.Module) -> Iterator[tuple[str, str, int, int]]:
-    """Yield (name, description, identity, number of weights) of each of a module's own matrices."""
+def _matrices(module: nn.Module) -> list[tuple[str, str, int, int]]:
+    """Return (name, description, identity, number of weights) of each of a module's own matrices."""
     if is_unknown_linear(module):
-        yield (
-            "",
-            f"layers of {type(module).__name__}, whose weight cannot be read",
-            id(module),
-            math.prod(sizes(module)),
-        )
-        return
+        unread = f"layers of {type(module).__name__}, whose weight cannot be read"
+        return [("", unread, id(module), math.prod(sizes(module)))]
+    found: list[tuple[str, str, int, int]] = []
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
         is_linear, shape = name == "weight" and isinstance(module, nn.Linear), shape_of(module, name)
         if not is_linear and (len(shape) < 2 or math.prod(shape) == max(shape)):
             continue  # a vector, such as a class token
-        count = weights_in(module, name)
         if isinstance(module, _ConvNd):
-            yield name, "convolutions", id(parameter), count
+            what = "convolutions"
         elif is_linear or (name == "weight" and len(shape) == 2):
-            yield name, "linear layers", id(parameter), count
+            what = "linear layers"
         elif len(shape) == 3 and min(shape) > 1:
-            yield name, "experts' stacked weights", id(parameter), count
+            what = "experts' stacked weights"
         elif is_read_by_itself(module, name):
-            yield name, "other parameters", id(parameter), count
+            what = "other parameters"
         else:  # DBRX's experts
-            yield name, "parameters that other modules read past their own", id(parameter), count
+            what = "parameters that other modules read past their own"
+        found.append((name, what, id(parameter), math.prod(shape)))
+    return found
 
 
 def _reason(what: str, lacking: str, is_bypassed: bool) -> str:
@@ -115,16 +112,13 @@ def _reason(what: str, lacking: str, is_bypassed: bool) -> str:
     return f"{what} {lacking}" if what == "linear layers" else what
 
 
-def _ways_to(path: str) -> Iterator[str]:
-    """Yield `path` and the paths of all its ancestors."""
+def _ways_to(path: str) -> list[str]:
+    """Return `path` and the paths of all its ancestors."""
+    found = [path]
     while path:
-        yield path
         path = path.rpartition(".")[0]
-    yield ""
-
-
-def _inside(path: str, module: str) -> bool:
-    return path == module or path.startswith(f"{module}.")
+        found.append(path)
+    return found
 
 
 def _largest_first(counts: dict[str, int]) -> list[tuple[str, int]]:

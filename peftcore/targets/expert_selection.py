@@ -26,21 +26,22 @@ def name_experts(
     model: nn.Module, target_modules: str | Sequence[str], supported: Callable[[nn.Module], bool]
 ) -> tuple[str | list[str], list[str]]:
     """Split `target_modules` into (entries for modules that the method adapts, full names of experts' weights)."""
+    found = expert_weights(model)
+    if not found or target_modules == ALL_LINEAR:
+        return target_modules if isinstance(target_modules, str) else list(dict.fromkeys(target_modules)), []
     modules = [path for path, module in base_modules(model) if supported(module)]
-    weights = [(path, f"{path}.{name}") for path, names in expert_weights(model).items() for name in names]
+    weights = [(path, f"{path}.{name}") for path, names in found.items() for name in names]
 
     def meant(test: Callable[[str], bool]) -> list[str]:
         """Return the weights that match, unless a module does."""
         return [] if any(map(test, modules)) else [name for path, name in weights if test(path) or test(name)]
 
     if isinstance(target_modules, str):
-        if target_modules == ALL_LINEAR or not weights:
-            return target_modules, []
         named = meant(compiled(target_modules, "target_modules"))
         return ([] if named else target_modules), named
     by_entry = {entry: meant(partial(matches, entry)) for entry in target_modules}
-    names = dict.fromkeys(name for found in by_entry.values() for name in found)
-    return [entry for entry, found in by_entry.items() if not found], list(names)
+    names = dict.fromkeys(name for weights_of in by_entry.values() for name in weights_of)
+    return [entry for entry, weights_of in by_entry.items() if not weights_of], list(names)
 
 
 def select_experts(

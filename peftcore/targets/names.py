@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from functools import lru_cache
 
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.targets.patterns import FullMatch, compiled, compiled_end
@@ -16,8 +15,11 @@ def matches(pattern: str, path: str) -> bool:
 
 def ends(path: str) -> list[str]:
     """Return the list entries that mean `path`, as `matches` has it: the path, and what follows each of its dots."""
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
+    found = [path]
+    while "." in path:
+        path = path.partition(".")[2]
+        found.append(path)
+    return found
 
 
 def is_inside(saved: str, path: str) -> bool:
@@ -68,13 +70,15 @@ def nearest_path(pattern: str, paths: Iterable[str]) -> str:
 
 def shortest_suffixes(chosen: Collection[str], others: Collection[str], parts: int = 1) -> list[str]:
     """Return the shortest list of suffixes, each of at least `parts` parts, that matches `chosen` and not `others`."""
-    selects_other = lru_cache(lambda suffix: any(matches(suffix, other) for other in others))
+    of_others: set[str] = set()
+    for path in others:
+        of_others.update(ends(path))
     suffixes: set[str] = set()
     for path in sorted(chosen):
-        names = path.split(".")
-        ends = (".".join(names[-length:]) for length in range(min(parts, len(names)), len(names) + 1))
-        suffix = next((end for end in ends if not selects_other(end)), None)
-        if suffix is None:
+        for suffix in ends(path)[::-1][max(0, min(parts, path.count(".") + 1) - 1) :]:  # the shortest first
+            if suffix not in of_others:
+                suffixes.add(suffix)
+                break
+        else:
             raise PeftcoreError(f"no suffix selects '{path}' alone. Give target_modules as a regular expression")
-        suffixes.add(suffix)
-    return sorted(s for s in suffixes if not any(s != other and s.endswith(f".{other}") for other in suffixes))
+    return sorted([suffix for suffix in suffixes if suffixes.isdisjoint(ends(suffix)[1:])])

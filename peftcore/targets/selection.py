@@ -80,24 +80,20 @@ def select(
         PeftcoreError: a pattern matches nothing, or a module that the method cannot adapt.
     """
     modules = dict(base_modules(model))
-    names = [*modules, *(f"{path}.{name}" for path, each in expert_weights(model).items() for name in each)]
+    weights = {f"{path}.{name}": path for path, each in expert_weights(model).items() for name in each}
+    names = [*modules, *weights]
     without = excluded(names, exclude_modules)
-    inside_saved = {path for path in modules if any(is_inside(saved, path) for saved in modules_to_save or ())}
+    inside_saved = {path for saved in modules_to_save or () for path in modules if is_inside(saved, path)}
     experts = dict[str, str]()  # the path of their module by the names of weights
-    if not own_parameters and supported(nn.Linear(1, 1, device="meta")):
-        weights = {f"{path}.{name}": path for path, each in expert_weights(model).items() for name in each}
-        target_modules, named = name_experts(model, target_modules, supported) if weights else (target_modules, [])
+    if weights and not own_parameters and supported(nn.Linear(1, 1, device="meta")):
+        target_modules, named = name_experts(model, target_modules, supported)
         experts = {name: weights[name] for name in named}
 
     if not target_modules and experts:
         chosen = []
     elif target_modules == ALL_LINEAR:
-        heads = {architecture.output_head, *architecture.task_heads} - {None}
-        chosen = [
-            path
-            for path, module in modules.items()
-            if is_linear(module) and not any(path == head or path.startswith(f"{head}.") for head in heads)
-        ]
+        heads = tuple([f"{head}." for head in (architecture.output_head, *architecture.task_heads) if head is not None])
+        chosen = [path for path, module in modules.items() if is_linear(module) and not f"{path}.".startswith(heads)]
         if not own_parameters:
             past = {**bypassed(model), **rewritten(model), **dict.fromkeys(routers(model), "")}
             chosen = [path for path in chosen if path not in past]

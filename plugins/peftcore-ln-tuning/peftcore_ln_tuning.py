@@ -95,7 +95,7 @@ def selected(model: nn.Module, config: LNTuningConfig, architecture: Architectur
         target_modules=".*" if every else config.target_modules,
         exclude_modules=config.exclude_modules,
         modules_to_save=config.modules_to_save,
-        supported=is_norm if every else lambda module: next(base_parameters(module), None) is not None,
+        supported=is_norm if every else lambda module: bool(base_parameters(module)),
         own_parameters=True,
     )
     return chosen

@@ -113,7 +113,8 @@ class LoraLinear(Lora):
         operands, (a, b) = None if x.is_nested else base.linear_operands(x), self.pair()
         if operands is not None:
             weight, bias = operands
-            return ops.lora_linear(x, weight, self.with_bias(bias), a, b, self.scale, p)
+            bias = bias if self.lora_bias is None else self.with_bias(bias)
+            return ops.lora_linear(x, weight, bias, a, b, self.full_scale * self.multiplier, p)
         y, bias = base(x), self.with_bias(None)
         x = F.dropout(x, self.dropout.p, self.training)  # other layers share the module and may be in another mode
         s = self.scale * F.linear(x, a.to(x.dtype))  # [..., r]
