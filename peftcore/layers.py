@@ -61,6 +61,8 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     A convolution maps the numbers under its kernel, in one group, to channels; an embedding maps tokens to vectors.
     """
     layer: Any = module  # of whatever class
+    if isinstance(module, nn.Linear):
+        return layer.in_features, layer.out_features
     if isinstance(module, Convolution):
         return math.prod(module.weight.shape[1:]), module.out_channels
     if isinstance(module, nn.Embedding):

@@ -21,7 +21,11 @@ def _attention_bias(module: nn.MultiheadAttention) -> Tensor | None:
 
 DENSE = WeightFormat(
     name="dense",
-    matches=lambda module: (weight := module._parameters.get("weight")) is not None and weight.is_floating_point(),
+    matches=lambda module: (
+        (weight := module._parameters.get("weight")) is not None
+        and weight.is_floating_point()
+        and (isinstance(module, nn.Linear) or not (isinstance(module, nn.MultiheadAttention) or is_conv1d(module)))
+    ),
     read=lambda module: module.weight,
     write=lambda module, weight: {"weight": weight.to(module.weight.dtype)},
 )
@@ -58,7 +62,7 @@ ONE_EXPERT = WeightFormat(
 
 @hookimpl
 def peftcore_weight_formats() -> list[WeightFormat]:
-    return [TRANSPOSED, ATTENTION, ONE_EXPERT, DENSE]
+    return [DENSE, TRANSPOSED, ATTENTION, ONE_EXPERT]
 
 
 builtin(sys.modules[__name__])
@@ -66,13 +70,10 @@ builtin(sys.modules[__name__])
 
 def find_weight_format(module: nn.Module) -> WeightFormat | None:
     """Return the format that reads the weight of `module`, or None; plugins' formats come first."""
-    for each in registry.weight_formats():
+    for _, each in registry.offered("peftcore_weight_formats", WeightFormat).values():
         if each.matches(module):
             return each
-    weight = module._parameters.get("weight")
-    if isinstance(module, nn.Linear) and weight is not None and weight.is_floating_point():  # the ordinary case
-        return DENSE
-    return next((each for each in (TRANSPOSED, ATTENTION, ONE_EXPERT, DENSE) if each.matches(module)), None)
+    return None
 
 
 def weight_format(module: nn.Module) -> WeightFormat:

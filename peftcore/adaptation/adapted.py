@@ -25,7 +25,7 @@ from torch.compiler import is_dynamo_compiling
 from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Branched, OwnForward, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
-from peftcore.adaptation.concurrency import ModelLock, rests_in_thread
+from peftcore.adaptation.concurrency import ModelLock, disabled_in_thread
 from peftcore.adaptation.enclosing import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
 from peftcore.adaptation.per_sample import PerSample
 from peftcore.adaptation.rows import ROWS
@@ -35,7 +35,7 @@ from peftcore.weight_formats import find_weight_format
 
 CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
 TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
-_CHAIN, _BASE = BUILT  # the chain, and that of no adapter for where they rest
+_CHAIN, _BASE = BUILT  # the chain of the active adapters, and the chain without adapters
 _ACTIVE = "_peftcore_active"  # names; None: each sample of a batch has its own, which the lock knows
 _WRAPPED = "_checkpoint_wrapped_module"  # the one child of PyTorch's wrapper for activation checkpointing
 
@@ -45,8 +45,8 @@ class Adapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.behind: set[str] = set()  # names of the adapters that stand behind the module, not around it
-        self.branches: dict[str, tuple[str, ...]] = {}  # of a combiner, names of the adapters that it combines
+        self.behind: set[str] = set()  # names of the adapters after the module; all others wrap it
+        self.branches: dict[str, tuple[str, ...]] = {}  # names of the adapters that a combiner combines, by its name
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -58,7 +58,7 @@ class Adapters(nn.Module):
         return len(self._modules)
 
     def forward(self, x: Any) -> Any:
-        """x: an `nn.Sequential` calls all its children in turn, this one too."""
+        """Return `x`: an `nn.Sequential` calls all its children in turn, including this one."""
         return x
 
 
@@ -71,14 +71,18 @@ def attach(
     branches: Sequence[str] = (),
     lock: ModelLock | None = None,
 ) -> None:
-    """Give `module` the adapter `name`, inactive; the module's class is swapped at the first one.
+    """Attach an inactive adapter to `module`, whose class is swapped for the first one.
 
     Args:
+        module: the module.
+        name: name of the adapter.
+        adapter: the adapter.
+        behind: call it after the module, instead of around it.
         branches: names of other adapters of the module that this one combines.
-        lock: that of the model; None: the module is a model of its own.
+        lock: lock of the model; None if the module is a model itself.
     """
     if not is_adapted(module):
-        if "forward" in module.__dict__:  # an instance's own forward, as accelerate's hooks set it
+        if "forward" in module.__dict__:  # a forward of this instance, as accelerate's hooks set it
             module.__dict__[OWN_FORWARD] = module.__dict__.pop("forward")
         module.__class__ = _adapted_class(type(module))
         module.add_module(CHILD, Adapters().train(module.training))
@@ -93,9 +97,9 @@ def attach(
 
 
 def detach(module: nn.Module, name: str) -> None:
-    """Take the adapter `name` off `module`; with the last one the module is what it was."""
+    """Detach the adapter `name` from `module`; detaching the last one restores the module."""
     adapters = adapters_at(module)
-    if not is_adapted(module):  # it was given another class meanwhile
+    if not is_adapted(module):  # its class has been changed since
         del module._modules[CHILD]
         for key in (LOCK, _CHAIN, _BASE, _ACTIVE):
             del module.__dict__[key]
@@ -123,9 +127,10 @@ def activate(module: nn.Module, names: Sequence[str] | None, *, same_base: bool 
     """Rebuild the chain of an adapted module: its own forward inside, then the adapters `names` in order.
 
     Args:
-        names: None: they do not follow each other, but each sample of a batch has its own, which the lock of the model
-            tells at every call.
-        same_base: the module is what it was when its chain was built last.
+        module: the adapted module.
+        names: adapters from the innermost to the outermost; None if each sample of a batch has its own, which the lock
+            of the model knows at every call.
+        same_base: the module is unchanged since its chain was last built.
     """
     base = module.__dict__[_BASE] if same_base else _base_of(module)
     module.__dict__[_ACTIVE] = None if names is None else tuple(names)
@@ -139,13 +144,13 @@ def is_per_sample(module: nn.Module) -> bool:
 
 
 def activate_behind(module: nn.Module, name: str) -> None:
-    """Let `name`, which combines no others, act after the adapters that do."""
+    """Activate `name`, which combines no other adapters, around the active ones."""
     module.__dict__[_ACTIVE] = (*module.__dict__[_ACTIVE], name)
     module.__dict__[_CHAIN] = _link(adapters_at(module), name, module.__dict__[_CHAIN])
 
 
 def inside(module: nn.Module) -> Any:
-    """What an adapter that is placed at `module` now will stand around: its forward, with the adapters that act."""
+    """Return what an adapter placed at `module` now would wrap: its forward with the active adapters."""
     return module.__dict__[_CHAIN] if is_adapted(module) else _base_of(module)
 
 
@@ -162,7 +167,7 @@ def _base_of(module: nn.Module) -> OwnForward:
     forward = own_forward if OWN_FORWARD in module.__dict__ else original_forward(module)
     try:
         weights = find_weight_format(module)
-    except PeftcoreError:  # of a plugin's format: it concerns those who read weights, and is raised when they do
+    except PeftcoreError:  # a plugin's format fails; the error is raised again when something reads the weight
         weights = None
     return OwnForward(module, forward, weights)
 
@@ -179,14 +184,14 @@ def _chain_of(module: nn.Module, base: OwnForward) -> Any:
 
 
 def _by_sample(module: nn.Module, base: OwnForward) -> PerSample:
-    """The chain in which each sample of a batch has its adapter."""
+    """Return the chain in which each sample of a batch has its own adapter."""
     adapters = adapters_at(module)
     link = partial(_around, adapters, inside=base, own=base)
     return PerSample(base, adapters._modules, adapters.behind, link, module.__dict__[LOCK])
 
 
 def _acting(module: Any, lock: ModelLock) -> Any:
-    """The chain that acts in this call."""
+    """Return the chain of this call."""
     if lock.choosing and lock.choice() is not None:
         return _by_sample(module, module._peftcore_base)
     return module._peftcore_chain
@@ -231,12 +236,12 @@ def has_forward_of_instance(module: nn.Module) -> bool:
 
 
 def adapters_of(module: nn.Module) -> Adapters | None:
-    """The adapters of a module, or None where it has none."""
+    """Return the adapters of a module, or None if it has none."""
     return adapters_at(module) if is_adapted(module) and CHILD in module._modules else None
 
 
 def adapters_at(module: nn.Module) -> Adapters:
-    """The adapters of a module that has some."""
+    """Return the adapters of a module that has some."""
     return cast(Adapters, module._modules[CHILD])
 
 
@@ -245,7 +250,7 @@ def adapter_at(module: nn.Module, name: str) -> nn.Module:
     return cast(nn.Module, cast(Adapters, module._modules[CHILD])._modules[name])
 
 
-def acts(module: nn.Module) -> bool:
+def is_active(module: nn.Module) -> bool:
     """Return whether an adapter of `module` itself would be active in a call made by this context."""
     names = module.__dict__.get(_ACTIVE, ())
     if not is_adapted(module):
@@ -257,9 +262,9 @@ def acts(module: nn.Module) -> bool:
     if not names:
         return False
     if is_dynamo_compiling():
-        return not rests_in_thread(lock)
-    rests = lock.calls.get(get_ident())
-    return not (lock.rests() if rests is None else rests)
+        return not disabled_in_thread(lock)
+    disabled = lock.calls.get(get_ident())
+    return not (lock.is_disabled() if disabled is None else disabled)
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -272,12 +277,12 @@ def is_outermost(module: nn.Module) -> bool:
     return "_peftcore_original" in type(module).__dict__
 
 
-_WALKED = threading.local()  # .model: (a model whose modules do not change now in this thread, `base_modules` of it)
+_WALKED = threading.local()  # .model: (a model whose modules this thread does not change now, its `base_modules`)
 
 
 @contextmanager
 def walked_once(model: nn.Module) -> Iterator[None]:
-    """Within the block no module of `model` comes or goes, so that its modules are looked up once."""
+    """Look the modules of `model` up once for the whole block, in which none is added or removed."""
     before = getattr(_WALKED, "model", None)
     if before is None or before[0] is not model:
         _WALKED.model = model, _walk(model, "")
@@ -336,11 +341,11 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
             if lock.context is not None and not lock.context.inside():
                 with Frame(self, lock.context, args, kwargs):
                     return forward(self, *args, **kwargs)
-            return (self._peftcore_base if rests_in_thread(lock) else _acting(self, lock))(*args, **kwargs)
+            return (self._peftcore_base if disabled_in_thread(lock) else _acting(self, lock))(*args, **kwargs)
         thread = get_ident()
-        rests = lock.calls.get(thread)
-        if rests is not None:
-            if rests:
+        disabled = lock.calls.get(thread)
+        if disabled is not None:
+            if disabled:
                 return self._peftcore_base(*args, **kwargs)
             return (_acting(self, lock) if lock.choosing else self._peftcore_chain)(*args, **kwargs)
         if lock.context is not None and not lock.context.inside():
@@ -357,9 +362,9 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         activate(self, self.__dict__[_ACTIVE])
 
     def _replicate_for_data_parallel(self: Any) -> nn.Module:
-        # Of `nn.DataParallel`: a replica is called in a thread of its own, and once.
+        # `nn.DataParallel` calls a replica once, in a thread of its own.
         replica: nn.Module = super(adapted, self)._replicate_for_data_parallel()
-        if self.__dict__[LOCK].rests():
+        if self.__dict__[LOCK].is_disabled():
             replica.__dict__[_ACTIVE] = ()
         replica.__dict__[LOCK] = self.__dict__[LOCK].for_replica()
         replica.__dict__[_CHAIN] = _Replica(replica)
@@ -382,7 +387,7 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Replica:
-    """The chain of a replica, whose adapters are put into it after it is made."""
+    """Chain of a replica, which gets its adapters after it is made."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -1,13 +1,13 @@
-"""What the call of a model was given, for adapters that depend on it: positions, padding, ids of tasks.
+"""Arguments of the running call of a model, for adapters that depend on them: positions, padding, task ids.
 
     model(input_ids, task_ids=t)        outermost call: its arguments by name, `task_ids` for the adapters alone
       layer(h)                          current_call()["input_ids"], current_call().get("task_ids")
 
-An adapter's class that reads it says so: `needs_call = True`, or `needs_call = ("task_ids",)` with the names of keyword
-arguments that the model's forward does not take. Where none does, a call costs nothing.
+An adapter's class that reads the call declares it: `needs_call = True`, or `needs_call = ("task_ids",)` with the names
+of keyword arguments that the model's forward does not take. If no class does, a call costs nothing.
 
 A checkpointed part that runs again in a backward pass sees the call of its forward: autograd numbers its nodes as they
-are made, so the node that asks for the part to run again tells in which call it was made.
+are made, so the number of the node that runs the part again identifies the call.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from peftcore.errors import PeftcoreError
 
 
 def untraced(function: Callable[..., Any], *, within: bool = False) -> Callable[..., Any]:
-    """Let torch.compile begin with what `function` calls, or, `within`, not there either. Functions that it traces
-    already go on into it.
+    """Make torch.compile begin with what `function` calls, or, with `within`, not there either.
+
+    Functions that are being traced already continue into it.
     """
     frames = torch._C._dynamo.eval_frame
     inside = frames._FrameAction.SKIP if within else frames._FrameAction.DEFAULT
@@ -42,7 +43,7 @@ def untraced(function: Callable[..., Any], *, within: bool = False) -> Callable[
 
 
 ROOT = "_peftcore_root"  # attribute of the model itself
-SAMPLES = "peftcore_samples"  # int64 `[rows]`, a keyword argument of calls that `generate` makes: the sample of a row
+SAMPLES = "peftcore_samples"  # keyword argument of calls made by `generate`: int64 `[rows]`, the sample of each row
 
 
 class CallState(dict[Hashable, Any]):
@@ -62,7 +63,7 @@ class CallState(dict[Hashable, Any]):
 
 
 class Call(Mapping[str, Any]):
-    """Arguments of a call of the model by name, read-only; those that are only for adapters are among them.
+    """Arguments of a call of the model by name, read-only, including arguments that only adapters take.
 
     Attributes:
         state: values that adapters share during this call, such as what one layer's adapter leaves for the next. It
@@ -80,7 +81,7 @@ class Call(Mapping[str, Any]):
 
     @property
     def samples(self) -> tuple[int, ...] | None:
-        """The sample that each row of the batch is of, where they are not all in their order; else None.
+        """Sample that each row of the batch belongs to; None if rows are samples in order.
 
         `generate` repeats samples, and adapters that act on some samples see a call of those alone.
         """
@@ -108,30 +109,30 @@ class Call(Mapping[str, Any]):
 
 
 def current_call() -> Call:
-    """What the model was given in the call that is running: of the model itself, or of a part of it called alone.
+    """Return the running call: of the model itself, or of a part of it that is called alone.
 
     Raises:
-        PeftcoreError: none is running, or no adapter has said that it reads it (`needs_call`).
+        PeftcoreError: no call is running, or no adapter declares that it reads the call (`needs_call`).
     """
     frame = getattr(_CURRENT, "frame", None)
     if frame is None or not (is_dynamo_compiling() or frame.task == torch._C._current_graph_task_id()):
         raise PeftcoreError(
-            "current_call() is for adapters while their model is called. The adapter's class says that it reads it: "
-            "needs_call = True"
+            "current_call() is for adapters while their model is called. The adapter's class declares that it reads "
+            "the call: needs_call = True"
         )
     return frame.call
 
 
 class CallContext:
-    """What the adapters of one model ask of its calls.
+    """What the adapters of one model read of its calls.
 
     Args:
-        names: of keyword arguments that are theirs alone.
+        names: names of keyword arguments that only adapters take.
     """
 
     def __init__(self, names: frozenset[str] = frozenset()) -> None:
         self.names = names
-        self._frames: WeakSet[Frame] = WeakSet()  # of calls whose graph lives
+        self._frames: WeakSet[Frame] = WeakSet()  # of calls whose graph is alive
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -146,13 +147,13 @@ class CallContext:
         return is_dynamo_compiling() or frame.task == torch._C._current_graph_task_id()
 
     def own(self, names: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Take those keyword arguments out of `kwargs` that are the adapters' alone. `names`: what forward takes."""
+        """Remove from `kwargs`, and return, keyword arguments that only adapters take. `names`: what forward takes."""
         there = {*self.names, SAMPLES}
         return {name: kwargs.pop(name) for name in list(kwargs) if name in there and name not in names}
 
     @contextmanager
     def given(self, values: Mapping[str, Any]) -> Iterator[None]:
-        """Within the block calls that this context makes are given `values`, too."""
+        """Add `values` to the arguments of the calls that are made in the block."""
         block = _Given(self, dict(values))
         _GIVEN.set((*_GIVEN.get(), block))
         _CURRENT.given = (*getattr(_CURRENT, "given", ()), block)
@@ -164,12 +165,15 @@ class CallContext:
 
     @contextmanager
     def generating(self, names: Sequence[str], kwargs: dict[str, Any], samples: int = 0) -> Iterator[None]:
-        """Within the block `generate` runs with `kwargs`, whose tensors it repeats for each row's beams.
+        """Run `generate` in the block with `kwargs`, whose tensors it repeats for the beams of each row.
 
-        So they come with the call of each step; parts called alone before that, an encoder, get them as they are.
+        They are passed with the call of each step. Parts called alone before that, such as an encoder, get them as
+        they are.
 
         Args:
-            samples: number of samples whose numbers are to come with each call, since they are repeated; 0: none.
+            names: arguments of forward.
+            kwargs: keyword arguments of `generate`.
+            samples: number of samples, which `generate` repeats, and whose numbers each call gets; 0 for none.
         """
         if samples:
             kwargs[SAMPLES] = torch.arange(samples)
@@ -181,7 +185,7 @@ class CallContext:
             yield
 
     def values(self) -> dict[str, Any]:
-        """What the open blocks give, the inner ones first."""
+        """Return the arguments that the open blocks add; inner blocks take precedence."""
         blocks = getattr(_CURRENT, "given", ()) if is_dynamo_compiling() else _GIVEN.get()
         values: dict[str, Any] = {}
         for block in blocks:
@@ -190,33 +194,33 @@ class CallContext:
         return values
 
     def for_replica(self) -> CallContext:
-        """The context of a replica of `nn.DataParallel`, which is called in another thread."""
+        """Return the context of a replica of `nn.DataParallel`, which is called in another thread."""
         if self.values():
             raise PeftcoreError(
-                "DataParallel gives each replica its rows of the model's arguments, and cannot split those of "
-                f"call_arguments: {', '.join(self.values())}. Give them with the call: model(..., name=tensor)"
+                "DataParallel splits the model's arguments among replicas, and cannot split those of call_arguments: "
+                f"{', '.join(self.values())}. Pass them to the call: model(..., name=tensor)"
             )
         return self
 
     def note(self, frame: Frame) -> None:
-        """A call that makes a graph has begun."""
+        """Record a call that has begun and builds a graph."""
         with self._lock:
             self._frames.add(frame)
 
     def call_of_forward(self) -> Call:
-        """In a backward pass that runs a part again: the call in whose forward the running node was made."""
+        """Return the call in whose forward the running node was made, in a backward pass that runs a part again."""
         node: Any = torch._C._current_autograd_node()
         number = -1 if node is None else node._sequence_nr()
         with self._lock:
             frames = [frame for frame in self._frames if frame.first <= number < frame.last]
-        if len({id(frame.call) for frame in frames}) > 1:  # of other threads, which number theirs alike
+        if len({id(frame.call) for frame in frames}) > 1:  # each thread numbers its nodes from the start
             task = torch._C._current_graph_task_id()
             frames = [frame for frame in frames if frame.reached == task]
         if len({id(frame.call) for frame in frames}) != 1:
             raise PeftcoreError(
-                "a part of the model runs again in a backward pass, and which call of the model it belongs to is not "
-                "known, which an adapter needs. Checkpoint parts inside the model, not the whole or one in another, "
-                "with use_reentrant=False, and let the model return what the loss is made of"
+                "a part of the model runs again in a backward pass, and the call of the model that it belongs to, "
+                "which an adapter needs, is not known. Checkpoint parts inside the model, not the whole model or one "
+                "part in another, with use_reentrant=False, and compute the loss from what the model returns"
             )
         return frames[0].call
 
@@ -228,14 +232,14 @@ class _Given:
 
 
 _GIVEN: ContextVar[tuple[_Given, ...]] = ContextVar("peftcore_given", default=())
-# The thread's innermost call (`frame`); PyTorch's tracer reads no context variable, so `given` is here once more.
+# The thread's innermost call (`frame`). PyTorch's tracer reads no context variables, so `given` is also here.
 _CURRENT = threading.local()
 
 
 class Frame:
-    """Within the block a call of a model runs; keyword arguments that are the adapters' alone leave `kwargs`.
+    """A call of a model, which runs in the block; keyword arguments that only adapters take are removed from `kwargs`.
 
-    A frame lives as long as the graph of its call: with the watch on the call's outputs.
+    A frame lives as long as the graph of its call, which the watch on the call's outputs keeps.
     """
 
     def __init__(self, module: nn.Module, context: CallContext, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -246,7 +250,7 @@ class Frame:
         self.first = self.last = self.task = self.reached = -1
         if is_dynamo_compiling():
             if ROOT not in module.__dict__:
-                # Which call this part belongs to is known outside of graphs: it may run again in a backward pass.
+                # The call of this part is only known outside of graphs: it may run again in a backward pass.
                 torch._dynamo.graph_break("a part of a model whose adapters read its call is called alone")
             self.call = Call({**context.values(), **_named(names, args), **kwargs, **own})
         else:
@@ -277,7 +281,7 @@ class Frame:
 
 
 class _Replaced:
-    """What `current_frame` gives while adapters are to see another call than the one that runs."""
+    """Frame that `current_frame` returns while adapters see another call than the running one."""
 
     def __init__(self, frame: Frame, call: Call) -> None:
         self.context, self.module, self.task, self.call = frame.context, frame.module, frame.task, call
@@ -285,7 +289,7 @@ class _Replaced:
 
 @contextmanager
 def as_if_called(frame: Frame | None, call: Call | None) -> Iterator[None]:
-    """Within the block `current_call` returns `call` in place of that of `frame`; None: it stays."""
+    """Make `current_call` return `call` in the block instead of the call of `frame`; None leaves it as it is."""
     if frame is None or call is None:
         yield
         return
@@ -302,12 +306,12 @@ for _function in (CallContext.own, CallContext.values, Frame.__init__, Frame.__e
 
 @partial(untraced, within=True)
 def current_frame() -> Frame | None:
-    """The thread's innermost call of a model whose adapters ask for it."""
+    """Return the frame of the thread's innermost call of a model whose adapters read calls."""
     return getattr(_CURRENT, "frame", None)
 
 
 def asked(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
-    """The arguments that these adapters read of calls of their model; None where none asks for its calls."""
+    """Return the arguments that these adapters read of their model's calls; None if none reads calls."""
     needs = [
         module.needs_call
         for adapter in adapters
@@ -318,8 +322,12 @@ def asked(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
 
 
 def context_for(names: Iterable[frozenset[str]], before: CallContext | None) -> CallContext | None:
-    """What calls are noted in for adapters that read `names` of them, None where none does; `before` stays the same
-    object."""
+    """Return the context of calls for adapters that read the arguments `names`, or None if there is no adapter.
+
+    Args:
+        names: arguments that each adapter reads.
+        before: the context until now, which is changed and returned.
+    """
     each = list(names)
     if not each:
         return None
@@ -329,7 +337,7 @@ def context_for(names: Iterable[frozenset[str]], before: CallContext | None) -> 
 
 
 def arguments(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The names of what the forward of `cls` takes; a name for all the rest has its asterisks."""
+    """Return the names of the arguments of the forward of `cls`, with asterisks for `*args` and `**kwargs`."""
     try:
         parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     except (TypeError, ValueError):

@@ -1,8 +1,8 @@
-"""The chain of calls of an adapted module: its own forward inside, then each adapter around or behind what came before.
+"""Chain of an adapted module: its own forward innermost, then each adapter around or after the links inside.
 
     After(Around(Around(Base)))
 
-A link is what an adapter is given as `base`: it can be called, and says what the weight is inside.
+A link is the `base` of the next adapter outside: it can be called, and returns the weight that adapters inside change.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OWN_FORWARD = "_peftcore_own_forward"  # attribute: the forward of this one inst
 
 
 class OwnForward:
-    """The `Base` of the innermost adapter: the module's own forward."""
+    """`Base` of the innermost adapter: the module's own forward."""
 
     __slots__ = ("_changes", "_forward", "_operands", "_weights", "module")
     adapter: nn.Module | None = None  # none inside
@@ -65,7 +65,7 @@ class OwnForward:
         return self._changed(self._forward, *args, **kwargs)
 
     def _changed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`forward` on changed parameters."""
+        """Call `forward` on changed parameters."""
         found = self._expert_changes(forward, kwargs)
         if found is not None:
             return experts_forward(self.module, *args, changes=found, around=_with_changes, **kwargs)
@@ -81,8 +81,8 @@ class OwnForward:
         forward = getattr(getattr(self.module, "_old_forward", None), "__func__", None)
         if hook is None or forward is not original_forward(self.module):
             raise PeftcoreError(
-                f"{original_class(self.module).__name__} has a forward of this one instance: what that reads of the "
-                "weights cannot be changed. Exclude the module: exclude_modules=[...]"
+                f"{original_class(self.module).__name__} has its own `forward` on the instance, so the weights it "
+                "reads cannot be changed. Exclude the module: exclude_modules=[...]"
             )
         args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
         with torch.no_grad() if getattr(hook, "no_grad", False) else nullcontext():
@@ -92,7 +92,7 @@ class OwnForward:
     def _expert_changes(
         self, forward: Any, arguments: Mapping[str, Any]
     ) -> dict[str, list[LowRank | EachExpert]] | None:
-        """What changes the weights of experts, where their forward need not read changed copies of all."""
+        """Return the changes of experts' weights, or None if the forward must read changed copies of all weights."""
         if not has_interface_forward(self.module, forward) or not arguments.keys() <= EXPERTS_ARGUMENTS:
             return None
         return expert_changes(self.module, self._changes)
@@ -112,9 +112,9 @@ class OwnForward:
         return None if self._operands is None else self._operands(self.module, x)
 
     def weight(self) -> Tensor:
-        """The dense weight in the layout of `WeightFormat` (`[out, in]` of a linear), as adapters inside change it.
+        """Return the dense weight in the layout of `WeightFormat` (`[out, in]` of a linear), as adapters change it.
 
-        Where none does, it is in the dtype in which it is stored (in few bits: float32), else float32 with gradients.
+        If no adapter inside changes it, it has the stored dtype (float32 if quantized), else float32 with gradients.
 
         Raises:
             PeftcoreError: no format reads the module's weight, or an adapter inside does not change a weight.
@@ -122,7 +122,7 @@ class OwnForward:
         return self.weight_and_bias()[0]
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """`weight()`, and the bias likewise, one number for each output; None where the module has none."""
+        """Return `weight()`, and the bias `[out]` likewise, or None if the module has none."""
         weights = self._weights or weight_format(self.module)
         if not self._changes:
             return weights.read(self.module), weights.read_bias(self.module)
@@ -132,7 +132,7 @@ class OwnForward:
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of this one instance. What it calls of its class is that of the class without adapters."""
+    """Call the forward of this instance, for which the module has its class without adapters."""
     own = module.__dict__[OWN_FORWARD]
     if getattr(own, "__self__", None) is not module:
         return own(*args, **kwargs)
@@ -142,7 +142,7 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class AroundLink:
-    """The module with the adapters inside and one adapter around them; the `Base` of the next adapter outside."""
+    """One adapter around the links inside; the `Base` of the next adapter outside."""
 
     __slots__ = ("_adapter", "_base", "_name", "module")
 
@@ -157,12 +157,12 @@ class AroundLink:
 
     @property
     def adapter(self) -> nn.Module:
-        """The adapter of this link: for the next one outside, the one that acts before it."""
+        """Adapter of this link: for the next adapter outside, the one inside it."""
         return cast(nn.Module, self._adapter)
 
     @property
     def inside(self) -> Any:
-        """What that adapter itself is given as `base`."""
+        """`Base` of the adapter of this link."""
         return self._base
 
     def on_weights(self, changes: Mapping[str, Change]) -> AroundLink:
@@ -181,16 +181,16 @@ class AroundLink:
             return self._base.on_weights(self._adapter.changes).weight_and_bias()
         if not implements(self._adapter, Adapter.merged):
             raise PeftcoreError(
-                f"an adapter reads the weight of a {original_class(self.module).__name__} at which '{self._name}' "
-                f"({type(self._adapter).__name__}) stands, which is no change of a weight. Let that one act after it, "
-                "or rest: peftcore.activate(model, [...])"
+                f"an adapter reads the weight of a {original_class(self.module).__name__}, around which '{self._name}' "
+                f"({type(self._adapter).__name__}) is active, which is not a change of a weight. Activate that adapter "
+                "after it, or deactivate it: peftcore.activate(model, [...])"
             )
         weight, bias = self._base.weight_and_bias()
         return self._adapter.merged(weight.float(), None if bias is None else bias.float())
 
 
 class Branched:
-    """The `BranchedBase` of a combiner: what is inside, and the adapters that it combines, each alone around `own`."""
+    """`BranchedBase` of a combiner: the links inside, and the adapters that it combines, each alone around `own`."""
 
     __slots__ = ("_base", "_branches", "module", "own")
 
@@ -204,22 +204,22 @@ class Branched:
         return self._base(*args, **kwargs)
 
     def branch(self, name: str) -> AroundLink:
-        """The adapter `name`, alone around the module's own forward."""
+        """Return the link of the adapter `name`, alone around the module's own forward."""
         if name not in self._branches:
             raise PeftcoreError(
-                f"'{name}' is no branch here: this placement combines {', '.join(self._branches)}. Name it: "
+                f"'{name}' is not a branch here: this placement combines {', '.join(self._branches)}. Add it: "
                 f"Around(path, adapter, branches=[..., '{name}'])"
             )
         return self._branches[name]
 
     @property
     def adapter(self) -> nn.Module | None:
-        """That of the next link inside, or None."""
+        """Adapter of the next link inside, or None."""
         return cast("nn.Module | None", self._base.adapter)
 
     @property
     def inside(self) -> Any:
-        """What that adapter itself is given as `base`."""
+        """`Base` of the adapter of the next link inside."""
         return self._base.inside
 
     @property
@@ -233,7 +233,7 @@ class Branched:
         return Branched(own if self.is_own else base, own, branches)
 
     def linear_operands(self, x: Tensor) -> Any:
-        """Return those of what is inside."""
+        """Return the operands of the links inside."""
         return self._base.linear_operands(x)
 
     def weight(self) -> Tensor:
@@ -246,7 +246,7 @@ class Branched:
 
 
 class AfterLink(AroundLink):
-    """The module with the adapters inside and one adapter after them."""
+    """One adapter after the links inside."""
 
     __slots__ = ()
 
@@ -256,7 +256,7 @@ class AfterLink(AroundLink):
 
 
 class WeightChanges(Adapter):
-    """The adapters that one name has on parameters of one module (`OnWeight`), by the parameter's name."""
+    """Adapters of one name on parameters of one module (`OnWeight`), by the parameter's name."""
 
     def __init__(self, adapters: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -265,12 +265,12 @@ class WeightChanges(Adapter):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """(parameter -> what is read in its place), by the parameter's name."""
+        """Changes (parameter -> what is read in its place), by the parameter's name."""
         return {key.replace("/", "."): adapter for key, adapter in self._modules.items()}
 
     @property
     def multiplier(self) -> float | None:
-        """The factor of all adapters inside, each of which is set by itself; None where one has none."""
+        """Factor of all adapters inside, each of which is set by itself; None if one has none."""
         each = [adapter.multiplier if isinstance(adapter, Adapter) else None for adapter in self._modules.values()]
         return None if None in each else each[0]
 
@@ -283,7 +283,7 @@ class WeightChanges(Adapter):
 
 
 def _with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
-    """The layer of an expert with what changes do to it, the first innermost."""
+    """Return the chain of an expert's layer with changes, the first innermost."""
     link: Any = OwnForward(layer, type(layer).forward, ONE_EXPERT if isinstance(layer, PackedExpert) else DENSE)
     for change in changes:
         adapter = adapter_of_expert(change, expert)
@@ -296,14 +296,17 @@ def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
     """Return the `Base` of an adapter of one expert's layer: the layer with the adapters that `base` has inside.
 
     Args:
-        base: the chain of the module of experts as it is.
+        module: the module of experts.
+        base: its chain.
+        name: name of the stacked weight.
+        expert: number of the expert.
     """
     inside: list[Mapping[str, Any]] = []
     while not isinstance(base, OwnForward):
         if not isinstance(base.adapter, WeightChanges):
             raise PeftcoreError(
-                f"an adapter of experts' weights is placed where another, {type(base.adapter).__name__}, stands around "
-                "all experts of a module. Let that one rest: peftcore.activate(model, [...])"
+                f"an adapter of experts' weights is placed where another, {type(base.adapter).__name__}, wraps all "
+                "experts of a module. Deactivate that adapter: peftcore.activate(model, [...])"
             )
         inside.insert(0, base.adapter.changes)
         base = base.inside
@@ -311,7 +314,7 @@ def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
     if found is None:
         raise PeftcoreError(
             f"an adapter changes the weights of {original_class(module).__name__} as a whole, and another is placed at "
-            "each expert. Let the first one rest: peftcore.activate(model, [...])"
+            "each expert. Deactivate the first one: peftcore.activate(model, [...])"
         )
     return _with_changes(expert_linear(module, name, expert), found.get(name, ()), expert)
 
@@ -319,15 +322,15 @@ def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
 def _changed(
     module: nn.Module, changes: Sequence[Mapping[str, Change]], weights: WeightFormat | None = None
 ) -> nn.Module:
-    """A shallow copy of `module` that holds changed parameters; threads and graphs of before see those of before."""
+    """Return a shallow copy of `module` with changed parameters; other threads and graphs keep the original ones."""
     copy: nn.Module = object.__new__(type(module))
-    parameters: dict[str, Any] = dict(module._parameters)  # what a change gives need be no parameter
+    parameters: dict[str, Any] = dict(module._parameters)  # a changed one need not be a parameter
     modules: dict[str, Any] = dict(module._modules)
     copy.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
     for name in dict.fromkeys(name for each in changes for name in each):
         found = weights if name == "weight" and weights is not None else format_in_few_bits(module, name)
         if found is not None and found.decode is not None:
-            parameters[name] = found.read(module)  # the module computes with a dense one, too
+            parameters[name] = found.read(module)  # the module also computes with a dense one
     for each in changes:
         for name, change in each.items():
             child, _, rest = name.partition(".")
@@ -336,7 +339,7 @@ def _changed(
             elif BUILT[0] in modules[child].__dict__:
                 raise PeftcoreError(
                     f"'{name}' of a {original_class(module).__name__} is changed by one adapter, and '{child}' has "
-                    "adapters of its own. Place both at one of the two modules"
+                    "its own adapters. Place both at one of the two modules"
                 )
             else:
                 modules[child] = _changed(modules[child], [{rest: change}])
@@ -347,7 +350,8 @@ def _applied(change: Change, parameter: Tensor, name: str) -> Tensor:
     changed = change(parameter)
     if changed.shape != parameter.shape:
         raise PeftcoreError(
-            f"an adapter makes {list(changed.shape)} of the parameter '{name}', which is {list(parameter.shape)}"
+            f"an adapter returned {list(changed.shape)} for the parameter '{name}' of shape {list(parameter.shape)}. "
+            "It must keep the shape"
         )
     return changed.to(parameter.dtype)
 
@@ -356,7 +360,7 @@ _OF_COPY = ("_parameters", "_modules")
 
 
 def keep_attributes(module: nn.Module, copy: nn.Module) -> None:
-    """What the forward has set on the copy that it ran on (a router's last logits) is the module's."""
+    """Copy attributes that the forward has set on `copy`, on which it ran, to the module (a router's last logits)."""
     own = module.__dict__
     for name, value in copy.__dict__.items():
         if name not in _OF_COPY and (name not in own or own[name] is not value):

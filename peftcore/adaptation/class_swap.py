@@ -1,7 +1,7 @@
-"""Class swap: a module's class becomes a subclass of its own, and later the original again.
+"""Class swap: a module's class is replaced by a subclass of it, and later restored.
 
-The subclass bears the original's name, since transformers writes it into `config.json` and accelerate finds blocks by
-it. One is made for each class, and shared.
+The subclass has the name of the original, since transformers writes it into `config.json` and accelerate finds blocks
+by it. Each class has one subclass, shared by all modules.
 """
 
 from __future__ import annotations
@@ -14,29 +14,30 @@ from torch import nn
 
 from peftcore.adaptation.call import arguments
 
-Maker = Callable[[type[nn.Module]], type[nn.Module]]  # a class -> the subclass of it that is swapped in
+Maker = Callable[[type[nn.Module]], type[nn.Module]]  # a class -> the subclass that replaces it
 
 BUILT = ("_peftcore_chain", "_peftcore_base")  # attributes that a copy rebuilds
 
 
 def one_for_each_class(make: Maker) -> Maker:
-    """`make`, which gives the same subclass of a class at every call."""
-    return functools.cache(make)  # type: ignore[return-value]  # mypy takes the hash of modules for that of their class
+    """Make `make` return one subclass for each class, whenever it is called."""
+    return functools.cache(make)  # type: ignore[return-value]  # to mypy a class is not hashable
 
 
 def subclass(
     cls: type[nn.Module], maker: Maker, namespace: dict[str, Any], mixins: tuple[type[nn.Module], ...] = ()
 ) -> type[nn.Module]:
-    """A subclass that bears the name of `cls` and can be pickled, which by its name it could not.
+    """Return a subclass with the name of `cls` that can be pickled, although its name refers to `cls`.
 
     Args:
-        maker: the function, importable by name and one of `one_for_each_class`, that makes this subclass of `cls`.
-        namespace: what the subclass overrides.
-        mixins: classes that stand between it and `cls`.
+        cls: the class.
+        maker: function that makes this subclass of `cls`, importable by name and decorated by `one_for_each_class`.
+        namespace: attributes that the subclass overrides.
+        mixins: classes between the subclass and `cls`.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.__class__ = cls  # what is made by `type(module)(...)`, a slice of an `nn.Sequential`, has no adapters
+        self.__class__ = cls  # a module made by `type(module)(...)`, as a slice of `nn.Sequential`, has no adapters
         self.__init__(*args, **kwargs)
 
     __init__.__wrapped__ = cls.__init__  # type: ignore[attr-defined]
@@ -72,7 +73,7 @@ def _rebuild(cls: type[nn.Module], *makers: Maker) -> nn.Module:
 
 
 def take_off(module: nn.Module, marker: str) -> None:
-    """Take the swapped class that has `marker` off; what was put over it since (parametrizations) stays."""
+    """Remove the swapped class that has `marker`; classes above it (parametrizations) stay."""
 
     def without(cls: Any) -> Any:
         if marker in cls.__dict__:
@@ -85,7 +86,7 @@ def take_off(module: nn.Module, marker: str) -> None:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of `module` without adapters."""
+    """Return the class of `module` without adapters."""
     cls = type(module)
     for marker in ("_peftcore_original", "_peftcore_enclosed", "_peftcore_folds"):  # from the outermost
         cls = getattr(cls, marker, cls)
@@ -93,5 +94,5 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """The unbound forward of `module` without adapters."""
+    """Return the unbound forward of `module` without adapters."""
     return original_class(module).forward

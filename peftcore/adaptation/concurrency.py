@@ -1,11 +1,11 @@
-"""A model and several threads: a call sees one set of adapters from its start to its end, and a change is made alone.
+"""Threads: a call sees one set of adapters from start to end, and a change of adapters excludes calls.
 
     call        of the model, or of a part of it: any number at once
     change      activate, apply, remove, merge, ...: waits for the calls of other threads, and new calls wait for it
-    disabled    a view of the context that entered it (a thread, an asyncio task), of no other
+    disabled    affects only the context that entered it (a thread, an asyncio task)
 
-One `ModelLock`, a readers-writer lock, is shared by all modules of a model that hold adapters somewhere within. It
-also watches outputs: a backward pass that comes after the adapters have changed would lose gradients, and raises.
+One `ModelLock`, a readers-writer lock, is shared by all modules of a model that are adapted or contain adapted ones. It
+also watches outputs: a backward pass after a change of adapters would lose gradients, so it raises.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _ALONE = "Let one thread change adapters while no other runs the model, or run t
 
 @dataclass(frozen=True)
 class Activation:
-    """Which adapters act, in order, whose each sample is (`per_sample`), and which of them train.
+    """Active adapters in order, the adapter of each sample (`per_sample`), and the adapters that train.
 
-    The modules of a model read it at their calls, so that another choice for each sample is another one of these and
-    no more. What a module makes of it is kept in `found`, and goes with it.
+    The modules of a model read it at their calls, so a new choice for each sample needs only a new object. `found` is a
+    cache of what modules derive from it.
     """
 
     active: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Activation:
 
     @cached_property
     def mixed(self) -> tuple[str, ...]:
-        """Each adapter that some sample has, once."""
+        """Adapters that at least one sample has, once each."""
         return tuple(name for name in dict.fromkeys(self.samples or ()) if name is not None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,65 +66,66 @@ class Block:
         self.open = True
 
 
-# The blocks that a context has entered. PyTorch's tracer reads no context variable, and knows those of the thread.
+# Blocks that a context has entered. PyTorch's tracer reads no context variables, so the thread's are kept as well.
 _BLOCKS: ContextVar[tuple[Block, ...]] = ContextVar("peftcore_disabled", default=())
 _THREAD = threading.local()
 
 
-def rests_in_thread(lock: ModelLock) -> bool:
-    """Is this thread in a `disabled` block of the model? For code that torch.compile traces."""
+def disabled_in_thread(lock: ModelLock) -> bool:
+    """Return whether this thread is in a `disabled` block of the model, in code that torch.compile traces."""
     return any(block.lock is lock and block.open for block in getattr(_THREAD, "blocks", ()))
 
 
 class ModelLock:
-    """The readers-writer lock of one model.
+    """Readers-writer lock of one model.
 
-    `calls` has an entry for every thread that is inside the model: do its adapters rest (`disabled`)? The outermost
-    call makes it (`enter`) and takes it away (`leave`); calls within only look. A thread writes its own entry before
-    it looks for a change, and a change announces itself before it looks for entries, so one of them sees the other.
+    `calls` has an entry for every thread inside the model: whether adapters are inactive for it (`disabled`). The
+    outermost call makes it (`enter`) and removes it (`leave`); inner calls only read it. A thread writes its own entry
+    before it looks for a change, and a change announces itself before it looks for entries, so one sees the other.
     """
 
     def __init__(self, activation: Activation = Activation(), context: CallContext | None = None) -> None:
         self.activation = activation
-        self.context = context  # what adapters ask of a call, if any does
-        self.retired = False  # the last adapter is gone
+        self.context = context  # what adapters read of a call, if any does
+        self.retired = False  # the last adapter has been removed
         self.calls: dict[int, bool] = {}
-        self._backward: dict[int, bool | str] = {}  # by running backward pass: did its forward rest, or what is wrong
+        # By running backward pass: whether adapters were inactive in its forward, or an error message.
+        self._backward: dict[int, bool | str] = {}
         self._condition = threading.Condition()
         self._changer: int | None = None  # the thread that changes the model, or waits to
-        self._queue: list[object] = []  # those that want to after it
-        self._alone = False  # it does not wait any more
+        self._queue: list[object] = []  # changes that wait for it
+        self._alone = False  # it no longer waits
         self.choosing = 0  # number of calls, of all threads, that name an adapter for each of their samples
-        self._held: Block | None = None  # the `disabled` block that keeps other calls out
-        self._blocks: set[Block] = set()  # the open `disabled` blocks that keep nobody out
+        self._held: Block | None = None  # the `disabled` block that excludes other calls
+        self._blocks: set[Block] = set()  # the open `disabled` blocks that exclude no calls
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self.rests():
+        if self.is_disabled():
             raise PeftcoreError(
-                "a copy made inside peftcore.disabled(model) would compute with adapters. Copy the model outside, and "
-                "let those of the copy rest: peftcore.activate(copy, [])"
+                "a copy made inside peftcore.disabled(model) would compute with adapters. Copy the model outside the "
+                "block, and deactivate the adapters of the copy: peftcore.activate(copy, [])"
             )
         return ModelLock, (self.activation, self.context)
 
     def for_replica(self) -> ModelLock:
-        """The lock of a module's replica of `nn.DataParallel`, which is called in a thread of its own, and once."""
+        """Return the lock of a module's replica of `nn.DataParallel`, which is called once, in its own thread."""
         return ModelLock(self.activation, self.context and self.context.for_replica())
 
     @partial(untraced, within=True)
     def enter(self, thread: int) -> None:
-        """The outermost call of `thread` begins."""
+        """Begin the outermost call of `thread`."""
         self.calls[thread] = False
         try:
             if self._changer is not None and (self._changer != thread or self._held is not None):
                 self._wait_for_change(thread)
-            self.calls[thread] = self.rests()
+            self.calls[thread] = self.is_disabled()
         except BaseException:
             self.leave(thread)
             raise
 
     @partial(untraced, within=True)
     def leave(self, thread: int) -> None:
-        """It ends."""
+        """End the outermost call of `thread`."""
         del self.calls[thread]
         if self._changer is not None:
             with self._condition:
@@ -132,7 +133,7 @@ class ModelLock:
 
     @contextmanager
     def calling(self) -> Iterator[None]:
-        """Within the block, which may be many calls, the model is not changed by other threads."""
+        """Prevent changes of the model by other threads in the block, which may make many calls."""
         thread = get_ident()
         if thread in self.calls:
             yield
@@ -145,7 +146,7 @@ class ModelLock:
 
     @contextmanager
     def choosing_by_sample(self, activation: Activation) -> Iterator[None]:
-        """Within the block `activation` holds in calls of this thread, which names an adapter for each sample."""
+        """Use `activation`, with an adapter for each sample, in calls of this thread in the block."""
         before = getattr(_THREAD, "choices", ())
         _THREAD.choices = (*before, (self, activation))
         with self._condition:
@@ -166,17 +167,17 @@ class ModelLock:
 
     @contextmanager
     def changing(self, what: str, *, base: bool = False) -> Iterator[None]:
-        """Within the block no other thread calls or changes the model.
+        """Prevent calls and changes of the model by other threads in the block.
 
         Args:
-            what: for messages, such as `merge`.
-            base: what `disabled` shows changes too, so open blocks of others are waited for.
+            what: name of the change in messages, such as `merge`.
+            base: the change affects what `disabled` blocks see, so wait for those of other threads.
         """
         thread = get_ident()
         if self._changer == thread and self._held is None:  # a part of a larger change
             yield
             return
-        if self.rests():
+        if self.is_disabled():
             raise PeftcoreError(f"cannot {what} inside peftcore.disabled(model). Leave the block first")
         self._acquire(what, base)
         try:
@@ -185,25 +186,27 @@ class ModelLock:
             self._release()
 
     def open_block(self, block: Block) -> None:
-        """Enter `disabled` in this context; of calls in this thread too that have begun.
+        """Enter `disabled` in this context; it also affects calls in this thread that have begun.
 
-        Call it where `close_block` follows whatever it raises: Ctrl-C may stop it anywhere.
+        Make sure that `close_block` follows whatever it raises: Ctrl-C may stop it anywhere.
         """
         with self._condition:
-            if not self.rests() and not (self._changer == get_ident() and self._held is None):
+            if not self.is_disabled() and not (self._changer == get_ident() and self._held is None):
                 self._refuse_own_hold("disable adapters")
-                if get_ident() not in self.calls and not rests_in_thread(self):  # else a change waits for this thread
+                if get_ident() not in self.calls and not disabled_in_thread(
+                    self
+                ):  # else a change waits for this thread
                     self._wait(lambda: self._changer is None and not self._queue, "disable adapters")
             self._blocks.add(block)
         self._show(block)
 
     def close_block(self, block: Block) -> None:
-        """Leave it, from any context."""
+        """Leave `disabled`, from any context."""
         block.open = False
         _BLOCKS.set(tuple(other for other in _BLOCKS.get() if other is not block))
         _THREAD.blocks = tuple(other for other in getattr(_THREAD, "blocks", ()) if other is not block)
         if get_ident() in self.calls:
-            self.calls[get_ident()] = self.rests()
+            self.calls[get_ident()] = self.is_disabled()
         with self._condition:
             self._blocks.discard(block)
             self._condition.notify_all()
@@ -211,13 +214,13 @@ class ModelLock:
             self._release()
 
     def hold(self, block: Block) -> None:
-        """Let the open `block` keep out all calls that are not made within it."""
+        """Exclude all calls that are not made in the open `block`."""
         with self._condition:
             self._blocks.discard(block)
             self._condition.notify_all()
         self._acquire("disable adapters that train parameters of the base", base=True, held=block)
 
-    def rests(self) -> bool:
+    def is_disabled(self) -> bool:
         """Return whether the adapters are inactive in this context; in a backward pass, in its forward pass."""
         if not (_BLOCKS.get() or self._backward):
             return False
@@ -231,7 +234,7 @@ class ModelLock:
 
     @partial(untraced, within=True)
     def watch(self, output: Any) -> None:
-        """Note the adapters of a forward, so that its backward pass does not lose their gradients."""
+        """Record the adapters of a forward, so that its backward pass does not lose their gradients."""
         nodes = {tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None}
         if nodes:
             watch = _Watch(self)
@@ -254,12 +257,12 @@ class ModelLock:
             )
 
         with self._condition:
-            if inside and (self._changer is not None or others()):  # they may wait for the call that this is part of
+            if inside and (self._changer is not None or others()):  # they may wait for the call that we are part of
                 raise PeftcoreError(
                     f"cannot {what} within a call of the model while another thread calls it or changes it. {_ALONE}"
                 )
             self._refuse_own_hold(what)
-            turn = object()  # one after the other: who has just been may be here again before others wake
+            turn = object()  # in turn: a thread that has just finished may be here again before others wake
             self._queue.append(turn)
             try:
                 self._wait(lambda: self._changer is None and self._queue[0] is turn, what)
@@ -283,17 +286,19 @@ class ModelLock:
     def _wait_for_change(self, thread: int) -> None:
         in_backward = torch._C._current_graph_task_id() >= 0
         with self._condition:
-            if self.rests() and self._held is not None:
+            if self.is_disabled() and self._held is not None:
                 return
-            if not self._alone and (self.rests() or rests_in_thread(self)):  # the change waits for a block of this one
+            if not self._alone and (
+                self.is_disabled() or disabled_in_thread(self)
+            ):  # the change waits for a block of this one
                 return
             if self._held is not None and in_backward:
                 raise PeftcoreError(
-                    "a checkpointed part of the model runs again inside peftcore.disabled(model), whose forward ran "
-                    "outside. Run backward() outside, too"
+                    "a checkpointed part of the model runs again inside peftcore.disabled(model), but its forward ran "
+                    "outside. Run backward() outside the block too"
                 )
             self._refuse_own_hold("call the model")
-            if in_backward and not self._alone:  # a call that waits for this backward pass may be waited for
+            if in_backward and not self._alone:  # the change may wait for a call that waits for this backward pass
                 return
             del self.calls[thread]
             self._condition.notify_all()
@@ -303,11 +308,14 @@ class ModelLock:
                 self.calls[thread] = False
 
     def _refuse_own_hold(self, what: str) -> None:
-        """Another asyncio task, or a generator, of this thread keeps the model: to wait for it would be for ever."""
+        """Raise a PeftcoreError if another asyncio task or generator of this thread holds the model.
+
+        Waiting for it would take forever.
+        """
         if self._held is not None and self._changer == get_ident():
             raise PeftcoreError(
                 f"cannot {what}: another task of this thread is inside peftcore.disabled(model), and adapters train "
-                "parameters of the base, which the block has exchanged. Leave it first"
+                "parameters of the base, which the block has exchanged. Leave the block first"
             )
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
@@ -322,34 +330,34 @@ class ModelLock:
 
 
 class _Watch:
-    """Compares, when a backward pass reaches an output, the adapters of the forward with those of now."""
+    """Hook that compares the adapters of a forward with the current ones, when a backward pass reaches its output."""
 
     def __init__(self, lock: ModelLock) -> None:
         self._lock, self._activation, self._task = lock, lock.activation, -1
-        self._rested = lock.calls[get_ident()]
+        self._disabled = lock.calls[get_ident()]
         self._frame = current_frame()
 
     def __call__(self, _gradients: Any) -> None:
         task = torch._C._current_graph_task_id()
-        if task == self._task or is_dynamo_compiling():  # by compiled autograd, which can call nothing at the end
+        if task == self._task or is_dynamo_compiling():  # compiled autograd cannot call anything at the end
             return
         self._task = task
         if self._frame is not None:
             self._frame.reached = task
         self._check()
         others = self._lock._backward
-        rested: bool | str = self._rested
+        disabled: bool | str = self._disabled
         if self._lock.activation != self._activation:
-            rested = (
-                "a checkpointed part of the model runs again in a backward pass, and other adapters act now than in "
-                f"its forward ({list(self._activation.active)}). Run backward() before adapters change"
+            disabled = (
+                "a checkpointed part of the model runs again in a backward pass, and the active adapters are not those "
+                f"of its forward ({list(self._activation.active)}). Run backward() before adapters change"
             )
-        elif others.get(task, rested) != rested:
-            rested = (
-                "one backward pass runs checkpointed parts again of two forwards, one of them inside "
-                "peftcore.disabled(model). Run a backward() for each"
+        elif others.get(task, disabled) != disabled:
+            disabled = (
+                "one backward pass runs checkpointed parts of two forwards again, one of them inside "
+                "peftcore.disabled(model). Run backward() for each forward"
             )
-        others[task] = rested
+        others[task] = disabled
         Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
@@ -357,13 +365,14 @@ class _Watch:
         self._check()
 
     def _check(self) -> None:
-        if self._rested:
+        if self._disabled:
             return
         lost = [name for name in self._activation.training if name not in self._lock.activation.active]
         if lost:
             raise PeftcoreError(
-                f"backward() of a forward in which {lost} trained, which do not act any more: their gradients would be "
-                "lost. Run backward() before peftcore.activate, merge or remove; gradients of several forwards add up"
+                f"backward() belongs to a forward pass in which {lost} was active and trained. It has been deactivated "
+                "since, so its gradients would be lost. Run backward() before peftcore.activate, merge or remove; "
+                "gradients of several forward passes add up"
             )
 
 

@@ -1,6 +1,8 @@
-"""Modules that adapted ones lie in: their class tells the model's lock that a call begins and ends.
+"""Ancestors of adapted modules, whose calls take the model's lock.
 
-Their `forward` is their own. The outermost call counts, so the model and each of its parts are called alike.
+Their `forward` stays their own. A call of any of them is one call of the model: until it ends, adapters do not change,
+and adapters see its arguments. That holds for a part that is called alone too, so every ancestor that can be called has
+a swapped class; only the outermost call does something.
 """
 
 from __future__ import annotations
@@ -27,18 +29,18 @@ NAMES = "adapter_names"  # PEFT's argument of a call: the adapter of each sample
 
 
 def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
-    """Let calls of `module`, in which adapted ones lie, be calls of the model whose `lock` it is. `root`: it is it."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # which are not called
+    """Make calls of `module`, an ancestor of adapted modules, take the model's `lock`. `root`: it is the model."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called
         return
     module.__dict__[LOCK] = lock
     if root:
         module.__dict__[ROOT] = True
-    if not is_enclosing(module) and not hasattr(type(module), "_peftcore_original"):  # adapted: its forward tells
+    if not is_enclosing(module) and not hasattr(type(module), "_peftcore_original"):  # an adapted forward takes it
         module.__class__ = _enclosing_class(type(module))
 
 
 def release(module: nn.Module) -> None:
-    """Give an enclosing module its own class back; under the class of `fully_shard` it stays, which does no harm."""
+    """Restore the class of an ancestor; under the class of `fully_shard` it stays, which does no harm."""
     if is_enclosing(module) and not hasattr(module, "unshard"):
         take_off(module, "_peftcore_enclosed")
         del module.__dict__[LOCK]
@@ -52,7 +54,7 @@ def is_enclosing(module: nn.Module) -> bool:
 
 
 def lock_of(module: nn.Module) -> ModelLock | None:
-    """The lock of the model with adapters that `module` is, or is a part of; None where it belongs to none."""
+    """Return the lock of the model with adapters that `module` is, or is a part of, or None."""
     return module.__dict__.get(LOCK)
 
 
@@ -63,18 +65,18 @@ def takes_adapter_names(module: Any, kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def adapter_for_each_sample(module: nn.Module, kwargs: dict[str, Any]) -> Iterator[int]:
-    """Take PEFT's `adapter_names` out of the arguments of a call of the model, and let them hold within the block.
+    """Remove PEFT's `adapter_names` from the arguments of a call of the model, and use them in the block.
 
     Yields:
         The number of samples.
 
     Raises:
-        PeftcoreError: names that are not there, or not of the model that adapters were applied to.
+        PeftcoreError: a name is unknown, or `module` is not the model that adapters were applied to.
     """
     if ROOT not in module.__dict__:
         raise PeftcoreError(
-            f"adapter_names were given to a {type(module).__name__}, a part of the model that adapters were applied "
-            "to. Give them to that model"
+            f"adapter_names were passed to a {type(module).__name__}, a part of the model that adapters were applied "
+            "to. Pass them to that model"
         )
     names = kwargs.pop(NAMES)
     if names is None:
@@ -96,9 +98,9 @@ def _resizes(
     *_: Any,
     **__: Any,
 ) -> bool:
-    """Return whether `resize_token_embeddings` with these arguments gives `module` another number of rows."""
+    """Return whether `resize_token_embeddings` with these arguments changes the number of rows of `module`."""
     weight = getattr(module, "weight", None)
-    if weight is None or not isinstance(pad_to_multiple_of, (int, type(None))):  # which transformers refuses
+    if weight is None or not isinstance(pad_to_multiple_of, (int, type(None))):  # transformers refuses anything else
         return False
     known = (getattr(module, name, None) for name in ("num_embeddings", "out_features"))  # the weight may be packed
     rows: int = next((rows for rows in known if rows is not None), len(weight))
@@ -169,7 +171,7 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
         context = self._peftcore_lock.context
         if context is not None:
-            context.own(self._peftcore_arguments, model_kwargs)  # which transformers would take for misspelt ones
+            context.own(self._peftcore_arguments, model_kwargs)  # transformers would refuse them as misspelt
         super(enclosing, self)._validate_model_kwargs(model_kwargs)
 
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -188,8 +190,8 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
         "_replicate_for_data_parallel": _replicate_for_data_parallel,
         "_peftcore_enclosed": cls,
     }
-    # `torch.compile(model)` starts with what this calls, so that its calls are calls of the model, too. With modules
-    # of PyTorch's own, `nn.Sequential` say, it would start further out, but for a forward that is not PyTorch's.
+    # `torch.compile(model)` starts with what this calls, so that compiled calls take the lock too. For PyTorch's own
+    # modules, such as `nn.Sequential`, it would start further out, unless their forward is not PyTorch's.
     untraced(__call__)
     if cls.forward.__module__.partition(".")[0] == "torch":
         namespace["forward"] = functools.wraps(cls.forward)(forward)

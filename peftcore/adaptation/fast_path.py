@@ -1,7 +1,7 @@
-"""PyTorch's fused paths of `nn.TransformerEncoder`, which read the weights of what is inside and call none of it.
+"""PyTorch's fused paths of `nn.TransformerEncoder`, which read the weights of the modules inside without calling them.
 
-In evaluation without gradients a layer, or all of them at once, would pass by the adapters inside. Both ask a flag of
-the module first; here it is one that is off while an adapter inside acts.
+In evaluation without gradients a layer, or all of them at once, would bypass the adapters inside. Both check a flag of
+the module first, which is replaced by one that is off while an adapter inside is active.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import acts, base_modules, is_adapted
+from peftcore.adaptation.adapted import base_modules, is_active, is_adapted
 
 _FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
@@ -21,7 +21,7 @@ _PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention, nn.Transfo
 
 
 class Flag(int):
-    """The flag `value` of `module`, which counts as 0 while an adapter inside acts."""
+    """Flag `value` of `module`, which counts as 0 while an adapter inside is active."""
 
     module: nn.Module
 
@@ -31,7 +31,7 @@ class Flag(int):
         return flag
 
     def __bool__(self) -> bool:
-        return int(self) != 0 and not any(acts(inside) for inside in self.module.modules())
+        return int(self) != 0 and not any(is_active(inside) for inside in self.module.modules())
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return int(self), self.module
@@ -52,7 +52,7 @@ def guard(model: nn.Module) -> None:
 
 
 def _around(model: nn.Module) -> list[nn.Module]:
-    """The modules with a fused path that hold `model`, which knows nothing of them."""
+    """Return the modules with a fused path that contain `model`, found among all objects of the process."""
     if not isinstance(model, _PARTS):
         return []
     held = (module for module in gc.get_objects() if issubclass(type(module), tuple(_FLAGS)))

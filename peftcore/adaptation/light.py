@@ -1,7 +1,7 @@
-"""A module whose tables of hooks are made when they are first read.
+"""Modules whose hook tables are made when they are first read.
 
-PyTorch gives every module a dozen empty ones: 1.6 KB, and as many objects that the garbage collector walks. A model
-with a thousand adapters has a quarter of a million of their modules, of which few are called and none has a hook.
+PyTorch makes a dozen empty ones for every module: 1.6 KB, and as many objects that the garbage collector walks. A model
+with a thousand adapters has a quarter of a million modules of adapters, few of which are called, and none has a hook.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peftcore.adapter import Adapter
 
 
 class _Table:
-    """An attribute that a module has from the first time it is read; what is set in its place is read from then on."""
+    """An attribute that is made when it is first read; once it is set or read, the module's own value is used."""
 
     def __init__(self, name: str, kind: type) -> None:
         self.name = name
@@ -52,7 +52,7 @@ def parts(module: nn.Module) -> list[nn.Module]:
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """`module.state_dict(keep_vars=True)`, in less time, and without the tables of hooks that this would read."""
+    """Return `module.state_dict(keep_vars=True)`, faster, and without making hook tables."""
     found: dict[str, Tensor] = {}
     ahead: list[tuple[str, nn.Module]] = [("", module)]
     while ahead:

@@ -1,4 +1,4 @@
-"""What a module gives: a tensor, or several of which the first one counts, in a tuple, a list or a dict."""
+"""Outputs of modules: a tensor, or several in a tuple, a list or a dict, of which adapters change the first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def first_of(output: Any) -> Any:
-    """The first value of an output that has several, else the output."""
+    """Return the first value of an output that has several, else the output."""
     if isinstance(output, (tuple, list)) and output:
         return output[0]
     if isinstance(output, dict) and output:
@@ -16,7 +16,7 @@ def first_of(output: Any) -> Any:
 
 
 def with_first(output: Any, first: Any) -> Any:
-    """An output like `output`, of its type, with another first value; `output` stays as it is."""
+    """Return a copy of `output`, of its type, with another first value."""
     if isinstance(output, tuple) and output:
         values = (first, *output[1:])
         return type(output)(*values) if hasattr(output, "_fields") else values

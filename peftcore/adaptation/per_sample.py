@@ -5,11 +5,11 @@ The module runs once for each adapter, on the samples that have it. An adapter's
     @staticmethod
     per_sample(adapters, index, base, *args, **kwargs) -> output, or NotImplemented
 
-where the samples lie in dimension 0 of the first tensor, and `index`, int64 `[x.shape[0]]`, says which of `adapters`
-(of this class) a row passes through; -1 for none.
+Samples are then in dimension 0 of the first tensor, and `index`, int64 `[x.shape[0]]`, is the number among `adapters`
+(of this class) of the one that a row passes through; -1 for none.
 
-Which dimension the samples lie in is a fact of the module, observed before (`rows.py`); which sample a row is of is a
-fact of the call: `generate` repeats samples for beams, and repeats their numbers (`SAMPLES`) with them.
+The dimension of the samples is a fact of the module, observed before (`rows.py`). The sample of each row is a fact of
+the call: `generate` repeats samples for beams, and repeats their numbers (`SAMPLES`) with them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Group:
 
 
 class Chosen:
-    """What an activation means at one module: its adapters that some sample has, and which of them each sample has.
+    """Adapters of one module that an activation gives to samples, and the adapter of each sample.
 
     Args:
         there: all adapters of the module, by name.
@@ -74,19 +74,20 @@ class Chosen:
 
 
 def _together_of(kind: type[nn.Module]) -> Callable[..., Any] | None:
-    """Return `per_sample` of a class of adapters, or None where it has none."""
+    """Return `per_sample` of a class of adapters, or None if it has none."""
     own = kind.per_sample if issubclass(kind, Adapter) else None
     return None if own is Adapter.per_sample else own
 
 
 class PerSample:
-    """The link of a module's chain that gives each sample its adapter.
+    """Link of a module's chain that passes each sample through its adapter.
 
     Args:
-        adapters: those of the module, by name.
-        behind: names of those that stand behind the module, not around it.
-        link: (name) -> what calls that adapter around the module.
-        lock: that of the model, whose activation of this moment holds.
+        base: the module's own forward.
+        adapters: adapters of the module, by name.
+        behind: names of the adapters after the module.
+        link: (name) -> the link of that adapter around the module.
+        lock: lock of the model, whose current activation is used.
     """
 
     __slots__ = ("_adapters", "_base", "_behind", "_link", "_lock", "module")
@@ -128,7 +129,7 @@ class PerSample:
         return joined(parts, rows.output, [len(own) for _, own in groups], order)
 
     def _chosen(self, call: Call | None) -> Chosen:
-        """Return what the activation of now means here."""
+        """Return the adapters that the current activation gives to samples here."""
         activation = self._lock.choice() or self._lock.activation
         repeated = call.samples if call is not None else None
         samples = activation.samples or ()
@@ -144,16 +145,16 @@ class PerSample:
     def _rows(
         self, samples: int, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Rows]:
-        """Return the first tensor that the module gets, and where the samples lie, as many as have adapters."""
+        """Return the first tensor argument, and the place of the samples, whose number is checked."""
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         rows = self.module.__dict__.get(ROWS, "it was not observed")
         kind = type(self.module).__name__
         if isinstance(rows, str) or first is None:
             why = rows if isinstance(rows, str) else "it is called without a tensor"
             raise PeftcoreError(
-                f"{samples} samples were given adapters (activate(..., per_sample=True)), and which part of the input "
-                f"of a {kind} belongs to which sample is not known: {why}. Leave that module out of target_modules, or "
-                "run the samples of each adapter in a batch of their own"
+                f"{samples} samples were given adapters (activate(..., per_sample=True)), but it is not known which "
+                f"part of the input of a {kind} belongs to which sample: {why}. Leave that module out of "
+                "target_modules, or run the samples of each adapter in a batch of their own"
             )
         each, dim = rows.first.entries(call), rows.first.dim
         size = first.shape[dim] if dim < first.dim() else 0
@@ -168,7 +169,7 @@ class PerSample:
     def _taken(
         self, rows: Rows, first: Tensor, samples: Group, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments as they would be with some of the samples alone."""
+        """Return the arguments as they would be with only some of the samples."""
         names: tuple[str, ...] = type(self.module)._peftcore_arguments
 
         def part(name: str, value: Any) -> Any:
@@ -179,7 +180,7 @@ class PerSample:
         return named, {name: part(name, value) for name, value in kwargs.items()}
 
     def _together(self, chosen: Chosen, where: Samples, first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Let the adapters' class run them all in one pass; NotImplemented where it does not."""
+        """Run all adapters in one pass by their class; return NotImplemented if it cannot."""
         together, index = cast(Callable[..., Any], chosen.together), chosen.index(first.device)
         each = first.shape[where.dim] // len(chosen.samples)
         index = index if each == 1 else index.repeat_interleave(each)
@@ -191,7 +192,7 @@ class PerSample:
         return output if output is NotImplemented else output.transpose(0, where.dim).contiguous()
 
     def _after(self, chosen: Chosen, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any) -> Any:
-        """All adapters stand behind the module, which then runs once, on the whole batch."""
+        """Run adapters that are all after the module, which runs once, on the whole batch."""
         output = self._base(*args, **kwargs)
         first, where, count = first_of(output), first_in(rows.output), len(chosen.samples)
         parts, groups = [], chosen.groups(first.device)
@@ -204,10 +205,12 @@ class PerSample:
 
 
 class _CallOfSamples(Call):
-    """A call of the model as it would be with some of its samples alone; within it each row is of one of those.
+    """A call of the model as it would be with only some of its samples; each of its rows belongs to one of them.
 
     Args:
-        where: where samples lie in the model's arguments, as in `Rows.arguments`.
+        call: the call with all samples.
+        where: place of the samples in the model's arguments, as in `Rows.arguments`.
+        samples: the samples.
         count: number of samples in the batch.
     """
 
@@ -225,7 +228,7 @@ class _CallOfSamples(Call):
         return self[name] if name in self._values else default
 
 
-# Arguments that hold samples in dimension 0, where the model was not observed with them.
+# Arguments with samples in dimension 0, for models that were not observed with them.
 _OF_SAMPLES = (
     "input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "labels", "decoder_input_ids",
     "decoder_inputs_embeds", "decoder_attention_mask",
@@ -233,7 +236,7 @@ _OF_SAMPLES = (
 
 
 def _narrowed(frame: Frame | None, samples: Group, count: int) -> Call | None:
-    """Return what is to be seen of the call by what acts on some of its samples."""
+    """Return the call that adapters of only some samples see."""
     if frame is None:
         return None
     rows = frame.module.__dict__.get(ROWS)

@@ -1,9 +1,9 @@
-"""Where the samples of a batch lie in what a module is called with and in what it returns.
+"""Place of the samples of a batch in the tensors of a module's arguments and output.
 
-A model is called with samples in dimension 0 of its inputs. Inside it they may lie elsewhere: as `[tokens, samples,
-width]`, as `[samples · tokens, width]`, or nowhere, as in a bias that depends on positions alone. Sizes do not tell
-(there may be as many tokens as samples), so `observation.sample_rows` watches the model with batches of different
-sizes, and what it finds is kept on each adapted module.
+A model is called with samples in dimension 0 of its inputs. Inside it they may be elsewhere: as `[tokens, samples,
+width]`, as `[samples · tokens, width]`, or nowhere, as in a bias that depends only on positions. Sizes do not show it
+(there may be as many tokens as samples), so `observation.sample_rows` observes the model with batches of different
+sizes, and stores the result on each adapted module.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from peftcore.adaptation.call import Call
 from peftcore.errors import PeftcoreError
 
 ROWS = "_peftcore_rows"  # attribute of an adapted module: its `Rows`, or a string that says why they are not known
-# In place of `Samples`: all samples share the tensor; they do, in a dimension 0 of size 1; nothing is known of it.
+# Instead of `Samples`: all samples share the tensor; they share it, with a dimension 0 of size 1; unknown.
 SHARED, BROADCAST, UNKNOWN = "shared", "broadcast", "unknown"
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a batch lie one after another in dimension `dim` of a tensor.
+    """Samples of a batch, one after another in dimension `dim` of a tensor.
 
     Args:
         dim: the dimension.
-        each: number of entries of each sample, or of each of its tokens where `tokens` are named.
-        tokens: names of arguments of the model, `[samples, tokens, ...]`; the first that is given tells how many.
+        each: number of entries of each sample, or, with `tokens`, of each of its tokens.
+        tokens: names of arguments of the model, `[samples, tokens, ...]`; the first one of a call has as many tokens.
     """
 
     dim: int = 0
@@ -38,7 +38,7 @@ class Samples:
     tokens: tuple[str, ...] = ()
 
     def entries(self, call: Call | None) -> int | None:
-        """Return the number of entries of each sample in this call of the model, or None where it does not tell."""
+        """Return the number of entries of each sample in this call of the model, or None if it is not known."""
         if not self.tokens:
             return self.each
         given = (call.get(name) for name in (*self.tokens, *call)) if call is not None else ()
@@ -47,12 +47,12 @@ class Samples:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where samples lie in the tensors of a module's arguments and output.
+    """Place of the samples in the tensors of a module's arguments and output.
 
     Args:
-        first: in the first tensor that the module is called with.
-        arguments: by name of the argument, `Samples` or another of the above for each tensor, in the same containers.
-        output: the same of the output.
+        first: in the first tensor argument.
+        arguments: by name of the argument, `Samples` or one of the constants above for each tensor, in its containers.
+        output: likewise for the output.
     """
 
     first: Samples
@@ -61,7 +61,7 @@ class Rows:
 
 
 def entries_of(samples: Tensor, each: int) -> Tensor:
-    """Return the numbers of the entries of these samples, of which each has `each` one after another."""
+    """Return the numbers of the entries of these samples, `each` consecutive ones per sample."""
     if each == 1:
         return samples
     return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
@@ -72,12 +72,12 @@ def taken(value: Any, where: Any, samples: Tensor, count: int) -> Any:
 
     Args:
         value: a tensor, a plain value, or containers of them.
-        where: where samples lie in it, as in `Rows.arguments`.
+        where: place of the samples in it, as in `Rows.arguments`.
         samples: int64, the numbers of the samples.
         count: number of samples in the batch.
 
     Raises:
-        PeftcoreError: where the samples lie in a part of it is not known.
+        PeftcoreError: the place of the samples in a part of it is not known.
     """
     if isinstance(value, Tensor):
         size = value.shape[0] if value.dim() else 1
@@ -87,8 +87,8 @@ def taken(value: Any, where: Any, samples: Tensor, count: int) -> Any:
         if isinstance(where, Samples) and where.dim < value.dim() and value.shape[where.dim] % count == 0:
             return value.index_select(where.dim, entries_of(samples, value.shape[where.dim] // count))
         raise PeftcoreError(
-            f"an adapter for each of {count} samples: where they lie in an argument of shape {list(value.shape)} is "
-            "not known. Run the samples of each adapter in a batch of their own"
+            f"an adapter for each of {count} samples: it is not known which part of an argument of shape "
+            f"{list(value.shape)} belongs to which sample. Run the samples of each adapter in a batch of their own"
         )
     if type(value) in (tuple, list):
         return type(value)(taken(each, _inside(where, value, i), samples, count) for i, each in enumerate(value))
@@ -103,25 +103,25 @@ def taken(value: Any, where: Any, samples: Tensor, count: int) -> Any:
 
 
 def joined(parts: list[Any], where: Any, counts: list[int], order: Tensor) -> Any:
-    """Return one output for the whole batch, made of those of groups of samples.
+    """Join the outputs of groups of samples into one output for the whole batch.
 
-    What all samples of a group share, such as T5's bias of positions, is repeated for each of them.
+    A tensor that all samples of a group share, such as T5's position bias, is repeated for each of them.
 
     Args:
         parts: the output of each group.
-        where: where samples lie in it, as in `Rows.output`.
+        where: place of the samples in it, as in `Rows.output`.
         counts: number of samples of each group.
-        order: int64, by sample of the batch its place among the samples of all groups.
+        order: int64, for each sample of the batch its place among the samples of all groups.
 
     Raises:
-        PeftcoreError: where the samples lie in a part of it is not known.
+        PeftcoreError: the place of the samples in a part of it is not known.
     """
     if isinstance(parts[0], Tensor):
         if isinstance(where, Samples) and _divide(parts, where.dim, counts):
             each = parts[0].shape[where.dim] // counts[0]
             return torch.cat(parts, where.dim).index_select(where.dim, entries_of(order, each))
         sizes = [part.shape[0] if part.dim() else 0 for part in parts]
-        may_be = counts if where == BROADCAST else [1] * len(counts)  # it has been repeated for each sample already
+        may_be = counts if where == BROADCAST else [1] * len(counts)  # may have been repeated for each sample already
         if all(size in (1, n) for size, n in zip(sizes, may_be, strict=True)):
             return torch.cat([part.expand(n, *part.shape[1:]) for part, n in zip(parts, counts, strict=True)])[order]
         raise PeftcoreError(
@@ -140,7 +140,7 @@ def joined(parts: list[Any], where: Any, counts: list[int], order: Tensor) -> An
 
 
 def first_in(where: Any) -> Any:
-    """Return where samples lie in the first tensor of an output."""
+    """Return the place of the samples in the first tensor of an output."""
     if isinstance(where, (tuple, list, dict)):
         return first_in(next(iter(where.values() if isinstance(where, dict) else where), UNKNOWN))
     return where
@@ -159,7 +159,7 @@ def _divide(parts: list[Tensor], dim: int, counts: list[int]) -> bool:
 
 
 def _inside(where: Any, container: Any, key: Any) -> Any:
-    """Return what `where` says of one item of a container, which may have other items than the one that was seen."""
+    """Return the entry of `where` for one item of a container, which may have other items than the observed one."""
     if isinstance(container, dict):
         return where.get(key, UNKNOWN) if isinstance(where, dict) else UNKNOWN
     return where[key] if type(where) is type(container) and len(where) == len(container) else UNKNOWN

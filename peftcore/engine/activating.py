@@ -53,7 +53,7 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
             operator is used without gradients.
 
     Returns:
-        The model.
+        The model. A forward pre-hook must not return it: PyTorch would take it for the new input.
 
     Raises:
         PeftcoreError: a name is unknown, two adapters train the same parameter, or the model is merged. With
@@ -199,7 +199,7 @@ def _let_act(
     if touched is None:
         modules = _all_modules(model, state)
     else:
-        modules = dict.fromkeys(module for name in touched for _, module in modules_with(model, state, name))
+        modules = dict.fromkeys([module for name in touched for _, module in modules_with(model, state, name)])
     for module in modules:
         there = adapted.adapters_at(module)
         adapted.activate(module, [name for name in acting if name in there], same_base=same_base and known is not None)

@@ -92,17 +92,17 @@ def apply_to_fill(
     *,
     adapter: str = "default",
     dtype: torch.dtype | None = None,
-    acts: bool = True,
+    active: bool = True,
     trainable: bool = True,
 ) -> Model:
     """Attach an adapter like `apply`, without initialising it: its values will be filled in.
 
     Args:
         config: the config, or a `Placed` on the meta device, whose tensors are then allocated without values.
-        acts: activate the adapter. If False, the active adapters stay as they are, also with one for each sample.
+        active: activate the adapter. If False, the active adapters stay as they are, also with one for each sample.
         trainable: whether the adapter trains, as in `set_trainable`.
     """
-    return _apply(model, config, {}, adapter, dtype, None, first_values=False, acts=acts, trainable=trainable)
+    return _apply(model, config, {}, adapter, dtype, None, first_values=False, active=active, trainable=trainable)
 
 
 @torch.inference_mode(False)  # what is made under it could never train
@@ -115,13 +115,13 @@ def _apply(
     batches: Iterable[Any] | None,
     *,
     first_values: bool,
-    acts: bool = True,
+    active: bool = True,
     trainable: bool = True,
 ) -> Model:
     state = state_of(model) or State()
     _check_new(adapter, state)
     refuse_merged(state, "apply another adapter")
-    if acts:
+    if active:
         refuse_resting(model, adapter)
         refuse_per_sample(state, "apply another adapter")
     check_dtype(dtype)
@@ -189,7 +189,7 @@ def _apply(
         except BaseException:
             remove(model, adapter)
             raise
-    if acts:
+    if active:
         set_active(model, (*state.active, adapter))
     adapter_applied.announce(model)
     return model

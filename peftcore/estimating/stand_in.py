@@ -60,7 +60,7 @@ def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
             entry.config,
             adapter=name,
             dtype=dtypes.pop() if len(dtypes) == 1 else None,
-            acts=name in state.active,
+            active=name in state.active,
             trainable=entry.trainable,
         )
     if state.active:

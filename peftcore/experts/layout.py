@@ -102,15 +102,13 @@ def stacked_weights(module: nn.Module) -> tuple[str, ...]:
     for name, value in vars(module).items():
         if "expert" in name and type(value) is int and value > 1:
             counts.add(value)
-    return (
-        ()
-        if not counts
-        else tuple(
-            name
-            for name, parameter in module._parameters.items()
-            if parameter is not None and (parameter.is_floating_point() or parameter.dtype is torch.uint8)
-            if len(shape := shape_of(module, name)) == 3 and shape[0] in counts and min(shape[1:]) > 1
-        )
+    if not counts:
+        return ()
+    return tuple(
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (parameter.is_floating_point() or parameter.dtype is torch.uint8)
+        if len(shape := shape_of(module, name)) == 3 and shape[0] in counts and min(shape[1:]) > 1
     )
 
 

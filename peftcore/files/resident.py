@@ -168,7 +168,7 @@ def _attach(model: nn.Module, name: str, record: OnDisk, content: Stored) -> Non
             f"'{folder}' cannot be loaded with resident=False: it trains '{fit.trained[0]}' of the base. Load it with "
             "resident=True"
         )
-    engine.apply_to_fill(model, fit.to_fill, adapter=name, dtype=record.dtype, acts=False, trainable=False)
+    engine.apply_to_fill(model, fit.to_fill, adapter=name, dtype=record.dtype, active=False, trainable=False)
     try:
         fill_applied(model, name, folder, content)
         if TrainedParameters.of(model, name) is not None:

@@ -151,7 +151,7 @@ def _rounding(device: torch.device) -> float:
 
 def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield inputs that a module of this kind may take, the most likely first."""
-    generator, layout = torch.Generator().manual_seed(0), experts_layout(module)
+    generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         x = torch.randn(*shape, generator=generator, device="cpu").to(weight.device)
@@ -173,7 +173,7 @@ def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield (x.transpose(1, 2),)  # channels last, as some heads use
     elif isinstance(module, nn.MultiheadAttention):
         yield tuple(normal(2, 3, width)[:2] for width in (module.embed_dim, module.kdim, module.vdim))
-    elif layout is not None:
+    elif (layout := experts_layout(module)) is not None:
         x = normal(_ROWS, shape_of(module, layout.up)[1 if layout.transposed else 2])
         chosen = torch.rand(_ROWS, layout.count, generator=generator, device="cpu").topk(min(2, layout.count))
         yield x, *(t.to(weight.device).repeat(2, 1) for t in (chosen.indices, chosen.values))

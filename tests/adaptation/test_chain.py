@@ -91,7 +91,9 @@ def test_an_adapter_inside_that_is_no_change_of_a_weight_is_named(normed: None) 
     with tiny.installed(tiny.method("reads", place)):
         peftcore.apply(model, "after", adapter="inner")
         peftcore.apply(model, "reads", adapter="outer")
-        with pytest.raises(peftcore.PeftcoreError, match=r"at which 'inner' \(Shifted\) stands, which is no change"):
+        with pytest.raises(
+            peftcore.PeftcoreError, match=r"around which 'inner' \(Shifted\) is active, which is not a change"
+        ):
             tiny.logits(model)
         peftcore.activate(model, ["outer"])
         with pytest.raises(peftcore.PeftcoreError, match="no weight format reads"):

@@ -198,7 +198,7 @@ def test_what_is_no_branch_is_refused() -> None:
     with refusing(r"cannot combine 'both' \(combined\): it combines others itself \(two, three\)"):
         peftcore.apply(model, "combined", target_modules=LAYERS, names=("both",), adapter="twice")
     astray = peftcore.apply(two_and_three(), "astray", target_modules=LAYERS, names=TWO_AND_THREE)
-    with refusing("'other' is no branch here: this placement combines two, three"):
+    with refusing("'other' is not a branch here: this placement combines two, three"):
         out(astray)
 
 

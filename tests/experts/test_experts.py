@@ -137,7 +137,7 @@ def test_offloaded_by_accelerate(change: nn.Module, fused: list[Any]) -> None:
     assert plain.down_proj.is_meta and torch.equal(plain(*CALL), wanted) and plain.down_proj.is_meta
     assert len(fused) == (2 if isinstance(change, ThinChange) else 0)
     plain.__dict__["_old_forward"] = lambda *args: args  # another forward than the class's inside the hook
-    with pytest.raises(PeftcoreError, match="Qwen3MoeExperts has a forward of this one instance"):
+    with pytest.raises(PeftcoreError, match="Qwen3MoeExperts has its own `forward` on the instance"):
         plain(*CALL)
 
 
