@@ -1,7 +1,7 @@
 """Apply, activate, disable and remove adapters, and keep the record of them on the model."""
 
 from peftcore.engine.activating import activate, disabled, set_active, set_trainable
-from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_name, refuse_resting, remove, take_off
+from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_name, refuse_on_disk, remove, take_off
 from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
 from peftcore.engine.exclusive import exclusive
@@ -71,9 +71,9 @@ __all__ = [
     "refuse_changed",
     "refuse_merged",
     "refuse_needed",
+    "refuse_on_disk",
     "refuse_per_sample",
     "refuse_resize",
-    "refuse_resting",
     "remove",
     "require_state",
     "set_active",

@@ -65,7 +65,7 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
     if per_sample:
         chosen = tuple(dict.fromkeys(chosen))
     for name in chosen:
-        if name not in state.resting:
+        if name not in state.on_disk:
             applied(model, name)
     if len(set(chosen)) < len(chosen):
         raise PeftcoreError(
@@ -74,7 +74,7 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
         )
     refuse_changed(model)
     refuse_merged(state, "activate adapters")
-    if state.resting:
+    if state.on_disk:
         adapters_wanted.announce(model, chosen, [])
     if per_sample:
         refuse_whole_batch(model, with_branches(state, chosen))

@@ -122,7 +122,7 @@ def _apply(
     _check_new(adapter, state)
     refuse_merged(state, "apply another adapter")
     if active:
-        refuse_resting(model, adapter)
+        refuse_on_disk(model, adapter)
         refuse_per_sample(state, "apply another adapter")
     check_dtype(dtype)
     if state.applied:
@@ -147,7 +147,7 @@ def _apply(
     for placement in placed.around:
         _settle(placement.adapter, *device_and_dtype(modules[placement.path], dtype), model.training, made)
 
-    is_first = not state.applied and not state.resting
+    is_first = not state.applied and not state.on_disk
     if is_first:  # before other classes are swapped in, inside which the folding class stays
         folding.fold_frozen(model, placed.architecture.output_head)
     for path in _enclosing_paths(model, modules, placed.trained):
@@ -246,15 +246,15 @@ def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[s
 def remove(model: Model, adapter: str = "default") -> Model:
     """Remove an adapter. Removing the last one restores the model bit for bit to what it was before `apply`."""
     state = require_state(model)
-    if not isinstance(adapter, str) or adapter not in state.resting:
+    if not isinstance(adapter, str) or adapter not in state.on_disk:
         applied(model, adapter)
     refuse_merged(state, f"remove '{adapter}'")
-    record = state.resting.pop(adapter, None)
+    record = state.on_disk.pop(adapter, None)
     try:
         left = take_off(model, adapter) if adapter in state.applied else _let_base_go(model, state)
     except BaseException:
         if record is not None:
-            state.resting[adapter] = record
+            state.on_disk[adapter] = record
         raise
     if left:
         warnings.warn(f"remove left the following as it is: {in_words(left)}", stacklevel=3)
@@ -274,8 +274,8 @@ def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
     if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):
         ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
     if adapter in state.active:
-        resting = {adapter, *state.applied[adapter].branches}
-        set_active(model, tuple(name for name in state.active if name not in resting), state.samples)
+        inactive = {adapter, *state.applied[adapter].branches}
+        set_active(model, tuple(name for name in state.active if name not in inactive), state.samples)
     release_branches(state, adapter)
     for module in there:
         adapted.detach(module, adapter)
@@ -297,7 +297,7 @@ def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
 
 def _let_base_go(model: nn.Module, state: State) -> dict[str, str]:
     """Restore the base if no adapter is left in memory or on disk."""
-    if not state.applied and not state.resting:
+    if not state.applied and not state.on_disk:
         for name, parameter in adapted.base_parameters(model):
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
         for _, module in adapted.base_modules(model):
@@ -308,12 +308,12 @@ def _let_base_go(model: nn.Module, state: State) -> dict[str, str]:
     return {}
 
 
-def refuse_resting(model: nn.Module, adapter: str) -> None:
+def refuse_on_disk(model: nn.Module, adapter: str) -> None:
     """Raise a PeftcoreError if an adapter with this name is registered on disk."""
     state = state_of(model)
-    if state is not None and adapter in state.resting:
+    if state is not None and adapter in state.on_disk:
         raise PeftcoreError(
-            f"an adapter '{adapter}' is registered on disk already ('{state.resting[adapter].folder}'). Choose another "
+            f"an adapter '{adapter}' is registered on disk already ('{state.on_disk[adapter].folder}'). Choose another "
             f"name (adapter=...), or remove it first: peftcore.remove(model, '{adapter}')"
         )
 

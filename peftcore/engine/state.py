@@ -78,8 +78,8 @@ class State:
     samples: tuple[str | None, ...] | None = None  # each sample's adapter, with activate(..., per_sample=True)
     lock: ModelLock = field(default_factory=ModelLock)
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
-    resting: dict[str, Any] = field(default_factory=dict)  # `files.resident.OnDisk` by name, most recent last
-    limit: int | None = None  # bytes of adapters of `resting` that may be in memory
+    on_disk: dict[str, Any] = field(default_factory=dict)  # `files.resident.OnDisk` by name, most recent last
+    limit: int | None = None  # bytes of adapters of `on_disk` that may be in memory
     snapshot: Snapshot | None = None  # snapshot of `sites` when they were last unchanged
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,13 +118,13 @@ def applied(model: nn.Module, adapter: str) -> Applied:
     if not isinstance(adapter, str):
         raise PeftcoreError(f"an adapter's name is a string, found {adapter!r}")
     if adapter not in state.applied:
-        if adapter in state.resting:
+        if adapter in state.on_disk:
             raise PeftcoreError(
-                f"the adapter '{adapter}' is on disk ('{state.resting[adapter].folder}'). Read it into memory with "
+                f"the adapter '{adapter}' is on disk ('{state.on_disk[adapter].folder}'). Read it into memory with "
                 f"peftcore.activate(model, '{adapter}')"
             )
         there = ", ".join(state.applied)
-        near = nearest(adapter, [*state.applied, *state.resting])
+        near = nearest(adapter, [*state.applied, *state.on_disk])
         raise PeftcoreError(f"no adapter '{adapter}' is applied (applied: {there}){near}")
     return state.applied[adapter]
 
@@ -132,7 +132,7 @@ def applied(model: nn.Module, adapter: str) -> Applied:
 def call_in(model: nn.Module, *adapters: str) -> None:
     """Read those of `adapters` that are on disk, and keep the active ones in memory."""
     state = state_of(model)
-    if state is not None and state.resting:
+    if state is not None and state.on_disk:
         adapters_wanted.announce(model, adapters, state.active)
 
 

@@ -233,7 +233,7 @@ def summary(model: nn.Module) -> Summary:
         lazy_logits=has_lazy_logits(model),
         on_disk={
             name: record.folder
-            for name, record in (state.resting.items() if state is not None else ())
+            for name, record in (state.on_disk.items() if state is not None else ())
             if state is not None and name not in state.applied
         },
     )

@@ -83,7 +83,7 @@ def register(
     with left_as_it_is(model):
         try:
             for name in contents:
-                engine.refuse_resting(model, name)
+                engine.refuse_on_disk(model, name)
                 own = adapter_folder(folder, name) if together else folder
                 content = contents[name]
                 if together:
@@ -92,7 +92,7 @@ def register(
                 record = OnDisk(os.path.abspath(own), method, dtype, check_base, stamp)
                 _attach(model, name, record, content)
                 done.append(name)
-                engine.require_state(model).resting[name] = record
+                engine.require_state(model).on_disk[name] = record
                 engine.take_off(model, name)
         except BaseException:
             for name in done:
@@ -137,11 +137,11 @@ def read_named(model: nn.Module, names: Sequence[str], keep: Sequence[str]) -> N
     All files are checked before anything is changed.
     """
     state = engine.state_of(model)
-    wanted = [name for name in dict.fromkeys(names) if name in state.resting] if state is not None else []
+    wanted = [name for name in dict.fromkeys(names) if name in state.on_disk] if state is not None else []
     if state is None or not wanted:
         return
     for name in wanted:
-        state.resting[name] = state.resting.pop(name)  # the last one is the most recently used
+        state.on_disk[name] = state.on_disk.pop(name)  # the last one is the most recently used
     missing = [name for name in wanted if name not in state.applied]
     if not missing:
         return
@@ -150,10 +150,10 @@ def read_named(model: nn.Module, names: Sequence[str], keep: Sequence[str]) -> N
     engine.refuse_changed(model)
     _check_room(state, wanted, keep, state.limit)
     with left_as_it_is(model):
-        contents = {name: _read_again(model, name, state.resting[name]) for name in missing}
-        _make_room(model, state, sum(state.resting[name].size for name in missing), (*wanted, *keep))
+        contents = {name: _read_again(model, name, state.on_disk[name]) for name in missing}
+        _make_room(model, state, sum(state.on_disk[name].size for name in missing), (*wanted, *keep))
         for name in missing:
-            _attach(model, name, state.resting[name], contents[name])
+            _attach(model, name, state.on_disk[name], contents[name])
 
 
 adapters_wanted.subscribe(read_named)
@@ -201,8 +201,8 @@ def _read_again(model: nn.Module, name: str, record: OnDisk) -> Stored:
 
 def _check_room(state: engine.State, wanted: Sequence[str], keep: Sequence[str], limit: int | None) -> None:
     """Raise a PeftcoreError if the adapters that are needed at the same time exceed the limit."""
-    needed = dict.fromkeys(name for name in (*wanted, *keep) if name in state.resting)
-    size = sum(state.resting[name].size for name in needed)
+    needed = dict.fromkeys(name for name in (*wanted, *keep) if name in state.on_disk)
+    size = sum(state.on_disk[name].size for name in needed)
     if limit is not None and size > limit:
         raise PeftcoreError(
             f"{len(needed)} adapters on disk are needed at the same time ({', '.join(list(needed)[:3])}"
@@ -213,7 +213,7 @@ def _check_room(state: engine.State, wanted: Sequence[str], keep: Sequence[str],
 
 def _make_room(model: nn.Module, state: engine.State, coming: int, keep: Sequence[str]) -> None:
     """Drop the least recently used adapters until `coming` bytes fit."""
-    here = {name: record.size for name, record in state.resting.items() if name in state.applied}
+    here = {name: record.size for name, record in state.on_disk.items() if name in state.applied}
     total = coming + sum(here.values())
     needed = {branch for entry in state.applied.values() for branch in entry.branches}
     for name, size in here.items():
@@ -222,9 +222,9 @@ def _make_room(model: nn.Module, state: engine.State, coming: int, keep: Sequenc
         if name in keep or name in needed:
             continue
         total -= size
-        record = state.resting[name]
+        record = state.on_disk[name]
         if _was_changed(model, name, record):
-            del state.resting[name]
+            del state.on_disk[name]
             warnings.warn(
                 f"the adapter '{name}' was changed after it was read from '{record.folder}', so it stays in memory and "
                 "does not count for the limit. Save it, and load that folder with resident=False",

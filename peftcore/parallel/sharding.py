@@ -125,8 +125,8 @@ def check_ranks(model: nn.Module) -> None:
     facts = {"base": f"{type(model).__name__} with {_digest(base)}"}
     if (state := state_of(model)) is not None:
         for name, entry in state.applied.items():
-            resting = "" if name in state.active else ", resting"
-            facts[name] = f"{entry.method}, {entry.config}, {_digest(adapter_parameters(model, name))}{resting}"
+            inactive = "" if name in state.active else ", inactive"
+            facts[name] = f"{entry.method}, {entry.config}, {_digest(adapter_parameters(model, name))}{inactive}"
     ranks.agree(facts, "adapters")
 
 

@@ -70,7 +70,7 @@ def test_a_model_that_turns_its_samples_to_dimension_1() -> None:
 def test_a_bias_of_positions_is_nobodys() -> None:
     model = with_two(tiny.t5(), target_modules=["relative_attention_bias"])
     peftcore.activate(model, NAMES, per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match=r"Embedding belongs .* not known: at '.*', its inputs are"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"Embedding belongs to which sample: at '.*', its inputs are"):
         model(input_ids=tokens(), decoder_input_ids=tokens())
 
 
@@ -98,7 +98,7 @@ def test_images_are_not_samples(images: tuple[int, int]) -> None:
     check_rows(text, inputs, names=["a", "b"])
     model = with_two(llava(), target_modules=["q_proj"])
     peftcore.activate(model, ["a", "b"], per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match=r"not known: at '.*', a forward with example .* not call it"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"which sample: at '.*', a forward with example .* not call it"):
         model(**inputs)
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=tokens(2, 2)).logits).all()  # without images the tower is not called
@@ -220,7 +220,7 @@ def test_what_cannot_be_observed_is_refused() -> None:
     model = with_two(Unknown(), target_modules=["layer"])
     peftcore.activate(model, NAMES, per_sample=True)
     with pytest.raises(
-        peftcore.PeftcoreError, match="a Linear belongs to which sample is not known: at 'layer', a forward with"
+        peftcore.PeftcoreError, match="a Linear belongs to which sample: at 'layer', a forward with"
     ):
         model(torch.randn(3, 4), 2)
 

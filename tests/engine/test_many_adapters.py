@@ -199,7 +199,7 @@ def test_adapters_that_are_added_act_behind_those_that_do() -> None:
     assert len(trained) == 4 * LAYERS
 
 
-def test_a_resting_adapter_does_not_train_whatever_acts() -> None:
+def test_an_inactive_adapter_does_not_train_whatever_is_active() -> None:
     model = model_with(3)
     peftcore.activate(model, ["a1", "a2"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}

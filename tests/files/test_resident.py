@@ -230,7 +230,7 @@ def test_names_and_what_cannot_rest(saved: dict[str, Path], tmp_path: Path) -> N
     peftcore.save(other, tmp_path / "other")
     with pytest.raises(peftcore.CheckpointError, match="another base"):
         peftcore.load(model, tmp_path / "other", adapter="other", resident=False)
-    assert list(require_state(model).resting) == list("abcd")
+    assert list(require_state(model).on_disk) == list("abcd")
 
 
 def test_a_copy_calls_its_own(saved: dict[str, Path]) -> None:
@@ -240,7 +240,7 @@ def test_a_copy_calls_its_own(saved: dict[str, Path]) -> None:
     peftcore.activate(copied, "b")
     assert torch.equal(copied(X), wanted["b"]) and torch.equal(model(X), wanted["a"])
     assert here(model) == ["a"] and here(copied) == ["b"]
-    record = require_state(copied).resting["b"]
+    record = require_state(copied).on_disk["b"]
     assert isinstance(record, OnDisk) and record.size == SIZE
 
 
