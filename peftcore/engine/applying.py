@@ -153,8 +153,9 @@ def _apply(
     for path in _enclosing_paths(model, modules, placed.trained):
         enclosing.enclose(submodule(model, path), state.lock, root=not path)
     if is_first:
-        state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
-        for _, parameter in adapted.base_parameters(model):
+        parameters = adapted.base_parameters(model)
+        state.requires_grad = {name: parameter.requires_grad for name, parameter in parameters}
+        for _, parameter in parameters:
             parameter.requires_grad_(False)
     for placement in placed.around:
         module = modules[placement.path]

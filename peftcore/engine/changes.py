@@ -91,8 +91,11 @@ def standing(model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLo
     """Return (path, module) where `adapter` is still attached."""
     found: list[tuple[str, nn.Module]] = []
     for path in paths:
-        module = _there(model, path)
-        if module is None or not is_adapted(module) or module.__dict__.get(LOCK) is not lock:
+        try:
+            module = submodule(model, path)
+        except AttributeError:
+            continue
+        if not is_adapted(module) or module.__dict__.get(LOCK) is not lock:
             continue
         if adapter in adapters_at(module)._modules:
             found.append((path, module))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import ops, ranks
-from peftcore.adaptation.adapted import acts, has_forward_of_instance
+from peftcore.adaptation.adapted import has_forward_of_instance, is_active
 from peftcore.adaptation.class_swap import original_class
 from peftcore.engine.lazy_tensor import Head, LazyLogits, Recipe, lazy
 from peftcore.engine.state import check_model
@@ -86,7 +86,7 @@ def mark(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if torch.compiler.is_compiling() or not (head.training and torch.is_grad_enabled()) or len(args) != 1:
         return None
     (x,) = args
-    if type(x) is not Tensor or not x.requires_grad or x.device.type not in ("cpu", "cuda") or acts(head):
+    if type(x) is not Tensor or not x.requires_grad or x.device.type not in ("cpu", "cuda") or is_active(head):
         return None
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing():
         return None

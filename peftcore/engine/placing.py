@@ -319,7 +319,9 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
             if id(part) in modules:
                 _refuse_registered(model, method, placement, part)
             for tensor in (*part._parameters.values(), *part._buffers.values()):
-                if tensor is not None and (id(tensor) in tensors or _address(tensor) in addresses):
+                if tensor is not None and (
+                    id(tensor) in tensors or (type(tensor) in _PLAIN and tensor.data_ptr() in addresses)
+                ):
                     _refuse_registered(model, method, placement, tensor)
             ahead += part._modules.values()
     for kind, is_placed in classes.items():

@@ -390,4 +390,8 @@ def _kind(args: Any, kwargs: Any) -> Any:
 
 
 def _names(forward: Any) -> list[str]:
-    return [name for name, p in inspect.signature(forward).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    names = []
+    for name, parameter in inspect.signature(forward).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            names.append(name)
+    return names

@@ -37,7 +37,10 @@ def test_a_backward_whose_gradients_would_be_lost_is_refused(change: Callable, o
     while not isinstance(found, Tensor):
         found = found["loss"] if isinstance(found, dict) else found[-1]
     change(model)
-    with pytest.raises(peftcore.PeftcoreError, match=r"backward\(\) belongs to a forward pass in which \['two'\] was active and trained"):
+    with pytest.raises(
+        peftcore.PeftcoreError,
+        match=r"a forward pass in which \['two'\] was active and trained",
+    ):
         found.sum().backward()
 
 

@@ -255,7 +255,7 @@ def test_a_checkpoint_around_the_model() -> None:
     torch.testing.assert_close(torch.autograd.grad(sum(outputs).sum(), x)[0], wanted)
     with peftcore.call_arguments(model, task_ids=A):
         output = checkpoint(model, x, use_reentrant=True)
-    with pytest.raises(peftcore.PeftcoreError, match="the call of the model that it belongs to, which an adapter needs, is not known"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"the call of the model that it belongs to, .* is not known"):
         output.sum().backward()
 
 

@@ -219,9 +219,7 @@ class Unknown(nn.Module):
 def test_what_cannot_be_observed_is_refused() -> None:
     model = with_two(Unknown(), target_modules=["layer"])
     peftcore.activate(model, NAMES, per_sample=True)
-    with pytest.raises(
-        peftcore.PeftcoreError, match="a Linear belongs to which sample: at 'layer', a forward with"
-    ):
+    with pytest.raises(peftcore.PeftcoreError, match="a Linear belongs to which sample: at 'layer', a forward with"):
         model(torch.randn(3, 4), 2)
 
 

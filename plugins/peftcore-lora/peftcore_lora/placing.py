@@ -114,7 +114,7 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     """Return the LoRA of one layer."""
     kind_of_layer = original_class(module).__name__
     validation.require(
-        not any(p is not None and p.is_complex() for p in module._parameters.values()),
+        not any([p is not None and p.is_complex() for p in module._parameters.values()]),
         f"'{path}' ({kind_of_layer}) has complex weights, which LoRA cannot adapt. Leave it out of target_modules",
     )
     validation.require(
