@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points, version
@@ -28,8 +28,6 @@ from peftcore.exporter import Exporter
 from peftcore.extensions import Command, Integration
 
 if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
-    from torch import nn
-
     from peftcore.method import Method, WeightFormat
 
 GROUP = "peftcore"
@@ -502,18 +500,36 @@ def mentions(entry_point: EntryPoint, hook: str) -> bool:
 
 
 def _contained(plugin: Plugin, weight_format: WeightFormat) -> WeightFormat:
-    """Return a plugin's format with errors of `matches` that name the plugin."""
+    """Return a plugin's format with errors of its functions that name the plugin."""
 
-    def matches(module: nn.Module) -> bool:
-        try:
-            return weight_format.matches(module)
-        except Exception as error:
-            raise PluginError(
-                f"{_named(f'the format {weight_format.name!r} of peftcore_weight_formats', plugin)} failed at "
-                f"{type(module).__name__}: {type(error).__name__}: {error}. {_without(plugin)}"
-            ) from error
+    def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: Any, *arguments: Any) -> Any:
+            try:
+                return function(module, *arguments)
+            except (PeftcoreError, Warning, MemoryError):
+                raise
+            except Exception as error:
+                if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+                    raise
+                what = f"`{name}` of the weight format '{weight_format.name}'"
+                raise PluginError(
+                    f"{_named(what, plugin)} failed at {type(module).__name__}: {type(error).__name__}: {error}. "
+                    f"{_without(plugin)}"
+                ) from error
 
-    return dataclasses.replace(weight_format, matches=matches)
+        return call
+
+    functions = {name: getattr(weight_format, name) for name in _OF_FORMATS}
+    changes: dict[str, Any] = {
+        name: named(name, function) for name, function in functions.items() if function is not None
+    }
+    of_parameter = weight_format.for_parameter
+    if of_parameter is not None:
+        changes["for_parameter"] = lambda name: _contained(plugin, of_parameter(name))
+    return dataclasses.replace(weight_format, **changes)
+
+
+_OF_FORMATS = ("matches", "read", "write", "read_bias", "write_bias", "decode", "plain", "update_config")
 
 
 def _chosen() -> list[str] | None:

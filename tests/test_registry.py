@@ -330,11 +330,14 @@ def test_a_weight_format_that_fails_is_named(discover) -> None:
     class Wrong:
         @hookimpl
         def peftcore_weight_formats(self):
-            return [WeightFormat("blocks", lambda module: module.blocks, None, None)]
+            return [WeightFormat("blocks", lambda module: module.blocks, lambda module: module.blocks, None)]
 
     chosen = discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()[0]
-    with pytest.raises(peftcore.PluginError, match=r"'blocks'.*'wrong' \(peftcore-wrong 1.0\) failed at Linear: Attr"):
+    who = r"of the weight format 'blocks' of the plugin 'wrong' \(peftcore-wrong 1.0\) failed at Linear: Attr"
+    with pytest.raises(peftcore.PluginError, match=f"`matches` {who}"):
         chosen.matches(torch.nn.Linear(2, 2))
+    with pytest.raises(peftcore.PluginError, match=f"`read` {who}"):
+        chosen.read(torch.nn.Linear(2, 2))
 
 
 def blocks(name: str = "blocks") -> object:
