@@ -11,6 +11,8 @@ import torch
 from prompted import DECODERS, KINDS, N, applied, check_steps, close, falcon, generate, logits, mamba, mpt
 from torch import nn
 
+from peftcore.plugin import cached_tokens
+
 pytestmark = pytest.mark.usefixtures("toys")
 
 
@@ -74,6 +76,13 @@ def test_a_loop_of_one_s_own(kind: str) -> None:
                 out = model(tokens[:, i : i + 1], mask[:, : i + 1], cache=out.cache)
                 steps.append(out.logits)
         close(torch.cat(steps, dim=1)[mask == 1], wanted[mask == 1])
+
+
+def test_a_prefix_is_none_of_the_tokens_that_a_cache_has_read() -> None:
+    model = applied(tiny.llama(), "prefix")
+    cache, tokens = model(tiny.TOKENS, use_cache=True).cache, tiny.TOKENS.shape[1]
+    assert (cache.get_seq_length(), cached_tokens(cache)) == (N + tokens, tokens)
+    assert cached_tokens(model(tiny.TOKENS[:, :2], cache=cache).cache) == tokens + 2
 
 
 def test_a_prefix_asks_for_no_cache() -> None:
