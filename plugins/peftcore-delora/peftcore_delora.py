@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from peftcore_lora.layers import ThinLinear
+from peftcore_lora.layers import LowRankLinear
 from torch import Tensor, nn
 
 from peftcore.plugin import (
@@ -58,7 +58,7 @@ class DeloraConfig(targets.LayersConfig):
         validation.probability(module_dropout=self.module_dropout)
 
 
-class Delora(ThinLinear):
+class Delora(LowRankLinear):
     """`delora_A` `[r, in]`, `delora_B` `[out, r]`, `delora_lambda` `[1]`, and n, `delora_w_norm` `[in]`."""
 
     def __init__(self, config: DeloraConfig, path: str, width: int, out_width: int) -> None:

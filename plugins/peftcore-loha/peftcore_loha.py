@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from peftcore_lora.layers import ThinLinear
+from peftcore_lora.layers import LowRankLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,7 +70,7 @@ class LoHaConfig(targets.LayersConfig):
         return targets.odd_convolution(path, module)
 
 
-class LoHa(ThinLinear):
+class LoHa(LowRankLinear):
     """`hada_w1_a` `[out, r]`, `hada_w1_b` `[r, in]` and the second pair of a linear layer."""
 
     per_sample = staticmethod(Adapter.per_sample)  # dropout applies to the whole call
@@ -78,7 +78,7 @@ class LoHa(ThinLinear):
     def __init__(self, config: LoHaConfig, path: str, width: int, out_width: int) -> None:
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         super().__init__(targets.pattern_value(config.alpha_pattern, path, config.alpha) / r)
-        self.drops, self.is_thin = (
+        self.drops, self.is_low_rank = (
             (config.rank_dropout, config.module_dropout),
             r * r * (width + out_width) < width * out_width,
         )
@@ -100,7 +100,7 @@ class LoHa(ThinLinear):
         return self.scale * (b1.float() @ a1.float()) * (b2.float() @ a2.float())
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        if self.is_thin and not (self.training and any(self.drops)):
+        if self.is_low_rank and not (self.training and any(self.drops)):
             return super().forward(base, x)
         update = F.linear(x, self.delta().to(x.dtype))
         return base(x) + (kept(update, *self.drops) if self.training else update)

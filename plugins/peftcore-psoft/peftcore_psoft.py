@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peftcore_lora.layers import ThinLinear
+from peftcore_lora.layers import LowRankLinear
 from peftcore_oft import cayley, neumann, skew
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,7 +113,7 @@ class Turn(nn.Module):
         return neumann(q, self.config.num_cayley_neumann_terms)
 
 
-class Psoft(ThinLinear):
+class Psoft(LowRankLinear):
     """Rotation `psoft_R` of a linear layer, and the frozen A and B of its weight."""
 
     a: Tensor

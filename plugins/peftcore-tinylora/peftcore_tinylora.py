@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peftcore_lora.layers import ThinLinear
+from peftcore_lora.layers import LowRankLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -84,7 +84,7 @@ class Group(nn.Module):
         self.v = nn.Parameter(start if config.init_weights is True else start.uniform_(-bound, bound))
 
 
-class TinyLora(ThinLinear):
+class TinyLora(LowRankLinear):
     """A `[r, in]`, B `[out, r]` and P `[u, r, r]` of layer `index`, frozen."""
 
     tinylora_A: Tensor

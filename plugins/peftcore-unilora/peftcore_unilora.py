@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from peftcore_lora.layers import ThinLinear
+from peftcore_lora.layers import LowRankLinear
 from torch import Tensor, nn
 
 from peftcore import plugin
@@ -73,7 +73,7 @@ class Theta(nn.Module):
         self.unilora_theta_d = nn.Parameter(values)
 
 
-class UniLora(ThinLinear):
+class UniLora(LowRankLinear):
     """Indices into theta, int64, and scales, for A `[r, in]` and B `[out, r]`."""
 
     def __init__(self, config: UniLoraConfig, theta: Theta, columns: Tensor, scales: Tensor, sizes: Any) -> None:

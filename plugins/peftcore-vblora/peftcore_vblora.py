@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from peftcore_lora.layers import ThinLinear
+from peftcore_lora.layers import LowRankLinear
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -103,12 +103,12 @@ class Bank(nn.Module):
         self.vblora_vector_bank = nn.Parameter(values)
 
 
-class VBLoRA(ThinLinear):
+class VBLoRA(LowRankLinear):
     """Logits `[r, in / b, h]` of A and `[out / b, r, h]` of B."""
 
     def __init__(self, config: VBLoRAConfig, bank: Bank, width: int, out_width: int) -> None:
         super().__init__(dropout=config.vblora_dropout)
-        self.topk, self.bank, self.thinned = config.topk, bank, config.save_only_topk_weights
+        self.topk, self.bank, self.lacks_logits = config.topk, bank, config.save_only_topk_weights
         r, h, b = config.r, config.num_vectors, config.vector_length
         self.vblora_logits_A = nn.Parameter(config.init_logits_std * torch.randn(r, width // b, h))
         self.vblora_logits_B = nn.Parameter(config.init_logits_std * torch.randn(out_width // b, r, h))
@@ -117,9 +117,9 @@ class VBLoRA(ThinLinear):
         return f"r={len(self.vblora_logits_A)}, topk={self.topk}"
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        if self.thinned and self.training and not is_dynamo_compiling():
-            thinned = "a file with save_only_topk_weights has no logits to train. Load a full file, or call eval()"
-            validation.require(bool((self.vblora_logits_A[0, 0] > MISSING).all()), thinned)
+        if self.lacks_logits and self.training and not is_dynamo_compiling():
+            message = "a file with save_only_topk_weights has no logits to train. Load a full file, or call eval()"
+            validation.require(bool((self.vblora_logits_A[0, 0] > MISSING).all()), message)
         bank = self.bank.vblora_vector_bank.to(self.vblora_logits_A.device)
         a, b = (self.pieces(logits, bank) for logits in (self.vblora_logits_A, self.vblora_logits_B))
         return a.flatten(1), b.transpose(1, 2).flatten(0, 1)

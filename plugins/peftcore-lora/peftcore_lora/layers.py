@@ -134,7 +134,7 @@ class LoraLinear(Lora):
         return ops.lora_linear_per_sample(x, weight, bias, list(a), list(b), [m.scale for m in adapters], index)
 
 
-class ThinLinear(LoraLinear):
+class LowRankLinear(LoraLinear):
     """Change of a linear layer that is a low-rank product of other parameters, as a base for other methods.
 
     Subclasses have their own parameters, and `pair()` computes A `[r, in]` and B `[out, r]` from them.
