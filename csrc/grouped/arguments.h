@@ -107,7 +107,7 @@ inline Sizes check_grouped_backward(const Tensor& grad, const std::optional<Tens
         return sizes;
     }
     const int64_t rows = grad.size(0);
-    TORCH_CHECK_TYPE(x.has_value(), op, ": x must be a tensor beside factors, found None");
+    TORCH_CHECK_TYPE(x.has_value(), op, ": x must be a tensor if there are factors, found None");
     TORCH_CHECK_VALUE(x->dim() == 2 && x->size(0) == rows && x->size(1) == sizes.in, op, ": x must be [",
                       rows, ", ", sizes.in, "], found ", x->sizes());
     check_like(*x, grad, op, "x");

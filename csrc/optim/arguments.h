@@ -43,7 +43,7 @@ inline Step step_of(at::TensorList params, at::TensorList grads, const Updates& 
         const at::Tensor &p = params[i], &g = grads[i];
         TORCH_CHECK_VALUE(p.device() == step.device && g.device() == step.device, op,
                           ": params and grads must be on one device, found ", p.device(), " and ", g.device(),
-                          " beside ", step.device);
+                          ", with others on ", step.device);
         TORCH_CHECK_VALUE(g.numel() == p.numel(), op, ": a gradient of shape ", g.sizes(),
                           " for a parameter of shape ", p.sizes());
         TORCH_CHECK_VALUE(p.is_contiguous() && g.is_contiguous(), op,

@@ -184,9 +184,9 @@ class FileStore : public Store {
             return pread(fd_, frame + done, page_bytes_ - done, at);
         });
         if (why != nullptr)
-            transfer.error =
-                "the page file in '" + directory_ + "' cannot be read: " + why +
-                ". What was read before is kept, the rest lies in the file. Call step() again when it can";
+            transfer.error = "the page file in '" + directory_ + "' cannot be read: " + why +
+                             ". Pages read before are kept, the rest is in the file. Call step() again when "
+                             "it can be read";
     }
 
     // Repeats the call until the whole page is transferred; returns nullptr or the error.

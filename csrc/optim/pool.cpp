@@ -36,7 +36,7 @@ Pool::~Pool() {
 void Pool::check_process() const {
     if (getpid() != process_)
         throw std::runtime_error(
-            "this optimizer's state lies in pages of process " + std::to_string(process_) +
+            "this optimizer's state is in pages of process " + std::to_string(process_) +
             ", from which this one was forked. Make a new optimizer here and load the other's state_dict()");
 }
 

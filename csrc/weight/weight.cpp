@@ -108,7 +108,7 @@ WeightView Weight::expert(int64_t index, const char* op) const {
                       " in a weight of shape ", sizes());
     const int64_t count = sizes_[1] * columns_, blocksize = int64_t(1) << shift_;
     TORCH_CHECK_VALUE(!packed_ || count % blocksize == 0, op, ": an expert of [", sizes_[1], ", ", columns_,
-                      "] is no whole number of blocks of ", blocksize, ". Pack each expert by itself");
+                      "] is not a whole number of blocks of ", blocksize, ". Pack each expert separately");
     return expert_of(view(), index, sizes_[0]);
 }
 

@@ -210,7 +210,7 @@ class GroupedLinearBackward(_Experts):
             value(self.seed is None, op, "seed is of no use without factors")
             return
         if x is None:
-            raise TypeError(f"{op}: x must be a tensor beside factors, found None")
+            raise TypeError(f"{op}: x must be a tensor if there are factors, found None")
         value(x.shape == (rows, width), op, f"x must be [{rows}, {width}], found {list(x.shape)}")
         check_like(x, self.grad, op, "x")
         _check_factors(op, x, self.factors, self.sizes)

@@ -242,7 +242,7 @@ def test_arguments_that_do_not_fit(call, change, error, message):
     ("change", "error", "message"),
     [
         ({"grad": torch.ones(3, 9)}, ValueError, r"grad must be \[rows, 8\], found \[3, 9\]"),
-        ({"x": None}, TypeError, "x must be a tensor beside factors, found None"),
+        ({"x": None}, TypeError, "x must be a tensor if there are factors, found None"),
         ({"x": torch.ones(4, 64)}, ValueError, r"x must be \[3, 64\], found \[4, 64\]"),
         ({"x": torch.ones(3, 64).half()}, TypeError, "x must be .* like x"),
         ({"factors": [torch.ones(2, 4, 64), torch.ones(2, 8, 4)]}, ValueError, r"factors must be \[a, b, s\] or"),

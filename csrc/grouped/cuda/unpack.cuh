@@ -39,7 +39,7 @@ struct Unpacker {
     const WeightView& weight;
     const float *quant_map, *nested_quant_map;
     float nested_offset;
-    bool nested, vectors;  // 32 codes lie in one row on 16 bytes, and have one scale
+    bool nested, vectors;  // 32 codes are in one row, 16-byte aligned, with one scale
     quant4::StoredScale scale[kUnits];
 
     __device__ Position position_of(int unit, const Position& position) const {

@@ -35,7 +35,7 @@ __m512i pairs(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-// Units of two words, the pairs of first values and of rests: by 16 of the outer dimension [2][16] words.
+// Units of two words, the pairs of first values and of remainders: by 16 of the outer dimension [2][16] words.
 
 // For a factor that is contiguous along the outer dimension: two of its lines make pairs.
 void arrange_lines(const float* from, int64_t stride, int64_t inner, int64_t outer, int64_t width,
@@ -136,7 +136,7 @@ struct TileMemory {
 void down_tiles(const BFloat16* x, int64_t x_row, int64_t rows, int64_t columns, const uint32_t* right,
                 int64_t width, float (*sums)[kSide][kSide]) {
     TileMemory above, below, first, rest;
-    // Sums of 0 to 15 and of 16 to 31, with first values and with rests.
+    // Sums of 0 to 15 and of 16 to 31, with first values and with remainders.
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -229,7 +229,7 @@ void stage_rows(const BFloat16* above, const BFloat16* below, int64_t columns, c
 void outer_block(const uint32_t* left, int64_t width, const uint32_t* right, int64_t columns, int64_t pairs,
                  float* sums, int64_t sums_row) {
     constexpr int64_t kSteps = kBlockPairs / kSide;
-    alignas(64) uint32_t turned[kHalves * kSteps][kSide][kSide];  // a step's first values and rests
+    alignas(64) uint32_t turned[kHalves * kSteps][kSide][kSide];  // a step's first values and remainders
     TileMemory some;
     const int64_t steps = filled_up(pairs, kSide) / kSide;
     for (int64_t j = 0; j < width; j += kSide) {

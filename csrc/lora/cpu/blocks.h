@@ -42,7 +42,7 @@ concept Lanes = LoadsAndStores<Simd, float> && LoadsAndStores<Simd, Half> && Loa
                     Simd::keep_bytes(dropout, n, n, n, out);   // row, first, count: see dropout.h
                 };
 
-// A level may have `gather`: n <= 16 values that lie `stride` apart, followed by zeros, if it can.
+// A level may have `gather`: n <= 16 values with distance `stride`, followed by zeros.
 template <typename Simd>
 concept Gathers = requires(const float* from, int64_t stride, int64_t n, float* out) {
     { Simd::gather(from, stride, n, out) } -> std::same_as<bool>;

@@ -41,7 +41,7 @@ template <typename Element>
 struct Source {
     const Element* data;
     int64_t stride;
-    bool vectors;  // rows lie on 16-byte boundaries
+    bool vectors;  // rows are 16-byte aligned
 
     __device__ Source(const void* data, int64_t stride)
         : data(static_cast<const Element*>(data)),

@@ -65,7 +65,7 @@ class CudaStore : public Store {
             if (error != nullptr) {
                 for (; pinned_.size() > before; pinned_.pop_back()) peftcore_pinned_free(pinned_.back());
                 throw std::runtime_error("optimizer state needs " + std::to_string(pages * page_bytes_) +
-                                         " bytes of pinned memory beside the card: " + error);
+                                         " bytes of pinned host memory: " + error);
             }
             pinned_.push_back(page);
         }
