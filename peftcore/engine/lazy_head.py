@@ -6,6 +6,7 @@ recognizes the mark and is left out. The head's forward, the model and the loss 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -60,7 +61,7 @@ def lazy_logits(model: M, *, enabled: bool = True) -> M:
     why = why_not(model, head)
     if why is not None:
         raise PeftcoreError(f"logits of '{path}' cannot be lazy: {why}")
-    head.__dict__[_HANDLE] = head.register_forward_pre_hook(mark)
+    head.__dict__[_HANDLE] = head.register_forward_pre_hook(partial(mark, model))
     return model
 
 
@@ -81,7 +82,7 @@ def why_not(model: nn.Module, head: nn.Module) -> str | None:
     return None
 
 
-def mark(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def mark(model: nn.Module, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Mark the input of the head, as a forward pre-hook, if its logits may be lazy in this call."""
     if torch.compiler.is_compiling() or not (head.training and torch.is_grad_enabled()) or len(args) != 1:
         return None
@@ -90,12 +91,10 @@ def mark(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return None
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing():
         return None
-    if (
-        torch._C._are_functorch_transforms_active()
-        or head._backward_hooks
-        or head._backward_pre_hooks
-        or hasattr(head, "unshard")
-    ):
+    if torch._C._are_functorch_transforms_active() or head._backward_hooks or head._backward_pre_hooks:
+        return None
+    # Sharded since it was switched on: FSDP2 has made parameters whole for the forward pass, and frees them after it.
+    if hasattr(model, "unshard") or hasattr(head, "unshard") or ranks.is_sharded(model):
         return None
     marked: Any = x.as_subclass(Hidden)
     marked.original = x

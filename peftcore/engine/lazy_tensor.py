@@ -45,7 +45,8 @@ class Head:
 
     def check(self) -> None:
         """Raise a PeftcoreError if what the call read has been changed in place."""
-        if [t._version for t in self._read] != self._versions:
+        freed = any(t.numel() and not t.untyped_storage().nbytes() for t in self._read)
+        if freed or [t._version for t in self._read] != self._versions:
             raise PeftcoreError(
                 "the logits of this forward pass were not computed, and its hidden states or the head's weight have "
                 f"changed since. Read the logits before optimizer.step(), or {OFF}"
@@ -319,7 +320,8 @@ def _index(recipe: Recipe, args: Any, kwargs: Any) -> Any:
         if isinstance(each, Tensor):
             if isinstance(each, LazyLogits) or each.dtype not in (torch.bool, torch.int64):
                 return None
-            consumed, tensors = consumed + (each.dim() if each.dtype is torch.bool else 1), True
+            consumed += each.dim() if each.dtype is torch.bool else 1
+            tensors = tensors or each.dim() > 0 or each.dtype is torch.bool  # a number gives a view
         elif isinstance(each, (int, slice)) and not isinstance(each, bool):
             consumed += 1
         else:

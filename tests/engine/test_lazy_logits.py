@@ -181,6 +181,13 @@ def view_changed(logits: Tensor) -> Tensor:
     return shifted(logits) + F.cross_entropy(copied.view(-1, 96), LABELS.view(-1))
 
 
+def number_changed(logits: Tensor) -> Tensor:
+    """An index that is a tensor of one number gives a view, too."""
+    column = logits[:, torch.tensor(3)]
+    logits[:, 3].mul_(2)
+    return shifted(logits) + F.cross_entropy(column, tiny.TOKENS[:, 3])
+
+
 def both_ways(logits: Tensor) -> Tensor:
     return shifted(logits) + 0.1 * logits.square().mean() + shifted(logits.float() * 0.5)
 
@@ -208,7 +215,7 @@ class Doubled(torch.autograd.Function):
 
 
 USES: list[Callable[[Tensor], Tensor]] = [
-    *(shifted, tempered, set_in_place, view_changed, both_ways, per_row, weighted),
+    *(shifted, tempered, set_in_place, view_changed, number_changed, both_ways, per_row, weighted),
     lambda x: x.sum(),
     lambda x: Doubled.apply(x).sum(),
     lambda x: torch.utils.checkpoint.checkpoint(lambda y: y.square().sum(), x, use_reentrant=False),
@@ -379,6 +386,26 @@ def test_ddp_that_looks_for_unused_parameters(tmp_path: Any, computed: list[int]
     finally:
         torch.distributed.destroy_process_group()
     same((loss.detach(), found), wanted, 1e-5)
+
+
+def test_a_model_that_is_sharded_afterwards(tmp_path: Any) -> None:
+    """FSDP2 frees the weight of the head after the forward pass, and hooks the gradients of the outputs."""
+    from torch.distributed.fsdp import fully_shard
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = peftcore.lazy_logits(tiny.llama().train())
+        wanted, _ = step(model)
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        output = model(input_ids=tiny.TOKENS, labels=LABELS)
+        assert type(output.logits) is not LazyLogits
+        torch.testing.assert_close(output.loss.detach(), wanted)
+        with pytest.raises(peftcore.PeftcoreError, match="the model is sharded"):
+            peftcore.lazy_logits(model)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_nothing_is_kept_after_a_step() -> None:
