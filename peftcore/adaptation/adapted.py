@@ -173,10 +173,13 @@ def _base_of(module: nn.Module) -> OwnForward:
 
 
 def _chain_of(module: nn.Module, base: OwnForward) -> Any:
-    adapters, names = adapters_at(module), module.__dict__[_ACTIVE]
+    names = module.__dict__[_ACTIVE]
     if names is None:
         return _by_sample(module, base)
+    if not names:
+        return base
     chain: Any = base
+    adapters = adapters_at(module)
     for name in names:
         branched = name in adapters.branches
         chain = _around(adapters, name, inside=chain, own=base) if branched else _link(adapters, name, chain)
@@ -353,7 +356,9 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
                 return forward(self, *args, **kwargs)
         lock.enter(thread)
         try:
-            return (self._peftcore_base if lock.calls[thread] else _acting(self, lock))(*args, **kwargs)
+            if lock.calls[thread]:
+                return self._peftcore_base(*args, **kwargs)
+            return (_acting(self, lock) if lock.choosing else self._peftcore_chain)(*args, **kwargs)
         finally:
             lock.leave(thread)
 

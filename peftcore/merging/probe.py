@@ -13,6 +13,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -64,7 +65,7 @@ def refuse_inexact(
         for tensor in tensors:
             tolerance = max(tolerance, 4 * torch.finfo(tensor.dtype).eps)
         forward = original_forward(module)
-        inputs, wanted = _first_that_runs(_inputs(module, tensors[0]), lambda *args: forward(merged, *args))
+        inputs, wanted = _first_that_runs(_inputs(module, tensors[0]), partial(forward, merged))
         if inputs is None:
             if all(isinstance(adapted.adapters_at(module)[name], WeightChanges) for name in names):
                 return  # the adapted forward must read the same parameters as the plain one
@@ -122,7 +123,7 @@ def evaluated(
         for name, tensor in tensors.items():
             if tensor is None or floats is None or not tensor.is_floating_point():
                 continue
-            if type(tensor) is nn.Parameter or not is_wrapped(tensor):
+            if type(tensor) in (nn.Parameter, Tensor) or not is_wrapped(tensor):
                 tensors[name] = tensor.detach().to(floats)
     copy.__dict__["_modules"] = modules = dict(module._modules)
     for name, child in module._modules.items():
