@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcore.errors import PeftcoreError
-from peftcore.quantization import weight_format, wrapped  # noqa: F401  # they register their formats
+from peftcore.quantization import weight_format  # noqa: F401  # it registers NF4 and FP4
 from peftcore.quantization.convert import dequantize, quantize, quantized_experts, quantized_layers
 from peftcore.quantization.format import QUANT_TYPES
 from peftcore.quantization.linear import QuantizedLinear
