@@ -112,7 +112,7 @@ def test_what_is_refused(model: Any) -> None:
     ):
         with pytest.raises(peftcore.PeftcoreError, match=why):
             model(input_ids=tokens(), adapter_names=names)
-    with pytest.raises(peftcore.PeftcoreError, match="Give them to that model"):
+    with pytest.raises(peftcore.PeftcoreError, match="Pass them to that model"):
         model.model(input_ids=tokens(), adapter_names=NAMES)
     with pytest.raises(peftcore.PeftcoreError, match=r"Call model\.eval\(\)"):
         model.train()(input_ids=tokens(), adapter_names=NAMES)
