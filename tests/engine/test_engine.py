@@ -331,3 +331,16 @@ def test_a_lazy_module_is_refused_until_it_has_run() -> None:
 def test_a_name_that_is_not_text_is_refused() -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"the adapter name 'a\\ud800' contains half a surrogate pair"):
         peftcore.apply(tiny.llama(), "lora", adapter="a\ud800", target_modules=["q_proj"])
+
+
+def test_a_forward_pre_hook_that_returns_nothing_may_activate() -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    adapted = tiny.logits(model)
+    peftcore.activate(model, [])
+    assert not torch.equal(tiny.logits(model), adapted)
+
+    def activated(module: nn.Module, _args: object) -> None:
+        peftcore.activate(module, "default")
+
+    model.register_forward_pre_hook(activated)
+    assert torch.equal(tiny.logits(model), adapted)
