@@ -180,7 +180,7 @@ class FileFormat:
 
     Args:
         name: name of the format, for `save(..., format=...)`; `load` recognises it by the tensors' names.
-        file: name of the file in a folder.
+        file: name of the file in a folder, which ends in ".safetensors".
         matches: (names of a file's tensors) -> whether it is in this format.
         parts: (model, the user's name for it, or None) -> the names that its part may have in a file. It raises a
             PeftcoreError if the format does not support the model, or one with this name.

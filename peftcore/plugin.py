@@ -15,7 +15,7 @@ examples. The names by subject:
     configs               LayersConfig; validation: checks of fields
     layers                targets: choosing modules; sizes, shape_of, layer_at, is_linear, is_conv1d, base_modules,
                           base_parameters, original_class, has_forward_of_instance, modules_tied_to
-    weights               weight_format, format_in_few_bits, inside_at; embed_scale, looks_up, odd_embedding,
+    weights               weight_format, quantized_format, inside_at; embed_scale, looks_up, odd_embedding,
                           own_output; quantized_layers, default_skip
     mixtures of experts   ExpertsLayout, experts_layout, expert_biases
     the model             Architecture, Sublayer, ATTENTION, CROSS_ATTENTION, FEED_FORWARD, detect; run, inputs_of,
@@ -130,7 +130,7 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.testing import check_method as check_method
     from peftcore.testing import check_sharded as check_sharded
     from peftcore.testing import disturb as disturb
-    from peftcore.weight_formats import format_in_few_bits as format_in_few_bits
+    from peftcore.weight_formats import quantized_format as quantized_format
     from peftcore.weight_formats import weight_format as weight_format
 
 # {module: its names in the contract}. `tests/test_plugin.py` compares them with the imports above.
@@ -168,7 +168,7 @@ _MODULES = {
     "peftcore.testing": (
         "CHECKS COMPILE FAMILIES Family IDENTITY MERGE PEFT_READS PEFT_WRITES check_method check_sharded disturb"
     ),
-    "peftcore.weight_formats": "format_in_few_bits weight_format",
+    "peftcore.weight_formats": "quantized_format weight_format",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 

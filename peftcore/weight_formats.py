@@ -92,7 +92,7 @@ def weight_format(module: nn.Module) -> WeightFormat:
     return found
 
 
-def format_in_few_bits(module: nn.Module, name: str) -> WeightFormat | None:
+def quantized_format(module: nn.Module, name: str) -> WeightFormat | None:
     """Return the format of the module's own quantized parameter `name`; None if it is dense."""
     if name == "weight":
         found = find_weight_format(module)

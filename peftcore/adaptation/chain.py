@@ -29,7 +29,7 @@ from peftcore.experts import (
     has_interface_forward,
 )
 from peftcore.method import WeightFormat
-from peftcore.weight_formats import DENSE, ONE_EXPERT, format_in_few_bits, weight_format
+from peftcore.weight_formats import DENSE, ONE_EXPERT, quantized_format, weight_format
 
 if TYPE_CHECKING:
     from peftcore.ops import PackedWeight
@@ -328,7 +328,7 @@ def _changed(
     modules: dict[str, Any] = dict(module._modules)
     copy.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
     for name in dict.fromkeys(name for each in changes for name in each):
-        found = weights if name == "weight" and weights is not None else format_in_few_bits(module, name)
+        found = weights if name == "weight" and weights is not None else quantized_format(module, name)
         if found is not None and found.decode is not None:
             parameters[name] = found.read(module)  # the module also computes with a dense one
     for each in changes:

@@ -34,7 +34,7 @@ from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
 from peftcore.targets.coverage import LITTLE, Coverage, coverage
 from peftcore.validation import check_types
-from peftcore.weight_formats import format_in_few_bits
+from peftcore.weight_formats import quantized_format
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight
                 f"{method} changes the parameter '{placement.name}' of '{path}', which has none of this name"
                 f"{nearest(placement.name, parameters)}"
             )
-        is_read = not inside and format_in_few_bits(modules[path], placement.name) is not None
+        is_read = not inside and quantized_format(modules[path], placement.name) is not None
         if not is_read and not (parameter.is_floating_point() or parameter.is_complex()):
             raise PeftcoreError(
                 f"{method} changes the parameter '{placement.name}' of '{path}', which is stored as {parameter.dtype}: "

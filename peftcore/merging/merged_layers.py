@@ -26,7 +26,7 @@ from peftcore.experts import EachExpert, experts_layout
 from peftcore.merging.probe import evaluated, put, refuse_inexact
 from peftcore.method import WeightFormat
 from peftcore.registry import registry
-from peftcore.weight_formats import DENSE, find_weight_format, format_in_few_bits, weight_format
+from peftcore.weight_formats import DENSE, find_weight_format, quantized_format, weight_format
 
 
 @dataclass
@@ -157,7 +157,7 @@ def merged_copies(
     adapters = {name: there[name] for name in methods}
     base, packed = evaluated(module), dict[str, WeightFormat]()
     for name in module._parameters:
-        found = chosen if name == "weight" else format_in_few_bits(module, name)
+        found = chosen if name == "weight" else quantized_format(module, name)
         if found is not None and found.decode is not None:
             packed[name] = found
             put(base, name, _with_values(path, found.read(module).detach()).float())

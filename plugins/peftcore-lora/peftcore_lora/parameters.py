@@ -30,10 +30,10 @@ from peftcore.plugin import (
     PeftcoreError,
     base_modules,
     experts_layout,
-    format_in_few_bits,
     has_forward_of_instance,
     nearest,
     override,
+    quantized_format,
     shape_of,
     targets,
     validation,
@@ -122,7 +122,7 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[OnWeight]
                 f"'{whole}' is read by other modules, not by its own module's forward, so LoRA would have no effect. "
                 "Leave it out of target_parameters",
             )
-            is_packed = format_in_few_bits(module, name) is not None
+            is_packed = quantized_format(module, name) is not None
             validation.require(
                 len(shape) in (2, 3) and (parameter.itemsize > 1 or name == "weight" or is_packed),
                 f"'{whole}' has shape {list(shape)} and dtype {parameter.dtype}: LoRA adapts parameters of "

@@ -116,7 +116,7 @@ def test_what_is_refused(fields: dict[str, object], message: str) -> None:
         peftcore.apply(tiny.llama(), "trainable-tokens", **fields)
 
 
-def test_rows_in_few_bits_are_refused() -> None:
+def test_quantized_rows_are_refused() -> None:
     model = peftcore.quantize(tiny.llama(), skip=[])
     with pytest.raises(peftcore.PeftcoreError, match=r"'lm_head' .* is quantized.*skip="):
         peftcore.apply(model, "trainable-tokens", token_indices=[3], target_modules=["lm_head"])
