@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peftcore.architecture import Architecture
+    from peftcore.finished_call import FinishedCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +318,10 @@ class Method:
         loss: (adapters, config) -> a scalar with gradients that is added to the loss, or None. Trainers add it once per
             step, also with gradient accumulation: for each of n batches 1/n of its value after the batch's forward
             pass.
+        call_loss: (adapters, config, call) -> like `loss`, but it depends on a call of the model, a
+            :class:`FinishedCall`: its arguments, such as labels, its output, and the output of the model without
+            adapters as a teacher. It is the mean over the samples of the call, so that n batches, each with 1/n of
+            its term, equal one.
         after_step: (adapters, config, step, total_steps) -> None, called after each optimizer step, counted from 1,
             before gradients are cleared; for methods with a schedule or an importance. Not called after a step that a
             scaler skipped because of non-finite gradients.
@@ -349,6 +354,7 @@ class Method:
     recorded_as: Callable[[Any], Any] | None = None
     low_rank: Callable[[nn.Module, Any, Mapping[str, int]], Any] | None = None
     learning_rate: float = 2e-4
+    call_loss: Callable[[AdapterModules, Any, FinishedCall], Tensor | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ examples. The names by subject:
     mixtures of experts   ExpertsLayout, experts_layout, expert_biases
     the model             Architecture, Sublayer, ATTENTION, CROSS_ATTENTION, FEED_FORWARD, detect; run, inputs_of,
                           gradients_of: forward passes over batches
-    a call                Call, current_call, TokenCounter, cached_tokens, decoder_path, forward_arguments,
-                          arguments_by_name, cache_argument; first_of, with_first
+    a call                Call, current_call, FinishedCall, TokenCounter, cached_tokens, decoder_path,
+                          forward_arguments, arguments_by_name, cache_argument; first_of, with_first
     other adapters        OtherAdapter, other_adapter, has_adapters, set_trainable
     distributed training  ranks: parameters that are sharded over ranks
     errors                PeftcoreError, CheckpointError, PluginError, nearest
@@ -77,6 +77,7 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.exporting import adapter_products as adapter_products
     from peftcore.extensions import Command as Command
     from peftcore.extensions import Integration as Integration
+    from peftcore.finished_call import FinishedCall as FinishedCall
     from peftcore.hookspecs import hookimpl as hookimpl
     from peftcore.layers import is_conv1d as is_conv1d
     from peftcore.layers import is_linear as is_linear
@@ -152,6 +153,7 @@ _MODULES = {
     "peftcore.exporter": "Exporter",
     "peftcore.exporting": "adapter_products",
     "peftcore.extensions": "Command Integration",
+    "peftcore.finished_call": "FinishedCall",
     "peftcore.hookspecs": "hookimpl",
     "peftcore.layers": "is_conv1d is_linear shape_of sizes",
     "peftcore.merging.lookup": "embed_scale looks_up odd_embedding",

@@ -21,7 +21,7 @@ ORDER = [
         "layers",
         "ops",
     },
-    {"architecture", "exporter", "extensions", "hookspecs"},
+    {"architecture", "exporter", "extensions", "finished_call", "hookspecs"},
     {"validation", "ranks", "method", "files.safe_reading", "files.folder", "files.atomic_writing", "optim", "experts"},
     {"registry"},
     {"weight_formats"},

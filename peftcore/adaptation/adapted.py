@@ -352,8 +352,11 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
                 return self._peftcore_base(*args, **kwargs)
             return (_acting(self, lock) if lock.choosing else self._peftcore_chain)(*args, **kwargs)
         if lock.context is not None and not lock.context.inside():
-            with Frame(self, lock.context, args, kwargs):
-                return forward(self, *args, **kwargs)
+            with Frame(self, lock.context, args, kwargs) as frame:
+                output = forward(self, *args, **kwargs)
+            if frame.context.keeping:
+                lock.keep_call(frame, args, kwargs, output)
+            return output
         lock.enter(thread)
         try:
             if lock.calls[thread]:

@@ -28,6 +28,7 @@ from peftcore.engine.state import (
 )
 from peftcore.engine.training_hooks import (
     after_step,
+    call_losses,
     extra_loss,
     has_loss,
     has_parameter_groups,
@@ -51,6 +52,7 @@ __all__ = [
     "apply",
     "apply_to_fill",
     "call_in",
+    "call_losses",
     "changed",
     "check_dtype",
     "check_model",

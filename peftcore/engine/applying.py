@@ -179,6 +179,7 @@ def _apply(
         reads=reads,
         whole_batch=whole_batch,
         frozen=TrainedParameters.of(model, adapter) is None,  # by `_settle`
+        keeps_calls=of_method.call_loss is not None,
     )
     state.applied[adapter] = entry
     model.__dict__[STATE] = state

@@ -37,12 +37,15 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
 
 
 def ask_of_calls(state: State) -> None:
-    """Record calls of the model if an adapter, active or not, reads them, or if samples have their own adapters."""
+    """Record calls of the model if an adapter reads them, active or not, or a loss, or if samples have adapters."""
     before = state.lock.context
     reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
     state.lock.context = context_for(reads, before)
-    if state.lock.context is None and state.samples is not None:
+    keeping = frozenset(name for name, entry in state.applied.items() if entry.keeps_calls)
+    if keeping or state.samples is not None:
         note_calls(state)
+    if state.lock.context is not None:
+        state.lock.context.keeping = keeping
 
 
 def note_calls(state: State) -> None:

@@ -68,9 +68,9 @@ class ExtraLoss(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.added and (terms := engine.loss_terms(self.model)):
+        if not self.added and (names := engine.call_losses(self.model) or list(engine.loss_terms(self.model))):
             raise PeftcoreError(
-                f"{list(terms)} add a term to the loss, but training_step of {type(self.trainer).__name__} "
+                f"{names} add a term to the loss, but training_step of {type(self.trainer).__name__} "
                 "bypassed it. Make it call self.accelerator.backward(loss) instead of loss.backward()"
             )
         self.steps += 1

@@ -23,7 +23,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.prompts.backbone import IN_CACHE, IN_MASK, SOFT, arguments_by_name, first_position, forward_arguments
 
 # State of earlier calls that is not a transformers `Cache`: how many tokens it has read is not known.
-_OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _COUNTED = "_peftcore_counted"  # attribute of a cache: `_Counted`
 
 
@@ -120,7 +120,7 @@ class TokenCounter(Adapter):
         """Return what the arguments of a call of the model, or of a stack, say."""
         cache = None if self.stack == "encoder" else _cache(call.values())
         past, noted = (0, None) if cache is None else (cached_tokens(cache), getattr(cache, _COUNTED, None))
-        if any(call.get(name) is not None and call[name] is not cache for name in _OTHER_CACHES):
+        if any(call.get(name) is not None and call[name] is not cache for name in OTHER_CACHES):
             past = None
         mask = call.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and self.stack == "decoder":
