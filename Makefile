@@ -32,7 +32,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-
 
 # A test over two seconds of the processor that is not marked `slow` fails.
 test: $(VENV)/dev.stamp
-	PEFTCORE_BUDGET=2 $(PYTEST) --durations 40 --durations-min 5
+	PEFTCORE_BUDGET=$${PEFTCORE_BUDGET:-2} $(PYTEST) --durations 40 --durations-min 5
 
 # And what takes long: each family of models and every check, all cases of the corpora, sanitizers, a part of the census;
 # then once more with the kernels of plain C++, which tests/ops tries in both. An hour on two cores.

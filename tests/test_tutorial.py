@@ -37,6 +37,7 @@ def sparse_gain(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     registry.unregister("sparse-gain")
 
 
+@pytest.mark.slow
 def test_the_tutorials_result(sparse_gain: ModuleType) -> None:
     sparse_gain.test_conformance()
     sparse_gain.test_few_are_left()
