@@ -323,8 +323,9 @@ class Method:
             adapters as a teacher. It is the mean over the samples of the call, so that n batches, each with 1/n of
             its term, equal one.
         after_step: (adapters, config, step, total_steps) -> None, called after each optimizer step, counted from 1,
-            before gradients are cleared; for methods with a schedule or an importance. Not called after a step that a
-            scaler skipped because of non-finite gradients.
+            before gradients are cleared; for methods with a schedule or an importance. `current_optimizer` and
+            `reset_optimizer_state` reach the optimizer. Not called after a step that a scaler skipped because of
+            non-finite gradients.
         needs_after_step: (config) -> whether `after_step` does anything for this config. If so, a training loop that
             does
             not call it causes a warning at the second optimizer step.

@@ -22,6 +22,7 @@ examples. The names by subject:
                           gradients_of: forward passes over batches
     a call                Call, current_call, FinishedCall, TokenCounter, cached_tokens, decoder_path,
                           forward_arguments, arguments_by_name, cache_argument; first_of, with_first
+    training              current_optimizer, reset_optimizer_state
     other adapters        OtherAdapter, other_adapter, has_adapters, set_trainable
     distributed training  ranks: parameters that are sharded over ranks
     errors                PeftcoreError, CheckpointError, PluginError, nearest
@@ -61,6 +62,8 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.architecture import Architecture as Architecture
     from peftcore.architecture import Sublayer as Sublayer
     from peftcore.engine import set_trainable as set_trainable
+    from peftcore.engine.current_optimizer import current_optimizer as current_optimizer
+    from peftcore.engine.current_optimizer import reset_optimizer_state as reset_optimizer_state
     from peftcore.engine.other_adapters import OtherAdapter as OtherAdapter
     from peftcore.engine.other_adapters import has_adapters as has_adapters
     from peftcore.engine.other_adapters import other_adapter as other_adapter
@@ -146,6 +149,7 @@ _MODULES = {
     "peftcore.adapter": "Adapter Base BranchedBase LowRank implements",
     "peftcore.architecture": "ATTENTION Architecture CROSS_ATTENTION FEED_FORWARD Sublayer",
     "peftcore.engine": "set_trainable",
+    "peftcore.engine.current_optimizer": "current_optimizer reset_optimizer_state",
     "peftcore.engine.other_adapters": "OtherAdapter has_adapters other_adapter",
     "peftcore.engine.trained": "base_tensors modules_tied_to",
     "peftcore.errors": "CheckpointError PeftcoreError PluginError nearest",

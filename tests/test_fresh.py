@@ -22,6 +22,8 @@ ELSEWHERE = {  # public functions with tests of their own processes, and classes
     "shard": "tests/parallel",
     "call_arguments": "within a call",
     "current_call": "within a call",
+    "current_optimizer": "within a step",
+    "reset_optimizer_state": "within a step",
     "hookimpl": "a marker",
     "prompt_tensor_name": "a string of strings",
     "tensor_name": "a string of strings",

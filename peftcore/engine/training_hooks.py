@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ranks
+from peftcore.engine.current_optimizer import stepping, unwrapped
 from peftcore.engine.finished_calls import take_finished_call
 from peftcore.engine.state import Applied, applied, check_model, placements, require_state, state_of
 from peftcore.errors import PeftcoreError
@@ -47,7 +48,7 @@ def method_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
     return found | dict(zip(free, prompts, strict=False))
 
 
-def after_step(model: nn.Module, step: int, total_steps: int) -> None:
+def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any = None) -> None:
     """Run the `after_step` of the methods of the active adapters; trainers call this after each optimizer step.
 
     Call it between `optimizer.step()` and `optimizer.zero_grad()`, while the gradients exist.
@@ -55,21 +56,27 @@ def after_step(model: nn.Module, step: int, total_steps: int) -> None:
     Args:
         step: number of the step, from 1.
         total_steps: total number of steps.
+        optimizer: the optimizer that has stepped; methods that reset its state need it.
 
     Raises:
-        PeftcoreError: no adapter is applied, or the numbers are invalid.
+        PeftcoreError: no adapter is applied, the numbers are invalid, `optimizer` is not one, or a method needs it.
     """
     require_state(model)
     if not (isinstance(step, int) and isinstance(total_steps, int)) or step < 1:
         raise PeftcoreError(
             f"after_step takes the number of the step, from 1, and the total number of steps, found {step!r}"
         )
+    optimizer = unwrapped(optimizer)
     for name, entry, method in _training(model):
         entry.missed_steps = None
         if method.after_step is not None:
             modules = method_modules(model, name)
             parameters = (parameter for module in modules.values() for parameter in module.parameters())
-            with registry.naming(method.name, "after_step"), ranks.gathered(parameters, write=True):
+            with (
+                registry.naming(method.name, "after_step"),
+                ranks.gathered(parameters, write=True),
+                stepping(optimizer),
+            ):
                 method.after_step(modules, entry.config, step, total_steps)
 
 

@@ -155,7 +155,7 @@ def _follow(
         _update(parameters, optimizer)
         following.times = 1.0
         if state_of(model) is not None:
-            after_step(model, 1, 1000)
+            after_step(model, 1, 1000, optimizer=optimizer)
         optimizer.zero_grad()
     following.end()
     for hook in hooks:

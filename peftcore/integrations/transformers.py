@@ -58,7 +58,7 @@ class AfterStep(TrainerCallback):
             model = kwargs["model"]
             if engine.state_of(model) is None:  # inside DDP or torch.compile; asking accelerate takes a millisecond
                 model = extract_model_from_parallel(model, keep_torch_compile=False)
-            engine.after_step(model, state.global_step + 1, state.max_steps)
+            engine.after_step(model, state.global_step + 1, state.max_steps, optimizer=kwargs.get("optimizer"))
 
 
 class PagingReport(TrainerCallback):

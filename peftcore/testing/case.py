@@ -198,6 +198,6 @@ def train(
         loss = loss_of(model, inputs) + peftcore.extra_loss(model)
         loss.backward()
         optimizer.step()
-        peftcore.after_step(model, step, total or begin + steps)
+        peftcore.after_step(model, step, total or begin + steps, optimizer=optimizer)
         losses.append(loss.item())
     return losses

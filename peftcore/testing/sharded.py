@@ -80,8 +80,9 @@ def _work(folder: str, config: Any, family: str, adapters: Shards) -> None:
     peftcore.shard(spread, adapter_placement=adapters)
     for model, batch in ((alone, inputs), (spread, mine)):
         (loss_of(model, batch) + peftcore.extra_loss(model)).backward()
-        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, foreach=False).step()
-        peftcore.after_step(model, 1, 2)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, foreach=False)
+        optimizer.step()
+        peftcore.after_step(model, 1, 2, optimizer=optimizer)
     wanted = dict(adapter_parameters(alone, "default"))
     ranks.reshard(spread)
     for name, parameter in adapter_parameters(spread, "default"):

@@ -262,7 +262,6 @@ def test_a_loss_can_have_both_terms_and_the_state_of_the_call() -> None:
         torch.testing.assert_close(peftcore.extra_loss(found), wanted)
 
 
-@pytest.mark.slow
 def test_the_conformance_suite() -> None:
     config = peftcore.methods()["keeping"].config_class(target_modules=("o_proj",))
     names = ("training lowers the loss", "resume is exact", "disabled equals base", "gradient checkpointing")

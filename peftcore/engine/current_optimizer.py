@@ -1,0 +1,85 @@
+"""Optimizer of the step whose `after_step` runs, for methods that reset its state, such as ReLoRA's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+from torch.optim import LBFGS, Adagrad, Optimizer
+
+from peftcore.errors import PeftcoreError
+
+_OPTIMIZER: ContextVar[tuple[Optimizer | None, ...]] = ContextVar("peftcore_optimizer", default=())
+
+
+def unwrapped(optimizer: Any) -> Optimizer | None:
+    """Return the PyTorch optimizer in `optimizer`, which accelerate may have wrapped, or None for None.
+
+    Raises:
+        PeftcoreError: it is not an optimizer.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise PeftcoreError(f"optimizer must be a torch.optim.Optimizer, found {type(optimizer).__name__}")
+    return optimizer
+
+
+@contextmanager
+def stepping(optimizer: Optimizer | None) -> Iterator[None]:
+    """Make `current_optimizer` return `optimizer` in the block; None if the loop did not pass it."""
+    token = _OPTIMIZER.set((optimizer,))
+    try:
+        yield
+    finally:
+        _OPTIMIZER.reset(token)
+
+
+def current_optimizer() -> Optimizer:
+    """Return the optimizer that has just stepped, for a method's `after_step`.
+
+    Raises:
+        PeftcoreError: no `after_step` is running, or the training loop did not pass the optimizer.
+    """
+    running = _OPTIMIZER.get()
+    if not running:
+        raise PeftcoreError("current_optimizer() is for the after_step of a method, while it is called")
+    (optimizer,) = running
+    if optimizer is None:
+        raise PeftcoreError(
+            "the method's after_step needs the optimizer. Pass it: "
+            "peftcore.after_step(model, step, total_steps, optimizer=optimizer)"
+        )
+    return optimizer
+
+
+def reset_optimizer_state(parameters: Iterable[nn.Parameter]) -> None:
+    """Reset the state of `parameters` in the optimizer that has just stepped; for a method's `after_step`.
+
+    The next step treats them as in its first: moments are zero, and the count of steps begins again. Learning rates,
+    groups and the state of other parameters stay.
+
+    Raises:
+        PeftcoreError: as for `current_optimizer`; or the optimizer does not have these parameters, or cannot make
+            state again.
+    """
+    optimizer = current_optimizer()
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, (Adagrad, LBFGS)):
+        raise PeftcoreError(
+            f"{kind} cannot reset the state of single parameters: it does not make their state at a step. Use AdamW "
+            "or another optimizer that does"
+        )
+    chosen = list(parameters)
+    there = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = sum(id(parameter) not in there for parameter in chosen)
+    if missing:
+        raise PeftcoreError(
+            f"{kind} does not have {missing} of the {len(chosen)} parameters whose state is to be reset. Pass the "
+            "optimizer that trains them; one that keeps copies of parameters, such as DeepSpeed's, cannot be used"
+        )
+    for parameter in chosen:
+        optimizer.state.pop(parameter, None)
