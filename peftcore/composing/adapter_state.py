@@ -181,11 +181,17 @@ def _fitted(
             continue
         here, other = applied[path], wanted.get(path)
         own, theirs = _own_factors(here), None if other is None else _own_factors(other)
-        thin = own is not None and (other is None or theirs is not None)
-        why = difference(here, other, numbers=not thin) if other is not None else None if thin else "nothing is there"
+        is_low_rank = own is not None and (other is None or theirs is not None)
+        why = (
+            difference(here, other, numbers=not is_low_rank)
+            if other is not None
+            else None
+            if is_low_rank
+            else "nothing is there"
+        )
         if why:
             raise refuse(f"it differs at '{path}': {why}")
-        if own is None or not thin:
+        if own is None or not is_low_rank:
             continue
         names = {
             id(tensor): rules.tensor_name(each, name) for each in placements for name, tensor in _tensors(each.adapter)

@@ -87,7 +87,7 @@ def changes_of_trained(model: nn.Module, adapter: str, lock: ModelLock) -> Itera
             yield owner, f"was replaced by another {original_class(module).__name__}"
 
 
-def standing(model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLock) -> list[tuple[str, nn.Module]]:
+def attached(model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLock) -> list[tuple[str, nn.Module]]:
     """Return (path, module) where `adapter` is still attached."""
     found: list[tuple[str, nn.Module]] = []
     for path in paths:

@@ -13,7 +13,7 @@ from peftcore.adaptation import adapted
 from peftcore.adaptation.adapted import TRAINED
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.engine.change_detection import Snapshot
-from peftcore.engine.changes import Site, changes, changes_of_trained, standing
+from peftcore.engine.changes import Site, attached, changes, changes_of_trained
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.events import adapters_wanted
@@ -150,8 +150,8 @@ def adapter_modules(model: nn.Module, adapter: str) -> list[tuple[str, nn.Module
 def placements(model: nn.Module, adapter: str) -> list[AdapterPlacement]:
     """Return each placement of `adapter` that is still attached, once, in the order of placing."""
     entry = applied(model, adapter)
-    standing = (each for path, _ in adapter_modules(model, adapter) for each in entry.placements[path])
-    return list({id(placement): placement for placement in standing}.values())
+    found = (each for path, _ in adapter_modules(model, adapter) for each in entry.placements[path])
+    return list({id(placement): placement for placement in found}.values())
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -213,7 +213,7 @@ def modules_with(model: nn.Module, state: State, adapter: str) -> list[tuple[str
     if state.snapshot is not None and state.snapshot.matches(state.sites):
         modules = state.snapshot.modules
         return [(path, modules[path]) for path in state.applied[adapter].paths]
-    return standing(model, adapter, state.applied[adapter].paths, state.lock)
+    return attached(model, adapter, state.applied[adapter].paths, state.lock)
 
 
 def in_words(changes: dict[str, str], most: int = 3) -> str:

@@ -203,7 +203,7 @@ def summary(model: nn.Module) -> Summary:
         copied.update(*(not_thin({path: found}) for path, found in entry.placements.items()))
         apart |= one_by_one(entry.placements)
         own = TrainedParameters.of(model, name)
-        for _, value, original in own.standing(model) if own is not None else ():
+        for _, value, original in own.in_model(model) if own is not None else ():
             if isinstance(original, nn.Parameter):
                 base.pop(id(value), None)
                 base[id(original)] = original, _count(original)

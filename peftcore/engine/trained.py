@@ -156,7 +156,7 @@ class TrainedParameters(nn.Module):
         base = base_tensors(model)
         return any(not torch.equal(tensor, base[name]) for name, tensor in self.kept_values(model))
 
-    def standing(self, model: nn.Module) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    def in_model(self, model: nn.Module) -> Iterator[tuple[list[str], Tensor, Tensor]]:
         """Yield (slots, the adapter's tensor, the base's tensor) of adapter-owned tensors that are in the model now."""
         here = {**(self.slots if self.active else {}), **{name: self.kept[name] for name in self.held}}
         for name, slots in here.items():
@@ -249,7 +249,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and moving buffers of the base by name, also where an adapter's own are in their place."""
     tensors = dict([*base_parameters(model), *moving_buffers(model)])
     for _, own in all_of(model):
-        for slots, _, original in own.standing(model):
+        for slots, _, original in own.in_model(model):
             tensors.update(dict.fromkeys(slots, original))
     return tensors
 

@@ -85,13 +85,13 @@ def experts_forward(
         if isinstance(weight, Tensor) and not torch.is_autocast_enabled(autocast_device(x)):
             x = x.to(weight.dtype)  # as transformers' grouped_mm does
         own = changes.get(name, ())
-        thin = [each for each in own if isinstance(each, LowRank)]
+        low_rank = [each for each in own if isinstance(each, LowRank)]
         trains = isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
-        if len(thin) < len(own) or trains:
+        if len(low_rank) < len(own) or trains:
             return product_by_expert(module, x, routing.offsets, name, own, around)
-        if not thin:
+        if not low_rank:
             return ops.grouped_linear(x, routing.offsets, weight, bias, layout.transposed)
-        first, *others = _together(thin)
+        first, *others = _together(low_rank)
         y = ops.grouped_lora_linear(
             x, routing.offsets, weight, bias, first.a, first.b, layout.transposed, first.scale, first.dropout_p
         )

@@ -211,7 +211,7 @@ def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
     own = TrainedParameters.of(model, name)
     if own is None:
         return
-    values = [(slots, value.detach().clone()) for slots, value, _ in own.standing(model)]
+    values = [(slots, value.detach().clone()) for slots, value, _ in own.in_model(model)]
     own.activate(model, False)
     own.hold(model, ())
     for slots, value in values:

@@ -109,7 +109,7 @@ class Trace:
 _REMEMBERED: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
 
 
-_HELD = threading.local()  # .model: (the model that this thread leaves as it is, its likeness)
+_HELD = threading.local()  # .model: (the model that this thread leaves as it is, its structure)
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def left_as_it_is(model: nn.Module) -> Iterator[None]:
     """Promise that `model` does not change inside the block, so that caches are validated only once."""
     before = getattr(_HELD, "model", None)
     if before is None or before[0] is not model:
-        _HELD.model = model, likeness(model)
+        _HELD.model = model, structure_of(model)
     try:
         with walked_once(model):
             yield
@@ -131,7 +131,7 @@ def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]
     @functools.wraps(find)
     def remembered(model: nn.Module) -> Any:
         held = getattr(_HELD, "model", None)
-        like = held[1] if held is not None and held[0] is model else likeness(model)
+        like = held[1] if held is not None and held[0] is model else structure_of(model)
         known = _REMEMBERED.get(model)
         if known is None or known[0] is not like:
             known = _REMEMBERED[model] = like, known[1] if known is not None and known[0] == like else {}
@@ -146,7 +146,7 @@ def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]
 def known_as(model: nn.Module, other: nn.Module) -> None:
     """Share cached facts between `model` and `other`, which have the same weights and parts."""
     if other not in _REMEMBERED:
-        _REMEMBERED[other] = likeness(other), {}
+        _REMEMBERED[other] = structure_of(other), {}
     _REMEMBERED[model] = _REMEMBERED[other]
 
 
@@ -187,7 +187,7 @@ class _Watch:
         self._paths = {id(module): path for path, module in base_modules(model)}
         self._call: Call | None = None
         self._seen: dict[Any, tuple[str, Any, Any]] = {}  # layers that were watched
-        self._likenesses: dict[int, Any] = {}
+        self._structures: dict[int, Any] = {}
         self._running: dict[int, int] = defaultdict(int)  # calls of a module that have begun, by its id
         for module in model.modules():
             for parameter in module._parameters.values():
@@ -228,7 +228,7 @@ class _Watch:
                 else:
                     call.given[name] = shapes_of(value)
             self.trace.calls.append(call)
-            key = (path.rpartition(".")[0], self._likeness(module), _kind(args, kwargs)) if is_layer else None
+            key = (path.rpartition(".")[0], self._structure(module), _kind(args, kwargs)) if is_layer else None
             if key in self._seen:
                 output = self._again(call, *self._seen[key], args, kwargs)
             else:
@@ -272,10 +272,10 @@ class _Watch:
 
         return tree_map_only(Tensor, like, output)
 
-    def _likeness(self, module: nn.Module) -> Any:
-        if id(module) not in self._likenesses:
-            self._likenesses[id(module)] = likeness(module)
-        return self._likenesses[id(module)]
+    def _structure(self, module: nn.Module) -> Any:
+        if id(module) not in self._structures:
+            self._structures[id(module)] = structure_of(module)
+        return self._structures[id(module)]
 
     def _new(
         self,
@@ -332,7 +332,7 @@ _TURNS: dict[str, Callable[..., bool]] = {
 }
 
 
-def likeness(module: nn.Module) -> Any:
+def structure_of(module: nn.Module) -> Any:
     """Return a value that is equal for modules with the same parts, sizes and settings, whatever their index is."""
     is_setting: Callable[[Any], bool] = _is_setting  # to mypy a class is not hashable
 

@@ -251,9 +251,9 @@ class GroupedLinearBackward(_Experts):
     def empty(self) -> tuple[Tensor, Tensor, Tensor]:
         rows, width = len(self.grad), self.sizes[2]
         dx = _empty(self.grad, (rows, width) if self.needs[0] else (0,))
-        thin = self.factors[:2] if self.factors else [dx.new_empty(0)] * 2
-        shapes = [t.shape if needed else (0,) for t, needed in zip(thin, self.needs[1:], strict=True)]
-        da, db = (_empty(dx, shape, t.dtype) for shape, t in zip(shapes, thin, strict=True))
+        factors = self.factors[:2] if self.factors else [dx.new_empty(0)] * 2
+        shapes = [t.shape if needed else (0,) for t, needed in zip(factors, self.needs[1:], strict=True)]
+        da, db = (_empty(dx, shape, t.dtype) for shape, t in zip(shapes, factors, strict=True))
         return dx, da, db
 
 
