@@ -57,7 +57,8 @@ class CallState(dict[Hashable, Any]):
         if key in self and not is_dynamo_compiling() and torch._C._current_graph_task_id() < 0:
             raise PeftcoreError(
                 f"the state of this call has {key!r} already. A checkpointed part that runs again would read the new "
-                "value: write each value once, under a key of its layer"
+                "value, and two adapters of one method would read each other's. Write each value once, under a key of "
+                "its adapter and its layer, such as (a module that the adapter's layers share, layer)"
             )
         super().__setitem__(key, value)
 
@@ -67,9 +68,9 @@ class Call(Mapping[str, Any]):
 
     Attributes:
         state: values that adapters share during this call, such as what one layer's adapter leaves for the next. It
-            belongs to one call in one thread, and is empty at the beginning; keys are a method's own, such as
-            `("ladder", layer)`. Where each sample of a batch has its own adapter, the samples of one adapter have a
-            state of their own.
+            belongs to one call in one thread, and is empty at the beginning; keys are an adapter's own, such as
+            `(module that its layers share, layer)`. Where each sample of a batch has its own adapter, the samples of
+            one adapter have a state of their own.
     """
 
     def __init__(self, values: dict[str, Any], samples: Tensor | None = None) -> None:

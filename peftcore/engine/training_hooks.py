@@ -131,7 +131,11 @@ def loss_terms(model: nn.Module) -> dict[str, Tensor]:
             call = call or take_finished_call(model, method.name)
             with registry.naming(method.name, "call_loss"):
                 term = method.call_loss(modules, entry.config, call)
-            found.append(_term(term, method.name, "the output of the call or the adapters' parameters"))
+            source = (
+                "the output of the call, the adapters' parameters, or what layers leave in the call's state "
+                "(checkpointed ones: with use_reentrant=False)"
+            )
+            found.append(_term(term, method.name, source))
         for each in found:
             if each is not None:
                 terms[name] = terms[name] + each.to(terms[name].device) if name in terms else each

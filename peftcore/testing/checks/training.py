@@ -82,7 +82,7 @@ def checkpointing(case: Case) -> str | None:
             if kwargs["use_reentrant"]:
                 model.enable_input_require_grads()
         first_output(model(**case.inputs(), **options)).square().mean().backward()
-        found = gradients_of(model)
+        found = gradients_of(model, f"{kwargs}: ")
         wanted = wanted or found
         for name, gradient in found.items():
             limit = 1e-5 * wanted[name].abs().max().item() + 1e-7  # for gradients that are zero up to rounding
@@ -90,11 +90,11 @@ def checkpointing(case: Case) -> str | None:
     return None
 
 
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gradient of each parameter of the adapter."""
+def gradients_of(model: nn.Module, when: str = "") -> dict[str, Tensor]:
+    """Return the gradient of each parameter of the adapter. `when`: the first words of a failure."""
     found = {}
     for name, parameter in adapter_parameters(model, "default"):
-        assert parameter.grad is not None, f"'{name}' gets no gradient"
+        assert parameter.grad is not None, f"{when}'{name}' gets no gradient"
         found[name] = parameter.grad.clone()
     return found
 
