@@ -13,7 +13,7 @@ from peftcore import ranks
 from peftcore.engine.current_optimizer import stepping, unwrapped
 from peftcore.engine.finished_calls import take_finished_call
 from peftcore.engine.state import Applied, applied, check_model, placements, require_state, state_of
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, PluginError
 from peftcore.finished_call import FinishedCall
 from peftcore.method import After, Around, Method, OnWeight
 from peftcore.registry import registry
@@ -60,6 +60,7 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
 
     Raises:
         PeftcoreError: no adapter is applied, the numbers are invalid, `optimizer` is not one, or a method needs it.
+        PluginError: a method has changed the base.
     """
     require_state(model)
     if not (isinstance(step, int) and isinstance(total_steps, int)) or step < 1:
@@ -71,6 +72,7 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
         entry.missed_steps = None
         if method.after_step is not None:
             modules = method_modules(model, name)
+            before = _base_versions(model, entry)
             parameters = (parameter for module in modules.values() for parameter in module.parameters())
             with (
                 registry.naming(method.name, "after_step"),
@@ -78,6 +80,14 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
                 stepping(optimizer),
             ):
                 method.after_step(modules, entry.config, step, total_steps)
+            after = _base_versions(model, entry)
+            changed = next((each for each in after if before.get(each, after[each]) != after[each]), None)
+            if changed is not None:
+                raise PluginError(
+                    f"{method.name} has changed '{changed}' of the base in after_step, and a file of the adapter would "
+                    "not hold the change. Load the base again, and report this to the plugin's author: the method can "
+                    "add to a buffer of the adapter instead"
+                )
 
 
 def extra_loss(model: nn.Module) -> Tensor:
@@ -245,6 +255,21 @@ def _training(model: nn.Module) -> Iterator[tuple[str, Applied, Method]]:
         entry = state.applied[name]
         if entry.trainable and state.merged is None:
             yield name, entry, registry.method(entry.method)
+
+
+def _base_versions(model: nn.Module, entry: Applied) -> dict[str, int]:
+    """Return {name: version} of the frozen base parameters of the modules that an adapter is attached to."""
+    found = {}
+    for path in entry.paths:
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:  # it has been deleted
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter.requires_grad or parameter.is_inference() or ranks.is_part(parameter):
+                continue
+            found[f"{path}.{name}" if path else name] = parameter._version
+    return found
 
 
 def _dimensions(parameter: nn.Parameter) -> int:

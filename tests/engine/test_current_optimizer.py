@@ -172,6 +172,22 @@ def test_the_state_of_other_parameters_stays() -> None:
     assert states[0] >= {id(p) for p in second.parameters()}
 
 
+def test_an_after_step_that_changes_the_base_is_reported() -> None:
+    found = model()
+
+    @torch.no_grad()
+    def fold(adapters: Any, config: Any, step: int, total_steps: int) -> None:
+        for path, adapter in adapters.items():
+            found.get_submodule(path).weight += adapter.gain
+
+    with tiny.installed(tiny.method("folding", after_step=fold)):
+        peftcore.apply(found, "folding", adapter="other")
+        with pytest.raises(
+            peftcore.PluginError, match=r"folding has changed 'model\.layers\.0\.self_attn\.q_proj\.weight'"
+        ):
+            peftcore.after_step(found, 1, STEPS)
+
+
 def test_where_it_cannot_be_it_is_an_error() -> None:
     found = model()
     own = [p for p in found.parameters() if p.requires_grad]

@@ -157,8 +157,9 @@ def test_a_trainer_that_adds_no_term_or_calls_twice_is_refused(tmp_path: Path) -
             model(**inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
+    two = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     with pytest.raises(peftcore.PeftcoreError, match=r"'default'.* training_step of Past bypassed it"):
-        trainer(tmp_path, model(), Past, rows=ROWS).train()
+        trainer(tmp_path, model(), Past, rows=ROWS, **two).train()
     with pytest.raises(peftcore.PeftcoreError, match="one call of the model, and 2 calls with gradients have finished"):
         trainer(tmp_path, model(), Twice, rows=ROWS).train()
 
