@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import rank_work
+import tiny
 import torch
 from rank_cases import CASES
 from torch import nn
 
 import peftcore
 from peftcore import ranks
+from peftcore.engine import adapter_modules
+from peftcore.plugin import StateRules, layer_at, weight_format
 from peftcore.testing import disturb
 
 # Sizes that fit these bases better than those of `rank_cases`, which no number of ranks divides.
@@ -132,3 +135,28 @@ def drifted(folder: str, shared: bool) -> str:
     except peftcore.PeftcoreError as error:
         return str(error)
     return "saved"
+
+
+def computed_from_weights(folder: str) -> list[float]:
+    """Largest error of tensors that `read` computes from weights, as an adapter is saved and loaded on shards."""
+
+    def means(model: nn.Module, tensors: dict[str, Any], fields: dict[str, Any]) -> tuple[Any, Any]:
+        found = {}
+        for name in tensors:
+            layer = layer_at(model, name.removeprefix("base_model.model.").removesuffix(".gain"))
+            found[name] = weight_format(layer).read(layer).mean()
+        return found, fields
+
+    other = lambda model, tensors, fields: ({n: t + 1 for n, t in tensors.items()}, fields)  # noqa: E731
+    rules = StateRules(peft_type="TOY_MEANS", read=means, write=other)
+    where = f"{folder}/means"
+    with tiny.installed(tiny.method("means", state=rules)):
+        shards = peftcore.apply(peftcore.load_sharded(f"{folder}/llama"), "means")
+        peftcore.save(shards, where)
+        loaded = peftcore.load(peftcore.load_sharded(f"{folder}/llama"), where)
+        whole = base(folder, "llama")
+        return [
+            (parameter - whole.get_submodule(path).weight.mean()).abs().max().item()
+            for path, adapter in adapter_modules(loaded, "default")
+            for parameter in adapter.parameters()
+        ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peftcore import engine
+from peftcore import engine, ranks
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files import single_file
 from peftcore.files.folder import Folder, read_folder
@@ -131,7 +131,7 @@ def _read(
     fields["ensure_weight_tying"] = False if tied is None else tied
     if VERSION in metadata:
         fields.setdefault("peft_version", peft_version())  # the fields are those of that release
-    with guarded(method, f"'{opened.path}'"):
+    with guarded(method, f"'{opened.path}'"), ranks.whole_when_read(model):
         for layout in method.state.layouts.values():
             tensors, fields = layout.read(model, tensors, fields)
         why = None if VERSION in metadata else method.state.peft.refused(model, tensors, fields)

@@ -234,7 +234,7 @@ def _refuse_unreadable(
     """Raise a PluginError unless `read` returns the tensors that `write` was given, in their shapes."""
     method = registry.method(engine.applied(model, adapter).method)
     fields = {**fields, "peft_version": peft_version()}
-    with registry.naming(method.name, "read"):
+    with registry.naming(method.name, "read"), ranks.whole_when_read(model):
         found = method.state.read(model, dict(written), fields)[0]
     wanted = {**tensors_on_disk(model, adapter), **kept_on_disk(model, adapter)}
     for name in sorted(wanted.keys() & given.keys() - for_training(model, adapter)):

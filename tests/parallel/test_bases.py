@@ -30,6 +30,11 @@ def test_methods_that_read_the_base_on_a_sharded_one(folder: str) -> None:
         assert not {case: far for case, far in found.items() if case not in refused and far > 1e-6}
 
 
+def test_read_computes_tensors_from_whole_weights(folder: str) -> None:
+    for errors in run(rank_bases.computed_from_weights, folder):
+        assert len(errors) == 3 and max(errors) < 1e-6
+
+
 def test_every_method_under_tensor_parallelism(folder: str) -> None:
     for found in run(rank_bases.table_on_tensor_parallel, folder):
         right = {case for case, far in found.items() if not isinstance(far, str) and far <= 1e-6}
