@@ -311,8 +311,8 @@ class Method:
             model, preferably with `run`, `inputs_of` and `gradients_of`: in evaluation mode, without gradients unless
                 it
             enables them, with the adapters that are already active. It changes only its adapters. Mode, gradients,
-            moving buffers and random states are restored afterwards, and if it raises, the adapter is removed. `load`
-            does not call it.
+            moving buffers, random states and the problem type in the model's config are restored afterwards, and if it
+            raises, the adapter is removed. `load` does not call it.
         initializes: (config) -> whether `initialize` does anything for this config. If not, it is not called, and
             `batches` are refused.
         loss: (adapters, config) -> a scalar with gradients that is added to the loss, or None. Trainers add it once per

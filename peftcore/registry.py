@@ -155,9 +155,10 @@ class Registry:
         for method in self.methods().values():
             if type(config) is method.config_class:
                 return method
+        name, known = type(config).__name__, [method.config_class.__name__ for method in self.methods().values()]
         raise PluginError(
-            f"{type(config).__name__} is not the config of an installed method "
-            f"(installed: {', '.join(m.config_class.__name__ for m in self.methods().values()) or 'none'})"
+            f"{name} is not the config of an installed method{nearest(name, known)}. Install the package of its plugin "
+            "(pip install -e FOLDER). `peftcore plugins` lists what is installed"
         )
 
     def weight_formats(self) -> list[WeightFormat]:

@@ -80,12 +80,16 @@ def give_first_values(
 def as_it_was(model: nn.Module, adapters: Iterable[str]) -> Iterator[None]:
     """Put the base and `adapters` into evaluation mode inside the block.
 
-    Afterwards their mode, their gradients, moving buffers and PyTorch's random state are as before.
+    Afterwards their mode, their gradients, moving buffers, the problem type in the model's config and PyTorch's random
+    state are as before.
     """
     trees = [top for name in adapters for _, top in adapter_modules(model, name)]
     modules = [*(module for _, module in base_modules(model)), *(module for top in trees for module in top.modules())]
     modes = {module: module.training for module in modules}
     gradients = {p: p.grad for module in modules for p in module._parameters.values() if p is not None}
+    # Classifiers of transformers set it in the first call with labels.
+    configs: list[Any] = [vars(module).get("config") for module in modules]
+    problem_types = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
     devices = {p.device for p in gradients if p.device.type not in ("cpu", "meta")}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -108,6 +112,9 @@ def as_it_was(model: nn.Module, adapters: Iterable[str]) -> Iterator[None]:
             for parameter, gradient in gradients.items():
                 if parameter.grad is not gradient:
                     parameter.grad = gradient
+            for config, problem_type in problem_types:
+                if config.problem_type != problem_type:
+                    config.problem_type = problem_type
 
 
 def _base(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -120,6 +120,18 @@ def test_statistics_do_not_move() -> None:
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+def test_the_problem_type_that_labels_imply_is_not_kept() -> None:
+    def labelled(model: nn.Module, adapters: Any, config: Any, batches: Any) -> None:
+        peftcore.observation.run(model, batches[0])
+        assert model.config.problem_type == "single_label_classification"
+
+    model = tiny.bert_classifier()
+    with tiny.installed(tiny.method("labelled", initialize=labelled)):
+        batch = {"input_ids": tiny.TOKENS, "labels": torch.zeros(len(tiny.TOKENS), dtype=torch.long)}
+        peftcore.apply(model, "labelled", target_modules=("query",), batches=[batch])
+        assert model.config.problem_type is None
+
+
 def broken(model: nn.Module, adapters: Any, config: Any, batches: Any) -> None:
     next(iter(adapters.values())).gain.fill_(float("nan"))
 

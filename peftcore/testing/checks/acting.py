@@ -187,7 +187,7 @@ def _facts(model: nn.Module) -> list[tuple[str, Any]]:
             found.append((f"'{name}' of '{path}'", fact))
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
-        found.append(("the model's config", config.to_dict()))
+        found += [(f"'{name}' of the model's config", value) for name, value in config.to_dict().items()]
     return found
 
 
