@@ -6,6 +6,7 @@ velora_config       the gradient of A is taken from compressed inputs, to save m
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ PLAIN = {
     "monteclora_config": "in further training A is not drawn around it",
     "velora_config": "gradients are exact here",
 }
-OF_TRAINING = (".lora_monteclora_sampler.", ".lora_velora_")
+OF_TRAINING = re.compile(r"\.lora_monteclora_sampler\.|\.lora_velora_")
 ELSEWHERE = "is another method, whose plugin is not installed. Install it, or train a plain LoRA"
 REFUSED = {
     "use_dora": f"DoRA {ELSEWHERE}",
@@ -36,7 +37,7 @@ def why_not(fields: Mapping[str, Any]) -> str | None:
 
 def as_plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of the plain LoRA that the variant computes."""
-    return {name: t for name, t in tensors.items() if not any(part in name for part in OF_TRAINING)}
+    return {name: t for name, t in tensors.items() if not OF_TRAINING.search(name)}
 
 
 def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
