@@ -10,6 +10,14 @@ import torch
 from click.testing import Result
 from commands import SPECIAL, WORDS, Run, invoke, save_tokenizer, write_jsonl
 
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+}
+
 
 @pytest.fixture(autouse=True)
 def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,16 +32,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("llama")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "initializer_range": 0.2,
-    }
     torch.manual_seed(0)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(SPECIAL + WORDS), **sizes, **special)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(SPECIAL + WORDS), **SIZES, **special)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
@@ -44,15 +45,8 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("bert")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "initializer_range": 0.2,
-    }
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(SPECIAL + WORDS), **sizes)).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(SPECIAL + WORDS), **SIZES)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.cli.models import AdapterTask
 
 TOKENS = torch.tensor([[5, 17, 3, 60, 41, 22, 9], [8, 4, 77, 31, 2, 50, 63]])
 VOCABULARY = 262  # of the model; the tokenizer has two tokens fewer
@@ -124,3 +125,20 @@ def keys(file: Path) -> dict[str, Any]:
     import gguf
 
     return {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
+
+
+def saved_llama(folder: Path) -> Path:
+    """Save a model and its tokenizer in `folder`, which is returned."""
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def saved_run(base: Path, folder: Path, method: Any = "lora", **fields: Any) -> Tensor:
+    """Save an adapter as `peftcore train` does; return the logits with it."""
+    from transformers import AutoModelForCausalLM
+
+    model = apply(AutoModelForCausalLM.from_pretrained(base), method, **fields)
+    peftcore.save(model, folder / "adapter")
+    AdapterTask("causal-lm", 64, chat=True, chat_template="{{ ours }}").write(folder / "adapter")
+    return logits(model)

@@ -21,10 +21,7 @@ NEW = 10  # rows more than the base's
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    exported.llama().save_pretrained(folder)
-    exported.tokenizer().save_pretrained(folder)
-    return folder
+    return exported.saved_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import commands
 import exported
 import pytest
 import tiny
-import torch
 from commands import Run
-from exported import logits, tensors
+from exported import logits, saved_run, tensors
 
-import peftcore
-from peftcore.cli.models import TASK_FILE, AdapterTask
+from peftcore.cli.models import TASK_FILE
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    exported.llama().save_pretrained(folder)
-    exported.tokenizer().save_pretrained(folder)
-    return folder
-
-
-def adapter_of(base: Path, folder: Path, method: Any = "lora", **fields: Any) -> torch.Tensor:
-    """Logits with an adapter that is saved as a run has it."""
-    from transformers import AutoModelForCausalLM
-
-    model = exported.apply(AutoModelForCausalLM.from_pretrained(base), method, **fields)
-    peftcore.save(model, folder / "adapter")
-    AdapterTask("causal-lm", 64, chat=True, chat_template="{{ ours }}").write(folder / "adapter")
-    return logits(model)
+    return exported.saved_llama(tmp_path_factory.mktemp("base"))
 
 
 def test_gguf(run: Run, base: Path, tmp_path: Path) -> None:
-    expected = adapter_of(base, tmp_path / "run", r=4)
+    expected = saved_run(base, tmp_path / "run", r=4)
     told = run("export", "--format", "gguf", "--adapter", tmp_path / "run", "--set", "gguf_type=f32").output
     folder = tmp_path / "run" / "gguf"
     assert sorted(file.name for file in folder.iterdir()) == ["adapter.gguf", "model-f32.gguf"]
@@ -63,7 +47,7 @@ def test_gguf(run: Run, base: Path, tmp_path: Path) -> None:
 
 
 def test_parts_of_gguf_and_what_is_made_thin(run: Run, base: Path, tmp_path: Path) -> None:
-    adapter_of(base, tmp_path / "run", "dora", r=4, target_modules=["q_proj"])
+    saved_run(base, tmp_path / "run", "dora", r=4, target_modules=["q_proj"])
     given = ("export", "--format", "gguf", "--adapter", tmp_path / "run", "--output")
     refused = run(*given, tmp_path / "x", "--only", "adapter", code=1).output
     assert "cannot be written as an adapter of llama.cpp" in refused and not (tmp_path / "x").exists()
@@ -76,7 +60,7 @@ def test_parts_of_gguf_and_what_is_made_thin(run: Run, base: Path, tmp_path: Pat
 
 
 def test_a_tokenizer_beside_the_adapter_is_the_one_it_was_trained_with(run: Run, base: Path, tmp_path: Path) -> None:
-    adapter_of(base, tmp_path, r=4)
+    saved_run(base, tmp_path, r=4)
     (tmp_path / "adapter" / TASK_FILE).unlink()  # as other trainers leave it
     theirs = exported.tokenizer(additional_special_tokens=["<|call|>"])
     theirs.chat_template = "{{ theirs }}"
@@ -87,7 +71,7 @@ def test_a_tokenizer_beside_the_adapter_is_the_one_it_was_trained_with(run: Run,
 
 
 def test_asked_for_wrongly(run: Run, base: Path, tmp_path: Path) -> None:
-    adapter_of(base, tmp_path / "run", r=4)
+    saved_run(base, tmp_path / "run", r=4)
     given = ("export", "--format", "gguf", "--adapter", tmp_path / "run")
     assert (
         "--only must be adapter or model for the format 'gguf', found 'base'"
@@ -98,7 +82,7 @@ def test_asked_for_wrongly(run: Run, base: Path, tmp_path: Path) -> None:
     assert "Pass --adapter FOLDER" in run("export", "--format", "gguf", code=1).output
     tiny.gpt2().save_pretrained(tmp_path / "gpt2")
     exported.tokenizer().save_pretrained(tmp_path / "gpt2")
-    adapter_of(tmp_path / "gpt2", tmp_path / "other", r=4)
+    saved_run(tmp_path / "gpt2", tmp_path / "other", r=4)
     output = run("export", "--format", "gguf", "--adapter", tmp_path / "other", code=1).output.replace("\n", " ")
     assert "GPT2LMHeadModel cannot be exported to GGUF" in output and "--convert" not in output
     tiny.llama().save_pretrained(tmp_path / "words")

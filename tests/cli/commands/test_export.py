@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import exported
 import pytest
 import torch
 from commands import Run
-from exported import logits
+from exported import logits, saved_run
 from safetensors.torch import load_file
 
 import peftcore
-from peftcore.cli.models import AdapterTask
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    exported.llama().save_pretrained(folder)
-    exported.tokenizer().save_pretrained(folder)
-    return folder
-
-
-def adapter_of(base: Path, folder: Path, method: Any = "lora", **fields: Any) -> torch.Tensor:
-    """Logits with an adapter that is saved as a run has it."""
-    from transformers import AutoModelForCausalLM
-
-    model = exported.apply(AutoModelForCausalLM.from_pretrained(base), method, **fields)
-    peftcore.save(model, folder / "adapter")
-    AdapterTask("causal-lm", 64, chat=True, chat_template="{{ ours }}").write(folder / "adapter")
-    return logits(model)
+    return exported.saved_llama(tmp_path_factory.mktemp("base"))
 
 
 def test_vllm_and_peft(run: Run, base: Path, tmp_path: Path) -> None:
     ranks = {"r": 20, "rank_pattern": {"v_proj": 24}, "target_modules": ["q_proj", "v_proj"]}
-    expected = adapter_of(base, tmp_path / "run", **ranks)
+    expected = saved_run(base, tmp_path / "run", **ranks)
     told = run("export", "--format", "vllm", "--adapter", tmp_path / "run").output.replace("\n", " ")
     folder = tmp_path / "run" / "vllm"
     assert f"vllm serve {base} --enable-lora --max-lora-rank 32 --lora-modules mine={folder}" in told
@@ -55,7 +40,7 @@ def test_vllm_and_peft(run: Run, base: Path, tmp_path: Path) -> None:
 
 
 def test_asked_for_wrongly(run: Run, base: Path, tmp_path: Path) -> None:
-    adapter_of(base, tmp_path / "run", r=4)
+    saved_run(base, tmp_path / "run", r=4)
     given = ("export", "--adapter", tmp_path / "run", "--format")
     wrong = run(*given, "vlm", code=1).output
     assert "the format 'vlm' is not known (nearest: 'vllm'" in wrong and "onnx, peft" in wrong
