@@ -51,7 +51,10 @@ def lazy_logits(model: M, *, enabled: bool = True) -> M:
     check_model(model)
     path = detect(model).output_head
     if path is None:
-        raise PeftcoreError(f"{original_class(model).__name__} has no head that gives logits of tokens")
+        raise PeftcoreError(
+            f"{original_class(model).__name__} has no linear head for logits of tokens, which lazy_logits needs. Call "
+            "it on a language model, or leave the call out"
+        )
     head = model.get_submodule(path)
     handle = head.__dict__.pop(_HANDLE, None)
     if handle is not None:

@@ -315,9 +315,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the cross-entropy of hidden Wᵀ + bias with labels, without making the logits.
 
-    The result and its gradients are those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)`, as
-    exact as them or more. Memory beyond hidden and its gradient is bounded: 32 MiB of logits on CPU, 256 MiB on GPUs,
-    or 128 rows where those take more. Rows without a label are skipped.
+    The result and its gradients equal those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)` within
+    rounding, and their error is at most as large. Memory beyond hidden and its gradient is bounded: 32 MiB of logits on
+    CPU, 256 MiB on GPUs, or 128 rows where those take more. Rows without a label are skipped.
 
     Args:
         hidden: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.

@@ -334,7 +334,7 @@ def test_compiled_models_have_plain_logits() -> None:
 
 
 def test_models_without_such_a_head() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="has no head that gives logits of tokens"):
+    with pytest.raises(peftcore.PeftcoreError, match="has no linear head for logits of tokens"):
         peftcore.lazy_logits(tiny.bert_classifier())
 
 
