@@ -41,7 +41,8 @@ def writing(path: Path, architecture: str) -> Iterator[Any]:
         writer.close()
         part.replace(path)
     except OSError as error:
-        raise PeftcoreError(f"'{path}' cannot be written: {error.strerror or error}") from error
+        why = error.strerror or f"a write stopped early ({error}), as on a full disk"  # NumPy gives no error number
+        raise PeftcoreError(f"'{path}' cannot be written: {why}. Choose another path, or free space") from error
     finally:
         writer.close()
         part.unlink(missing_ok=True)

@@ -205,3 +205,15 @@ def test_asked_for_wrongly(tmp_path: Path) -> None:
     with pytest.raises(PeftcoreError, match=r"gguf_type.* a text, found 16"):
         write(model, tmp_path / "model.gguf", 16)
     assert model(TOKENS) is not None
+
+
+def test_a_write_that_stops_early_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise OSError("6144 requested and 720 written")  # NumPy's words on a full disk
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", stopped)
+    with pytest.raises(
+        PeftcoreError, match=r"m\.gguf' cannot be written: a write stopped early .*full disk.*free space"
+    ):
+        peftcore.export(llama(), tmp_path / "m.gguf", format="gguf", tokenizer=tokenizer())
+    assert list(tmp_path.iterdir()) == []
