@@ -29,7 +29,7 @@ from peftcore.files.peft_configs import config_of_peft, is_of_peft
 from peftcore.files.peft_fields import why_unknown
 from peftcore.layers import is_wrapped
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Placement, Train
-from peftcore.observation import detect, left_as_it_is
+from peftcore.observation import bypassed, detect, left_as_it_is
 from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
 from peftcore.targets.coverage import LITTLE, Coverage, coverage
@@ -69,13 +69,12 @@ def placements_for(
     refuse_adapters_of_others(model)
     _refuse_offloaded(model)
     with left_as_it_is(model):
-        return _placed(model, method, fields, building or nullcontext())
+        chosen, config = _method_and_config(model, method, fields)
+        bypassed(model)  # runs the one forward pass and reads the code that `place` and the checks ask about
+        return _placed(model, chosen, config, building or nullcontext())
 
 
-def _placed(
-    model: nn.Module, method: str | Any, fields: dict[str, Any], building: AbstractContextManager[Any]
-) -> Placed:
-    chosen, config = _method_and_config(model, method, fields)
+def _placed(model: nn.Module, chosen: Method, config: Any, building: AbstractContextManager[Any]) -> Placed:
     architecture = detect(model)
     names_modules = getattr(config, "target_modules", None) not in ("all", ALL_LINEAR)
     config, saved, apart = _saved_modules(model, config, architecture)

@@ -33,10 +33,6 @@ def bypassed(model: nn.Module) -> dict[str, str]:
 
     Layers of `nn.MultiheadAttention` are not included, since it is adapted as a whole.
     """
-    return {**_bypassed_in_code(model), **dict(_fused(dict(base_modules(model))))}
-
-
-def _bypassed_in_code(model: nn.Module) -> dict[str, str]:
     modules = dict(base_modules(model))
     found: dict[str, str] = {}
     for path, cls, read in _reads(model):
@@ -47,7 +43,8 @@ def _bypassed_in_code(model: nn.Module) -> dict[str, str]:
         parent = path.rpartition(".")[0]
         if parent not in seen.failed and not isinstance(modules.get(parent), nn.MultiheadAttention):
             found[path] = "its weight is read, and it is not called"
-    return {path: why for path, why in found.items() if path in modules and _has_matrix(modules[path])}
+    found = {path: why for path, why in found.items() if path in modules and _has_matrix(modules[path])}
+    return found | dict(_fused(modules))
 
 
 # {fused projection: its parts} of diffusers' attentions with `fused_projections=True`.

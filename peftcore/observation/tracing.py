@@ -150,12 +150,6 @@ def known_as(model: nn.Module, other: nn.Module) -> None:
     _REMEMBERED[model] = _REMEMBERED[other]
 
 
-@once_a_model
-def observe(model: nn.Module) -> Trace:
-    """Return the cached trace of a forward in evaluation mode."""
-    return trace(model)
-
-
 def trace(
     model: nn.Module, *, training: bool = False, every_layer: bool = False, inputs: Inputs | None = None
 ) -> Trace:
@@ -174,6 +168,9 @@ def trace(
         return Trace(error=error)
     found = _Watch(copied, skips=not every_layer).run(inputs or partial(example_inputs, device="cpu"))
     return trace(model, training=training, every_layer=True, inputs=inputs) if found.error and found.alike else found
+
+
+observe: Callable[[nn.Module], Trace] = once_a_model(trace)  # of a forward in evaluation mode, cached
 
 
 class _Watch:
