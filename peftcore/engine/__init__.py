@@ -4,7 +4,6 @@ from peftcore.engine.activating import activate, disabled, set_active, set_train
 from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_name, refuse_on_disk, remove, take_off
 from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
-from peftcore.engine.exclusive import exclusive
 from peftcore.engine.first_values import takes_batches
 from peftcore.engine.missed_steps import watch
 from peftcore.engine.placing import placements_for, refuse_adapters_of_others
@@ -19,6 +18,7 @@ from peftcore.engine.state import (
     call_in,
     changed,
     check_model,
+    exclusive,
     placements,
     refuse_changed,
     refuse_merged,

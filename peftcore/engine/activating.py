@@ -13,7 +13,6 @@ from peftcore.adaptation.concurrency import Activation, Block
 from peftcore.adaptation.light import parts
 from peftcore.engine.branches import combined, with_branches
 from peftcore.engine.calling import ask_of_calls
-from peftcore.engine.exclusive import exclusive
 from peftcore.engine.placing import refuse_shared
 from peftcore.engine.samples import (
     modules_by_sample,
@@ -25,6 +24,7 @@ from peftcore.engine.samples import (
 from peftcore.engine.state import (
     State,
     applied,
+    exclusive,
     modules_with,
     refuse_changed,
     refuse_merged,

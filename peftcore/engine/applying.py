@@ -19,7 +19,6 @@ from peftcore.engine.branches import check_branches, freeze_branches, refuse_nee
 from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.changes import Site, facts, submodule, with_adapter
 from peftcore.engine.divided import refuse_divided, refuse_stage
-from peftcore.engine.exclusive import exclusive
 from peftcore.engine.first_values import give_first_values, initializer
 from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.placing import (
@@ -34,8 +33,10 @@ from peftcore.engine.state import (
     STATE,
     Applied,
     State,
+    alone,
     applied,
     changes_of,
+    exclusive,
     in_words,
     refuse_changed,
     refuse_merged,
@@ -50,8 +51,9 @@ from peftcore.method import After, Around, Model
 from peftcore.observation import left_as_it_is
 from peftcore.registry import registry
 
+_CHANGE = "apply another adapter"  # as messages name it
 
-@exclusive("apply another adapter", base=True)
+
 def apply(
     model: Model,
     method: str | Any,
@@ -82,10 +84,10 @@ def apply(
         PeftcoreError: a field, pattern or name is wrong, or the adapter cannot be initialised. The model is then
             unchanged except for what the method has prepared, such as a base in 4 bits.
     """
-    return _apply(model, method, fields, adapter, dtype, batches, first_values=True)
+    with alone(model, _CHANGE, base=True):
+        return _apply(model, method, fields, adapter, dtype, batches, first_values=True)
 
 
-@exclusive("apply another adapter", base=True)
 def apply_to_fill(
     model: Model,
     config: Any,
@@ -102,7 +104,8 @@ def apply_to_fill(
         active: activate the adapter. If False, the active adapters stay as they are, also with one for each sample.
         trainable: whether the adapter trains, as in `set_trainable`.
     """
-    return _apply(model, config, {}, adapter, dtype, None, first_values=False, active=active, trainable=trainable)
+    with alone(model, _CHANGE, base=True):
+        return _apply(model, config, {}, adapter, dtype, None, first_values=False, active=active, trainable=trainable)
 
 
 @torch.inference_mode(False)  # what is made under it could never train
@@ -120,10 +123,10 @@ def _apply(
 ) -> Model:
     state = state_of(model) or State()
     _check_new(adapter, state)
-    refuse_merged(state, "apply another adapter")
+    refuse_merged(state, _CHANGE)
     if active:
         refuse_on_disk(model, adapter)
-        refuse_per_sample(state, "apply another adapter")
+        refuse_per_sample(state, _CHANGE)
     check_dtype(dtype)
     if state.applied:
         refuse_changed(model)

@@ -8,8 +8,15 @@ from typing import Any
 from torch import nn
 
 from peftcore.adapter import Adapter, implements
-from peftcore.engine.exclusive import exclusive
-from peftcore.engine.state import adapter_modules, applied, call_in, refuse_changed, refuse_merged, require_state
+from peftcore.engine.state import (
+    adapter_modules,
+    applied,
+    call_in,
+    exclusive,
+    refuse_changed,
+    refuse_merged,
+    require_state,
+)
 from peftcore.errors import PeftcoreError
 from peftcore.method import Model
 from peftcore.registry import registry

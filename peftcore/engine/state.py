@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from peftcore.adaptation import adapted
 from peftcore.adaptation.adapted import TRAINED
-from peftcore.adaptation.concurrency import ModelLock
+from peftcore.adaptation.concurrency import ModelLock, refuse_running
 from peftcore.engine.change_detection import Snapshot
 from peftcore.engine.changes import Site, attached, changes, changes_of_trained
 from peftcore.engine.trained import TrainedParameters
@@ -20,6 +22,8 @@ from peftcore.events import adapters_wanted
 from peftcore.method import AdapterPlacement, Around
 
 STATE = "_peftcore_state"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass
@@ -240,3 +244,35 @@ def check_model(model: Any) -> None:
     """Raise a PeftcoreError unless `model` is a module."""
     if not isinstance(model, nn.Module):
         raise PeftcoreError(f"the model must be a torch.nn.Module, found {model!r:.200}")
+
+
+@contextmanager
+def alone(model: nn.Module, what: str, *, base: bool = False) -> Iterator[None]:
+    """Change `model` in the block, in which no other thread calls or changes it.
+
+    Args:
+        what: what the block does, for messages, such as `merge`.
+        base: the base changes, too, so the block waits for open `disabled` blocks of other threads.
+    """
+    check_model(model)
+    state = state_of(model)
+    if state is None:
+        refuse_running(model, what)
+        yield
+        return
+    with state.lock.changing(what, base=base):
+        yield
+
+
+def exclusive(what: str, *, base: bool = False) -> Callable[[Function], Function]:
+    """Decorate a function of a model, its first argument, to run `alone`."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def exclusively(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with alone(model, what, base=base):
+                return function(model, *args, **kwargs)
+
+        return cast(Function, exclusively)
+
+    return decorate
