@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import traceback
 import warnings
@@ -70,6 +71,7 @@ def placements_for(
     _refuse_offloaded(model)
     with left_as_it_is(model):
         chosen, config = _method_and_config(model, method, fields)
+        config = _own_copy(config)
         bypassed(model)  # runs the one forward pass and reads the code that `place` and the checks ask about
         return _placed(model, chosen, config, building or nullcontext())
 
@@ -275,6 +277,16 @@ def _method_and_config(model: nn.Module, method: str | Any, fields: dict[str, An
         return chosen, chosen.config_class(**fields)
     except TypeError as error:
         raise PeftcoreError(f"{chosen.config_class.__name__}: {error}") from error
+
+
+def _own_copy(config: Any) -> Any:
+    """Return a copy that later changes of the user's config, or of a list in it, do not reach."""
+    own = copy.copy(config)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (list, dict, set)):
+            object.__setattr__(own, field.name, copy.deepcopy(value))  # also of a frozen dataclass
+    return own
 
 
 def recorded(placed: Placed) -> tuple[Method, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from peftcore.adapter import Adapter, implements
 from peftcore.errors import PeftcoreError
@@ -93,6 +94,11 @@ def product_by_expert(
     weight = operand(module, name)
     if isinstance(weight, Tensor) and not torch.is_autocast_enabled(autocast_device(x)):
         x = x.to(weight.dtype)
+    if is_dynamo_compiling():
+        torch._dynamo.graph_break(
+            "an adapter acts on experts one by one, and how many rows each has is data. Compile without "
+            "fullgraph=True, or leave experts out of target_modules"
+        )
     ends = [len(x)] * layout.count if offsets.is_meta else offsets.tolist()
     parts: list[Tensor] = []
     idle: list[Tensor] = []

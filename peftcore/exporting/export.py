@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from peftcore.errors import PeftcoreError, nearest
 from peftcore.exporter import Exporter, NoOptions
 from peftcore.exporting.onnx import ONNX
 from peftcore.exporting.serving import VLLM
+from peftcore.files.atomic_writing import made
 from peftcore.files.saving import save
 from peftcore.hookspecs import hookimpl
 from peftcore.registry import Plugin, builtin, registry
@@ -131,19 +132,13 @@ def options_of(exporter: Exporter, options: dict[str, Any]) -> Any:
 
 @contextmanager
 def _folder_of(path: Path) -> Iterator[None]:
-    """Create the folder of `path` for the block; after an error folders that it left empty are removed."""
-    made = [folder for folder in path.parents if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PeftcoreError(f"'{path.parent}' cannot be created: {error.strerror or error}") from error
-    try:
+    """Make the folder of `path` for the block; after an error, remove it if it was made and is empty."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made(path.parent))
+        except OSError as error:
+            raise PeftcoreError(f"'{path.parent}' cannot be created: {error.strerror or error}") from error
         yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
-        raise
 
 
 def _refuse(model: nn.Module, exporter: Exporter) -> None:

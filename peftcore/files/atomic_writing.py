@@ -57,11 +57,10 @@ def write_adapters(folder: Path, adapters: Mapping[str, Content]) -> None:
         CheckpointError: they cannot be written. The message says what is in the folder then.
     """
     with _errors_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in filter(None, adapters):
-            _refuse_link(folder / name)
-            (folder / name).mkdir(exist_ok=True)
-        with locked(folder, adapters) as (root, prefix):
+        inside = [folder / name for name in filter(None, adapters)]
+        for each in inside:
+            _refuse_link(each)
+        with made(folder, *inside), locked(folder, adapters) as (root, prefix):
             if prefix and [*adapters] != [""]:
                 raise CheckpointError(
                     f"'{folder}' is one of the adapters that were saved together to '{root}': it takes one adapter. "
@@ -77,14 +76,28 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         CheckpointError: it cannot be written.
     """
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
-    with _errors_named(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with _errors_named(file), made(file.parent):
         try:
             create(temporary, to_bytes(dict(tensors), {"format": "pt", **metadata}))
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
         _sync(file.parent)
+
+
+@contextlib.contextmanager
+def made(*folders: Path) -> Iterator[None]:
+    """Make `folders` and their parents for the block; after an error, remove those that were made and are empty."""
+    new = {each: None for folder in folders for each in (folder, *folder.parents) if not each.exists()}
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for each in sorted(new, key=lambda path: -len(path.parts)):
+            with contextlib.suppress(OSError):  # it is not empty
+                each.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore.engine import adapter_parameters, set_trainable
+from peftcore.engine import adapter_parameters, applied, set_trainable
 from peftcore.plugin import After, Around
+from peftcore.registry import registry
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -53,6 +54,18 @@ def test_train_placement_acts_rests_and_leaves() -> None:
     peftcore.remove(model)
     assert model.lm_head.weight is parameter
     assert torch.equal(tiny.logits(model), base)
+
+
+def test_a_config_that_is_changed_afterwards_is_not_the_adapters() -> None:
+    kind = registry.method("around").config_class
+    config, targets = kind(["q_proj"]), ["q_proj"]
+    model = peftcore.apply(tiny.llama(), config)
+    peftcore.apply(model, "after", adapter="second", target_modules=targets)
+    config.target_modules.append("v_proj")
+    targets.append("v_proj")
+    object.__setattr__(config, "value", 5.0)
+    assert applied(model, "default").config == kind(["q_proj"])
+    assert applied(model, "second").config.target_modules == ["q_proj"]
 
 
 def test_a_second_apply_leaves_the_first_trainable() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from peftcore import CheckpointError
 from peftcore.files import atomic_writing
-from peftcore.files.atomic_writing import Content, write_adapters
+from peftcore.files.atomic_writing import Content, write_adapters, write_file
 from peftcore.files.folder import MANIFEST, Folder, read_folder
 
 NAMES = ("", "a", "b")
@@ -366,6 +366,21 @@ def test_a_folder_in_the_way_of_a_file(tmp_path: Path) -> None:
         write_adapters(tmp_path, contents(2))
     assert files(tmp_path) == [name for name in before if name != "b/adapter_model.safetensors"]
     assert read_folder(tmp_path, lambda opened: values(opened, ["", "a"])) == {1.0}
+
+
+def test_a_save_that_fails_leaves_no_empty_folder(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.setattr(atomic_writing, "create", full)
+    for folder in (tmp_path / "new" / "deeper", there / "inside"):
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            write_adapters(folder, contents(1))
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            write_file(folder / "adapter.safetensors", {"gain": torch.ones(1)}, {})
+    assert list(tmp_path.rglob("*")) == [there]
 
 
 def test_a_killed_save_of_older_versions(tmp_path: Path) -> None:
