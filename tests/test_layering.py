@@ -32,8 +32,8 @@ ORDER = [
     {"engine"},
     {"files", "quantization"},
     {"merging", "parallel"},
-    {"composing", "testing", "integrations", "estimating"},
-    {"exporting"},
+    {"composing", "testing", "estimating"},
+    {"exporting", "integrations"},
     {"plugin"},  # names of all of the above, which plugins import
     {"cli"},
     {"__main__"},

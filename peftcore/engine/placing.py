@@ -21,13 +21,13 @@ from peftcore.adaptation.chain import WeightChanges
 from peftcore.adaptation.enclosing import LOCK
 from peftcore.adapter import Adapter, implements, unseen_member
 from peftcore.architecture import Architecture
+from peftcore.engine.configs import config as named_config
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.experts import split_expert_path
 from peftcore.experts.joining import each_expert, weight_of_expert
 from peftcore.files.peft_configs import config_of_peft, is_of_peft
-from peftcore.files.peft_fields import why_unknown
 from peftcore.layers import is_wrapped
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Placement, Train
 from peftcore.observation import bypassed, detect, left_as_it_is
@@ -256,27 +256,15 @@ def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torc
 
 
 def _method_and_config(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> tuple[Method, Any]:
-    if not isinstance(method, str):
-        if fields:
-            raise PeftcoreError(f"give the fields {sorted(fields)} in the config, or the method by its name")
-        if is_of_peft(method):
-            return config_of_peft(model, method)
-        chosen = registry.method_of_config(method)
-        check_types(method)
-        return chosen, method
-    chosen = registry.method(method)
-    known = [f.name for f in dataclasses.fields(chosen.config_class)]
-    for name, value in fields.items():
-        if name not in known:
-            raise PeftcoreError(
-                f"{chosen.config_class.__name__} has no field '{name}'{nearest(name, known)}"
-                f"{why_unknown(chosen, name, value)}. Its fields: {', '.join(known)}"
-            )
-    check_types(chosen.config_class, fields)
-    try:
-        return chosen, chosen.config_class(**fields)
-    except TypeError as error:
-        raise PeftcoreError(f"{chosen.config_class.__name__}: {error}") from error
+    if isinstance(method, str):
+        return registry.method(method), named_config(method, **fields)
+    if fields:
+        raise PeftcoreError(f"give the fields {sorted(fields)} in the config, or the method by its name")
+    if is_of_peft(method):
+        return config_of_peft(model, method)
+    chosen = registry.method_of_config(method)
+    check_types(method)
+    return chosen, method
 
 
 def _own_copy(config: Any) -> Any:

@@ -1,7 +1,7 @@
 """The integrations of the core, which go through the hook of packages that add integrations.
 
-transformers            `pretrained`: `save_pretrained`
-transformers.trainer    `transformers`: `Trainer` and its subclasses
+transformers            `pretrained`: `save_pretrained`; `adapter_methods`: `load_adapter` and others, `from_pretrained`
+transformers.trainer    `transformers`: `Trainer` and its subclasses; `peft_config=` of TRL
 peft                    `peft`: refuses a model with adapters
 diffusers               `diffusers`, `diffusers_pipelines`: refuse calls that would ignore adapters
 """
@@ -15,9 +15,16 @@ from typing import Any
 from peftcore.extensions import Integration
 from peftcore.hookspecs import hookimpl
 
+# Integrations that also concern models without adapters: they run when `library` is imported, before any `apply`.
+AT_IMPORT = ("trainer", "adapter-methods", "auto-classes", "pipelines")
+
 
 def _patch_diffusers(model: Any) -> None:
     import_module("peftcore.integrations.diffusers").patch_model(model)
+
+
+def _find_adapters(module: str) -> None:
+    import_module("peftcore.integrations.adapter_methods").find_adapters(module)
 
 
 @hookimpl
@@ -33,6 +40,21 @@ def peftcore_integrations() -> list[Integration]:
             name="trainer",
             library="transformers.trainer",
             on_import=partial(import_module, "peftcore.integrations.transformers"),
+        ),
+        Integration(
+            name="adapter-methods",
+            library="transformers.integrations.peft",
+            on_import=partial(import_module, "peftcore.integrations.adapter_methods"),
+        ),
+        Integration(
+            name="auto-classes",
+            library="transformers.models.auto.auto_factory",
+            on_import=partial(_find_adapters, "transformers.models.auto.auto_factory"),
+        ),
+        Integration(
+            name="pipelines",
+            library="transformers.pipelines",
+            on_import=partial(_find_adapters, "transformers.pipelines"),
         ),
         Integration(name="peft", library="peft", on_import=partial(import_module, "peftcore.integrations.peft")),
         Integration(

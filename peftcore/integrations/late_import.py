@@ -14,7 +14,7 @@ def when_imported(name: str, act: Callable[[], object]) -> None:
 
     If `act` raises, so does the import, and the next import calls it again.
     """
-    if name in sys.modules:
+    if sys.modules.get(name) is not None:  # None: its import is blocked
         act()
     elif name in _waiting:
         _waiting[name].append(act)

@@ -25,7 +25,7 @@ from peftcore.adaptation.class_swap import one_for_each_class
 from peftcore.engine.state import STATE
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.reference import Reference
-from peftcore.registry import registry
+from peftcore.integrations.trl_config import applying, is_of_peftcore
 
 _TAUGHT = "_peftcore_taught"
 _REFERENCE = "_peftcore_reference"  # on a trainer: its reference; on a view: the reference it shows
@@ -137,18 +137,16 @@ def _patch(cls: type[Trainer]) -> None:
         given = {**bound.arguments, **bound.arguments.get(rest, {})}
         trainer.__dict__.setdefault(_GIVEN, []).extend(v for v in given.values() if isinstance(v, nn.Module))
         model = given.get("model")
-        if given.get("peft_config") is not None:
-            _refuse_config_of_ours(given["peft_config"])
-        if isinstance(model, nn.Module) and _has_adapters(model):
+        if is_of_peftcore(given.get("peft_config")) and not _has_adapters(model):
+            _init_with_config(own, trainer, bound, given)
+        elif isinstance(model, nn.Module) and _has_adapters(model):
             _refuse_settings(given)
             values = [(p, p.data) for p in model.parameters() if p.requires_grad]
             if "ref_model" in signature.parameters and given.get("ref_model") is None:
                 bound.arguments["ref_model"] = _initial_model(trainer, model)
-            with _given_when_made(own, trainer, model):
+            with _given_when_made(own, trainer, lambda: model):
                 own(*bound.args, **bound.kwargs)
-            for parameter, value in values:
-                if parameter.dtype != value.dtype:  # TRL rounds trainable parameters on a 4-bit base
-                    parameter.data = value.to(parameter.device)
+            _restore(values)
         else:
             own(trainer, *args, **kwargs)
         if _has_adapters(trainer.__dict__.get("model")):
@@ -157,6 +155,38 @@ def _patch(cls: type[Trainer]) -> None:
 
     setattr(init, _TAUGHT, True)
     cls.__init__ = init
+
+
+def _init_with_config(own: Callable[..., None], trainer: Any, bound: inspect.BoundArguments, given: Any) -> None:
+    """Call the constructor `own`, which applies `peft_config`, a config of peftcore, where it would apply PEFT's."""
+    _refuse_settings({**given, "peft_config": None})
+    values: list[tuple[nn.Parameter, Tensor]] = []
+    made: list[nn.Module] = []
+    reference = None
+    if "ref_model" in bound.signature.parameters and given.get("ref_model") is None:
+        reference = bound.arguments["ref_model"] = nn.Module()
+
+    def applied(model: nn.Module) -> None:
+        made.append(model)
+        values.extend((p, p.data) for p in model.parameters() if p.requires_grad)
+        if reference is not None:
+            shown = _initial_model(trainer, model)
+            reference.__class__, reference.__dict__ = shown.__class__, shown.__dict__
+
+    with applying(own, bound, applied), _given_when_made(own, trainer, lambda: made[0] if made else None):
+        own(*bound.args, **bound.kwargs)
+    _restore(values)
+    if not _has_adapters(trainer.__dict__.get("model")):
+        raise PeftcoreError(
+            f"{type(trainer).__name__} did not apply peft_config, a {type(given['peft_config']).__name__} of peftcore. "
+            "Apply it first: model=peftcore.apply(model, config), without peft_config"
+        )
+
+
+def _restore(values: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, value in values:
+        if parameter.dtype != value.dtype:  # TRL rounds trainable parameters on a 4-bit base
+            parameter.data = value.to(parameter.device)
 
 
 def _has_adapters(model: Any) -> bool:
@@ -172,20 +202,24 @@ def _initial_model(trainer: Any, model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _given_when_made(own: Callable[..., None], trainer: Any, model: nn.Module) -> Iterator[None]:
-    """Give `own`'s module the initial model while it runs, where it would load or copy `model`."""
+def _given_when_made(own: Callable[..., None], trainer: Any, adapted: Callable[[], nn.Module | None]) -> Iterator[None]:
+    """Give `own`'s module the initial model while it runs, where it would load or copy the model with adapters."""
     names = inspect.unwrap(own).__globals__
     before = {name: names[name] for name in (_LOADS, _COPIES) if name in names}
     if "teacher_model" in inspect.signature(own).parameters:  # it may name the same checkpoint, without adapters
         before.pop(_LOADS, None)
 
     def load(path: str, *args: Any, **kwargs: Any) -> nn.Module:
-        if path == getattr(model.config, "_name_or_path", ""):
+        model = adapted()
+        if model is not None and path == getattr(model.config, "_name_or_path", ""):
             return _initial_model(trainer, model)
         return before[_LOADS](path, *args, **kwargs)
 
     def copy(of: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        return _initial_model(trainer, model) if of is model else before[_COPIES](of, *args, **kwargs)
+        model = adapted()
+        if model is not None and of is model:
+            return _initial_model(trainer, model)
+        return before[_COPIES](of, *args, **kwargs)
 
     names.update({name: ours for name, ours in ((_LOADS, load), (_COPIES, copy)) if name in before})
     try:
@@ -203,15 +237,6 @@ def refuse_wrapped(trainer: Any) -> None:
             "its weights with the model. Shard the model first with peftcore.shard(model, "
             "adapter_placement='replicate') "
             f"and start without {wrapped[0]}, or pass a separate model: ref_model=..."
-        )
-
-
-def _refuse_config_of_ours(config: Any) -> None:
-    method = next((m.name for m in registry.methods().values() if type(config) is m.config_class), None)
-    if method is not None:
-        raise PeftcoreError(
-            f"peft_config=... takes a config of PEFT, not of {method}. Apply it first: "
-            "Trainer(model=peftcore.apply(model, config))"
         )
 
 
