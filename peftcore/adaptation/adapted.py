@@ -270,6 +270,14 @@ def is_active(module: nn.Module) -> bool:
     return not (lock.is_disabled() if disabled is None else disabled)
 
 
+def active_names(module: nn.Module) -> tuple[str, ...] | None:
+    """Return the adapters of an adapted module that are active in each call, or None if that depends on the call."""
+    names: tuple[str, ...] | None = module.__dict__[_ACTIVE]
+    lock: ModelLock = module.__dict__[LOCK]
+    alone = names is not None and not any(adapters_at(module).branches.get(name) for name in names)
+    return names if alone and not lock.choosing and lock.context is None else None
+
+
 def is_adapted(module: nn.Module) -> bool:
     """Return whether `module` has an adapter, active or not."""
     return hasattr(type(module), "_peftcore_original")  # `fully_shard` may have swapped the class once more

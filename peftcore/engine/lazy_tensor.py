@@ -1,9 +1,11 @@
 """Logits as a tensor that is computed when it is read.
 
-    head(hidden) -> LazyLogits, which knows hidden and the head's weight
+    head(hidden) -> LazyLogits, which knows hidden and the head
     .float(), .view(-1, V), [..., :-1, :], * s, / s, tanh, .contiguous()     another one
-    F.cross_entropy(lazy, labels), F.log_softmax(lazy).gather(..)             `ops.linear_cross_entropy`, without logits
+    F.cross_entropy(lazy, labels), F.log_softmax(lazy).gather(..)             computed in pieces of rows, without logits
     anything else                                                            the logits, computed once
+
+`lazy_handlers.py` has what stays lazy. Once logits have been computed, everything is made of them.
 
 Outside of Python, in PyTorch's own code, it behaves like a tensor too: an operator on it computes the logits
 (`__torch_dispatch__`). It has a node in the graph of gradients (`_Link`), through which the gradient of everything made
@@ -24,38 +26,71 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from peftcore import ops
 from peftcore.errors import PeftcoreError
-from peftcore.ops import PackedWeight
 
 OFF = "call peftcore.lazy_logits(model, enabled=False)"
 _ON = torch._C.DisableTorchFunctionSubclass
+_SAMPLE = 1 << 20  # values of a frozen tensor that a fingerprint reads
 
 
 class Head:
-    """One call of a head: `function(hidden, weight, bias)`, computed once, or never."""
+    """One call of a head: `function(hidden)`, computed once, in pieces of rows, or never.
 
-    def __init__(self, function: Callable[..., Tensor], hidden: Tensor, weight: Any, bias: Tensor | None) -> None:
-        self.function, self.weight, self.bias = function, weight, bias
+    Args:
+        function: gives logits of hidden states.
+        hidden: hidden states `[.., in]`.
+        tensors: all other tensors that the function reads.
+        classes: size of the vocabulary.
+        operands: weight and bias, if the function is their linear product.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        tensors: Sequence[Tensor],
+        classes: int,
+        operands: tuple[Any, Tensor | None] | None,
+    ) -> None:
+        self.function, self.classes, self.operands = function, classes, operands
+        self.tensors = tuple(t for t in tensors if t.is_floating_point())
         self.bypassed = False  # whether a loss was computed without logits
-        self._read = [
-            t for t in (hidden, weight[0] if isinstance(weight, PackedWeight) else weight, bias) if t is not None
-        ]
-        self._versions = [t._version for t in self._read]
+        self._read = [hidden, *tensors]
+        self._seen = self._state()
+
+    def _state(self) -> tuple[list[Any], Tensor | None]:
+        facts = [(t._version, t.dtype, t.device, t.data_ptr()) for t in self._read]
+        if self._read[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return facts, None
+        return facts, torch.stack([_fingerprint(t) for t in self._read])
 
     def check(self) -> None:
-        """Raise a PeftcoreError if what the call read has been changed in place."""
+        """Raise a PeftcoreError if what the call read has been changed since, with or without a new version."""
         freed = any(t.numel() and not t.untyped_storage().nbytes() for t in self._read)
-        if freed or [t._version for t in self._read] != self._versions:
-            raise PeftcoreError(
-                "the logits of this forward pass were not computed, and its hidden states or the head's weight have "
-                f"changed since. Read the logits before optimizer.step(), or {OFF}"
-            )
+        if not freed:
+            facts, values = self._state()
+            before = self._seen[1]
+            if facts == self._seen[0] and (values is None or before is None or torch.equal(values, before)):
+                return
+        raise PeftcoreError(
+            "the logits of this forward pass were not computed, and its hidden states or the head's weight have "
+            f"changed since. Read the logits before optimizer.step(), or {OFF}"
+        )
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
-        """Dense weight and bias, which may have gradients."""
-        return None if isinstance(self.weight, PackedWeight) else self.weight, self.bias
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _fingerprint(t: Tensor) -> Tensor:
+    """Return the sum of the bits of a tensor, of a sample of the rows of a large frozen one.
+
+    Optimizers that write to `parameter.data` change no version.
+    """
+    with torch.no_grad(), _ON():
+        values = t.detach()
+        if not t.requires_grad and t.dim() and t.numel() > _SAMPLE:
+            values = values[:: -(-t.numel() // _SAMPLE)]
+        return values.view(_INTEGERS[t.element_size()]).sum(dtype=torch.int64)
 
 
 def _itself(t: Tensor) -> Tensor:
@@ -63,13 +98,13 @@ def _itself(t: Tensor) -> Tensor:
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
+def plainly(gradients: bool = True) -> Iterator[None]:
     """Compute as in the forward pass: with gradients, without autocast, which has been applied.
 
     Nor is what is computed part of a checkpointed region in which it is first read.
     """
     kept = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
-    with torch.inference_mode(False), torch.enable_grad(), torch._C._DisableAutocast(), _ON(), kept:
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch._C._DisableAutocast(), _ON(), kept:
         yield
 
 
@@ -78,10 +113,12 @@ class Recipe:
 
     Args:
         rows: hidden states `[.., in]`.
+        layout: tensor on the meta device with the shape and strides of the logits.
         parent, step: the logits that these were made from, and how.
         shares: whether the step gives a view of its argument.
         scale, cap: logits are cap · tanh(scale / cap · x), or scale · x without a cap.
-        logs: whether they are log-probabilities.
+        kind: what was made of the logits: `logits`, `logs` (log-probabilities), `probs`, or `products` p · log p.
+        picked: one token of each row, whose logit has been read.
     """
 
     def __init__(
@@ -89,99 +126,120 @@ class Recipe:
         head: Head,
         rows: Tensor,
         dtype: torch.dtype,
+        layout: Tensor,
         parent: Recipe | None = None,
         step: Callable[[Tensor], Tensor] | None = None,
         *,
         shares: bool = False,
         scale: float = 1.0,
         cap: float | None = None,
-        logs: bool = False,
+        kind: str = "logits",
+        picked: Tensor | None = None,
     ) -> None:
-        self.head, self.rows, self.dtype = head, rows, dtype
+        self.head, self.rows, self.dtype, self.layout = head, rows, dtype, layout
         self.parent, self.step, self.shares = parent, step, shares
-        self.scale, self.cap, self.logs = scale, cap, logs
+        self.scale, self.cap, self.kind, self.picked = scale, cap, kind, picked
+        self.tracked: bool = torch.is_grad_enabled() and (parent is None or parent.tracked)
         self.observed = False  # whether somebody waits for the gradient of these logits
-        self._made: Tensor | None = None
+        self.result: Tensor | None = None  # the logits, once they are computed
         self._version = 0
 
     @property
     def classes(self) -> int:
-        return int(self.head.weight.shape[0])
+        return self.head.classes
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.rows.shape[:-1], self.classes)
+    def gradients(self) -> bool:
+        """Whether what is made of these logits now has gradients."""
+        return self.tracked and torch.is_grad_enabled()
 
     def unchanged(self) -> bool:
         """Return whether nobody has changed these logits, or those that they were made from, in place."""
-        own = self._made is None or self._made._version == self._version
+        own = self.result is None or self.result._version == self._version
         return own and (self.parent is None or self.parent.unchanged())
 
     def stays_lazy(self) -> bool:
-        """Return whether what is made of these logits may be made of hidden states."""
-        return not self.observed and self.unchanged() and (self.parent is None or self.parent.stays_lazy())
+        """Return whether what is made of these logits may be made of hidden states.
+
+        Not after they have been computed: not every change of their memory can be seen.
+        """
+        return not self.observed and self.result is None and (self.parent is None or self.parent.stays_lazy())
 
     def made(self) -> Tensor:
         """Return the logits, computed at the first call, with their gradient."""
-        if self._made is None:
-            with _plainly():
+        if self.result is None:
+            with plainly(self.tracked):
                 if self.parent is None or self.step is None:
-                    self._made = self._computed()
+                    made = self._computed()
                 elif self.shares or self.parent.unchanged():
-                    self._made = self.step(self.parent.made())
+                    made = self.step(self.parent.made())
                 else:  # a copy, taken before the change
-                    self._made = self._computed()
-            self._version = self._made._version
-        return self._made
+                    made = self._computed()
+            self._version = made._version
+            self.result = made
+        return self.result
 
     def _computed(self) -> Tensor:
         if self.parent is None or self.step is None:
             self.head.check()
-            return self.head.function(self.rows, self.head.weight, self.head.bias)
+            return self.head.function(self.rows)
         return self.step(self.parent._computed())
 
-    def derived(self, step: Callable[[Tensor], Tensor], rows: Tensor | None = None, **changed: Any) -> LazyLogits:
+    def derived(
+        self, step: Callable[[Tensor], Tensor], rows: Tensor | None = None, layout: Tensor | None = None, **changed: Any
+    ) -> LazyLogits:
         """Return lazy logits that `step` makes of these."""
-        kept = {"scale": self.scale, "cap": self.cap, "logs": self.logs, **changed}
+        kept = {"scale": self.scale, "cap": self.cap, "kind": self.kind, **changed}
+        if rows is None:
+            kept.setdefault("picked", self.picked)
         dtype = kept.pop("dtype", self.dtype)
-        return lazy(Recipe(self.head, self.rows if rows is None else rows, dtype, self, step, **kept))
+        layout = torch.empty_like(self.layout) if layout is None else layout
+        return lazy(Recipe(self.head, self.rows if rows is None else rows, dtype, layout, self, step, **kept))
 
-    def operands(self) -> tuple[Tensor, Any, dict[str, Any]]:
-        """Return hidden, weight and options of `ops.linear_cross_entropy`."""
+    def apply_to(self, z: Tensor) -> Tensor:
+        """Return what these logits, or log-probabilities, are of the head's output."""
+        z = z if self.scale == 1 else z * self.scale
+        z = z if self.cap is None else self.cap * torch.tanh(z / self.cap)
+        return (F.log_softmax(z, -1) if self.kind == "logs" else z).to(self.dtype)
+
+    def use(self) -> Tensor:
+        """Return the rows for a result that is computed without logits."""
         self.head.check()
-        self.head.bypassed = True
-        return self.rows, self.head.weight, {"bias": self.head.bias, "logit_scale": self.scale, "soft_cap": self.cap}
+        self.head.bypassed = self.head.bypassed or self.gradients
+        return self.rows
 
 
 class _Link(torch.autograd.Function):
     """The node of lazy logits and of the hidden states that they, and whatever is made of them, are computed from.
 
-    It keeps no recipe, which would be a cycle of references.
+    It keeps no recipe with tensors of this node, which would be a cycle of references.
     """
 
     @staticmethod
-    def forward(ctx: Any, recipe: Recipe, rows: Tensor, *dense: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, recipe: Recipe, rows: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows)
-        ctx.formula = recipe.head, recipe.scale, recipe.cap, recipe.logs, recipe.dtype
+        none = rows.detach()[..., :0]
+        ctx.recipe = Recipe(
+            recipe.head, none, recipe.dtype, recipe.layout, scale=recipe.scale, cap=recipe.cap, kind=recipe.kind
+        )
         return LazyLogits(recipe), rows.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, rows_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        head = ctx.recipe.head
         if grad is None:
-            return None, rows_grad, None, None
-        head, scale, cap, logs, dtype = ctx.formula
+            return None, rows_grad, *(None for _ in head.tensors)
+        if torch.is_grad_enabled():
+            raise PeftcoreError(f"lazy logits cannot be differentiated twice (create_graph=True): {OFF}")
         (rows,) = ctx.saved_tensors
-        with _plainly():
-            needs = zip((rows, *head.tensors), ctx.needs_input_grad[1:], strict=True)
-            inputs = [None if t is None else t.detach().requires_grad_(needed) for t, needed in needs]
-            weight = head.weight if inputs[1] is None else inputs[1]
-            z = head.function(inputs[0], weight, inputs[2]) * scale
-            z = z if cap is None else cap * torch.tanh(z / cap)
-            z = (F.log_softmax(z, -1) if logs else z).to(dtype)
-        wanted = [t for t in inputs if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(z, wanted, grad))
-        grads = [next(found) if t is not None and t.requires_grad else None for t in inputs]
+        head.check()
+        with plainly():
+            x = rows.detach().requires_grad_(ctx.needs_input_grad[1])
+            z = ctx.recipe.apply_to(head.function(x))
+        needed = [each for each, n in zip((x, *head.tensors), ctx.needs_input_grad[1:], strict=True) if n]
+        found = iter(torch.autograd.grad(z, needed, grad, allow_unused=True))
+        grads = [next(found) if n else None for n in ctx.needs_input_grad[1:]]
         if rows_grad is not None and grads[0] is not None:
             grads[0] = grads[0] + rows_grad
         return None, *grads
@@ -202,7 +260,7 @@ class LazyLogits(Tensor):
     @staticmethod
     def __new__(cls, recipe: Recipe) -> LazyLogits:
         made: LazyLogits = torch.Tensor._make_wrapper_subclass(
-            cls, recipe.shape, dtype=recipe.dtype, device=recipe.rows.device
+            cls, tuple(recipe.layout.shape), dtype=recipe.dtype, device=recipe.rows.device
         )
         made.recipe = recipe
         return made
@@ -214,11 +272,12 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _FACTS:
+        lazily = bool(args) and isinstance(args[0], cls) and args[0].recipe.stays_lazy()
+        if func in _FACTS and lazily:
             with _ON():
                 return func(*args, **kwargs)
-        handler = _HANDLERS.get(func)
-        if handler is not None and args and isinstance(args[0], cls) and args[0].recipe.stays_lazy():
+        handler = HANDLERS.get(func) if lazily else None
+        if handler is not None:
             found = handler(args[0].recipe, args, kwargs)
             if found is not None:
                 return found
@@ -237,7 +296,7 @@ class LazyLogits(Tensor):
     ) -> Any:
         if func._schema.is_mutable:
             for argument, given in zip(func._schema.arguments, args, strict=False):
-                if argument.is_write and isinstance(given, cls):
+                if argument.is_write and any(isinstance(each, cls) for each in _flat([given])):
                     raise PeftcoreError(f"{func} would change logits that have not been computed. {OFF}")
         args, kwargs = tree_map(lambda t: t.recipe.made().detach() if isinstance(t, cls) else t, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -255,163 +314,9 @@ def _flat(values: Any) -> Iterator[Any]:
             yield each
 
 
-# --- what stays lazy -------------------------------------------------------------------------------------------------
-
-# Each takes the recipe and the arguments, and returns None where the logits are needed.
-
-
 def _node(recipe: Recipe, args: Any, kwargs: Any) -> Any:
     with _ON():
         return args[0].grad_fn
-
-
-def _float(recipe: Recipe, args: Any, kwargs: Any) -> Any:
-    if recipe.dtype is torch.float32:
-        return args[0]
-    if recipe.logs or kwargs or len(args) > 1 or recipe.dtype not in (torch.float16, torch.bfloat16):
-        return None
-    return recipe.derived(Tensor.float, dtype=torch.float32)
-
-
-def _to(recipe: Recipe, args: Any, kwargs: Any) -> Any:
-    _, *rest = args
-    given = [*rest, *kwargs.values()]
-    if set(kwargs) <= {"dtype", "device", "non_blocking"} and len(rest) <= 1 and given:
-        device = [torch.device(g) for g in given if isinstance(g, (str, torch.device))]
-        dtypes = [g for g in given if isinstance(g, torch.dtype)]
-        if any(each != recipe.rows.device for each in device) or len(device) + len(dtypes) < len(rest):
-            return None
-        if all(each is recipe.dtype for each in dtypes):
-            return args[0]
-        if dtypes == [torch.float32]:
-            return _float(recipe, args[:1], {})
-    return None
-
-
-def _contiguous(recipe: Recipe, args: Any, kwargs: Any) -> Any:
-    return None if kwargs or len(args) > 1 else args[0] if recipe.parent is None else recipe.derived(Tensor.contiguous)
-
-
-def _reshape(recipe: Recipe, args: Any, kwargs: Any) -> Any:
-    if kwargs:
-        return None
-    shape = args[1] if len(args) == 2 and isinstance(args[1], Sequence) else args[1:]
-    if not all(isinstance(size, int) for size in shape) or len(shape) == 0:
-        return None
-    if shape[-1] == -1 and recipe.rows[..., 0].numel() and -1 not in shape[:-1]:
-        leading = 1
-        for size in shape[:-1]:
-            leading *= size
-        shape = (*shape[:-1], recipe.classes if leading == recipe.rows[..., 0].numel() else 0)
-    if shape[-1] != recipe.classes or len(shape) < 2:
-        return None
-    shape = tuple(shape)
-    rows = recipe.rows.reshape(*shape[:-1], recipe.rows.shape[-1])
-    return recipe.derived(lambda t: t.reshape(shape), rows, shares=True)
-
-
-def _index(recipe: Recipe, args: Any, kwargs: Any) -> Any:
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    dimensions = len(recipe.shape)
-    consumed, tensors = 0, False
-    for each in index:
-        if each is Ellipsis:
-            continue
-        if isinstance(each, Tensor):
-            if isinstance(each, LazyLogits) or each.dtype not in (torch.bool, torch.int64):
-                return None
-            consumed += each.dim() if each.dtype is torch.bool else 1
-            tensors = tensors or each.dim() > 0 or each.dtype is torch.bool  # a number gives a view
-        elif isinstance(each, (int, slice)) and not isinstance(each, bool):
-            consumed += 1
-        else:
-            return None
-    if sum(each is Ellipsis for each in index) > 1 or consumed > dimensions:
-        return None
-    last = index[-1] if index else slice(None)
-    touches_last = consumed == dimensions or (Ellipsis in [e for e in index if e is Ellipsis] and last is not Ellipsis)
-    if touches_last and not (isinstance(last, slice) and last == slice(None)):
-        return None
-    rows = recipe.rows[index]
-    if rows.shape[-1] != recipe.rows.shape[-1]:
-        return None
-    return recipe.derived(lambda t: t[index], rows, shares=not tensors)
-
-
-def _scaled(inverse: bool) -> Callable[[Recipe, Any, Any], Any]:
-    def scaled(recipe: Recipe, args: Any, kwargs: Any) -> Any:
-        if kwargs or len(args) != 2 or type(args[1]) not in (int, float) or recipe.logs or not args[1]:
-            return None
-        by = args[1]
-        factor = 1 / by if inverse else float(by)
-        if factor <= 0 and recipe.cap is not None:
-            return None
-        cap = None if recipe.cap is None else recipe.cap * factor
-        step = (lambda t: t / by) if inverse else (lambda t: t * by)
-        return recipe.derived(step, scale=recipe.scale * factor, cap=cap)
-
-    return scaled
-
-
-def _tanh(recipe: Recipe, args: Any, kwargs: Any) -> Any:
-    if kwargs or len(args) > 1 or recipe.cap is not None or recipe.logs:
-        return None
-    return recipe.derived(torch.tanh, cap=1.0)
-
-
-def _log_softmax(recipe: Recipe, args: Any, kwargs: Any) -> Any:
-    _, *rest = args
-    known = set(kwargs) <= {"dim", "dtype", "_stacklevel"} and len(rest) <= 1
-    dim, dtype = kwargs.get("dim", rest[0] if rest else None), kwargs.get("dtype")
-    if not known or recipe.logs or dim not in (-1, len(recipe.shape) - 1) or dtype not in (None, torch.float32):
-        return None
-    if dtype is None and torch.is_autocast_enabled(recipe.rows.device.type):
-        return None
-    if dtype is None:
-        return recipe.derived(lambda t: F.log_softmax(t, -1), logs=True)
-    return recipe.derived(lambda t: F.log_softmax(t, -1, dtype=dtype), logs=True, dtype=dtype)
-
-
-def _gather(recipe: Recipe, args: Any, kwargs: Any) -> Any:
-    _, *rest = args
-    names = dict(zip(("dim", "index"), rest, strict=False)) | kwargs
-    dim, index = names.get("dim"), names.get("index")
-    if set(names) != {"dim", "index"} or not recipe.logs or dim not in (-1, len(recipe.shape) - 1):
-        return None
-    if type(index) is not Tensor or index.dtype is not torch.int64 or index.shape != (*recipe.rows.shape[:-1], 1):
-        return None
-    if index.device != recipe.rows.device or bool(((index < 0) | (index >= recipe.classes)).any()):
-        return None  # PyTorch's own error
-    rows, weight, options = recipe.operands()
-    with _plainly():
-        found, _ = ops.linear_log_probs(rows, weight, index[..., 0], **options)
-    return found[..., None].to(recipe.dtype)
-
-
-_CROSS_ENTROPY = ("target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-
-
-def _cross_entropy(recipe: Recipe, args: Any, kwargs: Any) -> Any:
-    given = dict(zip(_CROSS_ENTROPY, args[1:], strict=False)) | kwargs
-    target, class_weight = given.get("target"), given.get("weight")
-    if given.get("size_average") is not None or given.get("reduce") is not None or recipe.logs:
-        return None
-    if not isinstance(target, Tensor) or target.dtype is not torch.int64 or len(recipe.shape) != 2:
-        return None
-    if target.shape != recipe.rows.shape[:-1] or target.device != recipe.rows.device:
-        return None
-    if class_weight is not None and (class_weight.requires_grad or class_weight.shape != (recipe.classes,)):
-        return None
-    if given.get("reduction", "mean") not in ("mean", "sum", "none"):
-        return None
-    rows, weight, options = recipe.operands()
-    for name in ("ignore_index", "reduction", "label_smoothing"):
-        if name in given:
-            options[name] = given[name]
-    autocast = torch.is_autocast_enabled(recipe.rows.device.type)  # under which PyTorch computes it in fp32
-    with _plainly():
-        loss = ops.linear_cross_entropy(rows, weight, target, class_weight=class_weight, **options)
-    return loss if autocast else loss.to(recipe.dtype)
 
 
 _FACTS = {
@@ -424,17 +329,5 @@ _OF_GRADIENTS = {
     *(Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad, torch.autograd.grad),
     getattr(Tensor, "grad").__get__,  # noqa: B009  # of the class, which has no type
 }
-_HANDLERS: dict[Any, Callable[[Recipe, Any, Any], Any]] = {
-    getattr(Tensor, "grad_fn").__get__: _node,  # noqa: B009
-    Tensor.float: _float,
-    Tensor.to: _to,
-    Tensor.contiguous: _contiguous,
-    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _reshape),
-    Tensor.__getitem__: _index,
-    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), _scaled(False)),
-    **dict.fromkeys((Tensor.div, Tensor.__truediv__, torch.div, torch.true_divide), _scaled(True)),
-    **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
-    **dict.fromkeys((F.log_softmax, torch.log_softmax, Tensor.log_softmax), _log_softmax),
-    **dict.fromkeys((Tensor.gather, torch.gather), _gather),
-    F.cross_entropy: _cross_entropy,
-}
+# What stays lazy: each takes the recipe and the arguments, and returns None where the logits are needed.
+HANDLERS: dict[Any, Callable[[Recipe, Any, Any], Any]] = {getattr(Tensor, "grad_fn").__get__: _node}  # noqa: B009

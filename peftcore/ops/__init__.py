@@ -5,11 +5,13 @@ A compiled kernel is used where the extension has one for the device; every othe
 
 from peftcore.ops._extension import extension
 from peftcore.ops.codebooks import DYNAMIC8, FP4, NF4, codebook
+from peftcore.ops.cross_entropy import Settings
 from peftcore.ops.dense_linear import WIDENED, dense_linear
 from peftcore.ops.dropout import keep_mask
 from peftcore.ops.grouped import grouped_linear, grouped_lora_linear
+from peftcore.ops.head_cross_entropy import HeadFunction, head_cross_entropy, head_log_probs
 from peftcore.ops.linear_4bit import free_workspace, linear_4bit
-from peftcore.ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
+from peftcore.ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs, rows_in_piece
 from peftcore.ops.linear_per_sample import lora_linear_per_sample
 from peftcore.ops.lora import lora_linear
 from peftcore.ops.optim import optim_step_
@@ -23,7 +25,9 @@ __all__ = [
     "FP4",
     "NF4",
     "WIDENED",
+    "HeadFunction",
     "PackedWeight",
+    "Settings",
     "codebook",
     "dense_linear",
     "dequantize_4bit",
@@ -31,6 +35,8 @@ __all__ = [
     "free_workspace",
     "grouped_linear",
     "grouped_lora_linear",
+    "head_cross_entropy",
+    "head_log_probs",
     "keep_mask",
     "linear_4bit",
     "linear_cross_entropy",
@@ -40,6 +46,7 @@ __all__ = [
     "optim_step_",
     "quantize_4bit",
     "row_norms",
+    "rows_in_piece",
     "scaled",
     "with_nested_scales",
 ]

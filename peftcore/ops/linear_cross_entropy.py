@@ -43,7 +43,8 @@ PIECE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
 _LEAST_ROWS = 128  # below it a product reads the weight too often
 
 
-def _rows_in_piece(classes: int, dtype: torch.dtype, device: torch.device) -> int:
+def rows_in_piece(classes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many rows of logits are computed at once."""
     limit = PIECE_BYTES.get(device.type, PIECE_BYTES["cuda"])
     return max(_LEAST_ROWS, limit // max(1, classes * dtype.itemsize) // _LEAST_ROWS * _LEAST_ROWS)
 
@@ -82,6 +83,23 @@ def _capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def labelled_pieces(labels: Tensor, ignore_index: int, classes: int, size: int) -> Iterator[slice | Tensor]:
+    """Yield rows with labels, at most `size` at a time: slices where all rows have one."""
+    count, kept = len(labels), None
+    if not _capturing(labels):  # else rows without labels are multiplied, too: finding them waits for the GPU
+        kept = (labels != ignore_index).nonzero()[:, 0]
+        if labels.device.type == "cpu" and kept.numel():
+            least, most = (int(bound) for bound in labels[kept].aminmax())
+            if least < 0 or most >= classes:
+                found = least if least < 0 else most
+                wanted = f"labels must be from 0 to {classes - 1}, or ignore_index {ignore_index}"
+                raise IndexError(f"linear_cross_entropy: {wanted}, found {found}")
+    if kept is None or len(kept) == count:
+        yield from (slice(first, min(first + size, count)) for first in range(0, count, size))
+    else:
+        yield from (piece for piece in kept.split(size) if len(piece))
+
+
 @dataclass
 class LinearCrossEntropy:
     hidden: Tensor
@@ -105,11 +123,11 @@ class LinearCrossEntropy:
 
     def compute(self) -> tuple[Tensor, Tensor]:
         x, count = self.hidden, self.hidden.shape[0]
-        size = _rows_in_piece(self.classes, x.dtype, x.device)
+        size = rows_in_piece(self.classes, x.dtype, x.device)
         rows = x.new_zeros((3, count), dtype=wide(x))
         grad = torch.zeros_like(x) if self.gradient else x.new_empty(0)
         softmax = _in_float64 if x.dtype is torch.float64 else cross_entropy_rows_
-        pieces = list(self._pieces(size))
+        pieces = list(labelled_pieces(self.labels, self.ignore_index, self.classes, size))
         head = _Head(self.weight, self.packing, self.bias, x, min(size, count))
         for piece in pieces:
             logits = head.logits(x[piece]).contiguous()
@@ -118,22 +136,6 @@ class LinearCrossEntropy:
             if self.gradient:
                 grad[piece] = head.gradient(logits)
         return rows, grad
-
-    def _pieces(self, size: int) -> Iterator[slice | Tensor]:
-        """Yield rows with labels, at most `size` at a time: slices where all rows have one."""
-        count, kept = self.hidden.shape[0], None
-        if not _capturing(self.hidden):  # else rows without labels are multiplied, too: finding them waits for the GPU
-            kept = (self.labels != self.ignore_index).nonzero()[:, 0]
-            if self.labels.device.type == "cpu" and kept.numel():
-                least, most = (int(bound) for bound in self.labels[kept].aminmax())
-                if least < 0 or most >= self.classes:
-                    found = least if least < 0 else most
-                    wanted = f"labels must be from 0 to {self.classes - 1}, or ignore_index {self.ignore_index}"
-                    raise IndexError(f"linear_cross_entropy: {wanted}, found {found}")
-        if kept is None or len(kept) == count:
-            yield from (slice(first, min(first + size, count)) for first in range(0, count, size))
-        else:
-            yield from (piece for piece in kept.split(size) if len(piece))
 
     def empty(self) -> tuple[Tensor, Tensor]:
         rows = self.hidden.new_empty((3, self.hidden.shape[0]), dtype=wide(self.hidden))
@@ -254,6 +256,13 @@ class _Rows(torch.autograd.Function):
         return dh, db, None, None, None, None, dw, *(None for _ in ctx.needs_input_grad[7:])
 
 
+def divisor(labels: Tensor, counts: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the number that the mean of losses divides by."""
+    if class_weight is None:
+        return counts.sum().to(dtype)
+    return class_weight[labels.where(counts, 0).clamp(0, len(class_weight) - 1)].mul(counts).sum()
+
+
 def _rows(
     hidden: Tensor,
     weight: Tensor | PackedWeight,
@@ -272,12 +281,11 @@ def _rows(
     labels = labels.reshape(-1)
     x, tensors, packing, bias = frozen_operands(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     dtype = wide(x)
-    counts = labels != ignore_index
-    total = counts.sum().to(dtype)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
         check_labels(labels, x.shape[0], x, weight.shape[0], class_weight, op)
-        total = class_weight[labels.where(counts, 0).clamp(0, weight.shape[0] - 1)].mul(counts).sum()
+    counts = labels != ignore_index
+    total = divisor(labels, counts, class_weight, dtype)
     if transformed():
         dense = weight if isinstance(weight, Tensor) else dequantize_4bit(weight, x.dtype)
         z, _ = capped(F.linear(x, dense.to(x.dtype), bias).to(dtype), settings)
@@ -297,6 +305,10 @@ def _rows(
     numbers = settings, ignore_index, packing
     loss, rest = _Rows.apply(x, bias, labels, class_weight, scale, numbers, *tensors)  # type: ignore[no-untyped-call]
     return loss, rest.detach(), total
+
+
+def check_reduction(reduction: str, op: str) -> None:
+    value(reduction in ("mean", "sum", "none"), op, f"reduction must be mean, sum or none, found {reduction!r}")
 
 
 def linear_cross_entropy(
@@ -340,11 +352,7 @@ def linear_cross_entropy(
         IndexError: a label outside the vocabulary on CPU (on GPUs the loss is NaN). TypeError, ValueError: an argument
         that does not fit the others.
     """
-    value(
-        reduction in ("mean", "sum", "none"),
-        "linear_cross_entropy",
-        f"reduction must be mean, sum or none, found {reduction!r}",
-    )
+    check_reduction(reduction, "linear_cross_entropy")
     value(soft_cap is None or soft_cap > 0, "linear_cross_entropy", f"soft_cap must be positive, found {soft_cap}")
     settings = Settings(float(label_smoothing), float(logit_scale), float(soft_cap or 0), float(z_loss))
     mean = reduction == "mean"

@@ -6,34 +6,19 @@ import copy
 import gc
 import io
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from lazily import LABELS, adapted, same, shifted, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftcore
-from peftcore.engine import lazy_tensor
 from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.engine.lazy_tensor import LazyLogits
-
-LABELS = tiny.TOKENS.masked_fill(tiny.TOKENS == 9, -100)
-
-
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How often logits have been computed."""
-    count, original = [0], lazy_tensor.Recipe._computed
-
-    def counted(self: Any) -> Tensor:
-        count[0] += self.parent is None
-        return original(self)
-
-    monkeypatch.setattr(lazy_tensor.Recipe, "_computed", counted)
-    yield count
 
 
 def family(name: str) -> nn.Module:
@@ -47,32 +32,6 @@ def family(name: str) -> nn.Module:
     if name == "phi":  # its head has a bias
         sizes.pop("head_dim")
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**sizes))
-
-
-def step(model: nn.Module, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss and all gradients of a training step."""
-    model.train()
-    model.zero_grad()
-    torch.manual_seed(0)  # of dropout
-    loss = model(input_ids=tiny.TOKENS, labels=LABELS, **inputs).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def same(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]], tolerance: float) -> None:
-    torch.testing.assert_close(one[0], other[0], rtol=tolerance / 4, atol=tolerance / 4)
-    assert one[1].keys() == other[1].keys() and one[1]
-    for name, grad in one[1].items():
-        torch.testing.assert_close(grad, other[1][name], rtol=0, atol=tolerance * float(grad.abs().max()), msg=name)
-
-
-def adapted(model: nn.Module, **options: Any) -> nn.Module:
-    peftcore.apply(model, "lora", r=4, **options)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "head" not in name:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -105,17 +64,6 @@ def test_a_head_in_4_bits(computed: list[int]) -> None:
     wanted = step(model)
     same(step(peftcore.lazy_logits(model)), wanted, 1e-5)
     assert computed == [0]
-
-
-def test_an_adapter_of_the_head_gets_plain_logits() -> None:
-    model = adapted(tiny.llama(), target_modules=["q_proj", "lm_head"])
-    wanted = step(model)
-    peftcore.lazy_logits(model)
-    assert type(model(input_ids=tiny.TOKENS).logits) is Tensor
-    same(step(model), wanted, 1e-7)
-    with peftcore.disabled(model):
-        model.get_input_embeddings().weight.requires_grad_()
-        assert type(model(input_ids=tiny.TOKENS).logits) is LazyLogits
 
 
 def test_options_of_a_call(computed: list[int]) -> None:
@@ -156,10 +104,6 @@ def test_plain_outside_of_training() -> None:
 
 
 # --- whatever is done with logits ------------------------------------------------------------------------------------
-
-
-def shifted(logits: Tensor) -> Tensor:
-    return F.cross_entropy(logits[..., :-1, :].contiguous().view(-1, 96), LABELS[:, 1:].reshape(-1))
 
 
 def tempered(logits: Tensor) -> Tensor:
