@@ -13,13 +13,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from whole import WHOLE
 
 from peftcore.registry import registry
 from peftcore.testing import CHECKS, COMPILE, FAMILIES, PEFT_READS, PEFT_WRITES, Report, check_method
+from peftcore.testing.families import families_of
 
 ROOT = Path(__file__).parent.parent
 REPORTS = Path(__file__).with_name("matrix.json")
@@ -27,8 +30,9 @@ WRITING = "PEFTCORE_WRITE_MATRIX"
 START, END = "<!-- matrix: made by `make matrix` -->", "<!-- end of matrix -->"
 ON = "on "  # and a family: why the method cannot be applied to it, or None
 OTHER_KINDS = ("T5", "Qwen3-MoE")
+STACKED = "with another method's adapter, merged in both orders, saved and removed"
 # One method of each kind: around a layer, after one, on its weight, before the input, in the cache, in the base.
-COMPILED = ("lora", "adapter", "dora", "prompt-tuning", "prefix-tuning", "bitfit")
+KINDS = ("lora", "adapter", "dora", "prompt-tuning", "prefix-tuning", "bitfit")
 COLUMNS = {
     "merge": "merge equals forward, unmerge is bit exact",
     "4-bit base": "a quantized base (NF4)",
@@ -46,19 +50,25 @@ def conformance(config: Any, *, not_applicable: Mapping[str, str] | None = None,
 
     All of it in `make test-all`. In `make test` it runs on the first family that the method can be applied to, on one
     with an encoder and a decoder, and on one with experts; PEFT's files are left to tests of their own where a method
-    has those, and `torch.compile` to one method of each kind of placement.
+    has those. `torch.compile`, and another method's adapter on the further families, are tried for one method of each
+    kind of placement.
     """
     name, excuses = registry.method_of_config(config).name, dict(not_applicable or {})
+    changed = {}
     if not WHOLE and not os.environ.get(WRITING):
-        own = options.get("families")
-        families = own or _of_the_day(read().get(name, {}))
-        left_out = {COMPILE} if name not in COMPILED else set()
+        names = _of_the_day(read().get(name, {}))
+        families = [family for family in families_of(options.get("families", tuple(FAMILIES))) if family.name in names]
+        left_out = set()
+        if name not in KINDS:
+            left_out.add(COMPILE)
+            changed[STACKED] = replace(CHECKS[STACKED], essential=False)
         if any((ROOT / "plugins" / f"peftcore-{name}").glob("tests/*against_peft.py")):
             left_out |= {PEFT_READS, PEFT_WRITES}
         options |= {"families": families, "checks": [check for check in CHECKS if check not in left_out]}
-        others = [family for family in FAMILIES if family not in families] if own is None else []
+        others = FAMILIES.keys() - names
         excuses = {key: why for key, why in excuses.items() if key.partition(":")[0] not in others}
-    report = check_method(config, not_applicable=excuses, **options)
+    with mock.patch.dict(CHECKS, changed):
+        report = check_method(config, not_applicable=excuses, **options)
     _compare(report)
     return report
 
