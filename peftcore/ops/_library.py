@@ -47,16 +47,24 @@ def _outside_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def define(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, differentiable: bool = False
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    differentiable: bool = False,
+    reads_host: bool = False,
 ) -> None:
     """Define an operator: its schema, its PyTorch reference for every device, and its shape rule.
 
     The reference is registered below CPU and CUDA: a compiled kernel, where one is loaded, goes first. An operator
-    that is not `differentiable` gives results that require no gradient, whatever its inputs require.
+    that is not `differentiable` gives results that require no gradient, whatever its inputs require. One that
+    `reads_host` takes numbers from the host that differ from call to call: a CUDA graph would repeat those of its
+    capture, so that `torch.compile(mode="reduce-overhead")` leaves the operator out of its graphs.
     """
     name = schema.partition("(")[0]
     try:
-        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        unsafe = (torch.Tag.cudagraph_unsafe,) if reads_host else ()
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *unsafe))
     except RuntimeError as error:
         if _extension.extension is None:
             raise
@@ -83,7 +91,11 @@ class Call(Protocol):
 
 
 def define_by(schema: str, call: type[Call]) -> None:
-    """Define an operator whose reference and shape rule come from one class, with the same arguments and checks."""
+    """Define an operator whose reference and shape rule come from one class, with the same arguments and checks.
+
+    An operator with a `seed`, which is the host's, is also defined as `NAME_seeded`, which a compiled model calls if
+    there is a seed: without one, the operator may be in a CUDA graph.
+    """
 
     def reference(*args: Any, **kwargs: Any) -> Any:
         made = call(*args, **kwargs)
@@ -94,6 +106,20 @@ def define_by(schema: str, call: type[Call]) -> None:
         return call(*args, **kwargs).empty()
 
     define(schema, reference, fake)
+    if "Tensor? seed" not in schema:
+        return
+    name, _, arguments = schema.partition("(")
+
+    def seeded(*args: Any, **kwargs: Any) -> Any:
+        return getattr(torch.ops.peftcore, name).default(*args, **kwargs)
+
+    define(f"{name}_seeded({arguments}", seeded, fake, reads_host=True)
+
+
+def operator_for(name: str, seed: torch.Tensor | None) -> Any:
+    """Return the operator `name` for a call with this seed: in a compiled model, the one outside CUDA graphs."""
+    seeded = seed is not None and torch.compiler.is_compiling()
+    return getattr(torch.ops.peftcore, f"{name}_seeded" if seeded else name)
 
 
 @contextmanager

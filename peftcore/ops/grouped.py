@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftcore.ops._library import operator_for
 from peftcore.ops.dropout import refuse_capture
 from peftcore.ops.grouped_operators import GroupedLinear, GroupedLinearBackward, expert_of_rows
 from peftcore.ops.lora import wide
 from peftcore.ops.weight import PackedWeight, frozen_operands
-
-_OPS = torch.ops.peftcore
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ class _GroupedLinear(torch.autograd.Function):
         factors = [] if a is None or b is None else [a, b]
         arguments = x, offsets, weight, packing, bias, factors, transposed, scale, dropout_p, seed
         exact = x.dtype is torch.float64
-        y, s = _in_float64(GroupedLinear, *arguments) if exact else _OPS.grouped_linear(*arguments)
+        y, s = _in_float64(GroupedLinear, *arguments) if exact else operator_for("grouped_linear", seed)(*arguments)
         kept = (x, a, b, s) if factors else (None,) * 4
         ctx.save_for_backward(offsets, seed, *kept, *weight)
         ctx.numbers = numbers
@@ -61,9 +60,8 @@ class _GroupedLinear(torch.autograd.Function):
             grad = grad.contiguous()
             arguments = grad, x, offsets, weight, packing, factors, transposed, needs, scale, dropout_p, seed
             exact = grad.dtype is torch.float64
-            found = (
-                _in_float64(GroupedLinearBackward, *arguments) if exact else _OPS.grouped_linear_backward(*arguments)
-            )
+            backward = operator_for("grouped_linear_backward", seed)
+            found = _in_float64(GroupedLinearBackward, *arguments) if exact else backward(*arguments)
             dx, da, db = (g if needed else None for g, needed in zip(found, needs, strict=True))
         if need_bias:
             whose = expert_of_rows(offsets, len(grad))
@@ -139,4 +137,4 @@ def _grouped(
         return _GroupedLinear.apply(x, bias, a, b, numbers, offsets, seed, *tensors)  # type: ignore[no-untyped-call]
     arguments = x, offsets, tensors, packing, bias, list(factors), transposed, scale, dropout_p, seed
     exact = x.dtype is torch.float64
-    return (_in_float64(GroupedLinear, *arguments) if exact else _OPS.grouped_linear(*arguments))[0]
+    return (_in_float64(GroupedLinear, *arguments) if exact else operator_for("grouped_linear", seed)(*arguments))[0]

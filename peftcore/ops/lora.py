@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftcore.ops._library import define_by, transformed, unviewed
+from peftcore.ops._library import define_by, operator_for, transformed, unviewed
 from peftcore.ops.dropout import check_dropout, dropped, factor, refuse_capture
 from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
@@ -208,7 +208,7 @@ class _LoraLinear(torch.autograd.Function):
         scale, dropout_p, packing = numbers
         arguments = x, weight, packing, bias, a, b, scale, dropout_p, seed
         exact = x.dtype is torch.float64
-        y, s = _in_float64(LoraLinear, *arguments) if exact else _OPS.lora_linear(*arguments)
+        y, s = _in_float64(LoraLinear, *arguments) if exact else operator_for("lora_linear", seed)(*arguments)
         # With A frozen (LoRA-FA, TinyLoRA) no gradient reads x: its shape stays, its values go.
         kept = x if ctx.needs_input_grad[2] else x.new_empty(()).expand(x.shape)
         ctx.save_for_backward(kept, s, a, b, seed, *weight)
@@ -229,7 +229,7 @@ class _LoraLinear(torch.autograd.Function):
             elif x.dtype is torch.float64:
                 found = _in_float64(LoraLinearBackward, *arguments)
             else:
-                found = _OPS.lora_linear_backward(*arguments)
+                found = operator_for("lora_linear_backward", seed)(*arguments)
             dx, da, db = (g if needed else None for g, needed in zip(found, needs, strict=True))
         if need_bias:
             bias_grad = matrix(grad).sum(0)
@@ -283,4 +283,4 @@ def lora_linear(
         return _LoraLinear.apply(x, bias, a, b, packed, seed, *tensors)  # type: ignore[no-untyped-call]
     arguments = x, tensors, packing, bias, a, b, scale, dropout_p, seed
     exact = x.dtype is torch.float64
-    return (_in_float64(LoraLinear, *arguments) if exact else _OPS.lora_linear(*arguments))[0]
+    return (_in_float64(LoraLinear, *arguments) if exact else operator_for("lora_linear", seed)(*arguments))[0]

@@ -129,6 +129,7 @@ define(
     "int[] rows, int[] streams=[]) -> ()",
     optim_step_reference,
     _fake,
+    reads_host=True,
 )
 
 optim_step_ = torch.ops.peftcore.optim_step_.default
@@ -168,6 +169,7 @@ define(
     "float[] scalars, int[] steps, int[] rows, int[] streams=[]) -> ()",
     _needs_extension,
     lambda *_: None,
+    reads_host=True,
 )
 
 optim_step_paged_ = torch.ops.peftcore.optim_step_paged_.default
