@@ -1,7 +1,5 @@
-#include "common/cuda_launch.cuh"
+#include "common/cuda_dispatch.cuh"
 #include "common/cuda_sum.h"
-#include "common/dtype.h"
-#include "common/half.h"
 
 namespace peftcore {
 namespace {
@@ -19,13 +17,6 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <typename T>
-const char* launch_sum(const float* partial, int64_t parts, int64_t count, float scale, void* out,
-                       void* stream) {
-    return PEFTCORE_LAUNCH(sum_kernel<T>, blocks_once(count, kThreads), kThreads, 0, stream, partial, parts,
-                           count, scale, static_cast<T*>(out));
-}
-
 }  // namespace
 }  // namespace peftcore
 
@@ -33,13 +24,9 @@ extern "C" const char* peftcore_sum(const float* partial, int64_t parts, int64_t
                                     void* out, int dtype, void* stream) {
     using namespace peftcore;
     if (count == 0) return nullptr;
-    switch (Dtype(dtype)) {
-        case Dtype::kFloat:
-            return launch_sum<float>(partial, parts, count, scale, out, stream);
-        case Dtype::kHalf:
-            return launch_sum<Half>(partial, parts, count, scale, out, stream);
-        case Dtype::kBFloat16:
-            return launch_sum<BFloat16>(partial, parts, count, scale, out, stream);
-    }
-    return "unknown dtype";
+    return dispatch_dtype(Dtype(dtype), [&](auto type) {
+        using T = typename decltype(type)::type;
+        return PEFTCORE_LAUNCH(sum_kernel<T>, blocks_once(count, kThreads), kThreads, 0, stream, partial,
+                               parts, count, scale, static_cast<T*>(out));
+    });
 }

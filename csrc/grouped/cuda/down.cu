@@ -1,5 +1,6 @@
 // S and T of experts: a block takes rows of one expert and its factor (lora/cuda/down.cuh). Written for
 // bandwidth and tested on the emulator; not measured on a GPU.
+#include "common/cuda_dispatch.cuh"
 #include "grouped/cuda/groups.cuh"
 #include "lora/cuda/down.cuh"
 
@@ -27,24 +28,6 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const Down p, int chunks
     lora::down_tile<T, kRowTiles, kRankTiles, kAcross>(tile);
 }
 
-template <typename T, int kRowTiles, bool kAcross>
-const char* launch(const Down& p, void* stream) {
-    const int chunks = int(ceil_div(p.rank, lora::kRankChunk));
-    const int64_t blocks = most_tiles(p.groups, 16 * kRowTiles) * chunks;
-    if (blocks > INT32_MAX) return "too many rows for one launch";
-    const unsigned grid = unsigned(blocks);
-    if (p.rank <= 16)
-        return PEFTCORE_LAUNCH((down_kernel<T, kRowTiles, 2, kAcross>), grid, kThreads, 0, stream, p, chunks);
-    return PEFTCORE_LAUNCH((down_kernel<T, kRowTiles, 8, kAcross>), grid, kThreads, 0, stream, p, chunks);
-}
-
-template <typename T>
-const char* launch(const Down& p, void* stream) {
-    const bool few = p.groups.rows <= 16 * p.groups.experts;
-    if (p.across) return few ? launch<T, 1, true>(p, stream) : launch<T, 4, true>(p, stream);
-    return few ? launch<T, 1, false>(p, stream) : launch<T, 4, false>(p, stream);
-}
-
 }  // namespace
 }  // namespace grouped
 }  // namespace peftcore
@@ -52,13 +35,23 @@ const char* launch(const Down& p, void* stream) {
 extern "C" const char* peftcore_grouped_down(const peftcore::grouped::Down* down, void* stream) {
     using namespace peftcore;
     if (down->groups.rows == 0 || down->rank == 0) return nullptr;
-    switch (down->dtype) {
-        case Dtype::kFloat:
-            return grouped::launch<float>(*down, stream);
-        case Dtype::kHalf:
-            return grouped::launch<Half>(*down, stream);
-        case Dtype::kBFloat16:
-            return grouped::launch<BFloat16>(*down, stream);
-    }
-    return "unknown dtype";
+    const grouped::Groups& groups = down->groups;
+    const int chunks = int(ceil_div(down->rank, lora::kRankChunk));
+    const int row_tiles = groups.rows <= 16 * groups.experts ? 1 : 4;
+    const int64_t blocks = grouped::most_tiles(groups, 16 * row_tiles) * chunks;
+    if (blocks > INT32_MAX) return "too many rows for one launch";
+    return dispatch_dtype(down->dtype, [&](auto type) {
+        return dispatch_flag(down->across, [&](auto flag) {
+            return dispatch_size<1, 4>(row_tiles, [&](auto tiles_of_rows) {
+                return dispatch_size<2, 8>(ceil_div(down->rank, 8), [&](auto tiles_of_ranks) {
+                    using T = typename decltype(type)::type;
+                    constexpr int kRowTiles = decltype(tiles_of_rows)::value;
+                    constexpr int kRankTiles = decltype(tiles_of_ranks)::value;
+                    constexpr bool kAcross = decltype(flag)::value;
+                    return PEFTCORE_LAUNCH((grouped::down_kernel<T, kRowTiles, kRankTiles, kAcross>),
+                                           unsigned(blocks), grouped::kThreads, 0, stream, *down, chunks);
+                });
+            });
+        });
+    });
 }

@@ -10,6 +10,7 @@
 // fp16 and bf16 are multiplied directly, fp32 as in common/tf32.cuh.
 #pragma once
 
+#include "common/cuda_dispatch.cuh"
 #include "grouped/cuda/groups.cuh"
 #include "grouped/cuda/unpack.cuh"
 
@@ -280,31 +281,26 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
 
 // --- launches ---
 
-template <typename T, int kRowTiles, bool kPacked, bool kAcross>
-const char* launch(const Product& p, void* stream) {
-    using Own = Shape<T, kRowTiles, kPacked, kAcross>;
-    const int64_t column_tiles = ceil_div(p.columns, kColumns);
-    const int64_t blocks = most_tiles(p.groups, Own::kRows) * column_tiles;
-    if (blocks > INT32_MAX) return "too many rows and columns for one launch";
-    return PEFTCORE_LAUNCH((product_kernel<T, Own>), unsigned(blocks), kThreads, 0, stream, p,
-                           unsigned(column_tiles));
-}
-
-template <typename T, int kRowTiles>
-const char* launch(const Product& p, void* stream) {
-    if (p.weight.quant_map == nullptr)
-        return p.across ? launch<T, kRowTiles, false, true>(p, stream)
-                        : launch<T, kRowTiles, false, false>(p, stream);
-    return p.across ? launch<T, kRowTiles, true, true>(p, stream)
-                    : launch<T, kRowTiles, true, false>(p, stream);
-}
-
-// Chosen by the average number of rows per expert: the host does not know the actual numbers.
+// Row tiles are chosen by the average number of rows per expert: the host does not know the actual numbers.
 template <typename T>
 const char* launch_product(const Product& p, void* stream) {
-    if (p.groups.rows <= 16 * p.groups.experts) return launch<T, 1>(p, stream);
-    if (sizeof(T) == 4 || p.groups.rows <= 64 * p.groups.experts) return launch<T, 4>(p, stream);
-    return launch<T, sizeof(T) == 4 ? 4 : 8>(p, stream);
+    constexpr int kMost = sizeof(T) == 4 ? 4 : 8;
+    const int row_tiles = p.groups.rows <= 16 * p.groups.experts   ? 1
+                          : p.groups.rows <= 64 * p.groups.experts ? 4
+                                                                   : 8;
+    return dispatch_size<1, 4, kMost>(row_tiles, [&](auto tiles) {
+        return dispatch_flag(p.weight.quant_map != nullptr, [&](auto packed) {
+            return dispatch_flag(p.across, [&](auto across) {
+                using Own =
+                    Shape<T, decltype(tiles)::value, decltype(packed)::value, decltype(across)::value>;
+                const int64_t column_tiles = ceil_div(p.columns, kColumns);
+                const int64_t blocks = most_tiles(p.groups, Own::kRows) * column_tiles;
+                if (blocks > INT32_MAX) return "too many rows and columns for one launch";
+                return PEFTCORE_LAUNCH((product_kernel<T, Own>), unsigned(blocks), kThreads, 0, stream, p,
+                                       unsigned(column_tiles));
+            });
+        });
+    });
 }
 
 }  // namespace

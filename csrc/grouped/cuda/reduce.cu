@@ -1,6 +1,7 @@
 // dA and dB of experts: a block takes columns of one expert, whose rows it adds in their order
 // (lora/cuda/reduce.cuh). An expert without rows gets zeros. Written for bandwidth and tested on the emulator;
 // not measured on a GPU.
+#include "common/cuda_dispatch.cuh"
 #include "common/typed.cuh"
 #include "grouped/cuda/groups.cuh"
 #include "lora/cuda/reduce.cuh"
@@ -31,22 +32,6 @@ __global__ void __launch_bounds__(kThreads)
     });
 }
 
-template <typename T, int kRankTiles>
-const char* launch(const Reduce& p, void* stream) {
-    const int column_chunks = int(ceil_div(p.columns, lora::kReduceColumns));
-    const int rank_chunks = int(ceil_div(p.rank, 8 * kRankTiles));
-    const int64_t blocks = p.groups.experts * column_chunks * rank_chunks;
-    if (blocks > INT32_MAX) return "too many experts for one launch";
-    return PEFTCORE_LAUNCH((reduce_kernel<T, kRankTiles>), unsigned(blocks), kThreads, 0, stream, p,
-                           column_chunks, rank_chunks);
-}
-
-template <typename T>
-const char* launch(const Reduce& p, void* stream) {
-    constexpr int kMany = sizeof(T) == 2 ? 8 : 4;  // two stages of fp32 leave no space for more
-    return p.rank <= 16 ? launch<T, 2>(p, stream) : launch<T, kMany>(p, stream);
-}
-
 }  // namespace
 }  // namespace grouped
 }  // namespace peftcore
@@ -54,13 +39,17 @@ const char* launch(const Reduce& p, void* stream) {
 extern "C" const char* peftcore_grouped_reduce(const peftcore::grouped::Reduce* reduce, void* stream) {
     using namespace peftcore;
     if (reduce->groups.experts == 0 || reduce->columns == 0 || reduce->rank == 0) return nullptr;
-    switch (reduce->dtype) {
-        case Dtype::kFloat:
-            return grouped::launch<float>(*reduce, stream);
-        case Dtype::kHalf:
-            return grouped::launch<Half>(*reduce, stream);
-        case Dtype::kBFloat16:
-            return grouped::launch<BFloat16>(*reduce, stream);
-    }
-    return "unknown dtype";
+    return dispatch_dtype(reduce->dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        constexpr int kMany = sizeof(T) == 2 ? 8 : 4;  // two stages of fp32 leave no space for more
+        return dispatch_size<2, kMany>(ceil_div(reduce->rank, 8), [&](auto tiles) {
+            constexpr int kRankTiles = decltype(tiles)::value;
+            const int column_chunks = int(ceil_div(reduce->columns, lora::kReduceColumns));
+            const int rank_chunks = int(ceil_div(reduce->rank, 8 * kRankTiles));
+            const int64_t blocks = reduce->groups.experts * column_chunks * rank_chunks;
+            if (blocks > INT32_MAX) return "too many experts for one launch";
+            return PEFTCORE_LAUNCH((grouped::reduce_kernel<T, kRankTiles>), unsigned(blocks),
+                                   grouped::kThreads, 0, stream, *reduce, column_chunks, rank_chunks);
+        });
+    });
 }

@@ -1,5 +1,6 @@
 // The product of few rows per expert, as in generation, with a weight in 4 bits stored as [columns, inner]: a block
 // takes 8 or 16 rows of one expert and 16 columns, directly from 4 bits (quant4/cuda/rows.cuh, linear.cuh).
+#include "common/cuda_dispatch.cuh"
 #include "grouped/cuda/groups.cuh"
 #include "quant4/cuda/linear.cuh"
 #include "quant4/cuda/rows.cuh"
@@ -35,34 +36,29 @@ __global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p, unsig
         quant4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3, kNested>(linear, column);
 }
 
-template <typename T, int kTiles, bool kLanes>
-const char* launch(const Product& p, void* stream) {
-    const int64_t column_tiles = ceil_div(p.columns, quant4::kRows);
-    const int64_t blocks = most_tiles(p.groups, 8 * kTiles) * column_tiles;
-    if (blocks > INT32_MAX) return "too many rows and columns for one launch";
-    const unsigned grid = unsigned(blocks), tiles = unsigned(column_tiles);
-    if (p.weight.nested_absmax != nullptr)
-        return PEFTCORE_LAUNCH((skinny_kernel<T, kTiles, kLanes, true>), grid, kThreads, 0, stream, p, tiles);
-    return PEFTCORE_LAUNCH((skinny_kernel<T, kTiles, kLanes, false>), grid, kThreads, 0, stream, p, tiles);
-}
-
-template <typename T, int kTiles>
-const char* launch(const Product& p, void* stream) {
-    return quant4::in_lanes(p.weight) ? launch<T, kTiles, true>(p, stream)
-                                      : launch<T, kTiles, false>(p, stream);
-}
-
-template <typename T>
-const char* launch(const Product& p, void* stream) {
-    return p.groups.rows <= 8 * p.groups.experts ? launch<T, 1>(p, stream) : launch<T, 2>(p, stream);
-}
-
 }  // namespace
 }  // namespace grouped
 }  // namespace peftcore
 
 extern "C" const char* peftcore_grouped_skinny(const peftcore::grouped::Product* product, void* stream) {
     using namespace peftcore;
-    return product->dtype == Dtype::kHalf ? grouped::launch<Half>(*product, stream)
-                                          : grouped::launch<BFloat16>(*product, stream);
+    const grouped::Product& p = *product;
+    const int tiles = p.groups.rows <= 8 * p.groups.experts ? 1 : 2;
+    const int64_t column_tiles = ceil_div(p.columns, quant4::kRows);
+    const int64_t blocks = grouped::most_tiles(p.groups, 8 * tiles) * column_tiles;
+    if (blocks > INT32_MAX) return "too many rows and columns for one launch";
+    return dispatch_16_bits(p.dtype, [&](auto type) {
+        return dispatch_size<1, 2>(tiles, [&](auto size) {
+            return dispatch_flag(quant4::in_lanes(p.weight), [&](auto lanes) {
+                return dispatch_flag(p.weight.nested_absmax != nullptr, [&](auto nested) {
+                    using T = typename decltype(type)::type;
+                    constexpr int kTiles = decltype(size)::value;
+                    constexpr bool kLanes = decltype(lanes)::value, kNested = decltype(nested)::value;
+                    return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, kLanes, kNested>),
+                                           unsigned(blocks), grouped::kThreads, 0, stream, p,
+                                           unsigned(column_tiles));
+                });
+            });
+        });
+    });
 }

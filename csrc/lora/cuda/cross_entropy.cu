@@ -1,8 +1,7 @@
 // Cross-entropy of rows of logits, and its gradient in their place: a block reads its row twice and writes it once.
 #include <cmath>
 
-#include "common/cuda_launch.cuh"
-#include "common/half.h"
+#include "common/cuda_dispatch.cuh"
 #include "lora/cuda/cross_entropy_cuda.h"
 
 namespace peftcore {
@@ -106,12 +105,6 @@ __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(Cro
     }
 }
 
-template <typename T>
-const char* launch_cross_entropy(const CrossEntropyCall& call, void* stream) {
-    return PEFTCORE_LAUNCH(cross_entropy_kernel<T>, unsigned(call.rows), kCrossEntropyThreads, 0, stream,
-                           call);
-}
-
 }  // namespace
 }  // namespace lora
 }  // namespace peftcore
@@ -121,13 +114,9 @@ extern "C" const char* peftcore_cross_entropy_rows(const peftcore::lora::CrossEn
     using namespace peftcore::lora;
     if (call->rows == 0) return nullptr;
     if (call->rows > 0x7fffffff) return "more than 2^31 rows";
-    switch (call->dtype) {
-        case peftcore::Dtype::kFloat:
-            return launch_cross_entropy<float>(*call, stream);
-        case peftcore::Dtype::kHalf:
-            return launch_cross_entropy<peftcore::Half>(*call, stream);
-        case peftcore::Dtype::kBFloat16:
-            return launch_cross_entropy<peftcore::BFloat16>(*call, stream);
-    }
-    return "unknown dtype";
+    return peftcore::dispatch_dtype(call->dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        return PEFTCORE_LAUNCH(cross_entropy_kernel<T>, unsigned(call->rows), kCrossEntropyThreads, 0, stream,
+                               *call);
+    });
 }

@@ -4,6 +4,7 @@
 // Blocks for the same rows and different ranks (down.cuh) have consecutive indices, so that they find x in L2. Few rows
 // give few blocks: columns are then divided among blocks, too, and the last block adds their sums in order. For up to 8
 // rows, as in generation, a block has one rank instead, and there are no partial sums.
+#include "common/cuda_dispatch.cuh"
 #include "common/cuda_tickets.cuh"
 #include "common/cuda_tickets.h"
 #include "common/integers.h"
@@ -119,17 +120,22 @@ Plan plan_of(int64_t samples, int64_t rows, int64_t columns, int rank, bool spli
     return plan;
 }
 
-template <typename T>
-const char* launch(const DownParams& p, const Plan& plan, int rank, void* stream) {
-    if (p.rows <= kRankDotRows)
-        return PEFTCORE_LAUNCH(rank_dot_kernel<T>, unsigned(p.all_rows / p.rows * p.stride), kThreads, 0,
-                               stream, p);
-    const dim3 grid(unsigned(plan.row_blocks * plan.chunks), unsigned(plan.splits));
-    if (plan.row_tiles == 1)
-        return rank <= 16 ? PEFTCORE_LAUNCH((down_kernel<T, 1, 2>), grid, kThreads, 0, stream, p)
-                          : PEFTCORE_LAUNCH((down_kernel<T, 1, 8>), grid, kThreads, 0, stream, p);
-    return rank <= 16 ? PEFTCORE_LAUNCH((down_kernel<T, 4, 2>), grid, kThreads, 0, stream, p)
-                      : PEFTCORE_LAUNCH((down_kernel<T, 4, 8>), grid, kThreads, 0, stream, p);
+// Launches the kernel for one launch's adapters.
+const char* launch_down(const DownParams& p, const Plan& plan, Dtype dtype, void* stream) {
+    return dispatch_16_bits(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        if (p.rows <= kRankDotRows)
+            return PEFTCORE_LAUNCH(rank_dot_kernel<T>, unsigned(p.all_rows / p.rows * p.stride), kThreads, 0,
+                                   stream, p);
+        const dim3 grid(unsigned(plan.row_blocks * plan.chunks), unsigned(plan.splits));
+        return dispatch_size<1, 4>(plan.row_tiles, [&](auto row_tiles) {
+            return dispatch_size<2, 8>(ceil_div(p.stride, 8), [&](auto rank_tiles) {
+                constexpr int kRowTiles = decltype(row_tiles)::value,
+                              kRankTiles = decltype(rank_tiles)::value;
+                return PEFTCORE_LAUNCH((down_kernel<T, kRowTiles, kRankTiles>), grid, kThreads, 0, stream, p);
+            });
+        });
+    });
 }
 
 }  // namespace
@@ -150,8 +156,7 @@ extern "C" const char* peftcore_lora_down(const peftcore::lora::Wide* x,
     using namespace peftcore::lora;
     const int stride = factors->stride;
     if (x->samples == 0 || x->rows == 0 || stride == 0) return nullptr;
-    const bool half = x->dtype == Dtype::kHalf;
-    if (!half && x->dtype != Dtype::kBFloat16) return "x must have 16 bits";
+    if (x->dtype == Dtype::kFloat) return "x must have 16 bits";
     const Plan plan = plan_of(x->samples, x->rows, x->columns, stride, factors->index == nullptr);
     DownParams p = {};
     p.x = x->values;
@@ -168,9 +173,7 @@ extern "C" const char* peftcore_lora_down(const peftcore::lora::Wide* x,
     p.s = s;
     for (int first = 0; first < factors->count; first += kMaxAdapters) {
         p.adapters = adapters_from(first, *factors);
-        const char* error = half ? launch<peftcore::Half>(p, plan, stride, stream)
-                                 : launch<peftcore::BFloat16>(p, plan, stride, stream);
-        if (error != nullptr) return error;
+        if (const char* error = launch_down(p, plan, x->dtype, stream)) return error;
     }
     if (p.partial == nullptr || p.tickets != nullptr) return nullptr;
     return peftcore_sum(partial, plan.splits, p.all_rows * stride, factors->scales[0], s, int(Dtype::kFloat),

@@ -5,6 +5,7 @@
 // yet; at its end it waits until all ranks are complete, and meanwhile takes any that are left. It waits only for
 // blocks that are already running, so all blocks finish in whatever order the GPU starts them. A rank is the same sum
 // in every block: every run gives the same bits.
+#include "common/cuda_dispatch.cuh"
 #include "common/cuda_tickets.cuh"
 #include "common/cuda_tickets.h"
 #include "lora/cuda/rank_dot.cuh"
@@ -77,20 +78,6 @@ __global__ void __launch_bounds__(kThreads, 4) one_launch_kernel(const Launch p)
     if (comes_last(p.counters + 2, gridDim.x) && threadIdx.x < 2) p.counters[threadIdx.x] = 0;
 }
 
-template <typename T, bool kNested>
-const char* launch(const Launch& p, void* stream) {
-    const int parts = p.linear.batch <= 4 ? 2 : 1;
-    const unsigned blocks = unsigned(ceil_div(p.linear.weight.rows, 16 / parts));
-    return parts == 2 ? PEFTCORE_LAUNCH((one_launch_kernel<T, 2, kNested>), blocks, kThreads, 0, stream, p)
-                      : PEFTCORE_LAUNCH((one_launch_kernel<T, 1, kNested>), blocks, kThreads, 0, stream, p);
-}
-
-template <typename T>
-const char* launch(const Launch& p, void* stream) {
-    return p.linear.weight.nested_absmax != nullptr ? launch<T, true>(p, stream)
-                                                    : launch<T, false>(p, stream);
-}
-
 }  // namespace
 }  // namespace lora
 }  // namespace peftcore
@@ -114,6 +101,16 @@ extern "C" const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch*
                 lora.rank, lora.y,     nullptr, nullptr,   false};
     p.lora = lora;
     p.counters = counters;
-    return lora.dtype == Dtype::kHalf ? launch<peftcore::Half>(p, stream)
-                                      : launch<peftcore::BFloat16>(p, stream);
+    return peftcore::dispatch_16_bits(lora.dtype, [&](auto type) {
+        return peftcore::dispatch_flag(weight->nested_absmax != nullptr, [&](auto nested) {
+            return peftcore::dispatch_flag(lora.batch <= 4, [&](auto halves) {
+                using T = typename decltype(type)::type;
+                constexpr bool kNested = decltype(nested)::value;
+                constexpr int kParts = decltype(halves)::value ? 2 : 1;
+                const unsigned blocks = unsigned(peftcore::ceil_div(weight->rows, 16 / kParts));
+                return PEFTCORE_LAUNCH((one_launch_kernel<T, kParts, kNested>), blocks, kThreads, 0, stream,
+                                       p);
+            });
+        });
+    });
 }

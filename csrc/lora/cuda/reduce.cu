@@ -4,6 +4,7 @@
 // A block takes 128 columns of W and a part of its rows (reduce.cuh). Parts, a fixed split of the rows, are added in
 // order by the last block, so every run gives the same bits. P needs all columns: blocks leave more partial
 // products than one block could add; another launch adds them, and R's parts with them.
+#include "common/cuda_dispatch.cuh"
 #include "common/cuda_tickets.cuh"
 #include "common/cuda_tickets.h"
 #include "common/integers.h"
@@ -99,13 +100,17 @@ Plan plan_of(int64_t rows, int64_t columns, int rank) {
     return plan;
 }
 
-template <typename T>
-const char* launch(const ReduceParams& p, const Plan& plan, void* stream) {
+const char* launch_reduce(const ReduceParams& p, const Plan& plan, Dtype dtype, void* stream) {
     const dim3 grid(unsigned(plan.column_chunks * plan.rank_chunks), unsigned(plan.parts));
-    if (p.product != nullptr)
-        return PEFTCORE_LAUNCH((reduce_kernel<T, 2, true>), grid, kThreads, 0, stream, p);
-    return p.rank <= 16 ? PEFTCORE_LAUNCH((reduce_kernel<T, 2, false>), grid, kThreads, 0, stream, p)
-                        : PEFTCORE_LAUNCH((reduce_kernel<T, 8, false>), grid, kThreads, 0, stream, p);
+    return dispatch_16_bits(dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        if (p.product != nullptr)
+            return PEFTCORE_LAUNCH((reduce_kernel<T, 2, true>), grid, kThreads, 0, stream, p);
+        return dispatch_size<2, 8>(ceil_div(p.rank, 8), [&](auto rank_tiles) {
+            constexpr int kRankTiles = decltype(rank_tiles)::value;
+            return PEFTCORE_LAUNCH((reduce_kernel<T, kRankTiles, false>), grid, kThreads, 0, stream, p);
+        });
+    });
 }
 
 // Leaves partial sums, unless there are tickets; `sum` adds them.
@@ -119,9 +124,7 @@ const char* reduce(ReduceParams& p, Dtype dtype, void* out, bool transposed, Sum
     p.column_step = transposed ? 1 : p.rank;
     p.rank_step = transposed ? p.columns : 1;
     sum = {p.partial, plan.parts, p.columns * p.rank, 1, out};
-    if (dtype == Dtype::kHalf) return launch<Half>(p, plan, stream);
-    if (dtype == Dtype::kBFloat16) return launch<BFloat16>(p, plan, stream);
-    return "W must have 16 bits";
+    return launch_reduce(p, plan, dtype, stream);
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 // Second passes of two sums, and dropout alone: one pass over memory, one value per thread.
+#include "common/cuda_dispatch.cuh"
+#include "common/integers.h"
 #include "lora/cuda/tiles.cuh"
 
 namespace peftcore {
@@ -45,20 +47,6 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <typename T>
-const char* launch_pair(const Sum& first, const Sum& second, void* stream) {
-    return PEFTCORE_LAUNCH(sum_pair_kernel<T>, blocks_once(first.count + second.count, kThreads), kThreads, 0,
-                           stream, first, second);
-}
-
-template <typename T>
-const char* launch_drop(const Wide& x, const Dropout& dropout, void* out, void* stream) {
-    const int64_t rows = x.rows, columns = x.columns;
-    const int64_t groups = (columns + kColumnsPerCounter - 1) / kColumnsPerCounter;
-    return PEFTCORE_LAUNCH(drop_kernel<T>, blocks_once(rows * groups, kThreads), kThreads, 0, stream,
-                           static_cast<const T*>(x.values), rows, columns, dropout, static_cast<T*>(out));
-}
-
 }  // namespace
 }  // namespace lora
 }  // namespace peftcore
@@ -67,28 +55,22 @@ extern "C" const char* peftcore_lora_sum_pair(const peftcore::lora::Sum* first, 
                                               const peftcore::lora::Sum* second, void* stream) {
     using namespace peftcore::lora;
     if (first->count + second->count == 0) return nullptr;
-    switch (Dtype(dtype)) {
-        case Dtype::kFloat:
-            return launch_pair<float>(*first, *second, stream);
-        case Dtype::kHalf:
-            return launch_pair<peftcore::Half>(*first, *second, stream);
-        case Dtype::kBFloat16:
-            return launch_pair<peftcore::BFloat16>(*first, *second, stream);
-    }
-    return "unknown dtype";
+    return peftcore::dispatch_dtype(Dtype(dtype), [&](auto type) {
+        return PEFTCORE_LAUNCH(sum_pair_kernel<typename decltype(type)::type>,
+                               peftcore::blocks_once(first->count + second->count, kThreads), kThreads, 0,
+                               stream, *first, *second);
+    });
 }
 
 extern "C" const char* peftcore_lora_drop(const peftcore::lora::Wide* x,
                                           const peftcore::lora::Dropout* dropout, void* out, void* stream) {
     using namespace peftcore::lora;
     if (x->rows == 0 || x->columns == 0) return nullptr;
-    switch (x->dtype) {
-        case Dtype::kFloat:
-            return launch_drop<float>(*x, *dropout, out, stream);
-        case Dtype::kHalf:
-            return launch_drop<peftcore::Half>(*x, *dropout, out, stream);
-        case Dtype::kBFloat16:
-            return launch_drop<peftcore::BFloat16>(*x, *dropout, out, stream);
-    }
-    return "unknown dtype";
+    const int64_t groups = peftcore::ceil_div(x->columns, kColumnsPerCounter);
+    return peftcore::dispatch_dtype(x->dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        return PEFTCORE_LAUNCH(drop_kernel<T>, peftcore::blocks_once(x->rows * groups, kThreads), kThreads, 0,
+                               stream, static_cast<const T*>(x->values), x->rows, x->columns, *dropout,
+                               static_cast<T*>(out));
+    });
 }

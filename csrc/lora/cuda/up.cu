@@ -3,6 +3,7 @@
 //
 // A block computes 64 x 64 values on tensor cores, a warp 16 rows of them, and passes them through shared
 // memory, so that a thread has the eight columns of one Philox call and of a 16-byte store.
+#include "common/cuda_dispatch.cuh"
 #include "lora/cuda/tiles.cuh"
 
 namespace peftcore {
@@ -127,11 +128,6 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
     }
 }
 
-template <typename T>
-const char* launch(const UpParams& p, unsigned blocks, void* stream) {
-    return PEFTCORE_LAUNCH(up_kernel<T>, blocks, kThreads, 0, stream, p);
-}
-
 }  // namespace
 }  // namespace lora
 }  // namespace peftcore
@@ -141,8 +137,7 @@ extern "C" const char* peftcore_lora_up(const float* thin, const peftcore::lora:
                                         const peftcore::lora::Wide* out, void* stream) {
     using namespace peftcore::lora;
     if (out->samples == 0 || out->rows == 0 || out->columns == 0) return nullptr;
-    const bool half = out->dtype == Dtype::kHalf;
-    if (!half && out->dtype != Dtype::kBFloat16) return "out must have 16 bits";
+    if (out->dtype == Dtype::kFloat) return "out must have 16 bits";
     UpParams p = {};
     p.thin = thin;
     p.rows = out->rows;
@@ -157,8 +152,9 @@ extern "C" const char* peftcore_lora_up(const float* thin, const peftcore::lora:
     const unsigned blocks = unsigned(out->samples * ((p.rows + kTileSide - 1) / kTileSide) * p.column_tiles);
     for (int first = 0; first == 0 || first < factors->count; first += kMaxAdapters) {
         p.adapters = adapters_from(first, *factors);
-        const char* error =
-            half ? launch<peftcore::Half>(p, blocks, stream) : launch<peftcore::BFloat16>(p, blocks, stream);
+        const char* error = peftcore::dispatch_16_bits(out->dtype, [&](auto type) {
+            return PEFTCORE_LAUNCH(up_kernel<typename decltype(type)::type>, blocks, kThreads, 0, stream, p);
+        });
         if (error != nullptr) return error;
     }
     return nullptr;

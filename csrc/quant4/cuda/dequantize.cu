@@ -3,7 +3,7 @@
 // Each lane loads 16 bytes and passes them through shared memory, so that the lanes' 16-byte stores are contiguous,
 // too. Codebook lookups have no bank conflicts: the 16 entries are in 16 banks. Nested scales are
 // read in place.
-#include "common/cuda_launch.cuh"
+#include "common/cuda_dispatch.cuh"
 #include "quant4/cuda/block_scale.cuh"
 #include "quant4/cuda/quant4_cuda.h"
 #include "quant4/format.h"
@@ -71,20 +71,6 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <typename T>
-const char* launch_dequantize(const WeightView& weight, void* out, void* stream) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    const bool vectors = aligned(weight.codes) && aligned(out);
-    const int64_t wanted = ceil_div(weight.rows * weight.columns, int64_t(kTileValues) * kWarps);
-    const unsigned blocks = unsigned(wanted < kMaxBlocks ? wanted : kMaxBlocks);
-    T* typed = static_cast<T*>(out);
-    if (weight.nested_absmax != nullptr)
-        return PEFTCORE_LAUNCH((dequantize_kernel<T, true>), blocks, kThreads, 0, stream, weight, vectors,
-                               typed);
-    return PEFTCORE_LAUNCH((dequantize_kernel<T, false>), blocks, kThreads, 0, stream, weight, vectors,
-                           typed);
-}
-
 }  // namespace
 }  // namespace quant4
 }  // namespace peftcore
@@ -93,13 +79,16 @@ extern "C" const char* peftcore_quant4_dequantize(const peftcore::WeightView* we
                                                   void* stream) {
     using namespace peftcore::quant4;
     if (weight->rows * weight->columns == 0) return nullptr;
-    switch (Dtype(dtype)) {
-        case Dtype::kFloat:
-            return launch_dequantize<float>(*weight, out, stream);
-        case Dtype::kHalf:
-            return launch_dequantize<peftcore::Half>(*weight, out, stream);
-        case Dtype::kBFloat16:
-            return launch_dequantize<peftcore::BFloat16>(*weight, out, stream);
-    }
-    return "unknown dtype";
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+    const bool vectors = aligned(weight->codes) && aligned(out);
+    const int64_t wanted = peftcore::ceil_div(weight->numel(), int64_t(kTileValues) * kWarps);
+    const unsigned blocks = unsigned(peftcore::least(wanted, kMaxBlocks));
+    return peftcore::dispatch_dtype(Dtype(dtype), [&](auto type) {
+        return peftcore::dispatch_flag(weight->nested_absmax != nullptr, [&](auto nested) {
+            using T = typename decltype(type)::type;
+            constexpr bool kNested = decltype(nested)::value;
+            return PEFTCORE_LAUNCH((dequantize_kernel<T, kNested>), blocks, kThreads, 0, stream, *weight,
+                                   vectors, static_cast<T*>(out));
+        });
+    });
 }

@@ -6,6 +6,7 @@
 // lora/cuda/one_launch.cu by the same one.
 //
 // simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W.
+#include "common/cuda_dispatch.cuh"
 #include "common/cuda_sum.h"
 #include "common/cuda_tickets.h"
 #include "quant4/cuda/linear.cuh"
@@ -76,18 +77,6 @@ __global__ void __launch_bounds__(kThreads) simple_kernel(const LinearLaunch p) 
     }
 }
 
-template <typename T, bool kNested>
-const char* launch_simple(const LinearLaunch& p, void* stream) {
-    const dim3 grid(unsigned((p.weight.rows + kWarps - 1) / kWarps),
-                    unsigned((p.batch + kSimpleTile - 1) / kSimpleTile));
-    return PEFTCORE_LAUNCH((simple_kernel<T, kNested>), grid, kThreads, 0, stream, p);
-}
-
-template <typename T>
-constexpr Dtype kDtypeOf = Dtype::kBFloat16;
-template <>
-constexpr Dtype kDtypeOf<Half> = Dtype::kHalf;
-
 // Division of W among strip_kernel's blocks: chosen by the shape only, so that results are the same on every GPU.
 struct StripPlan {
     unsigned row_blocks, splits;  // 0 splits: a shape for another kernel
@@ -109,7 +98,7 @@ StripPlan strip_plan(const void* x, Dtype dtype, int batch, const WeightView& we
 }
 
 template <typename T, int kTiles, bool kNested>
-const char* launch_strip(LinearLaunch p, const StripPlan& plan, void* stream) {
+const char* launch_strip(LinearLaunch p, const StripPlan& plan, Dtype dtype, void* stream) {
     constexpr int kBytes = strip_bytes<kTiles>();
     constexpr auto kernel = strip_kernel<T, kTiles, kNested>;
     if (const char* error = PEFTCORE_ALLOW_SHARED(kernel, kBytes)) return error;
@@ -124,48 +113,35 @@ const char* launch_strip(LinearLaunch p, const StripPlan& plan, void* stream) {
                                             plan.split_columns))
         return error;
     if (plan.splits == 1 || p.tickets != nullptr) return nullptr;
-    return peftcore_sum(p.partial, plan.splits, p.batch * p.weight.rows, 1, p.y, int(kDtypeOf<T>), stream);
+    return peftcore_sum(p.partial, plan.splits, p.batch * p.weight.rows, 1, p.y, int(dtype), stream);
+}
+
+template <typename T, bool kNested>
+const char* launch_simple(const LinearLaunch& p, void* stream) {
+    const dim3 grid(unsigned(ceil_div(p.weight.rows, kWarps)), unsigned(ceil_div(p.batch, kSimpleTile)));
+    return PEFTCORE_LAUNCH((simple_kernel<T, kNested>), grid, kThreads, 0, stream, p);
+}
+
+template <typename T, bool kNested>
+const char* launch_rows(const LinearLaunch& p, void* stream) {
+    return dispatch_flag(p.batch <= 4, [&](auto halves) {
+        constexpr int kParts = decltype(halves)::value ? 2 : 1;
+        const unsigned blocks = unsigned(ceil_div(p.weight.rows, kRows / kParts));
+        return PEFTCORE_LAUNCH((rows_kernel<T, kParts, kNested>), blocks, kThreads, 0, stream, p);
+    });
 }
 
 template <typename T, bool kNested>
 const char* launch_tensor(const LinearLaunch& p, void* stream) {
-    if (!in_pieces(p.x, p.weight)) return launch_simple<T, kNested>(p, stream);
-    const StripPlan plan = strip_plan(p.x, kDtypeOf<T>, p.batch, p.weight);
-    if (plan.splits > 0) {
-        if (p.batch <= 16) return launch_strip<T, 2, kNested>(p, plan, stream);
-        return p.batch <= 32 ? launch_strip<T, 4, kNested>(p, plan, stream)
-                             : launch_strip<T, 8, kNested>(p, plan, stream);
-    }
-    const unsigned blocks = unsigned((p.weight.rows + kRows - 1) / kRows);
-    if (in_lanes(p.weight)) {
-        const unsigned half = unsigned((p.weight.rows + 7) / 8);
-        if (p.batch <= 4) return PEFTCORE_LAUNCH((rows_kernel<T, 2, kNested>), half, kThreads, 0, stream, p);
-        if (p.batch <= 8)
-            return PEFTCORE_LAUNCH((rows_kernel<T, 1, kNested>), blocks, kThreads, 0, stream, p);
-    }
-    // As many stages as fit in 48 KiB of shared memory.
-    if (p.batch <= 8)
-        return PEFTCORE_LAUNCH((tensor_kernel<T, 1, 64, 4, kNested>), blocks, kThreads, 0, stream, p);
-    if (p.batch <= 16)
-        return PEFTCORE_LAUNCH((tensor_kernel<T, 2, 64, 3, kNested>), blocks, kThreads, 0, stream, p);
-    if (p.batch <= 24)
-        return PEFTCORE_LAUNCH((tensor_kernel<T, 3, 64, 2, kNested>), blocks, kThreads, 0, stream, p);
-    if (p.batch <= 32)
-        return PEFTCORE_LAUNCH((tensor_kernel<T, 4, 32, 3, kNested>), blocks, kThreads, 0, stream, p);
-    return PEFTCORE_LAUNCH((tensor_kernel<T, 8, 32, 2, kNested>), blocks, kThreads, 0, stream, p);
-}
-
-template <bool kNested>
-const char* launch(const LinearLaunch& p, Dtype dtype, void* stream) {
-    switch (dtype) {
-        case Dtype::kFloat:
-            return launch_simple<float, kNested>(p, stream);
-        case Dtype::kHalf:
-            return launch_tensor<Half, kNested>(p, stream);
-        case Dtype::kBFloat16:
-            return launch_tensor<BFloat16, kNested>(p, stream);
-    }
-    return "unknown dtype";
+    const unsigned blocks = unsigned(ceil_div(p.weight.rows, kRows));
+    return dispatch_size<1, 2, 3, 4, 8>(ceil_div(p.batch, 8), [&](auto tiles) {
+        constexpr int kTiles = decltype(tiles)::value;
+        // As many stages as fit in 48 KiB of shared memory.
+        constexpr int kStage = kTiles < 4 ? 64 : 32;
+        constexpr int kStages = kTiles == 1 ? 4 : kTiles == 3 || kTiles == 8 ? 2 : 3;
+        return PEFTCORE_LAUNCH((tensor_kernel<T, kTiles, kStage, kStages, kNested>), blocks, kThreads, 0,
+                               stream, p);
+    });
 }
 
 }  // namespace
@@ -183,10 +159,27 @@ extern "C" const char* peftcore_quant4_linear(const void* x, int dtype, int batc
                                               const peftcore::WeightView* weight, const void* bias,
                                               const float* thin, const float* factor, int rank,
                                               float* partial, void* y, void* stream) {
+    using namespace peftcore;
     using namespace peftcore::quant4;
     if (batch == 0 || weight->rows == 0) return nullptr;
     if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
     const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial, nullptr, false};
-    return weight->nested_absmax != nullptr ? launch<true>(p, Dtype(dtype), stream)
-                                            : launch<false>(p, Dtype(dtype), stream);
+    const StripPlan plan = strip_plan(x, Dtype(dtype), batch, *weight);
+    return dispatch_dtype(Dtype(dtype), [&](auto type) {
+        return dispatch_flag(weight->nested_absmax != nullptr, [&](auto nested) {
+            using T = typename decltype(type)::type;
+            constexpr bool kNested = decltype(nested)::value;
+            if constexpr (sizeof(T) == 2) {
+                if (plan.splits > 0)
+                    return dispatch_size<2, 4, 8>(ceil_div(batch, 8), [&](auto tiles) {
+                        return launch_strip<T, decltype(tiles)::value, kNested>(p, plan, Dtype(dtype),
+                                                                                stream);
+                    });
+                if (in_pieces(x, *weight))
+                    return batch <= 8 && in_lanes(*weight) ? launch_rows<T, kNested>(p, stream)
+                                                           : launch_tensor<T, kNested>(p, stream);
+            }
+            return launch_simple<T, kNested>(p, stream);
+        });
+    });
 }

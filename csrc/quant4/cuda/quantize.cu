@@ -2,7 +2,7 @@
 //
 // A thread loads its values in 16-byte pieces, the threads of a block agree on the largest magnitude (by
 // shuffles within a warp, through shared memory beyond), and each writes its 8 codes as one 32-bit word.
-#include "common/cuda_launch.cuh"
+#include "common/cuda_dispatch.cuh"
 #include "common/integers.h"
 #include "quant4/cuda/quant4_cuda.h"
 #include "quant4/format.h"
@@ -148,23 +148,6 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-template <typename T>
-const char* launch_quantize(const void* x, const float* quant_map, int64_t count, int blocksize,
-                            uint8_t* codes, float* absmax, void* stream) {
-    const int threads = blocksize / kValues > 256 ? blocksize / kValues : 256;
-    const int64_t blocks = (count + int64_t(threads) * kValues - 1) / (int64_t(threads) * kValues);
-    if (blocks > 0x7fffffff) return "more than 2^42 elements";
-    const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    const bool words = reinterpret_cast<uintptr_t>(codes) % 4 == 0;
-    const int shift = log2_of(blocksize);
-    if (aligned && words && count % (int64_t(threads) * kValues) == 0 && blocksize <= 32 * kValues)
-        return PEFTCORE_LAUNCH((quantize_kernel<T, true>), unsigned(least(blocks, kMostBlocks)), threads, 0,
-                               stream, static_cast<const T*>(x), quant_map, count, shift, true, true, codes,
-                               absmax);
-    return PEFTCORE_LAUNCH((quantize_kernel<T, false>), unsigned(blocks), threads, 0, stream,
-                           static_cast<const T*>(x), quant_map, count, shift, aligned, words, codes, absmax);
-}
-
 }  // namespace
 }  // namespace quant4
 }  // namespace peftcore
@@ -174,15 +157,23 @@ extern "C" const char* peftcore_quant4_quantize(const void* x, int dtype, const 
                                                 void* stream) {
     using namespace peftcore::quant4;
     if (count == 0) return nullptr;
-    switch (Dtype(dtype)) {
-        case Dtype::kFloat:
-            return launch_quantize<float>(x, quant_map, count, blocksize, codes, absmax, stream);
-        case Dtype::kHalf:
-            return launch_quantize<peftcore::Half>(x, quant_map, count, blocksize, codes, absmax, stream);
-        case Dtype::kBFloat16:
-            return launch_quantize<peftcore::BFloat16>(x, quant_map, count, blocksize, codes, absmax, stream);
-    }
-    return "unknown dtype";
+    const int threads = blocksize / kValues > 256 ? blocksize / kValues : 256;
+    const int64_t of_block = int64_t(threads) * kValues, blocks = peftcore::ceil_div(count, of_block);
+    if (blocks > INT32_MAX) return "more than 2^42 elements";
+    const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
+    const bool words = reinterpret_cast<uintptr_t>(codes) % 4 == 0;
+    const bool whole = aligned && words && count % of_block == 0 && blocksize <= 32 * kValues;
+    const unsigned grid = unsigned(whole ? peftcore::least(blocks, kMostBlocks) : blocks);
+    const int shift = peftcore::log2_of(blocksize);
+    return peftcore::dispatch_dtype(Dtype(dtype), [&](auto type) {
+        return peftcore::dispatch_flag(whole, [&](auto flag) {
+            using T = typename decltype(type)::type;
+            constexpr bool kWhole = decltype(flag)::value;
+            return PEFTCORE_LAUNCH((quantize_kernel<T, kWhole>), grid, threads, 0, stream,
+                                   static_cast<const T*>(x), quant_map, count, shift, aligned, words, codes,
+                                   absmax);
+        });
+    });
 }
 
 extern "C" const char* peftcore_quant4_quantize_absmax(const float* absmax, const float* quant_map,
@@ -190,8 +181,8 @@ extern "C" const char* peftcore_quant4_quantize_absmax(const float* absmax, cons
                                                        uint8_t* codes, float* nested_absmax, void* stream) {
     using namespace peftcore::quant4;
     if (count == 0) return nullptr;
-    const int64_t blocks = (count + blocksize - 1) / blocksize;
-    if (blocks > 0x7fffffff) return "more than 2^31 blocks of scales";
+    const int64_t blocks = peftcore::ceil_div(count, blocksize);
+    if (blocks > INT32_MAX) return "more than 2^31 blocks of scales";
     return PEFTCORE_LAUNCH(quantize_absmax_kernel, unsigned(blocks), 256, 0, stream, absmax, quant_map,
                            offset, count, blocksize, codes, nested_absmax);
 }
