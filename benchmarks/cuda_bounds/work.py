@@ -33,11 +33,11 @@ def tensor(batch: int, tiles: int, stage: int, stages: int) -> Work:
     return linear(batch, name, N // 16, 128, 4 * (stages - 1) * 16 * stage / 2, N // 16)
 
 
-def strip(batch: int, tiles: int) -> Work:
+def panel(batch: int, tiles: int) -> Work:
     """Blocks of 128 rows of W and a part of its columns. Their sums in fp32 their cluster adds, or the last of them."""
     row_blocks = N // 128
     splits = 128 // row_blocks
-    name = f"strip_kernel<peftcore::BFloat16, {tiles}, true>"
+    name = f"panel_kernel<peftcore::BFloat16, {tiles}, true>"
     work = linear(batch, name, row_blocks * splits, 256, 256 * 128, row_blocks)
     stages = 3 * tiles * 8 * 256 * 2
     return work._replace(sums=splits * batch * N * 4, dynamic_shared=stages)
@@ -70,9 +70,9 @@ WORK = (
     rows(8, 1),
     one_launch(1, 2),
     one_launch(8, 1),
-    strip(16, 2),
-    strip(32, 4),
-    strip(64, 8),
+    panel(16, 2),
+    panel(32, 4),
+    panel(64, 8),
     Work(
         label="dequantize",
         source="quant4/cuda/dequantize.cu",

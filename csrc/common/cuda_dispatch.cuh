@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "common/cuda_launch.cuh"
+#include "common/cuda_tuning.h"
 #include "common/dtype.h"
 #include "common/half.h"
 

@@ -28,6 +28,10 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 // An array in shared memory on a 16-byte boundary: PEFTCORE_SHARED(float, tile, [16][32]).
 #define PEFTCORE_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 
@@ -49,26 +53,30 @@ inline const char* launch_error() {
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Typed, since CUDA accepts any address as a kernel's, even that of a pointer to a kernel, and then fails to find it.
-template <typename... Parameters>
-const char* allow_shared(void (*kernel)(Parameters...), int bytes) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+// Asks CUDA once for each device and kernel. Thread safe.
+inline const char* allow_shared(const void* kernel, int bytes) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, const void*>, int> allowed;
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        int& most = allowed[{device, kernel}];
+        if (bytes <= most) return nullptr;
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (error == cudaSuccess) most = bytes;
+    }
     if (error == cudaSuccess) return nullptr;
     (void)cudaGetLastError();  // else the next launch would report it
     return cudaGetErrorString(error);
 }
 
-}  // namespace peftcore
-
-#endif
-
-namespace peftcore {
-
-// Number of blocks of `threads` threads for a kernel whose threads go through `count` values in strides of the grid.
-inline unsigned blocks_once(int64_t count, int threads) {
-    const int64_t wanted = (count + threads - 1) / threads, most = 4096;
-    return unsigned(wanted < most ? wanted : most);
+// Typed, since CUDA accepts any address as a kernel's, even that of a pointer to a kernel, and then fails to find it.
+template <typename... Parameters>
+const char* allow_shared(void (*kernel)(Parameters...), int bytes) {
+    return allow_shared(reinterpret_cast<const void*>(kernel), bytes);
 }
 
 }  // namespace peftcore
+
+#endif

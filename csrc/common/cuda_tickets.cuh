@@ -51,4 +51,35 @@ __device__ __forceinline__ void ordered_sums(const float* partial, int64_t parts
         for (int i = 0; i < kCount; ++i) sum[i] += __ldcg(partial + part * stride + at[i]);
 }
 
+// Where one of a block's sums is in a part and in the result. Not `inside`: it is none of them.
+struct SumPlace {
+    bool inside;
+    int64_t at;
+};
+
+// The last step of blocks that share their results: each has left partial sums, [parts, stride] of all of them, and the
+// last one adds them in order. `counter`: theirs; nullptr, and another launch adds (peftcore_sum). place(i) of
+// each of `kCount` sums of the block; store(at, sum). kEach: sums that a thread waits for together.
+template <int kThreads, int kCount, int kEach, typename Place, typename Store>
+__device__ __forceinline__ void add_by_last(unsigned* counter, const float* partial, unsigned parts,
+                                            int64_t stride, const Place& place, const Store& store) {
+    static_assert(kCount % (kEach * kThreads) == 0, "");
+    if (counter == nullptr || !comes_last(counter, parts)) return;
+    for (int first = 0; first < kCount; first += kEach * kThreads) {
+        int64_t at[kEach];
+        float sum[kEach];
+        bool inside[kEach];
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const SumPlace found = place(first + i * kThreads + int(threadIdx.x));
+            inside[i] = found.inside;
+            at[i] = found.inside ? found.at : 0;
+        }
+        ordered_sums(partial, parts, stride, at, sum);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+            if (inside[i]) store(at[i], sum[i]);
+    }
+}
+
 }  // namespace peftcore

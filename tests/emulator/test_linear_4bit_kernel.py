@@ -75,9 +75,9 @@ def test_every_way_through_the_launcher(emulated, dtype, batch, columns):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [17, 32, 50])
 @pytest.mark.parametrize(("rows", "columns"), [(131, 64), (200, 512), (9, 1088), (150, 1600)])
-def test_strips_of_w(
+def test_panels_of_w(
     emulated, dtype, batch, rows, columns
-):  # rows of one and two strips, columns of one to four splits
+):  # rows of one and two panels, columns of one to four splits
     arguments, wanted, magnitude = case(rows, columns, batch, dtype, 64, True, columns + batch)
     check(run(emulated, *arguments, seed=batch), wanted, magnitude)
 

@@ -179,7 +179,7 @@ __device__ void store_sums(const Product& p, const Rows& rows, int64_t first_col
     const int lane = threadIdx.x % 32;
     const T* bias = p.bias != nullptr ? static_cast<const T*>(p.bias) + rows.expert * p.columns : nullptr;
     T* out = static_cast<T*>(p.out);
-    const bool pairs = p.columns % 2 == 0 && reinterpret_cast<uintptr_t>(out) % (2 * sizeof(T)) == 0;
+    const bool pairs = p.columns % 2 == 0 && is_aligned(out, 2 * sizeof(T));
 #pragma unroll
     for (int n = 0; n < Shape::kN; ++n) {
         const int64_t column = first_column + warp_column<Shape>() + n * 8 + lane % 4 * 2;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
     Unpacker<Frozen> unpacker{weight, quant_map, nested_quant_map, 0, false, false, {}};
     if constexpr (Shape::kPacked) {
         unpacker.nested = weight.nested_absmax != nullptr;
-        unpacker.vectors = weight.columns % 32 == 0 && reinterpret_cast<uintptr_t>(weight.codes) % 16 == 0;
+        unpacker.vectors = weight.columns % 32 == 0 && is_aligned(weight.codes);
         unpacker.nested_offset = unpacker.nested
                                      ? quant4::load_codebooks<true>(weight, quant_map, nested_quant_map)
                                      : quant4::load_codebooks<false>(weight, quant_map, nested_quant_map);

@@ -16,7 +16,6 @@ namespace lora {
 namespace {
 
 constexpr int kSmallRows = 256;         // up to here, 16 rows a block
-constexpr int kBlocksWanted = 264;      // about two for each multiprocessor of a large GPU
 constexpr int64_t kSplitColumns = 512;  // least columns of a split
 
 struct DownParams {
@@ -56,25 +55,15 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
     tile.out = p.partial != nullptr ? p.partial + blockIdx.y * p.all_rows * p.stride : p.s;
     tile.stride = p.stride;
     down_tile<T, kRowTiles, kRankTiles>(tile);
-    if (p.tickets == nullptr || !comes_last(p.tickets + blockIdx.x, gridDim.y)) return;
-    constexpr int kEach = 2;
-    for (int first = 0; first < kRows * 8 * kRankTiles; first += kEach * kThreads) {
-        int64_t at[kEach];
-        float sum[kEach];
-        bool inside[kEach];
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-            const int place = first + i * kThreads + int(threadIdx.x);
-            const int64_t m = tile.row + place / (8 * kRankTiles);
-            const int j = tile.first_rank + place % (8 * kRankTiles);
-            inside[i] = m < tile.last_row && j < tile.rank;
-            at[i] = inside[i] ? m * p.stride + j : 0;
-        }
-        ordered_sums(p.partial, gridDim.y, p.all_rows * p.stride, at, sum);
-#pragma unroll
-        for (int i = 0; i < kEach; ++i)
-            if (inside[i]) p.s[at[i]] = p.adapters.scale[adapter] * sum[i];
-    }
+    constexpr int kRanks = 8 * kRankTiles;
+    const auto place = [&](int i) -> SumPlace {
+        const int64_t m = tile.row + i / kRanks;
+        const int j = tile.first_rank + i % kRanks;
+        return {m < tile.last_row && j < tile.rank, m * p.stride + j};
+    };
+    add_by_last<kThreads, kRows * kRanks, 2>(
+        p.tickets == nullptr ? nullptr : p.tickets + blockIdx.x, p.partial, gridDim.y, p.all_rows * p.stride,
+        place, [&](int64_t at, float sum) { p.s[at] = p.adapters.scale[adapter] * sum; });
 }
 
 // A block takes at most kRankDotRows rows of a sample and one rank.
@@ -109,8 +98,8 @@ Plan plan_of(int64_t samples, int64_t rows, int64_t columns, int rank, bool spli
     plan.row_blocks = samples * ((rows + 16 * plan.row_tiles - 1) / (16 * plan.row_tiles));
     plan.chunks = (rank + kRankChunk - 1) / kRankChunk;
     const int64_t blocks = plan.row_blocks * plan.chunks;
-    const int64_t wanted =
-        split && rows > kRankDotRows && blocks < kBlocksWanted ? kBlocksWanted / blocks : 1;
+    const int64_t aim = cuda_tuning().down_blocks;
+    const int64_t wanted = split && rows > kRankDotRows && blocks < aim ? aim / blocks : 1;
     const int64_t most = columns / kSplitColumns > 1 ? columns / kSplitColumns : 1;
     const int64_t splits = wanted < most ? wanted : most;
     // Whole stages, so that only the last split has a tail.

@@ -42,15 +42,11 @@ __device__ __forceinline__ void load_eight(const T* row, int64_t k, int64_t colu
     for (int i = 0; i < 8; ++i) values[i] = to_float(loaded.items[i]);
 }
 
-__device__ __forceinline__ bool on_16_bytes(const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
 template <typename T>
 __device__ void rank_dot(const RankDot& p) {
     constexpr int kAhead = 4;  // groups of eight columns that a thread loads together
     PEFTCORE_SHARED(float, sums, [kWarps][kRankDotRows]);
-    const bool vectors = on_16_bytes(p.x) && on_16_bytes(p.factor) && p.columns % 8 == 0;
+    const bool vectors = is_aligned(p.x) && is_aligned(p.factor) && p.columns % 8 == 0;
     float total[kRankDotRows] = {};
     for (int64_t first = threadIdx.x * 8; first < p.columns; first += kAhead * kThreads * 8) {
         float factor[kAhead][8], values[kAhead][8];

@@ -15,7 +15,6 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int kBlocksWanted = 264;                // about two for each multiprocessor of a large GPU
 constexpr int64_t kRowsOfPart = 8 * kReduceRows;  // at least, as partial sums are written and read again
 
 struct ReduceParams {
@@ -31,30 +30,6 @@ struct ReduceParams {
     void* out;
     Dtype out_dtype;
 };
-
-// R of a block's columns and ranks: the partial sums of its parts, added in order.
-template <int kRanks>
-__device__ void add_parts(const ReduceParams& p, int64_t first_column, int first_rank) {
-    constexpr int kEach = 8;  // that a thread waits for together
-    for (int first = 0; first < kReduceColumns * kRanks; first += kEach * kThreads) {
-        int64_t at[kEach];
-        float sum[kEach];
-        bool inside[kEach];
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-            const int place = first + i * kThreads + int(threadIdx.x);
-            const bool ranks_first = p.rank_step == 1;  // in memory order
-            const int64_t column = first_column + (ranks_first ? place / kRanks : place % kReduceColumns);
-            const int rank = first_rank + (ranks_first ? place % kRanks : place / kReduceColumns);
-            inside[i] = column < p.columns && rank < p.rank;
-            at[i] = inside[i] ? column * p.column_step + rank * p.rank_step : 0;
-        }
-        ordered_sums(p.partial, gridDim.y, p.columns * p.rank, at, sum);
-#pragma unroll
-        for (int i = 0; i < kEach; ++i)
-            if (inside[i]) store_at(p.out, p.out_dtype, at[i], sum[i]);
-    }
-}
 
 template <typename T, int kRankTiles, bool kProduct>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) {
@@ -77,9 +52,18 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) 
     reduce_tile<T, kRankTiles, kProduct>(tile, [&](int64_t column, int rank, float sum) {
         partial[column * p.column_step + rank * p.rank_step] = sum;
     });
-    if constexpr (!kProduct)
-        if (p.tickets != nullptr && comes_last(p.tickets + blockIdx.x, gridDim.y))
-            add_parts<8 * kRankTiles>(p, tile.column, tile.first_rank);
+    if constexpr (!kProduct) {
+        constexpr int kRanks = 8 * kRankTiles;
+        const auto place = [&](int i) -> SumPlace {
+            const bool ranks_first = p.rank_step == 1;  // in memory order
+            const int64_t column = tile.column + (ranks_first ? i / kRanks : i % kReduceColumns);
+            const int rank = tile.first_rank + (ranks_first ? i % kRanks : i / kReduceColumns);
+            return {column < p.columns && rank < p.rank, column * p.column_step + rank * p.rank_step};
+        };
+        add_by_last<kThreads, kReduceColumns * kRanks, 8>(
+            p.tickets == nullptr ? nullptr : p.tickets + blockIdx.x, p.partial, gridDim.y, p.columns * p.rank,
+            place, [&](int64_t at, float sum) { store_at(p.out, p.out_dtype, at, sum); });
+    }
 }
 
 // Chosen by the shape only, so that results are the same on every GPU.
@@ -92,7 +76,7 @@ Plan plan_of(int64_t rows, int64_t columns, int rank) {
     plan.column_chunks = (columns + kReduceColumns - 1) / kReduceColumns;
     plan.rank_chunks = (rank + kRankChunk - 1) / kRankChunk;
     const int64_t blocks = plan.column_chunks * plan.rank_chunks;
-    const int64_t wanted = (kBlocksWanted + blocks - 1) / blocks;
+    const int64_t wanted = ceil_div(cuda_tuning().reduce_blocks, blocks);
     const int64_t most = (rows + kRowsOfPart - 1) / kRowsOfPart;
     const int64_t parts = wanted < most ? wanted : most;
     plan.part_rows = ((rows + parts - 1) / parts + kReduceRows - 1) / kReduceRows * kReduceRows;

@@ -3,6 +3,7 @@
 // A tile's rows are kColumns values and 8 more, which spread rows over the banks.
 #pragma once
 
+#include "common/alignment.h"
 #include "common/cuda_launch.cuh"
 #include "common/dtype.h"
 #include "common/half.h"
@@ -46,7 +47,7 @@ struct Source {
     __device__ Source(const void* data, int64_t stride)
         : data(static_cast<const Element*>(data)),
           stride(stride),
-          vectors(reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * int(sizeof(Element)) % 16 == 0) {}
+          vectors(is_aligned(data) && stride * int(sizeof(Element)) % 16 == 0) {}
 };
 
 // Begins to fetch the tile at (row, column); values at or beyond `rows` and `columns` are zero.

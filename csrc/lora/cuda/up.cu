@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
             result[(warp * 16 + lane / 4 + i / 2 * 8) * kPitch + t * 8 + lane % 4 * 2 + i % 2] =
                 none ? bits_float(0x7fc00000u) : d[t][i];
     __syncthreads();
-    const bool vectors = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.columns % 8 == 0;
+    const bool vectors = is_aligned(p.out) && p.columns % 8 == 0;
     for (int i = threadIdx.x; i < kTileSide * kTileSide / 8; i += kThreads) {
         const int r = i / (kTileSide / 8), first = i % (kTileSide / 8) * 8;
         const int64_t left = p.columns - column - first;

@@ -6,6 +6,8 @@
 #include <cmath>
 
 #include "common/cuda_launch.cuh"
+#include "common/cuda_tuning.h"
+#include "common/integers.h"
 #include "optim/cuda/optim_cuda.h"
 #include "optim/rounding.h"
 #include "optim/rules.h"
@@ -16,7 +18,6 @@ namespace {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kWarps = kBlock / 32;
-constexpr int64_t kMaxGrid = 65536;
 
 __device__ __forceinline__ float load_as_float(const void* x, Dtype dtype, int64_t i) {
     if (dtype == Dtype::kFloat) return static_cast<const float*>(x)[i];
@@ -169,7 +170,7 @@ struct Launch {
 
     template <typename Rule>
     static const char* rule(const Launch& l) {
-        const unsigned grid = unsigned(l.blocks < kMaxGrid ? l.blocks : kMaxGrid);
+        const unsigned grid = unsigned(least(l.blocks, cuda_tuning().step_blocks));
         if constexpr (Rule::kIn8Bits)
             return PEFTCORE_LAUNCH(step_8bit_kernel<Rule>, grid, kBlock, 0, l.stream, l.segments,
                                    l.first_block, l.count, l.blocks, l.rows, l.maps);

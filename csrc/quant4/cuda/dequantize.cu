@@ -3,6 +3,7 @@
 // Each lane loads 16 bytes and passes them through shared memory, so that the lanes' 16-byte stores are contiguous,
 // too. Codebook lookups have no bank conflicts: the 16 entries are in 16 banks. Nested scales are
 // read in place.
+#include "common/alignment.h"
 #include "common/cuda_dispatch.cuh"
 #include "quant4/cuda/block_scale.cuh"
 #include "quant4/cuda/quant4_cuda.h"
@@ -16,7 +17,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTileBytes = 32 * 16;
 constexpr int kTileValues = kTileBytes * 2;
-constexpr int64_t kMaxBlocks = 4096;  // beyond, blocks of threads loop over tiles
 
 template <typename T, bool kNested>
 __global__ void __launch_bounds__(kThreads)
@@ -79,10 +79,9 @@ extern "C" const char* peftcore_quant4_dequantize(const peftcore::WeightView* we
                                                   void* stream) {
     using namespace peftcore::quant4;
     if (weight->rows * weight->columns == 0) return nullptr;
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    const bool vectors = aligned(weight->codes) && aligned(out);
+    const bool vectors = peftcore::is_aligned(weight->codes) && peftcore::is_aligned(out);
     const int64_t wanted = peftcore::ceil_div(weight->numel(), int64_t(kTileValues) * kWarps);
-    const unsigned blocks = unsigned(peftcore::least(wanted, kMaxBlocks));
+    const unsigned blocks = unsigned(peftcore::least(wanted, peftcore::cuda_tuning().loop_blocks));
     return peftcore::dispatch_dtype(Dtype(dtype), [&](auto type) {
         return peftcore::dispatch_flag(weight->nested_absmax != nullptr, [&](auto nested) {
             using T = typename decltype(type)::type;

@@ -1,8 +1,8 @@
 // y = x Wᵀ + b for few rows of x, directly from 4 bits, with LoRA's s Fᵀ, whose operands are fp32. Written for
 // bandwidth and tested on the emulator; not measured on a GPU.
 //
-// rows_kernel (fp16, bf16; up to 8 rows, columns that are whole blocks of 64): rows.cuh; strip_kernel (up to 64):
-// strip.cuh. tensor_kernel (fp16, bf16; other columns): linear.cuh. s is computed by an earlier launch; in
+// rows_kernel (fp16, bf16; up to 8 rows, columns that are whole blocks of 64): rows.cuh; panel_kernel (up to 64):
+// panel.cuh. tensor_kernel (fp16, bf16; other columns): linear.cuh. s is computed by an earlier launch; in
 // lora/cuda/one_launch.cu by the same one.
 //
 // simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W.
@@ -10,17 +10,16 @@
 #include "common/cuda_sum.h"
 #include "common/cuda_tickets.h"
 #include "quant4/cuda/linear.cuh"
+#include "quant4/cuda/panel.cuh"
 #include "quant4/cuda/quant4_cuda.h"
 #include "quant4/cuda/rows.cuh"
-#include "quant4/cuda/strip.cuh"
 #include "quant4/format.h"
 
 namespace peftcore {
 namespace quant4 {
 namespace {
 
-constexpr int64_t kStripBlocks = 128;  // wanted: about the number of multiprocessors of a large GPU
-constexpr int kSimpleTile = 8;         // rows of x that a warp of simple_kernel takes together
+constexpr int kSimpleTile = 8;  // rows of x that a warp of simple_kernel takes together
 
 template <typename T, int kTiles, int kStage, int kStages, bool kNested>
 __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) {
@@ -33,11 +32,11 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const LinearLaunch p)
 }
 
 template <typename T, int kTiles, bool kNested>
-__global__ void __launch_bounds__(kStripThreads, 1)
-    strip_kernel(const LinearLaunch p, unsigned row_blocks, uint32_t split_columns) {
+__global__ void __launch_bounds__(kPanelThreads, 1)
+    panel_kernel(const LinearLaunch p, unsigned row_blocks, uint32_t split_columns) {
     const unsigned splits = gridDim.x / row_blocks, split = blockIdx.x % splits;  // the splits of a cluster
     const uint32_t begin = split * split_columns, columns = uint32_t(p.weight.columns);
-    strip_tile<T, kTiles, kNested>(p, int64_t(blockIdx.x / splits) * kStripRows, begin,
+    panel_tile<T, kTiles, kNested>(p, int64_t(blockIdx.x / splits) * kPanelRows, begin,
                                    begin + split_columns < columns ? begin + split_columns : columns,
                                    int(split), int(splits));
 }
@@ -77,39 +76,39 @@ __global__ void __launch_bounds__(kThreads) simple_kernel(const LinearLaunch p) 
     }
 }
 
-// Division of W among strip_kernel's blocks: chosen by the shape only, so that results are the same on every GPU.
-struct StripPlan {
+// Division of W among panel_kernel's blocks: chosen by the shape only, so that results are the same on every GPU.
+struct PanelPlan {
     unsigned row_blocks, splits;  // 0 splits: a shape for another kernel
     uint32_t split_columns;
 };
 
-StripPlan strip_plan(const void* x, Dtype dtype, int batch, const WeightView& weight) {
+PanelPlan panel_plan(const void* x, Dtype dtype, int batch, const WeightView& weight) {
     constexpr int64_t kMostColumns = INT32_MAX / kLinearMaxBatch;  // x has numbers of 32 bits
     if (dtype == Dtype::kFloat || batch <= 8 || weight.columns == 0 || weight.columns > kMostColumns ||
         !in_pieces(x, weight) || !in_lanes(weight))
         return {};
-    StripPlan plan;
-    plan.row_blocks = unsigned(ceil_div(weight.rows, kStripRows));
-    const int64_t steps = ceil_div(weight.columns, kStripStep);
-    const int64_t splits = least(steps, ceil_div(kStripBlocks, plan.row_blocks));
-    plan.split_columns = uint32_t(ceil_div(steps, splits) * kStripStep);
+    PanelPlan plan;
+    plan.row_blocks = unsigned(ceil_div(weight.rows, kPanelRows));
+    const int64_t steps = ceil_div(weight.columns, kPanelStep);
+    const int64_t splits = least(steps, ceil_div(cuda_tuning().panel_blocks, plan.row_blocks));
+    plan.split_columns = uint32_t(ceil_div(steps, splits) * kPanelStep);
     plan.splits = unsigned(ceil_div(weight.columns, plan.split_columns));
     return plan;
 }
 
 template <typename T, int kTiles, bool kNested>
-const char* launch_strip(LinearLaunch p, const StripPlan& plan, Dtype dtype, void* stream) {
-    constexpr int kBytes = strip_bytes<kTiles>();
-    constexpr auto kernel = strip_kernel<T, kTiles, kNested>;
+const char* launch_panel(LinearLaunch p, const PanelPlan& plan, Dtype dtype, void* stream) {
+    constexpr int kBytes = panel_bytes<kTiles>();
+    constexpr auto kernel = panel_kernel<T, kTiles, kNested>;
     if (const char* error = PEFTCORE_ALLOW_SHARED(kernel, kBytes)) return error;
     const unsigned blocks = plan.row_blocks * plan.splits;
     p.clusters = (plan.splits == 2 || plan.splits == 4 || plan.splits == 8) &&
-                 PEFTCORE_CLUSTERS_FIT(kernel, plan.splits, kStripThreads, kBytes, stream);
+                 PEFTCORE_CLUSTERS_FIT(kernel, plan.splits, kPanelThreads, kBytes, stream);
     if (p.clusters)
-        return PEFTCORE_LAUNCH_CLUSTERS(kernel, plan.splits, blocks, kStripThreads, kBytes, stream, p,
+        return PEFTCORE_LAUNCH_CLUSTERS(kernel, plan.splits, blocks, kPanelThreads, kBytes, stream, p,
                                         plan.row_blocks, plan.split_columns);
     p.tickets = plan.splits > 1 ? peftcore_tickets(int(plan.row_blocks), stream) : nullptr;
-    if (const char* error = PEFTCORE_LAUNCH(kernel, blocks, kStripThreads, kBytes, stream, p, plan.row_blocks,
+    if (const char* error = PEFTCORE_LAUNCH(kernel, blocks, kPanelThreads, kBytes, stream, p, plan.row_blocks,
                                             plan.split_columns))
         return error;
     if (plan.splits == 1 || p.tickets != nullptr) return nullptr;
@@ -151,7 +150,7 @@ const char* launch_tensor(const LinearLaunch& p, void* stream) {
 extern "C" int64_t peftcore_quant4_linear_workspace(const void* x, int dtype, int batch,
                                                     const peftcore::WeightView* weight) {
     using namespace peftcore::quant4;
-    const unsigned splits = strip_plan(x, Dtype(dtype), batch, *weight).splits;
+    const unsigned splits = panel_plan(x, Dtype(dtype), batch, *weight).splits;
     return splits > 1 ? splits * batch * weight->rows : 0;
 }
 
@@ -164,7 +163,7 @@ extern "C" const char* peftcore_quant4_linear(const void* x, int dtype, int batc
     if (batch == 0 || weight->rows == 0) return nullptr;
     if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
     const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial, nullptr, false};
-    const StripPlan plan = strip_plan(x, Dtype(dtype), batch, *weight);
+    const PanelPlan plan = panel_plan(x, Dtype(dtype), batch, *weight);
     return dispatch_dtype(Dtype(dtype), [&](auto type) {
         return dispatch_flag(weight->nested_absmax != nullptr, [&](auto nested) {
             using T = typename decltype(type)::type;
@@ -172,7 +171,7 @@ extern "C" const char* peftcore_quant4_linear(const void* x, int dtype, int batc
             if constexpr (sizeof(T) == 2) {
                 if (plan.splits > 0)
                     return dispatch_size<2, 4, 8>(ceil_div(batch, 8), [&](auto tiles) {
-                        return launch_strip<T, decltype(tiles)::value, kNested>(p, plan, Dtype(dtype),
+                        return launch_panel<T, decltype(tiles)::value, kNested>(p, plan, Dtype(dtype),
                                                                                 stream);
                     });
                 if (in_pieces(x, *weight))

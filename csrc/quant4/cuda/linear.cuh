@@ -5,6 +5,7 @@
 // same sums, which are rounded once.
 #pragma once
 
+#include "common/alignment.h"
 #include "common/cuda_launch.cuh"
 #include "common/half.h"
 #include "common/tensor_core.cuh"
@@ -26,7 +27,7 @@ struct LinearLaunch {
     const float *thin, *factor;  // s [batch, rank] and F
     int rank;                    // 0: neither
     void* y;
-    // For strip_tile, where blocks divide the columns of W: they form a cluster, or leave partial sums [splits, batch,
+    // For panel_tile, where blocks divide the columns of W: they form a cluster, or leave partial sums [splits, batch,
     // rows] and have a counter for each block of rows; nullptr: another launch adds the sums.
     float* partial;
     unsigned* tickets;
@@ -35,8 +36,7 @@ struct LinearLaunch {
 
 // Whether x and the codes of W are pieces of 16 bytes.
 inline bool in_pieces(const void* x, const WeightView& weight) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    return weight.columns % 32 == 0 && aligned(x) && aligned(weight.codes);
+    return weight.columns % 32 == 0 && is_aligned(x) && is_aligned(weight.codes);
 }
 
 template <typename T>

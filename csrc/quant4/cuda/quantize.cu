@@ -2,6 +2,7 @@
 //
 // A thread loads its values in 16-byte pieces, the threads of a block agree on the largest magnitude (by
 // shuffles within a warp, through shared memory beyond), and each writes its 8 codes as one 32-bit word.
+#include "common/alignment.h"
 #include "common/cuda_dispatch.cuh"
 #include "common/integers.h"
 #include "quant4/cuda/quant4_cuda.h"
@@ -12,7 +13,6 @@ namespace quant4 {
 namespace {
 
 constexpr int kValues = 8;
-constexpr int64_t kMostBlocks = 1056;  // eight for each multiprocessor of a large GPU
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t max_magnitude(uint32_t largest, float value) {
@@ -160,10 +160,11 @@ extern "C" const char* peftcore_quant4_quantize(const void* x, int dtype, const 
     const int threads = blocksize / kValues > 256 ? blocksize / kValues : 256;
     const int64_t of_block = int64_t(threads) * kValues, blocks = peftcore::ceil_div(count, of_block);
     if (blocks > INT32_MAX) return "more than 2^42 elements";
-    const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    const bool words = reinterpret_cast<uintptr_t>(codes) % 4 == 0;
+    const bool aligned = peftcore::is_aligned(x);
+    const bool words = peftcore::is_aligned(codes, 4);
     const bool whole = aligned && words && count % of_block == 0 && blocksize <= 32 * kValues;
-    const unsigned grid = unsigned(whole ? peftcore::least(blocks, kMostBlocks) : blocks);
+    const unsigned grid =
+        unsigned(whole ? peftcore::least(blocks, peftcore::cuda_tuning().quantize_blocks) : blocks);
     const int shift = peftcore::log2_of(blocksize);
     return peftcore::dispatch_dtype(Dtype(dtype), [&](auto type) {
         return peftcore::dispatch_flag(whole, [&](auto flag) {

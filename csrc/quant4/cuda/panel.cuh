@@ -1,4 +1,4 @@
-// A block's part of y = x Wᵀ + b + s Fᵀ for 17 to 64 rows of x, directly from 4 bits: a strip of 128 rows of W, so that
+// A block's part of y = x Wᵀ + b + s Fᵀ for 17 to 64 rows of x, directly from 4 bits: a panel of 128 rows of W, so that
 // x is read from L2 once for all of them, and, where that gives too few blocks for a GPU, a part of the columns. The
 // sums of the parts are added in order: by the last block, or on GPUs with clusters by each block for a part of x's
 // rows, reading the sums from the other blocks' shared memory. Columns must be whole blocks of 64 with one scale.
@@ -16,17 +16,17 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-constexpr int kStripThreads = 256, kStripRows = 128;
+constexpr int kPanelThreads = 256, kPanelRows = 128;
 constexpr int kSlices = 2;                              // of the columns, a warp each
-constexpr int kStripStep = kSlices * 4 * kLaneColumns;  // columns
+constexpr int kPanelStep = kSlices * 4 * kLaneColumns;  // columns
 constexpr int kHalf = kLaneColumns / 2;                 // columns of a lane in one stage
-constexpr int kStripStages = 3, kStageColumns = kStripStep / 2, kStagePieces = kStageColumns / 8;
+constexpr int kPanelStages = 3, kStageColumns = kPanelStep / 2, kStagePieces = kStageColumns / 8;
 
 // Shared memory of a block: stages of x, and after they have been read, the sums of both slices.
 template <int kTiles>
-constexpr int strip_bytes() {
-    constexpr int stages = kStripStages * kTiles * 8 * kStageColumns * 2;
-    constexpr int sums = kSlices * kTiles * 8 * (kStripRows + 1) * 4;
+constexpr int panel_bytes() {
+    constexpr int stages = kPanelStages * kTiles * 8 * kStageColumns * 2;
+    constexpr int sums = kSlices * kTiles * 8 * (kPanelRows + 1) * 4;
     return stages > sums ? stages : sums;
 }
 
@@ -35,41 +35,19 @@ __device__ __forceinline__ int place_of_piece(int row, int piece) {
     return piece ^ ((piece >> 2 & 2) | (row & 1));
 }
 
-// y for the rows of W from `first_row` on: the partial sums of `splits` blocks, added in order.
-template <typename T, int kTiles>
-__device__ void add_splits(const LinearLaunch& p, int64_t first_row, int splits) {
-    constexpr int kEach = 8;  // that a thread waits for together
-    for (int first = 0; first < kTiles * 8 * kStripRows; first += kEach * kStripThreads) {
-        int64_t at[kEach];
-        float sum[kEach];
-        bool inside[kEach];
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-            const int place = first + i * kStripThreads + int(threadIdx.x);
-            const int64_t m = place / kStripRows, n = first_row + place % kStripRows;
-            inside[i] = m < p.batch && n < p.weight.rows;
-            at[i] = inside[i] ? m * p.weight.rows + n : 0;
-        }
-        ordered_sums(p.partial, splits, p.batch * p.weight.rows, at, sum);
-#pragma unroll
-        for (int i = 0; i < kEach; ++i)
-            if (inside[i]) static_cast<T*>(p.y)[at[i]] = from_float<T>(sum[i]);
-    }
-}
-
 // y for this block's part of x's rows, from the `sums` of all blocks of its cluster.
 template <typename T, int kTiles>
 __device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int split, int splits,
-                               const float (&sums)[kTiles * 8][kStripRows + 1]) {
+                               const float (&sums)[kTiles * 8][kPanelRows + 1]) {
     constexpr int kEach = 4;  // that a thread waits for together
     const int rows = kTiles * 8 / splits;
-    for (int first = 0; first < rows * kStripRows; first += kEach * kStripThreads) {
+    for (int first = 0; first < rows * kPanelRows; first += kEach * kPanelThreads) {
         const float* mine[kEach];
         float sum[kEach] = {};
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {  // behind the last one, the last one is repeated
-            const int place = int(least(first + i * kStripThreads + int(threadIdx.x), rows * kStripRows - 1));
-            mine[i] = &sums[split * rows + place / kStripRows][place % kStripRows];
+            const int place = int(least(first + i * kPanelThreads + int(threadIdx.x), rows * kPanelRows - 1));
+            mine[i] = &sums[split * rows + place / kPanelRows][place % kPanelRows];
         }
 #pragma unroll 2
         for (int s = 0; s < splits; ++s)
@@ -77,9 +55,9 @@ __device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int spl
             for (int i = 0; i < kEach; ++i) sum[i] += shared_of_block(s, mine[i]);
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-            const int place = first + i * kStripThreads + int(threadIdx.x);
-            const int64_t m = split * rows + place / kStripRows, n = first_row + place % kStripRows;
-            if (place < rows * kStripRows && m < p.batch && n < p.weight.rows)
+            const int place = first + i * kPanelThreads + int(threadIdx.x);
+            const int64_t m = split * rows + place / kPanelRows, n = first_row + place % kPanelRows;
+            if (place < rows * kPanelRows && m < p.batch && n < p.weight.rows)
                 static_cast<T*>(p.y)[m * p.weight.rows + n] = from_float<T>(sum[i]);
         }
     }
@@ -87,10 +65,10 @@ __device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int spl
 
 // Rows of W from `first_row` on, columns [begin, end). kTiles: of 8 rows of x. The first split adds b and s Fᵀ.
 template <typename T, int kTiles, bool kNested>
-__device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t begin, uint32_t end, int split,
+__device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t begin, uint32_t end, int split,
                            int splits) {
     using XStage = uint4[kTiles * 8][kStagePieces];
-    using Sums = float[kSlices][kTiles * 8][kStripRows + 1];
+    using Sums = float[kSlices][kTiles * 8][kPanelRows + 1];
     PEFTCORE_SHARED(float, quant_map, [16]);
     PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
     PEFTCORE_DYNAMIC_SHARED(memory);
@@ -110,9 +88,9 @@ __device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
             uint32_t(least(warp_row + group + 8 * r, p.weight.rows - 1)) * (columns / kLaneColumns);
 
     const auto fetch_x = [&](int stage) {  // values out of range are zero
-        const int slot = stage % kStripStages, piece = lane;
+        const int slot = stage % kPanelStages, piece = lane;
         const uint32_t column =
-            begin + stage / 2 * kStripStep + piece / 4 * kLaneColumns + stage % 2 * kHalf + piece % 4 * 8;
+            begin + stage / 2 * kPanelStep + piece / 4 * kLaneColumns + stage % 2 * kHalf + piece % 4 * 8;
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
             const int row = i * 8 + warp;
@@ -138,7 +116,7 @@ __device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         for (int r = 0; r < 4; ++r)
             scale_ahead[r] = stored_scale<kNested>(p.weight, block_at(r, k) >> (p.weight.shift - 6));
     };
-    const int stage_count = 2 * int(ceil_div(end - begin, kStripStep));
+    const int stage_count = 2 * int(ceil_div(end - begin, kPanelStep));
     fetch_x(0);
     fetch_x(1);
     const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
@@ -153,12 +131,12 @@ __device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
     const float value_of_lane = quant_map[lane % 16];
 
     for (int step = 0; 2 * step < stage_count; ++step) {
-        const uint32_t next = (step + 1) * kStripStep;
+        const uint32_t next = (step + 1) * kPanelStep;
         float scale[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             scale[r] = scale_of<kNested>(scale_ahead[r], nested_quant_map, offset);
-            if (lane_column + next - kStripStep >= end) scale[r] = 0;
+            if (lane_column + next - kPanelStep >= end) scale[r] = 0;
         }
         fetch_scales(next);
         const ValueTable tables[2] = {value_table<T>(quant_map, scale[0]),
@@ -166,13 +144,13 @@ __device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int stage = 2 * step + half;
-            cp_async_wait<kStripStages - 2>();
+            cp_async_wait<kPanelStages - 2>();
             __syncthreads();  // this stage has arrived, and the previous one has been read
-            if (stage + kStripStages - 1 < stage_count)
-                fetch_x(stage + kStripStages - 1);
+            if (stage + kPanelStages - 1 < stage_count)
+                fetch_x(stage + kPanelStages - 1);
             else
                 cp_async_commit();
-            const XStage& now = stages[stage % kStripStages];
+            const XStage& now = stages[stage % kPanelStages];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const auto word = [&](int r) {
@@ -215,8 +193,8 @@ __device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
                 sums[slice][tile * 8 + pair * 2 + i % 2][warp / kSlices * 32 + t * 16 + group + i / 2 * 8] =
                     d[t][tile][i];
     __syncthreads();
-    for (int i = threadIdx.x; i < kTiles * 8 * kStripRows; i += kStripThreads) {
-        const int m = i / kStripRows, row = i % kStripRows;
+    for (int i = threadIdx.x; i < kTiles * 8 * kPanelRows; i += kPanelThreads) {
+        const int m = i / kPanelRows, row = i % kPanelRows;
         const int64_t n = first_row + row;
         if (m >= p.batch || n >= p.weight.rows) continue;
         float total = 0;
@@ -237,8 +215,14 @@ __device__ void strip_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         add_in_cluster<T, kTiles>(p, first_row, split, splits, sums[0]);
         cluster_sync();  // no block ends before its sums have been read
     }
-    if (p.tickets != nullptr && comes_last(p.tickets + first_row / kStripRows, splits))
-        add_splits<T, kTiles>(p, first_row, splits);
+    const auto place = [&](int i) -> SumPlace {
+        const int64_t m = i / kPanelRows, n = first_row + i % kPanelRows;
+        return {m < p.batch && n < p.weight.rows, m * p.weight.rows + n};
+    };
+    add_by_last<kPanelThreads, kTiles * 8 * kPanelRows, 8>(
+        p.tickets == nullptr ? nullptr : p.tickets + first_row / kPanelRows, p.partial, unsigned(splits),
+        p.batch * p.weight.rows, place,
+        [&](int64_t at, float sum) { static_cast<T*>(p.y)[at] = from_float<T>(sum); });
 }
 
 }  // namespace
