@@ -74,9 +74,9 @@ class RunOptions:
         bool, typer.Option(help="Recompute activations in backward: less memory, more time.")
     ] = False
     lazy_logits: Annotated[
-        bool,
-        typer.Option("--lazy-logits", help="Compute the loss without the logits: less memory (causal-lm, chat)."),
-    ] = False
+        str,
+        typer.Option(help="Loss without the logits (causal-lm, chat): auto (where a few rows show the same), on, off."),
+    ] = "auto"
     optim: Annotated[
         str, typer.Option(help="Trainer's optim, or peftcore's paged_adamw_8bit and paged_adamw_32bit.")
     ] = "adamw_torch"
@@ -90,6 +90,9 @@ class RunOptions:
         int | None, typer.Option(min=1, help="Steps between checkpoints; default: 5 checkpoints per run.")
     ] = None
     keep: Annotated[int, typer.Option(min=2, help="Number of checkpoints to keep.")] = 2
+
+
+LAZY_LOGITS = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,8 @@ class Settings(RunOptions):
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise PeftcoreError(f"{name} must be a finite number, found {value}")
+        if self.lazy_logits not in LAZY_LOGITS:
+            raise PeftcoreError(f"--lazy-logits must be one of {', '.join(LAZY_LOGITS)}, found '{self.lazy_logits}'")
         if self.lr <= 0 or self.epochs <= 0:
             raise PeftcoreError(f"lr and epochs must be above 0, found lr={self.lr:g}, epochs={self.epochs:g}")
 
@@ -165,6 +170,7 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
         now = settings.to_json()
         since = {each.name: each.default for each in fields(settings) if each.default is not MISSING}
         before = {**since, **before}  # a run from before an option existed had its default
+        before["lazy_logits"] = {True: "on", False: "off"}.get(before["lazy_logits"], before["lazy_logits"])
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "adapter", name)):
             if before.get(name) != now.get(name):
                 raise PeftcoreError(

@@ -16,8 +16,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
 
 import peftcore
 from peftcore import ranks
@@ -44,6 +45,7 @@ from peftcore.cli.options import FULL
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
 from peftcore.engine import takes_batches
+from peftcore.engine.lazy_probe import why_not_lazy
 from peftcore.engine.summary import Summary
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import latest_checkpoint
@@ -119,6 +121,25 @@ class Stopped(Exception):
 
     def __init__(self, step: int, steps: int) -> None:
         super().__init__(f"stopped at step {step} of {steps}")
+
+
+def lazily(
+    model: PreTrainedModel, settings: Settings, rows: list[tasks.Example], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Switch lazy logits on, as `settings` say: with `auto` if the loss of a few rows is the same with them."""
+    if settings.lazy_logits == "on":
+        peftcore.lazy_logits(model)
+    if settings.lazy_logits != "auto" or settings.task != data.LANGUAGE_MODEL or settings.parallel:
+        return
+    few = [{k: v[-64:] if isinstance(v, list) else v for k, v in each.items()} for each in rows[:2]]
+    batch = tasks.collator(tokenizer)(few)
+    inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    why = why_not_lazy(model, inputs)
+    if why is None:
+        peftcore.lazy_logits(model)
+        say("the loss is computed without the logits of a batch (--lazy-logits auto)")
+    else:
+        say(f"logits are computed in full: {why}")
 
 
 def run(
@@ -230,8 +251,7 @@ def run(
 
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
-    if settings.lazy_logits:
-        peftcore.lazy_logits(model)
+    lazily(model, settings, rows, tokenizer)
     meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
     common = {
         "model": model,

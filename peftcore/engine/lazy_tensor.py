@@ -54,6 +54,7 @@ class Head:
     ) -> None:
         self.function, self.classes, self.operands = function, classes, operands
         self.tensors = tuple(t for t in tensors if t.is_floating_point())
+        self.hidden = hidden
         self.bypassed = False  # whether a loss was computed without logits
         self._read = [hidden, *tensors]
         self._seen = self._state()
