@@ -55,8 +55,8 @@ def load_adapter(
 ) -> Any:
     """Load an adapter from a folder, the hub, or memory (`peft_config` and `adapter_state_dict`).
 
-    As with PEFT, the adapter is frozen unless `is_trainable`, and active if it is the first. With `hotswap=True` an
-    adapter of this name gets the values, without a new compilation.
+    As with PEFT, the adapter is the only active one, and frozen unless `is_trainable`. With `hotswap=True` an adapter
+    of this name gets the values, without a new compilation.
     """
     state, name = engine.state_of(model), adapter_name or "default"
     if hotswap == "auto":
@@ -74,10 +74,11 @@ def load_adapter(
         if hotswap:
             set_state_dict(model, name, source)
         else:
-            active = list(state.active) if state is not None else None
+            disabled = state is not None and _are_disabled(model)
             load(model, source, adapter=name, trainable=is_trainable, revision=revision)
-            if active is not None:
-                engine.activate(model, active)
+            engine.activate(model, [] if disabled else name)
+            if disabled:
+                model.__dict__[_DISABLED] = [name]
     if not is_trainable:
         model.eval()
     return _nothing_missing()

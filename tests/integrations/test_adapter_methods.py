@@ -60,10 +60,11 @@ def test_load_adapter(model: Any, adapter: Path) -> None:
     assert not any(p.requires_grad for p in model.parameters())
     assert model.active_adapters() == ["default"]
     model.load_adapter(adapter, "second", is_trainable=True)
-    assert model.active_adapters() == ["default"]  # as with PEFT
-    assert torch.equal(logits(model), wanted(adapter))
-    model.set_adapter("second")
-    assert model.active_adapters() == ["second"] and any(p.requires_grad for p in model.parameters())
+    assert model.active_adapters() == ["second"]  # alone, as with PEFT
+    assert torch.equal(logits(model), wanted(adapter)) and any(p.requires_grad for p in model.parameters())
+    model.disable_adapters()
+    model.load_adapter(adapter, "third")
+    assert torch.equal(logits(model), before) and model.active_adapters() == ["third"]
     with pytest.raises(peftcore.PeftcoreError, match="'second'"):
         model.load_adapter(adapter, "second")
 
