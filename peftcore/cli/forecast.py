@@ -90,6 +90,12 @@ def how(task: str, precision: str, parallel: str | None, processes: int) -> dict
     }
 
 
+def is_lazy(settings: Settings) -> bool:
+    """Return whether `train` is expected to compute the loss without logits."""
+    fits = settings.task == data.LANGUAGE_MODEL and settings.parallel is None
+    return settings.lazy_logits == "on" or (settings.lazy_logits == "auto" and fits)
+
+
 def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dtype:
     """Return a base's dtype on this machine (`cpu`) or on a GPU of the table, for which auto is bf16."""
     if settings.device != "cpu":
@@ -132,6 +138,7 @@ def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: t
             optimizer=settings.optim,
             gradient_checkpointing=settings.gradient_checkpointing,
             gradient_accumulation=min(2, settings.grad_accum),  # the second step takes what later steps take
+            lazy_logits=is_lazy(settings),
             **how(settings.task, settings.precision, settings.parallel, settings.ranks),
         ),
         **settings.fields,
@@ -188,6 +195,7 @@ def _fitted(settings: Settings) -> Settings:
         dtype=models.torch_dtype(dtype, settings.device),
         max_ways=1,
         length=settings.max_length,
+        lazy_logits=is_lazy(settings),
         **how(settings.task, settings.precision, settings.parallel, settings.ranks),
     ).ways
     batch_size = min(settings.batch_size, way.batch_size)

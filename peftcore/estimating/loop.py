@@ -16,6 +16,7 @@ from peftcore.engine import after_step, extra_loss, state_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import Following, NotFollowed
 from peftcore.estimating.kernels import kernels_of_cpu
+from peftcore.estimating.lazy_loss import lazily
 from peftcore.estimating.losses import Own, loss_of, rows_of, tiles_in_place
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
 from peftcore.estimating.processes import GRADIENTS, Alone, processes_of
@@ -98,7 +99,9 @@ def is_paged(optimizer: str) -> bool:
 def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool) -> None:
     """Follow one step of the stand-in after the first, so that the optimizer has its state."""
     inputs = make_inputs(model, rows_of(step.loss, step.batch_size), step.length)
-    loss, processes = loss_of(model, step.loss), processes_of(model, step, on_card=on_card)
+    lazy = step.lazy_logits and step.loss is None and not step.is_sharded
+    loss = lazily(model, on_card) if lazy else loss_of(model, step.loss)
+    processes = processes_of(model, step, on_card=on_card)
     if loss.reference is not None and step.is_sharded:
         raise NotFollowed(
             f"loss='{step.loss}' without adapters on shards is not followed: the trainer loads a second model. Name a "

@@ -29,6 +29,7 @@ class Step:
         mixed_precision: `bf16` or `fp16` for autocast, as with Trainer's `bf16=True`; None: everything in the base's
             dtype.
         loss: `sft`, `dpo` or `kto` for TRL's trainers, with the passes of the reference; None: the model's own loss.
+        lazy_logits: Whether the model's own loss is computed without logits (`peftcore.lazy_logits`).
         ranks: Processes of the run, one of which is estimated.
         shard: False: each process has a whole copy (DDP). True: the base is sharded (FSDP2) as by `peftcore.shard`. A
             dict: arguments of `peftcore.shard`, `adapter_placement` and `reshard_after_forward`.
@@ -46,6 +47,7 @@ class Step:
     gradient_checkpointing: bool | str | Mapping[str, Any] = False
     mixed_precision: str | None = None
     loss: str | None = None
+    lazy_logits: bool = False
     ranks: int = 1
     shard: bool | Mapping[str, Any] = False
     per_sample: int = 0
@@ -96,6 +98,8 @@ class Step:
             parts.append(f"{self.per_sample} adapters by sample")
         if self.loss is not None:
             parts.append(self.loss)
+        if self.lazy_logits:
+            parts.append("lazy logits")
         if self.mixed_precision is not None:
             parts.append(f"mixed {self.mixed_precision}")
         if self.ranks > 1 or self.is_sharded:

@@ -173,7 +173,8 @@ class LinearCrossEntropyWeight:
         for first in range(0, classes, size):
             columns = slice(first, min(first + size, classes))
             bias = None if self.bias is None else self.bias[columns]
-            z, slope = capped(F.linear(x, w[columns], bias).to(dtype), self.numbers)
+            z, scale = F.linear(x, w[columns], bias).to(dtype), self.numbers.logit_scale
+            z, slope = capped(z, self.numbers) if self.numbers.soft_cap else (z.mul_(scale), scale)
             dz = z.sub_(lse[:, None]).exp_().mul_(of_softmax[:, None])
             if smoothing:
                 dz -= smoothing / classes * (1.0 if self.class_weight is None else self.class_weight[columns])
