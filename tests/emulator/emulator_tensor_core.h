@@ -2,10 +2,38 @@
 // mma.m16n8k8, ldmatrix), and cp.async that does not arrive before it is waited for.
 #pragma once
 
+#include <cmath>
+
 #include "common/half.h"
 #include "emulator.h"
 
 namespace peftcore {
+
+// c + a[0] b[0] + a[1] b[1] + ... as a tensor core of sm_80 adds, by published measurements (Fasi et al. 2021,
+// "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025, "Accurate models of NVIDIA tensor cores"):
+// products are exact; all terms are aligned to the largest exponent, with one bit more than fp32 has, and truncated
+// there; their sum is truncated to fp32. Later GPUs add more products at a time, with one more bit.
+template <int kCount>
+float tensor_core_sum(float c, const float (&a)[kCount], const float (&b)[kCount]) {
+    constexpr int kBits = 24 + 1;
+    const auto exponent = [](float x) { return int(float_bits(x) >> 23 & 255) - 127; };
+    bool finite = std::isfinite(c);
+    double plain = c;
+    int largest = c != 0 ? exponent(c) : -1000;
+    for (int k = 0; k < kCount; ++k) {
+        const double product = double(a[k]) * b[k];
+        plain += product;
+        finite = finite && std::isfinite(product);
+        if (product != 0) largest = std::max(largest, exponent(a[k]) + exponent(b[k]));
+    }
+    if (!finite || largest == -1000) return float(plain);
+    const double scale = std::ldexp(1.0, kBits - 1 - largest);
+    int64_t sum = int64_t(c * scale);  // a conversion truncates
+    for (int k = 0; k < kCount; ++k) sum += int64_t(double(a[k]) * b[k] * scale);
+    const double value = std::ldexp(double(sum), largest - kBits + 1);
+    const float rounded = float(value);
+    return std::fabs(double(rounded)) > std::fabs(value) ? std::nextafter(rounded, 0.0f) : rounded;
+}
 
 template <typename T>
 struct MmaOperand {
@@ -13,8 +41,7 @@ struct MmaOperand {
     const uint32_t *a, *b;
 };
 
-// d[16 x 8] += a[16 x 16] b[16 x 8]. The sum is kept in double: hardware's order of additions is not
-// specified.
+// d[16 x 8] += a[16 x 16] b[16 x 8], eight products at a time.
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     MmaOperand<T> mine{d, a, b};
@@ -32,14 +59,19 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
         for (int lane = 0; lane < 32; ++lane)
             for (int r = 0; r < 4; ++r) {
                 const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
-                double sum = all[lane]->d[r];
-                for (int k = 0; k < 16; ++k) sum += double(a_full[row][k]) * b_full[k][column];
-                all[lane]->d[r] = float(sum);
+                for (int first = 0; first < 16; first += 8) {
+                    float left[8], right[8];
+                    for (int k = 0; k < 8; ++k) {
+                        left[k] = a_full[row][first + k];
+                        right[k] = b_full[first + k][column];
+                    }
+                    all[lane]->d[r] = tensor_core_sum(all[lane]->d[r], left, right);
+                }
             }
     });
 }
 
-// d[16 x 8] += a[16 x 8] b[8 x 8] of tf32: the lower 13 bits of a value are not read.
+// d[16 x 8] += a[16 x 8] b[8 x 8] of tf32, four products at a time: the lower 13 bits of a value are not read.
 inline void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     MmaOperand<float> mine{d, a, b};
     emulator::meet(0xffffffffu, "mma.m16n8k8", mine, [](MmaOperand<float>** all) {
@@ -54,9 +86,14 @@ inline void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
         for (int lane = 0; lane < 32; ++lane)
             for (int r = 0; r < 4; ++r) {
                 const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
-                double sum = all[lane]->d[r];
-                for (int k = 0; k < 8; ++k) sum += double(a_full[row][k]) * b_full[k][column];
-                all[lane]->d[r] = float(sum);
+                for (int first = 0; first < 8; first += 4) {
+                    float left[4], right[4];
+                    for (int k = 0; k < 4; ++k) {
+                        left[k] = a_full[row][first + k];
+                        right[k] = b_full[first + k][column];
+                    }
+                    all[lane]->d[r] = tensor_core_sum(all[lane]->d[r], left, right);
+                }
             }
     });
 }

@@ -79,6 +79,18 @@ def test_tensor_core_fragments_give_a_matrix_product(emulated, dtype):
         assert torch.allclose(c.double(), a.double() @ b.double().t(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("small", "steps"), [(2.0**-25, 0), (2.0**-24, 7), (2.0**-23, 15)])
+def test_tensor_cores_truncate(emulated, sign, small, steps):
+    """Add fifteen products to 1: a quarter of fp32's spacing is lost in each, half of it in their sum."""
+    a, b, c = torch.zeros(16, 16).half(), torch.zeros(8, 16).half(), torch.zeros(16, 8)
+    a[3], b[5], b[5, 0] = 2.0**-11, small * 2.0**11, 1
+    a[3, 0] = 1
+    a *= sign
+    emulated("toy_mma")(a, b, c, 0, 1)
+    assert c[3, 5] == sign * (1 + steps * 2.0**-23)
+
+
 def test_an_asynchronous_copy_has_not_arrived_before_it_is_waited_for(emulated):
     a, b, c = torch.ones(16, 16).half(), torch.ones(8, 16).half(), torch.zeros(16, 8)
     emulated("toy_mma")(a, b, c, 0, 0)

@@ -145,7 +145,9 @@ __device__ __forceinline__ void load_pair(uint32_t (&b)[4], const uint8_t* tile,
 // d += the products of a stage.
 template <typename T, typename Shape>
 __device__ __forceinline__ void add_stage(const uint8_t* input, const uint8_t* frozen, Sums<Shape>& d) {
-#pragma unroll 2
+    // Two steps of fp32 would not fit in registers.
+    [[maybe_unused]] constexpr int kUnrolled = sizeof(T) == 2 ? 2 : 1;
+#pragma unroll kUnrolled
     for (int k = 0; k < Shape::kStage; k += 16) {
         lora::Left<T> left[Shape::kM];
 #pragma unroll
@@ -168,7 +170,7 @@ __device__ __forceinline__ void add_stage(const uint8_t* input, const uint8_t* f
 #pragma unroll
                 for (int m = 0; m < Shape::kM; ++m)
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) tf32_multiply(d[m][n + i], left[m], right[i]);
+                    for (int i = 0; i < 2; ++i) lora::multiply<T>(d[m][n + i], left[m], right[i]);
             }
         }
     }
