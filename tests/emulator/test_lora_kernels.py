@@ -109,6 +109,18 @@ def test_factors_in_fp32(emulated, shapes, transposed, dtype):
         untouched(memory)
 
 
+def test_factors_of_many_adapters_take_two_launches(emulated):
+    factors = [normal(1 + i % 40, 50 + i % 3, seed=i, dtype=DTYPES[i % 3]) for i in range(128)]
+    places = [guarded(*t.shape, dtype=torch.float32) for t in factors]
+    copies = [FactorCopy(t, False, to) for t, (_, to) in zip(factors, places, strict=True)]
+    before = emulated.launches()
+    emulated("peftcore_lora_copy_factors")((FactorCopy * 128)(*copies), 128)
+    assert emulated.launches() - before == 2
+    for t, (memory, found) in zip(factors, places, strict=True):
+        assert torch.equal(found, t.float())
+        untouched(memory)
+
+
 @pytest.mark.parametrize(("rank", "rows"), [*SHAPES, (16, 300), (70, 270)])
 def test_down(kernels, rank, rows):
     dtype, _, p, columns = mixed(rank, rows, [75, 72, 136][(rank + rows) % 3])

@@ -1,5 +1,6 @@
-// LoRA's factors as the other kernels take them: fp32, some of them transposed. Both in one launch, which takes longer
-// than the copies.
+// LoRA's factors as the other kernels take them: fp32, some of them transposed. A launch takes longer than a copy, so
+// that one launch copies many.
+#include "common/cuda_dispatch.cuh"
 #include "common/integers.h"
 #include "common/typed.cuh"
 #include "lora/cuda/tiles.cuh"
@@ -10,13 +11,18 @@ namespace {
 
 constexpr int kSide = 32;  // of a block's tile
 
-struct Copies {  // by name: an index known only at run time would put them on the stack
-    FactorCopy first, second;
+constexpr int kFewCopies = 8;    // fewer would be put on the stack: their index is known only at run time
+constexpr int kMostCopies = 64;  // of a launch: parameters of a kernel have 4 KiB
+
+template <int kCopies>
+struct Copies {
+    FactorCopy each[kCopies];
 };
 
-__global__ void __launch_bounds__(kThreads) copy_kernel(const Copies copies) {
+template <int kCopies>
+__global__ void __launch_bounds__(kThreads) copy_kernel(const Copies<kCopies> copies) {
     PEFTCORE_SHARED(float, tile, [kSide][kSide + 1]);
-    const FactorCopy copy = blockIdx.y == 0 ? copies.first : copies.second;
+    const FactorCopy copy = copies.each[blockIdx.y];
     const int64_t across = ceil_div(copy.columns, kSide);
     if (blockIdx.x >= across * ceil_div(copy.rows, kSide)) return;
     const int64_t row = blockIdx.x / across * kSide, column = blockIdx.x % across * kSide;
@@ -40,16 +46,24 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const Copies copies) {
 
 extern "C" const char* peftcore_lora_copy_factors(const peftcore::lora::FactorCopy* copies, int count,
                                                   void* stream) {
+    using namespace peftcore;
     using namespace peftcore::lora;
-    if (count > 2) return "more factors than a launch takes";
-    Copies both = {};
-    int64_t blocks = 0;
-    for (int i = 0; i < count; ++i) {
-        (i == 0 ? both.first : both.second) = copies[i];
-        const int64_t tiles =
-            peftcore::ceil_div(copies[i].rows, kSide) * peftcore::ceil_div(copies[i].columns, kSide);
-        blocks = blocks < tiles ? tiles : blocks;
+    for (int first = 0; first < count; first += kMostCopies) {
+        const int here = int(least(count - first, kMostCopies));
+        int64_t blocks = 0;
+        for (int i = first; i < first + here; ++i) {
+            const int64_t tiles = ceil_div(copies[i].rows, kSide) * ceil_div(copies[i].columns, kSide);
+            blocks = blocks < tiles ? tiles : blocks;
+        }
+        if (blocks == 0) continue;
+        const char* error = dispatch_size<kFewCopies, kMostCopies>(here, [&](auto size) {
+            constexpr int kCopies = decltype(size)::value;
+            Copies<kCopies> given = {};
+            for (int i = 0; i < here; ++i) given.each[i] = copies[first + i];
+            return PEFTCORE_LAUNCH(copy_kernel<kCopies>, dim3(unsigned(blocks), unsigned(here)), kThreads, 0,
+                                   stream, given);
+        });
+        if (error != nullptr) return error;
     }
-    if (blocks == 0) return nullptr;
-    return PEFTCORE_LAUNCH(copy_kernel, dim3(unsigned(blocks), unsigned(count)), kThreads, 0, stream, both);
+    return nullptr;
 }

@@ -113,6 +113,6 @@ const char* peftcore_lora_drop(const peftcore::lora::Wide* x, const peftcore::lo
 const char* peftcore_lora_sum_pair(const peftcore::lora::Sum* first, int dtype,
                                    const peftcore::lora::Sum* second, void* stream);
 
-// One or two factors in a launch.
+// Any number of factors, up to 64 in a launch.
 const char* peftcore_lora_copy_factors(const peftcore::lora::FactorCopy* copies, int count, void* stream);
 }

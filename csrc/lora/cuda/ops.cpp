@@ -47,15 +47,15 @@ Wide wide_of(const Tensor& t, int64_t samples = 1) {
             samples == 0 ? 0 : t.size(0) / samples, t.size(1)};
 }
 
-// Factors of some adapters, as tensors and as launchers take them.
+// Factors of some adapters, fp32 and contiguous, as tensors and as launchers take them.
 class FactorList {
  public:
     FactorList(at::TensorList factors, int rank_dimension, std::vector<float> scales = {},
                const int64_t* index = nullptr)
         : scales_(std::move(scales)), index_(index) {
         for (const Tensor& t : factors) {
-            tensors_.push_back(floats(t));
-            pointers_.push_back(tensors_.back().const_data_ptr<float>());
+            tensors_.push_back(t);
+            pointers_.push_back(t.const_data_ptr<float>());
             ranks_.push_back(int(t.size(rank_dimension)));
         }
     }
@@ -73,31 +73,48 @@ class FactorList {
     const int64_t* index_;
 };
 
-// LoRA's factors in fp32, contiguous, transposed where asked, by at most one launch.
+// Factors in fp32, contiguous, transposed where asked: those that need a copy are collected, and copied by one launch
+// for up to 64 of them.
+class FactorCopies {
+ public:
+    explicit FactorCopies(const char* op) : op_(op) {}
+
+    // Can be read after `launch`.
+    Tensor add(const Tensor& factor, bool transposed) {
+        const bool copied = factor.scalar_type() == at::kHalf || factor.scalar_type() == at::kBFloat16;
+        const Tensor source = copied ? factor.contiguous() : floats(factor);
+        if (source.scalar_type() == at::kFloat && !transposed) return source;
+        const int64_t rows = factor.size(0), columns = factor.size(1);
+        const Tensor result = at::empty({transposed ? columns : rows, transposed ? rows : columns},
+                                        factor.options().dtype(at::kFloat));
+        copies_.push_back({source.const_data_ptr(), kernel_dtype(source.scalar_type(), op_), rows, columns,
+                           transposed, result.mutable_data_ptr<float>()});
+        sources_.push_back(source);
+        return result;
+    }
+    std::vector<Tensor> add_all(at::TensorList factors) {
+        std::vector<Tensor> results;
+        for (const Tensor& factor : factors) results.push_back(add(factor, false));
+        return results;
+    }
+    void launch() const {
+        if (copies_.empty()) return;
+        void* stream = current_cuda_stream(sources_[0].device());
+        check_launch(peftcore_lora_copy_factors(copies_.data(), int(copies_.size()), stream), op_);
+    }
+
+ private:
+    const char* op_;
+    std::vector<Tensor> sources_;
+    std::vector<FactorCopy> copies_;
+};
+
+// Both factors of an adapter.
 std::array<Tensor, 2> float_factors(const Tensor& a, bool a_transposed, const Tensor& b, bool b_transposed,
                                     const char* op) {
-    std::array<Tensor, 2> sources, results;
-    std::array<FactorCopy, 2> copies;
-    int count = 0;
-    const auto add = [&](int i, const Tensor& factor, bool transposed) {
-        const bool copied = factor.scalar_type() == at::kHalf || factor.scalar_type() == at::kBFloat16;
-        sources[i] = copied ? factor.contiguous() : floats(factor);
-        results[i] = sources[i];
-        if (sources[i].scalar_type() == at::kFloat && !transposed) return;
-        const int64_t rows = factor.size(0), columns = factor.size(1);
-        results[i] = at::empty({transposed ? columns : rows, transposed ? rows : columns},
-                               factor.options().dtype(at::kFloat));
-        copies[count++] = {sources[i].const_data_ptr(),
-                           kernel_dtype(sources[i].scalar_type(), op),
-                           rows,
-                           columns,
-                           transposed,
-                           results[i].mutable_data_ptr<float>()};
-    };
-    add(0, a, a_transposed);
-    add(1, b, b_transposed);
-    if (count > 0)
-        check_launch(peftcore_lora_copy_factors(copies.data(), count, current_cuda_stream(a.device())), op);
+    FactorCopies copies(op);
+    const std::array<Tensor, 2> results = {copies.add(a, a_transposed), copies.add(b, b_transposed)};
+    copies.launch();
     return results;
 }
 
@@ -304,9 +321,12 @@ Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntAr
     }
     if (has_kernels(x)) {
         const int64_t* numbers = adapter.const_data_ptr<int64_t>();
+        FactorCopies copies(op);
+        const std::vector<Tensor> left = copies.add_all(a), right = copies.add_all(b);
+        copies.launch();
         const Tensor s =
-            down(flat, samples, FactorList(a, 0, {scales.begin(), scales.end()}, numbers), {}, op);
-        up(s, FactorList(b, 1, {}, numbers), {}, {}, true, y, samples, op);
+            down(flat, samples, FactorList(left, 0, {scales.begin(), scales.end()}, numbers), {}, op);
+        up(s, FactorList(right, 1, {}, numbers), {}, {}, true, y, samples, op);
     } else {  // every adapter for every row: the index stays on the device
         const Tensor out = y.view({samples, rows, weight.rows()});
         const Tensor wanted = adapter.view({samples, 1, 1}), zero = at::zeros({}, x.options());
