@@ -14,6 +14,7 @@ from peftcore.cli.commands import (
     new_plugin,
     plan,
     plugins,
+    push,
     suggest,
     train,
 )
@@ -31,6 +32,7 @@ def peftcore_commands() -> list[Command]:
         Command("chat", chat.chat, chat.EXAMPLES),
         Command("merge", merge.merge, merge.EXAMPLES),
         Command("export", export.export, export.EXAMPLES),
+        Command("push", push.push, push.EXAMPLES),
         Command("plan", plan.plan, plan.EXAMPLES),
         Command("suggest", suggest.suggest, suggest.EXAMPLES),
         Command("info", info.info, info.EXAMPLES),

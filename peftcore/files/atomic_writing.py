@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from peftcore.errors import CheckpointError, PeftcoreError
@@ -98,6 +98,17 @@ def made(*folders: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # it is not empty
                 each.rmdir()
         raise
+
+
+def to_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file whose metadata are sorted: the library writes them in an order of its own."""
+    content = serialized(tensors, dict(metadata))
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]])
 
 
 @contextlib.contextmanager

@@ -29,6 +29,11 @@ def defaults(peft_type: str) -> dict[str, Any]:
     return dict(_content()["defaults"].get(peft_type, {}))
 
 
+def is_of_peft(peft_type: str) -> bool:
+    """Return whether PEFT has adapters of this type."""
+    return peft_type in _content()["defaults"]
+
+
 def says_something(peft_type: str, name: str, value: Any) -> bool:
     """Return whether the value of a field differs from PEFT's default and is not empty.
 

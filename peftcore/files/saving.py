@@ -18,9 +18,10 @@ from peftcore import engine, ranks
 from peftcore.adaptation.adapted import base_parameters, walked_once
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
-from peftcore.files import single_file
+from peftcore.files import model_card, single_file
 from peftcore.files.atomic_writing import Content, write_adapters
 from peftcore.files.fingerprint import fingerprint
+from peftcore.files.folder import root_of
 from peftcore.files.metadata import BASE, METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, VERSION
 from peftcore.files.multiplier import in_metadata
 from peftcore.files.peft_defaults import peft_version
@@ -156,8 +157,27 @@ def _save(
                 place: _laid_out(model, name, format, _content(model, name, dtype, resumable, metadata))
                 for place, name in inside.items()
             }
-        ranks.once(lambda: write_adapters(folder, contents), together=sharded)
+            tasks = {content.fields.get("task_type") for content in contents.values()}
+            card = model_card.card(model, list(inside.values()), tasks.pop() if len(tasks) == 1 else None)
+
+        def write() -> None:
+            write_adapters(folder, contents)
+            if root_of(folder)[1] == "":  # not one of several that were saved together, whose card is above
+                _write_card(folder, card)
+
+        ranks.once(write, together=sharded)
     return folder
+
+
+def _write_card(folder: Path, card: tuple[dict[str, Any], str]) -> None:
+    try:
+        model_card.write(folder, *card)
+    except OSError as error:
+        warnings.warn(
+            f"the adapter is saved in '{folder}', but its model card could not be written: "
+            f"{error.strerror or error}. Check '{folder / model_card.FILE}'",
+            stacklevel=5,
+        )
 
 
 def _refuse_drifted(model: nn.Module, adapter: str) -> None:

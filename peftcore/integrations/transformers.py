@@ -5,8 +5,8 @@
 
 A checkpoint is Trainer's own folder (optimizer, scheduler, RNG, trainer state) with the adapter in Hugging Face PEFT's
 format instead of the model; an adapter not named `default` is in a folder of its name, as in PEFT. The file
-`complete.json`, written last, lists every other file with its size: a checkpoint without it, or whose files differ, is
-incomplete.
+`complete.json`, written last, lists every other file but the model card with its size: a checkpoint without it, or
+whose files differ, is incomplete.
 
 Importing this module patches `Trainer` (see `pretrained.py`). A model sharded by `peftcore.shard` is trained as it is,
 with replicated adapters; for one that accelerate shards (FSDP2), accelerate saves the optimizer's state.
@@ -33,6 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftcore import engine, ranks
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files import model_card
 from peftcore.files.loading import restore
 from peftcore.files.reading import adapter_folder
 from peftcore.files.saving import save_each
@@ -44,6 +45,7 @@ from peftcore.parallel import check_ranks, give_adapters, refuse_between_blocks
 
 COMPLETE = "complete.json"
 _QUANTIZED_WITH_ADAPTERS = "_hf_peft_config_loaded"
+_CARD = "_peftcore_card"  # on a trainer: the model card that it has written
 
 
 class AfterStep(TrainerCallback):
@@ -262,23 +264,25 @@ def _load_best_model(trainer: Trainer, own: Callable[..., Any]) -> None:
 
 
 def _create_model_card(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Write Trainer's model card, which then states that the folder contains an adapter, its base, and its method."""
+    """Write Trainer's model card with the metadata of the adapters.
+
+    A card that this trainer has not written is somebody's: it is only updated, between its marks.
+    """
     if not trainer.is_world_process_zero():
         return
-    from huggingface_hub import ModelCard
-
-    file = Path(trainer.args.output_dir) / "README.md"
-    file.unlink(missing_ok=True)  # with `peft` Trainer would ask the model for PEFT's own card
-    own(*args, **kwargs)
+    file = Path(trainer.args.output_dir) / model_card.FILE
     model = bare_model(trainer)
-    card = ModelCard.load(file)
-    base = getattr(model.config, "_name_or_path", "")
-    if base and not os.path.isdir(base):
-        card.data.base_model = base
-    card.data.library_name = "peft"  # the library that reads these files
-    methods = [engine.applied(model, name).method for name in _training(model)]
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), "peftcore", *methods]))
-    card.save(file)
+    card = model_card.card(model, _training(model), None)
+    there = file.read_text(encoding="utf-8") if file.is_file() else None
+    if there is None or there == trainer.__dict__.get(_CARD):
+        file.unlink(missing_ok=True)  # with `peft` Trainer would ask the model for PEFT's own card
+        own(*args, **kwargs)
+        head, body = model_card.split(file.read_text(encoding="utf-8"))
+        text = f"---\n{model_card.updated(head, card[0])}---\n{body}"
+        trainer.__dict__[_CARD] = text
+        file.write_text(text, encoding="utf-8")
+    else:
+        model_card.write(file.parent, *card)
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -298,8 +302,8 @@ def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def mark_complete(folder: Path) -> None:
     """Write `complete.json`, after every other file of the checkpoint has reached the disk."""
-    sizes = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE):
+    sizes, apart = {}, (COMPLETE, model_card.FILE)  # people edit the card
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in apart):
         with open(file, "rb") as content:
             os.fsync(content.fileno())
         sizes[file.relative_to(folder).as_posix()] = file.stat().st_size

@@ -23,7 +23,7 @@ from peftcore.testing import disturb
 pytestmark = pytest.mark.usefixtures("toys")
 
 
-FILES = ["adapter_config.json", "adapter_model.safetensors", "peftcore_manifest.json"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "peftcore_manifest.json"]
 
 
 @pytest.fixture
@@ -106,6 +106,7 @@ def test_several_are_saved_and_loaded_together(tmp_path: Path) -> None:
     model = several()
     peftcore.save(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
         "a",
         "adapter_config.json",
         "adapter_model.safetensors",

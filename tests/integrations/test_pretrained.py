@@ -23,7 +23,12 @@ def files(folder: Path) -> set[str]:
 def test_it_saves_the_adapter(tmp_path: Path) -> None:
     model = peftcore.apply(tiny.llama(), "around", value=3.0)
     model.save_pretrained(tmp_path)
-    assert files(tmp_path) == {"adapter_config.json", "adapter_model.safetensors", "peftcore_manifest.json"}
+    assert files(tmp_path) == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "peftcore_manifest.json",
+    }
     assert torch.equal(tiny.logits(peftcore.load(tiny.llama(), tmp_path)), tiny.logits(model))
 
 

@@ -322,8 +322,31 @@ def test_the_model_card_needs_no_network(toys: None, tmp_path: Path, monkeypatch
     for _ in range(2):
         run.create_model_card(model_name="mine", license="mit")
     card = ModelCard.load(tmp_path / "README.md").data
-    assert (card.base_model, card.library_name, card.license) == ("org/base", "peft", "mit")
+    assert (card.base_model, card.library_name, card.license) == ("org/base", "peftcore", "mit")
     assert {"peftcore", "around"} <= set(card.tags)
+
+
+def test_edits_of_the_model_card_are_kept(toys: None, tmp_path: Path) -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    model.config._name_or_path = "org/base"
+    card = tmp_path / "README.md"
+    card.write_text("# Mine\n")
+    trainer(model, tmp_path).create_model_card()
+    assert card.read_text() == "# Mine\n"
+    card.unlink()
+    trainer(model, tmp_path).save_model()  # with marks
+    card.write_text(card.read_text().replace("# Adapter of", "# Another of") + "\nMine.\n")
+    trainer(model, tmp_path).create_model_card()
+    assert "# Adapter of org/base" in card.read_text() and card.read_text().endswith("\nMine.\n")
+
+
+def test_a_card_that_is_edited_leaves_a_checkpoint_complete(toys: None, tmp_path: Path) -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    trainer(model, tmp_path).train()
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    (Path(checkpoint) / "README.md").write_text("# Mine\n")
+    assert latest_checkpoint(tmp_path) == checkpoint
 
 
 def test_a_tokenizer_is_saved_with_the_adapter(toys: None, tmp_path: Path) -> None:

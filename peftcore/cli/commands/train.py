@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -178,6 +180,8 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
         commands=uses,
         memory=None if said is None else lambda width: memory_picture.picture(said, result.trace, width),
     )
+    if settings.method != options.FULL:
+        _add_to_card(settings, result, rows)
     out.print()
     table(rows, ("held out", "before", "after"))
     out.print()
@@ -188,6 +192,29 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
     say(f"\nreport: {output / 'report.html'}\nuse it:", "bold")
     for use in uses:
         say(f"  {use}")
+
+
+def _add_to_card(settings: Settings, result: Result, rows: list[tuple[str, str, str]]) -> None:
+    """Add data, figures and the command to the adapter's model card, with the names of files but not their folders."""
+    from peftcore.files import model_card
+
+    files = [settings.data] if isinstance(settings.data, str) else settings.data
+    said = [
+        ("task", settings.task),
+        ("data", ", ".join(f"`{Path(file).name}`" for file in files)),
+        ("examples", f"{result.train_rows:,} for training, {result.eval_rows:,} held out"),
+        ("steps", f"{result.steps:,}"),
+        *((f"held-out {name}", f"{before} before, {after} after") for name, before, after in rows),
+    ]
+    words = [option + Path(value).name if os.path.isabs(value) else word for word, option, value in _options()]
+    model_card.add(result.adapter, "Training", said, shlex.join(words))
+
+
+def _options() -> Iterator[tuple[str, str, str]]:
+    """Yield (word, its part up to `=`, the rest) of the command line."""
+    for word in shlex.split(command()):
+        name, equals, value = word.rpartition("=")
+        yield word, name + equals, value
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:

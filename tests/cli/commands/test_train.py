@@ -110,6 +110,14 @@ def test_only_the_completion_is_learned(run: Run, llama: Path, tmp_path: Path) -
     assert result_of(output)["before"]["loss"] == pytest.approx(float(wanted), abs=1e-5)
 
 
+def test_the_model_card_says_what_was_trained(writer: Path) -> None:
+    card = (writer / "adapter" / "README.md").read_text()
+    section = card.partition("## Training\n")[2]
+    loss = result_of(writer)["after"]["loss"]
+    assert "| task | causal-lm |" in section and "| steps | 6 |" in section and f", {loss:.4f} after |" in section
+    assert "```sh\npeftcore " in section and str(writer.parent) not in card
+
+
 def test_checkpoints_hold_the_adapter_only(writer: Path) -> None:
     folders = sorted((writer / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["checkpoint-4", "checkpoint-6"]

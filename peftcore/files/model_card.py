@@ -1,0 +1,187 @@
+"""Model card of an adapter folder: `README.md` with the metadata that model hubs read.
+
+Every save rewrites the text between two marks and the metadata keys `base_model`, `library_name`, `pipeline_tag` and
+`peftcore`, and adds missing tags. The rest belongs to its author. A card without the marks is not changed.
+Equal adapters get equal cards: there are no dates, and no paths of this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import peftcore
+from peftcore import engine, ranks
+from peftcore.engine.scaling import scaled_config
+from peftcore.files.peft_defaults import is_of_peft
+from peftcore.registry import registry
+
+FILE = "README.md"
+BEGIN = "<!-- peftcore: written by each save; text outside of these two marks is kept -->"
+END = "<!-- peftcore: end -->"
+_OWN = ("base_model", "library_name", "pipeline_tag", "peftcore")
+_TASKS = {  # PEFT's task types by the hub's names
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+_PLAIN = re.compile(r"[A-Za-z][\w./-]*(:[\w./-]+)*")  # YAML that needs no quotes
+_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LONGEST = 200  # characters of a field's value
+
+
+def card(model: nn.Module, adapters: Sequence[str], task_type: str | None) -> tuple[dict[str, Any], str]:
+    """Return (metadata, text) of the card for these adapters of `model`."""
+    base = base_on_hub(model)
+    entries = [engine.applied(model, name) for name in adapters]
+    methods = list(dict.fromkeys(entry.method for entry in entries))
+    read_by_peft = all(is_of_peft(registry.method(method).state.peft_type) for method in methods)
+    tags = [*([f"base_model:adapter:{base}"] if base else []), "peftcore", *methods]
+    about: dict[str, Any] = {} if base is None else {"base_model": base}
+    about["library_name"] = "peft" if read_by_peft else "peftcore"
+    if task_type in _TASKS:
+        about["pipeline_tag"] = _TASKS[task_type]
+    about["tags"] = tags
+    about["peftcore"] = {"method": methods[0] if len(methods) == 1 else methods, "version": peftcore.__version__}
+    of = base or type(model).__name__
+    lines = [f"# Adapter{'s' * (len(adapters) > 1)} of {of}", ""]
+    for name in adapters:
+        lines += [*([f"## {name}", ""] if len(adapters) > 1 else []), *_table(_facts(model, name)), ""]
+    lines += ["```python", "import peftcore", ""]
+    lines += [f"model = ...  # {of}", 'peftcore.load(model, "ADAPTER")  # this folder, or ORG/NAME on the hub']
+    return about, "\n".join([*lines, "```"])
+
+
+def base_on_hub(model: nn.Module) -> str | None:
+    """Return the hub's id of the base; None if the model has none, or was loaded from a folder."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
+    return name if isinstance(name, str) and _ID.fullmatch(name) and not os.path.isdir(name) else None
+
+
+def _facts(model: nn.Module, adapter: str) -> list[tuple[str, str]]:
+    config = scaled_config(model, adapter)
+    trained = sum(ranks.shape_of(parameter).numel() for _, parameter in engine.adapter_parameters(model, adapter))
+    rows = [("method", engine.applied(model, adapter).method), ("trained parameters", f"{trained:,}")]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        usual = field.default_factory() if callable(field.default_factory) else field.default
+        if value is None or value == usual:
+            continue
+        value = sorted(value) if isinstance(value, (set, frozenset)) else value
+        text = json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
+        rows.append((f"`{field.name}`", f"`{text[:_LONGEST]}{'…' * (len(text) > _LONGEST)}`"))
+    return rows
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |".replace("\n", " ") for name, value in rows)]
+
+
+def write(folder: Path, about: Mapping[str, Any], text: str) -> None:
+    """Write the card of `folder`, or update it; one without marks is left as it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file = folder / FILE
+    try:
+        before = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        before = f"{BEGIN}\n{END}\n"
+    except UnicodeDecodeError:  # not a card of ours
+        return
+    if BEGIN not in before or END not in before.partition(BEGIN)[2]:
+        return
+    head, body = split(before)
+    start, _, rest = body.partition(BEGIN)
+    _, _, end = rest.partition(END)
+    _put(file, f"---\n{updated(head, about)}---\n{start}{BEGIN}\n{text}\n{END}{end}")
+
+
+def add(folder: Path, heading: str, rows: Sequence[tuple[str, str]], command: str | None = None) -> None:
+    """Add a table, and a command, to the marked section, until the next save. A card without marks is left as it is."""
+    file = folder / FILE
+    if not file.is_file():
+        return
+    start, mark, end = file.read_text(encoding="utf-8").partition(END)
+    if not mark or BEGIN not in start:
+        return
+    lines = [f"## {heading}", "", *_table(rows), *(["", "```sh", command, "```"] if command else [])]
+    _put(file, start + "\n" + "\n".join(lines) + "\n" + mark + end)
+
+
+def _put(file: Path, content: str) -> None:
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def split(content: str) -> tuple[str, str]:
+    """Return (lines of the YAML header, the text after it)."""
+    found = re.match(r"---[ \t]*\n(.*?\n|)---[ \t]*(\n|$)", content, re.DOTALL)
+    return (found[1], content[found.end() :]) if found else ("", content)
+
+
+def updated(head: str, about: Mapping[str, Any]) -> str:
+    """Return the lines of a YAML header with our keys and tags; all other lines stay as they are."""
+    blocks: list[tuple[str, str]] = []  # (key, lines)
+    for line in head.splitlines(keepends=True):
+        found = re.match(r"([\w-]+)[ \t]*:", line)
+        if found or not blocks:
+            blocks.append((found[1] if found else "", line))
+        else:
+            blocks[-1] = blocks[-1][0], blocks[-1][1] + line
+    values: dict[str, Any] = dict(about)
+    tags = next((lines for key, lines in blocks if key == "tags"), None)
+    if tags is not None:
+        missing = [tag for tag in values.pop("tags", []) if not _has(tags, tag)]
+        blocks = [(key, _with_tags(lines, missing) if key == "tags" else lines) for key, lines in blocks]
+    for key in _OWN:
+        at = next((i for i, block in enumerate(blocks) if block[0] == key), None)
+        if at is not None:
+            blocks[at : at + 1] = [(key, _yaml(key, values.pop(key)))] if key in values else []
+    return "".join(lines for _, lines in blocks) + "".join(_yaml(key, value) for key, value in values.items())
+
+
+def _has(tags: str, tag: str) -> bool:
+    return re.search(rf"(?<![\w:./-]){re.escape(tag)}(?![\w:./-])", tags.partition(":")[2]) is not None
+
+
+def _with_tags(lines: str, tags: Sequence[str]) -> str:
+    """Return the block of tags with more of them; a single value, or a list of several lines in brackets, stays."""
+    first = lines.partition("\n")[0].partition(":")[2].strip()
+    if not tags or (first and not (first.startswith("[") and first.endswith("]"))):
+        return lines
+    if first:
+        inside = ", ".join([*filter(None, [first[1:-1].strip()]), *map(_scalar, tags)])
+        return f"tags: [{inside}]\n"
+    indent = re.search(r"^([ \t]*)- ", lines, re.MULTILINE)
+    return lines + "".join(f"{indent[1] if indent else ''}- {_scalar(tag)}\n" for tag in tags)
+
+
+def _yaml(key: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{key}:\n" + "".join(f"  {name}: {_scalar(each)}\n" for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return f"{key}:\n" + "".join(f"- {_scalar(each)}\n" for each in value)
+    return f"{key}: {_scalar(value)}\n"
+
+
+def _scalar(value: Any) -> str:
+    reserved = isinstance(value, str) and value.lower() in ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
+    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and not reserved
+    return value if plain else json.dumps(value, ensure_ascii=False)
