@@ -23,9 +23,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from _pytest.runner import runtestprotocol
 from whole import WHOLE
+
+# The same examples in every run, however slow the machine is.
+hypothesis.settings.register_profile(
+    "deterministic", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("deterministic")
 
 ROOT = Path(__file__).parent
 UNTIL = pytest.StashKey[float]()

@@ -122,7 +122,9 @@ def test_the_keys(written: Any) -> None:
     assert made == WORDS[:-1], "from the likeliest; of equal rank they never are"
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     text=st.lists(
         st.sampled_from(
