@@ -44,6 +44,8 @@ def _beside_text(facts: Facts, pixels: dict[str, Any], token: int, count: int) -
     tokens = facts.tokens(BATCH, count + LENGTH)
     tokens[:, 1 : 1 + count] = token
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **pixels}
+    if getattr(facts.model.config, "is_encoder_decoder", False):  # else some make them of `input_ids`
+        inputs["decoder_input_ids"] = facts.tokens(BATCH, LENGTH)
     types = (tokens == token).long()
     inputs |= {name: types for name in ("token_type_ids", "mm_token_type_ids")}
     return {name: value for name, value in inputs.items() if facts.has(name)}
