@@ -17,6 +17,7 @@ from torch import nn
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_modules
+from peftcore.engine.state import state_of
 from peftcore.plugin import StateRules, layer_at, weight_format
 from peftcore.testing import disturb
 
@@ -26,6 +27,8 @@ DENSE = [case for case, (_, _, quantized) in CASES.items() if not quantized]
 # Those that read weights when they are applied, look for the parts of a layer, or train the base's own parameters.
 READING = ["lora", "qlora", "dora", "delora", "psoft", "tinylora", "deft", "cpt", "supertuning", "trainable-tokens"]
 READING += ["adapter", "reft", "ia3", "bitfit", "ln-tuning"]
+
+_UNUSED: list[nn.Module] = []  # bases under tensor parallelism that have no adapter
 
 
 def write(folder: Path) -> None:
@@ -83,8 +86,17 @@ def on_shards(case: str, folder: str) -> float:
 
 
 def on_tensor_parallel(case: str, folder: str) -> float:
-    """The same where both ranks compute the whole batch, each with a half of the heads."""
-    spread = adapted(base(folder, "llama", tp_size=2), case)
+    """The same where both ranks compute the whole batch, each with a half of the heads.
+
+    A base on which `apply` refused the adapter serves the next case: a refusal leaves it as it was.
+    """
+    spread = _UNUSED.pop() if _UNUSED else base(folder, "llama", tp_size=2)
+    try:
+        adapted(spread, case)
+    except peftcore.PeftcoreError:
+        assert state_of(spread) is None
+        _UNUSED.append(spread)
+        raise
     alone = adapted(base(folder, "llama"), case)
     losses = []
     for found in (alone, spread):

@@ -17,13 +17,15 @@ def test_every_method_is_tried() -> None:
 
 
 ALL = list(rank_cases.CASES)
-KINDS = ALL if WHOLE else list(rank_cases.KINDS)  # every method is tried sharded, one of each kind otherwise
+KINDS = ALL if WHOLE else list(rank_cases.KINDS)
+# Every method is tried sharded; those of each kind also on a base in 4 bits, and in the other ways.
+SHARDED = [case for case in ALL if case in KINDS or not case.endswith(", 4 bits")]
 HOWS = [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"]]
 
 
 @pytest.mark.parametrize("hows", nightly_but(HOWS, [["ddp"], ["shard"]]), ids=str)
 def test_gradients_and_a_step_are_those_of_one_process(hows: list[str]) -> None:
-    cases = ALL if hows == ["shard"] else KINDS
+    cases = SHARDED if hows == ["shard"] else KINDS
     for found in run(rank_work.all_against_one_process, hows, cases):
         assert len(found) == len(cases) * len(hows)
         wrong = {name: far for name, far in found.items() if max(far) > 1e-6}
