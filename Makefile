@@ -38,7 +38,7 @@ test: $(VENV)/dev.stamp
 # then once more with the kernels of plain C++, which tests/ops tries in both. An hour on two cores.
 test-all: $(VENV)/dev.stamp
 	PEFTCORE_TESTS=all $(PYTEST) --durations 40 --durations-min 20
-	PEFTCORE_CPU_LEVEL=portable $(PYTEST) $(filter-out tests/csrc/ tests/emulator/ tests/fuzz/ tests/ops/ tests/typed/,$(wildcard tests/*/)) plugins
+	PEFTCORE_CPU_LEVEL=portable $(PYTEST) $(filter-out tests/card/ tests/csrc/ tests/emulator/ tests/fuzz/ tests/ops/ tests/typed/,$(wildcard tests/*/)) plugins
 
 # Tests of kernels and dtypes, as on a processor with AVX2 and nothing above: the variables limit PyTorch, oneDNN and
 # peftcore's kernels, in this run alone. Two minutes on two cores.

@@ -1,17 +1,19 @@
-"""lora_linear on a GPU: QLoRA and LoRA beside peft with bitsandbytes, and autograd written by hand as Unsloth does.
+"""lora_linear on a GPU: QLoRA and LoRA next to peft with bitsandbytes, and autograd written by hand as Unsloth does.
 
     python benchmarks/lora_cuda.py [--sizes 2048 4096 8192] [--batches 1 16 512 8192] [--rank 16] [--dropout 0]
 
-Needs a GPU; without one it says so and ends. A layer is [size, size] in bf16 with A and B in fp32, as training has
-them. Forward alone up to 16 rows, as in generation; forward and gradients of x, A and B beyond. Each row of a table
-goes through layers that together exceed L2, so that weights come from memory as in a model; calls are queued without
-waiting, and rows of a table are timed in turn. Times are of one layer.
+Needs a GPU; without one it says so and ends. Without bitsandbytes its rows are left out, and times are compared with
+the frozen dense layer. A layer is [size, size] in bf16 with A and B in fp32, as training has them. Forward alone up to
+16 rows, as in generation; forward and gradients of x, A and B beyond. Each row of a table goes through layers that
+together exceed L2, so that weights come from memory as in a model; calls are queued without waiting, and rows of a
+table are timed in turn. Times are of one layer.
 
 The floor is the larger of what must be moved (weight as stored, x, y) over the bandwidth of a device copy, and the
 operations of the base products over the rate of a large cuBLAS product, both measured in this run.
 """
 
 import argparse
+import importlib.util
 import logging
 import statistics
 import sys
@@ -26,6 +28,8 @@ from peftcore.ops import lora_linear
 
 logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 DTYPE = torch.bfloat16
+BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+PEER = "peft + bitsandbytes" if BITSANDBYTES else "frozen, dense"
 
 
 class ByHand(torch.autograd.Function):
@@ -73,8 +77,6 @@ def peft_layer(weight, rank, scale, dropout):
 
 def calls_of(size, rank, dropout, device, hand_written):
     """name -> a layer as x -> y, on its own weight."""
-    from bitsandbytes.functional import quantize_4bit
-
     scale, weight = 2.0, torch.randn(size, size, device=device) / size**0.5
     a = nn.Parameter(torch.randn(rank, size, device=device) / size**0.5)
     b = nn.Parameter(torch.randn(size, rank, device=device) * 0.01)
@@ -84,9 +86,13 @@ def calls_of(size, rank, dropout, device, hand_written):
         "frozen, dense": lambda x: F.linear(x, dense),
         "peftcore LoRA, dense": lambda x: lora_linear(x, dense, None, a, b, scale, dropout),
         "peftcore QLoRA": lambda x: lora_linear(x, four, None, a, b, scale, dropout),
-        "peft + bitsandbytes": peft_layer(weight, rank, scale, dropout),
     }
+    if not BITSANDBYTES:
+        return calls
+    calls[PEER] = peft_layer(weight, rank, scale, dropout)
     if hand_written:
+        from bitsandbytes.functional import quantize_4bit
+
         theirs, state = quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
         calls["by hand, bitsandbytes"] = lambda x: ByHand.apply(x, theirs, state, a, b, scale)
     return calls
@@ -117,9 +123,9 @@ def table(size, batch, options, bandwidth, flops):
     passes = 1 + back
     operations = 2 * batch * size**2 * passes
     print(f"\n{size} x {size}, {batch} rows, forward{' and backward' if back else ''} (us of a layer)")
-    print(f"{'':24}{'min':>9}{'median':>9}{'IQR':>8}{'GB/s':>8}{'TFLOP/s':>9}   of peft")
+    print(f"{'':24}{'min':>9}{'median':>9}{'IQR':>8}{'GB/s':>8}{'TFLOP/s':>9}   of {PEER}")
     found = milliseconds({name: through_all(name) for name in kinds[0]})
-    peer = min(found["peft + bitsandbytes"]) / layers
+    peer = min(found[PEER]) / layers
     for name, times in found.items():
         least, (low, median, high) = min(times) / layers, (t / layers for t in statistics.quantiles(times, n=4))
         weight = size**2 * (2 if "dense" in name else 0.516)  # 4 bits, and nested scales by 64

@@ -3,35 +3,21 @@
 import ctypes
 import os
 import platform
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from compiled import compiled, precompiled
+from emulator import building
+from emulator.building import FLAGS, HERE, ROOT, SIMD, compile_emulated
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = ROOT / "tests" / "emulator"
-FLAGS = "-std=c++20 -g1 -O1 -fPIC -ffp-contract=off -DPEFTCORE_EMULATOR -Wall -Wextra -Werror "
-FLAGS += f"-Wno-unknown-pragmas -Wno-unused-parameter -I{HERE} -I{ROOT / 'csrc'}"
 SANITIZE = " -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-AVX512 = " -mavx2 -mf16c -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
-SIMD = {"avx2": " -mavx2 -mf16c -mfma", "avx512": AVX512, "avx512bf16": AVX512 + " -mavx512bf16"}
 
 
 def compiler():
-    cxx = os.environ.get("CXX") or shutil.which("g++")
-    if cxx is None:
+    found = building.compiler()
+    if found is None:
         pytest.skip("no g++")
-    return cxx
-
-
-def compile_emulated(name, sources, flags, link):
-    """Return the path of a binary of `sources`, in which .cu files are compiled as C++."""
-    return compiled(
-        name, sources, compiler(), flags.split(), link.split(), lambda path: SIMD.get(path.stem, "").split()
-    )
+    return found
 
 
 class Emulated:
@@ -84,9 +70,7 @@ def passed(value):
 @pytest.fixture(scope="session")
 def emulated_library():
     """Return a library of the kernels in csrc and of the toy kernels."""
-    sources = [*sorted(ROOT.glob("csrc/**/*.cu")), HERE / "toys.cu", HERE / "seed.cpp"]
-    header = precompiled(HERE / "emulator.h", compiler(), FLAGS.split())
-    return ctypes.CDLL(str(compile_emulated("kernels.so", sources, f"{FLAGS} -include {header}", "-shared")))
+    return ctypes.CDLL(str(building.library_of_kernels(compiler())))
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +89,7 @@ def sanitized():
         flags += " -DPEFTCORE_HAVE_AVX2 -DPEFTCORE_HAVE_AVX512"
     else:
         sources = [path for path in sources if path.stem not in SIMD]
-    binary = compile_emulated("sanitized", sources, flags, "")
+    binary = compile_emulated(compiler(), "sanitized", sources, flags, "")
 
     def run(*args):
         # Fake stacks for every fiber would cost ten times the run.

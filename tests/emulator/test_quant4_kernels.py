@@ -7,7 +7,7 @@ import torch
 from emulator.structs import DTYPES, WeightView
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized import at_thresholds
+from thresholds import at_thresholds
 
 from peftcore import ops
 from peftcore.ops.quant4 import Quantize4bit, QuantizeAbsmax

@@ -1,19 +1,14 @@
 """The values of codes are bitsandbytes', and the quantiles of a normal."""
 
 import statistics
-import warnings
 
 import pytest
 import torch
 
 from peftcore import ops
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import bitsandbytes.functional as bnb
 
-
-def test_codebooks_are_bitsandbytes():
+def test_codebooks_are_bitsandbytes(bnb):
     assert torch.equal(ops.NF4, bnb.get_4bit_type("nf4", "cpu"))
     assert torch.equal(ops.FP4, bnb.get_4bit_type("fp4", "cpu"))
     assert torch.equal(ops.DYNAMIC8, bnb.create_dynamic_map())

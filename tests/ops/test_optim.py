@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -13,10 +12,6 @@ from hypothesis import strategies as st
 from peftcore import ops
 from peftcore.ops import dynamic8, optim
 from peftcore.ops import optim_rules as rules
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import bitsandbytes.functional as bnb
 
 RULES = list(rules.RULES)
 needs_extension = pytest.mark.skipif(ops.extension is None, reason="no _C")
@@ -46,7 +41,7 @@ def state_of(rule, counts):
     return [plane.new(torch.empty(n)) for plane in rules.RULES[rule].planes for n in counts]
 
 
-def test_maps_are_those_of_bitsandbytes_and_are_read_by_the_kernels():
+def test_maps_are_those_of_bitsandbytes_and_are_read_by_the_kernels(bnb):
     assert torch.equal(dynamic8.SIGNED_MAP, bnb.create_dynamic_map(True))
     assert torch.equal(dynamic8.UNSIGNED_MAP, bnb.create_dynamic_map(False))
     codes, one, g = torch.arange(256, dtype=torch.uint8), torch.ones(1), torch.zeros(256)

@@ -2,23 +2,18 @@
 
 import math
 import re
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantized import at_thresholds
+from thresholds import at_thresholds
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftcore import ops
 from peftcore.ops import PackedWeight
 from peftcore.ops.quant4 import Dequantize4bit, Quantize4bit, QuantizeAbsmax
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import bitsandbytes.functional as bnb
 
 LEVELS = ["reference", *(ops.extension.cpu_levels() if ops.extension else [])]
 if torch.cuda.is_available():
@@ -119,7 +114,7 @@ def bits(t):
 @pytest.mark.parametrize("level", LEVELS)
 @examples
 @given(x=tensors, blocksize=st.sampled_from(BLOCKSIZES), name=st.sampled_from(["nf4", "fp4"]))
-def test_quantize_equals_bitsandbytes(level, x, blocksize, name):
+def test_quantize_equals_bitsandbytes(level, x, blocksize, name, bnb):
     with at_level(level) as (quantize, _, _):
         packed, absmax = quantize(x, CODES[name], blocksize)
     wanted, state = bnb.quantize_4bit(x, blocksize=blocksize, quant_type=name)
@@ -128,7 +123,7 @@ def test_quantize_equals_bitsandbytes(level, x, blocksize, name):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_partial_block_is_divided_by_its_scale(level):
+def test_a_partial_block_is_divided_by_its_scale(level, bnb):
     """As bitsandbytes does. Whole blocks are multiplied by the reciprocal, and the code of some value differs."""
     x = at_thresholds(ops.NF4)
     with at_level(level) as (quantize, _, _):
@@ -146,7 +141,7 @@ def test_a_partial_block_is_divided_by_its_scale(level):
     name=st.sampled_from(["nf4", "fp4"]),
     dtype=st.sampled_from(DTYPES),
 )
-def test_dequantize_equals_bitsandbytes(level, x, blocksize, name, dtype):
+def test_dequantize_equals_bitsandbytes(level, x, blocksize, name, dtype, bnb):
     x = x.flatten()[: x.numel() // 2 * 2]
     wanted_packed, state = bnb.quantize_4bit(x, blocksize=blocksize, quant_type=name)
     state.dtype = dtype
@@ -260,7 +255,7 @@ def test_unsorted_and_repeated_codebooks():
 @pytest.mark.parametrize("level", LEVELS)
 @examples
 @given(x=tensors, dtype=st.sampled_from(DTYPES), nested_blocksize=st.sampled_from([32, 256]))
-def test_reads_bitsandbytes_nested_scales(level, x, dtype, nested_blocksize):
+def test_reads_bitsandbytes_nested_scales(level, x, dtype, nested_blocksize, bnb):
     x = x.flatten()[: x.numel() // 2 * 2]
     packed, state = bnb.quantize_4bit(x, blocksize=32, quant_type="nf4")
     offset = state.absmax.mean()
@@ -276,7 +271,7 @@ def test_reads_bitsandbytes_nested_scales(level, x, dtype, nested_blocksize):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_scales_take_the_nearest_of_256(level):
+def test_scales_take_the_nearest_of_256(level, bnb):
     absmax = data("heavy", (5003,), torch.float32, 5).abs()
     with at_level(level) as (_, _, quantize_absmax):
         quantized, nested_absmax, offset = quantize_absmax(absmax, ops.DYNAMIC8, 256)
@@ -331,7 +326,7 @@ def test_empty(level, shape):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("count", [64, 70])
-def test_non_finite_input_shows_in_its_scale_only(level, count):
+def test_non_finite_input_shows_in_its_scale_only(level, count, bnb):
     x = data("normal", (count * 3,), torch.float32, 1)
     x[2] = math.nan
     x[-1] = -math.inf

@@ -1,0 +1,77 @@
+"""Times of calls on a card: inside CUDA graphs and by events, with a cold and a warm second cache."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+Call = Callable[[], object]
+
+
+class Time(NamedTuple):
+    """Of one call, in microseconds."""
+
+    median: float
+    least: float
+
+
+def _rounds(run: Call, calls: int, rounds: int = 7, least_ms: float = 4.0) -> Time:
+    def once(count: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / count
+
+    once(2)
+    count = max(1, round(least_ms / max(once(2), 1e-3)))
+    times = [once(count) / calls * 1000 for _ in range(rounds)]
+    return Time(statistics.median(times), min(times))
+
+
+def by_events(calls: Sequence[Call]) -> Time:
+    """Time calls that the host launches one after another, with what the host takes."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return _rounds(run, len(calls))
+
+
+def in_graph(calls: Sequence[Call]) -> Time:
+    """Time calls that a CUDA graph launches: the card's time alone. A graph has at least 20 of them."""
+    times = -(-20 // len(calls))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            for call in calls:
+                call()
+    found = _rounds(graph.replay, times * len(calls))
+    del graph
+    return found
+
+
+def second_cache() -> int:
+    """Return the bytes of the second cache, or those of an H100's where PyTorch does not tell."""
+    return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 << 20)
+
+
+def rates() -> tuple[float, float]:
+    """Return the GB/s of a copy on the card and the TFLOP/s of a large bf16 product."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    copy, product = by_events([lambda: target.copy_(source)]), by_events([lambda: x @ x])
+    return 2 * source.nbytes / copy.least / 1e3, 2 * 8192**3 / product.least / 1e6

@@ -1,0 +1,116 @@
+"""The command: options, the order of stages within the time, and the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from card_stages import machine, report, stages
+from card_stages.results import FAILED, PROVING, SKIPPED, Results
+
+# In this order; seconds that a stage leaves to the later ones, so that each has a part of the time.
+STAGES = {"build": 0, "correctness": 200, "sanitizer": 140, "timings": 70, "training": 35, "decoding": 5, "report": 0}
+INCOMPLETE = 3
+
+
+def main(description: str | None) -> int:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of results, logs and the report")
+    parser.add_argument("--seconds", type=float, default=560, help="time for the whole run (560)")
+    parser.add_argument("--resume", type=Path, help="results of a run that was cut off, whose rows are kept")
+    parser.add_argument("--only", nargs="+", choices=STAGES, metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--emulator", action="store_true", help="run the kernels on the CPU, without timings")
+    parser.add_argument("--list", action="store_true", help="print stages and cases, and run nothing")
+    parser.add_argument("--wheels", type=Path, default=machine.ROOT / "wheels", help="folder of carried wheels")
+    parser.add_argument("--patience", type=float, default=120, help="seconds after which a case counts as hung (120)")
+    parser.add_argument("--table", default="card.table", help=argparse.SUPPRESS)  # tests run other cases
+    options = parser.parse_args()
+    chosen = options.only or [name for name in STAGES if not options.emulator or name in (*PROVING, "report")]
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = Results(options.out / "results.json")
+    if options.list:
+        return listed(chosen, stage_run(options, results, time.time(), print))
+    if options.resume is None and results.path.exists():
+        parser.error(f"{results.path} exists. To go on with it: --resume {results.path}; else choose another --out")
+    if options.resume is not None and options.resume.resolve() != results.path.resolve():
+        results.path.write_bytes(options.resume.read_bytes())
+    results.path.touch()
+    return run(options, results, chosen)
+
+
+def run(options: argparse.Namespace, results: Results, chosen: list[str]) -> int:
+    began = time.time()
+
+    def log(text: str) -> None:
+        print(f"[{time.time() - began:5.0f} s] {text}", flush=True)
+
+    (options.out / "machine.json").write_text(json.dumps(machine.facts(), indent=1) + "\n")
+    for stage in chosen:
+        if stage == "report":
+            continue
+        left = options.seconds - (time.time() - began)
+        until = time.time() + max(left - STAGES[stage] if options.only is None else left, min(left, 30))
+        this = stage_run(options, results, until, log)
+        log(f"{stage}, until {until - began:.0f} s")
+        if stage in ("build", "correctness", "sanitizer"):
+            getattr(stages, stage)(this)
+        else:
+            measured(this, stage)
+        counts = Counter(row["status"] for row in results if row["stage"] == stage)
+        log(
+            f"{stage}: " + (", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "nothing ran")
+        )
+        if stage == "build" and counts[FAILED]:
+            log(next(row["detail"] for row in results if row["stage"] == stage and row["status"] == FAILED))
+            break
+    expected = case_names(options.out) if "correctness" in chosen else []
+    code = exit_code(results, expected)
+    report.write(options.out, results, expected, code)
+    log(f"exit code {code}; the report is {options.out / 'report.md'}")
+    return code
+
+
+def stage_run(options: argparse.Namespace, results: Results, until: float, log: Callable[[str], None]) -> stages.Run:
+    given = options.emulator, options.wheels, options.patience, options.table
+    return stages.Run(options.out, results, until, *given, log)
+
+
+def measured(run: stages.Run, stage: str) -> None:
+    """Run a stage of measurements in a process of its own; one that fails leaves its row."""
+    process = run.python(
+        "-m", f"card_stages.{stage}", "--results", str(run.results.path), "--until", str(run.until), log=f"{stage}.log"
+    )
+    try:
+        code = process.wait(timeout=max(10, run.left() + 15))
+    except Exception:
+        process.kill()
+        code = process.wait()
+    if code != 0:
+        tail = (run.out / f"{stage}.log").read_text(errors="replace")[-2000:]
+        run.results.add(stage, "process", SKIPPED, detail=f"exit code {code}:\n{tail}")
+
+
+def case_names(out: Path) -> list[str]:
+    """Return the names of all cases, as the worker wrote them; none if it did not start, which is a failure."""
+    path = out / "cases.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def exit_code(results: Results, expected: list[str]) -> int:
+    """Return 1 if a check failed, 3 if a case has not run, else 0."""
+    rows = [row for row in results if row["stage"] in PROVING]
+    if any(row["status"] == FAILED for row in rows):
+        return 1
+    have = {row["name"] for row in rows if row["stage"] == "correctness"}
+    return INCOMPLETE if not rows or set(expected) - have else 0
+
+
+def listed(chosen: list[str], this: stages.Run) -> int:
+    print("stages: " + ", ".join(chosen))
+    code = this.python(*stages.worker_arguments(this), "--list", log="correctness.log").wait()
+    print("\n".join(case_names(this.out)))
+    return code

@@ -1,0 +1,81 @@
+"""Tokens a second of the 1.1 B shape in generation, launched by the host and by a CUDA graph.
+
+python -m card_stages.decoding --results FILE --until SECONDS
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from pathlib import Path
+
+import torch
+
+from card_stages.clock import by_events
+from card_stages.models import with_lora
+from card_stages.results import MEASURED, SKIPPED, Results
+from card_stages.training import GROUP
+
+GROUP = GROUP.replace("a training step", "a token of generation").replace("4 x 512 tokens, ", "")
+ROOM = 256  # tokens of the cache
+
+
+def token_times(kind: str, batch: int) -> dict[str, float]:
+    """Return milliseconds of a token, with every sequence at the same position of a static cache."""
+    from transformers import StaticCache
+
+    model = with_lora(kind).eval()
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
+    tokens = torch.ones(batch, 1, dtype=torch.long, device="cuda")
+    position = torch.full((1,), 100, device="cuda")
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        inputs = {"position_ids": position[None].expand(batch, 1), "cache_position": position}
+        return model(input_ids=tokens, past_key_values=cache, use_cache=True, **inputs).logits
+
+    wanted = call().clone()
+    found = {"ms": by_events([call]).median / 1000}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = call()
+    found["ms in a graph"] = by_events([graph.replay]).median / 1000
+    found["tokens/s in a graph"] = batch * 1000 / found["ms in a graph"]
+    found["largest difference of logits"] = float((logits - wanted).abs().max())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--until", type=float, required=True)
+    options = parser.parse_args()
+    results = Results(options.results)
+    known = results.names("decoding")
+    for kind in ("peftcore QLoRA", "frozen", "peft LoRA", "peftcore LoRA"):
+        for batch in (1, 8):
+            name = f"{kind}, batch {batch}"
+            if name in known or time.time() > options.until:
+                continue
+            began = time.time()
+            try:
+                values = token_times(kind, batch)
+            except torch.AcceleratorError:
+                raise  # the card is unusable for this process
+            except Exception as error:
+                detail = f"{type(error).__name__}: {error}"[:500]
+                results.add("decoding", name, SKIPPED, time.time() - began, detail=detail, group=GROUP)
+            else:
+                results.add("decoding", name, MEASURED, time.time() - began, values=values, group=GROUP)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The machine: needed packages, wheels that were carried to it, the card, and environments of subprocesses."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a build and an import of peftcore take, by the name of the wheel that has it.
+NEEDED = {
+    "torch": "torch",
+    "setuptools": "setuptools",
+    "ninja": "ninja",
+    "pybind11": "pybind11",
+    "pluggy": "pluggy",
+    "packaging": "packaging",
+    "safetensors": "safetensors",
+}
+
+
+def carried(folder: Path) -> list[str]:
+    """Return wheels of pure Python in a folder, which Python imports without installing them."""
+    return [str(path) for path in sorted(folder.glob("*-none-any.whl"))]
+
+
+def environment(wheels: Path) -> dict[str, str]:
+    """Return the environment of subprocesses: the checkout's modules and the carried wheels can be imported."""
+    paths = [ROOT / "tests", ROOT, ROOT / "benchmarks", *carried(wheels), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}
+
+
+def missing(wheels: Path) -> list[str]:
+    """Return the packages that neither this Python nor the carried wheels have."""
+    sys.path.extend(path for path in carried(wheels) if path not in sys.path)
+    return [wheel for module, wheel in NEEDED.items() if importlib.util.find_spec(module) is None]
+
+
+def how_to_carry(packages: list[str], wheels: Path) -> str:
+    names = " ".join(packages)
+    return (
+        f"{names} not found. On a machine with a network: pip download --no-deps -d wheels {names}; then carry the "
+        f"folder here as {wheels} (wheels of pure Python are used from there; install others with pip install "
+        "--no-index --find-links)"
+    )
+
+
+def lines(*command: str) -> list[str]:
+    """Return the lines that a command prints; none if it fails or does not exist."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def facts() -> dict[str, str]:
+    """Return what a report says about the machine, without importing PyTorch."""
+    query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,compute_cap"
+    card = (lines("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") or [""])[0].split(", ")
+    found = dict(zip(query.split(","), card, strict=False)) if len(card) > 1 else {"name": "none"}
+    return {
+        "card": found.pop("name"),
+        **found,
+        "python": platform.python_version(),
+        "processor": f"{os.cpu_count()} cores, {platform.machine()}",
+        "nvcc": next((line.strip() for line in lines("nvcc", "--version") if "release" in line), "not found"),
+        "commit": (lines("git", "-C", str(ROOT), "describe", "--always", "--dirty") or ["unknown"])[0],
+    }
+
+
+def architecture() -> str:
+    """Return the first card's architecture as PEFTCORE_CUDA_ARCHS takes it, or an empty string."""
+    found = lines("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    return found[0].strip().replace(".", "") if found else ""

@@ -1,0 +1,11 @@
+"""Run one of the calls of tests/card/runtime.py, for compute-sanitizer: `python -m card_stages.one_call NAME`."""
+
+import sys
+
+import torch
+from card.runtime import CALLS
+from card.table import Place
+
+if __name__ == "__main__":
+    CALLS[sys.argv[1]](Place(torch.device("cuda"))).run()
+    torch.cuda.synchronize()

@@ -1,0 +1,45 @@
+"""The file of results: one JSON object a line, on the disk as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PASSED, FAILED, SKIPPED, MEASURED = "passed", "failed", "skipped", "measured"
+PROVING = ("build", "correctness", "sanitizer")  # stages that the exit code depends on
+
+
+class Results:
+    """Rows of a run. A row has `stage`, `name`, `status`, `seconds`, and what the stage found."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the last row of each stage and name. A line that an interrupted run did not complete is left out."""
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            found[row["stage"], row["name"]] = row
+        yield from found.values()
+
+    def names(self, stage: str) -> set[str]:
+        """Return the names that need not run again: all but those that were skipped."""
+        return {row["name"] for row in self if row["stage"] == stage and row["status"] != SKIPPED}
+
+    def add(self, stage: str, name: str, status: str, seconds: float = 0.0, **found: Any) -> dict[str, Any]:
+        row = {"stage": stage, "name": name, "status": status, "seconds": round(seconds, 3), **found}
+        line = json.dumps(row)
+        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            line = "\n" + line  # behind the line of an interrupted run
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return row

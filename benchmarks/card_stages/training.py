@@ -1,0 +1,76 @@
+"""A training step of the 1.1 B shape with LoRA and QLoRA, with peft's next to them.
+
+python -m card_stages.training --results FILE --until SECONDS
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from card_stages.models import with_lora
+from card_stages.results import MEASURED, SKIPPED, Results
+
+BATCH, LENGTH = 4, 512
+GROUP = f"a training step of a Llama of 1.1 B parameters, {BATCH} x {LENGTH} tokens, bf16, LoRA of rank 16"
+
+
+def step_times(kind: str, steps: int = 8) -> dict[str, float]:
+    torch.cuda.reset_peak_memory_stats()
+    model = with_lora(kind).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    tokens = torch.randint(32000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
+    times, losses = [], []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        times.append((time.perf_counter() - began) * 1000)
+    if not losses[-1] < losses[0]:
+        raise AssertionError(f"the loss did not fall: {losses}")
+    median = statistics.median(times[2:])
+    return {
+        "ms": median,
+        "least": min(times[2:]),
+        "tokens/s": BATCH * LENGTH / median * 1000,
+        "peak memory, GB": torch.cuda.max_memory_allocated() / 1e9,
+        "first loss": losses[0],
+        "last loss": losses[-1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--until", type=float, required=True)
+    options = parser.parse_args()
+    results = Results(options.results)
+    known = results.names("training")
+    for kind in ("peftcore LoRA", "peftcore QLoRA", "peft LoRA"):
+        if kind in known or time.time() > options.until:
+            continue
+        began = time.time()
+        try:
+            values = step_times(kind)
+        except torch.AcceleratorError:
+            raise  # the card is unusable for this process
+        except Exception as error:
+            detail = f"{type(error).__name__}: {error}"[:500]
+            results.add("training", kind, SKIPPED, time.time() - began, detail=detail, group=GROUP)
+        else:
+            results.add("training", kind, MEASURED, time.time() - began, values=values, group=GROUP)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

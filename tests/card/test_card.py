@@ -1,0 +1,102 @@
+"""`benchmarks/card.py` on the emulator's build, and with cases that fail, crash and hang."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulator import building
+
+from card.launch_sites import CSRC, kernels, sites, sources
+from card.table import all_cases
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "card.md").read_text()
+ROW = re.compile(r"^\| `(\S+): (\w+)` \| `(\w+)` \|$", re.MULTILINE)
+
+
+def card(out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(ROOT / "benchmarks" / "card.py"), "--out", str(out), *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if building.compiler() is None:
+        pytest.skip("no g++")
+    out = tmp_path_factory.mktemp("card")
+    done = card(out, "--emulator", "--seconds", "3600")
+    log = out / "correctness.log"
+    assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
+    return out
+
+
+@pytest.mark.slow
+def test_every_case_of_the_emulator_passes_and_is_reported(run: Path) -> None:
+    found = {row["name"]: row for row in rows(run) if row["stage"] == "correctness"}
+    assert set(found) == {case.name for case in all_cases() if case.emulated}
+    assert [name for name, row in found.items() if row["status"] != "passed"] == []
+    report = (run / "report.md").read_text()
+    assert "**every check passed** (exit code 0)" in report
+    assert "| correctness: lora_linear |" in report
+
+
+@pytest.mark.slow
+def test_the_cases_that_the_page_names_reach_the_kernels(run: Path) -> None:
+    reached: dict[str, set[str]] = {}
+    for row in rows(run):
+        for kernel in row.get("kernels", []):
+            reached.setdefault(kernel, set()).add(row["name"].partition("[")[0])
+    assert [row for row in ROW.findall(PAGE) if row[2] not in reached.get(f"{row[0]}:{row[1]}", set())] == []
+
+
+def test_the_page_names_a_case_for_every_kernel() -> None:
+    listed = [(file, kernel) for file, kernel, _ in ROW.findall(PAGE)]
+    assert listed == [tuple(kernel) for kernel in kernels()], "docs/card.md must list these kernels in this order"
+    functions = {case.function for case in all_cases()}
+    assert {function for *_, function in ROW.findall(PAGE)} <= functions
+
+
+def test_every_launch_is_of_a_kernel_that_is_known() -> None:
+    names = {kernel.name for kernel in kernels()}
+    files = [path.relative_to(CSRC).as_posix() for path in sources()]
+    assert [site for file in files for site in sites(file) if site.kernel not in names] == []
+    assert names == {site.kernel for file in files for site in sites(file)}
+
+
+def test_names_of_cases_are_unique() -> None:
+    names = [case.name for case in all_cases()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.slow
+def test_failures_crashes_and_hangs_are_rows_and_the_rest_runs(tmp_path: Path) -> None:
+    options = ["--emulator", "--table", "card.faulty", "--patience", "5", "--only", "correctness", "report"]
+    done = card(tmp_path, *options, "--seconds", "0")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "the time was up" in (tmp_path / "report.md").read_text() and rows(tmp_path) == []
+    done = card(tmp_path, *options)
+    assert done.returncode == 2 and "To go on with it: --resume" in done.stderr
+    resumed = [*options, "--resume", str(tmp_path / "results.json")]
+    done = card(tmp_path, *resumed)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = {row["name"]: (row["status"], row["detail"]) for row in rows(tmp_path)}
+    assert found["passes"] == ("passed", "fine")
+    assert found["skips"] == ("skipped", "not here")
+    assert found["fails"] == ("failed", "AssertionError: wrong")
+    assert found["crashes"] == ("failed", "the process ended with code 9")
+    assert found["hangs"] == ("failed", "no end within 5 seconds")
+    assert found["breaks_the_card"][0] == "failed" and found["comes_last"][0] == "passed"
+    report = (tmp_path / "report.md").read_text()
+    assert "**checks failed** (exit code 1)" in report and "- `crashes`: the process ended with code 9" in report
+    before = rows(tmp_path)
+    assert card(tmp_path, *resumed).returncode == 1
+    assert [row["name"] for row in rows(tmp_path)[len(before) :]] == ["skips"]  # nothing else runs again
