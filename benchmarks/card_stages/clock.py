@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 
 class Time(NamedTuple):
@@ -44,20 +44,29 @@ def by_events(calls: Sequence[Call]) -> Time:
     return _rounds(run, len(calls))
 
 
-def in_graph(calls: Sequence[Call]) -> Time:
-    """Time calls that a CUDA graph launches: the card's time alone. A graph has at least 20 of them."""
-    times = -(-20 // len(calls))
+def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Return a graph of the call and what the call returned, which replays write."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for call in calls:
-            call()
+        call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+def in_graph(calls: Sequence[Call]) -> Time:
+    """Time calls that a CUDA graph launches: the card's time alone. A graph has at least 20 of them."""
+    times = -(-20 // len(calls))
+
+    def run() -> None:
         for _ in range(times):
             for call in calls:
                 call()
+
+    graph, _ = captured(run)
     found = _rounds(graph.replay, times * len(calls))
     del graph
     return found

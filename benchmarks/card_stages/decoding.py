@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from card_stages.clock import by_events
-from card_stages.models import with_lora
+from card_stages import models
+from card_stages.clock import by_events, captured
 from card_stages.results import MEASURED, SKIPPED, Results
 from card_stages.training import GROUP
 
@@ -25,10 +25,10 @@ def token_times(kind: str, batch: int) -> dict[str, float]:
     """Return milliseconds of a token, with every sequence at the same position of a static cache."""
     from transformers import StaticCache
 
-    model = with_lora(kind).eval()
+    model = models.with_lora(kind).eval()
     cache = StaticCache(config=model.config, max_cache_len=ROOM)
-    tokens = torch.ones(batch, 1, dtype=torch.long, device="cuda")
-    position = torch.full((1,), 100, device="cuda")
+    tokens = torch.ones(batch, 1, dtype=torch.long, device=models.DEVICE)
+    position = torch.full((1,), 100, device=models.DEVICE)
 
     @torch.no_grad()
     def call() -> torch.Tensor:
@@ -37,14 +37,7 @@ def token_times(kind: str, batch: int) -> dict[str, float]:
 
     wanted = call().clone()
     found = {"ms": by_events([call]).median / 1000}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = call()
+    graph, logits = captured(call)
     found["ms in a graph"] = by_events([graph.replay]).median / 1000
     found["tokens/s in a graph"] = batch * 1000 / found["ms in a graph"]
     found["largest difference of logits"] = float((logits - wanted).abs().max())

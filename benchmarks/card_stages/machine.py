@@ -74,4 +74,6 @@ def facts() -> dict[str, str]:
 def architecture() -> str:
     """Return the first card's architecture as PEFTCORE_CUDA_ARCHS takes it, or an empty string."""
     found = lines("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    if not found:  # a container may lack the tool
+        found = lines(sys.executable, "-c", "import torch; print(*torch.cuda.get_device_capability(), sep='')")
     return found[0].strip().replace(".", "") if found else ""

@@ -56,7 +56,9 @@ def build(run: Run) -> None:
         return
     arch, began = os.environ.get("PEFTCORE_CUDA_ARCHS") or machine.architecture(), time.time()
     if not arch:
-        run.results.add("build", "extension", FAILED, detail="nvidia-smi names no card. Without one: --emulator")
+        run.results.add(
+            "build", "extension", FAILED, detail="neither nvidia-smi nor PyTorch sees a card. Without one: --emulator"
+        )
         return
     settings = {"PEFTCORE_CUDA": "1", "PEFTCORE_REQUIRE_EXT": "1", "PEFTCORE_CUDA_ARCHS": arch}
     log = run.out / "build.log"
@@ -132,7 +134,7 @@ def _watched(run: Run, process: subprocess.Popen[bytes], running: Path) -> int |
     return process.returncode
 
 
-# Arguments of `card_stages.shapes`: small, and of every kind of kernel.
+# Calls of tests/card/runtime.py, of every kind of kernel.
 SANITIZED = ("one_launch", "split_columns", "clusters", "experts_few", "experts_dense", "four_bits")
 
 
@@ -169,5 +171,6 @@ def sanitizer(run: Run) -> None:
             (run.out / f"{check}-{call}.log").write_text(done.stdout + done.stderr)
             summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
             detail = summary[-1].strip("= ") if summary else (done.stdout + done.stderr)[-1000:]
-            passed = done.returncode == 0
-            run.results.add("sanitizer", name, PASSED if passed else FAILED, time.time() - began, detail=detail)
+            # Without a summary the tool did not check anything, as in a container that forbids debugging.
+            status = SKIPPED if not summary else FAILED if done.returncode else PASSED
+            run.results.add("sanitizer", name, status, time.time() - began, detail=detail)

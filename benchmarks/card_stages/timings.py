@@ -24,7 +24,9 @@ from card_stages.clock import Call, by_events, in_graph, rates, second_cache
 from card_stages.results import MEASURED, SKIPPED, Results
 from peftcore import ops, optim
 
-N, RANK, DTYPE = 4096, 16, torch.bfloat16
+DEVICE, N, RANK, DTYPE = "cuda", 4096, 16, torch.bfloat16
+MANY = 8192  # rows of training
+CLASSES, EXPERTS = 128256, (128, 2048, 1536)  # experts, in, out
 PACKED = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a value in 4 bits, with nested scales
 
 
@@ -41,11 +43,11 @@ class Row(NamedTuple):
 
 
 def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=DTYPE)
+    return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
 
 
 def factors() -> tuple[Tensor, Tensor]:
-    return torch.randn(RANK, N, device="cuda") / 64, torch.randn(N, RANK, device="cuda") * 0.01
+    return torch.randn(RANK, N, device=DEVICE) / 64, torch.randn(N, RANK, device=DEVICE) * 0.01
 
 
 def theirs(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -131,10 +133,10 @@ def four_bits() -> Iterator[Row]:
 
 def experts(tokens: int) -> Iterator[Row]:
     """Yield products of a layer of 128 experts, 8 of them for each token."""
-    count, width, out, rows = 128, 2048, 1536, tokens * 8
+    (count, width, out), rows = EXPERTS, tokens * 8
     group = f"{count} experts [{out}, {width}], {tokens} tokens, top 8, bf16, forward"
-    generator = torch.Generator("cuda").manual_seed(0)
-    index = torch.rand(tokens, count, device="cuda", generator=generator).topk(8).indices.flatten()
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    index = torch.rand(tokens, count, device=DEVICE, generator=generator).topk(8).indices.flatten()
     offsets = torch.bincount(index, minlength=count).cumsum(0).to(torch.int32)
     used, x = len(index.unique()), normal(rows, width)
     wide, products = 2 * rows * (width + out), 2 * rows * width * out
@@ -148,7 +150,7 @@ def experts(tokens: int) -> Iterator[Row]:
                 weight = ops.quantize_4bit(weight, double_quant=True)
             if kind != "lora":
                 return lambda: ops.grouped_linear(x, offsets, weight)
-            a, b = torch.randn(count, RANK, width, device="cuda") / 45, torch.randn(count, out, RANK, device="cuda")
+            a, b = torch.randn(count, RANK, width, device=DEVICE) / 45, torch.randn(count, out, RANK, device=DEVICE)
             return lambda: ops.grouped_lora_linear(x, offsets, weight, None, a, b)
 
         return call
@@ -164,9 +166,9 @@ def experts(tokens: int) -> Iterator[Row]:
 
 
 def entropy() -> Iterator[Row]:
-    rows, classes = 2048, 128256
+    rows, classes = N // 2, CLASSES
     group = f"cross-entropy and its gradient, {rows} x {classes}, bf16"
-    labels = torch.randint(classes, (rows,), device="cuda")
+    labels = torch.randint(classes, (rows,), device=DEVICE)
 
     def ours() -> Call:
         logits = normal(rows, classes)
@@ -183,12 +185,12 @@ def entropy() -> Iterator[Row]:
 
 
 def steps() -> Iterator[Row]:
-    shapes, group = [(4096, 4096)] * 6, "a step of AdamW, 100 M parameters in fp32"
-    count = 6 * 4096 * 4096
+    shapes, count = [(N, N)] * 6, 6 * N * N
+    group = f"a step of AdamW, {count / 1e6:.0f} M parameters in fp32"
 
     def make(kind: str) -> Callable[[], Call]:
         def call() -> Call:
-            params = [torch.nn.Parameter(torch.zeros(shape, device="cuda")) for shape in shapes]
+            params = [torch.nn.Parameter(torch.zeros(shape, device=DEVICE)) for shape in shapes]
             for p in params:
                 p.grad = torch.full_like(p, 1e-3)
             if kind == "torch":
@@ -206,11 +208,11 @@ def all_rows() -> Iterator[Row]:
     yield from layer(1)
     yield from layer(64)
     yield from four_bits()
-    yield from layer(8192)
+    yield from layer(MANY)
     yield from experts(16)
     yield from layer(16)
     yield from layer(512)
-    yield from experts(4096)
+    yield from experts(MANY // 2)
     yield from steps()
     yield from entropy()
     for rows in (4, 8):

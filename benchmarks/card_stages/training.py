@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from card_stages.models import with_lora
+from card_stages import models
 from card_stages.results import MEASURED, SKIPPED, Results
 
 BATCH, LENGTH = 4, 512
@@ -22,9 +22,11 @@ GROUP = f"a training step of a Llama of 1.1 B parameters, {BATCH} x {LENGTH} tok
 
 def step_times(kind: str, steps: int = 8) -> dict[str, float]:
     torch.cuda.reset_peak_memory_stats()
-    model = with_lora(kind).train()
+    model = models.with_lora(kind).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    tokens = torch.randint(32000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
+    tokens = torch.randint(models.SIZES["vocab_size"], (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).to(
+        models.DEVICE
+    )
     times, losses = [], []
     for _ in range(steps):
         torch.cuda.synchronize()

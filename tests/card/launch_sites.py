@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-LAUNCH = re.compile(r"PEFTCORE_LAUNCH(?:_CLUSTERS)?\s*\(\s*\(?\s*(\w+)")
+LAUNCH = re.compile(r"PEFTCORE_LAUNCH(?:_CLUSTERS)?\s*\(\s*\(?\s*(?:\w+::)*(\w+)")
 
 
 class Kernel(NamedTuple):
@@ -49,7 +49,7 @@ def sites(file: str) -> tuple[Site, ...]:
     found = []
     for number, line in enumerate(lines):
         match = LAUNCH.search(line)
-        if match is None or line.lstrip().startswith("#"):
+        if match is None or line.lstrip().startswith(("#", "//")):
             continue
         name = match[1]
         if name not in {kernel.name for kernel in kernels()}:

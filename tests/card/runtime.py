@@ -107,7 +107,7 @@ LAUNCHED = (
     "quantize_kernel",
     "dequantize_kernel",
     "rows_kernel",
-    "strip_kernel",
+    "panel_kernel",
     "one_launch_kernel",
     "down_kernel",
     "up_kernel",

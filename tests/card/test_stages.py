@@ -1,0 +1,104 @@
+"""The stages of measurements of `benchmarks/card.py`, with small sizes on the CPU, where times mean nothing."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 96,
+    "max_position_embeddings": 512,
+}
+
+
+class Stages:
+    """The modules of the stages, by name."""
+
+    def __getattr__(self, name: str) -> ModuleType:
+        return __import__(f"card_stages.{name}", fromlist=["name"])
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stages]:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    found = Stages()
+
+    def once(calls: Sequence[Callable[[], object]]) -> object:
+        began = time.perf_counter()
+        for call in calls:
+            call()
+        took = (time.perf_counter() - began) * 1e6
+        return found.clock.Time(took, took)
+
+    def captured(call: Callable[[], object]) -> tuple[object, object]:
+        results = call()
+        return type("Graph", (), {"replay": staticmethod(call)}), results
+
+    for module in (found.timings, found.decoding):
+        monkeypatch.setattr(module, "by_events", once)
+    monkeypatch.setattr(found.timings, "in_graph", once)
+    monkeypatch.setattr(found.timings, "second_cache", lambda: 0)
+    monkeypatch.setattr(found.decoding, "captured", captured)
+    for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    small = {"DEVICE": "cpu", "N": 128, "MANY": 520, "CLASSES": 96, "EXPERTS": (16, 64, 32)}
+    for name, value in small.items():
+        monkeypatch.setattr(found.timings, name, value)
+    monkeypatch.setattr(found.timings, "rates", lambda: (100.0, 1.0))
+    monkeypatch.setattr(found.models, "DEVICE", "cpu")
+    monkeypatch.setattr(found.models, "SIZES", SIZES)
+    monkeypatch.setattr(found.training, "LENGTH", 16)
+    yield found
+    for name in [name for name in sys.modules if name.partition(".")[0] == "card_stages"]:
+        del sys.modules[name]
+
+
+def run(stage: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Return the rows that the stage adds."""
+    results = out / "results.json"
+    monkeypatch.setattr(sys, "argv", ["stage", "--results", str(results), "--until", str(time.time() + 600)])
+    stage.main()
+    rows = list(stage.Results(results))
+    assert [(row["name"], row["detail"]) for row in rows if row["status"] != "measured"] == []
+    before = results.read_text()
+    stage.main()  # nothing runs again, but the card's rates
+    assert [row for row in stage.Results(results) if row["stage"] != "timings"] == [
+        row for row in rows if row["stage"] != "timings"
+    ]
+    assert results.read_text().startswith(before)
+    return rows
+
+
+@pytest.mark.slow
+def test_timings(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run(stages.timings, tmp_path, monkeypatch)
+    groups = {row["group"] for row in rows}
+    assert len(groups) == 14 and len(rows) > 60
+    assert all(row["values"]["floor, µs"] > 0 for row in rows if "label" in row)
+    picture = stages.report.bars(rows)
+    assert picture.startswith("<svg") and picture.count("<rect") > len(rows)
+    assert "| peftcore QLoRA |" in stages.report.measurements(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, where peft asks it
+def test_training(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run(stages.training, tmp_path, monkeypatch)
+    assert {row["name"] for row in rows} == {"peftcore LoRA", "peftcore QLoRA", "peft LoRA"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_decoding(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run(stages.decoding, tmp_path, monkeypatch)
+    assert len(rows) == 8 and all(row["values"]["largest difference of logits"] == 0 for row in rows)
