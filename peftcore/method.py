@@ -1,4 +1,4 @@
-"""Placements, which attach adapters to a model, and `Method`, which turns a config into placements."""
+"""`Method`, which turns a config into placements, and the formats of its adapters on disk."""
 
 from __future__ import annotations
 
@@ -11,98 +11,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from peftcore.architecture import Architecture
     from peftcore.finished_call import FinishedCall
-
-
-@dataclass(frozen=True, slots=True)
-class Around:
-    """Placement around a module: `adapter(base, *args, **kwargs) -> output` replaces its forward.
-
-    `base` is a :class:`Base`: `base(*args, **kwargs)` calls the module with the adapters inside this one. The adapter
-    can be merged if it has `merged`, see :class:`Adapter`.
-
-    Args:
-        path: path of the module; "" for the model itself.
-        adapter: the adapter.
-        branches: names of other adapters of the module that this one combines. Its `base` is a :class:`BranchedBase`:
-            `base.branch(name)(*args, **kwargs)` runs one of them alone around the module's own forward (`base.own`).
-            While this adapter is active, they are only applied through it.
-    """
-
-    path: str
-    adapter: nn.Module
-    branches: Sequence[str] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class After:
-    """Placement after a module: `adapter(y) -> y` changes its output, or the first element of a tuple."""
-
-    path: str
-    adapter: nn.Module
-
-
-@dataclass(frozen=True, slots=True)
-class OnWeight:
-    """Placement on a parameter: `adapter(weight) -> weight` changes what the module's forward reads as `name`.
-
-    It works for any module: convolutions, embeddings, `nn.MultiheadAttention` (`in_proj_weight`), experts
-    `[E, out, in]`. A dotted name (`out_proj.weight`) is a parameter of a submodule whose weight is read without calling
-    the submodule. The adapter is called once in each call of the module, with the parameter as it is stored, or
-    with the dense weight if it is quantized. It is a pure function, so it merges without `merged`.
-
-    An adapter of experts' weights that is a low-rank product for each expert may have `Adapter.expert_low_rank`.
-    """
-
-    path: str
-    name: str
-    adapter: nn.Module
-
-
-@dataclass(frozen=True)
-class SoftPrompt:
-    """Placement before the input: `adapter() -> [tokens, hidden]` precedes the embedded input of the backbone.
-
-    An adapter that depends on the call (`Adapter.needs_call`) returns `[batch, tokens, hidden]`, or
-    `[1, tokens, hidden]` for all rows.
-
-    The output at the prompt's positions is removed. If the adapter's `in_output` returns True, the prompt comes first,
-    before padding too, and its states stay in the output of the model: an `Around("", ...)` of the method removes them.
-
-    Args:
-        adapter: the adapter.
-        shape: (tokens, hidden). Required if the adapter depends on the call, since it is not called without one.
-    """
-
-    adapter: nn.Module
-    shape: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class PrefixKV:
-    """Placement in the cache: `adapter() -> [layers, 2, kv_heads, tokens, head_dim]` are its first keys and values."""
-
-    adapter: nn.Module
-
-
-@dataclass(frozen=True)
-class Train:
-    """Placement that trains parameters of the base themselves; `remove` restores their original values.
-
-    Args:
-        names: full names of the parameters.
-        saved: only in `tensor_name`: the tensor belongs to `modules_to_save`, and was not chosen by the method.
-    """
-
-    names: Sequence[str]
-    saved: bool = False
+    from peftcore.placements.placement import Placement
 
 
 Model = TypeVar("Model", bound=nn.Module)  # functions return the type of model that they were given
 
-AdapterPlacement = Around | After | OnWeight | SoftPrompt | PrefixKV
-Placement = AdapterPlacement | Train
-# The adapters with one name, by the path of their module. An `OnWeight` is keyed by path and parameter name, a prompt
-# by "", or, if that is taken, by "#1", "#2" in order of placement.
+# The adapters with one name, by `Placement.key`: the path of the module or parameter. Those without a key, such as
+# prompts, have "", or, if that is taken, "#1", "#2" in order of placement.
 AdapterModules = Mapping[str, nn.Module]
 
 
@@ -111,20 +26,12 @@ def tensor_name(placement: Placement, name: str) -> str:
 
     `base_model.model.` + module path + name; for the vectors of a prompt only the name.
     """
-    match placement:
-        case OnWeight(path, parameter):
-            return ".".join(filter(None, ("base_model.model", path, parameter, name)))
-        case Around(path) | After(path):
-            return f"base_model.model.{path}.{name}" if path else f"base_model.model.{name}"
-        case Train():
-            return f"base_model.model.{name}"
-        case _:
-            return name
+    return placement.tensor_name(name)
 
 
 def prompt_tensor_name(placement: Placement, name: str) -> str:
     """Return the name on disk like `tensor_name`, for prompts and prefixes: PEFT has one wrapper less around them."""
-    return f"base_model.{name}" if isinstance(placement, Train) else name
+    return name if placement.has_adapter else f"base_model.{name}"
 
 
 Tensors = Mapping[str, Tensor]  # by name on disk

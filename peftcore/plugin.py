@@ -91,21 +91,14 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.merging.lookup import odd_embedding as odd_embedding
     from peftcore.merging.probe import own_output as own_output
     from peftcore.method import AdapterModules as AdapterModules
-    from peftcore.method import After as After
-    from peftcore.method import Around as Around
     from peftcore.method import Fields as Fields
     from peftcore.method import FileFormat as FileFormat
     from peftcore.method import FileLayout as FileLayout
     from peftcore.method import ForeignFormat as ForeignFormat
     from peftcore.method import Method as Method
-    from peftcore.method import OnWeight as OnWeight
     from peftcore.method import PeftRules as PeftRules
-    from peftcore.method import Placement as Placement
-    from peftcore.method import PrefixKV as PrefixKV
-    from peftcore.method import SoftPrompt as SoftPrompt
     from peftcore.method import StateRules as StateRules
     from peftcore.method import Tensors as Tensors
-    from peftcore.method import Train as Train
     from peftcore.method import WeightFormat as WeightFormat
     from peftcore.method import prompt_tensor_name as prompt_tensor_name
     from peftcore.method import tensor_name as tensor_name
@@ -113,6 +106,13 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.observation import gradients_of as gradients_of
     from peftcore.observation import inputs_of as inputs_of
     from peftcore.observation import run as run
+    from peftcore.placements.after import After as After
+    from peftcore.placements.around import Around as Around
+    from peftcore.placements.on_weight import OnWeight as OnWeight
+    from peftcore.placements.placement import Placement as Placement
+    from peftcore.placements.prefix_kv import PrefixKV as PrefixKV
+    from peftcore.placements.soft_prompt import SoftPrompt as SoftPrompt
+    from peftcore.placements.train import Train as Train
     from peftcore.prompts.backbone import arguments_by_name as arguments_by_name
     from peftcore.prompts.backbone import cache_argument as cache_argument
     from peftcore.prompts.backbone import decoder_path as decoder_path
@@ -163,10 +163,17 @@ _MODULES = {
     "peftcore.merging.lookup": "embed_scale looks_up odd_embedding",
     "peftcore.merging.probe": "own_output",
     "peftcore.method": (
-        "AdapterModules After Around Fields FileFormat FileLayout ForeignFormat Method OnWeight PeftRules Placement "
-        "PrefixKV SoftPrompt StateRules Tensors Train WeightFormat prompt_tensor_name tensor_name"
+        "AdapterModules Fields FileFormat FileLayout ForeignFormat Method PeftRules StateRules Tensors WeightFormat "
+        "prompt_tensor_name tensor_name"
     ),
     "peftcore.observation": "detect gradients_of inputs_of run",
+    "peftcore.placements.after": "After",
+    "peftcore.placements.around": "Around",
+    "peftcore.placements.on_weight": "OnWeight",
+    "peftcore.placements.placement": "Placement",
+    "peftcore.placements.prefix_kv": "PrefixKV",
+    "peftcore.placements.soft_prompt": "SoftPrompt",
+    "peftcore.placements.train": "Train",
     "peftcore.prompts.backbone": "arguments_by_name cache_argument decoder_path forward_arguments",
     "peftcore.prompts.counting": "TokenCounter cached_tokens",
     "peftcore.quantization": "default_skip quantized_layers",

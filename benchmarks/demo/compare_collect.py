@@ -114,8 +114,6 @@ def family(settings: dict) -> str | None:
     from peftcore.cli.options import FULL
     from peftcore.engine.placing import placements_for
     from peftcore.errors import PeftcoreError
-    from peftcore.merging.merged_layers import is_mergeable
-    from peftcore.method import PrefixKV, SoftPrompt
 
     if settings["method"] == FULL:
         return FAMILIES[4]
@@ -124,8 +122,8 @@ def family(settings: dict) -> str | None:
         placed = placements_for(base, settings["method"], settings["fields"])
     except PeftcoreError:
         return None
-    if any(isinstance(each, SoftPrompt | PrefixKV) for group in placed.placements.values() for each in group):
+    if any(each.whole_model for group in placed.placements.values() for each in group):
         return FAMILIES[2]
-    if not placed.around:
+    if not placed.attached:
         return FAMILIES[3]
-    return FAMILIES[0] if all(is_mergeable(each.adapter) for each in placed.around) else FAMILIES[1]
+    return FAMILIES[0] if all(each.link.is_mergeable(each.adapter) for each in placed.attached) else FAMILIES[1]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from _thread import get_ident
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -23,7 +23,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.call import Frame
-from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Branched, OwnForward, expert_link, own_forward
+from peftcore.adaptation.chain import OWN_FORWARD, Branched, Link, OwnForward, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, disabled_in_thread
 from peftcore.adaptation.enclosing import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
@@ -45,7 +45,7 @@ class Adapters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.behind: set[str] = set()  # names of the adapters after the module; all others wrap it
+        self.links: dict[str, type[Link]] = {}  # how an adapter takes part in a call, by name, if not by a plain `Link`
         self.branches: dict[str, tuple[str, ...]] = {}  # names of the adapters that a combiner combines, by its name
 
     def __contains__(self, name: str) -> bool:
@@ -67,7 +67,7 @@ def attach(
     name: str,
     adapter: nn.Module,
     *,
-    behind: bool = False,
+    link: type[Link] = Link,
     branches: Sequence[str] = (),
     lock: ModelLock | None = None,
 ) -> None:
@@ -77,7 +77,7 @@ def attach(
         module: the module.
         name: name of the adapter.
         adapter: the adapter.
-        behind: call it after the module, instead of around it.
+        link: how it takes part in calls of the module.
         branches: names of other adapters of the module that this one combines.
         lock: lock of the model; None if the module is a model itself.
     """
@@ -88,10 +88,10 @@ def attach(
         module.add_module(CHILD, Adapters().train(module.training))
         module.__dict__[LOCK] = lock or ModelLock()
         activate(module, ())
-    adapters = adapters_at(module)
+    adapters = cast(Adapters, module._modules[CHILD])
     adapters._modules[name] = adapter
-    if behind:
-        adapters.behind.add(name)
+    if link is not Link:
+        adapters.links[name] = link
     if branches:
         adapters.branches[name] = tuple(branches)
 
@@ -109,7 +109,7 @@ def detach(module: nn.Module, name: str) -> None:
     if active is not None and name in active:
         activate(module, [other for other in active if other != name])
     del adapters._modules[name]
-    adapters.behind.discard(name)
+    adapters.links.pop(name, None)
     adapters.branches.pop(name, None)
     if not len(adapters):
         del module._modules[CHILD]
@@ -146,7 +146,7 @@ def is_per_sample(module: nn.Module) -> bool:
 def activate_behind(module: nn.Module, name: str) -> None:
     """Activate `name`, which combines no other adapters, around the active ones."""
     module.__dict__[_ACTIVE] = (*module.__dict__[_ACTIVE], name)
-    module.__dict__[_CHAIN] = _link(adapters_at(module), name, module.__dict__[_CHAIN])
+    module.__dict__[_CHAIN] = _link(cast(Adapters, module._modules[CHILD]), name, module.__dict__[_CHAIN])
 
 
 def inside(module: nn.Module) -> Any:
@@ -190,7 +190,7 @@ def _by_sample(module: nn.Module, base: OwnForward) -> PerSample:
     """Return the chain in which each sample of a batch has its own adapter."""
     adapters = adapters_at(module)
     link = partial(_around, adapters, inside=base, own=base)
-    return PerSample(base, adapters._modules, adapters.behind, link, module.__dict__[LOCK])
+    return PerSample(base, adapters, link, module.__dict__[LOCK])
 
 
 def _acting(module: Any, lock: ModelLock) -> Any:
@@ -200,17 +200,15 @@ def _acting(module: Any, lock: ModelLock) -> Any:
     return module._peftcore_chain
 
 
-def _around(adapters: Adapters, name: str, *, inside: Any, own: OwnForward) -> AroundLink:
+def _around(adapters: Adapters, name: str, *, inside: Any, own: OwnForward) -> Link:
     """Return the link of the adapter `name`, with its branches if it combines any, around what is inside."""
     if name in adapters.branches:
         inside = Branched(inside, own, {branch: _link(adapters, branch, own) for branch in adapters.branches[name]})
     return _link(adapters, name, inside)
 
 
-def _link(adapters: Adapters, name: str, inside: Any) -> AroundLink:
-    return (AfterLink if name in adapters.behind else AroundLink)(
-        name, cast(nn.Module, adapters._modules[name]), inside
-    )
+def _link(adapters: Adapters, name: str, inside: Any) -> Link:
+    return adapters.links.get(name, Link)(name, cast(nn.Module, adapters._modules[name]), inside)
 
 
 def rebind(copy: nn.Module, *, builds: bool = True) -> None:
@@ -251,6 +249,12 @@ def adapters_at(module: nn.Module) -> Adapters:
 def adapter_at(module: nn.Module, name: str) -> nn.Module:
     """Return the adapter `name` of a module that has it."""
     return cast(nn.Module, cast(Adapters, module._modules[CHILD])._modules[name])
+
+
+def changes_at(module: nn.Module, name: str) -> Mapping[str, Any]:
+    """Return the changes of single parameters of the adapter `name` of a module, see `Link.changes_of`."""
+    adapters = adapters_at(module)
+    return adapters.links.get(name, Link).changes_of(adapters._modules[name])
 
 
 def is_active(module: nn.Module) -> bool:

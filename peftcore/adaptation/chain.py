@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.class_swap import BUILT, original_class, original_forward
-from peftcore.adaptation.outputs import first_of, with_first
-from peftcore.adapter import Adapter, Base, Change, LowRank, implements
+from peftcore.adapter import Adapter, Change, LowRank, implements
 from peftcore.errors import PeftcoreError
 from peftcore.experts import (
     EachExpert,
@@ -141,10 +140,38 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return own.__func__(plain, *args, **kwargs)
 
 
-class AroundLink:
-    """One adapter around the links inside; the `Base` of the next adapter outside."""
+class Link:
+    """One adapter around the links inside; the `Base` of the next adapter outside.
+
+    A kind of placement whose adapters take part in a call, or are merged, in another way has its own subclass. What is
+    asked of the class holds whether the adapter is active or not.
+
+    Attributes:
+        follows: calling the link calls the links inside, and then the adapter with the first value of their output.
+        merges_by: the member of adapters that merging calls, for messages.
+    """
 
     __slots__ = ("_adapter", "_base", "_name", "module")
+    follows: ClassVar[bool] = False
+    merges_by: ClassVar[str] = "merged"
+
+    @staticmethod
+    def changes_of(adapter: Any) -> Mapping[str, Any]:
+        """Return the changes of single parameters that an attached adapter consists of, by the parameter's name.
+
+        Empty if it acts on calls of the module; it is then merged by `merged`, after all changes of parameters.
+        """
+        return {}
+
+    @classmethod
+    def is_mergeable(cls, adapter: nn.Module) -> bool:
+        """Return whether an attached adapter only changes weights."""
+        return implements(adapter, Adapter.merged)
+
+    @staticmethod
+    def merged_change(change: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return a parameter with one of `changes_of`, and the bias that belongs to it, if there is one; fp32."""
+        raise NotImplementedError
 
     def __init__(self, name: str, adapter: nn.Module, base: Any) -> None:
         self.module = base.module
@@ -165,7 +192,7 @@ class AroundLink:
         """`Base` of the adapter of this link."""
         return self._base
 
-    def on_weights(self, changes: Mapping[str, Change]) -> AroundLink:
+    def on_weights(self, changes: Mapping[str, Change]) -> Link:
         return type(self)(self._name, self._adapter, self._base.on_weights(changes))
 
     def linear_operands(self, x: Tensor) -> None:
@@ -177,8 +204,6 @@ class AroundLink:
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """See `OwnForward.weight_and_bias`."""
-        if isinstance(self._adapter, WeightChanges):
-            return self._base.on_weights(self._adapter.changes).weight_and_bias()
         if not implements(self._adapter, Adapter.merged):
             raise PeftcoreError(
                 f"an adapter reads the weight of a {original_class(self.module).__name__}, around which '{self._name}' "
@@ -194,7 +219,7 @@ class Branched:
 
     __slots__ = ("_base", "_branches", "module", "own")
 
-    def __init__(self, base: Any, own: OwnForward, branches: Mapping[str, AroundLink]) -> None:
+    def __init__(self, base: Any, own: OwnForward, branches: Mapping[str, Link]) -> None:
         self.module = base.module
         self.own = own  # the module's own forward
         self._base = base
@@ -203,7 +228,7 @@ class Branched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._base(*args, **kwargs)
 
-    def branch(self, name: str) -> AroundLink:
+    def branch(self, name: str) -> Link:
         """Return the link of the adapter `name`, alone around the module's own forward."""
         if name not in self._branches:
             raise PeftcoreError(
@@ -245,50 +270,13 @@ class Branched:
         return self._base.weight_and_bias()
 
 
-class AfterLink(AroundLink):
-    """One adapter after the links inside."""
-
-    __slots__ = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._base(*args, **kwargs)
-        return with_first(output, self._adapter(first_of(output)))
-
-
-class WeightChanges(Adapter):
-    """Adapters of one name on parameters of one module (`OnWeight`), by the parameter's name."""
-
-    def __init__(self, adapters: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        for name, adapter in adapters.items():
-            self._modules[name.replace(".", "/")] = adapter
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """Changes (parameter -> what is read in its place), by the parameter's name."""
-        return {key.replace("/", "."): adapter for key, adapter in self._modules.items()}
-
-    @property
-    def multiplier(self) -> float | None:
-        """Factor of all adapters inside, each of which is set by itself; None if one has none."""
-        each = [adapter.multiplier if isinstance(adapter, Adapter) else None for adapter in self._modules.values()]
-        return None if None in each else each[0]
-
-    @multiplier.setter
-    def multiplier(self, factor: float | None) -> None:
-        pass
-
-    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        return base.on_weights(self.changes)(*args, **kwargs)
-
-
 def _with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
     """Return the chain of an expert's layer with changes, the first innermost."""
     link: Any = OwnForward(layer, type(layer).forward, ONE_EXPERT if isinstance(layer, PackedExpert) else DENSE)
     for change in changes:
         adapter = adapter_of_expert(change, expert)
-        behind = isinstance(change, EachExpert) and change.behind
-        link = (AfterLink if behind else AroundLink)(type(adapter).__name__, adapter, link)
+        kind = change.link if isinstance(change, EachExpert) else Link
+        link = kind(type(adapter).__name__, adapter, link)
     return link
 
 
@@ -303,12 +291,13 @@ def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
     """
     inside: list[Mapping[str, Any]] = []
     while not isinstance(base, OwnForward):
-        if not isinstance(base.adapter, WeightChanges):
+        changes = base.changes_of(base.adapter)
+        if not changes:
             raise PeftcoreError(
                 f"an adapter of experts' weights is placed where another, {type(base.adapter).__name__}, wraps all "
                 "experts of a module. Deactivate that adapter: peftcore.activate(model, [...])"
             )
-        inside.insert(0, base.adapter.changes)
+        inside.insert(0, changes)
         base = base.inside
     found = expert_changes(module, inside)
     if found is None:

@@ -14,7 +14,7 @@ the call: `generate` repeats samples for beams, and repeats their numbers (`SAMP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.call import Call, CallState, Frame, as_if_called, current_frame
+from peftcore.adaptation.chain import Link
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.adaptation.rows import ROWS, UNKNOWN, Rows, Samples, first_in, joined, taken
@@ -84,24 +85,22 @@ class PerSample:
 
     Args:
         base: the module's own forward.
-        adapters: adapters of the module, by name.
-        behind: names of the adapters after the module.
+        adapters: adapters of the module.
         link: (name) -> the link of that adapter around the module.
         lock: lock of the model, whose current activation is used.
     """
 
-    __slots__ = ("_adapters", "_base", "_behind", "_link", "_lock", "module")
+    __slots__ = ("_adapters", "_base", "_link", "_links", "_lock", "module")
 
     def __init__(
         self,
         base: Any,
-        adapters: Mapping[str, nn.Module | None],
-        behind: Collection[str],
+        adapters: Any,
         link: Callable[[str], Callable[..., Any]],
         lock: ModelLock,
     ) -> None:
         self.module, self._base, self._lock = base.module, base, lock
-        self._adapters, self._behind, self._link = adapters, behind, link
+        self._adapters, self._links, self._link = adapters._modules, adapters.links, link
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
@@ -114,7 +113,7 @@ class PerSample:
             output = self._together(chosen, rows.first, first, *args, **kwargs)
             if output is not NotImplemented:
                 return output
-        if all(name in self._behind for name in chosen.names):
+        if all(self._links.get(name, Link).follows for name in chosen.names):
             return self._after(chosen, rows, frame, *args, **kwargs)
         parts, groups = [], chosen.groups(first.device)
         count = len(chosen.samples)

@@ -167,10 +167,10 @@ def _fitted(
         raise refuse(f"it trains parameters of the base, such as '{entry.trained[0]}', and the configs differ")
     with torch.device("meta"), guarded(method, f"'{where}'"):
         placed = engine.placements_for(model, config, {})
-    if any(has_nonpersistent_buffers(placement.adapter) for placement in placed.around):
+    if any(has_nonpersistent_buffers(each.adapter) for each in placed.attached):
         with torch.random.fork_rng(devices=[]), guarded(method, f"'{where}'"):
             placed = engine.placements_for(model, config, {})
-    wanted = {placement.path: placement.adapter for placement in placed.around}
+    wanted = {each.path: each.adapter for each in placed.attached}
     applied = dict(engine.adapter_modules(model, adapter))
     more = next((path for path in wanted if path not in applied), None)
     if more is not None or placed.trained:

@@ -217,7 +217,10 @@ def _linear_parts(model: nn.Module, adapter: str) -> Parts:
         if neutral is None or own.keys() != neutral.keys():
             raise PeftcoreError(
                 f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' is not linear in its tensors. "
-                + low_rank.conversion_hint(f"peftcore.convert(model, '{adapter}', method=...)", is_mergeable(placed))
+                + low_rank.conversion_hint(
+                    f"peftcore.convert(model, '{adapter}', method=...)",
+                    is_mergeable(model.get_submodule(path), adapter),
+                )
             )
         for key, tensor in own.items():
             parts[type(placed).__qualname__, f"{path}.{key}"] = tensor.detach(), neutral[key].to(tensor.device)

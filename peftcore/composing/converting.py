@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks
-from peftcore.adaptation.chain import WeightChanges
+from peftcore.adaptation.adapted import changes_at
 from peftcore.composing import low_rank
 from peftcore.composing.products import Approximation, kept_of, of_matrix, of_product
 from peftcore.errors import PeftcoreError
@@ -94,9 +94,10 @@ def _changes(model: nn.Module, adapter: str, path: str, placed: Any, seen: set[A
     def refuse(why: str) -> PeftcoreError:
         return PeftcoreError(f"'{adapter}' ({method}) cannot be converted: its change at '{path}' {why}")
 
-    if not is_mergeable(placed):
+    if not is_mergeable(module, adapter):
         raise refuse("is not a change of a weight")
-    by_name = placed.changes if isinstance(placed, WeightChanges) and "weight" not in placed.changes else {}
+    changes = changes_at(module, adapter)
+    by_name = {} if "weight" in changes else changes
     sites = {_joined(path, name): (low_rank.Site(module, name), each) for name, each in by_name.items()}
     sites = sites or {path: (low_rank.Site(module), placed)}
     if not any(low_rank.why_not(site, each, seen, method) for site, each in sites.values()):
@@ -105,11 +106,11 @@ def _changes(model: nn.Module, adapter: str, path: str, placed: Any, seen: set[A
             return found
     chosen = find_weight_format(module) if by_name else weight_format(module)
     copies = merged_copies(path, module, {adapter: method}, chosen)
-    changes = _of_parameters(copies, list(by_name), refuse) if by_name else {"": _of_layer(module, copies, refuse)}
-    if not all(bool(each.isfinite().all()) for each in changes.values()):
+    tensors = _of_parameters(copies, list(by_name), refuse) if by_name else {"": _of_layer(module, copies, refuse)}
+    if not all(bool(each.isfinite().all()) for each in tensors.values()):
         raise refuse("gives a weight with NaN or Inf")
     return {
-        _joined(path, name): [*each] if name and each.ndim == 3 else [each.flatten(1)] for name, each in changes.items()
+        _joined(path, name): [*each] if name and each.ndim == 3 else [each.flatten(1)] for name, each in tensors.items()
     }
 
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine
-from peftcore.adaptation.chain import WeightChanges
+from peftcore.adaptation.adapted import changes_at
 from peftcore.adapter import Adapter, LowRank, implements
 from peftcore.composing.products import dense
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.layers import shape_of
-from peftcore.merging.merged_layers import is_mergeable
 from peftcore.method import Method
 from peftcore.registry import registry
 from peftcore.weight_formats import weight_format
@@ -41,10 +40,10 @@ def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, Any]]:
     """Yield (path, site, adapter); changes of a parameter have the parameter's path."""
     for path, placed in engine.adapter_modules(model, adapter):
         module = model.get_submodule(path)
-        if isinstance(placed, WeightChanges):
-            for name, change in placed.changes.items():
-                yield (f"{path}.{name}" if path else name), Site(module, name), change
-        else:
+        changes = changes_at(module, adapter)
+        for name, change in changes.items():
+            yield (f"{path}.{name}" if path else name), Site(module, name), change
+        if not changes:
             yield path, Site(module), placed
 
 
@@ -70,7 +69,8 @@ def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[LowR
             raise PeftcoreError(
                 f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' {why}. "
                 + conversion_hint(
-                    f"peftcore.convert(model, '{adapter}', method=...)", site.name is None and is_mergeable(placed)
+                    f"peftcore.convert(model, '{adapter}', method=...)",
+                    site.name is None and implements(placed, Adapter.merged),
                 )
             )
         found[path] = list(placed.low_rank())

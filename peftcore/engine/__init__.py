@@ -19,6 +19,7 @@ from peftcore.engine.state import (
     changed,
     check_model,
     exclusive,
+    modules_with,
     placements,
     refuse_changed,
     refuse_merged,
@@ -38,7 +39,6 @@ from peftcore.engine.training_hooks import (
     not_in,
     parameter_groups,
 )
-from peftcore.experts.joining import weight_of_expert
 
 __all__ = [
     "STATE",
@@ -65,6 +65,7 @@ __all__ = [
     "loss_terms",
     "method_groups",
     "method_modules",
+    "modules_with",
     "not_in",
     "parameter_groups",
     "placements",
@@ -84,6 +85,5 @@ __all__ = [
     "take_off",
     "takes_batches",
     "watch",
-    "weight_of_expert",
     "with_adapter",
 ]

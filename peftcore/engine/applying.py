@@ -47,7 +47,7 @@ from peftcore.engine.state import (
 from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
-from peftcore.method import After, Around, Model
+from peftcore.method import Model
 from peftcore.observation import left_as_it_is
 from peftcore.registry import registry
 
@@ -137,7 +137,7 @@ def _apply(
         if batches is not None and initialize is None:
             here = "" if placed.method.initialize is None else " with these fields"
             raise PeftcoreError(f"{placed.method.name} does not initialise from data{here}. Leave batches out")
-        check_branches(model, state, adapter, placed.around)
+        check_branches(model, state, adapter, placed.attached)
         refuse_without_gradient(model, placed, trains=first_values)
         refuse_divided(model, placed)
         tell_if_little(model, placed)
@@ -145,10 +145,10 @@ def _apply(
         with registry.naming(placed.method.name, "prepare"):
             placed.method.prepare(model, placed.config)
     of_method, config = recorded(placed)
-    modules = {placement.path: submodule(model, placement.path) for placement in placed.around}
+    modules = {each.path: submodule(model, each.path) for each in placed.attached}
     made: dict[Any, Any] = {}
-    for placement in placed.around:
-        _settle(placement.adapter, *device_and_dtype(modules[placement.path], dtype), model.training, made)
+    for each in placed.attached:
+        _settle(each.adapter, *device_and_dtype(modules[each.path], dtype), model.training, made)
 
     is_first = not state.applied and not state.on_disk
     if is_first:  # before other classes are swapped in, inside which the folding class stays
@@ -160,17 +160,15 @@ def _apply(
         state.requires_grad = {name: parameter.requires_grad for name, parameter in parameters}
         for _, parameter in parameters:
             parameter.requires_grad_(False)
-    for placement in placed.around:
-        module = modules[placement.path]
-        behind = isinstance(placement, After)
-        branches = placement.branches if isinstance(placement, Around) else ()
-        if placement.path not in state.sites:
-            state.sites[placement.path] = Site(facts(module))
-        adapted.attach(module, adapter, placement.adapter, behind=behind, branches=branches, lock=state.lock)
-        state.sites[placement.path].adapters += 1
+    for each in placed.attached:
+        module = modules[each.path]
+        if each.path not in state.sites:
+            state.sites[each.path] = Site(facts(module))
+        adapted.attach(module, adapter, each.adapter, link=each.link, branches=each.branches, lock=state.lock)
+        state.sites[each.path].adapters += 1
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     fast_path.guard(model)
-    adapters = [placement.adapter for placement in placed.around]
+    adapters = [each.adapter for each in placed.attached]
     reads = asked(adapters)
     whole_batch = any([each.whole_batch for each in adapters if isinstance(each, Adapter)])
     entry = Applied(

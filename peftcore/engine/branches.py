@@ -1,4 +1,4 @@
-"""Combiners: adapters that call others of their module as branches (`Around(..., branches=...)`).
+"""Combiners: adapters that call others of their module as branches (`Placement.branches`).
 
 While a combiner is active, so are its branches, but only through it. Applying a combiner freezes its branches;
 `set_trainable` lets them train with it.
@@ -14,14 +14,13 @@ from peftcore.adaptation.adapted import adapters_of
 from peftcore.engine.state import State
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
-from peftcore.method import After, Around
+from peftcore.placements.attachments import Attached
 
 
-def check_branches(model: nn.Module, state: State, adapter: str, around: Iterable[Around | After]) -> None:
+def check_branches(model: nn.Module, state: State, adapter: str, attached: Iterable[Attached]) -> None:
     """Raise a PeftcoreError unless each branch of the new `adapter` is attached where it is to be combined."""
-    for placement in around:
-        names = placement.branches if isinstance(placement, Around) else ()
-        for name in names:
+    for each in attached:
+        for name in each.branches:
             if name == adapter:
                 raise PeftcoreError(f"'{adapter}' names itself among the adapters that it combines")
             if name not in state.applied:
@@ -36,9 +35,9 @@ def check_branches(model: nn.Module, state: State, adapter: str, around: Iterabl
                 why = "trains parameters of the base, which cannot be a branch of a call"
             if why:
                 raise PeftcoreError(f"'{adapter}' cannot combine '{name}' ({entry.method}): it {why}")
-            if name not in (adapters_of(model.get_submodule(placement.path)) or ()):
+            if name not in (adapters_of(model.get_submodule(each.path)) or ()):
                 raise PeftcoreError(
-                    f"'{adapter}' combines '{name}' at '{placement.path}', where '{name}' ({entry.method}) is not "
+                    f"'{adapter}' combines '{name}' at '{each.path}', where '{name}' ({entry.method}) is not "
                     f"attached. It is attached to {', '.join(map(repr, entry.paths[:3]))}"
                 )
 

@@ -6,10 +6,8 @@ from torch import nn
 
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules
-from peftcore.adaptation.chain import WeightChanges
 from peftcore.engine.placing import Placed
 from peftcore.errors import PeftcoreError
-from peftcore.method import PrefixKV, SoftPrompt
 
 
 def refuse_stage(model: nn.Module) -> None:
@@ -38,16 +36,10 @@ def refuse_divided(model: nn.Module, placed: Placed) -> None:
     }
     if not divided:
         return
-    for placement in placed.around:
-        kinds = placed.placements.get(placement.path, ())
-        if any(isinstance(kind, SoftPrompt) for kind in kinds):  # next to the embeddings of tokens, which are whole
-            continue
-        names = [f"{placement.path}.{name}".removeprefix(".") for name in submodule_parameters(model, placement.path)]
-        if isinstance(placement.adapter, WeightChanges):
-            names += [f"{placement.path}.{name}" for name in placement.adapter.changes]
-        found = next((name for name in names if name in divided), None)
-        if found is None and any(isinstance(kind, PrefixKV) for kind in kinds):
-            found = next(iter(divided))
+    for each in placed.attached:
+        own = [f"{each.path}.{name}".removeprefix(".") for name in submodule_parameters(model, each.path)]
+        needed = (placement.divided(each.path, own, divided) for placement in each.placements)
+        found = next(filter(None, needed), None)
         if found is not None:
             raise PeftcoreError(
                 f"{placed.method.name} cannot be applied: tensor parallelism (tp_plan, tp_size) divides '{found}' over "

@@ -46,7 +46,7 @@ def _refuse_in_function(model: nn.Module, placed: Placed) -> None:
     inside = observe(model).in_function
     if not inside or getattr(model, "_require_grads_hooks", None):
         return
-    paths = [*(placement.path for placement in placed.around), *(name.rpartition(".")[0] for name in placed.trained)]
+    paths = [*(each.path for each in placed.attached), *(name.rpartition(".")[0] for name in placed.trained)]
     lost = next((path for path in paths if path in inside), None)
     if lost is None:
         return

@@ -6,36 +6,34 @@ import copy
 import dataclasses
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import prompts
 from peftcore.adaptation import adapted
-from peftcore.adaptation.chain import WeightChanges
 from peftcore.adaptation.enclosing import LOCK
-from peftcore.adapter import Adapter, implements, unseen_member
+from peftcore.adapter import unseen_member
 from peftcore.architecture import Architecture
 from peftcore.engine.configs import config as named_config
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.experts import split_expert_path
-from peftcore.experts.joining import each_expert, weight_of_expert
 from peftcore.files.peft_configs import config_of_peft, is_of_peft
 from peftcore.layers import is_wrapped
-from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Placement, Train
+from peftcore.method import Method
 from peftcore.observation import bypassed, detect, left_as_it_is
+from peftcore.placements.attachments import Attached, Attachments
+from peftcore.placements.placement import Placement
 from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
 from peftcore.targets.coverage import LITTLE, Coverage, coverage
 from peftcore.validation import check_types
-from peftcore.weight_formats import quantized_format
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Placed:
     method: Method
     config: Any
     architecture: Architecture
-    around: tuple[Around | After, ...]
-    placements: dict[str, tuple[AdapterPlacement, ...]]  # what the method placed, by the paths of `around`
+    attached: tuple[Attached, ...]
+    placements: dict[str, tuple[Placement, ...]]  # what the method placed, by the paths of `attached`
     trained: tuple[str, ...]
     apart: tuple[str, ...] = ()  # trained separately from the parameters they are tied to
     names_modules: bool = True  # rather than select all of a kind
@@ -83,40 +81,16 @@ def _placed(model: nn.Module, chosen: Method, config: Any, building: AbstractCon
     if hasattr(config, "resolved"):
         with registry.naming(chosen.name, "resolved"):
             config = config.resolved(model, architecture)
-    around: list[Around | After] = []
-    placements: dict[str, tuple[AdapterPlacement, ...]] = {}
-    trained: list[str] = []
-    on_weights: dict[str, list[OnWeight]] = {}
-    of_experts: dict[str, list[Around | After]] = {}
+    attachments = Attachments(model, architecture, chosen.name)
     with building:
         asked = _asked(chosen, model, config, architecture)
         _check_adapters(model, chosen.name, asked)
-        for placement in [*asked, saved]:
-            carriers: Sequence[Around | After]
-            if isinstance(placement, Train):
-                trained += placement.names
-                continue
-            if isinstance(placement, OnWeight):
-                on_weights.setdefault(placement.path, []).append(placement)
-                continue
-            if isinstance(placement, (Around, After)):
-                of_expert = split_expert_path(model, placement.path)
-                if of_expert is not None:
-                    of_experts.setdefault(of_expert[0], []).append(placement)
-                    continue
-                carriers = [placement]
-            else:
-                carriers = prompts.compiled(model, architecture, placement)
-            around += carriers
-            placements |= {carrier.path: (placement,) for carrier in carriers}
-        for path, parts in of_experts.items():
-            around.append(Around(path, each_expert(model, chosen.name, path, parts)))
-            placements[path] = tuple(parts)
-        for path, changes in on_weights.items():
-            around.append(Around(path, _weight_changes(model, chosen.name, changes)))
-            placements[path] = (*placements.get(path, ()), *changes)
-    names = tuple(dict.fromkeys(trained))
-    placed = Placed(chosen, config, architecture, tuple(around), placements, names, apart, names_modules)
+        for placement in asked:
+            placement.attach(attachments)
+        attached = attachments.joined()
+    placements: dict[str, tuple[Placement, ...]] = {each.path: each.placements for each in attached}
+    names = tuple(dict.fromkeys([*attachments.trained, *saved]))
+    placed = Placed(chosen, config, architecture, tuple(attached), placements, names, apart, names_modules)
     _check_placed(model, placed)
     return placed
 
@@ -141,59 +115,32 @@ def _asked(method: Method, model: nn.Module, config: Any, architecture: Architec
         ) from error
 
 
-def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight]) -> WeightChanges:
-    """Return one adapter for all parameters of a module that a method changes."""
-    path = placements[0].path
-    modules = dict(adapted.base_modules(model))
-    if path not in modules:
-        raise PeftcoreError(f"{method} places an adapter at '{path}', which is not a module{nearest(path, modules)}")
-    parameters = dict(adapted.base_parameters(modules[path]))
-    for placement in placements:
-        parameter, inside = parameters.get(placement.name), placement.name.rpartition(".")[0]
-        if parameter is None:
-            raise PeftcoreError(
-                f"{method} changes the parameter '{placement.name}' of '{path}', which has none of this name"
-                f"{nearest(placement.name, parameters)}"
-            )
-        is_read = not inside and quantized_format(modules[path], placement.name) is not None
-        if not is_read and not (parameter.is_floating_point() or parameter.is_complex()):
-            raise PeftcoreError(
-                f"{method} changes the parameter '{placement.name}' of '{path}', which is stored as {parameter.dtype}: "
-                "no weight format can decode. Leave that module dense, or exclude it"
-            )
-    names = [placement.name for placement in placements]
-    if len(set(names)) < len(names):
-        raise PeftcoreError(f"{method} places two adapters on one parameter of '{path}': {sorted(names)}")
-    return WeightChanges({placement.name: placement.adapter for placement in placements})
-
-
-def reached_by(placements: Mapping[str, Sequence[Any]]) -> list[str]:
+def reached_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
     """Return the paths of modules and full names of parameters whose adapters have parameters."""
-    found: list[str] = []
-    for path, placed in placements.items():
-        for each in placed:
-            if next(each.adapter.parameters(), None) is None:
-                continue
-            if isinstance(each, OnWeight):
-                found.append(f"{path}.{each.name}" if path else each.name)
-            else:
-                found.append(weight_of_expert(path, each) or path)
-    return found
+    return [
+        each.reached(path)
+        for path, placed in placements.items()
+        for each in placed
+        if next(each.adapter.parameters(), None) is not None
+    ]
 
 
-def not_thin(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
-    """Yield the full names of parameters whose change is not a low-rank product, so adapters copy them."""
-    for path, placed in placements.items():
-        for each in placed:
-            if isinstance(each, OnWeight) and not implements(each.adapter, Adapter.expert_low_rank):
-                yield f"{path}.{each.name}" if path else each.name
+def copied_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
+    """Return the full names of parameters whose change is not a low-rank product, so adapters copy them."""
+    copied = (each.copied_weight(path) for path, placed in placements.items() for each in placed)
+    return [name for name in copied if name is not None]
+
+
+def one_by_one(placements: Mapping[str, Sequence[Placement]]) -> bool:
+    """Return whether some of the placements are at single experts."""
+    return any([each.is_of_expert(path) for path, placed in placements.items() for each in placed])
 
 
 def covered(model: nn.Module, placed: Placed) -> Coverage:
     """Return what share of the weight in layers has an adapter or a trained parameter."""
     reached = reached_by(placed.placements)
     reached += dict.fromkeys(f"{name.rpartition('.')[0]}." for name in placed.trained)
-    lacking = "not selected" if placed.around else "without a trained parameter"
+    lacking = "not selected" if placed.attached else "without a trained parameter"
     return coverage(model, placed.architecture, reached, lacking=lacking)
 
 
@@ -222,7 +169,9 @@ def with_memory(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
-def _saved_modules(model: nn.Module, config: Any, architecture: Architecture) -> tuple[Any, Train, tuple[str, ...]]:
+def _saved_modules(
+    model: nn.Module, config: Any, architecture: Architecture
+) -> tuple[Any, Sequence[str], tuple[str, ...]]:
     """Return (config with `modules_to_save` made explicit, its parameters, those trained separately).
 
     A module that is tied to one of them (the head to the embedding) is trained with it, as one parameter, unless the
@@ -241,7 +190,7 @@ def _saved_modules(model: nn.Module, config: Any, architecture: Architecture) ->
         names = trained_modules(model, saved).names
     if saved != getattr(config, "modules_to_save", ()):
         config = dataclasses.replace(config, modules_to_save=saved)
-    return config, Train(names), () if together else tuple(names)
+    return config, names, () if together else tuple(names)
 
 
 def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:
@@ -290,9 +239,11 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
     """Raise a PluginError unless every placement has its own modules and tensors."""
     for placement in placements:
         if not isinstance(placement, Placement):
-            kinds = ", ".join(kind.__name__ for kind in get_args(Placement))
-            raise PluginError(f"`place` of {method} must return placements ({kinds}), found {placement!r:.100}")
-        if not isinstance(placement, Train) and not isinstance(placement.adapter, nn.Module):
+            raise PluginError(
+                f"`place` of {method} must return placements of peftcore.plugin, such as Around(path, adapter), found "
+                f"{placement!r:.100}"
+            )
+        if placement.has_adapter and not isinstance(placement.adapter, nn.Module):
             found = type(placement.adapter).__name__
             raise PluginError(
                 f"{method}: the adapter of {type(placement).__name__} must be an nn.Module, found {found}"
@@ -308,7 +259,7 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
     seen: set[int] = set()
     classes: dict[type[nn.Module], bool] = {}  # False: only inside of adapters
     for placement in placements:
-        ahead = [] if isinstance(placement, Train) else [placement.adapter]
+        ahead: list[Any] = [placement.adapter] if placement.has_adapter else []
         while ahead:
             part = ahead.pop()
             if part is None or id(part) in seen:
@@ -353,7 +304,7 @@ def _refuse_registered(model: nn.Module, method: str, placement: Any, registered
 
     of = name_in(model) or type(model).__name__
     name = "" if registered is placement.adapter else name_in(placement.adapter)
-    at = f" at '{placement.path}'" if hasattr(placement, "path") else ""
+    at = "" if placement.key is None else f" at '{placement.key}'"
     raise PluginError(
         f"the adapter that {method} places{at} registers '{of}' of the base{f' as {name!r}' if name else ''}, which "
         "would be trained and saved as the adapter's own. An adapter reads the layer in forward (base.module, "
@@ -365,7 +316,7 @@ def _check_placed(model: nn.Module, placed: Placed) -> None:
     method = placed.method.name
     modules = dict(adapted.base_modules(model))
     seen: set[str] = set()
-    for path in (placement.path for placement in placed.around):
+    for path in (each.path for each in placed.attached):
         if path not in modules:
             raise PeftcoreError(
                 f"{method} places an adapter at '{path}', which is not a module{nearest(path, modules)}"
@@ -373,7 +324,7 @@ def _check_placed(model: nn.Module, placed: Placed) -> None:
         if path in seen:
             raise PeftcoreError(f"{method} places two adapters at '{path}'; a module takes one adapter of each name")
         seen.add(path)
-    if not placed.around and not placed.trained:
+    if not placed.attached and not placed.trained:
         raise PeftcoreError(f"{method} places nothing on {type(model).__name__}")
     parameters = dict(adapted.base_parameters(model))
     for name in placed.trained:

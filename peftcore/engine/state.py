@@ -19,7 +19,7 @@ from peftcore.engine.changes import Site, attached, changes, changes_of_trained
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.events import adapters_wanted
-from peftcore.method import AdapterPlacement, Around
+from peftcore.placements.placement import Placement
 
 STATE = "_peftcore_state"
 
@@ -46,7 +46,7 @@ class Applied:
 
     method: str
     config: Any
-    placements: dict[str, tuple[AdapterPlacement, ...]] = field(default_factory=dict)
+    placements: dict[str, tuple[Placement, ...]] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     trainable: bool = True
     multiplier: float = 1.0
@@ -66,7 +66,7 @@ class Applied:
     def branches(self) -> tuple[str, ...]:
         """Names of the adapters that it combines."""
         placed = (placement for each in self.placements.values() for placement in each)
-        return tuple(dict.fromkeys(name for p in placed if isinstance(p, Around) for name in p.branches))
+        return tuple(dict.fromkeys(name for p in placed for name in p.branches))
 
 
 @dataclass
@@ -151,7 +151,7 @@ def adapter_modules(model: nn.Module, adapter: str) -> list[tuple[str, nn.Module
     ]
 
 
-def placements(model: nn.Module, adapter: str) -> list[AdapterPlacement]:
+def placements(model: nn.Module, adapter: str) -> list[Placement]:
     """Return each placement of `adapter` that is still attached, once, in the order of placing."""
     entry = applied(model, adapter)
     found = (each for path, _ in adapter_modules(model, adapter) for each in entry.placements[path])

@@ -14,11 +14,9 @@ from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
 from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
-from peftcore.engine.placing import covered, device_and_dtype, not_thin, placements_for, reached_by
+from peftcore.engine.placing import copied_by, covered, device_and_dtype, one_by_one, placements_for, reached_by
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
-from peftcore.experts.joining import one_by_one, weight_of_expert
-from peftcore.method import OnWeight
 from peftcore.targets import match_counts
 from peftcore.targets.coverage import Coverage, weights_in
 
@@ -149,16 +147,14 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
     parameters = dict(base_parameters(model))
     rows, buffers, buffer_bytes = [], 0, 0
     counted: set[Tensor] = set()
-    for placement in placed.around:
-        _, kept = device_and_dtype(model.get_submodule(placement.path), dtype)
-        own = [p for p in placement.adapter.parameters() if p not in counted]
-        others = [b for b in placement.adapter.buffers() if b not in counted]
+    for each in placed.attached:
+        _, kept = device_and_dtype(model.get_submodule(each.path), dtype)
+        own = [p for p in each.adapter.parameters() if p not in counted]
+        others = [b for b in each.adapter.buffers() if b not in counted]
         counted.update(own, others)
         count = sum(p.numel() for p in own)
-        inside = placed.placements[placement.path]
-        changes = [p.adapter for p in inside if isinstance(p, OnWeight) or weight_of_expert(placement.path, p)]
-        kind = " and ".join(dict.fromkeys(type(each).__name__ for each in changes or [placement.adapter]))
-        rows.append((placement.path, kind, count, count * kept.itemsize))
+        kind = " and ".join(dict.fromkeys(type(part).__name__ for part in each.parts or [each.adapter]))
+        rows.append((each.path, kind, count, count * kept.itemsize))
         buffers += sum(b.numel() for b in others)
         buffer_bytes += sum(b.numel() * (kept if b.is_floating_point() else b.dtype).itemsize for b in others)
     rows += [(name, "trained parameter", parameters[name].numel(), parameters[name].nbytes) for name in placed.trained]
@@ -175,7 +171,7 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
         experts=mixture_of(
             model,
             [*reached_by(placed.placements), *placed.trained],
-            set(not_thin(placed.placements)),
+            set(copied_by(placed.placements)),
             one_by_one(placed.placements),
         ),
     )
@@ -200,7 +196,7 @@ def summary(model: nn.Module) -> Summary:
         parameters = list(dict.fromkeys(p for _, p in adapter_parameters(model, name)))
         buffers = list(dict.fromkeys(b for _, module in adapter_modules(model, name) for b in module.buffers()))
         reached.update(entry.trained, *(reached_by({path: found}) for path, found in entry.placements.items()))
-        copied.update(*(not_thin({path: found}) for path, found in entry.placements.items()))
+        copied.update(*(copied_by({path: found}) for path, found in entry.placements.items()))
         apart |= one_by_one(entry.placements)
         own = TrainedParameters.of(model, name)
         for _, value, original in own.in_model(model) if own is not None else ():

@@ -15,37 +15,33 @@ from peftcore.engine.finished_calls import take_finished_call
 from peftcore.engine.state import Applied, applied, check_model, placements, require_state, state_of
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.finished_call import FinishedCall
-from peftcore.method import After, Around, Method, OnWeight
+from peftcore.method import Method
 from peftcore.registry import registry
 
 
 def method_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
     """Return the adapter modules of `adapter` that are still attached, each once.
 
-    Keys are the path of the adapted module; for `OnWeight`, path and parameter name; for a prompt or prefix `""`, then
-    `#1`, `#2`, in the order of placing.
+    Keys are those of the placements (`Placement.key`); for an adapter without one, such as a prompt, `""`, then `#1`,
+    `#2`, in the order of placing.
 
     Raises:
         PeftcoreError: no such adapter is applied, or its method placed two at one path.
     """
     found: dict[str, nn.Module] = {}
-    prompts: list[nn.Module] = []
+    others: list[nn.Module] = []
     for placement in placements(model, adapter):
-        match placement:
-            case Around(path) | After(path):
-                pass
-            case OnWeight(path, name):
-                path = f"{path}.{name}" if path else name
-            case _:
-                prompts.append(placement.adapter)
-                continue
-        if path in found:
+        key = placement.key
+        if key is None:
+            others.append(placement.adapter)
+            continue
+        if key in found:
             raise PeftcoreError(
-                f"{applied(model, adapter).method} has two adapters at '{path}'; combine them into one module"
+                f"{applied(model, adapter).method} has two adapters at '{key}'; combine them into one module"
             )
-        found[path] = placement.adapter
-    free = (key for key in ("", *(f"#{number}" for number in range(1, len(prompts) + 1))) if key not in found)
-    return found | dict(zip(free, prompts, strict=False))
+        found[key] = placement.adapter
+    free = (key for key in ("", *(f"#{number}" for number in range(1, len(others) + 1))) if key not in found)
+    return found | dict(zip(free, others, strict=False))
 
 
 def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any = None) -> None:

@@ -28,13 +28,13 @@ class EachExpert(Adapter):
 
     Args:
         adapters: adapters of linear layers, `adapter(base, x)`.
-        behind: the adapters take the layers' outputs, `adapter(y)`.
+        link: class of the adapters' links, which says how they take part in calls of the layers.
         transposed: the weight is `[experts, in, out]`.
     """
 
-    def __init__(self, adapters: Sequence[nn.Module], transposed: bool, behind: bool = False) -> None:
+    def __init__(self, adapters: Sequence[nn.Module], transposed: bool, link: Callable[..., Any]) -> None:
         super().__init__()
-        self.transposed, self.behind = transposed, behind
+        self.transposed, self.link = transposed, link
         for expert, adapter in enumerate(adapters):
             self.add_module(str(expert), adapter)
 

@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.adaptation.call import asked
-from peftcore.adaptation.chain import WeightChanges
+from peftcore.adaptation.chain import Link
 from peftcore.adapter import Adapter
 from peftcore.errors import PeftcoreError
-from peftcore.experts import EachExpert, experts_layout, split_expert_path
-from peftcore.method import After, Around
+from peftcore.experts import EachExpert, experts_layout
+from peftcore.placements.on_weight import WeightChanges, WeightLink
 
 
-def each_expert(model: nn.Module, method: str, path: str, placements: Sequence[Around | After]) -> WeightChanges:
+class OfExpert(NamedTuple):
+    """Adapter of one expert's layer: its path, the name of the stacked weight, the number of the expert."""
+
+    path: str
+    name: str
+    expert: int
+    adapter: nn.Module
+    link: type[Link]
+    branches: Sequence[str]
+
+
+class ExpertLink(WeightLink):
+    """The link of `WeightChanges` that consist of one `EachExpert` for each weight."""
+
+    __slots__ = ()
+    merges_by = "merged"
+
+    @classmethod
+    def is_mergeable(cls, adapter: nn.Module) -> bool:
+        return all(change.is_mergeable() for change in cls.changes_of(adapter).values())
+
+    @staticmethod
+    def merged_change(change: Any, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        found: tuple[Tensor, Tensor | None] = change.merged(weight, bias)
+        return found
+
+
+def each_expert(model: nn.Module, method: str, path: str, adapters: Sequence[OfExpert]) -> WeightChanges:
     """Return the adapter of the module of experts at `path`: one for each expert of each of its weights.
 
     Raises:
         PeftcoreError: some experts of a weight have none, or an adapter must know which sample a row belongs to.
     """
     layout: Any = experts_layout(model.get_submodule(path))
-    by_name: dict[str, dict[int, Around | After]] = {}
-    for placement in placements:
-        _refuse_unfit(method, path, placement)
-        _, name, expert = split_expert_path(model, placement.path) or ("", "", 0)
-        if expert in by_name.setdefault(name, {}):
+    by_name: dict[str, dict[int, OfExpert]] = {}
+    for each in adapters:
+        _refuse_unfit(method, path, each)
+        if each.expert in by_name.setdefault(each.name, {}):
             raise PeftcoreError(
-                f"{method} places two adapters at '{placement.path}'; a module takes one adapter of each name"
+                f"{method} places two adapters at '{each.path}'; a module takes one adapter of each name"
             )
-        by_name[name][expert] = placement
+        by_name[each.name][each.expert] = each
     changes: dict[str, nn.Module] = {}
     for name in (name for name in layout.names if name in by_name):
         own = by_name[name]
@@ -40,28 +66,15 @@ def each_expert(model: nn.Module, method: str, path: str, placements: Sequence[A
                 f"{method} places adapters at experts of '{path}.{name}', and none at expert {lacking}. All have "
                 "one, or none"
             )
-        behind = isinstance(own[0], After)
-        changes[name] = EachExpert([own[i].adapter for i in range(layout.count)], layout.transposed, behind)
+        changes[name] = EachExpert([own[i].adapter for i in range(layout.count)], layout.transposed, own[0].link)
     return WeightChanges(changes)
 
 
-def weight_of_expert(path: str, placement: Any) -> str | None:
-    """Return the full name of the stacked weight if `placement` is at one of its experts, else None."""
-    own = getattr(placement, "path", path)
-    return f"{path}.{own.rpartition('.')[2]}" if own != path else None
-
-
-def one_by_one(placements: Mapping[str, Sequence[Any]]) -> bool:
-    """Return whether some of the placements, by the path of their module, are at single experts."""
-    return any(weight_of_expert(path, each) is not None for path, placed in placements.items() for each in placed)
-
-
-def _refuse_unfit(method: str, path: str, placement: Around | After) -> None:
+def _refuse_unfit(method: str, path: str, each: OfExpert) -> None:
     """Raise a PeftcoreError if the adapter reads the call, mixes the rows of a call, or combines others."""
-    asks = asked([placement.adapter]) is not None
-    whole = any(each.whole_batch for each in placement.adapter.modules() if isinstance(each, Adapter))
-    branches = isinstance(placement, Around) and placement.branches
-    if asks or whole or branches:
+    asks = asked([each.adapter]) is not None
+    whole = any(part.whole_batch for part in each.adapter.modules() if isinstance(part, Adapter))
+    if asks or whole or each.branches:
         why = "reads the call of the model" if asks else "mixes the rows of a call" if whole else "combines others"
         raise PeftcoreError(
             f"{method} {why}, but the experts of '{path}' do not know which sample a row belongs to. Leave them out of "

@@ -27,8 +27,9 @@ from peftcore.files.peft_fields import guarded
 from peftcore.files.reading import Stored
 from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.files.tensors import fill, is_tied_in
-from peftcore.method import Method, Train
+from peftcore.method import Method
 from peftcore.observation import detect
+from peftcore.placements.train import Train
 from peftcore.targets import drop_unmatched
 
 
@@ -139,7 +140,7 @@ def _check_fits(placed: Placed, tensors: Mapping[str, Tensor], folder: Path) -> 
         raise CheckpointError(
             f"'{folder / CONFIG}' needs an adapter of {sum(wanted.values()):,} numbers, but '{TENSORS}' has {there:,}"
         )
-    modules = [module for each in placed.around for module in each.adapter.modules()] if complete else []
+    modules = [module for each in placed.attached for module in each.adapter.modules()] if complete else []
     for module in modules:
         held = [*module._parameters.values(), *module._buffers.values()]
         if [t for t in held if t is not None and id(t) not in wanted]:

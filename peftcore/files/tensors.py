@@ -21,7 +21,8 @@ from peftcore.adaptation.light import own_tensors
 from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
 from peftcore.files import vocabulary
-from peftcore.method import Method, StateRules, Train
+from peftcore.method import Method, StateRules
+from peftcore.placements.train import Train
 from peftcore.registry import registry
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,9 @@ from peftcore.adaptation.class_swap import original_forward
 from peftcore.architecture import Architecture
 from peftcore.engine.scaling import scaled_config
 from peftcore.engine.trained import TrainedParameters
-from peftcore.method import Method, PrefixKV, SoftPrompt
+from peftcore.method import Method
 from peftcore.observation import detect
+from peftcore.placements.placement import Placement
 from peftcore.registry import registry
 
 _TEXT = ("input_ids", "attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states", "return_dict")
@@ -66,18 +68,15 @@ def _as_json(value: Any) -> str | None:
 def _task_type(model: nn.Module, adapter: str) -> str | None:
     """Return PEFT's task type of an adapter."""
     entry = engine.applied(model, adapter)
-    kinds = {type(placement) for placement in engine.placements(model, adapter)}
-    placement = next((kind for kind in (SoftPrompt, PrefixKV) if kind in kinds), None)
-    task_type = task_type_of(model, detect(model), placement)
-    if placement is not None and task_type is None:
+    prompts = [placement for placement in engine.placements(model, adapter) if placement.whole_model]
+    task_type = _task_type_of(model, detect(model), prompts)
+    if prompts and task_type is None:
         warnings.warn(
             f"Hugging Face PEFT computes the base from this file: it gives prompts to no {type(model).__name__}",
             stacklevel=5,
         )
     paths = [*registry.method(entry.method).state.peft.unreadable(model, entry.paths)]
-    paths += [
-        path for path, placed in entry.placements.items() if any(engine.weight_of_expert(path, p) for p in placed)
-    ]
+    paths += [path for path, placed in entry.placements.items() if any(each.is_of_expert(path) for each in placed)]
     if paths:
         names = sorted({".".join(path.split(".")[-2:]) for path in paths})
         way = f"exclude_modules={names}" if hasattr(entry.config, "exclude_modules") else f"adapt none of {names}"
@@ -105,20 +104,18 @@ def _is_tied_by_peft(model: nn.Module, adapter: str) -> bool:
     )
 
 
-def task_type_of(model: nn.Module, architecture: Architecture, placement: type | None = None) -> str | None:
+def _task_type_of(model: nn.Module, architecture: Architecture, prompts: Sequence[Placement]) -> str | None:
     """Return the `task_type` with which PEFT computes the same as peftcore; None: no task type.
 
     Args:
-        placement: SoftPrompt or PrefixKV, if the adapter has one. None then means that PEFT would compute the base.
+        prompts: the placements of prompts and prefixes. Without any, None means that PEFT would compute the base.
     """
     choices = [architecture.task_type]
-    if placement is not None and architecture.task_type is None:
-        if architecture.output_head is not None and hasattr(model, "prepare_inputs_for_generation"):
-            choices.append("CAUSAL_LM")
-        if (
-            placement is PrefixKV or not architecture.is_encoder_decoder
-        ):  # there PEFT puts prompts into the encoder only
-            choices.append("FEATURE_EXTRACTION")
+    if prompts and architecture.task_type is None:
+        generates = architecture.output_head is not None and hasattr(model, "prepare_inputs_for_generation")
+        first, *others = (placement.peft_tasks(architecture) for placement in prompts)
+        tasks = [task for task in first if all(task in other for other in others)]
+        choices += [task for task in tasks if task != "CAUSAL_LM" or generates]
     return next((choice for choice in choices if choice is not None and _passes(model, choice)), None)
 
 

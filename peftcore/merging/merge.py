@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks
-from peftcore.adaptation.adapted import base_parameters, is_adapted
-from peftcore.adaptation.chain import WeightChanges
+from peftcore.adaptation.adapted import base_parameters, changes_at, is_adapted
 from peftcore.engine.changes import facts
 from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
@@ -227,8 +226,8 @@ def _tied(model: nn.Module, names: tuple[str, ...], alike: list[list[str]]) -> l
 
     Shared parameters in `alike` are left out.
     """
-    paths = {path for name in names for path in _changed_modules(model, name)}
     shared = [slots for slots in _shared(model) if slots not in alike]
+    paths = {path for name in names for path in _changed_modules(model, name)} if shared else ()
     return [
         *_trained_apart(model, names),
         *(
@@ -263,9 +262,9 @@ def _changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
 def _changed_modules(model: nn.Module, name: str) -> list[str]:
     """Return the paths of modules whose parameters an adapter changes."""
     found: list[str] = []
-    for path, adapter in engine.adapter_modules(model, name):
+    for path, module in engine.modules_with(model, engine.require_state(model), name):
         found.append(path)
-        for changed in adapter.changes if isinstance(adapter, WeightChanges) else ():
+        for changed in changes_at(module, name):
             inside = changed.rpartition(".")[0]
             found.append(f"{path}.{inside}".strip(".") if inside else path)
     return found

@@ -9,8 +9,9 @@ forward reads, then `merged` of adapters around and after the module, each in or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,11 +19,10 @@ from torch import Tensor, nn
 
 from peftcore import engine
 from peftcore.adaptation.adapted import adapters_at
-from peftcore.adaptation.chain import WeightChanges
-from peftcore.adapter import Adapter, implements
+from peftcore.adaptation.chain import Link
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
-from peftcore.experts import EachExpert, experts_layout
+from peftcore.experts import experts_layout
 from peftcore.merging.probe import evaluated, put, refuse_inexact
 from peftcore.method import WeightFormat
 from peftcore.registry import registry
@@ -68,11 +68,12 @@ class MergedCopies:
 
 def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     """Raise a PeftcoreError if one of the adapters does more than change weights."""
+    state = engine.require_state(model)
     cannot = {
         name: path
         for name in names
-        for path, adapter in engine.adapter_modules(model, name)
-        if not is_mergeable(adapter)
+        for path, module in engine.modules_with(model, state, name)
+        if not is_mergeable(module, name)
     }
     if not cannot:
         return
@@ -90,17 +91,18 @@ def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     )
 
 
-def is_mergeable(adapter: nn.Module) -> bool:
-    """Return whether the adapter only changes weights."""
-    if isinstance(adapter, WeightChanges):
-        return all(change.is_mergeable() for change in adapter.changes.values() if isinstance(change, EachExpert))
-    return implements(adapter, Adapter.merged)
+def is_mergeable(module: nn.Module, name: str) -> bool:
+    """Return whether the adapter `name` of a module only changes weights."""
+    adapters = adapters_at(module)
+    return adapters.links.get(name, Link).is_mergeable(adapters[name])
 
 
 def mergeable(model: nn.Module) -> bool:
     """Return whether all active adapters only change weights."""
-    active = engine.require_state(model).active
-    return all(is_mergeable(adapter) for name in active for _, adapter in engine.adapter_modules(model, name))
+    state = engine.require_state(model)
+    return all(
+        is_mergeable(module, name) for name in state.active for _, module in engine.modules_with(model, state, name)
+    )
 
 
 def merged_layers(
@@ -117,8 +119,7 @@ def merged_layers(
     entries = {name: engine.applied(model, name) for name in names}
     for path in dict.fromkeys([path for entry in entries.values() for path in entry.paths]):
         module = model.get_submodule(path)
-        there = adapters_at(module)._modules
-        acting = {name: entry.method for name, entry in entries.items() if name in there}
+        acting = {name: entry.method for name, entry in entries.items() if path in entry.placements}
         kinds = {p.device.type for p in module._parameters.values() if p is not None} - {"meta"}
         with torch.no_grad(), torch.autocast(min(kinds, default="cpu"), enabled=False):
             chosen = find_weight_format(module)
@@ -153,8 +154,6 @@ def merged_copies(
     Raises:
         PluginError: `merged` of an adapter fails.
     """
-    there: Any = adapters_at(module)._modules
-    adapters = {name: there[name] for name in methods}
     base, packed = evaluated(module), dict[str, WeightFormat]()
     for name in module._parameters:
         found = chosen if name == "weight" else quantized_format(module, name)
@@ -163,23 +162,23 @@ def merged_copies(
             put(base, name, _with_values(path, found.read(module).detach()).float())
             chosen = DENSE if name == "weight" else chosen
     copies = MergedCopies(base, evaluated(base, adapters=False), packed=packed)
-    for adapter_name, adapter in adapters.items():
-        for name, change in adapter.changes.items() if isinstance(adapter, WeightChanges) else ():
+    adapters, whole = adapters_at(module), dict[str, Any]()
+    for adapter_name, method in methods.items():
+        adapter, link = adapters._modules[adapter_name], adapters.links.get(adapter_name, Link)
+        changes = link.changes_of(adapter)
+        if not changes:
+            whole[adapter_name] = adapter
+        for name, change in changes.items():
             before = _with_values(path, _get(copies.merged, name)).clone()
-            is_of_each = isinstance(change, EachExpert)
-            with registry.naming(methods[adapter_name], "merged" if is_of_each else "forward"):
-                if is_of_each:
-                    _merge_into_experts(module, copies, name, change, before)
-                else:
-                    put(copies.merged, name, change(before).float())
+            with registry.naming(method, link.merges_by):
+                _merge_change(module, copies, name, partial(link.merged_change, change), before)
             copies.changed[name] = None
-    around = [(name, adapter) for name, adapter in adapters.items() if not isinstance(adapter, WeightChanges)]
-    if not around:
+    if not whole:
         return copies
     chosen = chosen or weight_format(module)
     before = _with_values(path, chosen.read(copies.merged))
     weight, bias = before.clone(), chosen.read_bias(copies.merged)  # a plugin's `merged` may modify its arguments
-    for name, adapter in around:
+    for name, adapter in whole.items():
         given = None if bias is None else bias.clone()
         with registry.naming(methods[name], "merged"):
             found = adapter.merged(weight, given)
@@ -196,12 +195,14 @@ def merged_copies(
     return copies
 
 
-def _merge_into_experts(module: nn.Module, copies: MergedCopies, name: str, change: EachExpert, weight: Tensor) -> None:
-    """Merge adapters of single experts, which may also change their biases."""
+def _merge_change(
+    module: nn.Module, copies: MergedCopies, name: str, merged: Callable[..., Any], weight: Tensor
+) -> None:
+    """Merge the change of one parameter; if that is the stacked weight of experts, their biases may change, too."""
     layout = experts_layout(module)
     bias_name = None if layout is None else layout.bias_name(name)
     before = None if bias_name is None else _get(copies.merged, bias_name)
-    weight, bias = change.merged(weight, before)
+    weight, bias = merged(weight, before)
     put(copies.merged, name, weight)
     if bias_name is not None and bias is not None and before is not None and not torch.equal(bias, before):
         put(copies.merged, bias_name, bias)
@@ -298,11 +299,11 @@ def changes_nothing(model: nn.Module, adapter: str) -> bool:
         pairs = zip(own.values(model), own.originals(model), strict=True)
         if own.has_moved(model) or not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
             return False
-    for path, module in engine.adapter_modules(model, adapter):
-        if not is_mergeable(module):
+    for path, module in engine.modules_with(model, engine.require_state(model), adapter):
+        if not is_mergeable(module, adapter):
             return False
-        adapted, methods = model.get_submodule(path), {adapter: engine.applied(model, adapter).method}
+        methods = {adapter: engine.applied(model, adapter).method}
         with torch.no_grad():
-            if merged_copies(path, adapted, methods, find_weight_format(adapted)).differs():
+            if merged_copies(path, module, methods, find_weight_format(module)).differs():
                 return False
     return True

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from peftcore.adaptation import adapted
-from peftcore.adaptation.chain import WeightChanges
 from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_layout
@@ -67,7 +66,7 @@ def refuse_inexact(
         forward = original_forward(module)
         inputs, wanted = _first_that_runs(_inputs(module, tensors[0]), partial(forward, merged))
         if inputs is None:
-            if all(isinstance(adapted.adapters_at(module)[name], WeightChanges) for name in names):
+            if all(adapted.changes_at(module, name) for name in names):
                 return  # the adapted forward must read the same parameters as the plain one
             raise refuse("its inputs are not known, so it cannot be compared")
         try:

@@ -12,26 +12,34 @@ last vector predicts, is not included. Several may be active: soft prompts come 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from peftcore.adaptation.call import asked
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
-from peftcore.method import Around, PrefixKV, SoftPrompt
+from peftcore.placements.placement import Placement
 from peftcore.prompts.backbone import text_config
-from peftcore.prompts.prefix import place_prefix
-from peftcore.prompts.soft import place_soft_prompt
 
-__all__ = ["compiled"]
+__all__ = ["checked_shape"]
 
 
-def compiled(model: nn.Module, architecture: Architecture, placement: SoftPrompt | PrefixKV) -> list[Around]:
-    """Return the placement as adapters around modules of `model`.
+def checked_shape(
+    model: nn.Module,
+    architecture: Architecture,
+    placement: Placement,
+    dimensions: Sequence[str],
+    known: tuple[int, ...] | None = None,
+) -> tuple[int, ...]:
+    """Return the shape of the result of a placement's adapter, which has these dimensions.
+
+    Args:
+        dimensions: their names, of which one is "tokens".
+        known: the shape, if the adapter cannot be called to find out.
 
     Raises:
-        PeftcoreError: the model has no token embedding or no cache, shapes do not fit, or no position is left for
-            input.
+        PeftcoreError: the model has no token embedding, the dimensions differ, or no position is left for input.
     """
     kind = type(placement).__name__
     if architecture.embedding is None:
@@ -39,31 +47,17 @@ def compiled(model: nn.Module, architecture: Architecture, placement: SoftPrompt
             f"{kind} needs a token embedding, and {type(model).__name__} declares none. A plugin's "
             "peftcore_architecture hook can name it"
         )
-    shape = _shape(placement)
-    wanted = "[tokens, hidden]" if isinstance(placement, SoftPrompt) else "[layers, 2, kv_heads, tokens, head_dim]"
-    if len(shape) != wanted.count(",") + 1:
-        raise PeftcoreError(f"the adapter of a {kind} must return {wanted}, found a tensor of shape {list(shape)}")
-    tokens = shape[0] if isinstance(placement, SoftPrompt) else shape[3]
+    with torch.no_grad():
+        shape = tuple(placement.adapter().shape) if known is None else known
+    if len(shape) != len(dimensions):
+        raise PeftcoreError(
+            f"the adapter of a {kind} must return [{', '.join(dimensions)}], found a tensor of shape {list(shape)}"
+        )
+    tokens = shape[dimensions.index("tokens")]
     context = getattr(text_config(model), "max_position_embeddings", None)
     if isinstance(context, int) and 0 < context <= tokens:
         raise PeftcoreError(
             f"a prompt of {tokens} tokens leaves no room for input: {type(model).__name__} has a context of "
             f"{context} tokens. Use fewer"
         )
-    if isinstance(placement, SoftPrompt):
-        return place_soft_prompt(model, architecture, placement.adapter, *shape)
-    return place_prefix(model, architecture, placement.adapter, shape)
-
-
-def _shape(placement: SoftPrompt | PrefixKV) -> tuple[int, ...]:
-    """Return the shape of the adapter's result; for a soft prompt that of one row."""
-    adapter = placement.adapter
-    if isinstance(placement, SoftPrompt) and asked([adapter]) is not None:
-        if placement.shape is None:
-            raise PeftcoreError(
-                f"{type(adapter).__name__} depends on the call (needs_call), so its shape is unknown beforehand. "
-                "Give it to the placement: SoftPrompt(adapter, shape=(tokens, hidden))"
-            )
-        return placement.shape
-    with torch.no_grad():
-        return tuple(adapter().shape)
+    return shape

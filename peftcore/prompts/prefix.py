@@ -13,7 +13,6 @@ from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
-from peftcore.method import Around
 from peftcore.prompts.backbone import (
     IN_CACHE,
     IN_MASK,
@@ -41,7 +40,7 @@ _COUNTS_PADDING = (
 
 def place_prefix(
     model: nn.Module, architecture: Architecture, adapter: nn.Module, shape: tuple[int, ...]
-) -> list[Around]:
+) -> list[tuple[str, nn.Module]]:
     path = decoder_path(model, architecture)
     attentions = _attentions(model.get_submodule(path), path)
     outer = model.get_submodule(architecture.backbone)
@@ -120,14 +119,14 @@ def place_prefix(
         crosses=architecture.is_encoder_decoder,
     )
     windows: dict[int | None, int | None] = {i: getattr(part, "sliding_window", None) for i, part in enumerate(kept)}
-    layers = [
-        Around(at, PrefixLayer(adapter, module, windows.get(_layer(module)))) for at, module in attentions.items()
+    layers: list[tuple[str, nn.Module]] = [
+        (at, PrefixLayer(adapter, module, windows.get(_layer(module)))) for at, module in attentions.items()
     ]
     inside = path != architecture.backbone and not architecture.is_encoder_decoder
     if inside and around.counts and not hasattr(outer, "get_rope_index"):
         known = cache_argument(outer) or argument  # some pass it on among others
-        layers.append(Around(architecture.backbone, Positions(None, outer, cache_argument=known, causal=True)))
-    return [Around(path, around), *layers]
+        layers.append((architecture.backbone, Positions(None, outer, cache_argument=known, causal=True)))
+    return [(path, around), *layers]
 
 
 class PrefixAround(Backbone):

@@ -13,7 +13,6 @@ from peftcore.adaptation.call import current_frame
 from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
-from peftcore.method import Around
 from peftcore.prompts.backbone import (
     IN_MASK,
     SOFT,
@@ -34,18 +33,18 @@ _ADDS_SOUND = ("voxtral_realtime", "voxtral_realtime_text")  # families that pai
 
 def place_soft_prompt(
     model: nn.Module, architecture: Architecture, adapter: nn.Module, tokens: int, hidden: int
-) -> list[Around]:
-    """Return the adapters around the backbone, or around encoder and decoder, for a prompt `[tokens, hidden]`."""
+) -> list[tuple[str, nn.Module]]:
+    """Return (path, adapter) of the backbone, or of encoder and decoder, for a prompt `[tokens, hidden]`."""
     embedding = model.get_submodule(architecture.embedding or "")
     width = getattr(embedding, "embedding_dim", hidden)
     if hidden != width:
         raise PeftcoreError(f"the prompt's vectors have width {hidden}, but the token embedding has width {width}")
-    after: list[Around] = []
+    after: list[tuple[str, nn.Module]] = []
     keeps = causal = senses = False
     if architecture.is_encoder_decoder:
         path, decoder = stacks(model, architecture)
         keeps = True
-        after = [Around(decoder, CrossMask(model.get_submodule(decoder)))]
+        after = [(decoder, CrossMask(model.get_submodule(decoder)))]
     else:
         path, senses = _entry(model, architecture)
         causal = is_causal(model.get_submodule(path), architecture)
@@ -83,7 +82,7 @@ def place_soft_prompt(
         counts=not senses,  # the model computes positions of images itself
     )
     at = next(name for name, module in base_modules(model) if module is own)
-    return [Around(path, around), *after, Around(at, StandIns(backbone))]
+    return [(path, around), *after, (at, StandIns(backbone))]
 
 
 def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:

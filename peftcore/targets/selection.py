@@ -21,8 +21,8 @@ from peftcore.errors import PeftcoreError, nearest
 from peftcore.experts import expert_biases
 from peftcore.experts.in_model import expert_layers, expert_weights, routers, weight_named
 from peftcore.layers import is_conv1d, is_linear, sizes, unknown_layers
-from peftcore.method import Train
 from peftcore.observation import bypassed, rewritten
+from peftcore.placements.train import Train
 from peftcore.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes
 from peftcore.targets.names import ends, excluded, is_inside, layer_indices, matches, nearest_path, shortest_suffixes
 from peftcore.targets.patterns import compiled, compiled_end

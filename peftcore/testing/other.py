@@ -15,7 +15,8 @@ from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture
 from peftcore.engine import apply
 from peftcore.hookspecs import hookimpl
-from peftcore.method import Around, Method, StateRules
+from peftcore.method import Method, StateRules
+from peftcore.placements.around import Around
 from peftcore.registry import registry
 from peftcore.testing.case import disturb
 

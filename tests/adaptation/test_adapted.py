@@ -11,6 +11,7 @@ from torch import nn
 
 import peftcore
 from peftcore.adaptation import adapted
+from peftcore.placements.after import AfterLink
 
 
 def test_swap_keeps_keys_names_instance_and_hooks() -> None:
@@ -31,7 +32,7 @@ def test_swap_keeps_keys_names_instance_and_hooks() -> None:
 def test_chain_runs_in_the_order_of_activation() -> None:
     linear = nn.Linear(3, 2)
     adapted.attach(linear, "double", tiny.Scaled(2.0))
-    adapted.attach(linear, "shift", tiny.Shifted(1.0), behind=True)
+    adapted.attach(linear, "shift", tiny.Shifted(1.0), link=AfterLink)
     x = torch.randn(4, 3)
     y = nn.functional.linear(x, linear.weight, linear.bias)
     for names, wanted in (
@@ -84,7 +85,7 @@ class TupleOutput(nn.Module):
 
 def test_after_changes_the_first_of_a_tuple() -> None:
     module = TupleOutput()
-    adapted.attach(module, "shift", tiny.Shifted(1.0), behind=True)
+    adapted.attach(module, "shift", tiny.Shifted(1.0), link=AfterLink)
     adapted.activate(module, ["shift"])
     x = torch.randn(2)
     y, rest = module(x)
@@ -135,7 +136,7 @@ def test_a_sequential_runs_as_before(toys: None) -> None:
     base = model(x)
     peftcore.apply(model, "train", names=("0.bias",))
     assert torch.equal(model(x), base)
-    adapted.attach(model[1], "behind", tiny.Shifted(2.0), behind=True)
+    adapted.attach(model[1], "behind", tiny.Shifted(2.0), link=AfterLink)
     assert torch.equal(model(x), base)
     adapted.activate(model[1], ["behind"])
     assert torch.equal(model(x), base + 2.0)

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from peftcore.adaptation import adapted
 from peftcore.adaptation.outputs import first_of
+from peftcore.placements.after import AfterLink
 
 Pair = namedtuple("Pair", ["hidden", "other"])
 
@@ -33,7 +34,7 @@ def test_an_adapter_behind_changes_the_first_value_and_keeps_the_rest(build: Any
             return self.given
 
     layer, x = Layer(), torch.randn(2, 3)
-    adapted.attach(layer, "a", tiny.Shifted(1.0), behind=True)
+    adapted.attach(layer, "a", tiny.Shifted(1.0), link=AfterLink)
     adapted.activate(layer, ["a"])
     found = layer(x)
     assert type(found) is type(layer.given) and torch.equal(first_of(found), x + 1)

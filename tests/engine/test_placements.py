@@ -92,7 +92,7 @@ def test_copies_are_an_adapters_own() -> None:
 @pytest.mark.parametrize(
     ("placed", "message"),
     [
-        ([None], r"`place` of odd must return placements \(Around, After, .*Train\), found None"),
+        ([None], r"`place` of odd must return placements of peftcore.plugin, such as .*, found None"),
         (["q_proj"], r"must return placements .*found 'q_proj'"),
         ([Around(PATH, len)], r"the adapter of Around must be an nn.Module, found builtin_function"),
         ([SoftPrompt(torch.zeros(2, 32))], r"the adapter of SoftPrompt must be an nn.Module, found Tensor"),

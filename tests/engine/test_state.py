@@ -9,7 +9,7 @@ import torch
 
 import peftcore
 from peftcore.engine import adapter_modules, applied, placements
-from peftcore.method import After, Around, PrefixKV, SoftPrompt
+from peftcore.plugin import After, Around, PrefixKV, SoftPrompt
 
 pytestmark = pytest.mark.usefixtures("toys")
 

@@ -13,9 +13,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from peftcore.adaptation import chain
 from peftcore.adaptation.adapted import activate, attach
-from peftcore.adaptation.chain import WeightChanges
 from peftcore.adapter import LowRank
 from peftcore.errors import PeftcoreError
+from peftcore.placements.on_weight import WeightChanges, WeightLink
 from peftcore.plugin import Adapter
 
 
@@ -66,7 +66,7 @@ def experts(cls: type[nn.Module] = Qwen3MoeExperts, **changes: nn.Module) -> nn.
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.2).requires_grad_(False)
     for name, change in changes.items():
-        attach(module, name, WeightChanges({"gate_up_proj": change, "down_proj": ThinChange(32, 24)}))
+        attach(module, name, WeightChanges({"gate_up_proj": change, "down_proj": ThinChange(32, 24)}), link=WeightLink)
     if changes:
         activate(module, list(changes))
     return module.eval()
@@ -132,7 +132,7 @@ def test_offloaded_by_accelerate(change: nn.Module, fused: list[Any]) -> None:
     wanted = module(*CALL)
     plain = experts()
     add_hook_to_module(plain, AlignDevicesHook("cpu", offload=True, weights_map=dict(plain.named_parameters())))
-    attach(plain, "a", module.peftcore["a"])
+    attach(plain, "a", module.peftcore["a"], link=WeightLink)
     activate(plain, ["a"])
     assert plain.down_proj.is_meta and torch.equal(plain(*CALL), wanted) and plain.down_proj.is_meta
     assert len(fused) == (2 if isinstance(change, ThinChange) else 0)

@@ -12,8 +12,9 @@ from prompted import KINDS, N, Vectors, applied, check_steps, deepseek, generate
 from torch import nn
 
 import peftcore
-from peftcore import PeftcoreError, prompts
+from peftcore import PeftcoreError
 from peftcore.observation import detect
+from peftcore.placements.attachments import Attachments
 from peftcore.plugin import PrefixKV, SoftPrompt
 from peftcore.prompts.backbone import learned_context
 
@@ -51,7 +52,7 @@ def test_input_that_leaves_no_room(make: Callable[[], nn.Module], kind: str) -> 
 def test_wrong_shapes(placement: Callable[[], Any], message: str) -> None:
     model = tiny.gpt2()
     with pytest.raises(PeftcoreError, match=message):
-        prompts.compiled(model, detect(model), placement())
+        placement().attach(Attachments(model, detect(model), "prompt"))
 
 
 def test_models_that_cannot() -> None:
@@ -59,7 +60,7 @@ def test_models_that_cannot() -> None:
 
     distilbert = DistilBertModel(DistilBertConfig(vocab_size=96, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
     with pytest.raises(PeftcoreError, match="needs attention with a cache, and that of DistilBertModel has none"):
-        prompts.compiled(distilbert, detect(distilbert), PrefixKV(Vectors(2, 2, 4, 3, 8)))
+        PrefixKV(Vectors(2, 2, 4, 3, 8)).attach(Attachments(distilbert, detect(distilbert), "prefix"))
     assert torch.isfinite(peftcore.apply(distilbert, "soft")(tiny.TOKENS)[0]).all()
     with pytest.raises(PeftcoreError, match="DeepseekV3ForCausalLM has latent attention"):
         peftcore.apply(deepseek(), "prefix")

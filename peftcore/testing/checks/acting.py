@@ -15,7 +15,6 @@ from peftcore.adapter import Adapter, implements
 from peftcore.architecture import Sublayer
 from peftcore.engine import adapter_modules, adapter_parameters, applied, set_trainable
 from peftcore.experts import experts_layout
-from peftcore.method import PrefixKV, SoftPrompt
 from peftcore.observation import detect
 from peftcore.targets.coverage import coverage
 from peftcore.testing.case import Case, close, differs, logits, loss_of, same, train
@@ -59,7 +58,7 @@ def left_out(case: Case) -> str | None:
     entry, architecture = applied(model, "default"), detect(model)
     if caught or getattr(entry.config, "layers_to_transform", None) is not None:
         return None
-    if any(isinstance(each, (SoftPrompt, PrefixKV)) for placed in entry.placements.values() for each in placed):
+    if any(each.whole_model for placed in entry.placements.values() for each in placed):
         return None  # the method does not choose where prompts act
     reached = [*entry.paths, *(f"{name.rpartition('.')[0]}." for name in entry.trained)]
     found, nothing = coverage(model, architecture, reached), coverage(model, architecture, ())

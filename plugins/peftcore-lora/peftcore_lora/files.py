@@ -37,7 +37,7 @@ def tensor_name(placement: Any, name: str) -> str:
         name = "lora_B.bias"
     elif isinstance(placement, Around):
         name = f"base_layer.{name}.weight" if name.startswith("out_proj.") else f"{name}.weight"
-    return plugin.tensor_name(placement, name)
+    return placement.tensor_name(name)
 
 
 def name_inside(placement: Any, name: str) -> str:

@@ -1,0 +1,62 @@
+"""`SoftPrompt`: vectors before the input."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from peftcore.adaptation.call import asked
+from peftcore.errors import PeftcoreError
+from peftcore.placements.placement import Placement
+from peftcore.prompts import checked_shape
+from peftcore.prompts.soft import place_soft_prompt
+
+if TYPE_CHECKING:
+    from peftcore.architecture import Architecture
+    from peftcore.placements.attachments import Attachments
+
+
+@dataclass(frozen=True)
+class SoftPrompt(Placement):
+    """Placement before the input: `adapter() -> [tokens, hidden]` precedes the embedded input of the backbone.
+
+    An adapter that depends on the call (`Adapter.needs_call`) returns `[batch, tokens, hidden]`, or
+    `[1, tokens, hidden]` for all rows.
+
+    The output at the prompt's positions is removed. If the adapter's `in_output` returns True, the prompt comes first,
+    before padding too, and its states stay in the output of the model: an `Around("", ...)` of the method removes them.
+
+    Args:
+        adapter: the adapter.
+        shape: (tokens, hidden). Required if the adapter depends on the call, since it is not called without one.
+    """
+
+    adapter: nn.Module
+    shape: tuple[int, int] | None = None
+    whole_model = True
+
+    def attach(self, to: Attachments) -> None:
+        shape = checked_shape(to.model, to.architecture, self, ("tokens", "hidden"), self._known_shape())
+        for path, adapter in place_soft_prompt(to.model, to.architecture, self.adapter, *shape):
+            to.wrap(self, path, adapter)
+
+    def _known_shape(self) -> tuple[int, int] | None:
+        """Return the shape of one row where the adapter cannot be called to find out."""
+        if asked([self.adapter]) is None:
+            return None
+        if self.shape is None:
+            raise PeftcoreError(
+                f"{type(self.adapter).__name__} depends on the call (needs_call), so its shape is unknown beforehand. "
+                "Give it to the placement: SoftPrompt(adapter, shape=(tokens, hidden))"
+            )
+        return self.shape
+
+    def divided(self, path: str, parameters: Sequence[str], divided: Collection[str]) -> None:
+        """Return None: the prompt is put next to the embeddings of tokens, which are whole."""
+
+    def peft_tasks(self, architecture: Architecture) -> Sequence[str]:
+        # PEFT puts prompts into the encoder of an encoder-decoder only.
+        return ("CAUSAL_LM",) if architecture.is_encoder_decoder else ("CAUSAL_LM", "FEATURE_EXTRACTION")
