@@ -6,7 +6,8 @@ A plugin is a module with the hook `peftcore_methods`, which returns `Method` ob
 into placements, which say where in the model each adapter is attached. docs/plugins.md explains the contract with
 examples. The names by subject:
 
-    placements            Around, After, OnWeight, SoftPrompt, PrefixKV, Train; Placement, AdapterModules
+    placements            Around, After, OnWeight, SoftPrompt, PrefixKV, Train; AdapterModules; Placement, AtModule,
+                          Attachments, Link: kinds of a plugin's own
     adapters              Adapter, LightAdapter, LowRank, Base, BranchedBase; implements; override, of typing_extensions
     method and hooks      Method, hookimpl, WeightFormat, Exporter, Command, Integration
     export                adapter_products: an adapter as low-rank products; base_tensors
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.adaptation.adapted import inside_at as inside_at
     from peftcore.adaptation.call import Call as Call
     from peftcore.adaptation.call import current_call as current_call
+    from peftcore.adaptation.chain import Link as Link
     from peftcore.adaptation.class_swap import original_class as original_class
     from peftcore.adaptation.light import LightAdapter as LightAdapter
     from peftcore.adaptation.outputs import first_of as first_of
@@ -108,7 +110,9 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.observation import run as run
     from peftcore.placements.after import After as After
     from peftcore.placements.around import Around as Around
+    from peftcore.placements.attachments import Attachments as Attachments
     from peftcore.placements.on_weight import OnWeight as OnWeight
+    from peftcore.placements.placement import AtModule as AtModule
     from peftcore.placements.placement import Placement as Placement
     from peftcore.placements.prefix_kv import PrefixKV as PrefixKV
     from peftcore.placements.soft_prompt import SoftPrompt as SoftPrompt
@@ -143,6 +147,7 @@ _MODULES = {
     "peftcore": "ranks targets validation",
     "peftcore.adaptation.adapted": "base_modules base_parameters has_forward_of_instance inside_at",
     "peftcore.adaptation.call": "Call current_call",
+    "peftcore.adaptation.chain": "Link",
     "peftcore.adaptation.class_swap": "original_class",
     "peftcore.adaptation.light": "LightAdapter",
     "peftcore.adaptation.outputs": "first_of with_first",
@@ -169,8 +174,9 @@ _MODULES = {
     "peftcore.observation": "detect gradients_of inputs_of run",
     "peftcore.placements.after": "After",
     "peftcore.placements.around": "Around",
+    "peftcore.placements.attachments": "Attachments",
     "peftcore.placements.on_weight": "OnWeight",
-    "peftcore.placements.placement": "Placement",
+    "peftcore.placements.placement": "AtModule Placement",
     "peftcore.placements.prefix_kv": "PrefixKV",
     "peftcore.placements.soft_prompt": "SoftPrompt",
     "peftcore.placements.train": "Train",

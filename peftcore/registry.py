@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # imported when first used: the command line asks for command
 GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
 CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
-API = "3.2"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
+API = "3.3"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
 ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords of `apply`, which cannot be names of config fields
 COMMANDS = "peftcore_commands"
 LISTS = (  # hooks that return a list, never None
