@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain as chaining
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -116,10 +118,10 @@ def mark(model: nn.Module, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any,
 
 def _deferred(head: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     """Return no rows of the input, with which the adapted head is called in place of `x`; `replace` reads `x`."""
-    chain, device = row_by_row(head), x.device
+    read, device = [*head.parameters(), *head.buffers()], x.device
+    chain = row_by_row(head, read)
     if chain is None or x.dim() < 2 or torch.is_autocast_enabled(device.type):
         return None
-    read = [*head.parameters(), *head.buffers()]
     if not all(_is_whole(each, device) for each in read):
         return None
     rest: Any = x[:0]
@@ -138,13 +140,13 @@ def replace(head: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return lazy(Recipe(Head(chain, x, read, classes, None), x, output.dtype, layout))
 
 
-def row_by_row(head: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def row_by_row(head: nn.Module, read: list[Tensor]) -> Callable[[Tensor], Tensor] | None:
     """Return the forward of an adapted head with its active adapters, or None if it may depend on more than the row.
 
-    Low-rank products without dropout do not.
+    Low-rank products without dropout do not. `read`: all parameters and buffers of the head in this call.
     """
     names = active_names(head)
-    if names is None:
+    if names is None or getattr(head, "_is_replica", False):
         return None
     adapters: list[Any] = [adapter_at(head, name) for name in names]
     for each in adapters:
@@ -155,10 +157,13 @@ def row_by_row(head: nn.Module) -> Callable[[Tensor], Tensor] | None:
     chain, multipliers = inside(head), [each.multiplier for each in adapters]
 
     def forward(rows: Tensor) -> Tensor:
-        if [each.multiplier for each in adapters] != multipliers:
+        # `torch.func.functional_call` has other parameters only within its call.
+        same = all(a is b for a, b in zip_longest(chaining(head.parameters(), head.buffers()), read))
+        if not same or [each.multiplier for each in adapters] != multipliers:
             raise PeftcoreError(
-                "the scale of an adapter of the head was changed between a forward pass and the reading of its logits "
-                "or its backward pass. Change it after backward(), or call peftcore.lazy_logits(model, enabled=False)"
+                "the adapters of the head, their scale or parameters were replaced between a forward pass and the "
+                "reading of its logits or its backward pass. Replace them after backward(), or call "
+                "peftcore.lazy_logits(model, enabled=False)"
             )
         found: Tensor = chain(rows)
         return found

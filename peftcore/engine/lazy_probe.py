@@ -15,6 +15,7 @@ from peftcore.observation import detect
 # Largest differences, relative to the loss and to the norm of the gradient: each way rounds the gradient of the logits
 # and its product with the head's weight once.
 _LOSS = 1e-4
+_LARGE = 1 << 20
 _GRADIENT = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
@@ -31,7 +32,8 @@ def why_not_lazy(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     if has_lazy_logits(model):
         return None
     training = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    # Large ones are quantized weights, which no forward changes.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.numel() <= _LARGE}
     try:
         lazy_logits(model)
         found = _lazily(model.train(), inputs)
@@ -46,7 +48,8 @@ def why_not_lazy(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
             module.training = mode
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+                if name in buffers:
+                    buffer.copy_(buffers[name])
     if found is None or wanted is None:
         return "its loss reads them, or no gradient passes the head"
     dtype, loss, gradient = wanted[1].dtype, float(wanted[0]), wanted[1].float()

@@ -82,7 +82,7 @@ def test_adapters_changed_before_the_backward_pass() -> None:
         loss = LOSSES["none"](model(input_ids=tiny.TOKENS).logits)
         if change:
             peftcore.scale(model, "default", 3.0)
-            with pytest.raises(peftcore.PeftcoreError, match="the scale of an adapter of the head was changed"):
+            with pytest.raises(peftcore.PeftcoreError, match="their scale or parameters were replaced"):
                 loss.backward()
         else:
             loss.backward()
@@ -107,3 +107,29 @@ def test_plain_logits_where_rows_depend_on_more() -> None:
         model.get_input_embeddings().weight.requires_grad_()
         logits = model(input_ids=tiny.TOKENS).logits
     assert type(logits) is LazyLogits and logits.recipe.head.operands is not None
+
+
+def test_parameters_of_a_functional_call() -> None:
+    """They are the head's within the call: a loss computed there is right, and what is read later is an error."""
+    results = []
+    for enabled in (False, True):
+        model = peftcore.lazy_logits(adapted_head(), enabled=enabled)
+        given = {n: (p * 1.5).detach().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
+        inputs = {"input_ids": tiny.TOKENS, "labels": LABELS}
+        output = torch.func.functional_call(model, given, kwargs=inputs)
+        output.loss.backward()
+        results.append((output.loss.detach(), {name: p.grad for name, p in given.items() if p.grad is not None}))
+    same(results[1], results[0], 2e-5)
+    with pytest.raises(peftcore.PeftcoreError, match="their scale or parameters were replaced"):
+        output.logits.sum()
+
+
+def test_replicas_have_plain_logits() -> None:
+    """As `nn.DataParallel` makes them, without parameters of their own."""
+    model = peftcore.lazy_logits(adapted_head())
+    replica = model.lm_head._replicate_for_data_parallel()
+    for name, parameter in model.lm_head._parameters.items():
+        setattr(replica, name, parameter)
+    replica.peftcore = model.lm_head.peftcore
+    hidden = torch.randn(2, 3, model.config.hidden_size, requires_grad=True)
+    assert type(replica(hidden)) is Tensor and type(model.lm_head(hidden)) is LazyLogits

@@ -1,0 +1,259 @@
+"""A training step, its parts on and off: time and memory next to the frozen model's and peft's.
+
+    python benchmarks/step.py [--model SmolLM2-135M] [--rows 4x128] [--dtype bfloat16] [--layers 4] [--steps 5]
+
+Forward and backward of a frozen model as transformers has it, whose inputs have gradients; of peft's LoRA; and of
+peftcore's; each as it is and with every part that is asked for (`--part`). Weights are random. Each row runs in
+processes of its own, in rounds, with the seconds of the processor, so that other work on the machine does not count;
+memory is the most that its steps add to a process with the model. The error is that of the gradient of the inputs,
+from float64, with two layers and 64 tokens.
+"""
+
+import argparse
+import json
+import time
+import warnings
+
+import measure
+import torch
+import transformers
+
+import peftcore
+
+MODELS = {
+    "SmolLM2-135M": (
+        "llama",
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Llama-1.1B": (
+        "llama",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "vocab_size": 32000,
+        },
+    ),
+    "Qwen3-0.6B": (
+        "qwen3",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Gemma-3-1B": (
+        "gemma3_text",
+        {
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 262144,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixture": (
+        "qwen3_moe",
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1024,
+            "moe_intermediate_size": 256,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "vocab_size": 49152,
+        },
+    ),
+    "BERT": ("bert", {}),
+    "ViT": ("vit", {}),
+}
+KINDS = {"bert": "AutoModelForSequenceClassification", "vit": "AutoModelForImageClassification"}
+PARTS = {"lazy logits": peftcore.lazy_logits}  # each changes a model in place, or raises PeftcoreError
+BASES = ("frozen", "peft", "peftcore")
+warnings.simplefilter("ignore")
+
+
+def build(name, dtype, layers):
+    kind, sizes = MODELS[name]
+    if layers:
+        sizes = {**sizes, "num_hidden_layers": min(layers, sizes.get("num_hidden_layers", 12))}
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[kind](**sizes)
+    cls = getattr(transformers, KINDS.get(kind, "AutoModelForCausalLM"))
+    return cls.from_config(config, dtype=dtype).requires_grad_(False).train()
+
+
+def adapted(model, base, parts):
+    """Return the model of a row; `PeftcoreError` if a part is not for it."""
+    torch.manual_seed(1)
+    if base == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        return part_of(get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")), parts)
+    if base == "peftcore":
+        peftcore.apply(model, "lora", r=16, target_modules="all-linear")
+    return part_of(model, parts)
+
+
+def part_of(model, parts):
+    for name in parts:
+        PARTS[name](getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model)
+    return model
+
+
+def inputs_of(model, rows):
+    count = rows[0]
+    generator = torch.Generator().manual_seed(2)
+    if model.config.model_type == "vit":
+        size = model.config.image_size
+        return {
+            "pixel_values": torch.randn(count, 3, size, size, generator=generator).to(model.dtype),
+            "labels": torch.randint(2, (count,), generator=generator),
+        }
+    tokens = torch.randint(5, model.config.vocab_size, rows, generator=generator)
+    return {
+        "input_ids": tokens,
+        "labels": torch.randint(2, (count,), generator=generator) if model.config.model_type == "bert" else tokens,
+    }
+
+
+def step(model, inputs):
+    """Return loss and gradient of the inputs of the first layer."""
+    seen = []
+
+    def keep(module, args, output):
+        seen.append(output.detach().requires_grad_())
+        return seen[0]
+
+    with model.get_input_embeddings().register_forward_hook(keep):
+        loss = model(**inputs).loss
+    loss.backward()
+    model.zero_grad()
+    return loss.detach(), seen[0].grad
+
+
+def errors(name, dtype, base, parts):
+    wide = build(name, torch.float64, 2)
+    model = build(name, torch.float64, 2).to(dtype)
+    wide.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
+    of = inputs_of(wide, (1, 64))
+    loss, wanted = step(wide, of)
+    del wide
+    found = step(adapted(model, base, parts), {k: v.to(dtype) if v.is_floating_point() else v for k, v in of.items()})
+    return float((found[0] - loss).abs()), float((found[1] - wanted).norm() / wanted.norm())
+
+
+def child(options):
+    name, base, *parts = options.child
+    dtype = getattr(torch, options.dtype)
+    try:
+        if options.errors:
+            return {"errors": errors(name, dtype, base, parts)}
+        model = adapted(build(name, dtype, options.layers), base, parts)
+    except peftcore.PeftcoreError as error:
+        return {"refused": str(error)}
+    inputs = inputs_of(model, options.rows)
+    first = {key: value[:1, :8] if value.dim() == 2 else value[:1] for key, value in inputs.items()}
+    step(model, first)  # the libraries' own memory
+    measure.give_back_freed_memory()
+    measure.reset_peak()
+    before = measure.peak_megabytes()
+    step(model, inputs)
+    peak = measure.peak_megabytes() - before
+    measure.keep_freed_memory()
+    seconds = []
+    for _ in range(options.steps):
+        began = time.process_time()
+        step(model, inputs)
+        seconds.append(time.process_time() - began)
+    return {"peak": peak, "seconds": min(seconds)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, action="append")
+    parser.add_argument("--rows", type=lambda text: tuple(map(int, text.split("x"))), action="append")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--layers", type=int, default=0, help="at most so many layers; 0: all")
+    parser.add_argument("--part", choices=PARTS, action="append", help="parts to measure; default: all")
+    parser.add_argument("--base", choices=BASES, action="append")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--errors", action="store_true", help="measure errors instead")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        options.rows = options.rows[0]
+        print(json.dumps(child(options)))
+        return
+    measure.print_surroundings(options.threads)
+    parts = options.part or list(PARTS)
+    sets = [[], *([part] for part in parts), *([parts] if len(parts) > 1 else [])]
+    table = [(base, chosen) for base in options.base or BASES for chosen in sets]
+    for name in options.model or MODELS:
+        for rows in options.rows or [(4, 128), (2, 512)]:
+            of = (
+                "--dtype",
+                options.dtype,
+                "--layers",
+                options.layers,
+                "--steps",
+                options.steps,
+                "--threads",
+                options.threads,
+                "--rows",
+                f"{rows[0]}x{rows[1]}",
+                *(["--errors"] if options.errors else []),
+            )
+            runs = {}
+            for _ in range(1 if options.errors else options.rounds):
+                for base, chosen in table:
+                    found = measure.in_child(__file__, *of, "--child", name, base, *chosen)
+                    before = runs.setdefault((base, *chosen), found)
+                    if "seconds" in found:
+                        runs[(base, *chosen)] = {key: min(before[key], found[key]) for key in found}
+            print(f"\n{name}, {rows[0]} x {rows[1]}, {options.dtype}, {options.layers or 'all'} layers", flush=True)
+            if options.errors:
+                print(f"{'':32}{'loss off':>12}{'gradient':>12}")
+            else:
+                print(f"{'':32}{'seconds':>9}{'of frozen':>11}{'MB':>8}{'of peft':>9}")
+            for key, found in runs.items():
+                title = " + ".join(key)
+                if "refused" in found:
+                    print(f"{title:32}  {found['refused'][:90]}")
+                elif options.errors:
+                    print(f"{title:32}{found['errors'][0]:12.1e}{found['errors'][1]:12.1e}")
+                else:
+                    frozen, peft = runs.get(("frozen",)), runs.get(("peft",))
+                    ratio = f"{found['seconds'] / frozen['seconds']:11.2f}" if frozen else f"{'':11}"
+                    of_peft = f"{found['peak'] / peft['peak']:9.2f}" if peft else ""
+                    print(f"{title:32}{found['seconds']:9.2f}{ratio}{found['peak']:8.0f}{of_peft}")
+            if options.errors:
+                break
+
+
+if __name__ == "__main__":
+    main()
