@@ -278,7 +278,7 @@ class Frame:
         if is_dynamo_compiling():
             if ROOT not in module.__dict__:
                 # The call of this part is only known outside of graphs: it may run again in a backward pass.
-                torch._dynamo.graph_break("a part of a model whose adapters read its call is called alone")
+                torch._dynamo.graph_break(msg="a part of a model whose adapters read its call is called alone")
             self.call = Call({**context.values(), **_named(names, args), **kwargs, **own})
         else:
             self._enter(names, args, kwargs, own)

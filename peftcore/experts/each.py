@@ -96,7 +96,7 @@ def product_by_expert(
         x = x.to(weight.dtype)
     if is_dynamo_compiling():
         torch._dynamo.graph_break(
-            "an adapter acts on experts one by one, and how many rows each has is data. Compile without "
+            msg="an adapter acts on experts one by one, and how many rows each has is data. Compile without "
             "fullgraph=True, or leave experts out of target_modules"
         )
     ends = [len(x)] * layout.count if offsets.is_meta else offsets.tolist()
