@@ -70,7 +70,7 @@ def load_adapter(
         elif source is None:
             raise PeftcoreError("load_adapter needs a folder, an id of the hub, or peft_config and adapter_state_dict")
         else:
-            source, revision = _located(source, {**options, **(adapter_kwargs or {})})
+            source, revision = located(source, {**options, **(adapter_kwargs or {})})
         if hotswap:
             set_state_dict(model, name, source)
         else:
@@ -84,7 +84,7 @@ def load_adapter(
     return _nothing_missing()
 
 
-def _located(source: str | os.PathLike[str], options: Mapping[str, Any]) -> tuple[str | os.PathLike[str], str | None]:
+def located(source: str | os.PathLike[str], options: Mapping[str, Any]) -> tuple[str | os.PathLike[str], str | None]:
     """Return the folder or hub id, and the revision on the hub."""
     if os.path.isdir(source):
         return (Path(source) / options["subfolder"] if options.get("subfolder") else source), None

@@ -4,6 +4,7 @@ transformers            `pretrained`: `save_pretrained`; `adapter_methods`: `loa
 transformers.trainer    `transformers`: `Trainer` and its subclasses; `peft_config=` of TRL
 peft                    `peft`: refuses a model with adapters
 diffusers               `diffusers`, `diffusers_pipelines`: refuse calls that would ignore adapters
+                        `diffusers_calls`: `load_lora_weights` and others, where PEFT is not installed
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from peftcore.extensions import Integration
 from peftcore.hookspecs import hookimpl
 
 # Integrations that also concern models without adapters: they run when `library` is imported, before any `apply`.
-AT_IMPORT = ("trainer", "adapter-methods", "auto-classes", "pipelines")
+AT_IMPORT = ("trainer", "adapter-methods", "auto-classes", "pipelines", "diffusers-calls")
 
 
 def _patch_diffusers(model: Any) -> None:
@@ -57,6 +58,11 @@ def peftcore_integrations() -> list[Integration]:
             on_import=partial(_find_adapters, "transformers.pipelines"),
         ),
         Integration(name="peft", library="peft", on_import=partial(import_module, "peftcore.integrations.peft")),
+        Integration(
+            name="diffusers-calls",
+            library="diffusers.pipelines.pipeline_utils",
+            on_import=partial(import_module, "peftcore.integrations.diffusers_calls"),
+        ),
         Integration(
             name="diffusers",
             library="diffusers.pipelines.pipeline_utils",
