@@ -7,8 +7,8 @@
 
 A request takes the smallest free block of its kind that is large enough. The remainder becomes a block if it has at
 least 512 bytes (small blocks) or more than 1 MiB (large blocks). Free neighbours in a segment are merged, and segments
-stay. When the card is full, entirely free segments are returned first (c10/cuda/CUDACachingAllocator.cpp and PyTorch's
-notes on CUDA memory; default PYTORCH_CUDA_ALLOC_CONF, one stream).
+stay. A full card, for which PyTorch releases segments that are entirely free, is not modelled
+(c10/cuda/CUDACachingAllocator.cpp and PyTorch's notes on CUDA memory; default PYTORCH_CUDA_ALLOC_CONF, one stream).
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from peftcore.estimating.following import Operation, Storage, births_and_deaths
 MIB = 1 << 20
 _BLOCK, _SMALL, _OWN = 512, MIB, 10 * MIB
 _OF_SMALL, _OF_LARGE, _MULTIPLE = 2 * MIB, 20 * MIB, 2 * MIB
-
-
-class NoMemory(Exception):
-    """Request for more memory than the card has."""
 
 
 @dataclass(eq=False)
@@ -46,21 +42,16 @@ class Block:
 
 
 class Segments:
-    """Allocator of one card. `limit`: bytes of the card; None: unlimited."""
+    """Allocator of one card."""
 
-    def __init__(self, limit: float | None = None) -> None:
-        self.limit = limit
+    def __init__(self) -> None:
         self.reserved = self.allocated = 0
         self._count = 0
         self._places: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}  # free blocks, sorted
         self._free: dict[tuple[int, int, int], Block] = {}
 
     def allocate(self, count: int) -> Block:
-        """Return a block of so many bytes.
-
-        Raises:
-            NoMemory: The limit is reached although all free segments were returned.
-        """
+        """Return a block of so many bytes."""
         size = max(_BLOCK, -(-count // _BLOCK) * _BLOCK)
         small = size <= _SMALL
         places = self._places[small]
@@ -94,18 +85,9 @@ class Segments:
 
     def _segment(self, size: int, small: bool) -> Block:
         bytes_ = _OF_SMALL if small else _OF_LARGE if size < _OWN else -(-size // _MULTIPLE) * _MULTIPLE
-        if self.limit is not None and self.reserved + bytes_ > self.limit:
-            self._release()
-            if self.reserved + bytes_ > self.limit:
-                raise NoMemory(f"{self.reserved + bytes_} bytes of {self.limit}")
         self.reserved += bytes_
         self._count += 1
         return Block(self._count, 0, bytes_, small)
-
-    def _release(self) -> None:
-        for block in [each for each in self._free.values() if each.before is None and each.behind is None]:
-            self._taken(block)
-            self.reserved -= block.size
 
     def _give(self, block: Block) -> None:
         insort(self._places[block.small], block.place)
@@ -118,13 +100,9 @@ class Segments:
         return block
 
 
-def peak_reserved(storages: Sequence[Storage], operations: Sequence[Operation], limit: float | None = None) -> int:
-    """Return the most bytes that the allocator reserves in two such steps.
-
-    Raises:
-        NoMemory: More than `limit` is needed.
-    """
-    card = Segments(limit)
+def peak_reserved(storages: Sequence[Storage], operations: Sequence[Operation]) -> int:
+    """Return the most bytes that the allocator reserves in two such steps."""
+    card = Segments()
     born, died, stay = births_and_deaths(storages)
     for number in stay:
         card.allocate(storages[number].bytes)

@@ -46,20 +46,13 @@ def _outside_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
     return computed
 
 
-def define(
-    schema: str,
-    reference: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    differentiable: bool = False,
-    reads_host: bool = False,
-) -> None:
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, reads_host: bool = False) -> None:
     """Define an operator: its schema, its PyTorch reference for every device, and its shape rule.
 
-    The reference is registered below CPU and CUDA: a compiled kernel, where one is loaded, goes first. An operator
-    that is not `differentiable` gives results that require no gradient, whatever its inputs require. One that
-    `reads_host` takes numbers from the host that differ from call to call: a CUDA graph would repeat those of its
-    capture, so that `torch.compile(mode="reduce-overhead")` leaves the operator out of its graphs.
+    The reference is registered below CPU and CUDA: a compiled kernel, where one is loaded, goes first. Results require
+    no gradient, whatever the inputs require. An operator that `reads_host` takes numbers from the host that differ from
+    call to call: a CUDA graph would repeat those of its capture, so that `torch.compile(mode="reduce-overhead")` leaves
+    the operator out of its graphs.
     """
     name = schema.partition("(")[0]
     try:
@@ -74,8 +67,7 @@ def define(
         ) from error
     library.impl(name, _tensors_there(schema, _outside_autocast(reference)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"peftcore::{name}", _tensors_there(schema, fake), lib=library)
-    if not differentiable:
-        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 class Call(Protocol):
