@@ -32,6 +32,7 @@ try:
 except ImportError:  # Windows: unique names and hashes still prevent that a mixture is read
     fcntl = None  # type: ignore[assignment]
 
+CARD = "README.md"  # written after a save
 PATIENCE = 120  # seconds to wait for other processes that save to the same folder
 
 
@@ -193,7 +194,7 @@ def _finished(root: Path, folders: list[Path]) -> Manifest | None:
     manifest = _manifest_or_none(root)
     if manifest is not None:
         put_in_place(root, manifest)
-    names = "|".join(map(re.escape, (CONFIG, TENSORS, MANIFEST)))
+    names = "|".join(map(re.escape, (CONFIG, TENSORS, MANIFEST, CARD)))
     for folder in folders:
         _finish_older(folder)
         for file in folder.iterdir():

@@ -21,10 +21,11 @@ from torch import nn
 import peftcore
 from peftcore import engine, ranks
 from peftcore.engine.scaling import scaled_config
+from peftcore.files.atomic_writing import CARD
 from peftcore.files.peft_defaults import is_of_peft
 from peftcore.registry import registry
 
-FILE = "README.md"
+FILE = CARD
 BEGIN = "<!-- peftcore: written by each save; text outside of these two marks is kept -->"
 END = "<!-- peftcore: end -->"
 _OWN = ("base_model", "library_name", "pipeline_tag", "peftcore")

@@ -104,6 +104,12 @@ def test_edits_are_kept(tmp_path: Path) -> None:
     assert "  method: ia3\n" in read(tmp_path) and "| method | ia3 |" in read(tmp_path)
 
 
+def test_what_a_killed_save_left_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / f".README.md.{'0' * 16}.tmp").write_text("half")
+    peftcore.save(model(r=2), tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 @pytest.mark.parametrize("content", [b"# Mine\n", b"\xff\xfe", b"---\ntags: [a]\n---\n" + model_card.END.encode()])
 def test_a_card_without_marks_is_left_alone(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(content)
