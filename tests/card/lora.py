@@ -131,6 +131,26 @@ def an_adapter_for_each_sample(place: Place, rows: int, shape: str, dtype: torch
     return f"y {max(worst)}"
 
 
+@cases(
+    rows=(1, 9),
+    shape=("lanes", "square"),
+    dtype=HALVES,
+    emulated=lambda rows, shape, dtype: shape == "lanes" and (rows == 1) == (dtype is HALVES[1]),
+)
+def more_adapters_than_a_launch_takes(place: Place, rows: int, shape: str, dtype: torch.dtype) -> str:
+    """Give each of 70 samples an adapter of its own, with factors in 16 bits."""
+    (out, width), count, rank = SHAPES[shape], 70, 3
+    weight, dense = frozen(place, (out, width), "nested", dtype)
+    a = (place.normal(count, rank, width, seed=3) / width**0.5).to(dtype)
+    b, x = place.normal(count, out, rank, seed=5, dtype=dtype), place.normal(count, rows, width, seed=1, dtype=dtype)
+    index = torch.arange(count - 1, -1, -1, device=place.device)
+    y = lora_linear_per_sample(x, weight, None, list(a), list(b), [SCALE] * count, index)
+    wide, left, right = x.double(), a[index].double(), b[index].double()
+    base, change = wide @ dense.T, SCALE * (wide @ left.mT) @ right.mT
+    magnitude = wide.abs() @ dense.abs().T + SCALE * (wide.abs() @ left.abs().mT) @ right.abs().mT
+    return f"y {check(y, base + change, magnitude, base)}"
+
+
 @cases(dtype=HALVES, gigabytes=40)
 def rows_of_more_than_2_to_the_31_elements(place: Place, dtype: torch.dtype) -> str:
     """The first and last rows of x have the results that they have alone, and dA and dB sum up all rows."""
