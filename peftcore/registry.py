@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +21,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pluggy
 
-from peftcore import hookspecs, requirement
+from peftcore import hookspecs, plugin_checks
 from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.exporter import Exporter
 from peftcore.extensions import Command, Integration
+from peftcore.plugin_checks import canonical
 
 if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
     from peftcore.method import Method, WeightFormat
@@ -33,8 +33,6 @@ if TYPE_CHECKING:  # imported when first used: the command line asks for command
 GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
 CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
-API = "3.3"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
-ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords of `apply`, which cannot be names of config fields
 COMMANDS = "peftcore_commands"
 LISTS = (  # hooks that return a list, never None
     "peftcore_methods",
@@ -53,11 +51,6 @@ class Named(Protocol):
 
 
 Offered = TypeVar("Offered", bound=Named)
-
-
-def canonical(name: str) -> str:
-    """Return a name normalised like package names: `My_Method` and `my.method` become `my-method`."""
-    return re.sub("[-_.]+", "-", name).lower()
 
 
 @dataclass
@@ -348,9 +341,9 @@ class Registry:
                     f"{', '.join(others)} is ignored. Uninstall all but one"
                 )
             try:
-                _check_requirement(dist)
+                plugin_checks.check_requirement(dist)
                 plugin = candidates[0].load()
-                _check_api_declared(plugin)
+                plugin_checks.check_api_declared(plugin)
                 entry.methods = self._register(entry, plugin)
             except KeyboardInterrupt:
                 self._forget()
@@ -374,8 +367,8 @@ class Registry:
         self._formats = None
 
     def _register(self, entry: Plugin, plugin: Any) -> list[Method]:
-        _check_api(plugin)
-        _check_hook_names(self._manager, entry.name, plugin)
+        plugin_checks.check_api(plugin)
+        plugin_checks.check_hook_names(self._manager, entry.name, plugin)
         try:
             self._manager.register(plugin, name=entry.name)
             self._manager.check_pending()
@@ -387,61 +380,14 @@ class Registry:
                 )
             implementations = self._manager.hook.peftcore_methods.get_hookimpls()
             offered = [each.function() for each in implementations if each.plugin is plugin]
-            methods = [method for answer in offered for method in _list_of_methods(answer)]
+            methods = [method for answer in offered for method in plugin_checks.list_of_methods(answer)]
             for method in methods:
-                self._check_method(entry, method)
+                plugin_checks.check_method(entry.name, method)
         except BaseException:
             if self._manager.get_plugin(entry.name) is not None:
                 self._manager.unregister(name=entry.name)
             raise
         return methods
-
-    def _check_method(self, entry: Plugin, method: Method) -> None:
-        from peftcore.method import Method
-
-        if not isinstance(method, Method):
-            raise PluginError(
-                f"peftcore_methods() must return peftcore.plugin.Method objects, found {type(method).__name__}"
-            )
-        if canonical(method.name) != canonical(entry.name):
-            raise PluginError(
-                f"the method is named '{method.name}' but its entry point '{entry.name}'. Give both the same name"
-            )
-        config_class = method.config_class
-        if not (dataclasses.is_dataclass(config_class) and _is_frozen(config_class)):
-            raise PluginError(f"config_class {config_class!r} must be a frozen dataclass")
-        names = [f.name for f in dataclasses.fields(config_class)]
-        for name in ARGUMENTS_OF_APPLY:
-            if name in names:
-                raise PluginError(
-                    f"{config_class.__name__} has a field '{name}', which is an argument of peftcore.apply and would "
-                    "never reach the config. Rename the field"
-                )
-        peft_type = method.state.peft_type
-        if not isinstance(peft_type, str) or not peft_type:
-            raise PluginError(
-                f"StateRules.peft_type must be a non-empty string, by which load recognises the method's files, "
-                f"found {peft_type!r}"
-            )
-        for name in method.state.peft.own_fields:
-            if name not in names:
-                raise PluginError(
-                    f"PeftRules.own_fields names '{name}', which is not a field of {config_class.__name__}"
-                    f"{nearest(name, names)}"
-                )
-
-
-def _list_of_methods(answer: Any) -> Sequence[Any]:
-    """Return what a `peftcore_methods` hook answered, or raise a PluginError unless it is a list."""
-    if not isinstance(answer, (list, tuple)):
-        raise PluginError(
-            f"peftcore_methods() must return a list of peftcore.plugin.Method objects, found {type(answer).__name__}"
-        )
-    return answer
-
-
-def _is_frozen(config_class: Any) -> bool:
-    return bool(config_class.__dataclass_params__.frozen)
 
 
 # Never a package name derived from the name of a method: anyone can register such a package.
@@ -540,54 +486,6 @@ def _chosen() -> list[str] | None:
         return None
     names = [name.strip() for name in value.split(",") if name.strip()]
     return [] if names == ["none"] else names
-
-
-def _check_requirement(distribution: Any) -> None:
-    found = version("peftcore")
-    wanted = requirement.unmet(getattr(distribution, "requires", None) or (), found)
-    if wanted is not None:
-        raise PluginError(f"it needs peftcore{wanted}, this is {found}. Upgrade the older of the two")
-
-
-def _check_api(plugin: Any) -> None:
-    """Raise a PluginError unless `peftcore_api`, the range of plugin APIs that a plugin supports, has this one."""
-    declared = getattr(plugin, "peftcore_api", f"=={API}")
-    try:
-        supported = requirement.specifiers(declared)
-    except ValueError as error:
-        raise PluginError(
-            f"its peftcore_api must be the range of plugin APIs that it supports, such as {_range()!r}, found "
-            f"{declared!r}"
-        ) from error
-    if API not in supported:
-        raise PluginError(
-            f"it supports the plugin APIs {declared}, this peftcore has {API}. Upgrade the older of the two"
-        )
-
-
-def _check_api_declared(plugin: Any) -> None:
-    """Raise a PluginError if an installed plugin does not declare `peftcore_api`."""
-    if not hasattr(plugin, "peftcore_api"):
-        raise PluginError(
-            "it does not declare the plugin APIs that it supports. Add a line to its module: "
-            f'peftcore_api = "{_range()}"'
-        )
-
-
-def _range() -> str:
-    """Return the range that a plugin written for this API declares."""
-    major = int(API.partition(".")[0])
-    return f">={API},<{major + 1}"
-
-
-def _check_hook_names(manager: pluggy.PluginManager, name: str, plugin: Any) -> None:
-    """Raise a PluginError for a misspelt hook, with the nearest real one."""
-    known = [attribute for attribute in dir(hookspecs) if attribute.startswith("peftcore_")]
-    for attribute in dir(plugin):
-        if manager.parse_hookimpl_opts(plugin, attribute) is not None and attribute not in known:
-            raise PluginError(
-                f"'{attribute}' is not a hook of peftcore{nearest(attribute, known)}. The hooks are: {', '.join(known)}"
-            )
 
 
 registry = Registry()

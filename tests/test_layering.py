@@ -23,6 +23,7 @@ ORDER = [
     },
     {"architecture", "exporter", "extensions", "finished_call", "hookspecs"},
     {"validation", "ranks", "method", "files.safe_reading", "files.folder", "files.atomic_writing", "optim", "experts"},
+    {"plugin_checks"},
     {"registry"},
     {"weight_formats"},
     {"adaptation"},

@@ -14,10 +14,12 @@ import tiny
 import torch
 
 import peftcore
+from peftcore import plugin_checks
 from peftcore import registry as registry_module
 from peftcore.files import peft_fields
 from peftcore.plugin import Architecture, Method, StateRules, WeightFormat, hookimpl
-from peftcore.registry import ARGUMENTS_OF_APPLY, Registry
+from peftcore.plugin_checks import ARGUMENTS_OF_APPLY
+from peftcore.registry import Registry
 
 
 class Distribution:
@@ -219,7 +221,7 @@ def test_a_plugin_that_does_not_support_this_api(discover, api: str) -> None:
 
 def test_an_addition_to_the_api_breaks_no_plugin(discover, monkeypatch) -> None:
     registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
-    monkeypatch.setattr(registry_module, "API", "3.7")
+    monkeypatch.setattr(plugin_checks, "API", "3.7")
     assert list(registry.methods()) == ["scale"]
 
 

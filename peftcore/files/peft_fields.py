@@ -17,7 +17,8 @@ from typing import Any
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files.peft_defaults import defaults, says_something
 from peftcore.method import Method
-from peftcore.registry import HOW_TO_INSTALL, Plugin, canonical, registry
+from peftcore.plugin_checks import canonical
+from peftcore.registry import HOW_TO_INSTALL, Plugin, registry
 from peftcore.validation import check_types, shown
 
 Offered = tuple[Method, Plugin]
