@@ -42,6 +42,7 @@ BUDGET = float(os.environ.get("PEFTCORE_BUDGET", "inf"))
 TIME_IS_UP = "time is up (PEFTCORE_SECONDS): not run"
 # A minute and more each, on a slow machine.
 LONGEST = (
+    "tests/card/test_card.py",
     "tests/csrc/test_sanitizers.py",
     "tests/emulator/test_lora_kernels.py",
     "tests/parallel/test_state.py",
