@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore import ops
 from peftcore.plugin import (
     Adapter,
     Architecture,
@@ -86,8 +87,8 @@ class IA3(Adapter):
         self.scales_input = scales_input
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        factor = self.ia3_l if self.ia3_l.dim() > 2 else self.ia3_l.flatten()
-        return base(x * factor.to(x.dtype)) if self.scales_input else base(x) * factor.to(x.dtype)
+        factor, behind = self.ia3_l.flatten(), max(0, self.ia3_l.dim() - 2)
+        return base(ops.scaled(x, factor, behind)) if self.scales_input else ops.scaled(base(x), factor, behind)
 
     @override
     def neutral(self) -> dict[str, Tensor]:
