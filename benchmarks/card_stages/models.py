@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def with_lora(kind: str) -> Any:
     import peftcore
     from peftcore.registry import registry
 
-    if importlib.util.find_spec("peftcore_lora") is None:  # not installed: from the checkout
+    if "lora" not in peftcore.methods():  # not installed: from the checkout
         sys.path.append(str(ROOT / "plugins" / "peftcore-lora"))
         registry.register(
             "lora", importlib.import_module("peftcore_lora"), distribution="peftcore-lora", version="0.1.0"
