@@ -5,6 +5,7 @@ transformers.trainer    `transformers`: `Trainer` and its subclasses; `peft_conf
 peft                    `peft`: refuses a model with adapters
 diffusers               `diffusers`, `diffusers_pipelines`: refuse calls that would ignore adapters
                         `diffusers_calls`: `load_lora_weights` and others, where PEFT is not installed
+sentence_transformers   `sentence_transformers`: refuses to save what it could not load
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ def _patch_diffusers(model: Any) -> None:
 
 def _find_adapters(module: str) -> None:
     import_module("peftcore.integrations.adapter_methods").find_adapters(module)
+
+
+def _patch_sentence_transformers(model: Any) -> None:
+    import_module("peftcore.integrations.sentence_transformers").patch_model(model)
 
 
 @hookimpl
@@ -68,5 +73,8 @@ def peftcore_integrations() -> list[Integration]:
             library="diffusers.pipelines.pipeline_utils",
             on_import=partial(import_module, "peftcore.integrations.diffusers_pipelines"),
             on_apply=_patch_diffusers,
+        ),
+        Integration(
+            name="sentence-transformers", library="sentence_transformers", on_apply=_patch_sentence_transformers
         ),
     ]

@@ -61,15 +61,24 @@ def with_groups(trainer: Any, adapted: nn.Module, model: nn.Module | None) -> tu
     model = trainer.model if model is None else model
     kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     is_factory = getattr(transformers_trainer, "is_optimizer_factory", lambda _kind: False)  # in later releases
+    lr, decay = options.get("lr") or trainer.args.learning_rate, trainer.args.weight_decay
+    groups = engine.method_groups(adapted, lr, decay)
+    if not groups:
+        return kind, options
+    of_trainer = options.get("optimizer_dict")
+    if isinstance(of_trainer, list) and all(isinstance(each, dict) and "params" in each for each in of_trainer):
+        ours = {
+            id(p) for group in groups for p in group["params"]
+        }  # a trainer's own groups, as of sentence-transformers
+        rest = [{**each, "params": [p for p in each["params"] if id(p) not in ours]} for each in of_trainer]
+        return kind, {**options, "optimizer_dict": [*groups, *(each for each in rest if each["params"])]}
     if {"params", "model", "optimizer_dict"} & set(options) or is_factory(kind):
         raise PeftcoreError(
             f"optim='{getattr(trainer.args.optim, 'value', trainer.args.optim)}' groups parameters itself, but "
             "an adapter's method defines its own groups. Choose another optim, such as 'adamw_torch'"
         )
-    lr, decay = options.get("lr") or trainer.args.learning_rate, trainer.args.weight_decay
-    groups = engine.method_groups(adapted, lr, decay)
-    rest, decaying = engine.not_in(groups, model.named_parameters()), set(trainer.get_decay_parameter_names(model))
+    left, decaying = engine.not_in(groups, model.named_parameters()), set(trainer.get_decay_parameter_names(model))
     for amount, wanted in ((decay, True), (0.0, False)):
-        if chosen := [p for name, p in rest.items() if (name in decaying) is wanted]:
+        if chosen := [p for name, p in left.items() if (name in decaying) is wanted]:
             groups.append({"params": chosen, "weight_decay": amount})
     return kind, {**options, "params": groups}

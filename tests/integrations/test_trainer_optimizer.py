@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from trainers import trainer
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 import peftcore
 
@@ -100,3 +100,24 @@ def test_an_optimizer_that_the_user_made_stays(tmp_path: Path) -> None:
     done.optimizer = torch.optim.SGD(peftcore.parameter_groups(found, lr=0.1), lr=0.1)
     done.train()
     assert [group["initial_lr"] for group in done.optimizer.optimizer.param_groups] == [1.6, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("ratio", [None, 4.0])
+def test_groups_that_the_trainer_makes(ratio: float | None, tmp_path: Path) -> None:
+    """As sentence-transformers' trainer does, whose groups contain parameters of the loss."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+
+    class Own(Trainer):
+        def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:
+            kind, options = super().get_optimizer_cls_and_kwargs(args, model)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            return kind, {**options, "optimizer_dict": [{"params": [*trained, weight], "weight_decay": 0.5}]}
+
+    model = peftcore.apply(tiny.llama(), "lora", r=2, lora_plus_ratio=ratio)
+    arguments = TrainingArguments(str(tmp_path), learning_rate=0.01, report_to="none", use_cpu=True)
+    groups = Own(model=model, args=arguments).create_optimizer().param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(rates) == len(trained) + 1 and rates[id(weight)] == 0.01
+    faster = {name for name, p in trained.items() if rates[id(p)] == 0.04}
+    assert faster == ({name for name in trained if "lora_B" in name} if ratio else set())
