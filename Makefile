@@ -34,11 +34,16 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-
 test: $(VENV)/dev.stamp
 	PEFTCORE_BUDGET=$${PEFTCORE_BUDGET:-2} $(PYTEST) --durations 40 --durations-min 5
 
+# Without the folders that try all levels themselves, and those that compute nothing with kernels.
+PORTABLE = plugins $(filter-out $(addprefix tests/,card/ csrc/ emulator/ fuzz/ ops/ typed/ census/ estimating/ observation/ targets/),\
+	$(wildcard tests/*/))
+
 # And what takes long: each family of models and every check, all cases of the corpora, sanitizers, a part of the census;
-# then once more with the kernels of plain C++, which tests/ops tries in both. An hour on two cores.
+# then, whether they passed or not, once more with the kernels of plain C++, which tests/ops tries in both. An hour on two
+# cores.
 test-all: $(VENV)/dev.stamp
-	PEFTCORE_TESTS=all $(PYTEST) --durations 40 --durations-min 20
-	PEFTCORE_CPU_LEVEL=portable $(PYTEST) $(filter-out tests/card/ tests/csrc/ tests/emulator/ tests/fuzz/ tests/ops/ tests/typed/,$(wildcard tests/*/)) plugins
+	PEFTCORE_TESTS=all $(PYTEST) --durations 40 --durations-min 20; first=$$?; \
+	PEFTCORE_CPU_LEVEL=portable $(PYTEST) $(PORTABLE) && exit $$first
 
 # Tests of kernels and dtypes, as on a processor with AVX2 and nothing above: the variables limit PyTorch, oneDNN and
 # peftcore's kernels, in this run alone. Two minutes on two cores.
