@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from mixtures import mixture
 from rank_cases import CASES, COMBINED, SHARED_BETWEEN_BLOCKS
@@ -24,6 +25,7 @@ from peftcore.testing import disturb
 TOKENS = torch.randint(3, 90, (6, 7), generator=torch.Generator().manual_seed(3))
 
 
+@tiny.observed
 def model(kind: str = "llama", seed: int = 0) -> nn.Module:
     """A tiny model with a vocabulary of 97, which no even number divides."""
     torch.manual_seed(seed)
