@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
     from peftcore.engine import remove as remove
     from peftcore.engine.calling import call_arguments as call_arguments
     from peftcore.engine.configs import config as config
+    from peftcore.engine.fusing import fuse as fuse
     from peftcore.engine.lazy_head import lazy_logits as lazy_logits
     from peftcore.engine.scaling import scale as scale
     from peftcore.engine.summary import plan as plan
@@ -73,6 +74,7 @@ _PUBLIC = {
     ),
     "peftcore.engine.calling": ("call_arguments",),
     "peftcore.engine.configs": ("config",),
+    "peftcore.engine.fusing": ("fuse",),
     "peftcore.engine.lazy_head": ("lazy_logits",),
     "peftcore.engine.scaling": ("scale",),
     "peftcore.engine.summary": ("plan", "summary"),

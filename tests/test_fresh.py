@@ -17,6 +17,7 @@ NO_LOADING = {
     "quantization.load": "under torch.device",
 }
 ELSEWHERE = {  # public functions with tests of their own processes, and classes
+    "fuse": "tests/engine",
     "lazy_logits": "tests/engine",
     "load_sharded": "tests/parallel",
     "shard": "tests/parallel",

@@ -158,8 +158,8 @@ def test_a_weight_has_three_types() -> None:
 FUNCTIONS = {name: value for name in peftcore.__all__ if inspect.isfunction(value := getattr(peftcore, name))}
 WITHOUT_MODEL = {"config", "load_sharded", "methods"}  # they need none, or make one
 CHANGE_THE_MODEL = {
-    *("activate", "apply", "combine", "dequantize", "lazy_logits", "load", "merge", "quantize", "remove", "scale"),
-    *("set_resident_limit", "set_state_dict", "shard", "unmerge"),
+    *("activate", "apply", "combine", "dequantize", "fuse", "lazy_logits", "load", "merge", "quantize", "remove"),
+    *("scale", "set_resident_limit", "set_state_dict", "shard", "unmerge"),
 }
 REPORTS = {
     "estimate": "Estimate",

@@ -88,7 +88,7 @@ def take_off(module: nn.Module, marker: str) -> None:
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of `module` without adapters."""
     cls = type(module)
-    for marker in ("_peftcore_original", "_peftcore_enclosed", "_peftcore_folds"):  # from the outermost
+    for marker in ("_peftcore_original", "_peftcore_enclosed", "_peftcore_folds", "_peftcore_fused"):  # outermost first
         cls = getattr(cls, marker, cls)
     return cls
 

@@ -77,6 +77,9 @@ class RunOptions:
         str,
         typer.Option(help="Loss without the logits (causal-lm, chat): auto (where a few rows show the same), on, off."),
     ] = "auto"
+    fuse: Annotated[bool, typer.Option("--fuse", help="Compute norms and gated activations by one operator each.")] = (
+        False
+    )
     optim: Annotated[
         str, typer.Option(help="Trainer's optim, or peftcore's paged_adamw_8bit and paged_adamw_32bit.")
     ] = "adamw_torch"

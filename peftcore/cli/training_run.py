@@ -249,6 +249,8 @@ def run(
         samples = [(name, sample_text())] if sample is not None else []
     say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
 
+    if settings.fuse:
+        peftcore.fuse(model)
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
     lazily(model, settings, rows, tokenizer)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
+from peftcore.engine.fusing import fused_modules
 from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
 from peftcore.engine.placing import copied_by, covered, device_and_dtype, one_by_one, placements_for, reached_by
@@ -97,6 +98,7 @@ class Summary:
         on_disk: by name, the folders of adapters that are on disk and not in memory.
         packed_parameters, packed_bytes: parameters of the base in 4 bits, and their size with scales.
         lazy_logits: whether logits are computed in training only if they are read.
+        fused: how many modules of each kind are computed by one operator (`fuse`).
     """
 
     adapters: tuple[AdapterSummary, ...]
@@ -110,6 +112,7 @@ class Summary:
     packed_bytes: int = 0
     on_disk: dict[str, str] = field(default_factory=dict)
     lazy_logits: bool = False
+    fused: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -124,6 +127,8 @@ class Summary:
             lines.insert(1, f"in 4 bits: {self.packed_parameters:,} of them ({part}), {bits:.3f} bits each with scales")
         if self.lazy_logits:
             lines.append("logits are computed only if they are read, in training")
+        if self.fused:
+            lines.append("fused: " + ", ".join(f"{count} x {kind}" for kind, count in self.fused.items()))
         lines += [
             f"  {a.name}: {a.method}, {'active' if a.active else 'inactive'}, {a.modules} modules"
             + (f", {a.trained} parameters of the base" if a.trained else "")
@@ -227,6 +232,7 @@ def summary(model: nn.Module) -> Summary:
         packed_parameters=sum(weights for weights, _ in packed),
         packed_bytes=packed_bytes,
         lazy_logits=has_lazy_logits(model),
+        fused=fused_modules(model),
         on_disk={
             name: record.folder
             for name, record in (state.on_disk.items() if state is not None else ())

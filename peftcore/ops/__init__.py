@@ -8,6 +8,7 @@ from peftcore.ops.codebooks import DYNAMIC8, FP4, NF4, codebook
 from peftcore.ops.cross_entropy import Settings
 from peftcore.ops.dense_linear import WIDENED, dense_linear
 from peftcore.ops.dropout import keep_mask
+from peftcore.ops.gated import gated
 from peftcore.ops.grouped import grouped_linear, grouped_lora_linear
 from peftcore.ops.head_cross_entropy import HeadFunction, head_cross_entropy, head_log_probs
 from peftcore.ops.linear_4bit import free_workspace, linear_4bit
@@ -16,6 +17,7 @@ from peftcore.ops.linear_per_sample import lora_linear_per_sample
 from peftcore.ops.lora import lora_linear
 from peftcore.ops.optim import optim_step_
 from peftcore.ops.quant4 import dequantize_4bit, quantize_4bit, with_nested_scales
+from peftcore.ops.rms_norm import rms_norm
 from peftcore.ops.row_norms import row_norms
 from peftcore.ops.scaled import scaled
 from peftcore.ops.weight import PackedWeight
@@ -33,6 +35,7 @@ __all__ = [
     "dequantize_4bit",
     "extension",
     "free_workspace",
+    "gated",
     "grouped_linear",
     "grouped_lora_linear",
     "head_cross_entropy",
@@ -45,6 +48,7 @@ __all__ = [
     "lora_linear_per_sample",
     "optim_step_",
     "quantize_4bit",
+    "rms_norm",
     "row_norms",
     "rows_in_piece",
     "scaled",

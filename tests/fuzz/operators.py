@@ -19,7 +19,7 @@ import torch
 from fuzz.memory import LAYOUTS, laid_out
 
 from peftcore import ops
-from peftcore.ops import grouped, linear_per_sample, lora, optim, quant4, routing, swiglu
+from peftcore.ops import gated, grouped, linear_per_sample, lora, optim, quant4, rms_norm, routing, swiglu
 from peftcore.ops import optim_rules as rules
 from peftcore.ops.cross_entropy import CrossEntropyRows
 from peftcore.ops.dense_linear import DenseLinear
@@ -212,6 +212,31 @@ def _swiglu_backward(m):
     return {"grad": m.normal(*x.shape[:-1], x.shape[-1] // 2, dtype=x.dtype), "x": x}
 
 
+def _gated(m):
+    shape, dtype = (*m.choice([(m.size(200),), (2, 3), ()]), m.size(300)), m.choice(FLOATS)
+    gate, up = m.normal(*shape, dtype=dtype), m.normal(*shape, dtype=dtype)
+    return {"gate": gate, "up": up, "linear": m.choice([1.0, 1.702]), "cubic": m.choice([0.0, 0.07])}
+
+
+def _gated_backward(m):
+    given = _gated(m)
+    return {"grad": m.normal(*given["gate"].shape, dtype=given["gate"].dtype), **given}
+
+
+def _rms_norm(m):
+    x = m.normal(*m.choice([(m.size(200),), (2, 3), ()]), m.size(700), dtype=m.choice(FLOATS))
+    weight = m.normal(x.shape[-1], dtype=m.choice(FLOATS))
+    return {"x": x, "weight": weight, "eps": 1e-3, "offset": m.choice([0.0, 1.0]), "rounded": m.random.random() < 0.5}
+
+
+def _rms_norm_backward(m):
+    given = _rms_norm(m)
+    given.pop("eps")
+    x = given["x"]
+    scale, needs = m.normal(x.shape[:-1].numel()).abs(), [m.random.random() < 0.7 for _ in range(2)]
+    return {"grad": m.normal(*x.shape, dtype=x.dtype), **given, "scale": scale, "needs": needs}
+
+
 def _row_norms(m):
     rows, columns, r = m.size(), m.choice([m.size(), 64, 288, 2100]), m.choice([1, 2, 8, 16, 17, 40])
     factors = m.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64])
@@ -329,6 +354,10 @@ OPERATORS = {
     "combined": (_combined, by_reference(routing.Combined)),
     "combined_backward": (_combined_backward, by_reference(routing.CombinedBackward)),
     "cross_entropy_rows_": (_cross_entropy_rows_, by_reference(CrossEntropyRows)),
+    "gated": (_gated, by_reference(gated.Gated)),
+    "gated_backward": (_gated_backward, by_reference(gated.GatedBackward)),
+    "rms_norm": (_rms_norm, by_reference(rms_norm.RmsNorm)),
+    "rms_norm_backward": (_rms_norm_backward, by_reference(rms_norm.RmsNormBackward)),
     "swiglu": (_swiglu, by_reference(swiglu.Swiglu)),
     "swiglu_backward": (_swiglu_backward, by_reference(swiglu.SwigluBackward)),
     "row_norms": (_row_norms, by_reference(RowNorms)),

@@ -34,7 +34,13 @@ Tensor swiglu(const Tensor& x) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto forward = cpu_kernels().lora.gate[int(gate_dtype(x, op))].forward;
     const Tensor rows = matrix(x), y = at::empty(with_last(x, x.size(-1) / 2), x.options());
-    const GateArgs args{.x = rows.const_data_ptr(), .columns = x.size(-1) / 2, .y = y.mutable_data_ptr()};
+    const int64_t columns = x.size(-1) / 2;
+    const auto* values = static_cast<const char*>(rows.const_data_ptr());
+    const GateArgs args{.gate = values,
+                        .up = values + columns * x.element_size(),
+                        .columns = columns,
+                        .stride = 2 * columns,
+                        .y = y.mutable_data_ptr()};
     for_rows(rows.size(0), args.columns, [&](int64_t first, int64_t last) { forward(args, first, last); });
     return y;
 }
@@ -48,10 +54,16 @@ Tensor swiglu_backward(const Tensor& grad, const Tensor& x) {
     TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(shape), op, ": grad must be ", at::IntArrayRef(shape),
                       ", found ", grad.sizes());
     const Tensor rows = matrix(x), dy = matrix(grad), dx = at::empty(x.sizes(), x.options());
-    const GateArgs args{.x = rows.const_data_ptr(),
-                        .columns = x.size(-1) / 2,
-                        .y = dx.mutable_data_ptr(),
-                        .dy = dy.const_data_ptr()};
+    const int64_t columns = x.size(-1) / 2, to_up = columns * x.element_size();
+    const auto* values = static_cast<const char*>(rows.const_data_ptr());
+    auto* slopes = static_cast<char*>(dx.mutable_data_ptr());
+    const GateArgs args{.gate = values,
+                        .up = values + to_up,
+                        .columns = columns,
+                        .stride = 2 * columns,
+                        .dy = dy.const_data_ptr(),
+                        .dgate = slopes,
+                        .dup = slopes + to_up};
     for_rows(rows.size(0), args.columns, [&](int64_t first, int64_t last) { backward(args, first, last); });
     return dx;
 }

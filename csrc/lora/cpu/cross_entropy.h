@@ -11,9 +11,7 @@
 namespace peftcore {
 namespace lora {
 
-// Comparisons here are of bits: the compiler does not vectorize a choice by a comparison of floats, which could trap.
-
-constexpr uint32_t kSignBit = 0x80000000u, kInfinityBits = 0x7f800000u;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr uint32_t kLeastBits = 0xc2ae0000u;  // -87, whose exponential is still normal
 
 // tanh(x), with a relative error of at most 4e-7: E / (E + 2) with E = e^2x - 1, whose polynomial has no constant term.

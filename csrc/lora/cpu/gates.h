@@ -1,11 +1,21 @@
-// y = silu(g) ∘ u for rows [g, u], and its gradient, each in one pass over memory, in fp32 with one rounding. The
-// compiler vectorizes the loops over a chunk, without contractions, so that all levels give the same bits.
+// y = act(g) ∘ u and its gradients, each in one pass over memory, in fp32. act is x / (1 + e^-p): silu with p = x, GELU by
+// tanh with p = 2 √(2/π) (x + 0.044715 x³). The compiler vectorizes the loops over a chunk, without contractions, so that
+// all levels give the same bits.
 #pragma once
 
 #include "lora/cpu/blocks.h"
 
 namespace peftcore {
 namespace lora {
+
+// Comparisons are of bits: the compiler does not vectorize a choice by a comparison of floats, which could trap.
+constexpr uint32_t kSignBit = 0x80000000u;
+
+// x with at most the magnitude whose bits are `most`.
+static inline float limited(float x, uint32_t most) {
+    const uint32_t magnitude = float_bits(x) & ~kSignBit;
+    return bits_float((magnitude < most ? magnitude : most) | (float_bits(x) & kSignBit));
+}
 
 // e^x for x in [-88, 88]. Relative error at most 2e-7: 2^n times the Taylor polynomial of degree seven, whose error on
 // half of ln 2 is 5e-9.
@@ -26,9 +36,8 @@ static inline float exponential_within(float x) {
 
 // e^x, with x clamped to [-88, 88].
 static inline float exponential(float x) {
-    x = x > 88.0f ? 88.0f : x;
-    x = x < -88.0f ? -88.0f : x;
-    return exponential_within(x);
+    constexpr uint32_t k88 = 0x42b00000u;
+    return exponential_within(limited(x, k88));
 }
 
 template <typename Level>
@@ -49,39 +58,68 @@ struct Gates {
             for (int64_t n = 0; n < count; n += kLanes)
                 store_some<Level>(to + n, count - n, Level::load(value + n));
         }
+        // Rounds the values to T.
+        void round(int64_t count = kChunk) {
+            if constexpr (sizeof(T) < sizeof(float)) {
+                alignas(64) T rounded[kLanes];
+                for (int64_t n = 0; n < count; n += kLanes) {
+                    Level::store(rounded, Level::load(value + n));
+                    Level::store(value + n, Level::load(rounded));
+                }
+            }
+        }
+    };
+
+    // p and its slope. Far out, where their powers would overflow, 1 / (1 + e^-p) is 0 or 1 anyway.
+    struct Power {
+        float linear, cubic;
+
+        static inline float near(float x) {
+            constexpr uint32_t k10000 = 0x461c4000u;
+            return limited(x, k10000);
+        }
+        inline float exponential_of(float x) const {  // e^-p
+            x = near(x);
+            return exponential(-x * (linear + cubic * (x * x)));
+        }
+        inline float slope(float x) const {
+            x = near(x);
+            return linear + 3.0f * cubic * (x * x);
+        }
     };
 
     static void forward(const GateArgs& args, int64_t first, int64_t last) {
         Chunk gate, up;
+        const Power p{args.linear, args.cubic};
         for (; first < last; ++first)
             for (int64_t n = 0; n < args.columns; n += kChunk) {
-                const T* x = static_cast<const T*>(args.x) + 2 * first * args.columns + n;
-                const int64_t count = std::min(kChunk, args.columns - n);
-                gate.load(x, count);
-                up.load(x + args.columns, count);
+                const int64_t count = std::min(kChunk, args.columns - n), at = first * args.stride + n;
+                gate.load(static_cast<const T*>(args.gate) + at, count);
+                up.load(static_cast<const T*>(args.up) + at, count);
                 for (int64_t i = 0; i < kChunk; ++i)
-                    gate.value[i] = gate.value[i] / (1.0f + exponential(-gate.value[i])) * up.value[i];
+                    gate.value[i] = gate.value[i] / (1.0f + p.exponential_of(gate.value[i]));
+                if (args.rounded) gate.round();
+                for (int64_t i = 0; i < kChunk; ++i) gate.value[i] *= up.value[i];
                 gate.store(static_cast<T*>(args.y) + first * args.columns + n, count);
             }
     }
 
     static void backward(const GateArgs& args, int64_t first, int64_t last) {
         Chunk gate, up, grad;
+        const Power p{args.linear, args.cubic};
         for (; first < last; ++first)
             for (int64_t n = 0; n < args.columns; n += kChunk) {
-                const int64_t row = 2 * first * args.columns + n, count = std::min(kChunk, args.columns - n);
-                const T* x = static_cast<const T*>(args.x) + row;
-                gate.load(x, count);
-                up.load(x + args.columns, count);
+                const int64_t count = std::min(kChunk, args.columns - n), at = first * args.stride + n;
+                gate.load(static_cast<const T*>(args.gate) + at, count);
+                up.load(static_cast<const T*>(args.up) + at, count);
                 grad.load(static_cast<const T*>(args.dy) + first * args.columns + n, count);
                 for (int64_t i = 0; i < kChunk; ++i) {
-                    const float g = gate.value[i], s = 1.0f / (1.0f + exponential(-g));
-                    gate.value[i] = grad.value[i] * up.value[i] * s * (1.0f + g * (1.0f - s));
+                    const float g = gate.value[i], e = p.exponential_of(g), s = 1.0f / (1.0f + e);
+                    gate.value[i] = grad.value[i] * up.value[i] * s * (1.0f + g * (e * s) * p.slope(g));
                     up.value[i] = grad.value[i] * g * s;
                 }
-                T* dx = static_cast<T*>(args.y) + row;
-                gate.store(dx, count);
-                up.store(dx + args.columns, count);
+                gate.store(static_cast<T*>(args.dgate) + at, count);
+                up.store(static_cast<T*>(args.dup) + at, count);
             }
     }
 

@@ -97,13 +97,40 @@ struct ScaleBackwardArgs {
     float* sums;  // dy ∘ x is added to them; columns padded to whole vectors; or nullptr
 };
 
-// For rows [g, u] of 2 columns values each.
+// act(g) ∘ u, act(x) = x / (1 + e^-p), p = linear x + cubic x³.
 struct GateArgs {
-    const void* x;  // [M, 2 columns]
-    int64_t columns;
-    void* y;                   // silu(g) ∘ u [M, columns]; of the gradient dx [M, 2 columns]
-    const void* dy = nullptr;  // [M, columns]
+    const void *gate, *up;  // [M, columns], rows `stride` values apart
+    int64_t columns, stride;
+    float linear = 1, cubic = 0;  // silu
+    bool rounded = false;         // act(g) is rounded before the product
+    void* y = nullptr;            // [M, columns]
+    // Of the gradient:
+    const void* dy = nullptr;               // [M, columns]
+    void *dgate = nullptr, *dup = nullptr;  // as gate and up
 };
+
+// y = (x r) ∘ g with r = 1 / √(mean of x² + eps) of each row.
+struct RmsNormArgs {
+    const void* x;  // [M, columns]
+    int64_t columns;
+    const float* g;  // [columns], and zeros up to kNormPadding
+    float eps;
+    bool rounded;  // x r is rounded before the product
+    void* y;
+    float* scale;  // r [M]
+};
+
+struct RmsNormBackwardArgs {
+    const void *dy, *x;  // [M, columns]
+    int64_t columns;
+    const float* g;
+    const float* scale;
+    bool rounded;
+    void* dx;     // or nullptr
+    float* sums;  // dy ∘ (x r) is added to them; columns filled up to kNormPadding; or nullptr
+};
+
+constexpr int64_t kNormPadding = 16;
 
 // out_t: the sum over j of w[t, j] y[places[t, j]]
 struct RowSumArgs {
@@ -178,6 +205,11 @@ struct GateKernels {
     void (*backward)(const GateArgs&, int64_t first_row, int64_t last_row);
 };
 
+struct RmsNormKernels {
+    void (*forward)(const RmsNormArgs&, int64_t first_row, int64_t last_row);
+    void (*backward)(const RmsNormBackwardArgs&, int64_t first_row, int64_t last_row);
+};
+
 // Ranges are of tokens; in the gradient, of rows.
 struct RowSumKernels {
     void (*sums)(const RowSumArgs&, int64_t first, int64_t last);
@@ -202,6 +234,7 @@ struct Kernels {
     RowKernels row[kDtypes];
     ScaleKernels scale[kDtypes];
     GateKernels gate[kDtypes];
+    RmsNormKernels rms_norm[kDtypes];
     RowSumKernels row_sum[kDtypes];
     void (*cross_entropy[kDtypes])(const CrossEntropyArgs&, int64_t first_row, int64_t last_row);
     void (*norms[kDtypes])(const NormArgs&, int64_t first_row, int64_t last_row);

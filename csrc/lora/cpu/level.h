@@ -4,6 +4,7 @@
 #include "lora/cpu/cross_entropy.h"
 #include "lora/cpu/gates.h"
 #include "lora/cpu/norms.h"
+#include "lora/cpu/rms_norm.h"
 #include "lora/cpu/rows.h"
 #include "lora/cpu/scaled.h"
 #include "lora/cpu/sums_of_rows.h"
@@ -21,6 +22,7 @@ static Kernels kernels_of() {
             .row = {Rows<F>::kernels(), Rows<H>::kernels(), Rows<B>::kernels()},
             .scale = {Scaled<F>::kernels(), Scaled<H>::kernels(), Scaled<B>::kernels()},
             .gate = {Gates<F>::kernels(), Gates<H>::kernels(), Gates<B>::kernels()},
+            .rms_norm = {RmsNorm<F>::kernels(), RmsNorm<H>::kernels(), RmsNorm<B>::kernels()},
             .row_sum = {SumsOfRows<F>::kernels(), SumsOfRows<H>::kernels(), SumsOfRows<B>::kernels()},
             .cross_entropy = {CrossEntropy<F>::rows, CrossEntropy<H>::rows, CrossEntropy<B>::rows},
             .norms = {Norms<F>::norms, Norms<H>::norms, Norms<B>::norms}};

@@ -1,0 +1,189 @@
+"""Modules whose `forward` is computed by one operator: RMSNorm, and MLPs with a gated activation.
+
+    LlamaMLP                                  LlamaMLP (fused)
+      down(act(gate(x)) * up(x))        =>      down(ops.gated(gate(x), up(x)))
+
+The class is swapped below all of peftcore's other classes. Children are called as before, so their hooks and adapters
+work. A call that the operator is not known to compute as the module does, or would compute slower, goes to the
+module's own `forward`: other dtypes, devices and subclasses of tensors, compiled and transformed calls, changed
+settings.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from peftcore import ops
+from peftcore.adaptation.class_swap import one_for_each_class, subclass
+from peftcore.ops._library import transformed
+from peftcore.ops.gated import Activation
+
+FORMULA = "_peftcore_formula"
+_MARKER = "_peftcore_fused"
+_DEVICES = ("cpu", "meta")  # with kernels; meta tensors stand for CPU ones
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+Settings = tuple[tuple[str, Any], ...]  # attributes and their values
+
+
+@dataclass(frozen=True)
+class NormFormula:
+    """RMSNorm as `ops.rms_norm` computes it.
+
+    Args:
+        weight, eps: names of the attributes.
+        offset, rounded: as in `ops.rms_norm`.
+        dtypes: pairs of dtypes of x and weight for which the results agree.
+        settings: the module's other plain attributes, which its forward may read.
+    """
+
+    weight: str
+    eps: str
+    offset: float
+    rounded: bool
+    dtypes: frozenset[tuple[torch.dtype, torch.dtype]]
+    settings: Settings
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Return the module's output, or None if its own forward must compute it."""
+        weight = getattr(module, self.weight)
+        if not plain(x, weight) or (x.dtype, weight.dtype) not in self.dtypes or not unchanged(module, self.settings):
+            return None
+        if x.dim() == 0 or weight.shape != x.shape[-1:]:
+            return None
+        return ops.rms_norm(x, weight, getattr(module, self.eps), offset=self.offset, rounded=self.rounded)
+
+
+@dataclass(frozen=True)
+class GateFormula:
+    """down(act(gate(x)) * up(x)).
+
+    Args:
+        calls: names of the children `gate` and `up` in the order in which they are called.
+        gate, up, act, down: names of the children.
+        activation: as in `ops.gated`.
+        act_class: class of `act`.
+        dtypes: dtypes for which the results agree.
+        settings, act_settings: plain attributes of the module and of `act`.
+    """
+
+    calls: tuple[str, str]
+    gate: str
+    up: str
+    act: str
+    down: str
+    activation: Activation
+    act_class: type[nn.Module]
+    dtypes: frozenset[torch.dtype]
+    settings: Settings
+    act_settings: Settings
+
+    def forward(self, module: nn.Module, x: Any) -> Any:
+        """Return the module's output, or None if its own forward must compute it."""
+        children: dict[str, Any] = module._modules
+        act = children.get(self.act)
+        if not untransformed() or not unchanged(module, self.settings) or not self.is_plain(act):
+            return None
+        if any(children.get(name) is None for name in (self.gate, self.up, self.down)):
+            return None
+        outputs = {name: children[name](x) for name in self.calls}
+        gate, up = outputs[self.gate], outputs[self.up]
+        if plain(gate, up) and gate.dtype is up.dtype and gate.dtype in self.dtypes and gate.shape == up.shape:
+            product = ops.gated(gate, up, self.activation)
+        else:
+            product = act(gate) * up  # type: ignore[misc]
+        return children[self.down](product)
+
+    def is_plain(self, act: nn.Module | None) -> bool:
+        """Return whether a call of `act` does nothing but its forward."""
+        return (
+            type(act) is self.act_class
+            and not (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks)
+            and "forward" not in act.__dict__
+            and unchanged(act, self.act_settings)
+        )
+
+
+def untransformed() -> bool:
+    """Return whether calls are neither compiled, traced nor transformed, so that an operator of ours serves."""
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or transformed())
+
+
+def plain(x: Any, other: Any) -> bool:
+    """Return whether an operator of ours takes both tensors and has a kernel for them."""
+    return (
+        type(x) in _PLAIN
+        and type(other) in _PLAIN
+        and x.device.type in _DEVICES
+        and x.device == other.device
+        and x.layout is torch.strided is other.layout
+        and untransformed()
+    )
+
+
+def unchanged(module: nn.Module, settings: Settings) -> bool:
+    """Return whether plain attributes of `module` have these values still."""
+    attributes = module.__dict__
+    return all(setting(attributes.get(name)) == value for name, value in settings)
+
+
+def setting(value: Any) -> Any:
+    """Return an attribute's value as it is compared: two partial functions of the same arguments are equal."""
+    return (value.func, value.args, value.keywords) if type(value) is functools.partial else value
+
+
+def fuse_module(module: nn.Module, formula: NormFormula | GateFormula) -> None:
+    """Swap the class of `module`, below the other classes of peftcore."""
+    classes = _swapped(module)
+    module.__dict__[FORMULA] = formula
+    module.__class__ = _rebuilt(_fused_class(classes[-1].__bases__[-1] if classes else type(module)), classes)
+
+
+def separate(module: nn.Module) -> None:
+    """Restore the class of a fused module."""
+    classes = _swapped(module)
+    inner = [cls for cls in classes if _MARKER in cls.__dict__]
+    del module.__dict__[FORMULA]
+    module.__class__ = _rebuilt(inner[0].__dict__[_MARKER], [cls for cls in classes if cls not in inner])
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Return whether the class of `module` is a fused one."""
+    return hasattr(type(module), _MARKER)
+
+
+def is_outermost(module: nn.Module) -> bool:
+    """Return whether no other library has swapped the class of `module` over peftcore's classes."""
+    classes = _swapped(module)
+    return not classes or classes[0] is type(module)
+
+
+def _swapped(module: nn.Module) -> list[Any]:
+    """Return peftcore's classes of `module`, the innermost last."""
+    return [cls for cls in type(module).__mro__ if "_peftcore_maker" in cls.__dict__]
+
+
+def _rebuilt(cls: Any, swapped: list[Any]) -> Any:
+    for each in reversed(swapped):
+        cls = each.__dict__["_peftcore_maker"](cls)
+    return cls
+
+
+@one_for_each_class
+def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+    own: Any = cls.forward
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            output = self.__dict__[FORMULA].forward(self, args[0])
+            if output is not None:
+                return output
+        return own(self, *args, **kwargs)
+
+    return subclass(cls, _fused_class, {"forward": forward, _MARKER: cls})

@@ -1,0 +1,139 @@
+"""Gated activations (Shazeer 2020, GLU Variants, section 2) of two matrices, and their gradients.
+
+    y = round(act(g)) ∘ u         act(x) = x s(x)         s = 1 / (1 + exp(-p))         p = linear x + cubic x³
+
+    dg = dy ∘ u ∘ s ∘ (1 + g ∘ (1 - s) ∘ p'(g))           du = dy ∘ act(g)
+
+SiLU is p = x, GELU by tanh p = 2 √(2/π) (x + 0.044715 x³), and the quick GELU p = 1.702 x. All is computed in fp32;
+act(g) is rounded to g's dtype, as models compute it, and the result. Only g and u are kept for the gradient: PyTorch's
+operators keep act(g), too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from peftcore.ops._library import define_by, transformed
+from peftcore.ops.weight import check_dtype, value
+
+_OPS = torch.ops.peftcore
+_TANH = 2 * math.sqrt(2 / math.pi)
+Activation = Literal["silu", "gelu_tanh", "quick_gelu"]
+ACTIVATIONS: dict[str, tuple[float, float]] = {
+    "silu": (1.0, 0.0),
+    "gelu_tanh": (_TANH, 0.044715 * _TANH),
+    "quick_gelu": (1.702, 0.0),
+}
+
+
+def _check(op: str, gate: Tensor, **others: Tensor) -> None:
+    check_dtype(gate.dtype, op)
+    value(gate.layout is torch.strided, op, f"gate must be strided, found {gate.layout}")
+    for name, t in others.items():
+        if t.dtype is not gate.dtype:
+            raise TypeError(f"{op}: {name} must be {gate.dtype} like gate, found {t.dtype}")
+        value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
+        value(t.device == gate.device, op, f"{name} must be on {gate.device} like gate, found {t.device}")
+        shape = f"{name} must be {list(gate.shape)} like gate, found {list(t.shape)}"
+        value(t.shape == gate.shape, op, shape)
+
+
+def _share(x: Tensor, linear: float, cubic: float) -> Tensor:
+    return torch.sigmoid(linear * x + cubic * x.pow(3) if cubic else linear * x)
+
+
+def _formula(gate: Tensor, up: Tensor, linear: float, cubic: float) -> Tensor:
+    wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    return (wide * _share(wide, linear, cubic)).to(gate.dtype) * up
+
+
+@dataclass
+class Gated:
+    gate: Tensor
+    up: Tensor
+    linear: float
+    cubic: float
+
+    def __post_init__(self) -> None:
+        _check("gated", self.gate, up=self.up)
+
+    def compute(self) -> Tensor:
+        return _formula(self.gate, self.up, self.linear, self.cubic)
+
+    def empty(self) -> Tensor:
+        return self.gate.new_empty(self.gate.shape)
+
+
+@dataclass
+class GatedBackward:
+    grad: Tensor
+    gate: Tensor
+    up: Tensor
+    linear: float
+    cubic: float
+
+    def __post_init__(self) -> None:
+        _check("gated_backward", self.gate, up=self.up, grad=self.grad)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        gate, grad, dtype = self.gate.float(), self.grad.float(), self.gate.dtype
+        s = _share(gate, self.linear, self.cubic)
+        slope = self.linear + 3 * self.cubic * gate.pow(2)
+        dgate = grad * self.up * s * (1 + gate * (1 - s) * slope)
+        return dgate.to(dtype), (grad * gate * s).to(dtype)
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        return self.gate.new_empty(self.gate.shape), self.gate.new_empty(self.gate.shape)
+
+
+define_by("gated(Tensor gate, Tensor up, float linear, float cubic) -> Tensor", Gated)
+define_by(
+    "gated_backward(Tensor grad, Tensor gate, Tensor up, float linear, float cubic) -> (Tensor dgate, Tensor dup)",
+    GatedBackward,
+)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, linear: float, cubic: float) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.powers = linear, cubic
+        return _OPS.gated(gate, up, linear, cubic)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # it is differentiated again
+            inputs = [t for t, needed in zip((gate, up), needs, strict=True) if needed]
+            y = _formula(gate, up, *ctx.powers)
+            found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in needs), None, None
+        dgate, dup = _OPS.gated_backward(grad, gate, up, *ctx.powers)
+        return dgate if needs[0] else None, dup if needs[1] else None, None, None
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
+    """Return act(gate) ∘ up.
+
+    Args:
+        gate: of any shape; fp32, fp16, bf16 or float64.
+        up: in the shape and dtype of gate.
+        activation: `silu`, `gelu_tanh` or `quick_gelu`.
+
+    Returns:
+        In the shape and dtype of gate, with gradients for both.
+    """
+    powers = ACTIVATIONS[activation]
+    # Without a kernel the reference would make fp32 matrices. Meta tensors are treated as on a CPU.
+    if gate.device.type not in ("cpu", "meta") or gate.dtype is torch.float64 or transformed():
+        return _formula(gate, up, *powers)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _Gated.apply(gate, up, *powers)  # type: ignore[no-untyped-call]
+    y: Tensor = _OPS.gated(gate, up, *powers)
+    return y

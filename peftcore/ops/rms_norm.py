@@ -1,0 +1,164 @@
+"""RMSNorm (Zhang & Sennrich 2019) and its gradients.
+
+    r = 1 / √(mean of x² + eps)         y = round?(x r) ∘ g         g = offset + weight
+
+    dx = r (dy ∘ g - x r mean(dy ∘ g ∘ x r))          dweight = the sum of dy ∘ round?(x r) over rows
+
+All is computed in fp32 and rounded to x's dtype at the end; with `rounded`, as in Llama, x r is rounded before it is
+multiplied by the weight, too. Only x and r are kept for the gradient: PyTorch's formula in 16 bits keeps x in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.ops._library import define_by, transformed
+from peftcore.ops.weight import DTYPES, check_dtype, check_like, value
+
+_OPS = torch.ops.peftcore
+
+
+def _check(op: str, x: Tensor, weight: Tensor) -> None:
+    check_dtype(x.dtype, op)
+    for name, t in (("x", x), ("weight", weight)):
+        value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"{op}: weight must be float32, float16 or bfloat16, found {weight.dtype}")
+    value(weight.device == x.device, op, f"weight must be on {x.device} like x, found {weight.device}")
+    value(x.dim() > 0, op, "x must have at least one dimension, found a scalar")
+    shape = f"weight must be [{x.shape[-1]}] for x, found {list(weight.shape)}"
+    value(list(weight.shape) == [x.shape[-1]], op, shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+@dataclass
+class RmsNorm:
+    x: Tensor
+    weight: Tensor
+    eps: float
+    offset: float
+    rounded: bool
+
+    def __post_init__(self) -> None:
+        _check("rms_norm", self.x, self.weight)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        scale = torch.rsqrt(self.x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        y = _scaled(self.x.float() * scale, self.weight, self.offset, self.x.dtype if self.rounded else None)
+        return y.to(self.x.dtype), scale.flatten()
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        return self.x.new_empty(self.x.shape), _rows(self.x)
+
+
+@dataclass
+class RmsNormBackward:
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    offset: float
+    rounded: bool
+    needs: Sequence[bool]
+
+    def __post_init__(self) -> None:
+        op = "rms_norm_backward"
+        _check(op, self.x, self.weight)
+        check_like(self.grad, self.x, op, "grad")
+        value(self.grad.layout is torch.strided, op, f"grad must be strided, found {self.grad.layout}")
+        shape = f"grad must be {list(self.x.shape)} like x, found {list(self.grad.shape)}"
+        value(self.grad.shape == self.x.shape, op, shape)
+        if self.scale.dtype is not torch.float32:
+            raise TypeError(f"{op}: scale must be Float, found {self.scale.dtype}")
+        value(self.scale.device == self.x.device, op, f"scale must be on {self.x.device}, found {self.scale.device}")
+        rows = self.x.shape[:-1].numel()
+        value(list(self.scale.shape) == [rows], op, f"scale must be [{rows}], found {list(self.scale.shape)}")
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        dx, dweight = self.x.new_empty(0), self.weight.new_empty(0)
+        scale = self.scale.view(*self.x.shape[:-1], 1)
+        normed = self.x.float() * scale
+        if self.needs[0]:
+            slopes = self.grad.float() * (self.offset + self.weight.float())
+            dx = (scale * (slopes - normed * (slopes * normed).mean(-1, keepdim=True))).to(self.x.dtype)
+        if self.needs[1]:
+            normed = normed.to(self.x.dtype).float() if self.rounded else normed
+            dweight = (self.grad.float() * normed).view(-1, self.x.shape[-1]).sum(0).to(self.weight.dtype)
+        return dx, dweight
+
+    def empty(self) -> tuple[Tensor, ...]:
+        of = zip((self.x, self.weight), self.needs, strict=True)
+        return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in of)
+
+
+_NAMES = "float offset, bool rounded"
+define_by(f"rms_norm(Tensor x, Tensor weight, float eps, {_NAMES}) -> (Tensor y, Tensor scale)", RmsNorm)
+define_by(
+    f"rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, {_NAMES}, bool[2] needs)"
+    " -> (Tensor dx, Tensor dweight)",
+    RmsNormBackward,
+)
+
+
+def _scaled(normed: Tensor, weight: Tensor, offset: float, rounded_to: torch.dtype | None) -> Tensor:
+    gain = weight.to(normed.dtype) if offset == 0 else offset + weight.to(normed.dtype)
+    return gain * (normed if rounded_to is None else normed.to(rounded_to))
+
+
+def _formula(x: Tensor, weight: Tensor, eps: float, offset: float, rounded: bool) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return _scaled(normed, weight, offset, x.dtype if rounded else None).to(x.dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounded: bool) -> Tensor:
+        y, scale = _OPS.rms_norm(x, weight, eps, offset, rounded)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.settings = eps, offset, rounded
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        eps, offset, rounded = ctx.settings
+        needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # it is differentiated again
+            inputs = [t for t, needed in zip((x, weight), needs, strict=True) if needed]
+            y = _formula(x, weight, eps, offset, rounded)
+            found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in needs), None, None, None
+        dx, dweight = _OPS.rms_norm_backward(grad, x, weight, scale, offset, rounded, needs)
+        return dx if needs[0] else None, dweight if needs[1] else None, None, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounded: bool = True) -> Tensor:
+    """Return x / √(mean of x² + eps) ∘ (offset + weight), with the mean over the last dimension.
+
+    Args:
+        x: `[.., n]`; fp32, fp16, bf16 or float64.
+        weight: `[n]`, of any of these dtypes.
+        eps: constant in the root.
+        offset: constant that is added to the weight: 1 in Gemma.
+        rounded: round the normalized x to its dtype before it is multiplied by the weight, as Llama does.
+
+    Returns:
+        In the shape and dtype of x, with gradients for x and weight.
+    """
+    # Without a kernel the reference would make fp32 matrices. Meta tensors are treated as on a CPU.
+    wide = torch.float64 in (x.dtype, weight.dtype)
+    if wide or x.device.type not in ("cpu", "meta") or transformed():
+        return _formula(x, weight, eps, offset, rounded)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RmsNorm.apply(x, weight, eps, offset, rounded)  # type: ignore[no-untyped-call]
+    y: Tensor = _OPS.rms_norm(x, weight, eps, offset, rounded)[0]
+    return y
