@@ -22,6 +22,7 @@ ELSEWHERE = {  # public functions with tests of their own processes, and classes
     "load_sharded": "tests/parallel",
     "shard": "tests/parallel",
     "call_arguments": "within a call",
+    "config": "needs no model",
     "current_call": "within a call",
     "current_optimizer": "within a step",
     "reset_optimizer_state": "within a step",

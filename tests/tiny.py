@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.observation import observe, tracing
+from peftcore.observation import known_as, observe
 from peftcore.plugin import (
     Adapter,
     After,
@@ -47,9 +47,9 @@ def observed(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
     @functools.wraps(make)
     def made(*args: Any, **kwargs: Any) -> nn.Module:
-        structure, facts = tracing._REMEMBERED[first(*args, **kwargs)]
+        other = first(*args, **kwargs)
         model = make(*args, **kwargs)  # sets the seed again
-        tracing._REMEMBERED[model] = structure, dict(facts)
+        known_as(model, other, shared=False)
         return model
 
     return made

@@ -60,8 +60,8 @@ inline void check_rows(const Tensor& t, const char* name, int64_t columns, const
 inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, const Sizes& sizes,
                           const char* op) {
     const auto check = [&](const Tensor& t, const char* name) {
-        TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()), op, ": ", name,
-                         " must be of a floating-point dtype, found ", t.scalar_type());
+        TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()) && t.element_size() > 1, op, ": ", name,
+                         " must be of 16, 32 or 64 bits in floating point, found ", t.scalar_type());
         TORCH_CHECK_VALUE(t.device() == x.device(), op, ": ", name, " must be on ", x.device(),
                           " like x, found ", t.device());
         TORCH_CHECK_VALUE(t.dim() == 3, op, ": ", name, " must have three dimensions, found ", t.sizes());

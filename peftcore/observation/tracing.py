@@ -143,11 +143,18 @@ def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]
     return remembered
 
 
-def known_as(model: nn.Module, other: nn.Module) -> None:
-    """Share cached facts between `model` and `other`, which have the same weights and parts."""
+def known_as(model: nn.Module, other: nn.Module, *, shared: bool = True) -> None:
+    """Give `model` the cached facts of `other`, which has the same weights and parts.
+
+    Args:
+        model: model whose facts are replaced.
+        other: model whose facts are known.
+        shared: whether facts found later of one of the two are known of the other.
+    """
     if other not in _REMEMBERED:
         _REMEMBERED[other] = structure_of(other), {}
-    _REMEMBERED[model] = _REMEMBERED[other]
+    structure, facts = _REMEMBERED[other]
+    _REMEMBERED[model] = structure, facts if shared else dict(facts)
 
 
 def trace(

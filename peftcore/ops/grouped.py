@@ -106,7 +106,7 @@ def grouped_lora_linear(
     """Return x_i W_eᵀ + bias_e + scale · (dropout(x_i) A_eᵀ) B_eᵀ for the rows of each expert e.
 
     Args:
-        a, b: `[E, r, in]` and `[E, out, r]` in any floating-point dtype, whatever the layout of the weight.
+        a, b: `[E, r, in]` and `[E, out, r]` in floating point of 16, 32 or 64 bits, whatever the layout of the weight.
         dropout_p, seed: see `lora_linear`.
 
     The other arguments, what it returns and raises: see `grouped_linear`. Gradients also for a and b.

@@ -69,8 +69,8 @@ def _check_factors(op: str, x: Tensor, factors: Sequence[Tensor], sizes: tuple[i
     experts, out, width = sizes
     a, b = factors[:2]
     for name, t in (("a", a), ("b", b)):
-        if not t.is_floating_point():
-            raise TypeError(f"{op}: {name} must be of a floating-point dtype, found {t.dtype}")
+        if not t.is_floating_point() or t.itemsize == 1:
+            raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
         value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
         value(t.dim() == 3, op, f"{name} must have three dimensions, found {list(t.shape)}")
     r = a.shape[1]

@@ -57,8 +57,8 @@ def frozen_linear(x: Tensor, weight: Sequence[Tensor], packing: Sequence[int], b
 
 def check_factors(op: str, x: Tensor, a: Tensor, b: Tensor, out_features: int, names: tuple[str, str]) -> None:
     for name, t in zip(names, (a, b), strict=True):
-        if not t.is_floating_point():
-            raise TypeError(f"{op}: {name} must be of a floating-point dtype, found {t.dtype}")
+        if not t.is_floating_point() or t.itemsize == 1:
+            raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
         value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
         value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
     r = a.shape[0]
@@ -252,8 +252,8 @@ def lora_linear(
         x: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.
         weight: `[out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It gets no gradient.
         bias: `[out]`, cast to x's dtype.
-        a, b: `[r, in]` and `[out, r]` in any floating-point dtype, used as fp32 (for a float64 x as float64);
-            their gradients have their own.
+        a, b: `[r, in]` and `[out, r]` in floating point of 16, 32 or 64 bits, used as fp32 (as float64 for
+            such an x); their gradients have their own.
         dropout_p: probability with which an element of x is dropped before A, to a multiple of 1/65536.
         seed: int64 `[]` on CPU, which determines the elements (see `keep_mask`). If there is dropout, the default is
             drawn from PyTorch's generator, so that `torch.manual_seed` and checkpointing work.

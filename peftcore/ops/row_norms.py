@@ -37,8 +37,8 @@ class RowNorms:
         if isinstance(frozen, Tensor) and frozen.dtype is not torch.float64:
             check_dtype(frozen.dtype, op)
         for name, t in (("a", self.a), ("b", self.b)):
-            if not t.is_floating_point():
-                raise TypeError(f"{op}: {name} must be of a floating-point dtype, found {t.dtype}")
+            if not t.is_floating_point() or t.itemsize == 1:
+                raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
             value(t.device == first.device, op, f"{name} must be on {first.device} like weight, found {t.device}")
             value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
         (out, width), r = self.shape, self.a.shape[0]
@@ -77,7 +77,7 @@ def row_norms(weight: Tensor | PackedWeight, a: Tensor, b: Tensor, scale: float 
 
     Args:
         weight: `[out, in]`, fp32, fp16, bf16 or float64, or a `PackedWeight`.
-        a, b: `[r, in]` and `[out, r]` in any floating-point dtype.
+        a, b: `[r, in]` and `[out, r]` in floating point of 16, 32 or 64 bits.
 
     Returns:
         fp32 `[out]` (float64 for a float64 weight), without gradients.

@@ -38,7 +38,7 @@ def test_models_without_such_a_head() -> None:
 
 
 def test_a_loss_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = lazy_handlers._MORE[nn.functional.cross_entropy]
+    original = lazy_handlers.HANDLERS[nn.functional.cross_entropy]
 
     def wrong(recipe: Any, args: Any, kwargs: Any) -> Tensor:
         loss: Tensor = original(recipe, args, kwargs)
