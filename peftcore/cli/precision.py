@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from peftcore.cli import models
@@ -39,6 +40,15 @@ def base_dtype(precision: str, dtype: str) -> str:
 def arguments(precision: str) -> dict[str, bool]:
     """Return arguments for transformers' `TrainingArguments`."""
     return {name: precision == name for name in ("bf16", "fp16")}
+
+
+def autocast(precision: str, device: str) -> AbstractContextManager[object]:
+    """Return the autocast in which a step of training runs, or a context that does nothing."""
+    import torch
+
+    if precision not in ("bf16", "fp16"):
+        return contextlib.nullcontext()
+    return torch.autocast(device, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 @contextlib.contextmanager

@@ -134,7 +134,8 @@ def lazily(
     few = [{k: v[-64:] if isinstance(v, list) else v for k, v in each.items()} for each in rows[:2]]
     batch = tasks.collator(tokenizer)(few)
     inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    why = why_not_lazy(model, inputs)
+    with precision.autocast(settings.precision, model.device.type):
+        why = why_not_lazy(model, inputs)
     if why is None:
         peftcore.lazy_logits(model)
         say("the loss is computed without the logits of a batch (--lazy-logits auto)")

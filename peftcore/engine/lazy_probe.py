@@ -23,7 +23,7 @@ def why_not_lazy(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     """Return why the model's loss of `inputs` should not be computed with lazy logits, or None.
 
     The loss and the gradient of the head's input are computed both ways, with the same random numbers. Gradients of
-    parameters, buffers and lazy logits are left as they were.
+    parameters, buffers and lazy logits are left as they were. Call it in the autocast of the training.
 
     Args:
         model: in any mode.
@@ -52,7 +52,9 @@ def why_not_lazy(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
                     buffer.copy_(buffers[name])
     if found is None or wanted is None:
         return "its loss reads them, or no gradient passes the head"
-    dtype, loss, gradient = wanted[1].dtype, float(wanted[0]), wanted[1].float()
+    loss, gradient = float(wanted[0]), wanted[1].float()
+    device = wanted[1].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else wanted[1].dtype
     off = abs(float(found[0]) - loss) / max(abs(loss), 1e-6), float((found[1] - gradient).norm() / gradient.norm())
     if not off[0] <= _LOSS or not off[1] <= _GRADIENT.get(dtype, 1e-3):
         return f"the loss of a few rows differs by {off[0]:.1e} with them, its gradient by {off[1]:.1e}, relatively"

@@ -86,7 +86,8 @@ def _facts(model: nn.Module, adapter: str) -> list[tuple[str, str]]:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |".replace("\n", " ") for name, value in rows)]
+    cells = [(name, value.replace("\n", " ").replace("|", r"\|")) for name, value in rows]
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)]
 
 
 def write(folder: Path, about: Mapping[str, Any], text: str) -> None:
@@ -159,7 +160,7 @@ def updated(head: str, about: Mapping[str, Any]) -> str:
 
 
 def _has(tags: str, tag: str) -> bool:
-    return re.search(rf"(?<![\w:./-]){re.escape(tag)}(?![\w:./-])", tags.partition(":")[2]) is not None
+    return tag in re.findall(r"[\w:./-]+", tags.partition(":")[2])
 
 
 def _with_tags(lines: str, tags: Sequence[str]) -> str:

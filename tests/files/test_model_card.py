@@ -47,6 +47,11 @@ def test_what_a_card_says(tmp_path: Path) -> None:
     assert not any("lora_dropout" in row for row in rows)  # as usual
 
 
+def test_a_pattern_stays_in_its_cell_of_the_table(tmp_path: Path) -> None:
+    peftcore.save(model(r=2, target_modules=r".*\.(q_proj|v_proj)"), tmp_path)
+    assert r"""| `target_modules` | `".*\\.(q_proj\|v_proj)"` |""" in read(tmp_path).splitlines()
+
+
 def test_the_metadata_are_yaml_that_hubs_read(tmp_path: Path) -> None:
     data = pytest.importorskip("huggingface_hub").ModelCard.load(peftcore.save(model(r=2), tmp_path) / "README.md").data
     assert (data.base_model, data.library_name, data.pipeline_tag) == ("org/base", "peft", "text-generation")
