@@ -31,8 +31,13 @@ ACTIVATIONS: dict[str, tuple[float, float]] = {
 }
 
 
-def _check(op: str, gate: Tensor, **others: Tensor) -> None:
+_LARGEST = 16.0  # coefficient of an activation; its products then overflow only where the reference's do
+
+
+def _check(op: str, gate: Tensor, linear: float, cubic: float, **others: Tensor) -> None:
     check_dtype(gate.dtype, op)
+    for name, number in (("linear", linear), ("cubic", cubic)):
+        value(0 <= number <= _LARGEST, op, f"{name} must be from 0 to {_LARGEST:g}, found {number}")
     value(gate.layout is torch.strided, op, f"gate must be strided, found {gate.layout}")
     for name, t in others.items():
         if t.dtype is not gate.dtype:
@@ -60,7 +65,7 @@ class Gated:
     cubic: float
 
     def __post_init__(self) -> None:
-        _check("gated", self.gate, up=self.up)
+        _check("gated", self.gate, self.linear, self.cubic, up=self.up)
 
     def compute(self) -> Tensor:
         return _formula(self.gate, self.up, self.linear, self.cubic)
@@ -78,7 +83,7 @@ class GatedBackward:
     cubic: float
 
     def __post_init__(self) -> None:
-        _check("gated_backward", self.gate, up=self.up, grad=self.grad)
+        _check("gated_backward", self.gate, self.linear, self.cubic, up=self.up, grad=self.grad)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         gate, grad, dtype = self.gate.float(), self.grad.float(), self.gate.dtype

@@ -19,11 +19,13 @@ import torch
 from fuzz.memory import LAYOUTS, laid_out
 
 from peftcore import ops
-from peftcore.ops import gated, grouped, linear_per_sample, lora, optim, quant4, rms_norm, routing, swiglu
+from peftcore.ops import grouped, linear_per_sample, lora, optim, quant4, routing, swiglu
 from peftcore.ops import optim_rules as rules
 from peftcore.ops.cross_entropy import CrossEntropyRows
 from peftcore.ops.dense_linear import DenseLinear
+from peftcore.ops.gated import Gated, GatedBackward
 from peftcore.ops.linear_4bit import Linear4bit, Linear4bitBackward
+from peftcore.ops.rms_norm import RmsNorm, RmsNormBackward
 from peftcore.ops.row_norms import RowNorms
 from peftcore.ops.scaled import Scaled, ScaledBackward
 
@@ -354,10 +356,10 @@ OPERATORS = {
     "combined": (_combined, by_reference(routing.Combined)),
     "combined_backward": (_combined_backward, by_reference(routing.CombinedBackward)),
     "cross_entropy_rows_": (_cross_entropy_rows_, by_reference(CrossEntropyRows)),
-    "gated": (_gated, by_reference(gated.Gated)),
-    "gated_backward": (_gated_backward, by_reference(gated.GatedBackward)),
-    "rms_norm": (_rms_norm, by_reference(rms_norm.RmsNorm)),
-    "rms_norm_backward": (_rms_norm_backward, by_reference(rms_norm.RmsNormBackward)),
+    "gated": (_gated, by_reference(Gated)),
+    "gated_backward": (_gated_backward, by_reference(GatedBackward)),
+    "rms_norm": (_rms_norm, by_reference(RmsNorm)),
+    "rms_norm_backward": (_rms_norm_backward, by_reference(RmsNormBackward)),
     "swiglu": (_swiglu, by_reference(swiglu.Swiglu)),
     "swiglu_backward": (_swiglu_backward, by_reference(swiglu.SwigluBackward)),
     "row_norms": (_row_norms, by_reference(RowNorms)),

@@ -141,3 +141,14 @@ def test_checks(gate: Tensor, up: Tensor, error: type[Exception], message: str) 
         _OPS.gated(gate, up, 1.0, 0.0)
     with pytest.raises(error, match=f"gated_backward: {message}"):
         _OPS.gated_backward(gate, gate, up, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("name", ["linear", "cubic"])
+def test_a_coefficient_that_no_activation_has_is_refused(name: str, number: float) -> None:
+    x = torch.ones(3)
+    coefficients = {"linear": 1.0, "cubic": 0.0, name: number}
+    with pytest.raises(ValueError, match=f"gated: {name} must be from 0 to 16, found"):
+        torch.ops.peftcore.gated(x, x, **coefficients)
+    with pytest.raises(ValueError, match=f"gated_backward: {name} must be from 0 to 16, found"):
+        torch.ops.peftcore.gated_backward(x, x, x, **coefficients)

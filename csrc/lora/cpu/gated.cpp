@@ -12,7 +12,8 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int64_t kGatedValues = 8192, kGatedRow = 1024;  // of a task, and of a row: shapes do not matter here
+constexpr int64_t kGatedValues = 8192,
+                  kGatedRow = 1024;  // of a task, and of a row: shapes do not matter here
 
 // The matrices of all values, as rows of kGatedRow values and a last, shorter one.
 template <typename Kernel>
@@ -31,11 +32,24 @@ void for_values(const GateArgs& args, int64_t count, int64_t itemsize, const Ker
     kernel(last, 0, 1);
 }
 
+// Of an activation; its products then overflow only where the reference's do.
+constexpr double kLargestCoefficient = 16;
+
+void check_coefficients(double linear, double cubic, const char* op) {
+    const auto check = [&](double number, const char* name) {
+        TORCH_CHECK_VALUE(0 <= number && number <= kLargestCoefficient, op, ": ", name, " must be from 0 to ",
+                          kLargestCoefficient, ", found ", number);
+    };
+    check(linear, "linear");
+    check(cubic, "cubic");
+}
+
 Tensor gated(const Tensor& gate, const Tensor& up, double linear, double cubic) {
     const char* op = "gated";
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto forward = cpu_kernels().lora.gate[int(kernel_dtype(gate.scalar_type(), op))].forward;
     check_gated(gate, up, op);
+    check_coefficients(linear, cubic, op);
     const Tensor g = gate.contiguous(), u = up.contiguous(), y = at::empty(gate.sizes(), gate.options());
     const GateArgs args{.gate = g.const_data_ptr(),
                         .up = u.const_data_ptr(),
@@ -55,11 +69,13 @@ std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad, const Tensor& gate
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto backward = cpu_kernels().lora.gate[int(kernel_dtype(gate.scalar_type(), op))].backward;
     check_gated(gate, up, op);
+    check_coefficients(linear, cubic, op);
     check_like(grad, gate, op, "grad");
-    TORCH_CHECK_VALUE(grad.sizes() == gate.sizes(), op, ": grad must be ", gate.sizes(),
-                      " like gate, found ", grad.sizes());
+    TORCH_CHECK_VALUE(grad.sizes() == gate.sizes(), op, ": grad must be ", gate.sizes(), " like gate, found ",
+                      grad.sizes());
     const Tensor g = gate.contiguous(), u = up.contiguous(), dy = grad.contiguous();
-    const Tensor dgate = at::empty(gate.sizes(), gate.options()), dup = at::empty(gate.sizes(), gate.options());
+    const Tensor dgate = at::empty(gate.sizes(), gate.options()),
+                 dup = at::empty(gate.sizes(), gate.options());
     const GateArgs args{.gate = g.const_data_ptr(),
                         .up = u.const_data_ptr(),
                         .columns = kGatedRow,

@@ -72,9 +72,8 @@ struct RmsNorm {
                     load(from, n, columns, x);
                     load(grad, n, columns, dy);
                     const float* g = args.g + n;
-                    products +=
-                        sum(filled_up(std::min(kChunk, columns - n), kSums),
-                            [&](int64_t i) { return dy.value[i] * g[i] * (x.value[i] * r); });
+                    products += sum(filled_up(std::min(kChunk, columns - n), kSums),
+                                    [&](int64_t i) { return dy.value[i] * g[i] * (x.value[i] * r); });
                 }
                 mean = float(products / double(columns));
             }
