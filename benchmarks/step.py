@@ -89,7 +89,10 @@ MODELS = {
     "ViT": ("vit", {}),
 }
 KINDS = {"bert": "AutoModelForSequenceClassification", "vit": "AutoModelForImageClassification"}
-PARTS = {"lazy logits": peftcore.lazy_logits}  # each changes a model in place, or raises PeftcoreError
+PARTS = {  # each changes a model in place, or raises PeftcoreError
+    "lazy logits": peftcore.lazy_logits,
+    "fused": peftcore.fuse,
+}
 BASES = ("frozen", "peft", "peftcore")
 warnings.simplefilter("ignore")
 

@@ -242,7 +242,7 @@ for name in {names}:
 ORDERS = ["import peftcore, trl", "import trl, transformers.trainer, trl.trainer.sft_trainer, peftcore"]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [pytest.param(ORDERS[0], marks=pytest.mark.nightly), ORDERS[1]])
 def test_where_peft_is_not_installed(order: str, base: Path, tmp_path: Path) -> None:
     names = ["SFT", "DPO", "GRPO"] if order == ORDERS[0] else ["SFT"]
     code = WITHOUT.format(order=order, names=names)
