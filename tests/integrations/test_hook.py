@@ -31,9 +31,8 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a library that can be imported, with a class of models."""
     (tmp_path / "steerlib.py").write_text("from torch import nn\n\nclass Steered(nn.Sequential): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
-    finders = list(sys.meta_path)
     yield "steerlib"
-    sys.meta_path[:] = finders
+    sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "name", None) != "steerlib"]
     sys.modules.pop("steerlib", None)
     for name in ("steer", "other"):
         registry.unregister(name)
