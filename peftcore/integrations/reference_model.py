@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer import Trainer
 
 from peftcore import engine
 from peftcore.adaptation.adapted import adapters_of
@@ -40,6 +39,8 @@ def reference_of(trainer: Any) -> Reference | None:
 
 
 if TYPE_CHECKING:
+    from transformers.trainer import Trainer  # whose import runs `peftcore.integrations.transformers`
+
     _Over = nn.Module  # `_View` is only mixed into subclasses of it
 else:
     _Over = object
@@ -107,15 +108,15 @@ def _view_class(cls: type[nn.Module]) -> type[nn.Module]:
     return metaclass(cls.__name__, (_View, cls), names)
 
 
-def patch_trainers() -> None:
-    """Patch all trainer classes, including those defined later."""
+def patch_trainers(base: type[Trainer]) -> None:
+    """Patch all classes that derive from `base`, transformers' `Trainer`, including those defined later."""
 
     def init_subclass(cls: Any, /, **kwargs: Any) -> None:
-        super(Trainer, cls).__init_subclass__(**kwargs)
+        super(base, cls).__init_subclass__(**kwargs)
         _patch(cls)
 
-    Trainer.__init_subclass__ = classmethod(init_subclass)
-    classes = Trainer.__subclasses__()
+    base.__init_subclass__ = classmethod(init_subclass)  # type: ignore[assignment]
+    classes = base.__subclasses__()
     for cls in classes:
         _patch(cls)
         classes += cls.__subclasses__()

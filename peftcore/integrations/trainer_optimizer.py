@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
-from transformers import trainer as transformers_trainer
 
 from peftcore import engine, optim
 from peftcore.errors import PeftcoreError
@@ -60,6 +59,8 @@ def with_groups(trainer: Any, adapted: nn.Module, model: nn.Module | None) -> tu
     """
     model = trainer.model if model is None else model
     kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    from transformers import trainer as transformers_trainer  # whose import runs `peftcore.integrations.transformers`
+
     is_factory = getattr(transformers_trainer, "is_optimizer_factory", lambda _kind: False)  # in later releases
     lr, decay = options.get("lr") or trainer.args.learning_rate, trainer.args.weight_decay
     groups = engine.method_groups(adapted, lr, decay)

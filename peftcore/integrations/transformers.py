@@ -367,7 +367,7 @@ def _patch_trainer() -> None:
     ):
         name = ours.__name__ if hasattr(Trainer, ours.__name__) else ours.__name__[1:]
         patch(Trainer, name, ours, _model_of)
-    patch_trainers()
+    patch_trainers(Trainer)
 
 
 _patch_trainer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import nn
 import peftcore
 from peftcore.plugin import Integration, hookimpl
 from peftcore.registry import registry
+
+INTEGRATIONS = Path(peftcore.__file__).parent / "integrations"
 
 
 class Adds:
@@ -117,3 +120,12 @@ def test_integrations_of_another_type_are_refused(library: str, answer: Any) -> 
     registry.register("steer", Adds(answer), "peftcore-steer", "2.0")
     with pytest.raises(peftcore.PluginError, match=r"'steer' .* must return a list of peftcore.plugin.Integration"):
         adapted(sequential())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("module", sorted(file.stem for file in INTEGRATIONS.glob("[a-z]*.py")))
+def test_each_module_can_be_imported_first(module: str) -> None:
+    """A library that a module imports may run the integration that imports the module."""
+    code = f"import peftcore.integrations.{module}"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
