@@ -112,11 +112,16 @@ def write(folder: Path, about: Mapping[str, Any], text: str) -> None:
 
 
 def add(folder: Path, heading: str, rows: Sequence[tuple[str, str]], command: str | None = None) -> None:
-    """Add a table, and a command, to the marked section, until the next save. A card without marks is left as it is."""
+    """Add a table, and a command, to the marked section, until the next save. A card without marks is left as it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     file = folder / FILE
-    if not file.is_file():
+    try:
+        start, mark, end = file.read_text(encoding="utf-8").partition(END)
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):  # not a card of ours
         return
-    start, mark, end = file.read_text(encoding="utf-8").partition(END)
     if not mark or BEGIN not in start:
         return
     lines = [f"## {heading}", "", *_table(rows), *(["", "```sh", command, "```"] if command else [])]

@@ -158,3 +158,13 @@ def test_figures_are_added_until_the_next_save(tmp_path: Path) -> None:
     assert read(tmp_path) == before.replace(model_card.END, added + model_card.END)
     peftcore.save(model(r=2), tmp_path)
     assert read(tmp_path) == before
+
+
+def test_facts_of_a_training_leave_a_file_alone_that_is_not_a_card(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    model_card.add(tmp_path, "Training", [("steps", "6")])
+    assert not file.exists()
+    for content in (b"\xff\xfe words", b"words without marks"):
+        file.write_bytes(content)
+        model_card.add(tmp_path, "Training", [("steps", "6")])
+        assert file.read_bytes() == content

@@ -207,7 +207,10 @@ def _add_to_card(settings: Settings, result: Result, rows: list[tuple[str, str, 
         *((f"held-out {name}", f"{before} before, {after} after") for name, before, after in rows),
     ]
     words = [option + Path(value).name if os.path.isabs(value) else word for word, option, value in _options()]
-    model_card.add(result.adapter, "Training", said, shlex.join(words))
+    try:
+        model_card.add(result.adapter, "Training", said, shlex.join(words))
+    except OSError as error:  # the adapter and the report are written
+        say(f"the model card was left as it is: {error.strerror or error}. Check '{result.adapter / model_card.FILE}'")
 
 
 def _options() -> Iterator[tuple[str, str, str]]:
