@@ -5,16 +5,14 @@ python -m card_stages.decoding --results FILE --until SECONDS
 
 from __future__ import annotations
 
-import argparse
-import gc
-import time
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from card_stages import models
 from card_stages.clock import by_events, captured
-from card_stages.results import MEASURED, SKIPPED, Results
+from card_stages.results import Results
+from card_stages.rows import add_rows, options_of_stage
 from card_stages.training import GROUP
 
 GROUP = GROUP.replace("a training step", "a token of generation").replace("4 x 512 tokens, ", "")
@@ -45,29 +43,10 @@ def token_times(kind: str, batch: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--until", type=float, required=True)
-    options = parser.parse_args()
-    results = Results(options.results)
-    known = results.names("decoding")
-    for kind in ("peftcore QLoRA", "frozen", "peft LoRA", "peftcore LoRA"):
-        for batch in (1, 8):
-            name = f"{kind}, batch {batch}"
-            if name in known or time.time() > options.until:
-                continue
-            began = time.time()
-            try:
-                values = token_times(kind, batch)
-            except torch.AcceleratorError:
-                raise  # the card is unusable for this process
-            except Exception as error:
-                detail = f"{type(error).__name__}: {error}"[:500]
-                results.add("decoding", name, SKIPPED, time.time() - began, detail=detail, group=GROUP)
-            else:
-                results.add("decoding", name, MEASURED, time.time() - began, values=values, group=GROUP)
-            gc.collect()
-            torch.cuda.empty_cache()
+    options = options_of_stage()
+    kinds = ("peftcore QLoRA", "frozen", "peft LoRA", "peftcore LoRA")
+    rows = {f"{kind}, batch {batch}": partial(token_times, kind, batch) for kind in kinds for batch in (1, 8)}
+    add_rows("decoding", GROUP, rows, Results(options.results), options.until)
 
 
 if __name__ == "__main__":

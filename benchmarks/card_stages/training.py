@@ -5,16 +5,15 @@ python -m card_stages.training --results FILE --until SECONDS
 
 from __future__ import annotations
 
-import argparse
-import gc
 import statistics
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from card_stages import models
-from card_stages.results import MEASURED, SKIPPED, Results
+from card_stages.results import Results
+from card_stages.rows import add_rows, options_of_stage
 
 BATCH, LENGTH = 4, 512
 GROUP = f"a training step of a Llama of 1.1 B parameters, {BATCH} x {LENGTH} tokens, bf16, LoRA of rank 16"
@@ -51,27 +50,9 @@ def step_times(kind: str, steps: int = 8) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--until", type=float, required=True)
-    options = parser.parse_args()
-    results = Results(options.results)
-    known = results.names("training")
-    for kind in ("peftcore LoRA", "peftcore QLoRA", "peft LoRA"):
-        if kind in known or time.time() > options.until:
-            continue
-        began = time.time()
-        try:
-            values = step_times(kind)
-        except torch.AcceleratorError:
-            raise  # the card is unusable for this process
-        except Exception as error:
-            detail = f"{type(error).__name__}: {error}"[:500]
-            results.add("training", kind, SKIPPED, time.time() - began, detail=detail, group=GROUP)
-        else:
-            results.add("training", kind, MEASURED, time.time() - began, values=values, group=GROUP)
-        gc.collect()
-        torch.cuda.empty_cache()
+    options = options_of_stage()
+    rows = {kind: partial(step_times, kind) for kind in ("peftcore LoRA", "peftcore QLoRA", "peft LoRA")}
+    add_rows("training", GROUP, rows, Results(options.results), options.until)
 
 
 if __name__ == "__main__":
