@@ -108,7 +108,7 @@ def joined(model: nn.Module, method: str, path: str, changes: Sequence[tuple[str
     """Return one adapter for all parameters, (name, adapter), of the module at `path` that a method changes.
 
     Raises:
-        PeftcoreError: there is no such module or parameter, no format reads it, or two adapters are on one parameter.
+        PeftcoreError: the module or parameter does not exist, no format reads it, or two adapters are on one parameter.
     """
     modules = dict(base_modules(model))
     if path not in modules:

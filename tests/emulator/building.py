@@ -22,7 +22,7 @@ HOST = ("weight/weight", "optim/dynamic8", "optim/rule_table", "optim/paged_stat
 
 
 def compiler() -> str | None:
-    """Return the C++ compiler's command, or None if there is no g++."""
+    """Return the C++ compiler's command, or None if g++ is not installed."""
     return os.environ.get("CXX") or shutil.which("g++")
 
 

@@ -49,7 +49,7 @@ def push(
     _called(lambda: api.whoami(), repository)
     if update:
         if not _called(lambda: api.repo_exists(repository), repository):
-            raise PeftcoreError(f"there is no repository '{repository}' on the hub. Leave --update out to create it")
+            raise PeftcoreError(f"repository '{repository}' was not found on the hub. Leave --update out to create it")
     else:
         _called(lambda: api.create_repo(repository, private=not public, exist_ok=False), repository)
     done: Any = _called(
@@ -70,7 +70,7 @@ def _called(call: Any, repository: str, then: str = "") -> Any:
     try:
         return call()
     except errors.LocalTokenNotFoundError as error:
-        raise PeftcoreError(f"'{repository}' was not uploaded: there is no token of the hub. {_LOG_IN}") from error
+        raise PeftcoreError(f"'{repository}' was not uploaded: no token of the hub was found. {_LOG_IN}") from error
     except errors.HFValidationError as error:
         raise PeftcoreError(f"'{repository}' is not a name on the hub: {error}. Pass ORG/NAME") from error
     except errors.HfHubHTTPError as error:

@@ -135,7 +135,7 @@ def test_public_and_update(hub: Hub, adapter: Path) -> None:
     ("arguments", "refuses", "match"),
     [
         (["org/taken"], {}, "the repository exists already. Choose another name, or pass --update"),
-        (["org/none", "--update"], {}, "there is no repository 'org/none' on the hub. Leave --update out"),
+        (["org/none", "--update"], {}, "repository 'org/none' was not found on the hub. Leave --update out"),
         (["org/mine"], {"whoami": 401}, "the hub does not accept the token. Log in with `hf auth login`"),
         (["org/mine"], {"create": 403}, "the token may not write there. .*, or choose another ORG"),
         (
@@ -161,4 +161,4 @@ def test_without_a_token_or_a_network(hub: Hub, adapter: Path, monkeypatch: pyte
     refused("the hub was not reached .* Check the network, HF_ENDPOINT", "push", adapter, "org/mine")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    refused("there is no token of the hub. Log in with `hf auth login`", "push", adapter, "org/mine")
+    refused("no token of the hub was found. Log in with `hf auth login`", "push", adapter, "org/mine")
