@@ -24,7 +24,7 @@ from safetensors.torch import save as serialized
 from torch import Tensor
 
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.files.folder import CONFIG_HASH, MANIFEST, Folder, Manifest, read_manifest, root_of, sha256
+from peftcore.files.folder import CONFIG_HASH, MANIFEST, Folder, Manifest, read_manifest, root_of, sha256, temporary_name
 from peftcore.files.safe_reading import CONFIG, TENSORS
 
 try:
@@ -76,7 +76,7 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     Raises:
         CheckpointError: it cannot be written.
     """
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+    temporary = temporary_name(file, secrets.token_hex(8))
     with _errors_named(file), made(file.parent):
         try:
             create(temporary, to_bytes(dict(tensors), {"format": "pt", **metadata}))
@@ -139,8 +139,10 @@ def _refuse_link(folder: Path) -> None:
 def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> None:
     folders = [root, *(root / name for name in adapters if name)]
     before = _finished(root, folders)
-    manifest = Manifest(secrets.token_hex(8), dict(before.files) if before and keep_others else {})
-    written: list[Path] = []
+    files = dict(before.files) if before and keep_others else {}
+    token = secrets.token_hex(8)  # another process may write the same at the same time
+    new: list[Path] = []
+    manifest = None
     try:
         for name, content in adapters.items():
             config = json.dumps(content.fields, indent=2, sort_keys=True).encode() + b"\n"
@@ -149,18 +151,23 @@ def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> No
                 path = root / name / file
                 if path.is_dir():
                     raise IsADirectoryError(0, f"'{path}' is a folder")
-                written.append(manifest.temporary(path))
-                create(written[-1], data)
-                manifest.files[path.relative_to(root).as_posix()] = sha256(data)
-        written.append(manifest.temporary(root / MANIFEST))
-        create(written[-1], (json.dumps(manifest.as_json(), indent=2) + "\n").encode())
+                new.append(path)
+                create(temporary_name(path, token), data)
+                files[path.relative_to(root).as_posix()] = sha256(data)
+        manifest = Manifest.of(files)
+        for path in new:
+            os.replace(temporary_name(path, token), manifest.temporary(path))
+        new.append(root / MANIFEST)
+        create(temporary_name(root / MANIFEST, token), (json.dumps(manifest.as_json(), indent=2) + "\n").encode())
         for each in folders:
             _sync(each)
-        os.replace(written[-1], root / MANIFEST)
+        os.replace(temporary_name(root / MANIFEST, token), root / MANIFEST)
     except BaseException:
-        if _manifest_or_none(root) != manifest:
-            for path in written:
-                path.unlink(missing_ok=True)
+        for path in new:
+            temporary_name(path, token).unlink(missing_ok=True)
+        if manifest is not None and _manifest_or_none(root) != manifest:
+            for path in new:
+                manifest.temporary(path).unlink(missing_ok=True)
         raise
     try:
         put_in_place(root, manifest)

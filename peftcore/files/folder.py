@@ -49,6 +49,11 @@ class Manifest:
         files: {path relative to the folder: sha256}.
     """
 
+    @classmethod
+    def of(cls, files: dict[str, str]) -> Manifest:
+        """Return the manifest of `files`, equal for equal files: the token is made from their hashes."""
+        return cls(sha256(json.dumps(files, sort_keys=True).encode())[:16], files)
+
     token: str
     files: dict[str, str]
 
@@ -58,7 +63,12 @@ class Manifest:
 
     def temporary(self, file: Path) -> Path:
         """Return the name of `file` until it replaces the old one."""
-        return file.with_name(f".{file.name}.{self.token}.tmp")
+        return temporary_name(file, self.token)
+
+
+def temporary_name(file: Path, token: str) -> Path:
+    """Return the name under which `file` is written, unique by a token of 16 hexadecimal digits."""
+    return file.with_name(f".{file.name}.{token}.tmp")
 
 
 def read_manifest(folder: Path) -> Manifest | None:

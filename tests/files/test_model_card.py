@@ -84,7 +84,9 @@ def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
         found = model(r=2, lora_dropout=0.1)
         peftcore.scale(found, "default", 0.5)
         peftcore.save(found, tmp_path / name)
-    for file in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors", "peftcore_manifest.json"]
+    for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes(), file
     header = (tmp_path / "one" / "adapter_model.safetensors").read_bytes()[8:]
     names = [header.index(f'"peftcore_{name}"'.encode()) for name in ("base", "config_sha256", "method", "version")]
