@@ -24,7 +24,16 @@ from safetensors.torch import save as serialized
 from torch import Tensor
 
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.files.folder import CONFIG_HASH, MANIFEST, Folder, Manifest, read_manifest, root_of, sha256, temporary_name
+from peftcore.files.folder import (
+    CONFIG_HASH,
+    MANIFEST,
+    Folder,
+    Manifest,
+    read_manifest,
+    root_of,
+    sha256,
+    temporary_name,
+)
 from peftcore.files.safe_reading import CONFIG, TENSORS
 
 try:
