@@ -33,7 +33,9 @@ class RunOptions:
     """
 
     eval_data: Annotated[str | None, typer.Option(help="Examples to evaluate on.")] = None
-    holdout: Annotated[float, typer.Option(help="Share of the examples held out, without --eval-data.")] = 0.1
+    holdout: Annotated[
+        float, typer.Option(help="Held-out examples, without --eval-data: a share, or a number from 1 up.")
+    ] = 0.1
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch, in each process.")] = 8
@@ -93,6 +95,17 @@ class RunOptions:
         int | None, typer.Option(min=1, help="Steps between checkpoints; default: 5 checkpoints per run.")
     ] = None
     keep: Annotated[int, typer.Option(min=2, help="Number of checkpoints to keep.")] = 2
+    load_best: Annotated[
+        bool, typer.Option("--load-best", help="Save the adapter of the best evaluation instead of the last adapter.")
+    ] = False
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Held-out metric that decides which is best: loss (default), accuracy, macro_f1, ..."),
+    ] = None
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this many evaluations without improvement; implies --load-best."),
+    ] = None
 
 
 LAZY_LOGITS = ("auto", "on", "off")

@@ -36,6 +36,12 @@ class Measuring(_Base):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         return LengthGroupedSampler(self.lengths, self.args.train_batch_size, self.args.seed)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True  # a finished run was resumed: not a step more
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         model = bare_model(self)
         with precision.own(model):

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 import peftcore
 from peftcore import ranks
 from peftcore.cli import (
+    best_checkpoint,
     conversations,
     data,
     dtype_choice,
@@ -61,6 +62,7 @@ class Result:
     `validation`: metrics of the examples kept to choose among runs; `other`: of texts of another domain, before and
     after.
     `merges`: whether every change can be merged; None for full training.
+    `best`: the evaluation whose adapter was saved; None if it is the last.
     `is_chat`: whether examples are conversations; `labels`: their names, in the order of the model's outputs.
     """
 
@@ -81,6 +83,7 @@ class Result:
     samples: list[tuple[str, str]]
     quantize: str | None
     is_chat: bool
+    best: best_checkpoint.Best | None = None
     labels: tuple[str, ...] = ()
     predicted: forecasts.Forecast | None = None
     trace: Trace | None = None
@@ -99,6 +102,7 @@ class Result:
             "trainable_parameters": self.summary.trainable_parameters,
             "base_parameters": self.summary.base_parameters,
             "steps": self.steps,
+            "best": self.best and asdict(self.best),
             "train_rows": self.train_rows,
             "eval_rows": self.eval_rows,
             "seconds": round(self.seconds, 1),
@@ -256,12 +260,15 @@ def run(
         peftcore.shard(model)
     lazily(model, settings, rows, tokenizer)
     meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
+    keeper = None
+    if best_checkpoint.is_wanted(settings):
+        keeper = best_checkpoint.BestCheckpoint(settings.metric or "loss", settings.patience)
     common = {
         "model": model,
         "args": training_arguments(settings, output, len(rows), report_to),
         "train_dataset": rows,
         "eval_dataset": held_out,
-        "callbacks": [meter, stop, trace],
+        "callbacks": [meter, stop, trace, *([keeper] if keeper else [])],
         "measure": measure,
     }
     trainer: trainers.Measuring
@@ -277,10 +284,16 @@ def run(
     finally:
         meter.close()
         trace.close()
-    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+    is_over = keeper is not None and keeper.stopped
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps and not is_over:
         raise Stopped(trainer.state.global_step, trainer.state.max_steps)
 
-    if trainer.state.global_step not in trainer.measured:
+    best = None if keeper is None else keeper.best(trainer.state)
+    if best is not None:
+        say(f"saving the adapter of {best}")
+        with precision.own(model):
+            after = measure(model)
+    elif trainer.state.global_step not in trainer.measured:
         trainer.evaluate()
     if sample is not None:
         samples.append(("with the adapter", sample_text()))
@@ -306,7 +319,7 @@ def run(
         other_after = measure(model, other) if other else None
     return Result(
         before=before,
-        after=trainer.measured[trainer.state.global_step],
+        after=trainer.measured[trainer.state.global_step] if best is None else after,
         history=trainer.state.log_history,
         summary=summary,
         steps=trainer.state.global_step,
@@ -328,6 +341,7 @@ def run(
         validation=chosen_by,
         other=(other_before, other_after) if other_before and other_after else None,
         merges=None if settings.method == FULL else mergeable(model),
+        best=best,
     )
 
 
@@ -411,7 +425,7 @@ def training_arguments(
             eval_strategy="steps",
             eval_steps=settings.eval_every or often,
             save_strategy="no" if settings.method == FULL else "steps",  # a checkpoint contains adapters only
-            save_steps=settings.save_every or often,
+            **{"save_steps": settings.save_every or often, **best_checkpoint.arguments(settings, often)},
             save_total_limit=max(2, settings.keep),  # the last complete one remains while the next is written
             logging_steps=max(1, steps // 100),
             logging_nan_inf_filter=False,  # NaN and Inf losses must be visible

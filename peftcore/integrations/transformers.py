@@ -327,6 +327,11 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def is_complete(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a checkpoint has all its files, in the sizes that were written."""
+    return _what_is_wrong(Path(folder)) is None
+
+
 def _what_is_wrong(folder: Path) -> str | None:
     try:
         sizes = json.loads((folder / COMPLETE).read_text())

@@ -108,8 +108,15 @@ def test_hold_out_divides(count: int, share: float, seed: int) -> None:
 def test_hold_out_refuses() -> None:
     with pytest.raises(PeftcoreError, match="a single example cannot be split"):
         data.hold_out([Row("f:1", "a")], 0.5, 0)
-    with pytest.raises(PeftcoreError, match="between 0 and 1, found 0"):
+    with pytest.raises(PeftcoreError, match=r"between 0 and 1, .* found 0\."):
         data.hold_out([Row("f:1", "a")] * 3, 0, 0)
+    with pytest.raises(PeftcoreError, match="leaves nothing to train on: there are 3 examples"):
+        data.hold_out([Row("f:1", "a")] * 3, 3, 0)
+
+
+def test_hold_out_takes_counts() -> None:
+    rows = [Row(f"f:{i}", str(i)) for i in range(9)]
+    assert [len(data.hold_out(rows, count, 0)[1]) for count in (1, 2.0, 8)] == [1, 2, 8]
 
 
 def test_labels() -> None:

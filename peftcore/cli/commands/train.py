@@ -94,6 +94,8 @@ def train(
         raise PeftcoreError(f"--beta is for --task dpo and must be above 0, found {given.beta:g} for {task}")
     if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
+    if given.eval_data is None:
+        examples.check_holdout(given.holdout)
     for file in filter(None, (data, given.eval_data)):
         examples.read_rows(file, task, names)  # show wrong lines before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
@@ -101,9 +103,10 @@ def train(
         require("trl", extra="dpo")
     models.quiet_transformers()
     from peftcore import ranks
-    from peftcore.cli import reporting, torchrun, training_run
+    from peftcore.cli import best_checkpoint, reporting, torchrun, training_run
     from peftcore.registry import registry
 
+    best_checkpoint.check(given, task)
     services = reporting.services(display.report_to)
     torchrun.join(given.parallel, given.device)
     name, chosen = options.resolve_method(start.method if start else method, config_file.fields(context, fields))
@@ -230,6 +233,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("adapter", f"{result.adapter} ({megabytes(result.adapter_bytes)})"),
         ("examples", f"{result.train_rows:,} for training, {result.eval_rows:,} held out"),
         ("steps", f"{result.steps:,}"),
+        *([] if result.best is None else [("saved", str(result.best))]),
         ("time", f"{result.seconds:.0f} s, {result.training_seconds:.0f} s of them in training steps"),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
         *((f"peak {name}", gigabytes(count)) for name, count in result.peak.items()),

@@ -391,7 +391,8 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
         (("--precision", "fp16", "--device", "cpu"), "PyTorch does on CUDA only. On a CPU use --precision bf16"),
         (("--precision", "fp32", "--dtype", "bf16"), "Leave out --dtype bf16"),
         (("--optim", "adamm"), "adamm"),
-        (("--holdout", "1.5"), "must be between 0 and 1, found 1.5"),
+        (("--holdout", "1.5"), "--holdout must be a share between 0 and 1, such as 0.1, or a whole number of examples"),
+        (("--holdout", "14"), "--holdout 14 leaves nothing to train on: there are 14 examples. Hold out fewer"),
         (("--lr", "0"), "--lr and --epochs must be above 0"),
         (("--lr", "1e30", "--warmup", "0", "--steps", "9"), "the loss is nan at step"),
         (
