@@ -26,7 +26,7 @@ examples. The names by subject:
     training              current_optimizer, reset_optimizer_state
     other adapters        OtherAdapter, other_adapter, has_adapters, set_trainable
     distributed training  ranks: parameters that are sharded over ranks
-    errors                PeftcoreError, CheckpointError, PluginError, nearest
+    errors                PeftcoreError, CheckpointError, PluginError, nearest; warn
     the conformance suite check_method, check_sharded, Family, FAMILIES, CHECKS, IDENTITY, MERGE, COMPILE, PEFT_READS,
                           PEFT_WRITES, disturb
 
@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.errors import PeftcoreError as PeftcoreError
     from peftcore.errors import PluginError as PluginError
     from peftcore.errors import nearest as nearest
+    from peftcore.errors import warn as warn
     from peftcore.experts import ExpertsLayout as ExpertsLayout
     from peftcore.experts import expert_biases as expert_biases
     from peftcore.experts import experts_layout as experts_layout
@@ -157,7 +158,7 @@ _MODULES = {
     "peftcore.engine.current_optimizer": "current_optimizer reset_optimizer_state",
     "peftcore.engine.other_adapters": "OtherAdapter has_adapters other_adapter",
     "peftcore.engine.trained": "base_tensors modules_tied_to",
-    "peftcore.errors": "CheckpointError PeftcoreError PluginError nearest",
+    "peftcore.errors": "CheckpointError PeftcoreError PluginError nearest warn",
     "peftcore.experts": "ExpertsLayout expert_biases experts_layout",
     "peftcore.exporter": "Exporter",
     "peftcore.exporting": "adapter_products",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import pluggy
 
 from peftcore import hookspecs, plugin_checks
-from peftcore.errors import PeftcoreError, PluginError, nearest
+from peftcore.errors import PeftcoreError, PluginError, nearest, warn
 from peftcore.exporter import Exporter
 from peftcore.extensions import Command, Integration
 from peftcore.plugin_checks import canonical
@@ -264,7 +263,7 @@ class Registry:
         """Warn that `what` of a plugin failed with `error`, and is left out. Where plugins are strict, raise it."""
         if os.environ.get(STRICT) == "1":
             raise PluginError(_failed(what, plugin, error)) from error
-        warnings.warn(f"{_failure(what, plugin, error)}. peftcore continues without it", stacklevel=4)
+        warn(f"{_failure(what, plugin, error)}. peftcore continues without it")
 
     @contextmanager
     def naming(self, method: str | Plugin, function: str) -> Iterator[None]:
@@ -358,7 +357,7 @@ class Registry:
                     raise PluginError(message) from error
                 problems.append(message)
         for message in problems:  # after all others are loaded, since a warning may be turned into an error
-            warnings.warn(message, stacklevel=4)
+            warn(message)
 
     def _forget(self) -> None:
         """Clear the cache, so that plugins are discovered again on next use."""

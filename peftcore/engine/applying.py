@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -45,7 +44,7 @@ from peftcore.engine.state import (
     state_of,
 )
 from peftcore.engine.trained import TrainedParameters, tied_to
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, warn
 from peftcore.events import adapter_applied
 from peftcore.method import Model
 from peftcore.observation import left_as_it_is
@@ -260,7 +259,7 @@ def remove(model: Model, adapter: str = "default") -> Model:
             state.on_disk[adapter] = record
         raise
     if left:
-        warnings.warn(f"remove left the following as it is: {in_words(left)}", stacklevel=3)
+        warn(f"remove left the following as it is: {in_words(left)}")
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.engine.placing import Placed
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import is_linear, is_wrapped, sizes
 from peftcore.observation import observe
 
@@ -38,7 +37,7 @@ def refuse_without_gradient(model: nn.Module, placed: Placed, trains: bool) -> N
             raise PeftcoreError(
                 f"{what}. Quantize the weights without the inputs, or use 4 bits of peftcore: peftcore.quantize"
             )
-        warnings.warn(f"{what}: it can be used but not trained", stacklevel=5)
+        warn(f"{what}: it can be used but not trained")
 
 
 def _refuse_in_function(model: nn.Module, placed: Placed) -> None:
@@ -55,7 +54,7 @@ def _refuse_in_function(model: nn.Module, placed: Placed) -> None:
         raise PeftcoreError(
             f"{what}gradient unless an input requires one. Before apply, call model.enable_input_require_grads()"
         )
-    warnings.warn(f"{what}gradient unless the inputs have requires_grad=True", stacklevel=5)
+    warn(f"{what}gradient unless the inputs have requires_grad=True")
 
 
 def _cut_off(model: nn.Module) -> tuple[str, Tensor] | None:

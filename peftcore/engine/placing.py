@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from peftcore.architecture import Architecture
 from peftcore.engine.configs import config as named_config
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
-from peftcore.errors import PeftcoreError, PluginError, nearest
+from peftcore.errors import PeftcoreError, PluginError, nearest, warn
 from peftcore.experts import split_expert_path
 from peftcore.files.peft_configs import config_of_peft, is_of_peft
 from peftcore.layers import is_wrapped
@@ -156,7 +155,7 @@ def tell_if_little(model: nn.Module, placed: Placed) -> None:
     if found.share < LITTLE or (lacks and not spoken):
         hint = ". Methods that know linear layers adapt experts one by one where they are named: target_modules=[..., "
         more = f"{hint}'experts']" if lacks else ""
-        warnings.warn(f"{placed.method.name} on {type(model).__name__} {found}{more}", stacklevel=4)
+        warn(f"{placed.method.name} on {type(model).__name__} {found}{more}")
 
 
 def with_memory(model: nn.Module) -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peftcore.errors import CheckpointError, PeftcoreError, PluginError
+from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
 from peftcore.files.peft_defaults import defaults, says_something
 from peftcore.method import Method
 from peftcore.plugin_checks import canonical
@@ -92,10 +92,9 @@ def method_of_fields(
     chosen = left[0][0]
     if written_by is not None:
         what = "which is not installed" if _writer(written_by) is None else "which does not read it"
-        warnings.warn(
+        warn(
             f"{where} was written by the method {shown(written_by)}, {what}. '{chosen.name}' reads it as any file of "
             f"peft_type {shown(peft_type)}",
-            stacklevel=2,
         )
     return chosen
 

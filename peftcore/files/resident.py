@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from peftcore.adaptation.adapted import base_parameters
 from peftcore.adaptation.light import parts
 from peftcore.engine.scaling import set_multiplier
 from peftcore.engine.trained import TrainedParameters
-from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.events import adapters_wanted
 from peftcore.files.fitting import fill_applied, fitting
 from peftcore.files.folder import Folder, read_folder
@@ -225,10 +224,9 @@ def _make_room(model: nn.Module, state: engine.State, coming: int, keep: Sequenc
         record = state.on_disk[name]
         if _was_changed(model, name, record):
             del state.on_disk[name]
-            warnings.warn(
+            warn(
                 f"the adapter '{name}' was changed after it was read from '{record.folder}', so it stays in memory and "
                 "does not count for the limit. Save it, and load that folder with resident=False",
-                stacklevel=4,
             )
         else:
             record.multiplier = engine.applied(model, name).multiplier

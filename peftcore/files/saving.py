@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import peftcore
 from peftcore import engine, ranks
 from peftcore.adaptation.adapted import base_parameters, walked_once
 from peftcore.engine.trained import all_of, base_tensors
-from peftcore.errors import CheckpointError, PeftcoreError, PluginError
+from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
 from peftcore.files import model_card, single_file
 from peftcore.files.atomic_writing import Content, write_adapters
 from peftcore.files.fingerprint import fingerprint
@@ -173,10 +172,9 @@ def _write_card(folder: Path, card: tuple[dict[str, Any], str]) -> None:
     try:
         model_card.write(folder, *card)
     except OSError as error:
-        warnings.warn(
+        warn(
             f"the adapter is saved in '{folder}', but its model card could not be written: "
             f"{error.strerror or error}. Check '{folder / model_card.FILE}'",
-            stacklevel=5,
         )
 
 
@@ -197,11 +195,10 @@ def _warn_of_others_trained(model: nn.Module) -> None:
     of_adapters = {id(parameter) for _, own in all_of(model) for _, parameter in own.values(model)}
     others = [name for name, p in base_parameters(model) if p.requires_grad and id(p) not in of_adapters]
     if others:
-        warnings.warn(
+        warn(
             f"{len(others)} base parameters have requires_grad=True, such as '{others[0]}', but belong to no adapter, "
             "so they are not saved. To train and save them, pass modules_to_save=[...] to apply; otherwise freeze "
             "them: requires_grad_(False)",
-            stacklevel=4,
         )
 
 

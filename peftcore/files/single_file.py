@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.files.atomic_writing import Content, write_file
 from peftcore.files.folder import Folder
 from peftcore.files.metadata import BASE, PARTS
@@ -92,10 +91,9 @@ def read(
             raise CheckpointError(f"'{where}' cannot be read: {error}") from error
     left = {part: len(names) for part, names in parts.items() if part not in there}
     if left and called is None:
-        warnings.warn(
+        warn(
             f"'{where}' also contains {_counted(left)}, left for other models: peftcore.load(them, ...), or all at "
             "once: peftcore.load(pipe.components, ...)",
-            stacklevel=2,
         )
     own = parse_json(metadata.get(PARTS, "{}").encode(errors="surrogatepass"), f"{where}: {PARTS}")
     about = own.get(there[0], {}) if isinstance(own, dict) else {}

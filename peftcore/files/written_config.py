@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from peftcore.adaptation.class_swap import original_forward
 from peftcore.architecture import Architecture
 from peftcore.engine.scaling import scaled_config
 from peftcore.engine.trained import TrainedParameters
+from peftcore.errors import warn
 from peftcore.method import Method
 from peftcore.observation import detect
 from peftcore.placements.placement import Placement
@@ -71,19 +71,17 @@ def _task_type(model: nn.Module, adapter: str) -> str | None:
     prompts = [placement for placement in engine.placements(model, adapter) if placement.whole_model]
     task_type = _task_type_of(model, detect(model), prompts)
     if prompts and task_type is None:
-        warnings.warn(
+        warn(
             f"Hugging Face PEFT computes the base from this file: it gives prompts to no {type(model).__name__}",
-            stacklevel=5,
         )
     paths = [*registry.method(entry.method).state.peft.unreadable(model, entry.paths)]
     paths += [path for path, placed in entry.placements.items() if any(each.is_of_expert(path) for each in placed)]
     if paths:
         names = sorted({".".join(path.split(".")[-2:]) for path in paths})
         way = f"exclude_modules={names}" if hasattr(entry.config, "exclude_modules") else f"adapt none of {names}"
-        warnings.warn(
+        warn(
             f"Hugging Face PEFT cannot read this file: in a {type(model).__name__} it takes the adapters of "
             f"{len(paths)} modules for others or refuses them, such as '{paths[0]}'. It reads one without: {way}",
-            stacklevel=5,
         )
     return task_type
 

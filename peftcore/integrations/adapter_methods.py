@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +29,7 @@ from transformers.utils.import_utils import is_peft_available
 from peftcore import engine
 from peftcore.composing.adapter_state import set_state_dict
 from peftcore.composing.adapter_state import state_dict as tensors_of
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, warn
 from peftcore.files.loading import load
 from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.integrations.trl_config import is_of_peftcore
@@ -187,7 +186,7 @@ def delete_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None
         model.__dict__.pop(_DISABLED, None)
     elif was_active and not state.active and state.applied:
         left = next(iter(state.applied))
-        warnings.warn(f"the active adapter was deleted; '{left}' is active now", stacklevel=3)
+        warn(f"the active adapter was deleted; '{left}' is active now")
         engine.activate(model, left)
 
 

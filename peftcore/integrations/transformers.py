@@ -18,7 +18,6 @@ import contextlib
 import functools
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from transformers.trainer import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftcore import engine, ranks
-from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.files import model_card
 from peftcore.files.loading import restore
 from peftcore.files.reading import adapter_folder
@@ -323,7 +322,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         wrong = _what_is_wrong(path)
         if wrong is None:
             return str(path)
-        warnings.warn(f"checkpoint '{path}' is incomplete ({wrong}) and was skipped", stacklevel=2)
+        warn(f"checkpoint '{path}' is incomplete ({wrong}) and was skipped")
     return None
 
 

@@ -9,7 +9,6 @@ The error of merging into a quantized weight is measured per layer (layers.py), 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,7 +20,7 @@ from peftcore import engine, ranks
 from peftcore.adaptation.adapted import base_parameters, changes_at, is_adapted
 from peftcore.engine.changes import facts
 from peftcore.engine.trained import TrainedParameters, tied_to
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, warn
 from peftcore.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
 from peftcore.method import Model, WeightFormat
 from peftcore.observation.heads import mark_as_loaded
@@ -202,7 +201,7 @@ def _check_lost(lost: dict[str, float], max_error: float) -> None:
             f"{what}; max_error={max_error:g} allows {max_error:.0%}. Nothing was changed. Merge into 16 bits: "
             "peftcore.merge(model, dtype=torch.bfloat16). For each layer's error: peftcore.merge_error(model)"
         )
-    warnings.warn(what, stacklevel=4)
+    warn(what)
 
 
 def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
@@ -281,7 +280,7 @@ def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def _untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> bool | None:
-    warnings.warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}', so the model has one more weight", stacklevel=4)
+    warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}', so the model has one more weight")
     config: Any = getattr(model, "config", None)
     before = getattr(config, "tie_word_embeddings", None)
     if before:

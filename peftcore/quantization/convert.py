@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -16,7 +15,7 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import is_wrapped
 from peftcore.method import Model
 from peftcore.observation import detect
@@ -96,7 +95,7 @@ def quantize(
         )
     chosen, experts = selected(model, skip), selected_experts(model, skip, blocksize)
     if plugin is not CORE:
-        warn_of_experts([f"{path}.{name}" for path, names in experts.items() for name in names], quant_type, 3)
+        warn_of_experts([f"{path}.{name}" for path, names in experts.items() for name in names], quant_type)
         experts = {}
     theirs = [path for path, module in base_modules(model) if _is_bnb(module)]
     if not chosen and not experts and not theirs and not any(packed_names(model)):
@@ -111,7 +110,7 @@ def quantize(
         reached += [(path, name) for path, _, name in packed_names(model)]
         full = [f"{path}.{name}" if path else name for path, name in reached]
         _tell_if_little(model, [*chosen, *full, *theirs])
-    warn_of_dense(model, skip, stacklevel=3)
+    warn_of_dense(model, skip)
     before = _held_by(model)
     for path in theirs:
         _adopt(model.get_submodule(path), path)
@@ -149,7 +148,7 @@ def give_back_freed() -> None:
 def _tell_if_little(model: nn.Module, quantized: Sequence[str]) -> None:
     found = coverage(model, detect(model), quantized, lacking="that share their weight or are kept dense")
     if found.share < LITTLE:
-        warnings.warn(f"quantize on {type(model).__name__} {found}", stacklevel=4)
+        warn(f"quantize on {type(model).__name__} {found}")
 
 
 def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:

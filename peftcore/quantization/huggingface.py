@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -23,7 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peftcore.adaptation.adapted import base_modules
-from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.layers import shape_of
 from peftcore.quantization.config_sync import sync_config
@@ -103,7 +102,7 @@ class FourBitQuantizer(HfQuantizer):
         if not self.pre_quantized:
             tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
             chosen = selected(model, self.quantization_config.skip)
-            warn_of_dense(model, self.quantization_config.skip, stacklevel=2)
+            warn_of_dense(model, self.quantization_config.skip)
             experts = selected_experts(model, self.quantization_config.skip, self.quantization_config.blocksize)
             self.blocksizes = {
                 f"{path}.{name}": size for path, names in experts.items() for name, size in names.items()
@@ -381,8 +380,7 @@ def _warn_of_dense_experts(model: nn.Module, where: str, skipped: Sequence[str])
         if path not in skipped and module.get_parameter(name).is_floating_point()
     ]
     if dense:
-        warnings.warn(
+        warn(
             f"{len(dense)} weights of experts ('{dense[0]}') are dense in '{where}'. peftcore.quantize(model) "
             "quantizes them too",
-            stacklevel=4,
         )

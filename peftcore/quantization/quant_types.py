@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftcore.errors import PeftcoreError, PluginError
+from peftcore.errors import PeftcoreError, PluginError, warn
 from peftcore.layers import is_conv1d
 from peftcore.method import WeightFormat
 from peftcore.quantization.format import QUANT_TYPES
@@ -47,13 +46,12 @@ def refuse_options(quant_type: str, double_quant: bool, blocksize: int, compute_
     )
 
 
-def warn_of_experts(names: list[str], quant_type: str, stacklevel: int) -> None:
+def warn_of_experts(names: list[str], quant_type: str) -> None:
     """Warn of weights of experts, which a plugin's format does not store."""
     if names:
-        warnings.warn(
+        warn(
             f"{len(names)} weights of experts ('{names[0]}') are left dense, because quant_type='{quant_type}' stores "
             "linear layers only",
-            stacklevel=stacklevel,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import product
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.adaptation.class_swap import original_class
-from peftcore.errors import PeftcoreError, nearest
+from peftcore.errors import PeftcoreError, nearest, warn
 from peftcore.experts import experts_layout, stacked_weights
 from peftcore.experts.in_model import routers
 from peftcore.layers import is_conv1d, is_linear, is_wrapped
@@ -58,7 +57,7 @@ def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Modul
     return {path: module for path, module in chosen.items() if owners[id(module.weight)] <= chosen.keys()}
 
 
-def warn_of_dense(model: nn.Module, skip: Sequence[str] | None, stacklevel: int) -> None:
+def warn_of_dense(model: nn.Module, skip: Sequence[str] | None) -> None:
     """Warn of linear layers that are neither skipped nor quantized, with the reasons.
 
     Layers that share their weight with a layer that stays dense, such as a tied head, are not mentioned.
@@ -81,10 +80,9 @@ def warn_of_dense(model: nn.Module, skip: Sequence[str] | None, stacklevel: int)
                 found.setdefault(reasons[0], []).append(path)
     if found:
         parts = [f"{_listed(paths)}, because {reason}" for reason, paths in found.items()]
-        warnings.warn(
+        warn(
             f"quantize leaves layers of {type(model).__name__} dense: {'; '.join(parts)}. To leave them dense "
             "without this warning, name them in skip",
-            stacklevel=stacklevel,
         )
 
 
@@ -115,10 +113,9 @@ def selected_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: in
                 chosen.setdefault(path, {})[name] = found
     for found, names in other.items():
         how = f"quantized in blocks of {found}" if found else "left dense"
-        warnings.warn(
+        warn(
             f"{len(names)} weights of experts ('{names[0]}') are {how}, because an expert is not a multiple of "
             f"{blocksize if found else MIN_BLOCKSIZE} values",
-            stacklevel=4,
         )
     return chosen
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
@@ -11,7 +10,7 @@ from typing import ClassVar, TypeVar
 from torch import nn
 
 from peftcore.architecture import Architecture
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.targets.expert_selection import ALL_LINEAR
 from peftcore.targets.selection import minimal_suffixes, select_by
@@ -69,10 +68,9 @@ class LayersConfig:
         share = sum(math.prod(sizes(chosen[path])) for path in unfit) / total
         if self.target_modules != ALL_LINEAR or share > LEFT_OUT:
             raise PeftcoreError(why)
-        warnings.warn(
+        warn(
             f"target_modules='{ALL_LINEAR}' leaves out {len(unfit)} layers ('{first}'), {100 * share:.2g} % of the "
             f"weight, which do not fit: {why}",
-            stacklevel=2,
         )
         return {path: module for path, module in chosen.items() if path not in unfit}
 

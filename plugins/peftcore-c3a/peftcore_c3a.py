@@ -9,7 +9,6 @@ An update of any rank takes out · in / b parameters, and no matrix of the weigh
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from peftcore.plugin import (
     override,
     targets,
     validation,
+    warn,
 )
 
 peftcore_api = ">=3.0,<4"
@@ -83,7 +83,7 @@ class C3AConfig(targets.LayersConfig):
             found = {name: b for b, paths in smaller.items() for name in targets.minimal_suffixes(model, paths)}
             if found:
                 message = f"block_size={self.block_size} does not divide the sizes of all layers: block_size_pattern"
-                warnings.warn(f"{message}={found} is used for the others", stacklevel=2)
+                warn(f"{message}={found} is used for the others")
                 config = replace(self, block_size_pattern={**self.block_size_pattern, **found})
         return targets.LayersConfig.resolved(config, model, architecture)
 

@@ -11,7 +11,6 @@ For a convolution W is the matrix [out, in · k], with k numbers in a kernel.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ from peftcore.plugin import (
     override,
     targets,
     validation,
+    warn,
 )
 
 peftcore_api = ">=3.0,<4"
@@ -114,7 +114,7 @@ def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> li
         validation.require(not config.apply_GS, f"r={config.r} is above the {widths[path]} inputs of '{path}'")
     if config.init_weights and (config.r % 2 or config.apply_GS):
         why = "apply_GS=True" if config.apply_GS else f"r={config.r} is odd"
-        warnings.warn(f"{why}: reflections do not cancel out at the start, so it changes the model", stacklevel=2)
+        warn(f"{why}: reflections do not cancel out at the start, so it changes the model")
     kinds = {path: HRAConv if isinstance(module, nn.Conv2d) else HRA for path, module in layers.items()}
     placed: list[Placement] = [Around(path, kinds[path](config, width)) for path, width in widths.items()]
     return placed + targets.trained_biases(model, config.bias, layers)

@@ -13,7 +13,6 @@ rotations are not rounded away. COFT keeps Q within eps of zero. For an embeddin
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +36,7 @@ from peftcore.plugin import (
     override,
     targets,
     validation,
+    warn,
 )
 
 peftcore_api = ">=3.0,<4"
@@ -236,7 +236,7 @@ def place(model: nn.Module, config: OFTConfig, architecture: Architecture) -> li
     if any(divisor != given for divisor in divisors.values()):
         what = "r" if config.r else "oft_block_size"
         others = ", ".join(f"{d} of {width} inputs" for width, d in divisors.items() if d != given)
-        warnings.warn(f"{what}={given} does not divide all layers' inputs. Used instead: {others}", stacklevel=2)
+        warn(f"{what}={given} does not divide all layers' inputs. Used instead: {others}")
     placed: list[Placement] = []
     for path, width in widths.items():
         other = width // divisors[width]

@@ -10,7 +10,6 @@ VeRA (`peftcore-vera`) with noisy inner activations in training. With z = m it i
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +33,7 @@ from peftcore.plugin import (
     override,
     targets,
     validation,
+    warn,
 )
 
 peftcore_api = ">=3.0,<4"
@@ -136,7 +136,7 @@ def tensor_name(placement: Any, name: str) -> str:
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
     """Drop PEFT's own generator, which would draw other noise where checkpointing recomputes a part."""
     if fields.get("generator_seed") is not None:
-        warnings.warn("generator_seed is not used: the noise follows torch.manual_seed(...)", stacklevel=2)
+        warn("generator_seed is not used: the noise follows torch.manual_seed(...)")
     return tensors, {name: value for name, value in fields.items() if name != "generator_seed"}
 
 

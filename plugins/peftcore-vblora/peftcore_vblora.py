@@ -12,7 +12,6 @@ is zero. With `save_only_topk_weights` a file has k weights and indices per piec
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from peftcore.plugin import (
     hookimpl,
     targets,
     validation,
+    warn,
 )
 
 peftcore_api = ">=3.0,<4"
@@ -88,7 +88,7 @@ class VBLoRAConfig(targets.LayersConfig):
             length = math.gcd(self.vector_length, *(n for pair in sizes if min(pair) >= SHORTEST for n in pair))
             if SHORTEST <= length < self.vector_length:
                 message = f"vector_length={self.vector_length} does not divide the sizes of all layers"
-                warnings.warn(f"{message}: vector_length={length} is used", stacklevel=2)
+                warn(f"{message}: vector_length={length} is used")
                 config = replace(self, vector_length=length)
         return targets.LayersConfig.resolved(config, model, architecture)
 

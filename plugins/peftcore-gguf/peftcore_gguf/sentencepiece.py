@@ -7,10 +7,11 @@ token's pairs are contiguous; a token's score is then -rank.
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from itertools import pairwise
 from typing import Any
+
+from peftcore.plugin import warn
 
 SPACE = "▁"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -73,7 +74,7 @@ def space_before(parts: dict[str, Any]) -> bool:
         raise ValueError(f"it handles spaces differently from SentencePiece ({found})")
     space, differs = way[2:]
     if differs:
-        warnings.warn(f"{differs}: such texts would be tokenized differently by llama.cpp", stacklevel=2)
+        warn(f"{differs}: such texts would be tokenized differently by llama.cpp")
     for each in parts["added_tokens"]:
         if normalizer and each["normalized"] and (space or {" ", SPACE} & set(each["content"])):
             raise ValueError(

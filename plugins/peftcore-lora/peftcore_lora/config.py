@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
-from peftcore.plugin import Architecture, PeftcoreError, targets, validation
+from peftcore.plugin import Architecture, PeftcoreError, targets, validation, warn
 
 Kind = TypeVar("Kind")
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "mica", "eva")
@@ -186,9 +185,7 @@ def _reached_experts(model: nn.Module, config: LoraConfig) -> list[str]:
     choice = {name: getattr(config, name) for name in CHOICE}
     found = targets.select_experts(model, supported=is_adaptable, **choice)
     if found and every and config.linear_alone:
-        warnings.warn(
-            f"{config.linear_alone} is supported only for linear layers, so experts are left out", stacklevel=4
-        )
+        warn(f"{config.linear_alone} is supported only for linear layers, so experts are left out")
         return []
     return found
 

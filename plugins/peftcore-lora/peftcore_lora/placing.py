@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from peftcore.plugin import (
     original_class,
     targets,
     validation,
+    warn,
 )
 from peftcore_lora.blocks import in_blocks
 from peftcore_lora.config import LoraConfig, selected
@@ -81,10 +81,9 @@ def place(model: nn.Module, config: LoraConfig, architecture: Architecture) -> l
         if isinstance(p.adapter, LoraOnWeight) or (isinstance(p.adapter, LoraParameter) and not p.adapter.drops)
     ]
     if config.lora_dropout and on_weight:
-        warnings.warn(
+        warn(
             f"lora_dropout={config.lora_dropout} has no effect at {len(on_weight)} of {len(all_of_them)} modules, "
             f"where the weight itself is changed, such as '{on_weight[0]}'",
-            stacklevel=2,
         )
     trains_a = next((p.path for p in all_of_them if not isinstance(p.adapter, LoraFrozenA)), None)
     validation.require(

@@ -7,11 +7,12 @@ velora_config       the gradient of A is taken from compressed inputs, to save m
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+
+from peftcore.plugin import warn
 
 PLAIN = {
     "monteclora_config": "in further training A is not drawn around it",
@@ -44,6 +45,6 @@ def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of plain LoRA; warn if further training would differ."""
     for name, what in PLAIN.items():
         if fields.get(name):
-            warnings.warn(f"{name}: the adapter is plain LoRA, which computes the same; {what}", stacklevel=6)
+            warn(f"{name}: the adapter is plain LoRA, which computes the same; {what}")
     # only for a start
     return {name: value for name, value in fields.items() if name not in PLAIN and name != "loftq_config"}
