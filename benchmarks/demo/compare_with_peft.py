@@ -59,15 +59,15 @@ def train(run: Path) -> dict:
     from transformers import PrinterCallback, set_seed
 
     import peftcore
-    from peftcore.cli import data, models, progress, settings, tasks, trainers, training_run
+    from peftcore.cli import data, models, progress, settings, tasks, trainers, training_data, training_run
 
     warnings.simplefilter("ignore")
     chosen = settings.Settings(**json.loads((run / settings.RUN_FILE).read_text()))
-    train_rows, eval_rows, validation = training_run.read_splits(chosen)
+    train_rows, eval_rows, validation = training_data.read_splits(chosen)
     labels = tuple(data.labels_of([*train_rows, *validation])) if chosen.task in data.LABELLED else ()
     tokenizer = models.load_tokenizer(chosen.model)
     rows, held_out = (
-        training_run.encode_examples(what, part, chosen, tokenizer, labels)
+        training_data.encode_examples(what, part, chosen, tokenizer, labels)
         for what, part in (("training", train_rows), ("held-out", eval_rows))
     )
 

@@ -15,10 +15,10 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from peftcore.cli import labels
+from peftcore.cli import labels, mixture
 from peftcore.cli.data_files import alpaca_prompt, listed, records
 from peftcore.cli.labels import Label
 from peftcore.errors import PeftcoreError, nearest
@@ -58,6 +58,7 @@ class Row:
     A conversation has messages as chat templates take them, and the tools that may be called; the assistant's turns
     from `learned_from` on are learned, except the indices `not_learned`. In a preference `completion` is chosen and
     `rejected` is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
+    `source` is the index of the data set.
     """
 
     where: str
@@ -69,6 +70,7 @@ class Row:
     learned_from: int = 0
     not_learned: tuple[int, ...] = ()
     tools: list[Any] | None = None
+    source: int = 0
 
     @property
     def kind(self) -> str:
@@ -91,17 +93,18 @@ def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) 
     """Return all examples of a file, a folder of files or a hub dataset, or of several.
 
     Args:
-        path: file, folder, or dataset id, or a list of these.
+        path: file, folder, or dataset id, or a list of these, whose weights are ignored.
         task: the task.
-        columns: {our field name: the file's}.
+        columns: {our field name: the file's}. Of several data sets, those without any of these names are read as they
+            are.
 
     Raises:
         PeftcoreError: a file is missing, empty or of another kind, or a line is wrong.
     """
     check_task(task)
     rows: list[Row] = []
-    for each in _paths(path):
-        found = [_row(where, fields, task) for where, fields in records(each, columns)]
+    for source, (each, names) in enumerate(_sources(path, columns)):
+        found = [_row(where, fields, task) for where, fields in records(each, names)]
         if not found:
             raise PeftcoreError(f"'{each}' has no examples")
         odd = next((row for row in found if row.kind != found[0].kind), None)
@@ -109,17 +112,26 @@ def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) 
             raise PeftcoreError(
                 f"{odd.where}: this line has {odd.kind}, but the first line has {found[0].kind}. Split the file in two"
             )
-        if rows and found[0].kind != rows[0].kind and task == LANGUAGE_MODEL:
-            raise PeftcoreError(
-                f"{found[0].where} has {found[0].kind}, but {rows[0].where} has {rows[0].kind}. Convert one to "
-                "the other, or train on them one after the other: --adapter"
-            )
-        rows += found
+        rows += [replace(row, source=source) for row in found] if source else found
     return rows
 
 
-def _paths(path: Paths) -> list[str]:
-    return [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else list(path)
+def sources(path: Paths) -> list[mixture.Source]:
+    """Return the data sets of `--data`, with their weights."""
+    texts = [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else path
+    return [mixture.parsed(text) for text in texts]
+
+
+def _sources(path: Paths, columns: Mapping[str, str] | None) -> list[tuple[str, Mapping[str, str] | None]]:
+    """Return (path, columns) of each data set: of several, only those that have one of the columns rename them."""
+    paths = [source.path for source in sources(path)]
+    if not columns or len(paths) == 1:
+        return [(each, columns) for each in paths]
+    named = {}
+    for each in paths:
+        _, fields = next(records(each), ("", {}))
+        named[each] = not fields.keys().isdisjoint(columns.values())
+    return [(each, columns if named[each] or not any(named.values()) else None) for each in paths]
 
 
 def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
@@ -129,7 +141,7 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
     numbers of which at least one is not whole mean regression; everything else is classification.
     """
     found: list[Any] = []
-    for _, fields in itertools.chain.from_iterable(records(each, columns) for each in _paths(path)):
+    for _, fields in itertools.chain.from_iterable(records(*each) for each in _sources(path, columns)):
         name = next((name for name in ("label", "labels") if name in fields), None)
         if name is None and not found:
             return PREFERENCES if {"chosen", "rejected"} <= fields.keys() else LANGUAGE_MODEL

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcore.cli import completion, config_file
+from peftcore.cli import completion, config_file, mixture
 from peftcore.errors import PluginError
 
 FULL = "full"  # in place of a method: full fine-tuning, as the reference of a comparison
@@ -66,7 +66,7 @@ Data = Annotated[
         "--data",
         "-d",
         help="Examples: a file (.jsonl .json .csv .tsv .parquet), a folder of them, a dataset's hub id. Repeatable: "
-        "all are read.",
+        "all are read; in training FILE:2 is drawn twice per epoch.",
     ),
 ]
 Config = Annotated[
@@ -149,8 +149,11 @@ def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, d
 
 
 def absolute_data(paths: Sequence[str]) -> str | list[str]:
-    """Return the paths of `--data` as absolute ones: one as text, several as a list."""
-    found = [absolute(path) for path in paths]
+    """Return the paths of `--data` as absolute ones with their weights: one as text, several as a list."""
+    found = []
+    for text in paths:
+        path = mixture.parsed(text).path
+        found.append(absolute(path) + text[len(path) :])
     return found[0] if len(found) == 1 else found
 
 

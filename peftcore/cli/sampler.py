@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
+from peftcore.cli import mixture
+
 _BATCHES = 50  # batches drawn at random together, then sorted by length
 
 
@@ -16,21 +18,26 @@ class LengthGroupedSampler(Sampler[int]):
     Args:
         lengths: tokens of each example.
         batch_size: the data loader's, which takes indices in order.
+        seed: of the order.
+        parts: (number of examples, weight) of each data set, see `mixture`; by default every example is drawn once.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, parts: Sequence[tuple[int, float]] = ()
+    ) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.parts = parts or [(len(lengths), 1.0)]
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; called by the data loader."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return sum(mixture.count(size, weight) for size, weight in self.parts if size)
 
     def __iter__(self) -> Iterator[int]:
         draw = random.Random(f"{self.seed} {self.epoch}")
-        order = list(range(len(self.lengths)))
+        order = mixture.drawn(self.parts, draw)
         draw.shuffle(order)
         batches, rest = [], len(order) % self.batch_size
         full, last = order[: len(order) - rest], order[len(order) - rest :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,8 +44,14 @@ def encode(
         raise PeftcoreError(f"the length must be at least 2 tokens, found {max_length}")
     if task in data.LABELLED:
         return _encode_labelled(rows, tokenizer, max_length, labels)
-    if rows and rows[0].messages is not None:
-        return _encode_conversations(rows, tokenizer, max_length)
+    parts = []
+    for is_chat, some in itertools.groupby(rows, key=lambda row: row.messages is not None):
+        parts.append((_encode_conversations if is_chat else _encode_texts)(list(some), tokenizer, max_length))
+    examples = [example for part in parts for example in part.examples]
+    return Encoded(examples, sum(part.truncated for part in parts), sum(part.left_out for part in parts))
+
+
+def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     examples, truncated = [], 0
     for row in rows:
         ids = tokenizer(row.text)["input_ids"]

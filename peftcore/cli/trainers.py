@@ -23,18 +23,24 @@ class Measuring(_Base):
     Args:
         measure: (model) -> metrics on held-out examples.
         lengths: tokens of each training example.
+        parts: (number of examples, weight) of each data set, see `mixture`.
     """
 
     def __init__(
-        self, *args: Any, measure: Callable[[nn.Module], Metrics], lengths: Sequence[int], **kwargs: Any
+        self,
+        *args: Any,
+        measure: Callable[[nn.Module], Metrics],
+        lengths: Sequence[int],
+        parts: Sequence[tuple[int, float]] = (),
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.measure, self.lengths = measure, lengths
+        self.measure, self.lengths, self.parts = measure, lengths, parts
         self.control: TrainerControl
         self.measured: dict[int, Metrics] = {}  # by step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        return LengthGroupedSampler(self.lengths, self.args.train_batch_size, self.args.seed)
+        return LengthGroupedSampler(self.lengths, self.args.train_batch_size, self.args.seed, self.parts)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ from peftcore.cli import (
     progress,
     tasks,
     trainers,
+    training_data,
     warm_start,
 )
 from peftcore.cli import forecast as forecasts
 from peftcore.cli.console import require, say, warn
-from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.memory_trace import MemoryTrace, Trace
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.models import AdapterTask
@@ -62,6 +62,7 @@ class Result:
     `validation`: metrics of the examples kept to choose among runs; `other`: of texts of another domain, before and
     after.
     `merges`: whether every change can be merged; None for full training.
+    `data_sets`: facts about each of several data sets.
     `best`: the evaluation whose adapter was saved; None if it is the last.
     `is_chat`: whether examples are conversations; `labels`: their names, in the order of the model's outputs.
     """
@@ -90,6 +91,7 @@ class Result:
     validation: Metrics | None = None
     other: tuple[Metrics, Metrics] | None = None
     merges: bool | None = None
+    data_sets: list[training_data.DataSet] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures for JSON; the history is in the checkpoints."""
@@ -116,6 +118,7 @@ class Result:
             "validation": self.validation and self.validation.as_dict(),
             "other": self.other and [found.as_dict() for found in self.other],
             "merges": self.merges,
+            "data_sets": [each.to_json() for each in self.data_sets],
             "samples": self.samples,
         }
 
@@ -173,7 +176,7 @@ def run(
         Stopped: Ctrl-C; a checkpoint has been written.
     """
     began = time.perf_counter()
-    train_rows, eval_rows, validation_rows = read_splits(settings)
+    train_rows, eval_rows, validation_rows = training_data.read_splits(settings)
     start = Path(settings.adapter) if settings.adapter is not None else None
     labels: tuple[str, ...] = ()
     if settings.task in data.LABELLED:
@@ -182,16 +185,20 @@ def run(
     tokenizer = models.load_tokenizer(settings.model, start)
     of_adapter = models.adapter_task(start).chat_template if start is not None else None
     conversations.set_template(tokenizer, settings.chat_template, of_adapter)
-    is_chat = train_rows[0].messages is not None
-    train = encode_examples("training", train_rows, settings, tokenizer, labels)
-    held_out, validation, other = (
-        encode_examples(what, rows, settings, tokenizer, labels) if rows else []
-        for what, rows in (("held-out", eval_rows), ("validation", validation_rows), ("other", other_rows(settings)))
+    is_chat = any(row.messages is not None for row in train_rows)
+    of_sets = training_data.encode_parts("training", train_rows, settings, tokenizer, labels)
+    held_out_sets = training_data.encode_parts("held-out", eval_rows, settings, tokenizer, labels)
+    train, held_out = ([each for part in sets.values() for each in part] for sets in (of_sets, held_out_sets))
+    validation, other = (
+        training_data.encode_examples(what, rows, settings, tokenizer, labels) if rows else []
+        for what, rows in (("validation", validation_rows), ("other", training_data.other_rows(settings)))
     )
+    is_mixed = len(data.sources(settings.data)) > 1
+    if not is_mixed or settings.eval_data is not None:
+        held_out_sets = {}  # not held out of the data sets
 
-    rows = train
+    rows, parts = training_data.weighted(of_sets, settings)
     if settings.pack:
-        rows = packing.packed(train, settings.max_length)
         say(f"packed {len(train):,} examples into {len(rows):,} rows of at most {settings.max_length} tokens")
     is_dpo = settings.task == data.PREFERENCES
     sizes = preferences.lengths(rows) if is_dpo else [len(each["input_ids"]) for each in rows]
@@ -245,11 +252,12 @@ def run(
 
     with peftcore.disabled(model) if settings.method != FULL and start is None else contextlib.nullcontext():
         if settings.task == data.PREFERENCES:
-            parts = [part for part in (held_out, validation) if part]
-            first |= {id(part): preferences.likelihoods(model, part, tokenizer, pairs) for part in parts}
+            measured = [part for part in (held_out, validation, *held_out_sets.values()) if part]
+            first |= {id(part): preferences.likelihoods(model, part, tokenizer, pairs) for part in measured}
         say("measuring held-out examples ...")
         before = measure(model)
         other_before = measure(model, other) if other else None
+        sets_before = training_data.losses(held_out_sets, lambda some: measure(model, some))
         name = "base" if start is None else "the adapter before"
         samples = [(name, sample_text())] if sample is not None else []
     say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
@@ -265,11 +273,12 @@ def run(
         keeper = best_checkpoint.BestCheckpoint(settings.metric or "loss", settings.patience)
     common = {
         "model": model,
-        "args": training_arguments(settings, output, len(rows), report_to),
+        "args": training_arguments(settings, output, training_data.draws(parts), report_to),
         "train_dataset": rows,
         "eval_dataset": held_out,
         "callbacks": [meter, stop, trace, *([keeper] if keeper else [])],
         "measure": measure,
+        "parts": parts,
     }
     trainer: trainers.Measuring
     if settings.task == data.PREFERENCES:
@@ -317,6 +326,7 @@ def run(
     with precision.own(model):
         chosen_by = measure(model, validation) if validation else None
         other_after = measure(model, other) if other else None
+        sets_after = training_data.losses(held_out_sets, lambda some: measure(model, some))
     return Result(
         before=before,
         after=trainer.measured[trainer.state.global_step] if best is None else after,
@@ -342,6 +352,9 @@ def run(
         other=(other_before, other_after) if other_before and other_after else None,
         merges=None if settings.method == FULL else mergeable(model),
         best=best,
+        data_sets=training_data.facts(settings, train_rows, of_sets, held_out_sets, sets_before, sets_after)
+        if is_mixed
+        else [],
     )
 
 
@@ -353,43 +366,6 @@ def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any
         train = preferences.as_texts(train)
     order = LengthGroupedSampler([len(each["input_ids"]) for each in train], settings.batch_size, settings.seed)
     return DataLoader(train, settings.batch_size, sampler=order, collate_fn=tasks.collator(tokenizer))  # type: ignore[arg-type]
-
-
-def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row], list[data.Row]]:
-    """Return (training examples, held-out examples, examples kept to choose among runs)."""
-    names = parsed_columns(settings.columns)
-    rows = data.read_rows(settings.data, settings.task, names)
-    if settings.eval_data is not None:
-        held_out = data.read_rows(settings.eval_data, settings.task, names)
-    else:
-        rows, held_out = data.hold_out(rows, settings.holdout, settings.seed)
-    if settings.validation is None:
-        return rows, held_out, []
-    train, validation = data.hold_out(rows, settings.validation, settings.seed)
-    return train, held_out, validation
-
-
-def other_rows(settings: Settings) -> list[data.Row]:
-    """Return texts of another domain, whose loss shows what is forgotten; empty if there are none."""
-    return [] if settings.other_data is None else data.read_rows(settings.other_data, settings.task)
-
-
-def encode_examples(
-    what: str, rows: list[data.Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
-) -> list[tasks.Example]:
-    """Return rows as token ids; `what` describes them in the warning about truncation."""
-    if settings.task == data.PREFERENCES:
-        encoded = preferences.encode(rows, tokenizer, settings.max_length)
-    else:
-        encoded = tasks.encode(rows, settings.task, tokenizer, settings.max_length, labels)
-    if encoded.truncated:
-        warn(
-            f"{encoded.truncated:,} of {len(rows):,} {what} examples are longer than {settings.max_length} "
-            "tokens (--max-length) and were truncated or split"
-        )
-    if encoded.left_out:
-        warn(f"{encoded.left_out:,} of them have no tokens to train on within that length and are left out")
-    return encoded.examples
 
 
 def training_arguments(

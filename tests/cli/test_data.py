@@ -190,10 +190,8 @@ def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
     c.write_text('{"prompt": "4", "completion": "5"}\n')
     assert [row.text for row in data.read_rows([str(b), str(a)], LANGUAGE_MODEL)] == ["3", "1", "2"]
     assert data.guess_task([str(a), str(b)]) == LANGUAGE_MODEL
-    with pytest.raises(
-        PeftcoreError, match=r"c.jsonl:1 has prompt/completion, but .*a.jsonl:1 has text\. Convert one to the"
-    ):
-        data.read_rows([str(a), str(c)], LANGUAGE_MODEL)
+    mixed = data.read_rows([str(a), str(c)], LANGUAGE_MODEL)
+    assert [(row.kind, row.source) for row in mixed] == [("text", 0), ("text", 0), ("prompt/completion", 1)]
     b.write_text("")
     with pytest.raises(PeftcoreError, match=r"b.jsonl' has no examples"):
         data.read_rows([str(a), str(b)], LANGUAGE_MODEL)

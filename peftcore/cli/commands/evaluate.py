@@ -9,6 +9,7 @@ import typer
 
 from peftcore.cli import options
 from peftcore.cli.console import out, table, warn
+from peftcore.errors import PeftcoreError
 
 EXAMPLES = (
     "peftcore eval -a run -d test.jsonl",
@@ -40,6 +41,12 @@ def evaluate(
     from peftcore.cli import dtype_choice, models
     from peftcore.cli.data_files import parsed_columns
 
+    weighted = next((each for each in examples.sources(data) if each.weight != 1), None)
+    if weighted is not None:
+        raise PeftcoreError(
+            f"eval measures every example once, found the weight {weighted.weight:g} of --data {weighted.path}. "
+            "Leave out the weight"
+        )
     task = models.adapter_task(adapter, labels)
     rows = examples.read_rows(data, task.task, parsed_columns(columns))
     base = models.base_of(adapter, model)

@@ -155,7 +155,7 @@ def train(
 
 def _show(settings: Settings, result: Result, output: Path) -> None:
     """Print the result, and write `report.html` and `result.json`."""
-    from peftcore.cli import memory_picture, metrics, training_report, versions
+    from peftcore.cli import memory_picture, metrics, training_data, training_report, versions
 
     said = result.predicted
     facts = _facts(result)
@@ -166,6 +166,7 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
         confusion = [("Answers (across) for each label (down), after training", cells)]
     (output / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     rows = metrics.rows(result.before, result.after)
+    sets = [each.cells() for each in result.data_sets]
     training_report.write(
         output / "report.html",
         title=f"{settings.method} on {'/'.join(Path(settings.model).parts[-2:])}",
@@ -174,6 +175,7 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
         before=result.before,
         sections=[
             ("Held out", [("", "before", "after"), *rows]),
+            *([("Data sets", [training_data.TITLES, *sets])] if sets else []),
             *confusion,
             ("The run", facts),
             *([("A sample", result.samples)] if result.samples else []),
@@ -187,6 +189,9 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
         _add_to_card(settings, result, rows)
     out.print()
     table(rows, ("held out", "before", "after"))
+    if sets:
+        out.print()
+        table(sets, training_data.TITLES)
     out.print()
     table(facts)
     for writer, text in result.samples:
@@ -254,8 +259,10 @@ def _commands(settings: Settings, result: Result) -> list[str]:
     adapter = shlex.quote(str(result.adapter))
     if result.quantize is not None:
         adapter += f" --quantize {result.quantize}"
-    files = settings.eval_data or settings.data
-    evaluation = " --data ".join(map(shlex.quote, [files] if isinstance(files, str) else files))
+    from peftcore.cli import data
+
+    files = [settings.eval_data] if settings.eval_data else [each.path for each in data.sources(settings.data)]
+    evaluation = " --data ".join(map(shlex.quote, files))
     if settings.columns:
         evaluation += f" --columns {shlex.quote(settings.columns)}"
     return [
