@@ -24,12 +24,16 @@ def case(rows, columns, batch, dtype, blocksize, nested, seed, code="nf4"):
 
 
 def run(emulated, x, weight, bias, seed=0, offset=0, tickets=True):
-    """The launcher's result, `offset` values behind an allocation whose rest must stay as it is."""
-    batch, rows = x.shape[0], weight.shape[0]
+    """The launcher's result, `offset` values behind an allocation whose rest must stay as it is.
+
+    weight: a `PackedWeight` or a `WeightView`.
+    """
+    weight = weight if isinstance(weight, WeightView) else WeightView(weight)
+    batch, rows = x.shape[0], weight.rows
     count = batch * rows
     memory = torch.full((count + offset + 4,), 7, dtype=x.dtype)
     y = memory[offset : offset + count]
-    given = (x, DTYPES.index(x.dtype), batch, WeightView(weight))
+    given = (x, DTYPES.index(x.dtype), batch, weight)
     partial = emulated.workspace("peftcore_quant4_linear_workspace", *given)
     emulated("peftcore_quant4_linear")(*given, bias, None, None, 0, partial, y, seed=seed, tickets=tickets)
     assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
@@ -117,6 +121,18 @@ def test_an_x_off_its_alignment(emulated):
     moved = torch.zeros(5 * 128 + 1, dtype=torch.bfloat16)[1:].view(5, 128)
     moved.copy_(arguments[0])
     check(run(emulated, moved, *arguments[1:]), wanted, magnitude)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [1, 75, 300])  # rows that begin within a byte, within a word, and at a vector
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_codes_off_their_alignment(emulated, dtype, columns, offset):
+    (x, weight, bias), wanted, magnitude = case(9, columns, 3, dtype, 64, offset == 2, columns)
+    view, count = WeightView(weight), weight.codes.numel()
+    moved = torch.full((count + 8,), 255, dtype=torch.uint8)[offset : offset + count]
+    moved.copy_(weight.codes.flatten())
+    view.codes = moved.data_ptr()
+    check(run(emulated, x, view, bias), wanted, magnitude)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@
 // panel.cuh. tensor_kernel (fp16, bf16; other columns): linear.cuh. s is computed by an earlier launch; in
 // lora/cuda/one_launch.cu by the same one.
 //
-// simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W.
+// simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W, simple.cuh.
 #include "common/cuda_dispatch.cuh"
 #include "common/cuda_sum.h"
 #include "common/cuda_tickets.h"
@@ -13,13 +13,12 @@
 #include "quant4/cuda/panel.cuh"
 #include "quant4/cuda/quant4_cuda.h"
 #include "quant4/cuda/rows.cuh"
+#include "quant4/cuda/simple.cuh"
 #include "quant4/format.h"
 
 namespace peftcore {
 namespace quant4 {
 namespace {
-
-constexpr int kSimpleTile = 8;  // rows of x that a warp of simple_kernel takes together
 
 template <typename T, int kTiles, int kStage, int kStages, bool kNested>
 __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) {
@@ -41,39 +40,16 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
                                    int(split), int(splits));
 }
 
-template <typename T, bool kNested>
+template <typename T, int kVector, bool kNested>
 __global__ void __launch_bounds__(kThreads) simple_kernel(const LinearLaunch p) {
     PEFTCORE_SHARED(float, quant_map, [16]);
     PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
     const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
     __syncthreads();
-
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t n = int64_t(blockIdx.x) * kWarps + warp;
-    if (n >= p.weight.rows) return;
-    const int first = int(blockIdx.y) * kSimpleTile;
-    const T* x = static_cast<const T*>(p.x);
-    float sum[kSimpleTile] = {};
-    for (int64_t k = lane; k < p.weight.columns; k += 32) {
-        const int64_t i = n * p.weight.columns + k;
-        const uint8_t byte = p.weight.codes[i / 2];
-        const float scale = block_scale<kNested>(p.weight, nested_quant_map, offset, i >> p.weight.shift);
-        const float w = to_float(from_float<T>(quant_map[i % 2 ? byte & 15 : byte >> 4] * scale));
-#pragma unroll
-        for (int m = 0; m < kSimpleTile; ++m)
-            if (first + m < p.batch) sum[m] += w * to_float(x[(first + m) * p.weight.columns + k]);
-    }
-    for (int j = lane; j < p.rank; j += 32) {
-        const float f = factor_value(p, n, j);
-#pragma unroll
-        for (int m = 0; m < kSimpleTile; ++m) sum[m] += f * thin_value(p, first + m, j);
-    }
-#pragma unroll
-    for (int m = 0; m < kSimpleTile; ++m) {
-        for (int distance = 16; distance > 0; distance /= 2)
-            sum[m] += __shfl_xor_sync(0xffffffffu, sum[m], distance);
-        if (lane == 0 && first + m < p.batch) store_result<T>(p, first + m, n, sum[m]);
-    }
+    const int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+    if (n < p.weight.rows)
+        simple_row<T, kVector, kNested>(p, quant_map, nested_quant_map, offset, n,
+                                        int(blockIdx.y) * kSimpleTile);
 }
 
 // Division of W among panel_kernel's blocks: chosen by the shape only, so that results are the same on every GPU.
@@ -118,7 +94,10 @@ const char* launch_panel(LinearLaunch p, const PanelPlan& plan, Dtype dtype, voi
 template <typename T, bool kNested>
 const char* launch_simple(const LinearLaunch& p, void* stream) {
     const dim3 grid(unsigned(ceil_div(p.weight.rows, kWarps)), unsigned(ceil_div(p.batch, kSimpleTile)));
-    return PEFTCORE_LAUNCH((simple_kernel<T, kNested>), grid, kThreads, 0, stream, p);
+    return dispatch_flag(in_vectors(p.x, 4 * sizeof(T), 4, p.weight), [&](auto vectors) {
+        constexpr int kVector = decltype(vectors)::value ? 4 : 1;
+        return PEFTCORE_LAUNCH((simple_kernel<T, kVector, kNested>), grid, kThreads, 0, stream, p);
+    });
 }
 
 template <typename T, bool kNested>
