@@ -11,8 +11,8 @@ namespace {
 
 constexpr CudaTuning kTuning[] = {
     // architecture, down, reduce, panel, loop, quantize, step
-    {80, 264, 264, 128, 4096, 1056, 65536},
-    {90, 264, 264, 128, 4096, 1056, 65536},
+    {80, 264, 264, 128, 4096, 1056, 1056},
+    {90, 264, 264, 128, 4096, 1056, 1056},
 };
 
 constexpr bool sums_agree() {

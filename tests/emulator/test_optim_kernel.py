@@ -85,11 +85,12 @@ def cuda_step(emulated, params, grads, state, rule, table_rows, steps, rows, str
     rule=st.sampled_from(RULES),
     dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     stochastic=st.booleans(),
+    offset=st.integers(0, 1),
     seed=st.integers(0, 10**6),
 )
-def test_step(emulated, counts, rule, dtypes, stochastic, seed):
+def test_step(emulated, counts, rule, dtypes, stochastic, offset, seed):
     generator = torch.Generator().manual_seed(seed)
-    params = [torch.randn(n, generator=generator).to(dtypes[0]) for n in counts]
+    params = [torch.randn(n + offset, generator=generator).to(dtypes[0])[offset:] for n in counts]
     state = [plane.new(p) for plane in rules.RULES[rule].planes for p in params]
     others, other_state = [p.clone() for p in params], [t.clone() for t in state]
     rows = [i % 2 for i in range(len(counts))]
@@ -101,6 +102,20 @@ def test_step(emulated, counts, rule, dtypes, stochastic, seed):
         ops.optim_step_(others, grads, other_state, rule, table[0] + table[1], steps, rows, streams)
     for found, wanted in zip([*params, *state], [*others, *other_state], strict=True):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("rule", ["lion", pytest.param("adamw_8bit", marks=pytest.mark.nightly)])
+def test_more_blocks_than_the_launch_has_warps(emulated, rule):
+    count = 8 * 1056 + 40  # cuda_tuning.cu: the warps of the largest grid
+    sizes = [300 if i % 1000 == 0 else 1 + i % 3 for i in range(count)]
+    flat = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1))
+    params, others = list(flat.clone().split(sizes)), list(flat.clone().split(sizes))
+    grads, row = list(flat.flip(0).split(sizes)), scalars(rule, 1)
+    state, other_state = ([plane.new(p) for plane in rules.RULES[rule].planes for p in params] for _ in range(2))
+    cuda_step(emulated, params, grads, state, rule, [row], [1], [0] * count, [], 3)
+    ops.optim_step_(others, grads, other_state, rule, row, [1], [0] * count, [])
+    assert torch.equal(torch.cat(params), torch.cat(others))
+    assert torch.equal(torch.cat(state), torch.cat(other_state))
 
 
 def test_every_order_of_threads_gives_the_same_bits(emulated):
