@@ -1,6 +1,6 @@
 // Cross-entropy of rows of logits, and its gradient in their place: two passes over a row, which fits in a cache.
-// Chunks are fp32; the compiler vectorizes the loops over a chunk, without contractions, and sums have 16 lanes at every
-// level, so that all levels give the same bits. Sums over a row are double. Formulas: peftcore/ops/cross_entropy.py.
+// Chunks are fp32. Loops over a chunk take sixteen values at a time (sixteen.h), and sums have sixteen lanes, so that all
+// levels give the same bits. Sums over a row are double. Formulas: peftcore/ops/cross_entropy.py.
 #pragma once
 
 #include <cmath>
@@ -15,35 +15,33 @@ constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr uint32_t kLeastBits = 0xc2ae0000u;  // -87, whose exponential is still normal
 
 // tanh(x), with a relative error of at most 4e-7: E / (E + 2) with E = e^2x - 1, whose polynomial has no constant term.
-static inline float hyperbolic_tangent(float x) {
+template <typename F>
+PEFTCORE_INLINED F hyperbolic_tangent(const F& x) {
     constexpr uint32_t kMost = 0x41200000u;  // 10
-    const uint32_t magnitude = float_bits(x) & ~kSignBit;
-    const float twice =
-        2.0f * bits_float((magnitude < kMost ? magnitude : kMost) | (float_bits(x) & kSignBit));
-    constexpr float kRound = 12582912.0f;  // as in `exponential_within`
-    const float shifted = twice * 1.44269504f + kRound, n = shifted - kRound;
-    const float r = (twice - n * 0.693359375f) + n * 2.12194440e-4f;
-    float sum = 1.0f / 5040;
-    sum = sum * r + 1.0f / 720;
+    constexpr float kRound = 12582912.0f;    // as in `exponential_within`
+    const F twice = 2.0f * limited(x, kMost);
+    const F shifted = twice * 1.44269504f + kRound, n = shifted - kRound;
+    const F r = (twice - n * 0.693359375f) + n * 2.12194440e-4f;
+    F sum = r * (1.0f / 5040) + 1.0f / 720;
     sum = sum * r + 1.0f / 120;
     sum = sum * r + 1.0f / 24;
     sum = sum * r + 1.0f / 6;
     sum = sum * r + 0.5f;
     sum = sum * r + 1.0f;
-    const float power = bits_float((float_bits(shifted) - float_bits(kRound) + 127) << 23);
-    const float e = sum * r * power + (power - 1.0f);
-    return bits_float(float_bits(e / (e + 2.0f)) | (0u - uint32_t(magnitude > kInfinityBits)));  // NaN stays
+    const F power = bits_float((float_bits(shifted) - (float_bits(kRound) - 127u)) << 23u);
+    const F e = sum * r * power + (power - 1.0f);
+    // NaN stays.
+    return bits_float(float_bits(e / (e + 2.0f)) | where_above(float_bits(x) & ~kSignBit, kInfinityBits));
 }
 
 // max(x, -87) for x <= 0, and e^x, or 0 below -87. For NaN they are some number.
 struct Below {
-    float value, exponential;
+    Sixteen value, exponential;
 
-    explicit inline Below(float x) {
-        const uint32_t bits = float_bits(x);  // of negative values larger for a larger magnitude
-        value = bits_float(bits < kLeastBits ? bits : kLeastBits);
-        const float e = exponential_within(value);
-        exponential = bits_float(float_bits(e) & (0u - uint32_t(bits <= kLeastBits)));
+    __attribute__((always_inline)) explicit inline Below(const Sixteen& x) {
+        const SixteenBits bits = float_bits(x);  // of negative values larger for a larger magnitude
+        value = bits_float(at_most(bits, kLeastBits));
+        exponential = bits_float(float_bits(exponential_within(value)) & ~where_above(bits, kLeastBits - 1));
     }
 };
 
@@ -51,7 +49,8 @@ template <typename Level>
 struct CrossEntropy {
     using T = typename Level::T;
     using Chunk = typename Gates<Level>::Chunk;
-    static constexpr int64_t kChunk = Gates<Level>::kChunk, kSums = 16;
+    static constexpr int64_t kChunk = Gates<Level>::kChunk;
+    static_assert(kChunk % kSixteen == 0);
     static constexpr float kNone = -std::numeric_limits<float>::infinity();
 
     // Running maximum, Σ e^(z - maximum) and Σ e^(z - maximum) (z - maximum).
@@ -78,49 +77,44 @@ struct CrossEntropy {
         chunk.load(row + n, count);
         if (args.cap == 0) {
             const float scale = args.scale;
-            for (int64_t i = 0; i < kChunk; ++i) chunk.value[i] *= scale;
+            for (int64_t i = 0; scale != 1.0f && i < kChunk; ++i) chunk.value[i] *= scale;
         } else {
             const float cap = args.cap, scale = args.scale / args.cap;
-            for (int64_t i = 0; i < kChunk; ++i)
-                chunk.value[i] = cap * hyperbolic_tangent(chunk.value[i] * scale);
+            for (int64_t i = 0; i < kChunk; i += kSixteen) {
+                Sixteen& z = sixteen_at(chunk.value + i);
+                z = cap * hyperbolic_tangent(z * scale);
+            }
         }
         for (int64_t i = count; i < kChunk; ++i) chunk.value[i] = kNone;
     }
 
     // NaN if a value is.
     static float maximum_of(const Chunk& chunk) {
-        // As integers that are ordered like the values.
-        const auto ordered = [](uint32_t bits) { return int32_t(bits ^ ((0u - (bits >> 31)) & ~kSignBit)); };
-        int32_t lanes[kSums];
-        uint32_t nan[kSums] = {};
-        for (int64_t j = 0; j < kSums; ++j) lanes[j] = ordered(float_bits(kNone));
-        for (int64_t i = 0; i < kChunk; i += kSums)
-            for (int64_t j = 0; j < kSums; ++j) {
-                const uint32_t bits = float_bits(chunk.value[i + j]);
-                const int32_t value = ordered(bits);
-                lanes[j] = value > lanes[j] ? value : lanes[j];
-                nan[j] |= uint32_t((bits & ~kSignBit) > kInfinityBits);
-            }
-        int32_t result = lanes[0];
+        Sixteen most = sixteen_at(chunk.value);
+        SixteenBits nan{};
+        for (int64_t i = 0; i < kChunk; i += kSixteen) {
+            const Sixteen z = sixteen_at(chunk.value + i);
+            most = z > most ? z : most;
+            nan |= (SixteenBits)(z != z);
+        }
+        float result = most[0];
         uint32_t any = nan[0];
-        for (int64_t j = 1; j < kSums; ++j) {
-            result = lanes[j] > result ? lanes[j] : result;
+        for (int64_t j = 1; j < kSixteen; ++j) {
+            result = most[j] > result ? most[j] : result;
             any |= nan[j];
         }
-        return any != 0 ? std::numeric_limits<float>::quiet_NaN()
-                        : bits_float(uint32_t(result) ^ ((0u - (uint32_t(result) >> 31)) & ~kSignBit));
+        return any != 0 ? std::numeric_limits<float>::quiet_NaN() : result;
     }
 
     static void add(const Chunk& chunk, Sums& sums) {
         const float maximum = sums.maximum;
-        float exponentials[kSums] = {}, products[kSums] = {};
-        for (int64_t i = 0; i < kChunk; i += kSums)
-            for (int64_t j = 0; j < kSums; ++j) {
-                const Below below(chunk.value[i + j] - maximum);
-                exponentials[j] += below.exponential;
-                products[j] += below.exponential * below.value;
-            }
-        for (int64_t j = 0; j < kSums; ++j) {
+        Sixteen exponentials{}, products{};
+        for (int64_t i = 0; i < kChunk; i += kSixteen) {
+            const Below below(sixteen_at(chunk.value + i) - maximum);
+            exponentials += below.exponential;
+            products += below.exponential * below.value;
+        }
+        for (int64_t j = 0; j < kSixteen; ++j) {
             sums.exponentials += exponentials[j];
             sums.products += products[j];
         }
@@ -159,8 +153,10 @@ struct CrossEntropy {
             if (cap != 0)
                 for (int64_t i = 0; i < kChunk; ++i)
                     slope[i] = 1.0f - (chunk.value[i] * inverse) * (chunk.value[i] * inverse);
-            for (int64_t i = 0; i < kChunk; ++i)
-                chunk.value[i] = softmax * Below(chunk.value[i] - maximum).exponential;
+            for (int64_t i = 0; i < kChunk; i += kSixteen) {
+                Sixteen& z = sixteen_at(chunk.value + i);
+                z = softmax * Below(z - maximum).exponential;
+            }
             if (uniform != 0)
                 for (int64_t i = 0; i < count; ++i)
                     chunk.value[i] -= args.weights == nullptr ? uniform : uniform * args.weights[n + i];

@@ -1,41 +1,42 @@
 // y = act(g) ∘ u and its gradients, each in one pass over memory, in fp32. act is x / (1 + e^-p): silu with p = x, GELU by
-// tanh with p = 2 √(2/π) (x + 0.044715 x³). The compiler vectorizes the loops over a chunk, without contractions, so that
-// all levels give the same bits.
+// tanh with p = 2 √(2/π) (x + 0.044715 x³). Loops over a chunk take sixteen values at a time (sixteen.h), so that all levels
+// give the same bits.
 #pragma once
 
 #include "lora/cpu/blocks.h"
+#include "lora/cpu/sixteen.h"
 
 namespace peftcore {
 namespace lora {
 
-// Comparisons are of bits: the compiler does not vectorize a choice by a comparison of floats, which could trap.
 constexpr uint32_t kSignBit = 0x80000000u;
 
-// x with at most the magnitude whose bits are `most`.
-static inline float limited(float x, uint32_t most) {
-    const uint32_t magnitude = float_bits(x) & ~kSignBit;
-    return bits_float((magnitude < most ? magnitude : most) | (float_bits(x) & kSignBit));
+// x with at most the magnitude whose bits are `most`. Here and below F is float or Sixteen.
+template <typename F>
+PEFTCORE_INLINED F limited(const F& x, uint32_t most) {
+    return bits_float(at_most(float_bits(x) & ~kSignBit, most) | (float_bits(x) & kSignBit));
 }
 
 // e^x for x in [-88, 88]. Relative error at most 2e-7: 2^n times the Taylor polynomial of degree seven, whose error on
 // half of ln 2 is 5e-9.
-static inline float exponential_within(float x) {
+template <typename F>
+PEFTCORE_INLINED F exponential_within(const F& x) {
     constexpr float kRound = 12582912.0f;  // 1.5 · 2^23, where fp32 values are integers
-    const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-    float sum = 1.0f / 5040;
-    sum = sum * r + 1.0f / 720;
+    const F shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+    const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    F sum = r * (1.0f / 5040) + 1.0f / 720;
     sum = sum * r + 1.0f / 120;
     sum = sum * r + 1.0f / 24;
     sum = sum * r + 1.0f / 6;
     sum = sum * r + 0.5f;
     sum = sum * r + 1.0f;
     sum = sum * r + 1.0f;
-    return sum * bits_float((float_bits(shifted) - float_bits(kRound) + 127) << 23);
+    return sum * bits_float((float_bits(shifted) - (float_bits(kRound) - 127u)) << 23u);
 }
 
 // e^x, with x clamped to [-88, 88].
-static inline float exponential(float x) {
+template <typename F>
+PEFTCORE_INLINED F exponential(const F& x) {
     constexpr uint32_t k88 = 0x42b00000u;
     return exponential_within(limited(x, k88));
 }
@@ -74,17 +75,17 @@ struct Gates {
     struct Power {
         float linear, cubic;
 
-        static inline float near(float x) {
+        PEFTCORE_INLINED Sixteen near(const Sixteen& x) {
             constexpr uint32_t k10000 = 0x461c4000u;
             return limited(x, k10000);
         }
-        inline float exponential_of(float x) const {  // e^-p
-            x = near(x);
-            return exponential(-x * (linear + cubic * (x * x)));
+        __attribute__((always_inline)) inline Sixteen exponential_of(const Sixteen& x) const {  // e^-p
+            const Sixteen y = near(x);
+            return exponential(-y * (linear + cubic * (y * y)));
         }
-        inline float slope(float x) const {
-            x = near(x);
-            return linear + 3.0f * cubic * (x * x);
+        __attribute__((always_inline)) inline Sixteen slope(const Sixteen& x) const {
+            const Sixteen y = near(x);
+            return linear + 3.0f * cubic * (y * y);
         }
     };
 
@@ -96,8 +97,10 @@ struct Gates {
                 const int64_t count = std::min(kChunk, args.columns - n), at = first * args.stride + n;
                 gate.load(static_cast<const T*>(args.gate) + at, count);
                 up.load(static_cast<const T*>(args.up) + at, count);
-                for (int64_t i = 0; i < kChunk; ++i)
-                    gate.value[i] = gate.value[i] / (1.0f + p.exponential_of(gate.value[i]));
+                for (int64_t i = 0; i < kChunk; i += kSixteen) {
+                    Sixteen& g = sixteen_at(gate.value + i);
+                    g = g / (1.0f + p.exponential_of(g));
+                }
                 if (args.rounded) gate.round();
                 for (int64_t i = 0; i < kChunk; ++i) gate.value[i] *= up.value[i];
                 gate.store(static_cast<T*>(args.y) + first * args.columns + n, count);
@@ -113,10 +116,12 @@ struct Gates {
                 gate.load(static_cast<const T*>(args.gate) + at, count);
                 up.load(static_cast<const T*>(args.up) + at, count);
                 grad.load(static_cast<const T*>(args.dy) + first * args.columns + n, count);
-                for (int64_t i = 0; i < kChunk; ++i) {
-                    const float g = gate.value[i], e = p.exponential_of(g), s = 1.0f / (1.0f + e);
-                    gate.value[i] = grad.value[i] * up.value[i] * s * (1.0f + g * (e * s) * p.slope(g));
-                    up.value[i] = grad.value[i] * g * s;
+                for (int64_t i = 0; i < kChunk; i += kSixteen) {
+                    const Sixteen g = sixteen_at(gate.value + i), u = sixteen_at(up.value + i),
+                                  dy = sixteen_at(grad.value + i), e = p.exponential_of(g),
+                                  s = 1.0f / (1.0f + e);
+                    sixteen_at(gate.value + i) = dy * u * s * (1.0f + g * (e * s) * p.slope(g));
+                    sixteen_at(up.value + i) = dy * g * s;
                 }
                 gate.store(static_cast<T*>(args.dgate) + at, count);
                 up.store(static_cast<T*>(args.dup) + at, count);
