@@ -28,6 +28,7 @@ FIGURES = {
     data.MULTI_LABEL: ("micro_f1", "macro_f1", "exact_match"),
     data.REGRESSION: ("pearson", "spearman"),
     data.PREFERENCES: ("preference_accuracy", "margin"),
+    data.UNPAIRED: ("accuracy", "margin"),
 }
 
 

@@ -26,7 +26,9 @@ from peftcore.errors import PeftcoreError, nearest
 LANGUAGE_MODEL = "causal-lm"
 CLASSIFICATION, REGRESSION, MULTI_LABEL = LABELLED = labels.KINDS
 PREFERENCES = "dpo"
-TASKS = (LANGUAGE_MODEL, *LABELLED, PREFERENCES)
+UNPAIRED = "kto"
+COMPARED = (PREFERENCES, UNPAIRED)  # trained against a reference: the model as it was
+TASKS = (LANGUAGE_MODEL, *LABELLED, *COMPARED)
 
 _KEYS = {
     LANGUAGE_MODEL: (
@@ -40,9 +42,11 @@ _KEYS = {
     REGRESSION: (("text", "label"),),
     MULTI_LABEL: (("text", "label"), ("text", "labels")),
     PREFERENCES: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    UNPAIRED: (("prompt", "completion", "label"),),
 }
 _SHOWN = {LANGUAGE_MODEL: "text, prompt/completion or messages", MULTI_LABEL: "text/labels"}
 _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label", PREFERENCES: "prompt/chosen/rejected"}
+_SHOWN |= {UNPAIRED: "prompt/completion/label"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES |= {"tool": "tool", "observation": "tool", "function": "tool"}
 
@@ -58,7 +62,7 @@ class Row:
     A conversation has messages as chat templates take them, and the tools that may be called; the assistant's turns
     from `learned_from` on are learned, except the indices `not_learned`. In a preference `completion` is chosen and
     `rejected` is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
-    `source` is the index of the data set.
+    `source` is the index of the data set. `is_good` marks an answer for KTO, with the prompt as in a preference.
     """
 
     where: str
@@ -71,6 +75,7 @@ class Row:
     not_learned: tuple[int, ...] = ()
     tools: list[Any] | None = None
     source: int = 0
+    is_good: bool | None = None
 
     @property
     def kind(self) -> str:
@@ -145,6 +150,8 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
         name = next((name for name in ("label", "labels") if name in fields), None)
         if name is None and not found:
             return PREFERENCES if {"chosen", "rejected"} <= fields.keys() else LANGUAGE_MODEL
+        if not found and {"prompt", "completion", "label"} <= fields.keys():
+            return UNPAIRED
         found.append(fields.get(name or "label"))
     if not found:
         raise PeftcoreError(f"'{path}' has no examples")
@@ -236,6 +243,8 @@ def _row(where: str, fields: dict[str, Any], task: str) -> Row:
         )
     if task == PREFERENCES:
         return _preference(where, fields)
+    if task == UNPAIRED:
+        return _marked_answer(where, fields)
     if keys == ("messages",):
         return _conversation(where, _messages(where, "messages", fields["messages"]), 0, fields)
     if keys == ("conversations",):
@@ -267,6 +276,26 @@ def _preference(where: str, fields: dict[str, Any]) -> Row:
     if row.completion == row.rejected:
         raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same")
     return row
+
+
+def _marked_answer(where: str, fields: dict[str, Any]) -> Row:
+    """Return an answer with the mark of whether it is good: true or false, also as text or 1 and 0 as in CSV files."""
+    marks = {"true": True, "1": True, "false": False, "0": False}
+    is_good = marks.get(str(fields["label"]).strip().lower())
+    if is_good is None:
+        raise PeftcoreError(f"{where}: 'label' must be true or false, found {labels.short(fields['label'])}")
+    if not isinstance(fields["prompt"], list):
+        prompt, answer = (_text(where, key, fields[key]) for key in ("prompt", "completion"))
+        if not answer.strip():
+            raise PeftcoreError(f"{where}: 'completion' is empty")
+        return Row(where, prompt, completion=answer, is_good=is_good)
+    asked, said = (_messages(where, key, fields[key]) for key in ("prompt", "completion"))
+    if [message["role"] for message in said] != ["assistant"]:
+        found = ", ".join(message["role"] for message in said)
+        raise PeftcoreError(f"{where}: 'completion' must be one assistant answer, found {found}")
+    whole = _conversation(where, [*asked, *said], len(asked), fields)
+    said = _without_marks(said)
+    return Row(where, "", said, messages=_without_marks(asked), tools=whole.tools, is_good=is_good)
 
 
 def _compared_texts(where: str, fields: dict[str, Any]) -> Row:

@@ -83,7 +83,7 @@ def how(task: str, precision: str, parallel: str | None, processes: int) -> dict
     if parallel is None and processes > 1:
         raise PeftcoreError(f"{processes} processes need a way to share the work: --parallel ddp, or fsdp2")
     return {
-        "loss": "dpo" if task == data.PREFERENCES else None,
+        "loss": task if task in data.COMPARED else None,
         "mixed_precision": precision if precision in MIXED else None,
         "ranks": processes,
         "shard": parallel == "fsdp2",

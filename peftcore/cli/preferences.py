@@ -39,11 +39,11 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     """
     examples, truncated = [], 0
     for row in rows:
-        chosen, rejected = (_answered(row, answer, tokenizer) for answer in (row.completion, row.rejected))
-        begin = min(_first_learned(chosen), _first_learned(rejected))
+        chosen, rejected = (answered(row, answer, tokenizer) for answer in (row.completion, row.rejected))
+        begin = min(first_learned(chosen), first_learned(rejected))
         ids, others = chosen["input_ids"], rejected["input_ids"]
         prompt = next((i for i in range(begin) if ids[i] != others[i]), begin)  # tokens may merge across the boundary
-        pair = (_learned(chosen, prompt), _learned(rejected, prompt))
+        pair = (learned(chosen, prompt), learned(rejected, prompt))
         if pair[0] == pair[1]:
             raise PeftcoreError(f"{row.where}: 'chosen' and 'rejected' are the same")
         truncated += prompt + max(map(len, pair)) > max_length
@@ -58,7 +58,7 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
 
 def as_texts(examples: Sequence[Example]) -> list[Example]:
     """Return the chosen answers as examples of a language model, for methods that initialise from data."""
-    return [_joined(each, "chosen_ids") for each in examples]
+    return [joined(each, "chosen_ids") for each in examples]
 
 
 def lengths(examples: Sequence[Example]) -> list[int]:
@@ -116,7 +116,7 @@ def likelihoods(
     try:
         for start in range(0, len(ordered), batch_size):
             pairs = ordered[start : start + batch_size]
-            answers = [_joined(each, name) for name in ("chosen_ids", "rejected_ids") for each in pairs]
+            answers = [joined(each, name) for name in ("chosen_ids", "rejected_ids") for each in pairs]
             found.append(log_likelihoods(model, answers, tokenizer))
     finally:
         model.train(was_training)
@@ -135,7 +135,7 @@ def log_likelihoods(model: nn.Module, examples: list[Example], tokenizer: PreTra
     return -torch.stack([F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum") for x, y in rows]).cpu()
 
 
-def _answered(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
+def answered(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Return the prompt with one of its answers, as an example for language modelling."""
     if row.messages is not None:
         begins = len(row.messages)
@@ -146,16 +146,16 @@ def _answered(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Exam
     return tasks.encode([asked], "causal-lm", tokenizer, 1 << 30).examples[0]
 
 
-def _first_learned(example: Example) -> int:
+def first_learned(example: Example) -> int:
     return next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
 
 
-def _learned(example: Example, begin: int) -> list[int]:
+def learned(example: Example, begin: int) -> list[int]:
     """Return the tokens from `begin` to the last learned one, without what a template writes after the answer."""
     end = max(i for i, label in enumerate(example["labels"]) if label != IGNORED)
     return list(example["input_ids"][begin : end + 1])
 
 
-def _joined(example: Example, answer: str) -> Example:
+def joined(example: Example, answer: str) -> Example:
     prompt, ids = example["prompt_ids"], example[answer]
     return {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids}

@@ -57,7 +57,7 @@ class RunOptions:
     ] = False
     beta: Annotated[
         float | None,
-        typer.Option(help="DPO's beta, the weight that keeps the model close to the base; default: 0.1."),
+        typer.Option(help="Beta of DPO and KTO, the weight that keeps the model close to the base; default: 0.1."),
     ] = None
     labels: options.Labels = None
     columns: options.Columns = None

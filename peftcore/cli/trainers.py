@@ -1,4 +1,4 @@
-"""Trainers of the command line: transformers' Trainer and TRL's DPOTrainer with our examples and metrics."""
+"""Trainers of the command line: transformers' Trainer and TRL's DPO and KTO trainers with our examples and metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import Trainer, TrainerControl
 
-from peftcore.cli import precision
+from peftcore.cli import data, precision, unpaired
 from peftcore.cli.console import require, say
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.sampler import LengthGroupedSampler
@@ -70,19 +70,23 @@ class MeasuringTrainer(Measuring, Trainer):
             self.model_accepts_loss_kwargs = False
 
 
-def dpo_trainer(**arguments: Any) -> Measuring:
-    """Return TRL's DPOTrainer for examples with `prompt_ids`, `chosen_ids` and `rejected_ids` (see `preferences`).
+def comparing_trainer(task: str, **arguments: Any) -> Measuring:
+    """Return TRL's DPOTrainer or KTOTrainer for encoded examples (see `preferences` and `unpaired`).
 
     The reference is the current model; no second one is loaded (`integrations.reference_model`).
     """
     require("trl", extra="dpo")
+    import trl
     from datasets import Dataset
-    from trl import DPOTrainer
 
-    class MeasuringDPOTrainer(Measuring, DPOTrainer):
+    base: Any = {data.PREFERENCES: trl.DPOTrainer, data.UNPAIRED: trl.KTOTrainer}[task]
+
+    class MeasuringComparison(Measuring, base):
         def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
             return dataset  # already tokens, with the end of the answer if it is learned
 
+    if task == data.UNPAIRED:
+        arguments["data_collator"] = unpaired.collator(arguments["processing_class"])
     for name in ("train_dataset", "eval_dataset"):
         arguments[name] = Dataset.from_list(arguments[name])
-    return MeasuringDPOTrainer(**arguments)
+    return MeasuringComparison(**arguments)

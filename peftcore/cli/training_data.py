@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftcore.cli import data, mixture, packing, preferences, tasks
+from peftcore.cli import comparisons, data, mixture, packing, tasks
 from peftcore.cli.console import warn
 from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.metrics import Metrics
@@ -77,8 +77,8 @@ def encode_parts(
     found = {}
     truncated = left_out = 0
     for source, some in itertools.groupby(rows, key=lambda row: row.source):
-        if settings.task == data.PREFERENCES:
-            encoded = preferences.encode(list(some), tokenizer, settings.max_length)
+        if settings.task in data.COMPARED:
+            encoded = comparisons.of(settings.task).encode(list(some), tokenizer, settings.max_length)
         else:
             encoded = tasks.encode(list(some), settings.task, tokenizer, settings.max_length, labels)
         found[source] = encoded.examples
@@ -116,8 +116,14 @@ def draws(parts: Sequence[tuple[int, float]]) -> int:
 
 def tokens(examples: Sequence[tasks.Example], task: str) -> int:
     """Return the number of tokens of examples; of a preference, those of the prompt with the longer answer."""
-    lengths = preferences.lengths(examples) if task == data.PREFERENCES else [len(e["input_ids"]) for e in examples]
-    return sum(lengths)
+    return sum(lengths(examples, task))
+
+
+def lengths(examples: Sequence[tasks.Example], task: str) -> list[int]:
+    """Return the number of tokens of each example."""
+    if task in data.COMPARED:
+        return list(comparisons.of(task).lengths(examples))
+    return [len(each["input_ids"]) for each in examples]
 
 
 def losses(

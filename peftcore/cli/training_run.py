@@ -24,6 +24,7 @@ import peftcore
 from peftcore import ranks
 from peftcore.cli import (
     best_checkpoint,
+    comparisons,
     conversations,
     data,
     dtype_choice,
@@ -200,8 +201,7 @@ def run(
     rows, parts = training_data.weighted(of_sets, settings)
     if settings.pack:
         say(f"packed {len(train):,} examples into {len(rows):,} rows of at most {settings.max_length} tokens")
-    is_dpo = settings.task == data.PREFERENCES
-    sizes = preferences.lengths(rows) if is_dpo else [len(each["input_ids"]) for each in rows]
+    sizes = training_data.lengths(rows, settings.task)
     longest = max(sizes)
     base_in = dtype_choice.of_run(settings, labels)
     settings = replace(settings, dtype=base_in.say())
@@ -240,20 +240,21 @@ def run(
         with precision.own(model):
             return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
-    first: dict[int, Any] = {}  # the reference of preferences
+    comparison = comparisons.of(settings.task) if settings.task in data.COMPARED else None
+    first: dict[int, Any] = {}  # the reference of comparisons
     pairs = preferences.pairs_at_once(settings.batch_size, longest)
 
     def measure(model: Any, examples: list[tasks.Example] = held_out) -> Metrics:
-        if settings.task == data.PREFERENCES:
-            beta, reference = settings.beta or preferences.BETA, first[id(examples)]
-            return preferences.measure(model, examples, tokenizer, pairs, beta=beta, reference=reference)
+        if comparison is not None:
+            beta, reference = settings.beta or comparison.BETA, first[id(examples)]
+            return comparison.measure(model, examples, tokenizer, pairs, beta=beta, reference=reference)
         # Not more tokens at once than in training, so that measuring fits too.
         return tasks.measure(model, examples, tokenizer, tokens=settings.batch_size * longest)
 
     with peftcore.disabled(model) if settings.method != FULL and start is None else contextlib.nullcontext():
-        if settings.task == data.PREFERENCES:
+        if comparison is not None:
             measured = [part for part in (held_out, validation, *held_out_sets.values()) if part]
-            first |= {id(part): preferences.likelihoods(model, part, tokenizer, pairs) for part in measured}
+            first |= {id(part): comparison.likelihoods(model, part, tokenizer, pairs) for part in measured}
         say("measuring held-out examples ...")
         before = measure(model)
         other_before = measure(model, other) if other else None
@@ -281,8 +282,8 @@ def run(
         "parts": parts,
     }
     trainer: trainers.Measuring
-    if settings.task == data.PREFERENCES:
-        trainer = trainers.dpo_trainer(**common, lengths=sizes, processing_class=tokenizer)
+    if comparison is not None:
+        trainer = trainers.comparing_trainer(settings.task, **common, lengths=sizes, processing_class=tokenizer)
     else:
         trainer = trainers.MeasuringTrainer(**common, lengths=sizes, data_collator=tasks.collator(tokenizer))
     trainer.remove_callback(PrinterCallback)
@@ -362,8 +363,8 @@ def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any
     """Return the training batches for methods that initialise from data; None for others."""
     if not takes_batches(settings.method, settings.fields):
         return None
-    if settings.task == data.PREFERENCES:
-        train = preferences.as_texts(train)
+    if settings.task in data.COMPARED:
+        train = comparisons.of(settings.task).as_texts(train)
     order = LengthGroupedSampler([len(each["input_ids"]) for each in train], settings.batch_size, settings.seed)
     return DataLoader(train, settings.batch_size, sampler=order, collate_fn=tasks.collator(tokenizer))  # type: ignore[arg-type]
 
@@ -377,12 +378,13 @@ def training_arguments(
     often = max(1, math.ceil(steps / 5))
     kind: Any = TrainingArguments
     more: dict[str, Any] = {}
-    if settings.task == data.PREFERENCES:
+    if settings.task in data.COMPARED:
         require("trl", extra="dpo")
-        from trl import DPOConfig
+        import trl
 
-        kind = DPOConfig
-        more = {"beta": settings.beta or preferences.BETA, "max_length": None, "gradient_checkpointing": False}
+        kind = {data.PREFERENCES: trl.DPOConfig, data.UNPAIRED: trl.KTOConfig}[settings.task]
+        beta = settings.beta or comparisons.of(settings.task).BETA
+        more = {"beta": beta, "max_length": None, "gradient_checkpointing": False}
     try:
         return kind(
             output_dir=str(output / "checkpoints"),

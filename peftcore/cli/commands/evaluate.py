@@ -56,11 +56,12 @@ def evaluate(
     conversations.set_template(tokenizer, chat_template, task.chat_template)
     length = max_length or task.max_length
     measure: Any = tasks.measure
-    if task.task == examples.PREFERENCES:
-        from peftcore.cli import preferences
+    if task.task in examples.COMPARED:
+        from peftcore.cli import comparisons
 
-        encoded = preferences.encode(rows, tokenizer, length)
-        measure = functools.partial(preferences.measure, beta=task.beta or preferences.BETA)
+        comparison = comparisons.of(task.task)
+        encoded = comparison.encode(rows, tokenizer, length)
+        measure = functools.partial(comparison.measure, beta=task.beta or comparison.BETA)
     else:
         encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()

@@ -69,7 +69,7 @@ def suggest(
     as_what = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
     shown = {"task": task, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
     for name, value in shown.items():
-        if value not in (None, "auto") and (name != "task" or value == data.PREFERENCES):
+        if value not in (None, "auto") and (name != "task" or value in data.COMPARED):
             chosen += [f"--{name}", value]
     start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore"
     say(f"  {start} train -m {shlex.quote(model)} -d DATA -o RUN {shlex.join(chosen)}")

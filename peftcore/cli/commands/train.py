@@ -58,7 +58,8 @@ def train(
     learned), or from conversations {"messages": [{"role": ..., "content": ...}, ...]} (only the assistant's turns are
     learned, through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression if labels
     are numbers that are not all whole, and multi-label if they are lists. {"prompt": ..., "chosen": ..., "rejected":
-    ...}, texts or messages, is learned by DPO, with the frozen base as the reference.
+    ...}, texts or messages, is learned by DPO, and {"prompt": ..., "completion": ..., "label": true} by KTO, with the
+    frozen base as the reference.
 
     With --adapter training starts from an existing adapter, of this or another library, with its base and method; the
     initial adapter is what results are compared with, also in DPO.
@@ -90,8 +91,12 @@ def train(
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes no text. Leave it out")
     if given.pack and task != examples.LANGUAGE_MODEL:
         raise PeftcoreError(f"--pack is for causal-lm, found task {task}. Leave it out")
-    if given.beta is not None and (task != examples.PREFERENCES or given.beta <= 0):
-        raise PeftcoreError(f"--beta is for --task dpo and must be above 0, found {given.beta:g} for {task}")
+    if given.beta is not None and (task not in examples.COMPARED or given.beta <= 0):
+        raise PeftcoreError(f"--beta is for --task dpo and kto and must be above 0, found {given.beta:g} for {task}")
+    if task == examples.UNPAIRED and given.batch_size < 2:
+        raise PeftcoreError(
+            "--task kto compares the answers of a batch, found --batch-size 1. Use --batch-size 2 or more"
+        )
     if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
     if given.eval_data is None:
@@ -99,7 +104,7 @@ def train(
     for file in filter(None, (data, given.eval_data)):
         examples.read_rows(file, task, names)  # show wrong lines before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
-    if task == examples.PREFERENCES:
+    if task in examples.COMPARED:
         require("trl", extra="dpo")
     models.quiet_transformers()
     from peftcore import ranks
