@@ -20,6 +20,10 @@ TOOLS = {
         "peftcore.cli",
         "peftcore.engine.summary.megabytes",
     },
+    "peftcore_serve": {  # a command that loads bases, adapters and tokenizers as `generate` does
+        "peftcore.cli",
+        "peftcore.files.reading.vocabulary_rows",
+    },
 }
 NAMESPACES = ("targets", "validation", "ranks")  # modules of the contract, whose public names are part of it
 

@@ -21,7 +21,10 @@ from peftcore.errors import PeftcoreError, PluginError
 from peftcore.registry import builtin, registry
 
 builtin(core_commands)
-PACKAGES = {"compare": "peftcore-compare"}  # commands in packages of their own, which may not be installed
+PACKAGES = {
+    "compare": "peftcore-compare",
+    "serve": "peftcore-serve",
+}  # commands in packages of their own, which may not be installed
 
 
 def run(words: list[str] | None = None) -> None:

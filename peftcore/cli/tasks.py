@@ -67,7 +67,7 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_l
             truncated += len(ids) + len(answer) > max_length
             answer = answer[: max_length - 1]
             ids = ids[len(ids) - min(len(ids), max_length - len(answer)) :]
-            ids = ids or (answer[:1] and [_start(tokenizer)])
+            ids = ids or (answer[:1] and [first_token(tokenizer)])
             parts = [{"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer}] if answer else []
         if not parts:
             raise PeftcoreError(f"{row.where}: no tokens to train on after tokenizing")
@@ -199,7 +199,7 @@ def generate_text(
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     inputs = inputs.to(next(model.parameters()).device)
     if inputs["input_ids"].shape[1] == 0:
-        inputs = {"input_ids": torch.tensor([[_start(tokenizer)]], device=next(model.parameters()).device)}
+        inputs = {"input_ids": torch.tensor([[first_token(tokenizer)]], device=next(model.parameters()).device)}
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.random.fork_rng():
@@ -269,7 +269,7 @@ def ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     return sorted({end for end in ends if end is not None}) or None
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> int:
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return a token to begin with if the prompt is empty."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         if token is not None:

@@ -1,0 +1,14 @@
+"""The command `peftcore serve`: a base and a folder of adapters behind OpenAI's HTTP protocol."""
+
+from __future__ import annotations
+
+from peftcore.plugin import Command, hookimpl
+from peftcore_serve import command
+
+peftcore_api = ">=3.1,<4"
+
+
+@hookimpl
+def peftcore_commands() -> list[Command]:
+    """Return the command `serve`."""
+    return [Command("serve", command.serve, command.EXAMPLES)]

@@ -1,0 +1,176 @@
+"""`peftcore serve`: a base and a folder of adapters behind OpenAI's HTTP protocol."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftcore import PeftcoreError
+from peftcore.cli import options
+from peftcore.cli.console import note, say
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from peftcore_serve.app import Server
+
+EXAMPLES = (
+    "peftcore serve -m MODEL --adapters runs",
+    "peftcore serve -m MODEL --adapters runs --port 8080 --limit 64 --batch-size 32",
+)
+
+_CLOSING = 5  # seconds for answers under way
+# Fields of a generation config that this server leaves to the request, or does not have, and their neutral values.
+_IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "min_length": 0}
+
+
+def serve(
+    model: options.Model,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="Folder of folders of adapters or runs, each a model of its name; read at every request."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at. There is no authentication.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8000,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Adapters in memory; the least recently used leave for others.")
+    ] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers that are decoded together; others wait.")] = 16,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a chat's answer if the request does not say how many.")
+    ] = 512,
+    chat_template: options.ChatTemplate = None,
+    quantize: options.Quantize = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Answer OpenAI's chat and completion requests with a model and the adapters in a folder.
+
+    Requests for different adapters are decoded in one batch. For local use and evaluation: there is no authentication.
+    """
+    listening = listen(host, port)
+    with listening:
+        server = make(
+            model,
+            adapters,
+            limit=limit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            chat_template=chat_template,
+            quantize=quantize,
+            dtype=dtype,
+            device=device,
+        )
+        where, number = listening.getsockname()[:2]
+        count = len(server.adapters())
+        shown = f"[{where}]" if ":" in where else where
+        say(f"{server.name} and {count} adapter{'' if count == 1 else 's'} at http://{shown}:{number}/v1")
+        say("Ctrl-C ends", "dim")
+        run(server, listening)
+
+
+def make(
+    model: str,
+    adapters: Path | None = None,
+    *,
+    limit: int = 16,
+    batch_size: int = 16,
+    max_new_tokens: int = 512,
+    chat_template: str | None = None,
+    quantize: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Server:
+    """Load the base and return the server; the arguments are the command's options.
+
+    Raises:
+        PeftcoreError: the base cannot be loaded, or the folder of adapters cannot be read or is itself an adapter.
+    """
+    from peftcore.cli import data, dtype_choice, models
+    from peftcore_serve import folders
+    from peftcore_serve.app import Server
+
+    there = folders.find(adapters)
+    if adapters is not None and os.path.exists(adapters / "adapter_config.json"):
+        raise PeftcoreError(
+            f"'{adapters}' is an adapter, not a folder of adapters. Pass the folder in which it is: --adapters "
+            f"{adapters.resolve().parent}"
+        )
+    base = models.resolve(model)
+    name = Path(model).name if model.startswith((".", "/", "~")) or model.endswith(".gguf") else model
+    name = name or Path(base).name  # of "."
+    wide = any(_trained_in_fp32(folder.path) for folder in there.values())
+    task = data.LANGUAGE_MODEL
+    dtype = dtype_choice.of_base(base, task, dtype, device, (), "fp32" if wide else None).say()
+    loaded = models.load_model(base, task, dtype=dtype, device=device, quantize=quantize)
+    own: Any = loaded.generation_config
+    found = {field: getattr(own, field, None) for field in _IGNORED}
+    ignored = [f"{field}={value}" for field, value in found.items() if value not in (None, _IGNORED[field])]
+    if ignored:
+        note(f"the base's generation config has {', '.join(ignored)}, which answers here are made without")
+    server = Server(
+        loaded,
+        base,
+        name,
+        adapters,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        chat_template=chat_template,
+    )
+    if not server.scheduler.adapters.batches:
+        note(
+            f"answers are written one after the other: a batch of {type(loaded).__name__} with prompts of different "
+            "lengths computes something else than each prompt by itself"
+        )
+    return server
+
+
+def _trained_in_fp32(folder: Path) -> bool:
+    from peftcore.cli import models
+
+    try:
+        return models.adapter_task(folder).dtype == "fp32"
+    except (PeftcoreError, OSError):  # its requests get the error
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound, before the model is loaded."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, number)
+    except OSError as error:
+        raise PeftcoreError(f"--host '{host}' is not an address of this machine: {error.strerror}") from error
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        listening.close()
+        raise PeftcoreError(
+            f"the server cannot listen at {host}:{port}: {error.strerror}. Pass another --port, or 0 for a free one"
+        ) from error
+    return listening
+
+
+def run(server: Server, listening: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM, then end running answers with an error."""
+    import uvicorn
+
+    class Uvicorn(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            server.scheduler.close(wait=False)
+            super().handle_exit(sig, frame)
+
+    Uvicorn(configured(server)).run(sockets=[listening])
+
+
+def configured(server: Server) -> uvicorn.Config:
+    """Return uvicorn's configuration."""
+    import uvicorn
+
+    return uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=_CLOSING)

@@ -1,0 +1,145 @@
+"""The thread that owns the model: sequences wait, join the batch between two steps, and leave it at their end."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from peftcore import PeftcoreError
+from peftcore_serve.adapters import Adapters, Loaded
+from peftcore_serve.decoding import Batch, generate_alone
+from peftcore_serve.folders import Folder
+from peftcore_serve.sequence import Sequence, reason_of
+
+ENDING = "the server is shutting down"
+_WAITING = 4096
+
+
+class Busy(Exception):
+    """Too many sequences wait."""
+
+
+class Scheduler:
+    """Runs sequences on a model, several of them with their adapters in one batch.
+
+    Args:
+        model: the base, without adapters. Only the scheduler's thread calls it.
+        find: (name) -> the adapter on disk, or None.
+        limit: number of adapters in memory.
+        batch_size: number of sequences that are decoded together.
+    """
+
+    def __init__(self, model: nn.Module, find: Callable[[str], Folder | None], limit: int, batch_size: int) -> None:
+        self.adapters = Adapters(model, limit)
+        self.batch_size, self._find = batch_size, find
+        self._batch = Batch(model)
+        self._waiting: deque[Sequence] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self.steps = 0
+        self._thread = threading.Thread(target=self._run, name="peftcore-serve", daemon=True)
+        self._thread.start()
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        """Put sequences in line.
+
+        Raises:
+            Busy: too many wait.
+        """
+        new = list(sequences)
+        with self._changed:
+            if self._is_closed:
+                raise Busy(ENDING)
+            if len(self._waiting) + len(new) > _WAITING:
+                raise Busy(f"{len(self._waiting):,} sequences wait already, and at most {_WAITING:,} may. Try later")
+            self._waiting.extend(new)
+            self._changed.notify_all()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether sequences run or wait."""
+        with self._changed:
+            return bool(self._waiting or self._batch.sequences)
+
+    def close(self, wait: bool = True) -> None:
+        """End all sequences with an error after the current step, and end the thread."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        if wait:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._batch.sequences or self._is_closed):
+                    self._changed.wait()
+                if self._is_closed:
+                    for sequence in (*self._batch.sequences, *self._waiting):
+                        sequence.fail(ENDING)
+                    return
+            self._admit()
+            self._step()
+
+    def _admit(self) -> None:
+        """Start the sequences at the head of the line for which there is room."""
+        while len(self._batch.sequences) < self.batch_size and not self._is_closed:
+            with self._changed:
+                if not self._waiting:
+                    return
+                sequence = self._waiting[0]
+            try:
+                if not sequence.is_done and not self._start(sequence):
+                    return  # first an adapter in use has to end; the order of the line is kept
+            except Exception as error:  # of this sequence alone
+                sequence.fail(reason_of(error), is_users=isinstance(error, PeftcoreError))
+            if self._is_closed:
+                return
+            with self._changed:
+                self._waiting.popleft()
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Run the prompt of a sequence; return False if its adapter cannot be loaded yet."""
+        loaded: Loaded | None = None
+        if sequence.adapter is not None:
+            folder = self._find(sequence.adapter)
+            if folder is None:
+                raise PeftcoreError(f"the folder of the adapter '{sequence.adapter}' is gone")
+            loaded = self.adapters.have(folder, {other.adapter for other in self._batch.sequences if other.adapter})
+            if loaded is None:
+                return False
+        key = None if loaded is None else loaded.key
+        if not (self.adapters.batches if loaded is None else loaded.by_sample):
+            self.adapters.activate_alone(key)
+            generate_alone(self.adapters.model, sequence, lambda: self._is_closed)
+            return True
+        self.adapters.activate([key])
+        logits, cache = self._batch.prefill(sequence.prompt)
+        sequence.extend(logits)
+        if not sequence.is_done:
+            self._batch.join(sequence, cache)
+        return True
+
+    def _step(self) -> None:
+        """Extend all sequences of the batch by one token."""
+        batch = self._batch
+        batch.drop_done()
+        if not batch.sequences:
+            return
+        try:
+            self.adapters.activate([self._key(sequence) for sequence in batch.sequences])
+            logits: Any = batch.step()
+            self.steps += 1
+            for sequence, row in zip(batch.sequences, logits, strict=True):
+                sequence.extend(row)
+        except Exception as error:
+            for sequence in batch.sequences:
+                sequence.fail(reason_of(error))
+        batch.drop_done()
+
+    def _key(self, sequence: Sequence) -> str | None:
+        return None if sequence.adapter is None else self.adapters.loaded[sequence.adapter].key

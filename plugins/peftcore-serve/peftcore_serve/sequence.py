@@ -1,0 +1,182 @@
+"""A sequence that the model continues: how its tokens are chosen, when it ends, and its text as it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from peftcore import PeftcoreError
+
+STOP, LENGTH = "stop", "length"  # reasons for an end, as the protocol names them
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        max_tokens: at most.
+        temperature: 0 for greedy decoding.
+        top_p: sample from the most likely tokens that together have this probability.
+        seed: seed of this sequence; None for a random one.
+        logprobs: number of most likely tokens to report for each token; None for no log probabilities.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log probability of a token, and the most likely tokens in its place with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next part of a sequence's text, with the log probabilities of its tokens, if asked for."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a sequence: its last piece, the reason, and the number of tokens that the model has written."""
+
+    last: Piece
+    reason: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The error that ended a sequence. `is_users`: the request cannot be answered, whoever tries."""
+
+    message: str
+    is_users: bool
+
+
+Event = Piece | Finished | Failed
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt that the model continues.
+
+    Args:
+        prompt: tokens, at least one.
+        adapter: name of the adapter in the folder of adapters; None for the base.
+        sampling: how tokens are chosen.
+        ends: tokens that end the sequence.
+        decode: tokens -> text.
+        notify: receives the events, in the scheduler's thread.
+        stop: texts that end the sequence, and are not part of it.
+        streams: send pieces while the sequence grows.
+    """
+
+    prompt: list[int]
+    adapter: str | None
+    sampling: Sampling
+    ends: frozenset[int]
+    decode: Callable[[list[int]], str]
+    notify: Callable[[Event], None]
+    stop: tuple[str, ...] = ()
+    streams: bool = False
+    tokens: list[int] = field(default_factory=list)
+    is_done: bool = False
+    _sent: int = 0
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+    _generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def __post_init__(self) -> None:
+        if self.sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(self.sampling.seed)
+
+    def cancel(self) -> None:
+        """End the sequence without an event; the scheduler drops it before its next step."""
+        self.is_done = True
+
+    def fail(self, message: str, *, is_users: bool = False) -> None:
+        """End the sequence with an error."""
+        if not self.is_done:
+            self.is_done = True
+            self.notify(Failed(message, is_users))
+
+    def extend(self, logits: Tensor) -> None:
+        """Choose the next token by `logits` `[V]`, and report what it adds."""
+        if self.is_done:
+            return
+        logits = logits.float()
+        if bool(logits.isnan().any()):
+            self.fail("the model's logits contain NaN. Check the adapter, or serve the base in fp32: --dtype fp32")
+            return
+        token = self._choose(logits)
+        if self.sampling.logprobs is not None:
+            self._logprobs.append(_logprob(logits, token, self.sampling.logprobs))
+        self.tokens.append(token)
+        at_end, is_full = token in self.ends, len(self.tokens) >= self.sampling.max_tokens
+        text, stopped = self._text(at_end or is_full)
+        if at_end or stopped or is_full:
+            self.is_done = True
+            self.notify(Finished(self._piece(text), STOP if at_end or stopped else LENGTH, len(self.tokens)))
+        elif self.streams and len(text) > self._sent:
+            self.notify(self._piece(text))
+
+    def _choose(self, logits: Tensor) -> int:
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        probabilities = (logits.cpu().double() / self.sampling.temperature).softmax(-1)
+        if self.sampling.top_p < 1:
+            ordered, order = probabilities.sort(descending=True)
+            before = ordered.cumsum(-1) - ordered
+            probabilities[order[1:][before[1:] >= self.sampling.top_p]] = 0
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def _text(self, ends: bool) -> tuple[str, bool]:
+        """Return the text that is certain, and whether it ended before a stop text."""
+        if not (ends or self.stop or self.streams):
+            return "", False
+        text = self.decode(self.tokens)
+        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        if found:
+            return text[: min(found)], True
+        if ends:
+            return text, False
+        text = text.rstrip("\ufffd")  # the first bytes of a character
+        held = max((_overlap(text, stop) for stop in self.stop), default=0)
+        return text[: len(text) - held], False
+
+    def _piece(self, text: str) -> Piece:
+        piece = Piece(text[self._sent :], tuple(self._logprobs))
+        self._sent, self._logprobs = max(self._sent, len(text)), []
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` with which `stop` begins."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
+    values = logits.log_softmax(-1)
+    best = values.topk(min(count, len(values)))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprob(token, float(values[token]), top)
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's message in one line."""
+    known = isinstance(error, PeftcoreError)
+    return str(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
