@@ -15,6 +15,14 @@ namespace peftcore {
 constexpr int kMinBlocksize = 32;
 constexpr int kMaxBlocksize = 4096;
 
+// How the scale of a block is stored. A format of 4 bits is a codebook (`quant_map`) and one of these; a policy below
+// decodes each.
+enum class ScaleKind : int {
+    kFloat,   // fp32
+    kNested,  // 8 bits, around their mean, in blocks with a scale of their own (QLoRA's double quantization)
+    kPowerOfTwo,  // E8M0: 2^(e - 127), and NaN for 255 (OCP Microscaling 1.0)
+};
+
 struct WeightView {
     int64_t rows = 0, columns = 0;
 
@@ -22,7 +30,7 @@ struct WeightView {
     int itemsize = 0;             // bytes of a dense value
 
     const uint8_t* codes = nullptr;    // two a byte, the even element in the high nibble
-    const void* absmax = nullptr;      // of each block: fp32, or with nested scales uint8
+    const void* absmax = nullptr;      // scale of each block, as `scales` says: fp32 or uint8
     const float* quant_map = nullptr;  // [16]
     int shift = 0;                     // log2 of the block size
 
@@ -31,39 +39,93 @@ struct WeightView {
     int64_t first_block =
         0;  // of this weight, counted from where `nested_absmax` begins: an expert's may be any
 
+    ScaleKind scales = ScaleKind::kFloat;
+
     PEFTCORE_HD int64_t numel() const { return rows * columns; }
     PEFTCORE_HD int64_t blocks() const { return ceil_div(numel(), int64_t(1) << shift); }
 };
 
-// The scale of a block, on the host. Compiled with -ffp-contract=off: the product is rounded before the sum.
-static inline float block_scale(const WeightView& weight, int64_t block) {
-    if (weight.nested_absmax == nullptr) return static_cast<const float*>(weight.absmax)[block];
-    const uint8_t code = static_cast<const uint8_t*>(weight.absmax)[block];
-    const float outer = weight.nested_absmax[(weight.first_block + block) >> weight.nested_shift];
-    const float product = weight.nested_quant_map[code] * outer;
-    return product + *weight.nested_offset;
-}
+// --- policies: a scale as a number, on the host. Compiled with -ffp-contract=off: products are rounded before sums. ---
+//
+// `copy` writes the scales of blocks [first, last). A loop that also stores reads scales faster from there than one by
+// one: as far as the compiler knows, each store could change the weight, and loads wait for the store buffer.
 
-// Scales of blocks [first, last). A loop that also stores reads scales faster from here than one by one: as far as the
-// compiler knows, each store could change the weight, and loads wait for the store buffer.
-static inline void block_scales(const WeightView& weight, int64_t first, int64_t last, float* out) {
-    if (weight.nested_absmax == nullptr) {
-        const float* absmax = static_cast<const float*>(weight.absmax);
-        for (int64_t b = first; b < last; ++b) out[b - first] = absmax[b];
-        return;
+namespace {
+
+struct FloatScales {
+    explicit FloatScales(const WeightView& weight) : from(static_cast<const float*>(weight.absmax)) {}
+
+    float at(int64_t block) const { return from[block]; }
+    void copy(int64_t first, int64_t last, float* out) const {
+        for (int64_t b = first; b < last; ++b) out[b - first] = from[b];
     }
-    const uint8_t* absmax = static_cast<const uint8_t*>(weight.absmax);
-    const float offset = *weight.nested_offset;
-    for (int64_t b = first; b < last;) {
-        const int64_t nested = (weight.first_block + b) >> weight.nested_shift;
-        const int64_t run = ((nested + 1) << weight.nested_shift) - weight.first_block;
-        const int64_t stop = run < last ? run : last;
-        const float outer = weight.nested_absmax[nested];
-        for (; b < stop; ++b) {
-            const float product = weight.nested_quant_map[absmax[b]] * outer;
-            out[b - first] = product + offset;
+
+    const float* from;
+};
+
+struct NestedScales {
+    explicit NestedScales(const WeightView& view) : weight(view) {}
+
+    float at(int64_t block) const {
+        const uint8_t code = static_cast<const uint8_t*>(weight.absmax)[block];
+        const float outer = weight.nested_absmax[(weight.first_block + block) >> weight.nested_shift];
+        const float product = weight.nested_quant_map[code] * outer;
+        return product + *weight.nested_offset;
+    }
+    void copy(int64_t first, int64_t last, float* out) const {
+        const uint8_t* absmax = static_cast<const uint8_t*>(weight.absmax);
+        const float offset = *weight.nested_offset;
+        for (int64_t b = first; b < last;) {
+            const int64_t nested = (weight.first_block + b) >> weight.nested_shift;
+            const int64_t run = ((nested + 1) << weight.nested_shift) - weight.first_block;
+            const int64_t stop = run < last ? run : last;
+            const float outer = weight.nested_absmax[nested];
+            for (; b < stop; ++b) {
+                const float product = weight.nested_quant_map[absmax[b]] * outer;
+                out[b - first] = product + offset;
+            }
         }
     }
+
+    const WeightView& weight;
+};
+
+// The bits of 2^(e - 127). 2^-127 is a subnormal of fp32.
+PEFTCORE_HD uint32_t power_of_two_bits(uint8_t e) {
+    return e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : uint32_t(e) << 23;
+}
+
+struct PowerOfTwoScales {
+    explicit PowerOfTwoScales(const WeightView& weight) : from(static_cast<const uint8_t*>(weight.absmax)) {}
+
+    float at(int64_t block) const { return bits_float(power_of_two_bits(from[block])); }
+    void copy(int64_t first, int64_t last, float* out) const {
+        for (int64_t b = first; b < last; ++b) out[b - first] = at(b);
+    }
+
+    const uint8_t* from;
+};
+
+}  // namespace
+
+// body(the policy of the weight's scales)
+template <typename Body>
+static inline auto with_scales(const WeightView& weight, const Body& body) {
+    if (weight.scales == ScaleKind::kNested) return body(NestedScales(weight));
+    if (weight.scales == ScaleKind::kPowerOfTwo) return body(PowerOfTwoScales(weight));
+    return body(FloatScales(weight));
+}
+
+static inline float block_scale(const WeightView& weight, int64_t block) {
+    return with_scales(weight, [&](const auto& scales) { return scales.at(block); });
+}
+
+static inline void block_scales(const WeightView& weight, int64_t first, int64_t last, float* out) {
+    with_scales(weight, [&](const auto& scales) { scales.copy(first, last, out); });
+}
+
+static PEFTCORE_HD int scale_bytes(const WeightView& weight) {
+    return weight.scales == ScaleKind::kFloat ? int(sizeof(float)) : 1;
 }
 
 // View, without a copy, of expert `index` of a weight [experts, out, in], whose view has experts * out rows. In 4 bits
@@ -77,9 +139,8 @@ static PEFTCORE_HD WeightView expert_of(const WeightView& weight, int64_t index,
         return expert;
     }
     expert.codes = weight.codes + begin / 2;
-    expert.absmax = static_cast<const char*>(weight.absmax) +
-                    block * (weight.nested_absmax == nullptr ? sizeof(float) : 1);
-    if (weight.nested_absmax != nullptr) {
+    expert.absmax = static_cast<const char*>(weight.absmax) + block * scale_bytes(weight);
+    if (weight.scales == ScaleKind::kNested) {
         const int64_t first = weight.first_block + block, nested = first >> weight.nested_shift;
         expert.nested_absmax = weight.nested_absmax + nested;
         expert.first_block = first - (nested << weight.nested_shift);

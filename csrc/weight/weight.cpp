@@ -34,7 +34,8 @@ Weight::Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op) 
     TORCH_CHECK_VALUE(packing.size() >= 2, op,
                       ": packing must be [blocksize, nested_blocksize, shape..], found ", packing);
     packed_ = true;
-    nested_ = tensors.size() == kParts;
+    const bool nested = tensors.size() == kParts, powers = packing[1] == kPowersOfTwo;
+    scales_ = nested ? ScaleKind::kNested : powers ? ScaleKind::kPowerOfTwo : ScaleKind::kFloat;
     check_blocksize(packing[0], op);
     shift_ = log2_of(packing[0]);
     set_sizes(packing.slice(2), op);
@@ -42,12 +43,21 @@ Weight::Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op) 
     const int64_t count = rows_ * columns_, blocks = ceil_div(count, packing[0]);
     check_tensor(tensors[kCodes], at::kByte, device, op, "codes");
     check_numel(tensors[kCodes], ceil_div(count, 2), op, "codes", "two values a byte");
-    check_tensor(tensors[kAbsmax], nested_ ? at::kByte : at::kFloat, device, op, "absmax");
+    check_tensor(tensors[kAbsmax], nested || powers ? at::kByte : at::kFloat, device, op, "absmax");
     check_numel(tensors[kAbsmax], blocks, op, "absmax", "one a block");
     parts_[kQuantMap] = checked_quant_map(tensors[kQuantMap], 16, device, op);
     parts_[kCodes] = tensors[kCodes].contiguous();
     parts_[kAbsmax] = tensors[kAbsmax].contiguous();
-    if (!nested_) {
+    if (powers && !nested) {
+        TORCH_CHECK_VALUE(columns_ % packing[0] == 0, op, ": rows must be whole blocks of ", packing[0],
+                          " values where scales are powers of two, found ", columns_, " columns");
+        TORCH_CHECK_NOT_IMPLEMENTED(
+            device.is_cpu(), op,
+            ": weights whose scales are powers of two (mxfp4) run on the CPU only, found ", device,
+            ". Move the model to the CPU, or quantize it to nf4");
+        return;
+    }
+    if (!nested) {
         TORCH_CHECK_VALUE(packing[1] == 0, op, ": nested_blocksize must be 0 without nested scales, found ",
                           packing[1]);
         return;
@@ -93,7 +103,8 @@ WeightView Weight::view() const {
     view.absmax = parts_[kAbsmax].const_data_ptr();
     view.quant_map = parts_[kQuantMap].const_data_ptr<float>();
     view.shift = shift_;
-    if (nested_) {
+    view.scales = scales_;
+    if (scales_ == ScaleKind::kNested) {
         view.nested_absmax = parts_[kNestedAbsmax].const_data_ptr<float>();
         view.nested_quant_map = parts_[kNestedQuantMap].const_data_ptr<float>();
         view.nested_offset = parts_[kNestedOffset].const_data_ptr<float>();

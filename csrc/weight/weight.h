@@ -3,6 +3,7 @@
 //   dense       tensors [W], W of shape [.., out, in]          packing []
 //   in 4 bits   tensors [codes, absmax, quant_map]             packing [blocksize, 0, .., out, in]
 //   and nested  .. [nested_absmax, nested_quant_map, nested_offset]    [blocksize, nested_blocksize, .., out, in]
+//   MXFP4       tensors [codes, E8M0 scales, quant_map]    packing [32, kPowersOfTwo, .., out, in]
 //
 // Kernels and launchers take its `view`. The format: quant4/format.h. Its Python side: peftcore/ops/weight.py.
 #pragma once
@@ -15,6 +16,8 @@
 #include "weight/view.h"
 
 namespace peftcore {
+
+constexpr int64_t kPowersOfTwo = -1;  // in the place of nested_blocksize: scales are E8M0 bytes
 
 void check_blocksize(int64_t blocksize, const char* op, const char* name = "blocksize");
 
@@ -47,7 +50,8 @@ class Weight {
 
     void set_sizes(at::IntArrayRef sizes, const char* op);
 
-    bool packed_ = false, nested_ = false;
+    bool packed_ = false;
+    ScaleKind scales_ = ScaleKind::kFloat;
     int shift_ = 0, nested_shift_ = 0;
     int64_t rows_ = 1, columns_ = 1;
     at::DimVector sizes_;

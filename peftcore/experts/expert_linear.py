@@ -21,6 +21,11 @@ def operand(module: nn.Module, name: str) -> Tensor | ops.PackedWeight:
     return getattr(module, name) if found is None else found
 
 
+def is_turned(weight: Tensor | ops.PackedWeight) -> bool:
+    """Return whether the operand is the transpose of the parameter, of each expert."""
+    return isinstance(weight, ops.PackedWeight) and weight.turned
+
+
 def expert_path(path: str, name: str, expert: int) -> str:
     """Return the path of an expert's layer, as in a list of experts: `experts.3.down_proj` of `experts`."""
     return f"{path}.{expert}.{name}"
@@ -52,7 +57,7 @@ def expert_linear(module: nn.Module, name: str, expert: int) -> nn.Linear:
     if layout.has_bias:
         bias = getattr(module, f"{name}_bias")[expert]
     if not isinstance(weight, Tensor):
-        return PackedExpert(weight.expert(expert), bias, layout.transposed)
+        return PackedExpert(weight.expert(expert), bias, layout.transposed != weight.turned)
     own = weight[expert]
     return _linear(own.mT if layout.transposed else own, bias)
 

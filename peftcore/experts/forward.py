@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftcore import ops
 from peftcore.adapter import Adapter, Base, LowRank, implements
 from peftcore.experts.each import Around, EachExpert, product_by_expert
-from peftcore.experts.expert_linear import operand
+from peftcore.experts.expert_linear import is_turned, operand
 from peftcore.experts.layout import experts_layout
 from peftcore.ops.routing import combined, gathered, routed
 from peftcore.ops.swiglu import swiglu
@@ -89,11 +89,12 @@ def experts_forward(
         trains = isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
         if len(low_rank) < len(own) or trains:
             return product_by_expert(module, x, routing.offsets, name, own, around)
+        is_transposed = layout.transposed != is_turned(weight)
         if not low_rank:
-            return ops.grouped_linear(x, routing.offsets, weight, bias, layout.transposed)
+            return ops.grouped_linear(x, routing.offsets, weight, bias, is_transposed)
         first, *others = _together(low_rank)
         y = ops.grouped_lora_linear(
-            x, routing.offsets, weight, bias, first.a, first.b, layout.transposed, first.scale, first.dropout_p
+            x, routing.offsets, weight, bias, first.a, first.b, is_transposed, first.scale, first.dropout_p
         )
         for other in others:
             y = y + _thin(x, routing.offsets, other).to(y.dtype)

@@ -15,6 +15,7 @@ from peftcore.ops.linear_4bit import free_workspace, linear_4bit
 from peftcore.ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs, rows_in_piece
 from peftcore.ops.linear_per_sample import lora_linear_per_sample
 from peftcore.ops.lora import lora_linear
+from peftcore.ops.mxfp4 import quantize_mxfp4
 from peftcore.ops.optim import optim_step_
 from peftcore.ops.quant4 import dequantize_4bit, quantize_4bit, with_nested_scales
 from peftcore.ops.rms_norm import rms_norm
@@ -48,6 +49,7 @@ __all__ = [
     "lora_linear_per_sample",
     "optim_step_",
     "quantize_4bit",
+    "quantize_mxfp4",
     "rms_norm",
     "row_norms",
     "rows_in_piece",

@@ -3,8 +3,9 @@
     dense       Tensor[] weight = [W [.., out, in]]                   SymInt[] packing = []
     in 4 bits   [codes, absmax, quant_map]                            [blocksize, 0, .., out, in]
     and nested  [.., nested_absmax, nested_quant_map, nested_offset]  [blocksize, nested_blocksize, .., out, in]
+    in MXFP4    [codes, absmax, quant_map], absmax in E8M0            [32, POWERS_OF_TWO, .., out, in]
 
-The parts have bitsandbytes' names on disk; quant4.py defines them. The C++ counterpart is csrc/weight.
+The parts have bitsandbytes' names on disk; quant4.py and mxfp4.py define them. The C++ counterpart is csrc/weight.
 
 These checks exist twice, with the same messages and types of error:
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_BLOCKSIZE, MAX_BLOCKSIZE = 32, 4096
+POWERS_OF_TWO = -1  # instead of a nested block size: scales are E8M0 bytes
 
 
 class PackedWeight(NamedTuple):
@@ -38,13 +40,15 @@ class PackedWeight(NamedTuple):
 
     Args:
         codes: uint8 `[ceil(n / 2), 1]`, two values a byte, the even one in the high nibble.
-        absmax: of each block, fp32 `[ceil(n / blocksize)]`, or uint8 with nested scales.
+        absmax: scale of each block, fp32 `[ceil(n / blocksize)]`, or uint8 with nested scales or powers of two.
         quant_map: fp32 `[16]`, the values of the codes.
         shape: `(.., out, in)`; leading dimensions are experts'.
         blocksize: values that share a scale, a power of two from 32 to 4096.
-        dtype: the one that it had. quant_type: `nf4` or `fp4`.
+        dtype: the one that it had. quant_type: `nf4`, `fp4` or `mxfp4`.
         nested_absmax, nested_quant_map, nested_offset, nested_blocksize: what turns 8-bit scales back to fp32 (fp32
-            `[ceil(blocks / nested_blocksize)]`, `[256]`, `[]`), or None.
+            `[ceil(blocks / nested_blocksize)]`, `[256]`, `[]`), or None. nested_blocksize=POWERS_OF_TWO: scales are
+            powers of two in E8M0.
+        turned: the weight is the transpose of a parameter `[experts, in, out]`; operators ignore it.
     """
 
     codes: Tensor
@@ -58,6 +62,7 @@ class PackedWeight(NamedTuple):
     nested_quant_map: Tensor | None = None
     nested_offset: Tensor | None = None
     nested_blocksize: int = 256
+    turned: bool = False
 
     @property
     def double_quant(self) -> bool:
@@ -72,7 +77,8 @@ class PackedWeight(NamedTuple):
         """
         absmax, quant_map, offset = self.nested_absmax, self.nested_quant_map, self.nested_offset
         if absmax is None and quant_map is None and offset is None:
-            return [self.codes, self.absmax, self.quant_map], [self.blocksize, 0, *self.shape]
+            scales = POWERS_OF_TWO if self.nested_blocksize == POWERS_OF_TWO else 0
+            return [self.codes, self.absmax, self.quant_map], [self.blocksize, scales, *self.shape]
         if absmax is None or quant_map is None or offset is None:
             parts = {"nested_absmax": absmax, "nested_quant_map": quant_map, "nested_offset": offset}
             found = ", ".join(f"no {name}" if part is None else name for name, part in parts.items())
@@ -88,6 +94,8 @@ class PackedWeight(NamedTuple):
     def scales(self) -> Tensor:
         """Return the fp32 scales, one per block: `absmax`, or its decoded 8-bit values."""
         absmax, nested = self.absmax.reshape(-1), self.nested_absmax
+        if self.nested_blocksize == POWERS_OF_TWO:
+            return powers_of_two(absmax)
         if nested is None or self.nested_quant_map is None or self.nested_offset is None:
             return absmax
         per_block = nested.reshape(-1).repeat_interleave(self.nested_blocksize)[: absmax.numel()]
@@ -136,6 +144,12 @@ class PackedWeight(NamedTuple):
         per_block = nested.reshape(-1)[torch.arange(begin, end, device=nested.device) // step]
         scales = self.nested_quant_map.reshape(-1)[absmax.int()] * per_block + self.nested_offset.reshape(())
         return one._replace(absmax=scales, nested_absmax=None, nested_quant_map=None, nested_offset=None)
+
+
+def powers_of_two(e: Tensor) -> Tensor:
+    """Return 2^(e - 127) in fp32 of E8M0 bytes, exactly; NaN for 255."""
+    bits = (e.int() << 23).masked_fill(e == 0, 1 << 22).masked_fill(e == 255, 0x7FC00000)
+    return bits.view(torch.float32)
 
 
 def autocast_device(x: Tensor) -> str:
@@ -220,10 +234,16 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
     blocks, device = -(-count // blocksize), codes.device
     check_tensor(codes, torch.uint8, device, op, "codes")
     check_numel(codes, (count + 1) // 2, op, "codes", "two values a byte")
-    check_tensor(absmax, torch.uint8 if nested else torch.float32, device, op, "absmax")
+    powers = nested_blocksize == POWERS_OF_TWO and not nested
+    check_tensor(absmax, torch.uint8 if nested or powers else torch.float32, device, op, "absmax")
     check_numel(absmax, blocks, op, "absmax", "one a block")
     check_quant_map(quant_map, 16, device, op)
     weight = PackedWeight(codes, absmax, quant_map, shape, blocksize)
+    if powers:
+        columns = shape[-1] if shape else 1
+        wanted = f"rows must be whole blocks of {blocksize} values where scales are powers of two"
+        value(columns % blocksize == 0, op, f"{wanted}, found {columns} columns")
+        return weight._replace(quant_type="mxfp4", nested_blocksize=POWERS_OF_TWO)
     if not nested:
         wanted = "nested_blocksize must be 0 without nested scales"
         value(nested_blocksize == 0, op, f"{wanted}, found {nested_blocksize}")

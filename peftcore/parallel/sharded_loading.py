@@ -19,9 +19,15 @@ from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.parallel.sharding import check_running, shard
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense
-from peftcore.quantization.format import PARTS, check_quant_type, from_tensors
+from peftcore.quantization.format import FORMATS, PARTS, check_quant_type, from_tensors
 from peftcore.quantization.packed_experts import pack_experts
-from peftcore.quantization.parameters import PackedParameters, check_experts, joined_experts, refuse_non_finite
+from peftcore.quantization.parameters import (
+    PackedParameters,
+    check_experts,
+    joined_experts,
+    parameter_shape,
+    refuse_non_finite,
+)
 from peftcore.quantization.quantizable import selected, selected_experts
 
 if TYPE_CHECKING:
@@ -57,8 +63,8 @@ def load_sharded(
     Args:
         path: a local folder with safetensors in the model's own names, as `save_pretrained` writes it; experts may be
             stored one by one.
-        quant_type: None keeps the weights as they are; `nf4` or `fp4` quantizes linear layers and experts as they are
-            read. Weights in bitsandbytes' 4-bit format keep their bits in any case.
+        quant_type: None keeps the weights as they are; `nf4`, `fp4` or `mxfp4` quantizes linear layers and experts as
+            they are read. Weights in bitsandbytes' 4-bit format or in MXFP4 keep their bits in any case.
         mesh, mixed_precision, offload, reshard_after_forward: as in `shard`.
         double_quant, skip, compute_dtype, blocksize: as in `quantize`.
         dtype: dtype of dense tensors; None: the checkpoint's.
@@ -74,6 +80,7 @@ def load_sharded(
 
     if quant_type is not None:
         check_quant_type(quant_type)
+        double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
     check_running()
     folder = Path(path)
     tensors = CheckpointFiles(folder)
@@ -204,7 +211,8 @@ def _fill_quantized(
         _check_shape(name, tensors.experts[name][1], packing.shape)
         double_quant = module._buffers[packing.buffers[2]] is not None
         experts = (_finite(expert, name) for expert in tensors.by_expert(model, name, 0, packing.shape[0]))
-        packed = joined_experts(experts, packing.shape, packing.quant_type, double_quant, packing.blocksize)
+        settings = packing.quant_type, double_quant, packing.blocksize, packing.turned
+        packed = joined_experts(experts, packing.shape, *settings)
     else:
         weight, parts = tensors.stored(tensors.keys[name])[...], tensors.parts(name)
         packed = (
@@ -212,8 +220,8 @@ def _fill_quantized(
         )
         check_experts(packed, name)
     assert ranks.is_dtensor(parameter)
-    if packed.codes.shape != parameter.shape or packed.shape != packing.shape:
-        raise CheckpointError(f"'{name}' has shape {list(packed.shape)}, this layer {list(packing.shape)}")
+    if packed.codes.shape != parameter.shape or parameter_shape(packed) != packing.shape:
+        raise CheckpointError(f"'{name}' has shape {list(parameter_shape(packed))}, this layer {list(packing.shape)}")
     module.set_packed_parameter(attribute, packed.to(parameter.to_local().device)._replace(codes=parameter))
     begin, rows = _rows(parameter)
     parameter.to_local().copy_(packed.codes[begin : begin + rows])

@@ -1,4 +1,4 @@
-"""4-bit weights: quantized linear layers, experts and whole models, and files in bitsandbytes' format."""
+"""4-bit weights: quantized linear layers, experts and whole models, and their files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcore.errors import PeftcoreError
-from peftcore.quantization import weight_format  # noqa: F401  # it registers NF4 and FP4
+from peftcore.quantization import weight_format  # noqa: F401  # it registers the 4-bit formats
 from peftcore.quantization.convert import dequantize, quantize, quantized_experts, quantized_layers
 from peftcore.quantization.format import QUANT_TYPES
 from peftcore.quantization.linear import QuantizedLinear
@@ -34,12 +34,12 @@ __all__ = [
 def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) -> nn.Module:
     """Load a transformers model from a folder or hub id, quantizing each weight as it is read.
 
-    Memory holds the quantized model and one dense weight at a time. A checkpoint in bitsandbytes' 4-bit format keeps
-    its bits.
+    Memory holds the quantized model and one dense weight at a time. A checkpoint in bitsandbytes' 4-bit format or
+    in MXFP4 keeps its bits.
 
     Args:
         path: folder or hub id.
-        quant_type: `nf4`, `fp4`, or a format of a plugin. In a plugin's format the dense model is loaded first.
+        quant_type: `nf4`, `fp4`, `mxfp4`, or a format of a plugin, in which the dense model is loaded first.
         options: `double_quant`, `skip`, `compute_dtype` and `blocksize` as for `quantize`; `dtype` of what stays dense
             (by default the checkpoint's); `model_class`, by default the class that the checkpoint names. Other options
             are passed to its `from_pretrained`.

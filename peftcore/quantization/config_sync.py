@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.quantization.format import FORMATS
+from peftcore.quantization.four_bit_format import METHOD
 from peftcore.quantization.parameters import PackedParameters
 from peftcore.quantization.quantizable import expert_parameters
 from peftcore.targets import is_linear
@@ -26,11 +28,15 @@ def packed_names(model: nn.Module) -> Iterator[tuple[str, PackedParameters, str]
 
 
 def config_fields(model: nn.Module) -> dict[str, Any] | None:
-    """Return the `quantization_config` for loading the model with bitsandbytes; None if it is dense."""
+    """Return the `quantization_config` for loading the model; None if it is dense.
+
+    With bitsandbytes, or in a format that bitsandbytes does not have, with peftcore's quantizer.
+    """
     packed = list(packed_names(model))
     if not packed:
         return None
-    _, module, name = packed[0]
+    theirs = [each for each in packed if FORMATS[each[1].packings[each[2]].quant_type].quant_method == METHOD]
+    _, module, name = (theirs or packed)[0]  # bitsandbytes reads no model with a weight in another format
     first = module.packings[name]
     paths = {path for path, _, _ in packed}
     floating = next((p.dtype for _, p in base_parameters(model) if p.is_floating_point()), torch.float32)
@@ -39,6 +45,15 @@ def config_fields(model: nn.Module) -> dict[str, Any] | None:
         for path, module in base_modules(model)
         if path not in paths and (is_linear(module) or expert_parameters(module))
     ]
+    if theirs:
+        return {
+            "quant_method": METHOD,
+            "quant_type": first.quant_type,
+            "double_quant": False,
+            "blocksize": first.blocksize,
+            "compute_dtype": str(module.compute_dtype).removeprefix("torch.") if module.compute_dtype else None,
+            "skip": dense,
+        }
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,13 +20,13 @@ from peftcore.layers import is_wrapped
 from peftcore.method import Model
 from peftcore.observation import detect
 from peftcore.observation.heads import mark_as_loaded
-from peftcore.ops import PackedWeight, quantize_4bit
+from peftcore.ops import PackedWeight
 from peftcore.ops.weight import DTYPES
 from peftcore.quantization.config_sync import packed_names, sync_config
-from peftcore.quantization.format import check_blocksize, from_tensors
+from peftcore.quantization.format import FORMATS, from_tensors, quantized
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
-from peftcore.quantization.packed_experts import pack_experts, unpack_experts
+from peftcore.quantization.packed_experts import is_turned, pack_experts, unpack_experts
 from peftcore.quantization.parameters import PackedParameters, refuse_non_finite
 from peftcore.quantization.quant_types import (
     dequantize_by_plugin,
@@ -37,7 +37,7 @@ from peftcore.quantization.quant_types import (
 )
 from peftcore.quantization.quantizable import selected, selected_experts, warn_of_dense
 from peftcore.registry import CORE
-from peftcore.targets import is_conv1d
+from peftcore.targets import is_conv1d, sizes
 from peftcore.targets.coverage import LITTLE, coverage
 from peftcore.weight_formats import find_weight_format
 
@@ -64,13 +64,14 @@ def quantize(
 
     Args:
         model: the model.
-        quant_type: `nf4`, `fp4`, or the name of a plugin's weight format that can quantize.
-        double_quant: store the scales in 8 bits: 4.127 bits per weight instead of 4.5.
+        quant_type: `nf4`, `fp4`, `mxfp4` (4.25 bits per weight, on the CPU only), or the name of a plugin's weight
+            format that can quantize.
+        double_quant: store the scales in 8 bits: 4.127 bits per weight instead of 4.5. Without effect for mxfp4.
         skip: paths, or their last parts, of modules to leave dense with their children, or of experts' parameters. None
             for the output head, task heads, routers, and modules the model class keeps in float32.
         compute_dtype: dtype of the products; None for the input's.
-        blocksize: number of weights that share a scale, a power of two from 32 to 4096. Experts that do not divide into
-            blocks get smaller ones or stay dense, with a warning.
+        blocksize: number of weights that share a scale, a power of two from 32 to 4096; for mxfp4 always 32.
+            Experts that do not divide into blocks get smaller ones or stay dense, with a warning.
 
     Returns:
         The model, changed in place. The config of a transformers model contains what bitsandbytes needs to load it.
@@ -82,7 +83,7 @@ def quantize(
     """
     plugin, chosen_format = find_type(quant_type)
     if plugin is CORE:
-        check_blocksize(blocksize)
+        double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
     else:
         refuse_options(quant_type, double_quant, blocksize, compute_dtype)
     if hasattr(model, "_orig_mod"):
@@ -105,6 +106,8 @@ def quantize(
     for path, names in experts.items():
         for name in names:
             _check_parameter(path, model.get_submodule(path), name)
+    if plugin is CORE and FORMATS[quant_type].rows_are_blocks:
+        _check_rows(model, quant_type, blocksize, chosen, experts)
     if skip is None:
         reached = [(path, name) for path, names in experts.items() for name in names]
         reached += [(path, name) for path, _, name in packed_names(model)]
@@ -189,7 +192,7 @@ def convert_dense(
     """Quantize one dense layer in place."""
     weight = module.weight.detach()
     weight = weight.T if is_conv1d(module) else weight
-    packed = quantize_4bit(weight, quant_type, blocksize=blocksize, double_quant=double_quant)
+    packed = quantized(weight, quant_type, double_quant, blocksize)
     return convert(module, packed, compute_dtype)
 
 
@@ -270,6 +273,27 @@ def _check_parameter(path: str, module: nn.Module, parameter: str) -> None:
         )
     if not weight.is_meta:
         refuse_non_finite(weight.detach(), name)
+
+
+def _check_rows(
+    model: nn.Module,
+    quant_type: str,
+    blocksize: int,
+    layers: Mapping[str, nn.Module],
+    experts: Mapping[str, Mapping[str, int]],
+) -> None:
+    """Raise a PeftcoreError for weights whose rows along the input dimension are not whole blocks."""
+    found = [(path, sizes(layer)[0]) for path, layer in layers.items()]
+    for path, names in experts.items():
+        module = model.get_submodule(path)
+        across = -2 if is_turned(module, quant_type) else -1
+        found += [(f"{path}.{name}" if path else name, module.get_parameter(name).shape[across]) for name in names]
+    wrong = [(name, size) for name, size in found if size % blocksize]
+    if wrong:
+        raise PeftcoreError(
+            f"'{wrong[0][0]}' has {wrong[0][1]} inputs, but {quant_type} needs a multiple of {blocksize}; so have "
+            f"{len(wrong)} weights. Leave them dense: skip=[...], or choose nf4"
+        )
 
 
 def _is_bnb(module: nn.Module) -> bool:

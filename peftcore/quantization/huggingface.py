@@ -27,16 +27,17 @@ from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.layers import shape_of
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert, convert_dense, give_back_freed, quantize
-from peftcore.quantization.format import DTYPES, PARTS, check_blocksize, check_quant_type, from_tensors
+from peftcore.quantization.format import FORMATS, PARTS, check_quant_type, from_tensors
+from peftcore.quantization.four_bit_format import DTYPES, METHOD
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
-from peftcore.quantization.packed_experts import pack_parameter
+from peftcore.quantization.mxfp4_format import BLOCKS, SCALES, from_blocks
+from peftcore.quantization.packed_experts import is_turned, pack_parameter
 from peftcore.quantization.parameters import check_experts, check_shape, joined_experts, refuse_non_finite
 from peftcore.quantization.quant_types import refuse_options
 from peftcore.quantization.quantizable import expert_parameters, selected, selected_experts, warn_of_dense
 from peftcore.targets import is_linear, sizes
 
-METHOD = "peftcore_4bit"
 _WHOLE = r"(?<!\w)"  # prefix of a pattern: matches the last `weight` of `inject_weight.weight.absmax` only
 _failures: list[PeftcoreError] = []  # errors that transformers only logs while it loads
 
@@ -59,7 +60,7 @@ class FourBitConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         check_quant_type(quant_type)
-        check_blocksize(blocksize)
+        double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
         compute_dtype = str(compute_dtype).removeprefix("torch.") if compute_dtype is not None else None
         if compute_dtype is not None and compute_dtype not in DTYPES:
             raise PeftcoreError(f"compute_dtype must be one of {', '.join(DTYPES)} or None, found {compute_dtype!r}")
@@ -122,6 +123,8 @@ class FourBitQuantizer(HfQuantizer):
         for name in dict.fromkeys(name for module in modules for name in expert_parameters(module) if name != "weight"):
             parts = [_WHOLE + name, *(f"{_WHOLE}{name}.{part}" for part in PARTS)]
             found.append(WeightConverter(parts, name, [_Deserialize(self)]))
+            blocks = [f"{_WHOLE}{name}{part}" for part in (BLOCKS, SCALES)]
+            found.append(WeightConverter(blocks, name, [_FromBlocks(self)]))
         return found
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -174,7 +177,8 @@ class _Quantize(ConversionOps):
                 raise CheckpointError(f"'{name}' has {count} experts, but the model needs {list(shape)}")
 
         with _noted():
-            packed = joined_experts(checked(), shape, config.quant_type, config.double_quant, blocksize)
+            settings = config.quant_type, config.double_quant, blocksize, is_turned(module, config.quant_type)
+            packed = joined_experts(checked(), shape, *settings)
         pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
         return {name: module.get_parameter(attribute)}
 
@@ -252,6 +256,37 @@ class _Deserialize(ConversionOps):
         return _AsItIs()
 
 
+class _FromBlocks(ConversionOps):
+    """Conversion of experts in MXFP4 as gpt-oss stores them."""
+
+    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Tensor]:
+        tensors = [t[0] if isinstance(t, list) else t for t in input_dict.values()]
+        path, _, attribute = full_layer_name.rpartition(".")
+        module: Any = model.get_submodule(path)
+        with _noted():
+            by_part = {name.rpartition("_")[2]: t for name, t in zip(input_dict, tensors, strict=True)}
+            missing = [name for name in (BLOCKS, SCALES) if name[1:] not in by_part]
+            if missing:
+                raise CheckpointError(f"the checkpoint lacks '{full_layer_name}{missing[0]}'. Download it again")
+            blocks, scales = by_part[BLOCKS[1:]], by_part[SCALES[1:]]
+            if blocks.untyped_storage().filename is not None:  # memory-mapped, which may be read-only
+                blocks = blocks.clone()
+            packed = from_blocks(blocks, scales, getattr(module, attribute).dtype, full_layer_name)
+            check_shape(packed, shape_of(module, attribute), full_layer_name)
+        pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
+        self.hf_quantizer.weights.add(full_layer_name)
+        return {attribute: module.get_parameter(attribute)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _AsItIs()
+
+
 class _AsItIs(ConversionOps):
     """Conversion for saving that changes nothing: the state dict already has the format's keys."""
 
@@ -290,12 +325,14 @@ def load(
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         options["quantization_config"] = ours
-    elif stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit"):
+    elif stored.get("quant_method") in (METHOD, "mxfp4") or (
+        stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")
+    ):
         config.quantization_config = ours.to_dict()
     else:
         raise PeftcoreError(
             f"'{where}' is quantized with {stored.get('quant_method')!r}, which is not supported. Use a dense "
-            "checkpoint, or one in bitsandbytes' 4-bit format"
+            "checkpoint, or one in bitsandbytes' 4-bit format or MXFP4"
         )
     if model_class is None:
         named = (config.architectures or [None])[0]

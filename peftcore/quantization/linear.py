@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from peftcore import ops
 from peftcore.ops import PackedWeight
+from peftcore.quantization.format import quantized
 from peftcore.quantization.parameters import PackedParameters
 
 
@@ -42,7 +43,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         weight = torch.zeros(out_features, in_features, device=device, dtype=dtype)
         self.bias: nn.Parameter | None  # type: ignore[assignment]  # as in nn.Linear, which does not say so
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        packed = ops.quantize_4bit(weight, quant_type, blocksize=blocksize, double_quant=double_quant)
+        packed = quantized(weight, quant_type, double_quant, blocksize)
         self.set_packed_parameter("weight", packed)
 
     @property
@@ -56,7 +57,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         # bypasses `nn.Module.__getattr__`, which costs more than the call
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
-        shape, blocksize, dtype, quant_type, nested_blocksize, _ = self.packings["weight"]
+        shape, blocksize, dtype, quant_type, nested_blocksize, _, _ = self.packings["weight"]
         return PackedWeight(
             parameters["weight"],
             buffers["absmax"],
@@ -73,7 +74,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
 
     @property
     def quant_type(self) -> str:
-        """Type of the codes: `nf4` or `fp4`."""
+        """Name of the format: `nf4`, `fp4` or `mxfp4`."""
         return self.packings["weight"].quant_type
 
     @property

@@ -15,9 +15,10 @@ from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.chain import keep_attributes
 from peftcore.adaptation.class_swap import one_for_each_class, subclass, take_off
-from peftcore.experts import experts_forward, has_interface_forward
+from peftcore.experts import experts_forward, experts_layout, has_interface_forward
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight
+from peftcore.quantization.format import FORMATS
 from peftcore.quantization.parameters import PackedParameters, quantized_by_expert
 
 _UNPACKED = "_peftcore_unpacked"
@@ -43,9 +44,15 @@ def pack_experts(
     """Quantize parameters of a module in place, expert by expert."""
     for name, blocksize in blocksizes.items():
         weight = module.get_parameter(name).detach()
-        packed = quantized_by_expert(weight, quant_type, double_quant, blocksize)
+        packed = quantized_by_expert(weight, quant_type, double_quant, blocksize, is_turned(module, quant_type))
         del weight
         pack_parameter(module, name, packed, compute_dtype)
+
+
+def is_turned(module: nn.Module, quant_type: str) -> bool:
+    """Return whether the format packs the transpose of a module's experts: where blocks are parts of rows `[in]`."""
+    layout = experts_layout(module)
+    return FORMATS[quant_type].rows_are_blocks and layout is not None and layout.transposed
 
 
 def unpack_experts(module: PackedParameters, dtype: torch.dtype | None = None) -> None:

@@ -18,13 +18,17 @@ from torch import Tensor, nn
 from peftcore import ops
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops import PackedWeight
-from peftcore.quantization.format import PARTS, from_tensors, to_tensors
+from peftcore.quantization.format import FORMATS, PARTS, from_tensors, quantized, to_tensors
 
 BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
 
 
 class Packing(NamedTuple):
-    """Metadata of a `PackedWeight` and the names of the buffers that hold its tensors."""
+    """Metadata of a `PackedWeight` and the names of the buffers that hold its tensors.
+
+    Args:
+        shape: shape of the parameter. turned: the packed weight is its transpose, of each expert.
+    """
 
     shape: tuple[int, ...]
     blocksize: int
@@ -32,6 +36,12 @@ class Packing(NamedTuple):
     quant_type: str
     nested_blocksize: int
     buffers: tuple[str, ...]
+    turned: bool = False
+
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """Shape of the packed weight."""
+        return swapped(self.shape) if self.turned else self.shape
 
 
 class PackedParameters(nn.Module):
@@ -49,11 +59,11 @@ class PackedParameters(nn.Module):
         packing, codes = self.packings.get(name), self._parameters.get(name)
         if packing is None or codes is None or codes.dtype is not torch.uint8:
             return None
-        shape, blocksize, dtype, quant_type, nested_blocksize, names = packing
+        _, blocksize, dtype, quant_type, nested_blocksize, names, is_turned = packing
         buffers: Any = self._buffers
         absmax, quant_map, nested, values, offset = (buffers[each] for each in names)
-        facts = shape, blocksize, dtype, quant_type
-        return PackedWeight(codes, absmax, quant_map, *facts, nested, values, offset, nested_blocksize)
+        facts = packing.packed_shape, blocksize, dtype, quant_type
+        return PackedWeight(codes, absmax, quant_map, *facts, nested, values, offset, nested_blocksize, is_turned)
 
     def set_packed_parameter(self, name: str, weight: PackedWeight) -> None:
         """Replace the parameter by another quantized weight of its shape."""
@@ -61,7 +71,7 @@ class PackedParameters(nn.Module):
         names = tuple(prefix + part for part in BUFFERS)
         facts = weight.blocksize, weight.dtype, weight.quant_type, weight.nested_blocksize
         # A new dictionary, because shallow copies of this module share the old one.
-        self.packings = {**self.packings, name: Packing(weight.shape, *facts, names)}
+        self.packings = {**self.packings, name: Packing(parameter_shape(weight), *facts, names, weight.turned)}
         held = self._parameters.get(name)
         if held is not None and held.dtype is torch.uint8 and not held.is_meta:
             if held is not weight.codes:
@@ -76,7 +86,8 @@ class PackedParameters(nn.Module):
         """Return the dense values of a parameter, quantized or not; by default in its original dtype."""
         packed = self.packed_parameter(name)
         if packed is not None:
-            return ops.dequantize_4bit(packed, dtype)
+            dense = ops.dequantize_4bit(packed, dtype)
+            return dense.mT.contiguous() if packed.turned else dense
         parameter = self.get_parameter(name).detach()
         return parameter if dtype is None else parameter.to(dtype)
 
@@ -84,7 +95,7 @@ class PackedParameters(nn.Module):
         """Quantize a dense weight with this parameter's settings."""
         packing = self.packings[name]
         double_quant = self._buffers[packing.buffers[2]] is not None
-        return quantized_by_expert(weight, packing.quant_type, double_quant, packing.blocksize)
+        return quantized_by_expert(weight, packing.quant_type, double_quant, packing.blocksize, packing.turned)
 
     def forget_packing(self, name: str) -> None:
         """Turn the parameter, which is dense by now, into an ordinary one."""
@@ -188,34 +199,64 @@ class _AnyPath:
         return self
 
 
-def quantized_by_expert(weight: Tensor, quant_type: str, double_quant: bool, blocksize: int) -> PackedWeight:
-    """Quantize `[experts, .., ..]` like `ops.quantize_4bit`, bit for bit, with temporary memory for one expert only."""
+def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape with its last two sizes exchanged."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def parameter_shape(weight: PackedWeight) -> tuple[int, ...]:
+    """Return the shape of the parameter that the packed weight represents."""
+    return swapped(weight.shape) if weight.turned else weight.shape
+
+
+def quantized_by_expert(
+    weight: Tensor, quant_type: str, double_quant: bool, blocksize: int, turned: bool = False
+) -> PackedWeight:
+    """Quantize `[experts, .., ..]` like the whole weight, bit for bit, with temporary memory for one expert only.
+
+    Args:
+        turned: quantize the transpose of each expert.
+    """
     experts = weight.shape[0] if weight.dim() > 2 and not weight.is_meta else 1
     each = weight.numel() // max(experts, 1)
     if experts < 2 or each % blocksize:
-        return ops.quantize_4bit(weight, quant_type, blocksize=blocksize, double_quant=double_quant)
-    return joined_experts(iter(weight), tuple(weight.shape), quant_type, double_quant, blocksize)
+        packed = quantized(weight.mT if turned else weight, quant_type, double_quant, blocksize)
+        return packed._replace(turned=turned)
+    return joined_experts(iter(weight), tuple(weight.shape), quant_type, double_quant, blocksize, turned)
 
 
 def joined_experts(
-    experts: Iterable[Tensor], shape: tuple[int, ...], quant_type: str, double_quant: bool, blocksize: int
+    experts: Iterable[Tensor],
+    shape: tuple[int, ...],
+    quant_type: str,
+    double_quant: bool,
+    blocksize: int,
+    turned: bool = False,
 ) -> PackedWeight:
-    """Return the packed weight `[experts, ..]` of dense experts produced one by one, in whole blocks."""
+    """Return the packed weight `[experts, ..]` of dense experts produced one by one, in whole blocks.
+
+    Args:
+        turned: quantize the transpose of each expert.
+    """
+    double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
     codes = absmax = None
     for i, expert in enumerate(experts):
-        one = ops.quantize_4bit(expert.detach(), quant_type, blocksize=blocksize)
+        dense = expert.detach()
+        one = quantized(dense.mT if turned else dense, quant_type, False, blocksize)
         if codes is None or absmax is None:
             codes, absmax = (t.new_empty((shape[0], *t.shape)) for t in (one.codes, one.absmax))
         codes[i], absmax[i] = one.codes, one.absmax
     assert codes is not None and absmax is not None
-    weight = one._replace(codes=codes.view(-1, 1), absmax=absmax.view(-1), shape=shape)
+    whole = swapped(shape) if turned else shape
+    weight = one._replace(codes=codes.view(-1, 1), absmax=absmax.view(-1), shape=whole, turned=turned)
     return ops.with_nested_scales(weight) if double_quant else weight
 
 
 def check_shape(weight: PackedWeight, shape: tuple[int, ...], name: str) -> None:
     """Raise a CheckpointError unless the weight `name` has this shape."""
-    if weight.shape != shape:
-        raise CheckpointError(f"'{name}' has shape {list(weight.shape)}, but the layer needs {list(shape)}")
+    found = parameter_shape(weight)
+    if found != shape:
+        raise CheckpointError(f"'{name}' has shape {list(found)}, but the layer needs {list(shape)}")
 
 
 def check_experts(weight: PackedWeight, name: str) -> None:

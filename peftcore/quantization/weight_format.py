@@ -1,4 +1,4 @@
-"""Weight formats of 4-bit parameters: NF4 and FP4."""
+"""Weight formats of 4-bit parameters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def four_bits(quant_type: str, name: str = "weight") -> WeightFormat:
         packed, names = module.packed_parameter(name), names_of(module)
         assert packed is not None
         changed: dict[str, Any] = {part: tensors[named] for part, named in names.items() if named in tensors}
-        return ops.dequantize_4bit(packed._replace(**changed), torch.float32)
+        dense = ops.dequantize_4bit(packed._replace(**changed), torch.float32)
+        return dense.mT if packed.turned else dense
 
     return WeightFormat(
         name=quant_type,

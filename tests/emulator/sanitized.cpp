@@ -41,6 +41,7 @@ WeightView view(int64_t rows, int64_t columns, const Array<uint8_t>& codes, cons
     weight.quant_map = quant_map.data;
     weight.shift = log2_of(blocksize);
     if (nests) {
+        weight.scales = ScaleKind::kNested;
         weight.nested_absmax = outer.data;
         weight.nested_quant_map = map.data;
         weight.nested_offset = offset.data;

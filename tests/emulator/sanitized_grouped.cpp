@@ -110,6 +110,7 @@ class Case {
         weight.absmax = absmax_.data;
         weight.quant_map = quant_map_.data;
         weight.shift = 5;
+        weight.scales = ScaleKind::kNested;
         weight.nested_absmax = outer_.data;
         weight.nested_quant_map = map_.data;
         weight.nested_offset = offset_.data;

@@ -28,6 +28,7 @@ class WeightView(Structure):
         ("nested_offset", c_void_p),
         ("nested_shift", c_int),
         ("first_block", c_int64),
+        ("scales", c_int),
     ]  # fmt: skip
 
     def __init__(self, weight):
@@ -42,6 +43,7 @@ class WeightView(Structure):
             setattr(self, name, address(getattr(weight, name)))
         self.shift = weight.blocksize.bit_length() - 1
         self.nested_shift = weight.nested_blocksize.bit_length() - 1 if weight.double_quant else 0
+        self.scales = int(weight.double_quant)
 
     def expert(self, library, index):
         """Return a view of one expert of a weight `[experts, out, in]`."""

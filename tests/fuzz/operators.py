@@ -19,7 +19,7 @@ import torch
 from fuzz.memory import LAYOUTS, laid_out
 
 from peftcore import ops
-from peftcore.ops import grouped, linear_per_sample, lora, optim, quant4, routing, swiglu
+from peftcore.ops import grouped, linear_per_sample, lora, mxfp4, optim, quant4, routing, swiglu
 from peftcore.ops import optim_rules as rules
 from peftcore.ops.cross_entropy import CrossEntropyRows
 from peftcore.ops.dense_linear import DenseLinear
@@ -58,6 +58,11 @@ class Maker:
 
     def packed(self, *shape):
         """The two arguments of a weight in 4 bits."""
+        if self.random.random() < 0.2:  # MXFP4, also with rows that are not whole blocks
+            shape = (*shape[:-1], -(-shape[-1] // 32) * 32 if self.random.random() < 0.9 else shape[-1])
+            count = math.prod(shape)
+            weight = [self.bytes(-(-count // 2), 1), self.bytes(-(-count // 32)), self.place(ops.codebook("mxfp4"))]
+            return {"weight": weight, "packing": [32, -1, *shape]}
         blocksize, count = self.choice([32, 64, 64, 128]), math.prod(shape)
         blocks, nests = -(-count // blocksize), self.random.random() < 0.5
         weight = [self.bytes(-(-count // 2), 1)]
@@ -71,6 +76,10 @@ class Maker:
 def _quantize_4bit(m):
     x = m.normal(m.size(9), m.size(300), dtype=m.choice(FLOATS))
     return {"x": x, "quant_map": m.place(m.choice([ops.NF4, ops.FP4])), "blocksize": m.choice([32, 64, 4096])}
+
+
+def _quantize_mxfp4(m):
+    return {"x": m.normal(m.size(9), m.choice([32, 64, 96, m.size(300)]), dtype=m.choice(FLOATS))}
 
 
 def _quantize_absmax(m):
@@ -340,6 +349,7 @@ def by_reference(call):
 
 OPERATORS = {
     "quantize_4bit": (_quantize_4bit, by_reference(quant4.Quantize4bit)),
+    "quantize_mxfp4": (_quantize_mxfp4, by_reference(mxfp4.QuantizeMxfp4)),
     "quantize_absmax": (_quantize_absmax, by_reference(quant4.QuantizeAbsmax)),
     "dequantize_4bit": (_dequantize_4bit, by_reference(quant4.Dequantize4bit)),
     "dequantize_4bit.out": (_dequantize_4bit_out, by_reference(quant4.Dequantize4bitOut)),

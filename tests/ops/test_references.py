@@ -29,6 +29,7 @@ def cases():
         "grouped_linear": of_experts,
         "grouped_linear_backward": (values(5, 32), x, offsets, [experts], [], [*many, many_s], False, [True] * 3),
         "quantize_4bit": (w, ops.NF4, 64),
+        "quantize_mxfp4": (w,),
         "quantize_absmax": (four.absmax, ops.DYNAMIC8, 256),
         "dequantize_4bit": (*four.operands(), torch.float32),
         "dense_linear": (x, w),

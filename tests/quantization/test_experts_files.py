@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import peftcore
-from peftcore.quantization import quantized_experts
+from peftcore.quantization import parameters, quantized_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 # As their files have them: one by one, together, under other names, transposed, beside dense layers, written by hand.
@@ -100,13 +100,13 @@ def test_no_more_than_an_expert_is_dense_at_once(tmp_path, monkeypatch):
     """Of a model of 300 MB with 96 experts in 6 layers: 79 MiB packed, 86 at the peak, 306 where it is read dense."""
     mixture("mixtral").save_pretrained(tmp_path)
     alive: list[weakref.ref] = []
-    seen, quantize_4bit = [], peftcore.ops.quantize_4bit
+    seen, quantized = [], parameters.quantized
 
     def watched(x, *args, **kwargs):
         seen.append((tuple(x.shape), sum(ref() is not None for ref in alive)))
         alive.append(weakref.ref(x.untyped_storage()))
-        return quantize_4bit(x, *args, **kwargs)
+        return quantized(x, *args, **kwargs)
 
-    monkeypatch.setattr(peftcore.ops, "quantize_4bit", watched)
+    monkeypatch.setattr(parameters, "quantized", watched)
     peftcore.quantization.load(tmp_path)
     assert sorted(seen) == 8 * [((64, 64), 0)] + 8 * [((128, 64), 0)]

@@ -12,7 +12,7 @@ from torch import nn
 
 import peftcore
 from peftcore.quantization import QuantizedLinear
-from peftcore.quantization.format import STATE_KEY
+from peftcore.quantization.bitsandbytes_format import STATE_KEY
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -177,7 +177,7 @@ def broken(change):
         (lambda s, f: f.update(shape=[48, 64]), r"has 'absmax' torch.uint8 \[96\], expected torch.uint8 \[48\]"),
         (lambda s, f: f.update(shape=[128, 48]), r"has shape \[128, 48\], but the layer needs \[48, 128\]"),
         (lambda s, f: f.update(blocksize=48), "blocksize must be a power of two from 32 to 4096, found 48"),
-        (lambda s, f: f.update(quant_type="nf5"), "quant_type='nf5' is not known"),
+        (lambda s, f: f.update(quant_type="nf5"), "has quant_type='nf5' in 'quant_state"),
         (lambda s, f: f.update(dtype="float8"), "has dtype='float8', expected one of float32, float16, bfloat16"),
         (lambda s, f: f.update(dtype=["float32"]), "has dtype="),
         (lambda s, f: f.update(nested_offset=float("nan")), "it contains NaN, which is not a JSON number"),
@@ -191,7 +191,7 @@ def broken(change):
         (lambda s, f: f.update(blocksize=64.5), r"blocksize must be a power of two from 32 to 4096, found 64\.5"),
         (lambda s, f: f.update(blocksize=None), "blocksize must be a power of two"),
         (lambda s, f: f.update(quant_type="fp4"), "has quant_type='fp4' in 'quant_state.bitsandbytes__nf4'"),
-        (lambda s, f: f.update(quant_type=["nf4"]), "is not known"),
+        (lambda s, f: f.update(quant_type=["nf4"]), r"has quant_type=\['nf4'\] in 'quant_state"),
         (lambda s, f: f.update(shape=["48", 128]), r"has shape=\['48', 128\], which is not the shape"),
         (lambda s, f: f.update(shape=[-48, -128]), "which is not the shape"),
         (lambda s, f: f.update(shape=6144), "has shape=6144"),

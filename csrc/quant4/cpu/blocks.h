@@ -55,9 +55,10 @@ static void quantize_partial_block(const T* x, int64_t count, const Codebook& bo
 constexpr int kGroupValues = 2048;
 static_assert(kGroupValues * sizeof(float) <= kSmallestFirst / 2);
 
-template <Blocks Level, typename T>
+template <Blocks Level, typename Format, typename T>
 static void quantize_blocks(const QuantizeCall& args, int64_t first, int64_t last) {
     const T* x = static_cast<const T*>(args.x);
+    auto* absmax = static_cast<typename Format::Scale*>(args.absmax);
     const int64_t size = args.blocksize;
     const typename Level::Encoder encoder(args.book);
     const int64_t whole = args.count / size;  // blocks, of which none is partial
@@ -67,20 +68,18 @@ static void quantize_blocks(const QuantizeCall& args, int64_t first, int64_t las
         const int64_t stop = start + group < end ? start + group : end;
         float inverse[kGroupValues / kMinBlocksize];
         for (int64_t block = start; block < stop; ++block)
-            args.absmax[block] = bits_float(Level::absmax_bits(x + block * size, size));
-        for (int64_t i = 0; i < stop - start; ++i) {
-            const float absmax = args.absmax[start + i];
-            inverse[i] = 1.0f / (absmax < kSmallestScale ? kSmallestScale : absmax);
-        }
+            absmax[block] = Format::scale(Level::absmax_bits(x + block * size, size));
+        for (int64_t i = 0; i < stop - start; ++i) inverse[i] = Format::inverse(absmax[start + i]);
         for (int64_t block = start; block < stop; ++block)
             Level::encode(x + block * size, size, inverse[block - start], encoder,
                           args.codes + block * size / 2);
     }
-    if (last > whole) {
-        const int64_t begin = whole * size;
-        quantize_partial_block(x + begin, args.count - begin, args.book, args.codes + begin / 2,
-                               args.absmax + whole);
-    }
+    if constexpr (Format::kHasPartialBlocks)
+        if (last > whole) {
+            const int64_t begin = whole * size;
+            quantize_partial_block(x + begin, args.count - begin, args.book, args.codes + begin / 2,
+                                   absmax + whole);
+        }
 }
 
 constexpr int kGroupBlocks = 64;  // whose scales are read together
@@ -112,15 +111,15 @@ static void dequantize_blocks(const DequantizeCall& args, int64_t first, int64_t
     if (stream) Level::fence();
 }
 
-template <Blocks Level>
+template <Blocks Level, typename Format>
 static void quantize(const QuantizeCall& args, int64_t first, int64_t last) {
     switch (args.dtype) {
         case Dtype::kFloat:
-            return quantize_blocks<Level, float>(args, first, last);
+            return quantize_blocks<Level, Format, float>(args, first, last);
         case Dtype::kHalf:
-            return quantize_blocks<Level, Half>(args, first, last);
+            return quantize_blocks<Level, Format, Half>(args, first, last);
         case Dtype::kBFloat16:
-            return quantize_blocks<Level, BFloat16>(args, first, last);
+            return quantize_blocks<Level, Format, BFloat16>(args, first, last);
     }
 }
 
@@ -138,7 +137,9 @@ static void dequantize(const DequantizeCall& args, int64_t first, int64_t last) 
 
 template <Blocks Level>
 static Kernels kernels_of() {
-    return {.quantize = quantize<Level>, .dequantize = dequantize<Level>};
+    return {.quantize = quantize<Level, AbsmaxFormat>,
+            .quantize_powers = quantize<Level, PowerOfTwoFormat>,
+            .dequantize = dequantize<Level>};
 }
 
 }  // namespace quant4

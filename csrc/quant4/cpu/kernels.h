@@ -16,7 +16,7 @@ struct QuantizeCall {
     int64_t blocksize;
     Codebook book;
     uint8_t* codes;
-    float* absmax;
+    void* absmax;  // of the format's `Scale`
 };
 
 struct DequantizeCall {
@@ -28,6 +28,7 @@ struct DequantizeCall {
 
 struct Kernels {
     void (*quantize)(const QuantizeCall&, int64_t first_block, int64_t last_block) = nullptr;
+    void (*quantize_powers)(const QuantizeCall&, int64_t first_block, int64_t last_block) = nullptr;  // MXFP4
     void (*dequantize)(const DequantizeCall&, int64_t first_block, int64_t last_block) = nullptr;
 };
 

@@ -58,6 +58,29 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& quant_ma
     return {codes, absmax};
 }
 
+std::tuple<Tensor, Tensor> quantize_mxfp4(const Tensor& x) {
+    const char* op = "quantize_mxfp4";
+    constexpr int64_t kBlocksize = 32;
+    QuantizeCall args;
+    args.dtype = kernel_dtype(x.scalar_type(), op);
+    TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) % kBlocksize == 0, op, ": the last dimension of x must be a ",
+                      "multiple of ", kBlocksize, ", found ", x.sizes());
+    const Tensor source = x.contiguous();
+    Tensor codes = at::empty({source.numel() / 2, 1}, x.options().dtype(at::kByte));
+    ask_for_huge_pages(codes.mutable_data_ptr(), codes.numel());
+    Tensor scales = at::empty({source.numel() / kBlocksize}, x.options().dtype(at::kByte));
+    args.x = source.const_data_ptr();
+    args.count = source.numel();
+    args.blocksize = kBlocksize;
+    args.book = PowerOfTwoFormat::codebook();
+    args.codes = codes.mutable_data_ptr<uint8_t>();
+    args.absmax = scales.mutable_data_ptr();
+    const Kernels& level = cpu_kernels().quant4;
+    at::parallel_for(0, scales.numel(), grain(kBlocksize),
+                     [&](int64_t first, int64_t last) { level.quantize_powers(args, first, last); });
+    return {codes, scales};
+}
+
 void dequantize_into(const WeightView& weight, const Tensor& out) {
     DequantizeCall args;
     args.weight = weight;
@@ -142,6 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const T
 TORCH_LIBRARY_IMPL(peftcore, CPU, m) {
     m.impl("quantize_4bit", &quantize_4bit);
     m.impl("quantize_absmax", &quantize_absmax);
+    m.impl("quantize_mxfp4", &quantize_mxfp4);
     m.impl("dequantize_4bit", &dequantize_4bit);
     m.impl("dequantize_4bit.out", &dequantize_4bit_out);
 }

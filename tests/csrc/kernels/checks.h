@@ -141,6 +141,7 @@ struct Packed {
         view.shift = log2_of(blocksize);
         if (!nested) return;
         view.absmax = nested_codes.data();
+        view.scales = ScaleKind::kNested;
         view.nested_absmax = nested_absmax.data();
         view.nested_quant_map = nested_map.data();
         view.nested_offset = &offset;

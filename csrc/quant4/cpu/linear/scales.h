@@ -19,7 +19,7 @@ class RowScales {
 
     // step: a power of two, at most the size of a block, and a divisor of the columns.
     RowScales(const WeightView& weight, int step) : weight_(weight), step_(step) {
-        if (weight.nested_absmax == nullptr) return;
+        if (weight.scales != ScaleKind::kNested) return;
         for (int i = 0; i < kPieces; ++i) {
             const __m512i first = _mm512_loadu_si512(weight.nested_quant_map + 32 * i),
                           second = _mm512_loadu_si512(weight.nested_quant_map + 32 * i + 16);
@@ -32,10 +32,17 @@ class RowScales {
     void write(int64_t n, float* out) const {
         const int64_t begin = n * weight_.columns, count = weight_.columns / step_;
         const int64_t first = begin >> weight_.shift, last = (begin + weight_.columns - 1) >> weight_.shift;
-        if (weight_.nested_absmax == nullptr)
-            copy(first, last - first + 1, out);
-        else
-            look_up(first, last, out);
+        switch (weight_.scales) {
+            case ScaleKind::kFloat:
+                copy(first, last - first + 1, out);
+                break;
+            case ScaleKind::kNested:
+                look_up(first, last, out);
+                break;
+            case ScaleKind::kPowerOfTwo:
+                PowerOfTwoScales(weight_).copy(first, last + 1, out);
+                for (int i = 0; i < kAtOnce; ++i) out[last + 1 - first + i] = 0;
+        }
         if ((int64_t(1) << weight_.shift) == step_) return;
         for (int64_t i = count - 1; i >= 0; --i)  // backward, to write only behind what is still to be read
             out[i] = out[((begin + i * step_) >> weight_.shift) - first];
@@ -43,7 +50,7 @@ class RowScales {
 
     // Address of the scales of row n.
     void fetch(int64_t n, int64_t rows) const {
-        const int64_t size = weight_.nested_absmax == nullptr ? sizeof(float) : 1;
+        const int64_t size = scale_bytes(weight_);
         const char* at = static_cast<const char*>(weight_.absmax);
         const char* end = at + ((n + rows) * weight_.columns >> weight_.shift) * size;
         for (at += (n * weight_.columns >> weight_.shift) * size; at < end; at += 64)

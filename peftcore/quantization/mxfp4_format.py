@@ -1,0 +1,139 @@
+"""MXFP4: codes in E2M1 with a power of two for each 32 values of a row (OCP Microscaling Formats 1.0).
+
+X.weight                              uint8 [n / 2, 1], the even element in the high nibble
+X.weight.absmax                       uint8 [blocks], E8M0: 2^(e - 127)
+X.weight.quant_state.peftcore__mxfp4  uint8, the bytes of a JSON text: shape and dtype, and for experts stored as
+                                      [experts, out, in], while the parameter is [experts, in, out], turned: true
+
+Experts of gpt-oss as they are published (`from_blocks`):
+
+X_blocks    uint8 [experts, out, in / 32, 16], the even element in the low nibble
+X_scales    uint8 [experts, out, in / 32], E8M0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore import ops
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.ops.mxfp4 import BLOCKSIZE, swap_nibbles
+from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight
+from peftcore.quantization.four_bit_format import (
+    FourBitFormat,
+    check_parts,
+    damaged,
+    decoded,
+    encoded,
+    shape_and_dtype,
+)
+from peftcore.validation import shown
+
+_STATE = "quant_state.peftcore__mxfp4"
+BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of gpt-oss's tensors
+_LARGEST = 252  # E8M0 byte of the largest scale: 6 * 2^125 is finite in fp32, as any dequantized weight must be
+
+
+def _settings(double_quant: bool, blocksize: int) -> tuple[bool, int]:
+    """Return the only settings. The defaults of NF4, True and 64, count as not given."""
+    if blocksize not in (64, BLOCKSIZE):
+        raise PeftcoreError(f"mxfp4 has blocks of {BLOCKSIZE} values, found blocksize={shown(blocksize)}. Leave it out")
+    return False, BLOCKSIZE
+
+
+def _quantize(weight: Tensor, blocksize: int, double_quant: bool) -> PackedWeight:
+    if weight.shape[-1] % BLOCKSIZE:
+        raise PeftcoreError(
+            f"mxfp4 needs rows that are multiples of {BLOCKSIZE} values, found a weight of shape "
+            f"{list(weight.shape)}. Leave the layer dense: skip=[...]"
+        )
+    if weight.device.type not in ("cpu", "meta"):
+        raise PeftcoreError(f"mxfp4 runs on the CPU only, found a weight on {weight.device}. Quantize to nf4")
+    return ops.quantize_mxfp4(weight)
+
+
+def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
+    """Return the tensors stored with `X.weight` on disk, by the part of the name after `X.weight.`."""
+    facts: dict[str, Any] = {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape)}
+    if weight.turned:
+        facts["turned"] = True
+    return {"absmax": weight.absmax, _STATE: encoded(facts, weight.absmax.device)}
+
+
+def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
+    """Build the weight `name` from its bytes and tensors, checked against each other.
+
+    Raises:
+        CheckpointError: a part is missing or does not fit: the file is damaged or has another format.
+    """
+    try:
+        facts = decoded(tensors[_STATE], f"{name}.{_STATE}")
+    except PeftcoreError as error:
+        raise damaged(name, f"cannot be read from '{_STATE}': {error}") from error
+    (shape, dtype), is_turned = shape_and_dtype(facts, name), facts.get("turned", False)
+    if type(is_turned) is not bool or (is_turned and len(shape) != 3):
+        raise damaged(name, f"has turned={shown(is_turned)} for shape {list(shape)}")
+    if not shape or shape[-1] % BLOCKSIZE:
+        raise damaged(name, f"has shape={list(shape)}, whose rows are not multiples of {BLOCKSIZE} values")
+    count = math.prod(shape)
+    check_parts(tensors, {"absmax": (torch.uint8, count // BLOCKSIZE)}, name)
+    if codes.dtype is not torch.uint8 or codes.shape != (count // 2, 1):
+        raise damaged(name, f"has bytes {codes.dtype} {list(codes.shape)}, expected {torch.uint8} [{count // 2}, 1]")
+    _check_scales(tensors["absmax"], name)
+    return _packed(codes.detach().contiguous(), tensors["absmax"].detach().clone(), shape, dtype, is_turned)
+
+
+def from_blocks(blocks: Tensor, scales: Tensor, dtype: torch.dtype, name: str) -> PackedWeight:
+    """Build the experts `name` from gpt-oss's `name_blocks` and `name_scales`, in the memory of `blocks`.
+
+    Args:
+        blocks: uint8 `[experts, out, in / 32, 16]`, changed in place.
+        scales: uint8 `[experts, out, in / 32]`.
+        dtype: dtype of the experts when dequantized.
+
+    Returns:
+        Packed weight `[experts, out, in]` of a parameter `[experts, in, out]`.
+
+    Raises:
+        CheckpointError: a tensor does not fit the other, or a scale is NaN or too large.
+    """
+    fits = blocks.dtype is scales.dtype is torch.uint8 and blocks.dim() == 4 and blocks.shape[-1] == BLOCKSIZE // 2
+    if not fits or scales.shape != blocks.shape[:-1]:
+        raise CheckpointError(
+            f"'{name}_blocks' is {blocks.dtype} {list(blocks.shape)} and '{name}_scales' {scales.dtype} "
+            f"{list(scales.shape)}, expected {torch.uint8} [experts, out, in / 32, 16] and [experts, out, in / 32]. "
+            "The checkpoint is damaged or has another format"
+        )
+    _check_scales(scales, name)
+    experts, out, across = scales.shape
+    codes = swap_nibbles(blocks.detach().contiguous()).view(-1, 1)
+    return _packed(codes, scales.detach().reshape(-1).clone(), (experts, out, across * BLOCKSIZE), dtype, True)
+
+
+def _check_scales(scales: Tensor, name: str) -> None:
+    if scales.numel() and not scales.is_meta and int(scales.max()) > _LARGEST:
+        found = int(scales.max())
+        raise damaged(name, f"has a scale of {'NaN' if found == 255 else f'2^{found - 127}'}, so values are not finite")
+
+
+def _packed(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype, is_turned: bool) -> PackedWeight:
+    quant_map = ops.codebook("mxfp4", codes.device)
+    weight = PackedWeight(codes, scales, quant_map, shape, BLOCKSIZE, dtype, "mxfp4", nested_blocksize=POWERS_OF_TWO)
+    return weight._replace(turned=is_turned)
+
+
+MXFP4 = FourBitFormat(
+    name="mxfp4",
+    settings=_settings,
+    quantize=_quantize,
+    state=_STATE,
+    parts=("absmax", _STATE),
+    to_tensors=to_tensors,
+    from_tensors=from_tensors,
+    rows_are_blocks=True,
+)
