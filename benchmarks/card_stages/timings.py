@@ -184,6 +184,37 @@ def entropy() -> Iterator[Row]:
     yield Row(group, "F.cross_entropy", pytorch, 2 * size, 0, size)
 
 
+def norms() -> Iterator[Row]:
+    """Yield RMSNorms with a frozen weight and gated activations: forward, and forward and backward."""
+    size = 2 * MANY * N  # bytes of a matrix
+    for back in (False, True):
+        passes = "forward and backward" if back else "forward"
+        grad = normal(MANY, N)
+
+        def step(call: Callable[..., Tensor], count: int, back: bool = back, grad: Tensor = grad) -> Callable[[], Call]:
+            def make() -> Call:
+                inputs = [normal(MANY, N).requires_grad_(back) for _ in range(count)]
+                if not back:
+                    return lambda: call(*inputs)
+                return lambda: torch.autograd.grad(call(*inputs), inputs, grad)
+
+            return make
+
+        weight = normal(N)
+
+        def llama(x: Tensor, weight: Tensor = weight) -> Tensor:
+            wide = x.float()
+            return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+        group, moved = f"RMSNorm of {MANY} x {N}, bf16, {passes}", (5 if back else 2) * size
+        yield Row(group, "peftcore", step(lambda x, w=weight: ops.rms_norm(x, w, 1e-5), 1), moved, 0, moved)
+        yield Row(group, "F.rms_norm", step(lambda x, w=weight: F.rms_norm(x, (N,), w, 1e-5), 1), moved, 0, moved)
+        yield Row(group, "Llama's formula", step(llama, 1), moved, 0, moved)
+        group, moved = f"silu(g) u of {MANY} x {N}, bf16, {passes}", (8 if back else 3) * size
+        yield Row(group, "peftcore", step(ops.gated, 2), moved, 0, moved)
+        yield Row(group, "F.silu(g) * u", step(lambda g, u: F.silu(g) * u, 2), moved, 0, moved)
+
+
 def steps() -> Iterator[Row]:
     shapes, count = [(N, N)] * 6, 6 * N * N
     group = f"a step of AdamW, {count / 1e6:.0f} M parameters in fp32"
@@ -213,6 +244,7 @@ def all_rows() -> Iterator[Row]:
     yield from layer(16)
     yield from layer(512)
     yield from experts(MANY // 2)
+    yield from norms()
     yield from steps()
     yield from entropy()
     for rows in (4, 8):

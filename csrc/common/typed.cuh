@@ -1,4 +1,4 @@
-// Loads and stores of single values whose dtype is known only at run time.
+// Loads and stores of single values whose dtype is known only at run time, and of vectors of values.
 #pragma once
 
 #include "common/cuda_launch.cuh"
@@ -20,6 +20,41 @@ static __device__ __forceinline__ void store_at(void* to, Dtype dtype, int64_t a
         static_cast<Half*>(to)[at] = from_float<Half>(value);
     else
         static_cast<BFloat16*>(to)[at] = from_float<BFloat16>(value);
+}
+
+// Neighbouring values that a thread loads and stores at once, in pieces of up to 16 bytes.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Vector {
+    T item[kCount];
+};
+
+template <int kCount, typename T>
+static __device__ __forceinline__ Vector<T, kCount> load_vector(const T* from) {
+    return *reinterpret_cast<const Vector<T, kCount>*>(from);
+}
+
+template <typename T, int kCount>
+static __device__ __forceinline__ void store_vector(T* to, const Vector<T, kCount>& values) {
+    *reinterpret_cast<Vector<T, kCount>*>(to) = values;
+}
+
+// The first `count` of a vector's values, which may be all, and zeros.
+template <int kCount, typename T>
+static __device__ __forceinline__ Vector<T, kCount> load_some(const T* from, int64_t count) {
+    if (count >= kCount) return load_vector<kCount>(from);
+    Vector<T, kCount> values = {};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+        if (i < count) values.item[i] = from[i];
+    return values;
+}
+
+template <typename T, int kCount>
+static __device__ __forceinline__ void store_some(T* to, const Vector<T, kCount>& values, int64_t count) {
+    if (count >= kCount) return store_vector(to, values);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+        if (i < count) to[i] = values.item[i];
 }
 
 }  // namespace peftcore

@@ -95,3 +95,9 @@ def load(record: dict[str, Any]) -> tuple[ModuleType | None, str]:
 record = read_record(ROOT / "peftcore" / "_build.json")
 extension: Any  # the module, or None
 extension, missing_because = load(record)
+
+# Types of devices on which an operator is called even where its reference would take fp32 copies: those that this build
+# has kernels for, and meta tensors, which are treated as on a CPU.
+KERNEL_DEVICES: tuple[str, ...] = ("cpu", "meta")
+if extension is not None and extension.build_facts()["cuda_architectures"]:
+    KERNEL_DEVICES += ("cuda",)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by, transformed
 from peftcore.ops.weight import check_dtype, value
 
@@ -135,8 +136,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
         In the shape and dtype of gate, with gradients for both.
     """
     powers = ACTIVATIONS[activation]
-    # Without a kernel the reference would make fp32 matrices. Meta tensors are treated as on a CPU.
-    if gate.device.type not in ("cpu", "meta") or gate.dtype is torch.float64 or transformed():
+    if gate.device.type not in KERNEL_DEVICES or gate.dtype is torch.float64 or transformed():
         return _formula(gate, up, *powers)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _Gated.apply(gate, up, *powers)  # type: ignore[no-untyped-call]

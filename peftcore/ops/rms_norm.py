@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by, transformed
 from peftcore.ops.weight import DTYPES, check_dtype, check_like, value
 
@@ -154,9 +155,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, roun
     Returns:
         In the shape and dtype of x, with gradients for x and weight.
     """
-    # Without a kernel the reference would make fp32 matrices. Meta tensors are treated as on a CPU.
     wide = torch.float64 in (x.dtype, weight.dtype)
-    if wide or x.device.type not in ("cpu", "meta") or transformed():
+    if wide or x.device.type not in KERNEL_DEVICES or transformed():
         return _formula(x, weight, eps, offset, rounded)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RmsNorm.apply(x, weight, eps, offset, rounded)  # type: ignore[no-untyped-call]

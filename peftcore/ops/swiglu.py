@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
 from peftcore.ops.weight import check_dtype, check_like, value
 
@@ -97,8 +98,7 @@ def swiglu(x: Tensor) -> Tensor:
     Returns:
         `[.., n]` in the dtype of x, with a gradient.
     """
-    # Without a kernel the reference would make fp32 matrices. Meta tensors are treated as on a CPU.
-    if x.device.type not in ("cpu", "meta") or x.dtype is torch.float64:
+    if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64:
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
     if torch.is_grad_enabled() and x.requires_grad:

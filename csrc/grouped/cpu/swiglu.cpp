@@ -6,7 +6,7 @@
 #include "common/tensors.h"
 #include "common/threads.h"
 #include "cpu/kernels.h"
-#include "weight/linear_arguments.h"
+#include "lora/norm_arguments.h"
 
 namespace peftcore {
 namespace grouped {
@@ -23,16 +23,11 @@ void for_rows(int64_t rows, int64_t columns, const Body& body) {
                      body);
 }
 
-Dtype gate_dtype(const Tensor& x, const char* op) {
-    const Dtype dtype = kernel_dtype(x.scalar_type(), op);
-    TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) % 2 == 0, op, ": x must be [.., 2 n], found ", x.sizes());
-    return dtype;
-}
-
 Tensor swiglu(const Tensor& x) {
     const char* op = "swiglu";
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto forward = cpu_kernels().lora.gate[int(gate_dtype(x, op))].forward;
+    const auto forward = cpu_kernels().lora.gate[int(kernel_dtype(x.scalar_type(), op))].forward;
+    lora::check_swiglu(x, op);
     const Tensor rows = matrix(x), y = at::empty(with_last(x, x.size(-1) / 2), x.options());
     const int64_t columns = x.size(-1) / 2;
     const auto* values = static_cast<const char*>(rows.const_data_ptr());
@@ -48,11 +43,8 @@ Tensor swiglu(const Tensor& x) {
 Tensor swiglu_backward(const Tensor& grad, const Tensor& x) {
     const char* op = "swiglu_backward";
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto backward = cpu_kernels().lora.gate[int(gate_dtype(x, op))].backward;
-    check_like(grad, x, op, "grad");
-    const std::vector<int64_t> shape = with_last(x, x.size(-1) / 2);
-    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(shape), op, ": grad must be ", at::IntArrayRef(shape),
-                      ", found ", grad.sizes());
+    const auto backward = cpu_kernels().lora.gate[int(kernel_dtype(x.scalar_type(), op))].backward;
+    lora::check_swiglu_gradient(grad, x, op);
     const Tensor rows = matrix(x), dy = matrix(grad), dx = at::empty(x.sizes(), x.options());
     const int64_t columns = x.size(-1) / 2, to_up = columns * x.element_size();
     const auto* values = static_cast<const char*>(rows.const_data_ptr());

@@ -32,24 +32,11 @@ void for_values(const GateArgs& args, int64_t count, int64_t itemsize, const Ker
     kernel(last, 0, 1);
 }
 
-// Of an activation; its products then overflow only where the reference's do.
-constexpr double kLargestCoefficient = 16;
-
-void check_coefficients(double linear, double cubic, const char* op) {
-    const auto check = [&](double number, const char* name) {
-        TORCH_CHECK_VALUE(0 <= number && number <= kLargestCoefficient, op, ": ", name, " must be from 0 to ",
-                          kLargestCoefficient, ", found ", number);
-    };
-    check(linear, "linear");
-    check(cubic, "cubic");
-}
-
 Tensor gated(const Tensor& gate, const Tensor& up, double linear, double cubic) {
     const char* op = "gated";
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto forward = cpu_kernels().lora.gate[int(kernel_dtype(gate.scalar_type(), op))].forward;
-    check_gated(gate, up, op);
-    check_coefficients(linear, cubic, op);
+    check_gated(gate, up, linear, cubic, op);
     const Tensor g = gate.contiguous(), u = up.contiguous(), y = at::empty(gate.sizes(), gate.options());
     const GateArgs args{.gate = g.const_data_ptr(),
                         .up = u.const_data_ptr(),
@@ -68,11 +55,7 @@ std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad, const Tensor& gate
     const char* op = "gated_backward";
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto backward = cpu_kernels().lora.gate[int(kernel_dtype(gate.scalar_type(), op))].backward;
-    check_gated(gate, up, op);
-    check_coefficients(linear, cubic, op);
-    check_like(grad, gate, op, "grad");
-    TORCH_CHECK_VALUE(grad.sizes() == gate.sizes(), op, ": grad must be ", gate.sizes(), " like gate, found ",
-                      grad.sizes());
+    check_gated_gradient(grad, gate, up, linear, cubic, op);
     const Tensor g = gate.contiguous(), u = up.contiguous(), dy = grad.contiguous();
     const Tensor dgate = at::empty(gate.sizes(), gate.options()),
                  dup = at::empty(gate.sizes(), gate.options());

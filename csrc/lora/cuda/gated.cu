@@ -1,0 +1,116 @@
+// y = act(g) ∘ u and its gradients, each in one pass over memory: a vector of 16 bytes a thread at a time, in fp32.
+#include <cmath>
+
+#include "common/alignment.h"
+#include "common/cuda_dispatch.cuh"
+#include "common/integers.h"
+#include "common/typed.cuh"
+#include "lora/cuda/gated_cuda.h"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+constexpr int kGatedThreads = 256;
+
+// e^-p, at most e^88, so that its products stay finite. Far out, where powers of x would overflow, 1 / (1 + e^-p) is 0
+// or 1 anyway.
+__device__ __forceinline__ float within(float x) { return fminf(fmaxf(x, -10000.0f), 10000.0f); }
+__device__ __forceinline__ float exponential_of(const GatedCall& call, float x) {
+    x = within(x);
+    return expf(fminf(-x * (call.linear + call.cubic * (x * x)), 88.0f));
+}
+__device__ __forceinline__ float slope_of(const GatedCall& call, float x) {
+    x = within(x);
+    return call.linear + 3.0f * call.cubic * (x * x);
+}
+
+// Calls body(where in gate and up, where in y, how many values) for each vector of this thread. The last one of a row
+// may have fewer values.
+template <int kVector, typename Body>
+__device__ __forceinline__ void for_vectors(const GatedCall& call, const Body& body) {
+    const int64_t of_row = ceil_div(call.columns, kVector), count = call.rows * of_row;
+    for (int64_t i = int64_t(blockIdx.x) * kGatedThreads + threadIdx.x; i < count;
+         i += int64_t(gridDim.x) * kGatedThreads) {
+        const int64_t row = call.rows == 1 ? 0 : i / of_row, column = (i - row * of_row) * kVector;
+        body(row * call.stride + column, row * call.columns + column, call.columns - column);
+    }
+}
+
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kGatedThreads) gated_kernel(const GatedCall call) {
+    for_vectors<kVector>(call, [&](int64_t from, int64_t to, int64_t count) {
+        const auto gate = load_some<kVector>(static_cast<const T*>(call.gate) + from, count);
+        const auto up = load_some<kVector>(static_cast<const T*>(call.up) + from, count);
+        Vector<T, kVector> y;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+            const float g = to_float(gate.item[j]);
+            float activated = g / (1.0f + exponential_of(call, g));
+            if (call.rounded) activated = to_float(from_float<T>(activated));
+            y.item[j] = from_float<T>(activated * to_float(up.item[j]));
+        }
+        store_some(static_cast<T*>(call.y) + to, y, count);
+    });
+}
+
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kGatedThreads) gated_backward_kernel(const GatedCall call) {
+    for_vectors<kVector>(call, [&](int64_t from, int64_t to, int64_t count) {
+        const auto gate = load_some<kVector>(static_cast<const T*>(call.gate) + from, count);
+        const auto up = load_some<kVector>(static_cast<const T*>(call.up) + from, count);
+        const auto grad = load_some<kVector>(static_cast<const T*>(call.dy) + to, count);
+        Vector<T, kVector> dgate, dup;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+            const float g = to_float(gate.item[j]), dy = to_float(grad.item[j]);
+            const float e = exponential_of(call, g), s = 1.0f / (1.0f + e);
+            const float slope = s * (1.0f + g * (e * s) * slope_of(call, g));
+            dgate.item[j] = from_float<T>(dy * to_float(up.item[j]) * slope);
+            dup.item[j] = from_float<T>(dy * g * s);
+        }
+        store_some(static_cast<T*>(call.dgate) + from, dgate, count);
+        store_some(static_cast<T*>(call.dup) + from, dup, count);
+    });
+}
+
+// body(a tag of the dtype, the number of values of a vector, the number of blocks).
+template <typename Body>
+const char* dispatch_vectors(const GatedCall& call, const Body& body) {
+    return dispatch_dtype(call.dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        constexpr int kWidest = 16 / sizeof(T);
+        const bool rows = call.rows == 1 || (call.columns % kWidest == 0 && call.stride % kWidest == 0);
+        const bool vectors = rows && is_aligned(call.gate) && is_aligned(call.up) && is_aligned(call.y) &&
+                             is_aligned(call.dy) && is_aligned(call.dgate) && is_aligned(call.dup);
+        return dispatch_flag(vectors, [&](auto whole) {
+            constexpr int kVector = decltype(whole)::value ? kWidest : 1;
+            const int64_t count = call.rows * ceil_div(call.columns, kVector);
+            return body(type, std::integral_constant<int, kVector>(), blocks_once(count, kGatedThreads));
+        });
+    });
+}
+
+}  // namespace
+}  // namespace lora
+}  // namespace peftcore
+
+extern "C" const char* peftcore_gated(const peftcore::lora::GatedCall* call, void* stream) {
+    using namespace peftcore::lora;
+    if (call->rows == 0 || call->columns == 0) return nullptr;
+    return dispatch_vectors(*call, [&](auto type, auto vector, unsigned blocks) {
+        using T = typename decltype(type)::type;
+        return PEFTCORE_LAUNCH((gated_kernel<T, decltype(vector)::value>), blocks, kGatedThreads, 0, stream,
+                               *call);
+    });
+}
+
+extern "C" const char* peftcore_gated_backward(const peftcore::lora::GatedCall* call, void* stream) {
+    using namespace peftcore::lora;
+    if (call->rows == 0 || call->columns == 0) return nullptr;
+    return dispatch_vectors(*call, [&](auto type, auto vector, unsigned blocks) {
+        using T = typename decltype(type)::type;
+        return PEFTCORE_LAUNCH((gated_backward_kernel<T, decltype(vector)::value>), blocks, kGatedThreads, 0,
+                               stream, *call);
+    });
+}
