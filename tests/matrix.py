@@ -12,7 +12,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ OTHER_KINDS = ("T5", "Qwen3-MoE")
 STACKED = "with another method's adapter, merged in both orders, saved and removed"
 # One method of each kind: around a layer, after one, on its weight, before the input, in the cache, in the base.
 KINDS = ("lora", "adapter", "dora", "prompt-tuning", "prefix-tuning", "bitfit")
+# Checks of what the kind of placement does with a model, whatever the method computes.
+OF_KINDS = (
+    STACKED,
+    "base untouched by training",
+    "disabled equals base",
+    "gradient checkpointing",
+    "neutral tensors change nothing",
+)
 COLUMNS = {
     "merge": "merge equals forward, unmerge is bit exact",
     "4-bit base": "a quantized base (NF4)",
@@ -50,27 +59,37 @@ def conformance(config: Any, *, not_applicable: Mapping[str, str] | None = None,
 
     All of it in `make test-all`. In `make test` it runs on the first family that the method can be applied to, on one
     with an encoder and a decoder, and on one with experts; PEFT's files are left to tests of their own where a method
-    has those. `torch.compile`, and another method's adapter on the further families, are tried for one method of each
-    kind of placement.
+    has those. `torch.compile`, and the checks `OF_KINDS` on the further families, are tried for one method of each kind
+    of placement; with the backend that traces the backward pass for LoRA alone.
     """
     name, excuses = registry.method_of_config(config).name, dict(not_applicable or {})
-    changed = {}
+    once: AbstractContextManager[None] = nullcontext()
     if not WHOLE and not os.environ.get(WRITING):
         names = _of_the_day(read().get(name, {}))
         families = [family for family in families_of(options.get("families", tuple(FAMILIES))) if family.name in names]
         left_out = set()
         if name not in KINDS:
             left_out.add(COMPILE)
-            changed[STACKED] = replace(CHECKS[STACKED], essential=False)
+            once = of_kinds_once()
+        if name != "lora":
+            options["compile_backend"] = "eager"
         if any((ROOT / "plugins" / f"peftcore-{name}").glob("tests/*against_peft.py")):
             left_out |= {PEFT_READS, PEFT_WRITES}
         options |= {"families": families, "checks": [check for check in CHECKS if check not in left_out]}
         others = FAMILIES.keys() - names
         excuses = {key: why for key, why in excuses.items() if key.partition(":")[0] not in others}
-    with mock.patch.dict(CHECKS, changed):
+    with once:
         report = check_method(config, not_applicable=excuses, **options)
     _compare(report)
     return report
+
+
+@contextmanager
+def of_kinds_once() -> Iterator[None]:
+    """Run the checks `OF_KINDS` on the first family alone within the block; in `make test-all` on each."""
+    changed = {} if WHOLE else {name: replace(CHECKS[name], essential=False) for name in OF_KINDS}
+    with mock.patch.dict(CHECKS, changed):
+        yield
 
 
 def _of_the_day(row: Mapping[str, str | None]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -15,7 +16,7 @@ import peftcore
 from peftcore.engine import adapter_parameters
 from peftcore.engine.first_values import initializer
 from peftcore.method import Method
-from peftcore.observation import detect, known_as
+from peftcore.observation import detect, known_as, observe
 from peftcore.registry import registry
 from peftcore.testing.families import Family
 
@@ -41,13 +42,14 @@ class Case:
 
     def base(self, dtype: torch.dtype = torch.float32, *, quantized: bool = False) -> nn.Module:
         """Return the family's model, prepared if the method prepares the base. `quantized`: in NF4."""
-        model = self.family.make()
-        known_as(model, self._made)  # observing each model again takes most of the suite's time
-        model.to(dtype)
+        model = self.family.make().to(dtype)
+        known_as(model, _made(self.family, dtype))  # observing each model again would take most of the suite's time
         if self.method.prepare is not None:
             peftcore.remove(self.add(model, None, "default"))
         if quantized:
             peftcore.quantize(model)
+            if self.method.prepare is None:
+                known_as(model, _made(self.family, dtype, quantized=True))
         if self.family.before is not None:
             self.family.before(model)
         return model
@@ -55,6 +57,7 @@ class Case:
     def unprepared(self) -> nn.Module:
         """Return the family's model before the method prepares it."""
         model = self.family.make()
+        known_as(model, self._made)
         if self.family.before is not None:
             self.family.before(model)
         return model
@@ -104,23 +107,37 @@ class Case:
         return _made(self.family)
 
     @cached_property
-    def _base(self) -> nn.Module:
-        """Model to ask for facts, which is never changed."""
+    def original(self) -> nn.Module:
+        """Base to ask for facts and compare with, which is never changed."""
         return self.base()
+
+    @cached_property
+    def base_output(self) -> Tensor:
+        """Output of the base for `inputs()`."""
+        return logits(self.original, self.inputs())
+
+    @cached_property
+    def merges(self) -> bool:
+        """Whether the method can be merged."""
+        try:
+            merge_exactly(self.model())
+        except peftcore.PeftcoreError:
+            return False
+        return True
 
     @property
     def generates(self) -> bool:
         """Whether the model generates text."""
-        model: Any = self._base
+        model: Any = self.original
         return hasattr(model, "can_generate") and bool(model.can_generate())
 
     @property
     def is_encoder_decoder(self) -> bool:
-        return bool(getattr(getattr(self._base, "config", None), "is_encoder_decoder", False))
+        return bool(getattr(getattr(self.original, "config", None), "is_encoder_decoder", False))
 
     def inputs(self, rows: int = 2) -> dict[str, Tensor]:
         """Return a call of the model."""
-        return self.family.inputs(self._base, rows)
+        return self.family.inputs(self.original, rows)
 
     def prompts(self) -> dict[str, Tensor]:
         """Return tokens and mask, two rows of one length."""
@@ -128,8 +145,13 @@ class Case:
 
 
 @cache
-def _made(family: Family) -> nn.Module:
-    return family.make()
+def _made(family: Family, dtype: torch.dtype = torch.float32, *, quantized: bool = False) -> nn.Module:
+    model = family.make().to(dtype)
+    if quantized:
+        known_as(model, _made(family, dtype))
+        peftcore.quantize(model)
+        observe(model)
+    return model
 
 
 def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None:
@@ -139,6 +161,19 @@ def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None
         for _, parameter in adapter_parameters(model, adapter):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_((std * noise).to(parameter))
+
+
+def merge_exactly(model: nn.Module) -> None:
+    """Merge all adapters.
+
+    Raises:
+        PeftcoreError: merging is refused, or quantizing again loses part of the change.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "quantized again, ")
+        peftcore.merge(model)
+    for warning in caught:
+        raise peftcore.PeftcoreError(str(warning.message))
 
 
 def logits(model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:

@@ -23,7 +23,7 @@ from peftcore.testing.checks.register import check
 
 @check("identity at the start", essential=True)
 def identity(case: Case) -> None:
-    model, wanted = case.model(seed=None), logits(case.base(), case.inputs())
+    model, wanted = case.model(seed=None), case.base_output
     rounded = any(experts_layout(model.get_submodule(path)) for path in applied(model, "default").paths)
     # products of experts are summed in one operator
     (close if rounded else same)(logits(model, case.inputs()), wanted, "output")
@@ -45,7 +45,7 @@ def neutral(case: Case) -> str | None:
                     tensors[name].copy_(value)
     if not found:
         return "its adapters have no neutral tensors"
-    close(logits(model, case.inputs()), logits(case.base(), case.inputs()), "output")
+    close(logits(model, case.inputs()), case.base_output, "output")
     return None
 
 
@@ -89,7 +89,7 @@ def _meet(one: str, other: str) -> bool:
 
 @check("base untouched by training", essential=True)
 def base_untouched(case: Case) -> None:
-    base, model = case.base(), case.model()
+    base, model = case.original, case.model()
     train(model, case.inputs(), steps=2)
     state = model.state_dict()
     missing = [key for key in base.state_dict() if key not in state]
@@ -119,7 +119,7 @@ def gradients(case: Case) -> None:
 @check("disabled equals base", essential=True)
 def disabling(case: Case) -> None:
     model, inputs = case.model(), case.inputs()
-    before, base = logits(model, inputs), logits(case.base(), inputs)
+    before, base = logits(model, inputs), case.base_output
     differs(before, base)
     with peftcore.disabled(model):
         same(logits(model, inputs), base, "disabled")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.engine import adapter_parameters
-from peftcore.testing.case import Case, close, logits, loss_of, same
+from peftcore.testing.case import Case, close, logits, loss_of, merge_exactly, same
 from peftcore.testing.checks.register import check
 from peftcore.testing.other import add_other, other_method
 
@@ -26,34 +25,12 @@ def merging(case: Case) -> None:
 def _merge_and_unmerge(model: nn.Module, inputs: dict[str, Tensor], what: str) -> None:
     before = logits(model, inputs)
     kept = {name: p.detach().clone() for name, p in base_parameters(model)}
-    _merge(model)
+    merge_exactly(model)
     close(logits(model, inputs), before, what)
     peftcore.unmerge(model)
     for name, parameter in base_parameters(model):
         same(parameter, kept[name], name)
     same(logits(model, inputs), before, f"{what} and unmerged")
-
-
-def _merge(model: nn.Module) -> None:
-    """Merge exactly.
-
-    Raises:
-        PeftcoreError: merging is refused, or quantizing again loses part of the change.
-    """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", "quantized again, ")
-        peftcore.merge(model)
-    for warning in caught:
-        raise peftcore.PeftcoreError(str(warning.message))
-
-
-def _merges(case: Case) -> bool:
-    """Return whether the method can be merged."""
-    try:
-        _merge(case.model())
-    except peftcore.PeftcoreError:
-        return False
-    return True
 
 
 @check("two adapters of the method together, merged in both orders")
@@ -66,7 +43,7 @@ def together(case: Case) -> str | None:
         if "two active adapters cannot train the same parameter" in str(refusal):
             return "two active adapters cannot train the same parameter, and apply refuses it"
         raise
-    _in_both_orders(model, inputs, ("a", "b"), _merges(case))
+    _in_both_orders(model, inputs, ("a", "b"), case.merges)
     peftcore.remove(model, "b")
     same(logits(model, inputs), alone, "with the second removed")
     return None
@@ -79,7 +56,7 @@ def stacked(case: Case) -> None:
         model = case.model()
         alone = logits(model, inputs)
         add_other(model)
-        _in_both_orders(model, inputs, ("default", "other"), _merges(case))
+        _in_both_orders(model, inputs, ("default", "other"), case.merges)
         with tempfile.TemporaryDirectory() as folder:
             peftcore.save(model, folder, adapter="default")
             same(logits(peftcore.load(case.base(), folder), inputs), alone, "its file alone")
