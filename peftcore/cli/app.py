@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from peftcore.cli import arguments, console, core_commands, signatures
 from peftcore.cli.console import fail, warn
+from peftcore.cli.synonyms import SuggestingCommand
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.registry import builtin, registry
 
@@ -59,7 +60,9 @@ def build(words: list[str]) -> typer.Typer:
             raise PluginError(f"'peftcore {typed}' cannot run, {plugin} is not usable: {plugin.error}")
         raise PluginError(f"'peftcore {typed}' is in a package that is not installed. Run: pip install {package}")
     for command in commands.values():
-        app.command(command.name, epilog=_epilog(command.examples))(_with_clear_errors(command.function))
+        app.command(command.name, cls=SuggestingCommand, epilog=_epilog(command.examples))(
+            _with_clear_errors(command.function)
+        )
     return app
 
 

@@ -15,7 +15,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from peftcore.errors import PeftcoreError, nearest
+from peftcore.cli.synonyms import of_field
+from peftcore.errors import PeftcoreError
 from peftcore.field_types import fits, in_words
 
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
@@ -37,7 +38,7 @@ def parse(config_class: type, settings: list[str]) -> dict[str, Any]:
             raise PeftcoreError(f"--set {setting}: expected NAME=VALUE")
         if name not in known:
             raise PeftcoreError(
-                f"--set {setting}: {config_class.__name__} has no field '{name}'{nearest(name, known)}. "
+                f"--set {setting}: {config_class.__name__} has no field '{name}'{of_field(name, known)}. "
                 f"Its fields: {', '.join(known)}"
             )
         if name in values:

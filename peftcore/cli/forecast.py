@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,8 +130,13 @@ def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Foreca
 
 
 def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: torch.dtype) -> peftcore.Estimate:
+    base = models.empty_model(settings.model, settings.task, labels).to(dtype)
+    if settings.quantize is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # loading raises them
+            peftcore.quantize(base, settings.quantize)
     return peftcore.estimate(
-        models.empty_model(settings.model, settings.task, labels).to(dtype),
+        base,
         None if settings.method == FULL else settings.method,
         step=peftcore.Step(
             batch_size=settings.batch_size,
@@ -185,6 +191,10 @@ def _fitted(settings: Settings) -> Settings:
     why = _why_not(settings)
     if why is not None:
         raise PeftcoreError(f"--fit cannot choose: {why}")
+    if settings.quantize is not None:
+        raise PeftcoreError(
+            "--fit chooses for a dense base. Leave it out, or see what fits with: peftcore suggest --model MODEL"
+        )
     if settings.optim != PLAIN:
         raise PeftcoreError(f"--fit chooses the optimizer ({PLAIN} or {PAGED}). Leave out --optim {settings.optim}")
     dtype = dtype_choice.of_run(settings, ()).dtype  # `train` prints it

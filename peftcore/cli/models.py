@@ -123,14 +123,30 @@ def resolve(model: str) -> str:
     """Return a path as an absolute one, so that an adapter finds its base from anywhere; a hub id unchanged.
 
     Raises:
-        PeftcoreError: it is a path that does not exist.
+        PeftcoreError: it is a path that does not exist, or a folder without a model.
     """
     path = Path(os.path.expanduser(model))
+    if os.path.isdir(path) and not os.path.exists(path / "config.json"):
+        _refuse_folder(path, model)
     if os.path.exists(path):
         return str(path.resolve())
     if model.startswith((".", "/", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
         raise PeftcoreError(f"there is no model at '{model}'. A hub id has the form NAME or OWNER/NAME")
     return model
+
+
+def _refuse_folder(path: Path, model: str) -> None:
+    """Raise a PeftcoreError that says what a folder without a model's config has instead."""
+    if os.path.exists(adapter_folder(path) / "adapter_config.json"):
+        raise PeftcoreError(
+            f"--model '{model}' is an adapter, not a base. Pass it as --adapter, or pass the base it was trained on"
+        )
+    names = sorted(os.listdir(path))
+    found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
+    raise PeftcoreError(
+        f"'{model}' has no model: config.json is missing, found {found}. Pass a folder that save_pretrained wrote, "
+        "a hub id, or a .gguf file"
+    )
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -437,7 +453,8 @@ def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
         if not (isinstance(error, expected) or mismatched or "gguf_file" in options):
             raise
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else None  # the error of the field
-        reason = str(cause or error).strip().partition("\n")[0] or type(error).__name__
+        lines = [line.strip() for line in str(cause or error).strip().splitlines()] or [type(error).__name__]
+        reason = " ".join(lines)[:400] if lines[0].endswith(":") else lines[0]  # a list follows a colon
         reason = "its tensors and its config have different shapes" if mismatched else reason
         raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {reason}") from error
 

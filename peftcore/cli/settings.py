@@ -62,6 +62,9 @@ class RunOptions:
     labels: options.Labels = None
     columns: options.Columns = None
     chat_template: options.ChatTemplate = None
+    quantize: Annotated[
+        str | None, typer.Option(help="Keep the frozen base in 4 bits, such as nf4, for any method.")
+    ] = None
     dtype: options.Dtype = "auto"
     precision: Annotated[
         str,

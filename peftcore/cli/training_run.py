@@ -213,8 +213,8 @@ def run(
         if not force:
             said = predicted  # with several processes the first one decides, because free memory changes
             ranks.once(lambda: forecasts.refuse_if_too_large(said, settings), together=True)
-    packed = None
-    if settings.method != FULL and start is None:
+    packed: Any = settings.quantize
+    if settings.method != FULL and start is None and packed is None:
         packed = models.packing_by(settings.method, settings.fields, settings.model, settings.task, labels)
     set_seed(settings.seed)  # also initialises a classifier's new head
     say(f"loading {settings.model} for {settings.task}")
@@ -418,6 +418,22 @@ def training_arguments(
         )
     except (ValueError, ImportError) as error:
         raise PeftcoreError(f"transformers' Trainer rejects these settings: {error}") from error
+
+
+def check_arguments(settings: Settings, output: Path) -> None:
+    """Raise a PeftcoreError if Trainer would reject the settings, before anything is loaded."""
+    import torch
+    from transformers import get_scheduler
+
+    arguments = training_arguments(settings, output, 1_000)
+    try:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=1)
+    except (ValueError, TypeError, KeyError) as error:
+        raise PeftcoreError(
+            f"--scheduler {settings.scheduler} needs arguments that no option passes: {error}. Use another, "
+            "such as linear, cosine or constant"
+        ) from error
 
 
 def _gradient_checkpointing(wanted: bool) -> dict[str, Any]:

@@ -29,13 +29,17 @@ _ADAPTER = "default"
 
 @dataclass(frozen=True)
 class Start:
-    """An adapter to start from. `fields` are config fields of a method that prepares its base."""
+    """An adapter to start from.
+
+    `fields` are config fields of a method that prepares its base; `quantize` is the 4-bit type of the base in training.
+    """
 
     folder: Path
     task: AdapterTask
     base: str
     method: str
     fields: dict[str, Any] = field(default_factory=dict)
+    quantize: str | None = None
 
     def task_of(self, task: str | None, files: Sequence[str], columns: Mapping[str, str] | None) -> str:
         """Return the run's task: the given one, otherwise the adapter's; for a language model, the task of the files.
@@ -82,7 +86,8 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
         method = before.method if registry.method(before.method).recorded_as is not None else None
     chosen = None if method is None else registry.method(method)
     if chosen is None or chosen.recorded_as is None:
-        return Start(folder.resolve(), task, base, method_of_folder(folder, method, "--method {}").name)
+        name = method_of_folder(folder, method, "--method {}").name
+        return Start(folder.resolve(), task, base, name, quantize=None if before is None else before.quantize)
     fields = before.fields if before is not None and before.method == chosen.name else {}
     return Start(folder.resolve(), task, base, chosen.name, fields)
 

@@ -91,6 +91,36 @@ def test_a_classifier_on_a_base_in_4_bits(run: Run, bert: Path, labelled: Path, 
     assert run("generate", *given, "-p", "the story is good").output.strip().startswith(("up", "down"))
 
 
+def test_any_method_on_a_base_in_4_bits(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    """What --quantize trains is what `eval --quantize` measures, and a run that continues it keeps the 4 bits."""
+    output, data = tmp_path / "run", ("-d", reviews, "--eval-data", reviews)
+    told = run("train", "-m", llama, *data, "-o", output, "--method", "ia3", "--quantize", "nf4", *STEPS, 6).output
+    assert told.count("--quantize nf4") == 3 and "memory is not predicted" not in told
+    found = json.loads((output / "result.json").read_text())
+    assert found["after"]["loss"] < found["before"]["loss"]
+    losses = held_out_losses(run("eval", "-a", output, "-d", reviews, "--quantize", "nf4").output)
+    assert losses == pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
+    run("train", "-a", output, *data, "-o", tmp_path / "further", *STEPS, 2)
+    further = json.loads((tmp_path / "further" / "result.json").read_text())
+    assert further["before"]["loss"] == pytest.approx(found["after"]["loss"], abs=1e-5)
+    assert json.loads((tmp_path / "further" / "run.json").read_text())["quantize"] == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "qlora", "--quantize", "nf4"), "--method qlora prepares the base itself, found --quantize nf4"),
+        (("--method", "lora", "--quantize", "nf3"), "quant_type='nf3' is not known. Choose one of: nf4, fp4"),
+        (("--method", "lora", "--quantize", "nf4", "--fit"), "--fit chooses for a dense base"),
+    ],
+)
+def test_quantize_is_refused(
+    run: Run, llama: Path, reviews: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    output = run("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", *arguments, code=1).output
+    assert message in " ".join(output.split())
+
+
 def test_an_unknown_4_bit_type(run: Run, llama: Path, tmp_path: Path) -> None:
     output = run("generate", "-m", llama, "--quantize", "int4", "-p", "the", code=1).output
     assert "quant_type='int4' is not known. Choose one of: nf4, fp4" in " ".join(output.split())

@@ -10,6 +10,7 @@ import typer
 
 from peftcore.cli import completion, options
 from peftcore.cli.console import table
+from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,16 +19,34 @@ EXAMPLES = ("peftcore info run",)
 
 
 def info(
-    adapter: Annotated[
-        Path,
+    folder: Annotated[
+        Path | None,
         typer.Argument(
+            metavar="[ADAPTER]",
             help="Folder of an adapter or a run, or a single file.",
             callback=options.in_run,
             autocompletion=completion.adapters,
         ),
-    ],
+    ] = None,
+    *,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="Like the argument.",
+            callback=options.in_run,
+            autocompletion=completion.adapters,
+        ),
+    ] = None,
 ) -> None:
     """Show an adapter's method, config, base and size."""
+    if (folder is None) == (adapter is None):
+        raise PeftcoreError("info shows one adapter. Pass its folder: peftcore info FOLDER")
+    _show(adapter or folder or Path())
+
+
+def _show(adapter: Path) -> None:
     from peftcore.engine.summary import megabytes
     from peftcore.errors import PluginError
     from peftcore.files.folder import read_tensors

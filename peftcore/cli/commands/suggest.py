@@ -34,9 +34,15 @@ def suggest(
         list[int] | None, typer.Option("--rank", min=1, help="Rank to consider. Repeatable; default: 16.")
     ] = None,
     *,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", "-d", help="Examples, for their task and number. Repeatable.")
+    ] = None,
     task: options.Task = None,
     labels: Annotated[str | None, typer.Option(help="Labels of a classifier, separated by commas.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Number of training examples, for the time of an epoch.")] = 1000,
+    examples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of training examples, for the time of an epoch; default: of --data, or 1000."),
+    ] = None,
     given: Annotated[RunOptions, ("max_length", "dtype", "precision", "parallel")],
     ranks: options.Ranks = 1,
 ) -> None:
@@ -45,10 +51,15 @@ def suggest(
     Each way is a training step that was simulated without memory. Times on GPUs are estimates from data sheets.
     """
     import peftcore
-    from peftcore.cli import data, forecast, models
+    from peftcore.cli import data as rows
+    from peftcore.cli import forecast, models
 
-    task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
-    data.check_task(task)
+    if task is None and data:
+        task = rows.guess_task(data)
+    task = task or (rows.CLASSIFICATION if labels else rows.LANGUAGE_MODEL)
+    rows.check_task(task)
+    if data and examples is None:
+        examples = len(rows.read_rows(data, task))
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = models.resolve(model)
     settings = Settings.of(given, model=base, data="", task=task, method="", device=device)
@@ -56,7 +67,7 @@ def suggest(
         models.load_config(base, task, names),
         memory=memory,
         device=device,
-        examples=examples,
+        examples=examples or 1000,
         methods=method,
         r=rank or (16,),
         dtype=forecast.dtype_of_base(settings, names),
@@ -69,7 +80,8 @@ def suggest(
     as_what = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
     shown = {"task": task, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
     for name, value in shown.items():
-        if value not in (None, "auto") and (name != "task" or value in data.COMPARED):
+        if value not in (None, "auto") and (name != "task" or value in rows.COMPARED):
             chosen += [f"--{name}", value]
+    files = " -d ".join(map(shlex.quote, data or ())) or "DATA"
     start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore"
-    say(f"  {start} train -m {shlex.quote(model)} -d DATA -o RUN {shlex.join(chosen)}")
+    say(f"  {start} train -m {shlex.quote(model)} -d {files} -o RUN {shlex.join(chosen)}")

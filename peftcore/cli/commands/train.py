@@ -109,6 +109,7 @@ def train(
     models.quiet_transformers()
     from peftcore import ranks
     from peftcore.cli import best_checkpoint, reporting, torchrun, training_run
+    from peftcore.quantization import find_type
     from peftcore.registry import registry
 
     best_checkpoint.check(given, task)
@@ -117,6 +118,14 @@ def train(
     name, chosen = options.resolve_method(start.method if start else method, config_file.fields(context, fields))
     if start is not None:
         chosen = {**start.fields, **chosen}
+    quantize = given.quantize or (start.quantize if start else None)
+    if given.quantize is not None:
+        find_type(given.quantize)
+        if registry.method(name).prepare is not None:
+            raise PeftcoreError(
+                f"--method {name} prepares the base itself, found --quantize {given.quantize}. Leave it out, or pass "
+                "another method"
+            )
     settings = Settings.of(
         given,
         model=models.resolve(start.base if start else str(model)),
@@ -125,6 +134,7 @@ def train(
         method=name,
         fields=chosen,
         adapter=str(start.folder) if start else None,
+        quantize=quantize,
         chat_template=given.chat_template or (start.task.chat_template if start else None),
         lr=registry.method(name).learning_rate if given.lr is None else given.lr,
         ranks=ranks.count(),
@@ -133,6 +143,8 @@ def train(
         from peftcore.cli import forecast
 
         settings = forecast.fitted(settings)
+
+    training_run.check_arguments(settings, output)
 
     def prepare() -> None:
         prepare_folder(output, settings, resume=resume, overwrite=overwrite)

@@ -382,6 +382,8 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
     ("arguments", "message"),
     [
         (("--set", "rr=4"), "LoraConfig has no field 'rr' (nearest: 'r')"),
+        (("--set", "rank=4"), "LoraConfig has no field 'rank'. Did you mean 'r'?"),
+        (("--set", "alpha=4"), "LoraConfig has no field 'alpha'. Did you mean 'lora_alpha'?"),
         (("--set", "r=four"), "'r' takes a whole number, found 'four'"),
         (("--set", "r=0"), "r must be a positive whole number, found 0"),
         (("--set", "target_modules=q_prj"), "'q_prj' matches no module"),
@@ -391,6 +393,8 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
         (("--precision", "fp16", "--device", "cpu"), "PyTorch does on CUDA only. On a CPU use --precision bf16"),
         (("--precision", "fp32", "--dtype", "bf16"), "Leave out --dtype bf16"),
         (("--optim", "adamm"), "adamm"),
+        (("--scheduler", "cosin"), "cosin is not a valid SchedulerType, please select one of"),
+        (("--scheduler", "cosine_with_min_lr"), "needs arguments that no option passes"),
         (("--holdout", "1.5"), "--holdout must be a share between 0 and 1, such as 0.1, or a whole number of examples"),
         (("--holdout", "14"), "--holdout 14 leaves nothing to train on: there are 14 examples. Hold out fewer"),
         (("--lr", "0"), "--lr and --epochs must be above 0"),

@@ -1,0 +1,87 @@
+"""Suggestions for options and fields that other programs name differently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from typer.core import TyperCommand
+
+from peftcore.errors import nearest
+
+# Names of transformers, TRL, axolotl, LLaMA-Factory and torchtune: ours.
+OPTIONS = {
+    "learning-rate": "lr",
+    "num-train-epochs": "epochs",
+    "num-epochs": "epochs",
+    "max-steps": "steps",
+    "max-iters": "steps",
+    "per-device-train-batch-size": "batch-size",
+    "micro-batch-size": "batch-size",
+    "gradient-accumulation-steps": "grad-accum",
+    "lr-scheduler-type": "scheduler",
+    "lr-scheduler": "scheduler",
+    "warmup-steps": "warmup",
+    "warmup-ratio": "warmup",
+    "max-seq-length": "max-length",
+    "sequence-len": "max-length",
+    "cutoff-len": "max-length",
+    "packing": "pack",
+    "sample-packing": "pack",
+    "model-name-or-path": "model",
+    "base-model": "model",
+    "dataset": "data",
+    "dataset-name": "data",
+    "train-file": "data",
+    "validation-file": "eval-data",
+    "output-dir": "output",
+    "optimizer": "optim",
+    "eval-steps": "eval-every",
+    "save-steps": "save-every",
+    "save-total-limit": "keep",
+    "val-set-size": "holdout",
+    "early-stopping-patience": "patience",
+    "load-best-model-at-end": "load-best",
+    "metric-for-best-model": "metric",
+    "resume-from-checkpoint": "resume",
+    "load-in-4bit": "quantize",
+    "peft": "method",
+    "finetuning-type": "method",
+    "rank": "set",
+    "lora-r": "set",
+    "lora-rank": "set",
+    "lora-alpha": "set",
+    "lora-dropout": "set",
+    "lora-target-modules": "set",
+}
+FIELDS = {"rank": "r", "lora_rank": "r", "lora_r": "r", "targets": "target_modules", "lora_target": "target_modules"}
+
+
+def of_option(name: str, options: Iterable[str]) -> str | None:
+    """Return the option of a command that another program calls `name`, both with dashes; None if there is none."""
+    found = OPTIONS.get(name.lstrip("-").replace("_", "-"))
+    return f"--{found}" if found is not None and f"--{found}" in options else None
+
+
+def of_field(name: str, fields: Iterable[str]) -> str:
+    """Return a hint at the field that is meant by `name`, or an empty string."""
+    fields = list(fields)
+    meant = [FIELDS[name]] if FIELDS.get(name) in fields else [each for each in fields if each.endswith(f"_{name}")]
+    return f". Did you mean '{meant[0]}'?" if len(meant) == 1 else nearest(name, fields)
+
+
+class SuggestingCommand(TyperCommand):
+    """Command whose error about an unknown option names the option that is meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # click's exception; typer may bundle its own copy
+            name = getattr(error, "option_name", None)
+            if type(error).__name__ == "NoSuchOption" and isinstance(name, str):
+                meant = of_option(name, [option for each in self.params for option in each.opts])
+                if meant is not None:
+                    known = f"{meant} NAME=VALUE" if meant == "--set" else meant
+                    error.message = f"No such option: {name}. Did you mean {known}?"  # type: ignore[attr-defined]
+                    error.possibilities = None  # type: ignore[attr-defined]
+            raise

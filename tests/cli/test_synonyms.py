@@ -1,0 +1,80 @@
+"""Options and fields by the names of other programs, and folders that are not what an option takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from commands import Run, write_jsonl
+from safetensors.torch import save_file
+
+from peftcore.cli import signatures, synonyms
+from peftcore.cli.commands.train import train
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--learning-rate", "--lr"),
+        ("--num_train_epochs", "--epochs"),
+        ("--max-seq-length", "--max-length"),
+        ("--lora-r", "--set NAME=VALUE"),
+        ("--early-stopping-patience", "--patience"),
+    ],
+)
+def test_an_option_of_another_program(run: Run, option: str, meant: str) -> None:
+    output = run("train", option, "1", "-d", "data.jsonl", "-o", "run", code=2).output
+    assert f"No such option: {option}. Did you mean {meant}?" in " ".join(output.split())
+
+
+def test_an_option_that_the_command_does_not_have(run: Run) -> None:
+    output = run("merge", "--learning-rate", 1, code=2).output
+    assert "No such option: --learning-rate" in output and "Did you mean" not in output
+
+
+def test_every_suggestion_is_an_option_of_train() -> None:
+    app = typer.Typer()
+    app.command()(signatures.expand(train))
+    options = {option for each in typer.main.get_command(app).params for option in each.opts}
+    assert {f"--{name}" for name in synonyms.OPTIONS.values()} <= options
+
+
+def test_fields() -> None:
+    known = ["r", "lora_alpha", "lora_dropout", "target_modules"]
+    assert synonyms.of_field("rank", known) == ". Did you mean 'r'?"
+    assert synonyms.of_field("dropout", known) == ". Did you mean 'lora_dropout'?"
+    assert synonyms.of_field("target_module", known) == " (nearest: 'target_modules')"
+    assert synonyms.of_field("zzz", known) == ""
+
+
+def test_a_folder_without_a_model(run: Run, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": "good"}, {"text": "bad"}])
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "notes.txt").write_text("")
+    arguments = ("-d", data, "--method", "lora", "-o", tmp_path / "run")
+    output = run("train", "-m", tmp_path / "odd", *arguments, code=1).output
+    assert "has no model: config.json is missing, found notes.txt." in " ".join(output.split())
+    (tmp_path / "odd" / "adapter_config.json").write_text("{}")
+    output = run("train", "-m", tmp_path / "odd", *arguments, code=1).output
+    assert "is an adapter, not a base. Pass it as --adapter" in " ".join(output.split())
+
+
+def test_info_takes_the_folder_as_other_commands_do(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "adapter_model.safetensors")
+    assert run("info", "--adapter", tmp_path).output == run("info", tmp_path).output
+    assert "info shows one adapter. Pass its folder" in run("info", code=1).output
+    assert "info shows one adapter" in run("info", tmp_path, "-a", tmp_path, code=1).output
+
+
+def test_suggest_takes_the_task_and_the_number_of_the_data(run: Run, llama: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "the", "chosen": "good", "rejected": "bad"}] * 30
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    given = ("suggest", "-m", llama, "--method", "lora", "--rank", 4, "--max-length", 8, "--memory", "16GB")
+    shown = run(*given, "--data", data).output
+    assert f"-d {data} -o RUN" in " ".join(shown.split()) and "--task dpo" in shown
+    same = run(*given, "--task", "dpo", "--examples", 30).output
+    assert shown.split("to train")[0] == same.split("to train")[0]
