@@ -139,6 +139,20 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def on_parts(self, base: Callable[[Tensor], Tensor], division: Any, x: Tensor) -> Tensor:
+        """Return `forward` on this rank's part of a linear layer that tensor parallelism divides; for `Around`.
+
+        Without it, such an adapter is called with gathered inputs and outputs, which is right, and costs a message of
+        their size. It is only used if the class that defines `forward` defines it, too.
+
+        Args:
+            base: the layer with the adapters inside, as this rank computes it.
+            division: a :class:`peftcore.adaptation.division.Division`, which says what is divided and joins parts. The
+                adapter's tensors are whole and equal on all ranks, and their gradients must be.
+            x: this rank's input.
+        """
+        raise NotImplementedError
+
     def in_output(self) -> bool:
         """Return whether the states of this soft prompt stay in the output of the backbone; asked in each call."""
         return False
@@ -170,5 +184,6 @@ def unseen_member(kind: type[nn.Module], *, inside: bool) -> str | None:
     """
     members = ["needs_call", "whole_batch"]
     if not inside:
-        members += ["merged", "low_rank", "expert_low_rank", "neutral", "in_output", "per_sample", "multiplier"]
+        members += ["merged", "low_rank", "expert_low_rank", "neutral", "on_parts", "in_output", "per_sample"]
+        members.append("multiplier")
     return None if issubclass(kind, Adapter) else next((name for name in members if hasattr(kind, name)), None)

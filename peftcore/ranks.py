@@ -139,17 +139,17 @@ def behind(tensor: Tensor) -> Tensor:
 def whole_when_read(model: nn.Module) -> Iterator[None]:
     """Make reads of sharded parameters inside the block return the whole parameter. Collective.
 
-    Parameters are gathered one at a time, and only if their values are read. Parameters that stay sharded in a forward
-    pass are not gathered.
+    Parameters are gathered one at a time, and only if their values are read. No forward pass may run inside the block
+    where some stay sharded in forward passes.
     """
     if not is_sharded(model):
         yield
         return
     slots = [
         (module._parameters, name, parameter)
-        for owner, module in enclosed(model)
+        for module in model.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and is_part(parameter) and not is_divided(parameter, fsdp=owner)
+        if parameter is not None and is_part(parameter)
     ]
     for parameters, name, parameter in slots:
         parameters[name] = cast(nn.Parameter, Unread(parameter))
@@ -172,7 +172,7 @@ def enclosed(module: nn.Module, fsdp: bool = False) -> Iterator[tuple[bool, nn.M
 def has_divided(module: nn.Module) -> bool:
     """Return whether a parameter of `module` is divided in a forward pass, too, unless FSDP2 does that outside."""
     found = [(fsdp, parameter) for fsdp, part in enclosed(module) for parameter in part._parameters.values()]
-    return any(parameter is not None and is_divided(parameter, fsdp=fsdp) for fsdp, parameter in found)
+    return any(parameter is not None and is_divided(behind(parameter), fsdp=fsdp) for fsdp, parameter in found)
 
 
 def is_divided(tensor: Tensor, *, fsdp: bool) -> bool:
@@ -287,14 +287,17 @@ def _leaves(value: Tensor) -> Iterator[Tensor]:
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Copy `value` into `parameter`; into a DTensor, this rank's part of it. A ZeRO-3 parameter must be `gathered`."""
     if is_dtensor(parameter):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = value.to(parameter.device_mesh.device_type, parameter.dtype)
-        # Every rank has the value, so nothing is communicated.
-        part = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
+        parameter.to_local().copy_(divided_as(value, parameter).to_local())
     else:
         parameter.copy_(value)
+
+
+def divided_as(value: Tensor, like: DTensor) -> DTensor:
+    """Return `value`, which every rank has, divided as `like` is; nothing is communicated."""
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.detach().to(like.device_mesh.device_type, like.dtype)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def refuse_sharded(module: nn.Module, what: str) -> None:
@@ -342,6 +345,18 @@ def of_first(value: T) -> T:
     message = [value]
     distributed.broadcast_object_list(message, src=0)
     return message[0]
+
+
+@torch.no_grad()
+def give(tensors: Iterable[Tensor]) -> None:
+    """Copy rank 0's values of whole tensors to every rank, unless some are on the meta device. Collective."""
+    tensors = [tensor for tensor in dict.fromkeys(tensors) if not is_part(tensor)]
+    if any_of(any(tensor.is_meta for tensor in tensors)):  # accelerate fills them itself, from rank 0
+        return
+    for tensor in tensors:
+        message = tensor.detach().to(_device()).contiguous()
+        distributed.broadcast(message, src=0)
+        tensor.copy_(message)
 
 
 def agree(facts: dict[str, Any], what: str) -> None:

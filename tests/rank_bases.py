@@ -17,28 +17,32 @@ from torch import nn
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_modules
-from peftcore.engine.state import state_of
 from peftcore.plugin import StateRules, layer_at, weight_format
 from peftcore.testing import disturb
 
 # Sizes that fit these bases better than those of `rank_cases`, which no number of ranks divides.
-FIELDS: dict[str, dict[str, Any]] = {"c3a": {"block_size": 12}, "vblora": {"vector_length": 12}}
+FIELDS: dict[str, dict[str, Any]] = {
+    "c3a": {"block_size": 12},
+    "vblora": {"vector_length": 12},
+    "trainable-tokens": {"token_indices": [29, 5]},
+}
 DENSE = [case for case, (_, _, quantized) in CASES.items() if not quantized]
 # Those that read weights when they are applied, look for the parts of a layer, or train the base's own parameters.
 READING = ["lora", "qlora", "dora", "delora", "psoft", "tinylora", "deft", "cpt", "supertuning", "trainable-tokens"]
 READING += ["adapter", "reft", "ia3", "bitfit", "ln-tuning"]
 
-_UNUSED: list[nn.Module] = []  # bases under tensor parallelism that have no adapter
-
 
 def write(folder: Path) -> None:
-    """Folders `llama` and `gpt2` with a tiny model, of which two ranks can have halves."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Folders with a tiny model: `llama` and `gpt2`, of which two ranks can have halves, `odd`, and `qwen3`."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 36, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 96, "head_dim": 18}
-    llama = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
-    LlamaForCausalLM(llama).save_pretrained(folder / "llama")
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "llama")
+    Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(folder / "qwen3")
+    biases = {"attention_bias": True, "mlp_bias": True, "intermediate_size": 49}
+    LlamaForCausalLM(LlamaConfig(**sizes | biases)).save_pretrained(folder / "odd")
     rank_work.model("gpt2").save_pretrained(folder / "gpt2")
 
 
@@ -85,35 +89,8 @@ def on_shards(case: str, folder: str) -> float:
     return rank_work.farthest(rank_work.values(spread, "grad"), rank_work.values(alone, "grad"))
 
 
-def on_tensor_parallel(case: str, folder: str) -> float:
-    """The same where both ranks compute the whole batch, each with a half of the heads.
-
-    A base on which `apply` refused the adapter serves the next case: a refusal leaves it as it was.
-    """
-    spread = _UNUSED.pop() if _UNUSED else base(folder, "llama", tp_size=2)
-    try:
-        adapted(spread, case)
-    except peftcore.PeftcoreError:
-        assert state_of(spread) is None
-        _UNUSED.append(spread)
-        raise
-    alone = adapted(base(folder, "llama"), case)
-    losses = []
-    for found in (alone, spread):
-        torch.manual_seed(0)
-        loss = rank_work.loss(found, rank_work.TOKENS)
-        (loss + peftcore.extra_loss(found)).backward()
-        losses.append(loss.item())
-    far = rank_work.farthest(rank_work.values(spread, "grad"), rank_work.values(alone, "grad"))
-    return max(far, abs(losses[0] - losses[1]))
-
-
 def table_on_shards(folder: str) -> dict[str, float | str]:
     return table(on_shards, READING, folder)
-
-
-def table_on_tensor_parallel(folder: str) -> dict[str, float | str]:
-    return table(on_tensor_parallel, DENSE, folder)
 
 
 def refused(folder: str) -> dict[str, str]:

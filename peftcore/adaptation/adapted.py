@@ -26,6 +26,7 @@ from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, Branched, Link, OwnForward, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, disabled_in_thread
+from peftcore.adaptation.division import DividedChain, Division, WholeForward, division_of, on_parts
 from peftcore.adaptation.enclosing import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
 from peftcore.adaptation.per_sample import PerSample
 from peftcore.adaptation.rows import ROWS
@@ -138,6 +139,11 @@ def activate(module: nn.Module, names: Sequence[str] | None, *, same_base: bool 
     module.__dict__[_CHAIN] = _chain_of(module, base)
 
 
+def rebuild(module: nn.Module) -> None:
+    """Build the chain of an adapted module again, after its own forward has changed."""
+    activate(module, module.__dict__[_ACTIVE])
+
+
 def is_per_sample(module: nn.Module) -> bool:
     """Return whether each sample of a batch has its own adapter at this adapted module."""
     return module.__dict__[_ACTIVE] is None
@@ -145,13 +151,23 @@ def is_per_sample(module: nn.Module) -> bool:
 
 def activate_behind(module: nn.Module, name: str) -> None:
     """Activate `name`, which combines no other adapters, around the active ones."""
+    if OWN_FORWARD in module.__dict__:
+        activate(module, (*module.__dict__[_ACTIVE], name), same_base=True)
+        return
     module.__dict__[_ACTIVE] = (*module.__dict__[_ACTIVE], name)
     module.__dict__[_CHAIN] = _link(cast(Adapters, module._modules[CHILD]), name, module.__dict__[_CHAIN])
 
 
 def inside(module: nn.Module) -> Any:
     """Return what an adapter placed at `module` now would wrap: its forward with the active adapters."""
-    return module.__dict__[_CHAIN] if is_adapted(module) else _base_of(module)
+    if is_adapted(module):
+        chain = module.__dict__[_CHAIN]
+        if isinstance(chain, DividedChain):
+            return chain.chain
+        if chain is not module.__dict__[_BASE]:
+            return chain
+    base, division = _base_of(module), division_of(module)
+    return base if division is None else WholeForward(base, division)
 
 
 def inside_at(model: nn.Module, path: str) -> Any:
@@ -178,19 +194,32 @@ def _chain_of(module: nn.Module, base: OwnForward) -> Any:
         return _by_sample(module, base)
     if not names:
         return base
-    chain: Any = base
-    adapters = adapters_at(module)
+    adapters, division = adapters_at(module), division_of(module)
+    own = base if division is None else WholeForward(base, division)
+    chain: Any = own
     for name in names:
         branched = name in adapters.branches
-        chain = _around(adapters, name, inside=chain, own=base) if branched else _link(adapters, name, chain)
+        chain = _around(adapters, name, inside=chain, own=own) if branched else _link(adapters, name, chain)
+    return chain if division is None else DividedChain(division, chain, _parts(adapters, names, base, division))
+
+
+def _parts(adapters: Adapters, names: Sequence[str], base: OwnForward, division: Division) -> Any:
+    """Return the forward of the adapters on this rank's part of a layer, or None if one needs the whole."""
+    chain: Any = base
+    for name in names:
+        adapter: Any = adapters._modules[name]
+        if name in adapters.links or name in adapters.branches or not on_parts(adapter):
+            return None
+        chain = partial(adapter.on_parts, chain, division)
     return chain
 
 
-def _by_sample(module: nn.Module, base: OwnForward) -> PerSample:
+def _by_sample(module: nn.Module, base: OwnForward) -> Any:
     """Return the chain in which each sample of a batch has its own adapter."""
-    adapters = adapters_at(module)
-    link = partial(_around, adapters, inside=base, own=base)
-    return PerSample(base, adapters, link, module.__dict__[LOCK])
+    adapters, division = adapters_at(module), division_of(module)
+    own = base if division is None else WholeForward(base, division)
+    chain = PerSample(own, adapters, partial(_around, adapters, inside=own, own=own), module.__dict__[LOCK])
+    return chain if division is None else DividedChain(division, chain, None)
 
 
 def _acting(module: Any, lock: ModelLock) -> Any:

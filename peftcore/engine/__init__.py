@@ -4,6 +4,7 @@ from peftcore.engine.activating import activate, disabled, set_active, set_train
 from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_name, refuse_on_disk, remove, take_off
 from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
+from peftcore.engine.divided import follows_plan
 from peftcore.engine.first_values import takes_batches
 from peftcore.engine.missed_steps import watch
 from peftcore.engine.placing import placements_for, refuse_adapters_of_others
@@ -60,6 +61,7 @@ __all__ = [
     "disabled",
     "exclusive",
     "extra_loss",
+    "follows_plan",
     "has_loss",
     "has_parameter_groups",
     "loss_terms",

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
 from torch import nn
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.adapted import base_modules, is_adapted, rebuild
+from peftcore.adaptation.chain import OWN_FORWARD, Link
+from peftcore.adaptation.class_swap import original_forward
+from peftcore.adaptation.division import division_of, has_plan
 from peftcore.engine.placing import Placed
 from peftcore.errors import PeftcoreError
+from peftcore.placements.after import AfterLink
+from peftcore.placements.on_weight import WeightLink
 
 
 def refuse_stage(model: nn.Module) -> None:
@@ -20,32 +30,81 @@ def refuse_stage(model: nn.Module) -> None:
         )
 
 
-def refuse_divided(model: nn.Module, placed: Placed) -> None:
-    """Raise a PeftcoreError if tensor parallelism splits a layer that an adapter would change.
+def is_divided(model: nn.Module) -> bool:
+    """Return whether a parallel plan of transformers has divided layers of `model` over the ranks."""
+    return ranks.count() > 1 and any(has_plan(module) for _, module in base_modules(model))
 
-    Other layers, and their gradients, are whole on every rank.
+
+def refuse_divided(model: nn.Module, placed: Placed) -> None:
+    """Raise a PeftcoreError if tensor parallelism splits a layer that an adapter would change and cannot follow.
+
+    Adapters around and after linear layers follow a plan of transformers (`peftcore.adaptation.division`). Other layers
+    of which every parameter is whole, and their gradients, are as in one process.
     """
-    if not ranks.is_sharded(model):
+    if ranks.count() == 1 and not ranks.is_sharded(model):
         return
     paths = {id(module): path for path, module in base_modules(model)}
     divided = {
         f"{paths[id(module)]}.{name}".removeprefix("."): parameter
         for fsdp, module in ranks.enclosed(model)
         for name, parameter in module._parameters.items()
-        if id(module) in paths and parameter is not None and ranks.is_divided(parameter, fsdp=fsdp)
+        if id(module) in paths and parameter is not None and ranks.is_divided(ranks.behind(parameter), fsdp=fsdp)
     }
     if not divided:
         return
     for each in placed.attached:
+        module = model.get_submodule(each.path)
+        if each.link in (Link, AfterLink, WeightLink) and division_of(module) is not None:
+            continue
         own = [f"{each.path}.{name}".removeprefix(".") for name in submodule_parameters(model, each.path)]
-        needed = (placement.divided(each.path, own, divided) for placement in each.placements)
-        found = next(filter(None, needed), None)
+        found = f"the work of '{each.path}'" if has_plan(module) else None
+        if found is None:
+            needed = (placement.divided(each.path, own, divided) for placement in each.placements)
+            found = next((f"'{name}'" for name in needed if name), None)
         if found is not None:
             raise PeftcoreError(
-                f"{placed.method.name} cannot be applied: tensor parallelism (tp_plan, tp_size) divides '{found}' over "
+                f"{placed.method.name} cannot be applied: tensor parallelism (tp_plan, tp_size) divides {found} over "
                 "the ranks, and the adapter needs all outputs or inputs of the layer. Load the model without tp_plan, "
                 "apply, and call peftcore.shard(model), or load it by peftcore.load_sharded(folder)"
             )
+
+
+def follows_plan(model: nn.Module) -> bool:
+    """Return whether a parallel plan alone divides `model`, and every adapted module as adapters can follow it."""
+    if not is_divided(model):
+        return False
+    return all(
+        division_of(module) is not None or not any(map(ranks.is_part, module.parameters(recurse=False)))
+        for _, module in base_modules(model)
+        if is_adapted(module)
+    )
+
+
+@contextmanager
+def undivided(model: nn.Module) -> Iterator[None]:
+    """Run every layer whole on every rank inside the block, whatever a parallel plan says, as it reads whole weights.
+
+    To be used inside `ranks.whole_when_read`.
+    """
+    planned = [
+        (module, slot, module.__dict__[slot])
+        for _, module in base_modules(model)
+        if has_plan(module)
+        for slot in [OWN_FORWARD if OWN_FORWARD in module.__dict__ else "forward"]
+    ]
+
+    def exchange(module: nn.Module, slot: str, forward: Any) -> None:
+        module.__dict__[slot] = forward
+        if is_adapted(module):
+            rebuild(module)
+
+    for module, slot, _ in planned:
+        exchange(module, slot, MethodType(original_forward(module), module))
+    try:
+        yield
+    finally:
+        for module, slot, forward in planned:
+            exchange(module, slot, forward)
 
 
 def submodule_parameters(model: nn.Module, path: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules
+from peftcore.engine.divided import undivided
 from peftcore.engine.placing import with_memory
 from peftcore.engine.state import adapter_modules, applied, require_state
 from peftcore.engine.trained import moving_buffers, unmoved_buffers
@@ -54,6 +55,7 @@ def give_first_values(
             with_memory(model),
             torch.no_grad(),
             ranks.whole_when_read(model),
+            undivided(model),
         ):
             with registry.naming(method, "initialize"):
                 new = initialize(model, method_modules(model, adapter), config, batches)

@@ -54,7 +54,10 @@ class TrainedParameters(nn.Module):
         for name in names:
             parameter = base[name]
             if ranks.is_dtensor(parameter):
-                raise PeftcoreError(f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard")
+                raise PeftcoreError(
+                    f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard; under "
+                    "tensor parallelism, load the model without tp_plan"
+                )
             if name in apart:
                 slots[name] = [name]
             elif id(parameter) not in taken:  # tied parameters count once

@@ -70,7 +70,8 @@ def merge(
     state = engine.require_state(model)
     engine.refuse_merged(state, "merge")
     engine.refuse_changed(model)
-    ranks.refuse_sharded(model, "merge")
+    if not engine.follows_plan(model):
+        ranks.refuse_sharded(model, "merge")
     engine.refuse_per_sample(state, "merge")
     if not state.active:
         raise PeftcoreError("no adapter is active. Activate the adapters to merge: peftcore.activate(model, [...])")
@@ -84,6 +85,20 @@ def merge(
             f"the weight of '{tied[0][0]}' is tied to '{tied[0][1]}', which merging would change too. Call "
             "merge(model, untie=True) to give the adapted module its own weight"
         )
+    with ranks.whole_when_read(model):
+        return _merge(model, state, alike, tied, keep_adapters=keep_adapters, dtype=dtype, max_error=max_error)
+
+
+def _merge(
+    model: Model,
+    state: engine.State,
+    alike: list[list[str]],
+    tied: list[tuple[str, str]],
+    *,
+    keep_adapters: bool,
+    dtype: torch.dtype | None,
+    max_error: float,
+) -> Model:
     layers: Iterable[MergedLayer]
     if keep_adapters:
         layers = kept = list(merged_layers(model, state.active, dtype))
@@ -302,8 +317,10 @@ def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Replace the parameter or buffer `name` by `tensor`, and return the old one."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    before = getattr(module, attribute)
+    before: Tensor = ranks.behind(getattr(module, attribute))
     if attribute in module._parameters:
+        if ranks.is_dtensor(before) and not ranks.is_dtensor(tensor):
+            tensor = ranks.divided_as(tensor, before)
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         mark_as_loaded(tensor, before)

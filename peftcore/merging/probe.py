@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from peftcore.adaptation import adapted
 from peftcore.adaptation.class_swap import original_class, original_forward
+from peftcore.adaptation.division import division_of
 from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_layout
 from peftcore.layers import is_linear, is_wrapped, shape_of, sizes
@@ -53,7 +54,7 @@ def refuse_inexact(
             "changed. Keep the adapters unmerged, or exclude the module from them"
         )
 
-    if adapted.has_forward_of_instance(module):
+    if adapted.has_forward_of_instance(module) and division_of(module) is None:
         raise refuse("it has its own `forward` on the instance, so how it uses the weight is not known")
     with torch.no_grad():
         tensors = list(filter(Tensor.is_floating_point, [_tensor(merged, name) for name in changed]))

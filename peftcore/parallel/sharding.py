@@ -19,6 +19,7 @@ from torch.autograd import Variable
 
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.division import has_plan
 from peftcore.engine import adapter_modules, adapter_parameters, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
@@ -64,6 +65,11 @@ def shard(
     if adapter_placement not in CHOICES:
         raise PeftcoreError(f"adapter_placement must be one of {', '.join(CHOICES)}, found {adapter_placement!r}")
     check_running()
+    if any(has_plan(module) for _, module in base_modules(model)):
+        raise PeftcoreError(
+            "tensor parallelism (tp_plan, tp_size) has divided the model over the ranks already, and adapters train on "
+            "it as in one process: give every rank the same batch, and leave peftcore.shard out"
+        )
     state = state_of(model)
     if state is not None and state.merged is not None:
         raise PeftcoreError("adapters are merged into the base. Shard after peftcore.unmerge, or a plain merged model")
@@ -92,7 +98,6 @@ def shard(
     return model
 
 
-@torch.no_grad()
 def give_adapters(model: nn.Module) -> None:
     """Copy rank 0's adapters with their buffers to every rank, since they may be initialised randomly. Collective."""
     state = state_of(model)
@@ -100,14 +105,7 @@ def give_adapters(model: nn.Module) -> None:
     for name in state.applied if state is not None else ():
         tensors += [parameter for _, parameter in adapter_parameters(model, name)]
         tensors += [buffer for _, adapter in adapter_modules(model, name) for buffer in adapter.buffers()]
-    tensors = [tensor for tensor in dict.fromkeys(tensors) if not ranks.is_part(tensor)]
-    if ranks.any_of(any(tensor.is_meta for tensor in tensors)):  # accelerate fills them itself, from rank 0
-        return
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    for tensor in tensors:
-        message = tensor.detach().to(device).contiguous()
-        distributed.broadcast(message, src=0)
-        tensor.copy_(message)
+    ranks.give(tensors)
 
 
 def check_running() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,6 @@ class PrefixKV(Placement):
         shape = checked_shape(to.model, to.architecture, self, _DIMENSIONS)
         for path, adapter in place_prefix(to.model, to.architecture, self.adapter, shape):
             to.wrap(self, path, adapter)
-
-    def divided(self, path: str, parameters: Sequence[str], divided: Collection[str]) -> str | None:
-        """Return a divided parameter: the prefix has the keys and values of all heads."""
-        return Placement.divided(self, path, parameters, divided) or next(iter(divided))
 
     def peft_tasks(self, architecture: Architecture) -> Sequence[str]:
         return "CAUSAL_LM", "FEATURE_EXTRACTION"

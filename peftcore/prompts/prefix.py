@@ -9,7 +9,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.division import Division, division_of
 from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
@@ -108,10 +110,12 @@ def place_prefix(
                 f"PrefixKV gives each layer {shape[2]} heads of width {shape[4]}, {numbers} numbers in all, but "
                 f"'{at}' of {type(model).__name__} produces {odd}. Use a soft prompt"
             )
+    division = _heads_division(attentions, shape[2])
     around = PrefixAround(
         adapter,
         backbone,
         shape[3],
+        division=division,
         cache_argument=argument,
         causal=architecture.is_encoder_decoder or is_causal(backbone, architecture),
         window=min((layer.sliding_window for layer in kept if getattr(layer, "sliding_window", None)), default=None),
@@ -120,7 +124,7 @@ def place_prefix(
     )
     windows: dict[int | None, int | None] = {i: getattr(part, "sliding_window", None) for i, part in enumerate(kept)}
     layers: list[tuple[str, nn.Module]] = [
-        (at, PrefixLayer(adapter, module, windows.get(_layer(module)))) for at, module in attentions.items()
+        (at, PrefixLayer(adapter, module, windows.get(_layer(module)), division)) for at, module in attentions.items()
     ]
     inside = path != architecture.backbone and not architecture.is_encoder_decoder
     if inside and around.counts and not hasattr(outer, "get_rope_index"):
@@ -136,6 +140,8 @@ class PrefixAround(Backbone):
         window: how many tokens back the layer with the smallest window looks; None for all.
         blocks: images attend in both directions if the cache is empty.
         crosses: the backbone is the decoder of an encoder-decoder, whatever its config says.
+        division: how tensor parallelism divides the layers that make keys and values, by whole heads; None: it does
+            not.
     """
 
     def __init__(
@@ -146,11 +152,13 @@ class PrefixAround(Backbone):
         window: int | None = None,
         blocks: bool = False,
         crosses: bool = False,
+        division: Division | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(adapter, module, *args, **kwargs)
         self._window = window
         self._blocks = blocks
+        self._division = division
         self._crosses = crosses
         self._counts_padding = getattr(module.config, "model_type", None) in _COUNTS_PADDING
 
@@ -191,10 +199,10 @@ class PrefixAround(Backbone):
             dtype = embedding.weight.dtype
         layers = getattr(cache, "self_attention_cache", cache)
         before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # of another prefix
-        for layer, (key, value) in enumerate(self.adapter().to(dtype).unbind(0)):  # [kv_heads, tokens, head_dim] each
+        for layer, (key, value) in enumerate(_of_rank(self.adapter, self._division).to(dtype).unbind(0)):
             if layer < len(layers.layers) and _is_shared(layers.layers[layer]):
                 continue
-            shape = (given.shape[0], *key.shape)
+            shape = (given.shape[0], *key.shape)  # [batch, kv_heads, tokens, head_dim]
             layers.update(key.expand(shape), value.expand(shape), layer)
             if key.requires_grad:  # tensors inside a graph cannot be deep-copied
                 layers.layers[layer].__deepcopy__ = _DeepCopy(layers.layers[layer])
@@ -232,9 +240,10 @@ class PrefixLayer(Adapter):
 
     whole_batch = True
 
-    def __init__(self, adapter: nn.Module, module: Any, window: int | None) -> None:
+    def __init__(self, adapter: nn.Module, module: Any, window: int | None, division: Division | None = None) -> None:
         super().__init__()
         self._window = window
+        self._division = division
         self._adapter = (adapter,)  # owned by the adapter around the backbone, so no parameters here
         self._layer = _layer(module)
         self._names = forward_arguments(module)
@@ -247,7 +256,7 @@ class PrefixLayer(Adapter):
             cache is None or isinstance(cache, _Stateless)
         ):
             return base(*args, **kwargs)
-        key, value = self._adapter[0]()[self._layer]  # [kv_heads, tokens, head_dim] each
+        key, value = _of_rank(self._adapter[0], self._division)[self._layer]  # [kv_heads, tokens, head_dim] each
         call[self._cache_argument] = _Stateless(key, value, self._window, cache)
         return base(**call)
 
@@ -277,6 +286,35 @@ class _Stateless:
 
     def get_seq_length(self, *_args: Any) -> int:
         return self._key.shape[1]
+
+
+def _of_rank(adapter: nn.Module, division: Division | None) -> Tensor:
+    """Return `adapter()`, `[layers, 2, kv_heads, tokens, head_dim]`, with the heads that this rank computes."""
+    found: Tensor = adapter()
+    return found if division is None else division.part(found, 2)
+
+
+def _heads_division(attentions: dict[str, Any], heads: int) -> Division | None:
+    """Return how tensor parallelism divides the projections of keys and values in all layers, or None if it does not.
+
+    Raises:
+        PeftcoreError: layers are divided in different ways, or other parts of attention are, or not by whole heads.
+    """
+    if not any(ranks.has_divided(module) for module in attentions.values()):
+        return None
+    divisions = {
+        division_of(child) if isinstance(child := getattr(module, name, None), nn.Module) else None
+        for module in attentions.values()
+        for name in ("k_proj", "v_proj")
+    }
+    found = divisions.pop()
+    if divisions or found is None or not found.output_in_parts or heads % found.mesh.size():
+        raise PeftcoreError(
+            f"tensor parallelism (tp_plan, tp_size) divides attention ('{next(iter(attentions))}'), and its "
+            f"{heads} heads of keys and values are not divided equally by k_proj and v_proj, as a prefix needs it. "
+            "Load the model without tp_plan, apply, and call peftcore.shard(model)"
+        )
+    return found
 
 
 def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:

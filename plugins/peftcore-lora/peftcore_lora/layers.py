@@ -120,6 +120,21 @@ class LoraLinear(Lora):
         s = self.scale * F.linear(x, a.to(x.dtype))  # [..., r]
         return y + F.linear(s, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
+    @override
+    def on_parts(self, base: Callable[[Tensor], Tensor], division: Any, x: Tensor) -> Tensor:
+        y, (a, b), bias = base(x), self.pair(), self.with_bias(None)
+        x = self._dropped(x, division.inputs if division.input_in_parts else x.shape[-1], division)
+        if division.by_rows:  # A's inputs are divided: the ranks' products are summed
+            if not division.input_in_parts:
+                x = division.part(x)
+            s = division.summed(F.linear(x, division.part(a, 1).to(x.dtype)))
+        else:
+            s = F.linear(x, a.to(x.dtype))
+            if division.output_in_parts:  # each rank computes its outputs
+                s, b = division.shared(s), division.part(b, 0)
+                bias = None if bias is None else division.part(bias)
+        return y + F.linear(self.scale * s, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
     @staticmethod
     @override
     def per_sample(adapters: Sequence[LoraLinear], index: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
@@ -132,6 +147,15 @@ class LoraLinear(Lora):
             return NotImplemented
         weight, bias = operands
         return ops.lora_linear_per_sample(x, weight, bias, list(a), list(b), [m.scale for m in adapters], index)
+
+    def _dropped(self, x: Tensor, width: int, division: Any) -> Tensor:
+        """Return x after dropout with the mask that the whole input, `width` wide, would get on every rank."""
+        if x.shape[-1] == width or not (self.training and self.dropout.p):
+            return F.dropout(x, self.dropout.p, self.training)
+        with torch.no_grad():
+            mask = F.dropout(x.new_ones(*x.shape[:-1], width), self.dropout.p, True)
+            mask = division.part(mask)
+        return x * mask
 
 
 class LowRankLinear(LoraLinear):

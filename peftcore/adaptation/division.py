@@ -1,0 +1,240 @@
+"""Layers that tensor parallelism divides over the ranks (transformers' `tp_plan`), and adapters on them.
+
+A plan replaces the forward of a layer's instance. Its weight is a DTensor, and the layer maps plain tensors:
+
+    column-wise   weight [out / n, in]   x whole -> y this rank's part, or gathered
+    row-wise      weight [out, in / n]   x this rank's part, or whole -> y whole, summed over the ranks
+
+An adapter's parameters are whole and equal on every rank, and so must be their gradients. An adapter that has
+`Adapter.on_parts` computes with this rank's part of its tensors. Any other one gets whole inputs and outputs:
+
+    y = part(adapter(x -> gathered(layer(part(x))), gathered(x)))
+
+Whole tensors have whole gradients: where ranks use different parts of one, the backward pass joins their gradients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.compiler import is_dynamo_compiling
+
+from peftcore import ranks
+from peftcore.adaptation.chain import OWN_FORWARD, OwnForward
+from peftcore.adaptation.class_swap import original_forward
+from peftcore.adapter import Adapter, Change, implements
+from peftcore.errors import PeftcoreError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a plan divides one layer over the ranks of a mesh.
+
+    Args:
+        mesh: mesh of one dimension.
+        by_rows: the weight is divided along its inputs (row-wise); else along its outputs (column-wise).
+        input_in_parts: each rank's input is its part of the last dimension.
+        output_in_parts: each rank's output is its part of the last dimension.
+        inputs: width of the whole input.
+        outputs: width of the whole output.
+    """
+
+    mesh: DeviceMesh
+    by_rows: bool
+    input_in_parts: bool
+    output_in_parts: bool
+    inputs: int
+    outputs: int
+
+    def part(self, whole: Tensor, dim: int = -1) -> Tensor:
+        """Return this rank's part of a tensor that is equal on all ranks; its gradient is the whole one."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        dim %= whole.dim()
+        replicated = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
+        return replicated.redistribute(placements=[Shard(dim)]).to_local()
+
+    def gathered(self, part: Tensor, width: int) -> Tensor:
+        """Return the whole of which each rank has its part of the last dimension, `width` in all."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        shape = torch.Size([*part.shape[:-1], width])
+        stride = torch.empty(shape, device="meta").stride()
+        parts = DTensor.from_local(
+            part, self.mesh, [Shard(part.dim() - 1)], run_check=False, shape=shape, stride=stride
+        )
+        return parts.redistribute(placements=[Replicate()]).to_local()
+
+    def summed(self, term: Tensor) -> Tensor:
+        """Return the sum of all ranks' terms."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        terms = DTensor.from_local(term, self.mesh, [Partial()], run_check=False)
+        return terms.redistribute(placements=[Replicate()]).to_local()
+
+    def shared(self, whole: Tensor) -> Tensor:
+        """Return `whole`, equal on all ranks, which use it for different outputs: their gradients are summed."""
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        replicated = DTensor.from_local(whole, self.mesh, [Replicate()], run_check=False)
+        return replicated.to_local(grad_placements=[Partial()])
+
+
+def has_plan(module: nn.Module) -> bool:
+    """Return whether a parallel plan of transformers has replaced the forward of `module`."""
+    return _variables(module) is not None
+
+
+def division_of(module: nn.Module) -> Division | None:
+    """Return how a plan divides the layer `module`; None if none does, or in a way that adapters cannot follow."""
+    found = _variables(module)
+    if found is None or found["mesh"] is None:
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+    from transformers.distributed import tensor_parallel as plans
+
+    style, mesh = found["self"], found["mesh"]
+    inside = getattr(found["original_forward"], "__func__", None)
+    stored = module._parameters.get("weight")
+    weight = None if stored is None else ranks.behind(stored)
+    if (
+        mesh.ndim != 1
+        or inside is not original_forward(module)
+        or not isinstance(module, (nn.Linear, nn.Embedding))
+        or weight is None
+        or not ranks.is_dtensor(weight)
+        or not weight.is_floating_point()
+        or len(weight.placements) != 1
+        or not getattr(style, "use_local_output", False)
+        or getattr(module, "_hf_quantized_needs_local_tp", False)
+    ):
+        return None
+    last, whole = Shard(-1), Replicate()
+    kind = type(style)
+    if isinstance(module, nn.Embedding):
+        known = kind is plans.EmbeddingParallel
+        return Division(mesh, False, False, False, module.num_embeddings, module.embedding_dim) if known else None
+    by_rows = kind is plans.RowwiseParallel
+    if not by_rows and kind is not plans.ColwiseParallel:
+        return None
+    given, returned = style.input_layouts, style.output_layouts
+    divided = weight.placements[0]
+    if type(divided) is not Shard or divided.dim % 2 != by_rows:
+        return None
+    if by_rows and (given not in (last, whole) or returned != whole):
+        return None
+    if not by_rows and (given != whole or returned not in (last, whole)):
+        return None
+    return Division(mesh, by_rows, given == last, returned == last, module.in_features, module.out_features)
+
+
+def _variables(module: nn.Module) -> dict[str, Any] | None:
+    """Return the closure of a plan's forward: `self` (the style), `mesh` and `original_forward`; None without one."""
+    own: Any = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
+    code = getattr(own, "__code__", None)
+    if code is None or own.__name__ != "tp_forward" or not own.__module__.startswith("transformers.distributed"):
+        return None
+    cells = zip(code.co_freevars, own.__closure__ or (), strict=True)
+    found = {name: cell.cell_contents for name, cell in cells}
+    return {"self": None, "mesh": None, "original_forward": None, **found}
+
+
+class WholeForward(OwnForward):
+    """Own forward of a divided layer, for adapters that read whole inputs and outputs.
+
+    Where they change a weight, every rank gathers it and computes the whole layer.
+    """
+
+    __slots__ = ("_division", "_own")
+
+    def __init__(self, own: OwnForward, division: Division, changes: Sequence[Mapping[str, Change]] = ()) -> None:
+        self.module, self._own, self._division, self._changes = own.module, own, division, changes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._changes:
+            return self._whole()(*args, **kwargs)
+        division, (x, *rest) = self._division, args
+        y = self._own(division.part(x) if division.input_in_parts else x, *rest, **kwargs)
+        return division.gathered(y, division.outputs) if division.output_in_parts else y
+
+    def on_weights(self, changes: Mapping[str, Change]) -> WholeForward:
+        """See `Base.on_weights`."""
+        return WholeForward(self._own, self._division, (changes, *self._changes))
+
+    def linear_operands(self, x: Tensor) -> None:
+        """Return None: this rank has only a part of the weight."""
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return the whole weight and bias, see `OwnForward.weight_and_bias`. Collective."""
+        return self._whole().weight_and_bias()
+
+    def _whole(self) -> OwnForward:
+        """Return the forward of the layer's class, with changes, on gathered parameters. Collective."""
+        module = self.module
+        copy: nn.Module = object.__new__(type(module))
+        parameters: dict[str, Any] = {
+            name: None if each is None else ranks.whole(ranks.behind(each)) for name, each in module._parameters.items()
+        }
+        copy.__dict__.update(module.__dict__, _parameters=parameters)
+        return OwnForward(copy, original_forward(module), None, self._changes)
+
+
+class DividedChain:
+    """Chain of a divided layer: takes and returns what its plan does, and gives the adapters what they need.
+
+    Args:
+        division: how the layer is divided.
+        chain: the adapters around a `WholeForward`.
+        parts: (base, x) -> y of the adapters on this rank's part, or None if one of them needs the whole.
+    """
+
+    __slots__ = ("_checked", "_division", "_parts", "chain", "module")
+
+    def __init__(self, division: Division, chain: Any, parts: Callable[..., Any] | None) -> None:
+        self.module, self.chain = chain.module, chain
+        self._division, self._parts, self._checked = division, parts, False
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.module.training and not self._checked and not is_dynamo_compiling():
+            _check_random(x.device, self._division.mesh)
+            self._checked = True
+        if self._parts is not None and not args and not kwargs:
+            return self._parts(x)
+        division = self._division
+        y = self.chain(division.gathered(x, division.inputs) if division.input_in_parts else x, *args, **kwargs)
+        return division.part(y) if division.output_in_parts else y
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.chain, name)
+
+
+def on_parts(adapter: nn.Module) -> bool:
+    """Return whether `adapter` computes with this rank's part: its class has `on_parts` of its `forward`."""
+    if not implements(adapter, Adapter.on_parts) or adapter._forward_hooks or adapter._forward_pre_hooks:
+        return False
+    return _definer(type(adapter), "forward") is _definer(type(adapter), "on_parts")
+
+
+def _definer(kind: type, name: str) -> type:
+    return next(each for each in kind.__mro__ if name in each.__dict__)
+
+
+def _check_random(device: torch.device, mesh: DeviceMesh) -> None:
+    """Raise a PeftcoreError unless the ranks would draw the same random numbers. Collective."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    mine = int.from_bytes(hashlib.sha256(state.numpy().tobytes()).digest()[:7], "big")
+    extremes = torch.tensor([mine, -mine], device=device)
+    distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=mesh.get_group())
+    if extremes[0] != -extremes[1]:
+        raise PeftcoreError(
+            "the ranks of tensor parallelism have different random states, so each would train its copy of the adapter "
+            "with another dropout. Seed all ranks equally before training: torch.manual_seed(seed)"
+        )

@@ -1,0 +1,61 @@
+"""Adapters on a base that transformers' tensor parallelism divides over two ranks: as in one process, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_bases
+import rank_tensor
+from processes import run
+from whole import WHOLE
+
+CASES = [case for case in rank_bases.DENSE if "," not in case]
+DAILY = ["lora", "qlora", "dora", "ia3", "prefix-tuning", "trainable-tokens", "adapter", "bitfit", "adaption-prompt"]
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """(differences of methods, of LoRA) on each rank; the ranks start once."""
+    folder = tmp_path_factory.mktemp("bases")
+    rank_bases.write(folder)
+    return run(rank_tensor.everything, str(folder), CASES if WHOLE else DAILY)
+
+
+def row(case: str, measured: dict[str, float | str]) -> str:
+    """The line of a method in the table of docs/distributed.md."""
+    if "refused" in measured:
+        return f"| {case} | refused | | | |"
+    names = ["gradients", "step", "ranks"], ["loaded by one"], ["loaded by two"], ["merged"]
+    cells = []
+    for group in names:
+        values = [measured[name] for name in group]
+        refused = any(isinstance(value, str) for value in values)
+        cells.append("refused" if refused else "right" if max(values) <= 2e-6 else f"wrong by {max(values)}")
+    return f"| {case} | {' | '.join(cells)} |"
+
+
+def test_methods_are_right_or_refused_as_the_table_says(found: list[Any]) -> None:
+    page = PAGE.read_text().splitlines()
+    for table, _ in found:
+        assert [line for line in (row(*each) for each in table.items()) if line not in page] == []
+        assert max(each.get("ranks", 0.0) for each in table.values()) == 0.0
+        said = {case: each["refused"] for case, each in table.items() if "refused" in each}
+        assert "Apply first, then shard; under tensor parallelism, load the model without tp_plan" in said["bitfit"]
+        assert "peftcore.load_sharded(folder, 'nf4')" in said["qlora"]
+        assert "divides the heads of 'model.layers.0.self_attn'" in said["adaption-prompt"]
+
+
+def test_lora_in_every_way_that_a_layer_is_divided(found: list[Any]) -> None:
+    for _, measured in found:
+        said = {name: value for name, value in measured.items() if isinstance(value, str)}
+        assert said.keys() == {"random states", "shard", "a norm of heads"}
+        assert "Seed all ranks equally" in said["random states"]
+        assert "leave peftcore.shard out" in said["shard"]
+        assert "divides the work of 'model.layers.0.self_attn.q_norm'" in said["a norm of heads"]
+        values = {name: value for name, value in measured.items() if not isinstance(value, str)}
+        assert values.pop("float64") < 1e-14
+        assert values.pop("random start") == 0.0
+        assert not {name: value for name, value in values.items() if value > 1e-6}

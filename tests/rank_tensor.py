@@ -1,0 +1,207 @@
+"""What two ranks of tests/parallel/test_tensor_parallel.py do, each with half of the layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import rank_work
+import tiny
+import torch
+from rank_bases import adapted, base
+from rank_work import TOKENS, farthest, optimizer_of, values
+from torch import Tensor, distributed, nn
+
+import peftcore
+from peftcore import ranks
+from peftcore.adaptation.chain import OwnForward
+from peftcore.adaptation.division import Division
+from peftcore.engine.state import state_of
+from peftcore.plugin import After
+from peftcore.testing import disturb
+
+_UNUSED: list[nn.Module] = []  # bases that have no adapter now
+
+
+def divided(folder: str, kind: str = "llama") -> nn.Module:
+    """A base of which each rank has half; one whose last adapter was removed serves again."""
+    return _UNUSED.pop() if _UNUSED and kind == "llama" else base(folder, kind, tp_size=2)
+
+
+def logits(found: nn.Module, **call: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = found.eval()(input_ids=TOKENS, **call).logits
+    return result
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    return (found - wanted).abs().max().item()
+
+
+def spread_over_ranks(found: nn.Module) -> float:
+    """Largest difference of an adapter's values between the ranks."""
+    worst = 0.0
+    for value in values(found).values():
+        everyone = [torch.empty_like(value) for _ in range(ranks.count())]
+        distributed.all_gather(everyone, value.contiguous())
+        worst = max(worst, off(everyone[0], everyone[1]))
+    return worst
+
+
+def against_one_process(case: str, folder: str) -> dict[str, float | str]:
+    """Differences of one method from one process, by what is compared."""
+    spread = divided(folder, "odd" if case == "bitfit" else "llama")  # it trains biases
+    try:
+        adapted(spread, case)
+    except peftcore.PeftcoreError as error:
+        assert state_of(spread) is None  # a refusal leaves it as it was
+        _UNUSED.extend([spread] if case != "bitfit" else [])
+        return {"refused": str(error)}
+    found: dict[str, float | str] = {}
+    alone = adapted(base(folder, "llama"), case)
+    losses, trained = [], []
+    for each in (alone, spread):
+        torch.manual_seed(0)
+        loss = rank_work.loss(each, TOKENS) + peftcore.extra_loss(each)
+        loss.backward()
+        losses.append(loss.item())
+        trained.append(values(each, "grad"))
+    assert max(gradient.abs().max().item() for gradient in trained[0].values()) > 1e-5
+    found["gradients"] = max(farthest(trained[1], trained[0]), abs(losses[1] - losses[0]))
+    for each in (alone, spread):
+        torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1, foreach=False).step()
+    found["step"] = farthest(values(spread), values(alone))
+    optimizer = optimizer_of(spread)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        rank_work.step(spread, TOKENS, optimizer)
+    found["ranks"] = spread_over_ranks(spread)
+
+    wanted, where = logits(spread), f"{folder}/{case}"
+    peftcore.save(spread, f"{where}, two")
+    distributed.barrier()
+    alone = peftcore.load(base(folder, "llama"), f"{where}, two")
+    found["loaded by one"] = off(logits(alone), wanted)
+    if ranks.rank() == 0:
+        peftcore.save(alone, f"{where}, one")
+    distributed.barrier()
+    again = peftcore.load(divided(folder), f"{where}, one")
+    found["loaded by two"] = off(logits(again), wanted)
+    given_back(peftcore.remove(again))
+
+    weights = {name: ranks.whole(p).clone() for name, p in spread.named_parameters()}
+    try:
+        peftcore.merge(spread)
+    except peftcore.PeftcoreError as error:
+        found["merged"] = str(error)
+        given_back(peftcore.remove(spread))
+    else:
+        found["merged"] = off(logits(spread), wanted)
+        peftcore.unmerge(spread)
+        assert all(torch.equal(ranks.whole(p), weights[name]) for name, p in spread.named_parameters())
+        peftcore.merge(spread, keep_adapters=False)
+        found["merged"] = max(found["merged"], off(logits(spread), wanted))
+    return found
+
+
+def given_back(found: nn.Module) -> None:
+    if state_of(found) is None:
+        _UNUSED.append(found)
+
+
+def table(folder: str, cases: list[str]) -> dict[str, dict[str, float | str]]:
+    warnings.simplefilter("ignore")
+    return {case: against_one_process(case, folder) for case in cases}
+
+
+TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]
+BOTH: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS}
+
+
+def pair(folder: str, kind: str = "llama", *adapters: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """(model in one process, on two ranks) with the adapters, of which the first is named default."""
+    found = []
+    for model in (base(folder, kind), base(folder, kind, tp_size=2)):
+        for number, fields in enumerate(adapters or (BOTH,)):
+            torch.manual_seed(7)
+            name, own = f"a{number}" if number else "default", dict(fields)
+            peftcore.apply(model, own.pop("method", "lora"), adapter=name, **own)
+            if "init_lora_weights" not in own:
+                disturb(model, name, seed=number, std=0.05)
+        found.append(model.train())
+    return found[0], found[1]
+
+
+def gradients(alone: nn.Module, spread: nn.Module) -> float:
+    """Largest difference of a gradient."""
+    for each in (alone, spread):
+        torch.manual_seed(0)
+        rank_work.loss(each, TOKENS).backward()
+    found = farthest(values(spread, "grad"), values(alone, "grad"))
+    for each in (alone, spread):
+        each.zero_grad()
+    return found
+
+
+def message_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except peftcore.PeftcoreError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def of_lora(folder: str) -> dict[str, float | str]:
+    """LoRA in every way that a layer is divided, and what else is done with its adapters; the base is in float64."""
+    warnings.simplefilter("ignore")
+    found: dict[str, float | str] = {}
+    with pytest.MonkeyPatch.context() as patch:  # no activation is gathered
+        patch.setattr(Division, "gathered", lambda *_: pytest.fail("gathered"))
+        alone, spread = pair(folder)
+        found["gradients"] = gradients(alone, spread)
+        found["float64"] = gradients(alone.double(), spread.double())
+        spread.gradient_checkpointing_enable({"use_reentrant": False})
+        found["checkpointing"] = gradients(alone, spread)
+        # In one process dropout has a kernel of its own, with another mask.
+        patch.setattr(OwnForward, "linear_operands", lambda self, x: None)
+        # The biases and the width of "odd" are not divided equally.
+        found["dropout"] = gradients(*pair(folder, "odd", {**BOTH, "lora_dropout": 0.3, "lora_bias": True}))
+    found["embedding, head"] = gradients(
+        *pair(folder, "llama", {"r": 3, "target_modules": ["embed_tokens", "lm_head"]})
+    )
+    found["pissa"] = gradients(*pair(folder, "llama", {**BOTH, "init_lora_weights": "pissa"}))
+    batches = [{"input_ids": TOKENS, "labels": TOKENS}] * 2
+    eva = {**BOTH, "init_lora_weights": "eva", "batches": batches}
+    found["eva"] = gradients(*pair(folder, "llama", eva))
+    found["eva behind another"] = gradients(*pair(folder, "llama", {**BOTH, "dtype": torch.float32}, eva))
+
+    alone, spread = pair(folder, "llama", BOTH, {"method": "ia3"}, {**BOTH, "r": 2})
+    found["several"] = gradients(alone, spread)
+    names = ["default", "a2", "__base__", "a1", "default", "a2"]
+    found["for each sample"] = off(logits(spread, adapter_names=names), logits(alone, adapter_names=names))
+    generated = [each.eval().generate(TOKENS, max_new_tokens=3, adapter_names=names) for each in (alone, spread)]
+    found["generated"] = float(not torch.equal(*generated))
+    for each in (alone, spread):
+        peftcore.activate(each, ["a2"])
+    found["one of them"] = off(logits(spread), logits(alone))
+    with peftcore.disabled(spread), peftcore.disabled(alone):
+        found["disabled"] = off(logits(spread), logits(alone))
+    found["merge one"] = off(logits(peftcore.merge(spread)), logits(alone))
+    for name in ("default", "a1", "a2"):
+        peftcore.remove(peftcore.unmerge(spread) if name == "default" else spread, name)
+    found["removed"] = off(logits(spread), logits(base(folder, "llama")))
+
+    torch.manual_seed(ranks.rank())
+    peftcore.apply(spread.train(), "lora", **BOTH)
+    found["random start"] = spread_over_ranks(spread)
+    found["random states"] = message_of(lambda: spread(input_ids=TOKENS))
+    found["shard"] = message_of(lambda: peftcore.shard(spread))
+    with tiny.installed(tiny.method("behind", lambda *_: [After("model.layers.0.self_attn.q_norm", nn.Identity())])):
+        found["a norm of heads"] = message_of(lambda: peftcore.apply(base(folder, "qwen3", tp_size=2), "behind"))
+    return found
+
+
+def everything(folder: str, cases: list[str]) -> tuple[dict[str, dict[str, float | str]], dict[str, float | str]]:
+    return table(folder, cases), of_lora(folder)
