@@ -21,6 +21,7 @@ from typing import Any
 from peftcore.cli import labels, mixture
 from peftcore.cli.data_files import alpaca_prompt, listed, records
 from peftcore.cli.labels import Label
+from peftcore.cli.token_rows import tokens_of
 from peftcore.errors import PeftcoreError, nearest
 
 LANGUAGE_MODEL = "causal-lm"
@@ -30,21 +31,32 @@ UNPAIRED = "kto"
 COMPARED = (PREFERENCES, UNPAIRED)  # trained against a reference: the model as it was
 TASKS = (LANGUAGE_MODEL, *LABELLED, *COMPARED)
 
-_KEYS = {
+PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
+
+
+def _labelled(label: str) -> tuple[tuple[str, ...], ...]:
+    return (*((*pair, label) for pair in PAIRS), ("text", label))
+
+
+_KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     LANGUAGE_MODEL: (
         ("messages",),
         ("conversations",),
         ("prompt", "completion"),
         ("instruction", "output"),
         ("text",),
+        ("input_ids",),
     ),
-    CLASSIFICATION: (("text", "label"),),
-    REGRESSION: (("text", "label"),),
-    MULTI_LABEL: (("text", "label"), ("text", "labels")),
+    CLASSIFICATION: _labelled("label"),
+    REGRESSION: _labelled("label"),
+    MULTI_LABEL: (*_labelled("label"), *_labelled("labels")),
     PREFERENCES: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     UNPAIRED: (("prompt", "completion", "label"),),
 }
-_SHOWN = {LANGUAGE_MODEL: "text, prompt/completion or messages", MULTI_LABEL: "text/labels"}
+_SHOWN = {
+    LANGUAGE_MODEL: "text, prompt/completion, messages, conversations, instruction/output or input_ids",
+    MULTI_LABEL: "text/labels",
+}
 _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label", PREFERENCES: "prompt/chosen/rejected"}
 _SHOWN |= {UNPAIRED: "prompt/completion/label"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -63,6 +75,7 @@ class Row:
     from `learned_from` on are learned, except the indices `not_learned`. In a preference `completion` is chosen and
     `rejected` is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
     `source` is the index of the data set. `is_good` marks an answer for KTO, with the prompt as in a preference.
+    `pair` is the second text of a pair to classify. `tokens` are (ids, labels) of a row that is tokenized already.
     """
 
     where: str
@@ -76,12 +89,16 @@ class Row:
     tools: list[Any] | None = None
     source: int = 0
     is_good: bool | None = None
+    pair: str | None = None
+    tokens: tuple[list[int], list[int]] | None = None
 
     @property
     def kind(self) -> str:
         """Name of the example's fields."""
         if self.messages is not None:
             return "messages"
+        if self.tokens is not None:
+            return "input_ids"
         return "text" if self.completion is None else "prompt/completion"
 
 
@@ -239,7 +256,7 @@ def _row(where: str, fields: dict[str, Any], task: str) -> Row:
     if keys is None:
         raise PeftcoreError(
             f"{where}: {task} needs the keys {_SHOWN[task]}, found {listed(fields) or 'none'}. If they have "
-            "other names: --columns prompt=question,completion=answer"
+            f"other names: --columns prompt=question,completion=answer{_of_others(task)}"
         )
     if task == PREFERENCES:
         return _preference(where, fields)
@@ -255,14 +272,24 @@ def _row(where: str, fields: dict[str, Any], task: str) -> Row:
     if keys == ("prompt", "completion") and isinstance(fields["prompt"], list):
         before, answer = (_messages(where, key, fields[key]) for key in keys)
         return _conversation(where, [*before, *answer], len(before), fields)
+    if keys == ("input_ids",):
+        return Row(where, "", tokens=tokens_of(where, fields))
     if task in LABELLED:
-        return Row(
-            where, _text(where, "text", fields["text"]), label=labels.parsed(where, keys[-1], fields[keys[-1]], task)
-        )
+        text, *pair = (_text(where, key, fields[key]) for key in keys[:-1])
+        label = labels.parsed(where, keys[-1], fields[keys[-1]], task)
+        return Row(where, text, label=label, pair=pair[0] if pair else None)
     texts = [_text(where, key, fields[key]) for key in keys]
     if not texts[-1].strip():
         raise PeftcoreError(f"{where}: '{keys[-1]}' is empty")
     return Row(where, texts[0], completion=texts[1] if len(texts) > 1 else None)
+
+
+def _of_others(task: str) -> str:
+    """Return a hint at the keys of other tasks, for rows whose task was guessed from their keys."""
+    if task != LANGUAGE_MODEL:
+        return ""
+    others = ", ".join(f"{_SHOWN[each]} ({each})" for each in TASKS if each != task)
+    return f". Other tasks have the keys {others}"
 
 
 def _text(where: str, key: str, value: Any) -> str:

@@ -15,6 +15,7 @@ from peftcore.cli import conversations, data, metrics, packing
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.data import Messages, Row
 from peftcore.cli.metrics import Metrics
+from peftcore.cli.token_rows import check_vocabulary
 from peftcore.errors import PeftcoreError
 
 Example = dict[str, Any]
@@ -52,8 +53,17 @@ def encode(
 
 
 def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    examples, truncated = [], 0
+    examples: list[Example] = []
+    truncated = left_out = 0
     for row in rows:
+        if row.tokens is not None:
+            check_vocabulary(row.where, row.tokens[0], len(tokenizer))
+            truncated += len(row.tokens[0]) > max_length
+            cut = [list(part[:max_length]) for part in row.tokens]
+            left_out += all(label == IGNORED for label in cut[1][1:])
+            if any(label != IGNORED for label in cut[1][1:]):
+                examples.append(dict(zip(("input_ids", "labels"), cut, strict=True)))
+            continue
         ids = tokenizer(row.text)["input_ids"]
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         if row.completion is None:
@@ -72,7 +82,9 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_l
         if not parts:
             raise PeftcoreError(f"{row.where}: no tokens to train on after tokenizing")
         examples += parts
-    return Encoded(examples, truncated)
+    if not examples:
+        raise PeftcoreError(f"no token to learn is within {max_length} tokens in any row. Increase --max-length")
+    return Encoded(examples, truncated, left_out)
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], dict[str, Any]]:
@@ -97,6 +109,9 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], di
                 [[1] * len(e["input_ids"]) + [0] * (length - len(e["input_ids"])) for e in examples]
             ),
         }
+        if any("token_type_ids" in example for example in examples):  # which text of a pair a token is of
+            segments = [example.get("token_type_ids", [0] * len(example["input_ids"])) for example in examples]
+            tensors["token_type_ids"] = torch.tensor([each + [0] * (length - len(each)) for each in segments])
         if isinstance(examples[0]["labels"], list):
             return tensors | {"labels": padded("labels", IGNORED)}
         return tensors | {"labels": torch.tensor([example["labels"] for example in examples])}
@@ -218,11 +233,19 @@ def generate_text(
 
 @torch.no_grad()
 def classify(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, labels: Sequence[str], max_length: int, task: str
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    labels: Sequence[str],
+    max_length: int,
+    task: str,
+    pair: str | None = None,
 ) -> str:
-    """Return the most likely label of `text` with its probability, all labels above one half, or a number."""
-    inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length)
-    inputs = {name: inputs[name].to(next(model.parameters()).device) for name in ("input_ids", "attention_mask")}
+    """Return the most likely label of `text` (and `pair`) with its probability, all above one half, or a number."""
+    texts = (text,) if pair is None else (text, pair)
+    inputs = tokenizer(*texts, return_tensors="pt", truncation=True, max_length=max_length)
+    names = ("input_ids", "attention_mask", *(["token_type_ids"] if pair is not None else []))
+    inputs = {name: inputs[name].to(next(model.parameters()).device) for name in names if name in inputs}
     logits = model(**inputs).logits[0].float()
     if task == data.REGRESSION:
         return f"{logits.item():.4g}"
@@ -238,13 +261,20 @@ def _encode_labelled(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str]
 ) -> Encoded:
     targets = data.targets(list(rows), list(labels))
-    encoded = [tokenizer(row.text)["input_ids"] for row in rows]
-    shortened = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)["input_ids"]
-    for row, tokens in zip(rows, shortened, strict=True):
-        if not tokens:
-            raise PeftcoreError(f"{row.where}: the text has no tokens")
-    examples = [{"input_ids": tokens, "labels": label} for tokens, label in zip(shortened, targets, strict=True)]
-    return Encoded(examples, sum(len(tokens) > max_length for tokens in encoded))
+    examples, truncated = [], 0
+    for has_pair, group in itertools.groupby(
+        zip(rows, targets, strict=True), key=lambda each: each[0].pair is not None
+    ):
+        some = list(group)
+        texts = [[row.text for row, _ in some], *([[row.pair or "" for row, _ in some]] if has_pair else [])]
+        whole, cut = tokenizer(*texts), tokenizer(*texts, truncation=True, max_length=max_length)
+        truncated += sum(len(tokens) > max_length for tokens in whole["input_ids"])
+        names = [name for name in ("input_ids", *(["token_type_ids"] if has_pair else [])) if name in cut]
+        for (row, label), *values in zip(some, *(cut[name] for name in names), strict=True):
+            if not values[0]:
+                raise PeftcoreError(f"{row.where}: the text has no tokens")
+            examples.append({**dict(zip(names, values, strict=True)), "labels": label})
+    return Encoded(examples, truncated)
 
 
 def _encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:

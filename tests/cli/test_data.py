@@ -45,7 +45,8 @@ def test_tsv_keeps_quotes(tmp_path: Path) -> None:
             "a.jsonl",
             '{"txt": "a"}\n',
             LANGUAGE_MODEL,
-            "a.jsonl:1: causal-lm needs the keys text, prompt/completion or messages",
+            "a.jsonl:1: causal-lm needs the keys text, prompt/completion, messages, conversations, instruction/"
+            "output or input_ids, found txt",
         ),
         ("a.jsonl", '{"prompt": "a"}\n', LANGUAGE_MODEL, "found prompt"),
         ("a.jsonl", '{"text": 3}\n', LANGUAGE_MODEL, "a.jsonl:1: 'text' must be text, found 3"),

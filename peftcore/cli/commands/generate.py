@@ -15,6 +15,7 @@ EXAMPLES = ('peftcore generate -a run -p "Is it good?" --compare',)
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Prompt to answer.")],
+    pair: Annotated[str | None, typer.Option(help="Second text, for a classifier of pairs.")] = None,
     adapter: options.MaybeAdapter = None,
     model: options.BaseModel = None,
     chat: Annotated[
@@ -42,6 +43,8 @@ def generate(
         task, base = models.AdapterTask(data.LANGUAGE_MODEL, 512), models.resolve(str(model))
     else:
         task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
+    if pair is not None and task.task not in data.LABELLED:
+        raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     tokenizer = models.load_tokenizer(base, adapter)
@@ -54,7 +57,7 @@ def generate(
 
     def answer() -> str:
         if task.task in data.LABELLED:
-            return tasks.classify(loaded, tokenizer, prompt, task.labels, task.max_length, task.task)
+            return tasks.classify(loaded, tokenizer, prompt, task.labels, task.max_length, task.task, pair)
         return tasks.generate_text(
             loaded, tokenizer, given, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
