@@ -26,7 +26,7 @@ from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.layers import shape_of
 from peftcore.quantization.config_sync import sync_config
-from peftcore.quantization.convert import convert, convert_dense, give_back_freed, quantize
+from peftcore.quantization.convert import convert, convert_dense, give_back_freed, quantize, quantized_experts
 from peftcore.quantization.format import FORMATS, PARTS, check_quant_type, from_tensors
 from peftcore.quantization.four_bit_format import DTYPES, METHOD
 from peftcore.quantization.fused import guard_quantized
@@ -347,7 +347,9 @@ def load(
             ):  # memory-mapped anyway: reading it would hold the whole file
                 parameter.data = parameter.data.clone()
         give_back_freed()
-        if stored is not None:
+        if stored is not None and stored.get("quant_method") == "mxfp4":
+            _check_blocks(model, where)
+        elif stored is not None:
             _warn_of_dense_experts(model, where, stored.get("llm_int8_skip_modules") or ())
         return model
     except SafetensorError as error:
@@ -408,14 +410,30 @@ def _not_mapped() -> Iterator[None]:
         reader.safe_open = opened
 
 
-def _warn_of_dense_experts(model: nn.Module, where: str, skipped: Sequence[str]) -> None:
-    """Warn of experts that are dense because bitsandbytes in transformers does not quantize them."""
-    dense = [
+def _dense_experts(model: nn.Module, skipped: Sequence[str] = ()) -> list[str]:
+    """Return the names of weights of experts that are dense."""
+    return [
         f"{path}.{name}"
         for path, module in base_modules(model)
         for name in expert_parameters(module)
         if path not in skipped and module.get_parameter(name).is_floating_point()
     ]
+
+
+def _check_blocks(model: nn.Module, where: str) -> None:
+    """Raise a CheckpointError unless all experts of a model in MXFP4 were read from blocks."""
+    dense = _dense_experts(model)
+    if dense or next(quantized_experts(model), None) is None:
+        what = f"no blocks of '{dense[0]}'" if dense else "no experts in blocks"
+        raise CheckpointError(
+            f"'{where}' is quantized with 'mxfp4', but has {what}. Only experts stored as gpt-oss's are read: "
+            "use a dense checkpoint"
+        )
+
+
+def _warn_of_dense_experts(model: nn.Module, where: str, skipped: Sequence[str]) -> None:
+    """Warn of experts that are dense because bitsandbytes in transformers does not quantize them."""
+    dense = _dense_experts(model, skipped)
     if dense:
         warn(
             f"{len(dense)} weights of experts ('{dense[0]}') are dense in '{where}'. peftcore.quantize(model) "
