@@ -7,6 +7,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from peftcore.cli import completion
 from peftcore.errors import nearest
 
 # Names of transformers, TRL, axolotl, LLaMA-Factory and torchtune: ours.
@@ -48,24 +49,25 @@ OPTIONS = {
     "peft": "method",
     "finetuning-type": "method",
     "rank": "set",
-    "lora-r": "set",
-    "lora-rank": "set",
-    "lora-alpha": "set",
-    "lora-dropout": "set",
-    "lora-target-modules": "set",
 }
-FIELDS = {"rank": "r", "lora_rank": "r", "lora_r": "r", "targets": "target_modules", "lora_target": "target_modules"}
+FIELDS = {"rank": "r", "targets": "target_modules", "target": "target_modules"}
 
 
 def of_option(name: str, options: Iterable[str]) -> str | None:
     """Return the option of a command that another program calls `name`, both with dashes; None if there is none."""
-    found = OPTIONS.get(name.lstrip("-").replace("_", "-"))
+    plain = name.lstrip("-").replace("_", "-")
+    found = OPTIONS.get(plain)
+    if found is None and plain.partition("-")[0] in completion.methods(""):  # a field with the method's name in front
+        found = "set"
     return f"--{found}" if found is not None and f"--{found}" in options else None
 
 
 def of_field(name: str, fields: Iterable[str]) -> str:
     """Return a hint at the field that is meant by `name`, or an empty string."""
     fields = list(fields)
+    name = name if name in FIELDS or "_" not in name else FIELDS.get(name.partition("_")[2], name)
+    if name in fields:
+        return f". Did you mean '{name}'?"
     meant = [FIELDS[name]] if FIELDS.get(name) in fields else [each for each in fields if each.endswith(f"_{name}")]
     return f". Did you mean '{meant[0]}'?" if len(meant) == 1 else nearest(name, fields)
 

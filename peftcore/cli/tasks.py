@@ -262,9 +262,8 @@ def _encode_labelled(
 ) -> Encoded:
     targets = data.targets(list(rows), list(labels))
     examples, truncated = [], 0
-    for has_pair, group in itertools.groupby(
-        zip(rows, targets, strict=True), key=lambda each: each[0].pair is not None
-    ):
+    labelled = zip(rows, targets, strict=True)
+    for has_pair, group in itertools.groupby(labelled, key=lambda each: each[0].pair is not None):
         some = list(group)
         texts = [[row.text for row, _ in some], *([[row.pair or "" for row, _ in some]] if has_pair else [])]
         whole, cut = tokenizer(*texts), tokenizer(*texts, truncation=True, max_length=max_length)

@@ -45,6 +45,7 @@ def test_every_suggestion_is_an_option_of_train() -> None:
 def test_fields() -> None:
     known = ["r", "lora_alpha", "lora_dropout", "target_modules"]
     assert synonyms.of_field("rank", known) == ". Did you mean 'r'?"
+    assert synonyms.of_field("lora_rank", known) == ". Did you mean 'r'?"
     assert synonyms.of_field("dropout", known) == ". Did you mean 'lora_dropout'?"
     assert synonyms.of_field("target_module", known) == " (nearest: 'target_modules')"
     assert synonyms.of_field("zzz", known) == ""
