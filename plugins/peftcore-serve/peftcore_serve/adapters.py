@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 import peftcore
+from peftcore import PeftcoreError
+from peftcore.cli import models
+from peftcore.files.reading import vocabulary_rows
 from peftcore_serve.decoding import can_batch
 from peftcore_serve.folders import Folder, Stamp
 
@@ -88,6 +91,12 @@ class Adapters:
         self._active = wanted
 
     def _load(self, folder: Folder) -> Loaded:
+        there, rows = models.vocabulary(self.model), vocabulary_rows(self.model, folder.path)
+        if rows is not None and rows != there:
+            raise PeftcoreError(
+                f"the adapter '{folder.name}' has a vocabulary of {rows:,} tokens, but the base has {there:,}. Merge "
+                "it (peftcore merge) and serve the merged model"
+            )
         self._count += 1
         key = f"{folder.name.replace('.', '_')} {self._count}"
         self.activate_alone(None)  # adapters are not applied while each sample has its own

@@ -136,6 +136,9 @@ class Server:
             raise
         if first is None:
             return Response(status_code=499)  # the client has gone; nobody reads this
+        if isinstance(first[1], Failed):
+            running.end()
+            raise _failed(first[1])
         if request.stream:
             return StreamingResponse(_streamed(running, first, answer), media_type="text/event-stream")
         return await _whole(running, first, answer)

@@ -23,6 +23,7 @@ EXAMPLES = (
     "peftcore serve -m MODEL --adapters runs --port 8080 --limit 64 --batch-size 32",
 )
 
+_BACKLOG = 2048  # connections that wait to be accepted
 _CLOSING = 5  # seconds for answers under way
 # Fields of a generation config that this server leaves to the request, or does not have, and their neutral values.
 _IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": None, "min_length": 0}
@@ -65,6 +66,7 @@ def serve(
             dtype=dtype,
             device=device,
         )
+        listening.listen(_BACKLOG)  # a client may connect as soon as it reads the address
         where, number = listening.getsockname()[:2]
         count = len(server.adapters())
         shown = f"[{where}]" if ":" in where else where
@@ -124,8 +126,8 @@ def make(
     )
     if not server.scheduler.adapters.batches:
         note(
-            f"answers are written one after the other: a batch of {type(loaded).__name__} with prompts of different "
-            "lengths computes something else than each prompt by itself"
+            f"answers are written one after the other: {type(loaded).__name__} does not decode prompts of different "
+            "lengths in one batch as it decodes each by itself"
         )
     return server
 

@@ -169,7 +169,7 @@ def _near(row: Tensor, whole: Tensor) -> bool:
 
 
 def generate_alone(model: nn.Module, sequence: Sequence, is_closed: Callable[[], bool]) -> None:
-    """Continue a sequence by the model's `generate`, to its end, or until `is_closed()`.
+    """Continue a sequence, which may have begun, by the model's `generate`, to its end, or until `is_closed()`.
 
     For models and adapters that cannot be in a batch with others, such as prefixes.
     """
@@ -187,12 +187,12 @@ def generate_alone(model: nn.Module, sequence: Sequence, is_closed: Callable[[],
             return torch.tensor([sequence.is_done or is_closed()], device=input_ids.device)
 
     loaded: Any = model
-    ids = torch.tensor([sequence.prompt], device=loaded.device)
+    ids = torch.tensor([[*sequence.prompt, *sequence.tokens]], device=loaded.device)
     loaded.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        max_new_tokens=sequence.sampling.max_tokens,
+        max_new_tokens=sequence.sampling.max_tokens - len(sequence.tokens),
         logits_processor=LogitsProcessorList([Chooser()]),
         stopping_criteria=StoppingCriteriaList([Done()]),
     )

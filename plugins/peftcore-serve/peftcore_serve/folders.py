@@ -13,7 +13,6 @@ from typing import Any
 from peftcore import PeftcoreError
 from peftcore.cli import conversations, data, models, tasks
 from peftcore.cli.data import Messages
-from peftcore.files.reading import vocabulary_rows
 
 _TOKENIZERS = 32  # different ones in memory
 Stamp = tuple[tuple[str, int, int], ...]  # (name, time of the last change, bytes) of each file
@@ -107,6 +106,7 @@ class Texts:
 
     def __init__(self, model: Any, base: str, chat_template: str | None) -> None:
         self._model, self._base, self._template = model, base, chat_template
+        self._rows = models.vocabulary(model)
         self._known: OrderedDict[str, Text] = OrderedDict()
         self._checked: dict[str, tuple[Stamp, str]] = {}  # of each adapter
         self._lock = threading.Lock()
@@ -116,7 +116,8 @@ class Texts:
         """Return the tokenizer of an adapter.
 
         Raises:
-            PeftcoreError: the adapter is a classifier's, its vocabulary is not the base's, or its files are broken.
+            PeftcoreError: the adapter is a classifier's, its tokenizer has tokens that the base's does not have, or its
+                files are broken.
         """
         with self._lock:
             stamp, key = self._checked.get(folder.name, ((), ""))
@@ -134,12 +135,6 @@ class Texts:
             raise PeftcoreError(
                 f"the adapter '{folder.name}' is a classifier and cannot write text. Use peftcore generate"
             )
-        there, rows = models.vocabulary(self._model), vocabulary_rows(self._model, folder.path)
-        if rows is not None and rows != there:
-            raise PeftcoreError(
-                f"the adapter '{folder.name}' has a vocabulary of {rows:,} tokens, but the base has {there:,}. Merge "
-                "it (peftcore merge) and serve the merged model"
-            )
         own = models.has_tokenizer(folder.path)
         found = hashlib.blake2b(repr(task.chat_template).encode(), digest_size=16)
         for name, _, _ in folder.stamp if own else ():
@@ -150,10 +145,10 @@ class Texts:
         if key not in self._known:
             text = self._load(folder.path if own else None, task.chat_template)
             tokens = max(text.tokenizer.get_vocab().values()) + 1 if own else 0
-            if there is not None and tokens > max(there, len(self.of_base.tokenizer)):
+            if self._rows is not None and tokens > max(self._rows, len(self.of_base.tokenizer)):
                 raise PeftcoreError(
-                    f"the tokenizer of the adapter '{folder.name}' has {tokens:,} tokens, but the base has {there:,}. "
-                    "Merge the adapter (peftcore merge) and serve the merged model"
+                    f"the tokenizer of the adapter '{folder.name}' has {tokens:,} tokens, but the base has "
+                    f"{self._rows:,}. Merge the adapter (peftcore merge) and serve the merged model"
                 )
             self._known[key] = text
         return key

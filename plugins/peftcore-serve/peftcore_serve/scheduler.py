@@ -114,8 +114,7 @@ class Scheduler:
                 return False
         key = None if loaded is None else loaded.key
         if not (self.adapters.batches if loaded is None else loaded.by_sample):
-            self.adapters.activate_alone(key)
-            generate_alone(self.adapters.model, sequence, lambda: self._is_closed)
+            self._run_alone(sequence, key)
             return True
         self.adapters.activate([key])
         logits, cache = self._batch.prefill(sequence.prompt)
@@ -123,6 +122,10 @@ class Scheduler:
         if not sequence.is_done:
             self._batch.join(sequence, cache)
         return True
+
+    def _run_alone(self, sequence: Sequence, key: str | None) -> None:
+        self.adapters.activate_alone(key)
+        generate_alone(self.adapters.model, sequence, lambda: self._is_closed)
 
     def _step(self) -> None:
         """Extend all sequences of the batch by one token."""
@@ -133,13 +136,21 @@ class Scheduler:
         try:
             self.adapters.activate([self._key(sequence) for sequence in batch.sequences])
             logits: Any = batch.step()
+        except Exception:
+            self._separate()
+        else:
             self.steps += 1
             for sequence, row in zip(batch.sequences, logits, strict=True):
                 sequence.extend(row)
-        except Exception as error:
-            for sequence in batch.sequences:
-                sequence.fail(reason_of(error))
         batch.drop_done()
+
+    def _separate(self) -> None:
+        """Run the sequences of a batch that failed one after the other, to their ends: the cause fails by itself."""
+        for sequence in self._batch.sequences:
+            try:
+                self._run_alone(sequence, self._key(sequence))
+            except Exception as error:
+                sequence.fail(reason_of(error))
 
     def _key(self, sequence: Sequence) -> str | None:
         return None if sequence.adapter is None else self.adapters.loaded[sequence.adapter].key

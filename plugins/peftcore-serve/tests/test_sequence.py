@@ -78,8 +78,8 @@ def test_samples_follow_temperature_and_top_p() -> None:
         ({"temperature": 1.0, "top_p": 0.0}, [1, 0, 0, 0]),
         ({"temperature": 0.0}, [1, 0, 0, 0]),
     ):
-        one, _ = sequence(4000, seed=1, ends=frozenset(), **options)
-        for _ in range(2000):
+        one, _ = sequence(1001, seed=1, ends=frozenset(), **options)
+        for _ in range(1000):
             one.extend(probabilities.log())
         counts = Counter(one.tokens)
-        assert [counts[token] / 2000 for token in range(4)] == pytest.approx(wanted, abs=0.03)  # three deviations
+        assert [counts[token] / 1000 for token in range(4)] == pytest.approx(wanted, abs=0.05)  # three deviations
