@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
@@ -42,10 +43,9 @@ class Case:
 
     def base(self, dtype: torch.dtype = torch.float32, *, quantized: bool = False) -> nn.Module:
         """Return the family's model, prepared if the method prepares the base. `quantized`: in NF4."""
-        model = self.family.make().to(dtype)
-        known_as(model, _made(self.family, dtype))  # observing each model again would take most of the suite's time
-        if self.method.prepare is not None:
-            peftcore.remove(self.add(model, None, "default"))
+        made = _made(self.family, dtype) if self.method.prepare is None else self._prepared(dtype)
+        model = self.family.make().to(dtype) if self.method.prepare is None else copy.deepcopy(made)
+        known_as(model, made)  # observing each model again would take most of the suite's time
         if quantized:
             peftcore.quantize(model)
             if self.method.prepare is None:
@@ -53,6 +53,21 @@ class Case:
         if self.family.before is not None:
             self.family.before(model)
         return model
+
+    def _prepared(self, dtype: torch.dtype) -> nn.Module:
+        """Return the family's model as the method prepares it; it is made once, and copied."""
+        if dtype not in self._by_dtype:
+            model = self.family.make().to(dtype)
+            known_as(model, _made(self.family, dtype))
+            peftcore.remove(self.add(model, None, "default"))
+            observe(model)
+            self._by_dtype[dtype] = model
+        torch.manual_seed(0)  # as a copy of the family's model does
+        return self._by_dtype[dtype]
+
+    @cached_property
+    def _by_dtype(self) -> dict[torch.dtype, nn.Module]:
+        return {}
 
     def unprepared(self) -> nn.Module:
         """Return the family's model before the method prepares it."""

@@ -13,6 +13,7 @@ from against_peft import both_ways, quiet
 from safetensors.torch import load_file
 from torch import nn
 from trainers import trainer
+from whole import nightly_but
 
 import peftcore
 from peftcore.plugin import disturb
@@ -47,7 +48,7 @@ def call(with_types: bool) -> dict[str, Any]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels, **types}
 
 
-@pytest.mark.parametrize("kind", list(MAKES))
+@pytest.mark.parametrize("kind", nightly_but(MAKES, ["llama"]))
 @pytest.mark.parametrize("case", list(OTHERS))
 def test_files(case: str, kind: str, tmp_path: Path) -> None:
     fields = {**FIELDS, "opt_projection_epsilon": 4.0, "opt_projection_format_epsilon": 4.0, **OTHERS[case]}

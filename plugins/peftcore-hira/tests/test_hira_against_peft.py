@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from against_peft import TASKS, both_ways, quiet
+from whole import nightly_but
 
 import peftcore
 from peftcore.plugin import disturb
@@ -25,7 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(TARGETS))
+@pytest.mark.parametrize("kind", nightly_but(TARGETS, ["llama", "gpt2"]))
 def test_files(kind: str, tmp_path: Path) -> None:
     fields = {"target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", **CASES["plain"]}
     ours = peftcore.apply(tiny.MODELS[kind](), "hira", **fields)

@@ -11,6 +11,7 @@ import tiny
 import torch
 from against_peft import TASKS, moved, quiet, same_start
 from torch import nn
+from whole import nightly_but
 
 import peftcore
 from peftcore.plugin import disturb
@@ -39,7 +40,7 @@ def logits(model: Any, tasks: torch.Tensor = ROWS) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", list(TARGETS))
+@pytest.mark.parametrize("kind", nightly_but(TARGETS, ["llama"]))
 @pytest.mark.parametrize("case", list(CASES))
 def test_files(case: str, kind: str, tmp_path: Path) -> None:
     fields = {**FIELDS, **CASES[case]}
