@@ -12,7 +12,7 @@ import torch
 from against_peft import both_ways, quiet, same_start
 from hypothesis import given
 from hypothesis import strategies as st
-from peftcore_c3a import C3A, C3AConfig
+from peftcore_c3a import C3A, C3AConfig, Correlation
 
 import peftcore
 
@@ -40,6 +40,12 @@ def test_the_convolutions_are_the_change_of_the_weight(n: int, m: int, block_siz
     adapter, x = C3A(C3AConfig(init_weights="gaussian"), block_size, width, out_width), torch.randn(2, width)
     change, _ = adapter.merged(torch.zeros(out_width, width), None)
     torch.testing.assert_close(adapter(lambda x: x.new_zeros(2, out_width), x), x @ change.T, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    x, kernel = (torch.randn(*sizes, dtype=torch.float64, requires_grad=True) for sizes in ((2, 3, 8), (3, 2, 4)))
+    assert torch.autograd.gradcheck(Correlation.apply, (x, kernel))
 
 
 def test_a_block_that_does_not_divide_is_refused() -> None:

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from against_peft import both_ways, same_start
-from peftcore_oft import OFTConfig, Rotation, nearest_divisor
+from peftcore_oft import OFTConfig, Rotation, Series, nearest_divisor
 
 import peftcore
 from peftcore.plugin import disturb
@@ -117,3 +117,10 @@ def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(peftcore.CheckpointError, match=r"an OFT of PEFT before 0\.14"):
         peftcore.load(tiny.llama(), folder)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_gradients_of_the_series_are_those_of_finite_differences(count: int) -> None:
+    torch.manual_seed(0)
+    q = (0.3 * torch.randn(2, 3, 3, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: Series.apply(q, count), (q,))

@@ -8,7 +8,9 @@ from typing import Any
 import peft
 import pytest
 import tiny
+import torch
 from against_peft import TASKS, both_ways
+from peftcore_randlora import Scaled
 
 import peftcore
 
@@ -32,3 +34,10 @@ def test_files(kind: str, case: str, tmp_path: Path) -> None:
     fields = {"target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", **CASES[case]}
     ours = peftcore.apply(tiny.MODELS[kind](), "randlora", **fields)
     both_ways(tiny.MODELS[kind], tmp_path, ours, peft.RandLoraConfig(task_type=TASKS[kind], **fields))
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    by, a, gamma = (torch.randn(*sizes, dtype=torch.float64) for sizes in ((3, 2), (3, 5), (2, 5)))
+    inputs = (by.requires_grad_(), a, gamma.requires_grad_())
+    assert torch.autograd.gradcheck(Scaled.apply, inputs)
