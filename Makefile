@@ -27,8 +27,8 @@ demo: $(VENV)/train.stamp
 	$(PY) benchmarks/demo/run.py
 
 # Two workers of one thread: tiny matrices gain nothing by more, and threads that wait for one another cost much. Files keep
-# their order, of which the longest are the first.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# their order, of which the longest are the first. Bytecode is written, since tests start Python often.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A test over two seconds of the processor that is not marked `slow` fails.
 test: $(VENV)/dev.stamp

@@ -40,12 +40,17 @@ FROZEN = pytest.StashKey[tuple[Path, int]]()
 USED = pytest.StashKey[float]()
 BUDGET = float(os.environ.get("PEFTCORE_BUDGET", "inf"))
 TIME_IS_UP = "time is up (PEFTCORE_SECONDS): not run"
-# A minute and more each, on a slow machine.
+CONFORMANCE = "conformance.py"  # a file for each method, of 2 to 12 seconds
+# Half a minute and more each, on a slow machine.
 LONGEST = (
     "tests/card/test_card.py",
     "tests/csrc/test_sanitizers.py",
     "tests/emulator/test_lora_kernels.py",
-    "tests/parallel/test_state.py",
+    "tests/parallel/test_sharding.py",
+    "tests/cli/test_parallel.py",
+    "tests/cli/commands/test_train.py",
+    "tests/emulator/test_linear_4bit_kernel.py",
+    "tests/engine/test_lazy_logits.py",
     "tests/test_census.py",
     "tests/cli/commands/test_new_plugin.py",
 )
@@ -64,9 +69,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("nightly")])
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
     for item in items:
-        if item.path.name.endswith("conformance.py"):  # a file for each method, of 2 to 12 seconds
+        if item.path.name.endswith(CONFORMANCE):
             item.add_marker("slow")
-    items.sort(key=lambda item: item.path.relative_to(ROOT).as_posix() not in LONGEST)
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    """Return 0 for the longest files, 1 for conformance, and 2 for the rest, so that short tests come last.
+
+    A worker is given its next file while two tests of the one before are left: a few long tests in files of their own
+    would keep one worker busy at the end, and leave the other without work.
+    """
+    if item.path.relative_to(ROOT).as_posix() in LONGEST:
+        return 0
+    return 1 if item.path.name.endswith(CONFORMANCE) else 2
 
 
 @pytest.hookimpl(tryfirst=True)

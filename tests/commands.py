@@ -54,6 +54,14 @@ def printed(*arguments: Any) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def printed_without_pictures(*arguments: Any) -> tuple[int, str]:
+    """Run a command as `printed`, in a process of its own: every picture is an empty file."""
+    from matplotlib.figure import Figure
+
+    Figure.savefig = lambda self, *arguments, **options: None  # type: ignore[method-assign]
+    return printed(*arguments)
+
+
 def save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

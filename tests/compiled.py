@@ -63,6 +63,17 @@ def precompiled(header: Path, compiler: str, flags: Sequence[str]) -> Path:
     return own
 
 
+def unit(name: str, text: str) -> Path:
+    """Return the path of a C++ file with this text, written only where the text differs."""
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    path = OBJECTS / f"{name}.cpp"
+    if not path.exists() or path.read_text() != text:
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(text)
+        partial.rename(path)
+    return path
+
+
 def compiled(
     name: str,
     sources: Iterable[Path],

@@ -14,22 +14,12 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
+from unittest import mock
 
-# The server imports these once; a rank is then a fork of it, which takes milliseconds.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "transformers.models.llama.modeling_llama",
-        "transformers.models.gpt2.modeling_gpt2",
-        "torch.distributed.checkpoint.state_dict",
-        "torch.distributed.fsdp",
-        "transformers.trainer",
-        "peftcore.cli.app",
-        "peftcore.parallel",
-    ]
-)
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def run(
@@ -96,14 +86,25 @@ def _started(
     arguments: tuple[Any, ...],
 ) -> tuple[list[Connection], list[Any]]:
     pipes, processes = [], []
+    start_server()
     for rank in range(ranks):
-        here, there = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=target, args=(there, partial(start, rank, ranks), work, arguments))
+        here, there = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=target, args=(there, partial(start, rank, ranks), work, arguments))
         process.start()
         there.close()
         pipes.append(here)
         processes.append(process)
     return pipes, processes
+
+
+def start_server() -> None:
+    """Start the server of `CONTEXT`, unless it runs. It imports `rank_server` once; a rank is then a fork of it.
+
+    A process has one server, and the last list of preloaded modules counts: other packages have theirs.
+    """
+    CONTEXT.set_forkserver_preload(["rank_server"])
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):
+        forkserver.ensure_running()
 
 
 def _begin(folder: str, rank: int, ranks: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import resource
 import time
@@ -12,10 +11,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import processes
+
 MEMORY = 6 << 30  # bytes of address space beyond what is imported
 RENEWED = 100  # classes after which a worker is replaced, so that nothing of one model reaches far
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["census.check", "census.instances", "peft", "transformers.generation.utils"])
 
 
 class Worker:
@@ -68,8 +67,9 @@ class Worker:
             self._process = None
 
     def _start(self) -> None:
-        self._pipe, there = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_work, args=(there, self._methods), daemon=True)
+        processes.start_server()
+        self._pipe, there = processes.CONTEXT.Pipe()
+        self._process = processes.CONTEXT.Process(target=_work, args=(there, self._methods), daemon=True)
         self._process.start()
         there.close()
         self._count = 0

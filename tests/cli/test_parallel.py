@@ -16,7 +16,7 @@ from typing import Any
 import processes
 import pytest
 import torch
-from commands import Run, printed
+from commands import Run, printed_without_pictures
 from safetensors.torch import load_file
 from whole import WHOLE
 
@@ -38,7 +38,7 @@ def on_two_ranks(*arguments: Any) -> str:
     """Run a command on two ranks, and return what both printed."""
     if WHOLE:
         return torchrun(*arguments)
-    ended = processes.run(printed, *map(str, arguments), joined=False)
+    ended = processes.run(printed_without_pictures, *map(str, arguments), joined=False)
     text = "".join(output for _, output in ended)
     assert [code for code, _ in ended] == [0, 0], text
     return text

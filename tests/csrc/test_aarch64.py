@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from compiled import compiled
+from compiled import compiled, unit
 from setup_file import setup_file
 
 from peftcore.ops.build_info import LEVELS
@@ -32,8 +32,10 @@ def built(compiler: str, levels: tuple[str, ...]) -> str:
     """Return the path of a program of the kernels of `levels`, without PyTorch, and their tests."""
     simd = setup_file().SIMD
     flags = [*FLAGS, f"-I{CSRC}", f"-I{TESTS}", *(f"-DPEFTCORE_HAVE_{level.upper()}" for level in levels[1:])]
+    # In one file, since each includes the same headers.
+    tests = "".join(f'#include "{path}"\n' for path in sorted(TESTS.glob("*.cpp")))
     sources = [path for path in sorted(CSRC.rglob("*.cpp")) if path.stem in levels]
-    sources += [*(CSRC / name for name in SHARED), *sorted(TESTS.glob("*.cpp"))]
+    sources += [*(CSRC / name for name in SHARED), unit("kernels_tests", tests)]
     return str(compiled("kernels", sources, compiler, flags, ["-static"], lambda path: simd.get(path.stem, [])))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from compiled import OBJECTS, compiled, precompiled
+from compiled import OBJECTS, compiled, precompiled, unit
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -51,16 +51,11 @@ def library_of_operators(cxx: str) -> Path:
     It contains csrc/*/cuda/*.cpp with the dispatch key CPU in place of CUDA. Its registrations replace those of the
     extension for the whole process.
     """
-    OBJECTS.mkdir(parents=True, exist_ok=True)
-    unit, text = OBJECTS / "operators_unit.cpp", operators_unit()
-    if not unit.exists() or unit.read_text() != text:
-        partial = unit.with_suffix(f".{os.getpid()}")
-        partial.write_text(text)
-        partial.rename(unit)
+    operators = unit("operators_unit", operators_unit())
     header = precompiled(HERE / "emulator.h", cxx, FLAGS.split())
     lib = Path(torch.__file__).parent / "lib"
     link = f"-shared -L{lib} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
-    return compile_emulated(cxx, "operators.so", [*kernel_sources(), unit], f"{FLAGS} -include {header}", link)
+    return compile_emulated(cxx, "operators.so", [*kernel_sources(), operators], f"{FLAGS} -include {header}", link)
 
 
 def torch_flags() -> list[str]:

@@ -14,6 +14,7 @@ import quantized
 import torch
 from commands import save_tokenizer
 from safetensors.torch import load_file
+from whole import nightly_but
 
 import peftcore
 from peftcore.integrations import adapter_methods
@@ -180,10 +181,11 @@ try:
 except peftcore.PeftcoreError as error:
     print(error)
 """
+ORDERS = ["import peftcore", "import transformers.pipelines, peftcore"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["import peftcore", "import transformers.pipelines, peftcore"])
+@pytest.mark.parametrize("order", nightly_but(ORDERS, ORDERS[1:]))
 def test_where_peft_is_not_installed(order: str, adapter: Path, tmp_path: Path) -> None:
     nameless = shutil.copytree(adapter, tmp_path / "nameless")
     (nameless / "peftcore_manifest.json").unlink()

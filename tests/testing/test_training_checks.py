@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import processes
 import pytest
 import torch
 from faulty import Gain, check, failed, method_of
 from peftcore_lora import LoraConfig
 from torch import Tensor
+from whole import WHOLE
 
 import peftcore
 from peftcore.plugin import StateRules, tensor_name
@@ -146,5 +148,8 @@ def test_two_names_of_a_part_that_export_loses() -> None:
 
 
 @pytest.mark.slow
-def test_on_ranks_of_its_own() -> None:
+def test_on_ranks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not WHOLE:  # ranks are forks with the imports done, since starting Python takes most of the time
+        processes.start_server()
+        monkeypatch.setattr("multiprocessing.get_context", lambda method: processes.CONTEXT)
     check_sharded(LoraConfig(r=3))
