@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import peftcore
 from peftcore.cli import data, preferences, unpaired
+from peftcore.cli.metrics import Metrics
+from peftcore.cli.tasks import Example
+from peftcore.engine import state_of
+
+BETA = preferences.BETA
 
 
 def of(task: str) -> Any:
-    """Return the module of a task: `encode`, `lengths`, `likelihoods`, `measure`, `as_texts` and `BETA`."""
+    """Return the module of a task: `encode`, `lengths`, `likelihoods`, `figures` and `as_texts`."""
     return {data.PREFERENCES: preferences, data.UNPAIRED: unpaired}[task]
+
+
+def measure(
+    task: str,
+    model: nn.Module,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 8,
+    *,
+    beta: float | None = None,
+    reference: Any = None,
+) -> Metrics:
+    """Return the loss over all examples and the task's figures.
+
+    Args:
+        task: `dpo` or `kto`.
+        model: the model with its adapter.
+        examples: encoded by the task's module.
+        tokenizer: the tokenizer.
+        batch_size: examples per batch.
+        beta: weight that keeps the model close to the reference; None for the default.
+        reference: `likelihoods` of the reference model in the same batches; None for the base.
+    """
+    module = of(task)
+    if reference is None:
+        with peftcore.disabled(model) if state_of(model) is not None else contextlib.nullcontext():
+            reference = module.likelihoods(model, examples, tokenizer, batch_size)
+    after = module.likelihoods(model, examples, tokenizer, batch_size)
+    return module.figures(after, reference, examples, beta or BETA)

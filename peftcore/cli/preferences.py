@@ -10,7 +10,6 @@ positive if the model prefers the chosen answer.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-import peftcore
 from peftcore.cli import conversations, tasks
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.data import Row
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.tasks import Encoded, Example
-from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
 
 BETA = 0.1
@@ -74,34 +71,15 @@ def pairs_at_once(batch_size: int, longest: int) -> int:
 Likelihoods = list[Tensor]  # per batch: log p of the chosen answers, then of the rejected ones
 
 
-def measure(
-    model: nn.Module,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 8,
-    beta: float = BETA,
-    reference: Likelihoods | None = None,
-) -> Metrics:
-    """Return the loss over all pairs, the accuracy, and the mean margin.
-
-    Args:
-        model: the model with its adapter.
-        examples: the pairs.
-        tokenizer: the tokenizer.
-        batch_size: pairs per batch.
-        beta: DPO's beta.
-        reference: `likelihoods` of the reference model in the same batches; None for the base.
-    """
-    if reference is None:
-        with peftcore.disabled(model) if state_of(model) is not None else contextlib.nullcontext():
-            reference = likelihoods(model, examples, tokenizer, batch_size)
+def figures(after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
+    """Return the loss over all pairs, the accuracy, and the mean margin, from likelihoods of model and reference."""
     margins = []
-    for found, its in zip(likelihoods(model, examples, tokenizer, batch_size), reference, strict=True):
+    for found, its in zip(after, before, strict=True):
         chosen, rejected = (found - its).chunk(2)
         margins.append(beta * (chosen - rejected))
     margin = torch.cat(margins)
-    figures = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
-    return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), figures)
+    named = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
+    return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), named)
 
 
 @torch.no_grad()

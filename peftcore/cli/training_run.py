@@ -246,8 +246,8 @@ def run(
 
     def measure(model: Any, examples: list[tasks.Example] = held_out) -> Metrics:
         if comparison is not None:
-            beta, reference = settings.beta or comparison.BETA, first[id(examples)]
-            return comparison.measure(model, examples, tokenizer, pairs, beta=beta, reference=reference)
+            how = {"beta": settings.beta, "reference": first[id(examples)]}
+            return comparisons.measure(settings.task, model, examples, tokenizer, pairs, **how)
         # Not more tokens at once than in training, so that measuring fits too.
         return tasks.measure(model, examples, tokenizer, tokens=settings.batch_size * longest)
 
@@ -383,7 +383,7 @@ def training_arguments(
         import trl
 
         kind = {data.PREFERENCES: trl.DPOConfig, data.UNPAIRED: trl.KTOConfig}[settings.task]
-        beta = settings.beta or comparisons.of(settings.task).BETA
+        beta = settings.beta or comparisons.BETA
         more = {"beta": beta, "max_length": None, "gradient_checkpointing": False}
     try:
         return kind(

@@ -11,7 +11,6 @@ answer is that of the example before, in training of the batch, in measuring of 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,15 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-import peftcore
 from peftcore.cli import preferences
 from peftcore.cli.data import Row
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.tasks import Encoded, Example
-from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
 
-BETA = preferences.BETA
 Likelihoods = list[Tensor]  # log p of the answers, and of the mismatched answers
 
 
@@ -69,36 +65,16 @@ def mismatched(examples: Sequence[Example]) -> list[Example]:
     return [{**each, "KL_completion_ids": other["completion_ids"]} for each, other in pairs]
 
 
-def measure(
-    model: nn.Module,
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 8,
-    beta: float = BETA,
-    reference: Likelihoods | None = None,
-) -> Metrics:
-    """Return the loss over all examples, the share on the right side of `k`, the mean margin, and `k`.
-
-    Args:
-        model: the model with its adapter.
-        examples: the answers.
-        tokenizer: the tokenizer.
-        batch_size: answers per batch.
-        beta: KTO's beta.
-        reference: `likelihoods` of the reference model; None for the base.
-    """
-    if reference is None:
-        with peftcore.disabled(model) if state_of(model) is not None else contextlib.nullcontext():
-            reference = likelihoods(model, examples, tokenizer, batch_size)
-    (own, other), (own_before, other_before) = likelihoods(model, examples, tokenizer, batch_size), reference
-    rewards = beta * (own - own_before)
-    divergence = beta * (other - other_before).mean().clamp(min=0)
+def figures(after: Likelihoods, before: Likelihoods, examples: Sequence[Example], beta: float) -> Metrics:
+    """Return the loss, the share of answers on the right side of `k`, the mean margin, and `k`."""
+    rewards = beta * (after[0] - before[0])
+    divergence = beta * (after[1] - before[1]).mean().clamp(min=0)
     good = torch.tensor([bool(each["label"]) for each in examples])
     distance = torch.where(good, rewards - divergence, divergence - rewards)
     both = bool(good.any()) and not bool(good.all())
     margin = float(rewards[good].mean() - rewards[~good].mean()) if both else 0.0
-    figures = {"accuracy": float((distance > 0).double().mean()), "margin": margin, "kl": float(divergence)}
-    return Metrics(float((1 - distance.sigmoid()).mean()), len(examples), figures)
+    named = {"accuracy": float((distance > 0).double().mean()), "margin": margin, "kl": float(divergence)}
+    return Metrics(float((1 - distance.sigmoid()).mean()), len(examples), named)
 
 
 def likelihoods(

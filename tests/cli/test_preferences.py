@@ -12,7 +12,7 @@ import torch
 from commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
-from peftcore.cli import conversations, data, preferences
+from peftcore.cli import comparisons, conversations, data, preferences
 from peftcore.cli.data import PREFERENCES
 
 ASKED = [{"role": "user", "content": "is it good"}]
@@ -100,7 +100,7 @@ def test_loss_and_margin_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) ->
         read(tmp_path, {"prompt": "a", "chosen": "story", "rejected": "no heart and no fun"}),
     ]
     examples = preferences.encode(rows, tokenizer, 32).examples
-    assert preferences.measure(model, examples, tokenizer).loss == pytest.approx(math.log(2))
+    assert comparisons.measure(PREFERENCES, model, examples, tokenizer).loss == pytest.approx(math.log(2))
     base = [chances(model, each) for each in examples]
     torch.manual_seed(1)
     peftcore.apply(model, "lora", r=2)
@@ -113,7 +113,7 @@ def test_loss_and_margin_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) ->
         for mine, its in zip([chances(model, each) for each in examples], base, strict=True)
     ]
     for size in (1, 2):
-        found = preferences.measure(model, examples, tokenizer, size, beta=0.5)
+        found = comparisons.measure(PREFERENCES, model, examples, tokenizer, size, beta=0.5)
         assert found.loss == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 2, rel=1e-4)
         assert found.figures["margin"] == pytest.approx(sum(margins) / 2, rel=1e-4)
         assert found.figures["preference_accuracy"] == sum(m > 0 for m in margins) / 2

@@ -12,7 +12,7 @@ from commands import Run, write_jsonl
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import data, preferences, training_run, unpaired
+from peftcore.cli import comparisons, data, training_run, unpaired
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
 
@@ -80,7 +80,7 @@ def test_loss_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     rows = [read(tmp_path, row) for row in (ROWS[0], ROWS[3], {**ROWS[0], "completion": "no heart and no fun"})]
     examples = unpaired.encode(rows, tokenizer, 32).examples
-    assert unpaired.measure(model, examples, tokenizer).loss == pytest.approx(0.5)
+    assert comparisons.measure(data.UNPAIRED, model, examples, tokenizer).loss == pytest.approx(0.5)
     before = [[chance(model, one, other) for other in examples] for one in examples]
     torch.manual_seed(1)
     peftcore.apply(model, "lora", r=2)
@@ -93,7 +93,7 @@ def test_loss_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) -> None:
     k = 0.5 * max(0.0, (ratio[0][2] + ratio[1][0] + ratio[2][1]) / 3)
     distances = [0.5 * ratio[0][0] - k, k - 0.5 * ratio[1][1], 0.5 * ratio[2][2] - k]
     for size in (1, 3):
-        found = unpaired.measure(model, examples, tokenizer, size, beta=0.5)
+        found = comparisons.measure(data.UNPAIRED, model, examples, tokenizer, size, beta=0.5)
         wanted = sum(1 - float(torch.tensor(each).sigmoid()) for each in distances) / 3
         assert found.loss == pytest.approx(wanted, rel=1e-4) and found.figures["kl"] == pytest.approx(k, rel=1e-4)
         assert found.figures["accuracy"] == sum(each > 0 for each in distances) / 3
@@ -156,7 +156,3 @@ def test_losses_of_training_are_those_of_trl(run: Run, llama: Path, tmp_path: Pa
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-4) and ours[-1] < ours[0]
-
-
-def test_betas_agree() -> None:
-    assert unpaired.BETA == preferences.BETA == 0.1

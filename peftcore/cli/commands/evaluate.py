@@ -59,9 +59,8 @@ def evaluate(
     if task.task in examples.COMPARED:
         from peftcore.cli import comparisons
 
-        comparison = comparisons.of(task.task)
-        encoded = comparison.encode(rows, tokenizer, length)
-        measure = functools.partial(comparison.measure, beta=task.beta or comparison.BETA)
+        encoded = comparisons.of(task.task).encode(rows, tokenizer, length)
+        measure = functools.partial(comparisons.measure, task.task, beta=task.beta)
     else:
         encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
