@@ -10,6 +10,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check
 # Built against the PyTorch in .venv, which therefore comes first; plugins are packages of their own.
 BUILD := $(PIP) --no-build-isolation
+# What is installed along with peftcore. A later call of pip builds the metadata again: CI asks for everything at once.
+EXTRAS := train
 PLUGINS := $(sort $(patsubst %/,%,$(dir $(wildcard plugins/*/pyproject.toml))))
 PACKAGING := pyproject.toml setup.py $(PLUGINS:%=%/pyproject.toml)
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
@@ -147,15 +149,14 @@ $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)
 	@echo "2 of 3: building the extension"
 	$(PY) setup.py --quiet build_ext --inplace
 	@echo "3 of 3: installing peftcore, what training needs, and $(words $(PLUGINS)) packages of plugins/"
-	$(BUILD) -e ".[train]"
+	$(BUILD) -e ".[$(EXTRAS)]"
 	@$(PY) plugins/install.py $(PLUGINS)
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/train.stamp
-	$(BUILD) -e ".[docs]"
+	$(if $(findstring docs,$(EXTRAS)),,$(BUILD) -e ".[docs]")
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp
-	@echo "installing what tests, linters and benchmarks need"
-	$(BUILD) -e ".[dev]"
+	$(if $(findstring dev,$(EXTRAS)),,@echo "installing what tests, linters and benchmarks need"; $(BUILD) -e ".[dev]")
 	@touch $@

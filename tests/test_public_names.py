@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 import peftcore
@@ -63,8 +64,7 @@ NO_BINARIES = shutil.ignore_patterns("*.so", "__pycache__")
 @pytest.mark.parametrize("where", ["zipped", "without_sources"])
 def test_names_are_found_where_there_is_no_source_file(where: str, request: pytest.FixtureRequest) -> None:
     path = str(request.getfixturevalue(where))
-    words = [sys.executable, "-W", "ignore", "-c", EVERYWHERE, path]
-    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    found = fresh_process.run(EVERYWHERE, path)
     assert found.stdout.split() == dir(peftcore), found.stderr
 
 

@@ -2,13 +2,12 @@
 
 import dataclasses
 import inspect
-import os
 import re
-import subprocess
 import sys
 import types
 from importlib.metadata import EntryPoint
 
+import fresh_process
 import pytest
 import tiny
 import torch
@@ -400,10 +399,8 @@ def test_the_format_of_other_libraries_tensors_is_there_without_the_contract() -
         "peftcore.apply(model, 'ia3', target_modules=['0'], feedforward_modules=[]); "
         "from peftcore.registry import registry; print([each.name for each in registry.weight_formats()])"
     )
-    environment = {**os.environ, "PEFTCORE_PLUGINS": "ia3"}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert "'wrapped'" in found.stdout
+    found = fresh_process.run(code, PEFTCORE_PLUGINS="ia3")
+    assert "'wrapped'" in found.stdout, found.stderr
 
 
 @pytest.mark.parametrize("api", ["3", 3, 1.0, True, None, "", "three"])

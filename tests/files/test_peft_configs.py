@@ -2,12 +2,11 @@
 
 import copy
 import dataclasses
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import peft
 import pytest
 import tiny
@@ -217,5 +216,5 @@ def test_peft_is_not_imported_for_the_question() -> None:
         "try: peftcore.apply(torch.nn.Linear(2, 2), object())\n"
         "except peftcore.PluginError as error: print(error, 'peft' in sys.modules)"
     )
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    found = fresh_process.run(code)
     assert "object is not the config of an installed method" in found.stdout and found.stdout.endswith("False\n")

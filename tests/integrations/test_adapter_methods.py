@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 import quantized
 import torch
@@ -193,7 +192,6 @@ def test_where_peft_is_not_installed(order: str, adapter: Path, tmp_path: Path) 
     (nameless / "adapter_config.json").write_text(json.dumps({**fields, "base_model_name_or_path": None}))
     here = Path(__file__).parent
     code = WITHOUT.format(order=order)
-    command = [sys.executable, "-W", "ignore", "-c", code, f"{here}:{here.parent}", str(adapter), str(nameless)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fresh_process.run(code, f"{here}:{here.parent}", str(adapter), str(nameless))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "the film is" in done.stdout and "does not name its base model" in done.stdout

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (extra `test`)")
@@ -83,6 +82,5 @@ print("done")
 
 @pytest.mark.slow
 def test_where_peft_is_not_installed(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", CODE, str(Path(__file__).parent.parent), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fresh_process.run(CODE, str(Path(__file__).parent.parent), str(tmp_path))
     assert done.returncode == 0 and "done" in done.stdout, done.stderr[-2000:]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 import tiny
 import torch
@@ -57,5 +56,5 @@ def test_a_model_without_is_not(peft: Any) -> None:
 def test_peft_that_is_imported_after_apply(peft: Any) -> None:
     folder = str(Path(__file__).parent.parent)
     code = f"import sys; sys.path.insert(0, {folder!r})\n{CODE}"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    done = fresh_process.run(code)
     assert done.stdout.startswith("PEFT cannot adapt LlamaForCausalLM"), done.stderr

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import tiny
 import torch
@@ -67,6 +66,5 @@ def test_a_trainer_that_is_imported_after_apply_knows_adapters() -> None:
         "assert Trainer._load_best_model.__wrapped__ and 'peftcore.integrations.transformers' in sys.modules\n"
     )
     path = str(Path(__file__).parent.parent)
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r})\n{script}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fresh_process.run(f"import sys; sys.path.insert(0, {path!r})\n{script}")
     assert done.returncode == 0, done.stderr

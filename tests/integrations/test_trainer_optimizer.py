@@ -54,6 +54,14 @@ def test_trainer_has_the_groups(optim: str, tmp_path: Path) -> None:
     assert done.optimizer_cls_and_kwargs is None or "params" not in done.optimizer_cls_and_kwargs[1]
 
 
+def test_settings_of_the_arguments_reach_the_optimizer(tmp_path: Path) -> None:
+    settings = {"adam_beta1": 0.7, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    done = trainer(tmp_path, model(), optim="paged_adamw_8bit", **settings)
+    done.create_optimizer()
+    for group in done.optimizer.param_groups:
+        assert group["betas"] == (0.7, 0.95) and group["eps"] == 1e-6
+
+
 def test_a_scheduler_keeps_the_ratio_and_a_resume_goes_on(tmp_path: Path) -> None:
     found, rates = model(), []
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fresh_process
 import pytest
 import quantized
 import torch
@@ -247,8 +247,7 @@ def test_where_peft_is_not_installed(order: str, base: Path, tmp_path: Path) -> 
     names = ["SFT", "DPO", "GRPO"] if order == ORDERS[0] else ["SFT"]
     code = WITHOUT.format(order=order, names=names)
     here = Path(__file__).parent
-    command = [sys.executable, "-W", "ignore", "-c", code, f"{here}:{here.parent}", str(base), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fresh_process.run(code, f"{here}:{here.parent}", str(base), str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     written = [line for line in done.stdout.splitlines() if line.endswith(".safetensors']")]
     assert written == [f"{name} ['adapter_model.safetensors']" for name in names]

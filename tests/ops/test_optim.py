@@ -1,9 +1,8 @@
 """The optimizer step: torch's and bitsandbytes' arithmetic, the same bits on every SIMD level, clear refusals."""
 
 import math
-import subprocess
-import sys
 
+import fresh_process
 import pytest
 import torch
 from hypothesis import given, settings
@@ -255,5 +254,5 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh_process.run(code)
     assert done.stdout.strip() == "optim_step_: state must be on cpu, found meta", done.stderr[-500:]

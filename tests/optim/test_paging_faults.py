@@ -2,9 +2,8 @@
 
 import os
 import resource
-import subprocess
-import sys
 
+import fresh_process
 import pytest
 import torch
 from paged import PAGE, paged, pages_of, parameters, step
@@ -179,6 +178,6 @@ o.step()
 assert o.paging().paged > 0
 os.kill(os.getpid(), 9)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh_process.run(code)
     assert done.returncode == -9, done.stderr
     assert list(tmp_path.iterdir()) == []

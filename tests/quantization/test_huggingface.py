@@ -1,10 +1,10 @@
 """transformers: quantized as it loads, saved for bitsandbytes, read from bitsandbytes, in bounded memory."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 import transformers
@@ -214,8 +214,8 @@ def test_a_wrong_config(fields, message):
 @pytest.mark.slow
 def test_importing_peftcore_imports_no_transformers():
     code = "import peftcore, peftcore.quantization, sys; peftcore.quantize; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    done = fresh_process.run(code)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_a_layer_outside_transformers_needs_no_config():
