@@ -2,10 +2,10 @@
 // arguments. `body` takes a tag, and returns what the launch returns:
 //
 //     return dispatch_dtype(dtype, [&](auto type) {
-//         return dispatch_flag(nested, [&](auto flag) {
+//         return dispatch_flag(plain, [&](auto flag) {
 //             using T = typename decltype(type)::type;
-//             constexpr bool kNested = decltype(flag)::value;
-//             return PEFTCORE_LAUNCH((kernel<T, kNested>), blocks, threads, 0, stream, arguments);
+//             constexpr bool kPlain = decltype(flag)::value;
+//             return PEFTCORE_LAUNCH((kernel<T, kPlain>), blocks, threads, 0, stream, arguments);
 //         });
 //     });
 #pragma once
@@ -17,6 +17,7 @@
 #include "common/cuda_tuning.h"
 #include "common/dtype.h"
 #include "common/half.h"
+#include "weight/view.h"
 
 namespace peftcore {
 
@@ -43,6 +44,20 @@ const char* dispatch_dtype(Dtype dtype, const Body& body) {
 template <typename Body>
 const char* dispatch_flag(bool flag, const Body& body) {
     return flag ? body(std::true_type()) : body(std::false_type());
+}
+
+// body(std::integral_constant<ScaleKind, ..>) of a weight's kind of scales.
+template <typename Body>
+const char* dispatch_scales(ScaleKind scales, const Body& body) {
+    switch (scales) {
+        case ScaleKind::kFloat:
+            return body(std::integral_constant<ScaleKind, ScaleKind::kFloat>());
+        case ScaleKind::kNested:
+            return body(std::integral_constant<ScaleKind, ScaleKind::kNested>());
+        case ScaleKind::kPowerOfTwo:
+            return body(std::integral_constant<ScaleKind, ScaleKind::kPowerOfTwo>());
+    }
+    return "unknown kind of scales";
 }
 
 // body(std::integral_constant) of the first of `sizes`, in ascending order, that is at least `size`, or else of the last.

@@ -51,10 +51,6 @@ Weight::Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op) 
     if (powers && !nested) {
         TORCH_CHECK_VALUE(columns_ % packing[0] == 0, op, ": rows must be whole blocks of ", packing[0],
                           " values where scales are powers of two, found ", columns_, " columns");
-        TORCH_CHECK_NOT_IMPLEMENTED(
-            device.is_cpu(), op,
-            ": weights whose scales are powers of two (mxfp4) run on the CPU only, found ", device,
-            ". Move the model to the CPU, or quantize it to nf4");
         return;
     }
     if (!nested) {

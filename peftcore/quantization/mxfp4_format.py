@@ -52,8 +52,6 @@ def _quantize(weight: Tensor, blocksize: int, double_quant: bool) -> PackedWeigh
             f"mxfp4 needs rows that are multiples of {BLOCKSIZE} values, found a weight of shape "
             f"{list(weight.shape)}. Leave the layer dense: skip=[...]"
         )
-    if weight.device.type not in ("cpu", "meta"):
-        raise PeftcoreError(f"mxfp4 runs on the CPU only, found a weight on {weight.device}. Quantize to nf4")
     return ops.quantize_mxfp4(weight)
 
 

@@ -4,6 +4,8 @@ from ctypes import POINTER, Structure, byref, c_bool, c_float, c_int, c_int64, c
 
 import torch
 
+from peftcore.ops.weight import POWERS_OF_TWO
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -43,7 +45,7 @@ class WeightView(Structure):
             setattr(self, name, address(getattr(weight, name)))
         self.shift = weight.blocksize.bit_length() - 1
         self.nested_shift = weight.nested_blocksize.bit_length() - 1 if weight.double_quant else 0
-        self.scales = int(weight.double_quant)
+        self.scales = 2 if weight.nested_blocksize == POWERS_OF_TWO else int(weight.double_quant)
 
     def expert(self, library, index):
         """Return a view of one expert of a weight `[experts, out, in]`."""

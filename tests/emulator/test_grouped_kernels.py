@@ -51,7 +51,10 @@ class Case:
         values = normal(self.experts, *shape, seed=1)
         if self.packed:
             nested = self.packed == "nested"  # an expert is not a whole number of blocks of scales
-            self.weight = ops.quantize_4bit(values, blocksize=32, double_quant=nested, nested_blocksize=128)
+            if self.packed == "mxfp4":
+                self.weight = ops.quantize_mxfp4(values)
+            else:
+                self.weight = ops.quantize_4bit(values, blocksize=32, double_quant=nested, nested_blocksize=128)
             dense = ops.dequantize_4bit(self.weight, self.dtype)
         else:
             self.weight = dense = values.to(self.dtype)

@@ -232,13 +232,13 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
 
     const WeightView weight = expert_of(p.weight, rows.expert, p.groups.experts);
     const Source<T> input(p.wide, p.inner), dense(weight.dense, weight.columns);
-    Unpacker<Frozen> unpacker{weight, quant_map, nested_quant_map, 0, false, false, {}};
+    Unpacker<Frozen> unpacker{weight, quant_map, {weight.scales, nested_quant_map, 0}, false, {}};
     if constexpr (Shape::kPacked) {
-        unpacker.nested = weight.nested_absmax != nullptr;
         unpacker.vectors = weight.columns % 32 == 0 && is_aligned(weight.codes);
-        unpacker.nested_offset = unpacker.nested
-                                     ? quant4::load_codebooks<true>(weight, quant_map, nested_quant_map)
-                                     : quant4::load_codebooks<false>(weight, quant_map, nested_quant_map);
+        unpacker.scales.nested_offset =
+            weight.scales == ScaleKind::kNested
+                ? quant4::load_codebooks<ScaleKind::kNested>(weight, quant_map, nested_quant_map)
+                : quant4::load_codebooks<ScaleKind::kFloat>(weight, quant_map, nested_quant_map);
     }
     const auto position_of = [&](int64_t stage) -> Position {
         return Shape::kAcross ? Position{stage * kStage, column} : Position{column, stage * kStage};

@@ -12,7 +12,7 @@ namespace {
 static_assert(quant4::kThreads == kThreads, "");
 
 // kLanes: whether rows_tile takes the weight.
-template <typename T, int kTiles, bool kLanes, bool kNested>
+template <typename T, int kTiles, bool kLanes, ScaleKind kScales>
 __global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p, unsigned column_tiles) {
     const int64_t column = int64_t(blockIdx.x % column_tiles) * quant4::kRows;
     const Rows rows = rows_of_tile<8 * kTiles>(p.groups, blockIdx.x / column_tiles);
@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p, unsig
     }
     linear.y = out + rows.first * p.columns;
     if constexpr (kLanes)
-        quant4::rows_tile<T, 1, kTiles, kNested>(linear, column, quant4::ReadyBranch{linear});
+        quant4::rows_tile<T, 1, kTiles, kScales>(linear, column, quant4::ReadyBranch{linear});
     else
-        quant4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3, kNested>(linear, column);
+        quant4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3, kScales>(linear, column);
 }
 
 }  // namespace
@@ -50,13 +50,17 @@ extern "C" const char* peftcore_grouped_skinny(const peftcore::grouped::Product*
     return dispatch_16_bits(p.dtype, [&](auto type) {
         return dispatch_size<1, 2>(tiles, [&](auto size) {
             return dispatch_flag(quant4::in_lanes(p.weight), [&](auto lanes) {
-                return dispatch_flag(p.weight.nested_absmax != nullptr, [&](auto nested) {
+                return dispatch_scales(p.weight.scales, [&](auto scales) {
                     using T = typename decltype(type)::type;
                     constexpr int kTiles = decltype(size)::value;
-                    constexpr bool kLanes = decltype(lanes)::value, kNested = decltype(nested)::value;
-                    return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, kLanes, kNested>),
-                                           unsigned(blocks), grouped::kThreads, 0, stream, p,
-                                           unsigned(column_tiles));
+                    constexpr bool kLanes = decltype(lanes)::value;
+                    constexpr ScaleKind kScales = decltype(scales)::value;
+                    if constexpr (kLanes && !quant4::has_lanes(kScales))
+                        return "these scales have no lanes";
+                    else
+                        return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, kLanes, kScales>),
+                                               unsigned(blocks), grouped::kThreads, 0, stream, p,
+                                               unsigned(column_tiles));
                 });
             });
         });

@@ -37,9 +37,9 @@ struct Unpacker {
     static_assert(Tile::kRows * kPerRow % kThreads == 0, "");
 
     const WeightView& weight;
-    const float *quant_map, *nested_quant_map;
-    float nested_offset;
-    bool nested, vectors;  // 32 codes are in one row, 16-byte aligned, with one scale
+    const float* quant_map;
+    quant4::Scales scales;
+    bool vectors;  // 32 codes are in one row, 16-byte aligned, with one scale
     quant4::StoredScale scale[kUnits];
 
     __device__ Position position_of(int unit, const Position& position) const {
@@ -62,8 +62,7 @@ struct Unpacker {
             const Position at_unit = position_of(unit, position);
             if (!inside(at_unit)) continue;
             const int64_t block = (at_unit.row * weight.columns + at_unit.column) >> weight.shift;
-            scale[unit] = nested ? quant4::stored_scale<true>(weight, block)
-                                 : quant4::stored_scale<false>(weight, block);
+            scale[unit] = scales.stored(weight, block);
         }
     }
 
@@ -80,10 +79,7 @@ struct Unpacker {
             uint8_t* to = tile_unit(tile, unit);
             const Position at_unit = position_of(unit, position);
             const bool there = inside(at_unit);
-            const float factor = !there ? 0
-                                 : nested
-                                     ? quant4::scale_of<true>(scale[unit], nested_quant_map, nested_offset)
-                                     : quant4::scale_of<false>(scale[unit], nested_quant_map, nested_offset);
+            const float factor = there ? scales.of(scale[unit]) : 0;
             const uint2 bytes = *reinterpret_cast<const uint2*>(codes + i * 8);
             eight(to, bytes.x, factor, there);
             eight(to + 8 * sizeof(T), bytes.y, factor, there);
@@ -116,9 +112,7 @@ struct Unpacker {
                 const int64_t at = at_unit.row * weight.columns + at_unit.column + i,
                               block = at >> weight.shift;
                 const uint8_t byte = weight.codes[at / 2];
-                const float factor =
-                    nested ? quant4::block_scale<true>(weight, nested_quant_map, nested_offset, block)
-                           : quant4::block_scale<false>(weight, nested_quant_map, nested_offset, block);
+                const float factor = scales.of(scales.stored(weight, block));
                 value = quant_map[at % 2 ? byte & 15 : byte >> 4] * factor;
             }
             reinterpret_cast<T*>(to)[i] = from_float<T>(value);

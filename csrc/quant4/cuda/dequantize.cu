@@ -18,16 +18,16 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kTileBytes = 32 * 16;
 constexpr int kTileValues = kTileBytes * 2;
 
-template <typename T, bool kNested>
+template <typename T, ScaleKind kScales>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const WeightView weight, bool aligned, T* __restrict__ out) {
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
+    PEFTCORE_SHARED(float, nested_quant_map, [kScales == ScaleKind::kNested ? 256 : 1]);
     PEFTCORE_SHARED(uint8_t, staged, [kWarps][kTileBytes]);
     constexpr int kPerStore = 16 / sizeof(T);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const float offset = load_codebooks<kNested>(weight, quant_map, nested_quant_map);
+    const float offset = load_codebooks<kScales>(weight, quant_map, nested_quant_map);
     __syncthreads();
 
     const int64_t count = weight.rows * weight.columns, tiles = (count + kTileValues - 1) / kTileValues;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
             const int64_t last = first + kTileValues < count ? first + kTileValues : count;
             for (int64_t i = first + lane; i < last; i += 32) {
                 const uint8_t byte = weight.codes[i / 2];
-                const float scale = block_scale<kNested>(weight, nested_quant_map, offset, i >> weight.shift);
+                const float scale = block_scale<kScales>(weight, nested_quant_map, offset, i >> weight.shift);
                 out[i] = from_float<T>(quant_map[i % 2 ? byte & 15 : byte >> 4] * scale);
             }
             continue;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
             else
                 bytes = *reinterpret_cast<const uint16_t*>(&staged[warp][index / 2]);
             const float scale =
-                block_scale<kNested>(weight, nested_quant_map, offset, (first + index) >> weight.shift);
+                block_scale<kScales>(weight, nested_quant_map, offset, (first + index) >> weight.shift);
             union {
                 uint4 vector;
                 T items[kPerStore];
@@ -83,10 +83,10 @@ extern "C" const char* peftcore_quant4_dequantize(const peftcore::WeightView* we
     const int64_t wanted = peftcore::ceil_div(weight->numel(), int64_t(kTileValues) * kWarps);
     const unsigned blocks = unsigned(peftcore::least(wanted, peftcore::cuda_tuning().loop_blocks));
     return peftcore::dispatch_dtype(Dtype(dtype), [&](auto type) {
-        return peftcore::dispatch_flag(weight->nested_absmax != nullptr, [&](auto nested) {
+        return peftcore::dispatch_scales(weight->scales, [&](auto scales) {
             using T = typename decltype(type)::type;
-            constexpr bool kNested = decltype(nested)::value;
-            return PEFTCORE_LAUNCH((dequantize_kernel<T, kNested>), blocks, kThreads, 0, stream, *weight,
+            constexpr peftcore::ScaleKind kScales = decltype(scales)::value;
+            return PEFTCORE_LAUNCH((dequantize_kernel<T, kScales>), blocks, kThreads, 0, stream, *weight,
                                    vectors, static_cast<T*>(out));
         });
     });

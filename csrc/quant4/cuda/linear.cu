@@ -20,35 +20,35 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-template <typename T, int kTiles, int kStage, int kStages, bool kNested>
+template <typename T, int kTiles, int kStage, int kStages, ScaleKind kScales>
 __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) {
-    tensor_tile<T, kTiles, kStage, kStages, kNested>(p, int64_t(blockIdx.x) * kRows);
+    tensor_tile<T, kTiles, kStage, kStages, kScales>(p, int64_t(blockIdx.x) * kRows);
 }
 
-template <typename T, int kParts, bool kNested>
+template <typename T, int kParts, ScaleKind kScales>
 __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const LinearLaunch p) {
-    rows_tile<T, kParts, 1, kNested>(p, int64_t(blockIdx.x) * (16 / kParts), ReadyBranch{p});
+    rows_tile<T, kParts, 1, kScales>(p, int64_t(blockIdx.x) * (16 / kParts), ReadyBranch{p});
 }
 
-template <typename T, int kTiles, bool kNested>
+template <typename T, int kTiles, ScaleKind kScales>
 __global__ void __launch_bounds__(kPanelThreads, 1)
     panel_kernel(const LinearLaunch p, unsigned row_blocks, uint32_t split_columns) {
     const unsigned splits = gridDim.x / row_blocks, split = blockIdx.x % splits;  // the splits of a cluster
     const uint32_t begin = split * split_columns, columns = uint32_t(p.weight.columns);
-    panel_tile<T, kTiles, kNested>(p, int64_t(blockIdx.x / splits) * kPanelRows, begin,
+    panel_tile<T, kTiles, kScales>(p, int64_t(blockIdx.x / splits) * kPanelRows, begin,
                                    begin + split_columns < columns ? begin + split_columns : columns,
                                    int(split), int(splits));
 }
 
-template <typename T, int kVector, bool kNested>
+template <typename T, int kVector, ScaleKind kScales>
 __global__ void __launch_bounds__(kThreads) simple_kernel(const LinearLaunch p) {
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
-    const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
+    PEFTCORE_SHARED(float, nested_quant_map, [kScales == ScaleKind::kNested ? 256 : 1]);
+    const float offset = load_codebooks<kScales>(p.weight, quant_map, nested_quant_map);
     __syncthreads();
     const int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
     if (n < p.weight.rows)
-        simple_row<T, kVector, kNested>(p, quant_map, nested_quant_map, offset, n,
+        simple_row<T, kVector, kScales>(p, quant_map, nested_quant_map, offset, n,
                                         int(blockIdx.y) * kSimpleTile);
 }
 
@@ -72,10 +72,10 @@ PanelPlan panel_plan(const void* x, Dtype dtype, int batch, const WeightView& we
     return plan;
 }
 
-template <typename T, int kTiles, bool kNested>
+template <typename T, int kTiles, ScaleKind kScales>
 const char* launch_panel(LinearLaunch p, const PanelPlan& plan, Dtype dtype, void* stream) {
     constexpr int kBytes = panel_bytes<kTiles>();
-    constexpr auto kernel = panel_kernel<T, kTiles, kNested>;
+    constexpr auto kernel = panel_kernel<T, kTiles, kScales>;
     if (const char* error = PEFTCORE_ALLOW_SHARED(kernel, kBytes)) return error;
     const unsigned blocks = plan.row_blocks * plan.splits;
     p.clusters = (plan.splits == 2 || plan.splits == 4 || plan.splits == 8) &&
@@ -91,25 +91,25 @@ const char* launch_panel(LinearLaunch p, const PanelPlan& plan, Dtype dtype, voi
     return peftcore_sum(p.partial, plan.splits, p.batch * p.weight.rows, 1, p.y, int(dtype), stream);
 }
 
-template <typename T, bool kNested>
+template <typename T, ScaleKind kScales>
 const char* launch_simple(const LinearLaunch& p, void* stream) {
     const dim3 grid(unsigned(ceil_div(p.weight.rows, kWarps)), unsigned(ceil_div(p.batch, kSimpleTile)));
     return dispatch_flag(in_vectors(p.x, 4 * sizeof(T), 4, p.weight), [&](auto vectors) {
         constexpr int kVector = decltype(vectors)::value ? 4 : 1;
-        return PEFTCORE_LAUNCH((simple_kernel<T, kVector, kNested>), grid, kThreads, 0, stream, p);
+        return PEFTCORE_LAUNCH((simple_kernel<T, kVector, kScales>), grid, kThreads, 0, stream, p);
     });
 }
 
-template <typename T, bool kNested>
+template <typename T, ScaleKind kScales>
 const char* launch_rows(const LinearLaunch& p, void* stream) {
     return dispatch_flag(p.batch <= 4, [&](auto halves) {
         constexpr int kParts = decltype(halves)::value ? 2 : 1;
         const unsigned blocks = unsigned(ceil_div(p.weight.rows, kRows / kParts));
-        return PEFTCORE_LAUNCH((rows_kernel<T, kParts, kNested>), blocks, kThreads, 0, stream, p);
+        return PEFTCORE_LAUNCH((rows_kernel<T, kParts, kScales>), blocks, kThreads, 0, stream, p);
     });
 }
 
-template <typename T, bool kNested>
+template <typename T, ScaleKind kScales>
 const char* launch_tensor(const LinearLaunch& p, void* stream) {
     const unsigned blocks = unsigned(ceil_div(p.weight.rows, kRows));
     return dispatch_size<1, 2, 3, 4, 8>(ceil_div(p.batch, 8), [&](auto tiles) {
@@ -117,7 +117,7 @@ const char* launch_tensor(const LinearLaunch& p, void* stream) {
         // As many stages as fit in 48 KiB of shared memory.
         constexpr int kStage = kTiles < 4 ? 64 : 32;
         constexpr int kStages = kTiles == 1 ? 4 : kTiles == 3 || kTiles == 8 ? 2 : 3;
-        return PEFTCORE_LAUNCH((tensor_kernel<T, kTiles, kStage, kStages, kNested>), blocks, kThreads, 0,
+        return PEFTCORE_LAUNCH((tensor_kernel<T, kTiles, kStage, kStages, kScales>), blocks, kThreads, 0,
                                stream, p);
     });
 }
@@ -144,20 +144,22 @@ extern "C" const char* peftcore_quant4_linear(const void* x, int dtype, int batc
     const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial, nullptr, false};
     const PanelPlan plan = panel_plan(x, Dtype(dtype), batch, *weight);
     return dispatch_dtype(Dtype(dtype), [&](auto type) {
-        return dispatch_flag(weight->nested_absmax != nullptr, [&](auto nested) {
+        return dispatch_scales(weight->scales, [&](auto scales) {
             using T = typename decltype(type)::type;
-            constexpr bool kNested = decltype(nested)::value;
+            constexpr ScaleKind kScales = decltype(scales)::value;
             if constexpr (sizeof(T) == 2) {
-                if (plan.splits > 0)
-                    return dispatch_size<2, 4, 8>(ceil_div(batch, 8), [&](auto tiles) {
-                        return launch_panel<T, decltype(tiles)::value, kNested>(p, plan, Dtype(dtype),
-                                                                                stream);
-                    });
-                if (in_pieces(x, *weight))
-                    return batch <= 8 && in_lanes(*weight) ? launch_rows<T, kNested>(p, stream)
-                                                           : launch_tensor<T, kNested>(p, stream);
+                if constexpr (has_lanes(kScales)) {
+                    if (plan.splits > 0)
+                        return dispatch_size<2, 4, 8>(ceil_div(batch, 8), [&](auto tiles) {
+                            return launch_panel<T, decltype(tiles)::value, kScales>(p, plan, Dtype(dtype),
+                                                                                    stream);
+                        });
+                    if (batch <= 8 && in_pieces(x, *weight) && in_lanes(*weight))
+                        return launch_rows<T, kScales>(p, stream);
+                }
+                if (in_pieces(x, *weight)) return launch_tensor<T, kScales>(p, stream);
             }
-            return launch_simple<T, kNested>(p, stream);
+            return launch_simple<T, kScales>(p, stream);
         });
     });
 }

@@ -64,13 +64,13 @@ __device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int spl
 }
 
 // Rows of W from `first_row` on, columns [begin, end). kTiles: of 8 rows of x. The first split adds b and s Fᵀ.
-template <typename T, int kTiles, bool kNested>
+template <typename T, int kTiles, ScaleKind kScales>
 __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t begin, uint32_t end, int split,
                            int splits) {
     using XStage = uint4[kTiles * 8][kStagePieces];
     using Sums = float[kSlices][kTiles * 8][kPanelRows + 1];
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
+    PEFTCORE_SHARED(float, nested_quant_map, [kScales == ScaleKind::kNested ? 256 : 1]);
     PEFTCORE_DYNAMIC_SHARED(memory);
     XStage* stages = reinterpret_cast<XStage*>(memory);
 
@@ -114,12 +114,12 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
     const auto fetch_scales = [&](uint32_t k) {
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-            scale_ahead[r] = stored_scale<kNested>(p.weight, block_at(r, k) >> (p.weight.shift - 6));
+            scale_ahead[r] = stored_scale<kScales>(p.weight, block_at(r, k) >> (p.weight.shift - 6));
     };
     const int stage_count = 2 * int(ceil_div(end - begin, kPanelStep));
     fetch_x(0);
     fetch_x(1);
-    const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
+    const float offset = load_codebooks<kScales>(p.weight, quant_map, nested_quant_map);
 
     float d[2][kTiles][4] = {};
     if (split == 0)
@@ -135,7 +135,7 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         float scale[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            scale[r] = scale_of<kNested>(scale_ahead[r], nested_quant_map, offset);
+            scale[r] = scale_of<kScales>(scale_ahead[r], nested_quant_map, offset);
             if (lane_column + next - kPanelStep >= end) scale[r] = 0;
         }
         fetch_scales(next);

@@ -84,12 +84,12 @@ struct ReadyBranch {
 
 // Rows of W from `first_row` on. kTiles: tiles of 8 / kParts rows of x. `branch`: s and F, further work of the block
 // while its first codes are loaded, and how it waits for an s that is computed meanwhile (lora/cuda/one_launch.cu).
-template <typename T, int kParts, int kTiles, bool kNested, typename Branch>
+template <typename T, int kParts, int kTiles, ScaleKind kScales, typename Branch>
 __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch& branch) {
     constexpr int kTileRows = 16 / kParts, kBatch = 8 / kParts;  // rows of W, and of x in a tile
     constexpr int kPartColumns = 4 * kLaneColumns, kStep = kWarps * kParts * kPartColumns;
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
+    PEFTCORE_SHARED(float, nested_quant_map, [kScales == ScaleKind::kNested ? 256 : 1]);
     PEFTCORE_SHARED(float, sums, [kWarps * kParts][kTiles * kBatch][kTileRows + 1]);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -128,13 +128,13 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const uint32_t block = (row_block[r] + place(r, k) / kLaneColumns) >> (p.weight.shift - 6);
-            scale_ahead[r] = stored_scale<kNested>(p.weight, block);
+            scale_ahead[r] = stored_scale<kScales>(p.weight, block);
         }
     };
     fetch_codes(0, 0);
     fetch_codes(1, 0);
     fetch_scales(0);
-    const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
+    const float offset = load_codebooks<kScales>(p.weight, quant_map, nested_quant_map);
     branch.begin();
 
     // s Fᵀ: a warp has every kWarps-th rank; with two parts a lane every second of those.
@@ -163,7 +163,7 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
         float scale[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            scale[r] = scale_of<kNested>(scale_ahead[r], nested_quant_map, offset);
+            scale[r] = scale_of<kScales>(scale_ahead[r], nested_quant_map, offset);
             if (!kWhole && column[r] + k >= columns) scale[r] = 0;
         }
         fetch_scales(k + kStep);
@@ -213,8 +213,12 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
     }
 }
 
+// Whether blocks with such scales can have 64 values: MXFP4's have 32.
+constexpr bool has_lanes(ScaleKind scales) { return scales != ScaleKind::kPowerOfTwo; }
+
 // Whether rows_tile takes this weight: whole blocks of 64, on 16 bytes, and numbers of 32 bits for them.
 inline bool in_lanes(const WeightView& weight) {
+    if (!has_lanes(weight.scales)) return false;
     const int64_t blocks = weight.first_block + weight.numel() / kLaneColumns;
     return weight.columns % kLaneColumns == 0 && weight.shift >= 6 && blocks <= INT32_MAX &&
            weight.columns <= INT32_MAX / 2;

@@ -45,7 +45,7 @@ __device__ __forceinline__ void load_x(const T* from, float (&values)[kVector]) 
 }
 
 // Row `n` of W, rows of x from `first` on.
-template <typename T, int kVector, bool kNested>
+template <typename T, int kVector, ScaleKind kScales>
 __device__ __forceinline__ void simple_row(const LinearLaunch& p, const float* quant_map,
                                            const float* nested_quant_map, float offset, int64_t n,
                                            int first) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ void simple_row(const LinearLaunch& p, const float* q
             const int64_t k = step * kStep + part * 32 * kVector + code - before;
             if (k < 0 || k >= columns) continue;
             const float scale =
-                block_scale<kNested>(p.weight, nested_quant_map, offset, (row + k) >> p.weight.shift);
+                block_scale<kScales>(p.weight, nested_quant_map, offset, (row + k) >> p.weight.shift);
             float w[kVector], values[kVector];
 #pragma unroll
             for (int i = 0; i < kVector; ++i)  // the even code is in the high half of a byte

@@ -18,8 +18,11 @@ float value_at(const WeightView& weight, int64_t i) {
     return weight.quant_map[i % 2 == 0 ? byte >> 4 : byte & 15] * block_scale(weight, i >> weight.shift);
 }
 
+// Values of a row that are unpacked with one scale.
+int64_t values_of_scale(const WeightView& weight) { return least(int64_t(1) << weight.shift, kTileBlock); }
+
 // Columns that start within a byte, or blocks that end within a register.
-bool any_shape(const WeightView& weight) { return !has_tile_blocks(weight); }
+bool any_shape(const WeightView& weight) { return weight.columns % values_of_scale(weight) != 0; }
 
 // Columns k on of 8 rows, `count` bytes of each (at most 32), as vectors of one 32-bit word of all rows.
 inline void load_words(const uint8_t* const (&packed)[kRows], int64_t k, int64_t count,
@@ -42,6 +45,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
                        int64_t stride, uint32_t* out) {
     const WeightView& weight = *static_cast<const WeightView*>(source);
     const __m256 low = _mm256_loadu_ps(weight.quant_map), high = _mm256_loadu_ps(weight.quant_map + 8);
+    const int64_t step = values_of_scale(weight);
     for (int64_t begin = 0; begin < tiles * kTileColumns; begin += kRows) {
         const int64_t row = column + begin;
         if (row >= weight.rows) return;
@@ -58,7 +62,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
             continue;
         }
         for (int64_t k = first; k < last;) {
-            const int64_t end = least(last, (k / kTileBlock + 1) * kTileBlock);
+            const int64_t end = least(last, (k / step + 1) * step);
             alignas(32) float scales[kRows];
             for (int r = 0; r < kRows; ++r)
                 scales[r] = block_scale(weight, (its_row[r] * weight.columns + k) >> weight.shift);
