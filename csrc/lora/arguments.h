@@ -66,18 +66,22 @@ inline void check_adapters(const Tensor& x, at::TensorList a, at::TensorList b, 
                       "], one for each sample of x, found ", index.sizes());
 }
 
-inline Dropout dropout_of(double p, const std::optional<Tensor>& seed, const char* op) {
+// `device`: of kernels that read a seed on it; without one the seed is on the CPU.
+inline Dropout dropout_of(double p, const std::optional<Tensor>& seed, const char* op,
+                          const std::optional<c10::Device>& device = {}) {
     TORCH_CHECK_VALUE(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), found ", p);
     TORCH_CHECK_VALUE(seed.has_value() || p == 0, op, ": dropout_p=", p, " needs a seed, found none");
     Dropout dropout;
     if (!seed.has_value()) return dropout;
-    check_tensor(*seed, at::kLong, at::kCPU, op, "seed");
+    TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, op, ": seed must be ", at::kLong, ", found ",
+                     seed->scalar_type());
+    const bool in_kernels = device.has_value() && seed->device() == *device;
+    TORCH_CHECK_VALUE(in_kernels || seed->device().is_cpu(), op, ": seed must be on cpu",
+                      device.has_value() ? " or " + device->str() : "", ", found ", seed->device());
     TORCH_CHECK_VALUE(seed->numel() == 1, op, ": seed must hold 1 element, found ", seed->numel());
-    const uint64_t key = uint64_t(*seed->const_data_ptr<int64_t>());
     dropout.threshold = uint32_t(std::min(std::nearbyint(p * 65536), 65535.0));
-    dropout.key0 = uint32_t(key);
-    dropout.key1 = uint32_t(key >> 32);
-    return dropout;
+    dropout.seed = seed->const_data_ptr<int64_t>();
+    return in_kernels ? dropout : with_key(dropout);
 }
 
 // c, which carries the scale and what dropout keeps.

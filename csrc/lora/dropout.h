@@ -14,7 +14,19 @@ namespace lora {
 struct Dropout {
     uint32_t threshold = 0;  // of 65536; 0 keeps all
     uint32_t key0 = 0, key1 = 0;
+    const int64_t* seed =
+        nullptr;  // in the device's memory, where kernels read the key; nullptr: it is known
 };
+
+// The mask with its key, read from the device's memory if the seed is there: once, where a kernel begins.
+static PEFTCORE_HD Dropout with_key(Dropout dropout) {
+    if (dropout.seed == nullptr) return dropout;
+    const uint64_t key = uint64_t(*dropout.seed);
+    dropout.key0 = uint32_t(key);
+    dropout.key1 = uint32_t(key >> 32);
+    dropout.seed = nullptr;
+    return dropout;
+}
 
 constexpr int kColumnsPerCounter = 8;
 

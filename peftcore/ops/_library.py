@@ -85,8 +85,8 @@ class Call(Protocol):
 def define_by(schema: str, call: type[Call]) -> None:
     """Define an operator whose reference and shape rule come from one class, with the same arguments and checks.
 
-    An operator with a `seed`, which is the host's, is also defined as `NAME_seeded`, which a compiled model calls if
-    there is a seed: without one, the operator may be in a CUDA graph.
+    An operator with a `seed` is also defined as `NAME_seeded`, which a compiled model calls if the seed is on the CPU:
+    without one, or with one on the card, the operator may be in a CUDA graph.
     """
 
     def reference(*args: Any, **kwargs: Any) -> Any:
@@ -109,8 +109,8 @@ def define_by(schema: str, call: type[Call]) -> None:
 
 
 def operator_for(name: str, seed: torch.Tensor | None) -> Any:
-    """Return the operator `name` for a call with this seed: in a compiled model, the one outside CUDA graphs."""
-    seeded = seed is not None and torch.compiler.is_compiling()
+    """Return the operator `name` for a call with this seed: a compiled model keeps the CPU's out of CUDA graphs."""
+    seeded = seed is not None and seed.device.type == "cpu" and torch.compiler.is_compiling()
     return getattr(torch.ops.peftcore, f"{name}_seeded" if seeded else name)
 
 

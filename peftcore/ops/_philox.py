@@ -13,12 +13,12 @@ from torch import Tensor
 LOW = 0xFFFFFFFF
 
 
-def philox(counter: Sequence[Tensor], key: int, rounds: int) -> Tensor:
+def philox(counter: Sequence[Tensor], key: int | Tensor, rounds: int) -> Tensor:
     """Return the words of many counters, each as eight 16-bit numbers, the low half of a word first.
 
     Args:
         counter: four int64 tensors of one shape with the counters' 32-bit words.
-        key: of 64 bits.
+        key: of 64 bits; a tensor is not read by the host.
         rounds: 7, the fewest that pass BigCrush, or 10, the authors' own choice.
 
     Returns:

@@ -27,7 +27,9 @@ def keep_mask(rows: int, columns: int, p: float, seed: int | Tensor, device: tor
     row = torch.arange(rows, device=device).view(-1, 1)
     column = torch.arange(-(-columns // 8), device=device).expand(rows, -1)
     counter = (column, (row & LOW).expand_as(column), (row >> 32).expand_as(column), torch.zeros_like(column))
-    numbers = philox(counter, int(seed), rounds=7).flatten(1)
+    if isinstance(seed, Tensor):  # a scalar on the CPU may be combined with tensors of any device
+        seed = (seed if seed.device.type == "cpu" else seed.to(device)).view(())
+    numbers = philox(counter, seed, rounds=7).flatten(1)
     return numbers[:, :columns] >= threshold(p)
 
 
@@ -50,14 +52,26 @@ def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
         if seed.dtype != torch.int64:
             raise TypeError(f"{op}: seed must be torch.int64, found {seed.dtype}")
         value(seed.numel() == 1, op, f"seed must hold 1 element, found {seed.numel()}")
-        place = seed.device.type
-        value(place == "cpu" or (x.is_meta and place == "meta"), op, f"seed must be on cpu, found {seed.device}")
+        places = dict.fromkeys(("cpu", str(x.device)))
+        value(str(seed.device) in places, op, f"seed must be on {' or '.join(places)}, found {seed.device}")
 
 
-def refuse_capture(x: Tensor) -> None:
-    """Refuse a CUDA graph, which would keep the host's seed and drop the same elements at every replay."""
-    if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+def new_seed(x: Tensor) -> Tensor:
+    """Return a seed from PyTorch's generator.
+
+    It is drawn on the CPU, or on x's card where a CUDA graph may repeat the call, in a compiled model or during a
+    capture: each replay draws another seed there, and kernels read it from the card's memory.
+    """
+    repeated = x.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+    return torch.randint(2**63 - 1, (), device=x.device if repeated else "cpu")
+
+
+def refuse_capture(x: Tensor, seed: Tensor) -> None:
+    """Refuse a seed on the CPU in a CUDA graph, which would drop the same elements at every replay."""
+    if not x.is_cuda or seed.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "lora_linear: dropout cannot be captured in a CUDA graph, every replay of which would drop the same "
-            "elements. Set dropout to 0, or leave the step outside the graph"
+            "lora_linear: dropout with a seed on the CPU cannot be captured in a CUDA graph, whose replays would all "
+            f"drop the same elements. Pass a seed on {x.device}, or none: it is then drawn there"
         )

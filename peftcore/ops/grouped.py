@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops._library import operator_for
-from peftcore.ops.dropout import refuse_capture
+from peftcore.ops.dropout import new_seed, refuse_capture
 from peftcore.ops.grouped_operators import GroupedLinear, GroupedLinearBackward, expert_of_rows
 from peftcore.ops.lora import wide
 from peftcore.ops.weight import PackedWeight, frozen_operands
@@ -114,8 +114,9 @@ def grouped_lora_linear(
     if not dropout_p:
         seed = None
     elif seed is None:
-        refuse_capture(x)
-        seed = torch.randint(2**63 - 1, (), device="cpu")
+        seed = new_seed(x)
+    else:
+        refuse_capture(x, seed)
     return _grouped(x, offsets, weight, bias, (a, b), transposed, scale, dropout_p, seed)
 
 

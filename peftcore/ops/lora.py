@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define_by, operator_for, transformed, unviewed
-from peftcore.ops.dropout import check_dropout, dropped, factor, refuse_capture
+from peftcore.ops.dropout import check_dropout, dropped, factor, new_seed, refuse_capture
 from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
 
@@ -255,8 +255,9 @@ def lora_linear(
         a, b: `[r, in]` and `[out, r]` in floating point of 16, 32 or 64 bits, used as fp32 (as float64 for
             such an x); their gradients have their own.
         dropout_p: probability with which an element of x is dropped before A, to a multiple of 1/65536.
-        seed: int64 `[]` on CPU, which determines the elements (see `keep_mask`). If there is dropout, the default is
-            drawn from PyTorch's generator, so that `torch.manual_seed` and checkpointing work.
+        seed: int64 `[]` on CPU or x's device, which determines the elements (see `keep_mask`). If there is dropout, the
+            default is drawn from PyTorch's generator, so that `torch.manual_seed` and checkpointing work; each replay
+            of a CUDA graph draws another one.
 
     Returns:
         `[..., out]` in x's dtype (under autocast in its dtype), with gradients for x, bias, a and b.
@@ -274,8 +275,9 @@ def lora_linear(
     if not dropout_p:
         seed = None
     elif seed is None:
-        refuse_capture(x)
-        seed = torch.randint(2**63 - 1, (), device="cpu")
+        seed = new_seed(x)
+    else:
+        refuse_capture(x, seed)
     if torch.is_grad_enabled() and (
         a.requires_grad or x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
     ):

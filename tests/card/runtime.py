@@ -13,6 +13,7 @@ from card.checks import check, frozen, same
 from card.streams import captured, new_stream
 from card.table import Place, Skip, cases
 from peftcore import ops, optim
+from peftcore.ops import keep_mask
 
 OUT, WIDTH = 640, 2048
 
@@ -82,6 +83,19 @@ def entropy(place: Place, rows: int, kind: str) -> Call:
     return Call(logits, run)
 
 
+def norms(place: Place, rows: int, kind: str) -> Call:
+    x, other = (place.normal(rows, WIDTH, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    weight = place.normal(WIDTH, seed=3, dtype=torch.bfloat16)
+
+    def run() -> list[Tensor]:
+        y, scale = torch.ops.peftcore.rms_norm(x, weight, 1e-5, 0.0, True)
+        gradients = torch.ops.peftcore.rms_norm_backward(other, x, weight, scale, 0.0, True, [True, True])
+        product = torch.ops.peftcore.gated(x, other, 1.0, 0.0)
+        return [y, *gradients, product, *torch.ops.peftcore.gated_backward(y, x, other, 1.0, 0.0)]
+
+    return Call(x, run)
+
+
 CALLS: dict[str, Callable[[Place], Call]] = {
     "one_launch": lambda place: lora(place, 1, "nested"),
     "split_columns": lambda place: lora(place, 16, "nested"),
@@ -94,6 +108,7 @@ CALLS: dict[str, Callable[[Place], Call]] = {
     "experts_dense": lambda place: experts(place, 512, "dense"),
     "four_bits": lambda place: four_bits(place, 64, "nf4"),
     "entropy": lambda place: entropy(place, 64, "plain"),
+    "norms": lambda place: norms(place, 600, "llama"),
 }
 
 
@@ -117,6 +132,11 @@ LAUNCHED = (
     "product_kernel",
     "skinny_kernel",
     "cross_entropy_kernel",
+    "rms_norm_kernel",
+    "rms_norm_dx_kernel",
+    "rms_norm_dweight_kernel",
+    "gated_kernel",
+    "gated_backward_kernel",
 )
 
 
@@ -249,21 +269,77 @@ def autocast(place: Place, rows: int) -> str:
     return check(gradients[2], thin.sum(0).expand(72, -1), magnitude, what="dB")
 
 
-@cases()
-def dropout_under_capture_is_refused(place: Place) -> None:
-    """A graph would drop the same elements at every replay."""
-    weight, _ = frozen(place, (72, 320), "nested", torch.bfloat16)
-    x, a, b = (
-        place.normal(4, 320, seed=1, dtype=torch.bfloat16),
-        place.normal(8, 320, seed=3),
-        place.normal(72, 8, seed=5),
+def _ones(place: Place, width: int = 320) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x, W, A and B of a layer that adds the elements of x that dropout keeps."""
+    eye = torch.eye(width, device=place.device)
+    x, weight = (
+        torch.full(shape, value, device=place.device, dtype=torch.bfloat16)
+        for shape, value in (((4, width), 1.0), ((width, width), 0.0))
     )
+    return x, weight, eye, eye
+
+
+@cases()
+def dropout_of_replays(place: Place) -> str:
+    """Each replay of a captured call with dropout draws other elements, and drops as many as an ordinary call."""
+    x, weight, a, b = _ones(place)
+    graph, (y,) = captured(lambda: [ops.lora_linear(x, weight, None, a, b, 1.0, 0.5)])
+    masks = []
+    for _ in range(4):
+        graph.replay()
+        torch.cuda.synchronize()
+        masks.append(y.ne(0))
+    for index, mask in enumerate(masks):
+        share = float(mask.float().mean())
+        assert 0.4 < share < 0.6, f"replay {index} kept {share:.0%} of the elements, expected 50%"
+        assert not any(torch.equal(mask, other) for other in masks[:index]), "two replays dropped the same elements"
+    seed = torch.tensor(5, device=place.device)
+    graph, (y,) = captured(lambda: [ops.lora_linear(x, weight, None, a, b, 1.0, 0.5, seed)])
+    for number in (5, -7):
+        seed.fill_(number)
+        graph.replay()
+        torch.cuda.synchronize()
+        same(y.ne(0), keep_mask(*x.shape, 0.5, number, place.device), f"mask of seed {number}")
+    return "6 replays"
+
+
+@cases()
+def dropout_of_cudagraph_trees(place: Place) -> str:
+    """Under `torch.compile(mode="reduce-overhead")` dropout differs from step to step, forward as backward."""
+    x, weight, a, b = _ones(place)
+    x.requires_grad_()
     try:
-        captured(lambda: [ops.lora_linear(x, weight, None, a, b, 1.5, 0.1)])
+        compiled = torch.compile(
+            lambda x: ops.lora_linear(x, weight, None, a, b, 1.0, 0.5) * 2, mode="reduce-overhead", fullgraph=True
+        )
+        compiled(x)
+    except (ImportError, torch._dynamo.exc.TorchDynamoException) as error:
+        if "triton" in str(error).lower():
+            raise Skip(f"torch.compile does not run here: {type(error).__name__}") from None
+        raise
+    masks: list[Tensor] = []
+    for step in range(6):
+        torch.compiler.cudagraph_mark_step_begin()
+        y = compiled(x)
+        mask = y.detach().ne(0)
+        (dx,) = torch.autograd.grad(y.float().sum(), x)
+        same(dx.ne(0), mask, f"mask of step {step} backward")
+        assert not any(torch.equal(mask, other) for other in masks), f"step {step} dropped what another one did"
+        masks.append(mask)
+    return "6 steps"
+
+
+@cases()
+def a_seed_of_the_cpu_is_not_captured(place: Place) -> None:
+    """A graph would drop the same elements at every replay."""
+    x, weight, a, b = _ones(place)
+    seed = torch.tensor(5)
+    try:
+        captured(lambda: [ops.lora_linear(x, weight, None, a, b, 1.5, 0.1, seed)])
     except RuntimeError as error:
         assert "cannot be captured" in str(error), f"another error: {error}"
     else:
-        raise AssertionError("dropout was captured in a graph")
+        raise AssertionError("dropout with a seed on the CPU was captured in a graph")
 
 
 @cases()

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from emulator import building
+from emulator import building, products
 from emulator.building import FLAGS, HERE, ROOT, SIMD, compile_emulated
 
 SANITIZE = " -fsanitize=address,undefined -fno-sanitize-recover=undefined"
@@ -76,6 +76,14 @@ def emulated_library():
 @pytest.fixture(scope="session")
 def emulated(emulated_library):
     return Emulated(emulated_library)
+
+
+@pytest.fixture(params=["known", "read by the kernel"])
+def seed(request, monkeypatch):
+    """Let launches know dropout's seed, or read it from memory; return the tensor."""
+    in_memory = torch.tensor(products.SEED)
+    monkeypatch.setattr(products, "SEED_IN_MEMORY", None if request.param == "known" else in_memory)
+    return in_memory
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from emulator.structs import Dropout
 from peftcore.ops.dropout import keep_mask, threshold
 
 SEED = 0x123456789ABCDEF0  # of dropout
+SEED_IN_MEMORY = None  # a tensor that kernels read, in tests of that
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -18,6 +19,8 @@ def kept(x, p):
 
 
 def dropout(p):
+    if SEED_IN_MEMORY is not None:
+        return Dropout(threshold(p), 0, 0, SEED_IN_MEMORY.data_ptr())
     return Dropout(threshold(p), SEED & 0xFFFFFFFF, SEED >> 32)
 
 

@@ -224,6 +224,7 @@ def test_offsets_that_do_not_rise_are_nan_and_lead_nowhere(kernels, ends, packed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("seed")
 def test_dropout_has_the_bits_of_the_mask_of_all_rows(kernels, dtype):
     p, counts = 0.3, (5, 0, 28)
     mask, offsets = keep_mask(33, 72, p, SEED), offsets_of(counts)

@@ -242,6 +242,7 @@ def test_linear_with_lora_in_fp32(kernels):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [40, 43])
+@pytest.mark.usefixtures("seed")
 def test_dropout_has_the_bits_of_the_mask(kernels, dtype, columns):
     p, ones = 0.3, torch.ones(33, columns, dtype=dtype)
     mask = keep_mask(33, columns, p, SEED)
@@ -253,6 +254,26 @@ def test_dropout_has_the_bits_of_the_mask(kernels, dtype, columns):
     found = kernels.up(torch.ones(33, 1), [torch.ones(columns, 1)], out, p=p, add=False)
     assert torch.equal(found[0] == 1, mask)
     assert torch.equal(kernels.reduce(ones, torch.eye(33), dtype, p).T == 1, mask)
+
+
+@pytest.mark.parametrize("seed", ["read by the kernel"], indirect=True)
+def test_a_launch_that_is_repeated_reads_the_seed_that_is_there_now(kernels, seed):
+    """As a CUDA graph repeats it, with the arguments of its capture."""
+    p, ones = 0.3, torch.ones(33, 40, dtype=torch.half)
+    calls = (
+        lambda: kernels.drop(ones, p),
+        lambda: kernels.down(ones[None], [torch.eye(40)], [1.0], p=p),
+        lambda: kernels.down(ones[None, :1], [torch.eye(40)], [1.0], p=p),  # of few rows
+        lambda: kernels.up(torch.ones(33, 1), [torch.ones(40, 1)], ones[None], p=p, add=False)[0],
+        lambda: kernels.reduce(ones, torch.eye(33), torch.half, p).T,
+    )
+    for value in (5, -(2**62) - 1):
+        seed.fill_(value)
+        mask = keep_mask(33, 40, p, seed)
+        assert torch.equal(mask, keep_mask(33, 40, p, value))
+        for call in calls:
+            found = call()
+            assert torch.equal(found == 1, mask[: len(found)])
 
 
 def test_dropout_at_its_threshold(kernels):

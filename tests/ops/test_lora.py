@@ -6,11 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import LEVELS, at_level
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from peftcore import ops
 from peftcore.ops import keep_mask, lora_linear, lora_linear_per_sample
+from peftcore.ops._library import operator_for
+from peftcore.ops.dropout import new_seed
 from peftcore.ops.lora import LoraLinear, LoraLinearBackward
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -486,23 +489,35 @@ def test_an_index_that_does_not_fit(index, error, message):
         lora_linear_per_sample(given["x"], given["weight"], None, [given["a"]], [given["b"]], [1.0], index)
 
 
-def test_dropout_refuses_to_be_captured_in_a_cuda_graph(monkeypatch):
+def test_a_seed_on_the_cpu_is_not_captured_in_a_cuda_graph(monkeypatch):
     """Whose replays would drop the same elements. No card is needed to ask: the tensors are fake."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode():
         x, w = torch.empty(4, 16, device="cuda"), torch.empty(8, 16, device="cuda")
         a, b = torch.empty(2, 16, device="cuda"), torch.empty(8, 2, device="cuda")
         assert lora_linear(x, w, None, a, b).shape == (4, 8)
-        with pytest.raises(RuntimeError, match="dropout cannot be captured in a CUDA graph"):
-            lora_linear(x, w, None, a, b, dropout_p=0.5)
+        with pytest.raises(RuntimeError, match="seed on the CPU cannot be captured in a CUDA graph"):
+            lora_linear(x, w, None, a, b, dropout_p=0.5, seed=SEED)
+        assert lora_linear(x, w, None, a, b, dropout_p=0.5, seed=torch.tensor(1, device="cuda")).shape == (4, 8)
+        assert new_seed(x).device == x.device
+        assert lora_linear(x, w, None, a, b, dropout_p=0.5).shape == (4, 8)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert new_seed(x).device.type == "cpu"
         assert lora_linear(x, w, None, a, b, dropout_p=0.5).shape == (4, 8)
 
 
-def test_the_seed_is_drawn_on_the_cpu_whatever_the_default_device():
-    x, w, a, b = values((4, 16)), values((8, 16)), values((2, 16)), values((8, 2))
-    torch.manual_seed(3)
-    expected = lora_linear(x, w, None, a, b, dropout_p=0.5)
-    torch.manual_seed(3)
-    with torch.device("meta"):
-        assert torch.equal(lora_linear(x, w, None, a, b, dropout_p=0.5), expected)
+def test_a_graph_of_a_card_draws_its_seed_there(monkeypatch):
+    """A compiled model has no number of the host in it, and nothing stays out of CUDA graphs. The card is fake."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FakeTensorMode(), torch.no_grad():
+        x, w, a, b = (torch.empty(*shape, device="cuda") for shape in ((4, 16), (8, 16), (2, 16), (8, 2)))
+        traced = make_fx(lambda x, w, a, b: lora_linear(x, w, None, a, b, dropout_p=0.5))(x, w, a, b)
+        nodes = [n for n in traced.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    (drawn,) = (n for n in nodes if n.target.name().startswith("aten::randint"))
+    (ours,) = (n for n in nodes if n.target.namespace == "peftcore")
+    assert ours.target is torch.ops.peftcore.lora_linear.default and drawn in ours.args
+    assert drawn.kwargs["device"].type == "cuda"
+    assert not any(torch.Tag.cudagraph_unsafe in n.target.tags or "local_scalar" in str(n.target) for n in nodes)
+    seed = torch.tensor(1)
+    assert operator_for("lora_linear_backward", seed) is torch.ops.peftcore.lora_linear_backward_seeded
+    assert operator_for("lora_linear_backward", drawn.meta["val"]) is torch.ops.peftcore.lora_linear_backward

@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
     const c10::DeviceGuard guard(x.device());
     const Weight weight = contiguous_weight(tensors, packing, op);
     const Sizes sizes = check_grouped(x, offsets, weight, bias, factors, transposed, op);
-    const Dropout dropout = lora::dropout_of(dropout_p, seed, op);
+    const Dropout dropout = lora::dropout_of(dropout_p, seed, op, x.device());
     const Tensor rows = x.contiguous(), added = contiguous(bias);
     const Call call(offsets, rows, op);
     const Tensor y = at::empty({rows.size(0), sizes.out}, x.options());
@@ -140,7 +140,8 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
     const c10::DeviceGuard guard(grad.device());
     const Weight weight = contiguous_weight(tensors, packing, op);
     const Sizes sizes = check_grouped_backward(grad, x, offsets, weight, factors, transposed, seed, op);
-    const Dropout dropout = factors.empty() ? Dropout{} : lora::dropout_of(dropout_p, seed, op);
+    const Dropout dropout =
+        factors.empty() ? Dropout{} : lora::dropout_of(dropout_p, seed, op, grad.device());
     const Tensor rows = grad.contiguous();
     const Call call(offsets, rows, op);
     const auto [dx, da, db] = empty_gradients(grad, factors, sizes, needs);

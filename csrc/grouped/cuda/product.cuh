@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
     float d[Shape::kM][Shape::kN][4] = {};
     if (p.rank > 0) {
         add_thin<Shape>(p, rows, column, memory, d);
-        if (p.dropout.threshold != 0) drop_sums<Shape>(p.dropout, rows, column, d);
+        if (p.dropout.threshold != 0) drop_sums<Shape>(lora::with_key(p.dropout), rows, column, d);
     }
 
     const WeightView weight = expert_of(p.weight, rows.expert, p.groups.experts);

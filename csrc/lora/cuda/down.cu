@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
     tile.factor = p.adapters.factor[adapter];
     tile.rank = p.adapters.rank[adapter];
     tile.first_rank = int(blockIdx.x % p.chunks) * 8 * kRankTiles;
-    tile.dropout = p.dropout;
+    tile.dropout = with_key(p.dropout);
     tile.scale = p.partial != nullptr ? 1 : p.adapters.scale[adapter];
     tile.out = p.partial != nullptr ? p.partial + blockIdx.y * p.all_rows * p.stride : p.s;
     tile.stride = p.stride;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 4) rank_dot_kernel(const DownParams 
     dot.rows = int(p.rows);
     dot.columns = p.columns;
     dot.factor = p.adapters.factor[adapter] + rank * p.columns;
-    dot.dropout = p.dropout;
+    dot.dropout = with_key(p.dropout);
     dot.scale = p.adapters.scale[adapter];
     dot.out = p.s + dot.row * p.stride + rank;
     dot.stride = p.stride;

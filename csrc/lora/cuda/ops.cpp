@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, bias, op);
     check_factors(operand(x), a, b, weight.rows(), op);
-    const Dropout dropout = dropout_of(dropout_p, seed, op);
+    const Dropout dropout = dropout_of(dropout_p, seed, op, x.device());
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x), added = contiguous(bias);
     if (has_kernels(x) && weight.packed() && dropout.threshold == 0 && flat.size(0) <= kRankDotRows) {
@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
     check_linear(x, weight, {}, op);
     check_factors(operand(x), a, b, weight.rows(), op);
     check_gradient(grad, s, x, weight.rows(), a.size(0), op);
-    const Dropout dropout = dropout_of(dropout_p, seed, op);
+    const Dropout dropout = dropout_of(dropout_p, seed, op, grad.device());
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x), rows = matrix(grad), thin = s.contiguous();
 

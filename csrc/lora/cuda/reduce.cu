@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) 
     tile.last_row = least(tile.first_row + p.part_rows, p.rows);
     tile.column = chunk * kReduceColumns;
     tile.first_rank = int(blockIdx.x % p.chunks) * 8 * kRankTiles;
-    tile.dropout = p.dropout;
+    tile.dropout = with_key(p.dropout);
     if (kProduct) {
         tile.factor = p.factor;
         tile.product = p.product + chunk * p.rows * p.rank;

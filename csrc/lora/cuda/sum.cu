@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kThreads) sum_pair_kernel(const Sum first, con
 // A thread takes the eight columns of a counter.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    drop_kernel(const T* x, int64_t rows, int64_t columns, const Dropout dropout, T* out) {
+    drop_kernel(const T* x, int64_t rows, int64_t columns, const Dropout given, T* out) {
+    const Dropout dropout = with_key(given);
     const int64_t groups = (columns + kColumnsPerCounter - 1) / kColumnsPerCounter;
     for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rows * groups;
          i += int64_t(gridDim.x) * kThreads) {

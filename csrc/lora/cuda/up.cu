@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
                 none ? bits_float(0x7fc00000u) : d[t][i];
     __syncthreads();
     const bool vectors = is_aligned(p.out) && p.columns % 8 == 0;
+    const Dropout dropout = with_key(p.dropout);
     for (int i = threadIdx.x; i < kTileSide * kTileSide / 8; i += kThreads) {
         const int r = i / (kTileSide / 8), first = i % (kTileSide / 8) * 8;
         const int64_t left = p.columns - column - first;
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
         T* out = static_cast<T*>(p.out) + (row + r) * p.columns + column + first;
         const T* bias = p.bias != nullptr ? static_cast<const T*>(p.bias) + column + first : nullptr;
         store_eight<T>(out, result + r * kPitch + first, bias, left < 8 ? int(left) : 8, vectors, p.add,
-                       p.dropout, row + r, column + first);
+                       dropout, row + r, column + first);
     }
 }
 
