@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class Server:
         loop = asyncio.get_running_loop()
 
         def put(index: int, event: Event) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         text, sequences = await run_in_threadpool(self._sequences, request, put)
@@ -214,6 +214,7 @@ class _Running:
     def __init__(self, sequences: list[Sequence], events: asyncio.Queue[tuple[int, Event]], http: HttpRequest) -> None:
         self.sequences, self._events, self._open = sequences, events, len(sequences)
         self._gone = asyncio.ensure_future(_disconnected(http))
+        self._gone.add_done_callback(lambda _: self._cancel())
 
     async def next(self) -> tuple[int, Event] | None:
         """Return the next event; None when all sequences have ended, or the client has gone."""
@@ -236,9 +237,12 @@ class _Running:
         return self._open == 0
 
     def end(self) -> None:
+        self._cancel()
+        self._gone.cancel()
+
+    def _cancel(self) -> None:
         for sequence in self.sequences:
             sequence.cancel()
-        self._gone.cancel()
 
 
 async def _disconnected(http: HttpRequest) -> None:

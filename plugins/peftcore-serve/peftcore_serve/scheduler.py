@@ -82,8 +82,13 @@ class Scheduler:
                     for sequence in (*self._batch.sequences, *self._waiting):
                         sequence.fail(ENDING)
                     return
-            self._admit()
-            self._step()
+            try:
+                self._admit()
+                self._step()
+            except Exception as error:  # the thread goes on with other requests
+                for sequence in self._batch.sequences:
+                    sequence.fail(reason_of(error))
+                self._batch = Batch(self.adapters.model)
 
     def _admit(self) -> None:
         """Start the sequences at the head of the line for which there is room."""
@@ -141,7 +146,10 @@ class Scheduler:
         else:
             self.steps += 1
             for sequence, row in zip(batch.sequences, logits, strict=True):
-                sequence.extend(row)
+                try:
+                    sequence.extend(row)
+                except Exception as error:  # such as a tokenizer that cannot decode a token
+                    sequence.fail(reason_of(error))
         batch.drop_done()
 
     def _separate(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -97,8 +98,14 @@ def test_adapters_of_every_method_in_one_batch(llama: Path, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def process(llama: Path, saved: Path) -> Iterator[subprocess.Popen[str]]:
-    words = [sys.executable, "-m", "peftcore", "serve", "-m", str(llama), "--adapters", str(saved), "--port", "0"]
+def process(llama: Path, saved: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command with a base that knows no end, so that an answer has all its tokens."""
+    endless = shutil.copytree(llama, tmp_path / "endless")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        fields = json.loads((endless / name).read_text())
+        kept = {key: value for key, value in fields.items() if not key.startswith("eos_token")}
+        (endless / name).write_text(json.dumps(kept | ({"eos_token_id": None} if name == "config.json" else {})))
+    words = [sys.executable, "-m", "peftcore", "serve", "-m", str(endless), "--adapters", str(saved), "--port", "0"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         yield running
         running.kill()
@@ -109,10 +116,10 @@ def process(llama: Path, saved: Path) -> Iterator[subprocess.Popen[str]]:
 def test_the_command_ends_cleanly(process: subprocess.Popen[str], busy: bool) -> None:
     assert process.stdout is not None and process.stderr is not None
     line = process.stdout.readline()
-    assert line.startswith("llama0 and 7 adapters at http://127.0.0.1:"), line
+    assert line.startswith("endless and 7 adapters at http://127.0.0.1:"), line
     with openai.OpenAI(base_url=line.split()[-1], api_key="none", max_retries=0, timeout=30) as client:
         if busy:
-            pieces = client.completions.create(model="one", prompt="a", max_tokens=2000, n=8, stream=True)
+            pieces = client.completions.create(model="one", prompt="a", max_tokens=2000, n=4, stream=True)
             next(iter(pieces))
             process.send_signal(signal.SIGINT)
             with pytest.raises(openai.APIError, match="the server is shutting down"):

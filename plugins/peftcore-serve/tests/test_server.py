@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from peftcore_serve.app import Server
 from peftcore_serve.command import make
+from peftcore_serve.decoding import Batch
 from starlette.testclient import TestClient
 
 from .conftest import METHODS, PROMPTS, written
@@ -217,7 +218,7 @@ def test_a_sequence_waits_until_an_adapter_can_leave(llama: Path, saved: Path) -
 def test_closing_ends_answers_with_an_error(llama: Path, saved: Path) -> None:
     server = make(str(llama), saved)
     with TestClient(server.app) as client, ThreadPoolExecutor(2) as pool:
-        body = {"prompt": "the film", "max_tokens": 2000, "temperature": 1, "logit_bias": {}}
+        body = {"prompt": "the film", "max_tokens": 2000, "temperature": 1, "seed": 0}
         bodies = [{**body, "model": name, "n": 8} for name in ("one", "two")]
         running = [pool.submit(client.post, "/v1/completions", json=each) for each in bodies]
         while not server.scheduler.steps:
@@ -228,3 +229,37 @@ def test_closing_ends_answers_with_an_error(llama: Path, saved: Path) -> None:
             assert each.result().json()["error"]["message"] == "the server is shutting down"
         assert refused(client, "/v1/completions", model="one", prompt="a")[0] == 503
     assert server.scheduler._thread not in threading.enumerate()
+
+
+def test_an_error_while_tokens_are_decoded_is_of_its_request_alone(
+    shared: tuple[Server, TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client = shared
+    wanted = ask(client, "one", "the film")["choices"][0]["text"]
+
+    def fails(tokens: list[int]) -> str:
+        raise OverflowError("out of range")
+
+    monkeypatch.setattr(server.texts.of_base, "decode", fails)
+    body = {"model": server.name, "prompt": "the film", "max_tokens": 3}
+    with ThreadPoolExecutor(2) as pool:
+        answer = pool.submit(ask, client, "one", "the film")
+        response = client.post("/v1/completions", json=body)
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "OverflowError: out of range"
+    assert answer.result()["choices"][0]["text"] == wanted
+
+
+def test_a_batch_that_fails_is_continued_one_by_one(llama: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = make(str(llama), saved)
+    step = Batch.step
+
+    def fails(batch: Batch) -> Any:
+        if len(batch.sequences) > 1:
+            raise RuntimeError("not together")
+        return step(batch)
+
+    monkeypatch.setattr(Batch, "step", fails)
+    with TestClient(server.app) as client:
+        found = [each["text"] for each in ask(client, "one", ["the film", "a"])["choices"]]
+        assert found == [ask(client, "one", prompt)["choices"][0]["text"] for prompt in ("the film", "a")]
