@@ -23,18 +23,18 @@ def learns(case: Case) -> None:
 
 @check("resume is exact")
 def resuming(case: Case) -> None:
-    inputs, total = case.inputs(), 6
+    inputs, half, total = case.inputs(), 2, 4
     whole = case.model(seed=None)
     train(whole, inputs, steps=total)
     first, second = case.model(seed=None), case.base()
     with tempfile.TemporaryDirectory() as folder:
         optimizer = optimizer_of(first)
-        train(first, inputs, steps=3, optimizer=optimizer, total=total)
+        train(first, inputs, steps=half, optimizer=optimizer, total=total)
         peftcore.save(first, folder, adapter="default")
         peftcore.load(second, folder)
     resumed = optimizer_of(second)
     resumed.load_state_dict(optimizer.state_dict())
-    train(second, inputs, steps=3, optimizer=resumed, begin=3, total=total)
+    train(second, inputs, steps=half, optimizer=resumed, begin=half, total=total)
     for (name, parameter), (_, wanted) in zip(
         adapter_parameters(second, "default"), adapter_parameters(whole, "default"), strict=True
     ):

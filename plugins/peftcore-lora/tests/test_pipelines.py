@@ -40,14 +40,14 @@ BLOCKS = {"target_modules_bd_a": ["out"], "target_modules_bd_b": ["_q", "_k", "_
 @pytest.mark.parametrize(
     ("kind", "layout", "method", "fields"),
     [
-        ("sd", "diffusers", "lora", {"targets": EVERY, "lora_alpha": 3}),
+        pytest.param("sd", "diffusers", "lora", {"targets": EVERY, "lora_alpha": 3}, marks=pytest.mark.nightly),
         ("sd", "diffusers", "lora", {**MIXED, "use_rslora": True}),
         ("sd", "kohya", "lora", {**MIXED, "use_rslora": True}),
         ("sd", "diffusers", "lora", {"lora_bias": True}),
-        ("sd", "diffusers", "lora", {"r": 4, "use_bdlora": BLOCKS}),
+        pytest.param("sd", "diffusers", "lora", {"r": 4, "use_bdlora": BLOCKS}, marks=pytest.mark.nightly),
         ("sd", "kohya", "lora", {"r": 4, "use_bdlora": BLOCKS}),
         ("sd", "diffusers", "dora", {"targets": ("to_q", "conv1", "fc1")}),
-        ("sdxl", "diffusers", "lora", {"r": 3}),
+        pytest.param("sdxl", "diffusers", "lora", {"r": 3}, marks=pytest.mark.nightly),
         ("sdxl", "kohya", "lora", {"targets": EVERY, "r": 3, "lora_alpha": 1}),
         ("flux", "diffusers", "lora", {"targets": EVERY, **MIXED}),
         (
