@@ -56,6 +56,9 @@ PYBIND11_MODULE(_C, m) {
           "Whether dense_linear multiplies a dtype, by PyTorch's name of it, faster than PyTorch at this "
           "level.");
     m.def(
+        "has_attention", [] { return cpu_kernels().lora.attention.forward != nullptr; },
+        "Whether attention has a kernel at this level.");
+    m.def(
         "caches", [] { return std::make_tuple(caches().first, caches().second, caches().third); },
         "Sizes of the first, second and third cache in bytes, by which work is divided.");
     m.def(

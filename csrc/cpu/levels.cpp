@@ -112,6 +112,7 @@ void avx512(CpuKernels& table) {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
 void avx512bf16(CpuKernels& table) {
     fill_avx512bf16(table.linear);
+    fill_avx512bf16(table.lora);
     fill_avx512bf16(table.skinny[int(Dtype::kBFloat16)]);
     gemm::ManyRows& products = table.many_rows[int(Dtype::kBFloat16)];
     products = {};

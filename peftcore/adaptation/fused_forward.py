@@ -1,5 +1,7 @@
 """Modules whose `forward` is computed by one operator: RMSNorm, and MLPs with a gated activation.
 
+Attention, of which one call is, is in fused_attention.py.
+
     LlamaMLP                                  LlamaMLP (fused)
       down(act(gate(x)) * up(x))        =>      down(ops.gated(gate(x), up(x)))
 
@@ -12,6 +14,7 @@ settings.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +35,23 @@ Settings = tuple[tuple[str, Any], ...]  # attributes and their values
 
 
 @dataclass(frozen=True)
-class NormFormula:
+class Formula:
+    """What a fused module computes."""
+
+    def forward(self, module: nn.Module, x: Any) -> Any:
+        """Return the module's output, or None if its own forward must compute it."""
+
+    def call(self, own: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the module's output. `own` is its own forward."""
+        if len(args) == 1 and not kwargs:
+            output = self.forward(module, args[0])
+            if output is not None:
+                return output
+        return own(module, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class NormFormula(Formula):
     """RMSNorm as `ops.rms_norm` computes it.
 
     Args:
@@ -60,7 +79,7 @@ class NormFormula:
 
 
 @dataclass(frozen=True)
-class GateFormula:
+class GateFormula(Formula):
     """down(act(gate(x)) * up(x)).
 
     Args:
@@ -137,7 +156,7 @@ def setting(value: Any) -> Any:
     return (value.func, value.args, value.keywords) if type(value) is functools.partial else value
 
 
-def fuse_module(module: nn.Module, formula: NormFormula | GateFormula) -> None:
+def fuse_module(module: nn.Module, formula: Formula) -> None:
     """Swap the class of `module`, below the other classes of peftcore."""
     classes = _swapped(module)
     module.__dict__[FORMULA] = formula
@@ -180,10 +199,8 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            output = self.__dict__[FORMULA].forward(self, args[0])
-            if output is not None:
-                return output
-        return own(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return own(self, *args, **kwargs)
+        return self.__dict__[FORMULA].call(own, self, args, kwargs)
 
     return subclass(cls, _fused_class, {"forward": forward, _MARKER: cls})

@@ -4,6 +4,7 @@ A compiled kernel is used where the extension has one for the device; every othe
 """
 
 from peftcore.ops._extension import extension
+from peftcore.ops.attention import attention
 from peftcore.ops.codebooks import DYNAMIC8, FP4, NF4, codebook
 from peftcore.ops.cross_entropy import Settings
 from peftcore.ops.dense_linear import WIDENED, dense_linear
@@ -31,6 +32,7 @@ __all__ = [
     "HeadFunction",
     "PackedWeight",
     "Settings",
+    "attention",
     "codebook",
     "dense_linear",
     "dequantize_4bit",

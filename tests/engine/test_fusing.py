@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
+from peftcore import ops
 from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.fused_forward import FORMULA, is_fused
 from peftcore.engine.fusing import fused_modules
@@ -28,7 +29,7 @@ class Doubled(Adapter):
         return self.factor * base(x)
 
 
-BOTH = {"RMSNorm": 5, "gated MLP": 2}  # of two layers
+BOTH = {"RMSNorm": 5, "attention": 2, "gated MLP": 2}  # of two layers
 
 
 def family(name: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -77,9 +78,9 @@ def classes(model: nn.Module) -> list[type]:
     ("name", "kinds"),
     [
         ("llama", BOTH),
-        ("gemma2", {"RMSNorm": 9, "gated MLP": 2}),
-        ("qwen3", {"RMSNorm": 9, "gated MLP": 2}),
-        ("olmo2", {"RMSNorm": 9, "gated MLP": 2}),
+        ("gemma2", {"RMSNorm": 9, "attention": 2, "gated MLP": 2}),
+        ("qwen3", {"RMSNorm": 9, "attention": 2, "gated MLP": 2}),
+        ("olmo2", {"RMSNorm": 9, "attention": 2, "gated MLP": 2}),
     ],
 )
 def test_a_step(name: str, kinds: dict[str, int], dtype: torch.dtype) -> None:
@@ -132,7 +133,9 @@ def test_adapters_before_and_after(first: str) -> None:
         lora(peftcore.fuse(model))
     else:
         peftcore.fuse(lora(model))
-    assert fused_modules(model) == BOTH and "fused: 5 x RMSNorm, 2 x gated MLP" in str(peftcore.summary(model))
+    assert fused_modules(model) == BOTH and "fused: 5 x RMSNorm, 2 x attention, 2 x gated MLP" in str(
+        peftcore.summary(model)
+    )
     same(step(model), wanted)
     peftcore.merge(model)
     peftcore.unmerge(model)
@@ -155,7 +158,7 @@ def test_an_adapter_at_a_norm_and_around_an_mlp() -> None:
             model = peftcore.fuse(family()) if fused_first else family()
             peftcore.apply(model, "doubled")
             same(step(peftcore.fuse(model)), step(wanted), 1e-3)  # sums of both signs
-            assert fused_modules(model) == {"RMSNorm": 4, "gated MLP": 1}
+            assert fused_modules(model) == {"RMSNorm": 4, "attention": 2, "gated MLP": 1}
             peftcore.remove(model, "default")
             assert fused_modules(peftcore.fuse(model)) == BOTH
 
@@ -238,7 +241,44 @@ def test_checkpointing_and_second_gradients() -> None:
 
 
 def test_models_without_such_modules() -> None:
-    model = tiny.gpt2()
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.SiLU())
     own = classes(model)
     assert classes(peftcore.fuse(model)) == own and fused_modules(model) == {}
     assert not any(is_fused(module) for module in model.modules()) and "fused" not in str(peftcore.summary(model))
+
+
+@pytest.mark.parametrize("case", ["bf16", "fp32", "dropout", "no gradient"])
+def test_attention_of_a_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from peftcore.adaptation import fused_attention
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, intermediate_size=48, num_key_value_heads=1)
+    config.attention_dropout = 0.1 if case == "dropout" else 0.0
+    model: Any = LlamaForCausalLM(config).to(torch.float32 if case == "fp32" else torch.bfloat16).train()
+    seen = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(kwargs)
+        return attention(*args, **kwargs)
+
+    attention = fused_attention.ops.attention
+    monkeypatch.setattr(fused_attention.ops, "attention", counted)
+    mask = torch.ones_like(tiny.TOKENS)
+    mask[0, :2] = 0  # padding
+    for given in ({}, {"attention_mask": mask}):
+        wanted, found = [], []
+        for into, enabled in ((wanted, False), (found, True)):
+            peftcore.fuse(model, enabled=enabled)
+            torch.manual_seed(0)
+            with torch.set_grad_enabled(case != "no gradient"):
+                loss = model(input_ids=tiny.TOKENS, labels=tiny.TOKENS, **given).loss
+            into.append(loss.detach())
+            if case != "no gradient":
+                into.extend(torch.autograd.grad(loss, list(model.parameters())))
+        for one, other in zip(found, wanted, strict=True):
+            assert (one - other).norm() <= 3e-2 * other.norm()
+    available = ops.extension is not None and ops.extension.has_attention()
+    assert len(seen) == (4 if case == "bf16" and available else 0)

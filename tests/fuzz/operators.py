@@ -21,6 +21,7 @@ from fuzz.memory import LAYOUTS, laid_out
 from peftcore import ops
 from peftcore.ops import grouped, linear_per_sample, lora, mxfp4, optim, quant4, routing, swiglu
 from peftcore.ops import optim_rules as rules
+from peftcore.ops.attention import Attention, AttentionBackward
 from peftcore.ops.cross_entropy import CrossEntropyRows
 from peftcore.ops.dense_linear import DenseLinear
 from peftcore.ops.gated import Gated, GatedBackward
@@ -234,6 +235,26 @@ def _gated_backward(m):
     return {"grad": m.normal(*given["gate"].shape, dtype=given["gate"].dtype), **given}
 
 
+def _attention(m):
+    batch, heads, groups, tokens, keys, size = (m.size(most) for most in (2, 3, 2, 60, 60, 70))
+    size, dtype = m.choice([size, 32, 64]), m.choice(FLOATS)
+    mask = m.choice([None, (batch, heads * groups, tokens, keys), (1, 1, tokens, keys), (batch, 1, 1, keys)])
+    return {
+        "q": m.normal(batch, heads * groups, tokens, size, dtype=dtype),
+        "k": m.normal(batch, heads, keys, size, dtype=dtype),
+        "v": m.normal(batch, heads, keys, size, dtype=dtype),
+        "mask": None if mask is None else m.normal(*mask) > -0.5,
+        "causal": m.random.random() < 0.5,
+        "scale": 0.25,
+    }
+
+
+def _attention_backward(m):
+    given = _attention(m)
+    out, lse = Attention(**given).compute()
+    return {"grad": m.normal(*out.shape, dtype=out.dtype), "out": out, "lse": lse, **given}
+
+
 def _rms_norm(m):
     x = m.normal(*m.choice([(m.size(200),), (2, 3), ()]), m.size(700), dtype=m.choice(FLOATS))
     weight = m.normal(x.shape[-1], dtype=m.choice(FLOATS))
@@ -366,6 +387,8 @@ OPERATORS = {
     "combined": (_combined, by_reference(routing.Combined)),
     "combined_backward": (_combined_backward, by_reference(routing.CombinedBackward)),
     "cross_entropy_rows_": (_cross_entropy_rows_, by_reference(CrossEntropyRows)),
+    "attention": (_attention, by_reference(Attention)),
+    "attention_backward": (_attention_backward, by_reference(AttentionBackward)),
     "gated": (_gated, by_reference(Gated)),
     "gated_backward": (_gated_backward, by_reference(GatedBackward)),
     "rms_norm": (_rms_norm, by_reference(RmsNorm)),

@@ -25,6 +25,7 @@ def cases():
     of_experts = (x, offsets, [experts], [], None, many, False, 1.0, 0.0, None)
     pairs, shares = torch.tensor([[2, 0], [1, 2]]), values(2, 2)
     many_s = torch.ops.peftcore.grouped_linear(*of_experts)[1]
+    attended = values(1, 2, 7, 32), values(1, 2, 7, 32), values(1, 2, 7, 32)
     return {
         "grouped_linear": of_experts,
         "grouped_linear_backward": (values(5, 32), x, offsets, [experts], [], [*many, many_s], False, [True] * 3),
@@ -48,6 +49,8 @@ def cases():
         "rms_norm_backward": (values(5, 64), x, values(64), values(5).abs(), 1.0, True, [True] * 2),
         "gated": (x, values(5, 64), 1.0, 0.1),
         "gated_backward": (values(5, 64), x, values(5, 64), 1.0, 0.1),
+        "attention": (*attended, None, True, 0.5),
+        "attention_backward": (attended[0], *attended, attended[0], values(1, 2, 7).abs() + 5, None, True, 0.5),
         "swiglu": (x,),
         "swiglu_backward": (values(5, 32), x),
         "lora_linear_per_sample": (x[:, None], [w], [], None, [a], [b], [1.0], index),

@@ -225,6 +225,37 @@ struct RowKernels {
     void (*multiply)(const float* x, const void* factor, int64_t inner, int64_t outer, float* out);
 };
 
+// [batch, heads, tokens, size] of bf16; the strides, in values, of all dimensions but the last, which is contiguous.
+struct Heads {
+    BFloat16* first;
+    int64_t batch_stride, head_stride, token_stride;
+
+    BFloat16* at(int64_t batch, int64_t head, int64_t token) const {
+        return first + batch * batch_stride + head * head_stride + token * token_stride;
+    }
+};
+
+constexpr int64_t kHeadSizeMultiple = 32;
+constexpr int64_t kMostKeys = 4096;  // a block's scores of all keys stay in the L2 cache
+
+// Attention in bf16; group_size query heads share a head of k and v.
+struct AttentionArgs {
+    int64_t key_heads, group_size, queries, keys, size;
+    float scale;
+    bool causal;
+    const uint8_t* mask;  // 0: no attention; or nullptr
+    int64_t mask_strides[4];
+    Heads q, k, v, out;
+    float* lse;                      // [batch, heads, queries]
+    Heads grad{}, dq{}, dk{}, dv{};  // of the gradient only
+};
+
+// Ranges are of pairs of a sample and a head of k.
+struct AttentionKernels {
+    void (*forward)(const AttentionArgs&, int64_t first, int64_t last) = nullptr;
+    void (*backward)(const AttentionArgs&, int64_t first, int64_t last) = nullptr;
+};
+
 constexpr int kWidthMultiple = 16;  // of `width`
 constexpr int kColumnGrain = 32, kRowGrain = 64;
 
@@ -239,11 +270,13 @@ struct Kernels {
     void (*cross_entropy[kDtypes])(const CrossEntropyArgs&, int64_t first_row, int64_t last_row);
     void (*norms[kDtypes])(const NormArgs&, int64_t first_row, int64_t last_row);
     void (*halves)(const Halves&) = nullptr;  // of the factors of a gemm::Addend
+    AttentionKernels attention;               // empty: PyTorch's is used
 };
 
 void fill_portable(Kernels&);
 void fill_avx2(Kernels&);
 void fill_avx512(Kernels&);
+void fill_avx512bf16(Kernels&);
 void fill_amx(Kernels&);
 void fill_neon(Kernels&);
 

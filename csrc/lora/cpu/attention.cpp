@@ -1,0 +1,193 @@
+// attention on CPU. Schemas and formulas: peftcore/ops/attention.py.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <torch/library.h>
+
+#include "common/check.h"
+#include "common/tensors.h"
+#include "common/threads.h"
+#include "cpu/kernels.h"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+using at::Tensor;
+
+constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+
+void check_heads(const Tensor& t, const Tensor& q, const char* op, const char* name) {
+    TORCH_CHECK_TYPE(t.scalar_type() == q.scalar_type(), op, ": ", name, " must be ", q.scalar_type(),
+                     " like q, found ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.dim() == 4 && t.size(0) == q.size(0) && t.size(3) == q.size(3), op, ": ", name,
+                      " must be [", q.size(0), ", heads, tokens, ", q.size(3), "] for q, found ", t.sizes());
+    TORCH_CHECK_VALUE(t.device() == q.device(), op, ": ", name, " must be on ", q.device(), " like q, found ",
+                      t.device());
+}
+
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                     const char* op) {
+    kernel_dtype(q.scalar_type(), op);
+    TORCH_CHECK_VALUE(q.dim() == 4, op, ": q must be [batch, heads, tokens, size], found ", q.sizes());
+    check_heads(k, q, op, "k");
+    check_heads(v, q, op, "v");
+    TORCH_CHECK_VALUE(v.sizes() == k.sizes(), op, ": v must be ", k.sizes(), " like k, found ", v.sizes());
+    TORCH_CHECK_VALUE(k.size(1) > 0 && q.size(1) % k.size(1) == 0, op, ": the ", q.size(1),
+                      " heads of q must be a multiple of those of k, found ", k.size(1));
+    if (!mask.has_value()) return;
+    TORCH_CHECK_TYPE(mask->scalar_type() == at::kBool, op, ": mask must be torch.bool, found ",
+                     mask->scalar_type());
+    const int64_t wanted[] = {q.size(0), q.size(1), q.size(2), k.size(2)};
+    bool fits = mask->dim() == 4;
+    for (int64_t i = 0; fits && i < 4; ++i) fits = mask->size(i) == 1 || mask->size(i) == wanted[i];
+    TORCH_CHECK_VALUE(fits, op, ": mask must broadcast to ", at::IntArrayRef(wanted), ", found ",
+                      mask->sizes());
+    TORCH_CHECK_VALUE(mask->device() == q.device(), op, ": mask must be on ", q.device(), " like q, found ",
+                      mask->device());
+}
+
+Tensor with_dense_rows(const Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
+
+Heads heads_of(const Tensor& t) {
+    return {static_cast<BFloat16*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1),
+            t.stride(2)};
+}
+
+// [batch, heads, tokens, size], whose memory is [batch, tokens, heads, size]: layers take it in this order.
+Tensor by_tokens(const Tensor& like) {
+    return at::empty({like.size(0), like.size(2), like.size(1), like.size(3)}, like.options())
+        .transpose(1, 2);
+}
+
+const AttentionKernels* kernels_for(const Tensor& q, const Tensor& k) {
+    const AttentionKernels& kernels = cpu_kernels().lora.attention;
+    const bool takes = kernels.forward != nullptr && q.scalar_type() == at::kBFloat16 && q.numel() != 0 &&
+                       k.numel() != 0 && q.size(3) % kHeadSizeMultiple == 0 && k.size(2) <= kMostKeys;
+    return takes ? &kernels : nullptr;
+}
+
+AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, bool causal,
+                      double scale, const Tensor& out, const Tensor& lse) {
+    AttentionArgs args{.key_heads = k.size(1),
+                       .group_size = q.size(1) / k.size(1),
+                       .queries = q.size(2),
+                       .keys = k.size(2),
+                       .size = q.size(3),
+                       .scale = float(scale),
+                       .causal = causal,
+                       .mask = mask.defined() ? static_cast<const uint8_t*>(mask.const_data_ptr()) : nullptr,
+                       .mask_strides = {},
+                       .q = heads_of(q),
+                       .k = heads_of(k),
+                       .v = heads_of(v),
+                       .out = heads_of(out),
+                       .lse = lse.mutable_data_ptr<float>()};
+    for (int64_t i = 0; mask.defined() && i < 4; ++i)
+        args.mask_strides[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
+    return args;
+}
+
+Tensor mask_of(const std::optional<Tensor>& mask) {
+    if (!mask.has_value()) return {};
+    return mask->size(3) == 1 || mask->stride(3) == 1 ? *mask : mask->contiguous();
+}
+
+// Without a kernel, in fp32. Heads of k and v as often as q has them.
+Tensor repeated(const Tensor& t, const Tensor& q) {
+    return t.to(at::kFloat).repeat_interleave(q.size(1) / t.size(1), 1);
+}
+
+Tensor scores_of(const Tensor& q, const Tensor& k, const std::optional<Tensor>& mask, bool causal,
+                 double scale) {
+    Tensor scores = q.to(at::kFloat).matmul(repeated(k, q).transpose(2, 3)).mul(scale);
+    if (mask.has_value()) scores = scores.masked_fill(mask->logical_not(), kUnseen);
+    if (causal)
+        scores = scores.masked_fill(
+            at::ones({q.size(2), k.size(2)}, scores.options().dtype(at::kBool)).triu(1), kUnseen);
+    return scores;
+}
+
+// Rows that see no key have an lse of infinity.
+Tensor probabilities(const Tensor& scores, const Tensor& lse) { return scores.sub(lse.unsqueeze(3)).exp(); }
+
+std::tuple<Tensor, Tensor> attention(const Tensor& its_q, const Tensor& its_k, const Tensor& its_v,
+                                     const std::optional<Tensor>& its_mask, bool causal, double scale) {
+    const char* op = "attention";
+    const at::AutoDispatchBelowADInplaceOrView below;
+    check_attention(its_q, its_k, its_v, its_mask, op);
+    const AttentionKernels* kernels = kernels_for(its_q, its_k);
+    if (kernels == nullptr) {
+        const Tensor scores = scores_of(its_q, its_k, its_mask, causal, scale);
+        Tensor lse = scores.logsumexp(3);
+        lse.masked_fill_(lse.eq(kUnseen), -kUnseen);
+        const Tensor out = by_tokens(its_q);
+        out.copy_(probabilities(scores, lse).matmul(repeated(its_v, its_q)));
+        return {out, lse};
+    }
+    const Tensor q = with_dense_rows(its_q), k = with_dense_rows(its_k), v = with_dense_rows(its_v),
+                 mask = mask_of(its_mask), out = by_tokens(q),
+                 lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+    const AttentionArgs args = args_of(q, k, v, mask, causal, scale, out, lse);
+    at::parallel_for(0, q.size(0) * k.size(1),
+                     ceil_div(kProductsPerTask, args.group_size * args.queries * args.keys * args.size),
+                     [&](int64_t first, int64_t last) { kernels->forward(args, first, last); });
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& its_grad, const Tensor& its_q,
+                                                      const Tensor& its_k, const Tensor& its_v,
+                                                      const Tensor& its_out, const Tensor& its_lse,
+                                                      const std::optional<Tensor>& its_mask, bool causal,
+                                                      double scale) {
+    const char* op = "attention_backward";
+    const at::AutoDispatchBelowADInplaceOrView below;
+    check_attention(its_q, its_k, its_v, its_mask, op);
+    for (const auto& [t, name] : {std::pair(&its_grad, "grad"), std::pair(&its_out, "out")}) {
+        check_heads(*t, its_q, op, name);
+        TORCH_CHECK_VALUE(t->sizes() == its_q.sizes(), op, ": ", name, " must be ", its_q.sizes(),
+                          " like q, found ", t->sizes());
+    }
+    TORCH_CHECK_TYPE(its_lse.scalar_type() == at::kFloat, op, ": lse must be torch.float32, found ",
+                     its_lse.scalar_type());
+    TORCH_CHECK_VALUE(its_lse.sizes() == its_q.sizes().slice(0, 3), op, ": lse must be ",
+                      its_q.sizes().slice(0, 3), ", found ", its_lse.sizes());
+    const Tensor dq = by_tokens(its_q), dk = by_tokens(its_k), dv = by_tokens(its_k);
+    const AttentionKernels* kernels = kernels_for(its_q, its_k);
+    if (kernels == nullptr) {
+        const Tensor p = probabilities(scores_of(its_q, its_k, its_mask, causal, scale), its_lse),
+                     grad = its_grad.to(at::kFloat);
+        const Tensor delta = grad.mul(its_out.to(at::kFloat)).sum(3, true),
+                     dp = grad.matmul(repeated(its_v, its_q).transpose(2, 3)),
+                     ds = p.mul(dp.sub(delta)).mul(scale);
+        const auto of_groups = [&](const Tensor& t) {
+            return t.unflatten(1, {its_k.size(1), its_q.size(1) / its_k.size(1)}).sum(2);
+        };
+        dq.copy_(ds.matmul(repeated(its_k, its_q)));
+        dk.copy_(of_groups(ds.transpose(2, 3).matmul(its_q.to(at::kFloat))));
+        dv.copy_(of_groups(p.transpose(2, 3).matmul(grad)));
+        return {dq, dk, dv};
+    }
+    const Tensor grad = with_dense_rows(its_grad), q = with_dense_rows(its_q), k = with_dense_rows(its_k),
+                 v = with_dense_rows(its_v), out = with_dense_rows(its_out), lse = its_lse.contiguous(),
+                 mask = mask_of(its_mask);
+    AttentionArgs args = args_of(q, k, v, mask, causal, scale, out, lse);
+    args.grad = heads_of(grad);
+    args.dq = heads_of(dq);
+    args.dk = heads_of(dk);
+    args.dv = heads_of(dv);
+    at::parallel_for(0, q.size(0) * k.size(1),
+                     ceil_div(kProductsPerTask, args.group_size * args.queries * args.keys * args.size),
+                     [&](int64_t first, int64_t last) { kernels->backward(args, first, last); });
+    return {dq, dk, dv};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peftcore, CPU, m) {
+    m.impl("attention", &attention);
+    m.impl("attention_backward", &attention_backward);
+}
+
+}  // namespace lora
+}  // namespace peftcore

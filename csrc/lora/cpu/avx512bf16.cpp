@@ -1,0 +1,412 @@
+// Attention by dot products of bf16: scores and probabilities of 48 queries and all their keys stay in the L2 cache.
+//
+//   forward     S = c q kᵀ,  P = softmax(S),  out = P v
+//   backward    dP = dout vᵀ,  dS = c P ∘ (dP - Σ dout ∘ out),  dq = dS k,  dk = dSᵀ q,  dv = Pᵀ dout
+//
+// Sums are fp32; P and dS are rounded to bf16 for their products, as in PyTorch's kernel. The gradient computes S again.
+// Left factors are arranged as words, pairs of values along the inner dimension: word p of row r at p * stride + r.
+// Right factors consist of tiles of 32 columns: word p of column c at p * 32 + c.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "common/integers.h"
+#include "common/workspace.h"
+#include "gemm/cpu/transpose.h"
+#include "lora/cpu/gates.h"
+#include "lora/cpu/kernels.h"
+#include "lora/cpu/sixteen.h"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+constexpr int64_t kTileRows = 12, kTile = 32, kBlock = 4 * kTileRows, kBlockPairs = kBlock / 2;
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+
+// c [12, 32] = a b, or with `kAdd` added to c.
+template <bool kAdd>
+inline void multiply(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t pairs, float* c,
+                     int64_t c_stride) {
+    __m512 sum[kTileRows][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v)
+            sum[r][v] = kAdd ? _mm512_loadu_ps(c + r * c_stride + 16 * v) : _mm512_setzero_ps();
+    for (int64_t p = 0; p < pairs; ++p, a += stride, b += kTile) {
+        const __m512bh first = __m512bh(_mm512_loadu_si512(b)), second = __m512bh(_mm512_loadu_si512(b + 16));
+#pragma GCC unroll 12
+        for (int r = 0; r < kTileRows; ++r) {
+            const __m512bh pair = __m512bh(_mm512_set1_epi32(int(a[r])));
+            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], first, pair);
+            sum[r][1] = _mm512_dpbf16_ps(sum[r][1], second, pair);
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) _mm512_storeu_ps(c + r * c_stride + 16 * v, sum[r][v]);
+}
+
+// Words of at most 16 rows, the missing ones zero, as columns; `words` is a multiple of 16. Up to 16 words are written
+// at each multiple of out_stride, in order.
+void turn(const BFloat16* from, int64_t stride, int64_t rows, int64_t words, uint32_t* out,
+          int64_t out_stride) {
+    for (int64_t w = 0; w < words; w += 16) {
+        __m512i row[16];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < 16; ++r)
+            row[r] = r < rows ? _mm512_loadu_si512(from + r * stride + 2 * w) : _mm512_setzero_si512();
+        gemm::transpose_words(row);
+#pragma GCC unroll 16
+        for (int64_t p = 0; p < 16; ++p) _mm512_storeu_si512(out + (w + p) * out_stride, row[p]);
+    }
+}
+
+// A left factor of at most 48 rows; blocks of 12 are `words * 12` words apart, and 4 words behind them are written.
+void left_of(const BFloat16* from, int64_t stride, int64_t rows, int64_t words, uint32_t* out) {
+    for (int64_t r = 0; r < rows; r += kTileRows, out += words * kTileRows)
+        turn(from + r * stride, stride, std::min(kTileRows, rows - r), words, out, kTileRows);
+}
+
+// The transpose of `rows` rows as right factor, missing columns zero; tiles are `words * 32` words apart.
+void right_transposed(const BFloat16* from, int64_t stride, int64_t rows, int64_t words, uint32_t* out) {
+    for (int64_t r = 0; r < filled_up(rows, kTile); r += 16)
+        turn(from + r * stride, stride, std::clamp<int64_t>(rows - r, 0, 16), words,
+             out + r / kTile * words * kTile + r % kTile, kTile);
+}
+
+// Two rows of 32 values as 32 pairs.
+inline void interleave(__m512i above, __m512i below, uint32_t* out) {
+    alignas(64) static const uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                  11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(above, low, below));
+    _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(above, high, below));
+}
+
+// `rows` rows as right factor, of `pairs` words: missing rows are zero. Tiles are `pairs * 32` words apart.
+void right_of(const BFloat16* from, int64_t stride, int64_t rows, int64_t size, int64_t pairs,
+              uint32_t* out) {
+    for (int64_t p = 0; p < pairs; ++p)
+        for (int64_t i = 0; i < size; i += kTile) {
+            const BFloat16* above = from + 2 * p * stride + i;
+            interleave(2 * p < rows ? _mm512_loadu_si512(above) : _mm512_setzero_si512(),
+                       2 * p + 1 < rows ? _mm512_loadu_si512(above + stride) : _mm512_setzero_si512(),
+                       out + i * pairs + p * kTile);
+        }
+}
+
+// The transpose of P or dS, [rows, columns], as left factor: one row of words for each pair of rows, followed by zeros.
+void left_transposed(const BFloat16* from, int64_t stride, int64_t pairs, int64_t columns, uint32_t* out,
+                     int64_t out_stride) {
+    for (int64_t p = 0; p < pairs; ++p, out += out_stride) {
+        const BFloat16* above = from + 2 * p * stride;
+        for (int64_t k = 0; k < columns; k += kTile)
+            interleave(_mm512_loadu_si512(above + k), _mm512_loadu_si512(above + stride + k), out + k);
+        _mm512_storeu_si512(out + columns, _mm512_setzero_si512());
+    }
+}
+
+// c [rows, columns] = a b, of whole tiles.
+template <bool kAdd>
+void product(const uint32_t* a, int64_t block_stride, int64_t stride, int64_t rows, const uint32_t* b,
+             int64_t tile_stride, int64_t columns, int64_t pairs, float* c, int64_t c_stride) {
+    for (int64_t n = 0; n < columns; n += kTile, b += tile_stride)
+        for (int64_t r = 0; r < rows; r += kTileRows)
+            multiply<kAdd>(a + r / kTileRows * block_stride, stride, b, pairs, c + r * c_stride + n,
+                           c_stride);
+}
+
+void store_rows(const float* from, int64_t stride, int64_t rows, int64_t size, const float* factors,
+                BFloat16* to, int64_t to_stride) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const __m512 factor = _mm512_set1_ps(factors == nullptr ? 1.0f : factors[r]);
+        for (int64_t i = 0; i < size; i += kTile) {
+            const __m512 first = _mm512_mul_ps(_mm512_loadu_ps(from + r * stride + i), factor),
+                         second = _mm512_mul_ps(_mm512_loadu_ps(from + r * stride + i + 16), factor);
+            _mm512_storeu_si512(to + r * to_stride + i, __m512i(_mm512_cvtne2ps_pbh(second, first)));
+        }
+    }
+}
+
+// Keys that a query attends to, of 16 from `key` on.
+struct Seen {
+    const AttentionArgs& args;
+    const uint8_t* mask;
+    int64_t end;
+
+    Seen(const AttentionArgs& its_args, int64_t batch, int64_t head, int64_t query)
+        : args(its_args),
+          mask(args.mask == nullptr ? nullptr
+                                    : args.mask + batch * args.mask_strides[0] + head * args.mask_strides[1] +
+                                          query * args.mask_strides[2]),
+          end(args.causal ? std::min(args.keys, query + 1) : args.keys) {}
+
+    __mmask16 operator()(int64_t key) const {
+        if (key >= end) return 0;
+        __mmask16 seen = end - key < 16 ? __mmask16((1u << (end - key)) - 1) : __mmask16(0xffff);
+        if (mask == nullptr) return seen;
+        if (args.mask_strides[3] == 0) return mask[0] != 0 ? seen : __mmask16(0);
+        const __m128i values = _mm_maskz_loadu_epi8(seen, mask + key);
+        return _mm_test_epi8_mask(values, values) & seen;
+    }
+};
+
+// e^x for x <= 0; NaN is some number.
+inline __m512 exponential_below(__m512 x) {
+    const __m512 least = _mm512_set1_ps(-87.0f);
+    const __m512 e = __m512(exponential_within(Sixteen(_mm512_max_ps(x, least))));
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_GT_OQ), e);
+}
+
+inline void store_bf16(__m512 value, BFloat16* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), __m256i(_mm512_cvtneps_pbh(value)));
+}
+
+// p = e^(s - the largest) of `count` scores, 0 for keys that are not seen. Returns lse, and 1 / the sum. A row that sees
+// no key has an lse of infinity and a factor of 0; of a row that is not finite both are NaN.
+struct Softmax {
+    float lse, factor;
+};
+
+Softmax softmax(float* s, float scale, const Seen& seen, int64_t count, BFloat16* p) {
+    __m512 most = _mm512_set1_ps(kNegativeInfinity);
+    __mmask16 nan = 0;
+    for (int64_t n = 0; n < count; n += 16) {
+        const __m512 z = _mm512_mask_mul_ps(_mm512_set1_ps(kNegativeInfinity), seen(n),
+                                            _mm512_loadu_ps(s + n), _mm512_set1_ps(scale));
+        nan |= _mm512_cmp_ps_mask(z, z, _CMP_UNORD_Q);
+        most = _mm512_max_ps(most, z);
+        _mm512_storeu_ps(s + n, z);
+    }
+    const float largest = _mm512_reduce_max_ps(most);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t n = 0; n < count; n += 16) {
+        const __m512 z = _mm512_loadu_ps(s + n);
+        const __m512 e = exponential_below(_mm512_sub_ps(z, _mm512_set1_ps(largest)));
+        sum = _mm512_add_ps(sum, e);
+        store_bf16(e, p + n);
+    }
+    constexpr float kInfinity = std::numeric_limits<float>::infinity(),
+                    kNan = std::numeric_limits<float>::quiet_NaN();
+    if (nan != 0 || largest == kInfinity) return {kNan, kNan};
+    if (largest == kNegativeInfinity) {
+        std::memset(p, 0, size_t(count) * sizeof *p);
+        return {kInfinity, 0.0f};
+    }
+    const float total = _mm512_reduce_add_ps(sum);
+    return {largest + std::log(total), 1.0f / total};
+}
+
+struct Sizes {
+    int64_t keys, words, key_pairs;  // filled up
+
+    explicit Sizes(const AttentionArgs& args)
+        : keys(filled_up(args.keys, kTile)), words(args.size / 2), key_pairs(keys / 2) {}
+};
+
+// Buffers of a task, one after another.
+struct Buffers {
+    uint32_t* next = nullptr;
+    int64_t count = 0;
+
+    // `words` words and a vector behind them.
+    uint32_t* take(int64_t words) {
+        uint32_t* taken = next + count;
+        count += filled_up(words + 16, 16);
+        return taken;
+    }
+    float* take_floats(int64_t values) { return reinterpret_cast<float*>(take(values)); }
+    BFloat16* take_bf16(int64_t values) { return reinterpret_cast<BFloat16*>(take(values / 2)); }
+};
+
+struct Forward {
+    uint32_t *q, *k, *v, *p;
+    float *scores, *out;
+    BFloat16* rounded;
+
+    static Forward in(Buffers& buffers, const AttentionArgs& args, const Sizes& sizes) {
+        return {.q = buffers.take(kBlock * sizes.words),
+                .k = buffers.take(sizes.keys * sizes.words),
+                .v = buffers.take(sizes.key_pairs * args.size),
+                .p = buffers.take(kBlock * sizes.key_pairs),
+                .scores = buffers.take_floats(kBlock * sizes.keys),
+                .out = buffers.take_floats(kBlock * args.size),
+                .rounded = buffers.take_bf16(kBlock * sizes.keys)};
+    }
+};
+
+struct Backward {
+    uint32_t *q, *grad, *q_right, *grad_right, *k, *k_right, *v, *left;
+    float *scores, *slopes, *dq, *dk, *dv;
+    BFloat16 *p, *ds;
+
+    static int64_t left_stride(const Sizes& sizes) { return sizes.keys + kTile; }
+    static int64_t key_rows(const Sizes& sizes) { return filled_up(sizes.keys, kTileRows); }
+
+    static Backward in(Buffers& buffers, const AttentionArgs& args, const Sizes& sizes) {
+        return {.q = buffers.take(kBlock * sizes.words),
+                .grad = buffers.take(kBlock * sizes.words),
+                .q_right = buffers.take(kBlockPairs * args.size),
+                .grad_right = buffers.take(kBlockPairs * args.size),
+                .k = buffers.take(sizes.keys * sizes.words),
+                .k_right = buffers.take(sizes.key_pairs * args.size),
+                .v = buffers.take(sizes.keys * sizes.words),
+                .left = buffers.take(std::max(kBlock * sizes.key_pairs, kBlockPairs * left_stride(sizes))),
+                .scores = buffers.take_floats(kBlock * sizes.keys),
+                .slopes = buffers.take_floats(kBlock * sizes.keys),
+                .dq = buffers.take_floats(kBlock * args.size),
+                .dk = buffers.take_floats(key_rows(sizes) * args.size),
+                .dv = buffers.take_floats(key_rows(sizes) * args.size),
+                .p = buffers.take_bf16(kBlock * sizes.keys),
+                .ds = buffers.take_bf16(kBlock * sizes.keys)};
+    }
+};
+
+template <typename Task>
+Task buffers_of(const AttentionArgs& args, const Sizes& sizes) {
+    Buffers sized;
+    Task::in(sized, args, sizes);
+    Buffers buffers{static_cast<uint32_t*>(workspace(sized.count * int64_t(sizeof(uint32_t))))};
+    return Task::in(buffers, args, sizes);
+}
+
+// Queries of a block, and their keys.
+struct Block {
+    int64_t first, rows, keys;
+
+    Block(const AttentionArgs& args, int64_t its_first)
+        : first(its_first),
+          rows(std::min(kBlock, args.queries - first)),
+          keys(filled_up(args.causal ? std::min(args.keys, first + rows) : args.keys, kTile)) {}
+};
+
+void forward_one(const AttentionArgs& args, const Sizes& sizes, const Forward& at, int64_t batch,
+                 int64_t head, int64_t first) {
+    const Block block(args, first);
+    left_of(args.q.at(batch, head, first), args.q.token_stride, block.rows, sizes.words, at.q);
+    product<false>(at.q, sizes.words * kTileRows, kTileRows, block.rows, at.k, sizes.words * kTile,
+                   block.keys, sizes.words, at.scores, sizes.keys);
+    float factors[kBlock];
+    float* lse = args.lse + (batch * args.key_heads * args.group_size + head) * args.queries + first;
+    for (int64_t r = 0; r < block.rows; ++r) {
+        const Softmax row =
+            softmax(at.scores + r * sizes.keys, args.scale, Seen(args, batch, head, first + r), block.keys,
+                    at.rounded + r * sizes.keys);
+        lse[r] = row.lse;
+        factors[r] = row.factor;
+    }
+    left_of(at.rounded, sizes.keys, block.rows, block.keys / 2, at.p);
+    product<false>(at.p, block.keys / 2 * kTileRows, kTileRows, block.rows, at.v, sizes.key_pairs * kTile,
+                   args.size, block.keys / 2, at.out, args.size);
+    store_rows(at.out, args.size, block.rows, args.size, factors, args.out.at(batch, head, first),
+               args.out.token_stride);
+}
+
+void forward(const AttentionArgs& args, int64_t first, int64_t last) {
+    const Sizes sizes(args);
+    const Forward at = buffers_of<Forward>(args, sizes);
+    for (; first < last; ++first) {
+        const int64_t batch = first / args.key_heads, key_head = first % args.key_heads;
+        right_transposed(args.k.at(batch, key_head, 0), args.k.token_stride, args.keys, sizes.words, at.k);
+        right_of(args.v.at(batch, key_head, 0), args.v.token_stride, args.keys, args.size, sizes.key_pairs,
+                 at.v);
+        for (int64_t i = 0; i < args.group_size; ++i)
+            for (int64_t query = 0; query < args.queries; query += kBlock)
+                forward_one(args, sizes, at, batch, key_head * args.group_size + i, query);
+    }
+}
+
+float dot(const BFloat16* a, const BFloat16* b, int64_t size) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16)
+        sum = _mm512_fmadd_ps(from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i))),
+                              from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i))), sum);
+    return _mm512_reduce_add_ps(sum);
+}
+
+// P and dS of a row from scores and dP.
+void slopes_of(const float* s, const float* dp, float scale, float lse, float delta, const Seen& seen,
+               int64_t count, BFloat16* p, BFloat16* ds) {
+    const __m512 shift = _mm512_set1_ps(lse);
+    const __m512 not_finite = _mm512_set1_ps(lse - lse);  // added: 0, or NaN
+    for (int64_t n = 0; n < count; n += 16) {
+        const __mmask16 there = lse == std::numeric_limits<float>::infinity() ? __mmask16(0) : seen(n);
+        const __m512 z = _mm512_fmsub_ps(_mm512_loadu_ps(s + n), _mm512_set1_ps(scale), shift);
+        const __m512 e = _mm512_maskz_add_ps(there, exponential_below(z), not_finite);
+        store_bf16(e, p + n);
+        const __m512 slope = _mm512_sub_ps(_mm512_loadu_ps(dp + n), _mm512_set1_ps(delta));
+        store_bf16(_mm512_maskz_mul_ps(there, _mm512_mul_ps(e, slope), _mm512_set1_ps(scale)), ds + n);
+    }
+}
+
+void backward_one(const AttentionArgs& args, const Sizes& sizes, const Backward& at, int64_t batch,
+                  int64_t head, int64_t first) {
+    const Block block(args, first);
+    const BFloat16 *q = args.q.at(batch, head, first), *grad = args.grad.at(batch, head, first),
+                   *out = args.out.at(batch, head, first);
+    const int64_t block_words = sizes.words * kTileRows, tile_words = sizes.words * kTile;
+    left_of(q, args.q.token_stride, block.rows, sizes.words, at.q);
+    left_of(grad, args.grad.token_stride, block.rows, sizes.words, at.grad);
+    right_of(q, args.q.token_stride, block.rows, args.size, kBlockPairs, at.q_right);
+    right_of(grad, args.grad.token_stride, block.rows, args.size, kBlockPairs, at.grad_right);
+    product<false>(at.q, block_words, kTileRows, block.rows, at.k, tile_words, block.keys, sizes.words,
+                   at.scores, sizes.keys);
+    product<false>(at.grad, block_words, kTileRows, block.rows, at.v, tile_words, block.keys, sizes.words,
+                   at.slopes, sizes.keys);
+    const float* lse = args.lse + (batch * args.key_heads * args.group_size + head) * args.queries + first;
+    for (int64_t r = 0; r < block.rows; ++r)
+        slopes_of(at.scores + r * sizes.keys, at.slopes + r * sizes.keys, args.scale, lse[r],
+                  dot(grad + r * args.grad.token_stride, out + r * args.out.token_stride, args.size),
+                  Seen(args, batch, head, first + r), block.keys, at.p + r * sizes.keys,
+                  at.ds + r * sizes.keys);
+    if (block.rows % 2 != 0)
+        for (BFloat16* matrix : {at.p, at.ds})
+            std::memset(matrix + block.rows * sizes.keys, 0, size_t(block.keys) * sizeof *matrix);
+    const int64_t pairs = ceil_div(block.rows, 2), stride = Backward::left_stride(sizes);
+    const auto add = [&](const BFloat16* matrix, const uint32_t* right, float* to) {
+        left_transposed(matrix, sizes.keys, pairs, block.keys, at.left, stride);
+        product<true>(at.left, kTileRows, stride, block.keys, right, kBlockPairs * kTile, args.size, pairs,
+                      to, args.size);
+    };
+    add(at.p, at.grad_right, at.dv);
+    add(at.ds, at.q_right, at.dk);
+    left_of(at.ds, sizes.keys, block.rows, block.keys / 2, at.left);
+    product<false>(at.left, block.keys / 2 * kTileRows, kTileRows, block.rows, at.k_right,
+                   sizes.key_pairs * kTile, args.size, block.keys / 2, at.dq, args.size);
+    store_rows(at.dq, args.size, block.rows, args.size, nullptr, args.dq.at(batch, head, first),
+               args.dq.token_stride);
+}
+
+void backward(const AttentionArgs& args, int64_t first, int64_t last) {
+    const Sizes sizes(args);
+    const Backward at = buffers_of<Backward>(args, sizes);
+    for (; first < last; ++first) {
+        const int64_t batch = first / args.key_heads, key_head = first % args.key_heads;
+        const BFloat16* k = args.k.at(batch, key_head, 0);
+        right_transposed(k, args.k.token_stride, args.keys, sizes.words, at.k);
+        right_of(k, args.k.token_stride, args.keys, args.size, sizes.key_pairs, at.k_right);
+        right_transposed(args.v.at(batch, key_head, 0), args.v.token_stride, args.keys, sizes.words, at.v);
+        const size_t sums = size_t(Backward::key_rows(sizes) * args.size) * sizeof(float);
+        std::memset(at.dk, 0, sums);
+        std::memset(at.dv, 0, sums);
+        for (int64_t i = 0; i < args.group_size; ++i)
+            for (int64_t query = 0; query < args.queries; query += kBlock)
+                backward_one(args, sizes, at, batch, key_head * args.group_size + i, query);
+        store_rows(at.dk, args.size, args.keys, args.size, nullptr, args.dk.at(batch, key_head, 0),
+                   args.dk.token_stride);
+        store_rows(at.dv, args.size, args.keys, args.size, nullptr, args.dv.at(batch, key_head, 0),
+                   args.dv.token_stride);
+    }
+}
+
+}  // namespace
+
+void fill_avx512bf16(Kernels& kernels) { kernels.attention = {.forward = forward, .backward = backward}; }
+
+}  // namespace lora
+}  // namespace peftcore

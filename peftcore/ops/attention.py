@@ -1,0 +1,233 @@
+"""Attention, softmax(c q kᵀ) v, and its gradients.
+
+    lse = log Σ exp(S),  P = exp(S - lse),  out = P v           S = c q kᵀ, -inf for keys that a query does not see
+    dP = dout vᵀ,  dS = c P ∘ (dP - Σ dout ∘ out)
+    dq = dS k,  dk = dSᵀ q,  dv = Pᵀ dout
+
+The kernel is for bf16 with dot products of bf16. The result is that of PyTorch's `scaled_dot_product_attention`, whose
+kernels take several times as long there. Sums are fp32; P and dS are rounded to bf16 for their products. q, k, v, out
+and lse, a number for each query and head, are kept for the gradient, which computes S again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftcore.ops._extension import extension
+from peftcore.ops._library import define_by, transformed, unviewed
+from peftcore.ops.weight import check_dtype, value
+
+_OPS = torch.ops.peftcore
+_HEAD_SIZE_MULTIPLE, _MOST_KEYS, _LARGEST_HEAD = 32, 4096, 256
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    check_dtype(q.dtype, op)
+    value(q.dim() == 4, op, f"q must be [batch, heads, tokens, size], found {list(q.shape)}")
+    for name, t in (("k", k), ("v", v)):
+        _check_like(op, q, name, t)
+    value(v.shape == k.shape, op, f"v must be {list(k.shape)} like k, found {list(v.shape)}")
+    fits = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    value(fits, op, f"the {q.shape[1]} heads of q must be a multiple of those of k, found {k.shape[1]}")
+    if mask is None:
+        return
+    if mask.dtype is not torch.bool:
+        raise TypeError(f"{op}: mask must be torch.bool, found {mask.dtype}")
+    wanted = [*q.shape[:3], k.shape[2]]
+    fits = mask.dim() == 4 and all(found in (1, size) for found, size in zip(mask.shape, wanted, strict=True))
+    value(fits, op, f"mask must broadcast to {wanted}, found {list(mask.shape)}")
+    value(mask.device == q.device, op, f"mask must be on {q.device} like q, found {mask.device}")
+
+
+def _check_like(op: str, q: Tensor, name: str, t: Tensor) -> None:
+    if t.dtype is not q.dtype:
+        raise TypeError(f"{op}: {name} must be {q.dtype} like q, found {t.dtype}")
+    fits = t.dim() == 4 and t.shape[0] == q.shape[0] and t.shape[3] == q.shape[3]
+    found = f"found {list(t.shape)}"
+    value(fits, op, f"{name} must be [{q.shape[0]}, heads, tokens, {q.shape[3]}] for q, {found}")
+    value(t.device == q.device, op, f"{name} must be on {q.device} like q, found {t.device}")
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    scores = q.float() @ _repeated(k, q).transpose(2, 3) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    return scores
+
+
+def _repeated(t: Tensor, q: Tensor) -> Tensor:
+    return t.float().repeat_interleave(q.shape[1] // t.shape[1], 1)
+
+
+def _by_tokens(t: Tensor) -> Tensor:
+    """Return an empty tensor like t whose memory is [batch, tokens, heads, size]."""
+    return t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2)
+
+
+@dataclass
+class Attention:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+    def __post_init__(self) -> None:
+        _check("attention", self.q, self.k, self.v, self.mask)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        scores = _scores(self.q, self.k, self.mask, self.causal, self.scale)
+        lse = scores.logsumexp(3)
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of queries that see no key
+        out = (scores - lse[..., None]).exp() @ _repeated(self.v, self.q)
+        return _by_tokens(self.q).copy_(out), lse
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        return _by_tokens(self.q), self.q.new_empty(self.q.shape[:3], dtype=torch.float32)
+
+
+@dataclass
+class AttentionBackward:
+    grad: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+    def __post_init__(self) -> None:
+        op, shape = "attention_backward", list(self.q.shape)
+        _check(op, self.q, self.k, self.v, self.mask)
+        for name, t in (("grad", self.grad), ("out", self.out)):
+            _check_like(op, self.q, name, t)
+            value(list(t.shape) == shape, op, f"{name} must be {shape} like q, found {list(t.shape)}")
+        if self.lse.dtype is not torch.float32:
+            raise TypeError(f"{op}: lse must be torch.float32, found {self.lse.dtype}")
+        value(list(self.lse.shape) == shape[:3], op, f"lse must be {shape[:3]}, found {list(self.lse.shape)}")
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, grad = self.q, self.k, self.grad.float()
+        p = (_scores(q, k, self.mask, self.causal, self.scale) - self.lse[..., None]).exp()
+        delta = (grad * self.out.float()).sum(3, keepdim=True)
+        ds = p * (grad @ _repeated(self.v, q).transpose(2, 3) - delta) * self.scale
+
+        def of_groups(t: Tensor) -> Tensor:
+            return t.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1])).sum(2)
+
+        dk, dv = ds.transpose(2, 3) @ q.float(), p.transpose(2, 3) @ grad
+        found = (q, ds @ _repeated(k, q)), (k, of_groups(dk)), (k, of_groups(dv))
+        dq, dk, dv = (_by_tokens(like).copy_(each) for like, each in found)
+        return dq, dk, dv
+
+    def empty(self) -> tuple[Tensor, Tensor, Tensor]:
+        return _by_tokens(self.q), _by_tokens(self.k), _by_tokens(self.k)
+
+
+define_by(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> (Tensor out, Tensor lse)",
+    Attention,
+)
+define_by(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, bool causal, "
+    "float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    AttentionBackward,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+        out, lse = _OPS.attention(q, k, v, mask, causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse, mask)
+        ctx.numbers = causal, scale
+        return unviewed(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, mask = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "attention cannot be differentiated twice (create_graph=True). "
+                "Use F.scaled_dot_product_attention with the math backend instead"
+            )
+        found = _OPS.attention_backward(grad, q, k, v, out, lse, mask, *ctx.numbers)
+        return (
+            *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)),
+            None,
+            None,
+            None,
+        )
+
+
+def has_attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Return whether the extension has a kernel for these tensors, which PyTorch's operator accepts, too."""
+    return (
+        extension is not None
+        and q.dtype is k.dtype is v.dtype is torch.bfloat16
+        and q.device.type == k.device.type == v.device.type == "cpu"
+        and q.dim() == k.dim() == v.dim() == 4
+        and k.shape == v.shape
+        and q.shape[0] == k.shape[0]
+        and q.shape[3] == k.shape[3]
+        and q.shape[3] % _HEAD_SIZE_MULTIPLE == 0
+        and 0 < q.shape[3] <= _LARGEST_HEAD
+        and 0 < k.shape[2] <= _MOST_KEYS
+        and q.numel() > 0
+        and k.shape[1] > 0
+        and q.shape[1] % k.shape[1] == 0
+        and (mask is None or (mask.dtype is torch.bool and mask.device.type == "cpu" and 2 <= mask.dim() <= 4))
+        and extension.has_attention()
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Return softmax(scale · q kᵀ) v.
+
+    Args:
+        q: `[batch, heads, queries, size]`; fp32, fp16 or bf16.
+        k, v: `[batch, key heads, keys, size]` in q's dtype; the heads of q are a multiple of the key heads.
+        mask: bool, broadcast to `[batch, heads, queries, keys]`: False where a query does not see a key. Rows of
+            queries that see no key are 0.
+        causal: query i sees keys up to i only.
+        scale: None means 1 / √size.
+
+    Returns:
+        `[batch, heads, queries, size]` in q's dtype, with gradients for q, k and v.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit the others. RuntimeError: a kernel's result is
+            differentiated twice.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+    if transformed() or not has_attention_kernel(q, k, v, mask):
+        if causal and mask is not None:
+            mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=gqa
+        )
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, mask, causal, scale)  # type: ignore[no-untyped-call]
+    out: Tensor = _OPS.attention(q, k, v, mask, causal, scale)[0]
+    return out
