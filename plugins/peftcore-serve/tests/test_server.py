@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import save_tokenizer
+from peftcore_serve import folders
 from peftcore_serve.app import Server
 from peftcore_serve.command import make
 from peftcore_serve.decoding import Batch
 from starlette.testclient import TestClient
+
+import peftcore
+from peftcore.cli import models
 
 from .conftest import METHODS, PROMPTS, written
 
@@ -263,3 +268,29 @@ def test_a_batch_that_fails_is_continued_one_by_one(llama: Path, saved: Path, mo
     with TestClient(server.app) as client:
         found = [each["text"] for each in ask(client, "one", ["the film", "a"])["choices"]]
         assert found == [ask(client, "one", prompt)["choices"][0]["text"] for prompt in ("the film", "a")]
+
+
+def test_adapters_with_a_tokenizer_or_a_vocabulary_of_their_own(llama: Path, saved: Path, tmp_path: Path) -> None:
+    for name in ("ann", "eve"):
+        shutil.copytree(saved / "one", tmp_path / name)
+        save_tokenizer(tmp_path / name)
+        own = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        own["chat_template"] = "{% for m in messages %}{{ m['content'] + ' was ' }}{% endfor %}"
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(own))
+    shutil.copytree(saved / "one", tmp_path / "plain")
+    larger = models.load_model(str(llama), "causal-lm")
+    larger.resize_token_embeddings(25)
+    peftcore.apply(larger, "lora", modules_to_save=["embed_tokens", "lm_head"])
+    peftcore.save(larger, tmp_path / "larger")
+    server = make(str(llama), tmp_path)
+    with TestClient(server.app) as client:
+        body = {"messages": [{"role": "user", "content": "the film"}], "temperature": 0, "max_tokens": 5}
+        found = client.post("/v1/chat/completions", json={**body, "model": "ann"}).json()
+        assert found["choices"][0]["message"]["content"] == written(llama, saved / "one", "the film was", 5)
+        there = folders.find(tmp_path)
+        assert server.texts.of(there["ann"]) is server.texts.of(there["eve"]) is not server.texts.of(there["plain"])
+        status, error = refused(client, "/v1/chat/completions", **body, model="plain")
+        assert status == 400 and "has no chat template" in error["message"]
+        status, error = refused(client, "/v1/completions", model="larger", prompt="a")
+        assert status == 400
+        assert "'larger' has a vocabulary of 25 tokens, but the base has 23. Merge it" in error["message"]
