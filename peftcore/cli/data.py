@@ -26,10 +26,12 @@ from peftcore.errors import PeftcoreError, nearest
 
 LANGUAGE_MODEL = "causal-lm"
 CLASSIFICATION, REGRESSION, MULTI_LABEL = LABELLED = labels.KINDS
+TAGS = labels.TAGS
+HEADED = (*LABELLED, TAGS)  # with a new head on the base
 PREFERENCES = "dpo"
 UNPAIRED = "kto"
 COMPARED = (PREFERENCES, UNPAIRED)  # trained against a reference: the model as it was
-TASKS = (LANGUAGE_MODEL, *LABELLED, *COMPARED)
+TASKS = (LANGUAGE_MODEL, *HEADED, *COMPARED)
 
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 
@@ -52,13 +54,14 @@ _KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     MULTI_LABEL: (*_labelled("label"), *_labelled("labels")),
     PREFERENCES: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
     UNPAIRED: (("prompt", "completion", "label"),),
+    TAGS: (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags")),
 }
 _SHOWN = {
     LANGUAGE_MODEL: "text, prompt/completion, messages, conversations, instruction/output or input_ids",
     MULTI_LABEL: "text/labels",
 }
 _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label", PREFERENCES: "prompt/chosen/rejected"}
-_SHOWN |= {UNPAIRED: "prompt/completion/label"}
+_SHOWN |= {UNPAIRED: "prompt/completion/label", TAGS: "tokens/tags"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES |= {"tool": "tool", "observation": "tool", "function": "tool"}
 
@@ -76,6 +79,7 @@ class Row:
     `rejected` is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
     `source` is the index of the data set. `is_good` marks an answer for KTO, with the prompt as in a preference.
     `pair` is the second text of a pair to classify. `tokens` are (ids, labels) of a row that is tokenized already.
+    `words` have the tags that are the label.
     """
 
     where: str
@@ -91,6 +95,7 @@ class Row:
     is_good: bool | None = None
     pair: str | None = None
     tokens: tuple[list[int], list[int]] | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -164,6 +169,8 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
     """
     found: list[Any] = []
     for _, fields in itertools.chain.from_iterable(records(*each) for each in _sources(path, columns)):
+        if not found and any(fields.keys() >= set(keys) for keys in _KEYS[TAGS]):
+            return TAGS
         name = next((name for name in ("label", "labels") if name in fields), None)
         if name is None and not found:
             return PREFERENCES if {"chosen", "rejected"} <= fields.keys() else LANGUAGE_MODEL
@@ -222,8 +229,9 @@ def labels_of(rows: list[Row]) -> list[str]:
     found: set[str] = set()
     for row in rows:
         found.update((row.label,) if isinstance(row.label, str) else row.label if isinstance(row.label, tuple) else ())
-    if len(found) < 2 and isinstance(rows[0].label, str):
-        raise PeftcoreError(f"{rows[0].where}: every example has the label {found}; a classifier needs at least two")
+    if len(found) < 2 and (isinstance(rows[0].label, str) or rows[0].words):
+        what = "word has the tag" if rows[0].words else "example has the label"
+        raise PeftcoreError(f"{rows[0].where}: every {what} {found}; a classifier needs at least two")
     if not found:
         raise PeftcoreError(f"{rows[0].where}: no example has a label")
     return sorted(found, key=int) if all(each.removeprefix("-").isdecimal() for each in found) else sorted(found)
@@ -272,6 +280,9 @@ def _row(where: str, fields: dict[str, Any], task: str) -> Row:
     if keys == ("prompt", "completion") and isinstance(fields["prompt"], list):
         before, answer = (_messages(where, key, fields[key]) for key in keys)
         return _conversation(where, [*before, *answer], len(before), fields)
+    if task == TAGS:
+        words, tags = labels.tagged_words(where, (keys[0], keys[1]), *(fields[key] for key in keys))
+        return Row(where, " ".join(words), label=tags, words=words)
     if keys == ("input_ids",):
         return Row(where, "", tokens=tokens_of(where, fields))
     if task in LABELLED:

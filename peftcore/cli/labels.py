@@ -11,6 +11,7 @@ from peftcore.errors import PeftcoreError
 CLASSIFICATION = "classification"
 REGRESSION = "regression"
 MULTI_LABEL = "multi-label"
+TAGS = "tags"
 KINDS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
 
 Label = str | float | tuple[str, ...]  # of each
@@ -43,6 +44,23 @@ def parsed(where: str, key: str, value: Any, task: str) -> Label:
     if not str(value).strip():
         raise PeftcoreError(f"{where}: '{key}' is empty")
     return str(value)
+
+
+def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return (words, tags) of a row.
+
+    Raises:
+        PeftcoreError: they are not lists of one length; the message begins with `where`.
+    """
+    found = [names(each) for each in (words, tags)]
+    for key, value, each in zip(keys, (words, tags), found, strict=True):
+        if not each or any(len(name.split()) != 1 for name in each):
+            raise PeftcoreError(f"{where}: '{key}' must be a list of words without spaces, found {short(value)}")
+    if len(found[0] or ()) != len(found[1] or ()):
+        raise PeftcoreError(
+            f"{where}: '{keys[0]}' has {len(found[0] or ())} words, but '{keys[1]}' has {len(found[1] or ())} tags"
+        )
+    return found[0] or (), found[1] or ()
 
 
 def number(value: Any) -> float | None:

@@ -24,10 +24,11 @@ MAIN = {
 TITLES = {
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
+    "entity_f1": "entity F1",
     "exact_match": "exact match",
     "preference_accuracy": "preference accuracy",
 }
-SHARES = ("accuracy", "macro_f1", "micro_f1", "exact_match", "preference_accuracy")  # shown as percentages
+SHARES = ("accuracy", "macro_f1", "micro_f1", "entity_f1", "exact_match", "preference_accuracy")  # shown as percentages
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _refuse_labels_without_outputs(folder: Path, task: AdapterTask) -> None:
     from peftcore.files.folder import read_tensors
 
     count = len(task.labels)
-    if task.task in data.LABELLED and count > _LABELS:
+    if task.task in data.HEADED and count > _LABELS:
         tensors, _ = read_tensors(folder)
         if not any(tensor.shape[:1] == (count,) for tensor in tensors.values()):
             raise ValueError(f"it names {count:,} labels, but no tensor of the adapter has as many rows")
@@ -228,7 +228,7 @@ def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, 
         model: its name, for messages.
         task: the task.
     """
-    backbone = f"{loaded.base_model_prefix}." if task in data.LABELLED else ""
+    backbone = f"{loaded.base_model_prefix}." if task in data.HEADED else ""
     names = sorted(name for name in missing if name.startswith(backbone))
     if not names:
         return
@@ -462,20 +462,23 @@ def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
 def _auto_class(task: str) -> Any:
     import transformers
 
-    if task in data.LABELLED:
+    if task == data.TAGS:
+        return transformers.AutoModelForTokenClassification
+    if task in data.HEADED:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModelForCausalLM
 
 
 def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
     """Return the config fields of the head, for the model to have its outputs and its loss."""
-    if task not in data.LABELLED:
+    if task not in data.HEADED:
         return {}
     if task == data.REGRESSION:
         return {"num_labels": 1, "problem_type": "regression"}
     kinds = {data.CLASSIFICATION: "single_label_classification", data.MULTI_LABEL: "multi_label_classification"}
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    return {"problem_type": kinds[task], **(names if labels else {})}
+    kind = {"problem_type": kinds[task]} if task in kinds else {}
+    return {**kind, **(names if labels else {})}
 
 
 def _set_padding(loaded: PreTrainedModel, model: str) -> None:

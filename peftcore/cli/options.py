@@ -122,7 +122,9 @@ Quantize = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 Task = Annotated[
     str | None,
-    typer.Option(help="causal-lm, classification, regression, multi-label, dpo or kto; read off the file if left out."),
+    typer.Option(
+        help="causal-lm, classification, regression, multi-label, tags, dpo, kto; default: read off the file."
+    ),
 ]
 Labels = Annotated[
     str | None, typer.Option(help="A classifier's labels in the order of its outputs, for adapters that PEFT wrote.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import conversations, data, metrics, packing
+from peftcore.cli import conversations, data, metrics, packing, tags
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.data import Messages, Row
 from peftcore.cli.metrics import Metrics
@@ -43,6 +43,8 @@ def encode(
     """
     if max_length < 2:
         raise PeftcoreError(f"the length must be at least 2 tokens, found {max_length}")
+    if task == data.TAGS:
+        return Encoded(*tags.encode(rows, tokenizer, max_length, labels))
     if task in data.LABELLED:
         return _encode_labelled(rows, tokenizer, max_length, labels)
     parts = []
@@ -126,6 +128,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 16,
     tokens: int | None = None,
+    tag_names: Sequence[str] = (),
 ) -> Metrics:
     """Return the loss over every predicted token or example, independent of batching; no random numbers are drawn.
 
@@ -135,10 +138,11 @@ def measure(
         tokenizer: the tokenizer.
         batch_size: examples per batch.
         tokens: tokens per batch at most, including padding; None for no limit.
+        tag_names: names of the tags, if the labels are those of words.
     """
     batch = collator(tokenizer)
     device = next(model.parameters()).device
-    is_writer = isinstance(examples[0]["labels"], list)
+    is_writer = isinstance(examples[0]["labels"], list) and not tag_names
     was_training = model.training
     model.eval()
     loss, count = 0.0, 0
@@ -147,17 +151,24 @@ def measure(
         for some in batches_of(examples, batch_size, tokens):
             inputs = {name: t.to(device) for name, t in batch(some).items()}
             output = model(**inputs)
-            predicted = int((inputs["labels"][:, 1:] != IGNORED).sum()) if is_writer else len(inputs["labels"])
+            if tag_names:
+                predicted = int((inputs["labels"] != IGNORED).sum())
+            else:
+                predicted = int((inputs["labels"][:, 1:] != IGNORED).sum()) if is_writer else len(inputs["labels"])
             loss += float(output.loss) * predicted
             count += predicted
-            if not is_writer:
+            if tag_names:
+                for chosen, right in zip(output.logits.argmax(-1).cpu(), inputs["labels"].cpu(), strict=True):
+                    answers.append(chosen[right != IGNORED])
+                    labels.append(right[right != IGNORED])
+            elif not is_writer:
                 answers.append(output.logits.float().cpu())
                 labels.append(inputs["labels"].cpu())
     finally:
         model.train(was_training)
     if is_writer:
         return Metrics(loss / count, count)
-    found = _figures(torch.cat(answers), torch.cat(labels))
+    found = tags.figures(answers, labels, tag_names) if tag_names else _figures(torch.cat(answers), torch.cat(labels))
     return replace(found, loss=loss / count)
 
 

@@ -61,11 +61,15 @@ class Measuring(_Base):
 
 
 class MeasuringTrainer(Measuring, Trainer):
-    """Trainer on examples with `input_ids` and `labels`."""
+    """Trainer on examples with `input_ids` and `labels`.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        divides_by_tokens: whether the model can divide its loss by the number of tokens of a whole step.
+    """
+
+    def __init__(self, *args: Any, divides_by_tokens: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.train_dataset[0]["labels"], list):
+        if not divides_by_tokens or not isinstance(self.train_dataset[0]["labels"], list):
             # Their loss is a mean whatever batch size the model is given, so Trainer has to divide.
             self.model_accepts_loss_kwargs = False
 

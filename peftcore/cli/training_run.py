@@ -180,7 +180,7 @@ def run(
     train_rows, eval_rows, validation_rows = training_data.read_splits(settings)
     start = Path(settings.adapter) if settings.adapter is not None else None
     labels: tuple[str, ...] = ()
-    if settings.task in data.LABELLED:
+    if settings.task in data.HEADED:
         seen = [*train_rows, *validation_rows]
         labels = tuple(data.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
     tokenizer = models.load_tokenizer(settings.model, start)
@@ -249,7 +249,8 @@ def run(
             how = {"beta": settings.beta, "reference": first[id(examples)]}
             return comparisons.measure(settings.task, model, examples, tokenizer, pairs, **how)
         # Not more tokens at once than in training, so that measuring fits too.
-        return tasks.measure(model, examples, tokenizer, tokens=settings.batch_size * longest)
+        tag_names = labels if settings.task == data.TAGS else ()
+        return tasks.measure(model, examples, tokenizer, tokens=settings.batch_size * longest, tag_names=tag_names)
 
     with peftcore.disabled(model) if settings.method != FULL and start is None else contextlib.nullcontext():
         if comparison is not None:
@@ -261,6 +262,11 @@ def run(
         sets_before = training_data.losses(held_out_sets, lambda some: measure(model, some))
         name = "base" if start is None else "the adapter before"
         samples = [(name, sample_text())] if sample is not None else []
+    if settings.metric is not None and settings.metric not in before.as_dict():
+        raise PeftcoreError(
+            f"--metric {settings.metric} is not measured on these examples, which have {', '.join(before.as_dict())}. "
+            "Pass one of these"
+        )
     say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
 
     if settings.fuse:
@@ -285,7 +291,10 @@ def run(
     if comparison is not None:
         trainer = trainers.comparing_trainer(settings.task, **common, lengths=sizes, processing_class=tokenizer)
     else:
-        trainer = trainers.MeasuringTrainer(**common, lengths=sizes, data_collator=tasks.collator(tokenizer))
+        is_tagger = settings.task == data.TAGS
+        trainer = trainers.MeasuringTrainer(
+            **common, lengths=sizes, data_collator=tasks.collator(tokenizer), divides_by_tokens=not is_tagger
+        )
     trainer.remove_callback(PrinterCallback)
     from_checkpoint = _checkpoint_to_resume(output) if resume else None
     try:
@@ -313,7 +322,7 @@ def run(
     else:
         peftcore.save(model, adapter)
         template = tokenizer.chat_template if is_chat and settings.chat_template else None
-        seed = settings.seed if settings.task in data.LABELLED else None
+        seed = settings.seed if settings.task in data.HEADED else None
         made_for = AdapterTask(
             settings.task, settings.max_length, labels, is_chat, template, settings.beta, settings.dtype, seed
         )

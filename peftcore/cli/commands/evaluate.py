@@ -63,6 +63,8 @@ def evaluate(
         measure = functools.partial(comparisons.measure, task.task, beta=task.beta)
     else:
         encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
+        if task.task == examples.TAGS:
+            measure = functools.partial(tasks.measure, tag_names=task.labels)
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     if task.seed is not None:
         from transformers import set_seed

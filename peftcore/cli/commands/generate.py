@@ -56,6 +56,10 @@ def generate(
     given: Any = [{"role": "user", "content": prompt}] if chat else prompt
 
     def answer() -> str:
+        if task.task == data.TAGS:
+            from peftcore.cli import tags
+
+            return tags.tagged(loaded, tokenizer, prompt, task.labels, task.max_length)
         if task.task in data.LABELLED:
             return tasks.classify(loaded, tokenizer, prompt, task.labels, task.max_length, task.task, pair)
         return tasks.generate_text(

@@ -87,7 +87,7 @@ def train(
         start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
     examples.check_task(task)
-    if display.sample is not None and task in examples.LABELLED:
+    if display.sample is not None and task in examples.HEADED:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes no text. Leave it out")
     if given.pack and task != examples.LANGUAGE_MODEL:
         raise PeftcoreError(f"--pack is for causal-lm, found task {task}. Leave it out")
