@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import fresh_process
 import pytest
 import typer
 from commands import Run
@@ -324,13 +325,5 @@ def test_which_method_must_be_said_where_there_are_several(run: Run, llama: Path
 
 def command(*arguments: str, path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `peftcore` in a process of its own, with `path` before the installed packages."""
-    import os
-
     code = f"import sys; sys.path.insert(0, {str(path)!r}); from peftcore.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "160", **environment},
-        timeout=120,
-    )
+    return fresh_process.run(code, *arguments, **{"COLUMNS": "160", **environment})
