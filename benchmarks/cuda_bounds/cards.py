@@ -16,7 +16,8 @@ class Card(NamedTuple):
     arch: int
     multiprocessors: int
     clock: float  # GHz, as it runs under load
-    bandwidth: float  # bytes a ns
+    bandwidth: float  # bytes a ns, by the data sheet
+    copy: float  # bytes a ns that a copy reaches
     l2: float  # bytes a ns
     latency: float  # of memory under load, ns
     shared: int  # bytes of a multiprocessor
@@ -25,13 +26,15 @@ class Card(NamedTuple):
     mma: float  # cycles of a scheduler for an mma.m16n8k16 of 16 bits, sums in fp32
     tf32: float  # for an mma.m16n8k8
     cluster: float = 0  # bytes a ns between the multiprocessors of clusters; 0: there are none
+    launch: tuple[float, float] = (0.7, 1.5)  # µs from the end of one kernel of a CUDA graph to the start of the next
 
 
 # Of an H100's tensor cores `mma.sync` reaches about 0.62 (arXiv 2402.13499): 2 cycles at the full rate. Between
 # the multiprocessors of clusters about 2.65 TB/s are taken, which was not checked, and of these kernels bounds none.
+# Copies are taken to reach nine tenths of the data sheet's bandwidth.
 CARDS = (
-    Card("H100 SXM", 90, 132, 1.755, 3350, 5500, 800, 228 << 10, 64, 32, 3.2, 3.2, 2650),
-    Card("RTX 4090", 89, 128, 2.52, 1008, 5000, 600, 100 << 10, 48, 24, 32, 32),
+    Card("H100 SXM", 90, 132, 1.755, 3350, 3000, 5500, 800, 228 << 10, 64, 32, 3.2, 3.2, 2650),
+    Card("RTX 4090", 89, 128, 2.52, 1008, 920, 5000, 600, 100 << 10, 48, 24, 32, 32),
 )
 REGISTERS, RESERVED = 65536, 1024  # of a multiprocessor; shared memory that a block has beside its own
 
@@ -54,6 +57,7 @@ class Work(NamedTuple):
     in_flight: float = 0  # bytes of memory that a block waits for at a time; 0: enough
     weight_bytes: float = 0  # of the weight alone, in 4 bits
     dynamic_shared: int = 0  # bytes that a launch asks for beside what ptxas knows of
+    tickets: bool = False  # blocks leave sums that the last of them adds, on cards without clusters if there are `sums`
 
 
 class Times(NamedTuple):
@@ -69,12 +73,21 @@ class Times(NamedTuple):
     cluster: float = 0
 
     @property
-    def estimate(self) -> float:
+    def longest(self) -> float:
         return max(self)
 
     @property
     def limit(self) -> str:
-        return self._fields[self.index(self.estimate)]
+        return self._fields[self.index(self.longest)]
+
+    @property
+    def stages(self) -> tuple[float, ...]:
+        """The times of what a warp does one after the other: fetch, load and store shared memory, compute."""
+        return (
+            max(self.memory, self.l2, self.waiting),
+            self.shared,
+            max(self.issue, self.alu, self.tensor),
+        )
 
 
 def resident(card: Card, resources: Resources, threads: int) -> int:
@@ -119,17 +132,33 @@ def times(card: Card, work: Work, body: list[Instruction], resources: Resources)
     share = most / work.blocks
     schedulers = work.markers / here * share / (card.clock * 1000)
     held = min(resident(card, resources, work.threads), most)
-    rate = work.in_flight * held * card.multiprocessors / card.latency if work.in_flight else card.bandwidth
+    rate = work.in_flight * held * card.multiprocessors / card.latency if work.in_flight else card.copy
     return Times(
-        memory=work.bytes / card.bandwidth / 1000,
+        memory=work.bytes / card.copy / 1000,
         l2=(work.bytes + work.again + (0 if card.cluster else 2 * work.sums)) / card.l2 / 1000,
-        waiting=work.bytes / min(rate, card.bandwidth) / 1000,
+        waiting=work.bytes / min(rate, card.copy) / 1000,
         issue=busy["issue"] * schedulers / 4,
         alu=busy["alu"] * schedulers / 4,
         shared=busy["shared"] * schedulers,
         tensor=busy["tensor"] * schedulers / 4,
         cluster=work.sums / card.cluster / 1000 if card.cluster else 0,
     )
+
+
+def estimates(card: Card, work: Work, body: list[Instruction], resources: Resources) -> tuple[float, float]:
+    """Return microseconds between which a launch in a CUDA graph should be.
+
+    The lower one: the longest part, the launch, and one latency of memory until the first bytes arrive. The higher one:
+    of the other stages, what the warps of a scheduler do not hide from each other; what clusters add at the end; a
+    slower launch; one more latency, of the last stores; and two where the last block takes a ticket and adds sums.
+    """
+    parts, latency = times(card, work, body, resources), card.latency / 1000
+    held = min(resident(card, resources, work.threads), -(-work.blocks // card.multiprocessors))
+    warps = max(1.0, held * work.threads / 32 / 4)  # of a scheduler
+    exposed = (sum(parts.stages) - max(parts.stages)) / warps
+    tickets = work.tickets or (work.sums > 0 and not card.cluster)
+    low = parts.longest + card.launch[0] + latency
+    return low, max(parts.stages) + exposed + parts.cluster + card.launch[1] + latency * (4 if tickets else 2)
 
 
 def bound(card: Card, work: Work, body: list[Instruction]) -> float:

@@ -6,11 +6,12 @@ nvcc compiles csrc's .cu files for both cards; registers and shared memory are p
 loop as nvdisasm prints it. PATTERN: of labels, to see some of them only.
 
     bound        memory once at the bandwidth of the data sheet, or the products on all tensor cores: nothing is faster
-    estimate     the longest of: memory; what the second cache and clusters give; bytes on their way at a time over
+    parts        memory at a copy's rate; what the second cache and clusters give; bytes on their way at a time over
                  memory's latency; instructions over what four schedulers issue; the integer pipe; loads and stores of
-                 shared memory and of the first cache; tensor cores. Time outside the inner loop, of launches, of
-                 barriers, and of pipes that wait for each other, is not in it
-    of bound     bound over estimate
+                 shared memory and of the first cache; tensor cores. Each as if it waited for nothing
+    from         the longest part, the launch in a CUDA graph, and the latency of the first bytes
+    to           also what the warps of a scheduler do not hide from each other, the last stores, a slower launch, and
+                 where blocks share sums, their counters
 
 All times are estimates until a card has run the kernels.
 """
@@ -24,7 +25,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from cards import CARDS, Card, Work, bound, resident, times
+from cards import CARDS, Card, Work, bound, estimates, resident, times
 from sass import Function, Resources, by_class, functions, resources
 from work import WORK
 
@@ -90,12 +91,13 @@ def facts(card: Card, work: Work, function: Function, used: Resources) -> list[s
 def estimate(card: Card, work: Work, function: Function, used: Resources) -> list[str]:
     body = function.body(work.marker)
     spent, least = times(card, work, body, used), bound(card, work, body)
+    low, high = estimates(card, work, body, used)
     parts = ", ".join(f"{name} {value:.1f}" for name, value in spent._asdict().items())
-    return [f"{least:.1f}", f"{spent.estimate:.1f}", spent.limit, f"{least / spent.estimate:.0%}", parts]
+    return [f"{least:.1f}", f"{low:.1f}", f"{high:.1f}", spent.limit, parts]
 
 
 FACTS = ["", "MB", "registers", "shared, KB", "blocks x warps", "inner loop of a warp", "instructions a byte of W"]
-TIMES = ["", "bound, µs", "estimate, µs", "limit", "of bound", "parts, µs"]
+TIMES = ["", "bound, µs", "from, µs", "to, µs", "limit", "parts, µs"]
 
 
 def row(cells: list[str]) -> str:

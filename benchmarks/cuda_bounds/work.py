@@ -7,6 +7,7 @@ RANK = 16
 CODES = N * K / 2 + N * K / 64 + N * K / 64 / 256 * 4  # with both kinds of scales
 TOKENS = 8192  # of training
 LINEAR = "quant4/cuda/linear.cu"
+NESTED = "(peftcore::ScaleKind)1"  # scales of double quantization, as a template argument
 
 
 def linear(batch: int, kernel: str, blocks: int, threads: int, in_flight: float, readers: int) -> Work:
@@ -29,7 +30,7 @@ def linear(batch: int, kernel: str, blocks: int, threads: int, in_flight: float,
 
 
 def tensor(batch: int, tiles: int, stage: int, stages: int) -> Work:
-    name = f"tensor_kernel<peftcore::BFloat16, {tiles}, {stage}, {stages}, true>"
+    name = f"tensor_kernel<peftcore::BFloat16, {tiles}, {stage}, {stages}, {NESTED}>"
     return linear(batch, name, N // 16, 128, 4 * (stages - 1) * 16 * stage / 2, N // 16)
 
 
@@ -37,14 +38,14 @@ def panel(batch: int, tiles: int) -> Work:
     """Blocks of 128 rows of W and a part of its columns. Their sums in fp32 their cluster adds, or the last of them."""
     row_blocks = N // 128
     splits = 128 // row_blocks
-    name = f"panel_kernel<peftcore::BFloat16, {tiles}, true>"
+    name = f"panel_kernel<peftcore::BFloat16, {tiles}, {NESTED}>"
     work = linear(batch, name, row_blocks * splits, 256, 256 * 128, row_blocks)
     stages = 3 * tiles * 8 * 256 * 2
     return work._replace(sums=splits * batch * N * 4, dynamic_shared=stages)
 
 
 def rows(batch: int, parts: int) -> Work:
-    name = f"rows_kernel<peftcore::BFloat16, {parts}, true>"
+    name = f"rows_kernel<peftcore::BFloat16, {parts}, {NESTED}>"
     # A lane waits for 64 bytes. The 64 KB of x stay in the first cache of a multiprocessor.
     return linear(batch, name, N // (16 // parts), 128, 128 * 64, CARDS[0].multiprocessors)
 
@@ -55,7 +56,7 @@ def one_launch(batch: int, parts: int) -> Work:
     return work._replace(
         label=work.label + ", LoRA in the same launch",
         source="lora/cuda/one_launch.cu",
-        kernel=f"one_launch_kernel<peftcore::BFloat16, {parts}, true>",
+        kernel=f"one_launch_kernel<peftcore::BFloat16, {parts}, {NESTED}>",
         bytes=work.bytes + RANK * (K + N) * 4,
         again=work.again + (work.blocks + RANK) * batch * RANK * 4,
     )
@@ -76,7 +77,7 @@ WORK = (
     Work(
         label="dequantize",
         source="quant4/cuda/dequantize.cu",
-        kernel="dequantize_kernel<peftcore::BFloat16, true>",
+        kernel=f"dequantize_kernel<peftcore::BFloat16, {NESTED}>",
         marker="LDG.E.128",
         markers=N * K / 1024,
         bytes=CODES + N * K * 2,
@@ -120,6 +121,7 @@ WORK = (
         threads=128,
         again=K / 128 * TOKENS * RANK * 4 * 2,
         in_flight=2 * 32 * 128 * 2,
+        tickets=True,
     ),
     Work(
         label="LoRA up, 8,192 rows",

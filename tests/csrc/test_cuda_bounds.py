@@ -1,5 +1,6 @@
 """benchmarks/cuda_bounds: what is read off ptxas and nvdisasm, and the times that follow from it."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "cuda_bounds"))
 
-from cards import CARDS, Work, bound, cycles, resident, times
+from cards import CARDS, Work, bound, cycles, estimates, resident, times
 from sass import Resources, by_class, functions, resources
+from work import WORK
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 # As nvdisasm -c prints it: a loop of four that are all of the work, one inside it, and code behind the end.
 SASS = """
@@ -116,11 +120,11 @@ def test_cycles_of_pipes():
 
 def test_times():
     body = functions(SASS)["_Z5firstv"].body("HMMA")
-    found = times(H100, work(bytes=33.5e6), body, Resources(32, 0, 0))
+    found = times(H100, work(bytes=30e6), body, Resources(32, 0, 0))
     assert found.memory == pytest.approx(10)
     assert found.issue == pytest.approx(1e6 * 5 / 132 / 4 / 1755)
     assert found.shared == pytest.approx(1e6 * 4 / 132 / 1755)
-    assert (found.limit, found.estimate) == ("shared", found.shared)
+    assert (found.limit, found.longest) == ("shared", found.shared)
     # One block more than multiprocessors: one of them has two, and takes twice as long.
     more = times(H100, work(blocks=133), body, Resources(32, 0, 0))
     assert more.issue == pytest.approx(found.issue * 2 * 132 / 133)
@@ -131,4 +135,38 @@ def test_bytes_on_their_way_limit_memory():
     # 132 blocks of 1,000 bytes, and an answer after 800 ns: 165 bytes a ns.
     found = times(H100, work(bytes=165e3, in_flight=1000), [], Resources(32, 0, 0))
     assert found.waiting == pytest.approx(1)
-    assert times(H100, work(bytes=3350e3, in_flight=1e6), [], Resources(32, 0, 0)).waiting == pytest.approx(1)
+    assert times(H100, work(bytes=3000e3, in_flight=1e6), [], Resources(32, 0, 0)).waiting == pytest.approx(1)
+
+
+def test_estimates_are_a_range():
+    body, small = functions(SASS)["_Z5firstv"].body("HMMA"), Resources(32, 0, 0)
+    (low, high), found = estimates(H100, work(bytes=30e6), body, small), times(H100, work(bytes=30e6), body, small)
+    # A block of four warps on each multiprocessor is one a scheduler, which hides nothing.
+    assert low == pytest.approx(found.longest + 0.7 + 0.8)
+    assert high == pytest.approx(found.memory + found.shared + found.issue + 1.5 + 2 * 0.8)
+    several = work(bytes=30e6, blocks=4 * 132)
+    parts = times(H100, several, body, small).stages
+    hidden = max(parts) + (sum(parts) - max(parts)) / 4
+    assert estimates(H100, several, body, small)[1] == pytest.approx(hidden + 1.5 + 2 * 0.8)
+    # Sums that the last block adds, on a card without clusters.
+    plain, shared = (estimates(RTX, work(sums=sums), body, small)[1] for sums in (0, 1e-3))
+    assert shared - plain == pytest.approx(2 * 0.6, abs=1e-3)
+
+
+ARGUMENTS = {
+    "typename": r"peftcore::\w+",
+    "int": r"\d+",
+    "bool": "true|false",
+    "ScaleKind": r"\(peftcore::ScaleKind\)\d",
+}
+
+
+@pytest.mark.parametrize("work", WORK, ids=lambda work: work.label)
+def test_kernels_of_the_table_have_these_template_parameters(work):
+    name, arguments = re.fullmatch(r"(\w+)<(.+)>", work.kernel).groups()
+    text = (CSRC / work.source).read_text()
+    (parameters,) = re.findall(rf"template <([^>]+)>\s*__global__[^;{{]*?\b{name}\(", text)
+    found, kinds = arguments.split(", "), [one.split()[0] for one in parameters.split(", ")]
+    assert len(found) == len(kinds)
+    for argument, kind in zip(found, kinds, strict=True):
+        assert re.fullmatch(ARGUMENTS[kind], argument), (argument, kind)
