@@ -16,7 +16,7 @@ import peftcore
 from peftcore.registry import registry
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/guides").glob("*.md"))]
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("plugins/*/README.md"))]  # nothing is run
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a tiny one stands in for it, as a folder where the code runs
 README_WORDS = 900
@@ -53,6 +53,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     turns = [("user", "Is it good?"), ("assistant", "It is very good.")]
     line = json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
     (tmp_path / "chat.jsonl").write_text(f"{line}\n" * 6)
+    texts = [{"text": f"the film is {word}", "label": label} for word, label in (("good", "up"), ("bad", "down"))]
+    pairs = [{"prompt": "Is it good?", "chosen": "It is very good.", "rejected": "No."}]
+    for name, rows in (("reviews.jsonl", texts), ("pairs.jsonl", pairs)):
+        (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows) * 6)
     monkeypatch.chdir(tmp_path)
 
     def no_line(_prompt: str) -> str:
