@@ -107,10 +107,11 @@ def test_another_metric(run: Run, bert: Path, labelled: Path, tmp_path: Path) ->
 
 
 @pytest.mark.nightly
-def test_two_ranks_stop_together(llama: Path, contradicted: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_ranks_stop_together(llama: Path, contradicted: Any, tmp_path: Path, parallel: str) -> None:
     arguments = ("train", "-m", llama, *contradicted, *METHOD, *OVERFITS, "--batch-size", 2, "--patience", 2)
     assert printed(*arguments, "-o", tmp_path / "alone", "--grad-accum", 2)[0] == 0
-    command = map(str, (*arguments, "-o", tmp_path / "ranks", "--parallel", "ddp"))
+    command = map(str, (*arguments, "-o", tmp_path / "ranks", "--parallel", parallel))
     assert [code for code, _ in processes.run(printed, *command, joined=False)] == [0, 0]
     found, alone = result_of(tmp_path / "ranks"), result_of(tmp_path / "alone")
     assert found["best"]["stopped_early"] and found["steps"] == found["best"]["step"] + 2

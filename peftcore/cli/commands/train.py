@@ -57,9 +57,9 @@ def train(
     Language modelling learns from {"text": ...}, from {"prompt": ..., "completion": ...} (only the completion is
     learned), or from conversations {"messages": [{"role": ..., "content": ...}, ...]} (only the assistant's turns are
     learned, through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression if labels
-    are numbers that are not all whole, and multi-label if they are lists. {"prompt": ..., "chosen": ..., "rejected":
-    ...}, texts or messages, is learned by DPO, and {"prompt": ..., "completion": ..., "label": true} by KTO, with the
-    frozen base as the reference.
+    are numbers that are not all whole, and multi-label if they are lists. {"tokens": [...], "tags": [...]} tags words.
+    {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages, is learned by DPO, and {"prompt": ...,
+    "completion": ..., "label": true} by KTO, with the frozen base as the reference.
 
     With --adapter training starts from an existing adapter, of this or another library, with its base and method; the
     initial adapter is what results are compared with, also in DPO.
