@@ -10,6 +10,7 @@ import pytest
 import rank_work
 import tiny
 import torch
+import torch.distributed.checkpoint as dcp
 from rank_bases import adapted, base
 from rank_work import TOKENS, farthest, optimizer_of, values
 from torch import Tensor, distributed, nn
@@ -153,6 +154,22 @@ def message_of(call: Callable[[], Any]) -> str:
     return "nothing was raised"
 
 
+def resumed(folder: str) -> dict[str, float | str]:
+    """Differences of losses after a checkpoint of two ranks, from a run in one process without an interruption."""
+    state = lambda model, optimizer: {"training": peftcore.TrainingState(model, optimizer)}  # noqa: E731
+    models = [*pair(folder), *pair(folder)]
+    optimizers = [optimizer_of(each) for each in models]
+    wanted = [rank_work.step(models[0], TOKENS, optimizers[0]) for _ in range(3)]
+    for _ in range(2):
+        rank_work.step(models[1], TOKENS, optimizers[1])
+    dcp.save(state(models[1], optimizers[1]), checkpoint_id=f"{folder}/state")
+    found: dict[str, float | str] = {}
+    for count, model, optimizer in zip(("one", "two"), models[2:], optimizers[2:], strict=True):
+        dcp.load(state(model, optimizer), checkpoint_id=f"{folder}/state")
+        found[f"resumed by {count}"] = abs(rank_work.step(model, TOKENS, optimizer) - wanted[-1])
+    return found
+
+
 def of_lora(folder: str) -> dict[str, float | str]:
     """LoRA in every way that a layer is divided, and what else is done with its adapters; the base is in float64."""
     warnings.simplefilter("ignore")
@@ -193,9 +210,11 @@ def of_lora(folder: str) -> dict[str, float | str]:
         peftcore.remove(peftcore.unmerge(spread) if name == "default" else spread, name)
     found["removed"] = off(logits(spread), logits(base(folder, "llama")))
 
+    found |= resumed(folder)
     torch.manual_seed(ranks.rank())
     peftcore.apply(spread.train(), "lora", **BOTH)
     found["random start"] = spread_over_ranks(spread)
+    found["batches"] = message_of(lambda: spread(input_ids=TOKENS + ranks.rank()))
     found["random states"] = message_of(lambda: spread(input_ids=TOKENS))
     found["shard"] = message_of(lambda: peftcore.shard(spread))
     with tiny.installed(tiny.method("behind", lambda *_: [After("model.layers.0.self_attn.q_norm", nn.Identity())])):

@@ -11,6 +11,7 @@ from torch import nn
 from peftcore import ranks
 from peftcore.adaptation import adapted, enclosing, fast_path, folding
 from peftcore.adaptation.call import asked
+from peftcore.adaptation.division import watch_batches
 from peftcore.adaptation.light import parts
 from peftcore.adapter import Adapter
 from peftcore.engine.activating import set_active
@@ -191,6 +192,8 @@ def _apply(
         except BaseException:
             remove(model, adapter)
             raise
+    if is_first and is_divided(model):
+        state.watching = watch_batches(model)
     if first_values and is_divided(model):  # the ranks may have drawn different random numbers
         ranks.give(tensor for each in adapters for tensor in (*each.parameters(), *each.buffers()))
     if active:
@@ -307,6 +310,8 @@ def _let_base_go(model: nn.Module, state: State) -> dict[str, str]:
         for _, module in adapted.base_modules(model):
             enclosing.release(module)
             folding.unfold(module)
+        if state.watching is not None:
+            state.watching.remove()
         state.lock.retired = True
         del model.__dict__[STATE]
     return {}

@@ -86,6 +86,7 @@ class State:
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
     on_disk: dict[str, Any] = field(default_factory=dict)  # `files.resident.OnDisk` by name, most recent last
     limit: int | None = None  # bytes of adapters of `on_disk` that may be in memory
+    watching: Any = None  # handle of the check of `adaptation.division.watch_batches`
     snapshot: Snapshot | None = None  # snapshot of `sites` when they were last unchanged
 
     def __getstate__(self) -> dict[str, Any]:

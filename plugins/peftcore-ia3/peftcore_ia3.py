@@ -12,7 +12,7 @@ Trained: one factor per output (or input) of a layer, 1 at the start. It merges 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Division,
     Method,
     Placement,
     StateRules,
@@ -34,7 +35,7 @@ from peftcore.plugin import (
     validation,
 )
 
-peftcore_api = ">=3.0,<4"
+peftcore_api = ">=3.4,<4"
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,13 @@ class IA3(Adapter):
     def forward(self, base: Base, x: Tensor) -> Tensor:
         factor, behind = self.ia3_l.flatten(), max(0, self.ia3_l.dim() - 2)
         return base(ops.scaled(x, factor, behind)) if self.scales_input else ops.scaled(base(x), factor, behind)
+
+    @override
+    def on_parts(self, base: Callable[[Tensor], Tensor], division: Division, x: Tensor) -> Tensor:
+        factor = self.ia3_l.flatten()
+        if self.scales_input:
+            return base(ops.scaled(x, division.part(factor) if division.input_in_parts else factor))
+        return ops.scaled(base(x), division.part(factor) if division.output_in_parts else factor)
 
     @override
     def neutral(self) -> dict[str, Tensor]:

@@ -51,8 +51,9 @@ def test_methods_are_right_or_refused_as_the_table_says(found: list[Any]) -> Non
 def test_lora_in_every_way_that_a_layer_is_divided(found: list[Any]) -> None:
     for _, measured in found:
         said = {name: value for name, value in measured.items() if isinstance(value, str)}
-        assert said.keys() == {"random states", "shard", "a norm of heads"}
+        assert said.keys() == {"random states", "batches", "shard", "a norm of heads"}
         assert "Seed all ranks equally" in said["random states"]
+        assert "Give all ranks the same batch" in said["batches"]
         assert "leave peftcore.shard out" in said["shard"]
         assert "divides the work of 'model.layers.0.self_attn.q_norm'" in said["a norm of heads"]
         values = {name: value for name, value in measured.items() if not isinstance(value, str)}

@@ -28,7 +28,7 @@ from peftcore_lora.replication import replicate_layers
 from peftcore_lora.starts import initialize, is_read_off
 from peftcore_lora.training import parameter_groups
 
-peftcore_api = ">=3.3,<4"
+peftcore_api = ">=3.4,<4"
 
 __all__ = ["LoraConfig", "peftcore_methods", "replicate_layers"]
 

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.plugin import Adapter, Base, LightAdapter, LowRank, PeftcoreError, embed_scale, override, targets
+from peftcore.plugin import (
+    Adapter,
+    Base,
+    Division,
+    LightAdapter,
+    LowRank,
+    PeftcoreError,
+    embed_scale,
+    override,
+    targets,
+)
 from peftcore_lora.config import LoraConfig
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by spatial dimensions
@@ -121,7 +131,7 @@ class LoraLinear(Lora):
         return y + F.linear(s, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @override
-    def on_parts(self, base: Callable[[Tensor], Tensor], division: Any, x: Tensor) -> Tensor:
+    def on_parts(self, base: Callable[[Tensor], Tensor], division: Division, x: Tensor) -> Tensor:
         y, (a, b), bias = base(x), self.pair(), self.with_bias(None)
         x = self._dropped(x, division.inputs if division.input_in_parts else x.shape[-1], division)
         if division.by_rows:  # A's inputs are divided: the ranks' products are summed
@@ -148,7 +158,7 @@ class LoraLinear(Lora):
         weight, bias = operands
         return ops.lora_linear_per_sample(x, weight, bias, list(a), list(b), [m.scale for m in adapters], index)
 
-    def _dropped(self, x: Tensor, width: int, division: Any) -> Tensor:
+    def _dropped(self, x: Tensor, width: int, division: Division) -> Tensor:
         """Return x after dropout with the mask that the whole input, `width` wide, would get on every rank."""
         if x.shape[-1] == width or not (self.training and self.dropout.p):
             return F.dropout(x, self.dropout.p, self.training)
