@@ -97,6 +97,7 @@ def test_a_finished_run_takes_no_step_more(run: Run, llama: Path, reviews: Path,
     assert result_of(tmp_path / "run")["steps"] == 2 and same(adapter_of(tmp_path / "run" / "adapter"), before)
 
 
+@pytest.mark.nightly
 def test_another_metric(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     data = ("-d", labelled, "--eval-data", labelled, "--metric", "accuracy", "--patience", 2)

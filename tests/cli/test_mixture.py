@@ -92,6 +92,7 @@ def test_each_data_set_has_its_format_and_its_line_in_the_report(
     assert "eval measures every example once" in again
 
 
+@pytest.mark.nightly
 def test_packed_rows_are_drawn_by_weight_too(run: Run, llama: Path, two: Any, tmp_path: Path) -> None:
     reviews, texts = two
     arguments = ("-d", f"{reviews}:2", "-d", texts, "--columns", "text=sentence", "--pack", "--max-length", 512)

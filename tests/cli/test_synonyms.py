@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import typer
 from commands import Run, write_jsonl
 from safetensors.torch import save_file
 
+import peftcore
 from peftcore.cli import signatures, synonyms
 from peftcore.cli.commands.train import train
 
@@ -71,11 +74,19 @@ def test_info_takes_the_folder_as_other_commands_do(run: Run, tmp_path: Path) ->
     assert "info shows one adapter" in run("info", tmp_path, "-a", tmp_path, code=1).output
 
 
-def test_suggest_takes_the_task_and_the_number_of_the_data(run: Run, llama: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "the", "chosen": "good", "rejected": "bad"}] * 30
-    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    given = ("suggest", "-m", llama, "--method", "lora", "--rank", 4, "--max-length", 8, "--memory", "16GB")
-    shown = run(*given, "--data", data).output
-    assert f"-d {data} -o RUN" in " ".join(shown.split()) and "--task dpo" in shown
-    same = run(*given, "--task", "dpo", "--examples", 30).output
-    assert shown.split("to train")[0] == same.split("to train")[0]
+def test_suggest_takes_the_task_and_the_number_of_the_data(
+    run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def suggest(*_: Any, **arguments: Any) -> Any:
+        asked.update(arguments)
+        return SimpleNamespace(ways=[SimpleNamespace(options=lambda: ["--method", "lora"])])
+
+    monkeypatch.setattr(peftcore, "suggest", suggest)
+    data = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "the", "chosen": "good", "rejected": "bad"}] * 30)
+    shown = " ".join(run("suggest", "-m", llama, "--data", data).output.split())
+    assert (asked["examples"], asked["loss"]) == (30, "dpo")
+    assert f"-d {data} -o RUN" in shown and "--task dpo" in shown
+    run("suggest", "-m", llama)
+    assert (asked["examples"], asked["loss"]) == (1000, None)

@@ -64,6 +64,7 @@ def test_an_unknown_shape_lists_what_is_known(tmp_path: Path) -> None:
         read(tmp_path, {"question": "a", "solution": "b"})
 
 
+@pytest.mark.nightly
 def test_tokens_train_as_their_text_does(run: Run, llama: Path, tokenizer: Any, tmp_path: Path) -> None:
     texts = ["the film is good", "a very dull story", "it was fun", "no heart"]
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
@@ -95,6 +96,7 @@ def test_pairs(tmp_path: Path, bert: Path, keys: tuple[str, str]) -> None:
     assert torch.equal(batch["token_type_ids"][0], torch.tensor(whole["token_type_ids"]))
 
 
+@pytest.mark.nightly
 def test_a_classifier_of_pairs(run: Run, bert: Path, tmp_path: Path) -> None:
     words = ("good", "bad", "dull", "fun")
     rows = [{"premise": a, "hypothesis": b, "label": "same" if a == b else "other"} for a in words for b in words]

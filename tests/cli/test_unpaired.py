@@ -122,7 +122,7 @@ def test_kto_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("task", data.COMPARED)
+@pytest.mark.parametrize("task", [pytest.param(data.PREFERENCES, marks=pytest.mark.nightly), data.UNPAIRED])
 def test_losses_of_training_are_those_of_trl(run: Run, llama: Path, tmp_path: Path, task: str) -> None:
     """TRL reads the same rows as texts, in the order that our sampler draws them."""
     import trl
