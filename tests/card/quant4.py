@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from card.checks import DTYPES, same
+from card.checks import DTYPES, check, same
 from card.table import Place, cases
 from peftcore import ops
 from peftcore.ops.quant4 import SMALLEST_SCALE, Quantize4bit, QuantizeAbsmax
@@ -94,6 +94,26 @@ def dequantize(place: Place, count: int, blocksize: int, dtype: torch.dtype, kin
     ops.dequantize_4bit(there, out=memory[1 : count + 1])  # off 16 bytes
     same(memory[1 : count + 1], wanted, "values off 16 bytes")
     assert memory[0] == 7 and (memory[count + 1 :] == 7).all(), "memory around the result was written"
+
+
+@cases(
+    out=(5, 70, 1057),
+    width=(32, 96, 320, 4096),
+    dtype=DTYPES,
+    emulated=lambda out, width, dtype: out == 70 and width == 96,
+)
+def mxfp4(place: Place, out: int, width: int, dtype: torch.dtype) -> str:
+    """Values have the bits of the CPU's, and products with few and many rows of x are near float64's."""
+    w = values(out * width, torch.float32, width).view(out, width)
+    weight, there = ops.quantize_mxfp4(w), ops.quantize_mxfp4(w.to(place.device))
+    same(there.codes, weight.codes, "codes")
+    same(there.absmax, weight.absmax, "scales")
+    same(ops.dequantize_4bit(there, dtype), weight.values(dtype), "values")
+    dense = weight.values(dtype).to(place.device).double()
+    for rows in (1, 9, 40):
+        x = place.normal(rows, width, seed=rows, dtype=dtype)
+        found = check(ops.linear_4bit(x, there), x.double() @ dense.T, x.double().abs() @ dense.abs().T)
+    return found
 
 
 @cases(gigabytes=16)
