@@ -170,7 +170,7 @@ def resumed(folder: str) -> dict[str, float | str]:
     return found
 
 
-def of_lora(folder: str) -> dict[str, float | str]:
+def of_lora(folder: str, whole: bool) -> dict[str, float | str]:
     """LoRA in every way that a layer is divided, and what else is done with its adapters; the base is in float64."""
     warnings.simplefilter("ignore")
     found: dict[str, float | str] = {}
@@ -188,11 +188,13 @@ def of_lora(folder: str) -> dict[str, float | str]:
     found["embedding, head"] = gradients(
         *pair(folder, "llama", {"r": 3, "target_modules": ["embed_tokens", "lm_head"]})
     )
-    found["pissa"] = gradients(*pair(folder, "llama", {**BOTH, "init_lora_weights": "pissa"}))
     batches = [{"input_ids": TOKENS, "labels": TOKENS}] * 2
     eva = {**BOTH, "init_lora_weights": "eva", "batches": batches}
     found["eva"] = gradients(*pair(folder, "llama", eva))
-    found["eva behind another"] = gradients(*pair(folder, "llama", {**BOTH, "dtype": torch.float32}, eva))
+    if whole:
+        found["pissa"] = gradients(*pair(folder, "llama", {**BOTH, "init_lora_weights": "pissa"}))
+        found["eva behind another"] = gradients(*pair(folder, "llama", BOTH, eva))
+        found |= resumed(folder)
 
     alone, spread = pair(folder, "llama", BOTH, {"method": "ia3"}, {**BOTH, "r": 2})
     found["several"] = gradients(alone, spread)
@@ -210,7 +212,6 @@ def of_lora(folder: str) -> dict[str, float | str]:
         peftcore.remove(peftcore.unmerge(spread) if name == "default" else spread, name)
     found["removed"] = off(logits(spread), logits(base(folder, "llama")))
 
-    found |= resumed(folder)
     torch.manual_seed(ranks.rank())
     peftcore.apply(spread.train(), "lora", **BOTH)
     found["random start"] = spread_over_ranks(spread)
@@ -222,5 +223,7 @@ def of_lora(folder: str) -> dict[str, float | str]:
     return found
 
 
-def everything(folder: str, cases: list[str]) -> tuple[dict[str, dict[str, float | str]], dict[str, float | str]]:
-    return table(folder, cases), of_lora(folder)
+def everything(
+    folder: str, cases: list[str], whole: bool
+) -> tuple[dict[str, dict[str, float | str]], dict[str, float | str]]:
+    return table(folder, cases), of_lora(folder, whole)

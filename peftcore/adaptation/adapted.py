@@ -160,14 +160,11 @@ def activate_behind(module: nn.Module, name: str) -> None:
 
 def inside(module: nn.Module) -> Any:
     """Return what an adapter placed at `module` now would wrap: its forward with the active adapters."""
-    if is_adapted(module):
-        chain = module.__dict__[_CHAIN]
-        if isinstance(chain, DividedChain):
-            return chain.chain
-        if chain is not module.__dict__[_BASE]:
-            return chain
-    base, division = _base_of(module), division_of(module)
-    return base if division is None else WholeForward(base, division)
+    chain = module.__dict__[_CHAIN] if is_adapted(module) else _base_of(module)
+    if isinstance(chain, DividedChain):
+        return chain.chain
+    division = division_of(module) if isinstance(chain, OwnForward) else None
+    return chain if division is None else WholeForward(chain, division)
 
 
 def inside_at(model: nn.Module, path: str) -> Any:
