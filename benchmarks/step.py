@@ -200,6 +200,7 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--layers", type=int, default=0, help="at most so many layers; 0: all")
     parser.add_argument("--part", choices=PARTS, action="append", help="parts to measure; default: all")
+    parser.add_argument("--together", action="store_true", help="no part, and all parts together; not each by itself")
     parser.add_argument("--base", choices=BASES, action="append")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
@@ -214,7 +215,8 @@ def main():
         return
     measure.print_surroundings(options.threads)
     parts = options.part or list(PARTS)
-    sets = [[], *([part] for part in parts), *([parts] if len(parts) > 1 else [])]
+    single = [] if options.together else [[part] for part in parts]
+    sets = [[], *single, *([parts] if len(parts) > 1 or options.together else [])]
     table = [(base, chosen) for base in options.base or BASES for chosen in sets]
     for name in options.model or MODELS:
         for rows in options.rows or [(4, 128), (2, 512)]:

@@ -114,6 +114,7 @@ class AttentionBackward:
             value(list(t.shape) == shape, op, f"{name} must be {shape} like q, found {list(t.shape)}")
         if self.lse.dtype is not torch.float32:
             raise TypeError(f"{op}: lse must be torch.float32, found {self.lse.dtype}")
+        value(self.lse.device == self.q.device, op, f"lse must be on {self.q.device} like q, found {self.lse.device}")
         value(list(self.lse.shape) == shape[:3], op, f"lse must be {shape[:3]}, found {list(self.lse.shape)}")
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:

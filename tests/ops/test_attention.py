@@ -168,3 +168,10 @@ def test_checks(change: dict[str, tuple[int, ...]], error: type[Exception], mess
             _OPS.attention(q, k, v, torch.zeros(1, 1, 8, 9, dtype=torch.bool), False, 1.0)
         with pytest.raises(TypeError, match=r"k must be .* like q, found"):
             _OPS.attention(q, k.float(), v, None, False, 1.0)
+
+
+def test_lse_on_another_device_is_refused() -> None:
+    q, k, v, grad = operands((1, 1, 1, 4, 4, 32))
+    for call in (_OPS.attention_backward, AttentionBackward):
+        with pytest.raises(ValueError, match="attention_backward: lse must be on cpu like q, found meta"):
+            call(grad, q, k, v, q, torch.zeros(1, 1, 4, device="meta"), None, False, 1.0)

@@ -150,6 +150,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& its_grad, co
     }
     TORCH_CHECK_TYPE(its_lse.scalar_type() == at::kFloat, op, ": lse must be torch.float32, found ",
                      its_lse.scalar_type());
+    TORCH_CHECK_VALUE(its_lse.device() == its_q.device(), op, ": lse must be on ", its_q.device(),
+                      " like q, found ", its_lse.device());
     TORCH_CHECK_VALUE(its_lse.sizes() == its_q.sizes().slice(0, 3), op, ": lse must be ",
                       its_q.sizes().slice(0, 3), ", found ", its_lse.sizes());
     const Tensor dq = by_tokens(its_q), dk = by_tokens(its_k), dv = by_tokens(its_k);
