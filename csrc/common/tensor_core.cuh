@@ -108,3 +108,14 @@ __device__ __forceinline__ void cp_async_wait() {
 }  // namespace peftcore
 
 #endif
+
+namespace peftcore {
+
+// Adds a short sum of products to a long one in fp32 registers, which round to nearest. Tensor cores truncate as they
+// add: the errors of a long sum of theirs do not cancel.
+__device__ __forceinline__ void add_to(float (&d)[4], const float (&sum)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += sum[i];
+}
+
+}  // namespace peftcore

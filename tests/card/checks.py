@@ -14,6 +14,7 @@ from peftcore import ops
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = DTYPES[1:]
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SUMS = 2.0**-18  # how far fp32 sums may be off, of the sum of their terms' magnitudes, on CPUs and GPUs
 SEED = torch.tensor(0x123456789ABCDEF)  # of dropout
 
 # Sizes of a weight [out, in], by what they mean for the kernels: rows that are whole blocks of 64 columns, few or
@@ -51,17 +52,24 @@ def frozen(place: Place, shape: tuple[int, ...], kind: str, dtype: torch.dtype, 
     return Frozen(packed, packed.values(dtype).double())
 
 
+def limit_of(dtype: torch.dtype, wanted: Tensor, magnitude: Tensor) -> Tensor:
+    """Return how far a product may be off: fp32 sums in another order, and one rounding of the result.
+
+    Args:
+        magnitude: the sum of the terms' magnitudes.
+    """
+    return magnitude * SUMS + wanted.abs() * EPS[dtype] + 2.0**-24
+
+
 def check(found: Tensor, wanted: Tensor, magnitude: Tensor, between: Tensor | None = None, what: str = "y") -> str:
     """Check a product against float64; return the largest error as a fraction of its limit.
 
-    The limit is that of fp32 sums in another order, 2^-18 of the sum of the terms' magnitudes, and one rounding of the
-    result. `between`: magnitudes that are rounded to the result's dtype on the way, too.
+    `between`: magnitudes that are rounded to the result's dtype on the way, too.
     """
     assert found.shape == wanted.shape, f"{what} has shape {list(found.shape)}, expected {list(wanted.shape)}"
-    eps = EPS[found.dtype]
-    limit = magnitude * 2.0**-18 + wanted.abs() * eps + 2.0**-24
+    limit = limit_of(found.dtype, wanted, magnitude)
     if between is not None:
-        limit = limit + between.abs() * eps
+        limit = limit + between.abs() * EPS[found.dtype]
     if not found.numel():
         return "0"
     of_limit = ((found.double() - wanted).abs() / limit).nan_to_num(nan=torch.inf)

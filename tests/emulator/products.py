@@ -1,13 +1,13 @@
 """What tests of products share: numbers, memory that must stay as it is, and how far a sum may be off."""
 
 import torch
+from card.checks import limit_of
 from emulator.structs import Dropout
 
 from peftcore.ops.dropout import keep_mask, threshold
 
 SEED = 0x123456789ABCDEF0  # of dropout
 SEED_IN_MEMORY = None  # a tensor that kernels read, in tests of that
-EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -25,9 +25,8 @@ def dropout(p):
 
 
 def check(found, wanted, magnitude):
-    # fp32 sums in another order, and one rounding of the result.
     error = (found.double() - wanted).abs()
-    assert (error <= magnitude * 2.0**-18 + wanted.abs() * EPS[found.dtype] + 2.0**-24).all(), error.max()
+    assert (error <= limit_of(found.dtype, wanted, magnitude)).all(), error.max()
 
 
 def guarded(*shape, dtype):

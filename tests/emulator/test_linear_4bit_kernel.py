@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulator.products import check
 from emulator.structs import DTYPES, WeightView
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,13 +39,6 @@ def run(emulated, x, weight, bias, seed=0, offset=0, tickets=True):
     emulated("peftcore_quant4_linear")(*given, bias, None, None, 0, partial, y, seed=seed, tickets=tickets)
     assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
     return y.view(batch, rows)
-
-
-def check(found, wanted, magnitude):
-    # fp32 sums in another order, and one rounding of the result.
-    error = (found.double() - wanted).abs()
-    eps = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[found.dtype]
-    assert (error <= magnitude * 2.0**-18 + wanted.abs() * eps + 2.0**-24).all()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

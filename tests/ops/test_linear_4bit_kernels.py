@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from card.checks import EPS, SUMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +22,6 @@ HAS_TILES = "avx512_bf16" in CPU_INFO and ("amx" in LEVELS or "amx_bf16" not in 
 TILE_LEVELS = [name for name in LEVELS if (HAS_TILES and name in ("avx512bf16", "amx")) or name == "neonbf16"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Of each term, since a weight or its codebook entry may be rounded once to x's dtype, and of the result.
-EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 BATCHES = [0, 1, 2, 3, 4, 5, 8, 9, 12, 16, 24, 25, 31, 32, 33, 70]  # around each limit of a kernel
 
 
@@ -46,12 +45,12 @@ def values(shape, dtype, seed=1):
 
 
 def assert_near(found, a, b, bias=None):
-    """found = a b + bias, where a and b are float64; fp32 sums add 2^-18 of the terms' magnitudes."""
+    """found = a b + bias, where a and b are float64; a weight or its codebook entry may be rounded to x's dtype."""
     exact, magnitude = a @ b, a.abs() @ b.abs()
     if bias is not None:
         exact, magnitude = exact + bias.double(), magnitude + bias.abs().double()
     eps = EPS[found.dtype]
-    bound = magnitude * (2.0**-18 + eps) + exact.abs() * eps + torch.finfo(found.dtype).tiny
+    bound = magnitude * (SUMS + eps) + exact.abs() * eps + torch.finfo(found.dtype).tiny
     assert ((found.double() - exact).abs() <= bound).all()
 
 

@@ -83,7 +83,7 @@ __device__ void add_thin(const Product& p, const Rows& rows, int64_t column, uin
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
-#pragma unroll
+#pragma unroll 1
         for (int step = 0; step < kRankStage; step += 16) {
             if (first + step >= p.rank) break;
             Tf32Right right[Shape::kN];
@@ -142,35 +142,51 @@ __device__ __forceinline__ void load_pair(uint32_t (&b)[4], const uint8_t* tile,
             b, tile + (column + lane / 16 * 8 + lane % 8) * Frozen::kPitch + (inner + lane / 8 % 2 * 8) * 2);
 }
 
-// d += the products of a stage.
+// d += the products of a stage. Tensor cores add those of 32 columns of 16 bits, or of 16 of fp32 (common/tf32.cuh).
 template <typename T, typename Shape>
 __device__ __forceinline__ void add_stage(const uint8_t* input, const uint8_t* frozen, Sums<Shape>& d) {
-    // Two steps of fp32 would not fit in registers.
-    [[maybe_unused]] constexpr int kUnrolled = sizeof(T) == 2 ? 2 : 1;
-#pragma unroll kUnrolled
-    for (int k = 0; k < Shape::kStage; k += 16) {
-        lora::Left<T> left[Shape::kM];
+    using Input = typename Shape::Input;
+    constexpr int kSteps = sizeof(T) == 2 ? 2 : 1;
+#pragma unroll 1
+    for (int k = 0; k < Shape::kStage; k += kSteps * 16) {
+        if constexpr (sizeof(T) == 2) {
+            uint32_t right[Shape::kN / 2][kSteps][4];
 #pragma unroll
-        for (int m = 0; m < Shape::kM; ++m)
-            lora::load_left<typename Shape::Input>(left[m], input, warp_row<Shape>() + m * 16, k);
+            for (int n = 0; n < Shape::kN; n += 2)
 #pragma unroll
-        for (int n = 0; n < Shape::kN; n += 2) {
-            const int column = warp_column<Shape>() + n * 8;
-            if constexpr (sizeof(T) == 2) {
-                uint32_t pair[4];
-                load_pair<Shape>(pair, frozen, column, k);
+                for (int step = 0; step < kSteps; ++step)
+                    load_pair<Shape>(right[n / 2][step], frozen, warp_column<Shape>() + n * 8, k + step * 16);
 #pragma unroll
-                for (int m = 0; m < Shape::kM; ++m) {
-                    mma_m16n8k16<T>(d[m][n], left[m], {pair[0], pair[1]});
-                    mma_m16n8k16<T>(d[m][n + 1], left[m], {pair[2], pair[3]});
+            for (int m = 0; m < Shape::kM; ++m) {
+                uint32_t left[kSteps][4];
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step)
+                    lora::load_left<Input>(left[step], input, warp_row<Shape>() + m * 16, k + step * 16);
+#pragma unroll
+                for (int n = 0; n < Shape::kN; ++n) {
+                    float sum[4] = {};
+#pragma unroll
+                    for (int step = 0; step < kSteps; ++step) {
+                        const uint32_t (&pair)[4] = right[n / 2][step];
+                        mma_m16n8k16<T>(sum, left[step], {pair[n % 2 * 2], pair[n % 2 * 2 + 1]});
+                    }
+                    add_to(d[m][n], sum);
                 }
-            } else {
+            }
+        } else {
+            Tf32Left left[Shape::kM];
+#pragma unroll
+            for (int m = 0; m < Shape::kM; ++m)
+                lora::load_left<Input>(left[m], input, warp_row<Shape>() + m * 16, k);
+#pragma unroll
+            for (int n = 0; n < Shape::kN; n += 2) {
                 Tf32Right right[2];
-                lora::load_right<typename Shape::Frozen, Shape::kAcross>(right, frozen, column, k);
+                lora::load_right<typename Shape::Frozen, Shape::kAcross>(right, frozen,
+                                                                         warp_column<Shape>() + n * 8, k);
 #pragma unroll
                 for (int m = 0; m < Shape::kM; ++m)
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) lora::multiply<T>(d[m][n + i], left[m], right[i]);
+                    for (int i = 0; i < 2; ++i) tf32_multiply(d[m][n + i], left[m], right[i]);
             }
         }
     }

@@ -182,18 +182,13 @@ __device__ __forceinline__ void load_right(Tf32Right (&b)[kProducts], const uint
         }
 }
 
-// d += the products of 16 columns, for long sums whose results are fp32. Tensor cores truncate as they add, so that the
-// errors of a long sum do not cancel: S would be off by 1e-4 at 14,336 columns. These products are therefore added to
-// zero, and their sum to `d` in fp32 registers, which round to nearest.
+// d += the products of 16 columns.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&d)[4], const Left<T>& left, const Tf32Right& right) {
-    float sum[4] = {};
     if constexpr (sizeof(T) == 2)
-        tf32_multiply<T>(sum, left, right);
+        tf32_multiply<T>(d, left, right);
     else
-        tf32_multiply(sum, left, right);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) d[i] += sum[i];
+        tf32_multiply(d, left, right);
 }
 
 // Adapters of one launch, passed by value; launchers loop over more.

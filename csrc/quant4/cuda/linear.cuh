@@ -144,7 +144,7 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
         const int64_t k = stage * kStage;
 #pragma unroll
         for (int half = 0; half < kStage / 32; ++half) {  // 32 columns, which share a row's scale
-            float scale[2] = {};
+            float scale[2] = {}, sum[kTiles][4] = {};
             uint4 words[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -171,9 +171,11 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
                     uint32_t b[2];
                     const int row = tile * 8 + lane % 8, part = lane / 8 % 2;
                     ldmatrix_x2(b, &now.input[row][(column + part * 8) * 2]);
-                    mma_m16n8k16<T>(d[0][tile], a, b);
+                    mma_m16n8k16<T>(sum[tile], a, b);
                 }
             }
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) add_to(d[0][tile], sum[tile]);
         }
         slot = (slot + 1) % kStages;
     }

@@ -168,13 +168,14 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
                     const int row = tile * 8 + group;
                     const uint4 piece = now[row][place_of_piece(row, (slice * 4 + pair) * 4 + i)];
 #pragma unroll
-                    for (int t = 0; t < 2; ++t)
-                        mma_m16n8k16<T>(d[t][tile], {upper[t][0], lower[t][0], upper[t][1], lower[t][1]},
+                    for (int t = 0; t < 2; ++t) {
+                        float sum[4] = {};
+                        mma_m16n8k16<T>(sum, {upper[t][0], lower[t][0], upper[t][1], lower[t][1]},
                                         {piece.x, piece.y});
-#pragma unroll
-                    for (int t = 0; t < 2; ++t)
-                        mma_m16n8k16<T>(d[t][tile], {upper[t][2], lower[t][2], upper[t][3], lower[t][3]},
+                        mma_m16n8k16<T>(sum, {upper[t][2], lower[t][2], upper[t][3], lower[t][3]},
                                         {piece.z, piece.w});
+                        add_to(d[t][tile], sum);
+                    }
                 }
             }
             fetch_codes(half, next);  // these have been read

@@ -156,7 +156,7 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
     __syncthreads();
 
     const float value_of_lane = quant_map[lane % 16];
-    float d[2][kTiles][4] = {};  // two sums, so that an mma rarely waits for the previous one
+    float d[kTiles][4] = {};
     // A step of the warp; with kWhole, no lane is beyond the end.
     const auto add_step = [&](uint32_t k, auto whole) {
         constexpr bool kWhole = decltype(whole)::value;
@@ -170,21 +170,32 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
         const ValueTable table = value_table<T>(quant_map, scale[0]);
         const bool inside = kWhole || x_column + k < columns;
 #pragma unroll
-        for (int i = 0; i < kLaneColumns / 8; ++i) {
-            const auto word = [&](int r) {
-                const uint4& four = ahead[r][i / 4];
-                return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
-            };
-            uint32_t upper[4], lower[4];
-            eight_values(word(0), table, upper);
-            eight_values<T>(word(1), value_of_lane, scale[1], lower);
+        for (int half = 0; half < 2; ++half) {
+            float sum[2][kTiles][4] = {};  // two, so that an mma rarely waits for the previous one
 #pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile) {
-                const uint4 piece = inside ? load_16_bytes(x[tile] + k + 8 * i) : uint4{};
-                mma_m16n8k16<T>(d[0][tile], {upper[0], lower[0], upper[1], lower[1]}, {piece.x, piece.y});
-                mma_m16n8k16<T>(d[1][tile], {upper[2], lower[2], upper[3], lower[3]}, {piece.z, piece.w});
+            for (int i = 0; i < 4; ++i) {
+                const auto word = [&](int r) {
+                    const uint4& four = ahead[r][half];
+                    return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
+                };
+                uint32_t upper[4], lower[4];
+                eight_values(word(0), table, upper);
+                eight_values<T>(word(1), value_of_lane, scale[1], lower);
+#pragma unroll
+                for (int tile = 0; tile < kTiles; ++tile) {
+                    const uint4 piece =
+                        inside ? load_16_bytes(x[tile] + k + kLaneColumns / 2 * half + 8 * i) : uint4{};
+                    mma_m16n8k16<T>(sum[0][tile], {upper[0], lower[0], upper[1], lower[1]},
+                                    {piece.x, piece.y});
+                    mma_m16n8k16<T>(sum[1][tile], {upper[2], lower[2], upper[3], lower[3]},
+                                    {piece.z, piece.w});
+                }
             }
-            if (i % 4 == 3) fetch_codes(i / 4, k + kStep);  // these have been read
+            fetch_codes(half, k + kStep);  // these have been read
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) add_to(d[tile], sum[i][tile]);
         }
     };
     uint32_t k = 0;
@@ -198,8 +209,7 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (int i = 0; i < kResults; ++i) {
-            const float (&even)[4] = d[0][tile], (&odd)[4] = d[1][tile];
-            const float sum = kParts == 1 || part == 0 ? even[i] + odd[i] : even[i + 2] + odd[i + 2];
+            const float sum = kParts == 1 || part == 0 ? d[tile][i] : d[tile][i + 2];
             sums[warp * kParts + part][batch_of(tile, i)][row_of(i)] = sum + thin[tile][i];
         }
     __syncthreads();
