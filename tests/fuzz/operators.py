@@ -62,7 +62,10 @@ class Maker:
         if self.random.random() < 0.2:  # MXFP4, also with rows that are not whole blocks
             shape = (*shape[:-1], -(-shape[-1] // 32) * 32 if self.random.random() < 0.9 else shape[-1])
             count = math.prod(shape)
-            weight = [self.bytes(-(-count // 2), 1), self.bytes(-(-count // 32)), self.place(ops.codebook("mxfp4"))]
+            exponents = torch.randint(256, (-(-count // 32),), generator=self.generator)
+            # 255 is NaN; sums of the largest ones would overflow in one order and not in another.
+            scales = torch.where(exponents < 252, exponents % 192, 255).to(torch.uint8)
+            weight = [self.bytes(-(-count // 2), 1), self.place(scales), self.place(ops.codebook("mxfp4"))]
             return {"weight": weight, "packing": [32, -1, *shape]}
         blocksize, count = self.choice([32, 64, 64, 128]), math.prod(shape)
         blocks, nests = -(-count // blocksize), self.random.random() < 0.5

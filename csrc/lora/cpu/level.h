@@ -25,7 +25,8 @@ static Kernels kernels_of() {
             .rms_norm = {RmsNorm<F>::kernels(), RmsNorm<H>::kernels(), RmsNorm<B>::kernels()},
             .row_sum = {SumsOfRows<F>::kernels(), SumsOfRows<H>::kernels(), SumsOfRows<B>::kernels()},
             .cross_entropy = {CrossEntropy<F>::rows, CrossEntropy<H>::rows, CrossEntropy<B>::rows},
-            .norms = {Norms<F>::norms, Norms<H>::norms, Norms<B>::norms}};
+            .norms = {Norms<F>::norms, Norms<H>::norms, Norms<B>::norms},
+            .attention = {}};  // AVX-512 bf16 alone has one
 }
 
 }  // namespace lora
