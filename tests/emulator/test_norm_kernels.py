@@ -163,3 +163,11 @@ def test_swiglu(emulated, rows, columns, dtype):
     step = STEP[dtype]
     torch.testing.assert_close(y, Swiglu(x).compute(), rtol=step, atol=step / 8 + 2e-6)
     torch.testing.assert_close(dx, SwigluBackward(grad, x).compute(), rtol=step, atol=step / 8 + 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_stays_within_its_memory(sanitized):
+    done = sanitized("norms", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cases agree" in done.stdout
