@@ -57,7 +57,7 @@ def wrong_with(number: int, equal: dict[str, list[int]]) -> list[str]:
             if not all(isinstance(each, REFUSALS) for each in (found, wanted)) or in_words(found) != in_words(wanted):
                 wrong.append(f"{at}{found!r} and {wanted!r}"[:600])
             continue
-        why = different(found, wanted, 2 * rough)  # each may be off by `rough`
+        why = different(found, wanted, 2 * rough, what.split()[2])  # each may be off by `rough`
         if why is not None:
             wrong.append(at + why)
         same = same and all(map(torch.equal, bits(found), bits(wanted)))
