@@ -149,8 +149,7 @@ $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)
 	@echo "2 of 3: building the extension"
 	$(PY) setup.py --quiet build_ext --inplace
 	@echo "3 of 3: installing peftcore, what training needs, and $(words $(PLUGINS)) packages of plugins/"
-	$(BUILD) -e ".[$(EXTRAS)]"
-	@$(PY) plugins/install.py $(PLUGINS)
+	@$(PY) plugins/install.py ".[$(EXTRAS)]" $(PLUGINS)
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/train.stamp

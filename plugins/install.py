@@ -1,8 +1,8 @@
-"""Install plugins as editable packages: python plugins/install.py plugins/peftcore-lora plugins/peftcore-dora ...
+"""Install peftcore and plugins as editable packages: python plugins/install.py ".[train]" plugins/peftcore-lora ...
 
 `pip install -e` starts Python and imports setuptools three times for each package, 40 seconds for all of them. Here one
-process imports setuptools once and builds each wheel in a fork, and pip only unpacks the wheels. What they need and is
-not installed, such as peftcore-gguf's library gguf, is installed after them.
+process imports setuptools once and builds each wheel in a fork, and pip only unpacks the wheels. Then it installs peftcore
+with the extras of the first argument, some of which are plugins, and last what else plugins need, such as uvicorn.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ def wheel(target: str, package: str) -> str:
 
 
 if __name__ == "__main__":
-    packages = [os.path.abspath(package) for package in sys.argv[1:]]
+    peftcore, *packages = sys.argv[1:2] + [os.path.abspath(package) for package in sys.argv[2:]]
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory() as target:
         with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
             wheels = pool.map(partial(wheel, target), packages, chunksize=1)
-        failed = subprocess.run([*pip, "--no-deps", "--force-reinstall", *wheels]).returncode
-        sys.exit(failed or subprocess.run([*pip, "--quiet", *wheels]).returncode)
+        for arguments in (
+            ["--no-deps", "--force-reinstall", *wheels],
+            ["--no-build-isolation", "-e", peftcore],
+            ["--quiet", *wheels],
+        ):
+            subprocess.run([*pip, *arguments], check=True)
