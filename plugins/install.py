@@ -1,8 +1,8 @@
 """Install peftcore and plugins as editable packages: python plugins/install.py ".[train]" plugins/peftcore-lora ...
 
 `pip install -e` starts Python and imports setuptools three times for each package, 40 seconds for all of them. Here one
-process imports setuptools once and builds each wheel in a fork, and pip only unpacks the wheels. Then it installs peftcore
-with the extras of the first argument, some of which are plugins, and last what else plugins need, such as uvicorn.
+process imports setuptools once and builds each wheel in a fork, and pip only unpacks the wheels. Then peftcore is
+installed with the extras of the first argument, some of which are plugins, and last what else plugins need.
 """
 
 from __future__ import annotations
