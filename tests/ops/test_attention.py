@@ -105,6 +105,8 @@ def test_values_that_are_not_finite() -> None:
 
 
 def test_threads_and_layouts_give_the_same_bits() -> None:
+    if not (ops.extension and ops.extension.has_attention()):
+        pytest.skip("PyTorch's operator is used at this level")
     q, k, v, grad = operands((3, 4, 2, 70, 70, 64))
     found = []
     for threads, change in ((1, Tensor.contiguous), (2, lambda t: t), (2, lambda t: t.mT.contiguous().mT)):
