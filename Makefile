@@ -37,7 +37,7 @@ test: $(VENV)/dev.stamp
 	PEFTCORE_BUDGET=$${PEFTCORE_BUDGET:-2} $(PYTEST) --durations 40 --durations-min 5
 
 # Without the folders that try all levels themselves, and those that compute nothing with kernels.
-PORTABLE = plugins $(filter-out $(addprefix tests/,card/ csrc/ emulator/ fuzz/ ops/ typed/ census/ estimating/ observation/ targets/),\
+PORTABLE = plugins $(filter-out $(addprefix tests/,card/ csrc/ emulator/ fuzz/ ops/ typed/ census/ estimating/ observation/ targets/ __pycache__/),\
 	$(wildcard tests/*/))
 
 # And what takes long: each family of models and every check, all cases of the corpora, sanitizers, a part of the census;
