@@ -97,7 +97,7 @@ def sanitized():
         flags += " -DPEFTCORE_HAVE_AVX2 -DPEFTCORE_HAVE_AVX512"
     else:
         sources = [path for path in sources if path.stem not in SIMD]
-    binary = compile_emulated(compiler(), "sanitized", sources, flags, "")
+    binary = compile_emulated(compiler(), "sanitized", sources, flags, "-lm")
 
     def run(*args):
         # Fake stacks for every fiber would cost ten times the run.
