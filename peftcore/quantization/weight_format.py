@@ -67,7 +67,7 @@ def _plain(module: PackedParameters) -> None:
         forget_dense(module)
 
 
-@hookimpl
+@hookimpl(trylast=True)  # a dense layer, the most frequent, asks none of them
 def peftcore_weight_formats() -> list[WeightFormat]:
     return [four_bits(quant_type) for quant_type in QUANT_TYPES]
 
