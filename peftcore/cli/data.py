@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -185,37 +184,6 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
     if all(number is not None for number in numbers) and not all(float(number or 0).is_integer() for number in numbers):
         return REGRESSION
     return CLASSIFICATION
-
-
-def check_holdout(holdout: float) -> None:
-    """Raise a PeftcoreError unless `holdout` is a share in (0, 1) or a whole number from 1 up."""
-    if holdout <= 0 or (holdout > 1 and not float(holdout).is_integer()):
-        raise PeftcoreError(
-            "--holdout must be a share between 0 and 1, such as 0.1, or a whole number of examples, "
-            f"found {holdout:g}. To evaluate on other examples: --eval-data FILE"
-        )
-
-
-def hold_out(rows: list[Row], holdout: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Return (rest, held-out), chosen at random depending on `seed` only.
-
-    Raises:
-        PeftcoreError: `holdout` is not a share in (0, 1) or a number of examples below that of `rows`, or there are
-            fewer than two rows.
-    """
-    check_holdout(holdout)
-    if len(rows) < 2:
-        raise PeftcoreError("a single example cannot be split. Pass a file to evaluate on: --eval-data FILE")
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    if holdout >= len(rows):
-        raise PeftcoreError(
-            f"--holdout {holdout:g} leaves nothing to train on: there are {len(rows):,} examples. Hold out fewer, or "
-            "pass a file to evaluate on: --eval-data FILE"
-        )
-    count = int(holdout) if holdout >= 1 else min(max(1, round(holdout * len(rows))), len(rows) - 1)
-    held = set(order[:count])
-    return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
 
 
 def labels_of(rows: list[Row]) -> list[str]:

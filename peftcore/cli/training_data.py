@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftcore.cli import comparisons, data, mixture, packing, tasks
+from peftcore.cli import comparisons, data, holdout, mixture, packing, tasks
 from peftcore.cli.console import warn
 from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.metrics import Metrics
@@ -50,10 +50,10 @@ def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row], lis
     if settings.eval_data is not None:
         held_out = data.read_rows(settings.eval_data, settings.task, names)
     else:
-        rows, held_out = data.hold_out(rows, settings.holdout, settings.seed)
+        rows, held_out = holdout.split(rows, settings.holdout, settings.seed)
     if settings.validation is None:
         return rows, held_out, []
-    train, validation = data.hold_out(rows, settings.validation, settings.seed)
+    train, validation = holdout.split(rows, settings.validation, settings.seed)
     return train, held_out, validation
 
 

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from peftcore import PeftcoreError
 from peftcore.cli import data
@@ -95,29 +93,6 @@ def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(PeftcoreError, match="has no examples"):
         (tmp_path / "c.jsonl").write_text("")
         data.guess_task(tmp_path / "c.jsonl")
-
-
-@given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 9))
-def test_hold_out_divides(count: int, share: float, seed: int) -> None:
-    rows = [Row(f"f:{i}", str(i)) for i in range(count)]
-    rest, held = data.hold_out(rows, share, seed)
-    assert sorted(rest + held, key=lambda row: int(row.text)) == rows
-    assert 1 <= len(held) < count and (rest, held) == data.hold_out(rows, share, seed)
-    assert abs(len(held) - share * count) <= 1
-
-
-def test_hold_out_refuses() -> None:
-    with pytest.raises(PeftcoreError, match="a single example cannot be split"):
-        data.hold_out([Row("f:1", "a")], 0.5, 0)
-    with pytest.raises(PeftcoreError, match=r"between 0 and 1, .* found 0\."):
-        data.hold_out([Row("f:1", "a")] * 3, 0, 0)
-    with pytest.raises(PeftcoreError, match="leaves nothing to train on: there are 3 examples"):
-        data.hold_out([Row("f:1", "a")] * 3, 3, 0)
-
-
-def test_hold_out_takes_counts() -> None:
-    rows = [Row(f"f:{i}", str(i)) for i in range(9)]
-    assert [len(data.hold_out(rows, count, 0)[1]) for count in (1, 2.0, 8)] == [1, 2, 8]
 
 
 def test_labels() -> None:

@@ -65,7 +65,7 @@ def train(
     initial adapter is what results are compared with, also in DPO.
     """
     from peftcore.cli import data as examples
-    from peftcore.cli import models, warm_start
+    from peftcore.cli import holdout, models, warm_start
     from peftcore.cli import precision as precisions
     from peftcore.cli.data_files import parsed_columns
 
@@ -100,7 +100,7 @@ def train(
     if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
     if given.eval_data is None:
-        examples.check_holdout(given.holdout)
+        holdout.check(given.holdout)
     for file in filter(None, (data, given.eval_data)):
         examples.read_rows(file, task, names)  # show wrong lines before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
