@@ -14,7 +14,8 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from fuzz.operators import HUGE, REFUSALS, WRITTEN, call_number, different, outcome, pages_of, roughness
+from fuzz.arguments import pages_of
+from fuzz.operators import HUGE, REFUSALS, WRITTEN, call_number, different, outcome, roughness
 from torch import Tensor
 
 from peftcore import ops
