@@ -6,8 +6,8 @@ VENV := .venv
 LLAMA := .llama
 DEEPSPEED := .deepspeed
 PY := $(VENV)/bin/python
-# pip shows what it downloads and installs.
-PIP := $(PY) -m pip install --disable-pip-version-check
+# pip shows what it downloads and installs. Python compiles what is imported; all 18,000 files take 20 seconds.
+PIP := $(PY) -m pip install --disable-pip-version-check --no-compile
 # Built against the PyTorch in .venv, which therefore comes first; plugins are packages of their own.
 BUILD := $(PIP) --no-build-isolation
 # What is installed along with peftcore. A later call of pip builds the metadata again: CI asks for everything at once.
