@@ -5,6 +5,7 @@ import json
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import figures
 import matrix
@@ -16,12 +17,14 @@ import peftcore
 from peftcore.registry import registry
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/guides").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMING_FROM = sorted((ROOT / "docs/coming-from").glob("*.md"))
+DAILY_GUIDES = ("classification.md", "preferences.md", "trl.md")  # the others run in `make test-all`
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("plugins/*/README.md"))]  # nothing is run
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a tiny one stands in for it, as a folder where the code runs
 README_WORDS = 900
 # A block of code, unless the line above says that it is not run here, and why.
-BLOCK = re.compile(r"(<!-- not run here: .* -->\n)?```(python|sh)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(<!-- not run here: .* -->\n)?```(python|sh|toml)\n(.*?)```", re.DOTALL)
 NOT_RUN = {"plugins.md"}  # parts of one module, of which test_tutorial.py runs the whole
 
 
@@ -29,6 +32,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     """(language, code) of those that are run."""
     found = BLOCK.findall(page.read_text())
     return [(language, code) for why, language, code in found if not why and page.name not in NOT_RUN]
+
+
+def _marked(page: Path) -> Any:
+    is_daily = page.parent.name not in ("guides", "coming-from") or page.name in DAILY_GUIDES
+    return pytest.param(page, marks=() if is_daily else pytest.mark.nightly)
 
 
 @pytest.fixture
@@ -55,7 +63,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "chat.jsonl").write_text(f"{line}\n" * 6)
     texts = [{"text": f"the film is {word}", "label": label} for word, label in (("good", "up"), ("bad", "down"))]
     pairs = [{"prompt": "Is it good?", "chosen": "It is very good.", "rejected": "No."}]
-    for name, rows in (("reviews.jsonl", texts), ("pairs.jsonl", pairs)):
+    marked = [{"prompt": "Is it good?", "completion": word, "label": word == "Yes."} for word in ("Yes.", "No.")]
+    alpaca = [{"instruction": "Repeat.", "input": word, "output": word} for word in ("good", "bad")]
+    files = {"reviews.jsonl": texts, "pairs.jsonl": pairs, "marked.jsonl": marked, "alpaca.jsonl": alpaca}
+    for name, rows in files.items():
         (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows) * 6)
     monkeypatch.chdir(tmp_path)
 
@@ -72,7 +83,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")  # of Trainer, on a machine without a card
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")  # TRL gives it to transformers
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [_marked(page) for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if page.name == "diffusers.md":
         pytest.importorskip("diffusers", reason="diffusers is not installed (extra `test`)")
@@ -80,6 +91,11 @@ def test_the_code_of_a_page_runs(page: Path, place: Path, capsys: pytest.Capture
     for language, code in blocks(page):
         if language == "python":
             exec(compile(code, page.name, "exec"), names)
+            continue
+        if language == "toml":
+            name = code.partition("\n")[0].removeprefix("# ")
+            assert name.endswith(".toml"), f"the first line of a file is its name: {name}"
+            Path(name).write_text(code)
             continue
         for line in code.replace("\\\n", " ").splitlines():
             run(line)
@@ -143,9 +159,21 @@ def test_the_options_that_stand_for_others_exist() -> None:
 
     train = typer.main.get_command(build(["train"])).commands["train"]  # type: ignore[attr-defined]
     options = {each for option in train.params for each in option.opts}
-    section = (ROOT / "docs/from-others.md").read_text().partition("## axolotl")[2]
-    named = set(re.findall(r"`(--[a-z-]+)", section))
-    assert len(named) > 20 and named <= options
+    for page in COMING_FROM:
+        named = set(re.findall(r"`(--[a-z-]+)", page.read_text().replace("`peftcore export --format", "")))
+        assert (len(named) > 20 or page.name in ("trl.md", "unsloth.md")) and named <= options, page.name
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in COMING_FROM if "```yaml" in page.read_text()], ids=lambda page: page.name
+)
+def test_the_keys_of_other_programs_files_are_in_the_table(page: Path) -> None:
+    text = page.read_text()
+    shown = set(re.findall(r"\w{4,}", " ".join(re.findall(r"^\| (.*?) \| ", text, re.MULTILINE))))
+    files = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    keys = {key for file in files for key in re.findall(r"^[\s-]*(\w{4,}):", file, re.MULTILINE)} - {"type", "path"}
+    assert len(keys) > 15
+    assert keys - shown == set()
 
 
 def test_the_readme_is_short() -> None:
