@@ -29,7 +29,7 @@ def wheel(target: str, package: str) -> str:
 
 if __name__ == "__main__":
     peftcore, *packages = sys.argv[1:2] + [os.path.abspath(package) for package in sys.argv[2:]]
-    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
     with tempfile.TemporaryDirectory() as target:
         with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
             wheels = pool.map(partial(wheel, target), packages, chunksize=1)
