@@ -4,6 +4,7 @@ A compiled kernel is used where the extension has one for the device; every othe
 """
 
 from peftcore.ops._extension import extension
+from peftcore.ops.affine4 import affine4_weight, quantize_affine4
 from peftcore.ops.attention import attention
 from peftcore.ops.codebooks import DYNAMIC8, FP4, NF4, codebook
 from peftcore.ops.cross_entropy import Settings
@@ -32,6 +33,7 @@ __all__ = [
     "HeadFunction",
     "PackedWeight",
     "Settings",
+    "affine4_weight",
     "attention",
     "codebook",
     "dense_linear",
@@ -51,6 +53,7 @@ __all__ = [
     "lora_linear_per_sample",
     "optim_step_",
     "quantize_4bit",
+    "quantize_affine4",
     "quantize_mxfp4",
     "rms_norm",
     "row_norms",

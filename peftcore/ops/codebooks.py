@@ -1,4 +1,4 @@
-"""Codebooks of 4-bit and 8-bit codes: NF4, FP4 and E2M1 (MXFP4) for weights, the dynamic map for scales."""
+"""Codebooks of 4-bit and 8-bit codes: NF4, FP4, E2M1 (MXFP4) and integers for weights, the dynamic map for scales."""
 
 from __future__ import annotations
 
@@ -51,13 +51,16 @@ with constants():
     # Sign, two bits of exponent, one of mantissa, in the order of their bit patterns (OCP Microscaling Formats 1.0).
     _E2M1_MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     E2M1 = torch.cat([_E2M1_MAGNITUDES, -_E2M1_MAGNITUDES])
+    INTEGERS = torch.arange(-8.0, 8.0)  # of affine codes around the middle zero point
     DYNAMIC8 = _dynamic_map()
 
-_CODEBOOKS = {"nf4": NF4, "fp4": FP4, "mxfp4": E2M1, "dynamic8": DYNAMIC8}
+_CODEBOOKS = {"nf4": NF4, "fp4": FP4, "mxfp4": E2M1, "affine4": INTEGERS, "dynamic8": DYNAMIC8}
 
 
 def codebook(name: str, device: torch.device | str = "cpu") -> Tensor:
-    """Return a codebook as a new tensor: `nf4`, `fp4`, `mxfp4` (fp32 `[16]`), or `dynamic8` (fp32 `[256]`, for scales).
+    """Return a codebook as a new tensor.
+
+    `nf4`, `fp4`, `mxfp4`, `affine4` (fp32 `[16]`), or `dynamic8` (fp32 `[256]`, for scales).
 
     Raises ValueError for another name.
     """

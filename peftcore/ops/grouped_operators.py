@@ -114,25 +114,18 @@ class _Matrices:
 
     def __init__(self, frozen: Tensor | PackedWeight, transposed: bool, dtype: torch.dtype) -> None:
         self.frozen, self.transposed, self.dtype = frozen, transposed, dtype
-        self.scales = frozen.scales() if isinstance(frozen, PackedWeight) else None
+        if isinstance(frozen, PackedWeight) and frozen.double_quant:  # whose scales an expert cannot always share
+            plain = frozen._replace(nested_absmax=None, nested_quant_map=None, nested_offset=None)
+            self.frozen = plain._replace(absmax=frozen.scales())
 
     def __getitem__(self, expert: int) -> Tensor:
-        frozen = self.frozen
-        if isinstance(frozen, Tensor):
-            matrix = frozen[expert]
-        else:
-            assert self.scales is not None
-            rows, columns = frozen.shape[1:]
-            begin, end = expert * rows * columns, (expert + 1) * rows * columns
-            own = PackedWeight(
-                frozen.codes.reshape(-1)[begin // 2 : end // 2],
-                self.scales[begin // frozen.blocksize : end // frozen.blocksize],
-                frozen.quant_map,
-                (rows, columns),
-                frozen.blocksize,
-            )
-            matrix = dequantize_4bit(own, self.dtype)
+        matrix = self._dense(self.frozen, expert)
         return matrix.T if self.transposed else matrix
+
+    def _dense(self, frozen: Tensor | PackedWeight, expert: int) -> Tensor:
+        if isinstance(frozen, Tensor):
+            return frozen[expert]
+        return dequantize_4bit(frozen.expert(expert), self.dtype)[0]
 
 
 def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

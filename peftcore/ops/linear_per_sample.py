@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from peftcore.ops._library import define_by
 from peftcore.ops.lora import check_factors, frozen_linear, wide
-from peftcore.ops.weight import PackedWeight, check_linear, check_tensor, checked, frozen_operands, value
+from peftcore.ops.weight import PackedWeight, check_linear, check_tensor, checked, frozen_operands, permuted, value
 
 _OP = "lora_linear_per_sample"
 
@@ -85,6 +85,7 @@ def lora_linear_per_sample(
     Returns:
         `[samples, ..., out]`.
     """
+    a = [permuted(each, weight) for each in a]
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
     arguments = x, tensors, packing, bias, a, b, scales, index
     if x.dtype is torch.float64:

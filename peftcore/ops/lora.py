@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from peftcore.ops._library import define_by, operator_for, transformed, unviewed
 from peftcore.ops.dropout import check_dropout, dropped, factor, new_seed, refuse_capture
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
+from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, permuted, value
 
 _OPS = torch.ops.peftcore
 
@@ -271,6 +271,7 @@ def lora_linear(
         return F.linear(x, dense, bias) + scale * F.linear(
             F.linear(F.dropout(x, dropout_p), a.to(x.dtype)), b.to(x.dtype)
         )
+    a = permuted(a, weight)
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
     if not dropout_p:
         seed = None

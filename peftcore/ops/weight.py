@@ -4,8 +4,9 @@
     in 4 bits   [codes, absmax, quant_map]                            [blocksize, 0, .., out, in]
     and nested  [.., nested_absmax, nested_quant_map, nested_offset]  [blocksize, nested_blocksize, .., out, in]
     in MXFP4    [codes, absmax, quant_map], absmax in E8M0            [32, POWERS_OF_TWO, .., out, in]
+    in affine4  [codes, absmax, quant_map] or [.., zeros]             [blocksize, AFFINE, .., out, in]
 
-The parts have bitsandbytes' names on disk; quant4.py and mxfp4.py define them. The C++ counterpart is csrc/weight.
+The parts have bitsandbytes' names; quant4.py, mxfp4.py and affine4.py define them. The C++ counterpart is csrc/weight.
 
 These checks exist twice, with the same messages and types of error:
 
@@ -32,7 +33,9 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_BLOCKSIZE, MAX_BLOCKSIZE = 32, 4096
-POWERS_OF_TWO = -1  # instead of a nested block size: scales are E8M0 bytes
+# Instead of a nested block size: scales are E8M0 bytes; scales are fp32, fp16 or bf16, and blocks may have zero points.
+POWERS_OF_TWO, AFFINE = -1, -2
+CENTRE = 8  # zero point of affine codes without `zeros`; the codebook's value of a code is code - CENTRE
 
 
 class PackedWeight(NamedTuple):
@@ -40,15 +43,19 @@ class PackedWeight(NamedTuple):
 
     Args:
         codes: uint8 `[ceil(n / 2), 1]`, two values a byte, the even one in the high nibble.
-        absmax: scale of each block, fp32 `[ceil(n / blocksize)]`, or uint8 with nested scales or powers of two.
+        absmax: scale of each block, fp32 `[ceil(n / blocksize)]`; uint8 with nested scales or powers of two; fp32, fp16
+            or bf16 for affine4.
         quant_map: fp32 `[16]`, the values of the codes.
         shape: `(.., out, in)`; leading dimensions are experts'.
         blocksize: values that share a scale, a power of two from 32 to 4096.
-        dtype: the one that it had. quant_type: `nf4`, `fp4` or `mxfp4`.
+        dtype: the one that it had. quant_type: `nf4`, `fp4`, `mxfp4` or `affine4`.
         nested_absmax, nested_quant_map, nested_offset, nested_blocksize: what turns 8-bit scales back to fp32 (fp32
             `[ceil(blocks / nested_blocksize)]`, `[256]`, `[]`), or None. nested_blocksize=POWERS_OF_TWO: scales are
-            powers of two in E8M0.
+            powers of two in E8M0; AFFINE: see affine4.py.
         turned: the weight is the transpose of a parameter `[experts, in, out]`; operators ignore it.
+        zeros: zero point of each block of affine4, uint8 or fp32 `[blocks]`; None: CENTRE.
+        permutation: int64 `[in]` of a matrix whose column j of codes belongs to input `permutation[j]`, or None.
+            Operators ignore it; functions permute x (`permuted`).
     """
 
     codes: Tensor
@@ -63,6 +70,8 @@ class PackedWeight(NamedTuple):
     nested_offset: Tensor | None = None
     nested_blocksize: int = 256
     turned: bool = False
+    zeros: Tensor | None = None
+    permutation: Tensor | None = None
 
     @property
     def double_quant(self) -> bool:
@@ -77,8 +86,10 @@ class PackedWeight(NamedTuple):
         """
         absmax, quant_map, offset = self.nested_absmax, self.nested_quant_map, self.nested_offset
         if absmax is None and quant_map is None and offset is None:
-            scales = POWERS_OF_TWO if self.nested_blocksize == POWERS_OF_TWO else 0
-            return [self.codes, self.absmax, self.quant_map], [self.blocksize, scales, *self.shape]
+            tensors = [self.codes, self.absmax, self.quant_map]
+            if self.zeros is not None:
+                tensors.append(self.zeros)
+            return tensors, [self.blocksize, min(self.nested_blocksize, 0), *self.shape]
         if absmax is None or quant_map is None or offset is None:
             parts = {"nested_absmax": absmax, "nested_quant_map": quant_map, "nested_offset": offset}
             found = ", ".join(f"no {name}" if part is None else name for name, part in parts.items())
@@ -96,15 +107,19 @@ class PackedWeight(NamedTuple):
         absmax, nested = self.absmax.reshape(-1), self.nested_absmax
         if self.nested_blocksize == POWERS_OF_TWO:
             return powers_of_two(absmax)
+        if self.nested_blocksize == AFFINE:
+            return absmax.float()
         if nested is None or self.nested_quant_map is None or self.nested_offset is None:
             return absmax
         per_block = nested.reshape(-1).repeat_interleave(self.nested_blocksize)[: absmax.numel()]
         return self.nested_quant_map.reshape(-1)[absmax.int()] * per_block + self.nested_offset.reshape(())
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense weight by PyTorch's operators: the reference of `dequantize_4bit`."""
+        """Return the dense weight by PyTorch's operators: the reference of `dequantize_4bit`, without `permutation`."""
         count, codes = math.prod(self.shape), self.codes.reshape(-1)
         values = self.quant_map.reshape(16)[torch.stack([codes >> 4, codes & 15], 1).flatten()[:count].int()]
+        if self.zeros is not None:
+            values = values - (self.zeros.reshape(-1).float() - CENTRE).repeat_interleave(self.blocksize)[:count]
         return (values * self.scales().repeat_interleave(self.blocksize)[:count]).to(dtype).reshape(self.shape)
 
     def rows_that_begin_blocks(self) -> int:
@@ -125,6 +140,7 @@ class PackedWeight(NamedTuple):
             absmax=self.absmax.reshape(-1)[blocks],
             nested_absmax=nested,
             shape=(last - first, columns),
+            zeros=None if self.zeros is None else self.zeros.reshape(-1)[blocks],
         )
 
     def expert(self, index: int) -> PackedWeight:
@@ -136,6 +152,7 @@ class PackedWeight(NamedTuple):
             codes=self.codes.reshape(-1)[index * size // 2 : (index + 1) * size // 2],
             absmax=absmax,
             shape=(1, *self.shape[1:]),
+            zeros=None if self.zeros is None else self.zeros.reshape(-1)[begin:end],
         )
         if nested is None or self.nested_quant_map is None or self.nested_offset is None:
             return one
@@ -152,6 +169,13 @@ def powers_of_two(e: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def permuted(t: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """Return `t` `[.., in]`, which is x or LoRA's A, with its columns in the order of the weight's codes."""
+    if isinstance(weight, Tensor) or weight.permutation is None:
+        return t
+    return t.index_select(-1, weight.permutation)
+
+
 def autocast_device(x: Tensor) -> str:
     """Return the device type whose autocast applies to x: for meta tensors, which PyTorch lacks, that of the CPU."""
     return "cpu" if x.is_meta else x.device.type
@@ -160,7 +184,7 @@ def autocast_device(x: Tensor) -> str:
 def frozen_operands(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None
 ) -> tuple[Tensor, list[Tensor], list[int], Tensor | None]:
-    """Return (x, the operator's two arguments, bias), cast by the rules of autocast."""
+    """Return (x, the operator's two arguments, bias), cast by the rules of autocast. x's columns are permuted."""
     device = "cpu" if x.is_meta else x.device.type  # as `autocast_device`, in less time
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
@@ -170,6 +194,10 @@ def frozen_operands(
         bias = bias.to(x.dtype)
     if isinstance(weight, Tensor):
         return x, [weight], [], bias
+    if weight.permutation is not None:
+        x = permuted(x, weight)
+    if weight.nested_blocksize == AFFINE:  # no kernel yet
+        return x, [weight.values(x.dtype)], [], bias
     return x, *weight.operands(), bias
 
 
@@ -222,7 +250,8 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
         value(len(tensors) == 1, op, f"a dense weight is 1 tensor (without packing), {found}")
         return tensors[0]
     found = f"found {len(tensors)}"
-    value(len(tensors) in (3, 6), op, f"a weight in 4 bits is 3 tensors, or 6 with nested scales, {found}")
+    wanted = "a weight in 4 bits is 3 tensors, 4 with zero points, or 6 with nested scales"
+    value(len(tensors) in (3, 4, 6), op, f"{wanted}, {found}")
     wanted = "packing must be [blocksize, nested_blocksize, shape..]"
     value(len(packing) >= 2, op, f"{wanted}, found {list(packing)}")
     blocksize, nested_blocksize, shape = int(packing[0]), int(packing[1]), tuple(packing[2:])
@@ -231,19 +260,29 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
         value(size >= 0, op, f"shape must not be negative, found {list(shape)}")
     count = math.prod(shape)
     codes, absmax, quant_map, *nested = tensors
+    zeros, nested = (nested[0], []) if len(nested) == 1 else (None, nested)
     blocks, device = -(-count // blocksize), codes.device
     check_tensor(codes, torch.uint8, device, op, "codes")
     check_numel(codes, (count + 1) // 2, op, "codes", "two values a byte")
-    powers = nested_blocksize == POWERS_OF_TWO and not nested
-    check_tensor(absmax, torch.uint8 if nested or powers else torch.float32, device, op, "absmax")
+    powers, affine = (nested_blocksize == kind and not nested for kind in (POWERS_OF_TWO, AFFINE))
+    value(affine or zeros is None, op, f"zero points need affine codes, found packing {list(packing)}")
+    if affine and absmax.dtype in DTYPES:
+        check_tensor(absmax, absmax.dtype, device, op, "absmax")
+    else:
+        check_tensor(absmax, torch.uint8 if nested or powers else torch.float32, device, op, "absmax")
     check_numel(absmax, blocks, op, "absmax", "one a block")
     check_quant_map(quant_map, 16, device, op)
     weight = PackedWeight(codes, absmax, quant_map, shape, blocksize)
-    if powers:
+    if powers or affine:
         columns = shape[-1] if shape else 1
-        wanted = f"rows must be whole blocks of {blocksize} values where scales are powers of two"
+        wanted = f"rows must be whole blocks of {blocksize} values in this format"
         value(columns % blocksize == 0, op, f"{wanted}, found {columns} columns")
-        return weight._replace(quant_type="mxfp4", nested_blocksize=POWERS_OF_TWO)
+        if powers:
+            return weight._replace(quant_type="mxfp4", nested_blocksize=POWERS_OF_TWO)
+        if zeros is not None:
+            check_tensor(zeros, torch.uint8 if zeros.dtype is torch.uint8 else torch.float32, device, op, "zeros")
+            check_numel(zeros, blocks, op, "zeros", "one a block")
+        return weight._replace(quant_type="affine4", nested_blocksize=AFFINE, zeros=zeros)
     if not nested:
         wanted = "nested_blocksize must be 0 without nested scales"
         value(nested_blocksize == 0, op, f"{wanted}, found {nested_blocksize}")

@@ -114,7 +114,7 @@ def _make_quantized(
     compute_dtype: torch.dtype | None,
 ) -> None:
     """Turn the layers that are or become 4 bits into quantized ones, on the meta device."""
-    packed = [name.removesuffix(".absmax") for name in tensors.keys if name.endswith(".absmax")]
+    packed = [name.partition(".quant_state.")[0] for name in tensors.keys if ".quant_state." in name]
     chosen = set(selected(model, skip)) if quant_type is not None and not packed else set()
     experts = selected_experts(model, skip, blocksize) if quant_type is not None and not packed else {}
     for name in packed:

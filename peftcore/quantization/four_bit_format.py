@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,33 @@ def shape_and_dtype(facts: Mapping[str, Any], name: str) -> tuple[tuple[int, ...
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
         raise damaged(name, f"has shape={shown(shape)}, which is not the shape of a weight")
     return tuple(shape), DTYPES[dtype]
+
+
+def facts_of(weight: PackedWeight) -> dict[str, Any]:
+    """Return the facts that the state of every format of peftcore's own records."""
+    facts: dict[str, Any] = {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape)}
+    return {**facts, "turned": True} if weight.turned else facts
+
+
+def check_state(
+    codes: Tensor, tensors: Mapping[str, Tensor], state: str, name: str
+) -> tuple[dict[str, Any], tuple[int, ...], torch.dtype, bool]:
+    """Return (facts, shape, dtype, turned) of a weight whose state was made by `facts_of`, and check its bytes.
+
+    Raises:
+        CheckpointError: the state or the bytes do not fit.
+    """
+    try:
+        facts = decoded(tensors[state], f"{name}.{state}")
+    except PeftcoreError as error:
+        raise damaged(name, f"cannot be read from '{state}': {error}") from error
+    (shape, dtype), is_turned = shape_and_dtype(facts, name), facts.get("turned", False)
+    if type(is_turned) is not bool or (is_turned and len(shape) != 3):
+        raise damaged(name, f"has turned={shown(is_turned)} for shape {list(shape)}")
+    count = math.prod(shape)
+    if codes.dtype is not torch.uint8 or codes.shape != (count // 2, 1) or count % 2:
+        raise damaged(name, f"has bytes {codes.dtype} {list(codes.shape)}, expected {torch.uint8} [{count // 2}, 1]")
+    return facts, shape, dtype, is_turned
 
 
 def check_parts(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[torch.dtype, int]], name: str) -> None:

@@ -70,11 +70,14 @@ class QuantizedLinear(PackedParameters, nn.Linear):
             buffers["nested_quant_map"],
             buffers["nested_offset"],
             nested_blocksize,
+            False,
+            buffers["zeros"],
+            buffers["permutation"],
         )
 
     @property
     def quant_type(self) -> str:
-        """Name of the format: `nf4`, `fp4` or `mxfp4`."""
+        """Name of the format: `nf4`, `fp4`, `mxfp4` or `affine4`."""
         return self.packings["weight"].quant_type
 
     @property

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +26,10 @@ from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight
 from peftcore.quantization.four_bit_format import (
     FourBitFormat,
     check_parts,
+    check_state,
     damaged,
-    decoded,
     encoded,
-    shape_and_dtype,
+    facts_of,
 )
 from peftcore.validation import shown
 
@@ -57,10 +56,7 @@ def _quantize(weight: Tensor, blocksize: int, double_quant: bool) -> PackedWeigh
 
 def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     """Return the tensors stored with `X.weight` on disk, by the part of the name after `X.weight.`."""
-    facts: dict[str, Any] = {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape)}
-    if weight.turned:
-        facts["turned"] = True
-    return {"absmax": weight.absmax, _STATE: encoded(facts, weight.absmax.device)}
+    return {"absmax": weight.absmax, _STATE: encoded(facts_of(weight), weight.absmax.device)}
 
 
 def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
@@ -69,19 +65,10 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     Raises:
         CheckpointError: a part is missing or does not fit: the file is damaged or has another format.
     """
-    try:
-        facts = decoded(tensors[_STATE], f"{name}.{_STATE}")
-    except PeftcoreError as error:
-        raise damaged(name, f"cannot be read from '{_STATE}': {error}") from error
-    (shape, dtype), is_turned = shape_and_dtype(facts, name), facts.get("turned", False)
-    if type(is_turned) is not bool or (is_turned and len(shape) != 3):
-        raise damaged(name, f"has turned={shown(is_turned)} for shape {list(shape)}")
+    _, shape, dtype, is_turned = check_state(codes, tensors, _STATE, name)
     if not shape or shape[-1] % BLOCKSIZE:
         raise damaged(name, f"has shape={list(shape)}, whose rows are not multiples of {BLOCKSIZE} values")
-    count = math.prod(shape)
-    check_parts(tensors, {"absmax": (torch.uint8, count // BLOCKSIZE)}, name)
-    if codes.dtype is not torch.uint8 or codes.shape != (count // 2, 1):
-        raise damaged(name, f"has bytes {codes.dtype} {list(codes.shape)}, expected {torch.uint8} [{count // 2}, 1]")
+    check_parts(tensors, {"absmax": (torch.uint8, math.prod(shape) // BLOCKSIZE)}, name)
     _check_scales(tensors["absmax"], name)
     return _packed(codes.detach().contiguous(), tensors["absmax"].detach().clone(), shape, dtype, is_turned)
 

@@ -20,7 +20,8 @@ from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.quantization.format import FORMATS, PARTS, from_tensors, quantized, to_tensors
 
-BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
+BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset", "zeros", "permutation")
+_BY_EXPERT = ("codes", "absmax", "zeros")  # parts of a packed weight that experts do not share
 
 
 class Packing(NamedTuple):
@@ -61,9 +62,10 @@ class PackedParameters(nn.Module):
             return None
         _, blocksize, dtype, quant_type, nested_blocksize, names, is_turned = packing
         buffers: Any = self._buffers
-        absmax, quant_map, nested, values, offset = (buffers[each] for each in names)
+        absmax, quant_map, nested, values, offset, zeros, permutation = (buffers[each] for each in names)
         facts = packing.packed_shape, blocksize, dtype, quant_type
-        return PackedWeight(codes, absmax, quant_map, *facts, nested, values, offset, nested_blocksize, is_turned)
+        scales = nested, values, offset, nested_blocksize
+        return PackedWeight(codes, absmax, quant_map, *facts, *scales, is_turned, zeros, permutation)
 
     def set_packed_parameter(self, name: str, weight: PackedWeight) -> None:
         """Replace the parameter by another quantized weight of its shape."""
@@ -239,16 +241,18 @@ def joined_experts(
         turned: quantize the transpose of each expert.
     """
     double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
-    codes = absmax = None
+    joined: dict[str, Tensor] = {}
     for i, expert in enumerate(experts):
         dense = expert.detach()
         one = quantized(dense.mT if turned else dense, quant_type, False, blocksize)
-        if codes is None or absmax is None:
-            codes, absmax = (t.new_empty((shape[0], *t.shape)) for t in (one.codes, one.absmax))
-        codes[i], absmax[i] = one.codes, one.absmax
-    assert codes is not None and absmax is not None
-    whole = swapped(shape) if turned else shape
-    weight = one._replace(codes=codes.view(-1, 1), absmax=absmax.view(-1), shape=whole, turned=turned)
+        parts = {name: part for name in _BY_EXPERT if (part := getattr(one, name)) is not None}
+        if not joined:
+            joined = {name: part.new_empty((shape[0], *part.shape)) for name, part in parts.items()}
+        for name, part in parts.items():
+            joined[name][i] = part
+    assert joined
+    whole: dict[str, Any] = {name: part.flatten(0, 1) for name, part in joined.items()}
+    weight = one._replace(**whole, shape=swapped(shape) if turned else shape, turned=turned)
     return ops.with_nested_scales(weight) if double_quant else weight
 
 

@@ -12,7 +12,7 @@ from peftcore.errors import PeftcoreError, PluginError, warn
 from peftcore.layers import is_conv1d
 from peftcore.method import WeightFormat
 from peftcore.quantization.format import QUANT_TYPES
-from peftcore.registry import CORE, Plugin, registry
+from peftcore.registry import Plugin, registry
 from peftcore.validation import shown
 
 
@@ -32,7 +32,7 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
                 f"the weight format '{quant_type}' of {plugin} has `quantize`, but not `decode` and `plain`. Add both"
             )
         return plugin, found
-    names = ", ".join(sorted(known, key=lambda name: (known[name][0] is not CORE, name not in QUANT_TYPES[:1], name)))
+    names = ", ".join([*QUANT_TYPES, *sorted(name for name in known if name not in QUANT_TYPES)])
     raise PeftcoreError(f"quant_type={shown(quant_type)} is not known. Choose one of: {names}")
 
 

@@ -1,0 +1,146 @@
+"""affine4: integer codes with a scale and a zero point for each group of a row's values (GPTQ, AWQ, W4A16).
+
+    y[i] = scale[b] * (code[i] - zero[b]), b = i // blocksize of the flattened weight, whose rows are whole groups
+
+Scales are kept in fp32, fp16 or bf16, zero points as uint8 or, where they are fractions, fp32. The codebook has the
+values code - 8, and y = scale * (codebook[code] - (zero - 8)): differences are exact where zero points are integers,
+and the product is rounded to fp32 and then to the output dtype. Without `zeros`, all zero points are 8.
+
+A permutation of the inputs makes groups contiguous where a checkpoint's are not (`g_idx`, act-order): column j of the
+codes belongs to input `permutation[j]`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from peftcore.ops.codebooks import codebook
+from peftcore.ops.weight import (
+    AFFINE,
+    MAX_BLOCKSIZE,
+    MIN_BLOCKSIZE,
+    PackedWeight,
+    check_blocksize,
+    check_dtype,
+    check_numel,
+    value,
+)
+
+_LARGEST = 15  # code
+_AT_ONCE = 1 << 22  # values that are quantized together, so that temporary memory stays small
+
+
+def affine4_weight(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    permutation: Tensor | None = None,
+) -> PackedWeight:
+    """Return the packed weight of unpacked codes, scales and zero points.
+
+    Args:
+        codes: integers from 0 to 15, `[.., out, in]`, of any integer dtype.
+        scales: fp32, fp16 or bf16 `[.., out, groups]`, kept in their dtype. A group is in / groups neighbouring
+            columns: a multiple of 32. Groups that are not a power of two, and whole rows, are stored as smaller groups.
+        zeros: integers from 0 to 255 of any integer dtype, or floating point, of the shape of `scales`; None: 8.
+        dtype: dtype of the weight when dequantized; by default that of the scales.
+        permutation: int64 `[in]`: column j of `codes` belongs to input `permutation[j]`. Only for a matrix.
+
+    Returns:
+        The packed weight `[.., out, in]`, on the device of the codes.
+
+    Raises:
+        TypeError: another dtype. ValueError: a shape does not fit the others, or a value is out of range.
+    """
+    op, shape = "affine4_weight", tuple(codes.shape)
+    dtype = dtype or scales.dtype
+    check_dtype(scales.dtype, op)
+    check_dtype(dtype, op)
+    groups = scales.shape[-1] if scales.dim() else 0
+    found = f"found codes {list(shape)} and scales {list(scales.shape)}"
+    fits = len(shape) >= 2 and scales.shape[:-1] == codes.shape[:-1] and groups > 0 and shape[-1] % groups == 0
+    value(fits, op, f"codes must be [.., out, in] and scales [.., out, groups], {found}")
+    if codes.is_floating_point() or codes.dtype is torch.bool:
+        raise TypeError(f"{op}: codes must be integers, found {codes.dtype}")
+    group, wanted = shape[-1] // groups, f"groups must be multiples of {MIN_BLOCKSIZE} columns"
+    value(group % MIN_BLOCKSIZE == 0, op, f"{wanted}, found {group}: {found}")
+    if codes.numel() and not codes.is_meta:
+        low, high = (int(bound) for bound in torch.aminmax(codes))
+        value(0 <= low <= high <= _LARGEST, op, f"codes must be from 0 to {_LARGEST}, found {low} to {high}")
+    blocksize = math.gcd(group, MAX_BLOCKSIZE)
+    scales = scales.repeat_interleave(group // blocksize, -1).reshape(-1)
+    if zeros is not None:
+        check_numel(zeros, scales.numel() * blocksize // group, op, "zeros", "one a scale")
+        zeros = _stored_zeros(zeros, op).repeat_interleave(group // blocksize)
+    if permutation is not None:
+        permutation = _checked_permutation(permutation, shape, op).to(codes.device)
+    flat = codes.reshape(-1).to(torch.uint8)
+    packed = (flat[::2] << 4 | flat[1::2]).unsqueeze(1)
+    weight = PackedWeight(packed, scales.contiguous(), codebook("affine4", codes.device), shape, blocksize, dtype)
+    return weight._replace(quant_type="affine4", nested_blocksize=AFFINE, zeros=zeros, permutation=permutation)
+
+
+def _stored_zeros(zeros: Tensor, op: str) -> Tensor | None:
+    flat = zeros.reshape(-1)
+    if flat.is_floating_point():
+        return flat.float()
+    if flat.numel() and not flat.is_meta:
+        low, high = (int(bound) for bound in torch.aminmax(flat))
+        value(0 <= low <= high <= 255, op, f"zeros must be from 0 to 255, found {low} to {high}")
+    return flat.to(torch.uint8)
+
+
+def _checked_permutation(permutation: Tensor, shape: tuple[int, ...], op: str) -> Tensor:
+    found = f"found {permutation.dtype} {list(permutation.shape)} for a weight {list(shape)}"
+    value(len(shape) == 2 and permutation.shape == shape[1:], op, f"permutation must be [in] of a matrix, {found}")
+    permutation = permutation.long()
+    is_one = torch.equal(permutation.sort().values.cpu(), torch.arange(shape[1])) if not permutation.is_meta else True
+    value(is_one, op, f"permutation must have each of the {shape[1]} inputs once")
+    return permutation
+
+
+@torch.no_grad()
+def quantize_affine4(x: Tensor, blocksize: int = 64) -> PackedWeight:
+    """Quantize a tensor `[.., in]` by rounding to nearest, with a zero point for each group.
+
+    A group's range, widened to contain 0, is divided into 15 steps of a scale that is rounded to bf16.
+
+    Args:
+        x: fp32, fp16 or bf16; any strides; `in` is a multiple of `blocksize`.
+        blocksize: a power of two from 32 to 4096.
+
+    Returns:
+        The packed weight on x's device. A scale is not finite where its block contains NaN or Inf.
+
+    Raises:
+        TypeError: another dtype. ValueError: rows are not whole groups.
+    """
+    op = "quantize_affine4"
+    check_dtype(x.dtype, op)
+    check_blocksize(blocksize, op)
+    fits = x.dim() > 0 and x.shape[-1] % blocksize == 0
+    value(fits, op, f"the last dimension of x must be a multiple of {blocksize}, found {list(x.shape)}")
+    blocks = x.reshape(-1, blocksize)
+    codes = x.new_empty((blocks.shape[0], blocksize // 2), dtype=torch.uint8)
+    scales = x.new_empty((blocks.shape[0],), dtype=torch.bfloat16)
+    zeros = x.new_empty((blocks.shape[0],), dtype=torch.uint8)
+    step = max(1, _AT_ONCE // blocksize)
+    for first in range(0, blocks.shape[0], step):
+        some = slice(first, first + step)
+        part = blocks[some].float()
+        low, high = part.amin(1).clamp_(max=0), part.amax(1).clamp_(min=0)
+        scale = ((high - low) / _LARGEST).to(torch.bfloat16)
+        scales[some] = scale
+        inverse = (1 / scale.float()).masked_fill_(scale == 0, 0).unsqueeze(1)
+        zero = (-low.unsqueeze(1) * inverse).round_().clamp_(0, _LARGEST)
+        found = (part * inverse).round_().add_(zero).clamp_(0, _LARGEST).nan_to_num_().to(torch.uint8)
+        codes[some] = found[:, ::2] << 4 | found[:, 1::2]
+        zeros[some] = zero.nan_to_num_().flatten().to(torch.uint8)
+    quant_map, shape = codebook("affine4", x.device), tuple(x.shape)
+    weight = PackedWeight(codes.view(-1, 1), scales, quant_map, shape, blocksize, x.dtype, "affine4")
+    return weight._replace(nested_blocksize=AFFINE, zeros=zeros)
