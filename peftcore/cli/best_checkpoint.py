@@ -27,6 +27,7 @@ FIGURES = {
     data.CLASSIFICATION: ("accuracy", "macro_f1"),
     data.MULTI_LABEL: ("micro_f1", "macro_f1", "exact_match"),
     data.REGRESSION: ("pearson", "spearman"),
+    data.IMAGE: ("accuracy", "macro_f1"),
     data.TAGS: ("accuracy", "macro_f1", "entity_f1"),
     data.PREFERENCES: ("preference_accuracy", "margin"),
     data.UNPAIRED: ("accuracy", "margin"),

@@ -14,6 +14,7 @@ from peftcore.cli.commands import (
     new_plugin,
     plan,
     plugins,
+    predict,
     push,
     suggest,
     train,
@@ -28,6 +29,7 @@ def peftcore_commands() -> list[Command]:
     return [
         Command("train", train.train, train.EXAMPLES),
         Command("eval", evaluate.evaluate, evaluate.EXAMPLES),
+        Command("predict", predict.predict, predict.EXAMPLES),
         Command("generate", generate.generate, generate.EXAMPLES),
         Command("chat", chat.chat, chat.EXAMPLES),
         Command("merge", merge.merge, merge.EXAMPLES),

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peftcore.cli import labels, mixture
+from peftcore.cli import image_files, labels, mixture
 from peftcore.cli.data_files import alpaca_prompt, listed, records
 from peftcore.cli.labels import Label
 from peftcore.cli.token_rows import tokens_of
@@ -25,8 +25,8 @@ from peftcore.errors import PeftcoreError, nearest
 
 LANGUAGE_MODEL = "causal-lm"
 CLASSIFICATION, REGRESSION, MULTI_LABEL = LABELLED = labels.KINDS
-TAGS = labels.TAGS
-HEADED = (*LABELLED, TAGS)  # with a new head on the base
+TAGS, IMAGE = labels.TAGS, labels.IMAGE
+HEADED = (*LABELLED, TAGS, IMAGE)  # with a new head on the base
 PREFERENCES = "dpo"
 UNPAIRED = "kto"
 COMPARED = (PREFERENCES, UNPAIRED)  # trained against a reference: the model as it was
@@ -78,7 +78,7 @@ class Row:
     `rejected` is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
     `source` is the index of the data set. `is_good` marks an answer for KTO, with the prompt as in a preference.
     `pair` is the second text of a pair to classify. `tokens` are (ids, labels) of a row that is tokenized already.
-    `words` have the tags that are the label.
+    `words` have the tags that are the label. `image` is the path of an image.
     """
 
     where: str
@@ -95,6 +95,7 @@ class Row:
     pair: str | None = None
     tokens: tuple[list[int], list[int]] | None = None
     words: tuple[str, ...] = ()
+    image: str | None = None
 
     @property
     def kind(self) -> str:
@@ -128,9 +129,14 @@ def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) 
         PeftcoreError: a file is missing, empty or of another kind, or a line is wrong.
     """
     check_task(task)
+    if task == IMAGE and columns:
+        raise PeftcoreError("--columns names the fields of rows, and a folder of images has none. Leave it out")
     rows: list[Row] = []
     for source, (each, names) in enumerate(_sources(path, columns)):
-        found = [_row(where, fields, task) for where, fields in records(each, names)]
+        if task == IMAGE:
+            found = [Row(file, "", label=label, image=file) for file, label in image_files.labelled(each)]
+        else:
+            found = [row_of(where, fields, task) for where, fields in records(each, names)]
         if not found:
             raise PeftcoreError(f"'{each}' has no examples")
         odd = next((row for row in found if row.kind != found[0].kind), None)
@@ -166,6 +172,8 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
     It is determined by the fields of the first line. If it has a label, all labels decide: lists mean multi-label;
     numbers of which at least one is not whole mean regression; everything else is classification.
     """
+    if all(image_files.is_labelled(source.path) for source in sources(path)):
+        return IMAGE
     found: list[Any] = []
     for _, fields in itertools.chain.from_iterable(records(*each) for each in _sources(path, columns)):
         if not found and any(fields.keys() >= set(keys) for keys in _KEYS[TAGS]):
@@ -216,7 +224,8 @@ def targets(rows: list[Row], known: list[str]) -> list[int] | list[float] | list
         for name in row.label if isinstance(row.label, tuple) else (row.label,):
             if isinstance(name, str) and name not in index:
                 raise PeftcoreError(
-                    f"{row.where}: label '{name}' is unknown{nearest(name, known)}. The model knows: {', '.join(known)}"
+                    f"{row.where}: label '{name}' is unknown{nearest(name, known)}. The model knows: "
+                    f"{', '.join(known)}. Correct the label, or train with examples of it"
                 )
     if isinstance(rows[0].label, float):
         return [row.label for row in rows if isinstance(row.label, float)]
@@ -225,7 +234,12 @@ def targets(rows: list[Row], known: list[str]) -> list[int] | list[float] | list
     return [index[row.label] for row in rows if isinstance(row.label, str)]
 
 
-def _row(where: str, fields: dict[str, Any], task: str) -> Row:
+def row_of(where: str, fields: dict[str, Any], task: str) -> Row:
+    """Return one example from the fields of a line.
+
+    Raises:
+        PeftcoreError: the fields are not those of `task`; the message begins with `where`.
+    """
     keys = next((keys for keys in _KEYS[task] if all(fields.get(key) is not None for key in keys)), None)
     if keys is None:
         keys = next((keys for keys in _KEYS[task] if all(key in fields for key in keys)), None)
@@ -267,7 +281,7 @@ def _of_others(task: str) -> str:
     """Return a hint at the keys of other tasks, for rows whose task was guessed from their keys."""
     if task != LANGUAGE_MODEL:
         return ""
-    others = ", ".join(f"{_SHOWN[each]} ({each})" for each in TASKS if each != task)
+    others = ", ".join(f"{_SHOWN[each]} ({each})" for each in TASKS if each in _SHOWN and each != task)
     return f". Other tasks have the keys {others}"
 
 

@@ -12,6 +12,7 @@ CLASSIFICATION = "classification"
 REGRESSION = "regression"
 MULTI_LABEL = "multi-label"
 TAGS = "tags"
+IMAGE = "image"
 KINDS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
 
 Label = str | float | tuple[str, ...]  # of each

@@ -18,6 +18,7 @@ from peftcore.cli import labels
 
 MAIN = {
     labels.CLASSIFICATION: "accuracy",
+    labels.IMAGE: "accuracy",
     labels.MULTI_LABEL: "micro_f1",
     labels.REGRESSION: "pearson",
 }  # otherwise the loss

@@ -165,10 +165,19 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokeniz
 
     if adapter is not None and has_tokenizer(adapter):
         return adapter_tokenizer.load(adapter)
-    tokenizer = _load(AutoTokenizer.from_pretrained, model, "tokenizer")
+    tokenizer = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
+    """Return what prepares the inputs of a task: an image processor, or the tokenizer (`load_tokenizer`)."""
+    if task == data.IMAGE:
+        from peftcore.cli import images
+
+        return images.load_processor(model)
+    return load_tokenizer(model, adapter)
 
 
 def load_model(
@@ -204,10 +213,13 @@ def load_model(
         require("gguf", extra="gguf")
         check_blocks(model)
     if packing is None or is_gguf:
-        loaded, info = _load(loader, model, "model", output_loading_info=True, **options)
+        if task == data.IMAGE:
+            options["ignore_mismatched_sizes"] = True  # image models come with the head of another data set
+        loaded, info = pretrained(loader, model, "model", output_loading_info=True, **options)
         _check_whole(loaded, info["missing_keys"], model, task)
+        _check_shapes(loaded, info.get("mismatched_keys", ()), model)
     else:
-        loaded = _load(loader, model, "model", **options)
+        loaded = pretrained(loader, model, "model", **options)
     loaded.config._name_or_path = model  # for a .gguf file transformers would record its folder only
     if is_gguf and getattr(loaded, "hf_quantizer", None) is not None:
         loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
@@ -215,7 +227,8 @@ def load_model(
         quantization.quantize(loaded, **packing)
     if packing is None and options["dtype"].itemsize == 4:
         _compute_in_fp32(loaded, device)
-    _set_padding(loaded, model)
+    if task != data.IMAGE:
+        _set_padding(loaded, model)
     return loaded.to(torch_device(device)).eval()
 
 
@@ -236,6 +249,17 @@ def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, 
     if model.endswith(".gguf"):
         raise PeftcoreError(f"the model of '{model}' cannot be loaded: the file {lacks}. Download it again")
     warn(f"checkpoint '{model}' {lacks}: these weights are initialised at random")
+
+
+def _check_shapes(loaded: PreTrainedModel, mismatched: Collection[Any], model: str) -> None:
+    """Say that a head of other labels was replaced; refuse other weights whose shapes differ from the config's."""
+    names = [each if isinstance(each, str) else each[0] for each in mismatched]
+    backbone = f"{loaded.base_model_prefix}."
+    wrong = next((name for name in names if name.startswith(backbone)), None)
+    if wrong is not None:
+        raise PeftcoreError(f"the model of '{model}' cannot be loaded: '{wrong}' does not have the shape of its config")
+    if names:
+        note(f"the head of '{model}' is for other labels and was replaced by a new one for {loaded.config.num_labels}")
 
 
 def _compute_in_fp32(loaded: PreTrainedModel, device: str) -> None:
@@ -276,7 +300,7 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
     quiet_transformers()
     from transformers import AutoConfig
 
-    config = _load(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
+    config = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
     kinds = _auto_class(task)._model_mapping
     if type(config) in kinds:
         config.architectures = [kinds[type(config)].__name__]
@@ -434,7 +458,7 @@ def quiet_transformers() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
+def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
     where = model
     hidden: Any = contextlib.nullcontext()
     if model.endswith(".gguf"):
@@ -464,6 +488,8 @@ def _auto_class(task: str) -> Any:
 
     if task == data.TAGS:
         return transformers.AutoModelForTokenClassification
+    if task == data.IMAGE:
+        return transformers.AutoModelForImageClassification
     if task in data.HEADED:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModelForCausalLM
@@ -475,7 +501,8 @@ def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
         return {}
     if task == data.REGRESSION:
         return {"num_labels": 1, "problem_type": "regression"}
-    kinds = {data.CLASSIFICATION: "single_label_classification", data.MULTI_LABEL: "multi_label_classification"}
+    kinds = dict.fromkeys((data.CLASSIFICATION, data.IMAGE), "single_label_classification")
+    kinds[data.MULTI_LABEL] = "multi_label_classification"
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     kind = {"problem_type": kinds[task]} if task in kinds else {}
     return {**kind, **(names if labels else {})}

@@ -123,7 +123,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 Task = Annotated[
     str | None,
     typer.Option(
-        help="causal-lm, classification, regression, multi-label, tags, dpo, kto; default: read off the file."
+        help="causal-lm, classification, regression, multi-label, tags, image, dpo, kto; default: read off the data."
     ),
 ]
 Labels = Annotated[

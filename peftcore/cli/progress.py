@@ -103,7 +103,8 @@ class Meter(TrainerCallback):
 
     def _facts(self) -> str:
         extra = f"  extra loss {sum(self._extra):.4f}" if self._extra else ""
-        return f"loss {self._loss:.4f}{extra}  {self.tokens_per_second:,.0f} tokens/s  {gigabytes(current_memory())}"
+        speed = f"  {self.tokens_per_second:,.0f} tokens/s" if self.tokens else ""
+        return f"loss {self._loss:.4f}{extra}{speed}  {gigabytes(current_memory())}"
 
 
 class OrderlyStop(TrainerCallback):

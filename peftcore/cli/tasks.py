@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import conversations, data, metrics, packing, tags
+from peftcore.cli import conversations, data, images, metrics, packing, tags
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.data import Messages, Row
 from peftcore.cli.metrics import Metrics
@@ -45,6 +45,8 @@ def encode(
         raise PeftcoreError(f"the length must be at least 2 tokens, found {max_length}")
     if task == data.TAGS:
         return Encoded(*tags.encode(rows, tokenizer, max_length, labels))
+    if task == data.IMAGE:
+        return Encoded(images.encode(rows, labels), 0)
     if task in data.LABELLED:
         return _encode_labelled(rows, tokenizer, max_length, labels)
     parts = []
@@ -93,11 +95,14 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], di
     """Return a function that makes one padded batch; packed rows are collated by `packing`.
 
     `input_ids` and `attention_mask` are [batch, length]. `labels` have that shape for a language model; otherwise
-    [batch] for classes or numbers, or [batch, labels] of zeros and ones.
+    [batch] for classes or numbers, or [batch, labels] of zeros and ones. Images have `pixel_values`, of which
+    `tokenizer` is the image processor.
     """
-    padding = tokenizer.pad_token_id or 0
 
     def batch(examples: list[Example]) -> dict[str, Any]:
+        if "image" in examples[0]:
+            return images.collate(examples, tokenizer)
+        padding = tokenizer.pad_token_id or 0
         if "position_ids" in examples[0]:
             return packing.collate(examples, padding)
         length = max(len(example["input_ids"]) for example in examples)
@@ -149,7 +154,7 @@ def measure(
     answers, labels = [], []
     try:
         for some in batches_of(examples, batch_size, tokens):
-            inputs = {name: t.to(device) for name, t in batch(some).items()}
+            inputs = in_dtype({name: t.to(device) for name, t in batch(some).items()}, model)
             output = model(**inputs)
             if tag_names:
                 predicted = int((inputs["labels"] != IGNORED).sum())
@@ -172,13 +177,22 @@ def measure(
     return replace(found, loss=loss / count)
 
 
+def length(example: Example) -> int:
+    """Return the number of tokens of an example; 1 for an image, all of which have one size."""
+    return len(example.get("input_ids", (0,)))
+
+
+def in_dtype(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the inputs with pixels in the dtype of the model's weights."""
+    dtype = getattr(model, "dtype", torch.float32)
+    return {name: value.to(dtype) if name == "pixel_values" else value for name, value in inputs.items()}
+
+
 def batches_of(examples: Sequence[Example], batch_size: int, tokens: int | None = None) -> Iterator[list[Example]]:
     """Yield batches of similar lengths, with at most `tokens` padded tokens unless a single example has more."""
     batch: list[Example] = []
-    for example in sorted(examples, key=lambda example: len(example["input_ids"])):
-        is_full = len(batch) == batch_size or (
-            tokens is not None and (len(batch) + 1) * len(example["input_ids"]) > tokens
-        )
+    for example in sorted(examples, key=length):
+        is_full = len(batch) == batch_size or (tokens is not None and (len(batch) + 1) * length(example) > tokens)
         if batch and is_full:
             yield batch
             batch = []

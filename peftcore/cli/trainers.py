@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import Trainer, TrainerControl
 
-from peftcore.cli import data, precision, unpaired
+from peftcore.cli import data, precision, tasks, unpaired
 from peftcore.cli.console import require, say
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.sampler import LengthGroupedSampler
@@ -72,6 +72,9 @@ class MeasuringTrainer(Measuring, Trainer):
         if not divides_by_tokens or not isinstance(self.train_dataset[0]["labels"], list):
             # Their loss is a mean whatever batch size the model is given, so Trainer has to divide.
             self.model_accepts_loss_kwargs = False
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return tasks.in_dtype(super()._prepare_inputs(inputs), self.model)
 
 
 def comparing_trainer(task: str, **arguments: Any) -> Measuring:

@@ -123,7 +123,7 @@ def lengths(examples: Sequence[tasks.Example], task: str) -> list[int]:
     """Return the number of tokens of each example."""
     if task in data.COMPARED:
         return list(comparisons.of(task).lengths(examples))
-    return [len(each["input_ids"]) for each in examples]
+    return [tasks.length(each) for each in examples]
 
 
 def losses(

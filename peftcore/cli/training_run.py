@@ -62,6 +62,7 @@ class Result:
     `predicted`: the memory forecast, or None; `trace`: the step with the most memory.
     `validation`: metrics of the examples kept to choose among runs; `other`: of texts of another domain, before and
     after.
+    `tokens_per_second`: 0 for images.
     `merges`: whether every change can be merged; None for full training.
     `data_sets`: facts about each of several data sets.
     `best`: the evaluation whose adapter was saved; None if it is the last.
@@ -79,6 +80,7 @@ class Result:
     training_seconds: float
     step_seconds: float
     tokens_per_second: float
+    examples_per_second: float
     peak: dict[str, int]
     adapter: Path
     adapter_bytes: int
@@ -183,7 +185,7 @@ def run(
     if settings.task in data.HEADED:
         seen = [*train_rows, *validation_rows]
         labels = tuple(data.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
-    tokenizer = models.load_tokenizer(settings.model, start)
+    tokenizer = models.load_processor(settings.model, settings.task, start)
     of_adapter = models.adapter_task(start).chat_template if start is not None else None
     conversations.set_template(tokenizer, settings.chat_template, of_adapter)
     is_chat = any(row.messages is not None for row in train_rows)
@@ -349,6 +351,7 @@ def run(
         training_seconds=meter.seconds,
         step_seconds=meter.step_seconds,
         tokens_per_second=meter.tokens_per_second,
+        examples_per_second=settings.batch_size * settings.grad_accum * settings.ranks / (meter.step_seconds or 1.0),
         peak=progress.peak_memory(),
         adapter=adapter,
         adapter_bytes=sum(file.stat().st_size for file in adapter.iterdir()),
@@ -374,7 +377,7 @@ def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any
         return None
     if settings.task in data.COMPARED:
         train = comparisons.of(settings.task).as_texts(train)
-    order = LengthGroupedSampler([len(each["input_ids"]) for each in train], settings.batch_size, settings.seed)
+    order = LengthGroupedSampler([tasks.length(each) for each in train], settings.batch_size, settings.seed)
     return DataLoader(train, settings.batch_size, sampler=order, collate_fn=tasks.collator(tokenizer))  # type: ignore[arg-type]
 
 
@@ -416,7 +419,7 @@ def training_arguments(
             save_total_limit=max(2, settings.keep),  # the last complete one remains while the next is written
             logging_steps=max(1, steps // 100),
             logging_nan_inf_filter=False,  # NaN and Inf losses must be visible
-            include_num_input_tokens_seen="non_padding",
+            include_num_input_tokens_seen="no" if settings.task == data.IMAGE else "non_padding",
             use_cpu=models.torch_device(settings.device).type == "cpu",
             dataloader_pin_memory=models.torch_device(settings.device).type == "cuda",
             report_to=list(report_to) or "none",

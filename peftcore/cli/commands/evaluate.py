@@ -50,7 +50,7 @@ def evaluate(
     task = models.adapter_task(adapter, labels)
     rows = examples.read_rows(data, task.task, parsed_columns(columns))
     base = models.base_of(adapter, model)
-    tokenizer = models.load_tokenizer(base, adapter)
+    tokenizer = models.load_processor(base, task.task, adapter)
     from peftcore.cli import conversations, metrics, tasks
 
     conversations.set_template(tokenizer, chat_template, task.chat_template)

@@ -193,7 +193,7 @@ def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any,
     """Return the tokenizer and a chat template that replaces its own; training may save both with the adapter."""
     from peftcore.cli import models
 
-    tokenizer = models.load_tokenizer(base, adapter)
+    tokenizer = models.load_processor(base, task.task, adapter)
     saved = adapter is not None and models.has_tokenizer(adapter)
     if not base.endswith(".gguf") or (saved and tokenizer.get_vocab() != models.load_tokenizer(base).get_vocab()):
         return tokenizer, task.chat_template

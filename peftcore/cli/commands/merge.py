@@ -36,7 +36,7 @@ def merge(
     from peftcore.cli import models, tasks
 
     task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
-    tokenizer = models.load_tokenizer(base, adapter)
+    tokenizer = models.load_processor(base, task.task, adapter)
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     models.load_adapter(loaded, adapter)
     models.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)

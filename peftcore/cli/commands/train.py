@@ -58,6 +58,7 @@ def train(
     learned), or from conversations {"messages": [{"role": ..., "content": ...}, ...]} (only the assistant's turns are
     learned, through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression if labels
     are numbers that are not all whole, and multi-label if they are lists. {"tokens": [...], "tags": [...]} tags words.
+    A folder with one subfolder of images per label trains an image classifier.
     {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages, is learned by DPO, and {"prompt": ...,
     "completion": ..., "label": true} by KTO, with the frozen base as the reference.
 
@@ -89,6 +90,8 @@ def train(
     examples.check_task(task)
     if display.sample is not None and task in examples.HEADED:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes no text. Leave it out")
+    if task == examples.IMAGE and (given.chat_template is not None or given.columns is not None):
+        raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")
     if given.pack and task != examples.LANGUAGE_MODEL:
         raise PeftcoreError(f"--pack is for causal-lm, found task {task}. Leave it out")
     if given.beta is not None and (task not in examples.COMPARED or given.beta <= 0):
@@ -257,10 +260,14 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("steps", f"{result.steps:,}"),
         *([] if result.best is None else [("saved", str(result.best))]),
         ("time", f"{result.seconds:.0f} s, {result.training_seconds:.0f} s of them in training steps"),
-        ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
+        ("speed", f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else _examples(result)),
         *((f"peak {name}", gigabytes(count)) for name, count in result.peak.items()),
         *_predicted(result),
     ]
+
+
+def _examples(result: Result) -> str:
+    return f"{result.examples_per_second:,.1f} images/s"
 
 
 def _predicted(result: Result) -> list[tuple[str, str]]:
@@ -284,7 +291,8 @@ def _commands(settings: Settings, result: Result) -> list[str]:
         evaluation += f" --columns {shlex.quote(settings.columns)}"
     return [
         *([f"peftcore chat --adapter {adapter}"] if result.is_chat else []),
-        f'peftcore generate --adapter {adapter} --prompt "..."',
+        *([f'peftcore generate --adapter {adapter} --prompt "..."'] if settings.task != data.IMAGE else []),
+        *([f"peftcore predict --adapter {adapter} --data NEW"] if settings.task in data.HEADED else []),
         f"peftcore eval --adapter {adapter} --data {evaluation}",
         f"peftcore merge --adapter {adapter} --output MERGED",
     ]

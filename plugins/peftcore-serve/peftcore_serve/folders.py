@@ -131,7 +131,7 @@ class Texts:
 
     def _check(self, folder: Folder) -> str:
         task = models.adapter_task(folder.path)
-        if task.task in data.LABELLED:
+        if task.task in data.HEADED:
             raise PeftcoreError(
                 f"the adapter '{folder.name}' is a classifier and cannot write text. Use peftcore generate"
             )

@@ -1,0 +1,75 @@
+"""`peftcore predict`: the answers of a classifier on new examples, as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftcore.cli import options
+from peftcore.cli.console import say
+from peftcore.errors import PeftcoreError
+
+EXAMPLES = (
+    "peftcore predict -a run -d new.jsonl -o answers.jsonl",
+    "peftcore predict -a run -d photos/",
+)
+
+
+def predict(
+    adapter: options.Adapter,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data", "-d", help="Examples without labels: a file, a folder of files, an image, a folder of images."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A new .jsonl file for the answers; default: print them.")
+    ] = None,
+    model: options.BaseModel = None,
+    labels: options.Labels = None,
+    columns: options.Columns = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Maximum tokens per example; default: as in training.")
+    ] = None,
+    quantize: options.Quantize = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Answer new examples with a classifier, a tagger or an image model: a JSON object per example, in order.
+
+    Labels in the data are not read. To measure the adapter on examples with labels, use peftcore eval.
+    """
+    from peftcore.cli import data as examples
+    from peftcore.cli import dtype_choice, models
+    from peftcore.cli.data_files import parsed_columns
+
+    task = models.adapter_task(adapter, labels)
+    if task.task not in examples.HEADED:
+        raise PeftcoreError(
+            f"predict is for classifiers, found an adapter for {task.task}. Use peftcore generate --prompt TEXT"
+        )
+    if output is not None and output.exists():
+        raise PeftcoreError(f"'{output}' exists already. Pass a new file: --output FILE")
+    base = models.base_of(adapter, model)
+    from peftcore.cli import predictions
+
+    rows = predictions.read_rows(data, task, parsed_columns(columns))
+    processor = models.load_processor(base, task.task, adapter)
+    dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
+    models.load_adapter(loaded, adapter)
+    found = predictions.answers(loaded, rows, processor, task, max_length or task.max_length)
+    lines = [json.dumps(each, ensure_ascii=False) for each in found]
+    if output is None:
+        for line in lines:
+            typer.echo(line)
+        return
+    try:
+        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PeftcoreError(f"'{output}' cannot be written: {error.strerror or error}") from error
+    say(f"{output}: {len(lines):,} answers")

@@ -1,0 +1,91 @@
+"""Answers of a classifier, tagger or image model on new examples, as JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.cli import data, data_files, image_files, labels, tasks
+from peftcore.cli.conversations import IGNORED
+from peftcore.cli.data import Row
+from peftcore.cli.models import AdapterTask
+from peftcore.errors import PeftcoreError
+
+
+def read_rows(paths: Sequence[str], task: AdapterTask, columns: Mapping[str, str] | None) -> list[Row]:
+    """Return examples without labels: any label, tag or subfolder that is there is not read.
+
+    Raises:
+        PeftcoreError: a file is missing, empty or of another kind, or a line is wrong.
+    """
+    if task.task == data.IMAGE:
+        files = [file for path in paths for file in image_files.unlabelled(path)]
+        return [Row(file, "", label=task.labels[0], image=file) for file in files]
+    rows = []
+    for path in paths:
+        found = [_row(where, fields, task) for where, fields in data_files.records(path, columns)]
+        if not found:
+            raise PeftcoreError(f"'{path}' has no examples")
+        rows += found
+    return rows
+
+
+def _row(where: str, fields: dict[str, Any], task: AdapterTask) -> Row:
+    """Return a row with a label that encoding accepts, in place of the one to be predicted."""
+    known = ("tokens", "words") if task.task == data.TAGS else ("text", *(key for pair in data.PAIRS for key in pair))
+    given = {key: fields[key] for key in known if fields.get(key) is not None}
+    if not given:
+        raise PeftcoreError(
+            f"{where}: predict needs the key {known[0]} for {task.task}, found {data_files.listed(fields) or 'none'}. "
+            f"If it has another name: --columns {known[0]}=NAME"
+        )
+    if task.task == data.TAGS:
+        words = labels.names(next(iter(given.values()))) or ()
+        return data.row_of(where, {**given, "tags": [task.labels[0]] * len(words)}, task.task)
+    label: Any = 0.0 if task.task == data.REGRESSION else task.labels[0]
+    return data.row_of(where, {**given, "label": [label] if task.task == data.MULTI_LABEL else label}, task.task)
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module, rows: Sequence[Row], processor: Any, task: AdapterTask, length: int
+) -> list[dict[str, Any]]:
+    """Return the fields of each row with its answer, in the order of `rows`."""
+    encoded = tasks.encode(rows, task.task, processor, length, task.labels).examples
+    examples = [{**example, "place": i} for i, example in enumerate(encoded)]
+    collate = tasks.collator(processor)
+    device = next(model.parameters()).device
+    found: dict[int, dict[str, Any]] = {}
+    for some in tasks.batches_of(examples, 16, 1 << 14):
+        inputs = tasks.in_dtype({name: value.to(device) for name, value in collate(some).items()}, model)
+        places = inputs.pop("labels")
+        logits = model(**inputs).logits.float().cpu()
+        for example, scores, wanted in zip(some, logits, places.cpu(), strict=True):
+            row = rows[example["place"]]
+            found[example["place"]] = {**_fields(row), **_answer(scores, wanted, row, task)}
+    return [found[i] for i in range(len(rows))]
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    if row.image is not None:
+        return {"image": row.image}
+    if row.words:
+        return {"tokens": list(row.words)}
+    return {"text": row.text} if row.pair is None else {"text": row.text, "text_pair": row.pair}
+
+
+def _answer(scores: Tensor, wanted: Tensor, row: Row, task: AdapterTask) -> dict[str, Any]:
+    """Return the label with its probability, the labels above one half, the number, or the tags of a row."""
+    if task.task == data.REGRESSION:
+        return {"label": round(float(scores[0]), 6)}
+    if task.task == data.MULTI_LABEL:
+        chances = dict(zip(task.labels, (round(each, 6) for each in scores.sigmoid().tolist()), strict=True))
+        return {"labels": [label for label, chance in chances.items() if chance > 0.5], "probabilities": chances}
+    if task.task == data.TAGS:
+        tags = [task.labels[i] for i in scores[wanted != IGNORED].argmax(-1).tolist()]
+        return {"tags": tags + [None] * (len(row.words) - len(tags))}  # words beyond the length have none
+    best = int(scores.argmax())
+    return {"label": task.labels[best], "probability": round(float(scores.softmax(-1)[best]), 6)}
