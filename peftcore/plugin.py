@@ -25,7 +25,8 @@ examples. The names by subject:
                           forward_arguments, arguments_by_name, cache_argument; first_of, with_first
     training              current_optimizer, reset_optimizer_state
     other adapters        OtherAdapter, other_adapter, has_adapters, set_trainable
-    distributed training  ranks: parameters that are sharded over ranks; Division of a layer by tensor parallelism
+    distributed training  ranks: parameters that are sharded over ranks; Division, division_of: layers that tensor
+                          parallelism divides
     errors                PeftcoreError, CheckpointError, PluginError, nearest; warn
     the conformance suite check_method, check_sharded, Family, FAMILIES, CHECKS, IDENTITY, MERGE, COMPILE, PEFT_READS,
                           PEFT_WRITES, disturb
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.adaptation.chain import Link as Link
     from peftcore.adaptation.class_swap import original_class as original_class
     from peftcore.adaptation.division import Division as Division
+    from peftcore.adaptation.division import division_of as division_of
     from peftcore.adaptation.light import LightAdapter as LightAdapter
     from peftcore.adaptation.outputs import first_of as first_of
     from peftcore.adaptation.outputs import with_first as with_first
@@ -151,7 +153,7 @@ _MODULES = {
     "peftcore.adaptation.call": "Call current_call",
     "peftcore.adaptation.chain": "Link",
     "peftcore.adaptation.class_swap": "original_class",
-    "peftcore.adaptation.division": "Division",
+    "peftcore.adaptation.division": "Division division_of",
     "peftcore.adaptation.light": "LightAdapter",
     "peftcore.adaptation.outputs": "first_of with_first",
     "peftcore.adapter": "Adapter Base BranchedBase LowRank implements",

@@ -53,15 +53,16 @@ def spread_over_ranks(found: nn.Module) -> float:
 
 def against_one_process(case: str, folder: str) -> dict[str, float | str]:
     """Differences of one method from one process, by what is compared."""
-    spread = divided(folder, "odd" if case == "bitfit" else "llama")  # it trains biases
+    kind = "odd" if case == "bitfit" else "llama"  # it trains biases
+    spread = divided(folder, kind)
     try:
         adapted(spread, case)
     except peftcore.PeftcoreError as error:
         assert state_of(spread) is None  # a refusal leaves it as it was
-        _UNUSED.extend([spread] if case != "bitfit" else [])
+        _UNUSED.append(spread)
         return {"refused": str(error)}
     found: dict[str, float | str] = {}
-    alone = adapted(base(folder, "llama"), case)
+    alone = adapted(base(folder, kind), case)
     losses, trained = [], []
     for each in (alone, spread):
         torch.manual_seed(0)
@@ -83,21 +84,21 @@ def against_one_process(case: str, folder: str) -> dict[str, float | str]:
     wanted, where = logits(spread), f"{folder}/{case}"
     peftcore.save(spread, f"{where}, two")
     distributed.barrier()
-    alone = peftcore.load(base(folder, "llama"), f"{where}, two")
+    alone = peftcore.load(base(folder, kind), f"{where}, two")
     found["loaded by one"] = off(logits(alone), wanted)
     if ranks.rank() == 0:
         peftcore.save(alone, f"{where}, one")
     distributed.barrier()
-    again = peftcore.load(divided(folder), f"{where}, one")
+    again = peftcore.load(divided(folder, kind), f"{where}, one")
     found["loaded by two"] = off(logits(again), wanted)
-    given_back(peftcore.remove(again))
+    given_back(peftcore.remove(again), kind)
 
     weights = {name: ranks.whole(p).clone() for name, p in spread.named_parameters()}
     try:
         peftcore.merge(spread)
     except peftcore.PeftcoreError as error:
         found["merged"] = str(error)
-        given_back(peftcore.remove(spread))
+        given_back(peftcore.remove(spread), kind)
     else:
         found["merged"] = off(logits(spread), wanted)
         peftcore.unmerge(spread)
@@ -107,8 +108,8 @@ def against_one_process(case: str, folder: str) -> dict[str, float | str]:
     return found
 
 
-def given_back(found: nn.Module) -> None:
-    if state_of(found) is None:
+def given_back(found: nn.Module, kind: str) -> None:
+    if kind == "llama" and state_of(found) is None:
         _UNUSED.append(found)
 
 
@@ -223,7 +224,33 @@ def of_lora(folder: str, whole: bool) -> dict[str, float | str]:
     return found
 
 
+def of_trained(folder: str, whole: bool) -> dict[str, float | str]:
+    """Parameters of divided layers that adapters train: `modules_to_save`, and norms of single heads."""
+    found: dict[str, float | str] = {}
+    saved = {**BOTH, "modules_to_save": ["embed_tokens", "lm_head"]}
+    alone, spread = pair(folder, "llama", saved)
+    found["modules_to_save"] = gradients(alone, spread)
+    found["modules_to_save, logits"] = off(logits(spread), logits(alone))
+    with peftcore.disabled(spread), peftcore.disabled(alone):
+        found["modules_to_save, disabled"] = off(logits(spread), logits(alone))
+    # Each backward pass joins the gradients of its own heads, not those that earlier passes have left.
+    norms = pair(folder, "qwen3", {"method": "ln-tuning"})
+    for each in norms:
+        for scale in (1.0, 3.0):
+            (scale * rank_work.loss(each.train(), TOKENS)).backward()
+    found["norms of heads, two passes"] = farthest(values(norms[1], "grad"), values(norms[0], "grad"))
+    if whole:
+        tied = {"method": "bitfit"}, {"method": "dora", **BOTH}
+        found["biases under DoRA"] = gradients(*pair(folder, "odd", *tied))
+        found["head of both"] = gradients(
+            *pair(folder, "llama", {"r": 3, "target_modules": ["lm_head"]}, {**BOTH, "modules_to_save": ["lm_head"]})
+        )
+    peftcore.remove(spread)
+    found["removed, trained"] = off(logits(spread), logits(base(folder, "llama")))
+    return found
+
+
 def everything(
     folder: str, cases: list[str], whole: bool
 ) -> tuple[dict[str, dict[str, float | str]], dict[str, float | str]]:
-    return table(folder, cases), of_lora(folder, whole)
+    return table(folder, cases), {**of_lora(folder, whole), **of_trained(folder, whole)}

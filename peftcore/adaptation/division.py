@@ -92,12 +92,21 @@ class Division:
 
 def has_plan(module: nn.Module) -> bool:
     """Return whether a parallel plan of transformers has replaced the forward of `module`."""
-    return _variables(module) is not None
+    return plan_of(module) is not None
+
+
+def mesh_of_norm(module: nn.Module) -> DeviceMesh | None:
+    """Return the mesh over which a plan sums the gradients of a norm of single heads; None for any other module."""
+    found = plan_of(module)
+    reduce: Any = None if found is None else found.get("_all_reduce_grad")
+    if reduce is None:
+        return None
+    return dict(zip(reduce.__code__.co_freevars, reduce.__closure__ or (), strict=True))["mesh"].cell_contents
 
 
 def division_of(module: nn.Module) -> Division | None:
     """Return how a plan divides the layer `module`; None if none does, or in a way that adapters cannot follow."""
-    found = _variables(module)
+    found = plan_of(module)
     if found is None or found["mesh"] is None:
         return None
     from torch.distributed.tensor import Replicate, Shard
@@ -107,14 +116,15 @@ def division_of(module: nn.Module) -> Division | None:
     inside = getattr(found["original_forward"], "__func__", None)
     stored = module._parameters.get("weight")
     weight = None if stored is None else ranks.behind(stored)
+    placements = _placements(module, weight)
     if (
         mesh.ndim != 1
         or inside is not original_forward(module)
         or not isinstance(module, (nn.Linear, nn.Embedding))
         or weight is None
-        or not ranks.is_dtensor(weight)
+        or placements is None
         or not weight.is_floating_point()
-        or len(weight.placements) != 1
+        or len(placements) != 1
         or not getattr(style, "use_local_output", False)
         or getattr(module, "_hf_quantized_needs_local_tp", False)
     ):
@@ -128,7 +138,7 @@ def division_of(module: nn.Module) -> Division | None:
     if not by_rows and kind is not plans.ColwiseParallel:
         return None
     given, returned = style.input_layouts, style.output_layouts
-    divided = weight.placements[0]
+    divided = placements[0]
     if type(divided) is not Shard or divided.dim % 2 != by_rows:
         return None
     if by_rows and (given not in (last, whole) or returned != whole):
@@ -138,9 +148,22 @@ def division_of(module: nn.Module) -> Division | None:
     return Division(mesh, by_rows, given == last, returned == last, module.in_features, module.out_features)
 
 
-def _variables(module: nn.Module) -> dict[str, Any] | None:
+def _placements(module: nn.Module, weight: Tensor | None) -> Sequence[Any] | None:
+    """Return how the base's weight is divided, also where an adapter's own is in its place; None if it is whole."""
+    if weight is not None and ranks.is_dtensor(weight):
+        return weight.placements
+    known: dict[str, Sequence[Any]] = getattr(_own_forward(module), "placements", {})
+    return known.get("weight")
+
+
+def _own_forward(module: nn.Module) -> Any:
+    return module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
+
+
+def plan_of(module: nn.Module) -> dict[str, Any] | None:
     """Return the closure of a plan's forward: `self` (the style), `mesh` and `original_forward`; None without one."""
-    own: Any = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
+    own = _own_forward(module)
+    own = getattr(own, "planned", own)  # inside a `trained_parts.TrainedForward`
     code = getattr(own, "__code__", None)
     if code is None or own.__name__ != "tp_forward" or not own.__module__.startswith("transformers.distributed"):
         return None
@@ -183,10 +206,14 @@ class WholeForward(OwnForward):
         module = self.module
         copy: nn.Module = object.__new__(type(module))
         parameters: dict[str, Any] = {
-            name: None if each is None else ranks.whole(ranks.behind(each)) for name, each in module._parameters.items()
+            name: None if each is None else _whole(ranks.behind(each)) for name, each in module._parameters.items()
         }
         copy.__dict__.update(module.__dict__, _parameters=parameters)
         return OwnForward(copy, original_forward(module), None, self._changes)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return ranks.whole(parameter) if ranks.is_part(parameter) else parameter  # one that is trained keeps its gradient
 
 
 class DividedChain:
@@ -206,7 +233,7 @@ class DividedChain:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.module.training and not self._checked and not is_dynamo_compiling():
-            _check_random(x.device, self._division.mesh)
+            check_random(x.device, self._division.mesh)
             self._checked = True
         if self._parts is not None and not args and not kwargs:
             return self._parts(x)
@@ -234,7 +261,7 @@ def watch_batches(model: nn.Module) -> RemovableHandle | None:
 
     The first call that passes ends the check. An embedding that is divided by its vocabulary would mix their tokens.
     """
-    meshes = [found["mesh"] for module in model.modules() if (found := _variables(module)) is not None]
+    meshes = [found["mesh"] for module in model.modules() if (found := plan_of(module)) is not None]
     mesh = next((mesh for mesh in meshes if mesh is not None), None)
     if mesh is None:
         return None
@@ -279,7 +306,7 @@ def _spread(facts: Sequence[float], mesh: DeviceMesh) -> list[float]:
     return found
 
 
-def _check_random(device: torch.device, mesh: DeviceMesh) -> None:
+def check_random(device: torch.device, mesh: DeviceMesh) -> None:
     """Raise a PeftcoreError unless the ranks would draw the same random numbers. Collective."""
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     if _spread([_number(state.numpy().tobytes())], mesh)[0]:

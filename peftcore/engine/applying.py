@@ -44,7 +44,7 @@ from peftcore.engine.state import (
     require_state,
     state_of,
 )
-from peftcore.engine.trained import TrainedParameters, tied_to
+from peftcore.engine.trained import TrainedParameters, refuse_sharded_parameters, tied_to
 from peftcore.errors import PeftcoreError, warn
 from peftcore.events import adapter_applied
 from peftcore.method import Model
@@ -140,6 +140,7 @@ def _apply(
         check_branches(model, state, adapter, placed.attached)
         refuse_without_gradient(model, placed, trains=first_values)
         refuse_divided(model, placed)
+        refuse_sharded_parameters(model, placed.trained)
         tell_if_little(model, placed)
     if placed.method.prepare is not None:
         with registry.naming(placed.method.name, "prepare"):

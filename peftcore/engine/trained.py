@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ranks
+from peftcore.adaptation import trained_parts
 from peftcore.adaptation.adapted import TRAINED, Adapters, base_modules, base_parameters
 from peftcore.errors import PeftcoreError
 from peftcore.observation.heads import mark_as_loaded
@@ -53,11 +54,6 @@ class TrainedParameters(nn.Module):
         taken: set[int] = set()
         for name in names:
             parameter = base[name]
-            if ranks.is_dtensor(parameter):
-                raise PeftcoreError(
-                    f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard; under "
-                    "tensor parallelism, load the model without tp_plan"
-                )
             if name in apart:
                 slots[name] = [name]
             elif id(parameter) not in taken:  # tied parameters count once
@@ -67,6 +63,7 @@ class TrainedParameters(nn.Module):
         if not slots and not kept:
             return
         trained = _add(model, adapter, TrainedParameters(slots, kept))
+        trained_parts.follow(trained.owners(model))
         for name in slots:
             copy = nn.Parameter(ranks.whole(base[name]).clone())
             mark_as_loaded(copy, base[name])
@@ -96,10 +93,14 @@ class TrainedParameters(nn.Module):
     @staticmethod
     def detach(model: nn.Module, adapter: str) -> None:
         """Drop the copies of an inactive adapter."""
-        if TrainedParameters.of(model, adapter) is None:
+        own = TrainedParameters.of(model, adapter)
+        if own is None:
             return
         adapters = cast(Adapters, model._modules[TRAINED])
         del adapters._modules[adapter]
+        trained_parts.unfollow(own.owners(model))
+        for _, other in all_of(model):
+            trained_parts.follow(other.owners(model))
         if not len(adapters):
             del model._modules[TRAINED]
 
@@ -113,7 +114,7 @@ class TrainedParameters(nn.Module):
         """Put the adapter's trained parameters into the model, or those of the base back."""
         if active == self.active:
             return
-        if any(ranks.is_dtensor(parameter) for _, parameter in self.originals(model)):
+        if any(ranks.is_dtensor(each) and not _in_parts(model, name) for name, each in self.originals(model)):
             ranks.refuse_sharded(model, "exchange trained parameters for those of the base")
         for name, slots in self.slots.items():
             self._exchange(model, name, slots)
@@ -125,6 +126,11 @@ class TrainedParameters(nn.Module):
             if (name in names) != (name in self.held):
                 self._exchange(model, name, slots)
         self.held = set(names)
+
+    def owners(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules of which parameters are trained, without those that have been removed since."""
+        modules = dict(base_modules(model))
+        return [modules[path] for path in self.by_module() if path in modules]
 
     def by_module(self) -> dict[str, dict[str, str]]:
         """Return {path of a module: {name of a trained parameter there: its name here}}."""
@@ -208,6 +214,18 @@ def hold_of_last(model: nn.Module, active: Sequence[str]) -> None:
         own.hold(model, wanted[name])
 
 
+def refuse_sharded_parameters(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise a PeftcoreError if one of the base's parameters `names` is sharded so that it cannot be trained."""
+    names = list(names)
+    base = base_tensors(model) if names else {}
+    for name in names:
+        if ranks.is_dtensor(ranks.behind(base[name])) and not _in_parts(model, name):
+            raise PeftcoreError(
+                f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard; under tensor "
+                "parallelism, load the model without tp_plan"
+            )
+
+
 def all_of(model: nn.Module) -> list[tuple[str, TrainedParameters]]:
     """Return (adapter, its owned copies) of all adapters that have some."""
     adapters = model._modules.get(TRAINED)
@@ -270,6 +288,12 @@ def modules_tied_to(model: nn.Module, path: str) -> list[str]:
     untied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False
     names = [] if untied else tied_to(model, [f"{path}.weight"])
     return [name.rpartition(".")[0] for name in names if name.endswith(".weight")]
+
+
+def _in_parts(model: nn.Module, name: str) -> bool:
+    """Return whether every slot of the parameter `name` is in a layer whose plan an adapter can follow."""
+    slots = [slot.rpartition(".") for slot in (name, *tied_to(model, [name]))]
+    return all(trained_parts.trains_in_parts(model.get_submodule(path), attribute) for path, _, attribute in slots)
 
 
 def _add(model: nn.Module, adapter: str, own: TrainedParameters) -> TrainedParameters:

@@ -24,17 +24,19 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Division,
     Method,
     PeftRules,
     Placement,
     StateRules,
+    division_of,
     hookimpl,
     ranks,
     targets,
     validation,
 )
 
-peftcore_api = ">=3.0,<4"
+peftcore_api = ">=3.5,<4"
 
 _ROTARY, _FUSED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"c_attn", "c_proj"}
 _IN_PEFT = ("llama", "mistral", "gpt2")
@@ -113,11 +115,47 @@ def attentions(model: nn.Module, name: str | None) -> dict[str, Any]:
     return found
 
 
-class AdaptionPrompt(Adapter):
-    """Prompt P `[1, n, hidden]` and gate g `[1]` of an attention module; hidden states `[batch, tokens, hidden]`."""
+def heads_division(path: str, attention: Any) -> Division | None:
+    """Return how tensor parallelism divides the heads of an attention module, or None if it does not.
 
-    def __init__(self, config: AdaptionPromptConfig, width: int, rotate: Callable[..., Any] | None) -> None:
+    Raises:
+        PeftcoreError: not by whole heads, or not all four layers.
+    """
+    if not ranks.has_divided(attention):
+        return None
+    layers = {name: getattr(attention, name, None) for name in sorted(_ROTARY)}
+    found = {name: None if layer is None else division_of(layer) for name, layer in layers.items()}
+    last = found.pop("o_proj")
+    validation.require(
+        last is not None
+        and last.by_rows
+        and last.input_in_parts
+        and all(
+            each is not None and each.output_in_parts and each.outputs // attention.head_dim % each.mesh.size() == 0
+            for each in found.values()
+        ),
+        f"tensor parallelism divides '{path}' over the ranks otherwise than by whole heads, an equal number for each, "
+        "as adaption prompts need it. Load the model without tp_plan, apply, and call peftcore.shard(model)",
+    )
+    return found["q_proj"]
+
+
+class AdaptionPrompt(Adapter):
+    """Prompt P `[1, n, hidden]` and gate g `[1]` of an attention module; hidden states `[batch, tokens, hidden]`.
+
+    Args:
+        division: how the ranks divide the attention's heads, if they do.
+    """
+
+    def __init__(
+        self,
+        config: AdaptionPromptConfig,
+        width: int,
+        rotate: Callable[..., Any] | None,
+        division: Division | None = None,
+    ) -> None:
         super().__init__()
+        self.division = division
         self.adaption_prompt = nn.Parameter(torch.randn(1, config.adapter_len, width))
         self.adaption_gate = nn.Parameter(torch.zeros(1))
         self.rotate = rotate
@@ -126,7 +164,9 @@ class AdaptionPrompt(Adapter):
         output, rest = base(hidden_states, *args, **kwargs), []
         if isinstance(output, tuple):
             output, *rest = output
-        attention, p = base.module, self.adaption_prompt.to(hidden_states.dtype)
+        attention, p, gate = base.module, self.adaption_prompt.to(hidden_states.dtype), self.adaption_gate.float()
+        if self.division is not None:
+            gate = self.division.shared(gate)  # each rank uses it for its heads
         if self.rotate is None:
             parts = attention.c_attn(hidden_states).chunk(3, -1)[0], *attention.c_attn(p).chunk(3, -1)[1:]
         else:
@@ -137,7 +177,7 @@ class AdaptionPrompt(Adapter):
             q, _ = self.rotate(q, q[:, :1], cos, sin)
         k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
         weights = (q @ k.transpose(2, 3) * attention.head_dim**-0.5).softmax(-1, dtype=torch.float32)
-        read = ((self.adaption_gate.float() * weights).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        read = ((gate * weights).to(v.dtype) @ v).transpose(1, 2).flatten(2)
         y = output + (read if self.rotate is None else attention.o_proj(read))
         return (y, *rest) if rest else y
 
@@ -149,14 +189,10 @@ def place(model: nn.Module, config: AdaptionPromptConfig, architecture: Architec
     validation.require(count <= len(found), there)
     placed: list[Placement] = []
     for path, module in found[-count:]:
-        validation.require(
-            not ranks.has_divided(module),
-            f"tensor parallelism divides the heads of '{path}' over the ranks, and adaption prompts are read by all of "
-            "them. Load the model without tp_plan, apply, and call peftcore.shard(model)",
-        )
         rotary = kind(module) is _ROTARY
         width, _ = targets.sizes(module.k_proj if rotary else module.c_attn)
-        placed.append(Around(path, AdaptionPrompt(config, width, rotation(module) if rotary else None)))
+        rotate = rotation(module) if rotary else None
+        placed.append(Around(path, AdaptionPrompt(config, width, rotate, heads_division(path, module))))
     return placed
 
 
