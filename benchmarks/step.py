@@ -108,21 +108,22 @@ def build(name, dtype, layers):
 
 
 def adapted(model, base, parts):
-    """Return the model of a row; `PeftcoreError` if a part is not for it."""
+    """Return the model of a row, and the parts that its model takes."""
     torch.manual_seed(1)
     if base == "peft":
         from peft import LoraConfig, get_peft_model
 
-        return part_of(get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")), parts)
-    if base == "peftcore":
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    elif base == "peftcore":
         peftcore.apply(model, "lora", r=16, target_modules="all-linear")
-    return part_of(model, parts)
-
-
-def part_of(model, parts):
+    taken = []
     for name in parts:
-        PARTS[name](getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model)
-    return model
+        try:
+            PARTS[name](model.base_model.model if base == "peft" else model)
+            taken.append(name)
+        except peftcore.PeftcoreError:  # no head for logits of tokens
+            pass
+    return model, taken
 
 
 def inputs_of(model, rows):
@@ -163,19 +164,18 @@ def errors(name, dtype, base, parts):
     of = inputs_of(wide, (1, 64))
     loss, wanted = step(wide, of)
     del wide
-    found = step(adapted(model, base, parts), {k: v.to(dtype) if v.is_floating_point() else v for k, v in of.items()})
+    found = step(
+        adapted(model, base, parts)[0], {k: v.to(dtype) if v.is_floating_point() else v for k, v in of.items()}
+    )
     return float((found[0] - loss).abs()), float((found[1] - wanted).norm() / wanted.norm())
 
 
 def child(options):
     name, base, *parts = options.child
     dtype = getattr(torch, options.dtype)
-    try:
-        if options.errors:
-            return {"errors": errors(name, dtype, base, parts)}
-        model = adapted(build(name, dtype, options.layers), base, parts)
-    except peftcore.PeftcoreError as error:
-        return {"refused": str(error)}
+    if options.errors:
+        return {"errors": errors(name, dtype, base, parts)}
+    model, taken = adapted(build(name, dtype, options.layers), base, parts)
     inputs = inputs_of(model, options.rows)
     first = {key: value[:1, :8] if value.dim() == 2 else value[:1] for key, value in inputs.items()}
     step(model, first)  # the libraries' own memory
@@ -190,7 +190,7 @@ def child(options):
         began = time.process_time()
         step(model, inputs)
         seconds.append(time.process_time() - began)
-    return {"peak": peak, "seconds": min(seconds)}
+    return {"peak": peak, "seconds": min(seconds), "title": " + ".join([base, *taken])}
 
 
 def main():
@@ -238,7 +238,7 @@ def main():
                 for base, chosen in table:
                     found = measure.in_child(__file__, *of, "--child", name, base, *chosen)
                     before = runs.setdefault((base, *chosen), found)
-                    if "seconds" in found:
+                    if not options.errors:
                         runs[(base, *chosen)] = {key: min(before[key], found[key]) for key in found}
             print(f"\n{name}, {rows[0]} x {rows[1]}, {options.dtype}, {options.layers or 'all'} layers", flush=True)
             if options.errors:
@@ -246,10 +246,8 @@ def main():
             else:
                 print(f"{'':32}{'seconds':>9}{'of frozen':>11}{'MB':>8}{'of peft':>9}")
             for key, found in runs.items():
-                title = " + ".join(key)
-                if "refused" in found:
-                    print(f"{title:32}  {found['refused'][:90]}")
-                elif options.errors:
+                title = found.get("title", " + ".join(key))
+                if options.errors:
                     print(f"{title:32}{found['errors'][0]:12.1e}{found['errors'][1]:12.1e}")
                 else:
                     frozen, peft = runs.get(("frozen",)), runs.get(("peft",))

@@ -14,7 +14,8 @@ settings.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ FORMULA = "_peftcore_formula"
 _MARKER = "_peftcore_fused"
 _DEVICES = ("cpu", "meta")  # with kernels; meta tensors stand for CPU ones
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
+_own = False  # whether fused modules compute their own forward
 Settings = tuple[tuple[str, Any], ...]  # attributes and their values
 
 
@@ -156,6 +158,17 @@ def setting(value: Any) -> Any:
     return (value.func, value.args, value.keywords) if type(value) is functools.partial else value
 
 
+@contextmanager
+def own_forwards() -> Iterator[None]:
+    """Make fused modules compute their own forward within the block, in all threads."""
+    global _own
+    before, _own = _own, True
+    try:
+        yield
+    finally:
+        _own = before
+
+
 def fuse_module(module: nn.Module, formula: Formula) -> None:
     """Swap the class of `module`, below the other classes of peftcore."""
     classes = _swapped(module)
@@ -199,7 +212,7 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _own:
             return own(self, *args, **kwargs)
         return self.__dict__[FORMULA].call(own, self, args, kwargs)
 

@@ -82,9 +82,13 @@ class RunOptions:
         str,
         typer.Option(help="Loss without the logits (causal-lm, chat): auto (where a few rows show the same), on, off."),
     ] = "auto"
-    fuse: Annotated[bool, typer.Option("--fuse", help="Compute norms and gated activations by one operator each.")] = (
-        False
-    )
+    fuse: Annotated[
+        str,
+        typer.Option(
+            help="Norms, gated activations and attention by one operator each, on CPUs: auto (where a few rows show "
+            "the same loss and gradients), on, off."
+        ),
+    ] = "auto"
     optim: Annotated[
         str, typer.Option(help="Trainer's optim, or peftcore's paged_adamw_8bit and paged_adamw_32bit.")
     ] = "adamw_torch"
@@ -111,7 +115,7 @@ class RunOptions:
     ] = None
 
 
-LAZY_LOGITS = ("auto", "on", "off")
+SWITCH = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +168,9 @@ class Settings(RunOptions):
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise PeftcoreError(f"{name} must be a finite number, found {value}")
-        if self.lazy_logits not in LAZY_LOGITS:
-            raise PeftcoreError(f"--lazy-logits must be one of {', '.join(LAZY_LOGITS)}, found '{self.lazy_logits}'")
+        for option, chosen in (("--lazy-logits", self.lazy_logits), ("--fuse", self.fuse)):
+            if chosen not in SWITCH:
+                raise PeftcoreError(f"{option} must be one of {', '.join(SWITCH)}, found '{chosen}'")
         if self.lr <= 0 or self.epochs <= 0:
             raise PeftcoreError(f"lr and epochs must be above 0, found lr={self.lr:g}, epochs={self.epochs:g}")
 
@@ -188,8 +193,9 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
             raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start again: --overwrite") from error
         now = settings.to_json()
         since = {each.name: each.default for each in fields(settings) if each.default is not MISSING}
-        before = {**since, **before}  # a run from before an option existed had its default
-        before["lazy_logits"] = {True: "on", False: "off"}.get(before["lazy_logits"], before["lazy_logits"])
+        before = {**since, "fuse": "off", **before}  # a run from before an option existed had its default
+        for name in ("lazy_logits", "fuse"):  # once flags
+            before[name] = {True: "on", False: "off"}.get(before[name], before[name])
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "adapter", name)):
             if before.get(name) != now.get(name):
                 raise PeftcoreError(

@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import peftcore
 from peftcore import ranks
@@ -28,6 +27,7 @@ from peftcore.cli import (
     conversations,
     data,
     dtype_choice,
+    light_step,
     models,
     packing,
     precision,
@@ -47,7 +47,8 @@ from peftcore.cli.options import FULL
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
 from peftcore.engine import takes_batches
-from peftcore.engine.lazy_probe import why_not_lazy
+from peftcore.engine.fusing import fused_modules
+from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.engine.summary import Summary
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import latest_checkpoint
@@ -131,26 +132,6 @@ class Stopped(Exception):
 
     def __init__(self, step: int, steps: int) -> None:
         super().__init__(f"stopped at step {step} of {steps}")
-
-
-def lazily(
-    model: PreTrainedModel, settings: Settings, rows: list[tasks.Example], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Switch lazy logits on, as `settings` say: with `auto` if the loss of a few rows is the same with them."""
-    if settings.lazy_logits == "on":
-        peftcore.lazy_logits(model)
-    if settings.lazy_logits != "auto" or settings.task != data.LANGUAGE_MODEL or settings.parallel:
-        return
-    few = [{k: v[-64:] if isinstance(v, list) else v for k, v in each.items()} for each in rows[:2]]
-    batch = tasks.collator(tokenizer)(few)
-    inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    with precision.autocast(settings.precision, model.device.type):
-        why = why_not_lazy(model, inputs)
-    if why is None:
-        peftcore.lazy_logits(model)
-        say("the loss is computed without the logits of a batch (--lazy-logits auto)")
-    else:
-        say(f"logits are computed in full: {why}")
 
 
 def run(
@@ -271,11 +252,11 @@ def run(
         )
     say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
 
-    if settings.fuse:
-        peftcore.fuse(model)
+    light_step.fuse(model, settings, rows, tokenizer)
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
-    lazily(model, settings, rows, tokenizer)
+    light_step.use_lazy_logits(model, settings, rows, tokenizer)
+    summary = replace(summary, fused=fused_modules(model), lazy_logits=has_lazy_logits(model))
     meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
     keeper = None
     if best_checkpoint.is_wanted(settings):

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from peftcore.adaptation.adapted import base_modules, is_adapted
-from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.fused_attention import AttentionFormula, calls_attention
 from peftcore.adaptation.fused_forward import (
     FORMULA,
+    Formula,
     GateFormula,
     NormFormula,
     fuse_module,
@@ -20,10 +20,12 @@ from peftcore.adaptation.fused_forward import (
     separate,
 )
 from peftcore.engine.state import check_model
-from peftcore.observation.formulas import gate_formula, norm_formula
+from peftcore.observation.formulas import gate_formula, kind, norm_formula
 
 M = TypeVar("M", bound=nn.Module)
 _NAMES = {NormFormula: "RMSNorm", GateFormula: "gated MLP", AttentionFormula: "attention"}
+_MOST_KINDS = 256
+_found: dict[Any, Formula | None] = {}
 
 
 def fuse(model: M, *, enabled: bool = True) -> M:
@@ -48,7 +50,6 @@ def fuse(model: M, *, enabled: bool = True) -> M:
         The model.
     """
     check_model(model)
-    found: dict[Any, Any] = {}
     for _, module in base_modules(model):
         if is_fused(module) and is_outermost(module):
             separate(module)
@@ -57,11 +58,9 @@ def fuse(model: M, *, enabled: bool = True) -> M:
         if calls_attention(module):
             fuse_module(module, AttentionFormula())
             continue
-        key = _kind(module)
-        if key not in found:
-            found[key] = norm_formula(module) or gate_formula(module)
-        if found[key] is not None:
-            fuse_module(module, found[key])
+        formula = _formula(module)
+        if formula is not None:
+            fuse_module(module, formula)
     return model
 
 
@@ -73,13 +72,14 @@ def fused_modules(model: nn.Module) -> dict[str, int]:
     return dict(sorted(kinds.items()))
 
 
-def _kind(module: nn.Module) -> Any:
-    """Return what the formula of a module depends on."""
-
-    def plain(each: nn.Module) -> Any:
-        items = ((n, v) for n, v in each.__dict__.items() if n not in ("_modules", "_parameters", "_buffers"))
-        return tuple((n, repr(v) if isinstance(v, (bool, int, float, str, tuple)) else id(v)) for n, v in items)
-
-    children = tuple((n, original_class(c), plain(c)) for n, c in module._modules.items() if c is not None)
-    shapes = tuple((n, p.shape) for n, p in module._parameters.items() if p is not None)
-    return original_class(module), plain(module), children, shapes, tuple(module._buffers)
+def _formula(module: nn.Module) -> Formula | None:
+    """Return how one operator computes `module`, remembered for all modules of the same code and settings."""
+    key = kind(module)
+    try:
+        if key not in _found:
+            if len(_found) >= _MOST_KINDS:
+                _found.clear()
+            _found[key] = norm_formula(module) or gate_formula(module)
+        return _found[key]
+    except TypeError:  # a setting that cannot be hashed
+        return norm_formula(module) or gate_formula(module)

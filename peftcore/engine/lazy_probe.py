@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,25 +32,17 @@ def why_not_lazy(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     """
     if has_lazy_logits(model):
         return None
-    training = {module: module.training for module in model.modules()}
-    # Large ones are quantized weights, which no forward changes.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.numel() <= _LARGE}
-    try:
-        lazy_logits(model)
-        found = _lazily(model.train(), inputs)
-        lazy_logits(model, enabled=False)
-        wanted = _plainly(model, inputs)
-    except PeftcoreError as error:
-        return str(error)
-    finally:
-        if has_lazy_logits(model):
+    with left_unchanged(model):
+        try:
+            lazy_logits(model)
+            found = _lazily(model.train(), inputs)
             lazy_logits(model, enabled=False)
-        for module, mode in training.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+            wanted = _plainly(model, inputs)
+        except PeftcoreError as error:
+            return str(error)
+        finally:
+            if has_lazy_logits(model):
+                lazy_logits(model, enabled=False)
     if found is None or wanted is None:
         return "its loss reads them, or no gradient passes the head"
     loss, gradient = float(wanted[0]), wanted[1].float()
@@ -59,6 +52,23 @@ def why_not_lazy(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     if not off[0] <= _LOSS or not off[1] <= _GRADIENT.get(dtype, 1e-3):
         return f"the loss of a few rows differs by {off[0]:.1e} with them, its gradient by {off[1]:.1e}, relatively"
     return None
+
+
+@contextmanager
+def left_unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore the modes of modules and the values of buffers after the block."""
+    training = {module: module.training for module in model.modules()}
+    # Large ones are quantized weights, which no forward changes.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.numel() <= _LARGE}
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
 
 
 def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

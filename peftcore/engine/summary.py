@@ -128,7 +128,7 @@ class Summary:
         if self.lazy_logits:
             lines.append("logits are computed only if they are read, in training")
         if self.fused:
-            lines.append("fused: " + ", ".join(f"{count} x {kind}" for kind, count in self.fused.items()))
+            lines.append(f"fused: {counted(self.fused)}")
         lines += [
             f"  {a.name}: {a.method}, {'active' if a.active else 'inactive'}, {a.modules} modules"
             + (f", {a.trained} parameters of the base" if a.trained else "")
@@ -249,6 +249,11 @@ def described(found: Plan | Summary) -> list[str]:
 def in_buffers(count: int, size: int) -> str:
     """Return `, and 1,024 numbers in buffers, 4.1 kB`, or an empty string if there are none."""
     return f", and {count:,} numbers in buffers, {megabytes(size)}" if count else ""
+
+
+def counted(kinds: dict[str, int]) -> str:
+    """Format how many there are of each kind."""
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def share(part: int, whole: int) -> str:

@@ -36,6 +36,16 @@ _EPSILONS = (1e-8, 1e-3, 0.3)
 _VARIANTS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # offset, rounded
 
 
+def kind(module: nn.Module) -> Any:
+    """Return what the formula of a module depends on: its code, settings, shapes and children."""
+    shapes = tuple((name, type(p), None if p is None else p.shape) for name, p in module._parameters.items())
+    children = tuple(
+        (name, child is None, None if child is None or _has_parameters(child) else _code_and_settings(child))
+        for name, child in module._modules.items()
+    )
+    return _code_and_settings(module), shapes, children
+
+
 def norm_formula(module: nn.Module) -> NormFormula | None:
     """Return how `module` computes RMSNorm, or None if it is not shown to."""
     parameters = [name for name, p in module._parameters.items() if p is not None]
@@ -58,11 +68,7 @@ def gate_formula(module: nn.Module) -> GateFormula | None:
     """Return how `module` computes a gated MLP, or None if it is not shown to."""
     if module._parameters or module._buffers or len(module._modules) != 4 or not _is_plain(module):
         return None
-    without = [
-        name
-        for name, child in module._modules.items()
-        if child is not None and not any(True for _ in child.parameters())
-    ]
+    without = [name for name, child in module._modules.items() if child is not None and not _has_parameters(child)]
     if len(without) != 1 or any(child is None for child in module._modules.values()):
         return None
     act: Any = module._modules[without[0]]
@@ -218,6 +224,20 @@ def _settings(module: nn.Module) -> Settings:
     theirs = {*nn.Module().__dict__, "training"}
     items = module.__dict__.items()
     return tuple((n, setting(v)) for n, v in items if n not in theirs and not n.startswith("_") and _is_setting(v))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _code_and_settings(module: nn.Module) -> Any:
+    cls: Any = original_class(module)
+    members = [vars(each) for each in cls.__mro__ if each not in nn.Module.__mro__]  # libraries replace some of them
+    code = tuple((n, m) for each in members for n, m in each.items() if isinstance(m, (types.FunctionType, property)))
+    settings = _settings(module)
+    others = frozenset(module.__dict__).difference(nn.Module().__dict__, (name for name, _ in settings))
+    typed = tuple((name, type(value), value) for name, value in settings)
+    return cls, code, typed, others, tuple(module._modules), tuple(module._buffers)
 
 
 def _copy(module: nn.Module, parameters: dict[str, nn.Parameter], changed: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,21 @@ def test_a_run_from_before_an_option_existed_resumes_with_its_default(tmp_path: 
     prepare_folder(tmp_path, SETTINGS, resume=True, overwrite=False)
 
 
+def test_a_run_with_flags_that_have_become_choices_resumes(tmp_path: Path) -> None:
+    for flag, choice in ((True, "on"), (False, "off")):
+        written(tmp_path, fuse=flag, lazy_logits=flag)
+        prepare_folder(tmp_path, replace(SETTINGS, fuse=choice, lazy_logits=choice), resume=True, overwrite=False)
+
+
+def test_a_choice_that_is_none() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match="--fuse must be one of auto, on, off, found 'yes'"):
+        replace(SETTINGS, fuse="yes")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"fuse": None}, r"had fuse='off', now it is 'auto'"),
         ({"batch_size": None}, r"had batch_size=8, now it is 4"),
         ({"weight_decay": 0.1}, r"had weight_decay=0.1, now it is 0.0"),
         ({"of_a_later_release": 3}, r"had of_a_later_release=3, now it is None"),

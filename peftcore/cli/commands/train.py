@@ -250,7 +250,7 @@ def _options() -> Iterator[tuple[str, str, str]]:
 
 def _facts(result: Result) -> list[tuple[str, str]]:
     from peftcore.cli.progress import gigabytes
-    from peftcore.engine.summary import megabytes, share
+    from peftcore.engine.summary import counted, megabytes, share
 
     trainable, base = result.summary.trainable_parameters, result.summary.base_parameters
     return [
@@ -263,6 +263,8 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else _examples(result)),
         *((f"peak {name}", gigabytes(count)) for name, count in result.peak.items()),
         *_predicted(result),
+        *([("loss", "without the logits of a batch")] if result.summary.lazy_logits else []),
+        *([("fused", counted(result.summary.fused))] if result.summary.fused else []),
     ]
 
 

@@ -49,6 +49,18 @@ def test_losses_without_logits(run: Run, llama: Path, reviews: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_fused_operators(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("off", "on", "auto"):
+        arguments = ("-m", llama, "-d", reviews, "-o", tmp_path / name, *METHOD, *STEPS, "--fuse", name)
+        said = run("train", *arguments).output
+        assert ("by one operator each" in said) == (name == "auto")
+        assert ("5 x RMSNorm, 2 x attention, 2 x gated MLP" in said) == (name != "off")
+        found.append(result_of(tmp_path / name)["after"]["loss"])
+    assert found == pytest.approx([found[0]] * 3, rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews: Path, tmp_path: Path) -> None:
     found = result_of(writer)
