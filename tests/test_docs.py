@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
+import guide_files
 import matrix
 import pytest
 import torch
@@ -65,7 +66,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pairs = [{"prompt": "Is it good?", "chosen": "It is very good.", "rejected": "No."}]
     marked = [{"prompt": "Is it good?", "completion": word, "label": word == "Yes."} for word in ("Yes.", "No.")]
     alpaca = [{"instruction": "Repeat.", "input": word, "output": word} for word in ("good", "bad")]
-    files = {"reviews.jsonl": texts, "pairs.jsonl": pairs, "marked.jsonl": marked, "alpaca.jsonl": alpaca}
+    words = [
+        {"tokens": ["Ada", "sings", "in", where], "tags": ["B-PER", "O", "O", "B-LOC"]} for where in ("Rome", "Bonn")
+    ]
+    anchors = [{"anchor": "When do you open?", "positive": "Opening hours"}]
+    files = {"words.jsonl": words, "questions.jsonl": anchors}
+    files |= {"reviews.jsonl": texts, "pairs.jsonl": pairs, "marked.jsonl": marked, "alpaca.jsonl": alpaca}
     for name, rows in files.items():
         (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows) * 6)
     monkeypatch.chdir(tmp_path)
@@ -85,8 +91,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")  # TRL gives it to transformers
 @pytest.mark.parametrize("page", [_marked(page) for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if page.name == "diffusers.md":
+    if page.name in ("diffusers.md", "diffusion.md"):
         pytest.importorskip("diffusers", reason="diffusers is not installed (extra `test`)")
+    for name, make in guide_files.MODELS.items():
+        if name in page.read_text():
+            make(place / name)
     names: dict[str, object] = {}
     for language, code in blocks(page):
         if language == "python":

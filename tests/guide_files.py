@@ -1,0 +1,74 @@
+"""Tiny models and files that stand for those that pages of the documentation name."""
+
+import json
+import wave
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
+
+
+def embedder(folder: Path) -> None:
+    tokenizer = _letters()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for part in (tokenizer, BertModel(BertConfig(vocab_size=len(tokenizer), **sizes))):
+        part.save_pretrained(folder)
+
+
+def whisper(folder: Path) -> None:
+    tokenizer = _letters()
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": len(tokenizer)}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **layers, **tokens, max_target_positions=32))
+    for part in (tokenizer, WhisperFeatureExtractor(), model):
+        part.save_pretrained(folder)
+    Path("clips").mkdir()
+    lines = []
+    for i, text in enumerate(("it is good", "it is bad")):
+        with wave.open(f"clips/{i}.wav", "wb") as file:
+            file.setparams((1, 2, 16_000, 0, "NONE", ""))
+            file.writeframes(torch.randint(-1000, 1000, (1600,), dtype=torch.int16).numpy().tobytes())
+        lines.append(json.dumps({"audio": f"clips/{i}.wav", "text": text}))
+    Path("clips.jsonl").write_text("\n".join(lines))
+
+
+def stable_diffusion(folder: Path) -> None:
+    import pipelines
+
+    pipe = pipelines.pipeline("sd")
+    size = pipe.text_encoder.config.vocab_size
+    words = ["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    assert len(words) <= size
+    tokenizer = CLIPTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=8)
+    pipe.register_modules(tokenizer=tokenizer)
+    pipe.save_pretrained(folder)
+    Path("images").mkdir()
+    for i in range(2):
+        Image.new("RGB", (20, 12), (i, 90, 200)).save(f"images/{i}.png")
+        Path(f"images/{i}.txt").write_text("a b c")
+
+
+MODELS: dict[str, Callable[[Path], None]] = {
+    "sentence-transformers/all-MiniLM-L6-v2": embedder,
+    "openai/whisper-tiny": whisper,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
+}
+
+
+def _letters() -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", *"abcdefghijklmnopqrstuvwxyz ?"])}
+    letters = Tokenizer(models.BPE(vocabulary, [], unk_token="?"))
+    letters.normalizer, letters.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="</s>", unk_token="?")
