@@ -6,32 +6,26 @@ second distribution of the same name is silently dropped.
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pluggy
 
-from peftcore import hookspecs, plugin_checks
+from peftcore import hookspecs, plugin_checks, plugin_discovery
 from peftcore.errors import PeftcoreError, PluginError, nearest, warn
 from peftcore.exporter import Exporter
 from peftcore.extensions import Command, Integration
 from peftcore.plugin_checks import canonical
+from peftcore.plugin_discovery import CHOSEN, CORE, Plugin
+from peftcore.plugin_errors import all_are, failure, failure_with_advice, naming_plugin
 
 if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
     from peftcore.method import Method, WeightFormat
 
-GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
-CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
 COMMANDS = "peftcore_commands"
 LISTS = (  # hooks that return a list, never None
     "peftcore_methods",
@@ -40,6 +34,9 @@ LISTS = (  # hooks that return a list, never None
     COMMANDS,
     "peftcore_integrations",
 )
+
+# Never a package name derived from the name of a method: anyone can register such a package.
+HOW_TO_INSTALL = "Methods are separate packages: install the one that provides it, or run: peftcore methods"
 
 
 class Named(Protocol):
@@ -52,23 +49,6 @@ class Named(Protocol):
 Offered = TypeVar("Offered", bound=Named)
 
 
-@dataclass
-class Plugin:
-    """One installed plugin: who provides it, what it offers, or why it cannot be used."""
-
-    name: str
-    distribution: str = "-"
-    version: str = "-"
-    hooks: list[str] = field(default_factory=list)
-    methods: list[Method] = field(default_factory=list)
-    error: str | None = None
-
-    def __str__(self) -> str:
-        """Return who it is, for messages."""
-        return self.name if self is CORE else f"the plugin '{self.name}' ({self.distribution} {self.version})"
-
-
-CORE = Plugin("peftcore")  # owner of the built-in hooks
 _BUILTIN: dict[str, ModuleType] = {}  # modules of the core that implement hooks, by name
 
 
@@ -209,7 +189,7 @@ class Registry:
             return known[1]
         found: dict[str, tuple[Plugin, Any]] = {}
         for plugin, answer in self.answers(hook, contain=contain):
-            for each in _all_are(kind, plugin, hook, answer):
+            for each in all_are(kind, plugin, hook, answer):
                 if each.name in found:
                     first, second = found[each.name][0], plugin
                     raise PluginError(
@@ -217,7 +197,7 @@ class Registry:
                         f"plugins to use without one of them: {CHOSEN}=NAME,NAME"
                     )
                 contained = hook == "peftcore_weight_formats" and plugin is not CORE
-                found[each.name] = plugin, _contained(plugin, each) if contained else each
+                found[each.name] = plugin, naming_plugin(plugin, each) if contained else each
         self._offered[hook] = len(_BUILTIN), found
         return found
 
@@ -252,7 +232,7 @@ class Registry:
                 answer = implementation.function(**given)
             except (Exception, SystemExit) as error:
                 if not contain:
-                    raise PluginError(_failed(hook, plugin, error)) from error
+                    raise PluginError(failure_with_advice(hook, plugin, error)) from error
                 self.go_on_without(hook, plugin, error)
                 continue
             if answer is not None or hook in LISTS:
@@ -262,8 +242,8 @@ class Registry:
     def go_on_without(self, what: str, plugin: Plugin, error: BaseException) -> None:
         """Warn that `what` of a plugin failed with `error`, and is left out. Where plugins are strict, raise it."""
         if os.environ.get(STRICT) == "1":
-            raise PluginError(_failed(what, plugin, error)) from error
-        warn(f"{_failure(what, plugin, error)}. peftcore continues without it")
+            raise PluginError(failure_with_advice(what, plugin, error)) from error
+        warn(f"{failure(what, plugin, error)}. peftcore continues without it")
 
     @contextmanager
     def naming(self, method: str | Plugin, function: str) -> Iterator[None]:
@@ -282,7 +262,7 @@ class Registry:
             if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
                 raise
             plugin = method if isinstance(method, Plugin) else self.plugin_of(method)
-            raise PluginError(_failure(f"`{function}`", plugin, error)) from error
+            raise PluginError(failure(f"`{function}`", plugin, error)) from error
 
     def register(self, name: str, plugin: Any, distribution: str = "-", version: str = "-") -> Plugin:
         """Register the plugin object `plugin` (a module, or any object with hooks) under the entry-point name `name`.
@@ -312,29 +292,25 @@ class Registry:
 
     def _discover(self, hook: str | None = None) -> None:
         """Import the installed plugins; with `hook`, only those whose source mentions it."""
-        by_name: dict[str, list[EntryPoint]] = defaultdict(list)
-        chosen = _chosen()
-        for entry_point in entry_points(group=GROUP):
-            same = by_name[canonical(entry_point.name)]
-            if _identity(entry_point) not in map(_identity, same):
-                same.append(entry_point)
-        for name in chosen or ():
+        by_name, allowed = plugin_discovery.installed(), plugin_discovery.chosen()
+        for name in allowed or ():
             if canonical(name) not in by_name:
                 self._forget()
                 raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
         problems = []
         for key, candidates in sorted(by_name.items()):
-            if key in self._plugins or not (hook is None or any(mentions(each, hook) for each in candidates)):
+            if key in self._plugins or not (
+                hook is None or any(plugin_discovery.mentions(each, hook) for each in candidates)
+            ):
                 continue
-            candidates.sort(key=_has_other_distribution)  # stable: then the first on sys.path, as for modules
             name, dist = candidates[0].name, candidates[0].dist
             entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
             self._plugins[key] = entry
-            if chosen is not None and key not in map(canonical, chosen):
+            if allowed is not None and key not in map(canonical, allowed):
                 entry.error = f"it is switched off by {CHOSEN}={os.environ[CHOSEN]}"
                 continue
             if len(candidates) > 1:
-                used, *others = [_owner(candidate, name) for candidate in candidates]
+                used, *others = [plugin_discovery.owner(candidate, name) for candidate in candidates]
                 problems.append(
                     f"{len(candidates)} distributions provide the peftcore plugin '{name}': {used} is used, "
                     f"{', '.join(others)} is ignored. Uninstall all but one"
@@ -387,104 +363,6 @@ class Registry:
                 self._manager.unregister(name=entry.name)
             raise
         return methods
-
-
-# Never a package name derived from the name of a method: anyone can register such a package.
-HOW_TO_INSTALL = "Methods are separate packages: install the one that provides it, or run: peftcore methods"
-
-
-def _without(plugin: Plugin) -> str:
-    return f"Upgrade or uninstall it, or list the plugins to use without '{plugin.name}': {CHOSEN}=NAME,NAME"
-
-
-def _named(hook: str, plugin: Plugin) -> str:
-    return f"{hook} of {plugin}"
-
-
-def _failure(what: str, plugin: Plugin, error: BaseException) -> str:
-    return f"{_named(what, plugin)} failed: {type(error).__name__}: {error}"
-
-
-def _failed(what: str, plugin: Plugin, error: BaseException) -> str:
-    return f"{_failure(what, plugin, error)}. {_without(plugin)}"
-
-
-def _identity(entry_point: EntryPoint) -> tuple[str, str, str | None]:
-    return entry_point.name, entry_point.value, entry_point.dist.name if entry_point.dist else None
-
-
-def _has_other_distribution(entry_point: EntryPoint) -> bool:
-    """Return whether the distribution has another name than the documented one, `peftcore-<name>`."""
-    distribution = canonical(entry_point.dist.name) if entry_point.dist else ""
-    return distribution != canonical(f"peftcore-{entry_point.name}")
-
-
-def _owner(entry_point: EntryPoint, name: str) -> str:
-    """Return `DISTRIBUTION VERSION`, with the entry point's name if it is spelt differently."""
-    owner = f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "an unknown distribution"
-    return owner if entry_point.name == name else f"{owner} (as '{entry_point.name}')"
-
-
-def _all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
-    """Return the result of a hook if it is a list of `kind`, else raise a PluginError."""
-    for answer in answers if isinstance(answers, (list, tuple)) else [answers]:
-        if not isinstance(answer, kind):
-            raise PluginError(
-                f"{_named(hook, plugin)} must return a list of peftcore.plugin.{kind.__name__}, found "
-                f"{type(answer).__name__}. {_without(plugin)}"
-            )
-    return list(answers)
-
-
-def mentions(entry_point: EntryPoint, hook: str) -> bool:
-    """Return whether a plugin's source mentions the hook, without importing it; True if it cannot be read."""
-    try:
-        spec = find_spec(entry_point.module)
-        return spec is None or spec.origin is None or hook in Path(spec.origin).read_text(encoding="utf-8")
-    except Exception:  # a broken plugin may raise anything; its import reports it
-        return True
-
-
-def _contained(plugin: Plugin, weight_format: WeightFormat) -> WeightFormat:
-    """Return a plugin's format with errors of its functions that name the plugin."""
-
-    def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(module: Any, *arguments: Any) -> Any:
-            try:
-                return function(module, *arguments)
-            except (PeftcoreError, Warning, MemoryError):
-                raise
-            except Exception as error:
-                if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
-                    raise
-                what = f"`{name}` of the weight format '{weight_format.name}'"
-                raise PluginError(
-                    f"{_named(what, plugin)} failed at {type(module).__name__}: {type(error).__name__}: {error}. "
-                    f"{_without(plugin)}"
-                ) from error
-
-        return call
-
-    functions = {name: getattr(weight_format, name) for name in _OF_FORMATS}
-    changes: dict[str, Any] = {
-        name: named(name, function) for name, function in functions.items() if function is not None
-    }
-    of_parameter = weight_format.for_parameter
-    if of_parameter is not None:
-        changes["for_parameter"] = lambda name: _contained(plugin, of_parameter(name))
-    return dataclasses.replace(weight_format, **changes)
-
-
-_OF_FORMATS = ("matches", "read", "write", "read_bias", "write_bias", "decode", "plain", "update_config")
-
-
-def _chosen() -> list[str] | None:
-    """Return the names of the plugins that may be imported; None: all."""
-    value = os.environ.get(CHOSEN)
-    if value is None or not value.strip():
-        return None
-    names = [name.strip() for name in value.split(",") if name.strip()]
-    return [] if names == ["none"] else names
 
 
 registry = Registry()

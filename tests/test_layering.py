@@ -24,6 +24,8 @@ ORDER = [
     {"architecture", "exporter", "extensions", "finished_call", "hookspecs"},
     {"validation", "ranks", "method", "files.safe_reading", "files.folder", "files.atomic_writing", "optim", "experts"},
     {"plugin_checks"},
+    {"plugin_discovery"},
+    {"plugin_errors"},
     {"registry"},
     {"weight_formats"},
     {"adaptation"},

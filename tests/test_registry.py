@@ -13,8 +13,7 @@ import tiny
 import torch
 
 import peftcore
-from peftcore import plugin_checks
-from peftcore import registry as registry_module
+from peftcore import plugin_checks, plugin_discovery
 from peftcore.files import peft_fields
 from peftcore.plugin import Architecture, Method, StateRules, WeightFormat, hookimpl
 from peftcore.plugin_checks import ARGUMENTS_OF_APPLY
@@ -46,7 +45,7 @@ def discover(monkeypatch):
             monkeypatch.setitem(sys.modules, module.__name__, module)
             attribute = "plugin" if plugin is not None else "missing"
             entry_points.append(entry(name, f"{module.__name__}:{attribute}", distribution))
-        monkeypatch.setattr(registry_module, "entry_points", lambda group: entry_points)
+        monkeypatch.setattr(plugin_discovery, "entry_points", lambda group: entry_points)
         return Registry()
 
     return discover
@@ -242,8 +241,8 @@ def test_sys_exit_at_import_is_a_broken_plugin(discover, tmp_path, monkeypatch) 
     (tmp_path / "leaving.py").write_text("import sys\nsys.exit('goodbye')\n")
     monkeypatch.syspath_prepend(tmp_path)
     registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
-    found = [*registry_module.entry_points(group="peftcore"), entry("leaving", "leaving", "peftcore-leaving")]
-    monkeypatch.setattr(registry_module, "entry_points", lambda group: found)
+    found = [*plugin_discovery.entry_points(group="peftcore"), entry("leaving", "leaving", "peftcore-leaving")]
+    monkeypatch.setattr(plugin_discovery, "entry_points", lambda group: found)
     with pytest.warns(UserWarning, match=r"'leaving' \(peftcore-leaving 1.0\) is not usable: SystemExit: goodbye"):
         assert list(registry.methods()) == ["scale"]
 
@@ -413,7 +412,7 @@ def test_a_plugin_api_that_is_no_range(discover, api: object) -> None:
 
 def test_a_plugin_that_needs_another_peftcore(discover, monkeypatch) -> None:
     registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
-    (found,) = registry_module.entry_points(group="peftcore")
+    (found,) = plugin_discovery.entry_points(group="peftcore")
     found.dist.requires = ["torch>=2", "peftcore>=99", "pytest; extra == 'test'"]
     with pytest.warns(UserWarning, match=r"it needs peftcore>=99, this is .*Upgrade the older of the two"):
         assert registry.methods() == {}

@@ -20,7 +20,8 @@ from peftcore.exporting.serving import VLLM
 from peftcore.files.atomic_writing import made
 from peftcore.files.saving import save
 from peftcore.hookspecs import hookimpl
-from peftcore.registry import Plugin, builtin, registry
+from peftcore.plugin_discovery import Plugin
+from peftcore.registry import builtin, registry
 from peftcore.validation import check_types
 
 EXTRAS = {"gguf": "gguf"}  # formats of packages that are separate, and the extra that installs each

@@ -18,7 +18,8 @@ from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
 from peftcore.files.peft_defaults import defaults, says_something
 from peftcore.method import Method
 from peftcore.plugin_checks import canonical
-from peftcore.registry import HOW_TO_INSTALL, Plugin, registry
+from peftcore.plugin_discovery import Plugin
+from peftcore.registry import HOW_TO_INSTALL, registry
 from peftcore.validation import check_types, shown
 
 Offered = tuple[Method, Plugin]

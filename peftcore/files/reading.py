@@ -19,7 +19,8 @@ from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.files.tensors import name_in_base
 from peftcore.files.vocabulary import embedding_parameters
 from peftcore.method import ForeignFormat, Method
-from peftcore.registry import Plugin, registry
+from peftcore.plugin_discovery import Plugin
+from peftcore.registry import registry
 from peftcore.targets.patterns import limited
 
 

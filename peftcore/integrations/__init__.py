@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from peftcore.events import adapter_applied
 from peftcore.integrations import core_integrations
 from peftcore.integrations.late_import import when_imported
-from peftcore.registry import Plugin, builtin, registry
+from peftcore.plugin_discovery import Plugin
+from peftcore.registry import builtin, registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,7 +20,8 @@ from peftcore.hookspecs import hookimpl
 from peftcore.observation.heads import task_heads
 from peftcore.observation.language_config import text_config
 from peftcore.observation.sublayers import Observed
-from peftcore.registry import Plugin, builtin, registry
+from peftcore.plugin_discovery import Plugin
+from peftcore.registry import builtin, registry
 
 # Names of the argument for the attention cache, which differ between releases of transformers.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")

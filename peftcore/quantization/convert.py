@@ -22,6 +22,7 @@ from peftcore.observation import detect
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight
 from peftcore.ops.weight import DTYPES
+from peftcore.plugin_discovery import CORE
 from peftcore.quantization.config_sync import packed_names, sync_config
 from peftcore.quantization.format import FORMATS, from_tensors, quantized
 from peftcore.quantization.fused import guard_quantized
@@ -36,7 +37,6 @@ from peftcore.quantization.quant_types import (
     warn_of_experts,
 )
 from peftcore.quantization.quantizable import selected, selected_experts, warn_of_dense
-from peftcore.registry import CORE
 from peftcore.targets import is_conv1d, sizes
 from peftcore.targets.coverage import LITTLE, coverage
 from peftcore.weight_formats import find_weight_format

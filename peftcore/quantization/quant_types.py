@@ -11,8 +11,9 @@ from torch import nn
 from peftcore.errors import PeftcoreError, PluginError, warn
 from peftcore.layers import is_conv1d
 from peftcore.method import WeightFormat
+from peftcore.plugin_discovery import Plugin
 from peftcore.quantization.format import QUANT_TYPES
-from peftcore.registry import Plugin, registry
+from peftcore.registry import registry
 from peftcore.validation import shown
 
 

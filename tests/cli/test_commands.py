@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 import peftcore
 from peftcore.cli import app as application
 from peftcore.plugin import Command, hookimpl
-from peftcore.registry import Plugin, registry
+from peftcore.plugin_discovery import Plugin
+from peftcore.registry import registry
 
 
 def test_plugins_show_what_is_broken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +235,7 @@ def test_commands_of_another_type_are_refused(register: Any, answer: Any) -> Non
     ("before", "message"),
     [
         (
-            "registry.entry_points = lambda group: []",
+            "plugin_discovery.entry_points = lambda group: []",
             "peftcore: error: 'peftcore compare' is in a package that is not installed. "
             "Run: pip install peftcore-compare",
         ),
@@ -246,7 +247,9 @@ def test_commands_of_another_type_are_refused(register: Any, answer: Any) -> Non
     ],
 )
 def test_a_command_in_a_package_that_is_missing(before: str, message: str) -> None:
-    code = f"from peftcore import registry; {before}\nfrom peftcore.cli.app import run; run(['compare', '--help'])"
+    code = (
+        f"from peftcore import plugin_discovery; {before}\nfrom peftcore.cli.app import run; run(['compare', '--help'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.strip()) == (1, message)
 
@@ -272,8 +275,8 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
 
 def test_no_plugin_is_imported_for_a_command_of_the_core() -> None:
     code = (
-        "import sys; from peftcore.cli.app import build; from peftcore import registry\n"
-        "registry.entry_points = None\nbuild(['train', '--help'])"
+        "import sys; from peftcore.cli.app import build; from peftcore import plugin_discovery\n"
+        "plugin_discovery.entry_points = None\nbuild(['train', '--help'])"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 

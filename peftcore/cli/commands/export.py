@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from peftcore.cli.models import AdapterTask
     from peftcore.exporter import Exporter
-    from peftcore.registry import Plugin
+    from peftcore.plugin_discovery import Plugin
 
 EXAMPLES = (
     "peftcore export",
