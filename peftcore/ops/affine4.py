@@ -85,7 +85,7 @@ def affine4_weight(
     return weight._replace(quant_type="affine4", nested_blocksize=AFFINE, zeros=zeros, permutation=permutation)
 
 
-def _stored_zeros(zeros: Tensor, op: str) -> Tensor | None:
+def _stored_zeros(zeros: Tensor, op: str) -> Tensor:
     flat = zeros.reshape(-1)
     if flat.is_floating_point():
         return flat.float()
