@@ -1,11 +1,14 @@
 """In how much memory does a large model take a QLoRA training step, on a CPU?
 
     python benchmarks/qlora_large.py [llama-7b|qwen3-30b-a3b|gpt-oss-20b] [--layers N] [--length 128] [--steps 1]
-                                     [--threads 2] [--profile]
+                                     [--threads 2] [--quant-type nf4|mxfp4] [--profile]
 
 The model's shape with random weights, drawn and quantized one decoder layer after the other, so the dense model never
 exists. LoRA on every linear layer and, of less rank, on every expert, bf16, gradient checkpointing; embedding, output
 head, routers and norms stay dense in bf16. The peak is that of the whole process, from its start.
+
+gpt-oss in mxfp4 is as it is published: its experts are read from blocks (`from_blocks`), attention is dense in bf16.
+"file" is the size of all base tensors, which is that of the published files.
 
     llama-7b         6.7 billion parameters; LoRA r=16; fused AdamW
     qwen3-30b-a3b    30.5 billion, 48 layers of 128 experts, 8 a token; r=16 and 2 on experts; PagedAdamW8bit
@@ -70,23 +73,43 @@ def say(text):
     print(f"{text}; memory at most {measure.peak_megabytes():,.0f} MB so far", flush=True)
 
 
-def decoder_layer(kind, config, index):
+def pack_from_blocks(experts):
+    """Give experts on the meta device random weights in MXFP4 from tensors as gpt-oss's files have them."""
+    from peftcore.quantization.mxfp4_format import from_blocks
+    from peftcore.quantization.packed_experts import pack_parameter
+
+    for name in ("gate_up_proj", "down_proj"):
+        count, columns, rows = experts.get_parameter(name).shape
+        blocks = torch.randint(0, 256, (count, rows, columns // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 122, (count, rows, columns // 32), dtype=torch.uint8)
+        pack_parameter(experts, name, from_blocks(blocks, scales, torch.bfloat16, name), None)
+
+
+def decoder_layer(kind, config, index, quant_type):
     """A layer with weights of N(0, 0.02²), its linear ones and its experts in 4 bits."""
     import peftcore
 
     with torch.device("meta"):
-        layer = kind(config, index)
-    layer = layer.to(torch.bfloat16).to_empty(device="cpu")
+        layer = kind(config, index).to(torch.bfloat16)
+    published = quant_type == "mxfp4" and config.model_type == "gpt_oss"
+    if published:
+        pack_from_blocks(layer.mlp.experts)
+    for module in layer.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                module._parameters[name] = torch.nn.Parameter(torch.empty_like(weight, device="cpu"))
     with torch.no_grad():
         for name, weight in layer.named_parameters():
+            if not weight.is_floating_point():
+                continue
             if "bias" in name or "sinks" in name:
                 weight.zero_()
             else:
                 weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_(1)
-    return peftcore.quantize(layer, "nf4")
+    return layer if published else peftcore.quantize(layer, quant_type)
 
 
-def made(shape, layers):
+def made(shape, layers, quant_type):
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(shape.module, **shape.config)
@@ -100,7 +123,8 @@ def made(shape, layers):
     if kinds is not None:
         config.layer_types = kinds
     for index in range(layers):
-        model.model.layers.append(decoder_layer(getattr(modeling, f"{shape.prefix}DecoderLayer"), config, index))
+        kind = getattr(modeling, f"{shape.prefix}DecoderLayer")
+        model.model.layers.append(decoder_layer(kind, config, index, quant_type))
         if (index + 1) % 8 == 0 or index + 1 == layers:
             say(f"{index + 1} of {layers} layers made and quantized")
     config.num_hidden_layers = layers
@@ -114,6 +138,7 @@ def main():
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quant-type", choices=["nf4", "mxfp4"], default="nf4")
     parser.add_argument("--profile", action="store_true", help="another step, and where its time goes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -124,11 +149,12 @@ def main():
 
     shape = SHAPES[options.shape]
     start = time.perf_counter()
-    model = made(shape, options.layers or shape.layers)
+    model = made(shape, options.layers or shape.layers, options.quant_type)
     took = time.perf_counter() - start
     rank = {} if shape.expert_r is None else {"expert_r": shape.expert_r}
     peftcore.apply(model, "lora", r=R, lora_alpha=R, **rank)
-    print(f"base made in {took:.0f} s")
+    file = sum(t.nbytes for t in model.state_dict().values())
+    print(f"base made in {took:.0f} s; file {file / 1e6:,.0f} MB")
     print(peftcore.summary(model))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -154,6 +180,8 @@ def main():
         step()
     peak = measure.peak_megabytes()
     print(f"peak {peak:,.0f} MB: {'within' if peak <= shape.limit else 'ABOVE'} {shape.limit:,} MB")
+    adapters = sum(p.nbytes for p in trained)
+    print(f"file and adapters {(file + adapters) / 1e6:,.0f} MB (adapters {adapters / 1e6:,.0f} MB)")
     if options.profile:
         with torch.profiler.profile() as profile:
             step()
