@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,21 +25,31 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.layers import shape_of
+from peftcore.quantization.checkpoint_conversions import (
+    WHOLE,
+    Deserialize,
+    FromBlocks,
+    failures,
+    int4_converter,
+    noted,
+)
 from peftcore.quantization.config_sync import sync_config
-from peftcore.quantization.convert import convert, convert_dense, give_back_freed, quantize, quantized_experts
-from peftcore.quantization.format import FORMATS, PARTS, check_quant_type, from_tensors
+from peftcore.quantization.convert import (
+    convert_dense,
+    give_back_freed,
+    quantize,
+    quantized_experts,
+    quantized_layers,
+)
+from peftcore.quantization.format import FORMATS, PARTS, check_quant_type
 from peftcore.quantization.four_bit_format import DTYPES, METHOD
 from peftcore.quantization.fused import guard_quantized
-from peftcore.quantization.linear import QuantizedLinear
-from peftcore.quantization.mxfp4_format import BLOCKS, SCALES, from_blocks
+from peftcore.quantization.int4_layouts import Int4Layout, find_layout
+from peftcore.quantization.mxfp4_format import BLOCKS, SCALES
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
-from peftcore.quantization.parameters import check_experts, check_shape, joined_experts, refuse_non_finite
+from peftcore.quantization.parameters import joined_experts, refuse_non_finite
 from peftcore.quantization.quant_types import refuse_options
 from peftcore.quantization.quantizable import expert_parameters, selected, selected_experts, warn_of_dense
-from peftcore.targets import is_linear, sizes
-
-_WHOLE = r"(?<!\w)"  # prefix of a pattern: matches the last `weight` of `inject_weight.weight.absmax` only
-_failures: list[PeftcoreError] = []  # errors that transformers only logs while it loads
 
 
 @register_quantization_config(METHOD)
@@ -57,6 +67,7 @@ class FourBitConfig(QuantizationConfigMixin):
         skip: Sequence[str] | None = None,
         compute_dtype: torch.dtype | str | None = None,
         blocksize: int = 64,
+        stored: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
         check_quant_type(quant_type)
@@ -70,6 +81,7 @@ class FourBitConfig(QuantizationConfigMixin):
         self.skip = list(skip) if skip is not None else None
         self.compute_dtype = compute_dtype
         self.blocksize = blocksize
+        self.stored = stored  # `quantization_config` of a checkpoint that GPTQ, AWQ or compressed-tensors wrote
 
 
 @register_quantizer(METHOD)
@@ -81,12 +93,13 @@ class FourBitQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_trainable = True
     quantized_element_size = 0.5
-    serialized_names: ClassVar = {"weight": [_WHOLE + "weight", *(f"{_WHOLE}weight.{part}" for part in PARTS)]}
+    serialized_names: ClassVar = {"weight": [WHOLE + "weight", *(f"{WHOLE}weight.{part}" for part in PARTS)]}
 
     def __init__(self, quantization_config: FourBitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.weights: set[str] = set()
         self.blocksizes: dict[str, int] = {}  # of experts, by parameter name
+        self.int4_names: set[str] = set()  # parameters of which the checkpoint has int4 tensors
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -121,17 +134,21 @@ class FourBitQuantizer(HfQuantizer):
             return [_by_expert(each) if isinstance(each, WeightConverter) else each for each in found]
         modules = [module for _, module in base_modules(model)]
         for name in dict.fromkeys(name for module in modules for name in expert_parameters(module) if name != "weight"):
-            parts = [_WHOLE + name, *(f"{_WHOLE}{name}.{part}" for part in PARTS)]
-            found.append(WeightConverter(parts, name, [_Deserialize(self)]))
-            blocks = [f"{_WHOLE}{name}{part}" for part in (BLOCKS, SCALES)]
-            found.append(WeightConverter(blocks, name, [_FromBlocks(self)]))
+            parts = [WHOLE + name, *(f"{WHOLE}{name}.{part}" for part in PARTS)]
+            found.append(WeightConverter(parts, name, [Deserialize(self)]))
+            blocks = [f"{WHOLE}{name}{part}" for part in (BLOCKS, SCALES)]
+            found.append(WeightConverter(blocks, name, [FromBlocks(self)]))
+        stored = self.quantization_config.stored
+        layout = None if stored is None else find_layout(stored, "")
+        if layout is not None:
+            found.append(int4_converter(layout, self))
         return found
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        return {"deserialize": _Deserialize}
+        return {"deserialize": Deserialize}
 
 
 class _Quantize(ConversionOps):
@@ -144,7 +161,7 @@ class _Quantize(ConversionOps):
         for name in list(input_dict):
             value = input_dict.pop(name)
             value = value[0] if isinstance(value, list) else value
-            with _noted():
+            with noted():
                 refuse_non_finite(value, name)
             if name in self.hf_quantizer.blocksizes:
                 done |= self.experts(model, name, value)
@@ -176,7 +193,7 @@ class _Quantize(ConversionOps):
             if count != shape[0]:
                 raise CheckpointError(f"'{name}' has {count} experts, but the model needs {list(shape)}")
 
-        with _noted():
+        with noted():
             settings = config.quant_type, config.double_quant, blocksize, is_turned(module, config.quant_type)
             packed = joined_experts(checked(), shape, *settings)
         pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
@@ -199,7 +216,7 @@ class _ByExpert(WeightConverter):
         def experts() -> Iterator[Tensor]:
             for i in range(*counts):
                 value = expert_of(self, {pattern: jobs[i]() for pattern, jobs in taken.items()}, layer_name, model)
-                with _noted():
+                with noted():
                     refuse_non_finite(value, f"{layer_name}[{i}]")
                 yield value
 
@@ -213,94 +230,6 @@ def _by_expert(converter: Any) -> Any:
     found = copy.copy(converter)
     found.__class__ = _ByExpert
     return found
-
-
-class _Deserialize(ConversionOps):
-    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        model: Any = None,
-        full_layer_name: str = "",
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        tensors = {name.removeprefix(_WHOLE): t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
-        path, _, attribute = full_layer_name.rpartition(".")
-        module: Any = model.get_submodule(path)
-        if len(tensors) == 1:  # a dense weight, as the file has it
-            like = getattr(module, attribute)
-            return {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        parts = {name.removeprefix(f"{attribute}."): value for name, value in tensors.items() if name != attribute}
-        with _noted():
-            if attribute not in tensors:
-                raise CheckpointError(
-                    f"the checkpoint has the 4-bit state of '{full_layer_name}' but not its weight. Download it again"
-                )
-            packed = from_tensors(tensors[attribute], parts, full_layer_name)
-            is_weight = attribute == "weight" and is_linear(module)
-            check_shape(packed, sizes(module)[::-1] if is_weight else shape_of(module, attribute), full_layer_name)
-            check_experts(packed, full_layer_name)
-        packed = packed._replace(codes=packed.codes.clone())
-        if not is_weight:
-            pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
-        elif not isinstance(module, QuantizedLinear):
-            module._parameters["weight"] = None
-            convert(module, packed, self.hf_quantizer.compute_dtype)
-        self.hf_quantizer.weights.add(full_layer_name)
-        return {attribute: module.get_parameter(attribute)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _AsItIs()
-
-
-class _FromBlocks(ConversionOps):
-    """Conversion of experts in MXFP4 as gpt-oss stores them."""
-
-    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
-    ) -> dict[str, Tensor]:
-        tensors = [t[0] if isinstance(t, list) else t for t in input_dict.values()]
-        path, _, attribute = full_layer_name.rpartition(".")
-        module: Any = model.get_submodule(path)
-        with _noted():
-            by_part = {name.rpartition("_")[2]: t for name, t in zip(input_dict, tensors, strict=True)}
-            missing = [name for name in (BLOCKS, SCALES) if name[1:] not in by_part]
-            if missing:
-                raise CheckpointError(f"the checkpoint lacks '{full_layer_name}{missing[0]}'. Download it again")
-            blocks, scales = by_part[BLOCKS[1:]], by_part[SCALES[1:]]
-            if blocks.untyped_storage().filename is not None:  # memory-mapped, which may be read-only
-                blocks = blocks.clone()
-            packed = from_blocks(blocks, scales, getattr(module, attribute).dtype, full_layer_name)
-            check_shape(packed, shape_of(module, attribute), full_layer_name)
-        pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
-        self.hf_quantizer.weights.add(full_layer_name)
-        return {attribute: module.get_parameter(attribute)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _AsItIs()
-
-
-class _AsItIs(ConversionOps):
-    """Conversion for saving that changes nothing: the state dict already has the format's keys."""
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return input_dict
-
-
-@contextlib.contextmanager
-def _noted() -> Iterator[None]:
-    try:
-        yield
-    except PeftcoreError as error:
-        _failures.append(error)
-        raise
 
 
 def load(
@@ -322,32 +251,40 @@ def load(
     ours = FourBitConfig(quant_type, double_quant, skip, compute_dtype, blocksize)
     config, _ = transformers.AutoConfig.from_pretrained(where, return_unused_kwargs=True, **options)
     options = {name: value for name, value in options.items() if not hasattr(config, name)}
-    stored = getattr(config, "quantization_config", None)
+    stored, layout = getattr(config, "quantization_config", None), None
     if stored is None:
         options["quantization_config"] = ours
     elif stored.get("quant_method") in (METHOD, "mxfp4") or (
         stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")
     ):
         config.quantization_config = ours.to_dict()
+    elif (layout := find_layout(stored, where)) is not None:
+        ours = FourBitConfig("affine4", skip=skip, compute_dtype=compute_dtype, stored=stored)
+        if stored.get("kv_cache_scheme"):
+            warn(f"'{where}' asks for a quantized cache of keys and values, which is left in the model's dtype")
+        config.quantization_config = ours.to_dict()
     else:
         raise PeftcoreError(
             f"'{where}' is quantized with {stored.get('quant_method')!r}, which is not supported. Use a dense "
-            "checkpoint, or one in bitsandbytes' 4-bit format or MXFP4"
+            "checkpoint, or one in bitsandbytes' 4-bit format, MXFP4, GPTQ, AWQ or compressed-tensors' W4A16"
         )
     if model_class is None:
         named = (config.architectures or [None])[0]
         model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
-    _failures.clear()
+    failures.clear()
     try:
         with _not_mapped():
-            model: nn.Module = model_class.from_pretrained(where, config=config, dtype=dtype, **options)
+            found = model_class.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **options)
+        model: nn.Module = found[0]
         for parameter in model.parameters():
             if (
                 parameter.untyped_storage().filename is not None
             ):  # memory-mapped anyway: reading it would hold the whole file
                 parameter.data = parameter.data.clone()
         give_back_freed()
-        if stored is not None and stored.get("quant_method") == "mxfp4":
+        if layout is not None:
+            _check_int4(model, layout, found[1]["unexpected_keys"], where)
+        elif stored is not None and stored.get("quant_method") == "mxfp4":
             _check_blocks(model, where)
         elif stored is not None:
             _warn_of_dense_experts(model, where, stored.get("llm_int8_skip_modules") or ())
@@ -355,8 +292,8 @@ def load(
     except SafetensorError as error:
         raise CheckpointError(f"the weights in '{where}' cannot be read: {error}. The checkpoint is damaged") from error
     except RuntimeError as error:
-        if _failures:
-            raise _failures[0] from error
+        if failures:
+            raise failures[0] from error
         raise
 
 
@@ -428,6 +365,21 @@ def _check_blocks(model: nn.Module, where: str) -> None:
         raise CheckpointError(
             f"'{where}' is quantized with 'mxfp4', but has {what}. Only experts stored as gpt-oss's are read: "
             "use a dense checkpoint"
+        )
+
+
+def _check_int4(model: Any, layout: Int4Layout, unexpected: Iterable[str], where: str) -> None:
+    """Raise a PeftcoreError unless each int4 weight of the checkpoint has been read."""
+    unread = sorted(model.hf_quantizer.int4_names.intersection(unexpected))
+    if unread:
+        raise PeftcoreError(
+            f"'{where}' has {len(unread)} int4 weights of {layout.tool} that are not those of linear layers "
+            f"('{unread[0]}'), and only linear layers are read. Use the dense checkpoint"
+        )
+    if next(quantized_layers(model), None) is None:
+        raise CheckpointError(
+            f"'{where}' is quantized with {layout.tool} by its config, but has no '{layout.parts[0]}'. The checkpoint "
+            "is damaged or has another format"
         )
 
 

@@ -192,9 +192,9 @@ def test_a_weight_of_another_shape_is_refused(tmp_path):
 def test_another_quantization_is_refused(tmp_path):
     llama().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "hqq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(peftcore.PeftcoreError, match="is quantized with 'gptq', which is not supported"):
+    with pytest.raises(peftcore.PeftcoreError, match="is quantized with 'hqq', which is not supported"):
         peftcore.quantization.load(tmp_path)
 
 

@@ -1,0 +1,140 @@
+"""Checkpoints of GPTQ, AutoAWQ and compressed-tensors, loaded without these libraries: values, training, merging."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from int4_checkpoints import awq, compressed, config, gptq, values, write_folder
+from quantized import INPUTS, llama, logits
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.quantization import quantized_layers
+from peftcore.quantization.convert import convert
+from peftcore.quantization.int4_layouts import find_layout, to_affine4
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "gptq": (gptq, {}, {"smallest": 1}),
+    "gptq, act-order": (partial(gptq, act_order=True), {"desc_act": True}, {"smallest": 1, "act_order": True}),
+    "awq": (awq, {}, {}),
+    "compressed-tensors": (compressed, {}, {}),
+}
+
+
+def daily(*cases: str) -> list[Any]:
+    """All kinds, those but `cases` marked nightly."""
+    return [each if each in cases else pytest.param(each, marks=pytest.mark.nightly) for each in KINDS]
+
+
+def written(folder: Path, case: str = "gptq", group: int = 32, **sizes: Any) -> tuple[dict[str, Tensor], nn.Module]:
+    """A folder, the dense weights of its int4 layers in float64, and the dense model with them."""
+    write, changes, options = KINDS[case]
+    model = llama(num_hidden_layers=1, **sizes)
+    dense = write_folder(model, folder, config(case.partition(",")[0], group, **changes), write, group, **options)
+    for name, weight in dense.items():
+        model.get_parameter(name).data = weight.float()
+    return dense, model
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_values_and_results_are_those_of_the_dense_weights(case: str, tmp_path: Path) -> None:
+    dense, reference = written(tmp_path, case)
+    model = peftcore.quantization.load(tmp_path)
+    layers = dict(quantized_layers(model))
+    assert len(layers) == len(dense) == 7
+    for name, weight in dense.items():
+        layer = layers[name.removesuffix(".weight")]
+        assert layer.quant_type == "affine4" and layer.blocksize == 32
+        assert torch.equal(layer.dequantized(torch.float32), weight.float())
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-4)
+    assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("case", daily("gptq, act-order"))
+def test_lora_trains_saves_and_merges(case: str, tmp_path: Path) -> None:
+    _, reference = written(tmp_path / "base", case)
+    model = peftcore.quantization.load(tmp_path / "base")
+    for each in (model, reference):
+        torch.manual_seed(0)
+        peftcore.apply(each, "lora", r=4, init_lora_weights=False)
+    for each in (model, reference):
+        each(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+    found, wanted = ([p.grad for p in each.parameters() if p.requires_grad] for each in (model, reference))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    adapted = logits(model)
+    torch.testing.assert_close(adapted, logits(reference), rtol=1e-4, atol=1e-4)
+    peftcore.save(model, tmp_path / "adapter")
+    again = peftcore.load(peftcore.quantization.load(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.equal(logits(again.eval()), adapted)
+    peftcore.merge(again, dtype=torch.float32, keep_adapters=False)
+    torch.testing.assert_close(logits(again), adapted, rtol=1e-4, atol=1e-4)
+    assert not list(quantized_layers(again))
+
+
+@pytest.mark.parametrize("case", daily("gptq, act-order"))
+def test_a_model_is_saved_with_its_bits(case: str, tmp_path: Path) -> None:
+    written(tmp_path / "theirs", case)
+    model = peftcore.quantization.load(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "ours")
+    saved = json.loads((tmp_path / "ours/config.json").read_text())["quantization_config"]
+    assert (saved["quant_method"], saved["quant_type"]) == ("peftcore_4bit", "affine4") and "stored" not in saved
+    again = peftcore.quantization.load(tmp_path / "ours")
+    found, wanted = again.state_dict(), model.state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], t) for name, t in wanted.items())
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_scales_keep_their_dtype_whatever_the_models(tmp_path: Path) -> None:
+    dense, _ = written(tmp_path)
+    model = peftcore.quantization.load(tmp_path, dtype=torch.bfloat16)
+    for path, layer in quantized_layers(model):
+        assert layer.absmax.dtype is torch.float16
+        assert torch.equal(layer.dequantized(torch.float32), dense[f"{path}.weight"].float())
+    assert model.lm_head.weight.dtype is torch.bfloat16
+
+
+def test_one_scale_for_each_row(tmp_path: Path) -> None:
+    """A row of 96 inputs is three blocks of 32 with one scale."""
+    layer, found = nn.Linear(96, 40), values(40, 96, 96)
+    weight = find_layout(config("compressed-tensors", -1, weights={"strategy": "channel"}), "folder")
+    assert weight is not None
+    convert(layer, to_affine4(weight.read(compressed(found), "layer"), torch.float32, "layer"), None)
+    assert layer.blocksize == 32 and torch.equal(layer.dequantized(torch.float32), found.dense().float())
+    small = find_layout(config("gptq", 16), "folder").read(gptq(values(40, 96, 16, smallest=1)), "layer")
+    with pytest.raises(
+        peftcore.PeftcoreError, match="'layer' has a scale for each 16 inputs, and only multiples of 32"
+    ):
+        to_affine4(small, torch.float32, "layer")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop(next(k for k in s if k.endswith("qzeros"))), "lacks 'model.layers.0.mlp.down_proj.qzeros'"),
+        (lambda s: [s.pop(k) for k in [*s] if k.endswith("q_proj.qweight")], "lacks '.*q_proj.qweight'"),
+        (
+            lambda s: [s.pop(k) for k in [*s] if k.endswith(("qweight", "qzeros", "scales"))],
+            "is quantized with GPTQ by its config, but has no 'qweight'",
+        ),
+        (
+            lambda s: s.update({k.replace("layers.0", "layers.7"): s.pop(k) for k in [*s] if "layers.0.mlp" in k}),
+            r"has 3 int4 weights of GPTQ that are not those of linear layers \('model.layers.7",
+        ),
+    ],
+)
+def test_folders_that_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    written(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.quantization.load(tmp_path)
