@@ -13,6 +13,8 @@ from transformers import (
     BertModel,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -60,8 +62,21 @@ def stable_diffusion(folder: Path) -> None:
         Path(f"images/{i}.txt").write_text("a b c")
 
 
+def vit(folder: Path) -> None:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=5, **sizes)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    for where in ("train/ripe", "train/rotten", "test/ripe", "test/rotten", "new"):
+        Path("photos", where).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (20, 12), (200 * ("ripe" in where), 90 * i, 40)).save(f"photos/{where}/{i}.png")
+
+
 MODELS: dict[str, Callable[[Path], None]] = {
     "sentence-transformers/all-MiniLM-L6-v2": embedder,
+    "google/vit-base-patch16-224-in21k": vit,
     "openai/whisper-tiny": whisper,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
 }

@@ -123,7 +123,8 @@ class Server:
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         text, sequences = await run_in_threadpool(self._sequences, request, put)
-        answer = Answer(request, text.decode_one, sum(len(each.prompt) for each in sequences[:: request.n]))
+        prompt_tokens = sum(len(each.prompt) for each in sequences[:: request.n])
+        answer = Answer(request, text.decode_one, prompt_tokens, text.special)
         try:
             self.scheduler.submit(sequences)
         except Busy as error:
@@ -153,7 +154,7 @@ class Server:
             raise ProtocolError(str(error)) from error
         adapter = None if folder is None else folder.name
         sequences: list[Sequence] = []
-        for prompt in prompts:
+        for given, prompt in zip(request.prompts, prompts, strict=True):
             sampling = self._bounded(request, prompt)
             for _ in range(request.n):
                 index = len(sequences)
@@ -164,6 +165,8 @@ class Server:
 
                 one = Sequence(prompt, adapter, replace(sampling, seed=seed), text.ends, text.decode, notify)
                 one.stop, one.streams = request.stop, request.stream
+                if request.echo:
+                    one.echo = given if isinstance(given, str) else text.decode(prompt)
                 sequences.append(one)
         return text, sequences
 
@@ -174,9 +177,11 @@ class Server:
             raise ProtocolError(
                 f"'prompt' has the token {wrong}, but the model has tokens 0 to {self._vocabulary - 1}", param="prompt"
             )
-        asked = request.sampling.max_tokens or min(
-            self._max_new_tokens, max(1, (self._context or self._max_new_tokens + len(prompt)) - len(prompt))
-        )
+        asked = request.sampling.max_tokens
+        if asked == 0 and request.is_chat:
+            asked = min(
+                self._max_new_tokens, max(1, (self._context or self._max_new_tokens + len(prompt)) - len(prompt))
+            )
         if self._context is not None and len(prompt) + asked > self._context:
             raise ProtocolError(
                 f"the prompt has {len(prompt):,} tokens and the answer may have {asked:,}, but the model's context has "

@@ -36,13 +36,17 @@ class Batch:
         self._lengths: list[int] = []  # tokens of each sequence in the cache
         self._arguments = inspect.signature(type(model).forward).parameters
 
-    def prefill(self, prompt: list[int]) -> tuple[Tensor, Any]:
-        """Run a prompt; return the logits `[V]` of the next token, and the prompt's cache."""
+    def prefill(self, prompt: list[int], *, whole: bool = False) -> tuple[Tensor, Any]:
+        """Run a prompt; return the logits `[V]` of the next token, and the prompt's cache.
+
+        With `whole` the logits are `[tokens, V]`, those of the next token last.
+        """
         from transformers import DynamicCache
 
         cache = DynamicCache()  # not of the config: layers with a window keep everything, and their mask has the window
         ids = torch.tensor([prompt], device=self.model.device)
-        return self._run(ids, cache)[0], cache
+        logits = self._run(ids, cache, keep=None if whole else 1)[0]
+        return logits if whole else logits[-1], cache
 
     def join(self, sequence: Sequence, cache: Any) -> None:
         """Add a sequence, with its cache from `prefill`."""
@@ -70,17 +74,24 @@ class Batch:
             padded = torch.tensor([longest - length for length in self._lengths], device=ids.device)
             mask = (torch.arange(longest + 1, device=ids.device) >= padded[:, None]).long()
             positions = torch.tensor(self._lengths, device=ids.device)[:, None]
-        logits = self._run(ids, self._cache, mask, positions)
+        logits = self._run(ids, self._cache, mask, positions)[:, -1]
         self._lengths = [length + 1 for length in self._lengths]
         return logits
 
     @torch.no_grad()
-    def _run(self, ids: Tensor, cache: Any, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
+    def _run(
+        self,
+        ids: Tensor,
+        cache: Any,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        keep: int | None = 1,
+    ) -> Tensor:
+        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         more = {name: value for name, value in given.items() if value is not None and name in self._arguments}
         where = "cache" if "cache" in self._arguments else "past_key_values"  # depends on transformers' release
         output = self.model(input_ids=ids, use_cache=True, **{where: cache}, **more)
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = output.logits
         return logits
 
 
@@ -166,6 +177,15 @@ class _Probe:
 def _near(row: Tensor, whole: Tensor) -> bool:
     """Return whether two rows of logits agree but for rounding; a wrong mask or position moves them by their spread."""
     return bool((row - whole).abs().max() <= 0.1 * whole.std())
+
+
+@torch.no_grad()
+def prompt_logits(model: nn.Module, prompt: list[int]) -> Tensor:
+    """Return the logits `[tokens, V]` of a prompt, for models and adapters that cannot be in a batch with others."""
+    loaded: Any = model
+    output = loaded(input_ids=torch.tensor([prompt], device=loaded.device), use_cache=False)
+    logits: Tensor = output.logits[0, -len(prompt) :]  # a soft prompt's come first
+    return logits
 
 
 def generate_alone(model: nn.Module, sequence: Sequence, is_closed: Callable[[], bool]) -> None:

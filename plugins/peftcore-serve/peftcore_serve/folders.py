@@ -68,6 +68,7 @@ class Text:
 
     def __init__(self, tokenizer: Any, ends: frozenset[int]) -> None:
         self.tokenizer, self.ends, self._lock = tokenizer, ends, threading.Lock()
+        self.special = frozenset(tokenizer.all_special_ids)  # left out by `decode`
 
     def tokens(self, prompt: str | Messages) -> list[int]:
         """Return the tokens of a text, or of a conversation up to the beginning of the answer.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peftcore.plugin import nearest
-from peftcore_serve.sequence import Piece, Sampling
+from peftcore_serve.sequence import Piece, Sampling, TokenLogprob
 
 SEQUENCES = 256  # of one request: prompts times n
 COMPLETION_TOKENS = 16  # the protocol's default
@@ -38,7 +38,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
 }
 _SHARED = ("model", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "stop", "seed", "logprobs")
-_COMPLETION = (*_SHARED, "prompt", "best_of")
+_COMPLETION = (*_SHARED, "prompt", "best_of", "echo")
 _CHAT = (*_SHARED, "messages", "max_completion_tokens", "top_logprobs")
 _COMPLETION_TOP, _CHAT_TOP = 5, 20
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -74,6 +74,7 @@ class Request:
         stream: send answers while they grow.
         include_usage: end the stream with the counts of tokens.
         is_chat: the prompt is a conversation.
+        echo: begin each answer with its prompt, and with the prompt's log probabilities if there are any.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Request:
     stream: bool
     include_usage: bool
     is_chat: bool
+    echo: bool = False
 
 
 def completion(body: Any) -> Request:
@@ -104,8 +106,10 @@ def completion(body: Any) -> Request:
         is_tokens = isinstance(each, list) and each and all(_is_token(token) for token in each)
         if not (isinstance(each, str) or is_tokens):
             raise _wrong("prompt", "a text, a list of texts, or lists of tokens", each)
-    logprobs = _whole(fields, "logprobs", 0, _COMPLETION_TOP)
-    request = _request(fields, prompts, _whole(fields, "max_tokens", 1) or COMPLETION_TOKENS, logprobs, is_chat=False)
+    logprobs, echo = _whole(fields, "logprobs", 0, _COMPLETION_TOP), _flag(fields, "echo")
+    max_tokens = _whole(fields, "max_tokens", 0 if echo else 1)
+    max_tokens = COMPLETION_TOKENS if max_tokens is None else max_tokens
+    request = replace(_request(fields, prompts, max_tokens, logprobs, is_chat=False), echo=echo)
     if fields.get("best_of") not in (None, request.n):
         raise ProtocolError("best_of is not supported. Leave it out, or give n answers: n", param="best_of")
     return request
@@ -223,10 +227,13 @@ class Answer:
         request: the request.
         name: (token) -> its text.
         prompt_tokens: tokens of all prompts.
+        special: tokens that are not part of a text, such as its begin.
     """
 
-    def __init__(self, request: Request, name: Callable[[int], str], prompt_tokens: int) -> None:
-        self.request, self._name, self._prompt_tokens = request, name, prompt_tokens
+    def __init__(
+        self, request: Request, name: Callable[[int], str], prompt_tokens: int, special: Container[int] = ()
+    ) -> None:
+        self.request, self._name, self._prompt_tokens, self._special = request, name, prompt_tokens, special
         self._offsets: dict[int, int] = {}
         prefix, kind = ("chatcmpl", "chat.completion") if request.is_chat else ("cmpl", "text_completion")
         kind += ".chunk" if request.stream and request.is_chat else ""
@@ -285,20 +292,25 @@ class Answer:
         offsets, at = [], self._offsets.get(index, 0)
         for one in piece.logprobs:
             offsets.append(at)
-            at += len(self._name(one.token))
+            at += 0 if one.token in self._special else len(self._name(one.token))
         self._offsets[index] = at
         return {
             "tokens": [self._name(one.token) for one in piece.logprobs],
             "token_logprobs": [_finite(one.logprob) for one in piece.logprobs],
-            "top_logprobs": [{self._name(token): _finite(value) for token, value in one.top} for one in piece.logprobs],
+            "top_logprobs": [self._top(one) for one in piece.logprobs],
             "text_offset": offsets,
         }
 
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+    def _top(self, one: TokenLogprob) -> dict[str, float | None] | None:
+        if one.logprob is None:
+            return None
+        return {self._name(token): _finite(value) for token, value in one.top}
+
+    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
         name = self._name(token)
         return {"token": name, "logprob": _finite(logprob), "bytes": list(name.encode())}
 
 
-def _finite(value: float) -> float:
+def _finite(value: float | None) -> float | None:
     """Return a number that JSON has: the protocol's -9999 for a token that is impossible."""
-    return value if math.isfinite(value) else -9999.0
+    return value if value is None or math.isfinite(value) else -9999.0

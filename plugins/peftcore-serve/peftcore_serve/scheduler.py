@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcore import PeftcoreError
 from peftcore_serve.adapters import Adapters, Loaded
-from peftcore_serve.decoding import Batch, generate_alone
+from peftcore_serve.decoding import Batch, generate_alone, prompt_logits
 from peftcore_serve.folders import Folder
 from peftcore_serve.sequence import Sequence, reason_of
 
@@ -122,15 +122,21 @@ class Scheduler:
             self._run_alone(sequence, key)
             return True
         self.adapters.activate([key])
-        logits, cache = self._batch.prefill(sequence.prompt)
-        sequence.extend(logits)
+        whole = sequence.scores_prompt
+        logits, cache = self._batch.prefill(sequence.prompt, whole=whole)
+        sequence.begin(logits if whole else None)
+        sequence.extend(logits[-1] if whole else logits)
         if not sequence.is_done:
             self._batch.join(sequence, cache)
         return True
 
     def _run_alone(self, sequence: Sequence, key: str | None) -> None:
         self.adapters.activate_alone(key)
-        generate_alone(self.adapters.model, sequence, lambda: self._is_closed)
+        model = self.adapters.model
+        sequence.begin(prompt_logits(model, sequence.prompt) if sequence.scores_prompt else None)
+        if sequence.is_done:
+            return
+        generate_alone(model, sequence, lambda: self._is_closed)
 
     def _step(self) -> None:
         """Extend all sequences of the batch by one token."""

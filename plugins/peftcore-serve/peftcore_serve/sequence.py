@@ -11,6 +11,7 @@ from torch import Tensor
 from peftcore import PeftcoreError
 
 STOP, LENGTH = "stop", "length"  # reasons for an end, as the protocol names them
+_NAN = "the model's logits contain NaN. Check the adapter, or serve the base in fp32: --dtype fp32"
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Sampling:
     """How tokens are chosen.
 
     Args:
-        max_tokens: at most.
+        max_tokens: at most; 0 only for a sequence that echoes its prompt.
         temperature: 0 for greedy decoding.
         top_p: sample from the most likely tokens that together have this probability.
         seed: seed of this sequence; None for a random one.
@@ -34,10 +35,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log probability of a token, and the most likely tokens in its place with theirs."""
+    """Log probability of a token, and the most likely tokens in its place with theirs.
+
+    The first token of a prompt has no log probability.
+    """
 
     token: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -82,6 +86,7 @@ class Sequence:
         notify: receives the events, in the scheduler's thread.
         stop: texts that end the sequence, and are not part of it.
         streams: send pieces while the sequence grows.
+        echo: the prompt's text, which is the first piece; None to leave it out.
     """
 
     prompt: list[int]
@@ -92,6 +97,7 @@ class Sequence:
     notify: Callable[[Event], None]
     stop: tuple[str, ...] = ()
     streams: bool = False
+    echo: str | None = None
     tokens: list[int] = field(default_factory=list)
     is_done: bool = False
     _sent: int = 0
@@ -114,13 +120,38 @@ class Sequence:
             self.is_done = True
             self.notify(Failed(message, is_users))
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether `begin` needs the logits of the prompt."""
+        return self.echo is not None and self.sampling.logprobs is not None
+
+    def begin(self, logits: Tensor | None) -> None:
+        """Send the prompt if it is to be echoed; `logits` `[tokens, V]` of the prompt if `scores_prompt`."""
+        if self.is_done or self.echo is None:
+            return
+        found: list[TokenLogprob] = []
+        if logits is not None and self.sampling.logprobs is not None:
+            if bool(logits.isnan().any()):
+                self.fail(_NAN)
+                return
+            found.append(TokenLogprob(self.prompt[0], None))
+            found += [
+                _logprob(row.float(), token, self.sampling.logprobs)
+                for row, token in zip(logits[:-1], self.prompt[1:], strict=True)
+            ]
+        self.notify(Piece(self.echo, tuple(found)))
+        self.echo = None
+        if self.sampling.max_tokens == 0:
+            self.is_done = True
+            self.notify(Finished(Piece(""), LENGTH, 0))
+
     def extend(self, logits: Tensor) -> None:
         """Choose the next token by `logits` `[V]`, and report what it adds."""
         if self.is_done:
             return
         logits = logits.float()
         if bool(logits.isnan().any()):
-            self.fail("the model's logits contain NaN. Check the adapter, or serve the base in fp32: --dtype fp32")
+            self.fail(_NAN)
             return
         token = self._choose(logits)
         if self.sampling.logprobs is not None:

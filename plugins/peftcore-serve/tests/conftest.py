@@ -49,14 +49,14 @@ def save_adapter(base: Path, folder: Path, method: str, seed: int, **fields: Any
 
 
 @functools.cache
-def _with_adapter(base: Path, adapter: Path | None) -> Any:
+def with_adapter(base: Path, adapter: Path | None) -> Any:
     model = models.load_model(str(base), "causal-lm")
     return model if adapter is None else models.load_adapter(model, adapter)
 
 
 def written(base: Path, adapter: Path | None, prompt: str, tokens: int = 8) -> str:
     """What `peftcore generate` writes, without a server."""
-    model = _with_adapter(base, adapter)
+    model = with_adapter(base, adapter)
     return tasks.generate_text(model, models.load_tokenizer(str(base)), prompt, max_new_tokens=tokens)
 
 

@@ -58,7 +58,7 @@ def test_roles_and_parts_of_messages() -> None:
         ),
         ("logprobs", 6, "'logprobs' must be a whole number from 0 to 5, found 6"),
         ("best_of", 2, "best_of is not supported. Leave it out, or give n answers: n"),
-        ("echo", True, "echo is not supported by this server. Leave it out"),
+        ("echo", 1, "'echo' must be true or false, found 1"),
         ("logit_bias", {"1": 2}, "logit_bias is not supported by this server. Leave it out"),
         ("temprature", 1, "unknown field 'temprature' (nearest: 'temperature'). Leave it out"),
     ],

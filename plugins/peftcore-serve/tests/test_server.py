@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import save_tokenizer
 from peftcore_serve import folders
 from peftcore_serve.app import Server
@@ -21,7 +22,7 @@ from starlette.testclient import TestClient
 import peftcore
 from peftcore.cli import models
 
-from .conftest import METHODS, PROMPTS, written
+from .conftest import METHODS, PROMPTS, with_adapter, written
 
 
 def ask(client: TestClient, model: str, prompt: Any, **fields: Any) -> dict[str, Any]:
@@ -127,10 +128,6 @@ def test_a_stream_has_the_text_of_the_whole_answer(client: TestClient, model: st
 
 
 def test_log_probabilities_are_the_model_s(client: TestClient, llama: Path) -> None:
-    import torch
-
-    from peftcore.cli import models
-
     name = client.get("/v1/models").json()["data"][0]["id"]
     found = ask(client, name, "the film is", max_tokens=2, logprobs=2)["choices"][0]["logprobs"]
     model, tokenizer = models.load_model(str(llama), "causal-lm"), models.load_tokenizer(str(llama))
@@ -147,6 +144,48 @@ def test_log_probabilities_are_the_model_s(client: TestClient, llama: Path) -> N
     chat = client.post("/v1/chat/completions", json={**body, "top_logprobs": 2}).json()["choices"][0]["logprobs"]
     assert [each["token"] for each in chat["content"]] == found["tokens"]
     assert len(chat["content"][0]["top_logprobs"]) == 2
+
+
+@pytest.mark.parametrize("adapter", [None, "one", "prefix"])
+def test_a_prompt_that_is_echoed_has_its_log_probabilities(
+    shared: tuple[Server, TestClient], llama: Path, saved: Path, adapter: str | None
+) -> None:
+    server, client = shared
+    tokenizer = models.load_tokenizer(str(llama))
+    prompts, model = ["the film is good", "a"], with_adapter(llama, adapter and saved / adapter)
+    found = ask(client, adapter or server.name, prompts, max_tokens=1, logprobs=2, echo=True, n=2)
+    plain = ask(client, adapter or server.name, prompts, max_tokens=1, logprobs=2, n=2)
+    assert found["usage"] == plain["usage"]
+    for i, (choice, without) in enumerate(zip(found["choices"], plain["choices"], strict=True)):
+        prompt = prompts[i // 2]
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            values = model(input_ids=ids).logits[0, -ids.shape[1] :].log_softmax(-1)
+        wanted = [float(values[j, token]) for j, token in enumerate(ids[0, 1:])]
+        scored = choice["logprobs"]
+        assert choice["text"] == prompt + without["text"]
+        assert scored["tokens"] == [tokenizer.decode([token]) for token in ids[0]] + without["logprobs"]["tokens"]
+        assert scored["token_logprobs"][0] is scored["top_logprobs"][0] is None
+        assert scored["token_logprobs"][1:-1] == pytest.approx(wanted, abs=1e-5)  # sums in another order
+        for top, row in zip(scored["top_logprobs"][1:-1], values[:-1], strict=True):
+            assert list(top.values()) == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
+        assert scored["token_logprobs"][-1] == pytest.approx(without["logprobs"]["token_logprobs"][0], abs=1e-5)
+
+
+def test_a_prompt_can_be_scored_without_an_answer(shared: tuple[Server, TestClient]) -> None:
+    server, client = shared
+    whole = ask(client, server.name, "the film is", max_tokens=0, logprobs=1, echo=True)
+    assert whole["choices"][0]["finish_reason"] == "length" and whole["usage"]["completion_tokens"] == 0
+    tokens = server.texts.of_base.tokens("the film is")
+    body = {"model": server.name, "prompt": tokens, "max_tokens": 2, "temperature": 0, "logprobs": 1, "echo": True}
+    *parts, _ = chunks(client.post("/v1/completions", json={**body, "stream": True}).text)
+    first = parts[0]["choices"][0]
+    assert first["text"] == whole["choices"][0]["text"] == "the film is"
+    assert first["logprobs"] == whole["choices"][0]["logprobs"]
+    written = ask(client, server.name, "the film is", max_tokens=2)["choices"][0]["text"]
+    assert "".join(part["choices"][0]["text"] for part in parts) == f"the film is{written}"
+    status, error = refused(client, "/v1/completions", model=server.name, prompt="a", max_tokens=0)
+    assert (status, error["message"]) == (400, "'max_tokens' must be a whole number of at least 1, found 0")
 
 
 def test_an_unknown_model_names_those_that_there_are(client: TestClient) -> None:
