@@ -27,10 +27,11 @@ LANGUAGE_MODEL = "causal-lm"
 CLASSIFICATION, REGRESSION, MULTI_LABEL = LABELLED = labels.KINDS
 TAGS, IMAGE = labels.TAGS, labels.IMAGE
 HEADED = (*LABELLED, TAGS, IMAGE)  # with a new head on the base
+SEQ2SEQ = "seq2seq"
 PREFERENCES = "dpo"
 UNPAIRED = "kto"
 COMPARED = (PREFERENCES, UNPAIRED)  # trained against a reference: the model as it was
-TASKS = (LANGUAGE_MODEL, *HEADED, *COMPARED)
+TASKS = (LANGUAGE_MODEL, SEQ2SEQ, *HEADED, *COMPARED)
 
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 
@@ -48,6 +49,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("text",),
         ("input_ids",),
     ),
+    SEQ2SEQ: (("source", "target"), ("prompt", "completion"), ("instruction", "output")),
     CLASSIFICATION: _labelled("label"),
     REGRESSION: _labelled("label"),
     MULTI_LABEL: (*_labelled("label"), *_labelled("labels")),
@@ -58,6 +60,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
 _SHOWN = {
     LANGUAGE_MODEL: "text, prompt/completion, messages, conversations, instruction/output or input_ids",
     MULTI_LABEL: "text/labels",
+    SEQ2SEQ: "source/target",
 }
 _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label", PREFERENCES: "prompt/chosen/rejected"}
 _SHOWN |= {UNPAIRED: "prompt/completion/label", TAGS: "tokens/tags"}
@@ -180,6 +183,8 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
             return TAGS
         name = next((name for name in ("label", "labels") if name in fields), None)
         if name is None and not found:
+            if {"source", "target"} <= fields.keys():
+                return SEQ2SEQ
             return PREFERENCES if {"chosen", "rejected"} <= fields.keys() else LANGUAGE_MODEL
         if not found and {"prompt", "completion", "label"} <= fields.keys():
             return UNPAIRED
@@ -259,7 +264,7 @@ def row_of(where: str, fields: dict[str, Any], task: str) -> Row:
     if keys == ("instruction", "output"):
         prompt = alpaca_prompt(_text(where, "instruction", fields["instruction"]), fields.get("input"))
         fields, keys = {"prompt": prompt, "completion": fields["output"]}, ("prompt", "completion")
-    if keys == ("prompt", "completion") and isinstance(fields["prompt"], list):
+    if keys == ("prompt", "completion") and isinstance(fields["prompt"], list) and task != SEQ2SEQ:
         before, answer = (_messages(where, key, fields[key]) for key in keys)
         return _conversation(where, [*before, *answer], len(before), fields)
     if task == TAGS:

@@ -1,7 +1,7 @@
 """Files of examples as records: JSON lines, a JSON array, CSV, TSV, Parquet, and folders of these.
 
-A name that is not a path is a dataset id on the Hugging Face hub, whose split `train` is loaded by the library
-`datasets`.
+A name that is not a path is a dataset id on the Hugging Face hub, loaded by the library `datasets`: ORG/NAME for its
+split `train`, ORG/NAME@SPLIT, such as @validation or @train[:20%], and ORG/NAME@CONFIG/SPLIT.
 """
 
 from __future__ import annotations
@@ -100,22 +100,27 @@ def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
 
 
 def _is_hub_id(path: str) -> bool:
+    path = path.partition("@")[0]
     return not Path(path).suffix and path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
-def _of_hub(name: str) -> Iterator[Record]:
+def _of_hub(path: str) -> Iterator[Record]:
     require("datasets", extra="datasets")
     import datasets
 
+    name, at, part = path.partition("@")
+    config, _, split = part.rpartition("/")
+    if at and not split:
+        raise PeftcoreError(f"'{path}' needs the name of a split after @, such as {name}@validation")
     try:
-        loaded = datasets.load_dataset(name, split="train")
+        loaded = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # loading may fail anywhere (network, script, file), on data that the user named
         reason = str(error).partition("\n")[0]
         raise PeftcoreError(
-            f"'{name}' is not a file or folder, and no hub dataset of that name could be read: {reason}"
+            f"'{path}' is not a file or folder, and no hub dataset of that name could be read: {reason}"
         ) from error
     for index, fields in enumerate(loaded):
-        yield f"{name}:{index}", dict(fields)
+        yield f"{path}:{index}", dict(fields)
 
 
 def _of_file(path: Path) -> Iterator[Record]:

@@ -6,14 +6,12 @@ Images are decoded batch by batch, so that a data set need not fit into memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from peftcore.cli import image_files
 from peftcore.cli.data import Row, targets
-from peftcore.errors import PeftcoreError
 
 
 def encode(rows: Sequence[Row], labels: Sequence[str]) -> list[dict[str, Any]]:
@@ -33,19 +31,3 @@ def collate(examples: Sequence[dict[str, Any]], processor: Any) -> dict[str, Any
     images = [image_files.opened(example["image"]) for example in examples]
     tensors = processor(images=images, return_tensors="pt")
     return {**tensors, "labels": torch.tensor([example["labels"] for example in examples])}
-
-
-def load_processor(model: str) -> Any:
-    """Return the image processor of a base.
-
-    Raises:
-        PeftcoreError: the base has none.
-    """
-    from transformers import AutoImageProcessor
-
-    from peftcore.cli import models
-
-    models.quiet_transformers()
-    if Path(model).suffix == ".gguf":
-        raise PeftcoreError(f"--task image needs a model of transformers, found the .gguf file '{model}'")
-    return models.pretrained(AutoImageProcessor.from_pretrained, model, "image processor")

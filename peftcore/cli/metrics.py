@@ -27,6 +27,7 @@ TITLES = {
     "micro_f1": "micro F1",
     "entity_f1": "entity F1",
     "exact_match": "exact match",
+    "rouge_l": "ROUGE-L",
     "preference_accuracy": "preference accuracy",
 }
 SHARES = ("accuracy", "macro_f1", "micro_f1", "entity_f1", "exact_match", "preference_accuracy")  # shown as percentages

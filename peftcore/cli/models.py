@@ -172,12 +172,20 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokeniz
 
 
 def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
-    """Return what prepares the inputs of a task: an image processor, or the tokenizer (`load_tokenizer`)."""
-    if task == data.IMAGE:
-        from peftcore.cli import images
+    """Return what prepares the inputs of a task: an image processor, or the tokenizer (`load_tokenizer`).
 
-        return images.load_processor(model)
-    return load_tokenizer(model, adapter)
+    Raises:
+        PeftcoreError: it cannot be loaded.
+    """
+    if task != data.IMAGE:
+        return load_tokenizer(model, adapter)
+    quiet_transformers()
+    from transformers import AutoImageProcessor
+
+    if model.endswith(".gguf"):
+        raise PeftcoreError(f"--task image needs a model of transformers, found the .gguf file '{model}'")
+    require("PIL", extra="images")
+    return pretrained(AutoImageProcessor.from_pretrained, model, "image processor")
 
 
 def load_model(
@@ -488,6 +496,8 @@ def _auto_class(task: str) -> Any:
 
     if task == data.TAGS:
         return transformers.AutoModelForTokenClassification
+    if task == data.SEQ2SEQ:
+        return transformers.AutoModelForSeq2SeqLM
     if task == data.IMAGE:
         return transformers.AutoModelForImageClassification
     if task in data.HEADED:
@@ -519,6 +529,8 @@ def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
 
     if fields.get("task_type") in (None, "CAUSAL_LM"):
         return AdapterTask(data.LANGUAGE_MODEL, 512)
+    if fields["task_type"] == "SEQ_2_SEQ_LM":
+        return AdapterTask(data.SEQ2SEQ, 512)
     if fields["task_type"] != "SEQ_CLS":
         raise PeftcoreError(
             f"'{folder}' is for the task {fields['task_type']}, which no command supports. Use the library"

@@ -65,8 +65,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         "-d",
-        help="Examples: a file (.jsonl .json .csv .tsv .parquet), a folder of them, a dataset's hub id. Repeatable: "
-        "all are read; in training FILE:2 is drawn twice per epoch.",
+        help="Examples: a file (.jsonl .json .csv .tsv .parquet), a folder of them, a dataset's hub id "
+        "(ORG/NAME@SPLIT). Repeatable: all are read; in training FILE:2 is drawn twice per epoch.",
     ),
 ]
 Config = Annotated[
@@ -123,7 +123,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 Task = Annotated[
     str | None,
     typer.Option(
-        help="causal-lm, classification, regression, multi-label, tags, image, dpo, kto; default: read off the data."
+        help="causal-lm, seq2seq, classification, regression, multi-label, tags, image, dpo, kto; default: read "
+        "off the data."
     ),
 ]
 Labels = Annotated[

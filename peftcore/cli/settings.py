@@ -48,6 +48,7 @@ class RunOptions:
         float, typer.Option(min=0, help="Warmup as a share of the steps, or, from 1 up, as a number of steps.")
     ] = 0.03
     weight_decay: Annotated[float, typer.Option(min=0, help="Weight decay of the optimizer.")] = 0.0
+    max_grad_norm: Annotated[float, typer.Option(min=0, help="Clip gradients to this norm; 0 for none.")] = 1.0
     max_length: Annotated[int, typer.Option(min=2, help="Maximum tokens per example.")] = 512
     pack: Annotated[
         bool,
@@ -107,8 +108,20 @@ class RunOptions:
     ] = False
     metric: Annotated[
         str | None,
-        typer.Option(help="Held-out metric that decides which is best: loss (default), accuracy, macro_f1, ..."),
+        typer.Option(
+            help="Held-out metric that decides which is best: loss (default), accuracy, exact_match, rouge_l, ..., or "
+            "FILE.py:FUNCTION, called with two lists of texts: answers, and what is wanted."
+        ),
     ] = None
+    eval_answers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Held-out examples that each evaluation answers for exact match and ROUGE-L; default: 100 with a "
+            "--metric of answers, else none.",
+        ),
+    ] = None
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of such an answer.")] = 64
     patience: Annotated[
         int | None,
         typer.Option(min=1, help="Stop after this many evaluations without improvement; implies --load-best."),
@@ -161,6 +174,9 @@ class Settings(RunOptions):
         for name in ("eval_data", "chat_template", "other_data"):
             if values.get(name):
                 values[name] = options.absolute(values[name])
+        if ".py:" in (values.get("metric") or ""):
+            file, _, name = values["metric"].rpartition(":")
+            values["metric"] = f"{options.absolute(file)}:{name}"
         return cls(**values)
 
     def __post_init__(self) -> None:

@@ -20,6 +20,8 @@ OPTIONS = {
     "per-device-train-batch-size": "batch-size",
     "micro-batch-size": "batch-size",
     "gradient-accumulation-steps": "grad-accum",
+    "gradient-clipping": "max-grad-norm",
+    "predict-with-generate": "eval-answers",
     "lr-scheduler-type": "scheduler",
     "lr-scheduler": "scheduler",
     "warmup-steps": "warmup",

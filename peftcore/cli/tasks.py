@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import conversations, data, images, metrics, packing, tags
+from peftcore.cli import conversations, data, images, metrics, packing, seq2seq, tags
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.data import Messages, Row
 from peftcore.cli.metrics import Metrics
@@ -45,6 +45,8 @@ def encode(
         raise PeftcoreError(f"the length must be at least 2 tokens, found {max_length}")
     if task == data.TAGS:
         return Encoded(*tags.encode(rows, tokenizer, max_length, labels))
+    if task == data.SEQ2SEQ:
+        return Encoded(*seq2seq.encode(rows, tokenizer, max_length))
     if task == data.IMAGE:
         return Encoded(images.encode(rows, labels), 0)
     if task in data.LABELLED:
@@ -108,6 +110,7 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], di
         length = max(len(example["input_ids"]) for example in examples)
 
         def padded(key: str, value: int) -> Tensor:
+            length = max(len(example[key]) for example in examples)
             return torch.tensor([e[key] + [value] * (length - len(e[key])) for e in examples])
 
         tensors = {
@@ -148,6 +151,7 @@ def measure(
     batch = collator(tokenizer)
     device = next(model.parameters()).device
     is_writer = isinstance(examples[0]["labels"], list) and not tag_names
+    first = 0 if is_encoder_decoder(model) else 1  # a causal model has no answer for the first token
     was_training = model.training
     model.eval()
     loss, count = 0.0, 0
@@ -159,7 +163,7 @@ def measure(
             if tag_names:
                 predicted = int((inputs["labels"] != IGNORED).sum())
             else:
-                predicted = int((inputs["labels"][:, 1:] != IGNORED).sum()) if is_writer else len(inputs["labels"])
+                predicted = int((inputs["labels"][:, first:] != IGNORED).sum()) if is_writer else len(inputs["labels"])
             loss += float(output.loss) * predicted
             count += predicted
             if tag_names:
@@ -178,8 +182,14 @@ def measure(
 
 
 def length(example: Example) -> int:
-    """Return the number of tokens of an example; 1 for an image, all of which have one size."""
-    return len(example.get("input_ids", (0,)))
+    """Return the number of tokens of an example, its source or its target; 1 for an image, since all have one size."""
+    labels = example.get("labels")
+    return max(len(example.get("input_ids", (0,))), len(labels) if isinstance(labels, list) else 0)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether the model reads a source and writes a target."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def in_dtype(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -253,7 +263,8 @@ def generate_text(
             eos_token_id=ends(model, tokenizer),
             streamer=streamer,
         )
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    begin = 0 if is_encoder_decoder(model) else inputs["input_ids"].shape[1]
+    return tokenizer.decode(tokens[0, begin:], skip_special_tokens=True)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from peftcore.cli import (
     conversations,
     data,
     dtype_choice,
+    generations,
     light_step,
     models,
     packing,
@@ -224,6 +225,17 @@ def run(
             return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
     comparison = comparisons.of(settings.task) if settings.task in data.COMPARED else None
+    answering = None
+    if answered := generations.count(settings.task, settings.metric, settings.eval_answers):
+        answering = generations.Answering(
+            eval_rows,
+            settings.task,
+            tokenizer,
+            settings.metric,
+            count=answered,
+            max_length=settings.max_length,
+            max_new_tokens=settings.answer_tokens,
+        )
     first: dict[int, Any] = {}  # the reference of comparisons
     pairs = preferences.pairs_at_once(settings.batch_size, longest)
 
@@ -233,7 +245,10 @@ def run(
             return comparisons.measure(settings.task, model, examples, tokenizer, pairs, **how)
         # Not more tokens at once than in training, so that measuring fits too.
         tag_names = labels if settings.task == data.TAGS else ()
-        return tasks.measure(model, examples, tokenizer, tokens=settings.batch_size * longest, tag_names=tag_names)
+        budget = settings.batch_size * longest
+        if answering is not None and examples is held_out:
+            return generations.measure(answering, model, examples, tokenizer, tokens=budget)
+        return tasks.measure(model, examples, tokenizer, tokens=budget, tag_names=tag_names)
 
     with peftcore.disabled(model) if settings.method != FULL and start is None else contextlib.nullcontext():
         if comparison is not None:
@@ -245,7 +260,7 @@ def run(
         sets_before = training_data.losses(held_out_sets, lambda some: measure(model, some))
         name = "base" if start is None else "the adapter before"
         samples = [(name, sample_text())] if sample is not None else []
-    if settings.metric is not None and settings.metric not in before.as_dict():
+    if settings.metric is not None and generations.name_of(settings.metric) not in before.as_dict():
         raise PeftcoreError(
             f"--metric {settings.metric} is not measured on these examples, which have {', '.join(before.as_dict())}. "
             "Pass one of these"
@@ -260,7 +275,7 @@ def run(
     meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
     keeper = None
     if best_checkpoint.is_wanted(settings):
-        keeper = best_checkpoint.BestCheckpoint(settings.metric or "loss", settings.patience)
+        keeper = best_checkpoint.BestCheckpoint(generations.name_of(settings.metric or "loss"), settings.patience)
     common = {
         "model": model,
         "args": training_arguments(settings, output, training_data.draws(parts), report_to),
@@ -274,9 +289,9 @@ def run(
     if comparison is not None:
         trainer = trainers.comparing_trainer(settings.task, **common, lengths=sizes, processing_class=tokenizer)
     else:
-        is_tagger = settings.task == data.TAGS
+        is_mean = settings.task in (data.TAGS, data.SEQ2SEQ)  # the loss of a batch, whatever the step has
         trainer = trainers.MeasuringTrainer(
-            **common, lengths=sizes, data_collator=tasks.collator(tokenizer), divides_by_tokens=not is_tagger
+            **common, lengths=sizes, data_collator=tasks.collator(tokenizer), divides_by_tokens=not is_mean
         )
     trainer.remove_callback(PrinterCallback)
     from_checkpoint = _checkpoint_to_resume(output) if resume else None
@@ -389,6 +404,7 @@ def training_arguments(
             lr_scheduler_type=settings.scheduler,
             warmup_steps=settings.warmup if settings.warmup >= 1 else math.ceil(steps * settings.warmup),
             weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
             optim=settings.optim,
             optim_args=settings.optim_args,
             seed=settings.seed,

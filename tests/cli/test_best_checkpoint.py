@@ -135,7 +135,7 @@ def test_count_of_evaluations_without_improvement() -> None:
         ({"metric": "loss"}, "no option asks for it. Add --load-best or --patience N"),
         (
             {"metric": "perplexty", "patience": 2},
-            r"must be one of loss, perplexity for causal-lm, found 'perplexty' \(nearest: 'perplexity'\)",
+            r"must be one of loss, perplexity, exact_match, .*, found 'perplexty' \(nearest: 'perplexity'\)",
         ),
         ({"load_best": True, "save_every": 4}, "found --save-every 4 with --eval-every left out. Leave out"),
     ],

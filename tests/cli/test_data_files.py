@@ -10,7 +10,7 @@ import pytest
 from counting import growth
 
 from peftcore import PeftcoreError
-from peftcore.cli import data
+from peftcore.cli import data, mixture
 from peftcore.cli.data import CLASSIFICATION, LANGUAGE_MODEL, Row
 from peftcore.cli.data_files import parsed_columns, records
 
@@ -157,3 +157,30 @@ def test_json_in_a_field_that_is_nested_too_deeply(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "x", "labels": deep}))
     with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: 'labels' must be a list of names"):
         data.read_rows(path, data.MULTI_LABEL)
+
+
+def test_splits_and_configs_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name: str, config: str | None, split: str) -> list[dict[str, str]]:
+        asked.append((name, config, split))
+        if split == "none":
+            raise ValueError('Unknown split "none". Should be one of train, test')
+        return ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for path in ("o/n", "o/n@test", "o/n@train[:1.5%]", "o/n@sst2/validation"):
+        assert list(records(path)) == [(f"{path}:0", ROWS[0]), (f"{path}:1", ROWS[1])]
+    assert asked == [
+        ("o/n", None, "train"),
+        ("o/n", None, "test"),
+        ("o/n", None, "train[:1.5%]"),
+        ("o/n", "sst2", "validation"),
+    ]
+    with pytest.raises(PeftcoreError, match=r"no hub dataset of that name could be read: Unknown split \"none\""):
+        list(records("o/n@none"))
+    with pytest.raises(PeftcoreError, match="needs the name of a split after @"):
+        list(records("o/n@"))
+    assert data.sources("o/n@train[:20%]:2") == [mixture.Source("o/n@train[:20%]", 2.0)]
+    assert data.sources("o/n@train[:20]") == [mixture.Source("o/n@train[:20]")]

@@ -9,6 +9,7 @@ import typer
 
 from peftcore.cli import options
 from peftcore.cli.console import out, table, warn
+from peftcore.cli.settings import RunOptions
 from peftcore.errors import PeftcoreError
 
 EXAMPLES = (
@@ -28,6 +29,8 @@ def evaluate(
         int | None, typer.Option(min=2, help="Maximum tokens per example; default: as in training.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    *,
+    given: Annotated[RunOptions, ("metric", "eval_answers", "answer_tokens")],
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -49,6 +52,14 @@ def evaluate(
         )
     task = models.adapter_task(adapter, labels)
     rows = examples.read_rows(data, task.task, parsed_columns(columns))
+    from peftcore.cli import generations
+
+    answered = generations.count(task.task, given.metric, given.eval_answers)
+    if given.metric is not None and not answered:
+        raise PeftcoreError(
+            f"eval shows every metric of {task.task}; --metric adds one of answers ({', '.join(generations.FIGURES)}, "
+            f"FILE.py:FUNCTION), found '{given.metric}'. Leave it out"
+        )
     base = models.base_of(adapter, model)
     tokenizer = models.load_processor(base, task.task, adapter)
     from peftcore.cli import conversations, metrics, tasks
@@ -65,6 +76,17 @@ def evaluate(
         encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
         if task.task == examples.TAGS:
             measure = functools.partial(tasks.measure, tag_names=task.labels)
+    if answered:
+        answering = generations.Answering(
+            rows,
+            task.task,
+            tokenizer,
+            given.metric,
+            count=answered,
+            max_length=length,
+            max_new_tokens=given.answer_tokens,
+        )
+        measure = functools.partial(generations.measure, answering)
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     if task.seed is not None:
         from transformers import set_seed

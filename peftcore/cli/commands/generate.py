@@ -54,7 +54,8 @@ def generate(
 
     conversations.set_template(tokenizer, chat_template, task.chat_template)
     if chat is None:
-        chat = task.chat if task.chat is not None else conversations.has_template(tokenizer)
+        chat = conversations.has_template(tokenizer) if task.chat is None else task.chat
+        chat = chat and task.task != data.SEQ2SEQ
     given: Any = [{"role": "user", "content": prompt}] if chat else prompt
 
     def answer() -> str:
