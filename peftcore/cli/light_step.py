@@ -64,5 +64,5 @@ def _few(model: PreTrainedModel, rows: list[tasks.Example], tokenizer: PreTraine
         {k: v[-_TOKENS:] if isinstance(v, list) and len(v) == len(row["input_ids"]) else v for k, v in row.items()}
         for row in rows[:_ROWS]
     ]
-    batch = tasks.collator(tokenizer)(few)
+    batch = tasks.in_dtype(tasks.collator(tokenizer)(few), model)
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
