@@ -395,3 +395,19 @@ def failing_alone() -> str:
             peftcore.parallel.finish()
             return str(error)
     return "waits"
+
+
+def started_twice() -> list[tuple[bool, float]]:
+    """(whether the store has the keys of the attempt before, sum of ones over the ranks) of two attempts."""
+    found = []
+    for attempt in range(2):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+        peftcore.parallel.start("gloo")
+        store = distributed.distributed_c10d._get_default_store()
+        stale = store.check(["address"])
+        total = torch.ones(())
+        distributed.all_reduce(total)
+        store.set("address", "of this attempt")
+        found.append((stale, total.item()))
+        distributed.destroy_process_group()
+    return found

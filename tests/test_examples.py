@@ -22,14 +22,19 @@ import peftcore
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PYTHON = [sys.executable, "-W", "ignore"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 RUNS = {  # how each is started, on how many ranks, and where it writes its adapter
     "own_loop": (PYTHON, 1, ""),
     "trainer": (PYTHON, 1, "adapter"),
     "sft": (PYTHON, 1, "adapter"),
-    "accelerate_ddp": (ACCELERATE, 2, ""),
-    "fsdp2_qlora": (TORCHRUN, 2, "adapter"),
+    # `accelerate launch --cpu` starts several ranks by mpirun only; under torchrun its ranks find each other.
+    "distributed/accelerate_ddp": (TORCHRUN, 2, "adapter"),
+    "distributed/fsdp2_qlora": (TORCHRUN, 2, "adapter"),
+    "distributed/torchrun_ddp": (TORCHRUN, 2, "adapter"),
+}
+ENGINES = {  # need a library that is not in `.venv`: `make test-engines`
+    "distributed/deepspeed_zero3": ("deepspeed", TORCHRUN),
+    "distributed/lightning_ddp": ("lightning", PYTHON),
+    "distributed/ray_train": ("ray", PYTHON),
 }
 
 
@@ -47,8 +52,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_example_is_run_and_short() -> None:
-    scripts = {path.stem: path for path in EXAMPLES.glob("*.py")}
-    assert scripts.keys() == RUNS.keys()
+    paths = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("distributed/*.py")]
+    scripts = {path.relative_to(EXAMPLES).with_suffix("").as_posix(): path for path in paths}
+    assert scripts.keys() == RUNS.keys() | ENGINES.keys()
     assert all(len(path.read_text().splitlines()) < 40 for path in scripts.values())
 
 
@@ -68,7 +74,7 @@ def test_example(name: str, base: Path, tmp_path: Path) -> None:
     else:
         processes.run(processes.run_script, *script, ranks=ranks, joined=False)
     model = AutoModelForCausalLM.from_pretrained(base)
-    if name == "fsdp2_qlora":
+    if name == "distributed/fsdp2_qlora":
         peftcore.quantize(model)
         assert (tmp_path / "out" / "state" / ".metadata").exists()
     loaded = peftcore.load(model, tmp_path / "out" / place)

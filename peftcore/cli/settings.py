@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from peftcore.cli import config_file, options
 from peftcore.errors import PeftcoreError
 
 RUN_FILE = "run.json"
+_OF_RANKS = ("ranks", "parallel", "grad_accum")  # may change together, see `for_these_ranks`
 _NOT_THE_SAME = (
     ". --resume continues an interrupted run in --output; --adapter starts a new run from an existing adapter"
 )
@@ -195,6 +197,44 @@ class Settings(RunOptions):
         return json.loads(json.dumps(asdict(self)))
 
 
+def for_these_ranks(output: Path, settings: Settings) -> Settings:
+    """Return settings that resume the run in `output` on another number of ranks.
+
+    `grad_accum` becomes what keeps the batches of an optimizer step: the sampler draws batches of `batch_size` in an
+    order that does not depend on the ranks, so each step then takes the examples that it would have taken.
+
+    Raises:
+        PeftcoreError: the ranks cannot share the batches of a step equally.
+    """
+    run_file = output / RUN_FILE
+    if not run_file.exists():
+        return settings
+    before = _read(run_file)
+    ranks, accumulated, batches = before.get("ranks", 1), before.get("grad_accum", 1), _batches_per_step(before)
+    if ranks == settings.ranks or settings.grad_accum != accumulated:
+        return settings
+    if batches % settings.ranks:
+        fitting = ", ".join(str(n) for n in range(1, batches + 1) if batches % n == 0)
+        raise PeftcoreError(
+            f"the run in '{output}' takes {batches} batches per optimizer step (ranks={ranks}, grad_accum="
+            f"{accumulated}), and {settings.ranks} ranks cannot share them equally. Resume on a number of ranks that "
+            f"divides them: {fitting}; or start again: --overwrite"
+        )
+    return replace(settings, grad_accum=batches // settings.ranks)
+
+
+def _batches_per_step(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("ranks", 1)) * int(settings.get("grad_accum", 1))
+
+
+def _read(run_file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(run_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start again: --overwrite") from error
+    return found
+
+
 def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
     """Create the run's folder and write the settings.
 
@@ -203,15 +243,13 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
     """
     run_file = output / RUN_FILE
     if resume and run_file.exists():
-        try:
-            before = json.loads(run_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start again: --overwrite") from error
-        now = settings.to_json()
+        before, now = _read(run_file), settings.to_json()
         since = {each.name: each.default for each in fields(settings) if each.default is not MISSING}
         before = {**since, "fuse": "off", **before}  # a run from before an option existed had its default
         for name in ("lazy_logits", "fuse"):  # once flags
             before[name] = {True: "on", False: "off"}.get(before[name], before[name])
+        if _batches_per_step(before) == _batches_per_step(now):
+            now |= {name: before[name] for name in _OF_RANKS}
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "adapter", name)):
             if before.get(name) != now.get(name):
                 raise PeftcoreError(

@@ -37,7 +37,9 @@ def join(parallel: str | None, device: str) -> None:
     on_cuda = torch_device(device).type == "cuda"
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if on_cuda else "gloo")
+    from peftcore.parallel import start
+
+    start("nccl" if on_cuda else "gloo")
     if distributed.get_rank() > 0:
         console.silence(f"rank {distributed.get_rank()}")
 

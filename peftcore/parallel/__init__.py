@@ -3,6 +3,7 @@
 from peftcore.parallel.ending import finish
 from peftcore.parallel.sharded_loading import load_sharded
 from peftcore.parallel.sharding import blocks, check_ranks, divided, give_adapters, refuse_between_blocks, shard
+from peftcore.parallel.starting import start
 from peftcore.parallel.training_state import TrainingState
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "load_sharded",
     "refuse_between_blocks",
     "shard",
+    "start",
 ]

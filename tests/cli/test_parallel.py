@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import processes
+import psutil
 import pytest
 import torch
 from commands import Run, printed_without_pictures
@@ -24,9 +27,9 @@ METHOD = ("--method", "lora", "--set", "r=4", "--set", "lora_alpha=8")
 STEPS = ("--steps", 4, "--lr", "0.02", "--save-every", 2, "--eval-every", 4)
 
 
-def torchrun(*arguments: Any, code: int = 0) -> str:
-    """`torchrun --nproc-per-node 2 -m peftcore ...`, and what it printed."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(*arguments: Any, code: int = 0, ranks: int = 2) -> str:
+    """`torchrun --nproc-per-node RANKS -m peftcore ...`, and what it printed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*launcher, "-m", "peftcore", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -89,6 +92,57 @@ def test_two_ranks_go_on_from_an_adapter(run: Run, llama: Path, reviews: Path, t
         found[parallel] = load_file(output / "adapter" / "adapter_model.safetensors")
     for name, tensor in found["ddp"].items():
         torch.testing.assert_close(found["fsdp2"][name], tensor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def whole_batches(reviews: Path) -> Path:
+    """Sixteen reviews: ranks fill up the last step of an epoch with its first examples, one process does not."""
+    lines = reviews.read_text().splitlines(keepends=True)
+    reviews.write_text("".join([*lines, lines[0], lines[-1]]))
+    return reviews
+
+
+@pytest.mark.nightly
+def test_a_run_is_resumed_on_another_number_of_ranks(
+    run: Run, llama: Path, whole_batches: Path, tmp_path: Path
+) -> None:
+    data = ("-d", whole_batches, "--eval-data", whole_batches)
+    common = ("train", "-m", llama, *data, *METHOD, "--steps", 6, "--lr", "0.02", "--save-every", 2, "--batch-size", 2)
+    torchrun(*common, "-o", tmp_path / "whole", "--parallel", "ddp")
+    wanted = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+    for name in ("one", "four"):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "checkpoint-6")
+    text = run(*common, "-o", tmp_path / "one", "--resume").output
+    assert "resuming with ranks=1: --grad-accum 2 keeps the examples per step" in text
+    found = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+    text = torchrun(*common, "-o", tmp_path / "four", "--resume", "--parallel", "fsdp2", code=1, ranks=4)
+    assert "4 ranks cannot share them equally. Resume on a number of ranks that divides them: 1, 2" in text
+
+
+@pytest.mark.nightly
+def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(llama: Path, whole_batches: Path, tmp_path: Path) -> None:
+    data = ("-d", whole_batches, "--eval-data", whole_batches)
+    common = ("train", "-m", llama, *data, *METHOD, "--steps", 200, "--save-every", 10, "--eval-every", 200)
+    common += ("--batch-size", 2, "--parallel", "ddp", "--resume")
+    torchrun(*common, "-o", tmp_path / "whole")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "--max-restarts", "1", "-m", "peftcore", *map(str, common), "-o", str(tmp_path / "killed")]
+    with (tmp_path / "log").open("w") as log:
+        started = psutil.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    until = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoints" / "checkpoint-10" / "complete.json").exists():
+        assert time.monotonic() < until and started.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    started.children()[0].kill()
+    assert started.wait(120) == 0, (tmp_path / "log").read_text()
+    assert "resuming from" in (tmp_path / "log").read_text()
+    wanted, found = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed")
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 @pytest.mark.nightly

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import peftcore
-from peftcore.cli.settings import RUN_FILE, Settings, prepare_folder
+from peftcore.cli.settings import RUN_FILE, Settings, for_these_ranks, prepare_folder
 
 SETTINGS = Settings(model="m", data="d", task="causal-lm", method="lora", batch_size=4)
 
@@ -49,3 +49,28 @@ def test_a_run_with_other_settings_is_not_resumed(tmp_path: Path, changes: dict[
     written(tmp_path, **changes)
     with pytest.raises(peftcore.PeftcoreError, match=message):
         prepare_folder(tmp_path, SETTINGS, resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "given", "grad_accum"), [(1, 2, 8), (2, 2, 4), (4, 2, 2), (8, 2, 1), (8, 1, 1), (2, 4, 4)]
+)
+def test_another_number_of_ranks_keeps_the_batches_of_a_step(
+    tmp_path: Path, ranks: int, given: int, grad_accum: int
+) -> None:
+    written(tmp_path, ranks=4, grad_accum=2, parallel="ddp")
+    parallel = "fsdp2" if ranks > 1 else None
+    settings = for_these_ranks(tmp_path, replace(SETTINGS, ranks=ranks, grad_accum=given, parallel=parallel))
+    assert settings.grad_accum == grad_accum
+    prepare_folder(tmp_path, settings, resume=True, overwrite=False)
+
+
+def test_ranks_that_cannot_share_the_batches_of_a_step(tmp_path: Path) -> None:
+    written(tmp_path, ranks=4, grad_accum=2)
+    with pytest.raises(peftcore.PeftcoreError, match=r"3 ranks cannot share .*divides them: 1, 2, 4, 8; or"):
+        for_these_ranks(tmp_path, replace(SETTINGS, ranks=3, grad_accum=2))
+    with pytest.raises(peftcore.PeftcoreError, match=r"had grad_accum=2, now it is 3"):
+        prepare_folder(tmp_path, replace(SETTINGS, ranks=2, grad_accum=3), resume=True, overwrite=False)
+
+
+def test_the_first_start_of_a_run_that_is_to_be_resumed_keeps_its_settings(tmp_path: Path) -> None:
+    assert for_these_ranks(tmp_path, SETTINGS) == SETTINGS

@@ -13,7 +13,7 @@ import typer
 
 from peftcore.cli import config_file, options
 from peftcore.cli.console import command, out, require, say, table
-from peftcore.cli.settings import Display, RunOptions, Settings, prepare_folder, write_options
+from peftcore.cli.settings import Display, RunOptions, Settings, for_these_ranks, prepare_folder, write_options
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
@@ -147,6 +147,12 @@ def train(
 
         settings = forecast.fitted(settings)
 
+    if resume:
+        chosen_before, resumed = settings, list[Settings]()
+        ranks.once(lambda: resumed.append(for_these_ranks(output, chosen_before)), together=True)
+        (settings,) = ranks.of_first(resumed)
+        if settings.grad_accum != given.grad_accum:
+            say(f"resuming with ranks={settings.ranks}: --grad-accum {settings.grad_accum} keeps the examples per step")
     training_run.check_arguments(settings, output)
 
     def prepare() -> None:

@@ -1,4 +1,4 @@
-"""FSDP2 with a base in 4 bits: torchrun --nproc-per-node 2 examples/fsdp2_qlora.py MODEL TEXTS.jsonl OUTPUT"""
+"""FSDP2, a base in 4 bits: torchrun --nproc-per-node 2 examples/distributed/fsdp2_qlora.py MODEL TEXTS.jsonl OUTPUT"""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import peftcore
 
 source, data, output = sys.argv[1:]
-distributed.init_process_group()
+peftcore.parallel.start()
 rank, world = distributed.get_rank(), distributed.get_world_size()
 if torch.cuda.is_available():
     torch.cuda.set_device(rank % torch.cuda.device_count())

@@ -1,10 +1,11 @@
-"""DDP: accelerate launch --num_processes 2 [--cpu] examples/accelerate_ddp.py MODEL TEXTS.jsonl OUTPUT"""
+"""DDP: accelerate launch --num_processes 2 [--cpu] examples/distributed/accelerate_ddp.py MODEL TEXTS.jsonl OUTPUT"""
 
 import json
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,7 +15,7 @@ import peftcore
 source, data, output = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(source)
 texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
-accelerator = Accelerator()
+accelerator = Accelerator(split_batches=True)  # 4 texts a step, whatever the number of ranks
 
 torch.manual_seed(0)  # the same adapter on every rank
 model = AutoModelForCausalLM.from_pretrained(source)
@@ -22,15 +23,17 @@ peftcore.apply(model, "lora", r=8).train()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
 loader = DataLoader(texts, batch_size=4, collate_fn=lambda rows: tokenizer(rows, return_tensors="pt", padding=True))
 spread, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+state = {"training": peftcore.TrainingState(model, optimizer.optimizer)}
 
-for batch in loader:
+done = max((int(file.parent.name) for file in Path(output, "state").glob("*/.metadata")), default=0)
+if done:  # of any number of ranks; `.metadata` is written last
+    dcp.load(state, checkpoint_id=f"{output}/state/{done}")
+for step, batch in enumerate(accelerator.skip_first_batches(loader, done), done + 1):
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    loss = spread(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
-    accelerator.backward(loss)
+    accelerator.backward(spread(**batch, labels=labels).loss)
     optimizer.step()
     optimizer.zero_grad()
-
-accelerator.print(f"loss {loss.item():.4f}")
-peftcore.save(model, output)  # rank 0 writes
+    dcp.save(state, checkpoint_id=f"{output}/state/{step}")
+peftcore.save(model, f"{output}/adapter")  # rank 0 writes
 accelerator.end_training()
 peftcore.parallel.finish()

@@ -1,0 +1,10 @@
+"""A run that torchrun started is joined, and joined again with keys of its own after a restart."""
+
+from __future__ import annotations
+
+import rank_work
+from processes import run
+
+
+def test_a_restarted_run_has_keys_of_its_own() -> None:
+    assert run(rank_work.started_twice, joined=False) == [[(False, 2.0), (False, 2.0)]] * 2
