@@ -173,6 +173,20 @@ def _train(
     return own(resume_from_checkpoint, *args, **kwargs)
 
 
+def _run_epoch(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Set the epoch of the innermost sampler, which Trainer and accelerate do not reach in a resumed run of ranks.
+
+    The order would be the first epoch's: rows would be repeated and left out, and the run would not be resumed exactly.
+    """
+    found = kwargs.get("train_dataloader")
+    while getattr(found, "batch_sampler", None) is not None:
+        found = found.batch_sampler
+    sampler = getattr(found, "sampler", None)
+    if sampler is not None and hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(kwargs["epoch"])
+    return own(*args, **kwargs)
+
+
 def _save_model(
     trainer: Trainer, own: Callable[..., Any], output_dir: str | None = None, _internal_call: bool = False
 ) -> None:
@@ -360,6 +374,7 @@ def _patch_trainer() -> None:
         _create_optimizer,
         _prepare_for_training,
         _train,
+        _run_epoch,
         _save_model,
         _save,
         _save_checkpoint,

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from whole import WHOLE
 
 METHOD = ("--method", "lora", "--set", "r=4", "--set", "lora_alpha=8")
-STEPS = ("--steps", 4, "--lr", "0.02", "--save-every", 2, "--eval-every", 4)
+STEPS = ("--steps", 6, "--lr", "0.02", "--save-every", 5, "--eval-every", 6)  # an epoch has four
 
 
 def torchrun(*arguments: Any, code: int = 0, ranks: int = 2) -> str:
@@ -63,18 +63,18 @@ def test_two_ranks_train_what_one_trains(run: Run, llama: Path, reviews: Path, t
         found[parallel] = load_file(tmp_path / parallel / "adapter" / "adapter_model.safetensors")
         before, after = losses(tmp_path / parallel)
         assert before == pytest.approx(losses(tmp_path / "alone")[0], abs=1e-5) and after < 0.9 * before
-        names = {path.name for path in (tmp_path / parallel / "checkpoints" / "checkpoint-2").iterdir()}
+        names = {path.name for path in (tmp_path / parallel / "checkpoints" / "checkpoint-5").iterdir()}
         assert {"rng_state_0.pth", "rng_state_1.pth", "complete.json", "adapter_model.safetensors"} <= names
         assert "model.safetensors" not in names
     for name, tensor in found["ddp"].items():
         torch.testing.assert_close(found["fsdp2"][name], tensor, atol=1e-5, rtol=1e-4)
 
-    # Goes on as if the last half had not been lost.
+    # Goes on within the second epoch as if the last step had not been lost.
     output = tmp_path / "fsdp2"
-    for path in (output / "checkpoints" / "checkpoint-4").iterdir():
+    for path in (output / "checkpoints" / "checkpoint-6").iterdir():
         path.unlink()
     text = on_two_ranks(*common, "-o", output, "--batch-size", 2, "--parallel", "fsdp2", "--resume")
-    assert "checkpoint-4' is incomplete" in text and "resuming from" in text
+    assert "checkpoint-6' is incomplete" in text and "resuming from" in text
     again = load_file(output / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in found["fsdp2"].items())
 
@@ -107,12 +107,13 @@ def test_a_run_is_resumed_on_another_number_of_ranks(
     run: Run, llama: Path, whole_batches: Path, tmp_path: Path
 ) -> None:
     data = ("-d", whole_batches, "--eval-data", whole_batches)
-    common = ("train", "-m", llama, *data, *METHOD, "--steps", 6, "--lr", "0.02", "--save-every", 2, "--batch-size", 2)
+    common = ("train", "-m", llama, *data, *METHOD, "--steps", 12, "--lr", "0.02", "--save-every", 6)
+    common += ("--batch-size", 2)
     torchrun(*common, "-o", tmp_path / "whole", "--parallel", "ddp")
     wanted = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
     for name in ("one", "four"):
         shutil.copytree(tmp_path / "whole", tmp_path / name)
-        shutil.rmtree(tmp_path / name / "checkpoints" / "checkpoint-6")
+        shutil.rmtree(tmp_path / name / "checkpoints" / "checkpoint-12")
     text = run(*common, "-o", tmp_path / "one", "--resume").output
     assert "resuming with ranks=1: --grad-accum 2 keeps the examples per step" in text
     found = load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors")
@@ -125,7 +126,7 @@ def test_a_run_is_resumed_on_another_number_of_ranks(
 @pytest.mark.nightly
 def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(llama: Path, whole_batches: Path, tmp_path: Path) -> None:
     data = ("-d", whole_batches, "--eval-data", whole_batches)
-    common = ("train", "-m", llama, *data, *METHOD, "--steps", 200, "--save-every", 10, "--eval-every", 200)
+    common = ("train", "-m", llama, *data, *METHOD, "--steps", 60, "--save-every", 10, "--eval-every", 60)
     common += ("--batch-size", 2, "--parallel", "ddp", "--resume")
     torchrun(*common, "-o", tmp_path / "whole")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
