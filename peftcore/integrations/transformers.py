@@ -178,7 +178,7 @@ def _run_epoch(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: 
 
     The order would be the first epoch's: rows would be repeated and left out, and the run would not be resumed exactly.
     """
-    found = kwargs.get("train_dataloader")
+    found: Any = kwargs.get("train_dataloader")
     while getattr(found, "batch_sampler", None) is not None:
         found = found.batch_sampler
     sampler = getattr(found, "sampler", None)
