@@ -208,9 +208,13 @@ def load_model(
         quantize: 4-bit type of the linear layers, or arguments of `quantization.load`; None for dense weights.
     """
     quiet_transformers()
+    from peftcore.quantization.int4_models import int4_config
+
     packing = {"quant_type": quantize} if isinstance(quantize, str) else quantize
     loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_head(task, labels)}
     is_gguf = model.endswith(".gguf")
+    if packing is None and not is_gguf and int4_config(load_config(model, task, labels)) is not None:
+        packing = {"quant_type": "affine4"}  # it keeps its bits
     if packing is not None:
         from peftcore import quantization
 
@@ -298,9 +302,15 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
     """Return a base without weights, on the meta device."""
     import torch
 
+    from peftcore.quantization.int4_models import int4_config, pack_empty, without_quantization
+
     config = load_config(model, task, labels)
+    stored = int4_config(config)
     with torch.device("meta"):
-        return _auto_class(task).from_config(config)
+        made = _auto_class(task).from_config(config if stored is None else without_quantization(config))
+    if stored is not None:
+        pack_empty(made, stored)
+    return made
 
 
 def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> PretrainedConfig:
@@ -407,11 +417,14 @@ def merge_adapter(
     """Merge the adapter for good; 4-bit weights become dense. Warnings are worded for the commands."""
     import peftcore
 
-    dense = torch_dtype(dtype, device) if quantize else None
+    is_int4 = (
+        getattr(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), "stored", None) is not None
+    )
+    dense = torch_dtype(dtype, device) if quantize or is_int4 else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         peftcore.merge(model, keep_adapters=False, untie=untie, dtype=dense)
-    if quantize:
+    if dense is not None:
         peftcore.quantization.dequantize(model, dense)  # layers without adapters
     for warning in caught:
         warn(str(warning.message))

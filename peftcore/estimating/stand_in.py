@@ -17,7 +17,8 @@ from peftcore.estimating.following import NotFollowed
 from peftcore.layers import is_wrapped
 from peftcore.observation.meta import meta_copy
 from peftcore.quantization import QuantizedLinear, quantized_experts
-from peftcore.quantization.convert import convert_dense
+from peftcore.quantization.convert import convert
+from peftcore.quantization.int4_models import int4_config, pack_empty, without_quantization
 
 
 def stand_in(model: Any, dtype: torch.dtype | None) -> nn.Module:
@@ -107,9 +108,7 @@ def _copy(model: nn.Module) -> nn.Module:
     copied = meta_copy(model)
     for path, layer in packed.items():
         dense: Any = copied.get_submodule(path)
-        dense.weight.data = dense.weight.data.to(layer.packings["weight"].dtype)
-        double = layer.nested_absmax is not None
-        convert_dense(dense, layer.quant_type, double, layer.blocksize, layer.compute_dtype)
+        convert(dense, layer.packed.to("meta"), layer.compute_dtype)
     return copied
 
 
@@ -132,6 +131,11 @@ def _built(config: Any, dtype: torch.dtype) -> nn.Module:
     """Build the class that the config names, or a language model; from_config would initialise weights."""
     import transformers
 
+    stored = int4_config(config)
+    if stored is not None:
+        made = _built(without_quantization(config), dtype)
+        pack_empty(made, stored)
+        return made
     _refuse_packed(config)
     config = copy.deepcopy(config)  # building a model changes its config
     named = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)

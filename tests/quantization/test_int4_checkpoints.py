@@ -138,3 +138,16 @@ def test_folders_that_are_refused(change: Any, message: str, tmp_path: Path) -> 
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(peftcore.PeftcoreError, match=message):
         peftcore.quantization.load(tmp_path)
+
+
+@pytest.mark.parametrize("case", daily("gptq, act-order"))
+def test_the_estimate_knows_the_checkpoint(case: str, tmp_path: Path) -> None:
+    written(tmp_path, case)
+    model = peftcore.quantization.load(tmp_path)
+    found = [
+        peftcore.estimate(each, "lora", r=2, batch_size=2, length=8, dtype=torch.float32) for each in (tmp_path, model)
+    ]
+    packed = [layer for _, layer in quantized_layers(model)]
+    for each in found:
+        assert each.summary.packed_parameters == sum(layer.in_features * layer.out_features for layer in packed)
+        assert each.summary.packed_bytes == sum(t.nbytes for one in packed for t in (one.weight, *one.buffers()))

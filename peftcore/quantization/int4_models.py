@@ -1,0 +1,79 @@
+"""Models whose config says that a checkpoint of GPTQ, AWQ or compressed-tensors has their weights in int4."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore.errors import PeftcoreError
+from peftcore.quantization.convert import convert
+from peftcore.quantization.int4_layouts import Int4Weight, find_layout, to_affine4
+from peftcore.quantization.quantizable import selected
+from peftcore.targets import matches, sizes
+
+
+def int4_config(config: Any) -> Mapping[str, Any] | None:
+    """Return the `quantization_config` of a transformers config if `quantization.load` reads such checkpoints.
+
+    Raises:
+        PeftcoreError: it describes a layout that nothing here reads.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, Mapping):
+        return None
+    try:
+        return stored if find_layout(stored, str(getattr(config, "_name_or_path", ""))) is not None else None
+    except PeftcoreError:
+        method = stored["quant_method"]
+        if method == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is not None:
+            return None  # transformers loads it with that library
+        raise
+
+
+def without_quantization(config: Any) -> Any:
+    """Return a copy of a transformers config that describes the dense model."""
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    return config
+
+
+def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
+    """Give a dense model on the meta device int4 layers as its checkpoint has them by `quantization_config`.
+
+    Args:
+        model: the model, changed in place.
+        stored: the `quantization_config`, which `find_layout` knows.
+    """
+    scheme, is_symmetric = stored, stored["quant_method"] == "gptq" and stored.get("sym", True)
+    if stored["quant_method"] == "compressed-tensors":
+        scheme = next(iter(stored["config_groups"].values()))["weights"]
+        is_symmetric = scheme.get("symmetric", True)
+    is_ordered = stored.get("desc_act", False) or scheme.get("actorder") in ("group", "dynamic")
+    dense = [*(stored.get("ignore") or ()), *(stored.get("modules_to_not_convert") or ())]
+    with torch.device("meta"):
+        for path, layer in selected(model, None).items():
+            if any(_names(pattern, path) for pattern in dense):
+                continue
+            columns, rows = sizes(layer)
+            group = scheme.get("group_size") or -1
+            group = columns if group == -1 or columns % group else group
+            zeros = None if is_symmetric else torch.empty(rows, columns // group, dtype=torch.uint8)
+            order = torch.empty(columns, dtype=torch.int64) if is_ordered else None
+            scales = torch.empty(rows, columns // group, dtype=torch.float16)
+            codes = torch.empty(rows * columns // 2, 1, dtype=torch.uint8)
+            weight: Any = layer.weight
+            packed = to_affine4(Int4Weight(codes, scales, zeros, (rows, columns), group, order), weight.dtype, path)
+            convert(layer, packed, None)
+
+
+def _names(pattern: str, path: str) -> bool:
+    """Return whether a name in a `quantization_config`, which may be a part of a path or `re:...`, means this layer."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], path) is not None
+    return matches(pattern, path) or pattern in path
