@@ -32,6 +32,8 @@ FIGURES = {
     data.TAGS: ("accuracy", "macro_f1", "entity_f1"),
     data.PREFERENCES: ("preference_accuracy", "margin"),
     data.UNPAIRED: ("accuracy", "margin"),
+    data.ODDS: ("preference_accuracy", "log_odds"),
+    data.REWARD: ("preference_accuracy", "margin"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Tasks that compare the model with a reference, as it was before: each a module with the same functions."""
+"""Tasks on judged answers, some against a reference, the model as it was: each a module with the same functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import peftcore
-from peftcore.cli import data, preferences, unpaired
+from peftcore.cli import data, odds, preferences, rewards, unpaired
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.tasks import Example
 from peftcore.engine import state_of
@@ -20,7 +20,7 @@ BETA = preferences.BETA
 
 def of(task: str) -> Any:
     """Return the module of a task: `encode`, `lengths`, `likelihoods`, `figures` and `as_texts`."""
-    return {data.PREFERENCES: preferences, data.UNPAIRED: unpaired}[task]
+    return {data.PREFERENCES: preferences, data.UNPAIRED: unpaired, data.ODDS: odds, data.REWARD: rewards}[task]
 
 
 def measure(
@@ -36,7 +36,7 @@ def measure(
     """Return the loss over all examples and the task's figures.
 
     Args:
-        task: `dpo` or `kto`.
+        task: `dpo`, `kto`, `orpo` or `reward`.
         model: the model with its adapter.
         examples: encoded by the task's module.
         tokenizer: the tokenizer.
@@ -45,7 +45,7 @@ def measure(
         reference: `likelihoods` of the reference model in the same batches; None for the base.
     """
     module = of(task)
-    if reference is None:
+    if reference is None and module.HAS_REFERENCE:
         with peftcore.disabled(model) if state_of(model) is not None else contextlib.nullcontext():
             reference = module.likelihoods(model, examples, tokenizer, batch_size)
     after = module.likelihoods(model, examples, tokenizer, batch_size)

@@ -26,12 +26,15 @@ from peftcore.errors import PeftcoreError, nearest
 LANGUAGE_MODEL = "causal-lm"
 CLASSIFICATION, REGRESSION, MULTI_LABEL = LABELLED = labels.KINDS
 TAGS, IMAGE = labels.TAGS, labels.IMAGE
-HEADED = (*LABELLED, TAGS, IMAGE)  # with a new head on the base
+HEADED = (*LABELLED, TAGS, IMAGE)  # with a new head on the base, whose outputs have labels
 SEQ2SEQ = "seq2seq"
 PREFERENCES = "dpo"
 UNPAIRED = "kto"
-COMPARED = (PREFERENCES, UNPAIRED)  # trained against a reference: the model as it was
+ODDS, REWARD = "orpo", "reward"
+PAIRED = (PREFERENCES, ODDS, REWARD)  # rows with a chosen and a rejected answer
+COMPARED = (PREFERENCES, UNPAIRED, ODDS, REWARD)  # trained on judged answers, each task with a module of its own
 TASKS = (LANGUAGE_MODEL, SEQ2SEQ, *HEADED, *COMPARED)
+NEW_HEAD = (*HEADED, REWARD)
 
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 
@@ -53,7 +56,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     CLASSIFICATION: _labelled("label"),
     REGRESSION: _labelled("label"),
     MULTI_LABEL: (*_labelled("label"), *_labelled("labels")),
-    PREFERENCES: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    **dict.fromkeys(PAIRED, (("prompt", "chosen", "rejected"), ("chosen", "rejected"))),
     UNPAIRED: (("prompt", "completion", "label"),),
     TAGS: (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags")),
 }
@@ -62,8 +65,8 @@ _SHOWN = {
     MULTI_LABEL: "text/labels",
     SEQ2SEQ: "source/target",
 }
-_SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label", PREFERENCES: "prompt/chosen/rejected"}
-_SHOWN |= {UNPAIRED: "prompt/completion/label", TAGS: "tokens/tags"}
+_SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label"}
+_SHOWN |= dict.fromkeys(PAIRED, "prompt/chosen/rejected") | {UNPAIRED: "prompt/completion/label", TAGS: "tokens/tags"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES |= {"tool": "tool", "observation": "tool", "function": "tool"}
 
@@ -253,7 +256,7 @@ def row_of(where: str, fields: dict[str, Any], task: str) -> Row:
             f"{where}: {task} needs the keys {_SHOWN[task]}, found {listed(fields) or 'none'}. If they have "
             f"other names: --columns prompt=question,completion=answer{_of_others(task)}"
         )
-    if task == PREFERENCES:
+    if task in PAIRED:
         return _preference(where, fields)
     if task == UNPAIRED:
         return _marked_answer(where, fields)

@@ -118,7 +118,7 @@ def of_base(
         labels: a classifier's labels.
         trained_in: the base's dtype when its adapter was trained, if the adapter's task file has it.
     """
-    needs = RECORDED if trained_in == WIDE or (trained_in is None and task in data.HEADED) else None
+    needs = RECORDED if trained_in == WIDE or (trained_in is None and task in data.NEW_HEAD) else None
     return choose(dtype, device, _stored(model, task, labels, dtype), needs_fp32=needs)
 
 
@@ -140,7 +140,7 @@ def _of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
     needs = None
     if on_cpu and stored == "bf16" and settings.adapter is not None:
         task = models.adapter_task(Path(settings.adapter), settings.labels)
-        needs = RECORDED if task.dtype == WIDE or settings.task in data.HEADED else None
+        needs = RECORDED if task.dtype == WIDE or settings.task in data.NEW_HEAD else None
     elif on_cpu and stored == "bf16":
         needs = TRAINED if _trains_base(settings, labels) else None
     return choose(dtype, device, stored, needs_fp32=needs)
@@ -150,7 +150,7 @@ def _trains_base(settings: Settings, labels: tuple[str, ...]) -> bool:
     """Return whether the run trains parameters of the base, such as biases or a head."""
     import peftcore
 
-    if settings.method == FULL or settings.task in data.HEADED:
+    if settings.method == FULL or settings.task in data.NEW_HEAD:
         return True
     if not settings.method:  # several are asked
         return False

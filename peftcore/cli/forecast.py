@@ -84,7 +84,8 @@ def how(task: str, precision: str, parallel: str | None, processes: int) -> dict
     if parallel is None and processes > 1:
         raise PeftcoreError(f"{processes} processes need a way to share the work: --parallel ddp, or fsdp2")
     return {
-        "loss": task if task in data.COMPARED else None,
+        # ORPO's step has the pairs of DPO's, and not more.
+        "loss": {data.PREFERENCES: "dpo", data.ODDS: "dpo", data.UNPAIRED: "kto"}.get(task),
         "mixed_precision": precision if precision in MIXED else None,
         "ranks": processes,
         "shard": parallel == "fsdp2",
@@ -147,7 +148,7 @@ def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: t
         base,
         None if settings.method == FULL else settings.method,
         step=peftcore.Step(
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_size * (2 if settings.task == data.REWARD else 1),
             length=length,
             optimizer=settings.optim,
             gradient_checkpointing=settings.gradient_checkpointing,

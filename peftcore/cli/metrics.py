@@ -28,6 +28,7 @@ TITLES = {
     "entity_f1": "entity F1",
     "exact_match": "exact match",
     "rouge_l": "ROUGE-L",
+    "log_odds": "log odds ratio",
     "preference_accuracy": "preference accuracy",
 }
 SHARES = ("accuracy", "macro_f1", "micro_f1", "entity_f1", "exact_match", "preference_accuracy")  # shown as percentages

@@ -253,7 +253,7 @@ def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, 
         model: its name, for messages.
         task: the task.
     """
-    backbone = f"{loaded.base_model_prefix}." if task in data.HEADED else ""
+    backbone = f"{loaded.base_model_prefix}." if task in data.NEW_HEAD else ""
     names = sorted(name for name in missing if name.startswith(backbone))
     if not names:
         return
@@ -513,16 +513,16 @@ def _auto_class(task: str) -> Any:
         return transformers.AutoModelForSeq2SeqLM
     if task == data.IMAGE:
         return transformers.AutoModelForImageClassification
-    if task in data.HEADED:
+    if task in data.NEW_HEAD:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModelForCausalLM
 
 
 def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
     """Return the config fields of the head, for the model to have its outputs and its loss."""
-    if task not in data.HEADED:
+    if task not in data.NEW_HEAD:
         return {}
-    if task == data.REGRESSION:
+    if task in (data.REGRESSION, data.REWARD):
         return {"num_labels": 1, "problem_type": "regression"}
     kinds = dict.fromkeys((data.CLASSIFICATION, data.IMAGE), "single_label_classification")
     kinds[data.MULTI_LABEL] = "multi_label_classification"

@@ -123,8 +123,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 Task = Annotated[
     str | None,
     typer.Option(
-        help="causal-lm, seq2seq, classification, regression, multi-label, tags, image, dpo, kto; default: read "
-        "off the data."
+        help="causal-lm, seq2seq, classification, regression, multi-label, tags, image, dpo, kto, orpo, "
+        "reward; default: read off the data."
     ),
 ]
 Labels = Annotated[

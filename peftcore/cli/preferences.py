@@ -26,6 +26,7 @@ from peftcore.cli.tasks import Encoded, Example
 from peftcore.errors import PeftcoreError
 
 BETA = 0.1
+HAS_REFERENCE = True
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:

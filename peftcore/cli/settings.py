@@ -60,7 +60,9 @@ class RunOptions:
     ] = False
     beta: Annotated[
         float | None,
-        typer.Option(help="Beta of DPO and KTO, the weight that keeps the model close to the base; default: 0.1."),
+        typer.Option(
+            help="Beta of DPO and KTO, which keeps the model close to the base, or weight of ORPO's odds; default: 0.1."
+        ),
     ] = None
     labels: options.Labels = None
     columns: options.Columns = None

@@ -1,17 +1,19 @@
-"""Trainers of the command line: transformers' Trainer and TRL's DPO and KTO trainers with our examples and metrics."""
+"""Trainers of the command line: transformers' Trainer and TRL's trainers on judged answers, with our metrics."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import Trainer, TrainerControl
 
-from peftcore.cli import data, precision, tasks, unpaired
+from peftcore.cli import data, odds, precision, rewards, tasks, unpaired
 from peftcore.cli.console import require, say
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.sampler import LengthGroupedSampler
+from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import bare_model
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # mixin before one of several trainers
@@ -77,23 +79,52 @@ class MeasuringTrainer(Measuring, Trainer):
         return tasks.in_dtype(super()._prepare_inputs(inputs), self.model)
 
 
+def trl_classes(task: str) -> tuple[Any, Any]:
+    """Return (trainer, config) of TRL for a task in `data.COMPARED`.
+
+    Raises:
+        PeftcoreError: TRL is not installed, or this release has no such trainer.
+    """
+    require("trl", extra="dpo")
+    import trl
+
+    if task != data.ODDS:
+        name = {data.PREFERENCES: "DPO", data.UNPAIRED: "KTO", data.REWARD: "Reward"}[task]
+        return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL calls its package experimental
+        try:
+            from trl.experimental import orpo
+        except ImportError as error:
+            raise PeftcoreError(
+                f"--task orpo needs TRL's ORPOTrainer, which TRL {trl.__version__} does not have: {error}. Use "
+                "--task dpo, or another release of trl"
+            ) from error
+    return orpo.ORPOTrainer, orpo.ORPOConfig
+
+
 def comparing_trainer(task: str, **arguments: Any) -> Measuring:
-    """Return TRL's DPOTrainer or KTOTrainer for encoded examples (see `preferences` and `unpaired`).
+    """Return TRL's trainer of a task in `data.COMPARED` for encoded examples (see `comparisons`).
 
     The reference is the current model; no second one is loaded (`integrations.reference_model`).
     """
     require("trl", extra="dpo")
-    import trl
     from datasets import Dataset
 
-    base: Any = {data.PREFERENCES: trl.DPOTrainer, data.UNPAIRED: trl.KTOTrainer}[task]
+    base: Any = trl_classes(task)[0]
 
     class MeasuringComparison(Measuring, base):
         def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
             return dataset  # already tokens, with the end of the answer if it is learned
 
+        def tokenize_row(self, row: Any, *_args: Any, **_kwargs: Any) -> Any:
+            return row
+
     if task == data.UNPAIRED:
         arguments["data_collator"] = unpaired.collator(arguments["processing_class"])
     for name in ("train_dataset", "eval_dataset"):
+        if task in (data.ODDS, data.REWARD):
+            columns = odds.columns if task == data.ODDS else rewards.columns
+            arguments[name] = columns(arguments[name])
         arguments[name] = Dataset.from_list(arguments[name])
     return MeasuringComparison(**arguments)

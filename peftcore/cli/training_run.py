@@ -40,7 +40,7 @@ from peftcore.cli import (
     warm_start,
 )
 from peftcore.cli import forecast as forecasts
-from peftcore.cli.console import require, say, warn
+from peftcore.cli.console import say, warn
 from peftcore.cli.memory_trace import MemoryTrace, Trace
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.models import AdapterTask
@@ -253,7 +253,10 @@ def run(
     with peftcore.disabled(model) if settings.method != FULL and start is None else contextlib.nullcontext():
         if comparison is not None:
             measured = [part for part in (held_out, validation, *held_out_sets.values()) if part]
-            first |= {id(part): comparison.likelihoods(model, part, tokenizer, pairs) for part in measured}
+            first |= {
+                id(part): comparison.likelihoods(model, part, tokenizer, pairs) if comparison.HAS_REFERENCE else []
+                for part in measured
+            }
         say("measuring held-out examples ...")
         before = measure(model)
         other_before = measure(model, other) if other else None
@@ -320,7 +323,7 @@ def run(
     else:
         peftcore.save(model, adapter)
         template = tokenizer.chat_template if is_chat and settings.chat_template else None
-        seed = settings.seed if settings.task in data.HEADED else None
+        seed = settings.seed if settings.task in data.NEW_HEAD else None
         made_for = AdapterTask(
             settings.task, settings.max_length, labels, is_chat, template, settings.beta, settings.dtype, seed
         )
@@ -387,12 +390,10 @@ def training_arguments(
     kind: Any = TrainingArguments
     more: dict[str, Any] = {}
     if settings.task in data.COMPARED:
-        require("trl", extra="dpo")
-        import trl
-
-        kind = {data.PREFERENCES: trl.DPOConfig, data.UNPAIRED: trl.KTOConfig}[settings.task]
-        beta = settings.beta or comparisons.BETA
-        more = {"beta": beta, "max_length": None, "gradient_checkpointing": False}
+        _, kind = trainers.trl_classes(settings.task)
+        more = {"max_length": None, _checkpointing_name(): False}  # TRL's default is True
+        if settings.task != data.REWARD:
+            more["beta"] = settings.beta or comparisons.BETA
     try:
         return kind(
             output_dir=str(output / "checkpoints"),
@@ -445,12 +446,16 @@ def check_arguments(settings: Settings, output: Path) -> None:
         ) from error
 
 
+def _checkpointing_name() -> str:
+    names = {known.name for known in fields(TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+
+
 def _gradient_checkpointing(wanted: bool) -> dict[str, Any]:
     """Return Trainer's arguments for gradient checkpointing, by their name in this release."""
     if not wanted:
         return {}
-    names = {known.name for known in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    name = _checkpointing_name()
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 

@@ -24,6 +24,8 @@ from peftcore.cli.metrics import Metrics
 from peftcore.cli.tasks import Encoded, Example
 from peftcore.errors import PeftcoreError
 
+HAS_REFERENCE = True
+
 Likelihoods = list[Tensor]  # log p of the answers, and of the mismatched answers
 
 

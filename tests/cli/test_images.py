@@ -165,7 +165,7 @@ def test_end_to_end(run: Run, vit: Path, photos: Path, tmp_path: Path) -> None:
     assert "the head of" in text and "is for other labels and was replaced by a new one for 2" in text
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["accuracy"] == 1.0 and found["labels"] == ["blue", "red"] and found["eval_rows"] == 4
-    assert "images/s" in text and "tokens/s" not in text and f"predict --adapter {output}" in text
+    assert "examples/s" in text and "tokens/s" not in text and f"predict --adapter {output}" in text
     assert json.loads((output / "adapter" / "peftcore_task.json").read_text())["labels"] == ["blue", "red"]
     assert "1.0000" in run("eval", "-a", output, "-d", photos).output
 

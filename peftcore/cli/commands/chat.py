@@ -58,7 +58,7 @@ def chat(
             "nothing to talk with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
         )
     about = {name: models.adapter_task(folder) for name, folder in folders.items()}
-    classifier = next((name for name, task in about.items() if task.task in data.HEADED), None)
+    classifier = next((name for name, task in about.items() if task.task in data.NEW_HEAD), None)
     if classifier is not None:
         raise PeftcoreError(f"'{folders[classifier]}' is a classifier and cannot write text. Use peftcore generate")
     bases = {name: models.base_of(folder, model) for name, folder in folders.items()}

@@ -43,6 +43,8 @@ def generate(
         task, base = models.AdapterTask(data.LANGUAGE_MODEL, 512), models.resolve(str(model))
     else:
         task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
+    if task.task == data.REWARD:
+        raise PeftcoreError(f"'{adapter}' is a reward model, which writes no answers. Measure it: peftcore eval")
     if task.task == data.IMAGE:
         raise PeftcoreError(f"'{adapter}' classifies images. Use peftcore predict --data IMAGES")
     if pair is not None and task.task not in data.LABELLED:

@@ -50,7 +50,8 @@ def predict(
     task = models.adapter_task(adapter, labels)
     if task.task not in examples.HEADED:
         raise PeftcoreError(
-            f"predict is for classifiers, found an adapter for {task.task}. Use peftcore generate --prompt TEXT"
+            f"predict is for classifiers, found an adapter for {task.task}. Use peftcore "
+            f"{'eval' if task.task == examples.REWARD else 'generate --prompt TEXT'}"
         )
     if output is not None and output.exists():
         raise PeftcoreError(f"'{output}' exists already. Pass a new file: --output FILE")

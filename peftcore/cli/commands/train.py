@@ -60,7 +60,8 @@ def train(
     are numbers that are not all whole, and multi-label if they are lists. {"tokens": [...], "tags": [...]} tags words.
     A folder with one subfolder of images per label trains an image classifier.
     {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages, is learned by DPO, and {"prompt": ...,
-    "completion": ..., "label": true} by KTO, with the frozen base as the reference.
+    "completion": ..., "label": true} by KTO, with the frozen base as the reference; the pairs also by ORPO (--task
+    orpo), or to train a reward model (--task reward).
 
     With --adapter training starts from an existing adapter, of this or another library, with its base and method; the
     initial adapter is what results are compared with, also in DPO.
@@ -88,14 +89,16 @@ def train(
         start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
     examples.check_task(task)
-    if display.sample is not None and task in examples.HEADED:
+    if display.sample is not None and task in examples.NEW_HEAD:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes no text. Leave it out")
     if task == examples.IMAGE and (given.chat_template is not None or given.columns is not None):
         raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")
     if given.pack and task != examples.LANGUAGE_MODEL:
         raise PeftcoreError(f"--pack is for causal-lm, found task {task}. Leave it out")
-    if given.beta is not None and (task not in examples.COMPARED or given.beta <= 0):
-        raise PeftcoreError(f"--beta is for --task dpo and kto and must be above 0, found {given.beta:g} for {task}")
+    if given.beta is not None and (task not in examples.COMPARED or task == examples.REWARD or given.beta <= 0):
+        raise PeftcoreError(
+            f"--beta is for --task dpo, kto and orpo and must be above 0, found {given.beta:g} for {task}"
+        )
     if task == examples.UNPAIRED and given.batch_size < 2:
         raise PeftcoreError(
             "--task kto compares the answers of a batch, found --batch-size 1. Use --batch-size 2 or more"
@@ -275,7 +278,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _examples(result: Result) -> str:
-    return f"{result.examples_per_second:,.1f} images/s"
+    return f"{result.examples_per_second:,.1f} examples/s"
 
 
 def _predicted(result: Result) -> list[tuple[str, str]]:
@@ -297,9 +300,10 @@ def _commands(settings: Settings, result: Result) -> list[str]:
     evaluation = " --data ".join(map(shlex.quote, files))
     if settings.columns:
         evaluation += f" --columns {shlex.quote(settings.columns)}"
+    takes_prompts = settings.task not in (data.IMAGE, data.REWARD)
     return [
         *([f"peftcore chat --adapter {adapter}"] if result.is_chat else []),
-        *([f'peftcore generate --adapter {adapter} --prompt "..."'] if settings.task != data.IMAGE else []),
+        *([f'peftcore generate --adapter {adapter} --prompt "..."'] if takes_prompts else []),
         *([f"peftcore predict --adapter {adapter} --data NEW"] if settings.task in data.HEADED else []),
         f"peftcore eval --adapter {adapter} --data {evaluation}",
         f"peftcore merge --adapter {adapter} --output MERGED",
