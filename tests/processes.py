@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -23,12 +23,18 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def run(
-    work: Callable[..., Any], *arguments: Any, ranks: int = 2, seconds: float = 300, joined: bool = True
+    work: Callable[..., Any],
+    *arguments: Any,
+    ranks: int = 2,
+    seconds: float = 300,
+    joined: bool = True,
+    dying: Collection[int] = (),
 ) -> list[Any]:
     """Return what `work(*arguments)` returns on each rank. `work` and its arguments are pickled: it is in a module.
 
     Args:
         joined: the ranks are a process group. False: several ranks have torchrun's variables, and join by themselves.
+        dying: ranks that die, of which None is returned.
 
     Raises:
         AssertionError: a rank failed, with what it raised; or they did not end in time.
@@ -46,7 +52,7 @@ def run(
                     try:
                         failed, value = pickle.loads(pipe.recv_bytes())
                     except EOFError:
-                        failed, value = True, "the process died"
+                        failed, value = rank not in dying, None if rank in dying else "the process died"
                     assert not failed, f"rank {rank}:\n{value}"
                     found[rank] = value
         finally:

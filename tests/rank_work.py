@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_parameters, set_trainable
+from peftcore.files import lost_ranks
 from peftcore.files.loading import restore
 from peftcore.parallel import refuse_between_blocks
 from peftcore.testing import disturb
@@ -300,6 +302,25 @@ def saving(pipe: Any, folder: str) -> None:
     while True:
         for found in pair:
             peftcore.save(found, folder)
+
+
+def saving_with_a_dying_rank(folder: str, bases: str | None) -> str:
+    """Save twice; rank 1 dies in the second call, when it waits for rank 0 to write. On what tells it."""
+    import rank_bases
+
+    lost_ranks.WAIT = 0.3
+    found = model() if bases is None else rank_bases.base(bases, "llama", tp_size=2)
+    peftcore.apply(found, "lora", r=2)
+    if bases is None:
+        peftcore.shard(found)
+    peftcore.save(found, folder)
+    if ranks.rank() == 1:
+        ranks.once = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        peftcore.save(found, folder)
+    except peftcore.PeftcoreError as error:
+        return str(error)
+    return "nothing was raised"
 
 
 def sharded_by_accelerate(cases: list[str]) -> dict[str, float]:

@@ -12,6 +12,7 @@ The modules from the lowest up; each may import those above it in this list.
 
     vocabulary, fingerprint, multiplier, written_config, tensors    parts of the files of an adapter on a model
     single_file, reading, fitting                                   files without a config; content; whether it fits
+    lost_ranks                                                      which rank has ended while others wait for it
     model_card                                                      README.md, with the metadata that hubs read
     hub, resident, saving, loading                                  `save`, `load`, `restore`, `set_resident_limit`
 

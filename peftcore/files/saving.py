@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from peftcore.files import model_card, single_file
 from peftcore.files.atomic_writing import Content, write_adapters
 from peftcore.files.fingerprint import fingerprint
 from peftcore.files.folder import root_of
+from peftcore.files.lost_ranks import naming_lost_ranks
 from peftcore.files.metadata import BASE, METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, VERSION
 from peftcore.files.multiplier import in_metadata
 from peftcore.files.peft_defaults import peft_version
@@ -64,7 +66,8 @@ def save(
 
     Raises:
         CheckpointError: the files cannot be written, or a value is not finite. Existing files are unchanged.
-        PeftcoreError: the adapter does not have this format, or cannot be expressed in it.
+        PeftcoreError: the adapter does not have this format, or cannot be expressed in it; ranks have different
+            adapters, or one has ended: the message names it, and the folder is whole.
     """
     if format != PEFT and format in single_file.formats():
         return _save_single(model, Path(path), adapter, dtype, format)
@@ -120,10 +123,11 @@ def _save_single(
             raise PeftcoreError(f"format={format!r} is not known of '{names[0]}' ({method.name})")
         chosen[called] = each, names[0]
     sharded = any(ranks.is_sharded(each) for each, _ in chosen.values())
-    if sharded:
-        for each, name in chosen.values():
+    if not sharded and ranks.rank() > 0:
+        return path
+    with naming_lost_ranks(f"'{path}' could not be written by all ranks") if sharded else nullcontext():
+        for each, name in chosen.values() if sharded else ():
             _refuse_drifted(each, name)
-    if sharded or ranks.rank() == 0:
         contents = {called: (each, _content(each, name, dtype, False, {})) for called, (each, name) in chosen.items()}
         ranks.once(lambda: single_file.write(format, path, contents), together=sharded)
     return path
@@ -148,24 +152,45 @@ def _save(
     engine.refuse_changed(model)
     _warn_of_others_trained(model)
     sharded = ranks.is_sharded(model)
-    for name in inside.values() if sharded else ():
-        _refuse_drifted(model, name)
-    if inside and (sharded or ranks.rank() == 0):
-        with walked_once(model):
-            contents = {
-                place: _laid_out(model, name, format, _content(model, name, dtype, resumable, metadata))
-                for place, name in inside.items()
-            }
-            tasks = {content.fields.get("task_type") for content in contents.values()}
-            card = model_card.card(model, list(inside.values()), tasks.pop() if len(tasks) == 1 else None)
-
-        def write() -> None:
-            write_adapters(folder, contents)
-            if root_of(folder)[1] == "":  # not one of several that were saved together, whose card is above
-                _write_card(folder, card)
-
-        ranks.once(write, together=sharded)
+    if sharded:
+        failed = f"the adapter could not be saved by all ranks ('{folder}' is whole: as it was before, or as saved now)"
+        with naming_lost_ranks(failed):
+            for name in inside.values():
+                _refuse_drifted(model, name)
+            _write(model, folder, inside, dtype, resumable, metadata, format, together=True)
+    elif ranks.rank() == 0:
+        _write(model, folder, inside, dtype, resumable, metadata, format, together=False)
     return folder
+
+
+def _write(
+    model: nn.Module,
+    folder: Path,
+    inside: dict[str, str],
+    dtype: torch.dtype | None,
+    resumable: bool,
+    metadata: dict[str, str],
+    format: str,
+    *,
+    together: bool,
+) -> None:
+    """Write adapters on rank 0. Collective if `together`."""
+    if not inside:
+        return
+    with walked_once(model):
+        contents = {
+            place: _laid_out(model, name, format, _content(model, name, dtype, resumable, metadata))
+            for place, name in inside.items()
+        }
+        tasks = {content.fields.get("task_type") for content in contents.values()}
+        card = model_card.card(model, list(inside.values()), tasks.pop() if len(tasks) == 1 else None)
+
+    def write() -> None:
+        write_adapters(folder, contents)
+        if root_of(folder)[1] == "":  # not one of several that were saved together, whose card is above
+            _write_card(folder, card)
+
+    ranks.once(write, together=together)
 
 
 def _write_card(folder: Path, card: tuple[dict[str, Any], str]) -> None:

@@ -8,11 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import rank_bases
 import rank_cases
 import rank_work
 import torch
 from processes import kill_one, run
-from whole import WHOLE
+from whole import WHOLE, nightly_but
 
 import peftcore
 from peftcore.engine import adapter_parameters
@@ -52,6 +53,16 @@ def test_a_rank_killed_in_a_save_leaves_a_whole_adapter(tmp_path: Path) -> None:
         found = {value for _, p in adapter_parameters(base, "default") for value in p.unique().tolist()}
         assert found in ({1.0}, {2.0}), attempt
         peftcore.remove(base)
+
+
+@pytest.mark.parametrize("how", nightly_but(["fsdp2", "tensor parallelism"], ["fsdp2"]))
+def test_a_rank_that_dies_in_a_save_is_named(how: str, tmp_path: Path) -> None:
+    if how != "fsdp2":
+        rank_bases.write(tmp_path)
+    bases = None if how == "fsdp2" else str(tmp_path)
+    message, _ = run(rank_work.saving_with_a_dying_rank, str(tmp_path / "adapter"), bases, dying=[1])
+    assert "is whole: as it was before, or as saved now): rank 1 has not answered for 0.3 s. Read" in message
+    peftcore.load(rank_work.model() if bases is None else rank_bases.base(bases, "llama"), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
