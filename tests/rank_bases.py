@@ -33,14 +33,23 @@ READING += ["adapter", "reft", "ia3", "bitfit", "ln-tuning"]
 
 
 def write(folder: Path) -> None:
-    """Folders with a tiny model: `llama` and `gpt2`, of which two ranks can have halves, `odd`, and `qwen3`."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    """Folders with a tiny model: `llama` and `gpt2`, of which two ranks can have halves, `odd`, and two of Qwen3."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 36, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 96, "head_dim": 18}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "llama")
     Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(folder / "qwen3")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | experts)).save_pretrained(folder / "qwen3_moe")
     biases = {"attention_bias": True, "mlp_bias": True, "intermediate_size": 49}
     LlamaForCausalLM(LlamaConfig(**sizes | biases)).save_pretrained(folder / "odd")
     rank_work.model("gpt2").save_pretrained(folder / "gpt2")

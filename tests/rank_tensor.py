@@ -118,6 +118,22 @@ def table(folder: str, cases: list[str]) -> dict[str, dict[str, float | str]]:
     return {case: against_one_process(case, folder) for case in cases}
 
 
+def by_hooks(folder: str, kind: str = "llama", **styles: Any) -> nn.Module:
+    """A base that PyTorch's `parallelize_module` divides."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan: dict[str, Any] = {"model.embed_tokens": RowwiseParallel(input_layouts=Replicate())}
+    plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+    for name in ("q_proj", "k_proj", "v_proj"):
+        plan[f"model.layers.*.self_attn.{name}"] = ColwiseParallel()
+    for name in ("gate_proj", "up_proj"):
+        plan[f"model.layers.*.mlp.{name}"] = ColwiseParallel()
+    plan |= {"model.layers.*.self_attn.o_proj": RowwiseParallel(), "model.layers.*.mlp.down_proj": RowwiseParallel()}
+    return parallelize_module(base(folder, kind), init_device_mesh("cpu", (2,)), plan | styles)
+
+
 TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]
 BOTH: dict[str, Any] = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS}
 
@@ -250,7 +266,138 @@ def of_trained(folder: str, whole: bool) -> dict[str, float | str]:
     return found
 
 
+class OfTokens(nn.Module):
+    """Two layers, of which each rank computes its part, for its tokens of the whole input `[batch, tokens, 8]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.count = nn.Linear(8, 12), nn.Linear(12, 8), 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        rank = ranks.rank() if self.count > 1 else 0
+        return self.down(self.up(x.chunk(self.count, 1)[rank]).relu())
+
+
+def sequence_parallel() -> float:
+    """Largest difference of a gradient of LoRA on layers whose outer layouts divide tokens."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    alone, spread = OfTokens().double(), OfTokens().double()
+    plan = {"up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel(output_layouts=Shard(1))}
+    parallelize_module(spread, init_device_mesh("cpu", (2,)), plan)
+    spread.count = 2
+    for each in (alone, spread):
+        torch.manual_seed(7)
+        peftcore.apply(each, "lora", r=3, target_modules=["up", "down"])
+        disturb(each, "default", seed=1, std=0.5)
+        each(torch.arange(64, dtype=torch.float64).view(2, 4, 8).sin()).square().sum().backward()
+    return farthest(values(spread, "grad"), values(alone, "grad"))
+
+
+def of_hooks(folder: str, whole: bool) -> dict[str, float | str]:
+    """Adapters on a base that `parallelize_module` has divided."""
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import RowwiseParallel, SequenceParallel
+
+    found: dict[str, float | str] = {"hooks, sequence parallel": sequence_parallel()}
+    cases: dict[str, dict[str, Any]] = {"lora": BOTH, "dora": {"method": "dora", **BOTH}}
+    if whole:
+        cases |= {"ia3": {"method": "ia3"}, "prefix": {"method": "prefix-tuning", "num_virtual_tokens": 3}}
+        cases |= {"adapter": {"method": "adapter", "bottleneck_size": 5}, "adaption": {"method": "adaption-prompt"}}
+        cases["eva"] = {**BOTH, "init_lora_weights": "eva", "batches": [{"input_ids": TOKENS, "labels": TOKENS}]}
+        cases["ends"] = {"r": 3, "target_modules": ["embed_tokens", "lm_head"]}
+    for name, fields in cases.items():
+        models = base(folder, "llama"), by_hooks(folder)
+        for model in models:
+            torch.manual_seed(7)
+            own = dict(fields)
+            peftcore.apply(model, own.pop("method", "lora"), **own)
+            if "init_lora_weights" not in own:
+                disturb(model, "default", seed=1, std=0.05)
+            model.train()
+        found[f"hooks, {name}"] = gradients(*models)
+    alone, spread = models
+    found["hooks, logits"] = off(logits(spread), logits(alone))
+    peftcore.save(spread, f"{folder}/by hooks")
+    found["hooks, loaded"] = off(logits(peftcore.load(base(folder, "llama"), f"{folder}/by hooks")), logits(alone))
+    if name != "ends":
+        found["hooks, merged"] = off(logits(peftcore.merge(spread)), logits(alone))
+        peftcore.unmerge(spread)
+    peftcore.remove(spread)
+    found["hooks, removed"] = off(logits(spread), logits(base(folder, "llama")))
+    found["hooks, saved modules"] = message_of(lambda: peftcore.apply(spread, "lora", modules_to_save=["lm_head"]))
+    parts = {"model.layers.*.mlp.down_proj": RowwiseParallel(output_layouts=Shard(1))}
+    parts["model.norm"] = SequenceParallel()
+    found["hooks, tokens"] = message_of(lambda: peftcore.apply(by_hooks(folder, **parts), "adapter"))
+    found["hooks, shard"] = message_of(lambda: peftcore.shard(peftcore.apply(spread, "lora", **BOTH)))
+    return found
+
+
+def of_mesh(folder: str) -> dict[str, float | str]:
+    """Adapters on a base that FSDP2 and tensor parallelism divide over 2 x 2 ranks, each pair with its own batch."""
+    warnings.simplefilter("ignore")
+    found: dict[str, float | str] = {}
+    for name, fields in (("lora", BOTH), ("dora", BOTH), ("prefix-tuning", {"num_virtual_tokens": 3})):
+        alone, spread = base(folder, "llama"), base(folder, "llama", tp_size=2, fsdp_size=2)
+        for each in (alone, spread):
+            torch.manual_seed(7)
+            peftcore.apply(each, name, **fields)
+            disturb(each, "default", seed=1, std=0.05)
+            each.train()
+        peftcore.shard(spread)
+        rows = TOKENS.chunk(2)
+        for part in rows:
+            (rank_work.loss(alone, part) / 2).backward()
+        rank_work.loss(spread, rows[ranks.rank() // 2]).backward()
+        wanted = values(alone, "grad")
+        assert max(gradient.abs().max().item() for gradient in wanted.values()) > 1e-5
+        found[f"mesh, {name}"] = farthest(values(spread, "grad"), wanted)
+        peftcore.save(spread, f"{folder}/mesh, {name}")
+        distributed.barrier()
+        loaded = peftcore.load(base(folder, "llama"), f"{folder}/mesh, {name}")
+        found[f"mesh, {name}, loaded"] = off(logits(loaded), logits(spread))
+    found["mesh, merge"] = message_of(lambda: peftcore.merge(spread))
+    peftcore.remove(spread)
+    found["mesh, modules"] = message_of(lambda: peftcore.apply(spread, "lora", modules_to_save=["lm_head"]))
+    return found
+
+
+def of_experts(folder: str) -> dict[str, float | str]:
+    """Adapters on a base of which each rank has half of the experts, with one batch for both ranks or one for each."""
+    warnings.simplefilter("ignore")
+    found: dict[str, float | str] = {}
+    fields = {"r": 3, "target_modules": ["q_proj", "o_proj"]}
+    for name, sizes in {"one batch": {"tp_size": 2, "ep_size": 2}, "two": {"fsdp_size": 2, "ep_size": 2}}.items():
+        alone, spread = base(folder, "qwen3_moe"), base(folder, "qwen3_moe", **sizes)
+        for each in (alone, spread):
+            torch.manual_seed(7)
+            peftcore.apply(each, "lora", **fields)
+            disturb(each, "default", seed=1, std=0.05)
+            each.train()
+        if name == "two":
+            peftcore.shard(spread)
+            rank_work.backward_alone(alone)
+            rank_work.backward_here(spread, spread)
+            wanted = values(alone, "grad")
+            assert max(gradient.abs().max().item() for gradient in wanted.values()) > 1e-5
+            found[f"experts, {name}"] = farthest(values(spread, "grad"), wanted)
+        else:
+            found[f"experts, {name}"] = gradients(alone, spread)
+        peftcore.save(spread, f"{folder}/experts")
+        distributed.barrier()
+        loaded = peftcore.load(base(folder, "qwen3_moe"), f"{folder}/experts")
+        found[f"experts, {name}, loaded"] = off(logits(loaded), logits(spread))
+        peftcore.remove(spread)
+        found[f"adapted experts, {name}"] = message_of(
+            lambda m=spread: peftcore.apply(m, "lora", target_modules=["experts"])
+        )
+    return found
+
+
 def everything(
     folder: str, cases: list[str], whole: bool
 ) -> tuple[dict[str, dict[str, float | str]], dict[str, float | str]]:
-    return table(folder, cases), {**of_lora(folder, whole), **of_trained(folder, whole)}
+    return table(folder, cases), {**of_lora(folder, whole), **of_trained(folder, whole), **of_hooks(folder, whole)}

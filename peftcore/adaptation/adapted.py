@@ -26,7 +26,7 @@ from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, Branched, Link, OwnForward, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, disabled_in_thread
-from peftcore.adaptation.division import DividedChain, Division, WholeForward, division_of, on_parts
+from peftcore.adaptation.division import DividedChain, Division, WholeForward, division_of, on_local, on_parts
 from peftcore.adaptation.enclosing import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
 from peftcore.adaptation.per_sample import PerSample
 from peftcore.adaptation.rows import ROWS
@@ -151,7 +151,7 @@ def is_per_sample(module: nn.Module) -> bool:
 
 def activate_behind(module: nn.Module, name: str) -> None:
     """Activate `name`, which combines no other adapters, around the active ones."""
-    if OWN_FORWARD in module.__dict__:
+    if OWN_FORWARD in module.__dict__ or module._forward_pre_hooks:  # the layer may be divided over ranks
         activate(module, (*module.__dict__[_ACTIVE], name), same_base=True)
         return
     module.__dict__[_ACTIVE] = (*module.__dict__[_ACTIVE], name)
@@ -202,7 +202,7 @@ def _chain_of(module: nn.Module, base: OwnForward) -> Any:
 
 def _parts(adapters: Adapters, names: Sequence[str], base: OwnForward, division: Division) -> Any:
     """Return the forward of the adapters on this rank's part of a layer, or None if one needs the whole."""
-    chain: Any = base
+    chain: Any = on_local(base, division)
     for name in names:
         adapter: Any = adapters._modules[name]
         if name in adapters.links or name in adapters.branches or not on_parts(adapter):

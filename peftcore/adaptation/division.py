@@ -1,6 +1,7 @@
-"""Layers that tensor parallelism divides over the ranks (transformers' `tp_plan`), and adapters on them.
+"""Layers that tensor parallelism divides over the ranks, and adapters on them.
 
-A plan replaces the forward of a layer's instance. Its weight is a DTensor, and the layer maps plain tensors:
+A plan of transformers (`tp_plan`) replaces the forward of a layer's instance; PyTorch's `parallelize_module` gives it
+hooks, between which the layer maps DTensors. Its weight is a DTensor, and from outside it maps plain tensors:
 
     column-wise   weight [out / n, in]   x whole -> y this rank's part, or gathered
     row-wise      weight [out, in / n]   x this rank's part, or whole -> y whole, summed over the ranks
@@ -28,11 +29,13 @@ from torch.utils._pytree import tree_leaves
 from peftcore import ranks
 from peftcore.adaptation.chain import OWN_FORWARD, OwnForward
 from peftcore.adaptation.class_swap import original_forward
+from peftcore.adaptation.parallel_hooks import mesh_of_hooks, style_of_hooks
 from peftcore.adapter import Adapter, Change, implements
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
     from torch.utils.hooks import RemovableHandle
 
 
@@ -47,6 +50,7 @@ class Division:
         output_in_parts: each rank's output is its part of the last dimension.
         inputs: width of the whole input.
         outputs: width of the whole output.
+        dtensors: the layer maps DTensors, between hooks of PyTorch's `parallelize_module`.
     """
 
     mesh: DeviceMesh
@@ -55,6 +59,7 @@ class Division:
     output_in_parts: bool
     inputs: int
     outputs: int
+    dtensors: bool = False
 
     def part(self, whole: Tensor, dim: int = -1) -> Tensor:
         """Return this rank's part of a tensor that is equal on all ranks; its gradient is the whole one."""
@@ -66,14 +71,48 @@ class Division:
 
     def gathered(self, part: Tensor, width: int) -> Tensor:
         """Return the whole of which each rank has its part of the last dimension, `width` in all."""
+        from torch.distributed.tensor import Replicate
+
+        return self._dtensor(part, width).redistribute(placements=[Replicate()]).to_local()
+
+    def _dtensor(self, tensor: Tensor, width: int | None) -> DTensor:
+        """Return a DTensor of a whole tensor, or of parts of the last dimension, `width` in all."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        shape = torch.Size([*part.shape[:-1], width])
+        if width is None:
+            return DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
+        shape = torch.Size([*tensor.shape[:-1], width])
         stride = torch.empty(shape, device="meta").stride()
-        parts = DTensor.from_local(
-            part, self.mesh, [Shard(part.dim() - 1)], run_check=False, shape=shape, stride=stride
-        )
-        return parts.redistribute(placements=[Replicate()]).to_local()
+        last = [Shard(tensor.dim() - 1)]
+        return DTensor.from_local(tensor, self.mesh, last, run_check=False, shape=shape, stride=stride)
+
+    def input_of(self, local: Tensor) -> DTensor:
+        """Return the input of a layer that maps DTensors."""
+        return self._dtensor(local, self.inputs if self.input_in_parts else None)
+
+    def output_of(self, local: Tensor) -> DTensor:
+        """Return the output of a layer that maps DTensors."""
+        return self._dtensor(local, self.outputs if self.output_in_parts else None)
+
+    def local_input(self, x: Any) -> Tensor:
+        """Return the local tensor of such a layer's input."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        wanted = Shard(x.dim() - 1) if self.input_in_parts else Replicate()
+        if not ranks.is_dtensor(x) or x.placements not in ((wanted,), (Shard(-1),) if self.input_in_parts else ()):
+            raise PeftcoreError(
+                f"a layer with an adapter that parallelize_module has divided was given {type(x).__name__} "
+                f"{list(getattr(x, 'placements', ()))}, not a DTensor {[wanted]}. Call the layer itself, so that the "
+                "hooks of its parallel style run"
+            )
+        return x.to_local()
+
+    def local_output(self, y: DTensor) -> Tensor:
+        """Return the local tensor of such a layer's output, with the terms of the ranks summed."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        wanted = Shard(y.dim() - 1) if self.output_in_parts else Replicate()
+        return y.redistribute(placements=[wanted]).to_local()
 
     def summed(self, term: Tensor) -> Tensor:
         """Return the sum of all ranks' terms."""
@@ -91,8 +130,8 @@ class Division:
 
 
 def has_plan(module: nn.Module) -> bool:
-    """Return whether a parallel plan of transformers has replaced the forward of `module`."""
-    return plan_of(module) is not None
+    """Return whether a parallel plan of transformers or `parallelize_module` divides the work of `module`."""
+    return plan_of(module) is not None or mesh_of_hooks(module) is not None
 
 
 def mesh_of_norm(module: nn.Module) -> DeviceMesh | None:
@@ -106,6 +145,9 @@ def mesh_of_norm(module: nn.Module) -> DeviceMesh | None:
 
 def division_of(module: nn.Module) -> Division | None:
     """Return how a plan divides the layer `module`; None if none does, or in a way that adapters cannot follow."""
+    by_hooks = style_of_hooks(module)
+    if by_hooks is not None:
+        return _division_by_hooks(module, *by_hooks)
     found = plan_of(module)
     if found is None or found["mesh"] is None:
         return None
@@ -116,15 +158,14 @@ def division_of(module: nn.Module) -> Division | None:
     inside = getattr(found["original_forward"], "__func__", None)
     stored = module._parameters.get("weight")
     weight = None if stored is None else ranks.behind(stored)
-    placements = _placements(module, weight)
+    divided = _placement(module, weight, mesh)
     if (
         mesh.ndim != 1
         or inside is not original_forward(module)
         or not isinstance(module, (nn.Linear, nn.Embedding))
         or weight is None
-        or placements is None
+        or divided is None
         or not weight.is_floating_point()
-        or len(placements) != 1
         or not getattr(style, "use_local_output", False)
         or getattr(module, "_hf_quantized_needs_local_tp", False)
     ):
@@ -138,7 +179,6 @@ def division_of(module: nn.Module) -> Division | None:
     if not by_rows and kind is not plans.ColwiseParallel:
         return None
     given, returned = style.input_layouts, style.output_layouts
-    divided = placements[0]
     if type(divided) is not Shard or divided.dim % 2 != by_rows:
         return None
     if by_rows and (given not in (last, whole) or returned != whole):
@@ -148,12 +188,44 @@ def division_of(module: nn.Module) -> Division | None:
     return Division(mesh, by_rows, given == last, returned == last, module.in_features, module.out_features)
 
 
-def _placements(module: nn.Module, weight: Tensor | None) -> Sequence[Any] | None:
-    """Return how the base's weight is divided, also where an adapter's own is in its place; None if it is whole."""
-    if weight is not None and ranks.is_dtensor(weight):
-        return weight.placements
-    known: dict[str, Sequence[Any]] = getattr(_own_forward(module), "placements", {})
-    return known.get("weight")
+def _division_by_hooks(module: nn.Module, by_rows: bool, mesh: DeviceMesh) -> Division | None:
+    from torch.distributed.tensor import Shard
+
+    stored = module._parameters.get("weight")
+    weight = None if stored is None else ranks.behind(stored)
+    of_layer = isinstance(module, (nn.Linear, nn.Embedding)) and plan_of(module) is None
+    if not of_layer or mesh.ndim != 1 or weight is None or not ranks.is_dtensor(weight):
+        return None
+    divided = _placement(module, weight, mesh)
+    if not weight.is_floating_point() or type(divided) is not Shard:
+        return None
+    if isinstance(module, nn.Embedding):
+        return Division(mesh, False, False, not by_rows, module.num_embeddings, module.embedding_dim, dtensors=True)
+    if not isinstance(module, nn.Linear) or divided.dim % 2 != by_rows:
+        return None
+    return Division(mesh, by_rows, by_rows, not by_rows, module.in_features, module.out_features, dtensors=True)
+
+
+def mesh_of(module: nn.Module) -> DeviceMesh | None:
+    """Return the mesh over which a plan or a parallel style divides the work of `module`; None if none does."""
+    found = plan_of(module)
+    return mesh_of_hooks(module) if found is None else found["mesh"] or mesh_of_norm(module)
+
+
+def _placement(module: nn.Module, weight: Tensor | None, mesh: DeviceMesh) -> Any:
+    """Return how `mesh` divides the base's weight, also where an adapter's own is in its place; None if it does not.
+
+    FSDP2 divides a weight over other dimensions of a larger mesh, of which `mesh` is the last, and gathers these parts
+    before the layer's forward.
+    """
+    if weight is None or not ranks.is_dtensor(weight):
+        known: dict[str, Sequence[Any]] = getattr(_own_forward(module), "placements", {})
+        return next(iter(known.get("weight", ())), None)
+    whole, last = weight.device_mesh, weight.device_mesh.ndim - 1
+    members = distributed.get_process_group_ranks
+    if last and members(whole.get_group(last)) != members(mesh.get_group()):
+        return None
+    return weight.placements[-1]
 
 
 def _own_forward(module: nn.Module) -> Any:
@@ -172,6 +244,23 @@ def plan_of(module: nn.Module) -> dict[str, Any] | None:
     return {"self": None, "mesh": None, "original_forward": None, **found}
 
 
+class LocalForward(OwnForward):
+    """Own forward of a layer that maps DTensors, on local tensors."""
+
+    __slots__ = ("_division", "_own")
+
+    def __init__(self, own: OwnForward, division: Division) -> None:
+        self.module, self._own, self._division, self._changes = own.module, own, division, ()
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._division.local_output(self._own(self._division.input_of(x), *args, **kwargs))
+
+
+def on_local(own: OwnForward, division: Division) -> OwnForward:
+    """Return the own forward of a divided layer on local tensors."""
+    return LocalForward(own, division) if division.dtensors else own
+
+
 class WholeForward(OwnForward):
     """Own forward of a divided layer, for adapters that read whole inputs and outputs.
 
@@ -181,7 +270,8 @@ class WholeForward(OwnForward):
     __slots__ = ("_division", "_own")
 
     def __init__(self, own: OwnForward, division: Division, changes: Sequence[Mapping[str, Change]] = ()) -> None:
-        self.module, self._own, self._division, self._changes = own.module, own, division, changes
+        self.module, self._division, self._changes = own.module, division, changes
+        self._own = own if isinstance(own, LocalForward) else on_local(own, division)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._changes:
@@ -235,9 +325,15 @@ class DividedChain:
         if self.module.training and not self._checked and not is_dynamo_compiling():
             check_random(x.device, self._division.mesh)
             self._checked = True
+        division = self._division
+        if division.dtensors:
+            return division.output_of(self._local(division.local_input(x), *args, **kwargs))
+        return self._local(x, *args, **kwargs)
+
+    def _local(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        division = self._division
         if self._parts is not None and not args and not kwargs:
             return self._parts(x)
-        division = self._division
         y = self.chain(division.gathered(x, division.inputs) if division.input_in_parts else x, *args, **kwargs)
         return division.part(y) if division.output_in_parts else y
 
@@ -261,8 +357,7 @@ def watch_batches(model: nn.Module) -> RemovableHandle | None:
 
     The first call that passes ends the check. An embedding that is divided by its vocabulary would mix their tokens.
     """
-    meshes = [found["mesh"] for module in model.modules() if (found := plan_of(module)) is not None]
-    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    mesh = next((mesh for module in model.modules() if (mesh := mesh_of(module)) is not None), None)
     if mesh is None:
         return None
 

@@ -18,15 +18,16 @@ from torch.compiler import is_dynamo_compiling
 from peftcore import ranks
 from peftcore.adaptation.chain import OWN_FORWARD
 from peftcore.adaptation.class_swap import original_class, original_forward
-from peftcore.adaptation.division import check_random, division_of, has_plan, mesh_of_norm, plan_of
+from peftcore.adaptation.division import check_random, division_of, mesh_of_norm, plan_of
 
 
 def trains_in_parts(module: nn.Module, name: str) -> bool:
     """Return whether an adapter can train the parameter `name` of a layer that a plan divides, or leaves whole."""
     parameter = module._parameters.get(name)
-    if parameter is not None and ranks.is_dtensor(ranks.behind(parameter)):
-        return division_of(module) is not None
-    return True
+    if parameter is None or not ranks.is_dtensor(found := ranks.behind(parameter)):
+        return True
+    by_plan = division_of(module) is not None and plan_of(module) is not None
+    return by_plan and found.device_mesh.ndim == 1  # else FSDP2 has its parts, too
 
 
 def follow(modules: Iterable[nn.Module]) -> None:
@@ -34,7 +35,7 @@ def follow(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         slot = _slot(module)
         planned = module.__dict__.get(slot)
-        if isinstance(planned, TrainedForward) or not has_plan(module):
+        if isinstance(planned, TrainedForward) or plan_of(module) is None:
             continue
         if division_of(module) is not None or mesh_of_norm(module) is not None:
             module.__dict__[slot] = TrainedForward(module, planned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -13,7 +13,8 @@ from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules, is_adapted, rebuild
 from peftcore.adaptation.chain import OWN_FORWARD, Link
 from peftcore.adaptation.class_swap import original_forward
-from peftcore.adaptation.division import division_of, has_plan
+from peftcore.adaptation.division import division_of, has_plan, plan_of
+from peftcore.adaptation.parallel_hooks import divides_tokens, mesh_of_hooks, without_hooks
 from peftcore.engine.placing import Placed
 from peftcore.errors import PeftcoreError
 from peftcore.placements.after import AfterLink
@@ -31,7 +32,7 @@ def refuse_stage(model: nn.Module) -> None:
 
 
 def is_divided(model: nn.Module) -> bool:
-    """Return whether a parallel plan of transformers has divided layers of `model` over the ranks."""
+    """Return whether tensor parallelism has divided layers of `model` over the ranks."""
     return ranks.count() > 1 and any(has_plan(module) for _, module in base_modules(model))
 
 
@@ -50,28 +51,29 @@ def refuse_divided(model: nn.Module, placed: Placed) -> None:
         for name, parameter in module._parameters.items()
         if id(module) in paths and parameter is not None and ranks.is_divided(ranks.behind(parameter), fsdp=fsdp)
     }
-    if not divided:
+    tokens = divides_tokens(model)
+    if not divided and not tokens:
         return
     for each in placed.attached:
         module = model.get_submodule(each.path)
         if each.link in (Link, AfterLink, WeightLink) and division_of(module) is not None:
             continue
         own = [f"{each.path}.{name}".removeprefix(".") for name in submodule_parameters(model, each.path)]
-        found = f"the work of '{each.path}'" if has_plan(module) else None
+        found = f"the work of '{each.path}'" if has_plan(module) else f"the tokens of '{each.path}'" if tokens else None
         if found is None:
             needed = (placement.divided(each.path, own, divided) for placement in each.placements)
             found = next((f"'{name}'" for name in needed if name), None)
         if found is not None:
             raise PeftcoreError(
-                f"{placed.method.name} cannot be applied: tensor parallelism (tp_plan, tp_size) divides {found} over "
-                "the ranks, and the adapter needs all outputs or inputs of the layer. Load the model without tp_plan, "
-                "apply, and call peftcore.shard(model), or load it by peftcore.load_sharded(folder)"
+                f"{placed.method.name} cannot be applied: tensor parallelism (tp_plan, tp_size, parallelize_module) "
+                f"divides {found} over the ranks, and the adapter needs all outputs or inputs of the layer. Load the "
+                "model without it, apply, and call peftcore.shard(model), or load it by peftcore.load_sharded(folder)"
             )
 
 
 def follows_plan(model: nn.Module) -> bool:
     """Return whether a parallel plan alone divides `model`, and every adapted module as adapters can follow it."""
-    if not is_divided(model):
+    if not is_divided(model) or any(fsdp for fsdp, _ in ranks.enclosed(model)):
         return False
     return all(
         division_of(module) is not None or not any(map(ranks.is_part, module.parameters(recurse=False)))
@@ -89,7 +91,7 @@ def undivided(model: nn.Module) -> Iterator[None]:
     planned = [
         (module, slot, module.__dict__[slot])
         for _, module in base_modules(model)
-        if has_plan(module)
+        if plan_of(module) is not None
         for slot in [OWN_FORWARD if OWN_FORWARD in module.__dict__ else "forward"]
     ]
 
@@ -100,9 +102,18 @@ def undivided(model: nn.Module) -> Iterator[None]:
 
     for module, slot, _ in planned:
         exchange(module, slot, MethodType(original_forward(module), module))
+    hooked = [module for _, module in base_modules(model) if mesh_of_hooks(module) is not None]
+    adapted = [module for module in hooked if is_adapted(module)]
     try:
-        yield
+        with ExitStack() as stack:
+            for module in hooked:
+                stack.enter_context(without_hooks(module))
+            for module in adapted:
+                rebuild(module)
+            yield
     finally:
+        for module in adapted:
+            rebuild(module)
         for module, slot, forward in planned:
             exchange(module, slot, forward)
 

@@ -218,8 +218,10 @@ def refuse_sharded_parameters(model: nn.Module, names: Iterable[str]) -> None:
     """Raise a PeftcoreError if one of the base's parameters `names` is sharded so that it cannot be trained."""
     names = list(names)
     base = base_tensors(model) if names else {}
+    by_fsdp = {id(module) for fsdp, module in ranks.enclosed(model) if fsdp} if names and ranks.count() > 1 else set()
     for name in names:
-        if ranks.is_dtensor(ranks.behind(base[name])) and not _in_parts(model, name):
+        inside = id(model.get_submodule(name.rpartition(".")[0])) in by_fsdp  # where it may be gathered now
+        if inside or (ranks.is_dtensor(ranks.behind(base[name])) and not _in_parts(model, name)):
             raise PeftcoreError(
                 f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard; under tensor "
                 "parallelism, load the model without tp_plan"

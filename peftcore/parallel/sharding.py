@@ -65,7 +65,7 @@ def shard(
     if adapter_placement not in CHOICES:
         raise PeftcoreError(f"adapter_placement must be one of {', '.join(CHOICES)}, found {adapter_placement!r}")
     check_running()
-    if any(has_plan(module) for _, module in base_modules(model)):
+    if not isinstance(model, FSDPModule) and any(has_plan(module) for _, module in base_modules(model)):
         raise PeftcoreError(
             "tensor parallelism (tp_plan, tp_size) has divided the model over the ranks already, and adapters train on "
             "it as in one process: give every rank the same batch, and leave peftcore.shard out"

@@ -13,15 +13,25 @@ from whole import WHOLE
 
 CASES = [case for case in rank_bases.DENSE if "," not in case]
 DAILY = ["lora", "qlora", "dora", "ia3", "prefix-tuning", "bitfit", "adaption-prompt"]
+HOOKS = {
+    "hooks, saved modules": "'lm_head.weight' is sharded and cannot be trained",
+    "hooks, tokens": "divides the tokens of 'model.layers.0.self_attn'",
+    "hooks, shard": "leave peftcore.shard out",
+}
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    found = tmp_path_factory.mktemp("bases")
+    rank_bases.write(found)
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def found(folder: str) -> list[Any]:
     """(differences of methods, of LoRA) on each rank; the ranks start once."""
-    folder = tmp_path_factory.mktemp("bases")
-    rank_bases.write(folder)
-    return run(rank_tensor.everything, str(folder), CASES if WHOLE else DAILY, WHOLE)
+    return run(rank_tensor.everything, folder, CASES if WHOLE else DAILY, WHOLE)
 
 
 def row(case: str, measured: dict[str, float | str]) -> str:
@@ -49,12 +59,36 @@ def test_methods_are_right_or_refused_as_the_table_says(found: list[Any]) -> Non
 def test_lora_in_every_way_that_a_layer_is_divided(found: list[Any]) -> None:
     for _, measured in found:
         said = {name: value for name, value in measured.items() if isinstance(value, str)}
-        assert said.keys() == {"random states", "batches", "shard", "a norm of heads"}
+        assert said.keys() == {"random states", "batches", "shard", "a norm of heads", *HOOKS}
         assert "Seed all ranks equally" in said["random states"]
         assert "Give all ranks the same batch" in said["batches"]
         assert "leave peftcore.shard out" in said["shard"]
         assert "divides the work of 'model.layers.0.self_attn.q_norm'" in said["a norm of heads"]
+        assert all(part in said[name] for name, part in HOOKS.items())
         values = {name: value for name, value in measured.items() if not isinstance(value, str)}
         assert values.pop("float64") < 1e-14
         assert values.pop("random start") == 0.0
         assert not {name: value for name, value in values.items() if value > 1e-6}
+
+
+def check(measured: dict[str, float | str], refused: dict[str, str]) -> None:
+    said = {name: value for name, value in measured.items() if isinstance(value, str)}
+    assert said.keys() == refused.keys()
+    assert all(part in said[name] for name, part in refused.items())
+    assert max(value for value in measured.values() if not isinstance(value, str)) < 2e-6
+
+
+@pytest.mark.nightly
+def test_a_mesh_of_fsdp_and_tensor_parallelism(folder: str) -> None:
+    for measured in run(rank_tensor.of_mesh, folder, ranks=4):
+        check(
+            measured,
+            {"mesh, merge": "cannot merge: the model is sharded", "mesh, modules": "is sharded and cannot be trained"},
+        )
+
+
+@pytest.mark.nightly
+def test_experts_that_the_ranks_share_out(folder: str) -> None:
+    refused = "spread over processes (tensor or expert parallelism)"
+    for measured in run(rank_tensor.of_experts, folder):
+        check(measured, {"adapted experts, one batch": refused, "adapted experts, two": refused})
