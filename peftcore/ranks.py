@@ -9,6 +9,7 @@ every rank.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd import Variable
+from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from peftcore.errors import PeftcoreError
@@ -309,6 +311,20 @@ def refuse_sharded(module: nn.Module, what: str) -> None:
         )
 
 
+def refuse_context_parallel(what: str) -> None:
+    """Raise a PeftcoreError inside PyTorch's `context_parallel`, where every rank has other tokens of a sequence.
+
+    Args:
+        what: what needs whole sequences, such as `a soft prompt`.
+    """
+    attention = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    if attention is not None and functional.scaled_dot_product_attention in attention._replaced_functions:
+        raise PeftcoreError(
+            f"{what} needs whole sequences, and context_parallel gives each rank a part of them. Use a method that "
+            "treats all tokens alike, or call the model outside context_parallel"
+        )
+
+
 def reshard(module: nn.Module) -> None:
     """Make `fully_shard` free whole parameters that a forward left in their slots."""
     if count() == 1:
@@ -354,7 +370,7 @@ def give(tensors: Iterable[Tensor]) -> None:
     if any_of(any(tensor.is_meta for tensor in tensors)):  # accelerate fills them itself, from rank 0
         return
     for tensor in tensors:
-        message = tensor.detach().to(_device()).contiguous()
+        message = tensor.detach().to(message_device()).contiguous()
         distributed.broadcast(message, src=0)
         tensor.copy_(message)
 
@@ -396,7 +412,7 @@ def difference(tensors: Mapping[str, Tensor]) -> tuple[str, int, float] | None:
     for name, tensor in plain.items():
         if not tensor.numel():
             continue
-        mine = tensor.to(_device(), torch.float32, copy=True).nan_to_num_()
+        mine = tensor.to(message_device(), torch.float32, copy=True).nan_to_num_()
         first = mine.clone(memory_format=torch.contiguous_format)
         distributed.broadcast(first, src=0)
         off = (mine - first).abs().max().item()
@@ -411,12 +427,12 @@ def any_of(flag: bool) -> bool:
     """Return whether `flag` is true on any rank. Collective."""
     if count() == 1:
         return flag
-    found = torch.tensor(int(flag), device=_device())
+    found = torch.tensor(int(flag), device=message_device())
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return bool(found)
 
 
-def _device() -> str:
+def message_device() -> str:
     """Return the device of messages between ranks."""
     return "cuda" if distributed.get_backend() == "nccl" else "cpu"
 

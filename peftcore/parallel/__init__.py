@@ -3,6 +3,7 @@
 from peftcore.parallel.ending import finish
 from peftcore.parallel.sharded_loading import load_sharded
 from peftcore.parallel.sharding import blocks, check_ranks, divided, give_adapters, refuse_between_blocks, shard
+from peftcore.parallel.stages import join_stages
 from peftcore.parallel.starting import start
 from peftcore.parallel.training_state import TrainingState
 
@@ -13,6 +14,7 @@ __all__ = [
     "divided",
     "finish",
     "give_adapters",
+    "join_stages",
     "load_sharded",
     "refuse_between_blocks",
     "shard",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.adapter import Adapter, Base
@@ -57,6 +58,7 @@ class Backbone(Adapter):
         return f"tokens={self.tokens}"
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        ranks.refuse_context_parallel("a prompt or prefix")
         call = arguments_by_name(self._names, args, kwargs)
         old = [name for name in _CACHE_ARGUMENTS if name in call and name not in self._names]
         if (

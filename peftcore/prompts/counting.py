@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftcore import ranks
 from peftcore.adaptation.call import current_call
 from peftcore.adapter import Adapter, Base
 from peftcore.errors import PeftcoreError
@@ -82,6 +83,7 @@ class TokenCounter(Adapter):
         self._first = first_position(module)
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        ranks.refuse_context_parallel(self.subject)
         call, own = current_call(), arguments_by_name(self._names, args, kwargs)
         known: dict[Any, Places] = {}
         vars(call).setdefault("counted", {})[self.stack] = self._given(own if self.stack else call), known

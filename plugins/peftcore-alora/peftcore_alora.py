@@ -39,6 +39,7 @@ from peftcore.plugin import (
     cached_tokens,
     current_call,
     hookimpl,
+    ranks,
     validation,
 )
 
@@ -87,6 +88,7 @@ class Invocation(Adapter):
 
     def acts(self) -> Tensor:
         """Return `[batch, tokens]`, where the adapter is active."""
+        ranks.refuse_context_parallel("activated LoRA")
         call = current_call()
         key = "alora", self.tokens
         if key not in call.state:
