@@ -13,6 +13,8 @@ from transformers import (
     BertModel,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
     WhisperConfig,
@@ -62,6 +64,16 @@ def stable_diffusion(folder: Path) -> None:
         Path(f"images/{i}.txt").write_text("a b c")
 
 
+def t5(folder: Path) -> None:
+    tokenizer = _letters()
+    sizes = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": len(tokenizer)}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    for part in (tokenizer, T5ForConditionalGeneration(T5Config(**sizes, **tokens))):
+        part.save_pretrained(folder)
+    rows = [{"source": f"the film is {word}", "target": f"der film ist {word}"} for word in ("good", "bad")]
+    Path("translations.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) * 6)
+
+
 def vit(folder: Path) -> None:
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -76,6 +88,7 @@ def vit(folder: Path) -> None:
 
 MODELS: dict[str, Callable[[Path], None]] = {
     "sentence-transformers/all-MiniLM-L6-v2": embedder,
+    "google-t5/t5-small": t5,
     "google/vit-base-patch16-224-in21k": vit,
     "openai/whisper-tiny": whisper,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
