@@ -6,6 +6,11 @@
 
 #include <cstdint>
 
+#if defined(__F16C__) && !defined(__CUDACC__)
+#include <immintrin.h>
+#endif
+
+#include "common/dtype.h"
 #include "common/half.h"
 #include "common/integers.h"
 
@@ -21,7 +26,10 @@ enum class ScaleKind : int {
     kFloat,   // fp32
     kNested,  // 8 bits, around their mean, in blocks with a scale of their own (QLoRA's double quantization)
     kPowerOfTwo,  // E8M0: 2^(e - 127), and NaN for 255 (OCP Microscaling 1.0)
+    kAffine,      // fp32, fp16 or bf16, and a value is (quant_map[code] - (zero point - kCentre)) * scale
 };
+
+constexpr int kCentre = 8;  // zero point of affine codes without `zeros`
 
 struct WeightView {
     int64_t rows = 0, columns = 0;
@@ -40,6 +48,10 @@ struct WeightView {
         0;  // of this weight, counted from where `nested_absmax` begins: an expert's may be any
 
     ScaleKind scales = ScaleKind::kFloat;
+
+    Dtype scale_dtype = Dtype::kFloat;  // of affine scales
+    const void* zeros = nullptr;        // zero point of each block, or nullptr
+    bool whole_zeros = true;            // they are uint8; otherwise fp32
 
     PEFTCORE_HD int64_t numel() const { return rows * columns; }
     PEFTCORE_HD int64_t blocks() const { return ceil_div(numel(), int64_t(1) << shift); }
@@ -106,6 +118,56 @@ struct PowerOfTwoScales {
     const uint8_t* from;
 };
 
+inline void widen(const float* from, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = from[i];
+}
+inline void widen(const BFloat16* from, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(from[i]);
+}
+inline void widen(const Half* from, int64_t count, float* out) {
+    int64_t i = 0;
+#if defined(__F16C__) && !defined(__CUDACC__)
+    for (; i + 8 <= count; i += 8)
+        _mm256_storeu_ps(out + i,
+                         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+    for (; i < count; ++i) out[i] = to_float(from[i]);
+}
+
+struct AffineScales {
+    explicit AffineScales(const WeightView& view) : weight(view) {}
+
+    // body(the scales from `block` on)
+    template <typename Body>
+    auto from(int64_t block, const Body& body) const {
+        if (weight.scale_dtype == Dtype::kHalf) return body(static_cast<const Half*>(weight.absmax) + block);
+        if (weight.scale_dtype == Dtype::kBFloat16)
+            return body(static_cast<const BFloat16*>(weight.absmax) + block);
+        return body(static_cast<const float*>(weight.absmax) + block);
+    }
+    float at(int64_t block) const {
+        return from(block, [](const auto* scale) { return to_float(*scale); });
+    }
+    void copy(int64_t first, int64_t last, float* out) const {
+        from(first, [&](const auto* scale) { widen(scale, last - first, out); });
+    }
+
+    const WeightView& weight;
+};
+
+// What is subtracted from a block's entries of the codebook, of a weight with `zeros`.
+inline float block_zero(const WeightView& weight, int64_t block) {
+    const float point = weight.whole_zeros ? float(static_cast<const uint8_t*>(weight.zeros)[block])
+                                           : static_cast<const float*>(weight.zeros)[block];
+    return point - float(kCentre);
+}
+
+// The values of a block's codes before they are scaled.
+inline void block_entries(const WeightView& weight, int64_t block, float (&out)[16]) {
+    const float zero = block_zero(weight, block);
+    for (int i = 0; i < 16; ++i) out[i] = weight.quant_map[i] - zero;
+}
+
 }  // namespace
 
 // body(the policy of the weight's scales)
@@ -113,6 +175,7 @@ template <typename Body>
 static inline auto with_scales(const WeightView& weight, const Body& body) {
     if (weight.scales == ScaleKind::kNested) return body(NestedScales(weight));
     if (weight.scales == ScaleKind::kPowerOfTwo) return body(PowerOfTwoScales(weight));
+    if (weight.scales == ScaleKind::kAffine) return body(AffineScales(weight));
     return body(FloatScales(weight));
 }
 
@@ -125,6 +188,7 @@ static inline void block_scales(const WeightView& weight, int64_t first, int64_t
 }
 
 static PEFTCORE_HD int scale_bytes(const WeightView& weight) {
+    if (weight.scales == ScaleKind::kAffine) return itemsize(weight.scale_dtype);
     return weight.scales == ScaleKind::kFloat ? int(sizeof(float)) : 1;
 }
 
@@ -140,6 +204,9 @@ static PEFTCORE_HD WeightView expert_of(const WeightView& weight, int64_t index,
     }
     expert.codes = weight.codes + begin / 2;
     expert.absmax = static_cast<const char*>(weight.absmax) + block * scale_bytes(weight);
+    if (weight.zeros != nullptr)
+        expert.zeros = static_cast<const char*>(weight.zeros) +
+                       block * (weight.whole_zeros ? 1 : int64_t(sizeof(float)));
     if (weight.scales == ScaleKind::kNested) {
         const int64_t first = weight.first_block + block, nested = first >> weight.nested_shift;
         expert.nested_absmax = weight.nested_absmax + nested;

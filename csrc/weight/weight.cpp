@@ -29,13 +29,21 @@ Weight::Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op) 
         set_sizes(tensors[0].sizes(), op);
         return;
     }
-    TORCH_CHECK_VALUE(tensors.size() == kNestedAbsmax || tensors.size() == kParts, op,
-                      ": a weight in 4 bits is 3 tensors, or 6 with nested scales, found ", tensors.size());
+    const bool has_zeros = tensors.size() == kNestedAbsmax + 1;
+    TORCH_CHECK_VALUE(
+        tensors.size() == kNestedAbsmax || has_zeros || tensors.size() == kParts, op,
+        ": a weight in 4 bits is 3 tensors, 4 with zero points, or 6 with nested scales, found ",
+        tensors.size());
     TORCH_CHECK_VALUE(packing.size() >= 2, op,
                       ": packing must be [blocksize, nested_blocksize, shape..], found ", packing);
     packed_ = true;
     const bool nested = tensors.size() == kParts, powers = packing[1] == kPowersOfTwo;
-    scales_ = nested ? ScaleKind::kNested : powers ? ScaleKind::kPowerOfTwo : ScaleKind::kFloat;
+    const bool affine = packing[1] == kAffine && !nested;
+    TORCH_CHECK_VALUE(affine || !has_zeros, op, ": zero points need affine codes, found packing ", packing);
+    scales_ = nested   ? ScaleKind::kNested
+              : powers ? ScaleKind::kPowerOfTwo
+              : affine ? ScaleKind::kAffine
+                       : ScaleKind::kFloat;
     check_blocksize(packing[0], op);
     shift_ = log2_of(packing[0]);
     set_sizes(packing.slice(2), op);
@@ -43,14 +51,25 @@ Weight::Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op) 
     const int64_t count = rows_ * columns_, blocks = ceil_div(count, packing[0]);
     check_tensor(tensors[kCodes], at::kByte, device, op, "codes");
     check_numel(tensors[kCodes], ceil_div(count, 2), op, "codes", "two values a byte");
-    check_tensor(tensors[kAbsmax], nested || powers ? at::kByte : at::kFloat, device, op, "absmax");
+    const at::ScalarType found = tensors[kAbsmax].scalar_type();
+    const bool is_16_bits = affine && (found == at::kHalf || found == at::kBFloat16);
+    check_tensor(tensors[kAbsmax],
+                 nested || powers ? at::kByte
+                 : is_16_bits     ? found
+                                  : at::kFloat,
+                 device, op, "absmax");
     check_numel(tensors[kAbsmax], blocks, op, "absmax", "one a block");
     parts_[kQuantMap] = checked_quant_map(tensors[kQuantMap], 16, device, op);
     parts_[kCodes] = tensors[kCodes].contiguous();
     parts_[kAbsmax] = tensors[kAbsmax].contiguous();
-    if (powers && !nested) {
+    if ((powers || affine) && !nested) {
         TORCH_CHECK_VALUE(columns_ % packing[0] == 0, op, ": rows must be whole blocks of ", packing[0],
-                          " values where scales are powers of two, found ", columns_, " columns");
+                          " values in this format, found ", columns_, " columns");
+        if (!has_zeros) return;
+        const Tensor& zeros = tensors[kNestedAbsmax];
+        check_tensor(zeros, zeros.scalar_type() == at::kByte ? at::kByte : at::kFloat, device, op, "zeros");
+        check_numel(zeros, blocks, op, "zeros", "one a block");
+        parts_[kZeros] = zeros.contiguous();
         return;
     }
     if (!nested) {
@@ -100,6 +119,13 @@ WeightView Weight::view() const {
     view.quant_map = parts_[kQuantMap].const_data_ptr<float>();
     view.shift = shift_;
     view.scales = scales_;
+    if (scales_ == ScaleKind::kAffine) {
+        view.scale_dtype = kernel_dtype(parts_[kAbsmax].scalar_type(), "weight");
+        if (parts_[kZeros].defined()) {
+            view.zeros = parts_[kZeros].const_data_ptr();
+            view.whole_zeros = parts_[kZeros].scalar_type() == at::kByte;
+        }
+    }
     if (scales_ == ScaleKind::kNested) {
         view.nested_absmax = parts_[kNestedAbsmax].const_data_ptr<float>();
         view.nested_quant_map = parts_[kNestedQuantMap].const_data_ptr<float>();

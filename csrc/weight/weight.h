@@ -4,6 +4,7 @@
 //   in 4 bits   tensors [codes, absmax, quant_map]             packing [blocksize, 0, .., out, in]
 //   and nested  .. [nested_absmax, nested_quant_map, nested_offset]    [blocksize, nested_blocksize, .., out, in]
 //   MXFP4       tensors [codes, E8M0 scales, quant_map]    packing [32, kPowersOfTwo, .., out, in]
+//   affine4     tensors [codes, scales, quant_map], or [.., zeros]    packing [blocksize, kAffine, .., out, in]
 //
 // Kernels and launchers take its `view`. The format: quant4/format.h. Its Python side: peftcore/ops/weight.py.
 #pragma once
@@ -17,7 +18,8 @@
 
 namespace peftcore {
 
-constexpr int64_t kPowersOfTwo = -1;  // in the place of nested_blocksize: scales are E8M0 bytes
+// In the place of nested_blocksize: scales are E8M0 bytes; fp32, fp16 or bf16, and blocks may have zero points.
+constexpr int64_t kPowersOfTwo = -1, kAffine = -2;
 
 void check_blocksize(int64_t blocksize, const char* op, const char* name = "blocksize");
 
@@ -46,7 +48,16 @@ class Weight {
     WeightView expert(int64_t index, const char* op) const;
 
  private:
-    enum Part { kCodes, kAbsmax, kQuantMap, kNestedAbsmax, kNestedQuantMap, kNestedOffset, kParts };
+    enum Part {
+        kCodes,
+        kAbsmax,
+        kQuantMap,
+        kNestedAbsmax,
+        kNestedQuantMap,
+        kNestedOffset,
+        kParts,
+        kZeros = kParts
+    };
 
     void set_sizes(at::IntArrayRef sizes, const char* op);
 
@@ -55,7 +66,7 @@ class Weight {
     int shift_ = 0, nested_shift_ = 0;
     int64_t rows_ = 1, columns_ = 1;
     at::DimVector sizes_;
-    std::array<at::Tensor, kParts> parts_;
+    std::array<at::Tensor, kParts + 1> parts_;
 };
 
 }  // namespace peftcore

@@ -164,8 +164,6 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
     if transformed():
         return F.linear(x, dequantize_4bit(weight, x.dtype), bias)
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
-    if not packing:
-        return F.linear(x, tensors[0], bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear4bit.apply(x, bias, packing, *tensors)  # type: ignore[no-untyped-call]
     return _OPS.linear_4bit(x, tensors, packing, bias)

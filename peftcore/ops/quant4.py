@@ -32,7 +32,6 @@ from torch import Tensor
 from peftcore.ops._library import define_by
 from peftcore.ops.codebooks import codebook
 from peftcore.ops.weight import (
-    AFFINE,
     PackedWeight,
     check_blocksize,
     check_dtype,
@@ -238,9 +237,6 @@ def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype | None = None, *, o
         inverse = weight.permutation.argsort()
         dense = dequantize_4bit(weight._replace(permutation=None), dtype if out is None else out.dtype)
         return dense.index_select(-1, inverse) if out is None else out.copy_(dense.index_select(-1, inverse))
-    if weight.nested_blocksize == AFFINE:  # no kernel yet
-        dense = weight.values(out.dtype if out is not None else dtype or weight.dtype)
-        return dense if out is None else out.copy_(dense)
     tensors, packing = weight.operands()
     if out is None:
         return _OPS.dequantize_4bit(tensors, packing, dtype or weight.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftcore.ops._library import define_by
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import AFFINE, PackedWeight, check_dtype, checked, permuted, value
+from peftcore.ops.weight import PackedWeight, check_dtype, checked, permuted, value
 
 _OPS = torch.ops.peftcore
 _PIECE = 1 << 20  # values of W in a piece
@@ -85,7 +85,5 @@ def row_norms(weight: Tensor | PackedWeight, a: Tensor, b: Tensor, scale: float 
     Raises:
         TypeError, ValueError: an argument that does not fit the others.
     """
-    if isinstance(weight, PackedWeight) and weight.nested_blocksize == AFFINE:  # no kernel yet
-        weight = dequantize_4bit(weight, torch.float32)
     tensors, packing = ([weight], []) if isinstance(weight, Tensor) else weight.operands()
     return _OPS.row_norms(tensors, packing, permuted(a, weight), b, scale)

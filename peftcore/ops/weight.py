@@ -196,8 +196,6 @@ def frozen_operands(
         return x, [weight], [], bias
     if weight.permutation is not None:
         x = permuted(x, weight)
-    if weight.nested_blocksize == AFFINE:  # no kernel yet
-        return x, [weight.values(x.dtype)], [], bias
     return x, *weight.operands(), bias
 
 

@@ -96,8 +96,12 @@ class PackedParameters(nn.Module):
     def quantized_parameter(self, name: str, weight: Tensor) -> PackedWeight:
         """Quantize a dense weight with this parameter's settings."""
         packing = self.packings[name]
-        double_quant = self._buffers[packing.buffers[2]] is not None
-        return quantized_by_expert(weight, packing.quant_type, double_quant, packing.blocksize, packing.turned)
+        double_quant, permutation = (self._buffers[packing.buffers[i]] for i in (2, 6))
+        settings = packing.quant_type, double_quant is not None, packing.blocksize, packing.turned
+        if permutation is None:
+            return quantized_by_expert(weight, *settings)
+        permutation = permutation.to(weight.device)
+        return quantized_by_expert(weight.index_select(-1, permutation), *settings)._replace(permutation=permutation)
 
     def forget_packing(self, name: str) -> None:
         """Turn the parameter, which is dense by now, into an ordinary one."""

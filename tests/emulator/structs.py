@@ -31,6 +31,9 @@ class WeightView(Structure):
         ("nested_shift", c_int),
         ("first_block", c_int64),
         ("scales", c_int),
+        ("scale_dtype", c_int),
+        ("zeros", c_void_p),
+        ("whole_zeros", c_bool),
     ]  # fmt: skip
 
     def __init__(self, weight):

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "common/avx2.h"
+#include "weight/view.h"
 
 namespace peftcore {
 namespace quant4 {
@@ -13,11 +14,22 @@ namespace {
 struct FloatTable {
     __m256 low, high;
 
+    // Of a block of a weight.
+    FloatTable(const WeightView& weight, int64_t block)
+        : low(_mm256_loadu_ps(weight.quant_map)), high(_mm256_loadu_ps(weight.quant_map + 8)) {
+        if (weight.zeros != nullptr) {
+            const __m256 zero = _mm256_set1_ps(block_zero(weight, block));
+            low = _mm256_sub_ps(low, zero);
+            high = _mm256_sub_ps(high, zero);
+        }
+        const __m256 scale = _mm256_set1_ps(block_scale(weight, block));
+        low = _mm256_mul_ps(low, scale);
+        high = _mm256_mul_ps(high, scale);
+    }
+
     FloatTable(__m256 first, __m256 second, float scale)
         : low(_mm256_mul_ps(first, _mm256_set1_ps(scale))),
           high(_mm256_mul_ps(second, _mm256_set1_ps(scale))) {}
-    FloatTable(const float* code, float scale)
-        : FloatTable(_mm256_loadu_ps(code), _mm256_loadu_ps(code + 8), scale) {}
 };
 
 // Looks values up by the lowest four bits of each index.

@@ -5,14 +5,18 @@
 
 #include <cstdint>
 
+#include "weight/view.h"
+
 namespace peftcore {
 namespace quant4 {
 namespace {
 
-// The codebook times a scale, repeated, so that an index's fifth bit does not matter. Subnormals become zero, as in
-// products of bf16.
-inline __m512i scaled(__m512 code, float scale) {
-    return _mm512_broadcast_i64x4(__m256i(_mm512_cvtneps_pbh(_mm512_mul_ps(code, _mm512_set1_ps(scale)))));
+// The codebook's values in a block of a weight, repeated, so that an index's fifth bit does not matter. Subnormals become
+// zero, as in products of bf16.
+inline __m512i scaled(__m512 code, const WeightView& weight, int64_t block) {
+    if (weight.zeros != nullptr) code = _mm512_sub_ps(code, _mm512_set1_ps(block_zero(weight, block)));
+    const __m512 values = _mm512_mul_ps(code, _mm512_set1_ps(block_scale(weight, block)));
+    return _mm512_broadcast_i64x4(__m256i(_mm512_cvtneps_pbh(values)));
 }
 
 inline __m128i sixteen(const uint8_t* from) {

@@ -100,6 +100,13 @@ static void dequantize_blocks(const DequantizeCall& args, int64_t first, int64_t
             const int64_t begin = block * size;
             const float scale = scales[block - start];
             const int64_t count = begin + size > all ? all - begin : size;
+            if (weight.zeros != nullptr) {  // of a format whose rows are whole blocks
+                float entries[16];
+                block_entries(weight, block, entries);
+                Level::decode(codes + begin / 2, count, scale, typename Level::Decoder(entries), out + begin,
+                              stream);
+                continue;
+            }
             const int64_t whole = count / 32 * 32;
             if (whole > 0) Level::decode(codes + begin / 2, whole, scale, decoder, out + begin, stream);
             for (int64_t i = whole; i < count; ++i) {

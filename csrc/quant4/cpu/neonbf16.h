@@ -2,12 +2,21 @@
 #pragma once
 
 #include "common/neon.h"
+#include "weight/view.h"
 
 namespace peftcore {
 namespace quant4 {
 namespace {
 
-inline ShortTable scaled(const float* code, float scale) {
+// The codebook's values in a block of a weight.
+inline ShortTable scaled(const WeightView& weight, int64_t block) {
+    float entries[16];
+    const float* code = weight.quant_map;
+    if (weight.zeros != nullptr) {
+        block_entries(weight, block, entries);
+        code = entries;
+    }
+    const float scale = block_scale(weight, block);
     const auto eight = [&](const float* from) {
         const EightFloats values = load_eight(from);
         const BFloat16* as = nullptr;

@@ -70,7 +70,7 @@ void try_dtype(const Way& way) {
     for (int64_t columns : {8, 64, 104, 320, 712, 2368})
         for (int64_t blocksize : {32, 64, 4096})
             for (int64_t rows : {1, 6, 33}) {
-                if (columns % kernel.column_multiple != 0 || blocksize < kernel.min_blocksize) continue;
+                if (columns % kernel.column_multiple != 0) continue;
                 if (columns > 1000 && rows != 33) continue;
                 nested = !nested;
                 const Packed packed(rows, columns, blocksize, nested);

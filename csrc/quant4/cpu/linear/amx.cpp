@@ -48,10 +48,9 @@ inline void unpack(const WeightView& weight, __m512 code, int64_t first_row, int
         const int64_t begin = row * weight.columns + column;
         const uint8_t* packed = weight.codes + begin / 2;
         _mm_prefetch(reinterpret_cast<const char*>(packed + 256), _MM_HINT_T0);
-        __m512i table = scaled(code, block_scale(weight, begin >> weight.shift));
+        __m512i table = scaled(code, weight, begin >> weight.shift);
         _mm512_store_si512(out.values[0][r], decoded(packed, table));
-        if ((1 << weight.shift) < kColumns)
-            table = scaled(code, block_scale(weight, (begin + kStep) >> weight.shift));
+        if ((1 << weight.shift) < kColumns) table = scaled(code, weight, (begin + kStep) >> weight.shift);
         _mm512_store_si512(out.values[1][r], decoded(packed + kStep / 2, table));
     }
 }
@@ -144,6 +143,7 @@ void fill_amx(LinearKernels& kernels) {
                     .min_batch = 2,
                     .max_batch = {0, 0, kTileBatch},
                     .column_multiple = kColumns,
+                    .reads_zeros = true,
                     .arranged_bytes = arranged_bytes,
                     .arrange = arrange,
                     .run = run};

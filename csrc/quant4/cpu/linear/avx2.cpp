@@ -3,6 +3,7 @@
 
 #include "quant4/cpu/linear/integers.h"
 #include "quant4/cpu/linear/rows.h"
+#include "quant4/cpu/linear/zeros.h"
 
 namespace peftcore {
 namespace quant4 {
@@ -97,6 +98,9 @@ struct Avx2Integers {
     static inline Floats zero() { return _mm256_setzero_ps(); }
     static inline Floats load(const float* from) { return _mm256_load_ps(from); }
     static inline Floats scales(const float* one) { return _mm256_broadcast_ss(one); }
+    static inline Floats half_scales(const float* two) {
+        return _mm256_set_m128(_mm_broadcast_ss(two + 1), _mm_broadcast_ss(two));
+    }
     static inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
     static inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
     static inline float sum(Floats v) { return Avx2::sum(v); }
@@ -124,6 +128,7 @@ struct Avx2Integers {
 }  // namespace
 
 void fill_avx2(LinearKernels& kernels) {
+    kernels.zeros = kZeroPoints;
     kernels.integers = LinearIntegers<Avx2Integers>::kernel(32);
     kernels.rows = LinearRows<Avx2>::kernel({.fp32 = 16, .fp16 = 16, .bf16 = 16});
 }

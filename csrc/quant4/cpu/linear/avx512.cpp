@@ -3,6 +3,7 @@
 
 #include "quant4/cpu/linear/integers.h"
 #include "quant4/cpu/linear/rows.h"
+#include "quant4/cpu/linear/zeros.h"
 
 namespace peftcore {
 namespace quant4 {
@@ -83,6 +84,10 @@ struct Avx512Integers {
         return _mm512_mask_broadcastss_ps(_mm512_broadcastss_ps(_mm_load_ss(two)), 0xff00,
                                           _mm_load_ss(two + 1));
     }
+    static inline Floats half_scales(const float* four) {
+        const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        return _mm512_permutexvar_ps(block, _mm512_castps128_ps512(_mm_loadu_ps(four)));
+    }
     static inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
@@ -102,6 +107,7 @@ struct Avx512Integers {
 }  // namespace
 
 void fill_avx512(LinearKernels& kernels) {
+    kernels.zeros = kZeroPoints;
     kernels.integers = LinearIntegers<Avx512Integers>::kernel(24);
     kernels.rows = LinearRows<Avx512>::kernel({.fp32 = 24, .fp16 = 24, .bf16 = 24});
 }

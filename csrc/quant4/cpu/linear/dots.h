@@ -45,14 +45,17 @@ void store_results(const LinearCall& args, int64_t n, int64_t rows, int64_t m, i
     if (args.bias != nullptr)
         bias = from_bf16(_mm256_maskz_loadu_epi16(stored, static_cast<const uint16_t*>(args.bias) + n));
     for (int64_t i = 0; i < count; ++i) {
-        const __m512 sum = _mm512_fmadd_ps(_mm512_loadu_ps(sums + i * kRows), _mm512_set1_ps(factor), bias);
+        __m512 sum = _mm512_fmadd_ps(_mm512_loadu_ps(sums + i * kRows), _mm512_set1_ps(factor), bias);
+        if (args.addend != nullptr)
+            sum = _mm512_add_ps(sum,
+                                _mm512_maskz_loadu_ps(stored, args.addend + (m + i) * args.weight.rows + n));
         _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + (m + i) * args.weight.rows + n, stored,
                                  to_bf16(sum));
     }
 }
 
 struct LinearDots {
-    static constexpr int kBlock = 64;   // values that share a scale
+    static constexpr int kBlock = 64;   // values that share a scale, or twice as many as do
     static constexpr int kChunk = 256;  // values of two vectors
     static constexpr int kBlocks = kChunk / kBlock;
     static constexpr int kMaxBatch = 4;  // rows of x
@@ -116,10 +119,13 @@ struct LinearDots {
         return {{_mm512_shuffle_i32x4(one, other, 0x88), _mm512_shuffle_i32x4(one, other, 0xdd)}};
     }
 
-    // Scales of a chunk's blocks, each in the lanes of its block.
-    static __m512 load_scales(const float* from) {
+    // Scales of a chunk's blocks, each in the lanes of its block; of blocks of 32, those of one half of each 64 values.
+    template <int kHalves>
+    static __m512 load_scales(const float* from, int half) {
         const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-        return _mm512_permutexvar_ps(block, _mm512_castps128_ps512(_mm_loadu_ps(from)));
+        if (kHalves == 1) return _mm512_permutexvar_ps(block, _mm512_castps128_ps512(_mm_loadu_ps(from)));
+        const __m512i two = _mm512_add_epi32(_mm512_add_epi32(block, block), _mm512_set1_epi32(half));
+        return _mm512_permutexvar_ps(two, _mm512_castps256_ps512(_mm256_loadu_ps(from)));
     }
 
     // The range of a call: chunks [first, last) of rows of W from `row` on.
@@ -131,9 +137,9 @@ struct LinearDots {
         float* sums = nullptr;           // [row][kBatch][16 lanes], to which products are added
     };
 
-    // kCount rows of W by all of x. Not inlined: with others in one function it has too few registers, and one row
+    // kCount rows of W by all of x, with kHalves scales for each 64 values. Not inlined: with others in one function it has too few registers, and one row
     // takes 1.2 times as long, three 1.4.
-    template <int kCount, int kBatch>
+    template <int kCount, int kBatch, int kHalves>
     [[gnu::noinline]]
     static void multiply(const LinearCall& args, const __m512i table, const Part& part) {
         const int64_t columns = args.weight.columns, count = chunks(columns), row_bytes = columns / 2;
@@ -153,9 +159,10 @@ struct LinearDots {
                 ahead += kChunk / 2;
                 words[r] = load_words<kAll>(codes + r * row_bytes + c * kChunk / 2, columns - c * kChunk);
             }
+            constexpr int kScaled = 8 / kHalves;  // vectors of W that are added before they are scaled
             __m512 products[kCount][kBatch];
 #pragma GCC unroll 8
-            for (int j = 0; j < 8; ++j)
+            for (int j = 0; j < 8; ++j) {
 #pragma GCC unroll 4
                 for (int r = 0; r < kCount; ++r) {
                     const __m512i w = _mm512_permutexvar_epi16(
@@ -163,16 +170,20 @@ struct LinearDots {
 #pragma GCC unroll 4
                     for (int i = 0; i < kBatch; ++i) {
                         const __m512i pair = _mm512_loadu_si512(x + (i * count + c) * kChunk + 32 * j);
-                        products[r][i] = _mm512_dpbf16_ps(j == 0 ? _mm512_setzero_ps() : products[r][i],
-                                                          __m512bh(w), __m512bh(pair));
+                        products[r][i] =
+                            _mm512_dpbf16_ps(j % kScaled == 0 ? _mm512_setzero_ps() : products[r][i],
+                                             __m512bh(w), __m512bh(pair));
                     }
                 }
+                if (j % kScaled != kScaled - 1) continue;
 #pragma GCC unroll 4
-            for (int r = 0; r < kCount; ++r) {
-                const __m512 scale = load_scales(part.scales + r * part.stride + c * kBlocks);
+                for (int r = 0; r < kCount; ++r) {
+                    const float* scales = part.scales + r * part.stride + c * kBlocks * kHalves;
+                    const __m512 scale = load_scales<kHalves>(scales, j / kScaled);
 #pragma GCC unroll 4
-                for (int i = 0; i < kBatch; ++i)
-                    sums[r][i] = _mm512_fmadd_ps(scale, products[r][i], sums[r][i]);
+                    for (int i = 0; i < kBatch; ++i)
+                        sums[r][i] = _mm512_fmadd_ps(scale, products[r][i], sums[r][i]);
+                }
             }
         };
         const int64_t whole = std::min(part.last, columns / kChunk);
@@ -199,14 +210,15 @@ struct LinearDots {
         }
     }
 
-    template <int kBatch>
+    template <int kBatch, int kHalves>
     static void run_all(const LinearCall& args, int64_t first, int64_t last) {
         // Number of W's rows with sums and products that fit into registers.
         constexpr int kAtOnce = kBatch < 3 ? 4 : kBatch == 3 ? 3 : 2;
         const WeightView& weight = args.weight;
         const Rounded& rounded = Rounded::made_of(weight.quant_map);
-        const RowScales scales(weight, kBlock);
-        const int64_t stride = RowScales::capacity(weight.columns, kBlock), count = chunks(weight.columns);
+        const RowScales scales(weight, kBlock / kHalves);
+        const int64_t stride = RowScales::capacity(weight.columns, kBlock / kHalves),
+                      count = chunks(weight.columns);
         const int64_t parts = ceil_div(count * kBatch, kCached), of_part = ceil_div(count, parts);
         std::vector<float> row_scales(size_t(kRows * stride)), sums(size_t(kRows * kBatch * kLanes)),
             results(size_t(kRows * kBatch));
@@ -232,7 +244,8 @@ struct LinearDots {
                         for (int64_t i = r; i < r + taken; ++i)
                             scales.write(n + i, row_scales.data() + i * stride);
                     }
-                    (taken == 1 ? multiply<1, kBatch> : multiply<kAtOnce, kBatch>)(args, rounded.table, part);
+                    (taken == 1 ? multiply<1, kBatch, kHalves>
+                                : multiply<kAtOnce, kBatch, kHalves>)(args, rounded.table, part);
                     part.ahead += taken * (part.last - part.first) * kChunk / 2;
                 }
             }
@@ -241,22 +254,26 @@ struct LinearDots {
         }
     }
 
-    static void run(const LinearCall& args, int64_t first, int64_t last) {
+    template <int kHalves>
+    static void run_halves(const LinearCall& args, int64_t first, int64_t last) {
         switch (args.batch) {
             case 1:
-                return run_all<1>(args, first, last);
+                return run_all<1, kHalves>(args, first, last);
             case 2:
-                return run_all<2>(args, first, last);
+                return run_all<2, kHalves>(args, first, last);
             case 3:
-                return run_all<3>(args, first, last);
+                return run_all<3, kHalves>(args, first, last);
             default:
-                return run_all<4>(args, first, last);
+                return run_all<4, kHalves>(args, first, last);
         }
+    }
+
+    static void run(const LinearCall& args, int64_t first, int64_t last) {
+        (int64_t(1) << args.weight.shift < kBlock ? run_halves<2> : run_halves<1>)(args, first, last);
     }
 
     static LinearKernel kernel() {
         return {.max_batch = {0, 0, kMaxBatch},
-                .min_blocksize = kBlock,
                 .column_multiple = kBlock,
                 .arranged_bytes = arranged_bytes,
                 .arrange = arrange,

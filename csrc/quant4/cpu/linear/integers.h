@@ -38,7 +38,9 @@ concept IntegerLanes =
         { Level::dot(table(words), integers) } -> std::same_as<typename Level::Floats>;
         { Level::zero() } -> std::same_as<typename Level::Floats>;
         { Level::load(of) } -> std::same_as<typename Level::Floats>;
-        { Level::scales(of) } -> std::same_as<typename Level::Floats>;  // one for each block, in its lanes
+        // One for each block, in its lanes; for each half of a block, of 32 values.
+        { Level::scales(of) } -> std::same_as<typename Level::Floats>;
+        { Level::half_scales(of) } -> std::same_as<typename Level::Floats>;
         { Level::mul(floats, floats) } -> std::same_as<typename Level::Floats>;
         { Level::fma(floats, floats, floats) } -> std::same_as<typename Level::Floats>;  // a b + c
         { Level::sum(floats) } -> std::same_as<float>;
@@ -52,7 +54,7 @@ concept IntegerLanes =
 
 template <IntegerLanes Level>
 struct LinearIntegers {
-    static constexpr int kBlock = 64;                             // values that share a scale
+    static constexpr int kBlock = 64;  // values of x that share a scale; of W they may have two
     static constexpr int kBytes = sizeof(typename Level::Words);  // of W
     static constexpr int kChunk = 2 * kBytes, kBlocks = kChunk / kBlock;
     static constexpr int kLanes = kChunk / 8;  // 32-bit ones
@@ -190,8 +192,8 @@ struct LinearIntegers {
         float inverse = 0;
     };
 
-    // Rows [n, n + kRows) of W by rows [m, m + kTile) of x. `scales[r]`: of each kBlock values of row n + r.
-    template <int kRows, int kTile>
+    // Rows [n, n + kRows) of W by rows [m, m + kTile) of x. `scales[r]`: kHalves for each kBlock values of row n + r.
+    template <int kRows, int kTile, int kHalves>
     static void multiply(const LinearCall& args, const typename Level::Table& table, float inverse,
                          const float* const* scales, int64_t n, int64_t m) {
         const WeightView& weight = args.weight;
@@ -213,7 +215,8 @@ struct LinearIntegers {
                     from = padded;
                 }
                 const auto w = table(Level::load_words(from));
-                const auto scale = Level::scales(scales[r] + c * kBlocks);
+                const float* of_chunk = scales[r] + c * kBlocks * kHalves;
+                const auto scale = kHalves == 1 ? Level::scales(of_chunk) : Level::half_scales(of_chunk);
 #pragma GCC unroll 4
                 for (int i = 0; i < kTile; ++i) {
                     const Inputs& inputs = x[i * count + c];
@@ -230,21 +233,21 @@ struct LinearIntegers {
                 store_result(args, m + i, n + r, Level::sum(sums[r][i]) * inverse);
     }
 
-    template <int kRows>
+    template <int kRows, int kHalves>
     static void multiply_all(const LinearCall& args, const typename Level::Table& table, float inverse,
                              const float* const* scales, int64_t n, int64_t m, int64_t end) {
         for (; m + Level::kTile <= end; m += Level::kTile)
-            multiply<kRows, Level::kTile>(args, table, inverse, scales, n, m);
-        for (; m + 2 <= end; m += 2) multiply<kRows, 2>(args, table, inverse, scales, n, m);
-        if (m < end) multiply<kRows, 1>(args, table, inverse, scales, n, m);
+            multiply<kRows, Level::kTile, kHalves>(args, table, inverse, scales, n, m);
+        for (; m + 2 <= end; m += 2) multiply<kRows, 2, kHalves>(args, table, inverse, scales, n, m);
+        if (m < end) multiply<kRows, 1, kHalves>(args, table, inverse, scales, n, m);
     }
 
-    // Of each kBlock values of row n.
+    // Of each kBlock values of row n, or of each block if that is smaller.
     static void scales_of(const WeightView& weight, int64_t n, float* out) {
         const int64_t begin = n * weight.columns, end = begin + weight.columns;
         copy_scales(weight, begin, end, out);
         const int64_t first = begin >> weight.shift;
-        if ((int64_t(1) << weight.shift) == kBlock) return;
+        if ((int64_t(1) << weight.shift) <= kBlock) return;
         for (int64_t i = weight.columns / kBlock - 1; i >= 0;
              --i)  // backward, to write only behind what is still to be read
             out[i] = out[((begin + i * kBlock) >> weight.shift) - first];
@@ -252,10 +255,15 @@ struct LinearIntegers {
     }
 
     static void run(const LinearCall& args, int64_t first, int64_t last) {
+        (int64_t(1) << args.weight.shift < kBlock ? run_halves<2> : run_halves<1>)(args, first, last);
+    }
+
+    template <int kHalves>
+    static void run_halves(const LinearCall& args, int64_t first, int64_t last) {
         const WeightView& weight = args.weight;
         const Codebook& code = Codebook::made_of(weight.quant_map);
         const typename Level::Table table(code.entries);
-        const int64_t capacity = weight.columns / kBlock + 2 + 16;
+        const int64_t capacity = weight.columns / kBlock * kHalves + 2 + 16;
         std::vector<float> memory(size_t(capacity * Level::kRows));
         const float* scales[Level::kRows];
         for (int64_t m = 0; m < args.batch; m += kGroup) {
@@ -268,9 +276,9 @@ struct LinearIntegers {
                     scales[r] = to;
                 }
                 if (rows == 1)
-                    multiply_all<1>(args, table, code.inverse, scales, n, m, end);
+                    multiply_all<1, kHalves>(args, table, code.inverse, scales, n, m, end);
                 else
-                    multiply_all<Level::kRows>(args, table, code.inverse, scales, n, m, end);
+                    multiply_all<Level::kRows, kHalves>(args, table, code.inverse, scales, n, m, end);
                 n += rows;
             }
         }
@@ -278,7 +286,6 @@ struct LinearIntegers {
 
     static LinearKernel kernel(int64_t max_batch) {
         return {.max_batch = {0, max_batch, max_batch},
-                .min_blocksize = kBlock,
                 .column_multiple = kBlock,
                 .arranged_bytes = arranged_bytes,
                 .arrange = arrange,

@@ -7,6 +7,9 @@
 // processors without bf16 (integers.h). "tile" turns many rows of W into bf16, rounded likewise, for more rows of x.
 // With AMX the tile is a register, and the product of entry and scale is rounded.
 //
+// Zero points (affine codes) add to a result the block's sum of x times -(zero point - kCentre) times the scale, in fp32:
+// an addend of each result, by the loops of zeros.h. The AMX tile unpacks them instead.
+//
 // Plain C++ has none of them: looking values up one by one took 17 to 20 ms for 4096 x 4096, unpacking a slab 10.
 #pragma once
 
@@ -25,23 +28,34 @@ struct LinearCall {
     const void* bias;  // of `dtype`, or nullptr
     void* y;           // [batch, weight.rows] of `dtype`
     Dtype dtype;
+    const float* addend = nullptr;  // [batch, weight.rows], or nullptr
 };
 
 struct LinearKernel {
     int64_t granule = 1;              // rows of W that one call computes together
     int64_t min_batch = 1;            // rows of x from which it is faster than the other way
     int64_t max_batch[kDtypes] = {};  // rows of x up to which it is faster than slabs, by Dtype
-    int64_t min_blocksize = 1;
-    int column_multiple = 1;  // of the columns
+    int column_multiple = 1;          // of the columns
+    bool reads_zeros = false;         // without an addend
     int64_t (*arranged_bytes)(int64_t batch, int64_t columns) = nullptr;
     // False if the kernel does not take these values.
     bool (*arrange)(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out) = nullptr;
     void (*run)(const LinearCall&, int64_t first_row, int64_t last_row) = nullptr;
 };
 
+struct ZeroPoints {
+    // Sums of x over each 1 << shift columns, [batch][columns >> shift].
+    void (*sum_blocks)(const void* x, Dtype dtype, int64_t batch, int64_t columns, int shift,
+                       float* out) = nullptr;
+    // Columns [first, last) of the addend, [batch][weight.rows].
+    void (*addend)(const WeightView& weight, const float* sums, int64_t batch, int64_t first, int64_t last,
+                   float* out) = nullptr;
+};
+
 // Any kernel may be missing: it then takes no rows of x.
 struct LinearKernels {
     LinearKernel rows, integers, dots, tile;
+    ZeroPoints zeros;
 };
 
 // Most rows of x for "tile", in bf16 only: with more, gemm::multiply is as fast.
@@ -74,8 +88,9 @@ static inline float load_as_float(const void* from, Dtype dtype, int64_t i) {
 
 // The only rounding of a result.
 static inline void store_result(const LinearCall& args, int64_t m, int64_t n, float sum) {
-    const float value = args.bias == nullptr ? sum : sum + load_as_float(args.bias, args.dtype, n);
     const int64_t i = m * args.weight.rows + n;
+    if (args.addend != nullptr) sum += args.addend[i];
+    const float value = args.bias == nullptr ? sum : sum + load_as_float(args.bias, args.dtype, n);
     switch (args.dtype) {
         case Dtype::kHalf:
             static_cast<Half*>(args.y)[i] = from_float<Half>(value);

@@ -3,6 +3,7 @@
 
 #include "quant4/cpu/linear/integers.h"
 #include "quant4/cpu/linear/rows.h"
+#include "quant4/cpu/linear/zeros.h"
 
 namespace peftcore {
 namespace quant4 {
@@ -87,19 +88,22 @@ struct NeonIntegers {
     };
 
     static inline Floats dot(const Values& w, const int16_t* x) {
-        int32x4_t low = vdupq_n_s32(0), high = low;
+        int32x4_t halves[2] = {vdupq_n_s32(0),
+                               vdupq_n_s32(0)};  // of the block: vectors alternate between them
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const int16x8_t inputs = vld1q_s16(x + 8 * i);
-            low = vmlal_s16(low, vget_low_s16(w.of[i]), vget_low_s16(inputs));
-            high = vmlal_high_s16(high, w.of[i], inputs);
+            int32x4_t& sum = halves[i % 2];
+            sum = vmlal_s16(sum, vget_low_s16(w.of[i]), vget_low_s16(inputs));
+            sum = vmlal_high_s16(sum, w.of[i], inputs);
         }
-        return {vcvtq_f32_s32(low), vcvtq_f32_s32(high)};
+        return {vcvtq_f32_s32(halves[0]), vcvtq_f32_s32(halves[1])};
     }
 
     static inline Floats zero() { return all(0); }
     static inline Floats load(const float* from) { return load_eight(from); }
     static inline Floats scales(const float* one) { return all(*one); }
+    static inline Floats half_scales(const float* two) { return {vdupq_n_f32(two[0]), vdupq_n_f32(two[1])}; }
     static inline Floats mul(Floats a, Floats b) {
         return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)};
     }
@@ -124,6 +128,7 @@ struct NeonIntegers {
 // Numbers of rows are not measured, as these kernels have never run on hardware: fewer than AVX2's, as the library may
 // be faster.
 void fill_neon(LinearKernels& kernels) {
+    kernels.zeros = kZeroPoints;
     kernels.integers = LinearIntegers<NeonIntegers>::kernel(64);
     kernels.rows = LinearRows<Neon>::kernel({.fp32 = 8, .fp16 = 8, .bf16 = 8});
 }

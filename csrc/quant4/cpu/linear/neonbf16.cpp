@@ -79,23 +79,23 @@ struct Dots {
         return true;
     }
 
-    // Rows [n, n + kCount) of W by all of x.
-    template <int kCount, int kBatch>
+    // Rows [n, n + kCount) of W by all of x, with kScales for each step.
+    template <int kCount, int kBatch, int kScales>
     static void multiply(const LinearCall& args, const Rounded& code, int64_t n) {
         const WeightView weight = args.weight;
         const int64_t columns = weight.columns;
         const uint16_t* x = static_cast<const uint16_t*>(args.x);
         const ShortTable table = code.table;
-        float32x4_t sums[kCount][kBatch];
+        float32x4_t sums[kCount][kBatch], part[kCount][kBatch];
         for (auto& row : sums)
             for (float32x4_t& sum : row) sum = vdupq_n_f32(0);
         for (int64_t k = 0; k < columns; k += kStep) {
-            float32x4_t part[kCount][kBatch];
-            for (auto& row : part)
-                for (float32x4_t& sum : row) sum = vdupq_n_f32(0);
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half) {
                 const int64_t at = k + half * kHalfStep;
+                if (half == 0 || kScales == 2)
+                    for (auto& row : part)
+                        for (float32x4_t& sum : row) sum = vdupq_n_f32(0);
 #pragma GCC unroll 4
                 for (int r = 0; r < kCount; ++r) {
                     const uint8_t* packed = weight.codes + ((n + r) * columns + at) / 2;
@@ -108,12 +108,13 @@ struct Dots {
                             part[r][i] = vbfdotq_f32(part[r][i], as_bf16(w.of[v]),
                                                      as_bf16(vld1q_u16(x + i * columns + at + 8 * v)));
                 }
-            }
+                if (half == 0 && kScales == 1) continue;
 #pragma GCC unroll 4
-            for (int r = 0; r < kCount; ++r) {
-                const float scale = block_scale(weight, ((n + r) * columns + k) >> weight.shift);
+                for (int r = 0; r < kCount; ++r) {
+                    const float scale = block_scale(weight, ((n + r) * columns + at) >> weight.shift);
 #pragma GCC unroll 2
-                for (int i = 0; i < kBatch; ++i) sums[r][i] = vfmaq_n_f32(sums[r][i], part[r][i], scale);
+                    for (int i = 0; i < kBatch; ++i) sums[r][i] = vfmaq_n_f32(sums[r][i], part[r][i], scale);
+                }
             }
         }
         for (int r = 0; r < kCount; ++r)
@@ -121,20 +122,21 @@ struct Dots {
                 store_result(args, i, n + r, vaddvq_f32(sums[r][i]) * code.inverse);
     }
 
-    template <int kBatch>
+    template <int kBatch, int kScales>
     static void run_all(const LinearCall& args, int64_t first, int64_t last) {
         const Rounded& code = Rounded::made_of(args.weight.quant_map);
-        for (; last - first >= kRows; first += kRows) multiply<kRows, kBatch>(args, code, first);
-        for (; first < last; ++first) multiply<1, kBatch>(args, code, first);
+        for (; last - first >= kRows; first += kRows) multiply<kRows, kBatch, kScales>(args, code, first);
+        for (; first < last; ++first) multiply<1, kBatch, kScales>(args, code, first);
     }
 
     static void run(const LinearCall& args, int64_t first, int64_t last) {
-        args.batch == 1 ? run_all<1>(args, first, last) : run_all<2>(args, first, last);
+        if (int64_t(1) << args.weight.shift < kStep)
+            return args.batch == 1 ? run_all<1, 2>(args, first, last) : run_all<2, 2>(args, first, last);
+        args.batch == 1 ? run_all<1, 1>(args, first, last) : run_all<2, 1>(args, first, last);
     }
 
     static LinearKernel kernel() {
         return {.max_batch = {0, 0, kMaxBatch},
-                .min_blocksize = kStep,
                 .column_multiple = kStep,
                 .arranged_bytes = arranged_bytes,
                 .arrange = arrange,

@@ -26,20 +26,35 @@ namespace {
 
 bool takes(const LinearKernel& kernel, const WeightView& weight, Dtype dtype, int64_t batch) {
     return batch >= kernel.min_batch && batch <= kernel.max_batch[int(dtype)] &&
-           weight.columns % kernel.column_multiple == 0 && int64_t(1) << weight.shift >= kernel.min_blocksize;
+           weight.columns % kernel.column_multiple == 0;
 }
 
 // False if the kernel does not take these values of x.
-bool multiply_from_codes(const LinearKernel& kernel, const DirectLinear& few, const WeightView& weight) {
-    void* arranged = workspace(kernel.arranged_bytes(few.rows, weight.columns));
+bool multiply_from_codes(const LinearKernels& all, const LinearKernel& kernel, const DirectLinear& few,
+                         const WeightView& weight) {
+    const bool adds_zeros = weight.zeros != nullptr && !kernel.reads_zeros;
+    const int64_t arranged_bytes = filled_up(kernel.arranged_bytes(few.rows, weight.columns), 64);
+    const int64_t sums = adds_zeros ? filled_up(few.rows * (weight.columns >> weight.shift), 16) : 0,
+                  addends = adds_zeros ? few.rows * weight.rows : 0;
+    char* arranged =
+        static_cast<char*>(workspace(arranged_bytes + (sums + addends) * int64_t(sizeof(float))));
     if (!kernel.arrange(few.x, few.dtype, few.rows, weight.columns, arranged)) return false;
-    const LinearCall args{
-        .weight = weight, .batch = few.rows, .x = arranged, .bias = few.bias, .y = few.y, .dtype = few.dtype};
+    float* sum = reinterpret_cast<float*>(arranged + arranged_bytes);
+    float* addend = adds_zeros ? sum + sums : nullptr;
+    if (adds_zeros) all.zeros.sum_blocks(few.x, few.dtype, few.rows, weight.columns, weight.shift, sum);
+    const LinearCall args{.weight = weight,
+                          .batch = few.rows,
+                          .x = arranged,
+                          .bias = few.bias,
+                          .y = few.y,
+                          .dtype = few.dtype,
+                          .addend = addend};
     const int64_t units = ceil_div(weight.rows, kernel.granule);
     const int64_t grain = ceil_div(kProductsPerTask, weight.columns * args.batch * kernel.granule);
     at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) {
         const Range rows{first * kernel.granule, std::min(last * kernel.granule, weight.rows)};
         if (few.companion != nullptr) few.companion->before();
+        if (adds_zeros) all.zeros.addend(weight, sum, few.rows, rows.first, rows.last, addend);
         kernel.run(args, rows.first, rows.last);
         if (few.companion != nullptr) few.companion->after(rows);
     });
@@ -63,7 +78,7 @@ bool linear_direct(const CpuKernels& kernels, const DirectLinear& args, const We
         return false;
     const LinearKernels& all = kernels.linear;
     for (const LinearKernel* kernel : {&all.dots, &all.tile, &all.integers, &all.rows})
-        if (takes(*kernel, weight, args.dtype, args.rows) && multiply_from_codes(*kernel, args, weight))
+        if (takes(*kernel, weight, args.dtype, args.rows) && multiply_from_codes(all, *kernel, args, weight))
             return true;
     return false;
 }

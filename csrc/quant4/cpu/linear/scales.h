@@ -40,7 +40,8 @@ class RowScales {
                 look_up(first, last, out);
                 break;
             case ScaleKind::kPowerOfTwo:
-                PowerOfTwoScales(weight_).copy(first, last + 1, out);
+            case ScaleKind::kAffine:
+                block_scales(weight_, first, last + 1, out);
                 for (int i = 0; i < kAtOnce; ++i) out[last + 1 - first + i] = 0;
         }
         if ((int64_t(1) << weight_.shift) == step_) return;

@@ -27,13 +27,16 @@ struct Segments {
     // begin and end are multiples of a piece, or the end of W.
     void write_pieces(int64_t begin, int64_t end, void* out, std::vector<float>& absmax) const {
         const int64_t pieces = ceil_div(end - begin, piece());
-        absmax.resize(size_t(pieces));
+        const bool has_zeros = weight.zeros != nullptr;
+        absmax.resize(size_t(has_zeros ? 2 * pieces : pieces));
+        float* zeros = absmax.data() + pieces;  // behind the scales
         int64_t block = -1;
         float scale = 0;
         for (int64_t i = 0; i < pieces; ++i) {
             const int64_t of = (begin + i * piece()) >> weight.shift;
             if (of != block) scale = block_scale(weight, block = of);
             absmax[size_t(i)] = scale;
+            if (has_zeros) zeros[i] = block_zero(weight, of) + float(kCentre);
         }
         WeightView part;
         part.rows = 1;
@@ -42,6 +45,11 @@ struct Segments {
         part.absmax = absmax.data();
         part.quant_map = weight.quant_map;
         part.shift = piece_shift;
+        if (has_zeros) {
+            part.scales = ScaleKind::kAffine;
+            part.zeros = zeros;
+            part.whole_zeros = false;
+        }
         kernels.dequantize({.weight = part, .dtype = dtype, .out = out, .stream = false}, 0, pieces);
     }
 

@@ -15,11 +15,10 @@ constexpr int kRows = 8;  // of W, which become columns of B
 
 float value_at(const WeightView& weight, int64_t i) {
     const int byte = weight.codes[i / 2];
-    return weight.quant_map[i % 2 == 0 ? byte >> 4 : byte & 15] * block_scale(weight, i >> weight.shift);
+    const int64_t block = i >> weight.shift;
+    const float zero = weight.zeros == nullptr ? 0 : block_zero(weight, block);
+    return (weight.quant_map[i % 2 == 0 ? byte >> 4 : byte & 15] - zero) * block_scale(weight, block);
 }
-
-// Values of a row that are unpacked with one scale.
-int64_t values_of_scale(const WeightView& weight) { return least(int64_t(1) << weight.shift, kTileBlock); }
 
 // Columns that start within a byte, or blocks that end within a register.
 bool any_shape(const WeightView& weight) { return weight.columns % values_of_scale(weight) != 0; }
@@ -46,6 +45,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
     const WeightView& weight = *static_cast<const WeightView*>(source);
     const __m256 low = _mm256_loadu_ps(weight.quant_map), high = _mm256_loadu_ps(weight.quant_map + 8);
     const int64_t step = values_of_scale(weight);
+    const bool has_zeros = weight.zeros != nullptr;
     for (int64_t begin = 0; begin < tiles * kTileColumns; begin += kRows) {
         const int64_t row = column + begin;
         if (row >= weight.rows) return;
@@ -63,10 +63,13 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
         }
         for (int64_t k = first; k < last;) {
             const int64_t end = least(last, (k / step + 1) * step);
-            alignas(32) float scales[kRows];
-            for (int r = 0; r < kRows; ++r)
-                scales[r] = block_scale(weight, (its_row[r] * weight.columns + k) >> weight.shift);
-            const __m256 scale = _mm256_load_ps(scales);
+            alignas(32) float scales[kRows], zeros[kRows];
+            for (int r = 0; r < kRows; ++r) {
+                const int64_t block = (its_row[r] * weight.columns + k) >> weight.shift;
+                scales[r] = block_scale(weight, block);
+                zeros[r] = has_zeros ? block_zero(weight, block) : 0;
+            }
+            const __m256 scale = _mm256_load_ps(scales), zero = _mm256_load_ps(zeros);
             __m256 words[kRows];
             load_words(packed, k, (end - k) / 2, words);
             for (int64_t w = 0; w < (end - k) / 8; ++w, to += 8 * kTileColumns) {
@@ -74,8 +77,9 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
 #pragma GCC unroll 8
                 for (int i = 0; i < 8; ++i) {
                     const __m256i index = _mm256_srli_epi32(word, (i / 2) * 8 + (i % 2 == 0 ? 4 : 0));
+                    const __m256 entry = looked_up(index, low, high);
                     _mm256_storeu_ps(to + i * kTileColumns,
-                                     _mm256_mul_ps(looked_up(index, low, high), scale));
+                                     _mm256_mul_ps(has_zeros ? _mm256_sub_ps(entry, zero) : entry, scale));
                 }
             }
             k = end;
@@ -100,7 +104,7 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
                      _MM_HINT_T0);
         for (int i = 0; i < tiles && column + i * kTileColumns < weight.columns; ++i) {
             const int64_t at = begin + i * kTileColumns;
-            const FloatTable table(weight.quant_map, block_scale(weight, at >> weight.shift));
+            const FloatTable table(weight, at >> weight.shift);
 #pragma GCC unroll 4
             for (int64_t j = 0; j < kTileColumns; j += 8)
                 _mm256_storeu_ps(to + i * stride + j, decoded8(weight.codes + (at + j) / 2, table));

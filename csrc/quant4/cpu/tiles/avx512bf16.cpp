@@ -20,7 +20,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
                        int64_t stride, uint32_t* out) {
     const WeightView& weight = *static_cast<const WeightView*>(source);
     const __m512 code = _mm512_loadu_ps(weight.quant_map);
-    const int64_t rows = weight.rows, columns = weight.columns;
+    const int64_t rows = weight.rows, columns = weight.columns, step = values_of_scale(weight);
     Lines lines;
     for (int tile = 0; tile < tiles; ++tile, column += kTileColumns, out += stride)
         for (int64_t k = first; k < last; k += kLineColumns) {
@@ -31,9 +31,9 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
                 const uint8_t* packed = weight.codes + begin / 2;
                 // Lines of successive rows are too far apart for the processor's prefetcher.
                 _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kLine), _MM_HINT_T0);
-                for (int64_t i = 0; i < count; i += kTileBlock) {
-                    const __m512i table = scaled(code, block_scale(weight, (begin + i) >> weight.shift));
-                    for (int64_t j = i; j < i + kTileBlock; j += 32)
+                for (int64_t i = 0; i < count; i += step) {
+                    const __m512i table = scaled(code, weight, (begin + i) >> weight.shift);
+                    for (int64_t j = i; j < i + step; j += 32)
                         _mm512_store_si512(lines.row[r] + j, decoded(packed + j / 2, table));
                 }
             }
@@ -52,6 +52,7 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
     const __m512 code = _mm512_loadu_ps(weight.quant_map);
     const __m512i nibble = _mm512_set1_epi32(0x000f000f), second_table = _mm512_set1_epi32(0x00200000);
     constexpr int64_t kAhead = 16;  // rows
+    const int64_t step = values_of_scale(weight);
     for (int64_t n = first; n < last; n += 2, out += kTileColumns) {
         const int64_t begin = n * weight.columns + column, below = begin + weight.columns;
         const bool pair = n + 1 < last;
@@ -62,9 +63,9 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
         __m512i table = _mm512_setzero_si512(), table_below = table;
         for (int tile = 0; tile < tiles; ++tile) {
             const int64_t at = begin + tile * kTileColumns, at_below = below + tile * kTileColumns;
-            if (tile == 0 || at % kTileBlock == 0) {
-                table = scaled(code, block_scale(weight, at >> weight.shift));
-                if (pair) table_below = scaled(code, block_scale(weight, at_below >> weight.shift));
+            if (tile == 0 || at % step == 0) {
+                table = scaled(code, weight, at >> weight.shift);
+                if (pair) table_below = scaled(code, weight, at_below >> weight.shift);
             }
             const __m512i bytes = _mm512_cvtepu8_epi32(sixteen(weight.codes + at / 2));
             const __m512i bytes_below =

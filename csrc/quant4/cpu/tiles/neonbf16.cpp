@@ -16,6 +16,7 @@ constexpr int kRows = 4, kStep = 32;  // rows that are transposed together, valu
 void unpack_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last,
                        int64_t stride, uint32_t* out) {
     const WeightView& weight = *static_cast<const WeightView*>(source);
+    const int64_t step = values_of_scale(weight);
     for (int64_t row = 0; row < tiles * kTileColumns; row += kRows) {
         uint32_t* to = out + row / kTileColumns * stride + row % kTileColumns;
         int64_t begin[kRows];
@@ -25,8 +26,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
         for (int64_t k = first; k < last; k += kStep, to += kStep / 2 * kTileColumns) {
             Decoded values[kRows];
             for (int r = 0; r < kRows; ++r) {
-                if (k == first || k % kTileBlock == 0)
-                    table[r] = scaled(weight.quant_map, block_scale(weight, (begin[r] + k) >> weight.shift));
+                if (k == first || k % step == 0) table[r] = scaled(weight, (begin[r] + k) >> weight.shift);
                 values[r] = decoded(weight.codes + (begin[r] + k) / 2, table[r]);
             }
 #pragma GCC unroll 4
@@ -41,16 +41,16 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
 void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, int64_t last, int64_t stride,
                   uint32_t* out) {
     const WeightView& weight = *static_cast<const WeightView*>(source);
+    const int64_t step = values_of_scale(weight);
     for (int64_t n = first; n < last; n += 2, out += kTileColumns) {
         const int64_t begin = n * weight.columns + column, below = begin + weight.columns;
         const bool pair = n + 1 < last;
         ShortTable table, table_below;
         for (int tile = 0; tile < tiles; ++tile) {
             const int64_t at = begin + tile * kTileColumns, at_below = below + tile * kTileColumns;
-            if (tile == 0 || at % kTileBlock == 0) {
-                table = scaled(weight.quant_map, block_scale(weight, at >> weight.shift));
-                if (pair)
-                    table_below = scaled(weight.quant_map, block_scale(weight, at_below >> weight.shift));
+            if (tile == 0 || at % step == 0) {
+                table = scaled(weight, at >> weight.shift);
+                if (pair) table_below = scaled(weight, at_below >> weight.shift);
             }
             const Decoded values = decoded(weight.codes + at / 2, table);
             const Decoded under = pair ? decoded(weight.codes + at_below / 2, table_below) : Decoded{};

@@ -8,11 +8,14 @@
 namespace peftcore {
 namespace quant4 {
 
-// Columns and blocks of values must be multiples of this for the readers.
+// Columns must be a multiple of this for the readers.
 constexpr int64_t kTileBlock = 64;
 
-static inline bool has_tile_blocks(const WeightView& weight) {
-    return weight.columns % kTileBlock == 0 && (int64_t(1) << weight.shift) >= kTileBlock;
+static inline bool has_tile_blocks(const WeightView& weight) { return weight.columns % kTileBlock == 0; }
+
+// Values of a row that are unpacked with one scale.
+static inline int64_t values_of_scale(const WeightView& weight) {
+    return int64_t(1) << weight.shift < kTileBlock ? int64_t(1) << weight.shift : kTileBlock;
 }
 
 void fill_avx2(gemm::ManyRows (&)[kDtypes]);  // the readers of weights in 4 bits, for fp16 and bf16
