@@ -273,7 +273,7 @@ def load(
         model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
     failures.clear()
     try:
-        with _not_mapped():
+        with _not_mapped(), _read_when_needed() if stored is not None else contextlib.nullcontext():
             found = model_class.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **options)
         model: nn.Module = found[0]
         for parameter in model.parameters():
@@ -321,6 +321,24 @@ def load_then_quantize(
         model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
     model: nn.Module = model_class.from_pretrained(where, config=config, dtype=dtype, **options)
     return quantize(model, quant_type, skip=skip)
+
+
+@contextlib.contextmanager
+def _read_when_needed() -> Iterator[None]:
+    """Make transformers read a quantized tensor when it is converted within the block, not ahead by threads.
+
+    The memory of what threads have read is not reused for converted weights: a checkpoint would take twice its size.
+    """
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ from peftcore.ops.weight import AFFINE, DTYPES, MAX_BLOCKSIZE, MIN_BLOCKSIZE, Pa
 from peftcore.validation import shown
 
 _ONES = 0x11111111  # one in each of a word's eight values
+_ROWS = 256  # of a weight that are unpacked together, so that temporary memory stays small
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word each of eight outputs is
 
 
@@ -241,7 +242,7 @@ def _read_gptq(tensors: Mapping[str, Tensor], name: str, *, size: int | None, is
     if order is None:
         codes = swap_nibbles(qweight.T.contiguous().view(torch.uint8)).view(-1, 1)
     else:
-        codes = _bytes(_nibbles(qweight.T.contiguous())[:, order])
+        codes = torch.cat([_bytes(_nibbles(part.T)[:, order]) for part in qweight.split(_ROWS, 1)])
     return Int4Weight(codes, scales, zeros, (rows, columns), group, order)
 
 
@@ -260,7 +261,7 @@ def _read_awq(tensors: Mapping[str, Tensor], name: str, *, size: int | None) -> 
         """Return `[out, ..]` of words `[.., out / 8]`."""
         return _nibbles(words).view(len(words), -1, 8)[..., places].flatten(1).T.contiguous()
 
-    codes = _bytes(in_order(qweight))
+    codes = torch.cat([_bytes(in_order(part)) for part in qweight.split(_ROWS // 8, 1)])
     return Int4Weight(codes, scales.T.contiguous(), _zeros(in_order(qzeros)), (rows, columns), group)
 
 
@@ -287,8 +288,8 @@ def _read_compressed(tensors: Mapping[str, Tensor], name: str, *, needs_zeros: b
     if order is None and columns % 8 == 0:
         codes = swap_nibbles(packed.detach().clone().view(torch.uint8)).view(-1, 1)
     else:
-        dense = _nibbles(packed)[:, :columns]
-        codes = _bytes(dense if order is None else dense[:, order])
+        taken = slice(columns) if order is None else order
+        codes = torch.cat([_bytes(_nibbles(part)[:, taken]) for part in packed.split(_ROWS)])
     return Int4Weight(
         codes, scales.contiguous(), None if zeros is None else _zeros(zeros), (rows, columns), group, order
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def test_a_model_is_saved_with_its_bits(case: str, tmp_path: Path) -> None:
     found, wanted = again.state_dict(), model.state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], t) for name, t in wanted.items())
     assert torch.equal(logits(again), logits(model))
+
+
+def test_weights_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that read ahead would make the peak twice the file."""
+    written(tmp_path)
+    monkeypatch.setattr("transformers.core_model_loading.ThreadPoolExecutor", None)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "0")
+    assert len(list(quantized_layers(peftcore.quantization.load(tmp_path)))) == 7
+    assert os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "0"
 
 
 def test_scales_keep_their_dtype_whatever_the_models(tmp_path: Path) -> None:
