@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftcore import ops
 from peftcore.adaptation.class_swap import one_for_each_class, subclass
+from peftcore.adaptation.recomputed import recomputed
 from peftcore.ops._library import transformed
 from peftcore.ops.gated import Activation
 
@@ -82,7 +83,7 @@ class NormFormula(Formula):
 
 @dataclass(frozen=True)
 class GateFormula(Formula):
-    """down(act(gate(x)) * up(x)).
+    """down(act(gate(x)) * up(x)). What `down` is given is computed again for its gradient.
 
     Args:
         calls: names of the children `gate` and `up` in the order in which they are called.
@@ -116,9 +117,9 @@ class GateFormula(Formula):
         gate, up = outputs[self.gate], outputs[self.up]
         if plain(gate, up) and gate.dtype is up.dtype and gate.dtype in self.dtypes and gate.shape == up.shape:
             product = ops.gated(gate, up, self.activation)
-        else:
-            product = act(gate) * up  # type: ignore[misc]
-        return children[self.down](product)
+            with recomputed(functools.partial(ops.gated, activation=self.activation), (gate, up), product):
+                return children[self.down](product)
+        return children[self.down](act(gate) * up)  # type: ignore[misc]
 
     def is_plain(self, act: nn.Module | None) -> bool:
         """Return whether a call of `act` does nothing but its forward."""

@@ -39,7 +39,7 @@ def test_gradients_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
         def backward(ctx: Any, grad: Tensor) -> Tensor:
             return 1.01 * grad
 
-    monkeypatch.setattr(ops, "gated", lambda *args: Wrong.apply(original(*args)))  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(ops, "gated", lambda *args, **named: Wrong.apply(original(*args, **named)))  # type: ignore[no-untyped-call]
     found = str(difference_when_fused(model, INPUTS))
     assert "the loss of a few rows differs by 0.0e+00 with them, its gradient by" in found
 
