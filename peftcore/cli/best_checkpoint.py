@@ -33,6 +33,7 @@ FIGURES = {
     data.PREFERENCES: ("preference_accuracy", "margin"),
     data.UNPAIRED: ("accuracy", "margin"),
     data.ODDS: ("preference_accuracy", "log_odds"),
+    data.ROLLOUTS: ("reward",),
     data.REWARD: ("preference_accuracy", "margin"),
 }
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import peftcore
-from peftcore.cli import data, odds, preferences, rewards, unpaired
+from peftcore.cli import data, odds, preferences, rewards, rollouts, unpaired
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.tasks import Example
 from peftcore.engine import state_of
@@ -20,7 +20,8 @@ BETA = preferences.BETA
 
 def of(task: str) -> Any:
     """Return the module of a task: `encode`, `lengths`, `likelihoods`, `figures` and `as_texts`."""
-    return {data.PREFERENCES: preferences, data.UNPAIRED: unpaired, data.ODDS: odds, data.REWARD: rewards}[task]
+    pairs = {data.PREFERENCES: preferences, data.ODDS: odds, data.REWARD: rewards}
+    return {**pairs, data.UNPAIRED: unpaired, data.ROLLOUTS: rollouts}[task]
 
 
 def measure(

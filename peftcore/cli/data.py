@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peftcore.cli import image_files, labels, mixture
@@ -31,8 +31,9 @@ SEQ2SEQ = "seq2seq"
 PREFERENCES = "dpo"
 UNPAIRED = "kto"
 ODDS, REWARD = "orpo", "reward"
+ROLLOUTS = "grpo"
 PAIRED = (PREFERENCES, ODDS, REWARD)  # rows with a chosen and a rejected answer
-COMPARED = (PREFERENCES, UNPAIRED, ODDS, REWARD)  # trained on judged answers, each task with a module of its own
+COMPARED = (PREFERENCES, UNPAIRED, ODDS, REWARD, ROLLOUTS)  # on judged answers, each with a module of its own
 TASKS = (LANGUAGE_MODEL, SEQ2SEQ, *HEADED, *COMPARED)
 NEW_HEAD = (*HEADED, REWARD)
 
@@ -58,6 +59,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     MULTI_LABEL: (*_labelled("label"), *_labelled("labels")),
     **dict.fromkeys(PAIRED, (("prompt", "chosen", "rejected"), ("chosen", "rejected"))),
     UNPAIRED: (("prompt", "completion", "label"),),
+    ROLLOUTS: (("prompt",),),
     TAGS: (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags")),
 }
 _SHOWN = {
@@ -66,7 +68,11 @@ _SHOWN = {
     SEQ2SEQ: "source/target",
 }
 _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label"}
-_SHOWN |= dict.fromkeys(PAIRED, "prompt/chosen/rejected") | {UNPAIRED: "prompt/completion/label", TAGS: "tokens/tags"}
+_SHOWN |= dict.fromkeys(PAIRED, "prompt/chosen/rejected") | {
+    UNPAIRED: "prompt/completion/label",
+    ROLLOUTS: "prompt",
+    TAGS: "tokens/tags",
+}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES |= {"tool": "tool", "observation": "tool", "function": "tool"}
 
@@ -85,6 +91,7 @@ class Row:
     `source` is the index of the data set. `is_good` marks an answer for KTO, with the prompt as in a preference.
     `pair` is the second text of a pair to classify. `tokens` are (ids, labels) of a row that is tokenized already.
     `words` have the tags that are the label. `image` is the path of an image.
+    `columns` are fields for a function that judges answers.
     """
 
     where: str
@@ -102,6 +109,7 @@ class Row:
     tokens: tuple[list[int], list[int]] | None = None
     words: tuple[str, ...] = ()
     image: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -258,6 +266,8 @@ def row_of(where: str, fields: dict[str, Any], task: str) -> Row:
         )
     if task in PAIRED:
         return _preference(where, fields)
+    if task == ROLLOUTS:
+        return _asked(where, fields)
     if task == UNPAIRED:
         return _marked_answer(where, fields)
     if keys == ("messages",):
@@ -304,6 +314,19 @@ def _preference(where: str, fields: dict[str, Any]) -> Row:
     if row.completion == row.rejected:
         raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same")
     return row
+
+
+def _asked(where: str, fields: dict[str, Any]) -> Row:
+    """Return a prompt to answer, with the other fields of its line."""
+    columns = {name: value for name, value in fields.items() if name != "prompt"}
+    if columns.get("tools"):
+        raise PeftcoreError(f"{where}: tools are not supported by --task grpo. Remove 'tools'")
+    if isinstance(fields["prompt"], list):
+        asked = _without_marks(_messages(where, "prompt", fields["prompt"]))
+        if asked[-1]["role"] == "assistant":
+            raise PeftcoreError(f"{where}: 'prompt' must end with a turn to answer, found one of the assistant")
+        return Row(where, "", messages=asked, columns=columns)
+    return Row(where, _text(where, "prompt", fields["prompt"]), columns=columns)
 
 
 def _marked_answer(where: str, fields: dict[str, Any]) -> Row:

@@ -233,6 +233,8 @@ def _fitted(settings: Settings) -> Settings:
 def _why_not(settings: Settings) -> str | None:
     from peftcore.estimating.loop import OPTIMIZERS
 
+    if settings.task == data.ROLLOUTS:
+        return "that of sampling answers is not known"
     if settings.optim not in OPTIMIZERS:
         return f"the state of --optim {settings.optim} is not known"
     return None

@@ -124,7 +124,7 @@ Task = Annotated[
     str | None,
     typer.Option(
         help="causal-lm, seq2seq, classification, regression, multi-label, tags, image, dpo, kto, orpo, "
-        "reward; default: read off the data."
+        "reward, grpo; default: read off the data."
     ),
 ]
 Labels = Annotated[

@@ -64,6 +64,15 @@ class RunOptions:
             help="Beta of DPO and KTO, which keeps the model close to the base, or weight of ORPO's odds; default: 0.1."
         ),
     ] = None
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="FILE.py:FUNCTION that judges answers (grpo): called with prompts, completions and the rows' columns "
+            "by name, as by TRL, it returns a list of numbers."
+        ),
+    ] = None
+    generations: Annotated[int, typer.Option(min=2, help="Answers sampled for each prompt (grpo).")] = 8
+    temperature: Annotated[float, typer.Option(help="Temperature of sampled answers (grpo).")] = 1.0
     labels: options.Labels = None
     columns: options.Columns = None
     chat_template: options.ChatTemplate = None
@@ -125,7 +134,9 @@ class RunOptions:
             "--metric of answers, else none.",
         ),
     ] = None
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of such an answer.")] = 64
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum tokens of such an answer, and of those of grpo.")
+    ] = 64
     patience: Annotated[
         int | None,
         typer.Option(min=1, help="Stop after this many evaluations without improvement; implies --load-best."),
@@ -178,9 +189,10 @@ class Settings(RunOptions):
         for name in ("eval_data", "chat_template", "other_data"):
             if values.get(name):
                 values[name] = options.absolute(values[name])
-        if ".py:" in (values.get("metric") or ""):
-            file, _, name = values["metric"].rpartition(":")
-            values["metric"] = f"{options.absolute(file)}:{name}"
+        for option in ("metric", "reward"):
+            if ".py:" in (values.get(option) or ""):
+                file, _, name = values[option].rpartition(":")
+                values[option] = f"{options.absolute(file)}:{name}"
         return cls(**values)
 
     def __post_init__(self) -> None:

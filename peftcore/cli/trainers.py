@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import Trainer, TrainerControl
 
-from peftcore.cli import data, odds, precision, rewards, tasks, unpaired
+from peftcore.cli import data, odds, precision, rewards, rollouts, tasks, unpaired
 from peftcore.cli.console import require, say
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.sampler import LengthGroupedSampler
@@ -89,7 +89,7 @@ def trl_classes(task: str) -> tuple[Any, Any]:
     import trl
 
     if task != data.ODDS:
-        name = {data.PREFERENCES: "DPO", data.UNPAIRED: "KTO", data.REWARD: "Reward"}[task]
+        name = {data.PREFERENCES: "DPO", data.UNPAIRED: "KTO", data.REWARD: "Reward", data.ROLLOUTS: "GRPO"}[task]
         return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL calls its package experimental
@@ -117,14 +117,18 @@ def comparing_trainer(task: str, **arguments: Any) -> Measuring:
         def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
             return dataset  # already tokens, with the end of the answer if it is learned
 
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            own: Any = base if task == data.ROLLOUTS else Measuring  # GRPO repeats each prompt
+            return own._get_train_sampler(self, train_dataset)
+
         def tokenize_row(self, row: Any, *_args: Any, **_kwargs: Any) -> Any:
             return row
 
     if task == data.UNPAIRED:
         arguments["data_collator"] = unpaired.collator(arguments["processing_class"])
     for name in ("train_dataset", "eval_dataset"):
-        if task in (data.ODDS, data.REWARD):
-            columns = odds.columns if task == data.ODDS else rewards.columns
-            arguments[name] = columns(arguments[name])
+        columns = {data.ODDS: odds.columns, data.REWARD: rewards.columns, data.ROLLOUTS: rollouts.columns}
+        if task in columns:
+            arguments[name] = columns[task](arguments[name])
         arguments[name] = Dataset.from_list(arguments[name])
     return MeasuringComparison(**arguments)

@@ -34,6 +34,7 @@ from peftcore.cli import (
     precision,
     preferences,
     progress,
+    rollouts,
     tasks,
     trainers,
     training_data,
@@ -225,6 +226,7 @@ def run(
             return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
     comparison = comparisons.of(settings.task) if settings.task in data.COMPARED else None
+    reward = rollouts.load_reward(settings.reward) if settings.reward is not None else None
     answering = None
     if answered := generations.count(settings.task, settings.metric, settings.eval_answers):
         answering = generations.Answering(
@@ -240,6 +242,8 @@ def run(
     pairs = preferences.pairs_at_once(settings.batch_size, longest)
 
     def measure(model: Any, examples: list[tasks.Example] = held_out) -> Metrics:
+        if reward is not None:
+            return rollouts.measure(model, examples, tokenizer, reward, settings.answer_tokens)
         if comparison is not None:
             how = {"beta": settings.beta, "reference": first[id(examples)]}
             return comparisons.measure(settings.task, model, examples, tokenizer, pairs, **how)
@@ -290,6 +294,8 @@ def run(
     }
     trainer: trainers.Measuring
     if comparison is not None:
+        if reward is not None:
+            common["reward_funcs"] = [reward]
         trainer = trainers.comparing_trainer(settings.task, **common, lengths=sizes, processing_class=tokenizer)
     else:
         is_mean = settings.task in (data.TAGS, data.SEQ2SEQ)  # the loss of a batch, whatever the step has
@@ -384,6 +390,8 @@ def training_arguments(
     settings: Settings, output: Path, examples: int, report_to: Sequence[str] = ()
 ) -> TrainingArguments:
     """Return Trainer's arguments for this many examples."""
+    if settings.task == data.ROLLOUTS:
+        examples *= settings.generations
     per_epoch = math.ceil(math.ceil(examples / (settings.batch_size * settings.ranks)) / settings.grad_accum)
     steps = settings.steps or math.ceil(per_epoch * settings.epochs)
     often = max(1, math.ceil(steps / 5))
@@ -391,8 +399,13 @@ def training_arguments(
     more: dict[str, Any] = {}
     if settings.task in data.COMPARED:
         _, kind = trainers.trl_classes(settings.task)
-        more = {"max_length": None, _checkpointing_name(): False}  # TRL's default is True
-        if settings.task != data.REWARD:
+        more = {_checkpointing_name(): False}  # TRL's default is True
+        if settings.task == data.ROLLOUTS:
+            more |= {"num_generations": settings.generations, "max_completion_length": settings.answer_tokens}
+            more |= {"temperature": settings.temperature, "beta": settings.beta or 0.0}
+        else:
+            more["max_length"] = None
+        if settings.task not in (data.REWARD, data.ROLLOUTS):
             more["beta"] = settings.beta or comparisons.BETA
     try:
         return kind(
@@ -417,7 +430,7 @@ def training_arguments(
             save_total_limit=max(2, settings.keep),  # the last complete one remains while the next is written
             logging_steps=max(1, steps // 100),
             logging_nan_inf_filter=False,  # NaN and Inf losses must be visible
-            include_num_input_tokens_seen="no" if settings.task == data.IMAGE else "non_padding",
+            include_num_input_tokens_seen="no" if settings.task in (data.IMAGE, data.ROLLOUTS) else "non_padding",
             use_cpu=models.torch_device(settings.device).type == "cpu",
             dataloader_pin_memory=models.torch_device(settings.device).type == "cuda",
             report_to=list(report_to) or "none",

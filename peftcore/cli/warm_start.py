@@ -23,7 +23,7 @@ from peftcore.validation import check_types
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WRITERS = (data.LANGUAGE_MODEL, data.PREFERENCES, data.UNPAIRED, data.ODDS)  # who learned one can learn the others
+_WRITERS = (data.LANGUAGE_MODEL, data.PREFERENCES, data.UNPAIRED, data.ODDS, data.ROLLOUTS)  # related
 _ADAPTER = "default"
 
 

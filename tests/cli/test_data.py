@@ -80,7 +80,7 @@ def test_errors_name_file_and_line(tmp_path: Path, name: str, content: str, task
 
 def test_a_task_is_one_that_there_is(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(PeftcoreError, match=r"--task must be one of causal-lm, classification, .*, found 'chat'"):
+    with pytest.raises(PeftcoreError, match=r"--task must be one of causal-lm, seq2seq, .*, found 'chat'"):
         data.read_rows(tmp_path / "d.jsonl", "chat")
 
 

@@ -30,7 +30,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     *,
-    given: Annotated[RunOptions, ("metric", "eval_answers", "answer_tokens")],
+    given: Annotated[RunOptions, ("metric", "eval_answers", "answer_tokens", "reward")],
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -60,6 +60,10 @@ def evaluate(
             f"eval shows every metric of {task.task}; --metric adds one of answers ({', '.join(generations.FIGURES)}, "
             f"FILE.py:FUNCTION), found '{given.metric}'. Leave it out"
         )
+    if (task.task == examples.ROLLOUTS) != (given.reward is not None):
+        raise PeftcoreError(
+            f"--reward FILE.py:FUNCTION is what eval needs for grpo, and only for it, found {task.task}"
+        )
     base = models.base_of(adapter, model)
     tokenizer = models.load_processor(base, task.task, adapter)
     from peftcore.cli import conversations, metrics, tasks
@@ -72,6 +76,13 @@ def evaluate(
 
         encoded = comparisons.of(task.task).encode(rows, tokenizer, length)
         measure = functools.partial(comparisons.measure, task.task, beta=task.beta)
+        if given.reward is not None:
+            from peftcore.cli import rollouts
+
+            reward = rollouts.load_reward(given.reward)
+
+            def measure(model: Any, some: Any, tokenizer: Any, _size: int) -> Any:
+                return rollouts.measure(model, some, tokenizer, reward, given.answer_tokens)
     else:
         encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
         if task.task == examples.TAGS:

@@ -61,7 +61,8 @@ def train(
     A folder with one subfolder of images per label trains an image classifier.
     {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages, is learned by DPO, and {"prompt": ...,
     "completion": ..., "label": true} by KTO, with the frozen base as the reference; the pairs also by ORPO (--task
-    orpo), or to train a reward model (--task reward).
+    orpo), or to train a reward model (--task reward). {"prompt": ...} is answered by the model itself in GRPO (--task
+    grpo), where a function (--reward FILE.py:FUNCTION) judges the answers.
 
     With --adapter training starts from an existing adapter, of this or another library, with its base and method; the
     initial adapter is what results are compared with, also in DPO.
@@ -95,6 +96,11 @@ def train(
         raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")
     if given.pack and task != examples.LANGUAGE_MODEL:
         raise PeftcoreError(f"--pack is for causal-lm, found task {task}. Leave it out")
+    if task == examples.ROLLOUTS:
+        require("trl", extra="dpo")
+        _check_rollouts(given, data)
+    elif given.reward is not None:
+        raise PeftcoreError(f"--reward judges the answers of --task grpo, found task {task}. Leave it out")
     if given.beta is not None and (task not in examples.COMPARED or task == examples.REWARD or given.beta <= 0):
         raise PeftcoreError(
             f"--beta is for --task dpo, kto and orpo and must be above 0, found {given.beta:g} for {task}"
@@ -180,6 +186,28 @@ def train(
     if ranks.rank() == 0:
         _show(settings, result, output)
     torchrun.leave()
+
+
+def _check_rollouts(given: RunOptions, data: list[str]) -> None:
+    """Raise a PeftcoreError unless the options are those of GRPO."""
+    from peftcore.cli import mixture, rollouts
+
+    if given.reward is None:
+        raise PeftcoreError("--task grpo needs a function that judges answers. Pass --reward FILE.py:FUNCTION")
+    size = given.batch_size * given.grad_accum
+    if size % given.generations:
+        raise PeftcoreError(
+            f"--batch-size times --grad-accum counts answers and must be a multiple of --generations "
+            f"{given.generations}, found {size}. Use --batch-size {given.generations}"
+        )
+    if given.temperature <= 0:
+        raise PeftcoreError(f"--temperature must be above 0, since answers are sampled, found {given.temperature:g}")
+    weighted = next((each for each in data if mixture.parsed(each).weight != 1), None)
+    if weighted is not None:
+        raise PeftcoreError(
+            f"--task grpo draws every prompt once per epoch, found --data {weighted}. Leave out the weight"
+        )
+    rollouts.load_reward(given.reward)
 
 
 def _show(settings: Settings, result: Result, output: Path) -> None:
