@@ -70,7 +70,7 @@ def t5(folder: Path) -> None:
     tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     for part in (tokenizer, T5ForConditionalGeneration(T5Config(**sizes, **tokens))):
         part.save_pretrained(folder)
-    rows = [{"source": f"the film is {word}", "target": f"der film ist {word}"} for word in ("good", "bad")]
+    rows = [{"source": f"the film is {word}", "target": f"le film est {word}"} for word in ("good", "bad")]
     Path("translations.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) * 6)
 
 
