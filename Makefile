@@ -1,10 +1,10 @@
-# One command each: make install | demo | test | test-deepspeed | test-all | test-avx2 | lint | fix | docs | bench | cuda-bounds | matrix | figures | compare | census | export-check. What they need is installed into .venv by the first call;
+# One command each: make install | demo | test | test-engines | test-all | test-avx2 | lint | fix | docs | bench | cuda-bounds | matrix | figures | compare | census | export-check. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
 LLAMA := .llama
-DEEPSPEED := .deepspeed
+ENGINES := .engines
 PY := $(VENV)/bin/python
 # pip shows what it downloads and installs. Python compiles what is imported; all 18,000 files take 20 seconds.
 PIP := $(PY) -m pip install --disable-pip-version-check --no-compile
@@ -20,7 +20,7 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 # decode_llama.py is a part of decode.py, for another Python.
 BENCHMARKS = $(filter-out benchmarks/decode_llama.py,$(shell grep -l __main__ benchmarks/*.py))
 
-.PHONY: install demo test test-deepspeed test-all test-avx2 lint fix docs bench cuda-bounds matrix figures compare census export-check clean
+.PHONY: install demo test test-engines test-all test-avx2 lint fix docs bench cuda-bounds matrix figures compare census export-check clean
 
 install: $(VENV)/train.stamp
 	@echo "installed into $(VENV). Go on with: . $(VENV)/bin/activate"
@@ -63,10 +63,11 @@ AVX2_TESTS := \
 test-avx2: $(VENV)/dev.stamp
 	$(AVX2) $(PYTEST) $(AVX2_TESTS)
 
-# Adapters under DeepSpeed's ZeRO-3, on processes of a CPU. DeepSpeed has an environment of its own, over .venv; it compiles
-# a part of itself at the first call.
-test-deepspeed: $(DEEPSPEED)/deepspeed.stamp
-	OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest -p no:xdist tests/parallel/test_deepspeed.py
+# Adapters under DeepSpeed, Lightning and Ray, on processes of a CPU. They have an environment of their own, over .venv;
+# DeepSpeed compiles a part of itself at the first call.
+test-engines: $(ENGINES)/engines.stamp
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -p no:xdist tests/parallel/test_deepspeed.py \
+		tests/parallel/test_engines.py tests/test_examples.py -k "deepspeed or engine"
 
 # mypy reads PyTorch once, 20 seconds, and then takes a second: its cache is .mypy_cache.
 lint: $(VENV)/dev.stamp
@@ -119,7 +120,7 @@ cuda-bounds: $(VENV)/nvdisasm.stamp
 	$(PY) benchmarks/cuda_bounds/run.py $(KERNELS)
 
 clean:
-	rm -rf $(VENV) $(LLAMA) $(DEEPSPEED) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
+	rm -rf $(VENV) $(LLAMA) $(ENGINES) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
 
 $(VENV)/torch.stamp:
 	@echo "1 of 3: installing PyTorch and the build tools into $(VENV)"
@@ -138,11 +139,12 @@ $(LLAMA)/llama.stamp:
 		--disable-pip-version-check --quiet --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
-$(DEEPSPEED)/deepspeed.stamp: | $(VENV)/dev.stamp
-	$(PYTHON) -m venv $(DEEPSPEED)
+$(ENGINES)/engines.stamp: | $(VENV)/dev.stamp
+	$(PYTHON) -m venv $(ENGINES)
 	$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
-		> "$$($(DEEPSPEED)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth"
-	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --disable-pip-version-check --no-build-isolation deepspeed
+		> "$$($(ENGINES)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth"
+	DS_BUILD_OPS=0 $(ENGINES)/bin/python -m pip install --disable-pip-version-check --no-build-isolation deepspeed lightning \
+		"ray[train]"
 	@touch $@
 
 $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)

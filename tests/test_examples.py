@@ -7,6 +7,7 @@ first lines.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,48 @@ def test_example(name: str, base: Path, tmp_path: Path) -> None:
     loaded = peftcore.load(model, tmp_path / "out" / place)
     learned = [p for n, p in peftcore.engine.adapter_parameters(loaded, "default") if "lora_B" in n]
     assert learned and all(p.abs().max() > 0 for p in learned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_example_of_an_engine(name: str, base: Path, tmp_path: Path) -> None:
+    """It trains, and started again it has nothing left to do."""
+    from transformers import AutoModelForCausalLM
+
+    library, launcher = ENGINES[name]
+    pytest.importorskip(library)
+    data = write_jsonl(tmp_path / "data.jsonl", [{"text": f"the film is {word} and {word}"} for word in WORDS])
+    command = [*launcher, str(EXAMPLES / f"{name}.py"), str(base), str(data), str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    found = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        loaded = peftcore.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out" / "adapter")
+        found.append(dict(peftcore.engine.adapter_parameters(loaded, "default")))
+    assert all(p.abs().max() > 0 for n, p in found[0].items() if "lora_B" in n)
+    assert all(torch.equal(found[1][n], p) for n, p in found[0].items())
+
+
+def test_jobs_of_clusters_call_the_command_as_it_is() -> None:
+    """Their command lines start torchrun with options of `peftcore train`; no cluster is asked."""
+    import yaml
+    from torch.distributed.run import parse_args
+
+    from peftcore.cli import settings
+
+    sky, kubernetes = (EXAMPLES / "distributed" / f"{name}.yaml" for name in ("skypilot", "kubernetes"))
+    calls = [yaml.safe_load(sky.read_text())["run"]]
+    _, job = yaml.safe_load_all(kubernetes.read_text())
+    calls += job["spec"]["template"]["spec"]["containers"][0]["args"]
+    own = {"--model", "--data", "--method", "--output", "--resume"}
+    own |= {f"--{name.replace('_', '-')}" for name in settings.RunOptions.__dataclass_fields__}
+    for call in calls:
+        for name in ("NUM_NODES", "NODE_RANK", "NUM_GPUS_PER_NODE"):
+            call = call.replace(f"$SKYPILOT_{name}", "1")
+        words = shlex.split(call.replace('$(echo "$SKYPILOT_NODE_IPS" | head -n1)', "host").replace("\\\n", " "))
+        parsed = parse_args(words[1:])
+        # A machine that joins late would count other restarts: see `peftcore.parallel.start`.
+        assert parsed.max_restarts == 0 and parsed.module and parsed.training_script == "peftcore"
+        assert parsed.training_script_args[0] == "train"
+        assert {word for word in parsed.training_script_args if word.startswith("--")} <= own

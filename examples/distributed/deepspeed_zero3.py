@@ -25,7 +25,7 @@ peftcore.apply(model, "lora", r=8).train()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
 engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 if Path(output, "state", "latest").exists():  # of the same number of ranks
-    engine.load_checkpoint(f"{output}/state")
+    engine.load_checkpoint(f"{output}/state", load_module_strict=False)  # the base is not in it
 
 for step in range(engine.global_steps, len(texts) // (2 * world)):
     mine = texts[2 * world * step + rank : 2 * world * (step + 1) : world]

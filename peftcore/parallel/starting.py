@@ -13,7 +13,8 @@ def start(backend: str | None = None) -> None:
     """Join the run that torchrun started, also after `--max-restarts` has replaced lost ranks. Collective.
 
     `torch.distributed.init_process_group()` then waits forever: torchrun's store still has the addresses of the ranks
-    before. Here every attempt has keys of its own in the store.
+    before. Here every attempt has keys of its own in the store. On several machines use `--max-restarts 0` and start
+    the whole job again: a machine that replaces another one does not know how many attempts there were.
 
     Args:
         backend: such as `gloo` or `nccl`; None: PyTorch's choice for the devices of this machine.

@@ -1,6 +1,6 @@
 """Adapters under DeepSpeed's ZeRO-3 train as in one process, and are saved, restored and resumed whole.
 
-Run where DeepSpeed is installed, which compiles a part of itself at the first call: `make test-deepspeed`.
+Run where DeepSpeed is installed, which compiles a part of itself at the first call: `make test-engines`.
 """
 
 from __future__ import annotations
