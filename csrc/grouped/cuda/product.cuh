@@ -61,23 +61,19 @@ __device__ __forceinline__ int warp_column() {
 }
 
 // d += thin Fᵀ.
-template <typename Shape>
+template <typename Shape, bool kAcross>
 __device__ void add_thin(const Product& p, const Rows& rows, int64_t column, uint8_t* memory,
                          Sums<Shape>& d) {
     using Thin = typename Shape::Thin;
-    using Factor = Tile<float, kColumns, kRankStage>;
-    using Across = Tile<float, kRankStage, kColumns>;
-    static_assert(Across::kBytes <= Factor::kBytes && Thin::kBytes + Factor::kBytes <= Shape::kThinBytes, "");
-    const bool across = p.factor_across;
+    using Factor = Tile<float, kAcross ? kRankStage : kColumns, kAcross ? kColumns : kRankStage>;
+    static_assert(Thin::kBytes + Factor::kBytes <= Shape::kThinBytes, "");
     const Source<float> thin(p.thin, p.rank);
-    const Source<float> factor(p.factor + rows.expert * p.columns * p.rank, across ? p.columns : p.rank);
+    const Source<float> factor(p.factor + rows.expert * p.columns * p.rank, kAcross ? p.columns : p.rank);
     uint8_t* factor_stage = memory + Thin::kBytes;
-    const int column_step = across ? 4 : Factor::kPitch, rank_step = across ? Across::kPitch : 4;
-    const int first_column = warp_column<Shape>() + int(threadIdx.x) % 32 / 4;
     for (int first = 0; first < p.rank; first += kRankStage) {
         lora::fetch<Thin>(memory, thin, rows.first, rows.last, first, p.rank);
-        if (across)
-            lora::fetch<Across>(factor_stage, factor, first, p.rank, column, p.columns);
+        if constexpr (kAcross)
+            lora::fetch<Factor>(factor_stage, factor, first, p.rank, column, p.columns);
         else
             lora::fetch<Factor>(factor_stage, factor, column, p.columns, first, p.rank);
         cp_async_commit();
@@ -86,21 +82,18 @@ __device__ void add_thin(const Product& p, const Rows& rows, int64_t column, uin
 #pragma unroll 1
         for (int step = 0; step < kRankStage; step += 16) {
             if (first + step >= p.rank) break;
-            Tf32Right right[Shape::kN];
 #pragma unroll
-            for (int n = 0; n < Shape::kN; ++n)
+            for (int n = 0; n < Shape::kN; n += 2) {
+                Tf32Right right[2];
+                lora::load_right<Factor, kAcross>(right, factor_stage, warp_column<Shape>() + n * 8, step);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const uint8_t* from = factor_stage + (first_column + n * 8) * column_step;
-                    right[n].piece[i] = tf32_pieces(
-                        *reinterpret_cast<const float*>(from + (step + tf32_inner(i)) * rank_step));
+                for (int m = 0; m < Shape::kM; ++m) {
+                    Tf32Left left;
+                    lora::load_left<Thin>(left, memory, warp_row<Shape>() + m * 16, step);
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) tf32_multiply(d[m][n + i], left, right[i]);
                 }
-#pragma unroll
-            for (int m = 0; m < Shape::kM; ++m) {
-                Tf32Left left;
-                lora::load_left<Thin>(left, memory, warp_row<Shape>() + m * 16, step);
-#pragma unroll
-                for (int n = 0; n < Shape::kN; ++n) tf32_multiply(d[m][n], left, right[n]);
+                __syncwarp();  // else the compiler loads `left` once, into more registers than there are
             }
         }
         __syncthreads();  // this stage has been read
@@ -236,13 +229,20 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
     constexpr int kStage = Shape::kStage, kStages = Shape::kStages;
 
     const int64_t column = int64_t(blockIdx.x % column_tiles) * kColumns;
-    const Rows rows = rows_of_tile<Shape::kRows>(p.groups, blockIdx.x / column_tiles);
-    if (rows.first >= rows.last) return;
-    if (rows.expert < 0) return fill(rows, static_cast<T*>(p.out), p.columns, column, column + kColumns);
+    const Rows found = rows_of_tile<Shape::kRows>(p.groups, blockIdx.x / column_tiles);
+    if (found.first >= found.last) return;
+    if (found.expert < 0) return fill(found, static_cast<T*>(p.out), p.columns, column, column + kColumns);
+    PEFTCORE_SHARED(Rows, kept, [1]);  // not in registers, of which the sums need almost all
+    if (threadIdx.x == 0) kept[0] = found;
+    __syncthreads();
+    const Rows& rows = kept[0];
 
     float d[Shape::kM][Shape::kN][4] = {};
     if (p.rank > 0) {
-        add_thin<Shape>(p, rows, column, memory, d);
+        if (p.factor_across)
+            add_thin<Shape, true>(p, rows, column, memory, d);
+        else
+            add_thin<Shape, false>(p, rows, column, memory, d);
         if (p.dropout.threshold != 0) drop_sums<Shape>(lora::with_key(p.dropout), rows, column, d);
     }
 

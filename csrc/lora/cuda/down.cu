@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
 
 // A block takes at most kRankDotRows rows of a sample and one rank.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4) rank_dot_kernel(const DownParams p) {
+__global__ void __launch_bounds__(kThreads, 3) rank_dot_kernel(const DownParams p) {
     const int64_t sample = blockIdx.x / p.stride;
     const int rank = int(blockIdx.x % p.stride);
     const int64_t adapter = (p.index != nullptr ? p.index[sample] : 0) - p.adapters.first;

@@ -151,7 +151,7 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
             else
                 cp_async_commit();
             const XStage& now = stages[stage % kPanelStages];
-#pragma unroll
+#pragma unroll(kTiles < 8 ? 4 : 1)  // 64 rows: more than one at a time would not fit in registers
             for (int i = 0; i < 4; ++i) {
                 const auto word = [&](int r) {
                     const uint4& four = ahead[r][half];
