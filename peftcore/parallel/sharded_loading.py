@@ -63,8 +63,8 @@ def load_sharded(
     Args:
         path: a local folder with safetensors in the model's own names, as `save_pretrained` writes it; experts may be
             stored one by one.
-        quant_type: None keeps the weights as they are; `nf4`, `fp4` or `mxfp4` quantizes linear layers and experts as
-            they are read. Weights in bitsandbytes' 4-bit format or in MXFP4 keep their bits in any case.
+        quant_type: None keeps the weights as they are; the name of a 4-bit format, such as `nf4`, quantizes linear
+            layers and experts as they are read. Weights stored in one keep their bits in any case.
         mesh, mixed_precision, offload, reshard_after_forward: as in `shard`.
         double_quant, skip, compute_dtype, blocksize: as in `quantize`.
         dtype: dtype of dense tensors; None: the checkpoint's.

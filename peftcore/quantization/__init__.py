@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) 
 
     Args:
         path: folder or hub id.
-        quant_type: `nf4`, `fp4`, `mxfp4`, or a format of a plugin, in which the dense model is loaded first.
+        quant_type: as for `quantize`; for a format of a plugin the dense model is loaded first.
         options: `double_quant`, `skip`, `compute_dtype` and `blocksize` as for `quantize`; `dtype` of what stays dense
             (by default the checkpoint's); `model_class`, by default the class that the checkpoint names. Other options
             are passed to its `from_pretrained`.

@@ -64,9 +64,9 @@ def quantize(
 
     Args:
         model: the model.
-        quant_type: `nf4`, `fp4`, `mxfp4` (4.25 bits per weight), or the name of a plugin's weight
+        quant_type: `nf4`, `fp4`, `mxfp4` (4.25 bits per weight), `affine4` (4.375), or the name of a plugin's weight
             format that can quantize.
-        double_quant: store the scales in 8 bits: 4.127 bits per weight instead of 4.5. Without effect for mxfp4.
+        double_quant: store the scales in 8 bits: 4.127 bits per weight instead of 4.5. For nf4 and fp4.
         skip: paths, or their last parts, of modules to leave dense with their children, or of experts' parameters. None
             for the output head, task heads, routers, and modules the model class keeps in float32.
         compute_dtype: dtype of the products; None for the input's.

@@ -77,7 +77,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
 
     @property
     def quant_type(self) -> str:
-        """Name of the format: `nf4`, `fp4`, `mxfp4` or `affine4`."""
+        """Name of the format."""
         return self.packings["weight"].quant_type
 
     @property
