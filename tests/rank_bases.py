@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import rank_work
 import tiny
@@ -102,6 +103,11 @@ def table_on_shards(folder: str) -> dict[str, float | str]:
     return table(on_shards, READING, folder)
 
 
+def shard_by(version: str, model: nn.Module) -> nn.Module:
+    with mock.patch.object(torch, "__version__", version):
+        return peftcore.shard(model)
+
+
 def refused(folder: str) -> dict[str, str]:
     """What raises, and how it is said."""
     stage = base(folder, "llama", pp_size=2)
@@ -110,6 +116,7 @@ def refused(folder: str) -> dict[str, str]:
         "stage": lambda: peftcore.apply(stage, "lora"),
         "quantize": lambda: peftcore.quantize(shards),
         "merge": lambda: peftcore.merge(peftcore.apply(shards, "lora")),
+        "old PyTorch": lambda: shard_by("2.11.0", peftcore.quantize(base(folder, "llama"))),
     }
     told = {}
     for name, call in calls.items():

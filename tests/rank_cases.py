@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
+from torch.torch_version import TorchVersion
+
 # Of each kind of placement and of state, for tests of which the others run in `make test-all`.
 KINDS = (
     "lora", "lora, 4 bits", "lora, experts in 4 bits", "qlora", "adapter", "prompt-tuning", "prefix-tuning", "bitfit",
@@ -79,3 +83,11 @@ COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter-fusion": ("adapter", {"bottleneck_size": 5, "placement": "pfeiffer"}),
 }
 SHARED_BETWEEN_BLOCKS = ("adapter, shared factors", "lily", "vblora", "unilora", "tinylora")  # trained parameters are
+
+SHARDS_INTEGERS = TorchVersion(torch.__version__) >= "2.12"
+shards_integers = pytest.mark.skipif(not SHARDS_INTEGERS, reason="PyTorch before 2.12 shards no integers")
+
+
+def shardable(cases: list[str]) -> list[str]:
+    """Return the cases whose base the running PyTorch can shard."""
+    return [case for case in cases if SHARDS_INTEGERS or not (case == "qlora" or CASES[case][2])]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd import Variable
+from torch.torch_version import TorchVersion
 
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules, base_parameters
@@ -57,8 +58,8 @@ def shard(
         `model`, with rank 0's values in the adapters.
 
     Raises:
-        PeftcoreError: no distributed run has begun, the ranks have different models or adapters, or an argument is
-            wrong. The model is then unchanged.
+        PeftcoreError: no distributed run has begun, the ranks have different models or adapters, an argument is
+            wrong, or the base is quantized and PyTorch older than 2.12. The model is then unchanged.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -69,6 +70,11 @@ def shard(
         raise PeftcoreError(
             "tensor parallelism (tp_plan, tp_size) has divided the model over the ranks already, and adapters train on "
             "it as in one process: give every rank the same batch, and leave peftcore.shard out"
+        )
+    if TorchVersion(torch.__version__) < "2.12" and not all(p.is_floating_point() for p in model.parameters()):
+        raise PeftcoreError(
+            f"PyTorch {torch.__version__} cannot shard the integer weights of a quantized base; from 2.12 on it can. "
+            "Upgrade PyTorch, or use DDP, with the base whole on every rank"
         )
     state = state_of(model)
     if state is not None and state.merged is not None:

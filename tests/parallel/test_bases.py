@@ -37,6 +37,7 @@ def test_what_is_refused(folder: str) -> None:
         assert "stages of a pipeline (pp_size)" in told["stage"] and "peftcore.shard(model)" in told["stage"]
         assert "is sharded, and no rank has the whole weight. Quantize before" in told["quantize"]
         assert told["merge"].startswith("cannot merge: the model is sharded")
+        assert told["old PyTorch"].startswith("PyTorch 2.11.0 cannot shard the integer weights")
 
 
 def test_ranks_that_trained_each_by_itself_are_not_saved(folder: str) -> None:

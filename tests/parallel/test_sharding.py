@@ -26,6 +26,7 @@ HOWS = [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"
 @pytest.mark.parametrize("hows", nightly_but(HOWS, [["ddp"], ["shard"]]), ids=str)
 def test_gradients_and_a_step_are_those_of_one_process(hows: list[str]) -> None:
     cases = SHARDED if hows == ["shard"] else KINDS
+    cases = cases if hows == ["ddp"] else rank_cases.shardable(cases)
     for found in run(rank_work.all_against_one_process, hows, cases):
         assert len(found) == len(cases) * len(hows)
         wrong = {name: far for name, far in found.items() if max(far) > 1e-6}
@@ -33,8 +34,8 @@ def test_gradients_and_a_step_are_those_of_one_process(hows: list[str]) -> None:
 
 
 def test_gradients_where_accelerate_shards() -> None:
-    for found in run(rank_work.sharded_by_accelerate, KINDS):
-        assert [*found] == KINDS and max(found.values()) <= 1e-6, found
+    for found in run(rank_work.sharded_by_accelerate, rank_cases.shardable(KINDS)):
+        assert [*found] == rank_cases.shardable(KINDS) and max(found.values()) <= 1e-6, found
 
 
 @pytest.mark.parametrize("trained_before", [False, True])

@@ -13,6 +13,7 @@ import rank_cases
 import rank_work
 import torch
 from processes import kill_one, run
+from rank_cases import shards_integers
 from whole import WHOLE, nightly_but
 
 import peftcore
@@ -20,7 +21,7 @@ from peftcore.engine import adapter_parameters
 
 
 @pytest.mark.parametrize("how", ["replicate", "shard"])
-@pytest.mark.parametrize("case", ["lora, 4 bits", "bitfit", "prefix-tuning"])
+@pytest.mark.parametrize("case", [pytest.param("lora, 4 bits", marks=shards_integers), "bitfit", "prefix-tuning"])
 def test_a_sharded_adapter_is_saved_whole_and_loads_in_one_process(case: str, how: str, tmp_path: Path) -> None:
     first, second = run(rank_work.saved, case, how, str(tmp_path / "adapter"))
     assert rank_work.farthest(first, second) == 0
@@ -134,7 +135,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("quant_type", [None, pytest.param("nf4", marks=shards_integers)])
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt_oss"])  # experts one by one in the file, and together
 def test_a_model_is_sharded_as_it_is_read(folder: Path, tmp_path: Path, kind: str, quant_type: str | None) -> None:
     base = rank_work.model(kind)
@@ -153,6 +154,7 @@ def test_a_model_is_sharded_as_it_is_read(folder: Path, tmp_path: Path, kind: st
     assert losses[0][1] < losses[0][0] + 1 and losses[0] != losses[1]
 
 
+@shards_integers
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_bits_of_a_quantized_checkpoint_stay(tmp_path: Path, kind: str) -> None:
     quantized = peftcore.quantize(rank_work.model(kind))
