@@ -1,12 +1,12 @@
 """A training step, its parts on and off: time and memory next to the frozen model's and peft's.
 
-    python benchmarks/step.py [--model SmolLM2-135M] [--rows 4x128] [--dtype bfloat16] [--layers 4] [--steps 5]
+    python benchmarks/step.py [--model SmolLM2-135M] [--rows 4x128] [--dtype bfloat16] [--layers 4] [--short]
 
 Forward and backward of a frozen model as transformers has it, whose inputs have gradients; of peft's LoRA; and of
 peftcore's; each as it is and with every part that is asked for (`--part`). Weights are random. Each row runs in
 processes of its own, in rounds, with the seconds of the processor, so that other work on the machine does not count;
 memory is the most that its steps add to a process with the model. The error is that of the gradient of the inputs,
-from float64, with two layers and 64 tokens.
+from float64, with two layers, 64 tokens and no dropout.
 """
 
 import argparse
@@ -97,12 +97,15 @@ BASES = ("frozen", "peft", "peftcore")
 warnings.simplefilter("ignore")
 
 
-def build(name, dtype, layers):
+def build(name, dtype, layers, dropout=True):
     kind, sizes = MODELS[name]
     if layers:
         sizes = {**sizes, "num_hidden_layers": min(layers, sizes.get("num_hidden_layers", 12))}
     torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[kind](**sizes)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if not dropout and hasattr(config, name):
+            setattr(config, name, 0.0)
     cls = getattr(transformers, KINDS.get(kind, "AutoModelForCausalLM"))
     return cls.from_config(config, dtype=dtype).requires_grad_(False).train()
 
@@ -158,8 +161,8 @@ def step(model, inputs):
 
 
 def errors(name, dtype, base, parts):
-    wide = build(name, torch.float64, 2)
-    model = build(name, torch.float64, 2).to(dtype)
+    wide = build(name, torch.float64, 2, dropout=False)
+    model = build(name, torch.float64, 2, dropout=False).to(dtype)
     wide.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
     of = inputs_of(wide, (1, 64))
     loss, wanted = step(wide, of)
@@ -201,6 +204,7 @@ def main():
     parser.add_argument("--layers", type=int, default=0, help="at most so many layers; 0: all")
     parser.add_argument("--part", choices=PARTS, action="append", help="parts to measure; default: all")
     parser.add_argument("--together", action="store_true", help="no part, and all parts together; not each by itself")
+    parser.add_argument("--short", action="store_true", help="frozen and peft as they are, peftcore with all parts")
     parser.add_argument("--base", choices=BASES, action="append")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
@@ -218,6 +222,8 @@ def main():
     single = [] if options.together else [[part] for part in parts]
     sets = [[], *single, *([parts] if len(parts) > 1 or options.together else [])]
     table = [(base, chosen) for base in options.base or BASES for chosen in sets]
+    if options.short:
+        table = [("frozen", []), ("peft", []), ("peftcore", parts)]
     for name in options.model or MODELS:
         for rows in options.rows or [(4, 128), (2, 512)]:
             of = (

@@ -32,9 +32,10 @@ def fuse(model: M, *, enabled: bool = True) -> M:
     """Compute each RMSNorm, gated activation of an MLP, and attention by one operator with its own gradient.
 
     The operators for norms and gates keep only their inputs for the gradient: fewer activations, and fewer passes over
-    memory. Modules are recognized by what they compute, whatever their class; all others stay as they are. Weights,
-    `state_dict()`, hooks and adapters are not affected, and adapters can be applied before or after. In fp32 results
-    agree within its rounding; in 16 bits at most one value in a thousand differs, by one unit in the last place.
+    memory. The product in an MLP is computed again for the gradient of the layer that it is given to. Modules are
+    recognized by what they compute, whatever their class; all others stay as they are. Weights, `state_dict()`, hooks
+    and adapters are not affected, and adapters can be applied before or after. In fp32 results agree within its
+    rounding; in 16 bits at most one value in a thousand differs, by one unit in the last place.
 
     Attention is that of modules that call PyTorch's `scaled_dot_product_attention`, in training in bf16 without dropout
     on CPUs with dot products of bf16 (`ops.attention`), where PyTorch's takes several times as long. Its errors are as
