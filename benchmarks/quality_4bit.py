@@ -1,11 +1,13 @@
-"""What NF4 costs SmolLM2-135M in perplexity on real text, beside bitsandbytes: with and without double quantization.
+"""What each 4-bit format costs SmolLM2-135M in perplexity on real text, and NF4 next to bitsandbytes.
 
     python benchmarks/quality_4bit.py [--threads 2] [--tokens 8192] [--window 512] [--dtype bfloat16]
 
 Text: the 1,000 movie-review snippets that the demo holds out, joined by newlines and cut into windows; every token of
 a window but the first is predicted. Each row runs in a process of its own: it loads one folder of bf16, quantizing on
-the way, and evaluates without gradients. `bits` are those of packed weights and scales over the quantized weights. The
-model was of 4 bits once already (see smollm2.py), which makes it more brittle than one that never was.
+the way, and evaluates without gradients. `bits` are those of packed weights, scales and zero points over the quantized
+weights; `tokens/s` are those of the evaluation, per second of one thread's processor time. The model was of 4 bits once
+already (see smollm2.py), which makes it more brittle than one that never was. Its rows of 576 inputs have no groups of
+128. affine4 rounds to nearest.
 
 "as trained" is bitsandbytes in training mode, which computes from exact scales; in evaluation mode on a CPU with bf16
 dot products it repacks its weights and rounds the scales to bf16.
@@ -27,6 +29,7 @@ KINDS = ["dense"]
 for library in smollm2.QUANTIZED:
     for double in ("", " + double quant"):
         KINDS += [library + double] + ([library + double + AS_TRAINED] if library == "bitsandbytes" else [])
+KINDS += ["peftcore fp4", "peftcore mxfp4", "peftcore affine4 64", "peftcore affine4 32"]
 
 
 def windows(tokens, window):
@@ -42,7 +45,7 @@ def bits(model):
     """(bits a weight in layers kept in 4 bits, how many such weights)."""
     tensors = model.state_dict()
     packed = [name.partition(".quant_state.")[0] for name in tensors if ".quant_state." in name]
-    parts = [f"{name}{part}" for name in packed for part in ("", ".absmax", ".nested_absmax")]
+    parts = [f"{name}{part}" for name in packed for part in ("", ".absmax", ".nested_absmax", ".zeros")]
     size = sum(tensors[name].nbytes for name in parts if name in tensors)
     count = sum(2 * tensors[name].nbytes for name in packed)
     return 8 * size / max(1, count), count
@@ -57,14 +60,15 @@ def run(kind, options):
     loss = 0.0
     with torch.no_grad():
         model(input_ids=batch[:1])  # what is done at a first call only
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         for ids in batch.split(4):
             logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
             loss += F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum").item()
-    took = time.perf_counter() - start
+    took, used = time.perf_counter() - start, time.process_time() - used
     predicted = batch.numel() - len(batch)
     found = {"perplexity": math.exp(loss / predicted), "bits": weight_bits, "weights": count, "load": seconds}
-    return found | {"evaluate": took, "peak": measure.peak_megabytes(), "predicted": predicted}
+    found |= {"evaluate": took, "peak": measure.peak_megabytes(), "predicted": predicted}
+    return found | {"tokens": batch.numel() / used}
 
 
 def main():
@@ -73,6 +77,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--only", metavar="KIND", action="append", help=f"a row: {', '.join(KINDS)}; may be repeated")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -84,15 +89,15 @@ def main():
     shared = [
         word for name in ("threads", "tokens", "window", "dtype") for word in (f"--{name}", getattr(options, name))
     ]
-    print(f"{'':42}perplexity   to dense   bits   load (s)   evaluate (s)   peak MB")
+    print(f"{'':42}perplexity   to dense   bits   load (s)   evaluate (s)   tokens/s   peak MB")
     dense = None
-    for kind in KINDS:
+    for kind in options.only or KINDS:
         found = measure.in_child(__file__, "--kind", kind, *shared)
         dense = dense or found["perplexity"]
         ratio = 100 * (found["perplexity"] / dense - 1)
         print(
             f"{kind:42}{found['perplexity']:10.4f}{ratio:+9.2f} %{found['bits']:7.3f}{found['load']:11.2f}"
-            f"{found['evaluate']:15.1f}{found['peak']:10.0f}",
+            f"{found['evaluate']:15.1f}{found['tokens']:11.0f}{found['peak']:10.0f}",
             flush=True,
         )
     print(f"{found['predicted']:,} tokens predicted; {found['weights']:,} weights in 4 bits")

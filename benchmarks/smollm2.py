@@ -44,17 +44,23 @@ def tokenizer():
 
 
 def load(kind, dtype=torch.bfloat16):
-    """(model, seconds): `dense`, `peftcore` or `bitsandbytes`, quantized as transformers reads the folder."""
+    """(model, seconds): `dense`, `peftcore` or `bitsandbytes`, quantized as transformers reads the folder.
+
+    `peftcore` is NF4; another format and block size may follow: `peftcore mxfp4`, `peftcore affine4 64`.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging as transformers_logging
 
     import peftcore
 
     transformers_logging.disable_progress_bar()
-    library, _, double = kind.partition(" + ")
+    named, _, double = kind.partition(" + ")
+    library, quant_type, blocksize = (*named.split(), *("nf4", "64")[len(named.split()) - 1 :])
     config = None
     if library == "peftcore":
-        config = peftcore.FourBitConfig("nf4", double_quant=bool(double), compute_dtype=dtype)
+        config = peftcore.FourBitConfig(
+            quant_type, double_quant=bool(double), compute_dtype=dtype, blocksize=int(blocksize)
+        )
     elif library == "bitsandbytes":
         config = BitsAndBytesConfig(
             load_in_4bit=True,
