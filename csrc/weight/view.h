@@ -188,7 +188,7 @@ static inline void block_scales(const WeightView& weight, int64_t first, int64_t
 }
 
 static PEFTCORE_HD int scale_bytes(const WeightView& weight) {
-    if (weight.scales == ScaleKind::kAffine) return itemsize(weight.scale_dtype);
+    if (weight.scales == ScaleKind::kAffine) return weight.scale_dtype == Dtype::kFloat ? 4 : 2;
     return weight.scales == ScaleKind::kFloat ? int(sizeof(float)) : 1;
 }
 

@@ -48,7 +48,10 @@ class Maker:
 
     def packed(self, *shape):
         """The two arguments of a weight in 4 bits."""
-        if self.random.random() < 0.2:  # MXFP4, also with rows that are not whole blocks
+        kind = self.random.random()
+        if 0.2 <= kind < 0.35:
+            return self.affine(*shape)
+        if kind < 0.2:  # MXFP4, also with rows that are not whole blocks
             shape = (*shape[:-1], -(-shape[-1] // 32) * 32 if self.random.random() < 0.9 else shape[-1])
             count = math.prod(shape)
             exponents = torch.randint(256, (-(-count // 32),), generator=self.generator)
@@ -64,6 +67,18 @@ class Maker:
             nested = -(-blocks // 32)
             weight += [self.normal(nested).abs(), self.place(ops.DYNAMIC8), torch.tensor(1.0)]
         return {"weight": weight, "packing": [blocksize, 32 if nests else 0, *shape]}
+
+    def affine(self, *shape):
+        """A weight in affine4, also with rows that are not whole groups."""
+        blocksize = self.choice([32, 64, 128])
+        shape = (*shape[:-1], -(-shape[-1] // blocksize) * blocksize if self.random.random() < 0.9 else shape[-1])
+        blocks = -(-math.prod(shape) // blocksize)
+        weight = [self.bytes(-(-math.prod(shape) // 2), 1), self.normal(blocks, dtype=self.choice(FLOATS))]
+        weight.append(self.place(ops.codebook("affine4")))
+        if self.random.random() < 0.8:
+            zeros = torch.randint(17, (blocks,), generator=self.generator)
+            weight.append(self.place(zeros.to(self.choice([torch.uint8, torch.float32]))))
+        return {"weight": weight, "packing": [blocksize, -2, *shape]}
 
 
 def _quantize_4bit(m):

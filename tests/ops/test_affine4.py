@@ -168,3 +168,13 @@ def test_parts_that_do_not_fit_are_refused():
             ops.affine4_weight(*arguments, **options)
     with pytest.raises(ValueError, match=r"must be a multiple of 64, found \[2, 96\]"):
         ops.quantize_affine4(torch.zeros(2, 96))
+
+
+def test_infinite_inputs_give_what_a_dense_weight_gives(level):
+    """Zero points never turn an infinite result into NaN, and rows of x do not reach each other."""
+    packed = ops.affine4_weight(*parts(20, 576, group=64))
+    x = normal(3, 576).abs()
+    x[1, 7] = torch.inf
+    found, wanted = ops.linear_4bit(x, packed), F.linear(x, packed.values(torch.float32))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3, equal_nan=True)
+    assert found[0].isfinite().all() and found[1].isinf().any()

@@ -41,7 +41,12 @@ bool multiply_from_codes(const LinearKernels& all, const LinearKernel& kernel, c
     if (!kernel.arrange(few.x, few.dtype, few.rows, weight.columns, arranged)) return false;
     float* sum = reinterpret_cast<float*>(arranged + arranged_bytes);
     float* addend = adds_zeros ? sum + sums : nullptr;
-    if (adds_zeros) all.zeros.sum_blocks(few.x, few.dtype, few.rows, weight.columns, weight.shift, sum);
+    if (adds_zeros) {
+        all.zeros.sum_blocks(few.x, few.dtype, few.rows, weight.columns, weight.shift, sum);
+        const int64_t count = few.rows * (weight.columns >> weight.shift);
+        // An infinite x times the difference of code and zero point is infinite; the difference of products is NaN.
+        if (!std::all_of(sum, sum + count, [](float value) { return std::isfinite(value); })) return false;
+    }
     const LinearCall args{.weight = weight,
                           .batch = few.rows,
                           .x = arranged,

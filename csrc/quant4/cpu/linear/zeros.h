@@ -7,7 +7,16 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-constexpr int kZeroLanes = 16;  // sums that do not wait for one another
+constexpr int kZeroLanes = 16;   // sums that do not wait for one another, and rows of W together
+constexpr int kZeroBlocks = 64;  // blocks of a row together
+
+inline float sum_of_lanes(float (&lanes)[kZeroLanes]) {
+#pragma GCC unroll 4
+    for (int step = kZeroLanes / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+    return lanes[0];
+}
 
 template <typename T>
 void sum_blocks_as(const T* x, int64_t blocks, int64_t size, float* out) {
@@ -15,11 +24,9 @@ void sum_blocks_as(const T* x, int64_t blocks, int64_t size, float* out) {
         float lanes[kZeroLanes] = {}, values[kMinBlocksize];
         for (int64_t k = 0; k < size; k += kMinBlocksize) {
             widen(x + k, kMinBlocksize, values);
-            for (int i = 0; i < kMinBlocksize; ++i) lanes[i % kZeroLanes] += values[i];
+            for (int i = 0; i < kZeroLanes; ++i) lanes[i] += values[i] + values[kZeroLanes + i];
         }
-        float sum = 0;
-        for (const float lane : lanes) sum += lane;
-        out[b] = sum;
+        out[b] = sum_of_lanes(lanes);
     }
 }
 
@@ -30,37 +37,68 @@ void sum_blocks(const void* x, Dtype dtype, int64_t batch, int64_t columns, int 
     return sum_blocks_as(static_cast<const BFloat16*>(x), blocks, size, out);
 }
 
+// What a block's sum of x is multiplied by, of `count` blocks from `block` on.
+inline void zero_factors(const WeightView& weight, int64_t block, int64_t count, float* out) {
+    AffineScales(weight).copy(block, block + count, out);
+    if (weight.whole_zeros) {
+        const uint8_t* zeros = static_cast<const uint8_t*>(weight.zeros) + block;
+        for (int64_t i = 0; i < count; ++i) out[i] *= float(kCentre - int(zeros[i]));
+    } else {
+        const float* zeros = static_cast<const float*>(weight.zeros) + block;
+        for (int64_t i = 0; i < count; ++i) out[i] *= float(kCentre) - zeros[i];
+    }
+}
+
+// Few rows of x: a row of W at a time.
+void add_by_row(const WeightView& weight, const float* sums, int64_t batch, int64_t first, int64_t last,
+                int64_t begin, int64_t count, float* out) {
+    const int64_t blocks = weight.columns >> weight.shift;
+    for (int64_t n = first; n < last; ++n) {
+        alignas(64) float factors[kZeroBlocks];
+        zero_factors(weight, n * blocks + begin, count, factors);
+        for (int64_t m = 0; m < batch; ++m) {
+            const float* x = sums + m * blocks + begin;
+            float lanes[kZeroLanes] = {};
+            const int64_t whole = count / kZeroLanes * kZeroLanes;
+            for (int64_t i = 0; i < whole; i += kZeroLanes)
+                for (int lane = 0; lane < kZeroLanes; ++lane) lanes[lane] += factors[i + lane] * x[i + lane];
+            for (int64_t i = whole; i < count; ++i) lanes[i - whole] += factors[i] * x[i];
+            float& to = out[m * weight.rows + n];
+            to = sum_of_lanes(lanes) + (begin == 0 ? 0 : to);
+        }
+    }
+}
+
+// More rows of x: kZeroLanes rows of W at a time, so that no lanes are added up.
+void add_by_block(const WeightView& weight, const float* sums, int64_t batch, int64_t first, int64_t last,
+                  int64_t begin, int64_t count, float* out) {
+    const int64_t blocks = weight.columns >> weight.shift;
+    alignas(64) float by_block[kZeroBlocks][kZeroLanes] = {};
+    for (int64_t n = first; n < last; n += kZeroLanes) {
+        const int64_t rows = least(last - n, kZeroLanes);
+        for (int64_t r = 0; r < rows; ++r) {
+            alignas(64) float factors[kZeroBlocks];
+            zero_factors(weight, (n + r) * blocks + begin, count, factors);
+            for (int64_t b = 0; b < count; ++b) by_block[b][r] = factors[b];
+        }
+        for (int64_t m = 0; m < batch; ++m) {
+            const float* x = sums + m * blocks + begin;
+            float lanes[kZeroLanes] = {};
+            for (int64_t b = 0; b < count; ++b)
+                for (int lane = 0; lane < kZeroLanes; ++lane) lanes[lane] += by_block[b][lane] * x[b];
+            float* to = out + m * weight.rows + n;
+            for (int64_t r = 0; r < rows; ++r) to[r] = lanes[r] + (begin == 0 ? 0 : to[r]);
+        }
+    }
+}
+
 void zeros_addend(const WeightView& weight, const float* sums, int64_t batch, int64_t first, int64_t last,
                   float* out) {
-    constexpr int kAtOnce = 64;  // blocks
-    const AffineScales scales(weight);
     const int64_t blocks = weight.columns >> weight.shift;
-    for (int64_t n = first; n < last; ++n)
-        for (int64_t begin = 0; begin < blocks; begin += kAtOnce) {
-            const int64_t count = blocks - begin < kAtOnce ? blocks - begin : kAtOnce;
-            const int64_t block = n * blocks + begin;
-            alignas(64) float factors[kAtOnce];
-            scales.copy(block, block + count, factors);
-            if (weight.whole_zeros) {
-                const uint8_t* zeros = static_cast<const uint8_t*>(weight.zeros) + block;
-                for (int64_t i = 0; i < count; ++i) factors[i] *= float(kCentre - int(zeros[i]));
-            } else {
-                const float* zeros = static_cast<const float*>(weight.zeros) + block;
-                for (int64_t i = 0; i < count; ++i) factors[i] *= float(kCentre) - zeros[i];
-            }
-            for (int64_t m = 0; m < batch; ++m) {
-                const float* x = sums + m * blocks + begin;
-                float lanes[kZeroLanes] = {}, sum = 0;
-                int64_t i = 0;
-                for (; i + kZeroLanes <= count; i += kZeroLanes)
-                    for (int lane = 0; lane < kZeroLanes; ++lane)
-                        lanes[lane] += factors[i + lane] * x[i + lane];
-                for (; i < count; ++i) sum += factors[i] * x[i];
-                for (const float lane : lanes) sum += lane;
-                float& to = out[m * weight.rows + n];
-                to = begin == 0 ? sum : to + sum;
-            }
-        }
+    for (int64_t begin = 0; begin < blocks; begin += kZeroBlocks) {
+        const int64_t count = least(blocks - begin, kZeroBlocks);
+        (batch < 3 ? add_by_row : add_by_block)(weight, sums, batch, first, last, begin, count, out);
+    }
 }
 
 constexpr ZeroPoints kZeroPoints{.sum_blocks = sum_blocks, .addend = zeros_addend};
