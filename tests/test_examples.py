@@ -35,7 +35,6 @@ RUNS = {  # how each is started, on how many ranks, and where it writes its adap
 ENGINES = {  # need a library that is not in `.venv`: `make test-engines`
     "distributed/deepspeed_zero3": ("deepspeed", TORCHRUN),
     "distributed/lightning_ddp": ("lightning", PYTHON),
-    "distributed/ray_train": ("ray", PYTHON),
 }
 
 
