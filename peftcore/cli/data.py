@@ -425,19 +425,28 @@ def _messages(where: str, key: str, found: Any) -> Messages:
     if not isinstance(found, list) or not found:
         kind = "an empty list" if found == [] else type(found).__name__
         raise PeftcoreError(f"{where}: '{key}' must be a list of messages, found {kind}")
+    found = [dict(message) if isinstance(message, dict) else message for message in found]
     for index, message in enumerate(found):
         place = f"{where}: {key}[{index}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise PeftcoreError(f'{place} must be {{"role": ..., "content": ...}}, found {str(message)[:80]}')
         content = message.get("content")
+        if isinstance(content, list) and (text := _joined_parts(content)) is not None:
+            content = message["content"] = text
         if isinstance(content, list):
             raise PeftcoreError(
-                f"{place} has content in parts (such as images or audio), which is not supported. Use text"
+                f"{place} has content in parts other than text (such as images), which is not supported. Use text"
             )
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise PeftcoreError(f"{place} has no text content, found {str(content)[:80]}")
     # tables (Parquet, datasets) fill missing fields of a message with this
     return [{name: value for name, value in message.items() if value is not None} for message in found]
+
+
+def _joined_parts(parts: list[Any]) -> str | None:
+    """Return the text of parts {"type": "text", "text": ...} without anything between them; None for other parts."""
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+    return "".join(map(str, texts)) if texts and all(isinstance(text, str) for text in texts) else None
 
 
 def _of_sharegpt(where: str, found: Any) -> Messages:

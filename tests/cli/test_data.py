@@ -234,3 +234,16 @@ def test_the_input_of_alpaca_is_part_of_the_prompt(tmp_path: Path, columns: dict
     assert data.guess_task(path, columns) == LANGUAGE_MODEL
     found = [(row.text, row.completion) for row in data.read_rows(path, LANGUAGE_MODEL, columns)]
     assert found == [("Add.\n\n1, 2", "3"), ("Say.", "x"), ("Go.", "y")]
+
+
+def test_parts_of_text_are_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "is "}, {"type": "text", "text": "it"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}, answer]}))
+    (row,) = data.read_rows(path, LANGUAGE_MODEL)
+    assert [message["content"] for message in row.messages or ()] == ["is it", "yes"]
+    for content in ([*parts, {"type": "image", "url": "a.png"}], []):
+        path.write_text(json.dumps({"messages": [{"role": "user", "content": content}, answer]}))
+        with pytest.raises(PeftcoreError, match=r"messages\[0\] has content in parts other than text"):
+            data.read_rows(path, LANGUAGE_MODEL)
