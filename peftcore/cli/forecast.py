@@ -98,12 +98,6 @@ def is_lazy(settings: Settings) -> bool:
     return settings.lazy_logits == "on" or (settings.lazy_logits == "auto" and fits)
 
 
-def is_fused(settings: Settings) -> bool:
-    """Return whether `train` is expected to fuse operators."""
-    on_cpu = models.torch_device(settings.device).type == "cpu"
-    return on_cpu and (settings.fuse == "on" or (settings.fuse == "auto" and settings.parallel is None))
-
-
 def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dtype:
     """Return a base's dtype on this machine (`cpu`) or on a GPU of the table, for which auto is bf16."""
     if settings.device != "cpu":
@@ -142,8 +136,6 @@ def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: t
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # loading raises them
             peftcore.quantize(base, settings.quantize)
-    if is_fused(settings):
-        peftcore.fuse(base)
     return peftcore.estimate(
         base,
         None if settings.method == FULL else settings.method,
