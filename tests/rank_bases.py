@@ -49,7 +49,7 @@ def write(folder: Path) -> None:
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "llama")
     Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(folder / "qwen3")
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "attention_bias": True}
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | experts)).save_pretrained(folder / "qwen3_moe")
     biases = {"attention_bias": True, "mlp_bias": True, "intermediate_size": 49}
     LlamaForCausalLM(LlamaConfig(**sizes | biases)).save_pretrained(folder / "odd")

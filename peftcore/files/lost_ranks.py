@@ -29,25 +29,35 @@ def naming_lost_ranks(what: str) -> Iterator[None]:
     block = next(_BLOCKS)
     try:
         yield
+        _answer(block)
     except PeftcoreError:
         raise
     except RuntimeError as error:  # of gloo and NCCL
         lost = _lost(block) if ranks.count() > 1 else []
         if not lost:
             raise
-        which = f"rank {lost[0]} has" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} have"
-        raise PeftcoreError(
-            f"{what}: {which} not answered for {WAIT:g} s. Read the output of that process, and start the run again "
-            "from its last checkpoint"
-        ) from error
+        which = f"rank {lost[0]} has not answered for {WAIT:g} s. Read its output"
+        if len(lost) > 1:
+            which = f"ranks {', '.join(map(str, lost))} have not answered for {WAIT:g} s, or wait for those that have "
+            which += "ended. Read their output"
+        raise PeftcoreError(f"{what}: {which}, and start the run again from its last checkpoint") from error
+
+
+def _key(block: int, rank: int) -> str:
+    return f"peftcore/answers/{block}/{rank}"
+
+
+def _answer(block: int) -> None:
+    if ranks.count() > 1:
+        distributed.distributed_c10d._get_default_store().set(_key(block, ranks.rank()), "")
 
 
 def _lost(block: int) -> list[int]:
-    """Return the ranks that have not reached this line of the same block within `WAIT` seconds."""
-    keys = [f"peftcore/answers/{block}/{rank}" for rank in range(ranks.count())]
+    """Return the ranks that neither leave the same block nor reach this line within `WAIT` seconds."""
+    keys = [_key(block, rank) for rank in range(ranks.count())]
     try:
         store = distributed.distributed_c10d._get_default_store()
-        store.set(keys[ranks.rank()], "")
+        _answer(block)
         try:
             store.wait(keys, timedelta(seconds=WAIT))
         except RuntimeError:

@@ -8,6 +8,7 @@ from torch import distributed, nn
 from peftcore import ranks
 from peftcore.engine import adapter_modules, adapter_parameters, require_state
 from peftcore.errors import PeftcoreError
+from peftcore.files.lost_ranks import naming_lost_ranks
 from peftcore.parallel.sharding import check_ranks, check_running
 
 
@@ -27,6 +28,12 @@ def join_stages(model: nn.Module, stage: nn.Module) -> nn.Module:
             several. Nothing is copied then.
     """
     check_running()
+    with naming_lost_ranks("the stages could not be joined"):
+        _join(model, stage)
+    return model
+
+
+def _join(model: nn.Module, stage: nn.Module) -> None:
     check_ranks(model)
     state = require_state(model)
     named = [(name, p) for adapter in state.applied for name, p in adapter_parameters(model, adapter)]
@@ -40,7 +47,8 @@ def join_stages(model: nn.Module, stage: nn.Module) -> nn.Module:
         if not found:
             raise PeftcoreError(
                 f"no stage has the adapter parameter '{name}'. Build each stage of the layers of this model, not of "
-                "copies, and give every rank its own"
+                "copies, and give every rank its own. An adapter around the whole model, such as a prompt, is in no "
+                "stage: use another method"
             )
         if len(found) > 1:
             raise PeftcoreError(
@@ -51,4 +59,3 @@ def join_stages(model: nn.Module, stage: nn.Module) -> nn.Module:
         message = tensor.detach().to(ranks.message_device()).contiguous()
         distributed.broadcast(message, src=found[0] if found else 0)
         tensor.copy_(message)
-    return model
