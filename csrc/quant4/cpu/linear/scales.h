@@ -45,6 +45,8 @@ class RowScales {
                 for (int i = 0; i < kAtOnce; ++i) out[last + 1 - first + i] = 0;
         }
         if ((int64_t(1) << weight_.shift) == step_) return;
+        if (weight_.columns >> weight_.shift << weight_.shift == weight_.columns && last - first < kRepeated)
+            return repeat(last - first + 1, count, out);
         for (int64_t i = count - 1; i >= 0; --i)  // backward, to write only behind what is still to be read
             out[i] = out[((begin + i * step_) >> weight_.shift) - first];
     }
@@ -61,6 +63,20 @@ class RowScales {
  private:
     static constexpr int kPieces = 8;   // of 32 entries
     static constexpr int kAtOnce = 32;  // scales
+
+    static constexpr int kRepeated = 256;  // scales of a row that `repeat` takes
+
+    // Each of `blocks` scales for all its steps, where a row is whole blocks.
+    void repeat(int64_t blocks, int64_t count, float* out) const {
+        const int each = log2_of(count / blocks);
+        alignas(64) float scales[kRepeated + 16];
+        for (int64_t b = 0; b < blocks; ++b) scales[b] = out[b];
+        _mm512_storeu_ps(scales + blocks, _mm512_setzero_ps());
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i index = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(each));
+        for (int64_t i = 0; i < count; i += 16)
+            _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, _mm512_loadu_ps(scales + (i >> each))));
+    }
 
     static __m512i joined(__m512i first, __m512i second) {
         return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(first)),

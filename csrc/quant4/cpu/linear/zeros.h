@@ -7,7 +7,8 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-constexpr int kZeroLanes = 16;   // sums that do not wait for one another, and rows of W together
+constexpr int kZeroLanes = 16;  // sums that do not wait for one another, and rows of W together
+typedef float Lanes __attribute__((vector_size(kZeroLanes * sizeof(float))));
 constexpr int kZeroBlocks = 64;  // blocks of a row together
 
 inline float sum_of_lanes(float (&lanes)[kZeroLanes]) {
@@ -58,10 +59,15 @@ void add_by_row(const WeightView& weight, const float* sums, int64_t batch, int6
         zero_factors(weight, n * blocks + begin, count, factors);
         for (int64_t m = 0; m < batch; ++m) {
             const float* x = sums + m * blocks + begin;
-            float lanes[kZeroLanes] = {};
+            float lanes[kZeroLanes];
             const int64_t whole = count / kZeroLanes * kZeroLanes;
-            for (int64_t i = 0; i < whole; i += kZeroLanes)
-                for (int lane = 0; lane < kZeroLanes; ++lane) lanes[lane] += factors[i + lane] * x[i + lane];
+            Lanes sum = {}, factor, value;
+            for (int64_t i = 0; i < whole; i += kZeroLanes) {
+                memcpy(&factor, factors + i, sizeof factor);
+                memcpy(&value, x + i, sizeof value);
+                sum += factor * value;
+            }
+            memcpy(lanes, &sum, sizeof lanes);
             for (int64_t i = whole; i < count; ++i) lanes[i - whole] += factors[i] * x[i];
             float& to = out[m * weight.rows + n];
             to = sum_of_lanes(lanes) + (begin == 0 ? 0 : to);
@@ -83,9 +89,13 @@ void add_by_block(const WeightView& weight, const float* sums, int64_t batch, in
         }
         for (int64_t m = 0; m < batch; ++m) {
             const float* x = sums + m * blocks + begin;
-            float lanes[kZeroLanes] = {};
-            for (int64_t b = 0; b < count; ++b)
-                for (int lane = 0; lane < kZeroLanes; ++lane) lanes[lane] += by_block[b][lane] * x[b];
+            Lanes sum = {}, values;
+            for (int64_t b = 0; b < count; ++b) {
+                memcpy(&values, by_block[b], sizeof values);
+                sum += values * x[b];
+            }
+            float lanes[kZeroLanes];
+            memcpy(lanes, &sum, sizeof lanes);
             float* to = out + m * weight.rows + n;
             for (int64_t r = 0; r < rows; ++r) to[r] = lanes[r] + (begin == 0 ? 0 : to[r]);
         }
