@@ -50,32 +50,7 @@ inline void zero_factors(const WeightView& weight, int64_t block, int64_t count,
     }
 }
 
-// Few rows of x: a row of W at a time.
-void add_by_row(const WeightView& weight, const float* sums, int64_t batch, int64_t first, int64_t last,
-                int64_t begin, int64_t count, float* out) {
-    const int64_t blocks = weight.columns >> weight.shift;
-    for (int64_t n = first; n < last; ++n) {
-        alignas(64) float factors[kZeroBlocks];
-        zero_factors(weight, n * blocks + begin, count, factors);
-        for (int64_t m = 0; m < batch; ++m) {
-            const float* x = sums + m * blocks + begin;
-            float lanes[kZeroLanes];
-            const int64_t whole = count / kZeroLanes * kZeroLanes;
-            Lanes sum = {}, factor, value;
-            for (int64_t i = 0; i < whole; i += kZeroLanes) {
-                memcpy(&factor, factors + i, sizeof factor);
-                memcpy(&value, x + i, sizeof value);
-                sum += factor * value;
-            }
-            memcpy(lanes, &sum, sizeof lanes);
-            for (int64_t i = whole; i < count; ++i) lanes[i - whole] += factors[i] * x[i];
-            float& to = out[m * weight.rows + n];
-            to = sum_of_lanes(lanes) + (begin == 0 ? 0 : to);
-        }
-    }
-}
-
-// More rows of x: kZeroLanes rows of W at a time, so that no lanes are added up.
+// kZeroLanes rows of W at a time, so that no lanes are added up.
 void add_by_block(const WeightView& weight, const float* sums, int64_t batch, int64_t first, int64_t last,
                   int64_t begin, int64_t count, float* out) {
     const int64_t blocks = weight.columns >> weight.shift;
@@ -107,7 +82,7 @@ void zeros_addend(const WeightView& weight, const float* sums, int64_t batch, in
     const int64_t blocks = weight.columns >> weight.shift;
     for (int64_t begin = 0; begin < blocks; begin += kZeroBlocks) {
         const int64_t count = least(blocks - begin, kZeroBlocks);
-        (batch < 3 ? add_by_row : add_by_block)(weight, sums, batch, first, last, begin, count, out);
+        add_by_block(weight, sums, batch, first, last, begin, count, out);
     }
 }
 
