@@ -109,7 +109,7 @@ def weight_types(root: Path) -> set[str]:
     found = set()
     for path in [*(root / "csrc").rglob("*.h"), *(root / "csrc").rglob("*.cu"), *(root / "csrc").rglob("*.cpp")]:
         for name, body in re.findall(r"\b(?:struct|class) (\w+) \{\n(.*?)\n\};", path.read_text(), re.S):
-            fields = "\n".join(line for line in body.split("\n") if "(" not in line)
+            fields = "\n".join(line for line in body.split("\n") if re.match(r" {4}\w[^(]*$", line))
             if re.search(r"\b(absmax|scales)\b", fields) and re.search(r"\b(quant_map|code|nested\w*)\b", fields):
                 found.add(name)
     for path in [*(root / "peftcore" / "ops").rglob("*.py"), *(root / "peftcore" / "quantization").rglob("*.py")]:

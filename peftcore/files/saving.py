@@ -147,50 +147,33 @@ def _save(
     metadata: dict[str, str],
     format: str = PEFT,
 ) -> Path:
-    """Write adapters, by subfolder of `folder`."""
+    """Write adapters, by subfolder of `folder`, on rank 0. Collective if the model is sharded."""
     engine.refuse_merged(engine.require_state(model), "save")
     engine.refuse_changed(model)
     _warn_of_others_trained(model)
-    sharded = ranks.is_sharded(model)
-    if sharded:
-        failed = f"the adapter could not be saved by all ranks ('{folder}' is whole: as it was before, or as saved now)"
-        with naming_lost_ranks(failed):
-            for name in inside.values():
-                _refuse_drifted(model, name)
-            _write(model, folder, inside, dtype, resumable, metadata, format, together=True)
-    elif ranks.rank() == 0:
-        _write(model, folder, inside, dtype, resumable, metadata, format, together=False)
+    together = ranks.is_sharded(model)
+    if not together and ranks.rank() != 0:
+        return folder
+    failed = f"the adapter could not be saved by all ranks ('{folder}' is whole: as it was before, or as saved now)"
+    with naming_lost_ranks(failed) if together else nullcontext():
+        for name in inside.values() if together else ():
+            _refuse_drifted(model, name)
+        if inside:
+            with walked_once(model):
+                contents = {
+                    place: _laid_out(model, name, format, _content(model, name, dtype, resumable, metadata))
+                    for place, name in inside.items()
+                }
+                tasks = {content.fields.get("task_type") for content in contents.values()}
+                card = model_card.card(model, list(inside.values()), tasks.pop() if len(tasks) == 1 else None)
+            ranks.once(lambda: _write(folder, contents, card), together=together)
     return folder
 
 
-def _write(
-    model: nn.Module,
-    folder: Path,
-    inside: dict[str, str],
-    dtype: torch.dtype | None,
-    resumable: bool,
-    metadata: dict[str, str],
-    format: str,
-    *,
-    together: bool,
-) -> None:
-    """Write adapters on rank 0. Collective if `together`."""
-    if not inside:
-        return
-    with walked_once(model):
-        contents = {
-            place: _laid_out(model, name, format, _content(model, name, dtype, resumable, metadata))
-            for place, name in inside.items()
-        }
-        tasks = {content.fields.get("task_type") for content in contents.values()}
-        card = model_card.card(model, list(inside.values()), tasks.pop() if len(tasks) == 1 else None)
-
-    def write() -> None:
-        write_adapters(folder, contents)
-        if root_of(folder)[1] == "":  # not one of several that were saved together, whose card is above
-            _write_card(folder, card)
-
-    ranks.once(write, together=together)
+def _write(folder: Path, contents: dict[str, Content], card: tuple[dict[str, Any], str]) -> None:
+    write_adapters(folder, contents)
+    if root_of(folder)[1] == "":  # not one of several that were saved together, whose card is above
+        _write_card(folder, card)
 
 
 def _write_card(folder: Path, card: tuple[dict[str, Any], str]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from peftcore.quantization.convert import convert
 from peftcore.quantization.int4_layouts import Int4Weight, find_layout, to_affine4
 from peftcore.quantization.quantizable import selected
 from peftcore.targets import matches, sizes
+from peftcore.targets.patterns import compiled, limited
 
 
 def int4_config(config: Any) -> Mapping[str, Any] | None:
@@ -43,6 +43,7 @@ def without_quantization(config: Any) -> Any:
     return config
 
 
+@limited()
 def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
     """Give a dense model on the meta device int4 layers as its checkpoint has them by `quantization_config`.
 
@@ -55,10 +56,11 @@ def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
         scheme = next(iter(stored["config_groups"].values()))["weights"]
         is_symmetric = scheme.get("symmetric", True)
     is_ordered = stored.get("desc_act", False) or scheme.get("actorder") in ("group", "dynamic")
-    dense = [*(stored.get("ignore") or ()), *(stored.get("modules_to_not_convert") or ())]
+    ignored = [*(stored.get("ignore") or ()), *(stored.get("modules_to_not_convert") or ())]
+    stay_dense = [_naming(pattern) for pattern in ignored]
     with torch.device("meta"):
         for path, layer in selected(model, None).items():
-            if any(_names(pattern, path) for pattern in dense):
+            if any(names(path) for names in stay_dense):
                 continue
             columns, rows = sizes(layer)
             group = scheme.get("group_size") or -1
@@ -72,8 +74,8 @@ def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
             convert(layer, packed, None)
 
 
-def _names(pattern: str, path: str) -> bool:
-    """Return whether a name in a `quantization_config`, which may be a part of a path or `re:...`, means this layer."""
+def _naming(pattern: str) -> Callable[[str], bool]:
+    """Return what tests whether a name in a `quantization_config`, a part of a path or `re:...`, means a layer."""
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], path) is not None
-    return matches(pattern, path) or pattern in path
+        return compiled(f"(?:{pattern[3:]}).*", "ignore")
+    return lambda path: matches(pattern, path) or pattern in path

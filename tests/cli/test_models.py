@@ -21,9 +21,7 @@ def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:
     (tmp_path / TASK_FILE).write_text(json.dumps(fields))
     assert adapter_task(tmp_path) == AdapterTask("classification", 7, ("a", "b"), chat=False)
     (tmp_path / TASK_FILE).write_text(json.dumps({**fields, "task": "chat"}))
-    with pytest.raises(
-        CheckpointError, match=r"task must be one of causal-lm, classification, .*, found 'chat'. It can be deleted"
-    ):
+    with pytest.raises(CheckpointError, match=r"task must be one of causal-lm, .*, found 'chat'. It can be deleted"):
         adapter_task(tmp_path)
 
 

@@ -28,6 +28,7 @@ def run(program: str, *arguments: Any) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ops.extension is None, reason="no _C")
 def test_levels_agree() -> None:
     """2,000 calls at every SIMD level, or 200: the same within rounding, or a refusal in the same words."""

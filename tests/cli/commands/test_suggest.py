@@ -60,8 +60,8 @@ def test_what_it_does_not_understand(run: Run, llama: Path, arguments: tuple[str
         ({"model_type": "llama", "vocab_size": -3}, "no model can be built on the meta device of this LlamaConfig"),
         ({"model_type": "no_such_model"}, "the configuration of '"),
         (
-            {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "the weights are quantized (gptq), which is not followed",
+            {"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}},
+            "the weights are quantized (aqlm), which is not followed",
         ),
     ],
 )
