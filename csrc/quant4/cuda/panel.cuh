@@ -151,31 +151,34 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
             else
                 cp_async_commit();
             const XStage& now = stages[stage % kPanelStages];
-#pragma unroll(kTiles < 8 ? 4 : 1)  // 64 rows: more than one at a time would not fit in registers
-            for (int i = 0; i < 4; ++i) {
-                const auto word = [&](int r) {
-                    const uint4& four = ahead[r][half];
-                    return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
-                };
-                uint32_t upper[2][4], lower[2][4];
+#pragma unroll(kTiles < 8 ? 2 : 1)  // 64 rows: more than two words at a time would not fit in registers
+            for (int i = 0; i < 2;
+                 ++i) {  // two words, 16 columns of a lane, are added up by the tensor cores
+                uint32_t upper[2][2][4], lower[2][2][4];
 #pragma unroll
                 for (int t = 0; t < 2; ++t) {
-                    eight_values(word(2 * t), tables[t], upper[t]);
-                    eight_values<T>(word(2 * t + 1), value_of_lane, scale[2 * t + 1], lower[t]);
+                    const uint4 &four = ahead[2 * t][half], &other = ahead[2 * t + 1][half];
+                    eight_values(i == 0 ? four.x : four.z, tables[t], upper[t][0]);
+                    eight_values(i == 0 ? four.y : four.w, tables[t], upper[t][1]);
+                    eight_values<T>(i == 0 ? other.x : other.z, value_of_lane, scale[2 * t + 1], lower[t][0]);
+                    eight_values<T>(i == 0 ? other.y : other.w, value_of_lane, scale[2 * t + 1], lower[t][1]);
                 }
 #pragma unroll
                 for (int tile = 0; tile < kTiles; ++tile) {
                     const int row = tile * 8 + group;
-                    const uint4 piece = now[row][place_of_piece(row, (slice * 4 + pair) * 4 + i)];
+                    float sum[2][4] = {};
 #pragma unroll
-                    for (int t = 0; t < 2; ++t) {
-                        float sum[4] = {};
-                        mma_m16n8k16<T>(sum, {upper[t][0], lower[t][0], upper[t][1], lower[t][1]},
-                                        {piece.x, piece.y});
-                        mma_m16n8k16<T>(sum, {upper[t][2], lower[t][2], upper[t][3], lower[t][3]},
-                                        {piece.z, piece.w});
-                        add_to(d[t][tile], sum);
+                    for (int w = 0; w < 2; ++w) {
+                        const uint4 piece = now[row][place_of_piece(row, (slice * 4 + pair) * 4 + 2 * i + w)];
+#pragma unroll
+                        for (int t = 0; t < 2; ++t) {
+                            const uint32_t (&u)[4] = upper[t][w], (&l)[4] = lower[t][w];
+                            mma_m16n8k16<T>(sum[t], {u[0], l[0], u[1], l[1]}, {piece.x, piece.y});
+                            mma_m16n8k16<T>(sum[t], {u[2], l[2], u[3], l[3]}, {piece.z, piece.w});
+                        }
                     }
+                    add_to(d[0][tile], sum[0]);
+                    add_to(d[1][tile], sum[1]);
                 }
             }
             fetch_codes(half, next);  // these have been read
