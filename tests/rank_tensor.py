@@ -303,8 +303,9 @@ def of_hooks(folder: str, whole: bool) -> dict[str, float | str]:
     from torch.distributed.tensor.parallel import RowwiseParallel, SequenceParallel
 
     found: dict[str, float | str] = {"hooks, sequence parallel": sequence_parallel()}
-    cases: dict[str, dict[str, Any]] = {"lora": BOTH, "dora": {"method": "dora", **BOTH}}
+    cases: dict[str, dict[str, Any]] = {"lora": BOTH}
     if whole:
+        cases |= {"dora": {"method": "dora", **BOTH}}
         cases |= {"ia3": {"method": "ia3"}, "prefix": {"method": "prefix-tuning", "num_virtual_tokens": 3}}
         cases |= {"adapter": {"method": "adapter", "bottleneck_size": 5}, "adaption": {"method": "adaption-prompt"}}
         cases["eva"] = {**BOTH, "init_lora_weights": "eva", "batches": [{"input_ids": TOKENS, "labels": TOKENS}]}

@@ -18,8 +18,8 @@ def test_every_method_is_tried() -> None:
 
 ALL = list(rank_cases.CASES)
 KINDS = ALL if WHOLE else list(rank_cases.KINDS)
-# Every method is tried sharded; those of each kind also on a base in 4 bits, and in the other ways.
-SHARDED = [case for case in ALL if case in KINDS or not case.endswith(", 4 bits")]
+# In `make test-all` every method is tried sharded; those of each kind also on a base in 4 bits, and in the other ways.
+SHARDED = [case for case in ALL if case in KINDS or not case.endswith(", 4 bits")] if WHOLE else KINDS
 HOWS = [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"]]
 
 
