@@ -52,6 +52,7 @@ class Interrupts:
             signal.setitimer(signal.ITIMER_REAL, 0)
             return False, found
         except KeyboardInterrupt:
+            torch.set_grad_enabled(True)  # an interrupt inside of PyTorch's `no_grad().__exit__` leaves it off
             self.count += 1
             return True, None
         finally:
