@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def process(llama: Path, saved: Path, tmp_path: Path) -> Iterator[subprocess.Pop
         kept = {key: value for key, value in fields.items() if not key.startswith("eos_token")}
         (endless / name).write_text(json.dumps(kept | ({"eos_token_id": None} if name == "config.json" else {})))
     words = [sys.executable, "-m", "peftcore", "serve", "-m", str(endless), "--adapters", str(saved), "--port", "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, preexec_fn=listen) as running:
         yield running
         running.kill()
 
