@@ -110,6 +110,9 @@ def test_the_tensors_of_a_checkpoint_are_not_changed() -> None:
         (config("compressed-tensors", 32, weights={"num_bits": 8}), "with weights of int8 per group in 'group_0'"),
         (config("compressed-tensors", 32, weights={"strategy": "tensor"}), "int4 per tensor"),
         (config("compressed-tensors", 32, scheme={"input_activations": {"num_bits": 8}}), "with quantized inputs"),
+        ({**(mixed := config("compressed-tensors", 32)), "config_groups": {
+            **mixed["config_groups"], "group_1": {"weights": {"num_bits": 4, "strategy": "channel"}}}},
+         "with symmetric and asymmetric groups, but only groups of one kind"),
         (config("compressed-tensors", 32, transform_config={"config_groups": {"a": 1}}), "with transforms"),
         (config("compressed-tensors", 32, sparsity_config={"format": "sparse-bitmask"}), r"sparse weights \('sparse"),
     ],
