@@ -204,7 +204,7 @@ def _compressed_tensors(config: Mapping[str, Any], where: str) -> Int4Layout:
         raise _refused(where, f"{tool} with sparse weights ({shown(sparse)})", "a dense layout", again)
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
     symmetric = {bool((group.get("weights") or {}).get("symmetric", True)) for group in groups.values()}
-    if len(symmetric) > 1:  # in which a missing zero point could not be told from a symmetric layer
+    if len(symmetric) > 1:  # a missing zero point would look like a symmetric layer
         raise _refused(where, f"{tool} with symmetric and asymmetric groups", "groups of one kind", again)
     return Int4Layout(tool, parts, partial(_read_compressed, needs_zeros=symmetric == {False}))
 
