@@ -31,7 +31,7 @@ def load_reward(text: str) -> Reward:
     """Return the function FILE.py:FUNCTION, whose results are checked when it is called.
 
     Raises:
-        PeftcoreError: there is no such function.
+        PeftcoreError: the file or the function does not exist.
     """
     if not generations.is_own(text):
         raise PeftcoreError(f"--reward must be FILE.py:FUNCTION, found '{text}'")
