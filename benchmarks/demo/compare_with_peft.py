@@ -59,12 +59,23 @@ def train(run: Path) -> dict:
     from transformers import PrinterCallback, set_seed
 
     import peftcore
-    from peftcore.cli import data, models, progress, settings, tasks, trainers, training_data, training_run
+    from peftcore.cli import (
+        data,
+        models,
+        progress,
+        row_labels,
+        settings,
+        tasks,
+        trainer_arguments,
+        trainers,
+        training_data,
+        training_run,
+    )
 
     warnings.simplefilter("ignore")
     chosen = settings.Settings(**json.loads((run / settings.RUN_FILE).read_text()))
     train_rows, eval_rows, validation = training_data.read_splits(chosen)
-    labels = tuple(data.labels_of([*train_rows, *validation])) if chosen.task in data.LABELLED else ()
+    labels = tuple(row_labels.labels_of([*train_rows, *validation])) if chosen.task in data.LABELLED else ()
     tokenizer = models.load_tokenizer(chosen.model)
     rows, held_out = (
         training_data.encode_examples(what, part, chosen, tokenizer, labels)
@@ -89,7 +100,7 @@ def train(run: Path) -> dict:
     else:
         model = peft.PeftModel.from_pretrained(fresh(), run / "start", config=config, is_trainable=True)
     meter = progress.Meter()
-    arguments = training_run.training_arguments(chosen, run / "peft", len(rows))
+    arguments = trainer_arguments.of_run(chosen, run / "peft", len(rows))
     arguments.save_strategy = "no"
     trainer = trainers.MeasuringTrainer(
         model=model,

@@ -68,11 +68,11 @@ def write_files(folder: Path) -> None:
 
 def train(folder: Path, task: str, method: str, rate: float) -> dict:
     """Held-out metrics before and after one run."""
-    from peftcore.cli import console, models, settings, training_run
+    from peftcore.cli import base_files, console, settings, training_run
     from peftcore.errors import PeftcoreError
 
     console.out.quiet = True
-    models.quiet_transformers()
+    base_files.quiet_transformers()
     is_writer = task == "writer"
     made = settings.Settings(
         model=str(folder / TASKS[task]),

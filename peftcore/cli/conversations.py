@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from peftcore.cli import template_process
-from peftcore.cli.data import Messages, Row
+from peftcore.cli.row import Messages, Row
 from peftcore.errors import PeftcoreError
 
 CHATML = (

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcore import ops, ranks
-from peftcore.cli import data, models
+from peftcore.cli import adapter_folders, data, device_choice, models
 from peftcore.cli.console import note, warn
 from peftcore.cli.options import FULL
 from peftcore.cli.precision import base_dtype
@@ -64,8 +64,8 @@ def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | Non
     Raises:
         PeftcoreError: dtype or device is unknown.
     """
-    named = "bf16" if models.torch_dtype(dtype, device).itemsize == 2 else WIDE
-    if models.torch_device(device).type != "cpu":
+    named = "bf16" if device_choice.torch_dtype(dtype, device).itemsize == 2 else WIDE
+    if device_choice.torch_device(device).type != "cpu":
         return Choice(named)
     if dtype != AUTO:
         return Choice(named, None, slow_line(named), is_warning=True) if named != WIDE else Choice(named)
@@ -85,7 +85,9 @@ def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
     slow = _slow(dtype)
     if slow is None:
         return None
-    spared = "; peftcore's linear layers are not affected" if models.torch_dtype(dtype, "cpu") in ops.WIDENED else ""
+    spared = (
+        "; peftcore's linear layers are not affected" if device_choice.torch_dtype(dtype, "cpu") in ops.WIDENED else ""
+    )
     return f"{slow}{spared}. {otherwise} would choose fp32"
 
 
@@ -132,14 +134,14 @@ def of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
 
 def _of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
     dtype, device = base_dtype(settings.precision, settings.dtype), settings.device
-    on_cpu = models.torch_device(device).type == "cpu"
+    on_cpu = device_choice.torch_device(device).type == "cpu"
     if on_cpu and settings.precision in MIXED:
         line = slow_line(settings.precision, "--precision auto with --dtype auto")
         return Choice(choose(dtype, device, None).dtype, None, line, is_warning=True)
     stored = _stored(settings.model, settings.task, labels, dtype)
     needs = None
     if on_cpu and stored == "bf16" and settings.adapter is not None:
-        task = models.adapter_task(Path(settings.adapter), settings.labels)
+        task = adapter_folders.adapter_task(Path(settings.adapter), settings.labels)
         needs = RECORDED if task.dtype == WIDE or settings.task in data.NEW_HEAD else None
     elif on_cpu and stored == "bf16":
         needs = TRAINED if _trains_base(settings, labels) else None

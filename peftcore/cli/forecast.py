@@ -11,7 +11,7 @@ import torch
 
 import peftcore
 from peftcore import ranks
-from peftcore.cli import data, dtype_choice, models, torchrun
+from peftcore.cli import data, device_choice, dtype_choice, models, torchrun
 from peftcore.cli import precision as precisions
 from peftcore.cli.console import say
 from peftcore.cli.options import FULL
@@ -102,8 +102,8 @@ def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dty
     """Return a base's dtype on this machine (`cpu`) or on a GPU of the table, for which auto is bf16."""
     if settings.device != "cpu":
         found = precisions.base_dtype(settings.precision, settings.dtype)
-        return models.torch_dtype("bf16" if found == "auto" else found, "cpu")
-    return models.torch_dtype(dtype_choice.of_run(settings, labels).say(), "cpu")
+        return device_choice.torch_dtype("bf16" if found == "auto" else found, "cpu")
+    return device_choice.torch_dtype(dtype_choice.of_run(settings, labels).say(), "cpu")
 
 
 def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Forecast | None:
@@ -118,13 +118,13 @@ def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Foreca
     if why is not None:
         say(f"memory is not predicted: {why}")
         return None
-    dtype = models.torch_dtype(precisions.base_dtype(settings.precision, settings.dtype), settings.device)
+    dtype = device_choice.torch_dtype(precisions.base_dtype(settings.precision, settings.dtype), settings.device)
     try:
         found = _estimate(settings, length, labels, dtype)
     except PeftcoreError as error:  # the run itself reports what it refuses
         say(f"memory is not predicted: {error}")
         return None
-    on_cuda = models.torch_device(settings.device).type == "cuda"
+    on_cuda = device_choice.torch_device(settings.device).type == "cuda"
     room = float(torch.cuda.mem_get_info()[0]) if on_cuda else memory_here()
     together = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", settings.ranks))
     return Forecast(found, 0 if on_cuda else current_memory(), room, on_cuda, together)
@@ -187,7 +187,7 @@ def fitted(settings: Settings) -> Settings:
 
 
 def _fitted(settings: Settings) -> Settings:
-    if models.torch_device(settings.device).type != "cpu":
+    if device_choice.torch_device(settings.device).type != "cpu":
         raise PeftcoreError("--fit is for training on a CPU. For a GPU: peftcore suggest --device NAME --memory 24GB")
     why = _why_not(settings)
     if why is not None:
@@ -203,7 +203,7 @@ def _fitted(settings: Settings) -> Settings:
         models.load_config(settings.model, settings.task),
         methods=[settings.method],
         fields=settings.fields,
-        dtype=models.torch_dtype(dtype, settings.device),
+        dtype=device_choice.torch_dtype(dtype, settings.device),
         max_ways=1,
         length=settings.max_length,
         lazy_logits=is_lazy(settings),

@@ -22,8 +22,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peftcore.cli import conversations, data
-from peftcore.cli.data import Row
+from peftcore.cli.evaluation_mode import batched, evaluating
 from peftcore.cli.metrics import Metrics
+from peftcore.cli.row import Row
 from peftcore.errors import PeftcoreError
 
 FIGURES = ("exact_match", "rouge_l")
@@ -121,7 +122,6 @@ def cases(rows: Sequence[Row], task: str, tokenizer: PreTrainedTokenizerBase, ma
     return found
 
 
-@torch.no_grad()
 def answer(
     model: Any, some: Sequence[Case], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, batch_size: int = 8
 ) -> list[str]:
@@ -133,12 +133,9 @@ def answer(
     for i, case in enumerate(some):
         by_length.setdefault(len(case.ids), []).append(i)
     found = [""] * len(some)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for size, places in sorted(by_length.items()):
-            for begin in range(0, len(places), batch_size):
-                batch = places[begin : begin + batch_size]
+            for batch in batched(places, batch_size):
                 ids = torch.tensor([some[i].ids for i in batch], device=device)
                 tokens = model.generate(
                     input_ids=ids,
@@ -151,8 +148,6 @@ def answer(
                 answers = tokens if model.config.is_encoder_decoder else tokens[:, size:]
                 for i, text in zip(batch, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
                     found[i] = text
-    finally:
-        model.train(was_training)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from peftcore.cli.data import Row
+from peftcore.cli.row import Row
 from peftcore.errors import PeftcoreError
 
 

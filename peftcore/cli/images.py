@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from peftcore.cli import image_files
-from peftcore.cli.data import Row, targets
+from peftcore.cli.row import Row
+from peftcore.cli.row_labels import targets
 
 
 def encode(rows: Sequence[Row], labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -91,3 +91,14 @@ def names(value: Any) -> tuple[str, ...] | None:
 def short(value: Any) -> str:
     """Return a value for a message, shortened."""
     return json.dumps(value, ensure_ascii=False, default=str)[:80]
+
+
+def text_of(where: str, key: str, value: Any) -> str:
+    """Return a field that must be text.
+
+    Raises:
+        PeftcoreError: it is not; the message begins with `where`.
+    """
+    if not isinstance(value, str):
+        raise PeftcoreError(f"{where}: '{key}' must be text, found {short(value)}")
+    return value

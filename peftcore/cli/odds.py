@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from peftcore.cli import preferences
+from peftcore.cli.evaluation_mode import batched, evaluating
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.tasks import Example
 
@@ -27,25 +28,19 @@ encode, lengths, as_texts = preferences.encode, preferences.lengths, preferences
 Likelihoods = list[Tensor]  # [examples, 3] per batch: mean log p of both answers, and log p of prompt and chosen answer
 
 
-@torch.no_grad()
 def likelihoods(
     model: nn.Module, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
 ) -> Likelihoods:
     """Return the mean log-likelihoods of both answers, and that of prompt and chosen answer."""
-    was_training = model.training
-    model.eval()
     found = []
-    try:
-        for start in range(0, len(examples), batch_size):
-            pairs = examples[start : start + batch_size]
+    with evaluating(model):
+        for pairs in batched(examples, batch_size):
             both = []
             for name in ("chosen_ids", "rejected_ids"):
                 answers = preferences.log_likelihoods(model, [preferences.joined(e, name) for e in pairs], tokenizer)
                 both.append(answers / torch.tensor([len(each[name]) for each in pairs]))
             whole = [{**each, "labels": list(each["input_ids"])} for each in as_texts(pairs)]
             found.append(torch.stack([*both, preferences.log_likelihoods(model, whole, tokenizer)], 1))
-    finally:
-        model.train(was_training)
     return found
 
 

@@ -17,7 +17,7 @@ FULL = "full"  # in place of a method: full fine-tuning, as the reference of a c
 
 def in_run(folder: Path | None) -> Path | None:
     """Return the adapter's folder, which may be named by the run that made it."""
-    from peftcore.cli.models import adapter_folder
+    from peftcore.cli.adapter_folders import adapter_folder
 
     return None if folder is None else adapter_folder(folder)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from peftcore.cli import models
+from peftcore.cli import device_choice
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def check(precision: str, dtype: str, device: str) -> None:
         raise PeftcoreError(f"--precision must be one of {', '.join(PRECISIONS)}, found '{precision}'")
     if precision == "fp32" and dtype == "bf16":
         raise PeftcoreError("--precision fp32 contradicts a base in bf16. Leave out --dtype bf16")
-    if precision == "fp16" and models.torch_device(device).type != "cuda":
+    if precision == "fp16" and device_choice.torch_device(device).type != "cuda":
         raise PeftcoreError(
             "--precision fp16 scales gradients, which PyTorch does on CUDA only. On a CPU use --precision bf16"
         )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.cli import data, data_files, image_files, labels, tasks
+from peftcore.cli.adapter_folders import AdapterTask
 from peftcore.cli.conversations import IGNORED
-from peftcore.cli.data import Row
-from peftcore.cli.models import AdapterTask
+from peftcore.cli.row import Row
 from peftcore.errors import PeftcoreError
 
 

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcore.cli import conversations, tasks
 from peftcore.cli.conversations import IGNORED
-from peftcore.cli.data import Row
+from peftcore.cli.evaluation_mode import batched, evaluating
 from peftcore.cli.metrics import Metrics
+from peftcore.cli.row import Row
 from peftcore.cli.tasks import Encoded, Example
 from peftcore.errors import PeftcoreError
 
@@ -83,22 +84,16 @@ def figures(after: Likelihoods, before: Likelihoods, examples: Sequence[Example]
     return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), named)
 
 
-@torch.no_grad()
 def likelihoods(
     model: nn.Module, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
 ) -> Likelihoods:
     """Return the log-likelihoods of both answers of every pair, in batches of similar lengths."""
-    was_training = model.training
-    model.eval()
     ordered = sorted(examples, key=lambda each: sum(map(len, each.values())))  # little padding
     found = []
-    try:
-        for start in range(0, len(ordered), batch_size):
-            pairs = ordered[start : start + batch_size]
+    with evaluating(model):
+        for pairs in batched(ordered, batch_size):
             answers = [joined(each, name) for name in ("chosen_ids", "rejected_ids") for each in pairs]
             found.append(log_likelihoods(model, answers, tokenizer))
-    finally:
-        model.train(was_training)
     return found
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from peftcore.cli import preferences, tasks
+from peftcore.cli.evaluation_mode import batched, evaluating
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.tasks import Example
 
@@ -31,24 +32,18 @@ def as_texts(examples: Sequence[Example]) -> list[Example]:
     return [{"input_ids": each["prompt_ids"] + each["chosen_ids"], "labels": 0.0} for each in examples]
 
 
-@torch.no_grad()
 def likelihoods(
     model: nn.Module, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
 ) -> Likelihoods:
     """Return the rewards of both answers of every pair."""
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     found = []
-    try:
-        for start in range(0, len(examples), batch_size):
-            pairs = examples[start : start + batch_size]
+    with evaluating(model):
+        for pairs in batched(examples, batch_size):
             answers = [each["prompt_ids"] + each[name] for name in ("chosen_ids", "rejected_ids") for each in pairs]
             batch = tasks.collator(tokenizer)([{"input_ids": ids, "labels": 0.0} for ids in answers])
             inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
             found.append(model(**inputs).logits[:, 0].float().cpu().view(2, -1).T)
-    finally:
-        model.train(was_training)
     return found
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peftcore.cli import conversations, generations
-from peftcore.cli.data import Row
 from peftcore.cli.metrics import Metrics
+from peftcore.cli.row import Row
 from peftcore.cli.tasks import Encoded, Example
 from peftcore.errors import PeftcoreError
 

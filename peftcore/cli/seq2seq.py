@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli.data import Row
+from peftcore.cli.row import Row
 from peftcore.errors import PeftcoreError
 
 

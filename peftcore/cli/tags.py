@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcore.cli import metrics
 from peftcore.cli.conversations import IGNORED
-from peftcore.cli.data import Row
 from peftcore.cli.metrics import Metrics
+from peftcore.cli.row import Row
 from peftcore.errors import PeftcoreError, nearest
 
 

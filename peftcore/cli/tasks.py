@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import conversations, data, images, metrics, packing, seq2seq, tags
+from peftcore.cli import conversations, data, images, metrics, packing, row_labels, seq2seq, tags
 from peftcore.cli.conversations import IGNORED
-from peftcore.cli.data import Messages, Row
+from peftcore.cli.evaluation_mode import evaluating
 from peftcore.cli.metrics import Metrics
+from peftcore.cli.row import Messages, Row
 from peftcore.cli.token_rows import check_vocabulary
 from peftcore.errors import PeftcoreError
 
@@ -129,7 +130,6 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], di
     return batch
 
 
-@torch.no_grad()
 def measure(
     model: nn.Module,
     examples: Sequence[Example],
@@ -152,11 +152,9 @@ def measure(
     device = next(model.parameters()).device
     is_writer = isinstance(examples[0]["labels"], list) and not tag_names
     first = 0 if is_encoder_decoder(model) else 1  # a causal model has no answer for the first token
-    was_training = model.training
-    model.eval()
     loss, count = 0.0, 0
     answers, labels = [], []
-    try:
+    with evaluating(model):
         for some in batches_of(examples, batch_size, tokens):
             inputs = in_dtype({name: t.to(device) for name, t in batch(some).items()}, model)
             output = model(**inputs)
@@ -173,8 +171,6 @@ def measure(
             elif not is_writer:
                 answers.append(output.logits.float().cpu())
                 labels.append(inputs["labels"].cpu())
-    finally:
-        model.train(was_training)
     if is_writer:
         return Metrics(loss / count, count)
     found = tags.figures(answers, labels, tag_names) if tag_names else _figures(torch.cat(answers), torch.cat(labels))
@@ -296,7 +292,7 @@ def classify(
 def _encode_labelled(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str]
 ) -> Encoded:
-    targets = data.targets(list(rows), list(labels))
+    targets = row_labels.targets(list(rows), list(labels))
     examples, truncated = [], 0
     labelled = zip(rows, targets, strict=True)
     for has_pair, group in itertools.groupby(labelled, key=lambda each: each[0].pair is not None):

@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 
 from peftcore.cli import console
-from peftcore.cli.models import torch_device
+from peftcore.cli.device_choice import torch_device
 from peftcore.errors import PeftcoreError
 
 WAYS = ("ddp", "fsdp2")

@@ -12,6 +12,7 @@ from peftcore.cli import comparisons, data, holdout, mixture, packing, tasks
 from peftcore.cli.console import warn
 from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.metrics import Metrics
+from peftcore.cli.row import Row
 from peftcore.cli.settings import Settings
 
 
@@ -43,7 +44,7 @@ class DataSet:
 TITLES = ("data set", "weight", "examples", "tokens", "held out", "loss before", "loss after")
 
 
-def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row], list[data.Row]]:
+def read_splits(settings: Settings) -> tuple[list[Row], list[Row], list[Row]]:
     """Return (training examples, held-out examples, examples kept to choose among runs)."""
     names = parsed_columns(settings.columns)
     rows = data.read_rows(settings.data, settings.task, names)
@@ -57,13 +58,13 @@ def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row], lis
     return train, held_out, validation
 
 
-def other_rows(settings: Settings) -> list[data.Row]:
+def other_rows(settings: Settings) -> list[Row]:
     """Return texts of another domain, whose loss shows what is forgotten; empty if there are none."""
     return [] if settings.other_data is None else data.read_rows(settings.other_data, settings.task)
 
 
 def encode_examples(
-    what: str, rows: Sequence[data.Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
+    what: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
 ) -> list[tasks.Example]:
     """Return rows as token ids; `what` describes them in the warning about truncation."""
     parts = encode_parts(what, rows, settings, tokenizer, labels)
@@ -71,7 +72,7 @@ def encode_examples(
 
 
 def encode_parts(
-    what: str, rows: Sequence[data.Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
+    what: str, rows: Sequence[Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
 ) -> dict[int, list[tasks.Example]]:
     """Like `encode_examples`, but by data set: {index: examples}, without those that `rows` have no example of."""
     found = {}
@@ -135,7 +136,7 @@ def losses(
 
 def facts(
     settings: Settings,
-    rows: Sequence[data.Row],
+    rows: Sequence[Row],
     train: dict[int, list[tasks.Example]],
     held_out: dict[int, list[tasks.Example]],
     before: dict[int, float],

@@ -8,20 +8,20 @@ OUTPUT/report.html
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, set_seed
 
 import peftcore
 from peftcore import ranks
 from peftcore.cli import (
+    adapter_folders,
     best_checkpoint,
     comparisons,
     conversations,
@@ -35,105 +35,29 @@ from peftcore.cli import (
     preferences,
     progress,
     rollouts,
+    row_labels,
     tasks,
+    trainer_arguments,
     trainers,
     training_data,
     warm_start,
 )
 from peftcore.cli import forecast as forecasts
+from peftcore.cli.adapter_folders import AdapterTask
 from peftcore.cli.console import say, warn
-from peftcore.cli.memory_trace import MemoryTrace, Trace
+from peftcore.cli.memory_trace import MemoryTrace
 from peftcore.cli.metrics import Metrics
-from peftcore.cli.models import AdapterTask
 from peftcore.cli.options import FULL
+from peftcore.cli.run_result import Result, Stopped
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
 from peftcore.engine import takes_batches
 from peftcore.engine.fusing import fused_modules
 from peftcore.engine.lazy_head import has_lazy_logits
-from peftcore.engine.summary import Summary
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import latest_checkpoint
 from peftcore.merging.merged_layers import mergeable
 from peftcore.quantization import QuantizedLinear
-
-
-@dataclass(frozen=True)
-class Result:
-    """Results of a finished run. `samples`: (writer, text); `quantize`: 4-bit type of the base, or None.
-
-    `predicted`: the memory forecast, or None; `trace`: the step with the most memory.
-    `validation`: metrics of the examples kept to choose among runs; `other`: of texts of another domain, before and
-    after.
-    `tokens_per_second`: 0 for images.
-    `merges`: whether every change can be merged; None for full training.
-    `data_sets`: facts about each of several data sets.
-    `best`: the evaluation whose adapter was saved; None if it is the last.
-    `is_chat`: whether examples are conversations; `labels`: their names, in the order of the model's outputs.
-    """
-
-    before: Metrics
-    after: Metrics
-    history: list[dict[str, Any]]
-    summary: Summary
-    steps: int
-    train_rows: int
-    eval_rows: int
-    seconds: float
-    training_seconds: float
-    step_seconds: float
-    tokens_per_second: float
-    examples_per_second: float
-    peak: dict[str, int]
-    adapter: Path
-    adapter_bytes: int
-    samples: list[tuple[str, str]]
-    quantize: str | None
-    is_chat: bool
-    best: best_checkpoint.Best | None = None
-    labels: tuple[str, ...] = ()
-    predicted: forecasts.Forecast | None = None
-    trace: Trace | None = None
-    validation: Metrics | None = None
-    other: tuple[Metrics, Metrics] | None = None
-    merges: bool | None = None
-    data_sets: list[training_data.DataSet] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures for JSON; the history is in the checkpoints."""
-        return {
-            "before": self.before.as_dict(),
-            "after": self.after.as_dict(),
-            "baseline": self.after.baseline,
-            "labels": list(self.labels),
-            "confusion": self.after.confusion,
-            "trainable_parameters": self.summary.trainable_parameters,
-            "base_parameters": self.summary.base_parameters,
-            "steps": self.steps,
-            "best": self.best and asdict(self.best),
-            "train_rows": self.train_rows,
-            "eval_rows": self.eval_rows,
-            "seconds": round(self.seconds, 1),
-            "training_seconds": round(self.training_seconds, 1),
-            "step_seconds": self.step_seconds,
-            "tokens_per_second": round(self.tokens_per_second, 1),
-            "peak": self.peak,
-            "peak_of_steps": self.trace.peak if self.trace is not None else None,
-            "predicted_peak": list(self.predicted.peak) if self.predicted is not None else None,
-            "adapter_bytes": self.adapter_bytes,
-            "validation": self.validation and self.validation.as_dict(),
-            "other": self.other and [found.as_dict() for found in self.other],
-            "merges": self.merges,
-            "data_sets": [each.to_json() for each in self.data_sets],
-            "samples": self.samples,
-        }
-
-
-class Stopped(Exception):
-    """Raised when the run was stopped on request; it can be resumed from its checkpoint."""
-
-    def __init__(self, step: int, steps: int) -> None:
-        super().__init__(f"stopped at step {step} of {steps}")
 
 
 def run(
@@ -167,9 +91,9 @@ def run(
     labels: tuple[str, ...] = ()
     if settings.task in data.HEADED:
         seen = [*train_rows, *validation_rows]
-        labels = tuple(data.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
+        labels = tuple(row_labels.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
     tokenizer = models.load_processor(settings.model, settings.task, start)
-    of_adapter = models.adapter_task(start).chat_template if start is not None else None
+    of_adapter = adapter_folders.adapter_task(start).chat_template if start is not None else None
     conversations.set_template(tokenizer, settings.chat_template, of_adapter)
     is_chat = any(row.messages is not None for row in train_rows)
     of_sets = training_data.encode_parts("training", train_rows, settings, tokenizer, labels)
@@ -285,7 +209,7 @@ def run(
         keeper = best_checkpoint.BestCheckpoint(generations.name_of(settings.metric or "loss"), settings.patience)
     common = {
         "model": model,
-        "args": training_arguments(settings, output, training_data.draws(parts), report_to),
+        "args": trainer_arguments.of_run(settings, output, training_data.draws(parts), report_to),
         "train_dataset": rows,
         "eval_dataset": held_out,
         "callbacks": [meter, stop, trace, *([keeper] if keeper else [])],
@@ -336,7 +260,7 @@ def run(
 
         def write_beside() -> None:
             made_for.write(adapter)
-            if start is not None and models.has_tokenizer(start):
+            if start is not None and adapter_folders.has_tokenizer(start):
                 tokenizer.save_pretrained(adapter)
 
         ranks.once(write_beside, together=True)
@@ -384,92 +308,6 @@ def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any
         train = comparisons.of(settings.task).as_texts(train)
     order = LengthGroupedSampler([tasks.length(each) for each in train], settings.batch_size, settings.seed)
     return DataLoader(train, settings.batch_size, sampler=order, collate_fn=tasks.collator(tokenizer))  # type: ignore[arg-type]
-
-
-def training_arguments(
-    settings: Settings, output: Path, examples: int, report_to: Sequence[str] = ()
-) -> TrainingArguments:
-    """Return Trainer's arguments for this many examples."""
-    if settings.task == data.ROLLOUTS:
-        examples *= settings.generations
-    per_epoch = math.ceil(math.ceil(examples / (settings.batch_size * settings.ranks)) / settings.grad_accum)
-    steps = settings.steps or math.ceil(per_epoch * settings.epochs)
-    often = max(1, math.ceil(steps / 5))
-    kind: Any = TrainingArguments
-    more: dict[str, Any] = {}
-    if settings.task in data.COMPARED:
-        _, kind = trainers.trl_classes(settings.task)
-        more = {_checkpointing_name(): False}  # TRL's default is True
-        if settings.task == data.ROLLOUTS:
-            more |= {"num_generations": settings.generations, "max_completion_length": settings.answer_tokens}
-            more |= {"temperature": settings.temperature, "beta": settings.beta or 0.0}
-        else:
-            more["max_length"] = None
-        if settings.task not in (data.REWARD, data.ROLLOUTS):
-            more["beta"] = settings.beta or comparisons.BETA
-    try:
-        return kind(
-            output_dir=str(output / "checkpoints"),
-            num_train_epochs=settings.epochs,
-            max_steps=settings.steps or -1,
-            per_device_train_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.grad_accum,
-            learning_rate=settings.lr,
-            lr_scheduler_type=settings.scheduler,
-            warmup_steps=settings.warmup if settings.warmup >= 1 else math.ceil(steps * settings.warmup),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            optim=settings.optim,
-            optim_args=settings.optim_args,
-            seed=settings.seed,
-            **{**more, **_gradient_checkpointing(settings.gradient_checkpointing)},
-            eval_strategy="steps",
-            eval_steps=settings.eval_every or often,
-            save_strategy="no" if settings.method == FULL else "steps",  # a checkpoint contains adapters only
-            **{"save_steps": settings.save_every or often, **best_checkpoint.arguments(settings, often)},
-            save_total_limit=max(2, settings.keep),  # the last complete one remains while the next is written
-            logging_steps=max(1, steps // 100),
-            logging_nan_inf_filter=False,  # NaN and Inf losses must be visible
-            include_num_input_tokens_seen="no" if settings.task in (data.IMAGE, data.ROLLOUTS) else "non_padding",
-            use_cpu=models.torch_device(settings.device).type == "cpu",
-            dataloader_pin_memory=models.torch_device(settings.device).type == "cuda",
-            report_to=list(report_to) or "none",
-            run_name=output.name,
-            **precision.arguments(settings.precision),
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        )
-    except (ValueError, ImportError) as error:
-        raise PeftcoreError(f"transformers' Trainer rejects these settings: {error}") from error
-
-
-def check_arguments(settings: Settings, output: Path) -> None:
-    """Raise a PeftcoreError if Trainer would reject the settings, before anything is loaded."""
-    import torch
-    from transformers import get_scheduler
-
-    arguments = training_arguments(settings, output, 1_000)
-    try:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-        get_scheduler(arguments.lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=1)
-    except (ValueError, TypeError, KeyError) as error:
-        raise PeftcoreError(
-            f"--scheduler {settings.scheduler} needs arguments that no option passes: {error}. Use another, "
-            "such as linear, cosine or constant"
-        ) from error
-
-
-def _checkpointing_name() -> str:
-    names = {known.name for known in fields(TrainingArguments)}
-    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-
-
-def _gradient_checkpointing(wanted: bool) -> dict[str, Any]:
-    """Return Trainer's arguments for gradient checkpointing, by their name in this release."""
-    if not wanted:
-        return {}
-    name = _checkpointing_name()
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 def _checkpoint_to_resume(output: Path) -> str | None:

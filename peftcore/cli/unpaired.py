@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from peftcore.cli import preferences
-from peftcore.cli.data import Row
+from peftcore.cli.evaluation_mode import batched, evaluating
 from peftcore.cli.metrics import Metrics
+from peftcore.cli.row import Row
 from peftcore.cli.tasks import Encoded, Example
 from peftcore.errors import PeftcoreError
 
@@ -90,20 +91,14 @@ def likelihoods(
     ]
 
 
-@torch.no_grad()
 def _log_likelihoods(
     model: nn.Module, examples: list[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Tensor:
-    was_training = model.training
-    model.eval()
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))  # little padding
     found = torch.zeros(len(examples))
-    try:
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
+    with evaluating(model):
+        for some in batched(order, batch_size):
             found[some] = preferences.log_likelihoods(model, [examples[i] for i in some], tokenizer)
-    finally:
-        model.train(was_training)
     return found
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli import data, models
+from peftcore.cli import adapter_folders, base_and_adapter, data
+from peftcore.cli.adapter_folders import TASK_FILE, AdapterTask
 from peftcore.cli.fields import text_of
-from peftcore.cli.models import TASK_FILE, AdapterTask
 from peftcore.cli.settings import RUN_FILE, Settings
 from peftcore.errors import PeftcoreError
 from peftcore.files.safe_reading import JSON_BYTES, parse_json, read_bytes
@@ -80,7 +80,7 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
             f"--adapter is the adapter of the run in '{output}' itself. To resume that run use --resume without "
             "--adapter; to train its adapter on new data use another folder: --output FOLDER"
         )
-    task, base = models.adapter_task(folder, labels), models.base_of(folder, model)
+    task, base = adapter_folders.adapter_task(folder, labels), adapter_folders.base_of(folder, model)
     before = made_by(folder)
     if method is None and before is not None and before.method in registry.methods():
         method = before.method if registry.method(before.method).recorded_as is not None else None
@@ -94,7 +94,7 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
 
 def labels_of(folder: Path, labels: str | None) -> tuple[str, ...]:
     """Return the names of a classifier's outputs, which do not change; `labels` are those given by the user."""
-    return models.adapter_task(folder, labels).labels
+    return adapter_folders.adapter_task(folder, labels).labels
 
 
 def made_by(folder: Path) -> Settings | None:
@@ -129,7 +129,7 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
 
     folder, method = Path(str(settings.adapter)), registry.method(settings.method)
     named = None if method.recorded_as is not None else method.name
-    models.fit_vocabulary(model, folder)
+    base_and_adapter.fit_vocabulary(model, folder)
     _, config, _, _ = read_adapter(folder, model, named)
     shared = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
     names = {each.name for each in dataclasses.fields(method.config_class)}

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from peftcore import PeftcoreError
 from peftcore.cli import conversations, tasks
-from peftcore.cli.data import LANGUAGE_MODEL, Row
+from peftcore.cli.data import LANGUAGE_MODEL
+from peftcore.cli.row import Row
 
 TALK = [
     {"role": "user", "content": "Hi"},

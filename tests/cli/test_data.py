@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from peftcore import PeftcoreError
-from peftcore.cli import data
-from peftcore.cli.data import CLASSIFICATION, LANGUAGE_MODEL, Row
+from peftcore.cli import data, row_labels
+from peftcore.cli.data import CLASSIFICATION, LANGUAGE_MODEL
+from peftcore.cli.row import Row
 
 
 def test_jsonl(tmp_path: Path) -> None:
@@ -97,13 +98,13 @@ def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
 
 def test_labels() -> None:
     rows = [Row(f"f:{i}", "t", label=label) for i, label in enumerate(["10", "9", "9"])]
-    assert data.labels_of(rows) == ["9", "10"]
-    assert data.targets(rows, ["9", "10"]) == [1, 0, 0]
-    assert data.labels_of([Row("f", "t", label=label) for label in ("pos", "neg")]) == ["neg", "pos"]
+    assert row_labels.labels_of(rows) == ["9", "10"]
+    assert row_labels.targets(rows, ["9", "10"]) == [1, 0, 0]
+    assert row_labels.labels_of([Row("f", "t", label=label) for label in ("pos", "neg")]) == ["neg", "pos"]
     with pytest.raises(PeftcoreError, match=r"f:0: label '10' is unknown"):
-        data.targets(rows, ["9", "11"])
+        row_labels.targets(rows, ["9", "11"])
     with pytest.raises(PeftcoreError, match=r"every example has the label {'9'}; a classifier needs at least two"):
-        data.labels_of(rows[1:])
+        row_labels.labels_of(rows[1:])
 
 
 def test_labels_survive_json(tmp_path: Path) -> None:

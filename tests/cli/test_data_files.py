@@ -11,8 +11,9 @@ from counting import growth
 
 from peftcore import PeftcoreError
 from peftcore.cli import data, mixture
-from peftcore.cli.data import CLASSIFICATION, LANGUAGE_MODEL, Row
+from peftcore.cli.data import CLASSIFICATION, LANGUAGE_MODEL
 from peftcore.cli.data_files import parsed_columns, records
+from peftcore.cli.row import Row
 
 ROWS = [{"text": 'a "fine" film,\nreally', "label": "1"}, {"text": "dull", "label": "0"}]
 

@@ -11,8 +11,9 @@ from commands import Run
 
 from peftcore import PeftcoreError
 from peftcore.cli import data, generations, models
-from peftcore.cli.data import LANGUAGE_MODEL, Row
+from peftcore.cli.data import LANGUAGE_MODEL
 from peftcore.cli.generations import Case
+from peftcore.cli.row import Row
 
 METHOD = ("--method", "lora", "--set", "r=4", "--device", "cpu")
 

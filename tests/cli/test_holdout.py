@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peftcore import PeftcoreError
 from peftcore.cli import holdout
-from peftcore.cli.data import Row
+from peftcore.cli.row import Row
 
 
 @given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 9))

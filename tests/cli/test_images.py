@@ -13,7 +13,7 @@ from PIL import Image
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import data, image_files, images, models, tasks, training_run
+from peftcore.cli import data, image_files, images, models, row_labels, tasks, trainer_arguments
 from peftcore.cli.data import IMAGE
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
@@ -52,7 +52,7 @@ def test_a_subfolder_is_a_label(photos: Path) -> None:
     (photos / ".hidden").write_text("")
     (photos / "red" / "Thumbs.db").write_text("")
     rows = data.read_rows(photos, IMAGE)
-    assert data.guess_task([str(photos)]) == IMAGE and data.labels_of(rows) == ["blue", "red"]
+    assert data.guess_task([str(photos)]) == IMAGE and row_labels.labels_of(rows) == ["blue", "red"]
     assert [(row.image, row.label) for row in rows[5:7]] == [
         (str(photos / "blue" / "5.png"), "blue"),
         (str(photos / "red" / "0.png"), "red"),
@@ -98,7 +98,7 @@ def test_what_is_no_folder(photos: Path) -> None:
     with pytest.raises(PeftcoreError, match="does not exist"):
         data.read_rows(photos / "none", IMAGE)
     with pytest.raises(PeftcoreError, match=r"every example has the label {'red'}; a classifier needs at least two"):
-        data.labels_of([row for row in data.read_rows(photos, IMAGE) if row.label == "red"])
+        row_labels.labels_of([row for row in data.read_rows(photos, IMAGE) if row.label == "red"])
     assert not image_files.is_labelled(str(photos / "red"))
 
 
@@ -229,7 +229,7 @@ def test_losses_are_those_of_trainer(run: Run, vit: Path, photos: Path, tmp_path
     model = AutoModelForImageClassification.from_pretrained(vit, num_labels=2, ignore_mismatched_sizes=True)
     peftcore.apply(model, "lora", r=4)
     settings = Settings(model="", data="", task=IMAGE, method="lora", lr=0.02, batch_size=6, device="cpu")
-    arguments = training_run.training_arguments(settings, tmp_path / "theirs", 24)
+    arguments = trainer_arguments.of_run(settings, tmp_path / "theirs", 24)
     arguments.num_train_epochs, arguments.train_sampling_strategy = 1, "sequential"
     arguments.warmup_steps, arguments.eval_strategy, arguments.save_strategy = 1, "no", "no"
     trainer = Trainer(model=model, args=arguments, train_dataset=examples)

@@ -12,7 +12,7 @@ from commands import Run, write_jsonl
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import comparisons, data, models, preferences, trainers, training_run
+from peftcore.cli import comparisons, data, models, preferences, trainer_arguments, trainers
 from peftcore.cli.data import ODDS, REWARD
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
@@ -111,7 +111,7 @@ def test_losses_of_training_are_those_of_trl(run: Run, llama: Path, tmp_path: Pa
     model = peftcore.apply(models.load_model(str(llama), task, device="cpu"), "lora", r=4)
     tokenizer = models.load_tokenizer(str(llama))
     tokenizer.bos_token = None  # ORPOTrainer would add it to prompts, though the tokenizer does not
-    arguments = training_run.training_arguments(Settings(**SETTINGS, task=task), tmp_path / "trl", 12)
+    arguments = trainer_arguments.of_run(Settings(**SETTINGS, task=task), tmp_path / "trl", 12)
     arguments.num_train_epochs, arguments.train_sampling_strategy = 1, "sequential"
     arguments.warmup_steps, arguments.eval_strategy, arguments.save_strategy = 1, "no", "no"
     if task == ODDS:

@@ -11,7 +11,7 @@ import pytest
 from commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
-from peftcore.cli import data
+from peftcore.cli import data, row_labels
 from peftcore.cli.data import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 
@@ -66,14 +66,14 @@ def test_errors_name_file_and_line(tmp_path: Path, task: str, label: Any, messag
 
 def test_targets(tmp_path: Path) -> None:
     rows = data.read_rows(file_of(tmp_path, ["b", "a"], [], ["c"], name="labels"), MULTI_LABEL)
-    assert data.labels_of(rows) == ["a", "b", "c"]
-    assert data.targets(rows, ["a", "b", "c"]) == [(1.0, 1.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 1.0)]
+    assert row_labels.labels_of(rows) == ["a", "b", "c"]
+    assert row_labels.targets(rows, ["a", "b", "c"]) == [(1.0, 1.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 1.0)]
     with pytest.raises(PeftcoreError, match=r":3: label 'c' is unknown"):
-        data.targets(rows, ["a", "b"])
+        row_labels.targets(rows, ["a", "b"])
     rows = data.read_rows(file_of(tmp_path, 1.5, 2), REGRESSION)
-    assert data.labels_of(rows) == [] and data.targets(rows, []) == [1.5, 2.0]
+    assert row_labels.labels_of(rows) == [] and row_labels.targets(rows, []) == [1.5, 2.0]
     with pytest.raises(PeftcoreError, match=r":1: no example has a label"):
-        data.labels_of(data.read_rows(file_of(tmp_path, [], []), MULTI_LABEL))
+        row_labels.labels_of(data.read_rows(file_of(tmp_path, [], []), MULTI_LABEL))
 
 
 METHOD = ("--method", "lora", "--set", "r=4", "--lr", "0.02", "--steps", 40, "--batch-size", 4, "--save-every", 40)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peftcore import CheckpointError, PeftcoreError
-from peftcore.cli.models import TASK_FILE, AdapterTask, adapter_task, base_of, load_model
+from peftcore.cli.adapter_folders import TASK_FILE, AdapterTask, adapter_task, base_of
+from peftcore.cli.models import load_model
 
 
 def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from commands import Run, write_jsonl
 from peftcore import PeftcoreError
 from peftcore.cli import comparisons, conversations, data, preferences
 from peftcore.cli.data import PREFERENCES
+from peftcore.cli.row import Row
 
 ASKED = [{"role": "user", "content": "is it good"}]
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("it is very good", "no"))
 
 
-def read(folder: Path, fields: dict[str, Any]) -> data.Row:
+def read(folder: Path, fields: dict[str, Any]) -> Row:
     (row,) = data.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), PREFERENCES)
     return row
 
@@ -81,7 +82,7 @@ def test_tokens_of_conversations_are_those_that_are_learned_otherwise(tmp_path: 
     row = read(tmp_path, {"prompt": ASKED, "chosen": [GOOD], "rejected": [BAD]})
     (example,) = preferences.encode([row], tokenizer, 32).examples
     for answer, name in ((GOOD, "chosen_ids"), (BAD, "rejected_ids")):
-        alone = data.Row("f:1", "", messages=[*ASKED, answer], learned_from=1)
+        alone = Row("f:1", "", messages=[*ASKED, answer], learned_from=1)
         (learned,) = conversations.encode(alone, tokenizer)
         wanted = [label for label in learned["labels"] if label != -100]
         whole = example["prompt_ids"] + example[name]

@@ -12,6 +12,7 @@ from commands import Run, write_jsonl
 from peftcore import PeftcoreError
 from peftcore.cli import data, generations, models, rollouts
 from peftcore.cli.data import ROLLOUTS
+from peftcore.cli.row import Row
 
 METHOD = ("--method", "lora", "--set", "r=4", "--device", "cpu")
 ROWS = [{"prompt": f"the {word} is", "wanted": "good"} for word in ("film", "story", "heart", "fun")]
@@ -61,7 +62,7 @@ def test_functions_are_checked(judges: Path) -> None:
 
 def test_the_reward_of_greedy_answers(llama: Path, judges: Path) -> None:
     tokenizer, model = models.load_tokenizer(str(llama)), models.load_model(str(llama), ROLLOUTS, device="cpu")
-    rows = [data.Row("f:1", row["prompt"], columns={"wanted": "is"}) for row in ROWS]
+    rows = [Row("f:1", row["prompt"], columns={"wanted": "is"}) for row in ROWS]
     examples = rollouts.encode(rows, tokenizer, 8).examples
     answers = generations.answer(model, [generations.Case(each["prompt_ids"], "") for each in examples], tokenizer, 4)
     found = rollouts.measure(model, examples, tokenizer, rollouts.load_reward(f"{judges}:share"), 4)

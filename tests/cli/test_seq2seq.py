@@ -12,7 +12,7 @@ from commands import SPECIAL, WORDS, Run, save_tokenizer, write_jsonl
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import data, models, tasks, training_run
+from peftcore.cli import data, models, tasks, trainer_arguments
 from peftcore.cli.data import SEQ2SEQ
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
@@ -149,7 +149,7 @@ def test_losses_are_those_of_seq2seq_trainer(
     set_seed(0)
     model = peftcore.apply(AutoModelForSeq2SeqLM.from_pretrained(folder), "lora", r=4)
     settings = Settings(model="", data="", task=SEQ2SEQ, method="lora", lr=0.02, batch_size=3, device="cpu")
-    arguments = training_run.training_arguments(settings, tmp_path / "theirs", 12)
+    arguments = trainer_arguments.of_run(settings, tmp_path / "theirs", 12)
     arguments.num_train_epochs, arguments.train_sampling_strategy = 1, "sequential"
     arguments.warmup_steps, arguments.eval_strategy, arguments.save_strategy = 1, "no", "no"
     arguments.generation_config, arguments.predict_with_generate, arguments.sortish_sampler = None, False, False

@@ -12,8 +12,9 @@ import torch
 from commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
-from peftcore.cli import data, tags, tasks
+from peftcore.cli import data, row_labels, tags, tasks
 from peftcore.cli.data import TAGS
+from peftcore.cli.row import Row
 
 METHOD = ("--method", "lora", "--set", "r=4", "--device", "cpu")
 NAMES = ("B-A", "I-A", "O")
@@ -36,7 +37,7 @@ def letters() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<s>")
 
 
-def read(folder: Path, fields: dict[str, Any]) -> data.Row:
+def read(folder: Path, fields: dict[str, Any]) -> Row:
     (row,) = data.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), TAGS)
     return row
 
@@ -53,7 +54,7 @@ def test_the_first_token_of_a_word_has_its_tag(tmp_path: Path, letters: Any) -> 
 
 def test_numbers_are_names_and_other_keys(tmp_path: Path) -> None:
     row = read(tmp_path, {"tokens": ["a", "b"], "ner_tags": [0, 3]})
-    assert row.label == ("0", "3") and data.labels_of([row]) == ["0", "3"]
+    assert row.label == ("0", "3") and row_labels.labels_of([row]) == ["0", "3"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_unknown_tags_and_a_single_one(tmp_path: Path, letters: Any) -> None:
     with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: tag 'B-B' is unknown \(nearest: 'B-A'"):
         tasks.encode([row], TAGS, letters, 8, NAMES)
     with pytest.raises(PeftcoreError, match="every word has the tag"):
-        data.labels_of([row])
+        row_labels.labels_of([row])
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_measure_by_hand(bert: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bert)
     torch.manual_seed(0)
     model = AutoModelForTokenClassification.from_pretrained(bert, id2label=dict(enumerate(NAMES))).eval()
-    rows = [data.Row("f:1", "", label=tuple(row["tags"]), words=tuple(row["tokens"])) for row in (ROWS[0], ROWS[4])]
+    rows = [Row("f:1", "", label=tuple(row["tags"]), words=tuple(row["tokens"])) for row in (ROWS[0], ROWS[4])]
     examples = tasks.encode(rows, TAGS, tokenizer, 16, NAMES).examples
     with torch.no_grad():
         logits = torch.cat([model(torch.tensor([each["input_ids"]])).logits[0] for each in examples])

@@ -10,7 +10,8 @@ import torch
 
 from peftcore import PeftcoreError
 from peftcore.cli import tasks
-from peftcore.cli.data import CLASSIFICATION, LANGUAGE_MODEL, Row
+from peftcore.cli.data import CLASSIFICATION, LANGUAGE_MODEL
+from peftcore.cli.row import Row
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import peftcore
 from peftcore import CheckpointError, PeftcoreError
 from peftcore.cli import conversations, template_process
-from peftcore.cli.models import TASK_FILE, AdapterTask, adapter_task
+from peftcore.cli.adapter_folders import TASK_FILE, AdapterTask, adapter_task
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -13,6 +13,7 @@ from commands import Run, write_jsonl
 from peftcore import PeftcoreError
 from peftcore.cli import data, tasks
 from peftcore.cli.data import LANGUAGE_MODEL
+from peftcore.cli.row import Row
 
 METHOD = ("--method", "lora", "--set", "r=4", "--device", "cpu")
 
@@ -24,7 +25,7 @@ def tokenizer(llama: Path) -> Any:
     return AutoTokenizer.from_pretrained(llama)
 
 
-def read(folder: Path, fields: dict[str, Any], task: str = LANGUAGE_MODEL) -> data.Row:
+def read(folder: Path, fields: dict[str, Any], task: str = LANGUAGE_MODEL) -> Row:
     (row,) = data.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), task)
     return row
 
@@ -90,7 +91,7 @@ def test_pairs(tmp_path: Path, bert: Path, keys: tuple[str, str]) -> None:
     examples = tasks.encode([row], data.CLASSIFICATION, tokenizer, 32, ("no", "yes")).examples
     whole = tokenizer("the film", "is good")
     assert examples == [{"input_ids": whole["input_ids"], "token_type_ids": whole["token_type_ids"], "labels": 1}]
-    alone = tasks.encode([data.Row("f:1", "bad", label="no")], data.CLASSIFICATION, tokenizer, 32, ("no", "yes"))
+    alone = tasks.encode([Row("f:1", "bad", label="no")], data.CLASSIFICATION, tokenizer, 32, ("no", "yes"))
     batch = tasks.collator(tokenizer)([*examples, *alone.examples])
     assert batch["token_type_ids"].shape == batch["input_ids"].shape
     assert torch.equal(batch["token_type_ids"][0], torch.tensor(whole["token_type_ids"]))

@@ -12,7 +12,8 @@ from commands import Run, write_jsonl
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import comparisons, data, training_run, unpaired
+from peftcore.cli import comparisons, data, trainer_arguments, unpaired
+from peftcore.cli.row import Row
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
 
@@ -25,7 +26,7 @@ ROWS = [
 ]
 
 
-def read(folder: Path, fields: dict[str, Any]) -> data.Row:
+def read(folder: Path, fields: dict[str, Any]) -> Row:
     (row,) = data.read_rows(write_jsonl(folder / "rows.jsonl", [fields]), data.UNPAIRED)
     return row
 
@@ -148,7 +149,7 @@ def test_losses_of_training_are_those_of_trl(run: Run, llama: Path, tmp_path: Pa
     order.set_epoch(1)
     drawn += [rows[i] for i in order]
     settings = Settings(model="", data="", task=task, method="lora", lr=0.02, beta=0.2, batch_size=half, device="cpu")
-    arguments = training_run.training_arguments(settings, tmp_path / "trl", 2 * len(rows))
+    arguments = trainer_arguments.of_run(settings, tmp_path / "trl", 2 * len(rows))
     arguments.num_train_epochs, arguments.train_sampling_strategy = 1, "sequential"
     arguments.warmup_steps, arguments.eval_strategy, arguments.save_strategy = 1, "no", "no"
     kind = trl.KTOTrainer if task == data.UNPAIRED else trl.DPOTrainer

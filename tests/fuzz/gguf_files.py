@@ -328,13 +328,13 @@ def main(folder: str, count: str, step: str = "1", seed: str = "0") -> None:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: F401
 
     import peftcore
-    from peftcore.cli import models
+    from peftcore.cli import base_files, models
 
     torch.set_num_threads(1)
     original, file = Path(folder) / "original.gguf", Path(folder) / "mutated.gguf"
     peftcore.export(exported.llama(), original, format="gguf", tokenizer=exported.tokenizer(), gguf_type="f32")
     file.write_bytes(Content(original).written())
-    models.quiet_transformers()
+    base_files.quiet_transformers()
     wanted = models.load_model(str(original), "causal-lm", dtype="fp32", device="cpu").state_dict()
     assert in_child(lambda: read(file, wanted)) == "loaded", in_child(lambda: read(file, wanted))
     outcomes: Counter[str] = Counter()

@@ -50,18 +50,18 @@ def chat(
 
     Several adapters of one base may be loaded; switch between them with /use NAME.
     """
-    from peftcore.cli import data, dtype_choice, models
+    from peftcore.cli import adapter_folders, base_and_adapter, base_files, data, dtype_choice, models
 
     folders = _named(adapter or [])
     if not folders and model is None:
         raise PeftcoreError(
             "nothing to talk with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
         )
-    about = {name: models.adapter_task(folder) for name, folder in folders.items()}
+    about = {name: adapter_folders.adapter_task(folder) for name, folder in folders.items()}
     classifier = next((name for name, task in about.items() if task.task in data.NEW_HEAD), None)
     if classifier is not None:
         raise PeftcoreError(f"'{folders[classifier]}' is a classifier and cannot write text. Use peftcore generate")
-    bases = {name: models.base_of(folder, model) for name, folder in folders.items()}
+    bases = {name: adapter_folders.base_of(folder, model) for name, folder in folders.items()}
     base = next(iter(bases.values()), model)
     other = next((name for name, named in bases.items() if named != base), None)
     if other is not None:
@@ -69,13 +69,13 @@ def chat(
             f"'{other}' was trained on '{bases[other]}', but '{next(iter(bases))}' on '{base}'. Name one base "
             "for all: --model MODEL"
         )
-    base = models.resolve(str(base))
+    base = base_files.resolve(str(base))
     wide = any(task.dtype == "fp32" for task in about.values())
     dtype = dtype_choice.of_base(base, data.LANGUAGE_MODEL, dtype, device, (), "fp32" if wide else None).say()
     loaded = models.load_model(base, data.LANGUAGE_MODEL, dtype=dtype, device=device, quantize=quantize)
     grown = _fit_vocabulary(loaded, folders)
     for name, folder in folders.items():
-        models.load_adapter(loaded, folder, name)
+        base_and_adapter.load_adapter(loaded, folder, name)
     from peftcore.cli import conversations
 
     tokenizers = {name: models.load_tokenizer(base, folder) for name, folder in folders.items()}
@@ -180,20 +180,20 @@ class Talk:
 
 def _fit_vocabulary(model: Any, folders: dict[str, Path]) -> bool:
     """Resize the model's vocabulary for all adapters. Return whether it differs from the base's."""
-    from peftcore.cli import models
+    from peftcore.cli import base_and_adapter
     from peftcore.files.reading import vocabulary_rows
 
-    before = models.vocabulary(model)
+    before = base_and_adapter.vocabulary(model)
     wanted = {name: vocabulary_rows(model, folder) or before for name, folder in folders.items()}
     if len(set(wanted.values())) > 1:
         which = ", ".join(f"'{name}' {rows}" for name, rows in wanted.items())
         raise PeftcoreError(f"these adapters have different vocabularies: {which} tokens. Load one at a time")
-    return any([models.fit_vocabulary(model, folder) for folder in folders.values()])
+    return any([base_and_adapter.fit_vocabulary(model, folder) for folder in folders.values()])
 
 
 def _named(texts: list[str]) -> dict[str, Path]:
     """Return folders by name: the given name, or the last part of the path."""
-    from peftcore.cli.models import adapter_folder
+    from peftcore.cli.adapter_folders import adapter_folder
 
     folders: dict[str, Path] = {}
     for text in texts:

@@ -40,8 +40,8 @@ def evaluate(
     A classifier's base has a randomly initialised head, the one that training started with if the adapter records it,
     so its figures show chance level.
     """
+    from peftcore.cli import adapter_folders, base_and_adapter, dtype_choice, models
     from peftcore.cli import data as examples
-    from peftcore.cli import dtype_choice, models
     from peftcore.cli.data_files import parsed_columns
 
     weighted = next((each for each in examples.sources(data) if each.weight != 1), None)
@@ -50,7 +50,7 @@ def evaluate(
             f"eval measures every example once, found the weight {weighted.weight:g} of --data {weighted.path}. "
             "Leave out the weight"
         )
-    task = models.adapter_task(adapter, labels)
+    task = adapter_folders.adapter_task(adapter, labels)
     rows = examples.read_rows(data, task.task, parsed_columns(columns))
     from peftcore.cli import generations
 
@@ -64,7 +64,7 @@ def evaluate(
         raise PeftcoreError(
             f"--reward FILE.py:FUNCTION is what eval needs for grpo, and only for it, found {task.task}"
         )
-    base = models.base_of(adapter, model)
+    base = adapter_folders.base_of(adapter, model)
     tokenizer = models.load_processor(base, task.task, adapter)
     from peftcore.cli import conversations, metrics, tasks
 
@@ -104,10 +104,10 @@ def evaluate(
 
         set_seed(task.seed % (1 << 32))  # initialises the head as in training
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
-    if models.fit_vocabulary(loaded, adapter):
-        warn(models.NEW_ROWS)
+    if base_and_adapter.fit_vocabulary(loaded, adapter):
+        warn(base_and_adapter.NEW_ROWS)
     before = measure(loaded, encoded.examples, tokenizer, batch_size)
-    models.load_adapter(loaded, adapter)
+    base_and_adapter.load_adapter(loaded, adapter)
     after = measure(loaded, encoded.examples, tokenizer, batch_size)
     table(metrics.rows(before, after), (f"{len(rows):,} examples", "base", "with the adapter"))
     if after.confusion is not None:

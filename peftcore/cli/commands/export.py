@@ -16,7 +16,7 @@ from peftcore.errors import PeftcoreError, PluginError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peftcore.cli.models import AdapterTask
+    from peftcore.cli.adapter_folders import AdapterTask
     from peftcore.exporter import Exporter
     from peftcore.plugin_discovery import Plugin
 
@@ -54,7 +54,7 @@ def export(
     A format may have adapters, models or both. Models are merged first; without --adapter the base itself is written.
     """
     from peftcore import exporting
-    from peftcore.cli import models
+    from peftcore.cli import adapter_folders, base_and_adapter, base_files, models
 
     if format is None:
         _list_formats()
@@ -63,12 +63,12 @@ def export(
     given = _options(exporter, settings)
     _refuse_part(exporter, only, adapter, model, convert)
     folder = _new(output or _default_folder(adapter, str(model), format))
-    task = models.adapter_task(adapter) if adapter else models.AdapterTask("causal-lm", 512)
-    base = models.resolve(models.base_of(adapter, model) if adapter else str(model))
+    task = adapter_folders.adapter_task(adapter) if adapter else adapter_folders.AdapterTask("causal-lm", 512)
+    base = base_files.resolve(adapter_folders.base_of(adapter, model) if adapter else str(model))
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     name: str | None = None
     if adapter is not None:
-        models.load_adapter(loaded, adapter)
+        base_and_adapter.load_adapter(loaded, adapter)
         name = _converted(loaded, convert)
     work = _Work(plugin, exporter, given, folder, loaded, base)
     exporter.check(loaded)
@@ -76,7 +76,7 @@ def export(
         work.write_adapter(name, required=only == "adapter" or "model" not in exporter.parts)
     if "model" in exporter.parts and only != "adapter":
         if name is not None and not exporter.with_adapters:
-            models.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)
+            base_and_adapter.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)
         _add_tokenizer(exporter, given, base, adapter, task)
         work.write_model()
     for line in work.report:
@@ -191,10 +191,10 @@ def _refuse_part(
 
 def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any, str | None]:
     """Return the tokenizer and a chat template that replaces its own; training may save both with the adapter."""
-    from peftcore.cli import models
+    from peftcore.cli import adapter_folders, models
 
     tokenizer = models.load_processor(base, task.task, adapter)
-    saved = adapter is not None and models.has_tokenizer(adapter)
+    saved = adapter is not None and adapter_folders.has_tokenizer(adapter)
     if not base.endswith(".gguf") or (saved and tokenizer.get_vocab() != models.load_tokenizer(base).get_vocab()):
         return tokenizer, task.chat_template
     return base, task.chat_template or (tokenizer.chat_template if saved else None)

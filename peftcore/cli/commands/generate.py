@@ -33,16 +33,16 @@ def generate(
     device: options.Device = "auto",
 ) -> None:
     """Answer a prompt with an adapter, and with --compare also with its base."""
-    from peftcore.cli import data, dtype_choice, models
+    from peftcore.cli import adapter_folders, base_and_adapter, base_files, data, dtype_choice, models
 
     if adapter is None and model is None:
         raise PeftcoreError(
             "nothing to generate with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
         )
     if adapter is None:
-        task, base = models.AdapterTask(data.LANGUAGE_MODEL, 512), models.resolve(str(model))
+        task, base = adapter_folders.AdapterTask(data.LANGUAGE_MODEL, 512), base_files.resolve(str(model))
     else:
-        task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
+        task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
     if task.task == data.REWARD:
         raise PeftcoreError(f"'{adapter}' is a reward model, which writes no answers. Measure it: peftcore eval")
     if task.task == data.IMAGE:
@@ -75,10 +75,10 @@ def generate(
         say(answer())
         return
     if compare:
-        if models.fit_vocabulary(loaded, adapter):
-            warn(models.NEW_ROWS)
+        if base_and_adapter.fit_vocabulary(loaded, adapter):
+            warn(base_and_adapter.NEW_ROWS)
         say("base:", "bold")
         say(answer().strip() + "\n")
         say("with the adapter:", "bold")
-    models.load_adapter(loaded, adapter)
+    base_and_adapter.load_adapter(loaded, adapter)
     say(answer().strip() if compare else answer())

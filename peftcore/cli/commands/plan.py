@@ -41,7 +41,7 @@ def plan(
 ) -> None:
     """Show what would be trained, and what a training step would need, before training."""
     import peftcore
-    from peftcore.cli import data, forecast, models
+    from peftcore.cli import base_files, data, forecast, models
     from peftcore.engine.summary import megabytes
     from peftcore.estimating import NotFollowed
 
@@ -50,11 +50,11 @@ def plan(
     how = forecast.how(task, given.precision, given.parallel, ranks)
     name, chosen = options.resolve_method(method, fields)
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
-    base = models.empty_model(models.resolve(model), task, names)
+    base = models.empty_model(base_files.resolve(model), task, names)
     planned = peftcore.plan(base, name, **chosen)
     say(str(planned))
     settings = Settings.of(
-        given, model=models.resolve(model), data="", task=task, method=name, fields=chosen, device=device
+        given, model=base_files.resolve(model), data="", task=task, method=name, fields=chosen, device=device
     )
     try:
         found = peftcore.estimate(

@@ -43,11 +43,11 @@ def predict(
 
     Labels in the data are not read. To measure the adapter on examples with labels, use peftcore eval.
     """
+    from peftcore.cli import adapter_folders, base_and_adapter, dtype_choice, models
     from peftcore.cli import data as examples
-    from peftcore.cli import dtype_choice, models
     from peftcore.cli.data_files import parsed_columns
 
-    task = models.adapter_task(adapter, labels)
+    task = adapter_folders.adapter_task(adapter, labels)
     if task.task not in examples.HEADED:
         raise PeftcoreError(
             f"predict is for classifiers, found an adapter for {task.task}. Use peftcore "
@@ -55,14 +55,14 @@ def predict(
         )
     if output is not None and output.exists():
         raise PeftcoreError(f"'{output}' exists already. Pass a new file: --output FILE")
-    base = models.base_of(adapter, model)
+    base = adapter_folders.base_of(adapter, model)
     from peftcore.cli import predictions
 
     rows = predictions.read_rows(data, task, parsed_columns(columns))
     processor = models.load_processor(base, task.task, adapter)
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
-    models.load_adapter(loaded, adapter)
+    base_and_adapter.load_adapter(loaded, adapter)
     found = predictions.answers(loaded, rows, processor, task, max_length or task.max_length)
     lines = [json.dumps(each, ensure_ascii=False) for each in found]
     if output is None:

@@ -51,8 +51,8 @@ def suggest(
     Each way is a training step that was simulated without memory. Times on GPUs are estimates from data sheets.
     """
     import peftcore
+    from peftcore.cli import base_files, forecast, models
     from peftcore.cli import data as rows
-    from peftcore.cli import forecast, models
 
     if task is None and data:
         task = rows.guess_task(data)
@@ -61,7 +61,7 @@ def suggest(
     if data and examples is None:
         examples = len(rows.read_rows(data, task))
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
-    base = models.resolve(model)
+    base = base_files.resolve(model)
     settings = Settings.of(given, model=base, data="", task=task, method="", device=device)
     found = peftcore.suggest(
         models.load_config(base, task, names),

@@ -17,7 +17,7 @@ from peftcore.cli.settings import Display, RunOptions, Settings, for_these_ranks
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
-    from peftcore.cli.training_run import Result
+    from peftcore.cli.run_result import Result
 
 EXAMPLES = (
     "peftcore train -m HuggingFaceTB/SmolLM2-135M-Instruct -d chat.jsonl --method METHOD -o run",
@@ -67,8 +67,8 @@ def train(
     With --adapter training starts from an existing adapter, of this or another library, with its base and method; the
     initial adapter is what results are compared with, also in DPO.
     """
+    from peftcore.cli import base_files, holdout, run_result, trainer_arguments, warm_start
     from peftcore.cli import data as examples
-    from peftcore.cli import holdout, models, warm_start
     from peftcore.cli import precision as precisions
     from peftcore.cli.data_files import parsed_columns
 
@@ -123,9 +123,15 @@ def train(
     require("transformers", "accelerate", "matplotlib", "psutil")
     if task in examples.COMPARED:
         require("trl", extra="dpo")
-    models.quiet_transformers()
+    base_files.quiet_transformers()
     from peftcore import ranks
-    from peftcore.cli import best_checkpoint, reporting, torchrun, training_run
+    from peftcore.cli import (
+        base_files,
+        best_checkpoint,
+        reporting,
+        torchrun,
+        training_run,
+    )
     from peftcore.quantization import find_type
     from peftcore.registry import registry
 
@@ -145,7 +151,7 @@ def train(
             )
     settings = Settings.of(
         given,
-        model=models.resolve(start.base if start else str(model)),
+        model=base_files.resolve(start.base if start else str(model)),
         data=options.absolute_data(data),
         task=task,
         method=name,
@@ -167,7 +173,7 @@ def train(
         (settings,) = ranks.of_first(resumed)
         if settings.grad_accum != given.grad_accum:
             say(f"resuming with ranks={settings.ranks}: --grad-accum {settings.grad_accum} keeps the examples per step")
-    training_run.check_arguments(settings, output)
+    trainer_arguments.check(settings, output)
 
     def prepare() -> None:
         prepare_folder(output, settings, resume=resume, overwrite=overwrite)
@@ -184,7 +190,7 @@ def train(
             report_to=services,
             force=force,
         )
-    except training_run.Stopped as stopped:
+    except run_result.Stopped as stopped:
         say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To continue:\n  {command(resume=True)}", "bold")
         torchrun.leave()
         raise typer.Exit(130) from None

@@ -163,13 +163,15 @@ def test_commands_take_such_folders(command: Any, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_names_no_base(tmp_path: Path) -> None:
-    from peftcore.cli import models
+    from peftcore.cli import adapter_folders
 
-    assert models.base_of(FOLDERS / "bert-seq_bn", "some/base") == "some/base"
+    assert adapter_folders.base_of(FOLDERS / "bert-seq_bn", "some/base") == "some/base"
     with pytest.raises(peftcore.PeftcoreError, match="does not name the base it was trained on"):
-        models.base_of(FOLDERS / "bert-seq_bn", None)
+        adapter_folders.base_of(FOLDERS / "bert-seq_bn", None)
     shutil.copytree(FOLDERS / "bert-seq_bn", tmp_path / "a")
     fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**fields, "model_name": "google/bert"}))
-    assert models.base_of(tmp_path / "a", None) == "google/bert"
-    assert models.adapter_task(tmp_path / "a", "down,up") == models.AdapterTask("classification", 512, ("down", "up"))
+    assert adapter_folders.base_of(tmp_path / "a", None) == "google/bert"
+    assert adapter_folders.adapter_task(tmp_path / "a", "down,up") == adapter_folders.AdapterTask(
+        "classification", 512, ("down", "up")
+    )

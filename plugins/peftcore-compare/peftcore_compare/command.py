@@ -119,8 +119,8 @@ def compare(
     finds one among rates that are the same for all.
     A run that fails is shown with its reason. `--method full` is full fine-tuning.
     """
+    from peftcore.cli import base_files
     from peftcore.cli import data as examples
-    from peftcore.cli import models
     from peftcore.cli.data_files import parsed_columns
 
     given = config_file.in_force(context, given)
@@ -137,11 +137,11 @@ def compare(
     rates = parse_search(search, method)
     candidates = parse_candidates(method, full)
     require("transformers", "accelerate", "matplotlib", "psutil")
-    models.quiet_transformers()
+    base_files.quiet_transformers()
 
     common = Settings.of(
         given,
-        model=models.resolve(model),
+        model=base_files.resolve(model),
         data=options.absolute_data(data),
         task=task,
         method="",
@@ -306,10 +306,10 @@ def _does_not_fit(common: Settings) -> str | None:
     import psutil
     import torch
 
-    from peftcore.cli import models
+    from peftcore.cli import device_choice, models
 
-    device = models.torch_device(common.device)
-    size = models.torch_dtype(common.dtype, common.device).itemsize
+    device = device_choice.torch_device(common.device)
+    size = device_choice.torch_dtype(common.dtype, common.device).itemsize
     needed = 4 * size * sum(p.numel() for p in models.empty_model(common.model, common.task).parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed <= free:

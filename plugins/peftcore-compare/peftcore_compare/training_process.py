@@ -30,7 +30,7 @@ STOPPED = 130
 
 
 def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[str, Any]:
-    """Return the result of a run as in `training_run.Result.to_json`, or {"error": reason}.
+    """Return the result of a run as in `run_result.Result.to_json`, or {"error": reason}.
 
     A finished run is kept, an interrupted one continues from its checkpoint. `show` gets each line of its output.
 
@@ -112,13 +112,13 @@ def _failure(folder: Path, status: int) -> str:
 
 def main(folder: Path) -> int:
     """Train as `folder` says; the exit status."""
-    from peftcore.cli import training_run
+    from peftcore.cli import run_result, training_run
 
     settings = Settings(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
     (folder / _ERROR).unlink(missing_ok=True)
     try:
         result = training_run.run(settings, folder, resume=(folder / "checkpoints").is_dir())
-    except training_run.Stopped:
+    except run_result.Stopped:
         return STOPPED
     except Exception as error:
         reason = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ from torch import nn
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import models
+from peftcore.cli import base_and_adapter
 from peftcore.files.reading import vocabulary_rows
 from peftcore_serve.decoding import can_batch
 from peftcore_serve.folders import Folder, Stamp
@@ -91,7 +91,7 @@ class Adapters:
         self._active = wanted
 
     def _load(self, folder: Folder) -> Loaded:
-        there, rows = models.vocabulary(self.model), vocabulary_rows(self.model, folder.path)
+        there, rows = base_and_adapter.vocabulary(self.model), vocabulary_rows(self.model, folder.path)
         if rows is not None and rows != there:
             raise PeftcoreError(
                 f"the adapter '{folder.name}' has a vocabulary of {rows:,} tokens, but the base has {there:,}. Merge "

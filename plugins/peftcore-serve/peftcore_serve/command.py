@@ -92,7 +92,7 @@ def make(
     Raises:
         PeftcoreError: the base cannot be loaded, or the folder of adapters cannot be read or is itself an adapter.
     """
-    from peftcore.cli import data, dtype_choice, models
+    from peftcore.cli import base_files, data, dtype_choice, models
     from peftcore_serve import folders
     from peftcore_serve.app import Server
 
@@ -102,7 +102,7 @@ def make(
             f"'{adapters}' is an adapter, not a folder of adapters. Pass the folder in which it is: --adapters "
             f"{adapters.resolve().parent}"
         )
-    base = models.resolve(model)
+    base = base_files.resolve(model)
     name = Path(model).name if model.startswith((".", "/", "~")) or model.endswith(".gguf") else model
     name = name or Path(base).name  # of "."
     wide = any(_trained_in_fp32(folder.path) for folder in there.values())
@@ -133,10 +133,10 @@ def make(
 
 
 def _trained_in_fp32(folder: Path) -> bool:
-    from peftcore.cli import models
+    from peftcore.cli import adapter_folders
 
     try:
-        return models.adapter_task(folder).dtype == "fp32"
+        return adapter_folders.adapter_task(folder).dtype == "fp32"
     except (PeftcoreError, OSError):  # its requests get the error
         return False
 

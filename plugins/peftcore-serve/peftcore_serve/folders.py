@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from peftcore import PeftcoreError
-from peftcore.cli import conversations, data, models, tasks
-from peftcore.cli.data import Messages
+from peftcore.cli import adapter_folders, base_and_adapter, conversations, data, models, tasks
+from peftcore.cli.row import Messages
 
 _TOKENIZERS = 32  # different ones in memory
 Stamp = tuple[tuple[str, int, int], ...]  # (name, time of the last change, bytes) of each file
@@ -39,7 +39,7 @@ def find_one(root: Path | None, name: str) -> Folder | None:
 
 
 def _folder(where: Path) -> Folder | None:
-    path = models.adapter_folder(where)
+    path = adapter_folders.adapter_folder(where)
     return Folder(where.name, path, _stamp(path)) if os.path.exists(path / "adapter_config.json") else None
 
 
@@ -107,7 +107,7 @@ class Texts:
 
     def __init__(self, model: Any, base: str, chat_template: str | None) -> None:
         self._model, self._base, self._template = model, base, chat_template
-        self._rows = models.vocabulary(model)
+        self._rows = base_and_adapter.vocabulary(model)
         self._known: OrderedDict[str, Text] = OrderedDict()
         self._checked: dict[str, tuple[Stamp, str]] = {}  # of each adapter
         self._lock = threading.Lock()
@@ -131,15 +131,18 @@ class Texts:
             return self._known[key]
 
     def _check(self, folder: Folder) -> str:
-        task = models.adapter_task(folder.path)
+        task = adapter_folders.adapter_task(folder.path)
         if task.task in data.HEADED:
             raise PeftcoreError(
                 f"the adapter '{folder.name}' is a classifier and cannot write text. Use peftcore generate"
             )
-        own = models.has_tokenizer(folder.path)
+        own = adapter_folders.has_tokenizer(folder.path)
         found = hashlib.blake2b(repr(task.chat_template).encode(), digest_size=16)
         for name, _, _ in folder.stamp if own else ():
-            if not name.endswith((".safetensors", ".bin")) and name not in ("adapter_config.json", models.TASK_FILE):
+            if not name.endswith((".safetensors", ".bin")) and name not in (
+                "adapter_config.json",
+                adapter_folders.TASK_FILE,
+            ):
                 found.update(name.encode() + b"\0")
                 found.update((folder.path / name).read_bytes())
         key = found.hexdigest()

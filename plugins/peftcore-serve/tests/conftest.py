@@ -17,7 +17,7 @@ from peftcore_serve.command import make
 from starlette.testclient import TestClient
 
 import peftcore
-from peftcore.cli import models, tasks
+from peftcore.cli import base_and_adapter, models, tasks
 
 __all__ = ["llama"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}is {% endif %}"
@@ -51,7 +51,7 @@ def save_adapter(base: Path, folder: Path, method: str, seed: int, **fields: Any
 @functools.cache
 def with_adapter(base: Path, adapter: Path | None) -> Any:
     model = models.load_model(str(base), "causal-lm")
-    return model if adapter is None else models.load_adapter(model, adapter)
+    return model if adapter is None else base_and_adapter.load_adapter(model, adapter)
 
 
 def written(base: Path, adapter: Path | None, prompt: str, tokens: int = 8) -> str:

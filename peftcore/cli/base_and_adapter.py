@@ -1,0 +1,85 @@
+"""An adapter on its base: the vocabulary that fits both, loading, and merging."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftcore.cli import adapter_tokenizer
+from peftcore.cli.adapter_folders import has_tokenizer
+from peftcore.cli.console import warn
+from peftcore.cli.device_choice import torch_dtype
+from peftcore.cli.models import load_tokenizer
+from peftcore.errors import PeftcoreError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NEW_ROWS = "the adapter's vocabulary is larger than its base's, whose rows for the new tokens are initialised at random"
+
+
+def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
+    """Resize the base's vocabulary to that of the adapter in `folder`. Return whether it changed.
+
+    Raises:
+        PeftcoreError: the adapter's tokenizer has tokens without rows.
+    """
+    from peftcore.files.reading import vocabulary_rows
+
+    before = vocabulary(model)
+    if before is None:
+        return False
+    rows = vocabulary_rows(model, folder) or before
+    if rows != before:
+        model.resize_token_embeddings(rows)  # the new rows come from the adapter
+    if has_tokenizer(folder) and (tokens := _tokens(adapter_tokenizer.load(folder))) > rows:
+        base = str(getattr(model.config, "_name_or_path", ""))
+        if tokens > _tokens(load_tokenizer(base)):
+            raise PeftcoreError(
+                f"the tokenizer in '{folder}' has {tokens:,} tokens, but the model has {rows:,} rows and the "
+                "adapter brings no others. Ask its author to save it with its embedding (in PEFT: "
+                "save_embedding_layers=True)"
+            )
+    return rows != before
+
+
+def vocabulary(model: PreTrainedModel) -> int | None:
+    """Return the number of rows of the token embedding; None for models without one, which read characters."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        return None
+    return None if weight is None else len(weight)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) -> PreTrainedModel:
+    """Load the adapter in `folder`, frozen."""
+    import peftcore
+
+    fit_vocabulary(model, folder)
+    return peftcore.load(model, folder, adapter=name, trainable=False).eval()
+
+
+def merge_adapter(
+    model: PreTrainedModel, *, untie: bool, quantize: str | None, dtype: str, device: str
+) -> PreTrainedModel:
+    """Merge the adapter for good; 4-bit weights become dense. Warnings are worded for the commands."""
+    import peftcore
+
+    is_int4 = (
+        getattr(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), "stored", None) is not None
+    )
+    dense = torch_dtype(dtype, device) if quantize or is_int4 else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peftcore.merge(model, keep_adapters=False, untie=untie, dtype=dense)
+    if dense is not None:
+        peftcore.quantization.dequantize(model, dense)  # layers without adapters
+    for warning in caught:
+        warn(str(warning.message))
+    return model

@@ -1,0 +1,39 @@
+"""Devices and dtypes, as options name them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftcore.errors import PeftcoreError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "fp32", "bf16")
+
+
+def torch_device(device: str) -> torch.device:
+    """Return the device; `auto` is CUDA if there is one."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        named = torch.device(device)
+    except RuntimeError as error:
+        raise PeftcoreError(f"device '{device}' is not known. Use auto, cpu, cuda, or cuda:1") from error
+    if named.type == "cuda" and not torch.cuda.is_available():
+        raise PeftcoreError(f"device '{device}' is not available: PyTorch {torch.__version__} finds no CUDA device")
+    return named
+
+
+def torch_dtype(dtype: str, device: str) -> torch.dtype:
+    """Return the dtype; `auto` is bf16 on a CUDA device that supports it, else fp32. For CPUs see `dtype_choice`."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise PeftcoreError(f"--dtype must be one of {', '.join(DTYPES)}, found '{dtype}'")
+    on_cuda = torch_device(device).type == "cuda"
+    if dtype == "bf16" or (dtype == "auto" and on_cuda and torch.cuda.is_bf16_supported()):
+        return torch.bfloat16
+    return torch.float32
