@@ -5,7 +5,7 @@
 A two-layer Llama with LoRA on all linear layers, warm: each action has run before in this process, and the forward
 pass on this model. Counted are calls of functions that the package under test defines (peftcore and its plugins, or
 peft), the files in which they are, and the largest number of them that are on the stack together. The counts are the
-same in every run. `--by` lists where the calls of one action are.
+same in every run. `--by` lists where the calls of one action are. The script fails if a count exceeds its limit.
 
 Of the forward's stack, four frames are the lock's: one for each module that contains adapted ones (the model, its
 backbone, a layer, its attention), since each of them may be called alone. The other five are as many as PEFT's. `apply`
@@ -114,6 +114,21 @@ def of_peft(folder: Path) -> dict[str, Trace]:
     return traced(actions, "/peft/")
 
 
+def excess(traces: dict[str, Trace]) -> list[str]:
+    """Return a line for each count above its limit."""
+    units = ("calls", "files", "levels of the stack")
+    counts = [
+        (action, *each)
+        for action, trace in traces.items()
+        for each in zip(trace.counts(), LIMITS[action], units, strict=True)
+    ]
+    return [
+        f"{action}: {count:,} {unit}, more than the limit of {limit:,}"
+        for action, count, limit, unit in counts
+        if limit is not None and count > limit
+    ]
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,6 +154,8 @@ def main() -> None:
         print(f"\n{options.of}:")
         for where, count in found.most_common(options.most):
             print(f"{count:7,}  {where}")
+    if above := excess(ours):
+        sys.exit("\n".join(above))
 
 
 if __name__ == "__main__":

@@ -34,12 +34,13 @@ class Snapshot:
         ways = {
             (id(within), name): (within, name, child) for path in modules for within, name, child in _way(model, path)
         }
+        adapters = [adapters_at(module) for module in modules.values()]
         links: list[tuple[Any, str, Any]] = list(ways.values())
         links += [(module.__dict__, LOCK, lock) for module in modules.values()]
-        links += [(module._modules, CHILD, adapters_at(module)) for module in modules.values()]
+        links += [(module._modules, CHILD, found) for module, found in zip(modules.values(), adapters, strict=True)]
         self._tables, self._names, self._objects = (list(each) for each in zip(*links, strict=True))
         self._classes = list(map(type, modules.values()))
-        self._adapters = [adapters_at(module)._modules for module in modules.values()]
+        self._adapters = [found._modules for found in adapters]
         self._parameters = [module._parameters for module in modules.values()]
         self._counts = list(map(len, self._parameters))
         self._slots = [(table, name) for table in self._parameters for name in table]

@@ -271,7 +271,8 @@ def lora_linear(
         return F.linear(x, dense, bias) + scale * F.linear(
             F.linear(F.dropout(x, dropout_p), a.to(x.dtype)), b.to(x.dtype)
         )
-    a = permuted(a, weight)
+    if not isinstance(weight, Tensor):
+        a = permuted(a, weight)
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
     if not dropout_p:
         seed = None

@@ -9,22 +9,18 @@ from peftcore.targets.layers_config import LayersConfig
 from peftcore.targets.names import is_inside, matches
 from peftcore.targets.patterns import compiled
 from peftcore.targets.selection import (
-    biases,
     conv1d_paths,
     drop_unmatched,
     match_counts,
-    matched_keys,
     minimal_suffixes,
-    pattern_value,
     refuse_bypassed,
-    refuse_targeted,
     select,
     select_by,
     sublayers,
-    trained_biases,
-    trained_modules,
     widths,
 )
+from peftcore.targets.trained_weights import biases, refuse_targeted, trained_biases, trained_modules
+from peftcore.targets.values_by_pattern import matched_keys, pattern_value
 
 __all__ = [
     "ALL_LINEAR",

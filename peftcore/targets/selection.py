@@ -6,29 +6,22 @@ pattern that matches nothing is an error.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_class
 from peftcore.architecture import Architecture, Sublayer
-from peftcore.errors import PeftcoreError, nearest
-from peftcore.experts import expert_biases
+from peftcore.errors import PeftcoreError
 from peftcore.experts.in_model import expert_layers, expert_weights, routers, weight_named
 from peftcore.layers import is_conv1d, is_linear, sizes, unknown_layers
 from peftcore.observation import bypassed, rewritten
-from peftcore.placements.train import Train
 from peftcore.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes
 from peftcore.targets.names import ends, excluded, is_inside, layer_indices, matches, nearest_path, shortest_suffixes
-from peftcore.targets.patterns import compiled, compiled_end
-
-_PLAIN = re.compile(r"[\w.]+", re.ASCII)
-_EXPRESSIONS = 1_000  # among the keys of a pattern; others are plain names
+from peftcore.targets.patterns import compiled
 
 
 def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:
@@ -203,148 +196,6 @@ def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
 def conv1d_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
     """Return those of `paths` that are transformers' Conv1D, which PEFT refuses for many methods."""
     return [path for path in paths if is_conv1d(model.get_submodule(path))]
-
-
-def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
-    """Return the parameters of the modules that `modules_to_save` selects, to be trained themselves.
-
-    Raises:
-        PeftcoreError: an entry matches no module with parameters.
-    """
-    names = [name for name, _ in base_parameters(model)]
-    trained: list[str] = []
-    for pattern in modules_to_save:
-        paths = [path for path, _ in base_modules(model) if path and matches(pattern, path)]
-        inside = [name for name in names if any(name.startswith(f"{path}.") for path in paths)]
-        if not inside:
-            known = {part for path, _ in base_modules(model) for part in (path, path.rpartition(".")[2])}
-            raise PeftcoreError(
-                f"modules_to_save: '{pattern}' matches no module with parameters{nearest(pattern, known)}"
-            )
-        trained += inside
-    return Train(tuple(dict.fromkeys(trained)))
-
-
-def refuse_targeted(target_modules: Any, paths: Iterable[str], why: str) -> None:
-    """Raise a PeftcoreError if `target_modules` selects one of the modules `paths`, which are trained as a whole."""
-    if not target_modules or target_modules == ALL_LINEAR:
-        return
-    for path in paths:
-        if isinstance(target_modules, str):
-            named = compiled(target_modules, "target_modules")(path)
-        else:
-            named = any(matches(pattern, path) for pattern in target_modules)
-        if named:
-            raise PeftcoreError(
-                f"target_modules={target_modules!r} selects '{path}', whose weight is {why}, which modules_to_save "
-                "trains as a whole. Remove it from target_modules, or untie the two: ensure_weight_tying=False"
-            )
-
-
-def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
-    """Return the parameters named `bias` of the whole model or of the modules `paths`."""
-    names = [name for name, _ in base_parameters(model) if name.rpartition(".")[2] == "bias"]
-    if paths is not None:
-        paths = set(paths)
-        names = [name for name in names if name.rpartition(".")[0] in paths]
-    return Train(tuple(names))
-
-
-def trained_biases(model: nn.Module, bias: str, paths: Iterable[str]) -> list[Train]:
-    """Return what PEFT's field `bias` trains: "none", "all" biases of the model, or otherwise those of `paths`."""
-    if bias == "none":
-        return []
-    of_experts = next((path for path in paths if weight_named(model, path) != path), None)
-    if of_experts is not None and any(expert_biases(module) for _, module in base_modules(model)):
-        raise PeftcoreError(
-            f"bias={bias!r} is not supported for the expert '{of_experts}', whose biases have other names. "
-            "Choose bias='none'"
-        )
-    return [biases(model, None if bias == "all" else paths)]
-
-
-def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """Return the value of the first key of a `rank_pattern` or `alpha_pattern` that matches `path`.
-
-    Raises:
-        PeftcoreError: too many keys are regular expressions, or one cannot be matched.
-    """
-    if not patterns:
-        return default
-    key = _keys(tuple(patterns)).first(path)
-    return default if key is None else patterns[key]
-
-
-def matched_keys(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
-    """Return the keys of a `rank_pattern` or `alpha_pattern` that match one of `paths`, whichever comes first.
-
-    Raises:
-        PeftcoreError: too many keys are regular expressions, or one cannot be matched.
-    """
-    keys = _keys(tuple(patterns))
-    return keys.matched(list(paths)) if keys.keys else set()
-
-
-class _Keys:
-    """The keys of a pattern, with a lookup whose time depends on their kinds rather than their number.
-
-    A plain key of names and dots matches the end of a path, with a dot matching any character. Keys whose names have
-    the same lengths are in one table.
-    """
-
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self.keys = keys
-        self.tables: dict[tuple[int, ...], dict[tuple[str, ...], int]] = {}
-        self.expressions: list[int] = []
-        for position, key in enumerate(keys):
-            if _PLAIN.fullmatch(key):
-                names = tuple(key.split("."))
-                self.tables.setdefault(tuple(map(len, names)), {}).setdefault(names, position)
-            else:
-                self.expressions.append(position)
-        if len(self.expressions) > _EXPRESSIONS:
-            raise PeftcoreError(
-                f"rank_pattern or alpha_pattern has {len(self.expressions):,} regular expressions, at most "
-                f"{_EXPRESSIONS:,} are read. Name modules by their paths"
-            )
-
-    def first(self, path: str) -> str | None:
-        """Return the first key that matches `path`, or None."""
-        found = min(self._plain(path), default=len(self.keys))
-        for position in self.expressions:
-            if position > found:
-                break
-            if self._expression(position)(path):
-                return self.keys[position]
-        return self.keys[found] if found < len(self.keys) else None
-
-    def matched(self, paths: Sequence[str]) -> set[str]:
-        """Return all keys that match one of `paths`."""
-        found = {position for path in paths for position in self._plain(path)}
-        found |= {position for position in self.expressions if any(map(self._expression(position), paths))}
-        return {self.keys[position] for position in found}
-
-    def _plain(self, path: str) -> Iterator[int]:
-        """Yield the positions of the plain keys that match `path`."""
-        for lengths, table in self.tables.items():
-            begin = len(path) - sum(lengths) - len(lengths) + 1
-            if begin < 0 or (begin and path[begin - 1] != "."):
-                continue
-            names = []
-            for length in lengths:
-                names.append(path[begin : begin + length])
-                begin += length + 1
-            position = table.get(tuple(names))
-            if position is not None:
-                yield position
-
-    def _expression(self, position: int) -> Callable[[str], bool]:
-        return compiled_end(self.keys[position], "rank_pattern or alpha_pattern")
-
-
-@lru_cache(maxsize=64)
-def _keys(keys: tuple[str, ...]) -> _Keys:
-    return _Keys(keys)
 
 
 def drop_unmatched(model: nn.Module, entries: Sequence[str], experts: bool = False) -> list[str]:
