@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import typer
@@ -20,6 +23,8 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 NO_METHOD = "no method is installed. Methods are separate packages, such as those in the source folder plugins/"
+
+ERROR_OF_FIRST = 10.0  # seconds in which rank 0 prints an error that all ranks have
 
 _speaker = ""  # name of this process in errors, if there are several
 
@@ -47,8 +52,20 @@ def note(message: str) -> None:
         err.print(Text(message, style="dim"), soft_wrap=True)
 
 
+def leave_to_first_rank() -> None:
+    """Before an error is printed: on other ranks of torchrun than 0, wait until torchrun ends them for rank 0's error.
+
+    An error of all ranks is so printed once. The function returns on rank 0, and where rank 0 has not failed meanwhile.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+        with suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(ERROR_OF_FIRST)
+
+
 def fail(message: str) -> NoReturn:
-    """Print an error to standard error and end the command with status 1."""
+    """Print an error to standard error, of several ranks' errors one, and end the command with status 1."""
+    leave_to_first_rank()
     err.print(Text(f"{_speaker}error: {message}", style="bold red"), soft_wrap=True)
     raise typer.Exit(1)
 

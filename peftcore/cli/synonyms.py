@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-from peftcore.cli import completion
+from peftcore.cli import completion, console
 from peftcore.errors import nearest
 
 # Names of transformers, TRL, axolotl, LLaMA-Factory and torchtune: ours.
@@ -75,7 +75,7 @@ def of_field(name: str, fields: Iterable[str]) -> str:
 
 
 class SuggestingCommand(TyperCommand):
-    """Command whose error about an unknown option names the option that is meant."""
+    """Command whose error about an unknown option names the option that is meant, and is printed by one rank."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -88,4 +88,6 @@ class SuggestingCommand(TyperCommand):
                     known = f"{meant} NAME=VALUE" if meant == "--set" else meant
                     error.message = f"No such option: {name}. Did you mean {known}?"  # type: ignore[attr-defined]
                     error.possibilities = None  # type: ignore[attr-defined]
+            if hasattr(error, "format_message"):  # not `--help`
+                console.leave_to_first_rank()
             raise

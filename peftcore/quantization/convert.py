@@ -251,6 +251,12 @@ def _with_first(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
 def _check_parameter(path: str, module: nn.Module, parameter: str) -> None:
     weight = module.get_parameter(parameter)
     name = f"{path}.{parameter}" if path else parameter
+    if ranks.is_partitioned(weight):
+        raise PeftcoreError(
+            f"'{name}' is partitioned by DeepSpeed's ZeRO-3, and no rank has the whole weight. Load and quantize the "
+            "model before HfDeepSpeedConfig or TrainingArguments(deepspeed=...) is created: deepspeed.initialize then "
+            "partitions the 4-bit weights"
+        )
     if ranks.is_part(weight):
         raise PeftcoreError(
             f"'{name}' is sharded, and no rank has the whole weight. Quantize before sharding, or load in 4 "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,9 +20,12 @@ import processes
 import psutil
 import pytest
 import torch
+import typer
 from commands import Run, printed_without_pictures
 from safetensors.torch import load_file
 from whole import WHOLE
+
+from peftcore.cli import console
 
 METHOD = ("--method", "lora", "--set", "r=4", "--set", "lora_alpha=8")
 STEPS = ("--steps", 6, "--lr", "0.02", "--save-every", 5, "--eval-every", 6)  # an epoch has four
@@ -151,6 +155,33 @@ def test_a_dead_rank_ends_all_with_its_reason(llama: Path, reviews: Path, tmp_pa
     common = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora")
     text = torchrun(*common, "--set", "r=nonsense", "--parallel", "ddp", code=1)
     assert "error: " in text and "nonsense" in text
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("options", [("--bogus", 1), ("-m", "base", "-d", "none.jsonl", "--method", "lora")])
+def test_an_error_of_all_ranks_is_printed_once(options: tuple[str, ...]) -> None:
+    text = torchrun("train", *options, "-o", "run", "--parallel", "ddp", code=1)
+    assert text.count("No such option") + text.count("cannot be read") == 1
+
+
+def test_an_error_of_one_rank_is_printed_by_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 is given time to fail first: torchrun ends the other ranks then."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(console, "_speaker", "rank 1: ")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    handler = signal.getsignal(signal.SIGTERM)
+    for rank, waits in (("0", []), ("1", [console.ERROR_OF_FIRST])):
+        monkeypatch.setenv("RANK", rank)
+        try:
+            with pytest.raises(typer.Exit):
+                console.fail("the disk of this rank is full")
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        assert slept == waits
+    assert capsys.readouterr().err.count("rank 1: error: the disk of this rank is full") == 2
 
 
 def test_parallel_and_torchrun_go_together(
