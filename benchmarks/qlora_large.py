@@ -1,11 +1,12 @@
 """In how much memory does a large model take a QLoRA training step, on a CPU?
 
     python benchmarks/qlora_large.py [llama-7b|qwen3-30b-a3b|gpt-oss-20b] [--layers N] [--length 128] [--steps 1]
-                                     [--threads 2] [--quant-type nf4|mxfp4] [--profile]
+                                     [--threads 2] [--quant-type nf4|mxfp4] [--logits] [--profile]
 
 The model's shape with random weights, drawn and quantized one decoder layer after the other, so the dense model never
 exists. LoRA on every linear layer and, of less rank, on every expert, bf16, gradient checkpointing; embedding, output
-head, routers and norms stay dense in bf16. The peak is that of the whole process, from its start.
+head, routers and norms stay dense in bf16. Logits are lazy (`--logits` makes them). The peak is that of the whole
+process, from its start, of which PyTorch, transformers and peftcore take "imports".
 
 gpt-oss in mxfp4 is as it is published: its experts are read from blocks (`from_blocks`), attention is dense in bf16.
 "file" is the size of all base tensors, which is that of the published files.
@@ -139,6 +140,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quant-type", choices=["nf4", "mxfp4"], default="nf4")
+    parser.add_argument("--logits", action="store_true", help="make the logits instead of lazy ones")
     parser.add_argument("--profile", action="store_true", help="another step, and where its time goes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -148,12 +150,16 @@ def main():
     from peftcore.optim import PagedAdamW8bit
 
     shape = SHAPES[options.shape]
+    importlib.import_module(f"transformers.models.{shape.module}.modeling_{shape.module}")
+    imports = measure.peak_megabytes()
     start = time.perf_counter()
     model = made(shape, options.layers or shape.layers, options.quant_type)
     took = time.perf_counter() - start
     rank = {} if shape.expert_r is None else {"expert_r": shape.expert_r}
-    peftcore.apply(model, "lora", r=R, lora_alpha=R, **rank)
     file = sum(t.nbytes for t in model.state_dict().values())
+    peftcore.apply(model, "lora", r=R, lora_alpha=R, **rank)
+    if not options.logits:
+        peftcore.lazy_logits(model)
     print(f"base made in {took:.0f} s; file {file / 1e6:,.0f} MB")
     print(peftcore.summary(model))
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -181,7 +187,10 @@ def main():
     peak = measure.peak_megabytes()
     print(f"peak {peak:,.0f} MB: {'within' if peak <= shape.limit else 'ABOVE'} {shape.limit:,} MB")
     adapters = sum(p.nbytes for p in trained)
-    print(f"file and adapters {(file + adapters) / 1e6:,.0f} MB (adapters {adapters / 1e6:,.0f} MB)")
+    print(
+        f"imports {imports:,.0f} MB, file {file / 1e6:,.0f} MB, adapters {adapters / 1e6:,.0f} MB: in all "
+        f"{imports + (file + adapters) / 1e6:,.0f} MB, and the step {peak - imports - (file + adapters) / 1e6:,.0f} MB"
+    )
     if options.profile:
         with torch.profiler.profile() as profile:
             step()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Array = NDArray[np.int64]
+LINEAR = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")  # the latter are Mixtral's experts
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -130,7 +131,7 @@ def write_folder(
     model.save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
     dense = {}
-    for seed, name in enumerate([name for name in state if name.endswith("_proj.weight")]):
+    for seed, name in enumerate([name for name in state if name.endswith(LINEAR)]):
         found = values(*state.pop(name).shape, group, seed=seed, **options)
         dense[name] = found.dense()
         state |= {f"{name.removesuffix('weight')}{part}": t for part, t in write(found).items()}

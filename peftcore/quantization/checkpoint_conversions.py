@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.experts.conversion import is_by_expert
 from peftcore.layers import shape_of
+from peftcore.ops import PackedWeight
 from peftcore.quantization.convert import convert
 from peftcore.quantization.format import from_tensors
-from peftcore.quantization.int4_layouts import Int4Layout, to_affine4
+from peftcore.quantization.int4_layouts import Int4Layout, joined_rows, to_affine4
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES, from_blocks
 from peftcore.quantization.packed_experts import pack_parameter
@@ -24,34 +26,30 @@ WHOLE = r"(?<!\w)"  # prefix of a pattern: matches the last `weight` of `inject_
 failures: list[PeftcoreError] = []  # errors that transformers only logs while it loads
 
 
-class Deserialize(ConversionOps):
+class _ToPacked(ConversionOps):
+    """Conversion of a checkpoint's tensors to a 4-bit parameter. Subclasses build the packed weight."""
+
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def packed(self, found: dict[str, Any], name: str, model: Any) -> PackedWeight:
+        """Return the packed weight of the parameter `name` from its tensors by the pattern of their names.
+
+        Raises:
+            PeftcoreError: the tensors do not fit, or the parameter is not one that is read.
+        """
+        raise NotImplementedError
+
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        model: Any = None,
-        full_layer_name: str = "",
-        **kwargs: Any,
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
     ) -> dict[str, Tensor]:
-        tensors = {name.removeprefix(WHOLE): t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
         path, _, attribute = full_layer_name.rpartition(".")
         module: Any = model.get_submodule(path)
-        if len(tensors) == 1:  # a dense weight, as the file has it
-            like = getattr(module, attribute)
-            return {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        parts = {name.removeprefix(f"{attribute}."): value for name, value in tensors.items() if name != attribute}
         with noted():
-            if attribute not in tensors:
-                raise CheckpointError(
-                    f"the checkpoint has the 4-bit state of '{full_layer_name}' but not its weight. Download it again"
-                )
-            packed = from_tensors(tensors[attribute], parts, full_layer_name)
+            packed = self.packed(input_dict, full_layer_name, model)
             is_weight = attribute == "weight" and is_linear(module)
             check_shape(packed, sizes(module)[::-1] if is_weight else shape_of(module, attribute), full_layer_name)
             check_experts(packed, full_layer_name)
-        packed = packed._replace(codes=packed.codes.clone())
         if not is_weight:
             pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
         elif not isinstance(module, QuantizedLinear):
@@ -65,71 +63,99 @@ class Deserialize(ConversionOps):
         return _AsItIs()
 
 
-class FromBlocks(ConversionOps):
-    """Conversion of experts in MXFP4 as gpt-oss stores them."""
-
-    def __init__(self, hf_quantizer: Any) -> None:
-        self.hf_quantizer = hf_quantizer
+class Deserialize(_ToPacked):
+    """Conversion of weights in the formats of bitsandbytes and peftcore."""
 
     def convert(
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
     ) -> dict[str, Tensor]:
-        tensors = [t[0] if isinstance(t, list) else t for t in input_dict.values()]
-        path, _, attribute = full_layer_name.rpartition(".")
-        module: Any = model.get_submodule(path)
-        with noted():
-            by_part = {name.rpartition("_")[2]: t for name, t in zip(input_dict, tensors, strict=True)}
-            missing = [name for name in (BLOCKS, SCALES) if name[1:] not in by_part]
-            if missing:
-                raise CheckpointError(f"the checkpoint lacks '{full_layer_name}{missing[0]}'. Download it again")
-            blocks, scales = by_part[BLOCKS[1:]], by_part[SCALES[1:]]
-            if blocks.untyped_storage().filename is not None:  # memory-mapped, which may be read-only
-                blocks = blocks.clone()
-            packed = from_blocks(blocks, scales, getattr(module, attribute).dtype, full_layer_name)
-            check_shape(packed, shape_of(module, attribute), full_layer_name)
-        pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
-        self.hf_quantizer.weights.add(full_layer_name)
-        return {attribute: module.get_parameter(attribute)}
+        if len(input_dict) > 1:
+            return super().convert(input_dict, model, full_layer_name, **kwargs)
+        path, _, attribute = full_layer_name.rpartition(".")  # a dense weight, as the file has it
+        like = getattr(model.get_submodule(path), attribute)
+        tensors = _by_part(input_dict)
+        return {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _AsItIs()
+    def packed(self, found: dict[str, Any], name: str, model: Any) -> PackedWeight:
+        tensors, attribute = _by_part(found), name.rpartition(".")[2]
+        if attribute not in tensors:
+            raise CheckpointError(
+                f"the checkpoint has the 4-bit state of '{name}' but not its weight. Download it again"
+            )
+        parts = {part.removeprefix(f"{attribute}."): t for part, t in tensors.items() if part != attribute}
+        packed = from_tensors(tensors[attribute], parts, name)
+        return packed._replace(codes=packed.codes.clone())
 
 
-class FromInt4(ConversionOps):
+class FromBlocks(_ToPacked):
+    """Conversion of experts in MXFP4 as gpt-oss stores them."""
+
+    def packed(self, found: dict[str, Any], name: str, model: Any) -> PackedWeight:
+        tensors = {f"_{pattern.rpartition('_')[2]}": t for pattern, t in _by_part(found).items()}
+        missing = [part for part in (BLOCKS, SCALES) if part not in tensors]
+        if missing:
+            raise CheckpointError(f"the checkpoint lacks '{name}{missing[0]}'. Download it again")
+        blocks = tensors[BLOCKS]
+        if blocks.untyped_storage().filename is not None:  # memory-mapped, which may be read-only
+            blocks = blocks.clone()
+        return from_blocks(blocks, tensors[SCALES], model.get_parameter(name).dtype, name)
+
+
+class FromInt4(_ToPacked):
     """Conversion of an int4 weight of GPTQ, AWQ or compressed-tensors."""
 
     def __init__(self, hf_quantizer: Any, layout: Int4Layout) -> None:
-        self.hf_quantizer = hf_quantizer
+        super().__init__(hf_quantizer)
         self.layout = layout
 
-    def convert(
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
-    ) -> dict[str, Tensor]:
-        tensors = {name.removeprefix(WHOLE): t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
-        path, _, attribute = full_layer_name.rpartition(".")
+    def packed(self, found: dict[str, Any], name: str, model: Any) -> PackedWeight:
+        path = name.rpartition(".")[0]
         module: Any = model.get_submodule(path)
-        with noted():
-            if not is_linear(module):
-                raise PeftcoreError(
-                    f"'{path}' is {type(module).__name__} with an int4 weight of {self.layout.tool}, and only linear "
-                    "layers are read. Use a checkpoint where it is dense"
-                )
-            if full_layer_name in model.all_tied_weights_keys:
-                raise PeftcoreError(
-                    f"'{path}' has an int4 weight, but the model shares its weight with "
-                    f"'{model.all_tied_weights_keys[full_layer_name]}'. Set tie_word_embeddings=false in its config"
-                )
-            packed = to_affine4(self.layout.read(tensors, path), module.weight.dtype, path)
-            check_shape(packed, sizes(module)[::-1], full_layer_name)
-        module._parameters["weight"] = None
-        convert(module, packed, self.hf_quantizer.compute_dtype)
-        self.hf_quantizer.weights.add(full_layer_name)
-        return {attribute: module.get_parameter(attribute)}
+        if not is_linear(module):
+            raise PeftcoreError(
+                f"'{path}' is {type(module).__name__} with an int4 weight of {self.layout.tool}, and only linear "
+                "layers and experts are read. Use a checkpoint where it is dense"
+            )
+        if name in model.all_tied_weights_keys:
+            raise PeftcoreError(
+                f"'{path}' has an int4 weight, but the model shares its weight with "
+                f"'{model.all_tied_weights_keys[name]}'. Set tie_word_embeddings=false in its config"
+            )
+        return to_affine4(self.layout.read(_by_part(found), path), module.weight.dtype, path)
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return _AsItIs()
+
+class FromInt4Experts(_ToPacked):
+    """Conversion of experts that the checkpoint stores one by one in int4 to one parameter.
+
+    Args:
+        layout: the int4 layout.
+        sources: name of each projection of an expert up to its last part, as a pattern; projections are joined along
+            their outputs in this order.
+    """
+
+    def __init__(self, hf_quantizer: Any, layout: Int4Layout, sources: Sequence[str]) -> None:
+        super().__init__(hf_quantizer)
+        self.layout = layout
+        self.sources = sources
+
+    def packed(self, found: dict[str, Any], name: str, model: Any) -> PackedWeight:
+        path, _, attribute = name.rpartition(".")
+        count, dtype = shape_of(model.get_submodule(path), attribute)[0], model.get_parameter(name).dtype
+        for pattern, tensors in found.items():
+            if len(tensors) != count:
+                raise CheckpointError(
+                    f"the checkpoint has {len(tensors)} tensors '{pattern}' for '{name}', but the model has {count} "
+                    "experts. Use a checkpoint where all experts are in int4, or the dense one"
+                )
+        parts = []
+        for i in range(count):
+            for source in self.sources:
+                tensors = {part: found[f"{source}{part}"] for part in self.layout.parts if f"{source}{part}" in found}
+                expert = source.strip(".").replace("*", str(i))
+                # taken out of the lists, so that each is freed once it is packed
+                one = self.layout.read({part: t.pop(0) for part, t in tensors.items()}, expert)
+                parts.append(to_affine4(one, dtype, expert))
+        return joined_rows(parts, count, name)
 
 
 def int4_converter(layout: Int4Layout, hf_quantizer: Any) -> WeightConverter:
@@ -146,6 +172,28 @@ def int4_converter(layout: Int4Layout, hf_quantizer: Any) -> WeightConverter:
             return renamed, pattern
 
     return Converter([WHOLE + part for part in layout.parts], "weight", [FromInt4(hf_quantizer, layout)])
+
+
+def int4_experts_converter(converter: Any, layout: Int4Layout, hf_quantizer: Any) -> WeightConverter | None:
+    """Return the converter of int4 experts to the parameter of a converter of dense experts; None if it has none."""
+    operations, sources = list(converter.operations), list(converter.source_patterns)
+    joins = [each for each in operations if isinstance(each, Concatenate)]
+    is_known = all(isinstance(each, (MergeModulelist, Concatenate)) for each in operations)
+    if not is_known or not is_by_expert(converter) or any(each.dim not in (1, -2) for each in joins):
+        return None
+    if (len(sources) > 1) != bool(joins) or not all(source.endswith(".weight") for source in sources):
+        return None
+    stems = [source.removesuffix("weight") for source in sources]
+    patterns = [stem + part for stem in stems for part in layout.parts]
+    found: WeightConverter = converter.copy(
+        patterns, list(converter.target_patterns), operations=[FromInt4Experts(hf_quantizer, layout, stems)]
+    )
+    return found
+
+
+def _by_part(found: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of one parameter, by the names that the patterns mean."""
+    return {name.removeprefix(WHOLE): t[0] if isinstance(t, list) else t for name, t in found.items()}
 
 
 class _AsItIs(ConversionOps):

@@ -31,6 +31,7 @@ from peftcore.quantization.checkpoint_conversions import (
     FromBlocks,
     failures,
     int4_converter,
+    int4_experts_converter,
     noted,
 )
 from peftcore.quantization.config_sync import sync_config
@@ -132,16 +133,18 @@ class FourBitQuantizer(HfQuantizer):
         found: list[Any] = super().update_weight_conversions(weight_conversions, model)
         if not self.pre_quantized:
             return [_by_expert(each) if isinstance(each, WeightConverter) else each for each in found]
+        stored = self.quantization_config.stored
+        layout = None if stored is None else find_layout(stored, "")
+        if layout is not None:  # first: below, `down_proj` of experts matches `down_proj.qweight` of a layer
+            dense = [each for each in found if isinstance(each, WeightConverter)]
+            found += filter(None, (int4_experts_converter(each, layout, self) for each in dense))
+            found.append(int4_converter(layout, self))
         modules = [module for _, module in base_modules(model)]
         for name in dict.fromkeys(name for module in modules for name in expert_parameters(module) if name != "weight"):
             parts = [WHOLE + name, *(f"{WHOLE}{name}.{part}" for part in PARTS)]
             found.append(WeightConverter(parts, name, [Deserialize(self)]))
             blocks = [f"{WHOLE}{name}{part}" for part in (BLOCKS, SCALES)]
             found.append(WeightConverter(blocks, name, [FromBlocks(self)]))
-        stored = self.quantization_config.stored
-        layout = None if stored is None else find_layout(stored, "")
-        if layout is not None:
-            found.append(int4_converter(layout, self))
         return found
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -391,10 +394,10 @@ def _check_int4(model: Any, layout: Int4Layout, unexpected: Iterable[str], where
     unread = sorted(model.hf_quantizer.int4_names.intersection(unexpected))
     if unread:
         raise PeftcoreError(
-            f"'{where}' has {len(unread)} int4 weights of {layout.tool} that are not those of linear layers "
-            f"('{unread[0]}'), and only linear layers are read. Use the dense checkpoint"
+            f"'{where}' has {len(unread)} int4 weights of {layout.tool} that are neither those of linear layers nor of "
+            f"experts that transformers joins expert by expert ('{unread[0]}'). Use the dense checkpoint"
         )
-    if next(quantized_layers(model), None) is None:
+    if next(quantized_layers(model), None) is None and next(quantized_experts(model), None) is None:
         raise CheckpointError(
             f"'{where}' is quantized with {layout.tool} by its config, but has no '{layout.parts[0]}'. The checkpoint "
             "is damaged or has another format"

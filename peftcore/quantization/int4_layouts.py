@@ -27,7 +27,7 @@ of casper-hansen/AutoAWQ, compressors/pack_quantized of vllm-project/compressed-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -106,6 +106,36 @@ def to_affine4(weight: Int4Weight, dtype: torch.dtype, name: str) -> PackedWeigh
         zeros=None if zeros is None else zeros.reshape(-1),
         permutation=weight.order,
     )
+
+
+def joined_rows(parts: Sequence[PackedWeight], experts: int, name: str) -> PackedWeight:
+    """Return affine4 weights joined along their rows as the weight `[experts, out, in]` of the parameter `name`.
+
+    Args:
+        parts: the projections of each expert, one expert after the other.
+        experts: number of experts.
+        name: for messages.
+
+    Raises:
+        PeftcoreError: the parts differ in shape or blocks, or have a permutation, which experts do not have.
+    """
+    per, first = len(parts) // experts, parts[0]
+    if any(each.permutation is not None for each in parts):
+        raise PeftcoreError(
+            f"'{name}' has int4 experts with act-order (`g_idx`), each with its own order of inputs, and only experts "
+            "without it are read. Quantize with desc_act=False, or use the dense checkpoint"
+        )
+    facts = [(each.shape, each.blocksize) for each in parts]
+    if facts != facts[:per] * experts or len({(shape[1], size) for shape, size in facts}) > 1:
+        raise _damaged(name, "has experts of different shapes or groups")
+    zeros = None
+    if any(each.zeros is not None for each in parts):
+        zeros = torch.cat(
+            [torch.full_like(each.absmax, 8, dtype=torch.uint8) if each.zeros is None else each.zeros for each in parts]
+        )
+    codes, scales = torch.cat([each.codes for each in parts]), torch.cat([each.absmax for each in parts])
+    shape = experts, sum(each.shape[0] for each in parts[:per]), first.shape[1]
+    return first._replace(codes=codes, absmax=scales, zeros=zeros, shape=shape)
 
 
 @dataclass(frozen=True)

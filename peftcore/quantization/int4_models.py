@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from peftcore.errors import PeftcoreError
+from peftcore.ops import PackedWeight
+from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.quantization.convert import convert
 from peftcore.quantization.int4_layouts import Int4Weight, find_layout, to_affine4
-from peftcore.quantization.quantizable import selected
+from peftcore.quantization.packed_experts import is_turned, pack_parameter
+from peftcore.quantization.quantizable import selected, selected_experts
 from peftcore.targets import matches, sizes
 from peftcore.targets.patterns import compiled, limited
 
@@ -45,7 +48,7 @@ def without_quantization(config: Any) -> Any:
 
 @limited()
 def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
-    """Give a dense model on the meta device int4 layers as its checkpoint has them by `quantization_config`.
+    """Give a dense model on the meta device int4 layers and experts, as its `quantization_config` says.
 
     Args:
         model: the model, changed in place.
@@ -58,20 +61,35 @@ def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
     is_ordered = stored.get("desc_act", False) or scheme.get("actorder") in ("group", "dynamic")
     ignored = [*(stored.get("ignore") or ()), *(stored.get("modules_to_not_convert") or ())]
     stay_dense = [_naming(pattern) for pattern in ignored]
+
+    def empty(rows: int, columns: int, dtype: torch.dtype, path: str) -> PackedWeight:
+        group = scheme.get("group_size") or -1
+        group = columns if group == -1 or columns % group else group
+        zeros = None if is_symmetric else torch.empty(rows, columns // group, dtype=torch.uint8)
+        order = torch.empty(columns, dtype=torch.int64) if is_ordered else None
+        scales = torch.empty(rows, columns // group, dtype=torch.float16)
+        codes = torch.empty(rows * columns // 2, 1, dtype=torch.uint8)
+        return to_affine4(Int4Weight(codes, scales, zeros, (rows, columns), group, order), dtype, path)
+
+    def is_int4(path: str) -> bool:
+        return not any(names(path) for names in stay_dense)
+
     with torch.device("meta"):
         for path, layer in selected(model, None).items():
-            if any(names(path) for names in stay_dense):
+            if is_int4(path):
+                columns, rows = sizes(layer)
+                weight: Any = layer.weight
+                convert(layer, empty(rows, columns, weight.dtype, path), None)
+        for path, names in selected_experts(model, None, MIN_BLOCKSIZE).items():
+            module = model.get_submodule(path)
+            if is_turned(module, "affine4") or not is_int4(path):
                 continue
-            columns, rows = sizes(layer)
-            group = scheme.get("group_size") or -1
-            group = columns if group == -1 or columns % group else group
-            zeros = None if is_symmetric else torch.empty(rows, columns // group, dtype=torch.uint8)
-            order = torch.empty(columns, dtype=torch.int64) if is_ordered else None
-            scales = torch.empty(rows, columns // group, dtype=torch.float16)
-            codes = torch.empty(rows * columns // 2, 1, dtype=torch.uint8)
-            weight: Any = layer.weight
-            packed = to_affine4(Int4Weight(codes, scales, zeros, (rows, columns), group, order), weight.dtype, path)
-            convert(layer, packed, None)
+            for name in names:
+                parameter = module.get_parameter(name)
+                count, rows, columns = parameter.shape
+                packed = empty(count * rows, columns, parameter.dtype, f"{path}.{name}")
+                packed = packed._replace(shape=(count, rows, columns), permutation=None)
+                pack_parameter(module, name, packed, None)
 
 
 def _naming(pattern: str) -> Callable[[str], bool]:

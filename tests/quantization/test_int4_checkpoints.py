@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from int4_checkpoints import awq, compressed, config, gptq, values, write_folder
+from mixtures import mixture
 from quantized import INPUTS, llama, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.quantization import quantized_layers
+from peftcore.quantization import quantized_experts, quantized_layers
 from peftcore.quantization.convert import convert
 from peftcore.quantization.int4_layouts import find_layout, to_affine4
 
@@ -137,7 +138,7 @@ def test_one_scale_for_each_row(tmp_path: Path) -> None:
         ),
         (
             lambda s: s.update({k.replace("layers.0", "layers.7"): s.pop(k) for k in [*s] if "layers.0.mlp" in k}),
-            r"has 3 int4 weights of GPTQ that are not those of linear layers \('model.layers.7",
+            r"has 3 int4 weights of GPTQ that are neither those of linear layers nor .* \('model.layers.7",
         ),
     ],
 )
@@ -161,3 +162,58 @@ def test_the_estimate_knows_the_checkpoint(case: str, tmp_path: Path) -> None:
     for each in found:
         assert each.summary.packed_parameters == sum(layer.in_features * layer.out_features for layer in packed)
         assert each.summary.packed_bytes == sum(t.nbytes for one in packed for t in (one.weight, *one.buffers()))
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        ("qwen3_moe", "gptq"),
+        ("mixtral", "awq"),
+        *(pytest.param("qwen3_moe", case, marks=pytest.mark.nightly) for case in ("awq", "compressed-tensors")),
+    ],
+)
+def test_experts_stored_one_by_one_become_one_parameter(family: str, case: str, tmp_path: Path) -> None:
+    write, changes, options = KINDS[case]
+    source = mixture(family, num_hidden_layers=1)
+    dense = write_folder(source, tmp_path, config(case, 32, **changes), write, 32, **options)
+    model = peftcore.quantization.load(tmp_path)
+    ((path, experts),) = quantized_experts(model)
+    assert {packing.quant_type for packing in experts.packings.values()} == {"affine4"}
+    names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    prefix = path.replace("mlp", "block_sparse_moe") if family == "mixtral" else path
+    gate, up, down = (torch.stack([dense[f"{prefix}.{i}.{name}.weight"] for i in range(4)]) for name in names)
+    assert torch.equal(experts.dequantized_parameter("gate_up_proj"), torch.cat((gate, up), 1).float())
+    assert torch.equal(experts.dequantized_parameter("down_proj"), down.float())
+    reference = peftcore.dequantize(peftcore.quantization.load(tmp_path))
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "ours")
+    assert torch.equal(logits(peftcore.quantization.load(tmp_path / "ours")), logits(model))
+    stored = sum(t.nbytes for _, layer in quantized_layers(model) for t in (layer.weight, *layer.buffers()))
+    stored += sum(experts.get_parameter(name).nbytes for name in experts.packings)
+    stored += sum(t.nbytes for t in experts.buffers())
+    assert peftcore.estimate(tmp_path, "lora", r=2, length=8, dtype=torch.float32).summary.packed_bytes == stored
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.layers.0.mlp.experts.2.up_proj.qzeros"), "has 3 tensors .*up_proj.qzeros'"),
+        (
+            lambda s: s.update({"model.layers.0.mlp.experts.1.down_proj.g_idx": torch.arange(32).int()}),
+            "has 1 tensors .*down_proj.g_idx'",
+        ),
+        (
+            lambda s: s.update(
+                {f"model.layers.0.mlp.experts.{i}.up_proj.g_idx": torch.arange(64).int() % 2 for i in range(4)}
+            ),
+            "gate_up_proj' has int4 experts with act-order",
+        ),
+    ],
+)
+def test_experts_that_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    write_folder(mixture("qwen3_moe", num_hidden_layers=1), tmp_path, config("gptq", 32), gptq, 32, smallest=1)
+    state = load_file(tmp_path / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.quantization.load(tmp_path)
