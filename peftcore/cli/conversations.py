@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from peftcore.cli import template_process
 from peftcore.cli.row import Messages, Row
@@ -27,17 +27,24 @@ BUILT_IN = {"chatml": CHATML}
 IGNORED = -100  # label that the loss ignores
 
 
-def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, of_adapter: str | None = None) -> None:
+def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a processor of texts with other inputs, or the tokenizer itself."""
+    found: PreTrainedTokenizerBase = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    return found
+
+
+def set_template(processor: Any, template: str | None, of_adapter: str | None = None) -> None:
     """Set the tokenizer's chat template.
 
     Args:
-        tokenizer: the tokenizer.
+        processor: the tokenizer, or a processor with one.
         template: the user's: `chatml`, a file with a template, or its text.
         of_adapter: the adapter's, used if the user gives none: `chatml`, or text.
 
     Raises:
         PeftcoreError: the file does not exist.
     """
+    tokenizer = tokenizer_of(processor)
     if template is None or template == of_adapter:
         if of_adapter is not None:
             tokenizer.chat_template = BUILT_IN.get(of_adapter, of_adapter)
@@ -94,6 +101,15 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]
     Raises:
         PeftcoreError: the template rejects it, or turns cannot be separated from what came before.
     """
+    return [example(tokenizer, text, spans) for text, spans, _ in texts_and_spans(row, tokenizer)]
+
+
+def texts_and_spans(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[tuple[int, int]], int]]:
+    """Return (text, spans of characters that are learned, number of messages in the text) of each example.
+
+    Raises:
+        PeftcoreError: the template rejects it, or turns cannot be separated from what came before.
+    """
     messages = row.messages or []
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= row.learned_from]
     turns = [i for i in turns if i not in row.not_learned]
@@ -104,8 +120,8 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]
     except PeftcoreError as error:
         raise PeftcoreError(f"{row.where}: {error}") from error
     if all(whole.startswith(text) for text, _ in spans):
-        return [_example(tokenizer, whole, [(begin, len(text)) for text, begin in spans])]
-    return [_example(tokenizer, text, [(begin, len(text))]) for text, begin in spans]
+        return [(whole, [(begin, len(text)) for text, begin in spans], len(messages))]
+    return [(text, [(begin, len(text))], turn + 1) for turn, (text, begin) in zip(turns, spans, strict=True)]
 
 
 def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, whole: str) -> None:
@@ -143,7 +159,7 @@ def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str,
     return text, begin
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> dict[str, Any]:
+def example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> dict[str, Any]:
     """Return tokens of `text`, of which those in the spans are learned, up to the mark that ends each turn."""
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from peftcore.cli import image_files, judged_rows, labels, mixture, turns
+from peftcore.cli import image_files, image_turns, judged_rows, labels, mixture, turns
 from peftcore.cli.data_files import alpaca_prompt, listed, records
 from peftcore.cli.labels import text_of
 from peftcore.cli.row import Row
@@ -28,13 +28,14 @@ CLASSIFICATION, REGRESSION, MULTI_LABEL = LABELLED = labels.KINDS
 TAGS, IMAGE = labels.TAGS, labels.IMAGE
 HEADED = (*LABELLED, TAGS, IMAGE)  # with a new head on the base, whose outputs have labels
 SEQ2SEQ = "seq2seq"
+IMAGE_TEXT = "image-text"
 PREFERENCES = "dpo"
 UNPAIRED = "kto"
 ODDS, REWARD = "orpo", "reward"
 ROLLOUTS = "grpo"
 PAIRED = (PREFERENCES, ODDS, REWARD)  # rows with a chosen and a rejected answer
 COMPARED = (PREFERENCES, UNPAIRED, ODDS, REWARD, ROLLOUTS)  # on judged answers, each with a module of its own
-TASKS = (LANGUAGE_MODEL, SEQ2SEQ, *HEADED, *COMPARED)
+TASKS = (LANGUAGE_MODEL, SEQ2SEQ, IMAGE_TEXT, *HEADED, *COMPARED)
 NEW_HEAD = (*HEADED, REWARD)
 
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
@@ -53,6 +54,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("text",),
         ("input_ids",),
     ),
+    IMAGE_TEXT: (("messages",), ("conversations",), ("prompt", "completion")),
     SEQ2SEQ: (("source", "target"), ("prompt", "completion"), ("instruction", "output")),
     CLASSIFICATION: _labelled("label"),
     REGRESSION: _labelled("label"),
@@ -66,6 +68,7 @@ _SHOWN = {
     LANGUAGE_MODEL: "text, prompt/completion, messages, conversations, instruction/output or input_ids",
     MULTI_LABEL: "text/labels",
     SEQ2SEQ: "source/target",
+    IMAGE_TEXT: "messages with images",
 }
 _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label"}
 _SHOWN |= dict.fromkeys(PAIRED, "prompt/chosen/rejected") | {
@@ -143,6 +146,9 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
     if all(image_files.is_labelled(source.path) for source in sources(path)):
         return IMAGE
     found: list[Any] = []
+    rows = itertools.chain.from_iterable(records(*each) for each in _sources(path, columns))
+    if image_turns.any_has_images(fields for _, fields in rows):
+        return IMAGE_TEXT
     for _, fields in itertools.chain.from_iterable(records(*each) for each in _sources(path, columns)):
         if not found and any(fields.keys() >= set(keys) for keys in _KEYS[TAGS]):
             return TAGS
@@ -180,6 +186,8 @@ def row_of(where: str, fields: dict[str, Any], task: str) -> Row:
         )
     if task in PAIRED:
         return judged_rows.preference(where, fields)
+    if task == IMAGE_TEXT:
+        return image_turns.row_of(where, fields)
     if task == ROLLOUTS:
         return judged_rows.asked(where, fields)
     if task == UNPAIRED:

@@ -61,7 +61,9 @@ def use_lazy_logits(
 def _few(model: PreTrainedModel, rows: list[tasks.Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return a batch of the last tokens of the first rows."""
     few = [
-        {k: v[-_TOKENS:] if isinstance(v, list) and len(v) == len(row["input_ids"]) else v for k, v in row.items()}
+        row
+        if "images" in row  # their tokens cannot be cut
+        else {k: v[-_TOKENS:] if isinstance(v, list) and len(v) == len(row["input_ids"]) else v for k, v in row.items()}
         for row in rows[:_ROWS]
     ]
     batch = tasks.in_dtype(tasks.collator(tokenizer)(few), model)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli import adapter_tokenizer, data
+from peftcore.cli import adapter_tokenizer, data, image_chats
 from peftcore.cli.adapter_folders import has_tokenizer
 from peftcore.cli.base_files import pretrained, quiet_transformers
 from peftcore.cli.console import note, require, warn
@@ -37,19 +37,32 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokeniz
 
 
 def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
-    """Return what prepares the inputs of a task: an image processor, or the tokenizer (`load_tokenizer`).
+    """Return what prepares the inputs of a task: a processor of images (and texts), or the tokenizer.
 
     Raises:
         PeftcoreError: it cannot be loaded.
     """
-    if task != data.IMAGE:
+    if task not in (data.IMAGE, data.IMAGE_TEXT):
         return load_tokenizer(model, adapter)
     quiet_transformers()
-    from transformers import AutoImageProcessor
+    from transformers import AutoImageProcessor, AutoProcessor
 
     if model.endswith(".gguf"):
-        raise PeftcoreError(f"--task image needs a model of transformers, found the .gguf file '{model}'")
+        raise PeftcoreError(f"--task {task} needs a model of transformers, found the .gguf file '{model}'")
     require("PIL", extra="images")
+    if task == data.IMAGE_TEXT:
+        load_config(model, task)
+        try:
+            found = pretrained(AutoProcessor.from_pretrained, model, "processor")
+        except AttributeError as error:  # transformers does not name the package that is missing
+            require("torchvision")
+            raise PeftcoreError(f"the processor of '{model}' cannot be loaded: {error}") from error
+        processor = image_chats.checked(found, model)
+        if adapter is not None and has_tokenizer(adapter):
+            own = adapter_tokenizer.load(adapter)
+            own.chat_template = own.chat_template or processor.tokenizer.chat_template
+            processor.tokenizer = own
+        return processor
     return pretrained(AutoImageProcessor.from_pretrained, model, "image processor")
 
 
@@ -185,6 +198,11 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
 
     config = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
     kinds = _auto_class(task)._model_mapping
+    if task == data.IMAGE_TEXT and type(config) not in kinds:
+        raise PeftcoreError(
+            f"--task image-text needs a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found "
+            f"'{model}' ({config.model_type}). For texts use --task causal-lm"
+        )
     if type(config) in kinds:
         config.architectures = [kinds[type(config)].__name__]
     return config
@@ -239,6 +257,8 @@ def _auto_class(task: str) -> Any:
         return transformers.AutoModelForSeq2SeqLM
     if task == data.IMAGE:
         return transformers.AutoModelForImageClassification
+    if task == data.IMAGE_TEXT:
+        return transformers.AutoModelForImageTextToText
     if task in data.NEW_HEAD:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModelForCausalLM

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.cli import data, data_files, image_files, labels, tasks
+from peftcore.cli import data, data_files, image_chats, image_files, image_turns, labels, tasks
 from peftcore.cli.adapter_folders import AdapterTask
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.row import Row
@@ -26,7 +26,10 @@ def read_rows(paths: Sequence[str], task: AdapterTask, columns: Mapping[str, str
         return [Row(file, "", label=task.labels[0], image=file) for file in files]
     rows = []
     for path in paths:
-        found = [_row(where, fields, task) for where, fields in data_files.records(path, columns)]
+        if task.task == data.IMAGE_TEXT:
+            found = [image_turns.asked_of(where, fields) for where, fields in data_files.records(path, columns)]
+        else:
+            found = [_row(where, fields, task) for where, fields in data_files.records(path, columns)]
         if not found:
             raise PeftcoreError(f"'{path}' has no examples")
         rows += found
@@ -67,6 +70,26 @@ def answers(
             row = rows[example["place"]]
             found[example["place"]] = {**_fields(row), **_answer(scores, wanted, row, task)}
     return [found[i] for i in range(len(rows))]
+
+
+@torch.no_grad()
+def texts(model: Any, rows: Sequence[Row], processor: Any, max_new_tokens: int) -> list[dict[str, Any]]:
+    """Return the images and the last turn of each conversation with the model's greedy answer."""
+    tokenizer, found = processor.tokenizer, []
+    device = next(model.parameters()).device
+    for row in rows:
+        inputs = {name: value.to(device) for name, value in image_chats.question(row, processor).items()}
+        tokens = model.generate(
+            **tasks.in_dtype(inputs, model),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tasks.ends(model, tokenizer),
+        )
+        answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        asked = "".join(part.get("text", "") for part in (row.messages or [])[-1]["content"])
+        found.append({"images": list(row.images), "prompt": asked, "answer": answer})
+    return found
 
 
 def _fields(row: Row) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Row:
     `rejected` is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
     `source` is the index of the data set. `is_good` marks an answer for KTO, with the prompt as in a preference.
     `pair` is the second text of a pair to classify. `tokens` are (ids, labels) of a row that is tokenized already.
-    `words` have the tags that are the label. `image` is the path of an image.
+    `words` have the tags that are the label. `image` is the path of an image; `images` are those of a conversation.
     `columns` are fields for a function that judges answers.
     """
 
@@ -38,6 +38,7 @@ class Row:
     tokens: tuple[list[int], list[int]] | None = None
     words: tuple[str, ...] = ()
     image: str | None = None
+    images: tuple[str, ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import conversations, data, images, metrics, packing, row_labels, seq2seq, tags
+from peftcore.cli import conversations, data, image_chats, images, metrics, packing, row_labels, seq2seq, tags
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.evaluation_mode import evaluating
 from peftcore.cli.metrics import Metrics
@@ -50,6 +50,8 @@ def encode(
         return Encoded(*seq2seq.encode(rows, tokenizer, max_length))
     if task == data.IMAGE:
         return Encoded(images.encode(rows, labels), 0)
+    if task == data.IMAGE_TEXT:
+        return Encoded(*image_chats.encode(rows, tokenizer, max_length))
     if task in data.LABELLED:
         return _encode_labelled(rows, tokenizer, max_length, labels)
     parts = []
@@ -99,12 +101,14 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], di
 
     `input_ids` and `attention_mask` are [batch, length]. `labels` have that shape for a language model; otherwise
     [batch] for classes or numbers, or [batch, labels] of zeros and ones. Images have `pixel_values`, of which
-    `tokenizer` is the image processor.
+    `tokenizer` is the image processor, or, in conversations, the processor.
     """
 
     def batch(examples: list[Example]) -> dict[str, Any]:
         if "image" in examples[0]:
             return images.collate(examples, tokenizer)
+        if "images" in examples[0]:
+            return image_chats.collate(examples, tokenizer)
         padding = tokenizer.pad_token_id or 0
         if "position_ids" in examples[0]:
             return packing.collate(examples, padding)

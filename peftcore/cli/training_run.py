@@ -252,7 +252,7 @@ def run(
         model.save_pretrained(adapter)
     else:
         peftcore.save(model, adapter)
-        template = tokenizer.chat_template if is_chat and settings.chat_template else None
+        template = conversations.tokenizer_of(tokenizer).chat_template if is_chat and settings.chat_template else None
         seed = settings.seed if settings.task in data.NEW_HEAD else None
         made_for = AdapterTask(
             settings.task, settings.max_length, labels, is_chat, template, settings.beta, settings.dtype, seed
@@ -261,7 +261,7 @@ def run(
         def write_beside() -> None:
             made_for.write(adapter)
             if start is not None and adapter_folders.has_tokenizer(start):
-                tokenizer.save_pretrained(adapter)
+                conversations.tokenizer_of(tokenizer).save_pretrained(adapter)
 
         ranks.once(write_beside, together=True)
     with precision.own(model):

@@ -60,7 +60,8 @@ def _says_something(message: Mapping[str, Any]) -> bool:
     return any(value.strip() if isinstance(value, str) else value for name, value in message.items() if name != "role")
 
 
-def messages_of(where: str, key: str, found: Any) -> Messages:
+def messages_of(where: str, key: str, found: Any, *, has_images: bool = False) -> Messages:
+    """Return checked messages; content in parts becomes text, unless it may have images."""
     if not isinstance(found, list) or not found:
         kind = "an empty list" if found == [] else type(found).__name__
         raise PeftcoreError(f"{where}: '{key}' must be a list of messages, found {kind}")
@@ -70,11 +71,14 @@ def messages_of(where: str, key: str, found: Any) -> Messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise PeftcoreError(f'{place} must be {{"role": ..., "content": ...}}, found {str(message)[:80]}')
         content = message.get("content")
+        if has_images and isinstance(content, list) and content:
+            continue
         if isinstance(content, list) and (text := _joined_parts(content)) is not None:
             content = message["content"] = text
         if isinstance(content, list):
             raise PeftcoreError(
-                f"{place} has content in parts other than text (such as images), which is not supported. Use text"
+                f"{place} has content in parts other than text. If these are images, use --task image-text with a "
+                "model that reads them; other parts are not supported"
             )
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise PeftcoreError(f"{place} has no text content, found {str(content)[:80]}")

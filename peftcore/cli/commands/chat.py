@@ -61,6 +61,11 @@ def chat(
     classifier = next((name for name, task in about.items() if task.task in data.NEW_HEAD), None)
     if classifier is not None:
         raise PeftcoreError(f"'{folders[classifier]}' is a classifier and cannot write text. Use peftcore generate")
+    with_images = next((name for name, task in about.items() if task.task == data.IMAGE_TEXT), None)
+    if with_images is not None:
+        raise PeftcoreError(
+            f"'{folders[with_images]}' answers turns with images. Use peftcore predict --data CONVERSATIONS.jsonl"
+        )
     bases = {name: adapter_folders.base_of(folder, model) for name, folder in folders.items()}
     base = next(iter(bases.values()), model)
     other = next((name for name, named in bases.items() if named != base), None)

@@ -35,11 +35,15 @@ def predict(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Maximum tokens per example; default: as in training.")
     ] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer (image-text).")] = 64,
+    chat_template: options.ChatTemplate = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Answer new examples with a classifier, a tagger or an image model: a JSON object per example, in order.
+    """Answer new examples with a classifier, a tagger, an image model, or a model of conversations with images.
+
+    The answers are a JSON object per example, in order.
 
     Labels in the data are not read. To measure the adapter on examples with labels, use peftcore eval.
     """
@@ -48,22 +52,26 @@ def predict(
     from peftcore.cli.data_files import parsed_columns
 
     task = adapter_folders.adapter_task(adapter, labels)
-    if task.task not in examples.HEADED:
+    if task.task not in (*examples.HEADED, examples.IMAGE_TEXT):
         raise PeftcoreError(
-            f"predict is for classifiers, found an adapter for {task.task}. Use peftcore "
+            f"predict is for classifiers and image-text, found an adapter for {task.task}. Use peftcore "
             f"{'eval' if task.task == examples.REWARD else 'generate --prompt TEXT'}"
         )
     if output is not None and output.exists():
         raise PeftcoreError(f"'{output}' exists already. Pass a new file: --output FILE")
     base = adapter_folders.base_of(adapter, model)
-    from peftcore.cli import predictions
+    from peftcore.cli import conversations, predictions
 
     rows = predictions.read_rows(data, task, parsed_columns(columns))
     processor = models.load_processor(base, task.task, adapter)
+    conversations.set_template(processor, chat_template, task.chat_template)
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     base_and_adapter.load_adapter(loaded, adapter)
-    found = predictions.answers(loaded, rows, processor, task, max_length or task.max_length)
+    if task.task == examples.IMAGE_TEXT:
+        found = predictions.texts(loaded, rows, processor, answer_tokens)
+    else:
+        found = predictions.answers(loaded, rows, processor, task, max_length or task.max_length)
     lines = [json.dumps(each, ensure_ascii=False) for each in found]
     if output is None:
         for line in lines:

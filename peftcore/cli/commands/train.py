@@ -58,7 +58,8 @@ def train(
     learned), or from conversations {"messages": [{"role": ..., "content": ...}, ...]} (only the assistant's turns are
     learned, through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression if labels
     are numbers that are not all whole, and multi-label if they are lists. {"tokens": [...], "tags": [...]} tags words.
-    A folder with one subfolder of images per label trains an image classifier.
+    A folder with one subfolder of images per label trains an image classifier. Conversations with images, {"type":
+    "image", "path": FILE} in a turn's content, train a model that reads images and texts (--task image-text).
     {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages, is learned by DPO, and {"prompt": ...,
     "completion": ..., "label": true} by KTO, with the frozen base as the reference; the pairs also by ORPO (--task
     orpo), or to train a reward model (--task reward). {"prompt": ...} is answered by the model itself in GRPO (--task
@@ -90,8 +91,8 @@ def train(
         start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
     examples.check_task(task)
-    if display.sample is not None and task in examples.NEW_HEAD:
-        raise PeftcoreError("--sample is a prompt for a language model; a classifier writes no text. Leave it out")
+    if display.sample is not None and task in (*examples.NEW_HEAD, examples.IMAGE_TEXT):
+        raise PeftcoreError(f"--sample is a prompt for a model of texts, found task {task}. Leave it out")
     if task == examples.IMAGE and (given.chat_template is not None or given.columns is not None):
         raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")
     if given.pack and task != examples.LANGUAGE_MODEL:

@@ -1,0 +1,163 @@
+"""Conversations with images (`--task image-text`): images in the forms that data sets have them, as paths in order.
+
+A part of a turn's content: `{"type": "image", "path": FILE}`, also as `image` or `url`, or OpenAI's `{"type":
+"image_url", "image_url": {"url": FILE}}`. Or a row names its images, `{"images": [FILE, ...], "messages": ...}` (also
+`image`), and each turn has `{"type": "image"}` or the text `<image>` where one is shown. Paths are relative to the
+folder of the file that names them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from peftcore.cli import labels, turns
+from peftcore.cli.row import Row
+from peftcore.errors import PeftcoreError
+
+MARK = "<image>"  # in texts of rows that name their images
+PLACE = {"type": "image"}  # what chat templates take
+_SOURCES = ("path", "image", "url", "image_url")
+_ROWS = 100  # rows that are looked at to guess a task
+
+
+def has_images(fields: Mapping[str, Any]) -> bool:
+    """Return whether a row is a conversation with images."""
+    found = fields.get("messages") or fields.get("conversations") or fields.get("prompt")
+    if not isinstance(found, list):
+        return False
+    parts = (part for turn in found if isinstance(turn, dict) for part in _parts(turn.get("content")))
+    return bool(_named(fields)) or any(part.get("type") in ("image", "image_url") for part in parts)
+
+
+def any_has_images(rows: Iterator[Mapping[str, Any]]) -> bool:
+    """Return whether one of the first rows is a conversation with images."""
+    return any(has_images(fields) for _, fields in zip(range(_ROWS), rows, strict=False))
+
+
+def row_of(where: str, fields: dict[str, Any]) -> Row:
+    """Return a conversation whose messages have the parts of chat templates, and the images that they show.
+
+    Raises:
+        PeftcoreError: an image is missing or not a local file; the message begins with `where`.
+    """
+    images = _Images(where, _named(fields))
+    if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
+        asked, said = (images.placed(key, fields[key]) for key in ("prompt", "completion"))
+        row = turns.conversation(where, [*asked, *said], len(asked), fields)
+    elif fields.get("messages") is not None:
+        row = turns.conversation(where, images.placed("messages", fields["messages"]), 0, fields)
+    else:
+        given = turns.of_sharegpt(where, fields["conversations"])
+        row = turns.conversation(where, images.placed("conversations", given), 0, fields)
+    images.check_all_shown()
+    spoken = next(
+        (i for i, m in enumerate(row.messages or []) if m["role"] == "assistant" and PLACE in m["content"]), -1
+    )
+    if spoken >= 0:
+        raise PeftcoreError(f"{where}: messages[{spoken}] is the assistant's and has an image, but models write texts")
+    return replace(row, images=tuple(images.paths))
+
+
+def asked_of(where: str, fields: dict[str, Any]) -> Row:
+    """Return a conversation to answer: the row without an answer that is there.
+
+    Raises:
+        PeftcoreError: there is no turn to answer, or an image is missing; the message begins with `where`.
+    """
+    key = next((key for key in ("messages", "conversations", "prompt") if isinstance(fields.get(key), list)), None)
+    if key is None:
+        raise PeftcoreError(f"{where}: predict needs the key messages for image-text, found {', '.join(fields)}")
+    given = turns.of_sharegpt(where, fields[key]) if key == "conversations" else fields[key]
+    while isinstance(given, list) and given and isinstance(given[-1], dict) and given[-1].get("role") == "assistant":
+        given = given[:-1]
+    images = _Images(where, _named(fields))
+    messages = turns.without_marks(images.placed(key, given))
+    images.check_all_shown()
+    return Row(where, "", messages=messages, images=tuple(images.paths))
+
+
+class _Images:
+    """Images of a row, collected while its messages are read."""
+
+    def __init__(self, where: str, named: list[Any]) -> None:
+        self.where, self.named, self.paths = where, named, list[str]()
+
+    def placed(self, key: str, found: Any) -> list[dict[str, Any]]:
+        """Return messages whose content is a list of parts, with `PLACE` for each image."""
+        messages = turns.messages_of(self.where, key, found, has_images=True)
+        for index, message in enumerate(messages):
+            if "content" in message:
+                parts = _parts(message["content"])
+                message["content"] = [p for part in parts for p in self._placed(f"{key}[{index}]", part)]
+        return messages
+
+    def _placed(self, place: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        kind = part.get("type")
+        if kind == "text" and isinstance(part.get("text"), str):
+            pieces = part["text"].split(MARK) if self.named else [part["text"]]
+            for i, piece in enumerate(pieces):
+                if i:
+                    self._show(place, None)
+                    yield dict(PLACE)
+                if piece:
+                    yield {"type": "text", "text": piece}
+        elif kind in ("image", "image_url"):
+            source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
+            self._show(place, source.get("url") if isinstance(source, dict) else source)
+            yield dict(PLACE)
+        else:
+            raise PeftcoreError(
+                f"{self.where}: {place} has a part of another kind than text and image, found {labels.short(part)}"
+            )
+
+    def _show(self, place: str, source: Any) -> None:
+        if source is None:
+            if len(self.paths) >= len(self.named):
+                raise PeftcoreError(
+                    f"{self.where}: {place} shows image {len(self.paths) + 1}, and the row names {len(self.named)}. "
+                    'Name it: {"type": "image", "path": FILE}, or in "images": [FILE, ...]'
+                )
+            source = self.named[len(self.paths)]
+        self.paths.append(self._path(place, source))
+
+    def _path(self, place: str, source: Any) -> str:
+        if not isinstance(source, str):
+            raise PeftcoreError(
+                f"{self.where}: {place} has an image that is not a path of a file, found {type(source).__name__}. Save "
+                "it as a file and name that"
+            )
+        if source.startswith(("http://", "https://", "data:")):
+            raise PeftcoreError(
+                f"{self.where}: {place} has the image '{source[:60]}', which is not a local file. Download it and name "
+                "the file"
+            )
+        folder = os.path.dirname(self.where.rpartition(":")[0])
+        path = os.path.join(folder, os.path.expanduser(source.removeprefix("file://")))
+        if not os.path.isfile(path):
+            raise PeftcoreError(
+                f"{self.where}: there is no image '{path}'. Paths are relative to the folder of the data file"
+            )
+        return path
+
+    def check_all_shown(self) -> None:
+        if self.named and len(self.paths) != len(self.named):
+            raise PeftcoreError(
+                f"{self.where}: the row names {len(self.named)} images, and its turns show {len(self.paths)}. Put "
+                f'{{"type": "image"}} or the text {MARK} where each is shown'
+            )
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    """Return content as parts; a text as one."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [part if isinstance(part, dict) else {"type": type(part).__name__} for part in content or ()]
+
+
+def _named(fields: Mapping[str, Any]) -> list[Any]:
+    """Return the images that a row names for all its turns."""
+    found = fields.get("images") if fields.get("images") is not None else fields.get("image")
+    return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]
