@@ -33,7 +33,7 @@ def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=image_models.KINDS)
+@pytest.fixture(params=["smolvlm", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("qwen", "llava"))])
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
     """A model of each kind and its processor."""
     processor = image_models.KINDS[request.param](tmp_path / request.param)
@@ -102,6 +102,7 @@ def test_tokens_are_those_of_the_processor_and_answers_are_learned(chats: Path, 
     assert (batch["labels"] != IGNORED).sum() == sum(label != IGNORED for e in examples for label in e["labels"])
 
 
+@pytest.mark.nightly
 def test_the_loss_of_a_batch_is_that_of_its_examples(chats: Path, made: Made) -> None:
     folder, processor = made
     model = models.load_model(str(folder), IMAGE_TEXT, device="cpu")
@@ -163,6 +164,7 @@ def test_a_model_without_a_processor_of_images(chats: Path, smolvlm: Path, tmp_p
         models.load_processor(str(folder), IMAGE_TEXT)
 
 
+@pytest.mark.nightly
 def test_a_template_without_images(chats: Path, smolvlm: Path) -> None:
     processor = models.load_processor(str(smolvlm), IMAGE_TEXT)
     processor.tokenizer.chat_template = (
@@ -223,6 +225,7 @@ def test_losses_are_those_of_transformers_trainer(chats: Path, smolvlm: Path, tm
     assert ours == pytest.approx(theirs, rel=1e-5) and len(ours) == 3
 
 
+@pytest.mark.nightly
 def test_training_evaluating_and_answering(chats: Path, smolvlm: Path, tmp_path: Path, run: Run) -> None:
     options = ("--method", "lora", "--set", "r=4", "--device", "cpu", "--max-length", "200", "--eval-data", chats)
     run("train", "--model", smolvlm, "--data", chats, *options, "--steps", "2", "--output", tmp_path / "run")
