@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,18 @@ from peftcore.plugin import PeftcoreError
 
 
 class Entry(NamedTuple):
-    """A tensor to write: its name in the file, its values, and its ggml type."""
+    """A tensor to write.
+
+    Args:
+        name: its name in the file. kind: its ggml type.
+        tensor: its values; or, on the meta device, the shape of its bytes.
+        blocks: returns its bytes, if they are not made from `tensor`.
+    """
 
     name: str
     tensor: Tensor
     kind: Any
+    blocks: Callable[[], Tensor] | None = None
 
 
 @contextmanager
@@ -53,16 +60,19 @@ def write_tensors(writer: Any, entries: list[Entry]) -> None:
     import gguf
     import numpy as np
 
-    for name, tensor, kind in entries:
+    for name, tensor, kind, blocks in entries:
         shape: tuple[int, ...] = tuple(tensor.shape)
         quantized = kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
-        stored = gguf.quant_shape_to_byte_shape(shape, kind) if quantized else shape
+        stored = gguf.quant_shape_to_byte_shape(shape, kind) if quantized and blocks is None else shape
         number = np.dtype(np.uint8 if quantized else np.float16 if kind.name == "F16" else np.float32)
         writer.add_tensor_info(name, stored, number, int(np.prod(stored)) * number.itemsize, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, tensor, kind in entries:
+    for name, tensor, kind, blocks in entries:
+        if blocks is not None:
+            writer.write_tensor_data(blocks().cpu().contiguous().numpy())
+            continue
         values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
         with np.errstate(over="ignore"):
             data = gguf.quantize(values, kind)
