@@ -32,6 +32,7 @@ class AdapterTask:
     beta: float | None = None  # of preferences, if it is not the default
     dtype: str | None = None  # of the base in training
     seed: int | None = None  # seed of a classifier's new head
+    pooling: str | None = None  # of token vectors into that of a text
 
     def write(self, folder: Path) -> None:
         """Write the file into the adapter's folder, replacing a link."""
@@ -62,7 +63,7 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
             raise TypeError(f"it must be a JSON object, found {shown(stored)}")
         # Files without `chat` are older than conversations.
         chat, template = stored.get("chat", False), stored.get("chat_template")
-        more = {name: stored.get(name) for name in ("beta", "dtype", "seed")}
+        more = {name: stored.get(name) for name in ("beta", "dtype", "seed", "pooling")}
         task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, **more)
         if type(stored["labels"]) is not list:
             raise TypeError(f"labels must be a list, found {shown(stored['labels'])}")
@@ -128,6 +129,8 @@ def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
         return AdapterTask(data.LANGUAGE_MODEL, 512)
     if fields["task_type"] == "SEQ_2_SEQ_LM":
         return AdapterTask(data.SEQ2SEQ, 512)
+    if fields["task_type"] == "FEATURE_EXTRACTION":
+        return AdapterTask(data.EMBEDDING, 512)
     if fields["task_type"] != "SEQ_CLS":
         raise PeftcoreError(
             f"'{folder}' is for the task {fields['task_type']}, which no command supports. Use the library"

@@ -29,6 +29,8 @@ FIGURES = {
     data.MULTI_LABEL: ("micro_f1", "macro_f1", "exact_match"),
     data.REGRESSION: ("pearson", "spearman"),
     data.IMAGE: ("accuracy", "macro_f1"),
+    data.IMAGE_TEXT: ("perplexity",),
+    data.EMBEDDING: ("recall_at_1", "mrr", "spearman", "pearson"),
     data.TAGS: ("accuracy", "macro_f1", "entity_f1"),
     data.PREFERENCES: ("preference_accuracy", "margin"),
     data.UNPAIRED: ("accuracy", "margin"),

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from peftcore.cli import image_files, image_turns, judged_rows, labels, mixture, turns
+from peftcore.cli import image_files, image_turns, judged_rows, labels, mixture, pair_rows, turns
 from peftcore.cli.data_files import alpaca_prompt, listed, records
 from peftcore.cli.labels import text_of
 from peftcore.cli.row import Row
@@ -29,13 +29,14 @@ TAGS, IMAGE = labels.TAGS, labels.IMAGE
 HEADED = (*LABELLED, TAGS, IMAGE)  # with a new head on the base, whose outputs have labels
 SEQ2SEQ = "seq2seq"
 IMAGE_TEXT = "image-text"
+EMBEDDING = "pairs"
 PREFERENCES = "dpo"
 UNPAIRED = "kto"
 ODDS, REWARD = "orpo", "reward"
 ROLLOUTS = "grpo"
 PAIRED = (PREFERENCES, ODDS, REWARD)  # rows with a chosen and a rejected answer
 COMPARED = (PREFERENCES, UNPAIRED, ODDS, REWARD, ROLLOUTS)  # on judged answers, each with a module of its own
-TASKS = (LANGUAGE_MODEL, SEQ2SEQ, IMAGE_TEXT, *HEADED, *COMPARED)
+TASKS = (LANGUAGE_MODEL, SEQ2SEQ, IMAGE_TEXT, EMBEDDING, *HEADED, *COMPARED)
 NEW_HEAD = (*HEADED, REWARD)
 
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
@@ -55,6 +56,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("input_ids",),
     ),
     IMAGE_TEXT: (("messages",), ("conversations",), ("prompt", "completion")),
+    EMBEDDING: pair_rows.KEYS,
     SEQ2SEQ: (("source", "target"), ("prompt", "completion"), ("instruction", "output")),
     CLASSIFICATION: _labelled("label"),
     REGRESSION: _labelled("label"),
@@ -69,6 +71,7 @@ _SHOWN = {
     MULTI_LABEL: "text/labels",
     SEQ2SEQ: "source/target",
     IMAGE_TEXT: "messages with images",
+    EMBEDDING: "anchor/positive, anchor/positive/negative or sentence1/sentence2/score",
 }
 _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label"}
 _SHOWN |= dict.fromkeys(PAIRED, "prompt/chosen/rejected") | {
@@ -111,7 +114,7 @@ def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) 
         if not found:
             raise PeftcoreError(f"'{each}' has no examples")
         odd = next((row for row in found if row.kind != found[0].kind), None)
-        if odd is not None and task == LANGUAGE_MODEL:
+        if odd is not None and task in (LANGUAGE_MODEL, EMBEDDING):
             raise PeftcoreError(
                 f"{odd.where}: this line has {odd.kind}, but the first line has {found[0].kind}. Split the file in two"
             )
@@ -154,6 +157,8 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
             return TAGS
         name = next((name for name in ("label", "labels") if name in fields), None)
         if name is None and not found:
+            if pair_rows.is_pairs(fields):
+                return EMBEDDING
             if {"source", "target"} <= fields.keys():
                 return SEQ2SEQ
             return PREFERENCES if {"chosen", "rejected"} <= fields.keys() else LANGUAGE_MODEL
@@ -188,6 +193,8 @@ def row_of(where: str, fields: dict[str, Any], task: str) -> Row:
         return judged_rows.preference(where, fields)
     if task == IMAGE_TEXT:
         return image_turns.row_of(where, fields)
+    if task == EMBEDDING:
+        return pair_rows.row_of(where, keys, fields)
     if task == ROLLOUTS:
         return judged_rows.asked(where, fields)
     if task == UNPAIRED:

@@ -25,7 +25,7 @@ def fuse(
     """Fuse operators, as `settings` say: with `auto` if loss and gradients of a few rows are the same with them."""
     if settings.fuse == "on":
         peftcore.fuse(model)
-    if settings.fuse != "auto" or settings.parallel or model.device.type != "cpu":
+    if settings.fuse != "auto" or settings.parallel or model.device.type != "cpu" or settings.task == data.EMBEDDING:
         return
     kinds = fused_modules(peftcore.fuse(model))
     if not kinds:

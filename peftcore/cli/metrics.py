@@ -29,9 +29,12 @@ TITLES = {
     "exact_match": "exact match",
     "rouge_l": "ROUGE-L",
     "log_odds": "log odds ratio",
+    "mrr": "mean reciprocal rank",
+    "recall_at_1": "recall@1",
     "preference_accuracy": "preference accuracy",
 }
-SHARES = ("accuracy", "macro_f1", "micro_f1", "entity_f1", "exact_match", "preference_accuracy")  # shown as percentages
+# Figures that are shown as percentages.
+SHARES = ("accuracy", "macro_f1", "micro_f1", "entity_f1", "exact_match", "preference_accuracy", "recall_at_1")
 
 
 @dataclass(frozen=True)

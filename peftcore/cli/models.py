@@ -132,6 +132,8 @@ def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, 
         task: the task.
     """
     backbone = f"{loaded.base_model_prefix}." if task in data.NEW_HEAD else ""
+    if task == data.EMBEDDING:
+        missing = [name for name in missing if not name.startswith("pooler.")]  # not used
     names = sorted(name for name in missing if name.startswith(backbone))
     if not names:
         return
@@ -203,6 +205,11 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
             f"--task image-text needs a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found "
             f"'{model}' ({config.model_type}). For texts use --task causal-lm"
         )
+    if task == data.EMBEDDING and config.is_encoder_decoder:
+        raise PeftcoreError(
+            f"--task pairs needs an encoder or a decoder, found '{model}' ({config.model_type}), which has both. Use a "
+            "model such as sentence-transformers/all-MiniLM-L6-v2"
+        )
     if type(config) in kinds:
         config.architectures = [kinds[type(config)].__name__]
     return config
@@ -257,6 +264,8 @@ def _auto_class(task: str) -> Any:
         return transformers.AutoModelForSeq2SeqLM
     if task == data.IMAGE:
         return transformers.AutoModelForImageClassification
+    if task == data.EMBEDDING:
+        return transformers.AutoModel
     if task == data.IMAGE_TEXT:
         return transformers.AutoModelForImageTextToText
     if task in data.NEW_HEAD:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.cli import data, data_files, image_chats, image_files, image_turns, labels, tasks
+from peftcore.cli import data, data_files, image_chats, image_files, image_turns, labels, sentence_pairs, tasks
 from peftcore.cli.adapter_folders import AdapterTask
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.row import Row
@@ -28,6 +28,8 @@ def read_rows(paths: Sequence[str], task: AdapterTask, columns: Mapping[str, str
     for path in paths:
         if task.task == data.IMAGE_TEXT:
             found = [image_turns.asked_of(where, fields) for where, fields in data_files.records(path, columns)]
+        elif task.task == data.EMBEDDING:
+            found = [_text_row(where, fields) for where, fields in data_files.records(path, columns)]
         else:
             found = [_row(where, fields, task) for where, fields in data_files.records(path, columns)]
         if not found:
@@ -70,6 +72,31 @@ def answers(
             row = rows[example["place"]]
             found[example["place"]] = {**_fields(row), **_answer(scores, wanted, row, task)}
     return [found[i] for i in range(len(rows))]
+
+
+def _text_row(where: str, fields: dict[str, Any]) -> Row:
+    if "text" not in fields:
+        raise PeftcoreError(
+            f"{where}: predict needs the key text for pairs, found {data_files.listed(fields) or 'none'}. If it has "
+            "another name: --columns text=NAME"
+        )
+    return Row(where, labels.text_of(where, "text", fields["text"]))
+
+
+def embeddings(
+    model: nn.Module, rows: Sequence[Row], tokenizer: Any, task: AdapterTask, base: str, length: int
+) -> list[dict[str, Any]]:
+    """Return each text with its vector, of length 1."""
+    pooling = task.pooling or sentence_pairs.pooling_of(base)
+    ids = tokenizer([row.text for row in rows], truncation=True, max_length=length)["input_ids"]
+    empty = next((row for row, tokens in zip(rows, ids, strict=True) if not tokens), None)
+    if empty is not None:
+        raise PeftcoreError(f"{empty.where}: the text has no tokens")
+    found = sentence_pairs.embedded(model, ids, tokenizer.pad_token_id or 0, pooling)
+    return [
+        {"text": row.text, "embedding": [round(each, 7) for each in vector.tolist()]}
+        for row, vector in zip(rows, found, strict=True)
+    ]
 
 
 @torch.no_grad()

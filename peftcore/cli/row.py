@@ -18,7 +18,8 @@ class Row:
     from `learned_from` on are learned, except the indices `not_learned`. In a preference `completion` is chosen and
     `rejected` is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
     `source` is the index of the data set. `is_good` marks an answer for KTO, with the prompt as in a preference.
-    `pair` is the second text of a pair to classify. `tokens` are (ids, labels) of a row that is tokenized already.
+    `pair` is the second text of a pair to classify or to embed, `negative` the third of a triplet.
+    `tokens` are (ids, labels) of a row that is tokenized already.
     `words` have the tags that are the label. `image` is the path of an image; `images` are those of a conversation.
     `columns` are fields for a function that judges answers.
     """
@@ -35,6 +36,7 @@ class Row:
     source: int = 0
     is_good: bool | None = None
     pair: str | None = None
+    negative: str | None = None
     tokens: tuple[list[int], list[int]] | None = None
     words: tuple[str, ...] = ()
     image: str | None = None
@@ -46,6 +48,10 @@ class Row:
         """Name of the example's fields."""
         if self.messages is not None:
             return "messages"
+        if self.negative is not None:
+            return "anchor/positive/negative"
+        if self.pair is not None:
+            return "sentence1/sentence2/score" if isinstance(self.label, float) else "anchor/positive"
         if self.tokens is not None:
             return "input_ids"
         return "text" if self.completion is None else "prompt/completion"

@@ -64,6 +64,10 @@ class RunOptions:
             help="Beta of DPO and KTO, which keeps the model close to the base, or weight of ORPO's odds; default: 0.1."
         ),
     ] = None
+    pooling: Annotated[
+        str,
+        typer.Option(help="How a text's vector is made of its tokens' (pairs): auto (as the base), mean, cls, last."),
+    ] = "auto"
     reward: Annotated[
         str | None,
         typer.Option(

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import conversations, data, image_chats, images, metrics, packing, row_labels, seq2seq, tags
+from peftcore.cli import (
+    conversations,
+    data,
+    image_chats,
+    images,
+    metrics,
+    packing,
+    row_labels,
+    sentence_pairs,
+    seq2seq,
+    tags,
+)
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.evaluation_mode import evaluating
 from peftcore.cli.metrics import Metrics
@@ -50,6 +61,8 @@ def encode(
         return Encoded(*seq2seq.encode(rows, tokenizer, max_length))
     if task == data.IMAGE:
         return Encoded(images.encode(rows, labels), 0)
+    if task == data.EMBEDDING:
+        return Encoded(*sentence_pairs.encode(rows, tokenizer, max_length))
     if task == data.IMAGE_TEXT:
         return Encoded(*image_chats.encode(rows, tokenizer, max_length))
     if task in data.LABELLED:
@@ -107,6 +120,8 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], di
     def batch(examples: list[Example]) -> dict[str, Any]:
         if "image" in examples[0]:
             return images.collate(examples, tokenizer)
+        if "texts" in examples[0]:
+            return sentence_pairs.collate(examples, tokenizer)
         if "images" in examples[0]:
             return image_chats.collate(examples, tokenizer)
         padding = tokenizer.pad_token_id or 0
@@ -182,7 +197,9 @@ def measure(
 
 
 def length(example: Example) -> int:
-    """Return the number of tokens of an example, its source or its target; 1 for an image, since all have one size."""
+    """Return the number of tokens of an example, its source or its target, or its longest text; 1 for an image."""
+    if "texts" in example:
+        return max(map(len, example["texts"]))
     labels = example.get("labels")
     return max(len(example.get("input_ids", (0,))), len(labels) if isinstance(labels, list) else 0)
 

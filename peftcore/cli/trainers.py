@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import Trainer, TrainerControl
 
-from peftcore.cli import data, odds, precision, rewards, rollouts, tasks, unpaired
+from peftcore.cli import data, odds, precision, rewards, rollouts, sentence_pairs, tasks, unpaired
 from peftcore.cli.console import require, say
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.sampler import LengthGroupedSampler
@@ -77,6 +77,18 @@ class MeasuringTrainer(Measuring, Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return tasks.in_dtype(super()._prepare_inputs(inputs), self.model)
+
+
+class EmbeddingTrainer(MeasuringTrainer):
+    """Trainer on pairs of texts (`sentence_pairs`)."""
+
+    def __init__(self, *args: Any, pooling: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pooling = pooling
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_args: Any, **_kwargs: Any) -> Any:
+        found = sentence_pairs.vectors(model, inputs, self.pooling)
+        return sentence_pairs.loss(found, inputs["labels"], inputs.get("same"))
 
 
 def trl_classes(task: str) -> tuple[Any, Any]:

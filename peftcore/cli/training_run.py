@@ -36,6 +36,7 @@ from peftcore.cli import (
     progress,
     rollouts,
     row_labels,
+    sentence_pairs,
     tasks,
     trainer_arguments,
     trainers,
@@ -93,6 +94,11 @@ def run(
         seen = [*train_rows, *validation_rows]
         labels = tuple(row_labels.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
     tokenizer = models.load_processor(settings.model, settings.task, start)
+    pooling = ""
+    if settings.task == data.EMBEDDING:
+        before_it = adapter_folders.adapter_task(start).pooling if start is not None else None
+        pooling = sentence_pairs.pooling_of(settings.model, before_it or settings.pooling)
+        say(f"texts become vectors by {pooling} pooling")
     of_adapter = adapter_folders.adapter_task(start).chat_template if start is not None else None
     conversations.set_template(tokenizer, settings.chat_template, of_adapter)
     is_chat = any(row.messages is not None for row in train_rows)
@@ -171,6 +177,8 @@ def run(
         if comparison is not None:
             how = {"beta": settings.beta, "reference": first[id(examples)]}
             return comparisons.measure(settings.task, model, examples, tokenizer, pairs, **how)
+        if settings.task == data.EMBEDDING:
+            return sentence_pairs.measure(model, examples, tokenizer, settings.batch_size, pooling=pooling)
         # Not more tokens at once than in training, so that measuring fits too.
         tag_names = labels if settings.task == data.TAGS else ()
         budget = settings.batch_size * longest
@@ -221,6 +229,9 @@ def run(
         if reward is not None:
             common["reward_funcs"] = [reward]
         trainer = trainers.comparing_trainer(settings.task, **common, lengths=sizes, processing_class=tokenizer)
+    elif settings.task == data.EMBEDDING:
+        collate = tasks.collator(tokenizer)
+        trainer = trainers.EmbeddingTrainer(**common, lengths=sizes, data_collator=collate, pooling=pooling)
     else:
         is_mean = settings.task in (data.TAGS, data.SEQ2SEQ)  # the loss of a batch, whatever the step has
         trainer = trainers.MeasuringTrainer(
@@ -255,7 +266,15 @@ def run(
         template = conversations.tokenizer_of(tokenizer).chat_template if is_chat and settings.chat_template else None
         seed = settings.seed if settings.task in data.NEW_HEAD else None
         made_for = AdapterTask(
-            settings.task, settings.max_length, labels, is_chat, template, settings.beta, settings.dtype, seed
+            settings.task,
+            settings.max_length,
+            labels,
+            chat=is_chat,
+            chat_template=template,
+            beta=settings.beta,
+            dtype=settings.dtype,
+            seed=seed,
+            pooling=pooling or None,
         )
 
         def write_beside() -> None:
@@ -304,6 +323,11 @@ def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any
     """Return the training batches for methods that initialise from data; None for others."""
     if not takes_batches(settings.method, settings.fields):
         return None
+    if settings.task == data.EMBEDDING:
+        raise PeftcoreError(
+            f"--method {settings.method} initialises from the loss of batches, which --task pairs does not have. Use "
+            "another method or initialisation"
+        )
     if settings.task in data.COMPARED:
         train = comparisons.of(settings.task).as_texts(train)
     order = LengthGroupedSampler([tasks.length(each) for each in train], settings.batch_size, settings.seed)

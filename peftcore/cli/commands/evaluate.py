@@ -85,6 +85,11 @@ def evaluate(
                 return rollouts.measure(model, some, tokenizer, reward, given.answer_tokens)
     else:
         encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
+        if task.task == examples.EMBEDDING:
+            from peftcore.cli import sentence_pairs
+
+            pooling = task.pooling or sentence_pairs.pooling_of(base)
+            measure = functools.partial(sentence_pairs.measure, pooling=pooling)
         if task.task == examples.TAGS:
             measure = functools.partial(tasks.measure, tag_names=task.labels)
     if answered:

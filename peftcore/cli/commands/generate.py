@@ -47,6 +47,8 @@ def generate(
         raise PeftcoreError(f"'{adapter}' is a reward model, which writes no answers. Measure it: peftcore eval")
     if task.task == data.IMAGE:
         raise PeftcoreError(f"'{adapter}' classifies images. Use peftcore predict --data IMAGES")
+    if task.task == data.EMBEDDING:
+        raise PeftcoreError(f"'{adapter}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
     if task.task == data.IMAGE_TEXT:
         raise PeftcoreError(f"'{adapter}' answers turns with images. Use peftcore predict --data CONVERSATIONS.jsonl")
     if pair is not None and task.task not in data.LABELLED:

@@ -41,9 +41,9 @@ def predict(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Answer new examples with a classifier, a tagger, an image model, or a model of conversations with images.
+    """Answer new examples with a classifier, a tagger, an image model, a model of conversations with images or pairs.
 
-    The answers are a JSON object per example, in order.
+    A model of pairs writes the vector of each text, of length 1. The answers are a JSON object per example, in order.
 
     Labels in the data are not read. To measure the adapter on examples with labels, use peftcore eval.
     """
@@ -52,9 +52,9 @@ def predict(
     from peftcore.cli.data_files import parsed_columns
 
     task = adapter_folders.adapter_task(adapter, labels)
-    if task.task not in (*examples.HEADED, examples.IMAGE_TEXT):
+    if task.task not in (*examples.HEADED, examples.IMAGE_TEXT, examples.EMBEDDING):
         raise PeftcoreError(
-            f"predict is for classifiers and image-text, found an adapter for {task.task}. Use peftcore "
+            f"predict is for classifiers, image-text and pairs, found an adapter for {task.task}. Use peftcore "
             f"{'eval' if task.task == examples.REWARD else 'generate --prompt TEXT'}"
         )
     if output is not None and output.exists():
@@ -68,7 +68,9 @@ def predict(
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     base_and_adapter.load_adapter(loaded, adapter)
-    if task.task == examples.IMAGE_TEXT:
+    if task.task == examples.EMBEDDING:
+        found = predictions.embeddings(loaded, rows, processor, task, base, max_length or task.max_length)
+    elif task.task == examples.IMAGE_TEXT:
         found = predictions.texts(loaded, rows, processor, answer_tokens)
     else:
         found = predictions.answers(loaded, rows, processor, task, max_length or task.max_length)

@@ -60,6 +60,8 @@ def train(
     are numbers that are not all whole, and multi-label if they are lists. {"tokens": [...], "tags": [...]} tags words.
     A folder with one subfolder of images per label trains an image classifier. Conversations with images, {"type":
     "image", "path": FILE} in a turn's content, train a model that reads images and texts (--task image-text).
+    {"anchor": ..., "positive": ...}, also with "negative", or {"sentence1": ..., "sentence2": ..., "score": ...} train
+    a model of embeddings (--task pairs).
     {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages, is learned by DPO, and {"prompt": ...,
     "completion": ..., "label": true} by KTO, with the frozen base as the reference; the pairs also by ORPO (--task
     orpo), or to train a reward model (--task reward). {"prompt": ...} is answered by the model itself in GRPO (--task
@@ -91,10 +93,14 @@ def train(
         start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
     examples.check_task(task)
-    if display.sample is not None and task in (*examples.NEW_HEAD, examples.IMAGE_TEXT):
+    if display.sample is not None and task in (*examples.NEW_HEAD, examples.IMAGE_TEXT, examples.EMBEDDING):
         raise PeftcoreError(f"--sample is a prompt for a model of texts, found task {task}. Leave it out")
     if task == examples.IMAGE and (given.chat_template is not None or given.columns is not None):
         raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")
+    if given.pooling != "auto" and task != examples.EMBEDDING:
+        raise PeftcoreError(f"--pooling is for --task pairs, found task {task}. Leave it out")
+    if given.pooling != "auto" and start is not None:
+        raise PeftcoreError(f"--pooling is the adapter's, found {given.pooling}. Leave it out")
     if given.pack and task != examples.LANGUAGE_MODEL:
         raise PeftcoreError(f"--pack is for causal-lm, found task {task}. Leave it out")
     if task == examples.ROLLOUTS:
