@@ -23,6 +23,7 @@ from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight
 from peftcore.ops.weight import DTYPES
 from peftcore.plugin_discovery import CORE
+from peftcore.quantization import gptq
 from peftcore.quantization.config_sync import packed_names, sync_config
 from peftcore.quantization.format import FORMATS, from_tensors, quantized
 from peftcore.quantization.fused import guard_quantized
@@ -39,6 +40,7 @@ from peftcore.quantization.quant_types import (
 from peftcore.quantization.quantizable import selected, selected_experts, warn_of_dense
 from peftcore.targets import is_conv1d, sizes
 from peftcore.targets.coverage import LITTLE, coverage
+from peftcore.validation import shown
 from peftcore.weight_formats import find_weight_format
 
 _WORTH = 16 << 20  # bytes of dense weights from which returning free memory to the system is worth the time
@@ -53,6 +55,7 @@ def quantize(
     skip: Sequence[str] | None = None,
     compute_dtype: torch.dtype | None = None,
     blocksize: int = 64,
+    batches: Iterable[Any] | None = None,
 ) -> Model:
     """Quantize the weights of linear layers (including transformers' Conv1D) and experts to 4 bits (arXiv 2305.14314).
 
@@ -72,6 +75,10 @@ def quantize(
         compute_dtype: dtype of the products; None for the input's.
         blocksize: number of weights that share a scale, a power of two from 32 to 4096; for mxfp4 always 32.
             Experts that do not divide into blocks get smaller ones or stay dense, with a warning.
+        batches: for affine4: what to call the model with (mappings, tuples or tensors), to round linear layers by GPTQ
+            (arXiv 2210.17323) with their inputs. 16 to 128 texts of a few hundred tokens are usual. Takes a forward
+            pass up to each layer, and the memory of the dense model until the last. None: round to nearest. Experts,
+            and layers that no batch reaches, are rounded to nearest, with a warning.
 
     Returns:
         The model, changed in place. The config of a transformers model contains what bitsandbytes needs to load it.
@@ -82,6 +89,8 @@ def quantize(
             applied. The model is left unchanged.
     """
     plugin, chosen_format = find_type(quant_type)
+    if batches is not None and quant_type != "affine4":
+        raise PeftcoreError(f"batches are for quant_type='affine4', found {shown(quant_type)}. Leave them out")
     if plugin is CORE:
         double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
     else:
@@ -115,6 +124,8 @@ def quantize(
         _tell_if_little(model, [*chosen, *full, *theirs])
     warn_of_dense(model, skip)
     before = _held_by(model)
+    if batches is not None:
+        chosen = _round_by_gptq(model, chosen, experts, list(batches), blocksize, compute_dtype)
     for path in theirs:
         _adopt(model.get_submodule(path), path)
     if plugin is not CORE:
@@ -133,6 +144,28 @@ def quantize(
     if before - _held_by(model) >= _WORTH:
         give_back_freed()
     return model
+
+
+def _round_by_gptq(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    experts: Mapping[str, Mapping[str, int]],
+    batches: list[Any],
+    blocksize: int,
+    compute_dtype: torch.dtype | None,
+) -> dict[str, nn.Module]:
+    """Convert layers by GPTQ, and return those that no batch reaches."""
+
+    def converted(layer: nn.Module, weight: PackedWeight) -> None:
+        convert(layer, weight, compute_dtype)
+        guard_quantized(model)
+
+    try:
+        with gptq.rounded_layers(model, layers, batches, blocksize, converted) as unreached:
+            gptq.warn_of_nearest(unreached, [f"{path}.{name}" for path, names in experts.items() for name in names])
+    finally:
+        guard_quantized(model)
+    return {path: layers[path] for path in unreached}
 
 
 def _held_by(model: nn.Module) -> int:
