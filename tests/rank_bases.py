@@ -23,6 +23,7 @@ from peftcore.testing import disturb
 
 # Sizes that fit these bases better than those of `rank_cases`, which no number of ranks divides.
 FIELDS: dict[str, dict[str, Any]] = {
+    "qlora": {"blocksize": 32},
     "c3a": {"block_size": 12},
     "vblora": {"vector_length": 12},
     "trainable-tokens": {"token_indices": [29, 5]},
@@ -34,7 +35,8 @@ READING += ["adapter", "reft", "ia3", "bitfit", "ln-tuning"]
 
 
 def write(folder: Path) -> None:
-    """Folders with a tiny model: `llama` and `gpt2`, of which two ranks can have halves, `odd`, and two of Qwen3."""
+    """Folders with a tiny model: `llama` and `gpt2`, of which two ranks can have halves, `odd`, two of Qwen3, and
+    `blocks`, whose halves are whole blocks of 32."""
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
@@ -50,9 +52,12 @@ def write(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "llama")
     Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(folder / "qwen3")
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "attention_bias": True}
+    experts |= {"hidden_size": 64, "head_dim": 16}
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes | experts)).save_pretrained(folder / "qwen3_moe")
     biases = {"attention_bias": True, "mlp_bias": True, "intermediate_size": 49}
     LlamaForCausalLM(LlamaConfig(**sizes | biases)).save_pretrained(folder / "odd")
+    blocks = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "attention_bias": True}
+    LlamaForCausalLM(LlamaConfig(**sizes | blocks)).save_pretrained(folder / "blocks")
     rank_work.model("gpt2").save_pretrained(folder / "gpt2")
 
 

@@ -26,7 +26,7 @@ WAYS = ("tp_plan", "parallelize_module", "FSDP2 and tp_plan", "expert parallel",
 ATTENTION = {"target_modules": ["q_proj", "o_proj"]}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("lora", {"r": 3, **ATTENTION}),
-    "QLoRA": ("qlora", {"r": 3, **ATTENTION}),
+    "QLoRA": ("qlora", {"r": 3, "blocksize": 32, **ATTENTION}),
     "DoRA": ("dora", {"r": 3, **ATTENTION}),
     "IA3": ("ia3", {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}),
     "adapters": ("adapter", {"bottleneck_size": 5}),
@@ -34,14 +34,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "BitFit": ("bitfit", {}),
     "LoRA on experts": ("lora", {"r": 3, "target_modules": ["experts"]}),
 }
+SKIP = ["lm_head", "gate", "experts"]  # of QLoRA, where the ranks share out experts
 READ, NEXT = TOKENS[:, :6], TOKENS[:, 1:7]
 
 
 def kind_of(way: str, name: str) -> str:
-    """A folder of `rank_bases.write`: with experts where they are divided or adapted, with biases for BitFit."""
+    """A folder of `rank_bases.write`: with experts where they are divided or adapted, with biases for BitFit.
+
+    For QLoRA, with halves of whole blocks.
+    """
     if way == "expert parallel" or name == "LoRA on experts":
         return "qwen3_moe"
-    return "odd" if name == "BitFit" else "llama"
+    return {"BitFit": "odd", "QLoRA": "blocks"}.get(name, "llama")
 
 
 def divided(way: str, folder: str, kind: str) -> nn.Module:
@@ -56,6 +60,8 @@ def divided(way: str, folder: str, kind: str) -> nn.Module:
 def adapted(found: nn.Module, name: str) -> nn.Module:
     torch.manual_seed(7)
     method, fields = METHODS[name]
+    if name == "QLoRA" and hasattr(found.config, "num_experts"):
+        fields = {**fields, "skip": SKIP}
     peftcore.apply(found, method, **fields)
     disturb(found, "default", seed=1, std=0.05)
     return found.train()
@@ -158,6 +164,8 @@ def measured(way: str, name: str, folder: str) -> dict[str, float] | str:
         dcp.save({"training": peftcore.TrainingState(whole, spread.optimizer)}, checkpoint_id=f"{where}/state")
         distributed.barrier()
         loaded = base(folder, kind)
+        if name == "QLoRA":
+            peftcore.quantize(loaded, blocksize=32, skip=SKIP if kind == "qwen3_moe" else None)
         other = adapted(base(folder, kind), name)
         of_other = optimizer_of(other)
         dcp.load({"training": peftcore.TrainingState(other, of_other)}, checkpoint_id=f"{where}/state", no_dist=True)

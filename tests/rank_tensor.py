@@ -53,7 +53,7 @@ def spread_over_ranks(found: nn.Module) -> float:
 
 def against_one_process(case: str, folder: str) -> dict[str, float | str]:
     """Differences of one method from one process, by what is compared."""
-    kind = "odd" if case == "bitfit" else "llama"  # it trains biases
+    kind = {"bitfit": "odd", "qlora": "blocks"}.get(case, "llama")  # with biases; with halves of whole blocks
     spread = divided(folder, kind)
     try:
         adapted(spread, case)
@@ -84,18 +84,19 @@ def against_one_process(case: str, folder: str) -> dict[str, float | str]:
     wanted, where = logits(spread), f"{folder}/{case}"
     peftcore.save(spread, f"{where}, two")
     distributed.barrier()
-    alone = peftcore.load(base(folder, kind), f"{where}, two")
+    alone = peftcore.load(in_bits(base(folder, kind), case), f"{where}, two")
     found["loaded by one"] = off(logits(alone), wanted)
     if ranks.rank() == 0:
         peftcore.save(alone, f"{where}, one")
     distributed.barrier()
-    again = peftcore.load(divided(folder, kind), f"{where}, one")
+    again = peftcore.load(in_bits(divided(folder, kind), case), f"{where}, one")
     found["loaded by two"] = off(logits(again), wanted)
     given_back(peftcore.remove(again), kind)
 
     weights = {name: ranks.whole(p).clone() for name, p in spread.named_parameters()}
+    dense = {"dtype": torch.float32} if case == "qlora" else {}
     try:
-        peftcore.merge(spread)
+        peftcore.merge(spread, **dense)
     except peftcore.PeftcoreError as error:
         found["merged"] = str(error)
         given_back(peftcore.remove(spread), kind)
@@ -103,9 +104,14 @@ def against_one_process(case: str, folder: str) -> dict[str, float | str]:
         found["merged"] = off(logits(spread), wanted)
         peftcore.unmerge(spread)
         assert all(torch.equal(ranks.whole(p), weights[name]) for name, p in spread.named_parameters())
-        peftcore.merge(spread, keep_adapters=False)
+        peftcore.merge(spread, keep_adapters=False, **dense)
         found["merged"] = max(found["merged"], off(logits(spread), wanted))
     return found
+
+
+def in_bits(found: nn.Module, case: str) -> nn.Module:
+    """The base of an adapter in a file, which does not quantize it."""
+    return peftcore.quantize(found, blocksize=32) if case == "qlora" else found
 
 
 def given_back(found: nn.Module, kind: str) -> None:
@@ -118,8 +124,10 @@ def table(folder: str, cases: list[str]) -> dict[str, dict[str, float | str]]:
     return {case: against_one_process(case, folder) for case in cases}
 
 
-def by_hooks(folder: str, kind: str = "llama", **styles: Any) -> nn.Module:
-    """A base that PyTorch's `parallelize_module` divides."""
+def by_hooks(
+    folder: str, kind: str = "llama", quantize: Callable[[nn.Module], nn.Module] | None = None, **styles: Any
+) -> nn.Module:
+    """A base that PyTorch's `parallelize_module` divides, and that `quantize` has quantized before."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -131,7 +139,8 @@ def by_hooks(folder: str, kind: str = "llama", **styles: Any) -> nn.Module:
     for name in ("gate_proj", "up_proj"):
         plan[f"model.layers.*.mlp.{name}"] = ColwiseParallel()
     plan |= {"model.layers.*.self_attn.o_proj": RowwiseParallel(), "model.layers.*.mlp.down_proj": RowwiseParallel()}
-    return parallelize_module(base(folder, kind), init_device_mesh("cpu", (2,)), plan | styles)
+    found = base(folder, kind) if quantize is None else quantize(base(folder, kind))
+    return parallelize_module(found, init_device_mesh("cpu", (2,)), plan | styles)
 
 
 TARGETS = ["q_proj", "o_proj", "up_proj", "down_proj"]
@@ -391,10 +400,6 @@ def of_experts(folder: str) -> dict[str, float | str]:
         distributed.barrier()
         loaded = peftcore.load(base(folder, "qwen3_moe"), f"{folder}/experts")
         found[f"experts, {name}, loaded"] = off(logits(loaded), logits(spread))
-        peftcore.remove(spread)
-        found[f"adapted experts, {name}"] = message_of(
-            lambda m=spread: peftcore.apply(m, "lora", target_modules=["experts"])
-        )
     return found
 
 

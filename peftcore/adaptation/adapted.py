@@ -26,6 +26,7 @@ from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, Branched, Link, OwnForward, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, disabled_in_thread
+from peftcore.adaptation.divided_experts import ExpertsForward, mesh_of_experts
 from peftcore.adaptation.division import DividedChain, Division, WholeForward, division_of, on_local, on_parts
 from peftcore.adaptation.enclosing import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
 from peftcore.adaptation.per_sample import PerSample
@@ -182,7 +183,9 @@ def _base_of(module: nn.Module) -> OwnForward:
         weights = find_weight_format(module)
     except PeftcoreError:  # a plugin's format fails; the error is raised again when something reads the weight
         weights = None
-    return OwnForward(module, forward, weights)
+    own = OwnForward(module, forward, weights)
+    mesh = mesh_of_experts(module) if OWN_FORWARD in module.__dict__ else None
+    return own if mesh is None else ExpertsForward(own, mesh)
 
 
 def _chain_of(module: nn.Module, base: OwnForward) -> Any:
@@ -256,8 +259,13 @@ def rebind(copy: nn.Module, *, builds: bool = True) -> None:
 
 
 def has_forward_of_instance(module: nn.Module) -> bool:
-    """Return whether `module` has its own `forward` on the instance, other than accelerate's hooks."""
+    """Return whether `module` has its own `forward` on the instance.
+
+    Accelerate's hooks, and transformers' dispatch of tokens to the ranks' experts, call that of its class.
+    """
     own = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
+    if own is not None and mesh_of_experts(module) is not None:
+        return False
     inside = getattr(module, "_old_forward", None) if hasattr(module, "_hf_hook") else own
     return own is not None and getattr(inside, "__func__", None) is not original_forward(module)
 

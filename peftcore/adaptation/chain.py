@@ -67,7 +67,7 @@ class OwnForward:
         """Call `forward` on changed parameters."""
         found = self._expert_changes(forward, kwargs)
         if found is not None:
-            return experts_forward(self.module, *args, changes=found, around=_with_changes, **kwargs)
+            return experts_forward(self.module, *args, changes=found, around=with_changes, **kwargs)
         copy = _changed(self.module, self._changes, self._weights)
         output = forward(copy, *args, **kwargs)
         if not is_dynamo_compiling():
@@ -270,7 +270,7 @@ class Branched:
         return self._base.weight_and_bias()
 
 
-def _with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
+def with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
     """Return the chain of an expert's layer with changes, the first innermost."""
     link: Any = OwnForward(layer, type(layer).forward, ONE_EXPERT if isinstance(layer, PackedExpert) else DENSE)
     for change in changes:
@@ -305,7 +305,7 @@ def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
             f"an adapter changes the weights of {original_class(module).__name__} as a whole, and another is placed at "
             "each expert. Deactivate the first one: peftcore.activate(model, [...])"
         )
-    return _with_changes(expert_linear(module, name, expert), found.get(name, ()), expert)
+    return with_changes(expert_linear(module, name, expert), found.get(name, ()), expert)
 
 
 def _changed(

@@ -165,7 +165,7 @@ def division_of(module: nn.Module) -> Division | None:
         or not isinstance(module, (nn.Linear, nn.Embedding))
         or weight is None
         or divided is None
-        or not weight.is_floating_point()
+        or not (weight.is_floating_point() or hasattr(module, "held_part"))
         or not getattr(style, "use_local_output", False)
         or getattr(module, "_hf_quantized_needs_local_tp", False)
     ):
@@ -194,10 +194,10 @@ def _division_by_hooks(module: nn.Module, by_rows: bool, mesh: DeviceMesh) -> Di
     stored = module._parameters.get("weight")
     weight = None if stored is None else ranks.behind(stored)
     of_layer = isinstance(module, (nn.Linear, nn.Embedding)) and plan_of(module) is None
-    if not of_layer or mesh.ndim != 1 or weight is None or not ranks.is_dtensor(weight):
+    if not of_layer or mesh.ndim != 1 or weight is None:
         return None
     divided = _placement(module, weight, mesh)
-    if not weight.is_floating_point() or type(divided) is not Shard:
+    if not (weight.is_floating_point() or hasattr(module, "held_part")) or type(divided) is not Shard:
         return None
     if isinstance(module, nn.Embedding):
         return Division(mesh, False, False, not by_rows, module.num_embeddings, module.embedding_dim, dtensors=True)
@@ -219,6 +219,9 @@ def _placement(module: nn.Module, weight: Tensor | None, mesh: DeviceMesh) -> An
     before the layer's forward.
     """
     if weight is None or not ranks.is_dtensor(weight):
+        held: Any = getattr(module, "held_part", None)
+        if held is not None:  # in 4 bits
+            return held.placement
         known: dict[str, Sequence[Any]] = getattr(_own_forward(module), "placements", {})
         return next(iter(known.get("weight", ())), None)
     whole, last = weight.device_mesh, weight.device_mesh.ndim - 1
@@ -299,6 +302,8 @@ class WholeForward(OwnForward):
             name: None if each is None else _whole(ranks.behind(each)) for name, each in module._parameters.items()
         }
         copy.__dict__.update(module.__dict__, _parameters=parameters)
+        if hasattr(module, "held_part"):
+            parameters["weight"] = module.dequantized_parameter("weight", torch.float32)  # type: ignore[operator]
         return OwnForward(copy, original_forward(module), None, self._changes)
 
 

@@ -18,7 +18,7 @@ from peftcore.engine.activating import set_active
 from peftcore.engine.branches import check_branches, freeze_branches, refuse_needed, release_branches
 from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.changes import Site, facts, submodule, with_adapter
-from peftcore.engine.divided import is_divided, refuse_divided, refuse_stage
+from peftcore.engine.divided import divide_experts, is_divided, refuse_divided, refuse_stage
 from peftcore.engine.first_values import give_first_values, initializer
 from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.placing import (
@@ -197,6 +197,8 @@ def _apply(
         state.watching = watch_batches(model)
     if first_values and is_divided(model):  # the ranks may have drawn different random numbers
         ranks.give(tensor for each in adapters for tensor in (*each.parameters(), *each.buffers()))
+    if ranks.count() > 1:
+        divide_experts(model, placed)
     if active:
         set_active(model, (*state.active, adapter))
     adapter_applied.announce(model)

@@ -12,7 +12,8 @@ from torch import nn
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules, is_adapted, rebuild
 from peftcore.adaptation.chain import OWN_FORWARD, Link
-from peftcore.adaptation.class_swap import original_forward
+from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.divided_experts import divide_factors, follows_experts, mesh_of_experts
 from peftcore.adaptation.division import division_of, has_plan, plan_of
 from peftcore.adaptation.parallel_hooks import divides_tokens, mesh_of_hooks, without_hooks
 from peftcore.engine.placing import Placed
@@ -58,11 +59,26 @@ def refuse_divided(model: nn.Module, placed: Placed) -> None:
         module = model.get_submodule(each.path)
         if each.link in (Link, AfterLink, WeightLink) and division_of(module) is not None:
             continue
+        if each.link is WeightLink and mesh_of_experts(module) is not None:
+            if follows_experts(module, WeightLink.changes_of(each.adapter)):
+                continue
+            raise PeftcoreError(
+                f"{placed.method.name} cannot be applied: the ranks share out the experts of '{each.path}' (ep_size), "
+                "and only low-rank products of single experts can follow them. Exclude the module, "
+                f"exclude_modules=['{each.path.rpartition('.')[2]}'], or load the model without ep_size"
+            )
         own = [f"{each.path}.{name}".removeprefix(".") for name in submodule_parameters(model, each.path)]
         found = f"the work of '{each.path}'" if has_plan(module) else f"the tokens of '{each.path}'" if tokens else None
         if found is None:
             needed = (placement.divided(each.path, own, divided) for placement in each.placements)
             found = next((f"'{name}'" for name in needed if name), None)
+        weight = module._parameters.get("weight")
+        if found is not None and weight is not None and not ranks.behind(weight).is_floating_point():
+            raise PeftcoreError(
+                f"{placed.method.name} cannot be applied: '{each.path}' was divided over the ranks after it was "
+                "quantized, and its blocks of 4-bit values with it. Call peftcore.quantize(model) again, which gives "
+                "each rank its part of the blocks"
+            )
         if found is not None:
             raise PeftcoreError(
                 f"{placed.method.name} cannot be applied: tensor parallelism (tp_plan, tp_size, parallelize_module) "
@@ -80,6 +96,13 @@ def follows_plan(model: nn.Module) -> bool:
         for _, module in base_modules(model)
         if is_adapted(module)
     )
+
+
+def divide_experts(model: nn.Module, placed: Placed) -> None:
+    """Leave each rank its experts' factors of adapters on experts that the ranks share out."""
+    for each in placed.attached:
+        if each.link is WeightLink:
+            divide_factors(model.get_submodule(each.path), WeightLink.changes_of(each.adapter))
 
 
 @contextmanager
@@ -101,7 +124,8 @@ def undivided(model: nn.Module) -> Iterator[None]:
             rebuild(module)
 
     for module, slot, _ in planned:
-        exchange(module, slot, MethodType(original_forward(module), module))
+        cls = original_class(module)
+        exchange(module, slot, MethodType(getattr(cls, "whole_forward", cls.forward), module))
     hooked = [module for _, module in base_modules(model) if mesh_of_hooks(module) is not None]
     adapted = [module for module in hooked if is_adapted(module)]
     try:

@@ -59,7 +59,7 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
     if weight is None or module._parameters.get("down_proj") is None:
         return None
     return ExpertsLayout(
-        count=module.num_experts,  # type: ignore[arg-type]
+        count=shape_of(module, up)[0],  # under expert parallelism, `num_experts` is this rank's alone
         up=up,
         down="down_proj",
         transposed=flags["is_transposed"],

@@ -318,8 +318,12 @@ def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     before: Tensor = ranks.behind(getattr(module, attribute))
+    held = getattr(module, "held_part", None) if attribute == "weight" else None
     if attribute in module._parameters:
-        if ranks.is_dtensor(before) and not ranks.is_dtensor(tensor):
+        if held is not None:
+            if tensor.is_floating_point() and not ranks.is_dtensor(tensor):
+                tensor = held.dtensor(held.of(tensor))
+        elif ranks.is_dtensor(before) and not ranks.is_dtensor(tensor):
             tensor = ranks.divided_as(tensor, before)
         if not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)

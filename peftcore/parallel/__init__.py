@@ -1,5 +1,6 @@
 """More than one process, on PyTorch's own engines: FSDP2 for the base, averaged or sharded adapters, DCP for state."""
 
+from peftcore.parallel.clipping import clip_grad_norm_
 from peftcore.parallel.ending import finish
 from peftcore.parallel.sharded_loading import load_sharded
 from peftcore.parallel.sharding import blocks, check_ranks, divided, give_adapters, refuse_between_blocks, shard
@@ -11,6 +12,7 @@ __all__ = [
     "TrainingState",
     "blocks",
     "check_ranks",
+    "clip_grad_norm_",
     "divided",
     "finish",
     "give_adapters",

@@ -25,6 +25,17 @@ from peftcore.ops.weight import DTYPES
 from peftcore.plugin_discovery import CORE
 from peftcore.quantization import gptq
 from peftcore.quantization.config_sync import packed_names, sync_config
+from peftcore.quantization.divided_linear import (
+    HeldPart,
+    QuantizedPart,
+    convert_part,
+    divide_quantized,
+    hold_part,
+    is_divided_later,
+    part_of,
+    refuse_blocks,
+    renew_plan,
+)
 from peftcore.quantization.format import FORMATS, from_tensors, quantized
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
@@ -108,10 +119,16 @@ def quantize(
         warn_of_experts([f"{path}.{name}" for path, names in experts.items() for name in names], quant_type)
         experts = {}
     theirs = [path for path, module in base_modules(model) if _is_bnb(module)]
+    for path, module in base_modules(model):
+        if isinstance(module, QuantizedLinear) and is_divided_later(module):
+            divide_quantized(module, path)
     if not chosen and not experts and not theirs and not any(packed_names(model)):
         raise PeftcoreError(f"{type(model).__name__} has no linear layer to quantize (skip={skip!r})")
     for path, module in chosen.items():
-        _check_parameter(path, module, "weight")
+        part = None if plugin is not CORE else part_of(module)
+        _check_parameter(path, module, "weight", part)
+        if part is not None:
+            refuse_blocks(f"{path}.weight", part, quant_type, blocksize)
     for path, names in experts.items():
         for name in names:
             _check_parameter(path, model.get_submodule(path), name)
@@ -134,6 +151,8 @@ def quantize(
     for module, first in _with_first(chosen.values()):
         if first is module:
             convert_dense(module, quant_type, double_quant, blocksize, compute_dtype)
+        elif isinstance(first, QuantizedPart):
+            hold_part(module, first.packed, first.held_part, compute_dtype)
         else:
             convert(module, cast(QuantizedLinear, first).packed, compute_dtype)
     for path, blocksizes in experts.items():
@@ -210,8 +229,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
     layers = [module for _, module in base_modules(model) if isinstance(module, QuantizedLinear)]
     for module, first in _with_first(layers):
         if first is module:
-            dense = module.dequantized(dtype) if module.is_quantized else module.weight.detach()
-            make_plain(module, nn.Parameter(dense, requires_grad=False))
+            make_plain(module, module.dense_parameter(dtype))
         else:
             make_plain(module, cast(nn.Parameter, first.weight))
     guard_quantized(model)
@@ -223,6 +241,9 @@ def convert_dense(
     module: Any, quant_type: str, double_quant: bool, blocksize: int, compute_dtype: torch.dtype | None
 ) -> QuantizedLinear:
     """Quantize one dense layer in place."""
+    part = part_of(module)
+    if part is not None:
+        return convert_part(module, part, quant_type, double_quant, blocksize, compute_dtype)
     weight = module.weight.detach()
     weight = weight.T if is_conv1d(module) else weight
     packed = quantized(weight, quant_type, double_quant, blocksize)
@@ -251,9 +272,10 @@ def make_plain(module: Any, weight: nn.Parameter) -> None:
     module.weight = weight
     for name in list(module._buffers):
         del module._buffers[name]
-    for name in ("packings", "compute_dtype"):
+    for name in ("packings", "compute_dtype", "held_part"):
         module.__dict__.pop(name, None)
     module.__class__ = nn.Linear
+    renew_plan(module)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
@@ -281,7 +303,7 @@ def _with_first(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
     return [(module, first[id(module.weight)]) for module in modules]
 
 
-def _check_parameter(path: str, module: nn.Module, parameter: str) -> None:
+def _check_parameter(path: str, module: nn.Module, parameter: str, part: HeldPart | None = None) -> None:
     weight = module.get_parameter(parameter)
     name = f"{path}.{parameter}" if path else parameter
     if ranks.is_partitioned(weight):
@@ -290,10 +312,10 @@ def _check_parameter(path: str, module: nn.Module, parameter: str) -> None:
             "model before HfDeepSpeedConfig or TrainingArguments(deepspeed=...) is created: deepspeed.initialize then "
             "partitions the 4-bit weights"
         )
-    if ranks.is_part(weight):
+    if ranks.is_part(weight) and part is None:
         raise PeftcoreError(
             f"'{name}' is sharded, and no rank has the whole weight. Quantize before sharding, or load in 4 "
-            "bits: peftcore.load_sharded(folder, 'nf4')"
+            f"bits: peftcore.load_sharded(folder, 'nf4'), or leave it dense: skip=['{path}']"
         )
     if is_wrapped(weight):
         raise PeftcoreError(
@@ -305,11 +327,16 @@ def _check_parameter(path: str, module: nn.Module, parameter: str) -> None:
             f"'{name}' is {weight.dtype}; only float32, float16 and bfloat16 can be quantized. Cast the model "
             f"first, or skip the layer: skip=['{path}']"
         )
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and part is None:
         raise PeftcoreError(
             f"'{path}' has its own `forward` (such as accelerate's hooks), which reads the dense weight. "
             "Quantize before the model is dispatched"
         )
+    if part is not None:
+        bad = ranks.any_of(not cast(Any, weight).to_local().isfinite().all())
+        if bad:
+            refuse_non_finite(ranks.whole(weight), name)
+        return
     if not weight.is_meta:
         refuse_non_finite(weight.detach(), name)
 

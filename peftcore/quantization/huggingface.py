@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.experts.conversion import expert_of, is_by_expert
@@ -99,6 +100,7 @@ class FourBitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FourBitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.weights: set[str] = set()
+        self.divided = False  # by a plan, over ranks
         self.blocksizes: dict[str, int] = {}  # of experts, by parameter name
         self.int4_names: set[str] = set()  # parameters of which the checkpoint has int4 tensors
 
@@ -114,7 +116,14 @@ class FourBitQuantizer(HfQuantizer):
         return param_name in self.weights
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+        self.divided = ranks.count() > 1 and getattr(model.config, "distributed_config", None) is not None
+        if self.divided and self.pre_quantized:
+            raise PeftcoreError(
+                "a checkpoint in 4 bits cannot be divided over the ranks while it is loaded (tp_plan, tp_size, "
+                "distributed_config). Load the dense checkpoint that way and call peftcore.quantize(model), or load "
+                "this one whole, call parallelize_module, and peftcore.quantize(model) again"
+            )
+        if not self.pre_quantized and not self.divided:
             tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
             chosen = selected(model, self.quantization_config.skip)
             warn_of_dense(model, self.quantization_config.skip)
@@ -125,6 +134,10 @@ class FourBitQuantizer(HfQuantizer):
             self.weights = {*(f"{path}.weight" for path in chosen), *self.blocksizes} - tied
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.divided:  # each rank has read its dense parts
+            config = self.quantization_config
+            settings: dict[str, Any] = {name: getattr(config, name) for name in ("double_quant", "skip", "blocksize")}
+            return quantize(model, config.quant_type, compute_dtype=self.compute_dtype, **settings)
         guard_quantized(model)
         sync_config(model)
         return model

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import ops
+from peftcore import ops, ranks
+from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.quantization.format import quantized
 from peftcore.quantization.parameters import PackedParameters
@@ -89,10 +90,19 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         """Return the dense weight `[out, in]`, by default in its original dtype."""
         return ops.dequantize_4bit(self.packed, dtype)
 
+    def dense_parameter(self, dtype: torch.dtype | None) -> nn.Parameter:
+        """Return the weight as a frozen dense parameter, by default in its original dtype."""
+        return nn.Parameter(self.dequantized(dtype) if self.is_quantized else self.weight.detach(), False)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_quantized:
             bias = self.bias if self.bias is None else self.bias.to(self.weight.dtype)
             return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
+        if ranks.is_dtensor(x):
+            raise PeftcoreError(
+                "a layer in 4 bits was divided over the ranks after it was quantized, and its blocks with it. Call "
+                "peftcore.quantize(model) again, which gives each rank its part of the blocks"
+            )
         dtype = self.compute_dtype
         if dtype is None or dtype is x.dtype:
             return ops.linear_4bit(x, self.packed, self.bias)

@@ -84,12 +84,16 @@ class PackedParameters(nn.Module):
         for part, buffer in zip(BUFFERS, names, strict=True):
             self.register_buffer(buffer, getattr(weight, part))
 
+    def dense_values(self, packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the dense values of a parameter as it is or would be quantized; by default in its original dtype."""
+        dense = ops.dequantize_4bit(packed, dtype)
+        return dense.mT.contiguous() if packed.turned else dense
+
     def dequantized_parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense values of a parameter, quantized or not; by default in its original dtype."""
         packed = self.packed_parameter(name)
         if packed is not None:
-            dense = ops.dequantize_4bit(packed, dtype)
-            return dense.mT.contiguous() if packed.turned else dense
+            return self.dense_values(packed, dtype)
         parameter = self.get_parameter(name).detach()
         return parameter if dtype is None else parameter.to(dtype)
 

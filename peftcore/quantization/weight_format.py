@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftcore import ops
 from peftcore.hookspecs import hookimpl
 from peftcore.method import WeightFormat
 from peftcore.quantization.config_sync import sync_config
@@ -44,8 +43,7 @@ def four_bits(quant_type: str, name: str = "weight") -> WeightFormat:
         packed, names = module.packed_parameter(name), names_of(module)
         assert packed is not None
         changed: dict[str, Any] = {part: tensors[named] for part, named in names.items() if named in tensors}
-        dense = ops.dequantize_4bit(packed._replace(**changed), torch.float32)
-        return dense.mT if packed.turned else dense
+        return module.dense_values(packed._replace(**changed), torch.float32)
 
     return WeightFormat(
         name=quant_type,

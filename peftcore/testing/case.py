@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore import ranks
 from peftcore.engine import adapter_parameters
 from peftcore.engine.first_values import initializer
 from peftcore.method import Method
@@ -174,8 +175,8 @@ def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in adapter_parameters(model, adapter):
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_((std * noise).to(parameter))
+            noise = std * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(ranks.divided_as(noise, parameter) if ranks.is_dtensor(parameter) else noise.to(parameter))
 
 
 def merge_exactly(model: nn.Module) -> None:

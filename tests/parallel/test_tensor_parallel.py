@@ -52,8 +52,7 @@ def test_methods_are_right_or_refused_as_the_table_says(found: list[Any]) -> Non
     for table, _ in found:
         assert [line for line in (row(*each) for each in table.items()) if line not in page] == []
         assert max(each.get("ranks", 0.0) for each in table.values()) == 0.0
-        said = {case: each["refused"] for case, each in table.items() if "refused" in each}
-        assert "peftcore.load_sharded(folder, 'nf4')" in said["qlora"]
+        assert [case for case, each in table.items() if "refused" in each] == []
 
 
 def test_lora_in_every_way_that_a_layer_is_divided(found: list[Any]) -> None:
@@ -89,6 +88,5 @@ def test_a_mesh_of_fsdp_and_tensor_parallelism(folder: str) -> None:
 
 @pytest.mark.nightly
 def test_experts_that_the_ranks_share_out(folder: str) -> None:
-    refused = "spread over processes (tensor or expert parallelism)"
     for measured in run(rank_tensor.of_experts, folder):
-        check(measured, {"adapted experts, one batch": refused, "adapted experts, two": refused})
+        check(measured, {})

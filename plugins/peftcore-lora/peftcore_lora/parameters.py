@@ -109,7 +109,8 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[OnWeight]
         module = model.get_submodule(path)
         targets.refuse_bypassed(model, [path])
         validation.require(
-            not getattr(module, "_is_expert_parallel", False) and not has_forward_of_instance(module),
+            not has_forward_of_instance(module)
+            and ("forward" in vars(module) or not getattr(module, "_is_expert_parallel", False)),
             f"the experts at '{path}' are spread over processes (tensor or expert parallelism), or have their own "
             "forward on the instance, which reads their original weights. Load the model without such a plan "
             f"(distributed_config), or leave them out: exclude_modules=['{path.rpartition('.')[2]}']",
