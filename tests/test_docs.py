@@ -25,7 +25,7 @@ OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("plu
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a tiny one stands in for it, as a folder where the code runs
 README_WORDS = 900
 # A block of code, unless the line above says that it is not run here, and why.
-BLOCK = re.compile(r"(<!-- not run here: .* -->\n)?```(python|sh|toml)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(<!-- not run here: [^\n]* -->\n)?```(python|sh|toml)\n(.*?)```", re.DOTALL)
 NOT_RUN = {"plugins.md"}  # parts of one module, of which test_tutorial.py runs the whole
 
 
