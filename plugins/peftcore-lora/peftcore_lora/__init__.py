@@ -23,6 +23,7 @@ from __future__ import annotations
 from peftcore.plugin import Method, hookimpl
 from peftcore_lora.config import LoraConfig, of_ranks
 from peftcore_lora.files import RULES
+from peftcore_lora.loftq import loftq_start
 from peftcore_lora.placing import place
 from peftcore_lora.replication import replicate_layers
 from peftcore_lora.starts import initialize, is_read_off
@@ -30,7 +31,7 @@ from peftcore_lora.training import parameter_groups
 
 peftcore_api = ">=3.4,<4"
 
-__all__ = ["LoraConfig", "peftcore_methods", "replicate_layers"]
+__all__ = ["LoraConfig", "loftq_start", "peftcore_methods", "replicate_layers"]
 
 
 @hookimpl
