@@ -32,6 +32,7 @@ class AdapterTask:
     beta: float | None = None  # of preferences, if it is not the default
     dtype: str | None = None  # of the base in training
     seed: int | None = None  # seed of a classifier's new head
+    language: str | None = None  # of recordings
     pooling: str | None = None  # of token vectors into that of a text
 
     def write(self, folder: Path) -> None:
@@ -63,7 +64,7 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
             raise TypeError(f"it must be a JSON object, found {shown(stored)}")
         # Files without `chat` are older than conversations.
         chat, template = stored.get("chat", False), stored.get("chat_template")
-        more = {name: stored.get(name) for name in ("beta", "dtype", "seed", "pooling")}
+        more = {name: stored.get(name) for name in ("beta", "dtype", "seed", "pooling", "language")}
         task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, **more)
         if type(stored["labels"]) is not list:
             raise TypeError(f"labels must be a list, found {shown(stored['labels'])}")

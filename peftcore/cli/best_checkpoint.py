@@ -21,7 +21,7 @@ from peftcore.integrations.transformers import is_complete
 if TYPE_CHECKING:
     from peftcore.cli.settings import RunOptions
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "wer")
 FIGURES = {
     data.LANGUAGE_MODEL: ("perplexity", *generations.FIGURES),
     data.SEQ2SEQ: ("perplexity", *generations.FIGURES),
@@ -30,6 +30,7 @@ FIGURES = {
     data.REGRESSION: ("pearson", "spearman"),
     data.IMAGE: ("accuracy", "macro_f1"),
     data.IMAGE_TEXT: ("perplexity",),
+    data.SPEECH: ("wer", "perplexity"),
     data.EMBEDDING: ("recall_at_1", "mrr", "spearman", "pearson"),
     data.TAGS: ("accuracy", "macro_f1", "entity_f1"),
     data.PREFERENCES: ("preference_accuracy", "margin"),

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from peftcore.cli import image_files, image_turns, judged_rows, labels, mixture, pair_rows, turns
+from peftcore.cli import audio_files, image_files, image_turns, judged_rows, labels, mixture, pair_rows, turns
 from peftcore.cli.data_files import alpaca_prompt, listed, records
 from peftcore.cli.labels import text_of
 from peftcore.cli.row import Row
@@ -30,13 +30,14 @@ HEADED = (*LABELLED, TAGS, IMAGE)  # with a new head on the base, whose outputs 
 SEQ2SEQ = "seq2seq"
 IMAGE_TEXT = "image-text"
 EMBEDDING = "pairs"
+SPEECH = "asr"
 PREFERENCES = "dpo"
 UNPAIRED = "kto"
 ODDS, REWARD = "orpo", "reward"
 ROLLOUTS = "grpo"
 PAIRED = (PREFERENCES, ODDS, REWARD)  # rows with a chosen and a rejected answer
 COMPARED = (PREFERENCES, UNPAIRED, ODDS, REWARD, ROLLOUTS)  # on judged answers, each with a module of its own
-TASKS = (LANGUAGE_MODEL, SEQ2SEQ, IMAGE_TEXT, EMBEDDING, *HEADED, *COMPARED)
+TASKS = (LANGUAGE_MODEL, SEQ2SEQ, IMAGE_TEXT, EMBEDDING, SPEECH, *HEADED, *COMPARED)
 NEW_HEAD = (*HEADED, REWARD)
 
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
@@ -57,6 +58,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     IMAGE_TEXT: (("messages",), ("conversations",), ("prompt", "completion")),
     EMBEDDING: pair_rows.KEYS,
+    SPEECH: (("audio", "text"), ("audio", "sentence"), ("audio", "transcription")),
     SEQ2SEQ: (("source", "target"), ("prompt", "completion"), ("instruction", "output")),
     CLASSIFICATION: _labelled("label"),
     REGRESSION: _labelled("label"),
@@ -71,6 +73,7 @@ _SHOWN = {
     MULTI_LABEL: "text/labels",
     SEQ2SEQ: "source/target",
     IMAGE_TEXT: "messages with images",
+    SPEECH: "audio/text",
     EMBEDDING: "anchor/positive, anchor/positive/negative or sentence1/sentence2/score",
 }
 _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label"}
@@ -159,6 +162,8 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
         if name is None and not found:
             if pair_rows.is_pairs(fields):
                 return EMBEDDING
+            if any(fields.keys() >= set(keys) for keys in _KEYS[SPEECH]):
+                return SPEECH
             if {"source", "target"} <= fields.keys():
                 return SEQ2SEQ
             return PREFERENCES if {"chosen", "rejected"} <= fields.keys() else LANGUAGE_MODEL
@@ -193,6 +198,11 @@ def row_of(where: str, fields: dict[str, Any], task: str) -> Row:
         return judged_rows.preference(where, fields)
     if task == IMAGE_TEXT:
         return image_turns.row_of(where, fields)
+    if task == SPEECH:
+        said = text_of(where, keys[1], fields[keys[1]])
+        if not said.strip():
+            raise PeftcoreError(f"{where}: '{keys[1]}' is empty")
+        return Row(where, said, audio=audio_files.named(where, "audio", fields["audio"]))
     if task == EMBEDDING:
         return pair_rows.row_of(where, keys, fields)
     if task == ROLLOUTS:

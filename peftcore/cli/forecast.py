@@ -225,6 +225,8 @@ def _fitted(settings: Settings) -> Settings:
 def _why_not(settings: Settings) -> str | None:
     from peftcore.estimating.loop import OPTIMIZERS
 
+    if settings.task == data.SPEECH:
+        return "that of recordings is not known"
     if settings.task == data.EMBEDDING:
         return "that of pairs of texts is not known"
     if settings.task == data.IMAGE_TEXT:

@@ -62,7 +62,7 @@ def _few(model: PreTrainedModel, rows: list[tasks.Example], tokenizer: PreTraine
     """Return a batch of the last tokens of the first rows."""
     few = [
         row
-        if "images" in row  # their tokens cannot be cut
+        if "images" in row or "audio" in row  # their inputs cannot be cut
         else {k: v[-_TOKENS:] if isinstance(v, list) and len(v) == len(row["input_ids"]) else v for k, v in row.items()}
         for row in rows[:_ROWS]
     ]

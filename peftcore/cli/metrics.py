@@ -31,10 +31,11 @@ TITLES = {
     "log_odds": "log odds ratio",
     "mrr": "mean reciprocal rank",
     "recall_at_1": "recall@1",
+    "wer": "word error rate",
     "preference_accuracy": "preference accuracy",
 }
 # Figures that are shown as percentages.
-SHARES = ("accuracy", "macro_f1", "micro_f1", "entity_f1", "exact_match", "preference_accuracy", "recall_at_1")
+SHARES = ("accuracy", "macro_f1", "micro_f1", "entity_f1", "exact_match", "preference_accuracy", "recall_at_1", "wer")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli import adapter_tokenizer, data, image_chats
+from peftcore.cli import adapter_tokenizer, data, image_chats, speech
 from peftcore.cli.adapter_folders import has_tokenizer
 from peftcore.cli.base_files import pretrained, quiet_transformers
 from peftcore.cli.console import note, require, warn
@@ -42,6 +42,8 @@ def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
     Raises:
         PeftcoreError: it cannot be loaded.
     """
+    if task == data.SPEECH:
+        return _speech_processor(model, adapter)
     if task not in (data.IMAGE, data.IMAGE_TEXT):
         return load_tokenizer(model, adapter)
     quiet_transformers()
@@ -64,6 +66,16 @@ def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
             processor.tokenizer = own
         return processor
     return pretrained(AutoImageProcessor.from_pretrained, model, "image processor")
+
+
+def _speech_processor(model: str, adapter: Path | None) -> Any:
+    quiet_transformers()
+    from transformers import AutoFeatureExtractor, WhisperProcessor
+
+    config = load_config(model, data.SPEECH)
+    extractor = pretrained(AutoFeatureExtractor.from_pretrained, model, "feature extractor")
+    tokenizer: Any = load_tokenizer(model, adapter)
+    return speech.checked(WhisperProcessor(extractor, tokenizer), model, config)
 
 
 def load_model(
@@ -215,6 +227,16 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
     return config
 
 
+def load_generation_config(model: str) -> Any:
+    """Return how a base generates, as its files say; None if they do not."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return None
+
+
 def packing_by(
     method: str, fields: Mapping[str, Any], model: str, task: str, labels: tuple[str, ...]
 ) -> dict[str, Any] | None:
@@ -264,6 +286,8 @@ def _auto_class(task: str) -> Any:
         return transformers.AutoModelForSeq2SeqLM
     if task == data.IMAGE:
         return transformers.AutoModelForImageClassification
+    if task == data.SPEECH:
+        return transformers.AutoModelForSpeechSeq2Seq
     if task == data.EMBEDDING:
         return transformers.AutoModel
     if task == data.IMAGE_TEXT:

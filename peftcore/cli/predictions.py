@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.cli import data, data_files, image_chats, image_files, image_turns, labels, sentence_pairs, tasks
+from peftcore.cli import (
+    audio_files,
+    data,
+    data_files,
+    image_chats,
+    image_files,
+    image_turns,
+    labels,
+    sentence_pairs,
+    tasks,
+    transcripts,
+)
 from peftcore.cli.adapter_folders import AdapterTask
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.row import Row
@@ -28,6 +39,8 @@ def read_rows(paths: Sequence[str], task: AdapterTask, columns: Mapping[str, str
     for path in paths:
         if task.task == data.IMAGE_TEXT:
             found = [image_turns.asked_of(where, fields) for where, fields in data_files.records(path, columns)]
+        elif task.task == data.SPEECH:
+            found = [_recording(where, fields) for where, fields in data_files.records(path, columns)]
         elif task.task == data.EMBEDDING:
             found = [_text_row(where, fields) for where, fields in data_files.records(path, columns)]
         else:
@@ -81,6 +94,22 @@ def _text_row(where: str, fields: dict[str, Any]) -> Row:
             "another name: --columns text=NAME"
         )
     return Row(where, labels.text_of(where, "text", fields["text"]))
+
+
+def _recording(where: str, fields: dict[str, Any]) -> Row:
+    if "audio" not in fields:
+        raise PeftcoreError(
+            f"{where}: predict needs the key audio for asr, found {data_files.listed(fields) or 'none'}. If it has "
+            "another name: --columns audio=NAME"
+        )
+    return Row(where, "", audio=audio_files.named(where, "audio", fields["audio"]))
+
+
+def transcripts_of(model: nn.Module, rows: Sequence[Row], processor: Any) -> list[dict[str, Any]]:
+    """Return each recording with its transcript."""
+    paths = [row.audio for row in rows]
+    found = transcripts.transcribed(model, paths, processor, processor.longest_text)
+    return [{"audio": path, "text": text} for path, text in zip(paths, found, strict=True)]
 
 
 def embeddings(

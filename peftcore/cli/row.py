@@ -21,6 +21,7 @@ class Row:
     `pair` is the second text of a pair to classify or to embed, `negative` the third of a triplet.
     `tokens` are (ids, labels) of a row that is tokenized already.
     `words` have the tags that are the label. `image` is the path of an image; `images` are those of a conversation.
+    `audio` is the path of a recording.
     `columns` are fields for a function that judges answers.
     """
 
@@ -41,6 +42,7 @@ class Row:
     words: tuple[str, ...] = ()
     image: str | None = None
     images: tuple[str, ...] = ()
+    audio: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
 
     @property

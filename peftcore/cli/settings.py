@@ -64,6 +64,10 @@ class RunOptions:
             help="Beta of DPO and KTO, which keeps the model close to the base, or weight of ORPO's odds; default: 0.1."
         ),
     ] = None
+    language: Annotated[
+        str | None,
+        typer.Option(help="Language of the recordings (asr), for a model of many languages: english, ..."),
+    ] = None
     pooling: Annotated[
         str,
         typer.Option(help="How a text's vector is made of its tokens' (pairs): auto (as the base), mean, cls, last."),

@@ -21,6 +21,7 @@ from peftcore.cli import (
     row_labels,
     sentence_pairs,
     seq2seq,
+    speech,
     tags,
 )
 from peftcore.cli.conversations import IGNORED
@@ -61,6 +62,8 @@ def encode(
         return Encoded(*seq2seq.encode(rows, tokenizer, max_length))
     if task == data.IMAGE:
         return Encoded(images.encode(rows, labels), 0)
+    if task == data.SPEECH:
+        return Encoded(speech.encode(rows, tokenizer, max_length), 0)
     if task == data.EMBEDDING:
         return Encoded(*sentence_pairs.encode(rows, tokenizer, max_length))
     if task == data.IMAGE_TEXT:
@@ -109,17 +112,19 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_l
     return Encoded(examples, truncated, left_out)
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], dict[str, Any]]:
+def collator(tokenizer: Any) -> Callable[[list[Example]], dict[str, Any]]:
     """Return a function that makes one padded batch; packed rows are collated by `packing`.
 
     `input_ids` and `attention_mask` are [batch, length]. `labels` have that shape for a language model; otherwise
     [batch] for classes or numbers, or [batch, labels] of zeros and ones. Images have `pixel_values`, of which
-    `tokenizer` is the image processor, or, in conversations, the processor.
+    `tokenizer` is the image processor, or, in conversations, the processor. Recordings have `input_features`.
     """
 
     def batch(examples: list[Example]) -> dict[str, Any]:
         if "image" in examples[0]:
             return images.collate(examples, tokenizer)
+        if "audio" in examples[0]:
+            return speech.collate(examples, tokenizer)
         if "texts" in examples[0]:
             return sentence_pairs.collate(examples, tokenizer)
         if "images" in examples[0]:
@@ -210,9 +215,11 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def in_dtype(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the inputs with pixels in the dtype of the model's weights."""
+    """Return the inputs with pixels and spectrograms in the dtype of the model's weights."""
     dtype = getattr(model, "dtype", torch.float32)
-    return {name: value.to(dtype) if name == "pixel_values" else value for name, value in inputs.items()}
+    return {
+        name: value.to(dtype) if name in ("pixel_values", "input_features") else value for name, value in inputs.items()
+    }
 
 
 def batches_of(examples: Sequence[Example], batch_size: int, tokens: int | None = None) -> Iterator[list[Example]]:

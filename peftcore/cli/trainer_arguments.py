@@ -22,6 +22,8 @@ from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
 from peftcore.errors import PeftcoreError
 
+_WITHOUT_TOKENS = (data.IMAGE, data.SPEECH, data.ROLLOUTS)  # tasks whose speed is in examples
+
 
 def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[str] = ()) -> TrainingArguments:
     """Return Trainer's arguments for this many examples."""
@@ -65,7 +67,9 @@ def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[
             save_total_limit=max(2, settings.keep),  # the last complete one remains while the next is written
             logging_steps=max(1, steps // 100),
             logging_nan_inf_filter=False,  # NaN and Inf losses must be visible
-            include_num_input_tokens_seen="no" if settings.task in (data.IMAGE, data.ROLLOUTS) else "non_padding",
+            include_num_input_tokens_seen="no"
+            if settings.task in (data.IMAGE, data.SPEECH, data.ROLLOUTS)
+            else "non_padding",
             use_cpu=device_choice.torch_device(settings.device).type == "cpu",
             dataloader_pin_memory=device_choice.torch_device(settings.device).type == "cuda",
             report_to=list(report_to) or "none",

@@ -37,10 +37,12 @@ from peftcore.cli import (
     rollouts,
     row_labels,
     sentence_pairs,
+    speech,
     tasks,
     trainer_arguments,
     trainers,
     training_data,
+    transcripts,
     warm_start,
 )
 from peftcore.cli import forecast as forecasts
@@ -94,6 +96,8 @@ def run(
         seen = [*train_rows, *validation_rows]
         labels = tuple(row_labels.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
     tokenizer = models.load_processor(settings.model, settings.task, start)
+    if settings.task == data.SPEECH:
+        speech.set_language(tokenizer, settings.language, models.load_generation_config(settings.model))
     pooling = ""
     if settings.task == data.EMBEDDING:
         before_it = adapter_folders.adapter_task(start).pooling if start is not None else None
@@ -158,7 +162,8 @@ def run(
     comparison = comparisons.of(settings.task) if settings.task in data.COMPARED else None
     reward = rollouts.load_reward(settings.reward) if settings.reward is not None else None
     answering = None
-    if answered := generations.count(settings.task, settings.metric, settings.eval_answers):
+    answered = generations.count(settings.task, settings.metric, settings.eval_answers)
+    if answered and settings.task != data.SPEECH:
         answering = generations.Answering(
             eval_rows,
             settings.task,
@@ -177,6 +182,9 @@ def run(
         if comparison is not None:
             how = {"beta": settings.beta, "reference": first[id(examples)]}
             return comparisons.measure(settings.task, model, examples, tokenizer, pairs, **how)
+        if settings.task == data.SPEECH:
+            count = answered if examples is held_out else 0
+            return transcripts.measure(model, examples, tokenizer, settings.batch_size, answered=count)
         if settings.task == data.EMBEDDING:
             return sentence_pairs.measure(model, examples, tokenizer, settings.batch_size, pooling=pooling)
         # Not more tokens at once than in training, so that measuring fits too.
@@ -233,7 +241,7 @@ def run(
         collate = tasks.collator(tokenizer)
         trainer = trainers.EmbeddingTrainer(**common, lengths=sizes, data_collator=collate, pooling=pooling)
     else:
-        is_mean = settings.task in (data.TAGS, data.SEQ2SEQ)  # the loss of a batch, whatever the step has
+        is_mean = settings.task in (data.TAGS, data.SEQ2SEQ, data.SPEECH)  # the loss of a batch, whatever the step has
         trainer = trainers.MeasuringTrainer(
             **common, lengths=sizes, data_collator=tasks.collator(tokenizer), divides_by_tokens=not is_mean
         )
@@ -275,6 +283,7 @@ def run(
             dtype=settings.dtype,
             seed=seed,
             pooling=pooling or None,
+            language=settings.language,
         )
 
         def write_beside() -> None:

@@ -61,6 +61,9 @@ def chat(
     classifier = next((name for name, task in about.items() if task.task in data.NEW_HEAD), None)
     if classifier is not None:
         raise PeftcoreError(f"'{folders[classifier]}' is a classifier and cannot write text. Use peftcore generate")
+    speech = next((name for name, task in about.items() if task.task == data.SPEECH), None)
+    if speech is not None:
+        raise PeftcoreError(f"'{folders[speech]}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
     embedding = next((name for name, task in about.items() if task.task == data.EMBEDDING), None)
     if embedding is not None:
         raise PeftcoreError(f"'{folders[embedding]}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")

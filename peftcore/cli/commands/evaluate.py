@@ -84,6 +84,11 @@ def evaluate(
             def measure(model: Any, some: Any, tokenizer: Any, _size: int) -> Any:
                 return rollouts.measure(model, some, tokenizer, reward, given.answer_tokens)
     else:
+        if task.task == examples.SPEECH:
+            from peftcore.cli import speech, transcripts
+
+            speech.set_language(tokenizer, task.language, models.load_generation_config(base))
+            measure = functools.partial(transcripts.measure, answered=answered)
         encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
         if task.task == examples.EMBEDDING:
             from peftcore.cli import sentence_pairs
@@ -92,7 +97,7 @@ def evaluate(
             measure = functools.partial(sentence_pairs.measure, pooling=pooling)
         if task.task == examples.TAGS:
             measure = functools.partial(tasks.measure, tag_names=task.labels)
-    if answered:
+    if answered and task.task != examples.SPEECH:
         answering = generations.Answering(
             rows,
             task.task,

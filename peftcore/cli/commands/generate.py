@@ -47,6 +47,8 @@ def generate(
         raise PeftcoreError(f"'{adapter}' is a reward model, which writes no answers. Measure it: peftcore eval")
     if task.task == data.IMAGE:
         raise PeftcoreError(f"'{adapter}' classifies images. Use peftcore predict --data IMAGES")
+    if task.task == data.SPEECH:
+        raise PeftcoreError(f"'{adapter}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
     if task.task == data.EMBEDDING:
         raise PeftcoreError(f"'{adapter}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
     if task.task == data.IMAGE_TEXT:

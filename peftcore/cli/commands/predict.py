@@ -43,7 +43,8 @@ def predict(
 ) -> None:
     """Answer new examples with a classifier, a tagger, an image model, a model of conversations with images or pairs.
 
-    A model of pairs writes the vector of each text, of length 1. The answers are a JSON object per example, in order.
+    A model of pairs writes the vector of each text, of length 1; one of speech the transcript of each recording. The
+    answers are a JSON object per example, in order.
 
     Labels in the data are not read. To measure the adapter on examples with labels, use peftcore eval.
     """
@@ -52,15 +53,15 @@ def predict(
     from peftcore.cli.data_files import parsed_columns
 
     task = adapter_folders.adapter_task(adapter, labels)
-    if task.task not in (*examples.HEADED, examples.IMAGE_TEXT, examples.EMBEDDING):
+    if task.task not in (*examples.HEADED, examples.IMAGE_TEXT, examples.EMBEDDING, examples.SPEECH):
         raise PeftcoreError(
-            f"predict is for classifiers, image-text and pairs, found an adapter for {task.task}. Use peftcore "
+            f"predict is for classifiers, image-text, pairs and asr, found an adapter for {task.task}. Use peftcore "
             f"{'eval' if task.task == examples.REWARD else 'generate --prompt TEXT'}"
         )
     if output is not None and output.exists():
         raise PeftcoreError(f"'{output}' exists already. Pass a new file: --output FILE")
     base = adapter_folders.base_of(adapter, model)
-    from peftcore.cli import conversations, predictions
+    from peftcore.cli import conversations, predictions, speech
 
     rows = predictions.read_rows(data, task, parsed_columns(columns))
     processor = models.load_processor(base, task.task, adapter)
@@ -68,7 +69,10 @@ def predict(
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     base_and_adapter.load_adapter(loaded, adapter)
-    if task.task == examples.EMBEDDING:
+    if task.task == examples.SPEECH:
+        speech.set_language(processor, task.language, models.load_generation_config(base))
+        found = predictions.transcripts_of(loaded, rows, processor)
+    elif task.task == examples.EMBEDDING:
         found = predictions.embeddings(loaded, rows, processor, task, base, max_length or task.max_length)
     elif task.task == examples.IMAGE_TEXT:
         found = predictions.texts(loaded, rows, processor, answer_tokens)

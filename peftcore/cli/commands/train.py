@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +63,7 @@ def train(
     "image", "path": FILE} in a turn's content, train a model that reads images and texts (--task image-text).
     {"anchor": ..., "positive": ...}, also with "negative", or {"sentence1": ..., "sentence2": ..., "score": ...} train
     a model of embeddings (--task pairs).
+    {"audio": FILE, "text": ...} trains a model of speech such as Whisper (--task asr).
     {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages, is learned by DPO, and {"prompt": ...,
     "completion": ..., "label": true} by KTO, with the frozen base as the reference; the pairs also by ORPO (--task
     orpo), or to train a reward model (--task reward). {"prompt": ...} is answered by the model itself in GRPO (--task
@@ -93,10 +95,19 @@ def train(
         start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
     examples.check_task(task)
-    if display.sample is not None and task in (*examples.NEW_HEAD, examples.IMAGE_TEXT, examples.EMBEDDING):
+    if display.sample is not None and task in (
+        *examples.NEW_HEAD,
+        examples.IMAGE_TEXT,
+        examples.EMBEDDING,
+        examples.SPEECH,
+    ):
         raise PeftcoreError(f"--sample is a prompt for a model of texts, found task {task}. Leave it out")
     if task == examples.IMAGE and (given.chat_template is not None or given.columns is not None):
         raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")
+    if task == examples.SPEECH and start is not None:
+        given = replace(given, language=given.language or start.task.language)
+    if given.language is not None and task != examples.SPEECH:
+        raise PeftcoreError(f"--language is for --task asr, found task {task}. Leave it out")
     if given.pooling != "auto" and task != examples.EMBEDDING:
         raise PeftcoreError(f"--pooling is for --task pairs, found task {task}. Leave it out")
     if given.pooling != "auto" and start is not None:

@@ -1,0 +1,87 @@
+"""Recordings as arrays of samples: WAV files by the standard library, other formats by soundfile."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from peftcore.errors import PeftcoreError
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+
+
+def samples(path: str, rate: int) -> Any:
+    """Return the samples of a recording, [samples] in float32 from -1 to 1; several channels are averaged.
+
+    Raises:
+        PeftcoreError: it is damaged, empty, or has another sampling rate than `rate`.
+    """
+    found, its_rate = _of_wave(path) if path.lower().endswith(".wav") else _of_soundfile(path)
+    if its_rate != rate:
+        raise PeftcoreError(
+            f"'{path}' has {its_rate:,} samples per second, and the model reads {rate:,}. Convert it: "
+            f"ffmpeg -i IN -ar {rate} -ac 1 OUT.wav"
+        )
+    if not len(found):
+        raise PeftcoreError(f"'{path}' has no samples. Replace it, or remove it")
+    return found.mean(1) if found.ndim == 2 else found
+
+
+def _of_wave(path: str) -> tuple[Any, int]:
+    try:
+        with wave.open(path, "rb") as file:
+            channels, width, rate, count = file.getparams()[:4]
+            data = file.readframes(count)
+    except (wave.Error, EOFError, OSError, ValueError) as error:
+        if "unknown format" in str(error):  # floating point
+            return _of_soundfile(path)
+        raise PeftcoreError(f"'{path}' cannot be read as WAV: {error or 'it ends too early'}. Replace it") from error
+    whole = len(data) - len(data) % (width * channels)
+    raw = np.frombuffer(data[:whole], dtype=np.uint8).reshape(-1, width)
+    if width == 1:  # unsigned, unlike wider samples
+        values = raw[:, 0].astype(np.float32) / 128 - 1
+    else:
+        wide = np.zeros((len(raw), 4), dtype=np.uint8)
+        wide[:, 4 - width :] = raw
+        values = (wide.view("<i4")[:, 0].astype(np.float64) / (1 << 31)).astype(np.float32)
+    return values.reshape(-1, channels), rate
+
+
+def _of_soundfile(path: str) -> tuple[Any, int]:
+    try:
+        soundfile: Any = importlib.import_module("soundfile")
+    except ImportError as error:
+        raise PeftcoreError(
+            f"'{path}' is not a WAV file of whole numbers, and other formats are read by soundfile. Install it: pip "
+            "install peftcore[audio], or convert it: ffmpeg -i IN -ar 16000 -ac 1 -c:a pcm_s16le OUT.wav"
+        ) from error
+    try:
+        found, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except Exception as error:  # libsndfile's errors are of several classes
+        raise PeftcoreError(f"'{path}' cannot be read as a recording: {error}. Replace it, or remove it") from error
+    return found, int(rate)
+
+
+def named(where: str, key: str, value: Any) -> str:
+    """Return the path of a row's recording, which is relative to the folder of the data file.
+
+    Raises:
+        PeftcoreError: there is no such file; the message begins with `where`.
+    """
+    found = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(found, str):
+        raise PeftcoreError(f"{where}: '{key}' must be the path of a recording, found {type(value).__name__}")
+    path = os.path.join(os.path.dirname(where.rpartition(":")[0]), os.path.expanduser(found))
+    if not os.path.isfile(path):
+        raise PeftcoreError(
+            f"{where}: there is no recording '{path}'. Paths are those of local files, relative to the folder of the "
+            "data file"
+        )
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise PeftcoreError(f"{where}: '{path}' must be one of {', '.join(SUFFIXES)}. Convert it with ffmpeg")
+    return path
