@@ -62,6 +62,11 @@ def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
     return hasattr(tensor, "full_tensor")
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, with its memory; any other tensor itself."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
 def is_partitioned(tensor: Tensor) -> bool:
     """Return whether `tensor` is a parameter that DeepSpeed's ZeRO-3 has partitioned, gathered now or not."""
     return hasattr(tensor, "ds_id")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import peftcore
+from peftcore import ranks
 from peftcore.estimating import Step, loop
 from peftcore.estimating.checkpointing import checkpoint
 from peftcore.estimating.prediction import KEPT, KERNELS, KINDS
@@ -91,7 +93,7 @@ def spread(model: nn.Module, step: Step) -> nn.Module:
     """Return the model distributed over the ranks, as the step asks."""
     if step.is_sharded:
         return peftcore.shard(model, **({} if step.shard is True else dict(step.shard)))  # type: ignore[call-overload]
-    if step.ranks == 1:
+    if step.copies == 1:
         return model
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=not step.gradient_checkpointing)
 
@@ -116,7 +118,25 @@ def real(config: Any, method: Any, step: Step, dtype: torch.dtype = torch.float3
 
 def on_a_rank(config: Any, method: Any, step: Step, fields: dict[str, Any]) -> tuple[int, int]:
     """Return (bytes that a step adds at its peak, bytes of parameters and buffers) on this rank."""
-    model = real(config, method, step, **fields)
+    return _measured(real(config, method, step, **fields), step)
+
+
+def divided_on_a_rank(folder: str, cases: dict[str, tuple[Any, Step, dict[str, Any]]]) -> dict[str, tuple[int, int]]:
+    """Return the same for a model that transformers divides over the ranks, by case."""
+    number, count = str(ranks.rank()), str(ranks.count())
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    found = {}
+    for name, (method, step, fields) in cases.items():
+        sizes = {"tp_size": step.tp_size} | ({"fsdp_size": step.copies} if step.is_sharded else {})
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=sizes).train()
+        peftcore.apply(model, method, **fields)
+        if step.gradient_checkpointing:
+            checkpoint(model, step.gradient_checkpointing)
+        found[name] = _measured(model, step)
+    return found
+
+
+def _measured(model: nn.Module, step: Step) -> tuple[int, int]:
     most = allocated(model, step)
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     return most, sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)

@@ -71,7 +71,7 @@ class Forecast:
         )
 
 
-def how(task: str, precision: str, parallel: str | None, processes: int) -> dict[str, Any]:
+def how(task: str, precision: str, parallel: str | None, processes: int, tp_size: int = 1) -> dict[str, Any]:
     """Return the arguments of `peftcore.Step` that options determine.
 
     Raises:
@@ -81,7 +81,7 @@ def how(task: str, precision: str, parallel: str | None, processes: int) -> dict
         raise PeftcoreError(f"--precision must be one of {', '.join(precisions.PRECISIONS)}, found '{precision}'")
     if parallel is not None and parallel not in torchrun.WAYS:
         raise PeftcoreError(f"--parallel must be one of {', '.join(torchrun.WAYS)}, found '{parallel}'")
-    if parallel is None and processes > 1:
+    if parallel is None and processes > tp_size:
         raise PeftcoreError(f"{processes} processes need a way to share the work: --parallel ddp, or fsdp2")
     return {
         # ORPO's step has the pairs of DPO's, and not more.
@@ -89,6 +89,7 @@ def how(task: str, precision: str, parallel: str | None, processes: int) -> dict
         "mixed_precision": precision if precision in MIXED else None,
         "ranks": processes,
         "shard": parallel == "fsdp2",
+        "tp_size": tp_size,
     }
 
 

@@ -113,6 +113,10 @@ Parallel = Annotated[
     ),
 ]
 Ranks = Annotated[int, typer.Option(min=1, help="Processes of the run, of which one is estimated.")]
+TensorParallel = Annotated[
+    int,
+    typer.Option("--tp-size", min=1, help="Processes among which each layer is divided (tensor parallelism)."),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(

@@ -178,7 +178,7 @@ def suggest(
                 choice.gradient_checkpointing,
                 choice.optimizer,
                 followed,
-                hours=(followed.seconds or 0.0) * math.ceil(examples / (each.batch * step.ranks)) / 3600,
+                hours=(followed.seconds or 0.0) * math.ceil(examples / (each.batch * step.copies)) / 3600,
                 next_need=libraries + search.needs(choice, 2 * each.batch),
                 libraries=libraries,
                 alike=alike[replace(choice, gradient_checkpointing=False, optimizer=PLAIN)],

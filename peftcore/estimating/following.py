@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from peftcore import ranks
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.costs import FREE, Cost, cost
 from peftcore.estimating.overhead import Overhead
@@ -132,12 +133,14 @@ class Following:
             raise NotFollowed(
                 f"the step creates a tensor of layout {tensor.layout}, whose memory is not followed. Use dense tensors"
             )
-        storage = tensor.untyped_storage()
+        storage = ranks.local(tensor).untyped_storage()
         key = storage._cdata
         known = self._live.get(key)
         if known is None:
             module = self._modules[-1] if self._modules else ""
-            known = Storage(storage.nbytes(), tuple(tensor.shape), len(self.operations), None, kind, module)
+            known = Storage(
+                storage.nbytes(), tuple(ranks.local(tensor).shape), len(self.operations), None, kind, module
+            )
             self._live[key] = known
             weakref.finalize(storage, self._gone, key, known).atexit = False
             self.storages.append(known)
@@ -146,7 +149,7 @@ class Following:
 
     def release(self, tensor: Tensor) -> None:
         """Record that the tensor's memory is freed although the tensor stays; `see` allocates it again."""
-        key = tensor.untyped_storage()._cdata
+        key = ranks.local(tensor).untyped_storage()._cdata
         self._gone(key, self._live[key])
 
     def pass_by(self, name: str, moved: int) -> None:

@@ -31,6 +31,7 @@ from peftcore.estimating.ranges import Range
 from peftcore.estimating.segments import peak_reserved
 from peftcore.estimating.stand_in import apply_again, stand_in
 from peftcore.estimating.step import Step
+from peftcore.estimating.tensor_parallel import divide, first_of, refuse_packed, refuse_trained
 from peftcore.observation.language_config import text_config
 from peftcore.optim.paging import PAGE_BYTES
 from peftcore.quantization import quantize as to_4_bits
@@ -192,11 +193,15 @@ def estimate(
         warnings.simplefilter("ignore")  # the user sees them when `apply` runs on the model itself
         made = stand_in(model, dtype)
         try:
+            mesh = stack.enter_context(first_of(step.tp_size))
             if quantize is not None:
+                refuse_packed(step.tp_size)
                 to_4_bits(made, quantize)
             with torch.device("meta"):
+                divide(made, mesh)
                 there = apply_again(made, model)
                 _place(made, method, options, step)
+                refuse_trained(made, step.tp_size)
                 if step.gradient_checkpointing:
                     checkpoint(made, step.gradient_checkpointing)
                 follow(following, made.train(), step, on_card=on_card)

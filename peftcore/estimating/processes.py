@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from peftcore import ranks
 from peftcore.estimating.following import Following
 from peftcore.estimating.step import Step
+from peftcore.estimating.tensor_parallel import planned_groups
 from peftcore.parallel import blocks, divided
 
 GRADIENTS, GATHERED, MESSAGES = "gradients", "gathered weights", "between ranks"
@@ -83,8 +85,8 @@ class Shards(Alone):
         super().__init__(model)
         self.on_card = on_card
         options = {} if isinstance(step.shard, bool) else dict(step.shard)
-        self.ranks = step.ranks
-        self.reshards = options.get("reshard_after_forward", True)
+        self.ranks = step.copies
+        reshards = options.get("reshard_after_forward", True)
         self.averaged, whole = divided(model, options.get("adapter_placement", "replicate"))
         self.nothing = torch.empty((), device="meta")
         self.last: Tensor | None = None  # message of the forward's last gather, freed by the next one
@@ -92,12 +94,12 @@ class Shards(Alone):
         self.order: list[_Group] = []  # order in which the groups' forwards ended
         taken: set[nn.Parameter] = set(whole)
         self.groups = []
-        for module in (*blocks(model), model):
+        planned = planned_groups(model, step) if step.tp_size > 1 else [(m, reshards) for m in (*blocks(model), model)]
+        for module, frees in planned:
             parameters = [p for p in dict.fromkeys(module.parameters()) if p not in taken]
             taken.update(parameters)
             if parameters:
-                self.groups.append(_Group(self, module, parameters))
-        self.root = self.groups[-1] if self.groups and self.groups[-1].module is model else None
+                self.groups.append(_Group(self, module, parameters, frees))
         for group in self.groups:
             self.shards.update(group.shards)
 
@@ -105,6 +107,11 @@ class Shards(Alone):
         self.following = following
         for group in self.groups:
             group.hook()
+        self.model.register_forward_hook(self._end_forward)
+
+    def _end_forward(self, *_: Any) -> None:
+        if not _in_backward():
+            self.last = None
 
     def message(self, size: int) -> Tensor:
         """Return a tensor of so many bytes for a message between ranks."""
@@ -136,8 +143,8 @@ class Shards(Alone):
 class _Group:
     """Parameters that are gathered together: those of a block, or those outside of all blocks."""
 
-    def __init__(self, run: Shards, module: nn.Module, parameters: list[nn.Parameter]) -> None:
-        self.run, self.module, self.parameters = run, module, parameters
+    def __init__(self, run: Shards, module: nn.Module, parameters: list[nn.Parameter], reshards: bool) -> None:
+        self.run, self.module, self.parameters, self.reshards = run, module, parameters, reshards
         self.shards = {p: _shard(p, run.ranks) for p in parameters}
         self.size = run.ranks * sum(shard.nbytes for shard in self.shards.values())
         self.gathering: Tensor | None = None
@@ -188,11 +195,9 @@ class _Group:
         if self.is_in_backward:
             return
         if not _in_backward():
-            if self.run.reshards:
+            if self.reshards:
                 self.give_back()
             self.run.order.append(self)
-        if self is self.run.root:
-            self.run.last = None
         for leaf in tree_flatten(outputs)[0]:
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(self._before_backward)
@@ -250,10 +255,11 @@ class _AfterBackward(torch.autograd.Function):
         return None, *gradients
 
 
-def _shard(p: nn.Parameter, ranks: int) -> nn.Parameter:
+def _shard(p: nn.Parameter, count: int) -> nn.Parameter:
     """Return the first rank's part of the first dimension, which is the largest of all ranks."""
-    rows = -(-p.shape[0] // ranks) if p.dim() else 1
-    return nn.Parameter(p.detach().new_empty((rows, *p.shape[1:]), device="meta"), p.requires_grad)
+    own = ranks.local(p.detach())
+    rows = -(-own.shape[0] // count) if own.dim() else 1
+    return nn.Parameter(own.new_empty((rows, *own.shape[1:]), device="meta"), p.requires_grad)
 
 
 def _in_backward() -> bool:
@@ -264,6 +270,6 @@ def processes_of(model: nn.Module, step: Step, *, on_card: bool) -> Alone:
     """Return the model as one of the step's processes holds it."""
     if step.is_sharded:
         return Shards(model, step, on_card)
-    if step.ranks > 1:
+    if step.copies > 1:
         return Replicas(model, clones=not step.gradient_checkpointing)
     return Alone(model)

@@ -19,7 +19,7 @@ class Step:
     """Settings of a training step, named as in `peftcore train`, Trainer's arguments and `peftcore.shard`.
 
     Args:
-        batch_size: Examples per batch in each process; for `dpo`, pairs.
+        batch_size: Examples per batch in each process, or group of tensor parallelism; for `dpo`, pairs.
         length: Tokens per example; for `dpo`, tokens of a prompt with one answer.
         optimizer: Name, as in `peftcore train --optim`.
         gradient_accumulation: Batches per step.
@@ -33,6 +33,8 @@ class Step:
         ranks: Processes of the run, one of which is estimated.
         shard: False: each process has a whole copy (DDP). True: the base is sharded (FSDP2) as by `peftcore.shard`. A
             dict: arguments of `peftcore.shard`, `adapter_placement` and `reshard_after_forward`.
+        tp_size: Ranks among which tensor parallelism divides each layer, as transformers' `tp_size`; with `shard`, the
+            other dimension of the mesh has `ranks / tp_size` ranks.
         per_sample: Number of adapters among the samples of a batch (`activate(..., per_sample=True)`); 0: one adapter
             for all.
 
@@ -50,10 +52,11 @@ class Step:
     lazy_logits: bool = False
     ranks: int = 1
     shard: bool | Mapping[str, Any] = False
+    tp_size: int = 1
     per_sample: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "length", "gradient_accumulation", "ranks", "per_sample"):
+        for name in ("batch_size", "length", "gradient_accumulation", "ranks", "tp_size", "per_sample"):
             least = 0 if name == "per_sample" else 1
             number = getattr(self, name)
             if not isinstance(number, int) or isinstance(number, bool) or number < least:
@@ -73,6 +76,13 @@ class Step:
         self._check_shard()
 
     def _check_shard(self) -> None:
+        if self.ranks % self.tp_size:
+            raise PeftcoreError(f"ranks must be a multiple of tp_size ({self.tp_size}), found {self.ranks}")
+        if self.ranks > self.tp_size > 1 and not self.is_sharded:
+            raise PeftcoreError(
+                f"ranks={self.ranks} with tp_size={self.tp_size} are several groups of tensor parallelism, which share "
+                f"the base by FSDP2: add shard=True, or estimate one group with ranks={self.tp_size}"
+            )
         if isinstance(self.shard, bool):
             return
         if not isinstance(self.shard, Mapping):
@@ -88,9 +98,21 @@ class Step:
                 raise PeftcoreError(f"shard: {name} must be one of {_OF_SHARD[name]}, found {value!r}")
 
     @property
+    def copies(self) -> int:
+        """Number of ranks that have a batch of their own."""
+        return self.ranks // self.tp_size
+
+    @property
     def is_sharded(self) -> bool:
         """Whether parameters are sharded."""
         return self.shard is not False
+
+    def _ways(self) -> str:
+        """Return how the ranks share the work."""
+        if self.tp_size == 1:
+            return "FSDP2" if self.is_sharded else "DDP"
+        fsdp = f"FSDP2 over {self.copies} x " if self.is_sharded else ""
+        return f"{fsdp}tensor parallel over {self.tp_size}"
 
     def __str__(self) -> str:
         parts = [f"batch {self.batch_size} x {self.length}"]
@@ -103,5 +125,5 @@ class Step:
         if self.mixed_precision is not None:
             parts.append(f"mixed {self.mixed_precision}")
         if self.ranks > 1 or self.is_sharded:
-            parts.append(f"one of {self.ranks} ranks ({'FSDP2' if self.is_sharded else 'DDP'})")
+            parts.append(f"one of {self.ranks} ranks ({self._ways()})")
         return ", ".join(parts)

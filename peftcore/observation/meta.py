@@ -27,6 +27,8 @@ _STATE = "_peftcore_state"  # of the engine: what is applied to a model
 _SMALL = 1 << 16  # an integer tensor with more values is packed weights, not an index
 _COMPOSABLE = "__composable_api_state_key"  # of PyTorch: what fully_shard keeps at a module, process groups with it
 _LARGEST = 1 - 2**-24  # what every random number is: layers that are dropped at random stay
+_FAKE = "FakeTensor"  # for the shapes of DTensors, which take no memory
+_WRAPPED = "_c10d_functional::_wrap_tensor_autograd"  # a message with the memory of what it wraps, but for meta tensors
 aten = torch.ops.aten
 
 Record = Callable[[Any, tuple[Any, ...], list[Tensor], Any], None]
@@ -47,9 +49,14 @@ class MetaFloats(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for each in types:
+            if each.__name__ == "DTensor":
+                return NotImplemented  # its own dispatch calls operators on the parts
+            if each.__name__ == _FAKE:
+                return operator(*args, **kwargs)
         tensors = _tensors([*args, *kwargs.values()])
         output = self._run(operator, args, kwargs, tensors)
-        if self._record is not None:
+        if self._record is not None and type(output).__name__ != _FAKE:
             self._record(operator, args, tensors, output)
         return output
 
@@ -74,6 +81,8 @@ class MetaFloats(TorchDispatchMode):
                 return operator(*args, **kwargs)
             except NotImplementedError:  # of integers on a CPU, but a forward on another device has it
                 return _without_values(operator, args, kwargs)
+        if operator._schema.name == _WRAPPED:
+            return aten.alias.default(*args)
         if operator is aten._local_scalar_dense.default:
             return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
         if operator in _MASKED:

@@ -1,11 +1,13 @@
 """Predicted step of one of two processes, under DDP and FSDP2, compared with a real one."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import run
-from step_memory import on_a_rank, predicted
-from transformers import LlamaConfig
+from step_memory import divided_on_a_rank, on_a_rank, predicted
+from transformers import LlamaConfig, LlamaForCausalLM
 from whole import WHOLE, nightly_but
 
 import peftcore
@@ -29,6 +31,19 @@ CASES: dict[str, tuple[Any, Step, dict[str, Any]]] = {
     "fsdp2, 4 bits": ("lora", Step(**ON_TWO, shard=True), {"quantize": "nf4"}),
     "fsdp2, every parameter": (None, Step(**ON_TWO, shard=True), {}),
 }
+ON_PARTS = {"batch_size": 2, "length": 24, "tp_size": 2}
+OF_TENSORS: dict[str, tuple[Any, Step, dict[str, Any]]] = {
+    "tensor parallel": ("lora", Step(**ON_PARTS, ranks=2), {}),
+    "tensor parallel, checkpointing": ("lora", Step(**ON_PARTS, ranks=2, gradient_checkpointing=True), {}),
+    "tensor parallel, two batches": ("lora", Step(**ON_PARTS, ranks=2, gradient_accumulation=2), {}),
+    "tensor parallel, ia3": ("ia3", Step(**ON_PARTS, ranks=2), {}),
+    "tensor parallel, trained norms": ("ln-tuning", Step(**ON_PARTS, ranks=2), {}),
+    "tensor parallel, adapter": ("adapter", Step(**ON_PARTS, ranks=2), {}),
+    "tensor parallel and fsdp2": ("lora", Step(**ON_PARTS, ranks=4, shard=True), {}),
+    "tensor parallel and fsdp2, checkpointing": (
+        "lora", Step(**ON_PARTS, ranks=4, shard=True, gradient_checkpointing=True), {},
+    ),
+}  # fmt: skip
 DAILY = ("ddp", "fsdp2", "fsdp2, checkpointing")
 
 
@@ -52,6 +67,49 @@ def test_is_what_the_allocator_of_a_rank_reports(case: str, measured: dict[str, 
     # gloo's threads give some messages back late.
     late = 2 * max((s.bytes for s in found.storages if s.kind == "between ranks"), default=0) if step.is_sharded else 0
     assert 0.98 * most - late <= predicted(found) <= 1.02 * most
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_is_what_a_rank_of_tensor_parallelism_holds(ranks: int, tmp_path: Path) -> None:
+    """Both where layers are divided, and where FSDP2 shards the parts over a second dimension of the mesh."""
+    config = LlamaConfig(**SIZES, num_hidden_layers=3, vocab_size=320)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    cases = {name: case for name, case in OF_TENSORS.items() if case[1].ranks == ranks}
+    measured = run(divided_on_a_rank, str(tmp_path), cases, ranks=ranks)[0]
+    for name, (method, step, _) in cases.items():
+        found = peftcore.estimate(config, method, step=step)
+        most, present = measured[name]
+        assert found.parts["base"] + found.parts["adapters"] == present
+        sent = [s for s in found.storages if s.kind == "between ranks" or "c10d" in found.operations[s.born].name]
+        late = 2 * max(s.bytes for s in sent)
+        assert 0.98 * most - late <= predicted(found) <= 1.02 * most, (name, predicted(found), most)
+
+
+def test_a_rank_of_tensor_parallelism_has_parts() -> None:
+    config = LlamaConfig(**SIZES, num_hidden_layers=1, vocab_size=320)
+    whole, part = (peftcore.estimate(config, "lora", batch_size=2, length=8, ranks=n, tp_size=n) for n in (1, 2))
+    assert part.parts["adapters"] == whole.parts["adapters"] and not torch.distributed.is_initialized()
+    norms = 4 * (3 * 64 + 16)  # and the frequencies of rotary embeddings, twice
+    assert 2 * (part.parts["base"] - norms) == whole.parts["base"] - norms
+    assert "one of 2 ranks (tensor parallel over 2)" in str(part)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": 6, "tp_size": 4}, "ranks must be a multiple of tp_size .4., found 6"),
+        ({"ranks": 4, "tp_size": 2}, "are several groups of tensor parallelism, .* add shard=True, or .* ranks=2"),
+        ({"ranks": 4, "tp_size": 4}, "tp_size=4 does not divide the 2 heads .num_key_value_heads.. Choose a divisor"),
+        ({"ranks": 2, "tp_size": 2, "quantize": "nf4"}, "quantize with tp_size=2 is not followed. Estimate with shard"),
+        ({"ranks": 2, "tp_size": 2, "method": None}, "tp_size=2 is followed with adapters, .* Name a method"),
+    ],
+)
+def test_what_is_not_followed_of_tensor_parallelism(options: dict[str, Any], message: str) -> None:
+    config = LlamaConfig(**SIZES, num_hidden_layers=1, vocab_size=320)
+    with pytest.raises(PeftcoreError, match=message):
+        peftcore.estimate(config, options.pop("method", "lora"), batch_size=2, length=8, **options)
+    assert not torch.distributed.is_initialized()
 
 
 def test_what_ranks_change() -> None:

@@ -34,6 +34,7 @@ def plan(
     labels: Annotated[str | None, typer.Option(help="Labels of a classifier, separated by commas.")] = None,
     given: Annotated[RunOptions, _OPTIONS],
     ranks: options.Ranks = 1,
+    tp_size: options.TensorParallel = 1,
     device: Annotated[
         str, typer.Option(help="Device: cpu (this machine), or a GPU: t4, rtx4090, a100, h100, ...")
     ] = "cpu",
@@ -47,7 +48,7 @@ def plan(
 
     task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
     data.check_task(task)
-    how = forecast.how(task, given.precision, given.parallel, ranks)
+    how = forecast.how(task, given.precision, given.parallel, ranks, tp_size)
     name, chosen = options.resolve_method(method, fields)
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = models.empty_model(base_files.resolve(model), task, names)
