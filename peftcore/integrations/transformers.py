@@ -104,6 +104,7 @@ def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any)
     with contextlib.ExitStack() as stack:
         if isinstance(model, nn.Module) and engine.state_of(model) is not None:
             stack.enter_context(_adapters_on_quantized(model))
+            stack.enter_context(_divided_by_plan(model, kwargs.get("args", args[1] if len(args) > 1 else None)))
         own(trainer, *args, **kwargs)
     model = _model_of(trainer)  # `model_init` may have made it
     if model is None or engine.state_of(model) is None:
@@ -115,7 +116,8 @@ def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any)
         if any(ranks.is_dtensor(p) for p in model.parameters() if p.requires_grad):
             raise PeftcoreError(
                 "Trainer keeps the optimizer's state on rank 0 and cannot keep that of sharded adapters. "
-                "Replicate them: peftcore.shard(model, adapter_placement='replicate')"
+                "Replicate them: peftcore.shard(model, adapter_placement='replicate'). Adapters on experts that ranks "
+                "share out (ep_size) train in a loop of your own"
             )
         # Models that transformers shards are neither wrapped nor moved; replicated adapters' state can be saved.
         trainer.is_distributed_loading_by_transformers = True
@@ -139,6 +141,31 @@ def _adapters_on_quantized(model: nn.Module) -> Iterator[None]:
         del model.__dict__[_QUANTIZED_WITH_ADAPTERS]
         if before is not None:
             model.__dict__[_QUANTIZED_WITH_ADAPTERS] = before
+
+
+@contextlib.contextmanager
+def _divided_by_plan(model: nn.Module, arguments: Any) -> Iterator[None]:
+    """Let Trainer keep checkpoints of a base that transformers has divided, of which the adapters alone are trained.
+
+    Raises:
+        PeftcoreError: accelerate has no tensor parallelism on this device.
+    """
+    keeps = arguments is not None and getattr(model, "is_distributed_loading_by_transformers", False)
+    before = arguments.save_only_model if keeps else None
+    if keeps:  # else Trainer raises an error: it would save the state of DTensors
+        arguments.save_only_model = True
+    try:
+        yield
+    except ValueError as error:
+        if "MULTI_CPU" not in str(error):
+            raise
+        raise PeftcoreError(
+            "Trainer divides batches by accelerate's ParallelismConfig, which has no tensor parallelism on CPUs. Train "
+            "on GPUs, or in a loop of your own"
+        ) from error
+    finally:
+        if keeps:
+            arguments.save_only_model = before
 
 
 def _prepare_for_training(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
