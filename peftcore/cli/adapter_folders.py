@@ -30,6 +30,7 @@ class AdapterTask:
     chat: bool | None = None  # whether it was trained on conversations; None if unknown
     chat_template: str | None = None  # if it is not the tokenizer's own
     beta: float | None = None  # of preferences, if it is not the default
+    weights: tuple[float, float] | None = None  # of good and bad answers, if they are not 1
     dtype: str | None = None  # of the base in training
     seed: int | None = None  # seed of a classifier's new head
     language: str | None = None  # of recordings
@@ -56,6 +57,7 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     from peftcore.files.reading import fields_of_folder
     from peftcore.files.safe_reading import JSON_BYTES, parse_json, read_bytes
 
+    refuse_other_folders(folder)
     given = tuple(part.strip() for part in labels.split(",")) if labels else ()
     fields, foreign = fields_of_folder(folder)
     try:
@@ -65,6 +67,7 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         # Files without `chat` are older than conversations.
         chat, template = stored.get("chat", False), stored.get("chat_template")
         more = {name: stored.get(name) for name in ("beta", "dtype", "seed", "pooling", "language")}
+        more["weights"] = None if stored.get("weights") is None else tuple(stored["weights"])
         task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, **more)
         if type(stored["labels"]) is not list:
             raise TypeError(f"labels must be a list, found {shown(stored['labels'])}")
@@ -116,6 +119,22 @@ def adapter_folder(folder: Path) -> Path:
     inside = folder / "adapter"
     here, there = (os.path.exists(each / "adapter_config.json") for each in (folder, inside))
     return inside if there and not here else folder
+
+
+def refuse_other_folders(folder: Path) -> None:
+    """Raise a PeftcoreError for a run without an adapter and for an empty folder, with what to do instead."""
+    if not os.path.isdir(folder) or os.path.exists(folder / "adapter_config.json"):
+        return  # other files may be an adapter of another library, whose reader says what is missing
+    checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda each: (len(each.name), each.name))
+    if os.path.exists(folder / "run.json"):
+        more = f", or use its newest checkpoint: --adapter {checkpoints[-1]}" if checkpoints else ""
+        raise PeftcoreError(
+            f"the run in '{folder}' has no adapter yet, because it has not ended. Continue it with --resume{more}"
+        )
+    if not os.listdir(folder):
+        raise PeftcoreError(
+            f"'{folder}' is empty. Pass the folder of a run (--output of peftcore train) or one that `save` wrote"
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -33,6 +33,7 @@ def measure(
     *,
     beta: float | None = None,
     reference: Any = None,
+    weights: Sequence[float] | None = None,
 ) -> Metrics:
     """Return the loss over all examples and the task's figures.
 
@@ -44,10 +45,13 @@ def measure(
         batch_size: examples per batch.
         beta: weight that keeps the model close to the reference; None for the default.
         reference: `likelihoods` of the reference model in the same batches; None for the base.
+        weights: weights of good and bad answers, for `kto`; None for 1.
     """
     module = of(task)
     if reference is None and module.HAS_REFERENCE:
         with peftcore.disabled(model) if state_of(model) is not None else contextlib.nullcontext():
             reference = module.likelihoods(model, examples, tokenizer, batch_size)
     after = module.likelihoods(model, examples, tokenizer, batch_size)
+    if task == data.UNPAIRED:
+        examples = unpaired.weighted(examples, weights)
     return module.figures(after, reference, examples, beta or BETA)

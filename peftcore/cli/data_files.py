@@ -49,9 +49,25 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
         found: Iterator[Record] = (record for file in files for record in _of_file(file))
     elif not os.path.exists(where) and _is_hub_id(path):
         found = _of_hub(path)
+    elif not os.path.exists(where):
+        raise PeftcoreError(_missing(where, path))
     else:
         found = _of_file(where)
     return (_renamed(record, columns) for record in found) if columns else found
+
+
+def _missing(where: Path, path: str) -> str:
+    """Return what to do about a path of examples that does not exist."""
+    try:
+        names = [each.name for each in where.parent.iterdir()]
+    except (OSError, ValueError):  # such as a NUL character
+        return f"there is no file '{path}', and no folder '{where.parent}'. Correct the path in --data"
+    relative = "" if where.is_absolute() else f". The path is relative to '{Path.cwd()}'"
+    near = nearest(where.name, names)
+    return (
+        f"there is no file '{path}'{near}{relative}. Pass a file ({', '.join(READERS)}), a folder "
+        "of them, or the id of a hub dataset, ORG/NAME"
+    )
 
 
 def parsed_columns(text: str | None) -> dict[str, str]:

@@ -64,6 +64,8 @@ class RunOptions:
             help="Beta of DPO and KTO, which keeps the model close to the base, or weight of ORPO's odds; default: 0.1."
         ),
     ] = None
+    desirable_weight: Annotated[float, typer.Option(min=0, help="Weight of good answers in KTO's loss.")] = 1.0
+    undesirable_weight: Annotated[float, typer.Option(min=0, help="Weight of bad answers in KTO's loss.")] = 1.0
     language: Annotated[
         str | None,
         typer.Option(help="Language of the recordings (asr), for a model of many languages: english, ..."),

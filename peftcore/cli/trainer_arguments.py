@@ -42,6 +42,8 @@ def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[
             more |= {"temperature": settings.temperature, "beta": settings.beta or 0.0}
         else:
             more["max_length"] = None
+        if settings.task == data.UNPAIRED:
+            more |= {name: getattr(settings, name) for name in ("desirable_weight", "undesirable_weight")}
         if settings.task not in (data.REWARD, data.ROLLOUTS):
             more["beta"] = settings.beta or comparisons.BETA
     try:

@@ -138,6 +138,7 @@ def comparing_trainer(task: str, **arguments: Any) -> Measuring:
 
     if task == data.UNPAIRED:
         arguments["data_collator"] = unpaired.collator(arguments["processing_class"])
+        arguments["train_dataset"] = unpaired.mismatched(arguments["train_dataset"])
     for name in ("train_dataset", "eval_dataset"):
         columns = {data.ODDS: odds.columns, data.REWARD: rewards.columns, data.ROLLOUTS: rollouts.columns}
         if task in columns:

@@ -174,13 +174,14 @@ def run(
             max_new_tokens=settings.answer_tokens,
         )
     first: dict[int, Any] = {}  # the reference of comparisons
+    weights = (settings.desirable_weight, settings.undesirable_weight)
     pairs = preferences.pairs_at_once(settings.batch_size, longest)
 
     def measure(model: Any, examples: list[tasks.Example] = held_out) -> Metrics:
         if reward is not None:
             return rollouts.measure(model, examples, tokenizer, reward, settings.answer_tokens)
         if comparison is not None:
-            how = {"beta": settings.beta, "reference": first[id(examples)]}
+            how = {"beta": settings.beta, "reference": first[id(examples)], "weights": weights}
             return comparisons.measure(settings.task, model, examples, tokenizer, pairs, **how)
         if settings.task == data.SPEECH:
             count = answered if examples is held_out else 0
@@ -280,6 +281,7 @@ def run(
             chat=is_chat,
             chat_template=template,
             beta=settings.beta,
+            weights=None if weights == (1.0, 1.0) else weights,
             dtype=settings.dtype,
             seed=seed,
             pooling=pooling or None,

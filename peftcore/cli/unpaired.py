@@ -1,12 +1,13 @@
 """Answers marked as good or bad for `--task kto`: no answer needs a counterpart.
 
-Ethayarajh et al. 2024, arXiv 2402.01306, with both of its weights at 1:
+Ethayarajh et al. 2024, arXiv 2402.01306, where w is --desirable-weight or --undesirable-weight:
 
-    loss = 1 - sigmoid(r - k) for a good answer, 1 - sigmoid(k - r) for a bad one
+    loss = w (1 - sigmoid(r - k)) for a good answer, w (1 - sigmoid(k - r)) for a bad one
     r = beta (log p(answer) - log q(answer)),   k = beta max(0, mean of log p - log q over mismatched answers)
 
 p is the model with its adapter; q is the frozen base, or the initial adapter if a run starts from one. A mismatched
-answer is that of the example before, in training of the batch, in measuring of all examples.
+answer is that of the example before, in training of the batch, in measuring of all examples. The example of a batch of
+one, such as the last of an epoch, has that of the example before it among all.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     return Encoded(examples, truncated)
 
 
+def weighted(examples: Sequence[Example], weights: Sequence[float] | None) -> list[Example]:
+    """Return the examples with their weights, of which the first is that of good answers; None for 1."""
+    good, bad = weights or (1.0, 1.0)
+    return [{**each, "weight": good if each["label"] else bad} for each in examples]
+
+
 def as_texts(examples: Sequence[Example]) -> list[Example]:
     """Return the good answers as examples of a language model, for methods that initialise from data."""
     good = [each for each in examples if each["label"]] or examples
@@ -77,7 +84,8 @@ def figures(after: Likelihoods, before: Likelihoods, examples: Sequence[Example]
     both = bool(good.any()) and not bool(good.all())
     margin = float(rewards[good].mean() - rewards[~good].mean()) if both else 0.0
     named = {"accuracy": float((distance > 0).double().mean()), "margin": margin, "kl": float(divergence)}
-    return Metrics(float((1 - distance.sigmoid()).mean()), len(examples), named)
+    weights = torch.tensor([each.get("weight", 1.0) for each in examples])
+    return Metrics(float((weights * (1 - distance.sigmoid())).mean()), len(examples), named)
 
 
 def likelihoods(
@@ -103,8 +111,11 @@ def _log_likelihoods(
 
 
 def collator(tokenizer: Any) -> Any:
-    """Return TRL's collator, after each example has the answer of the one before it in the batch."""
+    """Return TRL's collator, after each example has the answer of the one before it in the batch.
+
+    The example of a batch of one keeps its own `KL_completion_ids`.
+    """
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
     collate = DataCollatorForUnpairedPreference(pad_token_id=tokenizer.pad_token_id or 0)
-    return lambda examples: collate(mismatched(examples))
+    return lambda examples: collate(mismatched(examples) if len(examples) > 1 else examples)

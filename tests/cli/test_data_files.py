@@ -94,8 +94,14 @@ def test_a_wrong_file_is_named_with_the_way_out(name: str, text: str, message: s
 def test_an_empty_folder_and_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(PeftcoreError, match="has no file of examples"):
         records(str(tmp_path))
-    with pytest.raises(PeftcoreError, match="cannot be read: No such file"):
-        list(records(str(tmp_path / "none.jsonl")))
+    (tmp_path / "chat.jsonl").write_text("")
+    for path, message in (
+        (tmp_path / "chats.jsonl", r"there is no file '.*chats.jsonl' \(nearest: 'chat.jsonl'\)\. Pass a file"),
+        (tmp_path / "no" / "chat.jsonl", "and no folder '.*no'. Correct the path"),
+        ("none.jsonl", "The path is relative to '.*'. Pass a file .*ORG/NAME"),
+    ):
+        with pytest.raises(PeftcoreError, match=message):
+            list(records(str(path)))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
@@ -145,7 +151,7 @@ def test_a_number_of_thousands_of_digits(suffix: str, tmp_path: Path) -> None:
 def test_a_path_that_names_no_file(name: str, suffix: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     path = f"{name}{suffix}" if name.startswith("~") else str(tmp_path / f"{name}{suffix}")
-    with pytest.raises(PeftcoreError, match=r"cannot be read|must be one of"):
+    with pytest.raises(PeftcoreError, match=r"cannot be read|must be one of|there is no file"):
         list(records(path))
 
 

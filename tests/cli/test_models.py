@@ -9,11 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Run
 from safetensors.torch import load_file, save_file
 
 from peftcore import CheckpointError, PeftcoreError
 from peftcore.cli.adapter_folders import TASK_FILE, AdapterTask, adapter_task, base_of
 from peftcore.cli.models import load_model
+
+
+def test_a_folder_without_an_adapter(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "is empty. Pass the folder of a run" in run("eval", "-a", tmp_path / "empty", "-d", "a.jsonl", code=1).output
+    (tmp_path / "run" / "checkpoints" / "checkpoint-9").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "checkpoint-10").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    said = run("eval", "--adapter", tmp_path / "run", "--data", "a.jsonl", code=1).output
+    assert "has no adapter yet" in said and "--resume, or use its newest checkpoint" in said and "checkpoint-10" in said
 
 
 def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from commands import Run, write_jsonl
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli import comparisons, data, trainer_arguments, unpaired
+from peftcore.cli import comparisons, data, models, trainer_arguments, unpaired
+from peftcore.cli.adapter_folders import adapter_task
 from peftcore.cli.row import Row
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
@@ -122,9 +123,36 @@ def test_kto_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     assert "--task kto compares the answers of a batch, found --batch-size 1" in wrong
 
 
+def test_a_batch_of_one_has_the_answer_of_another_example(llama: Path) -> None:
+    collate = unpaired.collator(models.load_tokenizer(str(llama)))
+    ids = [[4, 5], [6], [7, 8]]
+    rows = [{"prompt_ids": [1], "completion_ids": each, "label": True} for each in ids]
+    examples = unpaired.mismatched(rows)
+    assert collate([examples[1]])["KL_input_ids"].tolist() == [[1, 4, 5]]
+    assert collate(examples[1:])["KL_input_ids"].tolist() == [[1, 7, 8], [1, 6, 0]]  # in the batch
+
+
+def test_weights_of_answers(tmp_path: Path) -> None:
+    examples = [{"label": True}, {"label": False}, {"label": True}]
+    after, before = [torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)], [torch.zeros(3), torch.zeros(3)]
+    plain = [1 - torch.tensor(x).sigmoid() for x in (0.5, -1.0, 1.5)]
+    found = unpaired.figures(after, before, unpaired.weighted(examples, (2.0, 0.5)), 0.5)
+    assert found.loss == pytest.approx(float(2 * plain[0] + 0.5 * plain[1] + 2 * plain[2]) / 3)
+    assert unpaired.figures(after, before, examples, 0.5).loss == pytest.approx(float(sum(plain)) / 3)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("task", [pytest.param(data.PREFERENCES, marks=pytest.mark.nightly), data.UNPAIRED])
-def test_losses_of_training_are_those_of_trl(run: Run, llama: Path, tmp_path: Path, task: str) -> None:
+@pytest.mark.parametrize(
+    ("task", "weights"),
+    [
+        pytest.param(data.PREFERENCES, (1.0, 1.0), marks=pytest.mark.nightly),
+        (data.UNPAIRED, (1.0, 1.0)),
+        pytest.param(data.UNPAIRED, (1.5, 0.5), marks=pytest.mark.nightly),
+    ],
+)
+def test_losses_of_training_are_those_of_trl(
+    run: Run, llama: Path, tmp_path: Path, task: str, weights: tuple[float, float]
+) -> None:
     """TRL reads the same rows as texts, in the order that our sampler draws them."""
     import trl
     from datasets import Dataset
@@ -137,7 +165,8 @@ def test_losses_of_training_are_those_of_trl(run: Run, llama: Path, tmp_path: Pa
     path, output = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "run"
     half = len(rows) // 2
     common = ("-m", llama, "-d", path, "--eval-data", path, "--method", "lora", "--set", "r=4", "--device", "cpu")
-    run("train", *common, "-o", output, "--epochs", 2, "--batch-size", half, "--lr", "0.02", "--beta", "0.2")
+    more = ("--desirable-weight", weights[0], "--undesirable-weight", weights[1]) if task == data.UNPAIRED else ()
+    run("train", *common, *more, "-o", output, "--epochs", 2, "--batch-size", half, "--lr", "0.02", "--beta", "0.2")
     (state,) = (output / "checkpoints" / "checkpoint-4").glob("trainer_state.json")
     ours = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
 
@@ -151,9 +180,15 @@ def test_losses_of_training_are_those_of_trl(run: Run, llama: Path, tmp_path: Pa
     settings = Settings(model="", data="", task=task, method="lora", lr=0.02, beta=0.2, batch_size=half, device="cpu")
     arguments = trainer_arguments.of_run(settings, tmp_path / "trl", 2 * len(rows))
     arguments.num_train_epochs, arguments.train_sampling_strategy = 1, "sequential"
+    if task == data.UNPAIRED:
+        arguments.desirable_weight, arguments.undesirable_weight = weights
     arguments.warmup_steps, arguments.eval_strategy, arguments.save_strategy = 1, "no", "no"
     kind = trl.KTOTrainer if task == data.UNPAIRED else trl.DPOTrainer
     trainer = kind(model=model, args=arguments, train_dataset=Dataset.from_list(drawn), processing_class=tokenizer)
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-4) and ours[-1] < ours[0]
+    if weights != (1.0, 1.0):
+        assert adapter_task(output / "adapter").weights == weights
+        after = json.loads((output / "result.json").read_text())["after"]["loss"]
+        assert f"{after:.4f}" in run("eval", "-a", output, "-d", path).output

@@ -75,7 +75,7 @@ def evaluate(
         from peftcore.cli import comparisons
 
         encoded = comparisons.of(task.task).encode(rows, tokenizer, length)
-        measure = functools.partial(comparisons.measure, task.task, beta=task.beta)
+        measure = functools.partial(comparisons.measure, task.task, beta=task.beta, weights=task.weights)
         if given.reward is not None:
             from peftcore.cli import rollouts
 

@@ -128,6 +128,10 @@ def train(
         raise PeftcoreError(
             f"--beta is for --task dpo, kto and orpo and must be above 0, found {given.beta:g} for {task}"
         )
+    if task != examples.UNPAIRED and (given.desirable_weight, given.undesirable_weight) != (1.0, 1.0):
+        raise PeftcoreError(
+            f"--desirable-weight and --undesirable-weight are for --task kto, found task {task}. Leave them out"
+        )
     if task == examples.UNPAIRED and given.batch_size < 2:
         raise PeftcoreError(
             "--task kto compares the answers of a batch, found --batch-size 1. Use --batch-size 2 or more"
