@@ -1,0 +1,28 @@
+"""A rank that is killed in a training step or in `save`: the other one raises, and what was saved is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import rank_bases
+import rank_killed
+from processes import run
+
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
+
+
+def cell(moment: str, said: str) -> str:
+    if moment == "in save":
+        return "named" if "PeftcoreError" in said and "rank 1 has not answered for 0.3 s" in said else said
+    return "raised" if said.startswith(("RuntimeError", "Dist")) and "gloo" in said else said  # by PyTorch
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_methods_end_as_the_table_says(tmp_path: Path) -> None:
+    rank_bases.write(tmp_path)
+    found = run(rank_killed.killed, str(tmp_path), joined=False)[0]
+    for moment in rank_killed.MOMENTS:
+        cells = [cell(moment, said) for said in found[moment].values()]
+        assert f"| {moment} | {' | '.join(cells)} |" in PAGE.read_text()
