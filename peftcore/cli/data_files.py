@@ -53,7 +53,7 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
         raise PeftcoreError(_missing(where, path))
     else:
         found = _of_file(where)
-    return (_renamed(record, columns) for record in found) if columns else found
+    return (renamed(record, columns) for record in found) if columns else found
 
 
 def _missing(where: Path, path: str) -> str:
@@ -99,7 +99,12 @@ def alpaca_prompt(instruction: str, more: Any) -> str:
     return f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
 
 
-def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
+def renamed(record: Record, columns: Mapping[str, str]) -> Record:
+    """Return a record with fields named as `columns` says.
+
+    Raises:
+        PeftcoreError: a column does not exist.
+    """
     where, fields = record
     for name, theirs in columns.items():
         if theirs not in fields:

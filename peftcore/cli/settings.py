@@ -52,6 +52,13 @@ class RunOptions:
     weight_decay: Annotated[float, typer.Option(min=0, help="Weight decay of the optimizer.")] = 0.0
     max_grad_norm: Annotated[float, typer.Option(min=0, help="Clip gradients to this norm; 0 for none.")] = 1.0
     max_length: Annotated[int, typer.Option(min=2, help="Maximum tokens per example.")] = 512
+    streaming: Annotated[
+        bool,
+        typer.Option(
+            "--streaming",
+            help="Leave examples in their .jsonl files and read each when it is needed, for data above memory.",
+        ),
+    ] = False
     pack: Annotated[
         bool,
         typer.Option(

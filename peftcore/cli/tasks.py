@@ -44,7 +44,13 @@ class Encoded:
 
 
 def encode(
-    rows: Sequence[Row], task: str, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str] = ()
+    rows: Sequence[Row],
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    labels: Sequence[str] = (),
+    *,
+    may_be_empty: bool = False,
 ) -> Encoded:
     """Return rows as `input_ids` and `labels`.
 
@@ -52,7 +58,8 @@ def encode(
     classify, and conversations, are cut at the end.
 
     Raises:
-        PeftcoreError: a row has no tokens, or its label is unknown.
+        PeftcoreError: a row has no tokens, its label is unknown, or, unless it `may_be_empty`, there is no token to
+            learn.
     """
     if max_length < 2:
         raise PeftcoreError(f"the length must be at least 2 tokens, found {max_length}")
@@ -74,6 +81,10 @@ def encode(
     for is_chat, some in itertools.groupby(rows, key=lambda row: row.messages is not None):
         parts.append((_encode_conversations if is_chat else _encode_texts)(list(some), tokenizer, max_length))
     examples = [example for part in parts for example in part.examples]
+    if not examples and not may_be_empty:
+        what = "answer begins" if rows[0].messages is not None else "token to learn is"
+        where = "conversation" if rows[0].messages is not None else "row"
+        raise PeftcoreError(f"no {what} within {max_length} tokens in any {where}. Increase --max-length")
     return Encoded(examples, sum(part.truncated for part in parts), sum(part.left_out for part in parts))
 
 
@@ -107,8 +118,6 @@ def _encode_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_l
         if not parts:
             raise PeftcoreError(f"{row.where}: no tokens to train on after tokenizing")
         examples += parts
-    if not examples:
-        raise PeftcoreError(f"no token to learn is within {max_length} tokens in any row. Increase --max-length")
     return Encoded(examples, truncated, left_out)
 
 
@@ -346,8 +355,6 @@ def _encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBas
                 examples.append(cut)
             else:
                 left_out += 1
-    if not examples:
-        raise PeftcoreError(f"no answer begins within {max_length} tokens in any conversation. Increase --max-length")
     return Encoded(examples, truncated, left_out)
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerControl
 
-from peftcore.cli import data, odds, precision, rewards, rollouts, sentence_pairs, tasks, unpaired
+from peftcore.cli import data, odds, precision, rewards, rollouts, sentence_pairs, streamed, tasks, unpaired
 from peftcore.cli.console import require, say
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.sampler import LengthGroupedSampler
@@ -41,7 +42,9 @@ class Measuring(_Base):
         self.control: TrainerControl
         self.measured: dict[int, Metrics] = {}  # by step
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        if isinstance(self.train_dataset, streamed.EncodedLines):
+            return streamed.BlockSampler(self.train_dataset, self.args.train_batch_size, self.args.seed)
         return LengthGroupedSampler(self.lengths, self.args.train_batch_size, self.args.seed, self.parts)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftcore.cli import comparisons, data, holdout, mixture, packing, tasks
+from peftcore.cli import comparisons, data, holdout, mixture, packing, streamed, tasks
 from peftcore.cli.console import warn
 from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.metrics import Metrics
@@ -42,6 +42,21 @@ class DataSet:
 
 
 TITLES = ("data set", "weight", "examples", "tokens", "held out", "loss before", "loss after")
+
+
+def streamed_splits(settings: Settings) -> tuple[streamed.Lines, list[int], list[Row]]:
+    """Return (lines, indices of those that are held out, held-out examples).
+
+    Raises:
+        PeftcoreError: a file is missing or of another kind, or nothing is held out.
+    """
+    names = parsed_columns(settings.columns)
+    paths = [settings.data] if isinstance(settings.data, str) else settings.data
+    lines = streamed.Lines(paths, settings.task, names)
+    if settings.eval_data is not None:
+        return lines, [], data.read_rows(settings.eval_data, settings.task, names)
+    kept = streamed.chosen(lines, int(settings.holdout), settings.seed)
+    return lines, kept, [lines[index] for index in kept]
 
 
 def read_splits(settings: Settings) -> tuple[list[Row], list[Row], list[Row]]:

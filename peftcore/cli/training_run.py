@@ -8,6 +8,7 @@ OUTPUT/report.html
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import warnings
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from peftcore.cli import (
     row_labels,
     sentence_pairs,
     speech,
+    streamed,
     tasks,
     trainer_arguments,
     trainers,
@@ -51,6 +53,7 @@ from peftcore.cli.console import say, warn
 from peftcore.cli.memory_trace import MemoryTrace
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.options import FULL
+from peftcore.cli.row import Row
 from peftcore.cli.run_result import Result, Stopped
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
@@ -61,6 +64,8 @@ from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import latest_checkpoint
 from peftcore.merging.merged_layers import mergeable
 from peftcore.quantization import QuantizedLinear
+
+_PROBED = 100  # first lines of streamed examples, on which operators are probed
 
 
 def run(
@@ -89,7 +94,13 @@ def run(
         Stopped: Ctrl-C; a checkpoint has been written.
     """
     began = time.perf_counter()
-    train_rows, eval_rows, validation_rows = training_data.read_splits(settings)
+    lines, kept = None, list[int]()
+    if settings.streaming:
+        lines, kept, eval_rows = training_data.streamed_splits(settings)
+        first_lines = itertools.islice((i for i in range(len(lines)) if i not in kept), _PROBED)
+        train_rows, validation_rows = [lines[i] for i in first_lines], list[Row]()
+    else:
+        train_rows, eval_rows, validation_rows = training_data.read_splits(settings)
     start = Path(settings.adapter) if settings.adapter is not None else None
     labels: tuple[str, ...] = ()
     if settings.task in data.HEADED:
@@ -106,14 +117,16 @@ def run(
     of_adapter = adapter_folders.adapter_task(start).chat_template if start is not None else None
     conversations.set_template(tokenizer, settings.chat_template, of_adapter)
     is_chat = any(row.messages is not None for row in train_rows)
-    of_sets = training_data.encode_parts("training", train_rows, settings, tokenizer, labels)
+    of_sets = training_data.encode_parts(
+        "training" if lines is None else "first", train_rows, settings, tokenizer, labels
+    )
     held_out_sets = training_data.encode_parts("held-out", eval_rows, settings, tokenizer, labels)
     train, held_out = ([each for part in sets.values() for each in part] for sets in (of_sets, held_out_sets))
     validation, other = (
         training_data.encode_examples(what, rows, settings, tokenizer, labels) if rows else []
         for what, rows in (("validation", validation_rows), ("other", training_data.other_rows(settings)))
     )
-    is_mixed = len(data.sources(settings.data)) > 1
+    is_mixed = len(data.sources(settings.data)) > 1 and lines is None
     if not is_mixed or settings.eval_data is not None:
         held_out_sets = {}  # not held out of the data sets
 
@@ -122,6 +135,15 @@ def run(
         say(f"packed {len(train):,} examples into {len(rows):,} rows of at most {settings.max_length} tokens")
     sizes = training_data.lengths(rows, settings.task)
     longest = max(sizes)
+    examples: Any = rows
+    if lines is not None:
+
+        def encode(some: list[Row]) -> list[tasks.Example]:
+            return tasks.encode(some, settings.task, tokenizer, settings.max_length, may_be_empty=True).examples
+
+        examples, longest = streamed.EncodedLines(lines, encode, kept), settings.max_length
+        parts = [(len(examples), 1.0)]
+        say(f"{len(examples):,} lines of {len(lines.files):,} files stay there; texts are cut at {longest} tokens")
     base_in = dtype_choice.of_run(settings, labels)
     settings = replace(settings, dtype=base_in.say())
     predicted = forecasts.forecast(settings, longest, labels)
@@ -227,7 +249,7 @@ def run(
     common = {
         "model": model,
         "args": trainer_arguments.of_run(settings, output, training_data.draws(parts), report_to),
-        "train_dataset": rows,
+        "train_dataset": examples,
         "eval_dataset": held_out,
         "callbacks": [meter, stop, trace, *([keeper] if keeper else [])],
         "measure": measure,
@@ -304,7 +326,7 @@ def run(
         history=trainer.state.log_history,
         summary=summary,
         steps=trainer.state.global_step,
-        train_rows=len(train_rows),
+        train_rows=len(train_rows) if lines is None else len(examples),
         eval_rows=len(eval_rows),
         seconds=time.perf_counter() - began,
         training_seconds=meter.seconds,

@@ -140,7 +140,9 @@ def train(
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
     if given.eval_data is None:
         holdout.check(given.holdout)
-    for file in filter(None, (data, given.eval_data)):
+    if given.streaming:
+        _check_streaming(given, task)
+    for file in filter(None, (None if given.streaming else data, given.eval_data)):
         examples.read_rows(file, task, names)  # show wrong lines before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
     if task in examples.COMPARED:
@@ -219,6 +221,21 @@ def train(
     if ranks.rank() == 0:
         _show(settings, result, output)
     torchrun.leave()
+
+
+def _check_streaming(given: RunOptions, task: str) -> None:
+    """Raise a PeftcoreError unless the options fit to examples that stay in their files."""
+    from peftcore.cli import streamed
+
+    if task not in streamed.TASKS:
+        raise PeftcoreError(f"--streaming is for {' and '.join(streamed.TASKS)}, found task {task}. Leave it out")
+    if given.pack:
+        raise PeftcoreError("--pack needs the lengths of all examples, which --streaming does not know. Leave one out")
+    if given.eval_data is None and given.holdout < 1:
+        raise PeftcoreError(
+            "--streaming holds out a number of lines, since a share of large data takes long to measure. Pass "
+            "--holdout 500, or --eval-data FILE"
+        )
 
 
 def _check_rollouts(given: RunOptions, data: list[str]) -> None:
