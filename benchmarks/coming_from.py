@@ -1,25 +1,33 @@
-"""How many example configs of another program have a counterpart, by the tables of docs/coming-from.
+"""How many example configs of another program have a counterpart, by docs/coming-from and by `convert-config`.
 
-    python benchmarks/coming_from.py PROGRAM CHECKOUT
+    python benchmarks/coming_from.py CHECKOUTS [--write FILE]
 
-PROGRAM is axolotl, llama-factory or torchtune, CHECKOUT a folder with its repository. A config that trains an adapter
-is *whole* if the page's first tables have each of its keys that asks for something; *partly* if some are in the table
-"What is not here", which says what to do instead; else *unknown*, which is a gap of the page.
+CHECKOUTS is a folder with the repositories axolotl, llama-factory and torchtune. A config that trains an adapter is
+*whole* if the page's first tables have each of its keys that asks for something; *partly* if some are in the table
+"What is not here", which says what to do instead; else *unknown*, which is a gap of the page. `peftcore convert-config`
+converts it whole, without some keys, or refuses it. --write writes the distinct conversions, which
+plugins/peftcore-convert-config/tests trains for two steps each.
 """
 
+import argparse
 import collections
+import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from peftcore_convert_config import programs
+
+from peftcore import PeftcoreError
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {"axolotl": "examples", "llama-factory": "examples", "torchtune": "recipes/configs"}
 OPENED = ("datasets", "test_datasets", "peft_config", "quant_config", "model", "tokenizer", "checkpointer", "dataset")
 OPENED += ("dataset_val", "loss", "optimizer", "lr_scheduler")  # tables whose keys are options, too
+ALIKE = ("epochs", "steps", "eval_every", "save_every", "keep", "weight_decay", "warmup")  # train in the same way
+PLACES = ("model", "data", "eval_data", "output", "columns", "seed", "report_to")  # not those of a tiny run
 NOT_ASKED = (None, False, "", [], {}, 0, "disabled")
 
 
@@ -60,24 +68,71 @@ def tables(page: str) -> tuple[set[str], set[str]]:
     return found[0], found[1]
 
 
-def main(program: str, checkout: Path) -> None:
+def count(program: str, configs: dict[str, dict[str, Any]]) -> None:
+    """Print what the page of a program has."""
     has, has_not = tables((ROOT / f"docs/coming-from/{program}.md").read_text(encoding="utf-8"))
     known = {name.partition(": ")[0] for name in has | has_not}
     counts, gaps, missing = (collections.Counter[str]() for _ in range(3))
-    for file in sorted((checkout / EXAMPLES[program]).rglob("*.y*ml")):
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or not is_adapter(config):
-            continue
+    for config in configs.values():
         pairs = {f"{key}: {value}": key for key, value in asked(config)}
         refused = {key for pair, key in pairs.items() if pair in has_not or (key in has_not and pair not in has)}
         unknown = set(pairs.values()) - known
         counts["unknown" if unknown else "partly" if refused else "whole"] += 1
         gaps.update(unknown)
         missing.update(refused)
-    print(f"{sum(counts.values())} configs: {dict(counts)}")
-    print("not here:", ", ".join(f"{key} {count}" for key, count in missing.most_common()))
-    print("not on the page:", ", ".join(f"{key} {count}" for key, count in gaps.most_common()) or "none")
+    print(f"{program}: {len(configs)} configs, by the page: {dict(counts)}")
+    print("  not here:", ", ".join(f"{key} {count}" for key, count in missing.most_common()))
+    print("  not on the page:", ", ".join(f"{key} {count}" for key, count in gaps.most_common()) or "none")
+
+
+def convert(program: str, configs: dict[str, dict[str, Any]], distinct: dict[str, dict[str, Any]]) -> None:
+    """Print what is converted, and add each conversion that is not there yet."""
+    counts, reasons, left_out = (collections.Counter[str]() for _ in range(3))
+    for name, config in configs.items():
+        try:
+            found = programs.convert(config)
+        except PeftcoreError as error:
+            counts["refused"] += 1
+            reasons[str(error).partition(":")[0].strip("'")] += 1
+            continue
+        counts["without some keys" if found.left_out else "whole"] += 1
+        left_out.update(list(found.left_out))
+        options = {key: value for key, value in found.options.items() if key not in PLACES}
+        shape = [
+            {key: None if type(value) in (int, float) else value for key, value in each.items() if key not in ALIKE}
+            for each in (options, found.fields)
+        ]
+        once = {"configs": 0, "example": f"{program}/{name}", "model": found.options["model"]}
+        once |= {"options": options, "set": found.fields}
+        distinct.setdefault(json.dumps(shape, sort_keys=True), once)["configs"] += 1
+    print("  converted:", dict(counts))
+    print("  refused for:", ", ".join(f"{key} {count}" for key, count in reasons.most_common()) or "nothing")
+    print("  left out:", ", ".join(f"{key} {count}" for key, count in left_out.most_common()) or "nothing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checkouts", type=Path)
+    parser.add_argument("--write", type=Path)
+    given = parser.parse_args()
+    distinct: dict[str, dict[str, Any]] = {}
+    for program, folder in EXAMPLES.items():
+        root = given.checkouts / program
+        read = {
+            file: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((root / folder).rglob("*.y*ml"))
+        }
+        configs = {
+            str(file.relative_to(root)): config
+            for file, config in read.items()
+            if isinstance(config, dict) and is_adapter(config)
+        }
+        count(program, configs)
+        convert(program, configs, distinct)
+    print(f"{len(distinct)} distinct conversions, numbers apart")
+    if given.write:
+        lines = ",\n".join(json.dumps(each) for each in distinct.values())
+        given.write.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main()

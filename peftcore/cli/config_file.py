@@ -72,18 +72,23 @@ def in_force(context: typer.Context, given: _Given) -> _Given:
     return dataclasses.replace(given, **dict.fromkeys(overruled)) if overruled else given
 
 
-def write(file: Path, options: Mapping[str, Any]) -> None:
-    """Write options as a file for `--config`, leaving out those that are None. `set` becomes a table."""
+def text(options: Mapping[str, Any]) -> str:
+    """Return options as a file for `--config`, without those that are None. `set` becomes a table."""
     shown = {name: value for name, value in options.items() if value is not None and name != "set"}
     lines = [f"{name} = {_toml(value)}" for name, value in shown.items()]
     if options.get("set"):
         lines += ["", "[set]", *(f"{_toml_key(name)} = {_toml(value)}" for name, value in options["set"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def write(file: Path, options: Mapping[str, Any]) -> None:
+    """Write options as a file for `--config`."""
     try:
-        text = "\n".join(lines).encode() + b"\n"
+        written = text(options).encode()
     except UnicodeEncodeError as error:  # a path that is not UTF-8, which TOML cannot represent
         warn(f"'{file}' is not written: {error.object[error.start : error.end]!r} is not UTF-8")
         return
-    file.write_bytes(text)
+    file.write_bytes(written)
 
 
 def _read(file: Path) -> dict[str, Any]:

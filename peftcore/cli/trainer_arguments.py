@@ -15,6 +15,7 @@ from peftcore.cli import (
     comparisons,
     data,
     device_choice,
+    optim_options,
     precision,
     trainers,
 )
@@ -59,7 +60,7 @@ def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             optim=settings.optim,
-            optim_args=settings.optim_args,
+            **optim_options.arguments(settings.optim_args),
             seed=settings.seed,
             **{**more, **_gradient_checkpointing(settings.gradient_checkpointing)},
             eval_strategy="steps",

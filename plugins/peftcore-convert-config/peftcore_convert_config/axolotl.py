@@ -1,0 +1,258 @@
+"""Configs of axolotl."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftcore_convert_config.reading import Reading, asks, dataset, held_out, keyed, optimizer, single
+
+_OWN_SCRIPT = "a script with peftcore.apply and TRL's or transformers' trainer"
+_SAVED = "load the model in Python, save it, and pass its folder"
+REFUSED = keyed(
+    {
+        "images and audio in chats: a loop of your own or TRL's SFTTrainer with peftcore.apply": "processor_type",
+        "none": "ebft relora",
+        "peftcore.quantization.load in a script reads GPTQ": "gptq",
+        "bases in NVFP4 are not read": "dsv4_fp4_grouped_mode nvfp4_merge_aware",
+    }
+)
+_NOTHING = """
+lora_target_linear lora_fan_in_fan_out quantize_moe_experts train_on_inputs roles_to_train train_on_eos eot_tokens
+special_tokens group_by_length attn_implementation flash_attention flash_attn_rms_norm flash_attn_cross_entropy
+fused_attn_kernel gemma4_hybrid_attn_impl xformers_attention sdp_attention lora_mlp_kernel lora_qkv_kernel
+lora_o_kernel liger_rms_norm liger_glu_activation liger_layer_norm liger_rope liger_rms_norm_gated use_kernels
+use_scattermoe use_sonicmoe experts_implementation llama4_linearized_experts plugins dataset_prepared_path
+skip_prepare_dataset remove_unused_columns strict debug low_cpu_mem_usage device_map experimental_skip_move_to_device
+tokenizer_use_fast tokenizer_legacy hf_use_auth_token test_value trust_remote_code model_type tokenizer_type
+is_llama_derived_model base_model_config bnb_config_kwargs tf32 gradient_checkpointing_kwargs cut_cross_entropy
+liger_fused_linear_cross_entropy pad_to_sequence_len eval_sample_packing sample_packing_sequentially evals_per_epoch
+saves_per_epoch logging_steps wandb_entity wandb_name wandb_watch wandb_log_model wandb_run_id eval_batch_size
+torch_dtype bfloat16 eval_table_size eval_causal_lm_metrics swanlab_project swanlab_workspace swanlab_mode
+swanlab_description swanlab_experiment_name trackio_project_name trackio_run_name trackio_space_id local_rank
+auto_resume_from_checkpoints ddp_find_unused_parameters dp_shard_size fsdp_config fsdp_version ray_num_workers
+hub_strategy push_dataset_to_hub axolotl load_best_model_at_end batch_size
+"""
+NOTHING = frozenset(_NOTHING.split())
+NOT_HERE = keyed(
+    {
+        "--dtype bf16 if the base fits, else --quantize nf4": "load_in_8bit",
+        "none; losses that are not finite are shown": "loss_watchdog_threshold loss_watchdog_patience",
+        _OWN_SCRIPT: "lr_quadratic_warmup curriculum_sampling dataset_exact_deduplication model_config",
+        "peftcore.quantization.load in a script reads GPTQ, AWQ, W4A16 and MXFP4": (
+            "gptq_groupsize gptq_model_v1 gptq_disable_exllama model_quantization_config "
+            "model_quantization_config_kwargs"
+        ),
+        "images in chats: a loop of your own": "freeze_mm_modules",
+        "answers are sampled by transformers; for vLLM take TRL's trainer": "vllm",
+        "TRL's KTOTrainer": "kto_desirable_weight kto_undesirable_weight",
+        "none": (
+            "relora_prune_ratio relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps "
+            "jagged_restart_anneal_steps peft"
+        ),
+        "--gradient-checkpointing; peftcore suggest says what fits": "activation_offloading",
+        "torch.compile after peftcore.apply in a script": "torch_compile torch_compile_mode flex_attn_compile_kwargs",
+        "a script (docs/distributed.md)": (
+            "expert_parallel_size expert_parallel_token_capacity expert_parallel_num_nvl_bytes context_parallel_size "
+            "tensor_parallel_size use_ray"
+        ),
+        _SAVED: "revision_of_model tokenizer_use_mistral_common resize_token_embeddings_to_32x",
+        "--report-to": "use_otel_metrics otel_metrics_host otel_metrics_port",
+        "--sample, --eval-answers": (
+            "swanlab_log_completions swanlab_completion_log_interval swanlab_completion_max_buffer"
+        ),
+        "none; the model's own kernels are used": "use_dsv4_kernels use_glm_dsa_kernels",
+        "DeepSpeed's ZeRO with Trainer or your own loop (docs/distributed.md)": "deepspeed",
+        "peftcore push after training": "hub_model_id",
+        "--set modules_to_save=, with modules instead of regular expressions for parameters": "unfrozen_parameters",
+    }
+)
+_TASKS = {"dpo": "dpo", "kto": "kto", "orpo": "orpo", "grpo": "grpo"}
+_READ = ("alpaca", "chat_template", "completion", "input_output", "sharegpt")  # types whose rows are read as they are
+_COLUMNS = {
+    "field_messages": "messages",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
+    "field_instruction": "instruction",
+    "field_output": "output",
+    "field": "text",
+}
+
+
+def convert(config: Reading) -> None:
+    """Take from a config all that has a counterpart."""
+    for key, instead in REFUSED.items():
+        if asks(config.take(key)):
+            config.refuse(key, instead)
+    config.option("base_model", "model")
+    _method(config)
+    _task(config)
+    _data(config)
+    _length(config)
+    _steps(config)
+    _dtype(config)
+    _shown(config)
+
+
+def _method(config: Reading) -> None:
+    adapter, four_bits = config.take("adapter", "lora"), config.take("load_in_4bit", False)
+    method = "dora" if config.take("peft_use_dora") else "qlora" if adapter == "qlora" else "lora"
+    config.options["method"] = method
+    if four_bits and method != "qlora":
+        config.options["quantize"] = "nf4"
+    config.option("lora_model_dir", "adapter")
+    config.field("lora_r", "r")
+    config.field("lora_alpha", "lora_alpha")
+    config.field("lora_dropout", "lora_dropout")
+    config.field("peft_use_rslora", "use_rslora")
+    config.field("peft_init_lora_weights", "init_lora_weights")
+    config.field("loraplus_lr_ratio", "lora_plus_ratio")
+    config.field("lora_modules_to_save", "modules_to_save")
+    targets = config.take("lora_target_modules")
+    if asks(targets) and not config.take("lora_target_linear"):
+        config.fields["target_modules"] = targets
+    config.field("lora_target_parameters", "target_parameters")
+
+
+def _data(config: Reading) -> None:
+    columns: dict[str, str] = {}
+    config.options["data"] = single([_one(config, each, columns) for each in config.take("datasets", [])])
+    held = config.take("test_datasets")
+    if asks(held):
+        config.options["eval_data"] = _one(config, held[0], columns)
+        config.take("val_set_size")
+    else:
+        held_out(config, config.take("val_set_size", 0.1))
+    if columns:
+        config.options["columns"] = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
+
+
+def _one(config: Reading, given: dict[str, Any], columns: dict[str, str]) -> str:
+    part = Reading(given)
+    part.take("ds_type")
+    for theirs, ours in _COLUMNS.items():
+        column = part.take(theirs)
+        if asks(column) and column not in (ours, "conversations"):
+            columns[ours] = column
+    mapping = part.take("message_property_mappings", {})
+    role = part.take("message_field_role", mapping.get("role", "role"))
+    content = part.take("message_field_content", mapping.get("content", "content"))
+    if (role, content) not in (("role", "content"), ("from", "value")):
+        config.to_do.append(f"data: rewrite the turns' keys '{role}' and '{content}' as 'role' and 'content'")
+    kind = part.take("type", "")
+    if not isinstance(kind, str) or kind.partition(".")[0].partition(":")[0] not in _READ:
+        config.to_do.append(
+            f"data: axolotl rewrites rows of the type {kind!r}; rename their columns (--columns) or rewrite the file"
+        )
+    part.take("roles")
+    files = part.take("data_files")
+    path = files if isinstance(files, str) else files[0] if files else part.take("path", "")
+    part.take("path")
+    found = dataset(path, part.take("split"), part.take("name"))
+    for key in part.left():
+        if key not in NOTHING:
+            config.leave_out(key, NOT_HERE.get(key, "rewrite the file, or the tokenizer's chat template"))
+    return found
+
+
+def _task(config: Reading) -> None:
+    kind = config.take("rl")
+    if kind is not None:
+        if kind not in _TASKS:
+            config.refuse("rl", "TRL's trainers with peft_config=peftcore.config('lora')")
+        config.options["task"] = _TASKS[kind]
+    if config.take("reward_model"):
+        config.options["task"] = "reward"
+    config.option("rl_beta", "beta", float)
+    config.option("orpo_alpha", "beta", float)
+    trl = config.part("trl")
+    if kind == "grpo":
+        trl.option("num_generations", "generations", int)
+        trl.option("max_completion_length", "answer_tokens", int)
+        trl.option("temperature", "temperature", float)
+        trl.option("beta", "beta", float)
+        functions = trl.take("reward_funcs")
+        if functions:
+            module, _, name = str(functions[0]).rpartition(".")
+            config.options["reward"] = f"{module.replace('.', '/')}.py:{name}"
+    if config.take("do_causal_lm_eval"):
+        config.options["eval_answers"] = 100
+        config.option("eval_max_new_tokens", "answer_tokens", int)
+
+
+def _length(config: Reading) -> None:
+    config.option("sequence_len", "max_length", int)
+    if config.take("sample_packing"):
+        config.options["pack"] = True
+    template = config.take("chat_template")
+    if template == "chatml":
+        config.options["chat_template"] = template
+    elif template == "jinja" or config.take("chat_template_jinja"):
+        config.to_do.append("chat_template: write the template into a file, and give its path")
+    config.take("chat_template_jinja")
+
+
+def _steps(config: Reading) -> None:
+    config.option("micro_batch_size", "batch_size", int)
+    config.option("gradient_accumulation_steps", "grad_accum", int)
+    steps = config.take("max_steps")
+    if asks(steps) and steps > 0:
+        config.options["steps"] = int(steps)
+        config.take("num_epochs")
+    else:
+        config.option("num_epochs", "epochs", float)
+    config.option("learning_rate", "lr", float)
+    config.option("lr_scheduler", "scheduler")
+    config.option("warmup_ratio", "warmup", float)
+    config.option("warmup_steps", "warmup", float)
+    config.option("weight_decay", "weight_decay", float)
+    config.option("max_grad_norm", "max_grad_norm", float)
+    optimizer(config, "optimizer", config.take("optimizer", ""))
+    second = config.take("adam_beta2")
+    first, small = config.take("adam_beta1", 0.9), config.take("adam_epsilon", config.take("adam_eps"))
+    arguments = [f"betas=({first},{second or 0.999})"] if second or first != 0.9 else []
+    arguments += [f"eps={float(small)}"] if small else []
+    if arguments:
+        config.options["optim_args"] = ",".join(arguments)
+    config.option("seed", "seed", int)
+    config.option("eval_steps", "eval_every", int)
+    keep = config.take("save_total_limit")
+    if asks(keep):
+        config.options["keep"] = max(2, int(keep))
+    patience = config.take("early_stopping_patience")
+    if asks(patience):
+        config.options["patience"] = int(patience)
+    elif config.take("load_best_model_at_end"):
+        config.options["load_best"] = True
+    saving = config.take("save_steps")
+    if asks(saving) and not config.options.keys() & {"patience", "load_best"}:  # which save at each evaluation
+        config.options["save_every"] = int(saving)
+    if config.take("resume_from_checkpoint"):
+        config.leave_out("resume_from_checkpoint", "--resume continues a run of peftcore")
+
+
+def _dtype(config: Reading) -> None:
+    sixteen, half = config.take("bf16"), config.take("fp16") or config.take("float16")
+    config.take("float16")
+    if half:
+        config.options["precision"] = "fp16"
+    elif sixteen is True:
+        config.options["dtype"] = "bf16"
+    checkpointing = config.take("gradient_checkpointing")
+    if checkpointing:
+        config.options["gradient_checkpointing"] = True
+    if checkpointing == "offload":
+        config.leave_out("gradient_checkpointing", "true: activations stay on the device")
+    if asks(config.take("fsdp")):
+        config.options["parallel"] = "fsdp2"
+    elif config.take("ddp"):
+        config.options["parallel"] = "ddp"
+    config.take("ddp")
+
+
+def _shown(config: Reading) -> None:
+    services = {"wandb": ("use_wandb", "wandb_project"), "tensorboard": ("use_tensorboard",)}
+    services["swanlab"] = ("use_swanlab",)
+    found = [name for name, keys in services.items() if any([asks(config.take(key)) for key in keys])]
+    if found:
+        config.options["report_to"] = ",".join(found)
+    config.option("output_dir", "output")

@@ -1,0 +1,197 @@
+"""Configs of LLaMA-Factory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftcore_convert_config.reading import Reading, asks, held_out, keyed, optimizer, single
+
+_IMAGES = "images in chats: a loop of your own or TRL's SFTTrainer with peftcore.apply"
+_MEGATRON = "none: Megatron's engine (docs/distributed.md)"
+_NOTHING = """
+do_train flash_attn enable_liger_kernel use_v1_kernels kernel_config plot_loss preprocessing_num_workers
+dataloader_num_workers overwrite_cache tokenized_path model_class sample_backend max_new_tokens infer_dtype
+trust_remote_code train_on_prompt mask_history per_device_eval_batch_size logging_steps save_only_model
+overwrite_output_dir ddp_timeout init_config double_quantization dataset_dir run_name eval_strategy pissa_convert
+compute_accuracy predict_with_generate packing
+"""
+NOTHING = frozenset(_NOTHING.split())
+NOT_HERE = keyed(
+    {
+        "TRL's trainers with peft_config=peftcore.config('lora')": "pref_ftx",
+        "a script (docs/distributed.md)": "deepspeed ray_num_workers",
+        "none: KTransformers' engine": "use_kt kt_config kt_cpu_activation kt_weight_path kt_non_expert_weight_path",
+    }
+)
+_STAGES = {"sft": None, "pt": None, "dpo": "dpo", "kto": "kto", "rm": "reward"}
+REFUSED = keyed(
+    {
+        _IMAGES: (
+            "image_max_pixels video_max_pixels video_fps video_maxlen freeze_vision_tower "
+            "freeze_multi_modal_projector freeze_language_model"
+        ),
+        _MEGATRON: (
+            "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
+            "sequence_parallel use_distributed_optimizer overlap_param_gather overlap_grad_reduce "
+            "use_packed_sequences export_hf_on_finish mixed_precision"
+        ),
+        "--set modules_to_save=": "freeze_trainable_layers freeze_trainable_modules use_llama_pro",
+        "peftcore merge or peftcore export": "export_dir",
+    }
+)
+_QUANTIZED = {
+    "GPTQ": "peftcore.quantization.load in a script reads it",
+    "AWQ": "peftcore.quantization.load in a script reads it",
+    "AQLM": "the original checkpoint, with --quantize nf4",
+}
+
+
+def convert(config: Reading) -> None:
+    """Take from a config all that has a counterpart."""
+    for key, instead in REFUSED.items():
+        if asks(config.take(key)):
+            config.refuse(key, instead)
+    model = str(config.take("model_name_or_path", config.take("model", "")))
+    config.take("model")
+    for kind, instead in _QUANTIZED.items():
+        if kind in model.upper():
+            config.refuse("model_name_or_path", instead)
+    config.options["model"] = model
+    _method(config)
+    _task(config)
+    _data(config)
+    _steps(config)
+    config.option("output_dir", "output")
+    report = config.take("report_to")
+    if asks(report) and report != "none":
+        config.options["report_to"] = report if isinstance(report, str) else ",".join(report)
+
+
+def _method(config: Reading) -> None:
+    new = config.part("peft_config")  # of its new format
+    if asks(new.take("export_dir")):
+        config.refuse("peft_config", "peftcore merge or peftcore export")
+    kind = config.take("finetuning_type", new.take("name", "lora"))
+    if kind not in ("lora", "oft"):
+        config.refuse("finetuning_type", "peftcore compare has full fine-tuning as a reference")
+    config.options["method"] = "dora" if config.take("use_dora") else kind
+    quantized = config.part("quant_config")
+    bits = config.take("quantization_bit", quantized.take("quantization_bit"))
+    if asks(bits):
+        if bits != 4 or config.take("quantization_method", quantized.take("name", "bnb")) not in (
+            "bnb",
+            "bitsandbytes",
+        ):
+            config.refuse("quantization_bit", "4 bits by --quantize nf4")
+        config.options["quantize"] = "nf4"
+    for key in ("quantization_method", "quantization_bit"):
+        config.take(key)
+    for part in (config, new):
+        part.option("adapter_name_or_path", "adapter")
+        for theirs in ("lora_rank", "r"):
+            part.field(theirs, "r")
+        for name in ("lora_alpha", "lora_dropout", "use_rslora", "oft_block_size"):
+            part.field(name, name)
+        for theirs in ("lora_target", "oft_target", "target_modules"):
+            targets = part.take(theirs)
+            if asks(targets) and targets != "all":
+                config.fields["target_modules"] = targets.split(",") if isinstance(targets, str) else targets
+    if kind == "oft":
+        config.fields.pop("lora_alpha", None)
+    elif "r" in config.fields:
+        config.fields.setdefault("lora_alpha", 2 * config.fields["r"])
+    config.field("additional_target", "modules_to_save")
+    config.field("loraplus_lr_ratio", "lora_plus_ratio")
+    niter = config.take("pissa_iter", 16)
+    if config.take("pissa_init"):
+        config.fields["init_lora_weights"] = f"pissa_niter_{niter}" if niter > 0 else "pissa"
+
+
+def _task(config: Reading) -> None:
+    stage = config.take("stage", "sft")
+    if stage not in _STAGES:
+        config.refuse("stage", "TRL's trainers with peft_config=peftcore.config('lora')")
+    if config.take("do_predict"):
+        config.refuse("do_predict", "peftcore eval --eval-answers")
+    loss = config.take("pref_loss", "sigmoid")
+    if loss not in ("sigmoid", "orpo"):
+        config.refuse("pref_loss", "TRL's trainers with peft_config=peftcore.config('lora')")
+    task = "orpo" if loss == "orpo" else _STAGES[stage]
+    if task is not None:
+        config.options["task"] = task
+    config.option("pref_beta", "beta", float)
+
+
+def _data(config: Reading) -> None:
+    named: Any = config.take("dataset", config.take("train_dataset", ""))
+    config.take("train_dataset")
+    names = named.split(",") if isinstance(named, str) else named
+    config.options["data"] = single([_file(name.strip()) for name in names])
+    config.to_do.append("data: write the files or hub ids that dataset_info.json gives for these names")
+    most = config.take("max_samples")
+    if asks(most):
+        config.to_do.append(f'data: of a hub id, "ORG/NAME@train[:{most}]"; of a file, its first {most} lines')
+    held = config.take("eval_dataset")
+    if asks(held):
+        config.options["eval_data"] = _file(str(held).partition(",")[0].strip())
+        config.take("val_size")
+    else:
+        held_out(config, config.take("val_size", 0))
+    template = config.take("template")
+    if template == "chatml":
+        config.options["chat_template"] = template
+    config.option("cutoff_len", "max_length", int)
+    if any([config.take("packing"), config.take("neat_packing")]):
+        config.options["pack"] = True
+
+
+def _file(name: str) -> str:
+    return name if "." in name or "/" in name else f"{name}.json"
+
+
+def _steps(config: Reading) -> None:
+    config.option("micro_batch_size", "batch_size", int)
+    config.option("per_device_train_batch_size", "batch_size", int)
+    config.option("gradient_accumulation_steps", "grad_accum", int)
+    steps = config.take("max_steps")
+    if asks(steps) and steps > 0:
+        config.options["steps"] = int(steps)
+        config.take("num_train_epochs")
+    else:
+        config.option("num_train_epochs", "epochs", float)
+    config.option("learning_rate", "lr", float)
+    config.option("lr_scheduler_type", "scheduler")
+    for key in ("warmup_ratio", "warmup_steps"):
+        config.option(key, "warmup", float)
+    config.option("weight_decay", "weight_decay", float)
+    config.option("max_grad_norm", "max_grad_norm", float)
+    optimizer(config, "optim", config.take("optim", ""))
+    first, second = config.take("adam_beta1", 0.9), config.take("adam_beta2", 0.999)
+    if (first, second) != (0.9, 0.999):
+        config.options["optim_args"] = f"betas=({first},{second})"
+    config.option("seed", "seed", int)
+    config.option("eval_steps", "eval_every", int)
+    keep = config.take("save_total_limit")
+    if asks(keep):
+        config.options["keep"] = max(2, int(keep))
+    patience = config.take("early_stopping_steps")
+    if asks(patience):
+        config.options["patience"] = int(patience)
+    elif config.take("load_best_model_at_end"):
+        config.options["load_best"] = True
+    config.take("load_best_model_at_end")
+    saving = config.take("save_steps")
+    if asks(saving) and not config.options.keys() & {"patience", "load_best"}:  # which save at each evaluation
+        config.options["save_every"] = int(saving)
+    if config.take("fp16"):
+        config.options["precision"] = "fp16"
+    elif any([config.take("bf16"), config.take("pure_bf16")]):
+        config.options["dtype"] = "bf16"
+    config.take("pure_bf16")
+    if not config.take("disable_gradient_checkpointing"):
+        config.options["gradient_checkpointing"] = True
+    if config.take("resume_from_checkpoint"):
+        config.leave_out("resume_from_checkpoint", "--resume continues a run of peftcore")
+    distributed = config.part("dist_config")
+    if distributed.take("name") == "fsdp2":
+        config.options["parallel"] = "fsdp2"

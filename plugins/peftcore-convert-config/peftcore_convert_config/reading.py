@@ -1,0 +1,110 @@
+"""A config that is being converted: what was taken from it, and what it became."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peftcore.errors import PeftcoreError
+
+_NOT_ASKED: tuple[Any, ...] = (None, False, "", [], {}, 0, "disabled")
+
+
+def asks(value: Any) -> bool:
+    """Return whether a value asks for something; keys with others are as good as absent."""
+    return value not in _NOT_ASKED and not (isinstance(value, dict) and value.get("enabled") is False)
+
+
+def keyed(said: Mapping[str, str]) -> dict[str, str]:
+    """Return {key: what to do instead} of {what to do instead: keys}."""
+    return {key: instead for instead, keys in said.items() for key in keys.split()}
+
+
+class Reading:
+    """A config of another program, and the options that it has become.
+
+    Args:
+        config: the config.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._taken: set[str] = set()
+        self.options: dict[str, Any] = {}  # of `peftcore train`
+        self.fields: dict[str, Any] = {}  # of the method's config
+        self.left_out: dict[str, str] = {}  # {key: what to do instead}
+        self.to_do: list[str] = []  # what the user must look at or write
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, `default` if it is absent or null, and count the key as converted."""
+        self._taken.add(key)
+        value = self._config.get(key)
+        return default if value is None else value
+
+    def part(self, key: str) -> Reading:
+        """Return a table of the config, empty if there is none, whose options and fields are those of the whole."""
+        value = self.take(key)
+        part = Reading(value if isinstance(value, dict) else {})
+        part.options, part.fields, part.left_out, part.to_do = self.options, self.fields, self.left_out, self.to_do
+        return part
+
+    def option(self, key: str, option: str, kind: type | None = None) -> None:
+        """Make the value of a key, if there is one, the value of an option, converted to `kind`."""
+        value = self.take(key)
+        if value is not None:
+            self.options[option] = value if kind is None else self._number(key, value, kind)
+
+    def field(self, key: str, field: str) -> None:
+        """Make the value of a key, if it asks for something, the value of a field of the method."""
+        value = self.take(key)
+        if asks(value):
+            self.fields[field] = value
+
+    def leave_out(self, key: str, instead: str) -> None:
+        """Note that a key has no counterpart."""
+        self.left_out[key] = instead
+
+    def refuse(self, key: str, instead: str) -> None:
+        """Raise a PeftcoreError for a key without which the training would be another one."""
+        raise PeftcoreError(
+            f"'{key}: {self._config.get(key)}' has no counterpart in peftcore train. Instead: {instead}"
+        )
+
+    def left(self) -> Iterator[str]:
+        """Yield the keys that ask for something and were not taken."""
+        yield from (key for key, value in self._config.items() if key not in self._taken and asks(value))
+
+    @staticmethod
+    def _number(key: str, value: Any, kind: type) -> Any:
+        try:
+            return kind(value)  # YAML reads 1e-4 as a text
+        except (TypeError, ValueError):
+            raise PeftcoreError(f"'{key}' must be a number, found {value!r}") from None
+
+
+def optimizer(reading: Reading, key: str, name: str) -> None:
+    """Set `optim`: those of 8 and 4 bits, which need bitsandbytes or torchao, become peftcore's own."""
+    low = name.lower()
+    if "8bit" in low or "4bit" in low:
+        reading.options["optim"] = "paged_adamw_8bit"
+    elif name:
+        reading.options["optim"] = name
+    if "4bit" in low:
+        reading.leave_out(key, "paged_adamw_8bit, with 8 bits")
+
+
+def dataset(path: str, split: str | None = None, config: str | None = None) -> str:
+    """Return a data set as `--data` names it."""
+    if config:
+        return f"{path}@{config}/{split or 'train'}"
+    return f"{path}@{split}" if split and split != "train" else path
+
+
+def held_out(reading: Reading, share: Any) -> None:
+    """Set `holdout`; one example at least is held out, of answers marked as good or bad two."""
+    reading.options["holdout"] = float(share) or (2 if reading.options.get("task") == "kto" else 1)
+
+
+def single(values: list[str]) -> str | list[str]:
+    """Return the value of a list that has one."""
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,121 @@
+"""The example configs of axolotl, LLaMA-Factory and torchtune, as `convert-config` converts them, train for two steps.
+
+converted_configs.json has a line for each conversion that differs from the others in more than numbers, and the number
+of configs that become it (`benchmarks/coming_from.py --write`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import SPECIAL, WORDS, printed, save_tokenizer, write_jsonl
+
+from peftcore.cli import config_file
+
+CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("converted_configs.json").read_text())
+SHAPE = {"vocab_size": len(SPECIAL + WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {**SHAPE, **WIDTHS, "num_key_value_heads": 2, "max_position_embeddings": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "gpt2": {**SHAPE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {**SHAPE, **WIDTHS},
+    "phi3": SIZES,
+    "falcon_h1": {**SIZES, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "jamba": {**SIZES, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "qwen3_moe": {**SIZES, **EXPERTS, "head_dim": 8},
+    "qwen3_next": {**SIZES, **EXPERTS, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "shared_expert_intermediate_size": 16}
+    | {"layer_types": ["linear_attention", "full_attention"]},
+    "llama4_text": {**SIZES, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+}
+
+UNPACKED = (
+    "falcon_h1",
+    "jamba",
+    "qwen3_next",
+)  # layers with a state: `--pack` says that examples would not be separate
+
+
+def kind_of(case: dict[str, Any]) -> str | None:
+    """Return the kind of model whose modules a case names; None if transformers has none with such names."""
+    named = f"{case['set'].get('target_modules', '')} {case['set'].get('target_parameters', '')}"
+    for part, kind in (
+        ("'layer'", None),  # a DBRX that somebody rewrote
+        ("mlp_up", None),  # Replit's own code
+        ("language_model", "gemma3"),
+        ("c_attn", "gpt2"),
+        ("query_key_value", "gpt_neox"),
+        ("qkv_proj", "phi3"),
+        ("x_proj", "jamba"),
+        ("linear_attn", "qwen3_next"),
+        ("shared_expert", "llama4_text"),
+        ("in_proj", "falcon_h1"),
+        ("experts", "qwen3_moe"),
+    ):
+        if part in named:
+            return kind
+    return "llama"
+
+
+def rows(task: str | None) -> list[dict[str, Any]]:
+    """Return examples of a task."""
+    told = [(f"the film is {word}", "it was fun and good", "it was dull and bad") for word in WORDS]
+    if task in ("dpo", "orpo", "reward"):
+        return [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in told]
+    if task == "kto":
+        return [
+            {"prompt": prompt, "completion": answer, "label": i == 0}
+            for prompt, *answers in told
+            for i, answer in enumerate(answers)
+        ]
+    return [{"prompt": prompt, "completion": good} for prompt, good, _ in told]
+
+
+def make(kind: str, folder: Path) -> None:
+    """Write a tiny model with random weights and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    if kind == "gemma3":
+        seeing = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        seeing |= {"image_size": 16, "patch_size": 8}
+        config = Gemma3Config(
+            text_config={**SIZES, "head_dim": 8}, vision_config=seeing, mm_tokens_per_image=1, **SHAPE
+        )
+        Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    else:
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind])).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+@pytest.mark.filterwarnings("ignore")  # of models and trainers; what they compute is tested elsewhere
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["example"])
+def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None:
+    kind = kind_of(case)
+    if kind is None:
+        pytest.skip("the model has code of its own")
+    make(kind, tmp_path / "base")
+    options = dict(case["options"])
+    options.pop("parallel", None)  # for torchrun, which tests/parallel starts
+    if options.get("precision") == "fp16":  # for CUDA
+        options["precision"] = "bf16"
+    if kind in UNPACKED:
+        options.pop("pack", None)
+    options.pop("chat_template", None)  # the rows are not conversations
+    data = write_jsonl(tmp_path / "rows.jsonl", rows(options.get("task")))
+    small = {"max_length": min(32, options.get("max_length", 32)), "batch_size": min(4, options.get("batch_size", 4))}
+    small |= {"grad_accum": 1, "holdout": max(2, options.get("holdout", 2))}
+    options |= {"model": str(tmp_path / "base"), "data": str(data), **small}
+    config_file.write(tmp_path / "run.toml", {**options, "set": case["set"]})
+    status, output = printed(
+        "train", "--config", tmp_path / "run.toml", "--steps", "2", "--eval-every", "1", "-o", tmp_path / "run"
+    )
+    assert status == 0, output
+    assert (tmp_path / "run/adapter/adapter_config.json").exists()
