@@ -1,26 +1,42 @@
-"""The kernels of the table: layers of 4096 x 4096 in bf16, 4 bits with double quantization, LoRA of rank 16."""
+"""The kernels of the table: layers of 4096 x 4096 in bf16, 4 bits with double quantization, LoRA of rank 16.
+
+Products of few rows also from MXFP4, and from affine4 with groups of 128, scales in 16 and zero points in 8 bits.
+"""
+
+from typing import NamedTuple
 
 from cards import CARDS, Work
 
 N = K = 4096
 RANK = 16
-CODES = N * K / 2 + N * K / 64 + N * K / 64 / 256 * 4  # with both kinds of scales
 TOKENS = 8192  # of training
 LINEAR = "quant4/cuda/linear.cu"
-NESTED = "(peftcore::ScaleKind)1"  # scales of double quantization, as a template argument
 
 
-def linear(batch: int, kernel: str, blocks: int, threads: int, in_flight: float, readers: int) -> Work:
+class Format(NamedTuple):
+    """How W is stored in 4 bits."""
+
+    name: str  # in labels
+    kind: str  # of scales, as a template argument
+    bytes: float  # of W, with all that belongs to its blocks
+
+
+NESTED = Format("4 bits", "(peftcore::ScaleKind)1", N * K / 2 + N * K / 64 + N * K / 64 / 256 * 4)
+MXFP4 = Format("MXFP4", "(peftcore::ScaleKind)2", N * K / 2 + N * K / 32)
+AFFINE4 = Format("affine4", "(peftcore::ScaleKind)3", N * K / 2 + N * K / 128 * 3)
+
+
+def linear(w: Format, batch: int, kernel: str, blocks: int, threads: int, in_flight: float, readers: int) -> Work:
     """`readers`: how often all of x comes from the second cache."""
     x, y = batch * K * 2.0, batch * N * 2.0
     mma = N * K / 256 * -(-batch // 8)
     return Work(
-        label=f"linear from 4 bits, {batch} rows" if batch > 1 else "linear from 4 bits, 1 row",
+        label=f"linear from {w.name}, {batch} row{'s' if batch > 1 else ''}",
         source=LINEAR,
         kernel=kernel,
         marker="HMMA.16816",
         markers=mma,
-        bytes=CODES + x + y,
+        bytes=w.bytes + x + y,
         blocks=blocks,
         threads=threads,
         again=(readers - 1) * x,
@@ -29,25 +45,20 @@ def linear(batch: int, kernel: str, blocks: int, threads: int, in_flight: float,
     )
 
 
-def tensor(batch: int, tiles: int, stage: int, stages: int) -> Work:
-    name = f"tensor_kernel<peftcore::BFloat16, {tiles}, {stage}, {stages}, {NESTED}>"
-    return linear(batch, name, N // 16, 128, 4 * (stages - 1) * 16 * stage / 2, N // 16)
-
-
-def panel(batch: int, tiles: int) -> Work:
+def panel(batch: int, tiles: int, w: Format = NESTED) -> Work:
     """Blocks of 128 rows of W and a part of its columns. Their sums in fp32 their cluster adds, or the last of them."""
     row_blocks = N // 128
     splits = 128 // row_blocks
-    name = f"panel_kernel<peftcore::BFloat16, {tiles}, {NESTED}>"
-    work = linear(batch, name, row_blocks * splits, 256, 256 * 128, row_blocks)
+    name = f"panel_kernel<peftcore::BFloat16, {tiles}, {w.kind}>"
+    work = linear(w, batch, name, row_blocks * splits, 256, 256 * 128, row_blocks)
     stages = 3 * tiles * 8 * 256 * 2
     return work._replace(sums=splits * batch * N * 4, dynamic_shared=stages)
 
 
-def rows(batch: int, parts: int) -> Work:
-    name = f"rows_kernel<peftcore::BFloat16, {parts}, {NESTED}>"
+def rows(batch: int, parts: int, w: Format = NESTED) -> Work:
+    name = f"rows_kernel<peftcore::BFloat16, {parts}, {w.kind}>"
     # A lane waits for 64 bytes. The 64 KB of x stay in the first cache of a multiprocessor.
-    return linear(batch, name, N // (16 // parts), 128, 128 * 64, CARDS[0].multiprocessors)
+    return linear(w, batch, name, N // (16 // parts), 128, 128 * 64, CARDS[0].multiprocessors)
 
 
 def one_launch(batch: int, parts: int) -> Work:
@@ -56,7 +67,7 @@ def one_launch(batch: int, parts: int) -> Work:
     return work._replace(
         label=work.label + ", LoRA in the same launch",
         source="lora/cuda/one_launch.cu",
-        kernel=f"one_launch_kernel<peftcore::BFloat16, {parts}, {NESTED}>",
+        kernel=f"one_launch_kernel<peftcore::BFloat16, {parts}, {NESTED.kind}>",
         bytes=work.bytes + RANK * (K + N) * 4,
         again=work.again + (work.blocks + RANK) * batch * RANK * 4,
     )
@@ -74,13 +85,14 @@ WORK = (
     panel(16, 2),
     panel(32, 4),
     panel(64, 8),
+    *(kernel for w in (MXFP4, AFFINE4) for kernel in (rows(1, 2, w), rows(8, 1, w), panel(16, 2, w), panel(64, 8, w))),
     Work(
         label="dequantize",
         source="quant4/cuda/dequantize.cu",
-        kernel=f"dequantize_kernel<peftcore::BFloat16, {NESTED}>",
+        kernel=f"dequantize_kernel<peftcore::BFloat16, {NESTED.kind}>",
         marker="LDG.E.128",
         markers=N * K / 1024,
-        bytes=CODES + N * K * 2,
+        bytes=NESTED.bytes + N * K * 2,
         blocks=N * K // 1024 // 8,
         threads=256,
         in_flight=8 * 512,

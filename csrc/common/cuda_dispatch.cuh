@@ -56,8 +56,8 @@ const char* dispatch_scales(ScaleKind scales, const Body& body) {
             return body(std::integral_constant<ScaleKind, ScaleKind::kNested>());
         case ScaleKind::kPowerOfTwo:
             return body(std::integral_constant<ScaleKind, ScaleKind::kPowerOfTwo>());
-        case ScaleKind::kAffine:  // operators run on their references (common/cuda_support.h)
-            break;
+        case ScaleKind::kAffine:
+            return body(std::integral_constant<ScaleKind, ScaleKind::kAffine>());
     }
     return "unknown kind of scales";
 }

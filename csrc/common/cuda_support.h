@@ -11,8 +11,6 @@
 #include <array>
 #include <atomic>
 
-#include "weight/weight.h"
-
 // Whether a kernel of this build can be launched on the current device: 1, or 0 where no code fits it.
 extern "C" int peftcore_cuda_has_code();
 
@@ -44,15 +42,8 @@ struct Name {
     constexpr Name(const char (&from)[size]) { std::copy_n(from, size, text); }
 };
 
-// Whether an argument is the packing of affine codes, which CUDA has no kernels for (weight/weight.h).
-template <typename T>
-bool is_affine(const T&) {
-    return false;
-}
-inline bool is_affine(const at::IntArrayRef& packing) { return packing.size() > 1 && packing[1] == kAffine; }
-
-// `call` runs `kernel`, or on a device without code, or for affine codes, the reference of the operator `name` or
-// `name.overload`. The reference is registered for every backend without a kernel (CompositeExplicitAutograd), such as HPU, whose dispatch
+// `call` runs `kernel`, or on a device without code the reference of the operator `name` or `name.overload`. The
+// reference is registered for every backend without a kernel (CompositeExplicitAutograd), such as HPU, whose dispatch
 // key is used to reach it; the tensors are not moved.
 template <Name name, Name overload, auto kernel>
 struct OrReference;
@@ -62,8 +53,7 @@ template <Name name, Name overload, typename Result, typename First, typename...
 struct OrReference<name, overload, kernel> {
     static Result call(First first, Rest... rest) {
         const c10::Device device = place_of(first);
-        const bool has_kernel = !(is_affine(first) || ... || is_affine(rest));
-        if (!device.is_cuda() || (has_kernel && has_code_for(device))) return kernel(first, rest...);
+        if (!device.is_cuda() || has_code_for(device)) return kernel(first, rest...);
         static const auto op = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow(name.text, overload.text)
                                    .template typed<Result(First, Rest...)>();

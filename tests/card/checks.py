@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from card.table import Place
+from card.table import Place, Skip
 from peftcore import ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,6 +32,9 @@ SHAPES = {
 LAYERS = ("square", "mlp", "deep")  # too large for the emulator
 
 
+ROW_FORMATS = ("mxfp4", "affine4")  # whose blocks do not cross rows
+
+
 class Frozen(NamedTuple):
     """A frozen weight and the values that it stands for, in float64."""
 
@@ -40,13 +43,22 @@ class Frozen(NamedTuple):
 
 
 def frozen(place: Place, shape: tuple[int, ...], kind: str, dtype: torch.dtype, blocksize: int = 64) -> Frozen:
-    """Return a weight of a kind: `dense`, `nf4`, `fp4`, or `nested` (NF4 with scales in 8 bits).
+    """Return a weight of a kind: `dense`, `nf4`, `fp4`, `nested` (NF4 with scales in 8 bits), or one of `ROW_FORMATS`.
 
     Packed values are rounded to `dtype`, as the kernels round them.
+
+    Raises:
+        Skip: rows of the shape are not whole blocks of the format.
     """
     w = place.normal(*shape, seed=4)
     if kind == "dense":
         return Frozen(w.to(dtype), w.to(dtype).double())
+    if kind in ROW_FORMATS:
+        if shape[-1] % 32:
+            raise Skip(f"rows of {shape[-1]} columns are not whole blocks of {kind}")
+        group = blocksize if shape[-1] % blocksize == 0 else 32
+        packed = ops.quantize_mxfp4(w) if kind == "mxfp4" else ops.quantize_affine4(w, group)
+        return Frozen(packed, packed.values(dtype).double())
     code, nested = ("nf4", True) if kind == "nested" else (kind, False)
     packed = ops.quantize_4bit(w, code, blocksize=blocksize, double_quant=nested, nested_blocksize=32)
     return Frozen(packed, packed.values(dtype).double())

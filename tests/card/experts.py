@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from card.checks import DTYPES, SEED, check, frozen, repeated
+from card.checks import DTYPES, ROW_FORMATS, SEED, check, frozen, repeated
 from card.table import Place, cases, one_in
 from peftcore import ops
 from peftcore.ops.dropout import factor as factor_of
@@ -23,13 +23,15 @@ COUNTS = {
 }
 # [out, in] of an expert.
 SIZES = {"lanes": (72, 128), "pieces": (64, 96), "odd": (96, 75), "model": (2816, 2048)}
-KINDS = ("dense", "nf4", "nested")
+KINDS = ("dense", "nf4", "nested", *ROW_FORMATS)
 RANKS = (0, 3, 16, 70)
 SCALE = 1.5
 _OPS = torch.ops.peftcore
 
 
 def small(counts: str, size: str, rank: int, dtype: torch.dtype, kind: str, transposed: bool, p: float) -> bool:
+    if kind in ROW_FORMATS and SIZES[size][not transposed] % 32:
+        return False
     if size == "model" or counts in ("long", "sparse", "many", "one"):
         return False
     return one_in(130, counts, size, rank, dtype, kind, transposed, p)
@@ -44,7 +46,7 @@ def small(counts: str, size: str, rank: int, dtype: torch.dtype, kind: str, tran
     transposed=(False, True),
     p=(0.0, 0.1),
     emulated=small,
-    every=9,
+    every=13,
 )
 def grouped_linear(
     place: Place, counts: str, size: str, rank: int, dtype: torch.dtype, kind: str, transposed: bool, p: float

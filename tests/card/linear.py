@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from card.checks import DTYPES, HALVES, LAYERS, SHAPES, check, frozen, repeated, same
+from card.checks import DTYPES, HALVES, LAYERS, ROW_FORMATS, SHAPES, check, frozen, repeated, same
 from card.table import Place, cases
 from peftcore import ops
 
 ROWS = (1, 2, 4, 7, 8, 9, 16, 17, 24, 32, 33, 64, 65, 512, 8192)
-KINDS = ("nf4", "fp4", "nested")
+KINDS = ("nf4", "fp4", "nested", *ROW_FORMATS)
 
 
 def small(rows: int, shape: str, dtype: torch.dtype, kind: str) -> bool:
     """Return whether the emulator runs the case: each kernel with one kind of scales, in a second or two."""
     if shape in LAYERS or rows > 65:
         return False
+    if kind in ROW_FORMATS:
+        return shape == "lanes" and rows in ((4, 33) if kind == "mxfp4" else (7, 17)) and dtype in HALVES
     if shape in ("splits", "clusters"):
         return rows == {"splits": 17, "clusters": 16}[shape] and dtype is torch.bfloat16 and kind == "nested"
     return (kind == "nested") == (dtype is torch.bfloat16) and kind != "fp4" and (dtype in HALVES or rows in (1, 9))

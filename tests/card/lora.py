@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from card.checks import DTYPES, HALVES, LAYERS, SEED, SHAPES, check, frozen, repeated
+from card.checks import DTYPES, HALVES, LAYERS, ROW_FORMATS, SEED, SHAPES, check, frozen, repeated
 from card.table import Place, cases
 from peftcore.ops import lora_linear_per_sample
 from peftcore.ops.dropout import factor as factor_of
@@ -19,6 +19,9 @@ _OPS = torch.ops.peftcore
 def small(rows: int, shape: str, rank: int, dtype: torch.dtype, factors: torch.dtype, kind: str, p: float) -> bool:
     if shape in LAYERS or rows > 65 or rank > 100:
         return False
+    if kind in ROW_FORMATS:
+        fixed = (shape, rank, p, factors) == ("lanes", 16, 0.0, torch.float32)
+        return fixed and (rows, dtype) in ((2, HALVES[0]), (8, HALVES[1]), (17, HALVES[kind == "mxfp4"]))
     if shape in ("splits", "clusters"):
         return rows in (1, 17) and (rank, kind, p, factors, dtype) == (16, "nested", 0.0, torch.float32, torch.bfloat16)
     number = ROWS.index(rows) + rank + DTYPES.index(dtype) + 2 * DTYPES.index(factors) + (p > 0)
@@ -31,10 +34,10 @@ def small(rows: int, shape: str, rank: int, dtype: torch.dtype, factors: torch.d
     rank=(1, 16, 100),
     dtype=DTYPES,
     factors=(torch.float32, torch.bfloat16),
-    kind=("dense", "nested"),
+    kind=("dense", "nested", *ROW_FORMATS),
     p=(0.0, 0.1),
     emulated=small,
-    every=11,
+    every=19,
 )
 def lora_linear(
     place: Place, rows: int, shape: str, rank: int, dtype: torch.dtype, factors: torch.dtype, kind: str, p: float

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from card.checks import DTYPES, check, same
-from card.table import Place, cases
+from card.table import Place, cases, one_in
 from peftcore import ops
 from peftcore.ops.quant4 import SMALLEST_SCALE, Quantize4bit, QuantizeAbsmax
 
@@ -111,6 +111,30 @@ def mxfp4(place: Place, out: int, width: int, dtype: torch.dtype) -> str:
     same(ops.dequantize_4bit(there, dtype), weight.values(dtype), "values")
     dense = weight.values(dtype).to(place.device).double()
     for rows in (1, 9, 40):
+        x = place.normal(rows, width, seed=rows, dtype=dtype)
+        found = check(ops.linear_4bit(x, there), x.double() @ dense.T, x.double().abs() @ dense.abs().T)
+    return found
+
+
+@cases(
+    group=(32, 64, 128),
+    scales=DTYPES,
+    zeros=(None, torch.uint8, torch.float32),
+    dtype=DTYPES,
+    emulated=lambda group, scales, zeros, dtype: one_in(9, group, scales, zeros, dtype),
+)
+def affine4(place: Place, group: int, scales: torch.dtype, zeros: torch.dtype | None, dtype: torch.dtype) -> str:
+    """Values have the bits of the CPU's, and products with few and many rows of x are near float64's."""
+    out, width = (70, 384) if place.emulated else (1057, 4096)
+    draw = torch.Generator().manual_seed(group)
+    codes, of_groups = torch.randint(0, 16, (out, width), generator=draw), (out, width // group)
+    scale = (torch.rand(of_groups, generator=draw) * 0.2 + 0.1).to(scales)
+    points = None if zeros is None else (torch.rand(of_groups, generator=draw) * 16).to(zeros)
+    weight = ops.affine4_weight(codes, scale, points, dtype=dtype)
+    there, wanted = weight.to(place.device), weight.values(dtype)
+    same(ops.dequantize_4bit(there), wanted, "values")
+    dense = wanted.to(place.device).double()
+    for rows in (1, 9, 40, 70):
         x = place.normal(rows, width, seed=rows, dtype=dtype)
         found = check(ops.linear_4bit(x, there), x.double() @ dense.T, x.double().abs() @ dense.abs().T)
     return found

@@ -130,10 +130,12 @@ int run_quant4(uint64_t seed) {
     return 0;
 }
 
-// linear_4bit's kernels compared with a sum in double. Tolerance: fp32 sums and one rounding to T.
+// linear_4bit's kernels compared with a sum in double. Tolerance: fp32 sums and one rounding to T. `mixed`: affine codes
+// have scales in fp16 instead of fp32, and zero points in fp32 instead of bytes.
 template <typename T>
-void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int skip, bool nested,
-                    Dtype dtype, std::mt19937& random) {
+void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int skip, ScaleKind scales,
+                    bool mixed, Dtype dtype, std::mt19937& random) {
+    const bool nested = scales == ScaleKind::kNested;
     const int64_t count = rows * columns, blocks = (count + blocksize - 1) / blocksize;
     Array<uint8_t> packed((count + 1) / 2, skip), quantized(blocks);
     Array<float> absmax(blocks), code(16), map(256), offset(1), outer((blocks + 31) / 32);
@@ -149,8 +151,27 @@ void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int
         absmax.data[i] = map.data[quantized.data[i]] * outer.data[i / 32] + offset.data[0];
     for (int64_t i = 0; i < x.count; ++i) x.data[i] = from_float<T>(normal(random));
     for (int64_t i = 0; i < rows; ++i) bias.data[i] = from_float<T>(normal(random));
-    const WeightView weight =
+    WeightView weight =
         view(rows, columns, packed, absmax, code, blocksize, nested, quantized, outer, map, offset);
+    Array<Half> halves(blocks);
+    Array<uint8_t> points(blocks);
+    Array<float> fractions(blocks);
+    if (scales == ScaleKind::kPowerOfTwo || scales == ScaleKind::kAffine) weight.scales = scales;
+    if (scales == ScaleKind::kPowerOfTwo) {
+        for (int64_t i = 0; i < blocks; ++i) quantized.data[i] = uint8_t(120 + random() % 10);
+        weight.absmax = quantized.data;
+    }
+    if (scales == ScaleKind::kAffine) {
+        for (int64_t i = 0; i < blocks; ++i) {
+            halves.data[i] = from_float<Half>(absmax.data[i]);
+            points.data[i] = uint8_t(random() % 16);
+            fractions.data[i] = points.data[i] + 0.25f;
+        }
+        weight.scale_dtype = mixed ? Dtype::kHalf : Dtype::kFloat;
+        weight.absmax = mixed ? static_cast<const void*>(halves.data) : absmax.data;
+        weight.zeros = mixed ? static_cast<const void*>(fractions.data) : points.data;
+        weight.whole_zeros = !mixed;
+    }
     Array<float> partial(peftcore_quant4_linear_workspace(x.data, int(dtype), batch, &weight));
     const char* error = peftcore_quant4_linear(x.data, int(dtype), batch, &weight, bias.data, nullptr,
                                                nullptr, 0, partial.data, y.data, nullptr);
@@ -161,7 +182,9 @@ void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int
             for (int64_t k = 0; k < columns; ++k) {
                 const int64_t i = n * columns + k;
                 const int q = i % 2 ? packed.data[i / 2] & 15 : packed.data[i / 2] >> 4;
-                const double w = to_float(from_float<T>(kCode[q] * absmax.data[i / blocksize]));
+                const int64_t block = i / blocksize;
+                const float entry = kCode[q] - (weight.zeros == nullptr ? 0 : block_zero(weight, block));
+                const double w = to_float(from_float<T>(entry * block_scale(weight, block)));
                 const double product = w * to_float(x.data[m * columns + k]);
                 sum += product;
                 magnitude += std::fabs(product);
@@ -194,12 +217,18 @@ int run_linear(uint64_t seed) {
             for (int batch : {1, 8, 24})
                 for (int skip : {0, 1}) {
                     const int blocksize = cases / 6 % 2 ? 64 : 32;  // each with and without `skip`
-                    const bool nested = cases / 12 % 2;
-                    compare_linear<float>(rows, columns, batch, blocksize, skip, nested, Dtype::kFloat,
-                                          random);
-                    compare_linear<Half>(rows, columns, batch, blocksize, skip, nested, Dtype::kHalf, random);
-                    compare_linear<BFloat16>(rows, columns, batch, blocksize, skip, nested, Dtype::kBFloat16,
-                                             random);
+                    const bool mixed = cases / 12 % 2;
+                    for (ScaleKind scales : {mixed ? ScaleKind::kNested : ScaleKind::kFloat,
+                                             ScaleKind::kPowerOfTwo, ScaleKind::kAffine}) {
+                        const bool crosses = scales == ScaleKind::kNested || scales == ScaleKind::kFloat;
+                        if (!crosses && columns % blocksize != 0) continue;
+                        compare_linear<float>(rows, columns, batch, blocksize, skip, scales, mixed,
+                                              Dtype::kFloat, random);
+                        compare_linear<Half>(rows, columns, batch, blocksize, skip, scales, mixed,
+                                             Dtype::kHalf, random);
+                        compare_linear<BFloat16>(rows, columns, batch, blocksize, skip, scales, mixed,
+                                                 Dtype::kBFloat16, random);
+                    }
                     cases += 3;
                 }
     printf("%d cases agree\n", cases);

@@ -18,7 +18,7 @@ using namespace peftcore::grouped;
 struct Sizes {
     int64_t inner, columns;
     int rank;
-    bool across, packed;
+    bool across, packed, affine;
 };
 
 template <typename T>
@@ -44,12 +44,16 @@ class Case {
           quant_map_(16),
           map_(256),
           offset_(1),
-          outer_((experts_ * count_ / 32 + 63) / 64) {
+          outer_((experts_ * count_ / 32 + 63) / 64),
+          halves_(experts_ * count_ / 32) {
         std::copy(ends.begin(), ends.end(), offsets_.data);
         for (Array<T>* array : {&x_, &bias_, &dense_}) fill(*array);
         for (Array<float>* array : {&thin_, &factor_, &quant_map_, &map_, &offset_, &outer_}) fill(*array);
         for (int64_t i = 0; i < codes_.count; ++i) codes_.data[i] = uint8_t(random());
-        for (int64_t i = 0; i < absmax_.count; ++i) absmax_.data[i] = uint8_t(random());
+        for (int64_t i = 0; i < absmax_.count; ++i) {
+            absmax_.data[i] = uint8_t(random());
+            halves_.data[i] = from_float<Half>(1.0f / 16 + absmax_.data[i] / 256.0f);
+        }
     }
 
     void run(bool rise) {
@@ -110,6 +114,13 @@ class Case {
         weight.absmax = absmax_.data;
         weight.quant_map = quant_map_.data;
         weight.shift = 5;
+        if (sizes_.affine) {  // whose zero points are the bytes that scales are otherwise
+            weight.scales = ScaleKind::kAffine;
+            weight.scale_dtype = Dtype::kHalf;
+            weight.absmax = halves_.data;
+            weight.zeros = absmax_.data;
+            return weight;
+        }
         weight.scales = ScaleKind::kNested;
         weight.nested_absmax = outer_.data;
         weight.nested_quant_map = map_.data;
@@ -122,7 +133,8 @@ class Case {
         const int64_t i = expert * count_ + (sizes_.across ? k * sizes_.columns + n : n * sizes_.inner + k);
         if (!sizes_.packed) return to_float(dense_.data[i]);
         const int q = i % 2 ? codes_.data[i / 2] & 15 : codes_.data[i / 2] >> 4;
-        return to_float(from_float<T>(quant_map_.data[q] * block_scale(view(), i / 32)));
+        const float zero = sizes_.affine ? block_zero(view(), i / 32) : 0;
+        return to_float(from_float<T>((quant_map_.data[q] - zero) * block_scale(view(), i / 32)));
     }
 
     void compare(const Product& p, bool rise) const {
@@ -160,6 +172,7 @@ class Case {
     Array<float> thin_, factor_;
     Array<uint8_t> codes_, absmax_;
     Array<float> quant_map_, map_, offset_, outer_;
+    Array<Half> halves_;
 };
 
 }  // namespace
@@ -179,8 +192,8 @@ int run_grouped(uint64_t seed) {
         for (bool across : {false, true})
             for (bool packed : {false, true}) {
                 const int dtype = cases % 3, skip = cases / 2 % 2, odd = cases / 3 % 2;
-                Sizes sizes{odd ? 75 : 160, odd ? 32 : 96, std::vector<int>{1, 16, 33}[cases / 2 % 3], across,
-                            packed};
+                Sizes sizes{odd ? 75 : 160, odd ? 32 : 96, std::vector<int>{1, 16, 33}[cases / 2 % 3],
+                            across,         packed,        cases % 16 == 1 || cases % 16 == 7};
                 if (across) std::swap(sizes.inner, sizes.columns);
                 if (dtype == 0) Case<float>(sizes, ends, rows, skip, Dtype::kFloat, random).run(rise);
                 if (dtype == 1) Case<Half>(sizes, ends, rows, skip, Dtype::kHalf, random).run(rise);

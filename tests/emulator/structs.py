@@ -4,7 +4,7 @@ from ctypes import POINTER, Structure, byref, c_bool, c_float, c_int, c_int64, c
 
 import torch
 
-from peftcore.ops.weight import POWERS_OF_TWO
+from peftcore.ops.weight import AFFINE, POWERS_OF_TWO
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -48,7 +48,11 @@ class WeightView(Structure):
             setattr(self, name, address(getattr(weight, name)))
         self.shift = weight.blocksize.bit_length() - 1
         self.nested_shift = weight.nested_blocksize.bit_length() - 1 if weight.double_quant else 0
-        self.scales = 2 if weight.nested_blocksize == POWERS_OF_TWO else int(weight.double_quant)
+        self.scales = {POWERS_OF_TWO: 2, AFFINE: 3}.get(weight.nested_blocksize, int(weight.double_quant))
+        if weight.nested_blocksize == AFFINE:
+            self.scale_dtype = DTYPES.index(weight.absmax.dtype)
+            self.zeros = address(weight.zeros)
+            self.whole_zeros = weight.zeros is None or weight.zeros.dtype == torch.uint8
 
     def expert(self, library, index):
         """Return a view of one expert of a weight `[experts, out, in]`."""

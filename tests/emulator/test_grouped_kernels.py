@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from emulator.formats import KINDS, packed
 from emulator.products import SEED, check, dropout, guarded, kept, normal, untouched
 from emulator.structs import DTYPES, GroupedDown, GroupedProduct, GroupedReduce, Groups, WeightView, address
 
@@ -51,8 +52,8 @@ class Case:
         values = normal(self.experts, *shape, seed=1)
         if self.packed:
             nested = self.packed == "nested"  # an expert is not a whole number of blocks of scales
-            if self.packed == "mxfp4":
-                self.weight = ops.quantize_mxfp4(values)
+            if self.packed in KINDS:
+                self.weight = packed(self.packed, self.experts, *shape, seed=1)
             else:
                 self.weight = ops.quantize_4bit(values, blocksize=32, double_quant=nested, nested_blocksize=128)
             dense = ops.dequantize_4bit(self.weight, self.dtype)

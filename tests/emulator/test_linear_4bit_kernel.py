@@ -146,6 +146,8 @@ def test_every_order_of_threads_gives_the_same_bits(emulated, shape):
 def test_nothing_to_do_and_too_much(emulated):
     arguments, _, _ = case(8, 64, 0, torch.half, 64, False, 1)
     assert run(emulated, *arguments).numel() == 0
+    arguments, _, _ = case(8, 0, 3, torch.half, 64, False, 1)
+    assert torch.equal(run(emulated, *arguments), arguments[-1].expand(3, 8))  # the bias alone
     arguments, _, _ = case(8, 64, 65, torch.half, 64, False, 1)
     with pytest.raises(RuntimeError, match="more rows of x than the kernel takes"):
         run(emulated, *arguments)

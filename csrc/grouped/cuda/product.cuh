@@ -223,7 +223,7 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, unsigned column_tiles) {
     PEFTCORE_SHARED(uint8_t, memory, [Shape::kBytes]);
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [Shape::kPacked ? 256 : 1]);
+    PEFTCORE_SHARED(float, nested_quant_map, [Shape::kPacked ? quant4::AnyScales::kEntries : 1]);
     using Input = typename Shape::Input;
     using Frozen = typename Shape::Frozen;
     constexpr int kStage = Shape::kStage, kStages = Shape::kStages;
@@ -248,13 +248,10 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
 
     const WeightView weight = expert_of(p.weight, rows.expert, p.groups.experts);
     const Source<T> input(p.wide, p.inner), dense(weight.dense, weight.columns);
-    Unpacker<Frozen> unpacker{weight, quant_map, {weight.scales, nested_quant_map, 0}, false, {}};
+    Unpacker<Frozen> unpacker{weight, quant_map, {}, false, {}};
     if constexpr (Shape::kPacked) {
         unpacker.vectors = weight.columns % 32 == 0 && is_aligned(weight.codes);
-        unpacker.scales.nested_offset =
-            weight.scales == ScaleKind::kNested
-                ? quant4::load_codebooks<ScaleKind::kNested>(weight, quant_map, nested_quant_map)
-                : quant4::load_codebooks<ScaleKind::kFloat>(weight, quant_map, nested_quant_map);
+        unpacker.scales = quant4::AnyScales::load(weight, quant_map, nested_quant_map);
     }
     const auto position_of = [&](int64_t stage) -> Position {
         return Shape::kAcross ? Position{stage * kStage, column} : Position{column, stage * kStage};

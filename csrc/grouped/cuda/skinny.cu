@@ -11,7 +11,7 @@ namespace {
 
 static_assert(quant4::kThreads == kThreads, "");
 
-// kLanes: whether rows_tile takes the weight.
+// kLanes: whether rows_tile takes the weight, with scales of kScales; else they are of any kind.
 template <typename T, int kTiles, bool kLanes, ScaleKind kScales>
 __global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p, unsigned column_tiles) {
     const int64_t column = int64_t(blockIdx.x % column_tiles) * quant4::kRows;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p, unsig
     if constexpr (kLanes)
         quant4::rows_tile<T, 1, kTiles, kScales>(linear, column, quant4::ReadyBranch{linear});
     else
-        quant4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3, kScales>(linear, column);
+        quant4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3>(linear, column);
 }
 
 }  // namespace
@@ -49,19 +49,16 @@ extern "C" const char* peftcore_grouped_skinny(const peftcore::grouped::Product*
     if (blocks > INT32_MAX) return "too many rows and columns for one launch";
     return dispatch_16_bits(p.dtype, [&](auto type) {
         return dispatch_size<1, 2>(tiles, [&](auto size) {
-            return dispatch_flag(quant4::in_lanes(p.weight), [&](auto lanes) {
-                return dispatch_scales(p.weight.scales, [&](auto scales) {
-                    using T = typename decltype(type)::type;
-                    constexpr int kTiles = decltype(size)::value;
-                    constexpr bool kLanes = decltype(lanes)::value;
-                    constexpr ScaleKind kScales = decltype(scales)::value;
-                    if constexpr (kLanes && !quant4::has_lanes(kScales))
-                        return "these scales have no lanes";
-                    else
-                        return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, kLanes, kScales>),
-                                               unsigned(blocks), grouped::kThreads, 0, stream, p,
-                                               unsigned(column_tiles));
-                });
+            using T = typename decltype(type)::type;
+            constexpr int kTiles = decltype(size)::value;
+            if (!quant4::in_lanes(p.weight))
+                return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, false, ScaleKind::kFloat>),
+                                       unsigned(blocks), grouped::kThreads, 0, stream, p,
+                                       unsigned(column_tiles));
+            return dispatch_scales(p.weight.scales, [&](auto scales) {
+                constexpr ScaleKind kScales = decltype(scales)::value;
+                return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, true, kScales>), unsigned(blocks),
+                                       grouped::kThreads, 0, stream, p, unsigned(column_tiles));
             });
         });
     });

@@ -38,7 +38,7 @@ struct Unpacker {
 
     const WeightView& weight;
     const float* quant_map;
-    quant4::Scales scales;
+    quant4::AnyScales scales;
     bool vectors;  // 32 codes are in one row, 16-byte aligned, with one scale
     quant4::StoredScale scale[kUnits];
 
@@ -79,14 +79,15 @@ struct Unpacker {
             uint8_t* to = tile_unit(tile, unit);
             const Position at_unit = position_of(unit, position);
             const bool there = inside(at_unit);
-            const float factor = there ? scales.of(scale[unit]) : 0;
+            const quant4::ScaleAndZero factor =
+                there ? scales.of(weight, scale[unit]) : quant4::ScaleAndZero{};
             const uint2 bytes = *reinterpret_cast<const uint2*>(codes + i * 8);
             eight(to, bytes.x, factor, there);
             eight(to + 8 * sizeof(T), bytes.y, factor, there);
         }
     }
 
-    __device__ void eight(uint8_t* to, uint32_t bytes, float factor, bool there) const {
+    __device__ void eight(uint8_t* to, uint32_t bytes, const quant4::ScaleAndZero& factor, bool there) const {
         uint32_t words[2 * sizeof(T)];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -94,8 +95,8 @@ struct Unpacker {
             if constexpr (sizeof(T) == 2) {
                 words[i] = there ? quant4::value_pair<T>(quant_map, byte, factor) : 0;
             } else {
-                words[i * 2] = there ? float_bits(quant_map[byte >> 4 & 15] * factor) : 0;
-                words[i * 2 + 1] = there ? float_bits(quant_map[byte & 15] * factor) : 0;
+                words[i * 2] = there ? float_bits(factor.value(quant_map[byte >> 4 & 15])) : 0;
+                words[i * 2 + 1] = there ? float_bits(factor.value(quant_map[byte & 15])) : 0;
             }
         }
 #pragma unroll
@@ -112,8 +113,8 @@ struct Unpacker {
                 const int64_t at = at_unit.row * weight.columns + at_unit.column + i,
                               block = at >> weight.shift;
                 const uint8_t byte = weight.codes[at / 2];
-                const float factor = scales.of(scales.stored(weight, block));
-                value = quant_map[at % 2 ? byte & 15 : byte >> 4] * factor;
+                const quant4::ScaleAndZero factor = scales.of(weight, scales.stored(weight, block));
+                value = factor.value(quant_map[at % 2 ? byte & 15 : byte >> 4]);
             }
             reinterpret_cast<T*>(to)[i] = from_float<T>(value);
         }

@@ -14,21 +14,26 @@ namespace peftcore {
 namespace lora {
 namespace {
 
+// Of contiguous g and u.
+GatedCall gated_call(const Tensor& gate, const Tensor& up, double linear, double cubic, const char* op) {
+    return {.dtype = kernel_dtype(gate.scalar_type(), op),
+            .gate = gate.const_data_ptr(),
+            .up = up.const_data_ptr(),
+            .rows = 1,
+            .columns = gate.numel(),
+            .linear = float(linear),
+            .cubic = float(cubic)};
+}
+
 Tensor gated_cuda(const Tensor& gate, const Tensor& up, double linear, double cubic) {
     const char* op = "gated";
     const at::AutoDispatchBelowADInplaceOrView below;
     check_gated(gate, up, linear, cubic, op);
     const c10::DeviceGuard guard(gate.device());
     const Tensor g = gate.contiguous(), u = up.contiguous(), y = at::empty(gate.sizes(), gate.options());
-    const GatedCall call{.dtype = kernel_dtype(gate.scalar_type(), op),
-                         .gate = g.const_data_ptr(),
-                         .up = u.const_data_ptr(),
-                         .rows = 1,
-                         .columns = gate.numel(),
-                         .linear = float(linear),
-                         .cubic = float(cubic),
-                         .rounded = true,
-                         .y = y.mutable_data_ptr()};
+    GatedCall call = gated_call(g, u, linear, cubic, op);
+    call.rounded = true;
+    call.y = y.mutable_data_ptr();
     check_launch(peftcore_gated(&call, current_cuda_stream(gate.device())), op);
     return y;
 }
@@ -40,18 +45,12 @@ std::tuple<Tensor, Tensor> gated_backward_cuda(const Tensor& grad, const Tensor&
     check_gated_gradient(grad, gate, up, linear, cubic, op);
     const c10::DeviceGuard guard(gate.device());
     const Tensor g = gate.contiguous(), u = up.contiguous(), dy = grad.contiguous();
-    const Tensor dgate = at::empty(gate.sizes(), gate.options()),
-                 dup = at::empty(gate.sizes(), gate.options());
-    const GatedCall call{.dtype = kernel_dtype(gate.scalar_type(), op),
-                         .gate = g.const_data_ptr(),
-                         .up = u.const_data_ptr(),
-                         .rows = 1,
-                         .columns = gate.numel(),
-                         .linear = float(linear),
-                         .cubic = float(cubic),
-                         .dy = dy.const_data_ptr(),
-                         .dgate = dgate.mutable_data_ptr(),
-                         .dup = dup.mutable_data_ptr()};
+    const auto empty = [&] { return at::empty(gate.sizes(), gate.options()); };
+    const Tensor dgate = empty(), dup = empty();
+    GatedCall call = gated_call(g, u, linear, cubic, op);
+    call.dy = dy.const_data_ptr();
+    call.dgate = dgate.mutable_data_ptr();
+    call.dup = dup.mutable_data_ptr();
     check_launch(peftcore_gated_backward(&call, current_cuda_stream(gate.device())), op);
     return {dgate, dup};
 }

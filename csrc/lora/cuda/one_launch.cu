@@ -23,8 +23,8 @@ struct Launch {
     unsigned* counters;
 };
 
-// s and B for rows_tile.
-template <typename T>
+// s and B for rows_tile. kRows: most rows of x.
+template <typename T, int kRows>
 struct SameLaunchBranch {
     static constexpr bool kLater = true;
     const Launch& p;
@@ -45,7 +45,7 @@ struct SameLaunchBranch {
         part.scale = p.lora.scale;
         part.out = p.lora.s + rank;
         part.stride = p.lora.rank;
-        rank_dot<T>(part);
+        rank_dot<T, kRows, true>(part);
         take_ticket(p.counters + 1);
         return true;
     }
@@ -74,7 +74,7 @@ template <typename T, int kParts, ScaleKind kScales>
 __global__ void __launch_bounds__(kThreads, 4) one_launch_kernel(const Launch p) {
     constexpr int kRows = 16 / kParts;
     const int64_t row = int64_t(blockIdx.x) * kRows;
-    quant4::rows_tile<T, kParts, 1, kScales>(p.linear, row, SameLaunchBranch<T>{p, row, kRows});
+    quant4::rows_tile<T, kParts, 1, kScales>(p.linear, row, SameLaunchBranch<T, 8 / kParts>{p, row, kRows});
     if (comes_last(p.counters + 2, gridDim.x) && threadIdx.x < 2) p.counters[threadIdx.x] = 0;
 }
 
@@ -102,11 +102,10 @@ extern "C" const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch*
     p.lora = lora;
     p.counters = counters;
     return peftcore::dispatch_16_bits(lora.dtype, [&](auto type) {
-        return peftcore::dispatch_flag(weight->scales == peftcore::ScaleKind::kNested, [&](auto nested) {
+        return peftcore::dispatch_scales(weight->scales, [&](auto scales) {
             return peftcore::dispatch_flag(lora.batch <= 4, [&](auto halves) {
                 using T = typename decltype(type)::type;
-                constexpr peftcore::ScaleKind kScales =
-                    decltype(nested)::value ? peftcore::ScaleKind::kNested : peftcore::ScaleKind::kFloat;
+                constexpr peftcore::ScaleKind kScales = decltype(scales)::value;
                 constexpr int kParts = decltype(halves)::value ? 2 : 1;
                 const unsigned blocks = unsigned(peftcore::ceil_div(weight->rows, 16 / kParts));
                 return PEFTCORE_LAUNCH((one_launch_kernel<T, kParts, kScales>), blocks, kThreads, 0, stream,

@@ -42,26 +42,28 @@ __device__ __forceinline__ void load_eight(const T* row, int64_t k, int64_t colu
     for (int i = 0; i < 8; ++i) values[i] = to_float(loaded.items[i]);
 }
 
-template <typename T>
+// kMostRows: no more rows of x; kAligned: they begin on 16 bytes and have vectors of eight. Both only make less code.
+template <typename T, int kMostRows = kRankDotRows, bool kAligned = false>
 __device__ void rank_dot(const RankDot& p) {
     constexpr int kAhead = 4;  // groups of eight columns that a thread loads together
-    PEFTCORE_SHARED(float, sums, [kWarps][kRankDotRows]);
-    const bool vectors = is_aligned(p.x) && is_aligned(p.factor) && p.columns % 8 == 0;
-    float total[kRankDotRows] = {};
+    PEFTCORE_SHARED(float, sums, [kWarps][kMostRows]);
+    const bool vectors = kAligned || (is_aligned(p.x) && p.columns % 8 == 0);
+    const bool factor_vectors = is_aligned(p.factor) && p.columns % 8 == 0;
+    float total[kMostRows] = {};
     for (int64_t first = threadIdx.x * 8; first < p.columns; first += kAhead * kThreads * 8) {
         float factor[kAhead][8], values[kAhead][8];
 #pragma unroll
         for (int a = 0; a < kAhead; ++a) {
             const int64_t k = first + a * kThreads * 8;
             if (p.factor_dtype == Dtype::kFloat)
-                load_eight(static_cast<const float*>(p.factor), k, p.columns, vectors, factor[a]);
+                load_eight(static_cast<const float*>(p.factor), k, p.columns, factor_vectors, factor[a]);
             else if (p.factor_dtype == Dtype::kHalf)
-                load_eight(static_cast<const Half*>(p.factor), k, p.columns, vectors, factor[a]);
+                load_eight(static_cast<const Half*>(p.factor), k, p.columns, factor_vectors, factor[a]);
             else
-                load_eight(static_cast<const BFloat16*>(p.factor), k, p.columns, vectors, factor[a]);
+                load_eight(static_cast<const BFloat16*>(p.factor), k, p.columns, factor_vectors, factor[a]);
         }
 #pragma unroll
-        for (int m = 0; m < kRankDotRows; ++m) {
+        for (int m = 0; m < kMostRows; ++m) {
             if (m >= p.rows) break;
             const T* row = static_cast<const T*>(p.x) + m * p.columns;
 #pragma unroll
@@ -82,7 +84,7 @@ __device__ void rank_dot(const RankDot& p) {
         }
     }
 #pragma unroll
-    for (int m = 0; m < kRankDotRows; ++m) {
+    for (int m = 0; m < kMostRows; ++m) {
         if (m >= p.rows) break;
         for (int distance = 16; distance > 0; distance /= 2)
             total[m] += __shfl_xor_sync(0xffffffffu, total[m], distance);

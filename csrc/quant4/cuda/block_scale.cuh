@@ -1,6 +1,8 @@
 // A weight's codebooks in shared memory, and scales and values bit for bit as in the CPU kernels.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda_launch.cuh"
 #include "common/half.h"
 #include "weight/view.h"
@@ -9,76 +11,138 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-// Loads the codebooks and synchronizes; all threads of a block call it. Returns nested_offset.
-template <ScaleKind kScales>
-__device__ __forceinline__ float load_codebooks(const WeightView& weight, float* quant_map,
-                                                float* nested_quant_map) {
-    if (threadIdx.x < 16) quant_map[threadIdx.x] = weight.quant_map[threadIdx.x];
-    if constexpr (kScales == ScaleKind::kNested) {
-        for (int i = threadIdx.x; i < 256; i += blockDim.x) nested_quant_map[i] = weight.nested_quant_map[i];
-        return *weight.nested_offset;
-    }
-    return 0;
-}
-
-// A block's scale as it is stored, so that it can be loaded ahead of its use.
+// A block's scale and zero point as they are stored, so that they can be loaded ahead of their use.
 struct StoredScale {
-    float outer;  // or the scale, in fp32
-    uint8_t code;
+    uint32_t bits;   // of the scale; of nested scales, of the scale's own scale
+    uint32_t other;  // code of a nested scale; zero point, of affine codes
 };
 
-template <ScaleKind kScales>
-__device__ __forceinline__ StoredScale stored_scale(const WeightView& weight, int64_t block) {
-    if constexpr (kScales == ScaleKind::kNested)
-        return {weight.nested_absmax[(weight.first_block + block) >> weight.nested_shift],
-                static_cast<const uint8_t*>(weight.absmax)[block]};
-    else if constexpr (kScales == ScaleKind::kPowerOfTwo)
-        return {0, static_cast<const uint8_t*>(weight.absmax)[block]};
-    else
-        return {static_cast<const float*>(weight.absmax)[block], 0};
+// The values of a block's entries of the codebook, in fp32.
+struct Scale {
+    float factor;
+    __device__ __forceinline__ float value(float entry) const { return entry * factor; }
+};
+struct ScaleAndZero {
+    float factor, zero;
+    __device__ __forceinline__ float value(float entry) const { return (entry - zero) * factor; }
+};
+
+// Whether kernels take a lane's 64 columns (rows.cuh) as two blocks of 32: common in these formats.
+constexpr bool has_small_blocks(ScaleKind scales) {
+    return scales == ScaleKind::kPowerOfTwo || scales == ScaleKind::kAffine;
 }
 
+// Scales of a kind that the kernel is compiled for. The codebooks are in shared memory.
 template <ScaleKind kScales>
-__device__ __forceinline__ float scale_of(const StoredScale& stored, const float* nested_quant_map,
-                                          float nested_offset) {
-    // Rounded twice, not fused.
-    if constexpr (kScales == ScaleKind::kNested)
-        return __fadd_rn(__fmul_rn(nested_quant_map[stored.code], stored.outer), nested_offset);
-    else if constexpr (kScales == ScaleKind::kPowerOfTwo)
-        return bits_float(power_of_two_bits(stored.code));
-    else
-        return stored.outer;
-}
+struct KnownScales {
+    using Decoded = std::conditional_t<kScales == ScaleKind::kAffine, ScaleAndZero, Scale>;
+    static constexpr int kEntries = kScales == ScaleKind::kNested ? 256 : 1;  // of `nested_quant_map`
+    static constexpr int kLaneBlocks = has_small_blocks(kScales) ? 2 : 1;     // in 64 columns (rows.cuh)
 
-template <ScaleKind kScales>
-__device__ __forceinline__ float block_scale(const WeightView& weight, const float* nested_quant_map,
-                                             float nested_offset, int64_t block) {
-    return scale_of<kScales>(stored_scale<kScales>(weight, block), nested_quant_map, nested_offset);
-}
-
-// A weight's scales where their kind is known at run time only.
-struct Scales {
-    ScaleKind kind;
     const float* nested_quant_map;
     float nested_offset;
 
-    __device__ StoredScale stored(const WeightView& weight, int64_t block) const {
-        if (kind == ScaleKind::kNested) return stored_scale<ScaleKind::kNested>(weight, block);
-        if (kind == ScaleKind::kPowerOfTwo) return stored_scale<ScaleKind::kPowerOfTwo>(weight, block);
-        return stored_scale<ScaleKind::kFloat>(weight, block);
+    // Loads the codebooks; all threads of a block call it, and synchronize before they read scales.
+    static __device__ __forceinline__ KnownScales load(const WeightView& weight, float* quant_map,
+                                                       float* nested_quant_map) {
+        if (threadIdx.x < 16) quant_map[threadIdx.x] = weight.quant_map[threadIdx.x];
+        if constexpr (kScales == ScaleKind::kNested) {
+            for (int i = threadIdx.x; i < 256; i += blockDim.x)
+                nested_quant_map[i] = weight.nested_quant_map[i];
+            return {nested_quant_map, *weight.nested_offset};
+        }
+        return {nested_quant_map, 0};
     }
-    __device__ float of(const StoredScale& stored) const {
-        if (kind == ScaleKind::kNested)
-            return scale_of<ScaleKind::kNested>(stored, nested_quant_map, nested_offset);
-        if (kind == ScaleKind::kPowerOfTwo) return scale_of<ScaleKind::kPowerOfTwo>(stored, nullptr, 0);
-        return scale_of<ScaleKind::kFloat>(stored, nullptr, 0);
+
+    static __device__ __forceinline__ StoredScale stored(const WeightView& weight, int64_t block) {
+        if constexpr (kScales == ScaleKind::kNested)
+            return {float_bits(weight.nested_absmax[(weight.first_block + block) >> weight.nested_shift]),
+                    static_cast<const uint8_t*>(weight.absmax)[block]};
+        else if constexpr (kScales == ScaleKind::kPowerOfTwo)
+            return {static_cast<const uint8_t*>(weight.absmax)[block], 0};
+        else if constexpr (kScales == ScaleKind::kAffine) {
+            StoredScale found;
+            found.bits = weight.scale_dtype == Dtype::kFloat
+                             ? static_cast<const uint32_t*>(weight.absmax)[block]
+                             : static_cast<const uint16_t*>(weight.absmax)[block];
+            found.other = weight.zeros == nullptr ? kCentre
+                          : weight.whole_zeros    ? static_cast<const uint8_t*>(weight.zeros)[block]
+                                                  : static_cast<const uint32_t*>(weight.zeros)[block];
+            return found;
+        } else
+            return {static_cast<const uint32_t*>(weight.absmax)[block], 0};
+    }
+
+    __device__ __forceinline__ Decoded of(const WeightView& weight, const StoredScale& stored) const {
+        // Rounded twice, not fused.
+        if constexpr (kScales == ScaleKind::kNested)
+            return {
+                __fadd_rn(__fmul_rn(nested_quant_map[stored.other], bits_float(stored.bits)), nested_offset)};
+        else if constexpr (kScales == ScaleKind::kPowerOfTwo)
+            return {bits_float(power_of_two_bits(uint8_t(stored.bits)))};
+        else if constexpr (kScales == ScaleKind::kAffine)
+            return {weight.scale_dtype == Dtype::kHalf       ? to_float(Half{uint16_t(stored.bits)})
+                    : weight.scale_dtype == Dtype::kBFloat16 ? to_float(BFloat16{uint16_t(stored.bits)})
+                                                             : bits_float(stored.bits),
+                    (weight.whole_zeros ? float(stored.other) : bits_float(stored.other)) - float(kCentre)};
+        else
+            return {bits_float(stored.bits)};
+    }
+};
+
+// Scales whose kind is known at run time only.
+struct AnyScales {
+    using Decoded = ScaleAndZero;
+    static constexpr int kEntries = 256;
+
+    const float* nested_quant_map;
+    float nested_offset;
+
+    static __device__ __forceinline__ AnyScales load(const WeightView& weight, float* quant_map,
+                                                     float* nested_quant_map) {
+        const float offset =
+            weight.scales == ScaleKind::kNested
+                ? KnownScales<ScaleKind::kNested>::load(weight, quant_map, nested_quant_map).nested_offset
+                : KnownScales<ScaleKind::kFloat>::load(weight, quant_map, nested_quant_map).nested_offset;
+        return {nested_quant_map, offset};
+    }
+
+    static __device__ __forceinline__ StoredScale stored(const WeightView& weight, int64_t block) {
+        switch (weight.scales) {
+            case ScaleKind::kNested:
+                return KnownScales<ScaleKind::kNested>::stored(weight, block);
+            case ScaleKind::kPowerOfTwo:
+                return KnownScales<ScaleKind::kPowerOfTwo>::stored(weight, block);
+            case ScaleKind::kAffine:
+                return KnownScales<ScaleKind::kAffine>::stored(weight, block);
+            case ScaleKind::kFloat:
+                break;
+        }
+        return KnownScales<ScaleKind::kFloat>::stored(weight, block);
+    }
+
+    __device__ __forceinline__ Decoded of(const WeightView& weight, const StoredScale& stored) const {
+        switch (weight.scales) {
+            case ScaleKind::kNested:
+                return {KnownScales<ScaleKind::kNested>{nested_quant_map, nested_offset}
+                            .of(weight, stored)
+                            .factor,
+                        0};
+            case ScaleKind::kPowerOfTwo:
+                return {KnownScales<ScaleKind::kPowerOfTwo>{}.of(weight, stored).factor, 0};
+            case ScaleKind::kAffine:
+                return KnownScales<ScaleKind::kAffine>{}.of(weight, stored);
+            case ScaleKind::kFloat:
+                break;
+        }
+        return {KnownScales<ScaleKind::kFloat>{}.of(weight, stored).factor, 0};
     }
 };
 
 // The two values of a byte, rounded to 16 bits, the even one in the low half.
-template <typename T>
-__device__ __forceinline__ uint32_t value_pair(const float* quant_map, uint32_t byte, float scale) {
-    return pair_bits<T>(quant_map[byte >> 4 & 15] * scale, quant_map[byte & 15] * scale);
+template <typename T, typename Decoded>
+__device__ __forceinline__ uint32_t value_pair(const float* quant_map, uint32_t byte, const Decoded& scale) {
+    return pair_bits<T>(scale.value(quant_map[byte >> 4 & 15]), scale.value(quant_map[byte & 15]));
 }
 
 }  // namespace

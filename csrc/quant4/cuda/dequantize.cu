@@ -22,12 +22,13 @@ template <typename T, ScaleKind kScales>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const WeightView weight, bool aligned, T* __restrict__ out) {
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [kScales == ScaleKind::kNested ? 256 : 1]);
+    using Scales = KnownScales<kScales>;
+    PEFTCORE_SHARED(float, nested_quant_map, [Scales::kEntries]);
     PEFTCORE_SHARED(uint8_t, staged, [kWarps][kTileBytes]);
     constexpr int kPerStore = 16 / sizeof(T);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const float offset = load_codebooks<kScales>(weight, quant_map, nested_quant_map);
+    const Scales scales = Scales::load(weight, quant_map, nested_quant_map);
     __syncthreads();
 
     const int64_t count = weight.rows * weight.columns, tiles = (count + kTileValues - 1) / kTileValues;
@@ -38,8 +39,8 @@ __global__ void __launch_bounds__(kThreads)
             const int64_t last = first + kTileValues < count ? first + kTileValues : count;
             for (int64_t i = first + lane; i < last; i += 32) {
                 const uint8_t byte = weight.codes[i / 2];
-                const float scale = block_scale<kScales>(weight, nested_quant_map, offset, i >> weight.shift);
-                out[i] = from_float<T>(quant_map[i % 2 ? byte & 15 : byte >> 4] * scale);
+                const auto scale = scales.of(weight, scales.stored(weight, i >> weight.shift));
+                out[i] = from_float<T>(scale.value(quant_map[i % 2 ? byte & 15 : byte >> 4]));
             }
             continue;
         }
@@ -55,8 +56,7 @@ __global__ void __launch_bounds__(kThreads)
                 bytes = *reinterpret_cast<const uint32_t*>(&staged[warp][index / 2]);
             else
                 bytes = *reinterpret_cast<const uint16_t*>(&staged[warp][index / 2]);
-            const float scale =
-                block_scale<kScales>(weight, nested_quant_map, offset, (first + index) >> weight.shift);
+            const auto scale = scales.of(weight, scales.stored(weight, (first + index) >> weight.shift));
             union {
                 uint4 vector;
                 T items[kPerStore];
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int i = 0; i < kPerStore; ++i) {
                 const uint32_t q = bytes >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15;
-                values.items[i] = from_float<T>(quant_map[q] * scale);
+                values.items[i] = from_float<T>(scale.value(quant_map[q]));
             }
             *reinterpret_cast<uint4*>(out + first + index) = values.vector;
         }

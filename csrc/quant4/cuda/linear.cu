@@ -20,9 +20,9 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-template <typename T, int kTiles, int kStage, int kStages, ScaleKind kScales>
+template <typename T, int kTiles, int kStage, int kStages>
 __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) {
-    tensor_tile<T, kTiles, kStage, kStages, kScales>(p, int64_t(blockIdx.x) * kRows);
+    tensor_tile<T, kTiles, kStage, kStages>(p, int64_t(blockIdx.x) * kRows);
 }
 
 template <typename T, int kParts, ScaleKind kScales>
@@ -40,16 +40,14 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
                                    int(split), int(splits));
 }
 
-template <typename T, int kVector, ScaleKind kScales>
+template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads) simple_kernel(const LinearLaunch p) {
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [kScales == ScaleKind::kNested ? 256 : 1]);
-    const float offset = load_codebooks<kScales>(p.weight, quant_map, nested_quant_map);
+    PEFTCORE_SHARED(float, nested_quant_map, [AnyScales::kEntries]);
+    const AnyScales scales = AnyScales::load(p.weight, quant_map, nested_quant_map);
     __syncthreads();
     const int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-    if (n < p.weight.rows)
-        simple_row<T, kVector, kScales>(p, quant_map, nested_quant_map, offset, n,
-                                        int(blockIdx.y) * kSimpleTile);
+    if (n < p.weight.rows) simple_row<T, kVector>(p, quant_map, scales, n, int(blockIdx.y) * kSimpleTile);
 }
 
 // Division of W among panel_kernel's blocks: chosen by the shape only, so that results are the same on every GPU.
@@ -91,12 +89,12 @@ const char* launch_panel(LinearLaunch p, const PanelPlan& plan, Dtype dtype, voi
     return peftcore_sum(p.partial, plan.splits, p.batch * p.weight.rows, 1, p.y, int(dtype), stream);
 }
 
-template <typename T, ScaleKind kScales>
+template <typename T>
 const char* launch_simple(const LinearLaunch& p, void* stream) {
     const dim3 grid(unsigned(ceil_div(p.weight.rows, kWarps)), unsigned(ceil_div(p.batch, kSimpleTile)));
     return dispatch_flag(in_vectors(p.x, 4 * sizeof(T), 4, p.weight), [&](auto vectors) {
         constexpr int kVector = decltype(vectors)::value ? 4 : 1;
-        return PEFTCORE_LAUNCH((simple_kernel<T, kVector, kScales>), grid, kThreads, 0, stream, p);
+        return PEFTCORE_LAUNCH((simple_kernel<T, kVector>), grid, kThreads, 0, stream, p);
     });
 }
 
@@ -109,7 +107,7 @@ const char* launch_rows(const LinearLaunch& p, void* stream) {
     });
 }
 
-template <typename T, ScaleKind kScales>
+template <typename T>
 const char* launch_tensor(const LinearLaunch& p, void* stream) {
     const unsigned blocks = unsigned(ceil_div(p.weight.rows, kRows));
     return dispatch_size<1, 2, 3, 4, 8>(ceil_div(p.batch, 8), [&](auto tiles) {
@@ -117,8 +115,7 @@ const char* launch_tensor(const LinearLaunch& p, void* stream) {
         // As many stages as fit in 48 KiB of shared memory.
         constexpr int kStage = kTiles < 4 ? 64 : 32;
         constexpr int kStages = kTiles == 1 ? 4 : kTiles == 3 || kTiles == 8 ? 2 : 3;
-        return PEFTCORE_LAUNCH((tensor_kernel<T, kTiles, kStage, kStages, kScales>), blocks, kThreads, 0,
-                               stream, p);
+        return PEFTCORE_LAUNCH((tensor_kernel<T, kTiles, kStage, kStages>), blocks, kThreads, 0, stream, p);
     });
 }
 
@@ -144,22 +141,19 @@ extern "C" const char* peftcore_quant4_linear(const void* x, int dtype, int batc
     const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial, nullptr, false};
     const PanelPlan plan = panel_plan(x, Dtype(dtype), batch, *weight);
     return dispatch_dtype(Dtype(dtype), [&](auto type) {
-        return dispatch_scales(weight->scales, [&](auto scales) {
-            using T = typename decltype(type)::type;
-            constexpr ScaleKind kScales = decltype(scales)::value;
-            if constexpr (sizeof(T) == 2) {
-                if constexpr (has_lanes(kScales)) {
-                    if (plan.splits > 0)
-                        return dispatch_size<2, 4, 8>(ceil_div(batch, 8), [&](auto tiles) {
-                            return launch_panel<T, decltype(tiles)::value, kScales>(p, plan, Dtype(dtype),
-                                                                                    stream);
-                        });
-                    if (batch <= 8 && in_pieces(x, *weight) && in_lanes(*weight))
-                        return launch_rows<T, kScales>(p, stream);
-                }
-                if (in_pieces(x, *weight)) return launch_tensor<T, kScales>(p, stream);
-            }
-            return launch_simple<T, kScales>(p, stream);
-        });
+        using T = typename decltype(type)::type;
+        if constexpr (sizeof(T) == 2) {
+            if (in_pieces(x, *weight) && in_lanes(*weight) && (plan.splits > 0 || batch <= 8))
+                return dispatch_scales(weight->scales, [&](auto scales) {
+                    constexpr ScaleKind kScales = decltype(scales)::value;
+                    if (plan.splits == 0) return launch_rows<T, kScales>(p, stream);
+                    return dispatch_size<2, 4, 8>(ceil_div(batch, 8), [&](auto tiles) {
+                        return launch_panel<T, decltype(tiles)::value, kScales>(p, plan, Dtype(dtype),
+                                                                                stream);
+                    });
+                });
+            if (in_pieces(x, *weight)) return launch_tensor<T>(p, stream);
+        }
+        return launch_simple<T>(p, stream);
     });
 }

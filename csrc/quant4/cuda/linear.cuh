@@ -107,20 +107,20 @@ __device__ __forceinline__ void fetch(const LinearLaunch& p, int64_t n, int64_t 
 }
 
 // Rows of W from `n` on. kTiles: of 8 rows of x. kStage: columns of a stage. kStages: of a warp, all but one pending.
-template <typename T, int kTiles, int kStage, int kStages, ScaleKind kScales>
+template <typename T, int kTiles, int kStage, int kStages>
 __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
     using WarpStage = Stage<kTiles, kStage>;
     using Sums = float[kWarps][kTiles * 8][kRows + 1];
     constexpr int kStageBytes = kWarps * kStages * int(sizeof(WarpStage));
     constexpr int kBytes = kStageBytes > int(sizeof(Sums)) ? kStageBytes : int(sizeof(Sums));
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [kScales == ScaleKind::kNested ? 256 : 1]);
+    PEFTCORE_SHARED(float, nested_quant_map, [AnyScales::kEntries]);
     PEFTCORE_SHARED(uint8_t, memory, [kBytes]);  // stages, and after they have been read, sums
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = lane / 4, pair = lane % 4;  // of mma fragments: rows group and group + 8
     WarpStage* slots = reinterpret_cast<WarpStage*>(memory) + warp * kStages;
-    const float offset = load_codebooks<kScales>(p.weight, quant_map, nested_quant_map);
+    const AnyScales scales = AnyScales::load(p.weight, quant_map, nested_quant_map);
     __syncthreads();
 
     float d[1][kTiles][4] = {};
@@ -144,14 +144,16 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
         const int64_t k = stage * kStage;
 #pragma unroll
         for (int half = 0; half < kStage / 32; ++half) {  // 32 columns, which share a row's scale
-            float scale[2] = {}, sum[kTiles][4] = {};
+            ScaleAndZero scale[2] = {};
+            float sum[kTiles][4] = {};
             uint4 words[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int64_t row = n + group + 8 * r, column = k + half * 32;
                 if (row < p.weight.rows && column < p.weight.columns)
-                    scale[r] = block_scale<kScales>(p.weight, nested_quant_map, offset,
-                                                    (row * p.weight.columns + column) >> p.weight.shift);
+                    scale[r] = scales.of(
+                        p.weight,
+                        scales.stored(p.weight, (row * p.weight.columns + column) >> p.weight.shift));
                 words[r] = *reinterpret_cast<const uint4*>(&now.weight[group + 8 * r][half * 16]);
             }
 #pragma unroll

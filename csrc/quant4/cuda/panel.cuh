@@ -67,10 +67,11 @@ __device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int spl
 template <typename T, int kTiles, ScaleKind kScales>
 __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t begin, uint32_t end, int split,
                            int splits) {
+    using Scales = KnownScales<kScales>;
     using XStage = uint4[kTiles * 8][kStagePieces];
     using Sums = float[kSlices][kTiles * 8][kPanelRows + 1];
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [kScales == ScaleKind::kNested ? 256 : 1]);
+    PEFTCORE_SHARED(float, nested_quant_map, [Scales::kEntries]);
     PEFTCORE_DYNAMIC_SHARED(memory);
     XStage* stages = reinterpret_cast<XStage*>(memory);
 
@@ -100,8 +101,9 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         }
         cp_async_commit();
     };
-    uint4 ahead[4][2];  // codes
-    StoredScale scale_ahead[4];
+    uint4 ahead[4][2];                                            // codes
+    constexpr int kAhead = kTiles < 8 ? Scales::kLaneBlocks : 1;  // of a row; of 64 rows, more would not fit
+    StoredScale scale_ahead[4][kAhead];
     const auto block_at = [&](int r, uint32_t k) {  // behind a row its end is repeated
         return row_block[r] + (lane_column + k < end ? lane_column + k : end - kLaneColumns) / kLaneColumns;
     };
@@ -111,38 +113,47 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
             ahead[r][half] =
                 load_16_bytes(p.weight.codes + uint64_t(block_at(r, k)) * (kLaneColumns / 2) + 16 * half);
     };
-    const auto fetch_scales = [&](uint32_t k) {
+    const auto fetch_scales = [&](int half, uint32_t k) {
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-            scale_ahead[r] = stored_scale<kScales>(p.weight, block_at(r, k) >> (p.weight.shift - 6));
+            scale_ahead[r][half % kAhead] =
+                Scales::stored(p.weight, lane_block<Scales>(p.weight, block_at(r, k), half));
     };
     const int stage_count = 2 * int(ceil_div(end - begin, kPanelStep));
     fetch_x(0);
     fetch_x(1);
-    const float offset = load_codebooks<kScales>(p.weight, quant_map, nested_quant_map);
+    const Scales scales = Scales::load(p.weight, quant_map, nested_quant_map);
 
     float d[2][kTiles][4] = {};
     if (split == 0)
         for (int j = slice * 16; j < p.rank; j += kSlices * 16) add_ranks(p, warp_row, j, d);
     fetch_codes(0, 0);
     fetch_codes(1, 0);
-    fetch_scales(0);
+#pragma unroll
+    for (int half = 0; half < kAhead; ++half)
+        if (begins_block<Scales>(p.weight, half)) fetch_scales(half, 0);
     __syncthreads();
     const float value_of_lane = quant_map[lane % 16];
 
     for (int step = 0; 2 * step < stage_count; ++step) {
         const uint32_t next = (step + 1) * kPanelStep;
-        float scale[4];
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            scale[r] = scale_of<kScales>(scale_ahead[r], nested_quant_map, offset);
-            if (lane_column + next - kPanelStep >= end) scale[r] = 0;
-        }
-        fetch_scales(next);
-        const ValueTable tables[2] = {value_table<T>(quant_map, scale[0]),
-                                      value_table<T>(quant_map, scale[2])};
+        typename Scales::Decoded scale[4];
+        ValueTable tables[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            if (begins_block<Scales>(p.weight, half)) {
+#pragma unroll
+                for (int r = 0; r < 4; ++r) {
+                    scale[r] = scales.of(p.weight, scale_ahead[r][half % kAhead]);
+                    if (lane_column + next - kPanelStep >= end) scale[r] = {};
+                }
+                if (kAhead == 1 && half == 0 && begins_block<Scales>(p.weight, 1))
+                    fetch_scales(1, next - kPanelStep);
+                else
+                    fetch_scales(half % kAhead, next);
+#pragma unroll
+                for (int t = 0; t < 2; ++t) tables[t] = value_table<T>(quant_map, scale[2 * t]);
+            }
             const int stage = 2 * step + half;
             cp_async_wait<kPanelStages - 2>();
             __syncthreads();  // this stage has arrived, and the previous one has been read

@@ -1,8 +1,8 @@
 // A block's part of y = x Wᵀ + b + s Fᵀ for at most 16 rows of x, directly from 4 bits: 8 or 16 rows of W, whose
-// columns its warps divide. Columns must be whole blocks of 64 with one scale.
+// columns its warps divide. Columns must be whole blocks of 64 with one scale, or in formats with small blocks two.
 //
 // A lane has 64 columns of two rows of W, whose codes are loaded into registers one step ahead. A weight is code *
-// scale in fp32, rounded once to x's dtype: the same bits as dequantization. The 16 possible values of one row are a
+// scale (block_scale.cuh) in fp32, rounded once to x's dtype: the same bits as dequantization. The 16 possible values of one row are a
 // table in registers, looked up by byte permutes; those of the other row are exchanged between lanes by shuffles: the
 // two use different pipes, and either alone would take longer than memory. An mma may take its columns in any order
 // that is the same for W and x: each lane supplies those that it has.
@@ -27,14 +27,14 @@ struct ValueTable {
     uint32_t low[4], high[4];
 };
 
-template <typename T>
-__device__ __forceinline__ ValueTable value_table(const float* quant_map, float scale) {
+template <typename T, typename Decoded>
+__device__ __forceinline__ ValueTable value_table(const float* quant_map, const Decoded& scale) {
     ValueTable table;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const float4 map = reinterpret_cast<const float4*>(quant_map)[i];
-        const uint32_t first = pair_bits<T>(map.x * scale, map.y * scale);
-        const uint32_t second = pair_bits<T>(map.z * scale, map.w * scale);
+        const uint32_t first = pair_bits<T>(scale.value(map.x), scale.value(map.y));
+        const uint32_t second = pair_bits<T>(scale.value(map.z), scale.value(map.w));
         table.low[i] = permute_bytes(first, second, 0x6420);
         table.high[i] = permute_bytes(first, second, 0x7531);
     }
@@ -60,14 +60,26 @@ __device__ __forceinline__ void eight_values(uint32_t codes, const ValueTable& t
 }
 
 // The values of eight codes, where lane i of each 16 lanes has the value of code i.
-template <typename T>
-__device__ __forceinline__ void eight_values(uint32_t codes, float value_of_lane, float scale,
+template <typename T, typename Decoded>
+__device__ __forceinline__ void eight_values(uint32_t codes, float value_of_lane, const Decoded& scale,
                                              uint32_t (&values)[4]) {
     const auto value = [&](int i) {  // the lane's number is the lower four bits of the code's position
-        return __shfl_sync(0xffffffffu, value_of_lane, int(codes >> 4 * i), 16) * scale;
+        return scale.value(__shfl_sync(0xffffffffu, value_of_lane, int(codes >> 4 * i), 16));
     };
 #pragma unroll
     for (int i = 0; i < 4; ++i) values[i] = pair_bits<T>(value(2 * i + 1), value(2 * i));
+}
+
+// Whether a block begins with this half of a lane's columns, and the block that it is in, of columns that begin
+// `sixty_fours` times 64 columns behind the first one.
+template <typename Scales>
+__device__ __forceinline__ bool begins_block(const WeightView& weight, int half) {
+    return half == 0 || (Scales::kLaneBlocks == 2 && weight.shift == 5);
+}
+template <typename Scales>
+__device__ __forceinline__ uint32_t lane_block(const WeightView& weight, uint32_t sixty_fours, int half) {
+    return Scales::kLaneBlocks == 2 ? (2 * sixty_fours + half) >> (weight.shift - 5)
+                                    : sixty_fours >> (weight.shift - 6);
 }
 
 __device__ __forceinline__ uint4 load_16_bytes(const void* from) { return *static_cast<const uint4*>(from); }
@@ -86,10 +98,12 @@ struct ReadyBranch {
 // while its first codes are loaded, and how it waits for an s that is computed meanwhile (lora/cuda/one_launch.cu).
 template <typename T, int kParts, int kTiles, ScaleKind kScales, typename Branch>
 __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch& branch) {
+    using Scales = KnownScales<kScales>;
+    using Decoded = typename Scales::Decoded;
     constexpr int kTileRows = 16 / kParts, kBatch = 8 / kParts;  // rows of W, and of x in a tile
     constexpr int kPartColumns = 4 * kLaneColumns, kStep = kWarps * kParts * kPartColumns;
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [kScales == ScaleKind::kNested ? 256 : 1]);
+    PEFTCORE_SHARED(float, nested_quant_map, [Scales::kEntries]);
     PEFTCORE_SHARED(float, sums, [kWarps * kParts][kTiles * kBatch][kTileRows + 1]);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -116,7 +130,7 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
                   least(tile * kBatch + group % kBatch, p.batch - 1) * int64_t(columns) + x_column;
 
     uint4 ahead[2][2];  // codes
-    StoredScale scale_ahead[2];
+    StoredScale scale_ahead[2][Scales::kLaneBlocks];
     const auto place = [&](int r, uint32_t k) {  // behind a row its end is repeated
         return column[r] + k < columns ? column[r] + k : columns - kLaneColumns;
     };
@@ -124,17 +138,18 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
 #pragma unroll
         for (int r = 0; r < 2; ++r) ahead[r][half] = load_16_bytes(codes[r] + place(r, k) / 2 + 16 * half);
     };
-    const auto fetch_scales = [&](uint32_t k) {
+    const auto fetch_scales = [&](int half, uint32_t k) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const uint32_t block = (row_block[r] + place(r, k) / kLaneColumns) >> (p.weight.shift - 6);
-            scale_ahead[r] = stored_scale<kScales>(p.weight, block);
-        }
+        for (int r = 0; r < 2; ++r)
+            scale_ahead[r][half] = Scales::stored(
+                p.weight, lane_block<Scales>(p.weight, row_block[r] + place(r, k) / kLaneColumns, half));
     };
     fetch_codes(0, 0);
     fetch_codes(1, 0);
-    fetch_scales(0);
-    const float offset = load_codebooks<kScales>(p.weight, quant_map, nested_quant_map);
+#pragma unroll
+    for (int half = 0; half < Scales::kLaneBlocks; ++half)
+        if (begins_block<Scales>(p.weight, half)) fetch_scales(half, 0);
+    const Scales scales = Scales::load(p.weight, quant_map, nested_quant_map);
     branch.begin();
 
     // s Fᵀ: a warp has every kWarps-th rank; with two parts a lane every second of those.
@@ -160,17 +175,20 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
     // A step of the warp; with kWhole, no lane is beyond the end.
     const auto add_step = [&](uint32_t k, auto whole) {
         constexpr bool kWhole = decltype(whole)::value;
-        float scale[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            scale[r] = scale_of<kScales>(scale_ahead[r], nested_quant_map, offset);
-            if (!kWhole && column[r] + k >= columns) scale[r] = 0;
-        }
-        fetch_scales(k + kStep);
-        const ValueTable table = value_table<T>(quant_map, scale[0]);
+        Decoded scale[2];
+        ValueTable table;
         const bool inside = kWhole || x_column + k < columns;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            if (begins_block<Scales>(p.weight, half)) {
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    scale[r] = scales.of(p.weight, scale_ahead[r][half % Scales::kLaneBlocks]);
+                    if (!kWhole && column[r] + k >= columns) scale[r] = {};
+                }
+                fetch_scales(half % Scales::kLaneBlocks, k + kStep);
+                table = value_table<T>(quant_map, scale[0]);
+            }
             float sum[2][kTiles][4] = {};  // two, so that an mma rarely waits for the previous one
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -223,15 +241,13 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
     }
 }
 
-// Whether blocks with such scales can have 64 values: MXFP4's have 32.
-constexpr bool has_lanes(ScaleKind scales) { return scales != ScaleKind::kPowerOfTwo; }
-
-// Whether rows_tile takes this weight: whole blocks of 64, on 16 bytes, and numbers of 32 bits for them.
+// Whether rows_tile takes this weight: whole blocks of 64 or, in formats that have them, of 32, on 16 bytes, and
+// numbers of 32 bits for them.
 inline bool in_lanes(const WeightView& weight) {
-    if (!has_lanes(weight.scales)) return false;
-    const int64_t blocks = weight.first_block + weight.numel() / kLaneColumns;
-    return weight.columns % kLaneColumns == 0 && weight.shift >= 6 && blocks <= INT32_MAX &&
-           weight.columns <= INT32_MAX / 2;
+    const int shift = has_small_blocks(weight.scales) ? 5 : 6;
+    const int64_t blocks = weight.first_block + (weight.numel() >> shift);
+    return weight.columns > 0 && weight.columns % kLaneColumns == 0 && weight.shift >= shift &&
+           blocks <= INT32_MAX && weight.columns <= INT32_MAX / 2;
 }
 
 }  // namespace

@@ -45,10 +45,9 @@ __device__ __forceinline__ void load_x(const T* from, float (&values)[kVector]) 
 }
 
 // Row `n` of W, rows of x from `first` on.
-template <typename T, int kVector, ScaleKind kScales>
+template <typename T, int kVector>
 __device__ __forceinline__ void simple_row(const LinearLaunch& p, const float* quant_map,
-                                           const float* nested_quant_map, float offset, int64_t n,
-                                           int first) {
+                                           const AnyScales& scales, int64_t n, int first) {
     static_assert(kWordCodes % kVector == 0, "a vector's codes are in one word");
     constexpr int kParts = kWordCodes / kVector;  // of a step
     const int lane = threadIdx.x % 32;
@@ -77,13 +76,13 @@ __device__ __forceinline__ void simple_row(const LinearLaunch& p, const float* q
             const uint32_t word = __shfl_sync(kAllLanes, mine, part * 4 * kVector + code / kWordCodes);
             const int64_t k = step * kStep + part * 32 * kVector + code - before;
             if (k < 0 || k >= columns) continue;
-            const float scale =
-                block_scale<kScales>(p.weight, nested_quant_map, offset, (row + k) >> p.weight.shift);
+            const ScaleAndZero scale =
+                scales.of(p.weight, scales.stored(p.weight, (row + k) >> p.weight.shift));
             float w[kVector], values[kVector];
 #pragma unroll
             for (int i = 0; i < kVector; ++i)  // the even code is in the high half of a byte
                 w[i] = to_float(
-                    from_float<T>(quant_map[word >> 4 * ((code % kWordCodes + i) ^ 1) & 15] * scale));
+                    from_float<T>(scale.value(quant_map[word >> 4 * ((code % kWordCodes + i) ^ 1) & 15])));
 #pragma unroll
             for (int m = 0; m < kSimpleTile; ++m) {
                 if (first + m >= p.batch) break;
