@@ -1,6 +1,7 @@
 """A training step, its parts on and off: time and memory next to the frozen model's and peft's.
 
     python benchmarks/step.py [--model SmolLM2-135M] [--rows 4x128] [--dtype bfloat16] [--layers 4] [--short]
+        [--level avx2]
 
 Forward and backward of a frozen model as transformers has it, whose inputs have gradients; of peft's LoRA; and of
 peftcore's; each as it is and with every part that is asked for (`--part`). Weights are random. Each row runs in
@@ -162,6 +163,8 @@ def step(model, inputs):
 
 def errors(name, dtype, base, parts):
     wide = build(name, torch.float64, 2, dropout=False)
+    if hasattr(wide.config, "num_experts"):
+        wide.set_experts_implementation("eager")  # PyTorch groups no products of fp64
     model = build(name, torch.float64, 2, dropout=False).to(dtype)
     wide.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
     of = inputs_of(wide, (1, 64))
@@ -210,6 +213,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--errors", action="store_true", help="measure errors instead")
+    measure.add_level_argument(parser)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -217,6 +221,7 @@ def main():
         options.rows = options.rows[0]
         print(json.dumps(child(options)))
         return
+    measure.run_at(options.level)
     measure.print_surroundings(options.threads)
     parts = options.part or list(PARTS)
     single = [] if options.together else [[part] for part in parts]
@@ -246,7 +251,8 @@ def main():
                     before = runs.setdefault((base, *chosen), found)
                     if not options.errors:
                         runs[(base, *chosen)] = {key: min(before[key], found[key]) for key in found}
-            print(f"\n{name}, {rows[0]} x {rows[1]}, {options.dtype}, {options.layers or 'all'} layers", flush=True)
+            size = f"{rows[0]} x {rows[1]}, {options.dtype}, {options.layers or 'all'} layers"
+            print(f"\n{name}, {size}{f', {options.level}' if options.level else ''}", flush=True)
             if options.errors:
                 print(f"{'':32}{'loss off':>12}{'gradient':>12}")
             else:

@@ -113,6 +113,7 @@ void avx512(CpuKernels& table) {
 void avx512bf16(CpuKernels& table) {
     fill_avx512bf16(table.linear);
     fill_avx512bf16(table.lora);
+    fill_avx512bf16(table.lora.thin[int(Dtype::kBFloat16)]);
     fill_avx512bf16(table.skinny[int(Dtype::kBFloat16)]);
     gemm::ManyRows& products = table.many_rows[int(Dtype::kBFloat16)];
     products = {};

@@ -1,4 +1,4 @@
-// Argument checks of rms_norm, gated and swiglu, the same for every backend.
+// Argument checks of rms_norm, gated, swiglu and activated, the same for every backend.
 #pragma once
 
 #include "weight/linear_arguments.h"
@@ -34,6 +34,15 @@ inline void check_norm_gradient(const Tensor& grad, const Tensor& x, const Tenso
 // Of an activation; its products then overflow only where the reference's do.
 constexpr double kLargestCoefficient = 16;
 
+inline void check_coefficients(double linear, double cubic, const char* op) {
+    const auto check = [&](double number, const char* name) {
+        TORCH_CHECK_VALUE(0 <= number && number <= kLargestCoefficient, op, ": ", name, " must be from 0 to ",
+                          kLargestCoefficient, ", found ", number);
+    };
+    check(linear, "linear");
+    check(cubic, "cubic");
+}
+
 inline void check_gated(const Tensor& gate, const Tensor& up, double linear, double cubic, const char* op) {
     kernel_dtype(gate.scalar_type(), op);
     TORCH_CHECK_TYPE(up.scalar_type() == gate.scalar_type(), op, ": up must be ", gate.scalar_type(),
@@ -42,12 +51,7 @@ inline void check_gated(const Tensor& gate, const Tensor& up, double linear, dou
                       " like gate, found ", up.device());
     TORCH_CHECK_VALUE(up.sizes() == gate.sizes(), op, ": up must be ", gate.sizes(), " like gate, found ",
                       up.sizes());
-    const auto check = [&](double number, const char* name) {
-        TORCH_CHECK_VALUE(0 <= number && number <= kLargestCoefficient, op, ": ", name, " must be from 0 to ",
-                          kLargestCoefficient, ", found ", number);
-    };
-    check(linear, "linear");
-    check(cubic, "cubic");
+    check_coefficients(linear, cubic, op);
 }
 
 inline void check_gated_gradient(const Tensor& grad, const Tensor& gate, const Tensor& up, double linear,

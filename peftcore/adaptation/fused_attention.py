@@ -73,7 +73,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """Return the attention, or None if PyTorch must compute it, or refuse it."""
-    if dropout_p != 0 or not plain(query, key) or not plain(value, query) or torch.is_autocast_enabled("cpu"):
+    if not 0 <= dropout_p < 1 or not plain(query, key) or not plain(value, query) or torch.is_autocast_enabled("cpu"):
         return None
     if attn_mask is not None and (is_causal or type(attn_mask) is not Tensor or attn_mask.requires_grad):
         return None
@@ -83,4 +83,4 @@ def _attention(
         return None
     if not (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
-    return ops.attention(query, key, value, attn_mask, causal=is_causal, scale=scale)
+    return ops.attention(query, key, value, attn_mask, causal=is_causal, scale=scale, dropout_p=dropout_p)

@@ -1,4 +1,4 @@
-"""Modules whose `forward` is computed by one operator: RMSNorm, and MLPs with a gated activation.
+"""Modules whose `forward` is computed by one operator: RMSNorm, MLPs with a gated activation, activations, dropout.
 
 Attention, of which one call is, is in fused_attention.py.
 
@@ -27,7 +27,9 @@ from peftcore import ops
 from peftcore.adaptation.class_swap import one_for_each_class, subclass
 from peftcore.adaptation.recomputed import recomputed
 from peftcore.ops._library import transformed
-from peftcore.ops.gated import Activation
+from peftcore.ops.activated import Activation
+from peftcore.ops.gated import Activation as GateActivation
+from peftcore.ops.weight import DTYPES
 
 FORMULA = "_peftcore_formula"
 _MARKER = "_peftcore_fused"
@@ -99,7 +101,7 @@ class GateFormula(Formula):
     up: str
     act: str
     down: str
-    activation: Activation
+    activation: GateActivation
     act_class: type[nn.Module]
     dtypes: frozenset[torch.dtype]
     settings: Settings
@@ -129,6 +131,41 @@ class GateFormula(Formula):
             and "forward" not in act.__dict__
             and unchanged(act, self.act_settings)
         )
+
+
+@dataclass(frozen=True)
+class ActivationFormula(Formula):
+    """An activation as `ops.activated` computes it.
+
+    Args:
+        activation: as in `ops.activated`.
+        dtypes: dtypes for which the results agree.
+        settings: the module's plain attributes.
+    """
+
+    activation: Activation
+    dtypes: frozenset[torch.dtype]
+    settings: Settings
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Return the module's output, or None if its own forward must compute it."""
+        if not plain(x, x) or x.dtype not in self.dtypes or not unchanged(module, self.settings):
+            return None
+        return ops.activated(x, self.activation)
+
+
+@dataclass(frozen=True)
+class DropoutFormula(Formula):
+    """Dropout as `ops.dropout` computes it, whose mask is made again for the gradient."""
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Return the module's output, or None if its own forward must compute it."""
+        p = module.__dict__.get("p")
+        if not module.training or module.__dict__.get("inplace") or type(p) is not float or not 0 < p < 1:
+            return None
+        if not plain(x, x) or x.dtype not in DTYPES or x.dim() == 0:
+            return None
+        return ops.dropout(x, p)
 
 
 def untransformed() -> bool:

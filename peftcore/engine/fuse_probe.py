@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.adaptation.counted_dropout import CountedDropout
 from peftcore.adaptation.fused_forward import own_forwards
 from peftcore.engine.lazy_probe import left_unchanged
 
@@ -21,8 +22,8 @@ def difference_when_fused(model: nn.Module, inputs: Mapping[str, Any]) -> str | 
     """Return how far loss and gradients of a fused model are from its own, or None if they agree within rounding.
 
     The loss and gradients of trainable parameters, those nearest to the inputs, are computed both ways, with the same
-    random numbers. Gradients of parameters, buffers and modes are left as they were. Call it in the autocast of the
-    training.
+    random numbers and masks of dropout. Gradients of parameters, buffers and modes are left as they were. Call it in
+    the autocast of the training.
 
     Args:
         model: after `fuse`, in any mode.
@@ -51,7 +52,7 @@ def difference_when_fused(model: nn.Module, inputs: Mapping[str, Any]) -> str | 
 
 def _step(model: nn.Module, inputs: Mapping[str, Any], parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the loss, and its gradients in one vector."""
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad(), CountedDropout():
         torch.manual_seed(0)
         loss: Tensor = model(**inputs).loss
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()

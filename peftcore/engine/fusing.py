@@ -1,4 +1,4 @@
-"""The switch of fused operators: a model's RMSNorms and gated MLPs, recognized by what they compute, and attention."""
+"""The switch of fused operators: modules of a model that are recognized by what they compute, and attention."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from peftcore.adaptation.adapted import base_modules, is_adapted
 from peftcore.adaptation.fused_attention import AttentionFormula, calls_attention
 from peftcore.adaptation.fused_forward import (
     FORMULA,
+    ActivationFormula,
+    DropoutFormula,
     Formula,
     GateFormula,
     NormFormula,
@@ -20,16 +22,22 @@ from peftcore.adaptation.fused_forward import (
     separate,
 )
 from peftcore.engine.state import check_model
-from peftcore.observation.formulas import gate_formula, kind, norm_formula
+from peftcore.observation.formulas import activation_formula, dropout_formula, gate_formula, kind, norm_formula
 
 M = TypeVar("M", bound=nn.Module)
-_NAMES = {NormFormula: "RMSNorm", GateFormula: "gated MLP", AttentionFormula: "attention"}
+_NAMES = {
+    NormFormula: "RMSNorm",
+    GateFormula: "gated MLP",
+    ActivationFormula: "activation",
+    DropoutFormula: "dropout",
+    AttentionFormula: "attention",
+}
 _MOST_KINDS = 256
 _found: dict[Any, Formula | None] = {}
 
 
 def fuse(model: M, *, enabled: bool = True) -> M:
-    """Compute each RMSNorm, gated activation of an MLP, and attention by one operator with its own gradient.
+    """Compute each RMSNorm, activation, dropout, and attention by one operator with its own gradient.
 
     The operators for norms and gates keep only their inputs for the gradient: fewer activations, and fewer passes over
     memory. The product in an MLP is computed again for the gradient of the layer that it is given to. Modules are
@@ -37,9 +45,12 @@ def fuse(model: M, *, enabled: bool = True) -> M:
     and adapters are not affected, and adapters can be applied before or after. In fp32 results agree within its
     rounding; in 16 bits at most one value in a thousand differs, by one unit in the last place.
 
-    Attention is that of modules that call PyTorch's `scaled_dot_product_attention`, in training in bf16 without dropout
-    on CPUs with dot products of bf16 (`ops.attention`), where PyTorch's takes several times as long. Its errors are as
-    large as those of PyTorch's.
+    Attention is that of modules that call PyTorch's `scaled_dot_product_attention`, in training in bf16 on CPUs with
+    dot products of bf16 (`ops.attention`), where PyTorch's takes several times as long. Its errors are as large as
+    those of PyTorch's.
+
+    Dropout, of `nn.Dropout` and of attention, draws a seed from PyTorch's generator and computes its mask from it, also
+    for the gradient: the same seed drops other elements than PyTorch's operators do.
 
     The model's own forward computes what the operators do not: on GPUs, under `torch.compile` and `torch.func`.
 
@@ -51,6 +62,7 @@ def fuse(model: M, *, enabled: bool = True) -> M:
         The model.
     """
     check_model(model)
+    within = set[int]()  # activations that a gated MLP computes
     for _, module in base_modules(model):
         if is_fused(module) and is_outermost(module):
             separate(module)
@@ -59,9 +71,11 @@ def fuse(model: M, *, enabled: bool = True) -> M:
         if calls_attention(module):
             fuse_module(module, AttentionFormula())
             continue
-        formula = _formula(module)
+        formula = None if id(module) in within else _formula(module)
         if formula is not None:
             fuse_module(module, formula)
+        if isinstance(formula, GateFormula):
+            within.add(id(module._modules[formula.act]))
     return model
 
 
@@ -80,7 +94,15 @@ def _formula(module: nn.Module) -> Formula | None:
         if key not in _found:
             if len(_found) >= _MOST_KINDS:
                 _found.clear()
-            _found[key] = norm_formula(module) or gate_formula(module)
+            _found[key] = _shown(module)
         return _found[key]
     except TypeError:  # a setting that cannot be hashed
-        return norm_formula(module) or gate_formula(module)
+        return _shown(module)
+
+
+def _shown(module: nn.Module) -> Formula | None:
+    for find in (norm_formula, gate_formula, dropout_formula, activation_formula):
+        formula = find(module)
+        if formula is not None:
+            return formula
+    return None

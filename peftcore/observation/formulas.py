@@ -1,4 +1,4 @@
-"""Modules that compute a known formula: RMSNorm, and MLPs with a gated activation.
+"""Modules that compute a known formula: RMSNorm, MLPs with a gated activation, activations, and dropout.
 
 A module is recognized by what it computes, not by its class. A copy without its weights is called: with random
 weights, settings and inputs a norm must give the formula's values and gradients in each dtype; an MLP must pass what
@@ -12,9 +12,10 @@ import builtins
 import dis
 import functools
 import inspect
+import math
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -24,14 +25,22 @@ from torch import Tensor, nn
 
 from peftcore import ops
 from peftcore.adaptation.class_swap import original_class
-from peftcore.adaptation.fused_forward import GateFormula, NormFormula, Settings, setting
-from peftcore.ops.gated import ACTIVATIONS
+from peftcore.adaptation.fused_forward import (
+    ActivationFormula,
+    DropoutFormula,
+    GateFormula,
+    NormFormula,
+    Settings,
+    setting,
+)
+from peftcore.ops.activated import ACTIVATIONS
+from peftcore.ops.gated import ACTIVATIONS as GATES
 from peftcore.ops.weight import DTYPES
 
 _STORES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_DEREF", "DELETE_", "IMPORT_", "MAKE_FUNCTION")
 _SIMPLE = (bool, int, float, str, type(None), tuple, torch.Size)
 _STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # distance of neighbouring values, at most, relative
-_BUILTINS = (int, float, bool, len, tuple, isinstance, getattr, hasattr, range)
+_BUILTINS = (math, int, float, bool, len, tuple, isinstance, getattr, hasattr, range)
 _EPSILONS = (1e-8, 1e-3, 0.3)
 _VARIANTS = ((0.0, True), (0.0, False), (1.0, False), (1.0, True))  # offset, rounded
 
@@ -76,18 +85,34 @@ def gate_formula(module: nn.Module) -> GateFormula | None:
         return None
     with _apart():
         flow = _try(functools.partial(_flow, module, without[0]))
-        activation = _try(functools.partial(_activation, act)) if flow is not None else None
+        activation = _try(functools.partial(_activation, act, GATES)) if flow is not None else None
     if flow is None or activation is None:
         return None
     return GateFormula(
         **flow,
         act=without[0],
         activation=activation[0],
-        act_class=type(act),
+        act_class=original_class(act),
         dtypes=activation[1],
         settings=_settings(module),
         act_settings=_settings(act),
     )
+
+
+def activation_formula(module: nn.Module) -> ActivationFormula | None:
+    """Return how `module` computes an activation, or None if it is not shown to."""
+    if module._parameters or module._buffers or module._modules or not _is_plain(module):
+        return None
+    with _apart():
+        found = _try(functools.partial(_activation, module, ACTIVATIONS))
+    return None if found is None else ActivationFormula(found[0], found[1], _settings(module))
+
+
+def dropout_formula(module: nn.Module) -> DropoutFormula | None:
+    """Return how `module` computes dropout, or None if it is not PyTorch's module, or drops nothing."""
+    cls: Any = original_class(module)
+    own = module._parameters or module._buffers or module._modules or "forward" in module.__dict__
+    return DropoutFormula() if not own and cls is nn.Dropout and module.__dict__.get("p") != 0 else None
 
 
 def _norm(module: nn.Module, name: str, columns: int, eps: str, settings: Settings) -> NormFormula | None:
@@ -181,9 +206,9 @@ def _flow(module: nn.Module, act: str) -> dict[str, Any] | None:
     return found
 
 
-def _activation(act: nn.Module) -> tuple[str, frozenset[torch.dtype]] | None:
-    """Return the name of the activation in `ops.gated`, and the dtypes in which the results agree."""
-    for name in ACTIVATIONS:
+def _activation(act: nn.Module, names: Iterable[str]) -> tuple[Any, frozenset[torch.dtype]] | None:
+    """Return the name of the activation, and the dtypes in which the results agree."""
+    for name in names:
         dtypes = frozenset(dtype for dtype in DTYPES if _is_activation(act, name, dtype))
         if torch.float32 in dtypes:
             return name, dtypes
@@ -192,7 +217,7 @@ def _activation(act: nn.Module) -> tuple[str, frozenset[torch.dtype]] | None:
 
 def _is_activation(act: nn.Module, name: Any, dtype: torch.dtype) -> bool:
     x = torch.cat([4 * torch.randn(2000), torch.tensor([-1e3, -30.0, 0.0, 30.0, 1e3])]).to(dtype).requires_grad_()
-    found, wanted = act.forward(x), ops.gated(x, torch.ones_like(x), name)
+    found, wanted = act.forward(x), ops.activated(x, name)
     if not _same(found, wanted, absolute=2e-6) or x._version or found is x:
         return False
     grad = torch.randn(x.shape).to(dtype)

@@ -4,12 +4,13 @@ A compiled kernel is used where the extension has one for the device; every othe
 """
 
 from peftcore.ops._extension import extension
+from peftcore.ops.activated import activated
 from peftcore.ops.affine4 import affine4_weight, quantize_affine4
 from peftcore.ops.attention import attention
 from peftcore.ops.codebooks import DYNAMIC8, FP4, NF4, codebook
 from peftcore.ops.cross_entropy import Settings
 from peftcore.ops.dense_linear import WIDENED, dense_linear
-from peftcore.ops.dropout import keep_mask
+from peftcore.ops.dropout import dropout, keep_mask
 from peftcore.ops.gated import gated
 from peftcore.ops.grouped import grouped_linear, grouped_lora_linear
 from peftcore.ops.head_cross_entropy import HeadFunction, head_cross_entropy, head_log_probs
@@ -33,11 +34,13 @@ __all__ = [
     "HeadFunction",
     "PackedWeight",
     "Settings",
+    "activated",
     "affine4_weight",
     "attention",
     "codebook",
     "dense_linear",
     "dequantize_4bit",
+    "dropout",
     "extension",
     "free_workspace",
     "gated",

@@ -4,6 +4,9 @@
     dP = dout vᵀ,  dS = c P ∘ (dP - Σ dout ∘ out)
     dq = dS k,  dk = dSᵀ q,  dv = Pᵀ dout
 
+Dropout has the factors D = keep / (1 - p): out = (D ∘ P) v, dP = D ∘ (dout vᵀ), dv = (D ∘ P)ᵀ dout. Its mask is made
+again for the gradient (dropout.py), of P as the matrix [batch · heads · queries, keys].
+
 The kernel is for bf16 with dot products of bf16. The result is that of PyTorch's `scaled_dot_product_attention`, whose
 kernels take several times as long there. Sums are fp32; P and dS are rounded to bf16 for their products. q, k, v, out
 and lse, a number for each query and head, are kept for the gradient, which computes S again.
@@ -19,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._extension import extension
-from peftcore.ops._library import define_by, transformed, unviewed
+from peftcore.ops._library import define_by, operator_for, transformed, unviewed
+from peftcore.ops.dropout import check_dropout, factor, keep_mask, new_seed, refuse_capture
 from peftcore.ops.weight import check_dtype, value
 
 _OPS = torch.ops.peftcore
@@ -66,6 +70,14 @@ def _repeated(t: Tensor, q: Tensor) -> Tensor:
     return t.float().repeat_interleave(q.shape[1] // t.shape[1], 1)
 
 
+def _kept(q: Tensor, k: Tensor, p: float, seed: Tensor | None) -> Tensor | float:
+    if seed is None or not p:
+        return 1.0
+    shape = (*q.shape[:3], k.shape[2])
+    keep = keep_mask(q.shape[:3].numel(), k.shape[2], p, seed, q.device).view(shape)
+    return keep * factor(1.0, p, seed)
+
+
 def _by_tokens(t: Tensor) -> Tensor:
     """Return an empty tensor like t whose memory is [batch, tokens, heads, size]."""
     return t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2)
@@ -79,15 +91,19 @@ class Attention:
     mask: Tensor | None
     causal: bool
     scale: float
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check("attention", self.q, self.k, self.v, self.mask)
+        check_dropout("attention", self.q, self.dropout_p, self.seed)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         scores = _scores(self.q, self.k, self.mask, self.causal, self.scale)
         lse = scores.logsumexp(3)
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # of queries that see no key
-        out = (scores - lse[..., None]).exp() @ _repeated(self.v, self.q)
+        p = (scores - lse[..., None]).exp() * _kept(self.q, self.k, self.dropout_p, self.seed)
+        out = p @ _repeated(self.v, self.q)
         return _by_tokens(self.q).copy_(out), lse
 
     def empty(self) -> tuple[Tensor, Tensor]:
@@ -105,6 +121,8 @@ class AttentionBackward:
     mask: Tensor | None
     causal: bool
     scale: float
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
 
     def __post_init__(self) -> None:
         op, shape = "attention_backward", list(self.q.shape)
@@ -116,17 +134,19 @@ class AttentionBackward:
             raise TypeError(f"{op}: lse must be torch.float32, found {self.lse.dtype}")
         value(self.lse.device == self.q.device, op, f"lse must be on {self.q.device} like q, found {self.lse.device}")
         value(list(self.lse.shape) == shape[:3], op, f"lse must be {shape[:3]}, found {list(self.lse.shape)}")
+        check_dropout(op, self.q, self.dropout_p, self.seed)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         q, k, grad = self.q, self.k, self.grad.float()
         p = (_scores(q, k, self.mask, self.causal, self.scale) - self.lse[..., None]).exp()
         delta = (grad * self.out.float()).sum(3, keepdim=True)
-        ds = p * (grad @ _repeated(self.v, q).transpose(2, 3) - delta) * self.scale
+        kept = _kept(q, k, self.dropout_p, self.seed)
+        ds = p * (kept * (grad @ _repeated(self.v, q).transpose(2, 3)) - delta) * self.scale
 
         def of_groups(t: Tensor) -> Tensor:
             return t.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1])).sum(2)
 
-        dk, dv = ds.transpose(2, 3) @ q.float(), p.transpose(2, 3) @ grad
+        dk, dv = ds.transpose(2, 3) @ q.float(), (kept * p).transpose(2, 3) @ grad
         found = (q, ds @ _repeated(k, q)), (k, of_groups(dk)), (k, of_groups(dv))
         dq, dk, dv = (_by_tokens(like).copy_(each) for like, each in found)
         return dq, dk, dv
@@ -136,33 +156,42 @@ class AttentionBackward:
 
 
 define_by(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> (Tensor out, Tensor lse)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, float dropout_p=0.0, "
+    "Tensor? seed=None) -> (Tensor out, Tensor lse)",
     Attention,
 )
 define_by(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? mask, bool causal, "
-    "float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "float scale, float dropout_p=0.0, Tensor? seed=None) -> (Tensor dq, Tensor dk, Tensor dv)",
     AttentionBackward,
 )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-        out, lse = _OPS.attention(q, k, v, mask, causal, scale)
-        ctx.save_for_backward(q, k, v, out, lse, mask)
-        ctx.numbers = causal, scale
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        numbers: tuple[bool, float, float],
+    ) -> Tensor:
+        out, lse = operator_for("attention", seed)(q, k, v, mask, *numbers, seed)
+        ctx.save_for_backward(q, k, v, out, lse, mask, seed)
+        ctx.numbers = numbers
         return unviewed(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, mask = ctx.saved_tensors
+        q, k, v, out, lse, mask, seed = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "attention cannot be differentiated twice (create_graph=True). "
                 "Use F.scaled_dot_product_attention with the math backend instead"
             )
-        found = _OPS.attention_backward(grad, q, k, v, out, lse, mask, *ctx.numbers)
+        found = operator_for("attention_backward", seed)(grad, q, k, v, out, lse, mask, *ctx.numbers, seed)
         return (
             *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)),
             None,
@@ -200,6 +229,8 @@ def attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(scale · q kᵀ) v.
 
@@ -210,6 +241,7 @@ def attention(
             queries that see no key are 0.
         causal: query i sees keys up to i only.
         scale: None means 1 / √size.
+        dropout_p, seed: dropout of the probabilities, with the arguments of `dropout`.
 
     Returns:
         `[batch, heads, queries, size]` in q's dtype, with gradients for q, k and v.
@@ -221,14 +253,21 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
-    if transformed() or not has_attention_kernel(q, k, v, mask):
+    if transformed() or not (dropout_p or has_attention_kernel(q, k, v, mask)):
         if causal and mask is not None:
             mask = mask & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=gqa
+            q, k, v, mask, dropout_p, is_causal=causal and mask is None, scale=scale, enable_gqa=gqa
         )
+    if not dropout_p:
+        seed = None
+    elif seed is None:
+        seed = new_seed(q)
+    else:
+        refuse_capture(q, seed)
+    numbers = causal, scale, dropout_p
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, mask, causal, scale)  # type: ignore[no-untyped-call]
-    out: Tensor = _OPS.attention(q, k, v, mask, causal, scale)[0]
+        return _Attention.apply(q, k, v, mask, seed, numbers)  # type: ignore[no-untyped-call]
+    out: Tensor = operator_for("attention", seed)(q, k, v, mask, *numbers, seed)[0]
     return out

@@ -1,4 +1,4 @@
-"""Dropout of LoRA without a stored mask.
+"""Dropout without a stored mask: of LoRA, of attention, and by itself.
 
 Philox generates the mask `keep` again from a seed, the row and the column, with the same bits on every device
 (csrc/lora/dropout.h).
@@ -6,11 +6,19 @@ Philox generates the mask `keep` again from a seed, the row and the column, with
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from peftcore.ops._extension import KERNEL_DEVICES
+from peftcore.ops._library import define_by, operator_for, transformed
 from peftcore.ops._philox import LOW, philox
-from peftcore.ops.weight import value
+from peftcore.ops.weight import check_dtype, value
+
+_OPS = torch.ops.peftcore
 
 
 def threshold(p: float) -> int:
@@ -72,6 +80,75 @@ def refuse_capture(x: Tensor, seed: Tensor) -> None:
         return
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "lora_linear: dropout with a seed on the CPU cannot be captured in a CUDA graph, whose replays would all "
+            "dropout with a seed on the CPU cannot be captured in a CUDA graph, whose replays would all "
             f"drop the same elements. Pass a seed on {x.device}, or none: it is then drawn there"
         )
+
+
+def _formula(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    if seed is None or not p:
+        return x.clone()
+    keep = keep_mask(x.shape[:-1].numel(), x.shape[-1], p, seed, x.device).view(x.shape)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * factor(1.0, p, seed)).to(x.dtype).where(keep, 0)
+
+
+@dataclass
+class Dropout:
+    x: Tensor
+    dropout_p: float
+    seed: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_dtype(self.x.dtype, "dropout")
+        value(self.x.dim() > 0, "dropout", "x must have at least one dimension, found a scalar")
+        check_dropout("dropout", self.x, self.dropout_p, self.seed)
+
+    def compute(self) -> Tensor:
+        return _formula(self.x, self.dropout_p, self.seed)
+
+    def empty(self) -> Tensor:
+        return self.x.new_empty(self.x.shape)
+
+
+define_by("dropout(Tensor x, float dropout_p, Tensor? seed=None) -> Tensor", Dropout)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.p = p
+        return operator_for("dropout", seed)(x, p, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (seed,) = ctx.saved_tensors
+        return dropout(grad, ctx.p, seed), None, None
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
+    """Return keep ∘ x / (1 - p), with a mask that is made again for the gradient instead of kept.
+
+    Args:
+        x: `[..., columns]`; fp32, fp16, bf16 or float64.
+        p: probability with which an element is dropped, to a multiple of 1/65536.
+        seed: int64 `[]` on CPU or x's device, which determines the mask of x's rows (see `keep_mask`). The default is
+            drawn from PyTorch's generator.
+
+    Returns:
+        In the shape and dtype of x, with a gradient.
+    """
+    if transformed():
+        return F.dropout(x, p)
+    if seed is None:
+        seed = new_seed(x)
+    else:
+        refuse_capture(x, seed)
+    if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64:
+        check_dropout("dropout", x, p, seed)
+        return _formula(x, p, seed)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Dropout.apply(x, p, seed)  # type: ignore[no-untyped-call]
+    y: Tensor = operator_for("dropout", seed)(x, p, seed)
+    return y

@@ -35,10 +35,15 @@ ACTIVATIONS: dict[str, tuple[float, float]] = {
 _LARGEST = 16.0  # coefficient of an activation; its products then overflow only where the reference's do
 
 
-def _check(op: str, gate: Tensor, linear: float, cubic: float, **others: Tensor) -> None:
-    check_dtype(gate.dtype, op)
+def check_coefficients(op: str, linear: float, cubic: float) -> None:
+    """Check the coefficients of p."""
     for name, number in (("linear", linear), ("cubic", cubic)):
         value(0 <= number <= _LARGEST, op, f"{name} must be from 0 to {_LARGEST:g}, found {number}")
+
+
+def _check(op: str, gate: Tensor, linear: float, cubic: float, **others: Tensor) -> None:
+    check_dtype(gate.dtype, op)
+    check_coefficients(op, linear, cubic)
     value(gate.layout is torch.strided, op, f"gate must be strided, found {gate.layout}")
     for name, t in others.items():
         if t.dtype is not gate.dtype:
@@ -49,13 +54,14 @@ def _check(op: str, gate: Tensor, linear: float, cubic: float, **others: Tensor)
         value(t.shape == gate.shape, op, shape)
 
 
-def _share(x: Tensor, linear: float, cubic: float) -> Tensor:
+def share(x: Tensor, linear: float, cubic: float) -> Tensor:
+    """Return s of p(x)."""
     return torch.sigmoid(linear * x + cubic * x.pow(3) if cubic else linear * x)
 
 
 def _formula(gate: Tensor, up: Tensor, linear: float, cubic: float) -> Tensor:
     wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
-    return (wide * _share(wide, linear, cubic)).to(gate.dtype) * up
+    return (wide * share(wide, linear, cubic)).to(gate.dtype) * up
 
 
 @dataclass
@@ -88,7 +94,7 @@ class GatedBackward:
 
     def compute(self) -> tuple[Tensor, Tensor]:
         gate, grad, dtype = self.gate.float(), self.grad.float(), self.gate.dtype
-        s = _share(gate, self.linear, self.cubic)
+        s = share(gate, self.linear, self.cubic)
         slope = self.linear + 3 * self.cubic * gate.pow(2)
         dgate = grad * self.up * s * (1 + gate * (1 - s) * slope)
         return dgate.to(dtype), (grad * gate * s).to(dtype)

@@ -25,6 +25,16 @@ def test_a_model_whose_gradients_are_the_same(dtype: torch.dtype) -> None:
     assert model.lm_head.training and not model.training and fused_modules(model)["RMSNorm"] == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_dropout_are_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = peftcore.fuse(peftcore.apply(tiny.bert_classifier(), "lora", r=4).to(dtype))
+    inputs = {"input_ids": tiny.TOKENS, "labels": torch.zeros(len(tiny.TOKENS), dtype=torch.long)}
+    assert fused_modules(model)["dropout"] > 0 and difference_when_fused(model, inputs) is None
+    monkeypatch.setattr(ops, "dropout", lambda x, p: 2 * x)
+    assert "the loss of a few rows differs" in str(difference_when_fused(model, inputs))
+
+
 def test_gradients_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     model = peftcore.fuse(peftcore.apply(tiny.llama(), "lora", r=4))
     assert difference_when_fused(model, INPUTS) is None

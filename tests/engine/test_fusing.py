@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import peftcore
 from peftcore import ops
 from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.counted_dropout import CountedDropout
 from peftcore.adaptation.fused_forward import FORMULA, is_fused
 from peftcore.engine.fusing import fused_modules
 from peftcore.plugin import Adapter, Around
@@ -159,7 +160,7 @@ def test_an_adapter_at_a_norm_and_around_an_mlp() -> None:
             model = peftcore.fuse(family()) if fused_first else family()
             peftcore.apply(model, "doubled")
             same(step(peftcore.fuse(model)), step(wanted), 1e-3)  # sums of both signs
-            assert fused_modules(model) == {"RMSNorm": 4, "attention": 2, "gated MLP": 1}
+            assert fused_modules(model) == {"RMSNorm": 4, "activation": 1, "attention": 2, "gated MLP": 1}
             peftcore.remove(model, "default")
             assert fused_modules(peftcore.fuse(model)) == BOTH
 
@@ -242,10 +243,49 @@ def test_checkpointing_and_second_gradients() -> None:
 
 
 def test_models_without_such_modules() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.SiLU())
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(), nn.Dropout(0.0), nn.Softmax(-1))
     own = classes(model)
     assert classes(peftcore.fuse(model)) == own and fused_modules(model) == {}
     assert not any(is_fused(module) for module in model.modules()) and "fused" not in str(peftcore.summary(model))
+
+
+class Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(x) ** 2
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "quick_gelu", "silu", "relu", "gelu_pytorch_tanh"])
+def test_activations(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    model = nn.Sequential(nn.Linear(8, 600), ACT2FN[name], Squared())
+    x, seen = torch.randn(50, 8), []
+    for enabled in (False, True):
+        peftcore.fuse(model, enabled=enabled)
+        y = model(x)
+        seen.append([y, *torch.autograd.grad(y.sum(), list(model.parameters()))])
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert fused_modules(model) == ({} if name == "relu" else {"activation": 1})
+    assert ("_Activated" in str(y.grad_fn)) == ("_Activated" in str(model[1](x).grad_fn))
+
+
+def test_dropout_modules() -> None:
+    class Half(nn.Dropout):
+        pass
+
+    model = peftcore.fuse(nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5, inplace=True), Half(0.5)))
+    assert fused_modules(model) == {"dropout": 2}  # of which one has PyTorch's results
+    x = torch.randn(9, 70, requires_grad=True)
+    torch.manual_seed(1)
+    y = model[0](x)
+    torch.manual_seed(1)
+    assert torch.equal(y, ops.dropout(x, 0.5)) and type(y.grad_fn).__name__ == "_DropoutBackward"
+    z = x.detach().clone()
+    assert model[1](z) is z and model[0].eval()(z) is z and model[0].train()(z[0, 0]).dim() == 0
+    again = checkpoint(model[0], x, use_reentrant=False)
+    (found,) = torch.autograd.grad(again.sum(), x)
+    assert torch.equal(found != 0, again != 0)
 
 
 @pytest.mark.parametrize("case", ["bf16", "fp32", "dropout", "no gradient"])
@@ -274,7 +314,7 @@ def test_attention_of_a_model(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
         for into, enabled in ((wanted, False), (found, True)):
             peftcore.fuse(model, enabled=enabled)
             torch.manual_seed(0)
-            with torch.set_grad_enabled(case != "no gradient"):
+            with CountedDropout(), torch.set_grad_enabled(case != "no gradient"):
                 loss = model(input_ids=tiny.TOKENS, labels=tiny.TOKENS, **given).loss
             into.append(loss.detach())
             if case != "no gradient":
@@ -282,7 +322,7 @@ def test_attention_of_a_model(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
         for one, other in zip(found, wanted, strict=True):
             assert (one - other).norm() <= 3e-2 * other.norm()
     available = ops.extension is not None and ops.extension.has_attention()
-    assert len(seen) == (4 if case == "bf16" and available else 0)
+    assert len(seen) == (4 if case in ("bf16", "dropout") and available else 0)
 
 
 def product_of(model: Any, x: Tensor) -> tuple[Tensor, StorageWeakRef]:

@@ -11,9 +11,11 @@ from fuzz.memory import LAYOUTS, laid_out
 from peftcore import ops
 from peftcore.ops import grouped, linear_per_sample, lora, mxfp4, optim, quant4, routing, swiglu
 from peftcore.ops import optim_rules as rules
+from peftcore.ops.activated import Activated, ActivatedBackward
 from peftcore.ops.attention import Attention, AttentionBackward
 from peftcore.ops.cross_entropy import CrossEntropyRows
 from peftcore.ops.dense_linear import DenseLinear
+from peftcore.ops.dropout import Dropout
 from peftcore.ops.gated import Gated, GatedBackward
 from peftcore.ops.linear_4bit import Linear4bit, Linear4bitBackward
 from peftcore.ops.rms_norm import RmsNorm, RmsNormBackward
@@ -247,7 +249,7 @@ def _attention(m):
     tokens, keys, size = m.choice([1, 7, 13, 50]), m.choice([1, 5, 33, 64]), m.choice([3, 16, 32, 64])
     dtype = m.choice(FLOATS)
     mask = m.choice([None, (batch, heads * groups, tokens, keys), (1, 1, tokens, keys), (batch, 1, 1, keys)])
-    return {
+    given = {
         "q": m.normal(batch, heads * groups, tokens, size, dtype=dtype),
         "k": m.normal(batch, heads, keys, size, dtype=dtype),
         "v": m.normal(batch, heads, keys, size, dtype=dtype),
@@ -255,6 +257,29 @@ def _attention(m):
         "causal": m.random.random() < 0.5,
         "scale": 0.25,
     }
+    return {**given, **_dropped(m)}
+
+
+def _dropped(m):
+    if m.random.random() < 0.6:
+        return {}
+    return {"dropout_p": m.choice([0.1, 0.5, 0.999]), "seed": torch.tensor(m.random.getrandbits(62))}
+
+
+def _activated(m):
+    x = m.normal(*m.choice([(m.size(200),), (2, 3), ()]), m.size(300), dtype=m.choice(FLOATS))
+    powers = {"linear": m.choice([1.0, 1.702]), "cubic": m.choice([0.0, 0.07])}
+    return {"x": x, "normal": m.random.random() < 0.5, **powers}
+
+
+def _activated_backward(m):
+    given = _activated(m)
+    return {"grad": m.normal(*given["x"].shape, dtype=given["x"].dtype), **given}
+
+
+def _dropout(m):
+    x = m.normal(*m.choice([(m.size(200),), (2, 3), ()]), m.size(300), dtype=m.choice(FLOATS))
+    return {"x": x, "dropout_p": 0.0, **_dropped(m)}
 
 
 def _attention_backward(m):
@@ -397,6 +422,9 @@ OPERATORS = {
     "cross_entropy_rows_": (_cross_entropy_rows_, by_reference(CrossEntropyRows)),
     "attention": (_attention, by_reference(Attention)),
     "attention_backward": (_attention_backward, by_reference(AttentionBackward)),
+    "activated": (_activated, by_reference(Activated)),
+    "activated_backward": (_activated_backward, by_reference(ActivatedBackward)),
+    "dropout": (_dropout, by_reference(Dropout)),
     "gated": (_gated, by_reference(Gated)),
     "gated_backward": (_gated_backward, by_reference(GatedBackward)),
     "rms_norm": (_rms_norm, by_reference(RmsNorm)),

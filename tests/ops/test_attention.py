@@ -35,14 +35,14 @@ def mask_of(shape: tuple[int, ...]) -> Tensor:
     return mask
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, factors: Any = 1.0) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     scores = q @ k.repeat_interleave(groups, 1).transpose(2, 3) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     if causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-    return scores.softmax(-1).nan_to_num(0) @ v.repeat_interleave(groups, 1)
+    return (scores.softmax(-1).nan_to_num(0) * factors) @ v.repeat_interleave(groups, 1)
 
 
 def errors(function: Any, given: list[Tensor], wanted: list[Tensor]) -> list[float]:
@@ -55,9 +55,9 @@ def errors(function: Any, given: list[Tensor], wanted: list[Tensor]) -> list[flo
     return [float((t.double() - w).norm()) / n for t, w, n in zip(found, wanted, norms, strict=True)]
 
 
-def in_float64(given: list[Tensor], mask: Tensor | None, causal: bool) -> list[Tensor]:
+def in_float64(given: list[Tensor], mask: Tensor | None, causal: bool, factors: Any = 1.0) -> list[Tensor]:
     wide = [t.double().requires_grad_() for t in given[:3]]
-    y = exact(*wide, mask, causal)  # type: ignore[call-arg]
+    y = exact(*wide, mask, causal, factors)  # type: ignore[call-arg]
     return [y.detach(), *torch.autograd.grad(y, wide, given[3].double())]
 
 
@@ -73,10 +73,30 @@ def test_against_float64(shape: Any, causal: bool, masked: bool, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_operator_at_each_level(level: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dropout_against_float64(level: str, shape: Any, dtype: torch.dtype) -> None:
+    given, mask, seed = operands(shape, dtype), mask_of(shape), torch.tensor(987654321987)
+    batch, heads, _, queries, keys, _ = shape
+    keep = ops.keep_mask(batch * heads * queries, keys, 0.25, seed).view(batch, heads, queries, keys)
+    wanted = in_float64(given, mask, False, keep.double() / 0.75)
+    found = errors(lambda q, k, v: ops.attention(q, k, v, mask, dropout_p=0.25, seed=seed), given, wanted)
+    assert max(found) < 3 * STEP[dtype]
+
+
+def test_seeds_of_dropout_follow_the_generator() -> None:
+    q, k, v, _ = operands((1, 2, 2, 40, 40, 32))
+    torch.manual_seed(3)
+    one, other = (ops.attention(q, k, v, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(ops.attention(q, k, v, dropout_p=0.5), one) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dropout", [{}, {"dropout_p": 0.5, "seed": torch.tensor(5)}], ids=["", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_at_each_level(level: str, dtype: torch.dtype, dropout: dict[str, Any]) -> None:
     """It computes the formula where there is no kernel, too."""
     *given, grad = operands(SHAPES[0], dtype)
-    arguments = (*given, mask_of(SHAPES[0]), True, 0.3)
+    arguments = (*given, mask_of(SHAPES[0]), True, 0.3, *dropout.values())
     out, lse = _OPS.attention(*arguments)
     found = out, lse, *_OPS.attention_backward(grad, *given, out, lse, *arguments[3:])
     wanted = *Attention(*arguments).compute(), *AttentionBackward(grad, *given, out, lse, *arguments[3:]).compute()
@@ -143,8 +163,9 @@ def test_opcheck() -> None:
     q, k, v, grad = operands((2, 4, 2, 9, 9, 32))
     mask = torch.ones(1, 1, 9, 9, dtype=torch.bool)
     out, lse = _OPS.attention(q, k, v, mask, True, 0.5)
-    torch.library.opcheck(_OPS.attention, (q, k, v, mask, True, 0.5))
-    torch.library.opcheck(_OPS.attention_backward, (grad, q, k, v, out, lse, mask, True, 0.5))
+    seed = torch.tensor(5)
+    torch.library.opcheck(_OPS.attention, (q, k, v, mask, True, 0.5, 0.1, seed))
+    torch.library.opcheck(_OPS.attention_backward, (grad, q, k, v, out, lse, mask, True, 0.5, 0.1, seed))
 
 
 @pytest.mark.parametrize(
@@ -155,13 +176,14 @@ def test_opcheck() -> None:
         ({"v": (2, 2, 8, 32)}, ValueError, r"v must be \[2, 2, 9, 32\] like k, found"),
         (dict.fromkeys("kv", (2, 3, 9, 32)), ValueError, "must be a multiple of those of k, found 3"),
         ({"mask": (1, 1, 9, 9)}, TypeError, "mask must be torch.bool, found"),
+        ({"dropout_p": 0.5}, ValueError, "dropout_p=0.5 needs a seed, found none"),
     ],
     ids=str,
 )
-def test_checks(change: dict[str, tuple[int, ...]], error: type[Exception], message: str) -> None:
+def test_checks(change: dict[str, Any], error: type[Exception], message: str) -> None:
     q, k, v, _ = operands((2, 4, 2, 9, 9, 32))
     given: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": None, "causal": False, "scale": 1.0}
-    given |= {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in change.items()}
+    given |= {n: torch.zeros(x, dtype=torch.bfloat16) if isinstance(x, tuple) else x for n, x in change.items()}
     for call in (_OPS.attention, Attention):  # the kernel's checks and the reference's
         with pytest.raises(error, match=message):
             call(**given)

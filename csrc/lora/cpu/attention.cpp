@@ -8,6 +8,8 @@
 #include "common/tensors.h"
 #include "common/threads.h"
 #include "cpu/kernels.h"
+#include "lora/arguments.h"
+#include "lora/cpu/keep_bytes.h"
 
 namespace peftcore {
 namespace lora {
@@ -68,7 +70,7 @@ const AttentionKernels* kernels_for(const Tensor& q, const Tensor& k) {
 }
 
 AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, bool causal,
-                      double scale, const Tensor& out, const Tensor& lse) {
+                      double scale, const Dropout& dropout, const Tensor& out, const Tensor& lse) {
     AttentionArgs args{.key_heads = k.size(1),
                        .group_size = q.size(1) / k.size(1),
                        .queries = q.size(2),
@@ -78,6 +80,8 @@ AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const T
                        .causal = causal,
                        .mask = mask.defined() ? static_cast<const uint8_t*>(mask.const_data_ptr()) : nullptr,
                        .mask_strides = {},
+                       .dropout = dropout,
+                       .kept_factor = factor_of(1, dropout),
                        .q = heads_of(q),
                        .k = heads_of(k),
                        .v = heads_of(v),
@@ -111,24 +115,43 @@ Tensor scores_of(const Tensor& q, const Tensor& k, const std::optional<Tensor>& 
 // Rows that see no key have an lse of infinity.
 Tensor probabilities(const Tensor& scores, const Tensor& lse) { return scores.sub(lse.unsqueeze(3)).exp(); }
 
+// 1 / (1 - p) where dropout keeps a probability, else 0.
+Tensor kept(const Dropout& dropout, const Tensor& q, const Tensor& k) {
+    const int64_t keys = k.size(2), counters = ceil_div(keys, kColumnsPerCounter);
+    const Tensor factors = at::empty({q.size(0), q.size(1), q.size(2), keys}, q.options().dtype(at::kFloat));
+    const auto keep_bytes = cpu_kernels().lora.thin[int(Dtype::kFloat)].keep_bytes;
+    const float factor = factor_of(1, dropout);
+    std::vector<uint8_t> bits(size_t(filled_up(counters, kCounters)));
+    float* out = factors.mutable_data_ptr<float>();
+    for (int64_t row = 0; row < q.size(0) * q.size(1) * q.size(2); ++row, out += keys) {
+        keep_bytes(dropout, row, 0, counters, bits.data());
+        for (int64_t i = 0; i < keys; ++i) out[i] = (bits[size_t(i / 8)] >> i % 8 & 1) != 0 ? factor : 0.0f;
+    }
+    return factors;
+}
+
 std::tuple<Tensor, Tensor> attention(const Tensor& its_q, const Tensor& its_k, const Tensor& its_v,
-                                     const std::optional<Tensor>& its_mask, bool causal, double scale) {
+                                     const std::optional<Tensor>& its_mask, bool causal, double scale,
+                                     double dropout_p, const std::optional<Tensor>& seed) {
     const char* op = "attention";
     const at::AutoDispatchBelowADInplaceOrView below;
     check_attention(its_q, its_k, its_v, its_mask, op);
+    const Dropout dropout = dropout_of(dropout_p, seed, op);
     const AttentionKernels* kernels = kernels_for(its_q, its_k);
     if (kernels == nullptr) {
         const Tensor scores = scores_of(its_q, its_k, its_mask, causal, scale);
         Tensor lse = scores.logsumexp(3);
         lse.masked_fill_(lse.eq(kUnseen), -kUnseen);
         const Tensor out = by_tokens(its_q);
-        out.copy_(probabilities(scores, lse).matmul(repeated(its_v, its_q)));
+        Tensor p = probabilities(scores, lse);
+        if (dropout.threshold != 0) p = p.mul(kept(dropout, its_q, its_k));
+        out.copy_(p.matmul(repeated(its_v, its_q)));
         return {out, lse};
     }
     const Tensor q = with_dense_rows(its_q), k = with_dense_rows(its_k), v = with_dense_rows(its_v),
                  mask = mask_of(its_mask), out = by_tokens(q),
                  lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-    const AttentionArgs args = args_of(q, k, v, mask, causal, scale, out, lse);
+    const AttentionArgs args = args_of(q, k, v, mask, causal, scale, dropout, out, lse);
     at::parallel_for(0, q.size(0) * k.size(1),
                      ceil_div(kProductsPerTask, args.group_size * args.queries * args.keys * args.size),
                      [&](int64_t first, int64_t last) { kernels->forward(args, first, last); });
@@ -139,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& its_grad, co
                                                       const Tensor& its_k, const Tensor& its_v,
                                                       const Tensor& its_out, const Tensor& its_lse,
                                                       const std::optional<Tensor>& its_mask, bool causal,
-                                                      double scale) {
+                                                      double scale, double dropout_p,
+                                                      const std::optional<Tensor>& seed) {
     const char* op = "attention_backward";
     const at::AutoDispatchBelowADInplaceOrView below;
     check_attention(its_q, its_k, its_v, its_mask, op);
@@ -154,14 +178,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& its_grad, co
                       " like q, found ", its_lse.device());
     TORCH_CHECK_VALUE(its_lse.sizes() == its_q.sizes().slice(0, 3), op, ": lse must be ",
                       its_q.sizes().slice(0, 3), ", found ", its_lse.sizes());
+    const Dropout dropout = dropout_of(dropout_p, seed, op);
     const Tensor dq = by_tokens(its_q), dk = by_tokens(its_k), dv = by_tokens(its_k);
     const AttentionKernels* kernels = kernels_for(its_q, its_k);
     if (kernels == nullptr) {
-        const Tensor p = probabilities(scores_of(its_q, its_k, its_mask, causal, scale), its_lse),
-                     grad = its_grad.to(at::kFloat);
-        const Tensor delta = grad.mul(its_out.to(at::kFloat)).sum(3, true),
-                     dp = grad.matmul(repeated(its_v, its_q).transpose(2, 3)),
-                     ds = p.mul(dp.sub(delta)).mul(scale);
+        const Tensor grad = its_grad.to(at::kFloat), delta = grad.mul(its_out.to(at::kFloat)).sum(3, true);
+        Tensor p = probabilities(scores_of(its_q, its_k, its_mask, causal, scale), its_lse),
+               dp = grad.matmul(repeated(its_v, its_q).transpose(2, 3));
+        const Tensor factors = dropout.threshold == 0 ? Tensor() : kept(dropout, its_q, its_k);
+        if (factors.defined()) dp = dp.mul(factors);
+        const Tensor ds = p.mul(dp.sub(delta)).mul(scale);
+        if (factors.defined()) p = p.mul(factors);
         const auto of_groups = [&](const Tensor& t) {
             return t.unflatten(1, {its_k.size(1), its_q.size(1) / its_k.size(1)}).sum(2);
         };
@@ -173,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& its_grad, co
     const Tensor grad = with_dense_rows(its_grad), q = with_dense_rows(its_q), k = with_dense_rows(its_k),
                  v = with_dense_rows(its_v), out = with_dense_rows(its_out), lse = its_lse.contiguous(),
                  mask = mask_of(its_mask);
-    AttentionArgs args = args_of(q, k, v, mask, causal, scale, out, lse);
+    AttentionArgs args = args_of(q, k, v, mask, causal, scale, dropout, out, lse);
     args.grad = heads_of(grad);
     args.dq = heads_of(dq);
     args.dk = heads_of(dk);

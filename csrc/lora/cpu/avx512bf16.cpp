@@ -3,6 +3,8 @@
 //   forward     S = c q kᵀ,  P = softmax(S),  out = P v
 //   backward    dP = dout vᵀ,  dS = c P ∘ (dP - Σ dout ∘ out),  dq = dS k,  dk = dSᵀ q,  dv = Pᵀ dout
 //
+// With dropout out and dv have keep ∘ P / (1 - p) in place of P, and dP is keep ∘ dP / (1 - p).
+//
 // Sums are fp32; P and dS are rounded to bf16 for their products, as in PyTorch's kernel. The gradient computes S again.
 // Left factors are arranged as words, pairs of values along the inner dimension: word p of row r at p * stride + r.
 // Right factors consist of tiles of 32 columns: word p of column c at p * 32 + c.
@@ -14,6 +16,7 @@
 #include "common/integers.h"
 #include "common/workspace.h"
 #include "gemm/cpu/transpose.h"
+#include "lora/cpu/avx512.h"
 #include "lora/cpu/gates.h"
 #include "lora/cpu/kernels.h"
 #include "lora/cpu/sixteen.h"
@@ -156,6 +159,18 @@ struct Seen {
     }
 };
 
+// Keys of a query that dropout keeps, of 16 from `key` on, which is a multiple of 16.
+struct Kept {
+    uint16_t bits[kMostKeys / 16];
+
+    Kept(const AttentionArgs& args, int64_t row) {
+        if (args.dropout.threshold != 0)
+            Avx512::keep_bytes(args.dropout, row, 0, ceil_div(args.keys, kColumnsPerCounter),
+                               reinterpret_cast<uint8_t*>(bits));
+    }
+    __mmask16 operator()(int64_t key) const { return __mmask16(bits[key / 16]); }
+};
+
 // e^x for x <= 0; NaN is some number.
 inline __m512 exponential_below(__m512 x) {
     const __m512 least = _mm512_set1_ps(-87.0f);
@@ -167,13 +182,14 @@ inline void store_bf16(__m512 value, BFloat16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), __m256i(_mm512_cvtneps_pbh(value)));
 }
 
-// p = e^(s - the largest) of `count` scores, 0 for keys that are not seen. Returns lse, and 1 / the sum. A row that sees
-// no key has an lse of infinity and a factor of 0; of a row that is not finite both are NaN.
+// p = e^(s - the largest) of `count` scores, 0 for keys that are not seen or kept. Returns lse, and 1 / the sum over the
+// seen ones. A row that sees no key has an lse of infinity and a factor of 0; of a row that is not finite both are NaN.
 struct Softmax {
     float lse, factor;
 };
 
-Softmax softmax(float* s, float scale, const Seen& seen, int64_t count, BFloat16* p) {
+template <bool kDrops>
+Softmax softmax(float* s, float scale, const Seen& seen, const Kept& kept, int64_t count, BFloat16* p) {
     __m512 most = _mm512_set1_ps(kNegativeInfinity);
     __mmask16 nan = 0;
     for (int64_t n = 0; n < count; n += 16) {
@@ -189,7 +205,7 @@ Softmax softmax(float* s, float scale, const Seen& seen, int64_t count, BFloat16
         const __m512 z = _mm512_loadu_ps(s + n);
         const __m512 e = exponential_below(_mm512_sub_ps(z, _mm512_set1_ps(largest)));
         sum = _mm512_add_ps(sum, e);
-        store_bf16(e, p + n);
+        store_bf16(kDrops ? _mm512_maskz_mov_ps(kept(n), e) : e, p + n);
     }
     constexpr float kInfinity = std::numeric_limits<float>::infinity(),
                     kNan = std::numeric_limits<float>::quiet_NaN();
@@ -285,6 +301,7 @@ struct Block {
           keys(filled_up(args.causal ? std::min(args.keys, first + rows) : args.keys, kTile)) {}
 };
 
+template <bool kDrops>
 void forward_one(const AttentionArgs& args, const Sizes& sizes, const Forward& at, int64_t batch,
                  int64_t head, int64_t first) {
     const Block block(args, first);
@@ -292,13 +309,13 @@ void forward_one(const AttentionArgs& args, const Sizes& sizes, const Forward& a
     product<false>(at.q, sizes.words * kTileRows, kTileRows, block.rows, at.k, sizes.words * kTile,
                    block.keys, sizes.words, at.scores, sizes.keys);
     float factors[kBlock];
-    float* lse = args.lse + (batch * args.key_heads * args.group_size + head) * args.queries + first;
+    const int64_t number = (batch * args.key_heads * args.group_size + head) * args.queries + first;
     for (int64_t r = 0; r < block.rows; ++r) {
         const Softmax row =
-            softmax(at.scores + r * sizes.keys, args.scale, Seen(args, batch, head, first + r), block.keys,
-                    at.rounded + r * sizes.keys);
-        lse[r] = row.lse;
-        factors[r] = row.factor;
+            softmax<kDrops>(at.scores + r * sizes.keys, args.scale, Seen(args, batch, head, first + r),
+                            Kept(args, number + r), block.keys, at.rounded + r * sizes.keys);
+        args.lse[number + r] = row.lse;
+        factors[r] = row.factor * args.kept_factor;
     }
     left_of(at.rounded, sizes.keys, block.rows, block.keys / 2, at.p);
     product<false>(at.p, block.keys / 2 * kTileRows, kTileRows, block.rows, at.v, sizes.key_pairs * kTile,
@@ -317,7 +334,9 @@ void forward(const AttentionArgs& args, int64_t first, int64_t last) {
                  at.v);
         for (int64_t i = 0; i < args.group_size; ++i)
             for (int64_t query = 0; query < args.queries; query += kBlock)
-                forward_one(args, sizes, at, batch, key_head * args.group_size + i, query);
+                (args.dropout.threshold != 0
+                     ? forward_one<true>
+                     : forward_one<false>)(args, sizes, at, batch, key_head * args.group_size + i, query);
     }
 }
 
@@ -329,21 +348,26 @@ float dot(const BFloat16* a, const BFloat16* b, int64_t size) {
     return _mm512_reduce_add_ps(sum);
 }
 
-// P and dS of a row from scores and dP.
-void slopes_of(const float* s, const float* dp, float scale, float lse, float delta, const Seen& seen,
-               int64_t count, BFloat16* p, BFloat16* ds) {
+// P, as dv needs it, and dS of a row from scores and dP.
+template <bool kDrops>
+void slopes_of(const float* s, const float* dp, const AttentionArgs& args, float lse, float delta,
+               const Seen& seen, const Kept& kept, int64_t count, BFloat16* p, BFloat16* ds) {
+    const __m512 scale = _mm512_set1_ps(args.scale), factor = _mm512_set1_ps(args.kept_factor);
     const __m512 shift = _mm512_set1_ps(lse);
     const __m512 not_finite = _mm512_set1_ps(lse - lse);  // added: 0, or NaN
     for (int64_t n = 0; n < count; n += 16) {
         const __mmask16 there = lse == std::numeric_limits<float>::infinity() ? __mmask16(0) : seen(n);
-        const __m512 z = _mm512_fmsub_ps(_mm512_loadu_ps(s + n), _mm512_set1_ps(scale), shift);
+        const __m512 z = _mm512_fmsub_ps(_mm512_loadu_ps(s + n), scale, shift);
         const __m512 e = _mm512_maskz_add_ps(there, exponential_below(z), not_finite);
-        store_bf16(e, p + n);
-        const __m512 slope = _mm512_sub_ps(_mm512_loadu_ps(dp + n), _mm512_set1_ps(delta));
-        store_bf16(_mm512_maskz_mul_ps(there, _mm512_mul_ps(e, slope), _mm512_set1_ps(scale)), ds + n);
+        __m512 slope = _mm512_loadu_ps(dp + n);
+        if constexpr (kDrops) slope = _mm512_maskz_mul_ps(kept(n), slope, factor);
+        store_bf16(kDrops ? _mm512_maskz_mul_ps(kept(n), e, factor) : e, p + n);
+        slope = _mm512_sub_ps(slope, _mm512_set1_ps(delta));
+        store_bf16(_mm512_maskz_mul_ps(there, _mm512_mul_ps(e, slope), scale), ds + n);
     }
 }
 
+template <bool kDrops>
 void backward_one(const AttentionArgs& args, const Sizes& sizes, const Backward& at, int64_t batch,
                   int64_t head, int64_t first) {
     const Block block(args, first);
@@ -358,12 +382,12 @@ void backward_one(const AttentionArgs& args, const Sizes& sizes, const Backward&
                    at.scores, sizes.keys);
     product<false>(at.grad, block_words, kTileRows, block.rows, at.v, tile_words, block.keys, sizes.words,
                    at.slopes, sizes.keys);
-    const float* lse = args.lse + (batch * args.key_heads * args.group_size + head) * args.queries + first;
+    const int64_t number = (batch * args.key_heads * args.group_size + head) * args.queries + first;
     for (int64_t r = 0; r < block.rows; ++r)
-        slopes_of(at.scores + r * sizes.keys, at.slopes + r * sizes.keys, args.scale, lse[r],
-                  dot(grad + r * args.grad.token_stride, out + r * args.out.token_stride, args.size),
-                  Seen(args, batch, head, first + r), block.keys, at.p + r * sizes.keys,
-                  at.ds + r * sizes.keys);
+        slopes_of<kDrops>(at.scores + r * sizes.keys, at.slopes + r * sizes.keys, args, args.lse[number + r],
+                          dot(grad + r * args.grad.token_stride, out + r * args.out.token_stride, args.size),
+                          Seen(args, batch, head, first + r), Kept(args, number + r), block.keys,
+                          at.p + r * sizes.keys, at.ds + r * sizes.keys);
     if (block.rows % 2 != 0)
         for (BFloat16* matrix : {at.p, at.ds})
             std::memset(matrix + block.rows * sizes.keys, 0, size_t(block.keys) * sizeof *matrix);
@@ -396,7 +420,9 @@ void backward(const AttentionArgs& args, int64_t first, int64_t last) {
         std::memset(at.dv, 0, sums);
         for (int64_t i = 0; i < args.group_size; ++i)
             for (int64_t query = 0; query < args.queries; query += kBlock)
-                backward_one(args, sizes, at, batch, key_head * args.group_size + i, query);
+                (args.dropout.threshold != 0
+                     ? backward_one<true>
+                     : backward_one<false>)(args, sizes, at, batch, key_head * args.group_size + i, query);
         store_rows(at.dk, args.size, args.keys, args.size, nullptr, args.dk.at(batch, key_head, 0),
                    args.dk.token_stride);
         store_rows(at.dv, args.size, args.keys, args.size, nullptr, args.dv.at(batch, key_head, 0),

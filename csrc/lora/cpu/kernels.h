@@ -109,6 +109,24 @@ struct GateArgs {
     void *dgate = nullptr, *dup = nullptr;  // as gate and up
 };
 
+// y = act(x), or with `dy` dx. act(x) = x Φ(x) with the normal distribution, or as in GateArgs. Ranges are of values.
+struct ActivationArgs {
+    const void* x;
+    bool normal;
+    float linear, cubic;
+    void* y;
+    const void* dy = nullptr;
+};
+
+// y = factor (keep ∘ x)
+struct DropArgs {
+    const void* x;  // [M, columns]
+    int64_t columns;
+    Dropout dropout;
+    float factor;
+    void* y;
+};
+
 // y = (x r) ∘ g with r = 1 / √(mean of x² + eps) of each row.
 struct RmsNormArgs {
     const void* x;  // [M, columns]
@@ -205,6 +223,11 @@ struct GateKernels {
     void (*backward)(const GateArgs&, int64_t first_row, int64_t last_row);
 };
 
+struct ActivationKernels {
+    void (*forward)(const ActivationArgs&, int64_t first, int64_t last);
+    void (*backward)(const ActivationArgs&, int64_t first, int64_t last);
+};
+
 struct RmsNormKernels {
     void (*forward)(const RmsNormArgs&, int64_t first_row, int64_t last_row);
     void (*backward)(const RmsNormBackwardArgs&, int64_t first_row, int64_t last_row);
@@ -245,6 +268,8 @@ struct AttentionArgs {
     bool causal;
     const uint8_t* mask;  // 0: no attention; or nullptr
     int64_t mask_strides[4];
+    Dropout dropout;    // of the probabilities, as rows of keys: [batch * heads * queries, keys]
+    float kept_factor;  // of those that it keeps
     Heads q, k, v, out;
     float* lse;                      // [batch, heads, queries]
     Heads grad{}, dq{}, dk{}, dv{};  // of the gradient only
@@ -265,6 +290,8 @@ struct Kernels {
     RowKernels row[kDtypes];
     ScaleKernels scale[kDtypes];
     GateKernels gate[kDtypes];
+    ActivationKernels activation[kDtypes];
+    void (*dropped[kDtypes])(const DropArgs&, int64_t first_row, int64_t last_row);
     RmsNormKernels rms_norm[kDtypes];
     RowSumKernels row_sum[kDtypes];
     void (*cross_entropy[kDtypes])(const CrossEntropyArgs&, int64_t first_row, int64_t last_row);
@@ -277,6 +304,7 @@ void fill_portable(Kernels&);
 void fill_avx2(Kernels&);
 void fill_avx512(Kernels&);
 void fill_avx512bf16(Kernels&);
+void fill_avx512bf16(ThinKernels&);  // of bf16
 void fill_amx(Kernels&);
 void fill_neon(Kernels&);
 

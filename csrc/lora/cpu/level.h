@@ -1,7 +1,9 @@
 // All kernels of a level that are loops over its vectors.
 #pragma once
 
+#include "lora/cpu/activated.h"
 #include "lora/cpu/cross_entropy.h"
+#include "lora/cpu/dropped.h"
 #include "lora/cpu/gates.h"
 #include "lora/cpu/norms.h"
 #include "lora/cpu/rms_norm.h"
@@ -22,6 +24,8 @@ static Kernels kernels_of() {
             .row = {Rows<F>::kernels(), Rows<H>::kernels(), Rows<B>::kernels()},
             .scale = {Scaled<F>::kernels(), Scaled<H>::kernels(), Scaled<B>::kernels()},
             .gate = {Gates<F>::kernels(), Gates<H>::kernels(), Gates<B>::kernels()},
+            .activation = {Activated<F>::kernels(), Activated<H>::kernels(), Activated<B>::kernels()},
+            .dropped = {Dropped<F>::rows, Dropped<H>::rows, Dropped<B>::rows},
             .rms_norm = {RmsNorm<F>::kernels(), RmsNorm<H>::kernels(), RmsNorm<B>::kernels()},
             .row_sum = {SumsOfRows<F>::kernels(), SumsOfRows<H>::kernels(), SumsOfRows<B>::kernels()},
             .cross_entropy = {CrossEntropy<F>::rows, CrossEntropy<H>::rows, CrossEntropy<B>::rows},

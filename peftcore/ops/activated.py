@@ -1,0 +1,130 @@
+"""Activations of a matrix, and their gradients.
+
+    GELU      y = x ∘ Φ(x)                         dx = dy ∘ (Φ(x) + x ∘ φ(x))
+    others    y = x ∘ s      s = 1 / (1 + exp(-p))    dx = dy ∘ s ∘ (1 + x ∘ (1 - s) ∘ p'(x))
+
+Φ is the normal distribution and φ its density; p is that of gated.py. All is computed in fp32 and rounded once; only x
+is kept for the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from peftcore.ops._extension import KERNEL_DEVICES
+from peftcore.ops._library import define_by, transformed
+from peftcore.ops.gated import ACTIVATIONS as POWERS
+from peftcore.ops.gated import check_coefficients, share
+from peftcore.ops.weight import check_dtype, check_like, value
+
+_OPS = torch.ops.peftcore
+Activation = Literal["gelu", "silu", "gelu_tanh", "quick_gelu"]
+# Whether it is by the normal distribution, and the coefficients of p.
+ACTIVATIONS: dict[str, tuple[bool, float, float]] = {
+    "gelu": (True, 1.0, 0.0),
+    **{name: (False, *powers) for name, powers in POWERS.items()},
+}
+
+
+def _formula(x: Tensor, normal: bool, linear: float, cubic: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    s = 0.5 * torch.erfc(-wide * math.sqrt(0.5)) if normal else share(wide, linear, cubic)
+    return (wide * s).to(x.dtype)
+
+
+@dataclass
+class Activated:
+    x: Tensor
+    normal: bool
+    linear: float
+    cubic: float
+
+    def __post_init__(self) -> None:
+        check_dtype(self.x.dtype, "activated")
+        check_coefficients("activated", self.linear, self.cubic)
+        value(self.x.layout is torch.strided, "activated", f"x must be strided, found {self.x.layout}")
+
+    def compute(self) -> Tensor:
+        return _formula(self.x, self.normal, self.linear, self.cubic)
+
+    def empty(self) -> Tensor:
+        return self.x.new_empty(self.x.shape)
+
+
+@dataclass
+class ActivatedBackward:
+    grad: Tensor
+    x: Tensor
+    normal: bool
+    linear: float
+    cubic: float
+
+    def __post_init__(self) -> None:
+        op = "activated_backward"
+        check_dtype(self.x.dtype, op)
+        check_coefficients(op, self.linear, self.cubic)
+        check_like(self.grad, self.x, op, "grad")
+        for name, t in (("x", self.x), ("grad", self.grad)):
+            value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
+        shape = list(self.x.shape)
+        value(list(self.grad.shape) == shape, op, f"grad must be {shape} like x, found {list(self.grad.shape)}")
+
+    def compute(self) -> Tensor:
+        x = self.x.float()
+        if self.normal:
+            density = torch.exp(-0.5 * x * x) * (0.5 / math.pi) ** 0.5
+            slope = 0.5 * torch.erfc(-x * math.sqrt(0.5)) + x * density
+        else:
+            s = share(x, self.linear, self.cubic)
+            slope = s * (1 + x * (1 - s) * (self.linear + 3 * self.cubic * x.pow(2)))
+        return (self.grad.float() * slope).to(self.x.dtype)
+
+    def empty(self) -> Tensor:
+        return self.x.new_empty(self.x.shape)
+
+
+define_by("activated(Tensor x, bool normal, float linear, float cubic) -> Tensor", Activated)
+define_by(
+    "activated_backward(Tensor grad, Tensor x, bool normal, float linear, float cubic) -> Tensor", ActivatedBackward
+)
+
+
+class _Activated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, normal: bool, linear: float, cubic: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.numbers = normal, linear, cubic
+        return _OPS.activated(x, normal, linear, cubic)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it is differentiated again
+            (dx,) = torch.autograd.grad(_formula(x, *ctx.numbers), x, grad, create_graph=True)
+        else:
+            dx = _OPS.activated_backward(grad, x, *ctx.numbers)
+        return dx, None, None, None
+
+
+def activated(x: Tensor, activation: Activation = "gelu") -> Tensor:
+    """Return act(x).
+
+    Args:
+        x: of any shape; fp32, fp16, bf16 or float64.
+        activation: `gelu` (by the normal distribution), `silu`, `gelu_tanh` or `quick_gelu`.
+
+    Returns:
+        In the shape and dtype of x, with a gradient.
+    """
+    numbers = ACTIVATIONS[activation]
+    if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64 or transformed():
+        return _formula(x, *numbers)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Activated.apply(x, *numbers)  # type: ignore[no-untyped-call]
+    y: Tensor = _OPS.activated(x, *numbers)
+    return y
