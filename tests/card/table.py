@@ -103,7 +103,17 @@ def all_cases() -> list[Case]:
 
     Cases of a function are in a fixed order that looks drawn, so that the first ones differ in all arguments.
     """
-    from card import entropy, experts, linear, lora, norms, optimizers, quant4, runtime  # noqa: F401  they register cases
+    from card import (  # noqa: F401  they register cases
+        entropy,
+        experts,
+        linear,
+        lora,
+        norms,
+        optimizers,
+        quant4,
+        runtime,
+        several,
+    )
 
     return [case for _, case in sorted(_ranked(), key=lambda pair: pair[0])]
 
