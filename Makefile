@@ -63,7 +63,7 @@ AVX2_TESTS := \
 test-avx2: $(VENV)/dev.stamp
 	$(AVX2) $(PYTEST) $(AVX2_TESTS)
 
-# Adapters under DeepSpeed and Lightning, on processes of a CPU. They have an environment of their own, over .venv;
+# Adapters under DeepSpeed, Lightning and Ray Train, on processes of a CPU. They have an environment of their own, over .venv;
 # DeepSpeed compiles a part of itself at the first call.
 test-engines: $(ENGINES)/engines.stamp
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -p no:xdist tests/parallel/test_deepspeed.py \
@@ -143,7 +143,7 @@ $(ENGINES)/engines.stamp: | $(VENV)/dev.stamp
 	$(PYTHON) -m venv $(ENGINES)
 	$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> "$$($(ENGINES)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth"
-	DS_BUILD_OPS=0 $(ENGINES)/bin/python -m pip install --disable-pip-version-check --no-build-isolation deepspeed lightning
+	DS_BUILD_OPS=0 $(ENGINES)/bin/python -m pip install --disable-pip-version-check --no-build-isolation deepspeed lightning 'ray[train]'
 	@touch $@
 
 $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
+import signal
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +17,17 @@ import rank_zero
 import torch
 import torch.distributed.checkpoint as dcp
 import trainers
+from engine_table import METHODS as NAMES
+from engine_table import SAVED
 from rank_cases import CASES
 from torch import Tensor, distributed, nn
 
 import peftcore
 from peftcore import ranks
+from peftcore.files import lost_ranks
 
-METHODS = {
-    "LoRA": "lora", "QLoRA": "qlora", "DoRA": "dora", "IA3": "ia3", "adapters": "adapter", "prefixes": "prefix-tuning",
-    "BitFit": "bitfit", "LoRA on experts": "lora, experts in 4 bits",
-}  # fmt: skip
+OF_METHODS = ("lora", "qlora", "dora", "ia3", "adapter", "prefix-tuning", "bitfit", "lora, experts in 4 bits")
+METHODS = dict(zip(NAMES, OF_METHODS, strict=True))
 STEPS = 3  # of which the last one follows a checkpoint
 
 
@@ -45,21 +51,34 @@ def loaded(case: str, folder: str) -> dict[str, Tensor]:
     return rank_work.values(peftcore.load(base, folder))
 
 
-def own_loop(engine: str, case: str, folder: str) -> dict[str, float]:
-    """DDP, FSDP2 and accelerate: differences from one process after two steps, in the file, and after resuming."""
-    alone, found = rank_work.adapted(case), rank_work.adapted(case)
-    spread: nn.Module = found
+def begun(engine: str, case: str) -> tuple[nn.Module, nn.Module, Any]:
+    """A model with an adapter, as the engine spreads it over the ranks, and its optimizer."""
+    found = rank_work.adapted(case)
     if engine == "FSDP2":
         peftcore.shard(found)
     optimizer: Any = optimizer_of(found)
     if engine == "DDP":
-        spread = nn.parallel.DistributedDataParallel(found)
-    elif engine == "accelerate":
+        return found, nn.parallel.DistributedDataParallel(found), optimizer
+    if engine == "Ray Train":
+        from ray.train.torch import prepare_model
+
+        return found, prepare_model(found), optimizer
+    if engine == "accelerate":
         from accelerate import Accelerator
 
         spread, optimizer = Accelerator(cpu=True).prepare(found, optimizer)
         assert isinstance(spread, nn.parallel.DistributedDataParallel)
-        optimizer = optimizer.optimizer
+        return found, spread, optimizer.optimizer
+    if engine.startswith("ZeRO"):
+        config = rank_zero.CONFIG | {"zero_optimization": {"stage": int(engine[-1])}}
+        return found, rank_zero.begin().initialize(model=found, optimizer=optimizer, config=config)[0], None
+    return found, found, optimizer
+
+
+def own_loop(engine: str, case: str, folder: str) -> dict[str, float]:
+    """DDP, FSDP2, accelerate and Ray: differences after two steps, in the file, and after resuming in one process."""
+    alone = rank_work.adapted(case)
+    found, spread, optimizer = begun(engine, case)
     of_alone = optimizer_of(alone)
     for _ in range(STEPS - 1):
         wanted = step_alone(alone, of_alone)
@@ -82,36 +101,30 @@ def own_loop(engine: str, case: str, folder: str) -> dict[str, float]:
     }
 
 
-def zero(stage: int, case: str, folder: str) -> dict[str, float]:
+def zero(engine: str, case: str, folder: str) -> dict[str, float]:
     """DeepSpeed's ZeRO: the same, resumed from DeepSpeed's checkpoint on as many ranks."""
-    deepspeed = rank_zero.begin()
     alone = rank_work.adapted(case)
     of_alone = optimizer_of(alone)
 
-    def begun() -> tuple[nn.Module, Any]:
-        found = rank_work.adapted(case)
-        config = rank_zero.CONFIG | {"zero_optimization": {"stage": stage}}
-        return found, deepspeed.initialize(model=found, optimizer=optimizer_of(found), config=config)[0]
-
-    def step(found: nn.Module, engine: Any) -> dict[str, Tensor]:
+    def step(found: nn.Module, spread: Any) -> dict[str, Tensor]:
         torch.manual_seed(ranks.rank())
-        engine.backward(rank_work.loss(engine, rank_work.mine()) + peftcore.extra_loss(found))
-        engine.step()
+        spread.backward(rank_work.loss(spread, rank_work.mine()) + peftcore.extra_loss(found))
+        spread.step()
         return rank_zero.values(found)
 
-    found, engine = begun()
+    found, spread, _ = begun(engine, case)
     for _ in range(STEPS - 1):
-        wanted, here = step_alone(alone, of_alone), step(found, engine)
+        wanted, here = step_alone(alone, of_alone), step(found, spread)
     peftcore.save(found, f"{folder}/adapter")
-    engine.save_checkpoint(f"{folder}/state", exclude_frozen_parameters=True)
+    spread.save_checkpoint(f"{folder}/state", exclude_frozen_parameters=True)  # type: ignore[operator]
     distributed.barrier()
-    other, again = begun()
+    other, again, _ = begun(engine, case)
     again.load_checkpoint(f"{folder}/state", load_module_strict=False)
     resumed, last = step(other, again), step_alone(alone, of_alone)
     return {
         "equal": rank_work.farthest(here, wanted),
         "save": rank_work.farthest(loaded(case, f"{folder}/adapter"), here),
-        "resume": rank_work.farthest(resumed, last),
+        "resume on as many": rank_work.farthest(resumed, last),
     }
 
 
@@ -123,43 +136,128 @@ def by_trainer(case: str, folder: str, alone: bool) -> dict[str, Tensor]:
     found = rank_work.adapted(case)
     trainer = trainers.trainer(Path(folder), found, **settings, **count)
     trainer.train(resume_from_checkpoint=str(there) if alone and there.exists() else None)
+    if not alone:
+        trainer.save_model(f"{folder}/adapter")
+    return rank_work.values(found)
+
+
+def by_lightning(case: str, folder: str, alone: bool) -> dict[str, Tensor]:
+    """The same by Lightning, with checkpoints as in examples/distributed/lightning_ddp.py."""
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Tuned(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self, found: nn.Module) -> None:
+            super().__init__()
+            self.found, self.strict_loading = found, False
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            parts = rank_work.TOKENS.chunk(2) if alone else [rank_work.mine()]
+            return torch.stack([rank_work.loss(self.found, rows) for rows in parts]).mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return optimizer_of(self.found)
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] = {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    found, there = rank_work.adapted(case), Path(folder) / f"step={STEPS - 1}.ckpt"
+    saved = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    ways = {"devices": 1} if alone else {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+    trainer = lightning.Trainer(accelerator="cpu", max_steps=STEPS, callbacks=[saved], **ways, **quiet)
+    resumed = str(there) if alone and there.exists() else None
+    trainer.fit(Tuned(found), torch.utils.data.DataLoader([torch.zeros(1)] * STEPS), ckpt_path=resumed)
+    if not alone:
+        peftcore.save(found, f"{folder}/adapter")
     return rank_work.values(found)
 
 
 def measured(engine: str, case: str, folder: str) -> dict[str, float] | str:
     try:
         if engine.startswith("ZeRO"):
-            return zero(int(engine[-1]), case, folder)
+            return zero(engine, case, folder)
         return own_loop(engine, case, folder)
     except peftcore.PeftcoreError as error:
         return str(error)
 
 
-def table(engines: list[str], folder: str) -> dict[str, dict[str, dict[str, float] | str]]:
+def environment() -> None:
+    """Torchrun's variables, which accelerate and DeepSpeed read."""
     warnings.simplefilter("ignore")
     os.environ["ACCELERATE_USE_CPU"] = "true"
     number, count = str(ranks.rank()), str(ranks.count())
     os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29534"}
-    return {
-        engine: {name: measured(engine, case, f"{folder}/{engine}/{name}") for name, case in METHODS.items()}
-        for engine in engines
-    }
 
 
-def trained_by_trainer(folder: str, alone: bool) -> dict[str, dict[str, Tensor]]:
+def table(engine: str, folder: str) -> dict[str, dict[str, float] | str]:
+    environment()
+    return {name: measured(engine, case, f"{folder}/{name}") for name, case in METHODS.items()}
+
+
+def by_engine(engine: str, folder: str, alone: bool) -> dict[str, dict[str, Tensor]]:
     warnings.simplefilter("ignore")
-    return {name: by_trainer(case, f"{folder}/{name}", alone) for name, case in METHODS.items()}
+    train = by_lightning if engine == "Lightning" else by_trainer
+    return {name: train(case, f"{folder}/{name}", alone) for name, case in METHODS.items()}
 
 
-def zero_on_one_rank(stage: int, folder: str) -> str:
+def loaded_of_each(folder: str) -> dict[str, dict[str, Tensor]]:
+    return {name: loaded(case, f"{folder}/{name}/adapter") for name, case in METHODS.items()}
+
+
+def killed(engine: str, folder: str) -> dict[str, str]:
+    """What rank 0 raises in `save` of each method after rank 1 has died. Folders must stay as they were."""
+    if engine in ("Trainer", "Lightning"):
+        return killed_by(_savers_of_trainer(folder) if engine == "Trainer" else _savers_of_lightning(folder), folder)
+    environment()
+    models = {name: begun(engine, case) for name, case in METHODS.items()}
+    return killed_by({name: partial(peftcore.save, found) for name, (found, *_) in models.items()}, folder)
+
+
+def killed_by(savers: dict[str, Callable[[str], object]], folder: str) -> dict[str, str]:
+    def written() -> dict[str, bytes]:
+        return {str(file): file.read_bytes() for file in sorted(Path(folder).rglob("*.safetensors"))}
+
+    for name, save in savers.items():
+        save(f"{folder}/{name}")
+    distributed.barrier()
+    before, lost_ranks.WAIT = written(), 0.5
+    if ranks.rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    found = {}
+    for name, save in savers.items():
+        try:
+            save(f"{folder}/{name}")
+            found[name] = SAVED
+        except peftcore.PeftcoreError as error:
+            found[name] = str(error)
+    assert len(before) == len(savers) and written() == before
+    return found
+
+
+def _savers_of_trainer(folder: str) -> dict[str, Callable[[str], object]]:
+    warnings.simplefilter("ignore")
+    found = {name: rank_work.adapted(case) for name, case in METHODS.items()}
+    return {name: trainers.trainer(Path(folder), each).save_model for name, each in found.items()}
+
+
+def _savers_of_lightning(folder: str) -> dict[str, Callable[[str], object]]:
+    warnings.simplefilter("ignore")
+    by_lightning("lora", folder + "/first", alone=False)  # joins the ranks
+    shutil.rmtree(folder + "/first", ignore_errors=True)
+    return {name: partial(peftcore.save, rank_work.adapted(case)) for name, case in METHODS.items()}
+
+
+def zero_on_one_rank(engine: str, folder: str) -> dict[str, str]:
     """What DeepSpeed says where a checkpoint of two ranks is resumed on one."""
-    deepspeed = rank_zero.begin()
-    found = rank_work.adapted("lora")
-    config = rank_zero.CONFIG | {"zero_optimization": {"stage": stage}}
-    engine = deepspeed.initialize(model=found, optimizer=optimizer_of(found), config=config)[0]
-    try:
-        engine.load_checkpoint(f"{folder}/state", load_module_strict=False)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
+    found = {}
+    for name, case in METHODS.items():
+        _, spread, _ = begun(engine, case)
+        try:
+            spread.load_checkpoint(f"{folder}/{name}/state", load_module_strict=False)  # type: ignore[operator]
+            found[name] = "nothing was raised"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found

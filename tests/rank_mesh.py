@@ -193,14 +193,25 @@ def table(way: str, folder: str) -> dict[str, dict[str, float] | str]:
     return {name: measured(way, name, folder) for name in METHODS}
 
 
-def killed(way: str, folder: str) -> str:
-    """What rank 0 raises in `save` where rank 1 dies before it, or before its stage is joined."""
+def killed(way: str, folder: str) -> dict[str, str]:
+    """What rank 0 raises in `save` of each method where rank 1 has died, or before its stage is joined."""
     warnings.simplefilter("ignore")
-    spread, lost_ranks.WAIT = Run(way, folder, "LoRA"), 2.0
+    runs: dict[str, Run] = {}
+    found: dict[str, str] = {}
+    for name in METHODS:
+        try:
+            if way == "parts of sequences" and name == "prefixes":
+                found[name] = refused_in_context_parallel(folder)
+            runs[name] = Run(way, folder, name)
+        except peftcore.PeftcoreError as error:
+            found[name] = str(error)
+    lost_ranks.WAIT = 0.5
     if ranks.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    try:
-        peftcore.save(spread.joined(), f"{folder}/killed, {way}")
-    except peftcore.PeftcoreError as error:
-        return str(error)
-    return "nothing was raised"
+    for name, spread in runs.items():
+        try:
+            peftcore.save(spread.joined(), f"{folder}/killed, {way}, {name}")
+            found[name] = "nothing was raised"
+        except peftcore.PeftcoreError as error:
+            found[name] = str(error)
+    return found

@@ -10,9 +10,11 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import processes
+import psutil
 import pytest
 import torch
 from commands import SPECIAL, WORDS, save_tokenizer, write_jsonl
@@ -35,7 +37,12 @@ RUNS = {  # how each is started, on how many ranks, and where it writes its adap
 ENGINES = {  # need a library that is not in `.venv`: `make test-engines`
     "distributed/deepspeed_zero3": ("deepspeed", TORCHRUN),
     "distributed/lightning_ddp": ("lightning", PYTHON),
+    "distributed/ray_train": ("ray", PYTHON),
 }
+ON_CPUS = {
+    "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # workers import PyTorch and transformers, on a busy machine
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +99,47 @@ def test_example_of_an_engine(name: str, base: Path, tmp_path: Path) -> None:
     pytest.importorskip(library)
     data = write_jsonl(tmp_path / "data.jsonl", [{"text": f"the film is {word} and {word}"} for word in WORDS])
     command = [*launcher, str(EXAMPLES / f"{name}.py"), str(base), str(data), str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, **ON_CPUS}
     found = []
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         loaded = peftcore.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out" / "adapter")
         found.append(dict(peftcore.engine.adapter_parameters(loaded, "default")))
     assert all(p.abs().max() > 0 for n, p in found[0].items() if "lora_B" in n)
     assert all(torch.equal(found[1][n], p) for n, p in found[0].items())
+
+
+@pytest.mark.slow
+def test_example_of_an_engine_that_replaces_a_killed_worker(base: Path, tmp_path: Path) -> None:
+    """Ray starts both workers again, which continue from the newest checkpoint as if nothing had happened."""
+    from transformers import AutoModelForCausalLM
+
+    pytest.importorskip("ray")
+    texts = [{"text": f"the film is {word} and {other}"} for word in WORDS for other in WORDS[:2]]
+    data = write_jsonl(tmp_path / "data.jsonl", texts)
+    found = {}
+    for name in ("whole", "killed"):
+        out = tmp_path / name
+        command = [*PYTHON, str(EXAMPLES / "distributed/ray_train.py"), str(base), str(data), str(out)]
+        with (tmp_path / "log").open("w") as log:
+            started = psutil.Popen(command, stdout=log, stderr=log, env={**os.environ, **ON_CPUS}, cwd=tmp_path)
+        until = time.monotonic() + 600
+        try:
+            while name == "killed" and not list(out.glob("state/checkpoint_*/.metadata")):
+                assert time.monotonic() < until and started.is_running(), (tmp_path / "log").read_text()
+                time.sleep(0.01)
+            if name == "killed":
+                workers = [each for each in started.children(recursive=True) if "RayTrainWorker" in each.name()]
+                workers[-1].kill()
+            assert started.wait(600) == 0, (tmp_path / "log").read_text()
+        finally:
+            for each in [*started.children(recursive=True), started] if started.is_running() else ():
+                each.kill()
+        loaded = peftcore.load(AutoModelForCausalLM.from_pretrained(base), out / "adapter")
+        found[name] = dict(peftcore.engine.adapter_parameters(loaded, "default"))
+    assert "died" in (tmp_path / "log").read_text()
+    assert all(torch.equal(found["killed"][name], p) for name, p in found["whole"].items())
 
 
 def test_jobs_of_clusters_call_the_command_as_it_is() -> None:

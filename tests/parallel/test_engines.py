@@ -1,74 +1,109 @@
-"""Engines train, save and resume eight kinds of methods as one process does, as the table in docs/distributed.md says.
+"""Engines train, save and resume eight kinds of methods as one process does, as tests/parallel/engines.csv says.
 
-DeepSpeed's rows are run by `make test-engines`, the others in `make test-all`.
+Rows of DeepSpeed, Lightning and Ray are run by `make test-engines`, the others in `make test-all`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import engine_table
 import pytest
 import rank_engines
 import rank_work
 from processes import run
 
-PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 ZERO = ["ZeRO-1", "ZeRO-2", "ZeRO-3"]
-with_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 
-def row(engine: str, found: dict[str, dict[str, float] | str]) -> str:
-    """The line of an engine in the table of docs/distributed.md."""
-    cells = []
-    for measured in found.values():
-        if isinstance(measured, str):
-            cells.append("refused")
-        else:
-            worst = max(measured.values())
-            cells.append("right" if worst <= 1e-6 else f"wrong by {worst}")
-    return f"| {engine} | {' | '.join(cells)} |"
+def needs(library: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"needs {library}")
 
 
-def check(engine: str, found: dict[str, dict[str, float] | str]) -> None:
-    line = row(engine, found)
-    assert line in PAGE.read_text().splitlines(), f"docs/distributed.md lacks {line}\n{found}"
+def check(engine: str, of_ranks: list[dict[str, Any]], *whats: str) -> None:
+    for what in whats:
+        engine_table.check(engine, what, engine_table.worst(of_ranks, what))
 
 
-def test_the_table_names_the_methods() -> None:
-    lines = PAGE.read_text().splitlines()
-    assert f"| engine | {' | '.join(rank_engines.METHODS)} |" in lines
-    assert all(any(line.startswith(f"| {engine} |") for line in lines) for engine in ("DDP", "FSDP2", "Trainer", *ZERO))
+def test_the_page_is_made_of_the_facts() -> None:
+    page = engine_table.PAGE.read_text()
+    assert engine_table.of_page(page)[1] == engine_table.table(), "run: python tests/engine_table.py"
+
+
+def test_no_fact_is_missing() -> None:
+    facts = engine_table.read()
+    assert [*facts] == engine_table.LINES
+    for row in facts.values():
+        assert tuple(row) == engine_table.METHODS
+        for text in row.values():
+            known = {engine_table.NAMED, engine_table.SAVED, *engine_table.SENTENCES}
+            assert text in known or 0 <= float(text) <= engine_table.LIMIT
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2", "accelerate"])
 def test_a_loop_of_ones_own(engine: str, tmp_path: Path) -> None:
-    for found in run(rank_engines.table, [engine], str(tmp_path)):
-        check(engine, found[engine])
+    check(engine, run(rank_engines.table, engine, str(tmp_path / "table")), "equal", "save", "resume")
+    engine_table.check(engine, "killed", run(rank_engines.killed, engine, str(tmp_path / "killed"), dying=[1])[0])
 
 
-@pytest.mark.nightly
-def test_trainer(tmp_path: Path) -> None:
-    folder = str(tmp_path)
-    [alone] = run(rank_engines.trained_by_trainer, f"{folder}/alone", True, ranks=1, joined=False)
-    two = run(rank_engines.trained_by_trainer, folder, False, joined=False)
-    [resumed] = run(rank_engines.trained_by_trainer, folder, True, ranks=1, joined=False)
-    for of_rank in two:
-        found = {
+@pytest.mark.parametrize(
+    "engine", [pytest.param("Trainer", marks=pytest.mark.nightly), pytest.param("Lightning", marks=needs("lightning"))]
+)
+def test_an_engine_with_a_loop_of_its_own(engine: str, tmp_path: Path) -> None:
+    folder = str(tmp_path / "two")
+    [alone] = run(rank_engines.by_engine, engine, str(tmp_path / "alone"), True, ranks=1, joined=False)
+    for name, case in rank_engines.METHODS.items():
+        assert rank_work.farthest(alone[name], rank_work.values(rank_work.adapted(case))) > 1e-3  # it has learned
+    two = run(rank_engines.by_engine, engine, folder, False, joined=False)
+    [loaded] = run(rank_engines.loaded_of_each, folder, ranks=1, joined=False)
+    [resumed] = run(rank_engines.by_engine, engine, folder, True, ranks=1, joined=False)
+    found = [
+        {
             name: {
                 "equal": rank_work.farthest(of_rank[name], wanted),
+                "save": rank_work.farthest(loaded[name], of_rank[name]),
                 "resume": rank_work.farthest(resumed[name], wanted),
             }
             for name, wanted in alone.items()
         }
-        check("Trainer", found)
+        for of_rank in two
+    ]
+    check(engine, found, "equal", "save", "resume")
+    messages = run(rank_engines.killed, engine, str(tmp_path / "killed"), joined=False, dying=[1])[0]
+    engine_table.check(engine, "killed", messages)
 
 
-@with_deepspeed
+@needs("deepspeed")
 @pytest.mark.parametrize("engine", ZERO)
 def test_deepspeed(engine: str, tmp_path: Path) -> None:
-    for found in run(rank_engines.table, [engine], str(tmp_path), seconds=600):
-        check(engine, found[engine])
-    [told] = run(rank_engines.zero_on_one_rank, int(engine[-1]), f"{tmp_path}/{engine}/LoRA", ranks=1)
-    assert "used a DP world size of 2 but the current world size is 1" in told
+    folder = str(tmp_path / "table")
+    found = run(rank_engines.table, engine, folder, seconds=600)
+    check(engine, found, "equal", "save")
+    assert all(float(value) <= engine_table.LIMIT for value in engine_table.worst(found, "resume on as many").values())
+    [refused] = run(rank_engines.zero_on_one_rank, engine, folder, ranks=1, seconds=600)
+    engine_table.check(engine, "resume", refused)
+    messages = run(rank_engines.killed, engine, str(tmp_path / "killed"), dying=[1], seconds=600)[0]
+    engine_table.check(engine, "killed", messages)
+
+
+@needs("ray")
+def test_ray_train_of_an_engine(tmp_path: Path) -> None:
+    """A worker is killed after the table: both start again, and take the third step from the checkpoint."""
+    start = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(Path(rank_engines.__file__).with_name("rank_ray.py")), str(tmp_path)]
+    environment = {**os.environ, **start, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, again = (
+        [json.loads((tmp_path / f"{attempt} {rank}.json").read_text()) for rank in (0, 1)]
+        for attempt in ("first", "again")
+    )
+    check("Ray Train", first, "equal", "save", "resume")
+    engine_table.check("Ray Train", "killed", {name: max(rank[name] for rank in again) for name in again[0]})
