@@ -133,8 +133,12 @@ def comparing_trainer(task: str, **arguments: Any) -> Measuring:
             return dataset  # already tokens, with the end of the answer if it is learned
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            own: Any = base if task == data.ROLLOUTS else Measuring  # GRPO repeats each prompt
-            return own._get_train_sampler(self, train_dataset)
+            if task != data.ROLLOUTS:
+                return Measuring._get_train_sampler(self, train_dataset)
+            sampler = base._get_train_sampler(self, train_dataset)  # GRPO repeats each prompt
+            # TRL's order depends on the epochs before; a resumed run has not drawn these.
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
+            return sampler
 
         def tokenize_row(self, row: Any, *_args: Any, **_kwargs: Any) -> Any:
             return row

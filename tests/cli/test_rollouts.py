@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import Run, write_jsonl
+from safetensors.torch import load_file
 
 from peftcore import PeftcoreError
 from peftcore.cli import data, generations, models, rollouts
@@ -83,11 +85,31 @@ def test_misuse(run: Run, llama: Path, judges: Path, tmp_path: Path) -> None:
     assert "must be a multiple of --generations 3, found 8. Use --batch-size 3" in refused(
         "--reward", f"{judges}:share", "--generations", 3
     )
-    assert "--resume continues exactly, which --task grpo cannot" in refused("--reward", f"{judges}:share", "--resume")
     assert "there is no file" in refused("--reward", "none.py:f") and not (tmp_path / "no").exists()
     other = ("--task", "dpo", "--reward", "a.py:f", "-o", tmp_path / "no")
     wrong = run("train", "-m", llama, "-d", path, *METHOD, *other, code=1).output
     assert "--reward judges the answers of --task grpo" in wrong
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")  # TRL calls what transformers has deprecated
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_resume_is_exact(run: Run, llama: Path, judges: Path, tmp_path: Path, accumulated: int) -> None:
+    """Also in the second epoch, whose order of prompts differs from that of the first."""
+    path, found = write_jsonl(tmp_path / "rows.jsonl", ROWS), []
+    arguments: tuple[Any, ...] = ("-m", llama, "-d", path, "--eval-data", path, *METHOD, "--task", "grpo")
+    arguments += ("--reward", f"{judges}:share", "--answer-tokens", 4, "--lr", 0.03, "--generations", 4)
+    arguments += ("--batch-size", 8 // accumulated, "--grad-accum", accumulated, "--steps", 4, "--save-every", 1)
+    for name, lost in (("whole", ()), ("first", (2, 3, 4)), ("second", (4,))):
+        run("train", *arguments, "-o", tmp_path / name, "--keep", 9)
+        for step in lost:
+            (tmp_path / name / "checkpoints" / f"checkpoint-{step}" / "complete.json").unlink()
+        if lost:
+            said = run("train", *arguments, "-o", tmp_path / name, "--keep", 9, "--resume").output
+            assert f"checkpoint-{lost[0] - 1}" in said
+        found.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in found[0])
 
 
 @pytest.mark.nightly

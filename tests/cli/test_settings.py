@@ -25,6 +25,14 @@ def test_a_run_from_before_an_option_existed_resumes_with_its_default(tmp_path: 
     prepare_folder(tmp_path, SETTINGS, resume=True, overwrite=False)
 
 
+def test_a_run_that_samples_answers_resumes_on_as_many_ranks(tmp_path: Path) -> None:
+    one = replace(SETTINGS, task="grpo")
+    prepare_folder(tmp_path, one, resume=False, overwrite=False)
+    assert for_these_ranks(tmp_path, one) == one
+    with pytest.raises(peftcore.PeftcoreError, match=r"samples answers on 1 ranks.*found 2 ranks"):
+        for_these_ranks(tmp_path, replace(one, ranks=2))
+
+
 def test_a_run_with_flags_that_have_become_choices_resumes(tmp_path: Path) -> None:
     for flag, choice in ((True, "on"), (False, "off")):
         written(tmp_path, fuse=flag, lazy_logits=flag)

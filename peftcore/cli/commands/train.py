@@ -117,11 +117,6 @@ def train(
     if task == examples.ROLLOUTS:
         require("trl", extra="dpo")
         _check_rollouts(given, data)
-        if resume:
-            raise PeftcoreError(
-                "--resume continues exactly, which --task grpo cannot, since TRL then samples other answers. "
-                "Start a new run from its newest checkpoint: --adapter RUN/checkpoints/CHECKPOINT --output NEW"
-            )
     elif given.reward is not None:
         raise PeftcoreError(f"--reward judges the answers of --task grpo, found task {task}. Leave it out")
     if given.beta is not None and (task not in examples.COMPARED or task == examples.REWARD or given.beta <= 0):
