@@ -6,8 +6,9 @@ Text: the 1,000 movie-review snippets that the demo holds out, joined by newline
 a window but the first is predicted. Each row runs in a process of its own: it loads one folder of bf16, quantizing on
 the way, and evaluates without gradients. `bits` are those of packed weights, scales and zero points over the quantized
 weights; `tokens/s` are those of the evaluation, per second of one thread's processor time. The model was of 4 bits once
-already (see smollm2.py), which makes it more brittle than one that never was. Its rows of 576 inputs have no groups of
-128. affine4 rounds to nearest.
+already (see smollm2.py), in groups of 32, which makes it more brittle than one that never was. Its rows of 576 inputs
+have no groups of 128. affine4 rounds to nearest; "+ gptq" by GPTQ, with 2,048 tokens of the training snippets.
+"+ loftq" is LoRA r=16 with LoftQ's start; `bits` leave it out, `load` is with it.
 
 "as trained" is bitsandbytes in training mode, which computes from exact scales; in evaluation mode on a CPU with bf16
 dot products it repacks its weights and rounds the scales to bf16.
@@ -30,15 +31,8 @@ for library in smollm2.QUANTIZED:
     for double in ("", " + double quant"):
         KINDS += [library + double] + ([library + double + AS_TRAINED] if library == "bitsandbytes" else [])
 KINDS += ["peftcore fp4", "peftcore mxfp4", "peftcore affine4 64", "peftcore affine4 32"]
-
-
-def windows(tokens, window):
-    """int64 [count, window]."""
-    rows = (smollm2.DEMO / "data" / "classify_test.jsonl").read_text().splitlines()
-    text = "\n".join(json.loads(row)["text"] for row in rows)
-    ids = torch.tensor(smollm2.tokenizer()(text)["input_ids"])
-    count = min(tokens, len(ids)) // window
-    return ids[: count * window].view(count, window)
+KINDS += ["peftcore affine4 64 + gptq", "peftcore affine4 32 + gptq"]
+KINDS += [f"peftcore {name} + loftq" for name in ("nf4", "mxfp4", "affine4 64")]
 
 
 def bits(model):
@@ -56,7 +50,7 @@ def run(kind, options):
     model, seconds = smollm2.load(kind.removesuffix(AS_TRAINED), getattr(torch, options.dtype))
     weight_bits, count = bits(model)
     model.train(kind.endswith(AS_TRAINED))
-    batch = windows(options.tokens, options.window)
+    batch = smollm2.windows("classify_test", options.tokens, options.window)
     loss = 0.0
     with torch.no_grad():
         model(input_ids=batch[:1])  # what is done at a first call only

@@ -26,7 +26,7 @@ from peftcore.observation.batches import run
 from peftcore.ops import PackedWeight
 
 _DAMP = 0.01  # of the mean of H's diagonal
-_AT_ONCE = 128  # columns whose errors reach the columns behind them together
+_AT_ONCE = 32  # columns whose errors reach the columns behind them together
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def rounded(weight: Tensor, upper: Tensor, blocksize: int) -> PackedWeight:
         blocksize: number of inputs in a group.
     """
     left, width = weight.double(), weight.shape[1]
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
     scales, zeros = [], []
     step = min(blocksize, _AT_ONCE)
     for first in range(0, width, step):
@@ -51,15 +51,15 @@ def rounded(weight: Tensor, upper: Tensor, blocksize: int) -> PackedWeight:
             zeros.append(group.zeros)
             scale, zero = scales[-1].double(), zeros[-1].double()
             inverse = (1 / scale).masked_fill_(scale == 0, 0)
-        part, factor = left[:, first:last], upper[first:last, first:last]
+        part, factor = left[:, first:last].T.contiguous(), upper[first:last, first:last]  # a row is a column of W
         errors = torch.empty_like(part)
         for i in range(step):
-            code = (part[:, i] * inverse).round_().add_(zero).clamp_(0, 15)
-            codes[:, first + i] = code.to(torch.uint8)
-            errors[:, i] = (part[:, i] - scale * (code - zero)) / factor[i, i]
-            part[:, i + 1 :].addr_(errors[:, i], factor[i, i + 1 :], alpha=-1)
-        left[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
-    return ops.affine4_weight(codes, torch.stack(scales, 1), torch.stack(zeros, 1), dtype=weight.dtype)
+            code = (part[i] * inverse).round_().add_(zero).clamp_(0, 15)
+            codes[first + i] = code.to(torch.uint8)
+            errors[i] = (part[i] - scale * (code - zero)) / factor[i, i]
+            part[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        left[:, last:].addmm_(errors.T, upper[first:last, last:], alpha=-1)
+    return ops.affine4_weight(codes.T, torch.stack(scales, 1), torch.stack(zeros, 1), dtype=weight.dtype)
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
