@@ -39,6 +39,7 @@ PAIRED = (PREFERENCES, ODDS, REWARD)  # rows with a chosen and a rejected answer
 COMPARED = (PREFERENCES, UNPAIRED, ODDS, REWARD, ROLLOUTS)  # on judged answers, each with a module of its own
 TASKS = (LANGUAGE_MODEL, SEQ2SEQ, IMAGE_TEXT, EMBEDDING, SPEECH, *HEADED, *COMPARED)
 NEW_HEAD = (*HEADED, REWARD)
+NO_PROMPTS = (*NEW_HEAD, IMAGE_TEXT, EMBEDDING, SPEECH)  # whose models do not answer a text
 
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 

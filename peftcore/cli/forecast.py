@@ -223,15 +223,23 @@ def _fitted(settings: Settings) -> Settings:
     return chosen
 
 
+_UNKNOWN = {
+    data.SPEECH: "that of recordings is not known",
+    data.EMBEDDING: "that of pairs of texts is not known",
+    data.IMAGE_TEXT: "that of the part that reads images is not known",
+}
+
+
+def unknown(task: str) -> str | None:
+    """Return why the memory of a step of this task cannot be predicted, or None if it can."""
+    return _UNKNOWN.get(task)
+
+
 def _why_not(settings: Settings) -> str | None:
     from peftcore.estimating.loop import OPTIMIZERS
 
-    if settings.task == data.SPEECH:
-        return "that of recordings is not known"
-    if settings.task == data.EMBEDDING:
-        return "that of pairs of texts is not known"
-    if settings.task == data.IMAGE_TEXT:
-        return "that of the part that reads images is not known"
+    if (why := unknown(settings.task)) is not None:
+        return why
     if settings.task == data.ROLLOUTS:
         return "that of sampling answers is not known"
     if settings.optim not in OPTIMIZERS:

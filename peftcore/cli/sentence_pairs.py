@@ -81,6 +81,19 @@ def _stored(model: str, name: str) -> Any:
         return None
 
 
+def write_pooling(folder: Path, pooling: str, width: int) -> None:
+    """Write the files by which sentence-transformers, and `pooling_of`, know how a model's vectors are pooled."""
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling")))
+    ]
+    flags = {f"{_FLAG}{name}": how == pooling for name, how in _FILES.items()}
+    (folder / "1_Pooling").mkdir()
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps({"word_embedding_dimension": width, **flags}, indent=2) + "\n"
+    (folder / "1_Pooling" / "config.json").write_text(text, encoding="utf-8")
+
+
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[Example], int]:
     """Return (examples, number of rows with a text longer than `max_length`, which is cut at the end).
 

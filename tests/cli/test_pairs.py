@@ -205,6 +205,15 @@ def test_training_evaluating_and_vectors(bert: Path, tmp_path: Path, run: Run) -
     wanted = sentence_pairs.embedded(model, tokenizer(["the film is good"])["input_ids"], 0, "cls")[0]
     assert found[0]["text"] == "the film is good"
     assert found[0]["embedding"] == pytest.approx(wanted.tolist(), abs=1e-5)
+    run("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged")
+    assert sentence_pairs.pooling_of(str(tmp_path / "merged")) == "cls"
+    merged = sentence_pairs.embedded(
+        models.load_model(str(tmp_path / "merged"), EMBEDDING, device="cpu"),
+        tokenizer(["the film is good"])["input_ids"],
+        0,
+        "cls",
+    )
+    assert found[0]["embedding"] == pytest.approx(merged[0].tolist(), abs=1e-4)
     for wrong in (("generate", "--prompt", "a"), ("chat",)):
         assert "makes vectors of texts" in run(wrong[0], "--adapter", tmp_path / "run", *wrong[1:], code=1).output
     again = ("train", "--adapter", tmp_path / "run", "--data", file, "--output", tmp_path / "more", "--eval-data", file)

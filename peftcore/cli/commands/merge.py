@@ -33,7 +33,7 @@ def merge(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PeftcoreError(f"'{output}' exists already. Pass a new folder: --output FOLDER")
-    from peftcore.cli import adapter_folders, base_and_adapter, models, tasks
+    from peftcore.cli import adapter_folders, base_and_adapter, data, models, tasks
 
     task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
     tokenizer = models.load_processor(base, task.task, adapter)
@@ -45,6 +45,11 @@ def merge(
     try:
         loaded.save_pretrained(output, max_shard_size=shard_size)
         tokenizer.save_pretrained(output)
+        if task.task == data.EMBEDDING:
+            from peftcore.cli import sentence_pairs
+
+            pooling = task.pooling or sentence_pairs.pooling_of(base)
+            sentence_pairs.write_pooling(output, pooling, loaded.config.hidden_size)
     except OSError as error:
         raise PeftcoreError(f"the merged model could not be saved to '{output}': {error.strerror or error}") from error
     size = sum(file.stat().st_size for file in output.iterdir())

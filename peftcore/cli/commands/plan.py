@@ -57,7 +57,10 @@ def plan(
     settings = Settings.of(
         given, model=base_files.resolve(model), data="", task=task, method=name, fields=chosen, device=device
     )
+    why = forecast.unknown(task)
     try:
+        if why is not None:
+            raise NotFollowed(why)
         found = peftcore.estimate(
             base,
             name,

@@ -10,6 +10,7 @@ import typer
 from peftcore.cli import options
 from peftcore.cli.console import say
 from peftcore.cli.settings import RunOptions, Settings
+from peftcore.errors import PeftcoreError
 
 EXAMPLES = (
     "peftcore suggest -m MODEL --memory 24GB --device rtx4090 --max-length 2048 --examples 10000",
@@ -63,6 +64,9 @@ def suggest(
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = base_files.resolve(model)
     settings = Settings.of(given, model=base, data="", task=task, method="", device=device)
+    why = forecast.unknown(task)
+    if why is not None:
+        raise PeftcoreError(f"suggest needs the memory of a step: {why}. Train with a small --batch-size")
     found = peftcore.suggest(
         models.load_config(base, task, names),
         memory=memory,

@@ -95,12 +95,7 @@ def train(
         start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
     examples.check_task(task)
-    if display.sample is not None and task in (
-        *examples.NEW_HEAD,
-        examples.IMAGE_TEXT,
-        examples.EMBEDDING,
-        examples.SPEECH,
-    ):
+    if display.sample is not None and task in examples.NO_PROMPTS:
         raise PeftcoreError(f"--sample is a prompt for a model of texts, found task {task}. Leave it out")
     if task == examples.IMAGE and (given.chat_template is not None or given.columns is not None):
         raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")

@@ -132,10 +132,10 @@ class Texts:
 
     def _check(self, folder: Folder) -> str:
         task = adapter_folders.adapter_task(folder.path)
-        if task.task in data.HEADED:
-            raise PeftcoreError(
-                f"the adapter '{folder.name}' is a classifier and cannot write text. Use peftcore generate"
-            )
+        if task.task in data.NO_PROMPTS:
+            what = "a classifier and cannot write text" if task.task in data.HEADED else f"for the task {task.task}"
+            how = "generate" if task.task in data.HEADED else "eval" if task.task == data.REWARD else "predict"
+            raise PeftcoreError(f"the adapter '{folder.name}' is {what}. Use peftcore {how}")
         own = adapter_folders.has_tokenizer(folder.path)
         found = hashlib.blake2b(repr(task.chat_template).encode(), digest_size=16)
         for name, _, _ in folder.stamp if own else ():
