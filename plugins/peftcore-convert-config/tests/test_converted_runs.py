@@ -43,10 +43,13 @@ UNPACKED = (
 
 
 def kind_of(case: dict[str, Any]) -> str | None:
-    """Return the kind of model whose modules a case names; None if transformers has none with such names."""
+    """Return the kind of model whose modules a case names, or None."""
     named = f"{case['set'].get('target_modules', '')} {case['set'].get('target_parameters', '')}"
+    if "language_model" in named and "experts" in named:
+        return None  # Gemma 4 with experts, for which there is no tiny model here
     for part, kind in (
         ("'layer'", None),  # a DBRX that somebody rewrote
+        ("language_model.model", None),  # Voxtral, which hears
         ("mlp_up", None),  # Replit's own code
         ("language_model", "gemma3"),
         ("c_attn", "gpt2"),
@@ -100,7 +103,7 @@ def make(kind: str, folder: Path) -> None:
 def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None:
     kind = kind_of(case)
     if kind is None:
-        pytest.skip("the model has code of its own")
+        pytest.skip("no tiny model here has such modules")
     make(kind, tmp_path / "base")
     options = dict(case["options"])
     options.pop("parallel", None)  # for torchrun, which tests/parallel starts
