@@ -194,8 +194,9 @@ def estimate(
         made = stand_in(model, dtype)
         try:
             mesh = stack.enter_context(first_of(step.tp_size))
-            if quantize is not None:
+            if quantize is not None or _prepares(method):
                 refuse_packed(step.tp_size)
+            if quantize is not None:
                 to_4_bits(made, quantize)
             with torch.device("meta"):
                 divide(made, mesh)
@@ -239,6 +240,14 @@ def _refuse_doubtful(method: Any) -> None:
                 f"{', '.join(sorted(both))}: fields of both Step and the config of {method}. Pass the config object as "
                 "method and step=peftcore.Step(...)"
             )
+
+
+def _prepares(method: Any) -> bool:
+    """Return whether the method changes the base itself, which quantizes it."""
+    if method is None:
+        return False
+    found = registry.method(method) if isinstance(method, str) else registry.method_of_config(method)
+    return found.prepare is not None
 
 
 def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) -> None:

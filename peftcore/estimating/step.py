@@ -85,6 +85,11 @@ class Step:
             )
         if isinstance(self.shard, bool):
             return
+        if isinstance(self.shard, str) and "zero" in self.shard.lower():
+            raise PeftcoreError(
+                f"shard={self.shard!r}: a step under DeepSpeed's ZeRO is not predicted. shard=True predicts FSDP2, "
+                "which shards the base as ZeRO-3 does"
+            )
         if not isinstance(self.shard, Mapping):
             raise PeftcoreError(
                 f"shard must be True (FSDP2), False (DDP) or arguments of peftcore.shard, found {self.shard!r}"

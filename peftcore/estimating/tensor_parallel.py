@@ -104,4 +104,4 @@ def refuse_trained(model: nn.Module, size: int) -> None:
 def refuse_packed(size: int) -> None:
     """Raise NotFollowed for a 4-bit base of which each rank has a part."""
     if size > 1:
-        raise NotFollowed(f"quantize with tp_size={size} is not followed. Estimate with shard=True instead of tp_size")
+        raise NotFollowed(f"a 4-bit base with tp_size={size} is not followed. Use shard=True without tp_size")

@@ -167,6 +167,10 @@ def test_draws_nothing() -> None:
             {"shard": "full"},
             "shard must be True .FSDP2., False .DDP. or arguments of .* found .full.",
         ),
+        (
+            {"shard": "zero3"},
+            "shard=.zero3.: a step under DeepSpeed's ZeRO is not predicted. shard=True predicts FS",
+        ),
         ({"shard": {"adapter": "shard"}}, "shard: 'adapter' is not followed .nearest: 'adapter_placement'"),
         ({"shard": {"adapter_placement": "both"}}, "shard: adapter_placement must be one of .* found 'both'"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be None or one of bf16, fp16, found 'fp8'"),

@@ -101,7 +101,14 @@ def test_a_rank_of_tensor_parallelism_has_parts() -> None:
         ({"ranks": 6, "tp_size": 4}, "ranks must be a multiple of tp_size .4., found 6"),
         ({"ranks": 4, "tp_size": 2}, "are several groups of tensor parallelism, .* add shard=True, or .* ranks=2"),
         ({"ranks": 4, "tp_size": 4}, "tp_size=4 does not divide the 2 heads .num_key_value_heads.. Choose a divisor"),
-        ({"ranks": 2, "tp_size": 2, "quantize": "nf4"}, "quantize with tp_size=2 is not followed. Estimate with shard"),
+        (
+            {"ranks": 2, "tp_size": 2, "quantize": "nf4"},
+            "a 4-bit base with tp_size=2 is not followed. Use shard=True",
+        ),
+        (
+            {"ranks": 2, "tp_size": 2, "method": "qlora"},
+            "a 4-bit base with tp_size=2 is not followed. Use shard=True",
+        ),
         ({"ranks": 2, "tp_size": 2, "method": None}, "tp_size=2 is followed with adapters, .* Name a method"),
     ],
 )
