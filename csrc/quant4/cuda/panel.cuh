@@ -1,7 +1,7 @@
 // A block's part of y = x Wᵀ + b + s Fᵀ for 17 to 64 rows of x, directly from 4 bits: a panel of 128 rows of W, so that
 // x is read from L2 once for all of them, and, where that gives too few blocks for a GPU, a part of the columns. The
 // sums of the parts are added in order: by the last block, or on GPUs with clusters by each block for a part of x's
-// rows, reading the sums from the other blocks' shared memory. Columns must be whole blocks of 64 with one scale.
+// rows, reading the sums from the other blocks' shared memory. Columns are as in rows.cuh.
 //
 // Four pairs of warps have 32 rows of W each; the two warps of a pair divide the columns. A lane has 64 columns of four
 // rows of W at a time, with their values as in rows.cuh: half of the rows by a table, half by shuffles. x arrives by
