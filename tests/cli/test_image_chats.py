@@ -140,6 +140,7 @@ def test_wrong_rows(chats: Path, fields: dict[str, Any], message: str) -> None:
         data.read_rows(chats, IMAGE_TEXT)
 
 
+@pytest.mark.nightly
 def test_wrong_images_models_and_lengths(chats: Path, smolvlm: Path, llama: Path, run: Run) -> None:
     processor = models.load_processor(str(smolvlm), IMAGE_TEXT)
     rows = data.read_rows(chats, IMAGE_TEXT)
