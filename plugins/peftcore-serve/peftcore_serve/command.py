@@ -55,6 +55,7 @@ def serve(
     """
     listening = listen(host, port)
     with listening:
+        say(f"loading {model}", "dim")
         server = make(
             model,
             adapters,

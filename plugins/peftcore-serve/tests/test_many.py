@@ -118,6 +118,7 @@ def process(llama: Path, saved: Path, tmp_path: Path) -> Iterator[subprocess.Pop
 @pytest.mark.parametrize("busy", [False, True])
 def test_the_command_ends_cleanly(process: subprocess.Popen[str], busy: bool) -> None:
     assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().startswith("loading ")
     line = process.stdout.readline()
     assert line.startswith("endless and 7 adapters at http://127.0.0.1:"), line
     with openai.OpenAI(base_url=line.split()[-1], api_key="none", max_retries=0, timeout=30) as client:
