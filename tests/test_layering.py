@@ -23,7 +23,7 @@ ORDER = [
     },
     {"architecture", "exporter", "extensions", "finished_call", "hookspecs"},
     {"validation", "ranks", "method", "files.safe_reading", "files.folder", "files.atomic_writing", "optim", "experts"},
-    {"plugin_checks"},
+    {"plugin_checks", "sharded_terms"},
     {"plugin_discovery"},
     {"plugin_errors"},
     {"registry"},

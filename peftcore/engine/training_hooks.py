@@ -17,6 +17,7 @@ from peftcore.errors import PeftcoreError, PluginError
 from peftcore.finished_call import FinishedCall
 from peftcore.method import Method
 from peftcore.registry import registry
+from peftcore.sharded_terms import term_of_whole
 
 
 def method_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
@@ -126,7 +127,7 @@ def loss_terms(model: nn.Module) -> dict[str, Tensor]:
         if method.loss is not None:
             of_modules = partial(method.loss, modules, entry.config)
             with registry.naming(method.name, "loss"):
-                term = ranks.of_whole(list(modules.values()), of_modules, method.name) if of_parts else of_modules()
+                term = term_of_whole(list(modules.values()), of_modules, method.name) if of_parts else of_modules()
             found.append(_term(term, method.name, "the adapters' parameters"))
         if method.call_loss is not None:
             if of_parts:

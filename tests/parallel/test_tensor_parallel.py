@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import rank_bases
+import rank_dimensions
 import rank_tensor
 from processes import run
 from whole import WHOLE
@@ -79,7 +80,7 @@ def check(measured: dict[str, float | str], refused: dict[str, str]) -> None:
 
 @pytest.mark.nightly
 def test_a_mesh_of_fsdp_and_tensor_parallelism(folder: str) -> None:
-    for measured in run(rank_tensor.of_mesh, folder, ranks=4):
+    for measured in run(rank_dimensions.of_mesh, folder, ranks=4):
         check(
             measured,
             {"mesh, merge": "cannot merge: the model is sharded", "mesh, modules": "is sharded and cannot be trained"},
@@ -88,5 +89,5 @@ def test_a_mesh_of_fsdp_and_tensor_parallelism(folder: str) -> None:
 
 @pytest.mark.nightly
 def test_experts_that_the_ranks_share_out(folder: str) -> None:
-    for measured in run(rank_tensor.of_experts, folder):
+    for measured in run(rank_dimensions.of_experts, folder):
         check(measured, {})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import rank_bases
 import rank_cases
+import rank_endings
 import rank_work
 import torch
 from processes import kill_one, run
@@ -49,7 +50,7 @@ def test_a_rank_killed_in_a_save_leaves_a_whole_adapter(tmp_path: Path) -> None:
     """SIGKILL while a sharded model is saved, later each time: 3 times, in `make test-all` 50."""
     base, attempts = rank_work.model(), 50 if WHOLE else 3
     for attempt in range(attempts):
-        kill_one(rank_work.saving, str(tmp_path), after=0.03 * attempt / attempts)
+        kill_one(rank_endings.saving, str(tmp_path), after=0.03 * attempt / attempts)
         peftcore.load(base, tmp_path)
         found = {value for _, p in adapter_parameters(base, "default") for value in p.unique().tolist()}
         assert found in ({1.0}, {2.0}), attempt
@@ -61,7 +62,7 @@ def test_a_rank_that_dies_in_a_save_is_named(how: str, tmp_path: Path) -> None:
     if how != "fsdp2":
         rank_bases.write(tmp_path)
     bases = None if how == "fsdp2" else str(tmp_path)
-    message, _ = run(rank_work.saving_with_a_dying_rank, str(tmp_path / "adapter"), bases, dying=[1])
+    message, _ = run(rank_endings.saving_with_a_dying_rank, str(tmp_path / "adapter"), bases, dying=[1])
     assert "is whole: as it was before, or as saved now): rank 1 has not answered for 0.3 s. Read" in message
     peftcore.load(rank_work.model() if bases is None else rank_bases.base(bases, "llama"), tmp_path / "adapter")
 
