@@ -1,6 +1,7 @@
 """linear_4bit beside bitsandbytes and a dense F.linear, in one run, on the same threads.
 
     python benchmarks/linear_4bit.py [--size 4096] [--threads 2] [--seconds 3] [--dtype bfloat16] [--batches 1 4 16]
+    python benchmarks/linear_4bit.py --formats [--shape 4096 11008] [--level avx2]
 
 Forward for few rows of x; forward and gradient of x from 256 on. Weights come from memory, as in a model: each row goes
 through as many layers as no cache holds, and is timed once more with the layer that it has just used ("in cache": 4
@@ -15,11 +16,15 @@ they come from memory as well. What such a row takes over the one without stands
 
 "read" reads the codes and scales and computes nothing. The floor is the larger of what must be read (packed weight and
 scales) at the median speed of that, and the operations at the rate of a large dense product, in x's dtype or in fp32.
+
+`--formats` compares the 4-bit formats instead, by the processor time of one thread, so that other work on the machine
+changes less: with NF4, and with NF4 whose scales take the nearest number of bits a weight.
 """
 
 import argparse
 import logging
 import statistics
+import time
 
 import measure
 import torch
@@ -38,6 +43,34 @@ def words(weight):
     return [part.view(-1).view(torch.uint8).view(torch.int64) for part in whole]
 
 
+# By name: how to quantize, bits a weight, and the NF4 with as many bits.
+FORMATS = {
+    "NF4": (ops.quantize_4bit, 4.5, "NF4"),
+    "NF4, nested scales": (lambda w: ops.quantize_4bit(w, double_quant=True), 4.127, "NF4, nested scales"),
+    "NF4, blocks of 128": (lambda w: ops.quantize_4bit(w, blocksize=128), 4.25, "NF4, blocks of 128"),
+    "affine4, groups of 64": (ops.quantize_affine4, 4.375, "NF4"),
+    "affine4, groups of 128": (lambda w: ops.quantize_affine4(w, 128), 4.188, "NF4, nested scales"),
+    "MXFP4": (ops.quantize_mxfp4, 4.25, "NF4, blocks of 128"),
+}
+
+
+def compare_formats(shape, dtype, batches, seconds):
+    """Print the processor time of each format's product, and its ratios."""
+    torch.set_num_threads(1)
+    weight = torch.randn(shape)
+    packed = {name: quantize(weight) for name, (quantize, _, _) in FORMATS.items()}
+    for batch in batches:
+        x = torch.randn(batch, shape[1]).to(dtype)
+        rows = {name: lambda w=w, x=x: ops.linear_4bit(x, w) for name, w in packed.items()}
+        times = measure.interleaved(rows, seconds, 15, time.process_time)
+        median = {name: statistics.median(found) for name, found in times.items()}
+        print(f"\n{batch} rows of {dtype}, {shape[0]} x {shape[1]} (ms of one thread)")
+        print(f"{'':26}{'bits':>7}{'median':>9}{'of NF4':>9}{'at equal bits':>16}")
+        for name, (_, bits, peer) in FORMATS.items():
+            found = median[name]
+            print(f"{name:26}{bits:7.3f}{found:9.3f}{found / median['NF4']:9.3f}{found / median[peer]:16.3f}")
+
+
 def product_rate(size, dtype):
     """GFLOP/s of a large dense product."""
     x, weight = torch.randn(512, size).to(dtype), torch.randn(size, size).to(dtype)
@@ -53,12 +86,17 @@ def main():
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 32, 256, 1024])
     parser.add_argument("--ours", action="store_true", help="neither bitsandbytes nor lower levels")
+    parser.add_argument("--formats", action="store_true", help="compare the 4-bit formats with NF4")
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("OUT", "IN"), help="shape of the weight of --formats")
     measure.add_level_argument(parser)
     options = parser.parse_args()
     measure.run_at(options.level)
     torch.set_num_threads(options.threads)
     size, dtype, info = options.size, getattr(torch, options.dtype), build_info()
     measure.print_surroundings(options.threads)
+    if options.formats:
+        compare_formats(options.shape or (size, size), dtype, options.batches, options.seconds)
+        return
     rate = max(product_rate(size, dtype), product_rate(size, torch.float32))
     print(
         f"{size} x {size} {options.dtype}, dense product {rate:.0f} GFLOP/s, {measure.last_cache() >> 20} MiB of cache"

@@ -18,6 +18,7 @@ namespace peftcore {
 
 // Block sizes of values and of scales are powers of two.
 constexpr int kMinBlocksize = 32;
+constexpr int kMinNestedBlocksize = 16;  // of values with nested scales (NVFP4), for kernels that say so
 constexpr int kMaxBlocksize = 4096;
 
 // How the scale of a block is stored. A format of 4 bits is a codebook (`quant_map`) and one of these; a policy below
@@ -102,9 +103,11 @@ struct NestedScales {
     const WeightView& weight;
 };
 
-// The bits of 2^(e - 127). 2^-127 is a subnormal of fp32.
+// The bits of 2^(e - 127). 2^-127 is a subnormal of fp32, whose bits are larger than those of e = 0; NaN has another bit
+// than those of e = 255.
 PEFTCORE_HD uint32_t power_of_two_bits(uint8_t e) {
-    return e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : uint32_t(e) << 23;
+    const uint32_t bits = uint32_t(e) << 23, one = 0x00400000u;
+    return (bits > one ? bits : one) | (e == 255 ? one : 0u);
 }
 
 struct PowerOfTwoScales {

@@ -7,11 +7,10 @@ namespace peftcore {
 
 using at::Tensor;
 
-void check_blocksize(int64_t blocksize, const char* op, const char* name) {
-    TORCH_CHECK_VALUE(
-        blocksize >= kMinBlocksize && blocksize <= kMaxBlocksize && (blocksize & (blocksize - 1)) == 0, op,
-        ": ", name, " must be a power of two from ", kMinBlocksize, " to ", kMaxBlocksize, ", found ",
-        blocksize);
+void check_blocksize(int64_t blocksize, const char* op, const char* name, int64_t least) {
+    TORCH_CHECK_VALUE(blocksize >= least && blocksize <= kMaxBlocksize && (blocksize & (blocksize - 1)) == 0,
+                      op, ": ", name, " must be a power of two from ", least, " to ", kMaxBlocksize,
+                      ", found ", blocksize);
 }
 
 Tensor checked_quant_map(const Tensor& quant_map, int64_t entries, const at::Device& device, const char* op,
@@ -44,7 +43,10 @@ Weight::Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op) 
               : powers ? ScaleKind::kPowerOfTwo
               : affine ? ScaleKind::kAffine
                        : ScaleKind::kFloat;
-    check_blocksize(packing[0], op);
+    check_blocksize(packing[0], op, "blocksize", nested ? kMinNestedBlocksize : kMinBlocksize);
+    TORCH_CHECK_VALUE(
+        packing[0] >= kMinBlocksize || !tensors[0].is_cuda(), op, ": blocks of ", packing[0],
+        " values have no CUDA kernels. Dequantize the weight, or quantize it in another format");
     shift_ = log2_of(packing[0]);
     set_sizes(packing.slice(2), op);
     const at::Device device = tensors[0].device();
@@ -62,9 +64,10 @@ Weight::Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op) 
     parts_[kQuantMap] = checked_quant_map(tensors[kQuantMap], 16, device, op);
     parts_[kCodes] = tensors[kCodes].contiguous();
     parts_[kAbsmax] = tensors[kAbsmax].contiguous();
-    if ((powers || affine) && !nested) {
+    if (packing[0] < kMinBlocksize || (!nested && (powers || affine)))
         TORCH_CHECK_VALUE(columns_ % packing[0] == 0, op, ": rows must be whole blocks of ", packing[0],
                           " values in this format, found ", columns_, " columns");
+    if ((powers || affine) && !nested) {
         if (!has_zeros) return;
         const Tensor& zeros = tensors[kNestedAbsmax];
         check_tensor(zeros, zeros.scalar_type() == at::kByte ? at::kByte : at::kFloat, device, op, "zeros");

@@ -21,7 +21,8 @@ namespace peftcore {
 // In the place of nested_blocksize: scales are E8M0 bytes; fp32, fp16 or bf16, and blocks may have zero points.
 constexpr int64_t kPowersOfTwo = -1, kAffine = -2;
 
-void check_blocksize(int64_t blocksize, const char* op, const char* name = "blocksize");
+void check_blocksize(int64_t blocksize, const char* op, const char* name = "blocksize",
+                     int64_t least = kMinBlocksize);
 
 // A codebook of `entries` fp32 values, contiguous.
 at::Tensor checked_quant_map(const at::Tensor& quant_map, int64_t entries, const at::Device& device,

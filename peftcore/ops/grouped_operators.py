@@ -28,7 +28,7 @@ from peftcore.ops._library import define_by
 from peftcore.ops.dropout import check_dropout, dropped, factor
 from peftcore.ops.lora import wide
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_dtype, check_like, checked, value
+from peftcore.ops.weight import MIN_BLOCKSIZE, PackedWeight, check_dtype, check_like, checked, value
 
 
 def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
@@ -125,7 +125,10 @@ class _Matrices:
     def _dense(self, frozen: Tensor | PackedWeight, expert: int) -> Tensor:
         if isinstance(frozen, Tensor):
             return frozen[expert]
-        return dequantize_4bit(frozen.expert(expert), self.dtype)[0]
+        one = frozen.expert(expert)
+        if one.blocksize < MIN_BLOCKSIZE:  # which no operator takes with scales that are not nested
+            return one.values(self.dtype)[0]
+        return dequantize_4bit(one, self.dtype)[0]
 
 
 def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

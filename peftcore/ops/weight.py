@@ -33,6 +33,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_BLOCKSIZE, MAX_BLOCKSIZE = 32, 4096
+MIN_NESTED_BLOCKSIZE = 16  # of values with nested scales: NVFP4
 # Instead of a nested block size: scales are E8M0 bytes; scales are fp32, fp16 or bf16, and blocks may have zero points.
 POWERS_OF_TWO, AFFINE = -1, -2
 CENTRE = 8  # zero point of affine codes without `zeros`; the codebook's value of a code is code - CENTRE
@@ -47,7 +48,7 @@ class PackedWeight(NamedTuple):
             or bf16 for affine4.
         quant_map: fp32 `[16]`, the values of the codes.
         shape: `(.., out, in)`; leading dimensions are experts'.
-        blocksize: values that share a scale, a power of two from 32 to 4096.
+        blocksize: values that share a scale, a power of two from 32 to 4096, or 16 with nested scales.
         dtype: the one that it had. quant_type: `nf4`, `fp4`, `mxfp4` or `affine4`.
         nested_absmax, nested_quant_map, nested_offset, nested_blocksize: what turns 8-bit scales back to fp32 (fp32
             `[ceil(blocks / nested_blocksize)]`, `[256]`, `[]`), or None. nested_blocksize=POWERS_OF_TWO: scales are
@@ -213,9 +214,9 @@ def check_dtype(dtype: torch.dtype, op: str) -> None:
         raise TypeError(f"{op}: only float32, float16 and bfloat16 are supported, found {dtype}")
 
 
-def check_blocksize(blocksize: int, op: str, name: str = "blocksize") -> None:
-    fits = MIN_BLOCKSIZE <= blocksize <= MAX_BLOCKSIZE and blocksize & (blocksize - 1) == 0
-    wanted = f"a power of two from {MIN_BLOCKSIZE} to {MAX_BLOCKSIZE}"
+def check_blocksize(blocksize: int, op: str, name: str = "blocksize", least: int = MIN_BLOCKSIZE) -> None:
+    fits = least <= blocksize <= MAX_BLOCKSIZE and blocksize & (blocksize - 1) == 0
+    wanted = f"a power of two from {least} to {MAX_BLOCKSIZE}"
     value(fits, op, f"{name} must be {wanted}, found {blocksize}")
 
 
@@ -253,7 +254,7 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
     wanted = "packing must be [blocksize, nested_blocksize, shape..]"
     value(len(packing) >= 2, op, f"{wanted}, found {list(packing)}")
     blocksize, nested_blocksize, shape = int(packing[0]), int(packing[1]), tuple(packing[2:])
-    check_blocksize(blocksize, op)
+    check_blocksize(blocksize, op, least=MIN_NESTED_BLOCKSIZE if len(tensors) == 6 else MIN_BLOCKSIZE)
     for size in shape:
         value(size >= 0, op, f"shape must not be negative, found {list(shape)}")
     count = math.prod(shape)
@@ -271,10 +272,11 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
     check_numel(absmax, blocks, op, "absmax", "one a block")
     check_quant_map(quant_map, 16, device, op)
     weight = PackedWeight(codes, absmax, quant_map, shape, blocksize)
-    if powers or affine:
+    if powers or affine or blocksize < MIN_BLOCKSIZE:
         columns = shape[-1] if shape else 1
         wanted = f"rows must be whole blocks of {blocksize} values in this format"
         value(columns % blocksize == 0, op, f"{wanted}, found {columns} columns")
+    if powers or affine:
         if powers:
             return weight._replace(quant_type="mxfp4", nested_blocksize=POWERS_OF_TWO)
         if zeros is not None:

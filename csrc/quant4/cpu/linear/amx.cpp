@@ -143,7 +143,7 @@ void fill_amx(LinearKernels& kernels) {
                     .min_batch = 2,
                     .max_batch = {0, 0, kTileBatch},
                     .column_multiple = kColumns,
-                    .reads_zeros = true,
+                    .zero_input = ZeroInput::kNothing,
                     .arranged_bytes = arranged_bytes,
                     .arrange = arrange,
                     .run = run};

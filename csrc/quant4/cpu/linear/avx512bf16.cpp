@@ -119,6 +119,29 @@ void turn_scales(const float* from, int64_t stride, int64_t steps, float* out) {
     }
 }
 
+// Adds to sums[m][row] what zero points add: factors[block][row] by x's sums over blocks.
+void add_zeros(const float* factors, int64_t blocks, const float* x, int64_t count, float* sums) {
+    constexpr int kTogether = 4;  // rows of x, whose sums do not wait for one another
+    const int64_t stride = sums_stride(blocks);
+    for (int64_t m = 0; m < count; m += kTogether) {
+        const float* row[kTogether];
+        __m512 total[kTogether];
+        for (int i = 0; i < kTogether; ++i) {
+            const int64_t at = least(m + i, count - 1);  // repeats the last row, without storing it
+            row[i] = x + at * stride;
+            total[i] = _mm512_loadu_ps(sums + at * kRows);
+        }
+        for (int64_t b = 0; b < blocks; ++b) {
+            const __m512 factor = _mm512_loadu_ps(factors + b * kRows);
+#pragma GCC unroll 4
+            for (int i = 0; i < kTogether; ++i)
+                total[i] = _mm512_fmadd_ps(factor, _mm512_set1_ps(row[i][b]), total[i]);
+        }
+        for (int i = 0; i < kTogether && m + i < count; ++i)
+            _mm512_storeu_ps(sums + (m + i) * kRows, total[i]);
+    }
+}
+
 // first is a multiple of kRows.
 void run(const LinearCall& args, int64_t first, int64_t last) {
     const WeightView& weight = args.weight;
@@ -129,6 +152,9 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
     const int64_t stride = RowScales::capacity(columns, halves * kHalfStep);
     std::vector<float> sums(size_t(kInputs * kRows)), by_row(size_t(kRows * stride)),
         by_step(size_t(kRows * filled_up(steps, 4)));
+    const int64_t blocks = args.sums == nullptr ? 0 : columns >> weight.shift,
+                  sums_of_row = sums_stride(blocks);
+    std::vector<float> zeros_by_row(size_t(kRows * sums_of_row)), zeros_by_block(size_t(kRows * sums_of_row));
     for (int64_t n = first; n < last; n += kRows) {
         Strip strip{.row = {},
                     .bytes = columns / 2,
@@ -143,11 +169,21 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
             scales.write(row, by_row.data() + r * stride);
         }
         turn_scales(by_row.data(), stride, steps, by_step.data());
+        if (blocks > 0) {
+            for (int r = 0; r < kRows; ++r)
+                scales.zero_factors(least(n + r, weight.rows - 1), 1 / code.inverse,
+                                    [&](int64_t b, __m512 factors) {
+                                        _mm512_storeu_ps(zeros_by_row.data() + r * sums_of_row + b, factors);
+                                    });
+            turn_scales(zeros_by_row.data(), sums_of_row, blocks, zeros_by_block.data());
+        }
         const uint32_t* x = static_cast<const uint32_t*>(args.x);
         for (int64_t m = 0, count; m < args.batch; m += count, x += count * columns / 2, strip.line = 0) {
             count = inputs_from(m, args.batch);
             const int64_t which = count - kMinInputs;
             (halves == 1 ? kMultiply<1> : kMultiply<2>)[which](strip, x, sums.data());
+            if (blocks > 0)
+                add_zeros(zeros_by_block.data(), blocks, args.sums + m * sums_of_row, count, sums.data());
             store_results(args, n, least(last - n, kRows), m, count, sums.data(), code.inverse);
         }
     }
@@ -166,6 +202,7 @@ void fill_avx512bf16(LinearKernels& kernels) {
                     .min_batch = kMinInputs,
                     .max_batch = {0, 0, kTileBatch},
                     .column_multiple = kStep,
+                    .zero_input = ZeroInput::kSums,
                     .arranged_bytes = arranged_bytes,
                     .arrange = arrange,
                     .run = run};

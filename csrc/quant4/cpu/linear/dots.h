@@ -45,10 +45,7 @@ void store_results(const LinearCall& args, int64_t n, int64_t rows, int64_t m, i
     if (args.bias != nullptr)
         bias = from_bf16(_mm256_maskz_loadu_epi16(stored, static_cast<const uint16_t*>(args.bias) + n));
     for (int64_t i = 0; i < count; ++i) {
-        __m512 sum = _mm512_fmadd_ps(_mm512_loadu_ps(sums + i * kRows), _mm512_set1_ps(factor), bias);
-        if (args.addend != nullptr)
-            sum = _mm512_add_ps(sum,
-                                _mm512_maskz_loadu_ps(stored, args.addend + (m + i) * args.weight.rows + n));
+        const __m512 sum = _mm512_fmadd_ps(_mm512_loadu_ps(sums + i * kRows), _mm512_set1_ps(factor), bias);
         _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + (m + i) * args.weight.rows + n, stored,
                                  to_bf16(sum));
     }
@@ -210,6 +207,20 @@ struct LinearDots {
         }
     }
 
+    // What zero points add to the results of row n, times `by`.
+    template <int kBatch>
+    static void start_sums(const LinearCall& args, const RowScales& scales, int64_t n, float by,
+                           float* sums) {
+        const int64_t stride = sums_stride(args.weight.columns >> args.weight.shift);
+        __m512 total[kBatch];
+        for (__m512& one : total) one = _mm512_setzero_ps();
+        scales.zero_factors(n, by, [&](int64_t b, __m512 factors) {
+            for (int i = 0; i < kBatch; ++i)
+                total[i] = _mm512_fmadd_ps(factors, _mm512_loadu_ps(args.sums + i * stride + b), total[i]);
+        });
+        for (int i = 0; i < kBatch; ++i) _mm512_storeu_ps(sums + i * kLanes, total[i]);
+    }
+
     template <int kBatch, int kHalves>
     static void run_all(const LinearCall& args, int64_t first, int64_t last) {
         // Number of W's rows with sums and products that fit into registers.
@@ -241,8 +252,12 @@ struct LinearDots {
                         // takes 0.88 of the time.
                         for (int line = 0; line < 32; ++line)
                             _mm_prefetch(reinterpret_cast<const char*>(part.ahead + 64 * line), _MM_HINT_T1);
-                        for (int64_t i = r; i < r + taken; ++i)
+                        for (int64_t i = r; i < r + taken; ++i) {
                             scales.write(n + i, row_scales.data() + i * stride);
+                            if (args.sums != nullptr)
+                                start_sums<kBatch>(args, scales, n + i, 1 / rounded.inverse,
+                                                   sums.data() + i * kBatch * kLanes);
+                        }
                     }
                     (taken == 1 ? multiply<1, kBatch, kHalves>
                                 : multiply<kAtOnce, kBatch, kHalves>)(args, rounded.table, part);
@@ -275,6 +290,7 @@ struct LinearDots {
     static LinearKernel kernel() {
         return {.max_batch = {0, 0, kMaxBatch},
                 .column_multiple = kBlock,
+                .zero_input = ZeroInput::kSums,
                 .arranged_bytes = arranged_bytes,
                 .arrange = arrange,
                 .run = run};

@@ -242,12 +242,26 @@ struct LinearIntegers {
         if (m < end) multiply<kRows, 1, kHalves>(args, table, inverse, scales, n, m);
     }
 
+    // Each scale of blocks [first, last) twice, and zeros as `copy_scales` writes them: the most frequent size but kBlock.
+    static void twice(const WeightView& weight, int64_t first, int64_t last, float* out) {
+        constexpr int64_t kAtOnce = 32;
+        float scales[kAtOnce];
+        for (int64_t b = first; b < last; b += kAtOnce) {
+            const int64_t count = std::min(last - b, kAtOnce);
+            block_scales(weight, b, b + count, scales);
+            for (int64_t i = 0; i < count; ++i, out += 2) out[0] = out[1] = scales[i];
+        }
+        *out = 0;
+    }
+
     // Of each kBlock values of row n, or of each block if that is smaller.
     static void scales_of(const WeightView& weight, int64_t n, float* out) {
         const int64_t begin = n * weight.columns, end = begin + weight.columns;
+        const int64_t first = begin >> weight.shift, size = int64_t(1) << weight.shift;
+        if (size == 2 * kBlock && weight.columns % size == 0)
+            return twice(weight, first, end >> weight.shift, out);
         copy_scales(weight, begin, end, out);
-        const int64_t first = begin >> weight.shift;
-        if ((int64_t(1) << weight.shift) <= kBlock) return;
+        if (size <= kBlock) return;
         for (int64_t i = weight.columns / kBlock - 1; i >= 0;
              --i)  // backward, to write only behind what is still to be read
             out[i] = out[((begin + i * kBlock) >> weight.shift) - first];

@@ -8,7 +8,8 @@
 // With AMX the tile is a register, and the product of entry and scale is rounded.
 //
 // Zero points (affine codes) add to a result the block's sum of x times -(zero point - kCentre) times the scale, in fp32:
-// an addend of each result, by the loops of zeros.h. The AMX tile unpacks them instead.
+// an addend of each result, by the loops of zeros.h. With AVX-512 bf16 the kernels add it to their sums themselves; the
+// AMX tile unpacks zero points.
 //
 // Plain C++ has none of them: looking values up one by one took 17 to 20 ms for 4096 x 4096, unpacking a slab 10.
 #pragma once
@@ -29,22 +30,30 @@ struct LinearCall {
     void* y;           // [batch, weight.rows] of `dtype`
     Dtype dtype;
     const float* addend = nullptr;  // [batch, weight.rows], or nullptr
+    const float* sums = nullptr;    // of x over blocks, as `ZeroPoints` makes them, or nullptr
 };
+
+// What a kernel needs of a call whose weight has zero points.
+enum class ZeroInput { kAddend, kSums, kNothing };
 
 struct LinearKernel {
     int64_t granule = 1;              // rows of W that one call computes together
     int64_t min_batch = 1;            // rows of x from which it is faster than the other way
     int64_t max_batch[kDtypes] = {};  // rows of x up to which it is faster than slabs, by Dtype
     int column_multiple = 1;          // of the columns
-    bool reads_zeros = false;         // without an addend
+    int min_shift = 5;                // log2 of the smallest block
+    ZeroInput zero_input = ZeroInput::kAddend;
     int64_t (*arranged_bytes)(int64_t batch, int64_t columns) = nullptr;
     // False if the kernel does not take these values.
     bool (*arrange)(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out) = nullptr;
     void (*run)(const LinearCall&, int64_t first_row, int64_t last_row) = nullptr;
 };
 
+// Sums of a row of x, one for each block and zeros up to whole vectors.
+static inline int64_t sums_stride(int64_t blocks) { return filled_up(blocks, 16); }
+
 struct ZeroPoints {
-    // Sums of x over each 1 << shift columns, [batch][columns >> shift].
+    // Sums of x over each 1 << shift columns, [batch][sums_stride(columns >> shift)].
     void (*sum_blocks)(const void* x, Dtype dtype, int64_t batch, int64_t columns, int shift,
                        float* out) = nullptr;
     // Columns [first, last) of the addend, [batch][weight.rows].

@@ -45,7 +45,7 @@ struct Neon {
     };
 
     static inline Vector scales(const float* from, int64_t within, int shift) {
-        if (within % 32 == 0)  // four words, which are all in one block
+        if (within % 32 == 0 && shift >= 5)  // four words, which are all in one block
             return each([&](int i) { return vld1q_dup_f32(from + ((within + 32 * i) >> shift)); });
         float lane[kLanes];
         for (int i = 0; i < kLanes; ++i) lane[i] = from[(within + 8 * i) >> shift];

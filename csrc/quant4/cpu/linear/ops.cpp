@@ -26,26 +26,28 @@ namespace {
 
 bool takes(const LinearKernel& kernel, const WeightView& weight, Dtype dtype, int64_t batch) {
     return batch >= kernel.min_batch && batch <= kernel.max_batch[int(dtype)] &&
-           weight.columns % kernel.column_multiple == 0;
+           weight.columns % kernel.column_multiple == 0 && weight.shift >= kernel.min_shift;
 }
+
+constexpr int64_t kZeroStrip = 256;  // rows of W, a multiple of each kernel's granule
 
 // False if the kernel does not take these values of x.
 bool multiply_from_codes(const LinearKernels& all, const LinearKernel& kernel, const DirectLinear& few,
                          const WeightView& weight) {
-    const bool adds_zeros = weight.zeros != nullptr && !kernel.reads_zeros;
+    const bool sums_x = weight.zeros != nullptr && kernel.zero_input != ZeroInput::kNothing;
+    const bool adds_zeros = sums_x && kernel.zero_input == ZeroInput::kAddend;
     const int64_t arranged_bytes = filled_up(kernel.arranged_bytes(few.rows, weight.columns), 64);
-    const int64_t sums = adds_zeros ? filled_up(few.rows * (weight.columns >> weight.shift), 16) : 0,
+    const int64_t sums = sums_x ? few.rows * sums_stride(weight.columns >> weight.shift) : 0,
                   addends = adds_zeros ? few.rows * weight.rows : 0;
     char* arranged =
         static_cast<char*>(workspace(arranged_bytes + (sums + addends) * int64_t(sizeof(float))));
     if (!kernel.arrange(few.x, few.dtype, few.rows, weight.columns, arranged)) return false;
     float* sum = reinterpret_cast<float*>(arranged + arranged_bytes);
     float* addend = adds_zeros ? sum + sums : nullptr;
-    if (adds_zeros) {
+    if (sums_x) {
         all.zeros.sum_blocks(few.x, few.dtype, few.rows, weight.columns, weight.shift, sum);
-        const int64_t count = few.rows * (weight.columns >> weight.shift);
         // An infinite x times the difference of code and zero point is infinite; the difference of products is NaN.
-        if (!std::all_of(sum, sum + count, [](float value) { return std::isfinite(value); })) return false;
+        if (!std::all_of(sum, sum + sums, [](float value) { return std::isfinite(value); })) return false;
     }
     const LinearCall args{.weight = weight,
                           .batch = few.rows,
@@ -53,14 +55,20 @@ bool multiply_from_codes(const LinearKernels& all, const LinearKernel& kernel, c
                           .bias = few.bias,
                           .y = few.y,
                           .dtype = few.dtype,
-                          .addend = addend};
+                          .addend = addend,
+                          .sums = sums_x ? sum : nullptr};
     const int64_t units = ceil_div(weight.rows, kernel.granule);
     const int64_t grain = ceil_div(kProductsPerTask, weight.columns * args.batch * kernel.granule);
     at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) {
         const Range rows{first * kernel.granule, std::min(last * kernel.granule, weight.rows)};
         if (few.companion != nullptr) few.companion->before();
-        if (adds_zeros) all.zeros.addend(weight, sum, few.rows, rows.first, rows.last, addend);
-        kernel.run(args, rows.first, rows.last);
+        // Scales that the addend reads are in the cache when the kernel reads them.
+        const int64_t step = adds_zeros ? kZeroStrip : rows.last - rows.first;
+        for (int64_t n = rows.first, end; n < rows.last; n = end) {
+            end = std::min(n + step, rows.last);
+            if (adds_zeros) all.zeros.addend(weight, sum, few.rows, n, end, addend);
+            kernel.run(args, n, end);
+        }
         if (few.companion != nullptr) few.companion->after(rows);
     });
     return true;

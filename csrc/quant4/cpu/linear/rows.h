@@ -159,6 +159,7 @@ struct LinearRows {
     static LinearKernel kernel(Limits limits) {
         return {.max_batch = {limits.fp32, limits.fp16, limits.bf16},
                 .column_multiple = 8,
+                .min_shift = 4,
                 .arranged_bytes = arranged_bytes,
                 .arrange = arrange,
                 .run = run};

@@ -18,7 +18,11 @@ class RowScales {
     static int64_t capacity(int64_t columns, int step) { return columns / step + 1 + kAtOnce; }
 
     // step: a power of two, at most the size of a block, and a divisor of the columns.
-    RowScales(const WeightView& weight, int step) : weight_(weight), step_(step) {
+    RowScales(const WeightView& weight, int step)
+        : weight_(weight),
+          step_(step),
+          whole_blocks_(weight.columns >> weight.shift << weight.shift == weight.columns),
+          each_(whole_blocks_ ? weight.shift - log2_of(step) : 0) {
         if (weight.scales != ScaleKind::kNested) return;
         for (int i = 0; i < kPieces; ++i) {
             const __m512i first = _mm512_loadu_si512(weight.nested_quant_map + 32 * i),
@@ -32,23 +36,49 @@ class RowScales {
     void write(int64_t n, float* out) const {
         const int64_t begin = n * weight_.columns, count = weight_.columns / step_;
         const int64_t first = begin >> weight_.shift, last = (begin + weight_.columns - 1) >> weight_.shift;
+        // Copied, because each store could change this object, as far as the compiler knows.
+        const auto put = [each = each_, count, out](int64_t b, __m512 scales) {
+            if (each == 0) return _mm512_storeu_ps(out + b, scales);
+            repeat(scales, each, count - (b << each), out + (b << each));
+        };
         switch (weight_.scales) {
             case ScaleKind::kFloat:
-                copy(first, last - first + 1, out);
+                for (int64_t b = first; b <= last; b += kLanes)
+                    put(b - first, floats(b, there(last + 1 - b)));
                 break;
             case ScaleKind::kNested:
-                look_up(first, last, out);
+                look_up(first, last, put);
                 break;
             case ScaleKind::kPowerOfTwo:
+                for (int64_t b = first; b <= last; b += kLanes)
+                    put(b - first, powers_of_two(b, there(last + 1 - b)));
+                break;
             case ScaleKind::kAffine:
-                block_scales(weight_, first, last + 1, out);
-                for (int i = 0; i < kAtOnce; ++i) out[last + 1 - first + i] = 0;
+                for (int64_t b = first; b <= last; b += kLanes)
+                    put(b - first, affine_scales(b, there(last + 1 - b)));
+                break;
+            default:  // a kind that has no loop of vectors here
+                for (int64_t b = first; b <= last; b += kLanes) {
+                    alignas(64) float scales[kLanes] = {};
+                    block_scales(weight_, b, least(b + kLanes, last + 1), scales);
+                    put(b - first, _mm512_load_ps(scales));
+                }
         }
-        if ((int64_t(1) << weight_.shift) == step_) return;
-        if (weight_.columns >> weight_.shift << weight_.shift == weight_.columns && last - first < kRepeated)
-            return repeat(last - first + 1, count, out);
+        if (whole_blocks_) return;
         for (int64_t i = count - 1; i >= 0; --i)  // backward, to write only behind what is still to be read
             out[i] = out[((begin + i * step_) >> weight_.shift) - first];
+    }
+
+    // body(b, factors of x's sums over blocks [b, b + 16) of row n): what zero points add, times `by`. Zeros behind the
+    // row's last block.
+    template <typename Body>
+    void zero_factors(int64_t n, float by, const Body& body) const {
+        const int64_t blocks = weight_.columns >> weight_.shift, first = n * blocks;
+        for (int64_t b = 0; b < blocks; b += kLanes) {
+            const __mmask16 some = there(blocks - b);
+            const __m512 offset = _mm512_sub_ps(_mm512_set1_ps(float(kCentre)), zeros(first + b, some));
+            body(b, _mm512_mul_ps(_mm512_mul_ps(offset, _mm512_set1_ps(by)), affine_scales(first + b, some)));
+        }
     }
 
     // Address of the scales of row n.
@@ -63,19 +93,48 @@ class RowScales {
  private:
     static constexpr int kPieces = 8;   // of 32 entries
     static constexpr int kAtOnce = 32;  // scales
+    static constexpr int kLanes = 16;
 
-    static constexpr int kRepeated = 256;  // scales of a row that `repeat` takes
+    static __mmask16 there(int64_t count) { return __mmask16(count < kLanes ? (1u << count) - 1 : 0xffff); }
 
-    // Each of `blocks` scales for all its steps, where a row is whole blocks.
-    void repeat(int64_t blocks, int64_t count, float* out) const {
-        const int each = log2_of(count / blocks);
-        alignas(64) float scales[kRepeated + 16];
-        for (int64_t b = 0; b < blocks; ++b) scales[b] = out[b];
-        _mm512_storeu_ps(scales + blocks, _mm512_setzero_ps());
+    __m512 powers_of_two(int64_t block, __mmask16 some) const {
+        const __m512i e = _mm512_cvtepu8_epi32(
+            _mm_maskz_loadu_epi8(some, static_cast<const uint8_t*>(weight_.absmax) + block));
+        // 2^-127 is a subnormal, whose bits are larger than those of e = 0, and NaN has a bit more than those of 255.
+        const __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(e, 23), _mm512_set1_epi32(1 << 22));
+        const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
+        return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, is_nan, bits, _mm512_set1_epi32(1 << 22)));
+    }
+
+    __m512 affine_scales(int64_t block, __mmask16 some) const {
+        const auto shorts = [&] {
+            return _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(weight_.absmax) + block);
+        };
+        switch (weight_.scale_dtype) {
+            case Dtype::kBFloat16:
+                return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts()), 16));
+            case Dtype::kHalf:
+                return _mm512_cvtph_ps(shorts());
+            default:
+                return floats(block, some);
+        }
+    }
+
+    __m512 zeros(int64_t block, __mmask16 some) const {
+        if (!weight_.whole_zeros)
+            return _mm512_maskz_loadu_ps(some, static_cast<const float*>(weight_.zeros) + block);
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+            _mm_maskz_loadu_epi8(some, static_cast<const uint8_t*>(weight_.zeros) + block)));
+    }
+
+    // 16 scales, each 1 << each times, of which `count` are wanted.
+    static void repeat(__m512 scales, int each, int64_t count, float* out) {
         const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i index = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(each));
-        for (int64_t i = 0; i < count; i += 16)
-            _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, _mm512_loadu_ps(scales + (i >> each))));
+        for (int64_t i = 0; i < least(count, int64_t(kLanes) << each); i += kLanes) {
+            const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(int(i)));
+            const __m512i index = _mm512_srl_epi32(at, _mm_cvtsi32_si128(each));
+            _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, scales));
+        }
     }
 
     static __m512i joined(__m512i first, __m512i second) {
@@ -83,12 +142,8 @@ class RowScales {
                                   _mm512_cvtepi32_epi16(second), 1);
     }
 
-    void copy(int64_t first, int64_t count, float* out) const {
-        const float* absmax = static_cast<const float*>(weight_.absmax) + first;
-        for (int64_t b = 0; b < count; b += 16) {
-            const __mmask16 there = __mmask16(count - b < 16 ? (1u << (count - b)) - 1 : 0xffff);
-            _mm512_storeu_ps(out + b, _mm512_maskz_loadu_ps(there, absmax + b));
-        }
+    __m512 floats(int64_t block, __mmask16 some) const {
+        return _mm512_maskz_loadu_ps(some, static_cast<const float*>(weight_.absmax) + block);
     }
 
     // Bits 6 and 7 of an index choose among four permutations.
@@ -109,7 +164,8 @@ class RowScales {
                                     _mm512_set1_ps(weight_.nested_absmax[one + 1]));
     }
 
-    void look_up(int64_t first, int64_t last, float* out) const {
+    template <typename Put>
+    void look_up(int64_t first, int64_t last, const Put& put) const {
         const uint8_t* codes = static_cast<const uint8_t*>(weight_.absmax) + first;
         const __m512 offset = _mm512_set1_ps(*weight_.nested_offset);
         const int64_t count = last - first + 1, begin = weight_.first_block + first;
@@ -127,13 +183,15 @@ class RowScales {
                 const int64_t at = b + 16 * i;
                 const __m512 product = _mm512_mul_ps(_mm512_castsi512_ps(both[i]),
                                                      outer(begin + least(at, count - 1), begin + count - 1));
-                _mm512_storeu_ps(out + at, _mm512_add_ps(product, offset));
+                put(at, _mm512_add_ps(product, offset));
             }
         }
     }
 
     WeightView weight_;
     int step_;
+    bool whole_blocks_;
+    int each_;  // log2 of the steps of a block of such rows: a scale is repeated as it is written
     __m512i low_[kPieces], high_[kPieces];
 };
 

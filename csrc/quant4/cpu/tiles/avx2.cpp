@@ -62,24 +62,28 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
             continue;
         }
         for (int64_t k = first; k < last;) {
-            const int64_t end = least(last, (k / step + 1) * step);
-            alignas(32) float scales[kRows], zeros[kRows];
-            for (int r = 0; r < kRows; ++r) {
-                const int64_t block = (its_row[r] * weight.columns + k) >> weight.shift;
-                scales[r] = block_scale(weight, block);
-                zeros[r] = has_zeros ? block_zero(weight, block) : 0;
-            }
-            const __m256 scale = _mm256_load_ps(scales), zero = _mm256_load_ps(zeros);
+            const int64_t end = least(last, (k / kTileBlock + 1) * kTileBlock);
             __m256 words[kRows];
             load_words(packed, k, (end - k) / 2, words);
-            for (int64_t w = 0; w < (end - k) / 8; ++w, to += 8 * kTileColumns) {
-                const __m256i word = _mm256_castps_si256(words[w]);
+            for (int64_t begin = k, stop; begin < end; begin = stop) {
+                stop = least(end, (begin / step + 1) * step);
+                alignas(32) float scales[kRows], zeros[kRows];
+                for (int r = 0; r < kRows; ++r) {
+                    const int64_t block = (its_row[r] * weight.columns + begin) >> weight.shift;
+                    scales[r] = block_scale(weight, block);
+                    zeros[r] = has_zeros ? block_zero(weight, block) : 0;
+                }
+                const __m256 scale = _mm256_load_ps(scales), zero = _mm256_load_ps(zeros);
+                for (int64_t w = (begin - k) / 8; w < (stop - k) / 8; ++w, to += 8 * kTileColumns) {
+                    const __m256i word = _mm256_castps_si256(words[w]);
 #pragma GCC unroll 8
-                for (int i = 0; i < 8; ++i) {
-                    const __m256i index = _mm256_srli_epi32(word, (i / 2) * 8 + (i % 2 == 0 ? 4 : 0));
-                    const __m256 entry = looked_up(index, low, high);
-                    _mm256_storeu_ps(to + i * kTileColumns,
-                                     _mm256_mul_ps(has_zeros ? _mm256_sub_ps(entry, zero) : entry, scale));
+                    for (int i = 0; i < 8; ++i) {
+                        const __m256i index = _mm256_srli_epi32(word, (i / 2) * 8 + (i % 2 == 0 ? 4 : 0));
+                        const __m256 entry = looked_up(index, low, high);
+                        _mm256_storeu_ps(
+                            to + i * kTileColumns,
+                            _mm256_mul_ps(has_zeros ? _mm256_sub_ps(entry, zero) : entry, scale));
+                    }
                 }
             }
             k = end;
@@ -122,7 +126,8 @@ gemm::PackedReader reader(bool (*reads)(const WeightView&)) {
 }  // namespace
 
 void fill_avx2(gemm::ManyRows (&products)[kDtypes]) {
-    for (const Dtype dtype : {Dtype::kHalf, Dtype::kBFloat16}) products[int(dtype)].packed = reader(nullptr);
+    for (const Dtype dtype : {Dtype::kHalf, Dtype::kBFloat16})
+        products[int(dtype)].packed = reader(has_blocks);
 }
 
 }  // namespace quant4
