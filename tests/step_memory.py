@@ -129,7 +129,9 @@ def divided_on_a_rank(folder: str, cases: dict[str, tuple[Any, Step, dict[str, A
     for name, (method, step, fields) in cases.items():
         sizes = {"tp_size": step.tp_size} | ({"fsdp_size": step.copies} if step.is_sharded else {})
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=sizes).train()
-        peftcore.apply(model, method, **fields)
+        if "quantize" in fields:
+            peftcore.quantize(model, fields["quantize"])
+        peftcore.apply(model, method, **{name: value for name, value in fields.items() if name != "quantize"})
         if step.gradient_checkpointing:
             checkpoint(model, step.gradient_checkpointing)
         found[name] = _measured(model, step)

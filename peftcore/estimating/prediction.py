@@ -31,7 +31,7 @@ from peftcore.estimating.ranges import Range
 from peftcore.estimating.segments import peak_reserved
 from peftcore.estimating.stand_in import apply_again, stand_in
 from peftcore.estimating.step import Step
-from peftcore.estimating.tensor_parallel import divide, first_of, refuse_packed, refuse_trained
+from peftcore.estimating.tensor_parallel import divide, first_of, refuse_trained
 from peftcore.observation.language_config import text_config
 from peftcore.optim.paging import PAGE_BYTES
 from peftcore.quantization import quantize as to_4_bits
@@ -194,12 +194,11 @@ def estimate(
         made = stand_in(model, dtype)
         try:
             mesh = stack.enter_context(first_of(step.tp_size))
-            if quantize is not None or _prepares(method):
-                refuse_packed(step.tp_size)
+            with torch.device("meta"):
+                divide(made, mesh)
             if quantize is not None:
                 to_4_bits(made, quantize)
             with torch.device("meta"):
-                divide(made, mesh)
                 there = apply_again(made, model)
                 _place(made, method, options, step)
                 refuse_trained(made, step.tp_size)
@@ -240,14 +239,6 @@ def _refuse_doubtful(method: Any) -> None:
                 f"{', '.join(sorted(both))}: fields of both Step and the config of {method}. Pass the config object as "
                 "method and step=peftcore.Step(...)"
             )
-
-
-def _prepares(method: Any) -> bool:
-    """Return whether the method changes the base itself, which quantizes it."""
-    if method is None:
-        return False
-    found = registry.method(method) if isinstance(method, str) else registry.method_of_config(method)
-    return found.prepare is not None
 
 
 def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) -> None:

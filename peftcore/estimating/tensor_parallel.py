@@ -99,9 +99,3 @@ def refuse_trained(model: nn.Module, size: int) -> None:
         raise NotFollowed(
             f"tp_size={size} is followed with adapters, not where the divided base is trained. Name a method"
         )
-
-
-def refuse_packed(size: int) -> None:
-    """Raise NotFollowed for a 4-bit base of which each rank has a part."""
-    if size > 1:
-        raise NotFollowed(f"a 4-bit base with tp_size={size} is not followed. Use shard=True without tp_size")

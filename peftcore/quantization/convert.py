@@ -332,6 +332,8 @@ def _check_parameter(path: str, module: nn.Module, parameter: str, part: HeldPar
             f"'{path}' has its own `forward` (such as accelerate's hooks), which reads the dense weight. "
             "Quantize before the model is dispatched"
         )
+    if part is not None and weight.is_meta:
+        return
     if part is not None:
         bad = ranks.any_of(not cast(Any, weight).to_local().isfinite().all())
         if bad:

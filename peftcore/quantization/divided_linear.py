@@ -268,9 +268,14 @@ def renew_plan(module: nn.Module) -> None:
 def _quantized(part: Tensor, quant_type: str, blocksize: int, held: HeldPart) -> PackedWeight:
     """Return a part, quantized as if the whole was. Collective."""
     packed = quantized(part, quant_type, False, blocksize)
-    if not held.double_quant or part.is_meta:
+    if not held.double_quant:
         return packed
-    scales = held.whole(packed.absmax.view(part.shape[0], -1)) if held.placement.dim else _joined(packed, held)
+    if part.is_meta:
+        scales = packed.absmax.new_empty(-(-math.prod(held.shape) // packed.blocksize))
+    elif held.placement.dim:
+        scales = held.whole(packed.absmax.view(part.shape[0], -1))
+    else:
+        scales = _joined(packed, held)
     whole = ops.with_nested_scales(packed._replace(absmax=scales.reshape(-1), shape=held.shape))
     return _with_scales_of(packed, whole, held)
 
