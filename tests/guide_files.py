@@ -12,6 +12,7 @@ from transformers import (
     BertConfig,
     BertModel,
     CLIPTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -20,6 +21,7 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
+    WhisperTokenizer,
 )
 
 
@@ -31,21 +33,49 @@ def embedder(folder: Path) -> None:
 
 
 def whisper(folder: Path) -> None:
-    tokenizer = _letters()
+    """Save a Whisper for English and German, which reads two seconds."""
+    marks = [f"<|{name}|>" for name in ("endoftext", "startoftranscript", "en", "zh", "de", "translate", "transcribe")]
+    marks += [f"<|{name}|>" for name in ("startofprev", "nocaptions", "notimestamps")]
+    ids = {token: i for i, token in enumerate(["Ġ", *"abcdefghijklmnopqrstuvwxyz", *marks])}
+    tokenizer = WhisperTokenizer(ids, [])
+    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": len(tokenizer)}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
-    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **layers, **tokens, max_target_positions=32))
-    for part in (tokenizer, WhisperFeatureExtractor(), model):
+    sizes |= {"max_source_positions": 100, "num_mel_bins": 8, "max_target_positions": 32}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), ids["<|endoftext|>"])
+    tokens["decoder_start_token_id"] = ids["<|startoftranscript|>"]
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **layers, **tokens))
+    model.generation_config = GenerationConfig(
+        **tokens,
+        is_multilingual=True,
+        no_timestamps_token_id=ids["<|notimestamps|>"],
+        lang_to_id={name: ids[name] for name in ("<|en|>", "<|de|>")},
+        task_to_id={name: ids[f"<|{name}|>"] for name in ("translate", "transcribe")},
+    )
+    for part in (tokenizer, WhisperFeatureExtractor(feature_size=8, chunk_length=2), model):
         part.save_pretrained(folder)
     Path("clips").mkdir()
     lines = []
-    for i, text in enumerate(("it is good", "it is bad")):
+    for i, text in enumerate(("it is good", "it is bad", "good", "bad")):
         with wave.open(f"clips/{i}.wav", "wb") as file:
             file.setparams((1, 2, 16_000, 0, "NONE", ""))
             file.writeframes(torch.randint(-1000, 1000, (1600,), dtype=torch.int16).numpy().tobytes())
         lines.append(json.dumps({"audio": f"clips/{i}.wav", "text": text}))
     Path("clips.jsonl").write_text("\n".join(lines))
+
+
+def smolvlm(folder: Path) -> None:
+    import image_models
+
+    image_models.smolvlm(folder)
+    Path("photos").mkdir()
+    rows = []
+    for i in range(4):
+        Image.new("RGB", (20, 12), (200, 60 * i, 40)).save(f"photos/{i}.png")
+        parts = [{"type": "image", "path": f"photos/{i}.png"}, {"type": "text", "text": "is it good"}]
+        rows.append([{"role": "user", "content": parts}, {"role": "assistant", "content": "very good"}])
+    for name, turns in (("photo-chats.jsonl", rows), ("photo-questions.jsonl", [row[:1] for row in rows])):
+        Path(name).write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
 
 
 def stable_diffusion(folder: Path) -> None:
@@ -90,6 +120,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "sentence-transformers/all-MiniLM-L6-v2": embedder,
     "google-t5/t5-small": t5,
     "google/vit-base-patch16-224-in21k": vit,
+    "HuggingFaceTB/SmolVLM-256M-Instruct": smolvlm,
     "openai/whisper-tiny": whisper,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
 }

@@ -20,7 +20,7 @@ from peftcore.registry import registry
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMING_FROM = sorted((ROOT / "docs/coming-from").glob("*.md"))
-DAILY_GUIDES = ("classification.md", "preferences.md", "trl.md")  # the others run in `make test-all`
+DAILY_GUIDES = ("classification.md", "trl.md")  # the others run in `make test-all`
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("plugins/*/README.md"))]  # nothing is run
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a tiny one stands in for it, as a folder where the code runs
 README_WORDS = 900
@@ -69,8 +69,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     words = [
         {"tokens": ["Ada", "sings", "in", where], "tags": ["B-PER", "O", "O", "B-LOC"]} for where in ("Rome", "Bonn")
     ]
-    anchors = [{"anchor": "When do you open?", "positive": "Opening hours"}]
-    files = {"words.jsonl": words, "questions.jsonl": anchors}
+    anchors = [{"anchor": f"when is it {word}", "positive": f"{word} hours"} for word in ("open", "full", "closed")]
+    sums = [{"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "wanted": "5"}]
+    files = {"words.jsonl": words, "questions.jsonl": anchors, "sums.jsonl": sums}
+    files["texts.jsonl"] = [{"text": text} for text in ("open hours", "full hours")]
     files |= {"reviews.jsonl": texts, "pairs.jsonl": pairs, "marked.jsonl": marked, "alpaca.jsonl": alpaca}
     for name, rows in files.items():
         (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows) * 6)
@@ -99,6 +101,9 @@ def test_the_code_of_a_page_runs(page: Path, place: Path, capsys: pytest.Capture
     names: dict[str, object] = {}
     for language, code in blocks(page):
         if language == "python":
+            named = re.match(r"# (\w+\.py)\n", code)
+            if named:
+                Path(named[1]).write_text(code)
             exec(compile(code, page.name, "exec"), names)
             continue
         if language == "toml":
