@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_EXPERT_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _VOCABULARY = 96
@@ -88,7 +89,7 @@ def _gpt2() -> nn.Module:
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": _SIZES["intermediate_size"], "num_layers": 2, "num_heads": 4}
     return T5ForConditionalGeneration(
         T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, vocab_size=_VOCABULARY)
     )
@@ -117,8 +118,8 @@ def _vit() -> nn.Module:
 def _qwen3_moe() -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES, **_HEADS, **_SPECIAL, **experts, vocab_size=_VOCABULARY))
+    sizes = {**_SIZES, **_HEADS, **_EXPERT_SIZES, "head_dim": 8, "vocab_size": _VOCABULARY}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **_SPECIAL))
 
 
 def _varied(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -160,9 +161,9 @@ def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return copied
 
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
+def make_families() -> dict[str, Family]:
+    """Return the families by name. Each family's model is made at its first use, and then copied."""
+    families = (
         Family("Llama", _varied(tiny_llama)),
         Family("Qwen2", _varied(_qwen2)),  # biases
         Family("Gemma", _varied(_gemma)),  # a scaled embedding, tied to the head
@@ -172,7 +173,10 @@ FAMILIES: dict[str, Family] = {
         Family("ViT", _varied(_vit), _images),  # images, a BatchNorm
         Family("Qwen3-MoE", _varied(_qwen3_moe)),  # experts `[E, out, in]`
     )
-}
+    return {family.name: family for family in families}
+
+
+FAMILIES = make_families()
 
 
 def family_of(given: str | Family | Callable[[], nn.Module]) -> Family:
