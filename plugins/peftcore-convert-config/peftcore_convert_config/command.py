@@ -17,9 +17,7 @@ EXAMPLES = ("peftcore convert-config theirs.yaml --output run.toml",)
 
 
 def convert_config(
-    file: Annotated[
-        Path, typer.Argument(help="YAML file of axolotl, LLaMA-Factory or torchtune.", exists=True, dir_okay=False)
-    ],
+    file: Annotated[Path, typer.Argument(help="YAML file of axolotl, LLaMA-Factory or torchtune.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="TOML file; default: the screen.")] = None,
 ) -> None:
     """Convert a config of axolotl, LLaMA-Factory or torchtune into a file for `peftcore train --config`.
