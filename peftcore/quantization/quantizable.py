@@ -122,7 +122,8 @@ def selected_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: in
 
 def _dividing(count: int, blocksize: int) -> int:
     """Return the largest power of two up to `blocksize` that divides `count`, or 0 if that is too small."""
-    while blocksize >= MIN_BLOCKSIZE:
+    smallest = min(blocksize, MIN_BLOCKSIZE)
+    while blocksize >= smallest:
         if count % blocksize == 0:
             return blocksize
         blocksize //= 2

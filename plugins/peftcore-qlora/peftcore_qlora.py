@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import peftcore_lora
 import torch
@@ -41,7 +41,7 @@ class QLoraConfig(peftcore_lora.LoraConfig):
         skip: modules that stay dense; None: the heads. Modules in modules_to_save always stay dense.
     """
 
-    quant_type: Literal["nf4", "fp4", "mxfp4", "affine4"] = "nf4"
+    quant_type: str = "nf4"
     double_quant: bool = True
     blocksize: int = 64
     compute_dtype: str | None = None

@@ -10,7 +10,7 @@ import typer
 
 from peftcore.cli import config_file
 from peftcore.cli.console import note, require, say
-from peftcore.errors import PeftcoreError
+from peftcore.plugin import PeftcoreError
 from peftcore_convert_config.programs import convert
 
 EXAMPLES = ("peftcore convert-config theirs.yaml --output run.toml",)

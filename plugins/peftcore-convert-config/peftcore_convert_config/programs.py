@@ -7,7 +7,7 @@ docs/coming-from explain them.
 
 from __future__ import annotations
 
-from peftcore.errors import PeftcoreError
+from peftcore.plugin import PeftcoreError
 from peftcore_convert_config import axolotl, llama_factory, torchtune
 from peftcore_convert_config.reading import Reading, asks
 

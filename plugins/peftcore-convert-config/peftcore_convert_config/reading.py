@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peftcore.errors import PeftcoreError
+from peftcore.plugin import PeftcoreError
 
 _NOT_ASKED: tuple[Any, ...] = (None, False, "", [], {}, 0, "disabled")
 
