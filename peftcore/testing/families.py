@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-_EXPERT_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+EXPERT_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _VOCABULARY = 96
@@ -63,19 +63,19 @@ def tiny_llama(seed: int = 0) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**_SIZES, **_HEADS, **_SPECIAL, vocab_size=_VOCABULARY)).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **_HEADS, **_SPECIAL, vocab_size=_VOCABULARY)).eval()
 
 
 def _qwen2() -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return Qwen2ForCausalLM(Qwen2Config(**_SIZES, **_HEADS, **_SPECIAL, vocab_size=_VOCABULARY))
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, **_HEADS, **_SPECIAL, vocab_size=_VOCABULARY))
 
 
 def _gemma() -> nn.Module:
     from transformers import GemmaConfig, GemmaForCausalLM
 
-    return GemmaForCausalLM(GemmaConfig(**_SIZES, **_HEADS, **_SPECIAL, head_dim=8, vocab_size=_VOCABULARY))
+    return GemmaForCausalLM(GemmaConfig(**SIZES, **_HEADS, **_SPECIAL, head_dim=8, vocab_size=_VOCABULARY))
 
 
 def _gpt2() -> nn.Module:
@@ -89,7 +89,7 @@ def _gpt2() -> nn.Module:
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": _SIZES["intermediate_size"], "num_layers": 2, "num_heads": 4}
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": SIZES["intermediate_size"], "num_layers": 2, "num_heads": 4}
     return T5ForConditionalGeneration(
         T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, vocab_size=_VOCABULARY)
     )
@@ -99,14 +99,14 @@ def _bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(**_SIZES, **off, num_attention_heads=4, num_labels=3, vocab_size=_VOCABULARY)
+    config = BertConfig(**SIZES, **off, num_attention_heads=4, num_labels=3, vocab_size=_VOCABULARY)
     return BertForSequenceClassification(config)
 
 
 def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(**_SIZES, num_attention_heads=4, image_size=16, patch_size=8, num_labels=3)
+    config = ViTConfig(**SIZES, num_attention_heads=4, image_size=16, patch_size=8, num_labels=3)
     model = ViTForImageClassification(config)
     norm = model.vit.layernorm = _TokenBatchNorm(32)  # statistics that training changes, independent of the method
     for buffer in (norm.running_mean, norm.running_var):
@@ -118,7 +118,7 @@ def _vit() -> nn.Module:
 def _qwen3_moe() -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    sizes = {**_SIZES, **_HEADS, **_EXPERT_SIZES, "head_dim": 8, "vocab_size": _VOCABULARY}
+    sizes = {**SIZES, **_HEADS, **EXPERT_SIZES, "head_dim": 8, "vocab_size": _VOCABULARY}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **_SPECIAL))
 
 

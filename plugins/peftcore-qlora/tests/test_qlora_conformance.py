@@ -27,8 +27,8 @@ def gpt_oss() -> nn.Module:
 
 def of_whole_blocks() -> list[Family]:
     """Return the suite's families with multiples of 32 inputs in all layers, as MXFP4 and affine4 need."""
-    sizes = mock.patch.dict(suite_families._SIZES, intermediate_size=64)
-    expert_sizes = mock.patch.dict(suite_families._EXPERT_SIZES, moe_intermediate_size=32)
+    sizes = mock.patch.dict(suite_families.SIZES, intermediate_size=64)
+    expert_sizes = mock.patch.dict(suite_families.EXPERT_SIZES, moe_intermediate_size=32)
     with sizes, expert_sizes:
         families = list(suite_families.make_families().values())
         for family in families:
