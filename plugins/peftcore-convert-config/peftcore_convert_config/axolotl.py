@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore_convert_config.reading import Reading, asks, dataset, held_out, keyed, optimizer, single
+from peftcore_convert_config.reading import IMAGES, Reading, asks, dataset, held_out, keyed, optimizer, single
 
 _OWN_SCRIPT = "a script with peftcore.apply and TRL's or transformers' trainer"
 _SAVED = "load the model in Python, save it, and pass its folder"
 REFUSED = keyed(
     {
-        "images and audio in chats: a loop of your own or TRL's SFTTrainer with peftcore.apply": "processor_type",
         "none": "ebft relora",
         "peftcore.quantization.load in a script reads GPTQ": "gptq",
         "bases in NVFP4 are not read": "dsv4_fp4_grouped_mode nvfp4_merge_aware",
@@ -42,7 +41,7 @@ NOT_HERE = keyed(
             "gptq_groupsize gptq_model_v1 gptq_disable_exllama model_quantization_config "
             "model_quantization_config_kwargs"
         ),
-        "images in chats: a loop of your own": "freeze_mm_modules",
+        "--set target_modules=, a pattern of the language model's layers": "freeze_mm_modules",
         "answers are sampled by transformers; for vLLM take TRL's trainer": "vllm",
         "TRL's KTOTrainer": "kto_desirable_weight kto_undesirable_weight",
         "none": (
@@ -84,6 +83,7 @@ def convert(config: Reading) -> None:
         if asks(config.take(key)):
             config.refuse(key, instead)
     config.option("base_model", "model")
+    _images(config)
     _method(config)
     _task(config)
     _data(config)
@@ -91,6 +91,19 @@ def convert(config: Reading) -> None:
     _steps(config)
     _dtype(config)
     _shown(config)
+
+
+def _images(config: Reading) -> None:
+    """Take what makes a training one on conversations with images, and refuse those with audio."""
+    if not asks(config.take("processor_type")):
+        return
+    paths = [str(each.get("path", "")) for each in config.take("datasets", [])]
+    if any("audio" in path.lower() for path in paths):
+        config.refuse("processor_type", "for audio in chats, a loop of your own with peftcore.apply")
+    config.options["task"] = "image-text"
+    config.to_do.append(IMAGES)
+    if "language_model" in str(config.take("lora_target_modules")):
+        config.take("freeze_mm_modules")  # nothing else is adapted
 
 
 def _method(config: Reading) -> None:

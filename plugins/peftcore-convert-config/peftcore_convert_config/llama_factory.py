@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore_convert_config.reading import Reading, asks, held_out, keyed, optimizer, single
+from peftcore_convert_config.reading import IMAGES, Reading, asks, held_out, keyed, optimizer, single
 
-_IMAGES = "images in chats: a loop of your own or TRL's SFTTrainer with peftcore.apply"
+_PREFERRED = "for preferences between answers to images, TRL's DPOTrainer with peftcore.apply"
+_FROZEN = "peftcore train --task image-text, with --set target_modules= for the layers that are to be adapted"
 _MEGATRON = "none: Megatron's engine (docs/distributed.md)"
 _NOTHING = """
 do_train flash_attn enable_liger_kernel use_v1_kernels kernel_config plot_loss preprocessing_num_workers
@@ -20,16 +21,14 @@ NOT_HERE = keyed(
     {
         "TRL's trainers with peft_config=peftcore.config('lora')": "pref_ftx",
         "a script (docs/distributed.md)": "deepspeed ray_num_workers",
+        "save the images with at most this many pixels": "image_max_pixels",
+        "videos are not read": "video_max_pixels video_fps video_maxlen",
         "none: KTransformers' engine": "use_kt kt_config kt_cpu_activation kt_weight_path kt_non_expert_weight_path",
     }
 )
 _STAGES = {"sft": None, "pt": None, "dpo": "dpo", "kto": "kto", "rm": "reward"}
 REFUSED = keyed(
     {
-        _IMAGES: (
-            "image_max_pixels video_max_pixels video_fps video_maxlen freeze_vision_tower "
-            "freeze_multi_modal_projector freeze_language_model"
-        ),
         _MEGATRON: (
             "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
             "sequence_parallel use_distributed_optimizer overlap_param_gather overlap_grad_reduce "
@@ -59,6 +58,7 @@ def convert(config: Reading) -> None:
     config.options["model"] = model
     _method(config)
     _task(config)
+    _images(config)
     _data(config)
     _steps(config)
     config.option("output_dir", "output")
@@ -120,6 +120,26 @@ def _task(config: Reading) -> None:
     if task is not None:
         config.options["task"] = task
     config.option("pref_beta", "beta", float)
+
+
+def _images(config: Reading) -> None:
+    """Take what makes a training one on conversations with images; only the language model is then adapted."""
+    parts = {"freeze_vision_tower": True, "freeze_multi_modal_projector": True, "freeze_language_model": False}
+    given = {key: config.take(key) for key in parts}
+    if not any(map(config.has, (*parts, "image_max_pixels", "video_max_pixels"))):
+        return
+    if "task" in config.options:
+        config.refuse("image_max_pixels", _PREFERRED)
+    other = next((key for key, frozen in parts.items() if given[key] not in (None, frozen)), None)
+    if other is not None:
+        config.refuse(other, _FROZEN)
+    model = config.options["model"].lower()
+    if "target_modules" not in config.fields:
+        if "qwen" not in model or "vl" not in model:
+            config.refuse("model_name_or_path", _FROZEN)
+        config.fields["exclude_modules"] = r".*visual\..*"
+    config.options["task"] = "image-text"
+    config.to_do.append(IMAGES)
 
 
 def _data(config: Reading) -> None:

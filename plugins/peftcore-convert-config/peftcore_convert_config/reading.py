@@ -7,6 +7,10 @@ from typing import Any
 
 from peftcore.plugin import PeftcoreError
 
+IMAGES = (
+    "data: rows are conversations that name the files of their images (docs/guides/image-chats.md); save images of a "
+    "hub data set as files"
+)
 _NOT_ASKED: tuple[Any, ...] = (None, False, "", [], {}, 0, "disabled")
 
 
@@ -40,6 +44,10 @@ class Reading:
         self._taken.add(key)
         value = self._config.get(key)
         return default if value is None else value
+
+    def has(self, key: str) -> bool:
+        """Return whether the config asks for something by this key."""
+        return asks(self._config.get(key))
 
     def part(self, key: str) -> Reading:
         """Return a table of the config, empty if there is none, whose options and fields are those of the whole."""

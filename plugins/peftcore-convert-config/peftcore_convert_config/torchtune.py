@@ -6,7 +6,10 @@ from typing import Any
 
 from peftcore_convert_config.reading import Reading, asks, dataset, keyed, optimizer, single
 
-_IMAGES = "images in chats: a loop of your own or TRL's SFTTrainer with peftcore.apply"
+_IMAGES = (
+    "for Llama 3.2 Vision, a loop of your own with peftcore.apply; peftcore train --task image-text trains SmolVLM, "
+    "Qwen2.5-VL and LLaVA"
+)
 _DISTILLING = "a loop of your own with peftcore.disabled for the teacher, or TRL's GKD"
 _NOTHING = """
 save_adapter_weights_only shuffle collate_fn dataloader low_cpu_ram log_every_n_steps log_peak_memory_stats log_level

@@ -23,6 +23,9 @@ PAIRS = [
 ]
 
 
+SEEING = {"model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct", "finetuning_type": "lora", "image_max_pixels": 4096}
+
+
 def read_toml(text: str) -> dict[str, Any]:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     found: dict[str, Any] = tomllib.loads(text)
@@ -138,13 +141,30 @@ def test_defaults_of_the_programs_that_are_not_ours() -> None:
     assert tune.fields == {"target_modules": ["qkv_proj", "o_proj"]}
 
 
+def test_conversations_with_images() -> None:
+    pattern = r"model.language_model.layers.[\d]+.self_attn.(q|v)_proj"
+    config = {"base_model": "m", "adapter": "lora", "processor_type": "AutoProcessor", "freeze_mm_modules": True}
+    found = programs.convert(
+        {**config, "lora_target_modules": pattern, "datasets": [{"path": "a", "type": "chat_template"}]}
+    )
+    assert found.options["task"] == "image-text" and found.fields == {"target_modules": pattern}
+    assert found.left_out == {} and len(found.to_do) == 1 and "save images" in found.to_do[0]
+    assert programs.convert({**config, "lora_target_linear": True}).left_out.keys() == {"freeze_mm_modules"}
+    factory = programs.convert({**SEEING, "lora_target": "all", "freeze_vision_tower": True})
+    assert factory.options["task"] == "image-text" and factory.left_out.keys() == {"image_max_pixels"}
+    assert factory.fields["exclude_modules"] == r".*visual\..*"  # as there, the part that reads images stays frozen
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (
-            {"base_model": "m", "adapter": "lora", "processor_type": "AutoProcessor"},
-            "'processor_type: Auto",
+            {"base_model": "m", "processor_type": "AutoProcessor", "datasets": [{"path": "org/vision-audio"}]},
+            "'processor_type: Auto.* for audio in chats",
         ),
+        ({**SEEING, "stage": "dpo"}, "'image_max_pixels: 4096' .* DPOTrainer"),
+        ({**SEEING, "freeze_language_model": True}, "'freeze_language_model: True' .* --set target_modules="),
+        ({**SEEING, "model_name_or_path": "org/other"}, "'model_name_or_path: org/other' .* target_modules="),
         ({"base_model": "m", "adapter": "lora", "rl": "ipo"}, "'rl: ipo' has no counterpart .* TRL's trainers"),
         (
             {"base_model": "m", "adapter": "lora", "learning_rate": "fast"},
@@ -152,7 +172,7 @@ def test_defaults_of_the_programs_that_are_not_ours() -> None:
         ),
         ({"model_name_or_path": "m-AWQ", "finetuning_type": "lora"}, "quantization.load in a script"),
         ({"model_name_or_path": "m", "finetuning_type": "full"}, "'finetuning_type: full' has no counterpart"),
-        ({"model": {"image_size": 5}, "checkpointer": {}}, "images in chats"),
+        ({"model": {"image_size": 5}, "checkpointer": {}}, "for Llama 3.2 Vision"),
         ({"learning_rate": 1}, "of no program that is known"),
     ],
 )
