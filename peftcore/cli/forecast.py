@@ -21,6 +21,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.estimating import Range, memory_here
 from peftcore.estimating.searching import PAGED, PLAIN
 from peftcore.estimating.step import MIXED
+from peftcore.estimating.zero_settings import NAMES as ZERO
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,19 @@ class Forecast:
         )
 
 
-def how(task: str, precision: str, parallel: str | None, processes: int, tp_size: int = 1) -> dict[str, Any]:
-    """Return the arguments of `peftcore.Step` that options determine.
+def how(
+    task: str, precision: str, parallel: str | None, processes: int, tp_size: int = 1, *, zero: bool = False
+) -> dict[str, Any]:
+    """Return the arguments of `peftcore.Step` that options determine. `zero`: `parallel` may also be ZeRO's.
 
     Raises:
         PeftcoreError: an option is unknown, or `parallel` and the number of processes do not fit together.
     """
     if precision not in precisions.PRECISIONS:
         raise PeftcoreError(f"--precision must be one of {', '.join(precisions.PRECISIONS)}, found '{precision}'")
-    if parallel is not None and parallel not in torchrun.WAYS:
-        raise PeftcoreError(f"--parallel must be one of {', '.join(torchrun.WAYS)}, found '{parallel}'")
+    ways = (*torchrun.WAYS, *(ZERO if zero else ()))
+    if parallel is not None and parallel not in ways:
+        raise PeftcoreError(f"--parallel must be one of {', '.join(ways)}, found '{parallel}'")
     if parallel is None and processes > tp_size:
         raise PeftcoreError(f"{processes} processes need a way to share the work: --parallel ddp, or fsdp2")
     return {
@@ -88,7 +92,7 @@ def how(task: str, precision: str, parallel: str | None, processes: int, tp_size
         "loss": {data.PREFERENCES: "dpo", data.ODDS: "dpo", data.UNPAIRED: "kto"}.get(task),
         "mixed_precision": precision if precision in MIXED else None,
         "ranks": processes,
-        "shard": parallel == "fsdp2",
+        "shard": parallel if parallel in ZERO else parallel == "fsdp2",
         "tp_size": tp_size,
     }
 

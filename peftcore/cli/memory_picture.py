@@ -11,9 +11,9 @@ from peftcore.cli.chart import BLUE, GREY, INK, PALE
 from peftcore.cli.forecast import Forecast
 from peftcore.cli.memory_trace import Trace
 from peftcore.estimating.devices import Sheet
-from peftcore.estimating.loop import ADAPTERS, BASE, INPUTS, STATE
+from peftcore.estimating.loop import ADAPTERS, BASE, INPUTS
 from peftcore.estimating.prediction import ACTIVATIONS, KEPT, KERNELS, KINDS, LOGITS, TEMPORARIES
-from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES
+from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES, STATE
 
 if TYPE_CHECKING:
     from peftcore import Estimate

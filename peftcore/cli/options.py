@@ -109,7 +109,8 @@ WrittenDtype = Annotated[
 Parallel = Annotated[
     str | None,
     typer.Option(
-        help="Distribution over the processes of torchrun: ddp (a copy of the base in each) or fsdp2 (shards)."
+        help="Distribution over the processes of torchrun: ddp (a copy of the base in each) or fsdp2 (shards); "
+        "for plan also zero1, zero2 or zero3 (DeepSpeed)."
     ),
 ]
 Ranks = Annotated[int, typer.Option(min=1, help="Processes of the run, of which one is estimated.")]

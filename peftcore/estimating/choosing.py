@@ -16,8 +16,9 @@ import torch
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.devices import CARDS, Device, device_of, libraries_of_command, usable
 from peftcore.estimating.following import NotFollowed
-from peftcore.estimating.loop import ADAPTERS, BASE, STATE
+from peftcore.estimating.loop import ADAPTERS, BASE
 from peftcore.estimating.prediction import Estimate, step_of
+from peftcore.estimating.processes import STATE
 from peftcore.estimating.ranges import Range
 from peftcore.estimating.searching import ALIKE, LARGEST_BATCH, PAGED, PLAIN, Choice, Search, Sized, front
 from peftcore.estimating.stand_in import config_of

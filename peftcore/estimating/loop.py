@@ -14,20 +14,21 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.engine import after_step, extra_loss, state_of
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.estimating.following import Following, NotFollowed
+from peftcore.estimating.following import LARGEST_INDEX, Following, NotFollowed
 from peftcore.estimating.kernels import kernels_of_cpu
 from peftcore.estimating.lazy_loss import lazily
 from peftcore.estimating.losses import Own, loss_of, rows_of, tiles_in_place
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
-from peftcore.estimating.processes import GRADIENTS, Alone, processes_of
+from peftcore.estimating.processes import GRADIENTS, STATE, Alone, Replicas, Shards
 from peftcore.estimating.step import Step
+from peftcore.estimating.zero import Partitions, Replicated
 from peftcore.observation.inputs import BATCH, LENGTH, example_inputs
 from peftcore.observation.language_config import text_config
 from peftcore.observation.meta import MetaFloats
 from peftcore.optim import NAMES
 from peftcore.optim.paging import PagedOptimizer
 
-BASE, ADAPTERS, STATE = "base", "adapters", "optimizer state"
+BASE, ADAPTERS = "base", "adapters"
 INPUTS = "inputs"
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "optimizer"
 
@@ -101,20 +102,32 @@ def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool)
     inputs = make_inputs(model, rows_of(step.loss, step.batch_size), step.length)
     lazy = step.lazy_logits and step.loss is None and not step.is_sharded
     loss = lazily(model, on_card) if lazy else loss_of(model, step.loss)
-    processes = processes_of(model, step, on_card=on_card)
+    processes = _processes_of(model, step, on_card=on_card)
     if loss.reference is not None and step.is_sharded:
         raise NotFollowed(
             f"loss='{step.loss}' without adapters on shards is not followed: the trainer loads a second model. Name a "
             "method, or leave out shard"
         )
     optimizer = make_optimizer(processes.trained(), step.optimizer)
+    precision = None if step.zero is not None else step.mixed_precision  # DeepSpeed casts the model
     with ExitStack() as stack:
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(asked_of_cpu())
-        if step.mixed_precision is not None:
+        if precision is not None:
             stack.enter_context(on_meta(on_card))
         stack.enter_context(tiles_in_place() if on_card else kernels_of_cpu())
-        _follow(following, inputs, loss, processes, optimizer, step)
+        _follow(following, inputs, loss, processes, optimizer, step, precision)
+
+
+def _processes_of(model: nn.Module, step: Step, *, on_card: bool) -> Alone:
+    """Return the model as one of the step's processes holds it."""
+    if step.zero is not None:
+        return (Partitions if step.zero.stage == 3 else Replicated)(model, step.zero, step.ranks)
+    if step.is_sharded:
+        return Shards(model, step, on_card)
+    if step.copies > 1:
+        return Replicas(model, clones=not step.gradient_checkpointing)
+    return Alone(model)
 
 
 def _follow(
@@ -124,34 +137,50 @@ def _follow(
     processes: Alone,
     optimizer: torch.optim.Optimizer,
     step: Step,
+    precision: str | None,
 ) -> None:
     model, parameters = processes.model, processes.trained()
+    batches = step.gradient_accumulation
+
+    def call(called: nn.Module, **arguments: Any) -> Any:
+        with autocast(precision):
+            outputs = called(**arguments)
+        if precision is not None:
+            outputs = to_single(outputs)
+        return processes.after_forward(outputs)
+
+    def loss_now() -> Any:
+        loss = loss_of_batch(call, inputs)
+        return (loss + extra_loss(model) if state_of(model) is not None else loss) / batches
+
+    def rehearsal() -> None:
+        with MetaFloats(largest_index=LARGEST_INDEX):
+            loss_now().backward()
+
+    processes.rehearse(rehearsal)
     _give_state(parameters, optimizer)
     _see_what_stays(following, processes, loss_of_batch, optimizer)
     for tensor in inputs.values():
         following.see(tensor, INPUTS)
     processes.start(following)
     trained = [p for p in model.parameters() if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: following.see(p.grad, GRADIENTS)) for p in trained]
 
-    def call(called: nn.Module, **arguments: Any) -> Any:
-        with autocast(step.mixed_precision):
-            outputs = called(**arguments)
-        if step.mixed_precision is not None:
-            outputs = to_single(outputs)
-        return processes.after_forward(outputs)
+    def see_gradient(p: Tensor) -> None:
+        if p.grad is not None:
+            following.see(p.grad, GRADIENTS)
 
-    batches = step.gradient_accumulation
+    hooks = [p.register_post_accumulate_grad_hook(see_gradient) for p in trained]
+
     with following.running(model):
         for batch in range(batches):
             following.phase = FORWARD if batches == 1 else f"{FORWARD} of batch {batch + 1}"
-            loss = loss_of_batch(call, inputs)
-            loss = (loss + extra_loss(model) if state_of(model) is not None else loss) / batches
+            loss = loss_now()
             following.phase = BACKWARD if batches == 1 else f"{BACKWARD} of batch {batch + 1}"
             loss.backward()
             del loss
             processes.after_backward()
         following.phase = UPDATE
+        processes.finish()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         firsts = {*_firsts(parameters).values()}
         following.times = sum(p.numel() for p in parameters) / max(1, sum(p.numel() for p in firsts))

@@ -35,7 +35,7 @@ _WIDEST = {
     "addcdiv", "addcmul", "atan2", "bilinear", "cross", "dot", "vdot", "grid_sampler", "index_put", "tensordot",
     "scatter_add", "cat", "stack", "index_copy",
 }  # fmt: skip
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
@@ -44,13 +44,13 @@ def autocast(precision: str | None) -> Iterator[None]:
     if precision is None:
         yield
         return
-    with torch.autocast("cpu", _DTYPES[precision]):
+    with torch.autocast("cpu", DTYPES[precision]):
         yield
 
 
 def to_single(outputs: Any) -> Any:
     """Return a forward's outputs in fp32, as accelerate does for a trainer."""
-    return tree_map_only(Tensor, lambda t: t.float() if t.dtype in _DTYPES.values() else t, outputs)
+    return tree_map_only(Tensor, lambda t: t.float() if t.dtype in DTYPES.values() else t, outputs)
 
 
 @contextmanager

@@ -22,11 +22,12 @@ from peftcore.estimating.checkpointing import checkpoint
 from peftcore.estimating.costs import kept
 from peftcore.estimating.devices import Device, device_of
 from peftcore.estimating.following import Following, NotFollowed, Operation, Storage
-from peftcore.estimating.loop import ADAPTERS, BACKWARD, BASE, FORWARD, INPUTS, STATE, follow, is_paged
+from peftcore.estimating.loop import ADAPTERS, BACKWARD, BASE, FORWARD, INPUTS, follow, is_paged
 from peftcore.estimating.losses import rows_of
+from peftcore.estimating.mixed_precision import DTYPES
 from peftcore.estimating.overhead import NONE, Overhead
 from peftcore.estimating.peaks import LARGE, held, peaks
-from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES
+from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES, STATE
 from peftcore.estimating.ranges import Range
 from peftcore.estimating.segments import peak_reserved
 from peftcore.estimating.stand_in import apply_again, stand_in
@@ -34,6 +35,7 @@ from peftcore.estimating.step import Step
 from peftcore.estimating.tensor_parallel import divide, first_of, refuse_trained
 from peftcore.observation.language_config import text_config
 from peftcore.optim.paging import PAGE_BYTES
+from peftcore.quantization import QuantizedLinear
 from peftcore.quantization import quantize as to_4_bits
 from peftcore.registry import registry
 
@@ -202,6 +204,8 @@ def estimate(
                 there = apply_again(made, model)
                 _place(made, method, options, step)
                 refuse_trained(made, step.tp_size)
+                if step.zero is not None and step.mixed_precision is not None:
+                    _cast_as_deepspeed(made, step.mixed_precision)
                 if step.gradient_checkpointing:
                     checkpoint(made, step.gradient_checkpointing)
                 follow(following, made.train(), step, on_card=on_card)
@@ -239,6 +243,15 @@ def _refuse_doubtful(method: Any) -> None:
                 f"{', '.join(sorted(both))}: fields of both Step and the config of {method}. Pass the config object as "
                 "method and step=peftcore.Step(...)"
             )
+
+
+def _cast_as_deepspeed(model: nn.Module, precision: str) -> None:
+    if any(isinstance(module, QuantizedLinear) and module.is_quantized for module in model.modules()):
+        raise NotFollowed(
+            f"mixed_precision='{precision}' on a 4-bit base under ZeRO is not followed. Leave mixed_precision out, and "
+            "name the dtype: dtype=torch.bfloat16"
+        )
+    model.to(DTYPES[precision])
 
 
 def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) -> None:

@@ -13,6 +13,7 @@ The time of messages is not known.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from peftcore.estimating.tensor_parallel import planned_groups
 from peftcore.parallel import blocks, divided
 
 GRADIENTS, GATHERED, MESSAGES = "gradients", "gathered weights", "between ranks"
+STATE = "optimizer state"
 
 
 class Alone:
@@ -47,12 +49,18 @@ class Alone:
     def start(self, following: Following) -> None:
         """Record what exists besides the model when the run begins."""
 
+    def rehearse(self, once: Callable[[], None]) -> None:
+        """Run forward and backward without recording, if their order must be known."""
+
     def after_forward(self, outputs: Any) -> Any:
         """Return the model's outputs as the loss receives them."""
         return outputs
 
     def after_backward(self) -> None:
         """Do what follows a backward."""
+
+    def finish(self) -> None:
+        """Do what precedes the optimizer's step."""
 
 
 class Replicas(Alone):
@@ -84,7 +92,7 @@ class Shards(Alone):
     def __init__(self, model: nn.Module, step: Step, on_card: bool) -> None:
         super().__init__(model)
         self.on_card = on_card
-        options = {} if isinstance(step.shard, bool) else dict(step.shard)
+        options = dict(step.shard) if isinstance(step.shard, Mapping) else {}
         self.ranks = step.copies
         reshards = options.get("reshard_after_forward", True)
         self.averaged, whole = divided(model, options.get("adapter_placement", "replicate"))
@@ -264,12 +272,3 @@ def _shard(p: nn.Parameter, count: int) -> nn.Parameter:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def processes_of(model: nn.Module, step: Step, *, on_card: bool) -> Alone:
-    """Return the model as one of the step's processes holds it."""
-    if step.is_sharded:
-        return Shards(model, step, on_card)
-    if step.copies > 1:
-        return Replicas(model, clones=not step.gradient_checkpointing)
-    return Alone(model)

@@ -70,9 +70,11 @@ def test_plan_of_several_processes_and_mixed_precision(run: Run, llama: Path) ->
     arguments = ("plan", "-m", llama, *METHOD, "--batch-size", 2, "--max-length", 12)
     several = run(*arguments, "--parallel", "fsdp2", "--ranks", 4, "--precision", "bf16").output
     assert "batch 2 x 12, mixed bf16, one of 4 ranks (FSDP2)" in several and "gathered weights" in several
+    zero = run(*arguments, "--parallel", "zero3", "--ranks", 4).output
+    assert "batch 2 x 12, one of 4 ranks (ZeRO-3)" in zero and "gathered weights" in zero
     assert "batch 2 x 12, dpo" in run(*arguments, "--task", "dpo").output
     assert "2 processes need a way to share the work: --parallel ddp" in run(*arguments, "--ranks", 2, code=1).output
-    assert "--parallel must be one of ddp, fsdp2, found 'tp'" in run(*arguments, "--parallel", "tp", code=1).output
+    assert "one of ddp, fsdp2, zero1, zero2, zero3, found 'tp'" in run(*arguments, "--parallel", "tp", code=1).output
     assert (
         "--precision must be one of auto, fp32, bf16, fp16, found 'fp8'"
         in run(*arguments, "--precision", "fp8", code=1).output

@@ -12,9 +12,11 @@ import rank_bases
 import rank_cases
 import rank_work
 import rank_zero
+import rank_zero_memory
 import trainers
 from processes import run
 from safetensors.torch import load_file
+from step_memory import predicted, staying
 
 import peftcore
 from peftcore.engine import adapter_parameters
@@ -93,3 +95,16 @@ def test_trainer_saves_and_resumes(tmp_path: Path, stage: int, gather: bool) -> 
     for number in (1, 2, 3):
         there = load_file(tmp_path / f"checkpoint-{number}/adapter_model.safetensors")
         assert {name: tensor.shape for name, tensor in there.items()} == shapes
+
+
+def test_a_rank_holds_what_is_estimated() -> None:
+    """Between steps within 3 %, at the peak within 3 % and what gloo gives back late."""
+    both = run(rank_zero_memory.all_on_a_rank, list(rank_zero_memory.CASES), seconds=600)
+    for name, (method, step, fields) in rank_zero_memory.CASES.items():
+        found = peftcore.estimate(rank_zero_memory.CONFIG, method, step=step, **fields)
+        held, most = both[0][name][0], min(measured[name][1] for measured in both)
+        resting = sum(s.bytes for s in found.storages if s.born == 0 and s.kind is not None)
+        peak = predicted(found) + staying(found)
+        assert 0.97 * held <= resting <= 1.001 * held, (name, resting, held)
+        late = 2 * max(s.bytes for s in found.storages if s.kind in ("between ranks", "gathered weights"))
+        assert 0.97 * most - late <= peak <= 1.01 * most, (name, peak, most)

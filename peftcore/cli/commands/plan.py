@@ -48,7 +48,7 @@ def plan(
 
     task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
     data.check_task(task)
-    how = forecast.how(task, given.precision, given.parallel, ranks, tp_size)
+    how = forecast.how(task, given.precision, given.parallel, ranks, tp_size, zero=True)
     name, chosen = options.resolve_method(method, fields)
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = models.empty_model(base_files.resolve(model), task, names)
