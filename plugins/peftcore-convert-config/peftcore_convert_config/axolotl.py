@@ -43,7 +43,6 @@ NOT_HERE = keyed(
         ),
         "--set target_modules=, a pattern of the language model's layers": "freeze_mm_modules",
         "answers are sampled by transformers; for vLLM take TRL's trainer": "vllm",
-        "TRL's KTOTrainer": "kto_desirable_weight kto_undesirable_weight",
         "none": (
             "relora_prune_ratio relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps "
             "jagged_restart_anneal_steps peft"
@@ -177,6 +176,8 @@ def _task(config: Reading) -> None:
         config.options["task"] = "reward"
     config.option("rl_beta", "beta", float)
     config.option("orpo_alpha", "beta", float)
+    config.option("kto_desirable_weight", "desirable_weight", float)
+    config.option("kto_undesirable_weight", "undesirable_weight", float)
     trl = config.part("trl")
     if kind == "grpo":
         trl.option("num_generations", "generations", int)
