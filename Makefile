@@ -17,8 +17,8 @@ PACKAGING := pyproject.toml setup.py $(PLUGINS:%=%/pyproject.toml)
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
 CSRC := $(filter csrc/%,$(CXX_FILES))
 
-# decode_llama.py is a part of decode.py, for another Python.
-BENCHMARKS = $(filter-out benchmarks/decode_llama.py,$(shell grep -l __main__ benchmarks/*.py))
+# decode_llama.py is a part of decode.py, for another Python; the others left out need arguments.
+BENCHMARKS = $(filter-out $(patsubst %,benchmarks/%.py,decode_llama coming_from journeys),$(shell grep -l __main__ benchmarks/*.py))
 
 .PHONY: install demo test test-engines test-all test-avx2 lint fix docs bench cuda-bounds matrix figures compare census export-check clean
 
