@@ -7,8 +7,8 @@
 `preferences`: own pairs of answers, DPO, a GGUF file, and an answer of llama.cpp next to peftcore's. PYTHON is that of
 an environment with llama-cpp-python (`make export-check` makes one). `images`: a folder of labelled images (discs and
 squares of any colour, drawn here), a classifier of ViT-tiny's shape with random weights, since no hub is asked, and
-answers to new images. `serving`: many adapters behind one port, each of which answers. Every command is a program of its
-own, as for a user; a line has the seconds elapsed, and those of processors.
+answers to new images. `serving`: many adapters behind one port, each of which answers. Every command is a program of
+its own, as for a user; a line has the seconds elapsed, and those of processors.
 """
 
 import argparse
