@@ -22,12 +22,14 @@ CASES: dict[str, tuple[Any, Step, dict[str, Any]]] = {
     "zero1, every parameter": (None, Step(**ON_TWO, shard="zero1"), {}),
     "zero2": ("lora", Step(**ON_TWO, shard="zero2"), {}),
     "zero2, bf16": ("lora", Step(**ON_TWO, shard="zero2", mixed_precision="bf16"), {}),
+    "zero2, 4 bits": ("qlora", Step(**ON_TWO, shard="zero2"), {}),
     "zero2, every parameter": (None, Step(**ON_TWO, shard="zero2"), {}),
     "zero3": ("lora", Step(**ON_TWO, shard="zero3"), {}),
     "zero3, parameters released early": ("lora", Step(**ON_TWO, shard=NEAR), {}),
     "zero3, checkpointing": ("lora", Step(**ON_TWO, shard=NEAR, gradient_checkpointing=True), {}),
     "zero3, bf16": ("lora", Step(**ON_TWO, shard="zero3", mixed_precision="bf16"), {}),
     "zero3, two batches": ("lora", Step(**ON_TWO, shard="zero3", gradient_accumulation=2), {}),
+    "zero3, 4 bits": ("qlora", Step(**ON_TWO, shard="zero3"), {}),
     "zero3, every parameter": (None, Step(**ON_TWO, shard="zero3"), {}),
 }
 

@@ -99,13 +99,13 @@ class Replicated(_Engine):
                     self._reduce(p)
             self._flush()
             self.kept = [] if self.part is None else [self.part]
+        self.buffers.clear()
         flat = self.new(self.master.numel(), GRADIENTS)
         if self.dtype == torch.float32:
             self.master.grad = flat
         else:
             super().finish()
         self.kept.clear()
-        self.buffers.clear()
         self.part = None
 
     def _reduce(self, p: nn.Parameter) -> None:
