@@ -68,7 +68,7 @@ def smolvlm(folder: Path) -> None:
     import image_models
 
     image_models.smolvlm(folder)
-    Path("photos").mkdir()
+    Path("photos").mkdir(exist_ok=True)
     rows = []
     for i in range(4):
         Image.new("RGB", (20, 12), (200, 60 * i, 40)).save(f"photos/{i}.png")
@@ -111,7 +111,7 @@ def vit(folder: Path) -> None:
     ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=5, **sizes)).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     for where in ("train/ripe", "train/rotten", "test/ripe", "test/rotten", "new"):
-        Path("photos", where).mkdir(parents=True)
+        Path("photos", where).mkdir(parents=True, exist_ok=True)
         for i in range(2):
             Image.new("RGB", (20, 12), (200 * ("ripe" in where), 90 * i, 40)).save(f"photos/{where}/{i}.png")
 
