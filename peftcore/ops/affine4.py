@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops.codebooks import codebook
+from peftcore.ops.huge_pages import empty_bytes, in_huge_pages
 from peftcore.ops.weight import (
     AFFINE,
     MAX_BLOCKSIZE,
@@ -80,7 +81,7 @@ def affine4_weight(
     if permutation is not None:
         permutation = _checked_permutation(permutation, shape, op).to(codes.device)
     flat = codes.reshape(-1).to(torch.uint8)
-    packed = (flat[::2] << 4 | flat[1::2]).unsqueeze(1)
+    packed = in_huge_pages((flat[::2] << 4 | flat[1::2]).unsqueeze(1))
     weight = PackedWeight(packed, scales.contiguous(), codebook("affine4", codes.device), shape, blocksize, dtype)
     return weight._replace(quant_type="affine4", nested_blocksize=AFFINE, zeros=zeros, permutation=permutation)
 
@@ -126,7 +127,7 @@ def quantize_affine4(x: Tensor, blocksize: int = 64) -> PackedWeight:
     fits = x.dim() > 0 and x.shape[-1] % blocksize == 0
     value(fits, op, f"the last dimension of x must be a multiple of {blocksize}, found {list(x.shape)}")
     blocks = x.reshape(-1, blocksize)
-    codes = x.new_empty((blocks.shape[0], blocksize // 2), dtype=torch.uint8)
+    codes = empty_bytes((blocks.shape[0], blocksize // 2), x.device)
     scales = x.new_empty((blocks.shape[0],), dtype=torch.bfloat16)
     zeros = x.new_empty((blocks.shape[0],), dtype=torch.uint8)
     step = max(1, _AT_ONCE // blocksize)

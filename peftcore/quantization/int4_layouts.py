@@ -37,6 +37,7 @@ from torch import Tensor
 
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops.codebooks import codebook
+from peftcore.ops.huge_pages import in_huge_pages
 from peftcore.ops.mxfp4 import swap_nibbles
 from peftcore.ops.weight import AFFINE, DTYPES, MAX_BLOCKSIZE, MIN_BLOCKSIZE, PackedWeight
 from peftcore.validation import shown
@@ -74,7 +75,7 @@ class Int4Weight(NamedTuple):
 
 
 def to_affine4(weight: Int4Weight, dtype: torch.dtype, name: str) -> PackedWeight:
-    """Return the weight `name` in the format `affine4`, in the memory of its codes.
+    """Return the weight `name` in the format `affine4`.
 
     Args:
         weight: the weight.
@@ -95,7 +96,7 @@ def to_affine4(weight: Int4Weight, dtype: torch.dtype, name: str) -> PackedWeigh
         scales = scales.repeat_interleave(weight.group // block, 1)
         zeros = None if zeros is None else zeros.repeat_interleave(weight.group // block, 1)
     return PackedWeight(
-        weight.codes,
+        in_huge_pages(weight.codes),
         scales.reshape(-1),
         codebook("affine4", weight.codes.device),
         weight.shape,
