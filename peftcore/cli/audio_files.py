@@ -71,7 +71,7 @@ def named(where: str, key: str, value: Any) -> str:
     """Return the path of a row's recording, which is relative to the folder of the data file.
 
     Raises:
-        PeftcoreError: there is no such file; the message begins with `where`.
+        PeftcoreError: the file does not exist; the message begins with `where`.
     """
     found = value.get("path") if isinstance(value, dict) else value
     if not isinstance(found, str):
@@ -79,8 +79,8 @@ def named(where: str, key: str, value: Any) -> str:
     path = os.path.join(os.path.dirname(where.rpartition(":")[0]), os.path.expanduser(found))
     if not os.path.isfile(path):
         raise PeftcoreError(
-            f"{where}: there is no recording '{path}'. Paths are those of local files, relative to the folder of the "
-            "data file"
+            f"{where}: the recording '{path}' does not exist. Pass paths of local files, relative to the folder of "
+            "the data file"
         )
     if Path(path).suffix.lower() not in SUFFIXES:
         raise PeftcoreError(f"{where}: '{path}' must be one of {', '.join(SUFFIXES)}. Convert it with ffmpeg")

@@ -29,7 +29,7 @@ def resolve(model: str) -> str:
     if os.path.exists(path):
         return str(path.resolve())
     if model.startswith((".", "/", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
-        raise PeftcoreError(f"there is no model at '{model}'. A hub id has the form NAME or OWNER/NAME")
+        raise PeftcoreError(f"the path '{model}' does not exist. A hub id has the form NAME or OWNER/NAME")
     return model
 
 

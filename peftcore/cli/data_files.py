@@ -61,11 +61,11 @@ def _missing(where: Path, path: str) -> str:
     try:
         names = [each.name for each in where.parent.iterdir()]
     except (OSError, ValueError):  # such as a NUL character
-        return f"there is no file '{path}', and no folder '{where.parent}'. Correct the path in --data"
+        return f"neither the file '{path}' nor the folder '{where.parent}' exists. Correct the path in --data"
     relative = "" if where.is_absolute() else f". The path is relative to '{Path.cwd()}'"
     near = nearest(where.name, names)
     return (
-        f"there is no file '{path}'{near}{relative}. Pass a file ({', '.join(READERS)}), a folder "
+        f"the file '{path}' does not exist{near}{relative}. Pass a file ({', '.join(READERS)}), a folder "
         "of them, or the id of a hub dataset, ORG/NAME"
     )
 

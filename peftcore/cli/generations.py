@@ -80,7 +80,7 @@ def load_function(text: str, option: str = "--metric") -> Callable[..., Any]:
     path, _, name = text.rpartition(":")
     file = Path(os.path.expanduser(path))
     if not file.is_file():
-        raise PeftcoreError(f"{option} {text}: there is no file '{path}'. Pass FILE.py:FUNCTION")
+        raise PeftcoreError(f"{option} {text}: the file '{path}' does not exist. Pass FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(f"peftcore_user_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise PeftcoreError(f"{option} {text}: '{path}' is not a Python file. Pass FILE.py:FUNCTION")

@@ -65,7 +65,7 @@ def asked_of(where: str, fields: dict[str, Any]) -> Row:
     """Return a conversation to answer: the row without an answer that is there.
 
     Raises:
-        PeftcoreError: there is no turn to answer, or an image is missing; the message begins with `where`.
+        PeftcoreError: the conversation has no turn to answer, or an image is missing; the message begins with `where`.
     """
     key = next((key for key in ("messages", "conversations", "prompt") if isinstance(fields.get(key), list)), None)
     if key is None:
@@ -138,7 +138,7 @@ class _Images:
         path = os.path.join(folder, os.path.expanduser(source.removeprefix("file://")))
         if not os.path.isfile(path):
             raise PeftcoreError(
-                f"{self.where}: there is no image '{path}'. Paths are relative to the folder of the data file"
+                f"{self.where}: the image '{path}' does not exist. Paths are relative to the folder of the data file"
             )
         return path
 

@@ -52,7 +52,7 @@ def files_of(paths: Sequence[str]) -> list[Path]:
             )
         missing = next((each for each in some if not each.is_file()), None)
         if missing is not None:
-            raise PeftcoreError(f"there is no file '{missing}'. Pass .jsonl files or folders of them")
+            raise PeftcoreError(f"the file '{missing}' does not exist. Pass .jsonl files or folders of them")
         found += some
     return found
 

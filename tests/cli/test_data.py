@@ -86,7 +86,7 @@ def test_a_task_is_one_that_there_is(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
-    with pytest.raises(PeftcoreError, match="there is no file"):
+    with pytest.raises(PeftcoreError, match="does not exist"):
         data.read_rows(tmp_path / "none.jsonl", LANGUAGE_MODEL)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(PeftcoreError, match=r"b.jsonl' is not UTF-8 text: invalid start byte at byte 10"):

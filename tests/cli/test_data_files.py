@@ -96,8 +96,8 @@ def test_an_empty_folder_and_no_dataset(tmp_path: Path) -> None:
         records(str(tmp_path))
     (tmp_path / "chat.jsonl").write_text("")
     for path, message in (
-        (tmp_path / "chats.jsonl", r"there is no file '.*chats.jsonl' \(nearest: 'chat.jsonl'\)\. Pass a file"),
-        (tmp_path / "no" / "chat.jsonl", "and no folder '.*no'. Correct the path"),
+        (tmp_path / "chats.jsonl", r"the file '.*chats.jsonl' does not exist \(nearest: 'chat.jsonl'\)\. Pass a file"),
+        (tmp_path / "no" / "chat.jsonl", "nor the folder '.*no' exists. Correct the path"),
         ("none.jsonl", "The path is relative to '.*'. Pass a file .*ORG/NAME"),
     ):
         with pytest.raises(PeftcoreError, match=message):
@@ -151,7 +151,7 @@ def test_a_number_of_thousands_of_digits(suffix: str, tmp_path: Path) -> None:
 def test_a_path_that_names_no_file(name: str, suffix: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     path = f"{name}{suffix}" if name.startswith("~") else str(tmp_path / f"{name}{suffix}")
-    with pytest.raises(PeftcoreError, match=r"cannot be read|must be one of|there is no file"):
+    with pytest.raises(PeftcoreError, match=r"cannot be read|must be one of|does not exist|neither the file"):
         list(records(path))
 
 

@@ -60,7 +60,7 @@ def test_functions_that_are_not_there(own: Path, tmp_path: Path) -> None:
     for name in ("none", "number"):
         with pytest.raises(PeftcoreError, match=f"has no function '{name}'"):
             generations.load_function(f"{own}:{name}")
-    with pytest.raises(PeftcoreError, match=r"there is no file .*Pass FILE.py:FUNCTION"):
+    with pytest.raises(PeftcoreError, match=r"does not exist.*Pass FILE.py:FUNCTION"):
         generations.load_function(f"{tmp_path}/no.py:f")
     own.write_text("def (")
     with pytest.raises(PeftcoreError, match="fails with SyntaxError"):

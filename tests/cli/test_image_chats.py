@@ -116,7 +116,7 @@ def test_the_loss_of_a_batch_is_that_of_its_examples(chats: Path, made: Made) ->
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"messages": [{"role": "user", "content": [{"type": "image", "path": "no.png"}]}, SAID]}, "there is no image"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "path": "no.png"}]}, SAID]}, "does not exist"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "https://a.b/c.png"}]}, SAID]},
             "Download it",

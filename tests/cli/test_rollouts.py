@@ -85,7 +85,7 @@ def test_misuse(run: Run, llama: Path, judges: Path, tmp_path: Path) -> None:
     assert "must be a multiple of --generations 3, found 8. Use --batch-size 3" in refused(
         "--reward", f"{judges}:share", "--generations", 3
     )
-    assert "there is no file" in refused("--reward", "none.py:f") and not (tmp_path / "no").exists()
+    assert "does not exist" in refused("--reward", "none.py:f") and not (tmp_path / "no").exists()
     other = ("--task", "dpo", "--reward", "a.py:f", "-o", tmp_path / "no")
     wrong = run("train", "-m", llama, "-d", path, *METHOD, *other, code=1).output
     assert "--reward judges the answers of --task grpo" in wrong

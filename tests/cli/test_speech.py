@@ -103,7 +103,7 @@ def test_wrong_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(PeftcoreError, match=message):
             audio_files.samples(str(tmp_path / name), 16_000)
     for fields, message in (
-        ({"audio": "no.wav", "text": "a"}, "there is no recording"),
+        ({"audio": "no.wav", "text": "a"}, "does not exist"),
         ({"audio": 3, "text": "a"}, "must be the path of a recording"),
         ({"audio": "slow.wav", "text": " "}, "'text' is empty"),
         ({"audio": "rows.jsonl", "text": "a"}, "must be one of .wav"),

@@ -58,7 +58,7 @@ def test_wrong_files(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text("\n")
     for path, message in (
         ("rows.csv", "reads lines of .jsonl files"),
-        ("no.jsonl", "there is no file"),
+        ("no.jsonl", "does not exist"),
         ("none.jsonl", "has no examples"),
         ("shards:2", "draws every line once"),
     ):

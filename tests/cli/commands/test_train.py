@@ -415,7 +415,7 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
             ("--task", "poetry"),
             ", grpo, found 'poetry'",
         ),
-        (("--model", "./nowhere"), "there is no model at './nowhere'"),
+        (("--model", "./nowhere"), "the path './nowhere' does not exist"),
         (("--device", "tpu9"), "device 'tpu9' is not known"),
     ],
 )
