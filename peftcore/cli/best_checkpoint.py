@@ -101,6 +101,11 @@ def arguments(given: RunOptions, often: int) -> dict[str, Any]:
     }
 
 
+def of_run(given: RunOptions) -> BestCheckpoint | None:
+    """Return the callback that keeps the best checkpoint of a run, or None if the last is saved."""
+    return BestCheckpoint(generations.name_of(given.metric or "loss"), given.patience) if is_wanted(given) else None
+
+
 class BestCheckpoint(TrainerCallback):
     """Callback that evaluates at the last step, stops without improvement, and finds the best again on resuming.
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peftcore.cli import comparisons, data, holdout, mixture, packing, streamed, tasks
-from peftcore.cli.console import warn
+from peftcore.cli.console import say, warn
 from peftcore.cli.data_files import parsed_columns
-from peftcore.cli.metrics import Metrics
 from peftcore.cli.row import Row
 from peftcore.cli.settings import Settings
 
@@ -44,19 +43,115 @@ class DataSet:
 TITLES = ("data set", "weight", "examples", "tokens", "held out", "loss before", "loss after")
 
 
-def streamed_splits(settings: Settings) -> tuple[streamed.Lines, list[int], list[Row]]:
-    """Return (lines, indices of those that are held out, held-out examples).
+_PROBED = 100  # first lines of streamed examples, on which operators are probed
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples of a run as its files have them.
+
+    Attributes:
+        train: training examples; of streamed ones the first.
+        held_out: examples that are measured.
+        validation: examples kept to choose among runs.
+        lines: the lines of streamed examples, or None.
+        kept: indices of the lines that are held out.
+    """
+
+    train: list[Row]
+    held_out: list[Row]
+    validation: list[Row] = field(default_factory=list)
+    lines: streamed.Lines | None = None
+    kept: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded examples of a run.
+
+    Attributes:
+        sets: training examples by the index of their data set.
+        rows: what is trained on: the training examples, packed with `--pack`; of streamed ones the first.
+        dataset: what the trainer reads: `rows`, or streamed lines.
+        parts: (number, weight) of each data set of `dataset`.
+        sizes: number of tokens of each row.
+        longest: the largest number of tokens.
+        held_out: examples that are measured.
+        held_out_sets: examples held out of several data sets, by their index; else empty.
+        validation: examples kept to choose among runs.
+        other: examples of another domain.
+        is_mixed: whether there are several data sets.
+    """
+
+    sets: dict[int, list[tasks.Example]]
+    rows: list[tasks.Example]
+    dataset: Any
+    parts: list[tuple[int, float]]
+    sizes: list[int]
+    longest: int
+    held_out: list[tasks.Example]
+    held_out_sets: dict[int, list[tasks.Example]]
+    validation: list[tasks.Example]
+    other: list[tasks.Example]
+    is_mixed: bool
+
+    @property
+    def train(self) -> list[tasks.Example]:
+        """Training examples, not packed."""
+        return [example for part in self.sets.values() for example in part]
+
+
+def read(settings: Settings) -> Rows:
+    """Return the examples of a run.
 
     Raises:
         PeftcoreError: a file is missing or of another kind, or nothing is held out.
     """
+    if not settings.streaming:
+        return Rows(*read_splits(settings))
     names = parsed_columns(settings.columns)
     paths = [settings.data] if isinstance(settings.data, str) else settings.data
     lines = streamed.Lines(paths, settings.task, names)
     if settings.eval_data is not None:
-        return lines, [], data.read_rows(settings.eval_data, settings.task, names)
-    kept = streamed.chosen(lines, int(settings.holdout), settings.seed)
-    return lines, kept, [lines[index] for index in kept]
+        kept, held_out = list[int](), data.read_rows(settings.eval_data, settings.task, names)
+    else:
+        kept = streamed.chosen(lines, int(settings.holdout), settings.seed)
+        held_out = [lines[index] for index in kept]
+    first = itertools.islice((i for i in range(len(lines)) if i not in kept), _PROBED)
+    return Rows([lines[i] for i in first], held_out, lines=lines, kept=kept)
+
+
+def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> Examples:
+    """Return the examples of a run as token ids."""
+    lines = rows.lines
+    sets = encode_parts("training" if lines is None else "first", rows.train, settings, tokenizer, labels)
+    held_out_sets = encode_parts("held-out", rows.held_out, settings, tokenizer, labels)
+    held_out = [example for part in held_out_sets.values() for example in part]
+    validation, other = (
+        encode_examples(what, some, settings, tokenizer, labels) if some else []
+        for what, some in (("validation", rows.validation), ("other", other_rows(settings)))
+    )
+    is_mixed = len(data.sources(settings.data)) > 1 and lines is None
+    if not is_mixed or settings.eval_data is not None:
+        held_out_sets = {}  # not held out of the data sets
+    found, parts = weighted(sets, settings)
+    if settings.pack:
+        count = sum(map(len, sets.values()))
+        say(f"packed {count:,} examples into {len(found):,} rows of at most {settings.max_length} tokens")
+    sizes = lengths(found, settings.task)
+    dataset: Any = found
+    longest = max(sizes)
+    if lines is not None:
+
+        def encode_some(some: list[Row]) -> list[tasks.Example]:
+            return tasks.encode(some, settings.task, tokenizer, settings.max_length, may_be_empty=True).examples
+
+        dataset, longest = streamed.EncodedLines(lines, encode_some, rows.kept), settings.max_length
+        parts = [(len(dataset), 1.0)]
+        say(f"{len(dataset):,} lines of {len(lines.files):,} files stay there; texts are cut at {longest} tokens")
+    return Examples(
+        sets, found, dataset, parts, sizes, longest, held_out, held_out_sets, validation, other, is_mixed=is_mixed
+    )
 
 
 def read_splits(settings: Settings) -> tuple[list[Row], list[Row], list[Row]]:
@@ -142,18 +237,10 @@ def lengths(examples: Sequence[tasks.Example], task: str) -> list[int]:
     return [tasks.length(each) for each in examples]
 
 
-def losses(
-    parts: dict[int, list[tasks.Example]], measure: Callable[[list[tasks.Example]], Metrics]
-) -> dict[int, float]:
-    """Return the loss on each data set's held-out examples, by its index."""
-    return {source: measure(part).loss for source, part in parts.items()}
-
-
 def facts(
     settings: Settings,
     rows: Sequence[Row],
-    train: dict[int, list[tasks.Example]],
-    held_out: dict[int, list[tasks.Example]],
+    examples: Examples,
     before: dict[int, float],
     after: dict[int, float],
 ) -> list[DataSet]:
@@ -161,7 +248,7 @@ def facts(
     found = []
     for i, source in enumerate(data.sources(settings.data)):
         count = sum(row.source == i for row in rows)
-        size = tokens(train.get(i, []), settings.task)
-        held = len(held_out.get(i, []))
+        size = tokens(examples.sets.get(i, []), settings.task)
+        held = len(examples.held_out_sets.get(i, []))
         found.append(DataSet(source.path, source.weight, count, size, held, before.get(i), after.get(i)))
     return found

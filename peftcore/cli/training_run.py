@@ -8,7 +8,6 @@ OUTPUT/report.html
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 import warnings
 from collections.abc import Sequence
@@ -33,30 +32,27 @@ from peftcore.cli import (
     models,
     packing,
     precision,
-    preferences,
     progress,
-    rollouts,
     row_labels,
     sentence_pairs,
     speech,
-    streamed,
     tasks,
     trainer_arguments,
     trainers,
     training_data,
-    transcripts,
     warm_start,
 )
 from peftcore.cli import forecast as forecasts
 from peftcore.cli.adapter_folders import AdapterTask
 from peftcore.cli.console import say, warn
+from peftcore.cli.measuring import Inputs, Measure
 from peftcore.cli.memory_trace import MemoryTrace
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.options import FULL
-from peftcore.cli.row import Row
 from peftcore.cli.run_result import Result, Stopped
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.cli.settings import Settings
+from peftcore.cli.training_data import Examples
 from peftcore.engine import takes_batches
 from peftcore.engine.fusing import fused_modules
 from peftcore.engine.lazy_head import has_lazy_logits
@@ -64,8 +60,6 @@ from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import latest_checkpoint
 from peftcore.merging.merged_layers import mergeable
 from peftcore.quantization import QuantizedLinear
-
-_PROBED = 100  # first lines of streamed examples, on which operators are probed
 
 
 def run(
@@ -94,181 +88,42 @@ def run(
         Stopped: Ctrl-C; a checkpoint has been written.
     """
     began = time.perf_counter()
-    lines, kept = None, list[int]()
-    if settings.streaming:
-        lines, kept, eval_rows = training_data.streamed_splits(settings)
-        first_lines = itertools.islice((i for i in range(len(lines)) if i not in kept), _PROBED)
-        train_rows, validation_rows = [lines[i] for i in first_lines], list[Row]()
-    else:
-        train_rows, eval_rows, validation_rows = training_data.read_splits(settings)
-    start = Path(settings.adapter) if settings.adapter is not None else None
-    labels: tuple[str, ...] = ()
-    if settings.task in data.HEADED:
-        seen = [*train_rows, *validation_rows]
-        labels = tuple(row_labels.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
-    tokenizer = models.load_processor(settings.model, settings.task, start)
-    if settings.task == data.SPEECH:
-        speech.set_language(tokenizer, settings.language, models.load_generation_config(settings.model))
-    pooling = ""
-    if settings.task == data.EMBEDDING:
-        before_it = adapter_folders.adapter_task(start).pooling if start is not None else None
-        pooling = sentence_pairs.pooling_of(settings.model, before_it or settings.pooling)
-        say(f"texts become vectors by {pooling} pooling")
-    of_adapter = adapter_folders.adapter_task(start).chat_template if start is not None else None
-    conversations.set_template(tokenizer, settings.chat_template, of_adapter)
-    is_chat = any(row.messages is not None for row in train_rows)
-    of_sets = training_data.encode_parts(
-        "training" if lines is None else "first", train_rows, settings, tokenizer, labels
-    )
-    held_out_sets = training_data.encode_parts("held-out", eval_rows, settings, tokenizer, labels)
-    train, held_out = ([each for part in sets.values() for each in part] for sets in (of_sets, held_out_sets))
-    validation, other = (
-        training_data.encode_examples(what, rows, settings, tokenizer, labels) if rows else []
-        for what, rows in (("validation", validation_rows), ("other", training_data.other_rows(settings)))
-    )
-    is_mixed = len(data.sources(settings.data)) > 1 and lines is None
-    if not is_mixed or settings.eval_data is not None:
-        held_out_sets = {}  # not held out of the data sets
-
-    rows, parts = training_data.weighted(of_sets, settings)
-    if settings.pack:
-        say(f"packed {len(train):,} examples into {len(rows):,} rows of at most {settings.max_length} tokens")
-    sizes = training_data.lengths(rows, settings.task)
-    longest = max(sizes)
-    examples: Any = rows
-    if lines is not None:
-
-        def encode(some: list[Row]) -> list[tasks.Example]:
-            return tasks.encode(some, settings.task, tokenizer, settings.max_length, may_be_empty=True).examples
-
-        examples, longest = streamed.EncodedLines(lines, encode, kept), settings.max_length
-        parts = [(len(examples), 1.0)]
-        say(f"{len(examples):,} lines of {len(lines.files):,} files stay there; texts are cut at {longest} tokens")
-    base_in = dtype_choice.of_run(settings, labels)
-    settings = replace(settings, dtype=base_in.say())
-    predicted = forecasts.forecast(settings, longest, labels)
-    if predicted is not None:
-        if base_in.instead_of == "bf16":
-            predicted = replace(predicted, lighter=("--dtype bf16",))
-        say(str(predicted))
-        if not force:
-            said = predicted  # with several processes the first one decides, because free memory changes
-            ranks.once(lambda: forecasts.refuse_if_too_large(said, settings), together=True)
-    packed: Any = settings.quantize
-    if settings.method != FULL and start is None and packed is None:
-        packed = models.packing_by(settings.method, settings.fields, settings.model, settings.task, labels)
-    set_seed(settings.seed)  # also initialises a classifier's new head
-    say(f"loading {settings.model} for {settings.task}")
-    model = models.load_model(
-        settings.model, settings.task, dtype=settings.dtype, device=settings.device, labels=labels, quantize=packed
-    )
-    if settings.pack:
-        packing.check(model, train, type(model).__name__)
-    if settings.method == FULL:
-        model.requires_grad_(True)
-    elif start is not None:
-        warm_start.load(model, settings)
-    else:
-        batches = first_batches(settings, rows, tokenizer)
-        peftcore.apply(model, settings.method, batches=batches, **settings.fields)
-    if settings.pack and settings.method != FULL:
-        packing.check(model, train, settings.method)
+    rows = training_data.read(settings)
+    inputs = inputs_of(settings, rows)
+    examples = training_data.encode(rows, settings, inputs.tokenizer, inputs.labels)
+    settings, predicted = _with_memory(settings, examples.longest, inputs.labels, force=force)
+    model = _adapted_model(settings, inputs, examples)
     summary = peftcore.summary(model)
     say(str(summary))
 
-    def sample_text() -> str:
-        prompt: Any = [{"role": "user", "content": sample}] if is_chat else sample or ""
-        with precision.own(model):
-            return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
-
-    comparison = comparisons.of(settings.task) if settings.task in data.COMPARED else None
-    reward = rollouts.load_reward(settings.reward) if settings.reward is not None else None
-    answering = None
-    answered = generations.count(settings.task, settings.metric, settings.eval_answers)
-    if answered and settings.task != data.SPEECH:
-        answering = generations.Answering(
-            eval_rows,
-            settings.task,
-            tokenizer,
-            settings.metric,
-            count=answered,
-            max_length=settings.max_length,
-            max_new_tokens=settings.answer_tokens,
-        )
-    first: dict[int, Any] = {}  # the reference of comparisons
-    weights = (settings.desirable_weight, settings.undesirable_weight)
-    pairs = preferences.pairs_at_once(settings.batch_size, longest)
-
-    def measure(model: Any, examples: list[tasks.Example] = held_out) -> Metrics:
-        if reward is not None:
-            return rollouts.measure(model, examples, tokenizer, reward, settings.answer_tokens)
-        if comparison is not None:
-            how = {"beta": settings.beta, "reference": first[id(examples)], "weights": weights}
-            return comparisons.measure(settings.task, model, examples, tokenizer, pairs, **how)
-        if settings.task == data.SPEECH:
-            count = answered if examples is held_out else 0
-            return transcripts.measure(model, examples, tokenizer, settings.batch_size, answered=count)
-        if settings.task == data.EMBEDDING:
-            return sentence_pairs.measure(model, examples, tokenizer, settings.batch_size, pooling=pooling)
-        # Not more tokens at once than in training, so that measuring fits too.
-        tag_names = labels if settings.task == data.TAGS else ()
-        budget = settings.batch_size * longest
-        if answering is not None and examples is held_out:
-            return generations.measure(answering, model, examples, tokenizer, tokens=budget)
-        return tasks.measure(model, examples, tokenizer, tokens=budget, tag_names=tag_names)
-
-    with peftcore.disabled(model) if settings.method != FULL and start is None else contextlib.nullcontext():
-        if comparison is not None:
-            measured = [part for part in (held_out, validation, *held_out_sets.values()) if part]
-            first |= {
-                id(part): comparison.likelihoods(model, part, tokenizer, pairs) if comparison.HAS_REFERENCE else []
-                for part in measured
-            }
+    measure = Measure(settings, inputs, examples, rows.held_out)
+    samples: list[tuple[str, str]] = []
+    with peftcore.disabled(model) if settings.method != FULL and settings.adapter is None else contextlib.nullcontext():
+        measure.keep_reference(model)
         say("measuring held-out examples ...")
-        before = measure(model)
-        other_before = measure(model, other) if other else None
-        sets_before = training_data.losses(held_out_sets, lambda some: measure(model, some))
-        name = "base" if start is None else "the adapter before"
-        samples = [(name, sample_text())] if sample is not None else []
-    if settings.metric is not None and generations.name_of(settings.metric) not in before.as_dict():
-        raise PeftcoreError(
-            f"--metric {settings.metric} is not measured on these examples, which have {', '.join(before.as_dict())}. "
-            "Pass one of these"
-        )
-    say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
+        before = measure.all(model)
+        if sample is not None:
+            name = "base" if settings.adapter is None else "the adapter before"
+            samples.append((name, _answer(model, inputs, sample, sample_tokens)))
+    _check_metric(settings, before.held_out)
+    say(f"before training, on {len(rows.held_out):,} held-out examples: {before.held_out}", "bold")
 
-    light_step.fuse(model, settings, rows, tokenizer)
+    light_step.fuse(model, settings, examples.rows, inputs.tokenizer)
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
-    light_step.use_lazy_logits(model, settings, rows, tokenizer)
+    light_step.use_lazy_logits(model, settings, examples.rows, inputs.tokenizer)
     summary = replace(summary, fused=fused_modules(model), lazy_logits=has_lazy_logits(model))
     meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
-    keeper = None
-    if best_checkpoint.is_wanted(settings):
-        keeper = best_checkpoint.BestCheckpoint(generations.name_of(settings.metric or "loss"), settings.patience)
-    common = {
-        "model": model,
-        "args": trainer_arguments.of_run(settings, output, training_data.draws(parts), report_to),
-        "train_dataset": examples,
-        "eval_dataset": held_out,
-        "callbacks": [meter, stop, trace, *([keeper] if keeper else [])],
-        "measure": measure,
-        "parts": parts,
-    }
-    trainer: trainers.Measuring
-    if comparison is not None:
-        if reward is not None:
-            common["reward_funcs"] = [reward]
-        trainer = trainers.comparing_trainer(settings.task, **common, lengths=sizes, processing_class=tokenizer)
-    elif settings.task == data.EMBEDDING:
-        collate = tasks.collator(tokenizer)
-        trainer = trainers.EmbeddingTrainer(**common, lengths=sizes, data_collator=collate, pooling=pooling)
-    else:
-        is_mean = settings.task in (data.TAGS, data.SEQ2SEQ, data.SPEECH)  # the loss of a batch, whatever the step has
-        trainer = trainers.MeasuringTrainer(
-            **common, lengths=sizes, data_collator=tasks.collator(tokenizer), divides_by_tokens=not is_mean
-        )
-    trainer.remove_callback(PrinterCallback)
+    keeper = best_checkpoint.of_run(settings)
+    trainer = _trainer(
+        settings,
+        inputs,
+        examples,
+        measure,
+        model=model,
+        args=trainer_arguments.of_run(settings, output, training_data.draws(examples.parts), report_to),
+        callbacks=[meter, stop, trace, *([keeper] if keeper else [])],
+    )
     from_checkpoint = _checkpoint_to_resume(output) if resume else None
     try:
         with stop:
@@ -281,53 +136,22 @@ def run(
         raise Stopped(trainer.state.global_step, trainer.state.max_steps)
 
     best = None if keeper is None else keeper.best(trainer.state)
-    if best is not None:
-        say(f"saving the adapter of {best}")
-        with precision.own(model):
-            after = measure(model)
-    elif trainer.state.global_step not in trainer.measured:
-        trainer.evaluate()
+    held_out_after = _measured_at_end(trainer, model, measure, best)
     if sample is not None:
-        samples.append(("with the adapter", sample_text()))
+        samples.append(("with the adapter", _answer(model, inputs, sample, sample_tokens)))
     adapter = output / "adapter"
-    if settings.method == FULL:
-        model.save_pretrained(adapter)
-    else:
-        peftcore.save(model, adapter)
-        template = conversations.tokenizer_of(tokenizer).chat_template if is_chat and settings.chat_template else None
-        seed = settings.seed if settings.task in data.NEW_HEAD else None
-        made_for = AdapterTask(
-            settings.task,
-            settings.max_length,
-            labels,
-            chat=is_chat,
-            chat_template=template,
-            beta=settings.beta,
-            weights=None if weights == (1.0, 1.0) else weights,
-            dtype=settings.dtype,
-            seed=seed,
-            pooling=pooling or None,
-            language=settings.language,
-        )
-
-        def write_beside() -> None:
-            made_for.write(adapter)
-            if start is not None and adapter_folders.has_tokenizer(start):
-                conversations.tokenizer_of(tokenizer).save_pretrained(adapter)
-
-        ranks.once(write_beside, together=True)
+    _save(model, adapter, settings, inputs)
     with precision.own(model):
-        chosen_by = measure(model, validation) if validation else None
-        other_after = measure(model, other) if other else None
-        sets_after = training_data.losses(held_out_sets, lambda some: measure(model, some))
+        chosen_by = measure(model, examples.validation) if examples.validation else None
+        after = measure.all(model, held_out=held_out_after)
     return Result(
-        before=before,
-        after=trainer.measured[trainer.state.global_step] if best is None else after,
+        before=before.held_out,
+        after=after.held_out,
         history=trainer.state.log_history,
         summary=summary,
         steps=trainer.state.global_step,
-        train_rows=len(train_rows) if lines is None else len(examples),
-        eval_rows=len(eval_rows),
+        train_rows=len(rows.train) if rows.lines is None else len(examples.dataset),
+        eval_rows=len(rows.held_out),
         seconds=time.perf_counter() - began,
         training_seconds=meter.seconds,
         step_seconds=meter.step_seconds,
@@ -338,18 +162,182 @@ def run(
         adapter_bytes=sum(file.stat().st_size for file in adapter.iterdir()),
         samples=samples,
         quantize=next((m.quant_type for m in model.modules() if isinstance(m, QuantizedLinear)), None),
-        is_chat=is_chat,
-        labels=labels,
+        is_chat=inputs.is_chat,
+        labels=inputs.labels,
         predicted=predicted,
         trace=trace.largest,
         validation=chosen_by,
-        other=(other_before, other_after) if other_before and other_after else None,
+        other=(before.other, after.other) if before.other and after.other else None,
         merges=None if settings.method == FULL else mergeable(model),
         best=best,
-        data_sets=training_data.facts(settings, train_rows, of_sets, held_out_sets, sets_before, sets_after)
-        if is_mixed
+        data_sets=training_data.facts(settings, rows.train, examples, before.sets, after.sets)
+        if examples.is_mixed
         else [],
     )
+
+
+def inputs_of(settings: Settings, rows: training_data.Rows) -> Inputs:
+    """Return what turns rows into inputs of the model: its tokenizer or processor, labels and pooling.
+
+    Raises:
+        PeftcoreError: the base has no tokenizer for the task, or a setting does not fit to it.
+    """
+    start = Path(settings.adapter) if settings.adapter is not None else None
+    labels: tuple[str, ...] = ()
+    if settings.task in data.HEADED:
+        seen = [*rows.train, *rows.validation]
+        labels = tuple(row_labels.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
+    tokenizer = models.load_processor(settings.model, settings.task, start)
+    if settings.task == data.SPEECH:
+        speech.set_language(tokenizer, settings.language, models.load_generation_config(settings.model))
+    task_before = adapter_folders.adapter_task(start) if start is not None else None
+    pooling = ""
+    if settings.task == data.EMBEDDING:
+        before = task_before.pooling if task_before is not None else None
+        pooling = sentence_pairs.pooling_of(settings.model, before or settings.pooling)
+        say(f"texts become vectors by {pooling} pooling")
+    template = task_before.chat_template if task_before is not None else None
+    conversations.set_template(tokenizer, settings.chat_template, template)
+    return Inputs(tokenizer, labels, pooling, is_chat=any(row.messages is not None for row in rows.train))
+
+
+def _with_memory(
+    settings: Settings, longest: int, labels: tuple[str, ...], *, force: bool
+) -> tuple[Settings, forecasts.Forecast | None]:
+    """Return the settings with the base's dtype, and the predicted memory, or None.
+
+    Raises:
+        PeftcoreError: the predicted memory is not available, unless `force`.
+    """
+    base_in = dtype_choice.of_run(settings, labels)
+    settings = replace(settings, dtype=base_in.say())
+    predicted = forecasts.forecast(settings, longest, labels)
+    if predicted is None:
+        return settings, None
+    if base_in.instead_of == "bf16":
+        predicted = replace(predicted, lighter=("--dtype bf16",))
+    say(str(predicted))
+    if not force:
+        said = predicted  # with several processes the first one decides, because free memory changes
+        ranks.once(lambda: forecasts.refuse_if_too_large(said, settings), together=True)
+    return settings, predicted
+
+
+def _adapted_model(settings: Settings, inputs: Inputs, examples: Examples) -> Any:
+    """Return the base with the adapter that is trained, or with `--method full` the base that is trained itself."""
+    packed: Any = settings.quantize
+    if settings.method != FULL and settings.adapter is None and packed is None:
+        packed = models.packing_by(settings.method, settings.fields, settings.model, settings.task, inputs.labels)
+    set_seed(settings.seed)  # also initialises a classifier's new head
+    say(f"loading {settings.model} for {settings.task}")
+    model = models.load_model(
+        settings.model,
+        settings.task,
+        dtype=settings.dtype,
+        device=settings.device,
+        labels=inputs.labels,
+        quantize=packed,
+    )
+    if settings.pack:
+        packing.check(model, examples.train, type(model).__name__)
+    if settings.method == FULL:
+        model.requires_grad_(True)
+    elif settings.adapter is not None:
+        warm_start.load(model, settings)
+    else:
+        batches = first_batches(settings, examples.rows, inputs.tokenizer)
+        peftcore.apply(model, settings.method, batches=batches, **settings.fields)
+    if settings.pack and settings.method != FULL:
+        packing.check(model, examples.train, settings.method)
+    return model
+
+
+def _answer(model: Any, inputs: Inputs, sample: str, tokens: int) -> str:
+    prompt: Any = [{"role": "user", "content": sample}] if inputs.is_chat else sample
+    with precision.own(model):
+        return tasks.generate_text(model.eval(), inputs.tokenizer, prompt, max_new_tokens=tokens)
+
+
+def _check_metric(settings: Settings, measured: Metrics) -> None:
+    """Raise a PeftcoreError if `--metric` is not among the metrics that were measured."""
+    names = measured.as_dict()
+    if settings.metric is not None and generations.name_of(settings.metric) not in names:
+        raise PeftcoreError(
+            f"--metric {settings.metric} is not measured on these examples, which have {', '.join(names)}. Pass one of "
+            "these"
+        )
+
+
+def _trainer(
+    settings: Settings, inputs: Inputs, examples: Examples, measure: Measure, **arguments: Any
+) -> trainers.Measuring:
+    """Return the trainer of the task; `arguments` are those of all trainers."""
+    tokenizer = inputs.tokenizer
+    common = {
+        **arguments,
+        "train_dataset": examples.dataset,
+        "eval_dataset": examples.held_out,
+        "measure": measure,
+        "parts": examples.parts,
+        "lengths": examples.sizes,
+    }
+    trainer: trainers.Measuring
+    if settings.task in data.COMPARED:
+        if measure.reward is not None:
+            common["reward_funcs"] = [measure.reward]
+        trainer = trainers.comparing_trainer(settings.task, **common, processing_class=tokenizer)
+    elif settings.task == data.EMBEDDING:
+        collate = tasks.collator(tokenizer)
+        trainer = trainers.EmbeddingTrainer(**common, data_collator=collate, pooling=inputs.pooling)
+    else:
+        is_mean = settings.task in (data.TAGS, data.SEQ2SEQ, data.SPEECH)  # the loss of a batch, whatever the step has
+        collate = tasks.collator(tokenizer)
+        trainer = trainers.MeasuringTrainer(**common, data_collator=collate, divides_by_tokens=not is_mean)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _measured_at_end(
+    trainer: trainers.Measuring, model: Any, measure: Measure, best: best_checkpoint.Best | None
+) -> Metrics:
+    """Return the metrics on held-out examples of the adapter that is saved: the best, or the last."""
+    if best is not None:
+        say(f"saving the adapter of {best}")
+        with precision.own(model):
+            return measure(model)
+    if trainer.state.global_step not in trainer.measured:
+        trainer.evaluate()
+    return trainer.measured[trainer.state.global_step]
+
+
+def _save(model: Any, folder: Path, settings: Settings, inputs: Inputs) -> None:
+    """Save the adapter with the facts about its task, or the whole model of `--method full`."""
+    if settings.method == FULL:
+        model.save_pretrained(folder)
+        return
+    peftcore.save(model, folder)
+    tokenizer = conversations.tokenizer_of(inputs.tokenizer)
+    weights = (settings.desirable_weight, settings.undesirable_weight)
+    made_for = AdapterTask(
+        settings.task,
+        settings.max_length,
+        inputs.labels,
+        chat=inputs.is_chat,
+        chat_template=tokenizer.chat_template if inputs.is_chat and settings.chat_template else None,
+        beta=settings.beta,
+        weights=None if weights == (1.0, 1.0) else weights,
+        dtype=settings.dtype,
+        seed=settings.seed if settings.task in data.NEW_HEAD else None,
+        pooling=inputs.pooling or None,
+        language=settings.language,
+    )
+
+    def write_facts() -> None:
+        made_for.write(folder)
+        if settings.adapter is not None and adapter_folders.has_tokenizer(Path(settings.adapter)):
+            tokenizer.save_pretrained(folder)
+
+    ranks.once(write_facts, together=True)
 
 
 def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any) -> DataLoader[Any] | None:
