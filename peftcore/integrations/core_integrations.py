@@ -21,60 +21,51 @@ from peftcore.hookspecs import hookimpl
 AT_IMPORT = ("trainer", "adapter-methods", "auto-classes", "pipelines", "diffusers-calls")
 
 
-def _patch_diffusers(model: Any) -> None:
-    import_module("peftcore.integrations.diffusers").patch_model(model)
+# Integrations whose module patches their library when it is imported: (name, library, module of this package).
+_BY_IMPORT = (
+    ("transformers", "transformers.modeling_utils", "pretrained"),
+    ("trainer", "transformers.trainer", "transformers"),
+    ("adapter-methods", "transformers.integrations.peft", "adapter_methods"),
+    ("peft", "peft", "peft"),
+    ("diffusers-calls", "diffusers.pipelines.pipeline_utils", "diffusers_calls"),
+)
+# Modules of transformers whose functions find adapters: (name, module).
+_FINDING = (("auto-classes", "transformers.models.auto.auto_factory"), ("pipelines", "transformers.pipelines"))
+
+
+def _module(name: str) -> Any:
+    return import_module(f"peftcore.integrations.{name}")
+
+
+def _patch_model(name: str, model: Any) -> None:
+    _module(name).patch_model(model)
 
 
 def _find_adapters(module: str) -> None:
-    import_module("peftcore.integrations.adapter_methods").find_adapters(module)
-
-
-def _patch_sentence_transformers(model: Any) -> None:
-    import_module("peftcore.integrations.sentence_transformers").patch_model(model)
+    _module("adapter_methods").find_adapters(module)
 
 
 @hookimpl
 def peftcore_integrations() -> list[Integration]:
-    """Return the integrations of the core. The modules patch their library when they are imported."""
+    """Return the integrations of the core."""
     return [
-        Integration(
-            name="transformers",
-            library="transformers.modeling_utils",
-            on_import=partial(import_module, "peftcore.integrations.pretrained"),
+        *(
+            Integration(name=name, library=library, on_import=partial(_module, module))
+            for name, library, module in _BY_IMPORT
         ),
-        Integration(
-            name="trainer",
-            library="transformers.trainer",
-            on_import=partial(import_module, "peftcore.integrations.transformers"),
-        ),
-        Integration(
-            name="adapter-methods",
-            library="transformers.integrations.peft",
-            on_import=partial(import_module, "peftcore.integrations.adapter_methods"),
-        ),
-        Integration(
-            name="auto-classes",
-            library="transformers.models.auto.auto_factory",
-            on_import=partial(_find_adapters, "transformers.models.auto.auto_factory"),
-        ),
-        Integration(
-            name="pipelines",
-            library="transformers.pipelines",
-            on_import=partial(_find_adapters, "transformers.pipelines"),
-        ),
-        Integration(name="peft", library="peft", on_import=partial(import_module, "peftcore.integrations.peft")),
-        Integration(
-            name="diffusers-calls",
-            library="diffusers.pipelines.pipeline_utils",
-            on_import=partial(import_module, "peftcore.integrations.diffusers_calls"),
+        *(
+            Integration(name=name, library=module, on_import=partial(_find_adapters, module))
+            for name, module in _FINDING
         ),
         Integration(
             name="diffusers",
             library="diffusers.pipelines.pipeline_utils",
-            on_import=partial(import_module, "peftcore.integrations.diffusers_pipelines"),
-            on_apply=_patch_diffusers,
+            on_import=partial(_module, "diffusers_pipelines"),
+            on_apply=partial(_patch_model, "diffusers"),
         ),
         Integration(
-            name="sentence-transformers", library="sentence_transformers", on_apply=_patch_sentence_transformers
+            name="sentence-transformers",
+            library="sentence_transformers",
+            on_apply=partial(_patch_model, "sentence_transformers"),
         ),
     ]

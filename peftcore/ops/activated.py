@@ -20,7 +20,7 @@ from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by, transformed
 from peftcore.ops.gated import ACTIVATIONS as POWERS
 from peftcore.ops.gated import check_coefficients, share
-from peftcore.ops.weight import check_dtype, check_like, value
+from peftcore.ops.weight import check_dtype, check_gradient, check_strided
 
 _OPS = torch.ops.peftcore
 Activation = Literal["gelu", "silu", "gelu_tanh", "quick_gelu"]
@@ -47,7 +47,7 @@ class Activated:
     def __post_init__(self) -> None:
         check_dtype(self.x.dtype, "activated")
         check_coefficients("activated", self.linear, self.cubic)
-        value(self.x.layout is torch.strided, "activated", f"x must be strided, found {self.x.layout}")
+        check_strided(self.x, "activated", "x")
 
     def compute(self) -> Tensor:
         return _formula(self.x, self.normal, self.linear, self.cubic)
@@ -68,11 +68,8 @@ class ActivatedBackward:
         op = "activated_backward"
         check_dtype(self.x.dtype, op)
         check_coefficients(op, self.linear, self.cubic)
-        check_like(self.grad, self.x, op, "grad")
-        for name, t in (("x", self.x), ("grad", self.grad)):
-            value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
-        shape = list(self.x.shape)
-        value(list(self.grad.shape) == shape, op, f"grad must be {shape} like x, found {list(self.grad.shape)}")
+        check_strided(self.x, op, "x")
+        check_gradient(self.grad, self.x, op)
 
     def compute(self) -> Tensor:
         x = self.x.float()

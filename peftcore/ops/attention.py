@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by, operator_for, transformed, unviewed
-from peftcore.ops.dropout import check_dropout, factor, keep_mask, new_seed, refuse_capture
+from peftcore.ops.dropout import check_dropout, factor, keep_mask, seed_of_call
 from peftcore.ops.weight import check_dtype, value
 
 _OPS = torch.ops.peftcore
@@ -260,12 +260,7 @@ def attention(
         return F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p, is_causal=causal and mask is None, scale=scale, enable_gqa=gqa
         )
-    if not dropout_p:
-        seed = None
-    elif seed is None:
-        seed = new_seed(q)
-    else:
-        refuse_capture(q, seed)
+    seed = seed_of_call(q, seed) if dropout_p else None
     numbers = causal, scale, dropout_p
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, mask, seed, numbers)  # type: ignore[no-untyped-call]

@@ -74,7 +74,7 @@ def new_seed(x: Tensor) -> Tensor:
     return torch.randint(2**63 - 1, (), device=x.device if repeated else "cpu")
 
 
-def refuse_capture(x: Tensor, seed: Tensor) -> None:
+def _refuse_capture(x: Tensor, seed: Tensor) -> None:
     """Refuse a seed on the CPU in a CUDA graph, which would drop the same elements at every replay."""
     if not x.is_cuda or seed.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -83,6 +83,14 @@ def refuse_capture(x: Tensor, seed: Tensor) -> None:
             "dropout with a seed on the CPU cannot be captured in a CUDA graph, whose replays would all "
             f"drop the same elements. Pass a seed on {x.device}, or none: it is then drawn there"
         )
+
+
+def seed_of_call(x: Tensor, seed: Tensor | None) -> Tensor:
+    """Return the seed of a call with dropout: `seed`, or by default a new one."""
+    if seed is None:
+        return new_seed(x)
+    _refuse_capture(x, seed)
+    return seed
 
 
 def _formula(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -141,10 +149,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
     """
     if transformed():
         return F.dropout(x, p)
-    if seed is None:
-        seed = new_seed(x)
-    else:
-        refuse_capture(x, seed)
+    seed = seed_of_call(x, seed)
     if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64:
         check_dropout("dropout", x, p, seed)
         return _formula(x, p, seed)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by, transformed
-from peftcore.ops.weight import check_dtype, value
+from peftcore.ops.weight import check_dtype, check_strided, value
 
 _OPS = torch.ops.peftcore
 _TANH = 2 * math.sqrt(2 / math.pi)
@@ -44,11 +44,11 @@ def check_coefficients(op: str, linear: float, cubic: float) -> None:
 def _check(op: str, gate: Tensor, linear: float, cubic: float, **others: Tensor) -> None:
     check_dtype(gate.dtype, op)
     check_coefficients(op, linear, cubic)
-    value(gate.layout is torch.strided, op, f"gate must be strided, found {gate.layout}")
+    check_strided(gate, op, "gate")
     for name, t in others.items():
         if t.dtype is not gate.dtype:
             raise TypeError(f"{op}: {name} must be {gate.dtype} like gate, found {t.dtype}")
-        value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
+        check_strided(t, op, name)
         value(t.device == gate.device, op, f"{name} must be on {gate.device} like gate, found {t.device}")
         shape = f"{name} must be {list(gate.shape)} like gate, found {list(t.shape)}"
         value(t.shape == gate.shape, op, shape)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops._library import operator_for
-from peftcore.ops.dropout import new_seed, refuse_capture
+from peftcore.ops.dropout import seed_of_call
 from peftcore.ops.grouped_operators import GroupedLinear, GroupedLinearBackward, expert_of_rows
 from peftcore.ops.lora import wide
 from peftcore.ops.weight import PackedWeight, frozen_operands
@@ -111,12 +111,7 @@ def grouped_lora_linear(
 
     The other arguments, what it returns and raises: see `grouped_linear`. Gradients also for a and b.
     """
-    if not dropout_p:
-        seed = None
-    elif seed is None:
-        seed = new_seed(x)
-    else:
-        refuse_capture(x, seed)
+    seed = seed_of_call(x, seed) if dropout_p else None
     return _grouped(x, offsets, weight, bias, (a, b), transposed, scale, dropout_p, seed)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define_by, operator_for, transformed, unviewed
-from peftcore.ops.dropout import check_dropout, dropped, factor, new_seed, refuse_capture
+from peftcore.ops.dropout import check_dropout, dropped, factor, seed_of_call
 from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, permuted, value
 
@@ -274,12 +274,7 @@ def lora_linear(
     if not isinstance(weight, Tensor):
         a = permuted(a, weight)
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
-    if not dropout_p:
-        seed = None
-    elif seed is None:
-        seed = new_seed(x)
-    else:
-        refuse_capture(x, seed)
+    seed = seed_of_call(x, seed) if dropout_p else None
     if torch.is_grad_enabled() and (
         a.requires_grad or x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
     ):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by, transformed
-from peftcore.ops.weight import DTYPES, check_dtype, check_like, value
+from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, value
 
 _OPS = torch.ops.peftcore
 
@@ -27,7 +27,7 @@ _OPS = torch.ops.peftcore
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
     check_dtype(x.dtype, op)
     for name, t in (("x", x), ("weight", weight)):
-        value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
+        check_strided(t, op, name)
     if weight.dtype not in DTYPES:
         raise TypeError(f"{op}: weight must be float32, float16 or bfloat16, found {weight.dtype}")
     value(weight.device == x.device, op, f"weight must be on {x.device} like x, found {weight.device}")
@@ -73,10 +73,7 @@ class RmsNormBackward:
     def __post_init__(self) -> None:
         op = "rms_norm_backward"
         _check(op, self.x, self.weight)
-        check_like(self.grad, self.x, op, "grad")
-        value(self.grad.layout is torch.strided, op, f"grad must be strided, found {self.grad.layout}")
-        shape = f"grad must be {list(self.x.shape)} like x, found {list(self.grad.shape)}"
-        value(self.grad.shape == self.x.shape, op, shape)
+        check_gradient(self.grad, self.x, op)
         if self.scale.dtype is not torch.float32:
             raise TypeError(f"{op}: scale must be Float, found {self.scale.dtype}")
         value(self.scale.device == self.x.device, op, f"scale must be on {self.x.device}, found {self.scale.device}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define_by
-from peftcore.ops.weight import DTYPES, check_dtype, check_tensor, value
+from peftcore.ops.weight import DTYPES, check_dtype, check_strided, check_tensor, value
 
 _OPS = torch.ops.peftcore
 
@@ -38,18 +38,14 @@ class Routing(NamedTuple):
     offsets: Tensor
 
 
-def _check_strided(t: Tensor, op: str, name: str) -> None:
-    value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
-
-
 def _check_int64(t: Tensor, like: Tensor, op: str, name: str) -> None:
     check_tensor(t, torch.int64, like.device, op, name)
-    _check_strided(t, op, name)
+    check_strided(t, op, name)
 
 
 def _check_x(t: Tensor, op: str, name: str) -> None:
     check_dtype(t.dtype, op)
-    _check_strided(t, op, name)
+    check_strided(t, op, name)
     value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
 
 
@@ -63,7 +59,7 @@ def _check_numbers(t: Tensor, op: str, name: str, least: int) -> None:
 def _check_weights(weights: Tensor, op: str, like: Tensor) -> None:
     if weights.dtype not in DTYPES:
         raise TypeError(f"{op}: weights must be float32, float16 or bfloat16, found {weights.dtype}")
-    _check_strided(weights, op, "weights")
+    check_strided(weights, op, "weights")
     value(weights.device == like.device, op, f"weights must be on {like.device}, found {weights.device}")
 
 

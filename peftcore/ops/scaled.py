@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops._library import define_by, transformed
-from peftcore.ops.weight import DTYPES, check_dtype, check_like, value
+from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, value
 
 _OPS = torch.ops.peftcore
 
@@ -24,7 +24,7 @@ _OPS = torch.ops.peftcore
 def _check(op: str, x: Tensor, g: Tensor) -> None:
     check_dtype(x.dtype, op)
     for name, t in (("x", x), ("g", g)):
-        value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
+        check_strided(t, op, name)
     if g.dtype not in (*DTYPES, torch.float64):
         raise TypeError(f"{op}: g must be of 16, 32 or 64 bits in floating point, found {g.dtype}")
     value(g.device == x.device, op, f"g must be on {x.device} like x, found {g.device}")
@@ -57,10 +57,7 @@ class ScaledBackward:
     def __post_init__(self) -> None:
         op = "scaled_backward"
         _check(op, self.x, self.g)
-        check_like(self.grad, self.x, op, "grad")
-        value(self.grad.layout is torch.strided, op, f"grad must be strided, found {self.grad.layout}")
-        shape = f"grad must be {list(self.x.shape)} like x, found {list(self.grad.shape)}"
-        value(self.grad.shape == self.x.shape, op, shape)
+        check_gradient(self.grad, self.x, op)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         dx, dg = self.x.new_empty(0), self.g.new_empty(0)

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
-from peftcore.ops.weight import check_dtype, check_like, value
+from peftcore.ops.weight import check_dtype, check_like, check_strided, value
 
 _OPS = torch.ops.peftcore
 
 
 def _check(x: Tensor, op: str) -> None:
     check_dtype(x.dtype, op)
-    value(x.layout is torch.strided, op, f"x must be strided, found {x.layout}")
+    check_strided(x, op, "x")
     value(x.dim() > 0 and x.shape[-1] % 2 == 0, op, f"x must be [.., 2 n], found {list(x.shape)}")
 
 
@@ -58,7 +58,7 @@ class SwigluBackward:
         op = "swiglu_backward"
         _check(self.x, op)
         check_like(self.grad, self.x, op, "grad")
-        value(self.grad.layout is torch.strided, op, f"grad must be strided, found {self.grad.layout}")
+        check_strided(self.grad, op, "grad")
         shape = [*self.x.shape[:-1], self.x.shape[-1] // 2]
         value(list(self.grad.shape) == shape, op, f"grad must be {shape}, found {list(self.grad.shape)}")
 

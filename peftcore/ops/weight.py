@@ -242,6 +242,17 @@ def check_like(t: Tensor, x: Tensor, op: str, name: str) -> None:
     value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
 
 
+def check_strided(t: Tensor, op: str, name: str) -> None:
+    value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
+
+
+def check_gradient(grad: Tensor, x: Tensor, op: str) -> None:
+    """Check the gradient of an output that is like x."""
+    check_like(grad, x, op, "grad")
+    check_strided(grad, op, "grad")
+    value(grad.shape == x.shape, op, f"grad must be {list(x.shape)} like x, found {list(grad.shape)}")
+
+
 def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tensor | PackedWeight:
     """Return the weight of an operator's two arguments, checked."""
     if not packing:
