@@ -1,10 +1,15 @@
-"""Fixtures of all tests: the toy methods, installed."""
+"""Fixtures of all tests: the toy methods, installed, and plugins that are found."""
 
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 
 import pytest
 import tiny
+from discovered import entry
+
+from peftcore import plugin_discovery
+from peftcore.registry import Registry
 
 
 @pytest.fixture
@@ -21,3 +26,23 @@ def switching_often() -> Iterator[None]:
     sys.setswitchinterval(1e-4)
     yield
     sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def discover(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Registry]:
+    """A registry that finds the plugin objects given as {entry point: (object, distribution)}."""
+
+    def discover(*entries: tuple[str, object, str]) -> Registry:
+        entry_points = []
+        for index, (name, plugin, distribution) in enumerate(entries):
+            if plugin is not None and not hasattr(plugin, "peftcore_api"):
+                plugin.peftcore_api = ">=3.0,<4"
+            module = types.ModuleType(f"plugin_{index}")
+            module.plugin = plugin
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            attribute = "plugin" if plugin is not None else "missing"
+            entry_points.append(entry(name, f"{module.__name__}:{attribute}", distribution))
+        monkeypatch.setattr(plugin_discovery, "entry_points", lambda group: entry_points)
+        return Registry()
+
+    return discover

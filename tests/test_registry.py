@@ -3,52 +3,18 @@
 import dataclasses
 import inspect
 import re
-import sys
 import types
-from importlib.metadata import EntryPoint
 
-import fresh_process
 import pytest
 import tiny
 import torch
+from discovered import entry
 
 import peftcore
 from peftcore import plugin_checks, plugin_discovery
 from peftcore.files import peft_fields
-from peftcore.plugin import Architecture, Method, StateRules, WeightFormat, hookimpl
+from peftcore.plugin import Architecture, Method, StateRules, hookimpl
 from peftcore.plugin_checks import ARGUMENTS_OF_APPLY
-from peftcore.registry import Registry
-
-
-class Distribution:
-    def __init__(self, name: str, version: str = "1.0") -> None:
-        self.name, self.version = name, version
-
-
-def entry(name: str, value: str, distribution: str) -> EntryPoint:
-    entry_point = EntryPoint(name, value, "peftcore")
-    vars(entry_point)["dist"] = Distribution(distribution)
-    return entry_point
-
-
-@pytest.fixture
-def discover(monkeypatch):
-    """A registry that finds the plugin objects given as {entry point: (object, distribution)}."""
-
-    def discover(*entries: tuple[str, object, str]) -> Registry:
-        entry_points = []
-        for index, (name, plugin, distribution) in enumerate(entries):
-            if plugin is not None and not hasattr(plugin, "peftcore_api"):
-                plugin.peftcore_api = ">=3.0,<4"
-            module = types.ModuleType(f"plugin_{index}")
-            module.plugin = plugin
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-            attribute = "plugin" if plugin is not None else "missing"
-            entry_points.append(entry(name, f"{module.__name__}:{attribute}", distribution))
-        monkeypatch.setattr(plugin_discovery, "entry_points", lambda group: entry_points)
-        return Registry()
-
-    return discover
 
 
 def test_finds_methods_by_entry_point(discover) -> None:
@@ -317,59 +283,6 @@ def test_an_architecture_of_another_type_is_refused(discover, monkeypatch, answe
         detecting.detect(tiny.llama())
 
 
-@pytest.mark.parametrize(("answer", "found"), [("text", "str"), ([1], "int"), (None, "NoneType")])
-def test_weight_formats_of_another_type_are_refused(discover, answer: object, found: str) -> None:
-    class Wrong:
-        @hookimpl
-        def peftcore_weight_formats(self):
-            return answer
-
-    with pytest.raises(peftcore.PluginError, match=rf"'wrong' .* list of peftcore.plugin.WeightFormat, found {found}"):
-        discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()
-
-
-def test_a_weight_format_that_fails_is_named(discover) -> None:
-    class Wrong:
-        @hookimpl
-        def peftcore_weight_formats(self):
-            return [WeightFormat("blocks", lambda module: module.blocks, lambda module: module.blocks, None)]
-
-    chosen = discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()[0]
-    who = r"of the weight format 'blocks' of the plugin 'wrong' \(peftcore-wrong 1.0\) failed at Linear: Attr"
-    with pytest.raises(peftcore.PluginError, match=f"`matches` {who}"):
-        chosen.matches(torch.nn.Linear(2, 2))
-    with pytest.raises(peftcore.PluginError, match=f"`read` {who}"):
-        chosen.read(torch.nn.Linear(2, 2))
-
-
-def blocks(name: str = "blocks") -> object:
-    """A plugin with one weight format."""
-
-    class Blocks:
-        @hookimpl
-        def peftcore_weight_formats(self):
-            return [WeightFormat(name, lambda module: False, None, None)]
-
-    return Blocks()
-
-
-def test_weight_formats_of_plugins_come_before_the_cores(discover) -> None:
-    found = discover(("one", blocks("1"), "peftcore-one"), ("two", blocks("2"), "peftcore-two")).weight_formats()
-    names = [each.name for each in found]
-    assert names[:2] == ["2", "1"] and {"dense", "wrapped"} <= {*names[2:]}
-
-
-def test_two_weight_formats_of_one_name_are_refused(discover) -> None:
-    registry = discover(("one", blocks(), "peftcore-one"), ("two", blocks(), "peftcore-two"))
-    both = r"'two' \(peftcore-two 1.0\) and the plugin 'one' \(peftcore-one 1.0\) both offer 'blocks'"
-    with pytest.raises(peftcore.PluginError, match=rf"{both}. Give one another name"):
-        registry.weight_formats()
-    registry.unregister("two")
-    assert registry.weight_formats()[0].name == "blocks"
-    with pytest.raises(peftcore.PluginError, match=r"'dense' \(d 1.0\) and peftcore both offer 'dense'"):
-        discover(("dense", blocks("dense"), "d")).weight_formats()
-
-
 def test_two_plugins_that_describe_one_model_differently_are_refused(discover, monkeypatch) -> None:
     from peftcore.observation import detecting
 
@@ -388,18 +301,6 @@ def test_two_plugins_that_describe_one_model_differently_are_refused(discover, m
     assert detecting.detect(tiny.llama()).hidden_size == tiny.llama().config.hidden_size  # neither describes it
     monkeypatch.setattr(detecting, "registry", discover(one, ("three", Sized(1), "peftcore-three")))
     assert detecting.detect(torch.nn.Linear(2, 2)).hidden_size == 1
-
-
-@pytest.mark.slow
-def test_the_format_of_other_libraries_tensors_is_there_without_the_contract() -> None:
-    """A plugin that imports nothing of `peftcore.quantization` reads weights of torchao and quanto, too."""
-    code = (
-        "import sys, torch, peftcore; model = torch.nn.Sequential(torch.nn.Linear(4, 4)); "
-        "peftcore.apply(model, 'ia3', target_modules=['0'], feedforward_modules=[]); "
-        "from peftcore.registry import registry; print([each.name for each in registry.weight_formats()])"
-    )
-    found = fresh_process.run(code, PEFTCORE_PLUGINS="ia3")
-    assert "'wrapped'" in found.stdout, found.stderr
 
 
 @pytest.mark.parametrize("api", ["3", 3, 1.0, True, None, "", "three"])

@@ -5,38 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from levels import LEVELS, at_level
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from products import near, packed, values
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from peftcore import ops
-from peftcore.ops import keep_mask, lora_linear, lora_linear_per_sample
-from peftcore.ops._library import operator_for
-from peftcore.ops.dropout import new_seed
+from peftcore.ops import keep_mask, lora_linear
 from peftcore.ops.lora import LoraLinear, LoraLinearBackward
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 SEED = torch.tensor(2**62 + 12345)
-
-
-def values(shape, dtype=torch.float32, seed=1, grad=False):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_(grad)
-
-
-def packed(n, k, double_quant=True, seed=9):
-    """(a weight in 4 bits, the same in float64)."""
-    weight = ops.quantize_4bit(values((n, k), seed=seed), double_quant=double_quant)
-    return weight, weight.values(torch.float64)
-
-
-def near(found, exact, magnitude, base=0.0):
-    """Sums as of 16 bits or more, rounded to found's dtype, twice where the base's product was rounded before."""
-    smallest = 2.0**-24 if found.dtype is torch.float16 else torch.finfo(found.dtype).tiny
-    bound = 2.0**-16 * magnitude + EPS[found.dtype] / 2 * (exact.abs() + base) + smallest
-    assert found.shape == exact.shape
-    assert ((found.double() - exact).abs() <= bound).all()
 
 
 def check(x, w, bias, a, b, p=0.0, scale=0.7, seed=SEED, weight=None):
@@ -233,20 +211,6 @@ def test_kernels_drop_what_the_mask_says(level, columns):
         assert torch.equal(s.unique(), torch.tensor([0.0, 1.0], dtype=dtype))
 
 
-def test_the_mask():
-    assert torch.equal(keep_mask(3, 40, 0.5, 7)[:, :33], keep_mask(3, 33, 0.5, 7))
-    assert not torch.equal(keep_mask(3, 40, 0.5, 7), keep_mask(3, 40, 0.5, 8))
-    assert keep_mask(3, 40, 0.0, 7).all()
-    for p in (0.01, 0.3, 0.9):
-        kept = keep_mask(1000, 1001, p, SEED).double()
-        deviation = (p * (1 - p) / kept.numel()) ** 0.5
-        assert abs(kept.mean() - (1 - p)) < 5 * deviation
-        assert (kept.mean(0) - (1 - p)).abs().max() < 6 * (p * (1 - p) / 1000) ** 0.5
-    # A known answer of Philox4x32-7: Random123's test vector for a counter and a key of zero is 5f6fb709 ...
-    assert keep_mask(1, 1, (0xB709 - 0.25) / 65536, 0).item()
-    assert not keep_mask(1, 1, (0xB709 + 1) / 65536, 0).item()
-
-
 def test_dropout_follows_the_generator_and_is_recomputed():
     x, w, a, b = values((6, 64)), values((8, 64)), values((4, 64), grad=True), values((8, 4), grad=True)
 
@@ -380,48 +344,6 @@ def test_the_reference_computes_what_the_kernels_do():
     torch.testing.assert_close(torch.ops.peftcore.lora_linear_backward(*given), LoraLinearBackward(*given).compute())
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(5, 64), (5, 3, 64), (5, 11, 64)])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_an_adapter_for_each_sample(level, dtype, shape, quantized):
-    if quantized and dtype is torch.float64:
-        pytest.skip("4 bits become 32 at most")
-    weight, dense = packed(9, 64)
-    x, w = values(shape, dtype), dense.to(dtype)
-    a, b = [values((r, 64), seed=r) for r in (2, 8, 1)], [values((9, r), seed=r + 20) for r in (2, 8, 1)]
-    index, scales = torch.tensor([2, 0, -1, 2, 1]), [0.5, 1.0, 2.0]
-    found = lora_linear_per_sample(x, weight if quantized else w, values((9,), dtype), a, b, scales, index)
-    assert found.dtype == dtype and found.shape == (*shape[:-1], 9)
-    for i, which in enumerate(index.tolist()):
-        exact = x[i].double() @ w.double().T + values((9,), dtype).double()
-        magnitude, base = x[i].double().abs() @ w.double().T.abs() + 3, exact.abs()
-        base = magnitude if quantized else base
-        if which >= 0:
-            factors = a[which].double(), b[which].double()
-            exact = exact + scales[which] * (x[i].double() @ factors[0].T) @ factors[1].T
-            magnitude = magnitude + scales[which] * (x[i].double().abs() @ factors[0].T.abs()) @ factors[1].T.abs()
-        near(found[i], exact, magnitude, base)
-
-
-@pytest.mark.parametrize("rows", [2, 9, 300])  # straight from the factors; one thread for each adapter; all for each
-def test_adapters_of_samples_do_not_depend_on_threads(level, rows):
-    x, w = values((6, rows, 40), torch.bfloat16), values((33, 40), torch.bfloat16)
-    a, b = [values((r, 40), seed=r) for r in (3, 17, 5)], [values((33, r), seed=r + 20) for r in (3, 17, 5)]
-    index, before, found = torch.tensor([2, 0, 1, -1, 2, 0]), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            found.append(lora_linear_per_sample(x, w, None, a, b, [0.5, 1.0, 2.0], index))
-    finally:
-        torch.set_num_threads(before)
-    for which, scale in enumerate((0.5, 1.0, 2.0)):
-        mine = index == which
-        factors = [a[which]], [b[which]], [scale], torch.zeros(int(mine.sum()), dtype=torch.long)
-        alone = lora_linear_per_sample(x[mine], w, None, *factors)
-        torch.testing.assert_close(found[0][mine].float(), alone.float(), rtol=0.01, atol=0.05)
-    assert all(torch.equal(each, found[0]) for each in found)
-
-
 def arguments(**change):
     given = {"x": torch.ones(3, 64), "weight": torch.ones(8, 64), "bias": None}
     return {**given, "a": torch.ones(4, 64), "b": torch.ones(8, 4), **change}
@@ -473,51 +395,3 @@ def test_gradients_of_arguments_that_do_not_fit(call, change, error, message):
     backward = torch.ops.peftcore.lora_linear_backward if call == "operator" else LoraLinearBackward
     with pytest.raises(error, match=message):
         backward(**{**given, **change})
-
-
-@pytest.mark.parametrize(
-    ("index", "error", "message"),
-    [
-        (torch.tensor([0, 1]), ValueError, r"index must be \[3\], one for each sample of x, found \[2\]"),
-        (torch.tensor([0.0, 1.0, 0.0]), TypeError, "index must be"),
-        (torch.tensor([0, 1, 0]), ValueError, r"index must be -1 \(none\) to 0, found 1"),
-    ],
-)
-def test_an_index_that_does_not_fit(index, error, message):
-    given = arguments()
-    with pytest.raises(error, match=message):
-        lora_linear_per_sample(given["x"], given["weight"], None, [given["a"]], [given["b"]], [1.0], index)
-
-
-def test_a_seed_on_the_cpu_is_not_captured_in_a_cuda_graph(monkeypatch):
-    """Whose replays would drop the same elements. No card is needed to ask: the tensors are fake."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with FakeTensorMode():
-        x, w = torch.empty(4, 16, device="cuda"), torch.empty(8, 16, device="cuda")
-        a, b = torch.empty(2, 16, device="cuda"), torch.empty(8, 2, device="cuda")
-        assert lora_linear(x, w, None, a, b).shape == (4, 8)
-        with pytest.raises(RuntimeError, match="seed on the CPU cannot be captured in a CUDA graph"):
-            lora_linear(x, w, None, a, b, dropout_p=0.5, seed=SEED)
-        assert lora_linear(x, w, None, a, b, dropout_p=0.5, seed=torch.tensor(1, device="cuda")).shape == (4, 8)
-        assert new_seed(x).device == x.device
-        assert lora_linear(x, w, None, a, b, dropout_p=0.5).shape == (4, 8)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        assert new_seed(x).device.type == "cpu"
-        assert lora_linear(x, w, None, a, b, dropout_p=0.5).shape == (4, 8)
-
-
-def test_a_graph_of_a_card_draws_its_seed_there(monkeypatch):
-    """A compiled model has no number of the host in it, and nothing stays out of CUDA graphs. The card is fake."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with FakeTensorMode(), torch.no_grad():
-        x, w, a, b = (torch.empty(*shape, device="cuda") for shape in ((4, 16), (8, 16), (2, 16), (8, 2)))
-        traced = make_fx(lambda x, w, a, b: lora_linear(x, w, None, a, b, dropout_p=0.5))(x, w, a, b)
-        nodes = [n for n in traced.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
-    (drawn,) = (n for n in nodes if n.target.name().startswith("aten::randint"))
-    (ours,) = (n for n in nodes if n.target.namespace == "peftcore")
-    assert ours.target is torch.ops.peftcore.lora_linear.default and drawn in ours.args
-    assert drawn.kwargs["device"].type == "cuda"
-    assert not any(torch.Tag.cudagraph_unsafe in n.target.tags or "local_scalar" in str(n.target) for n in nodes)
-    seed = torch.tensor(1)
-    assert operator_for("lora_linear_backward", seed) is torch.ops.peftcore.lora_linear_backward_seeded
-    assert operator_for("lora_linear_backward", drawn.meta["val"]) is torch.ops.peftcore.lora_linear_backward

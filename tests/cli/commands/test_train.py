@@ -1,13 +1,10 @@
-"""`train`, and what its output is good for: `eval`, `generate`, `merge`, `info`, and going on after a stop."""
+"""`train`, and what its output is good for: `eval`, `generate`, `merge` and `info`."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from commands import Run, write_jsonl
 from safetensors.torch import load_file
 
 import peftcore
-from peftcore.cli import progress
 
 METHOD = ("--method", "lora", "--set", "r=4", "--set", "lora_alpha=8")
 STEPS = ("--steps", 6, "--batch-size", 4, "--lr", "0.02", "--save-every", 2, "--eval-every", 3)
@@ -222,77 +218,6 @@ def test_what_peft_wrote(run: Run, bert: Path, labelled: Path, tmp_path: Path) -
     assert "--labels names 1 labels, but the adapter has 2" in error
 
 
-# Stopping and going on
-
-
-def train_arguments(llama: Path, reviews: Path, output: Path) -> list[Any]:
-    dropout = ("--set", "lora_dropout=0.2")  # draws from the random state at every step
-    data = ("-m", llama, "-d", reviews, "-o", output, "--grad-accum", 2)
-    return ["train", *data, *METHOD, *dropout, "--steps", 8, "--batch-size", 2, "--lr", "0.02", "--save-every", 2]
-
-
-def same_tensors(*runs: Path) -> bool:
-    """Bit for bit the same adapter."""
-    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def history(run: Path) -> list[dict[str, float]]:
-    """What was logged at each step, times left out."""
-    state = json.loads((run / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
-    timed = {"train_runtime", "train_tokens_per_second"}
-    return [{key: value for key, value in entry.items() if key not in timed} for entry in state["log_history"]]
-
-
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C during training step `step`."""
-    original = progress.Meter.on_step_end
-
-    def interrupting(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        original(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(progress.Meter, "on_step_end", interrupting)
-
-
-def test_resume_is_bit_exact(
-    run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    run(*train_arguments(llama, reviews, whole))
-    with monkeypatch.context() as patch:
-        interrupt_at(5, patch)
-        patch.setattr(sys, "argv", ["peftcore", "train", "-o", "a folder"])
-        stopped = run(*train_arguments(llama, reviews, parted), code=130).output
-    assert "stopped at step 5 of 8; a checkpoint is in" in stopped
-    assert "peftcore train -o 'a folder' --resume" in stopped
-    assert not (parted / "adapter").exists()
-
-    resumed = run(*train_arguments(llama, reviews, parted), "--resume").output
-    assert f"resuming from {parted / 'checkpoints' / 'checkpoint-5'}" in resumed
-    assert same_tensors(whole, parted)
-    assert history(whole) == history(parted)
-
-
-def test_a_checkpoint_that_was_cut_off_is_skipped(
-    run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    run(*train_arguments(llama, reviews, whole))
-    with monkeypatch.context() as patch:
-        interrupt_at(5, patch)
-        run(*train_arguments(llama, reviews, parted), code=130)
-    file = parted / "checkpoints" / "checkpoint-5" / "optimizer.pt"
-    file.write_bytes(file.read_bytes()[:100])
-    resumed = run(*train_arguments(llama, reviews, parted), "--resume").output
-    assert "checkpoint-5' is incomplete (optimizer.pt has 100 of" in resumed
-    assert "checkpoint-4" in resumed
-    for folder in (whole, parted):
-        assert (folder / "checkpoints" / "checkpoint-8" / "complete.json").exists()
-    assert same_tensors(whole, parted)
-
-
 def test_resume_with_other_settings_is_refused(run: Run, writer: Path, llama: Path, reviews: Path) -> None:
     same = ("train", "-m", llama, "-d", reviews, "-o", writer, "--eval-data", reviews, *METHOD, "--epochs", 9)
     error = run(*same, *STEPS, "--seed", 1, "--resume", code=1).output
@@ -300,19 +225,6 @@ def test_resume_with_other_settings_is_refused(run: Run, writer: Path, llama: Pa
     error = run(*same, *STEPS, code=1).output
     assert "already contains a run. Use --resume to continue it, or --overwrite to start again" in error
     run(*same, *STEPS, "--overwrite")
-
-
-def test_resume_without_a_checkpoint_starts_anew(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
-    output = run(*train_arguments(llama, reviews, tmp_path / "run"), "--resume").output
-    assert "has no complete checkpoint; starting from the beginning" in output
-
-
-def test_a_folder_that_is_no_run_is_left_alone(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "precious").write_text("here")
-    error = run(*train_arguments(llama, reviews, other), "--overwrite", code=1).output
-    assert "already contains something else" in error and (other / "precious").read_text() == "here"
 
 
 # Settings

@@ -1,0 +1,21 @@
+"""`saved`, `theirs`: folders of an adapter, as peftcore writes it and as others do."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+import peftcore
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of a saved adapter that triples q_proj."""
+    return peftcore.save(peftcore.apply(tiny.llama(), "around", value=3.0), tmp_path / "adapter")
+
+
+@pytest.fixture
+def theirs(saved: Path) -> Path:
+    """The same, as others write it: without a manifest."""
+    (saved / "peftcore_manifest.json").unlink()
+    return saved

@@ -1,0 +1,25 @@
+"""Operands of products, and how close their sums in fp32 must be to float64."""
+
+import torch
+
+from peftcore import ops
+
+EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def values(shape, dtype=torch.float32, seed=1, grad=False):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_(grad)
+
+
+def packed(n, k, double_quant=True, seed=9):
+    """(a weight in 4 bits, the same in float64)."""
+    weight = ops.quantize_4bit(values((n, k), seed=seed), double_quant=double_quant)
+    return weight, weight.values(torch.float64)
+
+
+def near(found, exact, magnitude, base=0.0):
+    """Sums as of 16 bits or more, rounded to found's dtype, twice where the base's product was rounded before."""
+    smallest = 2.0**-24 if found.dtype is torch.float16 else torch.finfo(found.dtype).tiny
+    bound = 2.0**-16 * magnitude + EPS[found.dtype] / 2 * (exact.abs() + base) + smallest
+    assert found.shape == exact.shape
+    assert ((found.double() - exact).abs() <= bound).all()
