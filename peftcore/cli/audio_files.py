@@ -1,4 +1,7 @@
-"""Recordings as arrays of samples: WAV files by the standard library, other formats by soundfile."""
+"""Recordings as arrays of samples.
+
+WAV files are read by the standard library, other formats by soundfile, and other rates are resampled by soxr.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,48 @@ import numpy as np
 
 from peftcore.errors import PeftcoreError
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
-def samples(path: str, rate: int) -> Any:
+def samples(path: str, rate: int, longest: int | None = None) -> Any:
     """Return the samples of a recording, [samples] in float32 from -1 to 1; several channels are averaged.
 
+    A recording with another sampling rate is resampled as transformers does it.
+
+    Args:
+        path: the file.
+        rate: samples per second.
+        longest: number of samples at most; None for no limit.
+
     Raises:
-        PeftcoreError: it is damaged, empty, or has another sampling rate than `rate`.
+        PeftcoreError: it is damaged, empty or too long, or its rate is another and soxr is not installed.
     """
     found, its_rate = _of_wave(path) if path.lower().endswith(".wav") else _of_soundfile(path)
-    if its_rate != rate:
-        raise PeftcoreError(
-            f"'{path}' has {its_rate:,} samples per second, and the model reads {rate:,}. Convert it: "
-            f"ffmpeg -i IN -ar {rate} -ac 1 OUT.wav"
-        )
     if not len(found):
         raise PeftcoreError(f"'{path}' has no samples. Replace it, or remove it")
-    return found.mean(1) if found.ndim == 2 else found
+    if not np.isfinite(found).all():
+        raise PeftcoreError(f"'{path}' has samples that are NaN or infinite. Replace it, or remove it")
+    if longest is not None and len(found) * rate > longest * its_rate:
+        raise PeftcoreError(
+            f"'{path}' has {len(found) / its_rate:.1f} seconds, and the model reads {longest / rate:g}. Split the "
+            "recording and its transcript"
+        )
+    mono = found.mean(1)
+    return mono if its_rate == rate else _resampled(path, mono, its_rate, rate)
+
+
+def _resampled(path: str, found: Any, its_rate: int, rate: int) -> Any:
+    try:
+        soxr: Any = importlib.import_module("soxr")
+    except ImportError as error:
+        raise PeftcoreError(
+            f"'{path}' has {its_rate:,} samples per second, and the model reads {rate:,}. Install soxr, which "
+            f"resamples recordings: pip install peftcore[audio]; or convert it: ffmpeg -i IN -ar {rate} -ac 1 OUT.wav"
+        ) from error
+    resampled = soxr.resample(found, its_rate, rate, quality="HQ")
+    if not len(resampled):
+        raise PeftcoreError(f"'{path}' has {len(found)} samples, too few to resample. Replace it, or remove it")
+    return resampled
 
 
 def _of_wave(path: str) -> tuple[Any, int]:
@@ -38,9 +65,11 @@ def _of_wave(path: str) -> tuple[Any, int]:
             channels, width, rate, count = file.getparams()[:4]
             data = file.readframes(count)
     except (wave.Error, EOFError, OSError, ValueError) as error:
-        if "unknown format" in str(error):  # floating point
+        if "unknown format" in str(error):  # floating point, or the extended header of more than 16 bits
             return _of_soundfile(path)
         raise PeftcoreError(f"'{path}' cannot be read as WAV: {error or 'it ends too early'}. Replace it") from error
+    if rate < 1:
+        raise PeftcoreError(f"'{path}' cannot be read as WAV: its header has {rate} samples per second. Replace it")
     whole = len(data) - len(data) % (width * channels)
     raw = np.frombuffer(data[:whole], dtype=np.uint8).reshape(-1, width)
     if width == 1:  # unsigned, unlike wider samples
@@ -57,8 +86,8 @@ def _of_soundfile(path: str) -> tuple[Any, int]:
         soundfile: Any = importlib.import_module("soundfile")
     except ImportError as error:
         raise PeftcoreError(
-            f"'{path}' is not a WAV file of whole numbers, and other formats are read by soundfile. Install it: pip "
-            "install peftcore[audio], or convert it: ffmpeg -i IN -ar 16000 -ac 1 -c:a pcm_s16le OUT.wav"
+            f"'{path}' is not a plain WAV file of whole numbers, and other formats are read by soundfile. Install it: "
+            "pip install peftcore[audio], or convert it: ffmpeg -i IN -ar 16000 -ac 1 -c:a pcm_s16le OUT.wav"
         ) from error
     try:
         found, rate = soundfile.read(path, dtype="float32", always_2d=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -54,18 +55,34 @@ def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
     require("PIL", extra="images")
     if task == data.IMAGE_TEXT:
         load_config(model, task)
-        try:
-            found = pretrained(AutoProcessor.from_pretrained, model, "processor")
-        except AttributeError as error:  # transformers does not name the package that is missing
-            require("torchvision")
-            raise PeftcoreError(f"the processor of '{model}' cannot be loaded: {error}") from error
-        processor = image_chats.checked(found, model)
+        processor = image_chats.checked(_with_torchvision(AutoProcessor, model, "processor"), model)
         if adapter is not None and has_tokenizer(adapter):
             own = adapter_tokenizer.load(adapter)
             own.chat_template = own.chat_template or processor.tokenizer.chat_template
             processor.tokenizer = own
         return processor
-    return pretrained(AutoImageProcessor.from_pretrained, model, "image processor")
+    return _with_torchvision(AutoImageProcessor, model, "image processor")
+
+
+def _with_torchvision(kind: Any, model: str, what: str) -> Any:
+    """Return a processor.
+
+    Raises:
+        PeftcoreError: it cannot be loaded; the message says so if that is because torchvision is not installed.
+    """
+    try:
+        return pretrained(kind.from_pretrained, model, what)
+    except (AttributeError, PeftcoreError) as error:
+        # Some releases of transformers raise an AttributeError that does not name the package.
+        is_named = isinstance(error, AttributeError) or "torchvision" in str(error).lower()
+        if is_named and importlib.util.find_spec("torchvision") is None:
+            raise PeftcoreError(
+                f"the {what} of '{model}' needs torchvision, which is not installed. Install the release for your "
+                "PyTorch, which no extra of peftcore chooses: pip install torchvision"
+            ) from error
+        if isinstance(error, PeftcoreError):
+            raise
+        raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {error}") from error
 
 
 def _speech_processor(model: str, adapter: Path | None) -> Any:

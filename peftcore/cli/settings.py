@@ -68,7 +68,8 @@ class RunOptions:
     beta: Annotated[
         float | None,
         typer.Option(
-            help="Beta of DPO and KTO, which keeps the model close to the base, or weight of ORPO's odds; default: 0.1."
+            help="Beta of DPO, KTO (default: 0.1) and GRPO (default: 0), which keeps the model close to the base, or "
+            "weight of ORPO's odds (default: 0.1)."
         ),
     ] = None
     desirable_weight: Annotated[float, typer.Option(min=0, help="Weight of good answers in KTO's loss.")] = 1.0

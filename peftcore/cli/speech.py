@@ -74,15 +74,9 @@ def encode(rows: Sequence[Row], processor: Any, max_length: int) -> list[Example
 def _read(processor: Any, path: Any, where: str | None = None) -> Any:
     extractor = processor.feature_extractor
     try:
-        found = audio_files.samples(str(path), extractor.sampling_rate)
-        if len(found) > extractor.n_samples:
-            raise PeftcoreError(
-                f"'{path}' has {len(found) / extractor.sampling_rate:.1f} seconds, and the model reads "
-                f"{extractor.n_samples / extractor.sampling_rate:g}. Split the recording and its transcript"
-            )
+        return audio_files.samples(str(path), extractor.sampling_rate, extractor.n_samples)
     except PeftcoreError as error:
         raise PeftcoreError(f"{where}: {error}" if where else str(error)) from error
-    return found
 
 
 def features(paths: Sequence[Any], processor: Any) -> Any:

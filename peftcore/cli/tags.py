@@ -1,7 +1,8 @@
 """A tag for each word (`--task tags`): named entities, parts of speech.
 
-A word's tag is learned at its first token. If tags are `B-X` and `I-X`, entities are counted as by conlleval (Tjong Kim
-Sang and Buchholz 2000): one is right if its type, beginning and end are; `I-X` after another type begins an entity.
+A word's tag is learned, predicted and measured at its first token. If tags are `B-X` and `I-X`, also with `E-X` (the
+last word of an entity) and `S-X` (an entity of one word), entities are counted as by conlleval (Tjong Kim Sang and
+Buchholz 2000) and seqeval: one is right if its type, beginning and end are; `I-X` after another type or `O` begins one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from peftcore.cli.conversations import IGNORED
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.row import Row
 from peftcore.errors import PeftcoreError, nearest
+
+_MARKS = ("B-", "I-", "E-", "S-")
 
 
 def encode(
@@ -96,7 +99,7 @@ def figures(answers: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequence
         names: names of the tags.
     """
     found = metrics.of_classes(torch.cat(list(answers)), torch.cat(list(wanted)), len(names))
-    if not any(name.startswith("B-") for name in names):
+    if not any(name.startswith(("B-", "I-")) for name in names):
         return found
     return replace(found, figures={**found.figures, "entity_f1": entity_f1(answers, wanted, names)})
 
@@ -112,14 +115,16 @@ def entity_f1(answers: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequen
 
 def entities(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """Yield (type, begin, end) of each entity."""
-    kind, begin = "", 0
+    kind: str | None = None
+    begin, before = 0, "O"
     for i, tag in enumerate([*tags, "O"]):
-        mark, _, type_ = tag.partition("-") if tag[:2] in ("B-", "I-") else ("O", "", "")
-        if kind and (mark != "I" or type_ != kind):
+        mark, _, type_ = tag.partition("-") if tag[:2] in _MARKS else ("O", "", "")
+        if kind is not None and (mark in "BSO" or before in "ES" or type_ != kind):
             yield kind, begin, i
-            kind = ""
-        if mark != "O" and not kind:
+            kind = None
+        if mark != "O" and kind is None:
             kind, begin = type_, i
+        before = mark
 
 
 @torch.no_grad()

@@ -222,10 +222,17 @@ class Folder:
             older = self.config_of_killed_save()
             fields = self.json(CONFIG) if older is None else parse_json(older, file)
         except FileNotFoundError:
-            raise CheckpointError(f"'{self.path}' does not contain an adapter: {CONFIG} is missing") from None
-        if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
             raise CheckpointError(
-                f"'{file}' has no field peft_type, so it is not an adapter in the format of Hugging Face PEFT"
+                f"'{self.path}' does not contain an adapter: {CONFIG} is missing{self._instead()}"
+            ) from None
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"'{file}' must be a JSON object, found {type(fields).__name__}. Copy it again")
+        if not isinstance(fields.get("peft_type"), str):
+            found = ", ".join(list(fields)[:8]) or "none"
+            raise CheckpointError(
+                f"'{file}' has no field peft_type (its fields: {found}), so it is not an adapter in the format of "
+                "Hugging Face PEFT, and no installed plugin reads it as another library's. Save the adapter in PEFT's "
+                "format, or install the plugin that reads it"
             )
         return dict(fields)
 
@@ -270,9 +277,23 @@ class Folder:
                     f"'{self.path}' contains '{pickles[0]}', {why}. "
                     f"Have its author save it as {name}, or convert it where you trust it"
                 ) from None
-            others = sorted(path for path in self.path.glob("*.safetensors") if path.name != TENSORS)
-            hint = f". If '{others[0].name}' is one, give that file: '{others[0]}'" if others else ""
-            raise CheckpointError(f"'{self.path}' does not contain an adapter: {name} is missing{hint}") from None
+            raise CheckpointError(
+                f"'{self.path}' does not contain an adapter: {name} is missing{self._instead()}"
+            ) from None
+
+    def _instead(self) -> str:
+        """Return what the folder contains in place of an adapter, and what to do, as the end of a message."""
+        names = self.listed()
+        others = [name for name in names if name.endswith(".safetensors") and name != TENSORS]
+        if others and not {"config.json", CONFIG} & {*names}:
+            return f". If '{others[0]}' is one, give that file: '{self.path / others[0]}'"
+        inside = next((name for name in ("adapter", *names) if os.path.isfile(self.path / name / CONFIG)), None)
+        if inside is not None:
+            return f". Its subfolder contains one: pass '{self.path / inside}'"
+        if "config.json" in names:
+            return ", and config.json is that of a model. Pass this folder as the base, and the one that `save` wrote"
+        found = f"contains {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "is empty"
+        return f"; it {found}. Pass the folder that `save` wrote, or copy the missing file into it"
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata of `adapter_model.safetensors`; empty if the folder has no such file."""

@@ -45,7 +45,7 @@ def merge(
     keep_adapters: bool = True,
     untie: bool = False,
     dtype: torch.dtype | None = None,
-    max_error: float = 0.1,
+    max_error: float | None = 0.1,
 ) -> Model:
     """Merge the active adapters into the base's weights.
 
@@ -58,7 +58,7 @@ def merge(
         dtype: replace quantized weights that adapters change by dense ones of this dtype. With `keep_adapters=False`
             the whole model is cast to it. By default they are quantized again, see `max_error`.
         max_error: largest fraction of the adapters' change that quantizing again may lose in any layer, see
-            `merge_error`.
+            `merge_error`; None for no limit.
 
     Returns:
         The model.
@@ -67,6 +67,7 @@ def merge(
         PeftcoreError: an adapter cannot be merged, or the merged weight would not compute the same; a weight is tied; a
             result is NaN or Inf; or quantizing again would lose more than `max_error`. The model is left unchanged.
     """
+    _check_limit(max_error)
     state = engine.require_state(model)
     engine.refuse_merged(state, "merge")
     engine.refuse_changed(model)
@@ -97,7 +98,7 @@ def _merge(
     *,
     keep_adapters: bool,
     dtype: torch.dtype | None,
-    max_error: float,
+    max_error: float | None,
 ) -> Model:
     layers: Iterable[MergedLayer]
     if keep_adapters:
@@ -202,7 +203,16 @@ def _update_config(model: nn.Module, formats: Iterable[WeightFormat]) -> None:
         update(model)
 
 
-def _check_lost(lost: dict[str, float], max_error: float) -> None:
+def _check_limit(max_error: Any) -> None:
+    is_number = isinstance(max_error, (int, float)) and not isinstance(max_error, bool)
+    if max_error is not None and not (is_number and max_error >= 0):
+        raise PeftcoreError(
+            f"max_error must be a number from 0 up, a share of the adapters' change, or None for no limit, found "
+            f"{max_error!r}"
+        )
+
+
+def _check_lost(lost: dict[str, float], max_error: float | None) -> None:
     if not lost:
         return
     worst = max(lost, key=lambda path: lost[path])
@@ -211,7 +221,7 @@ def _check_lost(lost: dict[str, float], max_error: float) -> None:
         f"{len(lost)} merged layers are quantized again, which loses {mean:.0%} of the adapters' change on "
         f"average, at worst {lost[worst]:.0%} ('{worst}')"
     )
-    if lost[worst] > max_error:
+    if max_error is not None and lost[worst] > max_error:
         raise PeftcoreError(
             f"{what}; max_error={max_error:g} allows {max_error:.0%}. Nothing was changed. Merge into 16 bits: "
             "peftcore.merge(model, dtype=torch.bfloat16). For each layer's error: peftcore.merge_error(model)"

@@ -129,6 +129,30 @@ def test_info_without_the_method(run: Run, tmp_path: Path) -> None:
     assert "there is no folder" in run("info", tmp_path / "nothing", code=1).output
 
 
+def test_info_of_a_config_that_no_load_takes(run: Run, tmp_path: Path) -> None:
+    saved, other = peftcore.save(peftcore.apply(mixture("qwen3_moe"), "lora", r=8), tmp_path / "saved"), tmp_path / "a"
+    assert "cannot be loaded" not in run("info", saved).output
+    (saved / "peftcore_manifest.json").unlink()
+    fields = json.loads((saved / "adapter_config.json").read_text())
+    for wrong, message in (({"r": "two"}, "r must be a whole number, found 'two'"), ({"magic": 7}, "uses magic=7")):
+        (saved / "adapter_config.json").write_text(json.dumps({**fields, **wrong}))
+        shown = " ".join(run("info", saved).output.split())
+        assert "cannot be loaded" in shown and message in shown
+    # What another library wrote, and folders without an adapter, have the errors of `load`.
+    other.mkdir()
+    (other / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "num_layers": 4}))
+    (other / "adapters.safetensors").write_bytes(b"")
+    assert "adapter_model.safetensors is missing; it contains adapter_config.json, adapters.safetensors" in " ".join(
+        run("info", other, code=1).output.split()
+    )
+    (saved / "adapter_model.safetensors").rename(other / "adapter_model.safetensors")
+    assert "has no field peft_type (its fields: fine_tune_type, num_layers)" in run("info", other, code=1).output
+    (saved / "adapter_config.json").rename(saved / "config.json")
+    assert "Pass this folder as the base" in run("info", saved, code=1).output
+    (saved / "config.json").rename(saved / "run.json")
+    assert "the run in" in run("info", saved, code=1).output
+
+
 def test_info_of_experts(run: Run, tmp_path: Path) -> None:
     peftcore.save(peftcore.apply(mixture("qwen3_moe", num_experts=6), "lora", r=8, expert_r=2), tmp_path)
     held = 2 * 6 * 2 * ((64 + 64) + (32 + 64))  # modules, experts, r, (in + out) of both weights

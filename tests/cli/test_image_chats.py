@@ -265,3 +265,15 @@ def test_answers_of_other_models(kind: str, chats: Path, tmp_path: Path) -> None
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=3, pad_token_id=0)
     answer = processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert found[0]["answer"] == answer
+
+
+def test_a_missing_torchvision_is_named(smolvlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoProcessor
+
+    def missing(*_args: Any, **_options: Any) -> Any:
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(PeftcoreError, match=r"needs torchvision.*: pip install torchvision$"):
+        models.load_processor(str(smolvlm), IMAGE_TEXT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import wave
 from pathlib import Path
 from typing import Any
@@ -88,14 +89,46 @@ def test_samples(tmp_path: Path) -> None:
     assert audio_files.samples(str(tmp_path / "a.wav"), 16_000).tolist() == [0.25, -0.75]
 
 
+@pytest.mark.parametrize("rate", [8_000, 44_100, 48_000])
+def test_other_rates_are_resampled(tmp_path: Path, rate: int) -> None:
+    pytest.importorskip("soxr")
+    tone = 9000 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    save_wave(tmp_path / "a.wav", np.stack([tone, tone / 3], 1).astype("<i2"), rate=rate, channels=2)
+    found = audio_files.samples(str(tmp_path / "a.wav"), 16_000, longest=16_000)
+    assert len(found) == 16_000 and found.dtype == np.float32
+    wanted = 6000 / 32_768 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+    assert np.abs(found - wanted)[200:-200].max() < 1e-4  # the ends ring
+    with pytest.raises(PeftcoreError, match=r"has 1.0 seconds, and the model reads 0.9"):
+        audio_files.samples(str(tmp_path / "a.wav"), 16_000, longest=14_400)
+
+
+def test_other_formats_are_those_of_transformers(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    pytest.importorskip("soxr")
+    from transformers.audio_utils import load_audio
+
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(24_000) / 48_000)
+    kinds = {"a.flac": "PCM_24", "a.ogg": "VORBIS", "a.mp3": "MPEG_LAYER_III", "a.wav": "FLOAT", "b.wav": "PCM_24"}
+    for name, subtype in kinds.items():
+        how = {"format": "WAVEX"} if name == "b.wav" else {}  # 24 bits as ffmpeg writes them
+        soundfile.write(tmp_path / name, np.stack([tone, 0 * tone], 1), 48_000, subtype=subtype, **how)
+        found = audio_files.samples(str(tmp_path / name), 16_000)
+        assert np.array_equal(found, load_audio(str(tmp_path / name), 16_000)[: len(found)])
+        assert np.sqrt(2 * np.square(found).mean()) == pytest.approx(0.15, rel=0.02)
+    soundfile.write(tmp_path / "a.wav", np.array([0, np.nan, 1]), 16_000, subtype="FLOAT")
+    with pytest.raises(PeftcoreError, match="NaN or infinite"):
+        audio_files.samples(str(tmp_path / "a.wav"), 16_000)
+
+
 def test_wrong_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_wave(tmp_path / "slow.wav", np.zeros(80, "<i2"), rate=8000)
     save_wave(tmp_path / "empty.wav", np.zeros(0, "<i2"))
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     (tmp_path / "a.mp3").write_bytes(b"ID3")
-    monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
+    for package in ("soundfile", "soxr"):
+        monkeypatch.setitem(sys.modules, package, None)
     for name, message in (
-        ("slow.wav", "has 8,000 samples per second.*ffmpeg"),
+        ("slow.wav", "has 8,000 samples per second.*pip install peftcore.audio.*ffmpeg"),
         ("empty.wav", "has no samples"),
         ("broken.wav", "cannot be read as WAV"),
         ("a.mp3", r"pip install peftcore\[audio\]"),

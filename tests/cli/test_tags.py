@@ -86,6 +86,9 @@ def test_unknown_tags_and_a_single_one(tmp_path: Path, letters: Any) -> None:
         ("B-A B-A I-B", [("A", 0, 1), ("A", 1, 2), ("B", 2, 3)]),
         ("I-A I-A O I-B", [("A", 0, 2), ("B", 3, 4)]),
         ("O O", []),
+        ("B-A I-A E-A S-A S-A", [("A", 0, 3), ("A", 3, 4), ("A", 4, 5)]),
+        ("E-A E-A I-A S-B I-B", [("A", 0, 1), ("A", 1, 2), ("A", 2, 3), ("B", 3, 4), ("B", 4, 5)]),
+        ("B-A E-B I-A-C I-A-C", [("A", 0, 1), ("B", 1, 2), ("A-C", 2, 4)]),
     ],
 )
 def test_entities(sequence: str, wanted: list[tuple[str, int, int]]) -> None:
@@ -96,6 +99,8 @@ def test_entity_f1() -> None:
     answers = [torch.tensor([2, 0, 1]), torch.tensor([0, 2])]  # one right; one where there is none
     wanted = [torch.tensor([2, 0, 1]), torch.tensor([2, 2])]
     assert tags.entity_f1(answers, wanted, NAMES) == pytest.approx(2 / 3)
+    only_inside = tags.figures(answers, wanted, ("I-A", "I-B", "O"))  # as in the files of CoNLL 2003
+    assert only_inside.figures["entity_f1"] == pytest.approx(4 / 5)
 
 
 def test_measure_by_hand(bert: Path) -> None:

@@ -79,6 +79,15 @@ def test_too_much_is_refused_and_nothing_changes(keep_adapters):
     assert torch.equal(logits(model), wanted)
 
 
+def test_limits_of_the_error():
+    model = adapted()
+    for limit in (-1, float("nan"), True, "0.1"):
+        with pytest.raises(peftcore.PeftcoreError, match="max_error must be a number from 0 up"):
+            peftcore.merge(model, max_error=limit)
+    with pytest.warns(UserWarning, match="4 merged layers are quantized again"):
+        peftcore.merge(model, max_error=None)
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_what_is_allowed_is_written_and_reported(double_quant):
     model = adapted(std=0.5, double_quant=double_quant)

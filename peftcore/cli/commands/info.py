@@ -47,12 +47,14 @@ def info(
 
 
 def _show(adapter: Path) -> None:
+    from peftcore.cli.adapter_folders import refuse_other_folders
     from peftcore.engine.summary import megabytes
-    from peftcore.errors import PluginError
+    from peftcore.errors import CheckpointError, PluginError
     from peftcore.files.folder import read_tensors
     from peftcore.files.metadata import BASE, VERSION, own_fields
+    from peftcore.files.peft_fields import config_of_fields, with_own
     from peftcore.files.reading import fields_of_folder, method_of_folder
-    from peftcore.files.safe_reading import TENSORS
+    from peftcore.files.safe_reading import CONFIG, TENSORS
     from peftcore.files.single_file import parts_of_file
 
     single = parts_of_file(adapter)
@@ -60,13 +62,20 @@ def _show(adapter: Path) -> None:
         name, parts = single
         table([("layout", name), *((part or "of one model", _counts(tensors)) for part, tensors in parts.items())])
         return
+    refuse_other_folders(adapter)
     fields, foreign = fields_of_folder(adapter)
     tensors, metadata = read_tensors(adapter, foreign.tensors if foreign else TENSORS)
     own = own_fields(adapter, metadata)
+    wrong = None
     try:
-        method = method_of_folder(adapter).name
+        found = method_of_folder(adapter)
+        method = found.name
+        if foreign is None:
+            config_of_fields(f"'{adapter / CONFIG}'", found, with_own(f"'{adapter / TENSORS}'", found, fields, own))
     except PluginError as error:
         method = str(error)
+    except CheckpointError as error:
+        wrong = str(error)
     written_by = foreign.name if foreign else fields.get("peft_version") and f"PEFT {fields['peft_version']}"
     if VERSION in metadata:
         written_by = f"peftcore {metadata[VERSION]}"
@@ -74,6 +83,7 @@ def _show(adapter: Path) -> None:
     rows = [
         ("peft_type", fields["peft_type"]),
         ("method", method),
+        *([("cannot be loaded", wrong)] if wrong is not None else []),
         ("task", fields.get("task_type") or "-"),
         ("base", fields.get("base_model_name_or_path") or "-"),
         ("base is checked on load", "yes" if BASE in metadata else "no: the file has no fingerprint"),

@@ -48,7 +48,13 @@ def converted(file: Path) -> str:
     yaml: Any = importlib.import_module("yaml")
     try:
         config: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except FileNotFoundError:
+        raise PeftcoreError(
+            f"the file '{file}' does not exist. Pass a config of axolotl, LLaMA-Factory or torchtune"
+        ) from None
+    except OSError as error:
+        raise PeftcoreError(f"the file '{file}' cannot be read: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError) as error:
         raise PeftcoreError(f"'{file}' cannot be read as YAML: {error}") from error
     if not isinstance(config, dict):
         raise PeftcoreError(f"'{file}' must have keys with values, found {type(config).__name__}")

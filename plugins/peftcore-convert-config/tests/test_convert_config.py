@@ -197,3 +197,5 @@ def test_the_command_writes_a_file_with_comments(tmp_path: Path) -> None:
     assert "must have keys with values, found list" in printed("convert-config", file)[1]
     file.write_text("a: [")
     assert "cannot be read as YAML" in printed("convert-config", file)[1]
+    file.unlink()
+    assert "a.yaml' does not exist. Pass a config of axolotl" in printed("convert-config", file)[1]
