@@ -59,6 +59,9 @@ def test_each_sample_passes_through_its_own(model, grad):
         base = model(input_ids=tokens()).logits
     torch.testing.assert_close(found[1], base[1], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(model(input_ids=tokens()).logits, found)
+    peftcore.activate(model, "a")
+    peftcore.activate(model, NAMES, per_sample=True)
+    torch.testing.assert_close(model(input_ids=tokens()).logits, found)
 
 
 def test_gradients_are_those_of_each_alone(model):
@@ -128,7 +131,7 @@ class TwoOutputs(nn.Module):
 class ScaledOfTwo(tiny.Scaled):
     def forward(self, base, x):
         y, shared = base(x)
-        return self.gain * y, shared
+        return self.gain * y, self.gain * shared
 
 
 def test_what_all_samples_share_is_shared():
@@ -144,7 +147,7 @@ def test_what_all_samples_share_is_shared():
             if len(shared) == 1:
                 y, found = model(x)
                 torch.testing.assert_close(y, model[0].inner(x) * torch.tensor([1.0, 2, 1])[:, None])
-                assert torch.equal(found, torch.ones(3, 2))
+                assert torch.equal(found, torch.tensor([[1.0, 1.0], [2.0, 2.0], [1.0, 1.0]]))
             else:
                 with pytest.raises(peftcore.PeftcoreError, match=r"an output of shape \[4, 2\] for 2 samples cannot"):
                     model(x)

@@ -13,6 +13,7 @@ from census.images import with_images
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.adaptation.rows import UNKNOWN, taken
 from peftcore.observation.sample_rows import rows_of
 from peftcore.testing import disturb
 
@@ -172,6 +173,22 @@ class Turned(nn.Module):
         return y.view(len(y), -1, 4).transpose(0, 1)
 
 
+class Flat(nn.Module):
+    """A layer that gets the tokens of all samples as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(90, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        y = self.layer(self.embed(input_ids).flatten(0, 1))
+        return y.view(*input_ids.shape, -1)
+
+
+def test_tokens_of_all_samples_as_rows() -> None:
+    check_rows(with_two(Flat(), target_modules=["layer"]), {"input_ids": tokens(3, 4)})
+
+
 def test_an_output_lies_in_memory_as_the_layers_own() -> None:
     model = with_two(Turned(), target_modules=["layer"])
     with torch.no_grad():
@@ -223,6 +240,13 @@ def test_what_cannot_be_observed_is_refused() -> None:
         model(torch.randn(3, 4), 2)
 
 
+def test_samples_of_an_argument_that_was_not_observed() -> None:
+    shared, numbers = torch.randn(1, 2), torch.tensor([0, 2])
+    assert taken(shared, UNKNOWN, numbers, 3) is shared
+    with pytest.raises(peftcore.PeftcoreError, match=r"not known which part of an argument of shape \[3, 2\]"):
+        taken(torch.randn(3, 2), UNKNOWN, numbers, 3)
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}, {}])
 @pytest.mark.parametrize("kind", [tiny.llama, tiny.t5])
 def test_generate_repeats_samples_for_beams(kind: Any, options: dict[str, int]) -> None:
@@ -241,3 +265,19 @@ def test_generate_repeats_samples_for_beams(kind: Any, options: dict[str, int]) 
         own = slice(sample * returned, (sample + 1) * returned)
         width = min(found.shape[1], by_adapter.shape[1])
         assert torch.equal(found[own, :width], by_adapter[own, :width])
+
+
+def test_generate_repeats_samples_inside_the_module_of_another_adapter() -> None:
+    """Inside `a`, around attention, layers of `b` look up the samples of each beam again."""
+    model = peftcore.apply(tiny.llama(), "adaption-prompt", adapter="a", adapter_len=3, adapter_layers=2)
+    peftcore.apply(model, "lora", adapter="b")
+    for seed, name in enumerate("ab"):
+        disturb(model, name, seed=seed, std=0.5)
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "use_cache": False}
+    wanted = []
+    for sample, name in zip(tokens(), NAMES, strict=True):
+        peftcore.activate(model, name or [])
+        wanted.append(model.generate(sample[None], **options)[0])
+    peftcore.activate(model, NAMES, per_sample=True)
+    for found, alone in zip(model.generate(tokens(), **options), wanted, strict=True):
+        assert torch.equal(found[: len(alone)], alone)

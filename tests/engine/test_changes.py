@@ -194,6 +194,18 @@ def test_a_replaced_head_that_is_trained() -> None:
         peftcore.activate(model, "default")
 
 
+def test_a_module_that_has_lost_its_adapter_may_be_replaced(tmp_path: Path) -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    peftcore.apply(model, "around", adapter="other", target_modules=("v_proj",))
+    peftcore.remove(model)
+    replace(model)
+    model.get_submodule(Q).requires_grad_(False)
+    peftcore.activate(model, "other")
+    peftcore.save(model, tmp_path)
+    assert set(peftcore.engine.state_of(model).sites) == {f"model.layers.{i}.self_attn.v_proj" for i in range(2)}
+    peftcore.remove(model, "other")
+
+
 def test_what_was_there_before_apply_is_no_change() -> None:
     model = tiny.llama()
     weight_norm(model)

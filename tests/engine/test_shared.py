@@ -16,6 +16,7 @@ from torch import nn
 
 import peftcore
 from peftcore.engine import applied, method_modules
+from peftcore.plugin import Around
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -105,6 +106,23 @@ def test_a_compiled_model_computes_and_learns_the_same() -> None:
         found(x).square().sum().backward()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert not one.requires_grad or torch.equal(one.grad, two.grad)
+
+
+def test_a_parameter_of_two_modules_is_one_when_it_is_loaded(tmp_path: Path) -> None:
+    def place(*_: Any) -> list[Around]:
+        adapter = tiny.Scaled(2.0)
+        adapter.other = tiny.Scaled(2.0)
+        adapter.other.gain = adapter.gain
+        return [Around("0", adapter)]
+
+    with tiny.installed(tiny.method("twins", place)):
+        model, other = (nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+        peftcore.apply(model, "twins")
+        with torch.no_grad():
+            model[0].peftcore["default"].gain.fill_(3.0)
+        peftcore.save(model, tmp_path)
+        loaded = peftcore.load(other, tmp_path, check_base=False)[0].peftcore["default"]
+    assert loaded.other.gain is loaded.gain and loaded.gain.item() == 3.0
 
 
 def test_two_adapters_of_one_method_have_one_each() -> None:

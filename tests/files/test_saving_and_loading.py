@@ -102,6 +102,7 @@ def test_several_are_saved_and_loaded_together(tmp_path: Path) -> None:
     ]
     loaded = peftcore.load(tiny.llama(), tmp_path)
     assert [a.name for a in peftcore.summary(loaded).adapters] == ["default", "a", "b"]
+    assert peftcore.engine.state_of(loaded).active == ("b", "default")
     assert torch.equal(tiny.logits(loaded), tiny.logits(model))
     for names in (["a"], ["b"], ["default", "a"]):
         peftcore.activate(model, names)

@@ -1,11 +1,16 @@
 """One merge loop: equal to the forward, refused where it cannot be, undone bit for bit."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import peftcore
+from peftcore.plugin import Adapter, Around
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -24,13 +29,52 @@ def test_merge_equals_forward_and_unmerge_is_exact() -> None:
     assert torch.equal(tiny.logits(model), acting)
 
 
-def test_adapters_merge_in_the_order_of_their_chain() -> None:
-    model = nn.Sequential(nn.Linear(2, 2, bias=False))
-    for name, value in (("two", 2.0), ("five", 5.0)):
-        peftcore.apply(model, "around", target_modules=("0",), value=value, adapter=name)
-    before = model[0].weight.detach().clone()
-    peftcore.merge(model)
-    torch.testing.assert_close(model[0].weight.detach(), 10 * before)
+class Added(Adapter):
+    """y = base(x) + value · (1 + Σ x)."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return base(x) + self.value * (1 + x.sum(-1, keepdim=True))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.value, None if bias is None else bias + self.value
+
+
+@pytest.mark.parametrize("order", [("doubled", "raised"), ("raised", "doubled")])
+def test_adapters_merge_and_return_in_the_order_of_their_chain(order: tuple[str, str]) -> None:
+    raises = tiny.method("raises", lambda *_: [Around("0", Added(3.0))])
+    model = nn.Sequential(nn.Linear(2, 2))
+    (weight, bias), x = (p.detach().clone() for p in model.parameters()), torch.tensor([[0.5, -2.0]])
+    with tiny.installed(raises):
+        peftcore.apply(model, "around", target_modules=("0",), value=2.0, adapter="doubled")
+        peftcore.apply(model, "raises", adapter="raised")
+        peftcore.activate(model, order)
+        acting = model(x)
+        peftcore.merge(model)
+        shift = 3.0 if order[-1] == "raised" else 6.0
+        torch.testing.assert_close(model[0].weight.detach(), 2 * weight + shift)
+        torch.testing.assert_close(model[0].bias.detach(), 2 * bias + shift)
+        torch.testing.assert_close(model(x), acting)
+        peftcore.unmerge(model)
+        assert torch.equal(model(x), acting)
+
+
+def test_tied_weights_that_one_adapter_changes_stay_tied() -> None:
+    one = tiny.Scaled(3.0)
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = original = model[0].weight
+    before = original.detach().clone()
+    with tiny.installed(tiny.method("both", lambda *_: [Around("0", one), Around("1", one)])):
+        peftcore.merge(peftcore.apply(model, "both"))
+        assert model[0].weight is model[1].weight
+        torch.testing.assert_close(model[0].weight.detach(), 3 * before)
+        peftcore.unmerge(model)
+        assert model[0].weight is original and model[1].weight is original
+        peftcore.merge(model, keep_adapters=False)
+    assert model[0].weight is model[1].weight
 
 
 def test_merge_for_good_leaves_a_plain_model() -> None:

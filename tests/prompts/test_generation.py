@@ -44,6 +44,17 @@ def test_generate_with_rows_of_different_length(make: Callable[[], nn.Module], k
         check_steps(model, out, batch.shape[1], mask)
 
 
+@pytest.mark.parametrize("kinds", [("prefix", "prefix"), ("soft", "prefix"), ("prefix", "soft")], ids="-".join)
+def test_generate_with_two(kinds: tuple[str, str]) -> None:
+    model = applied(applied(tiny.llama(), kinds[0]), kinds[1], "second", seed=2)
+    mask = torch.ones_like(tiny.TOKENS)
+    mask[1, :2] = 0
+    outs = [generate(model, tiny.TOKENS, mask, use_cache=use_cache) for use_cache in (True, False)]
+    for out in outs:
+        check_steps(model, out, tiny.TOKENS.shape[1], mask)
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+
+
 @pytest.mark.parametrize("heads", [{}, {"multi_query": False}, {"new_decoder_architecture": True, "num_kv_heads": 2}])
 def test_falcon_s_heads(heads: dict[str, Any]) -> None:
     model = applied(falcon(**heads), "prefix")
@@ -78,10 +89,13 @@ def test_a_loop_of_one_s_own(kind: str) -> None:
         close(torch.cat(steps, dim=1)[mask == 1], wanted[mask == 1])
 
 
-def test_a_prefix_is_none_of_the_tokens_that_a_cache_has_read() -> None:
-    model = applied(tiny.llama(), "prefix")
+@pytest.mark.parametrize("prefixes", [1, 2])
+def test_prefixes_are_none_of_the_tokens_that_a_cache_has_read(prefixes: int) -> None:
+    model = tiny.llama()
+    for number in range(prefixes):
+        applied(model, "prefix", f"prefix {number}")
     cache, tokens = model(tiny.TOKENS, use_cache=True).cache, tiny.TOKENS.shape[1]
-    assert (cache.get_seq_length(), cached_tokens(cache)) == (N + tokens, tokens)
+    assert (cache.get_seq_length(), cached_tokens(cache)) == (prefixes * N + tokens, tokens)
     assert cached_tokens(model(tiny.TOKENS[:, :2], cache=cache).cache) == tokens + 2
 
 
