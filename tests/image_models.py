@@ -1,4 +1,7 @@
-"""Tiny models that read images and texts, with their processors: SmolVLM's, Qwen2-VL's and LLaVA's shapes."""
+"""Tiny models that read images and texts, with their processors.
+
+They have the shapes of SmolVLM, Qwen2-VL, LLaVA, Llama 3.2 Vision and Gemma 3.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +34,29 @@ LLAVA = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+MLLAMA = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|image|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>"
+    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<start_of_image>{% elif 'text' in content %}{{ content['text'] | trim }}"
+    "{% endif %}{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 
-def tokenizer(special: list[str]) -> Any:
-    words = [*WORDS, "User", "Assistant", "USER", "ASSISTANT", "user", "assistant", ":"]
+
+def tokenizer(special: list[str], **options: Any) -> Any:
+    words = [*WORDS, "User", "Assistant", "USER", "ASSISTANT", "user", "assistant", "model", ":"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, additional_special_tokens=special, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **({"additional_special_tokens": special} if special else {}), **names, **options)
 
 
 def smolvlm(folder: Path) -> Any:
@@ -110,6 +129,56 @@ def llava(folder: Path) -> Any:
     return _saved(folder, LlavaForConditionalGeneration, config, processor)
 
 
+def mllama(folder: Path) -> Any:
+    """Save a Llama 3.2 Vision with images in up to four tiles, which one of two layers reads by cross-attention."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+    images = MllamaImageProcessorPil(size={"height": 8, "width": 8}, max_image_tiles=4)
+    text = tokenizer(["<|image|>", "<|python_tag|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    processor = MllamaProcessor(images, text, chat_template=MLLAMA)
+    config = MllamaConfig(
+        text_config={
+            **TEXT,
+            "vocab_size": len(text),
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 4,
+            "cross_attention_layers": [3],
+            "pad_token_id": 0,
+        },
+        vision_config={
+            **{"hidden_size": 16, "intermediate_size": 24, "attention_heads": 2, "image_size": 8, "patch_size": 4},
+            **{"num_hidden_layers": 2, "num_global_layers": 1, "max_num_tiles": 4, "vision_output_dim": 32},
+            "intermediate_layers_indices": [1],
+            "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
+        },
+        image_token_index=text.convert_tokens_to_ids("<|image|>"),
+    )
+    return _saved(folder, MllamaForConditionalGeneration, config, processor)
+
+
+def gemma(folder: Path) -> Any:
+    """Save a Gemma 3 whose images have 4 tokens, with line ends around them that are tokens."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    turns = {"begin_of_turn": "<start_of_turn>", "end_of_turn": "<end_of_turn>"}
+    text = tokenizer([], extra_special_tokens={**marks, **turns})
+    text.add_tokens(["\n", "\n\n", "\n\n\n"])
+    images = Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
+    processor = Gemma3Processor(images, text, chat_template=GEMMA, image_seq_length=4)
+    config = Gemma3Config(
+        text_config={**TEXT, "vocab_size": len(text), "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0},
+        vision_config={**TEXT, "image_size": 8, "patch_size": 2},
+        mm_tokens_per_image=4,
+        image_token_index=text.convert_tokens_to_ids("<image_soft_token>"),
+        boi_token_index=text.convert_tokens_to_ids("<start_of_image>"),
+        eoi_token_index=text.convert_tokens_to_ids("<end_of_image>"),
+    )
+    return _saved(folder, Gemma3ForConditionalGeneration, config, processor)
+
+
 class _WithoutVideos(Qwen2VLProcessor):
     """Qwen2-VL's processor without one of videos, which would need torchvision."""
 
@@ -126,4 +195,4 @@ def _saved(folder: Path, kind: Any, config: Any, processor: Any) -> Any:
     return processor
 
 
-KINDS = {"smolvlm": smolvlm, "qwen": qwen, "llava": llava}
+KINDS = {"smolvlm": smolvlm, "qwen": qwen, "llava": llava, "mllama": mllama, "gemma": gemma}

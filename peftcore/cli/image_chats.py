@@ -1,12 +1,13 @@
 """Conversations with images as a model's processor prepares them; the assistant's turns are learned.
 
 The text is that of the chat template, as for conversations without images. The processor replaces each image in it by
-as many tokens as the model reads for it; these are never learned. Images are decoded batch by batch, so that a data set
-need not fit into memory.
+as many tokens as the model reads for it, or by one that a mask of cross-attention refers to (Llama 3.2); these are
+never learned. Images are decoded batch by batch, so that a data set need not fit into memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +39,7 @@ def encode(rows: Sequence[Row], processor: Any, max_length: int) -> tuple[list[E
             ids, labels = example["input_ids"], example["labels"]
             if len(ids) > max_length:
                 images = sum(map(len, sizes))
-                if any(_is_image(id_, processor) for id_ in ids[max_length:]):
+                if not _image_ids(processor).isdisjoint(ids[max_length:]):
                     raise PeftcoreError(
                         f"{row.where}: the conversation has {len(ids):,} tokens, {images:,} of them for "
                         f"{len(sizes)} images, which cannot be cut; --max-length is {max_length:,}. Increase it"
@@ -58,8 +59,10 @@ def _sizes(row: Row, processor: Any) -> list[list[int]]:
     """Return the tokens that the processor puts in the place of each image of a row."""
     if not row.images:
         return []
-    texts = [processor.image_token] * len(row.images)
-    return list(_prepared(processor, texts, _opened(row.images, row.where), add_special_tokens=False)["input_ids"])
+    texts, images = [processor.image_token] * len(row.images), [[image] for image in _opened(row.images, row.where)]
+    found = _prepared(processor, texts, images, add_special_tokens=False)["input_ids"]
+    begin = processor.tokenizer.bos_token_id  # Llama 3.2's processor begins every text with it
+    return [[id_ for id_ in ids if id_ != begin] for ids in found]
 
 
 def _example(
@@ -68,21 +71,25 @@ def _example(
     """Return one example of `conversations.texts_and_spans`, with the tokens of its images."""
     text, spans, count = part
     tokenizer = processor.tokenizer
-    plain = conversations.example(tokenizer, text, spans)
-    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if len(plain["input_ids"]) > len(bare):  # a template without an end mark
-        text, bare = text + tokenizer.eos_token, plain["input_ids"]
     place = tokenizer.convert_tokens_to_ids(processor.image_token)
+    written = list(tokenizer(text, add_special_tokens=False)["input_ids"]).count(place)
     shown = sum(part == PLACE for message in (row.messages or [])[:count] for part in message.get("content", ()))
-    if bare.count(place) != shown:
+    if written != shown:
         raise PeftcoreError(
-            f"{row.where}: the chat template writes {bare.count(place)} images, and the conversation has {shown}. Pass "
+            f"{row.where}: the chat template writes {written} images, and the conversation has {shown}. Pass "
             "one that writes them: --chat-template FILE"
         )
-    is_special = _adds_special(text, tokenizer)
-    whole = list(tokenizer(text, add_special_tokens=is_special)["input_ids"])
+    expanded, images = text, iter(sizes)
+    if getattr(processor, "full_image_sequence", None):  # Gemma's, with line ends that join others in a token
+        expanded, spans = _expanded(text, spans, processor.image_token, processor.full_image_sequence)
+        images = itertools.repeat([place])
+    plain = conversations.example(tokenizer, expanded, spans)
+    bare = list(tokenizer(expanded, add_special_tokens=False)["input_ids"])
+    if len(plain["input_ids"]) > len(bare):  # a template without an end mark
+        text, expanded, bare = text + tokenizer.eos_token, expanded + tokenizer.eos_token, plain["input_ids"]
+    whole = list(tokenizer(expanded, add_special_tokens=_adds_special(text, tokenizer))["input_ids"])
     front = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
-    ids, labels, images = whole[:front], [IGNORED] * front, iter(sizes)
+    ids, labels = whole[:front], [IGNORED] * front
     for id_, label in zip(bare, plain["labels"], strict=True):
         tokens = next(images) if id_ == place else [id_]
         ids += tokens
@@ -96,6 +103,15 @@ def _example(
     }
 
 
+def _expanded(
+    text: str, spans: list[tuple[int, int]], mark: str, written: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text with `written` in the place of each `mark`, and the spans in it."""
+    more = len(written) - len(mark)
+    moved = [(begin + more * text[:begin].count(mark), end + more * text[:end].count(mark)) for begin, end in spans]
+    return text.replace(mark, written), moved
+
+
 def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
     """Return a batch as the processor makes it, such as `pixel_values`, with `labels` [batch, length].
 
@@ -103,7 +119,7 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
         PeftcoreError: the processor's tokens depend on the batch.
     """
     texts = [example["text"] for example in examples]
-    images = [image for example in examples for image in _opened(example["images"])]
+    images = [_opened(example["images"]) for example in examples]
     special = _adds_special(texts[0], processor.tokenizer)
     batch = _prepared(
         processor, texts, images, add_special_tokens=special, padding=True, padding_side="right", return_tensors="pt"
@@ -115,7 +131,10 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
                 f"{type(processor).__name__} writes other tokens for a conversation in a batch than for it "
                 "alone, so the learned part cannot be determined. Use --batch-size 1"
             )
-    tensors = {name: value[:, :length] if value.shape == shape else value for name, value in batch.items()}
+    tensors = {
+        name: value[:, :length] if value.shape[:2] == shape and not name.startswith("pixel") else value
+        for name, value in batch.items()
+    }
     labels = [example["labels"] + [IGNORED] * (length - len(example["labels"])) for example in examples]
     return {**tensors, "labels": torch.tensor(labels)}
 
@@ -131,15 +150,17 @@ def question(row: Row, processor: Any) -> dict[str, Any]:
     except PeftcoreError as error:
         raise PeftcoreError(f"{row.where}: {error}") from error
     special = _adds_special(text, processor.tokenizer)
-    return _prepared(processor, [text], _opened(row.images, row.where), add_special_tokens=special, return_tensors="pt")
+    images = [_opened(row.images, row.where)]
+    return _prepared(processor, [text], images, add_special_tokens=special, return_tensors="pt")
 
 
-def _prepared(processor: Any, texts: list[str], images: list[Any], **options: Any) -> dict[str, Any]:
+def _prepared(processor: Any, texts: list[str], images: list[list[Any]], **options: Any) -> dict[str, Any]:
+    """Return what the processor makes of texts with the images of each."""
     try:
-        return dict(processor(text=texts, images=images or None, **options))
+        return dict(processor(text=texts, images=images if any(images) else None, **options))
     except (ValueError, TypeError, IndexError, KeyError) as error:
         raise PeftcoreError(
-            f"{type(processor).__name__} rejects a conversation with {len(images)} images: {str(error)[:400]}"
+            f"{type(processor).__name__} rejects conversations with {list(map(len, images))} images: {str(error)[:400]}"
         ) from error
 
 
@@ -155,8 +176,10 @@ def _adds_special(text: str, tokenizer: Any) -> bool:
     return not (tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token))
 
 
-def _is_image(id_: int, processor: Any) -> bool:
-    return bool(id_ == processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+def _image_ids(processor: Any) -> set[int]:
+    """Return the tokens of images, in a chat template's text and in a model's input."""
+    tokens = (processor.image_token, getattr(processor.tokenizer, "image_token", None))
+    return {processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None}
 
 
 def checked(processor: Any, model: str) -> Any:

@@ -33,7 +33,12 @@ def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["smolvlm", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("qwen", "llava"))])
+@pytest.fixture(
+    params=[
+        pytest.param(kind, marks=[] if kind in ("smolvlm", "gemma") else pytest.mark.nightly)
+        for kind in image_models.KINDS
+    ]
+)
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
     """A model of each kind and its processor."""
     processor = image_models.KINDS[request.param](tmp_path / request.param)
@@ -250,7 +255,7 @@ def test_training_evaluating_and_answering(chats: Path, smolvlm: Path, tmp_path:
     assert "Use peftcore predict" in run("generate", "-a", tmp_path / "run", "--prompt", "is it", code=1).output
 
 
-@pytest.mark.parametrize("kind", ["qwen", "llava"])
+@pytest.mark.parametrize("kind", ["qwen", "llava", "mllama", "gemma"])
 @pytest.mark.nightly
 def test_answers_of_other_models(kind: str, chats: Path, tmp_path: Path) -> None:
     """Each answer is what the model generates after what the processor itself makes of the messages."""
