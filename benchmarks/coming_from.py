@@ -1,12 +1,13 @@
 """How many example configs of another program have a counterpart, by docs/coming-from and by `convert-config`.
 
-    python benchmarks/coming_from.py CHECKOUTS [--write FILE]
+    python benchmarks/coming_from.py CHECKOUTS [--write FILE] [--page]
 
 CHECKOUTS is a folder with the repositories axolotl, llama-factory and torchtune. A config that trains an adapter is
 *whole* if the page's first tables have each of its keys that asks for something; *partly* if some are in the table
 "What is not here", which says what to do instead; else *unknown*, which is a gap of the page. `peftcore convert-config`
 converts it whole, without some keys, or refuses it. --write writes the distinct conversions, which
-plugins/peftcore-convert-config/tests trains for two steps each.
+plugins/peftcore-convert-config/tests trains for two steps each; --page writes docs/coming-from/examples.md, the outcome
+of each config by its name.
 """
 
 import argparse
@@ -24,10 +25,18 @@ from peftcore import PeftcoreError
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {"axolotl": "examples", "llama-factory": "examples", "torchtune": "recipes/configs"}
+NAMES = {"axolotl": "axolotl", "llama-factory": "LLaMA-Factory", "torchtune": "torchtune"}
+DATES = {"axolotl": "July 2026", "llama-factory": "August 2026", "torchtune": "April 2026"}
+HEAD = """# Example configs of other programs
+
+What `peftcore convert-config` makes of each example config that trains an adapter: the whole training; the training
+without keys that the pages on [axolotl](axolotl.md), [LLaMA-Factory](llama-factory.md) and [torchtune](torchtune.md)
+explain ("What is not here"); or an error that says what to do instead. Conversions that differ in more than numbers
+train for two steps on tiny models in `make test-all`. Written by `benchmarks/coming_from.py --page`."""
 OPENED = ("datasets", "test_datasets", "peft_config", "quant_config", "model", "tokenizer", "checkpointer", "dataset")
 OPENED += ("dataset_val", "loss", "optimizer", "lr_scheduler")  # tables whose keys are options, too
 ALIKE = ("epochs", "steps", "eval_every", "save_every", "keep", "weight_decay", "warmup")  # train in the same way
-PLACES = ("model", "data", "eval_data", "output", "columns", "seed", "report_to")  # not those of a tiny run
+PLACES = ("model", "teacher", "data", "eval_data", "output", "columns", "seed", "report_to")  # not those of a tiny run
 NOT_ASKED = (None, False, "", [], {}, 0, "disabled")
 
 
@@ -85,37 +94,61 @@ def count(program: str, configs: dict[str, dict[str, Any]]) -> None:
     print("  not on the page:", ", ".join(f"{key} {count}" for key, count in gaps.most_common()) or "none")
 
 
-def convert(program: str, configs: dict[str, dict[str, Any]], distinct: dict[str, dict[str, Any]]) -> None:
-    """Print what is converted, and add each conversion that is not there yet."""
+def convert(program: str, configs: dict[str, dict[str, Any]], distinct: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Print what is converted, add each conversion that is not there yet, and return the outcome of each config."""
+    outcomes = {}
     counts, reasons, left_out = (collections.Counter[str]() for _ in range(3))
     for name, config in configs.items():
         try:
             found = programs.convert(config)
         except PeftcoreError as error:
             counts["refused"] += 1
-            reasons[str(error).partition(":")[0].strip("'")] += 1
+            key, value, instead = re.findall(r"^'(\w+): (.*)' has no counterpart .* Instead: (.*)$", str(error))[0]
+            reasons[key] += 1
+            shown = value if re.fullmatch(r"[\w./-]+", value) else "..."
+            why = f"not here: {instead[6:]}" if instead.startswith("none: ") else f"instead: {instead}"
+            outcomes[name] = f"refused for `{key}: {shown}`; {why}"
             continue
+        outcomes[name] = ("without " if found.left_out else "whole") + ", ".join(f"`{key}`" for key in found.left_out)
         counts["without some keys" if found.left_out else "whole"] += 1
         left_out.update(list(found.left_out))
         options = {key: value for key, value in found.options.items() if key not in PLACES}
-        shape = [
+        packed = re.findall("GPTQ|AWQ", str(found.options["model"]).upper())  # such bases are read in another way
+        shape: list[Any] = [
             {key: None if type(value) in (int, float) else value for key, value in each.items() if key not in ALIKE}
             for each in (options, found.fields)
-        ]
+        ] + packed
         once = {"configs": 0, "example": f"{program}/{name}", "model": found.options["model"]}
         once |= {"options": options, "set": found.fields}
         distinct.setdefault(json.dumps(shape, sort_keys=True), once)["configs"] += 1
     print("  converted:", dict(counts))
     print("  refused for:", ", ".join(f"{key} {count}" for key, count in reasons.most_common()) or "nothing")
     print("  left out:", ", ".join(f"{key} {count}" for key, count in left_out.most_common()) or "nothing")
+    return outcomes
+
+
+def page(outcomes: dict[str, dict[str, str]]) -> str:
+    """Return the page with a table for each program."""
+    parts = [HEAD]
+    for program, found in outcomes.items():
+        rows = [f"| `{name.removeprefix(EXAMPLES[program])[1:]}` | {outcome} |" for name, outcome in found.items()]
+        kinds = collections.Counter(outcome.partition(" ")[0] for outcome in found.values())
+        counted = f"{len(found)} in `{EXAMPLES[program]}` ({DATES[program]}): {kinds['whole']} whole, "
+        counted += f"{kinds['without']} without some keys, {kinds['refused']} refused."
+        parts.append(
+            f"## {NAMES[program]}\n\n{counted}\n\n| config | `convert-config` |\n|---|---|\n" + "\n".join(rows)
+        )
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("checkouts", type=Path)
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--page", action="store_true")
     given = parser.parse_args()
     distinct: dict[str, dict[str, Any]] = {}
+    outcomes = {}
     for program, folder in EXAMPLES.items():
         root = given.checkouts / program
         read = {
@@ -127,8 +160,10 @@ def main() -> None:
             if isinstance(config, dict) and is_adapter(config)
         }
         count(program, configs)
-        convert(program, configs, distinct)
+        outcomes[program] = convert(program, configs, distinct)
     print(f"{len(distinct)} distinct conversions, numbers apart")
+    if given.page:
+        (ROOT / "docs/coming-from/examples.md").write_text(page(outcomes), encoding="utf-8")
     if given.write:
         lines = ",\n".join(json.dumps(each) for each in distinct.values())
         given.write.write_text(f"[\n{lines}\n]\n", encoding="utf-8")

@@ -56,7 +56,9 @@ def tokenizer(special: list[str], **options: Any) -> Any:
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **({"additional_special_tokens": special} if special else {}), **names, **options)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, **({"additional_special_tokens": special} if special else {}), **names, **options
+    )
 
 
 def smolvlm(folder: Path) -> Any:
@@ -142,7 +144,7 @@ def mllama(folder: Path) -> Any:
             **TEXT,
             "vocab_size": len(text),
             "num_key_value_heads": 1,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 4,  # Llama 3.2's fourth layer is the first with cross-attention, too
             "cross_attention_layers": [3],
             "pad_token_id": 0,
         },

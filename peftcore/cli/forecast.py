@@ -244,6 +244,8 @@ def _why_not(settings: Settings) -> str | None:
 
     if (why := unknown(settings.task)) is not None:
         return why
+    if settings.teacher is not None:
+        return "that of a teacher is not known"
     if settings.task == data.ROLLOUTS:
         return "that of sampling answers is not known"
     if settings.optim not in OPTIMIZERS:

@@ -103,9 +103,7 @@ def _example(
     }
 
 
-def _expanded(
-    text: str, spans: list[tuple[int, int]], mark: str, written: str
-) -> tuple[str, list[tuple[int, int]]]:
+def _expanded(text: str, spans: list[tuple[int, int]], mark: str, written: str) -> tuple[str, list[tuple[int, int]]]:
     """Return the text with `written` in the place of each `mark`, and the spans in it."""
     more = len(written) - len(mark)
     moved = [(begin + more * text[:begin].count(mark), end + more * text[:end].count(mark)) for begin, end in spans]

@@ -91,6 +91,15 @@ class RunOptions:
     ] = None
     generations: Annotated[int, typer.Option(min=2, help="Answers sampled for each prompt (grpo).")] = 8
     temperature: Annotated[float, typer.Option(help="Temperature of sampled answers (grpo).")] = 1.0
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Model whose probabilities of the next token are learned, too (causal-lm): folder or hub id."
+        ),
+    ] = None
+    teacher_weight: Annotated[
+        float, typer.Option(help="Share of the teacher in the loss, from 0 to 1; the rest is that of the examples.")
+    ] = 0.5
     labels: options.Labels = None
     columns: options.Columns = None
     chat_template: options.ChatTemplate = None

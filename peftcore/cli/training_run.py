@@ -26,6 +26,7 @@ from peftcore.cli import (
     comparisons,
     conversations,
     data,
+    distillation,
     dtype_choice,
     generations,
     light_step,
@@ -93,6 +94,7 @@ def run(
     examples = training_data.encode(rows, settings, inputs.tokenizer, inputs.labels)
     settings, predicted = _with_memory(settings, examples.longest, inputs.labels, force=force)
     model = _adapted_model(settings, inputs, examples)
+    teacher = distillation.of_run(settings, inputs.tokenizer, examples.train)
     summary = peftcore.summary(model)
     say(str(summary))
 
@@ -120,6 +122,7 @@ def run(
         inputs,
         examples,
         measure,
+        teacher,
         model=model,
         args=trainer_arguments.of_run(settings, output, training_data.draws(examples.parts), report_to),
         callbacks=[meter, stop, trace, *([keeper] if keeper else [])],
@@ -269,7 +272,7 @@ def _check_metric(settings: Settings, measured: Metrics) -> None:
 
 
 def _trainer(
-    settings: Settings, inputs: Inputs, examples: Examples, measure: Measure, **arguments: Any
+    settings: Settings, inputs: Inputs, examples: Examples, measure: Measure, teacher: Any, **arguments: Any
 ) -> trainers.Measuring:
     """Return the trainer of the task; `arguments` are those of all trainers."""
     tokenizer = inputs.tokenizer
@@ -289,6 +292,9 @@ def _trainer(
     elif settings.task == data.EMBEDDING:
         collate = tasks.collator(tokenizer)
         trainer = trainers.EmbeddingTrainer(**common, data_collator=collate, pooling=inputs.pooling)
+    elif teacher is not None:
+        collate, weight = tasks.collator(tokenizer), settings.teacher_weight
+        trainer = distillation.DistillingTrainer(**common, data_collator=collate, teacher=teacher, weight=weight)
     else:
         is_mean = settings.task in (data.TAGS, data.SEQ2SEQ, data.SPEECH)  # the loss of a batch, whatever the step has
         collate = tasks.collator(tokenizer)

@@ -127,6 +127,11 @@ def train(
         raise PeftcoreError(
             "--task kto compares the answers of a batch, found --batch-size 1. Use --batch-size 2 or more"
         )
+    if given.teacher is not None:
+        require("transformers", "accelerate")
+        from peftcore.cli import distillation
+
+        given = replace(given, teacher=distillation.checked(given, task))
     if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
     if given.eval_data is None:

@@ -7,6 +7,7 @@ from typing import Any
 from peftcore_convert_config.reading import IMAGES, Reading, asks, held_out, keyed, optimizer, single
 
 _PREFERRED = "for preferences between answers to images, TRL's DPOTrainer with peftcore.apply"
+_OWN = "for a model that transformers itself has, --task image-text with --set target_modules="
 _FROZEN = "peftcore train --task image-text, with --set target_modules= for the layers that are to be adapted"
 _MEGATRON = "none: Megatron's engine (docs/distributed.md)"
 _NOTHING = """
@@ -38,11 +39,6 @@ REFUSED = keyed(
         "peftcore merge or peftcore export": "export_dir",
     }
 )
-_QUANTIZED = {
-    "GPTQ": "peftcore.quantization.load in a script reads it",
-    "AWQ": "peftcore.quantization.load in a script reads it",
-    "AQLM": "the original checkpoint, with --quantize nf4",
-}
 
 
 def convert(config: Reading) -> None:
@@ -52,9 +48,8 @@ def convert(config: Reading) -> None:
             config.refuse(key, instead)
     model = str(config.take("model_name_or_path", config.take("model", "")))
     config.take("model")
-    for kind, instead in _QUANTIZED.items():
-        if kind in model.upper():
-            config.refuse("model_name_or_path", instead)
+    if "AQLM" in model.upper():
+        config.refuse("model_name_or_path", "the original checkpoint, with --quantize nf4")
     config.options["model"] = model
     _method(config)
     _task(config)
@@ -112,7 +107,7 @@ def _task(config: Reading) -> None:
     if stage not in _STAGES:
         config.refuse("stage", "TRL's trainers with peft_config=peftcore.config('lora')")
     if config.take("do_predict"):
-        config.refuse("do_predict", "peftcore eval --eval-answers")
+        config.refuse("do_predict", "peftcore eval --adapter FOLDER --data FILE --eval-answers 50")
     loss = config.take("pref_loss", "sigmoid")
     if loss not in ("sigmoid", "orpo"):
         config.refuse("pref_loss", "TRL's trainers with peft_config=peftcore.config('lora')")
@@ -136,7 +131,7 @@ def _images(config: Reading) -> None:
     model = config.options["model"].lower()
     if "target_modules" not in config.fields:
         if "qwen" not in model or "vl" not in model:
-            config.refuse("model_name_or_path", _FROZEN)
+            config.refuse("model_name_or_path", _OWN)
         config.fields["exclude_modules"] = r".*visual\..*"
     config.options["task"] = "image-text"
     config.to_do.append(IMAGES)

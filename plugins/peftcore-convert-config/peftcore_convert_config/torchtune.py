@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore_convert_config.reading import Reading, asks, dataset, keyed, optimizer, single
+from peftcore_convert_config.reading import IMAGES, Reading, asks, dataset, keyed, optimizer, single
 
-_IMAGES = (
-    "for Llama 3.2 Vision, a loop of your own with peftcore.apply; peftcore train --task image-text trains SmolVLM, "
-    "Qwen2.5-VL and LLaVA"
-)
-_DISTILLING = "a loop of your own with peftcore.disabled for the teacher, or TRL's GKD"
+_WHOLE = "--set modules_to_save= trains whole modules next to the adapter"
+_READ = "for Llama 4 with images, peftcore train --task image-text with --set target_modules= for the layers"
 _NOTHING = """
 save_adapter_weights_only shuffle collate_fn dataloader low_cpu_ram log_every_n_steps log_peak_memory_stats log_level
 device fsdp_cpu_offload custom_sharded_layers fsdp batch_size_val
@@ -25,12 +22,7 @@ NOT_HERE = keyed(
         "torch.profiler in a script": "profiler",
     }
 )
-REFUSED = keyed(
-    {
-        "none: QAT with LoRA": "quantizer",
-        _DISTILLING: "teacher_model teacher_checkpointer kd_loss kd_ratio",
-    }
-)
+REFUSED = keyed({"none: quantization-aware training; --quantize affine4 trains over a base in int4": "quantizer"})
 _SETS = {
     "alpaca_dataset": "tatsu-lab/alpaca",
     "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
@@ -40,11 +32,18 @@ _SETS = {
     "slimorca_dataset": "Open-Orca/SlimOrca-Dedup",
     "wikitext_dataset": "EleutherAI/wikitext_document_level",
     "cnn_dailymail_articles_dataset": "ccdv/cnn_dailymail",
+    "the_cauldron_dataset": "HuggingFaceM4/the_cauldron",
     "hh_rlhf_helpful_dataset": "RLHFlow/HH-RLHF-Helpful-standard",
 }
 _STACK = "prompt=question,chosen=response_j,rejected=response_k"
 _NAMES = {"output_proj": ["o_proj"]}
 _FUSED = {"q_proj": ["qkv_proj"], "k_proj": ["qkv_proj"], "v_proj": ["qkv_proj"]}  # in transformers' Phi-3
+_PARTS = {
+    "llama3_2_vision": {"decoder_trainable": "frozen", "encoder_trainable": "lora", "fusion_trainable": "lora"},
+    "llama4": {"decoder_trainable": "lora", "encoder_trainable": "frozen", "fusion_trainable": "lora"},
+}
+_SEEING_MLP = r"|mlp\.fc[12]"
+_CROSS = r"\d*[38]"  # layers with cross-attention: every fifth, from the one with index 3
 
 
 def convert(config: Reading) -> None:
@@ -53,6 +52,7 @@ def convert(config: Reading) -> None:
         if asks(config.take(key)):
             config.refuse(key, instead)
     _model(config)
+    _teacher(config)
     _data(config)
     _steps(config)
 
@@ -60,11 +60,6 @@ def convert(config: Reading) -> None:
 def _model(config: Reading) -> None:
     model, files = config.part("model"), config.part("checkpointer")
     component = str(model.take("_component_", ""))
-    if "vision" in component or asks(model.take("image_size")):
-        config.refuse("model", _IMAGES)
-    for key in ("decoder_trainable", "encoder_trainable", "fusion_trainable"):
-        if asks(model.take(key)):
-            model.refuse(key, _IMAGES)
     config.options["model"] = str(files.take("checkpoint_dir", "")).rstrip("/")
     four_bits = component.rpartition(".")[2].startswith("qlora") or model.take("quantize_base", False)
     dora = model.take("use_dora", False)
@@ -74,22 +69,76 @@ def _model(config: Reading) -> None:
     model.field("lora_rank", "r")
     model.field("lora_alpha", "lora_alpha")
     model.field("lora_dropout", "lora_dropout")
-    fused = "phi3" in component or "phi4" in component
-    names = {**_NAMES, **(_FUSED if fused else {})}
-    targets = [name for each in model.take("lora_attn_modules", []) for name in names.get(each, [each])]
-    if model.take("apply_lora_to_mlp"):
-        targets += ["gate_up_proj", "down_proj"] if fused else ["gate_proj", "up_proj", "down_proj"]
-    if model.take("apply_lora_to_output"):
-        targets += ["lm_head"]
-    config.fields["target_modules"] = list(dict.fromkeys(targets))
+    attention, has_mlp = list(model.take("lora_attn_modules", [])), bool(model.take("apply_lora_to_mlp"))
+    has_head = bool(model.take("apply_lora_to_output"))
+    kind = component.split(".")[-2] if "." in component else ""
+    parts = {key: str(model.take(key, default)).lower() for key, default in _PARTS.get(kind, {}).items()}
+    full = next((key for key, how in parts.items() if how not in ("lora", "frozen")), None)
+    if full is not None:
+        model.refuse(full, _WHOLE)
+    if kind == "llama3_2_vision":
+        config.options["task"] = "image-text"
+        config.to_do.append(IMAGES)
+        config.fields["target_modules"] = _seeing(parts, attention, has_mlp=has_mlp, has_head=has_head)
+    elif kind == "llama4":
+        if parts["encoder_trainable"] == "lora" or parts["decoder_trainable"] == "frozen":
+            config.refuse("model", _READ)
+        config.fields["target_modules"] = _named(attention, {}, has_mlp=has_mlp, has_head=has_head)
+        if has_mlp:
+            config.fields["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+    else:
+        fused = _FUSED if kind in ("phi3", "phi4") else {}
+        config.fields["target_modules"] = _named(attention, fused, has_mlp=has_mlp, has_head=has_head)
     if asks(files.take("adapter_checkpoint")) and config.take("resume_from_checkpoint"):
         config.leave_out("adapter_checkpoint", "--adapter FOLDER starts from an adapter")
     if config.take("resume_from_checkpoint"):
         config.leave_out("resume_from_checkpoint", "--resume continues a run of peftcore")
-    tokenizer = config.part("tokenizer")
-    if "transform" in str(tokenizer.take("_component_")) and asks(tokenizer.take("max_num_tiles")):
-        tokenizer.refuse("max_num_tiles", _IMAGES)
-    tokenizer.option("max_seq_len", "max_length", int)
+    config.part("tokenizer").option("max_seq_len", "max_length", int)
+
+
+def _named(attention: list[str], fused: dict[str, list[str]], *, has_mlp: bool, has_head: bool) -> list[str]:
+    """Return the names of a language model's layers in transformers."""
+    names = {**_NAMES, **fused}
+    targets = [name for each in attention for name in names.get(each, [each])]
+    if has_mlp:
+        targets += ["gate_up_proj", "down_proj"] if fused else ["gate_proj", "up_proj", "down_proj"]
+    return list(dict.fromkeys([*targets, *(["lm_head"] if has_head else [])]))
+
+
+def _seeing(parts: dict[str, str], attention: list[str], *, has_mlp: bool, has_head: bool) -> str:
+    """Return a pattern of layers of Llama 3.2 Vision in transformers.
+
+    torchtune's fusion is the cross-attention with its MLPs and the global layers of the part that reads images.
+    """
+    names = "|".join(_named(attention, {}, has_mlp=False, has_head=False))
+    mlp = "|gate_proj|up_proj|down_proj" if has_mlp else ""
+    seen = rf"layers\.\d+\.(self_attn\.({names}){_SEEING_MLP if has_mlp else ''})"
+    found = []
+    if parts["encoder_trainable"] == "lora":
+        found.append(rf"vision_model\.transformer\.{seen}")
+    if parts["fusion_trainable"] == "lora":
+        found += [rf"vision_model\.global_transformer\.{seen}", rf"layers\.{_CROSS}\.(cross_attn|mlp)\.({names}{mlp})"]
+    if parts["decoder_trainable"] == "lora":
+        found.append(rf"language_model\.layers\.\d*[0124-79]\.(self_attn|mlp)\.({names}{mlp})")
+    if has_head:
+        found += ["lm_head"] * (parts["decoder_trainable"] == "lora")
+        found += ["multi_modal_projector"] * (parts["fusion_trainable"] == "lora")
+    return rf".*({'|'.join(found)})"
+
+
+def _teacher(config: Reading) -> None:
+    """Take what makes a training a distillation."""
+    files, model, loss = (config.part(key) for key in ("teacher_checkpointer", "teacher_model", "kd_loss"))
+    folder, kind = files.take("checkpoint_dir"), str(loss.take("_component_", ""))
+    ratio = config.take("kd_ratio", 0.5)
+    if not (asks(folder) or asks(model.take("_component_"))):
+        return
+    if "ForwardKL" not in kind:
+        config.refuse("kd_loss", "ForwardKLLoss, by --teacher; or a loop of your own with peftcore.apply")
+    if not asks(folder):
+        config.refuse("teacher_model", "a teacher_checkpointer, whose checkpoint_dir is --teacher")
+    config.options["teacher"] = str(folder).rstrip("/")
+    config.options["teacher_weight"] = float(ratio)
 
 
 def _data(config: Reading) -> None:
@@ -109,8 +158,7 @@ def _data(config: Reading) -> None:
 def _one(config: Reading, given: dict[str, Any], *, weighted: bool = False) -> str:
     part = Reading(given)
     name = str(part.take("_component_", "")).rpartition(".")[2]
-    if "multimodal" in str(given.get("_component_")) or asks(part.take("transform")):
-        config.refuse("dataset" if "_component_" in given else "datasets", _IMAGES)
+    part.take("transform")
     if part.take("packed"):
         config.options["pack"] = True
     files, source = part.take("data_files"), part.take("source", _SETS.get(name, name))

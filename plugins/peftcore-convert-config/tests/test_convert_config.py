@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import collections
+import inspect
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,9 @@ PAIRS = [
 ]
 
 
+ADAM = {"_component_": "torch.optim.AdamW"}
+TUNED = {"_component_": "torchtune.models.llama3_2_vision.lora_llama3_2_vision_11b"}
+LISTED = re.compile(r"^\| `([^`]+\.ya?ml)` \| (.*) \|$", re.MULTILINE)
 SEEING = {"model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct", "finetuning_type": "lora", "image_max_pixels": 4096}
 
 
@@ -143,6 +151,52 @@ def test_defaults_of_the_programs_that_are_not_ours() -> None:
     assert tune.fields == {"target_modules": ["qkv_proj", "o_proj"]}
 
 
+def test_parts_of_models_that_read_images() -> None:
+    """torchtune's parts of Llama 3.2 Vision are layers of transformers' model, whose names tell them apart."""
+    names = {
+        "encoder": "model.vision_model.transformer.layers.1",
+        "global": "model.vision_model.global_transformer.layers.3",
+        "cross": "model.language_model.layers.13",
+        "decoder": "model.language_model.layers.12",
+    }
+    layers = [f"{names[part]}.self_attn.{name}_proj" for part in ("encoder", "global", "decoder") for name in "qkvo"]
+    layers += [f"{names['cross']}.cross_attn.{name}_proj" for name in "qkvo"]
+    layers += [f"{names[part]}.mlp.fc{i}" for part in ("encoder", "global") for i in (1, 2)]
+    layers += [f"{names[part]}.mlp.{name}_proj" for part in ("cross", "decoder") for name in ("gate", "up", "down")]
+    layers += ["lm_head", "model.multi_modal_projector"]
+    text = {"lora_attn_modules": ["q_proj", "output_proj"], "apply_lora_to_mlp": True}
+
+    def adapted(**parts: Any) -> set[str]:
+        found = programs.convert({"model": {**TUNED, **text, **parts}, "optimizer": ADAM})
+        assert found.options["task"] == "image-text" and len(found.to_do) == 1
+        pattern = re.compile(found.fields["target_modules"])
+        matched = {layer for layer in layers if pattern.fullmatch(layer)}
+        assert all("k_proj" not in layer and "v_proj" not in layer for layer in matched)
+        return {layer.rsplit(".", 2)[0] if "layers" in layer else layer for layer in matched}
+
+    seeing = {names["encoder"], names["global"], names["cross"]}
+    assert adapted() == seeing  # torchtune's default
+    assert adapted(encoder_trainable="frozen") == {names["global"], names["cross"]}
+    assert adapted(fusion_trainable="frozen") == {names["encoder"]}
+    assert adapted(decoder_trainable="lora", apply_lora_to_output=True) == {*names.values(), *layers[-2:]}
+
+
+def test_distillation_and_bases_in_int4() -> None:
+    given = {"_component_": "torchtune.models.qwen2.lora_qwen2_0_5b", "lora_attn_modules": ["q_proj"]}
+    files = {"checkpointer": {"checkpoint_dir": "small"}, "teacher_checkpointer": {"checkpoint_dir": "large/"}}
+    loss = {"kd_loss": {"_component_": "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"}, "kd_ratio": 0.25}
+    found = programs.convert(
+        {"model": given, "teacher_model": {"_component_": "qwen2_1_5b"}, **files, **loss, "optimizer": ADAM}
+    )
+    assert found.options["model"] == "small"
+    assert (found.options["teacher"], found.options["teacher_weight"]) == ("large", 0.25)
+    assert found.left_out == {}
+    packed = programs.convert({"base_model": "m-GPTQ", "adapter": "lora", "gptq": True, "gptq_groupsize": 128})
+    assert packed.options["model"] == "m-GPTQ" and "quantize" not in packed.options and packed.left_out == {}
+    packed = programs.convert({"model_name_or_path": "m-AWQ", "finetuning_type": "oft", "oft_block_size": 8})
+    assert packed.options["method"] == "oft" and "quantize" not in packed.options
+
+
 def test_conversations_with_images() -> None:
     pattern = r"model.language_model.layers.[\d]+.self_attn.(q|v)_proj"
     config = {"base_model": "m", "adapter": "lora", "processor_type": "AutoProcessor", "freeze_mm_modules": True}
@@ -172,9 +226,15 @@ def test_conversations_with_images() -> None:
             {"base_model": "m", "adapter": "lora", "learning_rate": "fast"},
             "'learning_rate' must be a number, found",
         ),
-        ({"model_name_or_path": "m-AWQ", "finetuning_type": "lora"}, "quantization.load in a script"),
+        ({"model_name_or_path": "m-AQLM", "finetuning_type": "lora"}, "the original checkpoint, with --quantize nf4"),
         ({"model_name_or_path": "m", "finetuning_type": "full"}, "'finetuning_type: full' has no counterpart"),
-        ({"model": {"image_size": 5}, "checkpointer": {}}, "for Llama 3.2 Vision"),
+        ({"model": {**TUNED, "decoder_trainable": "full"}}, "'decoder_trainable: full' .* modules_to_save="),
+        ({"model": {**TUNED, "_component_": "a.llama4.b", "encoder_trainable": "lora"}}, "for Llama 4 with images"),
+        (
+            {"model": {}, "teacher_checkpointer": {"checkpoint_dir": "t"}, "kd_loss": {"_component_": "ReverseKLLoss"}},
+            "'kd_loss: .* ForwardKLLoss, by --teacher",
+        ),
+        ({"model": {}, "quantizer": {"_component_": "a"}}, "'quantizer: .* quantization-aware"),
         ({"learning_rate": 1}, "of no program that is known"),
     ],
 )
@@ -199,3 +259,33 @@ def test_the_command_writes_a_file_with_comments(tmp_path: Path) -> None:
     assert "cannot be read as YAML" in printed("convert-config", file)[1]
     file.unlink()
     assert "a.yaml' does not exist. Pass a config of axolotl" in printed("convert-config", file)[1]
+
+
+@pytest.mark.parametrize("program", programs.PROGRAMS)
+def test_the_page_of_examples_says_what_the_program_does(program: str) -> None:
+    """docs/coming-from/examples.md is written from configs that are not here; its keys and reasons are the module's."""
+    title = {"llama-factory": "LLaMA-Factory"}.get(program, program)
+    section = (DOCS / "examples.md").read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    outcomes = dict(LISTED.findall(section))
+    kinds = collections.Counter(outcome.partition(" ")[0] for outcome in outcomes.values())
+    counts = f"{kinds['whole']} whole, {kinds['without']} without some keys, {kinds['refused']} refused."
+    assert len(outcomes) > 30 and f"{len(outcomes)} in `" in section and counts in section
+    module, page = programs.PROGRAMS[program], (DOCS / f"{program}.md").read_text()
+    said = set(_texts(inspect.getsource(module)))
+    for name, outcome in outcomes.items():
+        keys = re.findall(r"`(\w+)", outcome)
+        assert not module.NOTHING & {*keys}, name
+        assert all(f"`{key}" in page or key == "context_parapllel_size" for key in keys), name  # misspelt by axolotl
+        reason = re.search(r"(instead|not here): (.*)$", outcome)
+        assert (reason is not None) == outcome.startswith("refused"), name
+        assert reason is None or {reason[2], f"none: {reason[2]}"} & said, name
+    cases = json.loads(Path(__file__).with_name("converted_configs.json").read_text())
+    trained = [case["example"].split("/", 2) for case in cases if case["example"].startswith(f"{program}/")]
+    assert trained and all(not outcomes[rest.removeprefix("configs/")].startswith("refused") for *_, rest in trained)
+
+
+def _texts(source: str) -> Iterator[str]:
+    """Yield the texts in a module's source."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import image_models
+import int4_checkpoints
 import pytest
 import torch
 from commands import SPECIAL, WORDS, printed, save_tokenizer, write_jsonl
@@ -47,6 +48,8 @@ UNPACKED = (
 def kind_of(case: dict[str, Any]) -> str | None:
     """Return the kind of model whose modules a case names, or None."""
     if case["options"].get("task") == "image-text":
+        if "cross_attn|mlp" in str(case["set"]):
+            return "mllama"
         return (
             "smolvlm" if "text_model" in str(case["set"]) else None if "shared_expert" in str(case["set"]) else "llava"
         )
@@ -65,6 +68,7 @@ def kind_of(case: dict[str, Any]) -> str | None:
         ("linear_attn", "qwen3_next"),
         ("shared_expert", "llama4_text"),
         ("in_proj", "falcon_h1"),
+        ("'gate_proj', 'up_proj', 'down_proj'] ['experts", "llama4_text"),
         ("experts", "qwen3_moe"),
     ):
         if part in named:
@@ -90,8 +94,8 @@ def rows(task: str | None) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "completion": good} for prompt, good, _ in told]
 
 
-def make(kind: str, folder: Path) -> None:
-    """Write a tiny model with random weights and its tokenizer."""
+def make(kind: str, folder: Path, name: str = "") -> None:
+    """Write a tiny model with random weights and its tokenizer, in 4 bits if its name says so."""
     from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
     torch.manual_seed(0)
@@ -106,7 +110,14 @@ def make(kind: str, folder: Path) -> None:
         )
         Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     else:
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind])).save_pretrained(folder)
+        packed = next((how for how in ("gptq", "awq") if how in name.lower()), None)
+        sizes = {**KINDS[kind], **({"intermediate_size": 64} if packed else {})}  # whole groups of 32
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+        if packed is None:
+            model.save_pretrained(folder)
+        else:
+            how = int4_checkpoints.gptq if packed == "gptq" else int4_checkpoints.awq
+            int4_checkpoints.write_folder(model, folder, int4_checkpoints.config(packed, 32), how, 32, smallest=1)
     save_tokenizer(folder)
 
 
@@ -117,7 +128,9 @@ def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None
     kind = kind_of(case)
     if kind is None:
         pytest.skip("no tiny model here has such modules")
-    make(kind, tmp_path / "base")
+    make(kind, tmp_path / "base", case["model"])
+    if "teacher_weight" in case["options"]:
+        make("llama", tmp_path / "teacher")
     options = dict(case["options"])
     options.pop("parallel", None)  # for torchrun, which tests/parallel starts
     if options.get("precision") == "fp16":  # for CUDA
@@ -134,6 +147,8 @@ def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None
     }
     small |= {"grad_accum": 1, "holdout": max(2, options.get("holdout", 2))}
     options |= {"model": str(tmp_path / "base"), "data": str(data), **small}
+    if "teacher_weight" in options:
+        options["teacher"] = str(tmp_path / "teacher")
     fields = dict(case["set"])
     if "exclude_modules" in fields:  # Qwen-VL's name for the part that LLaVA, which stands for it, has by others
         fields["exclude_modules"] = fields["exclude_modules"].replace("visual", "(vision_tower|multi_modal_projector)")
