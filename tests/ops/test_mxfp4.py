@@ -107,6 +107,20 @@ def test_linear_and_its_gradient(n, k, rows, dtype, level):
     assert ((x.grad.double() - up64 @ dense).abs() <= 2 * EPS[dtype] * (up64.abs() @ dense.abs())).all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 16])
+@pytest.mark.parametrize("k", [512, 1088])
+def test_a_product_has_every_scale(k, rows, level):
+    packed = ops.quantize_mxfp4(normal(33, k, seed=4))
+    scales = packed.absmax.view(33, k // 32)
+    scales[2, 0], scales[5, 3], scales[20, -1], scales[32, -1] = 255, 0, 255, 0
+    x = normal(rows, k, seed=1, dtype=torch.bfloat16)
+    dense = values_of(packed)
+    found, wanted = ops.linear_4bit(x, packed).double(), F.linear(x.double(), dense)
+    assert found.isnan().nonzero()[:, 1].unique().tolist() == [2, 20]
+    magnitude = x.double().abs() @ dense.abs().T
+    assert ((found - wanted).abs() <= 2 * EPS[torch.bfloat16] * magnitude).logical_or(wanted.isnan()).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_lora_is_joined(rows, dtype, level):

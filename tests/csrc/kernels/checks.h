@@ -120,17 +120,19 @@ void close(T found, double sum, double magnitude, const char* what, int64_t i, d
 constexpr float kCode[16] = {-1.0f, -0.7f, -0.52f, -0.39f, -0.28f, -0.18f, -0.09f, 0.0f,
                              0.08f, 0.16f, 0.25f,  0.34f,  0.44f,  0.56f,  0.72f,  1.0f};
 
-// A weight in 4 bits, its scales in fp32 or in 8 bits.
+// A weight in 4 bits, with scales of any kind.
 struct Packed {
-    Packed(int64_t rows, int64_t columns, int64_t blocksize, bool nested)
+    Packed(int64_t rows, int64_t columns, int64_t blocksize, ScaleKind kind)
         : codes((rows * columns + 1) / 2),
           absmax(ceil_div(rows * columns, blocksize)),
-          nested_codes(absmax.count()),
+          shorts(absmax.count()),
+          bytes(absmax.count()),
           nested_absmax((kFirstBlock + absmax.count() + 31) / 32),
           nested_map(256) {
         for (uint8_t& byte : codes) byte = uint8_t(source() >> 8);
         for (float& scale : absmax) scale = 0.5f + std::fabs(number());
-        for (uint8_t& byte : nested_codes) byte = uint8_t(source() >> 8);
+        for (BFloat16& scale : shorts) scale = from_float<BFloat16>(0.5f + std::fabs(number()));
+        for (uint8_t& byte : bytes) byte = uint8_t(source() >> 8);
         for (float& scale : nested_absmax) scale = 0.5f + std::fabs(number());
         for (int i = 0; i < 256; ++i) nested_map[i] = float(i) / 512;
         view.rows = rows;
@@ -139,9 +141,18 @@ struct Packed {
         view.absmax = absmax.data();
         view.quant_map = kCode;
         view.shift = log2_of(blocksize);
-        if (!nested) return;
-        view.absmax = nested_codes.data();
-        view.scales = ScaleKind::kNested;
+        view.scales = kind;
+        if (kind == ScaleKind::kAffine) {
+            view.absmax = shorts.data();
+            view.scale_dtype = Dtype::kBFloat16;
+        }
+        if (kind == ScaleKind::kPowerOfTwo) {
+            for (uint8_t& byte : bytes) byte = uint8_t(120 + byte % 16);
+            if (rows > 8) bytes[0] = 0;
+            view.absmax = bytes.data();
+        }
+        if (kind != ScaleKind::kNested) return;
+        view.absmax = bytes.data();
         view.nested_absmax = nested_absmax.data();
         view.nested_quant_map = nested_map.data();
         view.nested_offset = &offset;
@@ -156,7 +167,8 @@ struct Packed {
     static constexpr int64_t kFirstBlock = 3;  // as an expert's, within a block of scales
     Values<uint8_t> codes;
     Values<float> absmax;
-    Values<uint8_t> nested_codes;
+    Values<BFloat16> shorts;
+    Values<uint8_t> bytes;
     Values<float> nested_absmax, nested_map;
     float offset = 0.25f;
     WeightView view;

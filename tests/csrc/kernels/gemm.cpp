@@ -124,7 +124,7 @@ template <typename T>
 void try_packed(const gemm::ManyRows& products, int64_t rows, int64_t out, int64_t in, int64_t blocksize,
                 bool nested) {
     if (left_out()) return;
-    const Packed packed(out, in, blocksize, nested);
+    const Packed packed(out, in, blocksize, nested ? ScaleKind::kNested : ScaleKind::kFloat);
     const auto at = [&](int64_t n, int64_t k) {
         const int64_t i = n * in + k;
         const float value = kCode[packed.code(i)] * packed.scale(i);

@@ -66,14 +66,13 @@ template <typename T>
 void try_dtype(const Way& way) {
     const quant4::LinearKernel& kernel = way.kernel;
     const Dtype dtype = dtype_of<T>;
-    bool nested = false;
+    int kind = 0;
     for (int64_t columns : {8, 64, 104, 320, 712, 2368})
         for (int64_t blocksize : {32, 64, 4096})
             for (int64_t rows : {1, 6, 33}) {
                 if (columns % kernel.column_multiple != 0) continue;
                 if (columns > 1000 && rows != 33) continue;
-                nested = !nested;
-                const Packed packed(rows, columns, blocksize, nested);
+                const Packed packed(rows, columns, blocksize, ScaleKind(kind++ % 4));
                 for (int64_t batch : {1, 2, 3, 4, 5, 8, 15, 32})
                     if (batch >= kernel.min_batch && batch <= kernel.max_batch[int(dtype)])
                         try_product<T>(way, packed, batch, batch % 2 == 1);

@@ -111,16 +111,17 @@ constexpr Multiply kMultiply[kInputs - kMinInputs + 1] = {
     multiply<12, kHalves>, multiply<13, kHalves>, multiply<14, kHalves>, multiply<15, kHalves>,
     multiply<16, kHalves>};
 
-// Arranges the scales of kRows rows, `stride` apart, as [step][kRows].
-void turn_scales(const float* from, int64_t stride, int64_t steps, float* out) {
+// Arranges [rows][steps] as [step][kRows], with the last row repeated. Reads up to three behind them.
+void turn(const float* from, int64_t rows, int64_t steps, float* out) {
     for (int64_t k = 0; k < steps; k += 4, out += 4 * kRows) {
-        const FourColumns turned = four_columns([&](int row) { return from + row * stride + k; });
+        const FourColumns turned =
+            four_columns([&](int row) { return from + least(row, rows - 1) * steps + k; });
         for (int i = 0; i < 4; ++i) _mm512_storeu_si512(out + i * kRows, turned.of[i]);
     }
 }
 
-// Adds to sums[m][row] what zero points add: factors[block][row] by x's sums over blocks.
-void add_zeros(const float* factors, int64_t blocks, const float* x, int64_t count, float* sums) {
+// Adds to sums[m][row] what zero points add, times `by`: factors[block][row] by x's sums over blocks.
+void add_zeros(const float* factors, int64_t blocks, const float* x, int64_t count, float by, float* sums) {
     constexpr int kTogether = 4;  // rows of x, whose sums do not wait for one another
     const int64_t stride = sums_stride(blocks);
     for (int64_t m = 0; m < count; m += kTogether) {
@@ -129,7 +130,7 @@ void add_zeros(const float* factors, int64_t blocks, const float* x, int64_t cou
         for (int i = 0; i < kTogether; ++i) {
             const int64_t at = least(m + i, count - 1);  // repeats the last row, without storing it
             row[i] = x + at * stride;
-            total[i] = _mm512_loadu_ps(sums + at * kRows);
+            total[i] = _mm512_setzero_ps();
         }
         for (int64_t b = 0; b < blocks; ++b) {
             const __m512 factor = _mm512_loadu_ps(factors + b * kRows);
@@ -138,7 +139,9 @@ void add_zeros(const float* factors, int64_t blocks, const float* x, int64_t cou
                 total[i] = _mm512_fmadd_ps(factor, _mm512_set1_ps(row[i][b]), total[i]);
         }
         for (int i = 0; i < kTogether && m + i < count; ++i)
-            _mm512_storeu_ps(sums + (m + i) * kRows, total[i]);
+            _mm512_storeu_ps(
+                sums + (m + i) * kRows,
+                _mm512_fmadd_ps(total[i], _mm512_set1_ps(by), _mm512_loadu_ps(sums + (m + i) * kRows)));
     }
 }
 
@@ -149,12 +152,13 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
     const int halves = weight.shift < 6 ? 1 : 2;
     const RowScales scales(weight, halves * kHalfStep);
     const int64_t columns = weight.columns, steps = columns / (halves * kHalfStep);
-    const int64_t stride = RowScales::capacity(columns, halves * kHalfStep);
-    std::vector<float> sums(size_t(kInputs * kRows)), by_row(size_t(kRows * stride)),
+    std::vector<float> sums(size_t(kInputs * kRows)),
+        by_row(size_t(RowScales::capacity(kRows, columns, halves * kHalfStep))),
         by_step(size_t(kRows * filled_up(steps, 4)));
     const int64_t blocks = args.sums == nullptr ? 0 : columns >> weight.shift,
                   sums_of_row = sums_stride(blocks);
-    std::vector<float> zeros_by_row(size_t(kRows * sums_of_row)), zeros_by_block(size_t(kRows * sums_of_row));
+    std::vector<float> zeros_by_row(size_t(kRows * blocks + kRows)),
+        zeros_by_block(size_t(kRows * sums_of_row));
     for (int64_t n = first; n < last; n += kRows) {
         Strip strip{.row = {},
                     .bytes = columns / 2,
@@ -163,19 +167,17 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
                     .ahead = weight.codes + (n + kRows) * columns / 2,
                     .line = 64};
         scales.fetch(n + kRows, kRows);
-        for (int r = 0; r < kRows; ++r) {
-            const int64_t row = least(n + r, weight.rows - 1);  // repeats the last row, without storing it
-            strip.row[r] = weight.codes + row * columns / 2;
-            scales.write(row, by_row.data() + r * stride);
-        }
-        turn_scales(by_row.data(), stride, steps, by_step.data());
+        const int64_t rows = least(weight.rows - n, kRows);  // the last one is repeated, without storing it
+        for (int64_t r = 0; r < kRows; ++r)
+            strip.row[r] = weight.codes + (n + least(r, rows - 1)) * columns / 2;
+        turn(scales.of_rows(n, rows, by_row.data()), rows, steps, by_step.data());
         if (blocks > 0) {
-            for (int r = 0; r < kRows; ++r)
-                scales.zero_factors(least(n + r, weight.rows - 1), 1 / code.inverse,
-                                    [&](int64_t b, __m512 factors) {
-                                        _mm512_storeu_ps(zeros_by_row.data() + r * sums_of_row + b, factors);
-                                    });
-            turn_scales(zeros_by_row.data(), sums_of_row, blocks, zeros_by_block.data());
+            scales.zero_factors(n, rows, [&](int64_t r, const auto& each) {
+                each([&](int64_t b, __m512 factors) {
+                    _mm512_storeu_ps(zeros_by_row.data() + r * blocks + b, factors);
+                });
+            });
+            turn(zeros_by_row.data(), rows, blocks, zeros_by_block.data());
         }
         const uint32_t* x = static_cast<const uint32_t*>(args.x);
         for (int64_t m = 0, count; m < args.batch; m += count, x += count * columns / 2, strip.line = 0) {
@@ -183,7 +185,8 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
             const int64_t which = count - kMinInputs;
             (halves == 1 ? kMultiply<1> : kMultiply<2>)[which](strip, x, sums.data());
             if (blocks > 0)
-                add_zeros(zeros_by_block.data(), blocks, args.sums + m * sums_of_row, count, sums.data());
+                add_zeros(zeros_by_block.data(), blocks, args.sums + m * sums_of_row, count, 1 / code.inverse,
+                          sums.data());
             store_results(args, n, least(last - n, kRows), m, count, sums.data(), code.inverse);
         }
     }

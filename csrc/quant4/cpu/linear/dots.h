@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "common/avx512.h"
+#include "quant4/cpu/linear/chunk_scales.h"
 #include "quant4/cpu/linear/kernels.h"
 #include "quant4/cpu/linear/rounded.h"
-#include "quant4/cpu/linear/scales.h"
 
 namespace peftcore {
 namespace quant4 {
@@ -52,7 +52,7 @@ void store_results(const LinearCall& args, int64_t n, int64_t rows, int64_t m, i
 }
 
 struct LinearDots {
-    static constexpr int kBlock = 64;   // values that share a scale, or twice as many as do
+    static constexpr int kBlock = 64;   // values that share a scale, or two
     static constexpr int kChunk = 256;  // values of two vectors
     static constexpr int kBlocks = kChunk / kBlock;
     static constexpr int kMaxBatch = 4;  // rows of x
@@ -116,29 +116,20 @@ struct LinearDots {
         return {{_mm512_shuffle_i32x4(one, other, 0x88), _mm512_shuffle_i32x4(one, other, 0xdd)}};
     }
 
-    // Scales of a chunk's blocks, each in the lanes of its block; of blocks of 32, those of one half of each 64 values.
-    template <int kHalves>
-    static __m512 load_scales(const float* from, int half) {
-        const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-        if (kHalves == 1) return _mm512_permutexvar_ps(block, _mm512_castps128_ps512(_mm_loadu_ps(from)));
-        const __m512i two = _mm512_add_epi32(_mm512_add_epi32(block, block), _mm512_set1_epi32(half));
-        return _mm512_permutexvar_ps(two, _mm512_castps256_ps512(_mm256_loadu_ps(from)));
-    }
-
     // The range of a call: chunks [first, last) of rows of W from `row` on.
     struct Part {
         int64_t row = 0, first = 0, last = 0;
-        const float* scales = nullptr;  // of the rows' blocks, `stride` a row
-        int64_t stride = 0;
+        const uint8_t* scales = nullptr;
         const uint8_t* ahead = nullptr;  // memory to prefetch
         float* sums = nullptr;           // [row][kBatch][16 lanes], to which products are added
     };
 
-    // kCount rows of W by all of x, with kHalves scales for each 64 values. Not inlined: with others in one function it has too few registers, and one row
-    // takes 1.2 times as long, three 1.4.
-    template <int kCount, int kBatch, int kHalves>
+    // kCount rows of W by all of x. Not inlined: with others in one function it has too few registers, and one row takes
+    // 1.2 times as long, three 1.4.
+    template <int kCount, int kBatch, ChunkKind kKind>
     [[gnu::noinline]]
-    static void multiply(const LinearCall& args, const __m512i table, const Part& part) {
+    static void multiply(const LinearCall& args, const __m512i table, const ChunkScales& scales,
+                         const Part& part) {
         const int64_t columns = args.weight.columns, count = chunks(columns), row_bytes = columns / 2;
         const uint16_t* x = static_cast<const uint16_t*>(args.x);
         const uint8_t* codes = args.weight.codes + part.row * row_bytes;
@@ -156,7 +147,8 @@ struct LinearDots {
                 ahead += kChunk / 2;
                 words[r] = load_words<kAll>(codes + r * row_bytes + c * kChunk / 2, columns - c * kChunk);
             }
-            constexpr int kScaled = 8 / kHalves;  // vectors of W that are added before they are scaled
+            constexpr int kScaled =
+                kKind == ChunkKind::kOne ? 8 : 4;  // vectors of W that are added before they are scaled
             __m512 products[kCount][kBatch];
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
@@ -175,8 +167,8 @@ struct LinearDots {
                 if (j % kScaled != kScaled - 1) continue;
 #pragma GCC unroll 4
                 for (int r = 0; r < kCount; ++r) {
-                    const float* scales = part.scales + r * part.stride + c * kBlocks * kHalves;
-                    const __m512 scale = load_scales<kHalves>(scales, j / kScaled);
+                    const __m512 scale = scales.vector<kKind, kAll>(part.scales + r * scales.row_bytes, c,
+                                                                    columns - c * kChunk, j / kScaled);
 #pragma GCC unroll 4
                     for (int i = 0; i < kBatch; ++i)
                         sums[r][i] = _mm512_fmadd_ps(scale, products[r][i], sums[r][i]);
@@ -207,60 +199,71 @@ struct LinearDots {
         }
     }
 
-    // What zero points add to the results of row n, times `by`.
+    // Sums of rows [n, n + rows) that begin with what zero points add, times `by`.
     template <int kBatch>
-    static void start_sums(const LinearCall& args, const RowScales& scales, int64_t n, float by,
+    static void start_sums(const LinearCall& args, const RowScales& scales, int64_t n, int64_t rows, float by,
                            float* sums) {
         const int64_t stride = sums_stride(args.weight.columns >> args.weight.shift);
-        __m512 total[kBatch];
-        for (__m512& one : total) one = _mm512_setzero_ps();
-        scales.zero_factors(n, by, [&](int64_t b, __m512 factors) {
+        scales.zero_factors(n, rows, [&](int64_t r, const auto& each) {
+            __m512 total[kBatch];
+            for (__m512& one : total) one = _mm512_setzero_ps();
+            each([&](int64_t b, __m512 factors) {
+                for (int i = 0; i < kBatch; ++i)
+                    total[i] =
+                        _mm512_fmadd_ps(factors, _mm512_loadu_ps(args.sums + i * stride + b), total[i]);
+            });
             for (int i = 0; i < kBatch; ++i)
-                total[i] = _mm512_fmadd_ps(factors, _mm512_loadu_ps(args.sums + i * stride + b), total[i]);
+                _mm512_storeu_ps(sums + (r * kBatch + i) * kLanes,
+                                 _mm512_mul_ps(total[i], _mm512_set1_ps(by)));
         });
-        for (int i = 0; i < kBatch; ++i) _mm512_storeu_ps(sums + i * kLanes, total[i]);
     }
 
-    template <int kBatch, int kHalves>
+    template <int kBatch>
     static void run_all(const LinearCall& args, int64_t first, int64_t last) {
         // Number of W's rows with sums and products that fit into registers.
         constexpr int kAtOnce = kBatch < 3 ? 4 : kBatch == 3 ? 3 : 2;
         const WeightView& weight = args.weight;
         const Rounded& rounded = Rounded::made_of(weight.quant_map);
-        const RowScales scales(weight, kBlock / kHalves);
-        const int64_t stride = RowScales::capacity(weight.columns, kBlock / kHalves),
-                      count = chunks(weight.columns);
+        const int64_t count = chunks(weight.columns);
         const int64_t parts = ceil_div(count * kBatch, kCached), of_part = ceil_div(count, parts);
-        std::vector<float> row_scales(size_t(kRows * stride)), sums(size_t(kRows * kBatch * kLanes)),
-            results(size_t(kRows * kBatch));
+        StripScales strips(weight, kRows);
+        std::vector<float> sums(size_t(kRows * kBatch * kLanes)), results(size_t(kRows * kBatch));
         for (int64_t n = first, rows; n < last; n += rows) {
             rows = std::min<int64_t>(kRows, last - n);
             const int64_t bytes = rows * weight.columns / 2;
-            Part part{.stride = stride, .ahead = weight.codes + n * weight.columns / 2};
+            Part part{.ahead = weight.codes + n * weight.columns / 2};
             part.ahead += parts == 1 ? kAhead : bytes;
-            scales.fetch(n + kRows, rows);
-            std::fill(sums.begin(), sums.end(), 0.0f);
+            strips.floats().fetch(n + kRows, rows);
+            const ChunkScales scales = strips.of_rows(n, rows);
+            if (args.sums == nullptr)
+                std::fill(sums.begin(), sums.end(), 0.0f);
+            else
+                start_sums<kBatch>(args, strips.floats(), n, rows, 1 / rounded.inverse, sums.data());
+            const auto multiply_rows = [&](int64_t taken) {
+                switch (scales.kind) {
+                    case ChunkKind::kOne:
+                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kOne>
+                                          : multiply<kAtOnce, kBatch, ChunkKind::kOne>;
+                    case ChunkKind::kTwo:
+                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kTwo>
+                                          : multiply<kAtOnce, kBatch, ChunkKind::kTwo>;
+                    default:
+                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kFloats>
+                                          : multiply<kAtOnce, kBatch, ChunkKind::kFloats>;
+                }
+            };
             for (part.first = 0; part.first < count; part.first = part.last) {
                 part.last = std::min(part.first + of_part, count);
                 for (int64_t r = 0, taken; r < rows; r += taken) {
                     taken = rows - r < kAtOnce ? 1 : kAtOnce;
                     part.row = n + r;
-                    part.scales = row_scales.data() + r * stride;
+                    part.scales = scales.from + r * scales.row_bytes;
                     part.sums = sums.data() + r * kBatch * kLanes;
-                    if (part.first == 0) {
-                        // Nothing else loads W meanwhile, so some of it is prefetched first: one row of x from memory
-                        // takes 0.88 of the time.
-                        for (int line = 0; line < 32; ++line)
-                            _mm_prefetch(reinterpret_cast<const char*>(part.ahead + 64 * line), _MM_HINT_T1);
-                        for (int64_t i = r; i < r + taken; ++i) {
-                            scales.write(n + i, row_scales.data() + i * stride);
-                            if (args.sums != nullptr)
-                                start_sums<kBatch>(args, scales, n + i, 1 / rounded.inverse,
-                                                   sums.data() + i * kBatch * kLanes);
-                        }
-                    }
-                    (taken == 1 ? multiply<1, kBatch, kHalves>
-                                : multiply<kAtOnce, kBatch, kHalves>)(args, rounded.table, part);
+                    // Nothing else loads W as a row begins, so some of it is prefetched first: one row of x from memory
+                    // takes 0.88 of the time.
+                    for (int line = 0; part.first == 0 && line < 32; ++line)
+                        _mm_prefetch(reinterpret_cast<const char*>(part.ahead + 64 * line), _MM_HINT_T1);
+                    multiply_rows(taken)(args, rounded.table, scales, part);
                     part.ahead += taken * (part.last - part.first) * kChunk / 2;
                 }
             }
@@ -269,22 +272,17 @@ struct LinearDots {
         }
     }
 
-    template <int kHalves>
-    static void run_halves(const LinearCall& args, int64_t first, int64_t last) {
+    static void run(const LinearCall& args, int64_t first, int64_t last) {
         switch (args.batch) {
             case 1:
-                return run_all<1, kHalves>(args, first, last);
+                return run_all<1>(args, first, last);
             case 2:
-                return run_all<2, kHalves>(args, first, last);
+                return run_all<2>(args, first, last);
             case 3:
-                return run_all<3, kHalves>(args, first, last);
+                return run_all<3>(args, first, last);
             default:
-                return run_all<4, kHalves>(args, first, last);
+                return run_all<4>(args, first, last);
         }
-    }
-
-    static void run(const LinearCall& args, int64_t first, int64_t last) {
-        (int64_t(1) << args.weight.shift < kBlock ? run_halves<2> : run_halves<1>)(args, first, last);
     }
 
     static LinearKernel kernel() {

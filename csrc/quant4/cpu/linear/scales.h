@@ -1,4 +1,4 @@
-// All scales of a row of W in 4 bits at once, with AVX-512: the same bits as `block_scale` (weight/view.h).
+// All scales of some rows of W in 4 bits at once, with AVX-512: the same bits as `block_scale` (weight/view.h).
 //
 // Nested scales are looked up in a table of 256 entries. One by one, or by gathers, that takes 2 cycles each on Zen 4,
 // a fifth of the time of 4 rows of x. As two tables of 16 bits, with 64 entries a permutation, it takes 0.9.
@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#include "common/avx512.h"
 #include "weight/view.h"
 
 namespace peftcore {
@@ -14,15 +15,19 @@ namespace {
 
 class RowScales {
  public:
-    // How many floats `write` may write for a row of so many columns.
-    static int64_t capacity(int64_t columns, int step) { return columns / step + 1 + kAtOnce; }
+    // How many floats `of_rows` may write for so many rows.
+    static int64_t capacity(int64_t rows, int64_t columns, int step) {
+        return rows * (columns / step) + 1 + kAtOnce;
+    }
 
     // step: a power of two, at most the size of a block, and a divisor of the columns.
     RowScales(const WeightView& weight, int step)
         : weight_(weight),
           step_(step),
-          whole_blocks_(weight.columns >> weight.shift << weight.shift == weight.columns),
-          each_(whole_blocks_ ? weight.shift - log2_of(step) : 0) {
+          blocks_(weight.columns >> weight.shift),
+          whole_blocks_(blocks_ << weight.shift == weight.columns),
+          each_(whole_blocks_ ? weight.shift - log2_of(step) : 0),
+          in_place_(weight.columns % kReadTogether == 0 && each_ == 0 && are_floats(weight)) {
         if (weight.scales != ScaleKind::kNested) return;
         for (int i = 0; i < kPieces; ++i) {
             const __m512i first = _mm512_loadu_si512(weight.nested_quant_map + 32 * i),
@@ -32,56 +37,46 @@ class RowScales {
         }
     }
 
-    // The scale of each `step` values of row n. Values behind them are overwritten, with finite ones if all scales are.
-    void write(int64_t n, float* out) const {
-        const int64_t begin = n * weight_.columns, count = weight_.columns / step_;
-        const int64_t first = begin >> weight_.shift, last = (begin + weight_.columns - 1) >> weight_.shift;
-        // Copied, because each store could change this object, as far as the compiler knows.
-        const auto put = [each = each_, count, out](int64_t b, __m512 scales) {
-            if (each == 0) return _mm512_storeu_ps(out + b, scales);
-            repeat(scales, each, count - (b << each), out + (b << each));
-        };
-        switch (weight_.scales) {
-            case ScaleKind::kFloat:
-                for (int64_t b = first; b <= last; b += kLanes)
-                    put(b - first, floats(b, there(last + 1 - b)));
-                break;
-            case ScaleKind::kNested:
-                look_up(first, last, put);
-                break;
-            case ScaleKind::kPowerOfTwo:
-                for (int64_t b = first; b <= last; b += kLanes)
-                    put(b - first, powers_of_two(b, there(last + 1 - b)));
-                break;
-            case ScaleKind::kAffine:
-                for (int64_t b = first; b <= last; b += kLanes)
-                    put(b - first, affine_scales(b, there(last + 1 - b)));
-                break;
-            default:  // a kind that has no loop of vectors here
-                for (int64_t b = first; b <= last; b += kLanes) {
-                    alignas(64) float scales[kLanes] = {};
-                    block_scales(weight_, b, least(b + kLanes, last + 1), scales);
-                    put(b - first, _mm512_load_ps(scales));
-                }
+    // The scale of each `step` values of rows [n, n + rows), [rows][columns / step]: in `out`, with anything behind them,
+    // or, where the weight has just these, there.
+    const float* of_rows(int64_t n, int64_t rows, float* out) const {
+        if (in_place_) return static_cast<const float*>(weight_.absmax) + n * blocks_;
+        if (whole_blocks_) {
+            write(n * blocks_, (n + rows) * blocks_, out);
+            return out;
         }
-        if (whole_blocks_) return;
-        for (int64_t i = count - 1; i >= 0; --i)  // backward, to write only behind what is still to be read
-            out[i] = out[((begin + i * step_) >> weight_.shift) - first];
+        const int64_t count = weight_.columns / step_;
+        float* row = out;
+        for (int64_t begin = n * weight_.columns; rows > 0; --rows, begin += weight_.columns, row += count) {
+            const int64_t first = begin >> weight_.shift;
+            write(first, ((begin + weight_.columns - 1) >> weight_.shift) + 1, row);
+            for (int64_t i = count - 1; i >= 0;
+                 --i)  // backward, to write only behind what is still to be read
+                row[i] = row[((begin + i * step_) >> weight_.shift) - first];
+        }
+        return out;
     }
 
-    // body(b, factors of x's sums over blocks [b, b + 16) of row n): what zero points add, times `by`. Zeros behind the
-    // row's last block.
-    template <typename Body>
-    void zero_factors(int64_t n, float by, const Body& body) const {
-        const int64_t blocks = weight_.columns >> weight_.shift, first = n * blocks;
-        for (int64_t b = 0; b < blocks; b += kLanes) {
-            const __mmask16 some = there(blocks - b);
-            const __m512 offset = _mm512_sub_ps(_mm512_set1_ps(float(kCentre)), zeros(first + b, some));
-            body(b, _mm512_mul_ps(_mm512_mul_ps(offset, _mm512_set1_ps(by)), affine_scales(first + b, some)));
-        }
+    // row(r, each) for each of rows [n, n + rows), and each(body) calls body(b, factors): what x's sums over kLanes blocks
+    // of the row from b on are multiplied by, to give what zero points add. Zeros behind the last one.
+    template <typename Row>
+    void zero_factors(int64_t n, int64_t rows, const Row& row) const {
+        const __m512 centre = _mm512_set1_ps(float(kCentre));
+        with_affine_scales([&](const auto& scales) {
+            with_zeros([&](const auto& zeros) {
+                for (int64_t r = 0; r < rows; ++r)
+                    row(r, [&](const auto& body) {
+                        const int64_t first = (n + r) * blocks_;
+                        each_vector(first, first + blocks_, [&](int64_t b, int64_t block, __mmask16 some) {
+                            const __m512 offset = _mm512_sub_ps(centre, zeros(block, some));
+                            body(b, _mm512_mul_ps(offset, scales(block, some)));
+                        });
+                    });
+            });
+        });
     }
 
-    // Address of the scales of row n.
+    // Prefetches the scales of rows [n, n + rows).
     void fetch(int64_t n, int64_t rows) const {
         const int64_t size = scale_bytes(weight_);
         const char* at = static_cast<const char*>(weight_.absmax);
@@ -94,37 +89,98 @@ class RowScales {
     static constexpr int kPieces = 8;   // of 32 entries
     static constexpr int kAtOnce = 32;  // scales
     static constexpr int kLanes = 16;
+    static constexpr int kReadTogether =
+        256;  // values whose scales are read together, also behind a row's last ones
 
-    static __mmask16 there(int64_t count) { return __mmask16(count < kLanes ? (1u << count) - 1 : 0xffff); }
-
-    __m512 powers_of_two(int64_t block, __mmask16 some) const {
-        const __m512i e = _mm512_cvtepu8_epi32(
-            _mm_maskz_loadu_epi8(some, static_cast<const uint8_t*>(weight_.absmax) + block));
-        // 2^-127 is a subnormal, whose bits are larger than those of e = 0, and NaN has a bit more than those of 255.
-        const __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(e, 23), _mm512_set1_epi32(1 << 22));
-        const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
-        return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, is_nan, bits, _mm512_set1_epi32(1 << 22)));
+    static bool are_floats(const WeightView& weight) {
+        return weight.scales == ScaleKind::kFloat ||
+               (weight.scales == ScaleKind::kAffine && weight.scale_dtype == Dtype::kFloat);
     }
 
-    __m512 affine_scales(int64_t block, __mmask16 some) const {
-        const auto shorts = [&] {
-            return _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(weight_.absmax) + block);
+    // body(place from `first` on, block, mask of the lanes with a block before `last`) for each kLanes blocks.
+    template <typename Body>
+    static void each_vector(int64_t first, int64_t last, const Body& body) {
+        int64_t at = 0;
+        for (; at + kLanes <= last - first; at += kLanes) body(at, first + at, __mmask16(0xffff));
+        if (at < last - first) body(at, first + at, __mmask16((1u << (last - first - at)) - 1));
+    }
+
+    // The scales of blocks [first, last), each 1 << each_ times.
+    void write(int64_t first, int64_t last, float* out) const {
+        // Copied, because each store could change this object, as far as the compiler knows.
+        const auto put = [each = each_, count = (last - first) << each_, out](int64_t at, __m512 scales) {
+            if (each == 0) return _mm512_storeu_ps(out + at, scales);
+            repeat(scales, each, count - (at << each), out + (at << each));
         };
-        switch (weight_.scale_dtype) {
-            case Dtype::kBFloat16:
-                return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts()), 16));
-            case Dtype::kHalf:
-                return _mm512_cvtph_ps(shorts());
-            default:
-                return floats(block, some);
+        const auto put_each = [&](const auto& scales) {
+            each_vector(first, last,
+                        [&](int64_t at, int64_t block, __mmask16 some) { put(at, scales(block, some)); });
+        };
+        switch (weight_.scales) {
+            case ScaleKind::kFloat:
+                return put_each(
+                    [from = static_cast<const float*>(weight_.absmax)](int64_t block, __mmask16 some) {
+                        return _mm512_maskz_loadu_ps(some, from + block);
+                    });
+            case ScaleKind::kNested:
+                return look_up(first, last - 1, put);
+            case ScaleKind::kPowerOfTwo:
+                return put_each(
+                    [from = static_cast<const uint8_t*>(weight_.absmax)](int64_t block, __mmask16 some) {
+                        return power_of_two(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, from + block)));
+                    });
+            case ScaleKind::kAffine:
+                return with_affine_scales(put_each);
+            default:  // a kind that has no loop of vectors here
+                put_each([&](int64_t block, __mmask16) {
+                    alignas(64) float scales[kLanes] = {};
+                    block_scales(weight_, block, least(block + kLanes, last), scales);
+                    return _mm512_load_ps(scales);
+                });
         }
     }
 
-    __m512 zeros(int64_t block, __mmask16 some) const {
+    // 2^(e - 127). 2^-127 is a subnormal, whose bits are larger than those of e = 0, and NaN has a bit more than those
+    // of 255.
+    static __m512 power_of_two(__m512i e) {
+        const __m512i one = _mm512_set1_epi32(1 << 22);
+        const __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(e, 23), one);
+        const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
+        return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, is_nan, bits, one));
+    }
+
+    // body(a function that loads kLanes scales from a block on)
+    template <typename Body>
+    void with_affine_scales(const Body& body) const {
+        const void* from = weight_.absmax;
+        const auto shorts = [from](int64_t block, __mmask16 some) {
+            return _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(from) + block);
+        };
+        switch (weight_.scale_dtype) {
+            case Dtype::kBFloat16:
+                return body([=](int64_t block, __mmask16 some) { return from_bf16(shorts(block, some)); });
+            case Dtype::kHalf:
+                return body(
+                    [=](int64_t block, __mmask16 some) { return _mm512_cvtph_ps(shorts(block, some)); });
+            default:
+                return body([from](int64_t block, __mmask16 some) {
+                    return _mm512_maskz_loadu_ps(some, static_cast<const float*>(from) + block);
+                });
+        }
+    }
+
+    // body(a function that loads kLanes zero points from a block on)
+    template <typename Body>
+    void with_zeros(const Body& body) const {
+        const void* from = weight_.zeros;
         if (!weight_.whole_zeros)
-            return _mm512_maskz_loadu_ps(some, static_cast<const float*>(weight_.zeros) + block);
-        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
-            _mm_maskz_loadu_epi8(some, static_cast<const uint8_t*>(weight_.zeros) + block)));
+            return body([from](int64_t block, __mmask16 some) {
+                return _mm512_maskz_loadu_ps(some, static_cast<const float*>(from) + block);
+            });
+        body([from](int64_t block, __mmask16 some) {
+            return _mm512_cvtepi32_ps(
+                _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(some, static_cast<const uint8_t*>(from) + block)));
+        });
     }
 
     // 16 scales, each 1 << each times, of which `count` are wanted.
@@ -140,10 +196,6 @@ class RowScales {
     static __m512i joined(__m512i first, __m512i second) {
         return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(first)),
                                   _mm512_cvtepi32_epi16(second), 1);
-    }
-
-    __m512 floats(int64_t block, __mmask16 some) const {
-        return _mm512_maskz_loadu_ps(some, static_cast<const float*>(weight_.absmax) + block);
     }
 
     // Bits 6 and 7 of an index choose among four permutations.
@@ -190,8 +242,10 @@ class RowScales {
 
     WeightView weight_;
     int step_;
+    int64_t blocks_;  // of a row, if they are whole
     bool whole_blocks_;
     int each_;  // log2 of the steps of a block of such rows: a scale is repeated as it is written
+    bool in_place_;
     __m512i low_[kPieces], high_[kPieces];
 };
 
