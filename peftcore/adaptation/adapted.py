@@ -54,7 +54,7 @@ class Adapters(nn.Module):
         return name in self._modules
 
     def __getitem__(self, name: str) -> nn.Module:
-        return cast(nn.Module, self._modules[name])
+        return self._modules[name]  # type: ignore[return-value]
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -237,7 +237,7 @@ def _around(adapters: Adapters, name: str, *, inside: Any, own: OwnForward) -> L
 
 
 def _link(adapters: Adapters, name: str, inside: Any) -> Link:
-    return adapters.links.get(name, Link)(name, cast(nn.Module, adapters._modules[name]), inside)
+    return adapters.links.get(name, Link)(name, adapters[name], inside)
 
 
 def rebind(copy: nn.Module, *, builds: bool = True) -> None:
@@ -277,12 +277,12 @@ def adapters_of(module: nn.Module) -> Adapters | None:
 
 def adapters_at(module: nn.Module) -> Adapters:
     """Return the adapters of a module that has some."""
-    return cast(Adapters, module._modules[CHILD])
+    return module._modules[CHILD]  # type: ignore[return-value]
 
 
 def adapter_at(module: nn.Module, name: str) -> nn.Module:
     """Return the adapter `name` of a module that has it."""
-    return cast(nn.Module, cast(Adapters, module._modules[CHILD])._modules[name])
+    return adapters_at(module)[name]
 
 
 def changes_at(module: nn.Module, name: str) -> Mapping[str, Any]:

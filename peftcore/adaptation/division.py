@@ -145,6 +145,8 @@ def mesh_of_norm(module: nn.Module) -> DeviceMesh | None:
 
 def division_of(module: nn.Module) -> Division | None:
     """Return how a plan divides the layer `module`; None if none does, or in a way that adapters cannot follow."""
+    if not (module._forward_pre_hooks or module._forward_hooks or _own_forward(module) is not None):
+        return None  # the ordinary case
     by_hooks = style_of_hooks(module)
     if by_hooks is not None:
         return _division_by_hooks(module, *by_hooks)
