@@ -5,10 +5,10 @@
 
 Models have random weights of the shapes named. In turn: the dense model in bf16, ours in NF4 (double quantization), the
 same with LoRA r=16 on every linear layer, and both with the output head in NF4 as well, where no embedding shares it:
-`quantize` leaves it dense unless told otherwise (`skip=[]`), where llama.cpp's files have it in 8 or 6 bits. Of the
-smaller shapes also peft's LoRA over the dense model, and peft over bitsandbytes. PYTHON, of an environment with
-llama-cpp-python (`make export-check` makes one), adds llama.cpp with the same shape in q4_0 and q4_K_M, alone and with
-a LoRA, on as many threads.
+`quantize` leaves it dense unless told otherwise (`skip=[]`), where llama.cpp's files have it in 8 or 6 bits; then all with
+`peftcore.fuse`. Of the smaller shapes also peft's LoRA over the dense model, and peft over bitsandbytes.
+PYTHON, of an environment with llama-cpp-python (`make export-check` makes one), adds llama.cpp with the same shape in
+q4_0 and q4_K_M, alone and with a LoRA, on as many threads.
 
 --compile adds each of them once more with transformers' static cache and one token's step as one compiled graph; one
 that cannot be compiled so is named with its reason.
@@ -33,6 +33,7 @@ from torch import nn
 
 import peftcore
 from peftcore import quantization
+from peftcore.adaptation.folding import fold
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
@@ -135,10 +136,12 @@ def models(shape, peers):
         dense = llama(shape)
         found["dense, bf16"] = dense
     packed = llama(shape, lambda layer: quantization.quantize(layer, double_quant=True))
+    fold(packed.lm_head)  # as `quantize` does with the head of a whole model
     found |= {"peftcore, NF4": packed, "peftcore, NF4, LoRA": with_lora(shared_copy(packed))}
     if not SHAPES[shape]["tie_word_embeddings"]:
         whole = quantization.quantize(shared_copy(packed), skip=[])
         found |= {"peftcore, NF4, head too": whole, "peftcore, NF4, head too, LoRA": with_lora(shared_copy(whole))}
+    found |= {f"{name}, fused": peftcore.fuse(shared_copy(found[name])) for name in list(found) if "NF4" in name}
     if peers and size < DENSE_BELOW:
         found["peft, bf16, LoRA"] = with_peft(shared_copy(dense))
     if peers and size < BITSANDBYTES_BELOW:
@@ -224,12 +227,12 @@ def table(found, shape, prompt, batch, count, rounds):
                 kept.append(seconds)
     rate = read_rate()
     print(f"\n{shape}, prompt of {prompt}, batch {batch}, {count} tokens, {rate:.1f} GB/s of a plain read")
-    print(f"{'':36}{'prefill/s':>10}{'decode/s':>10}{'median':>10}{'MB a token':>12}{'of the floor':>14}")
+    print(f"{'':42}{'prefill/s':>10}{'decode/s':>10}{'median':>10}{'MB a token':>12}{'of the floor':>14}")
     for name, (first, rest) in times.items():
         size = bytes_of_token(found[name][0])
         best, median = (batch * count / t for t in (min(rest), sorted(rest)[len(rest) // 2]))
         floor = rate * 1e9 / size * batch
-        print(f"{name:36}{batch * prompt / min(first):10.0f}{best:10.1f}{median:10.1f}", end="")
+        print(f"{name:42}{batch * prompt / min(first):10.0f}{best:10.1f}{median:10.1f}", end="")
         print(f"{size / 1e6:12.0f}{best / floor:14.0%}", flush=True)
 
 

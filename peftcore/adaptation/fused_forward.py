@@ -196,6 +196,11 @@ def setting(value: Any) -> Any:
     return (value.func, value.args, value.keywords) if type(value) is functools.partial else value
 
 
+def computes_itself() -> bool:
+    """Return whether fused modules compute their own forward now (`own_forwards`)."""
+    return _own
+
+
 @contextmanager
 def own_forwards() -> Iterator[None]:
     """Make fused modules compute their own forward within the block, in all threads."""

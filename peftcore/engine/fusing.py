@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from peftcore.adaptation.adapted import base_modules, is_adapted
-from peftcore.adaptation.fused_attention import AttentionFormula, calls_attention
+from peftcore.adaptation.fused_attention import AttentionFormula, calls_attention, replace_in_table
 from peftcore.adaptation.fused_forward import (
     FORMULA,
     ActivationFormula,
@@ -45,9 +45,10 @@ def fuse(model: M, *, enabled: bool = True) -> M:
     and adapters are not affected, and adapters can be applied before or after. In fp32 results agree within its
     rounding; in 16 bits at most one value in a thousand differs, by one unit in the last place.
 
-    Attention is that of modules that call PyTorch's `scaled_dot_product_attention`, in training in bf16 on CPUs with
-    dot products of bf16 (`ops.attention`), where PyTorch's takes several times as long. Its errors are as large as
-    those of PyTorch's.
+    Attention is that of modules that call PyTorch's `scaled_dot_product_attention`, in bf16 on CPUs with dot products
+    of bf16 (`ops.attention`), where PyTorch's takes several times as long: with gradients of any module, without
+    gradients of those that reach it through transformers' table of attention functions, as in `generate`. Its errors
+    are as large as those of PyTorch's.
 
     Dropout, of `nn.Dropout` and of attention, draws a seed from PyTorch's generator and computes its mask from it, also
     for the gradient: the same seed drops other elements than PyTorch's operators do.
@@ -70,6 +71,7 @@ def fuse(model: M, *, enabled: bool = True) -> M:
             continue
         if calls_attention(module):
             fuse_module(module, AttentionFormula())
+            replace_in_table()
             continue
         formula = None if id(module) in within else _formula(module)
         if formula is not None:

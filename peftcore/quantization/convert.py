@@ -159,7 +159,7 @@ def quantize(
         pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
     (chosen_format.update_config or sync_config)(model)
     guard_quantized(model)
-    fold_frozen(model, head=None)  # what stays dense
+    fold_frozen(model, detect(model).output_head)  # what stays dense
     if before - _held_by(model) >= _WORTH:
         give_back_freed()
     return model

@@ -23,9 +23,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.folding import fold_frozen
 from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.layers import shape_of
+from peftcore.observation import detect
 from peftcore.quantization.checkpoint_conversions import (
     WHOLE,
     Deserialize,
@@ -139,6 +141,7 @@ class FourBitQuantizer(HfQuantizer):
             settings: dict[str, Any] = {name: getattr(config, name) for name in ("double_quant", "skip", "blocksize")}
             return quantize(model, config.quant_type, compute_dtype=self.compute_dtype, **settings)
         guard_quantized(model)
+        fold_frozen(model, detect(model).output_head)
         sync_config(model)
         return model
 

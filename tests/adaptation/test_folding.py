@@ -79,6 +79,18 @@ def test_a_decoded_token_in_bf16_is_one_call_of_the_operator_for_few_rows(monkey
     assert operators_of(model.lm_head, hidden[:, -1:].detach()) == ["bmm"]
 
 
+def test_the_head_of_a_quantized_model_without_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "WIDENED", frozenset())
+    model = peftcore.quantize(tiny.llama().bfloat16().requires_grad_(False))
+    hidden = torch.randn(2, 7, 32).bfloat16()
+    assert isinstance(model.lm_head, nn.Linear)
+    with torch.no_grad():
+        assert operators_of(model.lm_head, hidden[:, -1:]) == ["dense_linear"]
+        assert operators_of(model.lm_head, hidden) == ["mm"]
+    whole = peftcore.quantize(model, skip=[])
+    assert whole.lm_head.is_quantized
+
+
 SLOW = [torch.float16, torch.bfloat16]
 
 

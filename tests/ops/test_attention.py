@@ -72,6 +72,20 @@ def test_against_float64(shape: Any, causal: bool, masked: bool, dtype: torch.dt
     assert max(found) < 3 * STEP[dtype]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [1, 6])
+def test_single_queries(heads: int, causal: bool) -> None:
+    """Heads of q that share a key head are multiplied together, each with its own row of the mask."""
+    q, k, v, _ = operands((2, 6, 2, 1, 37, 64))
+    mask = torch.rand(2, heads, 1, 37, generator=torch.Generator().manual_seed(2)) > 0.5
+    mask[..., 0], mask[1, -1] = True, False
+    wanted = exact(q.double(), k.double(), v.double(), mask, causal)
+    assert (ops.attention(q, k, v, mask, causal=causal) - wanted).norm() < 3 * STEP[torch.bfloat16] * wanted.norm()
+    _, lse = _OPS.attention(q, k, v, mask, causal, 0.125)
+    _, other = Attention(q, k, v, mask, causal, 0.125).compute()
+    torch.testing.assert_close(lse, other, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dropout_against_float64(level: str, shape: Any, dtype: torch.dtype) -> None:

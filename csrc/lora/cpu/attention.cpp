@@ -92,6 +92,23 @@ AttentionArgs args_of(const Tensor& q, const Tensor& k, const Tensor& v, const T
     return args;
 }
 
+// Single queries of the heads that share a key head are like as many queries of one head, multiplied together.
+void join_heads(AttentionArgs& args) {
+    if (args.queries != 1 || args.group_size == 1 || args.dropout.threshold != 0) return;
+    const auto joined = [&](Heads& heads) {
+        heads.token_stride = heads.head_stride;
+        heads.head_stride *= args.group_size;
+    };
+    joined(args.q);
+    joined(args.out);
+    args.mask_strides[2] = args.mask_strides[1];
+    args.mask_strides[1] *= args.group_size;
+    if (args.causal) args.keys = 1;  // all that a first query sees
+    args.causal = false;
+    args.queries = args.group_size;
+    args.group_size = 1;
+}
+
 Tensor mask_of(const std::optional<Tensor>& mask) {
     if (!mask.has_value()) return {};
     return mask->size(3) == 1 || mask->stride(3) == 1 ? *mask : mask->contiguous();
@@ -151,7 +168,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& its_q, const Tensor& its_k, c
     const Tensor q = with_dense_rows(its_q), k = with_dense_rows(its_k), v = with_dense_rows(its_v),
                  mask = mask_of(its_mask), out = by_tokens(q),
                  lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
-    const AttentionArgs args = args_of(q, k, v, mask, causal, scale, dropout, out, lse);
+    AttentionArgs args = args_of(q, k, v, mask, causal, scale, dropout, out, lse);
+    join_heads(args);
     at::parallel_for(0, q.size(0) * k.size(1),
                      ceil_div(kProductsPerTask, args.group_size * args.queries * args.keys * args.size),
                      [&](int64_t first, int64_t last) { kernels->forward(args, first, last); });

@@ -50,6 +50,7 @@ def chat(
 
     Several adapters of one base may be loaded; switch between them with /use NAME.
     """
+    import peftcore
     from peftcore.cli import adapter_folders, base_and_adapter, base_files, data, dtype_choice, models
 
     folders = _named(adapter or [])
@@ -84,6 +85,7 @@ def chat(
     wide = any(task.dtype == "fp32" for task in about.values())
     dtype = dtype_choice.of_base(base, data.LANGUAGE_MODEL, dtype, device, (), "fp32" if wide else None).say()
     loaded = models.load_model(base, data.LANGUAGE_MODEL, dtype=dtype, device=device, quantize=quantize)
+    peftcore.fuse(loaded)
     grown = _fit_vocabulary(loaded, folders)
     for name, folder in folders.items():
         base_and_adapter.load_adapter(loaded, folder, name)

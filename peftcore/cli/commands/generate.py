@@ -33,6 +33,7 @@ def generate(
     device: options.Device = "auto",
 ) -> None:
     """Answer a prompt with an adapter, and with --compare also with its base."""
+    import peftcore
     from peftcore.cli import adapter_folders, base_and_adapter, base_files, data, dtype_choice, models
 
     if adapter is None and model is None:
@@ -57,6 +58,7 @@ def generate(
         raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
+    peftcore.fuse(loaded)
     tokenizer = models.load_tokenizer(base, adapter)
     from peftcore.cli import conversations, tasks
 

@@ -93,6 +93,7 @@ def make(
     Raises:
         PeftcoreError: the base cannot be loaded, or the folder of adapters cannot be read or is itself an adapter.
     """
+    import peftcore
     from peftcore.cli import base_files, data, dtype_choice, models
     from peftcore_serve import folders
     from peftcore_serve.app import Server
@@ -110,6 +111,7 @@ def make(
     task = data.LANGUAGE_MODEL
     dtype = dtype_choice.of_base(base, task, dtype, device, (), "fp32" if wide else None).say()
     loaded = models.load_model(base, task, dtype=dtype, device=device, quantize=quantize)
+    peftcore.fuse(loaded)
     own: Any = loaded.generation_config
     found = {field: getattr(own, field, None) for field in _IGNORED}
     ignored = [f"{field}={value}" for field, value in found.items() if value not in (None, _IGNORED[field])]
