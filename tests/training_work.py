@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import ranks
-from peftcore.engine import adapter_modules
+from peftcore.engine import adapter_modules, adapter_parameters
 from peftcore.plugin import Around
 from peftcore.testing import disturb
 
@@ -102,3 +102,31 @@ def awakened(how: str, trained_before: bool) -> float:
     rank_work.backward_alone(alone)
     rank_work.backward_here(spread, spread)
     return rank_work.farthest(rank_work.values(spread, "grad", "other"), rank_work.values(alone, "grad", "other"))
+
+
+class FirstOfTwo(nn.Module):
+    """Two layers, of which the second is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+def uncalled() -> tuple[set[str], set[str]]:
+    """Layers whose adapters have gradients after a backward pass, and adapters that train."""
+    warnings.simplefilter("ignore")
+    model = FirstOfTwo()
+    for name in ("default", "other"):
+        peftcore.apply(model, "lora", adapter=name, r=2, target_modules=["layers.0", "layers.1"])
+        disturb(model, name, seed=1, std=0.1)
+    peftcore.activate(model, "default")
+    peftcore.shard(model)
+    model(torch.ones(2, 8)).square().sum().backward()
+    named = [(adapter, *each) for adapter in ("default", "other") for each in adapter_parameters(model, adapter)]
+    return (
+        {f"layers.{i}" for i in range(2) for _, name, p in named if f"layers.{i}." in name and p.grad is not None},
+        {adapter for adapter, _, p in named if p.requires_grad},
+    )

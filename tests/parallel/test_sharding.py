@@ -42,3 +42,7 @@ def test_gradients_where_accelerate_shards() -> None:
 @pytest.mark.parametrize("how", ["replicate", "shard"])
 def test_an_adapter_that_rested_when_the_model_was_sharded_trains_later(how: str, trained_before: bool) -> None:
     assert max(run(training_work.awakened, how, trained_before)) <= 1e-6
+
+
+def test_a_layer_that_no_rank_calls_gets_no_gradient() -> None:
+    assert run(training_work.uncalled) == [({"layers.0"}, {"default"})] * 2
