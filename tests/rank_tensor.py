@@ -264,6 +264,13 @@ def of_trained(folder: str, whole: bool) -> dict[str, float | str]:
         for scale in (1.0, 3.0):
             (scale * rank_work.loss(each.train(), TOKENS)).backward()
     found["norms of heads, two passes"] = farthest(values(norms[1], "grad"), values(norms[0], "grad"))
+    for each in norms:
+        peftcore.activate(each, [])
+        peftcore.apply(each, "ln-tuning", adapter="other")
+        peftcore.remove(each)
+        rank_work.loss(each, TOKENS).backward()
+    remaining = [values(each, "grad", "other") for each in norms]
+    found["norms of heads, the first adapter removed"] = farthest(*remaining)
     if whole:
         tied = {"method": "bitfit"}, {"method": "dora", **BOTH}
         found["biases under DoRA"] = gradients(*pair(folder, "odd", *tied))

@@ -1,4 +1,4 @@
-"""Attention of decoded tokens: the same tokens by `ops.attention`, and transformers' function for everything else."""
+"""Attention of fused modules: as PyTorch and transformers compute it, by `ops.attention` where that has a kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import peftcore
 from peftcore import ops
@@ -104,3 +105,43 @@ def test_arguments_of_one_token(seen: list[int]) -> None:
             function(module, q, k, k, None, softcap=2.0)
     peftcore.fuse(module)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is function  # replaced once
+
+
+class Attends(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, k, **self.options)
+
+
+SEEN = torch.ones(5, 5, dtype=torch.bool).tril(1)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "scale": {"scale": 0.9},
+    "causal": {"is_causal": True},
+    "mask": {"attn_mask": SEEN},
+    "groups": {"enable_gqa": True},
+    "causal mask": {"is_causal": True, "attn_mask": SEEN},  # left to PyTorch
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_arguments_of_attention(case: str) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 5, 32).bfloat16().requires_grad_()
+    k = torch.randn(2, 2 if case == "groups" else 4, 5, 32).bfloat16()
+    model = Attends(**OPTIONS[case])
+    wanted = model(q, k)
+    found = peftcore.fuse(model)(q, k)
+    assert (found - wanted).norm() <= 1e-2 * wanted.norm()
+    assert ("ScaledDotProduct" in type(found.grad_fn).__name__) == (not HAS_KERNEL or case == "causal mask")
+
+
+def test_heads_in_groups_must_be_asked_for() -> None:
+    q, k = (torch.randn(2, heads, 5, 32).bfloat16().requires_grad_() for heads in (4, 2))
+    for model in (Attends(), peftcore.fuse(Attends())):
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            model(q, k)

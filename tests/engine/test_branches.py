@@ -80,6 +80,7 @@ def test_branches_run_alone_and_not_by_themselves() -> None:
     for names in (["two", "both"], ["both"], "both", ["both", "three"]):
         peftcore.activate(model, names)
         assert out(model) == 4.0**2
+    assert peftcore.engine.state_of(model).active == ("two", "both", "three")
     peftcore.activate(model, "three")
     assert out(model) == 9.0
     assert out(combined(peftcore.remove(combined(), "both"))) == 16.0

@@ -16,7 +16,7 @@ from torch import nn
 
 import peftcore
 from peftcore.engine import applied, method_modules
-from peftcore.plugin import Around
+from peftcore.plugin import Around, StateRules
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -108,21 +108,24 @@ def test_a_compiled_model_computes_and_learns_the_same() -> None:
         assert not one.requires_grad or torch.equal(one.grad, two.grad)
 
 
-def test_a_parameter_of_two_modules_is_one_when_it_is_loaded(tmp_path: Path) -> None:
+def test_a_parameter_of_two_adapters_is_one_when_it_is_loaded(tmp_path: Path) -> None:
     def place(*_: Any) -> list[Around]:
-        adapter = tiny.Scaled(2.0)
-        adapter.other = tiny.Scaled(2.0)
-        adapter.other.gain = adapter.gain
-        return [Around("0", adapter)]
+        first, second = tiny.Scaled(2.0), tiny.Scaled(2.0)
+        second.gain = first.gain
+        return [Around("0", first), Around("1", second)]
 
-    with tiny.installed(tiny.method("twins", place)):
-        model, other = (nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+    def gains(model: nn.Module) -> list[nn.Parameter]:
+        return [adapter.gain for adapter in method_modules(model, "default").values()]
+
+    state = StateRules(peft_type="TOY_TWINS", tensor_name=lambda _, name: f"base_model.{name}")
+    with tiny.installed(tiny.method("twins", place, state=state)):
+        model, other = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
         peftcore.apply(model, "twins")
         with torch.no_grad():
-            model[0].peftcore["default"].gain.fill_(3.0)
+            gains(model)[0].fill_(3.0)
         peftcore.save(model, tmp_path)
-        loaded = peftcore.load(other, tmp_path, check_base=False)[0].peftcore["default"]
-    assert loaded.other.gain is loaded.gain and loaded.gain.item() == 3.0
+        first, second = gains(peftcore.load(other, tmp_path, check_base=False))
+    assert first is second and first.item() == 3.0
 
 
 def test_two_adapters_of_one_method_have_one_each() -> None:

@@ -147,6 +147,16 @@ def test_16_bit_parameters_lose_small_updates_unless_rounded_at_random():
     assert ends[False] == 1.0 and abs(ends[True] - 0.99) < 5e-4
 
 
+def test_each_parameter_is_rounded_by_random_bits_of_its_number():
+    found, others = ([nn.Parameter(torch.ones(4096, dtype=torch.bfloat16)) for _ in range(3)] for _ in range(2))
+    for params, with_gradients in ((found, found), (others, others[1:2])):
+        for p in with_gradients:
+            p.grad = torch.ones_like(p)
+        optim.AdamW(params, lr=1e-4, weight_decay=0.0, stochastic_rounding=True).step()
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    assert torch.equal(found[1], others[1]) and torch.equal(others[0], torch.ones_like(others[0]))
+
+
 def test_state_moves_to_torch_and_back(kind):
     if kind(parameters()).rule.name != "adamw":
         pytest.skip("torch has no such optimizer of the same state")

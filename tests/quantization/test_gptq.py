@@ -79,6 +79,10 @@ def test_each_layer_has_the_inputs_of_the_quantized_ones_before_it() -> None:
         assert differ < 0.01, path  # sums of another order, at ties
 
 
+def test_inputs_that_are_always_zero_do_not_matter() -> None:
+    assert torch.equal(inverse_factor(torch.zeros(3, 3).double()).count_nonzero(), torch.tensor(3))
+
+
 def test_shared_unused_and_conv1d_layers() -> None:
     torch.manual_seed(0)
     twice, unused = nn.Linear(32, 32), nn.Linear(32, 32)

@@ -28,6 +28,13 @@ def test_a_plan_says_what_is_reached() -> None:
     assert share(tiny.llama(), "prompt-tuning", num_virtual_tokens=2) == 1
 
 
+def test_a_weight_that_layers_share_counts_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[1].weight
+    plan = peftcore.plan(model, "lora", target_modules=["0"], r=2)
+    assert (plan.coverage.reached, plan.coverage.total) == (16, 32)
+
+
 def test_experts_that_other_modules_read_are_reported() -> None:
     dbrx = instances.build("DbrxForCausalLM")
     with pytest.warns(UserWarning, match="left out: parameters that other modules read past their own"):

@@ -44,6 +44,29 @@ def test_an_expression_with_layers_becomes_names() -> None:
     assert {path.split(".")[2] for path in found.selected(LLAMA, detect(LLAMA))} == {"1"}
 
 
+def test_only_numbers_inside_a_path_are_layers() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))))
+    found = targets.LayersConfig(target_modules=["0"], layers_to_transform=[1]).selected(model, detect(model))
+    assert list(found) == ["1.1.0"]  # "1.0" is entry 0 of what is entry 1 of the model
+
+
+@dataclass(frozen=True)
+class OfEvenWidth(targets.LayersConfig):
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        return f"'{path}' has an odd width" if targets.sizes(module)[0] % 2 else None
+
+
+@pytest.mark.parametrize("odd", [3, 33])
+def test_misfits_are_left_out_or_refused_by_their_share_of_the_weight(odd: int) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, odd), nn.Linear(odd, 32))
+    if odd == 3:
+        with pytest.warns(UserWarning, match=r"leaves out 1 layers \('2'\), 7.9 % of the weight.*has an odd width"):
+            assert list(OfEvenWidth().selected(model, detect(model))) == ["0", "1"]
+    else:
+        with pytest.raises(peftcore.PeftcoreError, match="'2' has an odd width"):
+            OfEvenWidth().selected(model, detect(model))
+
+
 def test_a_pattern_of_layers_without_layers_is_refused() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="layers_pattern says where layers are counted: name some in"):
         targets.LayersConfig(layers_pattern="layers")

@@ -91,6 +91,29 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(model.eval()(x), model(x))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{"lora_bias": True}, {"lora_dropout": 0.5}], ids=str)
+def test_samples_pass_through_a_bias_and_dropout(fields: dict[str, Any]) -> None:
+    model, x, names = nn.Sequential(nn.Linear(64, 4)), torch.randn(3, 64), ["a", None, "b"]
+    for seed, name in enumerate("ab"):
+        peftcore.apply(model, "lora", adapter=name, r=2, target_modules=["0"], **fields)
+        disturb(model, name, seed=seed, std=0.5)
+    wanted = torch.cat([peftcore.activate(model.eval(), name or [])(x[i : i + 1]) for i, name in enumerate(names)])
+    peftcore.activate(model, names, per_sample=True)
+    torch.testing.assert_close(model(x), wanted)
+    model.train()
+    differs = [not torch.equal(one, other) for one, other in zip(model(x), model(x), strict=True)]
+    assert differs == [name is not None and "lora_dropout" in fields for name in names]
+
+
+def test_padding_gets_no_gradient() -> None:
+    model = peftcore.apply(nn.Sequential(nn.Embedding(5, 4, padding_idx=1)), "lora", r=2, target_modules=["0"])
+    disturb(model, "default", seed=1)
+    model(torch.tensor([[1, 3]])).sum().backward()
+    gradient = model[0].peftcore["default"].lora_A.grad
+    assert gradient.abs().sum(0).bool().tolist() == [False, False, False, True, False]
+
+
 def test_autocast() -> None:
     model = tiny.llama()
     peftcore.apply(model, "lora", r=4)
