@@ -151,3 +151,10 @@ def test_an_adapter_knows_those_that_act_before_it() -> None:
         peftcore.activate(model, ["c", "a"])
         model(X)
         assert told["a"].inside == [told["c"]] and told["c"].inside == []
+
+
+def test_a_weight_that_trains_too_gets_its_gradient() -> None:
+    model = peftcore.apply(nn.Sequential(nn.Linear(64, 3)), "lora", target_modules=["0"])
+    model[0].weight.requires_grad_()
+    model(X).sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, X.sum(0).expand(3, -1))

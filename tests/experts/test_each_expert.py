@@ -21,7 +21,7 @@ import peftcore
 from peftcore import targets
 from peftcore.engine import applied
 from peftcore.files.tensors import tensors_on_disk
-from peftcore.plugin import Around
+from peftcore.plugin import Around, inside_at
 from peftcore.registry import registry
 from peftcore.testing import check_method, disturb
 
@@ -192,13 +192,16 @@ class Gain(nn.Module):
         (None, lambda model, path: model.get_submodule(path), r"gain looks for a module at '.*experts.0.gate_up_proj'"),
         ("2.down_proj", targets.layer_at, r"at experts of '.*experts.down_proj', and none at expert 2. All have one"),
         (None, lambda model, path: model.heads, "has no attribute 'heads'"),
+        ("twice", targets.layer_at, r"gain places two adapters at '.*experts.0.gate_up_proj'; a module takes one"),
     ],
 )
 def test_what_authors_of_methods_miss_is_said(left_out: str | None, read: Any, message: str) -> None:
+    times = 2 if left_out == "twice" else 1
+
     def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
         layers = targets.select(model, architecture, target_modules=["experts"])
         sizes = {path: targets.sizes(read(model, path))[1] for path in layers}
-        return [Around(path, Gain(size)) for path, size in sizes.items() if not path.endswith(f"{left_out}")]
+        return [Around(path, Gain(size)) for path, size in sizes.items() if not path.endswith(f"{left_out}")] * times
 
     model = new("qwen3_moe")
     with (
@@ -207,6 +210,21 @@ def test_what_authors_of_methods_miss_is_said(left_out: str | None, read: Any, m
     ):
         peftcore.apply(model, "gain")
     assert peftcore.engine.state_of(model) is None
+
+
+def test_an_expert_s_base_has_the_adapters_inside_in_their_order() -> None:
+    model, path = new("qwen3_moe"), "model.layers.0.mlp.experts"
+
+    def place(*_: Any) -> list[Any]:
+        return [Around(f"{path}.{i}.down_proj", tiny.Scaled(3.0)) for i in range(4)]
+
+    peftcore.apply(model, "lora", adapter="inner", target_modules=["down_proj"], r=2)
+    disturb(model, "inner", seed=1, std=0.5)
+    with tiny.installed(tiny.method("thrice", place)):
+        peftcore.apply(model, "thrice", adapter="outer")
+        found = inside_at(model, f"{path}.2.down_proj").weight().detach()
+        peftcore.merge(model)
+        torch.testing.assert_close(found, model.get_submodule(path).down_proj[2].detach())
 
 
 def test_beside_lora_on_the_same_experts(tmp_path: Path) -> None:
