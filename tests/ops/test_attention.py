@@ -154,6 +154,10 @@ def test_threads_and_layouts_give_the_same_bits() -> None:
             torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    out, lse = _OPS.attention(q, k, v, None, True, 0.125)
+    with_gaps = torch.stack([lse, lse], -1)[..., 0]
+    found = [_OPS.attention_backward(grad, q, k, v, out, each, None, True, 0.125) for each in (lse, with_gaps)]
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_what_is_left_to_pytorch() -> None:

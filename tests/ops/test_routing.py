@@ -97,6 +97,7 @@ def test_results_do_not_depend_on_threads() -> None:
 
     def results() -> list[Tensor]:
         dy, dw = _OPS.combined_backward(grad, y, w, routing.order, [True, True])
+        assert dy.dtype is dw.dtype is torch.bfloat16
         return [combined(y, w, routing), dy, dw]
 
     threads, wanted = torch.get_num_threads(), results()
