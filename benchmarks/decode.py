@@ -1,7 +1,7 @@
 """Greedy decoding: tokens a second of `generate` over a base in 4 bits, alone and with LoRA, beside others.
 
     python benchmarks/decode.py [--shapes smollm2-135m llama-1.1b llama-7b] [--prompts 32 512] [--batches 1 4 16]
-                                [--compile] [--llama PYTHON] [--ours]
+                                [--compile] [--llama PYTHON] [--ours] [--processor-time --threads 1]
 
 Models have random weights of the shapes named. In turn: the dense model in bf16, ours in NF4 (double quantization), the
 same with LoRA r=16 on every linear layer, and both with the output head in NF4 as well, where no embedding shares it:
@@ -164,11 +164,13 @@ def with_compiled_steps(found):
 class Clock:
     """When each token was there. One of transformers' criteria to stop, which never does."""
 
+    now = staticmethod(time.perf_counter)
+
     def __init__(self):
-        self.times = [time.perf_counter()]
+        self.times = [self.now()]
 
     def __call__(self, tokens, scores, **kwargs):
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
         return torch.zeros(len(tokens), dtype=torch.bool)
 
 
@@ -265,6 +267,7 @@ def beside_llama_cpp(shape, options):
             "count": options.tokens,
             "rounds": options.rounds,
             "threads": options.threads,
+            "processor_time": options.processor_time,
         }
         (folder / "jobs.json").write_text(json.dumps(jobs))
         subprocess.run([options.llama, Path(__file__).with_name("decode_llama.py"), folder / "jobs.json"], check=True)
@@ -278,6 +281,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processor-time", action="store_true", help="where others use the machine, with --threads 1")
     parser.add_argument("--ours", action="store_true", help="neither peft nor bitsandbytes")
     parser.add_argument("--compile", action="store_true", help="compiled steps, too: minutes more")
     parser.add_argument("--llama", help="a Python that has llama-cpp-python")
@@ -286,6 +290,8 @@ def main():
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.processor_time:
+        Clock.now = staticmethod(time.process_time)
     measure.print_surroundings(options.threads)
     for shape in options.shapes:
         if options.llama:

@@ -1,7 +1,8 @@
 """llama.cpp's part of decode.py, for a Python that has llama-cpp-python and no PyTorch.
 
 python decode_llama.py JOBS
-    # JSON: {"model" (in q4_0), "lora", "kinds": [q4_0, q4_K_M], "prompts", "batches", "count", "rounds", "threads"}
+    # JSON: {"model" (in q4_0), "lora", "kinds": [q4_0, q4_K_M], "prompts", "batches", "count", "rounds", "threads",
+    #        "processor_time"}
 
 All sequences of a batch have one prompt, which is read once and copied in the cache; their tokens are computed
 together. Other kinds are made of the file in q4_0 by llama.cpp itself: the weights are random, and no value of theirs
@@ -63,18 +64,18 @@ class Decoder:
         logits = (llama_cpp.llama_get_logits_ith(self.context, i) for i in wanted)
         return [int(np.ctypeslib.as_array(each, (self.rows,)).argmax()) for each in logits]
 
-    def times(self, prompt, count):
-        """Seconds of the prompt, of one sequence, and of `count` tokens of each."""
+    def times(self, prompt, count, now):
+        """Seconds of the prompt, of one sequence, and of `count` tokens of each, by the clock `now`."""
         llama_cpp.llama_memory_clear(self.memory, True)
-        start, last = time.perf_counter(), len(prompt) - 1
+        start, last = now(), len(prompt) - 1
         next_ones = self.decode([(token, i, 0, i == last) for i, token in enumerate(prompt)])
-        middle = time.perf_counter()
+        middle = now()
         for sequence in range(1, self.batch):
             llama_cpp.llama_memory_seq_cp(self.memory, 0, sequence, -1, -1)
-        next_ones, copied = next_ones * self.batch, time.perf_counter()
+        next_ones, copied = next_ones * self.batch, now()
         for position in range(len(prompt), len(prompt) + count):
             next_ones = self.decode([(token, position, i, True) for i, token in enumerate(next_ones)])
-        return middle - start, time.perf_counter() - copied
+        return middle - start, now() - copied
 
     def free(self):
         llama_cpp.llama_batch_free(self.room)
@@ -84,6 +85,7 @@ class Decoder:
 def main(jobs):
     llama_cpp.llama_log_set(silent, llama_cpp.ctypes.c_void_p())
     llama_cpp.llama_backend_init()
+    now = time.process_time if jobs["processor_time"] else time.perf_counter
     count, parameters = jobs["count"], llama_cpp.llama_model_default_params()
     print(f"\n{'llama.cpp':44}{'prefill/s':>10}{'decode/s':>10}{'median':>10}")
     for kind in jobs["kinds"]:
@@ -94,7 +96,9 @@ def main(jobs):
             for batch in jobs["batches"]:
                 for name, adapter in ((kind, None), (f"{kind}, LoRA", lora)):
                     decoder = Decoder(model, adapter, batch, length + count, jobs["threads"])
-                    times = [decoder.times(prompt, count) for _ in range(jobs["rounds"] + 1)][1:]  # the first one reads
+                    times = [decoder.times(prompt, count, now) for _ in range(jobs["rounds"] + 1)][
+                        1:
+                    ]  # the first one reads
                     decoder.free()
                     first, rest = (sorted(each) for each in zip(*times, strict=True))
                     rates = length / first[0], *(batch * count / t for t in (rest[0], rest[len(rest) // 2]))

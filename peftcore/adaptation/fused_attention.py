@@ -105,11 +105,11 @@ def replace_in_table() -> None:
 def _replaced(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def interface(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or type(module.__dict__.get(FORMULA)) is not AttentionFormula:
+        if torch.compiler.is_compiling() or not _is_fused_attention(module):
             return original(module, query, key, value, attention_mask, *args, **kwargs)
         if torch.is_grad_enabled() or computes_itself() or not untransformed():
             return original(module, query, key, value, attention_mask, *args, **kwargs)
-        if not args and query.shape[2] == 1:
+        if not args and type(query) is Tensor and query.shape[2] == 1:
             output = _of_one_token(query, key, value, attention_mask, **kwargs)
             if output is not None:
                 return output, None
@@ -118,6 +118,10 @@ def _replaced(original: Callable[..., Any]) -> Callable[..., Any]:
 
     setattr(interface, _REPLACED, original)
     return interface
+
+
+def _is_fused_attention(module: Any) -> bool:
+    return isinstance(module, nn.Module) and type(module.__dict__.get(FORMULA)) is AttentionFormula
 
 
 def _of_one_token(

@@ -83,6 +83,19 @@ def test_what_is_left_to_transformers(seen: list[int]) -> None:
     assert not seen
 
 
+def test_modules_that_are_not_fused_are_left_alone(seen: list[int]) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    peftcore.fuse(model_of())
+    function: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    q, k = torch.randn(1, 2, 1, 32).bfloat16(), torch.randn(1, 2, 9, 32).bfloat16()
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2)
+    with torch.no_grad():
+        for module in (torch.nn.Linear(2, 2), object()):
+            assert torch.equal(function(module, q, k, k, None)[0], wanted)
+    assert not seen
+
+
 def test_arguments_of_one_token(seen: list[int]) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

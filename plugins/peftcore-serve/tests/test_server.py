@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 
 import peftcore
 from peftcore.cli import models
+from peftcore.engine.fusing import fused_modules
 
 from .conftest import METHODS, PROMPTS, with_adapter, written
 
@@ -31,6 +32,10 @@ def ask(client: TestClient, model: str, prompt: Any, **fields: Any) -> dict[str,
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     return found
+
+
+def test_the_base_is_fused(shared: tuple[Server, TestClient]) -> None:
+    assert fused_modules(shared[0].scheduler.adapters.model)["attention"] == 2
 
 
 def refused(client: TestClient, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
