@@ -95,9 +95,12 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         return nn.Parameter(self.dequantized(dtype) if self.is_quantized else self.weight.detach(), False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.is_quantized:
-            bias = self.bias if self.bias is None else self.bias.to(self.weight.dtype)
-            return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
+        parameters: dict[str, Any] = self._parameters  # see `packed`
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401  # looked up when needed
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # looked up when needed
+        if weight.dtype is not torch.uint8:
+            bias = None if bias is None else bias.to(weight.dtype)
+            return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
         if ranks.is_dtensor(x):
             raise PeftcoreError(
                 "a layer in 4 bits was divided over the ranks after it was quantized, and its blocks with it. Call "
@@ -105,8 +108,8 @@ class QuantizedLinear(PackedParameters, nn.Linear):
             )
         dtype = self.compute_dtype
         if dtype is None or dtype is x.dtype:
-            return ops.linear_4bit(x, self.packed, self.bias)
-        return ops.linear_4bit(x.to(dtype), self.packed, self.bias).to(x.dtype)
+            return ops.linear_4bit(x, self.packed, bias)
+        return ops.linear_4bit(x.to(dtype), self.packed, bias).to(x.dtype)
 
     def linear_operands(self, x: Tensor) -> tuple[PackedWeight, Tensor | None] | None:
         """Return what an adapter may multiply by itself, see `peftcore.adaptation.adapted.Base`."""
