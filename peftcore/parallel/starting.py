@@ -1,4 +1,4 @@
-"""Begin of a distributed run, also after torchrun has restarted it."""
+"""Start of a distributed run, also after torchrun has restarted it."""
 
 from __future__ import annotations
 

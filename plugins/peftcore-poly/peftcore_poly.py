@@ -1,4 +1,6 @@
-"""Poly (Ponti et al. 2023, EACL, arXiv 2202.13914, section 2) and MHR (Caccia et al. 2023, arXiv 2211.03831).
+"""Poly (arXiv 2202.13914) and its splits, MHR: LoRAs that tasks share as skills, mixed for each task by a router.
+
+Poly: Ponti et al. 2023, EACL, section 2. MHR, multi-head routing: Caccia et al. 2023, arXiv 2211.03831.
 
     y = W x + b + B_t A_t x / r       for task t, and for each of the s splits of x and y:
     A_t = Σ_k w_tk A_k,  B_t = Σ_k w_tk B_k         A_k [in / s, r] and B_k [r, out / s]: skills that the tasks share
