@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from peftcore.cli.labels import short
 from peftcore.errors import PeftcoreError
 
+_UNKNOWN = 0x7FFF0000  # bytes from which on a header's size stands for a recording whose end was not known
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
@@ -67,11 +69,17 @@ def _of_wave(path: str) -> tuple[Any, int]:
     except (wave.Error, EOFError, OSError, ValueError) as error:
         if "unknown format" in str(error):  # floating point, or the extended header of more than 16 bits
             return _of_soundfile(path)
-        raise PeftcoreError(f"'{path}' cannot be read as WAV: {error or 'it ends too early'}. Replace it") from error
+        why = str(error) or "it ends too early"
+        raise PeftcoreError(f"'{path}' cannot be read as WAV: {why}. Replace it, or remove it") from error
     if rate < 1:
         raise PeftcoreError(f"'{path}' cannot be read as WAV: its header has {rate} samples per second. Replace it")
-    whole = len(data) - len(data) % (width * channels)
-    raw = np.frombuffer(data[:whole], dtype=np.uint8).reshape(-1, width)
+    frames = len(data) // (width * channels)
+    if frames < count and count * width * channels < _UNKNOWN:
+        raise PeftcoreError(
+            f"'{path}' is cut off: it has {frames:,} of the {count:,} samples that its header names. Replace it, or "
+            "remove it"
+        )
+    raw = np.frombuffer(data[: frames * width * channels], dtype=np.uint8).reshape(-1, width)
     if width == 1:  # unsigned, unlike wider samples
         values = raw[:, 0].astype(np.float32) / 128 - 1
     else:
@@ -104,12 +112,15 @@ def named(where: str, key: str, value: Any) -> str:
     """
     found = value.get("path") if isinstance(value, dict) else value
     if not isinstance(found, str):
-        raise PeftcoreError(f"{where}: '{key}' must be the path of a recording, found {type(value).__name__}")
+        raise PeftcoreError(f"{where}: '{key}' must be the path of a recording, found {short(value)}")
+    if found.startswith(("http://", "https://")):
+        raise PeftcoreError(f"{where}: '{found[:80]}' is not a local file. Download the recording and name the file")
     path = os.path.join(os.path.dirname(where.rpartition(":")[0]), os.path.expanduser(found))
     if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise PeftcoreError(
-            f"{where}: the recording '{path}' does not exist. Pass paths of local files, relative to the folder of "
-            "the data file"
+            f"{where}: the recording '{path}' {what}. Pass paths of local files, relative to the folder of the data "
+            "file"
         )
     if Path(path).suffix.lower() not in SUFFIXES:
         raise PeftcoreError(f"{where}: '{path}' must be one of {', '.join(SUFFIXES)}. Convert it with ffmpeg")

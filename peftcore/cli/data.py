@@ -83,6 +83,12 @@ _SHOWN |= dict.fromkeys(PAIRED, "prompt/chosen/rejected") | {
     ROLLOUTS: "prompt",
     TAGS: "tokens/tags",
 }
+# What `--columns` may be for a task, in messages.
+_EXAMPLES = {SPEECH: "audio=file,text=transcript", EMBEDDING: "anchor=question,positive=answer", TAGS: "tokens=words"}
+_EXAMPLES |= {SEQ2SEQ: "source=german,target=english", MULTI_LABEL: "text=body,labels=topics"}
+_EXAMPLES |= {IMAGE_TEXT: "messages=chat"}
+_EXAMPLES |= dict.fromkeys((CLASSIFICATION, REGRESSION), "text=review,label=stars")
+_EXAMPLES |= dict.fromkeys(PAIRED, "chosen=better,rejected=worse") | {ROLLOUTS: "prompt=question"}
 
 
 def check_task(task: str) -> None:
@@ -172,7 +178,7 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
             return UNPAIRED
         found.append(fields.get(name or "label"))
     if not found:
-        raise PeftcoreError(f"'{path}' has no examples")
+        raise PeftcoreError(f"'{', '.join(source.path for source in sources(path))}' has no examples")
     if labels.names(found[0]) is not None:
         return MULTI_LABEL
     numbers = [labels.number(label) for label in found]
@@ -193,7 +199,7 @@ def row_of(where: str, fields: dict[str, Any], task: str) -> Row:
     if keys is None:
         raise PeftcoreError(
             f"{where}: {task} needs the keys {_SHOWN[task]}, found {listed(fields) or 'none'}. If they have "
-            f"other names: --columns prompt=question,completion=answer{_of_others(task)}"
+            f"other names: --columns {_EXAMPLES.get(task, 'prompt=question,completion=answer')}{_of_others(task)}"
         )
     if task in PAIRED:
         return judged_rows.preference(where, fields)

@@ -53,8 +53,8 @@ def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
     if model.endswith(".gguf"):
         raise PeftcoreError(f"--task {task} needs a model of transformers, found the .gguf file '{model}'")
     require("PIL", extra="images")
+    load_config(model, task)
     if task == data.IMAGE_TEXT:
-        load_config(model, task)
         processor = image_chats.checked(_with_torchvision(AutoProcessor, model, "processor"), model)
         if adapter is not None and has_tokenizer(adapter):
             own = adapter_tokenizer.load(adapter)
@@ -90,9 +90,10 @@ def _speech_processor(model: str, adapter: Path | None) -> Any:
     from transformers import AutoFeatureExtractor, WhisperProcessor
 
     config = load_config(model, data.SPEECH)
+    speech.check(model, config)
     extractor = pretrained(AutoFeatureExtractor.from_pretrained, model, "feature extractor")
     tokenizer: Any = load_tokenizer(model, adapter)
-    return speech.checked(WhisperProcessor(extractor, tokenizer), model, config)
+    return speech.checked(WhisperProcessor(extractor, tokenizer), config)
 
 
 def load_model(
@@ -222,17 +223,32 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
     return made
 
 
+_NEEDED = {
+    data.IMAGE_TEXT: "a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found {}. For texts "
+    "use --task causal-lm",
+    data.SEQ2SEQ: "an encoder-decoder model such as T5 or BART, found {}. For others use --task causal-lm, with rows "
+    "prompt/completion",
+    data.LANGUAGE_MODEL: "a model that writes texts, found {}. For an encoder-decoder model use --task seq2seq",
+    data.IMAGE: "a model that classifies images, such as a ViT, found {}. Pass another model",
+}
+
+
 def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> PretrainedConfig:
     """Return a base's config, which names the class that `load_model` makes for this task."""
     quiet_transformers()
+    import transformers
     from transformers import AutoConfig
 
     config = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
     kinds = _auto_class(task)._model_mapping
-    if task == data.IMAGE_TEXT and type(config) not in kinds:
+    found = f"'{model}' ({config.model_type})"
+    if type(config) not in kinds and task != data.SPEECH:
+        needed = _NEEDED.get(task, "a model of texts, found {}. Pass another model")
+        raise PeftcoreError(f"--task {task} needs {needed.format(found)}")
+    if kinds is transformers.AutoModelForCausalLM._model_mapping and _is_encoder(config):
         raise PeftcoreError(
-            f"--task image-text needs a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found "
-            f"'{model}' ({config.model_type}). For texts use --task causal-lm"
+            f"--task {task} needs a decoder, found {found}, an encoder, which reads the words that it would have to "
+            "write. Use it for classification, tags or pairs, or pass another model"
         )
     if task == data.EMBEDDING and config.is_encoder_decoder:
         raise PeftcoreError(
@@ -242,6 +258,14 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
     if type(config) in kinds:
         config.architectures = [kinds[type(config)].__name__]
     return config
+
+
+def _is_encoder(config: PretrainedConfig) -> bool:
+    """Return whether transformers would load a model as a decoder that has no causal mask, such as a BERT."""
+    import transformers
+
+    is_masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    return is_masked and not config.is_encoder_decoder and getattr(config, "is_decoder", None) is False
 
 
 def load_generation_config(model: str) -> Any:

@@ -55,6 +55,9 @@ def _row(where: str, fields: dict[str, Any], task: AdapterTask) -> Row:
     """Return a row with a label that encoding accepts, in place of the one to be predicted."""
     known = ("tokens", "words") if task.task == data.TAGS else ("text", *(key for pair in data.PAIRS for key in pair))
     given = {key: fields[key] for key in known if fields.get(key) is not None}
+    null = next((key for key in known if key in fields), None)
+    if not given and null is not None:
+        raise PeftcoreError(f"{where}: '{null}' is null, and predict needs a value. Fill it in, or remove the line")
     if not given:
         raise PeftcoreError(
             f"{where}: predict needs the key {known[0]} for {task.task}, found {data_files.listed(fields) or 'none'}. "

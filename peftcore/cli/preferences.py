@@ -34,9 +34,10 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     """Return rows as `prompt_ids`, `chosen_ids` and `rejected_ids`; long prompts are cut at the beginning.
 
     Raises:
-        PeftcoreError: a row has no tokens, or both answers have the same tokens.
+        PeftcoreError: a row has no tokens, or both answers have the same tokens; or in every row they begin to differ
+            beyond `max_length`, where they are cut.
     """
-    examples, truncated = [], 0
+    examples, truncated, left_out = [], 0, 0
     for row in rows:
         chosen, rejected = (answered(row, answer, tokenizer) for answer in (row.completion, row.rejected))
         begin = min(first_learned(chosen), first_learned(rejected))
@@ -44,15 +45,23 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
         prompt = next((i for i in range(begin) if ids[i] != others[i]), begin)  # tokens may merge across the boundary
         pair = (learned(chosen, prompt), learned(rejected, prompt))
         if pair[0] == pair[1]:
-            raise PeftcoreError(f"{row.where}: 'chosen' and 'rejected' are the same")
+            raise PeftcoreError(
+                f"{row.where}: 'chosen' and 'rejected' have the same tokens, so none can be preferred. Remove the row, "
+                "or use a model whose tokenizer knows their words"
+            )
         truncated += prompt + max(map(len, pair)) > max_length
         pair = (pair[0][: max_length - 1], pair[1][: max_length - 1])
+        if pair[0] == pair[1]:
+            left_out += 1
+            continue
         kept = min(prompt, max_length - max(map(len, pair)))
         before = ids[prompt - kept : prompt]
         if not before:
             raise PeftcoreError(f"{row.where}: the prompt has no tokens")
         examples.append({"prompt_ids": before, "chosen_ids": pair[0], "rejected_ids": pair[1]})
-    return Encoded(examples, truncated)
+    if not examples:
+        raise PeftcoreError(f"no pair of answers differs within {max_length} tokens. Increase --max-length")
+    return Encoded(examples, truncated, left_out)
 
 
 def as_texts(examples: Sequence[Example]) -> list[Example]:

@@ -10,16 +10,24 @@ def labels_of(rows: list[Row]) -> list[str]:
     """Return the distinct label names, numbers in numeric order, otherwise alphabetically; none for regression.
 
     Raises:
-        PeftcoreError: a classifier has only one label, or no row has any.
+        PeftcoreError: all examples have one label or number, or no row has any.
     """
     if isinstance(rows[0].label, float):
+        if len({row.label for row in rows}) < 2:
+            raise PeftcoreError(
+                f"{rows[0].where}: every training example has the number {rows[0].label:g}, so there is nothing to "
+                "learn. Add examples with other numbers"
+            )
         return []
     found: set[str] = set()
     for row in rows:
         found.update((row.label,) if isinstance(row.label, str) else row.label if isinstance(row.label, tuple) else ())
     if len(found) < 2 and (isinstance(rows[0].label, str) or rows[0].words):
-        what = "word has the tag" if rows[0].words else "example has the label"
-        raise PeftcoreError(f"{rows[0].where}: every {what} {found}; a classifier needs at least two")
+        what = "word has the tag" if rows[0].words else "training example has the label"
+        raise PeftcoreError(
+            f"{rows[0].where}: every {what} '{', '.join(found)}', and a classifier needs at least two. Add examples of "
+            "another one, or, if these were held out, name the held-out ones: --eval-data FILE"
+        )
     if not found:
         raise PeftcoreError(f"{rows[0].where}: no example has a label")
     return sorted(found, key=int) if all(each.removeprefix("-").isdecimal() for each in found) else sorted(found)

@@ -11,8 +11,9 @@ positive. For scored pairs the loss is the mean of (cos(one, other) - score)^2 (
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,58 @@ def loss(found: Tensor, labels: Tensor, same: Tensor | None) -> Tensor:
         return F.mse_loss((anchors * candidates).sum(-1), labels.to(found))
     scores = SCALE * anchors @ candidates.T
     return F.cross_entropy(scores.masked_fill(same, float("-inf")), labels)
+
+
+@contextlib.contextmanager
+def with_loss(model: nn.Module, pooling: str) -> Iterator[None]:
+    """Make `model` take batches of `collate` inside the block, and return their loss with its output.
+
+    Methods that initialise from batches call the model itself, which has no loss for vectors.
+    """
+    now: list[dict[str, Any]] = []
+
+    def take(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        now[:] = [kwargs]
+        return args, {name: value for name, value in kwargs.items() if name not in ("labels", "same")}
+
+    def give(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        batch = now.pop()
+        if "labels" in batch:
+            found = pooled(output.last_hidden_state, batch["attention_mask"], pooling)
+            output.loss = loss(found, batch["labels"], batch.get("same"))
+        return output
+
+    hooks = [
+        model.register_forward_pre_hook(take, with_kwargs=True),
+        model.register_forward_hook(give, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check(examples: Sequence[Example], what: str, batch_size: int | None = None) -> None:
+    """Raise a PeftcoreError if every positive would be the only candidate of its anchor.
+
+    Args:
+        examples: pairs, triplets or scored pairs.
+        what: which they are, in the message.
+        batch_size: of training; None if all examples are candidates at once.
+    """
+    if examples[0]["labels"] is not None:
+        return
+    if batch_size == 1 and len(examples[0]["texts"]) == 2:
+        raise PeftcoreError(
+            "--task pairs learns from the other rows of a batch, found --batch-size 1 and rows without a negative. Use "
+            "--batch-size 2 or more, or add negatives"
+        )
+    if len({tuple(ids) for example in examples for ids in example["texts"][1:]}) < 2:
+        raise PeftcoreError(
+            f"all {what} examples ({len(examples):,}) have one positive and no other text, so there is no wrong answer "
+            "to tell it from. Add rows, or hold out several: --holdout 2, or --eval-data FILE"
+        )
 
 
 def embedded(

@@ -18,17 +18,17 @@ from peftcore.errors import PeftcoreError
 Example = dict[str, Any]
 
 
-def checked(processor: Any, model: str, config: Any) -> Any:
-    """Return the processor of `model`, with the largest number of tokens of a transcript as `longest_text`.
-
-    Raises:
-        PeftcoreError: the model is not of Whisper's kind.
-    """
+def check(model: str, config: Any) -> None:
+    """Raise a PeftcoreError unless the model is of Whisper's kind."""
     if config.model_type != "whisper":
         raise PeftcoreError(
             f"--task asr needs a model of Whisper's kind with its feature extractor and tokenizer, found '{model}' "
             f"({config.model_type}). Use one such as openai/whisper-small"
         )
+
+
+def checked(processor: Any, config: Any) -> Any:
+    """Return the processor of a model, with the largest number of tokens of a transcript as `longest_text`."""
     processor.longest_text = int(config.max_target_positions)
     return processor
 

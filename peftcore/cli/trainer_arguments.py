@@ -42,7 +42,9 @@ def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[
             more |= {"num_generations": settings.generations, "max_completion_length": settings.answer_tokens}
             more |= {"temperature": settings.temperature, "beta": settings.beta or 0.0}
         else:
-            more["max_length"] = None
+            more["max_length"] = (
+                settings.max_length if settings.task == data.ODDS else None
+            )  # ORPO reports a missing one
         if settings.task == data.UNPAIRED:
             more |= {name: getattr(settings, name) for name in ("desirable_weight", "undesirable_weight")}
         if settings.task not in (data.REWARD, data.ROLLOUTS):

@@ -124,8 +124,10 @@ def comparing_trainer(task: str, **arguments: Any) -> Measuring:
     The reference is the current model; no second one is loaded (`integrations.reference_model`).
     """
     require("trl", extra="dpo")
-    from datasets import Dataset
+    import datasets
 
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()  # it cannot hash methods, which matters to its cache only
     base: Any = trl_classes(task)[0]
 
     class MeasuringComparison(Measuring, base):
@@ -150,5 +152,5 @@ def comparing_trainer(task: str, **arguments: Any) -> Measuring:
         columns = {data.ODDS: odds.columns, data.REWARD: rewards.columns, data.ROLLOUTS: rollouts.columns}
         if task in columns:
             arguments[name] = columns[task](arguments[name])
-        arguments[name] = Dataset.from_list(arguments[name])
+        arguments[name] = datasets.Dataset.from_list(arguments[name])
     return MeasuringComparison(**arguments)

@@ -92,6 +92,9 @@ def run(
     rows = training_data.read(settings)
     inputs = inputs_of(settings, rows)
     examples = training_data.encode(rows, settings, inputs.tokenizer, inputs.labels)
+    if settings.task == data.EMBEDDING:
+        sentence_pairs.check(examples.train, "training", settings.batch_size)
+        sentence_pairs.check(examples.held_out, "held-out")
     settings, predicted = _with_memory(settings, examples.longest, inputs.labels, force=force)
     model = _adapted_model(settings, inputs, examples)
     teacher = distillation.of_run(settings, inputs.tokenizer, examples.train)
@@ -248,8 +251,10 @@ def _adapted_model(settings: Settings, inputs: Inputs, examples: Examples) -> An
     elif settings.adapter is not None:
         warm_start.load(model, settings)
     else:
-        batches = first_batches(settings, examples.rows, inputs.tokenizer)
-        peftcore.apply(model, settings.method, batches=batches, **settings.fields)
+        batches = first_batches(settings, examples.rows, inputs.tokenizer, model)
+        is_pairs = settings.task == data.EMBEDDING and batches is not None
+        with sentence_pairs.with_loss(model, inputs.pooling) if is_pairs else contextlib.nullcontext():
+            peftcore.apply(model, settings.method, batches=batches, **settings.fields)
     if settings.pack and settings.method != FULL:
         packing.check(model, examples.train, settings.method)
     return model
@@ -346,19 +351,19 @@ def _save(model: Any, folder: Path, settings: Settings, inputs: Inputs) -> None:
     ranks.once(write_facts, together=True)
 
 
-def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any) -> DataLoader[Any] | None:
-    """Return the training batches for methods that initialise from data; None for others."""
+def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any, model: Any) -> DataLoader[Any] | None:
+    """Return the training batches of `model` for methods that initialise from data; None for others."""
     if not takes_batches(settings.method, settings.fields):
         return None
-    if settings.task == data.EMBEDDING:
-        raise PeftcoreError(
-            f"--method {settings.method} initialises from the loss of batches, which --task pairs does not have. Use "
-            "another method or initialisation"
-        )
     if settings.task in data.COMPARED:
         train = comparisons.of(settings.task).as_texts(train)
     order = LengthGroupedSampler([tasks.length(each) for each in train], settings.batch_size, settings.seed)
-    return DataLoader(train, settings.batch_size, sampler=order, collate_fn=tasks.collator(tokenizer))  # type: ignore[arg-type]
+    collate = tasks.collator(tokenizer)
+
+    def batch(some: list[tasks.Example]) -> dict[str, Any]:
+        return tasks.in_dtype(collate(some), model)
+
+    return DataLoader(train, settings.batch_size, sampler=order, collate_fn=batch)  # type: ignore[arg-type]
 
 
 def _checkpoint_to_resume(output: Path) -> str | None:

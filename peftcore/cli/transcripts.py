@@ -6,7 +6,7 @@ transcripts; case and punctuation are not compared.
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -61,7 +61,10 @@ def word_error_rate(answers: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)*", text.lower())
+    """Return the words of a text: letters, marks, numbers, and apostrophes between them."""
+    plain = unicodedata.normalize("NFC", text).lower().replace("\u2019", "'")
+    kept = "".join(each if each == "'" or unicodedata.category(each)[0] in "LMN" else " " for each in plain)
+    return [word for word in (each.strip("'") for each in kept.split()) if word]
 
 
 def _distance(one: list[str], other: list[str]) -> int:

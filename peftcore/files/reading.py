@@ -159,8 +159,6 @@ def fields_of_folder(folder: Path) -> tuple[dict[str, Any], ForeignFormat | None
 def _about(opened: Folder) -> tuple[dict[str, Any], ForeignFormat | None]:
     foreign = _foreign(opened)
     if foreign is None:
-        if not opened.has(TENSORS):
-            opened.tensors()  # raises the error of `load`
         return opened.config(), None
     method, form, fields = foreign
     with guarded(method, f"'{opened.path}'"):

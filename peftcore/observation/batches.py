@@ -129,7 +129,7 @@ def gradients_of(
         unseen += [name for name in part if name not in sums]
         for name in list(sums) if len(held) > 1 else ():
             visit(name, sums.pop(name) / len(held))
-    _refuse_unseen(unseen, "has no gradient: the loss does not depend on it")
+    _refuse_unseen(unseen, "has no gradient: the loss does not depend on it. Leave it out, such as by exclude_modules")
 
 
 @contextmanager

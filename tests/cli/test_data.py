@@ -103,8 +103,14 @@ def test_labels() -> None:
     assert row_labels.labels_of([Row("f", "t", label=label) for label in ("pos", "neg")]) == ["neg", "pos"]
     with pytest.raises(PeftcoreError, match=r"f:0: label '10' is unknown"):
         row_labels.targets(rows, ["9", "11"])
-    with pytest.raises(PeftcoreError, match=r"every example has the label {'9'}; a classifier needs at least two"):
+    with pytest.raises(
+        PeftcoreError, match="every training example has the label '9', and a classifier needs at least two"
+    ):
         row_labels.labels_of(rows[1:])
+    numbers = [Row(f"f:{i}", "t", label=label) for i, label in enumerate((1.5, 1.5, 2.0))]
+    assert row_labels.labels_of(numbers) == []
+    with pytest.raises(PeftcoreError, match=r"f:0: every training example has the number 1.5"):
+        row_labels.labels_of(numbers[:2])
 
 
 def test_labels_survive_json(tmp_path: Path) -> None:

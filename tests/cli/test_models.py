@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from peftcore import CheckpointError, PeftcoreError
 from peftcore.cli.adapter_folders import TASK_FILE, AdapterTask, adapter_task, base_of
-from peftcore.cli.models import load_model
+from peftcore.cli.models import load_config, load_model
 
 
 def test_a_folder_without_an_adapter(tmp_path: Path, run: Run) -> None:
@@ -87,3 +87,16 @@ def test_weights_that_a_checkpoint_lacks_are_named(llama: Path, tmp_path: Path, 
             assert (
                 "lacks model.layers.1.mlp.up_proj.weight: these weights are initialised at random" in shown
             ) is warned
+
+
+def test_a_model_of_another_kind_is_refused(llama: Path, bert: Path) -> None:
+    for folder, task, message in (
+        (llama, "seq2seq", r"needs an encoder-decoder model .*\(llama\)"),
+        (llama, "image", "needs a model that classifies images"),
+        (bert, "causal-lm", "needs a decoder, found .* an encoder"),
+        (bert, "dpo", "needs a decoder"),
+    ):
+        with pytest.raises(PeftcoreError, match=message):
+            load_config(str(folder), task)
+    for folder, task in ((llama, "classification"), (bert, "tags"), (llama, "reward"), (bert, "pairs")):
+        load_config(str(folder), task)

@@ -90,6 +90,33 @@ def test_the_loss_is_that_of_sentence_transformers(kind: str, bert: Path, tmp_pa
         assert found.loss == pytest.approx(float(their_loss(model, tokenizer, KINDS[kind])), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_see_the_loss_of_their_first_batches(kind: str, bert: Path, tmp_path: Path) -> None:
+    tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), EMBEDDING, device="cpu")
+    batch = sentence_pairs.collate(examples_of(tmp_path, KINDS[kind], tokenizer), tokenizer)
+    with sentence_pairs.with_loss(model, "mean"), torch.no_grad():
+        found = model(**batch).loss
+        assert not hasattr(model(input_ids=batch["input_ids"]), "loss")
+    with torch.no_grad():
+        assert float(found) == pytest.approx(float(their_loss(model, tokenizer, KINDS[kind])), rel=1e-4)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_a_positive_without_another_text_is_refused(bert: Path, tmp_path: Path, run: Run) -> None:
+    tokenizer = models.load_tokenizer(str(bert))
+    pairs, triplets, scored = (examples_of(tmp_path, rows, tokenizer) for rows in KINDS.values())
+    for fine, size in ((pairs, 2), (triplets, 1), (scored, 1), (triplets[:1], None), (scored[:1], None)):
+        sentence_pairs.check(fine, "training", size)
+    with pytest.raises(PeftcoreError, match="found --batch-size 1 and rows without a negative"):
+        sentence_pairs.check(pairs, "training", 1)
+    for alone in (pairs[:1], [pairs[0], pairs[0]]):
+        with pytest.raises(PeftcoreError, match=r"all held-out examples \(\d\) have one positive.*--holdout 2"):
+            sentence_pairs.check(alone, "held-out")
+    file = write_jsonl(tmp_path / "rows.jsonl", PAIRS)
+    arguments = ("train", "-m", bert, "-d", file, "--method", "lora", "-o", tmp_path / "run", "--device", "cpu")
+    assert "all held-out examples (1) have one positive" in run(*arguments, code=1).output
+
+
 def test_candidates_with_the_text_of_the_positive_are_no_negatives(bert: Path, tmp_path: Path) -> None:
     tokenizer, model = models.load_tokenizer(str(bert)), models.load_model(str(bert), EMBEDDING, device="cpu")
     twice = [PAIRS[0], {"anchor": "a good film", "positive": PAIRS[0]["positive"]}]

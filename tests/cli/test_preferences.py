@@ -77,6 +77,19 @@ def test_tokens_of_texts_end_where_an_answer_ends(tmp_path: Path, tokenizer: Any
     assert preferences.lengths(short.examples) == [4]
 
 
+def test_answers_that_differ_beyond_the_length_are_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [
+        read(tmp_path, {"prompt": "the film is", "chosen": "very good", "rejected": "bad"}),
+        read(tmp_path, {"prompt": "the", "chosen": "a a a a a good", "rejected": "a a a a a bad"}),
+    ]
+    found = preferences.encode(rows, tokenizer, 4)
+    assert (len(found.examples), found.truncated, found.left_out) == (1, 2, 1)
+    with pytest.raises(PeftcoreError, match="no pair of answers differs within 4 tokens"):
+        preferences.encode(rows[1:], tokenizer, 4)
+    with pytest.raises(PeftcoreError, match="'chosen' and 'rejected' have the same tokens"):
+        preferences.encode([read(tmp_path, {"prompt": "the", "chosen": "x", "rejected": "y"})], tokenizer, 8)
+
+
 def test_tokens_of_conversations_are_those_that_are_learned_otherwise(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ '<s> ' + m['content'] + ' </s> the ' }}{% endfor %}"
     row = read(tmp_path, {"prompt": ASKED, "chosen": [GOOD], "rejected": [BAD]})
@@ -157,4 +170,7 @@ def test_dpo_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
 
 def test_beta_is_of_dpo(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     error = run("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora", "--beta", 1, code=1)
-    assert "--beta is for --task dpo, kto and orpo and must be above 0, found 1 for causal-lm" in error.output
+    assert (
+        "--beta is for --task dpo, kto, orpo and grpo and must be above 0 (of grpo also 0), found 1 for causal-lm"
+        in error.output
+    )

@@ -93,6 +93,7 @@ def evaluate(
         if task.task == examples.EMBEDDING:
             from peftcore.cli import sentence_pairs
 
+            sentence_pairs.check(encoded.examples, "evaluated")
             pooling = task.pooling or sentence_pairs.pooling_of(base)
             measure = functools.partial(sentence_pairs.measure, pooling=pooling)
         if task.task == examples.TAGS:

@@ -63,7 +63,11 @@ def _show(adapter: Path) -> None:
         table([("layout", name), *((part or "of one model", _counts(tensors)) for part, tensors in parts.items())])
         return
     refuse_other_folders(adapter)
-    fields, foreign = fields_of_folder(adapter)
+    try:
+        fields, foreign = fields_of_folder(adapter)
+    except CheckpointError:
+        read_tensors(adapter)  # `load` reads them first, and has their error
+        raise
     tensors, metadata = read_tensors(adapter, foreign.tensors if foreign else TENSORS)
     own = own_fields(adapter, metadata)
     wrong = None

@@ -114,10 +114,11 @@ def train(
         _check_rollouts(given, data)
     elif given.reward is not None:
         raise PeftcoreError(f"--reward judges the answers of --task grpo, found task {task}. Leave it out")
-    if given.beta is not None and (task not in examples.COMPARED or task == examples.REWARD or given.beta <= 0):
+    least = 0.0 if task == examples.ROLLOUTS else 1e-9
+    if given.beta is not None and (task not in examples.COMPARED or task == examples.REWARD or not given.beta >= least):
         raise PeftcoreError(
-            f"--beta is for --task dpo, kto, orpo and grpo and must be above 0, found {given.beta:g} for {task}. "
-            "Leave it out, or pass a number above 0"
+            f"--beta is for --task dpo, kto, orpo and grpo and must be above 0 (of grpo also 0), found {given.beta:g} "
+            f"for {task}. Leave it out, or pass a number above 0"
         )
     if task != examples.UNPAIRED and (given.desirable_weight, given.undesirable_weight) != (1.0, 1.0):
         raise PeftcoreError(
