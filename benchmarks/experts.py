@@ -121,7 +121,7 @@ def step(rank, seconds, slow):
     packed_size = size * 33 // 128  # of 16 bits 4.125
     packed = [in_nf4(module) for _ in range(measure.beyond_caches(packed_size))]
     changes = factors(module, rank)
-    trained = [t for (thin,) in changes.values() for t in thin[:2]]
+    trained = [t for (change,) in changes.values() for t in (change.a, change.b)]
 
     def timed(forward, more=()):
         return lambda: torch.autograd.grad(forward(), (hidden, *more), grad)

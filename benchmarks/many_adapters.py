@@ -136,7 +136,7 @@ def disk(options):
         print(f"  memory: {(resident_bytes() - before) / 2**20:,.1f} MB more")
         order = itertools.cycle(names)
         row("one comes", *milliseconds(lambda: peftcore.activate(model, next(order)), 10))
-        size = next(iter(model._peftcore_state.resting.values())).size
+        size = next(iter(model._peftcore_state.on_disk.values())).size
         peftcore.activate(model, [])
         peftcore.set_resident_limit(model, 8 * size)
         for _ in range(8):
