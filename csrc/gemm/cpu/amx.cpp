@@ -11,8 +11,6 @@
 // rows among threads instead of columns, panels of 12 or 16 tiles.
 #include "common/amx.h"
 
-#include <cstring>
-
 #include "gemm/cpu/avx512.h"
 #include "gemm/cpu/panels.h"
 
@@ -136,20 +134,6 @@ inline void store_sums(const Sums& sums) {
     if (!kBoth) return;
     _tile_stored(2, below, 4 * sums.stride);
     _tile_stored(3, below + kSide, 4 * sums.stride);
-}
-
-// Bits of a tile's columns: 0, 2, .. 30 in the first, 1, 3, .. 31 in the second, or in order.
-struct TileBits {
-    __mmask16 first, second;
-};
-
-inline TileBits bits_of(bool even_odd, const uint8_t* keep) {
-    uint32_t bits;
-    std::memcpy(&bits, keep, sizeof bits);
-    if (!even_odd) return {__mmask16(bits), __mmask16(bits >> 16)};
-    const __m512i lanes = _mm512_movm_epi16(bits);
-    return {_mm512_test_epi32_mask(lanes, _mm512_set1_epi32(0xffff)),
-            _mm512_test_epi32_mask(lanes, _mm512_set1_epi32(int(0xffff0000)))};
 }
 
 // Operands of one tile; the addend has pairs in the last chunk only.

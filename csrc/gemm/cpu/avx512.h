@@ -1,6 +1,8 @@
 // Shared by the kernels of AVX-512: addresses of results, the bias, and the rounding.
 #pragma once
 
+#include <cstring>
+
 #include "common/avx512.h"
 #include "common/integers.h"
 #include "gemm/cpu/kernels.h"
@@ -27,6 +29,20 @@ inline Bias bias_of(const Product& product, int64_t column) {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(values, 16)),
                 _mm512_castsi512_ps(_mm512_and_si512(values, _mm512_set1_epi32(int(0xffff0000))))};
     return {from_bf16(_mm512_castsi512_si256(values)), from_bf16(_mm512_extracti64x4_epi64(values, 1))};
+}
+
+// Bits of a tile's columns: 0, 2, .. 30 in the first, 1, 3, .. 31 in the second, or in order.
+struct TileBits {
+    __mmask16 first, second;
+};
+
+inline TileBits bits_of(bool even_odd, const uint8_t* keep) {
+    uint32_t bits;
+    std::memcpy(&bits, keep, sizeof bits);
+    if (!even_odd) return {__mmask16(bits), __mmask16(bits >> 16)};
+    const __m512i lanes = _mm512_movm_epi16(bits);
+    return {_mm512_test_epi32_mask(lanes, _mm512_set1_epi32(0xffff)),
+            _mm512_test_epi32_mask(lanes, _mm512_set1_epi32(int(0xffff0000)))};
 }
 
 // Rounded by the processor, which flushes subnormals as in the products.

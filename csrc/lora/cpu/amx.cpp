@@ -13,25 +13,6 @@ namespace {
 constexpr int64_t kRows = 2 * kSide;  // that `down` takes together
 static_assert(kBlockPairs % kSide == 0);
 
-void halves(const Halves& halves) {
-    for (int64_t i = 0; i < halves.rows; ++i)
-        for (int64_t k = 0; k < halves.columns; k += kSide) {
-            const __mmask16 there = first_of(halves.columns - k);
-            const Split split(_mm512_maskz_loadu_ps(there, halves.from + i * halves.columns + k));
-            BFloat16* out = halves.out + i * halves.row_stride + k;
-            const auto store = [&](int part, __m256i values) {
-                _mm256_mask_storeu_epi16(out + part * halves.part_stride, there, values);
-            };
-            store(0, split.first);
-            if (halves.parts == kHalves) {
-                store(1, split.rest);
-                continue;
-            }
-            store(1, halves.left ? split.rest : split.first);
-            store(2, halves.left ? split.first : split.rest);
-        }
-}
-
 // 16 rows of up to 16 words, padded with zeros.
 struct TileMemory {
     alignas(64) uint32_t words[kSide][kSide];
@@ -207,7 +188,6 @@ void fill_amx(Kernels& kernels) {
     thin.arrangement = {.pair = kPair, .unit_size = int(kHalves * sizeof(uint32_t)), .arrange = arrange};
     thin.down = down;
     thin.outer = outer;
-    kernels.halves = halves;
 }
 
 }  // namespace lora

@@ -47,14 +47,14 @@ Tensor in_halves(const CpuKernels& kernels, const Tensor& from, int parts, bool 
     const int64_t rows = from.size(0), columns = from.size(1);
     const Tensor out = at::empty({below ? parts * rows : rows, below ? columns : parts * columns},
                                  from.options().dtype(at::kBFloat16));
-    kernels.lora.halves({.from = from.const_data_ptr<float>(),
-                         .rows = rows,
-                         .columns = columns,
-                         .parts = parts,
-                         .left = left,
-                         .row_stride = out.size(1),
-                         .part_stride = below ? rows * columns : columns,
-                         .out = static_cast<BFloat16*>(out.mutable_data_ptr())});
+    kernels.lora.thin[int(Dtype::kBFloat16)].halves({.from = from.const_data_ptr<float>(),
+                                                     .rows = rows,
+                                                     .columns = columns,
+                                                     .parts = parts,
+                                                     .left = left,
+                                                     .row_stride = out.size(1),
+                                                     .part_stride = below ? rows * columns : columns,
+                                                     .out = static_cast<BFloat16*>(out.mutable_data_ptr())});
     return out;
 }
 

@@ -210,6 +210,7 @@ struct ThinKernels {
     void (*down)(const DownArgs&, int64_t first_row, int64_t last_row);
     void (*up)(const UpArgs&, int64_t first_row, int64_t last_row);
     void (*outer)(const OuterArgs&, int64_t first_row, int64_t last_row);  // first: multiple of kRowGrain
+    void (*halves)(const Halves&) = nullptr;                               // of the factors of a gemm::Addend
 };
 
 // Ranges are of rows.
@@ -296,8 +297,7 @@ struct Kernels {
     RowSumKernels row_sum[kDtypes];
     void (*cross_entropy[kDtypes])(const CrossEntropyArgs&, int64_t first_row, int64_t last_row);
     void (*norms[kDtypes])(const NormArgs&, int64_t first_row, int64_t last_row);
-    void (*halves)(const Halves&) = nullptr;  // of the factors of a gemm::Addend
-    AttentionKernels attention;               // empty: PyTorch's is used
+    AttentionKernels attention;  // empty: PyTorch's is used
 };
 
 void fill_portable(Kernels&);
