@@ -100,8 +100,8 @@ def test_more_than_one_panel(dtype, rows, columns):
 @pytest.mark.parametrize("level", TILE_LEVELS, indirect=True)
 @pytest.mark.parametrize(
     ("rows", "columns", "batch"),
-    [(37, 4160, 40), (4099, 64, 3), (5, 64, 1600), (130, 2112, 97), (1, 64, 33)],
-    ids=["columns", "rows", "x", "all", "one row"],
+    [(37, 4160, 40), (4099, 64, 3), (5, 64, 1600), (130, 2112, 97), (1, 64, 33), (70, 1088, 40)],
+    ids=["columns", "rows", "x", "all", "one row", "an odd number of blocks"],
 )
 def test_bf16_tiles_where_there_is_more_than_one_of_anything(level, rows, columns, batch):
     check(rows, columns, batch, torch.bfloat16, 64, nested=True, bias=batch != 97)

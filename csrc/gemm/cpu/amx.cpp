@@ -218,7 +218,7 @@ struct TileRegisters {
     static constexpr bool kTakesAddend = true;
 
     static int64_t chunk(int64_t pairs, int64_t fit) {
-        return pairs <= fit ? pairs : fit / 2 / kSide * kSide;
+        return pairs <= fit ? pairs : fit / 2 / kChunkMultiple * kChunkMultiple;
     }
     static bool in_place(const Product& product) { return readable_in_place(product); }
 

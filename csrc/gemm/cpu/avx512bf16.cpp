@@ -133,7 +133,7 @@ struct DotProducts {
 
     // Of about equal size: a short last one would load and store sums for few products.
     static int64_t chunk(int64_t words, int64_t fit) {
-        return filled_up(ceil_div(words, ceil_div(words, fit)), 16);
+        return filled_up(ceil_div(words, ceil_div(words, fit)), kChunkMultiple);
     }
     static bool in_place(const Product&) { return false; }
 

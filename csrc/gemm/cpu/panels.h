@@ -77,11 +77,14 @@ concept BlockKernel = requires(Level level, const Product& product, const Arrang
     level.finish();
 };
 
+// Words that a chunk of several is a multiple of: weights in 4 bits are unpacked by blocks of 64 values.
+constexpr int64_t kChunkMultiple = 32;
+
 // A panel takes half of the L2 cache, within the most words that a chunk may have.
 template <BlockKernel Level>
 int64_t chunk_of(int64_t words) {
     constexpr int64_t kWordBytes = Level::kTiles * kTileColumns * sizeof(uint32_t);
-    const int64_t fit = caches().second / 2 / kWordBytes / 16 * 16;
+    const int64_t fit = caches().second / 2 / kWordBytes / kChunkMultiple * kChunkMultiple;
     return std::min(words, Level::chunk(words, std::clamp<int64_t>(fit, 64, Level::kWords)));
 }
 
