@@ -7,6 +7,7 @@ mentions the hook, so that `peftcore --help` answers at once.
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ PACKAGES = {
 def run(words: list[str] | None = None) -> None:
     """Run the command that `words` (by default those of the process) name."""
     warnings.showwarning = lambda message, *_, **__: warn(str(message))
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels when it is imported
     words = sys.argv[1:] if words is None else words
     try:
         app = build(words)
