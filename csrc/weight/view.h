@@ -87,6 +87,7 @@ struct NestedScales {
     }
     void copy(int64_t first, int64_t last, float* out) const {
         const uint8_t* absmax = static_cast<const uint8_t*>(weight.absmax);
+        const float* quant_map = weight.nested_quant_map;
         const float offset = *weight.nested_offset;
         for (int64_t b = first; b < last;) {
             const int64_t nested = (weight.first_block + b) >> weight.nested_shift;
@@ -94,7 +95,7 @@ struct NestedScales {
             const int64_t stop = run < last ? run : last;
             const float outer = weight.nested_absmax[nested];
             for (; b < stop; ++b) {
-                const float product = weight.nested_quant_map[absmax[b]] * outer;
+                const float product = quant_map[absmax[b]] * outer;
                 out[b - first] = product + offset;
             }
         }

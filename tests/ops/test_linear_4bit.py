@@ -66,6 +66,16 @@ def test_few_rows_of_bf16_lose_less_than_a_weight_unpacked_into_bf16(n, k, block
             assert (found - exact).norm() <= 1.1 * (peer - exact).norm()
 
 
+def test_weights_with_many_codebooks_are_multiplied_in_turn(level):
+    packed = weight(5, 64)[0]
+    weights = [packed._replace(quant_map=packed.quant_map * factor) for factor in (1, 2, 3, 4, 5, 6)]
+    for rows in (1, 4):
+        x = inputs((rows, 64), torch.bfloat16, grad=False)
+        for w in (*weights, *weights[::-1]):
+            found, exact = ops.linear_4bit(x, w).double(), F.linear(x.double(), w.values(torch.float64))
+            assert (found - exact).norm() <= 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "n", "k", "blocksize"), [(1, 67, 320, 64), (6, 21, 192, 128), (35, 9, 2880, 64)])
 def test_rows_of_16_bits_lose_little_more_than_their_last_rounding(rows, n, k, blocksize, dtype, level):

@@ -148,7 +148,7 @@ void add_zeros(const float* factors, int64_t blocks, const float* x, int64_t cou
 // first is a multiple of kRows.
 void run(const LinearCall& args, int64_t first, int64_t last) {
     const WeightView& weight = args.weight;
-    const Rounded& code = Rounded::made_of(weight.quant_map);
+    const Rounded& code = made_of_code<Rounded>(weight.quant_map);
     const int halves = weight.shift < 6 ? 1 : 2;
     const RowScales scales(weight, halves * kHalfStep);
     const int64_t columns = weight.columns, steps = columns / (halves * kHalfStep);

@@ -223,7 +223,7 @@ struct LinearDots {
         // Number of W's rows with sums and products that fit into registers.
         constexpr int kAtOnce = kBatch < 3 ? 4 : kBatch == 3 ? 3 : 2;
         const WeightView& weight = args.weight;
-        const Rounded& rounded = Rounded::made_of(weight.quant_map);
+        const Rounded& rounded = made_of_code<Rounded>(weight.quant_map);
         const int64_t count = chunks(weight.columns);
         const int64_t parts = ceil_div(count * kBatch, kCached), of_part = ceil_div(count, parts);
         StripScales strips(weight, kRows);

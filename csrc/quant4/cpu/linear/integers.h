@@ -180,13 +180,6 @@ struct LinearIntegers {
             }
         }
 
-        // Cached per thread, as most weights have the same codebook.
-        static const Codebook& made_of(const float* code) {
-            thread_local Codebook kept(code);
-            if (std::memcmp(kept.of, code, sizeof kept.of) != 0) kept = Codebook(code);
-            return kept;
-        }
-
         float of[16];
         int16_t entries[16] = {};
         float inverse = 0;
@@ -275,7 +268,7 @@ struct LinearIntegers {
     template <int kHalves>
     static void run_halves(const LinearCall& args, int64_t first, int64_t last) {
         const WeightView& weight = args.weight;
-        const Codebook& code = Codebook::made_of(weight.quant_map);
+        const Codebook& code = made_of_code<Codebook>(weight.quant_map);
         const typename Level::Table table(code.entries);
         const int64_t capacity = weight.columns / kBlock * kHalves + 2 + 16;
         std::vector<float> memory(size_t(capacity * Level::kRows));

@@ -15,6 +15,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <optional>
 
 #include "quant4/format.h"
 #include "weight/view.h"
@@ -93,6 +95,20 @@ static inline float load_as_float(const void* from, Dtype dtype, int64_t i) {
         default:
             return static_cast<const float*>(from)[i];
     }
+}
+
+// T(code), kept per thread: a model's weights have few codebooks. `T::of` is the code that it is made of. The result is
+// valid until kKept - 1 others are made.
+template <typename T>
+static const T& made_of_code(const float* code) {
+    constexpr int kKept = 4;
+    thread_local std::optional<T> kept[kKept];
+    thread_local int oldest = 0;
+    for (const std::optional<T>& one : kept)
+        if (one && std::memcmp(one->of, code, sizeof one->of) == 0) return *one;
+    T& made = kept[oldest].emplace(code);
+    oldest = (oldest + 1) % kKept;
+    return made;
 }
 
 // The only rounding of a result.

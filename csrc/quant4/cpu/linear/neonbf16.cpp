@@ -124,7 +124,7 @@ struct Dots {
 
     template <int kBatch, int kScales>
     static void run_all(const LinearCall& args, int64_t first, int64_t last) {
-        const Rounded& code = Rounded::made_of(args.weight.quant_map);
+        const Rounded& code = made_of_code<Rounded>(args.weight.quant_map);
         for (; last - first >= kRows; first += kRows) multiply<kRows, kBatch, kScales>(args, code, first);
         for (; first < last; ++first) multiply<1, kBatch, kScales>(args, code, first);
     }
@@ -218,7 +218,7 @@ struct PairsOfRows {
 
     static void run(const LinearCall& args, int64_t first, int64_t last) {
         const WeightView& weight = args.weight;
-        const Rounded& code = Rounded::made_of(weight.quant_map);
+        const Rounded& code = made_of_code<Rounded>(weight.quant_map);
         const ShortTable table = code.table;
         const int64_t columns = weight.columns, pairs = input_pairs(args.batch);
         const int halves = weight.shift < 6 ? 2 : 1;  // of a step, each with its scale

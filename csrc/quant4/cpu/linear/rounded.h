@@ -29,13 +29,6 @@ struct RoundedCodebook {
         }
     }
 
-    // Cached per thread, as most weights have the same codebook.
-    static const RoundedCodebook& made_of(const float* code) {
-        thread_local RoundedCodebook kept(code);
-        if (std::memcmp(kept.of, code, sizeof kept.of) != 0) kept = RoundedCodebook(code);
-        return kept;
-    }
-
     typename Level::Table table;
     float inverse;
     float of[16];
