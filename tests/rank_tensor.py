@@ -268,7 +268,8 @@ def of_trained(folder: str, whole: bool) -> dict[str, float | str]:
         peftcore.activate(each, [])
         peftcore.apply(each, "ln-tuning", adapter="other")
         peftcore.remove(each)
-        rank_work.loss(each, TOKENS).backward()
+        for scale in (1.0, 3.0):
+            (scale * rank_work.loss(each, TOKENS)).backward()
     remaining = [values(each, "grad", "other") for each in norms]
     found["norms of heads, the first adapter removed"] = farthest(*remaining)
     if whole:
