@@ -82,8 +82,11 @@ def test_parameters_and_scale() -> None:
     assert "r=4, scale=6" in repr(model)
 
 
-def test_dropout_acts_in_training_only() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_dropout_acts_in_training_only(inside: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 4)).train()
+    if inside:  # then the layer has no operands
+        peftcore.apply(model, "lora", adapter="inner", r=2, target_modules=["0"])
     peftcore.apply(model, "lora", r=2, lora_dropout=0.5, target_modules=["0"])
     disturb(model, "default", seed=1)
     x = torch.randn(3, 64)
