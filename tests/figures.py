@@ -18,10 +18,10 @@ HEADER = """# All figures
 One row a measurement, with its machine and its command. [Performance](performance.md) has the ones that most people ask
 for, and says how to read them.
 
-- **Machines**: *Zen 4* is two cores of an AMD Zen 4 with AVX-512 and bf16 instructions, *Sapphire Rapids* two cores of
-  an Intel Xeon with AMX, *Cascade Lake* two cores of an Intel Xeon with AVX-512 and without bf16 instructions. *Busy*
-  means that other programs ran at the same time: compare the ratios within a row, not the times. Two threads unless a
-  row says otherwise.
+- **Machines**: *Zen 4* and *Zen 5* are two cores of an AMD processor with AVX-512 and bf16 instructions, *Sapphire
+  Rapids* two cores of an Intel Xeon with AMX, *Cascade Lake* two cores of an Intel Xeon with AVX-512 and without bf16
+  instructions. *Busy* means that other programs ran at the same time: compare the ratios within a row, not the times.
+  Two threads unless a row says otherwise.
 - **Versions**: PyTorch 2.13, peft 0.21.2, bitsandbytes 0.50.2, llama-cpp-python 0.3.36.
 - Figures are medians unless a row says otherwise. A ratio is the time divided by the time of what the row names; peers
   were measured in the same run unless a row says otherwise.
