@@ -36,10 +36,16 @@ py::dict facts() {
     return result;
 }
 
+std::optional<Dtype> dtype_of(const std::string& name) {
+    if (name == "torch.float32") return Dtype::kFloat;
+    if (name == "torch.float16") return Dtype::kHalf;
+    if (name == "torch.bfloat16") return Dtype::kBFloat16;
+    return {};
+}
+
 bool beats_library(const std::string& dtype) {
-    const gemm::ManyRows(&products)[kDtypes] = cpu_kernels().many_rows;
-    if (dtype == "torch.float16") return products[int(Dtype::kHalf)].beats_library;
-    return dtype == "torch.bfloat16" && products[int(Dtype::kBFloat16)].beats_library;
+    const std::optional<Dtype> known = dtype_of(dtype);
+    return known && cpu_kernels().many_rows[int(*known)].beats_library;
 }
 
 }  // namespace
@@ -56,8 +62,13 @@ PYBIND11_MODULE(_C, m) {
           "Whether dense_linear multiplies a dtype, by PyTorch's name of it, faster than PyTorch at this "
           "level.");
     m.def(
-        "has_attention", [] { return cpu_kernels().lora.attention.forward != nullptr; },
-        "Whether attention has a kernel at this level.");
+        "has_attention",
+        [](const std::string& dtype) {
+            const std::optional<Dtype> known = dtype_of(dtype);
+            return known && cpu_kernels().lora.attention[int(*known)].forward != nullptr;
+        },
+        py::arg("dtype"),
+        "Whether attention has a kernel for a dtype, by PyTorch's name of it, at this level.");
     m.def(
         "caches", [] { return std::make_tuple(caches().first, caches().second, caches().third); },
         "Sizes of the first, second and third cache in bytes, by which work is divided.");

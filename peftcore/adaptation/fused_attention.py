@@ -28,6 +28,7 @@ from peftcore.adaptation.fused_forward import FORMULA, Formula, computes_itself,
 from peftcore.ops.attention import has_attention_kernel
 
 # Names that a forward which reaches the function mentions: PyTorch's own, and transformers' table of such functions.
+_LEAST_QUERIES = 16  # in fp32 without gradients: keys and values are arranged for the kernel
 _NAMES = frozenset({"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"})
 _ENTRY = "sdpa"  # of transformers' table
 _REPLACED = "_peftcore_original"  # attribute of the function in the table: the one before
@@ -88,6 +89,8 @@ def _attention(
     if attn_mask is not None and (is_causal or type(attn_mask) is not Tensor or attn_mask.requires_grad):
         return None
     if not has_attention_kernel(query, key, value, attn_mask):
+        return None
+    if query.dtype is torch.float32 and query.shape[2] < _LEAST_QUERIES and not torch.is_grad_enabled():
         return None
     if query.shape[1] != key.shape[1] and not enable_gqa:
         return None

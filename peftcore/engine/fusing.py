@@ -45,10 +45,10 @@ def fuse(model: M, *, enabled: bool = True) -> M:
     and adapters are not affected, and adapters can be applied before or after. In fp32 results agree within its
     rounding; in 16 bits at most one value in a thousand differs, by one unit in the last place.
 
-    Attention is that of modules that call PyTorch's `scaled_dot_product_attention`, in bf16 on CPUs with dot products
-    of bf16 (`ops.attention`), where PyTorch's takes several times as long: with gradients of any module, without
-    gradients of those that reach it through transformers' table of attention functions, as in `generate`. Its errors
-    are as large as those of PyTorch's.
+    Attention is that of modules that call PyTorch's `scaled_dot_product_attention`, on CPUs with AVX2 or NEON
+    (`ops.attention`), where PyTorch's takes longer, in 16 bits several times: with gradients of any module, without
+    gradients of those that reach it through transformers' table of attention functions, as in `generate` (in fp32 from
+    16 queries on). Its errors are as large as those of PyTorch's.
 
     Dropout, of `nn.Dropout` and of attention, draws a seed from PyTorch's generator and computes its mask from it, also
     for the gradient: the same seed drops other elements than PyTorch's operators do.

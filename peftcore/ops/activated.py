@@ -4,7 +4,7 @@
     others    y = x ∘ s      s = 1 / (1 + exp(-p))    dx = dy ∘ s ∘ (1 + x ∘ (1 - s) ∘ p'(x))
 
 Φ is the normal distribution and φ its density; p is that of gated.py. All is computed in fp32 and rounded once; only x
-is kept for the gradient.
+is kept for the gradient, and y by no LoRA that reads it: y is computed again from x (`source_of`).
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ class _Activated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, normal: bool, linear: float, cubic: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.numbers = normal, linear, cubic
+        ctx.kept = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         return _OPS.activated(x, normal, linear, cubic)
 
     @staticmethod
@@ -106,6 +107,28 @@ class _Activated(torch.autograd.Function):
         else:
             dx = _OPS.activated_backward(grad, x, *ctx.numbers)
         return dx, None, None, None
+
+
+def source_of(y: Tensor) -> tuple[Tensor, tuple[bool, float, float]] | None:
+    """Return the input and the numbers of the activation whose unchanged result is y, for who would keep y.
+
+    The activation keeps its input anyway. None where hooks may keep tensors elsewhere, as gradient checkpointing does.
+    """
+    made: Any = y.grad_fn
+    if type(made) is not _Activated._backward_cls or y._version or not made.kept:  # type: ignore[attr-defined]
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None
+    try:
+        return made.saved_tensors[0], made.numbers
+    except RuntimeError:  # backward() has freed it
+        return None
+
+
+def activated_again(x: Tensor, numbers: tuple[bool, float, float]) -> Tensor:
+    """Return the activation of `source_of` again; with gradients enabled, by differentiable operators."""
+    y: Tensor = _formula(x, *numbers) if torch.is_grad_enabled() else _OPS.activated(x, *numbers)
+    return y
 
 
 def activated(x: Tensor, activation: Activation = "gelu") -> Tensor:

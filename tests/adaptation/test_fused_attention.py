@@ -15,7 +15,7 @@ from peftcore import ops
 from peftcore.adaptation import fused_attention
 from peftcore.adaptation.fused_forward import own_forwards
 
-HAS_KERNEL = ops.extension is not None and ops.extension.has_attention()
+HAS_KERNEL = ops.extension is not None and ops.extension.has_attention("torch.bfloat16")
 
 
 @pytest.fixture

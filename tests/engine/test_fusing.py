@@ -321,8 +321,8 @@ def test_attention_of_a_model(case: str, monkeypatch: pytest.MonkeyPatch) -> Non
                 into.extend(torch.autograd.grad(loss, list(model.parameters())))
         for one, other in zip(found, wanted, strict=True):
             assert (one - other).norm() <= 3e-2 * other.norm()
-    available = ops.extension is not None and ops.extension.has_attention()
-    assert len(seen) == (4 if case != "fp32" and available else 0)
+    available = ops.extension is not None and ops.extension.has_attention(str(model.dtype))
+    assert len(seen) == (4 if available else 0)
 
 
 def product_of(model: Any, x: Tensor) -> tuple[Tensor, StorageWeakRef]:

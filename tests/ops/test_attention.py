@@ -65,7 +65,7 @@ def in_float64(given: list[Tensor], mask: Tensor | None, causal: bool, factors: 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(shape: Any, causal: bool, masked: bool, dtype: torch.dtype) -> None:
+def test_against_float64(level: str, shape: Any, causal: bool, masked: bool, dtype: torch.dtype) -> None:
     given, mask = operands(shape, dtype), mask_of(shape) if masked else None
     wanted = in_float64(given, mask, causal)
     found = errors(lambda q, k, v: ops.attention(q, k, v, mask, causal=causal), given, wanted)
@@ -118,13 +118,14 @@ def test_the_operator_at_each_level(level: str, dtype: torch.dtype, dropout: dic
         torch.testing.assert_close(one, other, rtol=4 * STEP[dtype], atol=4 * STEP[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 4, 4, 128, 128, 64), (1, 2, 2, 300, 300, 32)], ids=str)
-def test_not_less_exact_than_pytorch(shape: Any) -> None:
-    given = operands(shape, seed=2)
+def test_not_less_exact_than_pytorch(level: str, shape: Any, dtype: torch.dtype) -> None:
+    given = operands(shape, dtype, seed=2)
     wanted = in_float64(given, None, True)
     ours = errors(lambda q, k, v: ops.attention(q, k, v, causal=True), given, wanted)
     theirs = errors(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), given, wanted)
-    assert all(one <= 1.05 * other for one, other in zip(ours, theirs, strict=True))
+    assert all(one <= 1.1 * other for one, other in zip(ours, theirs, strict=True))
 
 
 def test_values_that_are_not_finite() -> None:
@@ -139,7 +140,7 @@ def test_values_that_are_not_finite() -> None:
 
 
 def test_threads_and_layouts_give_the_same_bits() -> None:
-    if not (ops.extension and ops.extension.has_attention()):
+    if not (ops.extension and ops.extension.has_attention("torch.bfloat16")):
         pytest.skip("PyTorch's operator is used at this level")
     q, k, v, grad = operands((3, 4, 2, 70, 70, 64))
     found = []
@@ -162,14 +163,15 @@ def test_threads_and_layouts_give_the_same_bits() -> None:
 
 def test_what_is_left_to_pytorch() -> None:
     q, k, v, _ = operands((1, 2, 2, 4, 4, 32))
-    assert not has_attention_kernel(q.float(), k.float(), v.float(), None)
+    assert not has_attention_kernel(q.double(), k.double(), v.double(), None)
+    assert not has_attention_kernel(q, k.float(), v.float(), None)
     assert not has_attention_kernel(*(t[..., :24] for t in (q, k, v)), None)
     assert not has_attention_kernel(q, k, v, torch.zeros(4, 4))
     assert not has_attention_kernel(q, k[:, :, :0], v[:, :, :0], None)
 
 
 def test_a_second_gradient_is_refused(level: str) -> None:
-    if not (ops.extension and ops.extension.has_attention()):
+    if not (ops.extension and ops.extension.has_attention("torch.bfloat16")):
         pytest.skip("PyTorch's operator is used at this level")
     q, k, v, _ = operands((1, 1, 1, 4, 4, 32))
     y = ops.attention(q.requires_grad_(), k, v)

@@ -38,6 +38,11 @@ void fill_avx2(ManyRows (&products)[kDtypes]) {
         of.factor = reader_of<float>();
         of.beats_library = true;
     }
+    ManyRows& of = products[int(Dtype::kFloat)];
+    of.kernel = kernel_of<WideProducts<Avx2Lanes>>();
+    of.dense = of.factor = reader_of<float>();
+    of.beats_library = true;
+    of.least_rows = kLeastFloatRows;
 }
 
 }  // namespace gemm

@@ -28,7 +28,7 @@ struct Avx512Lanes {
 }  // namespace
 
 void fill_avx512(ManyRows (&products)[kDtypes]) {
-    for (const Dtype dtype : {Dtype::kHalf, Dtype::kBFloat16})
+    for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf, Dtype::kBFloat16})
         products[int(dtype)].kernel = kernel_of<WideProducts<Avx512Lanes>>();
 }
 

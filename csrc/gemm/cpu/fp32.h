@@ -1,5 +1,8 @@
-// Products with x and B widened to fp32, for dtypes that the processor has no dot products for. The loops are shared by
-// every level with fused multiply-adds.
+// Products with x and B in fp32, or widened to it, for dtypes that the processor has no dot products for. The loops are
+// shared by every level with fused multiply-adds.
+//
+// A long sum of fp32 values is a sum of short ones, of kChain products each, to reduce the rounding error. For 16 bits
+// one sum is exact enough.
 //
 // Lanes::kRows rows of x by two vectors of B's columns are in registers, an inner number at a time.
 #pragma once
@@ -33,15 +36,16 @@ template <WideLanes Lanes>
 struct WideProducts {
     static constexpr int64_t kRows = Lanes::kRows, kTiles = 4, kMultiple = 1, kWords = 1024, kWordValues = 1;
     static constexpr bool kTakesAddend = true;
+    static constexpr int64_t kChain = 128;
     static constexpr int64_t kColumns = 2 * Lanes::kLanes;  // of B that are multiplied together
     static constexpr int64_t kPanelColumns = kTiles * kTileColumns;
     static_assert(kTileColumns % kColumns == 0);
 
     using Floats = typename Lanes::Floats;
 
-    // Chunks of about equal size: a short last one would load and store sums for few products.
+    // Chunks of about equal size: a short last one would load and store sums for few products. Chains end with them.
     static int64_t chunk(int64_t words, int64_t fit) {
-        return filled_up(ceil_div(words, ceil_div(words, fit)), 16);
+        return filled_up(ceil_div(words, ceil_div(words, fit)), kChain);
     }
     static bool in_place(const Product&) { return false; }
 
@@ -119,24 +123,40 @@ struct WideProducts {
     static void multiply_tile(const Product& product, const OutputTile& out, const Factors& factors,
                               const Factors& addend) {
         Sums<R> sum;
+        const auto at = [&](int r, int v) { return out.sums + r * kPanelColumns + v * Lanes::kLanes; };
+        const auto store = [&] {
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
+            for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-            for (int v = 0; v < 2; ++v)
-                sum[r][v] =
-                    out.first ? Lanes::zero() : Lanes::load(out.sums + r * kPanelColumns + v * Lanes::kLanes);
-        const Mask& keep = product.addend.keep;
-        const bool masked = addend.words != 0 && keep.bits != nullptr;
-        accumulate<R>(factors, out.ahead, sum);
-        // Added after the whole product, wherever its chunks end, so that results do not depend on cache sizes.
-        if (addend.words != 0 && !masked) accumulate<R>(addend, nullptr, sum);
-        if (!out.last || masked) {
+                for (int v = 0; v < 2; ++v) Lanes::store(at(r, v), sum[r][v]);
+        };
+        const bool chained = product.dtype == Dtype::kFloat;
+        bool first = out.first;
+        for (Factors part = factors;;) {
+            const int64_t left = part.words;
+            if (chained) part.words = least(kChain, left);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
                 for (int v = 0; v < 2; ++v)
-                    Lanes::store(out.sums + r * kPanelColumns + v * Lanes::kLanes, sum[r][v]);
+                    sum[r][v] = first || chained ? Lanes::zero() : Lanes::load(at(r, v));
+            accumulate<R>(part, out.ahead, sum);
+            if (chained && !first) {
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                    for (int v = 0; v < 2; ++v) sum[r][v] = Lanes::add(Lanes::load(at(r, v)), sum[r][v]);
+            }
+            if (part.words == left) break;
+            store();
+            first = false;
+            part = {part.x + part.words * R, part.right + part.words * kTileColumns, left - part.words};
         }
+        const Mask& keep = product.addend.keep;
+        const bool masked = addend.words != 0 && keep.bits != nullptr;
+        // Added after the whole product, wherever its chunks end, so that results do not depend on cache sizes.
+        if (addend.words != 0 && !masked) accumulate<R>(addend, nullptr, sum);
+        if (!out.last || masked) store();
         if (!out.last) return;
         if (masked) {
 #pragma GCC unroll 16
@@ -149,7 +169,7 @@ struct WideProducts {
                 bits >>= out.column % 32;
 #pragma GCC unroll 2
                 for (int v = 0; v < 2; ++v)
-                    sum[r][v] = Lanes::add(Lanes::load(out.sums + r * kPanelColumns + v * Lanes::kLanes),
+                    sum[r][v] = Lanes::add(Lanes::load(at(r, v)),
                                            Lanes::kept(sum[r][v], bits >> (v * Lanes::kLanes)));
             }
         }
@@ -162,6 +182,17 @@ struct WideProducts {
         float bias[kColumns] = {};
         if (product.bias != nullptr) widen_row(product.bias, product.dtype, out.column, count, bias);
         const Floats first = Lanes::load(bias), second = Lanes::load(bias + Lanes::kLanes);
+        if (product.dtype == Dtype::kFloat) {
+            float* y = static_cast<float*>(product.y) + out.row * product.columns + out.column;
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r, y += product.columns) {
+                float some[kColumns], *to = count == kColumns ? y : some;
+                Lanes::store(to, Lanes::add(sum[r][0], first));
+                Lanes::store(to + Lanes::kLanes, Lanes::add(sum[r][1], second));
+                if (count != kColumns) std::memcpy(y, some, size_t(count) * sizeof *some);
+            }
+            return;
+        }
         uint16_t* y = static_cast<uint16_t*>(product.y) + out.row * product.columns + out.column;
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r, y += product.columns) {
@@ -180,7 +211,7 @@ struct WideProducts {
     }
 
     void multiply(const Panel& panel, const Block& block) {
-        // Holds a block's sums of a masked addend where the product has a single chunk.
+        // Holds a block's sums of a masked addend, or between chains, where the product has a single chunk.
         const float *x = reinterpret_cast<const float*>(arranged.x) + panel.chunk * product.rows +
                          block.row * panel.words,
                     *left =

@@ -77,9 +77,12 @@ struct ManyRows {
     DenseReader dense;  // of x's dtype
     PackedReader packed;
     DenseReader factor;  // of an addend: bf16 where words are pairs, else fp32
-    // Faster than the library with dense weights, too: it has no instructions for this dtype on this machine.
+    // Faster than the library with dense weights, too, in 16 bits because it has no instructions for them on this machine.
     bool beats_library = false;
+    // With fewer rows the library multiplies by dense weights.
+    int64_t least_rows = 1;
 };
+constexpr int64_t kLeastFloatRows = 64;
 
 // B as a kernel reads it, W or Wᵀ; nullopt if there is no kernel, or no reader for such a weight. It refers to the
 // view.
@@ -94,7 +97,7 @@ static inline std::optional<Tiles> tiles_of(const ManyRows& products, const Weig
     return tiles.of(&weight);
 }
 
-// The kernel and its readers of dense weights, for fp16 and bf16.
+// The kernel and its readers of dense weights, for all dtypes.
 void fill_avx2(ManyRows (&)[kDtypes]);
 void fill_avx512(ManyRows (&)[kDtypes]);
 void fill_avx512bf16(Kernel&);

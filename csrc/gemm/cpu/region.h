@@ -11,7 +11,7 @@ namespace {
 
 inline Region region(const WeightView& weight, Range rows, Range columns) {
     const bool packed = weight.dense == nullptr;
-    const auto bytes = [&](int64_t count) { return packed ? count / 2 : count * int64_t(sizeof(BFloat16)); };
+    const auto bytes = [&](int64_t count) { return packed ? count / 2 : count * weight.itemsize; };
     const int64_t row = bytes(weight.columns);
     const void* values = packed ? weight.codes : weight.dense;
     return {.first = static_cast<const char*>(values) + rows.first * row + bytes(columns.first),

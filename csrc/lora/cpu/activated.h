@@ -9,15 +9,16 @@ namespace lora {
 
 // Φ and its density. Φ(-z) = e^(-z²/2) t R(t) with t = 1 / (1 + 0.3 z / √2), z >= 0, and a polynomial R, whose largest
 // relative error is 2e-8 (fitted to z <= 13.5, where Φ(-z) is 1e-41).
+template <typename F>
 struct Normal {
-    Sixteen share, density, near;
+    F share, density, near;
 
-    __attribute__((always_inline)) explicit inline Normal(const Sixteen& x) {
+    __attribute__((always_inline)) explicit inline Normal(const F& x) {
         constexpr uint32_t k10000 = 0x461c4000u;
         near = limited(x, k10000);
-        const Sixteen e = exponential(-0.5f * (near * near));
-        const Sixteen t = 1.0f / (1.0f + 0.21213203f * bits_float(float_bits(near) & ~kSignBit));
-        Sixteen sum = t * -0.0647289593f + 0.242610903f;
+        const F e = exponential(-0.5f * (near * near));
+        const F t = 1.0f / (1.0f + 0.21213203f * bits_float(float_bits(near) & ~kSignBit));
+        F sum = t * -0.0647289593f + 0.242610903f;
         sum = sum * t - 0.255754553f;
         sum = sum * t + 0.273375749f;
         sum = sum * t - 0.0469528987f;
@@ -25,7 +26,7 @@ struct Normal {
         sum = sum * t + 0.0742218757f;
         sum = sum * t + 0.0853491167f;
         sum = sum * t + 0.0845945894f;
-        const Sixteen below = sum * t * e;
+        const F below = sum * t * e;
         share = near > 0.0f ? 1.0f - below : below;
         density = 0.39894228f * e;
     }
@@ -44,8 +45,8 @@ struct Activated {
         for (; first < last; first += kChunk) {
             const int64_t count = std::min(kChunk, last - first);
             x.load(static_cast<const T*>(args.x) + first, count);
-            for (int64_t i = 0; i < kChunk; i += kSixteen) {
-                Sixteen& value = sixteen_at(x.value + i);
+            for (int64_t i = 0; i < kChunk; i += kNative) {
+                Native& value = native_at(x.value + i);
                 value = args.normal ? value * Normal(value).share : value / (1.0f + p.exponential_of(value));
             }
             x.store(static_cast<T*>(args.y) + first, count);
@@ -59,17 +60,17 @@ struct Activated {
             const int64_t count = std::min(kChunk, last - first);
             x.load(static_cast<const T*>(args.x) + first, count);
             grad.load(static_cast<const T*>(args.dy) + first, count);
-            for (int64_t i = 0; i < kChunk; i += kSixteen) {
-                const Sixteen value = sixteen_at(x.value + i);
-                Sixteen slope;
+            for (int64_t i = 0; i < kChunk; i += kNative) {
+                const Native value = native_at(x.value + i);
+                Native slope;
                 if (args.normal) {
                     const Normal normal(value);
                     slope = normal.share + normal.near * normal.density + (value - value);  // of infinity NaN
                 } else {
-                    const Sixteen e = p.exponential_of(value), s = 1.0f / (1.0f + e);
+                    const Native e = p.exponential_of(value), s = 1.0f / (1.0f + e);
                     slope = s * (1.0f + p.near(value) * (e * s) * p.slope(value)) + (value - value);
                 }
-                sixteen_at(x.value + i) = sixteen_at(grad.value + i) * slope;
+                native_at(x.value + i) = native_at(grad.value + i) * slope;
             }
             x.store(static_cast<T*>(args.y) + first, count);
         }

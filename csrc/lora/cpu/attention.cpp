@@ -52,8 +52,7 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const st
 Tensor with_dense_rows(const Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
 
 Heads heads_of(const Tensor& t) {
-    return {static_cast<BFloat16*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1),
-            t.stride(2)};
+    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // [batch, heads, tokens, size], whose memory is [batch, tokens, heads, size]: layers take it in this order.
@@ -63,9 +62,10 @@ Tensor by_tokens(const Tensor& like) {
 }
 
 const AttentionKernels* kernels_for(const Tensor& q, const Tensor& k) {
-    const AttentionKernels& kernels = cpu_kernels().lora.attention;
-    const bool takes = kernels.forward != nullptr && q.scalar_type() == at::kBFloat16 && q.numel() != 0 &&
-                       k.numel() != 0 && q.size(3) % kHeadSizeMultiple == 0 && k.size(2) <= kMostKeys;
+    const AttentionKernels& kernels =
+        cpu_kernels().lora.attention[int(kernel_dtype(q.scalar_type(), "attention"))];
+    const bool takes = kernels.forward != nullptr && q.numel() != 0 && k.numel() != 0 &&
+                       q.size(3) % kHeadSizeMultiple == 0 && k.size(2) <= kMostKeys;
     return takes ? &kernels : nullptr;
 }
 

@@ -1,6 +1,7 @@
 // AVX2 with FMA and conversions of fp16.
 #include <immintrin.h>
 
+#include "gemm/cpu/transpose8.h"
 #include "lora/cpu/level.h"
 
 namespace peftcore {
@@ -78,6 +79,8 @@ struct Avx2 {
             std::memcpy(out + at, &bits, sizeof bits);
         }
     }
+
+    static inline void transpose(Vector (&rows)[kLanes]) { gemm::transpose8(rows); }
 
     static inline Vector sums(const Vector* v) {
         const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));

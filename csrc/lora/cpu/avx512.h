@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/avx512.h"
+#include "gemm/cpu/transpose.h"
 #include "lora/cpu/blocks.h"
 
 namespace peftcore {
@@ -44,6 +45,13 @@ struct Avx512 {
         _mm512_storeu_ps(out, stride == 1 ? _mm512_maskz_loadu_ps(there, from)
                                           : _mm512_mask_i32gather_ps(zero(), there, offsets, from, 4));
         return true;
+    }
+
+    static inline void transpose(Vector (&rows)[kLanes]) {
+        __m512i words[kLanes];
+        for (int i = 0; i < kLanes; ++i) words[i] = _mm512_castps_si512(rows[i]);
+        gemm::transpose_words(words);
+        for (int i = 0; i < kLanes; ++i) rows[i] = _mm512_castsi512_ps(words[i]);
     }
 
     static inline Vector keep(Vector v, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), v); }

@@ -305,7 +305,7 @@ template <bool kDrops>
 void forward_one(const AttentionArgs& args, const Sizes& sizes, const Forward& at, int64_t batch,
                  int64_t head, int64_t first) {
     const Block block(args, first);
-    left_of(args.q.at(batch, head, first), args.q.token_stride, block.rows, sizes.words, at.q);
+    left_of(args.q.at<BFloat16>(batch, head, first), args.q.token_stride, block.rows, sizes.words, at.q);
     product<false>(at.q, sizes.words * kTileRows, kTileRows, block.rows, at.k, sizes.words * kTile,
                    block.keys, sizes.words, at.scores, sizes.keys);
     float factors[kBlock];
@@ -320,7 +320,7 @@ void forward_one(const AttentionArgs& args, const Sizes& sizes, const Forward& a
     left_of(at.rounded, sizes.keys, block.rows, block.keys / 2, at.p);
     product<false>(at.p, block.keys / 2 * kTileRows, kTileRows, block.rows, at.v, sizes.key_pairs * kTile,
                    args.size, block.keys / 2, at.out, args.size);
-    store_rows(at.out, args.size, block.rows, args.size, factors, args.out.at(batch, head, first),
+    store_rows(at.out, args.size, block.rows, args.size, factors, args.out.at<BFloat16>(batch, head, first),
                args.out.token_stride);
 }
 
@@ -329,9 +329,10 @@ void forward(const AttentionArgs& args, int64_t first, int64_t last) {
     const Forward at = buffers_of<Forward>(args, sizes);
     for (; first < last; ++first) {
         const int64_t batch = first / args.key_heads, key_head = first % args.key_heads;
-        right_transposed(args.k.at(batch, key_head, 0), args.k.token_stride, args.keys, sizes.words, at.k);
-        right_of(args.v.at(batch, key_head, 0), args.v.token_stride, args.keys, args.size, sizes.key_pairs,
-                 at.v);
+        right_transposed(args.k.at<BFloat16>(batch, key_head, 0), args.k.token_stride, args.keys, sizes.words,
+                         at.k);
+        right_of(args.v.at<BFloat16>(batch, key_head, 0), args.v.token_stride, args.keys, args.size,
+                 sizes.key_pairs, at.v);
         for (int64_t i = 0; i < args.group_size; ++i)
             for (int64_t query = 0; query < args.queries; query += kBlock)
                 (args.dropout.threshold != 0
@@ -371,8 +372,9 @@ template <bool kDrops>
 void backward_one(const AttentionArgs& args, const Sizes& sizes, const Backward& at, int64_t batch,
                   int64_t head, int64_t first) {
     const Block block(args, first);
-    const BFloat16 *q = args.q.at(batch, head, first), *grad = args.grad.at(batch, head, first),
-                   *out = args.out.at(batch, head, first);
+    const BFloat16 *q = args.q.at<BFloat16>(batch, head, first),
+                   *grad = args.grad.at<BFloat16>(batch, head, first),
+                   *out = args.out.at<BFloat16>(batch, head, first);
     const int64_t block_words = sizes.words * kTileRows, tile_words = sizes.words * kTile;
     left_of(q, args.q.token_stride, block.rows, sizes.words, at.q);
     left_of(grad, args.grad.token_stride, block.rows, sizes.words, at.grad);
@@ -402,7 +404,7 @@ void backward_one(const AttentionArgs& args, const Sizes& sizes, const Backward&
     left_of(at.ds, sizes.keys, block.rows, block.keys / 2, at.left);
     product<false>(at.left, block.keys / 2 * kTileRows, kTileRows, block.rows, at.k_right,
                    sizes.key_pairs * kTile, args.size, block.keys / 2, at.dq, args.size);
-    store_rows(at.dq, args.size, block.rows, args.size, nullptr, args.dq.at(batch, head, first),
+    store_rows(at.dq, args.size, block.rows, args.size, nullptr, args.dq.at<BFloat16>(batch, head, first),
                args.dq.token_stride);
 }
 
@@ -411,10 +413,11 @@ void backward(const AttentionArgs& args, int64_t first, int64_t last) {
     const Backward at = buffers_of<Backward>(args, sizes);
     for (; first < last; ++first) {
         const int64_t batch = first / args.key_heads, key_head = first % args.key_heads;
-        const BFloat16* k = args.k.at(batch, key_head, 0);
+        const BFloat16* k = args.k.at<BFloat16>(batch, key_head, 0);
         right_transposed(k, args.k.token_stride, args.keys, sizes.words, at.k);
         right_of(k, args.k.token_stride, args.keys, args.size, sizes.key_pairs, at.k_right);
-        right_transposed(args.v.at(batch, key_head, 0), args.v.token_stride, args.keys, sizes.words, at.v);
+        right_transposed(args.v.at<BFloat16>(batch, key_head, 0), args.v.token_stride, args.keys, sizes.words,
+                         at.v);
         const size_t sums = size_t(Backward::key_rows(sizes) * args.size) * sizeof(float);
         std::memset(at.dk, 0, sums);
         std::memset(at.dv, 0, sums);
@@ -423,16 +426,18 @@ void backward(const AttentionArgs& args, int64_t first, int64_t last) {
                 (args.dropout.threshold != 0
                      ? backward_one<true>
                      : backward_one<false>)(args, sizes, at, batch, key_head * args.group_size + i, query);
-        store_rows(at.dk, args.size, args.keys, args.size, nullptr, args.dk.at(batch, key_head, 0),
+        store_rows(at.dk, args.size, args.keys, args.size, nullptr, args.dk.at<BFloat16>(batch, key_head, 0),
                    args.dk.token_stride);
-        store_rows(at.dv, args.size, args.keys, args.size, nullptr, args.dv.at(batch, key_head, 0),
+        store_rows(at.dv, args.size, args.keys, args.size, nullptr, args.dv.at<BFloat16>(batch, key_head, 0),
                    args.dv.token_stride);
     }
 }
 
 }  // namespace
 
-void fill_avx512bf16(Kernels& kernels) { kernels.attention = {.forward = forward, .backward = backward}; }
+void fill_avx512bf16(Kernels& kernels) {
+    kernels.attention[int(Dtype::kBFloat16)] = {.forward = forward, .backward = backward};
+}
 
 }  // namespace lora
 }  // namespace peftcore

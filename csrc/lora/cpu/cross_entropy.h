@@ -35,11 +35,12 @@ PEFTCORE_INLINED F hyperbolic_tangent(const F& x) {
 }
 
 // max(x, -87) for x <= 0, and e^x, or 0 below -87. For NaN they are some number.
+template <typename F>
 struct Below {
-    Sixteen value, exponential;
+    F value, exponential;
 
-    __attribute__((always_inline)) explicit inline Below(const Sixteen& x) {
-        const SixteenBits bits = float_bits(x);  // of negative values larger for a larger magnitude
+    __attribute__((always_inline)) explicit inline Below(const F& x) {
+        const auto bits = float_bits(x) | kSignBit;  // of negative values larger for a larger magnitude
         value = bits_float(at_most(bits, kLeastBits));
         exponential = bits_float(float_bits(exponential_within(value)) & ~where_above(bits, kLeastBits - 1));
     }
@@ -95,7 +96,7 @@ struct CrossEntropy {
         for (int64_t i = 0; i < kChunk; i += kSixteen) {
             const Sixteen z = sixteen_at(chunk.value + i);
             most = z > most ? z : most;
-            nan |= (SixteenBits)(z != z);
+            nan |= where_nan(z);
         }
         float result = most[0];
         uint32_t any = nan[0];

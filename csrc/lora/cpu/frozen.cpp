@@ -25,7 +25,7 @@ const gemm::ManyRows& many_rows(const CpuKernels& kernels, const Tensor& x) {
 }
 
 std::optional<gemm::Tiles> tiles_of(const CpuKernels& kernels, const Tensor& x, const Right& right) {
-    if (x.numel() == 0) return {};
+    if (x.numel() == 0 || (!right.packed() && x.size(0) < many_rows(kernels, x).least_rows)) return {};
     return gemm::tiles_of(many_rows(kernels, x), right.view, right.transposed);
 }
 

@@ -1,6 +1,6 @@
 // y = act(g) ∘ u and its gradients, each in one pass over memory, in fp32. act is x / (1 + e^-p): silu with p = x, GELU by
-// tanh with p = 2 √(2/π) (x + 0.044715 x³). Loops over a chunk take sixteen values at a time (sixteen.h), so that all levels
-// give the same bits.
+// tanh with p = 2 √(2/π) (x + 0.044715 x³). Loops over a chunk take a vector at a time (sixteen.h); all levels give the same
+// bits.
 #pragma once
 
 #include "lora/cpu/blocks.h"
@@ -11,7 +11,7 @@ namespace lora {
 
 constexpr uint32_t kSignBit = 0x80000000u;
 
-// x with at most the magnitude whose bits are `most`. Here and below F is float or Sixteen.
+// x with at most the magnitude whose bits are `most`. Here and below F is float or a vector of sixteen.h.
 template <typename F>
 PEFTCORE_INLINED F limited(const F& x, uint32_t most) {
     return bits_float(at_most(float_bits(x) & ~kSignBit, most) | (float_bits(x) & kSignBit));
@@ -75,16 +75,16 @@ struct Gates {
     struct Power {
         float linear, cubic;
 
-        PEFTCORE_INLINED Sixteen near(const Sixteen& x) {
+        PEFTCORE_INLINED Native near(const Native& x) {
             constexpr uint32_t k10000 = 0x461c4000u;
             return limited(x, k10000);
         }
-        __attribute__((always_inline)) inline Sixteen exponential_of(const Sixteen& x) const {  // e^-p
-            const Sixteen y = near(x);
+        __attribute__((always_inline)) inline Native exponential_of(const Native& x) const {  // e^-p
+            const Native y = near(x);
             return exponential(-y * (linear + cubic * (y * y)));
         }
-        __attribute__((always_inline)) inline Sixteen slope(const Sixteen& x) const {
-            const Sixteen y = near(x);
+        __attribute__((always_inline)) inline Native slope(const Native& x) const {
+            const Native y = near(x);
             return linear + 3.0f * cubic * (y * y);
         }
     };
@@ -97,8 +97,8 @@ struct Gates {
                 const int64_t count = std::min(kChunk, args.columns - n), at = first * args.stride + n;
                 gate.load(static_cast<const T*>(args.gate) + at, count);
                 up.load(static_cast<const T*>(args.up) + at, count);
-                for (int64_t i = 0; i < kChunk; i += kSixteen) {
-                    Sixteen& g = sixteen_at(gate.value + i);
+                for (int64_t i = 0; i < kChunk; i += kNative) {
+                    Native& g = native_at(gate.value + i);
                     g = g / (1.0f + p.exponential_of(g));
                 }
                 if (args.rounded) gate.round();
@@ -116,12 +116,12 @@ struct Gates {
                 gate.load(static_cast<const T*>(args.gate) + at, count);
                 up.load(static_cast<const T*>(args.up) + at, count);
                 grad.load(static_cast<const T*>(args.dy) + first * args.columns + n, count);
-                for (int64_t i = 0; i < kChunk; i += kSixteen) {
-                    const Sixteen g = sixteen_at(gate.value + i), u = sixteen_at(up.value + i),
-                                  dy = sixteen_at(grad.value + i), e = p.exponential_of(g),
-                                  s = 1.0f / (1.0f + e);
-                    sixteen_at(gate.value + i) = dy * u * s * (1.0f + g * (e * s) * p.slope(g));
-                    sixteen_at(up.value + i) = dy * g * s;
+                for (int64_t i = 0; i < kChunk; i += kNative) {
+                    const Native g = native_at(gate.value + i), u = native_at(up.value + i),
+                                 dy = native_at(grad.value + i), e = p.exponential_of(g),
+                                 s = 1.0f / (1.0f + e);
+                    native_at(gate.value + i) = dy * u * s * (1.0f + g * (e * s) * p.slope(g));
+                    native_at(up.value + i) = dy * g * s;
                 }
                 gate.store(static_cast<T*>(args.dgate) + at, count);
                 up.store(static_cast<T*>(args.dup) + at, count);

@@ -16,6 +16,7 @@
 // `outer` is the slowest: for tiles, x must be rearranged into pairs across rows.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "common/dtype.h"
@@ -248,20 +249,21 @@ struct RowKernels {
     void (*multiply)(const float* x, const void* factor, int64_t inner, int64_t outer, float* out);
 };
 
-// [batch, heads, tokens, size] of bf16; the strides, in values, of all dimensions but the last, which is contiguous.
+// [batch, heads, tokens, size]; the strides, in values, of all dimensions but the last, which is contiguous.
 struct Heads {
-    BFloat16* first;
+    void* first;
     int64_t batch_stride, head_stride, token_stride;
 
-    BFloat16* at(int64_t batch, int64_t head, int64_t token) const {
-        return first + batch * batch_stride + head * head_stride + token * token_stride;
+    template <typename T>
+    T* at(int64_t batch, int64_t head, int64_t token) const {
+        return static_cast<T*>(first) + batch * batch_stride + head * head_stride + token * token_stride;
     }
 };
 
 constexpr int64_t kHeadSizeMultiple = 32;
 constexpr int64_t kMostKeys = 4096;  // a block's scores of all keys stay in the L2 cache
 
-// Attention in bf16; group_size query heads share a head of k and v.
+// group_size query heads share a head of k and v.
 struct AttentionArgs {
     int64_t key_heads, group_size, queries, keys, size;
     float scale;
@@ -296,7 +298,7 @@ struct Kernels {
     RowSumKernels row_sum[kDtypes];
     void (*cross_entropy[kDtypes])(const CrossEntropyArgs&, int64_t first_row, int64_t last_row);
     void (*norms[kDtypes])(const NormArgs&, int64_t first_row, int64_t last_row);
-    AttentionKernels attention;  // empty: PyTorch's is used
+    std::array<AttentionKernels, kDtypes> attention;  // empty: PyTorch's is used
 };
 
 void fill_portable(Kernels&);

@@ -1,7 +1,10 @@
 // All kernels of a level that are loops over its vectors.
 #pragma once
 
+#include <array>
+
 #include "lora/cpu/activated.h"
+#include "lora/cpu/attention.h"
 #include "lora/cpu/cross_entropy.h"
 #include "lora/cpu/dropped.h"
 #include "lora/cpu/gates.h"
@@ -13,6 +16,16 @@
 
 namespace peftcore {
 namespace lora {
+
+// Four lanes gain nothing over PyTorch's.
+template <Lanes Simd>
+static std::array<AttentionKernels, kDtypes> attention_of() {
+    if constexpr (Simd::kLanes < 8)
+        return {};
+    else
+        return {Attention<Of<Simd, float>>::kernels(), Attention<Of<Simd, Half>>::kernels(),
+                Attention<Of<Simd, BFloat16>>::kernels()};
+}
 
 // Arrays are indexed by Dtype.
 template <Lanes Simd>
@@ -30,7 +43,7 @@ static Kernels kernels_of() {
             .row_sum = {SumsOfRows<F>::kernels(), SumsOfRows<H>::kernels(), SumsOfRows<B>::kernels()},
             .cross_entropy = {CrossEntropy<F>::rows, CrossEntropy<H>::rows, CrossEntropy<B>::rows},
             .norms = {Norms<F>::norms, Norms<H>::norms, Norms<B>::norms},
-            .attention = {}};  // AVX-512 bf16 alone has one
+            .attention = attention_of<Simd>()};
 }
 
 }  // namespace lora

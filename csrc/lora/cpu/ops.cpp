@@ -58,8 +58,10 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
     Tensor y;
     // Where the low-rank product can join a dense one (frozen.h), arranged factors are faster from fewer rows on.
-    const int64_t arrange_from =
-        many_rows(kernels, x).kernel.takes_addend && !weight.packed() ? kArrangeEachFrom : kArrangeFrom;
+    const gemm::ManyRows& products = many_rows(kernels, x);
+    const bool joins =
+        products.kernel.takes_addend && !weight.packed() && flat.size(0) >= products.least_rows;
+    const int64_t arrange_from = joins ? kArrangeEachFrom : kArrangeFrom;
     if (flat.size(0) < arrange_from && dropout.threshold == 0 &&
         s.numel() * weight.rows() * weight.columns() != 0) {
         y = skinny_linear(kernels, flat, weight, bias, a, b, float(scale), s);

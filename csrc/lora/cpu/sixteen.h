@@ -1,5 +1,6 @@
-// Sixteen fp32 values, in as many vectors as a level needs for them. Operations on them are those of single values, one
-// by one and without contractions, so that all levels give the same bits.
+// Sixteen fp32 values, in as many vectors as a level needs for them, and as many values as a vector of the level has.
+// Operations on them are those of single values, one by one and without contractions, so that all levels give the same
+// bits.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,25 @@ using peftcore::float_bits;
 PEFTCORE_INLINED SixteenBits float_bits(const Sixteen& x) { return (SixteenBits)x; }
 PEFTCORE_INLINED Sixteen bits_float(const SixteenBits& bits) { return (Sixteen)bits; }
 
+#if defined(__AVX512F__)
+constexpr int64_t kNative = 16;
+typedef Sixteen Native;
+typedef SixteenBits NativeBits;
+#else
+#if defined(__AVX__)
+constexpr int64_t kNative = 8;
+#else
+constexpr int64_t kNative = 4;
+#endif
+typedef float Native __attribute__((vector_size(4 * kNative), may_alias));
+typedef uint32_t NativeBits __attribute__((vector_size(4 * kNative), may_alias));
+PEFTCORE_INLINED NativeBits float_bits(const Native& x) { return (NativeBits)x; }
+PEFTCORE_INLINED Native bits_float(const NativeBits& bits) { return (Native)bits; }
+#endif
+
+// `from` is aligned to the vector.
+PEFTCORE_INLINED Native& native_at(float* from) { return *reinterpret_cast<Native*>(from); }
+
 // `from` is aligned to 64 bytes.
 PEFTCORE_INLINED Sixteen& sixteen_at(float* from) { return *reinterpret_cast<Sixteen*>(from); }
 PEFTCORE_INLINED const Sixteen& sixteen_at(const float* from) {
@@ -30,15 +50,23 @@ PEFTCORE_INLINED const Sixteen& sixteen_at(const float* from) {
 }
 
 PEFTCORE_INLINED uint32_t at_most(uint32_t x, uint32_t most) { return x < most ? x : most; }
-PEFTCORE_INLINED SixteenBits at_most(const SixteenBits& x, uint32_t most) {
-    const SixteenBits limit = SixteenBits{} + most;
+template <typename Bits>
+PEFTCORE_INLINED Bits at_most(const Bits& x, uint32_t most) {
+    const Bits limit = Bits{} + most;
     return x < limit ? x : limit;
 }
 
-// All bits where x exceeds `limit`, else none.
-PEFTCORE_INLINED uint32_t where_above(uint32_t x, uint32_t limit) { return 0u - uint32_t(x > limit); }
-PEFTCORE_INLINED SixteenBits where_above(const SixteenBits& x, uint32_t limit) {
-    return (SixteenBits)(x > SixteenBits{} + limit);
+// All bits where x exceeds `limit`, else none; the two are less than 2^31 apart. Not a comparison: of vectors longer than
+// the processor's, g++ compares the values one by one.
+template <typename Bits>
+PEFTCORE_INLINED Bits where_above(const Bits& x, uint32_t limit) {
+    return 0u - ((limit - x) >> 31u);
+}
+
+// All bits where x is NaN.
+template <typename F>
+PEFTCORE_INLINED auto where_nan(const F& x) {
+    return where_above(float_bits(x) & 0x7fffffffu, 0x7f800000u);
 }
 
 }  // namespace lora

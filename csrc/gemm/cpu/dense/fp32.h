@@ -42,7 +42,9 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
         for (int i = 0; i < tiles; ++i) {
             float* to = reinterpret_cast<float*>(out) + i * stride;
             const T* values = from + i * kTileColumns;
-            _mm_prefetch(reinterpret_cast<const char*>(values + kAhead * weight.columns), _MM_HINT_T0);
+            const char* ahead = reinterpret_cast<const char*>(values + kAhead * weight.columns);
+            _mm_prefetch(ahead, _MM_HINT_T0);
+            if constexpr (sizeof(T) == sizeof(float)) _mm_prefetch(ahead + 64, _MM_HINT_T0);
             for (int64_t j = 0; j < kTileColumns; j += 8) {
                 const int64_t left = weight.columns - column - i * kTileColumns - j;
                 if (left <= 0) break;
@@ -54,9 +56,8 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
 
 template <typename T>
 DenseReader reader_of() {
-    constexpr bool kFetched = sizeof(T) == sizeof(BFloat16);  // factors are not
-    return {{.transposed = {.unpack = unpack_transposed<T>, .region = kFetched ? region_transposed : nullptr},
-             .plain = {.unpack = unpack_plain<T>, .region = kFetched ? region_plain : nullptr}}};
+    return {{.transposed = {.unpack = unpack_transposed<T>, .region = region_transposed},
+             .plain = {.unpack = unpack_plain<T>, .region = region_plain}}};
 }
 
 }  // namespace

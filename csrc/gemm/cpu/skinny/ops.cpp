@@ -50,7 +50,7 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
             multiply_skinny(skinny, x.contiguous(), weight, bias, y);
             return y;
         }
-        if (products.beats_library) {
+        if (products.beats_library && x.size(0) >= products.least_rows) {
             const Layout layout = layout_of(weight);
             const WeightView view = view_of(layout.matrix);
             const Tensor y = empty(), source = x.contiguous();

@@ -126,7 +126,7 @@ gemm::PackedReader reader(bool (*reads)(const WeightView&)) {
 }  // namespace
 
 void fill_avx2(gemm::ManyRows (&products)[kDtypes]) {
-    for (const Dtype dtype : {Dtype::kHalf, Dtype::kBFloat16})
+    for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf, Dtype::kBFloat16})
         products[int(dtype)].packed = reader(has_blocks);
 }
 
