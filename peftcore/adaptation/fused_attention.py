@@ -28,8 +28,8 @@ from peftcore.adaptation.fused_forward import FORMULA, Formula, computes_itself,
 from peftcore.ops.attention import has_attention_kernel
 
 # Names that a forward which reaches the function mentions: PyTorch's own, and transformers' table of such functions.
-_LEAST_QUERIES = 16  # in fp32 without gradients: keys and values are arranged for the kernel
 _NAMES = frozenset({"scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS"})
+_LEAST_QUERIES = 16  # in fp32 without gradients: keys and values are arranged for the kernel
 _ENTRY = "sdpa"  # of transformers' table
 _REPLACED = "_peftcore_original"  # attribute of the function in the table: the one before
 # Arguments that transformers' function for "sdpa" does not read, and others if they have these values.

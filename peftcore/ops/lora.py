@@ -6,8 +6,8 @@
                 dx = dy W + keep ∘ (T A)
                 dA = Tᵀ (keep ∘ x),  dB = dyᵀ S,  dbias = the sum of dy over all rows
 
-x and S, which has only r columns, are kept for the gradient; the mask `keep` is generated again (see dropout.py), and so
-is an x that is the result of `ops.activated`.
+x and S, which has only r columns, are kept for the gradient; the mask `keep` is generated again (see dropout.py),
+and so is an x that is the result of `ops.activated`.
 
 A, B, S and T are fp32 for a 16-bit x, never rounded to 16 bits: in fp16 a T of small gradients would vanish, and in
 bf16 dA would be off by 2e-3. y and dx are rounded once, or twice if the library computes the base's product; dA and dB

@@ -125,7 +125,8 @@ struct ScoreRows {
             Native &score = native_at(s + n), &slope = native_at(dp + n);
             const NativeBits there = none ? NativeBits{} : seen(n);
             const Native z = score * args.scale - shift;
-            const Native e = where(there, Below(z < 0.0f ? z : Native{}).exponential + not_finite);
+            // Above 0 only where lse is not that of these scores.
+            const Native e = where(there, (z > -87.0f ? exponential(z) : Native{}) + not_finite);
             Native of_p = slope, p = e;
             if constexpr (kDrops) {
                 const NativeBits keeps = kept(n);
