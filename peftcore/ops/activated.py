@@ -115,7 +115,7 @@ def source_of(y: Tensor) -> tuple[Tensor, tuple[bool, float, float]] | None:
     The activation keeps its input anyway. None where hooks may keep tensors elsewhere, as gradient checkpointing does.
     """
     made: Any = y.grad_fn
-    activated_class: Any = _Activated._backward_cls  # type: ignore[attr-defined]
+    activated_class: Any = _Activated._backward_cls
     if not isinstance(made, activated_class) or y._version or not made.kept:
         return None
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
