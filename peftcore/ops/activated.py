@@ -4,7 +4,7 @@
     others    y = x ∘ s      s = 1 / (1 + exp(-p))    dx = dy ∘ s ∘ (1 + x ∘ (1 - s) ∘ p'(x))
 
 Φ is the normal distribution and φ its density; p is that of gated.py. All is computed in fp32 and rounded once; only x
-is kept for the gradient, and y by no LoRA that reads it: y is computed again from x (`source_of`).
+is kept for the gradient; a low-rank product that reads y computes it again from x (`source_of`).
 """
 
 from __future__ import annotations
