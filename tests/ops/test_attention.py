@@ -139,6 +139,14 @@ def test_values_that_are_not_finite() -> None:
     assert dq[0, 0, 0].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_a_scale_that_is_not_a_number(level: str, dtype: torch.dtype) -> None:
+    q, k, v, grad = operands((1, 1, 1, 4, 4, 32), dtype)
+    y, lse = _OPS.attention(q, k, v, None, False, 1.0)
+    found = _OPS.attention_backward(grad, q, k, v, y, lse, None, False, torch.nan)
+    assert all(each.isnan().all() for each in found)
+
+
 def test_threads_and_layouts_give_the_same_bits() -> None:
     if not (ops.extension and ops.extension.has_attention("torch.bfloat16")):
         pytest.skip("PyTorch's operator is used at this level")

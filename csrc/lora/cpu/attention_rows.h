@@ -125,8 +125,9 @@ struct ScoreRows {
             Native &score = native_at(s + n), &slope = native_at(dp + n);
             const NativeBits there = none ? NativeBits{} : seen(n);
             const Native z = score * args.scale - shift;
-            // Above 0 only where lse is not that of these scores.
-            const Native e = where(there, (z > -87.0f ? exponential(z) : Native{}) + not_finite);
+            // Above 0 or NaN only where lse is not that of these scores.
+            const Native power = z > -87.0f ? exponential(z) : Native{};
+            const Native e = where(there, bits_float(float_bits(power) | where_nan(z)) + not_finite);
             Native of_p = slope, p = e;
             if constexpr (kDrops) {
                 const NativeBits keeps = kept(n);

@@ -359,7 +359,9 @@ void slopes_of(const float* s, const float* dp, const AttentionArgs& args, float
     for (int64_t n = 0; n < count; n += 16) {
         const __mmask16 there = lse == std::numeric_limits<float>::infinity() ? __mmask16(0) : seen(n);
         const __m512 z = _mm512_fmsub_ps(_mm512_loadu_ps(s + n), scale, shift);
-        const __m512 e = _mm512_maskz_add_ps(there, exponential_below(z), not_finite);
+        const __mmask16 nan = _mm512_cmp_ps_mask(z, z, _CMP_UNORD_Q);
+        const __m512 e =
+            _mm512_maskz_add_ps(there, exponential_below(z), _mm512_mask_mov_ps(not_finite, nan, z));
         __m512 slope = _mm512_loadu_ps(dp + n);
         if constexpr (kDrops) slope = _mm512_maskz_mul_ps(kept(n), slope, factor);
         store_bf16(kDrops ? _mm512_maskz_mul_ps(kept(n), e, factor) : e, p + n);
