@@ -91,12 +91,17 @@ define_by(
 )
 
 
+def _keeps_tensors() -> bool:
+    """Return whether autograd keeps tensors as they are, without hooks."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
 class _Activated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, normal: bool, linear: float, cubic: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.numbers = normal, linear, cubic
-        ctx.kept = torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        ctx.kept = not torch.compiler.is_compiling() and _keeps_tensors()
         return _OPS.activated(x, normal, linear, cubic)
 
     @staticmethod
@@ -112,13 +117,16 @@ class _Activated(torch.autograd.Function):
 def source_of(y: Tensor) -> tuple[Tensor, tuple[bool, float, float]] | None:
     """Return the input and the numbers of the activation whose unchanged result is y, for who would keep y.
 
-    The activation keeps its input anyway. None where hooks may keep tensors elsewhere, as gradient checkpointing does.
+    The activation keeps its input anyway. None where hooks may keep tensors elsewhere, as gradient checkpointing does,
+    and in compiled code, which decides what it keeps.
     """
+    if torch.compiler.is_compiling():
+        return None
     made: Any = y.grad_fn
     activated_class: Any = _Activated._backward_cls
     if not isinstance(made, activated_class) or y._version or not made.kept:
         return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if not _keeps_tensors():
         return None
     try:
         return made.saved_tensors[0], made.numbers
