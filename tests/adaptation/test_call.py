@@ -92,7 +92,12 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0, *rest: Any) -> Tensor:
         for part in (self.first, self.second):
-            x = part(x) if self.use_reentrant is None else checkpoint(part, x, use_reentrant=self.use_reentrant)
+            if self.use_reentrant is None:
+                x = part(x)
+            else:
+                # Nothing is random here. PyTorch 2.13's get_rng_state in two threads at once can wait forever: it
+                # holds the generator's lock while it waits for the interpreter's.
+                x = checkpoint(part, x, use_reentrant=self.use_reentrant, preserve_rng_state=False)
         return x * scale
 
 
