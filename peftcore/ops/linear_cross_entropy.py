@@ -33,7 +33,7 @@ from peftcore.ops.cross_entropy import (
     factors,
     wide,
 )
-from peftcore.ops.dense_linear import WIDENED
+from peftcore.ops.dense_linear import FASTER
 from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
 
@@ -55,9 +55,8 @@ class _Head:
 
     def __init__(self, weight: Sequence[Tensor], packing: Sequence[int], bias: Tensor | None, x: Tensor, rows: int):
         self.weight, self.packing, self.bias = weight, packing, bias
-        # As `frozen` layers do: PyTorch multiplies these dtypes many times slower.
-        self.widened = not packing and x.device.type == "cpu" and x.dtype in WIDENED
-        dense = not packing and not self.widened
+        self.ours = not packing and x.device.type == "cpu" and x.dtype in FASTER
+        dense = not packing and not self.ours
         self.buffer = x.new_empty((rows, weight[0].shape[0])) if dense else None
 
     def logits(self, x: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ class _Head:
     def gradient(self, grad: Tensor) -> Tensor:
         if self.packing:
             return _OPS.linear_4bit_backward(grad, self.weight, self.packing)
-        return _OPS.dense_linear(grad, self.weight[0].t()) if self.widened else grad @ self.weight[0]
+        return _OPS.dense_linear(grad, self.weight[0].t()) if self.ours else grad @ self.weight[0]
 
 
 def _in_float64(*arguments: Any) -> Tensor:
@@ -132,10 +131,11 @@ class LinearCrossEntropy:
         head = _Head(self.weight, self.packing, self.bias, x, min(size, count))
         for piece in pieces:
             logits = head.logits(x[piece]).contiguous()
-            arguments = logits, self.labels[piece], self.class_weight, self.grad_scale, self.settings
-            rows[:, piece] = softmax(*arguments, self.ignore_index, self.gradient)
+            options = self.class_weight, self.grad_scale, self.settings, self.ignore_index, self.gradient
+            rows[:, piece] = softmax(logits, self.labels[piece], *options)
             if self.gradient:
                 grad[piece] = head.gradient(logits)
+            del logits  # before the next piece's are allocated
         return rows, grad
 
     def empty(self) -> tuple[Tensor, Tensor]:
