@@ -103,6 +103,17 @@ def is_lazy(settings: Settings) -> bool:
     return settings.lazy_logits == "on" or (settings.lazy_logits == "auto" and fits)
 
 
+def is_fused(settings: Settings) -> bool:
+    """Return whether `train` is expected to fuse operators, which it does on CPUs."""
+    fits = settings.task != data.EMBEDDING and settings.parallel is None
+    return settings.fuse == "on" or (settings.fuse == "auto" and fits)
+
+
+def tokens_of_step(length: int, task: str, config: Any) -> int:
+    """Return the tokens of a row whose longest has `length`: a transcript has no more than the model can write."""
+    return min(length, config.max_target_positions) if task == data.SPEECH else length
+
+
 def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dtype:
     """Return a base's dtype on this machine (`cpu`) or on a GPU of the table, for which auto is bf16."""
     if settings.device != "cpu":
@@ -146,11 +157,12 @@ def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: t
         None if settings.method == FULL else settings.method,
         step=peftcore.Step(
             batch_size=settings.batch_size * (2 if settings.task == data.REWARD else 1),
-            length=length,
+            length=tokens_of_step(length, settings.task, base.config),
             optimizer=settings.optim,
             gradient_checkpointing=settings.gradient_checkpointing,
             gradient_accumulation=min(2, settings.grad_accum),  # the second step takes what later steps take
             lazy_logits=is_lazy(settings),
+            fused=is_fused(settings),
             **how(settings.task, settings.precision, settings.parallel, settings.ranks),
         ),
         **settings.fields,
@@ -204,14 +216,16 @@ def _fitted(settings: Settings) -> Settings:
     if settings.optim != PLAIN:
         raise PeftcoreError(f"--fit chooses the optimizer ({PLAIN} or {PAGED}). Leave out --optim {settings.optim}")
     dtype = dtype_choice.of_run(settings, ()).dtype  # `train` prints it
+    config = models.load_config(settings.model, settings.task)
     (way,) = peftcore.suggest(
-        models.load_config(settings.model, settings.task),
+        config,
         methods=[settings.method],
         fields=settings.fields,
         dtype=device_choice.torch_dtype(dtype, settings.device),
         max_ways=1,
-        length=settings.max_length,
+        length=tokens_of_step(settings.max_length, settings.task, config),
         lazy_logits=is_lazy(settings),
+        fused=is_fused(settings),
         **how(settings.task, settings.precision, settings.parallel, settings.ranks),
     ).ways
     batch_size = min(settings.batch_size, way.batch_size)
@@ -228,7 +242,6 @@ def _fitted(settings: Settings) -> Settings:
 
 
 _UNKNOWN = {
-    data.SPEECH: "that of recordings is not known",
     data.EMBEDDING: "that of pairs of texts is not known",
     data.IMAGE_TEXT: "that of the part that reads images is not known",
 }

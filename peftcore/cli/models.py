@@ -90,7 +90,6 @@ def _speech_processor(model: str, adapter: Path | None) -> Any:
     from transformers import AutoFeatureExtractor, WhisperProcessor
 
     config = load_config(model, data.SPEECH)
-    speech.check(model, config)
     extractor = pretrained(AutoFeatureExtractor.from_pretrained, model, "feature extractor")
     tokenizer: Any = load_tokenizer(model, adapter)
     return speech.checked(WhisperProcessor(extractor, tokenizer), config)
@@ -242,7 +241,9 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
     config = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
     kinds = _auto_class(task)._model_mapping
     found = f"'{model}' ({config.model_type})"
-    if type(config) not in kinds and task != data.SPEECH:
+    if task == data.SPEECH:
+        speech.check(model, config)
+    elif type(config) not in kinds:
         needed = _NEEDED.get(task, "a model of texts, found {}. Pass another model")
         raise PeftcoreError(f"--task {task} needs {needed.format(found)}")
     if kinds is transformers.AutoModelForCausalLM._model_mapping and _is_encoder(config):

@@ -55,6 +55,8 @@ FREE = Cost()
 def cost(operator: Any, args: tuple[Any, ...], output: Any, overhead: Overhead) -> Cost:
     """Return the cost of an operator on a machine with this overhead."""
     name = operator._schema.name
+    if name.startswith("peftcore::attention"):
+        return Cost(_attention(operator, args))
     if name.startswith("peftcore::"):
         return _with_scratch(_ours(operator, args), overhead)
     if name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
@@ -93,10 +95,10 @@ def kept(costs: Sequence[Cost], overhead: Overhead) -> int:
 def _attention(operator: Any, args: tuple[Any, ...]) -> float:
     """Return the operations of attention on a CPU: scores and their product with values, or the three gradients."""
     given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
-    query, key, value = (given[name] for name in ("query", "key", "value"))
+    query, key, value = (given[name] if name in given else given[name[0]] for name in ("query", "key", "value"))
     forward = 2.0 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-    causal = 0.5 if given.get("is_causal", False) else 1.0
-    return forward * causal * (2.5 if "grad_out" in given else 1.0)
+    causal = 0.5 if given.get("is_causal", given.get("causal", False)) else 1.0
+    return forward * causal * (2.5 if "grad_out" in given or "grad" in given else 1.0)
 
 
 def _transposed(matrix: Tensor) -> bool:

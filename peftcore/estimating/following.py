@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -199,6 +200,9 @@ def _attention_as_on_cpu() -> Iterator[None]:
     original = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if has_torch_function((query, key, value)):  # modes go first, such as that of fused attention
+            given = (query, key, value, attn_mask, *args)
+            return handle_torch_function(attention, given[:3], *given, **kwargs)
         if query.is_meta and torch.is_autocast_enabled("cpu"):  # which casts before the algorithm is chosen
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -24,7 +24,7 @@ from peftcore.estimating.step import Step
 from peftcore.estimating.zero import Partitions, Replicated
 from peftcore.observation.inputs import BATCH, LENGTH, example_inputs
 from peftcore.observation.language_config import text_config
-from peftcore.observation.meta import MetaFloats
+from peftcore.observation.meta import MetaFloats, meta_copy
 from peftcore.optim import NAMES
 from peftcore.optim.paging import PagedOptimizer
 
@@ -65,16 +65,29 @@ def make_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
         else:
             sized[name] = torch.full(shape, 3, dtype=value.dtype, device="cpu")
     config = getattr(model, "config", None)
-    if "input_ids" in sized and config is not None and config.is_encoder_decoder:
+    if config is not None and config.is_encoder_decoder:
         sized.pop("decoder_input_ids", None)  # the model derives them from the labels
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if head is not None and "input_ids" in sized:
+    if head is not None and ("input_ids" in sized or config.is_encoder_decoder):  # type: ignore[union-attr]
         sized["labels"] = torch.full((rows, length), 3, device="cpu")
+    elif "input_ids" in sized and _has_logits_of_tokens(model):
+        sized["labels"] = torch.zeros(rows, length, dtype=torch.long, device="cpu")
     else:
         sized["labels"] = torch.zeros(rows, dtype=torch.long, device="cpu")
         if config is not None:
             text_config(config).problem_type = config.problem_type = "single_label_classification"
     return sized
+
+
+def _has_logits_of_tokens(model: nn.Module) -> bool:
+    """Return whether a forward pass without labels gives logits for each token, as a tagger's does."""
+    copied = meta_copy(model).eval()
+    try:
+        with torch.no_grad(), MetaFloats():
+            logits = copied(**example_inputs(copied, device="cpu")).logits
+    except Exception:  # the step itself says what fails
+        return False
+    return isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == (BATCH, LENGTH)
 
 
 def make_optimizer(parameters: list[nn.Parameter], optimizer: str, *, paged: bool = False) -> torch.optim.Optimizer:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from peftcore.engine import activate, apply, apply_to_fill, state_of, takes_batches
+from peftcore.engine.fusing import fuse, fused_modules
+from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.engine.summary import Summary, summary
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.calibration import here
@@ -186,6 +188,7 @@ def estimate(
     where = device_of(device) if isinstance(device, str) else device
     there: tuple[str, ...] = ()
     on_card = where is not None and not where.measured
+    step = _as_model(step, model, on_card)
     following = Following(NONE if on_card else here(torch.get_num_threads()))
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -208,6 +211,8 @@ def estimate(
                     _cast_as_deepspeed(made, step.mixed_precision)
                 if step.gradient_checkpointing:
                     checkpoint(made, step.gradient_checkpointing)
+                if step.fused:
+                    fuse(made)
                 follow(following, made.train(), step, on_card=on_card)
         except PeftcoreError:
             raise
@@ -232,6 +237,14 @@ def estimate(
 def step_of(step: Step | None, options: dict[str, Any]) -> Step:
     """Return the step changed by those `options` that are fields of `Step`, and remove these from `options`."""
     return replace(step or Step(), **{name: options.pop(name) for name in _OF_STEP & options.keys()})
+
+
+def _as_model(step: Step, model: Any, on_card: bool) -> Step:
+    """Return the step with lazy logits and fused operators if the model has them; cards have no fused ones."""
+    there = isinstance(model, nn.Module)
+    lazy = step.lazy_logits or (there and has_lazy_logits(model))
+    fused = step.fused or (there and bool(fused_modules(model)))
+    return replace(step, lazy_logits=lazy, fused=fused and not on_card)
 
 
 def _refuse_doubtful(method: Any) -> None:

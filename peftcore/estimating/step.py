@@ -30,7 +30,10 @@ class Step:
         mixed_precision: `bf16` or `fp16` for autocast, as with Trainer's `bf16=True`; None: everything in the base's
             dtype.
         loss: `sft`, `dpo` or `kto` for TRL's trainers, with the passes of the reference; None: the model's own loss.
-        lazy_logits: Whether the model's own loss is computed without logits (`peftcore.lazy_logits`).
+        lazy_logits: Whether the model's own loss is computed without logits (`peftcore.lazy_logits`). A model whose
+            logits are lazy is followed so in any case.
+        fused: Whether norms, gates, activations, dropout and attention are one operator each (`peftcore.fuse`). A fused
+            model is followed so in any case. On a card, where the model's own forward computes them, nothing changes.
         ranks: Processes of the run, one of which is estimated.
         shard: False: each process has a whole copy (DDP). True: the base is sharded (FSDP2) as by `peftcore.shard`. A
             dict: arguments of `peftcore.shard`, `adapter_placement` and `reshard_after_forward`. `zero1`, `zero2` or
@@ -53,6 +56,7 @@ class Step:
     mixed_precision: str | None = None
     loss: str | None = None
     lazy_logits: bool = False
+    fused: bool = False
     ranks: int = 1
     shard: bool | str | Mapping[str, Any] = False
     tp_size: int = 1
@@ -146,6 +150,8 @@ class Step:
             parts.append(self.loss)
         if self.lazy_logits:
             parts.append("lazy logits")
+        if self.fused:
+            parts.append("fused operators")
         if self.mixed_precision is not None:
             parts.append(f"mixed {self.mixed_precision}")
         if self.ranks > 1 or self.is_sharded:

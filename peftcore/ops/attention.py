@@ -28,6 +28,7 @@ from peftcore.ops.dropout import check_dropout, factor, keep_mask, seed_of_call
 from peftcore.ops.weight import check_dtype, value
 
 _OPS = torch.ops.peftcore
+_DEVICES = ("cpu", "meta")
 _HEAD_SIZE_MULTIPLE, _MOST_KEYS, _LARGEST_HEAD = 32, 4096, 256
 
 
@@ -202,11 +203,15 @@ class _Attention(torch.autograd.Function):
 
 
 def has_attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Return whether the extension has a kernel for these tensors, which PyTorch's operator accepts, too."""
+    """Return whether the extension has a kernel for these tensors, which PyTorch's operator accepts, too.
+
+    Meta tensors stand for CPU ones.
+    """
     return (
         extension is not None
         and q.dtype is k.dtype is v.dtype
-        and q.device.type == k.device.type == v.device.type == "cpu"
+        and q.device.type == k.device.type == v.device.type
+        and q.device.type in _DEVICES
         and q.dim() == k.dim() == v.dim() == 4
         and k.shape == v.shape
         and q.shape[0] == k.shape[0]
@@ -217,7 +222,7 @@ def has_attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -
         and q.numel() > 0
         and k.shape[1] > 0
         and q.shape[1] % k.shape[1] == 0
-        and (mask is None or (mask.dtype is torch.bool and mask.device.type == "cpu" and 2 <= mask.dim() <= 4))
+        and (mask is None or (mask.dtype is torch.bool and mask.device.type in _DEVICES and 2 <= mask.dim() <= 4))
         and extension.has_attention(str(q.dtype))
     )
 

@@ -13,12 +13,21 @@ METHOD = ("--method", "lora", "--set", "r=4")
 
 def test_plan_says_what_a_step_takes(run: Run, llama: Path) -> None:
     here = run("plan", "-m", llama, *METHOD, "--batch-size", 2, "--max-length", 12).output
-    assert "a training step of LlamaForCausalLM, lora, batch 2 x 12" in here
+    assert "a training step of LlamaForCausalLM, lora, batch 2 x 12, lazy logits, fused operators" in here
     assert "peak" in here and "this machine (at rates measured here); fits into" in here
     card = run("plan", "-m", llama, *METHOD, "--max-length", 12, "--device", "rtx4090").output
     assert "on rtx4090 (at half the rates of its data sheet, untested); fits into 22.1 GB" in card
     wrong = run("plan", "-m", llama, *METHOD, "--device", "rtx4091", code=1).output
     assert "there is no card 'rtx4091'" in wrong and "nearest: 'rtx4090'" in wrong
+
+
+def test_plan_knows_the_options_of_a_light_step(run: Run, llama: Path) -> None:
+    arguments = ("plan", "-m", llama, *METHOD, "--batch-size", 2, "--max-length", 12)
+    assert "batch 2 x 12\n" in run(*arguments, "--lazy-logits", "off", "--fuse", "off").output
+    assert "batch 2 x 12, fused operators\n" in run(*arguments, "--lazy-logits", "off").output
+    assert "batch 2 x 12, fused operators\n" in run(*arguments, "--task", "tags", "--labels", "A,B").output
+    card = run(*arguments, "--device", "h100").output
+    assert "batch 2 x 12, lazy logits\n" in card
 
 
 def test_what_will_not_fit_is_refused_before_it_loads(

@@ -252,6 +252,16 @@ KEPT = (
 KEPT += ("use_cpu", "seed", "max_grad_norm", "weight_decay", "disable_tqdm", "save_strategy", "save_steps")
 
 
+def test_a_step_is_predicted_with_transcripts_that_the_model_can_write(whisper: Path, llama: Path, run: Run) -> None:
+    arguments = ("--task", SPEECH, "--method", "lora")
+    said = run("plan", "-m", whisper, *arguments, "--batch-size", 2).output
+    assert "a training step of WhisperForConditionalGeneration, lora, batch 2 x 24, fused operators" in said
+    assert "h an epoch" in run("suggest", "-m", whisper, *arguments, "--memory", "1GB").output
+    for command in ("plan", "suggest"):
+        error = run(command, "-m", llama, *arguments, code=1).output
+        assert "needs a model of Whisper's kind" in " ".join(error.split())
+
+
 @pytest.mark.nightly
 def test_training_evaluating_and_transcribing(clips: Path, whisper: Path, tmp_path: Path, run: Run) -> None:
     options = ("--method", "lora", "--set", "r=8", "--device", "cpu", "--language", "german", "--eval-data", clips)

@@ -61,6 +61,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "in 4 bits": ("lora", {"quantize": "nf4"}),
     "in 16 bits": ("lora", {"dtype": torch.bfloat16}),
     "long": ("lora", {"length": 400, "batch_size": 1}),
+    "fused": ("lora", {"fused": True}),
+    "fused, in 16 bits": ("dora", {"fused": True, "dtype": torch.bfloat16}),
+    "fused, with checkpointing": ("lora", {"fused": True, "gradient_checkpointing": "reentrant"}),
 }
 
 
@@ -110,6 +113,51 @@ def test_other_kinds_of_models(family: str) -> None:
     kind = type(stand_in(config, None))
     model = peftcore.apply(kind._from_config(config, dtype=torch.float32).train(), "lora")
     assert predicted(found) == pytest.approx(allocated(model, Step(**RUN)), rel=0.02)
+
+
+WIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 96}
+SPEECH = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in
+          (("layers", 1), ("attention_heads", 2), ("ffn_dim", 96))}  # fmt: skip
+OF_TASKS = {  # with heads that the kernel of attention takes
+    "classes": ("BertForSequenceClassification", transformers.BertConfig(**WIDE)),
+    "tags": ("BertForTokenClassification", transformers.BertConfig(**WIDE, num_labels=5)),
+    "tags of a decoder": ("LlamaForTokenClassification", LlamaConfig(**WIDE, num_labels=5)),
+    "images": ("ViTForImageClassification", transformers.ViTConfig(**WIDE, image_size=32, patch_size=8)),
+    "recordings": (
+        "WhisperForConditionalGeneration",
+        transformers.WhisperConfig(**SPEECH, d_model=64, num_mel_bins=8, max_source_positions=64, vocab_size=96,
+            decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("case", OF_TASKS)
+def test_models_of_other_tasks(case: str, fused: bool) -> None:
+    name, config = OF_TASKS[case]
+    config = deepcopy(config)
+    config.architectures = [name]
+    found = peftcore.estimate(config, "lora", target_modules="all-linear", fused=fused, **RUN)
+    assert ("fused operators" in found.title) == fused
+    model = getattr(transformers, name)(config).train()
+    peftcore.apply(model, "lora", target_modules="all-linear")
+    if fused:
+        peftcore.fuse(model)
+    assert predicted(found) == pytest.approx(allocated(model, Step(**RUN)), rel=0.01)
+    assert peftcore.estimate(model, **RUN).parts == found.parts  # which is fused itself
+
+
+def test_lazy_logits_and_fused_operators_of_a_model_are_seen() -> None:
+    model = peftcore.lazy_logits(peftcore.fuse(of("lora")))
+    wanted = peftcore.estimate(CONFIG, "lora", lazy_logits=True, fused=True, **RUN)
+    assert peftcore.estimate(model, **RUN).parts == wanted.parts
+    peftcore.lazy_logits(peftcore.fuse(model, enabled=False), enabled=False)
+    assert peftcore.estimate(model, **RUN).parts == peftcore.estimate(CONFIG, "lora", **RUN).parts
+
+
+def test_a_card_has_no_fused_operators() -> None:
+    found, without = (peftcore.estimate(CONFIG, "lora", device="h100", fused=fused, **RUN) for fused in (True, False))
+    assert found.parts == without.parts and found.title == without.title
 
 
 def test_says_where_the_peak_falls_and_what_there_is() -> None:

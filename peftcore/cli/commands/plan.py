@@ -22,6 +22,8 @@ _OPTIONS = (
     "dtype",
     "precision",
     "parallel",
+    "lazy_logits",
+    "fuse",
 )
 
 
@@ -66,10 +68,12 @@ def plan(
             name,
             step=peftcore.Step(
                 batch_size=given.batch_size,
-                length=given.max_length,
+                length=forecast.tokens_of_step(given.max_length, task, base.config),
                 optimizer=given.optim,
                 gradient_checkpointing=given.gradient_checkpointing,
                 gradient_accumulation=given.grad_accum,
+                lazy_logits=forecast.is_lazy(settings),
+                fused=forecast.is_fused(settings),
                 **how,
             ),
             dtype=forecast.dtype_of_base(settings, names),

@@ -44,7 +44,7 @@ def suggest(
         int | None,
         typer.Option(min=1, help="Number of training examples, for the time of an epoch; default: of --data, or 1000."),
     ] = None,
-    given: Annotated[RunOptions, ("max_length", "dtype", "precision", "parallel")],
+    given: Annotated[RunOptions, ("max_length", "dtype", "precision", "parallel", "lazy_logits", "fuse")],
     ranks: options.Ranks = 1,
 ) -> None:
     """Suggest ways to train a model within a memory budget, and print the commands for them.
@@ -67,15 +67,18 @@ def suggest(
     why = forecast.unknown(task)
     if why is not None:
         raise PeftcoreError(f"suggest needs the memory of a step: {why}. Train with a small --batch-size")
+    config = models.load_config(base, task, names)
     found = peftcore.suggest(
-        models.load_config(base, task, names),
+        config,
         memory=memory,
         device=device,
         examples=examples or 1000,
         methods=method,
         r=rank or (16,),
         dtype=forecast.dtype_of_base(settings, names),
-        length=given.max_length,
+        length=forecast.tokens_of_step(given.max_length, task, config),
+        lazy_logits=forecast.is_lazy(settings),
+        fused=forecast.is_fused(settings),
         **forecast.how(task, given.precision, given.parallel, ranks),
     )
     say(str(found))
@@ -83,6 +86,7 @@ def suggest(
     chosen = [*found.ways[0].options(), "--max-length", str(given.max_length)]
     as_what = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
     shown = {"task": task, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
+    shown |= {"lazy-logits": given.lazy_logits, "fuse": given.fuse}
     for name, value in shown.items():
         if value not in (None, "auto") and (name != "task" or value in rows.COMPARED):
             chosen += [f"--{name}", value]
