@@ -136,6 +136,9 @@ def test_what_a_page_names_exists(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:\s]+)\)", text):
         assert (page.parent / target).exists(), target
+    for note in re.findall(r"<!-- not run here: (.*?) -->", text):  # names the test that runs the code instead
+        for path in re.findall(r"[\w/-]+\.py", note):
+            assert (ROOT / path).exists(), path
     for _, language, code in BLOCK.findall(text):
         for name in re.findall(r"peftcore\.(\w+)", code) if language == "python" else ():
             assert hasattr(peftcore, name), name
