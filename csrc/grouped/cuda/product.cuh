@@ -23,8 +23,8 @@ using lora::Source, lora::Tile;
 constexpr int kColumns = 64;
 constexpr int kRankStage = 32;
 
-// kRowTiles: tiles of 16 rows. kAcross: W is stored as [inner, columns].
-template <typename T, int kRowTiles, bool kPacked_, bool kAcross_>
+// kRowTiles: tiles of 16 rows. kPacked: W is in 4 bits; kZeros: and affine. kAcross: it is stored as [inner, columns].
+template <typename T, int kRowTiles, bool kPacked_, bool kZeros, bool kAcross_>
 struct Shape {
     static constexpr bool kPacked = kPacked_, kAcross = kAcross_;
     static constexpr int kRows = 16 * kRowTiles;
@@ -32,6 +32,8 @@ struct Shape {
     static constexpr int kStage = kRowTiles > 1 ? 32 : sizeof(T) == 2 ? 128 : 64;
     using Input = Tile<T, kRows, kStage>;
     using Frozen = Tile<T, kAcross ? kStage : kColumns, kAcross ? kColumns : kStage>;
+    using Scales =
+        std::conditional_t<kZeros, quant4::KnownScales<ScaleKind::kAffine>, quant4::AnyScales<false>>;
     static constexpr int kCodeBytes = kPacked ? kStage * kColumns / 2 : 0;
     static constexpr int kStageBytes = Input::kBytes + (kPacked ? kCodeBytes : Frozen::kBytes);
     static constexpr int kUnpackedBytes = kPacked ? Frozen::kBytes : 0;
@@ -223,7 +225,7 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, unsigned column_tiles) {
     PEFTCORE_SHARED(uint8_t, memory, [Shape::kBytes]);
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [Shape::kPacked ? quant4::AnyScales::kEntries : 1]);
+    PEFTCORE_SHARED(float, nested_quant_map, [Shape::kPacked ? Shape::Scales::kEntries : 1]);
     using Input = typename Shape::Input;
     using Frozen = typename Shape::Frozen;
     constexpr int kStage = Shape::kStage, kStages = Shape::kStages;
@@ -248,10 +250,10 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
 
     const WeightView weight = expert_of(p.weight, rows.expert, p.groups.experts);
     const Source<T> input(p.wide, p.inner), dense(weight.dense, weight.columns);
-    Unpacker<Frozen> unpacker{weight, quant_map, {}, false, {}};
+    Unpacker<Frozen, typename Shape::Scales> unpacker{weight, quant_map, {}, false, {}};
     if constexpr (Shape::kPacked) {
         unpacker.vectors = weight.columns % 32 == 0 && is_aligned(weight.codes);
-        unpacker.scales = quant4::AnyScales::load(weight, quant_map, nested_quant_map);
+        unpacker.scales = Shape::Scales::load(weight, quant_map, nested_quant_map);
     }
     const auto position_of = [&](int64_t stage) -> Position {
         return Shape::kAcross ? Position{stage * kStage, column} : Position{column, stage * kStage};
@@ -296,6 +298,14 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
 
 // --- launches ---
 
+// body(whether the weight is in 4 bits, whether it has zero points).
+template <typename Body>
+const char* dispatch_storage(const WeightView& weight, const Body& body) {
+    if (weight.quant_map == nullptr) return body(std::false_type(), std::false_type());
+    return dispatch_flag(weight.scales == ScaleKind::kAffine,
+                         [&](auto zeros) { return body(std::true_type(), zeros); });
+}
+
 // Row tiles are chosen by the average number of rows per expert: the host does not know the actual numbers.
 template <typename T>
 const char* launch_product(const Product& p, void* stream) {
@@ -304,10 +314,10 @@ const char* launch_product(const Product& p, void* stream) {
                           : p.groups.rows <= 64 * p.groups.experts ? 4
                                                                    : 8;
     return dispatch_size<1, 4, kMost>(row_tiles, [&](auto tiles) {
-        return dispatch_flag(p.weight.quant_map != nullptr, [&](auto packed) {
+        return dispatch_storage(p.weight, [&](auto packed, auto zeros) {
             return dispatch_flag(p.across, [&](auto across) {
-                using Own =
-                    Shape<T, decltype(tiles)::value, decltype(packed)::value, decltype(across)::value>;
+                using Own = Shape<T, decltype(tiles)::value, decltype(packed)::value, decltype(zeros)::value,
+                                  decltype(across)::value>;
                 const int64_t column_tiles = ceil_div(p.columns, kColumns);
                 const int64_t blocks = most_tiles(p.groups, Own::kRows) * column_tiles;
                 if (blocks > INT32_MAX) return "too many rows and columns for one launch";

@@ -29,16 +29,17 @@ __device__ __forceinline__ void fetch_codes(uint8_t* to, const WeightView& weigh
 }
 
 // Unpacks 16 codes at a time; a thread has kUnits such units of a stage.
-template <typename Tile>
+template <typename Tile, typename Scales>
 struct Unpacker {
     using T = typename Tile::Element;
+    using Decoded = typename Scales::Decoded;
     static constexpr int kPerRow = Tile::kColumns / 16;
     static constexpr int kUnits = Tile::kRows * kPerRow / kThreads;
     static_assert(Tile::kRows * kPerRow % kThreads == 0, "");
 
     const WeightView& weight;
     const float* quant_map;
-    quant4::AnyScales scales;
+    Scales scales;
     bool vectors;  // 32 codes are in one row, 16-byte aligned, with one scale
     quant4::StoredScale scale[kUnits];
 
@@ -79,15 +80,14 @@ struct Unpacker {
             uint8_t* to = tile_unit(tile, unit);
             const Position at_unit = position_of(unit, position);
             const bool there = inside(at_unit);
-            const quant4::ScaleAndZero factor =
-                there ? scales.of(weight, scale[unit]) : quant4::ScaleAndZero{};
+            const Decoded factor = there ? scales.of(weight, scale[unit]) : Decoded{};
             const uint2 bytes = *reinterpret_cast<const uint2*>(codes + i * 8);
             eight(to, bytes.x, factor, there);
             eight(to + 8 * sizeof(T), bytes.y, factor, there);
         }
     }
 
-    __device__ void eight(uint8_t* to, uint32_t bytes, const quant4::ScaleAndZero& factor, bool there) const {
+    __device__ void eight(uint8_t* to, uint32_t bytes, const Decoded& factor, bool there) const {
         uint32_t words[2 * sizeof(T)];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -113,7 +113,7 @@ struct Unpacker {
                 const int64_t at = at_unit.row * weight.columns + at_unit.column + i,
                               block = at >> weight.shift;
                 const uint8_t byte = weight.codes[at / 2];
-                const quant4::ScaleAndZero factor = scales.of(weight, scales.stored(weight, block));
+                const Decoded factor = scales.of(weight, scales.stored(weight, block));
                 value = factor.value(quant_map[at % 2 ? byte & 15 : byte >> 4]);
             }
             reinterpret_cast<T*>(to)[i] = from_float<T>(value);

@@ -90,9 +90,10 @@ struct KnownScales {
     }
 };
 
-// Scales whose kind is known at run time only.
+// Scales whose kind is known at run time only. kZeros: whether kinds with zero points are among them.
+template <bool kZeros>
 struct AnyScales {
-    using Decoded = ScaleAndZero;
+    using Decoded = std::conditional_t<kZeros, ScaleAndZero, Scale>;
     static constexpr int kEntries = 256;
 
     const float* nested_quant_map;
@@ -114,7 +115,8 @@ struct AnyScales {
             case ScaleKind::kPowerOfTwo:
                 return KnownScales<ScaleKind::kPowerOfTwo>::stored(weight, block);
             case ScaleKind::kAffine:
-                return KnownScales<ScaleKind::kAffine>::stored(weight, block);
+                if constexpr (kZeros) return KnownScales<ScaleKind::kAffine>::stored(weight, block);
+                break;
             case ScaleKind::kFloat:
                 break;
         }
@@ -122,20 +124,24 @@ struct AnyScales {
     }
 
     __device__ __forceinline__ Decoded of(const WeightView& weight, const StoredScale& stored) const {
+        Decoded decoded = {};
         switch (weight.scales) {
             case ScaleKind::kNested:
-                return {KnownScales<ScaleKind::kNested>{nested_quant_map, nested_offset}
-                            .of(weight, stored)
-                            .factor,
-                        0};
+                decoded.factor = KnownScales<ScaleKind::kNested>{nested_quant_map, nested_offset}
+                                     .of(weight, stored)
+                                     .factor;
+                return decoded;
             case ScaleKind::kPowerOfTwo:
-                return {KnownScales<ScaleKind::kPowerOfTwo>{}.of(weight, stored).factor, 0};
+                decoded.factor = KnownScales<ScaleKind::kPowerOfTwo>{}.of(weight, stored).factor;
+                return decoded;
             case ScaleKind::kAffine:
-                return KnownScales<ScaleKind::kAffine>{}.of(weight, stored);
+                if constexpr (kZeros) return KnownScales<ScaleKind::kAffine>{}.of(weight, stored);
+                break;
             case ScaleKind::kFloat:
                 break;
         }
-        return {KnownScales<ScaleKind::kFloat>{}.of(weight, stored).factor, 0};
+        decoded.factor = KnownScales<ScaleKind::kFloat>{}.of(weight, stored).factor;
+        return decoded;
     }
 };
 

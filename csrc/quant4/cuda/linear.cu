@@ -43,8 +43,9 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads) simple_kernel(const LinearLaunch p) {
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [AnyScales::kEntries]);
-    const AnyScales scales = AnyScales::load(p.weight, quant_map, nested_quant_map);
+    using Scales = AnyScales<true>;
+    PEFTCORE_SHARED(float, nested_quant_map, [Scales::kEntries]);
+    const Scales scales = Scales::load(p.weight, quant_map, nested_quant_map);
     __syncthreads();
     const int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
     if (n < p.weight.rows) simple_row<T, kVector>(p, quant_map, scales, n, int(blockIdx.y) * kSimpleTile);

@@ -110,17 +110,18 @@ __device__ __forceinline__ void fetch(const LinearLaunch& p, int64_t n, int64_t 
 template <typename T, int kTiles, int kStage, int kStages>
 __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
     using WarpStage = Stage<kTiles, kStage>;
+    using Scales = AnyScales<true>;
     using Sums = float[kWarps][kTiles * 8][kRows + 1];
     constexpr int kStageBytes = kWarps * kStages * int(sizeof(WarpStage));
     constexpr int kBytes = kStageBytes > int(sizeof(Sums)) ? kStageBytes : int(sizeof(Sums));
     PEFTCORE_SHARED(float, quant_map, [16]);
-    PEFTCORE_SHARED(float, nested_quant_map, [AnyScales::kEntries]);
+    PEFTCORE_SHARED(float, nested_quant_map, [Scales::kEntries]);
     PEFTCORE_SHARED(uint8_t, memory, [kBytes]);  // stages, and after they have been read, sums
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = lane / 4, pair = lane % 4;  // of mma fragments: rows group and group + 8
     WarpStage* slots = reinterpret_cast<WarpStage*>(memory) + warp * kStages;
-    const AnyScales scales = AnyScales::load(p.weight, quant_map, nested_quant_map);
+    const Scales scales = Scales::load(p.weight, quant_map, nested_quant_map);
     __syncthreads();
 
     float d[1][kTiles][4] = {};

@@ -47,7 +47,7 @@ __device__ __forceinline__ void load_x(const T* from, float (&values)[kVector]) 
 // Row `n` of W, rows of x from `first` on.
 template <typename T, int kVector>
 __device__ __forceinline__ void simple_row(const LinearLaunch& p, const float* quant_map,
-                                           const AnyScales& scales, int64_t n, int first) {
+                                           const AnyScales<true>& scales, int64_t n, int first) {
     static_assert(kWordCodes % kVector == 0, "a vector's codes are in one word");
     constexpr int kParts = kWordCodes / kVector;  // of a step
     const int lane = threadIdx.x % 32;
