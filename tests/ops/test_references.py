@@ -26,6 +26,7 @@ def cases():
     pairs, shares = torch.tensor([[2, 0], [1, 2]]), values(2, 2)
     many_s = torch.ops.peftcore.grouped_linear(*of_experts)[1]
     attended = values(1, 2, 7, 32), values(1, 2, 7, 32), values(1, 2, 7, 32)
+    of_forward = torch.ops.peftcore.attention(*attended, None, True, 0.5)
     return {
         "grouped_linear": of_experts,
         "grouped_linear_backward": (values(5, 32), x, offsets, [experts], [], [*many, many_s], False, [True] * 3),
@@ -53,7 +54,7 @@ def cases():
         "activated_backward": (values(5, 64), x, True, 1.0, 0.0),
         "dropout": (x, 0.5, torch.tensor(5)),
         "attention": (*attended, None, True, 0.5),
-        "attention_backward": (attended[0], *attended, attended[0], values(1, 2, 7).abs() + 5, None, True, 0.5),
+        "attention_backward": (attended[0], *attended, *of_forward, None, True, 0.5),
         "swiglu": (x,),
         "swiglu_backward": (values(5, 32), x),
         "lora_linear_per_sample": (x[:, None], [w], [], None, [a], [b], [1.0], index),
