@@ -62,7 +62,7 @@ __device__ __forceinline__ void for_rows(int64_t rows, const Body& body) {
 }
 
 template <typename T, int kWarps, int kVector>
-__global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(const RmsNormCall call) {
+__global__ void __launch_bounds__(kNormThreads, 4) rms_norm_kernel(const RmsNormCall call) {
     PEFTCORE_SHARED(float, shared, [kNormWarps]);
     constexpr int64_t kStep = 32 * kWarps * kVector;
     const int64_t columns = call.columns;
