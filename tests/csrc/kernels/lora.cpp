@@ -33,7 +33,7 @@ Kept mask_of(const lora::ThinKernels& thin, int64_t rows, int64_t columns, bool 
 // A factor [inner, outer] as the kernels read it.
 Values<float> arranged(const lora::Arrangement& how, const Values<float>& from, int64_t inner, int64_t outer,
                        int64_t width) {
-    Values<float> out(size_t(inner * width));
+    Values<float> out(size_t(ceil_div(inner, how.pair) * width * how.unit_size) / sizeof(float));
     how.arrange(from.data(), outer, 1, inner, outer, width, out.data());
     return out;
 }
