@@ -5,7 +5,7 @@
 
 Models have random weights of the shapes named. In turn: the dense model in bf16, ours in NF4 (double quantization), the
 same with LoRA r=16 on every linear layer, and both with the output head in NF4 as well, where no embedding shares it:
-`quantize` leaves it dense unless told otherwise (`skip=[]`), where llama.cpp's files have it in 8 or 6 bits; then all
+`quantize` leaves it dense unless `skip=[]` is passed, where llama.cpp's files have it in 8 or 6 bits; then all
 fused (`peftcore.fuse`). Of the smaller shapes also peft's LoRA over the dense model, and peft over bitsandbytes.
 PYTHON, of an environment with llama-cpp-python (`make export-check` makes one), adds llama.cpp with the same shape in
 q4_0 and q4_K_M, alone and with a LoRA, on as many threads.

@@ -217,8 +217,8 @@ def check(examples: Sequence[Example], what: str, batch_size: int | None = None)
         )
     if len({tuple(ids) for example in examples for ids in example["texts"][1:]}) < 2:
         raise PeftcoreError(
-            f"all {what} examples ({len(examples):,}) have one positive and no other text, so there is no wrong answer "
-            "to tell it from. Add rows, or hold out several: --holdout 2, or --eval-data FILE"
+            f"all {what} examples ({len(examples):,}) have one positive and no other text that could be the wrong "
+            "answer. Add rows, or hold out several: --holdout 2, or --eval-data FILE"
         )
 
 
