@@ -22,7 +22,11 @@ NOT_HERE = keyed(
         "torch.profiler in a script": "profiler",
     }
 )
-REFUSED = keyed({"none: quantization-aware training; --quantize affine4 trains over a base in int4": "quantizer"})
+REFUSED: dict[str, str] = {}
+_ROUNDED = (
+    "Int8DynActInt4WeightQATQuantizer with groups of 32, 64, 128 or 256, Int4WeightOnlyQATQuantizer, or --quantize"
+)
+_FORMATS = {32: "8da4w", 64: "8da4w-g64", 128: "8da4w-g128", 256: "8da4w-g256"}
 _SETS = {
     "alpaca_dataset": "tatsu-lab/alpaca",
     "alpaca_cleaned_dataset": "yahma/alpaca-cleaned",
@@ -48,10 +52,8 @@ _CROSS = r"\d*[38]"  # layers with cross-attention: every fifth, from the one wi
 
 def convert(config: Reading) -> None:
     """Take from a config all that has a counterpart."""
-    for key, instead in REFUSED.items():
-        if asks(config.take(key)):
-            config.refuse(key, instead)
     _model(config)
+    _rounding(config)
     _teacher(config)
     _data(config)
     _steps(config)
@@ -124,6 +126,23 @@ def _seeing(parts: dict[str, str], attention: list[str], *, has_mlp: bool, has_h
         found += ["lm_head"] * (parts["decoder_trainable"] == "lora")
         found += ["multi_modal_projector"] * (parts["fusion_trainable"] == "lora")
     return rf".*({'|'.join(found)})"
+
+
+def _rounding(config: Reading) -> None:
+    """Take what makes a training quantization-aware: the base is rounded, and for 8da4w the inputs of its layers."""
+    how = config.part("quantizer")
+    kind, group = str(how.take("_component_", "")).rpartition(".")[2], how.take("groupsize", 256)
+    if not config.has("quantizer"):
+        return
+    if config.options["method"] == "qlora" or "quantize" in config.options:
+        config.refuse("quantizer", "a model that is not qlora_*: the base is rounded once")
+    if kind.startswith("Int4WeightOnlyQAT"):
+        config.options["quantize"] = "affine4"
+    elif kind.startswith("Int8DynActInt4WeightQAT") and group in _FORMATS:
+        config.options["quantize"] = _FORMATS[group]
+        config.to_do.append("quantize: the format is in the package peftcore-8da4w")
+    else:
+        config.refuse("quantizer", _ROUNDED)
 
 
 def _teacher(config: Reading) -> None:

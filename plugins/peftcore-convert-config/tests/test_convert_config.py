@@ -30,6 +30,7 @@ PAIRS = [
 
 ADAM = {"_component_": "torch.optim.AdamW"}
 TUNED = {"_component_": "torchtune.models.llama3_2_vision.lora_llama3_2_vision_11b"}
+INT8 = "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer"
 LISTED = re.compile(r"^\| `([^`]+\.ya?ml)` \| (.*) \|$", re.MULTILINE)
 SEEING = {"model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct", "finetuning_type": "lora", "image_max_pixels": 4096}
 
@@ -197,6 +198,20 @@ def test_distillation_and_bases_in_int4() -> None:
     assert packed.options["method"] == "oft" and "quantize" not in packed.options
 
 
+def test_quantization_aware_training() -> None:
+    given = {"model": {"_component_": "torchtune.models.qwen2.lora_qwen2_0_5b"}, "optimizer": ADAM}
+    for quantizer, ours in (
+        ({"_component_": INT8, "groupsize": 256}, "8da4w-g256"),
+        ({"_component_": INT8}, "8da4w-g256"),  # torchao's default
+        ({"_component_": INT8, "groupsize": 32}, "8da4w"),
+        ({"_component_": "torchtune.training.quantization.Int4WeightOnlyQATQuantizer"}, "affine4"),
+    ):
+        found = programs.convert({**given, "quantizer": quantizer})
+        assert (found.options["method"], found.options["quantize"], found.left_out) == ("lora", ours, {})
+        assert [line for line in found.to_do if "peftcore-8da4w" in line] == found.to_do
+        assert bool(found.to_do) == ours.startswith("8da4w")
+
+
 def test_conversations_with_images() -> None:
     pattern = r"model.language_model.layers.[\d]+.self_attn.(q|v)_proj"
     config = {"base_model": "m", "adapter": "lora", "processor_type": "AutoProcessor", "freeze_mm_modules": True}
@@ -234,7 +249,9 @@ def test_conversations_with_images() -> None:
             {"model": {}, "teacher_checkpointer": {"checkpoint_dir": "t"}, "kd_loss": {"_component_": "ReverseKLLoss"}},
             "'kd_loss: .* ForwardKLLoss, by --teacher",
         ),
-        ({"model": {}, "quantizer": {"_component_": "a"}}, "'quantizer: .* quantization-aware"),
+        ({"model": {}, "quantizer": {"_component_": "a"}}, "'quantizer: .* with groups of 32"),
+        ({"model": {}, "quantizer": {"_component_": INT8, "groupsize": 48}}, "'quantizer: .* with groups of 32"),
+        ({"model": {"quantize_base": True}, "quantizer": {"_component_": INT8}}, "'quantizer: .* that is not qlora"),
         ({"learning_rate": 1}, "of no program that is known"),
     ],
 )

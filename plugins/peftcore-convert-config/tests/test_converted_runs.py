@@ -94,8 +94,11 @@ def rows(task: str | None) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "completion": good} for prompt, good, _ in told]
 
 
-def make(kind: str, folder: Path, name: str = "") -> None:
-    """Write a tiny model with random weights and its tokenizer, in 4 bits if its name says so."""
+def make(kind: str, folder: Path, name: str = "", *, wide: bool = False) -> None:
+    """Write a tiny model with random weights and its tokenizer, in 4 bits if its name says so.
+
+    A `wide` one has layers with multiples of 32 inputs.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
     torch.manual_seed(0)
@@ -111,7 +114,7 @@ def make(kind: str, folder: Path, name: str = "") -> None:
         Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     else:
         packed = next((how for how in ("gptq", "awq") if how in name.lower()), None)
-        sizes = {**KINDS[kind], **({"intermediate_size": 64} if packed else {})}  # whole groups of 32
+        sizes = {**KINDS[kind], **({"intermediate_size": 64} if packed or wide else {})}  # whole groups of 32
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
         if packed is None:
             model.save_pretrained(folder)
@@ -128,13 +131,16 @@ def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None
     kind = kind_of(case)
     if kind is None:
         pytest.skip("no tiny model here has such modules")
-    make(kind, tmp_path / "base", case["model"])
+    is_rounded = case["options"].get("quantize", "").startswith("8da4w")
+    make(kind, tmp_path / "base", case["model"], wide=is_rounded)
     if "teacher_weight" in case["options"]:
         make("llama", tmp_path / "teacher")
     options = dict(case["options"])
     options.pop("parallel", None)  # for torchrun, which tests/parallel starts
     if options.get("precision") == "fp16":  # for CUDA
         options["precision"] = "bf16"
+    if is_rounded:
+        options["quantize"] = "8da4w"  # with groups that fit into tiny layers
     if kind in UNPACKED:
         options.pop("pack", None)
     options.pop("chat_template", None)  # the rows are not conversations
