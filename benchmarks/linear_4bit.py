@@ -50,6 +50,7 @@ FORMATS = {
     "NF4, blocks of 128": (lambda w: ops.quantize_4bit(w, blocksize=128), 4.25, "NF4, blocks of 128"),
     "affine4, groups of 64": (ops.quantize_affine4, 4.375, "NF4"),
     "affine4, groups of 128": (lambda w: ops.quantize_affine4(w, 128), 4.188, "NF4, nested scales"),
+    "NVFP4": (ops.quantize_nvfp4, 4.5, "NF4"),
     "MXFP4": (ops.quantize_mxfp4, 4.25, "NF4, blocks of 128"),
 }
 

@@ -30,7 +30,7 @@ KINDS = ["dense"]
 for library in smollm2.QUANTIZED:
     for double in ("", " + double quant"):
         KINDS += [library + double] + ([library + double + AS_TRAINED] if library == "bitsandbytes" else [])
-KINDS += ["peftcore fp4", "peftcore mxfp4", "peftcore affine4 64", "peftcore affine4 32"]
+KINDS += ["peftcore fp4", "peftcore mxfp4", "peftcore nvfp4", "peftcore affine4 64", "peftcore affine4 32"]
 KINDS += ["peftcore affine4 64 + gptq", "peftcore affine4 32 + gptq"]
 KINDS += [f"peftcore {name} + loftq" for name in ("nf4", "mxfp4", "affine4 64")]
 

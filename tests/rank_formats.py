@@ -15,7 +15,13 @@ from peftcore import ops, ranks
 from peftcore.quantization import quantized_layers
 from peftcore.testing import disturb
 
-FORMATS: dict[str, dict[str, Any]] = {"nf4": {}, "mxfp4": {}, "affine4": {"blocksize": 32}, "permuted inputs": {}}
+FORMATS: dict[str, dict[str, Any]] = {
+    "nf4": {},
+    "mxfp4": {},
+    "nvfp4": {},
+    "affine4": {"blocksize": 32},
+    "permuted inputs": {},
+}
 
 
 def base(form: str) -> nn.Module:

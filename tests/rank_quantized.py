@@ -37,6 +37,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "nf4, one scale": {"quant_type": "nf4", "double_quant": False},
     "fp4": {"quant_type": "fp4"},
     "mxfp4": {"quant_type": "mxfp4"},
+    "nvfp4": {"quant_type": "nvfp4"},
     "affine4": {"quant_type": "affine4"},
 }
 
@@ -50,7 +51,7 @@ def hooked(folder: str) -> nn.Module:
 
 
 def quantized(found: nn.Module, **fields: Any) -> nn.Module:
-    own = {"blocksize": 32} if fields.get("quant_type") != "mxfp4" else {}
+    own = {"blocksize": 32} if fields.get("quant_type") not in ("mxfp4", "nvfp4") else {}
     return peftcore.quantize(found, **{"skip": SKIP, **own, **fields})
 
 

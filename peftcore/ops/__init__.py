@@ -19,6 +19,7 @@ from peftcore.ops.linear_cross_entropy import linear_cross_entropy, linear_log_p
 from peftcore.ops.linear_per_sample import lora_linear_per_sample
 from peftcore.ops.lora import lora_linear
 from peftcore.ops.mxfp4 import quantize_mxfp4
+from peftcore.ops.nvfp4 import quantize_nvfp4
 from peftcore.ops.optim import optim_step_
 from peftcore.ops.quant4 import dequantize_4bit, quantize_4bit, with_nested_scales
 from peftcore.ops.rms_norm import rms_norm
@@ -58,6 +59,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_affine4",
     "quantize_mxfp4",
+    "quantize_nvfp4",
     "rms_norm",
     "row_norms",
     "rows_in_piece",

@@ -3,10 +3,12 @@
     dense       Tensor[] weight = [W [.., out, in]]                   SymInt[] packing = []
     in 4 bits   [codes, absmax, quant_map]                            [blocksize, 0, .., out, in]
     and nested  [.., nested_absmax, nested_quant_map, nested_offset]  [blocksize, nested_blocksize, .., out, in]
+                in NVFP4, quant_map has E2M1's values, nested_quant_map E4M3's, and nested_offset is 0
     in MXFP4    [codes, absmax, quant_map], absmax in E8M0            [32, POWERS_OF_TWO, .., out, in]
     in affine4  [codes, absmax, quant_map] or [.., zeros]             [blocksize, AFFINE, .., out, in]
 
-The parts have bitsandbytes' names; quant4.py, mxfp4.py and affine4.py define them. The C++ counterpart is csrc/weight.
+The parts have bitsandbytes' names; quant4.py, mxfp4.py, nvfp4.py and affine4.py define them. The C++ counterpart is
+csrc/weight.
 
 These checks exist twice, with the same messages and types of error:
 
@@ -49,7 +51,7 @@ class PackedWeight(NamedTuple):
         quant_map: fp32 `[16]`, the values of the codes.
         shape: `(.., out, in)`; leading dimensions are experts'.
         blocksize: values that share a scale, a power of two from 32 to 4096, or 16 with nested scales.
-        dtype: the one that it had. quant_type: `nf4`, `fp4`, `mxfp4` or `affine4`.
+        dtype: the one that it had. quant_type: `nf4`, `fp4`, `mxfp4`, `nvfp4` or `affine4`.
         nested_absmax, nested_quant_map, nested_offset, nested_blocksize: what turns 8-bit scales back to fp32 (fp32
             `[ceil(blocks / nested_blocksize)]`, `[256]`, `[]`), or None. nested_blocksize=POWERS_OF_TWO: scales are
             powers of two in E8M0; AFFINE: see affine4.py.

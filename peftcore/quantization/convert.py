@@ -78,14 +78,14 @@ def quantize(
 
     Args:
         model: the model.
-        quant_type: `nf4`, `fp4`, `mxfp4` (4.25 bits per weight), `affine4` (4.375), or the name of a plugin's weight
-            format that can quantize.
+        quant_type: `nf4`, `fp4`, `mxfp4` (4.25 bits per weight), `nvfp4` (4.5), `affine4` (4.375), or the name of a
+            plugin's weight format that can quantize.
         double_quant: store the scales in 8 bits: 4.127 bits per weight instead of 4.5. For nf4 and fp4.
         skip: paths, or their last parts, of modules to leave dense with their children, or of experts' parameters. None
             for the output head, task heads, routers, and modules the model class keeps in float32.
         compute_dtype: dtype of the products; None for the input's.
-        blocksize: number of weights that share a scale, a power of two from 32 to 4096; for mxfp4 always 32.
-            Experts that do not divide into blocks get smaller ones or stay dense, with a warning.
+        blocksize: number of weights that share a scale, a power of two from 32 to 4096; for mxfp4 always 32, for
+            nvfp4 16. Experts that do not divide into blocks get smaller ones or stay dense, with a warning.
         batches: for affine4: what to call the model with (mappings, tuples or tensors), to round linear layers by GPTQ
             (arXiv 2210.17323) with their inputs. 16 to 128 texts of a few hundred tokens are usual. Takes a forward
             pass up to each layer, and the memory of the dense model until the last. None: round to nearest. Experts,
@@ -362,6 +362,11 @@ def _check_rows(
             f"'{wrong[0][0]}' has {wrong[0][1]} inputs, but {quant_type} needs a multiple of {blocksize}; so have "
             f"{len(wrong)} weights. Leave them dense: skip=[...], or choose nf4"
         )
+    for path, names in experts.items():
+        module = model.get_submodule(path)
+        for name in names:
+            one = module.get_parameter(name)[:1].detach().to("meta")
+            FORMATS[quant_type].quantize(one.mT if is_turned(module, quant_type) else one, blocksize, False)
 
 
 def _is_bnb(module: nn.Module) -> bool:

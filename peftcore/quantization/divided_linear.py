@@ -267,6 +267,9 @@ def renew_plan(module: nn.Module) -> None:
 
 def _quantized(part: Tensor, quant_type: str, blocksize: int, held: HeldPart) -> PackedWeight:
     """Return a part, quantized as if the whole was. Collective."""
+    by_whole = FORMATS[quant_type].quantize_part
+    if by_whole is not None:
+        return by_whole(part, lambda t: t if t.is_meta else _largest(t, held))
     packed = quantized(part, quant_type, False, blocksize)
     if not held.double_quant:
         return packed
@@ -278,6 +281,12 @@ def _quantized(part: Tensor, quant_type: str, blocksize: int, held: HeldPart) ->
         scales = _joined(packed, held)
     whole = ops.with_nested_scales(packed._replace(absmax=scales.reshape(-1), shape=held.shape))
     return _with_scales_of(packed, whole, held)
+
+
+def _largest(t: Tensor, held: HeldPart) -> Tensor:
+    """Return the largest of all ranks' values. Collective."""
+    distributed.all_reduce(t, distributed.ReduceOp.MAX, group=held.mesh.get_group())
+    return t
 
 
 def _joined(packed: PackedWeight, held: HeldPart) -> Tensor:
@@ -327,4 +336,9 @@ def _part_of_packed(whole: PackedWeight, held: HeldPart) -> PackedWeight:
     part = whole._replace(codes=codes.reshape(-1, 1).clone(), shape=shape, **scales)
     if not whole.double_quant:
         return part
+    if FORMATS[whole.quant_type].quantize_part is not None:  # the scale of the scales is that of the whole weight
+        nested = whole.nested_absmax
+        assert nested is not None and part.absmax is not None
+        blocks = -(-part.absmax.numel() // whole.nested_blocksize)
+        return part._replace(nested_absmax=nested.reshape(-1)[:1].repeat(blocks))
     return _with_scales_of(part._replace(nested_absmax=None, nested_quant_map=None, nested_offset=None), whole, held)

@@ -42,6 +42,8 @@ class FourBitFormat:
         quant_method: `quantization_config["quant_method"]` of a model in this format.
         rows_are_blocks: blocks are parts of a row along the input dimension, which must be a multiple of a block. If
             False, blocks run over the flattened weight.
+        quantize_part: (rows or columns of a weight, function that returns the largest value of a tensor over all ranks'
+            parts) -> packed weight, if it depends on the whole weight; None if blocks are quantized one by one.
     """
 
     name: str
@@ -53,6 +55,7 @@ class FourBitFormat:
     from_tensors: Callable[[Tensor, Mapping[str, Tensor], str], PackedWeight]
     quant_method: str = METHOD
     rows_are_blocks: bool = False
+    quantize_part: Callable[[Tensor, Callable[[Tensor], Tensor]], PackedWeight] | None = None
 
 
 def check_blocksize(blocksize: Any, name: str = "blocksize") -> None:

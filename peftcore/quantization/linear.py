@@ -15,7 +15,7 @@ from peftcore import ops, ranks
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.quantization.format import quantized
-from peftcore.quantization.parameters import PackedParameters
+from peftcore.quantization.parameters import PackedParameters, double_quant_text
 
 
 class QuantizedLinear(PackedParameters, nn.Linear):
@@ -120,6 +120,6 @@ class QuantizedLinear(PackedParameters, nn.Linear):
 
     def extra_repr(self) -> str:
         kept = self.quant_type if self.is_quantized else "dense"
-        double = ", double_quant" if self.nested_absmax is not None else ""
+        double = double_quant_text(self.quant_type, self._buffers["nested_absmax"])
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{text}, {kept}, blocksize={self.blocksize}{double}"

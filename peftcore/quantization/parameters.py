@@ -21,7 +21,7 @@ from peftcore.ops import PackedWeight
 from peftcore.quantization.format import FORMATS, PARTS, from_tensors, quantized, to_tensors
 
 BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset", "zeros", "permutation")
-_BY_EXPERT = ("codes", "absmax", "zeros")  # parts of a packed weight that experts do not share
+_BY_EXPERT = ("codes", "absmax", "nested_absmax", "zeros")  # parts of a packed weight that experts do not share
 
 
 class Packing(NamedTuple):
@@ -187,7 +187,7 @@ class PackedParameters(nn.Module):
         parts = [super().extra_repr()]
         for name, packing in self.packings.items():
             kept = packing.quant_type if self.packed_parameter(name) is not None else "dense"
-            double = ", double_quant" if self._buffers[packing.buffers[2]] is not None else ""
+            double = double_quant_text(packing.quant_type, self._buffers[packing.buffers[2]])
             parts.append(f"{name}={list(packing.shape)} {kept}, blocksize={packing.blocksize}{double}")
         return "; ".join(filter(None, parts))
 
@@ -207,6 +207,12 @@ class _AnyPath:
         if name.startswith("_"):
             raise AttributeError(name)
         return self
+
+
+def double_quant_text(quant_type: str, nested_absmax: Tensor | None) -> str:
+    """Return what `extra_repr` says of nested scales, which are an option of some formats."""
+    is_option = FORMATS[quant_type].settings(True, 64)[0]
+    return ", double_quant" if is_option and nested_absmax is not None else ""
 
 
 def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -252,7 +258,7 @@ def joined_experts(
     joined: dict[str, Tensor] = {}
     for i, expert in enumerate(experts):
         dense = expert.detach()
-        one = quantized(dense.mT if turned else dense, quant_type, False, blocksize)
+        one = quantized((dense.mT if turned else dense).unsqueeze(0), quant_type, False, blocksize)
         parts = {name: part for name in _BY_EXPERT if (part := getattr(one, name)) is not None}
         if not joined:
             joined = {name: part.new_empty((shape[0], *part.shape)) for name, part in parts.items()}

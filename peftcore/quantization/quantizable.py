@@ -115,7 +115,7 @@ def selected_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: in
         how = f"quantized in blocks of {found}" if found else "left dense"
         warn(
             f"{len(names)} weights of experts ('{names[0]}') are {how}, because an expert is not a multiple of "
-            f"{blocksize if found else MIN_BLOCKSIZE} values",
+            f"{blocksize if found else min(blocksize, MIN_BLOCKSIZE)} values",
         )
     return chosen
 

@@ -27,5 +27,13 @@ def test_nf4_is_the_normals_quantiles():
 def test_codebook_by_name_is_a_copy():
     ops.codebook("nf4").zero_()
     assert ops.codebook("nf4")[0] == -1
-    with pytest.raises(ValueError, match=r"no codebook 'nf5'.*nf4, fp4, mxfp4, affine4, dynamic8"):
+    with pytest.raises(ValueError, match=r"no codebook 'nf5'.*nf4, fp4, mxfp4, nvfp4, affine4, dynamic8, e4m3"):
         ops.codebook("nf5")
+
+
+def test_e4m3_has_the_values_of_the_specification():
+    """Sign, four bits of exponent with bias 7, three of mantissa; the two codes of NaN are infinity."""
+    wanted = [2.0**-9 * m if e == 0 else 2.0 ** (e - 7) * (1 + m / 8) for e in range(16) for m in range(8)]
+    wanted[127] = float("inf")
+    assert ops.codebook("e4m3")[:128].tolist() == wanted
+    assert (-ops.codebook("e4m3")[128:255]).tolist() == wanted[:127] and ops.codebook("e4m3")[255] == float("inf")

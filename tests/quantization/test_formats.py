@@ -1,4 +1,4 @@
-"""Models in MXFP4 and affine4: layers and experts, copies and files, merging, and the estimate."""
+"""Models in MXFP4, NVFP4 and affine4: layers and experts, copies and files, merging, and the estimate."""
 
 from __future__ import annotations
 
@@ -29,17 +29,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 class Format(NamedTuple):
-    """A format, the bits of a weight in blocks of 32, and the options of `peftcore.quantize`."""
+    """A format, the bits of a weight in blocks of `blocksize`, and the options of `peftcore.quantize`."""
 
     quant_type: str
     quantize: Callable[[Tensor], PackedWeight]
     bits: float
     options: dict[str, Any]
+    blocksize: int = 32
 
 
 MXFP4 = Format("mxfp4", ops.quantize_mxfp4, 4.25, {})
 AFFINE4 = Format("affine4", lambda weight: ops.quantize_affine4(weight, 32), 4.75, {"blocksize": 32})
-FORMATS = pytest.mark.parametrize("form", [MXFP4, AFFINE4], ids=lambda form: form.quant_type)
+NVFP4 = Format("nvfp4", ops.quantize_nvfp4, 4.5, {}, 16)
+FORMATS = pytest.mark.parametrize("form", [MXFP4, NVFP4, AFFINE4], ids=lambda form: form.quant_type)
 
 
 def quantized(form: Format, model: nn.Module) -> nn.Module:
@@ -57,6 +59,7 @@ def act_order(model: nn.Module) -> nn.Module:
 
 MODELS = {
     "mxfp4": (MXFP4, lambda: quantized(MXFP4, llama())),
+    "nvfp4": (NVFP4, lambda: quantized(NVFP4, llama())),
     "affine4": (AFFINE4, lambda: quantized(AFFINE4, llama())),
     "permuted inputs": (AFFINE4, lambda: act_order(quantized(AFFINE4, llama()))),
 }
@@ -83,14 +86,14 @@ def test_layers_are_quantized_and_computed_from_their_bits(form: Format, made: C
     assert len(list(quantized_layers(model))) == 14
     for path, layer in quantized_layers(model):
         dense.get_submodule(path).weight.data = layer.dequantized(torch.float32)
-        assert layer.packed.quant_type == form.quant_type and layer.blocksize == 32
+        assert layer.packed.quant_type == form.quant_type and layer.blocksize == form.blocksize
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
     assert 0 < (logits(model) - logits(llama())).norm() / logits(llama()).norm() < 0.25
     layer = model.model.layers[0].mlp.up_proj
     stored = [t for name, t in layer.named_buffers() if name in ("absmax", "zeros")]
     stored_bytes = layer.weight.nbytes + sum(t.nbytes for t in stored)
     assert 8 * stored_bytes == form.bits * layer.in_features * layer.out_features
-    assert f"{form.quant_type}, blocksize=32" in repr(layer)
+    assert repr(layer).endswith(f"{form.quant_type}, blocksize={form.blocksize})")
 
 
 @EACH_MODEL
@@ -117,7 +120,8 @@ def test_copies_pickles_and_files_keep_the_bits(form: Format, made: Callable[[],
     for loaded in (peftcore.quantization.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
         same(bits(loaded), state)
         assert torch.equal(logits(loaded), logits(model))
-    cast = {name: t.bfloat16() if t.is_floating_point() else t for name, t in state.items()}
+    dense = {name for name, t in state.items() if t.is_floating_point() and not name.endswith(".global_scale")}
+    cast = {name: t.bfloat16() if name in dense else t for name, t in state.items()}
     same(bits(model.to(torch.bfloat16)), cast)
 
 
@@ -151,7 +155,7 @@ def test_experts(kind: str, form: Format, tmp_path: Path) -> None:
             parameter, packed = dense.get_submodule(path).get_parameter(name), experts.packed_parameter(name)
             assert packed.turned == (kind == "gpt_oss")
             wanted = form.quantize(parameter.mT if packed.turned else parameter)
-            for part in ("codes", "absmax", "zeros"):
+            for part in ("codes", "absmax", "nested_absmax", "zeros"):
                 found = getattr(packed, part)
                 assert (found is None) == (getattr(wanted, part) is None)
                 assert found is None or torch.equal(found, getattr(wanted, part))
@@ -207,6 +211,11 @@ def test_a_dense_checkpoint_is_quantized_as_it_is_read(form: Format, tmp_path: P
 DAMAGES: list[tuple[Format, Callable[[dict[str, Tensor]], Any], str]] = [
     (MXFP4, lambda t: t.update(absmax=t["absmax"].float()), r"torch.float32 \[8\], expected torch.uint8 \[8\]"),
     (MXFP4, lambda t: t["absmax"].fill_(255), "has a scale of NaN"),
+    (NVFP4, lambda t: t["absmax"][3:].fill_(127), "has a scale of NaN"),
+    (NVFP4, lambda t: t.pop("global_scale"), "lacks 'w.global_scale'"),
+    (NVFP4, lambda t: t["global_scale"].fill_(1e38), "too large for float32"),
+    (NVFP4, lambda t: t.update(nested_quant_map=torch.ones(16)), r"'nested_quant_map' torch.float32 \[16\]"),
+    (NVFP4, lambda t: t.update(nested_quant_map=torch.full((256,), torch.inf)), "that is not one value a scale"),
     (AFFINE4, lambda t: t.update(absmax=t["absmax"].double()), "'absmax' torch.float64"),
     (AFFINE4, lambda t: t["absmax"].fill_(torch.nan), "has NaN or Inf in 'absmax'"),
     (AFFINE4, lambda t: t.update(zeros=t["zeros"][:3]), r"'zeros' torch.uint8 \[3\], expected torch.uint8 \[8\]"),
@@ -216,7 +225,7 @@ DAMAGES: list[tuple[Format, Callable[[dict[str, Tensor]], Any], str]] = [
         "which is not one of the inputs",
     ),
 ]
-for each in (MXFP4, AFFINE4):
+for each in (MXFP4, NVFP4, AFFINE4):
     state = f"quant_state.peftcore__{each.quant_type}"
     DAMAGES += [
         (each, lambda t: t.pop("absmax"), "lacks 'w.absmax'"),
@@ -239,6 +248,7 @@ def test_damaged_parts_are_refused(form: Format, change: Callable[[dict[str, Ten
     ("quant_type", "blocksize", "message"),
     [
         ("mxfp4", 128, "mxfp4 has blocks of 32 values, found blocksize=128"),
+        ("nvfp4", 32, "nvfp4 has blocks of 16 values, found blocksize=32"),
         ("affine4", 96, "blocksize must be a power of two from 32 to 4096, found 96"),
     ],
 )
@@ -250,7 +260,7 @@ def test_block_sizes_that_a_format_lacks_are_refused(quant_type: str, blocksize:
 @FORMATS
 def test_rows_that_are_not_whole_blocks_are_refused(form: Format) -> None:
     model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 4))
-    message = f"'1' has 8 inputs, but {form.quant_type} needs a multiple of 32"
+    message = f"'1' has 8 inputs, but {form.quant_type} needs a multiple of {form.blocksize}"
     with pytest.raises(peftcore.PeftcoreError, match=message):
         quantized(form, model)
     assert type(model[0]) is nn.Linear

@@ -91,7 +91,7 @@ def is_exact(blocks: Blocks) -> bool:
 def _unlike(weight: PackedWeight) -> Iterator[str]:
     """Yield why no type of GGUF has a weight's values within the rounding of fp16."""
     if weight.quant_type not in ("mxfp4", "affine4"):
-        yield f"is in {weight.quant_type}"
+        yield f"is in {weight.quant_type}" + " with a scale of the whole weight" * (weight.quant_type == "nvfp4")
     elif weight.permutation is not None:
         yield "has groups of inputs that are not neighbours (act-order)"
     elif weight.quant_type == "affine4":

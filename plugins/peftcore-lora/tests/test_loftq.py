@@ -14,7 +14,7 @@ import peftcore
 from peftcore.plugin import other_adapter
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "mxfp4", "affine4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "mxfp4", "nvfp4", "affine4"])
 def test_the_start_is_the_best_of_its_rank(quant_type: str) -> None:
     dense, model = llama(num_hidden_layers=1), llama(num_hidden_layers=1)
     peftcore.quantize(model, quant_type, **({"blocksize": 32} if quant_type == "affine4" else {}))

@@ -38,7 +38,7 @@ def of_whole_blocks() -> list[Family]:
 
 @pytest.mark.slow
 @pytest.mark.nightly
-@pytest.mark.parametrize("quant_type", ["mxfp4", "affine4"])
+@pytest.mark.parametrize("quant_type", ["mxfp4", "nvfp4", "affine4"])
 def test_conformance_in_each_format(quant_type: str) -> None:
     """Every family passes in the formats that `test_conformance` does not run, which runs NF4."""
     options = {"blocksize": 32} if quant_type == "affine4" else {}

@@ -1,0 +1,144 @@
+"""NVFP4: 4-bit codes in E2M1 with a scale in E4M3 for each block of 16 values of a row, and one in fp32 for the matrix.
+
+    g    = max |x| / (6 * 448), one of each matrix [out, in]; at least 2^-126
+    s[b] = max |x[i]| / (6 g) over block b, rounded to E4M3 (8 bits: 4 of exponent, 3 of mantissa), from 2^-9 to 448; 1
+           where the block is zero
+    q[i] = x[i] / (s[b] g) rounded to the nearest of ±{0, 0.5, 1, 1.5, 2, 3, 4, 6}; of two equally near ones to the one
+           with an even code
+    y[i] = round(E2M1[q[i]] * (s[b] g)): both products in fp32, rounded once to the output dtype
+
+4.5 bits per weight. In memory these are the nested scales of quant4.py: s is looked up in a table of E4M3's values, and
+g is repeated for each `nested_blocksize` scales, a number that divides those of an expert. All kernels on CPU take
+them; CUDA has none for blocks of 16.
+
+Source: NVIDIA, "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), appendix. Scales and codes equal
+those of NVFP4QTensor in nvidia-modelopt 0.47 bit for bit.
+
+Non-finite input is not an error: its block, or its whole matrix, dequantizes to NaN or infinity.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from peftcore.ops.codebooks import codebook
+from peftcore.ops.huge_pages import empty_bytes
+from peftcore.ops.weight import MAX_BLOCKSIZE, MIN_BLOCKSIZE, PackedWeight, check_dtype, value
+
+BLOCKSIZE = 16
+EXPERT_VALUES = BLOCKSIZE * MIN_BLOCKSIZE  # an expert has a multiple of them, so that nested scales are one expert's
+_LARGEST_CODE, _LARGEST_SCALE, _SMALLEST_SCALE = 6.0, 448.0, 2.0**-9
+_AT_ONCE = 1 << 18  # values that are quantized together, so that temporary tensors stay in a cache
+
+
+def matrices(shape: tuple[int, ...]) -> int:
+    """Return the number of matrices in a weight `[.., out, in]`."""
+    return math.prod(shape[:-2])
+
+
+def nested_blocksize(shape: tuple[int, ...]) -> int:
+    """Return the number of scales for which a matrix's own scale is repeated.
+
+    Raises:
+        ValueError: experts whose values are not a multiple of 512.
+    """
+    if len(shape) < 3:
+        return MAX_BLOCKSIZE
+    size = math.prod(shape[-2:])
+    found = f"found {list(shape)}"
+    value(size % EXPERT_VALUES == 0, "nvfp4", f"an expert must have a multiple of {EXPERT_VALUES} values, {found}")
+    return math.gcd(size // BLOCKSIZE, MAX_BLOCKSIZE)
+
+
+def nvfp4_weight(
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    scale_map: Tensor | None = None,
+) -> PackedWeight:
+    """Return the packed weight of codes and scales.
+
+    Args:
+        codes: uint8 `[n / 2, 1]`, the even element in the high nibble.
+        scales: uint8 `[n / 16]`, the bits of E4M3.
+        global_scale: fp32, one value of each matrix.
+        shape: `(.., out, in)`; `in` is a multiple of 16.
+        dtype: dtype of the weight when dequantized.
+        scale_map: fp32 `[256]`, the values of `scales`; None: E4M3's.
+
+    Raises:
+        ValueError: experts whose values are not a multiple of 512.
+    """
+    step = nested_blocksize(shape)
+    blocks, count = math.prod(shape) // BLOCKSIZE, matrices(shape)
+    each = -(-blocks // step) // max(count, 1)
+    outer = global_scale.reshape(-1).repeat_interleave(each)
+    scale_map = codebook("e4m3", codes.device) if scale_map is None else scale_map
+    weight = PackedWeight(codes, scales, codebook("nvfp4", codes.device), shape, BLOCKSIZE, dtype, "nvfp4")
+    return weight._replace(
+        nested_absmax=outer,
+        nested_quant_map=scale_map,
+        nested_offset=outer.new_zeros(()),
+        nested_blocksize=step,
+    )
+
+
+@torch.no_grad()
+def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
+    """Quantize a tensor `[.., out, in]` in blocks of 16 values of its rows.
+
+    Args:
+        x: fp32, fp16 or bf16; any strides; `in` is a multiple of 16.
+        largest: the largest magnitude of each matrix, if x is a part of them; None: that of x.
+
+    Returns:
+        The packed weight on x's device. Its scales are finite exactly where the input was.
+
+    Raises:
+        TypeError: another dtype. ValueError: rows are not whole blocks, or experts' values not a multiple of 512.
+    """
+    op, shape = "quantize_nvfp4", tuple(x.shape)
+    check_dtype(x.dtype, op)
+    fits = x.dim() > 0 and shape[-1] % BLOCKSIZE == 0
+    value(fits, op, f"the last dimension of x must be a multiple of {BLOCKSIZE}, found {list(shape)}")
+    count = matrices(shape)
+    blocks = x.reshape(count, x.numel() // max(count, 1) // BLOCKSIZE, BLOCKSIZE)
+    if largest is None:
+        largest = largest_of(x)
+    tiny = torch.finfo(torch.float32).tiny
+    outer = (largest.reshape(-1).float() / (_LARGEST_CODE * _LARGEST_SCALE)).clamp_(min=tiny)
+    codes = empty_bytes((count, blocks.shape[1], BLOCKSIZE // 2), x.device)
+    scales = x.new_empty(blocks.shape[:2], dtype=torch.uint8)
+    step = _AT_ONCE // BLOCKSIZE
+    for i in range(count):
+        for first in range(0, blocks.shape[1], step):
+            some = slice(first, first + step)
+            part = blocks[i, some].float()
+            scale = part.abs().amax(1) / (_LARGEST_CODE * outer[i])
+            scale = scale.masked_fill_(scale == 0, 1).clamp_(_SMALLEST_SCALE, _LARGEST_SCALE).to(torch.float8_e4m3fn)
+            scales[i, some] = scale.view(torch.uint8)
+            found = _nearest(part / (scale.float() * outer[i]).unsqueeze(1))
+            codes[i, some] = found[:, ::2] << 4 | found[:, 1::2]
+    return nvfp4_weight(codes.view(-1, 1), scales.view(-1), outer, shape, x.dtype)
+
+
+def _nearest(x: Tensor) -> Tensor:
+    """Return the codes of the nearest entries; of two equally near ones, as `round` does, the even one."""
+    size = torch.fmin(x.abs(), x.new_tensor(_LARGEST_CODE))  # 6 for NaN
+    # Up to 2 entries are 0.5 apart, then 1, then 2: the smallest of these is the code of the right part.
+    codes = torch.minimum((2 * size).round_(), size.round() + 2)
+    codes = torch.minimum(codes, (size / 2).round_() + 4).to(torch.uint8)
+    return codes | (x < 0).to(torch.uint8) << 3
+
+
+def largest_of(x: Tensor) -> Tensor:
+    """Return the largest magnitude of each matrix of x, in fp32."""
+    flat = x.reshape(matrices(tuple(x.shape)), -1)
+    if not flat.numel():
+        return flat.new_zeros(flat.shape[0], dtype=torch.float32)
+    return torch.maximum(flat.amax(1), -flat.amin(1)).float()

@@ -1,0 +1,120 @@
+"""NVFP4: codes in E2M1 with a scale in E4M3 for each 16 values of a row, and one in fp32 for the matrix (`ops.nvfp4`).
+
+X.weight                              uint8 [n / 2, 1], the even element in the high nibble
+X.weight.absmax                       uint8 [blocks], the bits of E4M3
+X.weight.global_scale                 fp32 [1]; of experts [experts]
+X.weight.nested_quant_map             fp32 [256], the values of `absmax` if other than E4M3's: compressed-tensors
+                                      divides by a scale instead of multiplying
+X.weight.quant_state.peftcore__nvfp4  uint8, the bytes of a JSON text: shape and dtype, and for experts stored as
+                                      [experts, out, in], while the parameter is [experts, in, out], turned: true
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from peftcore import ops
+from peftcore.errors import PeftcoreError
+from peftcore.ops.codebooks import E4M3
+from peftcore.ops.nvfp4 import BLOCKSIZE, EXPERT_VALUES, largest_of, matrices, nvfp4_weight
+from peftcore.ops.weight import PackedWeight
+from peftcore.quantization.four_bit_format import (
+    FourBitFormat,
+    check_parts,
+    check_state,
+    damaged,
+    encoded,
+    facts_of,
+)
+from peftcore.validation import shown
+
+_STATE, _GLOBAL, _MAP = "quant_state.peftcore__nvfp4", "global_scale", "nested_quant_map"
+_LARGEST_CODE = 6.0
+
+
+def _settings(double_quant: bool, blocksize: int) -> tuple[bool, int]:
+    """Return the only settings. The defaults of NF4, True and 64, count as not given."""
+    if blocksize not in (64, BLOCKSIZE):
+        raise PeftcoreError(f"nvfp4 has blocks of {BLOCKSIZE} values, found blocksize={shown(blocksize)}. Leave it out")
+    return False, BLOCKSIZE
+
+
+def _quantize(weight: Tensor, blocksize: int, double_quant: bool) -> PackedWeight:
+    shape = tuple(weight.shape)
+    _check_shape(shape, f"found a weight of shape {list(shape)}. Leave the layer dense: skip=[...]")
+    return ops.quantize_nvfp4(weight)
+
+
+def _check_shape(shape: tuple[int, ...], found: str) -> None:
+    if shape[-1] % BLOCKSIZE:
+        raise PeftcoreError(f"nvfp4 needs rows that are multiples of {BLOCKSIZE} values, {found}")
+    if len(shape) > 2 and math.prod(shape[-2:]) % EXPERT_VALUES:
+        raise PeftcoreError(f"nvfp4 needs experts of a multiple of {EXPERT_VALUES} values, {found}")
+
+
+def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
+    """Return the tensors stored with `X.weight` on disk, by the part of the name after `X.weight.`."""
+    outer, scale_map = weight.nested_absmax, weight.nested_quant_map
+    assert outer is not None and scale_map is not None
+    tensors = {"absmax": weight.absmax, _GLOBAL: outer.reshape(max(matrices(weight.shape), 1), -1)[:, 0].contiguous()}
+    if not torch.equal(scale_map, E4M3.to(scale_map.device)):
+        tensors[_MAP] = scale_map
+    return {**tensors, _STATE: encoded(facts_of(weight), weight.absmax.device)}
+
+
+def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
+    """Build the weight `name` from its bytes and tensors, checked against each other.
+
+    Raises:
+        CheckpointError: a part is missing or does not fit: the file is damaged or has another format.
+    """
+    _, shape, dtype, is_turned = check_state(codes, tensors, _STATE, name)
+    if not shape:
+        raise damaged(name, "has the shape of a scalar")
+    try:
+        _check_shape(shape, f"found shape {list(shape)}")
+    except PeftcoreError as error:
+        raise damaged(name, f"cannot be read from '{_STATE}': {error}") from error
+    wanted = {"absmax": (torch.uint8, math.prod(shape) // BLOCKSIZE), _GLOBAL: (torch.float32, matrices(shape))}
+    check_parts(tensors, wanted, name)
+    scale_map = tensors.get(_MAP)
+    if scale_map is not None:
+        is_map = scale_map.dtype is torch.float32 and scale_map.shape == (256,)
+        if not is_map or not torch.equal(scale_map.isfinite(), E4M3.isfinite().to(scale_map.device)):
+            raise damaged(name, f"has '{_MAP}' {scale_map.dtype} {list(scale_map.shape)} that is not one value a scale")
+        scale_map = scale_map.detach().clone()
+    # Copies, so that small parts do not keep a memory-mapped file open.
+    scales, outer = (tensors[part].detach().clone() for part in wanted)
+    weight = nvfp4_weight(codes.detach().contiguous(), scales, outer, shape, dtype, scale_map)
+    check_scales(weight, name)
+    return weight._replace(turned=is_turned)
+
+
+def check_scales(weight: PackedWeight, name: str) -> None:
+    """Raise a CheckpointError if a scale of the weight `name` is NaN, or a value would be infinite."""
+    if weight.absmax.is_meta or not weight.absmax.numel():
+        return
+    used = torch.bincount(weight.absmax.reshape(-1), minlength=256) > 0
+    assert weight.nested_quant_map is not None and weight.nested_absmax is not None
+    largest = weight.nested_quant_map[used].abs().max()
+    if not largest.isfinite():
+        raise damaged(name, "has a scale of NaN, so values are not finite")
+    if not (largest * weight.nested_absmax.abs().max() * _LARGEST_CODE).isfinite():
+        raise damaged(name, "has scales whose products with the global scale are too large for float32")
+
+
+NVFP4 = FourBitFormat(
+    name="nvfp4",
+    settings=_settings,
+    quantize=_quantize,
+    state=_STATE,
+    parts=("absmax", _GLOBAL, _MAP, _STATE),
+    to_tensors=to_tensors,
+    from_tensors=from_tensors,
+    rows_are_blocks=True,
+    quantize_part=lambda part, largest: ops.quantize_nvfp4(part, largest(largest_of(part))),
+)
