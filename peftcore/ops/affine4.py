@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops.codebooks import codebook
-from peftcore.ops.huge_pages import empty_bytes, in_huge_pages
+from peftcore.ops.huge_pages import in_huge_pages
 from peftcore.ops.weight import (
     AFFINE,
     MAX_BLOCKSIZE,
@@ -127,7 +127,7 @@ def quantize_affine4(x: Tensor, blocksize: int = 64) -> PackedWeight:
     fits = x.dim() > 0 and x.shape[-1] % blocksize == 0
     value(fits, op, f"the last dimension of x must be a multiple of {blocksize}, found {list(x.shape)}")
     blocks = x.reshape(-1, blocksize)
-    codes = empty_bytes((blocks.shape[0], blocksize // 2), x.device)
+    codes = x.new_empty((blocks.shape[0], blocksize // 2), dtype=torch.uint8)
     scales = x.new_empty((blocks.shape[0],), dtype=torch.bfloat16)
     zeros = x.new_empty((blocks.shape[0],), dtype=torch.uint8)
     step = max(1, _AT_ONCE // blocksize)
@@ -143,5 +143,5 @@ def quantize_affine4(x: Tensor, blocksize: int = 64) -> PackedWeight:
         codes[some] = found[:, ::2] << 4 | found[:, 1::2]
         zeros[some] = zero.nan_to_num_().flatten().to(torch.uint8)
     quant_map, shape = codebook("affine4", x.device), tuple(x.shape)
-    weight = PackedWeight(codes.view(-1, 1), scales, quant_map, shape, blocksize, x.dtype, "affine4")
+    weight = PackedWeight(in_huge_pages(codes.view(-1, 1)), scales, quant_map, shape, blocksize, x.dtype, "affine4")
     return weight._replace(nested_blocksize=AFFINE, zeros=zeros)

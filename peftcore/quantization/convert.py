@@ -21,6 +21,7 @@ from peftcore.method import Model
 from peftcore.observation import detect
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight
+from peftcore.ops.huge_pages import collapse, move_to_huge_pages
 from peftcore.ops.weight import DTYPES
 from peftcore.plugin_discovery import CORE
 from peftcore.quantization import gptq
@@ -40,7 +41,7 @@ from peftcore.quantization.format import FORMATS, from_tensors, quantized
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import is_turned, pack_experts, unpack_experts
-from peftcore.quantization.parameters import PackedParameters, refuse_non_finite
+from peftcore.quantization.parameters import PackedParameters, packed_codes, refuse_non_finite
 from peftcore.quantization.quant_types import (
     dequantize_by_plugin,
     find_type,
@@ -159,10 +160,20 @@ def quantize(
         pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
     (chosen_format.update_config or sync_config)(model)
     guard_quantized(model)
-    fold_frozen(model, detect(model).output_head)  # what stays dense
+    quicken_few_rows(model)
     if before - _held_by(model) >= _WORTH:
         give_back_freed()
     return model
+
+
+def quicken_few_rows(model: nn.Module) -> None:
+    """Make products of few rows of a quantized model fast: in huge pages, the dense output head by its own kernel."""
+    head = detect(model).output_head
+    fold_frozen(model, head)
+    weight = None if head is None else model.get_submodule(head)._parameters.get("weight")
+    if weight is not None and weight.dtype is not torch.uint8:
+        collapse(weight)
+    move_to_huge_pages(packed_codes(model))
 
 
 def _round_by_gptq(

@@ -23,11 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules
-from peftcore.adaptation.folding import fold_frozen
 from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.layers import shape_of
-from peftcore.observation import detect
 from peftcore.quantization.checkpoint_conversions import (
     WHOLE,
     Deserialize,
@@ -44,6 +42,7 @@ from peftcore.quantization.convert import (
     quantize,
     quantized_experts,
     quantized_layers,
+    quicken_few_rows,
 )
 from peftcore.quantization.format import FORMATS, PARTS, check_quant_type
 from peftcore.quantization.four_bit_format import DTYPES, METHOD
@@ -141,7 +140,7 @@ class FourBitQuantizer(HfQuantizer):
             settings: dict[str, Any] = {name: getattr(config, name) for name in ("double_quant", "skip", "blocksize")}
             return quantize(model, config.quant_type, compute_dtype=self.compute_dtype, **settings)
         guard_quantized(model)
-        fold_frozen(model, detect(model).output_head)
+        quicken_few_rows(model)
         sync_config(model)
         return model
 

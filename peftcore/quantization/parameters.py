@@ -200,6 +200,16 @@ class PackedParameters(nn.Module):
         return _AnyPath()
 
 
+def packed_codes(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model that have 4-bit codes; a shared one once."""
+    found: dict[nn.Parameter, None] = {}
+    for module in model.modules():
+        if isinstance(module, PackedParameters):
+            parameters = (module._parameters.get(name) for name in module.packings)
+            found |= {p: None for p in parameters if p is not None and p.dtype is torch.uint8}
+    return list(found)
+
+
 class _AnyPath:
     """Object that has every attribute, because keys below a parameter have no modules."""
 

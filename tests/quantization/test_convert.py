@@ -1,6 +1,7 @@
 """Whole models: which layers, tied and shared weights, Conv1D, bitsandbytes' layers, and what is refused."""
 
 import gc
+import mmap
 import weakref
 
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 
 import peftcore
 from peftcore.adaptation.class_swap import original_class
-from peftcore.quantization import QuantizedLinear, quantized_layers
+from peftcore.ops import huge_pages
+from peftcore.quantization import QuantizedLinear, convert, quantized_layers
 
 
 def kinds(model):
@@ -27,6 +29,26 @@ def test_linears_are_quantized_and_the_head_is_not():
     }
     error = (logits(model) - logits(llama())).norm() / logits(llama()).norm()
     assert 0 < error < 0.2
+
+
+def test_large_codes_are_moved_into_huge_pages(monkeypatch):
+    """Those of one model together, shared ones once, with the same results."""
+    moved = []
+    monkeypatch.setattr(convert, "move_to_huge_pages", lambda codes: moved.append(list(codes)))
+    monkeypatch.setattr(convert, "collapse", moved.append)
+    model = llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    head = model.lm_head.weight
+    peftcore.quantize(model)
+    assert moved[0] is head and len(moved) == 2
+    assert [id(codes) for codes in moved[1]] == [id(layer.weight) for _, layer in quantized_layers(model)]
+    assert len(moved[1]) == 11
+    before = logits(model)
+    monkeypatch.undo()
+    monkeypatch.setattr(huge_pages, "_HUGE_PAGE", mmap.PAGESIZE)
+    huge_pages.move_to_huge_pages(moved[1])
+    assert torch.equal(logits(model), before)
+    assert not huge_pages._are_granted() or all(codes.data_ptr() in huge_pages._held for codes in moved[1])
 
 
 def test_bits_per_weight():
