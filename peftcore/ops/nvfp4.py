@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops.codebooks import codebook
-from peftcore.ops.huge_pages import empty_bytes
+from peftcore.ops.huge_pages import in_huge_pages
 from peftcore.ops.weight import MAX_BLOCKSIZE, MIN_BLOCKSIZE, PackedWeight, check_dtype, value
 
 BLOCKSIZE = 16
@@ -112,7 +112,7 @@ def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
         largest = largest_of(x)
     tiny = torch.finfo(torch.float32).tiny
     outer = (largest.reshape(-1).float() / (_LARGEST_CODE * _LARGEST_SCALE)).clamp_(min=tiny)
-    codes = empty_bytes((count, blocks.shape[1], BLOCKSIZE // 2), x.device)
+    codes = x.new_empty((count, blocks.shape[1], BLOCKSIZE // 2), dtype=torch.uint8)
     scales = x.new_empty(blocks.shape[:2], dtype=torch.uint8)
     step = _AT_ONCE // BLOCKSIZE
     for i in range(count):
@@ -124,7 +124,7 @@ def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
             scales[i, some] = scale.view(torch.uint8)
             found = _nearest(part / (scale.float() * outer[i]).unsqueeze(1))
             codes[i, some] = found[:, ::2] << 4 | found[:, 1::2]
-    return nvfp4_weight(codes.view(-1, 1), scales.view(-1), outer, shape, x.dtype)
+    return nvfp4_weight(in_huge_pages(codes.view(-1, 1)), scales.view(-1), outer, shape, x.dtype)
 
 
 def _nearest(x: Tensor) -> Tensor:
