@@ -34,6 +34,7 @@ FIGURES = {
     data.EMBEDDING: ("recall_at_1", "mrr", "spearman", "pearson"),
     data.TAGS: ("accuracy", "macro_f1", "entity_f1"),
     data.PREFERENCES: ("preference_accuracy", "margin"),
+    data.IMAGE_PREFERENCES: ("preference_accuracy", "margin"),
     data.UNPAIRED: ("accuracy", "margin"),
     data.ODDS: ("preference_accuracy", "log_odds"),
     data.ROLLOUTS: ("reward",),

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import peftcore
-from peftcore.cli import data, odds, preferences, rewards, rollouts, unpaired
+from peftcore.cli import data, image_preferences, odds, preferences, rewards, rollouts, unpaired
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.tasks import Example
 from peftcore.engine import state_of
@@ -21,6 +21,7 @@ BETA = preferences.BETA
 def of(task: str) -> Any:
     """Return the module of a task: `encode`, `lengths`, `likelihoods`, `figures` and `as_texts`."""
     pairs = {data.PREFERENCES: preferences, data.ODDS: odds, data.REWARD: rewards}
+    pairs |= {data.IMAGE_PREFERENCES: image_preferences}
     return {**pairs, data.UNPAIRED: unpaired, data.ROLLOUTS: rollouts}[task]
 
 
@@ -38,7 +39,7 @@ def measure(
     """Return the loss over all examples and the task's figures.
 
     Args:
-        task: `dpo`, `kto`, `orpo` or `reward`.
+        task: `dpo`, `image-dpo`, `kto`, `orpo` or `reward`.
         model: the model with its adapter.
         examples: encoded by the task's module.
         tokenizer: the tokenizer.

@@ -32,14 +32,17 @@ IMAGE_TEXT = "image-text"
 EMBEDDING = "pairs"
 SPEECH = "asr"
 PREFERENCES = "dpo"
+IMAGE_PREFERENCES = "image-dpo"
 UNPAIRED = "kto"
 ODDS, REWARD = "orpo", "reward"
 ROLLOUTS = "grpo"
 PAIRED = (PREFERENCES, ODDS, REWARD)  # rows with a chosen and a rejected answer
-COMPARED = (PREFERENCES, UNPAIRED, ODDS, REWARD, ROLLOUTS)  # on judged answers, each with a module of its own
+SEEING = (IMAGE_TEXT, IMAGE_PREFERENCES)  # conversations with images
+# On judged answers, each with a module of its own.
+COMPARED = (PREFERENCES, IMAGE_PREFERENCES, UNPAIRED, ODDS, REWARD, ROLLOUTS)
 TASKS = (LANGUAGE_MODEL, SEQ2SEQ, IMAGE_TEXT, EMBEDDING, SPEECH, *HEADED, *COMPARED)
 NEW_HEAD = (*HEADED, REWARD)
-NO_PROMPTS = (*NEW_HEAD, IMAGE_TEXT, EMBEDDING, SPEECH)  # whose models do not answer a text
+NO_PROMPTS = (*NEW_HEAD, *SEEING, EMBEDDING, SPEECH)  # whose models do not answer a text
 
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 
@@ -64,7 +67,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
     CLASSIFICATION: _labelled("label"),
     REGRESSION: _labelled("label"),
     MULTI_LABEL: (*_labelled("label"), *_labelled("labels")),
-    **dict.fromkeys(PAIRED, (("prompt", "chosen", "rejected"), ("chosen", "rejected"))),
+    **dict.fromkeys((*PAIRED, IMAGE_PREFERENCES), (("prompt", "chosen", "rejected"), ("chosen", "rejected"))),
     UNPAIRED: (("prompt", "completion", "label"),),
     ROLLOUTS: (("prompt",),),
     TAGS: (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags")),
@@ -79,6 +82,7 @@ _SHOWN = {
 }
 _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label"}
 _SHOWN |= dict.fromkeys(PAIRED, "prompt/chosen/rejected") | {
+    IMAGE_PREFERENCES: "prompt/chosen/rejected with images",
     UNPAIRED: "prompt/completion/label",
     ROLLOUTS: "prompt",
     TAGS: "tokens/tags",
@@ -88,7 +92,7 @@ _EXAMPLES = {SPEECH: "audio=file,text=transcript", EMBEDDING: "anchor=question,p
 _EXAMPLES |= {SEQ2SEQ: "source=german,target=english", MULTI_LABEL: "text=body,labels=topics"}
 _EXAMPLES |= {IMAGE_TEXT: "messages=chat"}
 _EXAMPLES |= dict.fromkeys((CLASSIFICATION, REGRESSION), "text=review,label=stars")
-_EXAMPLES |= dict.fromkeys(PAIRED, "chosen=better,rejected=worse") | {ROLLOUTS: "prompt=question"}
+_EXAMPLES |= dict.fromkeys((*PAIRED, IMAGE_PREFERENCES), "chosen=better,rejected=worse") | {ROLLOUTS: "prompt=question"}
 
 
 def check_task(task: str) -> None:
@@ -160,8 +164,9 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
         return IMAGE
     found: list[Any] = []
     rows = itertools.chain.from_iterable(records(*each) for each in _sources(path, columns))
-    if image_turns.any_has_images(fields for _, fields in rows):
-        return IMAGE_TEXT
+    seen = image_turns.first_with_images(fields for _, fields in rows)
+    if seen is not None:
+        return IMAGE_PREFERENCES if {"chosen", "rejected"} <= seen.keys() else IMAGE_TEXT
     for _, fields in itertools.chain.from_iterable(records(*each) for each in _sources(path, columns)):
         if not found and any(fields.keys() >= set(keys) for keys in _KEYS[TAGS]):
             return TAGS
@@ -202,7 +207,11 @@ def row_of(where: str, fields: dict[str, Any], task: str) -> Row:
             f"other names: --columns {_EXAMPLES.get(task, 'prompt=question,completion=answer')}{_of_others(task)}"
         )
     if task in PAIRED:
+        if image_turns.has_images(fields):
+            raise PeftcoreError(f"{where}: the row has images, which --task {task} does not read. Use --task image-dpo")
         return judged_rows.preference(where, fields)
+    if task == IMAGE_PREFERENCES:
+        return image_turns.preference(where, fields)
     if task == IMAGE_TEXT:
         return image_turns.row_of(where, fields)
     if task == SPEECH:

@@ -31,28 +31,38 @@ def encode(rows: Sequence[Row], processor: Any, max_length: int) -> tuple[list[E
     Raises:
         PeftcoreError: an image cannot be read, the template does not write it, or it is beyond `max_length` tokens.
     """
-    examples, truncated, left_out = [], 0, 0
+    examples: list[Example] = []
+    truncated = left_out = 0
     for row in rows:
-        sizes = _sizes(row, processor)
-        for text, spans, count in conversations.texts_and_spans(row, processor.tokenizer):
-            example = _example(row, (text, spans, count), sizes, processor)
-            ids, labels = example["input_ids"], example["labels"]
-            if len(ids) > max_length:
-                images = sum(map(len, sizes))
-                if not _image_ids(processor).isdisjoint(ids[max_length:]):
-                    raise PeftcoreError(
-                        f"{row.where}: the conversation has {len(ids):,} tokens, {images:,} of them for "
-                        f"{len(sizes)} images, which cannot be cut; --max-length is {max_length:,}. Increase it"
-                    )
-                truncated += 1
-                example |= {"input_ids": ids[:max_length], "labels": labels[:max_length]}
-            if any(label != IGNORED for label in example["labels"][1:]):
-                examples.append(example)
-            else:
-                left_out += 1
+        found, cut = encoded(row, processor, max_length)
+        learned = [example for example in found if any(label != IGNORED for label in example["labels"][1:])]
+        examples, truncated, left_out = examples + learned, truncated + cut, left_out + len(found) - len(learned)
     if not examples:
         raise PeftcoreError(f"no answer begins within {max_length} tokens in any conversation. Increase --max-length")
     return examples, truncated, left_out
+
+
+def encoded(row: Row, processor: Any, max_length: int) -> tuple[list[Example], int]:
+    """Return a row's examples, also those that learn nothing within `max_length`, and how many of them were cut.
+
+    Raises:
+        PeftcoreError: see `encode`.
+    """
+    examples, truncated, sizes = [], 0, _sizes(row, processor)
+    for part in conversations.texts_and_spans(row, processor.tokenizer):
+        example = _example(row, part, sizes, processor)
+        ids, labels = example["input_ids"], example["labels"]
+        if len(ids) > max_length:
+            images = sum(map(len, sizes))
+            if not _image_ids(processor).isdisjoint(ids[max_length:]):
+                raise PeftcoreError(
+                    f"{row.where}: the conversation has {len(ids):,} tokens, {images:,} of them for "
+                    f"{len(sizes)} images, which cannot be cut; --max-length is {max_length:,}. Increase it"
+                )
+            truncated += 1
+            example |= {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+        examples.append(example)
+    return examples, truncated
 
 
 def _sizes(row: Row, processor: Any) -> list[list[int]]:

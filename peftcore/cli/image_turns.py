@@ -8,6 +8,7 @@ folder of the file that names them.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -25,16 +26,16 @@ _ROWS = 100  # rows that are looked at to guess a task
 
 def has_images(fields: Mapping[str, Any]) -> bool:
     """Return whether a row is a conversation with images."""
-    found = fields.get("messages") or fields.get("conversations") or fields.get("prompt")
+    found = fields.get("messages") or fields.get("conversations") or fields.get("prompt") or fields.get("chosen")
     if not isinstance(found, list):
-        return False
+        return bool(_named(fields)) and {"chosen", "rejected"} <= fields.keys()
     parts = (part for turn in found if isinstance(turn, dict) for part in _parts(turn.get("content")))
     return bool(_named(fields)) or any(part.get("type") in ("image", "image_url") for part in parts)
 
 
-def any_has_images(rows: Iterator[Mapping[str, Any]]) -> bool:
-    """Return whether one of the first rows is a conversation with images."""
-    return any(has_images(fields) for _, fields in zip(range(_ROWS), rows, strict=False))
+def first_with_images(rows: Iterator[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the first conversation with images among the first rows, or None."""
+    return next((fields for _, fields in zip(range(_ROWS), rows, strict=False) if has_images(fields)), None)
 
 
 def row_of(where: str, fields: dict[str, Any]) -> Row:
@@ -59,6 +60,53 @@ def row_of(where: str, fields: dict[str, Any]) -> Row:
     if spoken >= 0:
         raise PeftcoreError(f"{where}: messages[{spoken}] is the assistant's and has an image, but models write texts")
     return replace(row, images=tuple(images.paths))
+
+
+def preference(where: str, fields: dict[str, Any]) -> Row:
+    """Return a conversation with images and two answers to it, which are texts, messages or a list of one.
+
+    A text as the prompt that does not say where its images are shown shows them first.
+
+    Raises:
+        PeftcoreError: an image is missing, or an answer is not one of the assistant; the message begins with `where`.
+    """
+    answers = {key: _turns(where, key, fields[key], "assistant") for key in ("chosen", "rejected")}
+    key = next((key for key in ("prompt", "conversations") if fields.get(key) is not None), None)
+    if key is not None:
+        asked = _turns(where, key, fields[key], "user")
+    else:  # both contain the whole conversation
+        pairs = zip(answers["chosen"], answers["rejected"], strict=False)
+        asked = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        answers = {key: messages[len(asked) :] for key, messages in answers.items()}
+    named = _named(fields)
+    if isinstance(fields.get(key or ""), str) and named and MARK not in fields[key or ""]:
+        asked = [{"role": "user", "content": [*(dict(PLACE) for _ in named), *_parts(fields[key or ""])]}]
+    images = _Images(where, named)
+    asked = images.placed(key or "chosen", asked)
+    images.check_all_shown()
+    said = {}
+    for name, answer in answers.items():
+        said[name] = _Images(where, []).placed(name, answer)
+        if [message["role"] for message in said[name]] != ["assistant"]:
+            found = ", ".join(message["role"] for message in said[name])
+            raise PeftcoreError(f"{where}: '{name}' must be one assistant answer to the same prompt, found {found}")
+    if said["chosen"] == said["rejected"]:
+        raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same")
+    for answer in said.values():
+        whole = turns.conversation(where, [*asked, *answer], len(asked), fields)
+    chosen, rejected = map(turns.without_marks, said.values())
+    messages = turns.without_marks(asked)
+    return Row(where, "", chosen, rejected, messages=messages, tools=whole.tools, images=tuple(images.paths))
+
+
+def _turns(where: str, key: str, found: Any, role: str) -> list[dict[str, Any]]:
+    """Return a text, a message or a list of messages as messages, also in ShareGPT's form."""
+    if isinstance(found, str):
+        return [{"role": role, "content": found}]
+    found = [found] if isinstance(found, dict) else found
+    if isinstance(found, list) and any(isinstance(each, dict) and "from" in each for each in found):
+        return turns.of_sharegpt(where, found)
+    return turns.messages_of(where, key, found, has_images=True)
 
 
 def asked_of(where: str, fields: dict[str, Any]) -> Row:

@@ -45,7 +45,7 @@ def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
     """
     if task == data.SPEECH:
         return _speech_processor(model, adapter)
-    if task not in (data.IMAGE, data.IMAGE_TEXT):
+    if task not in (data.IMAGE, *data.SEEING):
         return load_tokenizer(model, adapter)
     quiet_transformers()
     from transformers import AutoImageProcessor, AutoProcessor
@@ -54,7 +54,7 @@ def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
         raise PeftcoreError(f"--task {task} needs a model of transformers, found the .gguf file '{model}'")
     require("PIL", extra="images")
     load_config(model, task)
-    if task == data.IMAGE_TEXT:
+    if task in data.SEEING:
         processor = image_chats.checked(_with_torchvision(AutoProcessor, model, "processor"), model)
         if adapter is not None and has_tokenizer(adapter):
             own = adapter_tokenizer.load(adapter)
@@ -223,8 +223,11 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
 
 
 _NEEDED = {
-    data.IMAGE_TEXT: "a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found {}. For texts "
-    "use --task causal-lm",
+    **dict.fromkeys(
+        data.SEEING,
+        "a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found {}. For texts use --task "
+        "causal-lm or dpo",
+    ),
     data.SEQ2SEQ: "an encoder-decoder model such as T5 or BART, found {}. For others use --task causal-lm, with rows "
     "prompt/completion",
     data.LANGUAGE_MODEL: "a model that writes texts, found {}. For an encoder-decoder model use --task seq2seq",
@@ -332,7 +335,7 @@ def _auto_class(task: str) -> Any:
         return transformers.AutoModelForSpeechSeq2Seq
     if task == data.EMBEDDING:
         return transformers.AutoModel
-    if task == data.IMAGE_TEXT:
+    if task in data.SEEING:
         return transformers.AutoModelForImageTextToText
     if task in data.NEW_HEAD:
         return transformers.AutoModelForSequenceClassification

@@ -37,7 +37,7 @@ def read_rows(paths: Sequence[str], task: AdapterTask, columns: Mapping[str, str
         return [Row(file, "", label=task.labels[0], image=file) for file in files]
     rows = []
     for path in paths:
-        if task.task == data.IMAGE_TEXT:
+        if task.task in data.SEEING:
             found = [image_turns.asked_of(where, fields) for where, fields in data_files.records(path, columns)]
         elif task.task == data.SPEECH:
             found = [_recording(where, fields) for where, fields in data_files.records(path, columns)]

@@ -10,7 +10,18 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerControl
 
-from peftcore.cli import data, odds, precision, rewards, rollouts, sentence_pairs, streamed, tasks, unpaired
+from peftcore.cli import (
+    data,
+    image_preferences,
+    odds,
+    precision,
+    rewards,
+    rollouts,
+    sentence_pairs,
+    streamed,
+    tasks,
+    unpaired,
+)
 from peftcore.cli.console import require, say
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.sampler import LengthGroupedSampler
@@ -104,7 +115,8 @@ def trl_classes(task: str) -> tuple[Any, Any]:
     import trl
 
     if task != data.ODDS:
-        name = {data.PREFERENCES: "DPO", data.UNPAIRED: "KTO", data.REWARD: "Reward", data.ROLLOUTS: "GRPO"}[task]
+        names = {data.UNPAIRED: "KTO", data.REWARD: "Reward", data.ROLLOUTS: "GRPO"}
+        name = names.get(task, "DPO")
         return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL calls its package experimental
@@ -142,12 +154,18 @@ def comparing_trainer(task: str, **arguments: Any) -> Measuring:
             sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
             return sampler
 
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            found = super()._prepare_inputs(inputs)
+            return tasks.in_dtype(found, self.model) if task == data.IMAGE_PREFERENCES else found
+
         def tokenize_row(self, row: Any, *_args: Any, **_kwargs: Any) -> Any:
             return row
 
     if task == data.UNPAIRED:
         arguments["data_collator"] = unpaired.collator(arguments["processing_class"])
         arguments["train_dataset"] = unpaired.mismatched(arguments["train_dataset"])
+    if task == data.IMAGE_PREFERENCES:
+        arguments["data_collator"] = image_preferences.collator(arguments["processing_class"])
     for name in ("train_dataset", "eval_dataset"):
         columns = {data.ODDS: odds.columns, data.REWARD: rewards.columns, data.ROLLOUTS: rollouts.columns}
         if task in columns:

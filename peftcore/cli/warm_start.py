@@ -48,9 +48,10 @@ class Start:
             PeftcoreError: the adapter is for another task.
         """
         own = self.task.task
-        if own in _WRITERS:
+        related = next((kinds for kinds in (_WRITERS, data.SEEING) if own in kinds), None)
+        if related is not None:
             found = task or data.guess_task(files, columns)
-            fits = found in _WRITERS
+            fits = found in related
         else:
             found = task or own
             fits = found == own or (found == data.MULTI_LABEL and not self._says_task() and bool(self.task.labels))

@@ -170,7 +170,5 @@ def test_dpo_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
 
 def test_beta_is_of_dpo(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     error = run("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora", "--beta", 1, code=1)
-    assert (
-        "--beta is for --task dpo, kto, orpo and grpo and must be above 0 (of grpo also 0), found 1 for causal-lm"
-        in error.output
-    )
+    tasks = "--beta is for --task dpo, image-dpo, kto, orpo and grpo"
+    assert f"{tasks} and must be above 0 (of grpo also 0), found 1 for causal-lm" in error.output

@@ -68,7 +68,7 @@ def chat(
     embedding = next((name for name, task in about.items() if task.task == data.EMBEDDING), None)
     if embedding is not None:
         raise PeftcoreError(f"'{folders[embedding]}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
-    with_images = next((name for name, task in about.items() if task.task == data.IMAGE_TEXT), None)
+    with_images = next((name for name, task in about.items() if task.task in data.SEEING), None)
     if with_images is not None:
         raise PeftcoreError(
             f"'{folders[with_images]}' answers turns with images. Use peftcore predict --data CONVERSATIONS.jsonl"

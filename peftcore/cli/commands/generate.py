@@ -52,7 +52,7 @@ def generate(
         raise PeftcoreError(f"'{adapter}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
     if task.task == data.EMBEDDING:
         raise PeftcoreError(f"'{adapter}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
-    if task.task == data.IMAGE_TEXT:
+    if task.task in data.SEEING:
         raise PeftcoreError(f"'{adapter}' answers turns with images. Use peftcore predict --data CONVERSATIONS.jsonl")
     if pair is not None and task.task not in data.LABELLED:
         raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")

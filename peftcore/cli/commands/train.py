@@ -60,7 +60,8 @@ def train(
     learned, through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression if labels
     are numbers that are not all whole, and multi-label if they are lists. {"tokens": [...], "tags": [...]} tags words.
     A folder with one subfolder of images per label trains an image classifier. Conversations with images, {"type":
-    "image", "path": FILE} in a turn's content, train a model that reads images and texts (--task image-text).
+    "image", "path": FILE} in a turn's content, train a model that reads images and texts (--task image-text), also by
+    DPO, with chosen and rejected answers (--task image-dpo).
     {"anchor": ..., "positive": ...}, also with "negative", or {"sentence1": ..., "sentence2": ..., "score": ...} train
     a model of embeddings (--task pairs).
     {"audio": FILE, "text": ...} trains a model of speech such as Whisper (--task asr).
@@ -117,8 +118,8 @@ def train(
     least = 0.0 if task == examples.ROLLOUTS else 1e-9
     if given.beta is not None and (task not in examples.COMPARED or task == examples.REWARD or not given.beta >= least):
         raise PeftcoreError(
-            f"--beta is for --task dpo, kto, orpo and grpo and must be above 0 (of grpo also 0), found {given.beta:g} "
-            f"for {task}. Leave it out, or pass a number above 0"
+            f"--beta is for --task dpo, image-dpo, kto, orpo and grpo and must be above 0 (of grpo also 0), found "
+            f"{given.beta:g} for {task}. Leave it out, or pass a number above 0"
         )
     if task != examples.UNPAIRED and (given.desirable_weight, given.undesirable_weight) != (1.0, 1.0):
         raise PeftcoreError(

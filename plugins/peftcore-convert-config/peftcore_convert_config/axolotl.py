@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore_convert_config.reading import IMAGES, Reading, asks, dataset, held_out, keyed, optimizer, single
+from peftcore_convert_config.reading import IMAGES, Reading, asks, dataset, held_out, judged, keyed, optimizer, single
 
 _OWN_SCRIPT = "a script with peftcore.apply and TRL's or transformers' trainer"
 _SAVED = "load the model in Python, save it, and pass its folder"
@@ -171,9 +171,9 @@ def _task(config: Reading) -> None:
     if kind is not None:
         if kind not in _TASKS:
             config.refuse("rl", "TRL's trainers with peft_config=peftcore.config('lora')")
-        config.options["task"] = _TASKS[kind]
+        judged(config, "rl", _TASKS[kind])
     if config.take("reward_model"):
-        config.options["task"] = "reward"
+        judged(config, "reward_model", "reward")
     config.option("rl_beta", "beta", float)
     config.option("orpo_alpha", "beta", float)
     config.option("kto_desirable_weight", "desirable_weight", float)

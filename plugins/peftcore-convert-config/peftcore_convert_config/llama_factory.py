@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore_convert_config.reading import IMAGES, Reading, asks, held_out, keyed, optimizer, single
+from peftcore_convert_config.reading import IMAGES, Reading, asks, held_out, judged, keyed, optimizer, single
 
-_PREFERRED = "for preferences between answers to images, TRL's DPOTrainer with peftcore.apply"
 _OWN = "for a model that transformers itself has, --task image-text with --set target_modules="
 _FROZEN = "peftcore train --task image-text, with --set target_modules= for the layers that are to be adapted"
 _MEGATRON = "none: Megatron's engine (docs/distributed.md)"
@@ -123,8 +122,7 @@ def _images(config: Reading) -> None:
     given = {key: config.take(key) for key in parts}
     if not any(map(config.has, (*parts, "image_max_pixels", "video_max_pixels"))):
         return
-    if "task" in config.options:
-        config.refuse("image_max_pixels", _PREFERRED)
+    task = config.options.pop("task", None)
     other = next((key for key, frozen in parts.items() if given[key] not in (None, frozen)), None)
     if other is not None:
         config.refuse(other, _FROZEN)
@@ -134,6 +132,8 @@ def _images(config: Reading) -> None:
             config.refuse("model_name_or_path", _OWN)
         config.fields["exclude_modules"] = r".*visual\..*"
     config.options["task"] = "image-text"
+    if task is not None:
+        judged(config, "pref_loss" if task == "orpo" else "stage", task)
     config.to_do.append(IMAGES)
 
 

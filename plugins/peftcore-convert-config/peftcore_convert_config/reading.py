@@ -11,6 +11,7 @@ IMAGES = (
     "data: rows are conversations that name the files of their images (docs/guides/image-chats.md); save images of a "
     "hub data set as files"
 )
+SEEING = "for answers to images, --task image-dpo, or TRL's trainers with peftcore.apply"
 _NOT_ASKED: tuple[Any, ...] = (None, False, "", [], {}, 0, "disabled")
 
 
@@ -88,6 +89,20 @@ class Reading:
             return kind(value)  # YAML reads 1e-4 as a text
         except (TypeError, ValueError):
             raise PeftcoreError(f"'{key}' must be a number, found {value!r}") from None
+
+
+def judged(reading: Reading, key: str, task: str) -> None:
+    """Set the task of a training on judged answers, to conversations with images if these are what is read.
+
+    Raises:
+        PeftcoreError: only DPO reads images.
+    """
+    if reading.options.get("task") != "image-text":
+        reading.options["task"] = task
+    elif task == "dpo":
+        reading.options["task"] = "image-dpo"
+    else:
+        reading.refuse(key, SEEING)
 
 
 def optimizer(reading: Reading, key: str, name: str) -> None:

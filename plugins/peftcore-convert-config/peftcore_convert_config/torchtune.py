@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore_convert_config.reading import IMAGES, Reading, asks, dataset, keyed, optimizer, single
+from peftcore_convert_config.reading import IMAGES, Reading, asks, dataset, judged, keyed, optimizer, single
 
 _WHOLE = "--set modules_to_save= trains whole modules next to the adapter"
 _READ = "for Llama 4 with images, peftcore train --task image-text with --set target_modules= for the layers"
@@ -223,7 +223,7 @@ def _steps(config: Reading) -> None:
     rate.option("num_warmup_steps", "warmup", float)
     loss = config.part("loss")
     if "DPO" in str(loss.take("_component_")):
-        config.options["task"] = "dpo"
+        judged(config, "loss", "dpo")
         loss.option("beta", "beta", float)
         if asks(loss.take("label_smoothing")):
             config.leave_out("label_smoothing", "TRL's DPOTrainer")

@@ -223,6 +223,11 @@ def test_conversations_with_images() -> None:
     assert programs.convert({**config, "lora_target_linear": True}).left_out.keys() == {"freeze_mm_modules"}
     factory = programs.convert({**SEEING, "lora_target": "all", "freeze_vision_tower": True})
     assert factory.options["task"] == "image-text" and factory.left_out.keys() == {"image_max_pixels"}
+    compared = programs.convert({**SEEING, "stage": "dpo", "pref_beta": 0.2})
+    assert (compared.options["task"], compared.options["beta"]) == ("image-dpo", 0.2) and len(compared.to_do) == 2
+    assert programs.convert({**config, "rl": "dpo"}).options["task"] == "image-dpo"
+    tuned = programs.convert({"model": TUNED, "loss": {"_component_": "DPOLoss"}, "optimizer": ADAM})
+    assert tuned.options["task"] == "image-dpo"
     assert factory.fields["exclude_modules"] == r".*visual\..*"  # as there, the part that reads images stays frozen
 
 
@@ -233,7 +238,9 @@ def test_conversations_with_images() -> None:
             {"base_model": "m", "processor_type": "AutoProcessor", "datasets": [{"path": "org/vision-audio"}]},
             "'processor_type: Auto.* for audio in chats",
         ),
-        ({**SEEING, "stage": "dpo"}, "'image_max_pixels: 4096' .* DPOTrainer"),
+        ({**SEEING, "stage": "rm"}, "'stage: rm' .* --task image-dpo"),
+        ({**SEEING, "stage": "dpo", "pref_loss": "orpo"}, "'pref_loss: orpo' .* --task image-dpo"),
+        ({"base_model": "m", "processor_type": "AutoProcessor", "rl": "kto"}, "'rl: kto' .* --task image-dpo"),
         ({**SEEING, "freeze_language_model": True}, "'freeze_language_model: True' .* --set target_modules="),
         ({**SEEING, "model_name_or_path": "org/other"}, "'model_name_or_path: org/other' .* target_modules="),
         ({"base_model": "m", "adapter": "lora", "rl": "ipo"}, "'rl: ipo' has no counterpart .* TRL's trainers"),

@@ -38,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama4_text": {**SIZES, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
 }
 
+SEEING = ("image-text", "image-dpo")
 UNPACKED = (
     "falcon_h1",
     "jamba",
@@ -47,7 +48,7 @@ UNPACKED = (
 
 def kind_of(case: dict[str, Any]) -> str | None:
     """Return the kind of model whose modules a case names, or None."""
-    if case["options"].get("task") == "image-text":
+    if case["options"].get("task") in SEEING:
         if "cross_attn|mlp" in str(case["set"]):
             return "mllama"
         return (
@@ -87,9 +88,11 @@ def rows(task: str | None) -> list[dict[str, Any]]:
             for prompt, *answers in told
             for i, answer in enumerate(answers)
         ]
+    parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "is it good"}]
+    asked = {"role": "user", "content": parts}
+    if task == "image-dpo":
+        return [{"prompt": [asked], "chosen": good, "rejected": bad} for _, good, bad in told]
     if task == "image-text":
-        parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "is it good"}]
-        asked = {"role": "user", "content": parts}
         return [{"messages": [asked, {"role": "assistant", "content": good}]} for _, good, _ in told]
     return [{"prompt": prompt, "completion": good} for prompt, good, _ in told]
 
@@ -146,7 +149,7 @@ def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None
     options.pop("chat_template", None)  # the rows are not conversations
     Image.new("RGB", (8, 8), (200, 20, 20)).save(tmp_path / "a.png")  # of conversations with images
     data = write_jsonl(tmp_path / "rows.jsonl", rows(options.get("task")))
-    room = 64 if options.get("task") == "image-text" else 32
+    room = 64 if options.get("task") in SEEING else 32
     small = {
         "max_length": min(room, options.get("max_length", room)),
         "batch_size": min(4, options.get("batch_size", 4)),
