@@ -19,7 +19,7 @@ from torch import Tensor
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by, transformed
 from peftcore.ops.gated import ACTIVATIONS as POWERS
-from peftcore.ops.gated import check_coefficients, share
+from peftcore.ops.gated import check_coefficients, share, slope
 from peftcore.ops.weight import check_dtype, check_gradient, check_strided
 
 _OPS = torch.ops.peftcore
@@ -75,11 +75,10 @@ class ActivatedBackward:
         x = self.x.float()
         if self.normal:
             density = torch.exp(-0.5 * x * x) * (0.5 / math.pi) ** 0.5
-            slope = 0.5 * torch.erfc(-x * math.sqrt(0.5)) + x * density
+            derivative = 0.5 * torch.erfc(-x * math.sqrt(0.5)) + x * density
         else:
-            s = share(x, self.linear, self.cubic)
-            slope = s * (1 + x * (1 - s) * (self.linear + 3 * self.cubic * x.pow(2)))
-        return (self.grad.float() * slope).to(self.x.dtype)
+            derivative = slope(x, self.linear, self.cubic)
+        return (self.grad.float() * derivative).to(self.x.dtype)
 
     def empty(self) -> Tensor:
         return self.x.new_empty(self.x.shape)

@@ -59,6 +59,12 @@ def share(x: Tensor, linear: float, cubic: float) -> Tensor:
     return torch.sigmoid(linear * x + cubic * x.pow(3) if cubic else linear * x)
 
 
+def slope(x: Tensor, linear: float, cubic: float) -> Tensor:
+    """Return the derivative of x s: far out 0 or 1, at infinity NaN."""
+    s, near = share(x, linear, cubic), x.clamp(-1e4, 1e4)
+    return s * (1 + near * (1 - s) * (linear + 3 * cubic * near.pow(2))) + (x - x)
+
+
 def _formula(gate: Tensor, up: Tensor, linear: float, cubic: float) -> Tensor:
     wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
     return (wide * share(wide, linear, cubic)).to(gate.dtype) * up
@@ -94,10 +100,8 @@ class GatedBackward:
 
     def compute(self) -> tuple[Tensor, Tensor]:
         gate, grad, dtype = self.gate.float(), self.grad.float(), self.gate.dtype
-        s = share(gate, self.linear, self.cubic)
-        slope = self.linear + 3 * self.cubic * gate.pow(2)
-        dgate = grad * self.up * s * (1 + gate * (1 - s) * slope)
-        return dgate.to(dtype), (grad * gate * s).to(dtype)
+        dgate = grad * self.up * slope(gate, self.linear, self.cubic)
+        return dgate.to(dtype), (grad * gate * share(gate, self.linear, self.cubic)).to(dtype)
 
     def empty(self) -> tuple[Tensor, Tensor]:
         return self.gate.new_empty(self.gate.shape), self.gate.new_empty(self.gate.shape)

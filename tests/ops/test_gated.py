@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.ops.gated import ACTIVATIONS
+from peftcore.ops.gated import ACTIVATIONS, Gated, GatedBackward
 
 _OPS = torch.ops.peftcore
 STEP = {torch.float32: 2**-21, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -82,14 +82,16 @@ def test_kernel_and_formula_agree(rows: int, columns: int, dtype: Any, name: Any
 
 @NAMES
 def test_far_out_values(level: None, name: Any) -> None:
-    gate = torch.tensor([-1e30, -1e4, -200.0, -88.5, 0.0, 88.5, 1e4, 1e30, float("inf"), float("nan")])
-    one = torch.ones(10)
-    y = ops.gated(gate, one, name)
-    torch.testing.assert_close(y[1:9], gate[1:9].clamp(min=0), rtol=1e-6, atol=1e-30)
-    assert y[9].isnan() and abs(y[0]) < 1e-5
-    dgate, _ = _OPS.gated_backward(one, gate, one, *ACTIVATIONS[name])
-    torch.testing.assert_close(dgate[1:8], torch.tensor([0, 0, 0, 0.5, 1, 1, 1]), rtol=1e-6, atol=1e-25)
-    assert dgate[9].isnan()
+    gate = torch.tensor([-3e38, -1e30, -1e4, -200.0, -88.5, 0.0, 88.5, 1e4, 1e30, float("inf"), float("nan")])
+    one, powers = torch.ones(11), ACTIVATIONS[name]
+    references = Gated(gate, one, *powers).compute(), *GatedBackward(one, gate, one, *powers).compute()
+    for y, dgate, dup in (references, (ops.gated(gate, one, name), *_OPS.gated_backward(one, gate, one, *powers))):
+        torch.testing.assert_close(y[:10], gate[:10].clamp(min=0), rtol=1e-6, atol=1e-34)
+        torch.testing.assert_close(dup[:10], y[:10], rtol=0, atol=0)
+        assert y[:4].eq(0).all() and y[:4].signbit().all()
+        slope = torch.tensor([0, 0, 0, 0, 0, 0.5, 1, 1, 1])
+        torch.testing.assert_close(dgate[:9], slope, rtol=1e-6, atol=1e-33)
+        assert all(t[10].isnan() for t in (y, dgate, dup))
 
 
 def test_second_gradients_and_transforms() -> None:

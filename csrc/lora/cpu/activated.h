@@ -37,6 +37,7 @@ struct Activated {
     using T = typename Level::T;
     using Chunk = typename Gates<Level>::Chunk;
     using Power = typename Gates<Level>::Power;
+    using Logistic = typename Gates<Level>::Logistic;
     static constexpr int64_t kChunk = Gates<Level>::kChunk;
 
     static void forward(const ActivationArgs& args, int64_t first, int64_t last) {
@@ -47,7 +48,7 @@ struct Activated {
             x.load(static_cast<const T*>(args.x) + first, count);
             for (int64_t i = 0; i < kChunk; i += kNative) {
                 Native& value = native_at(x.value + i);
-                value = args.normal ? value * Normal(value).share : value / (1.0f + p.exponential_of(value));
+                value *= args.normal ? Normal(value).share : Logistic(p, value).share;
             }
             x.store(static_cast<T*>(args.y) + first, count);
         }
@@ -67,8 +68,7 @@ struct Activated {
                     const Normal normal(value);
                     slope = normal.share + normal.near * normal.density + (value - value);  // of infinity NaN
                 } else {
-                    const Native e = p.exponential_of(value), s = 1.0f / (1.0f + e);
-                    slope = s * (1.0f + p.near(value) * (e * s) * p.slope(value)) + (value - value);
+                    slope = Logistic(p, value).slope;
                 }
                 native_at(x.value + i) = native_at(grad.value + i) * slope;
             }

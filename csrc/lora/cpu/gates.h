@@ -1,6 +1,6 @@
-// y = act(g) ∘ u and its gradients, each in one pass over memory, in fp32. act is x / (1 + e^-p): silu with p = x, GELU by
-// tanh with p = 2 √(2/π) (x + 0.044715 x³). Loops over a chunk take a vector at a time (sixteen.h); all levels give the same
-// bits.
+// y = act(g) ∘ u and its gradients, each in one pass over memory, in fp32. act is x s, s = 1 / (1 + e^-p): silu with p = x,
+// GELU by tanh with p = 2 √(2/π) (x + 0.044715 x³). Loops over a chunk take a vector at a time (sixteen.h); all levels give
+// the same bits.
 #pragma once
 
 #include "lora/cpu/blocks.h"
@@ -71,21 +71,22 @@ struct Gates {
         }
     };
 
-    // p and its slope. Far out, where their powers would overflow, 1 / (1 + e^-p) is 0 or 1 anyway.
+    // Coefficients of p.
     struct Power {
         float linear, cubic;
+    };
 
-        PEFTCORE_INLINED Native near(const Native& x) {
+    // s, which is 0 far below 0, and the slope of act, NaN at infinity. Powers of x do not overflow: far out, where they
+    // would, s is 0 or 1 anyway.
+    struct Logistic {
+        Native share, slope;
+
+        __attribute__((always_inline)) inline Logistic(const Power& p, const Native& x) {
             constexpr uint32_t k10000 = 0x461c4000u;
-            return limited(x, k10000);
-        }
-        __attribute__((always_inline)) inline Native exponential_of(const Native& x) const {  // e^-p
-            const Native y = near(x);
-            return exponential(-y * (linear + cubic * (y * y)));
-        }
-        __attribute__((always_inline)) inline Native slope(const Native& x) const {
-            const Native y = near(x);
-            return linear + 3.0f * cubic * (y * y);
+            const Native near = limited(x, k10000), square = near * near;
+            const Native z = -near * (p.linear + p.cubic * square), e = exponential(z);
+            share = z < 88.0f ? 1.0f / (1.0f + e) : Native{};
+            slope = share * (1.0f + near * (e * share) * (p.linear + 3.0f * p.cubic * square)) + (x - x);
         }
     };
 
@@ -99,7 +100,7 @@ struct Gates {
                 up.load(static_cast<const T*>(args.up) + at, count);
                 for (int64_t i = 0; i < kChunk; i += kNative) {
                     Native& g = native_at(gate.value + i);
-                    g = g / (1.0f + p.exponential_of(g));
+                    g *= Logistic(p, g).share;
                 }
                 if (args.rounded) gate.round();
                 for (int64_t i = 0; i < kChunk; ++i) gate.value[i] *= up.value[i];
@@ -118,10 +119,10 @@ struct Gates {
                 grad.load(static_cast<const T*>(args.dy) + first * args.columns + n, count);
                 for (int64_t i = 0; i < kChunk; i += kNative) {
                     const Native g = native_at(gate.value + i), u = native_at(up.value + i),
-                                 dy = native_at(grad.value + i), e = p.exponential_of(g),
-                                 s = 1.0f / (1.0f + e);
-                    native_at(gate.value + i) = dy * u * s * (1.0f + g * (e * s) * p.slope(g));
-                    native_at(up.value + i) = dy * g * s;
+                                 dy = native_at(grad.value + i);
+                    const Logistic s(p, g);
+                    native_at(gate.value + i) = dy * u * s.slope;
+                    native_at(up.value + i) = dy * g * s.share;
                 }
                 gate.store(static_cast<T*>(args.dgate) + at, count);
                 up.store(static_cast<T*>(args.dup) + at, count);

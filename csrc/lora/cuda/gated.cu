@@ -13,17 +13,18 @@ namespace {
 
 constexpr int kGatedThreads = 256;
 
-// e^-p, at most e^88, so that its products stay finite. Far out, where powers of x would overflow, 1 / (1 + e^-p) is 0
-// or 1 anyway.
-__device__ __forceinline__ float within(float x) { return fminf(fmaxf(x, -10000.0f), 10000.0f); }
-__device__ __forceinline__ float exponential_of(const GatedCall& call, float x) {
-    x = within(x);
-    return expf(fminf(-x * (call.linear + call.cubic * (x * x)), 88.0f));
-}
-__device__ __forceinline__ float slope_of(const GatedCall& call, float x) {
-    x = within(x);
-    return call.linear + 3.0f * call.cubic * (x * x);
-}
+// act is x · share, share = 1 / (1 + e^-p), which is 0 far below 0; slope is that of act, NaN at infinity. Powers of x and
+// e^-p do not overflow: far out, where they would, share is 0 or 1 anyway.
+struct Logistic {
+    float share, slope;
+
+    __device__ __forceinline__ Logistic(const GatedCall& call, float x) {
+        const float near = fminf(fmaxf(x, -10000.0f), 10000.0f), square = near * near;
+        const float z = -near * (call.linear + call.cubic * square), e = expf(fminf(z, 88.0f));
+        share = z < 88.0f ? 1.0f / (1.0f + e) : 0.0f;
+        slope = share * (1.0f + near * (e * share) * (call.linear + 3.0f * call.cubic * square)) + (x - x);
+    }
+};
 
 // Calls body(where in gate and up, where in y, how many values) for each vector of this thread. The last one of a row
 // may have fewer values.
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kGatedThreads) gated_kernel(const GatedCall ca
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
             const float g = to_float(gate.item[j]);
-            float activated = g / (1.0f + exponential_of(call, g));
+            float activated = g * Logistic(call, g).share;
             if (call.rounded) activated = to_float(from_float<T>(activated));
             y.item[j] = from_float<T>(activated * to_float(up.item[j]));
         }
@@ -64,10 +65,9 @@ __global__ void __launch_bounds__(kGatedThreads) gated_backward_kernel(const Gat
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
             const float g = to_float(gate.item[j]), dy = to_float(grad.item[j]);
-            const float e = exponential_of(call, g), s = 1.0f / (1.0f + e);
-            const float slope = s * (1.0f + g * (e * s) * slope_of(call, g));
-            dgate.item[j] = from_float<T>(dy * to_float(up.item[j]) * slope);
-            dup.item[j] = from_float<T>(dy * g * s);
+            const Logistic s(call, g);
+            dgate.item[j] = from_float<T>(dy * to_float(up.item[j]) * s.slope);
+            dup.item[j] = from_float<T>(dy * g * s.share);
         }
         store_some(static_cast<T*>(call.dgate) + from, dgate, count);
         store_some(static_cast<T*>(call.dup) + from, dup, count);
