@@ -54,6 +54,18 @@ def test_rounds_as_models_do(level: None, dtype: torch.dtype, offset: float, rou
     assert (y != wanted).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("rounded", [True, False])
+def test_the_gradient_of_the_weight_is_by_normalized_values_rounded_as_in_the_forward_pass(
+    level: None, rounded: bool
+) -> None:
+    x, weight = values(1, 576, dtype=torch.bfloat16), values(576)
+    scale = _OPS.rms_norm(x, weight, EPS, 0.0, rounded)[1]
+    grad = torch.ones_like(x)
+    dweight = _OPS.rms_norm_backward(grad, x, weight, scale, 0.0, rounded, [False, True])[1]
+    normalized = x[0].float() * scale
+    assert torch.equal(dweight, normalized.bfloat16().float() if rounded else normalized)
+
+
 def errors(gradients: Any, wanted: Any) -> list[float]:
     return [float((g.double() - w).norm() / w.norm()) for g, w in zip(gradients, wanted, strict=True)]
 

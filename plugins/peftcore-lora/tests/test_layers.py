@@ -80,8 +80,8 @@ def close(found: Any, wanted: Any) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
 
 
-def adapted(model: nn.Module) -> nn.Module:
-    peftcore.apply(model, "lora", target_modules=["layer"], r=2, lora_alpha=6)
+def adapted(model: nn.Module, **fields: Any) -> nn.Module:
+    peftcore.apply(model, "lora", target_modules=["layer"], r=2, lora_alpha=6, **fields)
     disturb(model, "default", seed=1)
     return model
 
@@ -102,6 +102,16 @@ def test_merged_is_what_acts(case: tuple[Callable[[], nn.Module], Any]) -> None:
         assert all(p.grad is not None for p in adapter.parameters())
     peftcore.remove(model)
     close(model(inputs), base(inputs))
+
+
+@pytest.mark.parametrize("name", ["Voxtral", "Moonshine"])
+def test_a_bias_is_added_to_the_bias_of_a_layer_that_reads_a_changed_weight(name: str) -> None:
+    make, inputs = ON_WEIGHT[name]
+    base, model = make(), adapted(make(), lora_bias=True)
+    adapter, layer = model.layer.peftcore["default"], base.layer
+    weight, bias = layer.weight.detach() + adapter.delta(), layer.bias.detach() + 3 * adapter.lora_bias.detach()
+    close(torch.func.functional_call(base, {"layer.weight": weight, "layer.bias": bias}, (inputs,)), model(inputs))
+    close(peftcore.merge(copy.deepcopy(model))(inputs), model(inputs))
 
 
 @pytest.mark.parametrize("case", LIKE_PEFT.values(), ids=LIKE_PEFT)
