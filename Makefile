@@ -13,7 +13,7 @@ BUILD := $(PIP) --no-build-isolation
 # What is installed along with peftcore. A later call of pip builds the metadata again: CI asks for everything at once.
 EXTRAS := train
 PLUGINS := $(sort $(patsubst %/,%,$(dir $(wildcard plugins/*/pyproject.toml))))
-PACKAGING := pyproject.toml setup.py $(PLUGINS:%=%/pyproject.toml)
+PACKAGING := pyproject.toml setup.py csrc/toolchain.py $(PLUGINS:%=%/pyproject.toml)
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
 CSRC := $(filter csrc/%,$(CXX_FILES))
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 def built(compiler: str, levels: tuple[str, ...]) -> str:
     """Return the path of a program of the kernels of `levels`, without PyTorch, and their tests."""
-    simd = setup_file().SIMD
+    simd = setup_file().toolchain.SIMD
     flags = [*FLAGS, f"-I{CSRC}", f"-I{TESTS}", *(f"-DPEFTCORE_HAVE_{level.upper()}" for level in levels[1:])]
     # In one file, since each includes the same headers.
     tests = "".join(f'#include "{path}"\n' for path in sorted(TESTS.glob("*.cpp")))

@@ -41,7 +41,7 @@ def test_a_level_s_files_bear_its_name_and_fill_its_entries():
     assert {path.stem for path in files} == set(ALL_LEVELS)
     declared = set(re.findall(r"\bfill_(\w+)\(table\.", (CSRC / "cpu" / "levels.cpp").read_text()))
     assert declared == set(ALL_LEVELS)
-    assert ("portable", *setup_file().SIMD) == ALL_LEVELS
+    assert ("portable", *setup_file().toolchain.SIMD) == ALL_LEVELS
     for path in files:
         assert re.findall(r"^void fill_(\w+)\(", path.read_text(), re.M) == [path.stem], path
 

@@ -10,6 +10,7 @@ from setup_file import setup_file
 from peftcore.ops.build_info import LEVELS
 
 setup = setup_file()
+toolchain = setup.toolchain
 
 
 def program(folder: Path, name: str, says: str) -> str:
@@ -24,17 +25,17 @@ def program(folder: Path, name: str, says: str) -> str:
     [("x86_64", "x86-64"), ("AMD64", "x86-64"), ("aarch64", "64-bit ARM"), ("arm64", "64-bit ARM")],
 )
 def test_each_kind_of_processor_has_its_levels(machine, kind):
-    assert tuple(setup.source_levels(machine, ["true"])) == LEVELS[kind][1:]
-    assert setup.source_levels(machine, ["false"]) == []  # a compiler that knows none of the flags
+    assert tuple(toolchain.source_levels(machine, ["true"])) == LEVELS[kind][1:]
+    assert toolchain.source_levels(machine, ["false"]) == []  # a compiler that knows none of the flags
 
 
 def test_other_processors_run_plain_kernels():
-    assert setup.source_levels("riscv64", ["true"]) == []
+    assert toolchain.source_levels("riscv64", ["true"]) == []
 
 
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no aarch64-linux-gnu-g++")
 def test_the_flags_of_arm_s_levels_are_known_to_its_compiler():
-    assert setup.source_levels("aarch64", ["aarch64-linux-gnu-g++"]) == ["neon", "neonbf16"]
+    assert toolchain.source_levels("aarch64", ["aarch64-linux-gnu-g++"]) == ["neon", "neonbf16"]
 
 
 @pytest.fixture
@@ -46,32 +47,32 @@ def torch(tmp_path):
 
 
 def test_openmp_on_linux_is_the_compiler_s(torch):
-    assert setup.openmp("Linux", False, torch) == (["-fopenmp"], [], None)  # PyTorch's is g++'s: loaded already
-    assert setup.openmp("Linux", True, torch) == (["-fopenmp"], ["-fopenmp"], None)
+    assert toolchain.openmp("Linux", False, torch) == (["-fopenmp"], [], None)  # PyTorch's is g++'s: loaded already
+    assert toolchain.openmp("Linux", True, torch) == (["-fopenmp"], ["-fopenmp"], None)
 
 
 def test_openmp_on_macos_is_pytorch_s_own(torch):
     (torch["include"][0] / "omp.h").touch()
     (torch["lib"] / "libomp.dylib").touch()
-    compiled, linked, note = setup.openmp("Darwin", True, torch)
+    compiled, linked, note = toolchain.openmp("Darwin", True, torch)
     assert compiled == ["-Xclang", "-fopenmp", f"-isystem {torch['include'][0]}"]
     assert linked == ["-lomp"] and note is None
 
 
 def test_openmp_on_macos_may_have_homebrew_s_header(torch, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "HOMEBREW", (str(tmp_path / "nowhere"), str(tmp_path / "libomp")))
+    monkeypatch.setattr(toolchain, "HOMEBREW", (str(tmp_path / "nowhere"), str(tmp_path / "libomp")))
     (tmp_path / "libomp" / "include").mkdir(parents=True)
     (tmp_path / "libomp" / "include" / "omp.h").touch()
     (torch["lib"] / "libomp.dylib").touch()
-    assert setup.openmp("Darwin", True, torch)[0][-1] == f"-isystem {tmp_path}/libomp/include"
+    assert toolchain.openmp("Darwin", True, torch)[0][-1] == f"-isystem {tmp_path}/libomp/include"
 
 
 @pytest.mark.parametrize("there", ["omp.h", "libomp.dylib", ""])
 def test_without_openmp_macos_gets_kernels_of_one_thread_and_one_line(torch, there, monkeypatch):
-    monkeypatch.setattr(setup, "HOMEBREW", ())
+    monkeypatch.setattr(toolchain, "HOMEBREW", ())
     if there:
         ((torch["include"][0] if there == "omp.h" else torch["lib"]) / there).touch()
-    compiled, linked, note = setup.openmp("Darwin", True, torch)
+    compiled, linked, note = toolchain.openmp("Darwin", True, torch)
     missing = "libomp.dylib" if there == "omp.h" else "omp.h"
     assert (compiled, linked) == ([], []) and missing in note
     assert "brew install libomp" in note and "\n" not in note
@@ -85,22 +86,22 @@ def test_a_module_is_linked_as_its_system_links_modules():
 
 
 def test_windows_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setattr(setup.platform, "system", lambda: "Windows")
-    with pytest.raises(setup.BuildFailed, match=r"^it does not build on Windows.*Try: WSL") as refused:
-        setup.compiler()
+    monkeypatch.setattr(toolchain.platform, "system", lambda: "Windows")
+    with pytest.raises(toolchain.BuildFailed, match=r"^it does not build on Windows.*Try: WSL") as refused:
+        toolchain.compiler()
     assert "\n" not in str(refused.value)
 
 
 def test_macos_wants_clang(tmp_path, monkeypatch):
-    monkeypatch.setattr(setup.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(toolchain.platform, "system", lambda: "Darwin")
     monkeypatch.setenv("CXX", program(tmp_path, "g++", "Apple clang version 15.0.0"))
-    assert setup.compiler() == [str(tmp_path / "g++")] and setup.is_clang(setup.compiler())
+    assert toolchain.compiler() == [str(tmp_path / "g++")] and toolchain.is_clang(toolchain.compiler())
     monkeypatch.setenv("CXX", program(tmp_path, "g++-14", "g++-14 (Homebrew GCC 14.2.0) 14.2.0"))
-    with pytest.raises(setup.BuildFailed, match=r"PyTorch for macOS is built by Clang, and .* Set CXX=clang\+\+"):
-        setup.compiler()
+    with pytest.raises(toolchain.BuildFailed, match=r"PyTorch for macOS is built by Clang, and .* Set CXX=clang\+\+"):
+        toolchain.compiler()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(setup.BuildFailed, match="xcode-select --install"):
-        setup.compiler()
+    with pytest.raises(toolchain.BuildFailed, match="xcode-select --install"):
+        toolchain.compiler()
 
 
 def includes_pytorch(path: Path) -> bool:
@@ -115,7 +116,7 @@ def test_files_that_include_pytorch_share_five_translation_units():
     units = {path: setup.unit_of(path) for path in setup.CSRC.rglob("*.cpp")}
     assert all(units[path] is not None for path in units if includes_pytorch(path))
     assert set(filter(None, units.values())) == {"linear", "lora", "grouped", "optim", "cuda"}
-    assert {units[path] for path in units if path.stem in ("portable", *setup.SIMD)} == {None}
+    assert {units[path] for path in units if path.stem in ("portable", *toolchain.SIMD)} == {None}
     assert all((unit == "cuda") == ("cuda" in path.parts[-3:-1]) for path, unit in units.items())
 
 
@@ -146,9 +147,9 @@ def test_another_pytorch_changes_every_command(build):
         return re.search("^cflags = .*", build.ninja_file(build.facts()), re.M).group()
 
     before = flags()
-    assert before == flags() and setup.torch_facts()["build"] in before
+    assert before == flags() and toolchain.torch_facts()["build"] in before
     build.torch["build"] = "2.14.0 0123abc"
-    assert flags() == before.replace(setup.torch_facts()["build"], "2.14.0 0123abc")
+    assert flags() == before.replace(toolchain.torch_facts()["build"], "2.14.0 0123abc")
 
 
 @pytest.mark.parametrize(
@@ -167,10 +168,10 @@ def test_cuda_kernels_are_compiled_for_the_gpus_of_the_machine(tmp_path, monkeyp
     monkeypatch.delenv("PEFTCORE_CUDA_ARCHS", raising=False)
     program(tmp_path, "nvidia-smi", cards.replace(" ", "\n"))
     nvcc = program(tmp_path, "nvcc", "\n".join(f"compute_{number}" for number in known.split()))
-    assert setup.local_architectures(nvcc) == wanted
-    assert setup.architectures(nvcc)[1][0] == f"sm_{wanted.split('+')[0]}"
+    assert toolchain.local_architectures(nvcc) == wanted
+    assert toolchain.architectures(nvcc)[1][0] == f"sm_{wanted.split('+')[0]}"
     monkeypatch.setenv("PEFTCORE_CUDA_ARCHS", "80;90+PTX")
-    assert setup.architectures(nvcc) == (
+    assert toolchain.architectures(nvcc) == (
         ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"],
         ["sm_80", "sm_90", "compute_90"],
     )
@@ -178,12 +179,12 @@ def test_cuda_kernels_are_compiled_for_the_gpus_of_the_machine(tmp_path, monkeyp
     with pytest.raises(
         SystemExit, match=r"PEFTCORE_CUDA_ARCHS must list architectures such as 80 or 90\+PTX, found '80,90'"
     ):
-        setup.architectures(nvcc)
+        toolchain.architectures(nvcc)
 
 
 def test_without_nvidia_smi_the_default_architecture_runs_on_every_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert setup.local_architectures(tmp_path / "nvcc") == "80+PTX"
+    assert toolchain.local_architectures(tmp_path / "nvcc") == "80+PTX"
 
 
 def test_the_announcement_names_the_optional_part_and_how_to_leave_it_out(build):
