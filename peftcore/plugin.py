@@ -43,10 +43,10 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore import ranks as ranks
     from peftcore import targets as targets
     from peftcore import validation as validation
-    from peftcore.adaptation.adapted import base_modules as base_modules
-    from peftcore.adaptation.adapted import base_parameters as base_parameters
     from peftcore.adaptation.adapted import has_forward_of_instance as has_forward_of_instance
     from peftcore.adaptation.adapted import inside_at as inside_at
+    from peftcore.adaptation.base_modules import base_modules as base_modules
+    from peftcore.adaptation.base_modules import base_parameters as base_parameters
     from peftcore.adaptation.call import Call as Call
     from peftcore.adaptation.call import current_call as current_call
     from peftcore.adaptation.chain import Link as Link
@@ -149,7 +149,8 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
 _MODULES = {
     "typing_extensions": "override",
     "peftcore": "ranks targets validation",
-    "peftcore.adaptation.adapted": "base_modules base_parameters has_forward_of_instance inside_at",
+    "peftcore.adaptation.adapted": "has_forward_of_instance inside_at",
+    "peftcore.adaptation.base_modules": "base_modules base_parameters",
     "peftcore.adaptation.call": "Call current_call",
     "peftcore.adaptation.chain": "Link",
     "peftcore.adaptation.class_swap": "original_class",

@@ -12,16 +12,15 @@ weights survive. The chain is built when the set of active adapters changes, not
 
 from __future__ import annotations
 
-import threading
 from _thread import get_ident
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from peftcore.adaptation.base_modules import CHILD
 from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, Branched, Link, OwnForward, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
@@ -35,11 +34,8 @@ from peftcore.errors import PeftcoreError
 from peftcore.experts import split_expert_path
 from peftcore.weight_formats import find_weight_format
 
-CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
-TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
 _CHAIN, _BASE = BUILT  # the chain of the active adapters, and the chain without adapters
 _ACTIVE = "_peftcore_active"  # names; None: each sample of a batch has its own, which the lock knows
-_WRAPPED = "_checkpoint_wrapped_module"  # the one child of PyTorch's wrapper for activation checkpointing
 
 
 class Adapters(nn.Module):
@@ -324,56 +320,6 @@ def is_adapted(module: nn.Module) -> bool:
 def is_outermost(module: nn.Module) -> bool:
     """Return whether the adapted class is the class of `module` itself, not a base of another (`fully_shard`'s)."""
     return "_peftcore_original" in type(module).__dict__
-
-
-_WALKED = threading.local()  # .model: (a model whose modules this thread does not change now, its `base_modules`)
-
-
-@contextmanager
-def walked_once(model: nn.Module) -> Iterator[None]:
-    """Look the modules of `model` up once for the whole block, in which none is added or removed."""
-    before = getattr(_WALKED, "model", None)
-    if before is None or before[0] is not model:
-        _WALKED.model = model, _walk(model, "")
-    try:
-        yield
-    finally:
-        _WALKED.model = before
-
-
-def base_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """Return (path, module) of the model itself, without what peftcore put there; a shared module once."""
-    walked = getattr(_WALKED, "model", None)
-    if walked is not None and walked[0] is model and not prefix:
-        found: list[tuple[str, nn.Module]] = walked[1]
-        return found
-    return _walk(model, prefix)
-
-
-def _walk(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-    ahead = [(prefix, model)]  # the next one last
-    while ahead:
-        path, module = ahead.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        found.append((path, module))
-        for name, child in reversed(module._modules.items()):
-            if child is not None and name not in (CHILD, TRAINED):
-                ahead.append((path if name == _WRAPPED else f"{path}.{name}" if path else name, child))
-    return found
-
-
-def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return (name, parameter) of the model itself, without adapters; a tied parameter under each of its names."""
-    found: list[tuple[str, nn.Parameter]] = []
-    for path, module in base_modules(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.append((f"{path}.{name}" if path else name, parameter))
-    return found
 
 
 @one_for_each_class

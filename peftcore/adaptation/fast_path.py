@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, is_active, is_adapted
+from peftcore.adaptation.adapted import is_active, is_adapted
+from peftcore.adaptation.base_modules import base_modules
 
 _FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.errors import PeftcoreError
 from peftcore.hookspecs import hookimpl
 from peftcore.layers import is_linear, is_wrapped

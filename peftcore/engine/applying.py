@@ -10,6 +10,7 @@ from torch import nn
 
 from peftcore import ranks
 from peftcore.adaptation import adapted, enclosing, fast_path, folding
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.adaptation.call import asked
 from peftcore.adaptation.division import watch_batches
 from peftcore.adaptation.light import parts
@@ -157,7 +158,7 @@ def _apply(
     for path in _enclosing_paths(model, modules, placed.trained):
         enclosing.enclose(submodule(model, path), state.lock, root=not path)
     if is_first:
-        parameters = adapted.base_parameters(model)
+        parameters = base_parameters(model)
         state.requires_grad = {name: parameter.requires_grad for name, parameter in parameters}
         for _, parameter in parameters:
             parameter.requires_grad_(False)
@@ -298,7 +299,7 @@ def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
     ask_of_calls(state)
     trained = dict.fromkeys(name for entry in state.applied.values() for name in entry.trained)
     inside = set(_enclosing_paths(model, state.sites, tuple(trained))) if state.applied else set()
-    for path, module in adapted.base_modules(model):
+    for path, module in base_modules(model):
         if path in inside and module in there:
             enclosing.enclose(module, state.lock)  # it has lost this adapter, and contains others
     _let_base_go(model, state)
@@ -308,9 +309,9 @@ def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
 def _let_base_go(model: nn.Module, state: State) -> dict[str, str]:
     """Restore the base if no adapter is left in memory or on disk."""
     if not state.applied and not state.on_disk:
-        for name, parameter in adapted.base_parameters(model):
+        for name, parameter in base_parameters(model):
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
-        for _, module in adapted.base_modules(model):
+        for _, module in base_modules(model):
             enclosing.release(module)
             folding.unfold(module)
         if state.watching is not None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import CHILD, TRAINED, adapters_at
+from peftcore.adaptation.adapted import adapters_at
+from peftcore.adaptation.base_modules import CHILD, TRAINED
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.adaptation.enclosing import LOCK
 from peftcore.engine.changes import Site, changes

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import base_modules, is_adapted, rebuild
+from peftcore.adaptation.adapted import is_adapted, rebuild
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.chain import OWN_FORWARD, Link
 from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.divided_experts import divide_factors, follows_experts, mesh_of_experts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.engine.divided import undivided
 from peftcore.engine.placing import with_memory
 from peftcore.engine.state import adapter_modules, applied, require_state

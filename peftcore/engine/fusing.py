@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, is_adapted
+from peftcore.adaptation.adapted import is_adapted
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.fused_attention import AttentionFormula, calls_attention, replace_in_table
 from peftcore.adaptation.fused_forward import (
     FORMULA,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation import adapted
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.adaptation.enclosing import LOCK
 from peftcore.adapter import unseen_member
 from peftcore.architecture import Architecture
@@ -195,7 +195,7 @@ def _saved_modules(
 def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:
     """Return the device and dtype of an adapter of `module`, by the rule of `apply`."""
     device, own = None, torch.float32
-    for _, parameter in adapted.base_parameters(module):
+    for _, parameter in base_parameters(module):
         device = device or parameter.device
         if parameter.is_floating_point():
             own = parameter.dtype
@@ -248,7 +248,7 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
                 f"{method}: the adapter of {type(placement).__name__} must be an nn.Module, found {found}"
             )
     modules, tensors, addresses = set(), set(), set()  # of the base
-    for _, module in adapted.base_modules(model):
+    for _, module in base_modules(model):
         modules.add(id(module))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
@@ -313,7 +313,7 @@ def _refuse_registered(model: nn.Module, method: str, placement: Any, registered
 
 def _check_placed(model: nn.Module, placed: Placed) -> None:
     method = placed.method.name
-    modules = dict(adapted.base_modules(model))
+    modules = dict(base_modules(model))
     seen: set[str] = set()
     for path in (each.path for each in placed.attached):
         if path not in modules:
@@ -325,7 +325,7 @@ def _check_placed(model: nn.Module, placed: Placed) -> None:
         seen.add(path)
     if not placed.attached and not placed.trained:
         raise PeftcoreError(f"{method} places nothing on {type(model).__name__}")
-    parameters = dict(adapted.base_parameters(model))
+    parameters = dict(base_parameters(model))
     for name in placed.trained:
         if name not in parameters:
             raise PeftcoreError(f"{method} trains '{name}', which is not a parameter{nearest(name, parameters)}")
@@ -356,14 +356,14 @@ def refuse_shared(state: State, active: Sequence[str]) -> None:
 
 
 def _refuse_lazy(model: nn.Module) -> None:
-    for name, parameter in adapted.base_parameters(model):
+    for name, parameter in base_parameters(model):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise PeftcoreError(f"'{name}' has no shape yet (a lazy module). Run the model once before apply")
 
 
 def _refuse_offloaded(model: nn.Module) -> None:
     """Refuse weights that accelerate offloads between calls: adapters would be on the meta device, without values."""
-    for path, module in adapted.base_modules(model):
+    for path, module in base_modules(model):
         if "_hf_hook" not in module.__dict__:
             continue
         if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
@@ -381,7 +381,7 @@ def _is_of_peft(cls: type) -> bool:
 def refuse_adapters_of_others(model: nn.Module) -> None:
     """Raise a PeftcoreError if the model, a part or an ancestor of it has adapters of another library or model."""
     state = state_of(model)
-    modules = adapted.base_modules(model)
+    modules = base_modules(model)
     is_of_peft: Callable[[Any], bool] = _is_of_peft  # to mypy a class is not hashable
     for path, module in modules:
         if is_of_peft(type(module)):

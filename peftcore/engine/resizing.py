@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from peftcore.adaptation.adapted import adapters_of, base_modules
+from peftcore.adaptation.adapted import adapters_of
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.engine.changes import submodule
 from peftcore.engine.state import state_of
 from peftcore.engine.trained import all_of

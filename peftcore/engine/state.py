@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from peftcore.adaptation import adapted
-from peftcore.adaptation.adapted import TRAINED
+from peftcore.adaptation.base_modules import TRAINED
 from peftcore.adaptation.concurrency import ModelLock, refuse_running
 from peftcore.engine.change_detection import Snapshot
 from peftcore.engine.changes import Site, attached, changes, changes_of_trained

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
 from peftcore.engine.fusing import fused_modules
 from peftcore.engine.lazy_head import has_lazy_logits

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from peftcore import ranks
 from peftcore.adaptation import trained_parts
-from peftcore.adaptation.adapted import TRAINED, Adapters, base_modules, base_parameters
+from peftcore.adaptation.adapted import Adapters
+from peftcore.adaptation.base_modules import TRAINED, base_modules, base_parameters
 from peftcore.errors import PeftcoreError
 from peftcore.observation.heads import mark_as_loaded
 

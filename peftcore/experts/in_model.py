@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, has_forward_of_instance
+from peftcore.adaptation.adapted import has_forward_of_instance
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.errors import PeftcoreError
 from peftcore.experts.expert_linear import expert_linear, expert_path, split_expert_path

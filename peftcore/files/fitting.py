@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peftcore import engine
-from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.base_modules import base_parameters
 from peftcore.adaptation.light import own_tensors
 from peftcore.engine.placing import Placed
 from peftcore.engine.trained import base_tensors

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_layout
 from peftcore.files.peft_fields import config_of_fields, method_of_fields, of_peft_type

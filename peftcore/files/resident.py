@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks
-from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.base_modules import base_parameters
 from peftcore.adaptation.light import parts
 from peftcore.engine.scaling import set_multiplier
 from peftcore.engine.trained import TrainedParameters

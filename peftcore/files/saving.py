@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import engine, ranks
-from peftcore.adaptation.adapted import base_parameters, walked_once
+from peftcore.adaptation.base_modules import base_parameters, walked_once
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
 from peftcore.files import model_card, single_file

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks, targets
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.light import own_tensors
 from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, nearest

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.base_modules import base_parameters
 from peftcore.observation import detect
 from peftcore.observation.language_config import text_config
 

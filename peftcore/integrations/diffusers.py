@@ -18,7 +18,8 @@ from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from peftcore.adaptation.adapted import CHILD, TRAINED, is_adapted
+from peftcore.adaptation.adapted import is_adapted
+from peftcore.adaptation.base_modules import CHILD, TRAINED
 from peftcore.engine import require_state, state_of
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.patching import patch

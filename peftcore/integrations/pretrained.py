@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import CHILD, TRAINED
+from peftcore.adaptation.base_modules import CHILD, TRAINED
 from peftcore.engine import require_state
 from peftcore.files.saving import save
 from peftcore.integrations.patching import patch

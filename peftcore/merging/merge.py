@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks
-from peftcore.adaptation.adapted import base_parameters, changes_at, is_adapted
+from peftcore.adaptation.adapted import changes_at, is_adapted
+from peftcore.adaptation.base_modules import base_parameters
 from peftcore.engine.changes import facts
 from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError, warn

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from peftcore.adaptation import adapted
+from peftcore.adaptation.base_modules import CHILD
 from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.adaptation.division import division_of
 from peftcore.errors import PeftcoreError
@@ -127,7 +128,7 @@ def evaluated(
                 tensors[name] = tensor.detach().to(floats)
     copy.__dict__["_modules"] = modules = dict(module._modules)
     for name, child in module._modules.items():
-        if child is not None and (adapters or name != adapted.CHILD):
+        if child is not None and (adapters or name != CHILD):
             modules[name] = evaluated(child, floats, is_root=False)
     adapted.rebind(copy, builds=not is_root)
     return copy

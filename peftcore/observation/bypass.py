@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_class
 from peftcore.observation.conditions import Conditions, Knowledge, Known, Source, codes_of, function_of, source
 from peftcore.observation.tracing import observe, once_a_model

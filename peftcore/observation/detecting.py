@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PluginError

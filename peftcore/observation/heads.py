@@ -16,7 +16,7 @@ from functools import cache
 from torch import Tensor, nn
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import CHILD, TRAINED, base_modules, base_parameters
+from peftcore.adaptation.base_modules import CHILD, TRAINED, base_modules, base_parameters
 from peftcore.adaptation.class_swap import original_class
 
 _TASK = re.compile(

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import CHILD, TRAINED, base_modules
+from peftcore.adaptation.base_modules import CHILD, TRAINED, base_modules
 from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.rows import ROWS
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.adaptation.rows import BROADCAST, SHARED, UNKNOWN, Rows, Samples
 from peftcore.observation.inputs import example_inputs

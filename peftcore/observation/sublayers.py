@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Kind, Sublayer
 from peftcore.observation.bypass import bypassed, rewritten
 from peftcore.observation.residuals import FUSED_ATTENTION, MATRIX, MIXING, Branch, Residuals

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.base_modules import base_parameters
 from peftcore.errors import CheckpointError
 from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.quantization.format import PARTS

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.base_modules import base_parameters
 from peftcore.errors import CheckpointError, nearest
 from peftcore.layers import is_linear
 from peftcore.ops.weight import MIN_BLOCKSIZE

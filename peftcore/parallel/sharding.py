@@ -19,7 +19,7 @@ from torch.autograd import Variable
 from torch.torch_version import TorchVersion
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.adaptation.division import has_plan
 from peftcore.engine import adapter_modules, adapter_parameters, state_of
 from peftcore.engine.trained import TrainedParameters

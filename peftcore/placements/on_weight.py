@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.adaptation.chain import Link
 from peftcore.adapter import Adapter, Base, implements
 from peftcore.errors import PeftcoreError, nearest

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture

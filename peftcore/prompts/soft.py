@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.call import current_frame
 from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture

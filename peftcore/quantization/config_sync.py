@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.quantization.format import FORMATS
 from peftcore.quantization.four_bit_format import METHOD
 from peftcore.quantization.parameters import PackedParameters

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of

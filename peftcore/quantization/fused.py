@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.weight_formats import find_weight_format
 

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peftcore import ranks
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.experts.conversion import expert_of, is_by_expert
 from peftcore.layers import shape_of
@@ -35,6 +35,7 @@ from peftcore.quantization.checkpoint_conversions import (
     int4_experts_converter,
     noted,
 )
+from peftcore.quantization.checkpoint_reading import not_mapped, read_when_needed
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import (
     convert_dense,
@@ -291,7 +292,7 @@ def load(
         model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
     failures.clear()
     try:
-        with _not_mapped(), _read_when_needed() if stored is not None else contextlib.nullcontext():
+        with not_mapped(), read_when_needed() if stored is not None else contextlib.nullcontext():
             found = model_class.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **options)
         model: nn.Module = found[0]
         for parameter in model.parameters():
@@ -339,48 +340,6 @@ def load_then_quantize(
         model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
     model: nn.Module = model_class.from_pretrained(where, config=config, dtype=dtype, **options)
     return quantize(model, quant_type, skip=skip)
-
-
-@contextlib.contextmanager
-def _read_when_needed() -> Iterator[None]:
-    """Make transformers read a quantized tensor when it is converted within the block, not ahead by threads.
-
-    The memory of what threads have read is not reused for converted weights: a checkpoint would take twice its size.
-    """
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _not_mapped() -> Iterator[None]:
-    """Make transformers read weights instead of memory-mapping files within the block.
-
-    Pages read from a mapped file stay in memory until it is closed, so at the end of loading the whole dense checkpoint
-    would be resident in addition to the quantized model. Other threads that load at the same time get the same values.
-    """
-    import transformers.modeling_utils as reader
-
-    opened = reader.safe_open
-    if opened.__name__ == "opened_to_read":  # by another thread
-        yield
-        return
-
-    def opened_to_read(*args: Any, **kwargs: Any) -> Any:
-        return opened(*args, **({**kwargs, "backend": "pread"} if kwargs.get("backend") == "mmap" else kwargs))
-
-    reader.safe_open = opened_to_read
-    try:
-        yield
-    finally:
-        reader.safe_open = opened
 
 
 def _dense_experts(model: nn.Module, skipped: Sequence[str] = ()) -> list[str]:

@@ -1,6 +1,6 @@
 """Selection of the modules that a config names, pattern matching, and coverage of the weight."""
 
-from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.experts.in_model import expert_weights, experts_per_token, is_read_by_itself, layer_at, weight_named
 from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.targets.convolutions import odd_convolution

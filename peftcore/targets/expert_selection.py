@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.experts.in_model import expert_weights
 from peftcore.layers import is_linear
 from peftcore.observation import bypassed

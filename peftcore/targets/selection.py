@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_class
 from peftcore.architecture import Architecture, Sublayer
 from peftcore.errors import PeftcoreError

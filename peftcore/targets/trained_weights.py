@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.experts import expert_biases
 from peftcore.experts.in_model import weight_named

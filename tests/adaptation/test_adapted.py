@@ -11,6 +11,7 @@ from torch import nn
 
 import peftcore
 from peftcore.adaptation import adapted
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.placements.after import AfterLink
 
 
@@ -119,14 +120,14 @@ def test_base_modules_and_parameters_leave_adapters_out() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     wanted = [name for name, _ in model.named_modules()], [name for name, _ in model.named_parameters()]
     adapted.attach(model[0], "a", tiny.Scaled(2.0))
-    assert [name for name, _ in adapted.base_modules(model)] == wanted[0]
-    assert [name for name, _ in adapted.base_parameters(model)] == wanted[1]
+    assert [name for name, _ in base_modules(model)] == wanted[0]
+    assert [name for name, _ in base_parameters(model)] == wanted[1]
 
 
 def test_tied_parameters_under_each_of_their_names() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
-    assert [name for name, p in adapted.base_parameters(model) if p is model[0].weight] == ["0.weight", "1.weight"]
+    assert [name for name, p in base_parameters(model) if p is model[0].weight] == ["0.weight", "1.weight"]
 
 
 def test_a_sequential_runs_as_before(toys: None) -> None:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 import peftcore
 from census import prompts
 from census.case import Case, Wrong, distance, gradients, run, same, tensors
-from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.engine import adapter_modules, adapter_parameters, applied
 from peftcore.testing import disturb
 

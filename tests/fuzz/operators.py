@@ -13,7 +13,8 @@ import resource
 import sys
 
 import torch
-from fuzz.arguments import OPERATORS, Maker, is_pages, pages_of
+from fuzz.arguments import OPERATORS, is_pages, pages_of
+from fuzz.maker import Maker
 
 from peftcore import ops
 from peftcore.ops import optim_rules as rules

@@ -97,3 +97,4 @@ def test_a_dense_weight_is_collapsed_in_place() -> None:
 def test_codes_of_affine4_are_in_huge_pages() -> None:
     weight = ops.quantize_affine4(torch.randn(2048, 4096 + 1024), 64)
     assert weight.codes.nbytes == LARGE and "hg" in flags(weight.codes)
+    assert "hg" in flags(ops.quantize_4bit(torch.ones(4096, 4096)).codes)

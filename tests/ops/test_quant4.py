@@ -1,15 +1,12 @@
 """4-bit operators against bitsandbytes, a float64 computation, and each other at every SIMD level."""
 
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thresholds import at_thresholds
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftcore import ops
 from peftcore.ops import PackedWeight
@@ -388,89 +385,3 @@ def test_bad_arguments_are_named_with_what_was_found(level):
         for error, message, call in cases:
             with pytest.raises(error, match=message):
                 call()
-
-
-def test_out_gives_the_dtype():
-    x = data("normal", (6, 50), torch.bfloat16, 2)
-    weight = ops.quantize_4bit(x)
-    wanted = ops.dequantize_4bit(weight)
-    assert wanted.dtype == torch.bfloat16 and wanted.shape == x.shape
-    for out in (torch.empty(6, 50, dtype=torch.bfloat16), torch.empty(50, 6, dtype=torch.bfloat16).t()):
-        assert ops.dequantize_4bit(weight, out=out) is out
-        assert torch.equal(out, wanted)
-    with pytest.raises(ValueError, match=r"out has dtype torch.bfloat16, but dtype=torch.float32"):
-        ops.dequantize_4bit(weight, torch.float32, out=wanted)
-    with pytest.raises(ValueError, match=r"out must have the weight's shape \[6, 50\], found \[300\]"):
-        ops.dequantize_4bit(weight, out=wanted.flatten())
-
-
-def test_needs_no_gradient():
-    weight = torch.nn.Parameter(data("normal", (4, 64), torch.float32, 2))
-    packed = ops.quantize_4bit(weight)
-    assert not packed.codes.requires_grad and not packed.absmax.requires_grad
-
-
-# --- PyTorch's view of the operators ------------------------------------------------------------
-
-
-def operator_calls():
-    x = data("normal", (5, 77), torch.float32, 4)
-    weight, nested = (ops.quantize_4bit(x, blocksize=32, double_quant=double).operands() for double in (False, True))
-    namespace = torch.ops.peftcore
-    return {
-        "quantize": (namespace.quantize_4bit.default, (x, ops.NF4, 32), {}),
-        "quantize transposed": (namespace.quantize_4bit.default, (x.t(), ops.NF4, 32), {}),
-        "absmax": (namespace.quantize_absmax.default, (weight[0][1], ops.DYNAMIC8), {}),
-        "dequantize": (namespace.dequantize_4bit.default, (*weight, torch.bfloat16), {}),
-        "nested": (namespace.dequantize_4bit.default, (*nested, torch.float16), {}),
-        "out": (namespace.dequantize_4bit.out, weight, {"out": torch.empty_like(x)}),
-    }
-
-
-@pytest.mark.parametrize("call", operator_calls())
-def test_opcheck(call):
-    torch.library.opcheck(*operator_calls()[call])
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiles_without_a_graph_break():
-    x = data("normal", (6, 64), torch.float32, 6)
-
-    def round_trip(x, buffer):
-        weight, nested = ops.quantize_4bit(x * 2), ops.quantize_4bit(x, double_quant=True)
-        ops.dequantize_4bit(nested, out=buffer)
-        return ops.dequantize_4bit(weight) + 1, buffer + 1
-
-    wanted = round_trip(x, torch.empty_like(x))
-    found = torch.compile(round_trip, backend="aot_eager", fullgraph=True, dynamic=True)(x, torch.empty_like(x))
-    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
-
-
-def test_fake_tensors_have_the_right_shapes():
-    with FakeTensorMode():
-        codes, absmax = torch.ops.peftcore.quantize_4bit(torch.empty(3, 43), torch.empty(16))
-        assert codes.shape == (65, 1) and absmax.shape == (3,) and codes.dtype == torch.uint8
-        weight = PackedWeight(codes, absmax, torch.empty(16), (3, 43))
-        y = ops.dequantize_4bit(weight, torch.half)
-        assert y.shape == (3, 43) and y.dtype == torch.half
-        with pytest.raises(ValueError, match="codes must hold 66"):
-            ops.dequantize_4bit(weight._replace(shape=(3, 44)), torch.half)
-
-
-@pytest.mark.skipif(
-    ops.extension is None or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
-    reason="no kernel, or no such pages",
-)
-def test_large_codes_ask_for_huge_pages():
-    """The mapping in which they lie has the flag."""
-    if "VmFlags" not in Path("/proc/self/smaps").read_text():
-        pytest.skip("this kernel does not tell")
-    codes = ops.quantize_4bit(torch.ones(4096, 4096)).codes
-    middle, flags = codes.data_ptr() + codes.numel() // 2, ""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if (bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
-            inside = int(bounds[1], 16) <= middle < int(bounds[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            flags = line
-    assert "hg" in flags.split()

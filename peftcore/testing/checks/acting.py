@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.base_modules import base_parameters
 from peftcore.adaptation.class_swap import BUILT
 from peftcore.adapter import Adapter, implements
 from peftcore.architecture import Sublayer

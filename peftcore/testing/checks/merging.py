@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.base_modules import base_parameters
 from peftcore.engine import adapter_parameters
 from peftcore.testing.case import Case, close, logits, loss_of, merge_exactly, same
 from peftcore.testing.checks.register import check

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.base_modules import base_parameters
 from peftcore.engine import adapter_parameters
 from peftcore.testing.case import Case, first_output, logits, loss_of, optimizer_of, same, train
 from peftcore.testing.checks.register import check

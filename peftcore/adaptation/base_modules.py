@@ -1,0 +1,62 @@
+"""Modules and parameters of a model itself, without what peftcore put there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
+TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
+_WRAPPED = "_checkpoint_wrapped_module"  # the one child of PyTorch's wrapper for activation checkpointing
+
+_WALKED = threading.local()  # .model: (a model whose modules this thread does not change now, its `base_modules`)
+
+
+@contextmanager
+def walked_once(model: nn.Module) -> Iterator[None]:
+    """Look the modules of `model` up once for the whole block, in which none is added or removed."""
+    before = getattr(_WALKED, "model", None)
+    if before is None or before[0] is not model:
+        _WALKED.model = model, _walk(model, "")
+    try:
+        yield
+    finally:
+        _WALKED.model = before
+
+
+def base_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Return (path, module) of the model itself, without what peftcore put there; a shared module once."""
+    walked = getattr(_WALKED, "model", None)
+    if walked is not None and walked[0] is model and not prefix:
+        found: list[tuple[str, nn.Module]] = walked[1]
+        return found
+    return _walk(model, prefix)
+
+
+def _walk(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    ahead = [(prefix, model)]  # the next one last
+    while ahead:
+        path, module = ahead.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((path, module))
+        for name, child in reversed(module._modules.items()):
+            if child is not None and name not in (CHILD, TRAINED):
+                ahead.append((path if name == _WRAPPED else f"{path}.{name}" if path else name, child))
+    return found
+
+
+def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return (name, parameter) of the model itself, without adapters; a tied parameter under each of its names."""
+    found: list[tuple[str, nn.Parameter]] = []
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.append((f"{path}.{name}" if path else name, parameter))
+    return found
