@@ -112,6 +112,9 @@ def convert(program: str, configs: dict[str, dict[str, Any]], distinct: dict[str
         outcomes[name] = ("without " if found.left_out else "whole") + ", ".join(f"`{key}`" for key in found.left_out)
         counts["without some keys" if found.left_out else "whole"] += 1
         left_out.update(list(found.left_out))
+        if found.command != "train":
+            outcomes[name] += f" (`peftcore {found.command}`)"
+            continue
         options = {key: value for key, value in found.options.items() if key not in PLACES}
         packed = re.findall("GPTQ|AWQ", str(found.options["model"]).upper())  # such bases are read in another way
         shape: list[Any] = [

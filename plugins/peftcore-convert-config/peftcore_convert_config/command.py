@@ -18,13 +18,16 @@ EXAMPLES = ("peftcore convert-config theirs.yaml --output run.toml",)
 
 def convert_config(
     file: Annotated[Path, typer.Argument(help="YAML file of axolotl, LLaMA-Factory or torchtune.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="TOML file; default: the screen.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="TOML file, or shell script; default: the screen.")
+    ] = None,
 ) -> None:
     """Convert a config of axolotl, LLaMA-Factory or torchtune into a file for `peftcore train --config`.
 
-    Comments at the top name the keys that have no counterpart, with what to do instead.
+    Comments at the top name the keys that have no counterpart, with what to do instead. A config that merges or answers
+    examples becomes a line of the shell with `peftcore merge` or `peftcore eval`.
     """
-    text = converted(file)
+    text, command = converted(file)
     if output is None:
         typer.echo(text, nl=False)
         return
@@ -35,11 +38,11 @@ def convert_config(
         if not line.startswith("#"):
             break
         note(line.removeprefix("# "))
-    say(f"written. Train: peftcore train --config {output}")
+    say(f"written. {f'Train: peftcore train --config {output}' if command == 'train' else f'Run: sh {output}'}")
 
 
-def converted(file: Path) -> str:
-    """Return a config in YAML as the text of a TOML file.
+def converted(file: Path) -> tuple[str, str]:
+    """Return a config in YAML as the text of a TOML file, or a line of the shell, and the command that it is for.
 
     Raises:
         PeftcoreError: the file cannot be read, or asks for a training that peftcore does not have.
@@ -61,4 +64,6 @@ def converted(file: Path) -> str:
     found = convert(config)
     comments = [f"# {line}" for line in found.to_do]
     comments += [f"# not here: {key}. Instead: {instead}" for key, instead in found.left_out.items()]
-    return "".join(f"{line}\n" for line in comments) + config_file.text({**found.options, "set": found.fields})
+    options = {**found.options, "set": found.fields}
+    text = config_file.text(options) if found.command == "train" else f"{found.line()}\n"
+    return "".join(f"{line}\n" for line in comments) + text, found.command

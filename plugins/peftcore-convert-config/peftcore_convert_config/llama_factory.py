@@ -8,13 +8,16 @@ from peftcore_convert_config.reading import IMAGES, Reading, asks, held_out, jud
 
 _OWN = "for a model that transformers itself has, --task image-text with --set target_modules="
 _FROZEN = "peftcore train --task image-text, with --set target_modules= for the layers that are to be adapted"
+_NAMES = "data: write the files or hub ids that dataset_info.json gives for these names"
+_ANSWERS = "peftcore eval --adapter FOLDER --data FILE --eval-answers 50"
+_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 _MEGATRON = "none: Megatron's engine (docs/distributed.md)"
 _NOTHING = """
 do_train flash_attn enable_liger_kernel use_v1_kernels kernel_config plot_loss preprocessing_num_workers
 dataloader_num_workers overwrite_cache tokenized_path model_class sample_backend max_new_tokens infer_dtype
 trust_remote_code train_on_prompt mask_history per_device_eval_batch_size logging_steps save_only_model
 overwrite_output_dir ddp_timeout init_config double_quantization dataset_dir run_name eval_strategy pissa_convert
-compute_accuracy predict_with_generate packing
+compute_accuracy predict_with_generate packing export_legacy_format
 """
 NOTHING = frozenset(_NOTHING.split())
 NOT_HERE = keyed(
@@ -35,7 +38,7 @@ REFUSED = keyed(
             "use_packed_sequences export_hf_on_finish mixed_precision"
         ),
         "--set modules_to_save=": "freeze_trainable_layers freeze_trainable_modules use_llama_pro",
-        "peftcore merge or peftcore export": "export_dir",
+        "peftcore merge, then peftcore.quantize": "export_quantization_bit",
     }
 )
 
@@ -50,6 +53,14 @@ def convert(config: Reading) -> None:
     if "AQLM" in model.upper():
         config.refuse("model_name_or_path", "the original checkpoint, with --quantize nf4")
     config.options["model"] = model
+    new = config.part("peft_config")  # of its new format
+    for part in (config, new):
+        if part.has("export_dir"):
+            return _merging(config, part)
+    if config.take("do_predict"):
+        if not config.take("do_train"):
+            return _predicting(config)
+        config.leave_out("do_predict", f"after training, {_ANSWERS}")
     _method(config)
     _task(config)
     _images(config)
@@ -61,10 +72,55 @@ def convert(config: Reading) -> None:
         config.options["report_to"] = report if isinstance(report, str) else ",".join(report)
 
 
+def _merging(config: Reading, part: Reading) -> None:
+    """Take what makes a config one of `peftcore merge`."""
+    config.command = part.command = "merge"
+    _adapter(part, "export_dir")
+    config.options["output"] = str(part.take("export_dir"))
+    size = part.take("export_size", config.take("export_size"))
+    if asks(size):
+        config.options["shard_size"] = f"{size}GB"
+    dtype = part.take("infer_dtype", config.take("infer_dtype", "auto"))
+    if dtype in _DTYPES:
+        config.options["dtype"] = _DTYPES[dtype]
+    elif dtype != "auto":
+        config.leave_out("infer_dtype", "bf16 or fp32 (--dtype)")
+    for key in ("name", "export_device", "export_legacy_format", "template", "finetuning_type"):
+        config.take(key)
+    hub = part.take("export_hub_model_id")
+    if asks(hub):
+        config.leave_out("export_hub_model_id", "peftcore push, of the adapter")
+
+
+def _predicting(config: Reading) -> None:
+    """Take what makes a config one of `peftcore eval`, which answers held-out examples."""
+    config.command = "eval"
+    _adapter(config, "do_predict")
+    stage = config.take("stage", "sft")
+    if stage != "sft":
+        config.refuse("stage", "peftcore eval measures what an adapter was trained for")
+    names = config.take("eval_dataset", config.take("dataset", ""))
+    config.options["data"] = single([_file(name.strip()) for name in str(names).split(",")])
+    config.to_do.append(_NAMES)
+    config.options["eval_answers"] = int(config.take("max_samples", 1000))
+    config.options["answer_tokens"] = int(config.take("max_new_tokens", 1024))  # LLaMA-Factory's default
+    config.option("cutoff_len", "max_length", int)
+    config.option("per_device_eval_batch_size", "batch_size", int)
+    for key in ("template", "output_dir", "report_to", "finetuning_type", "dataset"):
+        config.take(key)
+
+
+def _adapter(part: Reading, key: str) -> None:
+    """Take the one adapter that a config without training is about."""
+    found = part.take("adapter_name_or_path")
+    names = found if isinstance(found, list) else str(found).split(",") if asks(found) else []
+    if len(names) != 1:
+        part.refuse(key, f"a config with one adapter_name_or_path, found {len(names)}")
+    part.options["adapter"] = names[0]
+
+
 def _method(config: Reading) -> None:
-    new = config.part("peft_config")  # of its new format
-    if asks(new.take("export_dir")):
-        config.refuse("peft_config", "peftcore merge or peftcore export")
+    new = config.part("peft_config")
     kind = config.take("finetuning_type", new.take("name", "lora"))
     if kind not in ("lora", "oft"):
         config.refuse("finetuning_type", "peftcore compare has full fine-tuning as a reference")
@@ -105,8 +161,6 @@ def _task(config: Reading) -> None:
     stage = config.take("stage", "sft")
     if stage not in _STAGES:
         config.refuse("stage", "TRL's trainers with peft_config=peftcore.config('lora')")
-    if config.take("do_predict"):
-        config.refuse("do_predict", "peftcore eval --adapter FOLDER --data FILE --eval-answers 50")
     loss = config.take("pref_loss", "sigmoid")
     if loss not in ("sigmoid", "orpo"):
         config.refuse("pref_loss", "TRL's trainers with peft_config=peftcore.config('lora')")
@@ -142,7 +196,7 @@ def _data(config: Reading) -> None:
     config.take("train_dataset")
     names = named.split(",") if isinstance(named, str) else named
     config.options["data"] = single([_file(name.strip()) for name in names])
-    config.to_do.append("data: write the files or hub ids that dataset_info.json gives for these names")
+    config.to_do.append(_NAMES)
     most = config.take("max_samples")
     if asks(most):
         config.to_do.append(f'data: of a hub id, "ORG/NAME@train[:{most}]"; of a file, its first {most} lines')

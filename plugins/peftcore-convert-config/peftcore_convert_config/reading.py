@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,7 +36,8 @@ class Reading:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
         self._taken: set[str] = set()
-        self.options: dict[str, Any] = {}  # of `peftcore train`
+        self.command = "train"  # what the config asks for: a command of `peftcore`
+        self.options: dict[str, Any] = {}  # of that command
         self.fields: dict[str, Any] = {}  # of the method's config
         self.left_out: dict[str, str] = {}  # {key: what to do instead}
         self.to_do: list[str] = []  # what the user must look at or write
@@ -76,8 +78,16 @@ class Reading:
     def refuse(self, key: str, instead: str) -> None:
         """Raise a PeftcoreError for a key without which the training would be another one."""
         raise PeftcoreError(
-            f"'{key}: {self._config.get(key)}' has no counterpart in peftcore train. Instead: {instead}"
+            f"'{key}: {self._config.get(key)}' has no counterpart in peftcore {self.command}. Instead: {instead}"
         )
+
+    def line(self) -> str:
+        """Return the command with its options, as a shell reads it."""
+        words = ["peftcore", self.command]
+        for option, value in self.options.items():
+            for each in value if isinstance(value, list) else [value]:
+                words += [f"--{option.replace('_', '-')}", str(each)]
+        return shlex.join(words)
 
     def left(self) -> Iterator[str]:
         """Yield the keys that ask for something and were not taken."""

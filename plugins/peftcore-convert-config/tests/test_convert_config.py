@@ -231,6 +231,26 @@ def test_conversations_with_images() -> None:
     assert factory.fields["exclude_modules"] == r".*visual\..*"  # as there, the part that reads images stays frozen
 
 
+def test_configs_that_answer_or_merge_become_lines_of_the_shell(tmp_path: Path) -> None:
+    trained = {"model_name_or_path": "m", "adapter_name_or_path": "saves/a b", "finetuning_type": "lora"}
+    found = programs.convert({**trained, "do_predict": True, "eval_dataset": "one, two", "max_samples": 5})
+    data = "--data one.json --data two.json --eval-answers 5 --answer-tokens 1024"
+    assert found.line() == f"peftcore eval --model m --adapter 'saves/a b' {data}" and found.left_out == {}
+    both = programs.convert({**trained, "do_predict": True, "do_train": True, "dataset": "one"})
+    assert both.command == "train" and both.left_out.keys() == {"do_predict"}
+    file, written = tmp_path / "a.yaml", tmp_path / "a.sh"
+    for config in (
+        {**trained, "export_dir": "out", "export_size": 5, "infer_dtype": "bfloat16", "export_device": "cpu"},
+        {"model": "m", "peft_config": {"name": "lora", "adapter_name_or_path": "saves/a b", "export_dir": "out"}}
+        | {"export_size": 5, "infer_dtype": "bfloat16"},
+    ):
+        file.write_text(yaml.safe_dump(config))
+        assert printed("convert-config", file, "-o", written)[1].split() == f"written. Run: sh {written}".split()
+        line = "peftcore merge --model m --adapter 'saves/a b' --output out --shard-size 5GB --dtype bf16\n"
+        assert written.read_text() == line
+        written.unlink()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -248,6 +268,13 @@ def test_conversations_with_images() -> None:
             {"base_model": "m", "adapter": "lora", "learning_rate": "fast"},
             "'learning_rate' must be a number, found",
         ),
+        ({"model_name_or_path": "m", "export_dir": "a"}, "'export_dir: a' has .* peftcore merge. .* found 0"),
+        ({"model_name_or_path": "m", "adapter_name_or_path": "a,b", "do_predict": True}, "'do_predict: .* found 2"),
+        (
+            {"model_name_or_path": "m", "adapter_name_or_path": "a", "do_predict": True, "stage": "rm"},
+            "'stage: rm' has no counterpart in peftcore eval",
+        ),
+        ({"model_name_or_path": "m", "export_quantization_bit": 4}, "peftcore merge, then peftcore.quantize"),
         ({"model_name_or_path": "m-AQLM", "finetuning_type": "lora"}, "the original checkpoint, with --quantize nf4"),
         ({"model_name_or_path": "m", "finetuning_type": "full"}, "'finetuning_type: full' has no counterpart"),
         ({"model": {**TUNED, "decoder_trainable": "full"}}, "'decoder_trainable: full' .* modules_to_save="),
