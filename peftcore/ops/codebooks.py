@@ -56,7 +56,8 @@ with constants():
     E2M1 = torch.cat([_E2M1_MAGNITUDES, -_E2M1_MAGNITUDES])
     INTEGERS = torch.arange(-8.0, 8.0)  # of affine codes around the middle zero point
     DYNAMIC8 = _dynamic_map()
-    E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(nan=torch.inf)
+    E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    E4M3[127], E4M3[255] = 480, -480  # codes of NaN, which no scale is: finite, so that tensors can be compared
 
 _CODEBOOKS = {
     "nf4": NF4, "fp4": FP4, "mxfp4": E2M1, "nvfp4": E2M1, "affine4": INTEGERS, "dynamic8": DYNAMIC8, "e4m3": E4M3
@@ -66,8 +67,7 @@ _CODEBOOKS = {
 def codebook(name: str, device: torch.device | str = "cpu") -> Tensor:
     """Return a codebook as a new tensor.
 
-    `nf4`, `fp4`, `mxfp4`, `nvfp4`, `affine4` (fp32 `[16]`), or for scales `dynamic8` or `e4m3` (fp32 `[256]`;
-    codes 127 and 255, E4M3's NaN, are infinity here, so that comparing tensors finds them equal).
+    `nf4`, `fp4`, `mxfp4`, `nvfp4`, `affine4` (fp32 `[16]`), or for scales `dynamic8` or `e4m3` (fp32 `[256]`).
 
     Raises ValueError for another name.
     """

@@ -50,7 +50,8 @@ def nested_blocksize(shape: tuple[int, ...]) -> int:
     size = math.prod(shape[-2:])
     found = f"found {list(shape)}"
     value(size % EXPERT_VALUES == 0, "nvfp4", f"an expert must have a multiple of {EXPERT_VALUES} values, {found}")
-    return math.gcd(size // BLOCKSIZE, MAX_BLOCKSIZE)
+    half = 0 if size % (2 * EXPERT_VALUES) else size // 2  # gate and up may have a scale each
+    return math.gcd((half or size) // BLOCKSIZE, MAX_BLOCKSIZE)
 
 
 def nvfp4_weight(
@@ -66,18 +67,20 @@ def nvfp4_weight(
     Args:
         codes: uint8 `[n / 2, 1]`, the even element in the high nibble.
         scales: uint8 `[n / 16]`, the bits of E4M3.
-        global_scale: fp32, one value of each matrix.
+        global_scale: fp32, one value of each matrix; or of each of as many equal parts of an expert's rows, such as
+            its gate and up projections.
         shape: `(.., out, in)`; `in` is a multiple of 16.
         dtype: dtype of the weight when dequantized.
         scale_map: fp32 `[256]`, the values of `scales`; None: E4M3's.
 
     Raises:
-        ValueError: experts whose values are not a multiple of 512.
+        ValueError: experts whose values are not a multiple of 512, or parts of 512.
     """
     step = nested_blocksize(shape)
-    blocks, count = math.prod(shape) // BLOCKSIZE, matrices(shape)
-    each = -(-blocks // step) // max(count, 1)
-    outer = global_scale.reshape(-1).repeat_interleave(each)
+    nested, count = -(-(math.prod(shape) // BLOCKSIZE) // step), max(global_scale.numel(), 1)
+    fits = count % max(matrices(shape), 1) == nested % count == 0 and (len(shape) > 2 or count == 1)
+    value(fits or not nested, "nvfp4", f"{count} global scales do not divide a weight {list(shape)}")
+    outer = global_scale.reshape(-1).repeat_interleave(nested // count)
     scale_map = codebook("e4m3", codes.device) if scale_map is None else scale_map
     weight = PackedWeight(codes, scales, codebook("nvfp4", codes.device), shape, BLOCKSIZE, dtype, "nvfp4")
     return weight._replace(

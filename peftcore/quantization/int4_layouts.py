@@ -128,7 +128,7 @@ def joined_rows(parts: Sequence[PackedWeight], experts: int, name: str) -> Packe
         )
     facts = [(each.shape, each.blocksize) for each in parts]
     if facts != facts[:per] * experts or len({(shape[1], size) for shape, size in facts}) > 1:
-        raise _damaged(name, "has experts of different shapes or groups")
+        raise damaged(name, "has experts of different shapes or groups")
     zeros = None
     if any(each.zeros is not None for each in parts):
         zeros = torch.cat(
@@ -140,22 +140,33 @@ def joined_rows(parts: Sequence[PackedWeight], experts: int, name: str) -> Packe
 
 
 @dataclass(frozen=True)
-class Int4Layout:
-    """Layout of the int4 weights of a checkpoint.
+class CheckpointLayout:
+    """Layout of the 4-bit weights of a checkpoint.
 
     Args:
-        tool: name of the format, for messages.
+        tool, kind: names of the tool and of the kind of weights, for messages.
         parts: names of a layer's tensors. The first is the codes.
         read: (tensors by part, name of the layer) -> weight. Raises CheckpointError.
+        pack: (weight, dtype, name) -> packed weight of this dtype.
+        join: (packed projections, one expert after the other; experts; name) -> packed weight of all experts.
+        quant_type: format of the packed weights.
+        ignored: names of a layer's tensors that are not read.
+        warning: what is not as the checkpoint says, or "".
     """
 
     tool: str
     parts: tuple[str, ...]
-    read: Callable[[Mapping[str, Tensor], str], Int4Weight]
+    read: Callable[[Mapping[str, Tensor], str], Any]
+    kind: str = "int4"
+    pack: Callable[[Any, torch.dtype, str], PackedWeight] = to_affine4
+    join: Callable[[Sequence[PackedWeight], int, str], PackedWeight] = joined_rows
+    quant_type: str = "affine4"
+    ignored: tuple[str, ...] = ()
+    warning: str = ""
 
 
-def find_layout(config: Mapping[str, Any], where: str) -> Int4Layout | None:
-    """Return the layout that a model's `quantization_config` describes; None if another kind of format does.
+def int4_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | None:
+    """Return the int4 layout that a model's `quantization_config` describes; None if another kind of format does.
 
     Raises:
         PeftcoreError: the format is GPTQ, AWQ or compressed-tensors, with a layout that is not read.
@@ -165,79 +176,79 @@ def find_layout(config: Mapping[str, Any], where: str) -> Int4Layout | None:
     return None if make is None else make(config, where)
 
 
-def _refused(where: str, found: str, needed: str, what_to_do: str) -> PeftcoreError:
+def refused(where: str, found: str, needed: str, what_to_do: str) -> PeftcoreError:
     return PeftcoreError(f"'{where}' is quantized with {found}, but only {needed} can be read. {what_to_do}")
 
 
 def _check_bits(config: Mapping[str, Any], where: str, tool: str) -> None:
     bits = config.get("bits", config.get("w_bit"))
     if bits != 4:
-        raise _refused(where, f"{tool} in {shown(bits)} bits", "4 bits", _OTHER)
+        raise refused(where, f"{tool} in {shown(bits)} bits", "4 bits", _OTHER)
 
 
 _OTHER = "Use a checkpoint of the model in 4 bits, or the dense one"
 
 
-def _gptq(config: Mapping[str, Any], where: str) -> Int4Layout:
+def _gptq(config: Mapping[str, Any], where: str) -> CheckpointLayout:
     _check_bits(config, where, "GPTQ")
     default = "marlin" if config.get("is_marlin_format") else "gptq"
     stored = config.get("checkpoint_format") or config.get("format") or default
     if stored not in ("gptq", "gptq_v2"):
         again = "Save it with GPTQModel in format='gptq_v2', or use the dense checkpoint"
-        raise _refused(where, f"GPTQ in the format {shown(stored)}", "the format 'gptq' or 'gptq_v2'", again)
+        raise refused(where, f"GPTQ in the format {shown(stored)}", "the format 'gptq' or 'gptq_v2'", again)
     for pattern, changes in (config.get("dynamic") or {}).items():
         bits = changes.get("bits", 4) if isinstance(changes, Mapping) else 4
         if bits != 4:
-            raise _refused(where, f"GPTQ in {shown(bits)} bits for layers '{pattern}'", "4 bits", _OTHER)
+            raise refused(where, f"GPTQ in {shown(bits)} bits for layers '{pattern}'", "4 bits", _OTHER)
     words = config.get("pack_dtype", "int32")
     if str(words).removeprefix("torch.") != "int32":
-        raise _refused(where, f"GPTQ in words of {shown(words)}", "int32", "Quantize it with pack_dtype='int32'")
+        raise refused(where, f"GPTQ in words of {shown(words)}", "int32", "Quantize it with pack_dtype='int32'")
     size, is_v1 = config.get("group_size", -1), stored == "gptq"
     writers = (config.get("meta") or {}).get("quantizer") or ()
     borrows = any(str(each).startswith("gptqmodel") for each in ([writers] if isinstance(writers, str) else writers))
-    return Int4Layout(
+    return CheckpointLayout(
         "GPTQ",
         ("qweight", "qzeros", "scales", "g_idx"),
         partial(_read_gptq, size=_group_size(size, where), is_v1=is_v1, borrows=borrows),
     )
 
 
-def _awq(config: Mapping[str, Any], where: str) -> Int4Layout:
+def _awq(config: Mapping[str, Any], where: str) -> CheckpointLayout:
     _check_bits(config, where, "AWQ")
     version = str(config.get("version") or config.get("format") or "gemm").lower()
     if version != "gemm" or config.get("backend") == "llm-awq":
         found = "llm-awq" if version == "gemm" else version
         again = "Quantize it with AutoAWQ in version='gemm', or use the dense checkpoint"
-        raise _refused(where, f"AWQ in the version {shown(found)}", "the version 'gemm'", again)
+        raise refused(where, f"AWQ in the version {shown(found)}", "the version 'gemm'", again)
     size = _group_size(config.get("group_size", config.get("q_group_size", -1)), where)
-    return Int4Layout("AWQ", ("qweight", "qzeros", "scales"), partial(_read_awq, size=size))
+    return CheckpointLayout("AWQ", ("qweight", "qzeros", "scales"), partial(_read_awq, size=size))
 
 
-def _compressed_tensors(config: Mapping[str, Any], where: str) -> Int4Layout:
+def _compressed_tensors(config: Mapping[str, Any], where: str) -> CheckpointLayout:
     tool, again = "compressed-tensors", "Use a checkpoint of the model in W4A16, or the dense one"
     groups = config.get("config_groups") or {}
     stored = {config.get("format")} | {group.get("format") or config.get("format") for group in groups.values()}
     if stored != {"pack-quantized"}:
         found = next(each for each in stored if each != "pack-quantized")
-        raise _refused(where, f"{tool} in the format {shown(found)}", "the format 'pack-quantized'", again)
+        raise refused(where, f"{tool} in the format {shown(found)}", "the format 'pack-quantized'", again)
     for name, group in groups.items():
         weights = group.get("weights") or {}
         kind = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
         if kind[:2] != ("int", 4) or kind[2] not in ("group", "channel"):
             found = f"{tool} with weights of {kind[0]}{kind[1]} per {kind[2]} in '{name}'"
-            raise _refused(where, found, "int4 per group or channel", again)
+            raise refused(where, found, "int4 per group or channel", again)
         if group.get("input_activations") is not None:
-            raise _refused(where, f"{tool} with quantized inputs in '{name}'", "W4A16", again)
+            raise refused(where, f"{tool} with quantized inputs in '{name}'", "W4A16", again)
     if config.get("transform_config"):
-        raise _refused(where, f"{tool} with transforms of the activations", "a model without them", again)
+        raise refused(where, f"{tool} with transforms of the activations", "a model without them", again)
     sparse = (config.get("sparsity_config") or {}).get("format", "dense")
     if sparse != "dense":
-        raise _refused(where, f"{tool} with sparse weights ({shown(sparse)})", "a dense layout", again)
+        raise refused(where, f"{tool} with sparse weights ({shown(sparse)})", "a dense layout", again)
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
     symmetric = {bool((group.get("weights") or {}).get("symmetric", True)) for group in groups.values()}
     if len(symmetric) > 1:  # a missing zero point would look like a symmetric layer
-        raise _refused(where, f"{tool} with symmetric and asymmetric groups", "groups of one kind", again)
-    return Int4Layout(tool, parts, partial(_read_compressed, needs_zeros=symmetric == {False}))
+        raise refused(where, f"{tool} with symmetric and asymmetric groups", "groups of one kind", again)
+    return CheckpointLayout(tool, parts, partial(_read_compressed, needs_zeros=symmetric == {False}))
 
 
 def _group_size(size: Any, where: str) -> int | None:
@@ -309,12 +320,12 @@ def _read_compressed(tensors: Mapping[str, Tensor], name: str, *, needs_zeros: b
     order, group = _order(tensors.get("weight_g_idx"), columns, groups, None, name)
     stored, zeros = tensors.get("weight_zero_point"), None
     if stored is None and needs_zeros:
-        raise _damaged(name, "lacks 'weight_zero_point', but the config says symmetric=false")
+        raise damaged(name, "lacks 'weight_zero_point', but the config says symmetric=false")
     if stored is not None and stored.dtype is torch.int8:
         _check(stored, torch.int8, (rows, groups), "weight_zero_point", name)
         zeros = (stored.to(torch.int16) + 8).to(torch.uint8)
         if (zeros > 15).any():
-            raise _damaged(name, "has values of 'weight_zero_point' outside -8..7")
+            raise damaged(name, "has values of 'weight_zero_point' outside -8..7")
     elif stored is not None:
         _check(stored, torch.int32, (-(-rows // 8), groups), "weight_zero_point", name)
         zeros = _nibbles(stored.T.contiguous())[:, :rows].T.contiguous()
@@ -351,20 +362,20 @@ def _order(g_idx: Tensor | None, columns: int, groups: int, size: int | None, na
         CheckpointError: groups differ in size, or do not divide the inputs.
     """
     if columns % 2 or not groups or columns % groups:
-        raise _damaged(name, f"has {groups} groups for {columns} inputs")
+        raise damaged(name, f"has {groups} groups for {columns} inputs")
     group = columns // groups
     if g_idx is None:
         if size is not None and size != group and size < columns:
-            raise _damaged(name, f"has {groups} groups for {columns} inputs, but the config says group_size={size}")
+            raise damaged(name, f"has {groups} groups for {columns} inputs, but the config says group_size={size}")
         return None, group
     if g_idx.is_floating_point() or g_idx.shape != (columns,):
-        raise _damaged(name, f"has g_idx {g_idx.dtype} {list(g_idx.shape)}, expected {torch.int32} [{columns}]")
+        raise damaged(name, f"has g_idx {g_idx.dtype} {list(g_idx.shape)}, expected {torch.int32} [{columns}]")
     if (g_idx == -1).all():  # compressed-tensors' first value, which means that inputs are in order
         return None, group
     order = torch.argsort(g_idx, stable=True)
     wanted = torch.arange(groups, device=g_idx.device).repeat_interleave(group)
     if not torch.equal(g_idx[order].long(), wanted):
-        raise _damaged(name, f"has a g_idx whose {groups} groups do not have {group} inputs each")
+        raise damaged(name, f"has a g_idx whose {groups} groups do not have {group} inputs each")
     in_order = torch.equal(order, torch.arange(columns, device=order.device))
     return None if in_order else order, group
 
@@ -372,26 +383,26 @@ def _order(g_idx: Tensor | None, columns: int, groups: int, size: int | None, na
 def _taken(tensors: Mapping[str, Tensor], parts: tuple[str, ...], name: str) -> list[Tensor]:
     missing = next((part for part in parts if part not in tensors), None)
     if missing is not None:
-        raise _damaged(name, f"lacks '{name}.{missing}'")
+        raise damaged(name, f"lacks '{name}.{missing}'")
     odd = next((part for part in parts if tensors[part].dim() != (1 if part == "weight_shape" else 2)), None)
     if odd is not None:
-        raise _damaged(name, f"has '{odd}' of shape {list(tensors[odd].shape)}")
+        raise damaged(name, f"has '{odd}' of shape {list(tensors[odd].shape)}")
     return [tensors[part] for part in parts]
 
 
 def _check(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], part: str, name: str) -> None:
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         found = f"{tensor.dtype} {list(tensor.shape)}"
-        raise _damaged(name, f"has '{part}' {found}, expected {dtype} {list(shape)}")
+        raise damaged(name, f"has '{part}' {found}, expected {dtype} {list(shape)}")
 
 
 def _check_scales(scales: Tensor, shape: tuple[int, int], part: str, name: str) -> None:
     if scales.dtype not in DTYPES:
-        raise _damaged(name, f"has '{part}' {scales.dtype}, expected float32, float16 or bfloat16")
+        raise damaged(name, f"has '{part}' {scales.dtype}, expected float32, float16 or bfloat16")
     _check(scales, scales.dtype, shape, part, name)
     if not scales.isfinite().all():
-        raise _damaged(name, f"has NaN or Inf in '{part}'")
+        raise damaged(name, f"has NaN or Inf in '{part}'")
 
 
-def _damaged(name: str, what: str) -> CheckpointError:
+def damaged(name: str, what: str) -> CheckpointError:
     return CheckpointError(f"the int4 weight '{name}' {what}. The checkpoint is damaged or has another format")

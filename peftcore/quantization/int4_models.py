@@ -14,7 +14,8 @@ from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.quantization.convert import convert
-from peftcore.quantization.int4_layouts import Int4Weight, find_layout, to_affine4
+from peftcore.quantization.int4_layouts import CheckpointLayout, Int4Weight, int4_layout, to_affine4
+from peftcore.quantization.nvfp4_layouts import empty_nvfp4, nvfp4_layout
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
 from peftcore.quantization.quantizable import selected, selected_experts
 from peftcore.targets import matches, sizes

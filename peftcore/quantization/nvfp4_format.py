@@ -2,7 +2,7 @@
 
 X.weight                              uint8 [n / 2, 1], the even element in the high nibble
 X.weight.absmax                       uint8 [blocks], the bits of E4M3
-X.weight.global_scale                 fp32 [1]; of experts [experts]
+X.weight.global_scale                 fp32 [1]; of experts [experts], or [experts * parts] of equal parts of their rows
 X.weight.nested_quant_map             fp32 [256], the values of `absmax` if other than E4M3's: compressed-tensors
                                       divides by a scale instead of multiplying
 X.weight.quant_state.peftcore__nvfp4  uint8, the bytes of a JSON text: shape and dtype, and for experts stored as
@@ -33,7 +33,7 @@ from peftcore.quantization.four_bit_format import (
 from peftcore.validation import shown
 
 _STATE, _GLOBAL, _MAP = "quant_state.peftcore__nvfp4", "global_scale", "nested_quant_map"
-_LARGEST_CODE = 6.0
+_LARGEST_CODE, _NAN = 6.0, 127
 
 
 def _settings(double_quant: bool, blocksize: int) -> tuple[bool, int]:
@@ -60,7 +60,9 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     """Return the tensors stored with `X.weight` on disk, by the part of the name after `X.weight.`."""
     outer, scale_map = weight.nested_absmax, weight.nested_quant_map
     assert outer is not None and scale_map is not None
-    tensors = {"absmax": weight.absmax, _GLOBAL: outer.reshape(max(matrices(weight.shape), 1), -1)[:, 0].contiguous()}
+    by_matrix = outer.reshape(max(matrices(weight.shape), 1), -1)
+    is_one = bool((by_matrix == by_matrix[:, :1]).all())
+    tensors = {"absmax": weight.absmax, _GLOBAL: by_matrix[:, 0].contiguous() if is_one else outer}
     if not torch.equal(scale_map, E4M3.to(scale_map.device)):
         tensors[_MAP] = scale_map
     return {**tensors, _STATE: encoded(facts_of(weight), weight.absmax.device)}
@@ -79,17 +81,23 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
         _check_shape(shape, f"found shape {list(shape)}")
     except PeftcoreError as error:
         raise damaged(name, f"cannot be read from '{_STATE}': {error}") from error
-    wanted = {"absmax": (torch.uint8, math.prod(shape) // BLOCKSIZE), _GLOBAL: (torch.float32, matrices(shape))}
+    parts, count = tensors[_GLOBAL].numel() if _GLOBAL in tensors else 0, matrices(shape)
+    wanted = {"absmax": (torch.uint8, math.prod(shape) // BLOCKSIZE)}
+    wanted[_GLOBAL] = (torch.float32, count if len(shape) < 3 or not parts or parts % count else parts)
     check_parts(tensors, wanted, name)
     scale_map = tensors.get(_MAP)
     if scale_map is not None:
         is_map = scale_map.dtype is torch.float32 and scale_map.shape == (256,)
-        if not is_map or not torch.equal(scale_map.isfinite(), E4M3.isfinite().to(scale_map.device)):
-            raise damaged(name, f"has '{_MAP}' {scale_map.dtype} {list(scale_map.shape)} that is not one value a scale")
+        if not is_map or not scale_map.isfinite().all():
+            found = f"{scale_map.dtype} {list(scale_map.shape)}"
+            raise damaged(name, f"has '{_MAP}' {found}, expected finite values {torch.float32} [256]")
         scale_map = scale_map.detach().clone()
     # Copies, so that small parts do not keep a memory-mapped file open.
     scales, outer = (tensors[part].detach().clone() for part in wanted)
-    weight = nvfp4_weight(codes.detach().contiguous(), scales, outer, shape, dtype, scale_map)
+    try:
+        weight = nvfp4_weight(codes.detach().contiguous(), scales, outer, shape, dtype, scale_map)
+    except ValueError as error:
+        raise damaged(name, f"has parts that do not fit: {error}") from error
     check_scales(weight, name)
     return weight._replace(turned=is_turned)
 
@@ -99,10 +107,10 @@ def check_scales(weight: PackedWeight, name: str) -> None:
     if weight.absmax.is_meta or not weight.absmax.numel():
         return
     used = torch.bincount(weight.absmax.reshape(-1), minlength=256) > 0
+    if used[_NAN] or used[_NAN | 128]:
+        raise damaged(name, "has a scale of NaN, so values are not finite")
     assert weight.nested_quant_map is not None and weight.nested_absmax is not None
     largest = weight.nested_quant_map[used].abs().max()
-    if not largest.isfinite():
-        raise damaged(name, "has a scale of NaN, so values are not finite")
     if not (largest * weight.nested_absmax.abs().max() * _LARGEST_CODE).isfinite():
         raise damaged(name, "has scales whose products with the global scale are too large for float32")
 

@@ -36,7 +36,7 @@ def four_bits(quant_type: str, name: str = "weight") -> WeightFormat:
 
     def write(module: PackedParameters, weight: Tensor) -> dict[str, Tensor]:
         packed, names = module.quantized_parameter(name, weight), names_of(module)
-        parts = ("codes", "absmax", "nested_absmax", "nested_offset")
+        parts = ("codes", "absmax", "nested_absmax", "nested_quant_map", "nested_offset")
         return {names[part]: tensor for part in parts if (tensor := getattr(packed, part)) is not None}
 
     def decode(module: PackedParameters, tensors: dict[str, Tensor]) -> Tensor:

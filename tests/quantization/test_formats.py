@@ -215,7 +215,7 @@ DAMAGES: list[tuple[Format, Callable[[dict[str, Tensor]], Any], str]] = [
     (NVFP4, lambda t: t.pop("global_scale"), "lacks 'w.global_scale'"),
     (NVFP4, lambda t: t["global_scale"].fill_(1e38), "too large for float32"),
     (NVFP4, lambda t: t.update(nested_quant_map=torch.ones(16)), r"'nested_quant_map' torch.float32 \[16\]"),
-    (NVFP4, lambda t: t.update(nested_quant_map=torch.full((256,), torch.inf)), "that is not one value a scale"),
+    (NVFP4, lambda t: t.update(nested_quant_map=torch.full((256,), torch.inf)), "expected finite values"),
     (AFFINE4, lambda t: t.update(absmax=t["absmax"].double()), "'absmax' torch.float64"),
     (AFFINE4, lambda t: t["absmax"].fill_(torch.nan), "has NaN or Inf in 'absmax'"),
     (AFFINE4, lambda t: t.update(zeros=t["zeros"][:3]), r"'zeros' torch.uint8 \[3\], expected torch.uint8 \[8\]"),
