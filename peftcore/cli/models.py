@@ -121,7 +121,7 @@ def load_model(
     loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_head(task, labels)}
     is_gguf = model.endswith(".gguf")
     if packing is None and not is_gguf and int4_config(load_config(model, task, labels)) is not None:
-        packing = {"quant_type": "affine4"}  # it keeps its bits
+        packing = {"quant_type": "nf4"}  # of what is dense; the checkpoint keeps its bits
     if packing is not None:
         from peftcore import quantization
 

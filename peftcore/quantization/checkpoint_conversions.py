@@ -7,7 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.experts.conversion import is_by_expert
@@ -15,9 +21,10 @@ from peftcore.layers import shape_of
 from peftcore.ops import PackedWeight
 from peftcore.quantization.convert import convert
 from peftcore.quantization.format import from_tensors
-from peftcore.quantization.int4_layouts import Int4Layout, joined_rows, to_affine4
+from peftcore.quantization.int4_layouts import CheckpointLayout
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES, from_blocks
+from peftcore.quantization.nvfp4_layouts import PACKED
 from peftcore.quantization.packed_experts import pack_parameter
 from peftcore.quantization.parameters import check_experts, check_shape
 from peftcore.targets import is_linear, sizes
@@ -101,10 +108,10 @@ class FromBlocks(_ToPacked):
         return from_blocks(blocks, tensors[SCALES], model.get_parameter(name).dtype, name)
 
 
-class FromInt4(_ToPacked):
-    """Conversion of an int4 weight of GPTQ, AWQ or compressed-tensors."""
+class FromLayout(_ToPacked):
+    """Conversion of a layer's weight in 4 bits that another tool wrote."""
 
-    def __init__(self, hf_quantizer: Any, layout: Int4Layout) -> None:
+    def __init__(self, hf_quantizer: Any, layout: CheckpointLayout) -> None:
         super().__init__(hf_quantizer)
         self.layout = layout
 
@@ -113,27 +120,28 @@ class FromInt4(_ToPacked):
         module: Any = model.get_submodule(path)
         if not is_linear(module):
             raise PeftcoreError(
-                f"'{path}' is {type(module).__name__} with an int4 weight of {self.layout.tool}, and only linear "
-                "layers and experts are read. Use a checkpoint where it is dense"
+                f"'{path}' is {type(module).__name__} with a weight of {self.layout.tool} in {self.layout.kind}, and "
+                "only linear layers and experts are read. Use a checkpoint where it is dense"
             )
         if name in model.all_tied_weights_keys:
             raise PeftcoreError(
-                f"'{path}' has an int4 weight, but the model shares its weight with "
+                f"'{path}' has a weight in {self.layout.kind}, but the model shares its weight with "
                 f"'{model.all_tied_weights_keys[name]}'. Set tie_word_embeddings=false in its config"
             )
-        return to_affine4(self.layout.read(_by_part(found), path), module.weight.dtype, path)
+        layout = self.layout
+        return layout.pack(layout.read(_by_part(found), path), module.weight.dtype, path)
 
 
-class FromInt4Experts(_ToPacked):
-    """Conversion of experts that the checkpoint stores one by one in int4 to one parameter.
+class FromLayoutOfExperts(_ToPacked):
+    """Conversion of experts in 4 bits that the checkpoint stores one by one to one parameter.
 
     Args:
-        layout: the int4 layout.
+        layout: the layout of each.
         sources: name of each projection of an expert up to its last part, as a pattern; projections are joined along
             their outputs in this order.
     """
 
-    def __init__(self, hf_quantizer: Any, layout: Int4Layout, sources: Sequence[str]) -> None:
+    def __init__(self, hf_quantizer: Any, layout: CheckpointLayout, sources: Sequence[str]) -> None:
         super().__init__(hf_quantizer)
         self.layout = layout
         self.sources = sources
@@ -142,10 +150,10 @@ class FromInt4Experts(_ToPacked):
         path, _, attribute = name.rpartition(".")
         count, dtype = shape_of(model.get_submodule(path), attribute)[0], model.get_parameter(name).dtype
         for pattern, tensors in found.items():
-            if len(tensors) != count:
+            if len(tensors) != count and not pattern.endswith(self.layout.ignored):
                 raise CheckpointError(
                     f"the checkpoint has {len(tensors)} tensors '{pattern}' for '{name}', but the model has {count} "
-                    "experts. Use a checkpoint where all experts are in int4, or the dense one"
+                    f"experts. Use a checkpoint where all experts are in {self.layout.kind}, or the dense one"
                 )
         parts = []
         for i in range(count):
@@ -154,13 +162,13 @@ class FromInt4Experts(_ToPacked):
                 expert = source.strip(".").replace("*", str(i))
                 # taken out of the lists, so that each is freed once it is packed
                 one = self.layout.read({part: t.pop(0) for part, t in tensors.items()}, expert)
-                parts.append(to_affine4(one, dtype, expert))
-        return joined_rows(parts, count, name)
+                parts.append(self.layout.pack(one, dtype, expert))
+        return self.layout.join(parts, count, name)
 
 
-def int4_converter(layout: Int4Layout, hf_quantizer: Any) -> WeightConverter:
-    """Return the converter of int4 weights. `hf_quantizer.int4_names` gets the names that it finds."""
-    names = hf_quantizer.int4_names
+def layout_converter(layout: CheckpointLayout, hf_quantizer: Any) -> WeightConverter:
+    """Return the converter of layers' weights. `hf_quantizer.layout_names` gets the names that it finds."""
+    names = hf_quantizer.layout_names
 
     class Converter(WeightConverter):
         __slots__ = ()
@@ -171,11 +179,27 @@ def int4_converter(layout: Int4Layout, hf_quantizer: Any) -> WeightConverter:
                 names.add(renamed)
             return renamed, pattern
 
-    return Converter([WHOLE + part for part in layout.parts], "weight", [FromInt4(hf_quantizer, layout)])
+    parts = [WHOLE + part for part in (*layout.parts, *layout.ignored)]
+    return Converter(parts, "weight", [FromLayout(hf_quantizer, layout)])
 
 
-def int4_experts_converter(converter: Any, layout: Int4Layout, hf_quantizer: Any) -> WeightConverter | None:
-    """Return the converter of int4 experts to the parameter of a converter of dense experts; None if it has none."""
+class NameOfPacked(WeightRenaming):
+    """Renaming of ModelOpt's weights in NVFP4 to compressed-tensors' name: dense weights have the same name."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self, packed: set[str]) -> None:
+        super().__init__("weight", PACKED)
+        self.packed = packed
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if source_key not in self.packed:
+            return source_key, None
+        return f"{source_key.removesuffix('weight')}{PACKED}", "weight"
+
+
+def layout_experts_converter(converter: Any, layout: CheckpointLayout, hf_quantizer: Any) -> WeightConverter | None:
+    """Return the converter of experts in 4 bits to the parameter of a dense experts' converter; None if it has none."""
     operations, sources = list(converter.operations), list(converter.source_patterns)
     joins = [each for each in operations if isinstance(each, Concatenate)]
     is_known = all(isinstance(each, (MergeModulelist, Concatenate)) for each in operations)
@@ -184,9 +208,9 @@ def int4_experts_converter(converter: Any, layout: Int4Layout, hf_quantizer: Any
     if (len(sources) > 1) != bool(joins) or not all(source.endswith(".weight") for source in sources):
         return None
     stems = [source.removesuffix("weight") for source in sources]
-    patterns = [stem + part for stem in stems for part in layout.parts]
+    patterns = [stem + part for stem in stems for part in (*layout.parts, *layout.ignored)]
     found: WeightConverter = converter.copy(
-        patterns, list(converter.target_patterns), operations=[FromInt4Experts(hf_quantizer, layout, stems)]
+        patterns, list(converter.target_patterns), operations=[FromLayoutOfExperts(hf_quantizer, layout, stems)]
     )
     return found
 

@@ -30,9 +30,10 @@ from peftcore.quantization.checkpoint_conversions import (
     WHOLE,
     Deserialize,
     FromBlocks,
+    NameOfPacked,
     failures,
-    int4_converter,
-    int4_experts_converter,
+    layout_converter,
+    layout_experts_converter,
     noted,
 )
 from peftcore.quantization.checkpoint_reading import not_mapped, read_when_needed
@@ -48,8 +49,10 @@ from peftcore.quantization.convert import (
 from peftcore.quantization.format import FORMATS, PARTS, check_quant_type
 from peftcore.quantization.four_bit_format import DTYPES, METHOD
 from peftcore.quantization.fused import guard_quantized
-from peftcore.quantization.int4_layouts import Int4Layout, find_layout
+from peftcore.quantization.int4_layouts import CheckpointLayout
+from peftcore.quantization.int4_models import find_layout
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES
+from peftcore.quantization.nvfp4_layouts import described, names_of_packed
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
 from peftcore.quantization.parameters import joined_experts, refuse_non_finite
 from peftcore.quantization.quant_types import refuse_options
@@ -85,7 +88,7 @@ class FourBitConfig(QuantizationConfigMixin):
         self.skip = list(skip) if skip is not None else None
         self.compute_dtype = compute_dtype
         self.blocksize = blocksize
-        self.stored = stored  # `quantization_config` of a checkpoint that GPTQ, AWQ or compressed-tensors wrote
+        self.stored = stored  # `quantization_config` of a checkpoint that another tool wrote (`find_layout`)
 
 
 @register_quantizer(METHOD)
@@ -104,7 +107,8 @@ class FourBitQuantizer(HfQuantizer):
         self.weights: set[str] = set()
         self.divided = False  # by a plan, over ranks
         self.blocksizes: dict[str, int] = {}  # of experts, by parameter name
-        self.int4_names: set[str] = set()  # parameters of which the checkpoint has int4 tensors
+        self.layout_names: set[str] = set()  # parameters of which the checkpoint has tensors in another tool's layout
+        self.files: Sequence[str] = ()
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -118,6 +122,7 @@ class FourBitQuantizer(HfQuantizer):
         return param_name in self.weights
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.files = kwargs.get("checkpoint_files") or ()
         self.divided = ranks.count() > 1 and getattr(model.config, "distributed_config", None) is not None
         if self.divided and self.pre_quantized:
             raise PeftcoreError(
@@ -153,8 +158,11 @@ class FourBitQuantizer(HfQuantizer):
         layout = None if stored is None else find_layout(stored, "")
         if layout is not None:  # first: below, `down_proj` of experts matches `down_proj.qweight` of a layer
             dense = [each for each in found if isinstance(each, WeightConverter)]
-            found += filter(None, (int4_experts_converter(each, layout, self) for each in dense))
-            found.append(int4_converter(layout, self))
+            found += filter(None, (layout_experts_converter(each, layout, self) for each in dense))
+            found.append(layout_converter(layout, self))
+            if layout.tool == "ModelOpt":
+                with noted():
+                    found.insert(0, NameOfPacked(names_of_packed(self.files)))
         modules = [module for _, module in base_modules(model)]
         for name in dict.fromkeys(name for module in modules for name in expert_parameters(module) if name != "weight"):
             parts = [WHOLE + name, *(f"{WHOLE}{name}.{part}" for part in PARTS)]
@@ -270,7 +278,7 @@ def load(
     ours = FourBitConfig(quant_type, double_quant, skip, compute_dtype, blocksize)
     config, _ = transformers.AutoConfig.from_pretrained(where, return_unused_kwargs=True, **options)
     options = {name: value for name, value in options.items() if not hasattr(config, name)}
-    stored, layout = getattr(config, "quantization_config", None), None
+    stored, layout = described(config), None
     if stored is None:
         options["quantization_config"] = ours
     elif stored.get("quant_method") in (METHOD, "mxfp4") or (
@@ -278,14 +286,16 @@ def load(
     ):
         config.quantization_config = ours.to_dict()
     elif (layout := find_layout(stored, where)) is not None:
-        ours = FourBitConfig("affine4", skip=skip, compute_dtype=compute_dtype, stored=stored)
+        ours = FourBitConfig(layout.quant_type, skip=skip, compute_dtype=compute_dtype, stored=stored)
+        if layout.warning:
+            warn(layout.warning)
         if stored.get("kv_cache_scheme"):
             warn(f"'{where}' asks for a quantized cache of keys and values, which is left in the model's dtype")
         config.quantization_config = ours.to_dict()
     else:
         raise PeftcoreError(
             f"'{where}' is quantized with {stored.get('quant_method')!r}, which is not supported. Use a dense "
-            "checkpoint, or one in bitsandbytes' 4-bit format, MXFP4, GPTQ, AWQ or compressed-tensors' W4A16"
+            "checkpoint, or one in bitsandbytes' 4-bit format, MXFP4, GPTQ, AWQ, NVFP4 or compressed-tensors' W4A16"
         )
     if model_class is None:
         named = (config.architectures or [None])[0]
@@ -302,7 +312,7 @@ def load(
                 parameter.data = parameter.data.clone()
         give_back_freed()
         if layout is not None:
-            _check_int4(model, layout, found[1]["unexpected_keys"], where)
+            _check_layout(model, layout, found[1]["unexpected_keys"], where)
         elif stored is not None and stored.get("quant_method") == "mxfp4":
             _check_blocks(model, where)
         elif stored is not None:
@@ -363,17 +373,17 @@ def _check_blocks(model: nn.Module, where: str) -> None:
         )
 
 
-def _check_int4(model: Any, layout: Int4Layout, unexpected: Iterable[str], where: str) -> None:
-    """Raise a PeftcoreError unless each int4 weight of the checkpoint has been read."""
-    unread = sorted(model.hf_quantizer.int4_names.intersection(unexpected))
+def _check_layout(model: Any, layout: CheckpointLayout, unexpected: Iterable[str], where: str) -> None:
+    """Raise a PeftcoreError unless each weight of the checkpoint in the layout has been read."""
+    unread = sorted(model.hf_quantizer.layout_names.intersection(unexpected))
     if unread:
         raise PeftcoreError(
-            f"'{where}' has {len(unread)} int4 weights of {layout.tool} that are neither those of linear layers nor of "
-            f"experts that transformers joins expert by expert ('{unread[0]}'). Use the dense checkpoint"
+            f"'{where}' has {len(unread)} {layout.kind} weights of {layout.tool} that are neither those of linear "
+            f"layers nor of experts that transformers joins expert by expert ('{unread[0]}'). Use the dense checkpoint"
         )
     if next(quantized_layers(model), None) is None and next(quantized_experts(model), None) is None:
         raise CheckpointError(
-            f"'{where}' is quantized with {layout.tool} by its config, but has no '{layout.parts[0]}'. The checkpoint "
+            f"'{where}' is quantized with {layout.tool} by its config, but has no '{layout.known_by}'. The checkpoint "
             "is damaged or has another format"
         )
 

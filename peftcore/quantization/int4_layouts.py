@@ -164,6 +164,11 @@ class CheckpointLayout:
     ignored: tuple[str, ...] = ()
     warning: str = ""
 
+    @property
+    def known_by(self) -> str:
+        """Name of a tensor that only a weight in the layout has."""
+        return self.parts[-1] if self.kind == "NVFP4" else self.parts[0]
+
 
 def int4_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | None:
     """Return the int4 layout that a model's `quantization_config` describes; None if another kind of format does.
@@ -177,6 +182,7 @@ def int4_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | Non
 
 
 def refused(where: str, found: str, needed: str, what_to_do: str) -> PeftcoreError:
+    """Return the error for a checkpoint of a tool in a layout that is not read."""
     return PeftcoreError(f"'{where}' is quantized with {found}, but only {needed} can be read. {what_to_do}")
 
 
@@ -404,5 +410,6 @@ def _check_scales(scales: Tensor, shape: tuple[int, int], part: str, name: str) 
         raise damaged(name, f"has NaN or Inf in '{part}'")
 
 
-def damaged(name: str, what: str) -> CheckpointError:
-    return CheckpointError(f"the int4 weight '{name}' {what}. The checkpoint is damaged or has another format")
+def damaged(name: str, what: str, kind: str = "int4") -> CheckpointError:
+    """Return the error for a weight of a layer that is not as its layout says."""
+    return CheckpointError(f"the {kind} weight '{name}' {what}. The checkpoint is damaged or has another format")

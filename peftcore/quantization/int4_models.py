@@ -1,10 +1,12 @@
-"""Models whose config says that a checkpoint of GPTQ, AWQ or compressed-tensors has their weights in int4."""
+"""Models whose config says that GPTQ, AWQ, compressed-tensors or ModelOpt stored their weights in 4 bits."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,11 +17,20 @@ from peftcore.ops import PackedWeight
 from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.quantization.convert import convert
 from peftcore.quantization.int4_layouts import CheckpointLayout, Int4Weight, int4_layout, to_affine4
-from peftcore.quantization.nvfp4_layouts import empty_nvfp4, nvfp4_layout
+from peftcore.quantization.nvfp4_layouts import described, empty_nvfp4, nvfp4_layout
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
 from peftcore.quantization.quantizable import selected, selected_experts
 from peftcore.targets import matches, sizes
 from peftcore.targets.patterns import compiled, limited
+
+
+def find_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | None:
+    """Return the layout that a model's `quantization_config` describes; None if another kind of format does.
+
+    Raises:
+        PeftcoreError: GPTQ, AWQ, compressed-tensors or ModelOpt wrote it, in a layout that is not read.
+    """
+    return nvfp4_layout(config, where) or int4_layout(config, where)
 
 
 def int4_config(config: Any) -> Mapping[str, Any] | None:
@@ -28,8 +39,8 @@ def int4_config(config: Any) -> Mapping[str, Any] | None:
     Raises:
         PeftcoreError: it describes a layout that nothing here reads.
     """
-    stored = getattr(config, "quantization_config", None)
-    if not isinstance(stored, Mapping):
+    stored = described(config)
+    if stored is None:
         return None
     try:
         return stored if find_layout(stored, str(getattr(config, "_name_or_path", ""))) is not None else None
@@ -43,58 +54,69 @@ def int4_config(config: Any) -> Mapping[str, Any] | None:
 def without_quantization(config: Any) -> Any:
     """Return a copy of a transformers config that describes the dense model."""
     config = copy.deepcopy(config)
-    del config.quantization_config
+    config.__dict__.pop("quantization_config", None)
+    config._name_or_path = ""  # the folder may have ModelOpt's file
     return config
 
 
 @limited()
 def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
-    """Give a dense model on the meta device int4 layers and experts, as its `quantization_config` says.
+    """Give a dense model on the meta device layers and experts in 4 bits, as its `quantization_config` says.
 
     Args:
         model: the model, changed in place.
         stored: the `quantization_config`, which `find_layout` knows.
     """
+    layout = find_layout(stored, "")
+    assert layout is not None
     scheme, is_symmetric = stored, stored["quant_method"] == "gptq" and stored.get("sym", True)
     if stored["quant_method"] == "compressed-tensors":
         scheme = next(iter(stored["config_groups"].values()))["weights"]
         is_symmetric = scheme.get("symmetric", True)
     is_ordered = stored.get("desc_act", False) or scheme.get("actorder") in ("group", "dynamic")
-    ignored = [*(stored.get("ignore") or ()), *(stored.get("modules_to_not_convert") or ())]
+    lists = (stored.get(name) or () for name in ("ignore", "modules_to_not_convert", "exclude_modules"))
+    ignored = [pattern for patterns in lists for pattern in patterns]
     stay_dense = [_naming(pattern) for pattern in ignored]
 
-    def empty(rows: int, columns: int, dtype: torch.dtype, path: str) -> PackedWeight:
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, path: str) -> PackedWeight:
+        if layout.quant_type == "nvfp4":
+            return empty_nvfp4(shape, dtype)
+        rows, columns = math.prod(shape[:-1]), shape[-1]
         group = scheme.get("group_size") or -1
         group = columns if group == -1 or columns % group else group
         zeros = None if is_symmetric else torch.empty(rows, columns // group, dtype=torch.uint8)
         order = torch.empty(columns, dtype=torch.int64) if is_ordered else None
         scales = torch.empty(rows, columns // group, dtype=torch.float16)
         codes = torch.empty(rows * columns // 2, 1, dtype=torch.uint8)
-        return to_affine4(Int4Weight(codes, scales, zeros, (rows, columns), group, order), dtype, path)
+        found = to_affine4(Int4Weight(codes, scales, zeros, (rows, columns), group, order), dtype, path)
+        return found._replace(shape=shape, permutation=found.permutation if len(shape) == 2 else None)
 
-    def is_int4(path: str) -> bool:
+    def is_packed(path: str) -> bool:
         return not any(names(path) for names in stay_dense)
 
     with torch.device("meta"):
         for path, layer in selected(model, None).items():
-            if is_int4(path):
+            if is_packed(path):
                 columns, rows = sizes(layer)
                 weight: Any = layer.weight
-                convert(layer, empty(rows, columns, weight.dtype, path), None)
+                convert(layer, empty((rows, columns), weight.dtype, path), None)
         for path, names in selected_experts(model, None, MIN_BLOCKSIZE).items():
             module = model.get_submodule(path)
-            if is_turned(module, "affine4") or not is_int4(path):
+            if is_turned(module, layout.quant_type) or not is_packed(path):
                 continue
             for name in names:
                 parameter = module.get_parameter(name)
-                count, rows, columns = parameter.shape
-                packed = empty(count * rows, columns, parameter.dtype, f"{path}.{name}")
-                packed = packed._replace(shape=(count, rows, columns), permutation=None)
+                packed = empty(tuple(parameter.shape), parameter.dtype, f"{path}.{name}")
                 pack_parameter(module, name, packed, None)
 
 
 def _naming(pattern: str) -> Callable[[str], bool]:
-    """Return what tests whether a name in a `quantization_config`, a part of a path or `re:...`, means a layer."""
+    """Return what tests whether a name in a `quantization_config` means a layer.
+
+    Names are parts of a path, `re:...`, or with ModelOpt's asterisks.
+    """
+    if "*" in pattern and not pattern.startswith("re:"):
+        return lambda path: fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
     if pattern.startswith("re:"):
         return compiled(f"(?:{pattern[3:]}).*", "ignore")
     return lambda path: matches(pattern, path) or pattern in path

@@ -2,7 +2,8 @@
 
 X.weight                              uint8 [n / 2, 1], the even element in the high nibble
 X.weight.absmax                       uint8 [blocks], the bits of E4M3
-X.weight.global_scale                 fp32 [1]; of experts [experts], or [experts * parts] of equal parts of their rows
+X.weight.nested_absmax                fp32 [1], the scale of the matrix; of experts [experts], or [experts * parts]
+                                      where equal parts of their rows have a scale each
 X.weight.nested_quant_map             fp32 [256], the values of `absmax` if other than E4M3's: compressed-tensors
                                       divides by a scale instead of multiplying
 X.weight.quant_state.peftcore__nvfp4  uint8, the bytes of a JSON text: shape and dtype, and for experts stored as
@@ -32,7 +33,7 @@ from peftcore.quantization.four_bit_format import (
 )
 from peftcore.validation import shown
 
-_STATE, _GLOBAL, _MAP = "quant_state.peftcore__nvfp4", "global_scale", "nested_quant_map"
+_STATE, _GLOBAL, _MAP = "quant_state.peftcore__nvfp4", "nested_absmax", "nested_quant_map"
 _LARGEST_CODE, _NAN = 6.0, 127
 
 

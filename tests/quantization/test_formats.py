@@ -120,7 +120,7 @@ def test_copies_pickles_and_files_keep_the_bits(form: Format, made: Callable[[],
     for loaded in (peftcore.quantization.load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
         same(bits(loaded), state)
         assert torch.equal(logits(loaded), logits(model))
-    dense = {name for name, t in state.items() if t.is_floating_point() and not name.endswith(".global_scale")}
+    dense = {name for name, t in state.items() if t.is_floating_point() and not name.endswith(".nested_absmax")}
     cast = {name: t.bfloat16() if name in dense else t for name, t in state.items()}
     same(bits(model.to(torch.bfloat16)), cast)
 
@@ -212,8 +212,8 @@ DAMAGES: list[tuple[Format, Callable[[dict[str, Tensor]], Any], str]] = [
     (MXFP4, lambda t: t.update(absmax=t["absmax"].float()), r"torch.float32 \[8\], expected torch.uint8 \[8\]"),
     (MXFP4, lambda t: t["absmax"].fill_(255), "has a scale of NaN"),
     (NVFP4, lambda t: t["absmax"][3:].fill_(127), "has a scale of NaN"),
-    (NVFP4, lambda t: t.pop("global_scale"), "lacks 'w.global_scale'"),
-    (NVFP4, lambda t: t["global_scale"].fill_(1e38), "too large for float32"),
+    (NVFP4, lambda t: t.pop("nested_absmax"), "lacks 'w.nested_absmax'"),
+    (NVFP4, lambda t: t["nested_absmax"].fill_(1e38), "too large for float32"),
     (NVFP4, lambda t: t.update(nested_quant_map=torch.ones(16)), r"'nested_quant_map' torch.float32 \[16\]"),
     (NVFP4, lambda t: t.update(nested_quant_map=torch.full((256,), torch.inf)), "expected finite values"),
     (AFFINE4, lambda t: t.update(absmax=t["absmax"].double()), "'absmax' torch.float64"),
