@@ -109,4 +109,4 @@ def test_no_more_than_an_expert_is_dense_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(parameters, "quantized", watched)
     peftcore.quantization.load(tmp_path)
-    assert sorted(seen) == 8 * [((64, 64), 0)] + 8 * [((128, 64), 0)]
+    assert sorted(seen) == 8 * [((1, 64, 64), 0)] + 8 * [((1, 128, 64), 0)]
