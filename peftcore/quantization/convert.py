@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from peftcore import ranks
-from peftcore.adaptation.base_modules import base_modules
+from peftcore.adaptation.base_modules import base_modules, walked_once
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import is_wrapped
 from peftcore.method import Model
-from peftcore.observation import detect
+from peftcore.observation import detect, left_as_it_is
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight
 from peftcore.ops.huge_pages import collapse, move_to_huge_pages
@@ -115,7 +115,8 @@ def quantize(
         raise PeftcoreError(
             f"quantize needs a model without adapters, found {applied}. Quantize first, or call peftcore.remove"
         )
-    chosen, experts = selected(model, skip), selected_experts(model, skip, blocksize)
+    with left_as_it_is(model):
+        chosen, experts = selected(model, skip), selected_experts(model, skip, blocksize)
     if plugin is not CORE:
         warn_of_experts([f"{path}.{name}" for path, names in experts.items() for name in names], quant_type)
         experts = {}
@@ -135,12 +136,13 @@ def quantize(
             _check_parameter(path, model.get_submodule(path), name)
     if plugin is CORE and FORMATS[quant_type].rows_are_blocks:
         _check_rows(model, quant_type, blocksize, chosen, experts)
-    if skip is None:
-        reached = [(path, name) for path, names in experts.items() for name in names]
-        reached += [(path, name) for path, _, name in packed_names(model)]
-        full = [f"{path}.{name}" if path else name for path, name in reached]
-        _tell_if_little(model, [*chosen, *full, *theirs])
-    warn_of_dense(model, skip)
+    with left_as_it_is(model):
+        if skip is None:
+            reached = [(path, name) for path, names in experts.items() for name in names]
+            reached += [(path, name) for path, _, name in packed_names(model)]
+            full = [f"{path}.{name}" if path else name for path, name in reached]
+            _tell_if_little(model, [*chosen, *full, *theirs])
+        warn_of_dense(model, skip)
     before = _held_by(model)
     if batches is not None:
         chosen = _round_by_gptq(model, chosen, experts, list(batches), blocksize, compute_dtype)
@@ -168,7 +170,8 @@ def quantize(
 
 def quicken_few_rows(model: nn.Module) -> None:
     """Make products of few rows of a quantized model fast: in huge pages, the dense output head by its own kernel."""
-    head = detect(model).output_head
+    with walked_once(model):
+        head = detect(model).output_head
     fold_frozen(model, head)
     weight = None if head is None else model.get_submodule(head)._parameters.get("weight")
     if weight is not None and weight.dtype is not torch.uint8:
