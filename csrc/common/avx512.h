@@ -45,5 +45,17 @@ inline FourColumns four_columns(const Row& row) {
              _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)}};
 }
 
+// The sum of each of 16 rows of 16 floats. `row(i)`: address of row i.
+template <typename Row>
+inline __m512 sums_of_lanes(const Row& row) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int lane = 0; lane < 16; lane += 4) {
+        const FourColumns lanes = four_columns([&](int i) { return row(i) + lane; });
+        sum = _mm512_add_ps(sum, _mm512_add_ps(_mm512_add_ps(__m512(lanes.of[0]), __m512(lanes.of[1])),
+                                               _mm512_add_ps(__m512(lanes.of[2]), __m512(lanes.of[3]))));
+    }
+    return sum;
+}
+
 }  // namespace
 }  // namespace peftcore

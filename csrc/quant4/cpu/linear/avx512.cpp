@@ -4,6 +4,7 @@
 #include "quant4/cpu/linear/integers.h"
 #include "quant4/cpu/linear/rows.h"
 #include "quant4/cpu/linear/zeros.h"
+#include "quant4/cpu/linear/zeros_avx512.h"
 
 namespace peftcore {
 namespace quant4 {
@@ -107,7 +108,7 @@ struct Avx512Integers {
 }  // namespace
 
 void fill_avx512(LinearKernels& kernels) {
-    kernels.zeros = kZeroPoints;
+    kernels.zeros = {.sum_blocks = sum_blocks, .addend = zeros_addend_avx512};
     kernels.integers = LinearIntegers<Avx512Integers>::kernel(24);
     kernels.rows = LinearRows<Avx512>::kernel({.fp32 = 24, .fp16 = 24, .bf16 = 24});
 }

@@ -1,5 +1,4 @@
-// Scales as the "dots" way multiplies by them: for each chunk of 256 values a vector, or two of blocks of 32, with a
-// block's scale in its lanes.
+// Scales as the "dots" way multiplies by them: for each chunk of 256 values a vector, with a block's scale in its lanes.
 //
 // Copied as floats first, scales take a fifth of the time of one row of x (Zen 5). A shuffle of a chunk's bytes also makes
 // these vectors of fp32 and bf16 for larger blocks, and of E8M0 for blocks of 32.
@@ -18,54 +17,55 @@ namespace quant4 {
 namespace {
 
 enum class ChunkKind {
-    kOne,     // a vector of the upper bytes of floats
-    kTwo,     // two of E8M0, of the first half of each 64 values and of the second
-    kFloats,  // two of eight floats
+    kUpper,   // the upper bytes of floats
+    kPower,   // E8M0
+    kFloats,  // eight floats
 };
 
 // The scales of some rows.
 struct ChunkScales {
-    static constexpr int kChunk = 256, kStep = 64;  // values; with kOne each kStep have one scale
-    static constexpr int kRead = 16;                // bytes of a chunk
+    static constexpr int kChunk = 256,
+                         kStep = 64;  // values; unless blocks have 32, each kStep have one scale
+    static constexpr int kRead = 16;  // bytes of a chunk
 
     ChunkKind kind = ChunkKind::kFloats;
     const uint8_t* from = nullptr;
     int64_t row_bytes = 0, chunk_bytes = 8 * sizeof(float);
-    __m512i pick[2] = {};  // for each byte of a vector, which byte it is
+    __m512i pick = {};  // for each byte of the vector, which byte it is
+
+    // Which 32 values of a chunk a lane's words are of: of each 128 bits the even lanes have those of the chunk's first
+    // half, the odd ones those of its second.
+    static constexpr int part_of(int lane) { return lane / 4 + lane % 2 * 4; }
 
     // With scales of `size` bytes, the upper ones of a float.
     static ChunkScales of_bytes(int size, int shift) {
-        ChunkScales scales{.kind = size == 1 ? ChunkKind::kTwo : ChunkKind::kOne,
+        ChunkScales scales{.kind = size == 1 ? ChunkKind::kPower : ChunkKind::kUpper,
                            .chunk_bytes = kChunk >> shift << log2_of(size)};
-        for (int half = 0; half < 2; ++half) {
-            alignas(64) uint8_t pick[64];
-            for (int byte = 0; byte < 64; ++byte) {
-                const int block = (byte / 16 * kStep + half * kStep / 2) >> shift,
-                          within = byte % 4 - (4 - size);
-                pick[byte] = within < 0 ? 0x80 : uint8_t(block * size + within);  // 0x80: a zero
-            }
-            scales.pick[half] = _mm512_load_si512(pick);
+        alignas(64) uint8_t pick[64];
+        for (int byte = 0; byte < 64; ++byte) {
+            const int block = part_of(byte / 4) * 32 >> shift, within = byte % 4 - (4 - size);
+            pick[byte] = within < 0 ? 0x80 : uint8_t(block * size + within);  // 0x80: a zero
         }
+        scales.pick = _mm512_load_si512(pick);
         return scales;
     }
 
-    // A vector of chunk c of the row at `row`. `values` from there on, if it is not a whole chunk: what is behind them
+    // The vector of chunk c of the row at `row`. `values` from there on, if it is not a whole chunk: what is behind them
     // belongs to other rows, and may not be finite.
     template <ChunkKind kKind, bool kAll>
-    __m512 vector(const uint8_t* row, int64_t c, int64_t values, int half) const {
+    __m512 vector(const uint8_t* row, int64_t c, int64_t values) const {
         const uint8_t* at = row + c * chunk_bytes;
         const auto some = uint32_t((uint64_t(1) << (chunk_bytes * values / kChunk)) - 1);
         if constexpr (kKind == ChunkKind::kFloats) {
             const __m256i eight = kAll ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))
                                        : _mm256_maskz_loadu_epi8(some, at);
-            const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
-            return _mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(half)),
-                                         _mm512_castsi512_ps(_mm512_castsi256_si512(eight)));
+            const __m512i part = _mm512_setr_epi32(0, 4, 0, 4, 1, 5, 1, 5, 2, 6, 2, 6, 3, 7, 3, 7);
+            return _mm512_permutexvar_ps(part, _mm512_castsi512_ps(_mm512_castsi256_si512(eight)));
         }
         const __m128i sixteen = kAll ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(at))
                                      : _mm_maskz_loadu_epi8(__mmask16(some), at);
-        const __m512i picked = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), pick[half]);
-        return _mm512_castsi512_ps(kKind == ChunkKind::kOne ? picked : _mm512_srli_epi32(picked, 1));
+        const __m512i picked = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), pick);
+        return _mm512_castsi512_ps(kKind == ChunkKind::kUpper ? picked : _mm512_srli_epi32(picked, 1));
     }
 };
 

@@ -2,7 +2,8 @@
 //
 // A 16-bit lane of a word shifted right by 0, 4, 8 or 12 starts with a value's nibble, so one permutation looks up
 // 32 values, and the dot product adds up pairs of words: 8 instructions for 128 values, compared with 23 in fp32. x
-// is arranged in that order. Two vectors of W are permuted so that each has half of every block.
+// is arranged in that order. Two vectors of W exchange words so that a lane has words of one block in both: all their
+// products are added before they are scaled.
 #pragma once
 
 #include <immintrin.h>
@@ -52,10 +53,9 @@ void store_results(const LinearCall& args, int64_t n, int64_t rows, int64_t m, i
 }
 
 struct LinearDots {
-    static constexpr int kBlock = 64;   // values that share a scale, or two
-    static constexpr int kChunk = 256;  // values of two vectors
-    static constexpr int kBlocks = kChunk / kBlock;
-    static constexpr int kMaxBatch = 4;  // rows of x
+    static constexpr int kMultiple = 64;  // of the columns
+    static constexpr int kChunk = 256;    // values of two vectors
+    static constexpr int kMaxBatch = 4;   // rows of x
     // Prefetch distance in bytes, in memory order, into the L2 cache. A row of x by 40 layers of 4096 x 4096 in turn,
     // on two cores of Zen 4, takes 0.26 ms each, 35 GB/s. Prefetching into L1 takes 0.35, half of the distance 0.38; on
     // one core (1536 x 2048) the same distance within each row took twice as long.
@@ -76,32 +76,39 @@ struct LinearDots {
         return _mm512_maskz_loadu_epi16(count <= 0 ? 0 : __mmask32((1u << count) - 1), from);
     }
 
-    // [batch][chunk][vector][j][lane]: value j ^ 1 of four, the even value being the high nibble.
+    // [batch][chunk][vector][j][lane]: value j ^ 1 of four, the even value being the high nibble, of the lane's word.
     static bool arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
         const uint16_t* from = static_cast<const uint16_t*>(x);
         uint16_t* to = static_cast<uint16_t*>(out);
-        alignas(64) uint16_t every_fourth[32];
-        for (int i = 0; i < 32; ++i) every_fourth[i] = uint16_t(4 * i % 64);
-        const __m512i first = _mm512_load_si512(every_fourth);
+        // Of 32 values from each half of the chunk, those of one vector, as [j][lane]: words by turns of both.
+        alignas(64) uint16_t of_vector[32];
+        for (int i = 0; i < 32; ++i)
+            of_vector[i] = uint16_t(i / 2 % 2 * 32 + i % 8 / 4 * 8 + i % 2 * 4 + (i / 8 ^ 1));
+        const __m512i first = _mm512_load_si512(of_vector);
         for (int64_t m = 0; m < batch; ++m, from += columns)
             for (int64_t k = 0; k < columns; k += kChunk)
-                for (int64_t half = k; half < k + kBlock; half += kBlock / 2, to += kChunk / 2) {
-                    __m512i part[kBlocks];
-                    for (int i = 0; i < kBlocks; ++i)
-                        part[i] = load_x(from + half + kBlock * i, columns - half - kBlock * i);
-                    for (int j = 0; j < 4; ++j) {
-                        const __m512i index = _mm512_add_epi16(first, _mm512_set1_epi16(short(j ^ 1)));
-                        const __m512i low = _mm512_permutex2var_epi16(part[0], index, part[1]);
-                        const __m512i high = _mm512_permutex2var_epi16(part[2], index, part[3]);
-                        _mm512_storeu_si512(to + 32 * j,
-                                            _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
+                for (int vector = 0; vector < 2; ++vector, to += kChunk / 2) {
+                    const __m512i index = _mm512_add_epi16(first, _mm512_set1_epi16(short(16 * vector)));
+                    __m512i part[4];
+                    for (int i = 0; i < 4; ++i) {
+                        const int64_t at = k + 32 * i, other = at + kChunk / 2;
+                        part[i] = _mm512_permutex2var_epi16(load_x(from + at, columns - at), index,
+                                                            load_x(from + other, columns - other));
                     }
+                    const __m512i a = _mm512_shuffle_i32x4(part[0], part[1], 0x44),
+                                  b = _mm512_shuffle_i32x4(part[2], part[3], 0x44),
+                                  c = _mm512_shuffle_i32x4(part[0], part[1], 0xee),
+                                  d = _mm512_shuffle_i32x4(part[2], part[3], 0xee);
+                    _mm512_storeu_si512(to, _mm512_shuffle_i32x4(a, b, 0x88));
+                    _mm512_storeu_si512(to + 32, _mm512_shuffle_i32x4(a, b, 0xdd));
+                    _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(c, d, 0x88));
+                    _mm512_storeu_si512(to + 96, _mm512_shuffle_i32x4(c, d, 0xdd));
                 }
         return true;
     }
 
-    // Half of each block in one vector, half in the other, so that all products of a block are added before they are
-    // scaled. `values`: number of values, if not a whole chunk; masked loads take 1.2 times as long with 4 rows of x.
+    // Words of the chunk's two halves by turns, so that lane i of both has words of 32 values, `ChunkScales::part_of(i)`.
+    // `values`: number of values, if not a whole chunk; masked loads take 1.2 times as long with 4 rows of x.
     struct Words {
         __m512i of[2];
     };
@@ -113,7 +120,7 @@ struct LinearDots {
             return _mm512_maskz_loadu_epi32(__mmask16((1u << count) - 1), from + begin / 2);
         };
         const __m512i one = half(0), other = half(128);
-        return {{_mm512_shuffle_i32x4(one, other, 0x88), _mm512_shuffle_i32x4(one, other, 0xdd)}};
+        return {{_mm512_unpacklo_epi32(one, other), _mm512_unpackhi_epi32(one, other)}};
     }
 
     // The range of a call: chunks [first, last) of rows of W from `row` on.
@@ -147,8 +154,6 @@ struct LinearDots {
                 ahead += kChunk / 2;
                 words[r] = load_words<kAll>(codes + r * row_bytes + c * kChunk / 2, columns - c * kChunk);
             }
-            constexpr int kScaled =
-                kKind == ChunkKind::kOne ? 8 : 4;  // vectors of W that are added before they are scaled
             __m512 products[kCount][kBatch];
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
@@ -159,20 +164,18 @@ struct LinearDots {
 #pragma GCC unroll 4
                     for (int i = 0; i < kBatch; ++i) {
                         const __m512i pair = _mm512_loadu_si512(x + (i * count + c) * kChunk + 32 * j);
-                        products[r][i] =
-                            _mm512_dpbf16_ps(j % kScaled == 0 ? _mm512_setzero_ps() : products[r][i],
-                                             __m512bh(w), __m512bh(pair));
+                        products[r][i] = _mm512_dpbf16_ps(j == 0 ? _mm512_setzero_ps() : products[r][i],
+                                                          __m512bh(w), __m512bh(pair));
                     }
                 }
-                if (j % kScaled != kScaled - 1) continue;
+            }
 #pragma GCC unroll 4
-                for (int r = 0; r < kCount; ++r) {
-                    const __m512 scale = scales.vector<kKind, kAll>(part.scales + r * scales.row_bytes, c,
-                                                                    columns - c * kChunk, j / kScaled);
+            for (int r = 0; r < kCount; ++r) {
+                const __m512 scale =
+                    scales.vector<kKind, kAll>(part.scales + r * scales.row_bytes, c, columns - c * kChunk);
 #pragma GCC unroll 4
-                    for (int i = 0; i < kBatch; ++i)
-                        sums[r][i] = _mm512_fmadd_ps(scale, products[r][i], sums[r][i]);
-                }
+                for (int i = 0; i < kBatch; ++i)
+                    sums[r][i] = _mm512_fmadd_ps(scale, products[r][i], sums[r][i]);
             }
         };
         const int64_t whole = std::min(part.last, columns / kChunk);
@@ -186,17 +189,9 @@ struct LinearDots {
     // The sum of the lanes of each row's sums: [kBatch][kRows] of [kRows][kBatch][kLanes].
     template <int kBatch>
     static void add_lanes(const float* sums, float* out) {
-        for (int i = 0; i < kBatch; ++i) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int lane = 0; lane < kLanes; lane += 4) {
-                const FourColumns lanes =
-                    four_columns([&](int row) { return sums + (row * kBatch + i) * kLanes + lane; });
-                sum = _mm512_add_ps(sum,
-                                    _mm512_add_ps(_mm512_add_ps(__m512(lanes.of[0]), __m512(lanes.of[1])),
-                                                  _mm512_add_ps(__m512(lanes.of[2]), __m512(lanes.of[3]))));
-            }
-            _mm512_storeu_ps(out + i * kRows, sum);
-        }
+        for (int i = 0; i < kBatch; ++i)
+            _mm512_storeu_ps(out + i * kRows,
+                             sums_of_lanes([&](int row) { return sums + (row * kBatch + i) * kLanes; }));
     }
 
     // Sums of rows [n, n + rows) that begin with what zero points add, times `by`.
@@ -241,12 +236,12 @@ struct LinearDots {
                 start_sums<kBatch>(args, strips.floats(), n, rows, 1 / rounded.inverse, sums.data());
             const auto multiply_rows = [&](int64_t taken) {
                 switch (scales.kind) {
-                    case ChunkKind::kOne:
-                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kOne>
-                                          : multiply<kAtOnce, kBatch, ChunkKind::kOne>;
-                    case ChunkKind::kTwo:
-                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kTwo>
-                                          : multiply<kAtOnce, kBatch, ChunkKind::kTwo>;
+                    case ChunkKind::kUpper:
+                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kUpper>
+                                          : multiply<kAtOnce, kBatch, ChunkKind::kUpper>;
+                    case ChunkKind::kPower:
+                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kPower>
+                                          : multiply<kAtOnce, kBatch, ChunkKind::kPower>;
                     default:
                         return taken == 1 ? multiply<1, kBatch, ChunkKind::kFloats>
                                           : multiply<kAtOnce, kBatch, ChunkKind::kFloats>;
@@ -287,7 +282,7 @@ struct LinearDots {
 
     static LinearKernel kernel() {
         return {.max_batch = {0, 0, kMaxBatch},
-                .column_multiple = kBlock,
+                .column_multiple = kMultiple,
                 .zero_input = ZeroInput::kSums,
                 .arranged_bytes = arranged_bytes,
                 .arrange = arrange,
