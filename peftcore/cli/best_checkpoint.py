@@ -30,6 +30,7 @@ FIGURES = {
     data.REGRESSION: ("pearson", "spearman"),
     data.IMAGE: ("accuracy", "macro_f1"),
     data.IMAGE_TEXT: ("perplexity",),
+    data.AUDIO_TEXT: ("perplexity",),
     data.SPEECH: ("wer", "perplexity"),
     data.EMBEDDING: ("recall_at_1", "mrr", "spearman", "pearson"),
     data.TAGS: ("accuracy", "macro_f1", "entity_f1"),

@@ -28,7 +28,7 @@ CLASSIFICATION, REGRESSION, MULTI_LABEL = LABELLED = labels.KINDS
 TAGS, IMAGE = labels.TAGS, labels.IMAGE
 HEADED = (*LABELLED, TAGS, IMAGE)  # with a new head on the base, whose outputs have labels
 SEQ2SEQ = "seq2seq"
-IMAGE_TEXT = "image-text"
+IMAGE_TEXT, AUDIO_TEXT = "image-text", "audio-text"
 EMBEDDING = "pairs"
 SPEECH = "asr"
 PREFERENCES = "dpo"
@@ -38,11 +38,12 @@ ODDS, REWARD = "orpo", "reward"
 ROLLOUTS = "grpo"
 PAIRED = (PREFERENCES, ODDS, REWARD)  # rows with a chosen and a rejected answer
 SEEING = (IMAGE_TEXT, IMAGE_PREFERENCES)  # conversations with images
+MULTIMODAL = (*SEEING, AUDIO_TEXT)  # conversations with other parts than texts
 # On judged answers, each with a module of its own.
 COMPARED = (PREFERENCES, IMAGE_PREFERENCES, UNPAIRED, ODDS, REWARD, ROLLOUTS)
-TASKS = (LANGUAGE_MODEL, SEQ2SEQ, IMAGE_TEXT, EMBEDDING, SPEECH, *HEADED, *COMPARED)
+TASKS = (LANGUAGE_MODEL, SEQ2SEQ, IMAGE_TEXT, AUDIO_TEXT, EMBEDDING, SPEECH, *HEADED, *COMPARED)
 NEW_HEAD = (*HEADED, REWARD)
-NO_PROMPTS = (*NEW_HEAD, *SEEING, EMBEDDING, SPEECH)  # whose models do not answer a text
+NO_PROMPTS = (*NEW_HEAD, *MULTIMODAL, EMBEDDING, SPEECH)  # whose models do not answer a text
 
 PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))
 
@@ -60,7 +61,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("text",),
         ("input_ids",),
     ),
-    IMAGE_TEXT: (("messages",), ("conversations",), ("prompt", "completion")),
+    **dict.fromkeys((IMAGE_TEXT, AUDIO_TEXT), (("messages",), ("conversations",), ("prompt", "completion"))),
     EMBEDDING: pair_rows.KEYS,
     SPEECH: (("audio", "text"), ("audio", "sentence"), ("audio", "transcription")),
     SEQ2SEQ: (("source", "target"), ("prompt", "completion"), ("instruction", "output")),
@@ -77,6 +78,7 @@ _SHOWN = {
     MULTI_LABEL: "text/labels",
     SEQ2SEQ: "source/target",
     IMAGE_TEXT: "messages with images",
+    AUDIO_TEXT: "messages with audio",
     SPEECH: "audio/text",
     EMBEDDING: "anchor/positive, anchor/positive/negative or sentence1/sentence2/score",
 }
@@ -90,7 +92,7 @@ _SHOWN |= dict.fromkeys(PAIRED, "prompt/chosen/rejected") | {
 # What `--columns` may be for a task, in messages.
 _EXAMPLES = {SPEECH: "audio=file,text=transcript", EMBEDDING: "anchor=question,positive=answer", TAGS: "tokens=words"}
 _EXAMPLES |= {SEQ2SEQ: "source=german,target=english", MULTI_LABEL: "text=body,labels=topics"}
-_EXAMPLES |= {IMAGE_TEXT: "messages=chat"}
+_EXAMPLES |= dict.fromkeys((IMAGE_TEXT, AUDIO_TEXT), "messages=chat")
 _EXAMPLES |= dict.fromkeys((CLASSIFICATION, REGRESSION), "text=review,label=stars")
 _EXAMPLES |= dict.fromkeys((*PAIRED, IMAGE_PREFERENCES), "chosen=better,rejected=worse") | {ROLLOUTS: "prompt=question"}
 
@@ -165,6 +167,8 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
     found: list[Any] = []
     rows = itertools.chain.from_iterable(records(*each) for each in _sources(path, columns))
     seen = image_turns.first_with_images(fields for _, fields in rows)
+    if seen is not None and image_turns.has_audio(seen):
+        return AUDIO_TEXT
     if seen is not None:
         return IMAGE_PREFERENCES if {"chosen", "rejected"} <= seen.keys() else IMAGE_TEXT
     for _, fields in itertools.chain.from_iterable(records(*each) for each in _sources(path, columns)):
@@ -212,8 +216,8 @@ def row_of(where: str, fields: dict[str, Any], task: str) -> Row:
         return judged_rows.preference(where, fields)
     if task == IMAGE_PREFERENCES:
         return image_turns.preference(where, fields)
-    if task == IMAGE_TEXT:
-        return image_turns.row_of(where, fields)
+    if task in (IMAGE_TEXT, AUDIO_TEXT):
+        return image_turns.row_of(where, fields, hears=task == AUDIO_TEXT)
     if task == SPEECH:
         said = text_of(where, keys[1], fields[keys[1]])
         if not said.strip():

@@ -244,6 +244,7 @@ def _fitted(settings: Settings) -> Settings:
 _UNKNOWN = {
     data.EMBEDDING: "that of pairs of texts is not known",
     **dict.fromkeys(data.SEEING, "that of the part that reads images is not known"),
+    data.AUDIO_TEXT: "that of the part that reads audio is not known",
 }
 
 

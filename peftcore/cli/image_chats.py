@@ -1,4 +1,4 @@
-"""Conversations with images as a model's processor prepares them; the assistant's turns are learned.
+"""Conversations with images or audio as a model's processor prepares them; the assistant's turns are learned.
 
 The text is that of the chat template, as for conversations without images. The processor replaces each image in it by
 as many tokens as the model reads for it, or by one that a mask of cross-attention refers to (Llama 3.2); these are
@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import ProcessorMixin
 
-from peftcore.cli import conversations, image_files
+from peftcore.cli import audio_files, conversations, image_files
 from peftcore.cli.conversations import IGNORED
-from peftcore.cli.image_turns import PLACE
 from peftcore.cli.row import Row
 from peftcore.errors import PeftcoreError
 
 Example = dict[str, Any]
+NAMES = {"image": "images", "audio": "recordings"}  # parts of a turn
+_OF_MEDIA = ("pixel", "input_features", "feature_")  # tensors whose second dimension is not that of tokens
+_WINDOW = 30  # seconds that models read whose feature extractor does not say it
 
 
 def encode(rows: Sequence[Row], processor: Any, max_length: int) -> tuple[list[Example], int, int]:
     """Return (examples, number of truncated rows, number of those without a token to learn).
 
-    An example has `text` and `images` for the processor, and `input_ids` and `labels` as the processor makes them.
+    An example has `text`, `images` and `sounds` for the processor, and `input_ids` and `labels` as the processor makes
+    them.
 
     Raises:
         PeftcoreError: an image cannot be read, the template does not write it, or it is beyond `max_length` tokens.
@@ -53,11 +57,12 @@ def encoded(row: Row, processor: Any, max_length: int) -> tuple[list[Example], i
         example = _example(row, part, sizes, processor)
         ids, labels = example["input_ids"], example["labels"]
         if len(ids) > max_length:
-            images = sum(map(len, sizes))
-            if not _image_ids(processor).isdisjoint(ids[max_length:]):
+            if not _place_ids(processor).isdisjoint(ids[max_length:]):
+                count = sum(len(each) for some in sizes.values() for each in some)
+                shown = " and ".join(f"{len(some)} {NAMES[kind]}" for kind, some in sizes.items() if some)
                 raise PeftcoreError(
-                    f"{row.where}: the conversation has {len(ids):,} tokens, {images:,} of them for "
-                    f"{len(sizes)} images, which cannot be cut; --max-length is {max_length:,}. Increase it"
+                    f"{row.where}: the conversation has {len(ids):,} tokens, {count:,} of them for {shown}, which "
+                    f"cannot be cut; --max-length is {max_length:,}. Increase it"
                 )
             truncated += 1
             example |= {"input_ids": ids[:max_length], "labels": labels[:max_length]}
@@ -65,34 +70,47 @@ def encoded(row: Row, processor: Any, max_length: int) -> tuple[list[Example], i
     return examples, truncated
 
 
-def _sizes(row: Row, processor: Any) -> list[list[int]]:
-    """Return the tokens that the processor puts in the place of each image of a row."""
-    if not row.images:
-        return []
-    texts, images = [processor.image_token] * len(row.images), [[image] for image in _opened(row.images, row.where)]
-    found = _prepared(processor, texts, images, add_special_tokens=False)["input_ids"]
+def _sizes(row: Row, processor: Any) -> dict[str, list[list[int]]]:
+    """Return the tokens that the processor puts in the place of each image and recording of a row, by kind."""
     begin = processor.tokenizer.bos_token_id  # Llama 3.2's processor begins every text with it
-    return [[id_ for id_ in ids if id_ != begin] for ids in found]
+    sizes: dict[str, list[list[int]]] = {"image": [], "audio": []}
+    for kind, paths in (("image", row.images), ("audio", row.sounds)):
+        if not paths:
+            continue
+        token = getattr(processor, f"{kind}_token", None)
+        if token is None:
+            raise PeftcoreError(f"{row.where}: {type(processor).__name__} takes no {NAMES[kind]}. Use another model")
+        images = [[image] for image in _opened(paths, row.where)] if kind == "image" else [[] for _ in paths]
+        sounds = _heard(paths, processor, row.where) if kind == "audio" else []
+        found = _prepared(processor, [token] * len(paths), images, sounds, add_special_tokens=False)["input_ids"]
+        sizes[kind] = [[id_ for id_ in ids if id_ != begin] for ids in found]
+    return sizes
 
 
 def _example(
-    row: Row, part: tuple[str, list[tuple[int, int]], int], sizes: list[list[int]], processor: Any
+    row: Row, part: tuple[str, list[tuple[int, int]], int], sizes: dict[str, list[list[int]]], processor: Any
 ) -> dict[str, Any]:
-    """Return one example of `conversations.texts_and_spans`, with the tokens of its images."""
+    """Return one example of `conversations.texts_and_spans`, with the tokens of its images and recordings."""
     text, spans, count = part
     tokenizer = processor.tokenizer
-    place = tokenizer.convert_tokens_to_ids(processor.image_token)
-    written = list(tokenizer(text, add_special_tokens=False)["input_ids"]).count(place)
-    shown = sum(part == PLACE for message in (row.messages or [])[:count] for part in message.get("content", ()))
-    if written != shown:
-        raise PeftcoreError(
-            f"{row.where}: the chat template writes {written} images, and the conversation has {shown}. Pass "
-            "one that writes them: --chat-template FILE"
-        )
-    expanded, images = text, iter(sizes)
-    if getattr(processor, "full_image_sequence", None):  # Gemma's, with line ends that join others in a token
-        expanded, spans = _expanded(text, spans, processor.image_token, processor.full_image_sequence)
-        images = itertools.repeat([place])
+    ids, parts = list(tokenizer(text, add_special_tokens=False)["input_ids"]), _parts_of(row, count)
+    expanded, shown = text, {}
+    inserted: dict[int, Iterator[list[int]]] = {}  # tokens by the token of the place
+    for kind, name in NAMES.items():
+        token, shown[kind] = getattr(processor, f"{kind}_token", None), parts.count({"type": kind})
+        if token is None:
+            continue
+        place = tokenizer.convert_tokens_to_ids(token)
+        if ids.count(place) != shown[kind]:
+            raise PeftcoreError(
+                f"{row.where}: the chat template writes {ids.count(place)} {name}, and the conversation has "
+                f"{shown[kind]}. Pass one that writes them: --chat-template FILE"
+            )
+        inserted[place] = iter(sizes[kind])
+        whole = getattr(processor, f"full_{kind}_sequence", None)
+        if whole:  # Gemma's, with line ends that join others in a token
+            expanded, spans = _expanded(expanded, spans, token, whole)
+            inserted[place] = itertools.repeat([place])
     plain = conversations.example(tokenizer, expanded, spans)
     bare = list(tokenizer(expanded, add_special_tokens=False)["input_ids"])
     if len(plain["input_ids"]) > len(bare):  # a template without an end mark
@@ -101,16 +119,22 @@ def _example(
     front = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), 0)
     ids, labels = whole[:front], [IGNORED] * front
     for id_, label in zip(bare, plain["labels"], strict=True):
-        tokens = next(images) if id_ == place else [id_]
+        tokens = next(inserted[id_]) if id_ in inserted else [id_]
         ids += tokens
-        labels += [IGNORED] * len(tokens) if id_ == place else [label]
+        labels += [IGNORED] * len(tokens) if id_ in inserted else [label]
     rest = whole[front + len(bare) :]
     return {
         "text": text,
-        "images": list(row.images[:shown]),
+        "images": list(row.images[: shown["image"]]),
+        "sounds": list(row.sounds[: shown["audio"]]),
         "input_ids": ids + rest,
         "labels": labels + [IGNORED] * len(rest),
     }
+
+
+def _parts_of(row: Row, count: int) -> list[Any]:
+    """Return the parts of the first `count` messages of a row."""
+    return [part for message in (row.messages or [])[:count] for part in message.get("content") or ()]
 
 
 def _expanded(text: str, spans: list[tuple[int, int]], mark: str, written: str) -> tuple[str, list[tuple[int, int]]]:
@@ -128,10 +152,10 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
     """
     texts = [example["text"] for example in examples]
     images = [_opened(example["images"]) for example in examples]
+    sounds = _heard([path for example in examples for path in example["sounds"]], processor)
     special = _adds_special(texts[0], processor.tokenizer)
-    batch = _prepared(
-        processor, texts, images, add_special_tokens=special, padding=True, padding_side="right", return_tensors="pt"
-    )
+    options = {"add_special_tokens": special, "padding": True, "padding_side": "right", "return_tensors": "pt"}
+    batch = _prepared(processor, texts, images, sounds, **options)
     shape, length = batch["input_ids"].shape, max(len(example["labels"]) for example in examples)
     for row, example in zip(batch["input_ids"].tolist(), examples, strict=True):
         if row[: len(example["input_ids"])] != example["input_ids"]:
@@ -140,7 +164,7 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
                 "alone, so the learned part cannot be determined. Use --batch-size 1"
             )
     tensors = {
-        name: value[:, :length] if value.shape[:2] == shape and not name.startswith("pixel") else value
+        name: value[:, :length] if value.shape[:2] == shape and not name.startswith(_OF_MEDIA) else value
         for name, value in batch.items()
     }
     labels = [example["labels"] + [IGNORED] * (length - len(example["labels"])) for example in examples]
@@ -158,18 +182,37 @@ def question(row: Row, processor: Any) -> dict[str, Any]:
     except PeftcoreError as error:
         raise PeftcoreError(f"{row.where}: {error}") from error
     special = _adds_special(text, processor.tokenizer)
-    images = [_opened(row.images, row.where)]
-    return _prepared(processor, [text], images, add_special_tokens=special, return_tensors="pt")
+    images, sounds = [_opened(row.images, row.where)], _heard(row.sounds, processor, row.where)
+    return _prepared(processor, [text], images, sounds, add_special_tokens=special, return_tensors="pt")
 
 
-def _prepared(processor: Any, texts: list[str], images: list[list[Any]], **options: Any) -> dict[str, Any]:
-    """Return what the processor makes of texts with the images of each."""
+def _prepared(
+    processor: Any, texts: list[str], images: list[list[Any]], sounds: list[Any], **options: Any
+) -> dict[str, Any]:
+    """Return what the processor makes of texts with the images of each, and the recordings of all in order."""
+    if any(images):
+        options["images"] = images
+    if sounds:
+        options |= {"audio": sounds, "sampling_rate": processor.feature_extractor.sampling_rate}
     try:
-        return dict(processor(text=texts, images=images if any(images) else None, **options))
+        return dict(processor(text=texts, **options))
     except (ValueError, TypeError, IndexError, KeyError) as error:
+        shown = f"{list(map(len, images))} images" + (f" and {len(sounds)} recordings" if sounds else "")
         raise PeftcoreError(
-            f"{type(processor).__name__} rejects conversations with {list(map(len, images))} images: {str(error)[:400]}"
+            f"{type(processor).__name__} rejects conversations with {shown}: {str(error)[:400]}"
         ) from error
+
+
+def _heard(paths: Sequence[str], processor: Any, where: str | None = None) -> list[Any]:
+    """Return the samples of recordings at the rate of the model, which reads a window and would drop what follows."""
+    if not paths:
+        return []
+    extractor = processor.feature_extractor
+    longest = int(getattr(extractor, "n_samples", None) or _WINDOW * extractor.sampling_rate)
+    try:
+        return [audio_files.samples(path, extractor.sampling_rate, longest) for path in paths]
+    except PeftcoreError as error:
+        raise PeftcoreError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _opened(paths: Sequence[str], where: str | None = None) -> list[Any]:
@@ -184,18 +227,21 @@ def _adds_special(text: str, tokenizer: Any) -> bool:
     return not (tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token))
 
 
-def _image_ids(processor: Any) -> set[int]:
-    """Return the tokens of images, in a chat template's text and in a model's input."""
-    tokens = (processor.image_token, getattr(processor.tokenizer, "image_token", None))
+def _place_ids(processor: Any) -> set[int]:
+    """Return the tokens of images and audio, in a chat template's text and in a model's input."""
+    found = itertools.product((processor, processor.tokenizer), NAMES)
+    tokens = [getattr(each, f"{kind}_token", None) for each, kind in found]
     return {processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None}
 
 
-def checked(processor: Any, model: str) -> Any:
+def checked(processor: Any, model: str, *, hears: bool = False) -> Any:
     """Return the processor of `model`, after its tokenizer has its chat template.
 
     Raises:
-        PeftcoreError: it prepares no images.
+        PeftcoreError: it prepares no images, or, if it `hears`, no audio.
     """
+    if hears:
+        return _checked_to_hear(processor, model)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         name = os.path.basename(model)
         raise PeftcoreError(
@@ -207,6 +253,26 @@ def checked(processor: Any, model: str) -> Any:
             f"{type(processor).__name__} has no token for images, so the learned part cannot be determined. Use a "
             "model such as SmolVLM, Qwen2.5-VL or LLaVA"
         )
+    return _with_template(processor)
+
+
+def _checked_to_hear(processor: Any, model: str) -> Any:
+    kind = type(processor).__name__
+    if getattr(processor, "feature_extractor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise PeftcoreError(
+            f"'{os.path.basename(model)}' has no processor for texts with audio, found {kind}. Use a model such as "
+            "Qwen2-Audio or Gemma 3n; transcripts of recordings are --task asr"
+        )
+    writes = getattr(type(processor), "replace_audio_token", None)
+    if getattr(processor, "audio_token", None) is None or writes in (None, ProcessorMixin.replace_audio_token):
+        raise PeftcoreError(
+            f"{kind} does not put audio into a chat template's text, so the learned part cannot be determined. Use a "
+            "model such as Qwen2-Audio or Gemma 3n"
+        )
+    return _with_template(processor)
+
+
+def _with_template(processor: Any) -> Any:
     tokenizer = processor.tokenizer
     tokenizer.chat_template = processor.chat_template or tokenizer.chat_template
     if tokenizer.pad_token is None:

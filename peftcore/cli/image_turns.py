@@ -1,26 +1,28 @@
-"""Conversations with images (`--task image-text`): images in the forms that data sets have them, as paths in order.
+"""Conversations with images or audio: both in the forms that data sets have them, as paths in order.
 
 A part of a turn's content: `{"type": "image", "path": FILE}`, also as `image` or `url`, or OpenAI's `{"type":
 "image_url", "image_url": {"url": FILE}}`. Or a row names its images, `{"images": [FILE, ...], "messages": ...}` (also
-`image`), and each turn has `{"type": "image"}` or the text `<image>` where one is shown. Paths are relative to the
-folder of the file that names them.
+`image`), and each turn has `{"type": "image"}` or the text `<image>` where one is shown. Audio, for `--task audio-text`
+alone, is written in the same ways with `audio`, `audios` and `<audio>`. Paths are relative to the folder of the file
+that names them.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from peftcore.cli import labels, turns
+from peftcore.cli import audio_files, labels, turns
 from peftcore.cli.row import Row
 from peftcore.errors import PeftcoreError
 
-MARK = "<image>"  # in texts of rows that name their images
-PLACE = {"type": "image"}  # what chat templates take
-_SOURCES = ("path", "image", "url", "image_url")
+MARK, HEARD = "<image>", "<audio>"  # in texts of rows that name their images or audio
+PLACE, AUDIO_PLACE = {"type": "image"}, {"type": "audio"}  # what chat templates take
+_SOURCES = ("path", "image", "audio", "url", "image_url", "audio_url")
 _ROWS = 100  # rows that are looked at to guess a task
 
 
@@ -30,7 +32,18 @@ def has_images(fields: Mapping[str, Any]) -> bool:
     if not isinstance(found, list):
         return bool(_named(fields)) and {"chosen", "rejected"} <= fields.keys()
     parts = (part for turn in found if isinstance(turn, dict) for part in _parts(turn.get("content")))
-    return bool(_named(fields)) or any(part.get("type") in ("image", "image_url") for part in parts)
+    return (
+        bool(_named(fields)) or any(part.get("type") in ("image", "image_url") for part in parts) or has_audio(fields)
+    )
+
+
+def has_audio(fields: Mapping[str, Any]) -> bool:
+    """Return whether a row is a conversation with audio."""
+    found = next((fields[key] for key in ("messages", "conversations", "prompt") if fields.get(key)), None)
+    if not isinstance(found, list):
+        return False
+    parts = (part for turn in found if isinstance(turn, dict) for part in _parts(turn.get("content")))
+    return bool(_named(fields, "audio")) or any(part.get("type") in ("audio", "audio_url") for part in parts)
 
 
 def first_with_images(rows: Iterator[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -38,13 +51,18 @@ def first_with_images(rows: Iterator[Mapping[str, Any]]) -> Mapping[str, Any] | 
     return next((fields for _, fields in zip(range(_ROWS), rows, strict=False) if has_images(fields)), None)
 
 
-def row_of(where: str, fields: dict[str, Any]) -> Row:
-    """Return a conversation whose messages have the parts of chat templates, and the images that they show.
+def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
+    """Return a conversation whose messages have the parts of chat templates, and the images and audio that they show.
+
+    Args:
+        where: file and line, for messages.
+        fields: of the line.
+        hears: whether the model takes audio.
 
     Raises:
         PeftcoreError: an image is missing or not a local file; the message begins with `where`.
     """
-    images = _Images(where, _named(fields))
+    images = _Images(where, _named(fields), _named(fields, "audio") if hears else None)
     if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
         asked, said = (images.placed(key, fields[key]) for key in ("prompt", "completion"))
         row = turns.conversation(where, [*asked, *said], len(asked), fields)
@@ -55,11 +73,18 @@ def row_of(where: str, fields: dict[str, Any]) -> Row:
         row = turns.conversation(where, images.placed("conversations", given), 0, fields)
     images.check_all_shown()
     spoken = next(
-        (i for i, m in enumerate(row.messages or []) if m["role"] == "assistant" and PLACE in m["content"]), -1
+        (
+            i
+            for i, m in enumerate(row.messages or [])
+            if m["role"] == "assistant" and any(place in m["content"] for place in (PLACE, AUDIO_PLACE))
+        ),
+        -1,
     )
     if spoken >= 0:
-        raise PeftcoreError(f"{where}: messages[{spoken}] is the assistant's and has an image, but models write texts")
-    return replace(row, images=tuple(images.paths))
+        raise PeftcoreError(
+            f"{where}: messages[{spoken}] is the assistant's and has an image or audio, but models write texts"
+        )
+    return replace(row, images=tuple(images.paths), sounds=tuple(images.sounds))
 
 
 def preference(where: str, fields: dict[str, Any]) -> Row:
@@ -109,7 +134,7 @@ def _turns(where: str, key: str, found: Any, role: str) -> list[dict[str, Any]]:
     return turns.messages_of(where, key, found, has_images=True)
 
 
-def asked_of(where: str, fields: dict[str, Any]) -> Row:
+def asked_of(where: str, fields: dict[str, Any], task: str) -> Row:
     """Return a conversation to answer: the row without an answer that is there.
 
     Raises:
@@ -117,21 +142,22 @@ def asked_of(where: str, fields: dict[str, Any]) -> Row:
     """
     key = next((key for key in ("messages", "conversations", "prompt") if isinstance(fields.get(key), list)), None)
     if key is None:
-        raise PeftcoreError(f"{where}: predict needs the key messages for image-text, found {', '.join(fields)}")
+        raise PeftcoreError(f"{where}: predict needs the key messages for {task}, found {', '.join(fields)}")
     given = turns.of_sharegpt(where, fields[key]) if key == "conversations" else fields[key]
     while isinstance(given, list) and given and isinstance(given[-1], dict) and given[-1].get("role") == "assistant":
         given = given[:-1]
-    images = _Images(where, _named(fields))
+    images = _Images(where, _named(fields), _named(fields, "audio") if task == "audio-text" else None)
     messages = turns.without_marks(images.placed(key, given))
     images.check_all_shown()
-    return Row(where, "", messages=messages, images=tuple(images.paths))
+    return Row(where, "", messages=messages, images=tuple(images.paths), sounds=tuple(images.sounds))
 
 
 class _Images:
-    """Images of a row, collected while its messages are read."""
+    """Images and audio of a row, collected while its messages are read; `heard` is None if audio is not read."""
 
-    def __init__(self, where: str, named: list[Any]) -> None:
+    def __init__(self, where: str, named: list[Any], heard: list[Any] | None = None) -> None:
         self.where, self.named, self.paths = where, named, list[str]()
+        self.heard, self.sounds = heard, list[str]()
 
     def placed(self, key: str, found: Any) -> list[dict[str, Any]]:
         """Return messages whose content is a list of parts, with `PLACE` for each image."""
@@ -145,21 +171,40 @@ class _Images:
     def _placed(self, place: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
         kind = part.get("type")
         if kind == "text" and isinstance(part.get("text"), str):
-            pieces = part["text"].split(MARK) if self.named else [part["text"]]
-            for i, piece in enumerate(pieces):
-                if i:
+            marks = [mark for mark, named in ((MARK, self.named), (HEARD, self.heard)) if named]
+            for piece in re.split(f"({'|'.join(marks)})", part["text"]) if marks else [part["text"]]:
+                if piece == MARK and self.named:
                     self._show(place, None)
                     yield dict(PLACE)
-                if piece:
+                elif piece == HEARD and self.heard:
+                    self._hear(place, None)
+                    yield dict(AUDIO_PLACE)
+                elif piece:
                     yield {"type": "text", "text": piece}
         elif kind in ("image", "image_url"):
             source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
             self._show(place, source.get("url") if isinstance(source, dict) else source)
             yield dict(PLACE)
+        elif kind in ("audio", "audio_url") and self.heard is not None:
+            source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
+            self._hear(place, source.get("url") if isinstance(source, dict) and "url" in source else source)
+            yield dict(AUDIO_PLACE)
         else:
+            known = "text and image" if self.heard is None else "text, image and audio"
+            hint = ". Audio is read by --task audio-text" if kind in ("audio", "audio_url") else ""
             raise PeftcoreError(
-                f"{self.where}: {place} has a part of another kind than text and image, found {labels.short(part)}"
+                f"{self.where}: {place} has a part of another kind than {known}, found {labels.short(part)}{hint}"
             )
+
+    def _hear(self, place: str, source: Any) -> None:
+        if source is None:
+            if len(self.sounds) >= len(self.heard or ()):
+                raise PeftcoreError(
+                    f"{self.where}: {place} has recording {len(self.sounds) + 1}, and the row names "
+                    f'{len(self.heard or ())}. Name it: {{"type": "audio", "path": FILE}}, or in "audios": [FILE, ...]'
+                )
+            source = (self.heard or [])[len(self.sounds)]
+        self.sounds.append(audio_files.named(self.where, place, source))
 
     def _show(self, place: str, source: Any) -> None:
         if source is None:
@@ -196,6 +241,11 @@ class _Images:
                 f"{self.where}: the row names {len(self.named)} images, and its turns show {len(self.paths)}. Put "
                 f'{{"type": "image"}} or the text {MARK} where each is shown'
             )
+        if self.heard and len(self.sounds) != len(self.heard):
+            raise PeftcoreError(
+                f"{self.where}: the row names {len(self.heard)} recordings, and its turns have {len(self.sounds)}. Put "
+                f'{{"type": "audio"}} or the text {HEARD} where each is heard'
+            )
 
 
 def _parts(content: Any) -> list[dict[str, Any]]:
@@ -205,7 +255,7 @@ def _parts(content: Any) -> list[dict[str, Any]]:
     return [part if isinstance(part, dict) else {"type": type(part).__name__} for part in content or ()]
 
 
-def _named(fields: Mapping[str, Any]) -> list[Any]:
-    """Return the images that a row names for all its turns."""
-    found = fields.get("images") if fields.get("images") is not None else fields.get("image")
+def _named(fields: Mapping[str, Any], kind: str = "image") -> list[Any]:
+    """Return the images, or audio, that a row names for all its turns."""
+    found = fields.get(f"{kind}s") if fields.get(f"{kind}s") is not None else fields.get(kind)
     return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]

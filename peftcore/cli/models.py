@@ -45,17 +45,19 @@ def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
     """
     if task == data.SPEECH:
         return _speech_processor(model, adapter)
-    if task not in (data.IMAGE, *data.SEEING):
+    if task not in (data.IMAGE, *data.MULTIMODAL):
         return load_tokenizer(model, adapter)
     quiet_transformers()
     from transformers import AutoImageProcessor, AutoProcessor
 
     if model.endswith(".gguf"):
         raise PeftcoreError(f"--task {task} needs a model of transformers, found the .gguf file '{model}'")
-    require("PIL", extra="images")
+    if task != data.AUDIO_TEXT:
+        require("PIL", extra="images")
     load_config(model, task)
-    if task in data.SEEING:
-        processor = image_chats.checked(_with_torchvision(AutoProcessor, model, "processor"), model)
+    if task in data.MULTIMODAL:
+        found = _with_torchvision(AutoProcessor, model, "processor")
+        processor = image_chats.checked(found, model, hears=task == data.AUDIO_TEXT)
         if adapter is not None and has_tokenizer(adapter):
             own = adapter_tokenizer.load(adapter)
             own.chat_template = own.chat_template or processor.tokenizer.chat_template
@@ -228,6 +230,8 @@ _NEEDED = {
         "a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found {}. For texts use --task "
         "causal-lm or dpo",
     ),
+    data.AUDIO_TEXT: "a model that takes audio and texts, such as Qwen2-Audio or Gemma 3n, found {}. For transcripts "
+    "use --task asr with a Whisper",
     data.SEQ2SEQ: "an encoder-decoder model such as T5 or BART, found {}. For others use --task causal-lm, with rows "
     "prompt/completion",
     data.LANGUAGE_MODEL: "a model that writes texts, found {}. For an encoder-decoder model use --task seq2seq",
@@ -337,6 +341,8 @@ def _auto_class(task: str) -> Any:
         return transformers.AutoModel
     if task in data.SEEING:
         return transformers.AutoModelForImageTextToText
+    if task == data.AUDIO_TEXT:
+        return transformers.AutoModelForMultimodalLM
     if task in data.NEW_HEAD:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModelForCausalLM

@@ -128,8 +128,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 Task = Annotated[
     str | None,
     typer.Option(
-        help="causal-lm, seq2seq, classification, regression, multi-label, tags, image, image-text, pairs, asr, dpo, "
-        "image-dpo, kto, orpo, reward, grpo; default: read off the data."
+        help="causal-lm, seq2seq, classification, regression, multi-label, tags, image, image-text, audio-text, pairs, "
+        "asr, dpo, image-dpo, kto, orpo, reward, grpo; default: read off the data."
     ),
 ]
 Labels = Annotated[

@@ -37,8 +37,10 @@ def read_rows(paths: Sequence[str], task: AdapterTask, columns: Mapping[str, str
         return [Row(file, "", label=task.labels[0], image=file) for file in files]
     rows = []
     for path in paths:
-        if task.task in data.SEEING:
-            found = [image_turns.asked_of(where, fields) for where, fields in data_files.records(path, columns)]
+        if task.task in data.MULTIMODAL:
+            found = [
+                image_turns.asked_of(where, fields, task.task) for where, fields in data_files.records(path, columns)
+            ]
         elif task.task == data.SPEECH:
             found = [_recording(where, fields) for where, fields in data_files.records(path, columns)]
         elif task.task == data.EMBEDDING:

@@ -20,7 +20,8 @@ class Row:
     `source` is the index of the data set. `is_good` marks an answer for KTO, with the prompt as in a preference.
     `pair` is the second text of a pair to classify or to embed, `negative` the third of a triplet.
     `tokens` are (ids, labels) of a row that is tokenized already.
-    `words` have the tags that are the label. `image` is the path of an image; `images` are those of a conversation.
+    `words` have the tags that are the label. `image` is the path of an image; `images` and `sounds` are those of a
+    conversation.
     `audio` is the path of a recording.
     `columns` are fields for a function that judges answers.
     """
@@ -42,6 +43,7 @@ class Row:
     words: tuple[str, ...] = ()
     image: str | None = None
     images: tuple[str, ...] = ()
+    sounds: tuple[str, ...] = ()
     audio: str | None = None
     columns: dict[str, Any] = field(default_factory=dict)
 

@@ -73,7 +73,7 @@ def encode(
         return Encoded(speech.encode(rows, tokenizer, max_length), 0)
     if task == data.EMBEDDING:
         return Encoded(*sentence_pairs.encode(rows, tokenizer, max_length))
-    if task == data.IMAGE_TEXT:
+    if task in (data.IMAGE_TEXT, data.AUDIO_TEXT):
         return Encoded(*image_chats.encode(rows, tokenizer, max_length))
     if task in data.LABELLED:
         return _encode_labelled(rows, tokenizer, max_length, labels)

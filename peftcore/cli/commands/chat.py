@@ -68,10 +68,11 @@ def chat(
     embedding = next((name for name, task in about.items() if task.task == data.EMBEDDING), None)
     if embedding is not None:
         raise PeftcoreError(f"'{folders[embedding]}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
-    with_images = next((name for name, task in about.items() if task.task in data.SEEING), None)
+    with_images = next((name for name, task in about.items() if task.task in data.MULTIMODAL), None)
     if with_images is not None:
         raise PeftcoreError(
-            f"'{folders[with_images]}' answers turns with images. Use peftcore predict --data CONVERSATIONS.jsonl"
+            f"'{folders[with_images]}' answers turns with images or audio. Use "
+            "peftcore predict --data CONVERSATIONS.jsonl"
         )
     bases = {name: adapter_folders.base_of(folder, model) for name, folder in folders.items()}
     base = next(iter(bases.values()), model)

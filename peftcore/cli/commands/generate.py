@@ -52,8 +52,10 @@ def generate(
         raise PeftcoreError(f"'{adapter}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
     if task.task == data.EMBEDDING:
         raise PeftcoreError(f"'{adapter}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
-    if task.task in data.SEEING:
-        raise PeftcoreError(f"'{adapter}' answers turns with images. Use peftcore predict --data CONVERSATIONS.jsonl")
+    if task.task in data.MULTIMODAL:
+        raise PeftcoreError(
+            f"'{adapter}' answers turns with images or audio. Use peftcore predict --data CONVERSATIONS.jsonl"
+        )
     if pair is not None and task.task not in data.LABELLED:
         raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()

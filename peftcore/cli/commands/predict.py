@@ -53,10 +53,10 @@ def predict(
     from peftcore.cli.data_files import parsed_columns
 
     task = adapter_folders.adapter_task(adapter, labels)
-    if task.task not in (*examples.HEADED, *examples.SEEING, examples.EMBEDDING, examples.SPEECH):
+    if task.task not in (*examples.HEADED, *examples.MULTIMODAL, examples.EMBEDDING, examples.SPEECH):
         raise PeftcoreError(
-            f"predict is for classifiers, image-text, pairs and asr, found an adapter for {task.task}. Use peftcore "
-            f"{'eval' if task.task == examples.REWARD else 'generate --prompt TEXT'}"
+            f"predict is for classifiers, image-text, audio-text, pairs and asr, found an adapter for {task.task}. Use "
+            f"peftcore {'eval' if task.task == examples.REWARD else 'generate --prompt TEXT'}"
         )
     if output is not None and output.exists():
         raise PeftcoreError(f"'{output}' exists already. Pass a new file: --output FILE")
@@ -74,7 +74,7 @@ def predict(
         found = predictions.transcripts_of(loaded, rows, processor)
     elif task.task == examples.EMBEDDING:
         found = predictions.embeddings(loaded, rows, processor, task, base, max_length or task.max_length)
-    elif task.task in examples.SEEING:
+    elif task.task in examples.MULTIMODAL:
         found = predictions.texts(loaded, rows, processor, answer_tokens)
     else:
         found = predictions.answers(loaded, rows, processor, task, max_length or task.max_length)

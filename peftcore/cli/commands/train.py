@@ -61,7 +61,8 @@ def train(
     are numbers that are not all whole, and multi-label if they are lists. {"tokens": [...], "tags": [...]} tags words.
     A folder with one subfolder of images per label trains an image classifier. Conversations with images, {"type":
     "image", "path": FILE} in a turn's content, train a model that reads images and texts (--task image-text), also by
-    DPO, with chosen and rejected answers (--task image-dpo).
+    DPO, with chosen and rejected answers (--task image-dpo); {"type": "audio", "path": FILE} one that takes audio
+    (--task audio-text).
     {"anchor": ..., "positive": ...}, also with "negative", or {"sentence1": ..., "sentence2": ..., "score": ...} train
     a model of embeddings (--task pairs).
     {"audio": FILE, "text": ...} trains a model of speech such as Whisper (--task asr).
@@ -376,11 +377,13 @@ def _commands(settings: Settings, result: Result) -> list[str]:
     evaluation = " --data ".join(map(shlex.quote, files))
     if settings.columns:
         evaluation += f" --columns {shlex.quote(settings.columns)}"
-    takes_prompts = settings.task not in (data.IMAGE, data.REWARD)
+    reads_rows = (*data.MULTIMODAL, data.EMBEDDING, data.SPEECH)
+    takes_prompts = settings.task not in (data.IMAGE, data.REWARD, *reads_rows)
+    is_chat = result.is_chat and settings.task not in data.NO_PROMPTS
     return [
-        *([f"peftcore chat --adapter {adapter}"] if result.is_chat else []),
+        *([f"peftcore chat --adapter {adapter}"] if is_chat else []),
         *([f'peftcore generate --adapter {adapter} --prompt "..."'] if takes_prompts else []),
-        *([f"peftcore predict --adapter {adapter} --data NEW"] if settings.task in data.HEADED else []),
+        *([f"peftcore predict --adapter {adapter} --data NEW"] if settings.task in (*data.HEADED, *reads_rows) else []),
         f"peftcore eval --adapter {adapter} --data {evaluation}",
         f"peftcore merge --adapter {adapter} --output MERGED",
     ]

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore_convert_config.reading import IMAGES, Reading, asks, dataset, held_out, judged, keyed, optimizer, single
+from peftcore_convert_config.reading import (
+    AUDIO,
+    IMAGES,
+    Reading,
+    asks,
+    dataset,
+    held_out,
+    judged,
+    keyed,
+    optimizer,
+    single,
+)
 
 _OWN_SCRIPT = "a script with peftcore.apply and TRL's or transformers' trainer"
 _SAVED = "load the model in Python, save it, and pass its folder"
@@ -93,14 +104,16 @@ def convert(config: Reading) -> None:
 
 
 def _images(config: Reading) -> None:
-    """Take what makes a training one on conversations with images, and refuse those with audio."""
-    if not asks(config.take("processor_type")):
+    """Take what makes a training one on conversations with images or audio."""
+    kind = config.take("processor_type")
+    if not asks(kind):
         return
     paths = [str(each.get("path", "")) for each in config.take("datasets", [])]
-    if any("audio" in path.lower() for path in paths):
-        config.refuse("processor_type", "for audio in chats, a loop of your own with peftcore.apply")
-    config.options["task"] = "image-text"
-    config.to_do.append(IMAGES)
+    hears = any("audio" in path.lower() for path in paths)
+    if hears and kind == "VoxtralProcessor":
+        config.refuse("processor_type", "for audio in chats, Qwen2-Audio or Gemma 3n, with --task audio-text")
+    config.options["task"] = "audio-text" if hears else "image-text"
+    config.to_do.append(AUDIO if hears else IMAGES)
     if "language_model" in str(config.take("lora_target_modules")):
         config.take("freeze_mm_modules")  # nothing else is adapted
 

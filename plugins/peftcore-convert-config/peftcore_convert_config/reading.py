@@ -12,6 +12,10 @@ IMAGES = (
     "data: rows are conversations that name the files of their images (docs/guides/image-chats.md); save images of a "
     "hub data set as files"
 )
+AUDIO = (
+    "data: rows are conversations that name the files of their audio and images (docs/guides/image-chats.md); save "
+    "those of a hub data set as files"
+)
 SEEING = "for answers to images, --task image-dpo, or TRL's trainers with peftcore.apply"
 _NOT_ASKED: tuple[Any, ...] = (None, False, "", [], {}, 0, "disabled")
 
@@ -107,9 +111,9 @@ def judged(reading: Reading, key: str, task: str) -> None:
     Raises:
         PeftcoreError: only DPO reads images.
     """
-    if reading.options.get("task") != "image-text":
+    if reading.options.get("task") not in ("image-text", "audio-text"):
         reading.options["task"] = task
-    elif task == "dpo":
+    elif task == "dpo" and reading.options["task"] == "image-text":
         reading.options["task"] = "image-dpo"
     else:
         reading.refuse(key, SEEING)

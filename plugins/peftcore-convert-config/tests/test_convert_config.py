@@ -221,6 +221,8 @@ def test_conversations_with_images() -> None:
     assert found.options["task"] == "image-text" and found.fields == {"target_modules": pattern}
     assert found.left_out == {} and len(found.to_do) == 1 and "save images" in found.to_do[0]
     assert programs.convert({**config, "lora_target_linear": True}).left_out.keys() == {"freeze_mm_modules"}
+    heard = programs.convert({**config, "datasets": [{"path": "org/vision-audio", "type": "chat_template"}]})
+    assert heard.options["task"] == "audio-text" and "audio" in heard.to_do[0]
     factory = programs.convert({**SEEING, "lora_target": "all", "freeze_vision_tower": True})
     assert factory.options["task"] == "image-text" and factory.left_out.keys() == {"image_max_pixels"}
     compared = programs.convert({**SEEING, "stage": "dpo", "pref_beta": 0.2})
@@ -255,8 +257,8 @@ def test_configs_that_answer_or_merge_become_lines_of_the_shell(tmp_path: Path) 
     ("config", "message"),
     [
         (
-            {"base_model": "m", "processor_type": "AutoProcessor", "datasets": [{"path": "org/vision-audio"}]},
-            "'processor_type: Auto.* for audio in chats",
+            {"base_model": "m", "processor_type": "VoxtralProcessor", "datasets": [{"path": "org/text-audio"}]},
+            "'processor_type: Voxtral.* for audio in chats, Qwen2-Audio",
         ),
         ({**SEEING, "stage": "rm"}, "'stage: rm' .* --task image-dpo"),
         ({**SEEING, "stage": "dpo", "pref_loss": "orpo"}, "'pref_loss: orpo' .* --task image-dpo"),

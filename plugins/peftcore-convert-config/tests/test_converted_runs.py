@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import audio_models
 import image_models
 import int4_checkpoints
 import pytest
@@ -38,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama4_text": {**SIZES, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
 }
 
-SEEING = ("image-text", "image-dpo")
+SEEING = ("image-text", "image-dpo", "audio-text")
 UNPACKED = (
     "falcon_h1",
     "jamba",
@@ -48,6 +49,8 @@ UNPACKED = (
 
 def kind_of(case: dict[str, Any]) -> str | None:
     """Return the kind of model whose modules a case names, or None."""
+    if case["options"].get("task") == "audio-text":
+        return "qwen2_audio"
     if case["options"].get("task") in SEEING:
         if "cross_attn|mlp" in str(case["set"]):
             return "mllama"
@@ -89,10 +92,12 @@ def rows(task: str | None) -> list[dict[str, Any]]:
             for i, answer in enumerate(answers)
         ]
     parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "is it good"}]
-    asked = {"role": "user", "content": parts}
+    asked: dict[str, Any] = {"role": "user", "content": parts}
+    if task == "audio-text":
+        asked["content"][0] = {"type": "audio", "path": "a.wav"}
     if task == "image-dpo":
         return [{"prompt": [asked], "chosen": good, "rejected": bad} for _, good, bad in told]
-    if task == "image-text":
+    if task in ("image-text", "audio-text"):
         return [{"messages": [asked, {"role": "assistant", "content": good}]} for _, good, _ in told]
     return [{"prompt": prompt, "completion": good} for prompt, good, _ in told]
 
@@ -105,6 +110,9 @@ def make(kind: str, folder: Path, name: str = "", *, wide: bool = False) -> None
     from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
     torch.manual_seed(0)
+    if kind == "qwen2_audio":
+        audio_models.qwen(folder)
+        return
     if kind in image_models.KINDS:
         image_models.KINDS[kind](folder)
         return
@@ -148,6 +156,7 @@ def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None
         options.pop("pack", None)
     options.pop("chat_template", None)  # the rows are not conversations
     Image.new("RGB", (8, 8), (200, 20, 20)).save(tmp_path / "a.png")  # of conversations with images
+    audio_models.save_tone(tmp_path / "a.wav", 0.2)
     data = write_jsonl(tmp_path / "rows.jsonl", rows(options.get("task")))
     room = 64 if options.get("task") in SEEING else 32
     small = {
