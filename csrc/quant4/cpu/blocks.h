@@ -84,9 +84,34 @@ static void quantize_blocks(const QuantizeCall& args, int64_t first, int64_t las
 
 constexpr int kGroupBlocks = 64;  // whose scales are read together
 
+// Blocks of 16 values: entries are looked up together, and multiplied block by block.
+template <Blocks Level, typename T>
+static void dequantize_small_blocks(const DequantizeCall& args, int64_t first, int64_t last) {
+    constexpr int64_t kSize = 16;
+    const WeightView& weight = args.weight;
+    T* out = static_cast<T*>(args.out);
+    const typename Level::Decoder decoder(weight.quant_map);
+    alignas(64) float scales[kGroupBlocks], entries[kGroupBlocks * kSize];
+    for (int64_t start = first; start < last; start += kGroupBlocks) {
+        const int64_t count = start + kGroupBlocks < last ? kGroupBlocks : last - start;
+        block_scales(weight, start, start + count, scales);
+        const uint8_t* codes = weight.codes + start * kSize / 2;
+        Level::decode(codes, count / 2 * 32, 1.0f, decoder, entries, false);
+        for (int64_t i = count / 2 * 32; i < count * kSize; i += 2) {
+            entries[i] = weight.quant_map[codes[i / 2] >> 4];
+            entries[i + 1] = weight.quant_map[codes[i / 2] & 15];
+        }
+        T* to = out + start * kSize;
+        for (int64_t block = 0; block < count; ++block)
+            for (int64_t i = block * kSize; i < (block + 1) * kSize; ++i)
+                to[i] = from_float<T>(entries[i] * scales[block]);
+    }
+}
+
 template <Blocks Level, typename T>
 static void dequantize_blocks(const DequantizeCall& args, int64_t first, int64_t last) {
     const WeightView& weight = args.weight;
+    if (weight.shift == 4) return dequantize_small_blocks<Level, T>(args, first, last);
     T* out = static_cast<T*>(args.out);
     const uint8_t* codes = weight.codes;
     const bool stream = args.stream;
