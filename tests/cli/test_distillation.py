@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,40 @@ def test_divergence() -> None:
     assert float(distillation.divergence(logits, wanted, labels)) == pytest.approx(right, rel=1e-5)
     assert float(distillation.divergence(logits, logits, labels)) == pytest.approx(0, abs=1e-6)
     assert float(distillation.divergence(logits, wanted, torch.full((2, 5), IGNORED))) == 0
+
+
+def test_the_divergence_of_a_step_is_a_mean_over_the_tokens_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, wanted = torch.zeros(1, 3, 4), torch.eye(4)[None, :3]
+    trainer = distillation.DistillingTrainer.__new__(distillation.DistillingTrainer)
+    trainer.teacher, trainer.weight = lambda **_: SimpleNamespace(logits=wanted), 0.25
+    trainer.model_accepts_loss_kwargs, trainer.accelerator = True, SimpleNamespace(num_processes=3)
+    trainer.args = SimpleNamespace(average_tokens_across_devices=True)
+    own = (torch.tensor(2.0), SimpleNamespace(logits=logits))
+    monkeypatch.setattr(distillation.MeasuringTrainer, "compute_loss", lambda *_, **__: own)
+
+    def loss(labels: list[int], count: int | None) -> float:
+        inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long), "labels": torch.tensor([labels])}
+        return float(trainer.compute_loss(torch.nn.Identity(), inputs, num_items_in_batch=count))
+
+    total = float(distillation.divergence(logits, wanted, torch.tensor([[IGNORED, 1, 2]])))
+    assert loss([IGNORED, 1, 2], 8) == pytest.approx(0.75 * 2 + 0.25 * total / 8 * 3)
+    assert loss([IGNORED, 1, 2], None) == pytest.approx(0.75 * 2 + 0.25 * total / 2)
+    assert loss([IGNORED, IGNORED, IGNORED], None) == 1.5
+    trainer.args.average_tokens_across_devices = False
+    assert loss([IGNORED, 1, 2], 8) == pytest.approx(0.75 * 2 + 0.25 * total / 8)
+
+
+def test_a_teacher_of_packed_rows_is_tried_with_them(
+    llama: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(distillation.packing, "check", lambda model, examples, what: tried.append((examples, what)))
+    tokenizer = models.load_processor(str(llama), LANGUAGE_MODEL)
+    common = {"teacher": str(teacher), "task": LANGUAGE_MODEL, "dtype": "fp32", "device": "cpu"}
+    for pack in (False, True):
+        found = distillation.of_run(SimpleNamespace(**common, pack=pack), tokenizer, [{"input_ids": [1, 2]}])
+        assert found is not None and not any(p.requires_grad for p in found.parameters())
+    assert tried == [([{"input_ids": [1, 2]}], "the teacher")]
 
 
 @pytest.mark.parametrize(

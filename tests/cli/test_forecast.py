@@ -1,12 +1,15 @@
 """What `train` says of its memory before it loads, and what it refuses; what `plan` says of a step."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from commands import Run
 
-from peftcore.cli import forecast
+from peftcore.cli import data, forecast
 
 METHOD = ("--method", "lora", "--set", "r=4")
 
@@ -88,3 +91,23 @@ def test_plan_of_several_processes_and_mixed_precision(run: Run, llama: Path) ->
         "--precision must be one of auto, fp32, bf16, fp16, found 'fp8'"
         in run(*arguments, "--precision", "fp8", code=1).output
     )
+
+
+def test_processes_that_share_memory_need_it_each() -> None:
+    estimate: Any = SimpleNamespace(needed=700, overhead=SimpleNamespace(first_step=100))
+    alone = forecast.Forecast(estimate, before=500, room=1e9)
+    assert alone.needed == 800 and replace(alone, together=3).needed == 2400
+
+
+def test_what_a_task_makes_of_a_step() -> None:
+    losses = {task: forecast.how(task, "auto", None, 1)["loss"] for task in (data.UNPAIRED, data.ODDS, data.SPEECH)}
+    assert losses == {data.UNPAIRED: "kto", data.ODDS: "dpo", data.SPEECH: None}
+    config = SimpleNamespace(max_target_positions=10)
+    assert [forecast.tokens_of_step(50, task, config) for task in (data.SPEECH, data.LANGUAGE_MODEL)] == [10, 50]
+    for task, fuse, wanted in (
+        (data.EMBEDDING, "auto", False),
+        (data.EMBEDDING, "on", True),
+        (data.SPEECH, "auto", True),
+    ):
+        settings: Any = SimpleNamespace(task=task, fuse=fuse, parallel=None)
+        assert forecast.is_fused(settings) == wanted

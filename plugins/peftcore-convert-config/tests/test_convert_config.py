@@ -15,6 +15,7 @@ import pytest
 import yaml
 from commands import printed
 from peftcore_convert_config import programs
+from peftcore_convert_config.reading import dataset
 
 from peftcore import PeftcoreError
 
@@ -30,6 +31,7 @@ PAIRS = [
 
 ADAM = {"_component_": "torch.optim.AdamW"}
 TUNED = {"_component_": "torchtune.models.llama3_2_vision.lora_llama3_2_vision_11b"}
+TUNED_TEXT = {"_component_": "torchtune.models.qwen2.lora_qwen2_0_5b", "lora_attn_modules": ["q_proj"]}
 INT8 = "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer"
 LISTED = re.compile(r"^\| `([^`]+\.ya?ml)` \| (.*) \|$", re.MULTILINE)
 SEEING = {"model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct", "finetuning_type": "lora", "image_max_pixels": 4096}
@@ -180,6 +182,15 @@ def test_parts_of_models_that_read_images() -> None:
     assert adapted(encoder_trainable="frozen") == {names["global"], names["cross"]}
     assert adapted(fusion_trainable="frozen") == {names["encoder"]}
     assert adapted(decoder_trainable="lora", apply_lora_to_output=True) == {*names.values(), *layers[-2:]}
+
+
+def test_data_sets_are_named_as_data_names_them() -> None:
+    assert [dataset("x"), dataset("x", "train"), dataset("x", "test")] == ["x", "x", "x@test"]
+    assert [dataset("x", None, "en"), dataset("x", "test", "en")] == ["x@en/train", "x@en/test"]
+    name = "torchtune.datasets.chat_dataset"
+    rows = [{"_component_": name, "source": source, "weight": weight} for source, weight in (("a", 1), ("b", 2.5))]
+    found = programs.convert({"model": TUNED_TEXT, "dataset": rows, "optimizer": ADAM})
+    assert found.options["data"] == ["a", "b:2.5"]
 
 
 def test_distillation_and_bases_in_int4() -> None:
