@@ -118,7 +118,7 @@ def _config(where: str) -> Any:
     except ImportError as error:
         raise PeftcoreError("reading a folder or a hub id needs transformers. Try: pip install transformers") from error
     if Path(where).is_absolute() and not Path(where).is_dir():  # the hub would report it as a malformed repository id
-        raise PeftcoreError(f"there is no folder '{where}'. Give one with a config.json, or a hub id")
+        raise PeftcoreError(f"the folder '{where}' does not exist. Give one with a config.json, or a hub id")
     try:
         return AutoConfig.from_pretrained(where)
     except Exception as error:  # from transformers, or from the validation of the config's fields

@@ -158,7 +158,7 @@ class Folder:
         if not os.path.isdir(path):
             if os.path.lexists(path):
                 return cls(path.parent, "", None, only=path.name)
-            raise CheckpointError(f"there is no folder '{path}'. {_instead_of(path)}")
+            raise CheckpointError(f"the folder '{path}' does not exist. {_instead_of(path)}")
         _, prefix, manifest = root_of(path)
         return cls(path, prefix, manifest)
 

@@ -69,9 +69,9 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
-            f"there is no folder '{name}', and downloading an adapter of this name from Hugging Face's hub needs the "
-            "library huggingface_hub, which is not installed (it comes with transformers). Install it, or pass the "
-            "folder into which you have downloaded the adapter"
+            f"the folder '{name}' does not exist, and downloading an adapter of this name from Hugging Face's hub "
+            "needs the library huggingface_hub, which is not installed (it comes with transformers). Install it, or "
+            "pass the folder into which you have downloaded the adapter"
         ) from None
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
@@ -79,7 +79,7 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
         why = " ".join(str(error).split())
         of = f" (revision {revision!r})" if revision is not None else ""
         raise CheckpointError(
-            f"there is no folder '{name}', and Hugging Face's hub does not provide an adapter of this name{of}: "
+            f"the folder '{name}' does not exist, and Hugging Face's hub does not provide an adapter of this name{of}: "
             f"{type(error).__name__}: {why[:400]}. Check the path if you mean a local folder; log in for a private or "
             "gated adapter; without a network, only adapters in the cache can be loaded"
         ) from error

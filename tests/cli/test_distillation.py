@@ -157,6 +157,12 @@ def test_options_that_do_not_fit(
     assert message in run("train", *arguments, *options, code=1).output.replace("\n", " ")
 
 
+def test_a_weight_without_a_teacher_is_refused(llama: Path, rows: Path, run: Run) -> None:
+    arguments = ("--model", llama, "--data", rows, "--method", "lora", "-o", rows.parent / "run")
+    output = run("train", *arguments, "--teacher-weight", "2", code=1).output.replace("\n", " ")
+    assert "--teacher-weight is for --teacher, found 2 without a teacher" in output and "loading" not in output
+
+
 def test_teachers_that_do_not_fit(llama: Path, teacher: Path, rows: Path, tmp_path: Path, run: Run) -> None:
     arguments = ("--model", llama, "--data", rows, "--method", "lora", "--device", "cpu", "-o", tmp_path / "run")
     other = tmp_path / "other"

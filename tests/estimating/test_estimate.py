@@ -238,7 +238,7 @@ def test_wrong_models(tmp_path: Path) -> None:
     broken = LlamaConfig(**{**SIZES, "num_attention_heads": 4}, vocab_size=-3)
     for model, message in [
         (tmp_path, "the configuration of '.*' cannot be read"),
-        (tmp_path / "nowhere", "there is no folder '.*nowhere'. Give one with a config.json"),
+        (tmp_path / "nowhere", "the folder '.*nowhere' does not exist. Give one with a config.json"),
         (3, "takes a model, a transformers config, a folder or a hub id, found int"),
         (nn.Linear(2, 2), "takes no labels, so its loss is not known"),
         (broken, "no model can be built on the meta device of this LlamaConfig"),

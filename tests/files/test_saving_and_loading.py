@@ -210,11 +210,11 @@ def test_a_missing_folder_says_what_to_pass(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter.txt").write_text("")
     near = f"In '{tmp_path}' are others (nearest: 'adapter'). "
-    assert error(tmp_path / "adaptr") == f"there is no folder '{tmp_path}/adaptr'. {near}{what}"
-    assert error(tmp_path / "xyz") == f"there is no folder '{tmp_path}/xyz'. {what}"
+    assert error(tmp_path / "adaptr") == f"the folder '{tmp_path}/adaptr' does not exist. {near}{what}"
+    assert error(tmp_path / "xyz") == f"the folder '{tmp_path}/xyz' does not exist. {what}"
     assert f"'{tmp_path}/a/b' does not exist either. {what}" in error(tmp_path / "a" / "b" / "c")
     monkeypatch.chdir(tmp_path)
-    assert error("xyz") == f"there is no folder 'xyz'. The path is relative to '{tmp_path}'. {what}"
+    assert error("xyz") == f"the folder 'xyz' does not exist. The path is relative to '{tmp_path}'. {what}"
     assert what in error("half a path\0")
 
 

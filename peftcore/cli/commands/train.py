@@ -135,6 +135,11 @@ def train(
         from peftcore.cli import distillation
 
         given = replace(given, teacher=distillation.checked(given, task))
+    elif given.teacher_weight != type(given).teacher_weight:
+        raise PeftcoreError(
+            f"--teacher-weight is for --teacher, found {given.teacher_weight:g} without a teacher. Name one, or leave "
+            "it out"
+        )
     if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
     if given.eval_data is None:
