@@ -76,10 +76,17 @@ struct WideProducts {
     WideProducts(const Product& its_product, const Arranged& its_arranged)
         : product(its_product), arranged(its_arranged) {}
 
+    // The tiles of a block prefetch the next block's x, each an equal part. All of x is read once for each panel; where it
+    // comes from the L3 cache and nothing was prefetched, products take 1.1 of the time (AVX2) to 1.2 (AVX-512), for
+    // 512 x 3072 -> 1024 on Zen 5.
+    static constexpr int64_t kStep = 4;  // words
+    static constexpr int64_t kStepBytes = kRows * kStep * int64_t(sizeof(float)) * kColumns / kPanelColumns;
+
     struct OutputTile {
         int64_t row, column;
         float* sums;  // of this row and column, kPanelColumns a row
         bool first, last;
+        const char* next;  // its part of the next block's x
         Ahead* ahead;
     };
     // Factors of the sums: arranged rows of x, or of the addend, and a tile of B's words.
@@ -93,7 +100,7 @@ struct WideProducts {
 
     template <int R>
     [[gnu::always_inline]]
-    static inline void accumulate(const Factors& factors, Ahead* next_panel, Sums<R>& sum) {
+    static inline void accumulate(const Factors& factors, const char* next, Ahead* next_panel, Sums<R>& sum) {
         const float *x = factors.x, *right = factors.right;
         const auto add_word = [&] {
             const Floats one = Lanes::load(right), other = Lanes::load(right + Lanes::kLanes);
@@ -108,7 +115,8 @@ struct WideProducts {
         };
         Ahead ahead = next_panel != nullptr ? *next_panel : Ahead({});
         int64_t p = 0;
-        for (; p + 4 <= factors.words; p += 4) {
+        for (; p + kStep <= factors.words; p += kStep, next += kStepBytes) {
+            __builtin_prefetch(next, 0, 2);
             ahead.next();
             add_word();
             add_word();
@@ -132,6 +140,10 @@ struct WideProducts {
         };
         const bool chained = product.dtype == Dtype::kFloat;
         bool first = out.first;
+        if (!first)
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) __builtin_prefetch(at(r, 0));
+        const char* next = out.next;
         for (Factors part = factors;;) {
             const int64_t left = part.words;
             if (chained) part.words = least(kChain, left);
@@ -140,7 +152,7 @@ struct WideProducts {
 #pragma GCC unroll 2
                 for (int v = 0; v < 2; ++v)
                     sum[r][v] = first || chained ? Lanes::zero() : Lanes::load(at(r, v));
-            accumulate<R>(part, out.ahead, sum);
+            accumulate<R>(part, next, out.ahead, sum);
             if (chained && !first) {
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r)
@@ -150,18 +162,19 @@ struct WideProducts {
             if (part.words == left) break;
             store();
             first = false;
+            next += kChain / kStep * kStepBytes;
             part = {part.x + part.words * R, part.right + part.words * kTileColumns, left - part.words};
         }
         const Mask& keep = product.addend.keep;
         const bool masked = addend.words != 0 && keep.bits != nullptr;
         // Added after the whole product, wherever its chunks end, so that results do not depend on cache sizes.
-        if (addend.words != 0 && !masked) accumulate<R>(addend, nullptr, sum);
+        if (addend.words != 0 && !masked) accumulate<R>(addend, next, nullptr, sum);
         if (!out.last || masked) store();
         if (!out.last) return;
         if (masked) {
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Lanes::zero();
-            accumulate<R>(addend, nullptr, sum);
+            accumulate<R>(addend, next, nullptr, sum);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 uint32_t bits;
@@ -219,6 +232,7 @@ struct WideProducts {
                     *right = reinterpret_cast<const float*>(panel.right),
                     *addend_right = reinterpret_cast<const float*>(panel.addend_right);
         const Tile tile = tile_of(block.rows, std::make_integer_sequence<int, int(kRows)>());
+        const char* next = reinterpret_cast<const char*>(x + (block.next - block.row) * panel.words);
         float* sums = panel.first && panel.last ? here : block.sums;
         for (int64_t i = 0; i < panel.tiles * kTileColumns; i += kColumns) {
             const int64_t column = panel.tile * kTileColumns + i, at = i % kTileColumns;
@@ -229,6 +243,7 @@ struct WideProducts {
                   .sums = sums + i,
                   .first = panel.first,
                   .last = panel.last,
+                  .next = next + i / kColumns * (panel.words / kStep * kStepBytes),
                   .ahead = block.ahead},
                  {x, right + i / kTileColumns * panel.words * kTileColumns + at, panel.words},
                  {left, addend_right + i / kTileColumns * panel.addend_words * kTileColumns + at,
