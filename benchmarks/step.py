@@ -1,13 +1,13 @@
 """A training step, its parts on and off: time and memory next to the frozen model's and peft's.
 
     python benchmarks/step.py [--model SmolLM2-135M] [--rows 4x128] [--dtype bfloat16] [--layers 4] [--short]
-        [--level avx2]
+        [--level avx2] [--recompute none]
 
 Forward and backward of a frozen model as transformers has it, whose inputs have gradients; of peft's LoRA; and of
 peftcore's; each as it is and with every part that is asked for (`--part`). Weights are random. Each row runs in
 processes of its own, in rounds, with the seconds of the processor, so that other work on the machine does not count;
-memory is the most that its steps add to a process with the model. The error is that of the gradient of the inputs,
-from float64, with two layers, 64 tokens and no dropout.
+memory is the most that its steps add to a process with the model, and to its tensors alone. The error is that of the
+gradient of the inputs, from float64, with two layers, 64 tokens and no dropout.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def build(name, dtype, layers, dropout=True):
     return cls.from_config(config, dtype=dtype).requires_grad_(False).train()
 
 
-def adapted(model, base, parts):
+def adapted(model, base, parts, recompute="auto"):
     """Return the model of a row, and the parts that its model takes."""
     torch.manual_seed(1)
     if base == "peft":
@@ -123,7 +123,8 @@ def adapted(model, base, parts):
     taken = []
     for name in parts:
         try:
-            PARTS[name](model.base_model.model if base == "peft" else model)
+            options = {"recompute": recompute} if name == "fused" else {}
+            PARTS[name](model.base_model.model if base == "peft" else model, **options)
             taken.append(name)
         except peftcore.PeftcoreError:  # no head for logits of tokens
             pass
@@ -161,6 +162,17 @@ def step(model, inputs):
     return loss.detach(), seen[0].grad
 
 
+def most_of_tensors(model, inputs):
+    """Return the megabytes that PyTorch's allocator gives out in a step at most."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        step(model, inputs)
+    held = most = 0
+    for event in profile.kineto_results.events():
+        held += event.nbytes() if event.name() == "[memory]" else 0
+        most = max(most, held)
+    return most / 1e6
+
+
 def errors(name, dtype, base, parts):
     wide = build(name, torch.float64, 2, dropout=False)
     if hasattr(wide.config, "num_experts"):
@@ -181,7 +193,7 @@ def child(options):
     dtype = getattr(torch, options.dtype)
     if options.errors:
         return {"errors": errors(name, dtype, base, parts)}
-    model, taken = adapted(build(name, dtype, options.layers), base, parts)
+    model, taken = adapted(build(name, dtype, options.layers), base, parts, options.recompute)
     inputs = inputs_of(model, options.rows)
     first = {key: value[:1, :8] if value.dim() == 2 else value[:1] for key, value in inputs.items()}
     step(model, first)  # the libraries' own memory
@@ -196,7 +208,8 @@ def child(options):
         began = time.process_time()
         step(model, inputs)
         seconds.append(time.process_time() - began)
-    return {"peak": peak, "seconds": min(seconds), "title": " + ".join([base, *taken])}
+    tensors = most_of_tensors(model, inputs)
+    return {"peak": peak, "tensors": tensors, "seconds": min(seconds), "title": " + ".join([base, *taken])}
 
 
 def main():
@@ -206,6 +219,7 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--layers", type=int, default=0, help="at most so many layers; 0: all")
     parser.add_argument("--part", choices=PARTS, action="append", help="parts to measure; default: all")
+    parser.add_argument("--recompute", choices=("auto", "none"), default="auto", help="of fused modules")
     parser.add_argument("--together", action="store_true", help="no part, and all parts together; not each by itself")
     parser.add_argument("--short", action="store_true", help="frozen and peft as they are, peftcore with all parts")
     parser.add_argument("--base", choices=BASES, action="append")
@@ -240,6 +254,8 @@ def main():
                 options.steps,
                 "--threads",
                 options.threads,
+                "--recompute",
+                options.recompute,
                 "--rows",
                 f"{rows[0]}x{rows[1]}",
                 *(["--errors"] if options.errors else []),
@@ -256,7 +272,7 @@ def main():
             if options.errors:
                 print(f"{'':32}{'loss off':>12}{'gradient':>12}")
             else:
-                print(f"{'':32}{'seconds':>9}{'of frozen':>11}{'MB':>8}{'of peft':>9}")
+                print(f"{'':32}{'seconds':>9}{'of frozen':>11}{'MB':>8}{'of peft':>9}{'tensors':>9}")
             for key, found in runs.items():
                 title = found.get("title", " + ".join(key))
                 if options.errors:
@@ -264,8 +280,9 @@ def main():
                 else:
                     frozen, peft = runs.get(("frozen",)), runs.get(("peft",))
                     ratio = f"{found['seconds'] / frozen['seconds']:11.2f}" if frozen else f"{'':11}"
-                    of_peft = f"{found['peak'] / peft['peak']:9.2f}" if peft else ""
-                    print(f"{title:32}{found['seconds']:9.2f}{ratio}{found['peak']:8.0f}{of_peft}")
+                    of_peft = f"{found['peak'] / peft['peak']:9.2f}" if peft else f"{'':9}"
+                    sizes = f"{found['peak']:8.0f}{of_peft}{found['tensors']:9.0f}"
+                    print(f"{title:32}{found['seconds']:9.2f}{ratio}{sizes}")
             if options.errors:
                 break
 

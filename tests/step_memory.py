@@ -113,7 +113,7 @@ def real(config: Any, method: Any, step: Step, dtype: torch.dtype = torch.float3
         peftcore.apply(model, method, **fields)
     if step.gradient_checkpointing:
         checkpoint(model, step.gradient_checkpointing)
-    return peftcore.fuse(model) if step.fused else model
+    return peftcore.fuse(model, recompute=step.recompute) if step.fused else model
 
 
 def on_a_rank(config: Any, method: Any, step: Step, fields: dict[str, Any]) -> tuple[int, int]:

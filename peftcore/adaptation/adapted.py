@@ -29,6 +29,7 @@ from peftcore.adaptation.divided_experts import ExpertsForward, mesh_of_experts
 from peftcore.adaptation.division import DividedChain, Division, WholeForward, division_of, on_local, on_parts
 from peftcore.adaptation.enclosing import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
 from peftcore.adaptation.per_sample import PerSample
+from peftcore.adaptation.recomputed import SOURCE, inputs_instead
 from peftcore.adaptation.rows import ROWS
 from peftcore.errors import PeftcoreError
 from peftcore.experts import split_expert_path
@@ -342,7 +343,11 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         if disabled is not None:
             if disabled:
                 return self._peftcore_base(*args, **kwargs)
-            return (_acting(self, lock) if lock.choosing else self._peftcore_chain)(*args, **kwargs)
+            chain = _acting(self, lock) if lock.choosing else self._peftcore_chain
+            if args and hasattr(args[0], SOURCE):
+                with inputs_instead(args[0]):
+                    return chain(*args, **kwargs)
+            return chain(*args, **kwargs)
         if lock.context is not None and not lock.context.inside():
             with Frame(self, lock.context, args, kwargs) as frame:
                 output = forward(self, *args, **kwargs)

@@ -1,6 +1,7 @@
-"""Modules whose `forward` is computed by one operator: RMSNorm, MLPs with a gated activation, activations, dropout.
+"""Modules whose `forward` is computed by one operator: norms, MLPs with a gated activation, activations, dropout.
 
-Attention, of which one call is, is in fused_attention.py.
+Attention, of which one call is, is in fused_attention.py; outputs that are computed again for the gradient of the
+layers behind are in recomputed.py.
 
     LlamaMLP                                  LlamaMLP (fused)
       down(act(gate(x)) * up(x))        =>      down(ops.gated(gate(x), up(x)))
@@ -16,16 +17,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 
 from peftcore import ops
 from peftcore.adaptation.class_swap import one_for_each_class, subclass
-from peftcore.adaptation.recomputed import recomputed
+from peftcore.adaptation.recomputed import inputs_instead, with_source
 from peftcore.ops._library import transformed
 from peftcore.ops.activated import Activation
 from peftcore.ops.gated import Activation as GateActivation
@@ -41,7 +43,13 @@ Settings = tuple[tuple[str, Any], ...]  # attributes and their values
 
 @dataclass(frozen=True)
 class Formula:
-    """What a fused module computes."""
+    """What a fused module computes.
+
+    Args:
+        recompute: layers that the output is given to keep the module's input instead, where that is cheap.
+    """
+
+    recompute: bool = field(default=True, kw_only=True)
 
     def forward(self, module: nn.Module, x: Any) -> Any:
         """Return the module's output, or None if its own forward must compute it."""
@@ -80,7 +88,29 @@ class NormFormula(Formula):
             return None
         if x.dim() == 0 or weight.shape != x.shape[-1:]:
             return None
-        return ops.rms_norm(x, weight, getattr(module, self.eps), offset=self.offset, rounded=self.rounded)
+        compute = functools.partial(
+            ops.rms_norm, eps=getattr(module, self.eps), offset=self.offset, rounded=self.rounded
+        )
+        y = compute(x, weight)
+        return with_source(y, compute, (x,), (weight,)) if self.recompute else y
+
+
+@dataclass(frozen=True)
+class LayerNormFormula(Formula):
+    """LayerNorm as PyTorch computes it, whose output is computed again."""
+
+    def call(self, own: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the module's output."""
+        y = own(module, *args, **kwargs)
+        if not (torch.is_grad_enabled() and len(args) == 1 and plain(y, args[0])) or torch.is_autocast_enabled("cpu"):
+            return y
+        norm: Any = module
+        compute = functools.partial(_layer_norm, norm.normalized_shape, norm.eps)
+        return with_source(y, compute, args, (norm.weight, norm.bias))
+
+
+def _layer_norm(shape: list[int], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
 
 
 @dataclass(frozen=True)
@@ -118,8 +148,11 @@ class GateFormula(Formula):
         outputs = {name: children[name](x) for name in self.calls}
         gate, up = outputs[self.gate], outputs[self.up]
         if plain(gate, up) and gate.dtype is up.dtype and gate.dtype in self.dtypes and gate.shape == up.shape:
-            product = ops.gated(gate, up, self.activation)
-            with recomputed(functools.partial(ops.gated, activation=self.activation), (gate, up), product):
+            compute = functools.partial(ops.gated, activation=self.activation)
+            product = compute(gate, up)
+            if self.recompute:
+                with_source(product, compute, (gate, up))
+            with inputs_instead(product):
                 return children[self.down](product)
         return children[self.down](act(gate) * up)  # type: ignore[misc]
 
@@ -151,7 +184,9 @@ class ActivationFormula(Formula):
         """Return the module's output, or None if its own forward must compute it."""
         if not plain(x, x) or x.dtype not in self.dtypes or not unchanged(module, self.settings):
             return None
-        return ops.activated(x, self.activation)
+        compute = functools.partial(ops.activated, activation=self.activation)
+        y = compute(x)
+        return with_source(y, compute, (x,)) if self.recompute else y
 
 
 @dataclass(frozen=True)

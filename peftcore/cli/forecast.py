@@ -163,6 +163,7 @@ def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: t
             gradient_accumulation=min(2, settings.grad_accum),  # the second step takes what later steps take
             lazy_logits=is_lazy(settings),
             fused=is_fused(settings),
+            recompute=settings.recompute,
             **how(settings.task, settings.precision, settings.parallel, settings.ranks),
         ),
         **settings.fields,
@@ -226,6 +227,7 @@ def _fitted(settings: Settings) -> Settings:
         length=tokens_of_step(settings.max_length, settings.task, config),
         lazy_logits=is_lazy(settings),
         fused=is_fused(settings),
+        recompute=settings.recompute,
         **how(settings.task, settings.precision, settings.parallel, settings.ranks),
     ).ways
     batch_size = min(settings.batch_size, way.batch_size)

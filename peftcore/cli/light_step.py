@@ -24,10 +24,10 @@ def fuse(
 ) -> None:
     """Fuse operators, as `settings` say: with `auto` if loss and gradients of a few rows are the same with them."""
     if settings.fuse == "on":
-        peftcore.fuse(model)
+        peftcore.fuse(model, recompute=settings.recompute)  # type: ignore[arg-type]
     if settings.fuse != "auto" or settings.parallel or model.device.type != "cpu" or settings.task == data.EMBEDDING:
         return
-    kinds = fused_modules(peftcore.fuse(model))
+    kinds = fused_modules(peftcore.fuse(model, recompute=settings.recompute))  # type: ignore[arg-type]
     if not kinds:
         return
     if settings.task in data.COMPARED:

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli import config_file, data, options
+from peftcore.engine.fusing import RECOMPUTE
 from peftcore.errors import PeftcoreError
 
 RUN_FILE = "run.json"
@@ -130,6 +131,13 @@ class RunOptions:
             "the same loss and gradients), on, off."
         ),
     ] = "auto"
+    recompute: Annotated[
+        str,
+        typer.Option(
+            help="Outputs of fused norms and activations for backward: auto (computed again: less memory, the same "
+            "gradients), none (kept)."
+        ),
+    ] = "auto"
     optim: Annotated[
         str, typer.Option(help="Trainer's optim, or peftcore's paged_adamw_8bit and paged_adamw_32bit.")
     ] = "adamw_torch"
@@ -230,6 +238,8 @@ class Settings(RunOptions):
         for option, chosen in (("--lazy-logits", self.lazy_logits), ("--fuse", self.fuse)):
             if chosen not in SWITCH:
                 raise PeftcoreError(f"{option} must be one of {', '.join(SWITCH)}, found '{chosen}'")
+        if self.recompute not in RECOMPUTE:
+            raise PeftcoreError(f"--recompute must be one of {', '.join(RECOMPUTE)}, found '{self.recompute}'")
         if self.lr <= 0 or self.epochs <= 0:
             raise PeftcoreError(f"lr and epochs must be above 0, found lr={self.lr:g}, epochs={self.epochs:g}")
 

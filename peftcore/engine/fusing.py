@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from peftcore.adaptation.fused_forward import (
     DropoutFormula,
     Formula,
     GateFormula,
+    LayerNormFormula,
     NormFormula,
     fuse_module,
     is_fused,
@@ -23,28 +25,42 @@ from peftcore.adaptation.fused_forward import (
     separate,
 )
 from peftcore.engine.state import check_model
-from peftcore.observation.formulas import activation_formula, dropout_formula, gate_formula, kind, norm_formula
+from peftcore.errors import PeftcoreError
+from peftcore.observation.formulas import (
+    activation_formula,
+    dropout_formula,
+    gate_formula,
+    kind,
+    layer_norm_formula,
+    norm_formula,
+)
 
 M = TypeVar("M", bound=nn.Module)
 _NAMES = {
     NormFormula: "RMSNorm",
+    LayerNormFormula: "LayerNorm",
     GateFormula: "gated MLP",
     ActivationFormula: "activation",
     DropoutFormula: "dropout",
     AttentionFormula: "attention",
 }
+Recompute = Literal["auto", "none"]
+RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 _MOST_KINDS = 256
 _found: dict[Any, Formula | None] = {}
 
 
-def fuse(model: M, *, enabled: bool = True) -> M:
+def fuse(model: M, *, enabled: bool = True, recompute: Recompute = "auto") -> M:
     """Compute each RMSNorm, activation, dropout, and attention by one operator with its own gradient.
 
     The operators for norms and gates keep only their inputs for the gradient: fewer activations, and fewer passes over
-    memory. The product in an MLP is computed again for the gradient of the layer that it is given to. Modules are
-    recognized by what they compute, whatever their class; all others stay as they are. Weights, `state_dict()`, hooks
-    and adapters are not affected, and adapters can be applied before or after. In fp32 results agree within its
-    rounding; in 16 bits at most one value in a thousand differs, by one unit in the last place.
+    memory. Modules are recognized by what they compute, whatever their class; all others stay as they are. Weights,
+    `state_dict()`, hooks and adapters are not affected, and adapters can be applied before or after. In fp32 results
+    agree within its rounding; in 16 bits at most one value in a thousand differs, by one unit in the last place.
+
+    With `recompute="auto"`, adapted layers do not keep the outputs of norms (LayerNorm, too), activations and gated
+    products that they are given: the backward pass computes them again, once for all layers that read them. Gradients
+    are the same bit for bit. Within gradient checkpointing and other hooks for kept tensors nothing changes.
 
     Attention is that of modules that call PyTorch's `scaled_dot_product_attention`, on CPUs with AVX2 or NEON
     (`ops.attention`), where PyTorch's takes longer, in 16 bits several times: with gradients of any module, without
@@ -59,11 +75,17 @@ def fuse(model: M, *, enabled: bool = True) -> M:
     Args:
         model: any model.
         enabled: False restores the modules' classes.
+        recompute: `auto` computes again what is cheap; `none` keeps everything.
 
     Returns:
         The model.
+
+    Raises:
+        PeftcoreError: `recompute` is unknown.
     """
     check_model(model)
+    if recompute not in RECOMPUTE:
+        raise PeftcoreError(f"recompute must be one of {', '.join(RECOMPUTE)}, found {recompute!r}")
     within = set[int]()  # activations that a gated MLP computes
     for _, module in base_modules(model):
         if is_fused(module) and is_outermost(module):
@@ -75,8 +97,10 @@ def fuse(model: M, *, enabled: bool = True) -> M:
             replace_in_table()
             continue
         formula = None if id(module) in within else _formula(module)
+        if isinstance(formula, LayerNormFormula) and recompute == "none":
+            continue
         if formula is not None:
-            fuse_module(module, formula)
+            fuse_module(module, replace(formula, recompute=recompute == "auto"))
         if isinstance(formula, GateFormula):
             within.add(id(module._modules[formula.act]))
     return model
@@ -88,6 +112,12 @@ def fused_modules(model: nn.Module) -> dict[str, int]:
     formulas = (module.__dict__[FORMULA] for module in fused)
     kinds = Counter(_NAMES[type(each)] for each in formulas)
     return dict(sorted(kinds.items()))
+
+
+def recomputes(model: nn.Module) -> Recompute:
+    """Return how a model was fused: whether outputs are computed again that are cheap to make."""
+    kept = any(is_fused(module) and not module.__dict__[FORMULA].recompute for module in model.modules())
+    return "none" if kept else "auto"
 
 
 def _formula(module: nn.Module) -> Formula | None:
@@ -104,7 +134,7 @@ def _formula(module: nn.Module) -> Formula | None:
 
 
 def _shown(module: nn.Module) -> Formula | None:
-    for find in (norm_formula, gate_formula, dropout_formula, activation_formula):
+    for find in (norm_formula, layer_norm_formula, gate_formula, dropout_formula, activation_formula):
         formula = find(module)
         if formula is not None:
             return formula

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from peftcore.engine import activate, apply, apply_to_fill, state_of, takes_batches
-from peftcore.engine.fusing import fuse, fused_modules
+from peftcore.engine.fusing import fuse, fused_modules, recomputes
 from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.engine.summary import Summary, summary
 from peftcore.errors import PeftcoreError
@@ -212,7 +212,7 @@ def estimate(
                 if step.gradient_checkpointing:
                     checkpoint(made, step.gradient_checkpointing)
                 if step.fused:
-                    fuse(made)
+                    fuse(made, recompute=step.recompute)  # type: ignore[arg-type]
                 follow(following, made.train(), step, on_card=on_card)
         except PeftcoreError:
             raise
@@ -243,8 +243,13 @@ def _as_model(step: Step, model: Any, on_card: bool) -> Step:
     """Return the step with lazy logits and fused operators if the model has them; cards have no fused ones."""
     there = isinstance(model, nn.Module)
     lazy = step.lazy_logits or (there and has_lazy_logits(model))
-    fused = step.fused or (there and bool(fused_modules(model)))
-    return replace(step, lazy_logits=lazy, fused=fused and not on_card)
+    already = there and bool(fused_modules(model))
+    return replace(
+        step,
+        lazy_logits=lazy,
+        fused=(step.fused or already) and not on_card,
+        recompute=recomputes(model) if already else step.recompute,
+    )
 
 
 def _refuse_doubtful(method: Any) -> None:

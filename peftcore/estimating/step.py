@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peftcore.engine.fusing import RECOMPUTE
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.zero_settings import Zero, zero_of
 
@@ -34,6 +35,7 @@ class Step:
             logits are lazy is followed so in any case.
         fused: Whether norms, gates, activations, dropout and attention are one operator each (`peftcore.fuse`). A fused
             model is followed so in any case. On a card, where the model's own forward computes them, nothing changes.
+        recompute: `auto` or `none`, as in `peftcore.fuse`.
         ranks: Processes of the run, one of which is estimated.
         shard: False: each process has a whole copy (DDP). True: the base is sharded (FSDP2) as by `peftcore.shard`. A
             dict: arguments of `peftcore.shard`, `adapter_placement` and `reshard_after_forward`. `zero1`, `zero2` or
@@ -57,6 +59,7 @@ class Step:
     loss: str | None = None
     lazy_logits: bool = False
     fused: bool = False
+    recompute: str = "auto"
     ranks: int = 1
     shard: bool | str | Mapping[str, Any] = False
     tp_size: int = 1
@@ -74,6 +77,8 @@ class Step:
                 raise PeftcoreError(
                     f"{name} must be None or one of {', '.join(known)}, found {value!r}{nearest(str(value), known)}"
                 )
+        if self.recompute not in RECOMPUTE:
+            raise PeftcoreError(f"recompute must be one of {', '.join(RECOMPUTE)}, found {self.recompute!r}")
         kind = self.gradient_checkpointing
         if not isinstance(kind, (bool, Mapping)) and kind not in CHECKPOINTING:
             raise PeftcoreError(
@@ -151,7 +156,7 @@ class Step:
         if self.lazy_logits:
             parts.append("lazy logits")
         if self.fused:
-            parts.append("fused operators")
+            parts.append("fused operators" if self.recompute == "auto" else "fused operators without recomputation")
         if self.mixed_precision is not None:
             parts.append(f"mixed {self.mixed_precision}")
         if self.ranks > 1 or self.is_sharded:

@@ -1,4 +1,4 @@
-"""Modules that compute a known formula: RMSNorm, MLPs with a gated activation, activations, and dropout.
+"""Modules that compute a known formula: norms, MLPs with a gated activation, activations, and dropout.
 
 A module is recognized by what it computes, not by its class. A copy without its weights is called: with random
 weights, settings and inputs a norm must give the formula's values and gradients in each dtype; an MLP must pass what
@@ -29,6 +29,7 @@ from peftcore.adaptation.fused_forward import (
     ActivationFormula,
     DropoutFormula,
     GateFormula,
+    LayerNormFormula,
     NormFormula,
     Settings,
     setting,
@@ -71,6 +72,12 @@ def norm_formula(module: nn.Module) -> NormFormula | None:
             if found is not None:
                 return found
     return None
+
+
+def layer_norm_formula(module: nn.Module) -> LayerNormFormula | None:
+    """Return how `module` computes LayerNorm, or None if it is not PyTorch's module."""
+    is_one = original_class(module) is nn.LayerNorm and "forward" not in module.__dict__
+    return LayerNormFormula() if is_one else None
 
 
 def gate_formula(module: nn.Module) -> GateFormula | None:

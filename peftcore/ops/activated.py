@@ -4,7 +4,7 @@
     others    y = x ∘ s      s = 1 / (1 + exp(-p))    dx = dy ∘ s ∘ (1 + x ∘ (1 - s) ∘ p'(x))
 
 Φ is the normal distribution and φ its density; p is that of gated.py. All is computed in fp32 and rounded once; only x
-is kept for the gradient; a low-rank product that reads y computes it again from x (`source_of`).
+is kept for the gradient.
 """
 
 from __future__ import annotations
@@ -90,17 +90,11 @@ define_by(
 )
 
 
-def _keeps_tensors() -> bool:
-    """Return whether autograd keeps tensors as they are, without hooks."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-
-
 class _Activated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, normal: bool, linear: float, cubic: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.numbers = normal, linear, cubic
-        ctx.kept = not torch.compiler.is_compiling() and _keeps_tensors()
         return _OPS.activated(x, normal, linear, cubic)
 
     @staticmethod
@@ -111,32 +105,6 @@ class _Activated(torch.autograd.Function):
         else:
             dx = _OPS.activated_backward(grad, x, *ctx.numbers)
         return dx, None, None, None
-
-
-def source_of(y: Tensor) -> tuple[Tensor, tuple[bool, float, float]] | None:
-    """Return the input and the numbers of the activation whose unchanged result is y, for who would keep y.
-
-    The activation keeps its input anyway. None where hooks may keep tensors elsewhere, as gradient checkpointing does,
-    and in compiled code, which decides what it keeps.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    made: Any = y.grad_fn
-    activated_class: Any = _Activated._backward_cls
-    if not isinstance(made, activated_class) or y._version or not made.kept:
-        return None
-    if not _keeps_tensors():
-        return None
-    try:
-        return made.saved_tensors[0], made.numbers
-    except RuntimeError:  # backward() has freed it
-        return None
-
-
-def activated_again(x: Tensor, numbers: tuple[bool, float, float]) -> Tensor:
-    """Return the activation of `source_of` again; with gradients enabled, by differentiable operators."""
-    y: Tensor = _formula(x, *numbers) if torch.is_grad_enabled() else _OPS.activated(x, *numbers)
-    return y
 
 
 def activated(x: Tensor, activation: Activation = "gelu") -> Tensor:

@@ -6,8 +6,7 @@
                 dx = dy W + keep ∘ (T A)
                 dA = Tᵀ (keep ∘ x),  dB = dyᵀ S,  dbias = the sum of dy over all rows
 
-x and S, which has only r columns, are kept for the gradient; the mask `keep` is generated again (see dropout.py),
-and so is an x that is the result of `ops.activated`.
+x and S, which has only r columns, are kept for the gradient; the mask `keep` is generated again (see dropout.py).
 
 A, B, S and T are fp32 for a 16-bit x, never rounded to 16 bits: in fp16 a T of small gradients would vanish, and in
 bf16 dA would be off by 2e-3. y and dx are rounded once, or twice if the library computes the base's product; dA and dB
@@ -31,7 +30,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define_by, operator_for, transformed, unviewed
-from peftcore.ops.activated import activated_again, source_of
 from peftcore.ops.dropout import check_dropout, dropped, factor, seed_of_call
 from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, permuted, value
@@ -213,10 +211,6 @@ class _LoraLinear(torch.autograd.Function):
         y, s = _in_float64(LoraLinear, *arguments) if exact else operator_for("lora_linear", seed)(*arguments)
         # With A frozen (LoRA-FA, TinyLoRA) no gradient reads x: its shape stays, its values go.
         kept = x if ctx.needs_input_grad[2] else x.new_empty(()).expand(x.shape)
-        source = source_of(x) if ctx.needs_input_grad[2] else None
-        ctx.activation = None
-        if source is not None:
-            kept, ctx.activation = source
         ctx.save_for_backward(kept, s, a, b, seed, *weight)
         ctx.numbers = numbers
         return unviewed(y)
@@ -226,8 +220,6 @@ class _LoraLinear(torch.autograd.Function):
         x, s, a, b, seed, *weight = ctx.saved_tensors
         scale, dropout_p, packing = ctx.numbers
         need_x, need_bias, *need_factors = ctx.needs_input_grad[:4]
-        if ctx.activation is not None:
-            x = activated_again(x, ctx.activation)
         dx = da = db = bias_grad = None
         needs = [need_x, *need_factors]
         if any(needs):

@@ -63,6 +63,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "long": ("lora", {"length": 400, "batch_size": 1}),
     "fused": ("lora", {"fused": True}),
     "fused, in 16 bits": ("dora", {"fused": True, "dtype": torch.bfloat16}),
+    "fused, all kept": ("lora", {"fused": True, "recompute": "none"}),
     "fused, with checkpointing": ("lora", {"fused": True, "gradient_checkpointing": "reentrant"}),
 }
 
@@ -122,7 +123,7 @@ OF_TASKS = {  # with heads that the kernel of attention takes
     "classes": ("BertForSequenceClassification", transformers.BertConfig(**WIDE)),
     "tags": ("BertForTokenClassification", transformers.BertConfig(**WIDE, num_labels=5)),
     "tags of a decoder": ("LlamaForTokenClassification", LlamaConfig(**WIDE, num_labels=5)),
-    "images": ("ViTForImageClassification", transformers.ViTConfig(**WIDE, image_size=32, patch_size=8)),
+    "images": ("ViTForImageClassification", transformers.ViTConfig(**WIDE, image_size=64, patch_size=8)),
     "recordings": (
         "WhisperForConditionalGeneration",
         transformers.WhisperConfig(**SPEECH, d_model=64, num_mel_bins=8, max_source_positions=64, vocab_size=96,

@@ -24,6 +24,7 @@ _OPTIONS = (
     "parallel",
     "lazy_logits",
     "fuse",
+    "recompute",
 )
 
 
@@ -74,6 +75,7 @@ def plan(
                 gradient_accumulation=given.grad_accum,
                 lazy_logits=forecast.is_lazy(settings),
                 fused=forecast.is_fused(settings),
+                recompute=given.recompute,
                 **how,
             ),
             dtype=forecast.dtype_of_base(settings, names),

@@ -44,7 +44,7 @@ def suggest(
         int | None,
         typer.Option(min=1, help="Number of training examples, for the time of an epoch; default: of --data, or 1000."),
     ] = None,
-    given: Annotated[RunOptions, ("max_length", "dtype", "precision", "parallel", "lazy_logits", "fuse")],
+    given: Annotated[RunOptions, ("max_length", "dtype", "precision", "parallel", "lazy_logits", "fuse", "recompute")],
     ranks: options.Ranks = 1,
 ) -> None:
     """Suggest ways to train a model within a memory budget, and print the commands for them.
@@ -79,6 +79,7 @@ def suggest(
         length=forecast.tokens_of_step(given.max_length, task, config),
         lazy_logits=forecast.is_lazy(settings),
         fused=forecast.is_fused(settings),
+        recompute=given.recompute,
         **forecast.how(task, given.precision, given.parallel, ranks),
     )
     say(str(found))
@@ -86,7 +87,7 @@ def suggest(
     chosen = [*found.ways[0].options(), "--max-length", str(given.max_length)]
     as_what = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
     shown = {"task": task, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
-    shown |= {"lazy-logits": given.lazy_logits, "fuse": given.fuse}
+    shown |= {"lazy-logits": given.lazy_logits, "fuse": given.fuse, "recompute": given.recompute}
     for name, value in shown.items():
         if value not in (None, "auto") and (name != "task" or value in rows.COMPARED):
             chosen += [f"--{name}", value]
