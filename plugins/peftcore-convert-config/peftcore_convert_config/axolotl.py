@@ -22,8 +22,7 @@ _SAVED = "load the model in Python, save it, and pass its folder"
 REFUSED = keyed(
     {
         "none: EBFT's loss; --task grpo samples answers and learns from a function that judges them": "ebft",
-        "none: merging within a run; peftcore merge between runs": "relora",
-        "bases in NVFP4 are not read": "dsv4_fp4_grouped_mode nvfp4_merge_aware",
+        "none: restarts within a run; between runs, peftcore merge": "relora",
     }
 )
 _NOTHING = """
@@ -41,11 +40,12 @@ torch_dtype bfloat16 eval_table_size eval_causal_lm_metrics swanlab_project swan
 swanlab_description swanlab_experiment_name trackio_project_name trackio_run_name trackio_space_id local_rank
 auto_resume_from_checkpoints ddp_find_unused_parameters dp_shard_size fsdp_config fsdp_version ray_num_workers
 hub_strategy push_dataset_to_hub axolotl load_best_model_at_end batch_size
-gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama
+gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama dsv4_fp4_grouped_mode
 """
 NOTHING = frozenset(_NOTHING.split())
 NOT_HERE = keyed(
     {
+        "the base is trained over as it is; peftcore merge writes dense weights": "nvfp4_merge_aware",
         "--dtype bf16 if the base fits, else --quantize nf4": "load_in_8bit",
         "none; losses that are not finite are shown": "loss_watchdog_threshold loss_watchdog_patience",
         _OWN_SCRIPT: "lr_quadratic_warmup curriculum_sampling dataset_exact_deduplication model_config",

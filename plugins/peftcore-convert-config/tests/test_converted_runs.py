@@ -13,6 +13,7 @@ from typing import Any
 import audio_models
 import image_models
 import int4_checkpoints
+import nvfp4_checkpoints
 import pytest
 import torch
 from commands import SPECIAL, WORDS, printed, save_tokenizer, write_jsonl
@@ -124,11 +125,15 @@ def make(kind: str, folder: Path, name: str = "", *, wide: bool = False) -> None
         )
         Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     else:
-        packed = next((how for how in ("gptq", "awq") if how in name.lower()), None)
+        packed = next((how for how in ("gptq", "awq", "nvfp4") if how in name.lower()), None)
         sizes = {**KINDS[kind], **({"intermediate_size": 64} if packed or wide else {})}  # whole groups of 32
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
         if packed is None:
             model.save_pretrained(folder)
+        elif packed == "nvfp4":
+            nvfp4_checkpoints.write_folder(
+                model, folder, "modelopt", nvfp4_checkpoints.config("modelopt"), one_scale=True
+            )
         else:
             how = int4_checkpoints.gptq if packed == "gptq" else int4_checkpoints.awq
             int4_checkpoints.write_folder(model, folder, int4_checkpoints.config(packed, 32), how, 32, smallest=1)
