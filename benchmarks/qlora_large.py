@@ -1,12 +1,15 @@
 """In how much memory does a large model take a QLoRA training step, on a CPU?
 
     python benchmarks/qlora_large.py [llama-7b|qwen3-30b-a3b|gpt-oss-20b] [--layers N] [--length 128] [--steps 1]
-                                     [--threads 2] [--quant-type nf4|mxfp4] [--logits] [--profile]
+                                     [--threads 2] [--quant-type nf4|mxfp4] [--logits] [--in-backward] [--profile]
 
 The model's shape with random weights, drawn and quantized one decoder layer after the other, so the dense model never
 exists. LoRA on every linear layer and, of less rank, on every expert, bf16, gradient checkpointing; embedding, output
 head, routers and norms stay dense in bf16. Logits are lazy (`--logits` makes them). The peak is that of the whole
-process, from its start, of which PyTorch, transformers and peftcore take "imports".
+process, from its start, of which PyTorch, transformers and peftcore take "imports". What the step takes next to them,
+base and adapters is listed: gradients, the optimizer's state, and the rest, activations and temporary memory. With
+`--in-backward` a parameter is updated and its gradient freed as soon as the gradient is complete, so that there are
+never more than a layer's gradients.
 
 gpt-oss in mxfp4 is as it is published: its experts are read from blocks (`from_blocks`), attention is dense in bf16.
 "file" is the size of all base tensors, which is that of the published files.
@@ -22,6 +25,7 @@ import logging
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 
 import measure
 import torch
@@ -132,6 +136,21 @@ def made(shape, layers, quant_type):
     return model
 
 
+def complete(trained, optimizer, in_backward, largest, _):
+    """Note the bytes of all gradients as one is complete, and with `in_backward` update its parameter and free it."""
+    largest[0] = max(largest[0], sum(p.grad.nbytes for p in trained if p.grad is not None))
+    if in_backward:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def state_bytes(optimizer):
+    """Bytes of the optimizer's state in memory."""
+    if hasattr(optimizer, "paging"):
+        return optimizer.paging().resident
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", nargs="?", choices=SHAPES, default="llama-7b")
@@ -141,6 +160,9 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quant-type", choices=["nf4", "mxfp4"], default="nf4")
     parser.add_argument("--logits", action="store_true", help="make the logits instead of lazy ones")
+    parser.add_argument(
+        "--in-backward", action="store_true", help="update each parameter when its gradient is complete"
+    )
     parser.add_argument("--profile", action="store_true", help="another step, and where its time goes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -168,6 +190,9 @@ def main():
     experts = shape.expert_r is not None
     optimizer = PagedAdamW8bit(trained, lr=1e-4) if experts else torch.optim.AdamW(trained, lr=1e-4, fused=True)
     say(f"LoRA: {sum(p.numel() for p in trained) / 1e6:.1f} million parameters")
+    largest = [0]  # bytes of gradients at a time
+    for p in trained:
+        p.register_post_accumulate_grad_hook(partial(complete, trained, optimizer, options.in_backward, largest))
     tokens = torch.randint(0, model.config.vocab_size, (1, options.length))
 
     def step():
@@ -176,8 +201,9 @@ def main():
         forward = time.perf_counter() - start
         loss.backward()
         backward = time.perf_counter() - start - forward
-        optimizer.step()
-        optimizer.zero_grad()
+        if not options.in_backward:
+            optimizer.step()
+            optimizer.zero_grad()
         took = time.perf_counter() - start
         parts = f"forward {forward:.1f} s, backward {backward:.1f} s, optimizer {took - forward - backward:.1f} s"
         say(f"step of {options.length} tokens: {took:.1f} s ({parts}), loss {loss.item():.3f}")
@@ -187,9 +213,12 @@ def main():
     peak = measure.peak_megabytes()
     print(f"peak {peak:,.0f} MB: {'within' if peak <= shape.limit else 'ABOVE'} {shape.limit:,} MB")
     adapters = sum(p.nbytes for p in trained)
+    state = state_bytes(optimizer)
+    rest = peak * 1e6 - imports * 1e6 - file - adapters - largest[0] - state
     print(
-        f"imports {imports:,.0f} MB, file {file / 1e6:,.0f} MB, adapters {adapters / 1e6:,.0f} MB: in all "
-        f"{imports + (file + adapters) / 1e6:,.0f} MB, and the step {peak - imports - (file + adapters) / 1e6:,.0f} MB"
+        f"imports {imports:,.0f} MB, file {file / 1e6:,.0f} MB, adapters {adapters / 1e6:,.1f} MB: in all "
+        f"{imports + (file + adapters) / 1e6:,.0f} MB; gradients {largest[0] / 1e6:,.1f} MB, optimizer "
+        f"{state / 1e6:,.1f} MB, rest of the step {rest / 1e6:,.0f} MB"
     )
     if options.profile:
         with torch.profiler.profile() as profile:
