@@ -53,6 +53,9 @@ class Source:
         self._output: Tensor | None = None  # while some of those who need it have it not yet
         self._packed = self._unpacked = 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return set, ()  # files and copies of the output do not have it: a type that `weights_only` reads
+
     def instead(self) -> AbstractContextManager[Any]:
         """Keep the inputs instead of the output for the gradient of operators that are called in the block.
 
@@ -101,8 +104,8 @@ def with_source(
 
 def inputs_instead(x: Any) -> AbstractContextManager[Any]:
     """Keep what x is made from instead of x in the block, if that is known."""
-    source: Source | None = getattr(x, SOURCE, None)
-    return contextlib.nullcontext() if source is None else source.instead()
+    source = getattr(x, SOURCE, None)
+    return source.instead() if isinstance(source, Source) else contextlib.nullcontext()
 
 
 def _keeps_tensors() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -199,6 +200,16 @@ def test_outputs_that_are_changed_are_kept() -> None:
         peftcore.fuse(layers, recompute=recompute)
         found.append(list(torch.autograd.grad(layers(x).square().sum(), trained)))
     same(*found)
+
+
+def test_files_of_outputs() -> None:
+    layers: Any = peftcore.fuse(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
+    peftcore.apply(layers, "lora", target_modules=["1"])
+    y, buffer = layers[0](torch.randn(5, 8, requires_grad=True)), io.BytesIO()
+    torch.save(y, buffer)
+    buffer.seek(0)
+    read = torch.load(buffer, weights_only=True)
+    assert torch.equal(read, y) and torch.equal(layers[1](read), layers[1](y))
 
 
 def test_mixed_precision() -> None:
