@@ -62,6 +62,15 @@ PYBIND11_MODULE(_C, m) {
           "Whether dense_linear multiplies a dtype, by PyTorch's name of it, faster than PyTorch at this "
           "level.");
     m.def(
+        "has_cross_entropy",
+        [](const std::string& dtype) {
+            const std::optional<Dtype> known = dtype_of(dtype);
+            return known && cpu_kernels().many_rows[int(*known)].kernel.by_rows;
+        },
+        py::arg("dtype"),
+        "Whether linear_cross_entropy_rows has a kernel for a dtype, by PyTorch's name of it, at this "
+        "level.");
+    m.def(
         "has_attention",
         [](const std::string& dtype) {
             const std::optional<Dtype> known = dtype_of(dtype);

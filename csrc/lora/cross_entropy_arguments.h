@@ -1,4 +1,4 @@
-// Argument checks of cross_entropy_rows_, shared by all backends. Schema: peftcore/ops/cross_entropy.py.
+// Argument checks of cross_entropy_rows_ and linear_cross_entropy_rows, shared by all backends. Schema: peftcore/ops/cross_entropy.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,6 +24,27 @@ inline CrossEntropySettings checked_settings(at::ArrayRef<double> settings, cons
     return found;
 }
 
+inline void check_labels(const at::Tensor& labels, const std::optional<at::Tensor>& class_weight,
+                         const std::optional<at::Tensor>& grad_scale, int64_t rows, int64_t classes,
+                         const at::Device& device, const char* op) {
+    TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, op, ": labels must be torch.int64, found ",
+                     labels.scalar_type());
+    TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == rows, op, ": labels must be [", rows,
+                      "], found ", labels.sizes());
+    TORCH_CHECK_VALUE(labels.device() == device, op, ": labels must be on ", device, ", found ",
+                      labels.device());
+    if (class_weight.has_value()) {
+        check_tensor(*class_weight, at::kFloat, device, op, "class_weight");
+        TORCH_CHECK_VALUE(class_weight->dim() == 1 && class_weight->size(0) == classes, op,
+                          ": class_weight must be [", classes, "], found ", class_weight->sizes());
+    }
+    if (grad_scale.has_value()) {
+        check_tensor(*grad_scale, at::kFloat, device, op, "grad_scale");
+        TORCH_CHECK_VALUE(grad_scale->numel() == 1, op, ": grad_scale must be one value of torch.float32, ",
+                          "found ", grad_scale->scalar_type(), " ", grad_scale->sizes());
+    }
+}
+
 inline void check_cross_entropy(const at::Tensor& logits, const at::Tensor& labels,
                                 const std::optional<at::Tensor>& class_weight,
                                 const std::optional<at::Tensor>& grad_scale, const char* op) {
@@ -32,22 +53,7 @@ inline void check_cross_entropy(const at::Tensor& logits, const at::Tensor& labe
                       logits.sizes());
     TORCH_CHECK_VALUE(logits.is_contiguous(), op, ": logits must be contiguous, found strides ",
                       logits.strides());
-    TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong, op, ": labels must be torch.int64, found ",
-                     labels.scalar_type());
-    TORCH_CHECK_VALUE(labels.dim() == 1 && labels.size(0) == logits.size(0), op, ": labels must be [",
-                      logits.size(0), "], found ", labels.sizes());
-    TORCH_CHECK_VALUE(labels.device() == logits.device(), op, ": labels must be on ", logits.device(),
-                      ", found ", labels.device());
-    if (class_weight.has_value()) {
-        check_tensor(*class_weight, at::kFloat, logits.device(), op, "class_weight");
-        TORCH_CHECK_VALUE(class_weight->dim() == 1 && class_weight->size(0) == logits.size(1), op,
-                          ": class_weight must be [", logits.size(1), "], found ", class_weight->sizes());
-    }
-    if (grad_scale.has_value()) {
-        check_tensor(*grad_scale, at::kFloat, logits.device(), op, "grad_scale");
-        TORCH_CHECK_VALUE(grad_scale->numel() == 1, op, ": grad_scale must be one value of torch.float32, ",
-                          "found ", grad_scale->scalar_type(), " ", grad_scale->sizes());
-    }
+    check_labels(labels, class_weight, grad_scale, logits.size(0), logits.size(1), logits.device(), op);
 }
 
 }  // namespace lora

@@ -15,6 +15,15 @@ from peftcore.estimating.following import NotFollowed
 from peftcore.estimating.losses import Call, Own
 from peftcore.observation import detect
 from peftcore.ops import PackedWeight
+from peftcore.ops.cross_entropy import BLOCK_CLASSES, BLOCK_ROWS, has_blocks
+
+
+def _multiply_blocks(x: Tensor, weight: Tensor) -> None:
+    """Multiply as `linear_cross_entropy_rows` does on CPU, without label smoothing."""
+    for rows in x.split(BLOCK_ROWS):
+        sums = torch.zeros_like(rows, dtype=torch.float32)
+        for block in weight.split(BLOCK_CLASSES):
+            sums += F.linear(rows, block).exp_() @ block
 
 
 class _Pieces(torch.autograd.Function):
@@ -26,7 +35,10 @@ class _Pieces(torch.autograd.Function):
         weight: Any = operands(x)[0] if operands is not None else head.weight
         size = ops.rows_in_piece(int(weight.shape[0]), x.dtype, device)
         rows, grad = x.new_empty((3, len(x)), dtype=torch.float32), torch.zeros_like(x)
-        for first in range(0, len(x), size):
+        blocks = isinstance(weight, Tensor) and has_blocks(x.dtype, device)
+        if blocks:
+            _multiply_blocks(x, weight.to(x.dtype))
+        for first in () if blocks else range(0, len(x), size):
             some = x[first : first + size]
             if isinstance(weight, PackedWeight):
                 logits = ops.linear_4bit(some, weight).exp_()

@@ -12,15 +12,17 @@ as fp32, the kernel keeps sums over the vocabulary in float64, and the gradient 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by
-from peftcore.ops.weight import check_dtype, value
+from peftcore.ops.weight import check_dtype, check_linear, value
 
 
 class Settings(NamedTuple):
@@ -56,6 +58,15 @@ def check_settings(settings: Sequence[float], op: str) -> Settings:
     return found
 
 
+def check_grad_scale(grad_scale: Tensor | None, x: Tensor, op: str) -> None:
+    if grad_scale is None:
+        return
+    fits = grad_scale.dtype == wide(x) and grad_scale.numel() == 1
+    found = f"found {grad_scale.dtype} {list(grad_scale.shape)}"
+    value(fits, op, f"grad_scale must be one value of {wide(x)}, {found}")
+    value(grad_scale.device == x.device, op, f"grad_scale must be on {x.device}")
+
+
 def wide(x: Tensor) -> torch.dtype:
     """Return the dtype in which logits are read: fp32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -82,6 +93,28 @@ def factors(
     return of_label + total + 2 * settings.z_loss * lse, of_label
 
 
+def capturing(x: Tensor) -> bool:
+    """Return whether calls join a CUDA graph, which must not wait for values."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def labelled_pieces(labels: Tensor, ignore_index: int, classes: int, size: int) -> Iterator[slice | Tensor]:
+    """Yield rows with labels, at most `size` at a time: slices where all rows have one."""
+    count, kept = len(labels), None
+    if not capturing(labels):  # else rows without labels are multiplied, too: finding them waits for the GPU
+        kept = (labels != ignore_index).nonzero()[:, 0]
+        if labels.device.type == "cpu" and kept.numel():
+            least, most = (int(bound) for bound in labels[kept].aminmax())
+            if least < 0 or most >= classes:
+                found = least if least < 0 else most
+                wanted = f"labels must be from 0 to {classes - 1}, or ignore_index {ignore_index}"
+                raise IndexError(f"linear_cross_entropy: {wanted}, found {found}")
+    if kept is None or len(kept) == count:
+        yield from (slice(first, min(first + size, count)) for first in range(0, count, size))
+    else:
+        yield from (piece for piece in kept.split(size) if len(piece))
+
+
 @dataclass
 class CrossEntropyRows:
     logits: Tensor
@@ -100,11 +133,7 @@ class CrossEntropyRows:
         value(x.is_contiguous(), op, f"logits must be contiguous, found strides {list(x.stride())}")
         check_labels(self.labels, x.shape[0], x, x.shape[1], self.class_weight, op)
         self.numbers = check_settings(self.settings, op)
-        if self.grad_scale is not None:
-            found = f"found {self.grad_scale.dtype} {list(self.grad_scale.shape)}"
-            fits = self.grad_scale.dtype == wide(x) and self.grad_scale.numel() == 1
-            value(fits, op, f"grad_scale must be one value of {wide(x)}, {found}")
-            value(self.grad_scale.device == x.device, op, f"grad_scale must be on {x.device}")
+        check_grad_scale(self.grad_scale, x, op)
 
     def compute(self) -> Tensor:
         classes, smoothing = self.logits.shape[1], self.numbers.label_smoothing
@@ -143,3 +172,59 @@ define_by(
 )
 
 cross_entropy_rows_ = torch.ops.peftcore.cross_entropy_rows_.default
+
+
+BLOCK_CLASSES, BLOCK_ROWS = 2048, 1024  # kMostClasses and kMostRows of the kernel
+
+
+@dataclass
+class LinearCrossEntropyRows:
+    """`cross_entropy_rows_` of x Wᵀ + bias, and the gradient of x.
+
+    The CPU's kernel takes `BLOCK_CLASSES` of `BLOCK_ROWS` at a time, and rounds a row's gradient once: logits are never
+    all in memory, and a block of W comes from memory once for both products. With label smoothing it computes as the
+    reference.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    class_weight: Tensor | None
+    grad_scale: Tensor | None
+    settings: Sequence[float]
+    gradient: bool = True
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        op, classes = "linear_cross_entropy_rows", len(self.weight)
+        check_linear(self.x, self.weight, self.bias, op)
+        value(self.x.dim() == 2, op, f"x must be [rows, in], found {list(self.x.shape)}")
+        value(classes > 0, op, f"weight must have a row for each class, found {list(self.weight.shape)}")
+        check_labels(self.labels, self.x.shape[0], self.x, classes, self.class_weight, op)
+        check_settings(self.settings, op)
+        check_grad_scale(self.grad_scale, self.x, op)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        logits = F.linear(self.x, self.weight, self.bias).contiguous()
+        options = self.class_weight, self.grad_scale, self.settings, self.ignore_index, self.gradient
+        rows = CrossEntropyRows(logits, self.labels, *options).compute()
+        if not self.gradient:
+            return rows, self.x.new_empty(0)
+        return rows, (logits @ self.weight).masked_fill_((self.labels == self.ignore_index)[:, None], 0)
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        rows = self.x.new_empty((3, self.x.shape[0]), dtype=wide(self.x))
+        return rows, self.x.new_empty(self.x.shape if self.gradient else (0,))
+
+
+define_by(
+    "linear_cross_entropy_rows(Tensor x, Tensor weight, Tensor? bias, Tensor labels, Tensor? class_weight, "
+    "Tensor? grad_scale, float[] settings, bool gradient=True, int ignore_index=-100) -> (Tensor rows, Tensor grad)",
+    LinearCrossEntropyRows,
+)
+
+
+def has_blocks(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a kernel multiplies by a dense head a block of classes at a time, without label smoothing."""
+    return extension is not None and device.type == "cpu" and bool(extension.has_cross_entropy(str(dtype)))

@@ -19,9 +19,10 @@ from peftcore.ops.cross_entropy import (
     check_labels,
     check_settings,
     cross_entropy_rows_,
+    labelled_pieces,
     wide,
 )
-from peftcore.ops.linear_cross_entropy import check_reduction, divisor, labelled_pieces, rows_in_piece
+from peftcore.ops.linear_cross_entropy import check_reduction, divisor, rows_in_piece
 from peftcore.ops.weight import value
 
 

@@ -2,7 +2,8 @@
 
 Rows are taken in pieces. A piece's logits are multiplied into a bounded workspace, `cross_entropy_rows_` turns them
 into losses and into the gradient of the logits in place, and dh = dlogits W is multiplied at once: logits, their fp32
-copy and their gradient, [rows, vocabulary] each, never exist. Rows without a label cost nothing.
+copy and their gradient, [rows, vocabulary] each, never exist. Rows without a label cost nothing. Where
+`linear_cross_entropy_rows` has a kernel, all rows are one piece, and classes come in blocks.
 
     forward     losses [rows], dh [rows, in]        two products, as many as the head takes with a frozen weight
     backward    dh · dloss
@@ -14,7 +15,7 @@ The gradient cannot be differentiated again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,13 @@ from peftcore.ops.cross_entropy import (
     CrossEntropyRows,
     Settings,
     capped,
+    capturing,
     check_labels,
     check_settings,
     cross_entropy_rows_,
     factors,
+    has_blocks,
+    labelled_pieces,
     wide,
 )
 from peftcore.ops.dense_linear import FASTER
@@ -79,27 +83,6 @@ def _in_float64(*arguments: Any) -> Tensor:
     return CrossEntropyRows(*arguments).compute()
 
 
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def labelled_pieces(labels: Tensor, ignore_index: int, classes: int, size: int) -> Iterator[slice | Tensor]:
-    """Yield rows with labels, at most `size` at a time: slices where all rows have one."""
-    count, kept = len(labels), None
-    if not _capturing(labels):  # else rows without labels are multiplied, too: finding them waits for the GPU
-        kept = (labels != ignore_index).nonzero()[:, 0]
-        if labels.device.type == "cpu" and kept.numel():
-            least, most = (int(bound) for bound in labels[kept].aminmax())
-            if least < 0 or most >= classes:
-                found = least if least < 0 else most
-                wanted = f"labels must be from 0 to {classes - 1}, or ignore_index {ignore_index}"
-                raise IndexError(f"linear_cross_entropy: {wanted}, found {found}")
-    if kept is None or len(kept) == count:
-        yield from (slice(first, min(first + size, count)) for first in range(0, count, size))
-    else:
-        yield from (piece for piece in kept.split(size) if len(piece))
-
-
 @dataclass
 class LinearCrossEntropy:
     hidden: Tensor
@@ -127,11 +110,20 @@ class LinearCrossEntropy:
         rows = x.new_zeros((3, count), dtype=wide(x))
         grad = torch.zeros_like(x) if self.gradient else x.new_empty(0)
         softmax = _in_float64 if x.dtype is torch.float64 else cross_entropy_rows_
-        pieces = list(labelled_pieces(self.labels, self.ignore_index, self.classes, size))
+        plain = not self.packing and self.weight[0].is_contiguous() and Settings(*self.settings).label_smoothing == 0
+        blocks = plain and has_blocks(x.dtype, x.device)
+        pieces = list(labelled_pieces(self.labels, self.ignore_index, self.classes, count if blocks else size))
+        options = self.class_weight, self.grad_scale, self.settings, self.ignore_index, self.gradient
+        if blocks:
+            for piece in pieces:  # one
+                operands = x[piece], self.weight[0], self.bias, self.labels[piece], *options[:3]
+                rows[:, piece], found = _OPS.linear_cross_entropy_rows(*operands, self.gradient)
+                if self.gradient:
+                    grad[piece] = found
+            return rows, grad
         head = _Head(self.weight, self.packing, self.bias, x, min(size, count))
         for piece in pieces:
             logits = head.logits(x[piece]).contiguous()
-            options = self.class_weight, self.grad_scale, self.settings, self.ignore_index, self.gradient
             rows[:, piece] = softmax(logits, self.labels[piece], *options)
             if self.gradient:
                 grad[piece] = head.gradient(logits)
@@ -165,7 +157,7 @@ class LinearCrossEntropyWeight:
         x, w, dtype, smoothing = self.hidden, self.weight, wide(self.hidden), self.numbers.label_smoothing
         classes, (grad, bias_grad) = w.shape[0], self.empty()
         counts = (self.labels >= 0) & (self.labels < classes) & (self.coefficients != 0)
-        kept = counts.nonzero()[:, 0] if not _capturing(x) else torch.arange(len(x), device=x.device)
+        kept = counts.nonzero()[:, 0] if not capturing(x) else torch.arange(len(x), device=x.device)
         x, labels, lse = x[kept], self.labels[kept].clamp(0, classes - 1), self.lse[kept]
         coefficients = self.coefficients[kept]
         of_softmax, of_label = factors(lse, labels, self.class_weight, self.numbers, classes)

@@ -12,7 +12,7 @@ from peftcore.ops import grouped, linear_per_sample, lora, mxfp4, optim, quant4,
 from peftcore.ops import optim_rules as rules
 from peftcore.ops.activated import Activated, ActivatedBackward
 from peftcore.ops.attention import Attention, AttentionBackward
-from peftcore.ops.cross_entropy import CrossEntropyRows
+from peftcore.ops.cross_entropy import CrossEntropyRows, LinearCrossEntropyRows
 from peftcore.ops.dense_linear import DenseLinear
 from peftcore.ops.dropout import Dropout
 from peftcore.ops.gated import Gated, GatedBackward
@@ -336,6 +336,21 @@ def _cross_entropy_rows_(m):
     }
 
 
+def _linear_cross_entropy_rows(m):
+    given = _cross_entropy_rows_(m)
+    dtype, rows = m.choice([given.pop("logits").dtype, torch.bfloat16]), len(given["labels"])
+    width, classes = m.choice([m.size(), 64, 96]), m.choice([m.size(), 256, 700, 2049, 4101])
+    labels = [m.choice([-100, m.random.randrange(classes)]) for _ in range(rows)]
+    return {
+        "x": m.normal(rows, width, dtype=dtype),
+        "weight": m.normal(classes, width, dtype=dtype),
+        "bias": m.some(m.normal(classes, dtype=dtype)),
+        **given,
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "class_weight": m.choice([None, m.normal(classes).abs()]),
+    }
+
+
 def by_reference(call):
     return lambda **given: call(**given).compute()
 
@@ -359,6 +374,7 @@ OPERATORS = {
     "combined": (_combined, by_reference(routing.Combined)),
     "combined_backward": (_combined_backward, by_reference(routing.CombinedBackward)),
     "cross_entropy_rows_": (_cross_entropy_rows_, by_reference(CrossEntropyRows)),
+    "linear_cross_entropy_rows": (_linear_cross_entropy_rows, by_reference(LinearCrossEntropyRows)),
     "attention": (_attention, by_reference(Attention)),
     "attention_backward": (_attention_backward, by_reference(AttentionBackward)),
     "activated": (_activated, by_reference(Activated)),

@@ -31,7 +31,7 @@ def found_at(level: str, number: int) -> tuple[str, Any, float]:
     ops.extension.set_cpu_level(level)
     with pages_of(given) if name == "optim_step_paged_" else contextlib.nullcontext():
         found = outcome(operator, given, WRITTEN.get(name, ()))
-    return f"call {number}, {name} with {', '.join(done) or 'nothing hostile'}", found, roughness(given)
+    return f"call {number}, {name} with {', '.join(done) or 'nothing hostile'}", found, roughness(given, name)
 
 
 def in_words(error: Exception) -> str:

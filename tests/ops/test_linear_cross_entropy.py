@@ -242,7 +242,7 @@ def test_autocast_casts_as_the_head() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for one, other in zip(torch.autograd.grad(found, (h, w)), torch.autograd.grad(wanted, (h, w)), strict=True):
         assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-4)
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own tracing does

@@ -53,6 +53,7 @@ def cases():
         "activated": (x, True, 1.0, 0.0),
         "activated_backward": (values(5, 64), x, True, 1.0, 0.0),
         "dropout": (x, 0.5, torch.tensor(5)),
+        "linear_cross_entropy_rows": (x, w, None, torch.arange(5), None, None, [0.0, 1.0, 0.0, 0.1]),
         "attention": (*attended, None, True, 0.5),
         "attention_backward": (attended[0], *attended, *of_forward, None, True, 0.5),
         "swiglu": (x,),

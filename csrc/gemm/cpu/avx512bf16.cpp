@@ -196,7 +196,10 @@ struct DotProducts {
 
 }  // namespace
 
-void fill_avx512bf16(Kernel& kernel) { kernel = kernel_of<DotProducts>(); }
+void fill_avx512bf16(Kernel& kernel) {
+    kernel = kernel_of<DotProducts>();
+    kernel.by_rows = true;
+}
 
 }  // namespace gemm
 }  // namespace peftcore

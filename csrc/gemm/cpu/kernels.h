@@ -28,6 +28,7 @@ struct Kernel {
     int64_t multiple = 1;     // rows and words of arranged x are filled up to a multiple of it with zeros
     int64_t word_values = 2;  // inner numbers of a word: a pair of bf16, or one fp32
     bool takes_addend = false;
+    bool by_rows = false;  // sums of a panel are rows of its columns, so that `Product::sums` can be read
 
     // Number of words in a chunk, for so many in all.
     int64_t (*chunk)(int64_t words) = nullptr;

@@ -137,12 +137,18 @@ void multiply_panels(const Product& product, const Arranged& arranged, Range til
     const Product addend = addend_alone(product);
     const int64_t all = filled_up(product.words(), Level::kMultiple), chunk = chunk_of<Level>(all);
     const int64_t addend_words = filled_up(addend.words(), Level::kMultiple);
+    constexpr int64_t kColumns = Level::kTiles * kTileColumns;
+    const bool summed = product.sums != nullptr;
     Level level(product, arranged);
     for (int64_t tile = tiles.first; tile < tiles.last; tile += Level::kTiles) {
         const int64_t count = least(Level::kTiles, tiles.last - tile);
         if (addend_words != 0) unpack(addend, tile, count, 0, addend_words, buffers.addend_panel);
+        float* sums = summed
+                          ? product.sums + (tile / Level::kTiles * product.sum_rows + rows.first) * kColumns
+                          : buffers.sums;
         for (int64_t first = 0; first < all; first += chunk) {
             const int64_t words = least(chunk, all - first);
+            const bool ends = first + words == all;
             unpack(product, tile, count, first, words, buffers.panel);
             const Panel panel{.right = buffers.panel,
                               .addend_right = buffers.addend_panel,
@@ -151,17 +157,17 @@ void multiply_panels(const Product& product, const Arranged& arranged, Range til
                               .chunk = first,
                               .words = words,
                               .addend_words = addend_words,
-                              .first = first == 0,
-                              .last = first + words == all};
-            Ahead ahead = panel.last ? ahead_of_next<Level>(product, tiles, rows, tile + Level::kTiles, chunk)
-                                     : ahead_of(product, product.right.source, tile, count, first + chunk,
-                                                least(chunk, all - first - chunk));
+                              .first = first == 0 && !summed,
+                              .last = ends && !summed};
+            Ahead ahead = ends ? ahead_of_next<Level>(product, tiles, rows, tile + Level::kTiles, chunk)
+                               : ahead_of(product, product.right.source, tile, count, first + chunk,
+                                          least(chunk, all - first - chunk));
             for (int64_t row = rows.first; row < rows.last; row += Level::kRows)
                 level.multiply(panel,
                                {.row = row,
                                 .rows = least(Level::kRows, rows.last - row),
                                 .next = row + Level::kRows < rows.last ? row + Level::kRows : row,
-                                .sums = buffers.sums + (row - rows.first) * Level::kTiles * kTileColumns,
+                                .sums = sums + (row - rows.first) * kColumns,
                                 .ahead = rows.last - row <= kAheadBlocks * Level::kRows ? &ahead : nullptr});
         }
     }

@@ -32,15 +32,18 @@ void multiply_group(const Kernel& kernel, const Product& product) {
     const int64_t rows = product.rows, blocks = ceil_div(rows, kernel.rows);
     const int64_t depth = filled_up(product.words(), kernel.multiple), chunk = kernel.chunk(depth);
     const int64_t tiles = ceil_div(product.columns, kTileColumns), threads = threads_here();
+    // A task has any tiles; where sums remain in memory, whole panels.
+    const int64_t unit = product.sums != nullptr ? kernel.tiles : 1, units = ceil_div(tiles, unit);
     // Rows are divided only where there are too few columns for all threads.
-    const int64_t wanted = tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
+    const int64_t wanted = units >= 4 * threads ? 1 : ceil_div(4 * threads, units);
     const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kLeastRows))) * kernel.rows;
     const int64_t parts = ceil_div(rows, part_rows);
     const Product addend = addend_alone(product);
     const int64_t addend_depth = filled_up(addend.words(), kernel.multiple);
     const int64_t panel_words = kernel.tiles * chunk * kTileColumns,
                   addend_words = kernel.tiles * addend_depth * kTileColumns;
-    const int64_t sums = chunk < depth ? part_rows * kernel.tiles * kTileColumns : 0,
+    const int64_t sums =
+                      chunk < depth && product.sums == nullptr ? part_rows * kernel.tiles * kTileColumns : 0,
                   words_per_thread = panel_words + addend_words + sums;
     const int64_t all_rows = filled_up(rows, kernel.multiple);
     const int64_t x_words = filled_up(all_rows * depth, 16),
@@ -57,25 +60,48 @@ void multiply_group(const Kernel& kernel, const Product& product) {
     };
     arrange(product, depth, chunk, x);
     if (addend_depth != 0) arrange(addend, addend_depth, addend_depth, left);
-    const int64_t products = kernel.word_values * depth * kTileColumns * part_rows;
+    const int64_t products = kernel.word_values * depth * kTileColumns * unit * part_rows;
     at::parallel_for(
-        0, parts * tiles, ceil_div(kProductsPerTask, products), [&](int64_t first, int64_t last) {
+        0, parts * units, ceil_div(kProductsPerTask, products), [&](int64_t first, int64_t last) {
             uint32_t* panel = buffers + at::get_thread_num() * words_per_thread;
             uint32_t* addend_panel = panel + panel_words;
             const Buffers mine{.panel = panel,
                                .addend_panel = addend_panel,
                                .sums = reinterpret_cast<float*>(addend_panel + addend_words)};
             while (first < last) {
-                const int64_t part = first / tiles, tile = first % tiles;
-                const int64_t end = std::min(tiles, tile + last - first);
-                kernel.multiply(product, {x, left}, {tile, end},
+                const int64_t part = first / units, begin = first % units;
+                const int64_t end = std::min(units, begin + last - first);
+                kernel.multiply(product, {x, left}, {begin * unit, std::min(end * unit, tiles)},
                                 {part * part_rows, std::min((part + 1) * part_rows, rows)}, mine);
-                first += end - tile;
+                first += end - begin;
             }
         });
 }
 
 }  // namespace
+
+int64_t sums_size(const Kernel& kernel, int64_t rows, int64_t columns) {
+    return rows * filled_up(columns, kernel.tiles * kTileColumns);
+}
+
+void scale_sums(const Kernel& kernel, const Product& product, int64_t row, float factor) {
+    const int64_t width = kernel.tiles * kTileColumns;
+    for (int64_t column = 0; column < product.columns; column += width) {
+        float* sums = product.sums + column * product.sum_rows + row * width;
+        for (int64_t i = 0; i < width; ++i) sums[i] *= factor;
+    }
+}
+
+void read_sums(const Kernel& kernel, const Product& product, int64_t row, float* out) {
+    const int64_t width = kernel.tiles * kTileColumns;
+    constexpr int64_t kHalf = kTileColumns / 2;
+    for (int64_t column = 0; column < product.columns; ++column) {
+        const int64_t panel = column / width * width, tile = (column - panel) / kTileColumns * kTileColumns;
+        const int64_t place = column % kTileColumns;
+        out[column] = product.sums[panel * product.sum_rows + row * width + tile +
+                                   (product.right.even_odd ? place / 2 + place % 2 * kHalf : place)];
+    }
+}
 
 void multiply(const Kernel& kernel, const Product& asked) {
     Product product = asked;
@@ -90,6 +116,7 @@ void multiply(const Kernel& kernel, const Product& asked) {
         if (group.addend.left != nullptr)
             group.addend.left = advanced(product.addend.left, addend_dtype, first * product.addend.inner);
         group.addend.keep.bits = product.addend.keep.row(first);
+        if (group.sums != nullptr) group.sums += first * kernel.tiles * kTileColumns;
         if (first + step < product.rows) group.following = product.right.source;
         multiply_group(kernel, group);
     }

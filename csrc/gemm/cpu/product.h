@@ -72,6 +72,11 @@ struct Product {
     // The source of the product that is likely to come next, of the same kind and sizes as `right`'s: its first panel
     // is prefetched during the last panel of this product. Or nullptr.
     const void* following = nullptr;
+    // Where the product is one of several that are summed: fp32 sums to which it is added, and y is not written. Values
+    // from panel to panel, `sum_rows` rows of a panel's columns each, in the tiles' order of columns. Only for kernels
+    // whose sums are `by_rows`; the inner dimension then fits in caches, however long that of the whole sum.
+    float* sums = nullptr;
+    int64_t sum_rows = 0;
 
     int64_t word_values = 2;  // inner numbers of a word; `multiply` takes them from the kernel
 
@@ -79,6 +84,13 @@ struct Product {
 };
 
 struct Kernel;
+
+// Number of fp32 values that `Product::sums` has.
+int64_t sums_size(const Kernel& kernel, int64_t rows, int64_t columns);
+// Multiplies a row of the sums.
+void scale_sums(const Kernel& kernel, const Product& product, int64_t row, float factor);
+// A row of the sums, in the order of the columns.
+void read_sums(const Kernel& kernel, const Product& product, int64_t row, float* out);
 
 void multiply(const Kernel& kernel, const Product& product);
 

@@ -18,6 +18,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 
 #include "common/dtype.h"
 #include "gemm/cpu/product.h"
@@ -188,6 +189,23 @@ struct CrossEntropyArgs {
     float *loss, *lse, *entropy;  // [M]
 };
 
+// Sums over the classes of a row of logits so far, and its label's logit (scaled, capped).
+struct ClassSums {
+    float maximum = -std::numeric_limits<float>::infinity();
+    float label = 0;
+    double exponentials = 0, products = 0;  // Σ e^(z - maximum), Σ e^(z - maximum) (z - maximum)
+    float rescaled = 1;  // what sums with the last maximum but one as reference are multiplied by
+};
+
+// A block of classes of rows of logits: they join the sums. With a gradient e^(z - maximum), by z's slope in x if there is
+// a cap, take the logits' places, and 0 that of the label.
+struct ClassBlockArgs {
+    CrossEntropyArgs logits;  // of these classes
+    int64_t first;            // class
+    ClassSums* sums;          // [M]
+};
+constexpr int64_t kMostClasses = 2048;  // of a block: its logits of a row stay in the L1 cache
+
 // A matrix of fp32 as bf16 halves: the rounded value, and the rounded rest. Two parts are these halves. In products of
 // two matrices all terms but the smallest are in
 //   [first, rest, first] [first, first, rest]ᵀ
@@ -297,6 +315,7 @@ struct Kernels {
     RmsNormKernels rms_norm[kDtypes];
     RowSumKernels row_sum[kDtypes];
     void (*cross_entropy[kDtypes])(const CrossEntropyArgs&, int64_t first_row, int64_t last_row);
+    void (*class_block[kDtypes])(const ClassBlockArgs&, int64_t first_row, int64_t last_row);
     void (*norms[kDtypes])(const NormArgs&, int64_t first_row, int64_t last_row);
     std::array<AttentionKernels, kDtypes> attention;  // empty: PyTorch's is used
 };

@@ -5,6 +5,7 @@
 
 #include "lora/cpu/activated.h"
 #include "lora/cpu/attention.h"
+#include "lora/cpu/class_blocks.h"
 #include "lora/cpu/cross_entropy.h"
 #include "lora/cpu/dropped.h"
 #include "lora/cpu/gates.h"
@@ -42,6 +43,7 @@ static Kernels kernels_of() {
             .rms_norm = {RmsNorm<F>::kernels(), RmsNorm<H>::kernels(), RmsNorm<B>::kernels()},
             .row_sum = {SumsOfRows<F>::kernels(), SumsOfRows<H>::kernels(), SumsOfRows<B>::kernels()},
             .cross_entropy = {CrossEntropy<F>::rows, CrossEntropy<H>::rows, CrossEntropy<B>::rows},
+            .class_block = {ClassBlocks<F>::rows, ClassBlocks<H>::rows, ClassBlocks<B>::rows},
             .norms = {Norms<F>::norms, Norms<H>::norms, Norms<B>::norms},
             .attention = attention_of<Simd>()};
 }
