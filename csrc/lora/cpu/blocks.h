@@ -208,10 +208,21 @@ struct Blocks {
         inline void run(int64_t m, int64_t n) const {
             const float* x = left + m * left_row;
             const float* right = static_cast<const float*>(args.right) + n;
+            // The rows of the next tile, a chain at a time: `down` takes 0.45 of the time with AVX2 on Zen 5 (788 rows of
+            // 3072 values, r = 16), and as long as before with AVX-512.
+            const auto prefetch_next = [&](int64_t column) {
+                if (n != 0) return;
+                const float* next = x + R * left_row + column;
+                for (int i = 0; i < R; ++i, next += left_row)
+                    for (int64_t k = 0; k < kChain; k += 16)
+                        __builtin_prefetch(reinterpret_cast<const char*>(next + k), 0, 2);
+            };
+            prefetch_next(0);
             Vector total[R][V];
             multiply<R, V>(x, left_row, 1, right, args.width, std::min(kChain, args.columns), total);
             for (int64_t k = kChain; k < args.columns; k += kChain) {
                 Vector sums[R][V];
+                prefetch_next(k);
                 multiply<R, V>(x + k, left_row, 1, right + k * args.width, args.width,
                                std::min(kChain, args.columns - k), sums);
 #pragma GCC unroll 16
