@@ -1,0 +1,91 @@
+"""Fused operators in the model classes of transformers: outputs and gradients of one class of each model type."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from census import instances
+from census.case import distance, gradients, run
+from census.inputs import inputs
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.engine.fusing import fused_modules
+
+ROUNDING = 3e-5  # of the largest value, in fp32
+LEAST = 300  # classes that are compared; transformers has more than 400 model types
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for holder in (module, getattr(module, "config", None)):
+            attributes = getattr(holder, "__dict__", {})
+            attributes.update({k: 0.0 for k, v in attributes.items() if "drop" in k and isinstance(v, float)})
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _slightly_changed(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v * (1 + 1e-6) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in values.items()}
+
+
+def _largest(values: list[Tensor]) -> float:
+    return max((v[v.abs() < 1e30].abs().max().item() for v in values if (v.abs() < 1e30).any()), default=1.0) or 1.0
+
+
+def _difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    if found.keys() != wanted.keys():
+        return float("inf")
+    return distance(list(found.values()), [wanted[k] for k in found]) / _largest(list(wanted.values()))
+
+
+def _gradients(model: nn.Module, values: dict[str, Any]) -> dict[str, Tensor]:
+    return gradients(copy.deepcopy(model), values, everywhere=True)
+
+
+def _example(name: str) -> tuple[nn.Module, dict[str, Any], list[Tensor], dict[str, Tensor]] | None:
+    """Return a model, its inputs, outputs, and gradients, or None where it does not run or is random."""
+    try:
+        model = _without_dropout(instances.build(name))
+        values = inputs(name, model)
+        outputs, slopes = run(model, values), _gradients(model, values)
+        there = bool(outputs) and _difference(_gradients(model, values), slopes) < 1e-6
+    except Exception:  # whatever a class raises that has not what it needs
+        return None
+    return (model, values, outputs, slopes) if there else None
+
+
+def _wrong(name: str) -> list[str] | None:
+    """Return what differs with fused operators, or None where they compute nothing."""
+    example = _example(name)
+    if example is None:
+        return None
+    model, values, outputs, slopes = example
+    fused = peftcore.fuse(copy.deepcopy(model))
+    if not fused_modules(fused):
+        return None
+    wrong = []
+    if distance(run(fused, values), outputs) > ROUNDING * _largest(outputs):
+        wrong.append(f"{name}: outputs")
+    off = _difference(_gradients(fused, values), slopes)
+    # Where a millionth of the inputs changes gradients as much, they are ill-conditioned.
+    if off > ROUNDING and off > 3 * _difference(_gradients(model, _slightly_changed(values)), slopes):
+        wrong.append(f"{name}: gradients, by {off:.1e}")
+    return wrong
+
+
+def _of_each_type() -> list[str]:
+    first: dict[str, str] = {}
+    for name, model_type in instances.classes().items():
+        first.setdefault(model_type, name)
+    return list(first.values())
+
+
+@pytest.mark.nightly
+def test_outputs_and_gradients_of_a_class_of_each_model_type() -> None:
+    found = [wrong for name in _of_each_type() if (wrong := _wrong(name)) is not None]
+    assert not [each for wrong in found for each in wrong]
+    assert len(found) > LEAST
