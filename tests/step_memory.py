@@ -74,6 +74,24 @@ def allocated(model: nn.Module, step: Step) -> int:
     return most_of(profile)
 
 
+def allocated_with(model: nn.Module, loss: Callable[[], torch.Tensor]) -> int:
+    """Return the bytes that a real step with this loss, after the first, adds at its peak."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = loop.make_optimizer(parameters, "adamw_torch")
+
+    def train() -> None:
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train()
+    gc.collect()
+    with without_onednn(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        train()
+    return most_of(profile)
+
+
 @contextmanager
 def without_onednn() -> Iterator[None]:
     """Make PyTorch multiply without oneDNN within the block.

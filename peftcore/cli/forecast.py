@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,17 +12,33 @@ import torch
 
 import peftcore
 from peftcore import ranks
-from peftcore.cli import data, device_choice, dtype_choice, models, torchrun
+from peftcore.cli import (
+    comparisons,
+    conversations,
+    data,
+    device_choice,
+    dtype_choice,
+    image_chats,
+    image_preferences,
+    models,
+    tasks,
+    torchrun,
+)
 from peftcore.cli import precision as precisions
 from peftcore.cli.console import say
+from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.options import FULL
 from peftcore.cli.progress import current_memory, gigabytes
 from peftcore.cli.settings import Settings
 from peftcore.errors import PeftcoreError
-from peftcore.estimating import Range, memory_here
+from peftcore.estimating import NotFollowed, Range, memory_here
 from peftcore.estimating.searching import PAGED, PLAIN
 from peftcore.estimating.step import MIXED
 from peftcore.estimating.zero_settings import NAMES as ZERO
+
+# ORPO's step has the pairs of DPO's, and not more.
+_LOSSES = dict.fromkeys((data.PREFERENCES, data.IMAGE_PREFERENCES, data.ODDS), "dpo")
+_LOSSES |= {data.UNPAIRED: "kto", data.EMBEDDING: "pairs"}
 
 
 @dataclass(frozen=True)
@@ -88,13 +105,48 @@ def how(
     if parallel is None and processes > tp_size:
         raise PeftcoreError(f"{processes} processes need a way to share the work: --parallel ddp, or fsdp2")
     return {
-        # ORPO's step has the pairs of DPO's, and not more.
-        "loss": {data.PREFERENCES: "dpo", data.ODDS: "dpo", data.UNPAIRED: "kto"}.get(task),
+        "loss": _LOSSES.get(task),
         "mixed_precision": precision if precision in MIXED else None,
         "ranks": processes,
         "shard": parallel if parallel in ZERO else parallel == "fsdp2",
         "tp_size": tp_size,
     }
+
+
+def of_examples(task: str, examples: Sequence[tasks.Example], processor: Any) -> dict[str, Any]:
+    """Return the arguments of `peftcore.Step` that encoded examples determine: the texts of each, or the longest."""
+    if task == data.EMBEDDING:
+        return {"loss": "triplets"} if len(examples[0]["texts"]) > 2 else {}
+    if task not in data.MULTIMODAL:
+        return {}
+    if task == data.IMAGE_PREFERENCES:
+        examples = [each[side] for each in examples for side in image_preferences.SIDES]
+    return {"example": image_chats.collate([max(examples, key=tasks.length)], processor)}
+
+
+def of_data(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `peftcore.Step` that the data of `settings` determine; without data, those of texts.
+
+    Raises:
+        NotFollowed: the task needs examples, since a step depends on the sizes of images or the length of recordings.
+        PeftcoreError: a file is missing or of another kind.
+    """
+    task = settings.task
+    if task not in (data.EMBEDDING, *data.MULTIMODAL):
+        return {}
+    if not settings.data:
+        if task == data.EMBEDDING:
+            return {}
+        raise NotFollowed(f"a step of --task {task} depends on the examples. Pass some: --data FILE")
+    processor = models.load_processor(settings.model, task)
+    if task in data.MULTIMODAL:
+        conversations.set_template(processor, settings.chat_template)
+    rows = data.read_rows(settings.data, task, parsed_columns(settings.columns))
+    if task in data.COMPARED:
+        encoded = comparisons.of(task).encode(rows, processor, settings.max_length)
+    else:
+        encoded = tasks.encode(rows, task, processor, settings.max_length)
+    return of_examples(task, encoded.examples, processor)
 
 
 def is_lazy(settings: Settings) -> bool:
@@ -122,13 +174,17 @@ def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dty
     return device_choice.torch_dtype(dtype_choice.of_run(settings, labels).say(), "cpu")
 
 
-def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Forecast | None:
+def forecast(
+    settings: Settings, length: int, labels: tuple[str, ...], examples: Sequence[tasks.Example], processor: Any
+) -> Forecast | None:
     """Return the forecast of a run, or print why there is none and return None.
 
     Args:
         settings: of the run.
         length: tokens of the longest example.
         labels: a classifier's labels.
+        examples: encoded examples that are trained on.
+        processor: the tokenizer, or the processor, of the examples.
     """
     why = _why_not(settings)
     if why is not None:
@@ -136,7 +192,8 @@ def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Foreca
         return None
     dtype = device_choice.torch_dtype(precisions.base_dtype(settings.precision, settings.dtype), settings.device)
     try:
-        found = _estimate(settings, length, labels, dtype)
+        shapes = of_examples(settings.task, examples, processor)
+        found = _estimate(settings, length, labels, dtype, shapes)
     except PeftcoreError as error:  # the run itself reports what it refuses
         say(f"memory is not predicted: {error}")
         return None
@@ -146,7 +203,9 @@ def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Foreca
     return Forecast(found, 0 if on_cuda else current_memory(), room, on_cuda, together)
 
 
-def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: torch.dtype) -> peftcore.Estimate:
+def _estimate(
+    settings: Settings, length: int, labels: tuple[str, ...], dtype: torch.dtype, shapes: dict[str, Any]
+) -> peftcore.Estimate:
     base = models.empty_model(settings.model, settings.task, labels).to(dtype)
     if settings.quantize is not None:
         with warnings.catch_warnings():
@@ -164,7 +223,7 @@ def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: t
             lazy_logits=is_lazy(settings),
             fused=is_fused(settings),
             recompute=settings.recompute,
-            **how(settings.task, settings.precision, settings.parallel, settings.ranks),
+            **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **shapes},
         ),
         **settings.fields,
     )
@@ -218,41 +277,53 @@ def _fitted(settings: Settings) -> Settings:
         raise PeftcoreError(f"--fit chooses the optimizer ({PLAIN} or {PAGED}). Leave out --optim {settings.optim}")
     dtype = dtype_choice.of_run(settings, ()).dtype  # `train` prints it
     config = models.load_config(settings.model, settings.task)
-    (way,) = peftcore.suggest(
-        config,
-        methods=[settings.method],
-        fields=settings.fields,
-        dtype=device_choice.torch_dtype(dtype, settings.device),
-        max_ways=1,
+    step = peftcore.Step(
         length=tokens_of_step(settings.max_length, settings.task, config),
         lazy_logits=is_lazy(settings),
         fused=is_fused(settings),
         recompute=settings.recompute,
-        **how(settings.task, settings.precision, settings.parallel, settings.ranks),
-    ).ways
-    batch_size = min(settings.batch_size, way.batch_size)
+        **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **of_data(settings)},
+    )
+    known: dict[str, Any] = {"dtype": device_choice.torch_dtype(dtype, settings.device), "step": step}
+    if settings.task == data.EMBEDDING:
+        return _fitted_whole(settings, config, known)
+    method = [settings.method]
+    (way,) = peftcore.suggest(config, methods=method, fields=settings.fields, max_ways=1, **known).ways
+    return _with_way(settings, way.batch_size, way.optimizer, gradient_checkpointing=way.gradient_checkpointing)
+
+
+def _fitted_whole(settings: Settings, config: Any, known: dict[str, Any]) -> Settings:
+    """Like `fitted`, without dividing a batch, whose texts are compared with one another."""
+    method = None if settings.method == FULL else settings.method
+    for again, optimizer in ((False, PLAIN), (True, PLAIN), (True, PAGED)):
+        step = replace(known["step"], batch_size=settings.batch_size, gradient_checkpointing=again, optimizer=optimizer)
+        found = peftcore.estimate(config, method, **{**known, "step": step}, device="cpu", **settings.fields)
+        if found.fits:
+            return _with_way(settings, settings.batch_size, optimizer, gradient_checkpointing=again)
+    raise PeftcoreError(
+        f"--fit does not divide a batch of --task {settings.task}, whose texts are compared with one another, and "
+        f"--batch-size {settings.batch_size} needs {gigabytes(found.needed)}. Pass a smaller one"
+    )
+
+
+def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_checkpointing: bool) -> Settings:
+    """Return the settings with this way of training, with as many examples per step."""
+    batch_size = min(settings.batch_size, batch_size)
     chosen = replace(
         settings,
         batch_size=batch_size,
         grad_accum=-(-settings.batch_size * settings.grad_accum // batch_size),
-        gradient_checkpointing=way.gradient_checkpointing,
-        optim=way.optimizer,
+        gradient_checkpointing=gradient_checkpointing,
+        optim=optimizer,
     )
     again = " --gradient-checkpointing" if chosen.gradient_checkpointing else ""
     say(f"--fit: --batch-size {batch_size} --grad-accum {chosen.grad_accum} --optim {chosen.optim}{again}")
     return chosen
 
 
-_UNKNOWN = {
-    data.EMBEDDING: "that of pairs of texts is not known",
-    **dict.fromkeys(data.SEEING, "that of the part that reads images is not known"),
-    data.AUDIO_TEXT: "that of the part that reads audio is not known",
-}
-
-
 def unknown(task: str) -> str | None:
     """Return why the memory of a step of this task cannot be predicted, or None if it can."""
-    return _UNKNOWN.get(task)
+    return "that of sampling answers is not known" if task == data.ROLLOUTS else None
 
 
 def _why_not(settings: Settings) -> str | None:
@@ -262,8 +333,6 @@ def _why_not(settings: Settings) -> str | None:
         return why
     if settings.teacher is not None:
         return "that of a teacher is not known"
-    if settings.task == data.ROLLOUTS:
-        return "that of sampling answers is not known"
     if settings.optim not in OPTIMIZERS:
         return f"the state of --optim {settings.optim} is not known"
     return None

@@ -95,7 +95,7 @@ def run(
     if settings.task == data.EMBEDDING:
         sentence_pairs.check(examples.train, "training", settings.batch_size)
         sentence_pairs.check(examples.held_out, "held-out")
-    settings, predicted = _with_memory(settings, examples.longest, inputs.labels, force=force)
+    settings, predicted = _with_memory(settings, inputs, examples, force=force)
     model = _adapted_model(settings, inputs, examples)
     teacher = distillation.of_run(settings, inputs.tokenizer, examples.train)
     summary = peftcore.summary(model)
@@ -208,16 +208,16 @@ def inputs_of(settings: Settings, rows: training_data.Rows) -> Inputs:
 
 
 def _with_memory(
-    settings: Settings, longest: int, labels: tuple[str, ...], *, force: bool
+    settings: Settings, inputs: Inputs, examples: Examples, *, force: bool
 ) -> tuple[Settings, forecasts.Forecast | None]:
     """Return the settings with the base's dtype, and the predicted memory, or None.
 
     Raises:
         PeftcoreError: the predicted memory is not available, unless `force`.
     """
-    base_in = dtype_choice.of_run(settings, labels)
+    base_in = dtype_choice.of_run(settings, inputs.labels)
     settings = replace(settings, dtype=base_in.say())
-    predicted = forecasts.forecast(settings, longest, labels)
+    predicted = forecasts.forecast(settings, examples.longest, inputs.labels, examples.rows, inputs.tokenizer)
     if predicted is None:
         return settings, None
     if base_in.instead_of == "bf16":

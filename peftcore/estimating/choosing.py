@@ -28,6 +28,7 @@ from peftcore.registry import registry
 
 _LOOKED_FOR = ("batch_size", "gradient_checkpointing", "optimizer")
 NEARLY = 1.2  # a way whose line needs up to so many times the memory may fit: it is followed before it is left out
+_EXAMPLES = {1: "one example", 2: "two examples"}
 SHORTEST = 64  # tokens of the shortest examples that an error suggests
 
 
@@ -215,7 +216,7 @@ def _search(search: Search, choices: Sequence[Choice], room: float, max_ways: in
         sized = []
         for choice in choices:
             line = search.line(choice)
-            for power in range(LARGEST_BATCH.bit_length()):
+            for power in range(search.least - 1, LARGEST_BATCH.bit_length()):
                 step = known.get((choice, 2**power))
                 memory, seconds = line.at(2**power) if step is None else (step.needed, step.seconds or 0.0)
                 sized.append(Sized(choice, 2**power, memory, seconds, line.trained, line.is_packed, step))
@@ -242,20 +243,20 @@ def _spread(found: list[Sized], max_ways: int) -> list[Sized]:
 
 def _why_nothing(search: Search, choices: Sequence[Choice], room: float) -> str:
     """Return an error text with the smallest need, what it is for, and what would need less."""
-    choice = min(choices, key=lambda each: search.line(each).at(1)[0])
-    step = search.whole(choice, 1)
+    choice = min(choices, key=lambda each: search.line(each).at(search.least)[0])
+    step = search.whole(choice, search.least)
     lasting = step.parts[BASE] + step.parts[ADAPTERS] + (0 if step.paged else step.parts[STATE])
     again = " and gradient checkpointing" if choice.gradient_checkpointing else ""
     beyond = " beyond Python and its libraries" if search.device.measured else ""
     text = (
-        f"nothing fits into {_size(room)}{beyond}: the least is {_size(step.needed)}, {choice.method} with one example "
-        f"at a time{again}, {_size(step.parts[BASE])} of it the base"
+        f"nothing fits into {_size(room)}{beyond}: the least is {_size(step.needed)}, {choice.method} with "
+        f"{_EXAMPLES[search.least]} at a time{again}, {_size(step.parts[BASE])} of it the base"
     )
     ways = []
-    if lasting < room:
+    if lasting < room and search.step.example is None:
         length = search.step.length // 2
         while length >= SHORTEST:
-            if search.whole(choice, 1, length).needed <= room:
+            if search.whole(choice, search.least, length).needed <= room:
                 ways.append(f"examples of at most {length} tokens would fit (--max-length {length})")
                 break
             length //= 2

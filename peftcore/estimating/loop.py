@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +17,7 @@ from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import LARGEST_INDEX, Following, NotFollowed
 from peftcore.estimating.kernels import kernels_of_cpu
 from peftcore.estimating.lazy_loss import lazily
-from peftcore.estimating.losses import Own, loss_of, rows_of, tiles_in_place
+from peftcore.estimating.losses import VECTORS, Own, loss_of, rows_of, tiles_in_place
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
 from peftcore.estimating.processes import GRADIENTS, STATE, Alone, Replicas, Shards
 from peftcore.estimating.step import Step
@@ -42,17 +42,23 @@ _TORCH: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 OPTIMIZERS = (*_TORCH, *NAMES)
 
 
-def make_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
-    """Return inputs and labels with so many rows and tokens.
+def make_inputs(
+    model: nn.Module, rows: int, length: int, loss: str | None = None, example: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return inputs and labels with so many rows and tokens; for vectors (`loss`), a mask in place of labels.
+
+    Rows of an `example` have its tokens, and its pixels and features in the dtype of the model.
 
     Raises:
         NotFollowed: The model's forward has no argument `labels`.
     """
-    if "labels" not in inspect.signature(original_forward(model)).parameters:
+    if loss not in VECTORS and "labels" not in inspect.signature(original_forward(model)).parameters:
         raise NotFollowed(
             f"the forward of {type(model).__name__} takes no labels, so its loss is not known. Estimate a class with a "
             "loss, such as ...ForCausalLM or ...ForSequenceClassification"
         )
+    if example is not None:
+        return _repeated(model, rows, example)
     sized = {}
     for name, value in example_inputs(model, device="cpu").items():
         shape = list(value.shape)
@@ -64,6 +70,10 @@ def make_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
             sized[name] = value.new_empty(shape, device="meta")
         else:
             sized[name] = torch.full(shape, 3, dtype=value.dtype, device="cpu")
+    if loss in VECTORS:  # texts of an example rarely have one length
+        sized["attention_mask"] = torch.ones(rows, length, dtype=torch.long, device="cpu")
+        sized["attention_mask"][1:, max(1, length - 1) :] = 0
+        return sized
     config = getattr(model, "config", None)
     if config is not None and config.is_encoder_decoder:
         sized.pop("decoder_input_ids", None)  # the model derives them from the labels
@@ -77,6 +87,21 @@ def make_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
         if config is not None:
             text_config(config).problem_type = config.problem_type = "single_label_classification"
     return sized
+
+
+def _repeated(model: nn.Module, rows: int, example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch of so many equal examples: processors put images and patches one after another."""
+    inputs = {"labels": example["input_ids"], **example}
+    found = {}
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            found[name] = value
+        elif value.is_floating_point() or rows * value.numel() > LARGEST_INDEX:
+            dtype = getattr(model, "dtype", value.dtype) if value.is_floating_point() else value.dtype
+            found[name] = torch.empty(rows * len(value), *value.shape[1:], dtype=dtype, device="meta")
+        else:
+            found[name] = value.to("cpu").repeat(rows, *[1] * (value.dim() - 1))
+    return found
 
 
 def _has_logits_of_tokens(model: nn.Module) -> bool:
@@ -112,7 +137,7 @@ def is_paged(optimizer: str) -> bool:
 
 def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool) -> None:
     """Follow one step of the stand-in after the first, so that the optimizer has its state."""
-    inputs = make_inputs(model, rows_of(step.loss, step.batch_size), step.length)
+    inputs = make_inputs(model, rows_of(step.loss, step.batch_size), step.length, step.loss, step.example)
     lazy = step.lazy_logits and step.loss is None and not step.is_sharded
     loss = lazily(model, on_card) if lazy else loss_of(model, step.loss)
     processes = _processes_of(model, step, on_card=on_card)
@@ -145,7 +170,7 @@ def _processes_of(model: nn.Module, step: Step, *, on_card: bool) -> Alone:
 
 def _follow(
     following: Following,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     loss_of_batch: Own,
     processes: Alone,
     optimizer: torch.optim.Optimizer,
@@ -174,7 +199,8 @@ def _follow(
     _give_state(parameters, optimizer)
     _see_what_stays(following, processes, loss_of_batch, optimizer)
     for tensor in inputs.values():
-        following.see(tensor, INPUTS)
+        if isinstance(tensor, Tensor):
+            following.see(tensor, INPUTS)
     processes.start(following)
     trained = [p for p in model.parameters() if p.requires_grad]
 

@@ -1,4 +1,4 @@
-"""Loss of a step: the model's own, or the loss of a TRL trainer, with the passes of its reference model.
+"""Loss of a step: the model's own, that of vectors, or that of a TRL trainer, with the passes of its reference model.
 
 TRL multiplies by the head's weight in tiles, so no step has logits of all tokens. Its function `add_fused_lm_head` is
 followed as installed. What is computed from the log-likelihoods is a few numbers per sequence.
@@ -28,11 +28,13 @@ _ASKED = {
     "kto": ("entropy", "mean_logits"),
 }
 _BETA = 0.1
+VECTORS = {"pairs": 2, "triplets": 3}  # texts of an example
+_SEQUENCES = {"dpo": 2, **VECTORS}  # of an example; DPO has two answers per prompt
 
 
 def rows_of(loss: str | None, batch_size: int) -> int:
-    """Return the number of sequences in a batch; DPO has two answers per prompt."""
-    return 2 * batch_size if loss == "dpo" else batch_size
+    """Return the number of sequences in a batch."""
+    return _SEQUENCES.get(loss or "", 1) * batch_size
 
 
 class Own:
@@ -48,6 +50,32 @@ class Own:
         if loss is None:
             raise NotFollowed(f"{type(self.model).__name__} returned no loss for labels {list(inputs['labels'].shape)}")
         return loss
+
+
+class OfVectors(Own):
+    """Contrastive loss of vectors, the means of the model's last hidden states, as in `peftcore train --task pairs`.
+
+    Args:
+        model: Model without an output head.
+        texts: Texts of an example: the anchor, then its candidates.
+    """
+
+    def __init__(self, model: nn.Module, texts: int) -> None:
+        super().__init__(model)
+        self.texts = texts
+
+    def __call__(self, call: Call, inputs: dict[str, Tensor]) -> Tensor:
+        states: Tensor | None = getattr(call(self.model, **inputs), "last_hidden_state", None)
+        if states is None:
+            raise NotFollowed(
+                f"{type(self.model).__name__} returns no last_hidden_state, so it has no vectors of texts. Estimate a "
+                "class without an output head, such as ...Model"
+            )
+        weights = inputs["attention_mask"][..., None].to(states.device).float()
+        found = F.normalize((states.float() * weights).sum(1) / weights.sum(1), dim=-1)
+        anchors, candidates = found.split((len(found) // self.texts, len(found) - len(found) // self.texts))
+        labels = torch.arange(len(anchors), device="cpu")
+        return F.cross_entropy((anchors @ candidates.T).masked_fill(labels[:, None] < 0, 0.0), labels)
 
 
 class OfTrainer(Own):
@@ -138,4 +166,6 @@ def tiles_in_place() -> Iterator[None]:
 
 def loss_of(model: nn.Module, name: str | None) -> Own:
     """Return the loss that `Step.loss` names."""
+    if name in VECTORS:
+        return OfVectors(model, VECTORS[name])
     return Own(model) if name is None else OfTrainer(model, name)

@@ -92,6 +92,11 @@ class Search:
     lines: dict[Choice, Line] = field(default_factory=dict)
     _known: dict[Any, Estimate] = field(default_factory=dict)
 
+    @property
+    def least(self) -> int:
+        """Smallest batch: a pair of texts is compared with another one."""
+        return 2 if self.step.loss == "pairs" else 1
+
     def whole(self, choice: Choice, batch: int, length: int | None = None) -> Estimate:
         """Follow a step with all layers."""
         return self._estimate(choice, batch, None, length or self.step.length)

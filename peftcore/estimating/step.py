@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from peftcore.engine.fusing import RECOMPUTE
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.zero_settings import Zero, zero_of
 
 MIXED = ("bf16", "fp16")
-LOSSES = ("sft", "dpo", "kto")
+LOSSES = ("sft", "dpo", "kto", "pairs", "triplets")
 CHECKPOINTING = ("reentrant", "non-reentrant")
 _OF_SHARD = {"adapter_placement": ("replicate", "shard"), "reshard_after_forward": (True, False)}
 
@@ -21,8 +23,8 @@ class Step:
     """Settings of a training step, named as in `peftcore train`, Trainer's arguments and `peftcore.shard`.
 
     Args:
-        batch_size: Examples per batch in each process, or group of tensor parallelism; for `dpo`, pairs.
-        length: Tokens per example; for `dpo`, tokens of a prompt with one answer.
+        batch_size: Examples per batch in each process, or group of tensor parallelism; for `dpo` and `pairs`, pairs.
+        length: Tokens per example; for `dpo`, tokens of a prompt with one answer; for `pairs`, of a text.
         optimizer: Name, as in `peftcore train --optim`.
         gradient_accumulation: Batches per step.
         gradient_checkpointing: True; `"reentrant"` for PyTorch's older kind; or Trainer's
@@ -30,7 +32,11 @@ class Step:
             some operators (`torch.utils.checkpoint.create_selective_checkpoint_contexts`).
         mixed_precision: `bf16` or `fp16` for autocast, as with Trainer's `bf16=True`; None: everything in the base's
             dtype.
-        loss: `sft`, `dpo` or `kto` for TRL's trainers, with the passes of the reference; None: the model's own loss.
+        loss: `sft`, `dpo` or `kto` for TRL's trainers, with the passes of the reference; `pairs` or `triplets` for the
+            contrastive loss of two or three texts per example, of a model without an output head; None: the model's own
+            loss.
+        example: Inputs of one example as the model's processor makes them, `input_ids` [1, length] with pixels or
+            features, whose shapes are followed; a batch repeats it, and `length` is its number of tokens. None: texts.
         lazy_logits: Whether the model's own loss is computed without logits (`peftcore.lazy_logits`). A model whose
             logits are lazy is followed so in any case.
         fused: Whether norms, gates, activations, dropout and attention are one operator each (`peftcore.fuse`). A fused
@@ -57,6 +63,7 @@ class Step:
     gradient_checkpointing: bool | str | Mapping[str, Any] = False
     mixed_precision: str | None = None
     loss: str | None = None
+    example: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     lazy_logits: bool = False
     fused: bool = False
     recompute: str = "auto"
@@ -79,6 +86,12 @@ class Step:
                 )
         if self.recompute not in RECOMPUTE:
             raise PeftcoreError(f"recompute must be one of {', '.join(RECOMPUTE)}, found {self.recompute!r}")
+        if self.example is not None:
+            ids = self.example.get("input_ids")
+            if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
+                found = list(ids.shape) if isinstance(ids, Tensor) else ids
+                raise PeftcoreError(f"example must be a batch of one, with input_ids [1, length], found {found}")
+            object.__setattr__(self, "length", ids.shape[1])
         kind = self.gradient_checkpointing
         if not isinstance(kind, (bool, Mapping)) and kind not in CHECKPOINTING:
             raise PeftcoreError(

@@ -6,10 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import audio_models
+import image_models
 import pytest
-from commands import Run
+from commands import WORDS, Run, write_jsonl
+from PIL import Image
+from step_memory import allocated_by, allocated_with, predicted
+from whole import nightly_but
 
-from peftcore.cli import data, forecast
+import peftcore
+from peftcore.cli import data, forecast, image_chats, image_preferences, models, tasks, trainers
+from peftcore.cli.settings import RunOptions, Settings
 
 METHOD = ("--method", "lora", "--set", "r=4")
 
@@ -111,3 +118,97 @@ def test_what_a_task_makes_of_a_step() -> None:
     ):
         settings: Any = SimpleNamespace(task=task, fuse=fuse, parallel=None)
         assert forecast.is_fused(settings) == wanted
+
+
+def chats_with(folder: Path, part: dict[str, str], count: int = 5) -> Path:
+    """Conversations with an image or a recording, the first the longest."""
+    Image.new("RGB", (40, 30), (60, 200, 20)).save(folder / "1.png")
+    audio_models.save_tone(folder / "1.wav", 1.0, 200.0)
+    words = {"type": "text", "text": "is it good " * 8}
+    answers = ["very good fun " * (count - n) for n in range(count)]
+    return write_jsonl(
+        folder / "chats.jsonl",
+        [
+            {"messages": [{"role": "user", "content": [part, words]}, {"role": "assistant", "content": answer}]}
+            for answer in answers
+        ],
+    )
+
+
+def step_of(model: Path, file: Path, task: str) -> peftcore.Step:
+    settings = Settings.of(RunOptions(), model=str(model), data=str(file), task=task, method="lora")
+    return peftcore.Step(**{**forecast.how(task, "auto", None, 1), **forecast.of_data(settings), "batch_size": 3})
+
+
+@pytest.mark.parametrize("kind", nightly_but([*image_models.KINDS, "audio"], ("smolvlm", "qwen", "audio")))
+def test_a_step_on_images_and_audio(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest example's shapes, compared with the allocator's peak."""
+    task = data.AUDIO_TEXT if kind == "audio" else data.IMAGE_TEXT
+    made = (audio_models.qwen if kind == "audio" else image_models.KINDS[kind])(tmp_path / kind)
+    processor = image_chats.checked(made, kind, hears=kind == "audio")
+    monkeypatch.setattr(models, "load_processor", lambda *_: processor)
+    part = {"type": "audio", "path": "1.wav"} if kind == "audio" else {"type": "image", "path": "1.png"}
+    file, folder = chats_with(tmp_path, part), str(tmp_path / kind)
+    step = step_of(tmp_path / kind, file, task)
+    found = peftcore.estimate(models.empty_model(folder, task), "lora", step=step)
+    model = models.load_model(folder, task, device="cpu").train()
+    peftcore.apply(model, "lora")
+    examples = tasks.encode(data.read_rows(str(file), task), task, processor, 512).examples
+    assert step.length == len(examples[0]["input_ids"])
+    batch = tasks.in_dtype(image_chats.collate(examples[:1] * 3, processor), model)
+    assert predicted(found) == pytest.approx(allocated_with(model, lambda: model(**batch).loss), rel=5e-3)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL calls what transformers has deprecated
+def test_a_step_on_answers_to_images(tmp_path: Path) -> None:
+    """DPO's passes with the images of the longer conversation, compared with TRL's trainer."""
+    image_models.smolvlm(tmp_path / "smolvlm")
+    Image.new("RGB", (40, 30), (60, 200, 20)).save(tmp_path / "1.png")
+    row = {"images": ["1.png"], "prompt": "is it good", "chosen": "very good", "rejected": "is it bad and dull"}
+    file, folder, task = write_jsonl(tmp_path / "pairs.jsonl", [row] * 9), str(tmp_path / "smolvlm"), "image-dpo"
+    step = step_of(tmp_path / "smolvlm", file, task)
+    assert step.loss == "dpo" and step.example is not None and step.example["pixel_values"].shape[:2] == (1, 5)
+    found = peftcore.estimate(models.empty_model(folder, task), "lora", step=step)
+    model = peftcore.apply(models.load_model(folder, task, device="cpu"), "lora")
+    processor = models.load_processor(folder, task)
+    rows = image_preferences.encode(data.read_rows(str(file), task), processor, 512).examples
+    most = allocated_by(lambda watch: image_trainer(model, rows, processor, tmp_path, watch))
+    assert predicted(found) == pytest.approx(most, rel=0.02)
+
+
+def image_trainer(model: Any, rows: Any, processor: Any, folder: Path, watch: Any) -> Any:
+    config = trainers.trl_classes("image-dpo")[1]
+    settings = {"max_steps": 3, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    settings |= {"per_device_train_batch_size": 3, "remove_unused_columns": False, "dataloader_pin_memory": False}
+    settings |= {"max_length": None, "bf16": False, "gradient_checkpointing": False}
+    return trainers.comparing_trainer(
+        "image-dpo",
+        model=model,
+        args=config(str(folder / "run"), **settings),
+        train_dataset=rows,
+        eval_dataset=rows,
+        measure=None,
+        lengths=[len(row["chosen"]["input_ids"]) for row in rows],
+        processing_class=processor,
+        callbacks=[watch],
+    )
+
+
+def test_plan_suggest_and_fit_of_examples(run: Run, llama: Path, bert: Path, tmp_path: Path) -> None:
+    image_models.smolvlm(tmp_path / "smolvlm")
+    chats = chats_with(tmp_path, {"type": "image", "path": "1.png"})
+    seen = ("-m", tmp_path / "smolvlm", "--method", "lora", "-d", chats)
+    planned = run("plan", *seen, "--batch-size", 2).output
+    assert "a training step of Idefics3ForConditionalGeneration, lora, batch 2 x 77, fused operators" in planned
+    without = run("plan", *seen[:4], "--task", "image-text").output
+    assert "not predicted: a step of --task image-text depends on the examples. Pass some: --data FILE" in without
+    assert "h an epoch" in run("suggest", *seen, "--memory", "2GB").output
+    texts = write_jsonl(
+        tmp_path / "texts.jsonl",
+        [{"anchor": f"the film is {word}", "positive": f"{word} story"} for word in WORDS[:20]],
+    )
+    pairs = ("-m", bert, "--method", "lora", "-d", texts, "--max-length", 16)
+    assert "a training step of BertModel, lora, batch 8 x 16, pairs" in run("plan", *pairs).output
+    assert "--batch-size 1 " not in run("suggest", *pairs, "--memory", "2GB").output
+    trained = run("train", *pairs, "-o", tmp_path / "run", "--fit", "--steps", 1, "--batch-size", 6).output
+    assert "--fit: --batch-size 6 --grad-accum 1" in trained and "predicted peak" in trained

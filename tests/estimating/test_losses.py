@@ -1,18 +1,22 @@
 """Predicted steps of TRL's trainers, with the passes of their references, compared with real ones."""
 
+from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from step_memory import allocated_by, predicted, real
+import transformers
+from step_memory import allocated_by, allocated_with, predicted, real
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, TrainingArguments
 from whole import nightly_but
 
 import peftcore
+from peftcore.cli import sentence_pairs
 from peftcore.errors import PeftcoreError
 from peftcore.estimating import Step
+from peftcore.estimating.losses import VECTORS
 
 pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that TRL has of transformers
@@ -73,6 +77,30 @@ def test_mixed_precision_and_checkpointing_of_dpo(tmp_path: Path) -> None:
     model = real(CONFIG, "lora", step)
     most = allocated_by(lambda watch: trainer("dpo", model, tmp_path, watch, bf16=True))
     assert predicted(found) == pytest.approx(most, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["pairs", "triplets"])
+@pytest.mark.parametrize("kind", ["BertModel", "LlamaModel"])
+def test_is_what_a_step_on_texts_as_vectors_takes(kind: str, name: str) -> None:
+    configs = {"BertModel": BertConfig(**{**SIZES, "num_key_value_heads": 4}, vocab_size=320), "LlamaModel": CONFIG}
+    config = deepcopy(configs[kind])
+    config.architectures = [kind]
+    found = peftcore.estimate(config, "lora", **RUN, loss=name, fused=True)
+    assert f"batch 3 x 40, {name}, fused" in found.title
+    model = getattr(transformers, kind)(config).train()
+    peftcore.fuse(peftcore.apply(model, "lora"))
+    texts = [[list(range(3, 43 - i - text)) for text in range(VECTORS[name])] for i in range(3)]
+    batch = sentence_pairs.collate([{"texts": each, "labels": None} for each in texts], tokenizer())
+
+    def loss() -> torch.Tensor:
+        return sentence_pairs.loss(sentence_pairs.vectors(model, batch, "mean"), batch["labels"], batch["same"])
+
+    assert predicted(found) == pytest.approx(allocated_with(model, loss), rel=5e-3)
+
+
+def test_vectors_come_from_a_model_without_a_head() -> None:
+    with pytest.raises(PeftcoreError, match="LlamaForCausalLM returns no last_hidden_state, so it has no vectors"):
+        peftcore.estimate(CONFIG, "lora", **RUN, loss="pairs")
 
 
 def test_without_adapters_there_is_a_second_model() -> None:

@@ -35,6 +35,10 @@ def plan(
     fields: options.Fields = None,
     task: options.Task = None,
     labels: Annotated[str | None, typer.Option(help="Labels of a classifier, separated by commas.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", help="Examples whose images, audio or number of texts count. Repeatable."),
+    ] = None,
     given: Annotated[RunOptions, _OPTIONS],
     ranks: options.Ranks = 1,
     tp_size: options.TensorParallel = 1,
@@ -45,12 +49,15 @@ def plan(
 ) -> None:
     """Show what would be trained, and what a training step would need, before training."""
     import peftcore
-    from peftcore.cli import base_files, data, forecast, models
+    from peftcore.cli import base_files, forecast, models
+    from peftcore.cli import data as rows
     from peftcore.engine.summary import megabytes
     from peftcore.estimating import NotFollowed
 
-    task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
-    data.check_task(task)
+    if task is None and data:
+        task = rows.guess_task(data)
+    task = task or (rows.CLASSIFICATION if labels else rows.LANGUAGE_MODEL)
+    rows.check_task(task)
     how = forecast.how(task, given.precision, given.parallel, ranks, tp_size, zero=True)
     name, chosen = options.resolve_method(method, fields)
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
@@ -58,7 +65,7 @@ def plan(
     planned = peftcore.plan(base, name, **chosen)
     say(str(planned))
     settings = Settings.of(
-        given, model=base_files.resolve(model), data="", task=task, method=name, fields=chosen, device=device
+        given, model=base_files.resolve(model), data=data or "", task=task, method=name, fields=chosen, device=device
     )
     why = forecast.unknown(task)
     try:
@@ -76,7 +83,7 @@ def plan(
                 lazy_logits=forecast.is_lazy(settings),
                 fused=forecast.is_fused(settings),
                 recompute=given.recompute,
-                **how,
+                **{**how, **forecast.of_data(settings)},
             ),
             dtype=forecast.dtype_of_base(settings, names),
             device=device,

@@ -63,7 +63,7 @@ def suggest(
         examples = len(rows.read_rows(data, task))
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = base_files.resolve(model)
-    settings = Settings.of(given, model=base, data="", task=task, method="", device=device)
+    settings = Settings.of(given, model=base, data=data or "", task=task, method="", device=device)
     why = forecast.unknown(task)
     if why is not None:
         raise PeftcoreError(f"suggest needs the memory of a step: {why}. Train with a small --batch-size")
@@ -80,7 +80,7 @@ def suggest(
         lazy_logits=forecast.is_lazy(settings),
         fused=forecast.is_fused(settings),
         recompute=given.recompute,
-        **forecast.how(task, given.precision, given.parallel, ranks),
+        **{**forecast.how(task, given.precision, given.parallel, ranks), **forecast.of_data(settings)},
     )
     say(str(found))
     say("\nto train in the first of these ways:", "bold")
