@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftcore.errors import PeftcoreError
 from peftcore.experts import PackedExpert
 from peftcore.hookspecs import hookimpl
-from peftcore.layers import is_conv1d
+from peftcore.layers import is_conv1d, is_wrapped
 from peftcore.method import WeightFormat
 from peftcore.registry import builtin, registry
 
@@ -24,6 +24,7 @@ DENSE = WeightFormat(
     matches=lambda module: (
         (weight := module._parameters.get("weight")) is not None
         and weight.is_floating_point()
+        and not is_wrapped(weight)
         and (isinstance(module, nn.Linear) or not (isinstance(module, nn.MultiheadAttention) or is_conv1d(module)))
     ),
     read=lambda module: module.weight,

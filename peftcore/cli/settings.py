@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli import config_file, data, options
-from peftcore.engine.fusing import RECOMPUTE
 from peftcore.errors import PeftcoreError
 
 RUN_FILE = "run.json"
@@ -238,6 +237,8 @@ class Settings(RunOptions):
         for option, chosen in (("--lazy-logits", self.lazy_logits), ("--fuse", self.fuse)):
             if chosen not in SWITCH:
                 raise PeftcoreError(f"{option} must be one of {', '.join(SWITCH)}, found '{chosen}'")
+        from peftcore.engine.fusing import RECOMPUTE  # with PyTorch, which --help does without
+
         if self.recompute not in RECOMPUTE:
             raise PeftcoreError(f"--recompute must be one of {', '.join(RECOMPUTE)}, found '{self.recompute}'")
         if self.lr <= 0 or self.epochs <= 0:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -116,7 +116,8 @@ def _naming(pattern: str) -> Callable[[str], bool]:
     Names are parts of a path, `re:...`, or with ModelOpt's asterisks.
     """
     if "*" in pattern and not pattern.startswith("re:"):
-        return lambda path: fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
+        anything = re.escape(pattern).replace(r"\*", ".*")
+        return compiled(rf"{anything}(?:\..*)?", "ignore")
     if pattern.startswith("re:"):
         return compiled(f"(?:{pattern[3:]}).*", "ignore")
     return lambda path: matches(pattern, path) or pattern in path

@@ -126,7 +126,7 @@ def test_info_without_the_method(run: Run, tmp_path: Path) -> None:
     assert "SOMETHING_NEW" in output and "depth" in output and "12" in output and "width_of_its_own" in output
     assert "no installed method reads peft_type 'SOMETHING_NEW'" in " ".join(output.split())
     assert "peftcore-something-new" not in output  # a stranger's file must not name what is installed
-    assert "there is no folder" in run("info", tmp_path / "nothing", code=1).output
+    assert "nothing' does not exist" in run("info", tmp_path / "nothing", code=1).output
 
 
 def test_info_of_a_config_that_no_load_takes(run: Run, tmp_path: Path) -> None:
