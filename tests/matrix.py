@@ -34,6 +34,8 @@ OTHER_KINDS = ("T5", "Qwen3-MoE")
 STACKED = "with another method's adapter, merged in both orders, saved and removed"
 # One method of each kind: around a layer, after one, on its weight, before the input, in the cache, in the base.
 KINDS = ("lora", "adapter", "dora", "prompt-tuning", "prefix-tuning", "bitfit")
+# Quantized bases of the kinds and of QLoRA alone in `make test`; NF4 ones of every method.
+OTHER_FORMATS = ("a quantized base (MXFP4)", "a quantized base (affine4)")
 # Checks of what the kind of placement does with a model, whatever the method computes.
 OF_KINDS = (
     STACKED,
@@ -60,7 +62,7 @@ def conformance(config: Any, *, not_applicable: Mapping[str, str] | None = None,
     All of it in `make test-all`. In `make test` it runs on the first family that the method can be applied to, on one
     with an encoder and a decoder, and on one with experts; PEFT's files are left to tests of their own where a method
     has those. `torch.compile`, and the checks `OF_KINDS` on the further families, are tried for one method of each kind
-    of placement; with the backend that traces the backward pass for LoRA alone.
+    of placement; with the backend that traces the backward pass for LoRA alone. `OTHER_FORMATS` are, and for QLoRA.
     """
     name, excuses = registry.method_of_config(config).name, dict(not_applicable or {})
     once: AbstractContextManager[None] = nullcontext()
@@ -71,6 +73,8 @@ def conformance(config: Any, *, not_applicable: Mapping[str, str] | None = None,
         if name not in KINDS:
             left_out.add(COMPILE)
             once = of_kinds_once()
+            if name != "qlora":
+                left_out.update(OTHER_FORMATS)
         if name != "lora":
             options["compile_backend"] = "eager"
         if _compares_with_peft(name):

@@ -42,33 +42,41 @@ class Case:
     def method(self) -> Method:
         return registry.method_of_config(self.config)
 
-    def base(self, dtype: torch.dtype = torch.float32, *, quantized: bool = False) -> nn.Module:
-        """Return the family's model, prepared if the method prepares the base. `quantized`: in NF4."""
-        made = _made(self.family, dtype) if self.method.prepare is None else self._prepared(dtype)
-        model = self.family.make().to(dtype) if self.method.prepare is None else copy.deepcopy(made)
+    def base(self, dtype: torch.dtype = torch.float32, *, quant_type: str | None = None) -> nn.Module:
+        """Return the family's model, prepared if the method prepares the base. `quant_type`: quantized before that."""
+        if self.method.prepare is None:
+            model = _model_of(self.family, dtype, quant_type)
+            made = _made(self.family, dtype, quant_type)
+        else:
+            made = self._prepared(dtype, quant_type)
+            model = copy.deepcopy(made)
         known_as(model, made)  # observing each model again would take most of the suite's time
-        if quantized:
-            peftcore.quantize(model)
-            if self.method.prepare is None:
-                known_as(model, _made(self.family, dtype, quantized=True))
         if self.family.before is not None:
             self.family.before(model)
         return model
 
-    def _prepared(self, dtype: torch.dtype) -> nn.Module:
+    def _prepared(self, dtype: torch.dtype, quant_type: str | None) -> nn.Module:
         """Return the family's model as the method prepares it; it is made once, and copied."""
-        if dtype not in self._by_dtype:
-            model = self.family.make().to(dtype)
-            known_as(model, _made(self.family, dtype))
+        if (dtype, quant_type) not in self._made_before:
+            model = _model_of(self.family, dtype, quant_type)
+            known_as(model, _made(self.family, dtype, quant_type))
             peftcore.remove(self.add(model, None, "default"))
             observe(model)
-            self._by_dtype[dtype] = model
+            self._made_before[dtype, quant_type] = model
         torch.manual_seed(0)  # as a copy of the family's model does
-        return self._by_dtype[dtype]
+        return self._made_before[dtype, quant_type]
 
     @cached_property
-    def _by_dtype(self) -> dict[torch.dtype, nn.Module]:
+    def _made_before(self) -> dict[tuple[torch.dtype, str | None], nn.Module]:
         return {}
+
+    def why_not_quantized(self, quant_type: str) -> str | None:
+        """Return why the family's model cannot be quantized to a format, or None if it can."""
+        try:
+            _made(self.family, torch.float32, quant_type)
+        except peftcore.PeftcoreError as refusal:
+            return f"its model cannot be quantized: {refusal}"
+        return None
 
     def unprepared(self) -> nn.Module:
         """Return the family's model before the method prepares it."""
@@ -133,6 +141,12 @@ class Case:
         return logits(self.original, self.inputs())
 
     @cached_property
+    def starts_as_base(self) -> bool:
+        """Whether the adapter changes nothing before training."""
+        found, wanted = logits(self.model(seed=None), self.inputs()), self.base_output
+        return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0, atol=1e-5)
+
+    @cached_property
     def merges(self) -> bool:
         """Whether the method can be merged."""
         try:
@@ -161,12 +175,21 @@ class Case:
 
 
 @cache
-def _made(family: Family, dtype: torch.dtype = torch.float32, *, quantized: bool = False) -> nn.Module:
-    model = family.make().to(dtype)
-    if quantized:
-        known_as(model, _made(family, dtype))
-        peftcore.quantize(model)
+def _made(family: Family, dtype: torch.dtype = torch.float32, quant_type: str | None = None) -> nn.Module:
+    model = _model_of(family, dtype, quant_type)
+    if quant_type is not None:
         observe(model)
+    return model
+
+
+def _model_of(family: Family, dtype: torch.dtype, quant_type: str | None) -> nn.Module:
+    model = family.make().to(dtype)
+    if quant_type is not None:
+        known_as(model, _made(family, dtype))
+        if quant_type == "affine4":
+            peftcore.quantize(model, quant_type, blocksize=32)  # the models' rows are multiples of it
+        else:
+            peftcore.quantize(model, quant_type)
     return model
 
 

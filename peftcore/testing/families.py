@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-EXPERT_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Inputs of layers are multiples of 32, so that each 4-bit format can quantize them.
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+EXPERT_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _VOCABULARY = 96
@@ -58,12 +59,13 @@ class _TokenBatchNorm(nn.BatchNorm1d):
         return super().forward(x.flatten(0, -2)).view_as(x)
 
 
-def tiny_llama(seed: int = 0) -> nn.Module:
+def tiny_llama(seed: int = 0, *, intermediate_size: int = SIZES["intermediate_size"]) -> nn.Module:
     """Return a Llama with 2 layers, hidden size 32, grouped-query attention and vocabulary 96, with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **_HEADS, **_SPECIAL, vocab_size=_VOCABULARY)).eval()
+    sizes = {**SIZES, "intermediate_size": intermediate_size}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **_HEADS, **_SPECIAL, vocab_size=_VOCABULARY)).eval()
 
 
 def _qwen2() -> nn.Module:

@@ -6,6 +6,7 @@ from typing import Any
 
 import processes
 import pytest
+import tiny
 import torch
 from faulty import Gain, check, failed, method_of
 from peftcore_lora import LoraConfig
@@ -14,7 +15,8 @@ from whole import WHOLE
 
 import peftcore
 from peftcore.plugin import StateRules, tensor_name
-from peftcore.testing import check_sharded
+from peftcore.testing import FAMILIES, check_sharded
+from peftcore.testing.case import Case
 from peftcore.testing.suite import APPLIES
 
 FILES = "save and load are bit exact"
@@ -153,3 +155,43 @@ def test_on_ranks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         processes.start_server()
         monkeypatch.setattr("multiprocessing.get_context", lambda method: processes.CONTEXT)
     check_sharded(LoraConfig(r=3))
+
+
+def test_a_base_that_is_computed_with_in_one_format_alone() -> None:
+    """Each format's check detects what the method does with this format, and reports no other."""
+    names = {
+        "nf4": "a quantized base (NF4)",
+        "mxfp4": "a quantized base (MXFP4)",
+        "affine4": "a quantized base (affine4)",
+    }
+
+    for quant_type, name in names.items():
+
+        class Shifts(Gain):
+            def forward(self, base: Any, x: Tensor, quant_type: str = quant_type) -> Tensor:
+                found = getattr(base.module, "quant_type", None)
+                return super().forward(base, x) + float(found == quant_type)
+
+        assert list(failed(method_of(Shifts), *names.values())) == [f"FAILED          {name}"]
+
+
+def test_a_merge_that_dense_weights_alone_have() -> None:
+    class Shifts(Gain):
+        def forward(self, base: Any, x: Tensor) -> Tensor:
+            is_quantized = hasattr(base.module, "quant_type")
+            return super().forward(base, x) + (self.gain - 1) * float(is_quantized)
+
+    (error,) = failed(method_of(Shifts), "a quantized base (affine4)").values()
+    assert "PeftcoreError: " in error and "merge" in error
+
+
+def test_models_that_a_format_cannot_quantize() -> None:
+    """The suite's own models are quantized to each format; of an author's model the check says what is wrong."""
+    names = ("a quantized base (NF4)", "a quantized base (MXFP4)", "a quantized base (affine4)")
+    for family in FAMILIES.values():
+        for quant_type in ("nf4", "mxfp4", "affine4"):
+            assert Case(None, family).why_not_quantized(quant_type) is None
+    nf4, *others = check(method_of(Gain), *names, families=[tiny.llama]).of("llama")[1:]
+    assert nf4.reason is None
+    for result in others:
+        assert result.reason and "its model cannot be quantized: 'model.layers.0.mlp.down_proj' has 48" in result.reason

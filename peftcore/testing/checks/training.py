@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.adaptation.base_modules import base_parameters
 from peftcore.engine import adapter_parameters
-from peftcore.testing.case import Case, first_output, logits, loss_of, optimizer_of, same, train
+from peftcore.testing.case import Case, close, disturb, first_output, logits, loss_of, optimizer_of, same, train
 from peftcore.testing.checks.register import check
 
 
@@ -100,19 +100,51 @@ def gradients_of(model: nn.Module, when: str = "") -> dict[str, Tensor]:
 
 
 @check("a quantized base (NF4)", essential=True)
-def quantized_base(case: Case) -> None:
-    base, inputs = case.base(quantized=True), case.inputs()
-    packed = [p for _, p in base_parameters(base) if p.dtype is torch.uint8]
-    bits, untouched = [p.clone() for p in packed], logits(base, inputs)
-    model = case.add(base, 1, "default")
+def nf4_base(case: Case) -> str | None:
+    return _quantized_base(case, "nf4")
+
+
+@check("a quantized base (MXFP4)", essential=True)
+def mxfp4_base(case: Case) -> str | None:
+    return _quantized_base(case, "mxfp4")
+
+
+@check("a quantized base (affine4)", essential=True)
+def affine4_base(case: Case) -> str | None:
+    return _quantized_base(case, "affine4")
+
+
+def _quantized_base(case: Case, quant_type: str) -> str | None:
+    reason = case.why_not_quantized(quant_type)
+    if reason is not None:
+        return reason
+    base, inputs = case.base(quant_type=quant_type), case.inputs()
+    bits = {name: p.clone() for name, p in base_parameters(base) if p.dtype is torch.uint8}
+    untouched = logits(base, inputs)
+    model = case.add(base, None, "default")
+    if case.starts_as_base:
+        close(logits(model, inputs), untouched, "output at the start")
+    disturb(model, "default", 1)
     loss_of(model, inputs).backward()
     for name, gradient in gradients_of(model).items():
         assert torch.isfinite(gradient).all(), f"the gradient of '{name}' is not finite"
+    acting = logits(model, inputs)
     with tempfile.TemporaryDirectory() as folder:
         peftcore.save(model, folder, adapter="default")
-        fresh = peftcore.load(case.base(quantized=True), folder)
-    same(logits(fresh, inputs), logits(model, inputs), "output after save and load")
+        fresh = peftcore.load(case.base(quant_type=quant_type), folder)
+    same(logits(fresh, inputs), acting, "output after save and load")
+    try:
+        peftcore.merge(model, dtype=torch.float32)
+    except peftcore.PeftcoreError:
+        if case.merges:
+            raise
+    else:
+        close(logits(model, inputs), acting, "merged into dense weights")
+        peftcore.unmerge(model)
+        same(logits(model, inputs), acting, "unmerged")
     peftcore.remove(model, "default")
     same(logits(model, inputs), untouched, "removed")
-    for parameter, before in zip(packed, bits, strict=True):
-        same(parameter, before, "a quantized weight")
+    parameters = dict(base_parameters(model))
+    for name, before in bits.items():
+        same(parameters[name], before, f"the quantized '{name}'")
+    return None

@@ -1,7 +1,5 @@
 """QLoRA passes the conformance suite, on each family of models, which it prepares."""
 
-from unittest import mock
-
 import matrix
 import pytest
 from mixtures import mixture
@@ -9,9 +7,7 @@ from peftcore_qlora import QLoraConfig
 from torch import nn
 
 from peftcore.plugin import MERGE
-from peftcore.testing import CHECKS, COMPILE, Family, check_method
-from peftcore.testing import families as suite_families
-from peftcore.testing.families import families_of
+from peftcore.testing import CHECKS, COMPILE, FAMILIES, check_method
 
 EXCUSED = {MERGE: "quantizing again loses the adapter; merge measures that and refuses"}
 
@@ -25,17 +21,6 @@ def gpt_oss() -> nn.Module:
     return mixture("gpt_oss")
 
 
-def of_whole_blocks() -> list[Family]:
-    """Return the suite's families with multiples of 32 inputs in all layers, as MXFP4 and affine4 need."""
-    sizes = mock.patch.dict(suite_families.SIZES, intermediate_size=64)
-    expert_sizes = mock.patch.dict(suite_families.EXPERT_SIZES, moe_intermediate_size=32)
-    with sizes, expert_sizes:
-        families = list(suite_families.make_families().values())
-        for family in families:
-            family.make()
-    return families
-
-
 @pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.parametrize("quant_type", ["mxfp4", "nvfp4", "affine4"])
@@ -44,5 +29,4 @@ def test_conformance_in_each_format(quant_type: str) -> None:
     options = {"blocksize": 32} if quant_type == "affine4" else {}
     config = QLoraConfig(r=4, lora_alpha=1, quant_type=quant_type, **options)
     checks = [check for check in CHECKS if check != COMPILE]
-    families = [*of_whole_blocks(), *families_of([gpt_oss])]
-    check_method(config, families=families, checks=checks, not_applicable=EXCUSED)
+    check_method(config, families=[*FAMILIES, gpt_oss], checks=checks, not_applicable=EXCUSED)
