@@ -40,9 +40,10 @@ from peftcore.quantization.divided_linear import (
 from peftcore.quantization.format import FORMATS, from_tensors, quantized
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
-from peftcore.quantization.packed_experts import is_turned, pack_experts, unpack_experts
+from peftcore.quantization.packed_experts import pack_experts, unpack_experts
 from peftcore.quantization.parameters import PackedParameters, packed_codes, refuse_non_finite
 from peftcore.quantization.quant_types import (
+    check_rows,
     dequantize_by_plugin,
     find_type,
     quantize_by_plugin,
@@ -50,7 +51,7 @@ from peftcore.quantization.quant_types import (
     warn_of_experts,
 )
 from peftcore.quantization.quantizable import selected, selected_experts, warn_of_dense
-from peftcore.targets import is_conv1d, sizes
+from peftcore.targets import is_conv1d
 from peftcore.targets.coverage import LITTLE, coverage
 from peftcore.validation import shown
 from peftcore.weight_formats import find_weight_format
@@ -135,7 +136,7 @@ def quantize(
         for name in names:
             _check_parameter(path, model.get_submodule(path), name)
     if plugin is CORE and FORMATS[quant_type].rows_are_blocks:
-        _check_rows(model, quant_type, blocksize, chosen, experts)
+        check_rows(model, quant_type, blocksize, chosen, experts, skip)
     with left_as_it_is(model):
         if skip is None:
             reached = [(path, name) for path, names in experts.items() for name in names]
@@ -355,32 +356,6 @@ def _check_parameter(path: str, module: nn.Module, parameter: str, part: HeldPar
         return
     if not weight.is_meta:
         refuse_non_finite(weight.detach(), name)
-
-
-def _check_rows(
-    model: nn.Module,
-    quant_type: str,
-    blocksize: int,
-    layers: Mapping[str, nn.Module],
-    experts: Mapping[str, Mapping[str, int]],
-) -> None:
-    """Raise a PeftcoreError for weights whose rows along the input dimension are not whole blocks."""
-    found = [(path, sizes(layer)[0]) for path, layer in layers.items()]
-    for path, names in experts.items():
-        module = model.get_submodule(path)
-        across = -2 if is_turned(module, quant_type) else -1
-        found += [(f"{path}.{name}" if path else name, module.get_parameter(name).shape[across]) for name in names]
-    wrong = [(name, size) for name, size in found if size % blocksize]
-    if wrong:
-        raise PeftcoreError(
-            f"'{wrong[0][0]}' has {wrong[0][1]} inputs, but {quant_type} needs a multiple of {blocksize}; so have "
-            f"{len(wrong)} weights. Leave them dense: skip=[...], or choose nf4"
-        )
-    for path, names in experts.items():
-        module = model.get_submodule(path)
-        for name in names:
-            one = module.get_parameter(name)[:1].detach().to("meta")
-            FORMATS[quant_type].quantize(one.mT if is_turned(module, quant_type) else one, blocksize, False)
 
 
 def _is_bnb(module: nn.Module) -> bool:

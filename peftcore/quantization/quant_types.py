@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from torch import nn
 from peftcore.errors import PeftcoreError, PluginError, warn
 from peftcore.layers import is_conv1d
 from peftcore.method import WeightFormat
+from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.plugin_discovery import Plugin
-from peftcore.quantization.format import QUANT_TYPES
+from peftcore.quantization.format import FORMATS, QUANT_TYPES
+from peftcore.quantization.packed_experts import is_turned
+from peftcore.quantization.quantizable import with_skipped
 from peftcore.registry import registry
+from peftcore.targets import sizes
 from peftcore.validation import shown
 
 
@@ -45,6 +50,40 @@ def refuse_options(quant_type: str, double_quant: bool, blocksize: int, compute_
         f"quant_type='{quant_type}' takes no double_quant, blocksize or compute_dtype, found {double_quant}, "
         f"{shown(blocksize)} and {compute_dtype}. Leave them out, or choose one of: {', '.join(QUANT_TYPES)}"
     )
+
+
+def check_rows(
+    model: nn.Module,
+    quant_type: str,
+    blocksize: int,
+    layers: Mapping[str, nn.Module],
+    experts: Mapping[str, Mapping[str, int]],
+    skip: Sequence[str] | None,
+) -> None:
+    """Raise a PeftcoreError for weights whose rows along the input dimension are not whole blocks."""
+    found = [(path, sizes(layer)[0]) for path, layer in layers.items()]
+    for path, names in experts.items():
+        module = model.get_submodule(path)
+        across = -2 if is_turned(module, quant_type) else -1
+        found += [(f"{path}.{name}" if path else name, module.get_parameter(name).shape[across]) for name in names]
+    wrong = {name: size for name, size in found if size % blocksize}
+    if wrong:
+        name, size = next(iter(wrong.items()))
+        common = math.gcd(*(size for _, size in found))
+        fitting = common & -common  # the largest power of two that divides all
+        ways = [f"choose blocksize={fitting}"] if MIN_BLOCKSIZE <= fitting < blocksize else []
+        if len(wrong) < len(found):
+            ways.append(f"leave {len(wrong)} of {len(found)} weights dense: skip={with_skipped(model, skip, wrong)}")
+        ways.append("choose nf4")
+        raise PeftcoreError(
+            f"'{name}' has {size} inputs, but {quant_type} needs a multiple of {blocksize}. To quantize "
+            f"{type(model).__name__}, {', or '.join(ways)}"
+        )
+    for path, names in experts.items():
+        module = model.get_submodule(path)
+        for name in names:
+            one = module.get_parameter(name)[:1].detach().to("meta")
+            FORMATS[quant_type].quantize(one.mT if is_turned(module, quant_type) else one, blocksize, False)
 
 
 def warn_of_experts(names: list[str], quant_type: str) -> None:

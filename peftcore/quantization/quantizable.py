@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
@@ -220,9 +220,7 @@ def _skipped(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
         raise PeftcoreError(f"skip must be a list of module names, found the string {skip!r}. Use skip=[{skip!r}]")
     if skip is None:
         return default_skip(model)
-    names = []
-    for path, module in base_modules(model):
-        names += [path, *(f"{path}.{name}" if path else name for name in expert_parameters(module))]
+    names = _names(model)
     found = []
     for pattern in skip:
         paths = [path for path in names if matches(pattern, path)]
@@ -231,3 +229,20 @@ def _skipped(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
             raise PeftcoreError(f"skip: '{pattern}' matches no module{nearest(pattern, parts)}")
         found += paths
     return found
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Return the paths of modules and of experts' parameters, which `skip` selects from."""
+    names = []
+    for path, module in base_modules(model):
+        names += [path, *(f"{path}.{name}" if path else name for name in expert_parameters(module))]
+    return names
+
+
+def with_skipped(model: nn.Module, skip: Sequence[str] | None, more: Collection[str]) -> list[str]:
+    """Return a `skip` that leaves `more` paths dense, too, by their last parts where these select nothing else."""
+    names, found = _names(model), list(default_skip(model) if skip is None else skip)
+    for path in more:
+        part = path.rpartition(".")[2]
+        found.append(part if all(other in more for other in names if matches(part, other)) else path)
+    return list(dict.fromkeys(found))

@@ -6,6 +6,7 @@ must give the answer of the row alone where it does so without the adapter; a st
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import re
@@ -25,6 +26,7 @@ from census import prompts
 from census.case import Case, Wrong, distance, gradients, run, same, tensors
 from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.engine import adapter_modules, adapter_parameters, applied
+from peftcore.quantization import default_skip
 from peftcore.testing import disturb
 
 PROMPTS = ("prompt-tuning", "prefix-tuning")
@@ -32,12 +34,19 @@ IMAGES = ", images"  # behind the name of one of these: with images beside text
 FIELDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2},
     "qlora": {"r": 2, "target_modules": "all-linear"},
+    "qlora-mxfp4": {"r": 2, "target_modules": "all-linear"},
+    "qlora-affine4": {"r": 2, "target_modules": "all-linear"},
     "bitfit": {},
     "adapter": {},
     "prompt-tuning": {"num_virtual_tokens": prompts.VIRTUAL},
     "prefix-tuning": {"num_virtual_tokens": prompts.VIRTUAL},
 }
-START_IS_BASE = ("lora", "qlora", "bitfit", "adapter")  # before training they compute what the base computes
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "qlora": {},
+    "qlora-mxfp4": {"quant_type": "mxfp4"},
+    "qlora-affine4": {"quant_type": "affine4", "blocksize": 32},
+}
+START_IS_BASE = ("lora", *QUANTIZATIONS, "bitfit", "adapter")  # before training they compute what the base computes
 EXACT, ADVISED, REFUSED, WRONG, CRASH = "exact", "advised", "refused", "wrong", "crash"
 
 
@@ -74,6 +83,9 @@ def _advice(found: Outcome) -> tuple[dict[str, Any], bool]:
         return {}, False
     modules = re.search(r"Name the modules: ('[^']+'(?:, '[^']+')*)", found.why) if "all-linear" in found.why else None
     fields = {"target_modules": re.findall("'([^']+)'", modules[1])} if modules else {}
+    skip = re.search(r"leave \d+ of \d+ weights dense: skip=(\[[^\]]*\])", found.why)
+    if skip is not None:
+        fields["skip"] = ast.literal_eval(skip[1])
     if "add_missing=True gives" in found.why:
         fields["add_missing"] = True
     return fields, "model.enable_input_require_grads()" in found.why
@@ -103,14 +115,16 @@ def _steps(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     model, base = case.model(), case.base
     outputs = case.outputs
-    if method == "qlora":
-        base = peftcore.quantize(case.model(), skip=_quantization_skip(case.model()))
+    if method in QUANTIZATIONS:
+        skip = fields.get("skip", default_skip(model))
+        base = peftcore.quantize(case.model(), skip=skip, **QUANTIZATIONS[method])
         outputs = run(base, case.inputs)
     kept = {name: value.detach().clone() for name, value in base.state_dict().items()}
 
     def apply() -> None:
         torch.manual_seed(7)
-        peftcore.apply(model, method, **fields)
+        name = "qlora" if method in QUANTIZATIONS else method
+        peftcore.apply(model, name, **QUANTIZATIONS.get(method, {}), **fields)
 
     def start() -> None:
         found = run(model, case.inputs)
@@ -162,7 +176,7 @@ def _steps(
 
     def merged() -> None:
         try:
-            peftcore.merge(model, **({"dtype": torch.float32} if method == "qlora" else {}))
+            peftcore.merge(model, **({"dtype": torch.float32} if method in QUANTIZATIONS else {}))
         except peftcore.PeftcoreError as error:
             return notes.append(f"merge: {error}")
         found = run(model, case.inputs)
@@ -199,12 +213,6 @@ def _steps(
         yield "padding", lambda: prompts.padding(case, model, notes)
         yield "cache", lambda: prompts.cache(case, model, notes)
     yield "remove", removed
-
-
-def _quantization_skip(model: nn.Module) -> list[str] | None:
-    from peftcore.quantization import default_skip
-
-    return list(default_skip(model))
 
 
 def _reached(model: nn.Module, case: Case) -> dict[str, list[str]]:

@@ -32,7 +32,7 @@ _RULES: list[tuple[str, Any]] = [
     (r"(.*_)?(n_?heads?|num_heads|attention_heads|num_attention_heads|self_attn_heads)", lambda v: min(v, HEADS)),
     (r"(.*_)?(head_dim|d_kv|dim_head|d_head|attention_head_size|kv_channels)", lambda v: min(v, 8)),
     (r"(.*_)?(intermediate_size|intermediate_dim|ffn_dim|d_ff|mlp_dim|ffn_hidden_size|d_inner|mlp_hidden_size|dff|dim_ff|"
-     r"dim_feedforward|feedforward_dim|feed_forward_size|linear_units|intermediate_size_mlp)", lambda v: v and 48),
+     r"dim_feedforward|feedforward_dim|feed_forward_size|linear_units|intermediate_size_mlp)", lambda v: v and 64),
     (r"((.*_)?(num_hidden_layers|num_layers|n_layers?|encoder_layers|decoder_layers|depth|[lxr]_layers|blocks?_layers)"
      r"|num_(encoder|decoder|hidden)_layers|layers|.*_num_layers|(num|n)_(\w+_)?layers)", lambda v: min(v, LAYERS)),
     (r"(.*_)?(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_size|embedding_dim|projection_dim|emb_dim|"

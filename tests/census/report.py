@@ -37,6 +37,7 @@ _CHECKED = """## What is checked
   would get one.
 - `disabled()` gives the base's outputs. After saving and loading, merging and unmerging, and removing, the outputs are
   as before; removal restores every tensor of the base bit for bit.
+- `qlora` quantizes to NF4, `qlora-mxfp4` and `qlora-affine4` to these formats, in blocks of 32.
 - A prompt that consists of a token's vectors equals that token. Padding before a row changes nothing where it changes
   nothing in the base. Each step of generation equals one forward of all tokens so far.
 - Outputs are equal if they differ by at most 2e-6 of the largest value, or of 1 if that is less, since the order of

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import tiny
 import torch
 from mixtures import INPUTS as TOKENS
 from mixtures import mixture
@@ -24,6 +27,7 @@ from peftcore.ops.weight import PackedWeight
 from peftcore.quantization import QuantizedLinear, quantized_experts, quantized_layers
 from peftcore.quantization.convert import convert
 from peftcore.quantization.format import from_tensors, to_tensors
+from peftcore.testing import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -264,6 +268,32 @@ def test_rows_that_are_not_whole_blocks_are_refused(form: Format) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=message):
         quantized(form, model)
     assert type(model[0]) is nn.Linear
+
+
+def test_what_a_refusal_of_rows_says_to_do_works() -> None:
+    """`skip` also names what stays dense without it, and paths where a name would also select other layers."""
+
+    def mixed() -> nn.Module:
+        model = tiny.llama()
+        model.model.layers[0].mlp = tiny_llama().model.layers[0].mlp
+        return model
+
+    for make, last in ((tiny.llama, "down_proj"), (mixed, "model.layers.1.mlp.down_proj")):
+        with pytest.raises(peftcore.PeftcoreError, match=r"To quantize Llama\w+, leave \d of 14 ") as refused:
+            peftcore.quantize(make(), "mxfp4")
+        skip = ast.literal_eval(re.search(r"skip=(\[.*?\])", str(refused.value))[1])
+        assert skip == ["lm_head", last]
+        model = peftcore.quantize(make(), "mxfp4", skip=skip)
+        dense = {path for path, each in model.named_modules() if is_dense(each)}
+        assert dense == {"lm_head", *(path for path, _ in model.named_modules() if path.endswith(last))}
+
+    with pytest.raises(peftcore.PeftcoreError, match="To quantize LlamaForCausalLM, choose blocksize=32, or "):
+        peftcore.quantize(tiny_llama(), "affine4")
+    peftcore.quantize(tiny_llama(), "affine4", blocksize=32)
+
+
+def is_dense(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
 
 
 def test_a_checkpoint_weight_becomes_a_layer() -> None:
