@@ -32,6 +32,7 @@ class Cost(NamedTuple):
         products: Number of such products; those of experts differ in their shapes.
         narrow: Smallest of a product's rows, inner dimension and columns.
         low_rank: Floating-point operations of adapters within `flops`, with the smallest dimension of their products.
+        masked: Operations of causal attention beyond `flops`, on keys that a mask hides within a block.
         unpacked: Number of values of a 4-bit weight that are read.
         widened: Whether a CPU multiplies by this frozen weight with `ops.dense_linear`, which meta tensors do not
             reach.
@@ -45,22 +46,24 @@ class Cost(NamedTuple):
     dtype: str = ""
     narrow: int = 0
     low_rank: tuple[float, int] = (0.0, 0)
+    masked: float = 0.0
     unpacked: int = 0
     widened: bool = False
 
 
 FREE = Cost()
+_BLOCKS = {"torch": 512, "ours": 64}  # keys that attention on a CPU takes together
 
 
 def cost(operator: Any, args: tuple[Any, ...], output: Any, overhead: Overhead) -> Cost:
     """Return the cost of an operator on a machine with this overhead."""
     name = operator._schema.name
     if name.startswith("peftcore::attention"):
-        return Cost(_attention(operator, args))
+        return _attention(operator, args, _BLOCKS["ours"])
     if name.startswith("peftcore::"):
         return _with_scratch(_ours(operator, args), overhead)
     if name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
-        return Cost(_attention(operator, args))
+        return _attention(operator, args, _BLOCKS["torch"])
     formula = flop_registry.get(operator.overloadpacket)
     if formula is None:
         return FREE
@@ -92,13 +95,16 @@ def kept(costs: Sequence[Cost], overhead: Overhead) -> int:
     return max((each.kept for each in costs), default=0) + overhead.for_shapes(counts)
 
 
-def _attention(operator: Any, args: tuple[Any, ...]) -> float:
-    """Return the operations of attention on a CPU: scores and their product with values, or the three gradients."""
+def _attention(operator: Any, args: tuple[Any, ...], block: int) -> Cost:
+    """Return the cost of attention on a CPU: scores and their product with values, or the three gradients."""
     given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
     query, key, value = (given[name] if name in given else given[name[0]] for name in ("query", "key", "value"))
     forward = 2.0 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-    causal = 0.5 if given.get("is_causal", given.get("causal", False)) else 1.0
-    return forward * causal * (2.5 if "grad_out" in given or "grad" in given else 1.0)
+    whole = forward * (2.5 if "grad_out" in given or "grad" in given else 1.0)
+    if not given.get("is_causal", given.get("causal", False)):
+        return Cost(whole)
+    blocks = -(-key.shape[-2] // block)
+    return Cost(0.5 * whole, masked=whole * ((blocks + 1) / (2 * blocks) - 0.5))
 
 
 def _transposed(matrix: Tensor) -> bool:

@@ -16,6 +16,7 @@ from peftcore.estimating.losses import Call, Own
 from peftcore.observation import detect
 from peftcore.ops import PackedWeight
 from peftcore.ops.cross_entropy import BLOCK_CLASSES, BLOCK_ROWS, has_blocks
+from peftcore.ops.dense_linear import FASTER
 
 
 def _multiply_blocks(x: Tensor, weight: Tensor) -> None:
@@ -35,6 +36,7 @@ class _Pieces(torch.autograd.Function):
         weight: Any = operands(x)[0] if operands is not None else head.weight
         size = ops.rows_in_piece(int(weight.shape[0]), x.dtype, device)
         rows, grad = x.new_empty((3, len(x)), dtype=torch.float32), torch.zeros_like(x)
+        on_cpu = device.type == "cpu"
         blocks = isinstance(weight, Tensor) and has_blocks(x.dtype, device)
         if blocks:
             _multiply_blocks(x, weight.to(x.dtype))
@@ -45,8 +47,10 @@ class _Pieces(torch.autograd.Function):
                 tensors, packing = weight.operands()
                 grad[first : first + size] = torch.ops.peftcore.linear_4bit_backward(logits, tensors, packing)
             else:
-                logits = F.linear(some, weight.to(x.dtype)).exp_()
-                grad[first : first + size] = logits @ weight.to(x.dtype)
+                dense_weight = weight.to(x.dtype)
+                multiply = torch.ops.peftcore.dense_linear if x.dtype in FASTER and on_cpu else F.linear
+                logits = multiply(some, dense_weight).exp_()
+                grad[first : first + size] = multiply(logits, dense_weight.t())
             del logits
         ctx.save_for_backward(x, grad, *dense)
         ctx.device = device

@@ -1,6 +1,7 @@
 """Rates of this machine for the operators of a step, measured once in a few seconds and kept in a file.
 
     an operator   max(operations / rate of such products, elements x seconds of one, bytes / bandwidth) + a call
+    a product     operations / rate + what reading its operands takes longer than from the cache
     a step        the sum over its operators, and a page fault for each page that the system maps again
 
 The rate of a product depends on the dtype, the layout (a CPU without bf16 instructions multiplies x Wᵀ ten times as
@@ -35,7 +36,7 @@ _TYPES = {HALF: torch.bfloat16, SINGLE: torch.float32}
 _LAYOUTS = (PLAIN, TRANSPOSED, OUTER)
 _NARROW = (1, 8, 32, 128, 512)
 _SIZES = (1 << 18, 1 << 21, 1 << 24, 1 << 27)  # bytes
-_ROWS, _INNER = 512, 1024
+_ROWS, _INNER, _RANK = 512, 1024, 32
 _OTHERS = "aten::add"  # for operators without a rate of their own
 
 
@@ -45,7 +46,9 @@ class Rates(NamedTuple):
     Args:
         products: (narrowest dimension, operations per second) by dtype and layout.
         dense: Operations per second of (x Wᵀ, dy W) in peftcore's operators over a dense weight, by dtype.
-        attention: Operations per second of (forward, backward) by dtype.
+        low_rank: Operations per second of adapters in (x Wᵀ, dy W) of these operators, by dtype.
+        attention: Operations per second of PyTorch's (forward, backward) by dtype.
+        fused: Operations per second of peftcore's attention (forward, backward) by dtype.
         packed: (seconds per value of a 4-bit weight, operations per second) by dtype.
         elements: Seconds per element, by dtype and operator.
         bandwidth: (bytes moved, bytes per second).
@@ -55,7 +58,9 @@ class Rates(NamedTuple):
 
     products: dict[str, dict[str, tuple[tuple[int, float], ...]]]
     dense: dict[str, tuple[float, float]]
+    low_rank: dict[str, tuple[float, float]]
     attention: dict[str, tuple[float, float]]
+    fused: dict[str, tuple[float, float]]
     packed: dict[str, tuple[float, float]]
     elements: dict[str, dict[str, float]]
     bandwidth: tuple[tuple[int, float], ...]
@@ -74,20 +79,25 @@ class Rates(NamedTuple):
         name = operation.name if operation.name in elements else operation.name.removesuffix("_")
         size = operation.moved
         worked = size / _between(self.bandwidth, size)
-        if cost.flops:
-            if "attention" in operation.name:
-                worked = max(worked, cost.flops / self.attention[kind][backward])
-            elif cost.unpacked:
+        if cost.flops and "attention" in operation.name:
+            rate = (self.fused if mine else self.attention)[kind][backward]
+            worked = max(worked, (cost.flops + cost.masked) / rate)
+        elif cost.flops:
+            cached = size / self.bandwidth[0][1]
+            if cost.unpacked:
                 of_a_value, rate = self.packed[kind]
-                worked = max(worked, (cost.flops - cost.low_rank[0]) / rate + cost.unpacked * of_a_value)
+                taken = (cost.flops - cost.low_rank[0]) / rate + cost.unpacked * of_a_value
             else:
                 layout = cost.product[3] if cost.product is not None else TRANSPOSED
                 rate = _between(self.products[kind][layout], cost.narrow or _NARROW[-1])
                 if mine or cost.widened:
                     rate *= self.dense[kind][backward] / self.products[kind][layout][-1][1]
-                worked = max(worked, (cost.flops - cost.low_rank[0]) / rate)
-            if cost.low_rank[0]:  # computed in 32 bits
+                taken = (cost.flops - cost.low_rank[0]) / rate
+            worked += max(0.0, taken - cached)  # rates are of operands in the cache
+            if cost.low_rank[0] and cost.unpacked:  # computed in 32 bits
                 worked += cost.low_rank[0] / _between(self.products[SINGLE][TRANSPOSED], cost.low_rank[1])
+            elif cost.low_rank[0]:
+                worked += cost.low_rank[0] / self.low_rank[kind][backward]
         else:
             worked = max(worked, operation.elements * elements.get(name, elements[_OTHERS]))
         return operation.times * (worked + call)
@@ -100,7 +110,9 @@ def read(found: Mapping[str, Any]) -> Rates:
         KeyError, TypeError, ValueError: The entry has another format.
     """
     made = Rates(**found)
-    by_type: tuple[Mapping[str, Any], ...] = (made.products, made.dense, made.attention, made.packed, made.elements)
+    by_type: tuple[Mapping[str, Any], ...] = (
+        made.products, made.dense, made.low_rank, made.attention, made.fused, made.packed, made.elements,
+    )  # fmt: skip
     if any(each.keys() != _TYPES.keys() for each in by_type) or not made.bandwidth:
         raise ValueError("rates of other types")
     if any(set(tables) != set(_LAYOUTS) or not all(tables.values()) for tables in made.products.values()) or not all(
@@ -112,13 +124,19 @@ def read(found: Mapping[str, Any]) -> Rates:
             kind: {layout: tuple((int(n), float(r)) for n, r in rows) for layout, rows in tables.items()}
             for kind, tables in made.products.items()
         },
-        dense={kind: (float(a), float(b)) for kind, (a, b) in made.dense.items()},
+        dense=_pairs(made.dense),
+        low_rank=_pairs(made.low_rank),
         bandwidth=tuple((int(n), float(r)) for n, r in made.bandwidth),
-        attention={kind: (float(a), float(b)) for kind, (a, b) in made.attention.items()},
-        packed={kind: (float(a), float(b)) for kind, (a, b) in made.packed.items()},
+        attention=_pairs(made.attention),
+        fused=_pairs(made.fused),
+        packed=_pairs(made.packed),
         fresh=float(made.fresh),
         calls={name: float(made.calls[name]) for name in ("forward", "backward", "ours")},
     )
+
+
+def _pairs(found: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    return {kind: (float(a), float(b)) for kind, (a, b) in found.items()}
 
 
 def _between(table: Sequence[tuple[int, float]], at: int) -> float:
@@ -156,12 +174,14 @@ def measure() -> Rates:
                 for kind, dtype in _TYPES.items()
             }
             dense = {kind: _dense(dtype) for kind, dtype in _TYPES.items()}
+            low_rank = {kind: _low_rank(dtype, dense[kind]) for kind, dtype in _TYPES.items()}
             packed = {kind: _packed(dtype) for kind, dtype in _TYPES.items()}
+            fused = {kind: _fused(dtype) for kind, dtype in _TYPES.items()}
             attention = {kind: _attention(dtype) for kind, dtype in _TYPES.items()}
             elements = {kind: _elements(dtype) for kind, dtype in _TYPES.items()}
             bandwidth = tuple((size, _bandwidth(size)) for size in _SIZES)
             fresh = _fresh()
-        return Rates(products, dense, attention, packed, elements, bandwidth, fresh, _calls())
+        return Rates(products, dense, low_rank, attention, fused, packed, elements, bandwidth, fresh, _calls())
 
 
 def _product(narrow: int, layout: str, dtype: torch.dtype) -> float:
@@ -179,6 +199,14 @@ def _dense(dtype: torch.dtype) -> tuple[float, float]:
     """Return operations per second of x Wᵀ and dy W in peftcore's operators over a dense weight."""
     forward, backward = (2 * _ROWS * _INNER**2 / fastest(call) for call in over_dense(_ROWS, _INNER, dtype))
     return forward, backward
+
+
+def _low_rank(dtype: torch.dtype, dense: tuple[float, float]) -> tuple[float, float]:
+    """Return operations per second of what an adapter of rank 32 adds to these operators, at most those of W."""
+    flops = 4.0 * _ROWS * _INNER * _RANK
+    forward, backward = (fastest(call) for call in over_dense(_ROWS, _INNER, dtype, _RANK))
+    more = [taken - 2 * _ROWS * _INNER**2 / rate for taken, rate in zip((forward, backward), dense, strict=True)]
+    return min(dense[0], flops / max(more[0], 1e-9)), min(dense[1], 2 * flops / max(more[1], 1e-9))
 
 
 def _packed(dtype: torch.dtype) -> tuple[float, float]:
@@ -211,12 +239,25 @@ def _attention(dtype: torch.dtype) -> tuple[float, float]:
     return flops / forward, 2.5 * flops / backward
 
 
+def _fused(dtype: torch.dtype) -> tuple[float, float]:
+    """Return operations per second of peftcore's attention."""
+    batch, heads, length, size = 1, 8, 256, 64
+    q, k, v = (torch.randn(batch, heads, length, size, dtype=dtype) for _ in range(3))
+    made, sums = ours.attention(q, k, v, None, False, 0.125)
+    forward = fastest(lambda: ours.attention(q, k, v, None, False, 0.125))
+    backward = fastest(lambda: ours.attention_backward(made, q, k, v, made, sums, None, False, 0.125))
+    flops = 4 * batch * heads * length**2 * size
+    return flops / forward, 2.5 * flops / backward
+
+
 def _elements(dtype: torch.dtype) -> dict[str, float]:
     x, y = torch.randn(1024, 1024, dtype=dtype), torch.rand(1024, 1024, dtype=dtype)
     of_heads = x.view(16, 64, 16, 64).transpose(1, 2)
     wide, row = x.view(8, -1), torch.ones(1024, dtype=dtype)
     mean, deviation = torch.zeros(1024, 1, dtype=dtype), torch.ones(1024, 1, dtype=dtype)
-    labels = torch.zeros(8, dtype=torch.long)
+    labels, seed = torch.zeros(8, dtype=torch.long), torch.zeros((), dtype=torch.long)
+    silu, gelu = (1.0, 0.0), (0.8, 0.036)  # numbers of the formulas
+    scale = ours.rms_norm(x, row, 1e-5, 0.0, True)[1]
     other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
     z = y.to(other)
     calls: dict[str, Callable[[], object]] = {
@@ -250,6 +291,13 @@ def _elements(dtype: torch.dtype) -> dict[str, float]:
         "aten::sqrt": lambda: y.sqrt(),
         "aten::div": lambda: x / y,
         "aten::fill": lambda: x.clone().zero_(),
+        "peftcore::gated": lambda: ours.gated(x, y, *silu),
+        "peftcore::gated_backward": lambda: ours.gated_backward(x, y, x, *silu),
+        "peftcore::activated": lambda: ours.activated(x, False, *gelu),
+        "peftcore::activated_backward": lambda: ours.activated_backward(y, x, False, *gelu),
+        "peftcore::rms_norm": lambda: ours.rms_norm(x, row, 1e-5, 0.0, True),
+        "peftcore::rms_norm_backward": lambda: ours.rms_norm_backward(y, x, row, scale, 0.0, True, (True, False)),
+        "peftcore::dropout": lambda: ours.dropout(x, 0.1, seed),
     }
     size = {"aten::cat": 2}
     return {name: fastest(call) / x.numel() / size.get(name, 1) for name, call in calls.items()}

@@ -226,7 +226,9 @@ def test_draws_nothing() -> None:
         ({"shard": {"adapter": "shard"}}, "shard: 'adapter' is not followed .nearest: 'adapter_placement'"),
         ({"shard": {"adapter_placement": "both"}}, "shard: adapter_placement must be one of .* found 'both'"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be None or one of bf16, fp16, found 'fp8'"),
-        ({"loss": "dpp"}, "loss must be None or one of sft, dpo, kto, found 'dpp' .nearest: 'dpo'"),
+        ({"loss": "dpp"}, "loss must be None or one of sft, dpo, kto, pairs, triplets, found 'dpp' .nearest: 'dpo'"),
+        ({"example": {"input_ids": torch.ones(2, 3)}}, r"input_ids \[1, length\], found \[2, 3\]"),
+        ({"example": {"pixel_values": torch.ones(1, 3)}}, r"input_ids \[1, length\], found None"),
         ({"quantize": "int3"}, "quant_type='int3' is not known"),
     ],
 )

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+import peftcore
 from peftcore import ops
 from peftcore.estimating import costs, overhead, rates
 from peftcore.estimating.costs import Cost
 from peftcore.estimating.devices import Device
 from peftcore.estimating.following import Operation
 from peftcore.estimating.overhead import OUTER, PLAIN, TRANSPOSED
+from peftcore.ops.dense_linear import FASTER
 
 HALVES, SINGLES = ((8, 10.0), (512, 1000.0)), ((8, 1.0), (512, 100.0))
 MADE = rates.Rates(
@@ -21,9 +24,11 @@ MADE = rates.Rates(
         "single": dict.fromkeys((PLAIN, TRANSPOSED, OUTER), SINGLES),
     },
     dense={"half": (500.0, 80.0), "single": (100.0, 50.0)},
+    low_rank={"half": (20.0, 10.0), "single": (4.0, 2.0)},
     attention={"half": (50.0, 40.0), "single": (5.0, 4.0)},
+    fused={"half": (100.0, 80.0), "single": (10.0, 8.0)},
     packed={"half": (2.0, 200.0), "single": (3.0, 100.0)},
-    elements={"half": {"aten::add": 0.5}, "single": {"aten::add": 1.0, "aten::gelu": 4.0}},
+    elements={"half": {"aten::add": 0.5}, "single": {"aten::add": 1.0, "aten::gelu": 4.0, "peftcore::gated": 3.0}},
     bandwidth=((64, 32.0), (1024, 8.0)),
     fresh=0.25,
     calls={"forward": 0.125, "backward": 0.0625, "ours": 0.5},
@@ -51,7 +56,14 @@ def of(name: str, cost: Cost | None = None, phase: str = "forward", **more: int)
         (of("aten::mm", Cost(1000.0, narrow=4), "backward"), 1000.0 + 0.0625),
         (of("aten::attention", Cost(1000.0)), 200.0 + 0.125),
         (of("aten::attention_backward", Cost(1000.0), "backward"), 250.0 + 0.0625),
-        (of("peftcore::linear", Cost(1100.0, narrow=512, low_rank=(100.0, 8))), 10.0 + 100.0 + 0.5),
+        (of("aten::attention", Cost(1000.0, masked=500.0)), 300.0 + 0.125),
+        (of("peftcore::attention", Cost(1000.0)), 100.0 + 0.5),
+        (of("peftcore::attention_backward", Cost(1000.0), "backward"), 125.0 + 0.5),
+        (of("peftcore::gated"), 6.0 + 0.5),
+        (of("aten::mm", Cost(102400.0, narrow=512), moved=4096), 1024.0 + (512.0 - 128.0) + 0.125),  # W is not cached
+        (of("peftcore::linear", Cost(1100.0, narrow=512, low_rank=(100.0, 8))), 10.0 + 100.0 / 4 + 0.5),
+        (of("peftcore::linear", Cost(1100.0, narrow=512, low_rank=(100.0, 8)), "backward"), 20.0 + 100.0 / 2 + 0.5),
+        (of("peftcore::linear_4bit", Cost(1100.0, narrow=512, unpacked=7, low_rank=(100.0, 8))), 131.0 + 0.5),
         (of("peftcore::linear_4bit", Cost(1000.0, narrow=512, unpacked=7)), 10.0 + 21.0 + 0.5),
     ],
 )
@@ -84,6 +96,29 @@ def test_an_output_head_of_peftcore_s_is_a_product() -> None:
     assert found == Cost(2 * 6 * 20 * 8, narrow=6)
     operation = Operation("peftcore::dense_linear", "", "forward", found._replace(narrow=512), moved=8, halves=True)
     assert MADE.seconds(operation) == pytest.approx(1920 / 500 + 0.5)
+
+
+@pytest.mark.parametrize(("keys", "torch_share", "share"), [(64, 1.0, 1.0), (128, 1.0, 0.75), (1024, 0.75, 0.53125)])
+def test_causal_attention_computes_whole_blocks(keys: int, torch_share: float, share: float) -> None:
+    """Of 512 keys in PyTorch, of 64 in peftcore; the operations that are reported are half of all."""
+    q = torch.empty(1, 2, keys, 8, device="meta")
+    whole = 4.0 * 2 * keys * keys * 8
+    theirs = costs.cost(
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, (q, q, q, 0.0, True), q, overhead.NONE
+    )
+    mine = costs.cost(torch.ops.peftcore.attention.default, (q, q, q, None, True, 0.1), q, overhead.NONE)
+    assert theirs.flops == mine.flops == whole / 2
+    assert (theirs.flops + theirs.masked, mine.flops + mine.masked) == (torch_share * whole, share * whole)
+    assert costs.cost(torch.ops.peftcore.attention.default, (q, q, q, None, False, 0.1), q, overhead.NONE).masked == 0
+
+
+@pytest.mark.skipif(torch.float32 not in FASTER, reason="PyTorch multiplies fp32 as fast")
+def test_the_head_of_a_loss_without_logits_is_multiplied_by_peftcore() -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1, vocab_size=96
+    )
+    found = peftcore.estimate(config, "lora", batch_size=2, length=16, lazy_logits=True)
+    assert sum(operation.name == "peftcore::dense_linear" for operation in found.operations) == 2
 
 
 def test_frozen_weights_are_widened_where_the_processor_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +172,7 @@ def test_what_is_measured_is_kept_in_json(monkeypatch: pytest.MonkeyPatch) -> No
     found = rates.measure()
     assert torch.equal(torch.get_rng_state(), state)
     assert rates.read(json.loads(json.dumps(found._asdict()))) == found
-    assert {*found.products, *found.elements} == {"half", "single"} and count > 60
+    assert {*found.products, *found.elements, *found.fused, *found.low_rank} == {"half", "single"} and count > 80
 
 
 @pytest.mark.parametrize(
