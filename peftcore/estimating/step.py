@@ -91,6 +91,8 @@ class Step:
             if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
                 found = list(ids.shape) if isinstance(ids, Tensor) else ids
                 raise PeftcoreError(f"example must be a batch of one, with input_ids [1, length], found {found}")
+            if self.loss in ("pairs", "triplets"):
+                raise PeftcoreError(f"loss={self.loss!r} is for texts alone, found an example. Leave out one of them")
             object.__setattr__(self, "length", ids.shape[1])
         kind = self.gradient_checkpointing
         if not isinstance(kind, (bool, Mapping)) and kind not in CHECKPOINTING:

@@ -229,6 +229,7 @@ def test_draws_nothing() -> None:
         ({"loss": "dpp"}, "loss must be None or one of sft, dpo, kto, pairs, triplets, found 'dpp' .nearest: 'dpo'"),
         ({"example": {"input_ids": torch.ones(2, 3)}}, r"input_ids \[1, length\], found \[2, 3\]"),
         ({"example": {"pixel_values": torch.ones(1, 3)}}, r"input_ids \[1, length\], found None"),
+        ({"example": {"input_ids": torch.ones(1, 3)}, "loss": "pairs"}, "loss='pairs' is for texts alone"),
         ({"quantize": "int3"}, "quant_type='int3' is not known"),
     ],
 )
