@@ -54,7 +54,8 @@ def test_ways_are_on_the_front_and_fit(found: peftcore.Suggestion) -> None:
 def test_on_this_machine_the_process_is_a_range_with_its_libraries(found: peftcore.Suggestion) -> None:
     way = replace(found.ways[0], libraries=5e8)
     assert way.memory.low < way.memory.high == 5e8 + way.estimate.needed
-    here = replace(found, ways=(way,), device=Device("this machine", 1e9, Rates({}, {}, {}, {}, {}, (), 0.0, {})))
+    rates = Rates(*[{}] * 7, (), 0.0, {})
+    here = replace(found, ways=(way,), device=Device("this machine", 1e9, rates))
     assert "with Python and its libraries, fastest first:" in str(here) and str(way.memory) in str(here)
 
 
