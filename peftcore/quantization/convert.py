@@ -135,7 +135,7 @@ def quantize(
     for path, names in experts.items():
         for name in names:
             _check_parameter(path, model.get_submodule(path), name)
-    if plugin is CORE and FORMATS[quant_type].rows_are_blocks:
+    if plugin is CORE:
         check_rows(model, quant_type, blocksize, chosen, experts, skip)
     with left_as_it_is(model):
         if skip is None:

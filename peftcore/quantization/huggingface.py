@@ -55,7 +55,7 @@ from peftcore.quantization.mxfp4_format import BLOCKS, SCALES
 from peftcore.quantization.nvfp4_layouts import described, names_of_packed
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
 from peftcore.quantization.parameters import joined_experts, refuse_non_finite
-from peftcore.quantization.quant_types import refuse_options
+from peftcore.quantization.quant_types import check_rows, refuse_options
 from peftcore.quantization.quantizable import expert_parameters, selected, selected_experts, warn_of_dense
 
 
@@ -131,14 +131,14 @@ class FourBitQuantizer(HfQuantizer):
                 "this one whole, call parallelize_module, and peftcore.quantize(model) again"
             )
         if not self.pre_quantized and not self.divided:
-            tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-            chosen = selected(model, self.quantization_config.skip)
-            warn_of_dense(model, self.quantization_config.skip)
-            experts = selected_experts(model, self.quantization_config.skip, self.quantization_config.blocksize)
-            self.blocksizes = {
-                f"{path}.{name}": size for path, names in experts.items() for name, size in names.items()
-            }
-            self.weights = {*(f"{path}.weight" for path in chosen), *self.blocksizes} - tied
+            config, tied = self.quantization_config, model.all_tied_weights_keys
+            chosen = selected(model, config.skip)
+            warn_of_dense(model, config.skip)
+            experts = selected_experts(model, config.skip, config.blocksize)
+            chosen = {path: chosen[path] for path in chosen if f"{path}.weight" not in {*tied, *tied.values()}}
+            check_rows(model, config.quant_type, config.blocksize, chosen, experts, config.skip)
+            self.blocksizes = {f"{path}.{name}": size for path in experts for name, size in experts[path].items()}
+            self.weights = {*(f"{path}.weight" for path in chosen), *self.blocksizes} - {*tied, *tied.values()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.divided:  # each rank has read its dense parts

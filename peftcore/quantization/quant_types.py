@@ -60,7 +60,9 @@ def check_rows(
     experts: Mapping[str, Mapping[str, int]],
     skip: Sequence[str] | None,
 ) -> None:
-    """Raise a PeftcoreError for weights whose rows along the input dimension are not whole blocks."""
+    """Raise a PeftcoreError for weights whose rows are not whole blocks, in a format that needs whole ones."""
+    if not FORMATS[quant_type].rows_are_blocks:
+        return
     found = [(path, sizes(layer)[0]) for path, layer in layers.items()]
     for path, names in experts.items():
         module = model.get_submodule(path)

@@ -292,6 +292,14 @@ def test_what_a_refusal_of_rows_says_to_do_works() -> None:
     peftcore.quantize(tiny_llama(), "affine4", blocksize=32)
 
 
+def test_rows_of_a_checkpoint_that_are_not_whole_blocks_are_refused(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path)
+    with pytest.raises(peftcore.PeftcoreError, match="down_proj' has 48 inputs, but mxfp4 needs"):
+        peftcore.quantization.load(tmp_path, "mxfp4")
+    model = peftcore.quantization.load(tmp_path, "mxfp4", skip=["lm_head", "down_proj"])
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, tiny.llama().model.layers[0].mlp.down_proj.weight)
+
+
 def is_dense(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
 
