@@ -1,4 +1,4 @@
-"""Fused operators in the model classes of transformers: outputs and gradients of one class of each model type."""
+"""Fused operators and lazy logits in the model classes of transformers: results are those of the model without them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import torch
 from census import instances
 from census.case import distance, gradients, run
 from census.inputs import inputs
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine.fusing import fused_modules
+from peftcore.engine.lazy_tensor import LazyLogits
 
 ROUNDING = 3e-5  # of the largest value, in fp32
-LEAST = 300  # classes that are compared; transformers has more than 400 model types
+FUSED, LAZY = 300, 150  # classes that are compared, at least; transformers has more than 400 model types
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:
@@ -37,9 +39,11 @@ def _largest(values: list[Tensor]) -> float:
 
 
 def _difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    if found.keys() != wanted.keys():
-        return float("inf")
-    return distance(list(found.values()), [wanted[k] for k in found]) / _largest(list(wanted.values()))
+    """Return the largest difference between gradients, of the largest; one that is absent is 0."""
+    names = [*found.keys() | wanted.keys()]
+    both = [(found.get(name, torch.zeros(())), wanted.get(name, torch.zeros(()))) for name in names]
+    off = [(one.float() - other.float()).abs().max().item() for one, other in both]
+    return max(off, default=0.0) / _largest(list(wanted.values()))
 
 
 def _gradients(model: nn.Module, values: dict[str, Any]) -> dict[str, Tensor]:
@@ -88,4 +92,46 @@ def _of_each_type() -> list[str]:
 def test_outputs_and_gradients_of_a_class_of_each_model_type() -> None:
     found = [wrong for name in _of_each_type() if (wrong := _wrong(name)) is not None]
     assert not [each for wrong in found for each in wrong]
-    assert len(found) > LEAST
+    assert len(found) > FUSED
+
+
+def _step(model: Any, values: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], type]:
+    """Return the loss and the gradients of a step in training mode, and the class of its logits."""
+    model = copy.deepcopy(model).train()
+    output = model(**copy.deepcopy(values))
+    output.loss.backward()
+    slopes = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.numel()}
+    return output.loss.detach(), slopes, type(output.logits)
+
+
+def _language_model(name: str) -> tuple[nn.Module, dict[str, Any], Tensor, dict[str, Tensor]] | None:
+    """Return a model with a head, its inputs with labels, loss, and gradients; None where it has none or fails."""
+    try:
+        model = _without_dropout(instances.build(name))
+        values = inputs(name, model)
+        labels = values.get("labels", values.get("decoder_input_ids", values["input_ids"])).clone()
+        labels.view(-1)[:2] = -100
+        values["labels"] = labels
+        peftcore.lazy_logits(copy.deepcopy(model))
+        loss, slopes, _ = _step(model, values)
+        there = bool(loss.isfinite()) and _difference(_step(model, values)[1], slopes) < 1e-6
+    except Exception:  # whatever a class raises that has not what it needs; or its head is refused
+        return None
+    return (model, values, loss, slopes) if there else None
+
+
+@pytest.mark.nightly
+def test_steps_with_lazy_logits_of_each_language_model() -> None:
+    wrong, count = list[str](), 0
+    names = [name for name in instances.classes() if name.endswith(("CausalLM", "ConditionalGeneration", "MaskedLM"))]
+    for name in names:
+        found = _language_model(name)
+        if found is None:
+            continue
+        model, values, wanted, slopes = found
+        loss, others, logits = _step(peftcore.lazy_logits(copy.deepcopy(model)), values)
+        count += logits is LazyLogits
+        if (loss - wanted).abs() > ROUNDING * wanted.abs().clamp(min=1) or _difference(others, slopes) > ROUNDING:
+            wrong.append(name)
+    assert not wrong
+    assert count > LAZY
