@@ -40,7 +40,10 @@ def _let_go(holder: Any) -> None:
         if any(map(_is_group, holder.__defaults__ or ())):
             holder.__defaults__ = tuple(None if _is_group(value) else value for value in holder.__defaults__)
     elif kind.__dictoffset__ and not issubclass(kind, type):
-        held = object.__getattribute__(holder, "__dict__")
+        try:
+            held = object.__getattribute__(holder, "__dict__")
+        except AttributeError:  # objects of C, such as cffi's, may hide theirs
+            return
         for name, value in list(held.items()):
             if _is_group(value):
                 held[name] = None

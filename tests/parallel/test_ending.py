@@ -31,3 +31,17 @@ def test_a_rank_that_fails_waits_for_nobody() -> None:
 
 def test_without_a_run_nothing_happens() -> None:
     peftcore.parallel.finish()
+
+
+class Hiding:
+    """As an object of C whose attributes cannot be read: a library of cffi, which soundfile imports."""
+
+    @property
+    def __dict__(self) -> dict[str, object]:  # type: ignore[override]
+        raise AttributeError("'Hiding' object has no attribute '__dict__'")
+
+
+def test_objects_that_hide_their_attributes_are_left_alone() -> None:
+    held = Hiding()
+    peftcore.parallel.finish()
+    assert type(held) is Hiding
