@@ -70,7 +70,7 @@ def test_an_entry_that_means_layers_means_no_experts() -> None:
 def test_a_config_of_peft_means_what_it_means_there() -> None:
     named = {"target_modules": ["q_proj", "down_proj"]}
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"peft.LoHaConfig names 'down_proj' in target_modules, which is no"
+        peftcore.PeftcoreError, match=r"peft.LoHaConfig names 'down_proj' in target_modules, which is not a layer"
     ):
         peftcore.apply(mixture("qwen3_moe", num_hidden_layers=1), peft.LoHaConfig(**named))
     theirs = quiet(peft.get_peft_model, mixture("qwen3_moe", num_hidden_layers=1), peft.LoHaConfig(**named))

@@ -32,7 +32,7 @@ def test_linears_are_quantized_and_the_head_is_not():
 
 
 def test_large_codes_are_moved_into_huge_pages(monkeypatch):
-    """Those of one model together, shared ones once, with the same results."""
+    """The codes of a model are moved together, shared ones once, and results are the same."""
     moved = []
     monkeypatch.setattr(convert, "move_to_huge_pages", lambda codes: moved.append(list(codes)))
     monkeypatch.setattr(convert, "collapse", moved.append)

@@ -83,13 +83,13 @@ def kind_of(case: dict[str, Any]) -> str | None:
 
 def rows(task: str | None) -> list[dict[str, Any]]:
     """Return examples of a task."""
-    told = [(f"the film is {word}", "it was fun and good", "it was dull and bad") for word in WORDS]
+    compared = [(f"the film is {word}", "it was fun and good", "it was dull and bad") for word in WORDS]
     if task in ("dpo", "orpo", "reward"):
-        return [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in told]
+        return [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in compared]
     if task == "kto":
         return [
             {"prompt": prompt, "completion": answer, "label": i == 0}
-            for prompt, *answers in told
+            for prompt, *answers in compared
             for i, answer in enumerate(answers)
         ]
     parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "is it good"}]
@@ -97,10 +97,10 @@ def rows(task: str | None) -> list[dict[str, Any]]:
     if task == "audio-text":
         asked["content"][0] = {"type": "audio", "path": "a.wav"}
     if task == "image-dpo":
-        return [{"prompt": [asked], "chosen": good, "rejected": bad} for _, good, bad in told]
+        return [{"prompt": [asked], "chosen": good, "rejected": bad} for _, good, bad in compared]
     if task in ("image-text", "audio-text"):
-        return [{"messages": [asked, {"role": "assistant", "content": good}]} for _, good, _ in told]
-    return [{"prompt": prompt, "completion": good} for prompt, good, _ in told]
+        return [{"messages": [asked, {"role": "assistant", "content": good}]} for _, good, _ in compared]
+    return [{"prompt": prompt, "completion": good} for prompt, good, _ in compared]
 
 
 def make(kind: str, folder: Path, name: str = "", *, wide: bool = False) -> None:
