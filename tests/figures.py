@@ -1,4 +1,6 @@
-"""The page of all figures, docs/figures.md, and a chart, docs/performance.png, from docs/figures.csv: `make figures`.
+"""The page of all figures, docs/figures.md, and two charts, step.png and performance.png, from docs/figures.csv.
+
+`make figures` writes them.
 
 The columns of the data file: the topic, what was measured, the figure, what it compares with, the machine, the command,
 and a note. A test compares the page with the file, and the tables of other pages with both.
@@ -10,7 +12,17 @@ from itertools import groupby
 from pathlib import Path
 
 DOCS = Path(__file__).parent.parent / "docs"
-DATA, PAGE, CHART = DOCS / "figures.csv", DOCS / "figures.md", DOCS / "performance.png"
+DATA, PAGE = DOCS / "figures.csv", DOCS / "figures.md"
+OURS, PEFT = "#2457a6", "#8791a3"
+MODELS = {  # as benchmarks/step.py names them, and as the chart does
+    "SmolLM2-135M": "SmolLM2-135M",
+    "Qwen3-0.6B": "Qwen3-0.6B",
+    "Gemma-3-1B": "Gemma-3-1B",
+    "Llama-1.1B": "Llama 1.1B",
+    "mixture": "mixture of experts",
+    "BERT": "BERT",
+    "ViT": "ViT-B",
+}
 HEADER = """# All figures
 
 <!-- made by `make figures` from figures.csv: edit that file -->
@@ -61,37 +73,88 @@ def missing(text: str) -> list[str]:
     return [cell for cell in cells if re.search(r"\d", cell) and not cell.startswith("`") and cell not in known]
 
 
-def steps() -> list[tuple[str, float, float]]:
-    """Return (method, time over the frozen model's, that of peft) of the training steps measured on a Zen 4."""
+def ratios(row: dict[str, str]) -> tuple[float, float] | None:
+    """Return a row's step time and PEFT's, over the frozen model's step, or None where the row has no such figures."""
+    peft = re.match(r"peft ([\d.]+)×", row["compared"])  # noqa: RUF001
+    ours = re.fullmatch(r"([\d.]+)×", row["figure"])  # noqa: RUF001
+    return (float(ours[1]), float(peft[1])) if ours and peft else None
+
+
+def methods() -> list[tuple[str, float, float]]:
+    """Return (method, time over the frozen model's, PEFT's) of the steps of plain adapters measured on a Zen 4."""
     found: dict[str, tuple[str, float, float]] = {}
     for row in rows():
         step = re.fullmatch(r"Training step with ([^,]+).*, over the frozen model", row["what"])
-        peft = re.match(r"peft ([\d.]+)×", row["compared"])  # noqa: RUF001
-        if step and peft and row["machine"] == "Zen 4":
-            found.setdefault(step[1], (step[1], float(row["figure"].rstrip("×")), float(peft[1])))  # noqa: RUF001
+        if step and row["machine"] == "Zen 4" and (times := ratios(row)):
+            found.setdefault(step[1], (step[1], *times))
     return list(found.values())
 
 
-def draw() -> None:
-    """Draw the chart: how much longer a training step takes with an adapter, here and in PEFT."""
+def steps(options: str) -> list[tuple[str, float, float]]:
+    """Return (model, time over the frozen model's, PEFT's) of LoRA steps measured on a Zen 5.
+
+    Args:
+        options: What the command of `benchmarks/step.py` has next to the model's name, such as "--rows 4x128", without
+            its numbers of layers, rounds and steps.
+    """
+    found: dict[str, tuple[str, float, float]] = {}
+    for row in rows():
+        words = re.sub(r" --(layers|rounds|steps) \d+", "", row["command"])
+        model = re.search(r" --model (\S+)", words)
+        wanted = sorted(f"benchmarks/step.py --short --model {model[1]} {options}".split()) if model else None
+        if wanted == sorted(words.split()) and row["machine"].startswith("Zen 5") and (times := ratios(row)):
+            found[model[1]] = (MODELS[model[1]], *times)
+    return [found[model] for model in MODELS if model in found]
+
+
+def draw_steps() -> None:
+    """Draw step.png: the time of a LoRA step over the frozen model's, in peftcore and in PEFT."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), dpi=150, layout="constrained")
+    panels = {
+        "bf16": "--rows 4x128",
+        "fp32, limited to AVX2": "--level avx2 --rows 4x128 --dtype float32",
+    }
+    for axes, (title, options) in zip(figure.subplots(1, 2, sharex=True), panels.items(), strict=True):
+        measured = list(reversed(steps(options)))
+        for i, (_, ours, theirs) in enumerate(measured):
+            for ratio, offset, color in ((theirs, -0.2, PEFT), (ours, 0.2, OURS)):
+                axes.barh(i + offset, ratio, 0.36, color=color)
+                axes.text(0.02, i + offset, f"{ratio:.2f}", va="center", size=8, color="white")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(measured)), [name for name, _, _ in measured])
+        axes.set_title(title, fontsize=10)
+        axes.set_xlim(0, 1.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("time of a LoRA step, where the frozen model's step takes 1 (less is better)", fontsize=10)
+    figure.legend(
+        [axes.patches[1], axes.patches[0]], ["peftcore", "peft 0.21.2"], frameon=False, loc="outside upper right", ncols=2
+    )
+    figure.savefig(DOCS / "step.png")
+
+
+def draw_methods() -> None:
+    """Draw performance.png: how much longer a training step takes with an adapter, in peftcore and in PEFT."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for i, (_, ours, theirs) in enumerate(reversed(steps())):
-        for ratio, offset, color in ((theirs, -0.2, "#9aa3b2"), (ours, 0.2, "#2457a6")):
+    for i, (_, ours, theirs) in enumerate(reversed(methods())):
+        for ratio, offset, color in ((theirs, -0.2, PEFT), (ours, 0.2, OURS)):
             axes.barh(i + offset, 100 * (ratio - 1), 0.36, color=color)
             axes.text(100 * (ratio - 1) + 1, i + offset, f"{100 * (ratio - 1):.0f} %", va="center", size=8)
-    axes.set_yticks(range(len(steps())), [name for name, _, _ in reversed(steps())])
+    axes.set_yticks(range(len(methods())), [name for name, _, _ in reversed(methods())])
     axes.set_xlabel("additional time of a training step compared with the frozen model (less is better)")
     axes.legend(
         [axes.patches[1], axes.patches[0]], ["peftcore", "peft 0.21.2"], frameon=False, loc="upper right", fontsize=9
     )
     axes.set_xlim(0, 112)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(CHART)
+    figure.savefig(DOCS / "performance.png")
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    draw()
+    draw_steps()
+    draw_methods()

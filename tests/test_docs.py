@@ -214,7 +214,8 @@ def test_the_table_of_methods_is_that_of_the_conformance_runs() -> None:
 
 def test_all_figures_are_made_from_the_data_file() -> None:
     assert figures.PAGE.read_text() == figures.page(), "run: make figures"
-    assert [name for name, _, _ in figures.steps()] == ["LoRA r=16", "DoRA r=16", "VeRA r=256", "(IA)³", "AdaLoRA"]
+    assert [name for name, _, _ in figures.steps("--rows 4x128")] == list(figures.MODELS.values())
+    assert [name for name, _, _ in figures.methods()] == ["LoRA r=16", "DoRA r=16", "VeRA r=256", "(IA)³", "AdaLoRA"]
     for row in figures.rows():
         script = re.search(r"\b(?:benchmarks|tests)/[\w/]+\.py", row["command"])
         assert script is None or (ROOT / script[0]).exists(), row["command"]
