@@ -128,9 +128,8 @@ def draw_steps() -> None:
         axes.set_xlim(0, 1.5)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("time of a LoRA step, where the frozen model's step takes 1 (less is better)", fontsize=10)
-    figure.legend(
-        [axes.patches[1], axes.patches[0]], ["peftcore", "peft 0.21.2"], frameon=False, loc="outside upper right", ncols=2
-    )
+    bars = [axes.patches[1], axes.patches[0]]
+    figure.legend(bars, ["peftcore", "peft 0.21.2"], frameon=False, loc="outside upper right", ncols=2)
     figure.savefig(DOCS / "step.png")
 
 
