@@ -42,23 +42,34 @@ def all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
     return list(answers)
 
 
+def is_passed_on(error: BaseException) -> bool:
+    """Return whether an error in a plugin's code stays as it is: peftcore's own, a warning, or lack of memory."""
+    # PyTorch's error of lack of memory has this name on every device.
+    return isinstance(error, (PeftcoreError, Warning, MemoryError)) or type(error).__name__ == "OutOfMemoryError"
+
+
+def failed_at(module: Any, name: str, weight_format: str, plugin: Plugin, error: Exception) -> PluginError:
+    """Return the error that the function `name` of a plugin's weight format failed for a module."""
+    what = f"`{name}` of the weight format '{weight_format}'"
+    return PluginError(
+        f"{_named(what, plugin)} failed at {type(module).__name__}: {type(error).__name__}: {error}. {_without(plugin)}"
+    )
+
+
 def naming_plugin(plugin: Plugin, weight_format: WeightFormat) -> WeightFormat:
-    """Return a plugin's format with errors of its functions that name the plugin."""
+    """Return a plugin's format with errors of its functions that name the plugin.
+
+    `matches` stays as it is: it runs for every module and every format, and `find_weight_format` names the plugin.
+    """
 
     def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(module: Any, *arguments: Any) -> Any:
             try:
                 return function(module, *arguments)
-            except (PeftcoreError, Warning, MemoryError):
-                raise
             except Exception as error:
-                if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+                if is_passed_on(error):
                     raise
-                what = f"`{name}` of the weight format '{weight_format.name}'"
-                raise PluginError(
-                    f"{_named(what, plugin)} failed at {type(module).__name__}: {type(error).__name__}: {error}. "
-                    f"{_without(plugin)}"
-                ) from error
+                raise failed_at(module, name, weight_format.name, plugin, error) from error
 
         return call
 
@@ -72,4 +83,4 @@ def naming_plugin(plugin: Plugin, weight_format: WeightFormat) -> WeightFormat:
     return dataclasses.replace(weight_format, **changes)
 
 
-_OF_FORMATS = ("matches", "read", "write", "read_bias", "write_bias", "decode", "plain", "update_config")
+_OF_FORMATS = ("read", "write", "read_bias", "write_bias", "decode", "plain", "update_config")

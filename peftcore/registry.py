@@ -20,10 +20,10 @@ from peftcore.exporter import Exporter
 from peftcore.extensions import Command, Integration
 from peftcore.plugin_checks import canonical
 from peftcore.plugin_discovery import CHOSEN, CORE, Plugin
-from peftcore.plugin_errors import all_are, failure, failure_with_advice, naming_plugin
+from peftcore.plugin_errors import all_are, failure, failure_with_advice, is_passed_on, naming_plugin
 
 if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
-    from peftcore.method import Method, WeightFormat
+    from peftcore.method import Method
 
 STRICT = "PEFTCORE_STRICT_PLUGINS"
 COMMANDS = "peftcore_commands"
@@ -71,7 +71,6 @@ class Registry:
         self._built_in = 0  # number of built-ins that are registered with pluggy
         # What the implementations of a hook offer, by hook: the number of built-ins that were asked, objects by name.
         self._offered: dict[str, tuple[int, dict[str, tuple[Plugin, Any]]]] = {}
-        self._formats: tuple[int, list[WeightFormat]] | None = None  # likewise, asked for often
 
     @property
     def hook(self) -> Any:
@@ -132,19 +131,6 @@ class Registry:
             f"{name} is not the config of an installed method{nearest(name, known)}. Install the package of its plugin "
             "(pip install -e FOLDER). `peftcore plugins` lists what is installed"
         )
-
-    def weight_formats(self) -> list[WeightFormat]:
-        """Return the weight formats of all plugins, then those of the core. Each has a name of its own.
-
-        Raises:
-            PluginError: a plugin's hook fails; otherwise weights in its format would be mistaken for plain ones.
-        """
-        if self._formats is None or self._formats[0] != len(_BUILTIN):
-            from peftcore.method import WeightFormat
-
-            found = self.offered("peftcore_weight_formats", WeightFormat)
-            self._formats = len(_BUILTIN), [each for _, each in found.values()]
-        return self._formats[1]
 
     def exporters(self) -> dict[str, tuple[Plugin, Exporter]]:
         """Return the formats that `export` writes by name, with their plugins.
@@ -256,10 +242,8 @@ class Registry:
         """
         try:
             yield
-        except (PeftcoreError, Warning, MemoryError):
-            raise
         except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+            if is_passed_on(error):
                 raise
             plugin = method if isinstance(method, Plugin) else self.plugin_of(method)
             raise PluginError(failure(f"`{function}`", plugin, error)) from error
@@ -278,7 +262,6 @@ class Registry:
         entry.methods = self._register(entry, plugin)
         self._plugins[canonical(name)] = entry
         self._offered.clear()
-        self._formats = None
         return entry
 
     def unregister(self, name: str) -> None:
@@ -288,7 +271,6 @@ class Registry:
         if entry is not None and self._manager.get_plugin(entry.name) is not None:
             self._manager.unregister(name=entry.name)
             self._offered.clear()
-            self._formats = None
 
     def _discover(self, hook: str | None = None) -> None:
         """Import the installed plugins; with `hook`, only those whose source mentions it."""
@@ -339,7 +321,6 @@ class Registry:
         """Clear the cache, so that plugins are discovered again on next use."""
         self._plugins, self._discovered = {}, False
         self._offered.clear()
-        self._formats = None
 
     def _register(self, entry: Plugin, plugin: Any) -> list[Method]:
         plugin_checks.check_api(plugin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from peftcore.experts import PackedExpert
 from peftcore.hookspecs import hookimpl
 from peftcore.layers import is_conv1d, is_wrapped
 from peftcore.method import WeightFormat
+from peftcore.plugin_discovery import CORE, Plugin
+from peftcore.plugin_errors import failed_at, is_passed_on
 from peftcore.registry import builtin, registry
 
 
@@ -70,10 +73,23 @@ builtin(sys.modules[__name__])
 
 
 def find_weight_format(module: nn.Module) -> WeightFormat | None:
-    """Return the format that reads the weight of `module`, or None; plugins' formats come first."""
-    for _, each in registry.offered("peftcore_weight_formats", WeightFormat).values():
-        if each.matches(module):
-            return each
+    """Return the format that reads the weight of `module`, or None; plugins' formats come first.
+
+    Raises:
+        PluginError: a plugin's hook fails; otherwise weights in its format would be mistaken for plain ones.
+    """
+    return _first_that_matches(module, registry.offered("peftcore_weight_formats", WeightFormat).values())
+
+
+def _first_that_matches(module: nn.Module, formats: Iterable[tuple[Plugin, WeightFormat]]) -> WeightFormat | None:
+    for plugin, each in formats:
+        try:
+            if each.matches(module):
+                return each
+        except Exception as error:
+            if plugin is CORE or is_passed_on(error):
+                raise
+            raise failed_at(module, "matches", each.name, plugin, error) from error
     return None
 
 
@@ -101,5 +117,6 @@ def quantized_format(module: nn.Module, name: str) -> WeightFormat | None:
     parameter = module._parameters.get(name)
     if parameter is None or parameter.is_floating_point():
         return None
-    named = (each.for_parameter(name) for each in registry.weight_formats() if each.for_parameter is not None)
-    return next((each for each in named if each.decode is not None and each.matches(module)), None)
+    offered = registry.offered("peftcore_weight_formats", WeightFormat).values()
+    named = ((plugin, each.for_parameter(name)) for plugin, each in offered if each.for_parameter is not None)
+    return _first_that_matches(module, ((plugin, each) for plugin, each in named if each.decode is not None))

@@ -13,7 +13,7 @@ from discovered import entry
 import peftcore
 from peftcore import plugin_checks, plugin_discovery
 from peftcore.files import peft_fields
-from peftcore.plugin import Architecture, Method, StateRules, hookimpl
+from peftcore.plugin import Architecture, Method, StateRules, WeightFormat, hookimpl
 from peftcore.plugin_checks import ARGUMENTS_OF_APPLY
 
 
@@ -252,7 +252,7 @@ def test_a_hook_that_fails_is_named_and_stops_no_other(discover, monkeypatch) ->
         list(registry.answers("peftcore_integrations", contain=True))
     assert asked == ["architecture", "integrations"]
     with pytest.raises(peftcore.PluginError, match=rf"peftcore_weight_formats {named}SystemExit: 3.*PEFTCORE_PLUGINS"):
-        registry.weight_formats()
+        registry.offered("peftcore_weight_formats", WeightFormat)
     monkeypatch.setenv("PEFTCORE_STRICT_PLUGINS", "1")
     with pytest.raises(peftcore.PluginError, match=rf"peftcore_architecture {named}KeyError"):
         list(registry.answers("peftcore_architecture", contain=True, first=True, model=None))

@@ -6,6 +6,7 @@ import torch
 
 import peftcore
 from peftcore.plugin import WeightFormat, hookimpl
+from peftcore.weight_formats import find_weight_format
 
 
 @pytest.mark.parametrize(("answer", "found"), [("text", "str"), ([1], "int"), (None, "NoneType")])
@@ -16,19 +17,21 @@ def test_weight_formats_of_another_type_are_refused(discover, answer: object, fo
             return answer
 
     with pytest.raises(peftcore.PluginError, match=rf"'wrong' .* list of peftcore.plugin.WeightFormat, found {found}"):
-        discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()
+        discover(("wrong", Wrong(), "peftcore-wrong")).offered("peftcore_weight_formats", WeightFormat)
 
 
-def test_a_weight_format_that_fails_is_named(discover) -> None:
+def test_a_weight_format_that_fails_is_named(discover, monkeypatch) -> None:
     class Wrong:
         @hookimpl
         def peftcore_weight_formats(self):
             return [WeightFormat("blocks", lambda module: module.blocks, lambda module: module.blocks, None)]
 
-    chosen = discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()[0]
+    registry = discover(("wrong", Wrong(), "peftcore-wrong"))
+    chosen = registry.offered("peftcore_weight_formats", WeightFormat)["blocks"][1]
     who = r"of the weight format 'blocks' of the plugin 'wrong' \(peftcore-wrong 1.0\) failed at Linear: Attr"
+    monkeypatch.setattr("peftcore.weight_formats.registry", registry)
     with pytest.raises(peftcore.PluginError, match=f"`matches` {who}"):
-        chosen.matches(torch.nn.Linear(2, 2))
+        find_weight_format(torch.nn.Linear(2, 2))
     with pytest.raises(peftcore.PluginError, match=f"`read` {who}"):
         chosen.read(torch.nn.Linear(2, 2))
 
@@ -45,8 +48,8 @@ def blocks(name: str = "blocks") -> object:
 
 
 def test_weight_formats_of_plugins_come_before_the_cores(discover) -> None:
-    found = discover(("one", blocks("1"), "peftcore-one"), ("two", blocks("2"), "peftcore-two")).weight_formats()
-    names = [each.name for each in found]
+    registry = discover(("one", blocks("1"), "peftcore-one"), ("two", blocks("2"), "peftcore-two"))
+    names = list(registry.offered("peftcore_weight_formats", WeightFormat))
     assert names[:2] == ["2", "1"] and {"dense", "wrapped"} <= {*names[2:]}
 
 
@@ -54,11 +57,11 @@ def test_two_weight_formats_of_one_name_are_refused(discover) -> None:
     registry = discover(("one", blocks(), "peftcore-one"), ("two", blocks(), "peftcore-two"))
     both = r"'two' \(peftcore-two 1.0\) and the plugin 'one' \(peftcore-one 1.0\) both offer 'blocks'"
     with pytest.raises(peftcore.PluginError, match=rf"{both}. Give one another name"):
-        registry.weight_formats()
+        registry.offered("peftcore_weight_formats", WeightFormat)
     registry.unregister("two")
-    assert registry.weight_formats()[0].name == "blocks"
+    assert next(iter(registry.offered("peftcore_weight_formats", WeightFormat))) == "blocks"
     with pytest.raises(peftcore.PluginError, match=r"'dense' \(d 1.0\) and peftcore both offer 'dense'"):
-        discover(("dense", blocks("dense"), "d")).weight_formats()
+        discover(("dense", blocks("dense"), "d")).offered("peftcore_weight_formats", WeightFormat)
 
 
 @pytest.mark.slow
@@ -67,7 +70,8 @@ def test_the_format_of_other_libraries_tensors_is_there_without_the_contract() -
     code = (
         "import sys, torch, peftcore; model = torch.nn.Sequential(torch.nn.Linear(4, 4)); "
         "peftcore.apply(model, 'ia3', target_modules=['0'], feedforward_modules=[]); "
-        "from peftcore.registry import registry; print([each.name for each in registry.weight_formats()])"
+        "from peftcore.weight_formats import WeightFormat, registry; "
+        "print(list(registry.offered('peftcore_weight_formats', WeightFormat)))"
     )
     found = fresh_process.run(code, PEFTCORE_PLUGINS="ia3")
     assert "'wrapped'" in found.stdout, found.stderr

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def _merge(
         merged.tied = _untie_config(model, tied)
     engine.set_active(model, (), base_exchanged=True)
     if keep_adapters:
-        merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_there(model, name)]}
+        merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_get(model, name)]}
         state.merged = merged
     else:
         for path, site in state.sites.items():  # a weight that was packed has a different shape now
@@ -186,7 +186,7 @@ def unmerge(model: Model) -> Model:
     merged, state.merged = state.merged, None
     config: Any = getattr(model, "config", None)
     for name, tensor in merged.aside.items():
-        there = _there(model, name)  # the model may have been moved or cast since
+        there = _get(model, name)  # the model may have been moved or cast since
         is_cast = there.dtype is not merged.written[name][1] and tensor.is_floating_point()
         tensor.data = tensor.data.to(there.device, there.dtype if is_cast else tensor.dtype)
         _exchange(model, name, tensor)
@@ -242,7 +242,7 @@ def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
         is_parameter = isinstance(_get(model, slots[0]), nn.Parameter)
         tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value
         for slot in slots:
-            merged.aside.setdefault(slot, _there(model, slot))
+            merged.aside.setdefault(slot, _get(model, slot))
             _exchange(model, slot, tensor)
 
 
@@ -314,14 +314,10 @@ def _untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> bool | None:
     return before
 
 
-def _get(model: nn.Module, name: str) -> Tensor | None:
+def _get(model: nn.Module, name: str) -> Any:
+    """Return a parameter or buffer by name, or None if there is none."""
     path, _, attribute = name.rpartition(".")
     return getattr(model.get_submodule(path), attribute, None)
-
-
-def _there(model: nn.Module, name: str) -> Tensor:
-    """Return a parameter or buffer that is known to exist."""
-    return cast(Tensor, _get(model, name))
 
 
 def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
