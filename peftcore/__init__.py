@@ -9,47 +9,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUBLIC`
     # Packages that are reached as attributes and are not public names.
-    from peftcore import optim as optim
-    from peftcore import quantization as quantization
-    from peftcore.composing.adapter_state import set_state_dict as set_state_dict
-    from peftcore.composing.adapter_state import state_dict as state_dict
+    from peftcore import optim as optim, quantization as quantization
+    from peftcore.composing.adapter_state import set_state_dict as set_state_dict, state_dict as state_dict
     from peftcore.composing.combining import combine as combine
     from peftcore.composing.converting import convert as convert
-    from peftcore.engine import activate as activate
-    from peftcore.engine import after_step as after_step
-    from peftcore.engine import apply as apply
-    from peftcore.engine import disabled as disabled
-    from peftcore.engine import extra_loss as extra_loss
-    from peftcore.engine import loss_terms as loss_terms
-    from peftcore.engine import parameter_groups as parameter_groups
-    from peftcore.engine import remove as remove
+    from peftcore.engine import (
+        activate as activate,
+        after_step as after_step,
+        apply as apply,
+        disabled as disabled,
+        extra_loss as extra_loss,
+        loss_terms as loss_terms,
+        parameter_groups as parameter_groups,
+        remove as remove,
+    )
     from peftcore.engine.calling import call_arguments as call_arguments
     from peftcore.engine.configs import config as config
     from peftcore.engine.fusing import fuse as fuse
     from peftcore.engine.lazy_head import lazy_logits as lazy_logits
     from peftcore.engine.scaling import scale as scale
-    from peftcore.engine.summary import plan as plan
-    from peftcore.engine.summary import summary as summary
-    from peftcore.errors import CheckpointError as CheckpointError
-    from peftcore.errors import PeftcoreError as PeftcoreError
-    from peftcore.errors import PluginError as PluginError
-    from peftcore.estimating import Estimate as Estimate
-    from peftcore.estimating import Step as Step
-    from peftcore.estimating import Suggestion as Suggestion
-    from peftcore.estimating import estimate as estimate
-    from peftcore.estimating import suggest as suggest
+    from peftcore.engine.summary import plan as plan, summary as summary
+    from peftcore.errors import (
+        CheckpointError as CheckpointError,
+        PeftcoreError as PeftcoreError,
+        PluginError as PluginError,
+    )
+    from peftcore.estimating import (
+        Estimate as Estimate,
+        Step as Step,
+        Suggestion as Suggestion,
+        estimate as estimate,
+        suggest as suggest,
+    )
     from peftcore.exporting.export import export as export
     from peftcore.files.loading import load as load
     from peftcore.files.resident import set_resident_limit as set_resident_limit
     from peftcore.files.saving import save as save
-    from peftcore.merging.merge import merge as merge
-    from peftcore.merging.merge import merge_error as merge_error
-    from peftcore.merging.merge import unmerge as unmerge
-    from peftcore.parallel import TrainingState as TrainingState
-    from peftcore.parallel import load_sharded as load_sharded
-    from peftcore.parallel import shard as shard
-    from peftcore.quantization import dequantize as dequantize
-    from peftcore.quantization import quantize as quantize
+    from peftcore.merging.merge import merge as merge, merge_error as merge_error, unmerge as unmerge
+    from peftcore.parallel import TrainingState as TrainingState, load_sharded as load_sharded, shard as shard
+    from peftcore.quantization import dequantize as dequantize, quantize as quantize
     from peftcore.quantization.huggingface import FourBitConfig as FourBitConfig
     from peftcore.registry import methods as methods
 

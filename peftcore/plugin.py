@@ -40,110 +40,106 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from typing_extensions import override as override
 
-    from peftcore import ranks as ranks
-    from peftcore import targets as targets
-    from peftcore import validation as validation
-    from peftcore.adaptation.adapted import has_forward_of_instance as has_forward_of_instance
-    from peftcore.adaptation.adapted import inside_at as inside_at
-    from peftcore.adaptation.base_modules import base_modules as base_modules
-    from peftcore.adaptation.base_modules import base_parameters as base_parameters
-    from peftcore.adaptation.call import Call as Call
-    from peftcore.adaptation.call import current_call as current_call
+    from peftcore import ranks as ranks, targets as targets, validation as validation
+    from peftcore.adaptation.adapted import has_forward_of_instance as has_forward_of_instance, inside_at as inside_at
+    from peftcore.adaptation.base_modules import base_modules as base_modules, base_parameters as base_parameters
+    from peftcore.adaptation.call import Call as Call, current_call as current_call
     from peftcore.adaptation.chain import Link as Link
     from peftcore.adaptation.class_swap import original_class as original_class
-    from peftcore.adaptation.division import Division as Division
-    from peftcore.adaptation.division import division_of as division_of
+    from peftcore.adaptation.division import Division as Division, division_of as division_of
     from peftcore.adaptation.light import LightAdapter as LightAdapter
-    from peftcore.adaptation.outputs import first_of as first_of
-    from peftcore.adaptation.outputs import with_first as with_first
-    from peftcore.adapter import Adapter as Adapter
-    from peftcore.adapter import Base as Base
-    from peftcore.adapter import BranchedBase as BranchedBase
-    from peftcore.adapter import LowRank as LowRank
-    from peftcore.adapter import implements as implements
-    from peftcore.architecture import ATTENTION as ATTENTION
-    from peftcore.architecture import CROSS_ATTENTION as CROSS_ATTENTION
-    from peftcore.architecture import FEED_FORWARD as FEED_FORWARD
-    from peftcore.architecture import Architecture as Architecture
-    from peftcore.architecture import Sublayer as Sublayer
+    from peftcore.adaptation.outputs import first_of as first_of, with_first as with_first
+    from peftcore.adapter import (
+        Adapter as Adapter,
+        Base as Base,
+        BranchedBase as BranchedBase,
+        LowRank as LowRank,
+        implements as implements,
+    )
+    from peftcore.architecture import (
+        ATTENTION as ATTENTION,
+        CROSS_ATTENTION as CROSS_ATTENTION,
+        FEED_FORWARD as FEED_FORWARD,
+        Architecture as Architecture,
+        Sublayer as Sublayer,
+    )
     from peftcore.engine import set_trainable as set_trainable
-    from peftcore.engine.current_optimizer import current_optimizer as current_optimizer
-    from peftcore.engine.current_optimizer import reset_optimizer_state as reset_optimizer_state
-    from peftcore.engine.other_adapters import OtherAdapter as OtherAdapter
-    from peftcore.engine.other_adapters import has_adapters as has_adapters
-    from peftcore.engine.other_adapters import other_adapter as other_adapter
-    from peftcore.engine.trained import base_tensors as base_tensors
-    from peftcore.engine.trained import modules_tied_to as modules_tied_to
-    from peftcore.errors import CheckpointError as CheckpointError
-    from peftcore.errors import PeftcoreError as PeftcoreError
-    from peftcore.errors import PluginError as PluginError
-    from peftcore.errors import nearest as nearest
-    from peftcore.errors import warn as warn
-    from peftcore.experts import ExpertsLayout as ExpertsLayout
-    from peftcore.experts import expert_biases as expert_biases
-    from peftcore.experts import experts_layout as experts_layout
+    from peftcore.engine.current_optimizer import (
+        current_optimizer as current_optimizer,
+        reset_optimizer_state as reset_optimizer_state,
+    )
+    from peftcore.engine.other_adapters import (
+        OtherAdapter as OtherAdapter,
+        has_adapters as has_adapters,
+        other_adapter as other_adapter,
+    )
+    from peftcore.engine.trained import base_tensors as base_tensors, modules_tied_to as modules_tied_to
+    from peftcore.errors import (
+        CheckpointError as CheckpointError,
+        PeftcoreError as PeftcoreError,
+        PluginError as PluginError,
+        nearest as nearest,
+        warn as warn,
+    )
+    from peftcore.experts import (
+        ExpertsLayout as ExpertsLayout,
+        expert_biases as expert_biases,
+        experts_layout as experts_layout,
+    )
     from peftcore.exporter import Exporter as Exporter
     from peftcore.exporting import adapter_products as adapter_products
-    from peftcore.extensions import Command as Command
-    from peftcore.extensions import Integration as Integration
+    from peftcore.extensions import Command as Command, Integration as Integration
     from peftcore.finished_call import FinishedCall as FinishedCall
     from peftcore.hookspecs import hookimpl as hookimpl
-    from peftcore.layers import is_conv1d as is_conv1d
-    from peftcore.layers import is_linear as is_linear
-    from peftcore.layers import shape_of as shape_of
-    from peftcore.layers import sizes as sizes
-    from peftcore.merging.lookup import embed_scale as embed_scale
-    from peftcore.merging.lookup import looks_up as looks_up
-    from peftcore.merging.lookup import odd_embedding as odd_embedding
+    from peftcore.layers import is_conv1d as is_conv1d, is_linear as is_linear, shape_of as shape_of, sizes as sizes
+    from peftcore.merging.lookup import embed_scale as embed_scale, looks_up as looks_up, odd_embedding as odd_embedding
     from peftcore.merging.probe import own_output as own_output
-    from peftcore.method import AdapterModules as AdapterModules
-    from peftcore.method import Fields as Fields
-    from peftcore.method import FileFormat as FileFormat
-    from peftcore.method import FileLayout as FileLayout
-    from peftcore.method import ForeignFormat as ForeignFormat
-    from peftcore.method import Method as Method
-    from peftcore.method import PeftRules as PeftRules
-    from peftcore.method import StateRules as StateRules
-    from peftcore.method import Tensors as Tensors
-    from peftcore.method import WeightFormat as WeightFormat
-    from peftcore.method import prompt_tensor_name as prompt_tensor_name
-    from peftcore.method import tensor_name as tensor_name
-    from peftcore.observation import detect as detect
-    from peftcore.observation import gradients_of as gradients_of
-    from peftcore.observation import inputs_of as inputs_of
-    from peftcore.observation import run as run
+    from peftcore.method import (
+        AdapterModules as AdapterModules,
+        Fields as Fields,
+        FileFormat as FileFormat,
+        FileLayout as FileLayout,
+        ForeignFormat as ForeignFormat,
+        Method as Method,
+        PeftRules as PeftRules,
+        StateRules as StateRules,
+        Tensors as Tensors,
+        WeightFormat as WeightFormat,
+        prompt_tensor_name as prompt_tensor_name,
+        tensor_name as tensor_name,
+    )
+    from peftcore.observation import detect as detect, gradients_of as gradients_of, inputs_of as inputs_of, run as run
     from peftcore.placements.after import After as After
     from peftcore.placements.around import Around as Around
     from peftcore.placements.attachments import Attachments as Attachments
     from peftcore.placements.on_weight import OnWeight as OnWeight
-    from peftcore.placements.placement import AtModule as AtModule
-    from peftcore.placements.placement import Placement as Placement
+    from peftcore.placements.placement import AtModule as AtModule, Placement as Placement
     from peftcore.placements.prefix_kv import PrefixKV as PrefixKV
     from peftcore.placements.soft_prompt import SoftPrompt as SoftPrompt
     from peftcore.placements.train import Train as Train
-    from peftcore.prompts.backbone import arguments_by_name as arguments_by_name
-    from peftcore.prompts.backbone import cache_argument as cache_argument
-    from peftcore.prompts.backbone import decoder_path as decoder_path
-    from peftcore.prompts.backbone import forward_arguments as forward_arguments
-    from peftcore.prompts.counting import TokenCounter as TokenCounter
-    from peftcore.prompts.counting import cached_tokens as cached_tokens
-    from peftcore.quantization import default_skip as default_skip
-    from peftcore.quantization import quantized_layers as quantized_layers
-    from peftcore.targets import LayersConfig as LayersConfig
-    from peftcore.targets import layer_at as layer_at
-    from peftcore.testing import CHECKS as CHECKS
-    from peftcore.testing import COMPILE as COMPILE
-    from peftcore.testing import FAMILIES as FAMILIES
-    from peftcore.testing import IDENTITY as IDENTITY
-    from peftcore.testing import MERGE as MERGE
-    from peftcore.testing import PEFT_READS as PEFT_READS
-    from peftcore.testing import PEFT_WRITES as PEFT_WRITES
-    from peftcore.testing import Family as Family
-    from peftcore.testing import check_method as check_method
-    from peftcore.testing import check_sharded as check_sharded
-    from peftcore.testing import disturb as disturb
-    from peftcore.weight_formats import quantized_format as quantized_format
-    from peftcore.weight_formats import weight_format as weight_format
+    from peftcore.prompts.backbone import (
+        arguments_by_name as arguments_by_name,
+        cache_argument as cache_argument,
+        decoder_path as decoder_path,
+        forward_arguments as forward_arguments,
+    )
+    from peftcore.prompts.counting import TokenCounter as TokenCounter, cached_tokens as cached_tokens
+    from peftcore.quantization import default_skip as default_skip, quantized_layers as quantized_layers
+    from peftcore.targets import LayersConfig as LayersConfig, layer_at as layer_at
+    from peftcore.testing import (
+        CHECKS as CHECKS,
+        COMPILE as COMPILE,
+        FAMILIES as FAMILIES,
+        IDENTITY as IDENTITY,
+        MERGE as MERGE,
+        PEFT_READS as PEFT_READS,
+        PEFT_WRITES as PEFT_WRITES,
+        Family as Family,
+        check_method as check_method,
+        check_sharded as check_sharded,
+        disturb as disturb,
+    )
+    from peftcore.weight_formats import quantized_format as quantized_format, weight_format as weight_format
 
 # {module: its names in the contract}. `tests/test_plugin.py` compares them with the imports above.
 _MODULES = {

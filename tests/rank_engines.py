@@ -17,8 +17,7 @@ import rank_zero
 import torch
 import torch.distributed.checkpoint as dcp
 import trainers
-from engine_table import METHODS as NAMES
-from engine_table import SAVED
+from engine_table import METHODS as NAMES, SAVED
 from rank_cases import CASES
 from torch import Tensor, distributed, nn
 

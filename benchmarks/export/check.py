@@ -43,8 +43,12 @@ import peftcore
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "demo"))
 
-from run import ROOT, WRITER, fetch  # noqa: E402
-from run import peftcore as command  # noqa: E402
+from run import (  # noqa: E402
+    ROOT,
+    WRITER,
+    fetch,
+    peftcore as command,
+)
 
 ANSWER, ANSWERS, ASK = 24, "merged, f32", "What is the capital of Peru?"
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")

@@ -21,10 +21,10 @@ from peftcore.cli import (
     image_chats,
     image_preferences,
     models,
+    precision as precisions,
     tasks,
     torchrun,
 )
-from peftcore.cli import precision as precisions
 from peftcore.cli.console import say
 from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.options import FULL

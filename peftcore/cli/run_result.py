@@ -8,9 +8,9 @@ from typing import Any
 
 from peftcore.cli import (
     best_checkpoint,
+    forecast as forecasts,
     training_data,
 )
-from peftcore.cli import forecast as forecasts
 from peftcore.cli.memory_trace import Trace
 from peftcore.cli.metrics import Metrics
 from peftcore.engine.summary import Summary

@@ -28,6 +28,7 @@ from peftcore.cli import (
     data,
     distillation,
     dtype_choice,
+    forecast as forecasts,
     generations,
     light_step,
     models,
@@ -43,7 +44,6 @@ from peftcore.cli import (
     training_data,
     warm_start,
 )
-from peftcore.cli import forecast as forecasts
 from peftcore.cli.adapter_folders import AdapterTask
 from peftcore.cli.console import say, warn
 from peftcore.cli.measuring import Inputs, Measure

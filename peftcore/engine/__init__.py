@@ -1,91 +1,54 @@
 """Apply, activate, disable and remove adapters, and keep the record of them on the model."""
 
-from peftcore.engine.activating import activate, disabled, set_active, set_trainable
-from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_name, refuse_on_disk, remove, take_off
-from peftcore.engine.branches import refuse_needed
-from peftcore.engine.changes import with_adapter
-from peftcore.engine.divided import follows_plan
-from peftcore.engine.first_values import takes_batches
-from peftcore.engine.missed_steps import watch
-from peftcore.engine.placing import placements_for, refuse_adapters_of_others
-from peftcore.engine.resizing import refuse_resize
+from peftcore.engine.activating import (
+    activate as activate,
+    disabled as disabled,
+    set_active as set_active,
+    set_trainable as set_trainable,
+)
+from peftcore.engine.applying import (
+    apply as apply,
+    apply_to_fill as apply_to_fill,
+    check_name as check_name,
+    refuse_on_disk as refuse_on_disk,
+    remove as remove,
+    take_off as take_off,
+)
+from peftcore.engine.branches import refuse_needed as refuse_needed
+from peftcore.engine.changes import with_adapter as with_adapter
+from peftcore.engine.divided import follows_plan as follows_plan
+from peftcore.engine.first_values import takes_batches as takes_batches
+from peftcore.engine.missed_steps import watch as watch
+from peftcore.engine.placing import (
+    placements_for as placements_for,
+    refuse_adapters_of_others as refuse_adapters_of_others,
+)
+from peftcore.engine.resizing import refuse_resize as refuse_resize
 from peftcore.engine.state import (
-    STATE,
-    Applied,
-    State,
-    adapter_modules,
-    adapter_parameters,
-    applied,
-    call_in,
-    changed,
-    check_model,
-    exclusive,
-    modules_with,
-    placements,
-    refuse_changed,
-    refuse_merged,
-    refuse_per_sample,
-    require_state,
-    state_of,
+    Applied as Applied,
+    State as State,
+    adapter_modules as adapter_modules,
+    adapter_parameters as adapter_parameters,
+    applied as applied,
+    call_in as call_in,
+    exclusive as exclusive,
+    modules_with as modules_with,
+    placements as placements,
+    refuse_changed as refuse_changed,
+    refuse_merged as refuse_merged,
+    refuse_per_sample as refuse_per_sample,
+    require_state as require_state,
+    state_of as state_of,
 )
 from peftcore.engine.training_hooks import (
-    after_step,
-    call_losses,
-    extra_loss,
-    has_loss,
-    has_parameter_groups,
-    loss_terms,
-    method_groups,
-    method_modules,
-    not_in,
-    parameter_groups,
+    after_step as after_step,
+    call_losses as call_losses,
+    extra_loss as extra_loss,
+    has_loss as has_loss,
+    has_parameter_groups as has_parameter_groups,
+    loss_terms as loss_terms,
+    method_groups as method_groups,
+    method_modules as method_modules,
+    not_in as not_in,
+    parameter_groups as parameter_groups,
 )
-
-__all__ = [
-    "STATE",
-    "Applied",
-    "State",
-    "activate",
-    "adapter_modules",
-    "adapter_parameters",
-    "after_step",
-    "applied",
-    "apply",
-    "apply_to_fill",
-    "call_in",
-    "call_losses",
-    "changed",
-    "check_dtype",
-    "check_model",
-    "check_name",
-    "disabled",
-    "exclusive",
-    "extra_loss",
-    "follows_plan",
-    "has_loss",
-    "has_parameter_groups",
-    "loss_terms",
-    "method_groups",
-    "method_modules",
-    "modules_with",
-    "not_in",
-    "parameter_groups",
-    "placements",
-    "placements_for",
-    "refuse_adapters_of_others",
-    "refuse_changed",
-    "refuse_merged",
-    "refuse_needed",
-    "refuse_on_disk",
-    "refuse_per_sample",
-    "refuse_resize",
-    "remove",
-    "require_state",
-    "set_active",
-    "set_trainable",
-    "state_of",
-    "take_off",
-    "takes_batches",
-    "watch",
-    "with_adapter",
-]

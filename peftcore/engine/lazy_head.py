@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain as chaining
-from itertools import zip_longest
+from itertools import chain as chaining, zip_longest
 from typing import Any, TypeVar
 
 import torch

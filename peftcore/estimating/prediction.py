@@ -6,8 +6,7 @@ import itertools
 import warnings
 from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from dataclasses import fields as dataclass_fields
+from dataclasses import dataclass, field, fields as dataclass_fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,8 +36,7 @@ from peftcore.estimating.step import Step
 from peftcore.estimating.tensor_parallel import divide, first_of, refuse_trained
 from peftcore.observation.language_config import text_config
 from peftcore.optim.paging import PAGE_BYTES
-from peftcore.quantization import QuantizedLinear
-from peftcore.quantization import quantize as to_4_bits
+from peftcore.quantization import QuantizedLinear, quantize as to_4_bits
 from peftcore.registry import registry
 
 ACTIVATIONS, LOGITS, TEMPORARIES = "activations", "logits and loss", "temporaries"

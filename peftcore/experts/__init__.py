@@ -1,30 +1,21 @@
 """Mixtures of experts whose weights are parameters `[experts, out, in]`: their layout and their forward."""
 
-from peftcore.experts.each import EachExpert
-from peftcore.experts.expert_linear import PackedExpert, expert_linear, expert_path, split_expert_path
-from peftcore.experts.forward import adapter_of_expert, expert_changes, experts_forward
-from peftcore.experts.layout import (
-    ExpertsLayout,
-    expert_biases,
-    experts_layout,
-    has_interface_forward,
-    stacked_weights,
-    why_not_fused,
+from peftcore.experts.each import EachExpert as EachExpert
+from peftcore.experts.expert_linear import (
+    PackedExpert as PackedExpert,
+    expert_linear as expert_linear,
+    split_expert_path as split_expert_path,
 )
-
-__all__ = [
-    "EachExpert",
-    "ExpertsLayout",
-    "PackedExpert",
-    "adapter_of_expert",
-    "expert_biases",
-    "expert_changes",
-    "expert_linear",
-    "expert_path",
-    "experts_forward",
-    "experts_layout",
-    "has_interface_forward",
-    "split_expert_path",
-    "stacked_weights",
-    "why_not_fused",
-]
+from peftcore.experts.forward import (
+    adapter_of_expert as adapter_of_expert,
+    expert_changes as expert_changes,
+    experts_forward as experts_forward,
+)
+from peftcore.experts.layout import (
+    ExpertsLayout as ExpertsLayout,
+    expert_biases as expert_biases,
+    experts_layout as experts_layout,
+    has_interface_forward as has_interface_forward,
+    stacked_weights as stacked_weights,
+    why_not_fused as why_not_fused,
+)

@@ -27,8 +27,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.import_utils import is_peft_available
 
 from peftcore import engine
-from peftcore.composing.adapter_state import set_state_dict
-from peftcore.composing.adapter_state import state_dict as tensors_of
+from peftcore.composing.adapter_state import set_state_dict, state_dict as tensors_of
 from peftcore.errors import PeftcoreError, warn
 from peftcore.files.loading import load
 from peftcore.files.safe_reading import CONFIG, TENSORS

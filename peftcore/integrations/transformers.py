@@ -25,8 +25,13 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers import trainer as transformers_trainer
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    trainer as transformers_trainer,
+)
 from transformers.trainer import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 

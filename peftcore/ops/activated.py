@@ -18,8 +18,7 @@ from torch import Tensor
 
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by, transformed
-from peftcore.ops.gated import ACTIVATIONS as POWERS
-from peftcore.ops.gated import check_coefficients, share, slope
+from peftcore.ops.gated import ACTIVATIONS as POWERS, check_coefficients, share, slope
 from peftcore.ops.weight import check_dtype, check_gradient, check_strided
 
 _OPS = torch.ops.peftcore

@@ -5,8 +5,16 @@
 They are ordinary `torch.optim.Optimizer`s: parameter groups, schedulers, closures, `GradScaler`, clipping, checkpoints.
 """
 
-from peftcore.optim.optimizers import SGD, AdamW, AdamW8bit, Lion, PagedAdamW, PagedAdamW8bit, PagedLion, PagedSGD
-from peftcore.optim.paging import Paging
+from peftcore.optim.optimizers import (
+    SGD as SGD,
+    AdamW as AdamW,
+    AdamW8bit as AdamW8bit,
+    Lion as Lion,
+    PagedAdamW as PagedAdamW,
+    PagedAdamW8bit as PagedAdamW8bit,
+    PagedLion as PagedLion,
+    PagedSGD as PagedSGD,
+)
 
 # Names used by transformers' Trainer and `peftcore train`.
 NAMES = {
@@ -16,16 +24,3 @@ NAMES = {
     "lion_32bit": Lion,
     "paged_lion_32bit": PagedLion,
 }
-
-__all__ = [
-    "NAMES",
-    "SGD",
-    "AdamW",
-    "AdamW8bit",
-    "Lion",
-    "PagedAdamW",
-    "PagedAdamW8bit",
-    "PagedLion",
-    "PagedSGD",
-    "Paging",
-]

@@ -22,8 +22,6 @@ from peftcore.errors import PeftcoreError
 from peftcore.placements.placement import Placement
 from peftcore.prompts.backbone import text_config
 
-__all__ = ["checked_shape"]
-
 
 def checked_shape(
     model: nn.Module,

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.files.safe_reading import parse_json
-from peftcore.ops.weight import DTYPES as FLOATS
-from peftcore.ops.weight import PackedWeight
+from peftcore.ops.weight import DTYPES as FLOATS, PackedWeight
 from peftcore.validation import shown
 
 METHOD = "peftcore_4bit"  # quant_method of models that bitsandbytes does not read

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from peftcore.testing.case import disturb
-from peftcore.testing.checks import CHECKS, COMPILE, IDENTITY, MERGE, PEFT_READS, PEFT_WRITES
-from peftcore.testing.families import FAMILIES, Family, tiny_llama
-from peftcore.testing.sharded import check_sharded
-from peftcore.testing.suite import Report, Result, check_method
-
-__all__ = [
-    "CHECKS",
-    "COMPILE",
-    "FAMILIES",
-    "IDENTITY",
-    "MERGE",
-    "PEFT_READS",
-    "PEFT_WRITES",
-    "Family",
-    "Report",
-    "Result",
-    "check_method",
-    "check_sharded",
-    "disturb",
-    "tiny_llama",
-]
+from peftcore.testing.case import disturb as disturb
+from peftcore.testing.checks import (
+    CHECKS as CHECKS,
+    COMPILE as COMPILE,
+    IDENTITY as IDENTITY,
+    MERGE as MERGE,
+    PEFT_READS as PEFT_READS,
+    PEFT_WRITES as PEFT_WRITES,
+)
+from peftcore.testing.families import FAMILIES as FAMILIES, Family as Family, tiny_llama as tiny_llama
+from peftcore.testing.sharded import check_sharded as check_sharded
+from peftcore.testing.suite import Report as Report, Result as Result, check_method as check_method

@@ -20,8 +20,7 @@ import torch
 from peftcore_lora.config import refuse_fields
 from peftcore_lora.files import RULES, name_inside
 from peftcore_lora.layers import LoraLinear, LoraOnWeight
-from peftcore_lora.placing import place as place_lora
-from peftcore_lora.placing import wrapped
+from peftcore_lora.placing import place as place_lora, wrapped
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -25,8 +25,7 @@ from peftcore_lora.layers import (
     LoraLinearOnWeight,
     LoraOnWeight,
 )
-from peftcore_lora.placing import place as place_lora
-from peftcore_lora.placing import wrapped
+from peftcore_lora.placing import place as place_lora, wrapped
 from torch import Tensor, nn
 
 from peftcore import ops

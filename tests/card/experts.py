@@ -7,8 +7,7 @@ import torch
 from card.checks import DTYPES, ROW_FORMATS, SEED, check, frozen, repeated
 from card.table import Place, cases, one_in
 from peftcore import ops
-from peftcore.ops.dropout import factor as factor_of
-from peftcore.ops.dropout import keep_mask
+from peftcore.ops.dropout import factor as factor_of, keep_mask
 
 # Rows of each expert.
 COUNTS = {

@@ -7,8 +7,7 @@ import torch
 from card.checks import DTYPES, HALVES, LAYERS, ROW_FORMATS, SEED, SHAPES, check, frozen, repeated
 from card.table import Place, cases
 from peftcore.ops import lora_linear_per_sample
-from peftcore.ops.dropout import factor as factor_of
-from peftcore.ops.dropout import keep_mask
+from peftcore.ops.dropout import factor as factor_of, keep_mask
 from peftcore.ops.lora import LoraLinear
 
 ROWS = (1, 2, 7, 8, 9, 16, 17, 64, 65, 512, 8192)

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Run
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 
 from peftcore.cli import config_file

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from commands import Run, write_jsonl
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from peftcore import PeftcoreError
 from peftcore.cli import data, mixture, options

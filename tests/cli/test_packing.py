@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Run
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import peftcore
 from peftcore.cli import packing, tasks

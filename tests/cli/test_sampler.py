@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from commands import Run
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from peftcore.cli.sampler import LengthGroupedSampler
 

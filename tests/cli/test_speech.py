@@ -36,8 +36,13 @@ def save_wave(path: Path, values: Any, *, rate: int = 16_000, channels: int = 1,
 @pytest.fixture(scope="session")
 def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Whisper of random weights for two seconds, English and German."""
-    from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
-    from transformers import WhisperForConditionalGeneration as Whisper
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration as Whisper,
+        WhisperTokenizer,
+    )
 
     folder = tmp_path_factory.mktemp("whisper")
     torch.manual_seed(0)

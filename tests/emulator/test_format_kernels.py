@@ -3,13 +3,11 @@
 import pytest
 import torch
 from emulator.formats import KINDS, exact, group_of, packed
-from emulator.products import check as check_products
-from emulator.products import normal
+from emulator.products import check as check_products, normal
 from emulator.structs import DTYPES, WeightView
 from emulator.test_grouped_kernels import Case, Kernels
 from emulator.test_linear_4bit_kernel import check, run
-from emulator.test_one_launch import in_two
-from emulator.test_one_launch import run as run_one_launch
+from emulator.test_one_launch import in_two, run as run_one_launch
 from emulator.test_quant4_kernels import bits, cuda_dequantize
 from whole import nightly_but
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from emulator.products import check
 from emulator.structs import DTYPES, WeightView
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from whole import nightly_but
 
 from peftcore import ops

@@ -5,8 +5,7 @@ from ctypes import Structure, c_bool, c_float, c_int, c_int64, c_void_p
 import pytest
 import torch
 from emulator.structs import DTYPES, address
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from peftcore.ops.gated import ACTIVATIONS, Gated, GatedBackward
 from peftcore.ops.rms_norm import RmsNorm, RmsNormBackward

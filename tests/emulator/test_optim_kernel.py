@@ -4,12 +4,10 @@ import ctypes
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from peftcore import ops
-from peftcore.ops import dynamic8
-from peftcore.ops import optim_rules as rules
+from peftcore.ops import dynamic8, optim_rules as rules
 
 RULES = list(rules.RULES)  # in the order of csrc/optim/rules.h
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -5,8 +5,7 @@ from ctypes import c_int64
 import pytest
 import torch
 from emulator.structs import DTYPES, WeightView
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from thresholds import at_thresholds
 
 from peftcore import ops

@@ -61,24 +61,20 @@ def losses_of(kind: str, folder: Path, enabled: bool) -> list[float]:
     model.generation_config.pad_token_id = 0
     more: dict[str, Any] = {}
     if kind == "orpo":
-        from trl.experimental.orpo import ORPOConfig as Config
-        from trl.experimental.orpo import ORPOTrainer as Trainer
+        from trl.experimental.orpo import ORPOConfig as Config, ORPOTrainer as Trainer
 
         settings |= {"max_length": 16}
     elif kind == "dpo":
-        from trl import DPOConfig as Config
-        from trl import DPOTrainer as Trainer
+        from trl import DPOConfig as Config, DPOTrainer as Trainer
 
         settings |= {"max_length": 16}
     elif kind == "grpo":
-        from trl import GRPOConfig as Config
-        from trl import GRPOTrainer as Trainer
+        from trl import GRPOConfig as Config, GRPOTrainer as Trainer
 
         settings |= {"num_generations": 2, "max_completion_length": 3}
         more["reward_funcs"] = lambda completions, **_: [float(len(set(text))) for text in completions]
     else:
-        from trl import SFTConfig as Config
-        from trl import SFTTrainer as Trainer
+        from trl import SFTConfig as Config, SFTTrainer as Trainer
 
         settings |= {"max_length": 16}
     rows: list[dict[str, str]] = [{"prompt": each, "chosen": " good", "rejected": " bad story"} for each in prompts]

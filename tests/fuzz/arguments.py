@@ -8,8 +8,7 @@ from fuzz.maker import FLOATS
 from fuzz.memory import LAYOUTS
 
 from peftcore import ops
-from peftcore.ops import grouped, linear_per_sample, lora, mxfp4, optim, quant4, routing, swiglu
-from peftcore.ops import optim_rules as rules
+from peftcore.ops import grouped, linear_per_sample, lora, mxfp4, optim, optim_rules as rules, quant4, routing, swiglu
 from peftcore.ops.activated import Activated, ActivatedBackward
 from peftcore.ops.attention import Attention, AttentionBackward
 from peftcore.ops.cross_entropy import CrossEntropyRows, LinearCrossEntropyRows

@@ -5,12 +5,10 @@ import math
 import fresh_process
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from peftcore import ops
-from peftcore.ops import dynamic8, optim
-from peftcore.ops import optim_rules as rules
+from peftcore.ops import dynamic8, optim, optim_rules as rules
 
 RULES = list(rules.RULES)
 needs_extension = pytest.mark.skipif(ops.extension is None, reason="no _C")

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 import torch
-from mixtures import INPUTS as TOKENS
-from mixtures import mixture
+from mixtures import INPUTS as TOKENS, mixture
 from quantized import INPUTS, llama, logits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM

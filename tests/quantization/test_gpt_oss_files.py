@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from mixtures import INPUTS as TOKENS
-from mixtures import mixture
+from mixtures import INPUTS as TOKENS, mixture
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

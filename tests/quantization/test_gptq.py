@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import INPUTS as EXPERTS_INPUTS
-from mixtures import mixture
+from mixtures import INPUTS as EXPERTS_INPUTS, mixture
 from quantized import INPUTS, llama
 from tiny import gpt2
 from torch import Tensor, nn

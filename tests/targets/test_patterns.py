@@ -9,8 +9,7 @@ import pytest
 import tiny
 from counting import growth
 from fuzz.corpus import limit
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from imports import ROOT
 
 import peftcore

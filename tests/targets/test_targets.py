@@ -4,8 +4,7 @@ import re
 
 import pytest
 import tiny
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 
 import peftcore

@@ -40,8 +40,7 @@ def evaluate(
     A classifier's base has a randomly initialised head, the one that training started with if the adapter records it,
     so its figures show chance level.
     """
-    from peftcore.cli import adapter_folders, base_and_adapter, dtype_choice, models
-    from peftcore.cli import data as examples
+    from peftcore.cli import adapter_folders, base_and_adapter, data as examples, dtype_choice, models
     from peftcore.cli.data_files import parsed_columns
 
     weighted = next((each for each in examples.sources(data) if each.weight != 1), None)

@@ -49,8 +49,7 @@ def plan(
 ) -> None:
     """Show what would be trained, and what a training step would need, before training."""
     import peftcore
-    from peftcore.cli import base_files, forecast, models
-    from peftcore.cli import data as rows
+    from peftcore.cli import base_files, data as rows, forecast, models
     from peftcore.engine.summary import megabytes
     from peftcore.estimating import NotFollowed
 

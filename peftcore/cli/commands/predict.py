@@ -48,8 +48,7 @@ def predict(
 
     Labels in the data are not read. To measure the adapter on examples with labels, use peftcore eval.
     """
-    from peftcore.cli import adapter_folders, base_and_adapter, dtype_choice, models
-    from peftcore.cli import data as examples
+    from peftcore.cli import adapter_folders, base_and_adapter, data as examples, dtype_choice, models
     from peftcore.cli.data_files import parsed_columns
 
     task = adapter_folders.adapter_task(adapter, labels)

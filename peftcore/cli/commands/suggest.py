@@ -52,8 +52,7 @@ def suggest(
     Each way is a training step that was simulated without memory. Times on GPUs are estimates from data sheets.
     """
     import peftcore
-    from peftcore.cli import base_files, forecast, models
-    from peftcore.cli import data as rows
+    from peftcore.cli import base_files, data as rows, forecast, models
 
     if task is None and data:
         task = rows.guess_task(data)

@@ -74,9 +74,15 @@ def train(
     With --adapter training starts from an existing adapter, of this or another library, with its base and method; the
     initial adapter is what results are compared with, also in DPO.
     """
-    from peftcore.cli import base_files, holdout, run_result, trainer_arguments, warm_start
-    from peftcore.cli import data as examples
-    from peftcore.cli import precision as precisions
+    from peftcore.cli import (
+        base_files,
+        data as examples,
+        holdout,
+        precision as precisions,
+        run_result,
+        trainer_arguments,
+        warm_start,
+    )
     from peftcore.cli.data_files import parsed_columns
 
     given = config_file.in_force(context, given)

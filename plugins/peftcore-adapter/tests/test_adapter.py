@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from peftcore_adapter import ACTIVATIONS
 from torch import Tensor, nn
 

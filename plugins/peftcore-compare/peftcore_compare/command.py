@@ -119,8 +119,7 @@ def compare(
     finds one among rates that are the same for all.
     A run that fails is shown with its reason. `--method full` is full fine-tuning.
     """
-    from peftcore.cli import base_files
-    from peftcore.cli import data as examples
+    from peftcore.cli import base_files, data as examples
     from peftcore.cli.data_files import parsed_columns
 
     given = config_file.in_force(context, given)

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 from commands import Run
-from peftcore_compare import command as compare
-from peftcore_compare import training_process
+from peftcore_compare import command as compare, training_process
 from peftcore_compare.report import ComparisonReport
 
 from peftcore import PeftcoreError

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from quantized import llama as wide_llama
-from quantized import logits as wide_logits
+from quantized import llama as wide_llama, logits as wide_logits
 from torch import Tensor, nn
 
 import peftcore

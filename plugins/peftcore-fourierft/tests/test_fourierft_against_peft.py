@@ -10,8 +10,7 @@ import pytest
 import tiny
 import torch
 from against_peft import both_ways, quiet, same_start
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from peftcore_fourierft import FourierFT, FourierFTConfig, Places
 
 import peftcore

@@ -10,8 +10,7 @@ import pytest
 import tiny
 import torch
 from against_peft import both_ways, same_start
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from peft.tuners.lokr.layer import factorization
 from peftcore_lokr import divided
 

@@ -12,8 +12,7 @@ import peft
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from peftcore_lora import LoraConfig
 from torch import nn
 

@@ -8,8 +8,7 @@ sequence. So the arithmetic of a sequence is that of `generate` on a batch with 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from collections.abc import Sequence as Several
+from collections.abc import Callable, Sequence as Several
 from typing import Any
 
 import torch

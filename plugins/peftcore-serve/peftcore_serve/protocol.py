@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Container, Mapping
-from collections.abc import Sequence as Several
+from collections.abc import Callable, Container, Mapping, Sequence as Several
 from dataclasses import dataclass, replace
 from typing import Any
 

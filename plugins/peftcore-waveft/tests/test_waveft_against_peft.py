@@ -10,8 +10,7 @@ import pytest
 import tiny
 import torch
 from against_peft import TASKS, both_ways, quiet, same_start
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from peft.tuners.waveft.layer import WaveFTLinear
 from peftcore_waveft import FAMILIES, Patches, WaveFT, WaveFTConfig, filters
 from torch import nn

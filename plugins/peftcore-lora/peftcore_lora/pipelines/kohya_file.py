@@ -23,8 +23,7 @@ from peftcore.plugin import CheckpointError, FileFormat, PeftcoreError, validati
 from peftcore_lora.pipelines.diffusers_file import FILE
 from peftcore_lora.pipelines.kohya_names import Name, is_flux, names_of, written_names
 from peftcore_lora.pipelines.layer_changes import Change, complete, from_peft, layers, number, outputs, to_peft
-from peftcore_lora.pipelines.parts import TEXT_ENCODER, TRANSFORMER, UNET
-from peftcore_lora.pipelines.parts import parts as parts_of_pipeline
+from peftcore_lora.pipelines.parts import TEXT_ENCODER, TRANSFORMER, UNET, parts as parts_of_pipeline
 
 PREFIX = re.compile(r"(lora_unet|lora_te[123]?)_(.+)")
 COMFY = re.compile(r"diffusion_model\.(.+?)(\.(?:lora_down\.weight|lora_up\.weight|alpha|dora_scale))")
