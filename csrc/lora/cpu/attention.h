@@ -24,8 +24,7 @@ struct Attention {
     static constexpr int64_t kBlock = 48, kPanel = 32, kChain = 128;
     static_assert(kBlock % kRows == 0 && kPanel % (2 * kLanes) == 0 && kHeadSizeMultiple % kPanel == 0);
     using Rows = ScoreRows<Level>;
-    using Seen = typename Rows::Seen;
-    using Kept = typename Rows::Kept;
+    using Kept = lora::Kept<Level>;
 
     // Buffers of a task, one after another.
     struct Buffers {

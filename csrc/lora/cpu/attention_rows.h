@@ -12,54 +12,57 @@ namespace lora {
 
 typedef uint8_t NativeBytes __attribute__((vector_size(kNative), may_alias));
 
+// Keys that a query attends to: those before `end` whose byte of the mask is not 0. There may be no mask, or one byte for
+// all keys, with a stride of 0.
+struct Seen {
+    const uint8_t* mask;
+    int64_t stride, end;
+
+    [[gnu::always_inline]] Seen(const AttentionArgs& args, int64_t batch, int64_t head, int64_t query)
+        : mask(args.mask), stride(args.mask_strides[3]), end(args.keys) {
+        if (mask != nullptr)
+            mask += batch * args.mask_strides[0] + head * args.mask_strides[1] + query * args.mask_strides[2];
+        if (args.causal && query + 1 < end) end = query + 1;
+    }
+};
+
+// Keys of a query that dropout keeps, as bits.
+template <typename Level>
+struct Kept {
+    uint16_t bits[kMostKeys / 16];
+
+    Kept(const AttentionArgs& args, int64_t row) {
+        if (args.dropout.threshold != 0)
+            Level::keep_bytes(args.dropout, row, 0, ceil_div(args.keys, kColumnsPerCounter),
+                              reinterpret_cast<uint8_t*>(bits));
+    }
+};
+
 template <typename Level>
 struct ScoreRows {
     static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    using Kept = lora::Kept<Level>;
 
-    // Keys that a query attends to and that dropout keeps, as bits of a vector's values.
-    struct Seen {
-        const AttentionArgs& args;
-        const uint8_t* mask;
-        int64_t end;
-
-        Seen(const AttentionArgs& its_args, int64_t batch, int64_t head, int64_t query)
-            : args(its_args),
-              mask(args.mask == nullptr ? nullptr
-                                        : args.mask + batch * args.mask_strides[0] +
-                                              head * args.mask_strides[1] + query * args.mask_strides[2]),
-              end(args.causal ? std::min(args.keys, query + 1) : args.keys) {}
-
-        __attribute__((always_inline)) inline NativeBits operator()(int64_t key) const {
-            NativeBits seen = ~NativeBits{};
-            if (key + kNative > end) {
-                const int64_t left = std::max<int64_t>(0, end - key);
-                for (int64_t j = 0; j < kNative; ++j) seen[j] = j < left ? ~0u : 0u;
-            }
-            if (mask == nullptr) return seen;
-            if (args.mask_strides[3] == 0) return mask[0] != 0 ? seen : NativeBits{};
-            NativeBytes bytes{};
-            if (const int64_t left = args.keys - key; left >= kNative)
-                std::memcpy(&bytes, mask + key, sizeof bytes);
-            else if (left > 0)
-                std::memcpy(&bytes, mask + key, size_t(left));
-            return where_above(__builtin_convertvector(bytes, NativeBits), 0u) & seen;
-        }
-    };
-
-    struct Kept {
-        uint16_t bits[kMostKeys / 16];
-
-        Kept(const AttentionArgs& args, int64_t row) {
-            if (args.dropout.threshold != 0)
-                Level::keep_bytes(args.dropout, row, 0, ceil_div(args.keys, kColumnsPerCounter),
-                                  reinterpret_cast<uint8_t*>(bits));
-        }
-        __attribute__((always_inline)) inline NativeBits operator()(int64_t key) const {
-            NativeBits some = NativeBits{} + (uint32_t(bits[key / 16]) >> key % 16);
-            for (int64_t j = 0; j < kNative; ++j) some[j] = some[j] >> j & 1u;
-            return 0u - some;
-        }
-    };
+    // Bits of a vector of keys, from `key` on, that are seen or kept.
+    PEFTCORE_INLINED NativeBits bits_of(const Seen& seen, int64_t key) {
+        const int64_t left = seen.end - key;
+        NativeBits before_end = ~NativeBits{};
+        if (left < kNative)
+            for (int64_t j = 0; j < kNative; ++j) before_end[j] = j < left ? ~0u : 0u;
+        if (seen.mask == nullptr) return before_end;
+        if (seen.stride == 0) return seen.mask[0] != 0 ? before_end : NativeBits{};
+        NativeBytes bytes{};
+        if (left >= kNative)
+            std::memcpy(&bytes, seen.mask + key, sizeof bytes);
+        else if (left > 0)
+            std::memcpy(&bytes, seen.mask + key, size_t(left));
+        return where_above(__builtin_convertvector(bytes, NativeBits), 0u) & before_end;
+    }
+    PEFTCORE_INLINED NativeBits bits_of(const Kept& kept, int64_t key) {
+        NativeBits some = NativeBits{} + (uint32_t(kept.bits[key / 16]) >> key % 16);
+        for (int64_t j = 0; j < kNative; ++j) some[j] = some[j] >> j & 1u;
+        return 0u - some;
+    }
 
     PEFTCORE_INLINED Native where(const NativeBits& there, const Native& value) {
         return bits_float(float_bits(value) & there);
@@ -85,7 +88,7 @@ struct ScoreRows {
         NativeBits nan{};
         for (int64_t n = 0; n < count; n += kNative) {
             Native& value = native_at(s + n);
-            const NativeBits there = seen(n);
+            const NativeBits there = bits_of(seen, n);
             const Native z = bits_float((float_bits(value * scale) & there) | (float_bits(unseen) & ~there));
             nan |= where_nan(z);
             most = z > most ? z : most;
@@ -102,7 +105,7 @@ struct ScoreRows {
             Native& value = native_at(s + n);
             const Native e = Below(value - largest).exponential;
             sum += e;
-            value = kDrops ? where(kept(n), e) : e;
+            value = kDrops ? where(bits_of(kept, n), e) : e;
         }
         constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
         if (any != 0 || largest == kInfinity) return {kNan, kNan};
@@ -123,14 +126,14 @@ struct ScoreRows {
         const float shift = none ? 0.0f : lse;
         for (int64_t n = 0; n < count; n += kNative) {
             Native &score = native_at(s + n), &slope = native_at(dp + n);
-            const NativeBits there = none ? NativeBits{} : seen(n);
+            const NativeBits there = none ? NativeBits{} : bits_of(seen, n);
             const Native z = score * args.scale - shift;
             // Above 0 or NaN only where lse is not that of these scores.
             const Native power = z > -87.0f ? exponential(z) : Native{};
             const Native e = where(there, bits_float(float_bits(power) | where_nan(z)) + not_finite);
             Native of_p = slope, p = e;
             if constexpr (kDrops) {
-                const NativeBits keeps = kept(n);
+                const NativeBits keeps = bits_of(kept, n);
                 of_p = where(keeps, of_p * args.kept_factor);
                 p = where(keeps, e * args.kept_factor);
             }
