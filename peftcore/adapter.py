@@ -127,8 +127,7 @@ class Adapter(nn.Module):
         """Return the change of all experts' weights as one product per expert, or None; for `OnWeight`.
 
         If transformers' experts interface runs the module and all its changes have this member, the products are added
-        to
-        those of the weights, without a copy of the weights. Only then inputs can be dropped.
+        to those of the weights, without a copy of the weights. Only then inputs can be dropped.
         """
         raise NotImplementedError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 Kind = Literal["attention", "cross_attention", "feed_forward"]
 ATTENTION: Final = "attention"
@@ -79,3 +79,16 @@ class Architecture:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     sublayers: Sequence[Sublayer] = ()
+
+
+def text_config(config: Any) -> Any:
+    """Return the part of a transformers config that describes the language model, or `config` if it has no parts.
+
+    If it has two, such as MusicGen's encoder of text and decoder of sound, return the one that generates.
+    """
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config()
+    except ValueError:  # ambiguous: there are several
+        return config.get_text_config(decoder=True)

@@ -48,8 +48,7 @@ class ForeignFormat:
         matches: (fields of the library's config, an `adapter_config.json` without `peft_type`) -> whether it is this
             format.
         read: (model, fields, tensors) -> (config, tensors under peftcore's names on disk). It raises a PeftcoreError
-            for
-            anything that the method cannot compute.
+            for anything that the method cannot compute.
         about: (fields) -> the fields that PEFT's `adapter_config.json` would have: base_model_name_or_path, and fields
             of the method that are worth showing.
         config: name of the config's file.
@@ -117,16 +116,14 @@ class PeftRules:
         flag: field on disk, such as `use_dora`, that marks the files of this method among those of its peft_type. A
             file with this field is read by this method, others by the method without a flag. A file that was
             saved by peftcore names its method.
-        own_fields: names of config fields that PEFT does not know and that the file must keep. They are stored
-            with the tensors, not in `adapter_config.json`, where PEFT would warn about them, and only if they differ
-                from
-            the default, which must therefore never change. Without this method such a file is refused.
+        own_fields: names of config fields that PEFT does not know and that the file must keep. They are stored with the
+            tensors, not in `adapter_config.json`, where PEFT would warn about them, and only if they differ from the
+            default, which must therefore never change. Without this method such a file is refused.
         older_types: peft_types under which older versions of PEFT wrote such files, which are also read.
         unreadable: (model, paths of adapted modules) -> the paths whose adapters PEFT would misread or refuse;
             `save` warns about them.
         refused: (model, tensors on disk, fields on disk) -> why the method cannot compute what the file's writer did,
-            for
-            files that peftcore did not write, or None.
+            for files that peftcore did not write, or None.
         scaled: (config, factor) -> config of an adapter with the same tensors and `factor` times the change, which
             is written for an adapter scaled by `peftcore.scale`. For adapters with a `multiplier`.
     """
@@ -211,15 +208,12 @@ class Method:
             `torch.device("meta")` it must not allocate memory.
         state: format of adapters on disk.
         initialize: (model, adapters, config, batches) -> None, or a new config if data has decided sizes. It sets
-            initial
-            values from the base's weights or from data, after the adapters are attached and before they are active.
-            `batches` is the argument of `apply`, or None; a method that needs them raises an error then. It may call
-                the
-            model, preferably with `run`, `inputs_of` and `gradients_of`: in evaluation mode, without gradients unless
-                it
-            enables them, with the adapters that are already active. It changes only its adapters. Mode, gradients,
-            moving buffers, random states and the problem type in the model's config are restored afterwards, and if it
-            raises, the adapter is removed. `load` does not call it.
+            initial values from the base's weights or from data, after the adapters are attached and before they are
+            active. `batches` is the argument of `apply`, or None; a method that needs them raises an error then. It may
+            call the model, preferably with `run`, `inputs_of` and `gradients_of`: in evaluation mode, without gradients
+            unless it enables them, with the adapters that are already active. It changes only its adapters. Mode,
+            gradients, moving buffers, random states and the problem type in the model's config are restored afterwards,
+            and if it raises, the adapter is removed. `load` does not call it.
         initializes: (config) -> whether `initialize` does anything for this config. If not, it is not called, and
             `batches` are refused.
         loss: (adapters, config) -> a scalar with gradients that is added to the loss, or None. Trainers add it once per
@@ -234,13 +228,11 @@ class Method:
             `reset_optimizer_state` reach the optimizer. Not called after a step that a scaler skipped because of
             non-finite gradients.
         needs_after_step: (config) -> whether `after_step` does anything for this config. If so, a training loop that
-            does
-            not call it causes a warning at the second optimizer step.
+            does not call it causes a warning at the second optimizer step.
         parameter_groups: (adapters, config, lr, weight_decay) -> groups as `torch.optim` takes them. Parameters of the
             adapters in no group get `lr` and `weight_decay`.
         prepare: (model, config) -> None. Changes of the base that only `apply` makes, after the placements are checked.
-            It
-            may change how weights are stored, but no module's path. `remove` does not undo it.
+            It may change how weights are stored, but no module's path. `remove` does not undo it.
         recorded_as: (config) -> config of another method, for a method that only prepares the base. The adapter is then
             the other method's in every respect, on disk too, and `state` is not used.
         low_rank: (model, config or None, {path: rank}) -> config of adapters at exactly these modules, each with

@@ -100,8 +100,8 @@ def _slow(dtype: str) -> str | None:
 
 def stored_dtype(config: Any) -> str | None:
     """Return the dtype that a transformers config states for its checkpoint, as `--dtype` names it, or None."""
+    from peftcore.architecture import text_config
     from peftcore.estimating.dtype_rates import DTYPES
-    from peftcore.observation.language_config import text_config
 
     found = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     return next((name for name, dtype in DTYPES.items() if found in (dtype, str(dtype).removeprefix("torch."))), None)

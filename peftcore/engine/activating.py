@@ -163,7 +163,8 @@ def set_active(
     # Deactivated ones first: they may have trained a parameter that a new one trains.
     touched = names[len(before) :] if grows else tuple(dict.fromkeys((*(n for n in before if n not in names), *names)))
     own = {name: tensors for name in touched if (tensors := TrainedParameters.of(model, name)) is not None}
-    take_own_parameters_off(model, state)
+    if state.own_parameters:
+        take_own_parameters_off(model, state)
     for name, tensors in own.items():
         if mixes or name not in names:
             tensors.activate(model, False)

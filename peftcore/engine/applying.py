@@ -279,7 +279,7 @@ def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
         By path, how modules were changed after `apply`; these are left as they are.
     """
     state = require_state(model)
-    refuse_needed(state, adapter, "remove")
+    refuse_needed(state, adapter)
     left = dict(changes_of(model, state, adapter))
     there = set(with_adapter(model, adapter, state.applied[adapter].paths))
     if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):

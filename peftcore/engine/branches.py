@@ -67,10 +67,10 @@ def combined(state: State, names: Sequence[str]) -> set[str]:
     return {branch for name in names for branch in state.applied[name].branches}
 
 
-def refuse_needed(state: State, adapter: str, what: str) -> None:
-    """Raise a PeftcoreError if another adapter combines this one."""
+def refuse_needed(state: State, adapter: str) -> None:
+    """Raise a PeftcoreError if another adapter combines this one, which is to be removed."""
     combiner = next((name for name, entry in state.applied.items() if adapter in entry.branches), None)
     if combiner is not None:
         raise PeftcoreError(
-            f"cannot {what} '{adapter}': '{combiner}' combines it. First peftcore.remove(model, '{combiner}')"
+            f"cannot remove '{adapter}': '{combiner}' combines it. First peftcore.remove(model, '{combiner}')"
         )

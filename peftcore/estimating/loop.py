@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_forward
+from peftcore.architecture import text_config
 from peftcore.engine import after_step, extra_loss, state_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import LARGEST_INDEX, Following, NotFollowed
@@ -23,7 +24,6 @@ from peftcore.estimating.processes import GRADIENTS, STATE, Alone, Replicas, Sha
 from peftcore.estimating.step import Step
 from peftcore.estimating.zero import Partitions, Replicated
 from peftcore.observation.inputs import BATCH, LENGTH, example_inputs
-from peftcore.observation.language_config import text_config
 from peftcore.observation.meta import MetaFloats, meta_copy
 from peftcore.optim import NAMES
 from peftcore.optim.paging import PagedOptimizer

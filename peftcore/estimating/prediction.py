@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore.architecture import text_config
 from peftcore.engine import activate, apply, apply_to_fill, state_of, takes_batches
 from peftcore.engine.fusing import fuse, fused_modules, recomputes
 from peftcore.engine.lazy_head import has_lazy_logits
@@ -34,7 +35,6 @@ from peftcore.estimating.segments import peak_reserved
 from peftcore.estimating.stand_in import apply_again, stand_in
 from peftcore.estimating.step import Step
 from peftcore.estimating.tensor_parallel import divide, first_of, refuse_trained
-from peftcore.observation.language_config import text_config
 from peftcore.optim.paging import PAGE_BYTES
 from peftcore.quantization import QuantizedLinear, quantize as to_4_bits
 from peftcore.registry import registry

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from peftcore.architecture import text_config
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.devices import Device
 from peftcore.estimating.prediction import Estimate, estimate
 from peftcore.estimating.step import Step
-from peftcore.observation.language_config import text_config
 
 PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
 LARGEST_BATCH = 64

@@ -14,10 +14,10 @@ from typing import Any
 from torch import distributed, nn
 
 from peftcore import ranks
+from peftcore.architecture import text_config
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
 from peftcore.estimating.step import Step
-from peftcore.observation.language_config import text_config
 
 
 @contextmanager

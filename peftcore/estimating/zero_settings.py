@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from peftcore.architecture import text_config
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.observation.language_config import text_config
 
 NAMES = {"zero1": 1, "zero2": 2, "zero3": 3}
 DEFAULTS = {  # of DeepSpeed

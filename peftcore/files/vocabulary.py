@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from peftcore.adaptation.base_modules import base_parameters
+from peftcore.architecture import text_config
 from peftcore.observation import detect
-from peftcore.observation.language_config import text_config
 
 
 def resized(model: nn.Module) -> list[str]:

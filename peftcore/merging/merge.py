@@ -79,7 +79,7 @@ def merge(
         raise PeftcoreError("no adapter is active. Activate the adapters to merge: peftcore.activate(model, [...])")
     refuse_unmergeable(model, state.active)
     for name in () if keep_adapters else state.active:
-        engine.refuse_needed(state, name, "remove")
+        engine.refuse_needed(state, name)
     alike = _changed_alike(model, state.active)
     tied = _tied(model, state.active, alike)
     if tied and not untie:

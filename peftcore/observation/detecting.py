@@ -14,11 +14,10 @@ from torch import nn
 
 from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_forward
-from peftcore.architecture import Architecture
+from peftcore.architecture import Architecture, text_config
 from peftcore.errors import PluginError
 from peftcore.hookspecs import hookimpl
 from peftcore.observation.heads import task_heads
-from peftcore.observation.language_config import text_config
 from peftcore.observation.sublayers import Observed
 from peftcore.plugin_discovery import Plugin
 from peftcore.registry import builtin, registry

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.adaptation.class_swap import original_forward
-from peftcore.observation.language_config import text_config
+from peftcore.architecture import text_config
 
 BATCH, LENGTH = 2, 7
 _SIDE = 32  # of images of models that name no size

@@ -20,7 +20,7 @@ from torch import nn
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.placements.placement import Placement
-from peftcore.prompts.backbone import text_config
+from peftcore.prompts.backbone import language_config
 
 
 def checked_shape(
@@ -52,7 +52,7 @@ def checked_shape(
             f"the adapter of a {kind} must return [{', '.join(dimensions)}], found a tensor of shape {list(shape)}"
         )
     tokens = shape[dimensions.index("tokens")]
-    context = getattr(text_config(model), "max_position_embeddings", None)
+    context = getattr(language_config(model), "max_position_embeddings", None)
     if isinstance(context, int) and 0 < context <= tokens:
         raise PeftcoreError(
             f"a prompt of {tokens} tokens leaves no room for input: {type(model).__name__} has a context of "

@@ -13,9 +13,8 @@ from peftcore import ranks
 from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.adapter import Adapter, Base
-from peftcore.architecture import Architecture
+from peftcore.architecture import Architecture, text_config
 from peftcore.errors import PeftcoreError
-from peftcore.observation import language_config
 
 # argument names of attention modules for the cache
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
@@ -174,7 +173,7 @@ def cache_argument(module: nn.Module) -> str | None:
 
 def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
     """Return whether the backbone is causal, by its attention, its config, or because it takes a cache."""
-    config = text_config(backbone)
+    config = language_config(backbone)
     said = [getattr(module, "is_causal", None) for module in backbone.modules()] + [getattr(config, "causal", None)]
     if hasattr(config, "add_cross_attention"):  # encoder families that can be decoders
         said.append(getattr(config, "is_decoder", None))
@@ -184,9 +183,9 @@ def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
     return any(said) if said else architecture.cache_argument is not None
 
 
-def text_config(model: nn.Module) -> Any:
+def language_config(model: nn.Module) -> Any:
     """Return the config of the language model in `model`."""
-    return language_config.text_config(getattr(model, "config", None))
+    return text_config(getattr(model, "config", None))
 
 
 def input_embedding(module: Any) -> Any:
@@ -199,7 +198,7 @@ def input_embedding(module: Any) -> Any:
 
 def learned_context(backbone: nn.Module) -> int | None:
     """Return the size of the table of learned positions; None if positions are computed."""
-    context = getattr(text_config(backbone), "max_position_embeddings", None)
+    context = getattr(language_config(backbone), "max_position_embeddings", None)
     tokens = input_embedding(backbone)
     if not isinstance(context, int) or tokens is None:
         return None

@@ -26,8 +26,8 @@ from peftcore.prompts.backbone import (
     forward_arguments,
     input_embedding,
     is_causal,
+    language_config,
     seen,
-    text_config,
 )
 
 # arguments that only cross-attention gets
@@ -60,12 +60,12 @@ def place_prefix(
             f"'{path}' of {type(model).__name__} reads several rows of codes for each sequence, and PrefixKV "
             "would give each row a prefix. Use a method for linear layers"
         )
-    if getattr(text_config(backbone), "model_type", None) in _TOKEN_BY_TOKEN:
+    if getattr(language_config(backbone), "model_type", None) in _TOKEN_BY_TOKEN:
         raise PeftcoreError(
             f"{type(model).__name__} reads one token at a time if its cache is not empty, and a prefix fills it. "
             "Use a soft prompt"
         )
-    if getattr(text_config(backbone), "kv_lora_rank", None):
+    if getattr(language_config(backbone), "kv_lora_rank", None):
         raise PeftcoreError(
             f"{type(model).__name__} has latent attention, with keys and values of different widths, but "
             "PrefixKV gives both the same. Use a soft prompt"
@@ -224,7 +224,7 @@ class PrefixAround(Backbone):
         if not self._causal:
             return False
         asked = call.get("use_cache")
-        asked = getattr(text_config(module), "use_cache", False) if asked is None else asked
+        asked = getattr(language_config(module), "use_cache", False) if asked is None else asked
         return bool(asked) and not (module.training and getattr(module, "gradient_checkpointing", False))
 
 

@@ -22,9 +22,9 @@ from peftcore.prompts.backbone import (
     forward_arguments,
     input_embedding,
     is_causal,
+    language_config,
     prepend,
     stacks,
-    text_config,
 )
 from peftcore.prompts.stand_ins import StandIns, entering, ordinary_token, places
 
@@ -61,7 +61,7 @@ def place_soft_prompt(
     cached = (
         None if keeps else cache_argument(model.get_submodule(decoder_path(model, architecture)))
     )  # some pass it on
-    if getattr(text_config(backbone), "model_type", None) in _ADDS_SOUND:
+    if getattr(language_config(backbone), "model_type", None) in _ADDS_SOUND:
         raise PeftcoreError(
             f"{type(model).__name__} adds a piece of sound to each token, and a soft prompt has none. Use a "
             "prefix or a method for linear layers"
@@ -102,7 +102,7 @@ def _reads_tokens(backbone: nn.Module, embedding: nn.Module) -> bool:
 
     RoBERTa finds padding by token and does not count it in positions.
     """
-    config = text_config(backbone)
+    config = language_config(backbone)
     sizes = {value for name, value in vars(config).items() if name.startswith("vocab_size")} if config else set()
     embeddings = (m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not embedding)
     routes = (t for t in (*backbone.parameters(), *backbone.buffers()) if t.dim() > 1 and not t.is_floating_point())
@@ -142,7 +142,7 @@ class SoftPromptAround(Backbone):
         self._embedding = (embedding,)  # not a child of this module
         self._needs_tokens = needs_tokens
         self.counts = self.counts and counts
-        rope = getattr(text_config(backbone), "rope_parameters", None) or {}
+        rope = getattr(language_config(backbone), "rope_parameters", None) or {}
         self._has_coordinates = len(rope.get("mrope_section", ())) > 3  # besides the position in the text
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:

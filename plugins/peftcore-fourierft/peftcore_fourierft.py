@@ -106,8 +106,7 @@ def product(x: Tensor, entries: Tensor, rows: Tensor, columns: Tensor, out_width
     """Return Re IDFT2(S) x, computed with half of each spectrum.
 
     IDFT(x) at v is the conjugate of DFT(x) at v, or DFT(x) itself at -v. A value added at u appears conjugated at -u,
-    too,
-    so it counts half, except at 0 and in the middle.
+    too, so it counts half, except at 0 and in the middle.
     """
     width = x.shape[-1]
     conjugated = (2 * columns <= width) ^ (2 * rows > out_width)

@@ -21,12 +21,12 @@ Trained: r · (in + out) numbers instead of in · out. `merged` adds scale · B 
 from __future__ import annotations
 
 from peftcore.plugin import Method, hookimpl
-from peftcore_lora.config import LoraConfig, of_ranks
+from peftcore_lora.config import LoraConfig, is_computed, of_ranks
 from peftcore_lora.files import RULES
 from peftcore_lora.loftq import loftq_start
 from peftcore_lora.placing import place
 from peftcore_lora.replication import replicate_layers
-from peftcore_lora.starts import initialize, is_read_off
+from peftcore_lora.starts import initialize
 from peftcore_lora.training import parameter_groups
 
 peftcore_api = ">=3.4,<4"
@@ -43,7 +43,7 @@ def peftcore_methods() -> list[Method]:
             place,
             RULES,
             initialize=initialize,
-            initializes=is_read_off,
+            initializes=is_computed,
             parameter_groups=parameter_groups,
             low_rank=of_ranks,
             learning_rate=1e-3,

@@ -28,6 +28,11 @@ def is_subtracted(start: bool | str) -> bool:
     return start in SUBTRACTED or re.fullmatch(r"pissa_niter_[0-9]{1,3}", str(start)) is not None
 
 
+def is_computed(config: LoraConfig) -> bool:
+    """Return whether the start is computed from the weight, from data, or from other factors rather than drawn."""
+    return isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"
+
+
 def nested(kind: type[Kind], field_name: str, values: Mapping[str, Any] | None) -> Kind:
     """Return the config that a field of `LoraConfig` holds as a table."""
     known = [each.name for each in fields(kind)]  # type: ignore[arg-type]  # a dataclass

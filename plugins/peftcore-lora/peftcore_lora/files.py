@@ -68,8 +68,7 @@ def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Return the adapted modules whose file PEFT misreads, refuses or cannot run.
 
     It misreads mixtures of experts, dilated convolutions and heads with a bias and trained rows, refuses Mamba's
-    layers,
-    and cannot run routers.
+    layers, and cannot run routers.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     names = set(READ_BY_KERNELS) if kind in MAMBA else set()
@@ -98,8 +97,7 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
     """Return why a file of PEFT cannot be read, or None.
 
     PEFT's A of a convolution is not dilated, which no change of the weight reproduces. For releases after `KNOWN_PEFT`
-    it
-    is unknown whether they add the change of an attention's `out_proj` once or twice.
+    it is unknown whether they add the change of an attention's `out_proj` once or twice.
     """
     for name, module in targets.base_modules(model):
         there = f"base_model.model.{name}.lora_A.weight"

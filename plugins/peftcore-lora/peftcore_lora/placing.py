@@ -90,7 +90,7 @@ def place(model: nn.Module, config: LoraConfig, architecture: Architecture) -> l
         not config.lora_fa or trains_a is None,
         f"lora_fa=True is only for linear layers, and '{trains_a}' is not one. Remove it from the targets",
     )
-    tokens = place_tokens(model, config, architecture)
+    tokens = place_tokens(model, config, architecture) if config.trainable_token_indices else []
     both = next((each.path for each in (*parameters, *tokens) if each.path in chosen), None)
     validation.require(
         both is None,

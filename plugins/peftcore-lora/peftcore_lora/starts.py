@@ -25,11 +25,6 @@ from peftcore_lora.config import LoraConfig, is_subtracted
 from peftcore_lora.layers import LoraFromStart, LoraLinear
 
 
-def is_read_off(config: LoraConfig) -> bool:
-    """Return whether the start is computed from W or data rather than drawn."""
-    return isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"
-
-
 @torch.no_grad()
 def initialize(model: nn.Module, adapters: Mapping[str, Any], config: LoraConfig, batches: Any) -> LoraConfig | None:
     """Initialise all adapters as the config asks; return the config that then applies, if it differs."""

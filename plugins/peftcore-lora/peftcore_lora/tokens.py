@@ -35,9 +35,7 @@ def place_tokens(model: nn.Module, config: LoraConfig, architecture: Architectur
     Modules tied to the embedding have the same rows, unless others are named for them. Different rows are refused with
     ensure_weight_tying, and trained separately without.
     """
-    given = config.trainable_token_indices
-    if not given:
-        return []
+    given = config.trainable_token_indices or []
     validation.require(
         token_rows is not None,
         "trainable_token_indices needs the plugin peftcore-trainable-tokens, which is not installed. Install it",
