@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.observation import known_as, observe
+from peftcore.observation import observe, share_facts
 from peftcore.plugin import (
     Adapter,
     After,
@@ -49,7 +49,7 @@ def observed(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     def made(*args: Any, **kwargs: Any) -> nn.Module:
         other = first(*args, **kwargs)
         model = make(*args, **kwargs)  # sets the seed again
-        known_as(model, other, shared=False)
+        share_facts(model, other, shared=False)
         return model
 
     return made

@@ -23,7 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from peftcore.adaptation.base_modules import CHILD
 from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, Branched, Link, OwnForward, expert_link, own_forward
-from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
+from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, restore_class, subclass
 from peftcore.adaptation.concurrency import ModelLock, disabled_in_thread
 from peftcore.adaptation.divided_experts import ExpertsForward, mesh_of_experts
 from peftcore.adaptation.division import DividedChain, Division, WholeForward, division_of, on_local, on_parts
@@ -115,7 +115,7 @@ def detach(module: nn.Module, name: str) -> None:
         for key in (_CHAIN, _BASE, _ACTIVE):
             del module.__dict__[key]
         module.__dict__.pop(ROWS, None)
-        take_off(module, "_peftcore_original")
+        restore_class(module, "_peftcore_original")
         if not is_enclosing(module):
             del module.__dict__[LOCK]
         if OWN_FORWARD in module.__dict__:
@@ -147,7 +147,7 @@ def is_per_sample(module: nn.Module) -> bool:
     return module.__dict__[_ACTIVE] is None
 
 
-def activate_behind(module: nn.Module, name: str) -> None:
+def activate_outermost(module: nn.Module, name: str) -> None:
     """Activate `name`, which combines no other adapters, around the active ones."""
     if OWN_FORWARD in module.__dict__ or module._forward_pre_hooks:  # the layer may be divided over ranks
         activate(module, (*module.__dict__[_ACTIVE], name), same_base=True)
@@ -219,7 +219,7 @@ def _by_sample(module: nn.Module, base: OwnForward) -> Any:
     return chain if division is None else DividedChain(division, chain, None)
 
 
-def _acting(module: Any, lock: ModelLock) -> Any:
+def _chain_of_call(module: Any, lock: ModelLock) -> Any:
     """Return the chain of this call."""
     if lock.choosing and lock.choice() is not None:
         return _by_sample(module, module._peftcore_base)
@@ -337,13 +337,13 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
             if lock.context is not None and not lock.context.inside():
                 with Frame(self, lock.context, args, kwargs):
                     return forward(self, *args, **kwargs)
-            return (self._peftcore_base if disabled_in_thread(lock) else _acting(self, lock))(*args, **kwargs)
+            return (self._peftcore_base if disabled_in_thread(lock) else _chain_of_call(self, lock))(*args, **kwargs)
         thread = get_ident()
         disabled = lock.calls.get(thread)
         if disabled is not None:
             if disabled:
                 return self._peftcore_base(*args, **kwargs)
-            chain = _acting(self, lock) if lock.choosing else self._peftcore_chain
+            chain = _chain_of_call(self, lock) if lock.choosing else self._peftcore_chain
             if args and hasattr(args[0], SOURCE):
                 with inputs_instead(args[0]):
                     return chain(*args, **kwargs)
@@ -358,7 +358,7 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         try:
             if lock.calls[thread]:
                 return self._peftcore_base(*args, **kwargs)
-            return (_acting(self, lock) if lock.choosing else self._peftcore_chain)(*args, **kwargs)
+            return (_chain_of_call(self, lock) if lock.choosing else self._peftcore_chain)(*args, **kwargs)
         finally:
             lock.leave(thread)
 

@@ -337,7 +337,7 @@ def current_frame() -> Frame | None:
     return getattr(_CURRENT, "frame", None)
 
 
-def asked(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
+def arguments_read(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
     """Return the arguments that these adapters read of their model's calls; None if none reads calls."""
     needs = [
         module.needs_call

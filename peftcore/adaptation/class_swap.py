@@ -72,7 +72,7 @@ def _rebuild(cls: type[nn.Module], *makers: Maker) -> nn.Module:
     return cls.__new__(cls)
 
 
-def take_off(module: nn.Module, marker: str) -> None:
+def restore_class(module: nn.Module, marker: str) -> None:
     """Remove the swapped class that has `marker`; classes above it (parametrizations) stay."""
 
     def without(cls: Any) -> Any:

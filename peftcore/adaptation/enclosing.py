@@ -18,7 +18,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.call import ROOT, Frame, untraced
-from peftcore.adaptation.class_swap import one_for_each_class, subclass, take_off
+from peftcore.adaptation.class_swap import one_for_each_class, restore_class, subclass
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.adaptation.rows import ROWS
 from peftcore.errors import PeftcoreError
@@ -42,7 +42,7 @@ def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
 def release(module: nn.Module) -> None:
     """Restore the class of an ancestor; under the class of `fully_shard` it stays, which does no harm."""
     if is_enclosing(module) and not hasattr(module, "unshard"):
-        take_off(module, "_peftcore_enclosed")
+        restore_class(module, "_peftcore_enclosed")
         del module.__dict__[LOCK]
     for name in (ROOT, ROWS):
         module.__dict__.pop(name, None)

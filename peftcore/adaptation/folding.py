@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.adaptation.class_swap import one_for_each_class, original_forward, subclass, take_off
+from peftcore.adaptation.class_swap import one_for_each_class, original_forward, restore_class, subclass
 from peftcore.ops.weight import DTYPES
 
 FEW_ROWS = 4
@@ -51,7 +51,7 @@ def fold_frozen(model: nn.Module, head: str | None) -> None:
 def unfold(module: nn.Module) -> None:
     """Restore the class of a folded layer; under the class of `fully_shard` it stays, which does no harm."""
     if _folds(module) and not hasattr(module, "unshard"):
-        take_off(module, FOLDS)
+        restore_class(module, FOLDS)
 
 
 def _folds(module: nn.Module) -> bool:

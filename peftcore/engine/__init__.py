@@ -10,9 +10,9 @@ from peftcore.engine.applying import (
     apply as apply,
     apply_to_fill as apply_to_fill,
     check_name as check_name,
+    detach_adapter as detach_adapter,
     refuse_on_disk as refuse_on_disk,
     remove as remove,
-    take_off as take_off,
 )
 from peftcore.engine.branches import refuse_needed as refuse_needed
 from peftcore.engine.changes import with_adapter as with_adapter
@@ -30,10 +30,10 @@ from peftcore.engine.state import (
     adapter_modules as adapter_modules,
     adapter_parameters as adapter_parameters,
     applied as applied,
-    call_in as call_in,
     exclusive as exclusive,
     modules_with as modules_with,
     placements as placements,
+    read_from_disk as read_from_disk,
     refuse_changed as refuse_changed,
     refuse_merged as refuse_merged,
     refuse_per_sample as refuse_per_sample,

@@ -12,14 +12,14 @@ from peftcore.adaptation import adapted
 from peftcore.adaptation.concurrency import Activation, Block
 from peftcore.adaptation.light import parts
 from peftcore.engine.branches import combined, with_branches
-from peftcore.engine.calling import ask_of_calls
+from peftcore.engine.calling import update_call_context
 from peftcore.engine.placing import refuse_shared
 from peftcore.engine.samples import (
     modules_by_sample,
     observe_rows,
     place_own_parameters,
     refuse_whole_batch,
-    take_own_parameters_off,
+    remove_own_parameters,
 )
 from peftcore.engine.state import (
     State,
@@ -31,7 +31,7 @@ from peftcore.engine.state import (
     require_state,
     unchanged,
 )
-from peftcore.engine.trained import TrainedParameters, hold_of_last, unmoved_buffers
+from peftcore.engine.trained import TrainedParameters, place_kept_tensors, unmoved_buffers
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapters_wanted
 from peftcore.method import Model
@@ -103,7 +103,7 @@ def disabled(model: Model) -> Iterator[Model]:
         if any(True for _ in _in_place_of_base(model, state)):
             state.lock.hold(block)
             exchanged = list(_in_place_of_base(model, state))
-            hold_of_last(model, ())
+            place_kept_tensors(model, ())
         for own in exchanged:
             own.activate(model, False)
         with unmoved_buffers(model) if exchanged else nullcontext():
@@ -112,7 +112,7 @@ def disabled(model: Model) -> Iterator[Model]:
         for own in exchanged:
             own.activate(model, True)
         if exchanged:
-            hold_of_last(model, state.active)
+            place_kept_tensors(model, state.active)
         state.lock.close_block(block)
 
 
@@ -164,7 +164,7 @@ def set_active(
     touched = names[len(before) :] if grows else tuple(dict.fromkeys((*(n for n in before if n not in names), *names)))
     own = {name: tensors for name in touched if (tensors := TrainedParameters.of(model, name)) is not None}
     if state.own_parameters:
-        take_own_parameters_off(model, state)
+        remove_own_parameters(model, state)
     for name, tensors in own.items():
         if mixes or name not in names:
             tensors.activate(model, False)
@@ -172,26 +172,26 @@ def set_active(
     state.samples = samples and tuple(name if name in names else None for name in samples)
     if mixes:
         place_own_parameters(model, state, names)
-        _let_samples_choose(model, state)
+        _choose_by_sample(model, state)
     elif grows:
         for name in touched:
             for _, module in modules_with(model, state, name):
-                adapted.activate_behind(module, name)
+                adapted.activate_outermost(module, name)
     else:
         acting = [name for name in names if name not in inside]
-        _let_act(model, state, acting, None if mixed_before else touched, same_base=not base_exchanged)
+        _build_chains(model, state, acting, None if mixed_before else touched, same_base=not base_exchanged)
     for name, tensors in own.items():
         if name in names and not mixes:
             tensors.activate(model, True)
-    hold_of_last(model, names)
+    place_kept_tensors(model, names)
     if mixes != mixed_before:
-        ask_of_calls(state)
+        update_call_context(state)
     training = tuple(name for name in names if state.applied[name].trainable)
-    _let_train(model, state, touched, training)
+    _set_requires_grad(model, state, touched, training)
     state.lock.activation = Activation(state.active, state.samples, training)
 
 
-def _let_act(
+def _build_chains(
     model: nn.Module, state: State, acting: Sequence[str], touched: Sequence[str] | None, *, same_base: bool
 ) -> None:
     """Build the chains of the modules to which adapters `touched` are attached, or of all modules if None."""
@@ -208,7 +208,7 @@ def _let_act(
         known.per_sample = False
 
 
-def _let_samples_choose(model: nn.Module, state: State) -> None:
+def _choose_by_sample(model: nn.Module, state: State) -> None:
     """Make all modules look up each sample's adapter when they are called."""
     known = unchanged(model, state)
     if known is not None and known.per_sample:
@@ -228,7 +228,7 @@ def _all_modules(model: nn.Module, state: State) -> list[nn.Module]:
     return list(dict.fromkeys(module for name in state.applied for _, module in modules_with(model, state, name)))
 
 
-def _let_train(model: nn.Module, state: State, touched: Iterable[str], training: Collection[str]) -> None:
+def _set_requires_grad(model: nn.Module, state: State, touched: Iterable[str], training: Collection[str]) -> None:
     """Set `requires_grad` on the adapters that train; clear it on the others in `touched`."""
     for name in touched:
         entry, trains = state.applied[name], name in training

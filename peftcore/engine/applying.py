@@ -11,34 +11,34 @@ from torch import nn
 from peftcore import ranks
 from peftcore.adaptation import adapted, enclosing, fast_path, folding
 from peftcore.adaptation.base_modules import base_modules, base_parameters
-from peftcore.adaptation.call import asked
+from peftcore.adaptation.call import arguments_read
 from peftcore.adaptation.division import watch_batches
 from peftcore.adaptation.light import parts
 from peftcore.adapter import Adapter
 from peftcore.engine.activating import set_active
 from peftcore.engine.branches import check_branches, freeze_branches, refuse_needed, release_branches
-from peftcore.engine.calling import ask_of_calls
+from peftcore.engine.calling import update_call_context
 from peftcore.engine.changes import Site, facts, submodule, with_adapter
 from peftcore.engine.divided import divide_experts, is_divided, refuse_divided, refuse_stage
-from peftcore.engine.first_values import give_first_values, initializer
+from peftcore.engine.first_values import initialize_adapter, initializer
 from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.placing import (
     Placed,
     device_and_dtype,
     placements_for,
     recorded,
-    tell_if_little,
+    warn_of_little,
     with_memory,
 )
 from peftcore.engine.state import (
     STATE,
     Applied,
     State,
-    alone,
     applied,
+    as_text,
     changes_of,
     exclusive,
-    in_words,
+    exclusively,
     refuse_changed,
     refuse_merged,
     refuse_per_sample,
@@ -49,7 +49,7 @@ from peftcore.engine.trained import TrainedParameters, refuse_sharded_parameters
 from peftcore.errors import PeftcoreError, warn
 from peftcore.events import adapter_applied
 from peftcore.method import Model
-from peftcore.observation import left_as_it_is
+from peftcore.observation import assumed_unchanged
 from peftcore.registry import registry
 
 _CHANGE = "apply another adapter"  # as messages name it
@@ -85,7 +85,7 @@ def apply(
         PeftcoreError: a field, pattern or name is wrong, or the adapter cannot be initialised. The model is then
             unchanged except for what the method has prepared, such as a base in 4 bits.
     """
-    with alone(model, _CHANGE, base=True):
+    with exclusively(model, _CHANGE, base=True):
         return _apply(model, method, fields, adapter, dtype, batches, first_values=True)
 
 
@@ -105,7 +105,7 @@ def apply_to_fill(
         active: activate the adapter. If False, the active adapters stay as they are, also with one for each sample.
         trainable: whether the adapter trains, as in `set_trainable`.
     """
-    with alone(model, _CHANGE, base=True):
+    with exclusively(model, _CHANGE, base=True):
         return _apply(model, config, {}, adapter, dtype, None, first_values=False, active=active, trainable=trainable)
 
 
@@ -132,9 +132,9 @@ def _apply(
     if state.applied:
         refuse_changed(model)
     refuse_stage(model)
-    with left_as_it_is(model), with_memory(model), ranks.whole_when_read(model):
+    with assumed_unchanged(model), with_memory(model), ranks.whole_when_read(model):
         placed = method if isinstance(method, Placed) else placements_for(model, method, fields)
-        initialize, its_config = initializer(placed.method, placed.config) if first_values else (None, None)
+        initialize, config_of_initialize = initializer(placed.method, placed.config) if first_values else (None, None)
         if batches is not None and initialize is None:
             here = "" if placed.method.initialize is None else " with these fields"
             raise PeftcoreError(f"{placed.method.name} does not initialise from data{here}. Leave batches out")
@@ -142,15 +142,15 @@ def _apply(
         refuse_without_gradient(model, placed, trains=first_values)
         refuse_divided(model, placed)
         refuse_sharded_parameters(model, placed.trained)
-        tell_if_little(model, placed)
+        warn_of_little(model, placed)
     if placed.method.prepare is not None:
         with registry.naming(placed.method.name, "prepare"):
             placed.method.prepare(model, placed.config)
     of_method, config = recorded(placed)
     modules = {each.path: submodule(model, each.path) for each in placed.attached}
-    made: dict[Any, Any] = {}
+    allocated: dict[Any, Any] = {}
     for each in placed.attached:
-        _settle(each.adapter, *device_and_dtype(modules[each.path], dtype), model.training, made)
+        _settle(each.adapter, *device_and_dtype(modules[each.path], dtype), model.training, allocated)
 
     is_first = not state.applied and not state.on_disk
     if is_first:  # before other classes are swapped in, inside which the folding class stays
@@ -171,7 +171,7 @@ def _apply(
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     fast_path.guard(model)
     adapters = [each.adapter for each in placed.attached]
-    reads = asked(adapters)
+    reads = arguments_read(adapters)
     whole_batch = any([each.whole_batch for each in adapters if isinstance(each, Adapter)])
     entry = Applied(
         of_method.name,
@@ -187,10 +187,10 @@ def _apply(
     state.applied[adapter] = entry
     model.__dict__[STATE] = state
     freeze_branches(state, adapter)
-    ask_of_calls(state)
+    update_call_context(state)
     if initialize is not None:
         try:
-            give_first_values(model, adapter, initialize, placed.method.name, its_config, batches)
+            initialize_adapter(model, adapter, initialize, placed.method.name, config_of_initialize, batches)
         except BaseException:
             remove(model, adapter)
             raise
@@ -207,12 +207,12 @@ def _apply(
 
 
 def _settle(
-    adapter: nn.Module, device: torch.device | None, dtype: torch.dtype, training: bool, made: dict[Any, Any]
+    adapter: nn.Module, device: torch.device | None, dtype: torch.dtype, training: bool, allocated: dict[Any, Any]
 ) -> None:
-    """Do `adapter.to(device, dtype).train(training).requires_grad_(False)`, skipping what is already so.
+    """Do `adapter.to(device, dtype).train(training).requires_grad_(False)`, where anything is different.
 
-    Tensors on the meta device are allocated without values. `made` maps them to the allocated ones, which adapters may
-    share.
+    Tensors on the meta device are allocated without values. `allocated` maps them to the new ones, since adapters may
+    share tensors.
     """
     fits, is_set, gets_memory = True, True, device is not None and device.type != "meta"
     for module in parts(adapter):
@@ -223,9 +223,9 @@ def _settle(
                 continue
             if gets_memory and parameter.is_meta and type(parameter) is nn.Parameter:
                 own = dtype if parameter.is_floating_point() else parameter.dtype
-                if parameter not in made:
-                    made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=own, device=device), False)
-                parameters[name] = made[parameter]
+                if parameter not in allocated:
+                    allocated[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=own, device=device), False)
+                parameters[name] = allocated[parameter]
                 continue
             parameter.requires_grad_(False)
             fits &= parameter.device == device and (parameter.dtype == dtype or not parameter.is_floating_point())
@@ -262,21 +262,25 @@ def remove(model: Model, adapter: str = "default") -> Model:
     refuse_merged(state, f"remove '{adapter}'")
     record = state.on_disk.pop(adapter, None)
     try:
-        left = take_off(model, adapter) if adapter in state.applied else _let_base_go(model, state)
+        left = {}
+        if adapter in state.applied:
+            left = detach_adapter(model, adapter)
+        else:
+            _restore_base_if_free(model, state)
     except BaseException:
         if record is not None:
             state.on_disk[adapter] = record
         raise
     if left:
-        warn(f"remove left the following as it is: {in_words(left)}")
+        warn(f"remove left the following as it is: {as_text(left)}")
     return model
 
 
-def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Detach an adapter that is in memory; one that is also on disk can be read again.
+def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Detach an adapter that is in memory, and restore the base if it was the last one.
 
     Returns:
-        By path, how modules were changed after `apply`; these are left as they are.
+        {path: how the module was changed after `apply`}, for the modules that are left as they are.
     """
     state = require_state(model)
     refuse_needed(state, adapter)
@@ -296,29 +300,29 @@ def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
         state.sites[path].adapters -= 1
         if not state.sites[path].adapters:
             del state.sites[path]
-    ask_of_calls(state)
+    update_call_context(state)
     trained = dict.fromkeys(name for entry in state.applied.values() for name in entry.trained)
     inside = set(_enclosing_paths(model, state.sites, tuple(trained))) if state.applied else set()
     for path, module in base_modules(model):
         if path in inside and module in there:
             enclosing.enclose(module, state.lock)  # it has lost this adapter, and contains others
-    _let_base_go(model, state)
+    _restore_base_if_free(model, state)
     return left
 
 
-def _let_base_go(model: nn.Module, state: State) -> dict[str, str]:
+def _restore_base_if_free(model: nn.Module, state: State) -> None:
     """Restore the base if no adapter is left in memory or on disk."""
-    if not state.applied and not state.on_disk:
-        for name, parameter in base_parameters(model):
-            parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
-        for _, module in base_modules(model):
-            enclosing.release(module)
-            folding.unfold(module)
-        if state.watching is not None:
-            state.watching.remove()
-        state.lock.retired = True
-        del model.__dict__[STATE]
-    return {}
+    if state.applied or state.on_disk:
+        return
+    for name, parameter in base_parameters(model):
+        parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+    for _, module in base_modules(model):
+        enclosing.release(module)
+        folding.unfold(module)
+    if state.watching is not None:
+        state.watching.remove()
+    state.lock.retired = True
+    del model.__dict__[STATE]
 
 
 def refuse_on_disk(model: nn.Module, adapter: str) -> None:

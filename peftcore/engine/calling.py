@@ -36,19 +36,19 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
         yield
 
 
-def ask_of_calls(state: State) -> None:
+def update_call_context(state: State) -> None:
     """Record calls of the model if an adapter reads them, active or not, or a loss, or if samples have adapters."""
     before = state.lock.context
     reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
     state.lock.context = context_for(reads, before)
     keeping = frozenset(name for name, entry in state.applied.items() if entry.keeps_calls)
     if keeping or state.samples is not None:
-        note_calls(state)
+        require_call_context(state)
     if state.lock.context is not None:
         state.lock.context.keeping = keeping
 
 
-def note_calls(state: State) -> None:
+def require_call_context(state: State) -> None:
     """Record calls of the model, which have the number of tokens of each sample."""
     if state.lock.context is None:
         state.lock.context = CallContext()

@@ -39,7 +39,7 @@ def takes_batches(method: str, fields: dict[str, Any]) -> bool:
         return False
 
 
-def give_first_values(
+def initialize_adapter(
     model: nn.Module, adapter: str, initialize: Any, method: str, config: Any, batches: Iterable[Any] | None
 ) -> None:
     """Initialise the inactive `adapter`, and check that nothing else of the model changes.
@@ -51,7 +51,7 @@ def give_first_values(
     before = _base(model)
     try:
         with (
-            as_it_was(model, [adapter, *require_state(model).active]),
+            in_evaluation_mode(model, [adapter, *require_state(model).active]),
             with_memory(model),
             torch.no_grad(),
             ranks.whole_when_read(model),
@@ -79,7 +79,7 @@ def give_first_values(
 
 
 @contextmanager
-def as_it_was(model: nn.Module, adapters: Iterable[str]) -> Iterator[None]:
+def in_evaluation_mode(model: nn.Module, adapters: Iterable[str]) -> Iterator[None]:
     """Put the base and `adapters` into evaluation mode inside the block.
 
     Afterwards their mode, their gradients, moving buffers, the problem type in the model's config and PyTorch's random

@@ -26,7 +26,7 @@ from peftcore.experts import split_expert_path
 from peftcore.files.peft_configs import config_of_peft, is_of_peft
 from peftcore.layers import is_wrapped
 from peftcore.method import Method
-from peftcore.observation import bypassed, detect, left_as_it_is
+from peftcore.observation import assumed_unchanged, bypassed, detect
 from peftcore.placements.attachments import Attached, Attachments
 from peftcore.placements.placement import Placement
 from peftcore.registry import registry
@@ -66,7 +66,7 @@ def placements_for(
     _refuse_lazy(model)
     refuse_adapters_of_others(model)
     _refuse_offloaded(model)
-    with left_as_it_is(model):
+    with assumed_unchanged(model):
         chosen, config = _method_and_config(model, method, fields)
         config = _own_copy(config)
         bypassed(model)  # runs the one forward pass and reads the code that `place` and the checks ask about
@@ -82,19 +82,19 @@ def _placed(model: nn.Module, chosen: Method, config: Any, building: AbstractCon
             config = config.resolved(model, architecture)
     attachments = Attachments(model, architecture, chosen.name)
     with building:
-        asked = _asked(chosen, model, config, architecture)
-        _check_adapters(model, chosen.name, asked)
-        for placement in asked:
+        placements = _placements_of(chosen, model, config, architecture)
+        _check_adapters(model, chosen.name, placements)
+        for placement in placements:
             placement.attach(attachments)
         attached = attachments.joined()
-    placements: dict[str, tuple[Placement, ...]] = {each.path: each.placements for each in attached}
-    names = tuple(dict.fromkeys([*attachments.trained, *saved]))
-    placed = Placed(chosen, config, architecture, tuple(attached), placements, names, apart, names_modules)
+    by_path = {each.path: each.placements for each in attached}
+    trained = tuple(dict.fromkeys([*attachments.trained, *saved]))
+    placed = Placed(chosen, config, architecture, tuple(attached), by_path, trained, apart, names_modules)
     _check_placed(model, placed)
     return placed
 
 
-def _asked(method: Method, model: nn.Module, config: Any, architecture: Architecture) -> Sequence[Any]:
+def _placements_of(method: Method, model: nn.Module, config: Any, architecture: Architecture) -> Sequence[Any]:
     """Call `place`; explain the error if it took the path of an expert for that of a module."""
     try:
         with registry.naming(method.name, "place"):
@@ -143,7 +143,7 @@ def covered(model: nn.Module, placed: Placed) -> Coverage:
     return coverage(model, placed.architecture, reached, lacking=lacking)
 
 
-def tell_if_little(model: nn.Module, placed: Placed) -> None:
+def warn_of_little(model: nn.Module, placed: Placed) -> None:
     """Warn if a selection of everything leaves out most of the weight, or experts that the config does not exclude."""
     if placed.names_modules:
         return

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from peftcore.adaptation.adapted import adapters_of, attach, detach
 from peftcore.adaptation.concurrency import Activation
 from peftcore.adaptation.rows import ROWS
-from peftcore.engine.calling import note_calls
+from peftcore.engine.calling import require_call_context
 from peftcore.engine.changes import submodule
-from peftcore.engine.state import State, applied, call_in, modules_with, refuse_changed, refuse_merged, require_state
+from peftcore.engine.state import (
+    State,
+    applied,
+    modules_with,
+    read_from_disk,
+    refuse_changed,
+    refuse_merged,
+    require_state,
+)
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_names_given
@@ -80,7 +88,7 @@ def place_own_parameters(model: nn.Module, state: State, names: Iterable[str]) -
                 state.own_parameters.append((path, name))
 
 
-def take_own_parameters_off(model: nn.Module, state: State) -> None:
+def remove_own_parameters(model: nn.Module, state: State) -> None:
     """Undo `place_own_parameters`."""
     while state.own_parameters:
         path, name = state.own_parameters.pop()
@@ -135,7 +143,7 @@ def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -
     wanted = tuple(name for name in dict.fromkeys(samples) if name is not None)
     refuse_changed(model)
     refuse_merged(state, "give each sample its adapter")
-    call_in(model, *wanted)
+    read_from_disk(model, *wanted)
     refuse_whole_batch(model, wanted)
     for name in state.active:
         own = TrainedParameters.of(model, name)
@@ -146,7 +154,7 @@ def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -
             )
     place_own_parameters(model, state, wanted)
     observe_rows(model, state)
-    note_calls(state)
+    require_call_context(state)
     use(Activation(wanted, samples))
 
 

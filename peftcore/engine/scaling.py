@@ -11,8 +11,8 @@ from peftcore.adapter import Adapter, implements
 from peftcore.engine.state import (
     adapter_modules,
     applied,
-    call_in,
     exclusive,
+    read_from_disk,
     refuse_changed,
     refuse_merged,
     require_state,
@@ -34,7 +34,7 @@ def scale(model: Model, adapter: str, factor: float) -> Model:
     """
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
         raise PeftcoreError(f"scale takes a finite number, found {factor!r}")
-    call_in(model, adapter)
+    read_from_disk(model, adapter)
     applied(model, adapter)
     refuse_changed(model)
     refuse_merged(require_state(model), f"scale '{adapter}'")

@@ -66,14 +66,14 @@ class Applied:
     def branches(self) -> tuple[str, ...]:
         """Names of the adapters that it combines."""
         placed = (placement for each in self.placements.values() for placement in each)
-        return tuple(dict.fromkeys(name for p in placed for name in p.branches))
+        return tuple(dict.fromkeys(name for placement in placed for name in placement.branches))
 
 
 @dataclass
 class State:
     """Adapters of a model, the active ones in the order of their chain, and the original state of the base.
 
-    `sites` exists so that a change of adapters need not walk all of them.
+    `sites` exists so that a change of one adapter need not visit the modules of all others.
     """
 
     applied: dict[str, Applied] = field(default_factory=dict)
@@ -136,7 +136,7 @@ def applied(model: nn.Module, adapter: str) -> Applied:
     return state.applied[adapter]
 
 
-def call_in(model: nn.Module, *adapters: str) -> None:
+def read_from_disk(model: nn.Module, *adapters: str) -> None:
     """Read those of `adapters` that are on disk, and keep the active ones in memory."""
     state = state_of(model)
     if state is not None and state.on_disk:
@@ -191,7 +191,7 @@ def refuse_changed(model: nn.Module) -> None:
         )
         if modules:
             raise PeftcoreError(
-                f"the model was changed after the adapter '{name}' was applied: {in_words(modules)}. "
+                f"the model was changed after the adapter '{name}' was applied: {as_text(modules)}. "
                 f"Undo the change, or remove the adapter, peftcore.remove(model, '{name}'), and apply it to the "
                 "changed model"
             )
@@ -221,7 +221,7 @@ def modules_with(model: nn.Module, state: State, adapter: str) -> list[tuple[str
     return attached(model, adapter, state.applied[adapter].paths, state.lock)
 
 
-def in_words(changes: dict[str, str], most: int = 3) -> str:
+def as_text(changes: dict[str, str], most: int = 3) -> str:
     """Return the first `most` changes as text."""
     parts = [f"'{path}' {what}" for path, what in list(changes.items())[:most]]
     return "; ".join(parts) + (f"; and {len(changes) - most} more" if len(changes) > most else "")
@@ -248,8 +248,8 @@ def check_model(model: Any) -> None:
 
 
 @contextmanager
-def alone(model: nn.Module, what: str, *, base: bool = False) -> Iterator[None]:
-    """Change `model` in the block, in which no other thread calls or changes it.
+def exclusively(model: nn.Module, what: str, *, base: bool = False) -> Iterator[None]:
+    """Change `model` inside the block, while no other thread calls or changes it.
 
     Args:
         what: what the block does, for messages, such as `merge`.
@@ -266,14 +266,14 @@ def alone(model: nn.Module, what: str, *, base: bool = False) -> Iterator[None]:
 
 
 def exclusive(what: str, *, base: bool = False) -> Callable[[Function], Function]:
-    """Decorate a function of a model, its first argument, to run `alone`."""
+    """Decorate a function of a model, its first argument, to run inside `exclusively`."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
-        def exclusively(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with alone(model, what, base=base):
+        def decorated(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with exclusively(model, what, base=base):
                 return function(model, *args, **kwargs)
 
-        return cast(Function, exclusively)
+        return cast(Function, decorated)
 
     return decorate

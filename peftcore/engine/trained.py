@@ -201,7 +201,7 @@ class TrainedParameters(nn.Module):
             tensors[attribute] = aside
 
 
-def hold_of_last(model: nn.Module, active: Sequence[str]) -> None:
+def place_kept_tensors(model: nn.Module, active: Sequence[str]) -> None:
     """Put the kept tensors of the last of the `active` adapters into the model, or those of the base."""
     owner: dict[str, str] = {}
     for name in active:

@@ -17,10 +17,10 @@ from peftcore.errors import PeftcoreError
 from peftcore.experts.expert_linear import expert_linear, expert_path, split_expert_path
 from peftcore.experts.layout import experts_layout, stacked_weights, why_not_fused
 from peftcore.layers import is_linear, shape_of, sizes
-from peftcore.observation import once_a_model
+from peftcore.observation import cached_by_model
 
 
-@once_a_model
+@cached_by_model
 def expert_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return {path of a module of experts: names of its weights}."""
     found = {}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peftcore.adaptation.call import asked
+from peftcore.adaptation.call import arguments_read
 from peftcore.adaptation.chain import Link
 from peftcore.adapter import Adapter
 from peftcore.errors import PeftcoreError
@@ -72,7 +72,7 @@ def each_expert(model: nn.Module, method: str, path: str, adapters: Sequence[OfE
 
 def _refuse_unfit(method: str, path: str, each: OfExpert) -> None:
     """Raise a PeftcoreError if the adapter reads the call, mixes the rows of a call, or combines others."""
-    asks = asked([each.adapter]) is not None
+    asks = arguments_read([each.adapter]) is not None
     whole = any(part.whole_batch for part in each.adapter.modules() if isinstance(part, Adapter))
     if asks or whole or each.branches:
         why = "reads the call of the model" if asks else "mixes the rows of a call" if whole else "combines others"

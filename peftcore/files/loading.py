@@ -22,7 +22,7 @@ from peftcore.files.multiplier import multiplier_in
 from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_saved
 from peftcore.files.resident import register
 from peftcore.files.tensors import fill
-from peftcore.observation import left_as_it_is
+from peftcore.observation import assumed_unchanged
 from peftcore.targets.patterns import limited
 
 Models = TypeVar("Models", bound="nn.Module | Mapping[str, Any]")
@@ -78,8 +78,8 @@ def load(
         return model
     done: list[nn.Module] = []
     try:
-        for called, each in single_file.owners(folder, single_file.by_name(model)).items():
-            _load_all(each, folder, adapter, trainable, dtype, check_base, method, called)
+        for model_name, each in single_file.owners(folder, single_file.by_name(model)).items():
+            _load_all(each, folder, adapter, trainable, dtype, check_base, method, model_name)
             done.append(each)
     except BaseException:
         for each in done:
@@ -97,11 +97,11 @@ def _load_all(
     dtype: torch.dtype | None,
     check_base: bool,
     method: str | None,
-    called: str | None = None,
+    model_name: str | None = None,
 ) -> None:
     engine.refuse_adapters_of_others(model)  # where a file's names match nothing
-    together, contents = read_folder(folder, lambda opened: read_saved(opened, model, adapter, method, called))
-    with left_as_it_is(model):
+    together, contents = read_folder(folder, lambda opened: read_saved(opened, model, adapter, method, model_name))
+    with assumed_unchanged(model):
         before = engine.state_of(model)
         active = before.active if before else ()
         done: list[str] = []

@@ -62,16 +62,16 @@ def read_adapter(folder: Path, model: nn.Module, method: str | None = None, appl
 
 
 def read_saved(
-    opened: Folder, model: nn.Module, adapter: str | None, method: str | None = None, called: str | None = None
+    opened: Folder, model: nn.Module, adapter: str | None, method: str | None = None, model_name: str | None = None
 ) -> tuple[dict[str, list[str]] | None, dict[str, Stored]]:
     """Return ({adapters, active} of adapters saved together, or None; {name: adapter}).
 
     Args:
-        called: the user's name of the model, whose part of a file for several models is read.
+        model_name: the user's name of the model, whose part of a file for several models is read.
     """
     together = _saved_together(opened) if adapter is None and opened.only is None else None
     if together is None:
-        return None, {adapter or "default": _read(opened, model, method, called=called)}
+        return None, {adapter or "default": _read(opened, model, method, model_name=model_name)}
     return together, {name: _read(_of_several(opened, name), model, method) for name in together["adapters"]}
 
 
@@ -107,14 +107,14 @@ def _read(
     model: nn.Module,
     named: str | None = None,
     applied: str | None = None,
-    called: str | None = None,
+    model_name: str | None = None,
 ) -> Stored:
     foreign = _foreign(opened, named)
     if foreign is not None:
         return _read_foreign(opened, model, *foreign)
     single = single_file.named_in(opened)
     if single is not None:
-        tensors, fields, metadata = single_file.read(opened, single, model, called)
+        tensors, fields, metadata = single_file.read(opened, single, model, model_name)
         where = f"'{opened.path / single}'"
     else:
         tensors, metadata = opened.tensors()

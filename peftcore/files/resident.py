@@ -29,7 +29,7 @@ from peftcore.files.fitting import fill_applied, fitting
 from peftcore.files.folder import Folder, read_folder
 from peftcore.files.reading import Stored, adapter_folder, read_saved
 from peftcore.method import Model
-from peftcore.observation import left_as_it_is
+from peftcore.observation import assumed_unchanged
 from peftcore.targets.patterns import limited
 
 Stamp = dict[str, str]  # {name of a file of the adapter: hash of its content}
@@ -79,7 +79,7 @@ def register(
     engine.refuse_adapters_of_others(model)
     together, contents, stamp = read_with_stamp(folder, model, adapter, method)
     done: list[str] = []
-    with left_as_it_is(model):
+    with assumed_unchanged(model):
         try:
             for name in contents:
                 engine.refuse_on_disk(model, name)
@@ -92,7 +92,7 @@ def register(
                 _attach(model, name, record, content)
                 done.append(name)
                 engine.require_state(model).on_disk[name] = record
-                engine.take_off(model, name)
+                engine.detach_adapter(model, name)
         except BaseException:
             for name in done:
                 engine.remove(model, name)
@@ -148,7 +148,7 @@ def read_named(model: nn.Module, names: Sequence[str], keep: Sequence[str]) -> N
     engine.refuse_merged(state, f"read '{missing[0]}' from disk")
     engine.refuse_changed(model)
     _check_room(state, wanted, keep, state.limit)
-    with left_as_it_is(model):
+    with assumed_unchanged(model):
         contents = {name: _read_again(model, name, state.on_disk[name]) for name in missing}
         _make_room(model, state, sum(state.on_disk[name].size for name in missing), (*wanted, *keep))
         for name in missing:
@@ -180,7 +180,7 @@ def _attach(model: nn.Module, name: str, record: OnDisk, content: Stored) -> Non
         record.size = sum(tensor.nbytes for tensor in _tensors(model, name))
         record.digest = _digest(model, name)
     except BaseException:
-        engine.take_off(model, name)
+        engine.detach_adapter(model, name)
         raise
 
 
@@ -230,7 +230,7 @@ def _make_room(model: nn.Module, state: engine.State, coming: int, keep: Sequenc
             )
         else:
             record.multiplier = engine.applied(model, name).multiplier
-            engine.take_off(model, name)
+            engine.detach_adapter(model, name)
     if state.limit is not None and total > state.limit:
         raise PeftcoreError(
             f"adapters from disk would take {total:,} bytes, but the limit is {state.limit:,}, and the ones in memory "

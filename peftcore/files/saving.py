@@ -30,6 +30,7 @@ from peftcore.files.peft_fields import refuse_not_its_own
 from peftcore.files.reading import name_inside
 from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, own_slots, tensors_on_disk
 from peftcore.files.written_config import fields_of_config
+from peftcore.method import Method
 from peftcore.observation import detect
 from peftcore.registry import registry
 
@@ -93,7 +94,7 @@ def _names(model: nn.Module, adapter: str | None) -> list[str]:
             "save: save(model, folder, adapter='NAME')"
         )
     if adapter is not None:
-        engine.call_in(model, adapter)
+        engine.read_from_disk(model, adapter)
     return list(state.applied) if adapter is None else [adapter]
 
 
@@ -108,27 +109,29 @@ def _save_single(
         if not models:
             raise PeftcoreError(f"none of the models has adapters: {', '.join(there) or 'no models were given'}")
     chosen: dict[str | None, tuple[nn.Module, str]] = {}
-    for called, each in models.items():
+    for model_name, each in models.items():
         names = _names(each, adapter)
         state = engine.require_state(each)
         if len(names) != 1:
             raise PeftcoreError(
-                f"format={format!r} has one adapter of a model, found {', '.join(names)}. Say adapter='NAME'"
+                f"format={format!r} takes one adapter of a model, found {', '.join(names)}. Pass adapter='NAME'"
             )
         engine.refuse_merged(state, "save")
         engine.refuse_changed(each)
         _warn_of_others_trained(each)
         method = registry.method(engine.applied(each, names[0]).method)
         if format not in method.state.files:
-            raise PeftcoreError(f"format={format!r} is not known of '{names[0]}' ({method.name})")
-        chosen[called] = each, names[0]
+            raise _no_format(names[0], method, format)
+        chosen[model_name] = each, names[0]
     sharded = any(ranks.is_sharded(each) for each, _ in chosen.values())
     if not sharded and ranks.rank() > 0:
         return path
     with naming_lost_ranks(f"'{path}' could not be written by all ranks") if sharded else nullcontext():
         for each, name in chosen.values() if sharded else ():
             _refuse_drifted(each, name)
-        contents = {called: (each, _content(each, name, dtype, False, {})) for called, (each, name) in chosen.items()}
+        contents = {
+            model_name: (each, _content(each, name, dtype, False, {})) for model_name, (each, name) in chosen.items()
+        }
         ranks.once(lambda: single_file.write(format, path, contents), together=sharded)
     return path
 
@@ -161,7 +164,7 @@ def _save(
         if inside:
             with walked_once(model):
                 contents = {
-                    place: _laid_out(model, name, format, _content(model, name, dtype, resumable, metadata))
+                    place: _in_format(model, name, format, _content(model, name, dtype, resumable, metadata))
                     for place, name in inside.items()
                 }
                 tasks = {content.fields.get("task_type") for content in contents.values()}
@@ -272,16 +275,20 @@ def _refuse_unreadable(
             )
 
 
-def _laid_out(model: nn.Module, adapter: str, format: str, content: Content) -> Content:
+def _in_format(model: nn.Module, adapter: str, format: str, content: Content) -> Content:
     if format == PEFT:
         return content
     method = registry.method(engine.applied(model, adapter).method)
     if format not in method.state.layouts:
-        known = ", ".join(map(repr, [PEFT, *method.state.layouts, *method.state.files]))
-        raise PeftcoreError(f"format={format!r} is not known of '{adapter}' ({method.name}). Known: {known}")
+        raise _no_format(adapter, method, format)
     with registry.naming(method.name, f"layouts[{format!r}].write"):
         tensors, fields = method.state.layouts[format].write(model, content.tensors, content.fields)
     return Content(fields, tensors, content.metadata)
+
+
+def _no_format(adapter: str, method: Method, format: str) -> PeftcoreError:
+    known = ", ".join(map(repr, [PEFT, *method.state.layouts, *method.state.files]))
+    return PeftcoreError(f"'{adapter}' ({method.name}) has no format {format!r}. Choose one of: {known}")
 
 
 def _important(model: nn.Module, names: Iterable[str]) -> set[str]:

@@ -64,12 +64,12 @@ def named_in(opened: Folder) -> str | None:
 
 
 def read(
-    opened: Folder, file: str, model: nn.Module, called: str | None
+    opened: Folder, file: str, model: nn.Module, model_name: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     """Return (tensors, fields, metadata) of the part of `model`, as in a folder in PEFT's format.
 
     Args:
-        called: the user's name of the model; if None, a warning lists the parts for other models.
+        model_name: the user's name of the model; if None, a warning lists the parts for other models.
 
     Raises:
         CheckpointError: the file cannot be read, or has no such part, or several.
@@ -82,7 +82,7 @@ def read(
     with guarded(method, f"'{where}'"):
         try:
             parts = form.split(tensors)
-            wanted = [""] if parts.keys() == {""} else form.parts(model, called)
+            wanted = [""] if parts.keys() == {""} else form.parts(model, model_name)
             there = [part for part in wanted if part in parts]
             if len(there) != 1:
                 raise CheckpointError(_not_one(model, wanted, there, parts))
@@ -90,7 +90,7 @@ def read(
         except PeftcoreError as error:
             raise CheckpointError(f"'{where}' cannot be read: {error}") from error
     left = {part: len(names) for part, names in parts.items() if part not in there}
-    if left and called is None:
+    if left and model_name is None:
         warn(
             f"'{where}' also contains {_counted(left)}, left for other models: peftcore.load(them, ...), or all at "
             "once: peftcore.load(pipe.components, ...)",
@@ -141,11 +141,11 @@ def owners(file: Path, models: Mapping[str, Any]) -> dict[str, nn.Module]:
     form, _ = _format_of(opened.path / name, tensors)
     parts = dict(form.split(tensors))
     found: dict[str, nn.Module] = {}
-    for called, model in models.items():
-        for part in _parts_or_none(form, model, called):
+    for model_name, model in models.items():
+        for part in _parts_or_none(form, model, model_name):
             if part in parts:
                 del parts[part]
-                found[called] = model
+                found[model_name] = model
     if parts:
         what = _counted({part: len(names) for part, names in parts.items()})
         raise CheckpointError(
@@ -155,11 +155,11 @@ def owners(file: Path, models: Mapping[str, Any]) -> dict[str, nn.Module]:
     return found
 
 
-def _parts_or_none(form: FileFormat, model: Any, called: str) -> list[str]:
+def _parts_or_none(form: FileFormat, model: Any, model_name: str) -> list[str]:
     if not isinstance(model, nn.Module):
         return []
     try:
-        return list(form.parts(model, called))
+        return list(form.parts(model, model_name))
     except PeftcoreError:
         return []
 
@@ -173,8 +173,8 @@ def write(format: str, path: Path, contents: Mapping[str | None, tuple[nn.Module
     """
     form, method = formats()[format]
     parts: dict[str, tuple[nn.Module, Content]] = {}
-    for called, (model, content) in contents.items():
-        names = form.parts(model, called)
+    for model_name, (model, content) in contents.items():
+        names = form.parts(model, model_name)
         if len(names) != 1:
             example = f"peftcore.save({{'{names[0]}': model}}, ..., format='{format}')"
             raise PeftcoreError(

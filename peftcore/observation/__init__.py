@@ -5,8 +5,8 @@ from peftcore.observation.bypass import asked_for_dtype as asked_for_dtype, bypa
 from peftcore.observation.detecting import detect as detect
 from peftcore.observation.inputs import example_inputs as example_inputs
 from peftcore.observation.tracing import (
-    known_as as known_as,
-    left_as_it_is as left_as_it_is,
+    assumed_unchanged as assumed_unchanged,
+    cached_by_model as cached_by_model,
     observe as observe,
-    once_a_model as once_a_model,
+    share_facts as share_facts,
 )

@@ -21,7 +21,7 @@ from torch import nn
 from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_class
 from peftcore.observation.conditions import Conditions, Knowledge, Known, Source, codes_of, function_of, source
-from peftcore.observation.tracing import observe, once_a_model
+from peftcore.observation.tracing import cached_by_model, observe
 
 # Attributes of a weight that do not use its values.
 _FACTS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cuda", "is_quantized", "numel", "size",
@@ -149,7 +149,7 @@ def _find_reads(model: nn.Module) -> tuple[list[_ReadOf], Known]:
     return reads, known.asked
 
 
-_cached_reads = once_a_model(_find_reads)
+_cached_reads = cached_by_model(_find_reads)
 
 
 def _read_under(

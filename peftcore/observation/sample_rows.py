@@ -18,7 +18,7 @@ from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.adaptation.rows import BROADCAST, SHARED, UNKNOWN, Rows, Samples
 from peftcore.observation.inputs import example_inputs
-from peftcore.observation.tracing import Call, Inputs, Trace, Value, once_a_model, trace
+from peftcore.observation.tracing import Call, Inputs, Trace, Value, cached_by_model, trace
 
 _FEW, _MORE = 2, 3  # samples
 _SHORT, _LONG = (7, 5), (11, 13)  # tokens of each sample, of the encoder (or only stack) and of the decoder
@@ -37,7 +37,7 @@ _ALONG_ONE = {"slice", "split", "split_with_sizes", "sum", "mean", "cat", "expan
 _RESHAPING = {"view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze"}
 
 
-@once_a_model
+@cached_by_model
 def rows_of(model: nn.Module) -> dict[str, Rows | str]:
     """Return {path: where samples are in the module's tensors, or why that is not known}.
 

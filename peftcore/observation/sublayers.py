@@ -18,7 +18,7 @@ from peftcore.adaptation.base_modules import base_modules
 from peftcore.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Kind, Sublayer
 from peftcore.observation.bypass import bypassed, rewritten
 from peftcore.observation.residuals import FUSED_ATTENTION, MATRIX, MIXING, Branch, Residuals
-from peftcore.observation.tracing import SKIPPED, Call, Trace, observe, once_a_model, trace
+from peftcore.observation.tracing import SKIPPED, Call, Trace, cached_by_model, observe, trace
 
 
 class Observed(Sequence[Sublayer]):
@@ -44,7 +44,7 @@ class Observed(Sequence[Sublayer]):
         return repr(self._found)
 
 
-@once_a_model
+@cached_by_model
 def find(model: nn.Module) -> tuple[Sublayer, ...]:
     """Return the sublayers of all numbered layers of `model`, in the order of its forward.
 

@@ -113,7 +113,7 @@ _HELD = threading.local()  # .model: (the model that this thread leaves as it is
 
 
 @contextmanager
-def left_as_it_is(model: nn.Module) -> Iterator[None]:
+def assumed_unchanged(model: nn.Module) -> Iterator[None]:
     """Promise that `model` does not change inside the block, so that caches are validated only once."""
     before = getattr(_HELD, "model", None)
     if before is None or before[0] is not model:
@@ -125,7 +125,7 @@ def left_as_it_is(model: nn.Module) -> Iterator[None]:
         _HELD.model = before
 
 
-def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+def cached_by_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
     """Cache the result of a function of a model while its modules stay the same."""
 
     @functools.wraps(find)
@@ -143,7 +143,7 @@ def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]
     return remembered
 
 
-def known_as(model: nn.Module, other: nn.Module, *, shared: bool = True) -> None:
+def share_facts(model: nn.Module, other: nn.Module, *, shared: bool = True) -> None:
     """Give `model` the cached facts of `other`, which has the same weights and parts.
 
     Args:
@@ -177,7 +177,7 @@ def trace(
     return trace(model, training=training, every_layer=True, inputs=inputs) if found.error and found.alike else found
 
 
-observe: Callable[[nn.Module], Trace] = once_a_model(trace)  # of a forward in evaluation mode, cached
+observe: Callable[[nn.Module], Trace] = cached_by_model(trace)  # of a forward in evaluation mode, cached
 
 
 class _Watch:

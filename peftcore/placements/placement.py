@@ -23,7 +23,7 @@ class Placement:
         adapter: the adapter.
         branches: names of other adapters of the module that this one combines.
         has_adapter: False for a kind that trains parameters of the base instead.
-        whole_model: the adapter is at no layer that the method chooses: it changes the input or the cache.
+        whole_model: True for a kind that changes the model's input or cache instead of layers that the method chooses.
     """
 
     __slots__ = ()
@@ -33,7 +33,7 @@ class Placement:
     whole_model: ClassVar[bool] = False
 
     def attach(self, to: Attachments) -> None:
-        """Say what is attached to the model: `to.wrap`, `to.change` and `to.train`, each as often as needed."""
+        """Declare what is attached to the model, by any number of calls of `to.wrap`, `to.change` and `to.train`."""
         raise NotImplementedError
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peftcore.adaptation.call import asked
+from peftcore.adaptation.call import arguments_read
 from peftcore.errors import PeftcoreError
 from peftcore.placements.placement import Placement
 from peftcore.prompts import checked_shape
@@ -45,7 +45,7 @@ class SoftPrompt(Placement):
 
     def _known_shape(self) -> tuple[int, int] | None:
         """Return the shape of one row where the adapter cannot be called to find out."""
-        if asked([self.adapter]) is None:
+        if arguments_read([self.adapter]) is None:
             return None
         if self.shape is None:
             raise PeftcoreError(

@@ -18,7 +18,7 @@ from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import is_wrapped
 from peftcore.method import Model
-from peftcore.observation import detect, left_as_it_is
+from peftcore.observation import assumed_unchanged, detect
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight
 from peftcore.ops.huge_pages import collapse, move_to_huge_pages
@@ -116,7 +116,7 @@ def quantize(
         raise PeftcoreError(
             f"quantize needs a model without adapters, found {applied}. Quantize first, or call peftcore.remove"
         )
-    with left_as_it_is(model):
+    with assumed_unchanged(model):
         chosen, experts = selected(model, skip), selected_experts(model, skip, blocksize)
     if plugin is not CORE:
         warn_of_experts([f"{path}.{name}" for path, names in experts.items() for name in names], quant_type)
@@ -137,7 +137,7 @@ def quantize(
             _check_parameter(path, model.get_submodule(path), name)
     if plugin is CORE:
         check_rows(model, quant_type, blocksize, chosen, experts, skip)
-    with left_as_it_is(model):
+    with assumed_unchanged(model):
         if skip is None:
             reached = [(path, name) for path, names in experts.items() for name in names]
             reached += [(path, name) for path, _, name in packed_names(model)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.chain import keep_attributes
-from peftcore.adaptation.class_swap import one_for_each_class, subclass, take_off
+from peftcore.adaptation.class_swap import one_for_each_class, restore_class, subclass
 from peftcore.experts import experts_forward, experts_layout, has_interface_forward
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight
@@ -72,7 +72,7 @@ def forget_dense(module: PackedParameters) -> None:
     if not module.packings:
         for attribute in ("packings", "compute_dtype"):
             module.__dict__.pop(attribute, None)
-        take_off(module, _UNPACKED)
+        restore_class(module, _UNPACKED)
 
 
 @one_for_each_class

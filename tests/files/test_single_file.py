@@ -111,7 +111,7 @@ def test_what_a_save_would_lose(tmp_path: Path) -> None:
         peftcore.save({"left": one}, tmp_path)
     peftcore.apply(one, "filed", adapter="b")
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"has one adapter of a model, found default, b. Say adapter='NAME'"
+        peftcore.PeftcoreError, match=r"takes one adapter of a model, found default, b. Pass adapter='NAME'"
     ):
         peftcore.save({"left": one}, tmp_path / "new", format="toys")
     peftcore.save({"left": one}, tmp_path / "new.safetensors", adapter="b", format="toys")

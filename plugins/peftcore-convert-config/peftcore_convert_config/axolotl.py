@@ -15,6 +15,7 @@ from peftcore_convert_config.reading import (
     keyed,
     optimizer,
     single,
+    training,
 )
 
 _OWN_SCRIPT = "a script with peftcore.apply and TRL's or transformers' trainer"
@@ -220,19 +221,7 @@ def _length(config: Reading) -> None:
 
 def _steps(config: Reading) -> None:
     config.option("micro_batch_size", "batch_size", int)
-    config.option("gradient_accumulation_steps", "grad_accum", int)
-    steps = config.take("max_steps")
-    if asks(steps) and steps > 0:
-        config.options["steps"] = int(steps)
-        config.take("num_epochs")
-    else:
-        config.option("num_epochs", "epochs", float)
-    config.option("learning_rate", "lr", float)
-    config.option("lr_scheduler", "scheduler")
-    config.option("warmup_ratio", "warmup", float)
-    config.option("warmup_steps", "warmup", float)
-    config.option("weight_decay", "weight_decay", float)
-    config.option("max_grad_norm", "max_grad_norm", float)
+    training(config, epochs="num_epochs", scheduler="lr_scheduler", patience="early_stopping_patience")
     optimizer(config, "optimizer", config.take("optimizer", ""))
     second = config.take("adam_beta2")
     first, small = config.take("adam_beta1", 0.9), config.take("adam_epsilon", config.take("adam_eps"))
@@ -240,21 +229,6 @@ def _steps(config: Reading) -> None:
     arguments += [f"eps={float(small)}"] if small else []
     if arguments:
         config.options["optim_args"] = ",".join(arguments)
-    config.option("seed", "seed", int)
-    config.option("eval_steps", "eval_every", int)
-    keep = config.take("save_total_limit")
-    if asks(keep):
-        config.options["keep"] = max(2, int(keep))
-    patience = config.take("early_stopping_patience")
-    if asks(patience):
-        config.options["patience"] = int(patience)
-    elif config.take("load_best_model_at_end"):
-        config.options["load_best"] = True
-    saving = config.take("save_steps")
-    if asks(saving) and not config.options.keys() & {"patience", "load_best"}:  # which save at each evaluation
-        config.options["save_every"] = int(saving)
-    if config.take("resume_from_checkpoint"):
-        config.leave_out("resume_from_checkpoint", "--resume continues a run of peftcore")
 
 
 def _dtype(config: Reading) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore_convert_config.reading import IMAGES, Reading, asks, held_out, judged, keyed, optimizer, single
+from peftcore_convert_config.reading import IMAGES, Reading, asks, held_out, judged, keyed, optimizer, single, training
 
 _OWN = "for a model that transformers itself has, --task image-text with --set target_modules="
 _FROZEN = "peftcore train --task image-text, with --set target_modules= for the layers that are to be adapted"
@@ -221,37 +221,11 @@ def _file(name: str) -> str:
 def _steps(config: Reading) -> None:
     config.option("micro_batch_size", "batch_size", int)
     config.option("per_device_train_batch_size", "batch_size", int)
-    config.option("gradient_accumulation_steps", "grad_accum", int)
-    steps = config.take("max_steps")
-    if asks(steps) and steps > 0:
-        config.options["steps"] = int(steps)
-        config.take("num_train_epochs")
-    else:
-        config.option("num_train_epochs", "epochs", float)
-    config.option("learning_rate", "lr", float)
-    config.option("lr_scheduler_type", "scheduler")
-    for key in ("warmup_ratio", "warmup_steps"):
-        config.option(key, "warmup", float)
-    config.option("weight_decay", "weight_decay", float)
-    config.option("max_grad_norm", "max_grad_norm", float)
+    training(config, epochs="num_train_epochs", scheduler="lr_scheduler_type", patience="early_stopping_steps")
     optimizer(config, "optim", config.take("optim", ""))
     first, second = config.take("adam_beta1", 0.9), config.take("adam_beta2", 0.999)
     if (first, second) != (0.9, 0.999):
         config.options["optim_args"] = f"betas=({first},{second})"
-    config.option("seed", "seed", int)
-    config.option("eval_steps", "eval_every", int)
-    keep = config.take("save_total_limit")
-    if asks(keep):
-        config.options["keep"] = max(2, int(keep))
-    patience = config.take("early_stopping_steps")
-    if asks(patience):
-        config.options["patience"] = int(patience)
-    elif config.take("load_best_model_at_end"):
-        config.options["load_best"] = True
-    config.take("load_best_model_at_end")
-    saving = config.take("save_steps")
-    if asks(saving) and not config.options.keys() & {"patience", "load_best"}:  # which save at each evaluation
-        config.options["save_every"] = int(saving)
     if config.take("fp16"):
         config.options["precision"] = "fp16"
     elif any([config.take("bf16"), config.take("pure_bf16")]):
@@ -259,8 +233,6 @@ def _steps(config: Reading) -> None:
     config.take("pure_bf16")
     if not config.take("disable_gradient_checkpointing"):
         config.options["gradient_checkpointing"] = True
-    if config.take("resume_from_checkpoint"):
-        config.leave_out("resume_from_checkpoint", "--resume continues a run of peftcore")
     distributed = config.part("dist_config")
     if distributed.take("name") == "fsdp2":
         config.options["parallel"] = "fsdp2"

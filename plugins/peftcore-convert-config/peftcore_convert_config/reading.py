@@ -145,3 +145,35 @@ def held_out(reading: Reading, share: Any) -> None:
 def single(values: list[str]) -> str | list[str]:
     """Return the value of a list that has one."""
     return values[0] if len(values) == 1 else values
+
+
+def training(reading: Reading, *, epochs: str, scheduler: str, patience: str) -> None:
+    """Take the keys that are named after transformers' TrainingArguments; three of them have other names, as given."""
+    reading.option("gradient_accumulation_steps", "grad_accum", int)
+    steps = reading.take("max_steps")
+    if asks(steps) and steps > 0:
+        reading.options["steps"] = int(steps)
+        reading.take(epochs)
+    else:
+        reading.option(epochs, "epochs", float)
+    reading.option("learning_rate", "lr", float)
+    reading.option(scheduler, "scheduler")
+    for key in ("warmup_ratio", "warmup_steps"):
+        reading.option(key, "warmup", float)
+    reading.option("weight_decay", "weight_decay", float)
+    reading.option("max_grad_norm", "max_grad_norm", float)
+    reading.option("seed", "seed", int)
+    reading.option("eval_steps", "eval_every", int)
+    keep = reading.take("save_total_limit")
+    if asks(keep):
+        reading.options["keep"] = max(2, int(keep))
+    without_improvement, best = reading.take(patience), reading.take("load_best_model_at_end")
+    if asks(without_improvement):
+        reading.options["patience"] = int(without_improvement)
+    elif best:
+        reading.options["load_best"] = True
+    saving = reading.take("save_steps")
+    if asks(saving) and not reading.options.keys() & {"patience", "load_best"}:  # which save at each evaluation
+        reading.options["save_every"] = int(saving)
+    if reading.take("resume_from_checkpoint"):
+        reading.leave_out("resume_from_checkpoint", "--resume continues a run of peftcore")
