@@ -108,7 +108,7 @@ def fuse(model: M, *, enabled: bool = True, recompute: Recompute = "auto") -> M:
 
 def fused_modules(model: nn.Module) -> dict[str, int]:
     """Return how many modules of each kind are fused. The forward of adapted ones is their own."""
-    fused = (module for module in model.modules() if is_fused(module) and not is_adapted(module))
+    fused = (module for _, module in base_modules(model) if is_fused(module) and not is_adapted(module))
     formulas = (module.__dict__[FORMULA] for module in fused)
     kinds = Counter(_NAMES[type(each)] for each in formulas)
     return dict(sorted(kinds.items()))
@@ -116,7 +116,7 @@ def fused_modules(model: nn.Module) -> dict[str, int]:
 
 def recomputes(model: nn.Module) -> Recompute:
     """Return how a model was fused: whether outputs are computed again that are cheap to make."""
-    kept = any(is_fused(module) and not module.__dict__[FORMULA].recompute for module in model.modules())
+    kept = any(is_fused(module) and not module.__dict__[FORMULA].recompute for _, module in base_modules(model))
     return "none" if kept else "auto"
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from peftcore import ops, ranks
 from peftcore.adaptation.adapted import active_names, adapter_at, has_forward_of_instance, inside, is_active
+from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.class_swap import original_class
 from peftcore.adapter import Adapter, implements
 from peftcore.engine import lazy_handlers as lazy_handlers
@@ -79,7 +80,7 @@ def lazy_logits(model: M, *, enabled: bool = True) -> M:
 
 def has_lazy_logits(model: nn.Module) -> bool:
     """Return whether the logits of the model's head are lazy in training."""
-    return any(_HANDLE in module.__dict__ for module in model.modules())
+    return any(_HANDLE in module.__dict__ for _, module in base_modules(model))
 
 
 def why_not(model: nn.Module, head: nn.Module) -> str | None:

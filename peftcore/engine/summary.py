@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ranks
-from peftcore.adaptation.base_modules import base_modules, base_parameters
+from peftcore.adaptation.base_modules import base_modules, base_parameters, walked_once
 from peftcore.engine.applying import check_dtype
 from peftcore.engine.fusing import fused_modules
 from peftcore.engine.lazy_head import has_lazy_logits
@@ -185,6 +185,11 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
 def summary(model: nn.Module) -> Summary:
     """Return the adapters of `model`, what is trainable, and the sizes. Works on any model."""
     check_model(model)
+    with walked_once(model):
+        return _summary(model)
+
+
+def _summary(model: nn.Module) -> Summary:
     state = state_of(model)
     base = _base_of(model)
     by_parameter = {
