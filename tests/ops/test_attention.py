@@ -128,8 +128,23 @@ def test_not_less_exact_than_pytorch(level: str, shape: Any, dtype: torch.dtype)
     assert all(one <= 1.1 * other for one, other in zip(ours, theirs, strict=True))
 
 
-def test_values_that_are_not_finite() -> None:
-    q, k, v, _ = operands((1, 1, 1, 4, 40, 32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_of_whole_queries(level: str, dtype: torch.dtype) -> None:
+    """One byte of the mask is for all keys of a query."""
+    q, k, v, grad = operands((2, 2, 1, 33, 50, 32), dtype)
+    queries = torch.arange(33)[:, None] % 3 > 0
+    found = []
+    for mask in (queries, queries.expand(33, 50).contiguous()):
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        y = ops.attention(*inputs, mask)
+        found.append([y, *torch.autograd.grad(y, inputs, grad)])
+    assert not found[0][0][:, :, ::3].any() and found[0][0][:, :, 1::3].all()
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_that_are_not_finite(level: str, dtype: torch.dtype) -> None:
+    q, k, v, _ = operands((1, 1, 1, 4, 40, 32), dtype)
     k[0, 0, 39, 0] = torch.nan
     mask = torch.ones(1, 1, 4, 40, dtype=torch.bool)
     mask[..., 1:, 39] = False
@@ -145,6 +160,15 @@ def test_gradients_of_a_scale_that_is_not_a_number(level: str, dtype: torch.dtyp
     y, lse = _OPS.attention(q, k, v, None, False, 1.0)
     found = _OPS.attention_backward(grad, q, k, v, y, lse, None, False, torch.nan)
     assert all(each.isnan().all() for each in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lse", [-torch.inf, torch.nan])
+def test_gradients_of_an_lse_that_is_not_finite(level: str, lse: float, dtype: torch.dtype) -> None:
+    q, k, v, grad = operands((1, 1, 1, 4, 4, 32), dtype)
+    y, sums = _OPS.attention(q, k, v, None, False, 1.0)
+    found = _OPS.attention_backward(grad, q, k, v, y, torch.full_like(sums, lse), None, False, 1.0)
+    assert not any(each.isfinite().any() for each in found)
 
 
 def test_threads_and_layouts_give_the_same_bits() -> None:
