@@ -122,6 +122,12 @@ def test_values_that_are_not_finite(level: str) -> None:
         others = torch.tensor([0, 1, 3, 4])
         assert torch.equal(rows[:, others], wanted[0][:, others])
         assert torch.equal(grad[others], wanted[1][others])
+    for column in (0, BLOCK_CLASSES - 1, CLASSES - 1):  # a single class, whatever comes behind it
+        bias = torch.zeros(CLASSES, dtype=BF16)
+        bias[column] = torch.nan
+        rows, grad = called(x, w, y, bias=bias)
+        assert rows[:2].isnan().all()
+        assert grad.isnan().all()
     y[3] = CLASSES
     assert called(x, w, y)[0][0].isnan().tolist() == [False, False, False, True, False]
 
