@@ -72,6 +72,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     anchors = [{"anchor": f"when is it {word}", "positive": f"{word} hours"} for word in ("open", "full", "closed")]
     sums = [{"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "wanted": "5"}]
     files = {"words.jsonl": words, "questions.jsonl": anchors, "sums.jsonl": sums}
+    files["answers.jsonl"] = [{"prompt": f"What is {n} + 3?", "completion": f"It is {n + 3}."} for n in (1, 2)]
     files["texts.jsonl"] = [{"text": text} for text in ("open hours", "full hours")]
     files |= {"reviews.jsonl": texts, "pairs.jsonl": pairs, "marked.jsonl": marked, "alpaca.jsonl": alpaca}
     for name, rows in files.items():

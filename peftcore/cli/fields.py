@@ -22,8 +22,8 @@ from peftcore.field_types import fits, in_words
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
-def parse(config_class: type, settings: list[str]) -> dict[str, Any]:
-    """Return the fields that `settings` (`NAME=VALUE` each) set on `config_class`.
+def parse(config_class: type, settings: list[str], option: str = "--set") -> dict[str, Any]:
+    """Return the fields that `settings` (`NAME=VALUE` each) set on `config_class`; errors name the `option`.
 
     Raises:
         PeftcoreError: a setting has no `=`, names no field, is given twice, or has the wrong type.
@@ -35,18 +35,18 @@ def parse(config_class: type, settings: list[str]) -> dict[str, Any]:
         name, equals, text = setting.partition("=")
         name = name.strip()
         if not equals:
-            raise PeftcoreError(f"--set {setting}: expected NAME=VALUE")
+            raise PeftcoreError(f"{option} {setting}: expected NAME=VALUE")
         if name not in known:
             raise PeftcoreError(
-                f"--set {setting}: {config_class.__name__} has no field '{name}'{of_field(name, known)}. "
+                f"{option} {setting}: {config_class.__name__} has no field '{name}'{of_field(name, known)}. "
                 f"Its fields: {', '.join(known)}"
             )
         if name in values:
-            raise PeftcoreError(f"--set {setting}: '{name}' is given twice")
+            raise PeftcoreError(f"{option} {setting}: '{name}' is given twice")
         try:
             values[name] = convert(text.strip(), hints[name])
         except (ValueError, RecursionError):
-            said = f"--set {setting}: '{name}' takes {describe(hints[name])}, found '{text}'"
+            said = f"{option} {setting}: '{name}' takes {describe(hints[name])}, found '{text}'"
             raise PeftcoreError(said if len(said) < 1_000 else f"{said[:500]}...") from None
     return values
 

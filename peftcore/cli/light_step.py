@@ -47,7 +47,9 @@ def use_lazy_logits(
     """Switch lazy logits on, as `settings` say: with `auto` if the loss of a few rows is the same with them."""
     if settings.lazy_logits == "on":
         peftcore.lazy_logits(model)
-    if settings.lazy_logits != "auto" or settings.task != data.LANGUAGE_MODEL or settings.parallel or settings.teacher:
+    if settings.lazy_logits != "auto" or settings.task != data.LANGUAGE_MODEL or settings.parallel:
+        return
+    if settings.teacher or settings.ebft:  # whose losses need logits
         return
     with precision.autocast(settings.precision, model.device.type):
         why = why_not_lazy(model, _few(model, rows, tokenizer))

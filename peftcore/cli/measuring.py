@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peftcore.cli import (
     comparisons,
     data,
     generations,
+    matching_trainer,
     preferences,
     rollouts,
     sentence_pairs,
@@ -123,6 +124,11 @@ class Measure:
         # Not more tokens at once than in training, so that measuring fits too.
         budget = settings.batch_size * self._examples.longest
         if self._answering is not None and is_held_out:
-            return generations.measure(self._answering, model, examples, tokenizer, tokens=budget)
-        tag_names = self._inputs.labels if settings.task == data.TAGS else ()
-        return tasks.measure(model, examples, tokenizer, tokens=budget, tag_names=tag_names)
+            found = generations.measure(self._answering, model, examples, tokenizer, tokens=budget)
+        else:
+            tag_names = self._inputs.labels if settings.task == data.TAGS else ()
+            found = tasks.measure(model, examples, tokenizer, tokens=budget, tag_names=tag_names)
+        if settings.ebft is None or not is_held_out:
+            return found
+        likeness = matching_trainer.alignment(settings, model, tokenizer, examples)
+        return replace(found, figures={"perplexity": found.perplexity, **found.figures, "alignment": likeness})

@@ -20,7 +20,7 @@ from peftcore.cli.conversations import IGNORED
 from peftcore.errors import PeftcoreError
 
 Example = dict[str, Any]
-_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}  # relative to the norm; leaks are of order 1
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}  # relative to the norm; leaks are of order 1
 
 
 def packed(examples: Sequence[Example], length: int) -> list[Example]:
@@ -70,16 +70,16 @@ def check(model: nn.Module, examples: Sequence[Example], what: str) -> None:
     other = {**first, "input_ids": first["input_ids"][::-1][1:] + second["input_ids"][:1]}
     why = "it rejects positions that start again"
     try:
-        with _tried(model):
+        with tried(model):
             alone = torch.cat([_logits(model, [each]) for each in (first, second)])
             together, changed = _logits(model, [first, second]), _logits(model, [other, second])
     except (TypeError, PeftcoreError) as error:
         why += f" ({str(error).partition(chr(10))[0]})"
     else:
         begin = len(first["input_ids"])
-        apart = _distance(together, alone)
-        leak = _distance(changed[begin:], together[begin:])
-        close = _CLOSE.get(next(model.parameters()).dtype, 3e-2)
+        apart = distance(together, alone)
+        leak = distance(changed[begin:], together[begin:])
+        close = CLOSE.get(next(model.parameters()).dtype, 3e-2)
         if apart <= close and leak <= close:
             return
         why = f"their outputs differ from those alone by {100 * max(apart, leak):.2g} %"
@@ -103,12 +103,12 @@ def _logits(model: nn.Module, examples: Sequence[Example]) -> Tensor:
     return model(**inputs, use_cache=False).logits[0].float()
 
 
-def _distance(found: Tensor, wanted: Tensor) -> float:
+def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
 
 @contextlib.contextmanager
-def _tried(model: nn.Module) -> Iterator[None]:
+def tried(model: nn.Module) -> Iterator[None]:
     """Run the model in evaluation mode without gradients, with noise on trained values; restore it afterwards."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept, was_training = [copy.deepcopy(parameter.data) for parameter in trained], model.training

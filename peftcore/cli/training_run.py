@@ -31,6 +31,7 @@ from peftcore.cli import (
     forecast as forecasts,
     generations,
     light_step,
+    matching_trainer,
     models,
     packing,
     precision,
@@ -98,6 +99,7 @@ def run(
     settings, predicted = _with_memory(settings, inputs, examples, force=force)
     model = _adapted_model(settings, inputs, examples)
     teacher = distillation.of_run(settings, inputs.tokenizer, examples.train)
+    rollouts = matching_trainer.of_run(settings, model, inputs.tokenizer, examples.train, examples.held_out)
     summary = peftcore.summary(model)
     say(str(summary))
 
@@ -126,6 +128,7 @@ def run(
         examples,
         measure,
         teacher,
+        rollouts,
         model=model,
         args=trainer_arguments.of_run(settings, output, training_data.draws(examples.parts), report_to),
         callbacks=[meter, stop, trace, *([keeper] if keeper else [])],
@@ -277,7 +280,13 @@ def _check_metric(settings: Settings, measured: Metrics) -> None:
 
 
 def _trainer(
-    settings: Settings, inputs: Inputs, examples: Examples, measure: Measure, teacher: Any, **arguments: Any
+    settings: Settings,
+    inputs: Inputs,
+    examples: Examples,
+    measure: Measure,
+    teacher: Any,
+    rollouts: matching_trainer.Rollouts | None,
+    **arguments: Any,
 ) -> trainers.Measuring:
     """Return the trainer of the task; `arguments` are those of all trainers."""
     tokenizer = inputs.tokenizer
@@ -300,6 +309,9 @@ def _trainer(
     elif teacher is not None:
         collate, weight = tasks.collator(tokenizer), settings.teacher_weight
         trainer = distillation.DistillingTrainer(**common, data_collator=collate, teacher=teacher, weight=weight)
+    elif rollouts is not None:
+        collate = tasks.collator(tokenizer)
+        trainer = matching_trainer.MatchingTrainer(**common, data_collator=collate, rollouts=rollouts)
     else:
         is_mean = settings.task in (data.TAGS, data.SEQ2SEQ, data.SPEECH)  # the loss of a batch, whatever the step has
         collate = tasks.collator(tokenizer)

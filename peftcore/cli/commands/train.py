@@ -146,6 +146,11 @@ def train(
             f"--teacher-weight is for --teacher, found {given.teacher_weight:g} without a teacher. Name one, or leave "
             "it out"
         )
+    if given.ebft is not None:
+        require("transformers", "accelerate")
+        from peftcore.cli import feature_matching
+
+        feature_matching.checked(given, task)
     if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
     if given.eval_data is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peftcore.cli.fields import text_of
 from peftcore_convert_config.reading import (
     AUDIO,
     IMAGES,
@@ -22,7 +23,6 @@ _OWN_SCRIPT = "a script with peftcore.apply and TRL's or transformers' trainer"
 _SAVED = "load the model in Python, save it, and pass its folder"
 REFUSED = keyed(
     {
-        "none: EBFT's loss; --task grpo samples answers and learns from a function that judges them": "ebft",
         "none: restarts within a run; between runs, peftcore merge": "relora",
     }
 )
@@ -77,6 +77,20 @@ NOT_HERE = keyed(
     }
 )
 _TASKS = {"dpo": "dpo", "kto": "kto", "orpo": "orpo", "grpo": "grpo"}
+_FIELDS = """
+feature_layers embed_method use_whitening alignment_coef diversity_coef rl_coef ce_coef stride context_length
+min_completion_prefix advantage_estimator
+"""
+_MATCHING = tuple(_FIELDS.split())  # of --ebft, next to its mode
+_SAMPLED = {
+    "use_vllm": NOT_HERE["vllm"],
+    "async_prefetch": "nothing is sampled ahead: answers are the current model's",
+    "chat_template_kwargs": "--chat-template, a file in which they are set",
+}
+_TYPES = {  # of EBFT's rows
+    "ebft_strided_structured": {"prompt": "input", "completion": "output"},
+    "ebft_pretrain": {"text": "question"},
+}
 _READ = ("alpaca", "chat_template", "completion", "input_output", "sharegpt")  # types whose rows are read as they are
 _COLUMNS = {
     "field_messages": "messages",
@@ -100,6 +114,7 @@ def convert(config: Reading) -> None:
     _data(config)
     _length(config)
     _steps(config)
+    _matching(config)
     _dtype(config)
     _shown(config)
 
@@ -165,7 +180,11 @@ def _one(config: Reading, given: dict[str, Any], columns: dict[str, str]) -> str
     if (role, content) not in (("role", "content"), ("from", "value")):
         config.to_do.append(f"data: rewrite the turns' keys '{role}' and '{content}' as 'role' and 'content'")
     kind = part.take("type", "")
-    if not isinstance(kind, str) or kind.partition(".")[0].partition(":")[0] not in _READ:
+    if isinstance(kind, str) and (named := _TYPES.get(kind.partition(".")[0])):
+        columns |= named
+    elif isinstance(kind, str) and kind.startswith("ebft_opencode"):
+        config.to_do.append("data: rewrite each row as messages, 'input' as the user's and 'output' as the assistant's")
+    elif not isinstance(kind, str) or kind.partition(".")[0].partition(":")[0] not in _READ:
         config.to_do.append(
             f"data: axolotl rewrites rows of the type {kind!r}; rename their columns (--columns) or rewrite the file"
         )
@@ -182,7 +201,7 @@ def _one(config: Reading, given: dict[str, Any], columns: dict[str, str]) -> str
 
 def _task(config: Reading) -> None:
     kind = config.take("rl")
-    if kind is not None:
+    if kind not in (None, "ebft"):
         if kind not in _TASKS:
             config.refuse("rl", "TRL's trainers with peft_config=peftcore.config('lora')")
         judged(config, "rl", _TASKS[kind])
@@ -205,6 +224,47 @@ def _task(config: Reading) -> None:
     if config.take("do_causal_lm_eval"):
         config.options["eval_answers"] = 100
         config.option("eval_max_new_tokens", "answer_tokens", int)
+
+
+def _matching(config: Reading) -> None:
+    """Take what makes a training one by matched features (EBFT), whose batches of answers become batches of prompts."""
+    if config.take("rl") != "ebft":
+        return
+    ebft, trl = config.part("ebft"), config.part("trl")
+    mode = ebft.take("mode", "structured")
+    found = {"mode": mode} | {name: ebft.take(name) for name in _MATCHING}
+    if mode == "strided":
+        if ebft.take("top_p", 1.0) != 1:
+            ebft.refuse("top_p", "1.0: tokens are drawn from all")
+        counts = {"generations": ("n_samples_per_prompt", 4), "answer_tokens": ("generate_max_len", 8)}
+        chosen = {option: int(ebft.take(key, default)) for option, (key, default) in counts.items()}
+        config.options |= {**chosen, "temperature": float(ebft.take("temperature", 0.6))}
+        if chosen["generations"] < 2:
+            ebft.refuse("n_samples_per_prompt", "2 or more samples")
+    else:
+        for key in ("adaptive_max_tokens", "gt_length_multiplier"):
+            if ebft.take(key):
+                config.leave_out(key, "none: --answer-tokens is the limit")
+        for key, known in (("loss_type", ("grpo",)), ("beta", (0,)), ("scale_rewards", (True, "group"))):
+            if trl.take(key, known[0]) not in known:
+                trl.refuse(key, f"{key}: {str(known[0]).lower()}, or TRL's GRPOTrainer with a reward of your own")
+        for key, instead in _SAMPLED.items():
+            if asks(trl.take(key)):
+                config.leave_out(key, instead)
+        counts = {"generations": ("num_generations", 8), "answer_tokens": ("max_completion_length", 256)}
+        config.options |= {option: int(trl.take(key, default)) for option, (key, default) in counts.items()}
+        config.options["temperature"] = float(trl.take("temperature", 1.0))
+        answers = config.options.get("batch_size", 1) * config.options.get("grad_accum", 1)
+        prompts, over = divmod(answers, config.options["generations"])
+        if over or not prompts:
+            config.refuse("micro_batch_size", "batches times accumulation in whole prompts, trl.num_generations each")
+        config.options |= {"batch_size": 1, "grad_accum": prompts}
+    config.options["ebft"] = " ".join(f"{name}={_field(value)}" for name, value in found.items() if value is not None)
+
+
+def _field(value: Any) -> str:
+    """Return the value of a field of `--ebft` as text."""
+    return ",".join(map(_field, value)) if isinstance(value, list) else text_of(value)
 
 
 def _length(config: Reading) -> None:

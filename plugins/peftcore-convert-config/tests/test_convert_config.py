@@ -307,6 +307,48 @@ def test_what_is_not_here_is_refused(config: dict[str, Any], message: str) -> No
         programs.convert(config)
 
 
+EBFT = {"base_model": "m", "adapter": "lora", "rl": "ebft", "micro_batch_size": 2, "gradient_accumulation_steps": 4}
+
+
+def test_ebft_of_answers_has_batches_of_prompts() -> None:
+    trl = {"num_generations": 4, "max_completion_length": 128, "use_vllm": True, "vllm_server_port": 8000}
+    trl |= {"chat_template_kwargs": {"enable_thinking": False}, "scale_rewards": True, "loss_type": "grpo"}
+    ebft = {"feature_layers": [0.25, 0.5], "use_whitening": False, "diversity_coef": 0.5, "adaptive_max_tokens": True}
+    rows = [{"path": "a", "type": "ebft_opencode.transform"}]
+    found = programs.convert({**EBFT, "ebft": ebft, "trl": trl, "datasets": rows})
+    wanted = {"batch_size": 1, "grad_accum": 2, "generations": 4, "answer_tokens": 128, "temperature": 1.0}
+    assert {name: found.options[name] for name in wanted} == wanted
+    fields = "feature_layers=0.25,0.5 use_whitening=false diversity_coef=0.5"
+    assert found.options["ebft"] == f"mode=structured {fields}" and "task" not in found.options
+    assert found.left_out.keys() == {"adaptive_max_tokens", "use_vllm", "chat_template_kwargs"}
+    assert found.to_do == ["data: rewrite each row as messages, 'input' as the user's and 'output' as the assistant's"]
+
+
+def test_ebft_of_strides_has_batches_of_texts() -> None:
+    rows = [{"path": "a", "type": "ebft_pretrain.transform"}]
+    found = programs.convert({**EBFT, "ebft": {"mode": "strided", "stride": 4, "top_p": 1.0}, "datasets": rows})
+    wanted = {"batch_size": 2, "grad_accum": 4, "generations": 4, "answer_tokens": 8, "temperature": 0.6}
+    assert {name: found.options[name] for name in wanted} == wanted
+    assert found.options["ebft"] == "mode=strided stride=4" and found.options["columns"] == "text=question"
+    assert found.left_out == {} and found.to_do == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"ebft": {"mode": "strided", "top_p": 0.9}}, "'top_p: 0.9' .* tokens are drawn from all"),
+        ({"ebft": {"mode": "strided", "n_samples_per_prompt": 1}}, "'n_samples_per_prompt: 1' .* 2 or more samples"),
+        ({"trl": {"num_generations": 3}}, "'micro_batch_size: 2' .* in whole prompts"),
+        ({"trl": {"loss_type": "dapo"}}, "'loss_type: dapo' .* loss_type: grpo"),
+        ({"trl": {"beta": 0.1}}, "'beta: 0.1' .* beta: 0"),
+        ({"trl": {"scale_rewards": False}}, "'scale_rewards: False' .* scale_rewards: true"),
+    ],
+)
+def test_what_ebft_does_not_have_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(PeftcoreError, match=message):
+        programs.convert({**EBFT, "datasets": [], **keys})
+
+
 def test_the_command_writes_a_file_with_comments(tmp_path: Path) -> None:
     config = {"base_model": "m", "adapter": "lora", "load_in_8bit": True, "datasets": [{"path": "a", "type": "alpaca"}]}
     file, written = tmp_path / "a.yaml", tmp_path / "a.toml"

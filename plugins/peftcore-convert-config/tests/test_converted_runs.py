@@ -81,8 +81,10 @@ def kind_of(case: dict[str, Any]) -> str | None:
     return "llama"
 
 
-def rows(task: str | None) -> list[dict[str, Any]]:
-    """Return examples of a task."""
+def rows(task: str | None, ebft: str = "") -> list[dict[str, Any]]:
+    """Return examples of a task; for EBFT with completions that are long enough to continue their prefixes."""
+    if ebft:
+        return [{"prompt": f"the film is {word}", "completion": "it was fun and good " * 5} for word in WORDS]
     compared = [(f"the film is {word}", "it was fun and good", "it was dull and bad") for word in WORDS]
     if task in ("dpo", "orpo", "reward"):
         return [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in compared]
@@ -162,13 +164,15 @@ def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None
     options.pop("chat_template", None)  # the rows are not conversations
     Image.new("RGB", (8, 8), (200, 20, 20)).save(tmp_path / "a.png")  # of conversations with images
     audio_models.save_tone(tmp_path / "a.wav", 0.2)
-    data = write_jsonl(tmp_path / "rows.jsonl", rows(options.get("task")))
+    data = write_jsonl(tmp_path / "rows.jsonl", rows(options.get("task"), options.get("ebft", "")))
     room = 64 if options.get("task") in SEEING else 32
     small = {
         "max_length": min(room, options.get("max_length", room)),
         "batch_size": min(4, options.get("batch_size", 4)),
     }
     small |= {"grad_accum": 1, "holdout": max(2, options.get("holdout", 2))}
+    if "ebft" in options:
+        small |= {"answer_tokens": 8}
     options |= {"model": str(tmp_path / "base"), "data": str(data), **small}
     if "teacher_weight" in options:
         options["teacher"] = str(tmp_path / "teacher")
