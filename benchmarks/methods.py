@@ -108,7 +108,7 @@ def stepper(library, method, model, shape, start):
         loss.backward()
         optimizer.step()
         if library == "peftcore":
-            peftcore.after_step(model, done, STEPS)
+            peftcore.after_step(model, done, STEPS, optimizer=optimizer)
         elif hasattr(model.base_model, "update_and_allocate"):
             model.base_model.update_and_allocate(done)
         optimizer.zero_grad()

@@ -223,10 +223,14 @@ class Method:
             :class:`FinishedCall`: its arguments, such as labels, its output, and the output of the model without
             adapters as a teacher. It is the mean over the samples of the call, so that n batches, each with 1/n of
             its term, equal one.
-        after_step: (adapters, config, step, total_steps) -> None, called after each optimizer step, counted from 1,
-            before gradients are cleared; for methods with a schedule or an importance. `current_optimizer` and
-            `reset_optimizer_state` reach the optimizer. Not called after a step that a scaler skipped because of
-            non-finite gradients.
+        after_step: (adapters, config, step, total_steps) -> None, or a new config in which `trained_fields` differ.
+            Called after each optimizer step, counted from 1, before gradients are cleared; for methods with a schedule
+            or an importance. `current_optimizer` and `reset_optimizer_state` reach the optimizer. Not called after a
+            step that a scaler skipped because of non-finite gradients.
+        trained_fields: fields of the config that `after_step` changes, in a method whose buffers change shape in
+            training. A file has their values, and resuming takes them over with buffers of the file's shapes.
+        schedule: (config, step, total_steps) -> factor of the learning rate of a step, counted from 1, by which
+            `Trainer` multiplies its own schedule.
         needs_after_step: (config) -> whether `after_step` does anything for this config. If so, a training loop that
             does not call it causes a warning at the second optimizer step.
         parameter_groups: (adapters, config, lr, weight_decay) -> groups as `torch.optim` takes them. Parameters of the
@@ -246,7 +250,7 @@ class Method:
     state: StateRules
     initialize: Callable[[nn.Module, AdapterModules, Any, Iterable[Any] | None], Any] | None = None
     loss: Callable[[AdapterModules, Any], Tensor | None] | None = None
-    after_step: Callable[[AdapterModules, Any, int, int], None] | None = None
+    after_step: Callable[[AdapterModules, Any, int, int], Any] | None = None
     parameter_groups: Callable[[AdapterModules, Any, float, float], list[dict[str, Any]]] | None = None
     initializes: Callable[[Any], bool] = lambda _config: True
     needs_after_step: Callable[[Any], bool] = lambda _config: True
@@ -255,6 +259,8 @@ class Method:
     low_rank: Callable[[nn.Module, Any, Mapping[str, int]], Any] | None = None
     learning_rate: float = 2e-4
     call_loss: Callable[[AdapterModules, Any, FinishedCall], Tensor | None] | None = None
+    trained_fields: Sequence[str] = ()
+    schedule: Callable[[Any, int, int], float] | None = None
 
 
 @dataclass(frozen=True)

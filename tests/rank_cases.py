@@ -36,6 +36,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "ia3": ("llama", {}, False),
     "ia3, 4 bits": ("gpt2", {}, True),
     "adalora": ("llama", {"init_r": 3, "target_r": 2, "total_step": 9}, False),
+    "relora": ("llama", {"r": 3, "lora_alpha": 6, "restart_every": 2, "restart_warmup": 1}, False),
+    "relora, 4 bits": ("llama", {"r": 3, "lora_alpha": 6, "restart_every": 2, "restart_warmup": 1}, True),
     "alora": ("llama", {"r": 3, "lora_alpha": 6, "alora_invocation_tokens": [29]}, False),  # a token of TOKENS
     "ln-tuning": ("gpt2", {}, False),
     "p-tuning": ("llama", {"num_virtual_tokens": 3}, False),

@@ -63,7 +63,7 @@ def allocated(model: nn.Module, step: Step) -> int:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if peftcore.engine.state_of(model) is not None:
-            peftcore.after_step(model, 1, 1000)
+            peftcore.after_step(model, 1, 1000, optimizer=optimizer)
         optimizer.zero_grad()
 
     for _ in range(2 if step.ranks > 1 else 1):  # DDP builds its buckets again in the second

@@ -46,9 +46,12 @@ from peftcore.engine.training_hooks import (
     extra_loss as extra_loss,
     has_loss as has_loss,
     has_parameter_groups as has_parameter_groups,
+    has_schedule as has_schedule,
     loss_terms as loss_terms,
     method_groups as method_groups,
     method_modules as method_modules,
     not_in as not_in,
     parameter_groups as parameter_groups,
+    scheduled as scheduled,
+    set_trained_fields as set_trained_fields,
 )

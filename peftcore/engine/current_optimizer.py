@@ -1,4 +1,4 @@
-"""Optimizer of the step whose `after_step` runs, for methods that reset its state, such as ReLoRA's."""
+"""Optimizer of the step whose `after_step` runs, for methods that reset its state, such as one that restarts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
+from peftcore import ranks
 from peftcore.errors import PeftcoreError
+from peftcore.optim.base import FusedOptimizer, largest
 
 _OPTIMIZER: ContextVar[tuple[Optimizer | None, ...]] = ContextVar("peftcore_optimizer", default=())
 
@@ -56,15 +58,21 @@ def current_optimizer() -> Optimizer:
     return optimizer
 
 
-def reset_optimizer_state(parameters: Iterable[nn.Parameter]) -> None:
+def reset_optimizer_state(parameters: Iterable[nn.Parameter], *, keep: float = 0.0) -> None:
     """Reset the state of `parameters` in the optimizer that has just stepped; for a method's `after_step`.
 
     The next step treats them as in its first: moments are zero, and the count of steps begins again. Learning rates,
     groups and the state of other parameters stay.
 
+    Args:
+        parameters: parameters that the optimizer trains.
+        keep: share of the moments to keep, and the count of steps. An element keeps its moments if each is among this
+            share of largest magnitudes; else all become zero, since a first moment over a second one of zero would be
+            a huge step. 1 changes nothing, and raises the errors that a smaller share would.
+
     Raises:
-        PeftcoreError: as for `current_optimizer`; or the optimizer does not have these parameters, or cannot make
-            state again.
+        PeftcoreError: as for `current_optimizer`; or the optimizer does not have these parameters, cannot make
+            state again, or has state that cannot be kept in part.
     """
     optimizer = current_optimizer()
     kind = type(optimizer).__name__
@@ -82,4 +90,29 @@ def reset_optimizer_state(parameters: Iterable[nn.Parameter]) -> None:
             "optimizer that trains them; one that keeps copies of parameters, such as DeepSpeed's, cannot be used"
         )
     for parameter in chosen:
-        optimizer.state.pop(parameter, None)
+        if keep:
+            _keep_largest(optimizer, parameter, keep)
+        else:
+            optimizer.state.pop(parameter, None)
+
+
+def _keep_largest(optimizer: Optimizer, parameter: nn.Parameter, keep: float) -> None:
+    if not optimizer.state.get(parameter):  # a parameter without gradients so far
+        return
+    if isinstance(optimizer, FusedOptimizer):
+        if keep < 1:
+            optimizer.keep_largest(parameter, keep)
+        return
+    moments = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
+    for name, value in moments.items():
+        if value.dim() and (value.shape != parameter.shape or not value.is_floating_point()):
+            raise PeftcoreError(
+                f"{type(optimizer).__name__} keeps '{name}' as {value.dtype} of shape {list(value.shape)} for a "
+                f"parameter of shape {list(parameter.shape)}, and no part of it can be kept. Reset all of the state, "
+                "or use AdamW, in 32 bits or of peftcore.optim"
+            )
+    whole = {name: ranks.whole(value) for name, value in moments.items() if value.dim()} if keep < 1 else {}
+    if whole:
+        kept = largest(list(whole.values()), keep)
+        for name, value in whole.items():
+            ranks.fill(moments[name], value * kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -76,7 +77,7 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
                 ranks.gathered(parameters, write=True),
                 stepping(optimizer),
             ):
-                method.after_step(modules, entry.config, step, total_steps)
+                config = method.after_step(modules, entry.config, step, total_steps)
             after = _base_versions(model, entry)
             changed = next((each for each in after if before.get(each, after[each]) != after[each]), None)
             if changed is not None:
@@ -85,6 +86,36 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
                     "not hold the change. Load the base again, and report this to the plugin's author: the method can "
                     "add to a buffer of the adapter instead"
                 )
+            if config is not None:
+                set_trained_fields(entry, method, config)
+
+
+def set_trained_fields(entry: Applied, method: Method, config: Any) -> None:
+    """Take over `Method.trained_fields` of `config`, which is as it is after training.
+
+    Raises:
+        PluginError: `config` is not a config of the method.
+    """
+    if not isinstance(config, method.config_class):
+        raise PluginError(
+            f"after_step of {method.name} must return None or a {method.config_class.__name__}, found {config!r:.200}"
+        )
+    entry.config = dataclasses.replace(entry.config, **{name: getattr(config, name) for name in method.trained_fields})
+
+
+def scheduled(model: nn.Module, step: int, total_steps: int) -> float:
+    """Return the factor of the learning rate at a step, counted from 1, by the schedules of the adapters that train."""
+    factor = 1.0
+    for _, entry, method in _training(model):
+        if method.schedule is not None:
+            with registry.naming(method.name, "schedule"):
+                factor *= method.schedule(entry.config, step, total_steps)
+    return factor
+
+
+def has_schedule(model: nn.Module) -> bool:
+    """Return whether the method of an adapter that trains has its own schedule of the learning rate."""
+    return any(method.schedule for _, _, method in _training(model))
 
 
 def extra_loss(model: nn.Module) -> Tensor:

@@ -21,7 +21,7 @@ from peftcore.files.metadata import ties_partly
 from peftcore.files.multiplier import multiplier_in
 from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_saved
 from peftcore.files.resident import register
-from peftcore.files.tensors import fill
+from peftcore.files.tensors import fill, grown_buffers
 from peftcore.observation import assumed_unchanged
 from peftcore.targets.patterns import limited
 
@@ -127,12 +127,23 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     """Set the values of the applied `adapter` to those in the folder `path`, which must be of the same method."""
     folder = Path(path)
     entry = engine.applied(model, adapter)
-    method, _, tensors, metadata = read_adapter(folder, model, applied=entry.method)
+    method, config, tensors, metadata = read_adapter(folder, model, applied=entry.method)
     if method.name != entry.method:
         raise CheckpointError(f"'{folder}' contains an adapter of {method.name}, but '{adapter}' is of {entry.method}")
     multiplier = multiplier_in(metadata)
-    with ranks.gathered((parameter for _, parameter in engine.adapter_parameters(model, adapter)), write=True):
-        fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
+    grown = grown_buffers(model, adapter, tensors) if method.trained_fields else []
+    before = [(module, name, module._buffers[name]) for module, name, _ in grown]
+    try:
+        for module, name, tensor in grown:
+            module._buffers[name] = tensor
+        with ranks.gathered((parameter for _, parameter in engine.adapter_parameters(model, adapter)), write=True):
+            fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
+    except BaseException:
+        for module, name, own in before:
+            module._buffers[name] = own
+        raise
+    if method.trained_fields:
+        engine.set_trained_fields(entry, method, config)
     set_multiplier(model, adapter, multiplier)
 
 

@@ -94,6 +94,18 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return {_base_name(rules, entry, name): tensor for name, tensor in found.items()}
 
 
+def grown_buffers(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Return (module, name, empty buffer of the new shape) for buffers of an adapter with other shapes in `tensors`."""
+    rules, found = registry.method(engine.applied(model, adapter).method).state, []
+    for placement in engine.placements(model, adapter):
+        for name, tensor in own_tensors(placement.adapter).items():
+            there = tensors.get(rules.tensor_name(placement, name))
+            if there is not None and there.shape != tensor.shape and not isinstance(tensor, nn.Parameter):
+                path, _, last = name.rpartition(".")
+                found.append((placement.adapter.get_submodule(path), last, tensor.new_empty(there.shape)))
+    return found
+
+
 def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Path, *, partly_tied: bool = True) -> None:
     """Copy `tensors` into the applied `adapter`; none may be missing, unexpected or of another shape.
 

@@ -2,20 +2,23 @@
 
 `optim="paged_adamw_8bit"` and the other names of `peftcore.optim.NAMES` select that package's optimizers, with
 arguments in `optim_args` ("budget=256MB,directory=/data"). If the method of a trainable adapter defines parameter
-groups, every optimizer gets them; schedulers keep the ratios of their learning rates.
+groups, every optimizer gets them; schedulers keep the ratios of their learning rates. If it has its own schedule, the
+trainer's is multiplied by it.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from peftcore import engine, optim
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, warn
 
 
 def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
@@ -83,3 +86,36 @@ def with_groups(trainer: Any, adapted: nn.Module, model: nn.Module | None) -> tu
         if chosen := [p for name, p in left.items() if (name in decaying) is wanted]:
             groups.append({"params": chosen, "weight_decay": amount})
     return kind, {**options, "params": groups}
+
+
+def create_scheduler(trainer: Any, own: Callable[..., Any], num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+    """Return the scheduler that `trainer` would make, times the schedules of the adapters' methods.
+
+    Raises:
+        PeftcoreError: the scheduler does not compute each rate from the step alone.
+    """
+    given, model = trainer.lr_scheduler, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    made_before = given is not None and getattr(trainer, "_created_lr_scheduler", False)
+    found = own(num_training_steps, *args, **kwargs)
+    if made_before or not engine.has_schedule(model):
+        return found
+    if given is not None:
+        warn(
+            "the trainer was given its own scheduler, so the learning rate is not multiplied by the schedule of the "
+            "adapter's method. Leave out the scheduler, and choose lr_scheduler_type"
+        )
+        return found
+    if not isinstance(found, LambdaLR):
+        raise PeftcoreError(
+            f"lr_scheduler_type={str(trainer.args.lr_scheduler_type)!r} does not compute the learning rate from the "
+            "step alone, so the schedule of the adapter's method cannot multiply it. Use linear, cosine or constant"
+        )
+
+    def times(rate: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda steps: rate(steps) * engine.scheduled(model, steps + 1, num_training_steps)
+
+    found.lr_lambdas = [times(rate) for rate in found.lr_lambdas]
+    for group, rate in zip(found.optimizer.param_groups, found.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * rate(0)
+    found._last_lr = [group["lr"] for group in found.optimizer.param_groups]
+    return found

@@ -44,7 +44,7 @@ from peftcore.files.saving import save_each
 from peftcore.integrations.patching import patch
 from peftcore.integrations.reference_model import patch_trainers, reference_of, refuse_bypassed, refuse_wrapped
 from peftcore.integrations.trainer_loss import add_extra_loss, logged
-from peftcore.integrations.trainer_optimizer import optimizer_of, with_groups
+from peftcore.integrations.trainer_optimizer import create_scheduler, optimizer_of, with_groups
 from peftcore.parallel import check_ranks, give_adapters, refuse_between_blocks
 
 COMPLETE = "complete.json"
@@ -404,6 +404,7 @@ def _patch_trainer() -> None:
     Trainer.__init__ = init
     for ours in (
         _create_optimizer,
+        create_scheduler,
         _prepare_for_training,
         _train,
         _run_epoch,

@@ -6,7 +6,7 @@ an fp32 tensor and moments in the parameter's shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,16 @@ from peftcore.ops.dynamic8 import blocks_of, decode, encode
 from peftcore.ops.optim_rules import Rule
 from peftcore.ops.weight import DTYPES
 from peftcore.optim.batch import Batch, local, sharded_as
+
+
+def largest(moments: Sequence[Tensor], keep: float) -> Tensor:
+    """Return where each of `moments`, of one shape, is among its share `keep` of largest magnitudes."""
+    kept = torch.ones_like(moments[0], dtype=torch.bool)
+    for values in moments:
+        count = min(values.numel(), max(1, round(keep * values.numel())))
+        at = values.abs().flatten().topk(count, sorted=False).indices
+        kept &= torch.zeros_like(kept).flatten().index_fill_(0, at, True).view(kept.shape)
+    return kept
 
 
 class FusedOptimizer(Optimizer):
@@ -203,6 +213,23 @@ class FusedOptimizer(Optimizer):
             self._admit(param)
         self._set_state(param, values)
         self.state[param]["step"] = step
+
+    def keep_largest(self, param: Tensor, keep: float) -> None:
+        """Set the moments of `param` to zero, except of elements whose moments are each among the share `keep`.
+
+        Of a sharded parameter, each rank keeps this share of its part.
+        """
+        state, planes = self._get_state(param), [plane for plane in self.rule.planes if plane.elements == 1]
+        values = [
+            decode(state[plane.name].flatten(), state[f"{plane.name}_absmax"], plane.map).view_as(state[plane.name])
+            if plane.coded
+            else state[plane.name]
+            for plane in planes
+        ]
+        if values:
+            kept = largest(values, keep)
+            state |= {plane.name: state[plane.name].where(kept, plane.initial) for plane in planes}
+            self._set_state(param, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch's form: `state` by parameter number, and `param_groups`.

@@ -21,6 +21,7 @@ from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.files.fingerprint import difference, fingerprint
 from peftcore.files.tensors import own_slots
+from peftcore.registry import registry
 
 
 class TrainingState(Stateful):
@@ -40,6 +41,15 @@ class TrainingState(Stateful):
         self.optimizer, self.others = optimizer, others
         if state_of(self.model) is None:
             raise PeftcoreError("no adapter is applied to this model. Try: peftcore.apply(model, 'METHOD')")
+        grown = [
+            e.method for e in require_state(self.model).applied.values() if registry.method(e.method).trained_fields
+        ]
+        if grown:
+            raise PeftcoreError(
+                f"adapters of {grown[0]} grow in training, and a checkpoint of torch.distributed is read into tensors "
+                "of the shapes that are there. Train with Trainer, which saves and restores them, or save the adapter "
+                "by peftcore.save and the optimizer by torch.distributed.checkpoint.state_dict"
+            )
         if any(map(ranks.is_partitioned, self.model.parameters())):
             raise PeftcoreError(
                 "DeepSpeed's ZeRO-3 has partitioned the model, and keeps the optimizer's state itself. Save it by "

@@ -1,4 +1,4 @@
-"""`after_step` that reaches the optimizer, by the method that needs it: ReLoRA, which restarts its factors.
+"""`after_step` that reaches the optimizer, by a method that restarts its factors, like ReLoRA.
 
     y = base(x) + x (F + B A)ᵀ        every few steps: F += B A, A drawn again, B = 0, the state of both reset
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trainers import LR, trainer
 
 import peftcore
+from peftcore.engine.current_optimizer import stepping
 from peftcore.plugin import (
     Adapter,
     Architecture,
@@ -90,13 +91,13 @@ class PlainConfig(ReloraConfig):
 
 @pytest.fixture(autouse=True)
 def relora() -> Iterator[None]:
-    method = Method("relora", ReloraConfig, place, StateRules(peft_type="RELORA"), after_step=after_step)
+    method = Method("restarting", ReloraConfig, place, StateRules(peft_type="RESTARTING"), after_step=after_step)
     with tiny.installed(method, Method("plain", PlainConfig, place, StateRules(peft_type="PLAIN"))):
         yield
 
 
 def model() -> Any:
-    return peftcore.apply(tiny.llama(), "relora")
+    return peftcore.apply(tiny.llama(), "restarting")
 
 
 def adapters_of(found: nn.Module) -> list[Relora]:
@@ -186,6 +187,35 @@ def test_an_after_step_that_changes_the_base_is_reported() -> None:
             peftcore.PluginError, match=r"folding has changed 'model\.layers\.0\.self_attn\.q_proj\.weight'"
         ):
             peftcore.after_step(found, 1, STEPS)
+
+
+OF_MOMENTS = [torch.optim.AdamW, *(value for name, value in vars(peftcore.optim).items() if "Adam" in name)]
+
+
+@pytest.mark.parametrize("kind", OF_MOMENTS)
+def test_a_share_of_the_moments_is_kept(kind: Any) -> None:
+    """An element that loses one moment loses both: m / sqrt(0) would be a huge step."""
+    parameter = nn.Parameter(torch.zeros(2, 5))
+    optimizer = kind([parameter])
+    gradients = torch.tensor([[9.0, -8, 1, 2, 3], [-7, 0.5, 6, 4, 5]])
+    parameter.grad = gradients
+    optimizer.step()
+    parameter.grad = gradients * torch.tensor([[-1.1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])  # the largest v, a small m
+    optimizer.step()
+    before = {
+        name: value.clone() for name, value in optimizer.state_dict()["state"][0].items() if name.startswith("exp_avg")
+    }
+    with stepping(optimizer):
+        reset_optimizer_state([parameter], keep=1.0)
+        after = optimizer.state_dict()["state"][0]
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        reset_optimizer_state([parameter], keep=0.4)
+    after, kept = optimizer.state_dict()["state"][0], torch.zeros(2, 5, dtype=torch.bool)
+    kept[0, 1] = kept[1, 0] = kept[1, 2] = True
+    for name in ("exp_avg", "exp_avg_sq"):
+        zero = 127 if before[name].dtype == torch.uint8 and name == "exp_avg" else 0
+        assert torch.equal(after[name], before[name].where(kept, zero)), name
+    assert after["step"] == 2
 
 
 def test_where_it_cannot_be_it_is_an_error() -> None:

@@ -21,11 +21,7 @@ from peftcore_convert_config.reading import (
 
 _OWN_SCRIPT = "a script with peftcore.apply and TRL's or transformers' trainer"
 _SAVED = "load the model in Python, save it, and pass its folder"
-REFUSED = keyed(
-    {
-        "none: restarts within a run; between runs, peftcore merge": "relora",
-    }
-)
+REFUSED: dict[str, str] = {}
 _NOTHING = """
 lora_target_linear lora_fan_in_fan_out quantize_moe_experts train_on_inputs roles_to_train train_on_eos eot_tokens
 special_tokens group_by_length attn_implementation flash_attention flash_attn_rms_norm flash_attn_cross_entropy
@@ -41,7 +37,7 @@ torch_dtype bfloat16 eval_table_size eval_causal_lm_metrics swanlab_project swan
 swanlab_description swanlab_experiment_name trackio_project_name trackio_run_name trackio_space_id local_rank
 auto_resume_from_checkpoints ddp_find_unused_parameters dp_shard_size fsdp_config fsdp_version ray_num_workers
 hub_strategy push_dataset_to_hub axolotl load_best_model_at_end batch_size
-gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama dsv4_fp4_grouped_mode
+gptq gptq_groupsize gptq_model_v1 gptq_disable_exllama dsv4_fp4_grouped_mode relora_cpu_offload
 """
 NOTHING = frozenset(_NOTHING.split())
 NOT_HERE = keyed(
@@ -55,10 +51,10 @@ NOT_HERE = keyed(
         ),
         "--set target_modules=, a pattern of the language model's layers": "freeze_mm_modules",
         "answers are sampled by transformers; for vLLM take TRL's trainer": "vllm",
-        "none": (
-            "relora_prune_ratio relora_cpu_offload jagged_restart_steps jagged_restart_warmup_steps "
-            "jagged_restart_anneal_steps peft"
+        "--method relora, whose restarts raise the learning rate again": (
+            "jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps"
         ),
+        "none": "peft",
         "--gradient-checkpointing; peftcore suggest says what fits": "activation_offloading",
         "torch.compile after peftcore.apply in a script": "torch_compile torch_compile_mode flex_attn_compile_kwargs",
         "a script (docs/distributed.md)": (
@@ -104,9 +100,6 @@ _COLUMNS = {
 
 def convert(config: Reading) -> None:
     """Take from a config all that has a counterpart."""
-    for key, instead in REFUSED.items():
-        if asks(config.take(key)):
-            config.refuse(key, instead)
     config.option("base_model", "model")
     _images(config)
     _method(config)
@@ -137,8 +130,12 @@ def _images(config: Reading) -> None:
 def _method(config: Reading) -> None:
     adapter, four_bits = config.take("adapter", "lora"), config.take("load_in_4bit", False)
     method = "dora" if config.take("peft_use_dora") else "qlora" if adapter == "qlora" else "lora"
+    if config.take("relora"):
+        if method == "dora":
+            config.refuse("peft_use_dora", "--method relora without it, or --method dora without restarts")
+        method = _relora(config)
     config.options["method"] = method
-    if four_bits and method != "qlora":
+    if (four_bits or adapter == "qlora") and method != "qlora":
         config.options["quantize"] = "nf4"
     config.option("lora_model_dir", "adapter")
     config.field("lora_r", "r")
@@ -152,6 +149,17 @@ def _method(config: Reading) -> None:
     if asks(targets) and not config.take("lora_target_linear"):
         config.fields["target_modules"] = targets
     config.field("lora_target_parameters", "target_parameters")
+
+
+def _relora(config: Reading) -> str:
+    """Take the restarts, under their names of today or of older releases, and return the method."""
+    config.field("relora_steps", "restart_every")
+    config.field("jagged_restart_steps", "restart_every")
+    config.field("relora_warmup_steps", "restart_warmup")
+    config.field("jagged_restart_warmup_steps", "restart_warmup")
+    config.field("jagged_restart_anneal_steps", "restart_anneal")
+    config.fields["prune_ratio"] = config.take("relora_prune_ratio", 0.9)
+    return "relora"
 
 
 def _data(config: Reading) -> None:

@@ -116,11 +116,11 @@ STARTS = {"pissa": pissa, "olora": olora, "mica": mica, "orthogonal": orthogonal
 def write_config(fields: dict[str, Any]) -> dict[str, Any]:
     fields = {**fields, "init_lora_weights": _known_on_disk(fields["init_lora_weights"]), "eva_config": None}
     fields |= {"corda_config": None, "lora_ga_config": None}
-    return _scaled(fields, 2) if fields.get("frozen_start") else fields
+    return scaled_fields(fields, 2) if fields.get("frozen_start") else fields
 
 
 def read_config(fields: dict[str, Any]) -> dict[str, Any]:
-    return _scaled(fields, 0.5) if fields.get("frozen_start") else fields
+    return scaled_fields(fields, 0.5) if fields.get("frozen_start") else fields
 
 
 def _known_on_disk(start: bool | str) -> bool | str:
@@ -128,11 +128,11 @@ def _known_on_disk(start: bool | str) -> bool | str:
     return start if start in (True, False, "gaussian", "mica") else True
 
 
-def _scaled(fields: dict[str, Any], factor: float) -> dict[str, Any]:
+def scaled_fields(fields: dict[str, Any], factor: float) -> dict[str, Any]:
     """Return the fields with an equal scale at `factor` times the rank."""
     alpha = factor**0.5 if fields.get("use_rslora") else factor
-    r, lora_alpha = int(fields.get("r", 8) * factor), fields.get("lora_alpha", 8) * alpha
-    ranks = {name: int(value * factor) for name, value in (fields.get("rank_pattern") or {}).items()}
+    r, lora_alpha = round(fields.get("r", 8) * factor), fields.get("lora_alpha", 8) * alpha
+    ranks = {name: round(value * factor) for name, value in (fields.get("rank_pattern") or {}).items()}
     alphas = {name: value * alpha for name, value in (fields.get("alpha_pattern") or {}).items()}
     return {**fields, "r": r, "lora_alpha": lora_alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
 

@@ -1,0 +1,214 @@
+"""ReLoRA: equal to merging into the base, resumed bit for bit, its learning rates and optimizers, and its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from against_peft import quiet
+from peftcore_relora import Relora, ReloraConfig, schedule
+from torch import nn
+from trainers import LR, ROWS, trainer
+
+import peftcore
+from peftcore.files.loading import restore
+
+EVERY, STEPS = 2, 5
+FIELDS: dict[str, Any] = {"r": 2, "restart_every": EVERY, "restart_warmup": 1, "target_modules": ["q_proj", "o_proj"]}
+
+
+def model(base: Any = None, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    return peftcore.apply(tiny.llama() if base is None else base, "relora", **{**FIELDS, **fields})
+
+
+def products(found: nn.Module) -> list[Relora]:
+    return [module for module in found.modules() if isinstance(module, Relora)]
+
+
+def loss_of(found: Any) -> Any:
+    return found(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss
+
+
+def trained(found: Any, optimizer_class: Any = torch.optim.AdamW, steps: int = STEPS) -> Any:
+    optimizer = optimizer_class(peftcore.parameter_groups(found, lr=LR))
+    for step in range(1, steps + 1):
+        loss_of(found).backward()
+        optimizer.step()
+        peftcore.after_step(found, step, STEPS, optimizer=optimizer)
+        optimizer.zero_grad()
+    return found
+
+
+def merged_by_hand(starts: list[list[torch.Tensor]]) -> Any:
+    """The paper's way: merge, apply again from these A, and a new optimizer."""
+    found = tiny.llama()
+    for begin in range(0, STEPS, EVERY):
+        peftcore.apply(found, "lora", r=2, target_modules=FIELDS["target_modules"])
+        loras = [module for module in found.modules() if hasattr(module, "lora_A")]
+        with torch.no_grad():
+            for lora, start in zip(loras, starts[begin // EVERY], strict=True):
+                lora.lora_A.copy_(start)
+        optimizer = torch.optim.AdamW(peftcore.parameter_groups(found, lr=LR))
+        for _ in range(begin, min(begin + EVERY, STEPS)):
+            loss_of(found).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        peftcore.merge(found, keep_adapters=False)
+    return found
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, peftcore.optim.AdamW, peftcore.optim.PagedAdamW])
+def test_equals_merging_into_the_base(optimizer: Any) -> None:
+    starts = [[each.lora_A.detach().clone() for each in products(model())]]
+    for steps in (EVERY, 2 * EVERY):
+        starts.append([each.lora_A.detach().clone() for each in products(trained(model(prune_ratio=1.0), steps=steps))])
+    found = trained(model(prune_ratio=1.0), optimizer)
+    assert [list(each.past_A.shape) for each in products(found)] == [[4, 32]] * 4
+    torch.testing.assert_close(tiny.logits(found), tiny.logits(merged_by_hand(starts)), atol=1e-5, rtol=0)
+    assert (tiny.logits(found) - tiny.logits(tiny.llama())).abs().max() > 1e-2
+    assert not torch.equal(starts[1][0], starts[2][0])
+
+
+def test_the_last_step_does_not_restart() -> None:
+    found = trained(model(restart_every=STEPS, restart_warmup=0))
+    assert all(len(each.past_A) == 0 and each.lora_B.any() for each in products(found))
+
+
+def test_four_bits_lose_nothing() -> None:
+    base = tiny.llama()
+    peftcore.quantize(base, "nf4")
+    found = trained(model(base))
+    wanted = tiny.logits(found)
+    changed = [each.delta().detach() for each in products(found)]
+    assert all(torch.linalg.matrix_rank(change) > 2 for change in changed)
+    peftcore.merge(found, dtype=torch.float32)
+    torch.testing.assert_close(tiny.logits(found), wanted, atol=1e-5, rtol=0)
+
+
+def run(folder: Path, found: Any, **changes: Any) -> Any:
+    steps = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine"}
+    return trainer(folder, found, rows=ROWS, **{**steps, **changes})
+
+
+@pytest.mark.parametrize("at", [3, 4])  # in a round, and right after a restart
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_resumes_bit_for_bit(at: int, optim: str, tmp_path: Path) -> None:
+    whole = run(tmp_path, model(), optim=optim)
+    whole.train()
+    resumed = run(tmp_path / "again", model(), optim=optim)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+    assert torch.equal(tiny.logits(whole.model), tiny.logits(resumed.model))
+    shapes = [list(each.past_A.shape) for each in products(resumed.model)]
+    assert shapes == [list(each.past_A.shape) for each in products(whole.model)] == [[6, 32]] * 4
+
+
+def test_the_best_checkpoint_may_have_fewer_products(tmp_path: Path) -> None:
+    best = run(
+        tmp_path,
+        model(),
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the first
+    )
+    best.train()
+    step = int(best.state.best_model_checkpoint.rpartition("-")[2])
+    assert step < 3
+    wanted = peftcore.load(tiny.llama(), best.state.best_model_checkpoint)
+    assert torch.equal(tiny.logits(best.model), tiny.logits(wanted))
+    peftcore.save(best.model, tmp_path / "saved")
+    assert torch.equal(tiny.logits(peftcore.load(tiny.llama(), tmp_path / "saved")), tiny.logits(wanted))
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    peftcore.save(trained(model(r=3)), tmp_path / "other")
+    found = trained(model())
+    before = tiny.logits(found)
+    with pytest.raises(peftcore.CheckpointError, match=r"has shape \[3, 32\], the model needs \[2, 32\]"):
+        restore(found, tmp_path / "other")
+    assert torch.equal(tiny.logits(found), before)
+
+
+def test_trainer_multiplies_the_learning_rate(tmp_path: Path) -> None:
+    found = run(tmp_path, model(restart_every=3), max_steps=7, save_strategy="no", lr_scheduler_type="linear")
+    found.train()
+    rates = [entry["learning_rate"] for entry in found.state.log_history if "learning_rate" in entry]
+    halved = [1, 1, 1, 0.5, 1, 1, 0.5]
+    assert rates == pytest.approx([LR * (1 - step / 7) * factor for step, factor in enumerate(halved)])
+
+
+def test_schedule() -> None:
+    config = ReloraConfig(restart_every=6, restart_warmup=2, restart_anneal=2)
+    factors = [schedule(config, step, 13) for step in range(1, 14)]
+    assert factors == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 3, 1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3, 1 / 3])
+    assert schedule(config, 11, 12) == schedule(config, 12, 12) == 1  # no restart follows
+    assert [schedule(ReloraConfig(restart_warmup=1), step, 8) for step in range(1, 9)] == [1, 1, 0.5, 1, 0.5, 1, 0.5, 1]
+
+
+def test_trainer_says_which_schedulers_fit(tmp_path: Path) -> None:
+    plateau = run(
+        tmp_path, model(), lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", save_strategy="no"
+    )
+    with pytest.raises(peftcore.PeftcoreError, match=r"does not compute the learning rate from the step alone.*cosine"):
+        plateau.train()
+    given = run(tmp_path, model(), save_strategy="no")
+    given.optimizer = torch.optim.SGD(products(given.model)[0].parameters(), lr=LR)
+    given.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(given.optimizer)
+    with pytest.warns(UserWarning, match="given its own scheduler"):
+        given.create_scheduler(7)
+
+
+def test_files_are_loras_of_all_products(tmp_path: Path) -> None:
+    found = trained(model(lora_alpha=3.3, rank_pattern={"o_proj": 3}, use_rslora=True))
+    peftcore.save(found, tmp_path)
+    read = peftcore.load(tiny.llama(), tmp_path)
+    assert torch.equal(tiny.logits(read), tiny.logits(found))
+    assert [each.full_scale for each in products(read)] == [each.full_scale for each in products(found)]
+    theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path).eval()
+    assert theirs.peft_config["default"].r == 6 and theirs.peft_config["default"].rank_pattern == {"o_proj": 9}
+    torch.testing.assert_close(theirs(input_ids=tiny.TOKENS).logits, tiny.logits(found), atol=1e-5, rtol=0)
+    peftcore.scale(found, "default", 0.5)
+    peftcore.save(found, tmp_path / "scaled")
+    assert torch.equal(tiny.logits(peftcore.load(tiny.llama(), tmp_path / "scaled")), tiny.logits(found))
+
+
+def test_errors_come_at_the_first_step() -> None:
+    found = model()
+    own = [p for p in found.parameters() if p.requires_grad]
+    for optimizer, wrong in (
+        (torch.optim.Adafactor(own), "Adafactor keeps 'row_var' as .* no part of it can be kept"),
+        (torch.optim.Adagrad(own), "Adagrad cannot reset the state"),
+    ):
+        loss_of(found).backward()
+        optimizer.step()
+        with pytest.raises(peftcore.PeftcoreError, match=wrong):
+            peftcore.after_step(found, 1, STEPS, optimizer=optimizer)
+    with pytest.raises(peftcore.PeftcoreError, match="needs the optimizer"):
+        peftcore.after_step(found, 1, STEPS)
+    with pytest.warns(UserWarning, match="4 restarts make products of .* values, more than the"):
+        trained(model(r=8, restart_every=1, restart_warmup=0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"restart_every": 0}, "restart_every"),
+        (
+            {"restart_every": 10, "restart_warmup": 6, "restart_anneal": 4},
+            r"= 10 steps must be less than restart_every=10",
+        ),
+        ({"prune_ratio": 0.0}, r"prune_ratio must be in \(0, 1\], found 0.0"),
+        ({"restart_anneal": -1}, "restart_anneal must be at least 0, found -1"),
+        ({"lora_fa": True}, "lora_fa=True is not supported with ReLoRA"),
+        ({"target_modules": ["embed_tokens"]}, "is a layer that ReLoRA cannot adapt"),
+    ],
+)
+def test_what_is_refused(fields: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=wrong):
+        model(**fields)

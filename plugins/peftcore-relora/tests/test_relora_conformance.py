@@ -1,0 +1,35 @@
+"""It passes the conformance suite, and restarts in the same way on ranks."""
+
+from __future__ import annotations
+
+import matrix
+import pytest
+import rank_restarts
+import tiny
+import torch
+from peftcore_relora import ReloraConfig
+from processes import run
+
+import peftcore
+
+
+def test_conformance() -> None:
+    matrix.conformance(ReloraConfig(r=2, restart_every=5, restart_warmup=1), compile_backend="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["shard", "replicate"])
+def test_restarts_on_ranks(how: str) -> None:
+    wanted = rank_restarts.trained(None, torch.optim.AdamW)
+    assert sum(".past_" in name for name in wanted) == 28
+    for found in run(rank_restarts.trained, how, torch.optim.AdamW):
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=0)
+
+
+def test_a_checkpoint_of_torch_distributed_is_refused() -> None:
+    model = peftcore.apply(tiny.llama(), "relora")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(peftcore.PeftcoreError, match=r"adapters of relora grow in training.*peftcore\.save"):
+        peftcore.parallel.TrainingState(model, optimizer)
