@@ -6,7 +6,6 @@ which have no values to sample, are skipped.
 
     {"version": 2, "tensors": {name: [shape, values]}}      values: 4 spread over the tensor and its last 4; none, if
                                                             the tensor was sharded and not among those chosen
-    {name: [shape, values]}                                 version 1: 16 tensors, 32 values each
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from torch import Tensor
 from peftcore import ranks
 from peftcore.errors import CheckpointError
 from peftcore.layers import is_wrapped
+from peftcore.validation import shown
 
 _VERSION = 2
 _GATHERED = 16
@@ -55,10 +55,9 @@ def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
     Raises:
         CheckpointError: the fingerprint is invalid.
     """
-    record = _parsed(expected)
-    positions_of = _positions if record["version"] == _VERSION else _positions_of_version_1
+    recorded = _parsed(expected)
     with_values, sampled = {*_with_values(tensors)}, dict[str, tuple[Tensor, tuple[int, ...]]]()
-    for name, (shape, values) in record["tensors"].items():
+    for name, (shape, values) in recorded.items():
         tensor = tensors.get(name)
         if tensor is None:
             return f"it has no parameter '{name}'"
@@ -69,12 +68,12 @@ def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
             return f"'{name}' has shape {list(here)}, the adapter's base {shape}"
         if not values:
             continue
-        positions = positions_of(math.prod(here))
+        positions = _positions(math.prod(here))
         if len(values) != len(positions):
             return f"'{name}' has {len(positions)} sampled values, the adapter's base {len(values)}"
         sampled[name] = tensor, positions
     for name, found in _samples(sampled).items():
-        wanted = record["tensors"][name][1]
+        wanted = recorded[name][1]
         size = math.hypot(*wanted)
         error = math.dist(found, wanted) / max(size, 1e-12) if math.isfinite(size) else _error(found, wanted)
         if not error <= _TOLERANCE:  # also for NaN
@@ -92,21 +91,20 @@ def _with_values(tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """Parse and check a fingerprint, which may come from an untrusted file."""
+def _parsed(text: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Return {name: (shape, values)} of a fingerprint, which may come from an untrusted file."""
     try:
         record = json.loads(text)
-        if not isinstance(record.get("version"), int):
-            record = {"version": 1, "tensors": record}
+        version = record["version"]
         tensors = {name: (list(shape), list(map(float, values))) for name, (shape, values) in record["tensors"].items()}
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"the fingerprint of the base (peftcore_base) cannot be read: {error!r}") from error
-    if record["version"] > _VERSION:
+    if version != _VERSION:
         raise CheckpointError(
-            f"the fingerprint of the base (peftcore_base) has version {record['version']}, but this peftcore reads "
-            f"{_VERSION}. Upgrade peftcore"
+            f"the fingerprint of the base (peftcore_base) has version {shown(version)}, but this peftcore reads "
+            f"{_VERSION}. Upgrade peftcore, or load without it: check_base=False"
         )
-    return {"version": record["version"], "tensors": tensors}
+    return tensors
 
 
 def _error(found: list[float], wanted: list[float]) -> float:
@@ -119,10 +117,6 @@ def _error(found: list[float], wanted: list[float]) -> float:
 def _positions(count: int) -> tuple[int, ...]:
     spread = [i * count // _SPREAD for i in range(_SPREAD)]
     return tuple(sorted({*spread, *range(max(0, count - _LAST), count)} - {count}))
-
-
-def _positions_of_version_1(count: int) -> tuple[int, ...]:
-    return tuple(i * max(1, count // 32) for i in range(min(32, count)))
 
 
 def _samples(chosen: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> dict[str, list[float]]:
