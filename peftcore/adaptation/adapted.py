@@ -157,7 +157,7 @@ def activate_outermost(module: nn.Module, name: str) -> None:
 
 
 def inside(module: nn.Module) -> Any:
-    """Return what an adapter placed at `module` now would wrap: its forward with the active adapters."""
+    """Return the `Base` of an adapter that is placed at `module` next: its forward with the active adapters."""
     chain = module.__dict__[_CHAIN] if is_adapted(module) else _base_of(module)
     if isinstance(chain, DividedChain):
         return chain.chain
@@ -220,14 +220,14 @@ def _by_sample(module: nn.Module, base: OwnForward) -> Any:
 
 
 def _chain_of_call(module: Any, lock: ModelLock) -> Any:
-    """Return the chain of this call."""
+    """Return the chain of the current call, which may choose an adapter for each sample (`choosing_by_sample`)."""
     if lock.choosing and lock.choice() is not None:
         return _by_sample(module, module._peftcore_base)
     return module._peftcore_chain
 
 
 def _around(adapters: Adapters, name: str, *, inside: Any, own: OwnForward) -> Link:
-    """Return the link of the adapter `name`, with its branches if it combines any, around what is inside."""
+    """Return the link of the adapter `name` around `inside`, with its branches if it combines any."""
     if name in adapters.branches:
         inside = Branched(inside, own, {branch: _link(adapters, branch, own) for branch in adapters.branches[name]})
     return _link(adapters, name, inside)

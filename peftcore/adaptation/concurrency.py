@@ -202,9 +202,8 @@ class ModelLock:
         with self._condition:
             if not self.is_disabled() and not (self._changer == get_ident() and self._held is None):
                 self._refuse_own_hold("disable adapters")
-                if get_ident() not in self.calls and not disabled_in_thread(
-                    self
-                ):  # else a change waits for this thread
+                # Otherwise a change waits for this thread.
+                if get_ident() not in self.calls and not disabled_in_thread(self):
                     self._wait(lambda: self._changer is None and not self._queue, "disable adapters")
             self._blocks.add(block)
         self._show(block)

@@ -94,7 +94,7 @@ class Division:
         return self._dtensor(local, self.outputs if self.output_in_parts else None)
 
     def local_input(self, x: Any) -> Tensor:
-        """Return the local tensor of such a layer's input."""
+        """Return this rank's tensor of the input of a layer that maps DTensors."""
         from torch.distributed.tensor import Replicate, Shard
 
         wanted = Shard(x.dim() - 1) if self.input_in_parts else Replicate()
@@ -107,7 +107,7 @@ class Division:
         return x.to_local()
 
     def local_output(self, y: DTensor) -> Tensor:
-        """Return the local tensor of such a layer's output, with the terms of the ranks summed."""
+        """Return this rank's tensor of the output of a layer that maps DTensors, with the ranks' terms summed."""
         from torch.distributed.tensor import Replicate, Shard
 
         wanted = Shard(y.dim() - 1) if self.output_in_parts else Replicate()

@@ -1,7 +1,7 @@
 """Modules whose hook tables are made when they are first read.
 
-PyTorch makes a dozen empty ones for every module: 1.6 KB, and as many objects that the garbage collector walks. A model
-with a thousand adapters has a quarter of a million modules of adapters, few of which are called, and none has a hook.
+PyTorch makes a dozen empty tables for every module: 1.6 KB, and a dozen objects that the garbage collector walks. A
+model with a thousand adapters has a quarter of a million modules of adapters. Few are called, and none has a hook.
 """
 
 from __future__ import annotations

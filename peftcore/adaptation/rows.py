@@ -81,7 +81,8 @@ def taken(value: Any, where: Any, samples: Tensor, count: int) -> Any:
     """
     if isinstance(value, Tensor):
         size = value.shape[0] if value.dim() else 1
-        if where == SHARED or (size == 1 and (where in (BROADCAST, UNKNOWN) or (count > 1 and _lies_at(where, 0)))):
+        in_rows = isinstance(where, Samples) and where.dim == 0
+        if where == SHARED or (size == 1 and (where in (BROADCAST, UNKNOWN) or (count > 1 and in_rows))):
             return value
         where = Samples() if where == BROADCAST else where
         if isinstance(where, Samples) and where.dim < value.dim() and value.shape[where.dim] % count == 0:
@@ -144,10 +145,6 @@ def first_in(where: Any) -> Any:
     if isinstance(where, (tuple, list, dict)):
         return first_in(next(iter(where.values() if isinstance(where, dict) else where), UNKNOWN))
     return where
-
-
-def _lies_at(where: Any, dim: int) -> bool:
-    return isinstance(where, Samples) and where.dim == dim
 
 
 def _divide(parts: list[Tensor], dim: int, counts: list[int]) -> bool:

@@ -23,8 +23,6 @@ from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
 from peftcore.errors import PeftcoreError
 
-_WITHOUT_TOKENS = (data.IMAGE, data.SPEECH, data.ROLLOUTS)  # tasks whose speed is in examples
-
 
 def of_run(settings: Settings, output: Path, examples: int, report_to: Sequence[str] = ()) -> TrainingArguments:
     """Return Trainer's arguments for this many examples."""

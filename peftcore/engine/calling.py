@@ -37,7 +37,7 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
 
 
 def update_call_context(state: State) -> None:
-    """Record calls of the model if an adapter reads them, active or not, or a loss, or if samples have adapters."""
+    """Make calls of the model known to adapters (active or not) and losses that read them, and with `per_sample`."""
     before = state.lock.context
     reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
     state.lock.context = context_for(reads, before)
@@ -49,6 +49,6 @@ def update_call_context(state: State) -> None:
 
 
 def require_call_context(state: State) -> None:
-    """Record calls of the model, which have the number of tokens of each sample."""
+    """Make calls of the model known, from which the number of tokens of each sample is read."""
     if state.lock.context is None:
         state.lock.context = CallContext()

@@ -68,7 +68,8 @@ def refuse_divided(model: nn.Module, placed: Placed) -> None:
                 "and only low-rank products of single experts can follow them. Exclude the module, "
                 f"exclude_modules=['{each.path.rpartition('.')[2]}'], or load the model without ep_size"
             )
-        own = [f"{each.path}.{name}".removeprefix(".") for name in submodule_parameters(model, each.path)]
+        held = [name for name, parameter in module._parameters.items() if parameter is not None]
+        own = [f"{each.path}.{name}".removeprefix(".") for name in held]
         found = f"the work of '{each.path}'" if has_plan(module) else f"the tokens of '{each.path}'" if tokens else None
         if found is None:
             needed = (placement.divided(each.path, own, divided) for placement in each.placements)
@@ -141,8 +142,3 @@ def undivided(model: nn.Module) -> Iterator[None]:
             rebuild(module)
         for module, slot, forward in planned:
             exchange(module, slot, forward)
-
-
-def submodule_parameters(model: nn.Module, path: str) -> list[str]:
-    """Return the names of the own parameters of the module at `path`."""
-    return [name for name, parameter in model.get_submodule(path)._parameters.items() if parameter is not None]

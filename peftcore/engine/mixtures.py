@@ -13,6 +13,7 @@ from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.experts import why_not_fused
 from peftcore.experts.in_model import expert_weights, experts_per_token
 from peftcore.layers import shape_of
+from peftcore.targets.coverage import percent
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,6 @@ class Mixture:
 
     def described(self, base_parameters: int) -> str:
         """Return a line about the experts of a base with this many parameters."""
-
-        def percent(part: int, whole: int) -> str:
-            return f"{100 * part / whole:.3g} %" if whole else "0 %"
-
         way = ""
         if self.packed or self.adapted:
             way = "; one expert after the other" if self.one_by_one else "; fused"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,9 @@ from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
 from peftcore.engine.placing import copied_by, covered, device_and_dtype, one_by_one, placements_for, reached_by
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
+from peftcore.layers import shape_of
 from peftcore.targets import match_counts
-from peftcore.targets.coverage import Coverage, weights_in
+from peftcore.targets.coverage import Coverage
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def megabytes(count: float) -> str:
 def _base_of(model: nn.Module) -> dict[int, tuple[nn.Parameter, int]]:
     """Return {identity: (parameter of the base, how many weights it represents)}."""
     return {
-        id(parameter): (parameter, weights_in(module, name))
+        id(parameter): (parameter, math.prod(shape_of(module, name)))
         for _, module in base_modules(model)
         for name, parameter in module._parameters.items()
         if parameter is not None

@@ -18,13 +18,6 @@ COSTS = {
 }
 
 
-# On each kind of processor, lowest first: each has what those before it have (csrc/cpu/levels.cpp).
-LEVELS = {
-    "x86-64": ("portable", "avx2", "avx512", "avx512bf16", "amx"),
-    "64-bit ARM": ("portable", "neon", "neonbf16"),
-}
-
-
 @dataclass(frozen=True)
 class BuildInfo:
     """Facts about `_C`, or why it is missing."""
@@ -35,12 +28,10 @@ class BuildInfo:
     commit: str = ""
     compiler: str = ""
     torch_built_with: str = ""
-    torch_running: str = torch.__version__
     cpu_level: str = "reference"  # in use
     cpu_levels: tuple[str, ...] = ()  # of this build, runnable on this CPU
     compiled_cpu_levels: tuple[str, ...] = ()
     caches: tuple[int, ...] = ()  # the first, second and third, in bytes, by which work is divided
-    cuda_compiler: str = ""
     cuda_architectures: tuple[str, ...] = ()  # empty: built without CUDA
     cuda_missing_because: str = ""
     costs: tuple[str, ...] = field(default=())  # what the missing parts cost, a sentence each
@@ -75,7 +66,6 @@ def build_info() -> BuildInfo:
         cpu_levels=tuple(module.cpu_levels()),
         compiled_cpu_levels=tuple(facts["cpu_levels"]),
         caches=tuple(module.caches()),
-        cuda_compiler=facts["cuda_compiler"],
         cuda_architectures=architectures,
         cuda_missing_because=note,
         costs=costs,

@@ -39,8 +39,9 @@ class Coverage:
     def __str__(self) -> str:
         if not self.left_out:
             return "reaches all of the weight in layers"
-        rest = ", ".join(f"{what} ({_percent(count, self.total)})" for what, count in _largest_first(self.left_out))
-        return f"reaches {_percent(self.reached, self.total)} of the weight in layers; left out: {rest}"
+        largest_first = sorted(self.left_out.items(), key=lambda item: -item[1])
+        rest = ", ".join(f"{what} ({percent(count, self.total)})" for what, count in largest_first)
+        return f"reaches {percent(self.reached, self.total)} of the weight in layers; left out: {rest}"
 
 
 def coverage(
@@ -73,11 +74,6 @@ def coverage(
             else:
                 left[_reason(what, lacking, path in past)] += count
     return Coverage(counted, total, dict(left))
-
-
-def weights_in(module: nn.Module, name: str) -> int:
-    """Return how many weights the module's own parameter `name` represents, also if it is packed."""
-    return math.prod(shape_of(module, name))
 
 
 def _matrices(module: nn.Module) -> list[tuple[str, str, int, int]]:
@@ -121,9 +117,6 @@ def _ways_to(path: str) -> list[str]:
     return found
 
 
-def _largest_first(counts: dict[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda item: -item[1])
-
-
-def _percent(part: int, whole: int) -> str:
+def percent(part: int, whole: int) -> str:
+    """Return a share with three digits, such as `1.23 %`."""
     return f"{100 * part / whole:.3g} %" if whole else "0 %"
