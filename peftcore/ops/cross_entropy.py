@@ -182,8 +182,8 @@ class LinearCrossEntropyRows:
     """`cross_entropy_rows_` of x Wᵀ + bias, and the gradient of x.
 
     The CPU's kernel takes `BLOCK_CLASSES` of `BLOCK_ROWS` at a time, and rounds a row's gradient once: logits are never
-    all in memory, and a block of W comes from memory once for both products. With label smoothing it computes as the
-    reference.
+    all in memory, and a block of W comes from memory once for both products. With label smoothing, and with fewer
+    rows than its products take (64 in fp32), it computes as the reference.
     """
 
     x: Tensor

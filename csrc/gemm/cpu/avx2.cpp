@@ -31,17 +31,17 @@ struct Avx2Lanes {
 }  // namespace
 
 void fill_avx2(ManyRows (&products)[kDtypes]) {
-    for (const Dtype dtype : {Dtype::kHalf, Dtype::kBFloat16}) {
+    for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf, Dtype::kBFloat16}) {
         ManyRows& of = products[int(dtype)];
         of.kernel = kernel_of<WideProducts<Avx2Lanes>>();
-        of.dense = dtype == Dtype::kHalf ? reader_of<Half>() : reader_of<BFloat16>();
+        of.kernel.by_rows = true;
         of.factor = reader_of<float>();
         of.beats_library = true;
     }
+    products[int(Dtype::kHalf)].dense = reader_of<Half>();
+    products[int(Dtype::kBFloat16)].dense = reader_of<BFloat16>();
     ManyRows& of = products[int(Dtype::kFloat)];
-    of.kernel = kernel_of<WideProducts<Avx2Lanes>>();
-    of.dense = of.factor = reader_of<float>();
-    of.beats_library = true;
+    of.dense = reader_of<float>();
     of.least_rows = kLeastFloatRows;
 }
 

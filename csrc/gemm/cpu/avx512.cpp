@@ -28,8 +28,11 @@ struct Avx512Lanes {
 }  // namespace
 
 void fill_avx512(ManyRows (&products)[kDtypes]) {
-    for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf, Dtype::kBFloat16})
-        products[int(dtype)].kernel = kernel_of<WideProducts<Avx512Lanes>>();
+    for (const Dtype dtype : {Dtype::kFloat, Dtype::kHalf, Dtype::kBFloat16}) {
+        Kernel& kernel = products[int(dtype)].kernel;
+        kernel = kernel_of<WideProducts<Avx512Lanes>>();
+        kernel.by_rows = true;
+    }
 }
 
 }  // namespace gemm

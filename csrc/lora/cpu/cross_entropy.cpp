@@ -163,6 +163,19 @@ class ClassBlockProducts {
 
     void finish(int64_t first_row, const gemm::Product& back, const std::vector<ClassSums>& sums,
                 const Tensor& grad) {
+        switch (back.dtype) {
+            case Dtype::kFloat:
+                return finish_as<float>(first_row, back, sums, grad);
+            case Dtype::kHalf:
+                return finish_as<Half>(first_row, back, sums, grad);
+            case Dtype::kBFloat16:
+                return finish_as<BFloat16>(first_row, back, sums, grad);
+        }
+    }
+
+    template <typename T>
+    void finish_as(int64_t first_row, const gemm::Product& back, const std::vector<ClassSums>& sums,
+                   const Tensor& grad) {
         const int64_t columns = x_.size(1);
         at::parallel_for(0, back.rows, ceil_div(kValuesPerTask, columns), [&](int64_t first, int64_t last) {
             std::vector<float> others(size_t(columns), 0.0f);
@@ -176,11 +189,11 @@ class ClassBlockProducts {
                 if (!args_.gradient) continue;
                 gemm::read_sums(products_.kernel, back, m, others.data());
                 const int64_t target = label >= 0 && label < args_.columns ? label : 0;
-                const auto* w = static_cast<const BFloat16*>(weight_.const_data_ptr()) + target * columns;
-                auto* out = static_cast<BFloat16*>(grad.mutable_data_ptr()) + row * columns;
+                const auto* w = static_cast<const T*>(weight_.const_data_ptr()) + target * columns;
+                auto* out = static_cast<T*>(grad.mutable_data_ptr()) + row * columns;
                 for (int64_t k = 0; k < columns; ++k)
-                    out[k] = from_float<BFloat16>(factors.others * others[size_t(k)] +
-                                                  factors.label * to_float(w[k]));
+                    out[k] =
+                        from_float<T>(factors.others * others[size_t(k)] + factors.label * to_float(w[k]));
             }
         });
     }
@@ -210,8 +223,9 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_rows(const Tensor& hidden, const
     const CrossEntropySettings numbers = checked_settings(settings, op);
     const CpuKernels& kernels = cpu_kernels();
     const Tensor x = hidden.contiguous(), added = contiguous(bias);
+    const gemm::ManyRows& products = many_rows(kernels, x);
     if (rows * x.size(1) == 0 || numbers.smoothing != 0 || !weight.is_contiguous() ||
-        !many_rows(kernels, x).kernel.by_rows) {
+        !products.kernel.by_rows || rows < products.least_rows) {
         const Tensor logits = gemm::dense_linear(x, weight, added).contiguous();
         const Tensor found =
             cross_entropy_rows(logits, labels, class_weight, grad_scale, settings, ignore_index, gradient);
