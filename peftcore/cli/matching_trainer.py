@@ -207,10 +207,10 @@ def of_run(
     return found
 
 
-def alignment(settings: Settings, model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> float:
+def alignment(settings: Settings, model: nn.Module, tokenizer: Any, examples: Sequence[Example]) -> dict[str, float]:
     """Return the mean likeness of greedy answers or continuations to the data; no random numbers are drawn.
 
-    The first 100 examples are continued, but for those that are too short.
+    The first 100 examples are continued, but for those that are too short; empty if all are.
     """
     drawn = Rollouts.of_run(settings, model, tokenizer)
     greedy = replace(drawn, matching=replace(drawn.matching, use_whitening=False), samples=1, temperature=0.0)
@@ -221,7 +221,7 @@ def alignment(settings: Settings, model: nn.Module, tokenizer: Any, examples: Se
             result = greedy.sampled(model, torch.tensor(each["input_ids"], device=device), each["labels"])
             if result is not None:
                 found.append(result.alignment.flatten())
-    return float(torch.cat(found).mean()) if found else 0.0
+    return {"alignment": float(torch.cat(found).mean())} if found else {}
 
 
 class MatchingTrainer(MeasuringTrainer):

@@ -131,4 +131,4 @@ class Measure:
         if settings.ebft is None or not is_held_out:
             return found
         likeness = matching_trainer.alignment(settings, model, tokenizer, examples)
-        return replace(found, figures={"perplexity": found.perplexity, **found.figures, "alignment": likeness})
+        return replace(found, figures={"perplexity": found.perplexity, **found.figures, **likeness})

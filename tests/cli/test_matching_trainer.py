@@ -212,22 +212,22 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         rollouts("").check(models()[0], [], [])
 
 
-def test_the_likeness_of_greedy_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_likeness_of_greedy_continuations() -> None:
     model, base = models()
     settings: Any = SimpleNamespace(ebft="mode=strided stride=4 use_whitening=true", answer_tokens=3, generations=4)
     settings.temperature = 1.0
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
     before = torch.get_rng_state()
-    found = matching_trainer.alignment(
-        settings, model, tokenizer, [{"input_ids": TEXT.tolist(), "labels": TEXT.tolist()}]
-    )
+    short, text = ({"input_ids": part.tolist(), "labels": part.tolist()} for part in (TEXT[:9], TEXT))
+    found = matching_trainer.alignment(settings, model, tokenizer, [short, text])
+    assert matching_trainer.alignment(settings, model, tokenizer, [short]) == {}
     assert torch.equal(before, torch.get_rng_state())
-    text = TEXT[:8]
+    written = TEXT[:8]
     with torch.no_grad():
         for _ in range(3):
-            text = torch.cat([text, model(text[None]).logits[0, -1:].argmax(-1)])
-    one, other = (torch.cat([F.normalize(s[10], dim=0) for s in states(base, each)]) for each in (text, TEXT))
-    assert found == pytest.approx(float(F.cosine_similarity(one, other, dim=0)), rel=1e-4)
+            written = torch.cat([written, model(written[None]).logits[0, -1:].argmax(-1)])
+    one, other = (torch.cat([F.normalize(s[10], dim=0) for s in states(base, each)]) for each in (written, TEXT))
+    assert found == {"alignment": pytest.approx(float(F.cosine_similarity(one, other, dim=0)), rel=1e-4)}
 
 
 def data(folder: Path, mode: str) -> Path:
@@ -245,8 +245,9 @@ def arguments(base: Path, folder: Path, mode: str) -> tuple[Any, ...]:
     return ("-m", base, "-d", path, "--eval-data", path, *METHOD, *options, "--lr", 0.02)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["structured", "strided"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("structured", marks=pytest.mark.nightly), pytest.param("strided", marks=pytest.mark.slow)]
+)
 def test_resume_is_exact(run: Run, llama: Path, tmp_path: Path, mode: str) -> None:
     found = []
     options = (*arguments(llama, tmp_path, mode), "--steps", 3, "--save-every", 1, "--eval-every", 3, "--keep", 9)
@@ -261,9 +262,13 @@ def test_resume_is_exact(run: Run, llama: Path, tmp_path: Path, mode: str) -> No
 
 
 @pytest.mark.nightly
-def test_rewards_rise(run: Run, llama: Path, tmp_path: Path) -> None:
-    options = ("--steps", 40, "--eval-every", 20, "--metric", "alignment", "--load-best", "-o", tmp_path / "run")
-    run("train", *arguments(llama, tmp_path, "structured"), *options)
+@pytest.mark.parametrize("mode", ["structured", "strided"])
+def test_rewards_rise(run: Run, llama: Path, tmp_path: Path, mode: str) -> None:
+    more = ["--steps", 40, "--eval-every", 20, "--metric", "alignment", "--load-best", "-o", tmp_path / "run"]
+    if mode == "strided":
+        fields = "mode=strided stride=3 context_length=3 embed_method=mean_pooling diversity_coef=0.5"
+        more += ["--ebft", fields, "--answer-tokens", 2, "--generations", 8, "--batch-size", 8, "--lr", 0.03]
+    run("train", *arguments(llama, tmp_path, mode), *more)
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     assert found["after"]["alignment"] > found["before"]["alignment"] + 0.2
     state = next((tmp_path / "run" / "checkpoints").glob("*-40/trainer_state.json"))
