@@ -8,7 +8,8 @@ same with LoRA r=16 on every linear layer, and both with the output head in NF4 
 `quantize` leaves it dense unless `skip=[]` is passed, where llama.cpp's files have it in 8 or 6 bits; then all
 fused (`peftcore.fuse`). Of the smaller shapes also peft's LoRA over the dense model, and peft over bitsandbytes.
 PYTHON, of an environment with llama-cpp-python (`make export-check` makes one), adds llama.cpp with the same shape in
-q4_0 and q4_K_M, alone and with a LoRA, on as many threads.
+q4_0 and q4_K_M, alone and with a LoRA, on as many threads. It computes a token after each of ours, so that others on
+the machine slow both alike: "of q4_0" is the median of its time over ours, a model with LoRA beside its own with LoRA.
 
 --compile adds each of them once more with transformers' static cache and one token's step as one compiled graph; one
 that cannot be compiled so is named with its reason.
@@ -18,9 +19,12 @@ of a token is what must be read, the packed layers and the head, at the speed of
 """
 
 import argparse
+import contextlib
 import copy
+import functools
 import json
 import logging
+import statistics
 import subprocess
 import tempfile
 import time
@@ -162,21 +166,28 @@ def with_compiled_steps(found):
 
 
 class Clock:
-    """When each token was there. One of transformers' criteria to stop, which never does."""
+    """Seconds of each token. One of transformers' criteria to stop, which never does.
+
+    Args:
+        turn: called after each token but the first; its time is not counted.
+    """
 
     now = staticmethod(time.perf_counter)
 
-    def __init__(self):
-        self.times = [self.now()]
+    def __init__(self, turn):
+        self.turn, self.seconds, self.start = turn, [], self.now()
 
     def __call__(self, tokens, scores, **kwargs):
-        self.times.append(self.now())
+        self.seconds.append(self.now() - self.start)
+        if len(self.seconds) > 1:
+            self.turn()
+        self.start = self.now()
         return torch.zeros(len(tokens), dtype=torch.bool)
 
 
-def generated(model, tokens, count, fields):
-    """Seconds until the first token, and of the `count` behind it."""
-    clock = Clock()
+def generated(model, tokens, count, fields, turn=lambda: None):
+    """Seconds until the first token, and of each of the `count` behind it."""
+    clock = Clock(turn)
     with torch.no_grad():
         model.generate(
             input_ids=tokens,
@@ -187,7 +198,7 @@ def generated(model, tokens, count, fields):
             stopping_criteria=[clock],
             **fields,
         )
-    return clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
+    return clock.seconds[0], clock.seconds[1:]
 
 
 def bytes_of_token(model):
@@ -219,23 +230,44 @@ def compiled_once(found, tokens, count):
     return left
 
 
-def table(found, shape, prompt, batch, count, rounds):
+def table(found, shape, prompt, batch, count, rounds, peer):
     tokens = torch.randint(5, 30000, (batch, prompt), generator=torch.Generator().manual_seed(1))
     found = compiled_once(found, tokens, count)
     times = {name: ([], []) for name in found}
+    theirs = {name: {kind: [] for kind in peer.kinds} for name in found}
+    prefills = peer.started(prompt, batch, count, rounds)
     for _ in range(rounds):
         for name, (model, fields) in found.items():
-            for kept, seconds in zip(times[name], generated(model, tokens, count, fields), strict=True):
+            peer.again()
+            turn = functools.partial(peer.token, "LoRA" in name, theirs[name])
+            for kept, seconds in zip(times[name], generated(model, tokens, count, fields, turn), strict=True):
                 kept.append(seconds)
+    peer.stop()
     rate = read_rate()
     print(f"\n{shape}, prompt of {prompt}, batch {batch}, {count} tokens, {rate:.1f} GB/s of a plain read")
-    print(f"{'':42}{'prefill/s':>10}{'decode/s':>10}{'median':>10}{'MB a token':>12}{'of the floor':>14}")
+    print(f"{'':42}{'prefill/s':>10}{'decode/s':>10}{'median':>10}{'MB a token':>12}{'of the floor':>14}", end="")
+    print("".join(f"{f'of {kind}':>12}" for kind in peer.kinds))
     for name, (first, rest) in times.items():
+        best, median = rates(rest, batch)
         size = bytes_of_token(found[name][0])
-        best, median = (batch * count / t for t in (min(rest), sorted(rest)[len(rest) // 2]))
-        floor = rate * 1e9 / size * batch
         print(f"{name:42}{batch * prompt / min(first):10.0f}{best:10.1f}{median:10.1f}", end="")
-        print(f"{size / 1e6:12.0f}{best / floor:14.0%}", flush=True)
+        print(f"{size / 1e6:12.0f}{best / (rate * 1e9 / size * batch):14.0%}", end="")
+        ours = [seconds for each in rest for seconds in each]
+        for seconds in theirs[name].values():
+            print(f"{statistics.median(t / o for t, o in zip(seconds, ours, strict=True)):12.2f}", end="")
+        print(flush=True)
+    for (kind, lora), seconds in prefills.items():
+        rest = [each[kind][i : i + count] for name, each in theirs.items() if ("LoRA" in name) == lora
+                for i in range(0, rounds * count, count)]  # fmt: skip
+        best, median = rates(rest, batch)
+        name = f"llama.cpp, {kind}{', LoRA' if lora else ''}"
+        print(f"{name:42}{prompt / min(seconds):10.0f}{best:10.1f}{median:10.1f}", flush=True)
+
+
+def rates(rounds, batch):
+    """Tokens a second of the best round and of the median one; `rounds` has the seconds of each token."""
+    seconds = sorted(sum(each) / len(each) for each in rounds)
+    return batch / seconds[0], batch / seconds[len(seconds) // 2]
 
 
 def byte_level(rows):
@@ -251,9 +283,29 @@ def byte_level(rows):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<0>")
 
 
-def beside_llama_cpp(shape, options):
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+class NoPeer:
+    """Nothing to compare with."""
+
+    kinds = ()
+
+    def started(self, prompt, batch, count, rounds):
+        return {}
+
+    def again(self):
+        pass
+
+    def token(self, lora, seconds):
+        pass
+
+    stop = again
+
+
+class LlamaCpp:
+    """llama.cpp in a process of its own (decode_llama.py), until the end of the block."""
+
+    def __init__(self, shape, options):
+        self.kinds, self.folder = options.kinds, tempfile.TemporaryDirectory()
+        folder = Path(self.folder.name)
         dense = llama(shape, copied=shared_copy)  # 7 billion numbers take 13 GB, the file 4
         tokenizer = byte_level(SHAPES[shape]["vocab_size"])
         model = peftcore.export(dense, folder / "model.gguf", format="gguf", tokenizer=tokenizer, gguf_type="q4_0")
@@ -262,15 +314,45 @@ def beside_llama_cpp(shape, options):
             "model": str(model),
             "lora": str(lora),
             "kinds": options.kinds,
-            "prompts": options.prompts,
-            "batches": options.batches,
-            "count": options.tokens,
-            "rounds": options.rounds,
             "threads": options.threads,
             "processor_time": options.processor_time,
         }
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        subprocess.run([options.llama, Path(__file__).with_name("decode_llama.py"), folder / "jobs.json"], check=True)
+        command = [options.llama, Path(__file__).with_name("decode_llama.py"), folder / "jobs.json"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.communicate()
+        self.folder.cleanup()
+
+    def ask(self, *request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"decode_llama.py has ended, asked for {request}: what it says of it is above")
+        return json.loads(answer)
+
+    def started(self, prompt, batch, count, rounds):
+        """Seconds of the prompt in each round, by kind and whether there is a LoRA. The first one reads the file."""
+        which = [(kind, lora) for kind in self.kinds for lora in (False, True)]
+        return {each: [self.ask("start", *each, prompt, batch, count) for _ in range(rounds + 1)][1:] for each in which}
+
+    def again(self):
+        for kind in self.kinds:
+            for lora in (False, True):
+                self.ask("again", kind, lora)
+
+    def token(self, lora, seconds):
+        """Compute a token of each kind; add to its `seconds`."""
+        for kind in self.kinds:
+            seconds[kind].append(self.ask("token", kind, lora))
+
+    def stop(self):
+        self.ask("stop")
 
 
 def main():
@@ -294,13 +376,12 @@ def main():
         Clock.now = staticmethod(time.process_time)
     measure.print_surroundings(options.threads)
     for shape in options.shapes:
-        if options.llama:
-            beside_llama_cpp(shape, options)
-        found = models(shape, not options.ours)
-        found = with_compiled_steps(found) if options.compile else {name: (found[name], {}) for name in found}
-        for prompt in options.prompts:
-            for batch in options.batches:
-                table(found, shape, prompt, batch, options.tokens, options.rounds)
+        with LlamaCpp(shape, options) if options.llama else contextlib.nullcontext(NoPeer()) as peer:
+            found = models(shape, not options.ours)
+            found = with_compiled_steps(found) if options.compile else {name: (found[name], {}) for name in found}
+            for prompt in options.prompts:
+                for batch in options.batches:
+                    table(found, shape, prompt, batch, options.tokens, options.rounds, peer)
 
 
 if __name__ == "__main__":

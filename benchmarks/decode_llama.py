@@ -1,8 +1,14 @@
 """llama.cpp's part of decode.py, for a Python that has llama-cpp-python and no PyTorch.
 
 python decode_llama.py JOBS
-    # JSON: {"model" (in q4_0), "lora", "kinds": [q4_0, q4_K_M], "prompts", "batches", "count", "rounds", "threads",
-    #        "processor_time"}
+    # JSON: {"model" (in q4_0), "lora", "kinds": [q4_0, q4_K_M], "threads", "processor_time"}
+
+It answers requests, a line of JSON each, so that decode.py times its tokens and ours by turns:
+
+    ["start", kind, with LoRA, prompt, batch, count]   seconds of the prompt; up to `count` tokens follow
+    ["again", kind, with LoRA]                         back to the end of the prompt
+    ["token", kind, with LoRA]                         seconds of the next token of each sequence
+    ["stop"]                                           frees what was started
 
 All sequences of a batch have one prompt, which is read once and copied in the cache; their tokens are computed
 together. Other kinds are made of the file in q4_0 by llama.cpp itself: the weights are random, and no value of theirs
@@ -64,47 +70,72 @@ class Decoder:
         logits = (llama_cpp.llama_get_logits_ith(self.context, i) for i in wanted)
         return [int(np.ctypeslib.as_array(each, (self.rows,)).argmax()) for each in logits]
 
-    def times(self, prompt, count, now):
-        """Seconds of the prompt, of one sequence, and of `count` tokens of each, by the clock `now`."""
+    def start(self, prompt, now):
+        """Seconds of the prompt, of one sequence."""
         llama_cpp.llama_memory_clear(self.memory, True)
         start, last = now(), len(prompt) - 1
-        next_ones = self.decode([(token, i, 0, i == last) for i, token in enumerate(prompt)])
-        middle = now()
+        self.first = self.decode([(token, i, 0, i == last) for i, token in enumerate(prompt)]) * self.batch
+        seconds = now() - start
         for sequence in range(1, self.batch):
             llama_cpp.llama_memory_seq_cp(self.memory, 0, sequence, -1, -1)
-        next_ones, copied = next_ones * self.batch, now()
-        for position in range(len(prompt), len(prompt) + count):
-            next_ones = self.decode([(token, position, i, True) for i, token in enumerate(next_ones)])
-        return middle - start, now() - copied
+        self.length = len(prompt)
+        self.again()
+        return seconds
+
+    def again(self):
+        llama_cpp.llama_memory_seq_rm(self.memory, -1, self.length, -1)
+        self.next_ones, self.position = self.first, self.length
+
+    def token(self, now):
+        """Seconds of a token of each sequence."""
+        start = now()
+        self.next_ones = self.decode([(token, self.position, i, True) for i, token in enumerate(self.next_ones)])
+        self.position += 1
+        return now() - start
 
     def free(self):
         llama_cpp.llama_batch_free(self.room)
         llama_cpp.llama_free(self.context)
 
 
+class Worker:
+    """The models of a run and their decoders, by kind and whether there is a LoRA."""
+
+    def __init__(self, jobs):
+        self.now = time.process_time if jobs["processor_time"] else time.perf_counter
+        self.threads, self.models, self.decoders = jobs["threads"], {}, {}
+        for kind in jobs["kinds"]:
+            path = str(of_kind(Path(jobs["model"]), kind)).encode()
+            model = llama_cpp.llama_model_load_from_file(path, llama_cpp.llama_model_default_params())
+            self.models[kind] = model, llama_cpp.llama_adapter_lora_init(model, jobs["lora"].encode())
+
+    def start(self, kind, with_lora, length, batch, count):
+        if (kind, with_lora) not in self.decoders:
+            model, lora = self.models[kind]
+            found = Decoder(model, lora if with_lora else None, batch, length + count, self.threads)
+            self.decoders[kind, with_lora] = found
+        prompt = np.random.default_rng(1).integers(5, 30000, length).tolist()
+        return self.decoders[kind, with_lora].start(prompt, self.now)
+
+    def again(self, *which):
+        self.decoders[which].again()
+
+    def token(self, *which):
+        return self.decoders[which].token(self.now)
+
+    def stop(self):
+        for decoder in self.decoders.values():
+            decoder.free()
+        self.decoders.clear()
+
+
 def main(jobs):
     llama_cpp.llama_log_set(silent, llama_cpp.ctypes.c_void_p())
     llama_cpp.llama_backend_init()
-    now = time.process_time if jobs["processor_time"] else time.perf_counter
-    count, parameters = jobs["count"], llama_cpp.llama_model_default_params()
-    print(f"\n{'llama.cpp':44}{'prefill/s':>10}{'decode/s':>10}{'median':>10}")
-    for kind in jobs["kinds"]:
-        model = llama_cpp.llama_model_load_from_file(str(of_kind(Path(jobs["model"]), kind)).encode(), parameters)
-        lora = llama_cpp.llama_adapter_lora_init(model, jobs["lora"].encode())
-        for length in jobs["prompts"]:
-            prompt = np.random.default_rng(1).integers(5, 30000, length).tolist()
-            for batch in jobs["batches"]:
-                for name, adapter in ((kind, None), (f"{kind}, LoRA", lora)):
-                    decoder = Decoder(model, adapter, batch, length + count, jobs["threads"])
-                    times = [decoder.times(prompt, count, now) for _ in range(jobs["rounds"] + 1)][
-                        1:
-                    ]  # the first one reads
-                    decoder.free()
-                    first, rest = (sorted(each) for each in zip(*times, strict=True))
-                    rates = length / first[0], *(batch * count / t for t in (rest[0], rest[len(rest) // 2]))
-                    label = f"{name}, prompt of {length}, batch {batch}"
-                    print(f"{label:44}{rates[0]:10.0f}{rates[1]:10.1f}{rates[2]:10.1f}", flush=True)
-        llama_cpp.llama_model_free(model)
+    worker = Worker(jobs)
+    for line in sys.stdin:
+        request, *arguments = json.loads(line)
+        print(json.dumps(getattr(worker, request)(*arguments)), flush=True)
 
 
 if __name__ == "__main__":
