@@ -208,7 +208,7 @@ def _estimate(
 ) -> peftcore.Estimate:
     base = models.empty_model(settings.model, settings.task, labels).to(dtype)
     if settings.quantize is not None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), models.quantize_advice(settings.quantize):
             warnings.simplefilter("ignore")  # loading raises them
             peftcore.quantize(base, settings.quantize)
     return peftcore.estimate(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from peftcore.cli.console import note, require, warn
 from peftcore.cli.device_choice import torch_device, torch_dtype
 from peftcore.cli.gguf_file import check_blocks
 from peftcore.errors import PeftcoreError
+from peftcore.registry import registry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -133,6 +136,7 @@ def load_model(
     if is_gguf:
         require("gguf", extra="gguf")
         check_blocks(model)
+    advice = quantize_advice(quantize if isinstance(quantize, str) else None)
     if packing is None or is_gguf:
         if task == data.IMAGE:
             options["ignore_mismatched_sizes"] = True  # image models come with the head of another data set
@@ -140,17 +144,43 @@ def load_model(
         _check_whole(loaded, info["missing_keys"], model, task)
         _check_shapes(loaded, info.get("mismatched_keys", ()), model)
     else:
-        loaded = pretrained(loader, model, "model", **options)
+        with advice:
+            loaded = pretrained(loader, model, "model", **options)
     loaded.config._name_or_path = model  # for a .gguf file transformers would record its folder only
     if is_gguf and getattr(loaded, "hf_quantizer", None) is not None:
         loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
     if is_gguf and packing is not None:
-        quantization.quantize(loaded, **packing)
+        with advice:
+            quantization.quantize(loaded, **packing)
     if packing is None and options["dtype"].itemsize == 4:
         _compute_in_fp32(loaded, device)
     if task != data.IMAGE:
         _set_padding(loaded, model)
     return loaded.to(torch_device(device)).eval()
+
+
+@contextlib.contextmanager
+def quantize_advice(quant_type: str | None) -> Iterator[None]:
+    """Add to errors that advise arguments of `peftcore.quantize` how the command line passes them.
+
+    Args:
+        quant_type: value of --quantize, or None, with which nothing is added.
+    """
+    try:
+        yield
+    except PeftcoreError as error:
+        method = next((name for name, each in registry.methods().items() if _quantizes(each.config_class)), None)
+        if quant_type is None or method is None or not any(f"{name}=" in str(error) for name in ("skip", "blocksize")):
+            raise
+        raise type(error)(
+            f"{error}. `peftcore train` takes skip and blocksize as fields of a method: --method {method} --set "
+            f"quant_type={quant_type} --set skip=NAME,NAME; other commands read a dense base without --quantize"
+        ) from error
+
+
+def _quantizes(config_class: Any) -> bool:
+    """Return whether a method's config says how to quantize the base."""
+    return {"quant_type", "skip", "blocksize"} <= {each.name for each in fields(config_class)}
 
 
 def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, task: str) -> None:
@@ -295,7 +325,6 @@ def packing_by(
     """
     from peftcore.quantization import quantized_experts, quantized_layers
     from peftcore.quantization.quantizable import selected, selected_experts
-    from peftcore.registry import registry
 
     found = registry.method(method)
     if found.prepare is None:

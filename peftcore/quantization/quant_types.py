@@ -21,6 +21,8 @@ from peftcore.registry import registry
 from peftcore.targets import sizes
 from peftcore.validation import shown
 
+_PACKAGES = {"8da4w": "peftcore-8da4w"}  # by the name of a type, without its group
+
 
 def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
     """Return the weight format `quant_type` and its plugin.
@@ -38,6 +40,14 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
                 f"the weight format '{quant_type}' of {plugin} has `quantize`, but not `decode` and `plain`. Add both"
             )
         return plugin, found
+    if isinstance(quant_type, str) and (package := _PACKAGES.get(quant_type.partition("-")[0])):
+        here = next((each for each in registry.plugins() if each.distribution == package), None)
+        if here is None:
+            raise PeftcoreError(
+                f"quant_type='{quant_type}' is in a package that is not installed. Run: pip install {package}"
+            )
+        if here.error:
+            raise PeftcoreError(f"quant_type='{quant_type}' is of {here}, which is not usable: {here.error}")
     names = ", ".join([*QUANT_TYPES, *sorted(name for name in known if name not in QUANT_TYPES)])
     raise PeftcoreError(f"quant_type={shown(quant_type)} is not known. Choose one of: {names}")
 

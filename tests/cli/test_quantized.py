@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from commands import Run
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftcore
 
@@ -119,6 +120,21 @@ def test_quantize_is_refused(
 ) -> None:
     output = run("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", *arguments, code=1).output
     assert message in " ".join(output.split())
+
+
+def test_skip_is_a_field_of_qlora(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    """Python's `skip` in an error is not an option of a command, but a field of a method."""
+    config = json.loads((llama / "config.json").read_text())
+    config["intermediate_size"] = 80
+    odd = tmp_path / "odd"
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(odd)
+    for file in llama.glob("*token*"):
+        shutil.copy(file, odd)
+    arguments = ("train", "-m", odd, "-d", reviews, "-o", tmp_path / "run", "--steps", 1)
+    output = " ".join(run(*arguments, "--method", "lora", "--quantize", "mxfp4", code=1).output.split())
+    assert "skip=['lm_head', 'down_proj'], or choose nf4. `peftcore train` takes skip" in output
+    assert "--method qlora --set quant_type=mxfp4 --set skip=NAME,NAME; other commands read" in output
+    run(*arguments, "--method", "qlora", "--set", "quant_type=mxfp4", "--set", "skip=lm_head,down_proj")
 
 
 def test_an_unknown_4_bit_type(run: Run, llama: Path, tmp_path: Path) -> None:

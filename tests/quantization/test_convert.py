@@ -14,6 +14,7 @@ import peftcore
 from peftcore.adaptation.class_swap import original_class
 from peftcore.ops import huge_pages
 from peftcore.quantization import QuantizedLinear, convert, quantized_layers
+from peftcore.registry import registry
 
 
 def kinds(model):
@@ -249,6 +250,18 @@ def of_dtype(dtype):
 def test_what_is_refused(model, fields, message):
     with pytest.raises(peftcore.PeftcoreError, match=message):
         peftcore.quantize(model(), **fields)
+
+
+@pytest.mark.parametrize("quant_type", ["8da4w", "8da4w-g128"])
+def test_a_type_of_a_package_that_is_not_installed(quant_type, monkeypatch):
+    plugins = [each for each in registry.plugins() if each.name != "8da4w"]
+    monkeypatch.setattr(registry, "offered", lambda *_: {})
+    monkeypatch.setattr(registry, "plugins", lambda: plugins)
+    with pytest.raises(
+        peftcore.PeftcoreError,
+        match=f"quant_type='{quant_type}' is in a package that is not installed. Run: pip install peftcore-8da4w",
+    ):
+        peftcore.quantize(llama(), quant_type)
 
 
 @pytest.mark.usefixtures("toys")
