@@ -10,9 +10,9 @@ same in every run. `--by` lists where the calls of one action are. The script fa
 Of the forward's stack, four frames are the lock's: one for each module that contains adapted ones (the model, its
 backbone, a layer, its attention), since each of them may be called alone. The other five are as many as PEFT's: the
 layer, the link of its chain, the adapter, the operator, and a check of the operator's. Its nine files are these six
-topics, the lock itself, the weight's operands, and the output head. `apply` and `load` enter files of 11,000 and 14,500
-lines in all, so that fewer than 28 and 37 files would be longer than 400; two thirds of the files are entered by fewer
-than 60 calls, each for a question of its own (is the model divided over ranks, does the method read calls, ...).
+topics, the lock itself, the weight's operands, and the output head. `apply` and `load` enter files of 10,500 and 14,300
+lines in all, so that fewer than 27 and 36 files would be longer than 400; seven of ten files are entered by fewer than
+60 calls, each for a question of its own (is the model divided over ranks, does the method read calls, ...).
 """
 
 from __future__ import annotations
