@@ -17,8 +17,8 @@ PACKAGING := pyproject.toml setup.py csrc/toolchain.py $(PLUGINS:%=%/pyproject.t
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
 CSRC := $(filter csrc/%,$(CXX_FILES))
 
-# decode_llama.py is a part of decode.py, for another Python; the others left out need arguments.
-BENCHMARKS = $(filter-out $(patsubst %,benchmarks/%.py,decode_llama coming_from journeys),$(shell grep -l __main__ benchmarks/*.py))
+# decode_llama.py is a part of decode.py, for another Python; the others left out need arguments, card.py a card, too.
+BENCHMARKS = $(filter-out $(patsubst %,benchmarks/%.py,card decode_llama coming_from journeys),$(shell grep -l __main__ benchmarks/*.py))
 
 .PHONY: install demo test test-engines test-all test-avx2 lint fix docs bench cuda-bounds matrix figures compare census export-check clean
 
@@ -111,8 +111,21 @@ export-check: $(VENV)/train.stamp $(LLAMA)/llama.stamp
 	$(PY) benchmarks/export/check.py --llama $(LLAMA)/bin/python
 	$(PY) benchmarks/export/quickstart.py --llama $(LLAMA)/bin/python
 
+# Each benchmark once: make bench, or make bench BENCHMARKS=benchmarks/lora.py. Where a run with the defaults is long (all
+# models, sizes or methods), some of its rows; all of them: make bench BENCHMARKS=benchmarks/step.py BENCH_step=
+BENCH_decode = --shapes smollm2-135m
+BENCH_estimate = --count 4
+BENCH_methods = --quick --model smollm2
+BENCH_qlora_large = --layers 2
+BENCH_step = --short --layers 4
+BENCH_suggest = --memory 24
+define BENCH
+	@echo "== $(1) $(BENCH_$(basename $(notdir $(1))))"
+	@$(PY) $(1) $(BENCH_$(basename $(notdir $(1))))
+
+endef
 bench: $(VENV)/dev.stamp
-	for file in $(BENCHMARKS); do echo "== $$file" && $(PY) $$file || exit 1; done
+	$(foreach file,$(BENCHMARKS),$(call BENCH,$(file)))
 
 # What bounds each CUDA kernel on two cards, from what nvcc makes of it: no card is needed, and 3 minutes. Some of the
 # kernels: make cuda-bounds KERNELS=dequantize
