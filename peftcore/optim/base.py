@@ -78,8 +78,7 @@ class FusedOptimizer(Optimizer):
 
     def _update_of(self, batch: Batch) -> Callable[[], None]:
         """Return a function that calls the operator on `batch` and does nothing else."""
-        states = [self.state[owner] for owner in batch.owners]
-        state = [values[name] for name in self.rule.plane_names for values in states]
+        state = [values[name] for name in self.rule.plane_names for values in batch.states]
         return partial(ops.optim_step_, batch.params, batch.grads, state, self.rule.name, *batch.updates())
 
     # --- the step
@@ -112,8 +111,8 @@ class FusedOptimizer(Optimizer):
     def _count(self, batches: list[Batch], steps: int) -> None:
         """Add `steps` to the step counts of all parameters in `batches`: 1, or -1 for a step that failed."""
         for batch in batches:
-            for owner in batch.owners:
-                self.state[owner]["step"] += steps
+            for state in batch.states:
+                state["step"] += steps
 
     def _batches(self, unscale: float) -> list[Batch]:
         batches: dict[torch.device, Batch] = {}
@@ -131,9 +130,11 @@ class FusedOptimizer(Optimizer):
                     raise RuntimeError(
                         f"{type(self).__name__} does not support sparse gradients. Use torch.optim.SparseAdam"
                     )
-                if not self.state.get(param):
+                state = self.state.get(param)
+                if not state:
                     self._admit(param)
-                step = self.state[param]["step"] + 1
+                    state = self.state[param]
+                step = state["step"] + 1
                 device = param.device
                 batch = batches.get(device)
                 if batch is None:
@@ -141,7 +142,7 @@ class FusedOptimizer(Optimizer):
                 row = batch.row_numbers.get((id(group), step))
                 if row is None:
                     row = batch.add_row(id(group), step, self._scalars(group, step, factor))
-                batch.add(param, grad, row, stream)
+                batch.add(param, state, grad, row, stream)
         return list(batches.values())
 
     def _admit(self, param: Tensor) -> None:

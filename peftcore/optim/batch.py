@@ -31,6 +31,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.owners: list[Tensor] = []  # the optimizer's parameters
+        self.states: list[dict[str, Any]] = []  # their state
         self.params: list[Tensor] = []  # the tensors to update: shards, or contiguous copies
         self.grads: list[Tensor] = []
         self.rows: list[int] = []
@@ -47,8 +48,8 @@ class Batch:
         self.scalars += scalars
         return row
 
-    def add(self, owner: Tensor, grad: Tensor, row: int, stream: int) -> None:
-        """Add a parameter with its gradient."""
+    def add(self, owner: Tensor, state: dict[str, Any], grad: Tensor, row: int, stream: int) -> None:
+        """Add a parameter with its state and its gradient."""
         param = owner
         if type(owner) not in _PLAIN:
             param, grad = local(owner), local(grad)
@@ -56,6 +57,7 @@ class Batch:
             strided, param = param, param.contiguous()
             self.copies.append((strided, param))
         self.owners.append(owner)
+        self.states.append(state)
         self.params.append(param)
         self.grads.append(grad if grad.is_contiguous() else grad.contiguous())
         self.rows.append(row)
