@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore import ops
+from peftcore.adaptation.recomputed import inputs_instead, with_source
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 FAMILIES: dict[str, tuple[str, Any]] = {  # and paths of layers that norms, gates and activations are given to
@@ -192,13 +193,40 @@ def test_second_gradients() -> None:
 
 def test_outputs_that_are_changed_are_kept() -> None:
     layers: Any = peftcore.fuse(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)))
-    peftcore.apply(layers, "lora", target_modules=["1"])
+    peftcore.apply(layers, "lora", target_modules=["1"], init_lora_weights=False)
     layers[0].register_forward_hook(lambda *given: given[2].mul_(2))
     x, found = torch.randn(5, 8, requires_grad=True), []
     trained = [x, *(p for p in layers.parameters() if p.requires_grad)]
     for recompute in ("none", "auto"):
         peftcore.fuse(layers, recompute=recompute)
         found.append(list(torch.autograd.grad(layers(x).square().sum(), trained)))
+    same(*found)
+
+
+def test_a_weight_that_is_freed_after_the_forward_pass() -> None:
+    """As ranks free their sharded weights: an output is computed again with the weight that it had."""
+    layers: Any = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+    peftcore.apply(layers, "lora", target_modules=["1"], init_lora_weights=False)
+    x, found = torch.randn(5, 8, requires_grad=True), []
+    trained = [p for p in layers.parameters() if p.requires_grad]
+    for recompute in ("none", "auto"):
+        peftcore.fuse(layers, recompute=recompute)
+        loss, weight = layers(x).square().sum(), layers[0].weight
+        value = weight.data.clone()
+        weight.data.zero_()
+        found.append(list(torch.autograd.grad(loss, trained)))
+        weight.data.copy_(value)
+    same(*found)
+
+
+@pytest.mark.parametrize("change", [Tensor.t, lambda y: y[:, :4]], ids=["transposed", "part"])
+def test_views_of_another_order_or_size_are_kept(change: Callable[[Tensor], Tensor]) -> None:
+    x, w, found = torch.randn(8, 8, requires_grad=True), torch.randn(8, 3, requires_grad=True), []
+    for source in (lambda y: y, lambda y: with_source(y, lambda x: 2 * x, (x,))):
+        y = source(2 * x)
+        with inputs_instead(y):
+            z = change(y) @ w[: change(y).shape[1]]
+        found.append(list(torch.autograd.grad(z.square().sum(), (x, w))))
     same(*found)
 
 

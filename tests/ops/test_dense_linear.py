@@ -126,3 +126,12 @@ def test_arguments_that_do_not_fit(
 ) -> None:
     with pytest.raises(error, match=message):
         ops.dense_linear(*(t.to(device) for t in arguments))
+
+
+def test_long_sums_in_fp32_are_chains(level: str) -> None:
+    """Sums of 4,096 positive numbers, as LoRA's kernel adds them: in one chain the error is 8.6e-7."""
+    draw = torch.Generator().manual_seed(0)
+    x, w = torch.rand(64, 4096, generator=draw), torch.rand(64, 4096, generator=draw)
+    y = ops.lora_linear(x, w, None, torch.zeros(8, 4096), torch.zeros(64, 8), 1.0, 0.0)
+    exact = x.double() @ w.double().T
+    assert (y - exact).abs().max() < 5e-7 * exact.max()
