@@ -57,6 +57,9 @@ def quiet_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # an error, not a question at the terminal that runs code on "y"
 
 
 def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
@@ -80,5 +83,10 @@ def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else None  # the error of the field
         lines = [line.strip() for line in str(cause or error).strip().splitlines()] or [type(error).__name__]
         reason = " ".join(lines)[:400] if lines[0].endswith(":") else lines[0]  # a list follows a colon
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it has code of its own, which the command line does not run. Load it in Python with "
+                "trust_remote_code=True, and train it in a script with peftcore.apply"
+            )
         reason = "its tensors and its config have different shapes" if mismatched else reason
         raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {reason}") from error

@@ -100,3 +100,15 @@ def test_a_model_of_another_kind_is_refused(llama: Path, bert: Path) -> None:
             load_config(str(folder), task)
     for folder, task in ((llama, "classification"), (bert, "tags"), (llama, "reward"), (bert, "pairs")):
         load_config(str(folder), task)
+
+
+def test_code_of_a_model_is_not_run(tmp_path: Path, run: Run) -> None:
+    """Not asked about at a terminal, either."""
+    from transformers import dynamic_module_utils
+
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemError('was run')\n")
+    output = " ".join(run("generate", "-m", tmp_path, "-p", "the", code=1).output.split())
+    assert "it has code of its own, which the command line does not run. Load it in Python with" in output
+    assert dynamic_module_utils.TIME_OUT_REMOTE_CODE == 0
