@@ -1,6 +1,5 @@
 // y = act(g) ∘ u and its gradients, each in one pass over memory, in fp32. act is x s, s = 1 / (1 + e^-p): silu with p = x,
-// GELU by tanh with p = 2 √(2/π) (x + 0.044715 x³). Loops over a chunk take a vector at a time (sixteen.h); all levels give
-// the same bits.
+// GELU by tanh with p = 2 √(2/π) (x + 0.044715 x³). Loops over a chunk take a vector at a time (sixteen.h).
 #pragma once
 
 #include "lora/cpu/blocks.h"
@@ -17,28 +16,45 @@ PEFTCORE_INLINED F limited(const F& x, uint32_t most) {
     return bits_float(at_most(float_bits(x) & ~kSignBit, most) | (float_bits(x) & kSignBit));
 }
 
+// How a b + c is rounded: the product and the sum, with the same bits at all levels, or `fused`.
+struct Twice {
+    template <typename F>
+    PEFTCORE_INLINED F multiply_add(const F& a, const F& b, const F& c) {
+        return a * b + c;
+    }
+};
+struct Fused {
+    PEFTCORE_INLINED Native multiply_add(const Native& a, const Native& b, const Native& c) {
+        return fused(a, b, c);
+    }
+};
+
 // e^x for x in [-88, 88]. Relative error at most 2e-7: 2^n times the Taylor polynomial of degree seven, whose error on
 // half of ln 2 is 5e-9.
-template <typename F>
+template <typename Rounding = Twice, typename F>
 PEFTCORE_INLINED F exponential_within(const F& x) {
+    const auto add = [](const F& a, const F& b, float c)
+                         __attribute__((always_inline)) { return Rounding::multiply_add(a, b, F{} + c); };
     constexpr float kRound = 12582912.0f;  // 1.5 · 2^23, where fp32 values are integers
-    const F shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-    const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-    F sum = r * (1.0f / 5040) + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
+    const F shifted = add(x, F{} + 1.44269504f, kRound), n = shifted - kRound;
+    // ln 2 in two parts
+    const F above = Rounding::multiply_add(n, F{} - 0.693359375f, x);
+    const F r = Rounding::multiply_add(n, F{} + 2.12194440e-4f, above);
+    F sum = add(r, F{} + 1.0f / 5040, 1.0f / 720);
+    sum = add(sum, r, 1.0f / 120);
+    sum = add(sum, r, 1.0f / 24);
+    sum = add(sum, r, 1.0f / 6);
+    sum = add(sum, r, 0.5f);
+    sum = add(sum, r, 1.0f);
+    sum = add(sum, r, 1.0f);
     return sum * bits_float((float_bits(shifted) - (float_bits(kRound) - 127u)) << 23u);
 }
 
 // e^x, with x clamped to [-88, 88].
-template <typename F>
+template <typename Rounding = Twice, typename F>
 PEFTCORE_INLINED F exponential(const F& x) {
     constexpr uint32_t k88 = 0x42b00000u;
-    return exponential_within(limited(x, k88));
+    return exponential_within<Rounding>(limited(x, k88));
 }
 
 template <typename Level>
@@ -84,7 +100,7 @@ struct Gates {
         __attribute__((always_inline)) inline Logistic(const Power& p, const Native& x) {
             constexpr uint32_t k10000 = 0x461c4000u;
             const Native near = limited(x, k10000), square = near * near;
-            const Native z = -near * (p.linear + p.cubic * square), e = exponential(z);
+            const Native z = -near * (p.linear + p.cubic * square), e = exponential<Fused>(z);
             share = z < 88.0f ? 1.0f / (1.0f + e) : Native{};
             slope = share * (1.0f + near * (e * share) * (p.linear + 3.0f * p.cubic * square)) + (x - x);
         }

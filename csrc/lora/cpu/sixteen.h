@@ -1,9 +1,15 @@
 // Sixteen fp32 values, in as many vectors as a level needs for them, and as many values as a vector of the level has.
 // Operations on them are those of single values, one by one and without contractions, so that all levels give the same
-// bits.
+// bits, except `fused`.
 #pragma once
 
 #include <cstdint>
+
+#if defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 #include "common/half.h"
 
@@ -47,6 +53,19 @@ PEFTCORE_INLINED Native& native_at(float* from) { return *reinterpret_cast<Nativ
 PEFTCORE_INLINED Sixteen& sixteen_at(float* from) { return *reinterpret_cast<Sixteen*>(from); }
 PEFTCORE_INLINED const Sixteen& sixteen_at(const float* from) {
     return *reinterpret_cast<const Sixteen*>(from);
+}
+
+// a b + c, rounded once where the level's processors have an instruction for it.
+PEFTCORE_INLINED Native fused(const Native& a, const Native& b, const Native& c) {
+#if defined(__AVX512F__)
+    return Native(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
+#elif defined(__FMA__)
+    return Native(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#elif defined(__ARM_NEON)
+    return Native(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
+#else
+    return a * b + c;
+#endif
 }
 
 PEFTCORE_INLINED uint32_t at_most(uint32_t x, uint32_t most) { return x < most ? x : most; }
