@@ -220,7 +220,9 @@ struct TileRegisters {
     static int64_t chunk(int64_t pairs, int64_t fit) {
         return pairs <= fit ? pairs : fit / 2 / kChunkMultiple * kChunkMultiple;
     }
-    static bool in_place(const Product& product) { return readable_in_place(product); }
+    static int64_t rows_in_place(const Product& product) {
+        return readable_in_place(product) ? product.rows / kRows * kRows : 0;
+    }
 
     // As [pairs / 16][rows][16].
     static void arrange_block(const Product& product, int64_t first_row, int64_t rows, int64_t first_pair,

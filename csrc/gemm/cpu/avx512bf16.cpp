@@ -135,7 +135,7 @@ struct DotProducts {
     static int64_t chunk(int64_t words, int64_t fit) {
         return filled_up(ceil_div(words, ceil_div(words, fit)), kChunkMultiple);
     }
-    static bool in_place(const Product&) { return false; }
+    static int64_t rows_in_place(const Product&) { return 0; }
 
     // out[pair][row].
     static void arrange_block(const Product& product, int64_t first_row, int64_t rows, int64_t first_pair,

@@ -34,7 +34,9 @@ concept WideLanes = requires(typename Lanes::Floats floats, const float* from, f
 
 template <WideLanes Lanes>
 struct WideProducts {
-    static constexpr int64_t kRows = Lanes::kRows, kTiles = 4, kMultiple = 1, kWords = 1024, kWordValues = 1;
+    static constexpr int64_t kRows = Lanes::kRows, kTiles = 4, kMultiple = 1, kWordValues = 1;
+    static constexpr int64_t kWords =
+        kRows > 8 ? 896 : 1024;  // 12 arranged rows are not a multiple of kWay apart
     static constexpr bool kTakesAddend = true;
     static constexpr int64_t kChain = 128;
     static constexpr int64_t kColumns = 2 * Lanes::kLanes;  // of B that are multiplied together
@@ -47,27 +49,21 @@ struct WideProducts {
     static int64_t chunk(int64_t words, int64_t fit) {
         return filled_up(ceil_div(words, ceil_div(words, fit)), kChain);
     }
-    static bool in_place(const Product&) { return false; }
+    // Rows of x that begin a multiple of kWay bytes apart share a set of the L1 cache, which has a way for so many bytes.
+    static constexpr int64_t kWay = 4096;
+    static int64_t rows_in_place(const Product& product) {
+        const bool fit = product.inner * int64_t(sizeof(float)) % kWay != 0 || kRows * kWay <= caches().first;
+        return product.dtype == Dtype::kFloat && fit ? product.rows : 0;
+    }
 
-    // out[word][row].
+    // out[row][word].
     static void arrange_block(const Product& product, int64_t first_row, int64_t rows, int64_t first,
                               int64_t words, uint32_t* out) {
-        const int64_t last = least(first + words, product.inner);
-        const int64_t row_bytes = product.inner * itemsize(product.dtype);
-        const char* x = static_cast<const char*>(product.x) + first_row * row_bytes;
+        const char* x = static_cast<const char*>(product.x);
         float* to = reinterpret_cast<float*>(out);
-        for (int64_t k = first; k < last; k += 8, to += 8 * rows) {
-            const int64_t count = least(8, last - k);
-            for (int64_t row = 0; row < rows; row += 8) {
-                const int64_t there = least(8, rows - row);
-                __m256 block[8];
-                for (int64_t m = 0; m < 8; ++m)
-                    block[m] = m < there ? widen_some(x + (row + m) * row_bytes, product.dtype, k, count)
-                                         : _mm256_setzero_ps();
-                transpose8(block);
-                for (int64_t p = 0; p < count; ++p) store_some(to + p * rows + row, block[p], there);
-            }
-        }
+        for (int64_t m = 0; m < rows; ++m, to += words)
+            widen_row(x + (first_row + m) * product.inner * itemsize(product.dtype), product.dtype, first,
+                      words, to);
     }
 
     const Product& product;
@@ -76,22 +72,24 @@ struct WideProducts {
     WideProducts(const Product& its_product, const Arranged& its_arranged)
         : product(its_product), arranged(its_arranged) {}
 
-    // The tiles of a block prefetch the next block's x, each an equal part. All of x is read once for each panel; where it
+    // The tiles of a block prefetch the next block's x, some rows each. All of x is read once for each panel; where it
     // comes from the L3 cache and nothing was prefetched, products take 1.1 of the time (AVX2) to 1.2 (AVX-512), for
     // 512 x 3072 -> 1024 on Zen 5.
-    static constexpr int64_t kStep = 4;  // words
-    static constexpr int64_t kStepBytes = kRows * kStep * int64_t(sizeof(float)) * kColumns / kPanelColumns;
+    static constexpr int64_t kNextRows = (kRows * kColumns + kPanelColumns - 1) / kPanelColumns;
+    static constexpr int64_t kLineWords = 64 / sizeof(float);
 
     struct OutputTile {
         int64_t row, column;
         float* sums;  // of this row and column, kPanelColumns a row
         bool first, last;
-        const char* next;  // its part of the next block's x
+        const float* next;  // rows of the next block's x that it prefetches
         Ahead* ahead;
     };
-    // Factors of the sums: arranged rows of x, or of the addend, and a tile of B's words.
+    // Factors of the sums: rows of x, or of the addend's left factor, and a tile of B's words.
     struct Factors {
-        const float *x, *right;
+        const float* x;
+        int64_t row;  // values from a row of x to the next
+        const float* right;
         int64_t words;
     };
 
@@ -100,31 +98,43 @@ struct WideProducts {
 
     template <int R>
     [[gnu::always_inline]]
-    static inline void accumulate(const Factors& factors, const char* next, Ahead* next_panel, Sums<R>& sum) {
+    static inline void accumulate(const Factors& factors, const float* next, Ahead* next_panel,
+                                  Sums<R>& sum) {
         const float *x = factors.x, *right = factors.right;
+        const int64_t row = factors.row;
         const auto add_word = [&] {
             const Floats one = Lanes::load(right), other = Lanes::load(right + Lanes::kLanes);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
-                const Floats value = Lanes::all(x + r);
+                const Floats value = Lanes::all(x + r * row);
                 sum[r][0] = Lanes::fma(value, one, sum[r][0]);
                 sum[r][1] = Lanes::fma(value, other, sum[r][1]);
             }
-            x += R;
+            ++x;
             right += kTileColumns;
         };
-        Ahead ahead = next_panel != nullptr ? *next_panel : Ahead({});
         int64_t p = 0;
-        for (; p + kStep <= factors.words; p += kStep, next += kStepBytes) {
-            __builtin_prefetch(next, 0, 2);
-            ahead.next();
-            add_word();
-            add_word();
-            add_word();
-            add_word();
+        const auto add_lines = [&](auto&& prefetch) {
+            for (; p + kLineWords <= factors.words; p += kLineWords, next += kLineWords) {
+#pragma GCC unroll 4
+                for (int r = 0; r < kNextRows; ++r) __builtin_prefetch(next + r * row, 0, 2);
+                for (int64_t i = 0; i < kLineWords; i += 4) {
+                    prefetch();
+                    add_word();
+                    add_word();
+                    add_word();
+                    add_word();
+                }
+            }
+        };
+        if (next_panel != nullptr) {
+            Ahead ahead = *next_panel;
+            add_lines([&] { ahead.next(); });
+            *next_panel = ahead;
+        } else {
+            add_lines([] {});
         }
         for (; p < factors.words; ++p) add_word();
-        if (next_panel != nullptr) *next_panel = ahead;
     }
 
     template <int R>
@@ -143,7 +153,7 @@ struct WideProducts {
         if (!first)
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) __builtin_prefetch(at(r, 0));
-        const char* next = out.next;
+        const float* next = out.next;
         for (Factors part = factors;;) {
             const int64_t left = part.words;
             if (chained) part.words = least(kChain, left);
@@ -162,8 +172,8 @@ struct WideProducts {
             if (part.words == left) break;
             store();
             first = false;
-            next += kChain / kStep * kStepBytes;
-            part = {part.x + part.words * R, part.right + part.words * kTileColumns, left - part.words};
+            next += kChain;
+            part = {part.x + part.words, part.row, part.right + part.words * kTileColumns, left - part.words};
         }
         const Mask& keep = product.addend.keep;
         const bool masked = addend.words != 0 && keep.bits != nullptr;
@@ -225,16 +235,18 @@ struct WideProducts {
 
     void multiply(const Panel& panel, const Block& block) {
         // Holds a block's sums of a masked addend, or between chains, where the product has a single chunk.
-        const float *x = reinterpret_cast<const float*>(arranged.x) + panel.chunk * product.rows +
-                         block.row * panel.words,
-                    *left =
-                        reinterpret_cast<const float*>(arranged.addend_left) + block.row * panel.addend_words,
+        const bool in_place = rows_in_place(product) != 0;
+        const int64_t row = in_place ? product.inner : panel.words;
+        const float* x = in_place ? static_cast<const float*>(product.x) + panel.chunk
+                                  : reinterpret_cast<const float*>(arranged.x) + panel.chunk * product.rows;
+        x += block.row * row;
+        const float *left = static_cast<const float*>(product.addend.left) + block.row * panel.addend_words,
                     *right = reinterpret_cast<const float*>(panel.right),
                     *addend_right = reinterpret_cast<const float*>(panel.addend_right);
         const Tile tile = tile_of(block.rows, std::make_integer_sequence<int, int(kRows)>());
-        const char* next = reinterpret_cast<const char*>(x + (block.next - block.row) * panel.words);
+        const float* next = x + (block.next - block.row) * row;
         float* sums = panel.first && panel.last ? here : block.sums;
-        for (int64_t i = 0; i < panel.tiles * kTileColumns; i += kColumns) {
+        for (int64_t i = 0; i < panel.tiles * kTileColumns; i += kColumns, next += kNextRows * row) {
             const int64_t column = panel.tile * kTileColumns + i, at = i % kTileColumns;
             if (column >= product.columns) return;
             tile(product,
@@ -243,10 +255,11 @@ struct WideProducts {
                   .sums = sums + i,
                   .first = panel.first,
                   .last = panel.last,
-                  .next = next + i / kColumns * (panel.words / kStep * kStepBytes),
+                  .next = next,
                   .ahead = block.ahead},
-                 {x, right + i / kTileColumns * panel.words * kTileColumns + at, panel.words},
-                 {left, addend_right + i / kTileColumns * panel.addend_words * kTileColumns + at,
+                 {x, row, right + i / kTileColumns * panel.words * kTileColumns + at, panel.words},
+                 {left, panel.addend_words,
+                  addend_right + i / kTileColumns * panel.addend_words * kTileColumns + at,
                   panel.last ? panel.addend_words : 0});
         }
     }

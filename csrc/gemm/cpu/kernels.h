@@ -32,8 +32,8 @@ struct Kernel {
 
     // Number of words in a chunk, for so many in all.
     int64_t (*chunk)(int64_t words) = nullptr;
-    // Whether whole blocks of x's rows are read in place.
-    bool (*in_place)(const Product& product) = nullptr;
+    // Number of x's first rows that are read in place: all, or whole blocks.
+    int64_t (*rows_in_place)(const Product& product) = nullptr;
     // x's rows, the first of which is a multiple of `rows`: by chunks, by blocks of rows, as `multiply` reads them.
     void (*arrange)(const Product& product, int64_t chunk, Range rows, uint32_t* out) = nullptr;
     // Tiles of kTileColumns columns, of rows the first of which is a multiple of `rows`. Without it there is

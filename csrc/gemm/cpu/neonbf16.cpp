@@ -112,7 +112,7 @@ struct MatrixProducts {
     static constexpr bool kTakesAddend = false;
 
     static int64_t chunk(int64_t, int64_t fit) { return fit; }
-    static bool in_place(const Product&) { return false; }
+    static int64_t rows_in_place(const Product&) { return 0; }
 
     // out[two pairs][two rows][row][pair], with zeros behind the last row and the last inner number.
     static void arrange_block(const Product& product, int64_t first_row, int64_t rows, int64_t first_pair,

@@ -68,7 +68,7 @@ concept BlockKernel = requires(Level level, const Product& product, const Arrang
     { Level::kTakesAddend } -> std::convertible_to<bool>;
     // Words in a chunk, for so many in all, where a panel of so many words fits in the cache.
     { Level::chunk(n, n) } -> std::same_as<int64_t>;
-    { Level::in_place(product) } -> std::same_as<bool>;
+    { Level::rows_in_place(product) } -> std::same_as<int64_t>;  // see Kernel
     // x's block from row n on of n rows, words from n on, n of them; filled up with zeros to kMultiple.
     Level::arrange_block(product, n, n, n, n, out);
     Level(product, arranged);
@@ -182,7 +182,7 @@ Kernel kernel_of() {
             .word_values = Level::kWordValues,
             .takes_addend = Level::kTakesAddend,
             .chunk = chunk_of<Level>,
-            .in_place = Level::in_place,
+            .rows_in_place = Level::rows_in_place,
             .arrange = arrange<Level>,
             .multiply = multiply_panels<Level>};
 }

@@ -46,13 +46,15 @@ void multiply_group(const Kernel& kernel, const Product& product) {
                       chunk < depth && product.sums == nullptr ? part_rows * kernel.tiles * kTileColumns : 0,
                   words_per_thread = panel_words + addend_words + sums;
     const int64_t all_rows = filled_up(rows, kernel.multiple);
-    const int64_t x_words = filled_up(all_rows * depth, 16),
-                  left_words = filled_up(all_rows * addend_depth, 16);
+    const auto words_of = [&](const Product& matrix, int64_t its_depth) {
+        return kernel.rows_in_place(matrix) == rows ? 0 : filled_up(all_rows * its_depth, 16);
+    };
+    const int64_t x_words = words_of(product, depth), left_words = words_of(addend, addend_depth);
     uint32_t* x = static_cast<uint32_t*>(workspace(4 * (x_words + left_words + threads * words_per_thread)));
     uint32_t *left = x + x_words, *buffers = left + left_words;
     const auto arrange = [&](const Product& matrix, int64_t its_depth, int64_t its_chunk, uint32_t* out) {
-        const int64_t from = kernel.in_place(matrix) ? rows / kernel.rows : 0;
-        at::parallel_for(from, blocks, ceil_div(kProductsPerTask, kernel.rows * its_depth * 8),
+        at::parallel_for(ceil_div(kernel.rows_in_place(matrix), kernel.rows), blocks,
+                         ceil_div(kProductsPerTask, kernel.rows * its_depth * 8),
                          [&](int64_t first, int64_t last) {
                              kernel.arrange(matrix, its_chunk,
                                             {first * kernel.rows, std::min(last * kernel.rows, rows)}, out);
