@@ -47,6 +47,8 @@ class Maker:
             scales = torch.where(exponents < 252, 112 + exponents % 20, 255).to(torch.uint8)
             weight = [self.bytes(-(-count // 2), 1), self.place(scales), self.place(ops.codebook("mxfp4"))]
             return {"weight": weight, "packing": [32, -1, *shape]}
+        if 0.35 <= kind < 0.5:
+            return self.small_blocks(*shape)
         blocksize, count = self.choice([32, 64, 64, 128]), math.prod(shape)
         blocks, nests = -(-count // blocksize), self.random.random() < 0.5
         weight = [self.bytes(-(-count // 2), 1)]
@@ -67,3 +69,17 @@ class Maker:
             zeros = torch.randint(17, (blocks,), generator=self.generator)
             weight.append(self.place(zeros.to(self.choice([torch.uint8, torch.float32]))))
         return {"weight": weight, "packing": [blocksize, -2, *shape]}
+
+    def small_blocks(self, *shape):
+        """A weight in NVFP4, also with rows that are not whole blocks, other scales of the whole and other tables."""
+        shape = (*shape[:-1], -(-shape[-1] // 16) * 16 if self.random.random() < 0.9 else shape[-1])
+        blocks = -(-math.prod(shape) // 16)
+        least, end = self.choice([(8, 127), (8, 127), (0, 127), (0, 255)])  # normal, not negative, any but the last NaN
+        scales = torch.randint(least, end, (blocks,), generator=self.generator, dtype=torch.uint8)
+        weight = [self.bytes(-(-math.prod(shape) // 2), 1), self.place(scales), self.place(ops.codebook("nvfp4"))]
+        outer = torch.rand(-(-blocks // 32), generator=self.generator) + 0.01
+        weight.append(self.place(outer[:1].repeat(len(outer)) if self.random.random() < 0.7 else outer))
+        is_e4m3 = self.random.random() < 0.8
+        weight.append(self.place(ops.codebook("e4m3") / self.choice([1, 3]) if is_e4m3 else ops.DYNAMIC8))
+        weight.append(torch.tensor(self.choice([0.0, 0.0, 0.5])))
+        return {"weight": weight, "packing": [16, 32, *shape]}

@@ -82,6 +82,41 @@ def test_experts(transposed, dtype, level):
         torch.testing.assert_close(found.double(), wanted, rtol=scale, atol=scale * wanted.abs().max().item())
 
 
+def nvfp4(n, k, kind):
+    """A weight in NVFP4, and its values in float64; `kind`: what its scales are like."""
+    draw, blocks = torch.Generator().manual_seed(1), n * k // 16
+    codes = torch.randint(0, 256, (n * k // 2, 1), generator=draw, dtype=torch.uint8)
+    scales = torch.randint(8, 127, (blocks,), generator=draw, dtype=torch.uint8)
+    nested = torch.full((-(-blocks // 32),), 0.037)
+    e4m3, entries = ops.codebook("e4m3"), ops.codebook("nvfp4")
+    if kind == "subnormal, zero and negative":
+        scales[:3], scales[-3:] = torch.tensor([0, 7, 200]), torch.tensor([1, 128, 254])
+    if kind == "two factors":
+        nested[len(nested) // 2 :] = 0.11
+    if kind == "divided":
+        e4m3, nested = e4m3 / 27.3, nested.fill_(1)
+    parts = codes, scales, entries, (n, k), 16, torch.float32, "nvfp4", nested, e4m3, torch.tensor(0.0), 32
+    values = entries.double()[torch.stack([codes >> 4, codes & 15], 1).flatten().int()]
+    factors = e4m3.double()[scales.int()] * nested.double().repeat_interleave(32)[:blocks]
+    return PackedWeight(*parts), (values * factors.repeat_interleave(16)).view(n, k)
+
+
+@pytest.mark.parametrize("kind", ["normal", "subnormal, zero and negative", "two factors", "divided"])
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+def test_scales_in_e4m3(dtype, kind, level):
+    error = EPS[dtype] * (16 if dtype is torch.float32 else 2)  # in fp32 that of sums
+    for n, k in [(67, 64), (34, 320), (16, 448), (33, 48)]:
+        packed, dense = nvfp4(n, k, kind)
+        for rows in (1, 2, 3, 4, 5, 16, 17, 40):
+            x, up = normal(rows, k, seed=1, dtype=dtype), normal(rows, n, seed=3, dtype=dtype)
+            y, dx = ops.linear_4bit(x, packed), torch.ops.peftcore.linear_4bit_backward(up, *packed.operands())
+            x64, up64 = x.double(), up.double()
+            # x in 16-bit integers loses up to 2^-16 of a block's largest value.
+            magnitude = x64.abs() @ dense.abs().T + 2.0**-14 * x64.abs().amax(1, keepdim=True) * dense.abs().sum(1)
+            assert ((y.double() - x64 @ dense.T).abs() <= error * magnitude).all(), (n, k, rows)
+            assert ((dx.double() - up64 @ dense).abs() <= error * (up64.abs() @ dense.abs())).all(), (n, k, rows)
+
+
 def test_other_blocks_and_rows_are_refused():
     tensors, packing = made(2, 64)[0].operands()
     dequantize = torch.ops.peftcore.dequantize_4bit

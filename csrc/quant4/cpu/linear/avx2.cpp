@@ -63,6 +63,14 @@ struct Avx2Integers {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     }
 
+    struct Nibbles {
+        __m256i low, high;
+    };
+    static inline Nibbles nibbles(Words words) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        return {_mm256_and_si256(words, nibble), _mm256_and_si256(_mm256_srli_epi16(words, 4), nibble)};
+    }
+
     struct Table {
         explicit Table(const int16_t* code) {
             alignas(16) uint8_t bytes[2][16];
@@ -74,15 +82,28 @@ struct Avx2Integers {
             second = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[1])));
         }
         inline Values operator()(Words words) const {
-            const __m256i nibble = _mm256_set1_epi8(15);
-            const __m256i low = _mm256_and_si256(words, nibble),
-                          high = _mm256_and_si256(_mm256_srli_epi16(words, 4), nibble);
+            const auto [low, high] = nibbles(words);
             const __m256i a = _mm256_shuffle_epi8(first, low), b = _mm256_shuffle_epi8(second, low),
                           c = _mm256_shuffle_epi8(first, high), d = _mm256_shuffle_epi8(second, high);
             return {{_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b), _mm256_unpacklo_epi8(c, d),
                      _mm256_unpackhi_epi8(c, d)}};
         }
         __m256i first, second;
+    };
+
+    // Entries of which the lower bytes are zero.
+    struct UpperTable {
+        static constexpr bool kFewRegisters = true;
+        explicit UpperTable(const int16_t* code) : upper(Table(code).second) {}
+        explicit UpperTable(__m256i upper) : upper(upper) {}
+        inline Values operator()(Words words) const {
+            const auto [low, high] = nibbles(words);
+            const __m256i zero = _mm256_setzero_si256(), b = _mm256_shuffle_epi8(upper, low),
+                          d = _mm256_shuffle_epi8(upper, high);
+            return {{_mm256_unpacklo_epi8(zero, b), _mm256_unpackhi_epi8(zero, b),
+                     _mm256_unpacklo_epi8(zero, d), _mm256_unpackhi_epi8(zero, d)}};
+        }
+        __m256i upper;
     };
 
     static inline Floats dot(const Values& w, const int16_t* x) {
@@ -125,11 +146,60 @@ struct Avx2Integers {
     }
 };
 
+// A lane of 32 bits has products of one word, and so of one block of 16: of vectors of 16 bits the first two have the low
+// nibbles of even and of odd bytes, the others the high ones.
+struct Avx2SmallIntegers : Avx2Integers {
+    static constexpr int place(int value) {
+        const int byte = value / 2;
+        return (2 * (1 - value % 2) + byte % 2) * 16 + byte / 2;
+    }
+
+    struct UpperTable : Avx2Integers::UpperTable {
+        using Avx2Integers::UpperTable::UpperTable;
+        inline Values operator()(Words words) const {
+            const auto [low, high] = nibbles(words);
+            const __m256i odd = _mm256_set1_epi16(short(0xff00)), b = _mm256_shuffle_epi8(upper, low),
+                          d = _mm256_shuffle_epi8(upper, high);
+            return {{_mm256_slli_epi16(b, 8), _mm256_and_si256(b, odd), _mm256_slli_epi16(d, 8),
+                     _mm256_and_si256(d, odd)}};
+        }
+    };
+
+    struct Table : Avx2Integers::Table {
+        using Avx2Integers::Table::Table;
+        inline Values operator()(Words words) const {
+            const auto [low, high] = nibbles(words);
+            const Values upper = UpperTable(second)(words);
+            const __m256i even = _mm256_set1_epi16(0xff), a = _mm256_shuffle_epi8(first, low),
+                          c = _mm256_shuffle_epi8(first, high);
+            return {{_mm256_or_si256(upper.of[0], _mm256_and_si256(a, even)),
+                     _mm256_or_si256(upper.of[1], _mm256_srli_epi16(a, 8)),
+                     _mm256_or_si256(upper.of[2], _mm256_and_si256(c, even)),
+                     _mm256_or_si256(upper.of[3], _mm256_srli_epi16(c, 8))}};
+        }
+    };
+
+    static inline Floats quarter_scales(const float* four) {
+        const __m256i block = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+        return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(four)), block);
+    }
+    static inline Floats quarter_scales(const uint8_t* four) {
+        int32_t bytes;
+        memcpy(&bytes, four, sizeof bytes);
+        const __m256i pick = _mm256_setr_epi32(0x00808080, 0x00808080, 0x01808080, 0x01808080, 0x02808080,
+                                               0x02808080, 0x03808080, 0x03808080);
+        const __m256i upper = _mm256_shuffle_epi8(_mm256_set1_epi32(bytes), pick);
+        return _mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi32(upper, 24 - ByteScales::kPlace),
+                                                   _mm256_set1_epi32(ByteScales::kBits)));
+    }
+};
+
 }  // namespace
 
 void fill_avx2(LinearKernels& kernels) {
     kernels.zeros = kZeroPoints;
     kernels.integers = LinearIntegers<Avx2Integers>::kernel(32);
+    kernels.small_integers = LinearIntegers<Avx2SmallIntegers>::kernel(32);
     kernels.rows = LinearRows<Avx2>::kernel({.fp32 = 16, .fp16 = 16, .bf16 = 16});
 }
 

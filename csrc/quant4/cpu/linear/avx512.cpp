@@ -89,6 +89,20 @@ struct Avx512Integers {
         const __m512i block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
         return _mm512_permutexvar_ps(block, _mm512_castps128_ps512(_mm_loadu_ps(four)));
     }
+    static inline Floats quarter_scales(const float* eight) {
+        const __m512i block = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+        return _mm512_permutexvar_ps(block, _mm512_castps256_ps512(_mm256_loadu_ps(eight)));
+    }
+    static inline Floats quarter_scales(const uint8_t* eight) {
+        int64_t bytes;
+        memcpy(&bytes, eight, sizeof bytes);
+        const __m512i pick =
+            _mm512_set_epi32(7 << 24, 7 << 24, 6 << 24, 6 << 24, 5 << 24, 5 << 24, 4 << 24, 4 << 24, 3 << 24,
+                             3 << 24, 2 << 24, 2 << 24, 1 << 24, 1 << 24, 0, 0);
+        const __m512i upper = _mm512_maskz_shuffle_epi8(0x8888888888888888u, _mm512_set1_epi64(bytes), pick);
+        return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(upper, 24 - ByteScales::kPlace),
+                                                   _mm512_set1_epi32(ByteScales::kBits)));
+    }
     static inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
@@ -110,6 +124,7 @@ struct Avx512Integers {
 void fill_avx512(LinearKernels& kernels) {
     kernels.zeros = {.sum_blocks = sum_blocks, .addend = zeros_addend_avx512};
     kernels.integers = LinearIntegers<Avx512Integers>::kernel(24);
+    kernels.small_integers = {};
     kernels.rows = LinearRows<Avx512>::kernel({.fp32 = 24, .fp16 = 24, .bf16 = 24});
 }
 

@@ -19,7 +19,7 @@ namespace quant4 {
 namespace {
 
 constexpr int kInputs = 16, kMinInputs = 4;  // rows of x, by kRows of W
-constexpr int kStep = 64, kHalfStep = 32;    // columns that share a scale
+constexpr int kStep = 64, kHalfStep = 32;    // columns that share a scale, unless blocks have 16
 
 // Number of x's rows multiplied together, from m on: more than kInputs are halved, as few rows cost most each.
 int64_t inputs_from(int64_t m, int64_t batch) {
@@ -54,11 +54,17 @@ bool arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
 struct Strip {
     const uint8_t* row[kRows];
     int64_t bytes;        // of a row
-    const float* scales;  // [step][kRows]
+    const float* scales;  // [step][kRows]; or words of four steps' bytes (ByteScales)
     __m512i table;
     const uint8_t* ahead;  // memory to prefetch, as many bytes as these rows have,
     int64_t line;          // one line per call; other calls fetch the first one again
 };
+
+// Adds the products of values and a broadcast pair of x; or sets them. The compiler would load the pair by itself.
+inline void add_products(__m512& sum, bool sets, __m512bh values, const uint32_t* x) {
+    if (sets) sum = _mm512_setzero_ps();
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(values), "m"(*x));
+}
 
 // sums[m][row] of kCount rows of x, which are arranged in x.
 template <int kCount, int kHalves>
@@ -101,6 +107,59 @@ void multiply(const Strip& strip, const uint32_t* x, float* sums) {
     for (int m = 0; m < kCount; ++m) _mm512_storeu_ps(sums + m * kRows, sum[m]);
 }
 
+// As above with blocks of 16, and scales as floats or bytes.
+template <int kCount, bool kBytes>
+void multiply_small(const Strip& strip, const uint32_t* x, float* sums) {
+    const __m512i table = strip.table;
+    const float* scales = strip.scales;
+    const uint8_t* ahead = strip.ahead;
+    __m512 sum[kCount];
+    for (__m512& one : sum) one = _mm512_setzero_ps();
+    for (int64_t at = 0; at < strip.bytes; at += kStep / 2) {
+        for (int i = 0; i < kRows * kStep / 2 / 64; ++i, ahead += strip.line)
+            _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+        const __m512i bytes = _mm512_loadu_si512(scales);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const FourColumns words =
+                four_columns([&](int r) { return strip.row[r] + at + half * kHalfStep / 2; });
+#pragma GCC unroll 2
+            for (int block = 0; block < 2; ++block) {
+                constexpr bool kCleared = kCount > 8;  // as above
+                __m512 part[kCount];
+#pragma GCC unroll 16
+                for (int m = 0; kCleared && m < kCount; ++m) part[m] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; ++j, x += kCount) {
+                        const __m512bh values = __m512bh(_mm512_permutexvar_epi16(
+                            _mm512_srli_epi16(words.of[2 * block + i], unsigned(4 * j)), table));
+#pragma GCC unroll 16
+                        for (int m = 0; m < kCount; ++m)
+                            add_products(part[m], !kCleared && i + j == 0, values, x + m);
+                    }
+                const int step = 2 * half + block, place = 8 * step - ByteScales::kPlace;
+                __m512 scale;
+                if constexpr (kBytes) {
+                    const __m512i placed = place < 0 ? _mm512_slli_epi32(bytes, unsigned(-place))
+                                                     : _mm512_srli_epi32(bytes, unsigned(place));
+                    const __m512i taken =
+                        _mm512_and_si512(placed, _mm512_set1_epi32(127 << ByteScales::kPlace));
+                    scale = _mm512_castsi512_ps(_mm512_or_si512(taken, _mm512_set1_epi32(ByteScales::kBits)));
+                } else {
+                    scale = _mm512_loadu_ps(scales + step * kRows);
+                }
+#pragma GCC unroll 16
+                for (int m = 0; m < kCount; ++m) sum[m] = _mm512_fmadd_ps(part[m], scale, sum[m]);
+            }
+        }
+        scales += kBytes ? kRows : 4 * kRows;
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < kCount; ++m) _mm512_storeu_ps(sums + m * kRows, sum[m]);
+}
+
 // Called by pointers: with several of these loops in one function, g++ 12 gives each too few registers, and 16 rows
 // take 1.2 times as long.
 using Multiply = void (*)(const Strip&, const uint32_t*, float*);
@@ -110,6 +169,13 @@ constexpr Multiply kMultiply[kInputs - kMinInputs + 1] = {
     multiply<8, kHalves>,  multiply<9, kHalves>,  multiply<10, kHalves>, multiply<11, kHalves>,
     multiply<12, kHalves>, multiply<13, kHalves>, multiply<14, kHalves>, multiply<15, kHalves>,
     multiply<16, kHalves>};
+template <bool kBytes>
+constexpr Multiply kMultiplySmall[kInputs - kMinInputs + 1] = {
+    multiply_small<4, kBytes>,  multiply_small<5, kBytes>,  multiply_small<6, kBytes>,
+    multiply_small<7, kBytes>,  multiply_small<8, kBytes>,  multiply_small<9, kBytes>,
+    multiply_small<10, kBytes>, multiply_small<11, kBytes>, multiply_small<12, kBytes>,
+    multiply_small<13, kBytes>, multiply_small<14, kBytes>, multiply_small<15, kBytes>,
+    multiply_small<16, kBytes>};
 
 // Arranges [rows][steps] as [step][kRows], with the last row repeated. Reads up to three behind them.
 void turn(const float* from, int64_t rows, int64_t steps, float* out) {
@@ -145,15 +211,45 @@ void add_zeros(const float* factors, int64_t blocks, const float* x, int64_t cou
     }
 }
 
+// The bytes of scales of some rows of W, by four steps: as `turn` does floats.
+class StripBytes {
+ public:
+    explicit StripBytes(const WeightView& weight) : weight_(weight), bytes_(weight) {}
+
+    // What the scales in `out` are to be multiplied by; nothing if they are not written.
+    std::optional<float> turned(int64_t n, int64_t rows, float* out) {
+        const std::optional<float> factor = bytes_.factor(n, rows);
+        if (!factor) return {};
+        const int64_t row_bytes = bytes_.row_bytes(), count = rows * row_bytes;
+        const uint8_t* from = bytes_.of_row(n);
+        if ((weight_.rows - n) * row_bytes < count + kReadBehind) {
+            copied_.resize(size_t(count + kReadBehind));
+            memcpy(copied_.data(), from, size_t(count));
+            from = copied_.data();
+        }
+        turn(reinterpret_cast<const float*>(from), rows, row_bytes / int64_t(sizeof(float)), out);
+        return factor;
+    }
+
+ private:
+    static constexpr int64_t kReadBehind = 3 * sizeof(float);
+
+    const WeightView& weight_;
+    const ByteScales bytes_;
+    std::vector<uint8_t> copied_;
+};
+
 // first is a multiple of kRows.
 void run(const LinearCall& args, int64_t first, int64_t last) {
     const WeightView& weight = args.weight;
     const Rounded& code = made_of_code<Rounded>(weight.quant_map);
-    const int halves = weight.shift < 6 ? 1 : 2;
-    const RowScales scales(weight, halves * kHalfStep);
-    const int64_t columns = weight.columns, steps = columns / (halves * kHalfStep);
+    const bool small = weight.shift == kSmallShift;
+    const int step = small ? 1 << kSmallShift : weight.shift < 6 ? kHalfStep : kStep;
+    const RowScales scales(weight, step);
+    StripBytes bytes(weight);
+    const int64_t columns = weight.columns, steps = columns / step;
     std::vector<float> sums(size_t(kInputs * kRows)),
-        by_row(size_t(RowScales::capacity(kRows, columns, halves * kHalfStep))),
+        by_row(size_t(RowScales::capacity(kRows, columns, step))),
         by_step(size_t(kRows * filled_up(steps, 4)));
     const int64_t blocks = args.sums == nullptr ? 0 : columns >> weight.shift,
                   sums_of_row = sums_stride(blocks);
@@ -170,7 +266,10 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
         const int64_t rows = least(weight.rows - n, kRows);  // the last one is repeated, without storing it
         for (int64_t r = 0; r < kRows; ++r)
             strip.row[r] = weight.codes + (n + least(r, rows - 1)) * columns / 2;
-        turn(scales.of_rows(n, rows, by_row.data()), rows, steps, by_step.data());
+        const std::optional<float> factor = small ? bytes.turned(n, rows, by_step.data()) : std::nullopt;
+        if (!factor) turn(scales.of_rows(n, rows, by_row.data()), rows, steps, by_step.data());
+        const auto& multiply_strip = small ? (factor ? kMultiplySmall<true> : kMultiplySmall<false>)
+                                           : (step == kStep ? kMultiply<2> : kMultiply<1>);
         if (blocks > 0) {
             scales.zero_factors(n, rows, [&](int64_t r, const auto& each) {
                 each([&](int64_t b, __m512 factors) {
@@ -183,11 +282,12 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
         for (int64_t m = 0, count; m < args.batch; m += count, x += count * columns / 2, strip.line = 0) {
             count = inputs_from(m, args.batch);
             const int64_t which = count - kMinInputs;
-            (halves == 1 ? kMultiply<1> : kMultiply<2>)[which](strip, x, sums.data());
+            multiply_strip[which](strip, x, sums.data());
             if (blocks > 0)
                 add_zeros(zeros_by_block.data(), blocks, args.sums + m * sums_of_row, count, 1 / code.inverse,
                           sums.data());
-            store_results(args, n, least(last - n, kRows), m, count, sums.data(), code.inverse);
+            store_results(args, n, least(last - n, kRows), m, count, sums.data(),
+                          code.inverse * factor.value_or(1));
         }
     }
 }
@@ -205,6 +305,7 @@ void fill_avx512bf16(LinearKernels& kernels) {
                     .min_batch = kMinInputs,
                     .max_batch = {0, 0, kTileBatch},
                     .column_multiple = kStep,
+                    .min_shift = kSmallShift,
                     .zero_input = ZeroInput::kSums,
                     .arranged_bytes = arranged_bytes,
                     .arrange = arrange,

@@ -1,7 +1,7 @@
 // Scales as the "dots" way multiplies by them: for each chunk of 256 values a vector, with a block's scale in its lanes.
 //
 // Copied as floats first, scales take a fifth of the time of one row of x (Zen 5). A shuffle of a chunk's bytes also makes
-// these vectors of fp32 and bf16 for larger blocks, and of E8M0 for blocks of 32.
+// these vectors of fp32 and bf16 for larger blocks, of E8M0 for blocks of 32, and of E4M3 for blocks of 16.
 #pragma once
 
 #include <immintrin.h>
@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "quant4/cpu/linear/byte_scales.h"
 #include "quant4/cpu/linear/scales.h"
 #include "weight/view.h"
 
@@ -17,33 +18,38 @@ namespace quant4 {
 namespace {
 
 enum class ChunkKind {
-    kUpper,   // the upper bytes of floats
-    kPower,   // E8M0
-    kFloats,  // eight floats
+    kUpper,        // the upper bytes of floats
+    kPower,        // E8M0
+    kE4M3,         // for blocks of 16
+    kFloats,       // eight floats
+    kSmallFloats,  // 16 floats, for blocks of 16
 };
 
 // The scales of some rows.
 struct ChunkScales {
     static constexpr int kChunk = 256,
-                         kStep = 64;  // values; unless blocks have 32, each kStep have one scale
+                         kStep = 64;  // values; unless blocks are smaller, each kStep have one scale
     static constexpr int kRead = 16;  // bytes of a chunk
 
     ChunkKind kind = ChunkKind::kFloats;
     const uint8_t* from = nullptr;
     int64_t row_bytes = 0, chunk_bytes = 8 * sizeof(float);
     __m512i pick = {};  // for each byte of the vector, which byte it is
+    float factor = 1;   // of all of them
 
-    // Which 32 values of a chunk a lane's words are of: of each 128 bits the even lanes have those of the chunk's first
-    // half, the odd ones those of its second.
-    static constexpr int part_of(int lane) { return lane / 4 + lane % 2 * 4; }
+    // Which 16 values of a chunk a lane's words are of: of each 128 bits the first two lanes have those of the chunk's
+    // first half, the others those of its second.
+    static constexpr int part_of(int lane) { return lane / 4 * 2 + lane % 2 + lane % 4 / 2 * 8; }
 
     // With scales of `size` bytes, the upper ones of a float.
     static ChunkScales of_bytes(int size, int shift) {
-        ChunkScales scales{.kind = size == 1 ? ChunkKind::kPower : ChunkKind::kUpper,
+        ChunkScales scales{.kind = shift == kSmallShift ? ChunkKind::kE4M3
+                                   : size == 1          ? ChunkKind::kPower
+                                                        : ChunkKind::kUpper,
                            .chunk_bytes = kChunk >> shift << log2_of(size)};
         alignas(64) uint8_t pick[64];
         for (int byte = 0; byte < 64; ++byte) {
-            const int block = part_of(byte / 4) * 32 >> shift, within = byte % 4 - (4 - size);
+            const int block = part_of(byte / 4) * 16 >> shift, within = byte % 4 - (4 - size);
             pick[byte] = within < 0 ? 0x80 : uint8_t(block * size + within);  // 0x80: a zero
         }
         scales.pick = _mm512_load_si512(pick);
@@ -59,12 +65,20 @@ struct ChunkScales {
         if constexpr (kKind == ChunkKind::kFloats) {
             const __m256i eight = kAll ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))
                                        : _mm256_maskz_loadu_epi8(some, at);
-            const __m512i part = _mm512_setr_epi32(0, 4, 0, 4, 1, 5, 1, 5, 2, 6, 2, 6, 3, 7, 3, 7);
+            const __m512i part = _mm512_setr_epi32(0, 0, 4, 4, 1, 1, 5, 5, 2, 2, 6, 6, 3, 3, 7, 7);
             return _mm512_permutexvar_ps(part, _mm512_castsi512_ps(_mm512_castsi256_si512(eight)));
+        }
+        if constexpr (kKind == ChunkKind::kSmallFloats) {
+            const __mmask16 there = kAll ? __mmask16(0xffff) : __mmask16((1u << values / 16) - 1);
+            const __m512i part = _mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+            return _mm512_permutexvar_ps(part, _mm512_maskz_loadu_ps(there, at));
         }
         const __m128i sixteen = kAll ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(at))
                                      : _mm_maskz_loadu_epi8(__mmask16(some), at);
         const __m512i picked = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), pick);
+        if constexpr (kKind == ChunkKind::kE4M3)
+            return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(picked, 24 - ByteScales::kPlace),
+                                                       _mm512_set1_epi32(ByteScales::kBits)));
         return _mm512_castsi512_ps(kKind == ChunkKind::kUpper ? picked : _mm512_srli_epi32(picked, 1));
     }
 };
@@ -75,8 +89,9 @@ class StripScales {
     // rows: most that `of_rows` is called with
     StripScales(const WeightView& weight, int64_t rows)
         : weight_(weight),
-          step_(weight.shift == 5 ? ChunkScales::kStep / 2 : ChunkScales::kStep),
+          step_(weight.shift < 6 ? 1 << weight.shift : ChunkScales::kStep),
           floats_(weight, step_),
+          bytes_of_small_(weight_),
           row_bytes_((weight.columns >> weight.shift) * scale_bytes(weight)),
           written_(size_t(RowScales::capacity(rows, weight.columns, step_))) {
         const int size = scale_bytes(weight);
@@ -84,6 +99,9 @@ class StripScales {
         in_place_ = whole && are_upper_bytes(weight) && weight.shift <= log2_of(ChunkScales::kChunk);
         if (in_place_) bytes_ = ChunkScales::of_bytes(size, weight.shift);
         if (weight.shift > 5) as_floats_ = ChunkScales::of_bytes(sizeof(float), 6);
+        if (weight.shift == kSmallShift)
+            as_floats_ = {.kind = ChunkKind::kSmallFloats,
+                          .chunk_bytes = ChunkScales::kChunk / 16 * sizeof(float)};
         as_floats_.row_bytes = weight.columns / step_ * int64_t(sizeof(float));
         bytes_.row_bytes = row_bytes_;
         if (in_place_) copied_.resize(size_t(rows * row_bytes_ + ChunkScales::kRead));
@@ -93,7 +111,10 @@ class StripScales {
     ChunkScales of_rows(int64_t n, int64_t rows) {
         ChunkScales scales = bytes_;
         scales.from = static_cast<const uint8_t*>(weight_.absmax) + n * row_bytes_;
-        if (!in_place_ ||
+        const bool small = in_place_ && weight_.shift == kSmallShift;
+        const std::optional<float> factor = small ? bytes_of_small_.factor(n, rows) : 1;
+        scales.factor = factor.value_or(1);
+        if (!in_place_ || !factor ||
             (weight_.scales == ScaleKind::kPowerOfTwo && !are_normal(scales.from, rows * row_bytes_))) {
             scales = as_floats_;
             scales.from = reinterpret_cast<const uint8_t*>(floats_.of_rows(n, rows, written_.data()));
@@ -111,6 +132,7 @@ class StripScales {
  private:
     static bool are_upper_bytes(const WeightView& weight) {
         if (weight.scales == ScaleKind::kPowerOfTwo) return weight.shift == 5;
+        if (weight.shift == kSmallShift) return true;
         return weight.shift > 5 &&
                (weight.scales == ScaleKind::kFloat ||
                 (weight.scales == ScaleKind::kAffine && weight.scale_dtype != Dtype::kHalf));
@@ -132,6 +154,7 @@ class StripScales {
     WeightView weight_;
     int step_;
     RowScales floats_;
+    ByteScales bytes_of_small_;
     int64_t row_bytes_;
     bool in_place_;
     ChunkScales bytes_, as_floats_;

@@ -81,15 +81,15 @@ struct LinearDots {
     static bool arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
         const uint16_t* from = static_cast<const uint16_t*>(x);
         uint16_t* to = static_cast<uint16_t*>(out);
-        // Of 32 values from each half of the chunk, those of one vector, as [j][lane]: words by turns of both.
+        // Of 32 values from each half of the chunk, those of one vector, as [j][lane]: every other word of both.
         alignas(64) uint16_t of_vector[32];
         for (int i = 0; i < 32; ++i)
-            of_vector[i] = uint16_t(i / 2 % 2 * 32 + i % 8 / 4 * 8 + i % 2 * 4 + (i / 8 ^ 1));
+            of_vector[i] = uint16_t(i % 8 / 4 * 32 + i / 2 % 2 * 16 + i % 2 * 4 + (i / 8 ^ 1));
         const __m512i first = _mm512_load_si512(of_vector);
         for (int64_t m = 0; m < batch; ++m, from += columns)
             for (int64_t k = 0; k < columns; k += kChunk)
                 for (int vector = 0; vector < 2; ++vector, to += kChunk / 2) {
-                    const __m512i index = _mm512_add_epi16(first, _mm512_set1_epi16(short(16 * vector)));
+                    const __m512i index = _mm512_add_epi16(first, _mm512_set1_epi16(short(8 * vector)));
                     __m512i part[4];
                     for (int i = 0; i < 4; ++i) {
                         const int64_t at = k + 32 * i, other = at + kChunk / 2;
@@ -108,7 +108,8 @@ struct LinearDots {
         return true;
     }
 
-    // Words of the chunk's two halves by turns, so that lane i of both has words of 32 values, `ChunkScales::part_of(i)`.
+    // Every other word of the chunk's two halves, so that lane i of both has the two words of 16 values,
+    // `ChunkScales::part_of(i)`.
     // `values`: number of values, if not a whole chunk; masked loads take 1.2 times as long with 4 rows of x.
     struct Words {
         __m512i of[2];
@@ -120,8 +121,9 @@ struct LinearDots {
             const int64_t count = std::clamp<int64_t>(values - begin, 0, 128) / 8;
             return _mm512_maskz_loadu_epi32(__mmask16((1u << count) - 1), from + begin / 2);
         };
-        const __m512i one = half(0), other = half(128);
-        return {{_mm512_unpacklo_epi32(one, other), _mm512_unpackhi_epi32(one, other)}};
+        const __m512 one = _mm512_castsi512_ps(half(0)), other = _mm512_castsi512_ps(half(128));
+        return {{_mm512_castps_si512(_mm512_shuffle_ps(one, other, 0x88)),
+                 _mm512_castps_si512(_mm512_shuffle_ps(one, other, 0xdd))}};
     }
 
     // The range of a call: chunks [first, last) of rows of W from `row` on.
@@ -257,6 +259,12 @@ struct LinearDots {
                     case ChunkKind::kPower:
                         return taken == 1 ? multiply<1, kBatch, ChunkKind::kPower>
                                           : multiply<kAtOnce, kBatch, ChunkKind::kPower>;
+                    case ChunkKind::kE4M3:
+                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kE4M3>
+                                          : multiply<kAtOnce, kBatch, ChunkKind::kE4M3>;
+                    case ChunkKind::kSmallFloats:
+                        return taken == 1 ? multiply<1, kBatch, ChunkKind::kSmallFloats>
+                                          : multiply<kAtOnce, kBatch, ChunkKind::kSmallFloats>;
                     default:
                         return taken == 1 ? multiply<1, kBatch, ChunkKind::kFloats>
                                           : multiply<kAtOnce, kBatch, ChunkKind::kFloats>;
@@ -278,7 +286,7 @@ struct LinearDots {
                 }
             }
             add_lanes<kBatch>(sums.data(), results.data());
-            store_results(args, n, rows, 0, kBatch, results.data(), rounded.inverse);
+            store_results(args, n, rows, 0, kBatch, results.data(), rounded.inverse * scales.factor);
         }
     }
 
@@ -298,6 +306,7 @@ struct LinearDots {
     static LinearKernel kernel() {
         return {.max_batch = {0, 0, kMaxBatch},
                 .column_multiple = kMultiple,
+                .min_shift = kSmallShift,
                 .zero_input = ZeroInput::kSums,
                 .arranged_bytes = arranged_bytes,
                 .arrange = arrange,

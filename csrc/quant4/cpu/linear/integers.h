@@ -15,8 +15,10 @@
 #include <cmath>
 #include <concepts>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "quant4/cpu/linear/integer_scales.h"
 #include "quant4/cpu/linear/kernels.h"
 
 namespace peftcore {
@@ -54,12 +56,13 @@ concept IntegerLanes =
 
 template <IntegerLanes Level>
 struct LinearIntegers {
-    static constexpr int kBlock = 64;  // values of x that share a scale; of W they may have two
+    static constexpr int kBlock =
+        kIntegerBlock;  // values of x that share a scale; of W they may have two or four
     static constexpr int kBytes = sizeof(typename Level::Words);  // of W
     static constexpr int kChunk = 2 * kBytes, kBlocks = kChunk / kBlock;
     static constexpr int kLanes = kChunk / 8;  // 32-bit ones
     static constexpr int64_t kGroup = 32;      // rows of x that are multiplied by a row of W together
-    static constexpr float kEntry = 8191, kInput = 32767, kLoss = 0x1p-12f;
+    static constexpr float kEntry = 8191, kUpperEntry = 6144, kInput = 32767, kLoss = 0x1p-12f;
     static constexpr float kSmallest =
         1e-30f;  // largest value of a block below which its reciprocal is not finite
     // Prefetch distance in bytes, in memory order. From memory on Zen 4, 4 rows of x take 0.62 ms, with half of the
@@ -160,13 +163,21 @@ struct LinearIntegers {
     }
 
     // The entries as integers, scaled so that the largest one becomes the value up to kEntry that loses least of the
-    // squares.
+    // squares; or kUpperEntry, if all become multiples of 256. E2M1's do, and half as many bytes are then looked up.
     struct Codebook {
         explicit Codebook(const float* code) {
             std::memcpy(of, code, sizeof of);
             float most = 0, least = 0;
             for (int i = 0; i < 16; ++i) most = std::max(most, std::fabs(code[i]));
             if (most == 0) return;
+            inverse = most / kUpperEntry;
+            upper = true;
+            for (int i = 0; i < 16; ++i) {
+                const float entry = code[i] / most * kUpperEntry;
+                entries[i] = int16_t(std::nearbyint(entry));
+                upper &= entries[i] == entry && entries[i] % 256 == 0;
+            }
+            if (upper) return;
             for (float largest = kEntry; largest > kEntry / 2; --largest) {
                 float squares = 0;
                 for (int i = 0; i < 16; ++i) {
@@ -183,12 +194,31 @@ struct LinearIntegers {
         float of[16];
         int16_t entries[16] = {};
         float inverse = 0;
+        bool upper = false;
     };
 
-    // Rows [n, n + kRows) of W by rows [m, m + kTile) of x. `scales[r]`: kHalves for each kBlock values of row n + r.
-    template <int kRows, int kTile, int kHalves>
-    static void multiply(const LinearCall& args, const typename Level::Table& table, float inverse,
-                         const float* const* scales, int64_t n, int64_t m) {
+    // Whether the level takes blocks of 16. Their scales may be floats, or bytes that are decoded as ByteScales says.
+    static constexpr int kSmallParts = kBlock >> kSmallShift;
+    static constexpr bool kTakesSmall = requires(const uint8_t* bytes) {
+        { Level::quarter_scales(bytes) } -> std::same_as<typename Level::Floats>;
+    };
+
+    template <int kParts, typename Scale>
+    static typename Level::Floats scales_at(const Scale* of_chunk) {
+        if constexpr (kParts == 1)
+            return Level::scales(of_chunk);
+        else if constexpr (kParts == 2)
+            return Level::half_scales(of_chunk);
+        else
+            return Level::quarter_scales(of_chunk);
+    }
+
+    // Rows [n, n + kRows) of W by rows [m, m + kTile) of x. `scales[r]`: kParts for each kBlock values of row n + r.
+    // Not inlined: with others in one function two rows of x take up to 1.9 times as long.
+    template <int kRows, int kTile, int kParts, typename Table, typename Scale>
+    [[gnu::noinline]]
+    static void multiply(const LinearCall& args, const Table& table, float inverse,
+                         const Scale* const* scales, int64_t n, int64_t m) {
         const WeightView& weight = args.weight;
         const int64_t columns = weight.columns, count = chunks(columns);
         const Inputs* x = static_cast<const Inputs*>(args.x) + m * count;
@@ -208,8 +238,7 @@ struct LinearIntegers {
                     from = padded;
                 }
                 const auto w = table(Level::load_words(from));
-                const float* of_chunk = scales[r] + c * kBlocks * kHalves;
-                const auto scale = kHalves == 1 ? Level::scales(of_chunk) : Level::half_scales(of_chunk);
+                const auto scale = scales_at<kParts>(scales[r] + c * kBlocks * kParts);
 #pragma GCC unroll 4
                 for (int i = 0; i < kTile; ++i) {
                     const Inputs& inputs = x[i * count + c];
@@ -217,6 +246,8 @@ struct LinearIntegers {
                         Level::mul(Level::dot(w, inputs.values), Level::load(inputs.scales));
                     sums[r][i] = Level::fma(products, scale, sums[r][i]);
                 }
+                // Without it the compiler loads x once for several rows of W, and has no registers for the sums.
+                if constexpr (requires { Table::kFewRegisters; }) asm volatile("" ::: "memory");
             }
         }
 #pragma GCC unroll 4
@@ -226,39 +257,30 @@ struct LinearIntegers {
                 store_result(args, m + i, n + r, Level::sum(sums[r][i]) * inverse);
     }
 
-    template <int kRows, int kHalves>
-    static void multiply_all(const LinearCall& args, const typename Level::Table& table, float inverse,
-                             const float* const* scales, int64_t n, int64_t m, int64_t end) {
+    template <int kRows, int kParts, typename Table, typename Scale>
+    static void multiply_all(const LinearCall& args, const Table& table, float inverse,
+                             const Scale* const* scales, int64_t n, int64_t m, int64_t end) {
         for (; m + Level::kTile <= end; m += Level::kTile)
-            multiply<kRows, Level::kTile, kHalves>(args, table, inverse, scales, n, m);
-        for (; m + 2 <= end; m += 2) multiply<kRows, 2, kHalves>(args, table, inverse, scales, n, m);
-        if (m < end) multiply<kRows, 1, kHalves>(args, table, inverse, scales, n, m);
+            multiply<kRows, Level::kTile, kParts>(args, table, inverse, scales, n, m);
+        for (; m + 2 <= end; m += 2) multiply<kRows, 2, kParts>(args, table, inverse, scales, n, m);
+        if (m < end) multiply<kRows, 1, kParts>(args, table, inverse, scales, n, m);
     }
 
-    // Each scale of blocks [first, last) twice, and zeros as `copy_scales` writes them: the most frequent size but kBlock.
-    static void twice(const WeightView& weight, int64_t first, int64_t last, float* out) {
-        constexpr int64_t kAtOnce = 32;
-        float scales[kAtOnce];
-        for (int64_t b = first; b < last; b += kAtOnce) {
-            const int64_t count = std::min(last - b, kAtOnce);
-            block_scales(weight, b, b + count, scales);
-            for (int64_t i = 0; i < count; ++i, out += 2) out[0] = out[1] = scales[i];
+    // Rows [n, last) of W. scales_of_row(row, r): those of a row, which is the r-th of kRows.
+    template <int kRows, int kParts, typename Table, typename ScalesOfRow>
+    static void multiply_rows(const LinearCall& args, const Table& table, float inverse,
+                              const ScalesOfRow& scales_of_row, int64_t n, int64_t last, int64_t m,
+                              int64_t end) {
+        decltype(scales_of_row(n, 0)) scales[kRows];
+        while (n < last) {
+            const int rows = last - n < kRows ? 1 : kRows;
+            for (int r = 0; r < rows; ++r) scales[r] = scales_of_row(n + r, r);
+            if (rows == 1)
+                multiply_all<1, kParts>(args, table, inverse, scales, n, m, end);
+            else
+                multiply_all<kRows, kParts>(args, table, inverse, scales, n, m, end);
+            n += rows;
         }
-        *out = 0;
-    }
-
-    // Of each kBlock values of row n, or of each block if that is smaller.
-    static void scales_of(const WeightView& weight, int64_t n, float* out) {
-        const int64_t begin = n * weight.columns, end = begin + weight.columns;
-        const int64_t first = begin >> weight.shift, size = int64_t(1) << weight.shift;
-        if (size == 2 * kBlock && weight.columns % size == 0)
-            return twice(weight, first, end >> weight.shift, out);
-        copy_scales(weight, begin, end, out);
-        if (size <= kBlock) return;
-        for (int64_t i = weight.columns / kBlock - 1; i >= 0;
-             --i)  // backward, to write only behind what is still to be read
-            out[i] = out[((begin + i * kBlock) >> weight.shift) - first];
-        out[weight.columns / kBlock] = 0;  // for half a chunk, with values of x that are zeros
     }
 
     // On Zen 5 a row of x takes 0.75 of the time from memory with two rows of W at once instead of four. In cache two
@@ -266,41 +288,66 @@ struct LinearIntegers {
     static void run(const LinearCall& args, int64_t first, int64_t last) {
         constexpr int kFew = std::min(2, Level::kRows);
         const bool few = args.batch <= 2;
+        if constexpr (kTakesSmall)
+            if (args.weight.shift == kSmallShift)
+                return (few ? run_rows<kFew, kSmallParts> : run_rows<Level::kRows, kSmallParts>)(args, first,
+                                                                                                 last);
         if (int64_t(1) << args.weight.shift < kBlock)
             (few ? run_rows<kFew, 2> : run_rows<Level::kRows, 2>)(args, first, last);
         else
             (few ? run_rows<kFew, 1> : run_rows<Level::kRows, 1>)(args, first, last);
     }
 
-    template <int kRows, int kHalves>
+    template <int kRows, int kParts>
     static void run_rows(const LinearCall& args, int64_t first, int64_t last) {
+        const Codebook& code = made_of_code<Codebook>(args.weight.quant_map);
+        if constexpr (requires { typename Level::UpperTable; })
+            if (code.upper)
+                return run_with<kRows, kParts>(args, typename Level::UpperTable(code.entries), code.inverse,
+                                               first, last);
+        run_with<kRows, kParts>(args, typename Level::Table(code.entries), code.inverse, first, last);
+    }
+
+    template <int kRows, int kParts, typename Table>
+    static void run_with(const LinearCall& args, const Table& table, float inverse, int64_t first,
+                         int64_t last) {
         const WeightView& weight = args.weight;
-        const Codebook& code = made_of_code<Codebook>(weight.quant_map);
-        const typename Level::Table table(code.entries);
-        const int64_t capacity = weight.columns / kBlock * kHalves + 2 + 16;
+        const int64_t capacity = weight.columns / kBlock * kParts + 2 + 16;
         std::vector<float> memory(size_t(capacity * kRows));
-        const float* scales[kRows];
+        const auto floats = [&](int64_t n, int r) -> const float* {
+            float* to = memory.data() + r * capacity;
+            scales_of_row(weight, n, to);
+            return to;
+        };
         for (int64_t m = 0; m < args.batch; m += kGroup) {
             const int64_t end = std::min(m + kGroup, args.batch);
-            for (int64_t n = first; n < last;) {
-                const int rows = last - n < kRows ? 1 : kRows;
-                for (int r = 0; r < rows; ++r) {
-                    float* to = memory.data() + r * capacity;
-                    scales_of(weight, n + r, to);
-                    scales[r] = to;
-                }
-                if (rows == 1)
-                    multiply_all<1, kHalves>(args, table, code.inverse, scales, n, m, end);
-                else
-                    multiply_all<kRows, kHalves>(args, table, code.inverse, scales, n, m, end);
-                n += rows;
-            }
+            if constexpr (kParts == kSmallParts)
+                run_small<kRows>(args, table, inverse, floats, first, last, m, end);
+            else
+                multiply_rows<kRows, kParts>(args, table, inverse, floats, first, last, m, end);
+        }
+    }
+
+    // Blocks of 16. Some rows' scales are checked together, because each check ends with a sum of lanes.
+    template <int kRows, typename Table, typename FloatsOfRow>
+    static void run_small(const LinearCall& args, const Table& table, float inverse,
+                          const FloatsOfRow& floats, int64_t first, int64_t last, int64_t m, int64_t end) {
+        constexpr int64_t kStrip = 16;
+        SmallScales scales(args.weight);
+        const auto bytes = [&](int64_t n, int) { return scales.of_row(n); };
+        for (int64_t n = first, stop; n < last; n = stop) {
+            stop = std::min(n + kStrip, last);
+            if (const auto factor = scales.begin(n, stop - n, kBlocks * kSmallParts))
+                multiply_rows<kRows, kSmallParts>(args, table, inverse * *factor, bytes, n, stop, m, end);
+            else
+                multiply_rows<kRows, kSmallParts>(args, table, inverse, floats, n, stop, m, end);
         }
     }
 
     static LinearKernel kernel(int64_t max_batch) {
         return {.max_batch = {0, max_batch, max_batch},
                 .column_multiple = kBlock,
+                .min_shift = kTakesSmall ? kSmallShift : log2_of(kMinBlocksize),
                 .arranged_bytes = arranged_bytes,
                 .arrange = arrange,
                 .run = run};

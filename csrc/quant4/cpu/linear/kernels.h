@@ -66,6 +66,7 @@ struct ZeroPoints {
 // Any kernel may be missing: it then takes no rows of x.
 struct LinearKernels {
     LinearKernel rows, integers, dots, tile;
+    LinearKernel small_integers;  // for blocks of 16, where a level arranges x otherwise for them
     ZeroPoints zeros;
 };
 

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "common/tensors.h"
@@ -27,6 +28,12 @@ namespace {
 bool takes(const LinearKernel& kernel, const WeightView& weight, Dtype dtype, int64_t batch) {
     return batch >= kernel.min_batch && batch <= kernel.max_batch[int(dtype)] &&
            weight.columns % kernel.column_multiple == 0 && weight.shift >= kernel.min_shift;
+}
+
+// From the fastest on.
+std::array<const LinearKernel*, 4> ways(const LinearKernels& all, const WeightView& weight) {
+    const bool small = weight.shift < log2_of(kMinBlocksize) && all.small_integers.run != nullptr;
+    return {&all.dots, &all.tile, small ? &all.small_integers : &all.integers, &all.rows};
 }
 
 constexpr int64_t kZeroStrip = 256;  // rows of W, a multiple of each kernel's granule
@@ -90,16 +97,16 @@ bool linear_direct(const CpuKernels& kernels, const DirectLinear& args, const We
                      [](float value) { return std::isfinite(value); }))
         return false;
     const LinearKernels& all = kernels.linear;
-    for (const LinearKernel* kernel : {&all.dots, &all.tile, &all.integers, &all.rows})
+    for (const LinearKernel* kernel : ways(all, weight))
         if (takes(*kernel, weight, args.dtype, args.rows) && multiply_from_codes(all, *kernel, args, weight))
             return true;
     return false;
 }
 
 bool has_direct_kernel(const CpuKernels& kernels, const WeightView& weight, Dtype dtype, int64_t rows) {
-    const LinearKernels& all = kernels.linear;
-    return takes(all.dots, weight, dtype, rows) || takes(all.tile, weight, dtype, rows) ||
-           takes(all.integers, weight, dtype, rows) || takes(all.rows, weight, dtype, rows);
+    const auto all = ways(kernels.linear, weight);
+    return std::any_of(all.begin(), all.end(),
+                       [&](const LinearKernel* kernel) { return takes(*kernel, weight, dtype, rows); });
 }
 
 Tensor linear(const Tensor& x, const WeightView& weight, const Tensor& bias) {

@@ -4,6 +4,7 @@
 #include <concepts>
 #include <vector>
 
+#include "quant4/cpu/linear/byte_scales.h"
 #include "quant4/cpu/linear/kernels.h"
 
 namespace peftcore {
@@ -141,11 +142,21 @@ struct LinearRows {
         const int64_t columns = weight.columns, capacity = (columns >> weight.shift) + 2 + 16;
         std::vector<float> memory(size_t(capacity * Level::kRows));
         const float* scales[Level::kRows];
-        for (int64_t n = first; n < last;) {
+        constexpr int64_t kStrip = 16;  // rows whose scales are checked together
+        const ByteScales bytes(weight);
+        std::optional<float> factor;
+        for (int64_t n = first, checked = first; n < last;) {
             const int rows = last - n < Level::kRows ? 1 : Level::kRows;
+            if (n == checked) {
+                checked = least(n + kStrip, last);
+                factor = bytes.factor(n, checked - n);
+            }
             for (int r = 0; r < rows; ++r) {
                 float* to = memory.data() + r * capacity;
-                copy_scales(weight, (n + r) * columns, (n + r + 1) * columns, to);
+                if (factor)
+                    bytes.decode(n + r, *factor, to);
+                else
+                    copy_scales(weight, (n + r) * columns, (n + r + 1) * columns, to);
                 scales[r] = to;
             }
             if (rows == 1)

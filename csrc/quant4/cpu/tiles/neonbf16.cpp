@@ -61,13 +61,15 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
     }
 }
 
+bool reads(const WeightView& weight) { return weight.shift >= 5 && has_tile_blocks(weight); }
+
 }  // namespace
 
 void fill_neonbf16(gemm::PackedReader& reader) {
     reader = {
         {.transposed = {.unpack = unpack_transposed, .even_odd = false, .region = gemm::region_transposed},
          .plain = {.unpack = unpack_plain, .even_odd = false, .region = gemm::region_plain},
-         .reads = has_tile_blocks}};
+         .reads = reads}};
 }
 
 }  // namespace quant4

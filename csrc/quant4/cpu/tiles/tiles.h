@@ -11,12 +11,7 @@ namespace quant4 {
 // Columns must be a multiple of this for the readers.
 constexpr int64_t kTileBlock = 64;
 
-// No reader takes smaller blocks than 32.
-static inline bool has_blocks(const WeightView& weight) { return weight.shift >= 5; }
-
-static inline bool has_tile_blocks(const WeightView& weight) {
-    return has_blocks(weight) && weight.columns % kTileBlock == 0;
-}
+static inline bool has_tile_blocks(const WeightView& weight) { return weight.columns % kTileBlock == 0; }
 
 // Values of a row that are unpacked with one scale.
 static inline int64_t values_of_scale(const WeightView& weight) {

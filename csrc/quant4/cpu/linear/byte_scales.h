@@ -1,0 +1,90 @@
+// Scales in E4M3 of blocks of 16 (NVFP4's), decoded in registers instead of being written as floats first: there are four
+// times as many as of blocks of 64.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <optional>
+
+#include "quant4/cpu/linear/kernels.h"
+
+namespace peftcore {
+namespace quant4 {
+namespace {
+
+// Blocks of 16 values, which have nested scales.
+constexpr int kSmallShift = 4;
+
+// Whether a table of nested scales has E4M3's values times a number: 1, or what compressed-tensors divides by.
+struct ByteMap {
+    static constexpr uint8_t kFirst = 8, kLast = 126;  // the positive ones that are normal
+    static constexpr int kOne = 56;
+
+    explicit ByteMap(const float* map) : factor(map[kOne]) {
+        std::memcpy(of, map, sizeof of);
+        for (int code = kFirst; code <= kLast; ++code) {
+            const float wanted = factor * std::ldexp(1.0f + float(code % 8) / 8, code / 8 - 7);
+            matches &= std::fabs(map[code] - wanted) <= 0x1p-22f * std::fabs(wanted);  // false for NaN
+        }
+    }
+
+    bool matches = true;
+    float factor;
+    float of[256];
+};
+
+class ByteScales {
+ public:
+    // A byte times 2^20 with these bits is the fp32 number E4M3 / kRange.
+    static constexpr int kPlace = 20, kBits = 112 << 23;
+    static constexpr float kRange = 256;
+
+    explicit ByteScales(const WeightView& weight) : weight_(weight) {
+        if (weight.scales != ScaleKind::kNested || weight.shift != kSmallShift || *weight.nested_offset != 0)
+            return;
+        const ByteMap& map = made_of_code<ByteMap>(weight.nested_quant_map);
+        matches_ = map.matches;
+        factor_ = map.factor;
+    }
+
+    const uint8_t* of_row(int64_t n) const {
+        return static_cast<const uint8_t*>(weight_.absmax) + n * row_bytes();
+    }
+    int64_t row_bytes() const { return weight_.columns >> kSmallShift; }
+
+    // What decoded bytes of rows [n, n + rows) are to be multiplied by. Nothing if they are not normal numbers times one
+    // number for all these rows.
+    std::optional<float> factor(int64_t n, int64_t rows) const {
+        if (!matches_) return {};
+        const int64_t begin = weight_.first_block + n * row_bytes(), count = rows * row_bytes();
+        const int64_t first = begin >> weight_.nested_shift,
+                      last = (begin + count - 1) >> weight_.nested_shift;
+        const float outer = weight_.nested_absmax[first], found = factor_ * outer * kRange;
+        bool same = std::isfinite(found);
+        for (int64_t i = first; i <= last; ++i) same &= weight_.nested_absmax[i] == outer;
+        const uint8_t* from = of_row(n);
+        uint8_t most = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const uint8_t above = uint8_t(from[i] - ByteMap::kFirst);
+            most = above > most ? above : most;
+        }
+        if (!same || most > ByteMap::kLast - ByteMap::kFirst) return {};
+        return found;
+    }
+
+    // The scales of row n, with a factor as above.
+    void decode(int64_t n, float factor, float* out) const {
+        const uint8_t* from = of_row(n);
+        for (int64_t i = 0; i < row_bytes(); ++i)
+            out[i] = bits_float(uint32_t(from[i]) << kPlace | uint32_t(kBits)) * factor;
+    }
+
+ private:
+    const WeightView& weight_;
+    bool matches_ = false;
+    float factor_ = 0;
+};
+
+}  // namespace
+}  // namespace quant4
+}  // namespace peftcore
