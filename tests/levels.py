@@ -5,6 +5,10 @@ from contextlib import contextmanager
 
 from peftcore import ops
 
+LEVELS_OF = {  # each kind of processor, lowest first: a level has what the levels before it have (csrc/cpu/levels.cpp)
+    "x86-64": ("portable", "avx2", "avx512", "avx512bf16", "amx"),
+    "64-bit ARM": ("portable", "neon", "neonbf16"),
+}
 LEVELS = ops.extension.cpu_levels() if ops.extension is not None else ["reference"]
 
 

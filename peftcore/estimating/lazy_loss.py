@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from peftcore.ops.cross_entropy import BLOCK_CLASSES, BLOCK_ROWS, has_blocks
 from peftcore.ops.dense_linear import FASTER
 
 
-def _multiply_blocks(x: Tensor, weight: Tensor) -> None:
+def _multiply_blocks(x: Tensor, weight: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Multiply as `linear_cross_entropy_rows` does on CPU, without label smoothing."""
     for rows in x.split(BLOCK_ROWS):
         sums = torch.zeros_like(rows, dtype=torch.float32)
         for block in weight.split(BLOCK_CLASSES):
-            sums += F.linear(rows, block).exp_() @ block
+            sums += multiply(multiply(rows, block).exp_(), block.t())
 
 
 class _Pieces(torch.autograd.Function):
@@ -36,10 +37,11 @@ class _Pieces(torch.autograd.Function):
         weight: Any = operands(x)[0] if operands is not None else head.weight
         size = ops.rows_in_piece(int(weight.shape[0]), x.dtype, device)
         rows, grad = x.new_empty((3, len(x)), dtype=torch.float32), torch.zeros_like(x)
-        on_cpu = device.type == "cpu"
+        ours = x.dtype in FASTER and device.type == "cpu"
+        multiply: Callable[[Tensor, Tensor], Tensor] = torch.ops.peftcore.dense_linear if ours else F.linear
         blocks = isinstance(weight, Tensor) and has_blocks(x.dtype, device)
         if blocks:
-            _multiply_blocks(x, weight.to(x.dtype))
+            _multiply_blocks(x, weight.to(x.dtype), multiply)
         for first in () if blocks else range(0, len(x), size):
             some = x[first : first + size]
             if isinstance(weight, PackedWeight):
@@ -48,7 +50,6 @@ class _Pieces(torch.autograd.Function):
                 grad[first : first + size] = torch.ops.peftcore.linear_4bit_backward(logits, tensors, packing)
             else:
                 dense_weight = weight.to(x.dtype)
-                multiply = torch.ops.peftcore.dense_linear if x.dtype in FASTER and on_cpu else F.linear
                 logits = multiply(some, dense_weight).exp_()
                 grad[first : first + size] = multiply(logits, dense_weight.t())
             del logits

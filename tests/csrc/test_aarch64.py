@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 from compiled import compiled, unit
+from levels import LEVELS_OF
 from setup_file import setup_file
-
-from peftcore.ops.build_info import LEVELS
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "csrc" / "kernels"
@@ -54,7 +53,7 @@ def levels_of(found: dict[tuple[str, str], tuple[int, str]]) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def binary() -> str:
-    return built(CROSS, LEVELS["64-bit ARM"])
+    return built(CROSS, LEVELS_OF["64-bit ARM"])
 
 
 @pytest.fixture(scope="module")

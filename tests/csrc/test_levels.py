@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from levels import LEVELS_OF
 from setup_file import setup_file
 
 from peftcore import ops
 from peftcore.ops import PackedWeight, lora_linear
-from peftcore.ops.build_info import LEVELS, build_info
+from peftcore.ops.build_info import build_info
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-ALL_LEVELS = tuple(dict.fromkeys(level for levels in LEVELS.values() for level in levels))
+ALL_LEVELS = tuple(dict.fromkeys(level for levels in LEVELS_OF.values() for level in levels))
 needs_extension = pytest.mark.skipif(ops.extension is None, reason="no extension")
 
 
@@ -50,7 +51,7 @@ def test_a_level_s_files_bear_its_name_and_fill_its_entries():
 @needs_extension
 def test_a_build_level_is_a_run_time_level():
     info = build_info()
-    known = next(levels for levels in LEVELS.values() if set(info.compiled_cpu_levels) <= set(levels))
+    known = next(levels for levels in LEVELS_OF.values() if set(info.compiled_cpu_levels) <= set(levels))
     assert info.compiled_cpu_levels == known[: len(info.compiled_cpu_levels)]
     assert info.cpu_levels == known[: len(info.cpu_levels)]
     assert info.out_of_reach == (

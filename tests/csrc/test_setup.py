@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from levels import LEVELS_OF
 from setup_file import setup_file
-
-from peftcore.ops.build_info import LEVELS
 
 setup = setup_file()
 toolchain = setup.toolchain
@@ -25,7 +24,7 @@ def program(folder: Path, name: str, says: str) -> str:
     [("x86_64", "x86-64"), ("AMD64", "x86-64"), ("aarch64", "64-bit ARM"), ("arm64", "64-bit ARM")],
 )
 def test_each_kind_of_processor_has_its_levels(machine, kind):
-    assert tuple(toolchain.source_levels(machine, ["true"])) == LEVELS[kind][1:]
+    assert tuple(toolchain.source_levels(machine, ["true"])) == LEVELS_OF[kind][1:]
     assert toolchain.source_levels(machine, ["false"]) == []  # a compiler that knows none of the flags
 
 
