@@ -63,11 +63,12 @@ AVX2_TESTS := \
 test-avx2: $(VENV)/dev.stamp
 	$(AVX2) $(PYTEST) $(AVX2_TESTS)
 
-# Adapters under DeepSpeed, Lightning and Ray Train, on processes of a CPU. They have an environment of their own, over .venv;
+# Adapters under DeepSpeed, Lightning and Ray Train, on processes of a CPU; conversations by mistral-common, which pins an older
+# numpy. They have an environment of their own, over .venv;
 # DeepSpeed compiles a part of itself at the first call.
 test-engines: $(ENGINES)/engines.stamp
 	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -p no:xdist tests/parallel/test_deepspeed.py \
-		tests/parallel/test_engines.py tests/test_examples.py -k "deepspeed or engine"
+		tests/parallel/test_engines.py tests/test_examples.py tests/cli/test_mistral_chats.py -k "deepspeed or engine or mistral"
 
 # mypy reads PyTorch once, 20 seconds, and then takes a second: its cache is .mypy_cache.
 lint: $(VENV)/dev.stamp
@@ -156,7 +157,7 @@ $(ENGINES)/engines.stamp: | $(VENV)/dev.stamp
 	$(PYTHON) -m venv $(ENGINES)
 	$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> "$$($(ENGINES)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth"
-	DS_BUILD_OPS=0 $(ENGINES)/bin/python -m pip install --disable-pip-version-check --no-build-isolation deepspeed lightning 'ray[train]'
+	DS_BUILD_OPS=0 $(ENGINES)/bin/python -m pip install --disable-pip-version-check --no-build-isolation deepspeed lightning 'ray[train]' 'mistral-common[audio]'
 	@touch $@
 
 $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)

@@ -24,6 +24,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 BUILT_IN = {"chatml": CHATML}
+MISTRAL = "MistralCommonBackend"  # the class of tokenizers that have no chat template, mistral-common's
 IGNORED = -100  # label that the loss ignores
 
 
@@ -42,9 +43,14 @@ def set_template(processor: Any, template: str | None, of_adapter: str | None = 
         of_adapter: the adapter's, used if the user gives none: `chatml`, or text.
 
     Raises:
-        PeftcoreError: the file does not exist.
+        PeftcoreError: the file does not exist, or the tokenizer has no templates.
     """
     tokenizer = tokenizer_of(processor)
+    if template is not None and type(tokenizer).__name__ == MISTRAL:
+        raise PeftcoreError(
+            "--chat-template needs a tokenizer with templates, and this model's is mistral-common's, which has none. "
+            "Remove the option"
+        )
     if template is None or template == of_adapter:
         if of_adapter is not None:
             tokenizer.chat_template = BUILT_IN.get(of_adapter, of_adapter)
@@ -75,6 +81,12 @@ def rendered(
     Raises:
         PeftcoreError: there is no template, or it rejects the conversation.
     """
+    if type(tokenizer).__name__ == MISTRAL:
+        raise PeftcoreError(
+            "the tokenizer is mistral-common's, which has no chat template to turn messages into text. Add "
+            "tokenizer.json and tokenizer_config.json of transformers to the model's folder, or pass prompt and "
+            "completion"
+        )
     if not has_template(tokenizer):
         name = os.path.basename(str(tokenizer.name_or_path))
         raise PeftcoreError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import ProcessorMixin
 
-from peftcore.cli import audio_files, conversations, image_files
+from peftcore.cli import audio_files, conversations, image_files, mistral_chats
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.row import Row
 from peftcore.errors import PeftcoreError
@@ -52,14 +52,15 @@ def encoded(row: Row, processor: Any, max_length: int) -> tuple[list[Example], i
     Raises:
         PeftcoreError: see `encode`.
     """
-    examples, truncated, sizes = [], 0, _sizes(row, processor)
-    for part in conversations.texts_and_spans(row, processor.tokenizer):
-        example = _example(row, part, sizes, processor)
+    examples, truncated = [], 0
+    for example in _examples(row, processor):
         ids, labels = example["input_ids"], example["labels"]
         if len(ids) > max_length:
-            if not _place_ids(processor).isdisjoint(ids[max_length:]):
-                count = sum(len(each) for some in sizes.values() for each in some)
-                shown = " and ".join(f"{len(some)} {NAMES[kind]}" for kind, some in sizes.items() if some)
+            places = _place_ids(processor)
+            if not places.isdisjoint(ids[max_length:]):
+                count = sum(id_ in places for id_ in ids)
+                media = {"images": example["images"], "recordings": example["sounds"]}
+                shown = " and ".join(f"{len(some)} {name}" for name, some in media.items() if some)
                 raise PeftcoreError(
                     f"{row.where}: the conversation has {len(ids):,} tokens, {count:,} of them for {shown}, which "
                     f"cannot be cut; --max-length is {max_length:,}. Increase it"
@@ -68,6 +69,14 @@ def encoded(row: Row, processor: Any, max_length: int) -> tuple[list[Example], i
             example |= {"input_ids": ids[:max_length], "labels": labels[:max_length]}
         examples.append(example)
     return examples, truncated
+
+
+def _examples(row: Row, processor: Any) -> list[Example]:
+    """Return a row's examples, uncut."""
+    if mistral_chats.prepares(processor):
+        return mistral_chats.examples(row, processor)
+    sizes = _sizes(row, processor)
+    return [_example(row, part, sizes, processor) for part in conversations.texts_and_spans(row, processor.tokenizer)]
 
 
 def _sizes(row: Row, processor: Any) -> dict[str, list[list[int]]]:
@@ -150,6 +159,8 @@ def collate(examples: Sequence[Example], processor: Any) -> dict[str, Any]:
     Raises:
         PeftcoreError: the processor's tokens depend on the batch.
     """
+    if mistral_chats.prepares(processor):
+        return mistral_chats.collate(examples, processor)
     texts = [example["text"] for example in examples]
     images = [_opened(example["images"]) for example in examples]
     sounds = _heard([path for example in examples for path in example["sounds"]], processor)
@@ -177,6 +188,8 @@ def question(row: Row, processor: Any) -> dict[str, Any]:
     Raises:
         PeftcoreError: an image cannot be read, or the template rejects the conversation.
     """
+    if mistral_chats.prepares(processor):
+        return mistral_chats.question(row, processor)
     try:
         text = conversations.rendered(processor.tokenizer, row.messages or [], row.tools, begins_answer=True)
     except PeftcoreError as error:
@@ -257,6 +270,8 @@ def checked(processor: Any, model: str, *, hears: bool = False) -> Any:
 
 
 def _checked_to_hear(processor: Any, model: str) -> Any:
+    if mistral_chats.prepares(processor):
+        return mistral_chats.checked(processor)
     kind = type(processor).__name__
     if getattr(processor, "feature_extractor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise PeftcoreError(

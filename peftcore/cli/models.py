@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli import adapter_tokenizer, data, image_chats, speech
+from peftcore.cli import adapter_tokenizer, conversations, data, image_chats, speech
 from peftcore.cli.adapter_folders import has_tokenizer
 from peftcore.cli.base_files import pretrained, quiet_transformers
 from peftcore.cli.console import note, require, warn
@@ -35,6 +35,9 @@ def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokeniz
     if adapter is not None and has_tokenizer(adapter):
         return adapter_tokenizer.load(adapter)
     tokenizer = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer")
+    if type(tokenizer).__name__ == conversations.MISTRAL:  # found first where mistral-common is installed
+        other = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer", mistral_format=False)
+        tokenizer = tokenizer if other.eos_token is None else other  # None if made of tekken.json alone
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -87,6 +87,8 @@ _TYPES = {  # of EBFT's rows
     "ebft_strided_structured": {"prompt": "input", "completion": "output"},
     "ebft_pretrain": {"text": "question"},
 }
+# The language model in models of several kinds of input, in older releases of transformers and in all
+_RENAMED = ("language_model.model.layers", "(language_model.model|model.language_model).layers")
 _READ = ("alpaca", "chat_template", "completion", "input_output", "sharegpt")  # types whose rows are read as they are
 _COLUMNS = {
     "field_messages": "messages",
@@ -119,10 +121,10 @@ def _images(config: Reading) -> None:
         return
     paths = [str(each.get("path", "")) for each in config.take("datasets", [])]
     hears = any("audio" in path.lower() for path in paths)
-    if hears and kind == "VoxtralProcessor":
-        config.refuse("processor_type", "for audio in chats, Qwen2-Audio or Gemma 3n, with --task audio-text")
     config.options["task"] = "audio-text" if hears else "image-text"
     config.to_do.append(AUDIO if hears else IMAGES)
+    if kind == "VoxtralProcessor":
+        config.take("tokenizer_use_mistral_common")  # as this processor does
     if "language_model" in str(config.take("lora_target_modules")):
         config.take("freeze_mm_modules")  # nothing else is adapted
 
@@ -147,7 +149,7 @@ def _method(config: Reading) -> None:
     config.field("lora_modules_to_save", "modules_to_save")
     targets = config.take("lora_target_modules")
     if asks(targets) and not config.take("lora_target_linear"):
-        config.fields["target_modules"] = targets
+        config.fields["target_modules"] = targets.replace(*_RENAMED) if isinstance(targets, str) else targets
     config.field("lora_target_parameters", "target_parameters")
 
 

@@ -234,6 +234,12 @@ def test_conversations_with_images() -> None:
     assert programs.convert({**config, "lora_target_linear": True}).left_out.keys() == {"freeze_mm_modules"}
     heard = programs.convert({**config, "datasets": [{"path": "org/vision-audio", "type": "chat_template"}]})
     assert heard.options["task"] == "audio-text" and "audio" in heard.to_do[0]
+    voxtral = {"processor_type": "VoxtralProcessor", "tokenizer_use_mistral_common": True}
+    voxtral["lora_target_modules"] = r"language_model.model.layers.[\d]+.self_attn.(q|v)_proj"
+    spoken = programs.convert({**config, **voxtral, "datasets": [{"path": "org/text-audio", "type": "chat_template"}]})
+    assert spoken.options["task"] == "audio-text" and spoken.left_out == {}
+    for path in ("language_model.model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj"):
+        assert re.fullmatch(spoken.fields["target_modules"], path)
     factory = programs.convert({**SEEING, "lora_target": "all", "freeze_vision_tower": True})
     assert factory.options["task"] == "image-text" and factory.left_out.keys() == {"image_max_pixels"}
     compared = programs.convert({**SEEING, "stage": "dpo", "pref_beta": 0.2})
@@ -267,10 +273,6 @@ def test_configs_that_answer_or_merge_become_lines_of_the_shell(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            {"base_model": "m", "processor_type": "VoxtralProcessor", "datasets": [{"path": "org/text-audio"}]},
-            "'processor_type: Voxtral.* for audio in chats, Qwen2-Audio",
-        ),
         ({**SEEING, "stage": "rm"}, "'stage: rm' .* --task image-dpo"),
         ({**SEEING, "stage": "dpo", "pref_loss": "orpo"}, "'pref_loss: orpo' .* --task image-dpo"),
         ({"base_model": "m", "processor_type": "AutoProcessor", "rl": "kto"}, "'rl: kto' .* --task image-dpo"),

@@ -63,7 +63,6 @@ def kind_of(case: dict[str, Any]) -> str | None:
         return None  # Gemma 4 with experts, for which there is no tiny model here
     for part, kind in (
         ("'layer'", None),  # a DBRX that somebody rewrote
-        ("language_model.model", None),  # Voxtral, which hears
         ("mlp_up", None),  # Replit's own code
         ("language_model", "gemma3"),
         ("c_attn", "gpt2"),
