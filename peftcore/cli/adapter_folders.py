@@ -21,6 +21,28 @@ _MODULES = 1_000
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How a base is quantized: arguments of `peftcore.quantize`, with the compute dtype by its name."""
+
+    quant_type: str
+    double_quant: bool = True
+    blocksize: int = 64
+    compute_dtype: str | None = None
+    skip: tuple[str, ...] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `peftcore.quantize` and `peftcore.quantization.load`."""
+        import torch
+
+        dtype = None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+        return {**vars(self), "compute_dtype": dtype}
+
+    def __str__(self) -> str:
+        skipped = "" if self.skip is None else f", {len(self.skip)} weights dense"
+        return f"{self.quant_type} (blocksize={self.blocksize}, double_quant={self.double_quant}{skipped})"
+
+
+@dataclass(frozen=True)
 class AdapterTask:
     """What an adapter was trained for, stored with it as `peftcore_task.json`, which PEFT ignores."""
 
@@ -35,6 +57,7 @@ class AdapterTask:
     seed: int | None = None  # seed of a classifier's new head
     language: str | None = None  # of recordings
     pooling: str | None = None  # of token vectors into that of a text
+    quantized: Quantization | None = None  # the base in training; None if its weights were read as they are
 
     def write(self, folder: Path) -> None:
         """Write the file into the adapter's folder, replacing a link."""
@@ -67,6 +90,7 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         # Files without `chat` are older than conversations.
         chat, template = stored.get("chat", False), stored.get("chat_template")
         more = {name: stored.get(name) for name in ("beta", "dtype", "seed", "pooling", "language")}
+        more["quantized"] = _quantization(stored.get("quantized"))
         more["weights"] = None if stored.get("weights") is None else tuple(stored["weights"])
         task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, **more)
         if type(stored["labels"]) is not list:
@@ -91,6 +115,25 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     if given and len(given) != len(task.labels):
         raise PeftcoreError(f"--labels names {len(given)} labels, but the adapter has {len(task.labels)}")
     return replace(task, labels=given or task.labels)
+
+
+def _quantization(stored: Any) -> Quantization | None:
+    """Return the record of a base in 4 bits.
+
+    Raises:
+        ValueError: the record is damaged.
+        TypeError: a field is missing or unknown, or has another type.
+    """
+    if stored is None:
+        return None
+    if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored.get("skip") or ()):
+        raise TypeError(f"quantized must be a JSON object with names to skip, found {shown(stored)}")
+    skip = stored.get("skip")
+    found = Quantization(**{**stored, "skip": None if skip is None else tuple(skip)})
+    check_types(found)
+    if found.compute_dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"compute_dtype must be float32, bfloat16 or float16, found {shown(found.compute_dtype)}")
+    return found
 
 
 def _refuse_labels_without_outputs(folder: Path, task: AdapterTask) -> None:

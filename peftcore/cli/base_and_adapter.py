@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftcore.cli import adapter_tokenizer
-from peftcore.cli.adapter_folders import has_tokenizer
+from peftcore.cli.adapter_folders import Quantization, has_tokenizer
 from peftcore.cli.console import warn
 from peftcore.cli.device_choice import torch_dtype
 from peftcore.cli.models import load_tokenizer
@@ -66,7 +66,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) 
 
 
 def merge_adapter(
-    model: PreTrainedModel, *, untie: bool, quantize: str | None, dtype: str, device: str
+    model: PreTrainedModel, *, untie: bool, quantize: str | Quantization | None, dtype: str, device: str
 ) -> PreTrainedModel:
     """Merge the adapter for good; 4-bit weights become dense. Warnings are worded for the commands."""
     import peftcore
@@ -77,7 +77,12 @@ def merge_adapter(
     dense = torch_dtype(dtype, device) if quantize or is_int4 else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        peftcore.merge(model, keep_adapters=False, untie=untie, dtype=dense)
+        try:
+            peftcore.merge(model, keep_adapters=False, untie=untie, dtype=dense)
+        except PeftcoreError as error:
+            if not quantize:
+                raise
+            raise type(error)(f"{error}. To merge into the dense base, pass --quantize none") from error
     if dense is not None:
         peftcore.quantization.dequantize(model, dense)  # layers without adapters
     for warning in caught:

@@ -13,6 +13,7 @@ import torch
 import peftcore
 from peftcore import ranks
 from peftcore.cli import (
+    base_quantization,
     comparisons,
     conversations,
     data,
@@ -207,10 +208,11 @@ def _estimate(
     settings: Settings, length: int, labels: tuple[str, ...], dtype: torch.dtype, shapes: dict[str, Any]
 ) -> peftcore.Estimate:
     base = models.empty_model(settings.model, settings.task, labels).to(dtype)
-    if settings.quantize is not None:
+    quantization = base_quantization.asked_by(settings)
+    if quantization is not None:
         with warnings.catch_warnings(), models.quantize_advice(settings.quantize):
             warnings.simplefilter("ignore")  # loading raises them
-            peftcore.quantize(base, settings.quantize)
+            peftcore.quantize(base, **quantization.arguments())
     return peftcore.estimate(
         base,
         None if settings.method == FULL else settings.method,

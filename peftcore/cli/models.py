@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcore.cli import adapter_tokenizer, conversations, data, image_chats, speech
-from peftcore.cli.adapter_folders import has_tokenizer
+from peftcore.cli.adapter_folders import Quantization, has_tokenizer
 from peftcore.cli.base_files import pretrained, quiet_transformers
 from peftcore.cli.console import note, require, warn
 from peftcore.cli.device_choice import torch_device, torch_dtype
@@ -110,7 +109,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     labels: tuple[str, ...] = (),
-    quantize: str | Mapping[str, Any] | None = None,
+    quantize: str | Quantization | None = None,
 ) -> PreTrainedModel:
     """Return a base for `task`, in evaluation mode on its device.
 
@@ -120,12 +119,13 @@ def load_model(
         dtype: value of `--dtype`.
         device: value of `--device`.
         labels: a classifier's labels.
-        quantize: 4-bit type of the linear layers, or arguments of `quantization.load`; None for dense weights.
+        quantize: 4-bit type of the linear layers, or all about how they are quantized; None for dense weights.
     """
     quiet_transformers()
     from peftcore.quantization.int4_models import int4_config
 
-    packing = {"quant_type": quantize} if isinstance(quantize, str) else quantize
+    asked = Quantization(quantize) if isinstance(quantize, str) else quantize
+    packing = None if asked is None else asked.arguments()
     loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_head(task, labels)}
     is_gguf = model.endswith(".gguf")
     if packing is None and not is_gguf and int4_config(load_config(model, task, labels)) is not None:
@@ -177,7 +177,8 @@ def quantize_advice(quant_type: str | None) -> Iterator[None]:
             raise
         raise type(error)(
             f"{error}. `peftcore train` takes skip and blocksize as fields of a method: --method {method} --set "
-            f"quant_type={quant_type} --set skip=NAME,NAME; other commands read a dense base without --quantize"
+            f"quant_type={quant_type} --set skip=NAME,NAME; the adapter records them, and other commands follow the "
+            "record"
         ) from error
 
 
@@ -317,45 +318,6 @@ def load_generation_config(model: str) -> Any:
         return GenerationConfig.from_pretrained(model)
     except OSError:
         return None
-
-
-def packing_by(
-    method: str, fields: Mapping[str, Any], model: str, task: str, labels: tuple[str, ...]
-) -> dict[str, Any] | None:
-    """Return how a method quantizes the base before it places adapters, as `load_model` takes it, or None.
-
-    The method prepares a base without weights to find out. A base loaded that way is never dense as a whole.
-    """
-    from peftcore.quantization import quantized_experts, quantized_layers
-    from peftcore.quantization.quantizable import selected, selected_experts
-
-    found = registry.method(method)
-    if found.prepare is None:
-        return None
-    config, empty = found.config_class(**fields), empty_model(model, task, labels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `apply` raises them
-        could = {*selected(empty, ())}
-        could |= {f"{path}.{name}" for path, names in selected_experts(empty, (), 64).items() for name in names}
-        found.prepare(empty, config)
-    layers = dict(quantized_layers(empty))
-    packed = {*layers}
-    for path, module in quantized_experts(empty):
-        packed |= {f"{path}.{name}" for name in module.packings if module.packed_parameter(name) is not None}
-    ways = {
-        (each.quant_type, each.nested_absmax is not None, each.blocksize, each.compute_dtype)
-        for each in layers.values()
-    }
-    if len(ways) != 1:
-        return None
-    quant_type, double_quant, blocksize, compute_dtype = ways.pop()
-    return {
-        "quant_type": quant_type,
-        "double_quant": double_quant,
-        "blocksize": blocksize,
-        "compute_dtype": compute_dtype,
-        "skip": sorted(could - packed),
-    }
 
 
 def _auto_class(task: str) -> Any:

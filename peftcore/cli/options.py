@@ -121,7 +121,8 @@ TensorParallel = Annotated[
 Quantize = Annotated[
     str | None,
     typer.Option(
-        "--quantize", help="Format in which to quantize the base, such as nf4, as for the adapter's training."
+        "--quantize",
+        help="Format of the base, such as nf4; default: as the adapter's training records; none: dense.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]

@@ -22,10 +22,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from peftcore import ranks
+from peftcore.cli.adapter_folders import AdapterTask
 from peftcore.cli.console import out, say, warn
 from peftcore.errors import PeftcoreError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TaskWriter(TrainerCallback):
+    """Writes what the adapter is for into each checkpoint, which commands then read like the adapter."""
+
+    def __init__(self, task: AdapterTask | None) -> None:
+        self.task = task
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if self.task is not None and args.should_save and folder.is_dir():
+            self.task.write(folder)
 
 
 class Meter(TrainerCallback):

@@ -18,7 +18,7 @@ from peftcore.engine.summary import Summary
 
 @dataclass(frozen=True)
 class Result:
-    """Results of a finished run. `samples`: (writer, text); `quantize`: 4-bit type of the base, or None.
+    """Results of a finished run. `samples`: (writer, text).
 
     `predicted`: the memory forecast, or None; `trace`: the step with the most memory.
     `validation`: metrics of the examples kept to choose among runs; `other`: of texts of another domain, before and
@@ -46,7 +46,6 @@ class Result:
     adapter: Path
     adapter_bytes: int
     samples: list[tuple[str, str]]
-    quantize: str | None
     is_chat: bool
     best: best_checkpoint.Best | None = None
     labels: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ import peftcore
 from peftcore import ranks
 from peftcore.cli import (
     adapter_folders,
+    base_quantization,
     best_checkpoint,
     comparisons,
     conversations,
@@ -61,7 +62,6 @@ from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import latest_checkpoint
 from peftcore.merging.merged_layers import mergeable
-from peftcore.quantization import QuantizedLinear
 
 
 def run(
@@ -97,7 +97,8 @@ def run(
         sentence_pairs.check(examples.train, "training", settings.batch_size)
         sentence_pairs.check(examples.held_out, "held-out")
     settings, predicted = _with_memory(settings, inputs, examples, force=force)
-    model = _adapted_model(settings, inputs, examples)
+    quantization = base_quantization.of_run(settings, inputs.labels)
+    model = _adapted_model(settings, inputs, examples, quantization)
     teacher = distillation.of_run(settings, inputs.tokenizer, examples.train)
     rollouts = matching_trainer.of_run(settings, model, inputs.tokenizer, examples.train, examples.held_out)
     summary = peftcore.summary(model)
@@ -121,7 +122,7 @@ def run(
     light_step.use_lazy_logits(model, settings, examples.rows, inputs.tokenizer)
     summary = replace(summary, fused=fused_modules(model), lazy_logits=has_lazy_logits(model))
     meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
-    keeper = best_checkpoint.of_run(settings)
+    keeper, made_for = best_checkpoint.of_run(settings), _task_of(settings, inputs, quantization)
     trainer = _trainer(
         settings,
         inputs,
@@ -131,7 +132,7 @@ def run(
         rollouts,
         model=model,
         args=trainer_arguments.of_run(settings, output, training_data.draws(examples.parts), report_to),
-        callbacks=[meter, stop, trace, *([keeper] if keeper else [])],
+        callbacks=[meter, stop, trace, progress.TaskWriter(made_for), *([keeper] if keeper else [])],
     )
     from_checkpoint = _checkpoint_to_resume(output) if resume else None
     try:
@@ -149,7 +150,7 @@ def run(
     if sample is not None:
         samples.append(("with the adapter", _answer(model, inputs, sample, sample_tokens)))
     adapter = output / "adapter"
-    _save(model, adapter, settings, inputs)
+    _save(model, adapter, settings, inputs, made_for)
     with precision.own(model):
         chosen_by = measure(model, examples.validation) if examples.validation else None
         after = measure.all(model, held_out=held_out_after)
@@ -170,7 +171,6 @@ def run(
         adapter=adapter,
         adapter_bytes=sum(file.stat().st_size for file in adapter.iterdir()),
         samples=samples,
-        quantize=next((m.quant_type for m in model.modules() if isinstance(m, QuantizedLinear)), None),
         is_chat=inputs.is_chat,
         labels=inputs.labels,
         predicted=predicted,
@@ -232,11 +232,10 @@ def _with_memory(
     return settings, predicted
 
 
-def _adapted_model(settings: Settings, inputs: Inputs, examples: Examples) -> Any:
+def _adapted_model(
+    settings: Settings, inputs: Inputs, examples: Examples, quantization: adapter_folders.Quantization | None
+) -> Any:
     """Return the base with the adapter that is trained, or with `--method full` the base that is trained itself."""
-    packed: Any = settings.quantize
-    if settings.method != FULL and settings.adapter is None and packed is None:
-        packed = models.packing_by(settings.method, settings.fields, settings.model, settings.task, inputs.labels)
     set_seed(settings.seed)  # also initialises a classifier's new head
     say(f"loading {settings.model} for {settings.task}")
     model = models.load_model(
@@ -245,7 +244,7 @@ def _adapted_model(settings: Settings, inputs: Inputs, examples: Examples) -> An
         dtype=settings.dtype,
         device=settings.device,
         labels=inputs.labels,
-        quantize=packed,
+        quantize=quantization,
     )
     if settings.pack:
         packing.check(model, examples.train, type(model).__name__)
@@ -333,32 +332,41 @@ def _measured_at_end(
     return trainer.measured[trainer.state.global_step]
 
 
-def _save(model: Any, folder: Path, settings: Settings, inputs: Inputs) -> None:
-    """Save the adapter with the facts about its task, or the whole model of `--method full`."""
+def _task_of(
+    settings: Settings, inputs: Inputs, quantization: adapter_folders.Quantization | None
+) -> AdapterTask | None:
+    """Return the facts that are saved with the adapter; None for `--method full`."""
     if settings.method == FULL:
-        model.save_pretrained(folder)
-        return
-    peftcore.save(model, folder)
-    tokenizer = conversations.tokenizer_of(inputs.tokenizer)
+        return None
+    template = conversations.tokenizer_of(inputs.tokenizer).chat_template if inputs.is_chat else None
     weights = (settings.desirable_weight, settings.undesirable_weight)
-    made_for = AdapterTask(
+    return AdapterTask(
         settings.task,
         settings.max_length,
         inputs.labels,
         chat=inputs.is_chat,
-        chat_template=tokenizer.chat_template if inputs.is_chat and settings.chat_template else None,
+        chat_template=template if settings.chat_template else None,
         beta=settings.beta,
         weights=None if weights == (1.0, 1.0) else weights,
         dtype=settings.dtype,
         seed=settings.seed if settings.task in data.NEW_HEAD else None,
         pooling=inputs.pooling or None,
         language=settings.language,
+        quantized=quantization,
     )
+
+
+def _save(model: Any, folder: Path, settings: Settings, inputs: Inputs, made_for: AdapterTask | None) -> None:
+    """Save the adapter with the facts about its task, or the whole model of `--method full`."""
+    if made_for is None:
+        model.save_pretrained(folder)
+        return
+    peftcore.save(model, folder)
 
     def write_facts() -> None:
         made_for.write(folder)
         if settings.adapter is not None and adapter_folders.has_tokenizer(Path(settings.adapter)):
-            tokenizer.save_pretrained(folder)
+            conversations.tokenizer_of(inputs.tokenizer).save_pretrained(folder)
 
     ranks.once(write_facts, together=True)
 

@@ -1,7 +1,7 @@
 """`train --adapter`: start a run from an existing adapter, and refuse options that contradict it.
 
-The base, the method and the task are the adapter's. A run on a base prepared by its method (in 4 bits) records that in
-its settings, because the adapter's file does not.
+The base, in 4 bits if it was in 4 bits, the method and the task are the adapter's. A run by a method that prepares its
+base records the method in its settings, because the adapter's file does not.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
     chosen = None if method is None else registry.method(method)
     if chosen is None or chosen.recorded_as is None:
         name = method_of_folder(folder, method, "--method {}").name
-        return Start(folder.resolve(), task, base, name, quantize=None if before is None else before.quantize)
+        quantize = None if before is None else before.quantize
+        if task.quantized is not None:
+            quantize = task.quantized.quant_type
+        return Start(folder.resolve(), task, base, name, quantize=quantize)
     fields = before.fields if before is not None and before.method == chosen.name else {}
     return Start(folder.resolve(), task, base, chosen.name, fields)
 

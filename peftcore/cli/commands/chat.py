@@ -51,7 +51,15 @@ def chat(
     Several adapters of one base may be loaded; switch between them with /use NAME.
     """
     import peftcore
-    from peftcore.cli import adapter_folders, base_and_adapter, base_files, data, dtype_choice, models
+    from peftcore.cli import (
+        adapter_folders,
+        base_and_adapter,
+        base_files,
+        base_quantization,
+        data,
+        dtype_choice,
+        models,
+    )
 
     folders = _named(adapter or [])
     if not folders and model is None:
@@ -85,7 +93,8 @@ def chat(
     base = base_files.resolve(str(base))
     wide = any(task.dtype == "fp32" for task in about.values())
     dtype = dtype_choice.of_base(base, data.LANGUAGE_MODEL, dtype, device, (), "fp32" if wide else None).say()
-    loaded = models.load_model(base, data.LANGUAGE_MODEL, dtype=dtype, device=device, quantize=quantize)
+    base_as = base_quantization.of_adapters(quantize, about)
+    loaded = models.load_model(base, data.LANGUAGE_MODEL, dtype=dtype, device=device, quantize=base_as)
     peftcore.fuse(loaded)
     grown = _fit_vocabulary(loaded, folders)
     for name, folder in folders.items():

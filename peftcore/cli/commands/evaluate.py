@@ -40,7 +40,14 @@ def evaluate(
     A classifier's base has a randomly initialised head, the one that training started with if the adapter records it,
     so its figures show chance level.
     """
-    from peftcore.cli import adapter_folders, base_and_adapter, data as examples, dtype_choice, models
+    from peftcore.cli import (
+        adapter_folders,
+        base_and_adapter,
+        base_quantization,
+        data as examples,
+        dtype_choice,
+        models,
+    )
     from peftcore.cli.data_files import parsed_columns
 
     weighted = next((each for each in examples.sources(data) if each.weight != 1), None)
@@ -113,7 +120,8 @@ def evaluate(
         from transformers import set_seed
 
         set_seed(task.seed % (1 << 32))  # initialises the head as in training
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
+    base_as = base_quantization.of_adapter(quantize, adapter, task)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
     if base_and_adapter.fit_vocabulary(loaded, adapter):
         warn(base_and_adapter.NEW_ROWS)
     before = measure(loaded, encoded.examples, tokenizer, batch_size)

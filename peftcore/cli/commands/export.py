@@ -54,7 +54,7 @@ def export(
     A format may have adapters, models or both. Models are merged first; without --adapter the base itself is written.
     """
     from peftcore import exporting
-    from peftcore.cli import adapter_folders, base_and_adapter, base_files, models
+    from peftcore.cli import adapter_folders, base_and_adapter, base_files, base_quantization, models
 
     if format is None:
         _list_formats()
@@ -65,7 +65,8 @@ def export(
     folder = _new(output or _default_folder(adapter, str(model), format))
     task = adapter_folders.adapter_task(adapter) if adapter else adapter_folders.AdapterTask("causal-lm", 512)
     base = base_files.resolve(adapter_folders.base_of(adapter, model) if adapter else str(model))
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
+    base_as = base_quantization.of_adapter(quantize, adapter, task)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
     name: str | None = None
     if adapter is not None:
         base_and_adapter.load_adapter(loaded, adapter)
@@ -76,7 +77,7 @@ def export(
         work.write_adapter(name, required=only == "adapter" or "model" not in exporter.parts)
     if "model" in exporter.parts and only != "adapter":
         if name is not None and not exporter.with_adapters:
-            base_and_adapter.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)
+            base_and_adapter.merge_adapter(loaded, untie=untie, quantize=base_as, dtype=dtype, device=device)
         _add_tokenizer(exporter, given, base, adapter, task)
         work.write_model()
     for line in work.report:

@@ -34,7 +34,15 @@ def generate(
 ) -> None:
     """Answer a prompt with an adapter, and with --compare also with its base."""
     import peftcore
-    from peftcore.cli import adapter_folders, base_and_adapter, base_files, data, dtype_choice, models
+    from peftcore.cli import (
+        adapter_folders,
+        base_and_adapter,
+        base_files,
+        base_quantization,
+        data,
+        dtype_choice,
+        models,
+    )
 
     if adapter is None and model is None:
         raise PeftcoreError(
@@ -59,7 +67,8 @@ def generate(
     if pair is not None and task.task not in data.LABELLED:
         raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
+    base_as = base_quantization.of_adapter(quantize, adapter, task)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
     peftcore.fuse(loaded)
     tokenizer = models.load_tokenizer(base, adapter)
     from peftcore.cli import conversations, tasks

@@ -33,13 +33,14 @@ def merge(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PeftcoreError(f"'{output}' exists already. Pass a new folder: --output FOLDER")
-    from peftcore.cli import adapter_folders, base_and_adapter, conversations, data, models, tasks
+    from peftcore.cli import adapter_folders, base_and_adapter, base_quantization, conversations, data, models, tasks
 
     task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
     tokenizer = models.load_processor(base, task.task, adapter)
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
+    base_as = base_quantization.of_adapter(quantize, adapter, task)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
     base_and_adapter.load_adapter(loaded, adapter)
-    base_and_adapter.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)
+    base_and_adapter.merge_adapter(loaded, untie=untie, quantize=base_as, dtype=dtype, device=device)
     if adapter_folders.has_tokenizer(adapter) and loaded.can_generate():  # its answers may end with another token
         loaded.generation_config.eos_token_id = tasks.ends(loaded, conversations.tokenizer_of(tokenizer))
     try:

@@ -166,6 +166,7 @@ def train(
     from peftcore import ranks
     from peftcore.cli import (
         base_files,
+        base_quantization,
         best_checkpoint,
         reporting,
         torchrun,
@@ -181,7 +182,9 @@ def train(
     if start is not None:
         chosen = {**start.fields, **chosen}
     quantize = given.quantize or (start.quantize if start else None)
-    if given.quantize is not None:
+    if given.quantize is not None and start is not None and start.task.quantized is not None:
+        base_quantization.refuse_other(given.quantize, start.task.quantized, str(start.folder))
+    elif given.quantize is not None:
         find_type(given.quantize)
         if registry.method(name).prepare is not None:
             raise PeftcoreError(
@@ -385,8 +388,6 @@ def _predicted(result: Result) -> list[tuple[str, str]]:
 
 def _commands(settings: Settings, result: Result) -> list[str]:
     adapter = shlex.quote(str(result.adapter))
-    if result.quantize is not None:
-        adapter += f" --quantize {result.quantize}"
     from peftcore.cli import data
 
     files = [settings.eval_data] if settings.eval_data else [each.path for each in data.sources(settings.data)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +18,9 @@ from peftcore.cli.console import note, say
 if TYPE_CHECKING:
     import uvicorn
 
+    from peftcore.cli.adapter_folders import AdapterTask
     from peftcore_serve.app import Server
+    from peftcore_serve.folders import Folder
 
 EXAMPLES = (
     "peftcore serve -m MODEL --adapters runs",
@@ -94,7 +98,7 @@ def make(
         PeftcoreError: the base cannot be loaded, or the folder of adapters cannot be read or is itself an adapter.
     """
     import peftcore
-    from peftcore.cli import base_files, data, dtype_choice, models
+    from peftcore.cli import base_files, base_quantization, data, dtype_choice, models
     from peftcore_serve import folders
     from peftcore_serve.app import Server
 
@@ -107,10 +111,12 @@ def make(
     base = base_files.resolve(model)
     name = Path(model).name if model.startswith((".", "/", "~")) or model.endswith(".gguf") else model
     name = name or Path(base).name  # of "."
-    wide = any(_trained_in_fp32(folder.path) for folder in there.values())
+    tasks = _tasks(there)
+    wide = any(each.dtype == "fp32" for each in tasks.values())
     task = data.LANGUAGE_MODEL
     dtype = dtype_choice.of_base(base, task, dtype, device, (), "fp32" if wide else None).say()
-    loaded = models.load_model(base, task, dtype=dtype, device=device, quantize=quantize)
+    base_as = base_quantization.of_adapters(quantize, tasks)
+    loaded = models.load_model(base, task, dtype=dtype, device=device, quantize=base_as)
     peftcore.fuse(loaded)
     own: Any = loaded.generation_config
     found = {field: getattr(own, field, None) for field in _IGNORED}
@@ -135,13 +141,15 @@ def make(
     return server
 
 
-def _trained_in_fp32(folder: Path) -> bool:
+def _tasks(found: Mapping[str, Folder]) -> dict[str, AdapterTask]:
+    """Return what each adapter that can be read was trained for."""
     from peftcore.cli import adapter_folders
 
-    try:
-        return adapter_folders.adapter_task(folder).dtype == "fp32"
-    except (PeftcoreError, OSError):  # its requests get the error
-        return False
+    tasks = {}
+    for name, folder in found.items():
+        with contextlib.suppress(PeftcoreError, OSError):  # its requests get the error
+            tasks[name] = adapter_folders.adapter_task(folder.path)
+    return tasks
 
 
 def listen(host: str, port: int) -> socket.socket:

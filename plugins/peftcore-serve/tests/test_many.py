@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 
 import peftcore
 from peftcore import PeftcoreError
+from peftcore.cli.adapter_folders import AdapterTask, Quantization
 
 from .conftest import PROMPTS, save_adapter, written
 
@@ -159,3 +160,17 @@ def test_fields_of_the_generation_config_that_are_not_applied(
     assert (
         "generation config has repetition_penalty=1.3, which answers here are made without" in capsys.readouterr().err
     )
+
+
+def test_the_base_is_quantized_as_the_adapters_record(llama: Path, tmp_path: Path) -> None:
+    recorded = AdapterTask("causal-lm", 64, quantized=Quantization("nf4", skip=("down_proj",)))
+    for name in ("one", "two"):
+        save_adapter(llama, tmp_path / name, "lora", 0, r=4)
+        recorded.write(tmp_path / name)
+    server = command.make(str(llama), tmp_path)
+    server.scheduler.close()
+    layers: Any = server.scheduler.adapters.model.get_submodule("model.layers.0.mlp")
+    assert layers.up_proj.quant_type == "nf4" and layers.down_proj.weight.is_floating_point()
+    AdapterTask("causal-lm", 64).write(tmp_path / "two")
+    with pytest.raises(PeftcoreError, match=r"'one' was trained on a base quantized as nf4 .* 'two' on one without"):
+        command.make(str(llama), tmp_path)
