@@ -77,6 +77,10 @@ def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             arguments.check(kwargs)
+            if "trust_remote_code" in kwargs:
+                from peftcore.cli import base_files
+
+                base_files.trust_remote_code(bool(kwargs["trust_remote_code"]))
             command(*args, **kwargs)
         except PeftcoreError as error:
             fail(str(error))

@@ -6,14 +6,24 @@ import contextlib
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftcore.cli.adapter_folders import adapter_folder
 from peftcore.cli.console import require
 from peftcore.errors import PeftcoreError
 
-if TYPE_CHECKING:
-    pass
+_trusts = False  # --trust-remote-code of the command that runs
+
+
+def trust_remote_code(wanted: bool) -> None:
+    """Run the code of models' repositories from now on, or do not."""
+    global _trusts
+    _trusts = wanted
+
+
+def remote_code() -> dict[str, Any]:
+    """Return the argument of transformers' loaders with which they run code, if `--trust-remote-code` was given."""
+    return {"trust_remote_code": True} if _trusts else {}
 
 
 def resolve(model: str) -> str:
@@ -63,7 +73,7 @@ def quiet_transformers() -> None:
 
 
 def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
-    where = model
+    where, options = model, {**options, **remote_code()}
     hidden: Any = contextlib.nullcontext()
     if model.endswith(".gguf"):
         require("gguf", extra="gguf")
@@ -85,8 +95,8 @@ def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
         reason = " ".join(lines)[:400] if lines[0].endswith(":") else lines[0]  # a list follows a colon
         if "trust_remote_code" in str(error):
             reason = (
-                "it has code of its own, which the command line does not run. Load it in Python with "
-                "trust_remote_code=True, and train it in a script with peftcore.apply"
+                "it has code of its own, which is not run by default. Read that code, and pass --trust-remote-code to "
+                "run it with your rights"
             )
         reason = "its tensors and its config have different shapes" if mismatched else reason
         raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {reason}") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftcore.cli import adapter_tokenizer, conversations, data, image_chats, speech
 from peftcore.cli.adapter_folders import Quantization, has_tokenizer
-from peftcore.cli.base_files import pretrained, quiet_transformers
+from peftcore.cli.base_files import pretrained, quiet_transformers, remote_code
 from peftcore.cli.console import note, require, warn
 from peftcore.cli.device_choice import torch_device, torch_dtype
 from peftcore.cli.gguf_file import check_blocks
@@ -252,10 +252,21 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
     config = load_config(model, task, labels)
     stored = int4_config(config)
     with torch.device("meta"):
-        made = _auto_class(task).from_config(config if stored is None else without_quantization(config))
+        shape = config if stored is None else without_quantization(config)
+        made = _made_empty(shape, model, task)
     if stored is not None:
         pack_empty(made, stored)
     return made
+
+
+def _made_empty(config: PretrainedConfig, model: str, task: str) -> Any:
+    auto_class = _auto_class(task)
+    if not has_code(config, task):
+        return auto_class.from_config(config)
+    try:
+        return auto_class.from_config(config, **remote_code())
+    except Exception as error:  # code that may not be made for the meta device
+        raise PeftcoreError(f"the code of '{model}' cannot make a model without weights: {error}") from error
 
 
 _NEEDED = {
@@ -284,7 +295,7 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
     found = f"'{model}' ({config.model_type})"
     if task == data.SPEECH:
         speech.check(model, config)
-    elif type(config) not in kinds:
+    elif type(config) not in kinds and not has_code(config, task):
         needed = _NEEDED.get(task, "a model of texts, found {}. Pass another model")
         raise PeftcoreError(f"--task {task} needs {needed.format(found)}")
     if kinds is transformers.AutoModelForCausalLM._model_mapping and _is_encoder(config):
@@ -299,7 +310,14 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
         )
     if type(config) in kinds:
         config.architectures = [kinds[type(config)].__name__]
+    elif has_code(config, task):
+        config.architectures = [str(config.auto_map[_auto_class(task).__name__]).rpartition(".")[2]]
     return config
+
+
+def has_code(config: PretrainedConfig, task: str) -> bool:
+    """Return whether a class of the model's own code is to be run in place of one of transformers."""
+    return bool(remote_code()) and _auto_class(task).__name__ in (getattr(config, "auto_map", None) or {})
 
 
 def _is_encoder(config: PretrainedConfig) -> bool:

@@ -125,6 +125,14 @@ Quantize = Annotated[
         help="Format of the base, such as nf4; default: as the adapter's training records; none: dense.",
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code of the model's repository, for a model that transformers does not have; it can do "
+        "all that you can do. Read it first.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 Task = Annotated[
     str | None,

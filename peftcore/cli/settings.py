@@ -113,6 +113,7 @@ class RunOptions:
     quantize: Annotated[
         str | None, typer.Option(help="Keep the frozen base in 4 bits, such as nf4, for any method.")
     ] = None
+    trust_remote_code: options.TrustRemoteCode = False
     dtype: options.Dtype = "auto"
     precision: Annotated[
         str,

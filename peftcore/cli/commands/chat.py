@@ -37,6 +37,7 @@ def chat(
         ),
     ] = None,
     model: options.BaseModel = None,
+    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 for greedy decoding.")] = 0.0,

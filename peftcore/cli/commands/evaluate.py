@@ -30,7 +30,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     *,
-    given: Annotated[RunOptions, ("metric", "eval_answers", "answer_tokens", "reward")],
+    given: Annotated[RunOptions, ("metric", "eval_answers", "answer_tokens", "reward", "trust_remote_code")],
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",

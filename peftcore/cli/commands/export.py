@@ -34,6 +34,7 @@ def export(
         Path | None, typer.Option("--output", "-o", help="New folder; by default next to the adapter.")
     ] = None,
     model: options.BaseModel = None,
+    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the format. Repeatable.")
     ] = None,

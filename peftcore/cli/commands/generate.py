@@ -18,6 +18,7 @@ def generate(
     pair: Annotated[str | None, typer.Option(help="Second text, for a classifier of pairs.")] = None,
     adapter: options.MaybeAdapter = None,
     model: options.BaseModel = None,
+    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     chat: Annotated[
         bool | None,
         typer.Option(help="Use the chat template; default: as in training, or if the tokenizer has one."),

@@ -18,6 +18,7 @@ def merge(
     adapter: options.Adapter,
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the merged model.")],
     model: options.BaseModel = None,
+    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     labels: options.Labels = None,
     shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights, such as 5GB.")] = "5GB",
     untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied embedding its own weight.")] = False,

@@ -32,6 +32,7 @@ def methods(
         ),
     ] = None,
     task: options.Task = None,
+    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
 ) -> None:
     """List the installed methods, those that work on a model, or the fields of one for --set."""
     from peftcore.registry import registry

@@ -25,6 +25,7 @@ _OPTIONS = (
     "lazy_logits",
     "fuse",
     "recompute",
+    "trust_remote_code",
 )
 
 

@@ -30,6 +30,7 @@ def predict(
         Path | None, typer.Option("--output", "-o", help="A new .jsonl file for the answers; default: print them.")
     ] = None,
     model: options.BaseModel = None,
+    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     labels: options.Labels = None,
     columns: options.Columns = None,
     max_length: Annotated[

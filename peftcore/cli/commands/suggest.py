@@ -44,7 +44,10 @@ def suggest(
         int | None,
         typer.Option(min=1, help="Number of training examples, for the time of an epoch; default: of --data, or 1000."),
     ] = None,
-    given: Annotated[RunOptions, ("max_length", "dtype", "precision", "parallel", "lazy_logits", "fuse", "recompute")],
+    given: Annotated[
+        RunOptions,
+        ("max_length", "dtype", "precision", "parallel", "lazy_logits", "fuse", "recompute", "trust_remote_code"),
+    ],
     ranks: options.Ranks = 1,
 ) -> None:
     """Suggest ways to train a model within a memory budget, and print the commands for them.
@@ -67,6 +70,11 @@ def suggest(
     if why is not None:
         raise PeftcoreError(f"suggest needs the memory of a step: {why}. Train with a small --batch-size")
     config = models.load_config(base, task, names)
+    if models.has_code(config, task):
+        raise PeftcoreError(
+            f"suggest knows models of transformers, found '{model}' with code of its own. See what one method takes "
+            "with peftcore plan --trust-remote-code"
+        )
     found = peftcore.suggest(
         config,
         memory=memory,

@@ -387,7 +387,7 @@ def _predicted(result: Result) -> list[tuple[str, str]]:
 
 
 def _commands(settings: Settings, result: Result) -> list[str]:
-    adapter = shlex.quote(str(result.adapter))
+    adapter = shlex.quote(str(result.adapter)) + (" --trust-remote-code" if settings.trust_remote_code else "")
     from peftcore.cli import data
 
     files = [settings.eval_data] if settings.eval_data else [each.path for each in data.sources(settings.data)]

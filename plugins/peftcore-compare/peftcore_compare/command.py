@@ -51,6 +51,7 @@ _OPTIONS = (
     "max_length",
     "dtype",
     "device",
+    "trust_remote_code",
 )
 
 

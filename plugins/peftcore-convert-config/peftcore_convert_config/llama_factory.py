@@ -6,7 +6,7 @@ from typing import Any
 
 from peftcore_convert_config.reading import IMAGES, Reading, asks, held_out, judged, keyed, optimizer, single, training
 
-_OWN = "for a model that transformers itself has, --task image-text with --set target_modules="
+_OWN = "--trust-remote-code and --task image-text, with --set target_modules= for layers of its language model"
 _FROZEN = "peftcore train --task image-text, with --set target_modules= for the layers that are to be adapted"
 _NAMES = "data: write the files or hub ids that dataset_info.json gives for these names"
 _ANSWERS = "peftcore eval --adapter FOLDER --data FILE --eval-answers 50"

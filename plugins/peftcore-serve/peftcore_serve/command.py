@@ -35,6 +35,7 @@ _IGNORED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_token
 
 def serve(
     model: options.Model,
+    trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
     adapters: Annotated[
         Path | None,
         typer.Option(help="Folder of folders of adapters or runs, each a model of its name; read at every request."),
