@@ -50,7 +50,8 @@ class ReloraConfig(peftcore_lora.LoraConfig):
     """Config with LoRA's fields; saved as a LoRA of all products, which other libraries read.
 
     Args:
-        restart_every: steps between two restarts. None: a quarter of the training.
+        restart_every: steps between two restarts. None: a quarter of the training, and at least
+            restart_warmup + restart_anneal + 1.
         restart_warmup: steps after a restart in which the learning rate rises.
         restart_anneal: steps before a restart in which it falls.
         prune_ratio: share of the optimizer's moments, those of smallest magnitude, that a restart sets to zero; an
@@ -141,7 +142,8 @@ def place(model: nn.Module, config: ReloraConfig, architecture: Architecture) ->
 
 def every(config: ReloraConfig, total_steps: int) -> int:
     """Return the steps between two restarts."""
-    return config.restart_every or max(1, -(-total_steps // 4))
+    shortest = config.restart_warmup + config.restart_anneal + 1  # with one step at the whole learning rate
+    return config.restart_every or max(shortest, -(-total_steps // 4))
 
 
 def schedule(config: ReloraConfig, step: int, total_steps: int) -> float:

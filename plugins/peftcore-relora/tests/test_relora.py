@@ -149,6 +149,8 @@ def test_schedule() -> None:
     assert factors == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 3, 1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3, 1 / 3])
     assert schedule(config, 11, 12) == schedule(config, 12, 12) == 1  # no restart follows
     assert [schedule(ReloraConfig(restart_warmup=1), step, 8) for step in range(1, 9)] == [1, 1, 0.5, 1, 0.5, 1, 0.5, 1]
+    short = [schedule(ReloraConfig(restart_warmup=2), step, 8) for step in range(1, 9)]  # three steps, not two
+    assert short == pytest.approx([1, 1, 1, 1 / 3, 2 / 3, 1, 1 / 3, 2 / 3])
 
 
 def test_trainer_says_which_schedulers_fit(tmp_path: Path) -> None:
