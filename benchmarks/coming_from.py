@@ -116,7 +116,9 @@ def convert(program: str, configs: dict[str, dict[str, Any]], distinct: dict[str
             outcomes[name] += f" (`peftcore {found.command}`)"
             continue
         options = {key: value for key, value in found.options.items() if key not in PLACES}
-        packed = re.findall("GPTQ|AWQ|NVFP4", str(found.options["model"]).upper())  # such bases are read in another way
+        packed = re.findall(
+            "GPTQ|AWQ|NVFP4|AQLM", str(found.options["model"]).upper()
+        )  # such bases are read in another way
         shape: list[Any] = [
             {key: None if type(value) in (int, float) else value for key, value in each.items() if key not in ALIKE}
             for each in (options, found.fields)

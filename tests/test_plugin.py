@@ -16,6 +16,7 @@ import peftcore.plugin
 USERS = {*peftcore.__all__, "__version__"}
 # Inner modules of the core that packages without a method may use.
 TOOLS = {
+    "peftcore_aqlm": {"peftcore.integrations.late_import.when_imported"},  # a reader of checkpoints, for transformers
     "peftcore_compare": {  # a command that runs `train` several times
         "peftcore.cli",
         "peftcore.engine.summary.megabytes",

@@ -74,7 +74,7 @@ def merge_adapter(
     is_int4 = (
         getattr(getattr(getattr(model, "hf_quantizer", None), "quantization_config", None), "stored", None) is not None
     )
-    dense = torch_dtype(dtype, device) if quantize or is_int4 else None
+    dense = torch_dtype(dtype, device) if quantize or is_int4 or _is_read_only(model) else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -88,3 +88,12 @@ def merge_adapter(
     for warning in caught:
         warn(str(warning.message))
     return model
+
+
+def _is_read_only(model: PreTrainedModel) -> bool:
+    """Return whether layers have a plugin's weight format that stores no other values than those of its checkpoint."""
+    from peftcore.adaptation.base_modules import base_modules
+    from peftcore.weight_formats import find_weight_format
+
+    formats = (find_weight_format(module) for _, module in base_modules(model))
+    return any(each is not None and each.decode and each.plain and not each.quantize for each in formats)

@@ -20,7 +20,7 @@ from peftcore.estimating.prediction import Estimate, step_of
 from peftcore.estimating.processes import STATE
 from peftcore.estimating.ranges import Range
 from peftcore.estimating.searching import ALIKE, LARGEST_BATCH, PAGED, PLAIN, Choice, Search, Sized, front
-from peftcore.estimating.stand_in import config_of
+from peftcore.estimating.stand_in import config_of, refuse_not_followed
 from peftcore.estimating.step import Step
 from peftcore.optim.paging import bytes_of
 from peftcore.registry import registry
@@ -148,7 +148,9 @@ def suggest(
         )
     if memory is None and where.measured:
         room /= step.ranks
-    search = Search(config_of(model), replace(where, memory=room), step, dtype)
+    config = config_of(model)
+    refuse_not_followed(config)
+    search = Search(config, replace(where, memory=room), step, dtype)
     named = _methods(methods, r, fields or {})
     firsts = {Choice(method, tuple(its.items()), False, PLAIN): () for method, its in named}
     alike: Mapping[Choice, tuple[str, ...]] = search.contenders([*firsts]) if methods is None else firsts

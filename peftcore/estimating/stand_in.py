@@ -81,6 +81,12 @@ def config_of(model: Any) -> Any:
     return found
 
 
+def refuse_not_followed(config: Any) -> None:
+    """Raise NotFollowed if the weights that the config describes are quantized in a way that is not followed."""
+    if int4_config(config) is None:
+        _refuse_packed(config)
+
+
 def _refuse_packed(config: Any) -> None:
     """Raise NotFollowed if the config describes quantized weights, which a model built from it would not have."""
     found = getattr(config, "quantization_config", None)

@@ -235,7 +235,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
         raise PeftcoreError("dequantize needs a model without adapters. Dequantize first, or call peftcore.remove")
     for _, module in list(base_modules(model)):
         found = find_weight_format(module)
-        if found is not None and found.quantize and found.plain and not isinstance(module, PackedParameters):
+        if found is not None and found.decode and found.plain and not isinstance(module, PackedParameters):
             dequantize_by_plugin(module, found, dtype)
             if found.update_config is not None:
                 found.update_config(model)

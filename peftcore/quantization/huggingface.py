@@ -55,7 +55,7 @@ from peftcore.quantization.mxfp4_format import BLOCKS, SCALES
 from peftcore.quantization.nvfp4_layouts import described, names_of_packed
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
 from peftcore.quantization.parameters import joined_experts, refuse_non_finite
-from peftcore.quantization.quant_types import check_rows, refuse_options
+from peftcore.quantization.quant_types import check_rows, refuse_options, refuse_read_as_it_is
 from peftcore.quantization.quantizable import expert_parameters, selected, selected_experts, warn_of_dense
 
 
@@ -293,6 +293,7 @@ def load(
             warn(f"'{where}' asks for a quantized cache of keys and values, which is left in the model's dtype")
         config.quantization_config = ours.to_dict()
     else:
+        refuse_read_as_it_is(stored, where)
         raise PeftcoreError(
             f"'{where}' is quantized with {stored.get('quant_method')!r}, which is not supported. Use a dense "
             "checkpoint, or one in bitsandbytes' 4-bit format, MXFP4, GPTQ, AWQ, NVFP4 or compressed-tensors' W4A16"

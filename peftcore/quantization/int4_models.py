@@ -19,6 +19,7 @@ from peftcore.quantization.convert import convert
 from peftcore.quantization.int4_layouts import CheckpointLayout, Int4Weight, int4_layout, to_affine4
 from peftcore.quantization.nvfp4_layouts import described, empty_nvfp4, nvfp4_layout
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
+from peftcore.quantization.quant_types import check_reader
 from peftcore.quantization.quantizable import selected, selected_experts
 from peftcore.targets import matches, sizes
 from peftcore.targets.patterns import compiled, limited
@@ -37,13 +38,15 @@ def int4_config(config: Any) -> Mapping[str, Any] | None:
     """Return the `quantization_config` of a transformers config if `quantization.load` reads such checkpoints.
 
     Raises:
-        PeftcoreError: it describes a layout that nothing here reads.
+        PeftcoreError: it describes a layout that nothing here reads, or that a package reads which is not installed.
     """
     stored = described(config)
     if stored is None:
         return None
+    where = str(getattr(config, "_name_or_path", ""))
+    check_reader(stored, where)
     try:
-        return stored if find_layout(stored, str(getattr(config, "_name_or_path", ""))) is not None else None
+        return stored if find_layout(stored, where) is not None else None
     except PeftcoreError:
         method = stored["quant_method"]
         if method == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is not None:

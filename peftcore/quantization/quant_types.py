@@ -22,6 +22,7 @@ from peftcore.targets import sizes
 from peftcore.validation import shown
 
 _PACKAGES = {"8da4w": "peftcore-8da4w"}  # by the name of a type, without its group
+_READERS = {"aqlm": "peftcore-aqlm"}  # packages that make transformers read checkpoints, by their `quant_method`
 
 
 def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
@@ -50,6 +51,41 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
             raise PeftcoreError(f"quant_type='{quant_type}' is of {here}, which is not usable: {here.error}")
     names = ", ".join([*QUANT_TYPES, *sorted(name for name in known if name not in QUANT_TYPES)])
     raise PeftcoreError(f"quant_type={shown(quant_type)} is not known. Choose one of: {names}")
+
+
+def check_reader(stored: Mapping[str, Any], where: str) -> str | None:
+    """Return the package that makes transformers read a checkpoint as it is, or None.
+
+    Args:
+        stored: `quantization_config` of the checkpoint.
+        where: its name, for messages.
+
+    Raises:
+        PeftcoreError: the package is not installed or not usable.
+    """
+    method = str(stored.get("quant_method"))
+    package = _READERS.get(method)
+    if package is None:
+        return None
+    here = next((each for each in registry.plugins() if each.distribution == package), None)
+    if here is None:
+        raise PeftcoreError(
+            f"'{where}' is quantized with '{method}', which the package {package} reads. Run: pip install {package}"
+        )
+    if here.error:
+        raise PeftcoreError(f"'{where}' is quantized with '{method}', which {here} reads: {here.error}")
+    return package
+
+
+def refuse_read_as_it_is(stored: Mapping[str, Any], where: str) -> None:
+    """Raise a PeftcoreError if a package makes transformers read such a checkpoint: it is not quantized again."""
+    package = check_reader(stored, where)
+    if package is not None:
+        raise PeftcoreError(
+            f"'{where}' is quantized with '{stored['quant_method']}' and is read as it is: after `import "
+            f"{package.replace('-', '_')}`, by transformers' from_pretrained; on the command line without --quantize, "
+            "with a method that does not quantize the base"
+        )
 
 
 def refuse_options(quant_type: str, double_quant: bool, blocksize: int, compute_dtype: torch.dtype | None) -> None:

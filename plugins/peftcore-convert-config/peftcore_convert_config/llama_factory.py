@@ -50,8 +50,6 @@ def convert(config: Reading) -> None:
             config.refuse(key, instead)
     model = str(config.take("model_name_or_path", config.take("model", "")))
     config.take("model")
-    if "AQLM" in model.upper():
-        config.refuse("model_name_or_path", "the original checkpoint, with --quantize nf4")
     config.options["model"] = model
     new = config.part("peft_config")  # of its new format
     for part in (config, new):

@@ -290,7 +290,6 @@ def test_configs_that_answer_or_merge_become_lines_of_the_shell(tmp_path: Path) 
             "'stage: rm' has no counterpart in peftcore eval",
         ),
         ({"model_name_or_path": "m", "export_quantization_bit": 4}, "peftcore merge, then peftcore.quantize"),
-        ({"model_name_or_path": "m-AQLM", "finetuning_type": "lora"}, "the original checkpoint, with --quantize nf4"),
         ({"model_name_or_path": "m", "finetuning_type": "full"}, "'finetuning_type: full' has no counterpart"),
         ({"model": {**TUNED, "decoder_trainable": "full"}}, "'decoder_trainable: full' .* modules_to_save="),
         ({"model": {**TUNED, "_component_": "a.llama4.b", "encoder_trainable": "lora"}}, "for Llama 4 with images"),

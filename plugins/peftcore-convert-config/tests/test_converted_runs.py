@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import aqlm_checkpoints
 import audio_models
 import image_models
 import int4_checkpoints
@@ -126,11 +127,13 @@ def make(kind: str, folder: Path, name: str = "", *, wide: bool = False) -> None
         )
         Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     else:
-        packed = next((how for how in ("gptq", "awq", "nvfp4") if how in name.lower()), None)
+        packed = next((how for how in ("gptq", "awq", "nvfp4", "aqlm") if how in name.lower()), None)
         sizes = {**KINDS[kind], **({"intermediate_size": 64} if packed or wide else {})}  # whole groups of 32
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
         if packed is None:
             model.save_pretrained(folder)
+        elif packed == "aqlm":
+            aqlm_checkpoints.write_folder(model, folder, "1x16")
         elif packed == "nvfp4":
             nvfp4_checkpoints.write_folder(
                 model, folder, "modelopt", nvfp4_checkpoints.config("modelopt"), one_scale=True
