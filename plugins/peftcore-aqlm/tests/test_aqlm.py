@@ -238,6 +238,23 @@ def test_configs_that_do_not_fit_are_errors(tmp_path: Path, fields: dict[str, in
         load(tmp_path)
 
 
+def test_codes_of_experts_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["model.layers.0.mlp.experts.0.up_proj.codes"] = torch.zeros(64, 4, 2, dtype=torch.int8)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(peftcore.PeftcoreError, match=r"codes of AQLM for '.*experts.0.up_proj', .* not for experts"):
+        load(tmp_path)
+
+
+def test_files_of_pickle_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(peftcore.PeftcoreError, match=r"pytorch_model.bin' is not a safetensors file"):
+        load(tmp_path)
+
+
 def test_a_dense_folder_that_says_aqlm_is_an_error(tmp_path: Path) -> None:
     dense = write_folder(tmp_path)
     save_file(dense, tmp_path / "model.safetensors", {"format": "pt"})
