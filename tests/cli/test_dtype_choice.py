@@ -13,6 +13,7 @@ from commands import Run, save_tokenizer
 
 from peftcore import ops
 from peftcore.cli import data, dtype_choice, models
+from peftcore.cli.adapter_folders import Quantization
 from peftcore.estimating import dtype_rates
 from peftcore.estimating.dtype_rates import DtypeRate, DtypeRates
 
@@ -226,7 +227,7 @@ def test_4_bit_weights_of_a_checkpoint_compute_in_what_is_fast(
 ) -> None:
     """A checkpoint that names bf16 for its products, as those made for cards do."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    packing = {"quant_type": "nf4", "compute_dtype": torch.bfloat16}
+    packing = Quantization("nf4", compute_dtype="bfloat16")
     model = models.load_model(str(llama), data.LANGUAGE_MODEL, dtype="bf16", device="cpu", quantize=packing)
     model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
