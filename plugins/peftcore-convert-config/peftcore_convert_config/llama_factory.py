@@ -11,13 +11,15 @@ _FROZEN = "peftcore train --task image-text, with --set target_modules= for the 
 _NAMES = "data: write the files or hub ids that dataset_info.json gives for these names"
 _ANSWERS = "peftcore eval --adapter FOLDER --data FILE --eval-answers 50"
 _DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
-_MEGATRON = "none: Megatron's engine (docs/distributed.md)"
+_MEGATRON = "none: Megatron's division of a model (docs/distributed.md)"
+_SIZES = "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size"
 _NOTHING = """
 do_train flash_attn enable_liger_kernel use_v1_kernels kernel_config plot_loss preprocessing_num_workers
 dataloader_num_workers overwrite_cache tokenized_path model_class sample_backend max_new_tokens infer_dtype
 trust_remote_code train_on_prompt mask_history per_device_eval_batch_size logging_steps save_only_model
 overwrite_output_dir ddp_timeout init_config double_quantization dataset_dir run_name eval_strategy pissa_convert
-compute_accuracy predict_with_generate packing export_legacy_format
+compute_accuracy predict_with_generate packing export_legacy_format use_distributed_optimizer overlap_param_gather
+overlap_grad_reduce export_hf_on_finish mixed_precision
 """
 NOTHING = frozenset(_NOTHING.split())
 NOT_HERE = keyed(
@@ -32,11 +34,7 @@ NOT_HERE = keyed(
 _STAGES = {"sft": None, "pt": None, "dpo": "dpo", "kto": "kto", "rm": "reward"}
 REFUSED = keyed(
     {
-        _MEGATRON: (
-            "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
-            "sequence_parallel use_distributed_optimizer overlap_param_gather overlap_grad_reduce "
-            "use_packed_sequences export_hf_on_finish mixed_precision"
-        ),
+        _MEGATRON: "sequence_parallel use_packed_sequences virtual_pipeline_model_parallel_size",
         "--set modules_to_save=": "freeze_trainable_layers freeze_trainable_modules use_llama_pro",
         "peftcore merge, then peftcore.quantize": "export_quantization_bit",
     }
@@ -48,6 +46,9 @@ def convert(config: Reading) -> None:
     for key, instead in REFUSED.items():
         if asks(config.take(key)):
             config.refuse(key, instead)
+    for key in _SIZES.split():
+        if config.take(key, 1) != 1:
+            config.refuse(key, _MEGATRON)
     model = str(config.take("model_name_or_path", config.take("model", "")))
     config.take("model")
     config.options["model"] = model

@@ -290,6 +290,7 @@ def test_configs_that_answer_or_merge_become_lines_of_the_shell(tmp_path: Path) 
             "'stage: rm' has no counterpart in peftcore eval",
         ),
         ({"model_name_or_path": "m", "export_quantization_bit": 4}, "peftcore merge, then peftcore.quantize"),
+        ({"model_name_or_path": "m", "tensor_model_parallel_size": 2}, "'tensor_model_parallel_size: 2' .* Megatron"),
         ({"model_name_or_path": "m", "finetuning_type": "full"}, "'finetuning_type: full' has no counterpart"),
         ({"model": {**TUNED, "decoder_trainable": "full"}}, "'decoder_trainable: full' .* modules_to_save="),
         ({"model": {**TUNED, "_component_": "a.llama4.b", "encoder_trainable": "lora"}}, "for Llama 4 with images"),
@@ -306,6 +307,14 @@ def test_configs_that_answer_or_merge_become_lines_of_the_shell(tmp_path: Path) 
 def test_what_is_not_here_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(PeftcoreError, match=message):
         programs.convert(config)
+
+
+def test_megatron_on_one_device_is_a_plain_training() -> None:
+    plain = {"model_name_or_path": "m", "finetuning_type": "lora", "dataset": "d"}
+    engine = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": False}
+    engine |= {"use_distributed_optimizer": True, "mixed_precision": "bf16_mixed"}
+    found = programs.convert({**plain, **engine})
+    assert found.options == programs.convert(plain).options and not found.left_out
 
 
 EBFT = {"base_model": "m", "adapter": "lora", "rl": "ebft", "micro_batch_size": 2, "gradient_accumulation_steps": 4}
