@@ -181,9 +181,13 @@ def _images(config: Reading) -> None:
         config.refuse(other, _FROZEN)
     model = config.options["model"].lower()
     if "target_modules" not in config.fields:
-        if "qwen" not in model or "vl" not in model:
+        own = "moss-vl" in model  # its parts: LLaMA-Factory's model_utils/visual.py
+        if not own and ("qwen" not in model or "vl" not in model):
             config.refuse("model_name_or_path", _OWN)
         config.fields["exclude_modules"] = r".*visual\..*"
+        if own:
+            config.options["trust_remote_code"] = True
+            config.to_do.append("trust_remote_code: read the code of the model's repository before you run it")
     config.options["task"] = "image-text"
     if task is not None:
         judged(config, "pref_loss" if task == "orpo" else "stage", task)

@@ -317,6 +317,15 @@ def test_megatron_on_one_device_is_a_plain_training() -> None:
     assert found.options == programs.convert(plain).options and not found.left_out
 
 
+def test_a_model_with_own_code_asks_for_it() -> None:
+    config = {**SEEING, "model_name_or_path": "OpenMOSS-Team/MOSS-VL-Instruct-0708", "trust_remote_code": True}
+    found = programs.convert(config)
+    assert found.options["trust_remote_code"] is True and found.options["task"] == "image-text"
+    assert found.fields["exclude_modules"] == r".*visual\..*"
+    assert any("read the code" in line for line in found.to_do)
+    assert "trust_remote_code" not in programs.convert({**SEEING, "trust_remote_code": True}).options
+
+
 EBFT = {"base_model": "m", "adapter": "lora", "rl": "ebft", "micro_batch_size": 2, "gradient_accumulation_steps": 4}
 
 
