@@ -9,7 +9,7 @@ same with LoRA r=16 on every linear layer, and both with the output head in NF4 
 fused (`peftcore.fuse`). Of the smaller shapes also peft's LoRA over the dense model, and peft over bitsandbytes.
 PYTHON, of an environment with llama-cpp-python (`make export-check` makes one), adds llama.cpp with the same shape in
 q4_0 and q4_K_M, alone and with a LoRA, on as many threads. It computes a token after each of ours, so that others on
-the machine slow both alike: "of q4_0" is the median of its time over ours, a model with LoRA beside its own with LoRA.
+the machine slow both alike: "of q4_0" is the median of llama.cpp's time over ours, with LoRA of llama.cpp's with LoRA.
 
 --compile adds each of them once more with transformers' static cache and one token's step as one compiled graph; one
 that cannot be compiled so is named with its reason.

@@ -58,8 +58,8 @@ def test_the_base_in_4_bits_again(run: Run, llama: Path, reviews: Path, tmp_path
     """Commands evaluate and merge what was trained; layers that the adapter leaves alone come out dense too."""
     output = tmp_path / "run"
     method = ("--method", "qlora", "--set", "r=4", "--set", f"target_modules={target}")
-    told = run("train", "-m", llama, "-d", reviews, "-o", output, "--eval-data", reviews, *method, *STEPS, 6).output
-    assert "--quantize" not in told  # the commands that use the adapter read its record
+    printed = run("train", "-m", llama, "-d", reviews, "-o", output, "--eval-data", reviews, *method, *STEPS, 6).output
+    assert "--quantize" not in printed  # the commands that use the adapter read its record
     found = json.loads((output / "result.json").read_text())
     given = ("--adapter", output / "adapter")
     with warnings.catch_warnings():
@@ -95,8 +95,8 @@ def test_a_classifier_on_a_base_in_4_bits(run: Run, bert: Path, labelled: Path, 
 def test_any_method_on_a_base_in_4_bits(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     """What --quantize trains is what `eval` measures, and a run that continues it keeps the 4 bits."""
     output, data = tmp_path / "run", ("-d", reviews, "--eval-data", reviews)
-    told = run("train", "-m", llama, *data, "-o", output, "--method", "ia3", "--quantize", "nf4", *STEPS, 6).output
-    assert "eval --adapter" in told and "memory is not predicted" not in told
+    printed = run("train", "-m", llama, *data, "-o", output, "--method", "ia3", "--quantize", "nf4", *STEPS, 6).output
+    assert "eval --adapter" in printed and "memory is not predicted" not in printed
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["loss"] < found["before"]["loss"]
     losses = held_out_losses(run("eval", "-a", output, "-d", reviews).output)

@@ -110,8 +110,8 @@ def test_train_and_use(run: Run, own: Path, reviews: Path, tmp_path: Path) -> No
     method = ("--method", "lora", "--set", "target_modules=up,down", "--set", "r=4")
     refused = "is not run by default. Read that code, and pass --trust-remote-code"
     assert refused in " ".join(run(*given, *method, code=1).output.split())
-    told = run(*given, *method, trust).output
-    assert told.count(f"{trust} --data") + told.count(f"{trust} --prompt") + told.count(f"{trust} --output") == 3
+    printed = run(*given, *method, trust).output
+    assert sum(printed.count(f"{trust} --{option}") for option in ("data", "prompt", "output")) == 3
     found = json.loads((output / "result.json").read_text())
     assert found["after"]["loss"] < found["before"]["loss"]
     assert json.loads((output / "run.json").read_text())["trust_remote_code"] is True

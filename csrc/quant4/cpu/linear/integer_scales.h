@@ -51,7 +51,7 @@ class SmallScales {
         const int64_t row_bytes = bytes_.row_bytes();
         first_ = n;
         from_ = bytes_.of_row(n);
-        // Those of the next rows, which nothing else loads before they are checked.
+        // Scales of the next rows, which nothing else loads before they are checked.
         for (int64_t i = 0; i < rows * row_bytes; i += 64) __builtin_prefetch(from_ + rows * row_bytes + i);
         if (n + rows == weight_.rows && row_bytes % together != 0) {  // nothing may be read behind them
             copied_.resize(size_t(rows * row_bytes + together));
