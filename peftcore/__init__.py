@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
         parameter_groups as parameter_groups,
         remove as remove,
     )
-    from peftcore.engine.calling import call_arguments as call_arguments
+    from peftcore.engine.activating import call_arguments as call_arguments
     from peftcore.engine.configs import config as config
     from peftcore.engine.fusing import fuse as fuse
     from peftcore.engine.lazy_head import lazy_logits as lazy_logits
@@ -70,7 +70,7 @@ _PUBLIC = {
         "parameter_groups",
         "remove",
     ),
-    "peftcore.engine.calling": ("call_arguments",),
+    "peftcore.engine.activating": ("call_arguments",),
     "peftcore.engine.configs": ("config",),
     "peftcore.engine.fusing": ("fuse",),
     "peftcore.engine.lazy_head": ("lazy_logits",),

@@ -42,10 +42,13 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
 
     from peftcore import ranks as ranks, targets as targets, validation as validation
     from peftcore.adaptation.adapted import has_forward_of_instance as has_forward_of_instance, inside_at as inside_at
-    from peftcore.adaptation.base_modules import base_modules as base_modules, base_parameters as base_parameters
+    from peftcore.adaptation.base_modules import (
+        base_modules as base_modules,
+        base_parameters as base_parameters,
+        original_class as original_class,
+    )
     from peftcore.adaptation.call import Call as Call, current_call as current_call
     from peftcore.adaptation.chain import Link as Link
-    from peftcore.adaptation.class_swap import original_class as original_class
     from peftcore.adaptation.division import Division as Division, division_of as division_of
     from peftcore.adaptation.light import LightAdapter as LightAdapter
     from peftcore.adaptation.outputs import first_of as first_of, with_first as with_first
@@ -146,10 +149,9 @@ _MODULES = {
     "typing_extensions": "override",
     "peftcore": "ranks targets validation",
     "peftcore.adaptation.adapted": "has_forward_of_instance inside_at",
-    "peftcore.adaptation.base_modules": "base_modules base_parameters",
+    "peftcore.adaptation.base_modules": "base_modules base_parameters original_class",
     "peftcore.adaptation.call": "Call current_call",
     "peftcore.adaptation.chain": "Link",
-    "peftcore.adaptation.class_swap": "original_class",
     "peftcore.adaptation.division": "Division division_of",
     "peftcore.adaptation.light": "LightAdapter",
     "peftcore.adaptation.outputs": "first_of with_first",

@@ -9,8 +9,7 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from peftcore.files.peft_defaults import EMPTY, FILE
-from peftcore.files.peft_fields import COMMON
+from peftcore.files.peft_fields import COMMON, DEFAULTS, EMPTY
 
 
 def of_installed() -> dict[str, Any]:
@@ -38,4 +37,4 @@ def as_text(content: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(as_text(of_installed()), encoding="utf-8")
+    DEFAULTS.write_text(as_text(of_installed()), encoding="utf-8")

@@ -32,7 +32,7 @@ ORDER = [
     {"observation"},
     {"placements.placement", "placements.around", "placements.after", "placements.on_weight", "placements.train"},
     {"experts.in_model", "experts.joining", "experts.conversion"},
-    {"targets", "prompts", "files.metadata", "files.peft_defaults", "files.peft_fields", "files.peft_configs"},
+    {"targets", "prompts", "files.metadata", "files.peft_fields", "files.peft_configs"},
     {"placements"},
     {"engine"},
     {"files", "quantization"},

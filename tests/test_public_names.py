@@ -36,7 +36,7 @@ sys.path.insert(0, sys.argv[1])
 import peftcore
 assert peftcore.__file__.startswith(sys.argv[1]), peftcore.__file__
 assert peftcore.apply.__module__ == "peftcore.engine.applying" and peftcore.quantization.quantize
-from peftcore.files.peft_defaults import defaults
+from peftcore.files.peft_fields import defaults
 assert defaults("LORA")["r"] == 8
 print(*dir(peftcore))
 """

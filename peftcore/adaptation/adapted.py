@@ -20,10 +20,10 @@ from typing import Any, cast
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.base_modules import CHILD
+from peftcore.adaptation.base_modules import CHILD, original_forward
 from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, Branched, Link, OwnForward, expert_link, own_forward
-from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, restore_class, subclass
+from peftcore.adaptation.class_swap import BUILT, one_for_each_class, restore_class, subclass
 from peftcore.adaptation.concurrency import ModelLock, disabled_in_thread
 from peftcore.adaptation.divided_experts import ExpertsForward, mesh_of_experts
 from peftcore.adaptation.division import DividedChain, Division, WholeForward, division_of, on_local, on_parts

@@ -1,10 +1,11 @@
-"""Modules and parameters of a model itself, without what peftcore put there."""
+"""A model without what peftcore put there: its modules, its parameters, and their classes."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -60,3 +61,16 @@ def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
             if parameter is not None:
                 found.append((f"{path}.{name}" if path else name, parameter))
     return found
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of `module` without adapters."""
+    cls = type(module)
+    for marker in ("_peftcore_original", "_peftcore_enclosed", "_peftcore_folds", "_peftcore_fused"):  # outermost first
+        cls = getattr(cls, marker, cls)
+    return cls
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return the unbound forward of `module` without adapters."""
+    return original_class(module).forward

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.class_swap import BUILT, original_class, original_forward
+from peftcore.adaptation.base_modules import original_class, original_forward
+from peftcore.adaptation.class_swap import BUILT
 from peftcore.adapter import Adapter, Change, LowRank, implements
 from peftcore.errors import PeftcoreError
 from peftcore.experts import (

@@ -83,16 +83,3 @@ def restore_class(module: nn.Module, marker: str) -> None:
         return type(cls)(cls.__name__, bases, own)
 
     module.__class__ = without(type(module))
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of `module` without adapters."""
-    cls = type(module)
-    for marker in ("_peftcore_original", "_peftcore_enclosed", "_peftcore_folds", "_peftcore_fused"):  # outermost first
-        cls = getattr(cls, marker, cls)
-    return cls
-
-
-def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """Return the unbound forward of `module` without adapters."""
-    return original_class(module).forward

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ranks
+from peftcore.adaptation.base_modules import original_forward
 from peftcore.adaptation.chain import OWN_FORWARD, OwnForward, with_changes
-from peftcore.adaptation.class_swap import original_forward
 from peftcore.adapter import Adapter, Change, LowRank, implements
 from peftcore.errors import PeftcoreError
 from peftcore.experts import EachExpert, expert_changes, experts_forward, experts_layout, has_interface_forward

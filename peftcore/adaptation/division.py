@@ -25,8 +25,8 @@ from torch import Tensor, distributed, nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore import ranks
+from peftcore.adaptation.base_modules import original_forward
 from peftcore.adaptation.chain import OWN_FORWARD, OwnForward
-from peftcore.adaptation.class_swap import original_forward
 from peftcore.adaptation.parallel_hooks import mesh_of_hooks, style_of_hooks
 from peftcore.adaptation.rank_agreement import check_batch, check_random
 from peftcore.adapter import Adapter, Change, implements

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.adaptation.class_swap import one_for_each_class, original_forward, restore_class, subclass
+from peftcore.adaptation.base_modules import original_forward
+from peftcore.adaptation.class_swap import one_for_each_class, restore_class, subclass
 from peftcore.ops.weight import DTYPES
 
 FEW_ROWS = 4

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from peftcore import ops
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import original_class
 from peftcore.adaptation.fused_forward import FORMULA, Formula, computes_itself, plain, untransformed
 from peftcore.ops.attention import has_attention_kernel
 

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from peftcore import ops
 from peftcore.adaptation.class_swap import one_for_each_class, subclass
 from peftcore.adaptation.recomputed import inputs_instead, with_source
-from peftcore.ops._library import transformed
 from peftcore.ops.activated import Activation
+from peftcore.ops.calling import transformed
 from peftcore.ops.gated import Activation as GateActivation
 from peftcore.ops.weight import DTYPES
 

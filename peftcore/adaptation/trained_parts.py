@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore import ranks
+from peftcore.adaptation.base_modules import original_class, original_forward
 from peftcore.adaptation.chain import OWN_FORWARD
-from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.adaptation.division import division_of, mesh_of_norm, plan_of
 from peftcore.adaptation.rank_agreement import check_random
 

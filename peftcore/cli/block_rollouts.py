@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from peftcore.adaptation.class_swap import original_forward
+from peftcore.adaptation.base_modules import original_forward
 from peftcore.cli import packing
 from peftcore.errors import PeftcoreError
 

@@ -23,8 +23,7 @@ from peftcore.engine.scaling import scaled_config, set_multiplier
 from peftcore.errors import CheckpointError
 from peftcore.files.fitting import config_on, refuse_other_base
 from peftcore.files.metadata import ties_partly
-from peftcore.files.peft_defaults import peft_version
-from peftcore.files.peft_fields import guarded
+from peftcore.files.peft_fields import guarded, peft_version
 from peftcore.files.reading import read_adapter
 from peftcore.files.tensors import fill, kept_on_disk, tensors_on_disk
 from peftcore.method import Method, Model

@@ -3,6 +3,7 @@
 from peftcore.engine.activating import (
     activate as activate,
     disabled as disabled,
+    refuse_needed as refuse_needed,
     set_active as set_active,
     set_trainable as set_trainable,
 )
@@ -14,7 +15,6 @@ from peftcore.engine.applying import (
     refuse_on_disk as refuse_on_disk,
     remove as remove,
 )
-from peftcore.engine.branches import refuse_needed as refuse_needed
 from peftcore.engine.changes import with_adapter as with_adapter
 from peftcore.engine.divided import follows_plan as follows_plan
 from peftcore.engine.first_values import takes_batches as takes_batches

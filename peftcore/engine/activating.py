@@ -1,4 +1,8 @@
-"""Activation of adapters: `activate`, `disabled`, and which parameters train."""
+"""Activation of adapters: `activate`, `disabled`, `call_arguments`, and which parameters train.
+
+A combiner is an adapter that calls others of its module as branches (`Placement.branches`). While it is active, so are
+its branches, but only through it. Applying a combiner freezes its branches; `set_trainable` lets them train with it.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from peftcore.adaptation import adapted
+from peftcore.adaptation.adapted import adapters_of
+from peftcore.adaptation.call import context_for
 from peftcore.adaptation.concurrency import Activation, Block
 from peftcore.adaptation.light import parts
-from peftcore.engine.branches import combined, with_branches
-from peftcore.engine.calling import update_call_context
 from peftcore.engine.placing import refuse_shared
 from peftcore.engine.samples import (
     modules_by_sample,
@@ -20,6 +24,7 @@ from peftcore.engine.samples import (
     place_own_parameters,
     refuse_whole_batch,
     remove_own_parameters,
+    require_call_context,
 )
 from peftcore.engine.state import (
     State,
@@ -32,9 +37,10 @@ from peftcore.engine.state import (
     unchanged,
 )
 from peftcore.engine.trained import TrainedParameters, place_kept_tensors, unmoved_buffers
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, nearest
 from peftcore.events import adapters_wanted
 from peftcore.method import Model
+from peftcore.placements.attachments import Attached
 
 
 @exclusive("activate adapters", base=True)
@@ -262,3 +268,97 @@ def _names(names: Any, per_sample: bool) -> tuple[str | None, ...]:
             "whole batch, leave None out"
         )
     return tuple(names)
+
+
+@contextmanager
+def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
+    """Pass `values`, such as task_ids, to the adapters in each call of `model` inside the block.
+
+    `model(..., task_ids=t)` does it for one call, and takes precedence. The block affects the thread (and asyncio task)
+    that entered it. `generate` repeats tensors for the beams of each row.
+
+    Raises:
+        PeftcoreError: no adapter is applied, or none reads an argument of that name.
+    """
+    context = require_state(model).lock.context
+    names = context.names if context is not None else frozenset()
+    for name in values:
+        if name not in names:
+            there = f"They read: {', '.join(sorted(names))}" if names else "They read no arguments"
+            raise PeftcoreError(f"no adapter of the model reads the argument '{name}'{nearest(name, names)}. {there}")
+    if context is None:
+        yield
+        return
+    with context.given(values):
+        yield
+
+
+def update_call_context(state: State) -> None:
+    """Make calls of the model known to adapters (active or not) and losses that read them, and with `per_sample`."""
+    before = state.lock.context
+    reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
+    state.lock.context = context_for(reads, before)
+    keeping = frozenset(name for name, entry in state.applied.items() if entry.keeps_calls)
+    if keeping or state.samples is not None:
+        require_call_context(state)
+    if state.lock.context is not None:
+        state.lock.context.keeping = keeping
+
+
+def check_branches(model: nn.Module, state: State, adapter: str, attached: Iterable[Attached]) -> None:
+    """Raise a PeftcoreError unless each branch of the new `adapter` is attached where it is to be combined."""
+    for each in attached:
+        for name in each.branches:
+            if name == adapter:
+                raise PeftcoreError(f"'{adapter}' names itself among the adapters that it combines")
+            if name not in state.applied:
+                there = f"applied: {', '.join(state.applied)}" if state.applied else "none is applied"
+                raise PeftcoreError(
+                    f"'{adapter}' combines '{name}', which is not applied ({there}). Apply or load it first: "
+                    f"peftcore.load(model, folder, adapter='{name}')"
+                )
+            entry, own = state.applied[name], TrainedParameters.of(model, name)
+            why = f"combines others itself ({', '.join(entry.branches)})" if entry.branches else None
+            if entry.trained or (own is not None and own.has_moved(model)):
+                why = "trains parameters of the base, which cannot be a branch of a call"
+            if why:
+                raise PeftcoreError(f"'{adapter}' cannot combine '{name}' ({entry.method}): it {why}")
+            if name not in (adapters_of(model.get_submodule(each.path)) or ()):
+                raise PeftcoreError(
+                    f"'{adapter}' combines '{name}' at '{each.path}', where '{name}' ({entry.method}) is not "
+                    f"attached. It is attached to {', '.join(map(repr, entry.paths[:3]))}"
+                )
+
+
+def freeze_branches(state: State, adapter: str) -> None:
+    """Freeze the adapters that `adapter` combines, until it is removed or `set_trainable` is called."""
+    for name in state.applied[adapter].branches:
+        if state.applied[name].trainable:
+            state.applied[name].trainable = False
+            state.applied[adapter].froze.add(name)
+
+
+def release_branches(state: State, adapter: str) -> None:
+    """Make the branches trainable again that `adapter` froze."""
+    for name in state.applied[adapter].froze & state.applied.keys():
+        state.applied[name].trainable = True
+
+
+def with_branches(state: State, names: Sequence[str]) -> tuple[str, ...]:
+    """Return `names` with the branches of each combiner before it, unless they are named themselves."""
+    every = (each for name in names for each in (*(b for b in state.applied[name].branches if b not in names), name))
+    return tuple(dict.fromkeys(every))
+
+
+def combined(state: State, names: Sequence[str]) -> set[str]:
+    """Return the branches of the combiners among the active `names`, which are not active by themselves."""
+    return {branch for name in names for branch in state.applied[name].branches}
+
+
+def refuse_needed(state: State, adapter: str) -> None:
+    """Raise a PeftcoreError if another adapter combines this one, which is to be removed."""
+    combiner = next((name for name, entry in state.applied.items() if adapter in entry.branches), None)
+    if combiner is not None:
+        raise PeftcoreError(
+            f"cannot remove '{adapter}': '{combiner}' combines it. First peftcore.remove(model, '{combiner}')"
+        )

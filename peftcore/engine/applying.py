@@ -15,9 +15,14 @@ from peftcore.adaptation.call import arguments_read
 from peftcore.adaptation.division import watch_batches
 from peftcore.adaptation.light import parts
 from peftcore.adapter import Adapter
-from peftcore.engine.activating import set_active
-from peftcore.engine.branches import check_branches, freeze_branches, refuse_needed, release_branches
-from peftcore.engine.calling import update_call_context
+from peftcore.engine.activating import (
+    check_branches,
+    freeze_branches,
+    refuse_needed,
+    release_branches,
+    set_active,
+    update_call_context,
+)
 from peftcore.engine.changes import Site, facts, submodule, with_adapter
 from peftcore.engine.divided import divide_experts, is_divided, refuse_divided, refuse_stage
 from peftcore.engine.first_values import initialize_adapter, initializer

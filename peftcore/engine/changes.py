@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftcore.adaptation.adapted import adapters_at, is_adapted
-from peftcore.adaptation.base_modules import CHILD
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import CHILD, original_class
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.adaptation.enclosing import LOCK, lock_of
 from peftcore.engine.trained import TrainedParameters

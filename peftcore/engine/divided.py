@@ -11,9 +11,8 @@ from torch import nn
 
 from peftcore import ranks
 from peftcore.adaptation.adapted import is_adapted, rebuild
-from peftcore.adaptation.base_modules import base_modules
+from peftcore.adaptation.base_modules import base_modules, original_class
 from peftcore.adaptation.chain import OWN_FORWARD, Link
-from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.divided_experts import divide_factors, follows_experts, mesh_of_experts
 from peftcore.adaptation.division import division_of, has_plan, plan_of
 from peftcore.adaptation.parallel_hooks import divides_tokens, mesh_of_hooks, without_hooks

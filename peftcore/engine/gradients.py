@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_class, original_forward
+from peftcore.adaptation.base_modules import base_modules, original_class, original_forward
 from peftcore.engine.placing import Placed
 from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import is_linear, is_wrapped, sizes

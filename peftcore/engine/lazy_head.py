@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from peftcore import ops, ranks
 from peftcore.adaptation.adapted import active_names, adapter_at, has_forward_of_instance, inside, is_active
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import base_modules, original_class
 from peftcore.adapter import Adapter, implements
 from peftcore.engine import lazy_handlers as lazy_handlers
 from peftcore.engine.lazy_tensor import Head, LazyLogits, Recipe, lazy

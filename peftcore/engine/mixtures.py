@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_class, original_forward
+from peftcore.adaptation.base_modules import base_modules, original_class, original_forward
 from peftcore.experts import why_not_fused
 from peftcore.experts.in_model import expert_weights, experts_per_token
 from peftcore.layers import shape_of

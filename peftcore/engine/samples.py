@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import adapters_of, attach, detach
+from peftcore.adaptation.call import CallContext
 from peftcore.adaptation.concurrency import Activation
 from peftcore.adaptation.rows import ROWS
-from peftcore.engine.calling import require_call_context
 from peftcore.engine.changes import submodule
 from peftcore.engine.state import (
     State,
@@ -159,3 +159,9 @@ def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -
 
 
 adapter_names_given.subscribe(_choose)
+
+
+def require_call_context(state: State) -> None:
+    """Make calls of the model known, from which the number of tokens of each sample is read."""
+    if state.lock.context is None:
+        state.lock.context = CallContext()

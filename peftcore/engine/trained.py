@@ -24,7 +24,7 @@ from peftcore.adaptation import trained_parts
 from peftcore.adaptation.adapted import Adapters
 from peftcore.adaptation.base_modules import TRAINED, base_modules, base_parameters
 from peftcore.errors import PeftcoreError
-from peftcore.observation.heads import mark_as_loaded
+from peftcore.observation.detecting import mark_as_loaded
 
 
 class TrainedParameters(nn.Module):

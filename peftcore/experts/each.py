@@ -16,9 +16,8 @@ from torch.compiler import is_dynamo_compiling
 
 from peftcore.adapter import Adapter, implements
 from peftcore.errors import PeftcoreError
-from peftcore.experts.expert_linear import expert_linear, operand
-from peftcore.experts.layout import experts_layout
-from peftcore.ops.weight import autocast_device
+from peftcore.experts.layout import expert_linear, experts_layout, operand
+from peftcore.ops.calling import autocast_device
 
 Around = Callable[[nn.Linear, Sequence[Any], int], Callable[[Tensor], Tensor]]  # a layer, changes, whose -> with them
 

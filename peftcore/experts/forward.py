@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from peftcore import ops
 from peftcore.adapter import Adapter, Base, LowRank, implements
 from peftcore.experts.each import Around, EachExpert, product_by_expert
-from peftcore.experts.expert_linear import is_turned, operand
-from peftcore.experts.layout import experts_layout
+from peftcore.experts.layout import experts_layout, is_turned, operand
+from peftcore.ops.calling import autocast_device
 from peftcore.ops.routing import combined, gathered, routed
 from peftcore.ops.swiglu import swiglu
-from peftcore.ops.weight import autocast_device
 
 _PLAIN_GATE = "transformers.integrations.moe", "_default_apply_gate"  # act(gate) * up, the gate's columns first
 

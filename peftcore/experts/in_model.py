@@ -11,11 +11,16 @@ from typing import Any
 from torch import nn
 
 from peftcore.adaptation.adapted import has_forward_of_instance
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_class, original_forward
+from peftcore.adaptation.base_modules import base_modules, original_class, original_forward
 from peftcore.errors import PeftcoreError
-from peftcore.experts.expert_linear import expert_linear, expert_path, split_expert_path
-from peftcore.experts.layout import experts_layout, stacked_weights, why_not_fused
+from peftcore.experts.layout import (
+    expert_linear,
+    expert_path,
+    experts_layout,
+    split_expert_path,
+    stacked_weights,
+    why_not_fused,
+)
 from peftcore.layers import is_linear, shape_of, sizes
 from peftcore.observation import cached_by_model
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine
-from peftcore.adaptation.class_swap import original_forward
+from peftcore.adaptation.base_modules import original_forward
 from peftcore.errors import PeftcoreError
 from peftcore.exporter import Exporter, NoOptions
 

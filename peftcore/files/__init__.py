@@ -6,8 +6,7 @@ The modules from the lowest up; each may import those above it in this list.
     folder            an adapter folder as one save left it, and the manifest that names its files
     atomic_writing    the adapters of one save, all or none, also if the process is killed
     metadata          what peftcore writes into the metadata of tensors
-    peft_defaults     the defaults of PEFT's configs
-    peft_fields       fields of an `adapter_config.json`: which method reads them, and its config
+    peft_fields       fields of an `adapter_config.json`: which method reads them, its config, PEFT's defaults
     peft_configs      config objects of PEFT, which `apply` takes
 
     vocabulary, fingerprint, multiplier, written_config, tensors    parts of the files of an adapter on a model
@@ -16,7 +15,7 @@ The modules from the lowest up; each may import those above it in this list.
     model_card                                                      README.md, with the metadata that hubs read
     hub, resident, saving, loading                                  `save`, `load`, `restore`, `set_resident_limit`
 
-The first seven are below `peftcore.engine`, the others above it, so this module imports none of them.
+The first six are below `peftcore.engine`, the others above it, so this module imports none of them.
 
 adapter_config.json, adapter_model.safetensors            an adapter
 NAME/adapter_config.json, NAME/adapter_model.safetensors  further ones

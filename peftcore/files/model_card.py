@@ -22,7 +22,7 @@ import peftcore
 from peftcore import engine, ranks
 from peftcore.engine.scaling import scaled_config
 from peftcore.files.atomic_writing import CARD
-from peftcore.files.peft_defaults import is_of_peft
+from peftcore.files.peft_fields import is_of_peft
 from peftcore.registry import registry
 
 FILE = CARD

@@ -1,4 +1,4 @@
-"""Choice of the installed method that reads a file, by the file's fields alone.
+"""Choice of the installed method that reads a file, by the file's fields alone, and the defaults of PEFT's fields.
 
 A file saved by peftcore names its method. Any other has a `peft_type`, and perhaps a field that a method of this
 peft_type declares as its flag (`PeftRules.flag`): the method whose flag is set reads it, or else the method without a
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
-from peftcore.files.peft_defaults import defaults, says_something
 from peftcore.method import Method
 from peftcore.plugin_checks import canonical
 from peftcore.plugin_discovery import Plugin
@@ -272,3 +274,39 @@ def guarded(method: Method, where: str, kind: type[PeftcoreError] = CheckpointEr
         raise kind(
             f"{where} contains something that the plugin '{method.name}' cannot use: {type(error).__name__}: {error}"
         ) from error
+
+
+DEFAULTS = files(__package__) / "peft_defaults.json"  # may be in a zip file
+
+EMPTY: tuple[Any, ...] = (None, False, "", [], {}, 0)
+
+
+@cache
+def _content() -> dict[str, Any]:
+    return json.loads(DEFAULTS.read_text(encoding="utf-8"))
+
+
+def peft_version() -> str:
+    """Return the version of PEFT that the defaults come from."""
+    return str(_content()["peft"])
+
+
+def defaults(peft_type: str) -> dict[str, Any]:
+    """Return {field: PEFT's default} for non-empty defaults; nothing for a type that PEFT does not have."""
+    return dict(_content()["defaults"].get(peft_type, {}))
+
+
+def is_of_peft(peft_type: str) -> bool:
+    """Return whether PEFT has adapters of this type."""
+    return peft_type in _content()["defaults"]
+
+
+def says_something(peft_type: str, name: str, value: Any) -> bool:
+    """Return whether the value of a field differs from PEFT's default and is not empty.
+
+    None, and any empty value if PEFT's default is empty, do not count. `False` or 0 count if the default is not empty.
+    """
+    known = defaults(peft_type)
+    if name in known:
+        return value is not None and value != known[name]
+    return value not in EMPTY

@@ -13,8 +13,7 @@ from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files import single_file
 from peftcore.files.folder import Folder, read_folder
 from peftcore.files.metadata import METHOD, PLUGIN, TIED, TOGETHER, VERSION, own_fields
-from peftcore.files.peft_defaults import peft_version
-from peftcore.files.peft_fields import config_of, config_of_fields, guarded, method_of_fields, with_own
+from peftcore.files.peft_fields import config_of, config_of_fields, guarded, method_of_fields, peft_version, with_own
 from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.files.tensors import name_in_base
 from peftcore.files.vocabulary import embedding_parameters

@@ -25,8 +25,7 @@ from peftcore.files.folder import root_of
 from peftcore.files.lost_ranks import naming_lost_ranks
 from peftcore.files.metadata import BASE, METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, VERSION
 from peftcore.files.multiplier import in_metadata
-from peftcore.files.peft_defaults import peft_version
-from peftcore.files.peft_fields import refuse_not_its_own
+from peftcore.files.peft_fields import peft_version, refuse_not_its_own
 from peftcore.files.reading import name_inside
 from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, own_slots, tensors_on_disk
 from peftcore.files.written_config import fields_of_config

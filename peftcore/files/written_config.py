@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftcore import engine, targets
-from peftcore.adaptation.class_swap import original_forward
+from peftcore.adaptation.base_modules import original_forward
 from peftcore.architecture import Architecture
 from peftcore.engine.scaling import scaled_config
 from peftcore.engine.trained import TrainedParameters

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import base_modules, original_class
 from peftcore.merging import probe
 
 

@@ -24,7 +24,7 @@ from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError, warn
 from peftcore.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
 from peftcore.method import Model, WeightFormat
-from peftcore.observation.heads import mark_as_loaded
+from peftcore.observation.detecting import mark_as_loaded
 from peftcore.weight_formats import find_weight_format
 
 

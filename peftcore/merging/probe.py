@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from peftcore.adaptation import adapted
-from peftcore.adaptation.base_modules import CHILD
-from peftcore.adaptation.class_swap import original_class, original_forward
+from peftcore.adaptation.base_modules import CHILD, original_class, original_forward
 from peftcore.adaptation.division import division_of
 from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_layout

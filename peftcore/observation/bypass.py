@@ -18,8 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import base_modules, original_class
 from peftcore.observation.conditions import Conditions, Knowledge, Known, Source, codes_of, function_of, source
 from peftcore.observation.tracing import cached_by_model, observe
 

@@ -23,8 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import base_modules, original_class
 
 Conditions = tuple[tuple[ast.expr, bool], ...]  # tests, and the value that each of them must have
 

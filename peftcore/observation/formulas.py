@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ops
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import original_class
 from peftcore.adaptation.fused_forward import (
     ActivationFormula,
     DropoutFormula,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation.class_swap import original_forward
+from peftcore.adaptation.base_modules import original_forward
 from peftcore.architecture import text_config
 
 BATCH, LENGTH = 2, 7

@@ -19,8 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from peftcore import ranks
-from peftcore.adaptation.base_modules import CHILD, TRAINED, base_modules
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import CHILD, TRAINED, base_modules, original_class
 from peftcore.adaptation.rows import ROWS
 
 _STATE = "_peftcore_state"  # of the engine: what is applied to a model

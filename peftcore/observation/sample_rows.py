@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_forward
+from peftcore.adaptation.base_modules import base_modules, original_forward
 from peftcore.adaptation.rows import BROADCAST, SHARED, UNKNOWN, Rows, Samples
 from peftcore.observation.inputs import example_inputs
 from peftcore.observation.tracing import Call, Inputs, Trace, Value, cached_by_model, trace

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
-from peftcore.adaptation.base_modules import base_modules, walked_once
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import base_modules, original_class, walked_once
 from peftcore.adaptation.outputs import first_of
 from peftcore.observation.inputs import example_inputs
 from peftcore.observation.meta import MetaFloats, meta_copy

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from peftcore.ops import _extension
@@ -108,12 +107,6 @@ def define_by(schema: str, call: type[Call]) -> None:
     define(f"{name}_seeded({arguments}", seeded, fake, reads_host=True)
 
 
-def operator_for(name: str, seed: torch.Tensor | None) -> Any:
-    """Return the operator `name` for a call with this seed: a compiled model keeps the CPU's out of CUDA graphs."""
-    seeded = seed is not None and seed.device.type == "cpu" and torch.compiler.is_compiling()
-    return getattr(torch.ops.peftcore, f"{name}_seeded" if seeded else name)
-
-
 @contextmanager
 def constants() -> Iterator[None]:
     """Tensors made within live as long as the process: fp32 on the CPU, ordinary ones.
@@ -128,24 +121,3 @@ def constants() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
-
-
-def unviewed(y: torch.Tensor) -> torch.Tensor:
-    """Return `y` as a tensor that is not a view, for the forward of a `torch.autograd.Function`.
-
-    A model may then add to it in place (as Llama 4 does to the output of its shared expert), which autograd forbids for
-    views that a custom function returns.
-    """
-    if torch.compiler.is_compiling() or not y._is_view():
-        return y
-    return torch.ops.aten._unsafe_view.default(y, y.shape)
-
-
-def transformed() -> bool:
-    """Return whether a transform of `torch.func` (vmap, grad, jvp) or a dual level of `forward_ad` is active.
-
-    They see through PyTorch's own operators alone.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

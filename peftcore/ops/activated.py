@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from peftcore.ops._extension import KERNEL_DEVICES
-from peftcore.ops._library import define_by, transformed
+from peftcore.ops._library import define_by
+from peftcore.ops.calling import transformed
 from peftcore.ops.gated import ACTIVATIONS as POWERS, check_coefficients, share, slope
 from peftcore.ops.weight import check_dtype, check_gradient, check_strided
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._extension import extension
-from peftcore.ops._library import define_by, operator_for, transformed, unviewed
+from peftcore.ops._library import define_by
+from peftcore.ops.calling import operator_for, transformed, unviewed
 from peftcore.ops.dropout import check_dropout, factor, keep_mask, seed_of_call
 from peftcore.ops.weight import check_dtype, value
 

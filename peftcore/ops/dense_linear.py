@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from peftcore.ops._extension import extension
-from peftcore.ops._library import define_by, transformed, unviewed
-from peftcore.ops.weight import check_linear, frozen_operands
+from peftcore.ops._library import define_by
+from peftcore.ops.calling import frozen_operands, transformed, unviewed
+from peftcore.ops.weight import check_linear
 
 _OPS = torch.ops.peftcore
 

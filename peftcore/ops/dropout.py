@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._extension import KERNEL_DEVICES
-from peftcore.ops._library import define_by, operator_for, transformed
+from peftcore.ops._library import define_by
 from peftcore.ops._philox import LOW, philox
+from peftcore.ops.calling import operator_for, transformed
 from peftcore.ops.weight import check_dtype, value
 
 _OPS = torch.ops.peftcore

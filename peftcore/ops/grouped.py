@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.ops._library import operator_for
+from peftcore.ops.calling import frozen_operands, operator_for
 from peftcore.ops.dropout import seed_of_call
 from peftcore.ops.grouped_operators import GroupedLinear, GroupedLinearBackward, expert_of_rows
 from peftcore.ops.lora import wide
-from peftcore.ops.weight import PackedWeight, frozen_operands
+from peftcore.ops.weight import PackedWeight
 
 
 @torch.no_grad()

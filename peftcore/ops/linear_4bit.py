@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from peftcore.ops._extension import extension
-from peftcore.ops._library import define_by, transformed, unviewed
+from peftcore.ops._library import define_by
+from peftcore.ops.calling import frozen_operands, transformed, unviewed
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_beside, check_linear, checked_packed, frozen_operands
+from peftcore.ops.weight import PackedWeight, check_beside, check_linear, checked_packed
 
 # Bytes of a panel. Measured on one AVX-512 core, 4096 x 4096 in bf16: forward, panels of 8 MiB take 2.8 ms for one
 # row of x and the whole weight at once 5.8 (dense: 3.0), and they cost nothing for many rows; in the gradient every

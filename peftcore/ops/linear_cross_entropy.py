@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftcore.ops._library import define_by, transformed
+from peftcore.ops._library import define_by
+from peftcore.ops.calling import frozen_operands, transformed
 from peftcore.ops.cross_entropy import (
     CrossEntropyRows,
     Settings,
@@ -40,7 +41,7 @@ from peftcore.ops.cross_entropy import (
 )
 from peftcore.ops.dense_linear import FASTER
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
+from peftcore.ops.weight import PackedWeight, check_linear, checked, value
 
 _OPS = torch.ops.peftcore
 # Bytes of a piece of logits. Fixed, whatever the machine's caches, as sums may depend on the size of a piece.

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define_by
+from peftcore.ops.calling import frozen_operands, permuted
 from peftcore.ops.lora import check_factors, frozen_linear, wide
-from peftcore.ops.weight import PackedWeight, check_linear, check_tensor, checked, frozen_operands, permuted, value
+from peftcore.ops.weight import PackedWeight, check_linear, check_tensor, checked, value
 
 _OP = "lora_linear_per_sample"
 

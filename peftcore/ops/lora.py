@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftcore.ops._library import define_by, operator_for, transformed, unviewed
+from peftcore.ops._library import define_by
+from peftcore.ops.calling import frozen_operands, operator_for, permuted, transformed, unviewed
 from peftcore.ops.dropout import check_dropout, dropped, factor, seed_of_call
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, permuted, value
+from peftcore.ops.weight import PackedWeight, check_linear, checked, value
 
 _OPS = torch.ops.peftcore
 

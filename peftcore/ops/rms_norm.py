@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from peftcore.ops._extension import KERNEL_DEVICES
-from peftcore.ops._library import define_by, transformed
+from peftcore.ops._library import define_by
+from peftcore.ops.calling import transformed
 from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, value
 
 _OPS = torch.ops.peftcore

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from peftcore.ops._library import define_by
+from peftcore.ops.calling import permuted
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_dtype, checked, permuted, value
+from peftcore.ops.weight import PackedWeight, check_dtype, checked, value
 
 _OPS = torch.ops.peftcore
 _PIECE = 1 << 20  # values of W in a piece

@@ -172,36 +172,6 @@ def powers_of_two(e: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def permuted(t: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    """Return `t` `[.., in]`, which is x or LoRA's A, with its columns in the order of the weight's codes."""
-    if isinstance(weight, Tensor) or weight.permutation is None:
-        return t
-    return t.index_select(-1, weight.permutation)
-
-
-def autocast_device(x: Tensor) -> str:
-    """Return the device type whose autocast applies to x: for meta tensors, which PyTorch lacks, that of the CPU."""
-    return "cpu" if x.is_meta else x.device.type
-
-
-def frozen_operands(
-    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None
-) -> tuple[Tensor, list[Tensor], list[int], Tensor | None]:
-    """Return (x, the operator's two arguments, bias), cast by the rules of autocast. x's columns are permuted."""
-    device = "cpu" if x.is_meta else x.device.type  # as `autocast_device`, in less time
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-        if isinstance(weight, Tensor):
-            weight = weight.to(x.dtype)
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
-    if isinstance(weight, Tensor):
-        return x, [weight], [], bias
-    if weight.permutation is not None:
-        x = permuted(x, weight)
-    return x, *weight.operands(), bias
-
-
 # --- checks: the same conditions, messages and exception types as in csrc/weight -------------------------------------
 
 

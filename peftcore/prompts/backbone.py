@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ranks
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_forward
+from peftcore.adaptation.base_modules import base_modules, original_forward
 from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture, text_config
 from peftcore.errors import PeftcoreError

@@ -19,7 +19,7 @@ from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import is_wrapped
 from peftcore.method import Model
 from peftcore.observation import assumed_unchanged, detect
-from peftcore.observation.heads import mark_as_loaded
+from peftcore.observation.detecting import mark_as_loaded
 from peftcore.ops import PackedWeight
 from peftcore.ops.huge_pages import collapse, move_to_huge_pages
 from peftcore.ops.weight import DTYPES

@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from peftcore.adaptation.chain import keep_attributes
 from peftcore.adaptation.class_swap import one_for_each_class, restore_class, subclass
 from peftcore.experts import experts_forward, experts_layout, has_interface_forward
-from peftcore.observation.heads import mark_as_loaded
+from peftcore.observation.detecting import mark_as_loaded
 from peftcore.ops import PackedWeight
 from peftcore.quantization.format import FORMATS
 from peftcore.quantization.parameters import PackedParameters, quantized_by_expert

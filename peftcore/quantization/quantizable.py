@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation.base_modules import base_modules, base_parameters
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import base_modules, base_parameters, original_class
 from peftcore.errors import PeftcoreError, nearest, warn
 from peftcore.experts import experts_layout, stacked_weights
 from peftcore.experts.in_model import routers

@@ -6,21 +6,22 @@ from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.targets.convolutions import odd_convolution
 from peftcore.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes, select_experts
 from peftcore.targets.layers_config import LayersConfig
-from peftcore.targets.names import is_inside, matches
-from peftcore.targets.patterns import compiled
+from peftcore.targets.patterns import compiled, is_inside, matched_keys, matches, pattern_value
 from peftcore.targets.selection import (
+    biases,
     conv1d_paths,
     drop_unmatched,
     match_counts,
     minimal_suffixes,
     refuse_bypassed,
+    refuse_targeted,
     select,
     select_by,
     sublayers,
+    trained_biases,
+    trained_modules,
     widths,
 )
-from peftcore.targets.trained_weights import biases, refuse_targeted, trained_biases, trained_modules
-from peftcore.targets.values_by_pattern import matched_keys, pattern_value
 
 __all__ = [
     "ALL_LINEAR",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import original_class
 from peftcore.layers import Convolution
 
 _PLAIN = {nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import base_modules, original_class
 from peftcore.architecture import Architecture
 from peftcore.experts.in_model import is_read_by_itself
 from peftcore.layers import is_unknown_linear, shape_of, sizes

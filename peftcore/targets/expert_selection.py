@@ -16,8 +16,7 @@ from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.experts.in_model import expert_weights
 from peftcore.layers import is_linear
 from peftcore.observation import bypassed
-from peftcore.targets.names import excluded, is_inside, layer_indices, matches, shortest_suffixes
-from peftcore.targets.patterns import compiled
+from peftcore.targets.patterns import compiled, excluded, is_inside, layer_indices, matches, shortest_suffixes
 
 ALL_LINEAR = "all-linear"
 

@@ -1,4 +1,6 @@
-"""Regular expressions for module paths, matched in bounded time: a pattern may come from an untrusted file.
+"""Matching of module and parameter names by suffixes, by regular expressions and by the keys of `rank_pattern`.
+
+Regular expressions are matched in bounded time: a pattern may come from an untrusted file.
 
 `re` cannot be interrupted, and `(a|ab?)*X` makes it try 2ⁿ ways on a path of n characters. The `regex` package, which
 transformers requires, has a timeout. It matches patterns with repeats, branches or groups; `re` matches the rest, which
@@ -14,12 +16,12 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, nearest
 
 _LENGTH = 100_000  # characters of a pattern: the names of all modules of a large model, one after the other
 _COPIES = 100_000  # of a part of the pattern, that counted repeats such as {100} make of it when it is compiled
@@ -169,3 +171,168 @@ def _full_match(pattern: str) -> tuple[Callable[..., Any], bool]:
 
 def _short(pattern: str) -> str:
     return repr(pattern) if len(pattern) <= 200 else f"{pattern[:200]!r}..."
+
+
+_PLAIN = re.compile(r"[\w.]+", re.ASCII)
+
+_EXPRESSIONS = 1_000  # among the keys of a pattern; others are plain names
+
+
+def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """Return the value of the first key of a `rank_pattern` or `alpha_pattern` that matches `path`.
+
+    Raises:
+        PeftcoreError: too many keys are regular expressions, or one cannot be matched.
+    """
+    if not patterns:
+        return default
+    key = _keys(tuple(patterns)).first(path)
+    return default if key is None else patterns[key]
+
+
+def matched_keys(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
+    """Return the keys of a `rank_pattern` or `alpha_pattern` that match one of `paths`, whichever comes first.
+
+    Raises:
+        PeftcoreError: too many keys are regular expressions, or one cannot be matched.
+    """
+    keys = _keys(tuple(patterns))
+    return keys.matched(list(paths)) if keys.keys else set()
+
+
+class _Keys:
+    """The keys of a pattern, with a lookup whose time depends on their kinds rather than their number.
+
+    A plain key of names and dots matches the end of a path, with a dot matching any character. Keys whose names have
+    the same lengths are in one table.
+    """
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.keys = keys
+        self.tables: dict[tuple[int, ...], dict[tuple[str, ...], int]] = {}
+        self.expressions: list[int] = []
+        for position, key in enumerate(keys):
+            if _PLAIN.fullmatch(key):
+                names = tuple(key.split("."))
+                self.tables.setdefault(tuple(map(len, names)), {}).setdefault(names, position)
+            else:
+                self.expressions.append(position)
+        if len(self.expressions) > _EXPRESSIONS:
+            raise PeftcoreError(
+                f"rank_pattern or alpha_pattern has {len(self.expressions):,} regular expressions, at most "
+                f"{_EXPRESSIONS:,} are read. Name modules by their paths"
+            )
+
+    def first(self, path: str) -> str | None:
+        """Return the first key that matches `path`, or None."""
+        found = min(self._plain(path), default=len(self.keys))
+        for position in self.expressions:
+            if position > found:
+                break
+            if self._expression(position)(path):
+                return self.keys[position]
+        return self.keys[found] if found < len(self.keys) else None
+
+    def matched(self, paths: Sequence[str]) -> set[str]:
+        """Return all keys that match one of `paths`."""
+        found = {position for path in paths for position in self._plain(path)}
+        found |= {position for position in self.expressions if any(map(self._expression(position), paths))}
+        return {self.keys[position] for position in found}
+
+    def _plain(self, path: str) -> Iterator[int]:
+        """Yield the positions of the plain keys that match `path`."""
+        for lengths, table in self.tables.items():
+            begin = len(path) - sum(lengths) - len(lengths) + 1
+            if begin < 0 or (begin and path[begin - 1] != "."):
+                continue
+            names = []
+            for length in lengths:
+                names.append(path[begin : begin + length])
+                begin += length + 1
+            position = table.get(tuple(names))
+            if position is not None:
+                yield position
+
+    def _expression(self, position: int) -> Callable[[str], bool]:
+        return compiled_end(self.keys[position], "rank_pattern or alpha_pattern")
+
+
+@lru_cache(maxsize=64)
+def _keys(keys: tuple[str, ...]) -> _Keys:
+    return _Keys(keys)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Return whether a list entry matches `path`: the path itself, or its end after a dot."""
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def ends(path: str) -> list[str]:
+    """Return the list entries that mean `path`, as `matches` has it: the path, and what follows each of its dots."""
+    found = [path]
+    while "." in path:
+        path = path.partition(".")[2]
+        found.append(path)
+    return found
+
+
+def is_inside(saved: str, path: str) -> bool:
+    """Return whether `path` is, or is inside, a module that the entry `saved` of `modules_to_save` matches."""
+    return f".{saved}." in f".{path}."
+
+
+def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> set[str]:
+    """Return those of `names`, of modules or parameters, that `exclude_modules` matches.
+
+    Raises:
+        PeftcoreError: a pattern matches nothing.
+    """
+    if not patterns:
+        return set()
+    if isinstance(patterns, str):
+        found = set(filter(compiled(patterns, "exclude_modules"), names))
+        if not found:
+            raise PeftcoreError(f"exclude_modules={patterns!r} matches no module")
+        return found
+    for pattern in patterns:
+        if not any(matches(pattern, path) for path in names):
+            raise PeftcoreError(f"exclude_modules: '{pattern}' matches no module{nearest_path(pattern, names)}")
+    return {path for path in names if any(matches(pattern, path) for pattern in patterns)}
+
+
+def layer_indices(paths: Iterable[str], pattern: str | Sequence[str] | None) -> dict[str, int | None]:
+    """Return the layer index of each path by `layers_pattern`: the first number after a list of layers."""
+    names = [pattern] if isinstance(pattern, str) else list(pattern or ())
+    lists: list[FullMatch] = [compiled_end(name, "layers_pattern") for name in names] or [lambda _: True]
+
+    def index(path: str) -> int | None:
+        parts = path.split(".")
+        numbers = [i for i, part in enumerate(parts[:-1]) if i and part.isdecimal()]
+        return next((int(parts[i]) for is_list in lists for i in numbers if is_list(".".join(parts[:i]))), None)
+
+    return {path: index(path) for path in paths}
+
+
+def nearest_path(pattern: str, paths: Iterable[str]) -> str:
+    """Return the nearest names, or those that exist, for messages."""
+    names = {part for path in paths for part in (path, path.rpartition(".")[2]) if part and not part.isdigit()}
+    return (
+        nearest(pattern, sorted(names))
+        or f". Names here: {', '.join(sorted(names - {p for p in names if '.' in p})[:12])}"
+    )
+
+
+def shortest_suffixes(chosen: Collection[str], others: Collection[str], parts: int = 1) -> list[str]:
+    """Return the shortest list of suffixes, each of at least `parts` parts, that matches `chosen` and not `others`."""
+    of_others: set[str] = set()
+    for path in others:
+        of_others.update(ends(path))
+    suffixes: set[str] = set()
+    for path in sorted(chosen):
+        for suffix in ends(path)[::-1][max(0, min(parts, path.count(".") + 1) - 1) :]:  # the shortest first
+            if suffix not in of_others:
+                suffixes.add(suffix)
+                break
+        else:
+            raise PeftcoreError(f"no suffix selects '{path}' alone. Give target_modules as a regular expression")
+    return sorted([suffix for suffix in suffixes if suffixes.isdisjoint(ends(suffix)[1:])])

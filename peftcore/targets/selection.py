@@ -1,5 +1,7 @@
 """Selection of modules by suffix lists, regular expressions, `all-linear`, exclusions and layer choices.
 
+Also of what a config trains besides its adapters: `modules_to_save` and biases.
+
 Matching is Hugging Face PEFT's, so that one config selects the same modules there and here, but a
 pattern that matches nothing is an error.
 """
@@ -12,16 +14,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import base_modules, base_parameters, original_class
 from peftcore.architecture import Architecture, Sublayer
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.experts import expert_biases
 from peftcore.experts.in_model import expert_layers, expert_weights, routers, weight_named
 from peftcore.layers import is_conv1d, is_linear, sizes, unknown_layers
 from peftcore.observation import bypassed, rewritten
+from peftcore.placements.train import Train
 from peftcore.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes
-from peftcore.targets.names import ends, excluded, is_inside, layer_indices, matches, nearest_path, shortest_suffixes
-from peftcore.targets.patterns import compiled
+from peftcore.targets.patterns import (
+    compiled,
+    ends,
+    excluded,
+    is_inside,
+    layer_indices,
+    matches,
+    nearest_path,
+    shortest_suffixes,
+)
 
 
 def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:
@@ -318,3 +329,61 @@ def _kinds(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:
 
 def _examples(modules: dict[str, nn.Module], supported: Any) -> str:
     return ", ".join([f"'{path}'" for path, module in modules.items() if path and supported(module)][:3]) or "none"
+
+
+def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
+    """Return the parameters of the modules that `modules_to_save` selects, to be trained themselves.
+
+    Raises:
+        PeftcoreError: an entry matches no module with parameters.
+    """
+    names = [name for name, _ in base_parameters(model)]
+    trained: list[str] = []
+    for pattern in modules_to_save:
+        paths = [path for path, _ in base_modules(model) if path and matches(pattern, path)]
+        inside = [name for name in names if any(name.startswith(f"{path}.") for path in paths)]
+        if not inside:
+            known = {part for path, _ in base_modules(model) for part in (path, path.rpartition(".")[2])}
+            raise PeftcoreError(
+                f"modules_to_save: '{pattern}' matches no module with parameters{nearest(pattern, known)}"
+            )
+        trained += inside
+    return Train(tuple(dict.fromkeys(trained)))
+
+
+def refuse_targeted(target_modules: Any, paths: Iterable[str], why: str) -> None:
+    """Raise a PeftcoreError if `target_modules` selects one of the modules `paths`, which are trained as a whole."""
+    if not target_modules or target_modules == ALL_LINEAR:
+        return
+    for path in paths:
+        if isinstance(target_modules, str):
+            named = compiled(target_modules, "target_modules")(path)
+        else:
+            named = any(matches(pattern, path) for pattern in target_modules)
+        if named:
+            raise PeftcoreError(
+                f"target_modules={target_modules!r} selects '{path}', whose weight is {why}, which modules_to_save "
+                "trains as a whole. Remove it from target_modules, or untie the two: ensure_weight_tying=False"
+            )
+
+
+def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
+    """Return the parameters named `bias` of the whole model or of the modules `paths`."""
+    names = [name for name, _ in base_parameters(model) if name.rpartition(".")[2] == "bias"]
+    if paths is not None:
+        paths = set(paths)
+        names = [name for name in names if name.rpartition(".")[0] in paths]
+    return Train(tuple(names))
+
+
+def trained_biases(model: nn.Module, bias: str, paths: Iterable[str]) -> list[Train]:
+    """Return what PEFT's field `bias` trains: "none", "all" biases of the model, or otherwise those of `paths`."""
+    if bias == "none":
+        return []
+    of_experts = next((path for path in paths if weight_named(model, path) != path), None)
+    if of_experts is not None and any(expert_biases(module) for _, module in base_modules(model)):
+        raise PeftcoreError(
+            f"bias={bias!r} is not supported for the expert '{of_experts}', whose biases have other names. "
+            "Choose bias='none'"
+        )
+    return [biases(model, None if bias == "all" else paths)]

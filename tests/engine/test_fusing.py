@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore import ops
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import original_class
 from peftcore.adaptation.counted_dropout import CountedDropout
 from peftcore.adaptation.fused_forward import FORMULA, is_fused
 from peftcore.engine.fusing import fused_modules

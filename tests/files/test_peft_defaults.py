@@ -6,8 +6,7 @@ import pytest
 import tiny
 
 import peftcore
-from peftcore.files.peft_defaults import FILE, defaults, peft_version, says_something
-from peftcore.files.peft_fields import config_of_fields
+from peftcore.files.peft_fields import DEFAULTS, config_of_fields, defaults, peft_version, says_something
 from peftcore.plugin import StateRules
 
 
@@ -15,7 +14,7 @@ def test_the_file_is_what_the_installed_peft_says() -> None:
     if peft_version() != peft.__version__:
         pytest.skip(f"the defaults are of PEFT {peft_version()}, installed is {peft.__version__}")
     wanted = peft_defaults.as_text(peft_defaults.of_installed())
-    assert FILE.read_text() == wanted, "run: python tests/peft_defaults.py"
+    assert DEFAULTS.read_text() == wanted, "run: python tests/peft_defaults.py"
 
 
 def test_what_says_something() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import original_class
 from peftcore.engine import adapter_parameters, require_state, set_trainable
 from peftcore.files.resident import OnDisk
 from peftcore.testing import disturb

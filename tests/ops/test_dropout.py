@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from peftcore import ops
 from peftcore.ops import keep_mask, lora_linear
-from peftcore.ops._library import operator_for
+from peftcore.ops.calling import operator_for
 from peftcore.ops.dropout import Dropout, new_seed
 
 _OPS = torch.ops.peftcore

@@ -11,7 +11,7 @@ from quantized import INPUTS, gpt2, llama, logits, of_bnb
 from torch import nn
 
 import peftcore
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import original_class
 from peftcore.ops import huge_pages
 from peftcore.quantization import QuantizedLinear, convert, quantized_layers
 from peftcore.registry import registry

@@ -12,7 +12,7 @@ from mixtures import FAMILIES, INPUTS, mixture
 from torch import nn
 
 import peftcore
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.base_modules import original_class
 from peftcore.observation import detect
 from peftcore.quantization import PackedParameters, QuantizedLinear, quantized_experts, quantized_layers
 from peftcore.quantization.format import from_tensors

@@ -19,7 +19,7 @@ import tiny
 import torch
 from against_peft import logits, moved, quiet
 from peftcore_lora import replicate_layers
-from peftcore_lora.variants import PLAIN
+from peftcore_lora.files import PLAIN
 from torch import nn
 
 import peftcore

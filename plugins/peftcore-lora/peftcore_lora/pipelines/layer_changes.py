@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.plugin import CheckpointError, PeftcoreError, targets
 from peftcore_lora.blocks import without_blocks
-from peftcore_lora.layer_facts import Convolution
+from peftcore_lora.placing import Convolution
 
 PEFT = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
 # layers of fused projections, which other pipelines lack

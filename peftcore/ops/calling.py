@@ -1,0 +1,68 @@
+"""What the public functions of operators do before they call one: rules of autocast, `torch.func` and CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from peftcore.ops.weight import PackedWeight
+
+
+def operator_for(name: str, seed: torch.Tensor | None) -> Any:
+    """Return the operator `name` for a call with this seed: a compiled model keeps the CPU's out of CUDA graphs."""
+    seeded = seed is not None and seed.device.type == "cpu" and torch.compiler.is_compiling()
+    return getattr(torch.ops.peftcore, f"{name}_seeded" if seeded else name)
+
+
+def unviewed(y: torch.Tensor) -> torch.Tensor:
+    """Return `y` as a tensor that is not a view, for the forward of a `torch.autograd.Function`.
+
+    A model may then add to it in place (as Llama 4 does to the output of its shared expert), which autograd forbids for
+    views that a custom function returns.
+    """
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view.default(y, y.shape)
+
+
+def transformed() -> bool:
+    """Return whether a transform of `torch.func` (vmap, grad, jvp) or a dual level of `forward_ad` is active.
+
+    They see through PyTorch's own operators alone.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def permuted(t: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """Return `t` `[.., in]`, which is x or a low-rank product's A, with its columns in the order of the weight's codes."""
+    if isinstance(weight, Tensor) or weight.permutation is None:
+        return t
+    return t.index_select(-1, weight.permutation)
+
+
+def autocast_device(x: Tensor) -> str:
+    """Return the device type whose autocast applies to x: for meta tensors, which PyTorch lacks, that of the CPU."""
+    return "cpu" if x.is_meta else x.device.type
+
+
+def frozen_operands(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None
+) -> tuple[Tensor, list[Tensor], list[int], Tensor | None]:
+    """Return (x, the operator's two arguments, bias), cast by the rules of autocast. x's columns are permuted."""
+    device = "cpu" if x.is_meta else x.device.type  # as `autocast_device`, in less time
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+        if isinstance(weight, Tensor):
+            weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if isinstance(weight, Tensor):
+        return x, [weight], [], bias
+    if weight.permutation is not None:
+        x = permuted(x, weight)
+    return x, *weight.operands(), bias
