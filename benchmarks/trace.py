@@ -9,10 +9,9 @@ same in every run. `--by` lists where the calls of one action are. The script fa
 
 Of the forward's stack, four frames are the lock's: one for each module that contains adapted ones (the model, its
 backbone, a layer, its attention), since each of them may be called alone. The other five are as many as PEFT's: the
-layer, the link of its chain, the adapter, the operator, and a check of the operator's. Its nine files are these six
-topics, the lock itself, the weight's operands, and the output head. `apply` and `load` enter files of 10,500 and 14,300
-lines in all, so that fewer than 27 and 36 files would be longer than 400; seven of ten files are entered by fewer than
-60 calls, each for a question of its own (is the model divided over ranks, does the method read calls, ...).
+layer, the link of its chain, the adapter, the operator, and a check of the operator's. Its eight files are these, the
+lock itself, and the output head. `apply` and `load` enter files of more than 10,000 and 14,000 lines, so that fewer
+than 27 and 36 files would be longer than 400.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ TOKENS = torch.tensor([[5, 17, 3, 60]])
 TARGETS = "all-linear"
 # Limits: calls, files, depth of the stack.
 LIMITS = {
-    "apply": (4_000, 58, 16),
-    "forward": (150, 9, 9),
+    "apply": (4_000, 49, 16),
+    "forward": (150, 8, 9),
     "save": (1_500, None, None),
-    "load": (4_500, 77, 20),
+    "load": (4_500, 65, 20),
     "merge": (2_000, None, None),
 }
 

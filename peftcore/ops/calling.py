@@ -39,7 +39,7 @@ def transformed() -> bool:
 
 
 def permuted(t: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    """Return `t` `[.., in]`, which is x or a low-rank product's A, with its columns in the order of the weight's codes."""
+    """Return `t` `[.., in]`, x or a low-rank product's A, with its columns in the order of the weight's codes."""
     if isinstance(weight, Tensor) or weight.permutation is None:
         return t
     return t.index_select(-1, weight.permutation)
