@@ -17,8 +17,9 @@ PACKAGING := pyproject.toml setup.py csrc/toolchain.py $(PLUGINS:%=%/pyproject.t
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
 CSRC := $(filter csrc/%,$(CXX_FILES))
 
-# decode_llama.py is a part of decode.py, for another Python; the others left out need arguments, card.py a card, too.
-BENCHMARKS = $(filter-out $(patsubst %,benchmarks/%.py,card decode_llama coming_from journeys),$(shell grep -l __main__ benchmarks/*.py))
+# decode_llama.py is a part of decode.py, for another Python, and run_all.py runs the others; of those left out the rest
+# need arguments, card.py a card, too.
+BENCHMARKS = $(filter-out $(patsubst %,benchmarks/%.py,card decode_llama coming_from journeys run_all),$(shell grep -l __main__ benchmarks/*.py))
 
 .PHONY: install demo test test-engines test-all test-avx2 lint fix docs bench cuda-bounds matrix figures compare census export-check clean
 
@@ -112,21 +113,27 @@ export-check: $(VENV)/train.stamp $(LLAMA)/llama.stamp
 	$(PY) benchmarks/export/check.py --llama $(LLAMA)/bin/python
 	$(PY) benchmarks/export/quickstart.py --llama $(LLAMA)/bin/python
 
-# Each benchmark once: make bench, or make bench BENCHMARKS=benchmarks/lora.py. Where a run with the defaults is long (all
-# models, sizes or methods), some of its rows; all of them: make bench BENCHMARKS=benchmarks/step.py BENCH_step=
+# Each benchmark once, the shortest first; benchmarks/run_all.py has the seconds that each takes. One that fails does not keep
+# the others from running, and make fails at the end. What was printed and a chart of all ratios are in build/bench.
+# One of them: make bench BENCHMARKS=benchmarks/lora.py. Where a run with the defaults takes minutes (all models, sizes or
+# methods), these are some of its rows; all of them: make bench BENCHMARKS=benchmarks/step.py BENCH_step=
 BENCH_decode = --shapes smollm2-135m
+BENCH_dora = --seconds 5
+BENCH_engine = --seconds 20
 BENCH_estimate = --count 4
-BENCH_methods = --quick --model smollm2
+BENCH_layer = --seconds 3
+BENCH_linear_cross_entropy = --shape SmolLM2-135M --seconds 5
+BENCH_many_adapters = --adapters 300
+BENCH_methods = --quick --model smollm2 --seconds 1
+BENCH_methods_layers = --seconds 0.5
+BENCH_qlora = --steps 20
 BENCH_qlora_large = --layers 2
-BENCH_step = --short --layers 4
+BENCH_quality_4bit = --tokens 2048
+BENCH_serve = --adapters 32 --tokens 16
+BENCH_step = --short --layers 2 --rows 4x128 --rounds 1
 BENCH_suggest = --memory 24
-define BENCH
-	@echo "== $(1) $(BENCH_$(basename $(notdir $(1))))"
-	@$(PY) $(1) $(BENCH_$(basename $(notdir $(1))))
-
-endef
 bench: $(VENV)/dev.stamp
-	$(foreach file,$(BENCHMARKS),$(call BENCH,$(file)))
+	@$(PY) benchmarks/run_all.py $(foreach file,$(BENCHMARKS),"$(strip $(file) $(BENCH_$(basename $(notdir $(file)))))")
 
 # What bounds each CUDA kernel on two cards, from what nvcc makes of it: no card is needed, and 3 minutes. Some of the
 # kernels: make cuda-bounds KERNELS=dequantize

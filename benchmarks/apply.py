@@ -3,7 +3,7 @@
     python benchmarks/apply.py [--methods NAME ...] [--layers 32] [--times 3]
 
 Llama-2-7B's shape, fields at their defaults; the fastest of some times, each on a model of its own, in processor time.
-Beside it what is trained, and what lies beside that in the adapters (banks, indices), each storage once.
+Next to it are what is trained, and what else the adapters have (banks, indices), each storage once.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main():
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     peftcore.apply(llama(2), "lora")  # imports
-    print(f"{'method':26}{'apply, s':>10}{'trained':>15}{'beside, MB':>12}")
+    print(f"{'method':26}{'apply, s':>10}{'trained':>15}{'else, MB':>12}")
     for method in options.methods:
         found = [applied(method, options.layers) for _ in range(options.times)]
         seconds, trained, beside = min(found)

@@ -1,4 +1,4 @@
-"""Greedy decoding: tokens a second of `generate` over a base in 4 bits, alone and with LoRA, beside others.
+"""Greedy decoding: tokens a second of `generate` over a base in 4 bits, alone and with LoRA, next to others.
 
     python benchmarks/decode.py [--shapes smollm2-135m llama-1.1b llama-7b] [--prompts 32 512] [--batches 1 4 16]
                                 [--compile] [--llama PYTHON] [--ours] [--processor-time --threads 1]
@@ -209,12 +209,6 @@ def bytes_of_token(model):
     return sum(t.nbytes for t in parts)
 
 
-def read_rate():
-    """GB/s of a plain read of what no cache holds."""
-    words = torch.zeros(max(4 * measure.last_cache(), 256 << 20) // 8, dtype=torch.int64)
-    return words.nbytes / min(measure.interleaved({"read": words.sum}, 1)["read"]) / 1e6
-
-
 def compiled_once(found, tokens, count):
     """Those that generate; their first tokens, in which steps are compiled, are not timed."""
     left = dict(found)
@@ -243,7 +237,7 @@ def table(found, shape, prompt, batch, count, rounds, peer):
             for kept, seconds in zip(times[name], generated(model, tokens, count, fields, turn), strict=True):
                 kept.append(seconds)
     peer.stop()
-    rate = read_rate()
+    rate = measure.read_rate(Clock.now)
     print(f"\n{shape}, prompt of {prompt}, batch {batch}, {count} tokens, {rate:.1f} GB/s of a plain read")
     print(f"{'':42}{'prefill/s':>10}{'decode/s':>10}{'median':>10}{'MB a token':>12}{'of the floor':>14}", end="")
     print("".join(f"{f'of {kind}':>12}" for kind in peer.kinds))
@@ -256,6 +250,11 @@ def table(found, shape, prompt, batch, count, rounds, peer):
         for seconds in theirs[name].values():
             print(f"{statistics.median(t / o for t, o in zip(seconds, ours, strict=True)):12.2f}", end="")
         print(flush=True)
+    for ours in ("peftcore, NF4, LoRA", "peftcore, NF4, LoRA, fused"):
+        for peer in ("peft, bf16, LoRA", "peft, bitsandbytes NF4, LoRA"):
+            if peer in times:
+                ratio = rates(times[peer][1], batch)[1] / rates(times[ours][1], batch)[1]
+                measure.note_ratio(f"a token of {shape}, batch {batch}: {ours}", ratio, peer)
     for (kind, lora), seconds in prefills.items():
         rest = [each[kind][i : i + count] for name, each in theirs.items() if ("LoRA" in name) == lora
                 for i in range(0, rounds * count, count)]  # fmt: skip

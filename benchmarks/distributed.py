@@ -1,4 +1,4 @@
-"""What two processes cost: a DDP step beside peft's, and what a rank holds of a 4-bit base under FSDP2.
+"""What two processes cost: a DDP step next to peft's, and what a rank holds of a 4-bit base under FSDP2.
 
     python benchmarks/distributed.py [--steps 8]
 
@@ -140,6 +140,7 @@ def main():
     for name, row in times.items():
         low, median, iqr = measure.spread(row)
         print(f"{name:18}{low:8.2f}{median:9.2f}{iqr:9.2f}{median / peers:14.4f}")
+    measure.note_pairs("a training step", times)
     found = on_ranks(held)
     print("\nthe base in 4 bits (MB)")
     for name, count in found.items():

@@ -1,4 +1,4 @@
-"""What DoRA costs over LoRA: a layer's norms, a layer forward and backward, a training step. peft beside it.
+"""What DoRA costs over LoRA: a layer's norms, a layer forward and backward, a training step. peft in the same run.
 
     python benchmarks/dora.py [--threads 2] [--seconds 10] [--rank 16] [--only norms linear step] [--cpu]
 
@@ -7,7 +7,6 @@ shape of SmolLM2-135M in bf16, batch 4 x 128, r=16 on every linear layer, no dro
 """
 
 import argparse
-import json
 import logging
 import time
 import warnings
@@ -66,9 +65,9 @@ def linear(m, k, n, dtype, rank, seconds):
     lora.table(f"{k} -> {n}, {m} rows, {dtype}, r={rank}, forward and backward (ms)", times, "peftcore lora")
 
 
-def stepper(kind):
+def stepper(kind, layers):
     """A training step of engine.py's model."""
-    model = engine.llama()
+    model = engine.llama(layers)
     if kind == "peftcore dora":
         peftcore.apply(model, "dora", r=engine.R, lora_alpha=engine.R)
     elif kind == "peft dora":
@@ -92,13 +91,10 @@ def stepper(kind):
 KINDS = ("peftcore lora", "peftcore dora", "peft lora", "peft dora")
 
 
-def steps(kinds, seconds, clock):
+def steps(kinds, layers, seconds, clock):
     """Time of a training step, interleaved, and the peak memory of each in a process of its own."""
-    times = measure.interleaved({kind: stepper(kind) for kind in kinds}, seconds, clock=clock)
-    lora.table("a training step, 135M Llama shape, bf16, batch 4 x 128 (ms)", times, kinds[0])
-    for kind in kinds:
-        peak = measure.in_child(__file__, "--peak", kind, "--threads", torch.get_num_threads())["peak"]
-        print(f"{kind:34}peak {peak:6.0f} MB")
+    times = measure.interleaved({kind: stepper(kind, layers) for kind in kinds}, seconds, clock=clock)
+    lora.print_steps(__file__, times, layers)
 
 
 def main():
@@ -109,15 +105,12 @@ def main():
     parser.add_argument("--only", nargs="+", default=["norms", "linear", "step"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of step; the first is the base")
     parser.add_argument("--cpu", action="store_true", help="CPU time of the step: with --threads 1, on a busy machine")
+    parser.add_argument("--layers", type=int, default=30, help="of the model of a step")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
-        step = stepper(options.peak)
-        measure.reset_peak()
-        for _ in range(2):
-            step()
-        print(json.dumps({"peak": measure.peak_megabytes()}))
+        measure.print_peak(stepper(options.peak, options.layers))
         return
     measure.print_surroundings(options.threads)
     measure.keep_freed_memory()
@@ -128,7 +121,8 @@ def main():
         if "linear" in options.only:
             linear(m, k, n, dtype, options.rank, options.seconds / 5)
     if "step" in options.only:
-        steps(options.kinds, options.seconds * 4, time.process_time if options.cpu else time.perf_counter)
+        clock = time.process_time if options.cpu else time.perf_counter
+        steps(options.kinds, options.layers, options.seconds * 4, clock)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What an adapter costs beside the frozen model: a call, a training step, peak memory, and applying it. peft beside it.
+"""What an adapter costs over the frozen model: a call, a step, peak memory, and applying it; peft in the same run.
 
-    python benchmarks/engine.py [--threads 2] [--seconds 20]
+    python benchmarks/engine.py [--threads 2] [--seconds 20] [--layers 30]
 
 The model has the shape of SmolLM2-135M (30 layers, hidden 576, 9 heads of which 3 hold keys, 49,152 tokens) and random
 weights; batch 4 x 128, r=16 on every linear layer, no dropout. "frozen" computes the gradient of its input and trains
@@ -9,9 +9,7 @@ measured in the same run.
 """
 
 import argparse
-import json
 import logging
-import os
 import time
 import warnings
 
@@ -98,26 +96,31 @@ def calls(seconds):
     for kind, row in times.items():
         _, median, iqr = measure.spread(row)
         print(f"{kind:18}{median * 2:10.1f}{iqr * 2:9.1f}{median * 2 - base:14.1f}")
+    measure.note_pairs("a call of a 16 x 16 layer", times)
 
 
-def steps(seconds):
+def steps(layers, seconds):
     """Time of a training step, interleaved, and the peak memory of each in a process of its own."""
     kinds = ("frozen", "peftcore", "peft")
-    times = measure.interleaved({kind: stepper(kind, llama()) for kind in kinds}, seconds)
-    peaks = {kind: measure.in_child(__file__, "--peak", kind, "--threads", torch.get_num_threads()) for kind in kinds}
+    times = measure.interleaved({kind: stepper(kind, llama(layers)) for kind in kinds}, seconds)
+    of = ("--threads", torch.get_num_threads(), "--layers", layers, "--peak")
+    peaks = {kind: measure.in_child(__file__, *of, kind) for kind in kinds}
     base = measure.spread(times["frozen"])[1]
-    print(f"\na training step, 135M Llama shape, bf16, batch {BATCH} x {LENGTH}\n{'floor':12}{floor():9.0f} ms")
+    print(f"\na training step, {layers} layers of SmolLM2-135M's shape, bf16, batch {BATCH} x {LENGTH} (ms)")
+    print(f"{'floor':12}{floor(layers):7.0f}")
     print(" " * 16 + "min   median      IQR   to frozen   peak MB")
     for kind, row in times.items():
         low, median, iqr = measure.spread(row)
         print(f"{kind:12}{low:7.0f}{median:9.0f}{iqr:9.0f}{median / base:11.3f}{peaks[kind]['peak']:11.0f}")
+    measure.note_pairs("a training step", times)
+    measure.note_pairs("peak memory of a step", {kind: [found["peak"]] for kind, found in peaks.items()})
 
 
-def floor():
+def floor(layers):
     """Operations of a step (2 a weight and token, forward and again for the gradient) over the measured rate."""
     a = torch.randn(2048, 2048, dtype=torch.bfloat16)
     rate = 2 * 2048**3 / min(measure.interleaved({"product": lambda: a @ a}, 1)["product"])  # operations a ms
-    weights = sum(p.numel() for p in llama().parameters() if p.dim() == 2)
+    weights = sum(p.numel() for p in llama(layers).parameters() if p.dim() == 2)
     return 2 * 2 * weights * BATCH * LENGTH / rate
 
 
@@ -134,26 +137,24 @@ def applying():
     for kind, row in times.items():
         low, median, iqr = measure.spread(row)
         print(f"{kind:12}min {low:6.0f}   median {median:6.0f}   IQR {iqr:5.0f}")
+    measure.note_pairs("applying to 32 layers", times)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--layers", type=int, default=30, help="of the model of a step")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak:
-        step = stepper(options.peak, llama())
-        measure.reset_peak()
-        for _ in range(2):
-            step()
-        print(json.dumps({"peak": measure.peak_megabytes()}))
+        measure.print_peak(stepper(options.peak, llama(options.layers)))
         return
-    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}")
+    measure.print_surroundings(options.threads)
     calls(options.seconds / 8)
     applying()
-    steps(options.seconds)
+    steps(options.layers, options.seconds)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import gc
 import json
 import random
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -197,9 +195,7 @@ def main():
     for chosen, said in chosen_by(options.seed, options.count):
         name = name_of(chosen)
         if name not in known:
-            command = [sys.executable, __file__, "--run", json.dumps(chosen)]
-            ran = subprocess.run(command, capture_output=True, text=True, check=True)
-            known[name] = json.loads(ran.stdout.splitlines()[-1])
+            known[name] = measure.in_child(__file__, "--run", json.dumps(chosen))
             if file is not None:
                 file.write_text(json.dumps(known, indent=1))
         low, high = said.process

@@ -1,4 +1,4 @@
-"""How exact the operators are, beside Hugging Face PEFT and bitsandbytes: errors against float64.
+"""How exact the operators are, next to Hugging Face PEFT and bitsandbytes: errors against float64.
 
     python benchmarks/exactness.py [--small] [--level amx] [--only lora grouped linear_4bit nf4 optim]
 
@@ -29,10 +29,10 @@ SHAPES = [(256, 576, 1536), (256, 4096, 4096)]
 SMALL = [(96, 320, 160)]  # rows of whole blocks: of others bitsandbytes' CPU kernel makes nonsense
 RANKS = (8, 16, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GRADIENT_NORM = 2e-5  # of dA and dB beside a bf16 x
+GRADIENT_NORM = 2e-5  # of dA and dB next to a bf16 x
 SLACK = 1.02
-_COLUMNS = f"{'median':>8}{'99 %':>8}{'most':>9}{'norm':>10}"
-HEAD = f"{'roundings':46}{'ours':>8}{'':27}{'peer':>8}\n{'':46}{_COLUMNS}{_COLUMNS}"
+_COLUMNS = f"{'median':>9}{'99 %':>9}{'most':>9}{'norm':>10}"
+HEAD = f"{'roundings':46}{'ours':>9}{'':28}{'peer':>9}\n{'':46}{_COLUMNS}{_COLUMNS}"
 
 
 class Error(NamedTuple):
@@ -54,7 +54,8 @@ class Error(NamedTuple):
         return cls(*over, float(error.norm() / exact.norm()))
 
     def __str__(self):
-        return f"{self.median:8.3f}{self.most:8.3f}{self.largest:9.3f}{self.norm:10.1e}"
+        roundings = (f"{each:9.3f}" if each < 1e4 else f"{each:9.1e}" for each in self[:3])
+        return f"{''.join(roundings)}{self.norm:10.1e}"
 
 
 class Row(NamedTuple):
@@ -78,7 +79,7 @@ def normal(*shape, seed, dtype=torch.float32):
 
 
 def lora(shapes=SHAPES, ranks=RANKS, dtypes=DTYPES):
-    """lora_linear's y and gradients beside peft's layer over the same weight."""
+    """lora_linear's y and gradients next to peft's layer over the same weight."""
     import peft
 
     for m, k, n in shapes:
@@ -113,7 +114,7 @@ def lora(shapes=SHAPES, ranks=RANKS, dtypes=DTYPES):
 
 
 def grouped(shapes=SHAPES, dtypes=DTYPES):
-    """grouped_linear and grouped_lora_linear over four experts, beside transformers' grouped_mm over their weights, and
+    """grouped_linear and grouped_lora_linear over four experts, next to transformers' grouped_mm over their weights and
     over weights to which 0.5 B A was added, as peft's `target_parameters` does."""
     offsets = torch.tensor([0.1, 0.1, 0.7, 1.0])
     for m, k, n in shapes:
@@ -151,7 +152,7 @@ def grouped(shapes=SHAPES, dtypes=DTYPES):
 
 
 def linear_4bit(shapes=SHAPES, dtypes=DTYPES):
-    """y and dx of a weight in NF4 beside bitsandbytes, which unpacks it; exact is what its codes stand for."""
+    """y and dx of a weight in NF4 next to bitsandbytes, which unpacks it; exact is what its codes stand for."""
     import bitsandbytes.functional as bnb
 
     for rows, k, n in shapes:

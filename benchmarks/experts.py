@@ -1,4 +1,4 @@
-"""Experts' forward and backward beside transformers and peft, in one run, and one token through experts in 4 bits.
+"""Experts' forward and backward next to transformers and peft, in one run, and one token through experts in 4 bits.
 
     python benchmarks/experts.py [--threads 2] [--seconds 20] [--rank 16] [--only step decode] [--slow]
 
@@ -163,6 +163,8 @@ def step(rank, seconds, slow):
     operations = 4 * TOKENS * TOP_K * size // (2 * 32)
     best = f"transformers {min(times, key=times.get)}"
     measure.print_rates(title, found, best, moved, operations, pair + weights)
+    for name, peer in (("peftcore", best), (f"peftcore LoRA r={rank}", f"peft r={rank}, grouped_mm")):
+        measure.note_ratio(f"32 experts: {name}", min(found[0][name]) / min(found[0][peer]), peer)
     for name in ("peftcore", "transformers grouped_mm", "transformers eager"):
         forward = experts_forward if name == "peftcore" else type(module).forward
         other = copy.deepcopy(module)

@@ -1,4 +1,4 @@
-"""Experts on a GPU beside PyTorch's grouped_mm, transformers, peft and LoRA by hand, in one run.
+"""Experts on a GPU next to PyTorch's grouped_mm, transformers, peft and LoRA by hand, in one run.
 
     python benchmarks/experts_cuda.py [--models qwen3 gpt-oss mixtral] [--tokens 1 16 512 4096] [--rank 16]
 

@@ -131,6 +131,7 @@ def main():
                 low = {
                     row: min(times) for row, times in measure.interleaved(rows, options.seconds, clock=clock).items()
                 }
+                measure.note_ratio(f"{part} {batch[0]}x{batch[1]} {name}", low["ours"] / low["theirs"], "PyTorch")
                 off = [error(call, given, grad, theirs) for call in (theirs, ours)]
                 label = f"{part} {batch[0]}x{batch[1]} {name}"
                 print(

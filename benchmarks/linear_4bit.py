@@ -1,4 +1,4 @@
-"""linear_4bit beside bitsandbytes and a dense F.linear, in one run, on the same threads.
+"""linear_4bit next to bitsandbytes and a dense F.linear, in one run, on the same threads.
 
     python benchmarks/linear_4bit.py [--size 4096] [--threads 2] [--seconds 3] [--dtype bfloat16] [--batches 1 4 16]
     python benchmarks/linear_4bit.py --formats [--shape 4096 11008] [--level avx2]
@@ -184,6 +184,7 @@ def main():
         floor = max(statistics.median(found[0]["read"]), operations / rate / 1e6)
         moved = {name: sizes.get(name, stored) for name in rows}
         measure.print_rates(title, found, "dense", moved, operations, floor)
+        measure.note_pairs(title.removesuffix(" (ms)"), found[0], "bitsandbytes")
         low, median, _ = measure.spread(found[0]["peftcore"])
         for name in adapted:
             with_it = measure.spread(found[0][name])

@@ -69,7 +69,7 @@ def errors(shape, dtype, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--shape", choices=SHAPES, action="append")
@@ -108,7 +108,11 @@ def main():
                 low, median, _ = measure.spread(times[way])
                 peak = f"{peaks[way]:9.0f}" if way in peaks else ""
                 error = f"{off[way][0]:11.1e}{off[way][1]:10.1e}" if way in off else ""
-                print(f"{way:28}{low:9.1f}{median:9.1f}{low / base:8.2f}{peak}{error}")
+                print(f"{way:28}{low:9.1f}{median:9.1f}{low / base:8.2f}{peak}{error}", flush=True)
+                if way in peaks and way != "F.cross_entropy":
+                    measure.note_ratio(f"{shape}, {name}: {way}", low / base, "F.cross_entropy")
+                    ratio = peaks[way] / peaks["F.cross_entropy"]
+                    measure.note_ratio(f"{shape}, {name}: {way}, memory", ratio, "F.cross_entropy")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LoRA's forward and backward over a frozen linear: lora_linear beside the plain composition and peft, in one run.
+"""LoRA's forward and backward over a frozen linear: lora_linear next to the plain composition and peft, in one run.
 
     python benchmarks/lora.py [--threads 2] [--seconds 4] [--rank 16] [--only linear call samples step]
 
@@ -6,13 +6,12 @@ Rows of a table are timed in turn, so a busy machine slows all alike, and all ke
 and factors come from memory, as in a model: each row goes through as many layers as no cache holds, and is timed once
 more with the one that it has just used ("in cache"). "frozen" is F.linear and the gradient of its input. The floor adds
 to it the operations of the thin products, 3 r (in + out) M multiplications, at the rate that the frozen linear itself
-reaches: nothing read or written twice, no call. A and B are fp32 beside a bf16 x, peft's default as well. Beside each
-table of times stands one of errors.
+reaches: nothing read or written twice, no call. A and B are fp32 next to a bf16 x, peft's default as well. Next to each
+table of times is one of errors.
 """
 
 import argparse
 import copy
-import json
 import logging
 import warnings
 
@@ -36,6 +35,7 @@ def table(title, times, base):
     for name, row in times.items():
         low, median, width = measure.spread(row)
         print(f"{name:34}{low:9.3f}{median:9.3f}{width:8.3f}   {low / of[0]:8.3f}{median / of[1]:8.3f}")
+    measure.note_pairs(title.removesuffix(" (ms)"), times)
 
 
 def peft_layer(layer, rank, dropout):
@@ -85,7 +85,8 @@ def linear(m, k, n, dtype, rank, seconds):
     title = f"{k} -> {n}, {m} rows, {dtype}, r={rank}, forward and backward, {count} layers in turn (ms)"
     floor = min(found[0]["frozen"]) * (1 + thin / frozen)
     measure.print_rates(title, found, "frozen", moved, 2 * m * (frozen + thin), floor)
-    print(f"errors against float64, peft beside (see exactness.py)\n{exactness.HEAD}")
+    measure.note_pairs(f"a layer {k} -> {n}, {dtype}", found[0])
+    print(f"errors against float64, peft in the same run (see exactness.py)\n{exactness.HEAD}")
     for row in exactness.lora([(256, k, n)], (rank,), (dtype,)):
         print(row)
 
@@ -109,7 +110,7 @@ def call(seconds):
 
 
 def samples(rank, seconds):
-    """16 samples of one row, each with an adapter of its own, beside all with one; other layers in turn."""
+    """16 samples of one row, each with an adapter of its own, next to all with one; other layers in turn."""
     scales, index = [0.5] * 16, torch.arange(16)
     for k, n in ((576, 1536), (4096, 4096)):
         x = torch.randn(16, k).bfloat16()
@@ -131,7 +132,7 @@ def samples(rank, seconds):
         measure.print_rates(title, found, "one adapter", moved, 32 * (k * n + one))
 
 
-def stepper(kind, layers=30):
+def stepper(kind, layers):
     """A training step of engine.py's model; 4-bit kinds keep the base in NF4."""
     import engine
 
@@ -171,13 +172,24 @@ def with_bitsandbytes(model):
 KINDS = ("frozen", "peftcore lora", "peft lora", "peftcore qlora", "peft qlora")
 
 
-def steps(kinds, seconds):
+def steps(kinds, layers, seconds):
     """Time of a training step, interleaved, and the peak memory of each in a process of its own."""
-    times = measure.interleaved({kind: stepper(kind) for kind in kinds}, seconds)
-    table("a training step, 135M Llama shape, bf16, batch 4 x 128 (ms)", times, kinds[0])
-    for kind in kinds:
-        peak = measure.in_child(__file__, "--peak", kind, "--threads", torch.get_num_threads())["peak"]
+    times = measure.interleaved({kind: stepper(kind, layers) for kind in kinds}, seconds)
+    print_steps(__file__, times, layers)
+
+
+def print_steps(file, times, layers):
+    """A table of steps, and the peak memory of each kind, in processes of their own that run `file`."""
+    import engine
+
+    kinds = list(times)
+    table(f"a training step, {layers} layers of SmolLM2-135M's shape, bf16, batch 4 x 128 (ms)", times, kinds[0])
+    print(f"{'floor, of engine.py':34}{engine.floor(layers):9.0f}")
+    of = ("--threads", torch.get_num_threads(), "--layers", layers, "--peak")
+    peaks = {kind: measure.in_child(file, *of, kind)["peak"] for kind in kinds}
+    for kind, peak in peaks.items():
         print(f"{kind:34}peak {peak:6.0f} MB")
+    measure.note_pairs("peak memory of a step", {kind: [peak] for kind, peak in peaks.items()})
 
 
 def main():
@@ -188,17 +200,14 @@ def main():
     parser.add_argument("--only", nargs="+", default=["linear", "call", "samples", "step"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of step; the first is the base")
     parser.add_argument("--dtypes", nargs="+", help="of linear, such as bfloat16; by default those of its shapes")
+    parser.add_argument("--layers", type=int, default=30, help="of the model of a step")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     measure.add_level_argument(parser)
     options = parser.parse_args()
     measure.run_at(options.level)
     torch.set_num_threads(options.threads)
     if options.peak:
-        step = stepper(options.peak)
-        measure.reset_peak()
-        for _ in range(2):
-            step()
-        print(json.dumps({"peak": measure.peak_megabytes()}))
+        measure.print_peak(stepper(options.peak, options.layers))
         return
     measure.print_surroundings(options.threads)
     measure.keep_freed_memory()
@@ -212,7 +221,7 @@ def main():
     if "samples" in options.only:
         samples(options.rank, options.seconds / 2)
     if "step" in options.only:
-        steps(options.kinds, options.seconds * 5)
+        steps(options.kinds, options.layers, options.seconds * 5)
 
 
 if __name__ == "__main__":

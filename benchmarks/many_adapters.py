@@ -1,4 +1,4 @@
-"""What a change costs where many adapters are there: adding, switching, choosing, loading, memory. peft beside.
+"""What a change costs with many adapters: adding, switching, choosing, loading, memory; peft in the same run.
 
     python benchmarks/many_adapters.py [--adapters 1000] [--layers 32] [--hidden 64] [--peft 50] [--threads 2]
                                        [--only add,disk,mix,peft]
@@ -31,6 +31,7 @@ from peftcore import ops
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
 SAMPLES = 64
+LATEST, AT_PEFTS_NUMBER = {}, {}  # medians by row: of the last such row, and with as many adapters as peft has
 
 
 def milliseconds(change, times=1):
@@ -44,6 +45,7 @@ def milliseconds(change, times=1):
 
 
 def row(what, least, median):
+    LATEST[what] = median
     print(f"  {what:52}{least:10.2f}{median:10.2f}", flush=True)
 
 
@@ -83,7 +85,8 @@ def choosing(model, names, there):
 def add(options):
     """Adapters that were applied, in memory; those that are chosen do not train."""
     model, ids = llama(options), torch.randint(0, 256, (1, 16))
-    folder = peftcore.save(peftcore.apply(llama(options), "lora", r=8), Path(tempfile.mkdtemp()) / "adapter")
+    root = tempfile.TemporaryDirectory()
+    folder = peftcore.save(peftcore.apply(llama(options), "lora", r=8), Path(root.name) / "adapter")
     with torch.no_grad():
         row("the model alone, forward of 16 tokens", *milliseconds(lambda: model(ids), 30))
     there, before, begin = 0, 0, time.perf_counter()
@@ -112,9 +115,12 @@ def add(options):
             peftcore.activate(model, "a0")
         with torch.no_grad():
             row("forward of 16 tokens", *milliseconds(lambda: model(ids), 30))
+        if target == options.peft:
+            AT_PEFTS_NUMBER.update(LATEST)
     grown = resident_bytes() - before
     held = sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name) * (there - 1) / there
     print(f"  memory: {grown / 2**20:,.0f} MB more for adapters of {held / 2**20:,.0f} MB ({grown / held:.2f})")
+    root.cleanup()
     row("removing one", *milliseconds(lambda: peftcore.remove(model, f"a{there - 1}"), 1))
 
 
@@ -187,6 +193,8 @@ def peft(options):
     row("switching", *milliseconds(lambda: wrapped.set_adapter(f"a{next(others)}"), 10))
     with torch.no_grad():
         row("forward of 16 tokens", *milliseconds(lambda: wrapped(input_ids=ids), 30))
+    for what in AT_PEFTS_NUMBER.keys() & {"adding one (the last ten)", "switching", "forward of 16 tokens"}:
+        measure.note_ratio(f"{count} adapters: {what}", AT_PEFTS_NUMBER[what] / LATEST[what], "peft")
 
 
 PARTS = {"add": add, "disk": disk, "mix": mix, "peft": peft}

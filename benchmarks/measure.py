@@ -40,6 +40,14 @@ def beyond_caches(nbytes):
     return 2 * last_cache() // nbytes + 2
 
 
+def read_rate(clock=time.perf_counter):
+    """GB/s of a plain read of what no cache holds."""
+    import torch
+
+    words = torch.zeros(max(4 * last_cache(), 256 << 20) // 8, dtype=torch.int64)
+    return words.nbytes / min(interleaved({"read": words.sum}, 1, clock=clock)["read"]) / 1e6
+
+
 def from_memory(rows, seconds, least=5):
     """(times, times again) in ms: every round times one of each row's calls, another each time, then it again.
 
@@ -72,16 +80,33 @@ def print_rates(title, found, base, moved, operations=0, floor=None):
     """
     first, again = found
     of = spread(first[base])
-    print(f"\n{title}\n{'':34}{'min':>9}{'median':>9}{'IQR':>8}   of {base}:{'GB/s':>8}{'GFLOP/s':>9}", end="")
-    print(f"{'in cache':>10}{'of that':>9}")
+    rate = f"{'GFLOP/s':>9}" if operations else ""
+    print(f"\n{title}; ratios of shortest times, and of medians, to {base}")
+    print(f"{'':34}{'min':>9}{'median':>9}{'IQR':>8}{'ratio':>9}{'median':>8}", end="")
+    print(f"{'GB/s':>8}{rate}{'in cache':>10}{'ratio':>8}")
     if floor is not None:
-        print(f"{'floor':34}{floor:9.3f}{'':17}{floor / of[0]:8.3f}")
+        print(f"{'floor':34}{floor:9.3f}{'':17}{floor / of[0]:9.3f}")
     for name, times in first.items():
         low, median, width = spread(times)
-        flops = f"{operations / low / 1e6:.0f}" if operations and name != "read" else ""
-        print(f"{name:34}{low:9.3f}{median:9.3f}{width:8.3f}{low / of[0]:8.3f}{median / of[1]:7.3f}", end="")
-        cached = min(again[name])
-        print(f"{moved[name] / low / 1e6:8.1f}{flops:>9}{cached:10.3f}{cached / min(again[base]):9.3f}")
+        flops = f"{operations / low / 1e6:.0f}" if name != "read" else ""
+        print(f"{name:34}{low:9.3f}{median:9.3f}{width:8.3f}{low / of[0]:9.3f}{median / of[1]:8.3f}", end="")
+        cached, rate = min(again[name]), f"{flops:>9}" if operations else ""
+        print(f"{moved[name] / low / 1e6:8.1f}{rate}{cached:10.3f}{cached / min(again[base]):8.3f}", flush=True)
+
+
+def note_ratio(what, ratio, peer):
+    """Keep ours over the peer's, less being better, for the summary of `make bench` (run_all.py)."""
+    if file := os.environ.get("PEFTCORE_RATIOS"):
+        with open(file, "a") as out:
+            out.write(json.dumps({"what": what, "ratio": ratio, "peer": peer}) + "\n")
+
+
+def note_pairs(title, times, peer="peft"):
+    """`note_ratio` of the shortest times of each row of peftcore that has the peer's next to it."""
+    for name, ours in times.items():
+        theirs = times.get(name.replace("peftcore", peer))
+        if "peftcore" in name and theirs:
+            note_ratio(f"{title}: {name}", min(ours) / min(theirs), peer)
 
 
 def print_surroundings(threads):
@@ -121,8 +146,16 @@ def in_child(file, *arguments):
     """Run `file` in a process of its own and return the JSON that it prints last."""
     out = subprocess.run([sys.executable, file, *map(str, arguments)], capture_output=True, text=True)
     if out.returncode:
-        raise RuntimeError(out.stderr)
+        raise RuntimeError(f"{' '.join(map(str, (file, *arguments)))} ended with {out.returncode}:\n{out.stderr}")
     return json.loads(out.stdout.splitlines()[-1])
+
+
+def print_peak(step, times=2):
+    """Print the peak memory of so many steps as JSON, for `in_child`."""
+    reset_peak()
+    for _ in range(times):
+        step()
+    print(json.dumps({"peak": peak_megabytes()}))
 
 
 def reset_peak():

@@ -1,4 +1,4 @@
-"""What a training step costs with each method, beside Hugging Face PEFT's, in one run: time, memory and the ratios.
+"""What a training step costs with each method, next to Hugging Face PEFT's, in one run: time, memory and the ratios.
 
     python benchmarks/methods.py [--model minilm|smollm2] [--methods NAME ...] [--seconds 20] [--layers N] [--threads 2]
     python benchmarks/methods.py --quick        both models with fewer layers: at most ten minutes
@@ -213,6 +213,8 @@ def main():
             (low, median), (their_low, their_median) = found["peftcore"], found["peft"]
             print(f"{method:26}{low:8.1f}{their_low:9.1f}{low / their_low:8.2f}{median / their_median:13.2f}", end="")
             print(f"{first:14.1f}{second:8.1f}{first / second:8.2f}", flush=True)
+            measure.note_ratio(f"{method}, {shape}", low / their_low, "PEFT")
+            measure.note_ratio(f"{method}, {shape}, memory", first / second, "PEFT")
             if max(low / their_low, first / second) > 1.03:
                 above.append(f"{method} ({low / their_low:.2f}, {first / second:.2f})")
         print(f"above PEFT by more than 3 % (time, memory): {', '.join(above) or 'none'}")

@@ -1,4 +1,4 @@
-"""What each method adds to a training step of layers alone, beside Hugging Face PEFT's, all in one process.
+"""What each method adds to a training step of layers alone, next to Hugging Face PEFT's, all in one process.
 
     python benchmarks/methods_layers.py [--model smollm2] [--threads 1] [--seconds 2] [--methods loha lokr ...]
 
@@ -94,6 +94,7 @@ def main():
         beside = [memory[name] - memory["frozen"] for name in ("peftcore", "peft")]
         print(f"{method:12}{times['frozen']:12.1f}{ours:12.1f}{theirs:9.1f}{ours / theirs:8.2f}", end="")
         print(f"{beside[0]:12.1f}{beside[1]:9.1f}", flush=True)
+        measure.note_ratio(f"{method}, added to two layers", ours / theirs, "PEFT")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""QLoRA on SmolLM2-135M and real text beside peft + bitsandbytes: the loss it ends with, the time, the memory.
+"""QLoRA on SmolLM2-135M and real text next to peft + bitsandbytes: the loss it ends with, the time, the memory.
 
     python benchmarks/qlora.py [--threads 2] [--steps 40] [--rounds 1]
 
@@ -15,7 +15,6 @@ training after that passes no gradient through its layers.
 
 import argparse
 import json
-import os
 import random
 import statistics
 import time
@@ -124,9 +123,8 @@ def main():
         print(json.dumps(run(options.kind, options.steps)))
         return
     smollm2.prepare()
-    print(
-        f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, {options.steps} steps"
-    )
+    measure.print_surroundings(options.threads)
+    print(f"{options.steps} steps")
     print(f"{'':22}loss before   after   load (s)   step (ms)   slowest   training (s)   peak MB")
     rows = {kind: [] for kind in KINDS}
     for number in range(options.rounds):
@@ -141,6 +139,8 @@ def main():
     ours, theirs = ({key: statistics.median(row[key] for row in found) for key in found[0]} for found in rows.values())
     assert ours["parameters"] == theirs["parameters"]
     print(f"loss {100 * (ours['after'] / theirs['after'] - 1):+.2f} %, ", end="")
+    for key in ("step", "peak"):
+        measure.note_ratio(f"QLoRA of SmolLM2-135M, {key}", ours[key] / theirs[key], "peft with bitsandbytes")
     print(
         ", ".join(f"{key} {ours[key] / theirs[key]:.2f}" for key in ("load", "step", "training", "peak")), "of theirs"
     )

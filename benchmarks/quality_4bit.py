@@ -17,7 +17,6 @@ dot products it repacks its weights and rounds the scales to bf16.
 import argparse
 import json
 import math
-import os
 import time
 
 import measure
@@ -79,7 +78,8 @@ def main():
         print(json.dumps(run(options.kind, options)))
         return
     smollm2.prepare()
-    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, {options.dtype}")
+    measure.print_surroundings(options.threads)
+    print(options.dtype)
     shared = [
         word for name in ("threads", "tokens", "window", "dtype") for word in (f"--{name}", getattr(options, name))
     ]

@@ -1,4 +1,4 @@
-"""NF4 quantize and dequantize beside bitsandbytes and a plain copy, in one run, on the same threads.
+"""NF4 quantize and dequantize next to bitsandbytes and a plain copy, in one run, on the same threads.
 
     python benchmarks/quant4.py [--size 4096] [--threads 2] [--seconds 3]
 
@@ -11,7 +11,6 @@ MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=4294967296 to take 
 
 import argparse
 import logging
-import os
 
 import measure
 import torch
@@ -39,6 +38,11 @@ def mapped_bitsandbytes(bnb, packed, state, out):
     return call
 
 
+def note(title, times, peer):
+    """The first row, which is the highest level's, next to the peer's."""
+    measure.note_ratio(title.removesuffix(" (ms)"), min(next(iter(times.values()))) / min(times[peer]), peer)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096)
@@ -50,14 +54,13 @@ def main():
 
     size = options.size
     info = build_info()
-    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, ", end="")
-    print(f"extension: {info.cpu_level} ({info.compiler or info.missing_because}), {size} x {size}")
+    measure.print_surroundings(options.threads)
 
     x = torch.randn(size, size)
     target = torch.empty_like(x)
     copy = measure.interleaved({"copy": lambda: target.copy_(x)}, 1)["copy"]
     bandwidth = 2 * x.nbytes / min(copy) / 1e6  # GB/s
-    print(f"copy: {bandwidth:.1f} GB/s")
+    print(f"{size} x {size}, copy: {bandwidth:.1f} GB/s")
 
     levels = info.cpu_levels
     in_use = info.cpu_level
@@ -87,6 +90,7 @@ def main():
         found = measure.from_memory(rows, options.seconds)
         title = f"quantize {name} (ms)"
         measure.print_rates(title, found, "bitsandbytes", dict.fromkeys(rows, moved), floor=moved / bandwidth / 1e6)
+        note(title, found[0], "bitsandbytes")
         del sources
 
     count = measure.beyond_caches(weight.codes.nbytes)
@@ -116,6 +120,7 @@ def main():
         found = measure.from_memory(rows, options.seconds)
         title = f"dequantize to {name}, mapped (ms)"
         measure.print_rates(title, found, "bitsandbytes' kernel", sizes, floor=moved / bandwidth / 1e6)
+        note(title, found[0], "bitsandbytes' kernel")
         rows = {
             "peftcore": many(lambda weight, dtype=dtype: ops.dequantize_4bit(weight, dtype), plain),
             "bitsandbytes": many(bnb.dequantize_4bit, *zip(*theirs, strict=True)),
@@ -126,6 +131,7 @@ def main():
         sizes["peftcore"] = sizes["bitsandbytes"] = moved
         sizes["torch clone"] = 2 * out.nbytes
         measure.print_rates(title, found, "bitsandbytes", sizes, floor=moved / bandwidth / 1e6)
+        note(title, found[0], "bitsandbytes")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 A base of SmolLM2-135M's shape with random weights, and LoRA adapters of r=8 on every linear layer. A client of the
 `openai` package asks over HTTP, with a thread for each request. Every figure is the best of three; the two ways take
-turns, so that other work on the machine meets both. The last lines send one request to each of the adapters.
+turns, so that other work on the machine meets both. The last lines send one request to each of the adapters. The floor
+of a token is a plain read of the base's weights, once for all requests that are answered together.
 """
 
 import argparse
@@ -15,10 +16,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import measure
 import openai
 import torch
 import uvicorn
 from peftcore_serve import command
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -33,22 +36,26 @@ def main(adapters: int, tokens: int, dtype: str) -> None:
         base, root = Path(folder, "base"), Path(folder, "adapters")
         make(base, root, adapters)
         listening = command.listen("127.0.0.1", 0)
+        measure.print_surroundings(torch.get_num_threads())
         began = time.perf_counter()
         server = command.make(str(base), root, dtype=dtype, limit=adapters)
-        print(f"loaded in {time.perf_counter() - began:.1f} s")
+        size = sum(weights.nbytes for weights in load_file(base / "model.safetensors").values())
+        size //= 1 if dtype == "fp32" else 2
+        print(f"loaded in {time.perf_counter() - began:.1f} s; ", end="")
+        print(f"floor of a token {size / measure.read_rate() / 1e6:.1f} ms")
         runs = uvicorn.Server(command.configured(server))
         thread = threading.Thread(target=runs.run, args=([listening],))
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         try:
             with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600) as client:
-                measure(client, adapters, tokens)
+                compare(client, adapters, tokens)
         finally:
             runs.should_exit = True
             thread.join()
 
 
-def measure(client: openai.OpenAI, adapters: int, tokens: int) -> None:
+def compare(client: openai.OpenAI, adapters: int, tokens: int) -> None:
     def answer(name: str) -> int:
         found = client.completions.create(model=name, prompt=PROMPT, max_tokens=tokens, temperature=0)
         assert found.usage is not None
@@ -69,12 +76,12 @@ def measure(client: openai.OpenAI, adapters: int, tokens: int) -> None:
         for _ in range(3):
             for way in fastest:
                 fastest[way] = max(fastest[way], rate(way, names[:count]))
-        print(f"{count:8d}{fastest[together]:11.1f}{fastest[one_by_one]:13.1f}")
+        print(f"{count:8d}{fastest[together]:11.1f}{fastest[one_by_one]:13.1f}", flush=True)
     for what in ("read from disk", "in memory"):
         began = time.perf_counter()
         written = together(names)
         seconds = time.perf_counter() - began
-        print(f"{adapters} adapters, {what}: {seconds:.1f} s, {written / seconds:.1f} tokens/s")
+        print(f"{adapters} adapters, {what}: {seconds:.1f} s, {written / seconds:.1f} tokens/s", flush=True)
 
 
 def rate(way: Callable[[list[str]], int], names: list[str]) -> float:

@@ -260,6 +260,8 @@ def main():
                 f"{rows[0]}x{rows[1]}",
                 *(["--errors"] if options.errors else []),
             )
+            size = f"{rows[0]} x {rows[1]}, {options.dtype}, {options.layers or 'all'} layers"
+            print(f"\n{name}, {size}{f', {options.level}' if options.level else ''}", flush=True)
             runs = {}
             for _ in range(1 if options.errors else options.rounds):
                 for base, chosen in table:
@@ -267,8 +269,6 @@ def main():
                     before = runs.setdefault((base, *chosen), found)
                     if not options.errors:
                         runs[(base, *chosen)] = {key: min(before[key], found[key]) for key in found}
-            size = f"{rows[0]} x {rows[1]}, {options.dtype}, {options.layers or 'all'} layers"
-            print(f"\n{name}, {size}{f', {options.level}' if options.level else ''}", flush=True)
             if options.errors:
                 print(f"{'':32}{'loss off':>12}{'gradient':>12}")
             else:
@@ -282,7 +282,11 @@ def main():
                     ratio = f"{found['seconds'] / frozen['seconds']:11.2f}" if frozen else f"{'':11}"
                     of_peft = f"{found['peak'] / peft['peak']:9.2f}" if peft else f"{'':9}"
                     sizes = f"{found['peak']:8.0f}{of_peft}{found['tensors']:9.0f}"
-                    print(f"{title:32}{found['seconds']:9.2f}{ratio}{sizes}")
+                    print(f"{title:32}{found['seconds']:9.2f}{ratio}{sizes}", flush=True)
+                    if peft and key[0] == "peftcore":
+                        which = f"{name} {rows[0]}x{rows[1]}, peftcore {' + '.join(key[1:])}".strip()
+                        measure.note_ratio(which, found["seconds"] / peft["seconds"], "peft")
+                        measure.note_ratio(f"{which}, memory", found["peak"] / peft["peak"], "peft")
             if options.errors:
                 break
 

@@ -69,7 +69,9 @@ def main():
             for memory in CARDS:
                 if options.only in (None, name) and options.memory in (None, memory):
                     more = ["--ask", str(folder), "--memory", str(memory), "--length", str(options.length)]
-                    subprocess.run([sys.executable, __file__, *more], check=True, stderr=subprocess.DEVNULL)
+                    ran = subprocess.run([sys.executable, __file__, *more], stderr=subprocess.PIPE, text=True)
+                    if ran.returncode:
+                        sys.exit(ran.stderr)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ than 27 and 36 files would be longer than 400.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
 
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
 TOKENS = torch.tensor([[5, 17, 3, 60]])
 TARGETS = "all-linear"
 # Limits: calls, files, depth of the stack.

@@ -1,0 +1,154 @@
+"""Run benchmarks one after the other, the shortest first; `make bench` calls this with all of them.
+
+    python benchmarks/run_all.py benchmarks/trace.py "benchmarks/decode.py --shapes smollm2-135m" ...
+
+Each argument is a script and its options. What a script prints is shown and also kept in build/bench/NAME.txt. The
+table at the end has the seconds that each took, the seconds of processors, and the exit code. A script that fails does
+not keep the others from running; the exit code is 1 if one failed. Before it is a summary of all rows that have a
+library next to them (`measure.note_ratio`): how many of a script are slower or larger by more than 3 %, and which.
+build/bench/ratios.png shows them all.
+"""
+
+import json
+import os
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "build" / "bench"
+SLOWER = 1.03
+# About how many seconds on two cores of a Zen 5 that do nothing else, with the options of the Makefile.
+SECONDS = {
+    "experts_cuda": 5,
+    "lora_cuda": 5,
+    "trace": 15,
+    "layer": 30,
+    "linear_cross_entropy": 30,
+    "qlora_large": 30,
+    "quant4": 45,
+    "distributed": 50,
+    "optim": 50,
+    "experts": 55,
+    "linear_4bit": 60,
+    "many_adapters": 70,
+    "apply": 75,
+    "engine": 75,
+    "estimate": 75,
+    "dora": 80,
+    "processors": 90,
+    "serve": 95,
+    "decode": 100,
+    "qlora": 100,
+    "suggest": 110,
+    "exactness": 120,
+    "lora": 130,
+    "methods_layers": 150,
+    "step": 190,
+    "quality_4bit": 200,
+    "methods": 250,
+}
+
+
+def name_of(command):
+    return Path(command[0]).stem
+
+
+def seconds_of(command):
+    """Seconds that a run is expected to take; scripts without a measurement come last."""
+    return SECONDS.get(name_of(command), float("inf"))
+
+
+def run(command):
+    """(seconds, seconds of processors, exit code, ratios) of a script, whose output is shown and kept."""
+    ratios = KEPT / f"{name_of(command)}.jsonl"
+    ratios.write_text("")
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PEFTCORE_RATIOS": str(ratios)}
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    with (KEPT / f"{name_of(command)}.txt").open("w") as kept:
+        kept.write(f"{shlex.join(command)}\n")
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen([sys.executable, *command], env=environment, **pipe) as process:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                kept.write(line)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, used, process.returncode, [json.loads(line) for line in ratios.read_text().splitlines()]
+
+
+def show(rows):
+    """Print what is slower than a peer, and what each script took; return whether one failed."""
+    above = [(command, row) for command, (*_, ratios) in rows for row in ratios if row["ratio"] > SLOWER]
+    compared = sum(len(ratios) for _, (*_, ratios) in rows)
+    if compared:
+        print(f"\n{len(above)} of {compared} rows are more than {SLOWER - 1:.0%} above the library next to them")
+        for command, row in sorted(above, key=lambda each: -each[1]["ratio"]):
+            print(f"{row['ratio']:8.2f} of {row['peer']:28}{name_of(command)}: {row['what']}")
+    width = max(len(shlex.join(command)) for command, _ in rows)
+    print(f"\n{'':{width}}{'seconds':>9}{'processor':>11}{'rows':>6}{'median ratio':>14}{'exit code':>11}")
+    for command, (seconds, used, code, ratios) in rows:
+        median = f"{statistics.median(row['ratio'] for row in ratios):.2f}" if ratios else ""
+        print(
+            f"{shlex.join(command):{width}}{seconds:9.0f}{used:11.0f}{len(ratios) or '':6}{median:>14}{code:11}", end=""
+        )
+        print("  FAILED" if code else "")
+    failed = [name_of(command) for command, (_, _, code, _) in rows if code]
+    whole = sum(seconds for _, (seconds, *_) in rows)
+    print(f"{len(rows)} benchmarks in {whole / 60:.0f} minutes; failed: {', '.join(failed) or 'none'}; ", end="")
+    print(f"{KEPT.relative_to(ROOT)} has what they printed")
+    return bool(failed)
+
+
+def draw(rows):
+    """A chart of all ratios, a line of points for each script; one that is not 1 is on the side of the faster."""
+    import matplotlib.pyplot as plt
+
+    shown = [(name_of(command), [row["ratio"] for row in ratios]) for command, (*_, ratios) in rows if ratios]
+    if not shown:
+        return
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.32 * len(shown)), layout="constrained")
+    for place, (_, ratios) in enumerate(reversed(shown)):
+        colors = ["#b3261e" if ratio > SLOWER else "#2457a6" for ratio in ratios]
+        axes.scatter(ratios, [place] * len(ratios), c=colors, s=22, alpha=0.6, linewidths=0)
+    axes.axvline(1, color="#8791a3", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_yticks(range(len(shown)), [name for name, _ in reversed(shown)])
+    axes.set_xlabel("time or memory over the other library's; left of 1 is better")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(KEPT / "ratios.png", dpi=130)
+    print(f"{KEPT.relative_to(ROOT)}/ratios.png shows all ratios")
+
+
+def main():
+    commands = sorted((shlex.split(argument) for argument in sys.argv[1:]), key=seconds_of)
+    if not commands or any(word in ("-h", "--help") for word in sys.argv[1:]):
+        sys.exit(__doc__)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    expected = [SECONDS[name_of(command)] for command in commands if name_of(command) in SECONDS]
+    print(f"{len(commands)} benchmarks, about {sum(expected) / 60:.0f} minutes on two cores that do nothing else")
+    rows, interrupted = [], False
+    try:
+        for number, command in enumerate(commands, 1):
+            known = f", about {SECONDS[name_of(command)]} s" if name_of(command) in SECONDS else ""
+            print(f"\n== {number} of {len(commands)}{known}: {shlex.join(command)}", flush=True)
+            rows.append((command, run(command)))
+            seconds, used, code, _ = rows[-1][1]
+            print(f"-- {seconds:.0f} s, {used:.0f} s of processors, exit code {code}", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\ninterrupted")
+    if not rows:
+        sys.exit(130)
+    failed = show(rows)
+    draw(rows)
+    sys.exit(130 if interrupted else failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""`make bench` runs every benchmark, also after one that fails, and lists the rows that are slower than a peer."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+APART = {"card", "coming_from", "decode_llama", "journeys", "run_all"}  # that `make bench` leaves out
+
+
+@pytest.fixture
+def run_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import run_all
+
+    monkeypatch.setattr(run_all, "ROOT", tmp_path)
+    monkeypatch.setattr(run_all, "KEPT", tmp_path / "kept")
+    return run_all
+
+
+def test_all_scripts_run_and_the_exit_code_says_whether_one_failed(run_all, monkeypatch, tmp_path, capfd) -> None:
+    slower = [{"what": "a step", "ratio": ratio, "peer": "peft"} for ratio in (0.5, 1.031)]
+    lines = "".join(f"{json.dumps(row)}\n" for row in slower)
+    good = f"import os\nopen(os.environ['PEFTCORE_RATIOS'], 'a').write({lines!r})\nprint('good')"
+    (tmp_path / "good.py").write_text(good)
+    (tmp_path / "bad.py").write_text("import sys\nsys.exit(f'what is wrong: {sys.argv[1]}')")
+    monkeypatch.setattr(run_all, "SECONDS", {"good": 60, "bad": 0})
+    monkeypatch.setattr(sys, "argv", ["run_all.py", str(tmp_path / "good.py"), f"{tmp_path / 'bad.py'} --option"])
+    with pytest.raises(SystemExit) as ended:
+        run_all.main()
+    assert ended.value.code == 1
+    out = capfd.readouterr().out
+    assert out.startswith("2 benchmarks, about 1 minutes on two cores")
+    assert "== 1 of 2, about 0 s: " in out and "what is wrong: --option\n" in out and "\ngood\n" in out
+    assert "1 of 2 rows are more than 3% above the library next to them\n    1.03 of peft" in out
+    assert re.search(r"bad\.py --option +\d+ +\d+ +1  FAILED\n", out)
+    assert re.search(r"good\.py +\d+ +\d+ +2 +0\.77 +0\n", out)
+    assert "failed: bad; kept has what they printed" in out
+    assert (tmp_path / "kept/bad.txt").read_text().endswith("what is wrong: --option\n")
+    assert (tmp_path / "kept/ratios.png").exists()
+
+
+def test_every_benchmark_has_a_duration(run_all) -> None:
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+    assert run_all.SECONDS.keys() == scripts - APART
+    options = re.findall(r"^BENCH_(\w+) =", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(options) <= run_all.SECONDS.keys()
+    assert sum(run_all.SECONDS.values()) <= 45 * 60
