@@ -146,7 +146,7 @@ class Adapter(nn.Module):
 
         Args:
             base: the layer with the adapters inside, as this rank computes it.
-            division: a :class:`Division`, which says what is divided, and joins parts. The adapter's tensors are whole
+            division: a `Division`, which says what is divided, and joins parts. The adapter's tensors are whole
                 and equal on all ranks, and their gradients must be.
             x: this rank's input.
         """

@@ -220,7 +220,7 @@ class Method:
             step, also with gradient accumulation: for each of n batches 1/n of its value after the batch's forward
             pass.
         call_loss: (adapters, config, call) -> like `loss`, but it depends on a call of the model, a
-            :class:`FinishedCall`: its arguments, such as labels, its output, and the output of the model without
+            `FinishedCall`: its arguments, such as labels, its output, and the output of the model without
             adapters as a teacher. It is the mean over the samples of the call, so that n batches, each with 1/n of
             its term, equal one.
         after_step: (adapters, config, step, total_steps) -> None, or a new config in which `trained_fields` differ.
@@ -240,7 +240,7 @@ class Method:
         recorded_as: (config) -> config of another method, for a method that only prepares the base. The adapter is then
             the other method's in every respect, on disk too, and `state` is not used.
         low_rank: (model, config or None, {path: rank}) -> config of adapters at exactly these modules, each with
-            :class:`LowRank` changes of this rank, otherwise like `config`. For `combine` and `convert`.
+            `LowRank` changes of this rank, otherwise like `config`. For `combine` and `convert`.
         learning_rate: default learning rate of `train`, for AdamW.
     """
 

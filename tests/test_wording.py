@@ -1,6 +1,7 @@
 """Docstrings, comments and messages keep to plain English: none of the words that once had to be translated."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ ROOT = CORE.parent
 FILES = sorted(CORE.rglob("*.py"))
 FILES += [file for file in sorted((ROOT / "plugins").rglob("*.py")) if "tests" not in file.parts]
 GENERATED = {"census.md"}  # quotes messages of the models' own code
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in [*PAGES, *sorted((ROOT / "plugins").glob("*/README.md"))] if page.name not in GENERATED]
 
 
@@ -42,6 +43,19 @@ def test_no_docstring_is_a_question(file: Path) -> None:
     documented = (node for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)))
     first_lines = [(ast.get_docstring(node) or "").partition("\n")[0] for node in documented]
     assert [line for line in first_lines if line.endswith("?")] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_docstrings_are_markdown(file: Path) -> None:
+    """The site shows a role of Sphinx, such as :class:`Base`, as it is written."""
+    assert re.findall(r":[a-z]+:`[^`]*`", file.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_heading_skips_a_level(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+    assert [pair for pair in itertools.pairwise(levels) if pair[1] > pair[0] + 1] == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

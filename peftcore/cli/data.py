@@ -98,7 +98,7 @@ _EXAMPLES |= dict.fromkeys((*PAIRED, IMAGE_PREFERENCES), "chosen=better,rejected
 
 
 def check_task(task: str) -> None:
-    """Raise a PeftcoreError unless `task` is one of :data:`TASKS`."""
+    """Raise a PeftcoreError unless `task` is one of `TASKS`."""
     if task not in TASKS:
         raise PeftcoreError(f"--task must be one of {', '.join(TASKS)}, found '{task}'")
 

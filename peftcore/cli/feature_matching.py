@@ -134,7 +134,7 @@ def pooled(states: Tensor, lengths: Tensor, prompt: int, method: str) -> Tensor:
         states: [texts, length, width].
         lengths: tokens of each text; those after them are padding.
         prompt: tokens of the prompt that all texts begin with.
-        method: one of :data:`EMBEDDINGS`.
+        method: one of `EMBEDDINGS`.
     """
     rows = torch.arange(len(states), device=states.device)
     if method == LAST:

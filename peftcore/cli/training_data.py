@@ -34,7 +34,7 @@ class DataSet:
         return asdict(self)
 
     def cells(self) -> tuple[str, ...]:
-        """Return the row of a table under :data:`TITLES`."""
+        """Return the row of a table under `TITLES`."""
         losses = ("-" if loss is None else f"{loss:.4f}" for loss in (self.before, self.after))
         name = os.path.basename(self.path) or self.path
         return (name, f"{self.weight:g}", f"{self.rows:,}", f"{self.tokens:,}", f"{self.held_out:,}", *losses)

@@ -145,7 +145,7 @@ def extra_loss(model: nn.Module) -> Tensor:
 
 
 def loss_terms(model: nn.Module) -> dict[str, Tensor]:
-    """Return the terms that :func:`extra_loss` sums, by the adapter's name; adapters without a term are left out."""
+    """Return the terms that `extra_loss` sums, by the adapter's name; adapters without a term are left out."""
     terms: dict[str, Tensor] = {}
     call: FinishedCall | None = None
     for name, entry, method in _training(model):

@@ -171,7 +171,7 @@ def estimate(
         method: As in `peftcore.apply`. The model keeps the adapters that it has; `adapter=` names the new one. None
             trains the model's adapters as they are, or every parameter of a model without adapters.
         step: How the step is run; None: `Step()`.
-        quantize: name of a 4-bit format for a base in 4 bits, such as `nf4`.
+        quantize: Name of a 4-bit format for a base in 4 bits, such as `nf4`.
         dtype: Dtype of the base; None: the module's, or the config's.
         device: Device for the time and for `fits`: `cpu`, which is this machine, or a card of `CARDS` such as `h100`.
         options: Fields of `Step` (batch_size=4, length=2048, ranks=8, ...), which override those of `step`; all others

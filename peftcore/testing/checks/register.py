@@ -31,7 +31,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(name: str, *, essential: bool = False, refused: bool = False) -> Callable[[Function], Function]:
-    """Register a function as the check `name`, see :class:`Check`."""
+    """Register a function as the check `name`, see `Check`."""
 
     def decorate(function: Function) -> Function:
         CHECKS[name] = Check(name, function, essential, refused)

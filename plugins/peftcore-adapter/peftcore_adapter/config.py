@@ -40,13 +40,13 @@ class AdapterConfig:
         use_gating: multiply f by the sigmoid of a projection of its input, averaged over a row's tokens with padding.
         dropout: dropout probability of the outputs of f. stochastic_depth: probability of dropping f for a whole row
             of the batch.
-        phm_layer: D and U are sums of Kronecker products (Compacter), see :mod:`peftcore_adapter.phm`.
+        phm_layer: D and U are sums of Kronecker products (Compacter), see `peftcore_adapter.phm`.
         phm_dim: number of products, n. phm_rank: rank of their larger factors, if factorized_phm_W is True.
         shared_phm_rule: all layers share the smaller factors; factorized_phm_rule: the smaller factors have rank 1.
         shared_W_phm: all layers share the larger factors. learn_phm: the smaller factors are trained.
         phm_bias: D and U have biases. phm_init_range: standard deviation of the smaller factors at the start.
         inv_adapter: "nice": an invertible network after the embedding, and its inverse before the output head
-            (MAD-X), see :mod:`peftcore_adapter.invertible`. inv_adapter_reduction_factor: for its bottlenecks.
+            (MAD-X), see `peftcore_adapter.invertible`. inv_adapter_reduction_factor: for its bottlenecks.
         inv_adapter_output: False: leave out the inverse.
         layers_to_transform: indices of the layers with bottlenecks; None: all.
         target_modules: modules to put bottlenecks after (or parallel to), instead of the known sublayers;
