@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import conversations, data
+from peftcore.cli import conversations, data, positions
 from peftcore.cli.evaluation_mode import batched, evaluating
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.row import Row
@@ -135,7 +135,7 @@ def answer(
     for i, case in enumerate(some):
         by_length.setdefault(len(case.ids), []).append(i)
     found = [""] * len(some)
-    with evaluating(model):
+    with evaluating(model), positions.of_answers(model, "--answer-tokens"):
         for size, places in sorted(by_length.items()):
             for batch in batched(places, batch_size):
                 ids = torch.tensor([some[i].ids for i in batch], device=device)

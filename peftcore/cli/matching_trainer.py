@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import ranks
-from peftcore.cli import block_rollouts, feature_matching
+from peftcore.cli import block_rollouts, feature_matching, positions
 from peftcore.cli.console import warn
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.evaluation_mode import evaluating
@@ -110,10 +110,11 @@ class Rollouts:
             block_rollouts.check(model, longest["input_ids"], first, self.tokens)
 
     def prefixes(self, labels: Sequence[int]) -> list[int]:
-        """Return the lengths of the prefixes that are continued: of a text, or within its completion."""
+        """Return the lengths of the prefixes that are continued: of a text, or within what is learned of it."""
         matching, prompt = self.matching, _prompt(labels)
         first = max(matching.context_length, prompt + matching.min_completion_prefix if prompt else 1)
-        return block_rollouts.ends(len(labels), first, matching.stride, self.tokens)
+        found = block_rollouts.ends(len(labels), first, matching.stride, self.tokens)
+        return [end for end in found if IGNORED not in labels[end : end + self.tokens]]
 
     def strided(self, model: Any, ids: Tensor, labels: list[int]) -> Sampled | None:
         """Return continuations of a text's prefixes, or None if the text is too short."""
@@ -149,7 +150,7 @@ class Rollouts:
         over = next((i for i in range(begin, len(labels)) if labels[i] == IGNORED), len(labels))
         over = next((i for i in range(begin, over) if int(ids[i]) in self.stops), over)
         prompt = ids[None, :begin]
-        with evaluating(model):
+        with evaluating(model), positions.of_answers(model, "--answer-tokens"):
             texts = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),

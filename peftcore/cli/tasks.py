@@ -18,6 +18,7 @@ from peftcore.cli import (
     images,
     metrics,
     packing,
+    positions,
     row_labels,
     sentence_pairs,
     seq2seq,
@@ -182,6 +183,8 @@ def measure(
         tag_names: names of the tags, if the labels are those of words.
     """
     batch = collator(tokenizer)
+    if "input_ids" in examples[0] and not {"images", "position_ids"} & examples[0].keys():
+        positions.check(model, max(map(length, examples)))
     device = next(model.parameters()).device
     is_writer = isinstance(examples[0]["labels"], list) and not tag_names
     first = 0 if is_encoder_decoder(model) else 1  # a causal model has no answer for the first token
@@ -288,14 +291,15 @@ def generate_text(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         generate: Any = model.generate
-        tokens = generate(
-            **inputs,
-            **sampling,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends(model, tokenizer),
-            streamer=streamer,
-        )
+        with positions.of_answers(model, "its maximum length"):
+            tokens = generate(
+                **inputs,
+                **sampling,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=ends(model, tokenizer),
+                streamer=streamer,
+            )
     begin = 0 if is_encoder_decoder(model) else inputs["input_ids"].shape[1]
     return tokenizer.decode(tokens[0, begin:], skip_special_tokens=True)
 

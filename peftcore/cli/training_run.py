@@ -35,6 +35,7 @@ from peftcore.cli import (
     matching_trainer,
     models,
     packing,
+    positions,
     precision,
     progress,
     row_labels,
@@ -202,8 +203,7 @@ def inputs_of(settings: Settings, rows: training_data.Rows) -> Inputs:
     task_before = adapter_folders.adapter_task(start) if start is not None else None
     pooling = ""
     if settings.task == data.EMBEDDING:
-        before = task_before.pooling if task_before is not None else None
-        pooling = sentence_pairs.pooling_of(settings.model, before or settings.pooling)
+        pooling = sentence_pairs.pooling_of(settings.model, (task_before and task_before.pooling) or settings.pooling)
         say(f"texts become vectors by {pooling} pooling")
     template = task_before.chat_template if task_before is not None else None
     conversations.set_template(tokenizer, settings.chat_template, template)
@@ -246,6 +246,7 @@ def _adapted_model(
         labels=inputs.labels,
         quantize=quantization,
     )
+    positions.check_examples(model, settings, examples)
     if settings.pack:
         packing.check(model, examples.train, type(model).__name__)
     if settings.method == FULL:

@@ -190,6 +190,13 @@ def test_texts_that_are_all_too_short_have_a_loss_without_an_effect(monkeypatch:
     assert float(found.detach()) == 0 and all(float(each.abs().sum()) == 0 for each in gradients(model, found))
 
 
+def test_continuations_are_those_of_learned_tokens() -> None:
+    """In a conversation of several turns, no continuation reaches into a turn that is not learned."""
+    of = rollouts("mode=strided stride=1 context_length=1")
+    labels = [IGNORED] * 2 + [5] * 5 + [IGNORED] * 4 + [6] * 4
+    assert of.prefixes(labels) == [2, 3, 4, 11, 12]
+
+
 def test_examples_that_cannot_be_sampled(capsys: pytest.CaptureFixture[str]) -> None:
     model, base = models()
     example = {"input_ids": TEXT.tolist(), "labels": TEXT.tolist()}
