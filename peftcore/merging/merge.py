@@ -25,7 +25,6 @@ from peftcore.errors import PeftcoreError, warn
 from peftcore.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
 from peftcore.method import Model, WeightFormat
 from peftcore.observation.detecting import mark_as_loaded
-from peftcore.weight_formats import find_weight_format
 
 
 @dataclass
@@ -37,6 +36,7 @@ class Merged:
     tied: bool | None = None  # the model config's tie_word_embeddings, if merging untied them
     lost: dict[str, float] = field(default_factory=dict)  # by path, for quantized weights
     written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # the merged tensors
+    unpacked: tuple[WeightFormat, ...] = ()  # formats of quantized weights that dense ones replace
 
 
 @engine.exclusive("merge", base=True)
@@ -130,6 +130,7 @@ def _merge(
     engine.set_active(model, (), base_exchanged=True)
     if keep_adapters:
         merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_get(model, name)]}
+        merged.unpacked = tuple(unpacked.values())
         state.merged = merged
     else:
         for path, site in state.sites.items():  # a weight that was packed has a different shape now
@@ -175,26 +176,25 @@ def unmerge(model: Model) -> Model:
     state = engine.require_state(model)
     if state.merged is None:
         raise PeftcoreError("nothing is merged into this model. Call peftcore.merge(model) first")
+    there = {name: _get(model, name) for name in state.merged.written}  # may have been moved or cast since
     for name, (shape, _) in state.merged.written.items():
-        found = _get(model, name)
+        found = there[name]
         if found is None or found.shape != shape:
-            now = "gone" if found is None else f"of shape {list(found.shape)}"
+            what = "gone" if found is None else f"of shape {list(found.shape)}"
             raise PeftcoreError(
-                f"'{name}' is {now} and was {list(shape)} when it was merged (resized?), so the original does "
+                f"'{name}' is {what} and was {list(shape)} when it was merged (resized?), so the original does "
                 "not fit. Undo the resize first, or keep the model merged"
             )
     merged, state.merged = state.merged, None
     config: Any = getattr(model, "config", None)
     for name, tensor in merged.aside.items():
-        there = _get(model, name)  # the model may have been moved or cast since
-        is_cast = there.dtype is not merged.written[name][1] and tensor.is_floating_point()
-        tensor.data = tensor.data.to(there.device, there.dtype if is_cast else tensor.dtype)
+        now = there.pop(name)
+        is_cast = now.dtype is not merged.written[name][1] and tensor.is_floating_point()
+        tensor.data = tensor.data.to(now.device, now.dtype if is_cast else tensor.dtype)
         _exchange(model, name, tensor)
     if merged.tied is not None:
         config.tie_word_embeddings = merged.tied
-    paths = dict.fromkeys(path for name in merged.active for path in engine.applied(model, name).paths)
-    formats = (find_weight_format(model.get_submodule(path)) for path in paths)
-    _update_config(model, (found for found in formats if found is not None))
+    _update_config(model, merged.unpacked)
     engine.set_active(model, merged.active, base_exchanged=True)
     return model
 

@@ -216,7 +216,7 @@ def on_experts(kind="mixtral", names=("gate_up_proj", "down_proj"), **quantizati
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text"])
 def test_experts_are_merged_and_come_back(kind):
     model = on_experts(kind)
-    before, wanted = states(model), logits(model)
+    before, wanted, config = states(model), logits(model), model.config.quantization_config
     dense = peftcore.dequantize(copy.deepcopy(peftcore.remove(copy.deepcopy(model), "default")))
     assert not torch.allclose(logits(dense), wanted, atol=1e-3)  # the adapter acts
     lost = peftcore.merge_error(model)
@@ -247,6 +247,7 @@ def test_experts_are_merged_and_come_back(kind):
     assert not any("experts.gate_up_proj." in key for key in model.state_dict())
     peftcore.unmerge(model)
     same(states(model), before)
+    assert model.config.quantization_config == config
     peftcore.merge(model, keep_adapters=False, dtype=torch.float32)
     assert not list(quantized_experts(model)) and list(quantized_layers(model))
     torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
