@@ -72,4 +72,4 @@ class Batch:
         """Copy results back into parameters that are not contiguous, and let autograd know of all changes."""
         for param, copy in self.copies:
             param.copy_(copy)
-        torch.autograd.graph.increment_version([param for param in self.params if not param.is_inference()])
+        torch.autograd.graph.increment_version(self.params)

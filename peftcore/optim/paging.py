@@ -140,14 +140,14 @@ class PagedOptimizer(FusedOptimizer):
             self._places[param] = _Place(own.device, pages.allocate(own.numel()), own.numel())
         # Pages begin as zeros; the signed map's code of 0 needs none written, since its scale is 0.
 
-    def _slot(self, param: Tensor) -> int:
-        """Return the slot of the state of `param`.
+    def _slot(self, param: Tensor, own: Tensor) -> int:
+        """Return the slot of the state of `param`, whose local shard is `own`.
 
         Raises:
             RuntimeError: the parameter was resized or moved since its state was made.
         """
-        place, own = self._places[param], local(param)
-        if (place.device, place.elements) != (own.device, own.numel()):
+        place = self._places[param]
+        if place.elements != own.numel() or place.device != own.device:
             raise RuntimeError(
                 f"a parameter had {place.elements:,} elements on {place.device} when its state was made, and has "
                 f"{own.numel():,} on {own.device} now. Make a new optimizer for the changed parameters"
@@ -155,7 +155,8 @@ class PagedOptimizer(FusedOptimizer):
         return place.slot
 
     def _get_state(self, param: Tensor) -> dict[str, Tensor]:
-        own, slot, state = local(param), self._slot(param), {}
+        own, state = local(param), {}
+        slot = self._slot(param, own)
         for number, plane in enumerate(self.rule.planes):
             blocks = plane.numel(blocks_of(own.numel()) * BLOCK)
             whole = torch.empty(blocks, dtype=plane.dtype, device="cpu")
@@ -164,7 +165,8 @@ class PagedOptimizer(FusedOptimizer):
         return state
 
     def _set_state(self, param: Tensor, values: dict[str, Tensor]) -> None:
-        own, slot = local(param), self._slot(param)
+        own = local(param)
+        slot = self._slot(param, own)
         for number, plane in enumerate(self.rule.planes):
             whole = torch.zeros(plane.numel(blocks_of(own.numel()) * BLOCK), dtype=plane.dtype, device="cpu")
             whole[: plane.numel(own.numel())] = values[plane.name].detach().cpu().flatten()
@@ -175,7 +177,7 @@ class PagedOptimizer(FusedOptimizer):
         pages = self._pages_on(device)
         if self._budget is None:
             pages.balance(_margin(device))
-        slots = [self._slot(owner) for owner in batch.owners]
+        slots = list(map(self._slot, batch.owners, batch.params))
         state = pages.number, slots, self._sweep
         return partial(ops.optim_step_paged_, batch.params, batch.grads, *state, self.rule.name, *batch.updates())
 

@@ -291,6 +291,18 @@ def test_strided_parameters_and_gradients(kind):
     assert torch.equal(dense, strided) and not strided.is_contiguous()
 
 
+def test_a_step_counts_as_a_change_of_parameters_that_count_changes(kind):
+    params = parameters()
+    with torch.inference_mode():
+        uncounted = parameters()
+    before = [param._version for param in params]
+    for several in (params, uncounted):
+        set_grads(several, 0)
+    kind([*params, *uncounted]).step()
+    assert equal(params, uncounted) and all(param.is_inference() for param in uncounted)
+    assert all(param._version > version for param, version in zip(params, before, strict=True))
+
+
 def test_what_is_refused(kind):
     embedding = nn.Embedding(10, 4, sparse=True)
     embedding(torch.tensor([1, 2])).sum().backward()
