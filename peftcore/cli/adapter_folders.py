@@ -147,6 +147,18 @@ def _refuse_labels_without_outputs(folder: Path, task: AdapterTask) -> None:
             raise ValueError(f"it names {count:,} labels, but no tensor of the adapter has as many rows")
 
 
+def refuse_predictor(folder: Path | None, task: str) -> None:
+    """Raise a PeftcoreError if an adapter for `task` answers no prompt, but what `predict` reads."""
+    if task == data.SPEECH:
+        raise PeftcoreError(f"'{folder}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
+    if task == data.EMBEDDING:
+        raise PeftcoreError(f"'{folder}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
+    if task in data.MULTIMODAL:
+        raise PeftcoreError(
+            f"'{folder}' answers turns with images or audio. Use peftcore predict --data CONVERSATIONS.jsonl"
+        )
+
+
 def base_of(folder: Path, model: str | None) -> str:
     """Return the base of an adapter: `model` if given, otherwise the one the adapter names."""
     from peftcore.files.reading import fields_of_folder

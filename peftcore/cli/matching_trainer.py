@@ -23,7 +23,7 @@ from peftcore.cli.tasks import Example, ends
 from peftcore.cli.trainers import MeasuringTrainer
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
-from peftcore.integrations.transformers import bare_model
+from peftcore.integrations.trainer_optimizer import bare_model
 
 MEASURED = 100  # held-out examples that are continued
 

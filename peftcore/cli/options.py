@@ -22,6 +22,10 @@ def in_run(folder: Path | None) -> Path | None:
     return None if folder is None else adapter_folder(folder)
 
 
+def _folder(help: str) -> Any:
+    return typer.Option("--adapter", "-a", callback=in_run, autocompletion=completion.adapters, help=help)
+
+
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or a .gguf file.")]
 MaybeModel = Annotated[
     str | None,
@@ -30,36 +34,9 @@ MaybeModel = Annotated[
 BaseModel = Annotated[
     str | None, typer.Option("--model", "-m", help="The adapter's base, if it is not where the adapter says.")
 ]
-Adapter = Annotated[
-    Path,
-    typer.Option(
-        "--adapter",
-        "-a",
-        callback=in_run,
-        autocompletion=completion.adapters,
-        help="Folder of an adapter or a run: ours, PEFT's or of a library that a plugin reads.",
-    ),
-]
-MaybeAdapter = Annotated[
-    Path | None,
-    typer.Option(
-        "--adapter",
-        "-a",
-        callback=in_run,
-        autocompletion=completion.adapters,
-        help="Folder of an adapter or a run; without, the base.",
-    ),
-]
-Continued = Annotated[
-    Path | None,
-    typer.Option(
-        "--adapter",
-        "-a",
-        callback=in_run,
-        autocompletion=completion.adapters,
-        help="Go on training this adapter, or a run's, in a new run.",
-    ),
-]
+Adapter = Annotated[Path, _folder("Folder of an adapter or a run: ours, PEFT's or of a library that a plugin reads.")]
+MaybeAdapter = Annotated[Path | None, _folder("Folder of an adapter or a run; without, the base.")]
+Continued = Annotated[Path | None, _folder("Go on training this adapter, or a run's, in a new run.")]
 Data = Annotated[
     list[str],
     typer.Option(

@@ -26,7 +26,7 @@ from peftcore.cli.console import require, say
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.errors import PeftcoreError
-from peftcore.integrations.transformers import bare_model
+from peftcore.integrations.trainer_optimizer import bare_model
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # mixin before one of several trainers
 

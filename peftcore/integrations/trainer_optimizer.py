@@ -15,7 +15,14 @@ from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainingArguments
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    trainer as transformers_trainer,
+)
+from transformers.trainer import Trainer
 
 from peftcore import engine, optim
 from peftcore.errors import PeftcoreError, warn
@@ -62,7 +69,6 @@ def with_groups(trainer: Any, adapted: nn.Module, model: nn.Module | None) -> tu
     """
     model = trainer.model if model is None else model
     kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-    from transformers import trainer as transformers_trainer  # whose import runs `peftcore.integrations.transformers`
 
     is_factory = getattr(transformers_trainer, "is_optimizer_factory", lambda _kind: False)  # in later releases
     lr, decay = options.get("lr") or trainer.args.learning_rate, trainer.args.weight_decay
@@ -119,3 +125,35 @@ def create_scheduler(trainer: Any, own: Callable[..., Any], num_training_steps: 
         group["lr"] = group["initial_lr"] * rate(0)
     found._last_lr = [group["lr"] for group in found.optimizer.param_groups]
     return found
+
+
+class PagingReport(TrainerCallback):
+    """Callback that reports at the end where a paged optimizer's state was, and the cost of moving it."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer: Any = kwargs.get("optimizer")
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # unwrapped from accelerate's
+        if hasattr(optimizer, "paging") and state.is_world_process_zero:
+            print(f"optimizer state: {optimizer.paging()}", flush=True)
+
+
+def create_optimizer(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if trainer.optimizer is not None:
+        return own(*args, **kwargs)
+    if trainer.optimizer_cls_and_kwargs is None:
+        trainer.optimizer_cls_and_kwargs = optimizer_of(trainer.args)
+    before = trainer.optimizer_cls_and_kwargs
+    if engine.has_parameter_groups(bare_model(trainer)):
+        model = kwargs.get("model", args[0] if args else None)
+        trainer.optimizer_cls_and_kwargs = with_groups(trainer, bare_model(trainer), model)
+    try:
+        return own(*args, **kwargs)
+    finally:
+        trainer.optimizer_cls_and_kwargs = before
+
+
+def bare_model(trainer: Trainer) -> nn.Module:
+    """Return the model that `trainer` trains, without wrappers."""
+    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)

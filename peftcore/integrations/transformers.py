@@ -44,7 +44,12 @@ from peftcore.files.saving import save_each
 from peftcore.integrations.patching import patch
 from peftcore.integrations.reference_model import patch_trainers, reference_of, refuse_bypassed, refuse_wrapped
 from peftcore.integrations.trainer_loss import add_extra_loss, logged
-from peftcore.integrations.trainer_optimizer import create_scheduler, optimizer_of, with_groups
+from peftcore.integrations.trainer_optimizer import (
+    PagingReport,
+    bare_model,
+    create_optimizer,
+    create_scheduler,
+)
 from peftcore.parallel import check_ranks, give_adapters, refuse_between_blocks
 
 COMPLETE = "complete.json"
@@ -65,38 +70,6 @@ class AfterStep(TrainerCallback):
             if engine.state_of(model) is None:  # inside DDP or torch.compile; asking accelerate takes a millisecond
                 model = extract_model_from_parallel(model, keep_torch_compile=False)
             engine.after_step(model, state.global_step + 1, state.max_steps, optimizer=kwargs.get("optimizer"))
-
-
-class PagingReport(TrainerCallback):
-    """Callback that reports at the end where a paged optimizer's state was, and the cost of moving it."""
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        optimizer: Any = kwargs.get("optimizer")
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # unwrapped from accelerate's
-        if hasattr(optimizer, "paging") and state.is_world_process_zero:
-            print(f"optimizer state: {optimizer.paging()}", flush=True)
-
-
-def _create_optimizer(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if trainer.optimizer is not None:
-        return own(*args, **kwargs)
-    if trainer.optimizer_cls_and_kwargs is None:
-        trainer.optimizer_cls_and_kwargs = optimizer_of(trainer.args)
-    before = trainer.optimizer_cls_and_kwargs
-    if engine.has_parameter_groups(bare_model(trainer)):
-        model = kwargs.get("model", args[0] if args else None)
-        trainer.optimizer_cls_and_kwargs = with_groups(trainer, bare_model(trainer), model)
-    try:
-        return own(*args, **kwargs)
-    finally:
-        trainer.optimizer_cls_and_kwargs = before
-
-
-def bare_model(trainer: Trainer) -> nn.Module:
-    """Return the model that `trainer` trains, without wrappers."""
-    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
 
 def _model_of(trainer: Trainer) -> nn.Module | None:
@@ -403,7 +376,7 @@ def _patch_trainer() -> None:
 
     Trainer.__init__ = init
     for ours in (
-        _create_optimizer,
+        create_optimizer,
         create_scheduler,
         _prepare_for_training,
         _train,

@@ -1,61 +1,41 @@
 """Selection of the modules that a config names, pattern matching, and coverage of the weight."""
 
-from peftcore.adaptation.base_modules import base_modules, base_parameters
-from peftcore.experts.in_model import expert_weights, experts_per_token, is_read_by_itself, layer_at, weight_named
-from peftcore.layers import is_conv1d, is_linear, sizes
-from peftcore.targets.convolutions import odd_convolution
-from peftcore.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes, select_experts
-from peftcore.targets.layers_config import LayersConfig
-from peftcore.targets.patterns import compiled, is_inside, matched_keys, matches, pattern_value
-from peftcore.targets.selection import (
-    biases,
-    conv1d_paths,
-    drop_unmatched,
-    match_counts,
-    minimal_suffixes,
-    refuse_bypassed,
-    refuse_targeted,
-    select,
-    select_by,
-    sublayers,
-    trained_biases,
-    trained_modules,
-    widths,
+from peftcore.adaptation.base_modules import base_modules as base_modules, base_parameters as base_parameters
+from peftcore.experts.in_model import (
+    expert_weights as expert_weights,
+    experts_per_token as experts_per_token,
+    is_read_by_itself as is_read_by_itself,
+    layer_at as layer_at,
+    weight_named as weight_named,
 )
-
-__all__ = [
-    "ALL_LINEAR",
-    "LayersConfig",
-    "base_modules",
-    "base_parameters",
-    "biases",
-    "compiled",
-    "conv1d_paths",
-    "drop_unmatched",
-    "expert_weights",
-    "experts_per_token",
-    "is_conv1d",
-    "is_inside",
-    "is_linear",
-    "is_read_by_itself",
-    "layer_at",
-    "match_counts",
-    "matched_keys",
-    "matches",
-    "minimal_suffixes",
-    "name_experts",
-    "odd_convolution",
-    "parameter_suffixes",
-    "pattern_value",
-    "refuse_bypassed",
-    "refuse_targeted",
-    "select",
-    "select_by",
-    "select_experts",
-    "sizes",
-    "sublayers",
-    "trained_biases",
-    "trained_modules",
-    "weight_named",
-    "widths",
-]
+from peftcore.layers import is_conv1d as is_conv1d, is_linear as is_linear, sizes as sizes
+from peftcore.targets.convolutions import odd_convolution as odd_convolution
+from peftcore.targets.expert_selection import (
+    ALL_LINEAR as ALL_LINEAR,
+    name_experts as name_experts,
+    parameter_suffixes as parameter_suffixes,
+    select_experts as select_experts,
+)
+from peftcore.targets.layers_config import LayersConfig as LayersConfig
+from peftcore.targets.patterns import (
+    compiled as compiled,
+    is_inside as is_inside,
+    matched_keys as matched_keys,
+    matches as matches,
+    pattern_value as pattern_value,
+)
+from peftcore.targets.selection import (
+    biases as biases,
+    conv1d_paths as conv1d_paths,
+    drop_unmatched as drop_unmatched,
+    match_counts as match_counts,
+    minimal_suffixes as minimal_suffixes,
+    refuse_bypassed as refuse_bypassed,
+    refuse_targeted as refuse_targeted,
+    select as select,
+    select_by as select_by,
+    sublayers as sublayers,
+    trained_biases as trained_biases,
+    trained_modules as trained_modules,
+    widths as widths,
+)

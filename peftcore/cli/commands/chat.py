@@ -71,18 +71,8 @@ def chat(
     classifier = next((name for name, task in about.items() if task.task in data.NEW_HEAD), None)
     if classifier is not None:
         raise PeftcoreError(f"'{folders[classifier]}' is a classifier and cannot write text. Use peftcore generate")
-    speech = next((name for name, task in about.items() if task.task == data.SPEECH), None)
-    if speech is not None:
-        raise PeftcoreError(f"'{folders[speech]}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
-    embedding = next((name for name, task in about.items() if task.task == data.EMBEDDING), None)
-    if embedding is not None:
-        raise PeftcoreError(f"'{folders[embedding]}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
-    with_images = next((name for name, task in about.items() if task.task in data.MULTIMODAL), None)
-    if with_images is not None:
-        raise PeftcoreError(
-            f"'{folders[with_images]}' answers turns with images or audio. Use "
-            "peftcore predict --data CONVERSATIONS.jsonl"
-        )
+    for name, task in about.items():
+        adapter_folders.refuse_predictor(folders[name], task.task)
     bases = {name: adapter_folders.base_of(folder, model) for name, folder in folders.items()}
     base = next(iter(bases.values()), model)
     other = next((name for name, named in bases.items() if named != base), None)

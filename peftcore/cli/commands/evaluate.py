@@ -40,14 +40,7 @@ def evaluate(
     A classifier's base has a randomly initialised head, the one that training started with if the adapter records it,
     so its figures show chance level.
     """
-    from peftcore.cli import (
-        adapter_folders,
-        base_and_adapter,
-        base_quantization,
-        data as examples,
-        dtype_choice,
-        models,
-    )
+    from peftcore.cli import adapter_folders, base_and_adapter, data as examples, models
     from peftcore.cli.data_files import parsed_columns
 
     weighted = next((each for each in examples.sources(data) if each.weight != 1), None)
@@ -115,13 +108,11 @@ def evaluate(
             max_new_tokens=given.answer_tokens,
         )
         measure = functools.partial(generations.measure, answering)
-    dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     if task.seed is not None:
         from transformers import set_seed
 
         set_seed(task.seed % (1 << 32))  # initialises the head as in training
-    base_as = base_quantization.of_adapter(quantize, adapter, task)
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
+    loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)
     if base_and_adapter.fit_vocabulary(loaded, adapter):
         warn(base_and_adapter.NEW_ROWS)
     before = measure(loaded, encoded.examples, tokenizer, batch_size)

@@ -35,15 +35,7 @@ def generate(
 ) -> None:
     """Answer a prompt with an adapter, and with --compare also with its base."""
     import peftcore
-    from peftcore.cli import (
-        adapter_folders,
-        base_and_adapter,
-        base_files,
-        base_quantization,
-        data,
-        dtype_choice,
-        models,
-    )
+    from peftcore.cli import adapter_folders, base_and_adapter, base_files, data, models
 
     if adapter is None and model is None:
         raise PeftcoreError(
@@ -57,19 +49,10 @@ def generate(
         raise PeftcoreError(f"'{adapter}' is a reward model, which writes no answers. Measure it: peftcore eval")
     if task.task == data.IMAGE:
         raise PeftcoreError(f"'{adapter}' classifies images. Use peftcore predict --data IMAGES")
-    if task.task == data.SPEECH:
-        raise PeftcoreError(f"'{adapter}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
-    if task.task == data.EMBEDDING:
-        raise PeftcoreError(f"'{adapter}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
-    if task.task in data.MULTIMODAL:
-        raise PeftcoreError(
-            f"'{adapter}' answers turns with images or audio. Use peftcore predict --data CONVERSATIONS.jsonl"
-        )
+    adapter_folders.refuse_predictor(adapter, task.task)
     if pair is not None and task.task not in data.LABELLED:
         raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")
-    dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
-    base_as = base_quantization.of_adapter(quantize, adapter, task)
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
+    loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)
     peftcore.fuse(loaded)
     tokenizer = models.load_tokenizer(base, adapter)
     from peftcore.cli import conversations, tasks

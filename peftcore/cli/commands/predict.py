@@ -49,14 +49,7 @@ def predict(
 
     Labels in the data are not read. To measure the adapter on examples with labels, use peftcore eval.
     """
-    from peftcore.cli import (
-        adapter_folders,
-        base_and_adapter,
-        base_quantization,
-        data as examples,
-        dtype_choice,
-        models,
-    )
+    from peftcore.cli import adapter_folders, base_and_adapter, data as examples, models
     from peftcore.cli.data_files import parsed_columns
 
     task = adapter_folders.adapter_task(adapter, labels)
@@ -73,9 +66,7 @@ def predict(
     rows = predictions.read_rows(data, task, parsed_columns(columns))
     processor = models.load_processor(base, task.task, adapter)
     conversations.set_template(processor, chat_template, task.chat_template)
-    dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
-    base_as = base_quantization.of_adapter(quantize, adapter, task)
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
+    loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)
     base_and_adapter.load_adapter(loaded, adapter)
     if task.task == examples.SPEECH:
         speech.set_language(processor, task.language, models.load_generation_config(base))
