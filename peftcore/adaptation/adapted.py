@@ -372,7 +372,8 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         if self.__dict__[LOCK].is_disabled():
             replica.__dict__[_ACTIVE] = ()
         replica.__dict__[LOCK] = self.__dict__[LOCK].for_replica()
-        replica.__dict__[_CHAIN] = _Replica(replica)
+        # It gets its adapters after it is made.
+        replica.__dict__[_CHAIN] = lambda *args, **kwargs: _chain_of(replica, _base_of(replica))(*args, **kwargs)
         return replica
 
     # transformers, accelerate and the Trainer read a forward's signature.
@@ -389,13 +390,3 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         },
     )
     return adapted
-
-
-class _Replica:
-    """Chain of a replica, which gets its adapters after it is made."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _chain_of(self.module, _base_of(self.module))(*args, **kwargs)

@@ -14,20 +14,21 @@ import sys
 import threading
 import time
 from _thread import get_ident
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import FrameType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import Variable
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.call import ROOT, CallContext, Frame, KeptCall, current_frame, untraced
+from peftcore.adaptation.outputs import tensors_of
 from peftcore.errors import PeftcoreError
 
 PATIENCE = 60.0  # seconds for which a call or a change waits for others before it raises
@@ -243,7 +244,7 @@ class ModelLock:
     @partial(untraced, within=True)
     def watch(self, output: Any) -> None:
         """Record the adapters of a forward, so that its backward pass does not lose their gradients."""
-        nodes = {tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None}
+        nodes = {tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None}
         if nodes:
             watch = _Watch(self)
             for node in nodes:
@@ -393,18 +394,3 @@ def refuse_running(model: nn.Module, what: str) -> None:
             if frame.f_code is nn.Module._call_impl.__code__ and id(frame.f_locals.get("self")) in modules:
                 raise PeftcoreError(f"cannot {what}: another thread is calling the model. {_ALONE}")
             frame = frame.f_back
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-        return
-    parts: Sequence[Any] = ()
-    if isinstance(output, dict):
-        parts = list(output.values())
-    elif isinstance(output, (tuple, list)):
-        parts = output
-    elif is_dataclass(output):
-        parts = list(vars(output).values())
-    for part in parts:
-        yield from _tensors(part)

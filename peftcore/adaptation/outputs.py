@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from typing import Any
+
+from torch import Tensor
 
 
 def first_of(output: Any) -> Any:
@@ -27,3 +31,19 @@ def with_first(output: Any, first: Any) -> Any:
         changed[next(iter(output))] = first
         return changed
     return first
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an output, at any depth."""
+    if isinstance(output, Tensor):
+        yield output
+        return
+    parts: Sequence[Any] = ()
+    if isinstance(output, dict):
+        parts = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        parts = output
+    elif is_dataclass(output):
+        parts = list(vars(output).values())
+    for part in parts:
+        yield from tensors_of(part)

@@ -6,11 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftcore.cli import (
-    best_checkpoint,
-    forecast as forecasts,
-    training_data,
-)
+from peftcore.cli import best_checkpoint, forecast as forecasts, training_data
 from peftcore.cli.memory_trace import Trace
 from peftcore.cli.metrics import Metrics
 from peftcore.engine.summary import Summary

@@ -10,15 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from peftcore.cli import (
-    best_checkpoint,
-    comparisons,
-    data,
-    device_choice,
-    optim_options,
-    precision,
-    trainers,
-)
+from peftcore.cli import best_checkpoint, comparisons, data, device_choice, optim_options, precision, trainers
 from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
 from peftcore.errors import PeftcoreError

@@ -27,14 +27,7 @@ from peftcore.engine.changes import Site, facts, submodule, with_adapter
 from peftcore.engine.divided import divide_experts, is_divided, refuse_divided, refuse_stage
 from peftcore.engine.first_values import initialize_adapter, initializer
 from peftcore.engine.gradients import refuse_without_gradient
-from peftcore.engine.placing import (
-    Placed,
-    device_and_dtype,
-    placements_for,
-    recorded,
-    warn_of_little,
-    with_memory,
-)
+from peftcore.engine.placing import Placed, device_and_dtype, placements_for, recorded, warn_of_little, with_memory
 from peftcore.engine.state import (
     STATE,
     Applied,

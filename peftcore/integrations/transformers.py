@@ -44,12 +44,7 @@ from peftcore.files.saving import save_each
 from peftcore.integrations.patching import patch
 from peftcore.integrations.reference_model import patch_trainers, reference_of, refuse_bypassed, refuse_wrapped
 from peftcore.integrations.trainer_loss import add_extra_loss, logged
-from peftcore.integrations.trainer_optimizer import (
-    PagingReport,
-    bare_model,
-    create_optimizer,
-    create_scheduler,
-)
+from peftcore.integrations.trainer_optimizer import PagingReport, bare_model, create_optimizer, create_scheduler
 from peftcore.parallel import check_ranks, give_adapters, refuse_between_blocks
 
 COMPLETE = "complete.json"

@@ -393,8 +393,4 @@ def _kind(args: Any, kwargs: Any) -> Any:
 
 
 def _names(forward: Any) -> list[str]:
-    names = []
-    for name, parameter in inspect.signature(forward).parameters.items():
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            names.append(name)
-    return names
+    return [name for name, each in inspect.signature(forward).parameters.items() if each.kind is not each.VAR_KEYWORD]

@@ -15,8 +15,9 @@ from torch import nn
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.ops.weight import MIN_BLOCKSIZE
+from peftcore.quantization.affine4_format import Int4Weight, to_affine4
 from peftcore.quantization.convert import convert
-from peftcore.quantization.int4_layouts import CheckpointLayout, Int4Weight, int4_layout, to_affine4
+from peftcore.quantization.int4_layouts import CheckpointLayout, int4_layout
 from peftcore.quantization.nvfp4_layouts import described, empty_nvfp4, nvfp4_layout
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
 from peftcore.quantization.quant_types import check_reader

@@ -23,14 +23,7 @@ from peftcore import ops
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops.mxfp4 import BLOCKSIZE, swap_nibbles
 from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight
-from peftcore.quantization.four_bit_format import (
-    FourBitFormat,
-    check_parts,
-    check_state,
-    damaged,
-    encoded,
-    facts_of,
-)
+from peftcore.quantization.four_bit_format import FourBitFormat, check_parts, check_state, damaged, encoded, facts_of
 from peftcore.validation import shown
 
 _STATE = "quant_state.peftcore__mxfp4"

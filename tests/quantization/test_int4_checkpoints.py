@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.quantization import quantized_experts, quantized_layers
+from peftcore.quantization.affine4_format import to_affine4
 from peftcore.quantization.convert import convert
-from peftcore.quantization.int4_layouts import to_affine4
 from peftcore.quantization.int4_models import find_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -11,7 +11,7 @@ from int4_checkpoints import Values, awq, compressed, config, gptq, values
 from torch import Tensor
 
 import peftcore
-from peftcore.quantization.int4_layouts import Int4Weight
+from peftcore.quantization.affine4_format import Int4Weight
 from peftcore.quantization.int4_models import find_layout
 
 GROUPS = (32, 96)  # of 96 inputs

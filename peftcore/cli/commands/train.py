@@ -164,14 +164,7 @@ def train(
         require("trl", extra="dpo")
     base_files.quiet_transformers()
     from peftcore import ranks
-    from peftcore.cli import (
-        base_files,
-        base_quantization,
-        best_checkpoint,
-        reporting,
-        torchrun,
-        training_run,
-    )
+    from peftcore.cli import base_files, base_quantization, best_checkpoint, reporting, torchrun, training_run
     from peftcore.quantization import find_type
     from peftcore.registry import registry
 
@@ -358,6 +351,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     from peftcore.engine.summary import counted, megabytes, share
 
     trainable, base = result.summary.trainable_parameters, result.summary.base_parameters
+    examples = f"{result.examples_per_second:,.1f} examples/s"
     return [
         ("trainable parameters", f"{trainable:,} of {base:,} ({share(trainable, base)})"),
         ("adapter", f"{result.adapter} ({megabytes(result.adapter_bytes)})"),
@@ -365,16 +359,12 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("steps", f"{result.steps:,}"),
         *([] if result.best is None else [("saved", str(result.best))]),
         ("time", f"{result.seconds:.0f} s, {result.training_seconds:.0f} s of them in training steps"),
-        ("speed", f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else _examples(result)),
+        ("speed", f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else examples),
         *((f"peak {name}", gigabytes(count)) for name, count in result.peak.items()),
         *_predicted(result),
         *([("loss", "without the logits of a batch")] if result.summary.lazy_logits else []),
         *([("fused", counted(result.summary.fused))] if result.summary.fused else []),
     ]
-
-
-def _examples(result: Result) -> str:
-    return f"{result.examples_per_second:,.1f} examples/s"
 
 
 def _predicted(result: Result) -> list[tuple[str, str]]:

@@ -18,15 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.plugin import CheckpointError, FileFormat, targets, validation
-from peftcore_lora.pipelines.layer_changes import (
-    Change,
-    complete,
-    from_peft,
-    layers,
-    number,
-    ranks_and_alphas,
-    to_peft,
-)
+from peftcore_lora.pipelines.layer_changes import Change, complete, from_peft, layers, number, ranks_and_alphas, to_peft
 from peftcore_lora.pipelines.parts import TEXT_ENCODER, TRANSFORMER, UNET, has_flat_clip, parts
 
 FILE = "pytorch_lora_weights.safetensors"
