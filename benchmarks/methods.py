@@ -155,7 +155,7 @@ def times(method, shape, start, sizes, seconds, busy):
 def in_process(threads, work, *arguments):
     """What `work` gives in a process of its own, or why it failed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peft", "transformers", "peftcore.engine", "engine"])
+    context.set_forkserver_preload(["engine", "peft", "transformers", "peftcore.engine"])
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=answer, args=(theirs, threads, work, arguments))
     child.start()

@@ -60,41 +60,37 @@ def kept(step):
     return sum(held.values()) / 1e6
 
 
-def fastest(steps, seconds):
-    """ms of the fastest step of each, timed in turn."""
-    best = {name: float("inf") for name in steps}
-    until = time.perf_counter() + seconds * len(steps)
-    while time.perf_counter() < until:
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(methods.SHAPES), default="smollm2")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2, help="for each row")
+    parser.add_argument("--busy", action="store_true", help="count the process's own time: for a busy machine")
     known = methods.known()
     parser.add_argument("--methods", nargs="+", choices=known, default=known)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     measure.print_surroundings(options.threads)
     measure.keep_freed_memory()
+    clock = time.process_time if options.busy else time.perf_counter
     print(f"{options.model}: 2 layers, 512 tokens, fp32")
-    print(f"{'':12}{'frozen, ms':>12}{'added, ms':>12}{'peft':>9}{'ratio':>8}{'kept, MB':>12}{'peft':>9}")
+    print(f"{'':26}{'frozen, ms':>12}{'IQR':>7}{'added, ms':>12}{'peft':>9}{'ratio':>8}{'kept, MB':>12}{'peft':>9}")
     for method in options.methods:
         with tempfile.TemporaryDirectory() as start:
             steps = {name: stepper(options.model, name, method, start) for name in ("frozen", "peftcore", "peft")}
         memory = {name: kept(step) for name, step in steps.items()}
-        times = fastest(steps, options.seconds)
-        ours, theirs = (times[name] - times["frozen"] for name in ("peftcore", "peft"))
-        beside = [memory[name] - memory["frozen"] for name in ("peftcore", "peft")]
-        print(f"{method:12}{times['frozen']:12.1f}{ours:12.1f}{theirs:9.1f}{ours / theirs:8.2f}", end="")
-        print(f"{beside[0]:12.1f}{beside[1]:9.1f}", flush=True)
-        measure.note_ratio(f"{method}, added to two layers", ours / theirs, "PEFT")
+        times = measure.interleaved(steps, options.seconds * len(steps), clock=clock)
+        frozen, _, width = measure.spread(times["frozen"])
+        ours, theirs = (min(times[name]) - frozen for name in ("peftcore", "peft"))
+        more = [memory[name] - memory["frozen"] for name in ("peftcore", "peft")]
+        comparable = ours > 0 and theirs > 0  # what is added can be less than the spread of the steps
+        ratio = f"{ours / theirs:8.2f}" if comparable else f"{'-':>8}"
+        print(
+            f"{method:26}{frozen:12.1f}{width:7.1f}{ours:12.1f}{theirs:9.1f}{ratio}{more[0]:12.1f}{more[1]:9.1f}",
+            flush=True,
+        )
+        if comparable:
+            measure.note_ratio(f"{method}, added to two layers", ours / theirs, "PEFT")
 
 
 if __name__ == "__main__":

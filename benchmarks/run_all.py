@@ -99,13 +99,13 @@ def show(rows):
         print("  FAILED" if code else "")
     failed = [name_of(command) for command, (_, _, code, _) in rows if code]
     whole = sum(seconds for _, (seconds, *_) in rows)
-    print(f"{len(rows)} benchmarks in {whole / 60:.0f} minutes; failed: {', '.join(failed) or 'none'}; ", end="")
+    print(f"{len(rows)} benchmarks in {whole / 60:.1f} minutes; failed: {', '.join(failed) or 'none'}; ", end="")
     print(f"{KEPT.relative_to(ROOT)} has what they printed")
     return bool(failed)
 
 
 def draw(rows):
-    """A chart of all ratios, a line of points for each script; one that is not 1 is on the side of the faster."""
+    """Draw all ratios, a line of points for each script; less than an eighth is drawn as an eighth."""
     import matplotlib.pyplot as plt
 
     shown = [(name_of(command), [row["ratio"] for row in ratios]) for command, (*_, ratios) in rows if ratios]
@@ -114,10 +114,15 @@ def draw(rows):
     figure, axes = plt.subplots(figsize=(9, 0.8 + 0.32 * len(shown)), layout="constrained")
     for place, (_, ratios) in enumerate(reversed(shown)):
         colors = ["#b3261e" if ratio > SLOWER else "#2457a6" for ratio in ratios]
-        axes.scatter(ratios, [place] * len(ratios), c=colors, s=22, alpha=0.6, linewidths=0)
+        axes.scatter(
+            [max(ratio, 1 / 8) for ratio in ratios], [place] * len(ratios), c=colors, s=22, alpha=0.6, linewidths=0
+        )
     axes.axvline(1, color="#8791a3", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    least, most = axes.get_xlim()
+    ticks = [tick for tick in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 1.25, 1.5, 2, 4, 8) if least <= tick <= most]
+    axes.set_xticks(ticks, [f"{tick:g}x" if tick > 1 / 8 else "up to 0.125x" for tick in ticks])
+    axes.minorticks_off()
     axes.set_yticks(range(len(shown)), [name for name, _ in reversed(shown)])
     axes.set_xlabel("time or memory over the other library's; left of 1 is better")
     axes.spines[["top", "right"]].set_visible(False)

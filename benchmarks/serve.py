@@ -24,6 +24,7 @@ from peftcore_serve import command
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 import peftcore
 
@@ -70,7 +71,7 @@ def compare(client: openai.OpenAI, adapters: int, tokens: int) -> None:
 
     names = [f"user{i}" for i in range(adapters)]
     together(names[:16])  # load them
-    print("requests   together   one by one   tokens/s")
+    print("tokens per second of all requests\nrequests   together   one by one")
     for count in (1, 4, 16):
         fastest = dict.fromkeys((together, one_by_one), 0.0)
         for _ in range(3):
@@ -92,6 +93,7 @@ def rate(way: Callable[[list[str]], int], names: list[str]) -> float:
 
 def make(base: Path, root: Path, adapters: int) -> None:
     """Write the base, its tokenizer, and the adapters."""
+    disable_progress_bar()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(**SIZES, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, eos_token_id=None)
