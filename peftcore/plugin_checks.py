@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from peftcore import hookspecs, requirement
+from peftcore import hookspecs
 from peftcore.errors import PluginError, nearest
 
 API = "3.6"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
@@ -74,7 +74,7 @@ def check_method(plugin: str, method: Any) -> None:
 def check_requirement(distribution: Any) -> None:
     """Raise a PluginError unless the distribution accepts this version of peftcore."""
     found = version("peftcore")
-    wanted = requirement.unmet(getattr(distribution, "requires", None) or (), found)
+    wanted = unmet(getattr(distribution, "requires", None) or (), found)
     if wanted is not None:
         raise PluginError(f"it needs peftcore{wanted}, this is {found}. Upgrade the older of the two")
 
@@ -83,7 +83,7 @@ def check_api(plugin: Any) -> None:
     """Raise a PluginError unless `peftcore_api`, the range of plugin APIs that a plugin supports, has this one."""
     declared = getattr(plugin, "peftcore_api", f"=={API}")
     try:
-        supported = requirement.specifiers(declared)
+        supported = specifiers(declared)
     except ValueError as error:
         raise PluginError(
             f"its peftcore_api must be the range of plugin APIs that it supports, such as {_range()!r}, found "
@@ -118,3 +118,41 @@ def check_hook_names(manager: pluggy.PluginManager, name: str, plugin: Any) -> N
             raise PluginError(
                 f"'{attribute}' is not a hook of peftcore{nearest(attribute, known)}. The hooks are: {', '.join(known)}"
             )
+
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
+
+def unmet(requirements: Iterable[str], version: str) -> str | None:
+    """Return the first specifier, such as `>=99`, that peftcore of this version does not meet, or None.
+
+    A pre-release counts as the release that it precedes.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
+    from packaging.version import Version
+
+    release = Version(version).base_version
+    for text in requirements:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:  # another package's requirement in a non-standard form
+            continue
+        is_meant = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if canonicalize_name(requirement.name) == "peftcore" and is_meant and release not in requirement.specifier:
+            return str(requirement.specifier)
+    return None
+
+
+def specifiers(text: object) -> SpecifierSet:
+    """Return the range of versions that a text such as `>=3.0,<4` names.
+
+    Raises:
+        ValueError: it is not such a text, or names no limit.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"a range of versions is a text such as '>=3.0,<4', found {text!r}")
+    return SpecifierSet(text)

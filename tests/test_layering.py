@@ -16,7 +16,6 @@ ORDER = [
         "adapter",
         "errors",
         "field_types",
-        "requirement",
         "events",
         "layers",
         "ops",

@@ -18,7 +18,6 @@ from peftcore.engine.applying import (
 from peftcore.engine.changes import with_adapter as with_adapter
 from peftcore.engine.divided import follows_plan as follows_plan
 from peftcore.engine.first_values import takes_batches as takes_batches
-from peftcore.engine.missed_steps import watch as watch
 from peftcore.engine.placing import (
     placements_for as placements_for,
     refuse_adapters_of_others as refuse_adapters_of_others,
@@ -54,4 +53,5 @@ from peftcore.engine.training_hooks import (
     parameter_groups as parameter_groups,
     scheduled as scheduled,
     set_trained_fields as set_trained_fields,
+    watch as watch,
 )

@@ -1,21 +1,24 @@
-"""Training step of a stand-in: forward, backward, gradient clipping and optimizer."""
+"""Training step of a stand-in: forward, backward, gradient clipping and optimizer.
+
+Operators with a kernel for CPUs only are followed as that kernel on meta tensors (`kernels_of_cpu`).
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftcore import ops
 from peftcore.adaptation.base_modules import base_modules, original_forward
 from peftcore.architecture import text_config
 from peftcore.engine import after_step, extra_loss, state_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import LARGEST_INDEX, Following, NotFollowed
-from peftcore.estimating.kernels import kernels_of_cpu
 from peftcore.estimating.lazy_loss import lazily
 from peftcore.estimating.losses import VECTORS, Own, loss_of, rows_of, tiles_in_place
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
@@ -282,3 +285,39 @@ def _see_what_stays(following: Following, processes: Alone, loss: Own, optimizer
         for value in state.values():
             if isinstance(value, Tensor):
                 following.see(value, STATE)
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(x, g)
+        return torch.ops.peftcore.scaled(x, g)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, g = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dx, dg = torch.ops.peftcore.scaled_backward(dy, x, g, needs)
+        return dx if needs[0] else None, dg if needs[1] else None
+
+
+@contextmanager
+def kernels_of_cpu() -> Iterator[None]:
+    """Make `ops.scaled` on meta tensors one operator, as on a CPU, within the block.
+
+    On other devices, meta included, it consists of PyTorch's operators, which create a matrix in fp32 for 16 bits.
+    Without the extension nothing changes, since the reference creates this matrix, too.
+    """
+    original = ops.scaled
+
+    def scaled(x: Tensor, g: Tensor, behind: int = 0) -> Tensor:
+        if not x.is_meta or behind or x.dtype is torch.float64:
+            return original(x, g, behind)
+        return _Scaled.apply(x, g)  # type: ignore[no-untyped-call]
+
+    if ops.extension is not None:
+        ops.scaled = scaled
+    try:
+        yield
+    finally:
+        ops.scaled = original

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import peftcore
 from peftcore import ops
 from peftcore.adaptation.base_modules import original_class
-from peftcore.adaptation.counted_dropout import CountedDropout
 from peftcore.adaptation.fused_forward import FORMULA, is_fused
+from peftcore.engine.fuse_probe import CountedDropout
 from peftcore.engine.fusing import fused_modules
 from peftcore.plugin import Adapter, Around
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peftcore.requirement import unmet
+from peftcore.plugin_checks import unmet
 
 
 @pytest.mark.parametrize(
