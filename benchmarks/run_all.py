@@ -49,8 +49,8 @@ SECONDS = {
     "lora": 130,
     "methods_layers": 150,
     "step": 190,
-    "quality_4bit": 200,
-    "methods": 250,
+    "quality_4bit": 220,
+    "methods": 230,
 }
 
 
