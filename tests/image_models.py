@@ -1,6 +1,6 @@
 """Tiny models that read images and texts, with their processors.
 
-They have the shapes of SmolVLM, Qwen2-VL, LLaVA, Llama 3.2 Vision and Gemma 3.
+They have the shapes of SmolVLM, Qwen2-VL, LLaVA, Llama 3.2 Vision, Llama 4 and Gemma 3.
 """
 
 from __future__ import annotations
@@ -40,6 +40,13 @@ MLLAMA = (
     "{% if content['type'] == 'image' %}<|image|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+LLAMA4 = (
+    "{{ bos_token }}{% for message in messages %}<|header_start|>{{ message['role'] }}<|header_end|>\n\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|image|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
 )
 GEMMA = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>"
@@ -159,6 +166,38 @@ def mllama(folder: Path) -> Any:
     return _saved(folder, MllamaForConditionalGeneration, config, processor)
 
 
+def llama4(folder: Path) -> Any:
+    """Save a Llama 4 Scout whose images have up to four tiles, of 4 tokens each, and the whole."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4Processor
+
+    marks = ["<|image_start|>", "<|image_end|>", "<|image|>", "<|patch|>", "<|tile_x_separator|>"]
+    marks += ["<|tile_y_separator|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]
+    text = tokenizer(marks)
+
+    class Processor(Llama4Processor):
+        """Llama 4's processor, with images that are prepared without torchvision."""
+
+        def check_argument_for_proper_class(self, *_args: Any) -> None:
+            """Accept the processor of images."""
+
+    processor = Processor(_tiles(), text, patch_size=2, chat_template=LLAMA4)
+    config = Llama4Config(
+        text_config={
+            **{**TEXT, "vocab_size": len(text), "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0},
+            **{"intermediate_size_mlp": 24, "num_local_experts": 2},
+        },
+        vision_config={
+            **{"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+            **{"image_size": 8, "patch_size": 2, "vision_output_dim": 24, "projector_input_dim": 24},
+            "projector_output_dim": 24,
+        },
+        image_token_index=text.convert_tokens_to_ids("<|patch|>"),
+        boi_token_index=text.convert_tokens_to_ids("<|image_start|>"),
+        eoi_token_index=text.convert_tokens_to_ids("<|image_end|>"),
+    )
+    return _saved(folder, Llama4ForConditionalGeneration, config, processor)
+
+
 def gemma(folder: Path) -> Any:
     """Save a Gemma 3 whose images have 4 tokens, with line ends around them that are tokens."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor
@@ -188,13 +227,31 @@ class _WithoutVideos(Qwen2VLProcessor):
         """Accept that there is no processor of videos."""
 
 
+def _tiles() -> Any:
+    """Return a processor that divides images into tiles of 8 x 8 as Llama 4's does, which needs torchvision."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    class Tiles(CLIPImageProcessorPil):
+        def preprocess(self, images: Any, **options: Any) -> Any:
+            found, ratios = [], []
+            for image in images if isinstance(images, list) else [images]:
+                across, down = (min(2, -(-side // 8)) for side in image.size)
+                tall = image.resize((8 * across, 8 * down))
+                boxes = [(8 * x, 8 * y, 8 * x + 8, 8 * y + 8) for y in range(down) for x in range(across)]
+                found += [tall.crop(box) for box in boxes] + ([image.resize((8, 8))] if len(boxes) > 1 else [])
+                ratios.append([down, across])
+            return super().preprocess(found, **options) | {"aspect_ratios": torch.tensor(ratios)}
+
+    return Tiles(size={"height": 8, "width": 8}, crop_size={"height": 8, "width": 8})
+
+
 def _saved(folder: Path, kind: Any, config: Any, processor: Any) -> Any:
     """Save the model and, if it can be loaded again, its processor; return the processor."""
     torch.manual_seed(0)
     kind(config).save_pretrained(folder)
-    if type(processor) is not _WithoutVideos:
-        processor.save_pretrained(folder)
+    loads_again = type(processor).__name__ not in ("_WithoutVideos", "Processor")
+    (processor if loads_again else processor.tokenizer).save_pretrained(folder)
     return processor
 
 
-KINDS = {"smolvlm": smolvlm, "qwen": qwen, "llava": llava, "mllama": mllama, "gemma": gemma}
+KINDS = {"smolvlm": smolvlm, "qwen": qwen, "llava": llava, "mllama": mllama, "llama4": llama4, "gemma": gemma}

@@ -50,6 +50,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_layers": [1],
         "attention_chunk_size": 8,
     },
+    "gemma4_text": {
+        **{"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32, "enable_moe_block": True},
+        **{"head_dim": 8, "global_head_dim": 16, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        **{"hidden_size_per_layer_input": 0, "sliding_window": 8},
+    },
 }
 
 

@@ -64,6 +64,21 @@ def config(tool: str, **changes: Any) -> dict[str, Any]:
     }
 
 
+def apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a dense checkpoint with experts as layers, which is how the tools see them."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        path, _, last = name.rpartition(".")
+        if not path.endswith("experts") or tensor.ndim != 3:
+            found[name] = tensor
+            continue
+        for i, expert in enumerate(tensor):
+            parts = {"gate_proj": expert.chunk(2)[0], "up_proj": expert.chunk(2)[1]}
+            parts = parts if last == "gate_up_proj" else {last: expert}
+            found |= {f"{path}.{i}.{part}.weight": weight.contiguous() for part, weight in parts.items()}
+    return found
+
+
 def write_folder(
     model: Any, folder: Path, tool: str, settings: dict[str, Any] | None, keep: str = "?", one_scale: bool = False
 ) -> dict[str, Tensor]:
@@ -75,7 +90,7 @@ def write_folder(
         one_scale: all weights have the same whole scale.
     """
     model.save_pretrained(folder)
-    state, dense = load_file(folder / "model.safetensors"), {}
+    state, dense = apart(load_file(folder / "model.safetensors")), {}
     for seed, name in enumerate([name for name in state if name.endswith(LINEAR) and keep not in name]):
         found = values(*state.pop(name).shape, tool, seed)
         found = found._replace(whole=values(1, 16, tool).whole) if one_scale else found

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli import adapter_tokenizer, conversations, data, image_chats, speech
+from peftcore.cli import adapter_tokenizer, conversations, data, image_chats, own_code, speech
 from peftcore.cli.adapter_folders import Quantization, has_tokenizer
 from peftcore.cli.base_files import pretrained, quiet_transformers, remote_code
 from peftcore.cli.console import note, require, warn
@@ -157,6 +157,8 @@ def load_model(
             quantization.quantize(loaded, **packing)
     if packing is None and options["dtype"].itemsize == 4:
         _compute_in_fp32(loaded, device)
+    if task == data.LANGUAGE_MODEL:
+        own_code.complete(loaded)
     if task != data.IMAGE:
         _set_padding(loaded, model)
     return loaded.to(torch_device(device)).eval()
@@ -187,6 +189,9 @@ def _quantizes(config_class: Any) -> bool:
     return {"quant_type", "skip", "blocksize"} <= {each.name for each in fields(config_class)}
 
 
+_UNREAD = ". Its repository has code of its own, which was not run: read it, and pass --trust-remote-code"
+
+
 def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, task: str) -> None:
     """Warn of weights that the checkpoint lacks and transformers initialised at random; refuse a .gguf file.
 
@@ -205,7 +210,8 @@ def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, 
     lacks = f"lacks {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     if model.endswith(".gguf"):
         raise PeftcoreError(f"the model of '{model}' cannot be loaded: the file {lacks}. Download it again")
-    warn(f"checkpoint '{model}' {lacks}: these weights are initialised at random")
+    code = "" if remote_code() or not getattr(loaded.config, "auto_map", None) else _UNREAD
+    warn(f"checkpoint '{model}' {lacks}: these weights are initialised at random{code}")
 
 
 def _check_shapes(loaded: PreTrainedModel, mismatched: Collection[Any], model: str) -> None:
@@ -256,6 +262,8 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
         made = _made_empty(shape, model, task)
     if stored is not None:
         pack_empty(made, stored)
+    if task == data.LANGUAGE_MODEL:
+        own_code.complete(made)
     return made
 
 

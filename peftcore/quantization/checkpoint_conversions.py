@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.experts import experts_layout
 from peftcore.experts.conversion import is_by_expert
 from peftcore.layers import shape_of
 from peftcore.ops import PackedWeight
@@ -207,6 +208,37 @@ def layout_experts_converter(converter: Any, layout: CheckpointLayout, hf_quanti
         patterns, list(converter.target_patterns), operations=[FromLayoutOfExperts(hf_quantizer, layout, stems)]
     )
     return found
+
+
+def experts_converters(
+    dense: Iterable[WeightConverter], model: nn.Module, layout: CheckpointLayout, hf_quantizer: Any
+) -> list[WeightConverter]:
+    """Return the converters of experts in 4 bits that a checkpoint stores one by one.
+
+    Dense checkpoints of some families (Gemma 4, Qwen3.5) have one tensor of all experts, so that transformers has no
+    converter for single ones. Tools that quantize layers name them as the layers of a dense MLP.
+
+    Args:
+        dense: transformers' converters of the model's dense checkpoints.
+        model: the model.
+        layout: the layout of each expert.
+        hf_quantizer: the quantizer that loads the model.
+    """
+    found = [layout_experts_converter(each, layout, hf_quantizer) for each in dense]
+    names = {pattern.rpartition(".")[2] for each in found if each is not None for pattern in each.target_patterns}
+    of_layers = {}
+    for path, module in model.named_modules():
+        facts = experts_layout(module)
+        if facts is None or facts.transposed or facts.interleaved or not names.isdisjoint(facts.names):
+            continue
+        stem = path.rpartition(".")[2]
+        ups = ["gate_proj", "up_proj"] if facts.up == "gate_up_proj" else [facts.up]
+        for name, parts in ((facts.up, ups), (facts.down, [facts.down])):
+            operations: list[Any] = [MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(parts) > 1 else [])]
+            sources = [f"{stem}.*.{part}.weight" for part in parts]
+            of_layers[f"{stem}.{name}"] = WeightConverter(sources, f"{stem}.{name}", operations)
+    found += [layout_experts_converter(each, layout, hf_quantizer) for each in of_layers.values()]
+    return [each for each in found if each is not None]
 
 
 def _by_part(found: Mapping[str, Any]) -> dict[str, Tensor]:

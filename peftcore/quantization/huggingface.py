@@ -31,9 +31,9 @@ from peftcore.quantization.checkpoint_conversions import (
     Deserialize,
     FromBlocks,
     NameOfPacked,
+    experts_converters,
     failures,
     layout_converter,
-    layout_experts_converter,
     noted,
 )
 from peftcore.quantization.checkpoint_reading import not_mapped, read_when_needed
@@ -158,7 +158,7 @@ class FourBitQuantizer(HfQuantizer):
         layout = None if stored is None else find_layout(stored, "")
         if layout is not None:  # first: below, `down_proj` of experts matches `down_proj.qweight` of a layer
             dense = [each for each in found if isinstance(each, WeightConverter)]
-            found += filter(None, (layout_experts_converter(each, layout, self) for each in dense))
+            found += experts_converters(dense, model, layout, self)
             found.append(layout_converter(layout, self))
             if layout.tool == "ModelOpt":
                 with noted():

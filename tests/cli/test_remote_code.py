@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import own_code_models
 import pytest
 import torch
 from commands import SPECIAL, WORDS, Run
@@ -128,6 +129,43 @@ def test_train_and_use(run: Run, own: Path, reviews: Path, tmp_path: Path) -> No
     tokens = {"input_ids": torch.arange(3, 12).view(1, 9)}
     with torch.no_grad():
         torch.testing.assert_close(merged(**tokens).logits, adapted(**tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_code_that_computes_logits_alone(run: Run, reviews: Path, tmp_path: Path) -> None:
+    """Replit's takes no labels, and was written for a `PreTrainedModel` that could generate."""
+    own_code_models.replit(tmp_path / "base")
+    trust, targets = "--trust-remote-code", "target_modules=Wqkv,mlp_up"
+    given = ("-m", tmp_path / "base", "-d", reviews, "--eval-data", reviews, "-o", tmp_path / "run", "--steps", 2)
+    run("train", *given, "--method", "lora", "--set", targets, "--lr", "0.02", trust)
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert found["after"]["loss"] < found["before"]["loss"]
+    wanted = pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
+    assert losses(run("eval", "-a", tmp_path / "run", "-d", reviews, trust).output) == wanted
+    refused = run("generate", "-a", tmp_path / "run", "-p", "the film is", trust, code=1).output
+    assert "ReplitLM cannot write texts: its code does not inherit from" in " ".join(refused.split())
+
+    model = models.load_model(str(tmp_path / "base"), "causal-lm", device="cpu")
+    tokens = torch.arange(3, 13).view(2, 5)
+    output = model(input_ids=tokens, labels=tokens)
+    wanted_loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, wanted_loss)
+
+
+def test_a_class_of_transformers_that_the_weights_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rewritten DBRX has the name of a class of transformers, whose modules are others."""
+    own_code_models.dbrx(tmp_path / "base")
+    monkeypatch.setattr(base_files, "_trusts", False)
+    plain = models.load_model(str(tmp_path / "base"), "causal-lm", device="cpu")
+    assert type(plain).__module__.startswith("transformers.models.dbrx")
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "lacks transformer.blocks.0" in said and "code of its own, which was not run" in said
+    monkeypatch.setattr(base_files, "_trusts", True)
+    model = models.load_model(str(tmp_path / "base"), "causal-lm", device="cpu")
+    assert model.get_submodule("transformer.blocks.1.ffn.experts.mlp.3.w2").out_features == 32
+    assert "lacks" not in "".join(capsys.readouterr())
 
 
 def test_quantized(run: Run, own: Path, reviews: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_the_estimate_knows_the_checkpoint(tool: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("one_scale", [True, False])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gemma4_text"])
 @TOOLS
 def test_experts_stored_one_by_one_become_one_parameter(
     tool: str, family: str, one_scale: bool, tmp_path: Path

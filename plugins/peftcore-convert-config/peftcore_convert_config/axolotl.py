@@ -8,6 +8,7 @@ from peftcore.cli.fields import text_of
 from peftcore_convert_config.reading import (
     AUDIO,
     IMAGES,
+    OWN_CODE,
     Reading,
     asks,
     dataset,
@@ -29,7 +30,7 @@ fused_attn_kernel gemma4_hybrid_attn_impl xformers_attention sdp_attention lora_
 lora_o_kernel liger_rms_norm liger_glu_activation liger_layer_norm liger_rope liger_rms_norm_gated use_kernels
 use_scattermoe use_sonicmoe experts_implementation llama4_linearized_experts plugins dataset_prepared_path
 skip_prepare_dataset remove_unused_columns strict debug low_cpu_mem_usage device_map experimental_skip_move_to_device
-tokenizer_use_fast tokenizer_legacy hf_use_auth_token test_value trust_remote_code model_type tokenizer_type
+tokenizer_use_fast tokenizer_legacy hf_use_auth_token test_value model_type tokenizer_type
 is_llama_derived_model base_model_config bnb_config_kwargs tf32 gradient_checkpointing_kwargs cut_cross_entropy
 liger_fused_linear_cross_entropy pad_to_sequence_len eval_sample_packing sample_packing_sequentially evals_per_epoch
 saves_per_epoch logging_steps wandb_entity wandb_name wandb_watch wandb_log_model wandb_run_id eval_batch_size
@@ -103,6 +104,8 @@ _COLUMNS = {
 def convert(config: Reading) -> None:
     """Take from a config all that has a counterpart."""
     config.option("base_model", "model")
+    if config.take("trust_remote_code"):
+        config.to_do.append(OWN_CODE)
     _images(config)
     _method(config)
     _task(config)

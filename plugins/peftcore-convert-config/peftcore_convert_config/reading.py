@@ -16,6 +16,10 @@ AUDIO = (
     "data: rows are conversations that name the files of their audio and images (docs/guides/image-chats.md); save "
     "those of a hub data set as files"
 )
+OWN_CODE = (
+    "trust_remote_code: nothing for models of transformers; for others read the code of their repository, and pass "
+    "--trust-remote-code"
+)
 SEEING = "for answers to images, --task image-dpo, or TRL's trainers with peftcore.apply"
 _NOT_ASKED: tuple[Any, ...] = (None, False, "", [], {}, 0, "disabled")
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from commands import printed
-from peftcore_convert_config import programs
+from peftcore_convert_config import programs, reading
 from peftcore_convert_config.reading import dataset
 
 from peftcore import PeftcoreError
@@ -324,6 +324,13 @@ def test_a_model_with_own_code_asks_for_it() -> None:
     assert found.fields["exclude_modules"] == r".*visual\..*"
     assert any("read the code" in line for line in found.to_do)
     assert "trust_remote_code" not in programs.convert({**SEEING, "trust_remote_code": True}).options
+
+
+def test_code_of_an_axolotl_model_is_for_the_reader() -> None:
+    config = {"base_model": "replit/replit-code-v1-3b", "adapter": "lora", "datasets": [{"path": "d"}]}
+    found = programs.convert({**config, "trust_remote_code": True})
+    assert reading.OWN_CODE in found.to_do and "trust_remote_code" not in found.options
+    assert reading.OWN_CODE not in programs.convert(config).to_do
 
 
 EBFT = {"base_model": "m", "adapter": "lora", "rl": "ebft", "micro_batch_size": 2, "gradient_accumulation_steps": 4}

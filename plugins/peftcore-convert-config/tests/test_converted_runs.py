@@ -7,6 +7,10 @@ of configs that become it (`benchmarks/coming_from.py --write`).
 from __future__ import annotations
 
 import json
+import math
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,14 @@ import audio_models
 import image_models
 import int4_checkpoints
 import nvfp4_checkpoints
+import own_code_models
 import pytest
 import torch
 from commands import SPECIAL, WORDS, printed, save_tokenizer, write_jsonl
 from PIL import Image
+from safetensors import safe_open
 
-from peftcore.cli import config_file
+from peftcore.cli import config_file, image_chats, models
 
 CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("converted_configs.json").read_text())
 SHAPE = {"vocab_size": len(SPECIAL + WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -40,6 +46,18 @@ KINDS: dict[str, dict[str, Any]] = {
     | {"layer_types": ["linear_attention", "full_attention"]},
     "llama4_text": {**SIZES, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
 }
+GEMMA4: dict[str, Any] = {  # 26B-A4B: experts next to a dense MLP, and layers with one projection for keys and values
+    "text_config": {
+        **{**SIZES, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+        **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+        **{"hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    },
+    "vision_config": {
+        **{"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "position_embedding_size": 16},
+    },
+    "audio_config": None,
+}
 
 SEEING = ("image-text", "image-dpo", "audio-text")
 UNPACKED = (
@@ -49,22 +67,22 @@ UNPACKED = (
 )  # layers with a state: `--pack` says that examples would not be separate
 
 
-def kind_of(case: dict[str, Any]) -> str | None:
-    """Return the kind of model whose modules a case names, or None."""
+def kind_of(case: dict[str, Any]) -> str:
+    """Return the kind of model whose modules a case names."""
     if case["options"].get("task") == "audio-text":
         return "qwen2_audio"
     if case["options"].get("task") in SEEING:
         if "cross_attn|mlp" in str(case["set"]):
             return "mllama"
-        return (
-            "smolvlm" if "text_model" in str(case["set"]) else None if "shared_expert" in str(case["set"]) else "llava"
-        )
+        if "shared_expert" in str(case["set"]):
+            return "llama4"
+        return "smolvlm" if "text_model" in str(case["set"]) else "llava"
     named = f"{case['set'].get('target_modules', '')} {case['set'].get('target_parameters', '')}"
     if "language_model" in named and "experts" in named:
-        return None  # Gemma 4 with experts, for which there is no tiny model here
+        return "gemma4"
     for part, kind in (
-        ("'layer'", None),  # a DBRX that somebody rewrote
-        ("mlp_up", None),  # Replit's own code
+        ("'layer'", "dbrx"),  # rewritten with layers
+        ("mlp_up", "replit"),
         ("language_model", "gemma3"),
         ("c_attn", "gpt2"),
         ("query_key_value", "gpt_neox"),
@@ -110,9 +128,19 @@ def make(kind: str, folder: Path, name: str = "", *, wide: bool = False) -> None
 
     A `wide` one has layers with multiples of 32 inputs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma4Config,
+        Gemma4ForConditionalGeneration,
+    )
 
     torch.manual_seed(0)
+    if kind in own_code_models.KINDS:
+        own_code_models.KINDS[kind](folder)
+        return
     if kind == "qwen2_audio":
         audio_models.qwen(folder)
         return
@@ -126,6 +154,13 @@ def make(kind: str, folder: Path, name: str = "", *, wide: bool = False) -> None
             text_config={**SIZES, "head_dim": 8}, vision_config=seeing, mm_tokens_per_image=1, **SHAPE
         )
         Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    elif kind == "gemma4":
+        model = Gemma4ForConditionalGeneration(Gemma4Config(**GEMMA4))
+        if "NVFP4" in name:
+            how = nvfp4_checkpoints.config("modelopt")
+            nvfp4_checkpoints.write_folder(model, folder, "modelopt", how, keep="vision", one_scale=True)
+        else:
+            model.save_pretrained(folder)
     else:
         packed = next((how for how in ("gptq", "awq", "nvfp4", "aqlm") if how in name.lower()), None)
         sizes = {**KINDS[kind], **({"intermediate_size": 64} if packed or wide else {})}  # whole groups of 32
@@ -144,13 +179,48 @@ def make(kind: str, folder: Path, name: str = "", *, wide: bool = False) -> None
     save_tokenizer(folder)
 
 
+@pytest.fixture(autouse=True)
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let transformers copy the code of models to a temporary folder."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
+def named(model: Path, task: str, fields: dict[str, Any]) -> set[str]:
+    """Return the linear layers and parameters of experts of a base that a config's fields name, by PEFT's rules."""
+
+    def matches(name: str, wanted: list[str] | str) -> bool:
+        if isinstance(wanted, str):
+            return re.fullmatch(wanted, name) is not None
+        return any(name == each or name.endswith(f".{each}") for each in wanted)
+
+    base = models.empty_model(str(model), task)
+    layers = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
+    found = {name for name in layers if matches(name, fields.get("target_modules", []))}
+    for path, module in base.named_modules():
+        parameters = [name for name, _ in module.named_parameters(path, recurse=False)]
+        count = sum(matches(name, fields.get("target_parameters", [])) for name in parameters)
+        found |= {path + i * ".base_layer" for i in range(count)}  # as PEFT wraps a module for each
+    return found
+
+
+def adapted(folder: Path) -> set[str]:
+    """Return the layers and modules of experts that an adapter's file has tensors for."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as opened:
+        keys = [key.removeprefix("base_model.model.") for key in opened.keys()]  # noqa: SIM118
+    return {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
+
+
 @pytest.mark.filterwarnings("ignore")  # of models and trainers; what they compute is tested elsewhere
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["example"])
-def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None:
+def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = kind_of(case)
-    if kind is None:
-        pytest.skip("no tiny model here has such modules")
     is_rounded = case["options"].get("quantize", "").startswith("8da4w")
     make(kind, tmp_path / "base", case["model"], wide=is_rounded)
     if "teacher_weight" in case["options"]:
@@ -163,6 +233,11 @@ def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None
         options["quantize"] = "8da4w"  # with groups that fit into tiny layers
     if kind in UNPACKED:
         options.pop("pack", None)
+    if kind in own_code_models.KINDS:
+        options["trust_remote_code"] = True  # as a comment of the conversion says
+    if kind == "llama4":  # its processor of images needs torchvision
+        processor = image_chats.checked(image_models.llama4(tmp_path / "base"), kind)
+        monkeypatch.setattr(models, "load_processor", lambda *_: processor)
     options.pop("chat_template", None)  # the rows are not conversations
     Image.new("RGB", (8, 8), (200, 20, 20)).save(tmp_path / "a.png")  # of conversations with images
     audio_models.save_tone(tmp_path / "a.wav", 0.2)
@@ -187,3 +262,9 @@ def test_a_converted_config_trains(case: dict[str, Any], tmp_path: Path) -> None
     )
     assert status == 0, output
     assert (tmp_path / "run/adapter/adapter_config.json").exists()
+    assert math.isfinite(json.loads((tmp_path / "run/result.json").read_text())["after"]["loss"])
+    if kind in ("dbrx", "gemma4", "llama4", "replit"):
+        assert adapted(tmp_path / "run/adapter") == named(tmp_path / "base", options.get("task", "causal-lm"), fields)
+        trusted = ["--trust-remote-code"] if kind in own_code_models.KINDS else []
+        status, output = printed("eval", "-a", tmp_path / "run", "-d", data, *trusted)
+        assert status == 0, output

@@ -36,6 +36,7 @@ MIXTURES = {
     "glm4_moe": (1, 2, 36.1),
     "minimax": (2, 2, 79.5),
     "llama4_text": (1, 1, 49.7),
+    "gemma4_text": (2, 2, 50.7),
 }
 
 

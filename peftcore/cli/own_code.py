@@ -1,0 +1,47 @@
+"""Models whose classes are code of their own repository, completed by what the commands call."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+from peftcore.errors import PeftcoreError
+
+
+def complete(model: nn.Module) -> None:
+    """Let the class of a model that writes texts compute a loss, and say so if it has no `generate`.
+
+    Classes that were written for transformers 4 inherited `generate` from `PreTrainedModel`, and some return logits
+    alone, from which their trainers take the loss.
+    """
+    kind: Any = type(model)
+    if not hasattr(kind, "generate"):
+        kind.generate = _refuse
+    signature = inspect.signature(kind.forward)
+    parameters = [*signature.parameters.values()]
+    if any(each.name == "labels" or each.kind is each.VAR_KEYWORD for each in parameters):
+        return
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    forward = kind.forward
+
+    @functools.wraps(forward)
+    def with_loss(self: Any, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if labels is not None:
+            output.loss = ForCausalLMLoss(output.logits, labels, output.logits.shape[-1])
+        return output
+
+    added = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+    with_loss.__signature__ = signature.replace(parameters=[*parameters, added])  # type: ignore[attr-defined]
+    kind.forward = with_loss
+
+
+def _refuse(self: Any, *_args: Any, **_options: Any) -> Any:
+    raise PeftcoreError(
+        f"{type(self).__name__} cannot write texts: its code does not inherit from transformers' GenerationMixin, as "
+        "transformers 5 requires. Add GenerationMixin to the bases of the class in the model's folder"
+    )
