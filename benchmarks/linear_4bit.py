@@ -18,7 +18,8 @@ they come from memory as well. What such a row takes over the one without stands
 scales) at the median speed of that, and the operations at the rate of a large dense product, in x's dtype or in fp32.
 
 `--formats` compares the 4-bit formats instead, by the processor time of one thread, so that other work on the machine
-changes less: with NF4, and with NF4 whose scales take the nearest number of bits a weight.
+changes less: with NF4, and with NF4 whose scales take the nearest number of bits a weight. Each format has several
+weights, made in turn: where in memory a weight is changes the time of one row by up to a fifth.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from peftcore import ops
 from peftcore.ops.build_info import build_info
 
 RANK = 16
+COPIES = 5  # weights of each format
 logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 
 
@@ -59,12 +61,14 @@ def compare_formats(shape, dtype, batches, seconds):
     """Print the processor time of each format's product, and its ratios."""
     torch.set_num_threads(1)
     weight = torch.randn(shape)
-    packed = {name: quantize(weight) for name, (quantize, _, _) in FORMATS.items()}
+    packed = [{name: quantize(weight) for name, (quantize, _, _) in FORMATS.items()} for _ in range(COPIES)]
     for batch in batches:
         x = torch.randn(batch, shape[1]).to(dtype)
-        rows = {name: lambda w=w, x=x: ops.linear_4bit(x, w) for name, w in packed.items()}
+        rows = {
+            (name, i): lambda w=w, x=x: ops.linear_4bit(x, w) for i, ws in enumerate(packed) for name, w in ws.items()
+        }
         times = measure.interleaved(rows, seconds, 15, time.process_time)
-        median = {name: statistics.median(found) for name, found in times.items()}
+        median = {name: statistics.median(ms for i in range(COPIES) for ms in times[name, i]) for name in FORMATS}
         print(f"\n{batch} rows of {dtype}, {shape[0]} x {shape[1]} (ms of one thread)")
         print(f"{'':26}{'bits':>7}{'median':>9}{'of NF4':>9}{'at equal bits':>16}")
         for name, (_, bits, peer) in FORMATS.items():

@@ -91,6 +91,8 @@ def nvfp4(n, k, kind):
     e4m3, entries = ops.codebook("e4m3"), ops.codebook("nvfp4")
     if kind == "subnormal, zero and negative":
         scales[:3], scales[-3:] = torch.tensor([0, 7, 200]), torch.tensor([1, 128, 254])
+    if kind == "one zero":
+        scales[k // 16 + 1] = 0
     if kind == "two factors":
         nested[len(nested) // 2 :] = 0.11
     if kind == "divided":
@@ -115,6 +117,33 @@ def test_scales_in_e4m3(dtype, kind, level):
             magnitude = x64.abs() @ dense.abs().T + 2.0**-14 * x64.abs().amax(1, keepdim=True) * dense.abs().sum(1)
             assert ((y.double() - x64 @ dense.T).abs() <= error * magnitude).all(), (n, k, rows)
             assert ((dx.double() - up64 @ dense).abs() <= error * (up64.abs() @ dense.abs())).all(), (n, k, rows)
+
+
+@pytest.mark.parametrize("kind", ["one zero", "subnormal, zero and negative", "two factors"])
+def test_scales_of_some_of_the_rows_that_are_multiplied_together(kind, level):
+    """Rows so long that the scales of a few are prepared at a time."""
+    packed, dense = nvfp4(18, 2048, kind)
+    for rows in (1, 2, 4, 5, 13, 16, 32):
+        x = normal(rows, 2048, seed=1, dtype=torch.bfloat16)
+        y, x64 = ops.linear_4bit(x, packed), x.double()
+        magnitude = x64.abs() @ dense.abs().T + 2.0**-14 * x64.abs().amax(1, keepdim=True) * dense.abs().sum(1)
+        assert ((y.double() - x64 @ dense.T).abs() <= 2 * EPS[torch.bfloat16] * magnitude).all(), rows
+
+
+def test_scales_of_every_exponent(level):
+    """One block a row, so that no block hides another; 16 rows of x are multiplied by exact products."""
+    packed, _ = nvfp4(127, 64, "normal")
+    codes, scales = packed.codes.clone(), packed.absmax.clone().view(127, 4)
+    scales[:] = torch.arange(127, dtype=torch.uint8)[:, None]
+    packed = packed._replace(codes=codes, absmax=scales.view(-1))
+    dense = packed.values(torch.float32).double()
+    x = normal(16, 64, seed=1, dtype=torch.bfloat16)
+    for rows in (1, 8, 16):
+        wanted = x[:rows].double() @ dense.T
+        magnitude = x[:rows].double().abs() @ dense.abs().T
+        magnitude += 2.0**-14 * x[:rows].double().abs().amax(1, keepdim=True) * dense.abs().sum(1)
+        y = ops.linear_4bit(x[:rows], packed).double()
+        assert ((y - wanted).abs() <= 2 * EPS[torch.bfloat16] * magnitude).all(), rows
 
 
 def test_other_blocks_and_rows_are_refused():

@@ -186,11 +186,11 @@ struct Avx2SmallIntegers : Avx2Integers {
     static inline Floats quarter_scales(const uint8_t* four) {
         int32_t bytes;
         memcpy(&bytes, four, sizeof bytes);
-        const __m256i pick = _mm256_setr_epi32(0x00808080, 0x00808080, 0x01808080, 0x01808080, 0x02808080,
-                                               0x02808080, 0x03808080, 0x03808080);
-        const __m256i upper = _mm256_shuffle_epi8(_mm256_set1_epi32(bytes), pick);
-        return _mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi32(upper, 24 - ByteScales::kPlace),
-                                                   _mm256_set1_epi32(ByteScales::kBits)));
+        const auto upper = [](int byte) { return short(byte << 8 | 0x80); };
+        const __m128i pick =
+            _mm_setr_epi16(upper(0), upper(0), upper(1), upper(1), upper(2), upper(2), upper(3), upper(3));
+        return _mm256_cvtph_ps(
+            _mm_srli_epi16(_mm_shuffle_epi8(_mm_cvtsi32_si128(bytes), pick), 8 - ByteScales::kPlace));
     }
 };
 

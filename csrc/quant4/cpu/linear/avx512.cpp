@@ -96,12 +96,12 @@ struct Avx512Integers {
     static inline Floats quarter_scales(const uint8_t* eight) {
         int64_t bytes;
         memcpy(&bytes, eight, sizeof bytes);
-        const __m512i pick =
-            _mm512_set_epi32(7 << 24, 7 << 24, 6 << 24, 6 << 24, 5 << 24, 5 << 24, 4 << 24, 4 << 24, 3 << 24,
-                             3 << 24, 2 << 24, 2 << 24, 1 << 24, 1 << 24, 0, 0);
-        const __m512i upper = _mm512_maskz_shuffle_epi8(0x8888888888888888u, _mm512_set1_epi64(bytes), pick);
-        return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(upper, 24 - ByteScales::kPlace),
-                                                   _mm512_set1_epi32(ByteScales::kBits)));
+        const auto upper = [](int byte) { return short(byte << 8 | 0x80); };
+        const __m256i pick =
+            _mm256_setr_epi16(upper(0), upper(0), upper(1), upper(1), upper(2), upper(2), upper(3), upper(3),
+                              upper(4), upper(4), upper(5), upper(5), upper(6), upper(6), upper(7), upper(7));
+        return _mm512_cvtph_ps(
+            _mm256_srli_epi16(_mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), pick), 8 - ByteScales::kPlace));
     }
     static inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }

@@ -17,13 +17,14 @@ constexpr int kSmallShift = 4;
 
 // Whether a table of nested scales has E4M3's values times a number: 1, or what compressed-tensors divides by.
 struct ByteMap {
-    static constexpr uint8_t kFirst = 8, kLast = 126;  // the positive ones that are normal
+    static constexpr uint8_t kLast = 126;  // of the codes from 0 on that are neither negative nor NaN
     static constexpr int kOne = 56;
 
     explicit ByteMap(const float* map) : factor(map[kOne]) {
         std::memcpy(of, map, sizeof of);
-        for (int code = kFirst; code <= kLast; ++code) {
-            const float wanted = factor * std::ldexp(1.0f + float(code % 8) / 8, code / 8 - 7);
+        for (int code = 0; code <= kLast; ++code) {
+            const float wanted = factor * (code < 8 ? std::ldexp(float(code), -9)
+                                                    : std::ldexp(1.0f + float(code % 8) / 8, code / 8 - 7));
             matches &= std::fabs(map[code] - wanted) <= 0x1p-22f * std::fabs(wanted);  // false for NaN
         }
     }
@@ -35,8 +36,8 @@ struct ByteMap {
 
 class ByteScales {
  public:
-    // A byte times 2^20 with these bits is the fp32 number E4M3 / kRange.
-    static constexpr int kPlace = 20, kBits = 112 << 23;
+    // A byte times 2^kPlace is the fp16 number E4M3 / kRange, also if it is zero or subnormal.
+    static constexpr int kPlace = 7;
     static constexpr float kRange = 256;
 
     explicit ByteScales(const WeightView& weight) : weight_(weight) {
@@ -52,8 +53,8 @@ class ByteScales {
     }
     int64_t row_bytes() const { return weight_.columns >> kSmallShift; }
 
-    // What decoded bytes of rows [n, n + rows) are to be multiplied by. Nothing if they are not normal numbers times one
-    // number for all these rows.
+    // What decoded bytes of rows [n, n + rows) are to be multiplied by. Nothing if a scale is negative or NaN, or if these
+    // rows have several outer scales.
     std::optional<float> factor(int64_t n, int64_t rows) const {
         if (!matches_) return {};
         const int64_t begin = weight_.first_block + n * row_bytes(), count = rows * row_bytes();
@@ -64,19 +65,19 @@ class ByteScales {
         for (int64_t i = first; i <= last; ++i) same &= weight_.nested_absmax[i] == outer;
         const uint8_t* from = of_row(n);
         uint8_t most = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            const uint8_t above = uint8_t(from[i] - ByteMap::kFirst);
-            most = above > most ? above : most;
-        }
-        if (!same || most > ByteMap::kLast - ByteMap::kFirst) return {};
+        for (int64_t i = 0; i < count; ++i) most = from[i] > most ? from[i] : most;
+        if (!same || most > ByteMap::kLast) return {};
         return found;
     }
 
     // The scales of row n, with a factor as above.
     void decode(int64_t n, float factor, float* out) const {
         const uint8_t* from = of_row(n);
-        for (int64_t i = 0; i < row_bytes(); ++i)
-            out[i] = bits_float(uint32_t(from[i]) << kPlace | uint32_t(kBits)) * factor;
+        for (int64_t i = 0; i < row_bytes(); ++i) {
+            const uint32_t byte = from[i];
+            const float subnormal = float(int32_t(byte)) * 0x1p-17f;
+            out[i] = (byte < 8 ? subnormal : bits_float((byte << 20) + (112u << 23))) * factor;
+        }
     }
 
  private:

@@ -41,15 +41,16 @@ struct ChunkScales {
     // first half, the others those of its second.
     static constexpr int part_of(int lane) { return lane / 4 * 2 + lane % 2 + lane % 4 / 2 * 8; }
 
-    // With scales of `size` bytes, the upper ones of a float.
+    // With scales of `size` bytes, the upper ones of a float; of fp16 in E4M3.
     static ChunkScales of_bytes(int size, int shift) {
         ChunkScales scales{.kind = shift == kSmallShift ? ChunkKind::kE4M3
                                    : size == 1          ? ChunkKind::kPower
                                                         : ChunkKind::kUpper,
                            .chunk_bytes = kChunk >> shift << log2_of(size)};
         alignas(64) uint8_t pick[64];
+        const int lane = scales.kind == ChunkKind::kE4M3 ? 2 : 4;  // bytes
         for (int byte = 0; byte < 64; ++byte) {
-            const int block = part_of(byte / 4) * 16 >> shift, within = byte % 4 - (4 - size);
+            const int block = part_of(byte / lane % 16) * 16 >> shift, within = byte % lane - (lane - size);
             pick[byte] = within < 0 ? 0x80 : uint8_t(block * size + within);  // 0x80: a zero
         }
         scales.pick = _mm512_load_si512(pick);
@@ -75,10 +76,12 @@ struct ChunkScales {
         }
         const __m128i sixteen = kAll ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(at))
                                      : _mm_maskz_loadu_epi8(__mmask16(some), at);
+        if constexpr (kKind == ChunkKind::kE4M3) {
+            const __m256i upper =
+                _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(sixteen), _mm512_castsi512_si256(pick));
+            return _mm512_cvtph_ps(_mm256_srli_epi16(upper, 8 - ByteScales::kPlace));
+        }
         const __m512i picked = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), pick);
-        if constexpr (kKind == ChunkKind::kE4M3)
-            return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(picked, 24 - ByteScales::kPlace),
-                                                       _mm512_set1_epi32(ByteScales::kBits)));
         return _mm512_castsi512_ps(kKind == ChunkKind::kUpper ? picked : _mm512_srli_epi32(picked, 1));
     }
 };

@@ -38,15 +38,15 @@ using Rounded = RoundedCodebook<Avx512Rounding>;
 
 constexpr int kRows = 16;  // of W with results that are stored together
 
-// Stores results of x's rows from m on, [m][kRows] times `factor`, in columns from n on.
+// Stores results of x's rows from m on, [m][kRows] times the factors of W's rows, in columns from n on.
 void store_results(const LinearCall& args, int64_t n, int64_t rows, int64_t m, int64_t count,
-                   const float* sums, float factor) {
+                   const float* sums, __m512 factors) {
     const __mmask16 stored = __mmask16((1u << rows) - 1);
     __m512 bias = _mm512_setzero_ps();
     if (args.bias != nullptr)
         bias = from_bf16(_mm256_maskz_loadu_epi16(stored, static_cast<const uint16_t*>(args.bias) + n));
     for (int64_t i = 0; i < count; ++i) {
-        const __m512 sum = _mm512_fmadd_ps(_mm512_loadu_ps(sums + i * kRows), _mm512_set1_ps(factor), bias);
+        const __m512 sum = _mm512_fmadd_ps(_mm512_loadu_ps(sums + i * kRows), factors, bias);
         _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + (m + i) * args.weight.rows + n, stored,
                                  to_bf16(sum));
     }
@@ -163,16 +163,22 @@ struct LinearDots {
 #pragma GCC unroll 8
             for (int k = 0; k < 8; ++k) {
                 const int sum = k % kSums, j = sum * 4 + k / kSums;
+                __m512i pairs[kBatch];
+#pragma GCC unroll 4
+                for (int i = 0; i < kBatch; ++i) {
+                    pairs[i] = _mm512_loadu_si512(x + (i * count + c) * kChunk + 32 * j);
+                    // With so many sums the compiler would load it once for each row of W.
+                    if constexpr (kBatch == kMaxBatch) asm("" : "+v"(pairs[i]));
+                }
 #pragma GCC unroll 4
                 for (int r = 0; r < kCount; ++r) {
                     const __m512i w = _mm512_permutexvar_epi16(
                         _mm512_srli_epi16(words[r].of[j / 4], unsigned(j % 4 * 4)), table);
 #pragma GCC unroll 4
                     for (int i = 0; i < kBatch; ++i) {
-                        const __m512i pair = _mm512_loadu_si512(x + (i * count + c) * kChunk + 32 * j);
                         __m512& product = products[r][i][sum];
                         product = _mm512_dpbf16_ps(k < kSums ? _mm512_setzero_ps() : product, __m512bh(w),
-                                                   __m512bh(pair));
+                                                   __m512bh(pairs[i]));
                     }
                 }
             }
@@ -235,6 +241,7 @@ struct LinearDots {
         const int64_t parts = ceil_div(count * kBatch, kCached), of_part = ceil_div(count, parts);
         StripScales strips(weight, kRows);
         std::vector<float> sums(size_t(kRows * kBatch * kLanes)), results(size_t(kRows * kBatch));
+        alignas(64) float factors[kRows] = {};
         for (int64_t n = first, rows; n < last; n += rows) {
             rows = std::min<int64_t>(kRows, last - n);
             const int64_t bytes = rows * weight.columns / 2;
@@ -274,8 +281,11 @@ struct LinearDots {
                 part.last = std::min(part.first + of_part, count);
                 for (int64_t r = 0, taken; r < rows; r += taken) {
                     taken = rows - r < kAtOnce ? 1 : kAtOnce;
-                    if (part.first == 0 && r % scaled == 0)
-                        scales = strips.of_rows(n + r, std::min(scaled, rows - r));
+                    if (part.first == 0 && r % scaled == 0) {
+                        const int64_t some_rows = std::min(scaled, rows - r);
+                        scales = strips.of_rows(n + r, some_rows);
+                        std::fill_n(factors + r, some_rows, rounded.inverse * scales.factor);
+                    }
                     part.row = n + r;
                     part.scales = scales.from + r % scaled * scales.row_bytes;
                     part.sums = sums.data() + r * kBatch * kLanes;
@@ -286,7 +296,7 @@ struct LinearDots {
                 }
             }
             add_lanes<kBatch>(sums.data(), results.data());
-            store_results(args, n, rows, 0, kBatch, results.data(), rounded.inverse * scales.factor);
+            store_results(args, n, rows, 0, kBatch, results.data(), _mm512_load_ps(factors));
         }
     }
 

@@ -75,9 +75,10 @@ inline __m256i scale_words(const ByteScales& bytes, const int64_t (&rows)[kRows]
 inline __m256 decoded_scales(__m256i words, int64_t i, float factor) {
     const __m256i byte =
         _mm256_and_si256(_mm256_srl_epi32(words, _mm_cvtsi32_si128(int(8 * i))), _mm256_set1_epi32(127));
-    const __m256i bits =
-        _mm256_or_si256(_mm256_slli_epi32(byte, ByteScales::kPlace), _mm256_set1_epi32(ByteScales::kBits));
-    return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(factor));
+    const __m256i halves = _mm256_slli_epi32(byte, ByteScales::kPlace);
+    const __m128i packed =
+        _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    return _mm256_mul_ps(_mm256_cvtph_ps(packed), _mm256_set1_ps(factor));
 }
 
 // Wᵀ: a register has one column of W in 8 rows, each with its scale, so no value is transposed.
