@@ -67,7 +67,8 @@ def test_family(family: str, quantized: bool, tmp_path: Path) -> None:
             f"{100 * quantized} % in 4 bits; a token meets {per_token} of 4, " in sentence
             and f" in all; {way}" in sentence
         )
-    torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=1e-6)
+    # The fused experts sum in another order: Qwen3-Next's logits (up to 3.1) are 1.2e-6 apart, each 4e-6 from float64.
+    torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=4e-6)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     tokens, losses = torch.arange(3, 27).view(2, 12), []
     for _ in range(3):
