@@ -256,6 +256,26 @@ class Settings(RunOptions):
         """Return the settings as JSON stores them."""
         return json.loads(json.dumps(asdict(self)))
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Return (name, value) of what was chosen, and in a last row all options that are at their defaults."""
+        first = ("model", "data", "other_data", "task", "method", "adapter")
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in first}
+        chosen |= {f"set {name}": value for name, value in self.fields.items()}
+        defaults: dict[str, Any] = {}
+        for each in fields(self):
+            if each.name not in (*first, "fields"):
+                value = getattr(self, each.name)
+                (defaults if value == each.default and each.name != "lr" else chosen)[each.name] = value
+        rows = [(name, _shown(value)) for name, value in chosen.items() if value is not None]
+        unchanged = (f"{name} {_shown(value)}" for name, value in defaults.items() if value is not None)
+        return [*rows, ("defaults", ", ".join(unchanged))]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
 
 def for_these_ranks(output: Path, settings: Settings) -> Settings:
     """Return settings that resume the run in `output` on another number of ranks.

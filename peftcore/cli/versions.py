@@ -27,7 +27,8 @@ def machine() -> list[tuple[str, str]]:
     """Return (name, value) of Python and its system, the processor, and CUDA devices."""
     import torch
 
-    processor = f"{_processor()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    counts = ((os.cpu_count(), "CPU"), (torch.get_num_threads(), "thread"))
+    processor = ", ".join([_processor(), *(f"{n} {name}{'s' * (n != 1)}" for n, name in counts)])
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return [
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),

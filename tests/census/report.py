@@ -83,7 +83,8 @@ def markdown(rows: list[dict[str, Any]], listed: int) -> str:
     rows = sorted(rows, key=lambda row: row["class"].lower())
     there = [row for row in rows if "none" not in row]
     commits = Counter(row.get("commit", "unknown") for row in rows).most_common()
-    checked = _CHECKED.format(commits=", ".join(f"{name} ({count:,} classes)" for name, count in commits))
+    counts = (f"{name} ({count:,} class{'es' * (count != 1)})" for name, count in commits)
+    checked = _CHECKED.format(commits=", ".join(counts))
     parts = [
         _HEAD,
         _totals(rows, there, listed),

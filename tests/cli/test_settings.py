@@ -44,6 +44,24 @@ def test_a_choice_that_is_none() -> None:
         replace(SETTINGS, fuse="yes")
 
 
+def test_the_report_shows_what_was_chosen_before_the_defaults() -> None:
+    chosen = replace(SETTINGS, data=["d", "e"], fields={"r": 8, "use_dora": False}, pack=True, lr=2e-4)
+    *rows, (last, defaults) = chosen.rows()
+    assert rows == [
+        ("model", "m"),
+        ("data", "d, e"),
+        ("task", "causal-lm"),
+        ("method", "lora"),
+        ("set r", "8"),
+        ("set use_dora", "false"),
+        ("batch_size", "4"),
+        ("lr", "0.0002"),
+        ("pack", "true"),
+    ]
+    assert last == "defaults" and defaults.startswith("holdout 0.1, epochs 3.0, ") and "generations 8" in defaults
+    assert "None" not in defaults and "batch_size" not in defaults
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

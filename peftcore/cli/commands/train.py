@@ -230,7 +230,7 @@ def train(
         torchrun.leave()
         raise typer.Exit(130) from None
     if ranks.rank() == 0:
-        _show(settings, result, output)
+        _show(settings, result, output, display.sample)
     torchrun.leave()
 
 
@@ -271,8 +271,8 @@ def _check_rollouts(given: RunOptions, data: list[str]) -> None:
     rollouts.load_reward(given.reward)
 
 
-def _show(settings: Settings, result: Result, output: Path) -> None:
-    """Print the result, and write `report.html` and `result.json`."""
+def _show(settings: Settings, result: Result, output: Path, prompt: str | None) -> None:
+    """Print the result with the answers to `prompt`, and write `report.html` and `result.json`."""
     from peftcore.cli import memory_picture, metrics, training_data, training_report, versions
 
     said = result.predicted
@@ -296,8 +296,8 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
             *([("Data sets", [training_data.TITLES, *sets])] if sets else []),
             *confusion,
             ("The run", facts),
-            *([("A sample", result.samples)] if result.samples else []),
-            ("Settings", [(name, value) for name, value in settings.to_json().items() if value is not None]),
+            *([("A sample", [("prompt", prompt), *result.samples])] if result.samples else []),
+            ("Settings", settings.rows()),
             ("Made with", [*versions.versions(), *versions.machine(), ("command", command())]),
         ],
         commands=uses,

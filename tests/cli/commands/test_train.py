@@ -300,6 +300,8 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
     tensors = load_file(output / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}, "an adapter beside a bf16 base is fp32"
     assert [writer for writer, _ in result_of(output)["samples"]] == ["base", "with the adapter"]
+    report = (output / "report.html").read_text()
+    assert "<td>prompt</td><td>the film</td>" in report and "<td>set r</td><td>4</td>" in report
 
 
 @pytest.mark.parametrize(
