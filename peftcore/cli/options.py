@@ -22,7 +22,8 @@ def in_run(folder: Path | None) -> Path | None:
     return None if folder is None else adapter_folder(folder)
 
 
-def _folder(help: str) -> Any:
+def adapter_folder_option(help: str) -> Any:
+    """Return `--adapter` for the folder of one adapter or run."""
     return typer.Option("--adapter", "-a", callback=in_run, autocompletion=completion.adapters, help=help)
 
 
@@ -34,9 +35,11 @@ MaybeModel = Annotated[
 BaseModel = Annotated[
     str | None, typer.Option("--model", "-m", help="The adapter's base, if it is not where the adapter says.")
 ]
-Adapter = Annotated[Path, _folder("Folder of an adapter or a run: ours, PEFT's or of a library that a plugin reads.")]
-MaybeAdapter = Annotated[Path | None, _folder("Folder of an adapter or a run; without, the base.")]
-Continued = Annotated[Path | None, _folder("Go on training this adapter, or a run's, in a new run.")]
+Adapter = Annotated[
+    Path, adapter_folder_option("Folder of an adapter or a run: ours, PEFT's or of a library that a plugin reads.")
+]
+MaybeAdapter = Annotated[Path | None, adapter_folder_option("Folder of an adapter or a run; without, the base.")]
+Continued = Annotated[Path | None, adapter_folder_option("Go on training this adapter, or a run's, in a new run.")]
 Data = Annotated[
     list[str],
     typer.Option(

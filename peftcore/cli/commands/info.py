@@ -29,16 +29,7 @@ def info(
         ),
     ] = None,
     *,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            "--adapter",
-            "-a",
-            help="Like the argument.",
-            callback=options.in_run,
-            autocompletion=completion.adapters,
-        ),
-    ] = None,
+    adapter: Annotated[Path | None, options.adapter_folder_option("Like the argument.")] = None,
 ) -> None:
     """Show an adapter's method, config, base and size."""
     if (folder is None) == (adapter is None):
