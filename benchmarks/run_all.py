@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "bench"
 SLOWER = 1.03
-# About how many seconds on two cores of a Zen 5 that do nothing else, with the options of the Makefile.
+# Seconds on two cores of a Zen 5 that do nothing else, with the options of the Makefile: estimates from shorter runs.
 SECONDS = {
     "experts_cuda": 5,
     "lora_cuda": 5,
