@@ -1,6 +1,7 @@
 """The kernels of the table: layers of 4096 x 4096 in bf16, 4 bits with double quantization, LoRA of rank 16.
 
-Products of few rows also from MXFP4, and from affine4 with groups of 128, scales in 16 and zero points in 8 bits.
+Products of few rows also from MXFP4, from NVFP4, and from affine4 with groups of 128, scales in 16 and zero points in 8
+bits.
 """
 
 from typing import NamedTuple
@@ -17,13 +18,19 @@ class Format(NamedTuple):
     """How W is stored in 4 bits."""
 
     name: str  # in labels
-    kind: str  # of scales, as a template argument
+    scales: str  # their kind, and the blocks in a lane's columns, as template arguments
     bytes: float  # of W, with all that belongs to its blocks
 
 
-NESTED = Format("4 bits", "(peftcore::ScaleKind)1", N * K / 2 + N * K / 64 + N * K / 64 / 256 * 4)
-MXFP4 = Format("MXFP4", "(peftcore::ScaleKind)2", N * K / 2 + N * K / 32)
-AFFINE4 = Format("affine4", "(peftcore::ScaleKind)3", N * K / 2 + N * K / 128 * 3)
+NESTED = Format("4 bits", "(peftcore::ScaleKind)1, 1", N * K / 2 + N * K / 64 + N * K / 64 / 256 * 4)
+MXFP4 = Format("MXFP4", "(peftcore::ScaleKind)2, 2", N * K / 2 + N * K / 32)
+NVFP4 = Format("NVFP4", "(peftcore::ScaleKind)1, 4", N * K / 2 + N * K / 16)
+AFFINE4 = Format("affine4", "(peftcore::ScaleKind)3, 2", N * K / 2 + N * K / 128 * 3)
+
+
+def lane_scales(w: Format) -> str:
+    """Return the type of scales that kernels of few rows are compiled for."""
+    return f"peftcore::quant4::LaneScales<{w.scales}> "
 
 
 def linear(w: Format, batch: int, kernel: str, blocks: int, threads: int, in_flight: float, readers: int) -> Work:
@@ -49,14 +56,14 @@ def panel(batch: int, tiles: int, w: Format = NESTED) -> Work:
     """Blocks of 128 rows of W and a part of its columns. Their sums in fp32 their cluster adds, or the last of them."""
     row_blocks = N // 128
     splits = 128 // row_blocks
-    name = f"panel_kernel<peftcore::BFloat16, {tiles}, {w.kind}>"
+    name = f"panel_kernel<peftcore::BFloat16, {tiles}, {lane_scales(w)}>"
     work = linear(w, batch, name, row_blocks * splits, 256, 256 * 128, row_blocks)
     stages = 3 * tiles * 8 * 256 * 2
     return work._replace(sums=splits * batch * N * 4, dynamic_shared=stages)
 
 
 def rows(batch: int, parts: int, w: Format = NESTED) -> Work:
-    name = f"rows_kernel<peftcore::BFloat16, {parts}, {w.kind}>"
+    name = f"rows_kernel<peftcore::BFloat16, {parts}, {lane_scales(w)}>"
     # A lane waits for 64 bytes. The 64 KB of x stay in the first cache of a multiprocessor.
     return linear(w, batch, name, N // (16 // parts), 128, 128 * 64, CARDS[0].multiprocessors)
 
@@ -67,7 +74,7 @@ def one_launch(batch: int, parts: int) -> Work:
     return work._replace(
         label=work.label + ", LoRA in the same launch",
         source="lora/cuda/one_launch.cu",
-        kernel=f"one_launch_kernel<peftcore::BFloat16, {parts}, {NESTED.kind}>",
+        kernel=f"one_launch_kernel<peftcore::BFloat16, {parts}, {lane_scales(NESTED)}>",
         bytes=work.bytes + RANK * (K + N) * 4,
         again=work.again + (work.blocks + RANK) * batch * RANK * 4,
     )
@@ -85,11 +92,15 @@ WORK = (
     panel(16, 2),
     panel(32, 4),
     panel(64, 8),
-    *(kernel for w in (MXFP4, AFFINE4) for kernel in (rows(1, 2, w), rows(8, 1, w), panel(16, 2, w), panel(64, 8, w))),
+    *(
+        kernel
+        for w in (MXFP4, NVFP4, AFFINE4)
+        for kernel in (rows(1, 2, w), rows(8, 1, w), panel(16, 2, w), panel(64, 8, w))
+    ),
     Work(
         label="dequantize",
         source="quant4/cuda/dequantize.cu",
-        kernel=f"dequantize_kernel<peftcore::BFloat16, {NESTED.kind}>",
+        kernel="dequantize_kernel<peftcore::BFloat16, (peftcore::ScaleKind)1>",
         marker="LDG.E.128",
         markers=N * K / 1024,
         bytes=NESTED.bytes + N * K * 2,

@@ -44,9 +44,6 @@ Weight::Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op) 
               : affine ? ScaleKind::kAffine
                        : ScaleKind::kFloat;
     check_blocksize(packing[0], op, "blocksize", nested ? kMinNestedBlocksize : kMinBlocksize);
-    TORCH_CHECK_VALUE(
-        packing[0] >= kMinBlocksize || !tensors[0].is_cuda(), op, ": blocks of ", packing[0],
-        " values have no CUDA kernels. Dequantize the weight, or quantize it in another format");
     shift_ = log2_of(packing[0]);
     set_sizes(packing.slice(2), op);
     const at::Device device = tensors[0].device();

@@ -8,8 +8,7 @@
     y[i] = round(E2M1[q[i]] * (s[b] g)): both products in fp32, rounded once to the output dtype
 
 4.5 bits per weight. In memory these are the nested scales of quant4.py: s is looked up in a table of E4M3's values, and
-g is repeated for each `nested_blocksize` scales, a number that divides those of an expert. All kernels on CPU take
-them; CUDA has none for blocks of 16.
+g is repeated for each `nested_blocksize` scales, a number that divides those of an expert. All kernels take them.
 
 Source: NVIDIA, "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), appendix. Scales and codes equal
 those of NVFP4QTensor in nvidia-modelopt 0.47 bit for bit.
@@ -114,7 +113,9 @@ def quantize_nvfp4(x: Tensor, largest: Tensor | None = None) -> PackedWeight:
     if largest is None:
         largest = largest_of(x)
     tiny = torch.finfo(torch.float32).tiny
-    outer = (largest.reshape(-1).float() / (_LARGEST_CODE * _LARGEST_SCALE)).clamp_(min=tiny)
+    largest = largest.reshape(-1).float()
+    # By a tensor: PyTorch on CUDA multiplies by the rounded reciprocal of a number.
+    outer = (largest / largest.new_full((), _LARGEST_CODE * _LARGEST_SCALE)).clamp_(min=tiny)
     codes = x.new_empty((count, blocks.shape[1], BLOCKSIZE // 2), dtype=torch.uint8)
     scales = x.new_empty(blocks.shape[:2], dtype=torch.uint8)
     step = _AT_ONCE // BLOCKSIZE

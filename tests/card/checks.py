@@ -32,7 +32,7 @@ SHAPES = {
 LAYERS = ("square", "mlp", "deep")  # too large for the emulator
 
 
-ROW_FORMATS = ("mxfp4", "affine4")  # whose blocks do not cross rows
+ROW_FORMATS = ("mxfp4", "nvfp4", "affine4")  # whose blocks do not cross rows
 
 
 class Frozen(NamedTuple):
@@ -56,8 +56,11 @@ def frozen(place: Place, shape: tuple[int, ...], kind: str, dtype: torch.dtype, 
     if kind in ROW_FORMATS:
         if shape[-1] % 32:
             raise Skip(f"rows of {shape[-1]} columns are not whole blocks of {kind}")
+        if kind == "nvfp4" and len(shape) > 2 and shape[-2] * shape[-1] % 512:
+            raise Skip(f"experts of {shape[-2]} x {shape[-1]} values are not whole blocks of nvfp4's scales")
         group = blocksize if shape[-1] % blocksize == 0 else 32
-        packed = ops.quantize_mxfp4(w) if kind == "mxfp4" else ops.quantize_affine4(w, group)
+        quantize = {"mxfp4": ops.quantize_mxfp4, "nvfp4": ops.quantize_nvfp4}.get(kind)
+        packed = quantize(w) if quantize else ops.quantize_affine4(w, group)
         return Frozen(packed, packed.values(dtype).double())
     code, nested = ("nf4", True) if kind == "nested" else (kind, False)
     packed = ops.quantize_4bit(w, code, blocksize=blocksize, double_quant=nested, nested_blocksize=32)

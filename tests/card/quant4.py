@@ -97,17 +97,20 @@ def dequantize(place: Place, count: int, blocksize: int, dtype: torch.dtype, kin
 
 
 @cases(
+    kind=("mxfp4", "nvfp4"),
     out=(5, 70, 1057),
     width=(32, 96, 320, 4096),
     dtype=DTYPES,
-    emulated=lambda out, width, dtype: out == 70 and width == 96,
+    emulated=lambda kind, out, width, dtype: out == 70 and width == 96,
 )
-def mxfp4(place: Place, out: int, width: int, dtype: torch.dtype) -> str:
+def e2m1(place: Place, kind: str, out: int, width: int, dtype: torch.dtype) -> str:
     """Values have the bits of the CPU's, and products with few and many rows of x are near float64's."""
     w = values(out * width, torch.float32, width).view(out, width)
-    weight, there = ops.quantize_mxfp4(w), ops.quantize_mxfp4(w.to(place.device))
+    quantize = ops.quantize_mxfp4 if kind == "mxfp4" else ops.quantize_nvfp4
+    weight, there = quantize(w), quantize(w.to(place.device))
     same(there.codes, weight.codes, "codes")
     same(there.absmax, weight.absmax, "scales")
+    same(there.scales(), weight.scales(), "scales of the whole")
     same(ops.dequantize_4bit(there, dtype), weight.values(dtype), "values")
     dense = weight.values(dtype).to(place.device).double()
     for rows in (1, 9, 40):

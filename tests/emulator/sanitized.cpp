@@ -218,15 +218,19 @@ int run_linear(uint64_t seed) {
                 for (int skip : {0, 1}) {
                     const int blocksize = cases / 6 % 2 ? 64 : 32;  // each with and without `skip`
                     const bool mixed = cases / 12 % 2;
-                    for (ScaleKind scales : {mixed ? ScaleKind::kNested : ScaleKind::kFloat,
-                                             ScaleKind::kPowerOfTwo, ScaleKind::kAffine}) {
+                    const std::pair<ScaleKind, int> kinds[] = {
+                        {mixed ? ScaleKind::kNested : ScaleKind::kFloat, blocksize},
+                        {ScaleKind::kNested, 16},
+                        {ScaleKind::kPowerOfTwo, blocksize},
+                        {ScaleKind::kAffine, blocksize}};
+                    for (const auto& [scales, size] : kinds) {
                         const bool crosses = scales == ScaleKind::kNested || scales == ScaleKind::kFloat;
-                        if (!crosses && columns % blocksize != 0) continue;
-                        compare_linear<float>(rows, columns, batch, blocksize, skip, scales, mixed,
-                                              Dtype::kFloat, random);
-                        compare_linear<Half>(rows, columns, batch, blocksize, skip, scales, mixed,
-                                             Dtype::kHalf, random);
-                        compare_linear<BFloat16>(rows, columns, batch, blocksize, skip, scales, mixed,
+                        if ((!crosses || size == 16) && columns % size != 0) continue;
+                        compare_linear<float>(rows, columns, batch, size, skip, scales, mixed, Dtype::kFloat,
+                                              random);
+                        compare_linear<Half>(rows, columns, batch, size, skip, scales, mixed, Dtype::kHalf,
+                                             random);
+                        compare_linear<BFloat16>(rows, columns, batch, size, skip, scales, mixed,
                                                  Dtype::kBFloat16, random);
                     }
                     cases += 3;

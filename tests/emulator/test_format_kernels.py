@@ -1,4 +1,4 @@
-"""The CUDA kernels of MXFP4 and affine4 on the emulator, against float64 of the decoded values."""
+"""The CUDA kernels of MXFP4, NVFP4 and affine4 on the emulator, against float64 of the decoded values."""
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from whole import nightly_but
 from peftcore import ops
 
 HALVES = DTYPES[1:]
-SOME = nightly_but(KINDS, ["mxfp4", "awq"])  # of the kinds, for kernels that decode all of them by the same lines
+SOME = nightly_but(
+    KINDS, ["mxfp4", "nvfp4", "awq"]
+)  # of the kinds, for kernels that decode all of them by the same lines
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -27,6 +29,15 @@ def test_every_code_and_scale_of_mxfp4_is_dequantized(emulated, dtype, offset):
     finite = wanted.isfinite()
     assert torch.equal(bits(found)[finite], bits(wanted)[finite])
     assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.isinf(), wanted.isinf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_every_code_and_scale_of_nvfp4_is_dequantized(emulated, dtype, offset):
+    every = torch.arange(256, dtype=torch.uint8)  # of the bytes of codes, for every scale
+    weight = packed("nvfp4", 512, 256)._replace(codes=every.repeat(256).view(-1, 1), absmax=every.repeat_interleave(32))
+    found, wanted = cuda_dequantize(emulated, weight, dtype, offset=offset), weight.values(dtype).flatten()
+    assert torch.equal(bits(found), bits(wanted)) and wanted.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,6 +62,22 @@ def test_products_of_every_number_of_rows(emulated, kind, dtype, batch, groups):
     x, bias = normal(batch, columns, seed=1, dtype=dtype), normal(37, seed=2, dtype=dtype)
     wanted, magnitude = x.double() @ dense.T + bias.double(), x.double().abs() @ dense.abs().T + bias.double().abs()
     check(run(emulated, x, weight, bias, seed=batch), wanted, magnitude)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [16, 48, 80, 112])
+def test_rows_of_blocks_of_16_that_are_no_pieces(emulated, dtype, columns):
+    weight = packed("divided", 37, columns, seed=columns)
+    dense, x = weight.values(dtype).double(), normal(5, columns, seed=1, dtype=dtype)
+    check(run(emulated, x, weight, None), x.double() @ dense.T, x.double().abs() @ dense.abs().T)
+
+
+@pytest.mark.parametrize("batch", [3, 20])
+def test_four_scales_off_the_word_that_they_are_read_as(emulated, batch):
+    weight, x = packed("nvfp4", 19, 640), normal(batch, 640, seed=1, dtype=torch.half)
+    moved, dense = torch.cat([weight.absmax[:1], weight.absmax])[1:], weight.values(torch.half).double()
+    found = run(emulated, x, weight._replace(absmax=moved), None)
+    check(found, x.double() @ dense.T, x.double().abs() @ dense.abs().T)
 
 
 @pytest.mark.parametrize("kind", SOME)

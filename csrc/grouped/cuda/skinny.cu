@@ -11,8 +11,8 @@ namespace {
 
 static_assert(quant4::kThreads == kThreads, "");
 
-// kLanes: whether rows_tile takes the weight, with scales of kScales; else they are of any kind.
-template <typename T, int kTiles, bool kLanes, ScaleKind kScales>
+// Scales: as rows_tile takes them; void: of any kind.
+template <typename T, int kTiles, typename Scales>
 __global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p, unsigned column_tiles) {
     const int64_t column = int64_t(blockIdx.x % column_tiles) * quant4::kRows;
     const Rows rows = rows_of_tile<8 * kTiles>(p.groups, blockIdx.x / column_tiles);
@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p, unsig
         linear.factor = p.factor + rows.expert * p.columns * p.rank;
     }
     linear.y = out + rows.first * p.columns;
-    if constexpr (kLanes)
-        quant4::rows_tile<T, 1, kTiles, kScales>(linear, column, quant4::ReadyBranch{linear});
-    else
+    if constexpr (std::is_void_v<Scales>)
         quant4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3>(linear, column);
+    else
+        quant4::rows_tile<T, 1, kTiles, Scales>(linear, column, quant4::ReadyBranch{linear});
 }
 
 }  // namespace
@@ -51,15 +51,13 @@ extern "C" const char* peftcore_grouped_skinny(const peftcore::grouped::Product*
         return dispatch_size<1, 2>(tiles, [&](auto size) {
             using T = typename decltype(type)::type;
             constexpr int kTiles = decltype(size)::value;
-            if (!quant4::in_lanes(p.weight))
-                return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, false, ScaleKind::kFloat>),
-                                       unsigned(blocks), grouped::kThreads, 0, stream, p,
-                                       unsigned(column_tiles));
-            return dispatch_scales(p.weight.scales, [&](auto scales) {
-                constexpr ScaleKind kScales = decltype(scales)::value;
-                return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, true, kScales>), unsigned(blocks),
+            const auto launch = [&](auto scales) {
+                using Scales = typename decltype(scales)::type;
+                return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, Scales>), unsigned(blocks),
                                        grouped::kThreads, 0, stream, p, unsigned(column_tiles));
-            });
+            };
+            if (!quant4::in_lanes(p.weight)) return launch(TypeTag<void>());
+            return quant4::dispatch_lane_scales(p.weight, launch);
         });
     });
 }

@@ -40,7 +40,7 @@ struct Unpacker {
     const WeightView& weight;
     const float* quant_map;
     Scales scales;
-    bool vectors;  // 32 codes are in one row, 16-byte aligned, with one scale
+    bool vectors;  // 32 codes are in one row, 16-byte aligned, and 16 have one scale
     quant4::StoredScale scale[kUnits];
 
     __device__ Position position_of(int unit, const Position& position) const {

@@ -70,11 +70,11 @@ struct SameLaunchBranch {
     }
 };
 
-template <typename T, int kParts, ScaleKind kScales>
+template <typename T, int kParts, typename Scales>
 __global__ void __launch_bounds__(kThreads, 4) one_launch_kernel(const Launch p) {
     constexpr int kRows = 16 / kParts;
     const int64_t row = int64_t(blockIdx.x) * kRows;
-    quant4::rows_tile<T, kParts, 1, kScales>(p.linear, row, SameLaunchBranch<T, 8 / kParts>{p, row, kRows});
+    quant4::rows_tile<T, kParts, 1, Scales>(p.linear, row, SameLaunchBranch<T, 8 / kParts>{p, row, kRows});
     if (comes_last(p.counters + 2, gridDim.x) && threadIdx.x < 2) p.counters[threadIdx.x] = 0;
 }
 
@@ -102,13 +102,13 @@ extern "C" const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch*
     p.lora = lora;
     p.counters = counters;
     return peftcore::dispatch_16_bits(lora.dtype, [&](auto type) {
-        return peftcore::dispatch_scales(weight->scales, [&](auto scales) {
+        return peftcore::quant4::dispatch_lane_scales(*weight, [&](auto scales) {
             return peftcore::dispatch_flag(lora.batch <= 4, [&](auto halves) {
                 using T = typename decltype(type)::type;
-                constexpr peftcore::ScaleKind kScales = decltype(scales)::value;
+                using Scales = typename decltype(scales)::type;
                 constexpr int kParts = decltype(halves)::value ? 2 : 1;
                 const unsigned blocks = unsigned(peftcore::ceil_div(weight->rows, 16 / kParts));
-                return PEFTCORE_LAUNCH((one_launch_kernel<T, kParts, kScales>), blocks, kThreads, 0, stream,
+                return PEFTCORE_LAUNCH((one_launch_kernel<T, kParts, Scales>), blocks, kThreads, 0, stream,
                                        p);
             });
         });

@@ -27,17 +27,11 @@ struct ScaleAndZero {
     __device__ __forceinline__ float value(float entry) const { return (entry - zero) * factor; }
 };
 
-// Whether kernels take a lane's 64 columns (rows.cuh) as two blocks of 32: common in these formats.
-constexpr bool has_small_blocks(ScaleKind scales) {
-    return scales == ScaleKind::kPowerOfTwo || scales == ScaleKind::kAffine;
-}
-
 // Scales of a kind that the kernel is compiled for. The codebooks are in shared memory.
 template <ScaleKind kScales>
 struct KnownScales {
     using Decoded = std::conditional_t<kScales == ScaleKind::kAffine, ScaleAndZero, Scale>;
     static constexpr int kEntries = kScales == ScaleKind::kNested ? 256 : 1;  // of `nested_quant_map`
-    static constexpr int kLaneBlocks = has_small_blocks(kScales) ? 2 : 1;     // in 64 columns (rows.cuh)
 
     const float* nested_quant_map;
     float nested_offset;

@@ -25,19 +25,19 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) 
     tensor_tile<T, kTiles, kStage, kStages>(p, int64_t(blockIdx.x) * kRows);
 }
 
-template <typename T, int kParts, ScaleKind kScales>
+template <typename T, int kParts, typename Scales>
 __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const LinearLaunch p) {
-    rows_tile<T, kParts, 1, kScales>(p, int64_t(blockIdx.x) * (16 / kParts), ReadyBranch{p});
+    rows_tile<T, kParts, 1, Scales>(p, int64_t(blockIdx.x) * (16 / kParts), ReadyBranch{p});
 }
 
-template <typename T, int kTiles, ScaleKind kScales>
+template <typename T, int kTiles, typename Scales>
 __global__ void __launch_bounds__(kPanelThreads, 1)
     panel_kernel(const LinearLaunch p, unsigned row_blocks, uint32_t split_columns) {
     const unsigned splits = gridDim.x / row_blocks, split = blockIdx.x % splits;  // the splits of a cluster
     const uint32_t begin = split * split_columns, columns = uint32_t(p.weight.columns);
-    panel_tile<T, kTiles, kScales>(p, int64_t(blockIdx.x / splits) * kPanelRows, begin,
-                                   begin + split_columns < columns ? begin + split_columns : columns,
-                                   int(split), int(splits));
+    panel_tile<T, kTiles, Scales>(p, int64_t(blockIdx.x / splits) * kPanelRows, begin,
+                                  begin + split_columns < columns ? begin + split_columns : columns,
+                                  int(split), int(splits));
 }
 
 template <typename T, int kVector>
@@ -71,10 +71,10 @@ PanelPlan panel_plan(const void* x, Dtype dtype, int batch, const WeightView& we
     return plan;
 }
 
-template <typename T, int kTiles, ScaleKind kScales>
+template <typename T, int kTiles, typename Scales>
 const char* launch_panel(LinearLaunch p, const PanelPlan& plan, Dtype dtype, void* stream) {
     constexpr int kBytes = panel_bytes<kTiles>();
-    constexpr auto kernel = panel_kernel<T, kTiles, kScales>;
+    constexpr auto kernel = panel_kernel<T, kTiles, Scales>;
     if (const char* error = PEFTCORE_ALLOW_SHARED(kernel, kBytes)) return error;
     const unsigned blocks = plan.row_blocks * plan.splits;
     p.clusters = (plan.splits == 2 || plan.splits == 4 || plan.splits == 8) &&
@@ -99,12 +99,12 @@ const char* launch_simple(const LinearLaunch& p, void* stream) {
     });
 }
 
-template <typename T, ScaleKind kScales>
+template <typename T, typename Scales>
 const char* launch_rows(const LinearLaunch& p, void* stream) {
     return dispatch_flag(p.batch <= 4, [&](auto halves) {
         constexpr int kParts = decltype(halves)::value ? 2 : 1;
         const unsigned blocks = unsigned(ceil_div(p.weight.rows, kRows / kParts));
-        return PEFTCORE_LAUNCH((rows_kernel<T, kParts, kScales>), blocks, kThreads, 0, stream, p);
+        return PEFTCORE_LAUNCH((rows_kernel<T, kParts, Scales>), blocks, kThreads, 0, stream, p);
     });
 }
 
@@ -145,12 +145,11 @@ extern "C" const char* peftcore_quant4_linear(const void* x, int dtype, int batc
         using T = typename decltype(type)::type;
         if constexpr (sizeof(T) == 2) {
             if (in_pieces(x, *weight) && in_lanes(*weight) && (plan.splits > 0 || batch <= 8))
-                return dispatch_scales(weight->scales, [&](auto scales) {
-                    constexpr ScaleKind kScales = decltype(scales)::value;
-                    if (plan.splits == 0) return launch_rows<T, kScales>(p, stream);
+                return dispatch_lane_scales(*weight, [&](auto scales) {
+                    using Scales = typename decltype(scales)::type;
+                    if (plan.splits == 0) return launch_rows<T, Scales>(p, stream);
                     return dispatch_size<2, 4, 8>(ceil_div(batch, 8), [&](auto tiles) {
-                        return launch_panel<T, decltype(tiles)::value, kScales>(p, plan, Dtype(dtype),
-                                                                                stream);
+                        return launch_panel<T, decltype(tiles)::value, Scales>(p, plan, Dtype(dtype), stream);
                     });
                 });
             if (in_pieces(x, *weight)) return launch_tensor<T>(p, stream);

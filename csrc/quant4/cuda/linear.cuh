@@ -144,22 +144,28 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
         const WarpStage& now = slots[slot];
         const int64_t k = stage * kStage;
 #pragma unroll
-        for (int half = 0; half < kStage / 32; ++half) {  // 32 columns, which share a row's scale
+        for (int half = 0; half < kStage / 32; ++half) {  // 32 columns, of one or two blocks
             ScaleAndZero scale[2] = {};
             float sum[kTiles][4] = {};
             uint4 words[2];
+            const auto read_scales = [&](int64_t column) {
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int64_t row = n + group + 8 * r, column = k + half * 32;
-                if (row < p.weight.rows && column < p.weight.columns)
-                    scale[r] = scales.of(
-                        p.weight,
-                        scales.stored(p.weight, (row * p.weight.columns + column) >> p.weight.shift));
+                for (int r = 0; r < 2; ++r) {
+                    const int64_t row = n + group + 8 * r;
+                    if (row < p.weight.rows && column < p.weight.columns)
+                        scale[r] = scales.of(
+                            p.weight,
+                            scales.stored(p.weight, (row * p.weight.columns + column) >> p.weight.shift));
+                }
+            };
+            read_scales(k + half * 32);
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
                 words[r] = *reinterpret_cast<const uint4*>(&now.weight[group + 8 * r][half * 16]);
-            }
 #pragma unroll
             for (int step = 0; step < 2;
                  ++step) {  // 16 columns: two words of eight, of which a lane has a byte
+                if (step == 1 && p.weight.shift == 4) read_scales(k + half * 32 + 16);
                 const uint32_t low[2] = {step ? words[0].z : words[0].x, step ? words[1].z : words[1].x};
                 const uint32_t high[2] = {step ? words[0].w : words[0].y, step ? words[1].w : words[1].y};
                 uint32_t a[4];

@@ -64,10 +64,9 @@ __device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int spl
 }
 
 // Rows of W from `first_row` on, columns [begin, end). kTiles: of 8 rows of x. The first split adds b and s Fᵀ.
-template <typename T, int kTiles, ScaleKind kScales>
+template <typename T, int kTiles, typename Scales>
 __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t begin, uint32_t end, int split,
                            int splits) {
-    using Scales = KnownScales<kScales>;
     using XStage = uint4[kTiles * 8][kStagePieces];
     using Sums = float[kSlices][kTiles * 8][kPanelRows + 1];
     PEFTCORE_SHARED(float, quant_map, [16]);
@@ -101,8 +100,8 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         }
         cp_async_commit();
     };
-    uint4 ahead[4][2];                                            // codes
-    constexpr int kAhead = kTiles < 8 ? Scales::kLaneBlocks : 1;  // of a row; of 64 rows, more would not fit
+    uint4 ahead[4][2];                                       // codes
+    constexpr int kAhead = kTiles < 8 ? Scales::kLoads : 1;  // of a row; of 64 rows, more would not fit
     StoredScale scale_ahead[4][kAhead];
     const auto block_at = [&](int r, uint32_t k) {  // behind a row its end is repeated
         return row_block[r] + (lane_column + k < end ? lane_column + k : end - kLaneColumns) / kLaneColumns;
@@ -116,8 +115,7 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
     const auto fetch_scales = [&](int half, uint32_t k) {
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-            scale_ahead[r][half % kAhead] =
-                Scales::stored(p.weight, lane_block<Scales>(p.weight, block_at(r, k), half));
+            scale_ahead[r][half % kAhead] = Scales::stored(p.weight, block_at(r, k), half);
     };
     const int stage_count = 2 * int(ceil_div(end - begin, kPanelStep));
     fetch_x(0);
@@ -131,28 +129,37 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
     fetch_codes(1, 0);
 #pragma unroll
     for (int half = 0; half < kAhead; ++half)
-        if (begins_block<Scales>(p.weight, half)) fetch_scales(half, 0);
+        if (Scales::loads(p.weight, half)) fetch_scales(half, 0);
     __syncthreads();
     const float value_of_lane = quant_map[lane % 16];
 
     for (int step = 0; 2 * step < stage_count; ++step) {
         const uint32_t next = (step + 1) * kPanelStep;
+        StoredScale stored[4];
         typename Scales::Decoded scale[4];
         ValueTable tables[2];
+        const auto decode = [&](int sixteen) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                scale[r] = scales.of(p.weight, stored[r], sixteen);
+                if (lane_column + next - kPanelStep >= end) scale[r] = {};
+            }
+        };
+        const auto make_tables = [&] {
+#pragma unroll
+            for (int t = 0; t < 2; ++t) tables[t] = value_table<T>(quant_map, scale[2 * t]);
+        };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if (begins_block<Scales>(p.weight, half)) {
+            if (Scales::loads(p.weight, half)) {
 #pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    scale[r] = scales.of(p.weight, scale_ahead[r][half % kAhead]);
-                    if (lane_column + next - kPanelStep >= end) scale[r] = {};
-                }
-                if (kAhead == 1 && half == 0 && begins_block<Scales>(p.weight, 1))
+                for (int r = 0; r < 4; ++r) stored[r] = scale_ahead[r][half % kAhead];
+                if (!Scales::kSixteens) decode(0);
+                if (kAhead == 1 && half == 0 && Scales::loads(p.weight, 1))
                     fetch_scales(1, next - kPanelStep);
                 else
                     fetch_scales(half % kAhead, next);
-#pragma unroll
-                for (int t = 0; t < 2; ++t) tables[t] = value_table<T>(quant_map, scale[2 * t]);
+                if (!Scales::kSixteens) make_tables();
             }
             const int stage = 2 * step + half;
             cp_async_wait<kPanelStages - 2>();
@@ -165,6 +172,10 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
 #pragma unroll(kTiles < 8 ? 2 : 1)  // 64 rows: more than two words at a time would not fit in registers
             for (int i = 0; i < 2;
                  ++i) {  // two words, 16 columns of a lane, are added up by the tensor cores
+                if (Scales::kSixteens) {
+                    decode(2 * half + i);
+                    make_tables();
+                }
                 uint32_t upper[2][2][4], lower[2][2][4];
 #pragma unroll
                 for (int t = 0; t < 2; ++t) {

@@ -1,5 +1,5 @@
 // A block's part of y = x Wᵀ + b + s Fᵀ for at most 16 rows of x, directly from 4 bits: 8 or 16 rows of W, whose
-// columns its warps divide. Columns must be whole blocks of 64 with one scale, or in formats with small blocks two.
+// columns its warps divide. Columns must be whole blocks of 64, with one scale or a few (LaneScales).
 //
 // A lane has 64 columns of two rows of W, whose codes are loaded into registers one step ahead. A weight is code *
 // scale (block_scale.cuh) in fp32, rounded once to x's dtype: the same bits as dequantization. The 16 possible values of one row are a
@@ -13,6 +13,7 @@
 
 #include <type_traits>
 
+#include "common/cuda_dispatch.cuh"
 #include "common/integers.h"
 #include "quant4/cuda/linear.cuh"
 
@@ -70,17 +71,46 @@ __device__ __forceinline__ void eight_values(uint32_t codes, float value_of_lane
     for (int i = 0; i < 4; ++i) values[i] = pair_bits<T>(value(2 * i + 1), value(2 * i));
 }
 
-// Whether a block begins with this half of a lane's columns, and the block that it is in, of columns that begin
-// `sixty_fours` times 64 columns behind the first one.
-template <typename Scales>
-__device__ __forceinline__ bool begins_block(const WeightView& weight, int half) {
-    return half == 0 || (Scales::kLaneBlocks == 2 && weight.shift == 5);
-}
-template <typename Scales>
-__device__ __forceinline__ uint32_t lane_block(const WeightView& weight, uint32_t sixty_fours, int half) {
-    return Scales::kLaneBlocks == 2 ? (2 * sixty_fours + half) >> (weight.shift - 5)
-                                    : sixty_fours >> (weight.shift - 6);
-}
+// Scales of a lane's 64 columns, which are a part of a block, or kBlocks of them: two of 32, or four of 16 (NVFP4's),
+// whose codes are one word. `half`: of the columns.
+template <ScaleKind kScales, int kBlocks>
+struct LaneScales {
+    using Known = KnownScales<kScales>;
+    using Decoded = typename Known::Decoded;
+    static constexpr int kEntries = Known::kEntries;
+    static constexpr bool kSixteens = kBlocks == 4;
+    static constexpr int kLoads = kBlocks == 2 ? 2 : 1;
+
+    Known known;
+
+    static __device__ __forceinline__ LaneScales load(const WeightView& weight, float* quant_map,
+                                                      float* nested_quant_map) {
+        return {Known::load(weight, quant_map, nested_quant_map)};
+    }
+
+    // Whether scales are loaded for this half, and those of columns that begin `sixty_fours` times 64 columns behind
+    // the first one.
+    static __device__ __forceinline__ bool loads(const WeightView& weight, int half) {
+        return half == 0 || (kBlocks == 2 && weight.shift == 5);
+    }
+    static __device__ __forceinline__ StoredScale stored(const WeightView& weight, uint32_t sixty_fours,
+                                                         int half) {
+        if constexpr (kSixteens) {
+            StoredScale found = Known::stored(weight, 4 * sixty_fours);
+            found.other = static_cast<const uint32_t*>(weight.absmax)[sixty_fours];
+            return found;
+        }
+        return Known::stored(weight, kBlocks == 2 ? (2 * sixty_fours + half) >> (weight.shift - 5)
+                                                  : sixty_fours >> (weight.shift - 6));
+    }
+
+    // Of what was loaded, the scale of the 16 columns of this number.
+    __device__ __forceinline__ Decoded of(const WeightView& weight, const StoredScale& stored,
+                                          int sixteen) const {
+        if constexpr (kSixteens) return known.of(weight, {stored.bits, stored.other >> 8 * sixteen & 255});
+        return known.of(weight, stored);
+    }
+};
 
 __device__ __forceinline__ uint4 load_16_bytes(const void* from) { return *static_cast<const uint4*>(from); }
 
@@ -96,9 +126,8 @@ struct ReadyBranch {
 
 // Rows of W from `first_row` on. kTiles: tiles of 8 / kParts rows of x. `branch`: s and F, further work of the block
 // while its first codes are loaded, and how it waits for an s that is computed meanwhile (lora/cuda/one_launch.cu).
-template <typename T, int kParts, int kTiles, ScaleKind kScales, typename Branch>
+template <typename T, int kParts, int kTiles, typename Scales, typename Branch>
 __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch& branch) {
-    using Scales = KnownScales<kScales>;
     using Decoded = typename Scales::Decoded;
     constexpr int kTileRows = 16 / kParts, kBatch = 8 / kParts;  // rows of W, and of x in a tile
     constexpr int kPartColumns = 4 * kLaneColumns, kStep = kWarps * kParts * kPartColumns;
@@ -130,7 +159,7 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
                   least(tile * kBatch + group % kBatch, p.batch - 1) * int64_t(columns) + x_column;
 
     uint4 ahead[2][2];  // codes
-    StoredScale scale_ahead[2][Scales::kLaneBlocks];
+    StoredScale scale_ahead[2][Scales::kLoads];
     const auto place = [&](int r, uint32_t k) {  // behind a row its end is repeated
         return column[r] + k < columns ? column[r] + k : columns - kLaneColumns;
     };
@@ -141,14 +170,13 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
     const auto fetch_scales = [&](int half, uint32_t k) {
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-            scale_ahead[r][half] = Scales::stored(
-                p.weight, lane_block<Scales>(p.weight, row_block[r] + place(r, k) / kLaneColumns, half));
+            scale_ahead[r][half] = Scales::stored(p.weight, row_block[r] + place(r, k) / kLaneColumns, half);
     };
     fetch_codes(0, 0);
     fetch_codes(1, 0);
 #pragma unroll
-    for (int half = 0; half < Scales::kLaneBlocks; ++half)
-        if (begins_block<Scales>(p.weight, half)) fetch_scales(half, 0);
+    for (int half = 0; half < Scales::kLoads; ++half)
+        if (Scales::loads(p.weight, half)) fetch_scales(half, 0);
     const Scales scales = Scales::load(p.weight, quant_map, nested_quant_map);
     branch.begin();
 
@@ -175,23 +203,33 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
     // A step of the warp; with kWhole, no lane is beyond the end.
     const auto add_step = [&](uint32_t k, auto whole) {
         constexpr bool kWhole = decltype(whole)::value;
+        StoredScale stored[2];
         Decoded scale[2];
         ValueTable table;
         const bool inside = kWhole || x_column + k < columns;
+        const auto decode = [&](int sixteen) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                scale[r] = scales.of(p.weight, stored[r], sixteen);
+                if (!kWhole && column[r] + k >= columns) scale[r] = {};
+            }
+        };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            if (begins_block<Scales>(p.weight, half)) {
+            if (Scales::loads(p.weight, half)) {
 #pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    scale[r] = scales.of(p.weight, scale_ahead[r][half % Scales::kLaneBlocks]);
-                    if (!kWhole && column[r] + k >= columns) scale[r] = {};
-                }
-                fetch_scales(half % Scales::kLaneBlocks, k + kStep);
-                table = value_table<T>(quant_map, scale[0]);
+                for (int r = 0; r < 2; ++r) stored[r] = scale_ahead[r][half % Scales::kLoads];
+                if (!Scales::kSixteens) decode(0);
+                fetch_scales(half % Scales::kLoads, k + kStep);
+                if (!Scales::kSixteens) table = value_table<T>(quant_map, scale[0]);
             }
             float sum[2][kTiles][4] = {};  // two, so that an mma rarely waits for the previous one
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
+                if (Scales::kSixteens && i % 2 == 0) {
+                    decode(2 * half + i / 2);
+                    table = value_table<T>(quant_map, scale[0]);
+                }
                 const auto word = [&](int r) {
                     const uint4& four = ahead[r][half];
                     return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
@@ -241,13 +279,32 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Branch
     }
 }
 
-// Whether rows_tile takes this weight: whole blocks of 64 or, in formats that have them, of 32, on 16 bytes, and
-// numbers of 32 bits for them.
+// Formats in which blocks of 32 are common, and NVFP4.
+constexpr bool has_small_blocks(ScaleKind scales) {
+    return scales == ScaleKind::kPowerOfTwo || scales == ScaleKind::kAffine;
+}
+inline bool has_sixteens(const WeightView& weight) {
+    return weight.scales == ScaleKind::kNested && weight.shift == 4;
+}
+
+// body(TypeTag of the weight's LaneScales)
+template <typename Body>
+const char* dispatch_lane_scales(const WeightView& weight, const Body& body) {
+    if (has_sixteens(weight)) return body(TypeTag<LaneScales<ScaleKind::kNested, 4>>());
+    return dispatch_scales(weight.scales, [&](auto scales) {
+        constexpr ScaleKind kScales = decltype(scales)::value;
+        return body(TypeTag<LaneScales<kScales, has_small_blocks(kScales) ? 2 : 1>>());
+    });
+}
+
+// Whether rows_tile takes this weight: rows of whole 64 columns on 16 bytes, blocks as LaneScales has them, and numbers
+// of 32 bits for blocks.
 inline bool in_lanes(const WeightView& weight) {
-    const int shift = has_small_blocks(weight.scales) ? 5 : 6;
+    const int shift = has_sixteens(weight) ? 4 : has_small_blocks(weight.scales) ? 5 : 6;
     const int64_t blocks = weight.first_block + (weight.numel() >> shift);
     return weight.columns > 0 && weight.columns % kLaneColumns == 0 && weight.shift >= shift &&
-           blocks <= INT32_MAX && weight.columns <= INT32_MAX / 2;
+           (shift > 4 || is_aligned(weight.absmax, 4)) && blocks <= INT32_MAX &&
+           weight.columns <= INT32_MAX / 2;
 }
 
 }  // namespace

@@ -174,6 +174,7 @@ def test_a_window_is_the_length_of_the_context(tmp_path: Path) -> None:
         (lambda: gemma3(attention_bias=True), "attention_bias or use_bidirectional_attention"),
         (lambda: apply(llama()), r"adapters 'default' are active.*peftcore.merge\(model\)"),
         (lambda: peftcore.quantize(llama()), "q_proj.weight' is in nf4, .*peftcore.dequantize"),
+        (lambda: peftcore.quantize(llama(), "nvfp4"), "in nvfp4 with a scale of the whole weight.*peftcore.dequantize"),
     ],
 )
 def test_what_llama_cpp_would_compute_in_another_way_is_refused(make: Any, message: str, tmp_path: Path) -> None:
