@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GenerationConfig
 
 import peftcore
 from peftcore import ranks
@@ -150,7 +151,7 @@ class Rollouts:
         over = next((i for i in range(begin, len(labels)) if labels[i] == IGNORED), len(labels))
         over = next((i for i in range(begin, over) if int(ids[i]) in self.stops), over)
         prompt = ids[None, :begin]
-        with evaluating(model), positions.of_answers(model, "--answer-tokens"):
+        with evaluating(model), _own_probabilities(model), positions.of_answers(model, "--answer-tokens"):
             texts = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -292,6 +293,17 @@ def _sampling(temperature: float) -> dict[str, Any]:
     if temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+
+
+@contextlib.contextmanager
+def _own_probabilities(model: Any) -> Iterator[None]:
+    """Generate without the fields of the model's generation config, such as min_p or suppressed tokens."""
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 @contextlib.contextmanager

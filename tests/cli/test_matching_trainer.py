@@ -297,3 +297,18 @@ def test_cross_entropy_alone_is_that_of_other_runs(run: Run, llama: Path, tmp_pa
         both.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
     for name in both[0]:
         torch.testing.assert_close(both[0][name], both[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("field", [{"min_p": 1.0}, {"suppress_tokens": list(range(3, TOKENS))}, {"num_beams": 3}])
+def test_answers_are_sampled_from_the_model_alone(field: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the generation config says of sampling would give tokens other probabilities than those of the loss."""
+    model, _ = models()
+    seen = []
+    keep = model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: seen.append(keep(**inputs)) or seen[-1], raising=False)
+    for each in ({}, field):
+        model.generation_config.update(**each)
+        torch.manual_seed(0)
+        rollouts("", samples=6, temperature=3.0).structured(model, TEXT, PROMPTED)
+    assert torch.equal(*seen)
+    assert all(getattr(model.generation_config, name) == value for name, value in field.items())

@@ -191,6 +191,8 @@ def test_commands_quantize_as_the_record_says(
     wanted = pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
     moved = tmp_path / "moved"
     shutil.copytree(skipping / "adapter", moved)  # without the run's settings
+    shown = " ".join(run("info", moved).output.split())
+    assert "base in training quantized as nf4 (blocksize=128, double_quant=False, 3 weights dense)" in shown
     for folder in (skipping, moved, skipping / "checkpoints" / "checkpoint-4"):
         assert held_out_losses(run("eval", "-a", folder, "-d", reviews).output) == wanted
     assert held_out_losses(run("eval", "-a", moved, "-d", reviews, "--quantize", "nf4").output) == wanted

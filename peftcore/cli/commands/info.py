@@ -81,6 +81,7 @@ def _show(adapter: Path) -> None:
         *([("cannot be loaded", wrong)] if wrong is not None else []),
         ("task", fields.get("task_type") or "-"),
         ("base", fields.get("base_model_name_or_path") or "-"),
+        *_base_in_training(adapter),
         ("base is checked on load", "yes" if BASE in metadata else "no: the file has no fingerprint"),
         ("written by", written_by or "-"),
         ("tensors", f"{len(tensors):,}, {', '.join(dtypes)}"),
@@ -95,6 +96,19 @@ def _show(adapter: Path) -> None:
         if name not in shown and value not in (None, False, "", [], {})
     ]
     table(rows)
+
+
+def _base_in_training(folder: Path) -> list[tuple[str, str]]:
+    """Return a row that says how the base was quantized in training, if the folder has a record of that."""
+    from peftcore.cli.adapter_folders import TASK_FILE, adapter_task
+
+    if not (folder / TASK_FILE).is_file():
+        return []
+    try:
+        record = adapter_task(folder).quantized
+    except PeftcoreError as error:
+        return [(f"{TASK_FILE} is wrong", str(error))]
+    return [] if record is None else [("base in training", f"quantized as {record}")]
 
 
 def _counts(tensors: Mapping[str, Tensor]) -> str:
