@@ -71,6 +71,25 @@ def refuse_other(asked: str | None, record: Quantization, name: str, hint: str =
         )
 
 
+def refuse_late(asked: str | None, base: str | Quantization | None, name: str, task: AdapterTask) -> None:
+    """Raise a PeftcoreError if an adapter that is loaded after the base was trained on a base in other bits.
+
+    Args:
+        asked: value of --quantize.
+        base: how the base is quantized, as `of_adapters` returned it.
+        name: of the adapter.
+        task: what it was trained for.
+    """
+    here, record = Quantization(base) if isinstance(base, str) else base, task.quantized
+    if asked == DENSE or record == here or (record is None and asked is not None):
+        return
+    raise PeftcoreError(
+        f"the adapter '{name}' was trained on a base {_described(record)}, and the base in memory is "
+        f"{'dense' if here is None else f'quantized as {here}'}. Start again with adapters of one kind, or with "
+        f"--quantize {DENSE} for the dense base"
+    )
+
+
 def _different(tasks: Mapping[str, AdapterTask]) -> list[tuple[str, Quantization | None]]:
     (first, task), *others = tasks.items()
     return [

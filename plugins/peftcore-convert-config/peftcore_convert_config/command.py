@@ -13,6 +13,7 @@ from peftcore.cli.console import note, require, say
 from peftcore.plugin import PeftcoreError
 from peftcore_convert_config.programs import convert
 
+_PASS = "Pass a config of axolotl, LLaMA-Factory or torchtune in YAML"
 EXAMPLES = ("peftcore convert-config theirs.yaml --output run.toml",)
 
 
@@ -52,15 +53,13 @@ def converted(file: Path) -> tuple[str, str]:
     try:
         config: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PeftcoreError(
-            f"the file '{file}' does not exist. Pass a config of axolotl, LLaMA-Factory or torchtune"
-        ) from None
+        raise PeftcoreError(f"the file '{file}' does not exist. {_PASS}") from None
     except OSError as error:
         raise PeftcoreError(f"the file '{file}' cannot be read: {error.strerror or error}") from error
     except (ValueError, yaml.YAMLError) as error:
-        raise PeftcoreError(f"'{file}' cannot be read as YAML: {error}") from error
+        raise PeftcoreError(f"'{file}' cannot be read as YAML: {error}\n{_PASS}") from error
     if not isinstance(config, dict):
-        raise PeftcoreError(f"'{file}' must have keys with values, found {type(config).__name__}")
+        raise PeftcoreError(f"'{file}' must have keys with values, found {type(config).__name__}. {_PASS}")
     found = convert(config)
     comments = [f"# {line}" for line in found.to_do]
     comments += [f"# not here: {key}. Instead: {instead}" for key, instead in found.left_out.items()]

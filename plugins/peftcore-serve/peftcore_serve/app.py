@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from peftcore import PeftcoreError
+from peftcore.cli.adapter_folders import AdapterTask
 from peftcore.plugin import nearest
 from peftcore_serve import folders, protocol
 from peftcore_serve.folders import Folder, Text, Texts
@@ -42,6 +43,7 @@ class Server:
         batch_size: number of sequences that are decoded together.
         max_new_tokens: tokens of a chat's answer if the request does not say how many.
         chat_template: the template of all conversations, as `--chat-template` takes it.
+        refuse: called with the name and the task of each adapter, to raise an error if it does not fit the base.
     """
 
     def __init__(
@@ -55,11 +57,12 @@ class Server:
         batch_size: int = 16,
         max_new_tokens: int = 512,
         chat_template: str | None = None,
+        refuse: Callable[[str, AdapterTask], None] | None = None,
     ) -> None:
         from transformers import GenerationConfig
 
         self.name, self.root, self._max_new_tokens = name, root, max_new_tokens
-        self.texts = Texts(model, base, chat_template)
+        self.texts = Texts(model, base, chat_template, refuse)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # Penalties and filters of the base's config would act on answers of `generate` only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Mapping
@@ -133,6 +134,7 @@ def make(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         chat_template=chat_template,
+        refuse=functools.partial(base_quantization.refuse_late, quantize, base_as),
     )
     if not server.scheduler.adapters.batches:
         note(

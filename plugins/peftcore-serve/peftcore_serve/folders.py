@@ -6,12 +6,14 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peftcore import PeftcoreError
 from peftcore.cli import adapter_folders, base_and_adapter, conversations, data, models, tasks
+from peftcore.cli.adapter_folders import AdapterTask
 from peftcore.cli.row import Messages
 
 _TOKENIZERS = 32  # different ones in memory
@@ -103,10 +105,13 @@ class Texts:
         model: the loaded base.
         base: its folder or hub id.
         chat_template: the user's template for all, as `--chat-template` takes it.
+        refuse: called with the name and the task of each adapter, to raise an error if it does not fit the base.
     """
 
-    def __init__(self, model: Any, base: str, chat_template: str | None) -> None:
-        self._model, self._base, self._template = model, base, chat_template
+    def __init__(
+        self, model: Any, base: str, chat_template: str | None, refuse: Callable[[str, AdapterTask], None] | None = None
+    ) -> None:
+        self._model, self._base, self._template, self._refuse = model, base, chat_template, refuse
         self._rows = base_and_adapter.vocabulary(model)
         self._known: OrderedDict[str, Text] = OrderedDict()
         self._checked: dict[str, tuple[Stamp, str]] = {}  # of each adapter
@@ -136,6 +141,8 @@ class Texts:
             what = "a classifier and cannot write text" if task.task in data.HEADED else f"for the task {task.task}"
             how = "generate" if task.task in data.HEADED else "eval" if task.task == data.REWARD else "predict"
             raise PeftcoreError(f"the adapter '{folder.name}' is {what}. Use peftcore {how}")
+        if self._refuse is not None:
+            self._refuse(folder.name, task)
         own = adapter_folders.has_tokenizer(folder.path)
         found = hashlib.blake2b(repr(task.chat_template).encode(), digest_size=16)
         for name, _, _ in folder.stamp if own else ():

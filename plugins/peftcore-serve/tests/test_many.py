@@ -17,7 +17,7 @@ from typing import Any
 import openai
 import pytest
 import uvicorn
-from peftcore_serve import command
+from peftcore_serve import command, folders
 from starlette.testclient import TestClient
 
 import peftcore
@@ -171,6 +171,10 @@ def test_the_base_is_quantized_as_the_adapters_record(llama: Path, tmp_path: Pat
     server.scheduler.close()
     layers: Any = server.scheduler.adapters.model.get_submodule("model.layers.0.mlp")
     assert layers.up_proj.quant_type == "nf4" and layers.down_proj.weight.is_floating_point()
+    server.texts.of(folders.find_one(tmp_path, "two"))
     AdapterTask("causal-lm", 64).write(tmp_path / "two")
+    late = r"'two' was trained on a base without a record .* in memory is quantized as nf4.*--quantize none"
+    with pytest.raises(PeftcoreError, match=late):  # changed while the server runs
+        server.texts.of(folders.find_one(tmp_path, "two"))
     with pytest.raises(PeftcoreError, match=r"'one' was trained on a base quantized as nf4 .* 'two' on one without"):
         command.make(str(llama), tmp_path)
