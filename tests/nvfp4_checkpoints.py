@@ -90,7 +90,8 @@ def write_folder(
         one_scale: all weights have the same whole scale.
     """
     model.save_pretrained(folder)
-    state, dense = apart(load_file(folder / "model.safetensors")), {}
+    state, dense = load_file(folder / "model.safetensors"), {}
+    state = apart(state) if model.config.model_type.startswith("gemma4") else state
     for seed, name in enumerate([name for name in state if name.endswith(LINEAR) and keep not in name]):
         found = values(*state.pop(name).shape, tool, seed)
         found = found._replace(whole=values(1, 16, tool).whole) if one_scale else found
