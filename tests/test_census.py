@@ -75,3 +75,15 @@ def test_every_class_has_a_model_type() -> None:
     assert len(found) > 1000
     assert found["LlamaForCausalLM"] == "llama"
     assert all(found.values())
+
+
+def test_page_names_versions_and_commits() -> None:
+    rows: list[dict[str, Any]] = [
+        {"class": "A", "outcomes": {}, "commit": "1234567", "transformers": "5.24.0"},
+        {"class": "B", "outcomes": {}, "commit": "1234567", "transformers": "5.24.0"},
+        {"class": "C", "outcomes": {}, "commit": "1234567-dirty"},
+    ]
+    assert (
+        "\nMade by `make census`. Versions of transformers: 5.24.0 (2 classes), not recorded (1 class). "
+        "Commits: 1234567 (2 classes), 1234567 with uncommitted changes (1 class).\n"
+    ) in report.markdown([row | {"none": "no instance"} for row in rows], listed=3)

@@ -12,6 +12,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import transformers
+
 from census import report
 from census.check import FIELDS
 from census.instances import classes
@@ -44,9 +46,9 @@ def main() -> None:
     todo = [name for name in names if name not in done]
     began = time.monotonic()
     worker = Worker([m for m in args.methods.split(",") if m], args.seconds)
-    of = commit()
+    made_with = {"commit": commit(), "transformers": transformers.__version__}
     for i, name in enumerate(ordered(todo, types), 1):
-        row = worker.examine(name) | {"commit": of}
+        row = worker.examine(name) | made_with
         with args.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if args.verbose:
@@ -65,9 +67,9 @@ def main() -> None:
 
 
 def commit() -> str:
-    """What is examined, as git names it."""
-    told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return told.stdout.strip() or "no commit"
+    """Return the examined commit as git describes it, with -dirty if there are uncommitted changes."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return described.stdout.strip() or "no commit"
 
 
 def ordered(names: list[str], types: dict[str, str]) -> list[str]:

@@ -48,7 +48,7 @@ _CHECKED = """## What is checked
 - Checks that do not apply, such as a head without tokens, are left out and count as `yes`; the rows that `make census`
   keeps say so in their notes.
 
-Made by `make census`, of the commits {commits}.
+Made by `make census`. Versions of transformers: {versions}. Commits: {commits}.
 """
 
 
@@ -82,9 +82,7 @@ def markdown(rows: list[dict[str, Any]], listed: int) -> str:
     """Return the whole page."""
     rows = sorted(rows, key=lambda row: row["class"].lower())
     there = [row for row in rows if "none" not in row]
-    commits = Counter(row.get("commit", "unknown") for row in rows).most_common()
-    counts = (f"{name} ({count:,} class{'es' * (count != 1)})" for name, count in commits)
-    checked = _CHECKED.format(commits=", ".join(counts))
+    checked = _CHECKED.format(versions=_counts(rows, "transformers"), commits=_counts(rows, "commit"))
     parts = [
         _HEAD,
         _totals(rows, there, listed),
@@ -95,6 +93,12 @@ def markdown(rows: list[dict[str, Any]], listed: int) -> str:
         _without(rows),
     ]
     return "\n".join(parts)
+
+
+def _counts(rows: list[dict[str, Any]], fact: str) -> str:
+    """Return how many classes have each value of a fact that `make census` keeps with every row."""
+    found = Counter(re.sub("-dirty$", " with uncommitted changes", row.get(fact, "not recorded")) for row in rows)
+    return ", ".join(f"{value} ({count:,} class{'es' * (count != 1)})" for value, count in found.most_common())
 
 
 def _share(rows: list[dict[str, Any]], method: str) -> str:
