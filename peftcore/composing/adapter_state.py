@@ -162,6 +162,10 @@ def _fitted(
         )
 
     entry = engine.applied(model, adapter)
+    for name in method.trained_fields:
+        theirs, own = getattr(config, name), getattr(entry.config, name)
+        if theirs != own:
+            raise refuse(f"training has changed {name} to {theirs} there and {own} here, and with it the shapes")
     if entry.trained:
         raise refuse(f"it trains parameters of the base, such as '{entry.trained[0]}', and the configs differ")
     with torch.device("meta"), guarded(method, f"'{where}'"):

@@ -168,6 +168,8 @@ def after_step(adapters: Mapping[str, Any], config: ReloraConfig, step: int, tot
     if step == 1 and between < total_steps:  # an error that a restart would raise, and what it will take
         reset_optimizer_state(factors, keep=1.0)
         warn_of_rank(adapters, (total_steps - 1) // between)
+    elif step == 1 and total_steps > 2:  # one or two steps try a config
+        warn_of_no_restart(config, between, total_steps)
     if step % between or step >= total_steps:
         return None
     rounds = (config.rounds or 1) + 1
@@ -175,6 +177,18 @@ def after_step(adapters: Mapping[str, Any], config: ReloraConfig, step: int, tot
         adapter.restart(zlib.crc32(f"{path} {rounds}".encode()))
     reset_optimizer_state(factors, keep=keep)
     return dataclasses.replace(config, rounds=rounds)
+
+
+def warn_of_no_restart(config: ReloraConfig, between: int, total_steps: int) -> None:
+    """Warn of a training that ends before its first restart."""
+    between_by, smaller = f"restart_every={between} is", "a smaller restart_every"
+    if config.restart_every is None:
+        own = f"restart_warmup={config.restart_warmup} and restart_anneal={config.restart_anneal}"
+        between_by, smaller = f"{own} put {between} steps between restarts,", "smaller ones"
+    warn(
+        f"{between_by} not less than the training's {total_steps} steps, so it has no restart, and trains what LoRA "
+        f"trains. Train longer, or pass {smaller}"
+    )
 
 
 def warn_of_rank(adapters: Mapping[str, Any], restarts: int) -> None:

@@ -75,8 +75,38 @@ def test_equals_merging_into_the_base(optimizer: Any) -> None:
 
 
 def test_the_last_step_does_not_restart() -> None:
-    found = trained(model(restart_every=STEPS, restart_warmup=0))
+    with pytest.warns(
+        UserWarning, match="restart_every=5 is not less than the training's 5 steps, so it has no restart"
+    ):
+        found = trained(model(restart_every=STEPS, restart_warmup=0))
     assert all(len(each.past_A) == 0 and each.lora_B.any() for each in products(found))
+
+
+def test_a_training_shorter_than_a_round_is_warned_of() -> None:
+    own = "restart_warmup=3 and restart_anneal=2 put 6 steps between restarts, not less than the training's 5 steps"
+    with pytest.warns(UserWarning, match=own):
+        trained(model(restart_every=None, restart_warmup=3, restart_anneal=2))
+    trained(model(restart_every=None))  # a quarter of the training
+    found = model(restart_every=100)
+    optimizer = torch.optim.AdamW(peftcore.parameter_groups(found, lr=LR))
+    for step in (1, 2):  # tries a config, without a warning
+        loss_of(found).backward()
+        optimizer.step()
+        peftcore.after_step(found, step, 2, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("steps", [(4, 2), (2, 4), (4, 0)])
+def test_values_of_another_round_are_refused(steps: tuple[int, int], tmp_path: Path) -> None:
+    source, found = (trained(model(), steps=number) for number in steps)
+    peftcore.save(source, tmp_path)
+    before = tiny.logits(found)
+    there, here = (number // EVERY + 1 for number in steps)
+    wrong = rf"training has changed rounds to {there} there and {here} here, .*Load it as another adapter"
+    for values in (tmp_path, peftcore.state_dict(source, "default")):
+        with pytest.raises(peftcore.CheckpointError, match=wrong):
+            peftcore.set_state_dict(found, "default", values)
+    assert torch.equal(tiny.logits(found), before)
+    peftcore.set_state_dict(found, "default", peftcore.state_dict(trained(model(r=2), steps=steps[1]), "default"))
 
 
 def test_four_bits_lose_nothing() -> None:

@@ -14,7 +14,7 @@ import peftcore
 
 
 def test_conformance() -> None:
-    matrix.conformance(ReloraConfig(r=2, restart_every=5, restart_warmup=1), compile_backend="eager")
+    matrix.conformance(ReloraConfig(r=2, restart_every=2, restart_warmup=1), compile_backend="eager")
 
 
 @pytest.mark.slow
