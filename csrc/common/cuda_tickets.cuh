@@ -1,9 +1,22 @@
-// How blocks use counters (cuda_tickets.h), and read what other blocks of the launch have written.
+// How blocks divide a sum, use counters (cuda_tickets.h), and read what other blocks of the launch have written.
 #pragma once
 
 #include "common/cuda_launch.cuh"
+#include "common/integers.h"
 
 namespace peftcore {
+
+// Parts of a sum that is divided among blocks, each of `size` terms but the last, which may have fewer.
+struct Parts {
+    int64_t count, size;
+};
+
+// As many parts as are `wanted`, at most `most`, and at least one. Each but the last has whole stages of `stage` terms.
+inline Parts parts_of(int64_t terms, int64_t stage, int64_t wanted, int64_t most) {
+    const int64_t count = least(wanted, most);
+    const int64_t size = filled_up(count > 1 ? ceil_div(terms, count) : terms, stage);
+    return size == 0 ? Parts{1, stage} : Parts{ceil_div(terms, size), size};
+}
 
 // Number of blocks that took a ticket from this counter before; what they had written can be read. All threads of the
 // block call it.

@@ -88,8 +88,9 @@ __global__ void __launch_bounds__(kThreads, 3) rank_dot_kernel(const DownParams 
 
 // Chosen by the shape only, so that results are the same on every GPU.
 struct Plan {
-    int row_tiles, chunks, splits;
-    int64_t row_blocks, split_columns;
+    int row_tiles, chunks;
+    int64_t row_blocks;
+    Parts splits;  // of the columns
 };
 
 Plan plan_of(int64_t samples, int64_t rows, int64_t columns, int rank, bool split) {
@@ -98,14 +99,8 @@ Plan plan_of(int64_t samples, int64_t rows, int64_t columns, int rank, bool spli
     plan.row_blocks = samples * ((rows + 16 * plan.row_tiles - 1) / (16 * plan.row_tiles));
     plan.chunks = (rank + kRankChunk - 1) / kRankChunk;
     const int64_t blocks = plan.row_blocks * plan.chunks;
-    const int64_t aim = cuda_tuning().down_blocks;
-    const int64_t wanted = split && rows > kRankDotRows && blocks < aim ? aim / blocks : 1;
-    const int64_t most = columns / kSplitColumns > 1 ? columns / kSplitColumns : 1;
-    const int64_t splits = wanted < most ? wanted : most;
-    // Whole stages, so that only the last split has a tail.
-    plan.split_columns = ((columns + splits - 1) / splits + 63) / 64 * 64;
-    if (plan.split_columns == 0) plan.split_columns = 64;
-    plan.splits = columns == 0 ? 1 : int((columns + plan.split_columns - 1) / plan.split_columns);
+    const int64_t wanted = split && rows > kRankDotRows ? cuda_tuning().down_blocks / blocks : 1;
+    plan.splits = parts_of(columns, 64, wanted, columns / kSplitColumns);
     return plan;
 }
 
@@ -116,7 +111,7 @@ const char* launch_down(const DownParams& p, const Plan& plan, Dtype dtype, void
         if (p.rows <= kRankDotRows)
             return PEFTCORE_LAUNCH(rank_dot_kernel<T>, unsigned(p.all_rows / p.rows * p.stride), kThreads, 0,
                                    stream, p);
-        const dim3 grid(unsigned(plan.row_blocks * plan.chunks), unsigned(plan.splits));
+        const dim3 grid(unsigned(plan.row_blocks * plan.chunks), unsigned(plan.splits.count));
         return dispatch_size<1, 4>(plan.row_tiles, [&](auto row_tiles) {
             return dispatch_size<2, 8>(ceil_div(p.stride, 8), [&](auto rank_tiles) {
                 constexpr int kRowTiles = decltype(row_tiles)::value,
@@ -135,7 +130,7 @@ extern "C" int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, i
     using namespace peftcore::lora;
     if (rows == 0 || rank == 0) return 0;
     const Plan plan = plan_of(1, rows, columns, rank, true);
-    return plan.splits == 1 ? 0 : plan.splits * rows * rank;
+    return plan.splits.count == 1 ? 0 : plan.splits.count * rows * rank;
 }
 
 extern "C" const char* peftcore_lora_down(const peftcore::lora::Wide* x,
@@ -155,16 +150,17 @@ extern "C" const char* peftcore_lora_down(const peftcore::lora::Wide* x,
     p.stride = stride;
     p.chunks = plan.chunks;
     p.dropout = *dropout;
-    p.split_columns = plan.split_columns;
+    p.split_columns = plan.splits.size;
     p.all_rows = x->samples * x->rows;
-    p.partial = plan.splits > 1 ? partial : nullptr;
-    p.tickets = plan.splits > 1 ? peftcore_tickets(int(plan.row_blocks * plan.chunks), stream) : nullptr;
+    p.partial = plan.splits.count > 1 ? partial : nullptr;
+    p.tickets =
+        plan.splits.count > 1 ? peftcore_tickets(int(plan.row_blocks * plan.chunks), stream) : nullptr;
     p.s = s;
     for (int first = 0; first < factors->count; first += kMaxAdapters) {
         p.adapters = adapters_from(first, *factors);
         if (const char* error = launch_down(p, plan, x->dtype, stream)) return error;
     }
     if (p.partial == nullptr || p.tickets != nullptr) return nullptr;
-    return peftcore_sum(partial, plan.splits, p.all_rows * stride, factors->scales[0], s, int(Dtype::kFloat),
-                        stream);
+    return peftcore_sum(partial, plan.splits.count, p.all_rows * stride, factors->scales[0], s,
+                        int(Dtype::kFloat), stream);
 }

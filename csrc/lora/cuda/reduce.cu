@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) 
 
 // Chosen by the shape only, so that results are the same on every GPU.
 struct Plan {
-    int64_t column_chunks, rank_chunks, part_rows, parts;
+    int64_t column_chunks, rank_chunks;
+    Parts parts;  // of the rows
 };
 
 Plan plan_of(int64_t rows, int64_t columns, int rank) {
@@ -77,15 +78,12 @@ Plan plan_of(int64_t rows, int64_t columns, int rank) {
     plan.rank_chunks = (rank + kRankChunk - 1) / kRankChunk;
     const int64_t blocks = plan.column_chunks * plan.rank_chunks;
     const int64_t wanted = ceil_div(cuda_tuning().reduce_blocks, blocks);
-    const int64_t most = (rows + kRowsOfPart - 1) / kRowsOfPart;
-    const int64_t parts = wanted < most ? wanted : most;
-    plan.part_rows = ((rows + parts - 1) / parts + kReduceRows - 1) / kReduceRows * kReduceRows;
-    plan.parts = (rows + plan.part_rows - 1) / plan.part_rows;
+    plan.parts = parts_of(rows, kReduceRows, wanted, ceil_div(rows, kRowsOfPart));
     return plan;
 }
 
 const char* launch_reduce(const ReduceParams& p, const Plan& plan, Dtype dtype, void* stream) {
-    const dim3 grid(unsigned(plan.column_chunks * plan.rank_chunks), unsigned(plan.parts));
+    const dim3 grid(unsigned(plan.column_chunks * plan.rank_chunks), unsigned(plan.parts.count));
     return dispatch_16_bits(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         if (p.product != nullptr)
@@ -104,10 +102,10 @@ const char* reduce(ReduceParams& p, Dtype dtype, void* out, bool transposed, Sum
         p.tickets = peftcore_tickets(int(least(plan.column_chunks * plan.rank_chunks, INT32_MAX)), stream);
     p.out = out;
     p.chunks = int(plan.rank_chunks);
-    p.part_rows = plan.part_rows;
+    p.part_rows = plan.parts.size;
     p.column_step = transposed ? 1 : p.rank;
     p.rank_step = transposed ? p.columns : 1;
-    sum = {p.partial, plan.parts, p.columns * p.rank, 1, out};
+    sum = {p.partial, plan.parts.count, p.columns * p.rank, 1, out};
     return launch_reduce(p, plan, dtype, stream);
 }
 
@@ -117,7 +115,7 @@ const char* reduce(ReduceParams& p, Dtype dtype, void* out, bool transposed, Sum
 
 extern "C" int64_t peftcore_lora_reduce_workspace(int64_t rows, int64_t columns, int rank) {
     if (rows == 0 || columns == 0 || rank == 0) return 0;
-    return peftcore::lora::plan_of(rows, columns, rank).parts * columns * rank;
+    return peftcore::lora::plan_of(rows, columns, rank).parts.count * columns * rank;
 }
 
 extern "C" int64_t peftcore_lora_product_workspace(int64_t rows, int64_t columns, int rank) {

@@ -64,10 +64,10 @@ PanelPlan panel_plan(const void* x, Dtype dtype, int batch, const WeightView& we
         return {};
     PanelPlan plan;
     plan.row_blocks = unsigned(ceil_div(weight.rows, kPanelRows));
-    const int64_t steps = ceil_div(weight.columns, kPanelStep);
-    const int64_t splits = least(steps, ceil_div(cuda_tuning().panel_blocks, plan.row_blocks));
-    plan.split_columns = uint32_t(ceil_div(steps, splits) * kPanelStep);
-    plan.splits = unsigned(ceil_div(weight.columns, plan.split_columns));
+    const int64_t wanted = ceil_div(cuda_tuning().panel_blocks, plan.row_blocks);
+    const Parts splits = parts_of(weight.columns, kPanelStep, wanted, wanted);
+    plan.splits = unsigned(splits.count);
+    plan.split_columns = uint32_t(splits.size);
     return plan;
 }
 
