@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peftcore.cli import data
+from peftcore.cli import data, models
+from peftcore.cli.console import warn
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
@@ -48,6 +50,24 @@ def check_examples(model: nn.Module, settings: Settings, examples: Examples) -> 
         return
     packed = [len(each["input_ids"]) for each in examples.train] if settings.pack else []
     check(model, max(packed, default=examples.longest))
+
+
+def within(settings: Settings) -> Settings:
+    """Return the settings of a run with `--streaming`, whose longest text is not known, with a length that fits."""
+    if not settings.streaming:
+        return settings
+    try:
+        model = models.empty_model(settings.model, settings.task)
+    except PeftcoreError:  # code of the model's repository; `check_examples` compares --max-length
+        return settings
+    known = count(model)
+    if known is None or settings.max_length <= known:
+        return settings
+    warn(
+        f"{type(model).__name__} has positions for {known:,} tokens: texts are cut there, and not at --max-length "
+        f"{settings.max_length}"
+    )
+    return replace(settings, max_length=known)
 
 
 @contextlib.contextmanager

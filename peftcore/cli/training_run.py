@@ -91,6 +91,7 @@ def run(
         Stopped: Ctrl-C; a checkpoint has been written.
     """
     began = time.perf_counter()
+    settings = positions.within(settings)
     rows = training_data.read(settings)
     inputs = inputs_of(settings, rows)
     examples = training_data.encode(rows, settings, inputs.tokenizer, inputs.labels)

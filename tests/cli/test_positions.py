@@ -43,12 +43,18 @@ def test_tables_of_positions(kind: str, fields: dict[str, Any], known: int | Non
         positions.check(model, known + 1)
 
 
-def test_commands_report_texts_that_are_too_long(run: Run, tmp_path: Path) -> None:
+def gpt2(folder: Path) -> Path:
+    """Write a base with 12 positions."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(SPECIAL + WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=12)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    save_tokenizer(tmp_path / "base")
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_commands_report_texts_that_are_too_long(run: Run, tmp_path: Path) -> None:
+    gpt2(tmp_path / "base")
     rows = [{"prompt": f"the film is {word}", "completion": "it was fun and " * 3} for word in WORDS]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     options = ("train", "-m", tmp_path / "base", "-d", path, "--method", "lora", "--steps", 1, "-o", tmp_path / "run")
@@ -63,3 +69,18 @@ def test_commands_report_texts_that_are_too_long(run: Run, tmp_path: Path) -> No
     path.write_text("".join(json.dumps({**row, "completion": "it was fun"}) + "\n" for row in rows))
     found = run(*options, "--overwrite", *ebft, code=1).output
     assert "a prompt with its answer has more. Reduce --answer-tokens" in found
+
+
+def test_streamed_texts_are_cut_at_the_last_position(run: Run, tmp_path: Path) -> None:
+    """Their lengths are not known before: a --max-length above the positions is an error for none of them."""
+    base = gpt2(tmp_path / "base")
+    rows = [{"text": f"the film is {word}" + " and it was fun" * (4 if i == 8 else 1)} for i, word in enumerate(WORDS)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = ("-m", base, "-d", path, "--method", "lora", "--streaming", "--holdout", 2, "--batch-size", 4)
+    for length, warns in ((40, True), (12, False)):
+        output = tmp_path / str(length)
+        printed = run("train", *options, "--steps", 5, "--max-length", length, "-o", output).output
+        assert ("positions for 12 tokens: texts are cut there, and not at --max-length 40" in printed) is warns
+        assert json.loads((output / "adapter" / "peftcore_task.json").read_text())["max_length"] == 12
+    files = [(tmp_path / each / "adapter" / "adapter_model.safetensors").read_bytes() for each in ("40", "12")]
+    assert files[0] == files[1]
