@@ -122,14 +122,12 @@ def load_model(
         quantize: 4-bit type of the linear layers, or all about how they are quantized; None for dense weights.
     """
     quiet_transformers()
-    from peftcore.quantization.int4_models import int4_config
-
     asked = Quantization(quantize) if isinstance(quantize, str) else quantize
     packing = None if asked is None else asked.arguments()
     loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_head(task, labels)}
     is_gguf = model.endswith(".gguf")
-    if packing is None and not is_gguf and int4_config(load_config(model, task, labels)) is not None:
-        packing = {"quant_type": "nf4"}  # of what is dense; the checkpoint keeps its bits
+    if packing is None and not is_gguf:
+        packing = _packing_of(load_config(model, task, labels))
     if packing is not None:
         from peftcore import quantization
 
@@ -155,13 +153,25 @@ def load_model(
     if is_gguf and packing is not None:
         with advice:
             quantization.quantize(loaded, **packing)
-    if packing is None and options["dtype"].itemsize == 4:
+    if asked is None and options["dtype"].itemsize == 4:
         _compute_in_fp32(loaded, device)
     if task == data.LANGUAGE_MODEL:
         own_code.complete(loaded)
     if task != data.IMAGE:
         _set_padding(loaded, model)
     return loaded.to(torch_device(device)).eval()
+
+
+def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return arguments of `quantization.load` for a quantized checkpoint, which keeps its bits; None for others."""
+    from peftcore.quantization.int4_models import int4_config
+
+    stored = getattr(config, "quantization_config", None)
+    stored = stored if isinstance(stored, dict) else {}
+    if stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit"):
+        # Not by bitsandbytes, whose layers lose gradients on CPUs with AVX512-BF16 once they have been evaluated.
+        return {"quant_type": "nf4", "compute_dtype": stored.get("bnb_4bit_compute_dtype")}
+    return None if int4_config(config) is None else {"quant_type": "nf4"}
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import Run, save_tokenizer
 
+import peftcore
 from peftcore import ops
 from peftcore.cli import data, dtype_choice, models
 from peftcore.cli.adapter_folders import Quantization
@@ -226,7 +227,6 @@ def test_4_bit_weights_of_a_checkpoint_compute_in_what_is_fast(
     llama: Path, tmp_path: Path, on: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint that names bf16 for its products, as those made for cards do."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     packing = Quantization("nf4", compute_dtype="bfloat16")
     model = models.load_model(str(llama), data.LANGUAGE_MODEL, dtype="bf16", device="cpu", quantize=packing)
     model.save_pretrained(tmp_path)
@@ -235,8 +235,7 @@ def test_4_bit_weights_of_a_checkpoint_compute_in_what_is_fast(
     def computes_in(dtype: str) -> set[torch.dtype]:
         loaded = models.load_model(str(tmp_path), data.LANGUAGE_MODEL, dtype=dtype, device="cpu")
         assert loaded(torch.tensor([[4, 5]])).logits.isfinite().all()
-        layers: list[Any] = [module for module in loaded.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-        return {layer.compute_dtype for layer in layers}
+        return {layer.compute_dtype for _, layer in peftcore.quantization.quantized_layers(loaded)}
 
     on(ZEN4)
     assert computes_in("fp32") == {torch.bfloat16}

@@ -92,6 +92,26 @@ def test_a_classifier_on_a_base_in_4_bits(run: Run, bert: Path, labelled: Path, 
     assert run("generate", *given, "-p", "the story is good").output.strip().startswith(("up", "down"))
 
 
+def test_a_base_that_is_stored_in_4_bits(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    """In bitsandbytes' format: read with its bits and without that library, whose layers can lose gradients."""
+    base, output = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(llama, base)
+    stored = peftcore.quantize(AutoModelForCausalLM.from_pretrained(llama), skip=["lm_head", "o_proj"])
+    stored.save_pretrained(base)
+    assert json.loads((base / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
+    run("train", "-m", base, "-d", reviews, "-o", output, "--eval-data", reviews, "--method", "lora", *STEPS, 6)
+    found = json.loads((output / "result.json").read_text())
+    assert found["after"]["loss"] < 0.9 * found["before"]["loss"]
+    losses = held_out_losses(run("eval", "-a", output, "-d", reviews).output)
+    assert losses == pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
+    run("merge", "-a", output, "--output", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapted = peftcore.merge(
+        peftcore.load(stored, output / "adapter"), keep_adapters=False, dtype=torch.float32
+    ).state_dict()
+    assert all(torch.equal(merged.state_dict()[name], adapted[name]) for name in adapted if "_proj" in name)
+
+
 def test_any_method_on_a_base_in_4_bits(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     """What --quantize trains is what `eval` measures, and a run that continues it keeps the 4 bits."""
     output, data = tmp_path / "run", ("-d", reviews, "--eval-data", reviews)
