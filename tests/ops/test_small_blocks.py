@@ -130,11 +130,15 @@ def test_scales_of_some_of_the_rows_that_are_multiplied_together(kind, level):
         assert ((y.double() - x64 @ dense.T).abs() <= 2 * EPS[torch.bfloat16] * magnitude).all(), rows
 
 
-def test_scales_of_every_exponent(level):
-    """One block a row, so that no block hides another; 16 rows of x are multiplied by exact products."""
+@pytest.mark.parametrize("first", [0, 8])
+def test_scales_of_every_exponent(first, level):
+    """One block a row, so that no block hides another; 16 rows of x are multiplied by exact products.
+
+    From 8 on, the smallest normal scales have no subnormal ones next to them.
+    """
     packed, _ = nvfp4(127, 64, "normal")
     codes, scales = packed.codes.clone(), packed.absmax.clone().view(127, 4)
-    scales[:] = torch.arange(127, dtype=torch.uint8)[:, None]
+    scales[:] = torch.arange(127, dtype=torch.uint8).roll(-first)[:, None]
     packed = packed._replace(codes=codes, absmax=scales.view(-1))
     dense = packed.values(torch.float32).double()
     x = normal(16, 64, seed=1, dtype=torch.bfloat16)

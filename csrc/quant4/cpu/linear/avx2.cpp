@@ -192,6 +192,16 @@ struct Avx2SmallIntegers : Avx2Integers {
         return _mm256_cvtph_ps(
             _mm_srli_epi16(_mm_shuffle_epi8(_mm_cvtsi32_si128(bytes), pick), 8 - ByteScales::kPlace));
     }
+    // The third byte of a lane is a scale.
+    static inline Floats quarter_scales(const NormalScale* four) {
+        int32_t bytes;
+        memcpy(&bytes, four, sizeof bytes);
+        const auto third = [](int byte) { return 0x8000'8080 | byte << 16; };
+        const __m256i pick =
+            _mm256_setr_epi32(third(0), third(0), third(1), third(1), third(2), third(2), third(3), third(3));
+        const __m256i picked = _mm256_slli_epi32(_mm256_shuffle_epi8(_mm256_set1_epi32(bytes), pick), 4);
+        return _mm256_castsi256_ps(_mm256_or_si256(picked, _mm256_set1_epi32(NormalScale::kExponent)));
+    }
 };
 
 }  // namespace

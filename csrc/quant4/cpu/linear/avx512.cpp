@@ -103,6 +103,19 @@ struct Avx512Integers {
         return _mm512_cvtph_ps(
             _mm256_srli_epi16(_mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), pick), 8 - ByteScales::kPlace));
     }
+    // The third byte of a lane is a scale, and the fourth, which the shuffle leaves as it is, the exponent.
+    static inline Floats quarter_scales(const NormalScale* eight) {
+        int64_t bytes;
+        memcpy(&bytes, eight, sizeof bytes);
+        const auto third = [](int byte) { return 0x8000'8080 | byte << 16; };
+        const __m512i pick =
+            _mm512_setr_epi32(third(0), third(0), third(1), third(1), third(2), third(2), third(3), third(3),
+                              third(4), third(4), third(5), third(5), third(6), third(6), third(7), third(7));
+        const __mmask64 lower = 0x7777'7777'7777'7777;
+        const __m512i exponent = _mm512_set1_epi32(NormalScale::kExponent >> 4);
+        return _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_mask_shuffle_epi8(exponent, lower, _mm512_set1_epi64(bytes), pick), 4));
+    }
     static inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }

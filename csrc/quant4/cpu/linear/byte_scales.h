@@ -15,6 +15,16 @@ namespace {
 // Blocks of 16 values, which have nested scales.
 constexpr int kSmallShift = 4;
 
+// A scale in E4M3 that is neither zero nor subnormal: no conversion from fp16 is needed, which takes two operations.
+struct NormalScale {
+    static constexpr uint8_t kFirst = 8;
+    // kExponent | byte << 20 is the fp32 number E4M3 / kRange.
+    static constexpr int kExponent = 96 << 23;
+    static constexpr float kRange = 0x1p24f;
+
+    uint8_t byte;
+};
+
 // Whether a table of nested scales has E4M3's values times a number: 1, or what compressed-tensors divides by.
 struct ByteMap {
     static constexpr uint8_t kLast = 126;  // of the codes from 0 on that are neither negative nor NaN
@@ -53,20 +63,23 @@ class ByteScales {
     }
     int64_t row_bytes() const { return weight_.columns >> kSmallShift; }
 
-    // What decoded bytes of rows [n, n + rows) are to be multiplied by. Nothing if a scale is negative or NaN, or if these
-    // rows have several outer scales.
-    std::optional<float> factor(int64_t n, int64_t rows) const {
+    // What decoded bytes of rows [n, n + rows) are to be multiplied by. Nothing if a scale is negative or NaN, if it is
+    // smaller than `first_byte`, or if these rows have several outer scales.
+    std::optional<float> factor(int64_t n, int64_t rows, uint8_t first_byte = 0, float range = kRange) const {
         if (!matches_) return {};
         const int64_t begin = weight_.first_block + n * row_bytes(), count = rows * row_bytes();
         const int64_t first = begin >> weight_.nested_shift,
                       last = (begin + count - 1) >> weight_.nested_shift;
-        const float outer = weight_.nested_absmax[first], found = factor_ * outer * kRange;
+        const float outer = weight_.nested_absmax[first], found = factor_ * outer * range;
         bool same = std::isfinite(found);
         for (int64_t i = first; i <= last; ++i) same &= weight_.nested_absmax[i] == outer;
         const uint8_t* from = of_row(n);
-        uint8_t most = 0;
-        for (int64_t i = 0; i < count; ++i) most = from[i] > most ? from[i] : most;
-        if (!same || most > ByteMap::kLast) return {};
+        uint8_t most = 0, least = ByteMap::kLast;
+        for (int64_t i = 0; i < count; ++i) {
+            most = from[i] > most ? from[i] : most;
+            least = from[i] < least ? from[i] : least;
+        }
+        if (!same || most > ByteMap::kLast || least < first_byte) return {};
         return found;
     }
 

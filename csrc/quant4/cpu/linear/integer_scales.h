@@ -45,11 +45,11 @@ class SmallScales {
  public:
     explicit SmallScales(const WeightView& weight) : weight_(weight), bytes_(weight) {}
 
-    // Rows [n, n + rows) from now on. Returns what decoded bytes are to be multiplied by, as ByteScales::factor.
-    // `together`: how many bytes are read at once.
-    std::optional<float> begin(int64_t n, int64_t rows, int64_t together) {
+    // Rows [n, n + rows) from now on. `together`: how many bytes are read at once.
+    void begin(int64_t n, int64_t rows, int64_t together) {
         const int64_t row_bytes = bytes_.row_bytes();
         first_ = n;
+        rows_ = rows;
         from_ = bytes_.of_row(n);
         // Scales of the next rows, which nothing else loads before they are checked.
         for (int64_t i = 0; i < rows * row_bytes; i += 64) __builtin_prefetch(from_ + rows * row_bytes + i);
@@ -58,7 +58,12 @@ class SmallScales {
             std::memcpy(copied_.data(), from_, size_t(rows * row_bytes));
             from_ = copied_.data();
         }
-        return bytes_.factor(n, rows);
+    }
+
+    // What decoded bytes are to be multiplied by, as ByteScales::factor; nothing if some scales are not normal.
+    std::optional<float> factor() const { return bytes_.factor(first_, rows_); }
+    std::optional<float> normal_factor() const {
+        return bytes_.factor(first_, rows_, NormalScale::kFirst, NormalScale::kRange);
     }
 
     const uint8_t* of_row(int64_t n) const { return from_ + (n - first_) * bytes_.row_bytes(); }
@@ -66,7 +71,7 @@ class SmallScales {
  private:
     const WeightView& weight_;
     const ByteScales bytes_;
-    int64_t first_ = 0;
+    int64_t first_ = 0, rows_ = 0;
     const uint8_t* from_ = nullptr;
     std::vector<uint8_t> copied_;
 };
