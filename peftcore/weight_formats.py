@@ -101,6 +101,11 @@ def weight_format(module: nn.Module) -> WeightFormat:
     """
     found = find_weight_format(module)
     if found is None:
+        if type(module).__module__.startswith("bitsandbytes.") and type(module).__name__ == "Linear4bit":
+            raise PeftcoreError(
+                "no weight format reads Linear4bit of bitsandbytes. Call peftcore.quantize(model) before apply: the "
+                "layers keep their bits"
+            )
         raise PeftcoreError(
             f"no weight format reads {type(module).__name__}: it has no floating-point parameter 'weight'. "
             "If a norm computes it (parametrize, weight_norm), remove the norm before apply; otherwise a plugin can "

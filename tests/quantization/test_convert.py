@@ -15,6 +15,7 @@ from peftcore.adaptation.base_modules import original_class
 from peftcore.ops import huge_pages
 from peftcore.quantization import QuantizedLinear, convert, quantized_layers
 from peftcore.registry import registry
+from peftcore.weight_formats import weight_format
 
 
 def kinds(model):
@@ -159,6 +160,8 @@ def test_layers_of_bitsandbytes_are_taken_over():
         layer = of_bnb(model.get_submodule(path))
         bits[path] = layer.state_dict()
         model.set_submodule(path, layer)
+    with pytest.raises(peftcore.PeftcoreError, match=r"Call peftcore.quantize\(model\) before apply: the layers keep"):
+        weight_format(model.get_submodule("model.layers.0.mlp.up_proj"))
     peftcore.quantize(model)
     assert kinds(model) == set(bits)
     for path, state in bits.items():
