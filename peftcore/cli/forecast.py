@@ -186,6 +186,9 @@ def forecast(
         labels: a classifier's labels.
         examples: encoded examples that are trained on.
         processor: the tokenizer, or the processor, of the examples.
+
+    Raises:
+        PeftcoreError: a setting is wrong, or cannot be used on a model without values.
     """
     why = _why_not(settings)
     if why is not None:
@@ -195,7 +198,7 @@ def forecast(
     try:
         shapes = of_examples(settings.task, examples, processor)
         found = _estimate(settings, length, labels, dtype, shapes)
-    except PeftcoreError as error:  # the run itself reports what it refuses
+    except NotFollowed as error:
         say(f"memory is not predicted: {error}")
         return None
     on_cuda = device_choice.torch_device(settings.device).type == "cuda"
@@ -229,6 +232,39 @@ def _estimate(
         ),
         **settings.fields,
     )
+
+
+def with_memory(
+    settings: Settings, inputs: Any, examples: Any, *, force: bool
+) -> tuple[Settings, Forecast | str | None]:
+    """Return the settings with the base's dtype, and the predicted memory: None if the reason is printed.
+
+    A reason that is returned is to be printed once the model has its adapter: before, it may be an error of the run.
+
+    Args:
+        settings: of the run.
+        inputs: `training_run.Inputs`.
+        examples: `training_data.Examples`.
+        force: run even if the predicted memory is not available.
+
+    Raises:
+        PeftcoreError: the predicted memory is not available, unless `force`.
+    """
+    base_in = dtype_choice.of_run(settings, inputs.labels)
+    settings = replace(settings, dtype=base_in.say())
+    try:
+        predicted = forecast(settings, examples.longest, inputs.labels, examples.rows, inputs.tokenizer)
+    except PeftcoreError as error:
+        return settings, str(error)
+    if predicted is None:
+        return settings, None
+    if base_in.instead_of == "bf16":
+        predicted = replace(predicted, lighter=("--dtype bf16",))
+    say(str(predicted))
+    if not force:
+        said = predicted  # with several processes the first one decides, because free memory changes
+        ranks.once(lambda: refuse_if_too_large(said, settings), together=True)
+    return settings, predicted
 
 
 def refuse_if_too_large(found: Forecast, settings: Settings) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,13 +127,16 @@ Labels = Annotated[
 ]
 
 
-def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, dict[str, Any]]:
-    """Return the method's name and the fields that `--set` gives to it.
+def resolve_method(
+    name: str | None, settings: list[str] | None, *, before: Mapping[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Return the method's name and the fields that `--set` gives to it, with those of an adapter, `before`.
 
     Raises:
         PeftcoreError: the method is not installed, is not named although several are, or a field is wrong.
     """
     from peftcore.cli.fields import parse
+    from peftcore.engine.configs import config
     from peftcore.registry import registry
 
     if name is None:
@@ -142,7 +146,12 @@ def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, d
             raise PluginError(f"no method is given. Pass --method NAME (installed: {names})")
         name = next(iter(installed))
     method = registry.method(name)
-    return method.name, parse(method.config_class, settings or [])
+    found = parse(method.config_class, settings or [])
+    if found and not before:  # the files of an adapter are checked when they are read
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `apply` raises them
+            config(method.name, **found)
+    return method.name, {**(before or {}), **found}
 
 
 def absolute_data(paths: Sequence[str]) -> str | list[str]:

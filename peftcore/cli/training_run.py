@@ -28,7 +28,6 @@ from peftcore.cli import (
     conversations,
     data,
     distillation,
-    dtype_choice,
     forecast as forecasts,
     generations,
     light_step,
@@ -98,9 +97,12 @@ def run(
     if settings.task == data.EMBEDDING:
         sentence_pairs.check(examples.train, "training", settings.batch_size)
         sentence_pairs.check(examples.held_out, "held-out")
-    settings, predicted = _with_memory(settings, inputs, examples, force=force)
+    settings, predicted = forecasts.with_memory(settings, inputs, examples, force=force)
     quantization = base_quantization.of_run(settings, inputs.labels)
     model = _adapted_model(settings, inputs, examples, quantization)
+    if isinstance(predicted, str):
+        say(f"memory is not predicted: {predicted}")
+        predicted = None
     teacher = distillation.of_run(settings, inputs.tokenizer, examples.train)
     rollouts = matching_trainer.of_run(settings, model, inputs.tokenizer, examples.train, examples.held_out)
     summary = peftcore.summary(model)
@@ -209,28 +211,6 @@ def inputs_of(settings: Settings, rows: training_data.Rows) -> Inputs:
     template = task_before.chat_template if task_before is not None else None
     conversations.set_template(tokenizer, settings.chat_template, template)
     return Inputs(tokenizer, labels, pooling, is_chat=any(row.messages is not None for row in rows.train))
-
-
-def _with_memory(
-    settings: Settings, inputs: Inputs, examples: Examples, *, force: bool
-) -> tuple[Settings, forecasts.Forecast | None]:
-    """Return the settings with the base's dtype, and the predicted memory, or None.
-
-    Raises:
-        PeftcoreError: the predicted memory is not available, unless `force`.
-    """
-    base_in = dtype_choice.of_run(settings, inputs.labels)
-    settings = replace(settings, dtype=base_in.say())
-    predicted = forecasts.forecast(settings, examples.longest, inputs.labels, examples.rows, inputs.tokenizer)
-    if predicted is None:
-        return settings, None
-    if base_in.instead_of == "bf16":
-        predicted = replace(predicted, lighter=("--dtype bf16",))
-    say(str(predicted))
-    if not force:
-        said = predicted  # with several processes the first one decides, because free memory changes
-        ranks.once(lambda: forecasts.refuse_if_too_large(said, settings), together=True)
-    return settings, predicted
 
 
 def _adapted_model(

@@ -63,6 +63,24 @@ def test_what_is_not_known_is_said(run: Run, llama: Path, reviews: Path, tmp_pat
     assert "memory is not predicted: the state of --optim adafactor is not known" in output
 
 
+def test_a_wrong_field_is_one_error(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora", "--steps", 1)
+    assert run(*arguments, "--set", "r=0", code=1).output == "error: r must be a positive whole number, found 0\n"
+    output = run(*arguments, "--set", "target_modules=nope", code=1).output
+    assert output.count("'nope' matches no module") == 1 and "memory is not predicted" not in output
+
+
+def test_an_error_of_the_forecast_alone_is_said_once_the_adapter_is_applied(
+    run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise peftcore.PeftcoreError("no values here")
+
+    monkeypatch.setattr(peftcore, "estimate", refuse)
+    output = run("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", *METHOD, "--steps", 1).output
+    assert output.index("loading") < output.index("memory is not predicted: no values here") < output.index("trainable")
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL calls what transformers has deprecated
 def test_the_head_of_train_knows_how_it_runs(
     run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

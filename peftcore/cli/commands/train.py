@@ -171,9 +171,8 @@ def train(
     best_checkpoint.check(given, task)
     services = reporting.services(display.report_to)
     torchrun.join(given.parallel, given.device)
-    name, chosen = options.resolve_method(start.method if start else method, config_file.fields(context, fields))
-    if start is not None:
-        chosen = {**start.fields, **chosen}
+    named, own = (start.method, start.fields) if start else (method, None)
+    name, chosen = options.resolve_method(named, config_file.fields(context, fields), before=own)
     quantize = given.quantize or (start.quantize if start else None)
     if given.quantize is not None and start is not None and start.task.quantized is not None:
         base_quantization.refuse_other(given.quantize, start.task.quantized, str(start.folder))
