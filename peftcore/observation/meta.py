@@ -62,7 +62,7 @@ class MetaFloats(TorchDispatchMode):
     def _run(self, operator: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         device = kwargs.get("device")
         to_meta = device is not None and torch.device(device).type == "meta"
-        if operator in _FILLED and args[0].is_meta and args[0].numel() <= _SMALL and not _in_backward():
+        if operator in _FILLED and _is_known(args[0], kwargs) and not _in_backward():
             return _without_values(operator, args, {**kwargs, "device": "meta"}, _FILLED[operator](args))
         for tensor in tensors:
             if tensor.is_meta:
@@ -252,6 +252,13 @@ _FILLED: dict[Any, Callable[[Any], float]] = {
     aten.new_full.default: lambda args: args[2],
     aten.full_like.default: lambda args: args[1],
 }
+
+
+def _is_known(like: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Return whether the values of what is filled in the shape of `like` are kept: not where results will join them."""
+    receives = like.requires_grad and kwargs.get("dtype", like.dtype).is_floating_point
+    return like.is_meta and like.numel() <= _SMALL and not receives
+
 
 _MASKED: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: lambda x, indices: (x, _indices(indices)),

@@ -70,3 +70,19 @@ def test_merged_adapters_and_those_of_samples_are_refused() -> None:
     peftcore.merge(model)
     with pytest.raises(peftcore.PeftcoreError, match=r"^cannot estimate a step: adapters are merged into"):
         peftcore.estimate(model, **STEP)
+
+
+def test_results_of_experts_join_what_was_filled() -> None:
+    """Llama 4 scatters scores into -inf, DBRX adds results to zeros: small tensors of known values."""
+    from transformers import DbrxConfig, Llama4TextConfig
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"intermediate_size": 24, "intermediate_size_mlp": 24, "num_local_experts": 2, "head_dim": 8}
+    attention = {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8.0}
+    ffn = {"ffn_hidden_size": 24, "moe_num_experts": 2, "moe_top_k": 1}
+    for config in (
+        Llama4TextConfig(**sizes, **experts, vocab_size=32),
+        DbrxConfig(d_model=16, n_heads=2, n_layers=2, vocab_size=32, ffn_config=ffn, attn_config=attention),
+    ):
+        found = peftcore.estimate(config, "lora", batch_size=2, length=8)
+        assert found.parts["activations"] > found.parts["inputs"] > 0
