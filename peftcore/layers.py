@@ -55,6 +55,11 @@ def is_wrapped(tensor: Tensor) -> bool:
     )
 
 
+def is_bitsandbytes(module: nn.Module) -> bool:
+    """Return whether it is a 4-bit linear layer of bitsandbytes, adapted or not."""
+    return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes.") for c in type(module).__mro__)
+
+
 def sizes(module: nn.Module) -> tuple[int, int]:
     """Return (input, output) sizes of a linear layer, or of the linear map that another layer's weight is.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftcore.errors import PeftcoreError
 from peftcore.experts import PackedExpert
 from peftcore.hookspecs import hookimpl
-from peftcore.layers import is_conv1d, is_wrapped
+from peftcore.layers import is_bitsandbytes, is_conv1d, is_wrapped
 from peftcore.method import WeightFormat
 from peftcore.plugin_discovery import CORE, Plugin
 from peftcore.plugin_errors import failed_at, is_passed_on
@@ -101,7 +101,7 @@ def weight_format(module: nn.Module) -> WeightFormat:
     """
     found = find_weight_format(module)
     if found is None:
-        if type(module).__module__.startswith("bitsandbytes.") and type(module).__name__ == "Linear4bit":
+        if is_bitsandbytes(module):
             raise PeftcoreError(
                 "no weight format reads Linear4bit of bitsandbytes. Call peftcore.quantize(model) before apply: the "
                 "layers keep their bits"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftcore.adaptation.base_modules import base_modules, original_class, original_forward
 from peftcore.engine.placing import Placed
 from peftcore.errors import PeftcoreError, warn
-from peftcore.layers import is_linear, is_wrapped, sizes
+from peftcore.layers import is_bitsandbytes, is_linear, is_wrapped, sizes
 from peftcore.observation import observe
 
 
@@ -22,9 +22,10 @@ def refuse_without_gradient(model: nn.Module, placed: Placed, trains: bool) -> N
 
     Raises:
         PeftcoreError: adapters would be inside a `torch.autograd.Function` whose input requires no gradient, or the
-            product with a weight that another library has wrapped passes none to its input.
+            product with a weight that another library has wrapped or packed passes none to its input.
     """
     _refuse_in_function(model, placed)
+    _keep_gradients_of_bitsandbytes(model)
     cut = _cut_off(model)
     if cut is not None:
         path, weight = cut
@@ -34,7 +35,9 @@ def refuse_without_gradient(model: nn.Module, placed: Placed, trains: bool) -> N
         )
         if trains:
             raise PeftcoreError(
-                f"{what}. Quantize the weights without the inputs, or use 4 bits of peftcore: peftcore.quantize"
+                f"{what}. Before apply, call peftcore.quantize(model), which keeps its bits"
+                if is_bitsandbytes(model.get_submodule(path))
+                else f"{what}. Quantize the weights without the inputs, or use 4 bits of peftcore: peftcore.quantize"
             )
         warn(f"{what}: it can be used but not trained")
 
@@ -56,14 +59,26 @@ def _refuse_in_function(model: nn.Module, placed: Placed) -> None:
     warn(f"{what}gradient unless the inputs have requires_grad=True")
 
 
+def _keep_gradients_of_bitsandbytes(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers on the CPU from packing their weight for a kernel without a derivative.
+
+    Since 0.49 they do so in their first call in eval mode on a CPU with AVX512-BF16, and use that kernel in training
+    from then on: adapters before them would learn from a part of the gradient.
+    """
+    for _, module in base_modules(model):
+        if is_bitsandbytes(module) and getattr(module, "support_avx512bf16_for_cpu", False):
+            cast(Any, module).support_avx512bf16_for_cpu = False
+
+
 def _cut_off(model: nn.Module) -> tuple[str, Tensor] | None:
     """Return (path, weight) of a linear layer whose wrapped weight passes no gradient; one of each kind is run."""
     seen = set()
     for path, module in base_modules(model):
         weight: Any = module._parameters.get("weight")
-        if weight is None or not is_wrapped(weight) or not is_linear(module):
+        packed = is_bitsandbytes(module) and getattr(weight.quant_state, "packing_format_for_cpu", False)
+        if weight is None or not (packed or is_wrapped(weight)) or not is_linear(module):
             continue
-        kind = original_class(module), type(weight)
+        kind = original_class(module), type(weight), packed
         if kind not in seen and not _lets_through(module, weight):
             return path, weight
         seen.add(kind)
@@ -71,8 +86,9 @@ def _cut_off(model: nn.Module) -> tuple[str, Tensor] | None:
 
 
 def _lets_through(module: nn.Module, weight: Tensor) -> bool:
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
     with torch.enable_grad():
-        x = torch.ones(2, sizes(module)[0], dtype=weight.dtype, device=weight.device, requires_grad=True)
+        x = torch.ones(2, sizes(module)[0], dtype=dtype, device=weight.device, requires_grad=True)
         try:
             y = original_forward(module)(module, x)
         except Exception:

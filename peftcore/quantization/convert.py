@@ -16,7 +16,7 @@ from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, warn
-from peftcore.layers import is_wrapped
+from peftcore.layers import is_bitsandbytes, is_wrapped
 from peftcore.method import Model
 from peftcore.observation import assumed_unchanged, detect
 from peftcore.observation.detecting import mark_as_loaded
@@ -121,7 +121,7 @@ def quantize(
     if plugin is not CORE:
         warn_of_experts([f"{path}.{name}" for path, names in experts.items() for name in names], quant_type)
         experts = {}
-    theirs = [path for path, module in base_modules(model) if _is_bnb(module)]
+    theirs = [path for path, module in base_modules(model) if is_bitsandbytes(module)]
     for path, module in base_modules(model):
         if isinstance(module, QuantizedLinear) and is_divided_later(module):
             divide_quantized(module, path)
@@ -356,11 +356,6 @@ def _check_parameter(path: str, module: nn.Module, parameter: str, part: HeldPar
         return
     if not weight.is_meta:
         refuse_non_finite(weight.detach(), name)
-
-
-def _is_bnb(module: nn.Module) -> bool:
-    cls = type(module)
-    return cls.__module__.startswith("bitsandbytes.") and any(c.__name__ == "Linear4bit" for c in cls.__mro__)
 
 
 def _adopt(module: Any, path: str) -> None:
