@@ -1,5 +1,7 @@
 #include "quant4/cpu/avx512bf16.h"
 
+#include <type_traits>
+
 #include "gemm/cpu/region.h"
 #include "gemm/cpu/transpose.h"
 #include "quant4/cpu/tiles/small_blocks.h"
@@ -68,14 +70,11 @@ struct Lines {
     alignas(64) uint16_t row[kTileColumns][kLineColumns];
 };
 
-void unpack_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last,
-                       int64_t stride, uint32_t* out) {
-    const WeightView& weight = *static_cast<const WeightView*>(source);
-    const __m512 code = _mm512_loadu_ps(weight.quant_map);
-    const int64_t rows = weight.rows, columns = weight.columns, step = values_of_scale(weight);
-    const bool small = has_small_blocks(weight);
-    const int64_t last_row = least(column + tiles * kTileColumns, rows) - 1;
-    const TwoBlocks two_blocks(weight, column * columns + first, last_row * columns + last - 1);
+// decode(codes, element, count, out): values of a row from one on, which begins a line.
+template <typename Decode>
+inline void unpack_lines(const WeightView& weight, int64_t column, int tiles, int64_t first, int64_t last,
+                         int64_t stride, uint32_t* out, Decode decode) {
+    const int64_t rows = weight.rows, columns = weight.columns;
     Lines lines;
     for (int tile = 0; tile < tiles; ++tile, column += kTileColumns, out += stride)
         for (int64_t k = first; k < last; k += kLineColumns) {
@@ -86,19 +85,48 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
                 const uint8_t* packed = weight.codes + begin / 2;
                 // Lines of successive rows are too far apart for the processor's prefetcher.
                 _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kLine), _MM_HINT_T0);
-                for (int64_t i = 0; small && i < count; i += 32)
-                    _mm512_store_si512(lines.row[r] + i, decoded_two(packed + i / 2, two_blocks[begin + i]));
-                for (int64_t i = 0; !small && i < count; i += step) {
-                    const __m512i table = scaled(code, weight, (begin + i) >> weight.shift);
-                    for (int64_t j = i; j < i + step; j += 32)
-                        _mm512_store_si512(lines.row[r] + j, decoded(packed + j / 2, table));
-                }
+                decode(packed, begin, count, lines.row[r]);
             }
             for (int64_t i = 0; i < count; i += 8)
                 for (int half = 0; half < 2; ++half)
                     gemm::transpose(lines.row[16 * half] + i, kLineColumns,
                                     out + (k - first + i) / 2 * kTileColumns + 16 * half, kTileColumns);
         }
+}
+
+void unpack_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last,
+                       int64_t stride, uint32_t* out) {
+    const WeightView& weight = *static_cast<const WeightView*>(source);
+    const auto unpack = [&](const auto& decode) {
+        unpack_lines(weight, column, tiles, first, last, stride, out, decode);
+    };
+    if (has_small_blocks(weight)) {
+        const int64_t last_row = least(column + tiles * kTileColumns, weight.rows) - 1;
+        const TwoBlocks two_blocks(weight, column * weight.columns + first,
+                                   last_row * weight.columns + last - 1);
+        return unpack([two_blocks](const uint8_t* packed, int64_t begin, int64_t count, uint16_t* to) {
+            for (int64_t i = 0; i < count; i += 32)
+                _mm512_store_si512(to + i, decoded_two(packed + i / 2, two_blocks[begin + i]));
+        });
+    }
+    // A constant number of values for each scale, so that the loop within a line is unrolled.
+    const auto unpack_blocks = [&](auto step) {
+        constexpr int64_t kStep = decltype(step)::value;
+        with_tables(weight, [&, shift = weight.shift](const auto& table_of_block) {
+            unpack([&](const uint8_t* packed, int64_t begin, int64_t count, uint16_t* to) {
+                for (int64_t i = 0; i < count; i += kStep, packed += kStep / 2, to += kStep) {
+                    const __m512i table = table_of_block((begin + i) >> shift);
+#pragma GCC unroll 2
+                    for (int64_t j = 0; j < kStep; j += 32)
+                        _mm512_store_si512(to + j, decoded(packed + j / 2, table));
+                }
+            });
+        });
+    };
+    if (values_of_scale(weight) == kTileBlock)
+        unpack_blocks(std::integral_constant<int64_t, kTileBlock>());
+    else
+        unpack_blocks(std::integral_constant<int64_t, kMinBlocksize>());
 }
 
 // W: two rows at a time. One permutation of two tables looks up 16 values of each row and makes pairs of
