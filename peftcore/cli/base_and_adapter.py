@@ -80,7 +80,7 @@ def merge_adapter(
     """Merge the adapter for good; 4-bit weights become dense. Warnings are worded for the commands."""
     import peftcore
 
-    dense = torch_dtype(dtype, device) if _is_packed(model) or _is_read_only(model) else None
+    dense = torch_dtype(dtype, device) if quantize or _is_packed(model) or _is_read_only(model) else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -97,7 +97,7 @@ def merge_adapter(
 
 
 def _is_packed(model: PreTrainedModel) -> bool:
-    """Return whether weights are in 4 bits, by an option or as the checkpoint stores them."""
+    """Return whether weights are in 4 bits as the checkpoint stores them."""
     from peftcore.quantization import quantized_experts, quantized_layers
 
     return any(True for _ in quantized_layers(model)) or any(True for _ in quantized_experts(model))
