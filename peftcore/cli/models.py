@@ -137,7 +137,7 @@ def load_model(
     if is_gguf:
         require("gguf", extra="gguf")
         check_blocks(model)
-    advice = quantize_advice(quantize if isinstance(quantize, str) else None)
+    advice = quantize_advice(None if asked is None or asked.skip is not None else asked.quant_type)
     if packing is None or is_gguf:
         if task == data.IMAGE:
             options["ignore_mismatched_sizes"] = True  # image models come with the head of another data set
@@ -179,7 +179,7 @@ def quantize_advice(quant_type: str | None) -> Iterator[None]:
     """Add to errors that advise arguments of `peftcore.quantize` how the command line passes them.
 
     Args:
-        quant_type: value of --quantize, or None, with which nothing is added.
+        quant_type: 4-bit type of the base, or None, with which nothing is added.
     """
     try:
         yield
