@@ -153,10 +153,12 @@ struct LinearRows {
             }
             for (int r = 0; r < rows; ++r) {
                 float* to = memory.data() + r * capacity;
-                if (factor)
+                if (factor) {
+                    bytes.prefetch(n + r + kStrip);  // `factor` would wait for them
                     bytes.decode(n + r, *factor, to);
-                else
+                } else {
                     copy_scales(weight, (n + r) * columns, (n + r + 1) * columns, to);
+                }
                 scales[r] = to;
             }
             if (rows == 1)
