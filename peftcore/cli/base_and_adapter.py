@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftcore.cli import adapter_tokenizer, base_quantization, dtype_choice
+from peftcore.cli import adapter_tokenizer, base_quantization, dtype_choice, models
 from peftcore.cli.adapter_folders import AdapterTask, Quantization, has_tokenizer
 from peftcore.cli.console import warn
 from peftcore.cli.device_choice import torch_dtype
-from peftcore.cli.models import load_model, load_tokenizer
+from peftcore.cli.models import load_tokenizer
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def load_base(
     """Load the base of an adapter for `task`, in the dtype and the format that options or its training name."""
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     stored_as = base_quantization.of_adapter(quantize, adapter, task)
-    return load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=stored_as)
+    return models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=stored_as)
 
 
 def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
