@@ -75,7 +75,7 @@ def _cut_off(model: nn.Module) -> tuple[str, Tensor] | None:
     seen = set()
     for path, module in base_modules(model):
         weight: Any = module._parameters.get("weight")
-        packed = is_bitsandbytes(module) and getattr(weight.quant_state, "packing_format_for_cpu", False)
+        packed = is_bitsandbytes(module) and _is_packed(weight)
         if weight is None or not (packed or is_wrapped(weight)) or not is_linear(module):
             continue
         kind = original_class(module), type(weight), packed
@@ -83,6 +83,11 @@ def _cut_off(model: nn.Module) -> tuple[str, Tensor] | None:
             return path, weight
         seen.add(kind)
     return None
+
+
+def _is_packed(weight: Any) -> bool:
+    """Return whether bitsandbytes has packed a weight for its CPU kernel; a shard or a dense weight has no state."""
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def _lets_through(module: nn.Module, weight: Tensor) -> bool:
