@@ -86,7 +86,7 @@ class ByteScales {
         return found;
     }
 
-    // The scales of row n, with a factor as above. Compilers take several at a time as there is no branch: a zero or
+    // The scales of row n, with a factor as above. The loop has no branch, so that compilers vectorise it: a zero or
     // subnormal byte is m 2^-17, which is 2^-14 (1 + m / 8) - 2^-14.
     void decode(int64_t n, float factor, float* out) const {
         const uint8_t* from = of_row(n);
