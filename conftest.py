@@ -47,7 +47,7 @@ LONGEST = (
     "tests/csrc/test_sanitizers.py",
     "tests/emulator/test_lora_kernels.py",
     "tests/parallel/test_sharding.py",
-    "tests/cli/test_parallel.py",
+    "tests/cli/training/test_parallel.py",
     "tests/cli/commands/test_train.py",
     "tests/emulator/test_linear_4bit_kernel.py",
     "tests/engine/test_lazy_logits.py",

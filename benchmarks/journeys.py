@@ -82,7 +82,8 @@ def preferences(folder: Path, llama: str, steps: int) -> None:
     clock.run(PROGRAM, "export", "-a", "run", "--format", "gguf", "--only", "model", "-o", "gguf")
     question = "When do you open?"
     ours = clock.run(PROGRAM, "generate", "-a", "run", "--prompt", question, "--max-new-tokens", str(TOKENS))
-    from peftcore.cli import conversations, models
+    from peftcore.cli.bases import models
+    from peftcore.cli.tasks import conversations
 
     asked = [{"role": "user", "content": question}]
     prompt = conversations.rendered(models.load_tokenizer(base), asked, begins_answer=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.cli.adapter_folders import AdapterTask
+from peftcore.cli.bases.adapter_folders import AdapterTask
 
 TOKENS = torch.tensor([[5, 17, 3, 60, 41, 22, 9], [8, 4, 77, 31, 2, 50, 63]])
 VOCABULARY = 262  # of the model; the tokenizer has two tokens fewer

@@ -45,7 +45,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the model and the conversations that the pages name."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from peftcore.cli.conversations import CHATML
+    from peftcore.cli.tasks.conversations import CHATML
 
     torch.manual_seed(0)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -86,7 +86,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return ""
 
     monkeypatch.setattr("builtins.input", no_line)
-    monkeypatch.setattr("peftcore.cli.training_report._pictured", no_picture)  # a third of a training this short
+    monkeypatch.setattr(
+        "peftcore.cli.training.training_report._pictured", no_picture
+    )  # a third of a training this short
     return tmp_path
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from peftcore.cli import data
+from peftcore.cli.data import row_reading
 
 ROOT = Path(__file__).parent.parent
 LLAMA = Path(os.environ.get("PEFTCORE_LLAMA", ROOT / ".llama/bin/python"))
 
 
 def test_its_examples_are_conversations_with_one_answer_to_each_question() -> None:
-    rows = data.read_rows(ROOT / "examples/chat.jsonl", "causal-lm")
+    rows = row_reading.read_rows(ROOT / "examples/chat.jsonl", "causal-lm")
     asked = [row.messages[0]["content"] for row in rows]
     assert len(rows) == 40 and len(set(asked)) == 40
     assert {tuple(turn["role"] for turn in row.messages) for row in rows} == {("user", "assistant")}

@@ -97,7 +97,7 @@ def prepare(folder: Path, sizes: dict[str, Size]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fetch(folder)
     if not (folder / DENSE_WRITER / "model.safetensors").exists():
-        from peftcore.cli import models
+        from peftcore.cli.bases import models
 
         written = folder / f"{DENSE_WRITER}-unfinished"
         models.load_model(str(folder / WRITER), "causal-lm", dtype="bf16", device="cpu").save_pretrained(written)

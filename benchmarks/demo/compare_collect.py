@@ -110,7 +110,7 @@ def of_row(row: Row) -> dict:
 
 def family(settings: dict) -> str | None:
     """What a method changes, as its placements say; None where it refuses the model."""
-    from peftcore.cli import models
+    from peftcore.cli.bases import models
     from peftcore.cli.options import FULL
     from peftcore.engine.placing import placements_for
     from peftcore.errors import PeftcoreError

@@ -59,23 +59,15 @@ def train(run: Path) -> dict:
     from transformers import PrinterCallback, set_seed
 
     import peftcore
-    from peftcore.cli import (
-        data,
-        models,
-        progress,
-        row_labels,
-        settings,
-        tasks,
-        trainer_arguments,
-        trainers,
-        training_data,
-        training_run,
-    )
+    from peftcore.cli import settings, task_names
+    from peftcore.cli.bases import models
+    from peftcore.cli.tasks import by_task, row_labels
+    from peftcore.cli.training import progress, trainer_arguments, trainers, training_data, training_run
 
     warnings.simplefilter("ignore")
     chosen = settings.Settings(**json.loads((run / settings.RUN_FILE).read_text()))
     train_rows, eval_rows, validation = training_data.read_splits(chosen)
-    labels = tuple(row_labels.labels_of([*train_rows, *validation])) if chosen.task in data.LABELLED else ()
+    labels = tuple(row_labels.labels_of([*train_rows, *validation])) if chosen.task in task_names.LABELLED else ()
     tokenizer = models.load_tokenizer(chosen.model)
     rows, held_out = (
         training_data.encode_examples(what, part, chosen, tokenizer, labels)
@@ -107,9 +99,9 @@ def train(run: Path) -> dict:
         args=arguments,
         train_dataset=rows,
         eval_dataset=held_out,
-        data_collator=tasks.collator(tokenizer),
+        data_collator=by_task.collator(tokenizer),
         callbacks=[meter],
-        measure=lambda model: tasks.measure(model, held_out, tokenizer, min(16, chosen.batch_size)),
+        measure=lambda model: by_task.measure(model, held_out, tokenizer, min(16, chosen.batch_size)),
         lengths=[len(example["input_ids"]) for example in rows],
     )
     trainer.remove_callback(PrinterCallback)
@@ -117,7 +109,7 @@ def train(run: Path) -> dict:
         trainer.add_callback(allocating(model.base_model))
     trainer.train()
     return {
-        "after": tasks.measure(model, held_out, tokenizer, min(16, chosen.batch_size)).as_dict(),
+        "after": by_task.measure(model, held_out, tokenizer, min(16, chosen.batch_size)).as_dict(),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "ours_trainable_parameters": trainable,
         "step_seconds": meter.step_seconds,

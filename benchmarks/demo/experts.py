@@ -42,7 +42,7 @@ def upcycle(folder: Path) -> None:
     """Write the mixture to `models/upcycled`, and check that it computes what SmolLM2 does."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from peftcore.cli import models
+    from peftcore.cli.bases import models
 
     to = folder / "models/upcycled"
     if (to / "config.json").exists():

@@ -68,7 +68,9 @@ def write_files(folder: Path) -> None:
 
 def train(folder: Path, task: str, method: str, rate: float) -> dict:
     """Held-out metrics before and after one run."""
-    from peftcore.cli import base_files, console, settings, training_run
+    from peftcore.cli import console, settings
+    from peftcore.cli.bases import base_files
+    from peftcore.cli.training import training_run
     from peftcore.errors import PeftcoreError
 
     console.out.quiet = True

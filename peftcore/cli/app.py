@@ -78,7 +78,7 @@ def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             arguments.check(kwargs)
             if "trust_remote_code" in kwargs:
-                from peftcore.cli import base_files
+                from peftcore.cli.bases import base_files
 
                 base_files.trust_remote_code(bool(kwargs["trust_remote_code"]))
             command(*args, **kwargs)

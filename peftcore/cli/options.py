@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcore.cli import completion, config_file, mixture
+from peftcore.cli import completion, config_file
+from peftcore.cli.data import mixture
 from peftcore.errors import PluginError
 
 FULL = "full"  # in place of a method: full fine-tuning, as the reference of a comparison
@@ -18,7 +19,7 @@ FULL = "full"  # in place of a method: full fine-tuning, as the reference of a c
 
 def in_run(folder: Path | None) -> Path | None:
     """Return the adapter's folder, which may be named by the run that made it."""
-    from peftcore.cli.adapter_folders import adapter_folder
+    from peftcore.cli.bases.adapter_folders import adapter_folder
 
     return None if folder is None else adapter_folder(folder)
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcore.cli import config_file, data, options
+from peftcore.cli import config_file, options, task_names
 from peftcore.errors import PeftcoreError
 
 RUN_FILE = "run.json"
@@ -291,7 +291,7 @@ def for_these_ranks(output: Path, settings: Settings) -> Settings:
         return settings
     before = _read(run_file)
     ranks, accumulated, batches = before.get("ranks", 1), before.get("grad_accum", 1), _batches_per_step(before)
-    if ranks != settings.ranks and settings.task == data.ROLLOUTS:
+    if ranks != settings.ranks and settings.task == task_names.ROLLOUTS:
         raise PeftcoreError(
             f"the run in '{output}' samples answers on {ranks} ranks, and each has random numbers of its own, found "
             f"{settings.ranks} ranks. Resume on {ranks}, or start again: --overwrite"

@@ -13,7 +13,7 @@ from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, Train
 from whole import nightly_but
 
 import peftcore
-from peftcore.cli import sentence_pairs
+from peftcore.cli.tasks import sentence_pairs
 from peftcore.errors import PeftcoreError
 from peftcore.estimating import Step
 from peftcore.estimating.losses import VECTORS

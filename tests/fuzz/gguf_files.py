@@ -270,7 +270,7 @@ def read(file: Path, wanted: dict[str, Any]) -> str:
     """A word for what came of it; raises what is wrong."""
     import torch
 
-    from peftcore.cli import models
+    from peftcore.cli.bases import models
     from peftcore.errors import PeftcoreError
 
     outcome = []
@@ -328,7 +328,7 @@ def main(folder: str, count: str, step: str = "1", seed: str = "0") -> None:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: F401
 
     import peftcore
-    from peftcore.cli import base_files, models
+    from peftcore.cli.bases import base_files, models
 
     torch.set_num_threads(1)
     original, file = Path(folder) / "original.gguf", Path(folder) / "mutated.gguf"

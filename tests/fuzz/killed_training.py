@@ -112,7 +112,7 @@ def main(folder: Path, count: int, seed: int) -> None:
     import torch
 
     import peftcore.cli.app
-    import peftcore.cli.training_run  # noqa: F401
+    import peftcore.cli.training.training_run  # noqa: F401
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -191,7 +191,7 @@ def test_the_first_key_that_matches_counts(keys: list[str], path: str) -> None:
 # How many calls of `re` have a pattern that is not a constant. All are made of peftcore's own words.
 _OWN_WORDS = {
     "peftcore/targets/patterns.py": 3,  # the bounded matcher itself
-    "peftcore/cli/image_turns.py": 1,  # marks of images and recordings
+    "peftcore/cli/data/image_turns.py": 1,  # marks of images and recordings
     "peftcore/files/atomic_writing.py": 1,  # names of files
     "plugins/peftcore-lora/peftcore_lora/per_expert.py": 2,  # parts of experts, names of blocks in transformers
     "plugins/peftcore-lora/peftcore_lora/pipelines/diffusers_file.py": 1,  # parts of a pipeline

@@ -52,12 +52,12 @@ def chat(
     Several adapters of one base may be loaded; switch between them with /use NAME.
     """
     import peftcore
-    from peftcore.cli import (
+    from peftcore.cli import task_names
+    from peftcore.cli.bases import (
         adapter_folders,
         base_and_adapter,
         base_files,
         base_quantization,
-        data,
         dtype_choice,
         models,
     )
@@ -68,7 +68,7 @@ def chat(
             "nothing to talk with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
         )
     about = {name: adapter_folders.adapter_task(folder) for name, folder in folders.items()}
-    classifier = next((name for name, task in about.items() if task.task in data.NEW_HEAD), None)
+    classifier = next((name for name, task in about.items() if task.task in task_names.NEW_HEAD), None)
     if classifier is not None:
         raise PeftcoreError(f"'{folders[classifier]}' is a classifier and cannot write text. Use peftcore generate")
     for name, task in about.items():
@@ -83,14 +83,14 @@ def chat(
         )
     base = base_files.resolve(str(base))
     wide = any(task.dtype == "fp32" for task in about.values())
-    dtype = dtype_choice.of_base(base, data.LANGUAGE_MODEL, dtype, device, (), "fp32" if wide else None).say()
+    dtype = dtype_choice.of_base(base, task_names.LANGUAGE_MODEL, dtype, device, (), "fp32" if wide else None).say()
     base_as = base_quantization.of_adapters(quantize, about)
-    loaded = models.load_model(base, data.LANGUAGE_MODEL, dtype=dtype, device=device, quantize=base_as)
+    loaded = models.load_model(base, task_names.LANGUAGE_MODEL, dtype=dtype, device=device, quantize=base_as)
     peftcore.fuse(loaded)
     grown = _fit_vocabulary(loaded, folders)
     for name, folder in folders.items():
         base_and_adapter.load_adapter(loaded, folder, name)
-    from peftcore.cli import conversations
+    from peftcore.cli.tasks import conversations
 
     tokenizers = {name: models.load_tokenizer(base, folder) for name, folder in folders.items()}
     if not grown:  # otherwise the base has no rows for some tokens
@@ -173,7 +173,7 @@ class Talk:
     def answer(self, text: str) -> None:
         from transformers import TextStreamer
 
-        from peftcore.cli import tasks
+        from peftcore.cli.tasks import text_generation
 
         class Printed(TextStreamer):
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -182,7 +182,7 @@ class Talk:
         streamer = Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         asked = [*self.messages, {"role": "user", "content": text}]
         try:
-            answer = tasks.generate_text(self.model, self.tokenizer, asked, streamer=streamer, **self.how)  # type: ignore[arg-type]
+            answer = text_generation.generate_text(self.model, self.tokenizer, asked, streamer=streamer, **self.how)  # type: ignore[arg-type]
         except KeyboardInterrupt:
             say("\n(stopped; the last message is forgotten)", "dim")
             return
@@ -194,7 +194,7 @@ class Talk:
 
 def _fit_vocabulary(model: Any, folders: dict[str, Path]) -> bool:
     """Resize the model's vocabulary for all adapters. Return whether it differs from the base's."""
-    from peftcore.cli import base_and_adapter
+    from peftcore.cli.bases import base_and_adapter
     from peftcore.files.reading import vocabulary_rows
 
     before = base_and_adapter.vocabulary(model)
@@ -207,7 +207,7 @@ def _fit_vocabulary(model: Any, folders: dict[str, Path]) -> bool:
 
 def _named(texts: list[str]) -> dict[str, Path]:
     """Return folders by name: the given name, or the last part of the path."""
-    from peftcore.cli.adapter_folders import adapter_folder
+    from peftcore.cli.bases.adapter_folders import adapter_folder
 
     folders: dict[str, Path] = {}
     for text in texts:

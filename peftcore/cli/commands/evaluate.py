@@ -40,18 +40,20 @@ def evaluate(
     A classifier's base has a randomly initialised head, the one that training started with if the adapter records it,
     so its figures show chance level.
     """
-    from peftcore.cli import adapter_folders, base_and_adapter, data as examples, models
-    from peftcore.cli.data_files import parsed_columns
+    from peftcore.cli import task_names
+    from peftcore.cli.bases import adapter_folders, base_and_adapter, models
+    from peftcore.cli.data import row_reading
+    from peftcore.cli.data.data_files import parsed_columns
 
-    weighted = next((each for each in examples.sources(data) if each.weight != 1), None)
+    weighted = next((each for each in row_reading.sources(data) if each.weight != 1), None)
     if weighted is not None:
         raise PeftcoreError(
             f"eval measures every example once, found the weight {weighted.weight:g} of --data {weighted.path}. "
             "Leave out the weight"
         )
     task = adapter_folders.adapter_task(adapter, labels)
-    rows = examples.read_rows(data, task.task, parsed_columns(columns))
-    from peftcore.cli import generations
+    rows = row_reading.read_rows(data, task.task, parsed_columns(columns))
+    from peftcore.cli.tasks import generations
 
     answered = generations.count(task.task, given.metric, given.eval_answers)
     if given.metric is not None and not answered:
@@ -59,45 +61,45 @@ def evaluate(
             f"eval shows every metric of {task.task}; --metric adds one of answers ({', '.join(generations.FIGURES)}, "
             f"FILE.py:FUNCTION), found '{given.metric}'. Leave it out"
         )
-    if (task.task == examples.ROLLOUTS) != (given.reward is not None):
+    if (task.task == task_names.ROLLOUTS) != (given.reward is not None):
         raise PeftcoreError(
             f"--reward FILE.py:FUNCTION is what eval needs for grpo, and only for it, found {task.task}"
         )
     base = adapter_folders.base_of(adapter, model)
     tokenizer = models.load_processor(base, task.task, adapter)
-    from peftcore.cli import conversations, metrics, tasks
+    from peftcore.cli.tasks import by_task, conversations, metrics
 
     conversations.set_template(tokenizer, chat_template, task.chat_template)
     length = max_length or task.max_length
-    measure: Any = tasks.measure
-    if task.task in examples.COMPARED:
-        from peftcore.cli import comparisons
+    measure: Any = by_task.measure
+    if task.task in task_names.COMPARED:
+        from peftcore.cli.tasks import comparisons
 
         encoded = comparisons.of(task.task).encode(rows, tokenizer, length)
         measure = functools.partial(comparisons.measure, task.task, beta=task.beta, weights=task.weights)
         if given.reward is not None:
-            from peftcore.cli import rollouts
+            from peftcore.cli.tasks import rollouts
 
             reward = rollouts.load_reward(given.reward)
 
             def measure(model: Any, some: Any, tokenizer: Any, _size: int) -> Any:
                 return rollouts.measure(model, some, tokenizer, reward, given.answer_tokens)
     else:
-        if task.task == examples.SPEECH:
-            from peftcore.cli import speech, transcripts
+        if task.task == task_names.SPEECH:
+            from peftcore.cli.tasks import speech, transcripts
 
             speech.set_language(tokenizer, task.language, models.load_generation_config(base))
             measure = functools.partial(transcripts.measure, answered=answered)
-        encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
-        if task.task == examples.EMBEDDING:
-            from peftcore.cli import sentence_pairs
+        encoded = by_task.encode(rows, task.task, tokenizer, length, task.labels)
+        if task.task == task_names.EMBEDDING:
+            from peftcore.cli.tasks import sentence_pairs
 
             sentence_pairs.check(encoded.examples, "evaluated")
             pooling = task.pooling or sentence_pairs.pooling_of(base)
             measure = functools.partial(sentence_pairs.measure, pooling=pooling)
-        if task.task == examples.TAGS:
-            measure = functools.partial(tasks.measure, tag_names=task.labels)
-    if answered and task.task != examples.SPEECH:
+        if task.task == task_names.TAGS:
+            measure = functools.partial(by_task.measure, tag_names=task.labels)
+    if answered and task.task != task_names.SPEECH:
         answering = generations.Answering(
             rows,
             task.task,

@@ -16,7 +16,7 @@ from peftcore.errors import PeftcoreError, PluginError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from peftcore.cli.adapter_folders import AdapterTask
+    from peftcore.cli.bases.adapter_folders import AdapterTask
     from peftcore.exporter import Exporter
     from peftcore.plugin_discovery import Plugin
 
@@ -55,7 +55,7 @@ def export(
     A format may have adapters, models or both. Models are merged first; without --adapter the base itself is written.
     """
     from peftcore import exporting
-    from peftcore.cli import adapter_folders, base_and_adapter, base_files, base_quantization, models
+    from peftcore.cli.bases import adapter_folders, base_and_adapter, base_files, base_quantization, models
 
     if format is None:
         _list_formats()
@@ -193,7 +193,7 @@ def _refuse_part(
 
 def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any, str | None]:
     """Return the tokenizer and a chat template that replaces its own; training may save both with the adapter."""
-    from peftcore.cli import adapter_folders, models
+    from peftcore.cli.bases import adapter_folders, models
 
     tokenizer = models.load_processor(base, task.task, adapter)
     saved = adapter is not None and adapter_folders.has_tokenizer(adapter)

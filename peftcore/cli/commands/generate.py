@@ -35,42 +35,43 @@ def generate(
 ) -> None:
     """Answer a prompt with an adapter, and with --compare also with its base."""
     import peftcore
-    from peftcore.cli import adapter_folders, base_and_adapter, base_files, data, models
+    from peftcore.cli import task_names
+    from peftcore.cli.bases import adapter_folders, base_and_adapter, base_files, models
 
     if adapter is None and model is None:
         raise PeftcoreError(
             "nothing to generate with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
         )
     if adapter is None:
-        task, base = adapter_folders.AdapterTask(data.LANGUAGE_MODEL, 512), base_files.resolve(str(model))
+        task, base = adapter_folders.AdapterTask(task_names.LANGUAGE_MODEL, 512), base_files.resolve(str(model))
     else:
         task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
-    if task.task == data.REWARD:
+    if task.task == task_names.REWARD:
         raise PeftcoreError(f"'{adapter}' is a reward model, which writes no answers. Measure it: peftcore eval")
-    if task.task == data.IMAGE:
+    if task.task == task_names.IMAGE:
         raise PeftcoreError(f"'{adapter}' classifies images. Use peftcore predict --data IMAGES")
     adapter_folders.refuse_predictor(adapter, task.task)
-    if pair is not None and task.task not in data.LABELLED:
+    if pair is not None and task.task not in task_names.LABELLED:
         raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")
     loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)
     peftcore.fuse(loaded)
     tokenizer = models.load_tokenizer(base, adapter)
-    from peftcore.cli import conversations, tasks
+    from peftcore.cli.tasks import by_task, conversations, text_generation
 
     conversations.set_template(tokenizer, chat_template, task.chat_template)
     if chat is None:
         chat = conversations.has_template(tokenizer) if task.chat is None else task.chat
-        chat = chat and task.task != data.SEQ2SEQ
+        chat = chat and task.task != task_names.SEQ2SEQ
     given: Any = [{"role": "user", "content": prompt}] if chat else prompt
 
     def answer() -> str:
-        if task.task == data.TAGS:
-            from peftcore.cli import tags
+        if task.task == task_names.TAGS:
+            from peftcore.cli.tasks import tags
 
             return tags.tagged(loaded, tokenizer, prompt, task.labels, task.max_length)
-        if task.task in data.LABELLED:
-            return tasks.classify(loaded, tokenizer, prompt, task.labels, task.max_length, task.task, pair)
-        return tasks.generate_text(
+        if task.task in task_names.LABELLED:
+            return by_task.classify(loaded, tokenizer, prompt, task.labels, task.max_length, task.task, pair)
+        return text_generation.generate_text(
             loaded, tokenizer, given, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
 

@@ -38,7 +38,7 @@ def info(
 
 
 def _show(adapter: Path) -> None:
-    from peftcore.cli.adapter_folders import refuse_other_folders
+    from peftcore.cli.bases.adapter_folders import refuse_other_folders
     from peftcore.engine.summary import megabytes
     from peftcore.errors import CheckpointError, PluginError
     from peftcore.files.folder import read_tensors
@@ -100,7 +100,7 @@ def _show(adapter: Path) -> None:
 
 def _base_in_training(folder: Path) -> list[tuple[str, str]]:
     """Return a row that says how the base was quantized in training, if the folder has a record of that."""
-    from peftcore.cli.adapter_folders import TASK_FILE, adapter_task
+    from peftcore.cli.bases.adapter_folders import TASK_FILE, adapter_task
 
     if not (folder / TASK_FILE).is_file():
         return []

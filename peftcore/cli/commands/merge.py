@@ -34,7 +34,9 @@ def merge(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PeftcoreError(f"'{output}' exists already. Pass a new folder: --output FOLDER")
-    from peftcore.cli import adapter_folders, base_and_adapter, base_quantization, conversations, data, models, tasks
+    from peftcore.cli import task_names
+    from peftcore.cli.bases import adapter_folders, base_and_adapter, base_quantization, models
+    from peftcore.cli.tasks import conversations, text_generation
 
     task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
     tokenizer = models.load_processor(base, task.task, adapter)
@@ -43,12 +45,12 @@ def merge(
     base_and_adapter.load_adapter(loaded, adapter)
     base_and_adapter.merge_adapter(loaded, untie=untie, quantize=base_as, dtype=dtype, device=device)
     if adapter_folders.has_tokenizer(adapter) and loaded.can_generate():  # its answers may end with another token
-        loaded.generation_config.eos_token_id = tasks.ends(loaded, conversations.tokenizer_of(tokenizer))
+        loaded.generation_config.eos_token_id = text_generation.ends(loaded, conversations.tokenizer_of(tokenizer))
     try:
         loaded.save_pretrained(output, max_shard_size=shard_size)
         tokenizer.save_pretrained(output)
-        if task.task == data.EMBEDDING:
-            from peftcore.cli import sentence_pairs
+        if task.task == task_names.EMBEDDING:
+            from peftcore.cli.tasks import sentence_pairs
 
             pooling = task.pooling or sentence_pairs.pooling_of(base)
             sentence_pairs.write_pooling(output, pooling, loaded.config.hidden_size)

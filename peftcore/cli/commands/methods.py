@@ -64,11 +64,12 @@ def methods(
 def _tried(folder: str, task: str | None, names: list[str]) -> Iterator[tuple[str, str, str, str]]:
     """Yield each method's trainable parameters and bytes with its defaults, or the error."""
     import peftcore
-    from peftcore.cli import base_files, data, models
+    from peftcore.cli import task_names
+    from peftcore.cli.bases import base_files, models
     from peftcore.engine.summary import megabytes
 
-    task = task or data.LANGUAGE_MODEL
-    data.check_task(task)
+    task = task or task_names.LANGUAGE_MODEL
+    task_names.check_task(task)
     base = models.empty_model(base_files.resolve(folder), task, ())
     for name in names:
         with warnings.catch_warnings(record=True) as warned:

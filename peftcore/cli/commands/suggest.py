@@ -55,14 +55,17 @@ def suggest(
     Each way is a training step that was simulated without memory. Times on GPUs are estimates from data sheets.
     """
     import peftcore
-    from peftcore.cli import base_files, data as rows, forecast, models
+    from peftcore.cli import task_names
+    from peftcore.cli.bases import base_files, models
+    from peftcore.cli.data import row_reading
+    from peftcore.cli.training import forecast
 
     if task is None and data:
-        task = rows.guess_task(data)
-    task = task or (rows.CLASSIFICATION if labels else rows.LANGUAGE_MODEL)
-    rows.check_task(task)
+        task = row_reading.guess_task(data)
+    task = task or (task_names.CLASSIFICATION if labels else task_names.LANGUAGE_MODEL)
+    task_names.check_task(task)
     if data and examples is None:
-        examples = len(rows.read_rows(data, task))
+        examples = len(row_reading.read_rows(data, task))
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = base_files.resolve(model)
     settings = Settings.of(given, model=base, data=data or "", task=task, method="", device=device)
@@ -96,7 +99,7 @@ def suggest(
     shown = {"task": task, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
     shown |= {"lazy-logits": given.lazy_logits, "fuse": given.fuse, "recompute": given.recompute}
     for name, value in shown.items():
-        if value not in (None, "auto") and (name != "task" or value in rows.COMPARED):
+        if value not in (None, "auto") and (name != "task" or value in task_names.COMPARED):
             chosen += [f"--{name}", value]
     files = " -d ".join(map(shlex.quote, data or ())) or "DATA"
     start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore"

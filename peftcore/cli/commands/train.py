@@ -18,7 +18,7 @@ from peftcore.cli.settings import Display, RunOptions, Settings, for_these_ranks
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
-    from peftcore.cli.run_result import Result
+    from peftcore.cli.training.run_result import Result
 
 EXAMPLES = (
     "peftcore train -m HuggingFaceTB/SmolLM2-135M-Instruct -d chat.jsonl --method METHOD -o run",
@@ -74,16 +74,11 @@ def train(
     With --adapter training starts from an existing adapter, of this or another library, with its base and method; the
     initial adapter is what results are compared with, also in DPO.
     """
-    from peftcore.cli import (
-        base_files,
-        data as examples,
-        holdout,
-        precision as precisions,
-        run_result,
-        trainer_arguments,
-        warm_start,
-    )
-    from peftcore.cli.data_files import parsed_columns
+    from peftcore.cli import task_names
+    from peftcore.cli.bases import base_files, precision as precisions
+    from peftcore.cli.data import holdout, row_reading
+    from peftcore.cli.data.data_files import parsed_columns
+    from peftcore.cli.training import run_result, trainer_arguments, warm_start
 
     given = config_file.in_force(context, given)
     precisions.check(given.precision, given.dtype, given.device)
@@ -98,47 +93,49 @@ def train(
                 "--labels names the outputs of an existing adapter (--adapter); a new one takes "
                 "them from the examples. Leave it out"
             )
-        start, task = None, task or examples.guess_task(data, names)
+        start, task = None, task or row_reading.guess_task(data, names)
     else:
         start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
-    examples.check_task(task)
-    if display.sample is not None and task in examples.NO_PROMPTS:
+    task_names.check_task(task)
+    if display.sample is not None and task in task_names.NO_PROMPTS:
         raise PeftcoreError(f"--sample is a prompt for a model of texts, found task {task}. Leave it out")
-    if task == examples.IMAGE and (given.chat_template is not None or given.columns is not None):
+    if task == task_names.IMAGE and (given.chat_template is not None or given.columns is not None):
         raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")
-    if task == examples.SPEECH and start is not None:
+    if task == task_names.SPEECH and start is not None:
         given = replace(given, language=given.language or start.task.language)
-    if given.language is not None and task != examples.SPEECH:
+    if given.language is not None and task != task_names.SPEECH:
         raise PeftcoreError(f"--language is for --task asr, found task {task}. Leave it out")
-    if given.pooling != "auto" and task != examples.EMBEDDING:
+    if given.pooling != "auto" and task != task_names.EMBEDDING:
         raise PeftcoreError(f"--pooling is for --task pairs, found task {task}. Leave it out")
     if given.pooling != "auto" and start is not None:
         raise PeftcoreError(f"--pooling is the adapter's, found {given.pooling}. Leave it out")
-    if given.pack and task != examples.LANGUAGE_MODEL:
+    if given.pack and task != task_names.LANGUAGE_MODEL:
         raise PeftcoreError(f"--pack is for causal-lm, found task {task}. Leave it out")
-    if task == examples.ROLLOUTS:
+    if task == task_names.ROLLOUTS:
         require("trl", extra="dpo")
         _check_rollouts(given, data)
     elif given.reward is not None:
         raise PeftcoreError(f"--reward judges the answers of --task grpo, found task {task}. Leave it out")
-    least = 0.0 if task == examples.ROLLOUTS else 1e-9
-    if given.beta is not None and (task not in examples.COMPARED or task == examples.REWARD or not given.beta >= least):
+    least = 0.0 if task == task_names.ROLLOUTS else 1e-9
+    if given.beta is not None and (
+        task not in task_names.COMPARED or task == task_names.REWARD or not given.beta >= least
+    ):
         raise PeftcoreError(
             f"--beta is for --task dpo, image-dpo, kto, orpo and grpo and must be above 0 (of grpo also 0), found "
             f"{given.beta:g} for {task}. Leave it out, or pass a number above 0"
         )
-    if task != examples.UNPAIRED and (given.desirable_weight, given.undesirable_weight) != (1.0, 1.0):
+    if task != task_names.UNPAIRED and (given.desirable_weight, given.undesirable_weight) != (1.0, 1.0):
         raise PeftcoreError(
             f"--desirable-weight and --undesirable-weight are for --task kto, found task {task}. Leave them out"
         )
-    if task == examples.UNPAIRED and given.batch_size < 2:
+    if task == task_names.UNPAIRED and given.batch_size < 2:
         raise PeftcoreError(
             "--task kto compares the answers of a batch, found --batch-size 1. Use --batch-size 2 or more"
         )
     if given.teacher is not None:
         require("transformers", "accelerate")
-        from peftcore.cli import distillation
+        from peftcore.cli.training import distillation
 
         given = replace(given, teacher=distillation.checked(given, task))
     elif given.teacher_weight != type(given).teacher_weight:
@@ -148,7 +145,7 @@ def train(
         )
     if given.ebft is not None:
         require("transformers", "accelerate")
-        from peftcore.cli import feature_matching
+        from peftcore.cli.training import feature_matching
 
         feature_matching.checked(given, task)
     if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
@@ -158,13 +155,14 @@ def train(
     if given.streaming:
         _check_streaming(given, task)
     for file in filter(None, (None if given.streaming else data, given.eval_data)):
-        examples.read_rows(file, task, names)  # show wrong lines before anything is loaded
+        row_reading.read_rows(file, task, names)  # show wrong lines before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
-    if task in examples.COMPARED:
+    if task in task_names.COMPARED:
         require("trl", extra="dpo")
     base_files.quiet_transformers()
     from peftcore import ranks
-    from peftcore.cli import base_files, base_quantization, best_checkpoint, reporting, torchrun, training_run
+    from peftcore.cli.bases import base_files, base_quantization
+    from peftcore.cli.training import best_checkpoint, reporting, torchrun, training_run
     from peftcore.quantization import find_type
     from peftcore.registry import registry
 
@@ -197,7 +195,7 @@ def train(
         ranks=ranks.count(),
     )
     if fit:
-        from peftcore.cli import forecast
+        from peftcore.cli.training import forecast
 
         settings = forecast.fitted(settings)
 
@@ -235,7 +233,7 @@ def train(
 
 def _check_streaming(given: RunOptions, task: str) -> None:
     """Raise a PeftcoreError unless the options fit to examples that stay in their files."""
-    from peftcore.cli import streamed
+    from peftcore.cli.data import streamed
 
     if task not in streamed.TASKS:
         raise PeftcoreError(f"--streaming is for {' and '.join(streamed.TASKS)}, found task {task}. Leave it out")
@@ -250,7 +248,8 @@ def _check_streaming(given: RunOptions, task: str) -> None:
 
 def _check_rollouts(given: RunOptions, data: list[str]) -> None:
     """Raise a PeftcoreError unless the options are those of GRPO."""
-    from peftcore.cli import mixture, rollouts
+    from peftcore.cli.data import mixture
+    from peftcore.cli.tasks import rollouts
 
     if given.reward is None:
         raise PeftcoreError("--task grpo needs a function that judges answers. Pass --reward FILE.py:FUNCTION")
@@ -272,7 +271,9 @@ def _check_rollouts(given: RunOptions, data: list[str]) -> None:
 
 def _show(settings: Settings, result: Result, output: Path, prompt: str | None) -> None:
     """Print the result with the answers to `prompt`, and write `report.html` and `result.json`."""
-    from peftcore.cli import memory_picture, metrics, training_data, training_report, versions
+    from peftcore.cli import versions
+    from peftcore.cli.tasks import metrics
+    from peftcore.cli.training import memory_picture, training_data, training_report
 
     said = result.predicted
     facts = _facts(result)
@@ -346,7 +347,7 @@ def _options() -> Iterator[tuple[str, str, str]]:
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:
-    from peftcore.cli.progress import gigabytes
+    from peftcore.cli.training.progress import gigabytes
     from peftcore.engine.summary import counted, megabytes, share
 
     trainable, base = result.summary.trainable_parameters, result.summary.base_parameters
@@ -367,7 +368,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _predicted(result: Result) -> list[tuple[str, str]]:
-    from peftcore.cli.progress import gigabytes
+    from peftcore.cli.training.progress import gigabytes
 
     if result.predicted is None:
         return []
@@ -377,19 +378,24 @@ def _predicted(result: Result) -> list[tuple[str, str]]:
 
 def _commands(settings: Settings, result: Result) -> list[str]:
     adapter = shlex.quote(str(result.adapter)) + (" --trust-remote-code" if settings.trust_remote_code else "")
-    from peftcore.cli import data
+    from peftcore.cli import task_names
+    from peftcore.cli.data import row_reading
 
-    files = [settings.eval_data] if settings.eval_data else [each.path for each in data.sources(settings.data)]
+    files = [settings.eval_data] if settings.eval_data else [each.path for each in row_reading.sources(settings.data)]
     evaluation = " --data ".join(map(shlex.quote, files))
     if settings.columns:
         evaluation += f" --columns {shlex.quote(settings.columns)}"
-    reads_rows = (*data.MULTIMODAL, data.EMBEDDING, data.SPEECH)
-    takes_prompts = settings.task not in (data.IMAGE, data.REWARD, *reads_rows)
-    is_chat = result.is_chat and settings.task not in data.NO_PROMPTS
+    reads_rows = (*task_names.MULTIMODAL, task_names.EMBEDDING, task_names.SPEECH)
+    takes_prompts = settings.task not in (task_names.IMAGE, task_names.REWARD, *reads_rows)
+    is_chat = result.is_chat and settings.task not in task_names.NO_PROMPTS
     return [
         *([f"peftcore chat --adapter {adapter}"] if is_chat else []),
         *([f'peftcore generate --adapter {adapter} --prompt "..."'] if takes_prompts else []),
-        *([f"peftcore predict --adapter {adapter} --data NEW"] if settings.task in (*data.HEADED, *reads_rows) else []),
+        *(
+            [f"peftcore predict --adapter {adapter} --data NEW"]
+            if settings.task in (*task_names.HEADED, *reads_rows)
+            else []
+        ),
         f"peftcore eval --adapter {adapter} --data {evaluation}",
         f"peftcore merge --adapter {adapter} --output MERGED",
     ]

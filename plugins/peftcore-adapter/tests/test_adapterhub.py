@@ -163,7 +163,7 @@ def test_commands_take_such_folders(command: Any, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_names_no_base(tmp_path: Path) -> None:
-    from peftcore.cli import adapter_folders
+    from peftcore.cli.bases import adapter_folders
 
     assert adapter_folders.base_of(FOLDERS / "bert-seq_bn", "some/base") == "some/base"
     with pytest.raises(peftcore.PeftcoreError, match="does not name the base it was trained on"):

@@ -120,20 +120,22 @@ def compare(
     finds one among rates that are the same for all.
     A run that fails is shown with its reason. `--method full` is full fine-tuning.
     """
-    from peftcore.cli import base_files, data as examples
-    from peftcore.cli.data_files import parsed_columns
+    from peftcore.cli import task_names
+    from peftcore.cli.bases import base_files
+    from peftcore.cli.data import row_reading
+    from peftcore.cli.data.data_files import parsed_columns
 
     given = config_file.in_force(context, given)
     names = parsed_columns(given.columns)
-    task = task or examples.guess_task(data, names)
+    task = task or row_reading.guess_task(data, names)
     for file in filter(None, (data, given.eval_data)):
-        examples.read_rows(file, task, names)  # show wrong lines before anything is loaded
+        row_reading.read_rows(file, task, names)  # show wrong lines before anything is loaded
     if given.epochs <= 0:
         raise PeftcoreError(f"--epochs must be above 0, found {given.epochs:g}")
-    if given.other_data is not None and task != examples.LANGUAGE_MODEL:
+    if given.other_data is not None and task != task_names.LANGUAGE_MODEL:
         raise PeftcoreError(f"--other-data is for causal-lm, found task {task}. Leave it out")
     if given.other_data is not None:
-        examples.read_rows(given.other_data, task)
+        row_reading.read_rows(given.other_data, task)
     rates = parse_search(search, method)
     candidates = parse_candidates(method, full)
     require("transformers", "accelerate", "matplotlib", "psutil")
@@ -158,7 +160,7 @@ def compare(
 
 def _one_dtype(dtype: str, device: str) -> str:
     """Return the dtype of all runs: auto is bf16 on CUDA, else fp32, whatever each method would choose."""
-    from peftcore.cli import dtype_choice
+    from peftcore.cli.bases import dtype_choice
 
     return dtype_choice.choose(dtype, device, None).dtype
 
@@ -306,7 +308,7 @@ def _does_not_fit(common: Settings) -> str | None:
     import psutil
     import torch
 
-    from peftcore.cli import device_choice, models
+    from peftcore.cli.bases import device_choice, models
 
     device = device_choice.torch_device(common.device)
     size = device_choice.torch_dtype(common.dtype, common.device).itemsize

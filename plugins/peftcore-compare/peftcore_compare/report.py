@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftcore.cli import metrics
-from peftcore.cli.chart import Panel, small_multiples
 from peftcore.cli.console import table
 from peftcore.cli.options import FULL
-from peftcore.cli.progress import gigabytes
+from peftcore.cli.tasks import metrics
+from peftcore.cli.training.chart import Panel, small_multiples
+from peftcore.cli.training.progress import gigabytes
 from peftcore.engine.summary import megabytes
 
 if TYPE_CHECKING:

@@ -86,7 +86,7 @@ def _context() -> Any:
     if sys.platform != "linux" or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peftcore.cli.training_run"])
+    context.set_forkserver_preload(["peftcore.cli.training.training_run"])
     return context
 
 
@@ -112,7 +112,7 @@ def _failure(folder: Path, status: int) -> str:
 
 def main(folder: Path) -> int:
     """Train as `folder` says; the exit status."""
-    from peftcore.cli import run_result, training_run
+    from peftcore.cli.training import run_result, training_run
 
     settings = Settings(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
     (folder / _ERROR).unlink(missing_ok=True)

@@ -26,7 +26,9 @@ from commands import SPECIAL, WORDS, printed, save_tokenizer, write_jsonl
 from PIL import Image
 from safetensors import safe_open
 
-from peftcore.cli import config_file, image_chats, models
+from peftcore.cli import config_file
+from peftcore.cli.bases import models
+from peftcore.cli.tasks import image_chats
 
 CASES: list[dict[str, Any]] = json.loads(Path(__file__).with_name("converted_configs.json").read_text())
 SHAPE = {"vocab_size": len(SPECIAL + WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

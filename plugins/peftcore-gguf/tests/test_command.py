@@ -11,7 +11,7 @@ import tiny
 from commands import Run
 from exported import logits, saved_run, tensors
 
-from peftcore.cli.adapter_folders import TASK_FILE
+from peftcore.cli.bases.adapter_folders import TASK_FILE
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from peftcore import PeftcoreError
-from peftcore.cli.adapter_folders import AdapterTask
+from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.plugin import nearest
 from peftcore_serve import folders, protocol
 from peftcore_serve.folders import Folder, Text, Texts

@@ -19,7 +19,7 @@ from peftcore.cli.console import note, say
 if TYPE_CHECKING:
     import uvicorn
 
-    from peftcore.cli.adapter_folders import AdapterTask
+    from peftcore.cli.bases.adapter_folders import AdapterTask
     from peftcore_serve.app import Server
     from peftcore_serve.folders import Folder
 
@@ -100,7 +100,8 @@ def make(
         PeftcoreError: the base cannot be loaded, or the folder of adapters cannot be read or is itself an adapter.
     """
     import peftcore
-    from peftcore.cli import base_files, base_quantization, data, dtype_choice, models
+    from peftcore.cli import task_names
+    from peftcore.cli.bases import base_files, base_quantization, dtype_choice, models
     from peftcore_serve import folders
     from peftcore_serve.app import Server
 
@@ -115,7 +116,7 @@ def make(
     name = name or Path(base).name  # of "."
     tasks = _tasks(there)
     wide = any(each.dtype == "fp32" for each in tasks.values())
-    task = data.LANGUAGE_MODEL
+    task = task_names.LANGUAGE_MODEL
     dtype = dtype_choice.of_base(base, task, dtype, device, (), "fp32" if wide else None).say()
     base_as = base_quantization.of_adapters(quantize, tasks)
     loaded = models.load_model(base, task, dtype=dtype, device=device, quantize=base_as)
@@ -146,7 +147,7 @@ def make(
 
 def _tasks(found: Mapping[str, Folder]) -> dict[str, AdapterTask]:
     """Return what each adapter that can be read was trained for."""
-    from peftcore.cli import adapter_folders
+    from peftcore.cli.bases import adapter_folders
 
     tasks = {}
     for name, folder in found.items():

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from peftcore import PeftcoreError
-from peftcore.cli import adapter_folders, base_and_adapter, conversations, data, models, tasks
-from peftcore.cli.adapter_folders import AdapterTask
-from peftcore.cli.row import Messages
+from peftcore.cli import task_names
+from peftcore.cli.bases import adapter_folders, base_and_adapter, models
+from peftcore.cli.bases.adapter_folders import AdapterTask
+from peftcore.cli.data.row import Messages
+from peftcore.cli.tasks import conversations, text_generation
 
 _TOKENIZERS = 32  # different ones in memory
 Stamp = tuple[tuple[str, int, int], ...]  # (name, time of the last change, bytes) of each file
@@ -85,7 +87,7 @@ class Text:
             else:
                 text = conversations.rendered(self.tokenizer, prompt, begins_answer=True)
                 found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return list(found) or [tasks.first_token(self.tokenizer)]
+            return list(found) or [text_generation.first_token(self.tokenizer)]
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of tokens, without special ones."""
@@ -137,9 +139,17 @@ class Texts:
 
     def _check(self, folder: Folder) -> str:
         task = adapter_folders.adapter_task(folder.path)
-        if task.task in data.NO_PROMPTS:
-            what = "a classifier and cannot write text" if task.task in data.HEADED else f"for the task {task.task}"
-            how = "generate" if task.task in data.HEADED else "eval" if task.task == data.REWARD else "predict"
+        if task.task in task_names.NO_PROMPTS:
+            what = (
+                "a classifier and cannot write text" if task.task in task_names.HEADED else f"for the task {task.task}"
+            )
+            how = (
+                "generate"
+                if task.task in task_names.HEADED
+                else "eval"
+                if task.task == task_names.REWARD
+                else "predict"
+            )
             raise PeftcoreError(f"the adapter '{folder.name}' is {what}. Use peftcore {how}")
         if self._refuse is not None:
             self._refuse(folder.name, task)
@@ -167,4 +177,4 @@ class Texts:
     def _load(self, path: Path | None, template: str | None) -> Text:
         tokenizer = models.load_tokenizer(self._base, path)
         conversations.set_template(tokenizer, self._template, template)
-        return Text(tokenizer, frozenset(tasks.ends(self._model, tokenizer) or ()))
+        return Text(tokenizer, frozenset(text_generation.ends(self._model, tokenizer) or ()))

@@ -17,7 +17,8 @@ from peftcore_serve.command import make
 from starlette.testclient import TestClient
 
 import peftcore
-from peftcore.cli import base_and_adapter, models, tasks
+from peftcore.cli.bases import base_and_adapter, models
+from peftcore.cli.tasks import text_generation
 
 __all__ = ["llama"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}is {% endif %}"
@@ -57,7 +58,7 @@ def with_adapter(base: Path, adapter: Path | None) -> Any:
 def written(base: Path, adapter: Path | None, prompt: str, tokens: int = 8) -> str:
     """What `peftcore generate` writes, without a server."""
     model = with_adapter(base, adapter)
-    return tasks.generate_text(model, models.load_tokenizer(str(base)), prompt, max_new_tokens=tokens)
+    return text_generation.generate_text(model, models.load_tokenizer(str(base)), prompt, max_new_tokens=tokens)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 
 import peftcore
 from peftcore import PeftcoreError
-from peftcore.cli.adapter_folders import AdapterTask, Quantization
+from peftcore.cli.bases.adapter_folders import AdapterTask, Quantization
 
 from .conftest import PROMPTS, save_adapter, written
 

@@ -20,7 +20,7 @@ from peftcore_serve.decoding import Batch
 from starlette.testclient import TestClient
 
 import peftcore
-from peftcore.cli import models
+from peftcore.cli.bases import models
 from peftcore.engine.fusing import fused_modules
 
 from .conftest import METHODS, PROMPTS, with_adapter, written

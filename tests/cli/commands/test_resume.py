@@ -14,7 +14,7 @@ import torch
 from commands import Run
 from safetensors.torch import load_file
 
-from peftcore.cli import progress
+from peftcore.cli.training import progress
 
 
 def train_arguments(llama: Path, reviews: Path, output: Path) -> list[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import Run
 
-from peftcore.cli import forecast
+from peftcore.cli.training import forecast
 
 ONE = ("--method", "lora", "--rank", 4, "--max-length", 12)
 

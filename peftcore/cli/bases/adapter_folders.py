@@ -1,0 +1,224 @@
+"""Adapter folders as commands name them: what the adapter was trained for, and on which base."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcore.cli import task_names
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.validation import check_types, shown
+
+if TYPE_CHECKING:
+    pass
+
+TASK_FILE = "peftcore_task.json"
+_LABELS = 1_000  # above this, the adapter's head is checked before the base gets one
+_MODULES = 1_000
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a base is quantized: arguments of `peftcore.quantize`, with the compute dtype by its name."""
+
+    quant_type: str
+    double_quant: bool = True
+    blocksize: int = 64
+    compute_dtype: str | None = None
+    skip: tuple[str, ...] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `peftcore.quantize` and `peftcore.quantization.load`."""
+        import torch
+
+        dtype = None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+        return {**vars(self), "compute_dtype": dtype}
+
+    def __str__(self) -> str:
+        skipped = "" if self.skip is None else f", {len(self.skip)} weights dense"
+        return f"{self.quant_type} (blocksize={self.blocksize}, double_quant={self.double_quant}{skipped})"
+
+
+@dataclass(frozen=True)
+class AdapterTask:
+    """What an adapter was trained for, stored with it as `peftcore_task.json`, which PEFT ignores."""
+
+    task: str
+    max_length: int
+    labels: tuple[str, ...] = ()
+    chat: bool | None = None  # whether it was trained on conversations; None if unknown
+    chat_template: str | None = None  # if it is not the tokenizer's own
+    beta: float | None = None  # of preferences, if it is not the default
+    weights: tuple[float, float] | None = None  # of good and bad answers, if they are not 1
+    dtype: str | None = None  # of the base in training
+    seed: int | None = None  # seed of a classifier's new head
+    language: str | None = None  # of recordings
+    pooling: str | None = None  # of token vectors into that of a text
+    quantized: Quantization | None = None  # the base in training; None if its weights were read as they are
+
+    def write(self, folder: Path) -> None:
+        """Write the file into the adapter's folder, replacing a link."""
+        if (folder / TASK_FILE).is_symlink():
+            (folder / TASK_FILE).unlink()
+        (folder / TASK_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
+    """Return the task of the adapter in `folder`; without our task file (written by PEFT), determined from the adapter.
+
+    Args:
+        folder: folder of the adapter.
+        labels: a classifier's labels in the order of its outputs, separated by commas. An adapter in another library's
+            format is taken to be a classifier's if they are given.
+
+    Raises:
+        PeftcoreError: the folder has no adapter, or one for a task that no command runs.
+    """
+    from peftcore.files.reading import fields_of_folder
+    from peftcore.files.safe_reading import JSON_BYTES, parse_json, read_bytes
+
+    refuse_other_folders(folder)
+    given = tuple(part.strip() for part in labels.split(",")) if labels else ()
+    fields, foreign = fields_of_folder(folder)
+    try:
+        stored = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
+        if not isinstance(stored, dict):
+            raise TypeError(f"it must be a JSON object, found {shown(stored)}")
+        # Files without `chat` are older than conversations.
+        chat, template = stored.get("chat", False), stored.get("chat_template")
+        more = {name: stored.get(name) for name in ("beta", "dtype", "seed", "pooling", "language")}
+        more["quantized"] = _quantization(stored.get("quantized"))
+        more["weights"] = None if stored.get("weights") is None else tuple(stored["weights"])
+        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, **more)
+        if type(stored["labels"]) is not list:
+            raise TypeError(f"labels must be a list, found {shown(stored['labels'])}")
+        if task.task not in task_names.TASKS:
+            raise ValueError(f"task must be one of {', '.join(task_names.TASKS)}, found {shown(task.task)}")
+        check_types(task)
+        if template is not None and "{" not in template and template != "chatml":
+            raise ValueError(
+                f"chat_template={shown(template)} is neither a template nor 'chatml', and is not opened as a "
+                "path (to use a file, pass --chat-template FILE)"
+            )
+        _refuse_labels_without_outputs(folder, task)
+    except FileNotFoundError:
+        if foreign is not None:  # not stated; heads are elsewhere and belong to the base
+            return AdapterTask(task_names.CLASSIFICATION if given else task_names.LANGUAGE_MODEL, 512, given)
+        task = _task_of_peft(folder, fields)
+    except KeyError as error:
+        raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: it lacks {error}. It can be deleted") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: {error}. It can be deleted") from error
+    if given and len(given) != len(task.labels):
+        raise PeftcoreError(f"--labels names {len(given)} labels, but the adapter has {len(task.labels)}")
+    return replace(task, labels=given or task.labels)
+
+
+def _quantization(stored: Any) -> Quantization | None:
+    """Return the record of a base in 4 bits.
+
+    Raises:
+        ValueError: the record is damaged.
+        TypeError: a field is missing or unknown, or has another type.
+    """
+    if stored is None:
+        return None
+    if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored.get("skip") or ()):
+        raise TypeError(f"quantized must be a JSON object with names to skip, found {shown(stored)}")
+    skip = stored.get("skip")
+    found = Quantization(**{**stored, "skip": None if skip is None else tuple(skip)})
+    check_types(found)
+    if found.compute_dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"compute_dtype must be float32, bfloat16 or float16, found {shown(found.compute_dtype)}")
+    return found
+
+
+def _refuse_labels_without_outputs(folder: Path, task: AdapterTask) -> None:
+    """Raise a ValueError for very many labels without a head in the adapter, before the base gets one of that size."""
+    from peftcore.files.folder import read_tensors
+
+    count = len(task.labels)
+    if task.task in task_names.HEADED and count > _LABELS:
+        tensors, _ = read_tensors(folder)
+        if not any(tensor.shape[:1] == (count,) for tensor in tensors.values()):
+            raise ValueError(f"it names {count:,} labels, but no tensor of the adapter has as many rows")
+
+
+def refuse_predictor(folder: Path | None, task: str) -> None:
+    """Raise a PeftcoreError if an adapter for `task` answers no prompt, but what `predict` reads."""
+    if task == task_names.SPEECH:
+        raise PeftcoreError(f"'{folder}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
+    if task == task_names.EMBEDDING:
+        raise PeftcoreError(f"'{folder}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
+    if task in task_names.MULTIMODAL:
+        raise PeftcoreError(
+            f"'{folder}' answers turns with images or audio. Use peftcore predict --data CONVERSATIONS.jsonl"
+        )
+
+
+def base_of(folder: Path, model: str | None) -> str:
+    """Return the base of an adapter: `model` if given, otherwise the one the adapter names."""
+    from peftcore.files.reading import fields_of_folder
+
+    named = model or fields_of_folder(folder)[0].get("base_model_name_or_path")
+    if not named or not isinstance(named, str):
+        raise PeftcoreError(f"'{folder}' does not name the base it was trained on. Pass it: --model MODEL")
+    return named
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Return the adapter's folder; `folder` may be that of the run that made it."""
+    inside = folder / "adapter"
+    here, there = (os.path.exists(each / "adapter_config.json") for each in (folder, inside))
+    return inside if there and not here else folder
+
+
+def refuse_other_folders(folder: Path) -> None:
+    """Raise a PeftcoreError for a run without an adapter and for an empty folder, with what to do instead."""
+    if not os.path.isdir(folder) or os.path.exists(folder / "adapter_config.json"):
+        return  # other files may be an adapter of another library, whose reader says what is missing
+    checkpoints = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda each: (len(each.name), each.name))
+    if os.path.exists(folder / "run.json"):
+        more = f", or use its newest checkpoint: --adapter {checkpoints[-1]}" if checkpoints else ""
+        raise PeftcoreError(
+            f"the run in '{folder}' has no adapter yet, because it has not ended. Continue it with --resume{more}"
+        )
+    if not os.listdir(folder):
+        raise PeftcoreError(
+            f"'{folder}' is empty. Pass the folder of a run (--output of peftcore train) or one that `save` wrote"
+        )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a tokenizer is saved with the adapter, as trainers do; it may have more tokens than the base's."""
+    return os.path.exists(folder / "tokenizer_config.json")
+
+
+def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
+    from peftcore.files.folder import read_tensors
+
+    if fields.get("task_type") in (None, "CAUSAL_LM"):
+        return AdapterTask(task_names.LANGUAGE_MODEL, 512)
+    if fields["task_type"] == "SEQ_2_SEQ_LM":
+        return AdapterTask(task_names.SEQ2SEQ, 512)
+    if fields["task_type"] == "FEATURE_EXTRACTION":
+        return AdapterTask(task_names.EMBEDDING, 512)
+    if fields["task_type"] != "SEQ_CLS":
+        raise PeftcoreError(
+            f"'{folder}' is for the task {fields['task_type']}, which no command supports. Use the library"
+        )
+    tensors, _ = read_tensors(folder)
+    saved = fields.get("modules_to_save") or ["classifier", "score"]
+    if not isinstance(saved, list) or len(saved) > _MODULES or not all(isinstance(each, str) for each in saved):
+        raise CheckpointError(f"'{folder}': modules_to_save must be a list of names, found {shown(saved)}")
+    held = [tensor for name, tensor in tensors.items() if any(f".{module}." in name for module in saved)]
+    heads = [tensor for tensor in held if tensor.dim()]
+    if not heads:
+        raise CheckpointError(f"'{folder}' has no classification head among its tensors")
+    outputs = heads[-1].shape[0]
+    if outputs == 1:
+        return AdapterTask(task_names.REGRESSION, 512)
+    return AdapterTask(task_names.CLASSIFICATION, 512, tuple(str(i) for i in range(outputs)))

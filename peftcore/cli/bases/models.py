@@ -1,0 +1,399 @@
+"""Base models (a hub id, a folder, a .gguf file) and what prepares their inputs: tokenizers and processors."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Collection, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcore.cli import task_names
+from peftcore.cli.bases import adapter_tokenizer, own_code
+from peftcore.cli.bases.adapter_folders import Quantization, has_tokenizer
+from peftcore.cli.bases.base_files import pretrained, quiet_transformers, remote_code
+from peftcore.cli.bases.device_choice import torch_device, torch_dtype
+from peftcore.cli.bases.gguf_file import check_blocks
+from peftcore.cli.console import note, require, warn
+from peftcore.cli.tasks import conversations, image_chats, speech
+from peftcore.errors import PeftcoreError
+from peftcore.registry import registry
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokenizerBase:
+    """Return the adapter's tokenizer, else the base's; if it has no padding token, its end-of-text token is used.
+
+    Raises:
+        PeftcoreError: the tokenizer cannot be loaded.
+    """
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    if adapter is not None and has_tokenizer(adapter):
+        return adapter_tokenizer.load(adapter)
+    tokenizer = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer")
+    if type(tokenizer).__name__ == conversations.MISTRAL:  # found first where mistral-common is installed
+        other = pretrained(AutoTokenizer.from_pretrained, model, "tokenizer", mistral_format=False)
+        tokenizer = tokenizer if other.eos_token is None else other  # None if made of tekken.json alone
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_processor(model: str, task: str, adapter: Path | None = None) -> Any:
+    """Return what prepares the inputs of a task: a processor of images (and texts), or the tokenizer.
+
+    Raises:
+        PeftcoreError: it cannot be loaded.
+    """
+    if task == task_names.SPEECH:
+        return _speech_processor(model, adapter)
+    if task not in (task_names.IMAGE, *task_names.MULTIMODAL):
+        return load_tokenizer(model, adapter)
+    quiet_transformers()
+    from transformers import AutoImageProcessor, AutoProcessor
+
+    if model.endswith(".gguf"):
+        raise PeftcoreError(f"--task {task} needs a model of transformers, found the .gguf file '{model}'")
+    if task != task_names.AUDIO_TEXT:
+        require("PIL", extra="images")
+    load_config(model, task)
+    if task in task_names.MULTIMODAL:
+        found = _with_torchvision(AutoProcessor, model, "processor")
+        processor = image_chats.checked(found, model, hears=task == task_names.AUDIO_TEXT)
+        if adapter is not None and has_tokenizer(adapter):
+            own = adapter_tokenizer.load(adapter)
+            own.chat_template = own.chat_template or processor.tokenizer.chat_template
+            processor.tokenizer = own
+        return processor
+    return _with_torchvision(AutoImageProcessor, model, "image processor")
+
+
+def _with_torchvision(kind: Any, model: str, what: str) -> Any:
+    """Return a processor.
+
+    Raises:
+        PeftcoreError: it cannot be loaded; the message says so if that is because torchvision is not installed.
+    """
+    try:
+        return pretrained(kind.from_pretrained, model, what)
+    except (AttributeError, PeftcoreError) as error:
+        # Some releases of transformers raise an AttributeError that does not name the package.
+        is_named = isinstance(error, AttributeError) or "torchvision" in str(error).lower()
+        if is_named and importlib.util.find_spec("torchvision") is None:
+            raise PeftcoreError(
+                f"the {what} of '{model}' needs torchvision, which is not installed. Install the release for your "
+                "PyTorch, which no extra of peftcore chooses: pip install torchvision"
+            ) from error
+        if isinstance(error, PeftcoreError):
+            raise
+        raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {error}") from error
+
+
+def _speech_processor(model: str, adapter: Path | None) -> Any:
+    quiet_transformers()
+    from transformers import AutoFeatureExtractor, WhisperProcessor
+
+    config = load_config(model, task_names.SPEECH)
+    extractor = pretrained(AutoFeatureExtractor.from_pretrained, model, "feature extractor")
+    tokenizer: Any = load_tokenizer(model, adapter)
+    return speech.checked(WhisperProcessor(extractor, tokenizer), config)
+
+
+def load_model(
+    model: str,
+    task: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    labels: tuple[str, ...] = (),
+    quantize: str | Quantization | None = None,
+) -> PreTrainedModel:
+    """Return a base for `task`, in evaluation mode on its device.
+
+    Args:
+        model: folder, hub id, or .gguf file.
+        task: the task.
+        dtype: value of `--dtype`.
+        device: value of `--device`.
+        labels: a classifier's labels.
+        quantize: 4-bit type of the linear layers, or all about how they are quantized; None for dense weights.
+    """
+    quiet_transformers()
+    asked = Quantization(quantize) if isinstance(quantize, str) else quantize
+    packing = None if asked is None else asked.arguments()
+    loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_head(task, labels)}
+    is_gguf = model.endswith(".gguf")
+    if packing is None and not is_gguf:
+        packing = _packing_of(load_config(model, task, labels))
+    if packing is not None:
+        from peftcore import quantization
+
+        quantization.find_type(packing["quant_type"])
+        if not is_gguf:  # transformers reads the whole file
+            loader, options = quantization.load, {**options, **packing, "model_class": _auto_class(task)}
+    if is_gguf:
+        require("gguf", extra="gguf")
+        check_blocks(model)
+    advice = quantize_advice(None if asked is None or asked.skip is not None else asked.quant_type)
+    if packing is None or is_gguf:
+        if task == task_names.IMAGE:
+            options["ignore_mismatched_sizes"] = True  # image models come with the head of another data set
+        loaded, info = pretrained(loader, model, "model", output_loading_info=True, **options)
+        _check_whole(loaded, info["missing_keys"], model, task)
+        _check_shapes(loaded, info.get("mismatched_keys", ()), model)
+    else:
+        with advice:
+            loaded = pretrained(loader, model, "model", **options)
+    loaded.config._name_or_path = model  # for a .gguf file transformers would record its folder only
+    if is_gguf and getattr(loaded, "hf_quantizer", None) is not None:
+        loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
+    if is_gguf and packing is not None:
+        with advice:
+            quantization.quantize(loaded, **packing)
+    if asked is None and options["dtype"].itemsize == 4:
+        _compute_in_fp32(loaded, device)
+    if task == task_names.LANGUAGE_MODEL:
+        own_code.complete(loaded)
+    if task != task_names.IMAGE:
+        _set_padding(loaded, model)
+    return loaded.to(torch_device(device)).eval()
+
+
+def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return arguments of `quantization.load` for a quantized checkpoint, which keeps its bits; None for others."""
+    from peftcore.quantization.int4_models import int4_config
+
+    stored = getattr(config, "quantization_config", None)
+    stored = stored if isinstance(stored, dict) else {}
+    if stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit"):
+        # Not by bitsandbytes, whose layers lose gradients on CPUs with AVX512-BF16 once they have been evaluated.
+        return {"quant_type": "nf4", "compute_dtype": stored.get("bnb_4bit_compute_dtype")}
+    return None if int4_config(config) is None else {"quant_type": "nf4"}
+
+
+@contextlib.contextmanager
+def quantize_advice(quant_type: str | None) -> Iterator[None]:
+    """Add to errors that advise arguments of `peftcore.quantize` how the command line passes them.
+
+    Args:
+        quant_type: 4-bit type of the base, or None, with which nothing is added.
+    """
+    try:
+        yield
+    except PeftcoreError as error:
+        method = next((name for name, each in registry.methods().items() if _quantizes(each.config_class)), None)
+        if quant_type is None or method is None or not any(f"{name}=" in str(error) for name in ("skip", "blocksize")):
+            raise
+        raise type(error)(
+            f"{error}. `peftcore train` takes skip and blocksize as fields of a method: --method {method} --set "
+            f"quant_type={quant_type} --set skip=NAME,NAME; the adapter records them, and other commands follow the "
+            "record"
+        ) from error
+
+
+def _quantizes(config_class: Any) -> bool:
+    """Return whether a method's config says how to quantize the base."""
+    return {"quant_type", "skip", "blocksize"} <= {each.name for each in fields(config_class)}
+
+
+_UNREAD = ". Its repository has code of its own, which was not run: read it, and pass --trust-remote-code"
+
+
+def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, task: str) -> None:
+    """Warn of weights that the checkpoint lacks and transformers initialised at random; refuse a .gguf file.
+
+    Args:
+        loaded: the model.
+        missing: names of these weights. A classifier's head is expected to be among them.
+        model: its name, for messages.
+        task: the task.
+    """
+    backbone = f"{loaded.base_model_prefix}." if task in task_names.NEW_HEAD else ""
+    if task == task_names.EMBEDDING:
+        missing = [name for name in missing if not name.startswith("pooler.")]  # not used
+    names = sorted(name for name in missing if name.startswith(backbone))
+    if not names:
+        return
+    lacks = f"lacks {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    if model.endswith(".gguf"):
+        raise PeftcoreError(f"the model of '{model}' cannot be loaded: the file {lacks}. Download it again")
+    code = "" if remote_code() or not getattr(loaded.config, "auto_map", None) else _UNREAD
+    warn(f"checkpoint '{model}' {lacks}: these weights are initialised at random{code}")
+
+
+def _check_shapes(loaded: PreTrainedModel, mismatched: Collection[Any], model: str) -> None:
+    """Say that a head of other labels was replaced; refuse other weights whose shapes differ from the config's."""
+    names = [each if isinstance(each, str) else each[0] for each in mismatched]
+    backbone = f"{loaded.base_model_prefix}."
+    wrong = next((name for name in names if name.startswith(backbone)), None)
+    if wrong is not None:
+        raise PeftcoreError(f"the model of '{model}' cannot be loaded: '{wrong}' does not have the shape of its config")
+    if names:
+        note(f"the head of '{model}' is for other labels and was replaced by a new one for {loaded.config.num_labels}")
+
+
+def _compute_in_fp32(loaded: PreTrainedModel, device: str) -> None:
+    """Make a 4-bit checkpoint compute in fp32 if this processor is slow in its 16-bit dtype.
+
+    The checkpoint's dtype of computation is that of the GPU it was made for; layers of bitsandbytes and ours keep it as
+    `compute_dtype`.
+    """
+    import torch
+
+    from peftcore.estimating import dtype_rates
+
+    if torch_device(device).type != "cpu":
+        return
+    packed = [module for module in loaded.modules() if isinstance(vars(module).get("compute_dtype"), torch.dtype)]
+    for name in ("bf16", "fp16"):
+        found: list[Any] = [module for module in packed if module.compute_dtype == dtype_rates.DTYPES[name]]
+        if found and not (rates := dtype_rates.here()).is_fast(name):
+            note(
+                f"4-bit weights are multiplied in fp32, not in {name} as the checkpoint says: "
+                f"PyTorch multiplies {name} {rates.sentence(name)}"
+            )
+            for module in found:
+                module.compute_dtype = torch.float32
+
+
+def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrainedModel:
+    """Return a base without weights, on the meta device."""
+    import torch
+
+    from peftcore.quantization.int4_models import int4_config, pack_empty, without_quantization
+
+    config = load_config(model, task, labels)
+    stored = int4_config(config)
+    with torch.device("meta"):
+        shape = config if stored is None else without_quantization(config)
+        made = _made_empty(shape, model, task)
+    if stored is not None:
+        pack_empty(made, stored)
+    if task == task_names.LANGUAGE_MODEL:
+        own_code.complete(made)
+    return made
+
+
+def _made_empty(config: PretrainedConfig, model: str, task: str) -> Any:
+    auto_class = _auto_class(task)
+    if not has_code(config, task):
+        return auto_class.from_config(config)
+    try:
+        return auto_class.from_config(config, **remote_code())
+    except Exception as error:  # code that may not be made for the meta device
+        raise PeftcoreError(f"the code of '{model}' cannot make a model without weights: {error}") from error
+
+
+_NEEDED = {
+    **dict.fromkeys(
+        task_names.SEEING,
+        "a model that reads images and texts, such as SmolVLM, Qwen2.5-VL or LLaVA, found {}. For texts use --task "
+        "causal-lm or dpo",
+    ),
+    task_names.AUDIO_TEXT: "a model that takes audio and texts, such as Qwen2-Audio or Gemma 3n, found {}. For "
+    "transcripts use --task asr with a Whisper",
+    task_names.SEQ2SEQ: "an encoder-decoder model such as T5 or BART, found {}. For others use --task causal-lm, with "
+    "rows prompt/completion",
+    task_names.LANGUAGE_MODEL: "a model that writes texts, found {}. For an encoder-decoder model use --task seq2seq",
+    task_names.IMAGE: "a model that classifies images, such as a ViT, found {}. Pass another model",
+}
+
+
+def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> PretrainedConfig:
+    """Return a base's config, which names the class that `load_model` makes for this task."""
+    quiet_transformers()
+    import transformers
+    from transformers import AutoConfig
+
+    config = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
+    kinds = _auto_class(task)._model_mapping
+    found = f"'{model}' ({config.model_type})"
+    if task == task_names.SPEECH:
+        speech.check(model, config)
+    elif type(config) not in kinds and not has_code(config, task):
+        needed = _NEEDED.get(task, "a model of texts, found {}. Pass another model")
+        raise PeftcoreError(f"--task {task} needs {needed.format(found)}")
+    if kinds is transformers.AutoModelForCausalLM._model_mapping and _is_encoder(config):
+        raise PeftcoreError(
+            f"--task {task} needs a decoder, found {found}, an encoder, which reads the words that it would have to "
+            "write. Use it for classification, tags or pairs, or pass another model"
+        )
+    if task == task_names.EMBEDDING and config.is_encoder_decoder:
+        raise PeftcoreError(
+            f"--task pairs needs an encoder or a decoder, found '{model}' ({config.model_type}), which has both. Use a "
+            "model such as sentence-transformers/all-MiniLM-L6-v2"
+        )
+    if type(config) in kinds:
+        config.architectures = [kinds[type(config)].__name__]
+    elif has_code(config, task):
+        config.architectures = [str(config.auto_map[_auto_class(task).__name__]).rpartition(".")[2]]
+    return config
+
+
+def has_code(config: PretrainedConfig, task: str) -> bool:
+    """Return whether a class of the model's own code is to be run in place of one of transformers."""
+    return bool(remote_code()) and _auto_class(task).__name__ in (getattr(config, "auto_map", None) or {})
+
+
+def _is_encoder(config: PretrainedConfig) -> bool:
+    """Return whether transformers would load a model as a decoder that has no causal mask, such as a BERT."""
+    import transformers
+
+    is_masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    return is_masked and not config.is_encoder_decoder and getattr(config, "is_decoder", None) is False
+
+
+def load_generation_config(model: str) -> Any:
+    """Return how a base generates, as its files say; None if they do not."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return None
+
+
+def _auto_class(task: str) -> Any:
+    import transformers
+
+    if task == task_names.TAGS:
+        return transformers.AutoModelForTokenClassification
+    if task == task_names.SEQ2SEQ:
+        return transformers.AutoModelForSeq2SeqLM
+    if task == task_names.IMAGE:
+        return transformers.AutoModelForImageClassification
+    if task == task_names.SPEECH:
+        return transformers.AutoModelForSpeechSeq2Seq
+    if task == task_names.EMBEDDING:
+        return transformers.AutoModel
+    if task in task_names.SEEING:
+        return transformers.AutoModelForImageTextToText
+    if task == task_names.AUDIO_TEXT:
+        return transformers.AutoModelForMultimodalLM
+    if task in task_names.NEW_HEAD:
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForCausalLM
+
+
+def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return the config fields of the head, for the model to have its outputs and its loss."""
+    if task not in task_names.NEW_HEAD:
+        return {}
+    if task in (task_names.REGRESSION, task_names.REWARD):
+        return {"num_labels": 1, "problem_type": "regression"}
+    kinds = dict.fromkeys((task_names.CLASSIFICATION, task_names.IMAGE), "single_label_classification")
+    kinds[task_names.MULTI_LABEL] = "multi_label_classification"
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    kind = {"problem_type": kinds[task]} if task in kinds else {}
+    return {**kind, **(names if labels else {})}
+
+
+def _set_padding(loaded: PreTrainedModel, model: str) -> None:
+    """Set the padding token, by which classifiers on decoders find the last token."""
+    if getattr(loaded.config, "pad_token_id", None) is None:
+        loaded.config.pad_token_id = load_tokenizer(model).pad_token_id

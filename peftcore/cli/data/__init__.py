@@ -1,0 +1,1 @@
+"""Files of examples, read and checked as rows."""

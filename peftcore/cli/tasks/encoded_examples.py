@@ -1,0 +1,55 @@
+"""Examples as tensors need them: their lengths, batches of similar lengths, and inputs in the model's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+Example = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples as token ids; how many rows were truncated, and how many were left with no token to train on."""
+
+    examples: list[Example]
+    truncated: int
+    left_out: int = 0
+
+
+def length(example: Example) -> int:
+    """Return the number of tokens of an example, its source or its target, or its longest text; 1 for an image."""
+    if "texts" in example:
+        return max(map(len, example["texts"]))
+    labels = example.get("labels")
+    return max(len(example.get("input_ids", (0,))), len(labels) if isinstance(labels, list) else 0)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether the model reads a source and writes a target."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def in_dtype(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the inputs with pixels and spectrograms in the dtype of the model's weights."""
+    dtype = getattr(model, "dtype", torch.float32)
+    return {
+        name: value.to(dtype) if name in ("pixel_values", "input_features") else value for name, value in inputs.items()
+    }
+
+
+def batches_of(examples: Sequence[Example], batch_size: int, tokens: int | None = None) -> Iterator[list[Example]]:
+    """Yield batches of similar lengths, with at most `tokens` padded tokens unless a single example has more."""
+    batch: list[Example] = []
+    for example in sorted(examples, key=length):
+        is_full = len(batch) == batch_size or (tokens is not None and (len(batch) + 1) * length(example) > tokens)
+        if batch and is_full:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch

@@ -1,0 +1,56 @@
+"""Positions of a model: some have a table of them, and a text with more tokens than the table has rows is an error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from peftcore.errors import PeftcoreError
+
+_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+_OTHERS = ("vision", "visual", "audio")  # parts of a model that read something other than tokens
+
+
+def count(model: nn.Module) -> int | None:
+    """Return the number of tokens that the model has positions for, or None if it has no table of positions."""
+    found = []
+    for path, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and path.rpartition(".")[2] in _TABLES
+        if is_table and not any(part in path for part in _OTHERS):
+            before = getattr(module, "offset", None)  # rows before the first position, as in OPT and BART
+            if before is None:
+                before = 0 if module.padding_idx is None else module.padding_idx + 1  # as in RoBERTa
+            found.append(int(module.num_embeddings) - before)
+    return min(found, default=None)
+
+
+def check(model: nn.Module, tokens: int) -> None:
+    """Raise a PeftcoreError if the model has no position for each of a text's tokens."""
+    known = count(model)
+    if known is not None and tokens > known:
+        raise PeftcoreError(
+            f"{type(model).__name__} has positions for {known:,} tokens, found texts of up to {tokens:,}. Pass "
+            f"--max-length {known}"
+        )
+
+
+@contextlib.contextmanager
+def of_answers(model: nn.Module, option: str) -> Iterator[None]:
+    """Raise a PeftcoreError in place of the IndexError of an answer that goes past the model's last position.
+
+    Args:
+        model: the model.
+        option: option of the longest answer.
+    """
+    try:
+        yield
+    except IndexError as error:
+        known = count(model)
+        if known is None or "out of range" not in str(error):
+            raise
+        raise PeftcoreError(
+            f"{type(model).__name__} has positions for {known:,} tokens, and a prompt with its answer has more. Reduce "
+            f"{option}, or pass shorter prompts"
+        ) from error

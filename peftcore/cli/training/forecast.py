@@ -1,0 +1,370 @@
+"""Forecast of a run's memory, printed before anything is loaded and compared with the measured peak."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import peftcore
+from peftcore import ranks
+from peftcore.cli import task_names
+from peftcore.cli.bases import base_quantization, device_choice, dtype_choice, models, precision as precisions
+from peftcore.cli.console import say
+from peftcore.cli.data import row_reading
+from peftcore.cli.data.data_files import parsed_columns
+from peftcore.cli.options import FULL
+from peftcore.cli.settings import Settings
+from peftcore.cli.tasks import by_task, comparisons, conversations, encoded_examples, image_chats, image_preferences
+from peftcore.cli.tasks.encoded_examples import Example
+from peftcore.cli.training import torchrun
+from peftcore.cli.training.progress import current_memory, gigabytes
+from peftcore.errors import PeftcoreError
+from peftcore.estimating import NotFollowed, Range, memory_here
+from peftcore.estimating.searching import PAGED, PLAIN
+from peftcore.estimating.step import MIXED
+from peftcore.estimating.zero_settings import NAMES as ZERO
+
+# ORPO's step has the pairs of DPO's, and not more.
+_LOSSES = dict.fromkeys((task_names.PREFERENCES, task_names.IMAGE_PREFERENCES, task_names.ODDS), "dpo")
+_LOSSES |= {task_names.UNPAIRED: "kto", task_names.EMBEDDING: "pairs"}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predicted peak memory of a run, in bytes.
+
+    Args:
+        before: resident bytes of the process, with its libraries, at the time of the forecast.
+        room: free bytes at that time.
+        together: number of processes of the run that share this memory.
+        lighter: options of this run that need less, in addition to those of every run.
+    """
+
+    estimate: peftcore.Estimate
+    before: int
+    room: float
+    on_card: bool = False
+    together: int = 1
+    lighter: tuple[str, ...] = ()
+
+    @property
+    def needed(self) -> float:
+        """Bytes needed in addition to what the processes have."""
+        found = self.estimate
+        if self.on_card:
+            return found.reserved - (found.peak - found.least)
+        return self.together * (found.needed + self.libraries - self.before)
+
+    @property
+    def peak(self) -> Range:
+        """Bytes of the process at its peak; on a card, of the card."""
+        if self.on_card:
+            return Range(self.estimate.reserved, self.estimate.reserved)
+        return self.estimate.beyond_libraries.plus(self.libraries)
+
+    @property
+    def libraries(self) -> int:
+        """Bytes of Python and its libraries, with what these load in the first step."""
+        return 0 if self.on_card else self.before + self.estimate.overhead.first_step
+
+    def __str__(self) -> str:
+        parts = sorted(self.estimate.parts.items(), key=lambda part: -part[1])
+        most = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in parts[:4])
+        each = f" in each of {self.estimate.step.ranks} processes" if self.estimate.step.ranks > 1 else ""
+        return (
+            f"predicted peak: {self.peak}{each}, {gigabytes(self.libraries)} of it Python and its libraries ({most}); "
+            f"{gigabytes(self.room)} free"
+        )
+
+
+def how(
+    task: str, precision: str, parallel: str | None, processes: int, tp_size: int = 1, *, zero: bool = False
+) -> dict[str, Any]:
+    """Return the arguments of `peftcore.Step` that options determine. `zero`: `parallel` may also be ZeRO's.
+
+    Raises:
+        PeftcoreError: an option is unknown, or `parallel` and the number of processes do not fit together.
+    """
+    if precision not in precisions.PRECISIONS:
+        raise PeftcoreError(f"--precision must be one of {', '.join(precisions.PRECISIONS)}, found '{precision}'")
+    ways = (*torchrun.WAYS, *(ZERO if zero else ()))
+    if parallel is not None and parallel not in ways:
+        raise PeftcoreError(f"--parallel must be one of {', '.join(ways)}, found '{parallel}'")
+    if parallel is None and processes > tp_size:
+        raise PeftcoreError(f"{processes} processes need a way to share the work: --parallel ddp, or fsdp2")
+    return {
+        "loss": _LOSSES.get(task),
+        "mixed_precision": precision if precision in MIXED else None,
+        "ranks": processes,
+        "shard": parallel if parallel in ZERO else parallel == "fsdp2",
+        "tp_size": tp_size,
+    }
+
+
+def of_examples(task: str, examples: Sequence[Example], processor: Any) -> dict[str, Any]:
+    """Return the arguments of `peftcore.Step` that encoded examples determine: the texts of each, or the longest."""
+    if task == task_names.EMBEDDING:
+        return {"loss": "triplets"} if len(examples[0]["texts"]) > 2 else {}
+    if task not in task_names.MULTIMODAL:
+        return {}
+    if task == task_names.IMAGE_PREFERENCES:
+        examples = [each[side] for each in examples for side in image_preferences.SIDES]
+    return {"example": image_chats.collate([max(examples, key=encoded_examples.length)], processor)}
+
+
+def of_data(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `peftcore.Step` that the data of `settings` determine; without data, those of texts.
+
+    Raises:
+        NotFollowed: the task needs examples, since a step depends on the sizes of images or the length of recordings.
+        PeftcoreError: a file is missing or of another kind.
+    """
+    task = settings.task
+    if task not in (task_names.EMBEDDING, *task_names.MULTIMODAL):
+        return {}
+    if not settings.data:
+        if task == task_names.EMBEDDING:
+            return {}
+        raise NotFollowed(f"a step of --task {task} depends on the examples. Pass some: --data FILE")
+    processor = models.load_processor(settings.model, task)
+    if task in task_names.MULTIMODAL:
+        conversations.set_template(processor, settings.chat_template)
+    rows = row_reading.read_rows(settings.data, task, parsed_columns(settings.columns))
+    if task in task_names.COMPARED:
+        encoded = comparisons.of(task).encode(rows, processor, settings.max_length)
+    else:
+        encoded = by_task.encode(rows, task, processor, settings.max_length)
+    return of_examples(task, encoded.examples, processor)
+
+
+def is_lazy(settings: Settings) -> bool:
+    """Return whether `train` is expected to compute the loss without logits."""
+    fits = settings.task == task_names.LANGUAGE_MODEL and settings.parallel is None
+    return settings.lazy_logits == "on" or (settings.lazy_logits == "auto" and fits)
+
+
+def is_fused(settings: Settings) -> bool:
+    """Return whether `train` is expected to fuse operators, which it does on CPUs."""
+    fits = settings.task != task_names.EMBEDDING and settings.parallel is None
+    return settings.fuse == "on" or (settings.fuse == "auto" and fits)
+
+
+def tokens_of_step(length: int, task: str, config: Any) -> int:
+    """Return the tokens of a row whose longest has `length`: a transcript has no more than the model can write."""
+    return min(length, config.max_target_positions) if task == task_names.SPEECH else length
+
+
+def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dtype:
+    """Return a base's dtype on this machine (`cpu`) or on a GPU of the table, for which auto is bf16."""
+    if settings.device != "cpu":
+        found = precisions.base_dtype(settings.precision, settings.dtype)
+        return device_choice.torch_dtype("bf16" if found == "auto" else found, "cpu")
+    return device_choice.torch_dtype(dtype_choice.of_run(settings, labels).say(), "cpu")
+
+
+def forecast(
+    settings: Settings, length: int, labels: tuple[str, ...], examples: Sequence[Example], processor: Any
+) -> Forecast | None:
+    """Return the forecast of a run, or print why there is none and return None.
+
+    Args:
+        settings: of the run.
+        length: tokens of the longest example.
+        labels: a classifier's labels.
+        examples: encoded examples that are trained on.
+        processor: the tokenizer, or the processor, of the examples.
+
+    Raises:
+        PeftcoreError: a setting is wrong, or cannot be used on a model without values.
+    """
+    why = _why_not(settings)
+    if why is not None:
+        say(f"memory is not predicted: {why}")
+        return None
+    dtype = device_choice.torch_dtype(precisions.base_dtype(settings.precision, settings.dtype), settings.device)
+    try:
+        shapes = of_examples(settings.task, examples, processor)
+        found = _estimate(settings, length, labels, dtype, shapes)
+    except NotFollowed as error:
+        say(f"memory is not predicted: {error}")
+        return None
+    on_cuda = device_choice.torch_device(settings.device).type == "cuda"
+    room = float(torch.cuda.mem_get_info()[0]) if on_cuda else memory_here()
+    together = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", settings.ranks))
+    return Forecast(found, 0 if on_cuda else current_memory(), room, on_cuda, together)
+
+
+def _estimate(
+    settings: Settings, length: int, labels: tuple[str, ...], dtype: torch.dtype, shapes: dict[str, Any]
+) -> peftcore.Estimate:
+    base = models.empty_model(settings.model, settings.task, labels).to(dtype)
+    quantization = base_quantization.asked_by(settings)
+    if quantization is not None:
+        with warnings.catch_warnings(), models.quantize_advice(settings.quantize):
+            warnings.simplefilter("ignore")  # loading raises them
+            peftcore.quantize(base, **quantization.arguments())
+    return peftcore.estimate(
+        base,
+        None if settings.method == FULL else settings.method,
+        step=peftcore.Step(
+            batch_size=settings.batch_size * (2 if settings.task == task_names.REWARD else 1),
+            length=tokens_of_step(length, settings.task, base.config),
+            optimizer=settings.optim,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_accumulation=min(2, settings.grad_accum),  # the second step takes what later steps take
+            lazy_logits=is_lazy(settings),
+            fused=is_fused(settings),
+            recompute=settings.recompute,
+            **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **shapes},
+        ),
+        **settings.fields,
+    )
+
+
+def with_memory(
+    settings: Settings, inputs: Any, examples: Any, *, force: bool
+) -> tuple[Settings, Forecast | str | None]:
+    """Return the settings with the base's dtype, and the predicted memory: None if the reason is printed.
+
+    A reason that is returned is to be printed once the model has its adapter: before, it may be an error of the run.
+
+    Args:
+        settings: of the run.
+        inputs: `training_run.Inputs`.
+        examples: `training_data.Examples`.
+        force: run even if the predicted memory is not available.
+
+    Raises:
+        PeftcoreError: the predicted memory is not available, unless `force`.
+    """
+    base_in = dtype_choice.of_run(settings, inputs.labels)
+    settings = replace(settings, dtype=base_in.say())
+    try:
+        predicted = forecast(settings, examples.longest, inputs.labels, examples.rows, inputs.tokenizer)
+    except PeftcoreError as error:
+        return settings, str(error)
+    if predicted is None:
+        return settings, None
+    if base_in.instead_of == "bf16":
+        predicted = replace(predicted, lighter=("--dtype bf16",))
+    say(str(predicted))
+    if not force:
+        said = predicted  # with several processes the first one decides, because free memory changes
+        ranks.once(lambda: refuse_if_too_large(said, settings), together=True)
+    return settings, predicted
+
+
+def refuse_if_too_large(found: Forecast, settings: Settings) -> None:
+    """Raise a PeftcoreError if a run needs more memory than is free, with options that need less."""
+    if found.needed <= found.room:
+        return
+    ways = [
+        *(["--batch-size 1 --grad-accum " + str(settings.batch_size)] if settings.batch_size > 1 else []),
+        *(["--gradient-checkpointing"] if not settings.gradient_checkpointing else []),
+        *(["--optim paged_adamw_8bit"] if not settings.optim.startswith("paged") else []),
+        *found.lighter,
+    ]
+    raise PeftcoreError(
+        f"this run needs about {gigabytes(found.needed)}, and {gigabytes(found.room)} are free. Use less with "
+        f"{' or '.join(ways) or 'a smaller model'}, or run anyway with --force"
+    )
+
+
+def fitted(settings: Settings) -> Settings:
+    """Return the settings with the batch size, gradient checkpointing and optimizer of the fastest way that fits.
+
+    The number of examples per step stays the same through gradient accumulation. With several processes the first one
+    chooses for all. Collective.
+
+    Raises:
+        PeftcoreError: nothing fits, or the run cannot be predicted.
+    """
+    chosen = [settings]
+
+    def choose() -> None:
+        chosen[0] = _fitted(settings)
+
+    ranks.once(choose, together=True)
+    return ranks.of_first(chosen[0])
+
+
+def _fitted(settings: Settings) -> Settings:
+    if device_choice.torch_device(settings.device).type != "cpu":
+        raise PeftcoreError("--fit is for training on a CPU. For a GPU: peftcore suggest --device NAME --memory 24GB")
+    why = _why_not(settings)
+    if why is not None:
+        raise PeftcoreError(f"--fit cannot choose: {why}")
+    if settings.quantize is not None:
+        raise PeftcoreError(
+            "--fit chooses for a dense base. Leave it out, or see what fits with: peftcore suggest --model MODEL"
+        )
+    if settings.optim != PLAIN:
+        raise PeftcoreError(f"--fit chooses the optimizer ({PLAIN} or {PAGED}). Leave out --optim {settings.optim}")
+    dtype = dtype_choice.of_run(settings, ()).dtype  # `train` prints it
+    config = models.load_config(settings.model, settings.task)
+    step = peftcore.Step(
+        length=tokens_of_step(settings.max_length, settings.task, config),
+        lazy_logits=is_lazy(settings),
+        fused=is_fused(settings),
+        recompute=settings.recompute,
+        **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **of_data(settings)},
+    )
+    known: dict[str, Any] = {"dtype": device_choice.torch_dtype(dtype, settings.device), "step": step}
+    if settings.task == task_names.EMBEDDING:
+        return _fitted_whole(settings, config, known)
+    method = [settings.method]
+    (way,) = peftcore.suggest(config, methods=method, fields=settings.fields, max_ways=1, **known).ways
+    return _with_way(settings, way.batch_size, way.optimizer, gradient_checkpointing=way.gradient_checkpointing)
+
+
+def _fitted_whole(settings: Settings, config: Any, known: dict[str, Any]) -> Settings:
+    """Like `fitted`, without dividing a batch, whose texts are compared with one another."""
+    method = None if settings.method == FULL else settings.method
+    for again, optimizer in ((False, PLAIN), (True, PLAIN), (True, PAGED)):
+        step = replace(known["step"], batch_size=settings.batch_size, gradient_checkpointing=again, optimizer=optimizer)
+        found = peftcore.estimate(config, method, **{**known, "step": step}, device="cpu", **settings.fields)
+        if found.fits:
+            return _with_way(settings, settings.batch_size, optimizer, gradient_checkpointing=again)
+    raise PeftcoreError(
+        f"--fit does not divide a batch of --task {settings.task}, whose texts are compared with one another, and "
+        f"--batch-size {settings.batch_size} needs {gigabytes(found.needed)}. Pass a smaller one"
+    )
+
+
+def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_checkpointing: bool) -> Settings:
+    """Return the settings with this way of training, with as many examples per step."""
+    batch_size = min(settings.batch_size, batch_size)
+    chosen = replace(
+        settings,
+        batch_size=batch_size,
+        grad_accum=-(-settings.batch_size * settings.grad_accum // batch_size),
+        gradient_checkpointing=gradient_checkpointing,
+        optim=optimizer,
+    )
+    again = " --gradient-checkpointing" if chosen.gradient_checkpointing else ""
+    say(f"--fit: --batch-size {batch_size} --grad-accum {chosen.grad_accum} --optim {chosen.optim}{again}")
+    return chosen
+
+
+def unknown(task: str) -> str | None:
+    """Return why the memory of a step of this task cannot be predicted, or None if it can."""
+    return "that of sampling answers is not known" if task == task_names.ROLLOUTS else None
+
+
+def _why_not(settings: Settings) -> str | None:
+    from peftcore.estimating.loop import OPTIMIZERS
+
+    if (why := unknown(settings.task)) is not None:
+        return why
+    if settings.teacher is not None:
+        return "that of a teacher is not known"
+    if settings.ebft is not None:
+        return "that of sampling text is not known"
+    if settings.optim not in OPTIMIZERS:
+        return f"the state of --optim {settings.optim} is not known"
+    return None

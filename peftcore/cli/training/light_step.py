@@ -1,0 +1,78 @@
+"""Operators that make a run's steps lighter: lazy logits and fused operators, each probed on a few rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import peftcore
+from peftcore.cli import task_names
+from peftcore.cli.bases import precision
+from peftcore.cli.console import say
+from peftcore.cli.settings import Settings
+from peftcore.cli.tasks import by_task, comparisons, encoded_examples
+from peftcore.cli.tasks.encoded_examples import Example
+from peftcore.engine.fuse_probe import difference_when_fused
+from peftcore.engine.fusing import fused_modules
+from peftcore.engine.lazy_probe import why_not_lazy
+from peftcore.engine.summary import counted
+
+_ROWS, _TOKENS = 2, 64  # of a probe
+
+
+def fuse(model: PreTrainedModel, settings: Settings, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fuse operators, as `settings` say: with `auto` if loss and gradients of a few rows are the same with them."""
+    if settings.fuse == "on":
+        peftcore.fuse(model, recompute=settings.recompute)  # type: ignore[arg-type]
+    if (
+        settings.fuse != "auto"
+        or settings.parallel
+        or model.device.type != "cpu"
+        or settings.task == task_names.EMBEDDING
+    ):
+        return
+    kinds = fused_modules(peftcore.fuse(model, recompute=settings.recompute))  # type: ignore[arg-type]
+    if not kinds:
+        return
+    if settings.task in task_names.COMPARED:
+        rows = comparisons.of(settings.task).as_texts(rows[:_ROWS])
+    with precision.autocast(settings.precision, model.device.type):
+        why = difference_when_fused(model, _few(model, rows, tokenizer))
+    if why is None:
+        say(f"{counted(kinds)} by one operator each (--fuse auto)")
+    else:
+        peftcore.fuse(model, enabled=False)
+        say(f"no operators are fused: {why}")
+
+
+def use_lazy_logits(
+    model: PreTrainedModel, settings: Settings, rows: list[Example], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Switch lazy logits on, as `settings` say: with `auto` if the loss of a few rows is the same with them."""
+    if settings.lazy_logits == "on":
+        peftcore.lazy_logits(model)
+    if settings.lazy_logits != "auto" or settings.task != task_names.LANGUAGE_MODEL or settings.parallel:
+        return
+    if settings.teacher or settings.ebft:  # whose losses need logits
+        return
+    with precision.autocast(settings.precision, model.device.type):
+        why = why_not_lazy(model, _few(model, rows, tokenizer))
+    if why is None:
+        peftcore.lazy_logits(model)
+        say("the loss is computed without the logits of a batch (--lazy-logits auto)")
+    else:
+        say(f"logits are computed in full: {why}")
+
+
+def _few(model: PreTrainedModel, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return a batch of the last tokens of the first rows."""
+    few = [
+        row
+        if "images" in row or "audio" in row  # their inputs cannot be cut
+        else {k: v[-_TOKENS:] if isinstance(v, list) and len(v) == len(row["input_ids"]) else v for k, v in row.items()}
+        for row in rows[:_ROWS]
+    ]
+    batch = encoded_examples.in_dtype(by_task.collator(tokenizer)(few), model)
+    return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}

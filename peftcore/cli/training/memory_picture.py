@@ -1,0 +1,91 @@
+"""A picture of memory over one training step: predicted, by purpose, and measured."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from bisect import bisect_right
+from typing import TYPE_CHECKING
+
+from peftcore.cli.training.chart import BLUE, GREY, INK, PALE
+from peftcore.cli.training.forecast import Forecast
+from peftcore.cli.training.memory_trace import Trace
+from peftcore.estimating.devices import Sheet
+from peftcore.estimating.loop import ADAPTERS, BASE, INPUTS
+from peftcore.estimating.prediction import ACTIVATIONS, KEPT, KERNELS, KINDS, LOGITS, TEMPORARIES
+from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES, STATE
+
+if TYPE_CHECKING:
+    from peftcore import Estimate
+
+# Groups drawn as one, from below, with their colour.
+_LAYERS = {
+    "weights": ((BASE, GATHERED), "#c9d3e3"),
+    "adapters": ((ADAPTERS,), "#7c9ccb"),
+    "gradients": ((GRADIENTS,), "#e5b25d"),
+    "optimizer": ((STATE,), "#b58ab8"),
+    "activations": ((ACTIVATIONS, INPUTS), "#7fb69b"),
+    "logits and loss": ((LOGITS,), "#d98a6a"),
+    "temporaries": ((TEMPORARIES, KERNELS, MESSAGES, KEPT), "#e9dcc9"),
+}
+# Of no particular machine: only the relative time of operations matters here.
+_RATES = Sheet(half=2e11, single=1e11, bandwidth=1e10, call=1e-5)
+
+
+def stacked(found: Estimate) -> tuple[list[float], dict[str, list[int]]]:
+    """Return (places in the step, bytes of each layer of the picture at these places).
+
+    A place counts completed phases: 1.5 is the middle of the second phase, by the cost of operations.
+    """
+    firsts = [first for first, _ in found.phases]
+    count = len(found.operations)
+    seconds = [0.0, *itertools.accumulate(_RATES.seconds(each) for each in found.operations)]
+    places = []
+    for operation, _ in found.timeline:
+        phase = max(0, bisect_right(firsts, operation) - 1)
+        start = seconds[firsts[phase]]
+        end = seconds[firsts[phase + 1] if phase + 1 < len(firsts) else count]
+        places.append(phase + (seconds[min(operation, count)] - start) / ((end - start) or 1.0))
+    sizes = {
+        name: [sum(now[KINDS.index(kind)] for kind in kinds) for _, now in found.timeline]
+        for name, (kinds, _) in _LAYERS.items()
+    }
+    return places, sizes
+
+
+def picture(said: Forecast, was: Trace | None, width: float = 9.0) -> bytes:
+    """Return a PNG. `was`: the measured step, or None. `width`: in inches."""
+    from matplotlib.figure import Figure
+
+    wide = width > 6
+    figure = Figure(figsize=(width, 4 if wide else 4.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    places, sizes = stacked(said.estimate)
+    order = sorted(range(len(places)), key=lambda n: places[n])
+    x = [places[n] for n in order]
+    below = {"Python and libraries": [said.libraries] * len(x)} if said.libraries else {}
+    layers = {**below, **{name: [values[n] for n in order] for name, values in sizes.items() if any(values)}}
+    colours = [PALE if name in below else _LAYERS[name][1] for name in layers]
+    heights = [[size / 1e9 for size in values] for values in layers.values()]
+    axes.stackplot(x, heights, labels=[*layers], colors=colours, step="post")
+    low, high = said.peak.low / 1e9, said.peak.high / 1e9
+    axes.axhspan(low, max(high, 1.002 * low), color=INK, alpha=0.25, linewidth=0, label="predicted peak")
+    phases = [name for _, name in said.estimate.phases]
+    measured = was.by_phase(len(phases)) if was is not None else []
+    if measured:
+        axes.plot(
+            [at for at, _ in measured], [size / 1e9 for _, size in measured], color=BLUE, lw=1.8, label="measured"
+        )
+    for number, name in enumerate(phases):
+        if number:
+            axes.axvline(number, color=GREY, linewidth=0.8)
+        short = name.partition(" of ")[0] if len(phases) <= 9 else name[:1]
+        axes.text(number + 0.5, 1.01, short, transform=axes.get_xaxis_transform(), ha="center", fontsize=8.5, color=INK)
+    top = max([high, *(size / 1e9 for _, size in measured)])
+    axes.set(xlim=(0, len(phases)), ylim=(0, 1.08 * top), ylabel="GB", xticks=[])
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=5 if wide else 2, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,52 @@
+"""A command on several processes started by torchrun: rank 0 prints, and every rank can end them all."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from torch import distributed
+
+from peftcore.cli import console
+from peftcore.cli.bases.device_choice import torch_device
+from peftcore.errors import PeftcoreError
+
+WAYS = ("ddp", "fsdp2")
+
+
+def join(parallel: str | None, device: str) -> None:
+    """Join the run that torchrun started, if any.
+
+    Raises:
+        PeftcoreError: `parallel` is unknown, or does not fit the number of processes.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if parallel is None:
+        if started > 1:
+            raise PeftcoreError(
+                f"torchrun has started {started} processes, which need a way to share the work: --parallel ddp"
+            )
+        return
+    if parallel not in WAYS:
+        raise PeftcoreError(f"--parallel must be one of {', '.join(WAYS)}, found '{parallel}'")
+    if "RANK" not in os.environ:
+        raise PeftcoreError(
+            f"--parallel needs several processes: torchrun --nproc-per-node 2 -m peftcore {' '.join(sys.argv[1:2])} ..."
+        )
+    on_cuda = torch_device(device).type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    from peftcore.parallel import start
+
+    start("nccl" if on_cuda else "gloo")
+    if distributed.get_rank() > 0:
+        console.silence(f"rank {distributed.get_rank()}")
+
+
+def leave() -> None:
+    """Leave the distributed run, if there is one."""
+    if distributed.is_available() and distributed.is_initialized():
+        from peftcore.parallel import finish
+
+        finish()

@@ -1,0 +1,386 @@
+"""One training run: from settings to an adapter folder, checkpoints, and facts for the report.
+
+OUTPUT/checkpoints/   adapter, optimizer, scheduler, RNG and trainer state
+OUTPUT/adapter/       the result, in Hugging Face PEFT's format
+OUTPUT/report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, set_seed
+
+import peftcore
+from peftcore import ranks
+from peftcore.cli import task_names
+from peftcore.cli.bases import adapter_folders, base_quantization, models, precision
+from peftcore.cli.bases.adapter_folders import AdapterTask
+from peftcore.cli.console import say, warn
+from peftcore.cli.options import FULL
+from peftcore.cli.settings import Settings
+from peftcore.cli.tasks import (
+    by_task,
+    comparisons,
+    conversations,
+    encoded_examples,
+    generations,
+    packing,
+    row_labels,
+    sentence_pairs,
+    speech,
+    text_generation,
+)
+from peftcore.cli.tasks.encoded_examples import Example
+from peftcore.cli.tasks.metrics import Metrics
+from peftcore.cli.training import (
+    best_checkpoint,
+    distillation,
+    forecast as forecasts,
+    light_step,
+    matching_trainer,
+    progress,
+    trainer_arguments,
+    trainers,
+    training_data,
+    warm_start,
+)
+from peftcore.cli.training.measuring import Inputs, Measure
+from peftcore.cli.training.memory_trace import MemoryTrace
+from peftcore.cli.training.run_result import Result, Stopped
+from peftcore.cli.training.sampler import LengthGroupedSampler
+from peftcore.cli.training.training_data import Examples
+from peftcore.engine import takes_batches
+from peftcore.engine.fusing import fused_modules
+from peftcore.engine.lazy_head import has_lazy_logits
+from peftcore.errors import PeftcoreError
+from peftcore.integrations.transformers import latest_checkpoint
+from peftcore.merging.merged_layers import mergeable
+
+
+def run(
+    settings: Settings,
+    output: Path,
+    *,
+    resume: bool,
+    sample: str | None = None,
+    sample_tokens: int = 48,
+    report_to: Sequence[str] = (),
+    force: bool = False,
+) -> Result:
+    """Train, evaluate before and after, and save the adapter.
+
+    Args:
+        settings: of the run.
+        output: folder of the run.
+        resume: continue from the latest checkpoint.
+        sample: prompt to answer before and after, in at most `sample_tokens` tokens.
+        sample_tokens: see `sample`.
+        report_to: services that receive Trainer's log, see `reporting`.
+        force: run even if the predicted memory is not available.
+
+    Raises:
+        PeftcoreError: the data, the model or a setting is wrong, or there is not enough memory.
+        Stopped: Ctrl-C; a checkpoint has been written.
+    """
+    began = time.perf_counter()
+    settings = training_data.fit_max_length(settings)
+    rows = training_data.read(settings)
+    inputs = inputs_of(settings, rows)
+    examples = training_data.encode(rows, settings, inputs.tokenizer, inputs.labels)
+    if settings.task == task_names.EMBEDDING:
+        sentence_pairs.check(examples.train, "training", settings.batch_size)
+        sentence_pairs.check(examples.held_out, "held-out")
+    settings, predicted = forecasts.with_memory(settings, inputs, examples, force=force)
+    quantization = base_quantization.of_run(settings, inputs.labels)
+    model = _adapted_model(settings, inputs, examples, quantization)
+    if isinstance(predicted, str):
+        say(f"memory is not predicted: {predicted}")
+        predicted = None
+    teacher = distillation.of_run(settings, inputs.tokenizer, examples.train)
+    rollouts = matching_trainer.of_run(settings, model, inputs.tokenizer, examples.train, examples.held_out)
+    summary = peftcore.summary(model)
+    say(str(summary))
+
+    measure = Measure(settings, inputs, examples, rows.held_out)
+    samples: list[tuple[str, str]] = []
+    with peftcore.disabled(model) if settings.method != FULL and settings.adapter is None else contextlib.nullcontext():
+        measure.keep_reference(model)
+        say("measuring held-out examples ...")
+        before = measure.all(model)
+        if sample is not None:
+            name = "base" if settings.adapter is None else "the adapter before"
+            samples.append((name, _answer(model, inputs, sample, sample_tokens)))
+    _check_metric(settings, before.held_out)
+    say(f"before training, on {len(rows.held_out):,} held-out examples: {before.held_out}", "bold")
+
+    light_step.fuse(model, settings, examples.rows, inputs.tokenizer)
+    if settings.parallel == "fsdp2":
+        peftcore.shard(model)
+    light_step.use_lazy_logits(model, settings, examples.rows, inputs.tokenizer)
+    summary = replace(summary, fused=fused_modules(model), lazy_logits=has_lazy_logits(model))
+    meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
+    keeper, made_for = best_checkpoint.of_run(settings), _task_of(settings, inputs, quantization)
+    trainer = _trainer(
+        settings,
+        inputs,
+        examples,
+        measure,
+        teacher,
+        rollouts,
+        model=model,
+        args=trainer_arguments.of_run(settings, output, training_data.draws(examples.parts), report_to),
+        callbacks=[meter, stop, trace, progress.TaskWriter(made_for), *([keeper] if keeper else [])],
+    )
+    from_checkpoint = _checkpoint_to_resume(output) if resume else None
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=from_checkpoint)
+    finally:
+        meter.close()
+        trace.close()
+    is_over = keeper is not None and keeper.stopped
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps and not is_over:
+        raise Stopped(trainer.state.global_step, trainer.state.max_steps)
+
+    best = None if keeper is None else keeper.best(trainer.state)
+    held_out_after = _measured_at_end(trainer, model, measure, best)
+    if sample is not None:
+        samples.append(("with the adapter", _answer(model, inputs, sample, sample_tokens)))
+    adapter = output / "adapter"
+    _save(model, adapter, settings, inputs, made_for)
+    with precision.own(model):
+        chosen_by = measure(model, examples.validation) if examples.validation else None
+        after = measure.all(model, held_out=held_out_after)
+    return Result(
+        before=before.held_out,
+        after=after.held_out,
+        history=trainer.state.log_history,
+        summary=summary,
+        steps=trainer.state.global_step,
+        train_rows=len(rows.train) if rows.lines is None else len(examples.dataset),
+        eval_rows=len(rows.held_out),
+        seconds=time.perf_counter() - began,
+        training_seconds=meter.seconds,
+        step_seconds=meter.step_seconds,
+        tokens_per_second=meter.tokens_per_second,
+        examples_per_second=settings.batch_size * settings.grad_accum * settings.ranks / (meter.step_seconds or 1.0),
+        peak=progress.peak_memory(),
+        adapter=adapter,
+        adapter_bytes=sum(file.stat().st_size for file in adapter.iterdir()),
+        samples=samples,
+        is_chat=inputs.is_chat,
+        labels=inputs.labels,
+        predicted=predicted,
+        trace=trace.largest,
+        validation=chosen_by,
+        other=(before.other, after.other) if before.other and after.other else None,
+        merges=None if settings.method == FULL else mergeable(model),
+        best=best,
+        data_sets=training_data.facts(settings, rows.train, examples, before.sets, after.sets)
+        if examples.is_mixed
+        else [],
+    )
+
+
+def inputs_of(settings: Settings, rows: training_data.Rows) -> Inputs:
+    """Return what turns rows into inputs of the model: its tokenizer or processor, labels and pooling.
+
+    Raises:
+        PeftcoreError: the base has no tokenizer for the task, or a setting does not fit to it.
+    """
+    start = Path(settings.adapter) if settings.adapter is not None else None
+    labels: tuple[str, ...] = ()
+    if settings.task in task_names.HEADED:
+        seen = [*rows.train, *rows.validation]
+        labels = tuple(row_labels.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
+    tokenizer = models.load_processor(settings.model, settings.task, start)
+    if settings.task == task_names.SPEECH:
+        speech.set_language(tokenizer, settings.language, models.load_generation_config(settings.model))
+    task_before = adapter_folders.adapter_task(start) if start is not None else None
+    pooling = ""
+    if settings.task == task_names.EMBEDDING:
+        pooling = sentence_pairs.pooling_of(settings.model, (task_before and task_before.pooling) or settings.pooling)
+        say(f"texts become vectors by {pooling} pooling")
+    template = task_before.chat_template if task_before is not None else None
+    conversations.set_template(tokenizer, settings.chat_template, template)
+    return Inputs(tokenizer, labels, pooling, is_chat=any(row.messages is not None for row in rows.train))
+
+
+def _adapted_model(
+    settings: Settings, inputs: Inputs, examples: Examples, quantization: adapter_folders.Quantization | None
+) -> Any:
+    """Return the base with the adapter that is trained, or with `--method full` the base that is trained itself."""
+    set_seed(settings.seed)  # also initialises a classifier's new head
+    say(f"loading {settings.model} for {settings.task}")
+    model = models.load_model(
+        settings.model,
+        settings.task,
+        dtype=settings.dtype,
+        device=settings.device,
+        labels=inputs.labels,
+        quantize=quantization,
+    )
+    training_data.check_positions(model, settings, examples)
+    if settings.pack:
+        packing.check(model, examples.train, type(model).__name__)
+    if settings.method == FULL:
+        model.requires_grad_(True)
+    elif settings.adapter is not None:
+        warm_start.load(model, settings)
+    else:
+        batches = first_batches(settings, examples.rows, inputs.tokenizer, model)
+        is_pairs = settings.task == task_names.EMBEDDING and batches is not None
+        with sentence_pairs.with_loss(model, inputs.pooling) if is_pairs else contextlib.nullcontext():
+            peftcore.apply(model, settings.method, batches=batches, **settings.fields)
+    if settings.pack and settings.method != FULL:
+        packing.check(model, examples.train, settings.method)
+    return model
+
+
+def _answer(model: Any, inputs: Inputs, sample: str, tokens: int) -> str:
+    prompt: Any = [{"role": "user", "content": sample}] if inputs.is_chat else sample
+    with precision.own(model):
+        return text_generation.generate_text(model.eval(), inputs.tokenizer, prompt, max_new_tokens=tokens)
+
+
+def _check_metric(settings: Settings, measured: Metrics) -> None:
+    """Raise a PeftcoreError if `--metric` is not among the metrics that were measured."""
+    names = measured.as_dict()
+    if settings.metric is not None and generations.name_of(settings.metric) not in names:
+        raise PeftcoreError(
+            f"--metric {settings.metric} is not measured on these examples, which have {', '.join(names)}. Pass one of "
+            "these"
+        )
+
+
+def _trainer(
+    settings: Settings,
+    inputs: Inputs,
+    examples: Examples,
+    measure: Measure,
+    teacher: Any,
+    rollouts: matching_trainer.Rollouts | None,
+    **arguments: Any,
+) -> trainers.Measuring:
+    """Return the trainer of the task; `arguments` are those of all trainers."""
+    tokenizer = inputs.tokenizer
+    common = {
+        **arguments,
+        "train_dataset": examples.dataset,
+        "eval_dataset": examples.held_out,
+        "measure": measure,
+        "parts": examples.parts,
+        "lengths": examples.sizes,
+    }
+    trainer: trainers.Measuring
+    if settings.task in task_names.COMPARED:
+        if measure.reward is not None:
+            common["reward_funcs"] = [measure.reward]
+        trainer = trainers.comparing_trainer(settings.task, **common, processing_class=tokenizer)
+    elif settings.task == task_names.EMBEDDING:
+        collate = by_task.collator(tokenizer)
+        trainer = trainers.EmbeddingTrainer(**common, data_collator=collate, pooling=inputs.pooling)
+    elif teacher is not None:
+        collate, weight = by_task.collator(tokenizer), settings.teacher_weight
+        trainer = distillation.DistillingTrainer(**common, data_collator=collate, teacher=teacher, weight=weight)
+    elif rollouts is not None:
+        collate = by_task.collator(tokenizer)
+        trainer = matching_trainer.MatchingTrainer(**common, data_collator=collate, rollouts=rollouts)
+    else:
+        is_mean = settings.task in (
+            task_names.TAGS,
+            task_names.SEQ2SEQ,
+            task_names.SPEECH,
+        )  # the loss of a batch, whatever the step has
+        collate = by_task.collator(tokenizer)
+        trainer = trainers.MeasuringTrainer(**common, data_collator=collate, divides_by_tokens=not is_mean)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _measured_at_end(
+    trainer: trainers.Measuring, model: Any, measure: Measure, best: best_checkpoint.Best | None
+) -> Metrics:
+    """Return the metrics on held-out examples of the adapter that is saved: the best, or the last."""
+    if best is not None:
+        say(f"saving the adapter of {best}")
+        with precision.own(model):
+            return measure(model)
+    if trainer.state.global_step not in trainer.measured:
+        trainer.evaluate()
+    return trainer.measured[trainer.state.global_step]
+
+
+def _task_of(
+    settings: Settings, inputs: Inputs, quantization: adapter_folders.Quantization | None
+) -> AdapterTask | None:
+    """Return the facts that are saved with the adapter; None for `--method full`."""
+    if settings.method == FULL:
+        return None
+    template = conversations.tokenizer_of(inputs.tokenizer).chat_template if inputs.is_chat else None
+    weights = (settings.desirable_weight, settings.undesirable_weight)
+    return AdapterTask(
+        settings.task,
+        settings.max_length,
+        inputs.labels,
+        chat=inputs.is_chat,
+        chat_template=template if settings.chat_template else None,
+        beta=settings.beta,
+        weights=None if weights == (1.0, 1.0) else weights,
+        dtype=settings.dtype,
+        seed=settings.seed if settings.task in task_names.NEW_HEAD else None,
+        pooling=inputs.pooling or None,
+        language=settings.language,
+        quantized=quantization,
+    )
+
+
+def _save(model: Any, folder: Path, settings: Settings, inputs: Inputs, made_for: AdapterTask | None) -> None:
+    """Save the adapter with the facts about its task, or the whole model of `--method full`."""
+    if made_for is None:
+        model.save_pretrained(folder)
+        return
+    peftcore.save(model, folder)
+
+    def write_facts() -> None:
+        made_for.write(folder)
+        if settings.adapter is not None and adapter_folders.has_tokenizer(Path(settings.adapter)):
+            conversations.tokenizer_of(inputs.tokenizer).save_pretrained(folder)
+
+    ranks.once(write_facts, together=True)
+
+
+def first_batches(settings: Settings, train: list[Example], tokenizer: Any, model: Any) -> DataLoader[Any] | None:
+    """Return the training batches of `model` for methods that initialise from data; None for others."""
+    if not takes_batches(settings.method, settings.fields):
+        return None
+    if settings.task in task_names.COMPARED:
+        train = comparisons.of(settings.task).as_texts(train)
+    order = LengthGroupedSampler([encoded_examples.length(each) for each in train], settings.batch_size, settings.seed)
+    collate = by_task.collator(tokenizer)
+
+    def batch(some: list[Example]) -> dict[str, Any]:
+        return encoded_examples.in_dtype(collate(some), model)
+
+    return DataLoader(train, settings.batch_size, sampler=order, collate_fn=batch)  # type: ignore[arg-type]
+
+
+def _checkpoint_to_resume(output: Path) -> str | None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checkpoint = latest_checkpoint(output / "checkpoints")
+    for warning in caught:
+        warn(str(warning.message))
+    if checkpoint is None:
+        warn(f"'{output}' has no complete checkpoint; starting from the beginning")
+    else:
+        say(f"resuming from {checkpoint}")
+    return checkpoint
