@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftcore import ops
 from peftcore.plugin import (
     Adapter,
     Architecture,
@@ -90,7 +91,11 @@ class Lily(Adapter):
         h = F.linear(x, a)
         p = F.linear(h, router).softmax(-1).flatten(0, -2).mean(0)  # [n]
         mixed = torch.einsum("e,ero->ro", p, b.unflatten(0, (len(p), -1)))
-        return base(x) + self.scale * (h @ mixed)
+        operands = base.linear_operands(x)
+        if operands is not None:
+            weight, bias = operands
+            return ops.lora_linear(x, weight, bias, a, mixed.T, self.scale)
+        return base(x) + h @ (self.scale * mixed)
 
 
 class Notice(Adapter):
