@@ -144,10 +144,9 @@ class Alora(Adapter):
         wanted = f"activated LoRA needs layers whose input has {[*acts.shape]} tokens, found {list(x.shape)}"
         validation.require(fits, f"{wanted}. Leave such a layer out: exclude_modules=[...]")
         y, (a, b) = base(x), self.lora.pair()
-        s = F.linear(F.dropout(x.to(a.dtype), self.lora.dropout.p, self.lora.training), a) * acts.reshape(
-            *x.shape[:-1], 1
-        )
-        return y + (self.lora.scale * F.linear(s, b)).to(y.dtype)
+        s = F.linear(F.dropout(x.to(a.dtype), self.lora.dropout.p, self.lora.training), a)
+        s = self.lora.scale * s * acts.reshape(*x.shape[:-1], 1)
+        return y + F.linear(s, b).to(y.dtype)
 
 
 def place(model: nn.Module, config: AloraConfig, architecture: Architecture) -> list[Placement]:
