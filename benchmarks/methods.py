@@ -36,6 +36,7 @@ FIELDS = {
     "adalora": {"init_r": 16, "target_r": 8, "total_step": STEPS},
     "boft": {"boft_block_size": 4},
     "c3a": {"block_size": 64},
+    "cpt": {"cpt_token_ids": [12, 13, 14, 15], "cpt_tokens_type_mask": [1, 2, 3, 4]},
     "vblora": {"vector_length": 64},
     "trainable-tokens": {"token_indices": list(range(100))},
 }

@@ -21,7 +21,8 @@ import torch
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
-TOKENS = torch.randint(3, 1000, (4, 128), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(12, 1000, (4, 128), generator=torch.Generator().manual_seed(1))
+TOKENS[:, 1] = 11  # from which aLoRA acts
 
 
 def model(shape):
@@ -44,7 +45,9 @@ def stepper(shape, library, method, start):
         made.enable_input_require_grads()
     else:
         made = methods.adapted(library, method, made, shape, start).eval()
-    return lambda: made(input_ids=TOKENS).logits.float().logsumexp(-1).sum().backward()
+    has_tasks = library != "frozen" and method in methods.OF_TASKS
+    more = {"task_ids": torch.zeros(len(TOKENS), dtype=torch.long)} if has_tasks else {}
+    return lambda: made(input_ids=TOKENS, **more).logits.float().logsumexp(-1).sum().backward()
 
 
 def kept(step):
