@@ -12,6 +12,7 @@ holds the whole change, as a LoRA of rank n r, and removing the adapter restores
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -227,9 +228,10 @@ def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, 
 def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
     own = {name: fields[name] for name in OWN}
     rest = {name: value for name, value in fields.items() if name not in OWN}
-    joined = {name: tensor for name, tensor in tensors.items() if ".past_" not in name}
-    for name, past in tensors.items():
-        if ".past_" in name and past.numel():
+    pasts = {name: tensor for name, tensor in tensors.items() if re.search(r"\.past_[AB]\.", name)}
+    joined = {name: tensor for name, tensor in tensors.items() if name not in pasts}
+    for name, past in pasts.items():
+        if past.numel():
             now = name.replace(".past_", ".lora_")
             joined[now] = torch.cat([tensors[now], past], dim=0 if ".past_A." in name else 1)
     found, fields_on_disk = RULES.write(model, joined, scaled_fields(rest, own["rounds"] or 1))

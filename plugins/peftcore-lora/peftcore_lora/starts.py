@@ -13,6 +13,7 @@ y = W x + s (B A - B0 A0) x. It is saved as LoRA of rank 2 r, and removing it re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -139,7 +140,7 @@ def scaled_fields(fields: dict[str, Any], factor: float) -> dict[str, Any]:
 
 def write_start(tensors: dict[str, Tensor], frozen_start: bool) -> dict[str, Tensor]:
     """Write [A; A0] and [B, -B0] instead of the four factors."""
-    found = {name: tensor for name, tensor in tensors.items() if ".start_" not in name}
+    found = {name: tensor for name, tensor in tensors.items() if not re.search(r"\.start_[AB]\.", name)}
     for name in tensors if frozen_start else ():
         if ".start_A." in name:
             a, b = name.replace(".start_A.", ".lora_A."), name.replace(".start_A.", ".lora_B.")

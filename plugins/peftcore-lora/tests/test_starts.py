@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 from against_peft import logits, moved, quiet
+from torch import nn
 from whole import nightly_but
 
 import peftcore
@@ -50,6 +52,23 @@ def test_the_base_stays_and_others_read_it(start: str, rslora: bool, kind: str, 
     peftcore.unmerge(model)
     peftcore.remove(model)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_a_head_named_like_a_start_is_saved(start: bool | str, tmp_path: Path) -> None:
+    """XLNet's head for questions is `start_logits`, and the factors of a start are `start_A` and `start_B`."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(layer=nn.Linear(8, 8), start_logits=nn.Linear(8, 1)))
+
+    fields = {"r": 2, "target_modules": ["layer"], "modules_to_save": ["start_logits"], "init_lora_weights": start}
+    model = peftcore.apply(make(), "lora", **fields)
+    disturb(model, "default", seed=1)
+    peftcore.save(model, tmp_path)
+    again, x = peftcore.load(make(), tmp_path), torch.linspace(-1, 1, 16).view(2, 8)
+    assert not torch.equal(model(x), make()(x))
+    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "mica"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainers import LR, ROWS, trainer
 
 import peftcore
 from peftcore.files.loading import restore
+from peftcore.plugin import disturb
 
 EVERY, STEPS = 2, 5
 FIELDS: dict[str, Any] = {"r": 2, "restart_every": EVERY, "restart_warmup": 1, "target_modules": ["q_proj", "o_proj"]}
@@ -244,3 +246,16 @@ def test_errors_come_at_the_first_step() -> None:
 def test_what_is_refused(fields: dict[str, Any], wrong: str) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=wrong):
         model(**fields)
+
+
+def test_a_head_named_like_a_past_product_is_saved(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(layer=nn.Linear(8, 8), past_scores=nn.Linear(8, 1)))
+
+    found = peftcore.apply(make(), "relora", r=2, target_modules=["layer"], modules_to_save=["past_scores"])
+    disturb(found, "default", seed=1)
+    peftcore.save(found, tmp_path)
+    again, x = peftcore.load(make(), tmp_path), torch.linspace(-1, 1, 16).view(2, 8)
+    assert not torch.equal(found(x), make()(x))
+    assert torch.equal(again(x), found(x))
