@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli import config_file, options, task_names
+from peftcore.cli.data import mixture
 from peftcore.errors import PeftcoreError
 
 RUN_FILE = "run.json"
@@ -228,6 +229,12 @@ class Settings(RunOptions):
         values = {**vars(given), **resolved}
         if values["lr"] is None:  # nothing is trained
             del values["lr"]
+        for name in ("eval_data", "other_data"):
+            if values.get(name) and mixture.parsed(values[name]).weight != 1:
+                raise PeftcoreError(
+                    f"--{name.replace('_', '-')} is measured once per example, found the weight in '{values[name]}'. "
+                    "Leave out the weight"
+                )
         for name in ("eval_data", "chat_template", "other_data"):
             if values.get(name):
                 values[name] = options.absolute(values[name])

@@ -80,3 +80,9 @@ def test_settings_of_a_run_are_checked() -> None:
     for name, value in (("lr", float("nan")), ("warmup", float("inf")), ("lr", 0.0), ("epochs", -1.0)):
         with pytest.raises(PeftcoreError, match=name):
             Settings("m", "d", "causal-lm", "lora", **{name: value})
+
+
+def test_options_of_an_adapter_need_one(run: Run, llama: Path) -> None:
+    for words in (("--compare",), ("--labels", "a,b")):
+        found = run("generate", "-m", llama, "-p", "the", *words, code=1)
+        assert f"error: {words[0]} needs an adapter. Pass one, or leave it out" in found.stderr

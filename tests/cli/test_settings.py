@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import peftcore
-from peftcore.cli.settings import RUN_FILE, Settings, for_these_ranks, prepare_folder
+from peftcore.cli.settings import RUN_FILE, RunOptions, Settings, for_these_ranks, prepare_folder
 
 SETTINGS = Settings(model="m", data="d", task="causal-lm", method="lora", batch_size=4)
 
@@ -100,3 +100,10 @@ def test_ranks_that_cannot_share_the_batches_of_a_step(tmp_path: Path) -> None:
 
 def test_the_first_start_of_a_run_that_is_to_be_resumed_keeps_its_settings(tmp_path: Path) -> None:
     assert for_these_ranks(tmp_path, SETTINGS) == SETTINGS
+
+
+def test_examples_that_are_measured_have_no_weight() -> None:
+    named = {"model": "m", "data": "d", "task": "causal-lm", "method": "lora"}
+    with pytest.raises(peftcore.PeftcoreError, match=r"--eval-data is measured once per example, .* 'e.jsonl:2'"):
+        Settings.of(RunOptions(eval_data="e.jsonl:2"), **named)
+    assert Settings.of(RunOptions(eval_data="e.jsonl:1"), **named).eval_data == "e.jsonl:1"

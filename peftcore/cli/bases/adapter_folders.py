@@ -6,14 +6,11 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peftcore.cli import task_names
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.validation import check_types, shown
-
-if TYPE_CHECKING:
-    pass
 
 TASK_FILE = "peftcore_task.json"
 _LABELS = 1_000  # above this, the adapter's head is checked before the base gets one
@@ -147,15 +144,21 @@ def _refuse_labels_without_outputs(folder: Path, task: AdapterTask) -> None:
             raise ValueError(f"it names {count:,} labels, but no tensor of the adapter has as many rows")
 
 
-def refuse_predictor(folder: Path | None, task: str) -> None:
-    """Raise a PeftcoreError if an adapter for `task` answers no prompt, but what `predict` reads."""
+def refuse_without_prompts(name: str, task: str) -> None:
+    """Raise a PeftcoreError with the command to use if the adapter `name` is for a task in `task_names.NO_PROMPTS`."""
+    if task == task_names.IMAGE:
+        raise PeftcoreError(f"'{name}' classifies images. Use peftcore predict --data IMAGES")
+    if task in task_names.HEADED:
+        raise PeftcoreError(f"'{name}' is a classifier and cannot write text. Use peftcore generate")
+    if task == task_names.REWARD:
+        raise PeftcoreError(f"'{name}' is a reward model, which writes no answers. Measure it: peftcore eval")
     if task == task_names.SPEECH:
-        raise PeftcoreError(f"'{folder}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
+        raise PeftcoreError(f"'{name}' transcribes recordings. Use peftcore predict --data RECORDINGS.jsonl")
     if task == task_names.EMBEDDING:
-        raise PeftcoreError(f"'{folder}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
+        raise PeftcoreError(f"'{name}' makes vectors of texts. Use peftcore predict --data TEXTS.jsonl")
     if task in task_names.MULTIMODAL:
         raise PeftcoreError(
-            f"'{folder}' answers turns with images or audio. Use peftcore predict --data CONVERSATIONS.jsonl"
+            f"'{name}' answers turns with images or audio. Use peftcore predict --data CONVERSATIONS.jsonl"
         )
 
 

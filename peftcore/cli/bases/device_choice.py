@@ -13,7 +13,11 @@ DTYPES = ("auto", "fp32", "bf16")
 
 
 def torch_device(device: str) -> torch.device:
-    """Return the device; `auto` is CUDA if there is one."""
+    """Return the device; `auto` is CUDA if there is one.
+
+    Raises:
+        PeftcoreError: PyTorch does not know the device or cannot use it.
+    """
     import torch
 
     if device == "auto":
@@ -24,6 +28,16 @@ def torch_device(device: str) -> torch.device:
         raise PeftcoreError(f"device '{device}' is not known. Use auto, cpu, cuda, or cuda:1") from error
     if named.type == "cuda" and not torch.cuda.is_available():
         raise PeftcoreError(f"device '{device}' is not available: PyTorch {torch.__version__} finds no CUDA device")
+    if named.type == "cuda" and named.index is not None and named.index >= (count := torch.cuda.device_count()):
+        raise PeftcoreError(f"device '{device}' is not available: PyTorch finds {count} CUDA devices, from cuda:0 on")
+    if named.type == "meta":
+        raise PeftcoreError("device 'meta' has no values to compute with. Use auto, cpu, cuda, or cuda:1")
+    if named.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=named)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).partition("\n")[0]
+            raise PeftcoreError(f"device '{device}' is not available: {reason}. Use auto, cpu, or cuda") from error
     return named
 
 

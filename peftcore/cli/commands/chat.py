@@ -68,11 +68,10 @@ def chat(
             "nothing to talk with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
         )
     about = {name: adapter_folders.adapter_task(folder) for name, folder in folders.items()}
-    classifier = next((name for name, task in about.items() if task.task in task_names.NEW_HEAD), None)
-    if classifier is not None:
-        raise PeftcoreError(f"'{folders[classifier]}' is a classifier and cannot write text. Use peftcore generate")
     for name, task in about.items():
-        adapter_folders.refuse_predictor(folders[name], task.task)
+        adapter_folders.refuse_without_prompts(str(folders[name]), task.task)
+        if task.task == task_names.SEQ2SEQ:
+            raise PeftcoreError(f"'{folders[name]}' answers texts, not conversations. Use peftcore generate")
     bases = {name: adapter_folders.base_of(folder, model) for name, folder in folders.items()}
     base = next(iter(bases.values()), model)
     other = next((name for name, named in bases.items() if named != base), None)

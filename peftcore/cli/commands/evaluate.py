@@ -56,7 +56,10 @@ def evaluate(
     from peftcore.cli.tasks import generations
 
     answered = generations.count(task.task, given.metric, given.eval_answers)
-    if given.metric is not None and not answered:
+    is_of_answers = generations.is_own(given.metric) or (
+        given.metric in generations.FIGURES and task.task in generations.WRITERS
+    )
+    if given.metric is not None and not is_of_answers:
         raise PeftcoreError(
             f"eval shows every metric of {task.task}; --metric adds one of answers ({', '.join(generations.FIGURES)}, "
             f"FILE.py:FUNCTION), found '{given.metric}'. Leave it out"
@@ -67,7 +70,8 @@ def evaluate(
         )
     base = adapter_folders.base_of(adapter, model)
     tokenizer = models.load_processor(base, task.task, adapter)
-    from peftcore.cli.tasks import by_task, conversations, metrics
+    from peftcore.cli.tasks import by_task, conversations, metrics, positions
+    from peftcore.cli.training import training_data
 
     conversations.set_template(tokenizer, chat_template, task.chat_template)
     length = max_length or task.max_length
@@ -115,6 +119,8 @@ def evaluate(
 
         set_seed(task.seed % (1 << 32))  # initialises the head as in training
     loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)
+    if task.task not in (task_names.IMAGE, task_names.SPEECH, *task_names.MULTIMODAL):
+        positions.check(loaded, max(training_data.lengths(encoded.examples, task.task)))
     if base_and_adapter.fit_vocabulary(loaded, adapter):
         warn(base_and_adapter.NEW_ROWS)
     before = measure(loaded, encoded.examples, tokenizer, batch_size)

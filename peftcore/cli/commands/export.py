@@ -205,7 +205,7 @@ def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any,
 def _default_folder(adapter: Path | None, model: str, format: str) -> Path:
     """Return `run/gguf` for the adapter of a run, otherwise a folder next to what is exported."""
     if adapter is None:
-        return Path(f"{Path(model).stem}-{format}")
+        return Path(f"{Path(model).name.removesuffix('.gguf')}-{format}")
     return adapter.with_name(format) if adapter.name == "adapter" else adapter.with_name(f"{adapter.name}-{format}")
 
 

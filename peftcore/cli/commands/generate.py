@@ -42,15 +42,14 @@ def generate(
         raise PeftcoreError(
             "nothing to generate with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
         )
+    if adapter is None and (compare or labels is not None):
+        raise PeftcoreError(f"{'--compare' if compare else '--labels'} needs an adapter. Pass one, or leave it out")
     if adapter is None:
         task, base = adapter_folders.AdapterTask(task_names.LANGUAGE_MODEL, 512), base_files.resolve(str(model))
     else:
         task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
-    if task.task == task_names.REWARD:
-        raise PeftcoreError(f"'{adapter}' is a reward model, which writes no answers. Measure it: peftcore eval")
-    if task.task == task_names.IMAGE:
-        raise PeftcoreError(f"'{adapter}' classifies images. Use peftcore predict --data IMAGES")
-    adapter_folders.refuse_predictor(adapter, task.task)
+    if task.task not in (*task_names.LABELLED, task_names.TAGS):
+        adapter_folders.refuse_without_prompts(str(adapter), task.task)
     if pair is not None and task.task not in task_names.LABELLED:
         raise PeftcoreError(f"--pair is the second text for a classifier, found task {task.task}. Leave it out")
     loaded = base_and_adapter.load_base(base, task, adapter, quantize=quantize, dtype=dtype, device=device)

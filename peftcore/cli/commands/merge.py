@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -34,12 +35,15 @@ def merge(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PeftcoreError(f"'{output}' exists already. Pass a new folder: --output FOLDER")
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", shard_size.strip().upper()):
+        raise PeftcoreError(f"--shard-size must be a number with KB, MB, GB or TB, such as 5GB, found '{shard_size}'")
     from peftcore.cli import task_names
     from peftcore.cli.bases import adapter_folders, base_and_adapter, base_quantization, models
     from peftcore.cli.tasks import conversations, text_generation
 
     task, base = adapter_folders.adapter_task(adapter, labels), adapter_folders.base_of(adapter, model)
     tokenizer = models.load_processor(base, task.task, adapter)
+    conversations.set_template(tokenizer, None, task.chat_template)
     base_as = base_quantization.of_adapter(quantize, adapter, task)
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=base_as)
     base_and_adapter.load_adapter(loaded, adapter)

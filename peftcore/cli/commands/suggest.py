@@ -60,6 +60,7 @@ def suggest(
     from peftcore.cli.data import row_reading
     from peftcore.cli.training import forecast
 
+    asked = task
     if task is None and data:
         task = row_reading.guess_task(data)
     task = task or (task_names.CLASSIFICATION if labels else task_names.LANGUAGE_MODEL)
@@ -96,10 +97,10 @@ def suggest(
     say("\nto train in the first of these ways:", "bold")
     chosen = [*found.ways[0].options(), "--max-length", str(given.max_length)]
     as_what = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
-    shown = {"task": task, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
+    shown = {"task": asked, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
     shown |= {"lazy-logits": given.lazy_logits, "fuse": given.fuse, "recompute": given.recompute}
     for name, value in shown.items():
-        if value not in (None, "auto") and (name != "task" or value in task_names.COMPARED):
+        if value not in (None, "auto"):
             chosen += [f"--{name}", value]
     files = " -d ".join(map(shlex.quote, data or ())) or "DATA"
     start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore"

@@ -223,9 +223,16 @@ def classify(
     task: str,
     pair: str | None = None,
 ) -> str:
-    """Return the most likely label of `text` (and `pair`) with its probability, all above one half, or a number."""
+    """Return the most likely label of `text` (and `pair`) with its probability, all above one half, or a number.
+
+    Raises:
+        PeftcoreError: the text has no tokens, or more than the model has positions for.
+    """
     texts = (text,) if pair is None else (text, pair)
     inputs = tokenizer(*texts, return_tensors="pt", truncation=True, max_length=max_length)
+    if not inputs["input_ids"].shape[1]:
+        raise PeftcoreError("the text has no tokens. Pass another one")
+    positions.check(model, inputs["input_ids"].shape[1], "Pass a shorter text")
     names = ("input_ids", "attention_mask", *(["token_type_ids"] if pair is not None else []))
     inputs = {name: inputs[name].to(next(model.parameters()).device) for name in names if name in inputs}
     logits = model(**inputs).logits[0].float()

@@ -26,13 +26,19 @@ def count(model: nn.Module) -> int | None:
     return min(found, default=None)
 
 
-def check(model: nn.Module, tokens: int) -> None:
-    """Raise a PeftcoreError if the model has no position for each of a text's tokens."""
+def check(model: nn.Module, tokens: int, advice: str = "Pass --max-length {}") -> None:
+    """Raise a PeftcoreError if the model has no position for each of a text's tokens.
+
+    Args:
+        model: the model.
+        tokens: tokens of the longest text.
+        advice: what to do, with the number of positions in the place of `{}`.
+    """
     known = count(model)
     if known is not None and tokens > known:
         raise PeftcoreError(
-            f"{type(model).__name__} has positions for {known:,} tokens, found texts of up to {tokens:,}. Pass "
-            f"--max-length {known}"
+            f"{type(model).__name__} has positions for {known:,} tokens, found texts of up to {tokens:,}. "
+            f"{advice.format(known)}"
         )
 
 

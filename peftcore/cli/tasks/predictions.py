@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from peftcore.cli import task_names
 from peftcore.cli.data import audio_files, data_files, image_files, image_turns, labels, row_reading
 from peftcore.cli.data.row import Row
-from peftcore.cli.tasks import by_task, encoded_examples, image_chats, sentence_pairs, text_generation, transcripts
+from peftcore.cli.tasks import (
+    by_task,
+    encoded_examples,
+    image_chats,
+    positions,
+    sentence_pairs,
+    text_generation,
+    transcripts,
+)
 from peftcore.cli.tasks.conversations import IGNORED
 from peftcore.errors import PeftcoreError
 
@@ -77,6 +85,8 @@ def answers(
 ) -> list[dict[str, Any]]:
     """Return the fields of each row with its answer, in the order of `rows`."""
     encoded = by_task.encode(rows, task.task, processor, length, task.labels).examples
+    if task.task != task_names.IMAGE:
+        positions.check(model, max(map(encoded_examples.length, encoded)))
     examples = [{**example, "place": i} for i, example in enumerate(encoded)]
     collate = by_task.collator(processor)
     device = next(model.parameters()).device
@@ -125,6 +135,7 @@ def embeddings(
     empty = next((row for row, tokens in zip(rows, ids, strict=True) if not tokens), None)
     if empty is not None:
         raise PeftcoreError(f"{empty.where}: the text has no tokens")
+    positions.check(model, max(map(len, ids)))
     found = sentence_pairs.embedded(model, ids, tokenizer.pad_token_id or 0, pooling)
     return [
         {"text": row.text, "embedding": [round(each, 7) for each in vector.tolist()]}

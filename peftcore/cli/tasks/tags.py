@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peftcore.cli.data.row import Row
-from peftcore.cli.tasks import metrics
+from peftcore.cli.tasks import metrics, positions
 from peftcore.cli.tasks.conversations import IGNORED
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.errors import PeftcoreError, nearest
@@ -129,8 +129,15 @@ def entities(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 @torch.no_grad()
 def tagged(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, labels: Sequence[str], max_length: int) -> str:
-    """Return the words of `text`, each followed by its most likely tag: `word/TAG`."""
+    """Return the words of `text`, each followed by its most likely tag: `word/TAG`.
+
+    Raises:
+        PeftcoreError: the text has no words, or more tokens than the model has positions for.
+    """
     words = text.split()
     ids, firsts = tokens_of(words, tokenizer, max_length)
+    if not firsts:
+        raise PeftcoreError("the text has no words. Pass another one")
+    positions.check(model, len(ids), "Pass a shorter text")
     found = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device)).logits[0].argmax(-1).tolist()
     return " ".join(f"{word}/{labels[found[place]]}" for word, place in zip(words, firsts, strict=False))

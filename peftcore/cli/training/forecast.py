@@ -193,8 +193,9 @@ def forecast(
     except NotFollowed as error:
         say(f"memory is not predicted: {error}")
         return None
-    on_cuda = device_choice.torch_device(settings.device).type == "cuda"
-    room = float(torch.cuda.mem_get_info()[0]) if on_cuda else memory_here()
+    device = device_choice.torch_device(settings.device)
+    on_cuda = device.type == "cuda"
+    room = float(torch.cuda.mem_get_info(device)[0]) if on_cuda else memory_here()
     together = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", settings.ranks))
     return Forecast(found, 0 if on_cuda else current_memory(), room, on_cuda, together)
 
@@ -338,11 +339,12 @@ def _fitted_whole(settings: Settings, config: Any, known: dict[str, Any]) -> Set
 
 def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_checkpointing: bool) -> Settings:
     """Return the settings with this way of training, with as many examples per step."""
-    batch_size = min(settings.batch_size, batch_size)
+    examples = settings.batch_size * settings.grad_accum
+    batch_size = max(n for n in range(1, min(settings.batch_size, batch_size) + 1) if examples % n == 0)
     chosen = replace(
         settings,
         batch_size=batch_size,
-        grad_accum=-(-settings.batch_size * settings.grad_accum // batch_size),
+        grad_accum=examples // batch_size,
         gradient_checkpointing=gradient_checkpointing,
         optim=optimizer,
     )

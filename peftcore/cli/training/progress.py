@@ -13,6 +13,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -149,10 +150,15 @@ class OrderlyStop(TrainerCallback):
             control.should_training_stop = True
 
 
+def _on_cards(counter: Callable[[int], int]) -> int:
+    """Return the sum of a counter of bytes, such as `torch.cuda.memory_allocated`, over all CUDA devices."""
+    return sum(counter(index) for index in range(torch.cuda.device_count()))
+
+
 def current_memory() -> int:
-    """Return resident bytes of this process; on CUDA, allocated bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated()
+    """Return allocated bytes on CUDA, if this process has used any; otherwise its resident bytes."""
+    if _on_cards(torch.cuda.max_memory_allocated):
+        return _on_cards(torch.cuda.memory_allocated)
     import psutil
 
     return psutil.Process().memory_info().rss
@@ -173,9 +179,8 @@ def peak_memory() -> dict[str, int]:
 
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     peaks = {"memory": memory}
-    if torch.cuda.is_available():
-        peaks["CUDA memory"] = torch.cuda.max_memory_allocated()
-    return peaks
+    on_cards = _on_cards(torch.cuda.max_memory_allocated)
+    return {**peaks, "CUDA memory": on_cards} if on_cards else peaks
 
 
 def gigabytes(count: float) -> str:

@@ -15,6 +15,7 @@ from peftcore_convert_config.reading import (
     held_out,
     judged,
     keyed,
+    only_first,
     optimizer,
     single,
     training,
@@ -169,10 +170,13 @@ def _relora(config: Reading) -> str:
 
 def _data(config: Reading) -> None:
     columns: dict[str, str] = {}
-    config.options["data"] = single([_one(config, each, columns) for each in config.take("datasets", [])])
+    config.options["data"] = single(
+        [file for each in config.take("datasets", []) for file in _files(config, each, columns)]
+    )
     held = config.take("test_datasets")
     if asks(held):
-        config.options["eval_data"] = _one(config, held[0], columns)
+        found = [file for each in held for file in _files(config, each, columns)]
+        config.options["eval_data"] = only_first(config, "test_datasets", found)
         config.take("val_set_size")
     else:
         held_out(config, config.take("val_set_size", 0.1))
@@ -180,7 +184,8 @@ def _data(config: Reading) -> None:
         config.options["columns"] = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
 
 
-def _one(config: Reading, given: dict[str, Any], columns: dict[str, str]) -> str:
+def _files(config: Reading, given: dict[str, Any], columns: dict[str, str]) -> list[str]:
+    """Return the files or the hub id of a data set, as `--data` names them; its names of fields go into `columns`."""
     part = Reading(given)
     part.take("ds_type")
     for theirs, ours in _COLUMNS.items():
@@ -202,10 +207,10 @@ def _one(config: Reading, given: dict[str, Any], columns: dict[str, str]) -> str
             f"data: axolotl rewrites rows of the type {kind!r}; rename their columns (--columns) or rewrite the file"
         )
     part.take("roles")
-    files = part.take("data_files")
-    path = files if isinstance(files, str) else files[0] if files else part.take("path", "")
-    part.take("path")
-    found = dataset(path, part.take("split"), part.take("name"))
+    files, path = part.take("data_files"), part.take("path", "")
+    files = [files] if isinstance(files, str) else files or [path]
+    split, name = part.take("split"), part.take("name")
+    found = [dataset(file, split, name) for file in files]
     for key in part.left():
         if key not in NOTHING:
             config.leave_out(key, NOT_HERE.get(key, "rewrite the file, or the tokenizer's chat template"))
@@ -234,6 +239,8 @@ def _task(config: Reading) -> None:
         if functions:
             module, _, name = str(functions[0]).rpartition(".")
             config.options["reward"] = f"{module.replace('.', '/')}.py:{name}"
+        if functions and len(functions) > 1:
+            config.leave_out("reward_funcs", "one function that adds the rewards: --reward FILE.py:FUNCTION")
     if config.take("do_causal_lm_eval"):
         config.options["eval_answers"] = 100
         config.option("eval_max_new_tokens", "answer_tokens", int)

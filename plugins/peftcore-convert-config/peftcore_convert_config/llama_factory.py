@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore_convert_config.reading import IMAGES, Reading, asks, held_out, judged, keyed, optimizer, single, training
+from peftcore_convert_config.reading import (
+    IMAGES,
+    Reading,
+    asks,
+    held_out,
+    judged,
+    keyed,
+    only_first,
+    optimizer,
+    single,
+    training,
+)
 
 _OWN = "--trust-remote-code and --task image-text, with --set target_modules= for layers of its language model"
 _FROZEN = "peftcore train --task image-text, with --set target_modules= for the layers that are to be adapted"
@@ -205,7 +216,8 @@ def _data(config: Reading) -> None:
         config.to_do.append(f'data: of a hub id, "ORG/NAME@train[:{most}]"; of a file, its first {most} lines')
     held = config.take("eval_dataset")
     if asks(held):
-        config.options["eval_data"] = _file(str(held).partition(",")[0].strip())
+        found = [_file(name.strip()) for name in (held.split(",") if isinstance(held, str) else held)]
+        config.options["eval_data"] = only_first(config, "eval_dataset", found)
         config.take("val_size")
     else:
         held_out(config, config.take("val_size", 0))

@@ -71,7 +71,7 @@ class Reading:
         """Make the value of a key, if there is one, the value of an option, converted to `kind`."""
         value = self.take(key)
         if value is not None:
-            self.options[option] = value if kind is None else self._number(key, value, kind)
+            self.options[option] = value if kind is None else self.number(key, value, kind)
 
     def field(self, key: str, field: str) -> None:
         """Make the value of a key, if it asks for something, the value of a field of the method."""
@@ -102,7 +102,8 @@ class Reading:
         yield from (key for key, value in self._config.items() if key not in self._taken and asks(value))
 
     @staticmethod
-    def _number(key: str, value: Any, kind: type) -> Any:
+    def number(key: str, value: Any, kind: type) -> Any:
+        """Return the value of a key as a number."""
         try:
             return kind(value)  # YAML reads 1e-4 as a text
         except (TypeError, ValueError):
@@ -151,6 +152,22 @@ def single(values: list[str]) -> str | list[str]:
     return values[0] if len(values) == 1 else values
 
 
+def only_first(reading: Reading, key: str, values: list[Any]) -> Any:
+    """Return the first of several data sets to evaluate on, and note that the others are left out."""
+    if len(values) > 1:
+        reading.leave_out(key, "one file with all examples: --eval-data FILE")
+    return values[0]
+
+
+def _steps_between(reading: Reading, key: str, option: str) -> None:
+    """Set a number of steps; a number below 1 is a share of all steps, which no option takes."""
+    value = reading.take(key)
+    if asks(value) and reading.number(key, value, float) < 1:
+        reading.leave_out(key, f"a number of steps: --{option.replace('_', '-')} N")
+    elif asks(value):
+        reading.options[option] = reading.number(key, value, int)
+
+
 def training(reading: Reading, *, epochs: str, scheduler: str, patience: str) -> None:
     """Take the keys that are named after transformers' TrainingArguments; three of them have other names, as given."""
     reading.option("gradient_accumulation_steps", "grad_accum", int)
@@ -167,7 +184,7 @@ def training(reading: Reading, *, epochs: str, scheduler: str, patience: str) ->
     reading.option("weight_decay", "weight_decay", float)
     reading.option("max_grad_norm", "max_grad_norm", float)
     reading.option("seed", "seed", int)
-    reading.option("eval_steps", "eval_every", int)
+    _steps_between(reading, "eval_steps", "eval_every")
     keep = reading.take("save_total_limit")
     if asks(keep):
         reading.options["keep"] = max(2, int(keep))
@@ -176,8 +193,9 @@ def training(reading: Reading, *, epochs: str, scheduler: str, patience: str) ->
         reading.options["patience"] = int(without_improvement)
     elif best:
         reading.options["load_best"] = True
-    saving = reading.take("save_steps")
-    if asks(saving) and not reading.options.keys() & {"patience", "load_best"}:  # which save at each evaluation
-        reading.options["save_every"] = int(saving)
+    if reading.options.keys() & {"patience", "load_best"}:  # which save at each evaluation
+        reading.take("save_steps")
+    else:
+        _steps_between(reading, "save_steps", "save_every")
     if reading.take("resume_from_checkpoint"):
         reading.leave_out("resume_from_checkpoint", "--resume continues a run of peftcore")

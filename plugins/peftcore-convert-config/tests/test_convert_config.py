@@ -394,6 +394,27 @@ def test_the_command_writes_a_file_with_comments(tmp_path: Path) -> None:
     assert "a.yaml' does not exist. Pass a config of axolotl" in printed("convert-config", file)[1]
 
 
+def test_nothing_of_several_is_dropped_without_a_word() -> None:
+    sets = [{"path": "json", "data_files": ["a.jsonl", "b.jsonl"], "type": "alpaca"}, {"path": "c", "type": "alpaca"}]
+    grpo = {"rl": "grpo", "trl": {"reward_funcs": ["rewards.one", "rewards.two"]}}
+    found = programs.convert({"base_model": "m", "datasets": sets, "test_datasets": sets, **grpo})
+    assert found.options["data"] == ["a.jsonl", "b.jsonl", "c"]
+    assert (found.options["eval_data"], found.options["reward"]) == ("a.jsonl", "rewards.py:one")
+    assert {"test_datasets", "reward_funcs"} <= found.left_out.keys()
+    theirs = {"model_name_or_path": "m", "dataset": "a", "eval_dataset": "b.json, c.json"}
+    found = programs.convert(theirs)
+    assert found.options["eval_data"] == "b.json" and "eval_dataset" in found.left_out
+
+
+@pytest.mark.parametrize("steps", [0.25, 5, "5"])
+def test_steps_that_are_a_share_are_no_number_of_steps(steps: float | str) -> None:
+    config = {"base_model": "m", "datasets": [], "eval_steps": steps, "save_steps": steps}
+    found = programs.convert(config)
+    counted = {"eval_every": 5, "save_every": 5} if steps != 0.25 else {}
+    assert {key: value for key, value in found.options.items() if key.endswith("_every")} == counted
+    assert ("eval_steps" in found.left_out) is ("save_steps" in found.left_out) is (steps == 0.25)
+
+
 @pytest.mark.parametrize("program", programs.PROGRAMS)
 def test_the_page_of_examples_says_what_the_program_does(program: str) -> None:
     """docs/coming-from/examples.md is written from configs that are not here; its keys and reasons are the module's."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from peftcore import PeftcoreError
-from peftcore.cli import task_names
 from peftcore.cli.bases import adapter_folders, base_and_adapter, models
 from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.data.row import Messages
@@ -139,18 +138,7 @@ class Texts:
 
     def _check(self, folder: Folder) -> str:
         task = adapter_folders.adapter_task(folder.path)
-        if task.task in task_names.NO_PROMPTS:
-            what = (
-                "a classifier and cannot write text" if task.task in task_names.HEADED else f"for the task {task.task}"
-            )
-            how = (
-                "generate"
-                if task.task in task_names.HEADED
-                else "eval"
-                if task.task == task_names.REWARD
-                else "predict"
-            )
-            raise PeftcoreError(f"the adapter '{folder.name}' is {what}. Use peftcore {how}")
+        adapter_folders.refuse_without_prompts(folder.name, task.task)
         if self._refuse is not None:
             self._refuse(folder.name, task)
         own = adapter_folders.has_tokenizer(folder.path)

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 from commands import Run, write_jsonl
+from transformers import AutoModelForCausalLM
+
+import peftcore
+from peftcore.cli.bases.adapter_folders import AdapterTask
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
 
@@ -77,3 +81,11 @@ def test_chat_answers_with_the_adapter_or_the_base(trained: Path, run: Run, monk
 def test_what_cannot_be_talked_with(trained: Path, llama: Path, run: Run, arguments: list[str], message: str) -> None:
     words = [word.format(run=trained, llama=llama) for word in arguments]
     assert message in run("chat", *words, code=1).stderr
+
+
+def test_an_encoder_decoder_answers_no_conversation(run: Run, llama: Path, tmp_path: Path) -> None:
+    model = peftcore.apply(AutoModelForCausalLM.from_pretrained(llama), "lora", r=2)
+    for task, message in (("seq2seq", "answers texts, not conversations"), ("reward", "is a reward model")):
+        adapter = peftcore.save(model, tmp_path / task)
+        AdapterTask(task, 512).write(adapter)
+        assert message in run("chat", "-a", adapter, code=1).output

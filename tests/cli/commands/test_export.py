@@ -57,3 +57,9 @@ def test_formats_are_listed(run: Run) -> None:
     assert any(line.split()[:3] == ["vllm", "vLLM,", "SGLang"] for line in lines)
     (gguf,) = (line for line in lines if line.startswith("gguf "))
     assert "adapter and model" in gguf and "gguf_type=f16" in gguf and "tokenizer" not in gguf
+
+
+def test_the_folder_of_a_model_with_dots_in_its_name(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny-v1.0-onnx" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "'tiny-v1.0-onnx' exists" in run("export", "--format", "onnx", "-m", "org/tiny-v1.0", code=1).output

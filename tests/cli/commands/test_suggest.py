@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import Run
 
+import peftcore
+from peftcore.cli.settings import Settings
 from peftcore.cli.training import forecast
 
 ONE = ("--method", "lora", "--rank", 4, "--max-length", 12)
@@ -96,6 +99,21 @@ def test_the_command_says_how_it_runs(run: Run, llama: Path) -> None:
     )
     command = found.output.rpartition("torchrun --nproc-per-node 2 -m peftcore train")[2]
     assert "--task dpo" in command and "--precision bf16 --parallel fsdp2" in command and "--dtype" not in command
+
+
+def test_the_command_names_a_task_that_was_asked_for(run: Run, llama: Path, reviews: Path) -> None:
+    """`train` reads the task off the data otherwise."""
+    words = ("suggest", "-m", llama, *ONE, "--memory", "2GB", "--device", "t4", "-d", reviews)
+    assert "--task causal-lm" in run(*words, "--task", "causal-lm").output
+    assert "--task" not in run(*words).output
+
+
+def test_fit_keeps_the_examples_of_a_step(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    way = SimpleNamespace(batch_size=4, optimizer="adamw_torch", gradient_checkpointing=False)
+    monkeypatch.setattr(peftcore, "suggest", lambda *_, **__: SimpleNamespace(ways=[way]))
+    settings = Settings(model=str(llama), data="d", task="causal-lm", method="lora", batch_size=6)
+    found = forecast.fitted(settings)
+    assert (found.batch_size, found.grad_accum) == (3, 2)
 
 
 def test_train_says_what_does_not_fit_before_it_loads(

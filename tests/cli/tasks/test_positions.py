@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commands import SPECIAL, WORDS, Run, save_tokenizer, write_jsonl
-from transformers import AutoConfig, AutoModel, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModel, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from peftcore import PeftcoreError
 from peftcore.cli.tasks import positions
@@ -84,3 +84,19 @@ def test_streamed_texts_are_cut_at_the_last_position(run: Run, tmp_path: Path) -
         assert json.loads((output / "adapter" / "peftcore_task.json").read_text())["max_length"] == 12
     files = [(tmp_path / each / "adapter" / "adapter_model.safetensors").read_bytes() for each in ("40", "12")]
     assert files[0] == files[1]
+
+
+def test_a_classifier_reports_texts_that_are_too_long(run: Run, labelled: Path, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=len(SPECIAL + WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=12)
+    config.pad_token_id = 0
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    run("train", "-m", tmp_path / "base", "-d", labelled, "--method", "lora", "--steps", 1, "-o", tmp_path / "run")
+    rows = write_jsonl(tmp_path / "long.jsonl", [{"text": "the film is good " * 5, "label": "up"}])
+    for command in ("predict", "eval"):
+        found = run(command, "-a", tmp_path / "run", "-d", rows, code=1).output
+        assert "has positions for 12 tokens, found texts of up to 20. Pass --max-length 12" in found
+        run(command, "-a", tmp_path / "run", "-d", rows, "--max-length", 12)
+    found = run("generate", "-a", tmp_path / "run", "-p", "the film is good " * 5, code=1).output
+    assert "has positions for 12 tokens, found texts of up to 20. Pass a shorter text" in found
+    assert "the text has no tokens" in run("generate", "-a", tmp_path / "run", "-p", "", code=1).output
