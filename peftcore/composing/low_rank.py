@@ -189,11 +189,12 @@ def add(
 
 @contextmanager
 def inactive(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    """Apply a new adapter and keep all adapters inactive within the block; restore the active ones afterwards.
+    """Apply a new adapter and keep all adapters inactive within the block; activate as before afterwards.
 
     If the block raises, the new adapter is removed.
     """
-    active = engine.require_state(model).active
+    state = engine.require_state(model)
+    active, samples = state.active, state.samples
     engine.set_active(model, ())  # two inactive adapters may train the same parameter
     try:
         with warnings.catch_warnings():  # the source adapters' configs already warned
@@ -205,7 +206,7 @@ def inactive(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None
             engine.remove(model, name)
             raise
     finally:
-        engine.set_active(model, active)
+        engine.set_active(model, active, samples)
 
 
 @torch.no_grad()

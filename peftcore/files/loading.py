@@ -100,10 +100,13 @@ def _load_all(
     model_name: str | None = None,
 ) -> None:
     engine.refuse_adapters_of_others(model)  # where a file's names match nothing
+    active: tuple[str, ...] = ()
+    state = engine.state_of(model)
+    if state is not None:
+        engine.refuse_per_sample(state, "load adapters")
+        active = state.active
     together, contents = read_folder(folder, lambda opened: read_saved(opened, model, adapter, method, model_name))
     with assumed_unchanged(model):
-        before = engine.state_of(model)
-        active = before.active if before else ()
         done: list[str] = []
         try:
             for name, content in contents.items():
