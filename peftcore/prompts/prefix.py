@@ -32,6 +32,7 @@ from peftcore.prompts.backbone import (
 
 # arguments that only cross-attention gets
 _CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
+_FAILED = "_peftcore_failed"  # attribute of a cache: the call that put a prefix into it has raised an error
 _TOKEN_BY_TOKEN = ("prophetnet",)  # families that read one token at a time if the cache is not empty
 _COUNTS_PADDING = (
     "mpt",
@@ -167,6 +168,11 @@ class PrefixAround(Backbone):
         if self._cache_argument and not self._causal:
             call[self._cache_argument] = None  # bidirectional backbones keep nothing for later calls
         cache, past = self._cached(call)
+        if getattr(cache, _FAILED, False):
+            raise PeftcoreError(
+                "the first call with this cache raised an error after the prefix had been put into it, and would put "
+                "it there again. Pass a new cache"
+            )
         self._refuse_padding(base.module, call.get("attention_mask"))
         if self._blocks and any(value is not None and "pixel" in name for name, value in call.items()):
             raise PeftcoreError(
@@ -187,8 +193,13 @@ class PrefixAround(Backbone):
             self._fill(cache, base.module, call)
         outer = getattr(cache, IN_MASK, 0)
         setattr(cache, IN_MASK, outer + self.tokens)
-        output = base(**call)
-        setattr(cache, IN_MASK, outer)
+        try:
+            output = base(**call)
+        except BaseException:
+            setattr(cache, _FAILED, past == 0)
+            raise
+        finally:
+            setattr(cache, IN_MASK, outer)
         return output if not own or self._wants_cache(base.module, call) else _without(output, self._cache_argument)
 
     def _fill(self, cache: Any, module: nn.Module, call: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from census import instances
 import peftcore
 from peftcore import PeftcoreError
 from peftcore.observation import example_inputs
+from peftcore.plugin import cache_argument
 
 
 def refused(name: str, method: str, message: str, **inputs: Any) -> None:
@@ -132,3 +133,14 @@ def test_an_encoder_decoder_that_names_no_decoder(method: str, monkeypatch: pyte
     monkeypatch.setattr(type(model), "get_decoder", lambda _: None)
     with pytest.raises(PeftcoreError, match=r"need the encoder and the decoder, and T5ForCond.* does not declare both"):
         peftcore.apply(model, method)
+
+
+def test_a_cache_of_a_call_that_failed_is_refused() -> None:
+    """The prefix is in it already, and would be put there again."""
+    model = peftcore.apply(tiny.llama().eval(), "prefix_tuning", num_virtual_tokens=3)
+    first, second = ({str(cache_argument(model)): transformers.DynamicCache(config=model.config)} for _ in range(2))
+    with pytest.raises(IndexError):
+        model(tiny.TOKENS + 1000, **first)
+    with pytest.raises(PeftcoreError, match=r"raised an error after the prefix .* Pass a new cache"):
+        model(tiny.TOKENS, **first)
+    model(tiny.TOKENS, **second)
