@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from peftcore.adaptation.base_modules import original_class
 from peftcore.adaptation.call import ROOT, Frame, untraced
 from peftcore.adaptation.class_swap import one_for_each_class, restore_class, subclass
 from peftcore.adaptation.concurrency import ModelLock
@@ -30,12 +31,11 @@ NAMES = "adapter_names"  # PEFT's argument of a call: the adapter of each sample
 
 def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
     """Make calls of `module`, an ancestor of adapted modules, take the model's `lock`. `root`: it is the model."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called
-        return
     module.__dict__[LOCK] = lock
     if root:
         module.__dict__[ROOT] = True
-    if not is_enclosing(module) and not hasattr(type(module), "_peftcore_original"):  # an adapted forward takes it
+    is_adapted = hasattr(type(module), "_peftcore_original")  # its forward takes the lock
+    if _is_called(module) and not is_enclosing(module) and not is_adapted:
         module.__class__ = _enclosing_class(type(module))
 
 
@@ -44,8 +44,16 @@ def release(module: nn.Module) -> None:
     if is_enclosing(module) and not hasattr(module, "unshard"):
         restore_class(module, "_peftcore_enclosed")
         del module.__dict__[LOCK]
+    elif not _is_called(module):
+        module.__dict__.pop(LOCK, None)
     for name in (ROOT, ROWS):
         module.__dict__.pop(name, None)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Return whether `module` may be called: not a list or dictionary, unless its class has a forward."""
+    is_container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    return not is_container or original_class(module).forward is not nn.Module.forward
 
 
 def is_enclosing(module: nn.Module) -> bool:

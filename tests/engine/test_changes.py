@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize
 
 import peftcore
 from peftcore.adaptation.base_modules import original_class
 from peftcore.engine import adapter_modules, set_trainable
+from peftcore.plugin import Train
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -233,3 +234,25 @@ def test_a_layer_inside_a_wrapper_is_found() -> None:
     peftcore.remove(model, "second")
     peftcore.remove(model)
     assert "peftcore" not in model[0][0]._modules
+
+
+class Blocks(nn.ModuleList):
+    """A list that is called, as the experts of SwitchTransformers are."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
+        return x + self.bias
+
+
+def test_a_list_with_a_parameter_and_a_forward_of_its_own_is_unchanged() -> None:
+    model = nn.Sequential(Blocks(), nn.Linear(4, 4))
+    with tiny.installed(tiny.method("bias", lambda *_: [Train(("0.bias",))])):
+        peftcore.apply(model, "bias")
+        assert peftcore.summary(model).changed == {}
+        peftcore.remove(model)
+    assert type(model[0]) is Blocks and not any("peftcore" in key for each in model.modules() for key in vars(each))
