@@ -7,7 +7,8 @@ model with a thousand adapters has a quarter of a million modules of adapters. F
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -57,8 +58,8 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     ahead: list[tuple[str, nn.Module]] = [("", module)]
     while ahead:
         prefix, part = ahead.pop()
-        own = part.__dict__
-        if not _has_plain_state(type(part)) or own.get("_state_dict_hooks") or own.get("_state_dict_pre_hooks"):
+        own, cls = part.__dict__, cast(Any, type(part))  # to mypy a class is not hashable
+        if not _has_plain_state(cls) or own.get("_state_dict_hooks") or own.get("_state_dict_pre_hooks"):
             return module.state_dict(keep_vars=True)
         passing = own.get("_non_persistent_buffers_set", ())
         for name, parameter in part._parameters.items():
@@ -71,6 +72,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+@cache
 def _has_plain_state(cls: type[nn.Module]) -> bool:
     """Return whether a module of the class adds just its own parameters and buffers to `state_dict`."""
     return (

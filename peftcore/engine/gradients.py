@@ -66,7 +66,7 @@ def _keep_gradients_of_bitsandbytes(model: nn.Module) -> None:
     from then on: adapters before them would learn from a part of the gradient.
     """
     for _, module in base_modules(model):
-        if is_bitsandbytes(module) and getattr(module, "support_avx512bf16_for_cpu", False):
+        if module.__dict__.get("support_avx512bf16_for_cpu") and is_bitsandbytes(module):
             cast(Any, module).support_avx512bf16_for_cpu = False
 
 
@@ -75,8 +75,10 @@ def _cut_off(model: nn.Module) -> tuple[str, Tensor] | None:
     seen = set()
     for path, module in base_modules(model):
         weight: Any = module._parameters.get("weight")
+        if weight is None or type(weight) is nn.Parameter:
+            continue
         packed = is_bitsandbytes(module) and _is_packed(weight)
-        if weight is None or not (packed or is_wrapped(weight)) or not is_linear(module):
+        if not (packed or is_wrapped(weight)) or not is_linear(module):
             continue
         kind = original_class(module), type(weight), packed
         if kind not in seen and not _lets_through(module, weight):
