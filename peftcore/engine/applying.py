@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,11 +146,50 @@ def _apply(
             placed.method.prepare(model, placed.config)
     of_method, config = recorded(placed)
     modules = {each.path: submodule(model, each.path) for each in placed.attached}
+    adapters = [each.adapter for each in placed.attached]
     allocated: dict[Any, Any] = {}
     for each in placed.attached:
         _settle(each.adapter, *device_and_dtype(modules[each.path], dtype), model.training, allocated)
 
     is_first = not state.applied and not state.on_disk
+    state.applied[adapter] = Applied(
+        of_method.name,
+        config,
+        placed.placements,
+        placed.trained,
+        trainable=trainable,
+        reads=arguments_read(adapters),
+        whole_batch=any([each.whole_batch for each in adapters if isinstance(each, Adapter)]),
+        keeps_calls=of_method.call_loss is not None,
+    )
+    for path, module in modules.items():
+        if path not in state.sites:
+            state.sites[path] = Site(facts(module))
+        state.sites[path].adapters += 1
+    model.__dict__[STATE] = state
+    try:
+        _attach(model, state, adapter, placed, modules, is_first=is_first)
+        if initialize is not None:
+            initialize_adapter(model, adapter, initialize, placed.method.name, config_of_initialize, batches)
+        if is_first and is_divided(model):
+            state.watching = watch_batches(model)
+        if first_values and is_divided(model):  # the ranks may have drawn different random numbers
+            ranks.give(tensor for each in adapters for tensor in (*each.parameters(), *each.buffers()))
+        if ranks.count() > 1:
+            divide_experts(model, placed)
+        if active:
+            set_active(model, (*state.active, adapter))
+        adapter_applied.announce(model)
+    except BaseException:
+        detach_adapter(model, adapter)
+        raise
+    return model
+
+
+def _attach(
+    model: nn.Module, state: State, adapter: str, placed: Placed, modules: Mapping[str, nn.Module], *, is_first: bool
+) -> None:
+    """Attach the recorded `adapter` to `modules`, inactive; the first one freezes the base."""
     if is_first:  # before other classes are swapped in, inside which the folding class stays
         folding.fold_frozen(model, placed.architecture.output_head)
     for path in _enclosing_paths(model, modules, placed.trained):
@@ -162,46 +201,12 @@ def _apply(
             parameter.requires_grad_(False)
     for each in placed.attached:
         module = modules[each.path]
-        if each.path not in state.sites:
-            state.sites[each.path] = Site(facts(module))
         adapted.attach(module, adapter, each.adapter, link=each.link, branches=each.branches, lock=state.lock)
-        state.sites[each.path].adapters += 1
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
+    state.applied[adapter].frozen = TrainedParameters.of(model, adapter) is None  # by `_settle`
     fast_path.guard(model)
-    adapters = [each.adapter for each in placed.attached]
-    reads = arguments_read(adapters)
-    whole_batch = any([each.whole_batch for each in adapters if isinstance(each, Adapter)])
-    entry = Applied(
-        of_method.name,
-        config,
-        placed.placements,
-        placed.trained,
-        trainable=trainable,
-        reads=reads,
-        whole_batch=whole_batch,
-        frozen=TrainedParameters.of(model, adapter) is None,  # by `_settle`
-        keeps_calls=of_method.call_loss is not None,
-    )
-    state.applied[adapter] = entry
-    model.__dict__[STATE] = state
     freeze_branches(state, adapter)
     update_call_context(state)
-    if initialize is not None:
-        try:
-            initialize_adapter(model, adapter, initialize, placed.method.name, config_of_initialize, batches)
-        except BaseException:
-            remove(model, adapter)
-            raise
-    if is_first and is_divided(model):
-        state.watching = watch_batches(model)
-    if first_values and is_divided(model):  # the ranks may have drawn different random numbers
-        ranks.give(tensor for each in adapters for tensor in (*each.parameters(), *each.buffers()))
-    if ranks.count() > 1:
-        divide_experts(model, placed)
-    if active:
-        set_active(model, (*state.active, adapter))
-    adapter_applied.announce(model)
-    return model
 
 
 def _settle(
@@ -240,15 +245,17 @@ def _settle(
 
 
 def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:
-    """Return the paths of the model and of every ancestor of an adapted module, whose calls take the model's lock."""
-    owners = {name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained))}
-    inner = [*paths, *(f"{owner}.parameter" for owner in owners)]
-    enclosing_paths = {""}
-    for path in inner:
+    """Return the paths of the modules whose calls take the model's lock.
+
+    They are the model, every ancestor of the modules `paths`, and the modules that own the parameters `trained`, with
+    their ancestors.
+    """
+    found = {"", *(name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained)))}
+    for path in [*paths, *found]:
         while path:
             path = path.rpartition(".")[0]
-            enclosing_paths.add(path)
-    return sorted(enclosing_paths)
+            found.add(path)
+    return sorted(found)
 
 
 @exclusive("remove adapters", base=True)
@@ -362,6 +369,8 @@ def _check_new(adapter: str, state: State) -> None:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raise a PeftcoreError unless `dtype` is None or a floating-point dtype."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise PeftcoreError(f"dtype must be a floating torch.dtype such as torch.bfloat16, found {dtype!r}")
+    """Raise a PeftcoreError unless `dtype` is None or a floating-point dtype of 16 bits or more."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise PeftcoreError(
+            f"dtype must be a floating torch.dtype of 16 bits or more, such as torch.bfloat16, found {dtype!r}"
+        )

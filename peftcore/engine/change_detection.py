@@ -85,7 +85,7 @@ def _way(model: nn.Module, path: str) -> list[tuple[dict[str, Any], str, nn.Modu
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at `path`; None if a step is not a child."""
+    """Return the module at `path`; None if a step is not a child, but an attribute by which a wrapper passes it on."""
     module: nn.Module | None = model
     for name in path.split(".") if path else ():
         module = None if module is None else module._modules.get(name)

@@ -63,14 +63,15 @@ class TrainedParameters(nn.Module):
         kept = _shared(moving_buffers(model))
         if not slots and not kept:
             return
-        trained = _add(model, adapter, TrainedParameters(slots, kept))
-        trained_parts.follow(trained.owners(model))
+        trained = TrainedParameters(slots, kept)
         for name in slots:
             copy = nn.Parameter(ranks.whole(base[name]).clone())
             mark_as_loaded(copy, base[name])
             trained._parameters[_key(name)] = copy
         for name in kept:
             trained._buffers[_key(name)] = _slot(model, name).detach().clone()
+        _add(model, adapter, trained)
+        trained_parts.follow(trained.owners(model))
 
     @staticmethod
     def keep(model: nn.Module, adapter: str, values: dict[str, Tensor]) -> None:
@@ -279,10 +280,10 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the names of base parameters that are tied to `names`, without `names`."""
+    """Return the names of base parameters that are tied to those of `names` that exist, without `names`."""
     names = set(names)
     base = base_tensors(model) if names else {}
-    tensors = {id(base[name]) for name in names}
+    tensors = {id(base[name]) for name in names if name in base}
     return [name for name, tensor in base.items() if id(tensor) in tensors and name not in names]
 
 

@@ -1,5 +1,7 @@
 """Apply, activate, disable, remove: what each changes, what each refuses."""
 
+import importlib
+
 import pytest
 import tiny
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 import peftcore
 from peftcore.engine import adapter_parameters, applied, set_trainable
-from peftcore.plugin import After, Around
+from peftcore.plugin import After, Around, Train
 from peftcore.registry import registry
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -196,6 +198,36 @@ def test_refusals_leave_the_model_alone(call, message: str) -> None:
     assert type(model).__dict__.get("_peftcore_original") is None
     assert all(p.requires_grad for p in model.parameters())
     assert not any("peftcore" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("has_other", [False, True])
+@pytest.mark.parametrize("step", ["adaptation.adapted.attach", "engine.trained.mark_as_loaded"])
+def test_an_apply_that_fails_midway_leaves_the_model_as_it_was(step: str, has_other: bool, monkeypatch) -> None:
+    model = peftcore.apply(tiny.llama(), "around", adapter="other") if has_other else tiny.llama()
+    outputs, keys, classes = tiny.logits(model), list(model.state_dict()), list(map(type, model.modules()))
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    package, _, name = f"peftcore.{step}".rpartition(".")
+    real, calls = getattr(importlib.import_module(package), name), iter(range(9))
+
+    def fails_second(*args, **kwargs):
+        if next(calls) == 1:
+            raise MemoryError
+        return real(*args, **kwargs)
+
+    def place(model, config, architecture):
+        paths = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+        names = ("lm_head.weight", "model.norm.weight")
+        return [Train(names), *(Around(path, tiny.Scaled(2.0)) for path in paths)]
+
+    with tiny.installed(tiny.method("both", place)):
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(f"{package}.{name}", fails_second)
+            peftcore.apply(model, "both")
+        assert list(model.state_dict()) == keys and (has_other or list(map(type, model.modules())) == classes)
+        assert [parameter.requires_grad for parameter in model.parameters()] == trains
+        assert torch.equal(tiny.logits(model), outputs)
+        peftcore.apply(model, "both")
+        assert not torch.equal(tiny.logits(model), outputs)
 
 
 def test_a_name_twice_is_refused_and_the_first_stays() -> None:
