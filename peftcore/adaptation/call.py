@@ -348,21 +348,6 @@ def arguments_read(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
     return frozenset(name for need in needs if not isinstance(need, bool) for name in need) if needs else None
 
 
-def context_for(names: Iterable[frozenset[str]], before: CallContext | None) -> CallContext | None:
-    """Return the context of calls for adapters that read the arguments `names`, or None if there is no adapter.
-
-    Args:
-        names: arguments that each adapter reads.
-        before: the context until now, which is changed and returned.
-    """
-    each = list(names)
-    if not each:
-        return None
-    context = before or CallContext()
-    context.names = frozenset().union(*each)
-    return context
-
-
 def arguments(cls: type[nn.Module]) -> tuple[str, ...]:
     """Return the names of the arguments of the forward of `cls`, with asterisks for `*args` and `**kwargs`."""
     try:

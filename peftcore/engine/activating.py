@@ -14,7 +14,6 @@ from torch import nn
 
 from peftcore.adaptation import adapted
 from peftcore.adaptation.adapted import adapters_of
-from peftcore.adaptation.call import context_for
 from peftcore.adaptation.concurrency import Activation, Block
 from peftcore.adaptation.light import parts
 from peftcore.engine.placing import refuse_shared
@@ -295,14 +294,14 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
 
 def update_call_context(state: State) -> None:
     """Make calls of the model known to adapters (active or not) and losses that read them, and with `per_sample`."""
-    before = state.lock.context
     reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
-    state.lock.context = context_for(reads, before)
     keeping = frozenset(name for name, entry in state.applied.items() if entry.keeps_calls)
-    if keeping or state.samples is not None:
-        require_call_context(state)
-    if state.lock.context is not None:
-        state.lock.context.keeping = keeping
+    if not reads and not keeping and state.samples is None:
+        state.lock.context = None
+        return
+    context = require_call_context(state)
+    context.names = frozenset().union(*reads)
+    context.keeping = keeping
 
 
 def check_branches(model: nn.Module, state: State, adapter: str, attached: Iterable[Attached]) -> None:

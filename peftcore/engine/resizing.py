@@ -12,7 +12,7 @@ from torch import nn
 
 from peftcore.adaptation.adapted import adapters_of
 from peftcore.adaptation.base_modules import base_modules
-from peftcore.engine.changes import submodule
+from peftcore.engine.changes import module_at
 from peftcore.engine.state import state_of
 from peftcore.engine.trained import all_of
 from peftcore.errors import PeftcoreError
@@ -49,7 +49,7 @@ def _adapters(model: nn.Module, module: nn.Module) -> Iterator[str]:
     yield from () if attached is None else attached._modules
     for name, own in all_of(model):
         slots = (slot for slots in own.slots.values() for slot in slots)
-        if any(submodule(model, slot.rpartition(".")[0]) is module for slot in slots):
+        if any(module_at(model, slot.rpartition(".")[0]) is module for slot in slots):
             yield name
 
 

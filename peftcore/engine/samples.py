@@ -12,7 +12,7 @@ from peftcore.adaptation.adapted import adapters_of, attach, detach
 from peftcore.adaptation.call import CallContext
 from peftcore.adaptation.concurrency import Activation
 from peftcore.adaptation.rows import ROWS
-from peftcore.engine.changes import submodule
+from peftcore.engine.changes import module_at
 from peftcore.engine.state import (
     State,
     applied,
@@ -81,9 +81,9 @@ def place_own_parameters(model: nn.Module, state: State, names: Iterable[str]) -
     for name in names:
         own = TrainedParameters.of(model, name)
         for path, keys in ({} if own is None else own.by_module()).items():
-            module = model.get_submodule(path)
-            there = adapters_of(module)
-            if there is None or name not in there:
+            module = module_at(model, path)
+            there = None if module is None else adapters_of(module)
+            if module is not None and (there is None or name not in there):
                 attach(module, name, OwnParameters(own, keys), lock=state.lock)  # type: ignore[arg-type]  # not None
                 state.own_parameters.append((path, name))
 
@@ -92,7 +92,7 @@ def remove_own_parameters(model: nn.Module, state: State) -> None:
     """Undo `place_own_parameters`."""
     while state.own_parameters:
         path, name = state.own_parameters.pop()
-        module = submodule(model, path)
+        module = module_at(model, path)
         there = None if module is None else adapters_of(module)
         if module is not None and there is not None and isinstance(there._modules.get(name), OwnParameters):
             detach(module, name)
@@ -161,7 +161,8 @@ def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -
 adapter_names_given.subscribe(_choose)
 
 
-def require_call_context(state: State) -> None:
-    """Make calls of the model known, from which the number of tokens of each sample is read."""
+def require_call_context(state: State) -> CallContext:
+    """Return what adapters read of the model's calls; made here if no adapter has read any."""
     if state.lock.context is None:
         state.lock.context = CallContext()
+    return state.lock.context

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import engine, ranks
 from peftcore.adaptation.base_modules import base_parameters, walked_once
+from peftcore.engine.applying import check_dtype
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
 from peftcore.files import model_card, single_file
@@ -69,6 +70,7 @@ def save(
         PeftcoreError: the adapter does not have this format, or cannot be expressed in it; ranks have different
             adapters, or one has ended: the message names it, and the folder is whole.
     """
+    check_dtype(dtype)
     if format != PEFT and format in single_file.formats():
         return _save_single(model, Path(path), adapter, dtype, format)
     if not isinstance(model, nn.Module):

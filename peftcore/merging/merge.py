@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from peftcore import engine, ranks
 from peftcore.adaptation.adapted import changes_at, is_adapted
 from peftcore.adaptation.base_modules import base_parameters
-from peftcore.engine.changes import facts
+from peftcore.engine.applying import check_dtype
+from peftcore.engine.changes import facts, module_at
 from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError, warn
 from peftcore.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
@@ -69,12 +70,8 @@ def merge(
             result is NaN or Inf; or quantizing again would lose more than `max_error`. The model is left unchanged.
     """
     _check_limit(max_error)
-    state = engine.require_state(model)
-    engine.refuse_merged(state, "merge")
-    engine.refuse_changed(model)
-    if not engine.follows_plan(model):
-        ranks.refuse_sharded(model, "merge")
-    engine.refuse_per_sample(state, "merge")
+    check_dtype(dtype)
+    state = _ready(model, "merge")
     if not state.active:
         raise PeftcoreError("no adapter is active. Activate the adapters to merge: peftcore.activate(model, [...])")
     refuse_unmergeable(model, state.active)
@@ -147,18 +144,28 @@ def _merge(
     return model
 
 
-@engine.exclusive("measure")
+def _ready(model: nn.Module, what: str) -> engine.State:
+    """Return the record of a model whose adapters can be merged; `what` names the operation in messages."""
+    state = engine.require_state(model)
+    engine.refuse_merged(state, what)
+    engine.refuse_changed(model)
+    if not engine.follows_plan(model):
+        ranks.refuse_sharded(model, what)
+    engine.refuse_per_sample(state, what)
+    return state
+
+
+@engine.exclusive("measure the error of merging")
 def merge_error(model: nn.Module) -> dict[str, float]:
     """Return the fraction of the active adapters' change that `merge` would lose in each quantized layer, by path.
 
     0 means no loss, 1 means that the error is as large as the change itself. Dense layers are not listed. The model is
     not changed.
     """
-    state = engine.require_state(model)
-    engine.refuse_merged(state, "measure")
-    engine.refuse_per_sample(state, "measure")
+    state = _ready(model, "measure the error of merging")
     refuse_unmergeable(model, state.active)
-    return measured_error(model, state.active, None)
+    with ranks.whole_when_read(model):
+        return measured_error(model, state.active, None)
 
 
 @engine.exclusive("unmerge", base=True)
@@ -315,9 +322,9 @@ def _untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> bool | None:
 
 
 def _get(model: nn.Module, name: str) -> Any:
-    """Return a parameter or buffer by name, or None if there is none."""
+    """Return a parameter or buffer by name, or None if it or its module does not exist."""
     path, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(path), attribute, None)
+    return getattr(module_at(model, path), attribute, None)
 
 
 def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:

@@ -123,6 +123,8 @@ def select(
     if layers_to_transform is not None:
         indices = layer_indices(chosen, layers_pattern)
         wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+        if not wanted:
+            raise PeftcoreError("layers_to_transform=[] names no layer. Name some, or leave it out for all layers")
         missing = wanted - set(indices.values())
         if missing:
             there = sorted({i for i in indices.values() if i is not None})

@@ -115,3 +115,37 @@ def test_parameters_that_are_read_without_a_call_are_refused() -> None:
     model = peftcore.apply(Reads().eval(), "bitfit", adapter="a")
     with pytest.raises(peftcore.PeftcoreError, match=r"as a whole.*: it trains parameters of 'layer'"):
         peftcore.activate(model, ["a", None], per_sample=True)
+
+
+def test_combine_and_convert_leave_each_sample_its_adapter() -> None:
+    model = classifier(modules_to_save=[])
+    peftcore.activate(model, NAMES, per_sample=True)
+    with torch.no_grad():
+        wanted = model(input_ids=tokens()).logits
+        peftcore.combine(model, ["a", "b"], adapter="sum")
+        assert torch.equal(model(input_ids=tokens()).logits, wanted)
+        peftcore.convert(model, "a", method="lora")
+        assert torch.equal(model(input_ids=tokens()).logits, wanted)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_load_is_refused_and_leaves_each_sample_its_adapter(together: bool, tmp_path: Path) -> None:
+    model = classifier(modules_to_save=[])
+    peftcore.save(model, tmp_path, adapter=None if together else "a")
+    other = classifier(modules_to_save=[])
+    peftcore.activate(other, NAMES, per_sample=True)
+    with torch.no_grad():
+        wanted = other(input_ids=tokens()).logits
+        with pytest.raises(peftcore.PeftcoreError, match="cannot load adapters while each sample has its own"):
+            peftcore.load(other, tmp_path, adapter=None if together else "c")
+        assert torch.equal(other(input_ids=tokens()).logits, wanted)
+
+
+def test_remove_gets_out_where_a_trained_module_is_gone() -> None:
+    model = classifier()
+    peftcore.activate(model, NAMES, per_sample=True)
+    del model.classifier
+    for name in "ab":
+        with pytest.warns(UserWarning, match="classifier.weight' is gone"):
+            peftcore.remove(model, name)
+    assert not any("peftcore" in key for key in model.state_dict()) and not hasattr(type(model), "_peftcore_enclosed")

@@ -182,3 +182,24 @@ def test_nothing_to_merge() -> None:
     peftcore.activate(model, [])
     with pytest.raises(peftcore.PeftcoreError, match="no adapter is active"):
         peftcore.merge(model)
+
+
+def test_modules_that_were_replaced_or_deleted_are_named() -> None:
+    model, path = peftcore.apply(tiny.llama(), "around", value=3.0), "model.layers.0.self_attn.q_proj"
+    model.model.layers[0].self_attn.q_proj = nn.Linear(32, 32, bias=False)
+    with pytest.raises(peftcore.PeftcoreError, match=f"'{path}' was replaced by another Linear"):
+        peftcore.merge_error(model)
+    model = peftcore.merge(peftcore.apply(tiny.llama(), "around", value=3.0))
+    del model.model.layers[0].self_attn.q_proj
+    with pytest.raises(peftcore.PeftcoreError, match=f"'{path}.weight' is gone"):
+        peftcore.unmerge(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"])
+def test_a_dtype_that_weights_cannot_have_is_refused(dtype: Any, tmp_path: Any) -> None:
+    model = peftcore.apply(tiny.llama(), "around", value=3.0)
+    acting = tiny.logits(model)
+    for use in (peftcore.merge, lambda model, dtype: peftcore.save(model, tmp_path, dtype=dtype)):
+        with pytest.raises(peftcore.PeftcoreError, match=r"dtype must be .* of 16 bits or more"):
+            use(model, dtype=dtype)
+    assert torch.equal(tiny.logits(model), acting) and not list(tmp_path.iterdir())

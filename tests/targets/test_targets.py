@@ -82,6 +82,10 @@ def test_exclusions_and_layers() -> None:
         ({"target_modules": ["q_proj"], "exclude_modules": ["k_pro"]}, r"exclude_modules: 'k_pro' matches no module"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"leaves nothing after exclude_modules"),
         (
+            {"target_modules": ["q_proj"], "layers_to_transform": []},
+            r"layers_to_transform=\[\] names no layer",
+        ),
+        (
             {"target_modules": ["q_proj"], "layers_to_transform": [0, 7]},
             r"is in layer \[7\] \(layers found: \[0, 1\]\)",
         ),
