@@ -27,7 +27,7 @@ logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
 SHAPES = [(256, 576, 1536), (256, 4096, 4096)]
 SMALL = [(96, 320, 160)]  # rows of whole blocks: of others bitsandbytes' CPU kernel makes nonsense
-RANKS = (8, 16, 64)
+RANKS = (16, 64, 256)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENT_NORM = 2e-5  # of dA and dB next to a bf16 x
 SLACK = 1.02
