@@ -1,6 +1,6 @@
 """Count the Python calls of `apply`, a forward pass, `save`, `load` and `merge`, with Hugging Face PEFT's next to them.
 
-    python benchmarks/trace.py [--by file|function] [--of load]
+    python benchmarks/trace.py [--by file|function] [--of load] [--ours]
 
 A two-layer Llama with LoRA on all linear layers, warm: each action has run before in this process, and the forward
 pass on this model. Counted are calls of functions that the package under test defines (peftcore and its plugins, or
@@ -141,17 +141,18 @@ def main() -> None:
     parser.add_argument("--by", choices=["file", "function"])
     parser.add_argument("--of", choices=list(LIMITS), default="load")
     parser.add_argument("--most", type=int, default=40)
+    parser.add_argument("--ours", action="store_true", help="without PEFT's calls")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(2):  # the second time is warm
             ours = of_peftcore(Path(folder) / f"ours {number}")
-            theirs = of_peft(Path(folder) / f"theirs {number}")
+            theirs = {} if options.ours else of_peft(Path(folder) / f"theirs {number}")
     print(f"{'':8} {'calls':>7} {'files':>6} {'depth':>6}   peft: calls files depth   limits")
     for action, trace in ours.items():
         calls, files, depth = trace.counts()
         wanted = " ".join("-" if limit is None else f"{limit:,}" for limit in LIMITS[action])
-        peft_calls, peft_files, peft_depth = theirs[action].counts()
-        print(f"{action:8} {calls:7,} {files:6} {depth:6}   {peft_calls:11,} {peft_files:5} {peft_depth:5}   {wanted}")
+        peers = "{:11,} {:5} {:5}".format(*theirs[action].counts()) if theirs else f"{'':23}"
+        print(f"{action:8} {calls:7,} {files:6} {depth:6}   {peers}   {wanted}")
     if options.by:
         found: Counter[str] = Counter()
         for (file, function), count in ours[options.of].calls.items():

@@ -57,7 +57,8 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 def is_bitsandbytes(module: nn.Module) -> bool:
     """Return whether it is a 4-bit linear layer of bitsandbytes, adapted or not."""
-    return any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes.") for c in type(module).__mro__)
+    library = sys.modules.get("bitsandbytes.nn.modules")
+    return library is not None and isinstance(module, library.Linear4bit)
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
