@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from peftcore.errors import PeftcoreError
+
 
 def first_of(output: Any) -> Any:
     """Return the first value of an output that has several, else the output."""
@@ -20,15 +22,25 @@ def first_of(output: Any) -> Any:
 
 
 def with_first(output: Any, first: Any) -> Any:
-    """Return a copy of `output`, of its type, with another first value."""
+    """Return a copy of `output`, of its type, with another first value.
+
+    Raises:
+        PeftcoreError: the first value is a model's loss, which was computed from values that would not change.
+    """
     if isinstance(output, tuple) and output:
         values = (first, *output[1:])
         return type(output)(*values) if hasattr(output, "_fields") else values
     if isinstance(output, list) and output:
         return [first, *output[1:]]
     if isinstance(output, dict) and output:
+        name = next(iter(output))
+        if name == "loss":
+            raise PeftcoreError(
+                "an adapter after the whole model would change its loss, not its logits. Call the model without labels "
+                "and compute the loss from what it returns, or place the adapter after the output head"
+            )
         changed = copy.copy(output)
-        changed[next(iter(output))] = first
+        changed[name] = first
         return changed
     return first
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
+import peftcore
 from peftcore.adaptation import adapted
 from peftcore.adaptation.outputs import first_of
-from peftcore.placements.after import AfterLink
+from peftcore.placements.after import After, AfterLink
 
 Pair = namedtuple("Pair", ["hidden", "other"])
 
@@ -44,3 +45,13 @@ def test_an_adapter_behind_changes_the_first_value_and_keeps_the_rest(build: Any
         assert list(rest)[1:] == ["more"]
     if isinstance(found, (Pair, BaseModelOutput)):
         assert torch.equal(found.hidden if isinstance(found, Pair) else found.last_hidden_state, x + 1)
+
+
+def test_a_loss_is_not_changed_in_place_of_the_logits() -> None:
+    with tiny.installed(tiny.method("end", lambda *_: [After("", tiny.Shifted(1.0))])):
+        model = peftcore.apply(tiny.llama(), "end")
+        with peftcore.disabled(model):
+            logits = tiny.logits(model)
+        assert torch.equal(tiny.logits(model), logits + 1)
+        with pytest.raises(peftcore.PeftcoreError, match=r"would change its loss, not its logits"):
+            model(tiny.TOKENS, labels=tiny.TOKENS)
