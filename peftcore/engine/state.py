@@ -14,8 +14,7 @@ from torch import nn
 from peftcore.adaptation import adapted
 from peftcore.adaptation.base_modules import TRAINED
 from peftcore.adaptation.concurrency import ModelLock, refuse_running
-from peftcore.engine.change_detection import Snapshot
-from peftcore.engine.changes import Site, attached, changes, changes_of_trained
+from peftcore.engine.changes import Site, Snapshot, attached, changes, changes_of_trained
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.events import adapters_wanted
