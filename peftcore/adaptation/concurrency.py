@@ -297,9 +297,8 @@ class ModelLock:
         with self._condition:
             if self.is_disabled() and self._held is not None:
                 return
-            if not self._alone and (
-                self.is_disabled() or disabled_in_thread(self)
-            ):  # the change waits for a block of this one
+            # The change waits for a block of this thread.
+            if not self._alone and (self.is_disabled() or disabled_in_thread(self)):
                 return
             if self._held is not None and in_backward:
                 raise PeftcoreError(

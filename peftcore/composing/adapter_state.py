@@ -124,9 +124,8 @@ def _set(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None:
 def _refuse_other(method: Method, other: Method, adapter: str, where: Path) -> None:
     if other.name != method.name:
         raise CheckpointError(
-            f"'{where}' is an adapter of {other.name}, but '{adapter}' is of {method.name}. Load "
-            "it as another adapter: "
-            f"peftcore.load(model, folder, adapter=...), then activate it and remove '{adapter}'"
+            f"'{where}' is an adapter of {other.name}, but '{adapter}' is of {method.name}. Load it as another "
+            f"adapter: peftcore.load(model, folder, adapter=...), then activate it and remove '{adapter}'"
         )
 
 
@@ -134,9 +133,8 @@ def _refuse_other_shapes(model: nn.Module, adapter: str, tensors: Mapping[str, T
     for name, here in tensors_on_disk(model, adapter).items():
         if name in tensors and tensors[name].shape != here.shape:
             raise CheckpointError(
-                f"'{name}' has shape {list(tensors[name].shape)}, here {list(here.shape)}. "
-                "Tensors of another shape need "
-                "their config: pass the adapter's folder, or a dictionary from peftcore.state_dict"
+                f"'{name}' has shape {list(tensors[name].shape)}, here {list(here.shape)}. Tensors of another shape "
+                "need their config: pass the adapter's folder, or a dictionary from peftcore.state_dict"
             )
 
 

@@ -1,6 +1,6 @@
 """`combine`: a new adapter that is a weighted sum of others.
 
-products   adapters with `factors` (method.py), module by module; an adapter without a factor at a module adds nothing
+products   adapters with `low_rank` (adapter.py), module by module; an adapter adds nothing where it is not attached
 tensors    adapters whose change is linear in their tensors (`neutral`), and trained parameters of the base:
            t = t0 + Σ w_i (t_i - t0), where t0 is the value at which the adapter changes nothing
 """

@@ -33,9 +33,9 @@ def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str
         if not _equal(here, there) and (numbers or not (_is_number(here) and _is_number(there))):
             return f"{name}={there!r}, here {here!r}"
     for kind in ("_parameters", "_buffers"):
-        mine_, theirs_ = ({n for n, t in vars(m)[kind].items() if t is not None} for m in (one, other))
-        if mine_ != theirs_:
-            return f"the tensors {sorted(theirs_)}, here {sorted(mine_)}"
+        own_names, its_names = ({n for n, t in vars(m)[kind].items() if t is not None} for m in (one, other))
+        if own_names != its_names:
+            return f"the tensors {sorted(its_names)}, here {sorted(own_names)}"
     for name in one._non_persistent_buffers_set:
         if not _equal_values(one._buffers[name], other._buffers[name]):
             return f"different values of the non-persistent buffer '{name}'"

@@ -78,7 +78,7 @@ def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[LowR
 
 
 def why_not(site: Site, adapter: Any, seen: set[Any], method: str) -> str:
-    """Describe why an adapter is not the low-rank products that its `low_rank()` return; empty if it is.
+    """Describe why an adapter is not just the low-rank products of its `low_rank()`; empty if it is.
 
     Args:
         site: where the adapter is attached.
@@ -113,15 +113,13 @@ def refuse_trained(model: nn.Module, adapter: str, what: str) -> None:
     refuse_saved(model, adapter, what)
     if entry.trained:
         raise PeftcoreError(
-            f"'{adapter}' ({entry.method}) cannot {what}: it also trains the base parameter "
-            f"'{entry.trained[0]}', which "
-            "has no factors. Use an adapter that was trained without it"
+            f"'{adapter}' ({entry.method}) cannot {what}: it also trains the base parameter '{entry.trained[0]}', "
+            "which has no factors. Use an adapter that was trained without it"
         )
     if own is not None and own.has_moved(model):
         raise PeftcoreError(
-            f"'{adapter}' ({entry.method}) cannot {what}: it has its own copies of base tensors, such as "
-            "statistics of a "
-            "norm or rows of an embedding, which cannot be summed"
+            f"'{adapter}' ({entry.method}) cannot {what}: it has its own copies of base tensors, such as statistics "
+            "of a norm or rows of an embedding, which cannot be summed"
         )
 
 
@@ -221,9 +219,8 @@ def _fill(factors: LowRank, b: Tensor, a: Tensor, name: str, path: str) -> None:
     for tensor in (factors.a, factors.b):
         if not bool(tensor.float().isfinite().all()):
             raise PeftcoreError(
-                f"'{name}' would contain NaN or Inf in {tensor.dtype} at '{path}'. Check the "
-                "source adapters for NaN and "
-                "Inf, or use smaller weights"
+                f"'{name}' would contain NaN or Inf in {tensor.dtype} at '{path}'. Check the source adapters for NaN "
+                "and Inf, or use smaller weights"
             )
 
 

@@ -144,7 +144,7 @@ def _apply(
     if placed.method.prepare is not None:
         with registry.naming(placed.method.name, "prepare"):
             placed.method.prepare(model, placed.config)
-    of_method, config = recorded(placed)
+    of_method, config = recorded(placed.method, placed.config)
     modules = {each.path: submodule(model, each.path) for each in placed.attached}
     adapters = [each.adapter for each in placed.attached]
     allocated: dict[Any, Any] = {}

@@ -1,4 +1,4 @@
-"""Refusals of models under tensor or pipeline parallelism."""
+"""Adapters of models under tensor or pipeline parallelism: which are refused, and what the others need."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftcore import ranks
 from peftcore.adaptation.base_modules import base_modules
 from peftcore.engine.divided import undivided
-from peftcore.engine.placing import with_memory
+from peftcore.engine.placing import recorded, with_memory
 from peftcore.engine.state import adapter_modules, applied, require_state
 from peftcore.engine.trained import moving_buffers, unmoved_buffers
 from peftcore.engine.training_hooks import method_modules
@@ -23,9 +23,8 @@ from peftcore.registry import registry
 
 def initializer(method: Method, config: Any) -> tuple[Any, Any]:
     """Return (`initialize`, config) of `method` or of the one that it is recorded as; None if nothing is to be done."""
-    if method.initialize is None and method.recorded_as is not None:
-        config = method.recorded_as(config)
-        method = registry.method_of_config(config)
+    if method.initialize is None:
+        method, config = recorded(method, config)
     wanted = method.initialize is not None and method.initializes(config)
     return method.initialize if wanted else None, config
 

@@ -124,17 +124,6 @@ def reached_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
     ]
 
 
-def copied_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
-    """Return the full names of parameters whose change is not a low-rank product, so adapters copy them."""
-    copied = (each.copied_weight(path) for path, placed in placements.items() for each in placed)
-    return [name for name in copied if name is not None]
-
-
-def one_by_one(placements: Mapping[str, Sequence[Placement]]) -> bool:
-    """Return whether some of the placements are at single experts."""
-    return any([each.is_of_expert(path) for path, placed in placements.items() for each in placed])
-
-
 def covered(model: nn.Module, placed: Placed) -> Coverage:
     """Return what share of the weight in layers has an adapter or a trained parameter."""
     reached = reached_by(placed.placements)
@@ -225,17 +214,17 @@ def _own_copy(config: Any) -> Any:
     return own
 
 
-def recorded(placed: Placed) -> tuple[Method, Any]:
-    """Return the method that the adapter is recorded as, and its config."""
-    if placed.method.recorded_as is None:
-        return placed.method, placed.config
-    with registry.naming(placed.method.name, "recorded_as"):
-        config = placed.method.recorded_as(placed.config)
+def recorded(method: Method, config: Any) -> tuple[Method, Any]:
+    """Return the method that an adapter of `method` with this config is recorded as, and its config."""
+    if method.recorded_as is None:
+        return method, config
+    with registry.naming(method.name, "recorded_as"):
+        config = method.recorded_as(config)
     return registry.method_of_config(config), config
 
 
 def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) -> None:
-    """Raise a PluginError unless every placement has its own modules and tensors."""
+    """Raise a PluginError unless every placement is one, with an adapter of its own modules and tensors."""
     for placement in placements:
         if not isinstance(placement, Placement):
             raise PluginError(
@@ -247,6 +236,22 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
             raise PluginError(
                 f"{method}: the adapter of {type(placement).__name__} must be an nn.Module, found {found}"
             )
+    for kind, is_placed in _classes_apart(model, method, placements).items():
+        unseen = unseen_member(kind, inside=not is_placed)
+        if unseen is not None:
+            raise PluginError(
+                f"{method} places a {kind.__name__} that has `{unseen}` and does not derive from "
+                "peftcore.plugin.Adapter, without which it is not called. Write: class "
+                f"{kind.__name__}(Adapter)"
+            )
+
+
+def _classes_apart(model: nn.Module, method: str, placements: Sequence[Placement]) -> dict[type[nn.Module], bool]:
+    """Return {class of a module of the adapters: whether one with it is placed itself, not only inside another}.
+
+    Raises:
+        PluginError: an adapter has registered a module or tensor of the base.
+    """
     modules, tensors, addresses = set(), set(), set()  # of the base
     for _, module in base_modules(model):
         modules.add(id(module))
@@ -256,7 +261,7 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
                 addresses.add(tensor.data_ptr() if type(tensor) in _PLAIN else 0)
     addresses.discard(0)  # tensors without memory
     seen: set[int] = set()
-    classes: dict[type[nn.Module], bool] = {}  # False: only inside of adapters
+    classes: dict[type[nn.Module], bool] = {}
     for placement in placements:
         ahead: list[Any] = [placement.adapter] if placement.has_adapter else []
         while ahead:
@@ -273,14 +278,7 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
                 ):
                     _refuse_registered(model, method, placement, tensor)
             ahead += part._modules.values()
-    for kind, is_placed in classes.items():
-        unseen = unseen_member(kind, inside=not is_placed)
-        if unseen is not None:
-            raise PluginError(
-                f"{method} places a {kind.__name__} that has `{unseen}` and does not derive from "
-                "peftcore.plugin.Adapter, without which it is not called. Write: class "
-                f"{kind.__name__}(Adapter)"
-            )
+    return classes
 
 
 _PLAIN = (nn.Parameter, Tensor)

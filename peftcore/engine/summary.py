@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +17,11 @@ from peftcore.engine.applying import check_dtype
 from peftcore.engine.fusing import fused_modules
 from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
-from peftcore.engine.placing import copied_by, covered, device_and_dtype, one_by_one, placements_for, reached_by
+from peftcore.engine.placing import covered, device_and_dtype, placements_for, reached_by
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.layers import shape_of
+from peftcore.placements.placement import Placement
 from peftcore.targets import match_counts
 from peftcore.targets.coverage import Coverage
 
@@ -153,12 +155,12 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
         placed = placements_for(model, method, fields)
     parameters = dict(base_parameters(model))
     rows, buffers, buffer_bytes = [], 0, 0
-    counted: set[Tensor] = set()
+    seen: set[Tensor] = set()  # adapters may share tensors
     for each in placed.attached:
         _, kept = device_and_dtype(model.get_submodule(each.path), dtype)
-        own = [p for p in each.adapter.parameters() if p not in counted]
-        others = [b for b in each.adapter.buffers() if b not in counted]
-        counted.update(own, others)
+        own = [p for p in each.adapter.parameters() if p not in seen]
+        others = [b for b in each.adapter.buffers() if b not in seen]
+        seen.update(own, others)
         count = sum(p.numel() for p in own)
         kind = " and ".join(dict.fromkeys(type(part).__name__ for part in each.parts or [each.adapter]))
         rows.append((each.path, kind, count, count * kept.itemsize))
@@ -178,10 +180,21 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
         experts=mixture_of(
             model,
             [*reached_by(placed.placements), *placed.trained],
-            set(copied_by(placed.placements)),
-            one_by_one(placed.placements),
+            set(_copied_by(placed.placements)),
+            _one_by_one(placed.placements),
         ),
     )
+
+
+def _copied_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:
+    """Return the full names of parameters whose change is not a low-rank product, so adapters copy them."""
+    copied = (each.copied_weight(path) for path, placed in placements.items() for each in placed)
+    return [name for name in copied if name is not None]
+
+
+def _one_by_one(placements: Mapping[str, Sequence[Placement]]) -> bool:
+    """Return whether some of the placements are at single experts."""
+    return any([each.is_of_expert(path) for path, placed in placements.items() for each in placed])
 
 
 def summary(model: nn.Module) -> Summary:
@@ -208,8 +221,8 @@ def _summary(model: nn.Module) -> Summary:
         parameters = list(dict.fromkeys(p for _, p in adapter_parameters(model, name)))
         buffers = list(dict.fromkeys(b for _, module in adapter_modules(model, name) for b in module.buffers()))
         reached.update(entry.trained, *(reached_by({path: found}) for path, found in entry.placements.items()))
-        copied.update(*(copied_by({path: found}) for path, found in entry.placements.items()))
-        apart |= one_by_one(entry.placements)
+        copied.update(*(_copied_by({path: found}) for path, found in entry.placements.items()))
+        apart |= _one_by_one(entry.placements)
         own = TrainedParameters.of(model, name)
         for _, value, original in own.in_model(model) if own is not None else ():
             if isinstance(original, nn.Parameter):

@@ -210,7 +210,7 @@ def place_kept_tensors(model: nn.Module, active: Sequence[str]) -> None:
         owner.update(dict.fromkeys(owned.kept if owned is not None else (), name))
     everyone = all_of(model)
     wanted = {name: {kept for kept in own.kept if owner.get(kept) == name} for name, own in everyone}
-    for name, own in everyone:
+    for name, own in everyone:  # first back to the base: two adapters may exchange one slot
         own.hold(model, own.held & wanted[name])
     for name, own in everyone:
         own.hold(model, wanted[name])

@@ -19,7 +19,8 @@ from peftcore.errors import PeftcoreError
 from peftcore.experts.layout import expert_linear, experts_layout, operand
 from peftcore.ops.calling import autocast_device
 
-Around = Callable[[nn.Linear, Sequence[Any], int], Callable[[Tensor], Tensor]]  # a layer, changes, whose -> with them
+# (an expert's layer, its changes, number of the expert) -> the layer with the changes
+WithChanges = Callable[[nn.Linear, Sequence[Any], int], Callable[[Tensor], Tensor]]
 
 
 class EachExpert(Adapter):
@@ -80,7 +81,7 @@ class EachExpert(Adapter):
 
 
 def product_by_expert(
-    module: nn.Module, x: Tensor, offsets: Tensor, name: str, changes: Sequence[Any], around: Around
+    module: nn.Module, x: Tensor, offsets: Tensor, name: str, changes: Sequence[Any], around: WithChanges
 ) -> Tensor:
     """Return the product of a module's weight `name` for rows sorted by expert, with the changes of each expert.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftcore import ops
 from peftcore.adapter import Adapter, Base, LowRank, implements
-from peftcore.experts.each import Around, EachExpert, product_by_expert
+from peftcore.experts.each import EachExpert, WithChanges, product_by_expert
 from peftcore.experts.layout import experts_layout, is_turned, operand
 from peftcore.ops.calling import autocast_device
 from peftcore.ops.routing import combined, gathered, routed
@@ -56,7 +56,7 @@ def experts_forward(
     top_k_weights: Tensor,
     *,
     changes: Mapping[str, Sequence[LowRank | EachExpert]] | None = None,
-    around: Around = lambda layer, _changes, _expert: layer,
+    around: WithChanges = lambda layer, _changes, _expert: layer,
 ) -> Tensor:
     """Compute the forward of `module`, which has an `experts_layout`.
 
@@ -96,7 +96,7 @@ def experts_forward(
             x, routing.offsets, weight, bias, first.a, first.b, is_transposed, first.scale, first.dropout_p
         )
         for other in others:
-            y = y + _thin(x, routing.offsets, other).to(y.dtype)
+            y = y + _low_rank_product(x, routing.offsets, other).to(y.dtype)
         return y
 
     y = product(x, layout.up)
@@ -175,7 +175,7 @@ def _together(changes: Sequence[LowRank]) -> list[LowRank]:
     ]
 
 
-def _thin(x: Tensor, offsets: Tensor, change: LowRank) -> Tensor:
+def _low_rank_product(x: Tensor, offsets: Tensor, change: LowRank) -> Tensor:
     """Return scale · (dropout(x_i) A_eᵀ) B_eᵀ in fp32, for an adapter whose dropout differs from that of the first.
 
     The operator adds a low-rank product to that of a base: here two narrow bases of zeros, with A and then B as one

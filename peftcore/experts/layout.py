@@ -217,6 +217,6 @@ class PackedExpert(nn.Linear):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def linear_operands(self, x: Tensor) -> tuple[ops.PackedWeight, Tensor | None] | None:
-        """Return the operands that an adapter may multiply itself: see `peftcore.adaptation.adapted.Base`."""
+        """Return the operands that an adapter may multiply itself: see `peftcore.adapter.Base`."""
         matrix = self.packed._replace(shape=tuple(self.packed.shape[1:]))
         return None if self.transposed else (matrix, self.bias)

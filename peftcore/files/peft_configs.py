@@ -132,9 +132,8 @@ def _plain(value: Any) -> Any:
 
 def _is_as_made(config: Any, name: str, value: Any) -> bool:
     """Return whether an attribute that is not saved has its initial value."""
-    if (
-        name in vars(type(config)) and vars(type(config))[name] is value
-    ):  # a constant of the class, such as `is_prompt_learning`
+    constants = vars(type(config))  # such as `is_prompt_learning`
+    if name in constants and constants[name] is value:
         return True
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return bool(value == type(value)())

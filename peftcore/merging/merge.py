@@ -4,7 +4,7 @@ The weight is read through its format in fp32, each active adapter's pure `merge
 result is rounded once to the stored dtype. The base's parameters are kept, not overwritten, so `unmerge` is bit exact.
 Before anything is written, each layer is run both ways (probe.py).
 
-The error of merging into a quantized weight is measured per layer (layers.py), and refused above a limit.
+The error of merging into a quantized weight is measured per layer (merged_layers.py), and refused above a limit.
 """
 
 from __future__ import annotations

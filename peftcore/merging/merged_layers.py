@@ -269,8 +269,8 @@ def _packed(path: str, module: nn.Module, copies: MergedCopies, dtype: torch.dty
 def _with_values(path: str, tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         raise PeftcoreError(
-            f"the weight of '{path}' is on the meta device and has no values to merge into. Load "
-            "the model's weights first"
+            f"the weight of '{path}' is on the meta device and has no values to merge into. Load the model's weights "
+            "first"
         )
     return tensor
 

@@ -59,9 +59,8 @@ class Backbone(Adapter):
         ranks.refuse_context_parallel("a prompt or prefix")
         call = arguments_by_name(self._names, args, kwargs)
         old = [name for name in _CACHE_ARGUMENTS if name in call and name not in self._names]
-        if (
-            old and self._cache_argument and call.get(self._cache_argument) is None
-        ):  # arguments that the module still takes
+        # Older names that the module still takes.
+        if old and self._cache_argument and call.get(self._cache_argument) is None:
             call[self._cache_argument] = call.pop(old[0])
         return call
 
@@ -203,9 +202,8 @@ def learned_context(backbone: nn.Module) -> int | None:
         return None
     for module in backbone.modules():
         if isinstance(module, nn.Embedding) and module is not tokens:
-            offset = getattr(
-                module, "offset", 0
-            )  # OPT and BART reserve 2 additional positions, RoBERTa 2 within the table
+            # OPT and BART reserve 2 additional positions, RoBERTa 2 within the table.
+            offset = getattr(module, "offset", 0)
             if module.num_embeddings == context + offset:
                 return context - (0 if module.padding_idx is None or offset else module.padding_idx + 1)
     return None

@@ -34,16 +34,18 @@ from peftcore.prompts.backbone import (
 _CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
 _FAILED = "_peftcore_failed"  # attribute of a cache: the call that put a prefix into it has raised an error
 _TOKEN_BY_TOKEN = ("prophetnet",)  # families that read one token at a time if the cache is not empty
-_COUNTS_PADDING = (
-    "mpt",
-    "cpmant",
-    "roformer",
-)  # families whose attention computes distances from places, including padding
+# Families whose attention computes distances from places, including padding.
+_COUNTS_PADDING = ("mpt", "cpmant", "roformer")
 
 
 def place_prefix(
     model: nn.Module, architecture: Architecture, adapter: nn.Module, shape: tuple[int, ...]
 ) -> list[tuple[str, nn.Module]]:
+    """Return (path, adapter) of the backbone and of its attention modules, for a prefix of this shape.
+
+    Raises:
+        PeftcoreError: the cache of the model cannot hold the prefix.
+    """
     path = decoder_path(model, architecture)
     attentions = _attentions(model.get_submodule(path), path)
     outer = model.get_submodule(architecture.backbone)
@@ -375,8 +377,8 @@ class _DeepCopy:
         layer = self._layer()
         if layer is None:
             raise PeftcoreError(
-                "a shallow copy of a cache's layer cannot be deep-copied after the original is "
-                "gone. Deep-copy the original"
+                "a shallow copy of a cache's layer cannot be deep-copied after the original is gone. Deep-copy the "
+                "original"
             )
         new = copy.copy(layer)
         for name, value in vars(layer).items():

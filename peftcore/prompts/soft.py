@@ -58,9 +58,8 @@ def place_soft_prompt(
             f"a soft prompt needs tokens, and '{path}' ({type(backbone).__name__}) takes none: "
             f"{', '.join(names[:3])}. Use a prefix or a method for linear layers"
         )
-    cached = (
-        None if keeps else cache_argument(model.get_submodule(decoder_path(model, architecture)))
-    )  # some pass it on
+    # The decoder's name for the cache: some backbones pass it on among other arguments.
+    cached = None if keeps else cache_argument(model.get_submodule(decoder_path(model, architecture)))
     if getattr(language_config(backbone), "model_type", None) in _ADDS_SOUND:
         raise PeftcoreError(
             f"{type(model).__name__} adds a piece of sound to each token, and a soft prompt has none. Use a "

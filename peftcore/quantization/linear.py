@@ -112,7 +112,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         return ops.linear_4bit(x.to(dtype), self.packed, bias).to(x.dtype)
 
     def linear_operands(self, x: Tensor) -> tuple[PackedWeight, Tensor | None] | None:
-        """Return what an adapter may multiply by itself, see `peftcore.adaptation.adapted.Base`."""
+        """Return what an adapter may multiply by itself, see `peftcore.adapter.Base`."""
         parameters: dict[str, Any] = self._parameters  # see `packed`
         if parameters["weight"].dtype is not torch.uint8 or self.compute_dtype not in (None, x.dtype):
             return None

@@ -86,9 +86,9 @@ class LayersConfig:
         """Return the config with model-dependent choices made explicit, so that its meaning is fixed when saved."""
         chosen = self.selected(model, architecture)
         choices = ("exclude_modules", "layers_to_transform", "layers_pattern")
-        worked_in = {n: None for n in choices if n in self.not_in_peft and getattr(self, n) is not None}
+        folded = {n: None for n in choices if n in self.not_in_peft and getattr(self, n) is not None}
         by_layer = isinstance(self.target_modules, str) and self.layers_to_transform is not None  # PEFT refuses both
-        every = self.target_modules == ALL_LINEAR or by_layer or bool(worked_in)
+        every = self.target_modules == ALL_LINEAR or by_layer or bool(folded)
         names = minimal_suffixes(model, chosen) if every else self.target_modules
         transposed = "fan_in_fan_out" not in self.not_in_peft and any(map(is_conv1d, chosen.values()))
-        return replace(self, target_modules=names, fan_in_fan_out=transposed, **worked_in)
+        return replace(self, target_modules=names, fan_in_fan_out=transposed, **folded)
