@@ -229,6 +229,12 @@ def _given_when_made(own: Callable[..., None], trainer: Any, adapted: Callable[[
         names.update(before)
 
 
+def check_reference(trainer: Any, model: nn.Module) -> None:
+    """Raise a PeftcoreError if `trainer` would shard its reference again, or bypass an adapter of `model`."""
+    refuse_wrapped(trainer)
+    refuse_bypassed(trainer, model)
+
+
 def refuse_wrapped(trainer: Any) -> None:
     """Raise a PeftcoreError if a reference would be sharded again although it shares the model's weights."""
     wrapped = [name for name in ("fsdp", "deepspeed") if getattr(trainer, f"is_{name}_enabled", False)]
@@ -265,19 +271,29 @@ def _check(trainer: Any) -> None:
     for model in (trainer.model, *given):
         if _has_adapters(model):
             refuse_bypassed(trainer, model)
-    for callback in trainer.callback_handler.callbacks:
-        moves = any(cls.__name__ == "SyncRefModelCallback" for cls in type(callback).__mro__)
-        if moves or getattr(callback, "update_ref_model", False):
-            raise PeftcoreError(
-                f"{type(callback).__name__} writes averages into the weights of a reference or teacher, which "
-                "shares them with the model. Leave the callback out, or disable it in the arguments"
-            )
+    refuse_averages(trainer)
     for name, value in vars(trainer).items():
         teacher = name.startswith("teacher")  # it may be named by its path, without adapters
         if not teacher and _is_second_base(value, trainer.model) and not any(value is other for other in given):
             raise PeftcoreError(
                 f"{type(trainer).__name__} loaded '{trainer.model.config._name_or_path}' again (trainer.{name}), "
                 "without the model's adapters and quantization. Pass it the model to compare with"
+            )
+
+
+def refuse_averages(trainer: Any) -> None:
+    """Raise a PeftcoreError if a callback would average the weights of a model with adapters."""
+    for callback in trainer.callback_handler.callbacks:
+        names = {cls.__name__ for cls in type(callback).__mro__}
+        if "SyncRefModelCallback" in names or getattr(callback, "update_ref_model", False):
+            raise PeftcoreError(
+                f"{type(callback).__name__} writes averages into the weights of a reference or teacher, which "
+                "shares them with the model. Leave the callback out, or disable it in the arguments"
+            )
+        if "BEMACallback" in names:
+            raise PeftcoreError(
+                f"{type(callback).__name__} averages into a second model of the same config, which has no adapters. "
+                "Leave the callback out, and average a copy: torch.optim.swa_utils.AveragedModel(model)"
             )
 
 

@@ -42,7 +42,7 @@ from peftcore.files.loading import restore
 from peftcore.files.reading import adapter_folder
 from peftcore.files.saving import save_each
 from peftcore.integrations.patching import patch
-from peftcore.integrations.reference_model import patch_trainers, reference_of, refuse_bypassed, refuse_wrapped
+from peftcore.integrations.reference_model import check_reference, patch_trainers, reference_of, refuse_averages
 from peftcore.integrations.trainer_loss import add_extra_loss, logged
 from peftcore.integrations.trainer_optimizer import PagingReport, bare_model, create_optimizer, create_scheduler
 from peftcore.parallel import check_ranks, give_adapters, refuse_between_blocks
@@ -82,8 +82,7 @@ def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any)
     model = _model_of(trainer)  # `model_init` may have made it
     if model is None or engine.state_of(model) is None:
         return
-    refuse_wrapped(trainer)
-    refuse_bypassed(trainer, model)
+    check_reference(trainer, model)
     _add_callbacks(trainer)
     if any(map(ranks.is_dtensor, model.parameters())):
         if any(ranks.is_dtensor(p) for p in model.parameters() if p.requires_grad):
@@ -165,6 +164,7 @@ def _train(
             "no parameter of the model trains: its adapters are frozen, inactive, or merged. Activate one: "
             "peftcore.unmerge(model), peftcore.activate(model, 'NAME')"
         )
+    refuse_averages(trainer)  # callbacks may have been added since the trainer was made
     _add_callbacks(trainer)  # Trainer was not patched yet if `model_init` applied the first adapter of this process
     if resume_from_checkpoint is True:
         resume_from_checkpoint = latest_checkpoint(trainer.args.output_dir)

@@ -269,7 +269,7 @@ def test_an_adapter_that_the_fused_head_would_leave_out(name: str, tokenizer: An
 
 def test_what_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     from trl import SFTTrainer
-    from trl.trainer.callbacks import SyncRefModelCallback
+    from trl.trainer.callbacks import BEMACallback, SyncRefModelCallback
 
     def refused(name: str, match: str, **changes: Any) -> None:
         with pytest.raises(peftcore.PeftcoreError, match=match):
@@ -283,6 +283,11 @@ def test_what_is_refused(tokenizer: Any, tmp_path: Path) -> None:
         refused(name, "vLLM would get the base's weights", use_vllm=True)
     moves = SyncRefModelCallback(quantized.llama(), None)
     refused("DPO", "SyncRefModelCallback writes averages", callbacks=[moves])
+    refused("SFT", "BEMACallback averages into a second model", callbacks=[BEMACallback()])
+    late = trainer("DPO", model(), tokenizer, tmp_path)  # the callback would shrink the weights of the base
+    late.add_callback(SyncRefModelCallback(late.ref_model, late.accelerator))
+    with pytest.raises(peftcore.PeftcoreError, match="SyncRefModelCallback writes averages"):
+        late.train()
     plain = quantized.llama()  # without adapters nothing is refused
     assert isinstance(trainer("SFT", plain, tokenizer, tmp_path), SFTTrainer)
 
