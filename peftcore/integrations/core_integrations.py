@@ -2,6 +2,8 @@
 
 transformers            `pretrained`: `save_pretrained`; `adapter_methods`: `load_adapter` and others, `from_pretrained`
 transformers.trainer    `transformers`: `Trainer` and its subclasses; `peft_config=` of TRL
+transformers' Llama 4   an attribute of its language model's output that its forward reads
+accelerate              `accelerate`: keeps adapters in memory when it offloads a model
 peft                    `peft`: refuses a model with adapters
 diffusers               `diffusers`, `diffusers_pipelines`: refuse calls that would ignore adapters
                         `diffusers_calls`: `load_lora_weights` and others, where PEFT is not installed
@@ -18,7 +20,7 @@ from peftcore.extensions import Integration
 from peftcore.hookspecs import hookimpl
 
 # Integrations that also concern models without adapters: they run when `library` is imported, before any `apply`.
-AT_IMPORT = ("trainer", "adapter-methods", "auto-classes", "pipelines", "diffusers-calls")
+AT_IMPORT = ("trainer", "adapter-methods", "auto-classes", "pipelines", "diffusers-calls", "llama4")
 
 
 # Integrations whose module patches their library when it is imported: (name, library, module of this package).
@@ -26,6 +28,7 @@ _BY_IMPORT = (
     ("transformers", "transformers.modeling_utils", "pretrained"),
     ("trainer", "transformers.trainer", "transformers"),
     ("adapter-methods", "transformers.integrations.peft", "adapter_methods"),
+    ("accelerate", "accelerate.big_modeling", "accelerate"),
     ("peft", "peft", "peft"),
     ("diffusers-calls", "diffusers.pipelines.pipeline_utils", "diffusers_calls"),
 )
@@ -45,6 +48,13 @@ def _find_adapters(module: str) -> None:
     _module("adapter_methods").find_adapters(module)
 
 
+def _give_image_outputs() -> None:
+    """Let Llama 4 run: in transformers 5.24 its forward reads `image_outputs` of an output that has no such field."""
+    output = import_module("transformers.modeling_outputs").MoeCausalLMOutputWithPast
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
+
+
 @hookimpl
 def peftcore_integrations() -> list[Integration]:
     """Return the integrations of the core."""
@@ -57,6 +67,7 @@ def peftcore_integrations() -> list[Integration]:
             Integration(name=name, library=module, on_import=partial(_find_adapters, module))
             for name, module in _FINDING
         ),
+        Integration(name="llama4", library="transformers.models.llama4.modeling_llama4", on_import=_give_image_outputs),
         Integration(
             name="diffusers",
             library="diffusers.pipelines.pipeline_utils",

@@ -70,11 +70,6 @@ def quiet_transformers() -> None:
     from transformers import dynamic_module_utils
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # an error, not a question at the terminal that runs code on "y"
-    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-
-    if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
-        # In transformers 5.24 Llama 4 with images reads it of its language model's output.
-        MoeCausalLMOutputWithPast.image_outputs = None
 
 
 def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,13 +77,14 @@ def export(
         name = _converted(loaded, convert)
     work = _Work(plugin, exporter, given, folder, loaded, base)
     exporter.check(loaded)
-    if name is not None and "adapter" in exporter.parts and only != "model":
-        work.write_adapter(name, required=only == "adapter" or "model" not in exporter.parts)
-    if "model" in exporter.parts and only != "adapter":
-        if name is not None and not exporter.with_adapters:
-            base_and_adapter.merge_adapter(loaded, untie=untie, quantize=base_as, dtype=dtype, device=device)
-        _add_tokenizer(exporter, given, base, adapter, task)
-        work.write_model()
+    with _whole(folder):
+        if name is not None and "adapter" in exporter.parts and only != "model":
+            work.write_adapter(name, required=only == "adapter" or "model" not in exporter.parts)
+        if "model" in exporter.parts and only != "adapter":
+            if name is not None and not exporter.with_adapters:
+                base_and_adapter.merge_adapter(loaded, untie=untie, quantize=base_as, dtype=dtype, device=device)
+            _add_tokenizer(exporter, given, base, adapter, task)
+            work.write_model()
     for line in work.report:
         say(line)
 
@@ -213,6 +217,21 @@ def _new(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PeftcoreError(f"'{folder}' exists already. Pass a new folder: --output FOLDER")
     return folder
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Remove what the block wrote to `folder`, which was new or empty, if an error ends it."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        for each in folder.iterdir() if folder.is_dir() else ():
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+        for each in new:
+            with suppress(OSError):  # it was not made, or another process wrote to it
+                each.rmdir()
+        raise
 
 
 def _converted(model: PreTrainedModel, rank: int | None) -> str:

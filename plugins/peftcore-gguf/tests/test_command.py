@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import commands
 import exported
@@ -12,6 +13,7 @@ from commands import Run
 from exported import logits, saved_run, tensors
 
 from peftcore.cli.bases.adapter_folders import TASK_FILE
+from peftcore.errors import PeftcoreError
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,22 @@ def test_gguf(run: Run, base: Path, tmp_path: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(again, gguf_file="model-f16.gguf").eval()
     assert (logits(model) - expected).abs().max() < 5e-3
+
+
+def test_nothing_is_left_of_an_export_that_fails(run: Run, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The adapter has been written when the tokenizer of the model turns out not to be writable."""
+
+    def fails(*_: Any) -> None:
+        raise PeftcoreError("the tokenizer is of a kind that llama.cpp does not know")
+
+    monkeypatch.setattr("peftcore_gguf.model.write_tokenizer", fails)
+    saved_run(base, tmp_path / "run", r=4)
+    given = ("export", "--format", "gguf", "--adapter", tmp_path / "run", "--output")
+    assert "the tokenizer is of a kind" in run(*given, tmp_path / "new" / "folder", code=1).output
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    run(*given, tmp_path / "empty", code=1)
+    assert not [*(tmp_path / "empty").iterdir()]
 
 
 def test_parts_of_gguf_and_what_is_made_thin(run: Run, base: Path, tmp_path: Path) -> None:
