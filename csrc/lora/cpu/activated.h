@@ -38,7 +38,7 @@ struct Activated {
     using T = typename Level::T;
     using Chunk = typename Gates<Level>::Chunk;
     using Power = typename Gates<Level>::Power;
-    using Logistic = typename Gates<Level>::Logistic;
+    using Logistic = typename Gates<Level>::template Logistic<true>;
     static constexpr int64_t kChunk = Gates<Level>::kChunk;
 
     static void forward(const ActivationArgs& args, int64_t first, int64_t last) {
