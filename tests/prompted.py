@@ -92,6 +92,14 @@ def mamba() -> nn.Module:
     return MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, pad_token_id=0)).eval()
 
 
+def xlstm() -> nn.Module:
+    """A recurrence, whose cache counts tokens in an attribute."""
+    from transformers import xLSTMConfig, xLSTMForCausalLM
+
+    torch.manual_seed(0)
+    return xLSTMForCausalLM(xLSTMConfig(vocab_size=96, hidden_size=128, num_hidden_layers=2, num_heads=4)).eval()
+
+
 ENCODER_DECODERS = {"t5": tiny.t5, "bart": bart}
 
 

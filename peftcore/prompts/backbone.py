@@ -218,6 +218,14 @@ def first_position(backbone: nn.Module) -> int:
 
 def seen(cache: Any) -> int:
     """Return the number of tokens in a cache; for one with recurrent states only, whether it holds any."""
+    if not hasattr(cache, "get_seq_length"):
+        count = getattr(cache, "seqlen_offset", None)  # xLSTM's
+        if count is None:
+            raise PeftcoreError(
+                f"a prompt needs the number of tokens in the cache, and a {type(cache).__name__} has no "
+                "get_seq_length(). Pass use_cache=False to the model"
+            )
+        return int(count)
     try:
         return cache.get_seq_length()
     except ValueError:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from prompted import DECODERS, KINDS, N, applied, check_steps, close, falcon, generate, logits, mamba, mpt
+from prompted import DECODERS, KINDS, N, applied, check_steps, close, falcon, generate, logits, mamba, mpt, xlstm
 from torch import nn
 
-from peftcore.plugin import cached_tokens
+from peftcore.plugin import PeftcoreError, cached_tokens
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -24,6 +25,20 @@ def test_generate(make: Callable[[], nn.Module], kind: str) -> None:
     for out in outs:
         check_steps(model, out, tiny.TOKENS.shape[1])
     assert torch.equal(outs[0].sequences, outs[1].sequences)
+
+
+def test_generate_with_a_cache_that_counts_in_an_attribute() -> None:
+    model = applied(xlstm(), "soft")
+    outs = [generate(model, tiny.TOKENS, use_cache=use_cache) for use_cache in (True, False)]
+    for out in outs:
+        check_steps(model, out, tiny.TOKENS.shape[1])
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+
+
+def test_a_cache_that_does_not_count_is_refused() -> None:
+    model = applied(xlstm(), "soft")
+    with pytest.raises(PeftcoreError, match=r"a SimpleNamespace has no get_seq_length\(\). Pass use_cache=False"):
+        model.backbone(tiny.TOKENS, cache=SimpleNamespace())
 
 
 @pytest.mark.parametrize(
