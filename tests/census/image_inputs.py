@@ -41,6 +41,13 @@ def _queries_as_tokens(found: dict[str, Any], facts: Facts) -> dict[str, Any]:
     return {**found, "input_ids": tokens}
 
 
+@of("VideoMAEForPreTraining")
+def _hidden_patches(found: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    config = facts.model.config
+    patches = (config.image_size // config.patch_size) ** 2 * (config.num_frames // config.tubelet_size)
+    return {**found, "bool_masked_pos": (torch.arange(patches) % 2 == 0).expand(BATCH, -1)}
+
+
 @of("MllamaVisionModel")
 def _tiles(found: dict[str, Any], facts: Facts) -> dict[str, Any]:
     config = facts.model.config

@@ -79,9 +79,19 @@ def _with_boxes_of_tokens(found: dict[str, Any], facts: Facts) -> dict[str, Any]
     return {**found, "bbox": facts.floats(BATCH, LENGTH, 4).abs()}
 
 
-@of("PerceiverForMaskedLM")
+@of("PerceiverForMaskedLM", "PerceiverForSequenceClassification")
 def _tokens_as_inputs(found: dict[str, Any], facts: Facts) -> dict[str, Any]:
     return {"inputs": facts.tokens(BATCH, LENGTH)}
+
+
+@of("PerceiverModel")
+def _vectors_as_inputs(found: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    return {"inputs": facts.floats(BATCH, LENGTH, facts.model.config.d_model)}
+
+
+@of("OneFormerForUniversalSegmentation")
+def _a_task(found: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    return {**found, "task_inputs": facts.tokens(BATCH, facts.model.config.task_seq_len)}
 
 
 # Others

@@ -42,6 +42,17 @@ _HALVING = {
 }
 _RATIOS = (("long", 7), ("mid", 5), ("short", 3))
 _PYRAMID = [[16, 16], [8, 8], [4, 4]]
+_TIMM_VIT = {
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "img_size": 64,
+    "patch_size": 16,
+    "global_pool": "",
+    "use_post_transformer_norm": False,
+    "ref_feat_shape": [4, 4],
+    "init_values": 0.1,
+}
 _POST_CONV = {"post_conv_in_channels": 32, "post_conv_mid_channels": 32, "post_conv_out_channels": 32}
 _SMALL_CODEC = {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
 _LONG_AND_SHORT = {
@@ -84,7 +95,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "MaskFormerSwinConfig": _SWIN,
     # which layers are which
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
-    "ZambaConfig": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "ZambaConfig": {"num_hidden_layers": 5, "attention_hidden_size": 64, "attention_head_dim": 16,
+                    "layers_block_type": [*["linear_attention"] * 2, "hybrid", "linear_attention", "hybrid"]},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "DoryConfig": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "num_hidden_layers": 4},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -120,6 +132,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "BltConfig": {"encoder_hash_byte_group_vocab": 64},
     "Qwen4ExpTextConfig": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16,
                            "indexer_compress_ratio": 4, "ngram_vocab_size_base": 128, "hc_lowrank": 8},
+    # queries of 64 numbers at least
+    "xLSTMConfig": {"hidden_size": 128, "embedding_dim": 128},
     # axes of the positions make up the hidden size
     "ReformerConfig": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "hidden_size": 32,
                        "attention_head_size": 8, "num_buckets": 2, "attn_layers": ["local", "lsh"], "is_decoder": False,
@@ -190,6 +204,17 @@ FIELDS: dict[str, dict[str, Any]] = {
     "PI0Config": {"chunk_size": 4, "max_state_dim": 8, "max_action_dim": 8},
     "DPTConfig": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
     "CvtConfig": {"depth": [1, 2, 3]},
+    "EomtConfig": {"num_blocks": 1},
+    "EomtDinov3Config": {"num_blocks": 1},
+    "ZoeDepthConfig": {"bottleneck_features": 32},
+    # models of timm by name
+    "TimmBackboneConfig": {"backbone": "test_resnet", "out_indices": [1, 2, 3, 4]},
+    **{f"{name}Config": {"backbone_config": {"out_indices": [4]}}
+       for name in ("ConditionalDetr", "DabDetr", "Detr", "TableTransformer")},
+    "DeformableDetrConfig": {"backbone_config": {"out_indices": [2, 3, 4]}},
+    "TimmWrapperConfig": {"architecture": "test_vit", "model_args": {"depth": 2, "img_size": 64}},
+    "PerceptionLMConfig": {"vision_config": {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": _TIMM_VIT},
+                           "image_token_id": 100, "video_token_id": 101},
     "EfficientNetConfig": _EFFICIENT,
     "AlignVisionConfig": _EFFICIENT,
     "PerceiverConfig": {"num_cross_attention_heads": 1, "num_self_attends_per_block": 2},
