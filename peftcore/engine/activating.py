@@ -150,18 +150,37 @@ def set_active(
     """Activate `names` in order, with the branches that combiners among them use, and let them train.
 
     The cost is that of what changes: adapters that stay inactive are not visited, and if `names` starts with all active
-    adapters, only the modules of the new ones are.
+    adapters, only the modules of the new ones are. After an error the adapters act as before.
 
     Args:
         base_exchanged: the base's tensors have been exchanged since the chains were built, so how each module stores
             its weight is looked up again.
     """
     state = require_state(model)
+    before, samples_before = state.active, state.samples
+    try:
+        _change_active(model, state, names, samples, same_base=not base_exchanged)
+    except BaseException:
+        if state.snapshot is not None:
+            state.snapshot.per_sample = False  # of some modules the chain may have been built
+        _change_active(model, state, before, samples_before, same_base=False)
+        raise
+
+
+def _change_active(
+    model: nn.Module,
+    state: State,
+    names: tuple[str, ...],
+    samples: tuple[str | None, ...] | None,
+    *,
+    same_base: bool,
+) -> None:
     names, before, mixed_before = with_branches(state, names), state.active, state.samples is not None
     inside = combined(state, names)
     mixes = samples is not None
     grows = (
-        not (mixes or mixed_before or inside or base_exchanged)
+        not (mixes or mixed_before or inside)
+        and same_base
         and len(names) > len(before)
         and names[: len(before)] == before
     )
@@ -184,7 +203,7 @@ def set_active(
                 adapted.activate_outermost(module, name)
     else:
         acting = [name for name in names if name not in inside]
-        _build_chains(model, state, acting, None if mixed_before else touched, same_base=not base_exchanged)
+        _build_chains(model, state, acting, None if mixed_before else touched, same_base=same_base)
     for name, tensors in own.items():
         if name in names and not mixes:
             tensors.activate(model, True)
