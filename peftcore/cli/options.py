@@ -128,6 +128,27 @@ Labels = Annotated[
 ]
 
 
+def names_of(labels: str | None) -> tuple[str, ...]:
+    """Return the names in `--labels`, separated by commas."""
+    return tuple(part.strip() for part in labels.split(",")) if labels else ()
+
+
+def planned_task(task: str | None, data: Sequence[str] | None, labels: str | None) -> tuple[str, tuple[str, ...]]:
+    """Return the task and the labels of a run that is planned, perhaps before there are examples.
+
+    Raises:
+        PeftcoreError: the task is not known, or a file of examples is wrong.
+    """
+    from peftcore.cli import task_names
+    from peftcore.cli.data import row_reading
+
+    if task is None and data:
+        task = row_reading.guess_task(data)
+    task = task or (task_names.CLASSIFICATION if labels else task_names.LANGUAGE_MODEL)
+    task_names.check_task(task)
+    return task, names_of(labels)
+
+
 def resolve_method(
     name: str | None, settings: list[str] | None, *, before: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:

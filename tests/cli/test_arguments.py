@@ -86,3 +86,14 @@ def test_options_of_an_adapter_need_one(run: Run, llama: Path) -> None:
     for words in (("--compare",), ("--labels", "a,b")):
         found = run("generate", "-m", llama, "-p", "the", *words, code=1)
         assert f"error: {words[0]} needs an adapter. Pass one, or leave it out" in found.stderr
+
+
+def test_options_of_another_task(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    for words, message in (
+        (("--language", "english"), "--language is for --task asr"),
+        (("--undesirable-weight", 2), "--undesirable-weight is for --task kto"),
+        (("--generations", 4), "--generations is for --task grpo and --ebft"),
+        (("--temperature", 0.5), "--temperature is for --task grpo and --ebft"),
+    ):
+        found = run(*TRAIN, "-m", llama, "-d", reviews, "-o", tmp_path / "run", *words, code=1)
+        assert f"error: {message}, found task causal-lm. Leave it out" in found.stderr

@@ -50,20 +50,14 @@ def plan(
 ) -> None:
     """Show what would be trained, and what a training step would need, before training."""
     import peftcore
-    from peftcore.cli import task_names
     from peftcore.cli.bases import base_files, models
-    from peftcore.cli.data import row_reading
     from peftcore.cli.training import forecast
     from peftcore.engine.summary import megabytes
     from peftcore.estimating import NotFollowed
 
-    if task is None and data:
-        task = row_reading.guess_task(data)
-    task = task or (task_names.CLASSIFICATION if labels else task_names.LANGUAGE_MODEL)
-    task_names.check_task(task)
+    task, names = options.planned_task(task, data, labels)
     how = forecast.how(task, given.precision, given.parallel, ranks, tp_size, zero=True)
     name, chosen = options.resolve_method(method, fields)
-    names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = models.empty_model(base_files.resolve(model), task, names)
     planned = peftcore.plan(base, name, **chosen)
     say(str(planned))

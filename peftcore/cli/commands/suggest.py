@@ -55,19 +55,14 @@ def suggest(
     Each way is a training step that was simulated without memory. Times on GPUs are estimates from data sheets.
     """
     import peftcore
-    from peftcore.cli import task_names
     from peftcore.cli.bases import base_files, models
     from peftcore.cli.data import row_reading
     from peftcore.cli.training import forecast
 
     asked = task
-    if task is None and data:
-        task = row_reading.guess_task(data)
-    task = task or (task_names.CLASSIFICATION if labels else task_names.LANGUAGE_MODEL)
-    task_names.check_task(task)
+    task, names = options.planned_task(task, data, labels)
     if data and examples is None:
         examples = len(row_reading.read_rows(data, task))
-    names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = base_files.resolve(model)
     settings = Settings.of(given, model=base, data=data or "", task=task, method="", device=device)
     why = forecast.unknown(task)

@@ -76,9 +76,9 @@ def train(
     """
     from peftcore.cli import task_names
     from peftcore.cli.bases import base_files, precision as precisions
-    from peftcore.cli.data import holdout, row_reading
+    from peftcore.cli.data import row_reading
     from peftcore.cli.data.data_files import parsed_columns
-    from peftcore.cli.training import run_result, trainer_arguments, warm_start
+    from peftcore.cli.training import option_checks, run_result, trainer_arguments, warm_start
 
     given = config_file.in_force(context, given)
     precisions.check(given.precision, given.dtype, given.device)
@@ -98,62 +98,19 @@ def train(
         start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
     task_names.check_task(task)
-    if display.sample is not None and task in task_names.NO_PROMPTS:
-        raise PeftcoreError(f"--sample is a prompt for a model of texts, found task {task}. Leave it out")
-    if task == task_names.IMAGE and (given.chat_template is not None or given.columns is not None):
-        raise PeftcoreError("--chat-template and --columns are for texts, found --task image. Leave them out")
     if task == task_names.SPEECH and start is not None:
         given = replace(given, language=given.language or start.task.language)
-    if given.language is not None and task != task_names.SPEECH:
-        raise PeftcoreError(f"--language is for --task asr, found task {task}. Leave it out")
-    if given.pooling != "auto" and task != task_names.EMBEDDING:
-        raise PeftcoreError(f"--pooling is for --task pairs, found task {task}. Leave it out")
-    if given.pooling != "auto" and start is not None:
-        raise PeftcoreError(f"--pooling is the adapter's, found {given.pooling}. Leave it out")
-    if given.pack and task != task_names.LANGUAGE_MODEL:
-        raise PeftcoreError(f"--pack is for causal-lm, found task {task}. Leave it out")
-    if task == task_names.ROLLOUTS:
-        require("trl", extra="dpo")
-        _check_rollouts(given, data)
-    elif given.reward is not None:
-        raise PeftcoreError(f"--reward judges the answers of --task grpo, found task {task}. Leave it out")
-    least = 0.0 if task == task_names.ROLLOUTS else 1e-9
-    if given.beta is not None and (
-        task not in task_names.COMPARED or task == task_names.REWARD or not given.beta >= least
-    ):
-        raise PeftcoreError(
-            f"--beta is for --task dpo, image-dpo, kto, orpo and grpo and must be above 0 (of grpo also 0), found "
-            f"{given.beta:g} for {task}. Leave it out, or pass a number above 0"
-        )
-    if task != task_names.UNPAIRED and (given.desirable_weight, given.undesirable_weight) != (1.0, 1.0):
-        raise PeftcoreError(
-            f"--desirable-weight and --undesirable-weight are for --task kto, found task {task}. Leave them out"
-        )
-    if task == task_names.UNPAIRED and given.batch_size < 2:
-        raise PeftcoreError(
-            "--task kto compares the answers of a batch, found --batch-size 1. Use --batch-size 2 or more"
-        )
+    option_checks.check(given, display, task, data, continues=start is not None)
     if given.teacher is not None:
         require("transformers", "accelerate")
         from peftcore.cli.training import distillation
 
         given = replace(given, teacher=distillation.checked(given, task))
-    elif given.teacher_weight != type(given).teacher_weight:
-        raise PeftcoreError(
-            f"--teacher-weight is for --teacher, found {given.teacher_weight:g} without a teacher. Name one, or leave "
-            "it out"
-        )
     if given.ebft is not None:
         require("transformers", "accelerate")
         from peftcore.cli.training import feature_matching
 
         feature_matching.checked(given, task)
-    if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
-        raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
-    if given.eval_data is None:
-        holdout.check(given.holdout)
-    if given.streaming:
-        _check_streaming(given, task)
     for file in filter(None, (None if given.streaming else data, given.eval_data)):
         row_reading.read_rows(file, task, names)  # show wrong lines before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
@@ -229,44 +186,6 @@ def train(
     if ranks.rank() == 0:
         _show(settings, result, output, display.sample)
     torchrun.leave()
-
-
-def _check_streaming(given: RunOptions, task: str) -> None:
-    """Raise a PeftcoreError unless the options fit to examples that stay in their files."""
-    from peftcore.cli.data import streamed
-
-    if task not in streamed.TASKS:
-        raise PeftcoreError(f"--streaming is for {' and '.join(streamed.TASKS)}, found task {task}. Leave it out")
-    if given.pack:
-        raise PeftcoreError("--pack needs the lengths of all examples, which --streaming does not know. Leave one out")
-    if given.eval_data is None and given.holdout < 1:
-        raise PeftcoreError(
-            "--streaming holds out a number of lines, since a share of large data takes long to measure. Pass "
-            "--holdout 500, or --eval-data FILE"
-        )
-
-
-def _check_rollouts(given: RunOptions, data: list[str]) -> None:
-    """Raise a PeftcoreError unless the options are those of GRPO."""
-    from peftcore.cli.data import mixture
-    from peftcore.cli.tasks import rollouts
-
-    if given.reward is None:
-        raise PeftcoreError("--task grpo needs a function that judges answers. Pass --reward FILE.py:FUNCTION")
-    size = given.batch_size * given.grad_accum
-    if size % given.generations:
-        raise PeftcoreError(
-            f"--batch-size times --grad-accum counts answers and must be a multiple of --generations "
-            f"{given.generations}, found {size}. Use --batch-size {given.generations}"
-        )
-    if given.temperature <= 0:
-        raise PeftcoreError(f"--temperature must be above 0, since answers are sampled, found {given.temperature:g}")
-    weighted = next((each for each in data if mixture.parsed(each).weight != 1), None)
-    if weighted is not None:
-        raise PeftcoreError(
-            f"--task grpo draws every prompt once per epoch, found --data {weighted}. Leave out the weight"
-        )
-    rollouts.load_reward(given.reward)
 
 
 def _show(settings: Settings, result: Result, output: Path, prompt: str | None) -> None:
