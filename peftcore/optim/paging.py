@@ -108,12 +108,21 @@ class PagedOptimizer(FusedOptimizer):
                 f"{type(self).__name__} needs the compiled extension: {missing}. "
                 f"{type(self).__name__.removeprefix('Paged')} works without it"
             )
-        self._budget, self._directory = bytes_of(budget), os.fspath(directory or default_directory())
         self._page_bytes = page_bytes
-        if self._budget is not None and self._budget < page_bytes:
-            raise ValueError(f"budget must hold a page of {page_bytes:,} bytes, found {self._budget:,}")
+        self._budget, self._directory = self._checked(budget), os.fspath(directory or default_directory())
         self._forget()
         super().__init__(params, defaults, **options)
+
+    def _checked(self, budget: int | str) -> int | None:
+        """Return the bytes of a budget; None for "auto".
+
+        Raises:
+            ValueError: it is not a number of bytes, or less than a page.
+        """
+        found = bytes_of(budget)
+        if found is not None and found < self._page_bytes:
+            raise ValueError(f"budget must hold a page of {self._page_bytes:,} bytes, found {found:,}")
+        return found
 
     def _forget(self) -> None:
         self._pages: dict[torch.device, Any] = {}
@@ -194,7 +203,7 @@ class PagedOptimizer(FusedOptimizer):
 
     @budget.setter
     def budget(self, budget: int | str) -> None:
-        wanted = bytes_of(budget)
+        wanted = self._checked(budget)
         for pages in self._pages.values():
             if wanted is not None:
                 pages.resize(wanted)

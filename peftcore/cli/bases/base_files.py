@@ -73,6 +73,17 @@ def quiet_transformers() -> None:
 
 
 def pretrained(loader: Any, model: str, what: str, **options: Any) -> Any:
+    """Return what a `from_pretrained` of transformers loads.
+
+    Args:
+        loader: the function.
+        model: folder, hub id, or .gguf file.
+        what: what is loaded, for messages, such as `tokenizer`.
+        options: arguments of the function.
+
+    Raises:
+        PeftcoreError: it cannot be loaded; the message has transformers' reason.
+    """
     where, options = model, {**options, **remote_code()}
     hidden: Any = contextlib.nullcontext()
     if model.endswith(".gguf"):

@@ -60,7 +60,8 @@ def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
         hears: whether the model takes audio.
 
     Raises:
-        PeftcoreError: an image is missing or not a local file; the message begins with `where`.
+        PeftcoreError: the fields are not lists of messages, or an image is missing or not a local file; the message
+            begins with `where`.
     """
     images = _Images(where, _named(fields), _named(fields, "audio") if hears else None)
     if isinstance(fields.get("prompt"), list) and isinstance(fields.get("completion"), list):
@@ -68,22 +69,20 @@ def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:
         row = turns.conversation(where, [*asked, *said], len(asked), fields)
     elif fields.get("messages") is not None:
         row = turns.conversation(where, images.placed("messages", fields["messages"]), 0, fields)
-    else:
+    elif fields.get("conversations") is not None:
         given = turns.of_sharegpt(where, fields["conversations"])
         row = turns.conversation(where, images.placed("conversations", given), 0, fields)
+    else:
+        key = next(key for key in ("messages", "conversations", "prompt") if key in fields)
+        what = "'prompt' and 'completion' must be lists" if key == "prompt" else f"'{key}' must be a list"
+        raise PeftcoreError(f"{where}: {what} of messages, found {labels.short(fields[key])}")
     images.check_all_shown()
-    spoken = next(
-        (
-            i
-            for i, m in enumerate(row.messages or [])
-            if m["role"] == "assistant" and any(place in m["content"] for place in (PLACE, AUDIO_PLACE))
-        ),
-        -1,
-    )
-    if spoken >= 0:
-        raise PeftcoreError(
-            f"{where}: messages[{spoken}] is the assistant's and has an image or audio, but models write texts"
-        )
+    for i, message in enumerate(row.messages or []):
+        content = message.get("content") or ()  # a turn of tool calls may have none
+        if message["role"] == "assistant" and (PLACE in content or AUDIO_PLACE in content):
+            raise PeftcoreError(
+                f"{where}: messages[{i}] is the assistant's and has an image or audio, but models write texts"
+            )
     return replace(row, images=tuple(images.paths), sounds=tuple(images.sounds))
 
 

@@ -12,6 +12,11 @@ from peftcore.errors import PeftcoreError
 
 
 def preference(where: str, fields: dict[str, Any]) -> Row:
+    """Return a prompt with a chosen and a rejected answer.
+
+    Raises:
+        PeftcoreError: an answer is empty or both are equal; the message begins with `where`.
+    """
     row = _compared_turns(where, fields) if isinstance(fields["chosen"], list) else _compared_texts(where, fields)
     if row.completion == row.rejected:
         raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same")

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from peftcore.cli.data.labels import Label
+from peftcore.errors import PeftcoreError
 
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example. `where` is `FILE:LINE`; `text` is the prompt if there is a completion.
+    """One example.
 
-    A conversation has messages as chat templates take them, and the tools that may be called; the assistant's turns
-    from `learned_from` on are learned, except the indices `not_learned`. In a preference `completion` is chosen and
-    `rejected` is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
-    `source` is the index of the data set. `is_good` marks an answer for KTO, with the prompt as in a preference.
-    `pair` is the second text of a pair to classify or to embed, `negative` the third of a triplet.
-    `tokens` are (ids, labels) of a row that is tokenized already.
-    `words` have the tags that are the label. `image` is the path of an image; `images` and `sounds` are those of a
-    conversation.
-    `audio` is the path of a recording.
-    `columns` are fields for a function that judges answers.
+    Attributes:
+        where: `FILE:LINE`, for messages.
+        text: the text; the prompt if there is a completion.
+        completion: the answer to learn; of a preference the chosen one. A list of one message in a conversation.
+        rejected: the other answer of a preference.
+        label: the label of a classifier; the score of a scored pair; the tags of `words`.
+        messages: a conversation as chat templates take it; of a preference or a marked answer the prompt.
+        learned_from: index of the message from which on the assistant's turns are learned.
+        not_learned: indices of turns after it that are not learned.
+        tools: tools that may be called in the conversation.
+        source: index of the data set.
+        is_good: whether a marked answer is good.
+        pair: the second text of a pair to classify or to embed.
+        negative: the third text of a triplet.
+        tokens: (ids, labels) of a row that is tokenized already.
+        words: the words that have tags.
+        image: path of the image to classify.
+        images: paths of a conversation's images.
+        sounds: paths of a conversation's recordings.
+        audio: path of the recording to transcribe.
+        columns: fields for a function that judges answers.
     """
 
     where: str
@@ -59,3 +73,14 @@ class Row:
         if self.tokens is not None:
             return "input_ids"
         return "text" if self.completion is None else "prompt/completion"
+
+
+@contextmanager
+def naming(where: str | None) -> Iterator[None]:
+    """Begin the message of a PeftcoreError with the place of the row that it is about, if there is one."""
+    try:
+        yield
+    except PeftcoreError as error:
+        if where is None:
+            raise
+        raise PeftcoreError(f"{where}: {error}") from error

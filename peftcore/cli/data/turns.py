@@ -98,7 +98,7 @@ def of_sharegpt(where: str, found: Any) -> Messages:
     if all("role" in each for each in found):
         return messages_of(where, "conversations", found)
     for index, each in enumerate(found):
-        if each.get("from") not in _ROLES:
+        if not isinstance(each.get("from"), str) or each["from"] not in _ROLES:
             raise PeftcoreError(
                 f"{where}: conversations[{index}] is from {each.get('from')!r}, expected one of {', '.join(_ROLES)}"
             )

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from peftcore.cli.data.row import Messages, Row
+from peftcore.cli.data.row import Messages, Row, naming
 from peftcore.cli.tasks import template_process
 from peftcore.errors import PeftcoreError
 
@@ -125,12 +125,10 @@ def texts_and_spans(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
     messages = row.messages or []
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= row.learned_from]
     turns = [i for i in turns if i not in row.not_learned]
-    try:
+    with naming(row.where):
         whole = rendered(tokenizer, messages, row.tools)
         _refuse_what_vanishes(tokenizer, row, whole)
         spans = [_span(tokenizer, row, turn) for turn in turns]
-    except PeftcoreError as error:
-        raise PeftcoreError(f"{row.where}: {error}") from error
     if all(whole.startswith(text) for text, _ in spans):
         return [(whole, [(begin, len(text)) for text, begin in spans], len(messages))]
     return [(text, [(begin, len(text))], turn + 1) for turn, (text, begin) in zip(turns, spans, strict=True)]

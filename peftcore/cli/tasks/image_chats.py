@@ -16,12 +16,12 @@ import torch
 from transformers import ProcessorMixin
 
 from peftcore.cli.data import audio_files, image_files
-from peftcore.cli.data.row import Row
+from peftcore.cli.data.row import Row, naming
 from peftcore.cli.tasks import conversations, mistral_chats
 from peftcore.cli.tasks.conversations import IGNORED
+from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.errors import PeftcoreError
 
-Example = dict[str, Any]
 NAMES = {"image": "images", "audio": "recordings"}  # parts of a turn
 _OF_MEDIA = ("pixel", "input_features", "feature_")  # tensors whose second dimension is not that of tokens
 _WINDOW = 30  # seconds that models read whose feature extractor does not say it
@@ -191,10 +191,8 @@ def question(row: Row, processor: Any) -> dict[str, Any]:
     """
     if mistral_chats.prepares(processor):
         return mistral_chats.question(row, processor)
-    try:
+    with naming(row.where):
         text = conversations.rendered(processor.tokenizer, row.messages or [], row.tools, begins_answer=True)
-    except PeftcoreError as error:
-        raise PeftcoreError(f"{row.where}: {error}") from error
     special = _adds_special(text, processor.tokenizer)
     images, sounds = [_opened(row.images, row.where)], _heard(row.sounds, processor, row.where)
     return _prepared(processor, [text], images, sounds, add_special_tokens=special, return_tensors="pt")
@@ -223,17 +221,13 @@ def _heard(paths: Sequence[str], processor: Any, where: str | None = None) -> li
         return []
     extractor = processor.feature_extractor
     longest = int(getattr(extractor, "n_samples", None) or _WINDOW * extractor.sampling_rate)
-    try:
+    with naming(where):
         return [audio_files.samples(path, extractor.sampling_rate, longest) for path in paths]
-    except PeftcoreError as error:
-        raise PeftcoreError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _opened(paths: Sequence[str], where: str | None = None) -> list[Any]:
-    try:
+    with naming(where):
         return [image_files.opened(path) for path in paths]
-    except PeftcoreError as error:
-        raise PeftcoreError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _adds_special(text: str, tokenizer: Any) -> bool:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from peftcore.cli.data import audio_files
-from peftcore.cli.data.row import Messages, Row
+from peftcore.cli.data.row import Messages, Row, naming
 from peftcore.cli.tasks.conversations import IGNORED, MISTRAL
+from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.errors import PeftcoreError
 
-Example = dict[str, Any]
 _PROCESSOR = "VoxtralProcessor"
 
 
@@ -128,10 +128,8 @@ def _prepared(messages: Messages, sounds: Sequence[str], processor: Any, where: 
 def _sound(path: str, processor: Any, where: str | None) -> dict[str, Any]:
     """Return a recording as a part of a message: a WAV file of the model's rate in base64."""
     rate = processor.feature_extractor.sampling_rate
-    try:
+    with naming(where):
         found = audio_files.samples(path, rate)
-    except PeftcoreError as error:
-        raise PeftcoreError(f"{where}: {error}" if where else str(error)) from error
     soundfile: Any = importlib.import_module("soundfile")
     file = io.BytesIO()
     soundfile.write(file, found, rate, format="WAV", subtype="FLOAT")

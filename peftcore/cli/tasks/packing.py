@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.cli.tasks.conversations import IGNORED
+from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.errors import PeftcoreError
 
-Example = dict[str, Any]
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}  # relative to the norm; leaks are of order 1
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftcore.cli.data.row import Row
 from peftcore.cli.tasks import metrics
+from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.tasks.evaluation_mode import batched, evaluating
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.errors import PeftcoreError
@@ -32,8 +33,6 @@ SCALE = 20.0
 POOLINGS = ("mean", "cls", "last")
 _FLAG = "pooling_mode_"
 _FILES = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}  # by their names in files
-
-Example = dict[str, Any]
 
 
 def pooling_of(model: str, given: str = "auto") -> str:

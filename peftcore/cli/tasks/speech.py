@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from peftcore.cli.data import audio_files
-from peftcore.cli.data.row import Row
+from peftcore.cli.data.row import Row, naming
 from peftcore.cli.tasks.conversations import IGNORED
+from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.errors import PeftcoreError
-
-Example = dict[str, Any]
 
 
 def check(model: str, config: Any) -> None:
@@ -73,10 +72,8 @@ def encode(rows: Sequence[Row], processor: Any, max_length: int) -> list[Example
 
 def _read(processor: Any, path: Any, where: str | None = None) -> Any:
     extractor = processor.feature_extractor
-    try:
+    with naming(where):
         return audio_files.samples(str(path), extractor.sampling_rate, extractor.n_samples)
-    except PeftcoreError as error:
-        raise PeftcoreError(f"{where}: {error}" if where else str(error)) from error
 
 
 def features(paths: Sequence[Any], processor: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli.data.row import Row
+from peftcore.cli.data.row import Row, naming
 from peftcore.cli.tasks import metrics, positions
 from peftcore.cli.tasks.conversations import IGNORED
 from peftcore.cli.tasks.metrics import Metrics
@@ -44,10 +44,8 @@ def encode(
                 f"{row.where}: tag '{unknown}' is unknown{nearest(unknown, labels)}. The model knows: "
                 f"{', '.join(labels)}"
             )
-        try:
+        with naming(row.where):
             ids, firsts = tokens_of(row.words, tokenizer, max_length)
-        except PeftcoreError as error:
-            raise PeftcoreError(f"{row.where}: {error}") from error
         truncated += len(firsts) < len(row.words)
         targets = [IGNORED] * len(ids)
         for place, tag in zip(firsts, tags, strict=False):

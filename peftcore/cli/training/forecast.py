@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,10 @@ from peftcore.estimating import NotFollowed, Range, memory_here
 from peftcore.estimating.searching import PAGED, PLAIN
 from peftcore.estimating.step import MIXED
 from peftcore.estimating.zero_settings import NAMES as ZERO
+
+if TYPE_CHECKING:
+    from peftcore.cli.training.measuring import Inputs
+    from peftcore.cli.training.training_data import Examples
 
 # ORPO's step has the pairs of DPO's, and not more.
 _LOSSES = dict.fromkeys((task_names.PREFERENCES, task_names.IMAGE_PREFERENCES, task_names.ODDS), "dpo")
@@ -228,7 +232,7 @@ def _estimate(
 
 
 def with_memory(
-    settings: Settings, inputs: Any, examples: Any, *, force: bool
+    settings: Settings, inputs: Inputs, examples: Examples, *, force: bool
 ) -> tuple[Settings, Forecast | str | None]:
     """Return the settings with the base's dtype, and the predicted memory: None if the reason is printed.
 
@@ -236,8 +240,8 @@ def with_memory(
 
     Args:
         settings: of the run.
-        inputs: `training_run.Inputs`.
-        examples: `training_data.Examples`.
+        inputs: the tokenizer and the labels.
+        examples: encoded examples.
         force: run even if the predicted memory is not available.
 
     Raises:

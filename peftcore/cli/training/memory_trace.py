@@ -35,11 +35,11 @@ class Trace:
         return max((size for _, size in self.samples), default=0)
 
     def by_phase(self, count: int) -> list[tuple[float, int]]:
-        """Return (number of completed phases, with fractions; bytes) of each sample, or None.
+        """Return (number of completed phases, with fractions; bytes) of each sample.
 
         Args:
             count: number of phases to show. If a step had more, from more batches, the first two and the last ones are
-                used; if it had fewer, None is returned.
+                used; if it had fewer, the list is empty.
         """
         more = len(self.ends) - 1 - count
         if more < 0:

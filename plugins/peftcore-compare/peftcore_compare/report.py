@@ -29,7 +29,7 @@ _COSTS = ("trained", "size", "peak memory", "step")
 
 @dataclass
 class MethodRuns:
-    """Runs of one method, with results by seed as in `training.Result.to_json`, or {"error": reason}.
+    """Runs of one method, with results by seed as in `run_result.Result.to_json`, or {"error": reason}.
 
     Args:
         lr: learning rate of these runs.

@@ -182,9 +182,9 @@ class Server:
             )
         asked = request.sampling.max_tokens
         if asked == 0 and request.is_chat:
-            asked = min(
-                self._max_new_tokens, max(1, (self._context or self._max_new_tokens + len(prompt)) - len(prompt))
-            )
+            asked = self._max_new_tokens
+            if self._context is not None:
+                asked = min(asked, max(1, self._context - len(prompt)))
         if self._context is not None and len(prompt) + asked > self._context:
             raise ProtocolError(
                 f"the prompt has {len(prompt):,} tokens and the answer may have {asked:,}, but the model's context has "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -259,3 +260,21 @@ def test_parts_of_text_are_joined(tmp_path: Path) -> None:
         path.write_text(json.dumps({"messages": [{"role": "user", "content": content}, answer]}))
         with pytest.raises(PeftcoreError, match=r"messages\[0\] has content in parts other than text"):
             row_reading.read_rows(path, LANGUAGE_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "message"),
+    [
+        ("image-text", {"prompt": "a", "completion": "b"}, "'prompt' and 'completion' must be lists of messages"),
+        ("audio-text", {"messages": None}, "'messages' must be a list of messages, found null"),
+        ("causal-lm", {"conversations": [{"from": ["x"], "value": "a"}]}, r"conversations\[0\] is from \['x'\]"),
+    ],
+)
+def test_fields_of_other_kinds(task: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(PeftcoreError, match=f"f:1: {message}"):
+        row_reading.row_of("f:1", fields, task)
+
+
+def test_a_turn_of_tool_calls_without_content() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]
+    assert row_reading.row_of("f:1", {"messages": turns}, "image-text").messages[1] == turns[1]
