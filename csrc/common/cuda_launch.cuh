@@ -21,8 +21,8 @@
 
 #define PEFTCORE_ALLOW_SHARED(kernel, bytes) static_cast<const char*>(nullptr)
 
-#define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-    ::emulator::launch(dim3(grid), dim3(block), shared_bytes, [=] { kernel(__VA_ARGS__); })
+#define PEFTCORE_LAUNCH_NOW(kernel, grid, block, shared_bytes, stream, ...) \
+    ::emulator::launch(grid, dim3(block), shared_bytes, [=] { kernel(__VA_ARGS__); })
 
 #else
 
@@ -41,8 +41,8 @@
 
 #define PEFTCORE_ALLOW_SHARED(kernel, bytes) ::peftcore::allow_shared(kernel, bytes)
 
-#define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                 \
-    (kernel<<<dim3(grid), dim3(block), shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
+#define PEFTCORE_LAUNCH_NOW(kernel, grid, block, shared_bytes, stream, ...)                       \
+    (kernel<<<grid, dim3(block), shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
      ::peftcore::launch_error())
 
 namespace peftcore {
@@ -80,3 +80,24 @@ const char* allow_shared(void (*kernel)(Parameters...), int bytes) {
 }  // namespace peftcore
 
 #endif
+
+// nullptr, or why there was no launch. `grid`: a number of blocks, or a Grid.
+#define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
+    (::peftcore::Grid(grid).fits() ? PEFTCORE_LAUNCH_NOW(kernel, ::peftcore::Grid(grid).size(), block, \
+                                                         shared_bytes, stream, __VA_ARGS__)            \
+                                   : ::peftcore::kTooManyBlocks)
+
+namespace peftcore {
+
+// Blocks of a launch, in 64 bits: what CUDA takes has 32, and would be silently the rest of a larger number.
+struct Grid {
+    int64_t x, y;
+    constexpr Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}
+    constexpr bool fits() const { return x <= 0x7fffffff && y <= 0xffff; }
+    dim3 size() const { return dim3(unsigned(x), unsigned(y)); }
+};
+
+constexpr const char* kTooManyBlocks =
+    "it would have more than 2^31 - 1 blocks. Divide the rows among several calls";
+
+}  // namespace peftcore

@@ -361,6 +361,16 @@ def test_nothing_to_do_and_what_is_refused(kernels):
         kernels.reduce_and_product(torch.ones(3, 16).half(), torch.ones(3, 17), a, 1.0, torch.half)
 
 
+def test_more_blocks_than_a_launch_has_are_refused(emulated):
+    # A block for each sample and rank: 2^32 + 64, of which 32 bits are 64.
+    x, a, s, index = torch.ones(1, 8).half(), torch.ones(64, 8), torch.zeros(1, 64), torch.zeros(1, dtype=torch.int64)
+    wide = Wide(x)
+    wide.samples = 2**26 + 1
+    with pytest.raises(RuntimeError, match=r"more than 2\^31 - 1 blocks. Divide the rows among several calls"):
+        emulated("peftcore_lora_down")(wide, Factors([a], 0, 64, [1.0], index), dropout(0), None, s)
+    assert not s.any()
+
+
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):

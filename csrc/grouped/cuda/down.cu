@@ -39,7 +39,6 @@ extern "C" const char* peftcore_grouped_down(const peftcore::grouped::Down* down
     const int chunks = int(ceil_div(down->rank, lora::kRankChunk));
     const int row_tiles = groups.rows <= 16 * groups.experts ? 1 : 4;
     const int64_t blocks = grouped::most_tiles(groups, 16 * row_tiles) * chunks;
-    if (blocks > INT32_MAX) return "too many rows for one launch";
     return dispatch_dtype(down->dtype, [&](auto type) {
         return dispatch_flag(down->across, [&](auto flag) {
             return dispatch_size<1, 4>(row_tiles, [&](auto tiles_of_rows) {
@@ -48,8 +47,8 @@ extern "C" const char* peftcore_grouped_down(const peftcore::grouped::Down* down
                     constexpr int kRowTiles = decltype(tiles_of_rows)::value;
                     constexpr int kRankTiles = decltype(tiles_of_ranks)::value;
                     constexpr bool kAcross = decltype(flag)::value;
-                    return PEFTCORE_LAUNCH((grouped::down_kernel<T, kRowTiles, kRankTiles, kAcross>),
-                                           unsigned(blocks), grouped::kThreads, 0, stream, *down, chunks);
+                    return PEFTCORE_LAUNCH((grouped::down_kernel<T, kRowTiles, kRankTiles, kAcross>), blocks,
+                                           grouped::kThreads, 0, stream, *down, chunks);
                 });
             });
         });

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "common/cuda_dispatch.cuh"
+#include "common/cuda_stages.cuh"
 #include "grouped/cuda/groups.cuh"
 #include "grouped/cuda/unpack.cuh"
 
@@ -255,44 +256,32 @@ __global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, u
         unpacker.vectors = weight.columns % 32 == 0 && is_aligned(weight.codes);
         unpacker.scales = Shape::Scales::load(weight, quant_map, nested_quant_map);
     }
-    const auto position_of = [&](int64_t stage) -> Position {
-        return Shape::kAcross ? Position{stage * kStage, column} : Position{column, stage * kStage};
+    const auto position_of = [&](int64_t k) -> Position {
+        return Shape::kAcross ? Position{k, column} : Position{column, k};
     };
-    const auto fetch_stage = [&](int64_t stage, int slot) {
+    const auto fetch_stage = [&](int64_t k, int slot) {
         uint8_t* to = memory + slot * Shape::kStageBytes;
-        if (stage * kStage < p.inner) {
-            const Position position = position_of(stage);
-            lora::fetch<Input>(to, input, rows.first, rows.last, stage * kStage, p.inner);
-            if constexpr (!Shape::kPacked)
-                lora::fetch<Frozen>(to + Input::kBytes, dense, position.row, weight.rows, position.column,
-                                    weight.columns);
-            else if (unpacker.vectors)
-                fetch_codes<Frozen>(to + Input::kBytes, weight, position);
-        }
-        cp_async_commit();
+        const Position position = position_of(k);
+        lora::fetch<Input>(to, input, rows.first, rows.last, k, p.inner);
+        if constexpr (!Shape::kPacked)
+            lora::fetch<Frozen>(to + Input::kBytes, dense, position.row, weight.rows, position.column,
+                                weight.columns);
+        else if (unpacker.vectors)
+            fetch_codes<Frozen>(to + Input::kBytes, weight, position);
     };
-
-    const int64_t stages = ceil_div(p.inner, kStage);
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) fetch_stage(s, s);
-    if constexpr (Shape::kPacked) unpacker.fetch_scales(position_of(0));
-    int slot = 0;
-    for (int64_t stage = 0; stage < stages; ++stage) {
+    const auto multiply_stage = [&](int64_t k, int slot) {
         const uint8_t *now = memory + slot * Shape::kStageBytes, *frozen = now + Input::kBytes;
-        cp_async_wait<kStages - 2>();
-        __syncthreads();  // this stage has arrived, and the one before has been read
-        fetch_stage(stage + kStages - 1, (slot + kStages - 1) % kStages);
         if constexpr (Shape::kPacked) {
             uint8_t* unpacked = memory + kStages * Shape::kStageBytes;
-            unpacker.unpack(unpacked, frozen, position_of(stage));
-            unpacker.fetch_scales(position_of(stage + 1));
+            unpacker.unpack(unpacked, frozen, position_of(k));
+            unpacker.fetch_scales(position_of(k + kStage));
             frozen = unpacked;
             __syncthreads();
         }
         add_stage<T, Shape>(now, frozen, d);
-        slot = (slot + 1) % kStages;
-    }
-    cp_async_wait<0>();
+    };
+    if constexpr (Shape::kPacked) unpacker.fetch_scales(position_of(0));
+    for_stages<kStages, Readers::kBlock>(0, p.inner, kStage, fetch_stage, NothingToDo(), multiply_stage);
     store_sums<T, Shape>(p, rows, column, d);
 }
 
@@ -320,8 +309,7 @@ const char* launch_product(const Product& p, void* stream) {
                                   decltype(across)::value>;
                 const int64_t column_tiles = ceil_div(p.columns, kColumns);
                 const int64_t blocks = most_tiles(p.groups, Own::kRows) * column_tiles;
-                if (blocks > INT32_MAX) return "too many rows and columns for one launch";
-                return PEFTCORE_LAUNCH((product_kernel<T, Own>), unsigned(blocks), kThreads, 0, stream, p,
+                return PEFTCORE_LAUNCH((product_kernel<T, Own>), blocks, kThreads, 0, stream, p,
                                        unsigned(column_tiles));
             });
         });

@@ -47,9 +47,8 @@ extern "C" const char* peftcore_grouped_reduce(const peftcore::grouped::Reduce* 
             const int column_chunks = int(ceil_div(reduce->columns, lora::kReduceColumns));
             const int rank_chunks = int(ceil_div(reduce->rank, 8 * kRankTiles));
             const int64_t blocks = reduce->groups.experts * column_chunks * rank_chunks;
-            if (blocks > INT32_MAX) return "too many experts for one launch";
-            return PEFTCORE_LAUNCH((grouped::reduce_kernel<T, kRankTiles>), unsigned(blocks),
-                                   grouped::kThreads, 0, stream, *reduce, column_chunks, rank_chunks);
+            return PEFTCORE_LAUNCH((grouped::reduce_kernel<T, kRankTiles>), blocks, grouped::kThreads, 0,
+                                   stream, *reduce, column_chunks, rank_chunks);
         });
     });
 }

@@ -46,15 +46,14 @@ extern "C" const char* peftcore_grouped_skinny(const peftcore::grouped::Product*
     const int tiles = p.groups.rows <= 8 * p.groups.experts ? 1 : 2;
     const int64_t column_tiles = ceil_div(p.columns, quant4::kRows);
     const int64_t blocks = grouped::most_tiles(p.groups, 8 * tiles) * column_tiles;
-    if (blocks > INT32_MAX) return "too many rows and columns for one launch";
     return dispatch_16_bits(p.dtype, [&](auto type) {
         return dispatch_size<1, 2>(tiles, [&](auto size) {
             using T = typename decltype(type)::type;
             constexpr int kTiles = decltype(size)::value;
             const auto launch = [&](auto scales) {
                 using Scales = typename decltype(scales)::type;
-                return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, Scales>), unsigned(blocks),
-                                       grouped::kThreads, 0, stream, p, unsigned(column_tiles));
+                return PEFTCORE_LAUNCH((grouped::skinny_kernel<T, kTiles, Scales>), blocks, grouped::kThreads,
+                                       0, stream, p, unsigned(column_tiles));
             };
             if (!quant4::in_lanes(p.weight)) return launch(TypeTag<void>());
             return quant4::dispatch_lane_scales(p.weight, launch);

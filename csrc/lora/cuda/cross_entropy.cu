@@ -113,10 +113,8 @@ extern "C" const char* peftcore_cross_entropy_rows(const peftcore::lora::CrossEn
                                                    void* stream) {
     using namespace peftcore::lora;
     if (call->rows == 0) return nullptr;
-    if (call->rows > 0x7fffffff) return "more than 2^31 rows";
     return peftcore::dispatch_dtype(call->dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        return PEFTCORE_LAUNCH(cross_entropy_kernel<T>, unsigned(call->rows), kCrossEntropyThreads, 0, stream,
-                               *call);
+        return PEFTCORE_LAUNCH(cross_entropy_kernel<T>, call->rows, kCrossEntropyThreads, 0, stream, *call);
     });
 }

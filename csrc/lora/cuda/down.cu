@@ -109,9 +109,9 @@ const char* launch_down(const DownParams& p, const Plan& plan, Dtype dtype, void
     return dispatch_16_bits(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         if (p.rows <= kRankDotRows)
-            return PEFTCORE_LAUNCH(rank_dot_kernel<T>, unsigned(p.all_rows / p.rows * p.stride), kThreads, 0,
-                                   stream, p);
-        const dim3 grid(unsigned(plan.row_blocks * plan.chunks), unsigned(plan.splits.count));
+            return PEFTCORE_LAUNCH(rank_dot_kernel<T>, p.all_rows / p.rows * p.stride, kThreads, 0, stream,
+                                   p);
+        const Grid grid(plan.row_blocks * plan.chunks, plan.splits.count);
         return dispatch_size<1, 4>(plan.row_tiles, [&](auto row_tiles) {
             return dispatch_size<2, 8>(ceil_div(p.stride, 8), [&](auto rank_tiles) {
                 constexpr int kRowTiles = decltype(row_tiles)::value,

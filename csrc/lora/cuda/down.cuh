@@ -5,6 +5,7 @@
 // with 16 rows the columns of a stage; their sums are added in a fixed order.
 #pragma once
 
+#include "common/cuda_stages.cuh"
 #include "lora/cuda/tiles.cuh"
 
 namespace peftcore {
@@ -37,33 +38,24 @@ __device__ void down_tile(const DownTile& p) {
 
     const Source<T> x(p.x, p.columns);
     const Source<float> a(p.factor, kAcross ? p.rank : p.columns);
-    const auto fetch_stage = [&](int64_t stage, int slot) {
+    const auto fetch_stage = [&](int64_t column, int slot) {
         uint8_t* to = memory + slot * kStageBytes;
-        const int64_t column = p.first_column + stage * kStage;
-        if (column < p.last_column) {
-            fetch<Input>(to, x, p.row, p.last_row, column, p.last_column);
-            if constexpr (kAcross)
-                fetch<Factor>(to + Input::kBytes, a, column, p.last_column, p.first_rank, p.rank);
-            else
-                fetch<Factor>(to + Input::kBytes, a, p.first_rank, p.rank, column, p.last_column);
-        }
-        cp_async_commit();
+        fetch<Input>(to, x, p.row, p.last_row, column, p.last_column);
+        if constexpr (kAcross)
+            fetch<Factor>(to + Input::kBytes, a, column, p.last_column, p.first_rank, p.rank);
+        else
+            fetch<Factor>(to + Input::kBytes, a, p.first_rank, p.rank, column, p.last_column);
+    };
+    const auto drop_stage = [&](int64_t column, int slot) {
+        if (p.dropout.threshold != 0)
+            drop<Input>(memory + slot * kStageBytes, p.dropout, p.row, p.last_row, column);
     };
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_row = warp % kRowTiles * 16, part = warp / kRowTiles;
     float d[kRankTiles][4] = {};
-    const int64_t stages = (p.last_column - p.first_column + kStage - 1) / kStage;
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) fetch_stage(s, s);
-    int slot = 0;
-    for (int64_t stage = 0; stage < stages; ++stage) {
-        uint8_t* input = memory + slot * kStageBytes;
-        cp_async_wait<kStages - 2>();
-        if (p.dropout.threshold != 0)
-            drop<Input>(input, p.dropout, p.row, p.last_row, p.first_column + stage * kStage);
-        __syncthreads();  // this stage has arrived, and the previous one has been read
-        fetch_stage(stage + kStages - 1, (slot + kStages - 1) % kStages);
+    const auto add_stage = [&](int64_t, int slot) {
+        const uint8_t* input = memory + slot * kStageBytes;
 #pragma unroll
         for (int step = 0; step < kStage / 16 / kParts; ++step) {
             const int column = (step * kParts + part) * 16;
@@ -78,9 +70,9 @@ __device__ void down_tile(const DownTile& p) {
                 multiply<T>(d[t + 1], left, right[1]);
             }
         }
-        slot = (slot + 1) % kStages;
-    }
-    cp_async_wait<0>();
+    };
+    for_stages<kStages, Readers::kBlock>(p.first_column, p.last_column, kStage, fetch_stage, drop_stage,
+                                         add_stage);
     __syncthreads();  // stages have been read: their memory is free
 
     auto sums = reinterpret_cast<float (*)[kRows][kRanks + 1]>(memory);

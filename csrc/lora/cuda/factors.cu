@@ -60,8 +60,7 @@ extern "C" const char* peftcore_lora_copy_factors(const peftcore::lora::FactorCo
             constexpr int kCopies = decltype(size)::value;
             Copies<kCopies> given = {};
             for (int i = 0; i < here; ++i) given.each[i] = copies[first + i];
-            return PEFTCORE_LAUNCH(copy_kernel<kCopies>, dim3(unsigned(blocks), unsigned(here)), kThreads, 0,
-                                   stream, given);
+            return PEFTCORE_LAUNCH(copy_kernel<kCopies>, Grid(blocks, here), kThreads, 0, stream, given);
         });
         if (error != nullptr) return error;
     }

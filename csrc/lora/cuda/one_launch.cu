@@ -107,7 +107,7 @@ extern "C" const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch*
                 using T = typename decltype(type)::type;
                 using Scales = typename decltype(scales)::type;
                 constexpr int kParts = decltype(halves)::value ? 2 : 1;
-                const unsigned blocks = unsigned(peftcore::ceil_div(weight->rows, 16 / kParts));
+                const int64_t blocks = peftcore::ceil_div(weight->rows, 16 / kParts);
                 return PEFTCORE_LAUNCH((one_launch_kernel<T, kParts, Scales>), blocks, kThreads, 0, stream,
                                        p);
             });

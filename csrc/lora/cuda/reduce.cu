@@ -83,7 +83,7 @@ Plan plan_of(int64_t rows, int64_t columns, int rank) {
 }
 
 const char* launch_reduce(const ReduceParams& p, const Plan& plan, Dtype dtype, void* stream) {
-    const dim3 grid(unsigned(plan.column_chunks * plan.rank_chunks), unsigned(plan.parts.count));
+    const Grid grid(plan.column_chunks * plan.rank_chunks, plan.parts.count);
     return dispatch_16_bits(dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         if (p.product != nullptr)

@@ -3,6 +3,7 @@
 // registers.
 #pragma once
 
+#include "common/cuda_stages.cuh"
 #include "lora/cuda/tiles.cuh"
 
 namespace peftcore {
@@ -37,31 +38,22 @@ __device__ void reduce_tile(const ReduceTile& p, const Store& store) {
 
     const Source<T> wide(p.wide, p.columns);
     const Source<float> thin(p.thin, p.rank);
-    const auto fetch_stage = [&](int64_t stage, int slot) {
+    const auto fetch_stage = [&](int64_t row, int slot) {
         uint8_t* to = memory + slot * kStageBytes;
-        const int64_t row = p.first_row + stage * kReduceRows;
-        if (row < p.last_row) {
-            fetch<Wide>(to, wide, row, p.last_row, p.column, p.columns);
-            fetch<Thin>(to + Wide::kBytes, thin, row, p.last_row, p.first_rank, p.rank);
-        }
-        cp_async_commit();
+        fetch<Wide>(to, wide, row, p.last_row, p.column, p.columns);
+        fetch<Thin>(to + Wide::kBytes, thin, row, p.last_row, p.first_rank, p.rank);
+    };
+    const auto drop_stage = [&](int64_t row, int slot) {
+        if (p.dropout.threshold != 0)
+            drop<Wide>(memory + slot * kStageBytes, p.dropout, row, p.last_row, p.column);
     };
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float d[2][kRankTiles][4] = {};
-    const int64_t stages = (p.last_row - p.first_row + kReduceRows - 1) / kReduceRows;
     if constexpr (kProduct)  // arrives with the first stage
         fetch<Factor>(factor_tile, Source<float>(p.factor, p.columns), 0, p.rank, p.column, p.columns);
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) fetch_stage(s, s);
-    int slot = 0;
-    for (int64_t stage = 0; stage < stages; ++stage) {
-        uint8_t *input = memory + slot * kStageBytes, *thin = input + Wide::kBytes;
-        const int64_t row = p.first_row + stage * kReduceRows;
-        cp_async_wait<kStages - 2>();
-        if (p.dropout.threshold != 0) drop<Wide>(input, p.dropout, row, p.last_row, p.column);
-        __syncthreads();  // this stage has arrived, and the previous one has been read
-        fetch_stage(stage + kStages - 1, (slot + kStages - 1) % kStages);
+    const auto add_stage = [&](int64_t row, int slot) {
+        const uint8_t *input = memory + slot * kStageBytes, *thin = input + Wide::kBytes;
 #pragma unroll
         for (int step = 0; step < kReduceRows; step += 16) {
             Left<T> left[2];  // columns of W are rows of the result
@@ -97,9 +89,9 @@ __device__ void reduce_tile(const ReduceTile& p, const Store& store) {
                 if (m < p.last_row && j < p.rank) p.product[m * p.rank + j] = e[i];
             }
         }
-        slot = (slot + 1) % kStages;
-    }
-    cp_async_wait<0>();
+    };
+    for_stages<kStages, Readers::kBlock>(p.first_row, p.last_row, kReduceRows, fetch_stage, drop_stage,
+                                         add_stage);
 
 #pragma unroll
     for (int c = 0; c < 2; ++c)

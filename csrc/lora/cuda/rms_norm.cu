@@ -255,8 +255,8 @@ extern "C" const char* peftcore_rms_norm_dweight(const peftcore::lora::RmsNormCa
     return dispatch_rows(*call, [&](auto type, auto, auto vector) {
         constexpr int kVector = decltype(vector)::value;
         using T = typename decltype(type)::type;
-        const dim3 grid(unsigned(peftcore::ceil_div(call->columns, 32 * kVector)),
-                        unsigned(peftcore_rms_norm_groups(call->rows)));
+        const peftcore::Grid grid(peftcore::ceil_div(call->columns, 32 * kVector),
+                                  peftcore_rms_norm_groups(call->rows));
         return PEFTCORE_LAUNCH((rms_norm_dweight_kernel<T, kVector>), grid, kNormThreads, 0, stream, *call,
                                rows_of_group(call->rows));
     });

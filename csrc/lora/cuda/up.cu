@@ -150,7 +150,7 @@ extern "C" const char* peftcore_lora_up(const float* thin, const peftcore::lora:
     p.bias = bias;
     p.add = add;
     p.out = out->values;
-    const unsigned blocks = unsigned(out->samples * ((p.rows + kTileSide - 1) / kTileSide) * p.column_tiles);
+    const int64_t blocks = out->samples * ((p.rows + kTileSide - 1) / kTileSide) * p.column_tiles;
     for (int first = 0; first == 0 || first < factors->count; first += kMaxAdapters) {
         p.adapters = adapters_from(first, *factors);
         const char* error = peftcore::dispatch_16_bits(out->dtype, [&](auto type) {

@@ -338,7 +338,7 @@ struct Launch {
 
     template <typename Rule>
     static const char* rule(const Launch& l) {
-        const unsigned grid = unsigned(ceil_div(l.table.blocks, l.table.each));
+        const int64_t grid = ceil_div(l.table.blocks, l.table.each);
         if constexpr (Rule::kIn8Bits)
             return PEFTCORE_LAUNCH(step_8bit_kernel<Rule>, grid, kThreads, 0, l.stream, l.table, l.maps);
         else

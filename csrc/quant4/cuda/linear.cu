@@ -92,7 +92,7 @@ const char* launch_panel(LinearLaunch p, const PanelPlan& plan, Dtype dtype, voi
 
 template <typename T>
 const char* launch_simple(const LinearLaunch& p, void* stream) {
-    const dim3 grid(unsigned(ceil_div(p.weight.rows, kWarps)), unsigned(ceil_div(p.batch, kSimpleTile)));
+    const Grid grid(ceil_div(p.weight.rows, kWarps), ceil_div(p.batch, kSimpleTile));
     return dispatch_flag(in_vectors(p.x, 4 * sizeof(T), 4, p.weight), [&](auto vectors) {
         constexpr int kVector = decltype(vectors)::value ? 4 : 1;
         return PEFTCORE_LAUNCH((simple_kernel<T, kVector>), grid, kThreads, 0, stream, p);
@@ -103,14 +103,14 @@ template <typename T, typename Scales>
 const char* launch_rows(const LinearLaunch& p, void* stream) {
     return dispatch_flag(p.batch <= 4, [&](auto halves) {
         constexpr int kParts = decltype(halves)::value ? 2 : 1;
-        const unsigned blocks = unsigned(ceil_div(p.weight.rows, kRows / kParts));
+        const int64_t blocks = ceil_div(p.weight.rows, kRows / kParts);
         return PEFTCORE_LAUNCH((rows_kernel<T, kParts, Scales>), blocks, kThreads, 0, stream, p);
     });
 }
 
 template <typename T>
 const char* launch_tensor(const LinearLaunch& p, void* stream) {
-    const unsigned blocks = unsigned(ceil_div(p.weight.rows, kRows));
+    const int64_t blocks = ceil_div(p.weight.rows, kRows);
     return dispatch_size<1, 2, 3, 4, 8>(ceil_div(p.batch, 8), [&](auto tiles) {
         constexpr int kTiles = decltype(tiles)::value;
         // As many stages as fit in 48 KiB of shared memory.

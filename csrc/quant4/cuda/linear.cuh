@@ -7,6 +7,7 @@
 
 #include "common/alignment.h"
 #include "common/cuda_launch.cuh"
+#include "common/cuda_stages.cuh"
 #include "common/half.h"
 #include "common/tensor_core.cuh"
 #include "common/tf32.cuh"
@@ -125,24 +126,9 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
     __syncthreads();
 
     float d[1][kTiles][4] = {};
-    const int64_t stages = (p.weight.columns + kStage - 1) / kStage;
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) {
-        const int64_t stage = int64_t(s) * kWarps + warp;
-        if (stage < stages) fetch<T>(p, n, stage * kStage, lane, slots[s]);
-        cp_async_commit();
-    }
-    int slot = 0;
-    for (int64_t stage = warp; stage < stages; stage += kWarps) {
-        cp_async_wait<kStages - 2>();
-        __syncwarp();  // this stage has arrived, and the previous one has been read
-        const int64_t ahead = stage + int64_t(kStages - 1) * kWarps;
-        const int free = (slot + kStages - 1) % kStages;
-        if (ahead < stages) fetch<T>(p, n, ahead * kStage, lane, slots[free]);
-        cp_async_commit();
-
+    const auto fetch_stage = [&](int64_t k, int slot) { fetch<T>(p, n, k, lane, slots[slot]); };
+    const auto add_stage = [&](int64_t k, int slot) {
         const WarpStage& now = slots[slot];
-        const int64_t k = stage * kStage;
 #pragma unroll
         for (int half = 0; half < kStage / 32; ++half) {  // 32 columns, of one or two blocks
             ScaleAndZero scale[2] = {};
@@ -186,9 +172,9 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) add_to(d[0][tile], sum[tile]);
         }
-        slot = (slot + 1) % kStages;
-    }
-    cp_async_wait<0>();
+    };
+    for_stages<kStages, Readers::kWarp>(warp * kStage, p.weight.columns, kWarps * kStage, fetch_stage,
+                                        NothingToDo(), add_stage);
 
     for (int j = warp * 16; j < p.rank; j += kWarps * 16) add_ranks(p, n, j, d);
     __syncthreads();  // stages have been read

@@ -159,12 +159,10 @@ extern "C" const char* peftcore_quant4_quantize(const void* x, int dtype, const 
     if (count == 0) return nullptr;
     const int threads = blocksize / kValues > 256 ? blocksize / kValues : 256;
     const int64_t of_block = int64_t(threads) * kValues, blocks = peftcore::ceil_div(count, of_block);
-    if (blocks > INT32_MAX) return "more than 2^42 elements";
     const bool aligned = peftcore::is_aligned(x);
     const bool words = peftcore::is_aligned(codes, 4);
     const bool whole = aligned && words && count % of_block == 0 && blocksize <= 32 * kValues;
-    const unsigned grid =
-        unsigned(whole ? peftcore::least(blocks, peftcore::cuda_tuning().quantize_blocks) : blocks);
+    const int64_t grid = whole ? peftcore::least(blocks, peftcore::cuda_tuning().quantize_blocks) : blocks;
     const int shift = peftcore::log2_of(blocksize);
     return peftcore::dispatch_dtype(Dtype(dtype), [&](auto type) {
         return peftcore::dispatch_flag(whole, [&](auto flag) {
@@ -183,7 +181,6 @@ extern "C" const char* peftcore_quant4_quantize_absmax(const float* absmax, cons
     using namespace peftcore::quant4;
     if (count == 0) return nullptr;
     const int64_t blocks = peftcore::ceil_div(count, blocksize);
-    if (blocks > INT32_MAX) return "more than 2^31 blocks of scales";
-    return PEFTCORE_LAUNCH(quantize_absmax_kernel, unsigned(blocks), 256, 0, stream, absmax, quant_map,
-                           offset, count, blocksize, codes, nested_absmax);
+    return PEFTCORE_LAUNCH(quantize_absmax_kernel, blocks, 256, 0, stream, absmax, quant_map, offset, count,
+                           blocksize, codes, nested_absmax);
 }

@@ -4,6 +4,10 @@
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
+struct dim3 {
+    dim3(unsigned, unsigned) {}
+};
+
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaGetLastError();

@@ -1,0 +1,47 @@
+// A sum whose operands arrive in shared memory by cp.async in stages, several of them pending at a time, in a ring of
+// slots: while a stage is multiplied, the copies of the following ones are on their way.
+#pragma once
+
+#include "common/tensor_core.cuh"
+
+namespace peftcore {
+
+// Threads that read a stage, whose copies all of them wait for: a block, or a warp with slots of its own.
+enum class Readers { kBlock, kWarp };
+
+struct NothingToDo {
+    __device__ __forceinline__ void operator()(int64_t, int) const {}
+};
+
+// Stages from `at` on, in strides of `step` up to `last`, which count what the caller counts: columns, rows. All but
+// one of kStages slots are pending.
+//
+// fetch(at, slot): begins to copy a stage. arrived(at, slot): what a thread does with the bytes that it copied itself,
+// before others read them. use(at, slot): reads the stage.
+template <int kStages, Readers kReaders, typename Fetch, typename Arrived, typename Use>
+__device__ __forceinline__ void for_stages(int64_t at, int64_t last, int64_t step, const Fetch& fetch,
+                                           const Arrived& arrived, const Use& use) {
+    static_assert(kStages >= 2, "");
+    const auto fetch_or_none = [&](int64_t ahead, int slot) {
+        if (ahead < last) fetch(ahead, slot);
+        cp_async_commit();  // also without a stage: waits count these groups
+    };
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) fetch_or_none(at + s * step, s);
+    int slot = 0;
+    for (; at < last; at += step) {
+        cp_async_wait<kStages - 2>();
+        arrived(at, slot);
+        if constexpr (kReaders ==
+                      Readers::kBlock)  // this stage has arrived, and the previous one has been read
+            __syncthreads();
+        else
+            __syncwarp();
+        fetch_or_none(at + (kStages - 1) * step, (slot + kStages - 1) % kStages);
+        use(at, slot);
+        slot = (slot + 1) % kStages;
+    }
+    cp_async_wait<0>();
+}
+
+}  // namespace peftcore
