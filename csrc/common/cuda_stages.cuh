@@ -44,4 +44,19 @@ __device__ __forceinline__ void for_stages(int64_t at, int64_t last, int64_t ste
     cp_async_wait<0>();
 }
 
+// The same by a block with a single slot, for few stages: each arrives when the previous one has been read. fetch(at)
+// and use(at); behind the last one, the slot is free.
+template <typename Fetch, typename Use>
+__device__ __forceinline__ void for_stages_in_turn(int64_t at, int64_t last, int64_t step, const Fetch& fetch,
+                                                   const Use& use) {
+    for (; at < last; at += step) {
+        fetch(at);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();  // this stage has arrived
+        use(at);
+        __syncthreads();  // and has been read
+    }
+}
+
 }  // namespace peftcore

@@ -51,36 +51,20 @@ static __device__ __forceinline__ bool comes_last(unsigned* counter, unsigned bl
     return last;
 }
 
-// sum[i] = partial[0][at[i]] + partial[1][at[i]] + ..., in the order of peftcore_sum, whichever block comes last. They
-// are read from the L2 cache: L1 might hold older values.
-template <int kCount>
-__device__ __forceinline__ void ordered_sums(const float* partial, int64_t parts, int64_t stride,
-                                             const int64_t (&at)[kCount], float (&sum)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i] = 0;
-#pragma unroll 4
-    for (int64_t part = 0; part < parts; ++part)
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) sum[i] += __ldcg(partial + part * stride + at[i]);
-}
-
 // Where one of a block's sums is in a part and in the result. Not `inside`: it is none of them.
 struct SumPlace {
     bool inside;
     int64_t at;
 };
 
-// The last step of blocks that share their results: each has left partial sums, [parts, stride] of all of them, and the
-// last one adds them in order. `counter`: theirs; nullptr, and another launch adds (peftcore_sum). place(i) of
-// each of `kCount` sums of the block; store(at, sum). kEach: sums that a thread waits for together.
-template <int kThreads, int kCount, int kEach, typename Place, typename Store>
-__device__ __forceinline__ void add_by_last(unsigned* counter, const float* partial, unsigned parts,
-                                            int64_t stride, const Place& place, const Store& store) {
-    static_assert(kCount % (kEach * kThreads) == 0, "");
-    if (counter == nullptr || !comes_last(counter, parts)) return;
-    for (int first = 0; first < kCount; first += kEach * kThreads) {
+// store(at, term(0, at) + term(1, at) + ...) of `parts` terms, in this order, for the places of `count` sums of a block,
+// place(0) and so on. kEach: sums that a thread waits for together.
+template <int kThreads, int kEach, typename Place, typename Term, typename Store>
+__device__ __forceinline__ void add_in_order(int count, unsigned parts, const Place& place, const Term& term,
+                                             const Store& store) {
+    for (int first = 0; first < count; first += kEach * kThreads) {
         int64_t at[kEach];
-        float sum[kEach];
+        float sum[kEach] = {};
         bool inside[kEach];
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
@@ -88,11 +72,26 @@ __device__ __forceinline__ void add_by_last(unsigned* counter, const float* part
             inside[i] = found.inside;
             at[i] = found.inside ? found.at : 0;
         }
-        ordered_sums(partial, parts, stride, at, sum);
+#pragma unroll 4
+        for (unsigned part = 0; part < parts; ++part)
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) sum[i] += term(part, at[i]);
 #pragma unroll
         for (int i = 0; i < kEach; ++i)
             if (inside[i]) store(at[i], sum[i]);
     }
+}
+
+// The last step of blocks that share their results: each has left partial sums, [parts, stride] of all of them, and the
+// last one adds them, in the order of peftcore_sum, whichever comes last. They are read from the L2 cache: L1 might hold
+// older values. `counter`: theirs; nullptr, and another launch adds (peftcore_sum). kCount: sums of a block.
+template <int kThreads, int kCount, int kEach, typename Place, typename Store>
+__device__ __forceinline__ void add_by_last(unsigned* counter, const float* partial, unsigned parts,
+                                            int64_t stride, const Place& place, const Store& store) {
+    static_assert(kCount % (kEach * kThreads) == 0, "");
+    if (counter == nullptr || !comes_last(counter, parts)) return;
+    const auto term = [&](unsigned part, int64_t at) { return __ldcg(partial + part * stride + at); };
+    add_in_order<kThreads, kEach>(kCount, parts, place, term, store);
 }
 
 }  // namespace peftcore

@@ -1,12 +1,11 @@
 // Choice of the kernel of a product. The kernels of each dtype are in separate files, compiled in parallel.
-#include "common/alignment.h"
 #include "grouped/cuda/grouped_cuda.h"
+#include "quant4/cuda/linear.cuh"
 
 extern "C" bool peftcore_grouped_is_skinny(const peftcore::grouped::Product* p) {
     return p->dtype != peftcore::Dtype::kFloat && p->weight.quant_map != nullptr && !p->across &&
-           p->groups.rows <= 16 * p->groups.experts && p->inner % 32 == 0 && peftcore::is_aligned(p->wide) &&
-           peftcore::is_aligned(p->weight.codes) && (p->rank == 0 || !p->factor_across) &&
-           p->dropout.threshold == 0;
+           p->groups.rows <= 16 * p->groups.experts && peftcore::quant4::in_pieces(p->wide, p->weight) &&
+           (p->rank == 0 || !p->factor_across) && p->dropout.threshold == 0;
 }
 
 extern "C" const char* peftcore_grouped_product(const peftcore::grouped::Product* product, void* stream) {

@@ -73,15 +73,14 @@ __device__ void add_thin(const Product& p, const Rows& rows, int64_t column, uin
     const Source<float> thin(p.thin, p.rank);
     const Source<float> factor(p.factor + rows.expert * p.columns * p.rank, kAcross ? p.columns : p.rank);
     uint8_t* factor_stage = memory + Thin::kBytes;
-    for (int first = 0; first < p.rank; first += kRankStage) {
+    const auto fetch_stage = [&](int64_t first) {
         lora::fetch<Thin>(memory, thin, rows.first, rows.last, first, p.rank);
         if constexpr (kAcross)
             lora::fetch<Factor>(factor_stage, factor, first, p.rank, column, p.columns);
         else
             lora::fetch<Factor>(factor_stage, factor, column, p.columns, first, p.rank);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
+    };
+    for_stages_in_turn(0, p.rank, kRankStage, fetch_stage, [&](int64_t first) {
 #pragma unroll 1
         for (int step = 0; step < kRankStage; step += 16) {
             if (first + step >= p.rank) break;
@@ -99,8 +98,7 @@ __device__ void add_thin(const Product& p, const Rows& rows, int64_t column, uin
                 __syncwarp();  // else the compiler loads `left` once, into more registers than there are
             }
         }
-        __syncthreads();  // this stage has been read
-    }
+    });
 }
 
 template <typename Shape>

@@ -4,6 +4,7 @@
 // A block computes 64 x 64 values on tensor cores, a warp 16 rows of them, and passes them through shared
 // memory, so that a thread has the eight columns of one Philox call and of a 16-byte store.
 #include "common/cuda_dispatch.cuh"
+#include "common/cuda_stages.cuh"
 #include "lora/cuda/tiles.cuh"
 
 namespace peftcore {
@@ -83,14 +84,12 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float d[kTileSide / 8][4] = {};
-    for (int first = 0; first < rank; first += kRankChunk) {
-        if (first != 0) __syncthreads();  // the previous chunk has been read
+    const auto fetch_chunk = [&](int64_t first) {
         fetch<Thin>(memory, thin, row, last_row, first, rank);
         fetch<Factor>(memory + Thin::kBytes, factor, column, p.columns, first, rank);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-        if (row + warp * 16 >= last_row) continue;
+    };
+    for_stages_in_turn(0, rank, kRankChunk, fetch_chunk, [&](int64_t first) {
+        if (row + warp * 16 >= last_row) return;
 #pragma unroll
         for (int step = 0; step < kRankChunk; step += 16) {
             if (first + step >= rank) break;
@@ -104,8 +103,7 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
                 tf32_multiply(d[t + 1], left, right[1]);
             }
         }
-    }
-    __syncthreads();
+    });
 
     constexpr int kPitch = Result::kPitch / 4;
     float* result = reinterpret_cast<float*>(memory);

@@ -35,34 +35,6 @@ __device__ __forceinline__ int place_of_piece(int row, int piece) {
     return piece ^ ((piece >> 2 & 2) | (row & 1));
 }
 
-// y for this block's part of x's rows, from the `sums` of all blocks of its cluster.
-template <typename T, int kTiles>
-__device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int split, int splits,
-                               const float (&sums)[kTiles * 8][kPanelRows + 1]) {
-    constexpr int kEach = 4;  // that a thread waits for together
-    const int rows = kTiles * 8 / splits;
-    for (int first = 0; first < rows * kPanelRows; first += kEach * kPanelThreads) {
-        const float* mine[kEach];
-        float sum[kEach] = {};
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {  // behind the last one, the last one is repeated
-            const int place = int(least(first + i * kPanelThreads + int(threadIdx.x), rows * kPanelRows - 1));
-            mine[i] = &sums[split * rows + place / kPanelRows][place % kPanelRows];
-        }
-#pragma unroll 2
-        for (int s = 0; s < splits; ++s)
-#pragma unroll
-            for (int i = 0; i < kEach; ++i) sum[i] += shared_of_block(s, mine[i]);
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-            const int place = first + i * kPanelThreads + int(threadIdx.x);
-            const int64_t m = split * rows + place / kPanelRows, n = first_row + place % kPanelRows;
-            if (place < rows * kPanelRows && m < p.batch && n < p.weight.rows)
-                static_cast<T*>(p.y)[m * p.weight.rows + n] = from_float<T>(sum[i]);
-        }
-    }
-}
-
 // Rows of W from `first_row` on, columns [begin, end). kTiles: of 8 rows of x. The first split adds b and s Fᵀ.
 template <typename T, int kTiles, typename Scales>
 __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t begin, uint32_t end, int split,
@@ -133,6 +105,7 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
     __syncthreads();
     const float value_of_lane = quant_map[lane % 16];
 
+    // Not for_stages: a step has two stages, which take the halves of its codes in registers, and needs almost all of those.
     for (int step = 0; 2 * step < stage_count; ++step) {
         const uint32_t next = (step + 1) * kPanelStep;
         StoredScale stored[4];
@@ -237,8 +210,22 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
             p.partial[(int64_t(split) * p.batch + m) * p.weight.rows + n] = total;
     }
     if (splits > 1 && p.clusters) {
+        constexpr int kPitch = kPanelRows + 1;
+        const int rows = kTiles * 8 / splits;  // of x, that this block adds
+        const auto place = [&](int i) -> SumPlace {
+            const int m = split * rows + i / kPanelRows, row = i % kPanelRows;
+            return {i < rows * kPanelRows && m < p.batch && first_row + row < p.weight.rows,
+                    m * kPitch + row};
+        };
+        const auto term = [&](unsigned part, int64_t at) {
+            return shared_of_block(part, &sums[0][0][0] + at);
+        };
         cluster_sync();
-        add_in_cluster<T, kTiles>(p, first_row, split, splits, sums[0]);
+        add_in_order<kPanelThreads, 4>(
+            rows * kPanelRows, unsigned(splits), place, term, [&](int64_t at, float sum) {
+                const int64_t m = int(at) / kPitch, n = first_row + int(at) % kPitch;
+                static_cast<T*>(p.y)[m * p.weight.rows + n] = from_float<T>(sum);
+            });
         cluster_sync();  // no block ends before its sums have been read
     }
     const auto place = [&](int i) -> SumPlace {
