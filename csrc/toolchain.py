@@ -27,7 +27,7 @@ MACHINES = {
 
 GPU_QUERY = ["--query-gpu=compute_cap", "--format=csv,noheader"]
 # Runs on every GPU that the kernels support: PTX is compiled for later ones when it is loaded.
-DEFAULT_ARCHITECTURE = "80+PTX"
+LOWEST_ARCHITECTURE, DEFAULT_ARCHITECTURE = 80, "80+PTX"
 
 # Where Homebrew puts libomp, on Apple silicon and on Intel.
 HOMEBREW = ("/opt/homebrew/opt/libomp", "/usr/local/opt/libomp")
@@ -107,7 +107,8 @@ def local_architectures(nvcc):
     """
     found = {line.strip().replace(".", "") for line in lines_of(["nvidia-smi", *GPU_QUERY])}
     known = {line.strip().removeprefix("compute_") for line in lines_of([nvcc, "--list-gpu-arch"])}
-    usable = sorted((number for number in found & known if number.isdigit() and int(number) >= 80), key=int)
+    numbers = (number for number in found & known if number.isdigit())
+    usable = sorted((number for number in numbers if int(number) >= LOWEST_ARCHITECTURE), key=int)
     return ";".join(f"{number}+PTX" for number in usable) or DEFAULT_ARCHITECTURE
 
 
@@ -119,6 +120,11 @@ def architectures(nvcc):
         if match is None:
             raise SystemExit(f"PEFTCORE_CUDA_ARCHS must list architectures such as 80 or 90+PTX, found {entry!r}")
         number, ptx = match.groups()
+        if int(number.rstrip("a")) < LOWEST_ARCHITECTURE:
+            raise SystemExit(
+                f"PEFTCORE_CUDA_ARCHS: the kernels need architecture {LOWEST_ARCHITECTURE} or later, found {entry!r}. "
+                "Leave it out: earlier GPUs use the references"
+            )
         code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={code}")
         names += [f"sm_{number}"] + ([f"compute_{number}"] if ptx else [])

@@ -179,6 +179,9 @@ def test_cuda_kernels_are_compiled_for_the_gpus_of_the_machine(tmp_path, monkeyp
         SystemExit, match=r"PEFTCORE_CUDA_ARCHS must list architectures such as 80 or 90\+PTX, found '80,90'"
     ):
         toolchain.architectures(nvcc)
+    monkeypatch.setenv("PEFTCORE_CUDA_ARCHS", "90;75")
+    with pytest.raises(SystemExit, match=r"need architecture 80 or later, found '75'\. Leave it out"):
+        toolchain.architectures(nvcc)
 
 
 def test_without_nvidia_smi_the_default_architecture_runs_on_every_gpu(tmp_path, monkeypatch):
