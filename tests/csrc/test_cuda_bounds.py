@@ -154,7 +154,8 @@ def test_estimates_are_a_range():
 
 
 ARGUMENTS = {
-    "typename": r"peftcore::\w+|peftcore::quant4::LaneScales<\(peftcore::ScaleKind\)\d, \d> ",
+    "typename": r"peftcore::\w+|peftcore::quant4::LaneScales<\(peftcore::ScaleKind\)\d, \d> "
+    r"|peftcore::grouped::Shape<peftcore::\w+, \d(, (true|false)){3}> ",
     "int": r"\d+",
     "bool": "true|false",
     "ScaleKind": r"\(peftcore::ScaleKind\)\d",
@@ -164,7 +165,9 @@ ARGUMENTS = {
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.label)
 def test_kernels_of_the_table_have_these_template_parameters(work):
     name, arguments = re.fullmatch(r"(\w+)<(.+)>", work.kernel).groups()
-    text = (CSRC / work.source).read_text()
+    source = (CSRC / work.source).read_text()
+    headers = re.findall(rf'#include "({Path(work.source).parent}/\w+\.cuh)"', source)
+    text = "".join([source, *((CSRC / header).read_text() for header in headers)])
     (parameters,) = re.findall(rf"template <([^>]+)>\s*__global__[^;{{]*?\b{name}\(", text)
     found, kinds = re.split(r", (?![^<]*>)", arguments), [one.split()[0] for one in parameters.split(", ")]
     assert len(found) == len(kinds)
