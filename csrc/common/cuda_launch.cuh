@@ -89,7 +89,7 @@ const char* allow_shared(void (*kernel)(Parameters...), int bytes) {
 
 namespace peftcore {
 
-// Blocks of a launch, in 64 bits: what CUDA takes has 32, and would be silently the rest of a larger number.
+// Blocks of a launch. CUDA's own type has 32 bits, which would silently cut off a larger number.
 struct Grid {
     int64_t x, y;
     constexpr Grid(int64_t x, int64_t y = 1) : x(x), y(y) {}

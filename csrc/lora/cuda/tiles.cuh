@@ -32,7 +32,8 @@ struct Tile {
     static constexpr int kPerPiece = 16 / int(sizeof(Element)), kPieces = kColumns / kPerPiece;  // of a row
 };
 
-// Number of a pipeline's stages that fit together with `other` bytes.
+// Number of a pipeline's stages that fit together with `other` bytes and 256 of the block's small arrays. No more than
+// six: with those, the blocks of a multiprocessor wait for more bytes than memory delivers in its latency.
 template <int stage_bytes, int other = 0>
 constexpr int kStagesThatFit =
     (kSharedBytes - 256 - other) / stage_bytes > 6 ? 6 : (kSharedBytes - 256 - other) / stage_bytes;
