@@ -116,7 +116,8 @@ def test_files_that_include_pytorch_share_five_translation_units():
     assert all(units[path] is not None for path in units if includes_pytorch(path))
     assert set(filter(None, units.values())) == {"linear", "lora", "grouped", "optim", "cuda"}
     assert {units[path] for path in units if path.stem in ("portable", *toolchain.SIMD)} == {None}
-    assert all((unit == "cuda") == ("cuda" in path.parts[-3:-1]) for path, unit in units.items())
+    on_cuda = {path: "cuda" in path.relative_to(setup.CSRC).parts for path in units}
+    assert all((unit == "cuda") == on_cuda[path] for path, unit in units.items())
 
 
 @pytest.fixture
