@@ -174,6 +174,28 @@ def implements(adapter: Any, member: Callable[..., Any]) -> TypeIs[Adapter]:
     return isinstance(adapter, Adapter) and getattr(type(adapter), member.__name__) is not member
 
 
+def neutral_of(adapter: Any) -> dict[str, Tensor] | None:
+    """Return `adapter.neutral()`, or None if it, or an adapter that it joins, has no neutral tensors."""
+    if not implements(adapter, Adapter.neutral):
+        return None
+    try:
+        return adapter.neutral()
+    except NotImplementedError:
+        return None
+
+
+def neutral_of_joined(adapter: nn.Module) -> dict[str, Tensor]:
+    """Return the neutral tensors of all adapters that `adapter` joins as its children.
+
+    Raises:
+        NotImplementedError: one of them has none.
+    """
+    found = {name: neutral_of(each) for name, each in adapter.named_children()}
+    if None in found.values():
+        raise NotImplementedError
+    return {f"{name}.{key}": value for name, each in found.items() for key, value in (each or {}).items()}
+
+
 def unseen_member(kind: type[nn.Module], *, inside: bool) -> str | None:
     """Return an optional member of a class that does not derive from `Adapter`, where it is ignored, or None.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftcore import engine, ranks
 from peftcore.adaptation.light import own_tensors
-from peftcore.adapter import Adapter, LowRank, implements
+from peftcore.adapter import LowRank, neutral_of
 from peftcore.composing import low_rank
 from peftcore.composing.arithmetic import Majority, Pruning, pruned_sum, weighted_sum
 from peftcore.composing.compatibility import difference
@@ -213,7 +213,7 @@ def _linear_parts(model: nn.Module, adapter: str) -> Parts:
     placed: Any
     for path, placed in engine.adapter_modules(model, adapter):
         own = own_tensors(placed)
-        neutral = placed.neutral() if implements(placed, Adapter.neutral) else None
+        neutral = neutral_of(placed)
         if neutral is None or own.keys() != neutral.keys():
             raise PeftcoreError(
                 f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' is not linear in its tensors. "

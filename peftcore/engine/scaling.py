@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adapter import Adapter, implements
+from peftcore.adapter import Adapter, neutral_of
 from peftcore.engine.state import (
     adapter_modules,
     applied,
@@ -78,6 +78,6 @@ def _refuse_unscalable(model: nn.Module, adapter: str) -> None:
         why = "its files cannot store a factor"
     else:
         return
-    linear = all(implements(module, Adapter.neutral) for module in placed.values())
+    linear = all(neutral_of(module) is not None for module in placed.values())
     other = f". peftcore.combine(model, ['{adapter}'], weights=[...], adapter=...) makes one with a share of its change"
     raise PeftcoreError(f"'{adapter}' ({entry.method}) cannot be scaled: {why}{other if linear else ''}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adapter import Adapter, implements
+from peftcore.adapter import Adapter, implements, neutral_of_joined
 from peftcore.errors import PeftcoreError
 from peftcore.experts.layout import expert_linear, experts_layout, operand
 from peftcore.ops.calling import autocast_device
@@ -47,6 +47,9 @@ class EachExpert(Adapter):
     @multiplier.setter
     def multiplier(self, factor: float | None) -> None:
         pass
+
+    def neutral(self) -> dict[str, Tensor]:
+        return neutral_of_joined(self)
 
     def of_expert(self, expert: int) -> Any:
         """Return the adapter of one expert."""

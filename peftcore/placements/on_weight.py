@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.adaptation.chain import Link
-from peftcore.adapter import Adapter, Base, implements
+from peftcore.adapter import Adapter, Base, implements, neutral_of_joined
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.placements.placement import Placement
 from peftcore.weight_formats import quantized_format
@@ -77,6 +77,9 @@ class WeightChanges(Adapter):
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return base.on_weights(self.changes)(*args, **kwargs)
+
+    def neutral(self) -> dict[str, Tensor]:
+        return neutral_of_joined(self)
 
 
 class WeightLink(Link):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.composing.arithmetic import Pruning, pruned_sum
 from peftcore.engine import adapter_modules, adapter_parameters
-from peftcore.plugin import Adapter, Around, LowRank
+from peftcore.plugin import Adapter, Around, LowRank, OnWeight
 from peftcore.testing import disturb
+from peftcore.testing.families import family_of
 
 LLAMA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 # Two adapters of equal ranks, on modules that are not all the same.
@@ -220,6 +221,37 @@ def test_adapters_that_are_linear_in_their_tensors_are_summed() -> None:
         with pytest.raises(peftcore.PeftcoreError, match=r"'a' .gains. cannot be combined by 'ties': its change at"):
             peftcore.combine(model, ["a", "b"], adapter="e", how="ties", density=0.5)
         assert list(peftcore.engine.state_of(model).applied) == ["a", "b", "c", "d"]
+
+
+class WeightGain(Gain):
+    """W -> gain · W."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.gain * weight
+
+
+def weight_gains(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
+    return [OnWeight("model.layers.0.mlp", f"{n}_proj.weight", WeightGain(config.value)) for n in config.names]
+
+
+@pytest.mark.parametrize("kind", ["parameters of a module", "experts"])
+def test_those_that_one_module_joins_are_summed_too(kind: str) -> None:
+    if kind == "experts":
+        model, fields = family_of("Qwen3-MoE").make(), {"target_modules": ["experts"], "feedforward_modules": []}
+    else:
+        model, fields = tiny.llama(), {"names": ("up", "down")}
+    with tiny.installed(tiny.method("weight-gains", weight_gains)):
+        for name, value in (("a", 1.5), ("b", 0.25)):
+            method = "ia3" if kind == "experts" else "weight-gains"
+            more = {} if kind == "experts" else {"value": value}
+            peftcore.apply(model, method, adapter=name, **fields, **more)
+            with torch.no_grad():
+                for _, p in adapter_parameters(model, name):
+                    p.fill_(value)
+        peftcore.combine(model, ["a", "b"], weights=[2, -1], adapter="c", how="linear")
+        found = [p for _, p in adapter_parameters(model, "c")]
+        assert len(found) > 1
+        assert all(p.eq(2.75).all() for p in found)  # 1 + 2 · 0.5 - (-0.75)
 
 
 def test_adapters_whose_tensors_mean_something_else_are_not_summed() -> None:

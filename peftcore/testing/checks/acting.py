@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.adaptation.base_modules import base_parameters
 from peftcore.adaptation.class_swap import BUILT
-from peftcore.adapter import Adapter, implements
+from peftcore.adapter import neutral_of
 from peftcore.architecture import Sublayer
 from peftcore.engine import adapter_modules, adapter_parameters, applied, set_trainable
 from peftcore.experts import experts_layout
@@ -38,14 +38,19 @@ def neutral(case: Case) -> str | None:
         for (_, parameter), (_, original) in own:  # a classifier's head, for example, is trained as well
             if id(parameter) not in attached:
                 parameter.copy_(original)
-        for _, adapter in adapter_modules(model, "default"):
-            if implements(adapter, Adapter.neutral):
-                tensors, found = dict(adapter.named_parameters()), True
-                for name, value in adapter.neutral().items():
-                    tensors[name].copy_(value)
+        without = None
+        for path, adapter in adapter_modules(model, "default"):
+            values = neutral_of(adapter)
+            if values is None:
+                without = path
+                continue
+            tensors, found = dict(adapter.named_parameters()), True
+            for name, value in values.items():
+                tensors[name].copy_(value)
     if not found:
         return "its adapters have no neutral tensors"
-    close(logits(model, case.inputs()), case.base_output, "output")
+    what = "output" if without is None else f"output, with an adapter at '{without}' that has no neutral()"
+    close(logits(model, case.inputs()), case.base_output, what)
     return None
 
 
