@@ -18,7 +18,7 @@ from torch import nn
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_modules
-from peftcore.plugin import StateRules, layer_at, weight_format
+from peftcore.plugin import Around, StateRules, layer_at, weight_format
 from peftcore.testing import disturb
 
 # Sizes that fit these bases better than those of `rank_cases`, which no number of ranks divides.
@@ -144,6 +144,31 @@ def drifted(folder: str, shared: bool) -> str:
         peftcore.save(found, f"{folder}/adapter")
     except peftcore.PeftcoreError as error:
         return str(error)
+    return "saved"
+
+
+class Counting(tiny.Scaled):
+    """A gain with a state that training changes."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(value)
+        self.register_buffer("seen", torch.zeros(2))
+
+
+def drifted_state(folder: str, averaged: bool) -> str:
+    """Save an adapter whose buffers each rank has changed."""
+
+    def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
+        return [Around(path, Counting(config.value)) for path, _ in model.named_modules() if path.endswith("q_proj")]
+
+    with tiny.installed(tiny.method("counting", place)):
+        found = peftcore.shard(peftcore.apply(base(folder, "llama"), "counting"))
+        for _, adapter in adapter_modules(found, "default"):
+            adapter.seen += 1 if averaged else ranks.rank() + 1
+        try:
+            peftcore.save(found, f"{folder}/state")
+        except peftcore.PeftcoreError as error:
+            return str(error)
     return "saved"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import engine, ranks
 from peftcore.adaptation.base_modules import base_parameters, walked_once
+from peftcore.adaptation.light import own_tensors
 from peftcore.engine.applying import check_dtype
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
@@ -199,6 +200,24 @@ def _refuse_drifted(model: nn.Module, adapter: str) -> None:
             f"adapter '{adapter}' was not saved: '{name}' on rank {number} differs by {off:.2g} from rank 0. The ranks "
             "have trained without averaging their gradients. Call peftcore.shard(model) after apply, which averages "
             "them in every backward pass"
+        )
+    whole = [
+        (path, each) for path, each in engine.adapter_modules(model, adapter) if not ranks.any_part(each.parameters())
+    ]
+    found = ranks.difference(
+        {
+            f"{path}.{name}" if path else name: tensor
+            for path, each in whole
+            for name, tensor in own_tensors(each).items()
+            if not isinstance(tensor, nn.Parameter)
+        }
+    )
+    if found is not None:
+        name, number, off = found
+        raise PeftcoreError(
+            f"adapter '{adapter}' was not saved: the buffer '{name}' on rank {number} differs by {off:.2g} from rank "
+            f"0. The method '{engine.applied(model, adapter).method}' computes it from each rank's batches. It has to "
+            "average it over the ranks in after_step"
         )
 
 
