@@ -27,9 +27,9 @@ class ExpertsLayout:
     """Layout of the weights of a module of experts.
 
     Args:
-        count: of experts.
-        up: the name of the parameter of the first product: `gate_up_proj`, or `up_proj` without a gate.
-        down: of the second.
+        count: number of experts.
+        up: name of the parameter of the first product: `gate_up_proj`, or `up_proj` without a gate.
+        down: name of the parameter of the second product.
         transposed: the parameters are `[experts, in, out]`, and not `[experts, out, in]`.
         interleaved: outputs of gate and up alternate; otherwise all of gate's come first.
         has_bias: `<name>_bias` `[experts, out]` is added.

@@ -24,7 +24,16 @@ ALL_LINEAR = "all-linear"
 def name_experts(
     model: nn.Module, target_modules: str | Sequence[str], supported: Callable[[nn.Module], bool]
 ) -> tuple[str | list[str], list[str]]:
-    """Split `target_modules` into (entries for modules that the method adapts, full names of experts' weights)."""
+    """Split `target_modules` into (entries for modules that the method adapts, full names of experts' weights).
+
+    An entry means experts if it matches a module of experts or a weight of theirs, and no module that is `supported`.
+    `all-linear` is returned as it is, with no names: see `select_experts`.
+
+    Args:
+        model: the model.
+        target_modules: as in `select`.
+        supported: (module) -> whether the method can adapt it.
+    """
     found = expert_weights(model)
     if not found or target_modules == ALL_LINEAR:
         return target_modules if isinstance(target_modules, str) else list(dict.fromkeys(target_modules)), []
@@ -53,7 +62,10 @@ def select_experts(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
 ) -> list[str]:
-    """Return the full names of the selected experts' weights in the model's order, with the arguments of `select`."""
+    """Return the full names of the selected experts' weights in the model's order, with the arguments of `select`.
+
+    `all-linear` selects all of them but those that are bypassed.
+    """
     weights = {f"{path}.{name}": path for path, names in expert_weights(model).items() for name in names}
     if target_modules == ALL_LINEAR:
         past = bypassed(model) if weights else {}
