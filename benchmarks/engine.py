@@ -117,11 +117,9 @@ def steps(layers, seconds):
 
 
 def floor(layers):
-    """Operations of a step (2 a weight and token, forward and again for the gradient) over the measured rate."""
-    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
-    rate = 2 * 2048**3 / min(measure.interleaved({"product": lambda: a @ a}, 1)["product"])  # operations a ms
-    weights = sum(p.numel() for p in llama(layers).parameters() if p.dim() == 2)
-    return 2 * 2 * weights * BATCH * LENGTH / rate
+    """ms of the frozen products of a step."""
+    tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    return measure.floor_of_step(llama(layers), {"input_ids": tokens}, measure.product_rate(torch.bfloat16))
 
 
 def applying():

@@ -15,7 +15,8 @@ stays.
 they come from memory as well. What such a row takes over the one without stands below the table.
 
 "read" reads the codes and scales and computes nothing. The floor is the larger of what must be read (packed weight and
-scales) at the median speed of that, and the operations at the rate of a large dense product, in x's dtype or in fp32.
+scales) at the median speed of that, and the operations at the rate of a large dense product, PyTorch's or peftcore's,
+in x's dtype or in fp32.
 
 `--formats` compares the 4-bit formats instead, by the processor time of one thread, so that other work on the machine
 changes less: with NF4, and with NF4 whose scales take the nearest number of bits a weight. All codes are in huge pages,
@@ -82,13 +83,6 @@ def compare_formats(shape, dtype, batches, seconds):
             print(f"{name:26}{bits:7.3f}{found:9.3f}{found / median['NF4']:9.3f}{found / median[peer]:16.3f}")
 
 
-def product_rate(size, dtype):
-    """GFLOP/s of a large dense product."""
-    x, weight = torch.randn(512, size).to(dtype), torch.randn(size, size).to(dtype)
-    times = measure.interleaved({"product": lambda: F.linear(x, weight)}, 1)["product"]
-    return 2 * 512 * size**2 / min(times) / 1e6
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096)
@@ -108,7 +102,7 @@ def main():
     if options.formats:
         compare_formats(options.shape or (size, size), dtype, options.batches, options.seconds)
         return
-    rate = max(product_rate(size, dtype), product_rate(size, torch.float32))
+    rate = max(measure.product_rate(kind) for kind in {dtype, torch.float32})
     print(
         f"{size} x {size} {options.dtype}, dense product {rate:.0f} GFLOP/s, {measure.last_cache() >> 20} MiB of cache"
     )

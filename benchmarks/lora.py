@@ -4,10 +4,10 @@
 
 Rows of a table are timed in turn, so a busy machine slows all alike, and all keep the memory that they free. Weights
 and factors come from memory, as in a model: each row goes through as many layers as no cache holds, and is timed once
-more with the one that it has just used ("in cache"). "frozen" is F.linear and the gradient of its input. The floor adds
-to it the operations of the thin products, 3 r (in + out) M multiplications, at the rate that the frozen linear itself
-reaches: nothing read or written twice, no call. A and B are fp32 next to a bf16 x, peft's default as well. Next to each
-table of times is one of errors.
+more with the one that it has just used ("in cache"). "frozen" is F.linear and the gradient of its input. The floor is
+the operations of the frozen products and of the thin ones, 3 r (in + out) M multiplications, at the rate of a large
+product, PyTorch's or peftcore's, or of "frozen" if that is higher: nothing read or written twice, no call. A and B are
+fp32 next to a bf16 x, peft's default as well. Next to each table of times is one of errors.
 """
 
 import argparse
@@ -83,8 +83,9 @@ def linear(m, k, n, dtype, rank, seconds):
     # Forward and backward read W; x, y, dy and dx pass once.
     moved = dict.fromkeys(rows, (2 * k * n + 2 * m * (k + n)) * dtype.itemsize)
     title = f"{k} -> {n}, {m} rows, {dtype}, r={rank}, forward and backward, {count} layers in turn (ms)"
-    floor = min(found[0]["frozen"]) * (1 + thin / frozen)
-    measure.print_rates(title, found, "frozen", moved, 2 * m * (frozen + thin), floor)
+    rate = max(measure.product_rate(dtype), 2 * m * frozen / min(found[0]["frozen"]) / 1e6)
+    operations = 2 * m * (frozen + thin)
+    measure.print_rates(title, found, "frozen", moved, operations, operations / rate / 1e6)
     measure.note_pairs(f"a layer {k} -> {n}, {dtype}", found[0])
     print(f"errors against float64, peft in the same run (see exactness.py)\n{exactness.HEAD}")
     for row in exactness.lora([(256, k, n)], (rank,), (dtype,)):

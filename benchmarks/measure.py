@@ -48,6 +48,63 @@ def read_rate(clock=time.perf_counter):
     return words.nbytes / min(interleaved({"read": words.sum}, 1, clock=clock)["read"]) / 1e6
 
 
+def copy_rate():
+    """GB/s of a copy of what no cache holds, read and written."""
+    import torch
+
+    words = torch.zeros(max(4 * last_cache(), 256 << 20) // 8, dtype=torch.int64)
+    target = torch.zeros_like(words)
+    return 2 * words.nbytes / min(interleaved({"copy": lambda: target.copy_(words)}, 1)["copy"]) / 1e6
+
+
+def product_rate(dtype, size=2048, clock=time.perf_counter):
+    """GFLOP/s of a large product with a dense weight, by PyTorch or by peftcore, whichever is faster."""
+    import torch
+
+    from peftcore import ops
+
+    x, weight = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    rows = {
+        name: lambda call=call: call(x, weight)
+        for name, call in (("PyTorch", torch.nn.functional.linear), ("peftcore", ops.dense_linear))
+    }
+    with torch.no_grad():
+        return 2 * size**3 / min(map(min, interleaved(rows, 1, clock=clock).values())) / 1e6
+
+
+def floor_of_step(model, inputs, rate):
+    """ms of the products of a step with frozen weights, forward and for the gradient of the input.
+
+    They are those of one forward pass of `model` with these inputs: of its linear layers, and of the experts that its
+    tokens are sent to.
+
+    Args:
+        rate: GFLOP/s.
+    """
+    import torch
+
+    products = []
+
+    def count(module, args, output):
+        products.append(args[0].numel() * module.out_features)
+
+    def count_experts(module, args, output):
+        weights = sum(p[0].numel() for p in module.parameters() if p.dim() == 3)
+        products.append(args[1].numel() * weights)  # (hidden states, experts of each token, their shares)
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            handles.append(module.register_forward_hook(count))
+        elif any(p.dim() == 3 for p in module._parameters.values() if p is not None) and hasattr(module, "num_experts"):
+            handles.append(module.register_forward_hook(count_experts))
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return 2 * 2 * sum(products) / rate / 1e6
+
+
 def from_memory(rows, seconds, least=5):
     """(times, times again) in ms: every round times one of each row's calls, another each time, then it again.
 

@@ -8,7 +8,8 @@ PEFT reads it. MiniLM-L6's shape is in fp32, 8 texts of 32 tokens; SmolLM2-135M'
 texts of 128. Weights are random. A step is forward, backward and AdamW, and whatever else the method does in one
 (AdaLoRA's importance and allocation). Both are timed in turn, the first steps left out; the ratio is that of the
 fastest ones. Memory is the peak of a process of its own in two steps beyond what it held with the base alone, after a
-step of another model of one layer, so that what the libraries load is no part of it. With --busy the clock is the
+step of another model of one layer, so that what the libraries load is no part of it. The floor is the operations of the
+frozen products, forward and for the gradient of the input, at the rate of a large product. With --busy the clock is the
 process's own time, of one thread, for machines that others use.
 """
 
@@ -194,7 +195,11 @@ def main():
     for shape in options.model:
         layers, texts, length = SHAPES[shape]
         sizes = (options.layers or (QUICK[shape] if options.quick else layers), 2000 if options.quick else None)
-        print(f"\n{shape}: {sizes[0]} layers, {texts} x {length} tokens")
+        clock = time.process_time if options.busy else time.perf_counter
+        rate = measure.product_rate(torch.bfloat16 if shape == "smollm2" else torch.float32, clock=clock)
+        tokens = torch.zeros(texts, length, dtype=torch.long)
+        floor = measure.floor_of_step(base(shape, *sizes), {"input_ids": tokens}, rate)
+        print(f"\n{shape}: {sizes[0]} layers, {texts} x {length} tokens; floor of a step {floor:.1f} ms")
         print(
             f"{'step, ms':26}{'ours':>8}{'PEFT':>9}{'ratio':>8}   of medians{'memory, MB':>14}{'PEFT':>8}{'ratio':>8}"
         )

@@ -1,16 +1,22 @@
-"""What each method adds to a training step of layers alone, next to Hugging Face PEFT's, all in one process.
+"""A training step of layers alone with each method, next to Hugging Face PEFT's, all in one process.
 
     python benchmarks/methods_layers.py [--model smollm2] [--threads 1] [--seconds 2] [--methods loha lokr ...]
 
 Two layers of SmolLM2-135M's or MiniLM-L6's shape with a vocabulary of 1,000, random weights in fp32, 512 tokens; fields
-are at their defaults, and PEFT trains the adapter that ours was saved as. Rows are timed in turn. Added time is a step
-(forward, backward) less that of the frozen model, at the fastest of each, and there is a ratio where neither is
-negative. Kept memory is what the graph holds for the backward pass, less the frozen model's, each storage once and
-parameters not.
+are at their defaults, and PEFT trains the adapter that ours was saved as. A step is forward and backward. The frozen
+model's, ours and PEFT's are timed in turn: "ratio" is that of the shortest steps, "rounds" the median of the ratios of
+two steps of the same round. Steps over the frozen model's include what each library does with the frozen layers: in
+fp32 ours can be below 1, since peftcore multiplies faster than PyTorch there. The floor is the frozen products'
+operations, forward and for the gradient of the input, at the rate of a large product. Kept memory is what the graph
+holds for the backward pass, less the frozen model's, each storage once and parameters not.
+
+A method that fails does not keep the others from being measured; the process then ends with 1.
 """
 
 import argparse
 import logging
+import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -23,6 +29,7 @@ logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
 TOKENS = torch.randint(12, 1000, (4, 128), generator=torch.Generator().manual_seed(1))
 TOKENS[:, 1] = 11  # from which aLoRA acts
+LEAST = 7  # rounds
 
 
 def model(shape):
@@ -64,6 +71,14 @@ def kept(step):
     return sum(held.values()) / 1e6
 
 
+def compared(shape, method, seconds, clock):
+    """(times, MB kept for the backward pass) by library."""
+    with tempfile.TemporaryDirectory() as start:
+        steps = {name: stepper(shape, name, method, start) for name in ("frozen", "peftcore", "peft")}
+    memory = {name: kept(step) for name, step in steps.items()}
+    return measure.interleaved(steps, seconds * len(steps), LEAST, clock), memory
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(methods.SHAPES), default="smollm2")
@@ -77,23 +92,31 @@ def main():
     measure.print_surroundings(options.threads)
     measure.keep_freed_memory()
     clock = time.process_time if options.busy else time.perf_counter
-    print(f"{options.model}: 2 layers, 512 tokens, fp32")
-    print(f"{'':26}{'frozen, ms':>12}{'IQR':>7}{'added, ms':>12}{'peft':>9}{'ratio':>8}{'kept, MB':>12}{'peft':>9}")
+    rate = measure.product_rate(torch.float32, clock=clock)
+    floor = measure.floor_of_step(model(options.model), {"input_ids": TOKENS}, rate)
+    print(f"{options.model}: 2 layers, 512 tokens, fp32; floor of a step {floor:.1f} ms")
+    print(f"{'':26}{'step, ms':>10}{'IQR':>7}{'PEFT':>9}{'IQR':>7}{'ratio':>7}{'rounds':>8}", end="")
+    print(f"{'of frozen':>11}{'PEFT':>7}{'kept, MB':>11}{'PEFT':>8}")
+    failed = False
     for method in options.methods:
-        with tempfile.TemporaryDirectory() as start:
-            steps = {name: stepper(options.model, name, method, start) for name in ("frozen", "peftcore", "peft")}
-        memory = {name: kept(step) for name, step in steps.items()}
-        times = measure.interleaved(steps, options.seconds * len(steps), clock=clock)
-        frozen, _, width = measure.spread(times["frozen"])
-        ours, theirs = (min(times[name]) - frozen for name in ("peftcore", "peft"))
-        more = [memory[name] - memory["frozen"] for name in ("peftcore", "peft")]
-        # A step can take less than the frozen model's, whose products are PyTorch's.
-        ratio = f"{ours / theirs:8.2f}" if ours > 0 and theirs > 0 else f"{'-':>8}"
+        try:
+            times, memory = compared(options.model, method, options.seconds, clock)
+        except Exception as error:
+            print(f"{method:26}failed: {type(error).__name__}: {error}".partition("\n")[0], flush=True)
+            failed = True
+            continue
+        (ours, _, width), (theirs, _, their_width) = (measure.spread(times[name]) for name in ("peftcore", "peft"))
+        frozen = min(times["frozen"])
+        usual = statistics.median(one / other for one, other in zip(times["peftcore"], times["peft"], strict=True))
         print(
-            f"{method:26}{frozen:12.1f}{width:7.1f}{ours:12.1f}{theirs:9.1f}{ratio}{more[0]:12.1f}{more[1]:9.1f}",
-            flush=True,
+            f"{method:26}{ours:10.1f}{width:7.1f}{theirs:9.1f}{their_width:7.1f}{ours / theirs:7.2f}{usual:8.2f}",
+            end="",
         )
-        measure.note_ratio(f"{method}, a step of two layers", min(times["peftcore"]) / min(times["peft"]), "PEFT")
+        print(f"{ours / frozen:11.2f}{theirs / frozen:7.2f}", end="")
+        more = [memory[name] - memory["frozen"] for name in ("peftcore", "peft")]
+        print(f"{more[0]:11.1f}{more[1]:8.1f}", flush=True)
+        measure.note_ratio(f"{method}, a step of two layers", ours / theirs, "PEFT")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

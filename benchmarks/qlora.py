@@ -6,7 +6,9 @@ The demo's writer: 480 movie reviews to train, 150 held out, batch 8, r=8 on eve
 linear schedule from 5e-4, no dropout; bf16, NF4 with double quantization. Both libraries see the same batches in the
 same order and start from the same adapter: A drawn here from one seed, B zero. The loop, the optimizer and the
 evaluation are the same code; each run has a process of its own and its peak of memory is that of the whole process.
-"step" is the median over all but the first; loading includes quantizing.
+"step" is the median over all but the first; loading includes quantizing. The floor is the operations of the frozen
+products of a step with the median number of tokens, forward and for the gradient of the input, at the rate of a large
+product in bf16.
 
 The model stays in training mode, also where the held-out loss is measured (nothing in it depends on the mode):
 on a CPU with bf16 dot products one forward in evaluation mode makes bitsandbytes repack its weights for good, and
@@ -87,7 +89,7 @@ def run(kind, steps):
     before = held_out_loss(model.train(), held_out, collate)
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    times = []
+    times, tokens = [], []
     for step in range(steps):
         batch = collate([train[i] for i in order[step * BATCH : (step + 1) * BATCH]])
         start = time.perf_counter()
@@ -96,6 +98,7 @@ def run(kind, steps):
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
+        tokens.append(batch["input_ids"].numel())
         schedule.step()
     after = held_out_loss(model, held_out, collate)
     return {
@@ -103,6 +106,7 @@ def run(kind, steps):
         "load": load,
         "before": before,
         "after": after,
+        "tokens": statistics.median(tokens[1:]),
         "step": statistics.median(times[1:]) * 1e3,
         "slowest": max(times) * 1e3,
         "training": sum(times),
@@ -139,6 +143,9 @@ def main():
             )
     ours, theirs = ({key: statistics.median(row[key] for row in found) for key in found[0]} for found in rows.values())
     assert ours["parameters"] == theirs["parameters"]
+    ids = torch.zeros(BATCH, round(ours["tokens"] / BATCH), dtype=torch.long)
+    rate = measure.product_rate(torch.bfloat16)
+    print(f"floor of a step {measure.floor_of_step(smollm2.load('dense')[0], {'input_ids': ids}, rate):.0f} ms")
     print(f"loss {100 * (ours['after'] / theirs['after'] - 1):+.2f} %, ", end="")
     for key in ("step", "peak"):
         measure.note_ratio(f"QLoRA of SmolLM2-135M, {key}", ours[key] / theirs[key], "peft with bitsandbytes")

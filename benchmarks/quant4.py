@@ -4,9 +4,11 @@
 
 Weights come from memory, as in a model: each row goes through as many layers as no cache holds, and is timed once more
 with the layer that it has just used ("in cache"). Rows are timed in turn, in random order, so a busy machine slows all
-alike. "fresh" allocates its result on every call, as a model does that calls the peer; "mapped" writes to one buffer
-that is there already. The floor is the bytes that must move over the copy bandwidth measured in the same run. Set
-MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=4294967296 to take page faults out of every "fresh" row.
+alike. "fresh" allocates its result on every call, as a model does that calls the peer; "mapped" writes to buffers that
+are there already, each time another one. The floor is the bytes that must move over the speed of a copy or of a plain
+read in the same run, whichever is faster: it assumes that no cache holds the weight or the result, which is not so for
+"in cache". Set MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=4294967296 to take page faults out of every
+"fresh" row.
 """
 
 import argparse
@@ -57,18 +59,18 @@ def main():
     measure.print_surroundings(options.threads)
 
     x = torch.randn(size, size)
-    target = torch.empty_like(x)
-    copy = measure.interleaved({"copy": lambda: target.copy_(x)}, 1)["copy"]
-    bandwidth = 2 * x.nbytes / min(copy) / 1e6  # GB/s
-    print(f"{size} x {size}, copy: {bandwidth:.1f} GB/s")
+    bandwidth = measure.copy_rate()
+    read = measure.read_rate()
+    print(f"{size} x {size}, copy: {bandwidth:.1f} GB/s, read: {read:.1f} GB/s")
+    bandwidth = max(bandwidth, read)
 
     levels = info.cpu_levels
     in_use = info.cpu_level
 
     def at(level, call):
-        def run(weight):
+        def run(*operands):
             ops.extension.set_cpu_level(level)
-            call(weight)
+            call(*operands)
             ops.extension.set_cpu_level(in_use)
 
         return run
@@ -104,18 +106,21 @@ def main():
         for _, state in theirs:
             state.dtype = dtype
         dense = [layer.to(dtype) for layer in dense]
-        out, other = torch.empty(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
+        out = torch.empty(size, size, dtype=dtype)
+        outs = [torch.zeros_like(out) for _ in range(count)]  # more than caches hold, as of the weights
         assert torch.equal(ops.dequantize_4bit(plain[0], out=out), bnb.dequantize_4bit(*theirs[0]))
         moved = plain[0].codes.nbytes + plain[0].absmax.nbytes + out.nbytes
 
-        def into(weight, out=out):
+        def into(weight, out):
             ops.dequantize_4bit(weight, out=out)
 
-        rows = {f"peftcore {level}": many(at(level, into), plain) for level in reversed(levels)}
-        rows = rows or {"peftcore reference": many(into, plain)}
-        rows["peftcore, nested scales"] = many(into, nested)
-        rows["bitsandbytes' kernel"] = [mapped_bitsandbytes(bnb, *layer, other) for layer in theirs]
-        rows["torch copy_"] = many(other.copy_, dense)
+        rows = {f"peftcore {level}": many(at(level, into), plain, outs) for level in reversed(levels)}
+        rows = rows or {"peftcore reference": many(into, plain, outs)}
+        rows["peftcore, nested scales"] = many(into, nested, outs)
+        rows["bitsandbytes' kernel"] = [
+            mapped_bitsandbytes(bnb, *layer, out) for layer, out in zip(theirs, outs, strict=True)
+        ]
+        rows["torch copy_"] = many(torch.Tensor.copy_, outs, dense)
         sizes = {row: 2 * out.nbytes if row.startswith("torch") else moved for row in rows}
         found = measure.from_memory(rows, options.seconds)
         title = f"dequantize to {name}, mapped (ms)"

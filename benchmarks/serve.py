@@ -5,7 +5,7 @@
 A base of SmolLM2-135M's shape with random weights, and LoRA adapters of r=8 on every linear layer. A client of the
 `openai` package asks over HTTP, with a thread for each request. Every figure is the best of three; the two ways take
 turns, so that other work on the machine meets both. The last lines send one request to each of the adapters. The floor
-of a token is a plain read of the base's weights, once for all requests that are answered together.
+is a plain read of the base's weights for each token, once for all requests that are answered together.
 """
 
 import argparse
@@ -43,20 +43,21 @@ def main(adapters: int, tokens: int, dtype: str) -> None:
         size = sum(weights.nbytes for weights in load_file(base / "model.safetensors").values())
         size //= 1 if dtype == "fp32" else 2
         print(f"loaded in {time.perf_counter() - began:.1f} s; ", end="")
-        print(f"floor of a token {size / measure.read_rate() / 1e6:.1f} ms")
+        floor = size / measure.read_rate() / 1e9
+        print(f"floor of a token {floor * 1e3:.1f} ms")
         runs = uvicorn.Server(command.configured(server))
         thread = threading.Thread(target=runs.run, args=([listening],))
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         try:
             with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=3600) as client:
-                compare(client, adapters, tokens)
+                compare(client, adapters, tokens, floor)
         finally:
             runs.should_exit = True
             thread.join()
 
 
-def compare(client: openai.OpenAI, adapters: int, tokens: int) -> None:
+def compare(client: openai.OpenAI, adapters: int, tokens: int, floor: float) -> None:
     def answer(name: str) -> int:
         found = client.completions.create(model=name, prompt=PROMPT, max_tokens=tokens, temperature=0)
         assert found.usage is not None
@@ -71,13 +72,14 @@ def compare(client: openai.OpenAI, adapters: int, tokens: int) -> None:
 
     names = [f"user{i}" for i in range(adapters)]
     together(names[:16])  # load them
-    print("tokens per second of all requests\nrequests   together   one by one")
+    print("tokens per second of all requests\nrequests   together   one by one   floor: together   one by one")
     for count in (1, 4, 16):
         fastest = dict.fromkeys((together, one_by_one), 0.0)
         for _ in range(3):
             for way in fastest:
                 fastest[way] = max(fastest[way], rate(way, names[:count]))
-        print(f"{count:8d}{fastest[together]:11.1f}{fastest[one_by_one]:13.1f}", flush=True)
+        print(f"{count:8d}{fastest[together]:11.1f}{fastest[one_by_one]:13.1f}", end="")
+        print(f"{count / floor:18.0f}{1 / floor:13.0f}", flush=True)
     for what in ("read from disk", "in memory"):
         began = time.perf_counter()
         written = together(names)

@@ -6,8 +6,9 @@
 Forward and backward of a frozen model as transformers has it, whose inputs have gradients; of peft's LoRA; and of
 peftcore's; each as it is and with every part that is asked for (`--part`). Weights are random. Each row runs in
 processes of its own, in rounds, with the seconds of the processor, so that other work on the machine does not count;
-memory is the most that its steps add to a process with the model, and to its tensors alone. The error is that of the
-gradient of the inputs, from float64, with two layers, 64 tokens and no dropout.
+memory is the most that its steps add to a process with the model, and to its tensors alone. The floor is the operations
+of the frozen products, forward and for the gradient of the input, at the rate of a large product. The error is that of
+the gradient of the inputs, from float64, with two layers, 64 tokens and no dropout.
 """
 
 import argparse
@@ -173,6 +174,13 @@ def most_of_tensors(model, inputs):
     return most / 1e6
 
 
+def floor(name, dtype, layers, rows):
+    """Seconds of the frozen products of a step."""
+    model = build(name, dtype, layers)
+    rate = measure.product_rate(dtype, clock=time.process_time)
+    return measure.floor_of_step(model, inputs_of(model, rows), rate) / 1e3
+
+
 def errors(name, dtype, base, parts):
     wide = build(name, torch.float64, 2, dropout=False)
     if hasattr(wide.config, "num_experts"):
@@ -191,6 +199,8 @@ def errors(name, dtype, base, parts):
 def child(options):
     name, base, *parts = options.child
     dtype = getattr(torch, options.dtype)
+    if base == "floor":
+        return {"seconds": floor(name, dtype, options.layers, options.rows)}
     if options.errors:
         return {"errors": errors(name, dtype, base, parts)}
     model, taken = adapted(build(name, dtype, options.layers), base, parts, options.recompute)
@@ -263,6 +273,8 @@ def main():
             size = f"{rows[0]} x {rows[1]}, {options.dtype}, {options.layers or 'all'} layers"
             print(f"\n{name}, {size}{f', {options.level}' if options.level else ''}", flush=True)
             runs = {}
+            if not options.errors:
+                least = measure.in_child(__file__, *of, "--child", name, "floor")["seconds"]
             for _ in range(1 if options.errors else options.rounds):
                 for base, chosen in table:
                     found = measure.in_child(__file__, *of, "--child", name, base, *chosen)
@@ -273,12 +285,15 @@ def main():
                 print(f"{'':32}{'loss off':>12}{'gradient':>12}")
             else:
                 print(f"{'':32}{'seconds':>9}{'of frozen':>11}{'MB':>8}{'of peft':>9}{'tensors':>9}")
+                frozen = runs.get(("frozen",))
+                of_frozen = f"{least / frozen['seconds']:11.2f}" if frozen else ""
+                print(f"{'floor':32}{least:9.2f}{of_frozen}")
             for key, found in runs.items():
                 title = found.get("title", " + ".join(key))
                 if options.errors:
                     print(f"{title:32}{found['errors'][0]:12.1e}{found['errors'][1]:12.1e}")
                 else:
-                    frozen, peft = runs.get(("frozen",)), runs.get(("peft",))
+                    peft = runs.get(("peft",))
                     ratio = f"{found['seconds'] / frozen['seconds']:11.2f}" if frozen else f"{'':11}"
                     of_peft = f"{found['peak'] / peft['peak']:9.2f}" if peft else f"{'':9}"
                     sizes = f"{found['peak']:8.0f}{of_peft}{found['tensors']:9.0f}"
