@@ -2,55 +2,59 @@
 
     python benchmarks/run_all.py benchmarks/trace.py "benchmarks/decode.py --shapes smollm2-135m" ...
 
-Each argument is a script and its options. What a script prints is shown and also kept in build/bench/NAME.txt. The
-table at the end has the seconds that each took, the seconds of processors, and the exit code. A script that fails does
-not keep the others from running; the exit code is 1 if one failed. Before it is a summary of all rows that have a
-library next to them (`measure.note_ratio`): how many of a script are slower or larger by more than 3 %, and which.
-build/bench/ratios.png shows them all.
+Each argument is a script and its options. What a script prints is shown and also kept in build/bench/NAME.txt; where it
+prints nothing for half a minute, a line says how long it has run. The table at the end has the seconds that each took,
+the seconds of processors, and the exit code. A script that fails does not keep the others from running; the exit code
+is 1 if one failed. Before the table is a summary of all rows that have a library next to them (`measure.note_ratio`):
+how many are slower or larger by more than 3 %, and which. build/bench/ratios.png shows them all.
 """
 
 import json
 import os
+import queue
 import resource
 import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "build" / "bench"
 SLOWER = 1.03
-# Seconds on two cores of a Zen 5 that do nothing else, with the options of the Makefile: estimates from shorter runs.
+SILENCE = 30  # seconds
+# Seconds with the options of the Makefile, measured on two cores of a Zen 5 that did nothing else; methods_layers and
+# methods are estimates from half of their rows.
 SECONDS = {
-    "experts_cuda": 5,
-    "lora_cuda": 5,
-    "trace": 15,
-    "layer": 30,
-    "linear_cross_entropy": 30,
-    "qlora_large": 30,
-    "quant4": 45,
-    "distributed": 50,
-    "optim": 50,
-    "experts": 55,
-    "linear_4bit": 60,
-    "many_adapters": 70,
-    "apply": 75,
-    "engine": 75,
-    "estimate": 75,
-    "dora": 80,
-    "processors": 90,
-    "serve": 95,
-    "decode": 100,
-    "qlora": 100,
-    "suggest": 110,
-    "exactness": 120,
-    "lora": 130,
-    "methods_layers": 150,
-    "step": 190,
-    "quality_4bit": 220,
-    "methods": 230,
+    "experts_cuda": 2,
+    "lora_cuda": 2,
+    "trace": 8,
+    "qlora_large": 10,
+    "linear_cross_entropy": 14,
+    "layer": 26,
+    "quant4": 30,
+    "apply": 36,
+    "optim": 38,
+    "experts": 39,
+    "linear_4bit": 39,
+    "distributed": 47,
+    "estimate": 49,
+    "suggest": 69,
+    "decode": 75,
+    "engine": 89,
+    "many_adapters": 90,
+    "qlora": 93,
+    "dora": 99,
+    "processors": 115,
+    "lora": 117,
+    "serve": 146,
+    "exactness": 246,
+    "step": 248,
+    "methods_layers": 280,
+    "methods": 300,
+    "quality_4bit": 348,
 }
 
 
@@ -63,6 +67,26 @@ def seconds_of(command):
     return SECONDS.get(name_of(command), float("inf"))
 
 
+def lines_of(output):
+    """Yield each line, and None after SILENCE seconds without one."""
+    waiting = queue.Queue()
+
+    def read():
+        for line in output:
+            waiting.put(line)
+        waiting.put("")  # no line is empty
+
+    threading.Thread(target=read, daemon=True).start()
+    line = None
+    while line != "":
+        try:
+            line = waiting.get(timeout=SILENCE)
+        except queue.Empty:
+            line = None
+        if line != "":
+            yield line
+
+
 def run(command):
     """(seconds, seconds of processors, exit code, ratios) of a script, whose output is shown and kept."""
     ratios = KEPT / f"{name_of(command)}.jsonl"
@@ -73,9 +97,12 @@ def run(command):
         kept.write(f"{shlex.join(command)}\n")
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen([sys.executable, *command], env=environment, **pipe) as process:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                kept.write(line)
+            for line in lines_of(process.stdout):
+                if line is None:
+                    print(f"   (running for {time.perf_counter() - start:.0f} s)", flush=True)
+                else:
+                    print(line, end="", flush=True)
+                    kept.write(line)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return seconds, used, process.returncode, [json.loads(line) for line in ratios.read_text().splitlines()]
@@ -104,6 +131,15 @@ def show(rows):
     return bool(failed)
 
 
+def stacked(ratios):
+    """Yield (ratio, height) from the least on; points that would hide one another, on a line, are above one another."""
+    before, level = 0.0, 0
+    for ratio in sorted(max(ratio, 1 / 8) for ratio in ratios):
+        level = level + 1 if ratio < before * 1.012 else 0
+        before = before if level else ratio
+        yield ratio, 0.11 * min(level, 6)
+
+
 def draw(rows):
     """Draw all ratios, a line of points for each script; less than an eighth is drawn as an eighth."""
     import matplotlib.pyplot as plt
@@ -111,22 +147,27 @@ def draw(rows):
     shown = [(name_of(command), [row["ratio"] for row in ratios]) for command, (*_, ratios) in rows if ratios]
     if not shown:
         return
-    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.32 * len(shown)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.42 * len(shown)), layout="constrained")
     for place, (_, ratios) in enumerate(reversed(shown)):
-        colors = ["#b3261e" if ratio > SLOWER else "#2457a6" for ratio in ratios]
-        axes.scatter(
-            [max(ratio, 1 / 8) for ratio in ratios], [place] * len(ratios), c=colors, s=22, alpha=0.6, linewidths=0
-        )
+        axes.axhline(place, color="#e4e7ec", linewidth=0.8, zorder=0)
+        for ratio, height in stacked(ratios):
+            color = "#b3261e" if ratio > SLOWER else "#2457a6"
+            axes.scatter(ratio, place + height, c=color, s=24, linewidths=0)
     axes.axvline(1, color="#8791a3", linewidth=1)
     axes.set_xscale("log", base=2)
     least, most = axes.get_xlim()
-    ticks = [tick for tick in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 1.25, 1.5, 2, 4, 8) if least <= tick <= most]
+    axes.set_xlim(least, max(most, 1.3))
+    axes.set_ylim(-0.5, len(shown) - 0.2)
+    ticks = [tick for tick in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 1.25, 1.5, 2, 4, 8) if least <= tick <= max(most, 1.3)]
     axes.set_xticks(ticks, [f"{tick:g}x" if tick > 1 / 8 else "up to 0.125x" for tick in ticks])
     axes.minorticks_off()
-    axes.set_yticks(range(len(shown)), [name for name, _ in reversed(shown)])
+    axes.set_yticks(range(len(shown)), [f"{name} ({len(ratios)})" for name, ratios in reversed(shown)])
+    compared, above = sum(len(ratios) for _, ratios in shown), sum(r > SLOWER for _, ratios in shown for r in ratios)
+    axes.set_title(f"{compared} rows of make bench; red: {above} more than {SLOWER - 1:.0%} above", fontsize=11)
     axes.set_xlabel("time or memory over the other library's; left of 1 is better")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(KEPT / "ratios.png", dpi=130)
+    plt.close(figure)
     print(f"{KEPT.relative_to(ROOT)}/ratios.png shows all ratios")
 
 

