@@ -144,3 +144,21 @@ def test_a_cache_of_a_call_that_failed_is_refused() -> None:
     with pytest.raises(PeftcoreError, match=r"raised an error after the prefix .* Pass a new cache"):
         model(tiny.TOKENS, **first)
     model(tiny.TOKENS, **second)
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_examples_that_are_packed_into_a_row(method: str) -> None:
+    """Only the first of them would get the prompt. Positions that the caller counts on, or with a mask, are allowed."""
+    model = peftcore.apply(tiny.llama(), method, num_virtual_tokens=3)
+    row = {"input_ids": torch.arange(5, 12)[None], "use_cache": False}
+    for packed in ([0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 5]):
+        with pytest.raises(PeftcoreError, match=r"^position_ids start again within a row.*padding_free=False"):
+            model(**row, position_ids=torch.tensor([packed]))
+    with pytest.raises(PeftcoreError, match=r"^position_ids start again within a row"):
+        model(**row, cu_seq_lens_q=torch.tensor([0, 3, 7]))
+    wanted = model(**row).logits
+    torch.testing.assert_close(model(**row, position_ids=torch.arange(7)[None]).logits, wanted)
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    assert (
+        model(**row, position_ids=torch.tensor([[1, 1, 0, 1, 2, 3, 4]]), attention_mask=padded).logits.isfinite().all()
+    )
