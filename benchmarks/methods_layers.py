@@ -62,7 +62,10 @@ def kept(step):
     held = {}
 
     def pack(tensor):
-        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
+        if tensor.is_sparse:
+            pack(tensor._values())
+            pack(tensor._indices())
+        elif not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
