@@ -27,22 +27,28 @@ def with_first(output: Any, first: Any) -> Any:
     Raises:
         PeftcoreError: the first value is a model's loss, which was computed from values that would not change.
     """
+    if _is_loss(output):
+        raise PeftcoreError(
+            "an adapter after the whole model would change its loss, not its logits. Call the model without labels and "
+            "compute the loss from what it returns, or place the adapter after the output head"
+        )
     if isinstance(output, tuple) and output:
         values = (first, *output[1:])
         return type(output)(*values) if hasattr(output, "_fields") else values
     if isinstance(output, list) and output:
         return [first, *output[1:]]
     if isinstance(output, dict) and output:
-        name = next(iter(output))
-        if name == "loss":
-            raise PeftcoreError(
-                "an adapter after the whole model would change its loss, not its logits. Call the model without labels "
-                "and compute the loss from what it returns, or place the adapter after the output head"
-            )
         changed = copy.copy(output)
-        changed[name] = first
+        changed[next(iter(output))] = first
         return changed
     return first
+
+
+def _is_loss(output: Any) -> bool:
+    """Return whether the first of an output's values is a loss: by its name, or in a tuple as a tensor without axes."""
+    if isinstance(output, dict):
+        return next(iter(output), None) == "loss"
+    return isinstance(output, tuple) and len(output) > 1 and isinstance(output[0], Tensor) and not output[0].dim()
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:

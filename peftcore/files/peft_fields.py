@@ -230,6 +230,8 @@ def config_of(
         if name not in known and name not in ignored and says_something(peft_type, name, value):
             raise _unknown(where, method, name, value, kind)
     read = {name: value for name, value in read.items() if name in known}
+    if read.get("layers_to_transform") == []:
+        del read["layers_to_transform"]  # for PEFT an empty list means all layers
     try:
         check_types(method.config_class, read)
         return method.config_class(**read)

@@ -87,8 +87,8 @@ class Backbone(Adapter):
         mask, positions = call.get("attention_mask"), call.get("position_ids")
         if self._causal and mask is None and _is_packed(call, positions):
             raise PeftcoreError(
-                "position_ids start again within a row: it packs several examples, and a prompt would precede only the "
-                "first of them. Give each example its own row, in TRL by packing=False and padding_free=False"
+                "a row packs several examples, as its position_ids or cu_seq_lens say, and a prompt would precede only "
+                "the first of them. Give each example its own row, in TRL by packing=False and padding_free=False"
             )
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -108,8 +108,8 @@ class Backbone(Adapter):
 
 def _is_packed(call: dict[str, Any], positions: Any) -> bool:
     """Return whether a call without a mask has several examples in a row, as transformers would find by positions."""
-    if any(value is not None and name.startswith("cu_seq") for name, value in call.items()):
-        return True
+    if any(value is not None and name.startswith("cu_seq") and len(value) > 2 for name, value in call.items()):
+        return True  # where examples begin, and where the last one ends
     if type(positions) is not Tensor or positions.is_meta or torch.compiler.is_compiling():
         return False  # it has no values here
     if positions.dim() == 3:  # one axis per coordinate; the first is constant within an image

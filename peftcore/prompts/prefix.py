@@ -171,10 +171,12 @@ class PrefixAround(Backbone):
             call[self._cache_argument] = None  # bidirectional backbones keep nothing for later calls
         cache, past = self._cached(call)
         if getattr(cache, _FAILED, False):
-            raise PeftcoreError(
-                "the first call with this cache raised an error after the prefix had been put into it, and would put "
-                "it there again. Pass a new cache"
-            )
+            if seen(cache):
+                raise PeftcoreError(
+                    "the first call with this cache raised an error after the prefix had been put into it, and this "
+                    "call would put it there again. Pass a new cache"
+                )
+            setattr(cache, _FAILED, False)  # the cache has been emptied since
         self._refuse_padding(base.module, call.get("attention_mask"))
         if self._blocks and any(value is not None and "pixel" in name for name, value in call.items()):
             raise PeftcoreError(

@@ -53,5 +53,6 @@ def test_a_loss_is_not_changed_in_place_of_the_logits() -> None:
         with peftcore.disabled(model):
             logits = tiny.logits(model)
         assert torch.equal(tiny.logits(model), logits + 1)
-        with pytest.raises(peftcore.PeftcoreError, match=r"would change its loss, not its logits"):
-            model(tiny.TOKENS, labels=tiny.TOKENS)
+        for named in (True, False):
+            with pytest.raises(peftcore.PeftcoreError, match=r"would change its loss, not its logits"):
+                model(tiny.TOKENS, labels=tiny.TOKENS, return_dict=named)
