@@ -32,7 +32,7 @@ PACKAGES = {
 
 def run(words: list[str] | None = None) -> None:
     """Run the command that `words` (by default those of the process) name."""
-    warnings.showwarning = lambda message, *_, **__: warn(str(message))
+    warnings.showwarning = show_warning
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels when it is imported
     words = sys.argv[1:] if words is None else words
     try:
@@ -40,6 +40,12 @@ def run(words: list[str] | None = None) -> None:
     except PluginError as error:
         sys.exit(f"peftcore: error: {error}")
     app(words, prog_name="peftcore")
+
+
+def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Print a warning, unless it says what a library will change: that is for its callers (TRL's, at each step)."""
+    if not issubclass(category, FutureWarning):
+        warn(str(message))
 
 
 def build(words: list[str]) -> typer.Typer:

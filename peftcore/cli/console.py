@@ -35,6 +35,11 @@ def silence(name: str) -> None:
     out.quiet, _speaker = True, f"{name}: "
 
 
+def number(count: int, what: str) -> str:
+    """Return `count` with a noun, such as "1 row" and "2 rows"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def say(message: str, style: str | None = None) -> None:
     """Print a line without markup or wrapping."""
     out.print(Text(message, style=style or ""), soft_wrap=True)
@@ -82,10 +87,10 @@ def command(*, resume: bool = False) -> str:
 
 def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), title: str | None = None) -> None:
     """Print a table. Cells are plain text."""
+    if title is not None:
+        say(title)  # rich would wrap it at the width of the table
     columns = list(columns)
-    grid = Table(
-        title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
+    grid = Table(show_header=any(columns), box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:

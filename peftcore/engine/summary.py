@@ -135,7 +135,7 @@ class Summary:
             lines.append(f"fused: {counted(self.fused)}")
         lines += [
             f"  {a.name}: {a.method}, {'active' if a.active else 'inactive'}, {a.modules} modules"
-            + (f", {a.trained} parameters of the base" if a.trained else "")
+            + (f", {a.trained} tensor{'s' * (a.trained > 1)} of the base" if a.trained else "")
             + f", {a.parameters:,} parameters, {megabytes(a.bytes)}"
             + in_buffers(a.buffers, a.buffer_bytes)
             for a in self.adapters

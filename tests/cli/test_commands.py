@@ -21,7 +21,7 @@ from mixtures import mixture
 from transformers import AutoModelForCausalLM
 
 import peftcore
-from peftcore.cli import app as application
+from peftcore.cli import app as application, console
 from peftcore.plugin import Command, hookimpl
 from peftcore.plugin_discovery import Plugin
 from peftcore.registry import registry
@@ -324,6 +324,22 @@ def test_examples_of_help_are_understood(name: str) -> None:
         program, *words = shlex.split(example)
         assert (program, words[0]) == ("peftcore", name)
         command.make_context(name, words[1:])
+
+
+def test_what_libraries_will_change_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    application.show_warning(FutureWarning("`old` is deprecated"), FutureWarning, "modeling_utils.py", 1)
+    application.show_warning(UserWarning("rows are cut"), UserWarning, "rows.py", 1)
+    assert capsys.readouterr().err == "warning: rows are cut\n"
+
+
+def test_a_title_longer_than_its_table_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table([("down", 6)], ("", "up"), title="labels (down), answers (across)")
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "labels (down), answers (across)",
+        "      up",
+        "down  6",
+    ]
+    assert [console.number(n, "row") for n in (0, 1, 1000)] == ["0 rows", "1 row", "1,000 rows"]
 
 
 def test_an_unknown_command(run: Run) -> None:

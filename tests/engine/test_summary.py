@@ -67,7 +67,7 @@ def test_summary() -> None:
     assert (a.active, a.modules, a.parameters, a.bytes) == (False, 2, 2, 8)
     assert (b.active, b.trained, b.parameters, b.bytes) == (True, 1, 96 * 32, 96 * 32 * 2)
     assert found.trainable_parameters == 96 * 32
-    assert "b: train, active, 0 modules, 1 parameters of the base" in str(found)
+    assert "b: train, active, 0 modules, 1 tensor of the base" in str(found)
 
 
 def test_whether_experts_are_fused_and_why_not_is_reported() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import out, table, warn
+from peftcore.cli.console import number, out, table, warn
 from peftcore.cli.settings import RunOptions
 from peftcore.errors import PeftcoreError
 
@@ -126,7 +126,7 @@ def evaluate(
     before = measure(loaded, encoded.examples, tokenizer, batch_size)
     base_and_adapter.load_adapter(loaded, adapter)
     after = measure(loaded, encoded.examples, tokenizer, batch_size)
-    table(metrics.rows(before, after), (f"{len(rows):,} examples", "base", "with the adapter"))
+    table(metrics.rows(before, after), (number(len(rows), "example"), "base", "with the adapter"))
     if after.confusion is not None:
         out.print()
         cells = metrics.confusion_rows(after.confusion, task.labels)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import say
+from peftcore.cli.console import number, say
 from peftcore.errors import PeftcoreError
 
 EXAMPLES = (
@@ -87,4 +87,4 @@ def predict(
         output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise PeftcoreError(f"'{output}' cannot be written: {error.strerror or error}") from error
-    say(f"{output}: {len(lines):,} answers")
+    say(f"{output}: {number(len(lines), 'answer')}")

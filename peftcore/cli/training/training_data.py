@@ -12,7 +12,7 @@ from torch import nn
 
 from peftcore.cli import task_names
 from peftcore.cli.bases import models
-from peftcore.cli.console import say, warn
+from peftcore.cli.console import number, say, warn
 from peftcore.cli.data import holdout, mixture, row_reading, streamed
 from peftcore.cli.data.data_files import parsed_columns
 from peftcore.cli.data.row import Row
@@ -143,8 +143,8 @@ def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ..
         held_out_sets = {}  # not held out of the data sets
     found, parts = weighted(sets, settings)
     if settings.pack:
-        count = sum(map(len, sets.values()))
-        say(f"packed {count:,} examples into {len(found):,} rows of at most {settings.max_length} tokens")
+        packed = f"{number(sum(map(len, sets.values())), 'example')} into {number(len(found), 'row')}"
+        say(f"packed {packed} of at most {settings.max_length} tokens")
     sizes = lengths(found, settings.task)
     dataset: Any = found
     longest = max(sizes)
@@ -155,7 +155,8 @@ def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ..
 
         dataset, longest = streamed.EncodedLines(lines, encode_some, rows.kept), settings.max_length
         parts = [(len(dataset), 1.0)]
-        say(f"{len(dataset):,} lines of {len(lines.files):,} files stay there; texts are cut at {longest} tokens")
+        read = f"{number(len(dataset), 'line')} of {number(len(lines.files), 'file')}"
+        say(f"{read} are read when a batch needs them; texts are cut at {longest} tokens")
     return Examples(
         sets, found, dataset, parts, sizes, longest, held_out, held_out_sets, validation, other, is_mixed=is_mixed
     )

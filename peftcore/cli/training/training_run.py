@@ -23,7 +23,7 @@ from peftcore import ranks
 from peftcore.cli import task_names
 from peftcore.cli.bases import adapter_folders, base_quantization, models, precision
 from peftcore.cli.bases.adapter_folders import AdapterTask
-from peftcore.cli.console import say, warn
+from peftcore.cli.console import number, say, warn
 from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
 from peftcore.cli.tasks import (
@@ -119,7 +119,7 @@ def run(
             name = "base" if settings.adapter is None else "the adapter before"
             samples.append((name, _answer(model, inputs, sample, sample_tokens)))
     _check_metric(settings, before.held_out)
-    say(f"before training, on {len(rows.held_out):,} held-out examples: {before.held_out}", "bold")
+    say(f"before training, on {number(len(rows.held_out), 'held-out example')}: {before.held_out}", "bold")
 
     light_step.fuse(model, settings, examples.rows, inputs.tokenizer)
     if settings.parallel == "fsdp2":
