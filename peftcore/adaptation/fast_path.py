@@ -1,7 +1,8 @@
 """PyTorch's fused paths of `nn.TransformerEncoder`, which read the weights of the modules inside without calling them.
 
-In evaluation without gradients a layer, or all of them at once, would bypass the adapters inside. Both check a flag of
-the module first, which is replaced by one that is off while an adapter inside is active.
+In evaluation without gradients a layer, or all of them at once, would bypass adapters inside, and read the bytes of
+quantized weights as dense ones. Both check a flag of the module first, which is replaced by one that is off while an
+adapter inside is active or a layer inside is quantized.
 """
 
 from __future__ import annotations
@@ -13,43 +14,53 @@ from torch import nn
 
 from peftcore.adaptation.adapted import is_active, is_adapted
 from peftcore.adaptation.base_modules import base_modules
+from peftcore.weight_formats import find_weight_format
 
 _FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
-
-# Modules inside these that may be adapted alone.
+# Modules inside these that may be adapted or quantized alone.
 _PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class Flag(int):
-    """Flag `value` of `module`, which counts as 0 while an adapter inside is active."""
+    """Flag `value` of `module`, which counts as 0 if `quantized`, and while an adapter inside is active."""
 
     module: nn.Module
+    quantized: bool  # a layer inside is quantized
 
-    def __new__(cls, value: int, module: nn.Module) -> Flag:
+    def __new__(cls, value: int, module: nn.Module, quantized: bool) -> Flag:
         flag = super().__new__(cls, value)
-        flag.module = module
+        flag.module, flag.quantized = module, quantized
         return flag
 
     def __bool__(self) -> bool:
-        return int(self) != 0 and not any(is_active(inside) for inside in self.module.modules())
+        is_off = self.quantized or int(self) == 0
+        return not is_off and not any(is_active(inside) for inside in self.module.modules())
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return int(self), self.module
+        return int(self), self.module, self.quantized
 
 
 def guard(model: nn.Module) -> None:
-    """Disable fused paths around adapters in `model`; restore the flags where there is no adapter any more."""
+    """Disable fused paths around adapters and quantized layers in `model`; restore the flags where none is left."""
     for module in [*[module for _, module in base_modules(model)], *_around(model)]:
         for kind, name in _FLAGS.items():
             value = module.__dict__.get(name)
             if not isinstance(module, kind) or value is None:
                 continue
-            inside = any(is_adapted(other) for other in module.modules())
-            if inside and not isinstance(value, Flag):
-                module.__dict__[name] = Flag(value, module)
-            elif not inside and isinstance(value, Flag):
+            inside = list(module.modules())
+            quantized = any(map(_is_quantized, inside))
+            if quantized or any(map(is_adapted, inside)):
+                module.__dict__[name] = Flag(int(value), module, quantized)
+            elif isinstance(value, Flag):
                 module.__dict__[name] = bool(int(value)) if kind is nn.TransformerEncoder else int(value)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    if hasattr(type(module), "packings"):  # of `quantization.parameters.PackedParameters`, dense ones after a merge, too
+        return True
+    found = find_weight_format(module)
+    return found is not None and found.decode is not None
 
 
 def _around(model: nn.Module) -> list[nn.Module]:

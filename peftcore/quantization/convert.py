@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peftcore import ranks
+from peftcore.adaptation import fast_path
 from peftcore.adaptation.base_modules import base_modules, walked_once
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
@@ -38,7 +39,6 @@ from peftcore.quantization.divided_linear import (
     renew_plan,
 )
 from peftcore.quantization.format import FORMATS, from_tensors, quantized
-from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import pack_experts, unpack_experts
 from peftcore.quantization.parameters import PackedParameters, packed_codes, refuse_non_finite
@@ -162,7 +162,7 @@ def quantize(
     for path, blocksizes in experts.items():
         pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
     (chosen_format.update_config or sync_config)(model)
-    guard_quantized(model)
+    fast_path.guard(model)
     quicken_few_rows(model)
     if before - _held_by(model) >= _WORTH:
         give_back_freed()
@@ -192,13 +192,13 @@ def _round_by_gptq(
 
     def converted(layer: nn.Module, weight: PackedWeight) -> None:
         convert(layer, weight, compute_dtype)
-        guard_quantized(model)
+        fast_path.guard(model)
 
     try:
         with gptq.rounded_layers(model, layers, batches, blocksize, converted) as unreached:
             gptq.warn_of_nearest(unreached, [f"{path}.{name}" for path, names in experts.items() for name in names])
     finally:
-        guard_quantized(model)
+        fast_path.guard(model)
     return {path: layers[path] for path in unreached}
 
 
@@ -247,7 +247,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
             make_plain(module, module.dense_parameter(dtype))
         else:
             make_plain(module, cast(nn.Parameter, first.weight))
-    guard_quantized(model)
+    fast_path.guard(model)
     sync_config(model)
     return model
 

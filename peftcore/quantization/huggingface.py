@@ -22,6 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peftcore import ranks
+from peftcore.adaptation import fast_path
 from peftcore.adaptation.base_modules import base_modules
 from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.experts.conversion import expert_of, is_by_expert
@@ -48,7 +49,6 @@ from peftcore.quantization.convert import (
 )
 from peftcore.quantization.format import FORMATS, PARTS, check_quant_type
 from peftcore.quantization.four_bit_format import DTYPES, METHOD
-from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.int4_layouts import CheckpointLayout
 from peftcore.quantization.int4_models import find_layout
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES
@@ -145,7 +145,7 @@ class FourBitQuantizer(HfQuantizer):
             config = self.quantization_config
             settings: dict[str, Any] = {name: getattr(config, name) for name in ("double_quant", "skip", "blocksize")}
             return quantize(model, config.quant_type, compute_dtype=self.compute_dtype, **settings)
-        guard_quantized(model)
+        fast_path.guard(model)
         quicken_few_rows(model)
         sync_config(model)
         return model

@@ -149,6 +149,21 @@ def test_the_fused_paths_are_as_they_were_behind_dequantize() -> None:
     assert vars(model.layers[0]).keys() == {*state, "_modules"}
 
 
+@pytest.mark.parametrize("path", ["layers.0.linear1", "layers.1"])
+def test_a_part_of_an_encoder_is_quantized_alone(path: str) -> None:
+    """`quantize` is given the part, which knows nothing of the layer or the encoder around it."""
+    model, x = encoder(), torch.randn(2, 5, 64)
+    flags = [model.use_nested_tensor, *(layer.activation_relu_or_gelu for layer in model.layers)]
+    part = model.get_submodule(path)
+    peftcore.quantize(part, skip=SKIPPED if path == "layers.1" else None)
+    with torch.no_grad():
+        found = model(x)
+    torch.testing.assert_close(found, model(x).detach(), **CLOSE)
+    peftcore.dequantize(part)
+    assert [model.use_nested_tensor, *(layer.activation_relu_or_gelu for layer in model.layers)] == flags
+    assert all(type(layer.activation_relu_or_gelu) is int for layer in model.layers)
+
+
 def test_lora_on_a_quantized_encoder() -> None:
     model, x = peftcore.quantize(encoder(), skip=SKIPPED), torch.randn(2, 5, 64)
     with torch.no_grad():
