@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -92,3 +92,9 @@ def text_config(config: Any) -> Any:
         return config.get_text_config()
     except ValueError:  # ambiguous: there are several
         return config.get_text_config(decoder=True)
+
+
+def config_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a model's config by name; of a dictionary its items, of a value without fields none."""
+    items = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
+    return {name: value for name, value in items.items() if isinstance(name, str)}

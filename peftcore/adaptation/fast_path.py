@@ -57,7 +57,7 @@ def guard(model: nn.Module) -> None:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    if hasattr(type(module), "packings"):  # of `quantization.parameters.PackedParameters`, dense ones after a merge, too
+    if hasattr(type(module), "packings"):  # of `quantization.parameters.PackedParameters`, also dense after a merge
         return True
     found = find_weight_format(module)
     return found is not None and found.decode is not None

@@ -77,16 +77,17 @@ def make_inputs(
         sized["attention_mask"][1:, max(1, length - 1) :] = 0
         return sized
     config = getattr(model, "config", None)
-    if config is not None and config.is_encoder_decoder:
+    is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
+    if is_encoder_decoder:
         sized.pop("decoder_input_ids", None)  # the model derives them from the labels
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if head is not None and ("input_ids" in sized or config.is_encoder_decoder):  # type: ignore[union-attr]
+    if head is not None and ("input_ids" in sized or is_encoder_decoder):
         sized["labels"] = torch.full((rows, length), 3, device="cpu")
     elif "input_ids" in sized and _has_logits_of_tokens(model):
         sized["labels"] = torch.zeros(rows, length, dtype=torch.long, device="cpu")
     else:
         sized["labels"] = torch.zeros(rows, dtype=torch.long, device="cpu")
-        if config is not None:
+        if config is not None and hasattr(config, "problem_type"):
             text_config(config).problem_type = config.problem_type = "single_label_classification"
     return sized
 

@@ -62,9 +62,8 @@ def _fused(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
             continue  # a failing attribute lookup is slow
         if getattr(module, "fused_projections", False) is not True:
             continue
-        processor = type(
-            getattr(module, "processor", None)
-        ).__name__  # only the processor changes if the class has no method for it
+        # A class without `unfuse_projections` only gets another processor, and keeps the fused projection.
+        processor = type(getattr(module, "processor", None)).__name__
         is_used = hasattr(module, "unfuse_projections") or processor.startswith("Fused")
         for whole, parts in _FUSED.items():
             if _join(path, whole) in modules and is_used:

@@ -7,7 +7,7 @@ the class's name. To serve one more argument, add a function with `@argument("it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.adaptation.base_modules import original_forward
-from peftcore.architecture import text_config
+from peftcore.architecture import config_fields, text_config
 
 BATCH, LENGTH = 2, 7
 _SIDE = 32  # of images of models that name no size
@@ -103,7 +103,7 @@ class Facts:
             if not any(config is other for other in seen):
                 seen.append(config)
                 yield config
-                queue += [value for name, value in vars(config).items() if hasattr(value, "to_dict")]
+                queue += [value for value in config_fields(config).values() if hasattr(value, "to_dict")]
 
     def find(self, *names: str, default: Any = None, inside: str | None = None) -> Any:
         """Return the first of the fields `names` that a config has, first in the sub-config `inside`."""
@@ -112,7 +112,8 @@ class Facts:
             configs.sort(key=lambda config: inside not in type(config).__name__.lower())
         for config in configs:
             for name in names:
-                if (value := getattr(config, name, None)) is not None:
+                value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+                if value is not None:
                     return value
         return default
 
@@ -126,7 +127,7 @@ class Facts:
         size = min(size) if isinstance(size, (list, tuple)) else size
         special: set[int] = set()
         for config in self.configs:
-            for name, value in vars(config).items():
+            for name, value in config_fields(config).items():
                 if name.endswith(("token_id", "token_index", "token_ids", "tok_index")):
                     special.update(v for v in (value if isinstance(value, (list, tuple)) else [value]) if _whole(v))
         allowed = [i for i in range(min(size, 256)) if i not in special] or [0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftcore.adaptation.base_modules import base_modules
 from peftcore.adaptation.call import current_frame
 from peftcore.adapter import Adapter, Base
-from peftcore.architecture import Architecture
+from peftcore.architecture import Architecture, config_fields
 from peftcore.errors import PeftcoreError
 from peftcore.prompts.backbone import (
     IN_MASK,
@@ -102,7 +102,7 @@ def _reads_tokens(backbone: nn.Module, embedding: nn.Module) -> bool:
     RoBERTa finds padding by token and does not count it in positions.
     """
     config = language_config(backbone)
-    sizes = {value for name, value in vars(config).items() if name.startswith("vocab_size")} if config else set()
+    sizes = {value for name, value in config_fields(config).items() if name.startswith("vocab_size")}
     embeddings = (m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not embedding)
     routes = (t for t in (*backbone.parameters(), *backbone.buffers()) if t.dim() > 1 and not t.is_floating_point())
     tables = any(m.num_embeddings in sizes or m.padding_idx is not None for m in embeddings)

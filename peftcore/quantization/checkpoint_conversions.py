@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ from peftcore.quantization.parameters import check_experts, check_shape
 from peftcore.targets import is_linear, sizes
 
 WHOLE = r"(?<!\w)"  # prefix of a pattern: matches the last `weight` of `inject_weight.weight.absmax` only
-failures: list[PeftcoreError] = []  # errors that transformers only logs while it loads
+# Where the errors of conversions go, which transformers only logs while it loads; None: nowhere.
+_FAILURES: ContextVar[list[PeftcoreError] | None] = ContextVar("failures", default=None)
 
 
 class _ToPacked(ConversionOps):
@@ -254,9 +256,22 @@ class _AsItIs(ConversionOps):
 
 
 @contextlib.contextmanager
+def collected(failures: list[PeftcoreError]) -> Iterator[None]:
+    """Add the errors of conversions within the block to `failures`."""
+    token = _FAILURES.set(failures)
+    try:
+        yield
+    finally:
+        _FAILURES.reset(token)
+
+
+@contextlib.contextmanager
 def noted() -> Iterator[None]:
+    """Pass a PeftcoreError that the block raises to `collected`."""
     try:
         yield
     except PeftcoreError as error:
-        failures.append(error)
+        failures = _FAILURES.get()
+        if failures is not None:
+            failures.append(error)
         raise

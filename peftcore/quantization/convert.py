@@ -121,7 +121,7 @@ def quantize(
     if plugin is not CORE:
         warn_of_experts([f"{path}.{name}" for path, names in experts.items() for name in names], quant_type)
         experts = {}
-    theirs = [path for path, module in base_modules(model) if is_bitsandbytes(module)]
+    theirs = {path: _bits_of(module, path) for path, module in base_modules(model) if is_bitsandbytes(module)}
     for path, module in base_modules(model):
         if isinstance(module, QuantizedLinear) and is_divided_later(module):
             divide_quantized(module, path)
@@ -147,8 +147,8 @@ def quantize(
     before = _held_by(model)
     if batches is not None:
         chosen = _round_by_gptq(model, chosen, experts, list(batches), blocksize, compute_dtype)
-    for path in theirs:
-        _adopt(model.get_submodule(path), path)
+    for path, packed in theirs.items():
+        _adopt(model.get_submodule(path), packed)
     if plugin is not CORE:
         quantize_by_plugin(plugin, chosen_format, chosen)
         chosen = {}
@@ -358,14 +358,18 @@ def _check_parameter(path: str, module: nn.Module, parameter: str, part: HeldPar
         refuse_non_finite(weight.detach(), name)
 
 
-def _adopt(module: Any, path: str) -> None:
-    """Turn a layer of bitsandbytes into a `QuantizedLinear` with the same bits."""
+def _bits_of(module: nn.Module, path: str) -> PackedWeight:
+    """Return the weight of a layer of bitsandbytes, without copying."""
     parts = {name.removeprefix("weight."): t for name, t in module.state_dict().items() if name.startswith("weight.")}
     if not parts:
         raise PeftcoreError(
             f"'{path}' is a layer of bitsandbytes that is not quantized yet. Move it to its device first"
         )
-    packed = from_tensors(module.weight.detach(), parts, f"{path}.weight")
+    return from_tensors(module.get_parameter("weight").detach(), parts, f"{path}.weight")
+
+
+def _adopt(module: Any, packed: PackedWeight) -> None:
+    """Turn a layer of bitsandbytes into a `QuantizedLinear` with the same bits."""
     compute_dtype = module.compute_dtype
     for attribute in ("quant_state", "quant_storage", "compute_type_is_set", "support_avx512bf16_for_cpu"):
         module.__dict__.pop(attribute, None)

@@ -32,8 +32,8 @@ from peftcore.quantization.checkpoint_conversions import (
     Deserialize,
     FromBlocks,
     NameOfPacked,
+    collected,
     experts_converters,
-    failures,
     layout_converter,
     noted,
 )
@@ -301,15 +301,14 @@ def load(
     if model_class is None:
         named = (config.architectures or [None])[0]
         model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
-    failures.clear()
+    reading = contextlib.nullcontext() if stored is None else read_when_needed()
+    failures: list[PeftcoreError] = []
     try:
-        with not_mapped(), read_when_needed() if stored is not None else contextlib.nullcontext():
+        with not_mapped(), reading, collected(failures):
             found = model_class.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **options)
         model: nn.Module = found[0]
         for parameter in model.parameters():
-            if (
-                parameter.untyped_storage().filename is not None
-            ):  # memory-mapped anyway: reading it would hold the whole file
+            if parameter.untyped_storage().filename is not None:  # mapped anyway, which would hold the whole file
                 parameter.data = parameter.data.clone()
         give_back_freed()
         if layout is not None:

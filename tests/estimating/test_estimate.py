@@ -3,6 +3,7 @@
 import gc
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,6 +250,22 @@ def test_wrong_models(tmp_path: Path) -> None:
     ]:
         with pytest.raises(PeftcoreError, match=message):
             peftcore.estimate(model, None)
+
+
+@pytest.mark.parametrize("config", [{"width": 8}, SimpleNamespace(width=8), "a name"])
+def test_of_a_model_with_a_config_of_its_own(config: Any) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = config
+            self.embedding, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+            logits = self.head(self.embedding(input_ids))
+            return SimpleNamespace(logits=logits, loss=logits.mean() + 0 * labels.sum())
+
+    found = peftcore.estimate(Own(), "lora", target_modules=["head"], r=2, **RUN)
+    assert found.parts["base"] == 4 * (16 * 8 + 8 * 16 + 16) and found.parts["adapters"] == 4 * 2 * (8 + 16)
 
 
 def test_of_a_model_is_that_of_its_config() -> None:

@@ -1,6 +1,7 @@
 """A model takes its example inputs, whatever it reads: text, images, sound, series, or two of them."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
@@ -8,6 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+import peftcore
 from peftcore.observation import example_inputs, inputs
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -68,3 +70,37 @@ def test_a_model_of_ones_own_and_a_builder_of_ones_own(monkeypatch: pytest.Monke
     monkeypatch.setattr(inputs, "BUILDERS", dict(inputs.BUILDERS))
     inputs.argument("zebra")(lambda facts: facts.floats(2, 3))
     assert example_inputs(Own())["zebra"].shape == (2, 3)
+
+
+class Sized(NamedTuple):
+    hidden_size: int
+    vocab_size: int
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"hidden_size": 24, "vocab_size": 7, 3: "x"}, Sized(24, 7), SimpleNamespace(hidden_size=24, vocab_size=7)],
+)
+def test_a_config_of_any_kind(config: Any) -> None:
+    """Models that are not transformers' keep a dictionary or an object of their own as `config`."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = config
+            self.embedding, self.linear = nn.Embedding(7, 24), nn.Linear(24, 24)
+
+        def forward(self, input_ids: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.embedding(input_ids) + encoder_hidden_states)
+
+    made = example_inputs(Own())
+    assert made["encoder_hidden_states"].shape == (2, 7, 24) and made["input_ids"].max() < 7
+    model = peftcore.apply(Own(), "lora", target_modules=["linear"])
+    assert model(**made).shape == (2, 7, 24)
+
+
+@pytest.mark.parametrize("config", ["a name", 3])
+def test_a_config_without_fields(config: Any) -> None:
+    model = nn.Linear(4, 4)
+    model.config = config
+    assert example_inputs(model)["input"].shape == (2, 4)

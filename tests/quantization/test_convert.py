@@ -4,6 +4,7 @@ import gc
 import mmap
 import weakref
 
+import bitsandbytes as bnb
 import pytest
 import tiny
 import torch
@@ -168,6 +169,18 @@ def test_layers_of_bitsandbytes_are_taken_over():
         found = model.get_submodule(path).state_dict()
         assert all(torch.equal(found[name], value) for name, value in state.items() if "quant_state" not in name)
     assert torch.isfinite(logits(model)).all()
+
+
+def test_a_layer_of_bitsandbytes_without_bits_leaves_the_model_as_it_was():
+    model = llama()
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.up_proj = of_bnb(layer.mlp.up_proj) if number == 0 else bnb.nn.Linear4bit(64, 128, bias=False)
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"'model.layers.1.mlp.up_proj' is a layer of bitsandbytes that is"
+    ):
+        peftcore.quantize(model)
+    assert [type(module) for module in model.modules()] == classes
 
 
 def test_dequantize_gives_plain_layers_with_the_same_values():

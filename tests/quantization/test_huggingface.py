@@ -1,5 +1,6 @@
 """transformers: quantized as it loads, saved for bitsandbytes, read from bitsandbytes, in bounded memory."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -187,6 +188,27 @@ def test_a_weight_of_another_shape_is_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(peftcore.CheckpointError, match=r"up_proj.weight' has shape \[\d+, \d+\], but the layer needs"):
         peftcore.quantization.load(tmp_path)
+
+
+def test_a_refused_checkpoint_leaves_no_model_in_memory(tmp_path):
+    """The error that transformers only logs has a traceback, and with it the model that was being loaded."""
+
+    def alive():
+        gc.collect()
+        gc.collect()  # also what was only in the caches of collected models
+        return sum(issubclass(type(each), transformers.LlamaForCausalLM) for each in gc.get_objects())
+
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path)
+    before = alive()
+    for error, read in [
+        (peftcore.PeftcoreError, lambda: peftcore.quantization.load(tmp_path)),
+        (RuntimeError, lambda: type(model).from_pretrained(tmp_path, quantization_config=peftcore.FourBitConfig())),
+    ]:
+        with pytest.raises(error):
+            read()
+        assert alive() == before
 
 
 def test_another_quantization_is_refused(tmp_path):
