@@ -342,9 +342,21 @@ def _fitted_whole(settings: Settings, config: Any, known: dict[str, Any]) -> Set
 
 
 def _with_way(settings: Settings, batch_size: int, optimizer: str, *, gradient_checkpointing: bool) -> Settings:
-    """Return the settings with this way of training, with as many examples per step."""
+    """Return the settings with this way of training, with as many examples per step.
+
+    Raises:
+        PeftcoreError: the task compares the answers of a batch, and none of two or more fits and divides the step.
+    """
     examples = settings.batch_size * settings.grad_accum
-    batch_size = max(n for n in range(1, min(settings.batch_size, batch_size) + 1) if examples % n == 0)
+    least = 2 if settings.task == task_names.UNPAIRED else 1
+    most = min(settings.batch_size, batch_size)
+    divisors = [n for n in range(least, most + 1) if examples % n == 0]
+    if not divisors:
+        raise PeftcoreError(
+            f"--fit finds no batch for --task {settings.task}, which needs 2 or more examples and a divisor of the "
+            f"{examples} examples of a step: {most} fit. Pass an even --batch-size, or a smaller --max-length"
+        )
+    batch_size = max(divisors)
     chosen = replace(
         settings,
         batch_size=batch_size,
