@@ -150,11 +150,13 @@ class Link:
     Attributes:
         follows: calling the link calls the links inside, and then the adapter with the first value of their output.
         merges_by: the member of adapters that merging calls, for messages.
+        calls_adapter: a call calls the adapter, so adapters of one class may run together (`Adapter.per_sample`).
     """
 
     __slots__ = ("_adapter", "_base", "_name", "module")
     follows: ClassVar[bool] = False
     merges_by: ClassVar[str] = "merged"
+    calls_adapter: ClassVar[bool] = True
 
     @staticmethod
     def changes_of(adapter: Any) -> Mapping[str, Any]:

@@ -109,7 +109,7 @@ class PerSample:
         if not chosen.names:
             return self._base(*args, **kwargs)
         first, rows = self._rows(len(chosen.samples), call, args, kwargs)
-        if chosen.together is not None:
+        if chosen.together is not None and all(self._links.get(name, Link).calls_adapter for name in chosen.names):
             output = self._together(chosen, rows.first, first, *args, **kwargs)
             if output is not NotImplemented:
                 return output

@@ -19,6 +19,7 @@ from peftcore.adaptation.enclosing import LOCK
 from peftcore.adapter import unseen_member
 from peftcore.architecture import Architecture
 from peftcore.engine.configs import config as named_config
+from peftcore.engine.odd_linear import fitted
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, PluginError, nearest, warn
@@ -90,8 +91,8 @@ def _placed(model: nn.Module, chosen: Method, config: Any, building: AbstractCon
     by_path = {each.path: each.placements for each in attached}
     trained = tuple(dict.fromkeys([*attachments.trained, *saved]))
     placed = Placed(chosen, config, architecture, tuple(attached), by_path, trained, apart, names_modules)
-    _check_placed(model, placed)
-    return placed
+    odd = _check_placed(model, placed)
+    return dataclasses.replace(placed, attached=fitted(model, chosen.name, placed.attached)) if odd else placed
 
 
 def _placements_of(method: Method, model: nn.Module, config: Any, architecture: Architecture) -> Sequence[Any]:
@@ -309,9 +310,9 @@ def _refuse_registered(model: nn.Module, method: str, placement: Any, registered
     )
 
 
-def _check_placed(model: nn.Module, placed: Placed) -> None:
-    method = placed.method.name
-    modules = dict(base_modules(model))
+def _check_placed(model: nn.Module, placed: Placed) -> bool:
+    """Raise an error for what cannot be placed; return whether a linear layer has a forward that is not nn.Linear's."""
+    method, modules, odd = placed.method.name, dict(base_modules(model)), False
     seen: set[str] = set()
     for path in (each.path for each in placed.attached):
         if path not in modules:
@@ -321,6 +322,7 @@ def _check_placed(model: nn.Module, placed: Placed) -> None:
         if path in seen:
             raise PeftcoreError(f"{method} places two adapters at '{path}'; a module takes one adapter of each name")
         seen.add(path)
+        odd |= isinstance(modules[path], nn.Linear) and type(modules[path]).forward is not nn.Linear.forward
     if not placed.attached and not placed.trained:
         raise PeftcoreError(f"{method} places nothing on {type(model).__name__}")
     parameters = dict(base_parameters(model))
@@ -338,6 +340,7 @@ def _check_placed(model: nn.Module, placed: Placed) -> None:
     state = state_of(model) or State()
     entry = Applied(method, None, trained=placed.trained)  # the new one is active with the others
     refuse_shared(State({**state.applied, "(new)": entry}), (*state.active, "(new)"))
+    return odd
 
 
 def refuse_shared(state: State, active: Sequence[str]) -> None:

@@ -90,7 +90,7 @@ class Peanut(Adapter):
 
     @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * (self.peanut_B.weight.float() @ self.inner(weight).T), bias
+        return weight + self.scale * (self.peanut_B.weight.float() @ self.inner(weight).float().T), bias
 
 
 def place(model: nn.Module, config: PeanutConfig, architecture: Architecture) -> list[Placement]:
