@@ -19,8 +19,8 @@ from peftcore.ops._sources import digest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def sources_beside(root: Path) -> Path | None:
-    """Return `csrc` of a checkout; in site-packages it may belong to another package."""
+def sources_of_checkout(root: Path) -> Path | None:
+    """Return the folder `csrc` of a checkout; None in site-packages, where it may belong to another package."""
     return root / "csrc" if (root / "setup.py").exists() else None
 
 
@@ -32,7 +32,7 @@ def how_to_build(csrc: Path | None) -> str:
     return f"in the folder of its source: {pip} . (or -e .)"
 
 
-CSRC = sources_beside(ROOT)
+CSRC = sources_of_checkout(ROOT)
 REBUILD = how_to_build(CSRC)
 
 

@@ -29,7 +29,7 @@ from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import frozen_operands, transformed, unviewed
 from peftcore.ops.quant4 import dequantize_4bit
-from peftcore.ops.weight import PackedWeight, check_beside, check_linear, checked_packed
+from peftcore.ops.weight import PackedWeight, check_linear, check_operand, checked_packed
 
 # Bytes of a panel. Measured on one AVX-512 core, 4096 x 4096 in bf16: forward, panels of 8 MiB take 2.8 ms for one
 # row of x and the whole weight at once 5.8 (dense: 3.0), and they cost nothing for many rows; in the gradient every
@@ -104,7 +104,7 @@ class Linear4bitBackward:
 
     def __post_init__(self) -> None:
         self.packed = checked_packed(self.weight, self.packing, "linear_4bit_backward")
-        check_beside(self.packed, self.grad, "grad", True, "linear_4bit_backward")
+        check_operand(self.packed, self.grad, "grad", True, "linear_4bit_backward")
 
     def compute(self) -> Tensor:
         grad, rows = self.grad, self.packed.shape[0]

@@ -15,7 +15,7 @@ These checks exist twice, with the same messages and types of error:
     | what                                     | compiled kernels             | references and shape rules       |
     |------------------------------------------|------------------------------|----------------------------------|
     | a weight's parts and numbers             | `Weight` in csrc/weight      | `checked` here                   |
-    | x, gradient and bias with it             | csrc/weight/linear_arguments | `check_linear`, `check_beside`   |
+    | x, gradient and bias with it             | csrc/weight/linear_arguments | `check_linear`, `check_operand`  |
     | LoRA's factors, dropout, samples         | csrc/lora/arguments.h        | lora.py, dropout.py, per_sample  |
     | a codebook's values are finite, sorted   | csrc/quant4/cpu/ops.cpp      | quant4.py; on CPU, not fake      |
     | a sample's adapter exists                | lora/cpu; NaN on a GPU       | per_sample.py; not fake          |
@@ -293,7 +293,7 @@ def checked_packed(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -
     return weight
 
 
-def check_beside(weight: Tensor | PackedWeight, t: Tensor, name: str, is_gradient: bool, op: str) -> None:
+def check_operand(weight: Tensor | PackedWeight, t: Tensor, name: str, is_gradient: bool, op: str) -> None:
     """Check W `[out, in]` against `t`, which is x `[.., in]` or a gradient `[.., out]`; float64 only if W is dense."""
     dense = isinstance(weight, Tensor)
     if not (dense and t.dtype is torch.float64):
@@ -311,7 +311,7 @@ def check_beside(weight: Tensor | PackedWeight, t: Tensor, name: str, is_gradien
 
 def check_linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, op: str) -> None:
     """Check x `[.., in]`, W `[out, in]` and its bias `[out]` against each other."""
-    check_beside(weight, x, "x", False, op)
+    check_operand(weight, x, "x", False, op)
     if bias is not None:
         rows = weight.shape[0]
         value(bias.shape == (rows,), op, f"bias must be [{rows}], found {list(bias.shape)}")

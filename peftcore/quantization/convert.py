@@ -142,7 +142,7 @@ def quantize(
             reached = [(path, name) for path, names in experts.items() for name in names]
             reached += [(path, name) for path, _, name in packed_names(model)]
             full = [f"{path}.{name}" if path else name for path, name in reached]
-            _tell_if_little(model, [*chosen, *full, *theirs])
+            _warn_if_little(model, [*chosen, *full, *theirs])
         warn_of_dense(model, skip)
     before = _held_by(model)
     if batches is not None:
@@ -215,7 +215,7 @@ def give_back_freed() -> None:
             trim(0)
 
 
-def _tell_if_little(model: nn.Module, quantized: Sequence[str]) -> None:
+def _warn_if_little(model: nn.Module, quantized: Sequence[str]) -> None:
     found = coverage(model, detect(model), quantized, lacking="that share their weight or are kept dense")
     if found.share < LITTLE:
         warn(f"quantize on {type(model).__name__} {found}")

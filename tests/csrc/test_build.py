@@ -165,10 +165,10 @@ def test_a_changed_source_makes_the_binary_a_stale_one(tmp_path):
 def test_anothers_csrc_in_site_packages_is_not_ours(tmp_path):
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "other.cpp").write_text("int a;")
-    assert _extension.sources_beside(tmp_path) is None
+    assert _extension.sources_of_checkout(tmp_path) is None
     assert "--no-binary peftcore peftcore==" in _extension.how_to_build(None)
     (tmp_path / "setup.py").touch()
-    assert _extension.sources_beside(tmp_path) == tmp_path / "csrc"
+    assert _extension.sources_of_checkout(tmp_path) == tmp_path / "csrc"
 
 
 @needs_extension
