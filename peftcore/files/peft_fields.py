@@ -120,8 +120,10 @@ def why_unknown(method: Method, name: str, value: Any) -> str:
         return ""
     with contextlib.suppress(Exception), warnings.catch_warnings():  # a plugin may need more fields
         warnings.simplefilter("ignore")
-        other = method_of_fields("", {**defaults(peft_type), "peft_type": peft_type, name: value})
-        if other is not method:
+        known = {**defaults(peft_type), "peft_type": peft_type}
+        other = method_of_fields("", {**known, name: value})
+        is_its_field = name in {field.name for field in dataclasses.fields(other.config_class)}
+        if other is not method and (is_its_field or other is not method_of_fields("", known)):
             return f". It belongs to the method '{other.name}': peftcore.apply(model, '{other.name}', ...)"
         try:
             method.state.read_fields({name: value})

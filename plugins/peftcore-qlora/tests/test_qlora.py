@@ -156,3 +156,11 @@ def test_the_losses_are_those_of_peft_on_bitsandbytes() -> None:
     wanted, found = losses(theirs), losses(ours)
     assert wanted[-1] < 0.95 * wanted[0]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-2, atol=0)
+
+
+def test_a_field_that_no_method_has_is_not_taken_for_one_of_lora() -> None:
+    with pytest.raises(peftcore.PeftcoreError) as found:
+        peftcore.config("qlora", optim="paged_adamw_8bit")
+    assert "QLoraConfig has no field 'optim'. Its fields: " in str(found.value)
+    with pytest.raises(peftcore.PeftcoreError, match=r"'use_dora'.*It belongs to the method 'dora'"):
+        peftcore.config("qlora", use_dora=True)
