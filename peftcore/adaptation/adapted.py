@@ -98,28 +98,23 @@ def attach(
 def detach(module: nn.Module, name: str) -> None:
     """Detach the adapter `name` from `module`; detaching the last one restores the module."""
     adapters = adapters_at(module)
-    if not is_adapted(module):  # its class has been changed since
-        del module._modules[CHILD]
-        for key in (LOCK, _CHAIN, _BASE, _ACTIVE):
-            del module.__dict__[key]
-        module.__dict__.pop(ROWS, None)
-        return
-    active = module.__dict__[_ACTIVE]
-    if active is not None and name in active:
-        activate(module, [other for other in active if other != name])
-    del adapters._modules[name]
-    adapters.links.pop(name, None)
-    adapters.branches.pop(name, None)
-    if not len(adapters):
-        del module._modules[CHILD]
-        for key in (_CHAIN, _BASE, _ACTIVE):
-            del module.__dict__[key]
-        module.__dict__.pop(ROWS, None)
+    if is_adapted(module):  # otherwise its class has been changed since, or detaching was interrupted
+        active = module.__dict__[_ACTIVE]
+        if active is not None and name in active:
+            activate(module, [other for other in active if other != name])
+        if adapters._modules.keys() != {name}:
+            del adapters._modules[name]
+            adapters.links.pop(name, None)
+            adapters.branches.pop(name, None)
+            return
         restore_class(module, "_peftcore_original")
-        if not is_enclosing(module):
-            del module.__dict__[LOCK]
-        if OWN_FORWARD in module.__dict__:
-            module.__dict__["forward"] = module.__dict__.pop(OWN_FORWARD)
+    if OWN_FORWARD in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop(OWN_FORWARD)
+    for key in (_CHAIN, _BASE, _ACTIVE, ROWS):
+        module.__dict__.pop(key, None)
+    if not is_enclosing(module):
+        module.__dict__.pop(LOCK, None)
+    del module._modules[CHILD]  # last, so that the module is found again after an interruption
 
 
 def activate(module: nn.Module, names: Sequence[str] | None, *, same_base: bool = False) -> None:

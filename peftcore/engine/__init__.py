@@ -14,6 +14,7 @@ from peftcore.engine.applying import (
     detach_adapter as detach_adapter,
     refuse_on_disk as refuse_on_disk,
     remove as remove,
+    restore_base_if_free as restore_base_if_free,
 )
 from peftcore.engine.changes import with_adapter as with_adapter
 from peftcore.engine.divided import follows_plan as follows_plan

@@ -157,6 +157,8 @@ def set_active(
             its weight is looked up again.
     """
     state = require_state(model)
+    if state.merged is not None and state.merged.unfinished is not None:
+        refuse_merged(state, "change the active adapters")
     before, samples_before = state.active, state.samples
     try:
         _change_active(model, state, names, samples, same_base=not base_exchanged)

@@ -271,7 +271,7 @@ def remove(model: Model, adapter: str = "default") -> Model:
         if adapter in state.applied:
             left = detach_adapter(model, adapter)
         else:
-            _restore_base_if_free(model, state)
+            restore_base_if_free(model, state)
     except BaseException:
         if record is not None:
             state.on_disk[adapter] = record
@@ -311,11 +311,11 @@ def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
     for path, module in base_modules(model):
         if path in inside and module in there:
             enclosing.enclose(module, state.lock)  # it has lost this adapter, and contains others
-    _restore_base_if_free(model, state)
+    restore_base_if_free(model, state)
     return left
 
 
-def _restore_base_if_free(model: nn.Module, state: State) -> None:
+def restore_base_if_free(model: nn.Module, state: State) -> None:
     """Restore the base if no adapter is left in memory or on disk."""
     if state.applied or state.on_disk:
         return

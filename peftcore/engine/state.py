@@ -79,7 +79,7 @@ class State:
     sites: dict[str, Site] = field(default_factory=dict)  # by the path of each module that has adapters
     active: tuple[str, ...] = ()
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    merged: Any = None  # peftcore.merging.merge.Merged
+    merged: Any = None  # peftcore.merging.exchanging.Merged
     samples: tuple[str | None, ...] | None = None  # each sample's adapter, with activate(..., per_sample=True)
     lock: ModelLock = field(default_factory=ModelLock)
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
@@ -229,7 +229,7 @@ def as_text(changes: dict[str, str], most: int = 3) -> str:
 def refuse_merged(state: State, what: str) -> None:
     """Raise a PeftcoreError if adapters are merged; `what` names what is refused, such as `save`."""
     if state.merged is not None:
-        raise PeftcoreError(f"cannot {what}: adapters are merged into the base. First peftcore.unmerge(model)")
+        raise PeftcoreError(f"cannot {what}: {state.merged.why}")
 
 
 def refuse_per_sample(state: State, what: str) -> None:

@@ -118,16 +118,12 @@ class TrainedParameters(nn.Module):
             return
         if any(ranks.is_dtensor(each) and not _in_parts(model, name) for name, each in self.originals(model)):
             ranks.refuse_sharded(model, "exchange trained parameters for those of the base")
-        for name, slots in self.slots.items():
-            self._exchange(model, name, slots)
-        self.active = active
+        self._exchange_all(model, self.slots, "active", active)
 
     def hold(self, model: nn.Module, names: Collection[str]) -> None:
         """Put the kept tensors `names` into the model, and those of the base back for the others."""
-        for name, slots in self.kept.items():
-            if (name in names) != (name in self.held):
-                self._exchange(model, name, slots)
-        self.held = set(names)
+        changing = {name: slots for name, slots in self.kept.items() if (name in names) != (name in self.held)}
+        self._exchange_all(model, changing, "held", set(names))
 
     def owners(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules of which parameters are trained, without those that have been removed since."""
@@ -189,6 +185,20 @@ class TrainedParameters(nn.Module):
         """Return the table that holds `key`: a plain tensor may take the place of a parameter."""
         return self._parameters if key in self._parameters else self._buffers
 
+    def _exchange_all(self, model: nn.Module, tensors: dict[str, list[str]], attribute: str, value: Any) -> None:
+        """Exchange `tensors` and set the attribute that says so, or after an error neither."""
+        aside, was = {name: self.aside(name) for name in tensors}, getattr(self, attribute)
+        try:
+            for name, slots in tensors.items():
+                self._exchange(model, name, slots)
+            setattr(self, attribute, value)
+        except BaseException:
+            for name, slots in tensors.items():
+                if self.aside(name) is not aside[name]:
+                    self._exchange(model, name, slots)
+            setattr(self, attribute, was)
+            raise
+
     def _exchange(self, model: nn.Module, name: str, slots: Sequence[str]) -> None:
         key = _key(name)
         here = self._tensors_aside(key)
@@ -196,10 +206,18 @@ class TrainedParameters(nn.Module):
         slots = [slot for slot in slots if _shape(model, slot) == list(ranks.shape_of(aside))]  # resized ones stay
         if not slots:
             return
-        here[key] = _slot(model, slots[0])
-        for slot in slots:
-            tensors, attribute = _tensors(model, slot)
-            tensors[attribute] = aside
+        before = _slot(model, slots[0])
+        try:
+            here[key] = before
+            for slot in slots:
+                tensors, attribute = _tensors(model, slot)
+                tensors[attribute] = aside
+        except BaseException:  # such as Ctrl-C: otherwise one of the tensors might be nowhere
+            for slot in slots:
+                tensors, attribute = _tensors(model, slot)
+                tensors[attribute] = before
+            here[key] = aside
+            raise
 
 
 def place_kept_tensors(model: nn.Module, active: Sequence[str]) -> None:

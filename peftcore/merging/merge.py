@@ -9,35 +9,23 @@ The error of merging into a quantized weight is measured per layer (merged_layer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks
-from peftcore.adaptation.adapted import changes_at, is_adapted
-from peftcore.adaptation.base_modules import base_parameters
+from peftcore.adaptation import adapted
+from peftcore.adaptation.adapted import is_adapted
 from peftcore.engine.applying import check_dtype
-from peftcore.engine.changes import facts, module_at
-from peftcore.engine.trained import TrainedParameters, tied_to
+from peftcore.engine.changes import facts
+from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, warn
+from peftcore.merging.exchanging import Exchange, Merged, Unfinished, get
 from peftcore.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
+from peftcore.merging.tied import changed_alike, tied_weights, untie_config
 from peftcore.method import Model, WeightFormat
-from peftcore.observation.detecting import mark_as_loaded
-
-
-@dataclass
-class Merged:
-    """State for `unmerge`: the adapters that were active, and the original tensors by name."""
-
-    active: tuple[str, ...]
-    aside: dict[str, Tensor] = field(default_factory=dict)
-    tied: bool | None = None  # the model config's tie_word_embeddings, if merging untied them
-    lost: dict[str, float] = field(default_factory=dict)  # by path, for quantized weights
-    written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # the merged tensors
-    unpacked: tuple[WeightFormat, ...] = ()  # formats of quantized weights that dense ones replace
 
 
 @engine.exclusive("merge", base=True)
@@ -68,24 +56,35 @@ def merge(
     Raises:
         PeftcoreError: an adapter cannot be merged, or the merged weight would not compute the same; a weight is tied; a
             result is NaN or Inf; or quantizing again would lose more than `max_error`. The model is left unchanged.
+
+    Interrupted, as by Ctrl-C, it leaves the model unchanged as well; with `keep_adapters=False` only until the first
+    layer is written. From then on the model computes the same as before, other functions refuse it, and the same call
+    merges the remaining layers.
     """
     _check_limit(max_error)
     check_dtype(dtype)
+    begun = None if keep_adapters else _unfinished(model)
+    if begun is not None:
+        return _go_on(model, begun, dtype, max_error)
     state = _ready(model, "merge")
     if not state.active:
         raise PeftcoreError("no adapter is active. Activate the adapters to merge: peftcore.activate(model, [...])")
     refuse_unmergeable(model, state.active)
     for name in () if keep_adapters else state.active:
         engine.refuse_needed(state, name)
-    alike = _changed_alike(model, state.active)
-    tied = _tied(model, state.active, alike)
+    alike = changed_alike(model, state.active)
+    tied = tied_weights(model, state.active, alike)
     if tied and not untie:
         raise PeftcoreError(
             f"the weight of '{tied[0][0]}' is tied to '{tied[0][1]}', which merging would change too. Call "
             "merge(model, untie=True) to give the adapted module its own weight"
         )
     with ranks.whole_when_read(model):
-        return _merge(model, state, alike, tied, keep_adapters=keep_adapters, dtype=dtype, max_error=max_error)
+        if keep_adapters:
+            return _merge(model, state, alike, tied, dtype=dtype, max_error=max_error)
+        paths = {path for name in state.active for path in state.applied[name].paths}
+        merged = Merged(state.active, unfinished=Unfinished(dtype, len(paths), alike, tied))
+        return _merge_for_good(model, state, merged, max_error)
 
 
 def _merge(
@@ -94,54 +93,124 @@ def _merge(
     alike: list[list[str]],
     tied: list[tuple[str, str]],
     *,
-    keep_adapters: bool,
     dtype: torch.dtype | None,
     max_error: float | None,
 ) -> Model:
-    layers: Iterable[MergedLayer]
-    if keep_adapters:
-        layers = kept = list(merged_layers(model, state.active, dtype))
-        lost = {layer.path: layer.lost for layer in kept if layer.lost is not None}
-    else:  # every result is checked before the first is written, and none is kept in between
-        lost = measured_error(model, state.active, dtype)
-        layers = merged_layers(model, state.active, dtype, checked=True)
+    """Merge the active adapters so that `unmerge` can undo it."""
+    layers = list(merged_layers(model, state.active, dtype))
+    lost = {layer.path: layer.lost for layer in layers if layer.lost is not None}
     _check_lost(lost, max_error)
-
-    merged = Merged(state.active, lost=lost)
-    for name in state.active:
-        _merge_trained(model, name, merged)
-    unpacked: dict[str, WeightFormat] = {}
-    first = {slot: slots[0] for slots in alike for slot in slots}
-    written: dict[str, Tensor] = {}  # under the first name of a parameter that stays tied
-    for layer in layers:
-        for name, tensor in layer.named():
-            if name in first:
-                tensor = written.setdefault(first[name], nn.Parameter(tensor, requires_grad=False))
-            aside = _exchange(model, name, tensor)
-            if keep_adapters:
-                merged.aside.setdefault(name, aside)
-        if layer.unpacked is not None:
-            unpacked[layer.path] = layer.unpacked
-    if tied:
-        merged.tied = _untie_config(model, tied)
-    engine.set_active(model, (), base_exchanged=True)
-    if keep_adapters:
-        merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_get(model, name)]}
-        merged.unpacked = tuple(unpacked.values())
+    merged, exchange, shared = Merged(state.active, lost=lost), Exchange(model), dict[str, Tensor]()
+    merged.unpacked = tuple(layer.unpacked for layer in layers if layer.unpacked is not None)
+    try:
+        _merge_trained(model, state.active, exchange)
+        for layer in layers:
+            _write(layer, alike, shared, exchange)
+        if tied:
+            merged.tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+            untie_config(model, tied)
+        engine.set_active(model, (), base_exchanged=True)
+        merged.aside = exchange.aside
+        merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [get(model, name)]}
+        _update_config(model, merged.unpacked)
         state.merged = merged
-    else:
-        for path, site in state.sites.items():  # a weight that was packed has a different shape now
-            site.facts = facts(model.get_submodule(path))
-        for name in merged.active:
-            engine.remove(model, name)
-        for path, was in unpacked.items():
-            module = model.get_submodule(path)
-            if was.plain is not None and not is_adapted(module):
-                was.plain(module)
-        if unpacked:
-            model.to(dtype)
-    _update_config(model, unpacked.values())
+    except BaseException:
+        _put_own_aside(model, state.applied)
+        exchange.undo()
+        _restore_tied(model, merged)
+        engine.set_active(model, merged.active, base_exchanged=True)
+        _update_config(model, merged.unpacked)
+        raise
     return model
+
+
+def _merge_for_good(model: Model, state: engine.State, merged: Merged, max_error: float | None) -> Model:
+    """Merge the active adapters and remove them; the base's weights are freed one by one."""
+    rest = merged.unfinished
+    assert rest is not None
+    # Every result is checked before the first is written, and none is kept in between.
+    if not rest.removing:
+        _check_lost(measured_error(model, merged.active, rest.dtype, without=rest.done), max_error)
+    trained, exchange, current = Exchange(model), Exchange(model), ""
+    try:
+        state.merged = None
+        if not (rest.done or rest.removing):
+            _merge_trained(model, merged.active, trained)
+        layers = merged_layers(model, merged.active, rest.dtype, checked=True, without=rest.done)
+        for layer in layers if not rest.removing else ():
+            current, exchange = layer.path, Exchange(model)
+            _write(layer, rest.alike, rest.shared, exchange)
+            if layer.unpacked is not None:
+                rest.unpacked[layer.path] = layer.unpacked
+            rest.done[layer.path] = None
+            adapted.activate(model.get_submodule(layer.path), ())
+        rest.removing = True
+        if rest.tied:
+            untie_config(model, rest.tied)
+            rest.tied = []
+        _remove_merged(model, state, merged.active, rest)
+    except BaseException:
+        if current not in rest.done:
+            exchange.undo()
+        if engine.state_of(model) is state:
+            if rest.done or rest.removing:
+                for path in rest.done:
+                    if is_adapted(module := model.get_submodule(path)):
+                        adapted.activate(module, ())
+                state.merged = merged
+            else:
+                _put_own_aside(model, state.applied)
+                trained.undo()
+                engine.set_active(model, merged.active, base_exchanged=True)
+        raise
+    return model
+
+
+def _remove_merged(model: nn.Module, state: engine.State, active: tuple[str, ...], rest: Unfinished) -> None:
+    """Remove the merged adapters and what only quantized weights needed."""
+    engine.set_active(model, (), base_exchanged=True)
+    for path, site in state.sites.items():  # a weight that was packed has a different shape now
+        site.facts = facts(model.get_submodule(path))
+    for name in active:
+        if name in state.applied:
+            engine.remove(model, name)
+    if engine.state_of(model) is state:
+        engine.restore_base_if_free(model, state)  # if its removal was interrupted
+    for path, was in rest.unpacked.items():
+        module = model.get_submodule(path)
+        if was.plain is not None and not is_adapted(module):
+            was.plain(module)
+    if rest.unpacked:
+        model.to(rest.dtype)
+    _update_config(model, rest.unpacked.values())
+
+
+def _unfinished(model: nn.Module) -> Merged | None:
+    """Return the record of a merge without `unmerge` that was interrupted, or None."""
+    state = engine.state_of(model)
+    merged: Merged | None = None if state is None else state.merged
+    return None if merged is None or merged.unfinished is None else merged
+
+
+def _go_on(model: Model, merged: Merged, dtype: torch.dtype | None, max_error: float | None) -> Model:
+    """Merge the layers that an interrupted merge has left."""
+    rest = merged.unfinished
+    assert rest is not None
+    if dtype != rest.dtype:
+        raise PeftcoreError(f"merging was interrupted and began with dtype={rest.dtype}, found {dtype}. {rest.call}")
+    if not rest.removing:
+        engine.refuse_changed(model)
+    with ranks.whole_when_read(model):
+        return _merge_for_good(model, engine.require_state(model), merged, max_error)
+
+
+def _write(layer: MergedLayer, alike: list[list[str]], shared: dict[str, Tensor], exchange: Exchange) -> None:
+    """Put a merged layer's tensors into the model; parameters in `alike` stay tied, by `shared`."""
+    first = {slot: slots[0] for slots in alike for slot in slots}
+    for name, tensor in layer.named():
+        if name in first:
+            tensor = shared.setdefault(first[name], nn.Parameter(tensor, requires_grad=False))
+        exchange.put(name, tensor)
 
 
 def _ready(model: nn.Module, what: str) -> engine.State:
@@ -183,8 +252,11 @@ def unmerge(model: Model) -> Model:
     state = engine.require_state(model)
     if state.merged is None:
         raise PeftcoreError("nothing is merged into this model. Call peftcore.merge(model) first")
-    there = {name: _get(model, name) for name in state.merged.written}  # may have been moved or cast since
-    for name, (shape, _) in state.merged.written.items():
+    merged: Merged = state.merged
+    if merged.unfinished is not None:
+        raise PeftcoreError(f"cannot unmerge: {merged.why}. For the original weights, load the base again")
+    there = {name: get(model, name) for name in merged.written}  # may have been moved or cast since
+    for name, (shape, _) in merged.written.items():
         found = there[name]
         if found is None or found.shape != shape:
             what = "gone" if found is None else f"of shape {list(found.shape)}"
@@ -192,18 +264,38 @@ def unmerge(model: Model) -> Model:
                 f"'{name}' is {what} and was {list(shape)} when it was merged (resized?), so the original does "
                 "not fit. Undo the resize first, or keep the model merged"
             )
-    merged, state.merged = state.merged, None
-    config: Any = getattr(model, "config", None)
-    for name, tensor in merged.aside.items():
-        now = there.pop(name)
-        is_cast = now.dtype is not merged.written[name][1] and tensor.is_floating_point()
-        tensor.data = tensor.data.to(now.device, now.dtype if is_cast else tensor.dtype)
-        _exchange(model, name, tensor)
-    if merged.tied is not None:
-        config.tie_word_embeddings = merged.tied
-    _update_config(model, merged.unpacked)
-    engine.set_active(model, merged.active, base_exchanged=True)
+    exchange, devices = Exchange(model), dict[str, tuple[torch.device, torch.device]]()
+    try:
+        state.merged = None
+        for name, tensor in merged.aside.items():
+            now = there[name]
+            is_cast = now.dtype is not merged.written[name][1] and tensor.is_floating_point()
+            devices[name] = home, _ = tensor.device, now.device
+            tensor.data = tensor.data.to(now.device, now.dtype if is_cast else tensor.dtype)
+            exchange.put(name, tensor)
+            if home != now.device:  # no device holds both
+                now.data = now.data.to(home)
+        _restore_tied(model, merged)
+        _update_config(model, merged.unpacked)
+        engine.set_active(model, merged.active, base_exchanged=True)
+    except BaseException:
+        for name, (home, device) in devices.items():
+            merged.aside[name].data = merged.aside[name].data.to(home)
+            there[name].data = there[name].data.to(device)
+        exchange.undo()
+        if merged.tied:
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        _update_config(model, merged.unpacked)
+        engine.set_active(model, (), base_exchanged=True)
+        state.merged = merged
+        raise
     return model
+
+
+def _restore_tied(model: nn.Module, merged: Merged) -> None:
+    if merged.tied is not None:
+        config: Any = model.config
+        config.tie_word_embeddings = merged.tied
 
 
 def _update_config(model: nn.Module, formats: Iterable[WeightFormat]) -> None:
@@ -237,112 +329,24 @@ def _check_lost(lost: dict[str, float], max_error: float | None) -> None:
     warn(what)
 
 
-def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
-    """Merge an adapter's own copies of base tensors: the base's slots get a copy of their values."""
-    own = TrainedParameters.of(model, name)
-    if own is None:
-        return
-    values = [(slots, value.detach().clone()) for slots, value, _ in own.in_model(model)]
-    own.activate(model, False)
-    own.hold(model, ())
-    for slots, value in values:
-        is_parameter = isinstance(_get(model, slots[0]), nn.Parameter)
-        tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value
-        for slot in slots:
-            merged.aside.setdefault(slot, _get(model, slot))
-            _exchange(model, slot, tensor)
-
-
-def _tied(model: nn.Module, names: tuple[str, ...], alike: list[list[str]]) -> list[tuple[str, str]]:
-    """Return (adapted module, another name of its parameter) for every adapted weight that is shared.
-
-    Shared parameters in `alike` are left out.
-    """
-    shared = [slots for slots in _shared(model) if slots not in alike]
-    paths = {path for name in names for path in _changed_modules(model, name)} if shared else ()
-    return [
-        *_trained_apart(model, names),
-        *(
-            (path, other)
-            for slots in shared
-            for slot in slots
-            for path in [slot.rpartition(".")[0]]
-            if path in paths
-            for other in slots
-            if other != slot
-        ),
-    ]
-
-
-def _shared(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that has several."""
-    by_parameter: dict[int, list[str]] = {}
-    for name, parameter in base_parameters(model):
-        by_parameter.setdefault(id(parameter), []).append(name)
-    return [slots for slots in by_parameter.values() if len(slots) > 1]
-
-
-def _changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
-    """Return the shared parameters that the same adapters change under each name; merged, they stay shared."""
-    changed_by: dict[str, list[int]] = {}
-    for name in names:
-        for path, adapter in engine.adapter_modules(model, name):
-            changed_by.setdefault(f"{path}.weight", []).append(id(adapter))
-    return [slots for slots in _shared(model) if all(changed_by.get(s, []) == changed_by.get(slots[0]) for s in slots)]
-
-
-def _changed_modules(model: nn.Module, name: str) -> list[str]:
-    """Return the paths of modules whose parameters an adapter changes."""
-    found: list[str] = []
-    for path, module in engine.modules_with(model, engine.require_state(model), name):
-        found.append(path)
-        for changed in changes_at(module, name):
-            inside = changed.rpartition(".")[0]
-            found.append(f"{path}.{inside}".strip(".") if inside else path)
-    return found
-
-
-def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yield (module, another name of its parameter) for tied parameters that an adapter trains separately."""
+def _merge_trained(model: nn.Module, names: tuple[str, ...], exchange: Exchange) -> None:
+    """Merge the adapters' own copies of base tensors: the base's slots get a copy of their values."""
     for name in names:
         own = TrainedParameters.of(model, name)
-        for slot, slots in own.slots.items() if own is not None else ():
-            tied = tied_to(model, slots)
-            if tied:
-                yield slot.rpartition(".")[0], tied[0]
+        if own is None:
+            continue
+        values = [(slots, value.detach().clone()) for slots, value, _ in own.in_model(model)]
+        _put_own_aside(model, [name])
+        for slots, value in values:
+            is_parameter = isinstance(get(model, slots[0]), nn.Parameter)
+            tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value
+            for slot in slots:
+                exchange.put(slot, tensor)
 
 
-def _untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> bool | None:
-    warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}', so the model has one more weight")
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "tie_word_embeddings", None)
-    if before:
-        config.tie_word_embeddings = False  # otherwise saving drops the new weight
-    return before
-
-
-def _get(model: nn.Module, name: str) -> Any:
-    """Return a parameter or buffer by name, or None if it or its module does not exist."""
-    path, _, attribute = name.rpartition(".")
-    return getattr(module_at(model, path), attribute, None)
-
-
-def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Replace the parameter or buffer `name` by `tensor`, and return the old one."""
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    before: Tensor = ranks.behind(getattr(module, attribute))
-    held = getattr(module, "held_part", None) if attribute == "weight" else None
-    if attribute in module._parameters:
-        if held is not None:
-            if tensor.is_floating_point() and not ranks.is_dtensor(tensor):
-                tensor = held.dtensor(held.of(tensor))
-        elif ranks.is_dtensor(before) and not ranks.is_dtensor(tensor):
-            tensor = ranks.divided_as(tensor, before)
-        if not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        mark_as_loaded(tensor, before)
-        module._parameters[attribute] = tensor
-    else:
-        module._buffers[attribute] = tensor
-    return before
+def _put_own_aside(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        own = TrainedParameters.of(model, name)
+        if own is not None:
+            own.activate(model, False)
+            own.hold(model, ())

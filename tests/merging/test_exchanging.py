@@ -1,0 +1,137 @@
+"""A merge or unmerge that is interrupted at any tensor leaves a model that computes the same, and can be repeated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import peftcore
+from peftcore.merging import merge as merging
+from peftcore.merging.exchanging import Exchange
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+class _Interrupted(BaseException):
+    pass
+
+
+def _interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
+    """Raise instead of the exchange number `at`, from 0."""
+    put, count = Exchange.put, 0
+
+    def counted(self: Exchange, name: str, tensor: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == at + 1:
+            raise _Interrupted
+        put(self, name, tensor)
+
+    patch.setattr(Exchange, "put", counted)
+
+
+def _model(kind: str) -> nn.Module:
+    if kind == "tied":
+        model = peftcore.apply(tiny.gpt2(), "train", names=("lm_head.weight",))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        return peftcore.apply(model, "around", target_modules=("c_attn",), value=3.0, adapter="more")
+    model = tiny.llama()
+    if kind == "quantized":
+        peftcore.quantize(model)
+    return peftcore.apply(model, "around", target_modules=("q_proj", "v_proj"), value=3.0)
+
+
+def _counted(model: nn.Module, **options: Any) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        names: list[str] = []
+        put = Exchange.put
+        patch.setattr(Exchange, "put", lambda self, name, tensor: (names.append(name), put(self, name, tensor)))
+        peftcore.merge(model, **options)
+    return len(names)
+
+
+_KINDS = ["dense", "quantized", "tied"]
+
+
+def _options(kind: str) -> dict[str, Any]:
+    return {"dtype": torch.float32} if kind == "quantized" else {}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_an_interrupted_merge_and_unmerge_are_undone(kind: str) -> None:
+    options, model = _options(kind), _model(kind)
+    before, acting = dict(model.named_parameters()), tiny.logits(model)
+    number = _counted(model, **options)
+    merged = dict(model.named_parameters())
+    peftcore.unmerge(model)
+    assert number >= 4
+    for at in range(number):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(_Interrupted):
+            _interrupt(patch, at)
+            peftcore.merge(model, **options)
+        assert all(p is before[name] for name, p in model.named_parameters()) and not peftcore.summary(model).merged
+        assert torch.equal(tiny.logits(model), acting)
+    peftcore.merge(model, **options)
+    result, merged = tiny.logits(model), dict(model.named_parameters())
+    for at in range(number):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(_Interrupted):
+            _interrupt(patch, at)
+            peftcore.unmerge(model)
+        assert all(p is merged[name] for name, p in model.named_parameters()) and peftcore.summary(model).merged
+        assert torch.equal(tiny.logits(model), result)
+    peftcore.unmerge(model)
+    assert torch.equal(tiny.logits(model), acting)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_an_interrupted_merge_for_good_goes_on(kind: str, tmp_path: Any) -> None:
+    options = {**_options(kind), "keep_adapters": False}
+    expected = _model(kind)
+    number = _counted(expected, **options)
+    result = tiny.logits(expected)
+    for at in range(number):
+        model = _model(kind)
+        acting = tiny.logits(model)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(_Interrupted):
+            _interrupt(patch, at)
+            peftcore.merge(model, **options)
+        torch.testing.assert_close(tiny.logits(model), acting)
+        if at == number - 1:
+            match = r"interrupted after \d+ of \d+ layers.*First peftcore.merge\(model, keep_adapters=False"
+            for call, *given in (
+                (peftcore.save, tmp_path),
+                (peftcore.activate, []),
+                (peftcore.merge,),
+                (peftcore.unmerge,),
+            ):
+                with pytest.raises(peftcore.PeftcoreError, match=match):
+                    call(model, *given)
+            with pytest.raises(peftcore.PeftcoreError, match="began with dtype"):
+                peftcore.merge(model, keep_adapters=False, dtype=torch.float16)
+        peftcore.merge(model, **options)
+        assert torch.equal(tiny.logits(model), result)
+        with pytest.raises(peftcore.PeftcoreError, match="no adapter is applied"):
+            peftcore.unmerge(model)
+
+
+def test_an_error_in_a_layer_after_the_first_is_written_keeps_what_is_merged() -> None:
+    model = _model("dense")
+    acting, layers = tiny.logits(model), merging.merged_layers
+
+    def failing(*args: Any, checked: bool = False, **kwargs: Any) -> Any:
+        for number, layer in enumerate(layers(*args, checked=checked, **kwargs)):
+            if checked and number == 2:
+                raise MemoryError
+            yield layer
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(merging, "merged_layers", failing)
+        peftcore.merge(model, keep_adapters=False)
+    torch.testing.assert_close(tiny.logits(model), acting)
+    peftcore.merge(model, keep_adapters=False)
+    torch.testing.assert_close(tiny.logits(model), acting)
