@@ -55,7 +55,9 @@ def name_inside(placement: Any, name: str) -> str:
 
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the file's tensors; with bias="all" PEFT writes biases of modules_to_save twice, which are dropped."""
-    tensors = {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
+    of_model = {part for path, _ in model.named_modules() for part in path.split(".")}  # which may have such a name
+    copies = {"modules_to_save", "original_module"} - of_model
+    tensors = {name: tensor for name, tensor in tensors.items() if copies.isdisjoint(name.split("."))}
     return starts.read_start(model, read_experts(model, as_plain(tensors), fields), fields)
 
 
