@@ -22,7 +22,8 @@ examples. The names by subject:
     the model             Architecture, Sublayer, ATTENTION, CROSS_ATTENTION, FEED_FORWARD, detect; run, inputs_of,
                           gradients_of: forward passes over batches
     a call                Call, current_call, FinishedCall, TokenCounter, cached_tokens, decoder_path,
-                          forward_arguments, arguments_by_name, cache_argument; first_of, with_first
+                          forward_arguments, arguments_by_name, cache_argument; first_of, with_first;
+                          text_starts, refuse_packed: rows of several texts
     training              current_optimizer, reset_optimizer_state
     other adapters        OtherAdapter, other_adapter, has_adapters, set_trainable
     distributed training  ranks: parameters that are sharded over ranks; Division, division_of: layers that tensor
@@ -127,6 +128,7 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
         forward_arguments as forward_arguments,
     )
     from peftcore.prompts.counting import TokenCounter as TokenCounter, cached_tokens as cached_tokens
+    from peftcore.prompts.packed import refuse_packed as refuse_packed, text_starts as text_starts
     from peftcore.quantization import default_skip as default_skip, quantized_layers as quantized_layers
     from peftcore.targets import LayersConfig as LayersConfig, layer_at as layer_at
     from peftcore.testing import (
@@ -186,6 +188,7 @@ _MODULES = {
     "peftcore.placements.train": "Train",
     "peftcore.prompts.backbone": "arguments_by_name cache_argument decoder_path forward_arguments",
     "peftcore.prompts.counting": "TokenCounter cached_tokens",
+    "peftcore.prompts.packed": "refuse_packed text_starts",
     "peftcore.quantization": "default_skip quantized_layers",
     "peftcore.targets": "LayersConfig layer_at",
     "peftcore.testing": (

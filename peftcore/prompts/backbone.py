@@ -14,6 +14,7 @@ from peftcore.adaptation.base_modules import base_modules, original_forward
 from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture, text_config
 from peftcore.errors import PeftcoreError
+from peftcore.prompts.packed import refuse_packed
 
 # argument names of attention modules for the cache
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
@@ -85,11 +86,8 @@ class Backbone(Adapter):
                 "positions that this model has learned. Shorten the input"
             )
         mask, positions = call.get("attention_mask"), call.get("position_ids")
-        if self._causal and mask is None and _is_packed(call, positions):
-            raise PeftcoreError(
-                "a row packs several examples, as its position_ids or cu_seq_lens say, and a prompt would precede only "
-                "the first of them. Give each example its own row, in TRL by packing=False and padding_free=False"
-            )
+        if self._causal:
+            refuse_packed(call, "a prompt would precede only the first of them")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise PeftcoreError(
@@ -104,17 +102,6 @@ class Backbone(Adapter):
         if mask is not None:
             call["attention_mask"] = prepend(mask, torch.ones, self.tokens)
         return length
-
-
-def _is_packed(call: dict[str, Any], positions: Any) -> bool:
-    """Return whether a call without a mask has several examples in a row, as transformers would find by positions."""
-    if any(value is not None and name.startswith("cu_seq") and len(value) > 2 for name, value in call.items()):
-        return True  # where examples begin, and where the last one ends
-    if type(positions) is not Tensor or positions.is_meta or torch.compiler.is_compiling():
-        return False  # it has no values here
-    if positions.dim() == 3:  # one axis per coordinate; the first is constant within an image
-        return bool((positions[0].diff(dim=-1) < 0).any())
-    return bool((positions.diff(dim=-1) < 1).any())
 
 
 class Positions(Backbone):

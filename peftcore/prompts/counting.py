@@ -22,6 +22,7 @@ from peftcore.adaptation.call import current_call
 from peftcore.adapter import Adapter, Base
 from peftcore.errors import PeftcoreError
 from peftcore.prompts.backbone import IN_CACHE, IN_MASK, SOFT, arguments_by_name, first_position, forward_arguments
+from peftcore.prompts.packed import text_starts
 
 # State of earlier calls that is not a transformers `Cache`: how many tokens it has read is not known.
 OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
@@ -56,10 +57,11 @@ class _Counted(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What a call says of its tokens. past: how many its cache has read, None if unknown."""
+    """What a call says of its tokens. past: how many its cache has read, None if unknown; starts: of packed texts."""
 
     mask: Any
     positions: Any
+    starts: Tensor | None
     past: int | None
     noted: _Counted | None
 
@@ -127,7 +129,7 @@ class TokenCounter(Adapter):
         mask = call.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and self.stack == "decoder":
             mask = mask[:, getattr(cache, IN_MASK, 0) :]
-        return _Given(mask, call.get("position_ids"), past, noted)
+        return _Given(mask, call.get("position_ids"), text_starts(call), past, noted)
 
     def _counted(self, y: Tensor, given: _Given) -> Places:
         wanted = f"[batch, tokens, width] is needed, found {list(y.shape)}"
@@ -139,7 +141,7 @@ class TokenCounter(Adapter):
         if mask is None:
             unknown = "the cache does not say how many tokens it has read. Pass the whole attention_mask"
             self._require(past is not None and (noted is None or len(noted.text) == rows), unknown)
-            return self._without_mask(y, given.positions, cast(int, past), noted)
+            return self._without_mask(y, given._replace(noted=noted), cast(int, past))
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         fits = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) in (1, rows) and mask.shape[1] >= tokens
         self._require(fits, f"{wanted}, and a mask [batch, all tokens], found {shape}. Generate with the dynamic cache")
@@ -157,19 +159,23 @@ class TokenCounter(Adapter):
         length = torch.zeros_like(place) if past != 0 or width > tokens else place[:, -1:].expand_as(place)
         return Places(place, is_text, length, None)
 
-    def _without_mask(self, y: Tensor, positions: Any, past: int, noted: _Counted | None) -> Places:
+    def _without_mask(self, y: Tensor, given: _Given, past: int) -> Places:
         rows, tokens = y.shape[:2]
+        positions, starts, noted = given.positions, given.starts, given.noted
         is_text = torch.ones(rows, tokens, dtype=torch.bool, device=y.device)
         place = torch.arange(1, tokens + 1, device=y.device).expand(rows, -1)
         if past:
             before = past if noted is None else noted.text[:, None].to(y.device)
             return Places(place + before, is_text, torch.zeros_like(place), None)
-        if not (isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == tokens):
+        if starts is None or starts.shape[1] != tokens:
             return Places(place, is_text, place[:, -1:].expand_as(place), None)
-        place = (positions.to(y.device) - self._first + 1).expand(rows, -1)
-        begins = F.pad(place[:, 1:] != place[:, :-1] + 1, (1, 0), value=True)
+        begins = starts.to(y.device).expand(rows, -1)
         index = torch.arange(tokens, device=y.device).expand(rows, -1)
         start = torch.where(begins, index, 0).cummax(1).values
+        if isinstance(positions, Tensor) and positions.dim() == 2:
+            place = (positions.to(y.device) - self._first + 1).expand(rows, -1)
+        else:
+            place = index - start + 1
         ends = F.pad(begins[:, 1:], (0, 1), value=True)
         end = torch.where(ends, index, tokens).flip(1).cummin(1).values.flip(1)
         length = torch.where(place.gather(1, start) > 1, 0, place.gather(1, end))

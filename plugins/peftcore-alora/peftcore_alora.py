@@ -5,7 +5,8 @@
 
 The cache before the invocation is therefore the base's. The position of an invocation in `input_ids` is stored with
 the cache, for later calls with it; tokens that come one by one are assumed to be generated, and invoke nothing.
-`model(..., alora_offsets=n)`, int64 [batch], gives the number of last tokens to adapt instead.
+`model(..., alora_offsets=n)`, int64 [batch], gives the number of last tokens to adapt instead. Of texts packed into a
+row, each has its own invocation.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ from peftcore.plugin import (
     current_call,
     hookimpl,
     ranks,
+    refuse_packed,
+    text_starts,
     validation,
 )
 
-peftcore_api = ">=3.0,<4"
+peftcore_api = ">=3.7,<4"
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Invocation(Adapter):
         return cast(Tensor, call.state[key])
 
     def offset(self, call: Call) -> Tensor:
+        refuse_packed(call, "alora_offsets has one number for each row")
         rows, count = (call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]).shape[:2]
         last = torch.as_tensor(call["alora_offsets"]).reshape(rows, 1)
         return torch.arange(count, device=last.device) >= count - last
@@ -107,15 +111,19 @@ class Invocation(Adapter):
         before = None if past == 0 else vars(cache).get("alora", {}).get(self.tokens)
         if past is None:  # a recurrent model's cache, which counts no tokens: any number works if nothing was stored
             past = 1 if before is None else before.length
+        begins, mask = text_starts(call), call.get("attention_mask")
+        if begins is not None and cache is None:
+            return self.found_in_each(ids, begins.to(ids.device))
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            ids = ids.masked_fill(mask[:, -ids.shape[1] :].to(ids.device) == 0, -1)  # padding invokes nothing
         starts, tail = ids.new_full((len(ids),), -1), ids[:, :0]
         if before is not None and len(before.starts) == len(ids):
             starts = torch.where(before.starts < past, before.starts, -1)  # where not, the cache was cropped
         if ids.shape[1] > 1 or not past:
             tail = before.tail if before is not None and before.length == past else tail
             text, more = torch.cat([tail, ids], 1), len(self.tokens) - 1
-            hits = F.pad(text, (0, more), value=-1).unfold(1, more + 1, 1) == ids.new_tensor(self.tokens)
             counted = torch.arange(1, text.shape[1] + 1, device=ids.device)
-            last = (hits.all(-1) * counted).amax(1) - 1 - tail.shape[1]  # negative: there is none
+            last = (self.invoked(text) * counted).amax(1) - 1 - tail.shape[1]  # negative: there is none
             cut = tail.numel() and bool(((last < 0) & (last >= -tail.shape[1])).any())
             validation.require(not cut, "the invocation is split over two calls. Pass its tokens in one call or chunk")
             starts = torch.where(last >= 0, last + past, starts)
@@ -126,6 +134,20 @@ class Invocation(Adapter):
         if cache is not None:
             vars(cache).setdefault("alora", {})[self.tokens] = Text(starts, tail, past + ids.shape[1])
         return (starts >= 0)[:, None] & (torch.arange(ids.shape[1], device=ids.device) + past >= starts[:, None])
+
+    def found_in_each(self, ids: Tensor, begins: Tensor) -> Tensor:
+        """Return where the adapter is active in rows of packed texts: in each from its own last invocation on."""
+        number, more = begins.expand_as(ids).long().cumsum(1), len(self.tokens) - 1
+        whole = number == F.pad(number, (0, more))[:, more:]
+        index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        at = torch.where(self.invoked(ids) & whole, index, -1)
+        last = at.new_full((len(ids), ids.shape[1] + 1), -1).scatter_reduce(1, number, at, "amax").gather(1, number)
+        return (last >= 0) & (index >= last)
+
+    def invoked(self, text: Tensor) -> Tensor:
+        """Return the tokens, bool `[batch, tokens]`, at which an invocation begins."""
+        wanted = text.new_tensor(self.tokens)
+        return (F.pad(text, (0, len(wanted) - 1), value=-1).unfold(1, len(wanted), 1) == wanted).all(-1)
 
 
 class Alora(Adapter):

@@ -4,9 +4,9 @@
                 |     p_1 .. p_n                B_e [out, r]: n of them for all layers of the same name and size
                 '--- R --- softmax, mean        R [n, r]: the router, one per layer
 
-p is the mean over all tokens of the call, so the result for a token depends on the others: on other rows of the batch,
-on padding, and on whether earlier tokens are in a cache. The first call with padding, and the first with a filled
-cache, warn about it. Lily is not a change of a weight, so it cannot be merged.
+p is the mean over all tokens of the call, so the result for a token depends on the others: on other rows of the batch
+and texts packed into its row alike, on padding, and on whether earlier tokens are in a cache. The first call with
+padding, and the first with a filled cache, warn about it. Lily is not a change of a weight, so it cannot be merged.
 """
 
 from __future__ import annotations

@@ -160,6 +160,8 @@ def test_examples_that_are_packed_into_a_row(method: str) -> None:
             model(**row, position_ids=torch.tensor([packed]))
     with pytest.raises(PeftcoreError, match=r"^a row packs several examples"):
         model(**row, cu_seq_lens_q=torch.tensor([0, 3, 7]))
+    with pytest.raises(RuntimeError, match=r"^a row packs several examples"):
+        torch.compile(model, backend="eager")(**row, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
     wanted = model(**row).logits
     torch.testing.assert_close(model(**row, cu_seq_lens_q=torch.tensor([0, 7])).logits, wanted)
     torch.testing.assert_close(model(**row, position_ids=torch.arange(7)[None]).logits, wanted)

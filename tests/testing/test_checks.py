@@ -16,6 +16,7 @@ from peftcore.testing.suite import APPLIES
 BASE = "base untouched by training"
 FILES = "save and load are bit exact"
 LEFT_OUT = "no layer is left out without a warning"
+PACKED = "texts packed into a row equal a row for each, or are refused"
 PER_SAMPLE = "an adapter for each sample of a batch equals each sample alone"
 REMOVE = "remove is bit exact"
 RESUME = "resume is exact"
@@ -255,3 +256,12 @@ def test_names_that_are_none() -> None:
         check(method_of(Gain), families=["Lama"])
     with pytest.raises(peftcore.PeftcoreError, match="is not a check"):
         check(method_of(Gain), "ViT")
+
+
+class AddsTheTokensBefore(Gain):
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return super().forward(base, x) + 0.1 * base(x).cumsum(1)
+
+
+def test_a_method_that_mixes_the_texts_of_a_row() -> None:
+    assert list(failed(method_of(AddsTheTokensBefore), PACKED)) == [f"FAILED          {PACKED}"]

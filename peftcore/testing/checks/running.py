@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftcore.errors import PeftcoreError, PluginError
 from peftcore.testing.case import Case, close, first_output, logits, loss_of, same
 from peftcore.testing.checks.register import check
 from peftcore.testing.checks.training import gradients_of
@@ -95,6 +96,31 @@ def padding(case: Case) -> str | None:
             inputs = {"input_ids": alone, "attention_mask": torch.ones_like(alone)}
             wanted = _steps(_generate(model, inputs, use_cache))[0]
             same(steps[row], wanted, f"logits of row {row}, use_cache={use_cache}", atol=1e-4)
+    return None
+
+
+@check("texts packed into a row equal a row for each, or are refused")
+def packing(case: Case) -> str | None:
+    if not case.generates or case.is_encoder_decoder:
+        return "the model is not a decoder that generates"
+    tokens = case.prompts()["input_ids"]
+    rows: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
+    positions = torch.arange(tokens.shape[1]).repeat(len(tokens))[None]
+    row = {**rows, "input_ids": tokens.reshape(1, -1), "position_ids": positions}
+    wanted = logits(case.original, rows)
+    try:
+        close(logits(case.original, row).view_as(wanted), wanted, "the model without adapters")
+    except (AssertionError, TypeError):
+        return "the model without adapters does not separate the texts of a row"
+    model = case.model()
+    wanted = logits(model, rows)
+    try:
+        found = logits(model, row)
+    except PeftcoreError as refusal:
+        if isinstance(refusal, PluginError):
+            raise
+        return str(refusal)
+    close(found.view_as(wanted), wanted, "texts packed into a row")
     return None
 
 

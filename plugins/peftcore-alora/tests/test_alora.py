@@ -181,3 +181,21 @@ def test_what_it_does_not_know_is_refused(fields: dict[str, Any], message: str) 
 def test_it_does_not_merge() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="merge"):
         peftcore.merge(adapted())
+
+
+def test_texts_packed_into_a_row() -> None:
+    """Each has its own invocation, also in a compiled graph; an invocation over two texts is none."""
+    model, texts = adapted(), [TOKENS[0, :6], TOKENS[1], torch.tensor([9, 17]), torch.tensor([3, 8])]
+    wanted = torch.cat([run(model, text[None], use_cache=False)[0] for text in texts])
+    places = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    row = {"ids": torch.cat(texts)[None], "position_ids": places, "use_cache": False}
+    close(run(model, **row)[0], wanted)
+    close(run(torch.compile(model, backend="eager", fullgraph=True), **row)[0], wanted)
+    with pytest.raises(peftcore.PeftcoreError, match=r"a row packs several examples.*alora_offsets has one number"):
+        run(model, **row, alora_offsets=torch.tensor([3]))
+
+
+def test_padding_invokes_nothing() -> None:
+    model, mask = adapted([0, 8]), torch.tensor([[0, 0, 1, 1, 1]])
+    ids = torch.tensor([[0, 0, 8, 4, 17]])
+    close(run(model, ids, attention_mask=mask)[:, 2:], run(model, ids[:, 2:]))
