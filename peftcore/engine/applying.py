@@ -290,7 +290,7 @@ def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
     state = require_state(model)
     refuse_needed(state, adapter)
     left = dict(changes_of(model, state, adapter))
-    there = set(with_adapter(model, adapter, state.applied[adapter].paths))
+    there = with_adapter(model, adapter, state.applied[adapter].paths, state.lock)
     if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):
         ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
     if adapter in state.active:

@@ -118,6 +118,20 @@ def test_summary_says_it_and_remove_gets_out(kind: str) -> None:
         assert torch.isfinite(tiny.logits(model)).all()
 
 
+@pytest.mark.parametrize("child", (0, 1, 2))
+def test_remove_finds_modules_that_moved(child: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    plain = copy.deepcopy(model)
+    peftcore.apply(model, "lora", target_modules=["0", "2", "4"], init_lora_weights=False)
+    del model[child], plain[child]  # renames those that follow
+    with pytest.warns(UserWarning, match="'4' is gone"):
+        peftcore.remove(model)
+    row = torch.randn(3, 4)
+    assert torch.equal(model(row), plain(row))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert not any("peftcore" in key for module in model.modules() for key in vars(module))
+
+
 def resize_unnoticed(model: nn.Module) -> None:
     """As `model.resize_token_embeddings` was before it was refused."""
     original_class(model).resize_token_embeddings(model, 100, mean_resizing=False)
