@@ -36,7 +36,7 @@ def test_all_scripts_run_and_the_exit_code_says_whether_one_failed(run_all, monk
     out = capfd.readouterr().out
     assert out.startswith("2 benchmarks, about 1 minutes on two cores")
     assert "== 1 of 2, about 0 s: " in out and "what is wrong: --option\n" in out and "\ngood\n" in out
-    assert "   (running for 0 s)\n" in out.partition("\ngood\n")[0]
+    assert "   (running for 0 s)" in out.partition("\ngood\n")[0]
     assert "(running" not in (tmp_path / "kept/good.txt").read_text()
     assert "1 of 2 rows are more than 3% above the library next to them\n    1.03 of peft" in out
     assert re.search(r"bad\.py --option +\d+ +\d+ +1  FAILED\n", out)

@@ -141,7 +141,7 @@ def test_an_installed_plugin_that_does_not_declare_its_api(discover) -> None:
     plugin = Answers([tiny.method("scale")])
     registry = discover(("scale", plugin, "peftcore-scale"))
     del plugin.peftcore_api
-    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin APIs .*peftcore_api = \">=3.6,<4\""):
+    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin APIs .*peftcore_api = \">=3.7,<4\""):
         assert registry.methods() == {}
 
 
@@ -179,7 +179,7 @@ def test_a_plugin_that_does_not_support_this_api(discover, api: str) -> None:
     plugin = tiny.Plugin(tiny.method("scale"))
     plugin.peftcore_api = api
     registry = discover(("scale", plugin, "peftcore-scale"))
-    with pytest.warns(UserWarning, match=rf"supports the plugin APIs {re.escape(api)}, this peftcore has 3.6. Upgrade"):
+    with pytest.warns(UserWarning, match=rf"supports the plugin APIs {re.escape(api)}, this peftcore has 3.7. Upgrade"):
         assert registry.methods() == {}
 
 

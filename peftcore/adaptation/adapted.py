@@ -229,7 +229,8 @@ def _around(adapters: Adapters, name: str, *, inside: Any, own: OwnForward) -> L
 
 
 def _link(adapters: Adapters, name: str, inside: Any) -> Link:
-    return adapters.links.get(name, Link)(name, adapters[name], inside)
+    adapter: Any = adapters._modules[name]
+    return adapters.links.get(name, Link)(name, adapter, inside)
 
 
 def rebind(copy: nn.Module, *, builds: bool = True) -> None:
@@ -274,7 +275,7 @@ def adapters_at(module: nn.Module) -> Adapters:
 
 def adapter_at(module: nn.Module, name: str) -> nn.Module:
     """Return the adapter `name` of a module that has it."""
-    return adapters_at(module)[name]
+    return module._modules[CHILD]._modules[name]  # type: ignore[union-attr,return-value]
 
 
 def changes_at(module: nn.Module, name: str) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ from peftcore.engine.activating import (
     set_active,
     update_call_context,
 )
-from peftcore.engine.changes import Site, facts, submodule, with_adapter
+from peftcore.engine.changes import Site, facts, moved_with_adapter, submodule, with_adapter
 from peftcore.engine.divided import divide_experts, is_divided, refuse_divided, refuse_stage
 from peftcore.engine.first_values import initialize_adapter, initializer
 from peftcore.engine.gradients import refuse_without_gradient
@@ -290,13 +290,15 @@ def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
     state = require_state(model)
     refuse_needed(state, adapter)
     left = dict(changes_of(model, state, adapter))
-    there = with_adapter(model, adapter, state.applied[adapter].paths, state.lock)
+    there = set(with_adapter(model, adapter, state.applied[adapter].paths))
     if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):
         ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
     if adapter in state.active:
         inactive = {adapter, *state.applied[adapter].branches}
         set_active(model, tuple(name for name in state.active if name not in inactive), state.samples)
     release_branches(state, adapter)
+    if left:
+        there.update(moved_with_adapter(model, adapter, state.lock))
     for module in there:
         adapted.detach(module, adapter)
     fast_path.guard(model)

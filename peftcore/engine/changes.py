@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.adaptation.adapted import adapters_at, is_adapted
-from peftcore.adaptation.base_modules import CHILD, TRAINED, original_class
+from peftcore.adaptation.base_modules import CHILD, TRAINED, base_modules, original_class
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.adaptation.enclosing import LOCK, lock_of
 from peftcore.engine.trained import TrainedParameters
@@ -102,15 +102,19 @@ def attached(model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLo
     return found
 
 
-def with_adapter(model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLock) -> set[nn.Module]:
-    """Return the modules that have `adapter`: at `paths`, also as copies or of another class, and where others moved.
+def with_adapter(model: nn.Module, adapter: str, paths: Iterable[str]) -> Iterator[nn.Module]:
+    """Yield the modules at `paths` that have `adapter`, including copies and modules of another class."""
+    for path in paths:
+        module = module_at(model, path)
+        if module is not None and CHILD in module._modules and adapter in adapters_at(module):
+            yield module
 
-    Deleting a child of a `Sequential` or `ModuleList` renames those that follow it.
-    """
-    at_paths = (module_at(model, path) for path in paths)
-    moved = (module for module in model.modules() if module.__dict__.get(LOCK) is lock)
-    found = (module for module in (*at_paths, *moved) if module is not None and CHILD in module._modules)
-    return {module for module in found if adapter in adapters_at(module)}
+
+def moved_with_adapter(model: nn.Module, adapter: str, lock: ModelLock) -> Iterator[nn.Module]:
+    """Yield the modules that have `adapter` at any path: deleting a child of a `Sequential` renames those after it."""
+    for _, module in base_modules(model):
+        if module.__dict__.get(LOCK) is lock and CHILD in module._modules and adapter in adapters_at(module):
+            yield module
 
 
 def _replaced(module: nn.Module | None) -> str:

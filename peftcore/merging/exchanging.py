@@ -92,27 +92,23 @@ class Exchange:
         before: Tensor = ranks.behind(getattr(module, attribute))
         self.aside.setdefault(name, before)
         held = getattr(module, "held_part", None) if attribute == "weight" else None
-        if attribute not in module._parameters:
-            self._set(module._buffers, attribute, tensor)
-            return
-        if held is not None:
-            if tensor.is_floating_point() and not ranks.is_dtensor(tensor):
-                tensor = held.dtensor(held.of(tensor))
-        elif ranks.is_dtensor(before) and not ranks.is_dtensor(tensor):
-            tensor = ranks.divided_as(tensor, before)
-        if not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        mark_as_loaded(tensor, before)
-        self._set(module._parameters, attribute, tensor)
+        table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+        if table is module._parameters:
+            if held is not None:
+                if tensor.is_floating_point() and not ranks.is_dtensor(tensor):
+                    tensor = held.dtensor(held.of(tensor))
+            elif ranks.is_dtensor(before) and not ranks.is_dtensor(tensor):
+                tensor = ranks.divided_as(tensor, before)
+            if not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            mark_as_loaded(tensor, before)
+        self._before.append((table, attribute, table.get(attribute)))
+        table[attribute] = tensor
 
     def undo(self) -> None:
         """Put the tensors back that were there before."""
         for table, attribute, tensor in reversed(self._before):
             table[attribute] = tensor
-
-    def _set(self, table: dict[str, Any], attribute: str, tensor: Tensor) -> None:
-        self._before.append((table, attribute, table.get(attribute)))
-        table[attribute] = tensor
 
 
 def get(model: nn.Module, name: str) -> Any:

@@ -86,14 +86,14 @@ class Backbone(Adapter):
                 "positions that this model has learned. Shorten the input"
             )
         mask, positions = call.get("attention_mask"), call.get("position_ids")
-        if self._causal:
-            refuse_packed(call, "a prompt would precede only the first of them")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise PeftcoreError(
                 f"a prompt needs a 2-d attention mask [batch, tokens] to extend, found {found} (static caches use "
                 "another; generate with the dynamic one)"
             )
+        if self._causal:
+            refuse_packed(call, "a prompt would precede only the first of them")
         if positions is None and mask is not None and self.counts:
             counted = (mask.long().cumsum(-1) - 1).clamp(min=0)  # positions count tokens, not padding
             positions = counted[:, -length:] + self._first

@@ -88,6 +88,6 @@ def test_suggest_takes_the_task_and_the_number_of_the_data(
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "the", "chosen": "good", "rejected": "bad"}] * 30)
     shown = " ".join(run("suggest", "-m", llama, "--data", data).output.split())
     assert (asked["examples"], asked["loss"]) == (30, "dpo")
-    assert f"-d {data} -o RUN" in shown and "--task dpo" in shown
+    assert f"-d {data} -o RUN" in shown and "--task" not in shown  # train takes it from the data, too
     run("suggest", "-m", llama)
     assert (asked["examples"], asked["loss"]) == (1000, None)

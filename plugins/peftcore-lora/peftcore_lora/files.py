@@ -55,9 +55,10 @@ def name_inside(placement: Any, name: str) -> str:
 
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the file's tensors; with bias="all" PEFT writes biases of modules_to_save twice, which are dropped."""
-    of_model = {part for path, _ in model.named_modules() for part in path.split(".")}  # which may have such a name
-    copies = {"modules_to_save", "original_module"} - of_model
-    tensors = {name: tensor for name, tensor in tensors.items() if copies.isdisjoint(name.split("."))}
+    copies = {"modules_to_save", "original_module"} & {part for name in tensors for part in name.split(".")}
+    if copies:
+        copies -= {part for path, _ in model.named_modules() for part in path.split(".")}  # which may have such a name
+        tensors = {name: tensor for name, tensor in tensors.items() if copies.isdisjoint(name.split("."))}
     return starts.read_start(model, read_experts(model, as_plain(tensors), fields), fields)
 
 

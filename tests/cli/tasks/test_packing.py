@@ -110,15 +110,18 @@ def test_a_cache_would_mix_them(model: Any) -> None:
     assert abs(float(mixed - apart)) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("method", "fields"),
-    [("prompt-tuning", {}), ("prefix-tuning", {}), ("alora", {"alora_invocation_tokens": [7], "r": 2})],
-)
-def test_a_method_that_acts_on_a_whole_row_is_refused(method: str, fields: dict[str, Any]) -> None:
-    """Vectors before the row, or an invocation in one example that the others hear."""
+def test_an_invocation_in_each_example_is_found() -> None:
+    made = models()["rotary"]()
+    peftcore.apply(made, "alora", alora_invocation_tokens=[7], r=2)
+    packing.check(made, EXAMPLES, "alora")
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_a_method_that_acts_on_a_whole_row_is_refused(method: str) -> None:
+    """Vectors before the row."""
     torch.manual_seed(0)
     made = models()["rotary"]()
-    peftcore.apply(made, method, **fields)
+    peftcore.apply(made, method)
     before = {name: parameter.clone() for name, parameter in made.named_parameters()}
     with pytest.raises(peftcore.PeftcoreError, match=f"--pack: {method} does not separate"):
         packing.check(made, EXAMPLES, method)

@@ -289,10 +289,11 @@ def test_rewards_rise(run: Run, llama: Path, tmp_path: Path, mode: str) -> None:
 def test_cross_entropy_alone_is_that_of_other_runs(run: Run, llama: Path, tmp_path: Path) -> None:
     """Also with gradient checkpointing, where texts are sampled in evaluation mode."""
     options = list(arguments(llama, tmp_path, "strided"))
-    place = options.index("--ebft")
+    first, last = options.index("--ebft"), options.index("--batch-size")
+    of_ebft = ["--ebft", "mode=strided rl_coef=0 ce_coef=1 context_length=3", "--generations", 4, "--answer-tokens", 4]
     both = []
-    for name, ebft in (("ce", ["--ebft", "mode=strided rl_coef=0 ce_coef=1 context_length=3"]), ("plain", [])):
-        chosen = [*options[:place], *ebft, *options[place + 2 :], "--gradient-checkpointing", "--steps", 2]
+    for name, ebft in (("ce", of_ebft), ("plain", [])):
+        chosen = [*options[:first], *ebft, *options[last:], "--gradient-checkpointing", "--steps", 2]
         run("train", *chosen, "-o", tmp_path / name)
         both.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
     for name in both[0]:
