@@ -3,8 +3,8 @@
     python benchmarks/apply.py [--methods NAME ...] [--layers 32] [--times 3]
 
 Llama-2-7B's shape, fields at their defaults; the fastest of some times, each on a model of its own, in processor time.
-Next to it are what is trained, and what else the adapters have (banks, indices), each storage once. Nothing is computed
-or moved on the meta device, so there is no floor but zero; trace.py counts the calls.
+Next to it are what is trained, and what else the adapters have (banks, indices), each storage once. The meta
+device computes and moves nothing, so the floor is zero; trace.py counts the calls.
 """
 
 import argparse

@@ -8,7 +8,7 @@ PEFT reads it. MiniLM-L6's shape is in fp32, 8 texts of 32 tokens; SmolLM2-135M'
 texts of 128. Weights are random. A step is forward, backward and AdamW, and whatever else the method does in one
 (AdaLoRA's importance and allocation). Both are timed in turn, the first steps left out; the ratio is that of the
 fastest ones. Memory is the peak of a process of its own in two steps beyond what it held with the base alone, after a
-step of another model of one layer, so that what the libraries load is no part of it. The floor is the operations of the
+step of another model of one layer, which loads what the libraries load once. The floor is the operations of the
 frozen products, forward and for the gradient of the input, at the rate of a large product. With --busy the clock is the
 process's own time, of one thread, for machines that others use.
 """

@@ -50,8 +50,8 @@ def test_ranks_that_trained_each_by_itself_are_not_saved(folder: str) -> None:
 
 
 def test_a_state_that_each_rank_has_of_its_own_is_not_saved(folder: str) -> None:
-    for told in run(rank_bases.drifted_state, folder, False):
-        assert told.startswith("adapter 'default' was not saved: the buffer 'model.layers.0.self_attn.q_proj.seen' on")
-        assert "rank 1 differs by 1 from rank 0" in told and "average it over the ranks in after_step" in told
+    for error in run(rank_bases.drifted_state, folder, False):
+        assert error.startswith("adapter 'default' was not saved: the buffer 'model.layers.0.self_attn.q_proj.seen' on")
+        assert "rank 1 differs by 1 from rank 0" in error and "average it over the ranks in after_step" in error
     assert not (Path(folder) / "state").exists()
     assert run(rank_bases.drifted_state, folder, True) == ["saved", "saved"]

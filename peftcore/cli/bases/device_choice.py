@@ -29,7 +29,7 @@ def torch_device(device: str) -> torch.device:
     if named.type == "cuda" and not torch.cuda.is_available():
         raise PeftcoreError(f"device '{device}' is not available: PyTorch {torch.__version__} finds no CUDA device")
     if named.type == "cuda" and named.index is not None and named.index >= (count := torch.cuda.device_count()):
-        raise PeftcoreError(f"device '{device}' is not available: PyTorch finds {count} CUDA devices, from cuda:0 on")
+        raise PeftcoreError(f"device '{device}' is not available. Use one of cuda:0 to cuda:{count - 1}")
     if named.type == "meta":
         raise PeftcoreError("device 'meta' has no values to compute with. Use auto, cpu, cuda, or cuda:1")
     if named.type not in ("cpu", "cuda"):
