@@ -8,7 +8,7 @@ from peftcore.ops.activated import activated as activated
 from peftcore.ops.affine4 import affine4_weight as affine4_weight, quantize_affine4 as quantize_affine4
 from peftcore.ops.attention import attention as attention
 from peftcore.ops.codebooks import DYNAMIC8 as DYNAMIC8, FP4 as FP4, NF4 as NF4, codebook as codebook
-from peftcore.ops.cross_entropy import Settings as Settings
+from peftcore.ops.cross_entropy import Settings as Settings, cross_entropy as cross_entropy
 from peftcore.ops.dense_linear import WIDENED as WIDENED, dense_linear as dense_linear
 from peftcore.ops.dropout import dropout as dropout, keep_mask as keep_mask
 from peftcore.ops.gated import gated as gated

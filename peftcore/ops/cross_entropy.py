@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by
+from peftcore.ops.calling import transformed
 from peftcore.ops.weight import check_dtype, check_linear, value
 
 
@@ -98,7 +99,9 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def labelled_pieces(labels: Tensor, ignore_index: int, classes: int, size: int) -> Iterator[slice | Tensor]:
+def labelled_pieces(
+    labels: Tensor, ignore_index: int, classes: int, size: int, op: str = "linear_cross_entropy"
+) -> Iterator[slice | Tensor]:
     """Yield rows with labels, at most `size` at a time: slices where all rows have one."""
     count, kept = len(labels), None
     if not capturing(labels):  # else rows without labels are multiplied, too: finding them waits for the GPU
@@ -108,7 +111,7 @@ def labelled_pieces(labels: Tensor, ignore_index: int, classes: int, size: int) 
             if least < 0 or most >= classes:
                 found = least if least < 0 else most
                 wanted = f"labels must be from 0 to {classes - 1}, or ignore_index {ignore_index}"
-                raise IndexError(f"linear_cross_entropy: {wanted}, found {found}")
+                raise IndexError(f"{op}: {wanted}, found {found}")
     if kept is None or len(kept) == count:
         yield from (slice(first, min(first + size, count)) for first in range(0, count, size))
     else:
@@ -228,3 +231,75 @@ define_by(
 def has_blocks(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether a kernel multiplies by a dense head a block of classes at a time, without label smoothing."""
     return extension is not None and device.type == "cpu" and bool(extension.has_cross_entropy(str(dtype)))
+
+
+_PIECE = 1 << 18  # logits of a piece: their fp32 copies stay in a cache
+
+
+class _Losses(torch.autograd.Function):
+    """Losses `[rows]` of logits `[rows, classes]`, whose softmax the backward pass computes a second time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        losses = logits.new_zeros(len(labels), dtype=wide(logits))
+        for piece in _pieces(logits, labels, ignore_index):
+            losses[piece] = _losses_and_gradient(logits[piece], labels[piece], ignore_index, False)[0]
+        ctx.save_for_backward(logits, labels)
+        ctx.ignore_index = ignore_index
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "cross_entropy cannot be differentiated twice (create_graph=True). Use F.cross_entropy instead"
+            )
+        logits, labels = ctx.saved_tensors
+        found = torch.zeros_like(logits)
+        for piece in _pieces(logits, labels, ctx.ignore_index):
+            of_losses = _losses_and_gradient(logits[piece], labels[piece], ctx.ignore_index, True)[1]
+            found[piece] = of_losses.mul_(grad[piece][:, None]).to(found.dtype)
+        return found, None, None
+
+
+def _pieces(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[slice | Tensor]:
+    classes = logits.shape[1]
+    return labelled_pieces(labels, ignore_index, classes, max(1, _PIECE // classes), "cross_entropy")
+
+
+def _losses_and_gradient(rows: Tensor, labels: Tensor, ignore_index: int, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Return the losses of rows of logits, and their gradient, which is rounded once it has been multiplied."""
+    rows = rows.to(wide(rows), copy=True)
+    numbers = rows, labels, None, None, Settings(), ignore_index, gradient
+    found = CrossEntropyRows(*numbers).compute() if rows.dtype is torch.float64 else cross_entropy_rows_(*numbers)
+    return found[0], rows
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Return the cross-entropy of each row, as `F.cross_entropy(logits.float(), labels, reduction="none")`.
+
+    No fp32 copy of all logits is made, here or in the backward pass. Compiled code and tensors of other classes (lazy
+    logits, DTensor) take PyTorch's function.
+
+    Args:
+        logits: fp32, fp16, bf16 or float64 `[..., classes]`.
+        labels: int64 `[...]`, from 0 to classes - 1, or `ignore_index`, which gives a loss of 0.
+        ignore_index: label of rows without one.
+
+    Returns:
+        fp32 (for float64, float64) `[...]`. The gradient cannot be differentiated again.
+
+    Raises:
+        ValueError: shapes do not fit.
+        TypeError: a dtype is not supported.
+        IndexError: on the CPU, a label is out of range. On a GPU its loss is NaN.
+    """
+    op, classes = "cross_entropy", logits.shape[-1]
+    fits = labels.shape == logits.shape[:-1]
+    value(fits, op, f"labels must be {list(logits.shape[:-1])}, found {list(labels.shape)}")
+    rows, flat = logits.reshape(-1, classes), labels.reshape(-1)
+    if type(logits) is not Tensor or logits.is_meta or torch.compiler.is_compiling() or transformed():
+        losses = F.cross_entropy(rows.to(wide(rows)), flat, ignore_index=ignore_index, reduction="none")
+    else:
+        losses = _Losses.apply(rows, flat, ignore_index)  # type: ignore[no-untyped-call]
+    return losses.reshape(labels.shape)

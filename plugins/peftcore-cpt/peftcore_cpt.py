@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftcore import ops
 from peftcore.plugin import (
     Adapter,
     Architecture,
@@ -178,13 +179,11 @@ class ContextLoss(Adapter):
         labels = torch.cat([labels.new_tensor(self.token_ids).expand(len(labels), -1), labels], dim=1)[:, 1:]
         outputs = (types > 0) & (types % 4 == 0)
         counts = outputs & (labels != -100)
-        each = F.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels.where(counts, -100).flatten(), reduction="none"
-        )
+        each = ops.cross_entropy(logits, F.pad(labels.where(counts, -100), (0, 1), value=-100))[:, :-1]
         order, index = types.where(outputs, -1).sort(dim=1, descending=True)
         later = F.pad((order.diff(dim=1) != 0).cumsum(dim=1), (1, 0))  # number of other types that are larger
         weights = self.decay ** torch.zeros_like(later).scatter(1, index, later).to(each.dtype)
-        return (each * weights.flatten()).sum() / counts.sum()
+        return (each * weights).sum() / counts.sum()
 
 
 def place(model: nn.Module, config: CptConfig, architecture: Architecture) -> list[Placement]:
