@@ -94,10 +94,10 @@ class Gralora(Adapter):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         y, x = base(x), self.dropout(x)
-        k, a, b = len(self.gralora_A), (self.scale * self.gralora_A).to(x.dtype), self.gralora_B.to(x.dtype)
+        k, a, b = len(self.gralora_A), self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype)
         u = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (k, -1)), a)
         pieces = u.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)  # [..., j, r]: piece j of each part n
-        change = torch.einsum("...jr,jro->...jo", pieces, b).flatten(-2)
+        change = torch.einsum("...jr,jro->...jo", self.scale * pieces, b).flatten(-2)
         if self.gralora_A_general is not None:
             first, second = self.plain()
             change = change + F.linear(F.linear(x, (self.scale * first).to(x.dtype)), second.to(x.dtype))
