@@ -298,7 +298,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
     fits = labels.shape == logits.shape[:-1]
     value(fits, op, f"labels must be {list(logits.shape[:-1])}, found {list(labels.shape)}")
     rows, flat = logits.reshape(-1, classes), labels.reshape(-1)
-    if type(logits) is not Tensor or logits.is_meta or torch.compiler.is_compiling() or transformed():
+    if type(logits) is not Tensor or labels.is_meta or torch.compiler.is_compiling() or transformed():
         losses = F.cross_entropy(rows.to(wide(rows)), flat, ignore_index=ignore_index, reduction="none")
     else:
         losses = _Losses.apply(rows, flat, ignore_index)  # type: ignore[no-untyped-call]
