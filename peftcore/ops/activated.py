@@ -3,8 +3,8 @@
     GELU      y = x ∘ Φ(x)                         dx = dy ∘ (Φ(x) + x ∘ φ(x))
     others    y = x ∘ s      s = 1 / (1 + exp(-p))    dx = dy ∘ s ∘ (1 + x ∘ (1 - s) ∘ p'(x))
 
-Φ is the normal distribution and φ its density; p is that of gated.py. All is computed in fp32 and rounded once; only x
-is kept for the gradient.
+Φ is the distribution function of the normal distribution and φ its density; p is the one of gated.py. Everything
+is computed in fp32 and rounded once; only x is kept for the gradient.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import transformed
-from peftcore.ops.gated import ACTIVATIONS as POWERS, check_coefficients, share, slope
+from peftcore.ops.gated import ACTIVATIONS as GATES, check_coefficients, sigmoid_of_p, slope
 from peftcore.ops.weight import check_dtype, check_gradient, check_strided
 
 _OPS = torch.ops.peftcore
 Activation = Literal["gelu", "silu", "gelu_tanh", "quick_gelu"]
-# Whether it is by the normal distribution, and the coefficients of p.
+# Whether Φ is used, and otherwise the coefficients of p.
 ACTIVATIONS: dict[str, tuple[bool, float, float]] = {
     "gelu": (True, 1.0, 0.0),
-    **{name: (False, *powers) for name, powers in POWERS.items()},
+    **{name: (False, *coefficients) for name, coefficients in GATES.items()},
 }
 
 
 def _formula(x: Tensor, normal: bool, linear: float, cubic: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    s = 0.5 * torch.erfc(-wide * math.sqrt(0.5)) if normal else share(wide, linear, cubic)
+    s = 0.5 * torch.erfc(-wide * math.sqrt(0.5)) if normal else sigmoid_of_p(wide, linear, cubic)
     return (wide * s).to(x.dtype)
 
 
@@ -94,16 +94,16 @@ class _Activated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, normal: bool, linear: float, cubic: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.numbers = normal, linear, cubic
+        ctx.settings = normal, linear, cubic
         return _OPS.activated(x, normal, linear, cubic)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it is differentiated again
-            (dx,) = torch.autograd.grad(_formula(x, *ctx.numbers), x, grad, create_graph=True)
+        if torch.is_grad_enabled():  # create_graph=True
+            (dx,) = torch.autograd.grad(_formula(x, *ctx.settings), x, grad, create_graph=True)
         else:
-            dx = _OPS.activated_backward(grad, x, *ctx.numbers)
+            dx = _OPS.activated_backward(grad, x, *ctx.settings)
         return dx, None, None, None
 
 
@@ -115,12 +115,12 @@ def activated(x: Tensor, activation: Activation = "gelu") -> Tensor:
         activation: `gelu` (by the normal distribution), `silu`, `gelu_tanh` or `quick_gelu`.
 
     Returns:
-        In the shape and dtype of x, with a gradient.
+        A tensor of x's shape and dtype, with a gradient.
     """
-    numbers = ACTIVATIONS[activation]
+    settings = ACTIVATIONS[activation]
     if x.device.type not in KERNEL_DEVICES or x.dtype is torch.float64 or transformed():
-        return _formula(x, *numbers)
+        return _formula(x, *settings)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Activated.apply(x, *numbers)  # type: ignore[no-untyped-call]
-    y: Tensor = _OPS.activated(x, *numbers)
+        return _Activated.apply(x, *settings)  # type: ignore[no-untyped-call]
+    y: Tensor = _OPS.activated(x, *settings)
     return y

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -31,10 +31,10 @@ class BuildInfo:
     cpu_level: str = "reference"  # in use
     cpu_levels: tuple[str, ...] = ()  # of this build, runnable on this CPU
     compiled_cpu_levels: tuple[str, ...] = ()
-    caches: tuple[int, ...] = ()  # the first, second and third, in bytes, by which work is divided
+    caches: tuple[int, ...] = ()  # bytes of the first, second and third level, as kernels read them
     cuda_architectures: tuple[str, ...] = ()  # empty: built without CUDA
     cuda_missing_because: str = ""
-    costs: tuple[str, ...] = field(default=())  # what the missing parts cost, a sentence each
+    costs: tuple[str, ...] = ()  # what the missing parts cost, a sentence each
 
     @property
     def out_of_reach(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,23 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def second_order(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Return gradients of formula(*inputs) that can be differentiated, for a backward pass with `create_graph=True`.
+
+    Each is taken with respect to a view of its input: an input may be computed from another one, or be the same tensor,
+    and the gradient of one argument must not contain what reaches it through another.
+
+    Returns:
+        A gradient for each input that `needs` one, None for the others.
+    """
+    views = [t.view_as(t) for t in inputs]
+    wanted = [view for view, needed in zip(views, needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(formula(*views), wanted, grad, create_graph=True))
+    return [next(found) if needed else None for needed in needs]
 
 
 def permuted(t: Tensor, weight: Tensor | PackedWeight) -> Tensor:

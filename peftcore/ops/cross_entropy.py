@@ -84,14 +84,14 @@ def capped(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor | float]:
 def factors(
     lse: Tensor, target: Tensor, class_weight: Tensor | None, settings: Settings, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors of p and of the label in the gradient of each row."""
-    share = 1 - settings.label_smoothing
+    """Return the factor of p, (1 - ε) w_y + ε/V Σ w + 2 ζ lse, and that of the label, (1 - ε) w_y, for each row."""
+    smoothing = settings.label_smoothing
     if class_weight is None:
-        of_label, total = torch.full_like(lse, share), torch.full_like(lse, settings.label_smoothing)
+        of_label, smoothed = torch.full_like(lse, 1 - smoothing), torch.full_like(lse, smoothing)
     else:
-        of_label = share * class_weight[target]
-        total = (settings.label_smoothing / classes * class_weight.sum()).expand_as(lse)
-    return of_label + total + 2 * settings.z_loss * lse, of_label
+        of_label = (1 - smoothing) * class_weight[target]
+        smoothed = (smoothing / classes * class_weight.sum()).expand_as(lse)
+    return of_label + smoothed + 2 * settings.z_loss * lse, of_label
 
 
 def capturing(x: Tensor) -> bool:
@@ -102,9 +102,15 @@ def capturing(x: Tensor) -> bool:
 def labelled_pieces(
     labels: Tensor, ignore_index: int, classes: int, size: int, op: str = "linear_cross_entropy"
 ) -> Iterator[slice | Tensor]:
-    """Yield rows with labels, at most `size` at a time: slices where all rows have one."""
+    """Yield the rows with a label, `size` at a time: as slices if all rows have one, else as indices.
+
+    In a CUDA graph all rows are yielded, since finding those with a label waits for the GPU.
+
+    Raises:
+        IndexError: on the CPU, a label is out of range.
+    """
     count, kept = len(labels), None
-    if not capturing(labels):  # else rows without labels are multiplied, too: finding them waits for the GPU
+    if not capturing(labels):
         kept = (labels != ignore_index).nonzero()[:, 0]
         if labels.device.type == "cpu" and kept.numel():
             least, most = (int(bound) for bound in labels[kept].aminmax())
@@ -174,7 +180,32 @@ define_by(
     CrossEntropyRows,
 )
 
-cross_entropy_rows_ = torch.ops.peftcore.cross_entropy_rows_.default
+
+def cross_entropy_rows_(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    grad_scale: Tensor | None,
+    settings: Sequence[float],
+    ignore_index: int,
+    gradient: bool = True,
+) -> Tensor:
+    """Return losses, lse and entropies `[3, rows]`, and turn the logits into their gradient in place.
+
+    Args:
+        logits: contiguous `[rows, classes]`. Float64, which the operator's kernels lack, is computed by its reference.
+        labels: int64 `[rows]`.
+        class_weight: `[classes]` in the wide dtype of the logits.
+        grad_scale: factor of the gradient, one value in the wide dtype.
+        settings: see `Settings`.
+        ignore_index: label of rows whose results and gradient are 0.
+        gradient: False: the logits are not changed.
+    """
+    arguments = logits, labels, class_weight, grad_scale, settings, ignore_index, gradient
+    if logits.dtype is torch.float64:
+        return CrossEntropyRows(*arguments).compute()
+    rows: Tensor = torch.ops.peftcore.cross_entropy_rows_.default(*arguments)
+    return rows
 
 
 BLOCK_CLASSES, BLOCK_ROWS = 2048, 1024  # kMostClasses and kMostRows of the kernel
@@ -255,11 +286,11 @@ class _Losses(torch.autograd.Function):
                 "cross_entropy cannot be differentiated twice (create_graph=True). Use F.cross_entropy instead"
             )
         logits, labels = ctx.saved_tensors
-        found = torch.zeros_like(logits)
+        of_logits = torch.zeros_like(logits)
         for piece in _pieces(logits, labels, ctx.ignore_index):
             of_losses = _losses_and_gradient(logits[piece], labels[piece], ctx.ignore_index, True)[1]
-            found[piece] = of_losses.mul_(grad[piece][:, None]).to(found.dtype)
-        return found, None, None
+            of_logits[piece] = of_losses.mul_(grad[piece][:, None]).to(logits.dtype)
+        return of_logits, None, None
 
 
 def _pieces(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[slice | Tensor]:
@@ -268,11 +299,10 @@ def _pieces(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[slice
 
 
 def _losses_and_gradient(rows: Tensor, labels: Tensor, ignore_index: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Return the losses of rows of logits, and their gradient, which is rounded once it has been multiplied."""
+    """Return the losses of rows of logits, and the gradient of each loss with respect to its row, both wide."""
     rows = rows.to(wide(rows), copy=True)
-    numbers = rows, labels, None, None, Settings(), ignore_index, gradient
-    found = CrossEntropyRows(*numbers).compute() if rows.dtype is torch.float64 else cross_entropy_rows_(*numbers)
-    return found[0], rows
+    losses, _, _ = cross_entropy_rows_(rows, labels, None, None, Settings(), ignore_index, gradient)
+    return losses, rows
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -294,10 +324,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
         TypeError: a dtype is not supported.
         IndexError: on the CPU, a label is out of range. On a GPU its loss is NaN.
     """
-    op, classes = "cross_entropy", logits.shape[-1]
-    fits = labels.shape == logits.shape[:-1]
-    value(fits, op, f"labels must be {list(logits.shape[:-1])}, found {list(labels.shape)}")
-    rows, flat = logits.reshape(-1, classes), labels.reshape(-1)
+    op, shape = "cross_entropy", list(logits.shape)
+    value(shape != [] and shape[-1] > 0, op, f"logits must be [..., classes], found {shape}")
+    value(list(labels.shape) == shape[:-1], op, f"labels must be {shape[:-1]}, found {list(labels.shape)}")
+    rows, flat = logits.reshape(-1, shape[-1]), labels.reshape(-1)
     if type(logits) is not Tensor or labels.is_meta or torch.compiler.is_compiling() or transformed():
         losses = F.cross_entropy(rows.to(wide(rows)), flat, ignore_index=ignore_index, reduction="none")
     else:

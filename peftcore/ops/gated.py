@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,18 +21,17 @@ from torch import Tensor
 
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import transformed
+from peftcore.ops.calling import second_order, transformed
 from peftcore.ops.weight import check_dtype, check_strided, value
 
 _OPS = torch.ops.peftcore
 _TANH = 2 * math.sqrt(2 / math.pi)
 Activation = Literal["silu", "gelu_tanh", "quick_gelu"]
-ACTIVATIONS: dict[str, tuple[float, float]] = {
+ACTIVATIONS: dict[str, tuple[float, float]] = {  # coefficients of p: linear, cubic
     "silu": (1.0, 0.0),
     "gelu_tanh": (_TANH, 0.044715 * _TANH),
     "quick_gelu": (1.702, 0.0),
 }
-
 
 _LARGEST = 16.0  # coefficient of an activation; its products then overflow only where the reference's do
 
@@ -55,20 +55,21 @@ def _check(op: str, gate: Tensor, linear: float, cubic: float, **others: Tensor)
         value(t.shape == gate.shape, op, shape)
 
 
-def share(x: Tensor, linear: float, cubic: float) -> Tensor:
-    """Return s of p(x)."""
+def sigmoid_of_p(x: Tensor, linear: float, cubic: float) -> Tensor:
+    """Return s = 1 / (1 + exp(-p(x)))."""
     return torch.sigmoid(linear * x + cubic * x.pow(3) if cubic else linear * x)
 
 
 def slope(x: Tensor, linear: float, cubic: float) -> Tensor:
-    """Return the derivative of x s: far out 0 or 1, at infinity NaN."""
-    s, near = share(x, linear, cubic), x.clamp(-1e4, 1e4)
-    return s * (1 + near * (1 - s) * (linear + 3 * cubic * near.pow(2))) + (x - x)
+    """Return the derivative of x s(x): 0 or 1 for large |x|, NaN at infinity."""
+    s, near = sigmoid_of_p(x, linear, cubic), x.clamp(-1e4, 1e4)  # beyond, 1 - s or s is 0, and p'(x) may overflow
+    nan_at_infinity = x - x
+    return s * (1 + near * (1 - s) * (linear + 3 * cubic * near.pow(2))) + nan_at_infinity
 
 
 def _formula(gate: Tensor, up: Tensor, linear: float, cubic: float) -> Tensor:
     wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
-    return (wide * share(wide, linear, cubic)).to(gate.dtype) * up
+    return (wide * sigmoid_of_p(wide, linear, cubic)).to(gate.dtype) * up
 
 
 @dataclass
@@ -102,7 +103,7 @@ class GatedBackward:
     def compute(self) -> tuple[Tensor, Tensor]:
         gate, grad, dtype = self.gate.float(), self.grad.float(), self.gate.dtype
         dgate = grad * self.up * slope(gate, self.linear, self.cubic)
-        return dgate.to(dtype), (grad * gate * share(gate, self.linear, self.cubic)).to(dtype)
+        return dgate.to(dtype), (grad * gate * sigmoid_of_p(gate, self.linear, self.cubic)).to(dtype)
 
     def empty(self) -> tuple[Tensor, Tensor]:
         return self.gate.new_empty(self.gate.shape), self.gate.new_empty(self.gate.shape)
@@ -119,19 +120,17 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, linear: float, cubic: float) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.powers = linear, cubic
+        ctx.coefficients = linear, cubic
         return _OPS.gated(gate, up, linear, cubic)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # it is differentiated again
-            inputs = [t for t, needed in zip((gate, up), needs, strict=True) if needed]
-            y = _formula(gate, up, *ctx.powers)
-            found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in needs), None, None
-        dgate, dup = _OPS.gated_backward(grad, gate, up, *ctx.powers)
+        if torch.is_grad_enabled():  # create_graph=True
+            formula = partial(_formula, linear=ctx.coefficients[0], cubic=ctx.coefficients[1])
+            return *second_order(formula, (gate, up), needs, grad), None, None
+        dgate, dup = _OPS.gated_backward(grad, gate, up, *ctx.coefficients)
         return dgate if needs[0] else None, dup if needs[1] else None, None, None
 
 
@@ -144,12 +143,12 @@ def gated(gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
         activation: `silu`, `gelu_tanh` or `quick_gelu`.
 
     Returns:
-        In the shape and dtype of gate, with gradients for both.
+        A tensor of gate's shape and dtype, with gradients for both.
     """
-    powers = ACTIVATIONS[activation]
+    coefficients = ACTIVATIONS[activation]
     if gate.device.type not in KERNEL_DEVICES or gate.dtype is torch.float64 or transformed():
-        return _formula(gate, up, *powers)
+        return _formula(gate, up, *coefficients)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _Gated.apply(gate, up, *powers)  # type: ignore[no-untyped-call]
-    y: Tensor = _OPS.gated(gate, up, *powers)
+        return _Gated.apply(gate, up, *coefficients)  # type: ignore[no-untyped-call]
+    y: Tensor = _OPS.gated(gate, up, *coefficients)
     return y

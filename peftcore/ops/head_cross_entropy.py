@@ -1,7 +1,8 @@
 """Cross-entropy of any head, a function from hidden states to logits row by row, without the matrix of logits.
 
-As `linear_cross_entropy`, whose pieces these are, with PyTorch's autograd for each piece: of heads with adapters. Sums
-of losses get all gradients in the forward pass; the losses of rows multiply each piece again in the backward pass.
+For heads with adapters: rows are taken in the pieces of `linear_cross_entropy`, and PyTorch's autograd differentiates
+each. For a sum or mean of losses, the forward pass computes all gradients; for the losses of single rows, the backward
+pass runs the head again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from peftcore.ops.cross_entropy import (
-    CrossEntropyRows,
     Settings,
     check_labels,
     check_settings,
@@ -30,10 +30,10 @@ class HeadFunction(NamedTuple):
     """A head as a function.
 
     Args:
-        function: gives logits `[rows, classes]` of hidden states `[rows, in]`, each row's from that row alone, and the
-            same in every call.
+        function: hidden states `[rows, in]` -> logits `[rows, classes]`. The logits of a row depend on that row alone,
+            and are the same in every call.
         classes: size of the vocabulary.
-        tensors: what the function reads that may have gradients.
+        tensors: tensors that the function reads and that may need gradients.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -43,47 +43,63 @@ class HeadFunction(NamedTuple):
 
 @dataclass
 class _Call:
+    """Arguments of a call that get no gradients.
+
+    Args:
+        head, settings, ignore_index: as in `head_cross_entropy`.
+        labels: int64 `[rows]`.
+        class_weight: `[classes]` in the wide dtype of the hidden states.
+        summed: the result is the sum of the losses, so that the forward pass can compute the gradients.
+        has_labels: whether any row has a label; set by `pieces`.
+    """
+
     head: HeadFunction
     labels: Tensor
     class_weight: Tensor | None
     settings: Settings
     ignore_index: int
     summed: bool
-    empty: bool = False  # whether no row has a label
+    has_labels: bool = True
 
-    def pieces(self, hidden: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool], rows_grad: Tensor | None) -> Any:
-        """Return `[3, rows]`: losses, lse and entropies; and the gradients of hidden states and tensors."""
+    def pieces(
+        self, hidden: Tensor, tensors: Sequence[Tensor], needs: Sequence[bool], loss_grad: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Return losses, lse and entropies `[3, rows]`, and the gradients of the hidden states and of each tensor.
+
+        Args:
+            hidden: `[rows, in]`.
+            tensors: `head.tensors`.
+            needs: whether the hidden states, and each tensor, need a gradient; others get None.
+            loss_grad: gradient of each loss `[rows]`; None: 1.
+        """
         rows = torch.zeros((3, len(hidden)), dtype=wide(hidden), device=hidden.device)
-        dh = torch.zeros_like(hidden) if needs[0] else None
-        sums: list[Tensor | None] = [None for _ in tensors]  # stays None for what the function does not read
+        hidden_grad = torch.zeros_like(hidden) if needs[0] else None
         wanted = [i for i, needed in enumerate(needs[1:]) if needed]
+        sums: list[Tensor | None] = [None for _ in tensors]  # stays None for what the function does not read
         size = rows_in_piece(self.head.classes, hidden.dtype, hidden.device)
         pieces = list(labelled_pieces(self.labels, self.ignore_index, self.head.classes, size))
-        self.empty = not pieces
+        self.has_labels = bool(pieces)
         for piece in pieces or [slice(0)]:  # no rows give gradients of 0 to what the function reads
             x = hidden[piece].detach().requires_grad_(needs[0])
             with torch.set_grad_enabled(any(needs)):
-                z = self.head.function(x)
-            dz = z.detach().clone(memory_format=torch.contiguous_format)
-            numbers = dz, self.labels[piece], self.class_weight, None, self.settings, self.ignore_index, any(needs)
+                logits = self.head.function(x)
+            logits_grad = logits.detach().clone(memory_format=torch.contiguous_format)
+            options = self.class_weight, None, self.settings, self.ignore_index, any(needs)
             with torch.no_grad():
-                if dz.dtype is torch.float64:
-                    rows[:, piece] = CrossEntropyRows(*numbers).compute()
-                else:
-                    rows[:, piece] = cross_entropy_rows_(*numbers)
-                if rows_grad is not None:
-                    dz *= rows_grad[piece][:, None]
+                rows[:, piece] = cross_entropy_rows_(logits_grad, self.labels[piece], *options)
+                if loss_grad is not None:
+                    logits_grad *= loss_grad[piece][:, None]
             if not any(needs):
                 continue
-            inputs = [*([] if dh is None else [x]), *(tensors[i] for i in wanted)]
-            found = list(torch.autograd.grad(z, inputs, dz, allow_unused=True))
-            if dh is not None:
-                dh[piece] = found.pop(0)
-            for i, one in zip(wanted, found, strict=True):
-                if one is not None:
+            inputs = [*([x] if needs[0] else []), *(tensors[i] for i in wanted)]
+            grads = list(torch.autograd.grad(logits, inputs, logits_grad, allow_unused=True))
+            if hidden_grad is not None:
+                hidden_grad[piece] = grads.pop(0)
+            for i, grad in zip(wanted, grads, strict=True):
+                if grad is not None:
                     total = sums[i]
-                    sums[i] = one.to(wide(one)) if total is None else total.add_(one)
-        return rows, [dh, *(None if g is None else g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))]
+                    sums[i] = grad.to(wide(grad)) if total is None else total.add_(grad)
+        return rows, [hidden_grad, *(None if g is None else g.to(t.dtype) for g, t in zip(sums, tensors, strict=True))]
 
 
 class _Pieces(torch.autograd.Function):
@@ -104,7 +120,7 @@ class _Pieces(torch.autograd.Function):
                 "head_cross_entropy cannot be differentiated twice (create_graph=True). "
                 "Use F.cross_entropy of the head's logits instead"
             )
-        if ctx.call.empty:
+        if not ctx.call.has_labels:
             grad = torch.zeros_like(grad)  # the mean of no losses divides by 0
         if ctx.call.summed:
             return None, *(None if g is None else (g * grad).to(g.dtype) for g in ctx.saved_tensors)
@@ -114,18 +130,27 @@ class _Pieces(torch.autograd.Function):
         return None, *grads
 
 
-def _run(call: _Call, hidden: Tensor, op: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses of the rows or their sum, lse and entropies, and the number that a mean divides by."""
-    labels, leading = call.labels, list(hidden.shape[:-1])
-    value(labels.shape == hidden.shape[:-1], op, f"labels must be {leading}, found {list(labels.shape)}")
-    call.labels, x = labels.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
-    if call.class_weight is not None:
-        call.class_weight = call.class_weight.to(wide(x))
-    check_labels(call.labels, len(x), x, call.head.classes, call.class_weight, op)
-    check_settings(call.settings, op)
-    loss, rest = _Pieces.apply(call, x, *call.head.tensors)  # type: ignore[no-untyped-call]
-    counts = call.labels != call.ignore_index
-    return loss, rest.detach(), divisor(call.labels, counts, call.class_weight, wide(x))
+def _run(
+    head: HeadFunction,
+    hidden: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    settings: Settings,
+    ignore_index: int,
+    summed: bool,
+    op: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses `[rows]` or their sum, lse and entropies `[2, rows]`, and the number that a mean divides by."""
+    leading = list(hidden.shape[:-1])
+    value(list(labels.shape) == leading, op, f"labels must be {leading}, found {list(labels.shape)}")
+    labels, x = labels.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
+    if class_weight is not None:
+        class_weight = class_weight.to(wide(x))
+    check_labels(labels, len(x), x, head.classes, class_weight, op)
+    check_settings(settings, op)
+    call = _Call(head, labels, class_weight, settings, ignore_index, summed)
+    loss, rest = _Pieces.apply(call, x, *head.tensors)  # type: ignore[no-untyped-call]
+    return loss, rest.detach(), divisor(labels, labels != ignore_index, class_weight, wide(x))
 
 
 def head_cross_entropy(
@@ -157,7 +182,7 @@ def head_cross_entropy(
     op = "head_cross_entropy"
     check_reduction(reduction, op)
     summed = reduction != "none"
-    loss, _, total = _run(_Call(head, labels, class_weight, settings, ignore_index, summed), hidden, op)
+    loss, _, total = _run(head, hidden, labels, class_weight, settings, ignore_index, summed, op)
     if not summed:
         return loss.reshape(labels.shape)
     return loss / total if reduction == "mean" else loss
@@ -178,5 +203,5 @@ def head_log_probs(
     Raises:
         As `linear_cross_entropy`.
     """
-    loss, rest, _ = _run(_Call(head, tokens, None, settings, ignore_index, False), hidden, "head_log_probs")
+    loss, rest, _ = _run(head, hidden, tokens, None, settings, ignore_index, False, "head_log_probs")
     return -loss.reshape(tokens.shape), rest[1].reshape(tokens.shape)

@@ -27,7 +27,6 @@ from torch.nn import functional as F
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import frozen_operands, transformed
 from peftcore.ops.cross_entropy import (
-    CrossEntropyRows,
     Settings,
     capped,
     capturing,
@@ -81,10 +80,6 @@ class _Head:
         return _OPS.dense_linear(grad, self.weight[0].t()) if self.ours else grad @ self.weight[0]
 
 
-def _in_float64(*arguments: Any) -> Tensor:
-    return CrossEntropyRows(*arguments).compute()
-
-
 @dataclass
 class LinearCrossEntropy:
     hidden: Tensor
@@ -108,29 +103,35 @@ class LinearCrossEntropy:
 
     def compute(self) -> tuple[Tensor, Tensor]:
         x, count = self.hidden, self.hidden.shape[0]
-        size = rows_in_piece(self.classes, x.dtype, x.device)
         rows = x.new_zeros((3, count), dtype=wide(x))
         grad = torch.zeros_like(x) if self.gradient else x.new_empty(0)
-        softmax = _in_float64 if x.dtype is torch.float64 else cross_entropy_rows_
-        plain = not self.packing and self.weight[0].is_contiguous() and Settings(*self.settings).label_smoothing == 0
-        blocks = plain and has_blocks(x.dtype, x.device)
-        pieces = list(labelled_pieces(self.labels, self.ignore_index, self.classes, count if blocks else size))
-        options = self.class_weight, self.grad_scale, self.settings, self.ignore_index, self.gradient
-        if blocks:
-            for piece in pieces:  # one
-                operands = x[piece], self.weight[0], self.bias, self.labels[piece], *options[:3]
-                rows[:, piece], found = _OPS.linear_cross_entropy_rows(*operands, self.gradient)
+        if self._has_blocks():
+            for piece in self._pieces(max(1, count)):  # all rows in one piece
+                operands = x[piece], self.weight[0], self.bias, self.labels[piece], self.class_weight, self.grad_scale
+                rows[:, piece], dx = _OPS.linear_cross_entropy_rows(*operands, self.settings, self.gradient)
                 if self.gradient:
-                    grad[piece] = found
+                    grad[piece] = dx
             return rows, grad
+        size = rows_in_piece(self.classes, x.dtype, x.device)
+        pieces = self._pieces(size)
         head = _Head(self.weight, self.packing, self.bias, x, min(size, count))
+        options = self.class_weight, self.grad_scale, self.settings, self.ignore_index, self.gradient
         for piece in pieces:
             logits = head.logits(x[piece]).contiguous()
-            rows[:, piece] = softmax(logits, self.labels[piece], *options)
+            rows[:, piece] = cross_entropy_rows_(logits, self.labels[piece], *options)
             if self.gradient:
                 grad[piece] = head.gradient(logits)
             del logits  # before the next piece's are allocated
         return rows, grad
+
+    def _has_blocks(self) -> bool:
+        """Return whether `linear_cross_entropy_rows` has a kernel for these arguments."""
+        if self.packing or not self.weight[0].is_contiguous() or Settings(*self.settings).label_smoothing:
+            return False
+        return has_blocks(self.hidden.dtype, self.hidden.device)
+
+    def _pieces(self, size: int) -> list[slice | Tensor]:
+        return list(labelled_pieces(self.labels, self.ignore_index, self.classes, size))
 
     def empty(self) -> tuple[Tensor, Tensor]:
         rows = self.hidden.new_empty((3, self.hidden.shape[0]), dtype=wide(self.hidden))

@@ -29,10 +29,10 @@ class Updates(NamedTuple):
 
     Args:
         scalars: rows of a rule's scalars, one after another.
-        steps: of each row, the number of its update.
-        rows: of each parameter, its row.
-        streams: of each parameter, the key by which a 16-bit one is rounded at random; negative: to the nearest. Empty:
-            all to the nearest.
+        steps: number of the update, for each row of scalars.
+        rows: index of its row of scalars, for each parameter.
+        streams: key of the generator by which a 16-bit parameter is rounded stochastically, for each parameter;
+            negative: to the nearest. Empty: all to the nearest.
     """
 
     scalars: Sequence[float]
@@ -42,7 +42,7 @@ class Updates(NamedTuple):
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, stream: int, step: int) -> Tensor:
-    """Flat fp32 values rounded to 16 bits, up with the probability of the fraction that is cut off."""
+    """Return flat fp32 values rounded to 16 bits, away from 0 with the probability of the fraction that is cut off."""
     group = torch.arange(-(-x.numel() // 8), device=x.device)  # 8 elements share one call of the generator
     counter = (group & LOW, group >> 32, torch.full_like(group, step & LOW), torch.full_like(group, step >> 32 & LOW))
     random = philox(counter, stream, rounds=10).flatten()[: x.numel()]
@@ -51,12 +51,12 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, stream: int, step: int) -> T
     if dtype == torch.bfloat16:
         rounded = (bits + random) >> 16
     else:
+        small = magnitude < 0x38800000  # below 2^-14, fp16's values are multiples of 2^-24
         tiny = (x.abs() * 2.0**40).nan_to_num(0, 0, 0).clamp(max=2.0**30).long()
-        small = magnitude < 0x38800000
         rounded = torch.where(small, (tiny + random) >> 16, (magnitude - 0x38000000 + (random >> 3)) >> 13) | sign
-        rounded = torch.where(magnitude >= 0x47800000, 0x7C00 | sign, rounded)
-    drawn = torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(dtype)
-    return torch.where(x.isfinite(), drawn, x.to(dtype))
+        rounded = torch.where(magnitude >= 0x47800000, 0x7C00 | sign, rounded)  # from 2^16: infinity
+    signed = torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16)
+    return torch.where(x.isfinite(), signed.view(dtype), x.to(dtype))
 
 
 def check_step(
@@ -66,7 +66,7 @@ def check_step(
 
     Raises:
         TypeError: a tensor has another dtype.
-        ValueError: there is no such rule, or something does not fit the parameters.
+        ValueError: the rule is unknown, or an argument does not fit the parameters.
     """
     if rule not in RULES:
         raise ValueError(f"optim_step_: no rule '{rule}' (there are: {', '.join(RULES)})")
@@ -89,6 +89,13 @@ def check_step(
                 raise ValueError(f"optim_step_: {name} must be on {params[0].device}, found {t.device}")
             if t.dtype not in DTYPES:
                 raise TypeError(f"optim_step_: {name} must be float32, float16 or bfloat16, found {t.dtype}")
+    for param, grad, row in zip(params, grads, rows, strict=True):
+        if grad.numel() != param.numel():
+            raise ValueError(
+                f"optim_step_: a gradient of shape {list(grad.shape)} for a parameter of shape {list(param.shape)}"
+            )
+        if not 0 <= row < len(steps):
+            raise ValueError(f"optim_step_: row {row} of {len(steps)}")
     for i, t in enumerate(state):
         plane, count = planes[i // len(params)], params[i % len(params)].numel()
         if t.device != params[0].device:
@@ -144,7 +151,7 @@ def why_no_pages() -> str | None:
 
 
 def paged_state(rule: str, page_bytes: int, budget: int, directory: str, device: int) -> Any:
-    """Pages with the state of one rule (csrc/optim/paged_state.h).
+    """Return pages with the state of one rule (csrc/optim/paged_state.h).
 
     Args:
         page_bytes: a multiple of 4,096.

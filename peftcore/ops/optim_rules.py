@@ -8,7 +8,7 @@
     momentum    g += weight_decay p, b = momentum b + weight g, p += step b; Nesterov: p += step (g + momentum b)
 
 The operators, the optimizers, their pages and their files read `RULES`, and so do the compiled kernels, to which
-`describe` hands it. A rule computes in fp32, from gradients times `factor`: 1 / loss scale, negative to maximise.
+`describe` passes it. A rule computes in fp32, from gradients times `factor`: 1 / loss scale, negative to maximise.
 
 A new rule is its entry here, and its kernel in csrc/optim/rules.h.
 
@@ -36,10 +36,10 @@ class Plane:
     """One plane of a parameter's state: a value for each element, or one for each block of 256.
 
     Args:
-        name: as `state_dict` has it.
-        dtype: float32, or uint8 for codes of `map`.
-        elements: how many share a value, 1 or `BLOCK`.
-        map: what the codes mean by which it is kept in 8 bits; their scales are the plane `<name>_absmax`.
+        name: key of the plane in `state_dict`.
+        dtype: float32, or uint8 for codes.
+        elements: number of elements that share a value, 1 or `BLOCK`.
+        map: values of the codes, if the plane is stored in 8 bits; their scales are the plane `<name>_absmax`.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Plane:
 
     @property
     def initial(self) -> int:
-        """Return the code of 0 in this plane."""
+        """Value in this plane, or its code, before the first update."""
         return 127 if self.coded and self.map is SIGNED_MAP else 0
 
     def numel(self, count: int) -> int:
-        """Return how many values belong to a parameter of `count` elements."""
+        """Return the number of values for a parameter of `count` elements."""
         return count if self.elements == 1 else blocks_of(count)
 
     def shaped(self, values: Tensor, param: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Plane:
         return values.view(param.shape) if self.elements == 1 else values
 
     def new(self, param: Tensor) -> Tensor:
-        """Return the plane of a parameter that was never updated."""
+        """Return the plane of a parameter before its first update."""
         values = torch.full((self.numel(param.numel()),), self.initial, dtype=self.dtype, device=param.device)
         return self.shaped(values, param)
 
@@ -75,11 +75,11 @@ Update = Callable[[Tensor, Tensor, Sequence[Tensor], Any], None]
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """One way to update parameters.
+    """Update rule of an optimizer.
 
     Args:
-        name: by which operators know it.
-        planes: of a parameter's state.
+        name: the `rule` of operators.
+        planes: state of a parameter.
         scalars: a named tuple of the numbers of an update that are the same for all elements; `factor` is the first.
         update: `(p, g, state, scalars)`: flat fp32 values p and the planes of state are changed in place.
     """
@@ -94,27 +94,27 @@ class Rule:
         return tuple(plane.name for plane in self.planes)
 
     def new_state(self, param: Tensor) -> list[Tensor]:
-        """State of a parameter that was never updated, plane by plane."""
+        """Return the state of a parameter before its first update, plane by plane."""
         return [plane.new(param) for plane in self.planes]
 
 
 def in_8_bits(name: str, planes: Sequence[Plane], scalars: type[Any], update_values: Update) -> Rule:
     """Return a rule with planes of codes followed by their scales. `update_values` gets decoded state."""
-    codes = [dataclasses.replace(plane, dtype=torch.uint8) for plane in planes]
-    scales = [Plane(f"{plane.name}_absmax", elements=BLOCK) for plane in planes]
+    code_planes = [dataclasses.replace(plane, dtype=torch.uint8) for plane in planes]
+    scale_planes = [Plane(f"{plane.name}_absmax", elements=BLOCK) for plane in planes]
 
     def update(p: Tensor, g: Tensor, state: Sequence[Tensor], c: Any) -> None:
-        pairs = list(zip(codes, state[: len(codes)], state[len(codes) :], strict=True))
-        values = [decode(code, absmax, plane.map) for plane, code, absmax in pairs]
+        stored = list(zip(planes, state[: len(planes)], state[len(planes) :], strict=True))
+        values = [decode(codes, absmax, plane.map) for plane, codes, absmax in stored]
         update_values(p, g, values, c)
         finite = torch.stack([value.isfinite() for value in values]).all(0)
-        for (plane, code, absmax), value in zip(pairs, values, strict=True):
+        for (plane, codes, absmax), value in zip(stored, values, strict=True):
             # One element must not become the scale of 256: if it is not finite, its state is reset.
-            new_code, new_absmax = encode(value.where(finite, 0), plane.map)
-            code.copy_(new_code)
+            new_codes, new_absmax = encode(value.where(finite, 0), plane.map)
+            codes.copy_(new_codes)
             absmax.copy_(new_absmax)
 
-    return Rule(name, (*codes, *scales), scalars, update)
+    return Rule(name, (*code_planes, *scale_planes), scalars, update)
 
 
 # --- AdamW -----------------------------------------------------------------------------------------------------------
@@ -254,10 +254,10 @@ RULES = {
 
 
 def describe(define_rule: Callable[[str, list[tuple[str, int]], str], None]) -> None:
-    """Hand the table to the compiled kernels, which refuse what they would read otherwise.
+    """Pass the table to the compiled kernels, which refuse a rule that they would read differently.
 
     Raises:
-        ValueError: no kernel has the name of a rule, or it reads other planes or scalars.
+        ValueError: a rule has no kernel, or its kernel reads other planes or scalars.
     """
     for rule in RULES.values():
         planes = [(str(plane.dtype).removeprefix("torch."), plane.elements) for plane in rule.planes]

@@ -11,10 +11,10 @@ Double quantization stores the scales themselves in 8 bits, around their mean (`
     a[b] = nested_quant_map[s[b]] * nested_absmax[b // nested_blocksize] + nested_offset, each step rounded to fp32
 
 Source: Dettmers et al., arXiv 2305.14314, section 3 and appendix E. Codes, scales and values equal those of
-    bitsandbytes 0.50 on CPU bit for bit, so packed weights can be exchanged: a full block is multiplied by the fp32
-    reciprocal of its scale,
-the partial block at the end is divided by it, scales below 1e-38 count as 1e-38. bitsandbytes takes the 8-bit codes of
-scales from a coarse table on CPU; here, as in its CUDA kernels, they are the nearest.
+bitsandbytes 0.50 on CPU bit for bit, so packed weights can be exchanged: a full block is multiplied by the fp32
+reciprocal of its scale, the partial block at the end is divided by it, and scales below 1e-38 count as 1e-38.
+bitsandbytes takes the 8-bit codes of scales from a coarse table on CPU; here, as in its CUDA kernels, they are the
+nearest.
 
 Non-finite input is not an error, so that a caller can check many tensors with one synchronisation: a NaN makes the
 scale of its block NaN and the whole block dequantizes to NaN, an infinity makes the scale infinite. `absmax` is finite
@@ -56,7 +56,7 @@ def _blocks(count: int, blocksize: int) -> int:
 
 
 def _scaled(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Return flattened x over its blocks' scales, and the scales: full blocks times the reciprocal."""
+    """Return the flattened values of x divided by their blocks' scales, and the scales, both fp32."""
     flat = x.reshape(-1).float()
     full = flat.numel() // blocksize * blocksize
     blocks, rest = flat[:full].view(-1, blocksize), flat[full:]
@@ -224,23 +224,26 @@ def with_nested_scales(weight: PackedWeight, nested_blocksize: int = 256) -> Pac
 
 
 def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
-    """Unpack to a new tensor of `dtype`, by default the one that the weight had, or into `out`.
+    """Return the dense weight: a new tensor, or `out`.
 
     Args:
+        weight: the packed weight.
+        dtype: of the new tensor; None: `weight.dtype`. With `out`, None or its dtype.
         out: fp32, fp16 or bf16 of the weight's shape, any strides. Reusing one saves the page faults of fresh
             memory, which cost more than the unpacking.
 
     Raises:
         TypeError, ValueError: a part that does not fit the others; the message has both values.
     """
-    if weight.permutation is not None:
-        inverse = weight.permutation.argsort()
-        dense = dequantize_4bit(weight._replace(permutation=None), dtype if out is None else out.dtype)
-        return dense.index_select(-1, inverse) if out is None else out.copy_(dense.index_select(-1, inverse))
+    if out is not None and dtype not in (None, out.dtype):
+        raise ValueError(f"dequantize_4bit: out has dtype {out.dtype}, but dtype={dtype} was requested")
     tensors, packing = weight.operands()
     if out is None:
-        return _OPS.dequantize_4bit(tensors, packing, dtype or weight.dtype)
-    if dtype is not None and dtype != out.dtype:
-        raise ValueError(f"dequantize_4bit: out has dtype {out.dtype}, but dtype={dtype} was requested")
-    _OPS.dequantize_4bit.out(tensors, packing, out=out)
-    return out
+        dense = _OPS.dequantize_4bit(tensors, packing, dtype or weight.dtype)
+    else:
+        _OPS.dequantize_4bit.out(tensors, packing, out=out)
+        dense = out
+    if weight.permutation is None:
+        return dense
+    dense = dense.index_select(-1, weight.permutation.argsort())
+    return dense if out is None else out.copy_(dense)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from peftcore.ops._extension import KERNEL_DEVICES
 from peftcore.ops._library import define_by
-from peftcore.ops.calling import transformed
+from peftcore.ops.calling import second_order, transformed
 from peftcore.ops.weight import DTYPES, check_dtype, check_gradient, check_strided, value
 
 _OPS = torch.ops.peftcore
@@ -131,11 +132,9 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         eps, offset, rounded = ctx.settings
         needs = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # it is differentiated again
-            inputs = [t for t, needed in zip((x, weight), needs, strict=True) if needed]
-            y = _formula(x, weight, eps, offset, rounded)
-            found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in needs), None, None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            formula = partial(_formula, eps=eps, offset=offset, rounded=rounded)
+            return *second_order(formula, (x, weight), needs, grad), None, None, None
         dx, dweight = _OPS.rms_norm_backward(grad, x, weight, scale, offset, rounded, needs)
         return dx if needs[0] else None, dweight if needs[1] else None, None, None, None
 

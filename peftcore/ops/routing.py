@@ -49,11 +49,11 @@ def _check_x(t: Tensor, op: str, name: str) -> None:
     value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
 
 
-def _check_numbers(t: Tensor, op: str, name: str, least: int) -> None:
-    """Raise a ValueError if there are numbers below `least`; not checked on a GPU, to avoid a synchronisation."""
+def _check_numbers(t: Tensor, op: str, name: str, count: int) -> None:
+    """Check that numbers are from 0 to count - 1; on a GPU they are not checked, to avoid a synchronisation."""
     if t.device.type == "cpu" and t.numel():
         low, high = int(t.min()), int(t.max())
-        value(low >= 0 and high < least, op, f"{name} must be from 0 to {least - 1}, found {low} to {high}")
+        value(low >= 0 and high < count, op, f"{name} must be from 0 to {count - 1}, found {low} to {high}")
 
 
 def _check_weights(weights: Tensor, op: str, like: Tensor) -> None:

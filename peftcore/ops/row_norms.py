@@ -32,9 +32,10 @@ class RowNorms:
     scale: float
 
     def __post_init__(self) -> None:
-        op, frozen = "row_norms", checked(self.weight, self.packing, "row_norms")
+        op, first = "row_norms", self.weight[0]
+        self.frozen = frozen = checked(self.weight, self.packing, op)
+        self.dtype = torch.promote_types(first.dtype, torch.float32)
         value(len(frozen.shape) == 2, op, f"weight must be [out, in], found {list(frozen.shape)}")
-        self.shape, first = frozen.shape, self.weight[0]
         if isinstance(frozen, Tensor) and frozen.dtype is not torch.float64:
             check_dtype(frozen.dtype, op)
         for name, t in (("a", self.a), ("b", self.b)):
@@ -42,32 +43,27 @@ class RowNorms:
                 raise TypeError(f"{op}: {name} must be of 16, 32 or 64 bits in floating point, found {t.dtype}")
             value(t.device == first.device, op, f"{name} must be on {first.device} like weight, found {t.device}")
             value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
-        (out, width), r = self.shape, self.a.shape[0]
+        (out, width), r = frozen.shape, self.a.shape[0]
         value(self.a.shape[1] == width, op, f"a must be [r, {width}] for weight, found {list(self.a.shape)}")
         value(self.b.shape == (out, r), op, f"b must be [{out}, {r}], found {list(self.b.shape)}")
 
-    def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.weight[0].dtype, torch.float32)
-
     def compute(self) -> Tensor:
-        a, b = self.a.to(self.dtype()), self.scale * self.b.to(self.dtype())
-        found = b.new_empty(self.shape[0])
-        frozen = checked(self.weight, self.packing, "row_norms")
-        whole = 1 if isinstance(frozen, Tensor) else frozen.rows_that_begin_blocks()
-        step = max(1, _PIECE // max(1, self.shape[1] * whole)) * whole
-        for first in range(0, self.shape[0], step):
-            rows = slice(first, min(first + step, self.shape[0]))
-            w = self._rows(frozen, rows).to(self.dtype())
-            torch.linalg.vector_norm(torch.addmm(w, b[rows], a), dim=1, out=found[rows])
-        return found
-
-    def _rows(self, frozen: Tensor | PackedWeight, rows: slice) -> Tensor:
-        if isinstance(frozen, Tensor):
-            return frozen[rows]
-        return dequantize_4bit(frozen.rows(rows.start, rows.stop), self.dtype())
+        frozen, (out, width) = self.frozen, self.frozen.shape
+        a, b = self.a.to(self.dtype), self.scale * self.b.to(self.dtype)
+        norms = b.new_empty(out)
+        multiple = 1 if isinstance(frozen, Tensor) else frozen.rows_that_begin_blocks()
+        step = max(1, _PIECE // max(1, width * multiple)) * multiple
+        for first in range(0, out, step):
+            rows = slice(first, min(first + step, out))
+            if isinstance(frozen, Tensor):
+                w = frozen[rows].to(self.dtype)
+            else:
+                w = dequantize_4bit(frozen.rows(rows.start, rows.stop), self.dtype)
+            torch.linalg.vector_norm(torch.addmm(w, b[rows], a), dim=1, out=norms[rows])
+        return norms
 
     def empty(self) -> Tensor:
-        return self.a.new_empty(self.shape[0], dtype=self.dtype())
+        return self.a.new_empty(self.frozen.shape[0], dtype=self.dtype)
 
 
 define_by("row_norms(Tensor[] weight, SymInt[] packing, Tensor a, Tensor b, float scale) -> Tensor", RowNorms)

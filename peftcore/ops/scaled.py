@@ -2,8 +2,9 @@
 
     dx = dy ∘ g                   dg = the sum of dy ∘ x over all other dimensions, in fp32
 
-As PyTorch differentiates `(x * g).to(x.dtype)`, dy becomes a matrix of fp32, and another two are made of it. Here a
-pass over memory is all, on CPU and where g is of the last dimension; elsewhere products of bf16 are rounded to it.
+PyTorch's gradient of `(x * g).to(x.dtype)` makes three fp32 matrices of x's size. On the CPU, where g is for the last
+dimension, a kernel passes over memory once and makes none. Elsewhere PyTorch's operators compute it without fp32
+matrices, except for x in fp16, so that products in bf16 are rounded to bf16 before they are summed.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class _Scaled(torch.autograd.Function):
         if _has_kernel(x, ctx.behind) and not torch.is_grad_enabled():
             dx, dg = _OPS.scaled_backward(dy, x, g, needs)
             return dx if needs[0] else None, dg if needs[1] else None, None
-        dx = (dy * _wide(g, ctx.behind)).to(x.dtype) if needs[0] else None
+        dx = (dy * _aligned(g, ctx.behind)).to(x.dtype) if needs[0] else None
         if not needs[1]:
             return dx, None, None
         others = [i for i in range(x.dim()) if i != x.dim() - 1 - ctx.behind]
@@ -101,16 +102,17 @@ class _Scaled(torch.autograd.Function):
 
 
 def _has_kernel(x: Tensor, behind: int) -> bool:
-    """Elsewhere the operator's reference would make matrices of fp32 for the sake of its exactness."""
+    """Return whether the operator has a kernel for x. Its reference is not used instead: it makes fp32 matrices."""
     return x.is_cpu and behind == 0 and x.dtype in DTYPES and x.dim() > 0 and not x.is_nested
 
 
-def _wide(g: Tensor, behind: int) -> Tensor:
+def _aligned(g: Tensor, behind: int) -> Tensor:
+    """Return g in a shape that broadcasts over the dimensions `behind` its own."""
     return g.view(-1, *[1] * behind)
 
 
 def _forward(x: Tensor, g: Tensor, behind: int) -> Tensor:
-    return _OPS.scaled(x, g) if _has_kernel(x, behind) else (x * _wide(g, behind)).to(x.dtype)
+    return _OPS.scaled(x, g) if _has_kernel(x, behind) else (x * _aligned(g, behind)).to(x.dtype)
 
 
 def scaled(x: Tensor, g: Tensor, behind: int = 0) -> Tensor:
@@ -125,7 +127,7 @@ def scaled(x: Tensor, g: Tensor, behind: int = 0) -> Tensor:
         In the shape and dtype of x, with gradients for both.
     """
     if transformed():
-        return (x * _wide(g, behind)).to(x.dtype)
+        return (x * _aligned(g, behind)).to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or g.requires_grad):
         return _Scaled.apply(x, g, behind)  # type: ignore[no-untyped-call]
     return _forward(x, g, behind)

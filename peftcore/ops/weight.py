@@ -51,8 +51,8 @@ class PackedWeight(NamedTuple):
         quant_map: fp32 `[16]`, the values of the codes.
         shape: `(.., out, in)`; leading dimensions are experts'.
         blocksize: values that share a scale, a power of two from 32 to 4096, or 16 with nested scales.
-        dtype: the one that it had. quant_type: `nf4`, `fp4`, `mxfp4`, `nvfp4` or `affine4`.
-        nested_absmax, nested_quant_map, nested_offset, nested_blocksize: what turns 8-bit scales back to fp32 (fp32
+        dtype: dtype of the weight before it was quantized. quant_type: `nf4`, `fp4`, `mxfp4`, `nvfp4` or `affine4`.
+        nested_absmax, nested_quant_map, nested_offset, nested_blocksize: what decodes 8-bit scales to fp32 (fp32
             `[ceil(blocks / nested_blocksize)]`, `[256]`, `[]`), or None. nested_blocksize=POWERS_OF_TWO: scales are
             powers of two in E8M0; AFFINE: see affine4.py.
         turned: the weight is the transpose of a parameter `[experts, in, out]`; operators ignore it.
@@ -78,14 +78,14 @@ class PackedWeight(NamedTuple):
 
     @property
     def double_quant(self) -> bool:
-        """Whether its scales are in 8 bits."""
+        """Whether the scales are in 8 bits."""
         return self.nested_absmax is not None
 
     def operands(self) -> tuple[list[Tensor], list[int]]:
         """Return the two arguments of an operator.
 
         Raises:
-            ValueError: some of the nested scales' parts are there, and others are not.
+            ValueError: some parts of nested scales are missing.
         """
         absmax, quant_map, offset = self.nested_absmax, self.nested_quant_map, self.nested_offset
         if absmax is None and quant_map is None and offset is None:
@@ -226,42 +226,48 @@ def check_gradient(grad: Tensor, x: Tensor, op: str) -> None:
 
 
 def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tensor | PackedWeight:
-    """Return the weight of an operator's two arguments, checked."""
+    """Return the weight of an operator's two arguments, which the module's docstring lists, checked.
+
+    Raises:
+        TypeError: a part has another dtype. ValueError: a part or a number does not fit the others.
+    """
+    found = f"found {len(tensors)}"
     if not packing:
-        found = f"found {len(tensors)}"
         value(len(tensors) == 1, op, f"a dense weight is 1 tensor (without packing), {found}")
         return tensors[0]
-    found = f"found {len(tensors)}"
     wanted = "a weight in 4 bits is 3 tensors, 4 with zero points, or 6 with nested scales"
     value(len(tensors) in (3, 4, 6), op, f"{wanted}, {found}")
     wanted = "packing must be [blocksize, nested_blocksize, shape..]"
     value(len(packing) >= 2, op, f"{wanted}, found {list(packing)}")
+    codes, absmax, quant_map, *others = tensors
     blocksize, nested_blocksize, shape = int(packing[0]), int(packing[1]), tuple(packing[2:])
-    check_blocksize(blocksize, op, least=MIN_NESTED_BLOCKSIZE if len(tensors) == 6 else MIN_BLOCKSIZE)
+    nested, has_zeros = len(tensors) == 6, len(tensors) == 4
+    powers = nested_blocksize == POWERS_OF_TWO and not nested
+    affine = nested_blocksize == AFFINE and not nested
+    value(affine or not has_zeros, op, f"zero points need affine codes, found packing {list(packing)}")
+    check_blocksize(blocksize, op, least=MIN_NESTED_BLOCKSIZE if nested else MIN_BLOCKSIZE)
     for size in shape:
         value(size >= 0, op, f"shape must not be negative, found {list(shape)}")
-    count = math.prod(shape)
-    codes, absmax, quant_map, *nested = tensors
-    zeros, nested = (nested[0], []) if len(nested) == 1 else (None, nested)
-    blocks, device = -(-count // blocksize), codes.device
+    count, device = math.prod(shape), codes.device
+    blocks = -(-count // blocksize)
     check_tensor(codes, torch.uint8, device, op, "codes")
     check_numel(codes, (count + 1) // 2, op, "codes", "two values a byte")
-    powers, affine = (nested_blocksize == kind and not nested for kind in (POWERS_OF_TWO, AFFINE))
-    value(affine or zeros is None, op, f"zero points need affine codes, found packing {list(packing)}")
-    if affine and absmax.dtype in DTYPES:
-        check_tensor(absmax, absmax.dtype, device, op, "absmax")
+    if nested or powers:
+        scale_dtype = torch.uint8
     else:
-        check_tensor(absmax, torch.uint8 if nested or powers else torch.float32, device, op, "absmax")
+        scale_dtype = absmax.dtype if affine and absmax.dtype in DTYPES else torch.float32
+    check_tensor(absmax, scale_dtype, device, op, "absmax")
     check_numel(absmax, blocks, op, "absmax", "one a block")
     check_quant_map(quant_map, 16, device, op)
-    weight = PackedWeight(codes, absmax, quant_map, shape, blocksize)
     if powers or affine or blocksize < MIN_BLOCKSIZE:
         columns = shape[-1] if shape else 1
         wanted = f"rows must be whole blocks of {blocksize} values in this format"
         value(columns % blocksize == 0, op, f"{wanted}, found {columns} columns")
-    if powers or affine:
-        if powers:
-            return weight._replace(quant_type="mxfp4", nested_blocksize=POWERS_OF_TWO)
+    weight = PackedWeight(codes, absmax, quant_map, shape, blocksize)
+    if powers:
+        return weight._replace(quant_type="mxfp4", nested_blocksize=POWERS_OF_TWO)
+    if affine:
+        zeros = others[0] if has_zeros else None
         if zeros is not None:
             check_tensor(zeros, torch.uint8 if zeros.dtype is torch.uint8 else torch.float32, device, op, "zeros")
             check_numel(zeros, blocks, op, "zeros", "one a block")
@@ -270,7 +276,7 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
         wanted = "nested_blocksize must be 0 without nested scales"
         value(nested_blocksize == 0, op, f"{wanted}, found {nested_blocksize}")
         return weight
-    nested_absmax, nested_quant_map, nested_offset = nested
+    nested_absmax, nested_quant_map, nested_offset = others
     check_blocksize(nested_blocksize, op, "nested_blocksize")
     check_tensor(nested_absmax, torch.float32, device, op, "nested_absmax")
     check_numel(nested_absmax, -(-blocks // nested_blocksize), op, "nested_absmax", "one a block of scales")

@@ -53,6 +53,9 @@ def test_what_cannot_be_computed_is_an_error():
         ops.cross_entropy(logits, torch.tensor([0, 5, -100]))
     with pytest.raises(TypeError, match=r"labels must be torch\.int64"):
         ops.cross_entropy(logits, torch.zeros(3, dtype=torch.int32))
+    for shape in ((3, 0), ()):
+        with pytest.raises(ValueError, match=rf"logits must be \[..., classes\], found \{list(shape)}"):
+            ops.cross_entropy(torch.zeros(shape), torch.zeros(shape[:-1], dtype=torch.long))
     loss = ops.cross_entropy(logits, torch.zeros(3, dtype=torch.long)).sum()
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(loss, logits, create_graph=True)

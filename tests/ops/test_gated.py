@@ -109,6 +109,15 @@ def test_second_gradients_and_transforms() -> None:
     torch.testing.assert_close(found, torch.autograd.grad(ops.gated(gate, up).sum(), gate)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("up", [lambda gate: gate, torch.sin], ids=["same", "dependent"])
+def test_second_gradients_of_inputs_that_depend_on_each_other(up: Any) -> None:
+    gate, penalties = values(3, 8).requires_grad_(), []
+    for function in (ops.gated, lambda gate, up: F.silu(gate) * up):
+        (dgate,) = torch.autograd.grad(function(gate, up(gate)).sum(), gate, create_graph=True)
+        penalties.append((dgate.detach(), *torch.autograd.grad(dgate.pow(2).sum(), gate)))
+    torch.testing.assert_close(*penalties, rtol=1e-4, atol=1e-4)
+
+
 def test_keeps_its_inputs_alone() -> None:
     kept: list[Tensor] = []
     gate, up = values(8, 64).requires_grad_(), values(8, 64).requires_grad_()

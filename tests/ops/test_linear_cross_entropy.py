@@ -215,6 +215,16 @@ def test_rows_without_labels_have_no_gradient_and_no_product() -> None:
     assert loss.isfinite() and gradients(loss, [h])[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_rows(dtype: torch.dtype) -> None:
+    h, w = torch.zeros(2, 0, 8, dtype=dtype, requires_grad=True), values(40, 8, dtype=dtype)
+    y = torch.zeros(2, 0, dtype=torch.long)
+    assert ops.linear_cross_entropy(h, w, y, reduction="none").shape == (2, 0)
+    assert ops.linear_cross_entropy(h, w, y).isnan()  # as in PyTorch
+    loss = ops.linear_cross_entropy(h, w, y, reduction="sum")
+    assert loss == 0 and gradients(loss, [h])[0].shape == (2, 0, 8)
+
+
 def test_gradcheck() -> None:
     h, w, b = (values(*s, dtype=torch.float64).requires_grad_() for s in ((5, 4), (7, 4), (7,)))
     y = torch.tensor([1, 6, -100, 0, 2])

@@ -189,6 +189,9 @@ def test_opcheck(rule):
         ({"rule": "adam"}, ValueError, "no rule 'adam'"),
         ({"scalars": [1.0]}, ValueError, "scalars"),
         ({"rows": [0, 0]}, ValueError, "rows"),
+        ({"rows": [-1]}, ValueError, "row -1 of 1"),
+        ({"rows": [1]}, ValueError, "row 1 of 1"),
+        ({"grads": [torch.ones(1)]}, ValueError, r"a gradient of shape \[1\] for a parameter of shape \[4\]"),
         ({"streams": [1, 2]}, ValueError, "streams"),
     ],
 )

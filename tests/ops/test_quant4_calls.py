@@ -26,6 +26,18 @@ def test_out_gives_the_dtype():
         ops.dequantize_4bit(weight, out=wanted.flatten())
 
 
+def test_out_with_permuted_inputs_is_checked_too():
+    codes = torch.arange(512).view(8, 64) % 16
+    permutation = torch.arange(64).flip(0)
+    weight = ops.affine4_weight(codes, torch.ones(8, 2), permutation=permutation)
+    out = torch.empty(8, 64)
+    assert ops.dequantize_4bit(weight, out=out) is out and torch.equal(out, codes.flip(1) - 8.0)
+    with pytest.raises(ValueError, match=r"out has dtype torch.float32, but dtype=torch.bfloat16"):
+        ops.dequantize_4bit(weight, torch.bfloat16, out=out)
+    with pytest.raises(ValueError, match=r"out must have the weight's shape \[8, 64\], found \[2, 8, 64\]"):
+        ops.dequantize_4bit(weight, out=torch.empty(2, 8, 64))
+
+
 def test_needs_no_gradient():
     weight = torch.nn.Parameter(data(4, 64))
     packed = ops.quantize_4bit(weight)

@@ -135,6 +135,14 @@ def test_second_gradients() -> None:
     torch.testing.assert_close(penalties[0], penalties[1], rtol=1e-4, atol=1e-4)
 
 
+def test_second_gradients_of_a_weight_computed_from_x() -> None:
+    x, penalties = values(3, 8).requires_grad_(), []
+    for function in (ops.rms_norm, lambda x, weight, eps: _formula(x, weight, eps, 0.0, True)):
+        (dx,) = torch.autograd.grad(function(x, x.mean(0), EPS).sum(), x, create_graph=True)
+        penalties.append((dx.detach(), *torch.autograd.grad(dx.pow(2).sum(), x)))
+    torch.testing.assert_close(*penalties, rtol=1e-4, atol=1e-4)
+
+
 def test_transforms_and_views() -> None:
     x, weight = values(12, 40), values(20)
     assert torch.equal(ops.rms_norm(x[::2, 4:24], weight, EPS), ops.rms_norm(x[::2, 4:24].contiguous(), weight, EPS))
