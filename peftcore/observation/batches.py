@@ -12,19 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from peftcore import ranks
 from peftcore.errors import PeftcoreError
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """Return the output of `model` for `batch`, whose tensors are moved to the model's device.
+    """Return the output of `model` for `batch`, whose tensors, also in lists, are moved to the model's device.
 
     Raises:
         PeftcoreError: `batch` is not a batch.
     """
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    moved = partial(_moved, device=device)
+
+    def moved(value: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: t.to(device), value)
+
     if isinstance(batch, Mapping):
         return model(**{name: moved(value) for name, value in batch.items()})
     if isinstance(batch, (tuple, list)):
@@ -62,7 +66,7 @@ def inputs_of(
             hooks.pop(path).remove()
 
     try:
-        for path in paths:
+        for path in dict.fromkeys(paths):
             hooks[path] = _submodule(model, path).register_forward_pre_hook(partial(look, path), with_kwargs=True)
         wanted = set(hooks)
         for batch in _some(batches):
@@ -101,23 +105,33 @@ def gradients_of(
             depend on a parameter.
     """
     held = [dict(batch) if isinstance(batch, Mapping) else batch for batch in _some(batches)]
-    chosen = {name: _parameter(model, name) for name in names}
-    at_once = len(chosen) if len(held) == 1 else at_once
+    names_of: dict[nn.Parameter, list[str]] = {}  # several of a shared parameter
+    for name in dict.fromkeys(names):
+        names_of.setdefault(_parameter(model, name), []).append(name)
+    chosen = list(names_of)
+    at_once = len(chosen) if len(held) == 1 else max(1, at_once)
     unseen: list[str] = []
-    for start in range(0, len(chosen), max(1, at_once)):
-        part = dict(list(chosen.items())[start : start + at_once])
-        sums: dict[str, Tensor] = {}
 
-        def take(name: str, parameter: Tensor, sums: dict[str, Tensor] = sums) -> None:
-            gradient, parameter.grad = parameter.grad.float(), None  # type: ignore[union-attr]
+    def pass_on(parameter: nn.Parameter, gradient: Tensor) -> None:
+        with torch.no_grad():
+            for name in names_of[parameter]:
+                visit(name, gradient)
+
+    for start in range(0, len(chosen), at_once or 1):
+        part = chosen[start : start + at_once]
+        seen: set[nn.Parameter] = set()
+        sums: dict[nn.Parameter, Tensor] = {}
+
+        def take(parameter: nn.Parameter, seen: Any = seen, sums: Any = sums) -> None:
+            assert parameter.grad is not None
+            gradient, parameter.grad = parameter.grad.float(), None
+            seen.add(parameter)
             if len(held) == 1:
-                sums[name] = torch.empty(0)
-                with torch.no_grad():
-                    visit(name, gradient)
+                pass_on(parameter, gradient)
             else:
-                sums[name] = sums[name].add_(gradient) if name in sums else gradient
+                sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
 
-        with _asked(model, part, take):
+        with _training_alone(model, part, take):
             for batch in held:
                 answer = run(model, batch)
                 value = loss(answer, batch) if loss is not None else getattr(answer, "loss", None)
@@ -125,30 +139,33 @@ def gradients_of(
                     raise PeftcoreError(
                         "the model returned no loss: add labels to the batches, or pass loss=(output, batch) -> ..."
                     )
-                value.backward()
-        unseen += [name for name in part if name not in sums]
-        for name in list(sums) if len(held) > 1 else ():
-            visit(name, sums.pop(name) / len(held))
+                if value.requires_grad:
+                    value.backward()
+        unseen += [name for parameter in part if parameter not in seen for name in names_of[parameter]]
+        for parameter in list(sums):
+            pass_on(parameter, sums.pop(parameter) / len(held))
     _refuse_unseen(unseen, "has no gradient: the loss does not depend on it. Leave it out, such as by exclude_modules")
 
 
 @contextmanager
-def _asked(model: nn.Module, chosen: dict[str, nn.Parameter], take: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Compute gradients of the parameters `chosen` only inside the block, and pass each to `take`."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    gradients = {parameter: parameter.grad for parameter in chosen.values()}
+def _training_alone(
+    model: nn.Module, chosen: Sequence[nn.Parameter], take: Callable[[nn.Parameter], None]
+) -> Iterator[None]:
+    """Compute gradients of the parameters `chosen` alone within the block, and call `take` with each that has one."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    gradients = {parameter: parameter.grad for parameter in chosen}
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        for parameter in before:
-            parameter.requires_grad_(False)
-        for name, parameter in chosen.items():
-            parameter.requires_grad_(True).grad = None
-            stack.callback(parameter.register_post_accumulate_grad_hook(partial(take, name)).remove)
         try:
+            for parameter in required:
+                parameter.requires_grad_(False)
+            for parameter in chosen:
+                parameter.requires_grad_(True).grad = None
+                stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
             yield
         finally:
-            for parameter, asked in before.items():
-                parameter.requires_grad_(asked)
+            for parameter, requires_grad in required.items():
+                parameter.requires_grad_(requires_grad)
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
 
@@ -160,10 +177,6 @@ def _some(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
     if empty:
         raise PeftcoreError("there is no batch. If it is an iterator that was read before, pass a list or a DataLoader")
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

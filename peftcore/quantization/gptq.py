@@ -10,11 +10,12 @@ already, give it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,27 +39,27 @@ def rounded(weight: Tensor, upper: Tensor, blocksize: int) -> PackedWeight:
         upper: fp64 `[in, in]`, see `inverse_factor`.
         blocksize: number of inputs in a group.
     """
-    left, width = weight.double(), weight.shape[1]
+    remaining, width = weight.double(), weight.shape[1]
     codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
     scales, zeros = [], []
     step = min(blocksize, _AT_ONCE)
     for first in range(0, width, step):
         last = first + step
         if first % blocksize == 0:
-            group = ops.quantize_affine4(left[:, first : first + blocksize].float(), blocksize)
+            group = ops.quantize_affine4(remaining[:, first : first + blocksize].float(), blocksize)
             assert group.zeros is not None
             scales.append(group.absmax)
             zeros.append(group.zeros)
             scale, zero = scales[-1].double(), zeros[-1].double()
             inverse = (1 / scale).masked_fill_(scale == 0, 0)
-        part, factor = left[:, first:last].T.contiguous(), upper[first:last, first:last]  # a row is a column of W
+        part, factor = remaining[:, first:last].T.contiguous(), upper[first:last, first:last]  # a row is a column of W
         errors = torch.empty_like(part)
         for i in range(step):
             code = (part[i] * inverse).round_().add_(zero).clamp_(0, 15)
             codes[first + i] = code.to(torch.uint8)
             errors[i] = (part[i] - scale * (code - zero)) / factor[i, i]
             part[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-        left[:, last:].addmm_(errors.T, upper[first:last, last:], alpha=-1)
+        remaining[:, last:].addmm_(errors.T, upper[first:last, last:], alpha=-1)
     return ops.affine4_weight(codes.T, torch.stack(scales, 1), torch.stack(zeros, 1), dtype=weight.dtype)
 
 
@@ -127,7 +128,7 @@ def rounded_layers(
         model.eval()
         groups, unreached = _in_order(model, layers, batches)
         for group in groups:
-            hessian = _hessian(model, layers, group, batches)
+            hessian = _hessian(model, group, batches)
             if hessian is None:  # routing has changed
                 unreached += [path for paths in group.weights for path in paths]
                 continue
@@ -166,39 +167,53 @@ def _convert(layers: Mapping[str, Any], paths: list[str], upper: Tensor, blocksi
         convert(layers[path], packed if layers[path] is first else first.packed)
 
 
-def _in_order(model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Any]) -> tuple[list[_Group], list[str]]:
-    """Return the layers in the order of their first calls, and the paths of those that no batch reaches."""
-    by_weight: dict[int, list[str]] = {}
-    for path, layer in layers.items():
-        by_weight.setdefault(id(layer.weight), []).append(path)
-    groups: dict[int, _Group] = {}
-    joined: dict[int, int] = {}  # key -> key of the first of the weights that got the same input one after the other
-    counts: dict[int, int] = {}
-    latest: list[Any] = [None, None, None]  # input of the call before, its version, and the key that it joined
+class _Call(NamedTuple):
+    """Call of a layer: its input with the version that in-place operators raise, and the leader of the layer's weight.
 
-    def see(key: int, x: Tensor) -> None:
-        counts[key] = counts.get(key, 0) + 1
-        groups.setdefault(key, _Group([by_weight[key]]))
+    The leader of weights that get one input in consecutive calls, such as query, key and value, is the first of them.
+    """
+
+    x: Tensor
+    version: int | None
+    leader: int
+
+
+def _in_order(model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Any]) -> tuple[list[_Group], list[str]]:
+    """Return the weights, grouped by their input, in the order of first calls, and the paths that no batch reaches."""
+    paths_of: dict[int, list[str]] = {}  # by weight
+    for path, layer in layers.items():
+        paths_of.setdefault(id(layer.weight), []).append(path)
+    weights = {path: weight for weight, paths in paths_of.items() for path in paths}
+    groups: dict[int, _Group] = {}
+    leaders: dict[int, int] = {}
+    counts: Counter[int] = Counter()
+    latest: _Call | None = None
+
+    def see(weight: int, x: Tensor) -> None:
+        nonlocal latest
+        counts[weight] += 1
+        groups.setdefault(weight, _Group([paths_of[weight]]))
         version = None if x.is_inference() else x._version
-        head = latest[2] if latest[0] is x and latest[1] == version else key
-        if joined.setdefault(key, head) != head:
-            joined[key] = head = key
-        latest[:] = x, version, head
+        again = latest is not None and latest.x is x and latest.version == version
+        leader = latest.leader if latest is not None and again else weight
+        if leaders.setdefault(weight, leader) != leader:  # the inputs are not the same in all calls
+            leaders[weight] = leader = weight
+        latest = _Call(x, version, leader)
 
     for batch in batches:
         counts.clear()
-        latest[:] = None, None, None
-        _forward(model, {path: id(layer.weight) for path, layer in layers.items()}, batch, see)
-        for key, count in counts.items():
-            groups[key].calls = max(groups[key].calls, count)
+        latest = None
+        _forward(model, weights, batch, see)
+        for weight, count in counts.items():
+            groups[weight].calls = max(groups[weight].calls, count)
     found: list[_Group] = []
-    for key, group in groups.items():
-        head = groups[joined[key]]
-        if head is not group and head.calls == group.calls == 1:
-            head.weights += group.weights
+    for weight, group in groups.items():
+        leading = groups[leaders[weight]]
+        if leading is not group and leading.calls == group.calls == 1:
+            leading.weights += group.weights
         else:
             found.append(group)
-    return found, [path for key, paths in by_weight.items() if key not in groups for path in paths]
+    return found, [path for weight, paths in paths_of.items() if weight not in groups for path in paths]
 
 
 def _forward(model: nn.Module, keys: Mapping[str, Any], batch: Any, see: Any) -> None:
@@ -223,22 +238,22 @@ def _forward(model: nn.Module, keys: Mapping[str, Any], batch: Any, see: Any) ->
             hook.remove()
 
 
-def _hessian(model: nn.Module, layers: Mapping[str, Any], group: _Group, batches: Sequence[Any]) -> Tensor | None:
+def _hessian(model: nn.Module, group: _Group, batches: Sequence[Any]) -> Tensor | None:
     """Return Xᵀ X of a group's inputs in all batches, fp64; None without inputs."""
     total: Tensor | None = None
     for batch in batches:
-        left = group.calls
+        remaining = group.calls
 
         def see(_key: str, x: Tensor, batch: Any = batch) -> None:
-            nonlocal total, left
+            nonlocal total, remaining
             mask = batch.get("attention_mask") if hasattr(batch, "get") else None
             if isinstance(mask, Tensor) and mask.shape == x.shape[:-1]:
                 x = x[mask.to(x.device).bool()]
             rows = x.reshape(-1, x.shape[-1]).float()
             product = (rows.T @ rows).double()
             total = product if total is None else total.add_(product)
-            left -= 1
-            if left == 0:
+            remaining -= 1
+            if remaining == 0:
                 raise _Enough
 
         _forward(model, dict.fromkeys(group.paths, ""), batch, see)

@@ -123,6 +123,40 @@ def refused(where: str, found: str, needed: str, what_to_do: str) -> PeftcoreErr
     return PeftcoreError(f"'{where}' is quantized with {found}, but only {needed} can be read. {what_to_do}")
 
 
+def object_in(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """Return the JSON object `key` of a `quantization_config`, empty if it is missing.
+
+    Raises:
+        PeftcoreError: it is another value.
+    """
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise PeftcoreError(f"'{where}' has {key}={shown(found)} in its config, expected an object")
+    return found
+
+
+def groups_of(config: Mapping[str, Any], where: str) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return (group, its `weights`) of the `config_groups` of a `quantization_config`, by name.
+
+    Raises:
+        PeftcoreError: a group is not an object, such as the name of a preset without its settings.
+    """
+    groups = object_in(config, "config_groups", where)
+    made = {name: object_in(groups, name, where) for name in groups}
+    return {name: (group, object_in(group, "weights", where)) for name, group in made.items()}
+
+
+def refuse_transforms(config: Mapping[str, Any], where: str, what_to_do: str) -> None:
+    """Raise a PeftcoreError if compressed-tensors stored transforms of the activations, or sparse weights."""
+    if config.get("transform_config"):
+        found = "compressed-tensors with transforms of the activations"
+        raise refused(where, found, "a model without them", what_to_do)
+    sparse = object_in(config, "sparsity_config", where).get("format", "dense")
+    if sparse != "dense":
+        found = f"compressed-tensors with sparse weights ({shown(sparse)})"
+        raise refused(where, found, "a dense layout", what_to_do)
+
+
 def _check_bits(config: Mapping[str, Any], where: str, tool: str) -> None:
     bits = config.get("bits", config.get("w_bit"))
     if bits != 4:
@@ -139,7 +173,7 @@ def _gptq(config: Mapping[str, Any], where: str) -> CheckpointLayout:
     if stored not in ("gptq", "gptq_v2"):
         again = "Save it with GPTQModel in format='gptq_v2', or use the dense checkpoint"
         raise refused(where, f"GPTQ in the format {shown(stored)}", "the format 'gptq' or 'gptq_v2'", again)
-    for pattern, changes in (config.get("dynamic") or {}).items():
+    for pattern, changes in object_in(config, "dynamic", where).items():
         bits = changes.get("bits", 4) if isinstance(changes, Mapping) else 4
         if bits != 4:
             raise refused(where, f"GPTQ in {shown(bits)} bits for layers '{pattern}'", "4 bits", _OTHER)
@@ -147,12 +181,13 @@ def _gptq(config: Mapping[str, Any], where: str) -> CheckpointLayout:
     if str(words).removeprefix("torch.") != "int32":
         raise refused(where, f"GPTQ in words of {shown(words)}", "int32", "Quantize it with pack_dtype='int32'")
     size, is_v1 = config.get("group_size", -1), stored == "gptq"
-    writers = (config.get("meta") or {}).get("quantizer") or ()
-    borrows = any(str(each).startswith("gptqmodel") for each in ([writers] if isinstance(writers, str) else writers))
+    writers = object_in(config, "meta", where).get("quantizer") or ()
+    writers = writers if isinstance(writers, (list, tuple)) else [writers]
+    by_gptqmodel = any(str(each).startswith("gptqmodel") for each in writers)
     return CheckpointLayout(
         "GPTQ",
         ("qweight", "qzeros", "scales", "g_idx"),
-        partial(_read_gptq, size=_group_size(size, where), is_v1=is_v1, borrows=borrows),
+        partial(_read_gptq, size=_group_size(size, where), is_v1=is_v1, by_gptqmodel=by_gptqmodel),
     )
 
 
@@ -169,26 +204,21 @@ def _awq(config: Mapping[str, Any], where: str) -> CheckpointLayout:
 
 def _compressed_tensors(config: Mapping[str, Any], where: str) -> CheckpointLayout:
     tool, again = "compressed-tensors", "Use a checkpoint of the model in W4A16, or the dense one"
-    groups = config.get("config_groups") or {}
-    stored = {config.get("format")} | {group.get("format") or config.get("format") for group in groups.values()}
-    if stored != {"pack-quantized"}:
-        found = next(each for each in stored if each != "pack-quantized")
-        raise refused(where, f"{tool} in the format {shown(found)}", "the format 'pack-quantized'", again)
-    for name, group in groups.items():
-        weights = group.get("weights") or {}
+    groups = groups_of(config, where)
+    default = config.get("format")
+    for stored in (default, *(group.get("format") or default for group, _ in groups.values())):
+        if stored != "pack-quantized":
+            raise refused(where, f"{tool} in the format {shown(stored)}", "the format 'pack-quantized'", again)
+    for name, (group, weights) in groups.items():
         kind = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
         if kind[:2] != ("int", 4) or kind[2] not in ("group", "channel"):
             found = f"{tool} with weights of {kind[0]}{kind[1]} per {kind[2]} in '{name}'"
             raise refused(where, found, "int4 per group or channel", again)
         if group.get("input_activations") is not None:
             raise refused(where, f"{tool} with quantized inputs in '{name}'", "W4A16", again)
-    if config.get("transform_config"):
-        raise refused(where, f"{tool} with transforms of the activations", "a model without them", again)
-    sparse = (config.get("sparsity_config") or {}).get("format", "dense")
-    if sparse != "dense":
-        raise refused(where, f"{tool} with sparse weights ({shown(sparse)})", "a dense layout", again)
+    refuse_transforms(config, where, again)
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-    symmetric = {bool((group.get("weights") or {}).get("symmetric", True)) for group in groups.values()}
+    symmetric = {bool(weights.get("symmetric", True)) for _, weights in groups.values()}
     if len(symmetric) > 1:  # a missing zero point would look like a symmetric layer
         raise refused(where, f"{tool} with symmetric and asymmetric groups", "groups of one kind", again)
     return CheckpointLayout(tool, parts, partial(_read_compressed, needs_zeros=symmetric == {False}))
@@ -204,11 +234,18 @@ def _group_size(size: Any, where: str) -> int | None:
 # --- reading a weight --------------------------------------------------------------------------------------------
 
 
-def _read_gptq(tensors: Mapping[str, Tensor], name: str, *, size: int | None, is_v1: bool, borrows: bool) -> Int4Weight:
+def _read_gptq(
+    tensors: Mapping[str, Tensor], name: str, *, size: int | None, is_v1: bool, by_gptqmodel: bool
+) -> Int4Weight:
     """Read GPTQ's layout.
 
     Args:
-        size: number of inputs in a group. is_v1: zeros are stored less one. borrows: the writer subtracted whole words.
+        tensors: the tensors by part.
+        name: name of the layer, for messages.
+        size: number of inputs in a group; None: one group in each row.
+        is_v1: the format is `gptq`, whose zeros are one less.
+        by_gptqmodel: GPTQModel wrote it, which subtracts 0x11111111 from whole words, so that adding it restores zeros
+            of 0 as well.
     """
     qweight, qzeros, scales = _taken(tensors, ("qweight", "qzeros", "scales"), name)
     rows, columns = qweight.shape[-1], 8 * qweight.shape[0]
@@ -218,7 +255,7 @@ def _read_gptq(tensors: Mapping[str, Tensor], name: str, *, size: int | None, is
     _check(qzeros, torch.int32, (groups, rows // 8), "qzeros", name)
     order, group = _order(tensors.get("g_idx"), columns, groups, size, name)
     if is_v1:
-        if not borrows and (_nibbles(qzeros) == 15).any():
+        if not by_gptqmodel and (_nibbles(qzeros) == 15).any():
             raise CheckpointError(
                 f"'{name}.qzeros' has zero points of 15 in format 'gptq', which AutoGPTQ and GPTQModel read "
                 "differently. Save the checkpoint with GPTQModel in format='gptq_v2'"
@@ -255,7 +292,7 @@ def _read_awq(tensors: Mapping[str, Tensor], name: str, *, size: int | None) -> 
 def _read_compressed(tensors: Mapping[str, Tensor], name: str, *, needs_zeros: bool) -> Int4Weight:
     """Read compressed-tensors' layout. `needs_zeros`: the config says that all layers have zeros."""
     packed, scales, sizes = _taken(tensors, ("weight_packed", "weight_scale", "weight_shape"), name)
-    _check(sizes, sizes.dtype, (2,), "weight_shape", name)
+    _check(sizes, torch.int32 if sizes.dtype is torch.int32 else torch.int64, (2,), "weight_shape", name)
     rows, columns = (int(each) for each in sizes.tolist())
     _check(packed, torch.int32, (rows, -(-columns // 8)), "weight_packed", name)
     groups = scales.shape[-1]

@@ -17,7 +17,7 @@ from peftcore.ops import PackedWeight
 from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.quantization.affine4_format import Int4Weight, to_affine4
 from peftcore.quantization.convert import convert
-from peftcore.quantization.int4_layouts import CheckpointLayout, int4_layout
+from peftcore.quantization.int4_layouts import CheckpointLayout, groups_of, int4_layout
 from peftcore.quantization.nvfp4_layouts import described, empty_nvfp4, nvfp4_layout
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
 from peftcore.quantization.quant_types import check_reader
@@ -75,7 +75,7 @@ def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
     assert layout is not None
     scheme, is_symmetric = stored, stored["quant_method"] == "gptq" and stored.get("sym", True)
     if stored["quant_method"] == "compressed-tensors":
-        scheme = next(iter(stored["config_groups"].values()))["weights"]
+        _, scheme = next(iter(groups_of(stored, "").values()), ({}, {}))
         is_symmetric = scheme.get("symmetric", True)
     is_ordered = stored.get("desc_act", False) or scheme.get("actorder") in ("group", "dynamic")
     lists = (stored.get(name) or () for name in ("ignore", "modules_to_not_convert", "exclude_modules"))

@@ -38,7 +38,7 @@ from peftcore.ops.huge_pages import in_huge_pages
 from peftcore.ops.mxfp4 import swap_nibbles
 from peftcore.ops.nvfp4 import BLOCKSIZE, nvfp4_weight
 from peftcore.ops.weight import PackedWeight
-from peftcore.quantization.int4_layouts import CheckpointLayout, damaged, refused
+from peftcore.quantization.int4_layouts import CheckpointLayout, damaged, groups_of, refuse_transforms, refused
 from peftcore.quantization.nvfp4_format import check_scales
 from peftcore.validation import shown
 
@@ -58,10 +58,10 @@ def nvfp4_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | No
     method = config.get("quant_method")
     if method == "modelopt":
         return _modelopt(config, where)
-    groups = list((config.get("config_groups") or {}).values())
-    formats = {config.get("format")} | {group.get("format") for group in groups}
-    if method == "compressed-tensors" and "nvfp4-pack-quantized" in formats:
-        return _compressed_tensors(config, groups, where)
+    if method == "compressed-tensors":
+        groups = groups_of(config, where).values()
+        if "nvfp4-pack-quantized" in (config.get("format"), *(group.get("format") for group, _ in groups)):
+            return _compressed_tensors(config, where)
     return None
 
 
@@ -80,18 +80,18 @@ def described(config: Any) -> Mapping[str, Any] | None:
 
 
 def _modelopt(config: Mapping[str, Any], where: str) -> CheckpointLayout:
-    algorithm, groups = config.get("quant_algo"), (config.get("config_groups") or {}).values()
+    algorithm = config.get("quant_algo")
     if algorithm not in ("NVFP4", "W4A16_NVFP4"):
         raise refused(where, f"ModelOpt in {shown(algorithm)}", "'NVFP4' and 'W4A16_NVFP4'", _DENSE)
-    sizes = [config.get("group_size"), *((group.get("weights") or {}).get("group_size") for group in groups)]
-    _check_sizes(sizes, "ModelOpt", where)
+    sizes = (weights.get("group_size") for _, weights in groups_of(config, where).values())
+    _check_sizes([config.get("group_size"), *sizes], "ModelOpt", where)
     return _layout("ModelOpt", _SCALE_2, False, "input_scale", algorithm == "NVFP4", where)
 
 
-def _compressed_tensors(config: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], where: str) -> CheckpointLayout:
+def _compressed_tensors(config: Mapping[str, Any], where: str) -> CheckpointLayout:
     tool, dense = "compressed-tensors", "Use a checkpoint of the model in one format, or the dense one"
-    for group in groups:
-        weights = group.get("weights") or {}
+    groups = groups_of(config, where).values()
+    for group, weights in groups:
         kind = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
         stored = group.get("format") or config.get("format")
         if stored != "nvfp4-pack-quantized" or kind != ("float", 4, "tensor_group"):
@@ -99,13 +99,9 @@ def _compressed_tensors(config: Mapping[str, Any], groups: Sequence[Mapping[str,
             raise refused(where, found, "'nvfp4-pack-quantized' by itself", dense)
         if not weights.get("symmetric", True):
             raise refused(where, f"{tool} with zero points", "symmetric weights", dense)
-    _check_sizes([(group.get("weights") or {}).get("group_size") for group in groups], tool, where)
-    if config.get("transform_config"):
-        raise refused(where, f"{tool} with transforms of the activations", "a model without them", dense)
-    sparse = (config.get("sparsity_config") or {}).get("format", "dense")
-    if sparse != "dense":
-        raise refused(where, f"{tool} with sparse weights ({shown(sparse)})", "a dense layout", dense)
-    has_inputs = any(group.get("input_activations") is not None for group in groups)
+    _check_sizes([weights.get("group_size") for _, weights in groups], tool, where)
+    refuse_transforms(config, where, dense)
+    has_inputs = any(group.get("input_activations") is not None for group, _ in groups)
     return _layout(tool, "weight_global_scale", True, "input_global_scale", has_inputs, where)
 
 

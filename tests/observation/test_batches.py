@@ -80,6 +80,42 @@ def test_gradients_of_16_bits_are_summed_in_32_and_of_a_loss_that_is_given() -> 
     assert torch.equal(found["lm_head.weight"], model.lm_head.weight.grad.float())
 
 
+def test_gradients_of_a_shared_parameter_have_all_its_names() -> None:
+    model, found = tiny.llama(), {}
+    model.lm_head.weight = model.model.embed_tokens.weight
+    names = ["lm_head.weight", "model.embed_tokens.weight"]
+    for count in (1, 2):
+        gradients_of(model, [*names, names[0]], BATCHES[:1] * count, found.__setitem__, at_once=1)
+        assert list(found) == names and found[names[0]].any() and torch.equal(*found.values())
+        found.clear()
+
+
+def test_what_trains_is_restored_after_an_error() -> None:
+    model = tiny.llama()
+    with torch.inference_mode():
+        model.idle = nn.Parameter(torch.ones(2), requires_grad=False)
+    with pytest.raises(RuntimeError, match="inference"):
+        gradients_of(model, ["lm_head.weight", "idle"], BATCHES, print)
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["idle"]
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_tensors_in_lists_are_moved() -> None:
+    moved: list[Any] = []
+
+    class Recorded(Tensor):
+        def to(self, *args: Any, **kwargs: Any) -> Tensor:
+            moved.extend(args)
+            return super().to(*args, **kwargs)
+
+    class OfList(nn.Linear):
+        def forward(self, parts: list[Tensor]) -> Tensor:  # type: ignore[override]
+            return super().forward(parts[0])
+
+    run(OfList(3, 2), {"parts": [torch.ones(4, 3).as_subclass(Recorded)]})
+    assert moved == [torch.device("cpu")]
+
+
 @pytest.mark.parametrize(
     ("observe", "match"),
     [
@@ -89,6 +125,8 @@ def test_gradients_of_16_bits_are_summed_in_32_and_of_a_loss_that_is_given() -> 
         (lambda m: gradients_of(m, ["nothing"], BATCHES, print), "'nothing' is not a parameter"),
         (lambda m: gradients_of(m, ["lm_head.weight"], [tiny.TOKENS], print), "the model returned no loss"),
         (lambda m: gradients_of(m, ["idle", "lm_head.weight"], BATCHES, print), "'idle' has no gradient"),
+        (lambda m: gradients_of(m, ["idle"], BATCHES, print), "'idle' has no gradient: the loss does not depend on it"),
+        (lambda m: inputs_of(m, [PATHS[0], PATHS[0], "lm_head.x"], BATCHES, print), "'lm_head.x' is not a module"),
         (lambda m: gradients_of(m, ["packed"], BATCHES, print), "'packed' is stored as torch.uint8"),
     ],
 )

@@ -116,6 +116,11 @@ def test_the_tensors_of_a_checkpoint_are_not_changed() -> None:
          "with symmetric and asymmetric groups, but only groups of one kind"),
         (config("compressed-tensors", 32, transform_config={"config_groups": {"a": 1}}), "with transforms"),
         (config("compressed-tensors", 32, sparsity_config={"format": "sparse-bitmask"}), r"sparse weights \('sparse"),
+        (config("compressed-tensors", 32, config_groups={"W4A16": ["Linear"]}), r"W4A16=\['Linear'\] in its config"),
+        (config("compressed-tensors", 32, config_groups=["W4A16"]), "config_groups=.*, expected an object"),
+        (config("gptq", 32, dynamic=["-:lm_head"]), r"dynamic=\['-:lm_head'\] in its config, expected an object"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"g": {"weights": "int4"}}},
+         "'folder' has weights='int4' in its config, expected an object"),
     ],
 )  # fmt: skip
 def test_layouts_that_are_not_read(settings: dict[str, Any], message: str) -> None:
@@ -135,6 +140,11 @@ def test_other_formats_have_no_layout() -> None:
         ("gptq", lambda t: t.update(qzeros=t["qzeros"][:-1]), r"'qzeros' .* \[2, 5\], expected torch.int32 \[3, 5\]"),
         ("gptq", lambda t: t["scales"][0, 0].fill_(float("nan")), "NaN or Inf in 'scales'"),
         ("gptq", lambda t: t.update(g_idx=torch.zeros(96, dtype=torch.int32)), "whose 3 groups do not have 32 inputs"),
+        (
+            "compressed-tensors",
+            lambda t: t.update(weight_shape=torch.full((2,), float("nan"))),
+            r"'weight_shape' torch.float32 \[2\], expected torch.int64 \[2\]",
+        ),
         ("gptq", lambda t: t.update(g_idx=torch.zeros(5, dtype=torch.int32)), r"has g_idx torch.int32 \[5\]"),
         ("gptq", lambda t: t.update(qzeros=-torch.ones_like(t["qzeros"])), "zero points of 15 in format 'gptq'"),
         ("gptq", lambda t: t.update({k: t[k][:2] for k in ("qzeros", "scales")}), "2 groups for 96 inputs, but"),
