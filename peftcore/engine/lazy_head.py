@@ -7,7 +7,9 @@ output. The head's forward, the model and the loss are as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from itertools import chain as chaining, zip_longest
 from typing import Any, TypeVar
@@ -30,6 +32,7 @@ from peftcore.ops import PackedWeight
 M = TypeVar("M", bound=nn.Module)
 _HANDLE = "_peftcore_lazy_logits"
 _PRODUCTS = (F.linear, ops.linear_4bit, ops.dense_linear)
+_IN_EVALUATION = ContextVar("_IN_EVALUATION", default=False)
 
 
 def lazy_logits(model: M, *, enabled: bool = True) -> M:
@@ -82,6 +85,25 @@ def has_lazy_logits(model: nn.Module) -> bool:
     return any(_HANDLE in module.__dict__ for _, module in base_modules(model))
 
 
+@contextmanager
+def lazily_evaluated(model: nn.Module) -> Iterator[None]:
+    """Let logits be lazy without gradients, too, if the model's head can have lazy logits: a loss takes less memory."""
+    was_on = has_lazy_logits(model)
+    try:
+        if not was_on:
+            lazy_logits(model)
+    except PeftcoreError:  # the logits are computed in full
+        yield
+        return
+    token = _IN_EVALUATION.set(True)
+    try:
+        yield
+    finally:
+        _IN_EVALUATION.reset(token)
+        if not was_on:
+            lazy_logits(model, enabled=False)
+
+
 def why_not(model: nn.Module, head: nn.Module) -> str | None:
     """Return why the head's logits cannot be lazy, or None if they can."""
     cls = original_class(head)
@@ -96,10 +118,13 @@ def why_not(model: nn.Module, head: nn.Module) -> str | None:
 
 def mark(model: nn.Module, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Mark the input of the head, as a forward pre-hook, if its logits may be lazy in this call."""
-    if torch.compiler.is_compiling() or not (head.training and torch.is_grad_enabled()) or len(args) != 1:
+    if torch.compiler.is_compiling() or len(args) != 1:
         return None
     (x,) = args
-    if type(x) is not Tensor or not x.requires_grad or x.device.type not in ("cpu", "cuda"):
+    if type(x) is not Tensor or x.is_inference() or x.device.type not in ("cpu", "cuda"):
+        return None
+    trains = head.training and torch.is_grad_enabled() and x.requires_grad
+    if not trains and not (_IN_EVALUATION.get() and not torch.is_grad_enabled()):
         return None
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing():
         return None

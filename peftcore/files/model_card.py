@@ -77,7 +77,7 @@ def _facts(model: nn.Module, adapter: str) -> list[tuple[str, str]]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         usual = field.default_factory() if callable(field.default_factory) else field.default
-        if value is None or value == usual:
+        if value in (None, usual) or (usual is None and value in ([], (), {})):
             continue
         value = sorted(value) if isinstance(value, (set, frozenset)) else value
         text = json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)

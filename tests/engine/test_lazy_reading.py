@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftcore
+from peftcore.engine.lazy_head import has_lazy_logits, lazily_evaluated
 from peftcore.engine.lazy_tensor import LazyLogits
 
 CHANGED = r"have changed since. Read the logits before optimizer.step\(\)"
@@ -93,6 +94,31 @@ def test_without_gradients(use: Callable[[Tensor], Tensor], computed: list[int])
         assert logits.grad.abs().sum() > 0
         results.append((found.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     same(results[1], results[0], 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "head", "4 bits", "bf16", "tied"])
+def test_evaluation(kind: str, computed: list[int]) -> None:
+    """A loss in evaluation takes no logits, is the same to rounding, and what was switched on or off stays so."""
+    model = tiny.gpt2() if kind == "tied" else tiny.llama()
+    if kind == "4 bits":
+        peftcore.quantize(model, skip=[])
+    adapted(model, **({"target_modules": ["q_proj", "lm_head"]} if kind == "head" else {}))
+    if kind == "bf16":
+        model.bfloat16()
+    for enabled in (False, True):
+        peftcore.lazy_logits(model, enabled=enabled).eval()
+        with torch.no_grad():
+            wanted = model(input_ids=tiny.TOKENS, labels=LABELS)
+            with lazily_evaluated(model):
+                found = model(input_ids=tiny.TOKENS, labels=LABELS)
+        assert type(found.logits) is LazyLogits and type(wanted.logits) is Tensor and computed == [0]
+        torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-5, atol=1e-5)
+        assert not found.loss.requires_grad and has_lazy_logits(model) is enabled
+
+
+def test_evaluation_of_a_model_without_a_linear_head() -> None:
+    with lazily_evaluated(tiny.bert_classifier().eval()), torch.no_grad():
+        pass
 
 
 def zeroed_data(x: Tensor) -> None:

@@ -45,6 +45,7 @@ def test_what_a_card_says(tmp_path: Path) -> None:
     assert rows[:3] == ["| | |", "| method | lora |", "| trained parameters | 256 |"]
     assert "| `r` | `2` |" in rows and '| `target_modules` | `["q_proj"]` |' in rows
     assert not any("lora_dropout" in row for row in rows)  # as usual
+    assert len(rows) == 5  # without target_parameters, of which none are selected
 
 
 def test_a_pattern_stays_in_its_cell_of_the_table(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from peftcore.cli.tasks.encoded_examples import Encoded, Example, batches_of, in
 from peftcore.cli.tasks.evaluation_mode import evaluating
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.tasks.text_generation import first_token
+from peftcore.engine.lazy_head import lazily_evaluated
 from peftcore.errors import PeftcoreError
 
 
@@ -181,7 +183,7 @@ def measure(
     first = 0 if is_encoder_decoder(model) else 1  # a causal model has no answer for the first token
     loss, count = 0.0, 0
     answers, labels = [], []
-    with evaluating(model):
+    with evaluating(model), lazily_evaluated(model) if is_writer else contextlib.nullcontext():
         for some in batches_of(examples, batch_size, tokens):
             inputs = in_dtype({name: t.to(device) for name, t in batch(some).items()}, model)
             output = model(**inputs)

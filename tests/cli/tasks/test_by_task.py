@@ -12,6 +12,7 @@ from peftcore import PeftcoreError
 from peftcore.cli.data.row import Row
 from peftcore.cli.task_names import CLASSIFICATION, LANGUAGE_MODEL
 from peftcore.cli.tasks import by_task, encoded_examples, text_generation
+from peftcore.engine.lazy_tensor import LazyLogits
 
 
 @pytest.fixture
@@ -55,6 +56,20 @@ def test_measure_does_not_depend_on_batches(llama: Path, tokenizer: Any) -> None
     assert torch.equal(before, torch.get_rng_state()) and model.training
     assert [metrics.count for metrics in found] == [3 + 5 + 1 + 3] * 3
     assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5) == pytest.approx(found[2].loss, rel=1e-5)
+
+
+def test_measure_computes_no_logits(llama: Path, tokenizer: Any) -> None:
+    """A training step with lazy logits has none either, and its memory is what the prediction counts."""
+    from transformers import AutoModelForCausalLM
+
+    model, kinds = AutoModelForCausalLM.from_pretrained(llama), []
+    model.register_forward_hook(lambda module, args, output: kinds.append(type(output.logits)))
+    examples = by_task.encode([Row("f:1", "the film is good")], LANGUAGE_MODEL, tokenizer, 16).examples
+    found = by_task.measure(model, examples, tokenizer)
+    with torch.no_grad():
+        wanted = model(**by_task.collator(tokenizer)(examples))
+    assert kinds == [LazyLogits, torch.Tensor]
+    assert found.loss == pytest.approx(float(wanted.loss), rel=1e-5)
 
 
 def test_classes_are_cut_at_the_end(tokenizer: Any) -> None:
