@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
-from census import instances, report
+from census import __main__ as census, instances, report
 from census.check import FIELDS
 from census.worker import Worker
 from whole import WHOLE
@@ -86,4 +88,22 @@ def test_page_names_versions_and_commits() -> None:
     assert (
         "\nMade by `make census`. Versions of transformers: 5.24.0 (2 classes), not recorded (1 class). "
         "Commits: 1234567 (2 classes), 1234567 with uncommitted changes (1 class).\n"
-    ) in report.markdown([row | {"none": "no instance"} for row in rows], listed=3)
+    ) in report.markdown([row | {"none": "no instance"} for row in rows])
+
+
+def test_a_part_does_not_replace_the_page_of_all(tmp_path: Path, monkeypatch, capsys) -> None:
+    page, rows, known = tmp_path / "census.md", tmp_path / "rows.jsonl", tmp_path / "known.json"
+    monkeypatch.setattr(report, "KNOWN", known)
+    monkeypatch.setattr(census, "classes", lambda: {"AModel": "a", "BModel": "b"})
+    arguments = ["census", "--only", "^$", "--rows", str(rows), "--write", str(page)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    rows.write_text('{"class": "AModel", "outcomes": {}, "none": "no instance"}\n')
+    census.main()
+    assert not page.exists() and not known.exists()
+    assert f"{page} stays as it is: 1 of 2 classes have rows." in capsys.readouterr().out
+    with rows.open("a") as file:
+        file.write('{"class": "BModel", "outcomes": {}, "none": "no instance"}\n')
+        file.write('{"class": "OfAnotherVersion", "outcomes": {}, "none": "no instance"}\n')
+    census.main()
+    assert "| classes listed | 2 |" in page.read_text()
+    assert report.reached() == []

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--again", help="also those whose row matches this regular expression, such as crash|wrong")
     parser.add_argument("--seconds", type=float, default=120, help="for one class")
     parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("--write", type=Path, help="write this Markdown page of all rows, and known.json")
+    parser.add_argument("--write", type=Path, help="write this page and known.json, once every class has a row")
     args = parser.parse_args()
     types = classes()
     names = [name for name in types if not args.only or re.search(args.only, name)]
@@ -60,10 +60,17 @@ def main() -> None:
 
     worker.close()
     if args.write:
-        rows = read(args.rows)
-        args.write.parent.mkdir(exist_ok=True, parents=True)
-        args.write.write_text(report.markdown(rows, len(types)))
-        report.write_known(rows)
+        write(args.write, [row for row in read(args.rows) if row["class"] in types], len(types))
+
+
+def write(page: Path, rows: list[dict], listed: int) -> None:
+    """Write the page and known.json, unless rows of a part alone would replace those of all classes."""
+    if len(rows) < listed:
+        print(f"{page} stays as it is: {len(rows)} of {listed} classes have rows. `make census` examines the others.")
+        return
+    page.parent.mkdir(exist_ok=True, parents=True)
+    page.write_text(report.markdown(rows))
+    report.write_known(rows)
 
 
 def commit() -> str:
