@@ -88,6 +88,11 @@ class State:
     watching: Any = None  # handle of the check of `adaptation.division.watch_batches`
     snapshot: Snapshot | None = None  # snapshot of `sites` when they were last unchanged
 
+    @property
+    def names(self) -> list[str]:
+        """Names of all adapters, in memory or on disk."""
+        return list({**self.applied, **self.on_disk})
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "snapshot": None}  # a copy has other modules
 

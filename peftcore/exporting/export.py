@@ -155,8 +155,7 @@ def _refuse(model: nn.Module, exporter: Exporter) -> None:
 
 def _only(model: nn.Module) -> str:
     """Return the name of the model's only adapter."""
-    state = engine.require_state(model)
-    names = list({**state.applied, **state.on_disk})
+    names = engine.require_state(model).names
     if len(names) != 1:
         raise PeftcoreError(f"the model has the adapters {names}. Choose one: export(..., adapter=NAME)")
     return names[0]

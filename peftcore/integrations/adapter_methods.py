@@ -133,8 +133,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
 
 def _refuse_unknown(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
-        if name not in engine.require_state(model).on_disk:
-            engine.applied(model, name)
+        if name not in engine.require_state(model).names:
+            engine.applied(model, name)  # raises an error
 
 
 def _are_disabled(model: nn.Module) -> bool:
@@ -142,8 +142,14 @@ def _are_disabled(model: nn.Module) -> bool:
 
 
 def disable_adapters(model: nn.Module) -> None:
-    """Compute with the base alone until `enable_adapters`."""
-    active = list(engine.require_state(model).active)
+    """Compute with the base alone until `enable_adapters`.
+
+    Raises:
+        PeftcoreError: each sample of a batch has its own adapter.
+    """
+    state = engine.require_state(model)
+    engine.refuse_per_sample(state, "disable adapters")
+    active = list(state.active)
     if active:
         engine.activate(model, [])
         model.__dict__[_DISABLED] = active
@@ -153,12 +159,15 @@ def enable_adapters(model: nn.Module) -> None:
     """Activate the adapters that `disable_adapters` deactivated, unless others are active by now."""
     state, names = engine.require_state(model), model.__dict__.pop(_DISABLED, [])
     if not state.active:
-        engine.activate(model, [name for name in names if name in state.applied])
+        engine.activate(model, [name for name in names if name in state.names])
 
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the active adapters; if they are disabled, of those that will be enabled again."""
-    return list(model.__dict__[_DISABLED] if _are_disabled(model) else engine.require_state(model).active)
+    state = engine.require_state(model)
+    if _are_disabled(model):
+        return [name for name in model.__dict__[_DISABLED] if name in state.names]  # others have been deleted
+    return list(state.active)
 
 
 def get_adapter_state_dict(
@@ -169,7 +178,7 @@ def get_adapter_state_dict(
         raise PeftcoreError("get_adapter_state_dict reads the model. Leave state_dict out")
     active = active_adapters(model)
     if adapter_name is None and not active:
-        raise PeftcoreError(f"no adapter is active. Name one of {list(engine.require_state(model).applied)}")
+        raise PeftcoreError(f"no adapter is active. Name one of {engine.require_state(model).names}")
     return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors_of(model, adapter_name or active[0]).items()}
 
 

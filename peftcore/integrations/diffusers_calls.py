@@ -82,21 +82,36 @@ def set_adapters(pipe: Any, adapter_names: str | Sequence[str], adapter_weights:
     weights = list(adapter_weights) if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
     if len(weights) != len(names):
         raise PeftcoreError(f"set_adapters got {len(names)} names and {len(weights)} weights. Pass a weight for each")
+    having = _having(pipe, names)
+    factors = {name: _factors(weight, list(models(pipe))) for name, weight in zip(names, weights, strict=True)}
+    for component, (model, there) in having.items():
+        adapter_methods.set_adapter(model, there)
+        for name in there:
+            scale(model, name, factors[name].get(component, 1.0))
+
+
+def _having(pipe: Any, names: Sequence[str]) -> dict[str, tuple[nn.Module, list[str]]]:
+    """Return {component: (its model, those of `names` that are its adapters)} of the models with adapters.
+
+    Raises:
+        PeftcoreError: no model has an adapter of one of the names.
+    """
     adapted = _adapted(pipe)
-    known = {name for model in adapted.values() for name in engine.require_state(model).applied}
+    known = {name for model in adapted.values() for name in engine.require_state(model).names}
     if missing := [name for name in names if name not in known]:
         raise PeftcoreError(f"no adapter {missing} is loaded in {type(pipe).__name__} (loaded: {sorted(known)})")
-    factors = {name: _factors(weight, list(models(pipe))) for name, weight in zip(names, weights, strict=True)}
-    for component, model in adapted.items():
-        here = [name for name in names if name in engine.require_state(model).applied]
-        adapter_methods.set_adapter(model, here)
-        for name in here:
-            scale(model, name, factors[name].get(component, 1.0))
+    return {
+        component: (model, [name for name in names if name in engine.require_state(model).names])
+        for component, model in adapted.items()
+    }
 
 
 def _factors(weight: Any, components: Sequence[str]) -> dict[str, float]:
     """Return the factor of each component; a single number is for all."""
     given = weight if isinstance(weight, Mapping) else dict.fromkeys(components, weight)
+    unknown = sorted(map(str, given.keys() - set(components)))
+    if unknown:
+        raise PeftcoreError(f"set_adapters got weights for {unknown}, but the components are {', '.join(components)}")
     wrong = {name: each for name, each in given.items() if not isinstance(each, (int, float, type(None)))}
     if wrong:
         raise PeftcoreError(f"set_adapters takes a number for each component, found {wrong}. Leave blocks out")
@@ -143,7 +158,7 @@ def unload_lora_weights(pipe: Any, *_args: Any, **_options: Any) -> None:
             unmerge(model)
             merge(model, keep_adapters=False)
         while (state := engine.state_of(model)) is not None:
-            engine.remove(model, next(iter((*state.applied, *state.on_disk))))
+            engine.remove(model, state.names[0])
 
 
 def disable_lora(pipe: Any) -> None:
@@ -161,12 +176,8 @@ def enable_lora(pipe: Any) -> None:
 def delete_adapters(pipe: Any, adapter_names: str | Sequence[str]) -> None:
     """Remove these adapters from the models that have them."""
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    adapted = _adapted(pipe)
-    known = {name for model in adapted.values() for name in engine.require_state(model).applied}
-    if missing := [name for name in names if name not in known]:
-        raise PeftcoreError(f"no adapter {missing} is loaded in {type(pipe).__name__} (loaded: {sorted(known)})")
-    for model in adapted.values():
-        adapter_methods.delete_adapter(model, [n for n in names if n in engine.require_state(model).applied])
+    for model, there in _having(pipe, names).values():
+        adapter_methods.delete_adapter(model, there)
 
 
 def get_active_adapters(pipe: Any) -> list[str]:
@@ -178,7 +189,7 @@ def get_active_adapters(pipe: Any) -> list[str]:
 def get_list_adapters(pipe: Any) -> dict[str, list[str]]:
     """Return {component: its adapters}."""
     states = {name: engine.state_of(model) for name, model in models(pipe).items()}
-    return {name: list(state.applied) for name, state in states.items() if state is not None}
+    return {name: state.names for name, state in states.items() if state is not None}
 
 
 _METHODS: tuple[Callable[..., Any], ...] = (

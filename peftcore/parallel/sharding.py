@@ -184,7 +184,8 @@ class _GradientMean:
     """Averages the gradients of replicated parameters over the ranks when a backward pass has ended."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
-        self.parameters, self.groups, self.waits = parameters, groups, False
+        self.parameters, self.groups = parameters, groups
+        self.backward = -1  # autograd's number of the last backward pass that reached one of the parameters
         for parameter in parameters:
             trains = parameter.requires_grad  # a frozen or inactive adapter may train later
             parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._note)
@@ -192,13 +193,13 @@ class _GradientMean:
             setattr(parameter, _AVERAGED, True)
 
     def _note(self, parameter: Tensor) -> None:
-        if not self.waits:
-            self.waits = True
+        backward = torch._C._current_graph_task_id()
+        if backward != self.backward:  # a pass that raised an error has never called its callbacks
+            self.backward = backward
             Variable._execution_engine.queue_callback(self._average)
 
     @torch.no_grad()
     def _average(self) -> None:
-        self.waits = False
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in self.parameters:
             if parameter.requires_grad:

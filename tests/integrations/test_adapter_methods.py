@@ -132,6 +132,33 @@ def test_add_set_disable_enable_delete(model: Any) -> None:
         model.active_adapters()
 
 
+def test_adapters_that_leave_the_memory_while_they_are_disabled(model: Any, adapter: Path) -> None:
+    for name in ("a", "b", "c"):
+        peftcore.load(model, adapter, adapter=name, resident=False)
+    model.set_adapter("a")
+    model.disable_adapters()
+    peftcore.set_resident_limit(model, 0)
+    assert not peftcore.engine.require_state(model).applied and model.active_adapters() == ["a"]
+    peftcore.set_resident_limit(model, None)
+    model.enable_adapters()
+    assert model.active_adapters() == ["a"] and torch.equal(logits(model), wanted(adapter))
+    model.set_adapter(["a", "b"])
+    model.disable_adapters()
+    model.delete_adapter("a")
+    assert model.active_adapters() == ["b"]
+    model.enable_adapters()
+    assert model.active_adapters() == ["b"] and torch.equal(logits(model), wanted(adapter))
+
+
+def test_adapters_of_single_samples_are_not_disabled(model: Any, adapter: Path) -> None:
+    peftcore.load(model, adapter, adapter="a")
+    peftcore.activate(model.eval(), ["a", None], per_sample=True)
+    match = "cannot disable adapters while each sample has its own adapter"
+    with pytest.raises(peftcore.PeftcoreError, match=match):  # enabled again, they would act on all samples
+        model.disable_adapters()
+    assert peftcore.engine.require_state(model).samples == ("a", None)
+
+
 def test_the_parameters_that_train(model: Any) -> None:
     model.add_adapter(peftcore.config("lora", r=2), "a")
     model.add_adapter(peftcore.config("lora", r=2), "b")

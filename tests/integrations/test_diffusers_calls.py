@@ -54,6 +54,7 @@ assert torch.equal(outputs(pipe)["unet"], wanted["unet"])
 assert not torch.equal(outputs(pipe)["text_encoder"], wanted["text_encoder"])
 refused("no adapter ['other'] is loaded", pipe.set_adapters, "other")
 refused("2 names and 1 weights", pipe.set_adapters, ["style", "style"], [1.0])
+refused("set_adapters got weights for ['unett'], but", pipe.set_adapters, "style", {"unett": 0.5})
 refused("takes a number for each component", pipe.set_adapters, "style", {"unet": {"down": 1.0}})
 pipe.set_adapters("style")
 pipe.disable_lora()
@@ -76,6 +77,14 @@ other = pipelines.pipeline("sd")
 other.load_lora_weights(folder)
 other.unload_lora_weights()
 assert equal(outputs(other), before) and other.get_list_adapters() == {}
+for name, model in pipelines.models(trained).items():  # on disk in one model, in memory in the other
+    peftcore.save(model, folder + "/" + name)
+    peftcore.load(getattr(other, name), folder + "/" + name, adapter="kept", resident=name != "unet")
+assert other.get_list_adapters() == {"unet": ["kept"], "text_encoder": ["kept"]}
+other.set_adapters("kept")
+assert equal(outputs(other), wanted)
+other.delete_adapters("kept")
+assert other.get_list_adapters() == {}
 print("done")
 """
 
