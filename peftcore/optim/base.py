@@ -189,10 +189,12 @@ class FusedOptimizer(Optimizer):
             if not isinstance(value, Tensor):
                 raise ValueError(f"the saved state has no tensor '{name}' (it has: {', '.join(map(str, saved))})")
             value = local(value)
-            if value.numel() != own.numel():
+            if value.shape != own.shape:
                 raise ValueError(
                     f"saved '{name}' has shape {list(value.shape)}, but the parameter has {list(own.shape)}"
                 )
+            if absmax is None and not value.is_floating_point():
+                raise ValueError(f"saved '{name}' is {value.dtype}, but the state has no '{scales}' for such codes")
             if absmax is not None and absmax.numel() != blocks_of(own.numel()):
                 raise ValueError(
                     f"saved '{scales}' has {absmax.numel()} scales, but {own.numel()} elements need "

@@ -78,6 +78,9 @@ class AdapterFusionConfig:
             require(values is None or self.how == how, f"{name} goes with how={how!r}, found how={self.how!r}")
             require(values is None or len(values) == count, f"{name} has one entry for each of {count} adapters")
         require(
+            self.weights is None or sum(self.weights) != 0, f"weights add up to 0, found {list(self.weights or ())}"
+        )
+        require(
             self.how != "split" or self.splits is not None, "how='split' needs splits=[...], tokens for each adapter"
         )
         require(all(number > 0 for number in self.splits or ()), "splits are positive numbers of tokens")

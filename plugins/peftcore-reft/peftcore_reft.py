@@ -171,6 +171,10 @@ class Reft(Adapter):
             )
             validation.require(not places.packed(), message)
             length = torch.as_tensor(given, device=y.device).reshape(-1, 1)
+            message = (
+                f"prompt_lengths has {len(length)} lengths, and the batch has {len(y)} rows. Give one for each row"
+            )
+            validation.require(len(length) in (1, len(y)), message)
         elif config.suffix_positions and not self.training and call.get("use_cache") is False and not places.packed():
             warnings.warn(WITHOUT_LENGTHS, stacklevel=2)
         first = place <= config.prefix_positions

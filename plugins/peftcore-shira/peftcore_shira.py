@@ -80,7 +80,8 @@ class Shira(Adapter):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
-        if isinstance(weight, Tensor) and weight.dtype == torch.float32:
+        autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
+        if isinstance(weight, Tensor) and weight.dtype == torch.float32 and not autocast:
             return F.linear(x, self.merged(weight, bias)[0], bias)
         return base(x) + F.linear(x, self.change(x.dtype))  # in 16 bits W + S would round small numbers away
 

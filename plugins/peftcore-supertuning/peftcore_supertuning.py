@@ -103,7 +103,8 @@ class Supertuning(Adapter):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
-        if isinstance(weight, Tensor) and weight.dtype == torch.float32:
+        autocast = torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type)
+        if isinstance(weight, Tensor) and weight.dtype == torch.float32 and not autocast:
             y = F.linear(x, self.with_sparse(weight), bias)
         else:  # in 16 bits W + S would round small numbers away
             y = base(x) + F.linear(x, self.with_sparse(x.new_zeros(self.sizes)))

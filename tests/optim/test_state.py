@@ -33,6 +33,11 @@ def _shorter(state):
     state[name] = state[name][:-1]
 
 
+def _without_scales(state):
+    kept = {name: value for name, value in state.items() if name != "exp_avg_absmax"}
+    return {**kept, "exp_avg": torch.zeros(200, dtype=torch.uint8)}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -44,6 +49,14 @@ def _shorter(state):
         (
             lambda saved: saved["state"][0].update(exp_avg=3.0),
             "parameter 0 does not fit: .* has no tensor 'exp_avg'",
+        ),
+        (
+            lambda saved: saved["state"][0].update(exp_avg=saved["state"][0]["exp_avg"].view(10, 20)),
+            r"parameter 0 does not fit: saved 'exp_avg' has shape \[10, 20\], but the parameter has \[200\]",
+        ),
+        (
+            lambda saved: saved["state"].update({0: _without_scales(saved["state"][0])}),
+            r"parameter 0 does not fit: saved 'exp_avg' is torch.uint8, but the state has no 'exp_avg_absmax'",
         ),
         (lambda saved: saved["param_groups"][0]["params"].pop(), r"groups of \[2\] parameters, .* has groups of \[3\]"),
     ],

@@ -192,6 +192,10 @@ def test_what_cannot_be_fused() -> None:
         ({}, "adapters is empty"),
         ({"adapters": ["a"], "weights": [1.0]}, "weights goes with how='average'"),
         ({"adapters": ["a", "b"], "how": "average", "weights": [1.0]}, "weights has one entry for each of 2 adapters"),
+        (
+            {"adapters": ["a", "b"], "how": "average", "weights": [1.0, -1.0]},
+            r"weights add up to 0, found \[1.0, -1.0\]",
+        ),
         ({"adapters": ["a"], "how": "split"}, r"needs splits=\[...\]"),
         ({"adapters": ["a"], "how": "split", "splits": [0]}, "positive numbers of tokens"),
         ({"adapters": ["a"], "how": "fuse"}, "how must be 'attention', 'average' or 'split'"),

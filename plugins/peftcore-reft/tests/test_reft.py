@@ -233,3 +233,11 @@ def test_opt_whose_feed_forward_has_rows(is_pre_norm: bool, paths: tuple[str, ..
         assert applied(model, "default").paths == ("model.decoder", *paths)
         disturb(model, "default", 3)
         assert (model(tokens).logits - base).abs().max() > 1e-3
+
+
+def test_a_length_of_the_prompt_for_each_row() -> None:
+    model: Any = peftcore.apply(tiny.llama(), "reft", r=2, suffix_positions=2)
+    for count in (3, 4):
+        match = f"prompt_lengths has {count} lengths, and the batch has 1 rows"
+        with torch.no_grad(), pytest.raises(peftcore.PeftcoreError, match=match):
+            model(tiny.TOKENS[:1], prompt_lengths=torch.full((count,), 4))

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from against_peft import both_ways, logits, moved, quiet
+from torch import nn
 from whole import nightly_but
 
 import peftcore
@@ -62,3 +63,18 @@ def test_layers_that_are_left_out_stay_so_for_peft(tmp_path: Path) -> None:
 def test_more_numbers_than_a_weight_has() -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"asks for 1536 numbers of 'model\.layers\.0"):
         peftcore.apply(tiny.llama(), "shira", r=32, target_modules=["k_proj"])
+
+
+def test_small_numbers_act_in_mixed_precision() -> None:
+    """In bf16 1 + 0.001 is 1, so the numbers are not added to the weight there."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    nn.init.ones_(model[0].weight)
+    peftcore.apply(model, "shira", r=1, random_seed=0, target_modules=["0"])
+    adapter = model[0].peftcore["default"]
+    nn.init.constant_(adapter.shira_weight, 1e-3)
+    x = torch.tensor([[1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    wanted = x @ adapter.change(torch.float32).detach().T
+    assert wanted.abs().max() >= 1e-3
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=1e-6)

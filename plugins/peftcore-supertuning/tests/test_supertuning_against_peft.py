@@ -11,6 +11,7 @@ import tiny
 import torch
 from against_peft import TASKS, both_ways, quiet
 from safetensors.torch import load_file
+from torch import nn
 from whole import nightly_but
 
 import peftcore
@@ -80,3 +81,18 @@ def test_what_does_not_fit_is_refused() -> None:
     refused("leaves none of the 1024 numbers of 'model", sparsity=0.9999)
     refused("lora_alpha needs a LoRA", lora_alpha=4.0)
     refused(r"'0' matches Conv2d .* which this method cannot adapt", tiny.convnet, target_modules=["0"])
+
+
+def test_small_numbers_act_in_mixed_precision() -> None:
+    """In bf16 1 + 0.001 is 1, so the numbers are not added to the weight there."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    nn.init.ones_(model[0].weight)
+    peftcore.apply(model, "supertuning", sparsity=0.6, target_modules=["0"])
+    adapter = model[0].peftcore["default"]
+    nn.init.constant_(adapter.supertuning_values, 1e-3)
+    x = torch.tensor([[1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    wanted = x @ adapter.with_sparse(torch.zeros(4, 4)).detach().T
+    assert wanted.abs().max() >= 1e-3
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=1e-6)
