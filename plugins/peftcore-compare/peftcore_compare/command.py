@@ -221,7 +221,7 @@ def _candidate(text: str) -> Candidate:
         lr = float(rates[-1]) if rates else None
     except ValueError:
         lr = 0.0
-    if lr is not None and not lr > 0:
+    if lr is not None and not 0 < lr < float("inf"):
         raise PeftcoreError(f"--method '{text}': lr must be a number above 0, found '{rates[-1]}'")
     label = " ".join([name, *settings])
     if name == options.FULL:

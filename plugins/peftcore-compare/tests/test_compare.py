@@ -262,6 +262,7 @@ def test_every_installed_method_and_the_whole_model_by_default() -> None:
         (["lora r=four"], "'r' takes a whole number, found 'four'"),
         (["lora lr=fast"], "lr must be a number above 0, found 'fast'"),
         (["lora lr=-1"], "lr must be a number above 0, found '-1'"),
+        (["lora lr=inf"], "lr must be a number above 0, found 'inf'"),
         (["lora r=4", "lora r=4"], "'lora r=4 lr=0.001' is given twice"),
         (["full r=4"], "full fine-tuning has no field but lr, found 'r=4'"),
         (["lora 'r=4"], "expected 'NAME FIELD=VALUE ...' .No closing quotation"),

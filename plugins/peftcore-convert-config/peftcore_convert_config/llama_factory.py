@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from peftcore_convert_config.reading import (
     IMAGES,
     Reading,
@@ -11,6 +9,7 @@ from peftcore_convert_config.reading import (
     held_out,
     judged,
     keyed,
+    names_of,
     only_first,
     optimizer,
     single,
@@ -110,7 +109,7 @@ def _predicting(config: Reading) -> None:
     if stage != "sft":
         config.refuse("stage", "peftcore eval measures what an adapter was trained for")
     names = config.take("eval_dataset", config.take("dataset", ""))
-    config.options["data"] = single([_file(name.strip()) for name in str(names).split(",")])
+    config.options["data"] = single([_file(name) for name in names_of(names)])
     config.to_do.append(_NAMES)
     config.options["eval_answers"] = int(config.take("max_samples", 1000))
     config.options["answer_tokens"] = int(config.take("max_new_tokens", 1024))  # LLaMA-Factory's default
@@ -123,7 +122,7 @@ def _predicting(config: Reading) -> None:
 def _adapter(part: Reading, key: str) -> None:
     """Take the one adapter that a config without training is about."""
     found = part.take("adapter_name_or_path")
-    names = found if isinstance(found, list) else str(found).split(",") if asks(found) else []
+    names = names_of(found) if asks(found) else []
     if len(names) != 1:
         part.refuse(key, f"a config with one adapter_name_or_path, found {len(names)}")
     part.options["adapter"] = names[0]
@@ -155,12 +154,14 @@ def _method(config: Reading) -> None:
         for theirs in ("lora_target", "oft_target", "target_modules"):
             targets = part.take(theirs)
             if asks(targets) and targets != "all":
-                config.fields["target_modules"] = targets.split(",") if isinstance(targets, str) else targets
+                config.fields["target_modules"] = names_of(targets)
     if kind == "oft":
         config.fields.pop("lora_alpha", None)
     elif "r" in config.fields:
         config.fields.setdefault("lora_alpha", 2 * config.fields["r"])
-    config.field("additional_target", "modules_to_save")
+    whole = config.take("additional_target")
+    if asks(whole):
+        config.fields["modules_to_save"] = names_of(whole)
     config.field("loraplus_lr_ratio", "lora_plus_ratio")
     niter = config.take("pissa_iter", 16)
     if config.take("pissa_init"):
@@ -206,17 +207,16 @@ def _images(config: Reading) -> None:
 
 
 def _data(config: Reading) -> None:
-    named: Any = config.take("dataset", config.take("train_dataset", ""))
+    named = config.take("dataset", config.take("train_dataset", ""))
     config.take("train_dataset")
-    names = named.split(",") if isinstance(named, str) else named
-    config.options["data"] = single([_file(name.strip()) for name in names])
+    config.options["data"] = single([_file(name) for name in names_of(named)])
     config.to_do.append(_NAMES)
     most = config.take("max_samples")
     if asks(most):
         config.to_do.append(f'data: of a hub id, "ORG/NAME@train[:{most}]"; of a file, its first {most} lines')
     held = config.take("eval_dataset")
     if asks(held):
-        found = [_file(name.strip()) for name in (held.split(",") if isinstance(held, str) else held)]
+        found = [_file(name) for name in names_of(held)]
         config.options["eval_data"] = only_first(config, "eval_dataset", found)
         config.take("val_size")
     else:

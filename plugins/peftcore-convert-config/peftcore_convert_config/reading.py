@@ -142,6 +142,11 @@ def dataset(path: str, split: str | None = None, config: str | None = None) -> s
     return f"{path}@{split}" if split and split != "train" else path
 
 
+def names_of(value: Any) -> list[str]:
+    """Return the names in a list, or in a text that separates them by commas."""
+    return [str(name).strip() for name in (value if isinstance(value, list) else str(value).split(","))]
+
+
 def held_out(reading: Reading, share: Any) -> None:
     """Set `holdout`; one example at least is held out, of answers marked as good or bad two."""
     reading.options["holdout"] = float(share) or (2 if reading.options.get("task") == "kto" else 1)
@@ -171,26 +176,28 @@ def _steps_between(reading: Reading, key: str, option: str) -> None:
 def training(reading: Reading, *, epochs: str, scheduler: str, patience: str) -> None:
     """Take the keys that are named after transformers' TrainingArguments; three of them have other names, as given."""
     reading.option("gradient_accumulation_steps", "grad_accum", int)
-    steps = reading.take("max_steps")
-    if asks(steps) and steps > 0:
-        reading.options["steps"] = int(steps)
+    steps = reading.number("max_steps", reading.take("max_steps", 0), int)
+    if steps > 0:
+        reading.options["steps"] = steps
         reading.take(epochs)
     else:
         reading.option(epochs, "epochs", float)
     reading.option("learning_rate", "lr", float)
     reading.option(scheduler, "scheduler")
-    for key in ("warmup_ratio", "warmup_steps"):
-        reading.option(key, "warmup", float)
+    reading.option("warmup_ratio", "warmup", float)
+    if reading.has("warmup_steps") or not reading.has("warmup_ratio"):  # 0 steps leave the ratio in force
+        reading.option("warmup_steps", "warmup", float)
+    reading.take("warmup_steps")
     reading.option("weight_decay", "weight_decay", float)
     reading.option("max_grad_norm", "max_grad_norm", float)
     reading.option("seed", "seed", int)
     _steps_between(reading, "eval_steps", "eval_every")
     keep = reading.take("save_total_limit")
     if asks(keep):
-        reading.options["keep"] = max(2, int(keep))
+        reading.options["keep"] = max(2, reading.number("save_total_limit", keep, int))
     without_improvement, best = reading.take(patience), reading.take("load_best_model_at_end")
     if asks(without_improvement):
-        reading.options["patience"] = int(without_improvement)
+        reading.options["patience"] = reading.number(patience, without_improvement, int)
     elif best:
         reading.options["load_best"] = True
     if reading.options.keys() & {"patience", "load_best"}:  # which save at each evaluation

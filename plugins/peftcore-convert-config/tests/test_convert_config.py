@@ -368,3 +368,32 @@ def test_steps_that_are_a_share_are_no_number_of_steps(steps: float | str) -> No
     counted = {"eval_every": 5, "save_every": 5} if steps != 0.25 else {}
     assert {key: value for key, value in found.options.items() if key.endswith("_every")} == counted
     assert ("eval_steps" in found.left_out) is ("save_steps" in found.left_out) is (steps == 0.25)
+
+
+def test_lists_and_texts_with_commas_of_llama_factory() -> None:
+    theirs = {"model_name_or_path": "m", "dataset": "a", "lora_target": "q_proj, v_proj"}
+    found = programs.convert({**theirs, "additional_target": "embed_tokens,lm_head"})
+    assert found.fields == {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    predicts = {"model_name_or_path": "m", "adapter_name_or_path": ["f"], "do_predict": True}
+    found = programs.convert({**predicts, "eval_dataset": ["one", "two"]})
+    assert found.options["data"] == ["one.json", "two.json"] and found.options["adapter"] == "f"
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [
+        ({"warmup_ratio": 0.1, "warmup_steps": 0}, 0.1),
+        ({"warmup_ratio": 0.1, "warmup_steps": 20}, 20.0),
+        ({"warmup_ratio": 0.0, "warmup_steps": 0}, 0.0),
+        ({"warmup_steps": 0}, 0.0),
+    ],
+)
+def test_steps_of_warmup_that_are_0_leave_the_ratio(given: dict[str, Any], warmup: float) -> None:
+    found = programs.convert({"model_name_or_path": "m", "dataset": "a", **given})
+    assert found.options["warmup"] == warmup and not found.left_out
+
+
+@pytest.mark.parametrize("key", ["max_steps", "save_total_limit", "early_stopping_steps"])
+def test_a_number_that_is_a_word(key: str) -> None:
+    with pytest.raises(PeftcoreError, match=f"'{key}' must be a number, found 'many'"):
+        programs.convert({"model_name_or_path": "m", "dataset": "a", key: "many"})

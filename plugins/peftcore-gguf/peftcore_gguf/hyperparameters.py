@@ -21,10 +21,8 @@ ROPE = {  # supported keys by type
     "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 ROPE_FREQUENCIES = "rope_freqs.weight"
-LAYERS_OF_27B = {
-    "gemma2": 46,
-    "gemma3": 62,
-}  # number of layers by which llama.cpp recognizes models with another attention scale
+# Number of layers by which llama.cpp recognizes models with another attention scale.
+LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str, Tensor]:

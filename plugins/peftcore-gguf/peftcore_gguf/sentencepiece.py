@@ -22,11 +22,8 @@ Steps = list[dict[str, Any]]
 
 _ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
-_TWICE = {
-    "type": "Replace",
-    "pattern": {"Regex": r"\A▁"},
-    "content": SPACE * 2,
-}  # because Metaspace skips a text that begins with one
+# Metaspace adds no space to a text that begins with one.
+_TWICE = {"type": "Replace", "pattern": {"Regex": r"\A▁"}, "content": SPACE * 2}
 
 
 def _metaspace(scheme: str) -> dict[str, Any]:

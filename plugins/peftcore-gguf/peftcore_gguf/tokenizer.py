@@ -169,8 +169,9 @@ def _write_special(writer: Any, tokenizer: Any) -> None:
             getattr(writer, f"add_{name}_token_id")(i)
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    first, last = whole[:1] == [ids["bos"]] and whole[:1] != bare[:1], whole[-1:] == [ids["eos"]] != bare[-1:]
-    if whole != [*whole[:1] * first, *bare, *whole[-1:] * last]:
+    first = whole[:1] == [ids["bos"]] and whole[:1] != bare[:1]
+    last = whole[-1:] == [ids["eos"]] and whole[-1:] != bare[-1:]
+    if whole != [ids["bos"]] * first + bare + [ids["eos"]] * last:
         raise _refused(f"it returns {whole} for {bare}")
     writer.add_add_bos_token(first)
     writer.add_add_eos_token(last)
@@ -184,7 +185,13 @@ def _template(tokenizer: Any) -> str | None:
 def _copy(writer: Any, file: Path, rows: int, template: str | None) -> None:
     import gguf
 
-    fields = gguf.GGUFReader(file).fields
+    try:
+        fields = gguf.GGUFReader(file).fields
+    except (OSError, ValueError) as error:
+        raise PeftcoreError(
+            f"the tokenizer '{file}' cannot be read as a GGUF file ({error}). Pass the path of one, or a transformers "
+            "tokenizer: AutoTokenizer.from_pretrained(NAME)"
+        ) from error
     tokens = fields.get(gguf.Keys.Tokenizer.LIST)
     if tokens is None:
         raise PeftcoreError(f"'{file}' has no tokenizer. Pass a transformers tokenizer")
