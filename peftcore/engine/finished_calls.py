@@ -6,13 +6,13 @@ extra_loss(model)           takes it; a second call before that is an error, sin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from peftcore.adaptation.modes import evaluation_mode
 from peftcore.engine.activating import disabled
 from peftcore.engine.state import require_state
 from peftcore.engine.trained import unmoved_buffers
@@ -41,7 +41,7 @@ def take_finished_call(model: nn.Module, subject: str) -> FinishedCall:
 
     def run_base() -> Any:
         _refuse_cache(call, subject)
-        with torch.no_grad(), disabled(model), unmoved_buffers(model), _evaluating(model):
+        with torch.no_grad(), disabled(model), unmoved_buffers(model), evaluation_mode(model):
             return model(*args, **kwargs)
 
     return FinishedCall(call, output, call.state, run_base)
@@ -54,15 +54,3 @@ def _refuse_cache(call: Mapping[str, Any], subject: str) -> None:
                 f"the loss of {subject} compares with the base, and the call got a cache, '{name}', to which a second "
                 "call would append. Train without it"
             )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

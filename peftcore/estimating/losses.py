@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftcore.adaptation.modes import evaluation_mode
 from peftcore.engine import disabled, state_of
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
@@ -135,18 +136,12 @@ class OfTrainer(Own):
         if self.reference is not None:
             yield
             return
-        training = [module for module in self.model.modules() if module.training]
         policy, self.model.forward = self.model.forward, self._of_reference
         try:
-            with ExitStack() as stack:
-                stack.enter_context(disabled(self.model))
-                for module in training:
-                    module.training = False
+            with disabled(self.model), evaluation_mode(self.model):
                 yield
         finally:
             self.model.forward = policy
-            for module in training:
-                module.training = True
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftcore import engine
 from peftcore.adaptation.base_modules import original_forward
+from peftcore.adaptation.modes import evaluation_mode
 from peftcore.errors import PeftcoreError
 from peftcore.exporter import Exporter, NoOptions
 
@@ -40,13 +41,13 @@ def write(model: nn.Module, path: Path, _options: NoOptions) -> None:
     example = torch.ones(2, 8, dtype=torch.long, device=device)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     size = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
-    was_training, verbosity = model.training, logging.root.manager.disable
+    verbosity = logging.root.manager.disable
     try:
         logging.disable(logging.WARNING)  # warnings about operators of missing libraries
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                _Plain(model.eval()).eval(),
+                _Plain(model).eval(),
                 (example, example.clone()),  # the same tensor twice would become one input
                 path,
                 input_names=[*INPUTS],
@@ -57,13 +58,12 @@ def write(model: nn.Module, path: Path, _options: NoOptions) -> None:
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many types of errors
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise PeftcoreError(
-            f"{type(model).__name__} cannot be exported: {str(error).strip().splitlines()[0]}. Merging first may "
-            "help: peftcore.merge(model)"
+            f"{type(model).__name__} cannot be exported: {reason}. Merging first may help: peftcore.merge(model)"
         ) from error
     finally:
         logging.disable(verbosity)
-        model.train(was_training)
 
 
 ONNX = Exporter("onnx", "ONNX Runtime", write_model=write, model_file="model.onnx", with_adapters=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.adaptation.adapted import adapters_of
 from peftcore.adaptation.class_swap import one_for_each_class
+from peftcore.adaptation.modes import evaluation_mode
 from peftcore.engine.state import STATE
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.reference import Reference
@@ -64,15 +65,8 @@ class _View(_Over):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reference: Reference = self.__dict__[_REFERENCE]
-        training = [module for module in self.modules() if module.training]
-        with torch.no_grad(), reference.activated():
-            for module in training:
-                module.training = False
-            try:
-                return super().__call__(*args, **kwargs)
-            finally:
-                for module in training:
-                    module.training = True
+        with torch.no_grad(), reference.activated(), evaluation_mode(self):
+            return super().__call__(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)

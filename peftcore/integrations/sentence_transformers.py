@@ -5,11 +5,12 @@ It would write the base with the adapters' tensors inside, and its load would ig
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
 
-from peftcore.engine import require_state, state_of
+from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
 
 _PATCHED = "_peftcore"
@@ -26,11 +27,13 @@ def patch_model(model: nn.Module) -> None:
 
 
 def _refusing(own: Any) -> Any:
+    @functools.wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if state_of(self) is not None:
+        state = state_of(self)
+        if state is not None:
             raise PeftcoreError(
                 f"{type(self).__name__} would be saved in a form that it cannot load, with adapters "
-                f"{', '.join(require_state(self).applied)}. Save the adapters with peftcore.save(model, folder), in "
+                f"{', '.join(state.applied)}. Save the adapters with peftcore.save(model, folder), in "
                 "training with save_strategy='no', or merge them first: peftcore.merge(model, keep_adapters=False)"
             )
         return own(self, *args, **kwargs)

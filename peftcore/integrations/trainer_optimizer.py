@@ -75,11 +75,9 @@ def with_groups(trainer: Any, adapted: nn.Module, model: nn.Module | None) -> tu
     groups = engine.method_groups(adapted, lr, decay)
     if not groups:
         return kind, options
-    of_trainer = options.get("optimizer_dict")
+    of_trainer = options.get("optimizer_dict")  # groups that sentence-transformers' trainer makes
     if isinstance(of_trainer, list) and all(isinstance(each, dict) and "params" in each for each in of_trainer):
-        ours = {
-            id(p) for group in groups for p in group["params"]
-        }  # a trainer's own groups, as of sentence-transformers
+        ours = {id(p) for group in groups for p in group["params"]}
         rest = [{**each, "params": [p for p in each["params"] if id(p) not in ours]} for each in of_trainer]
         return kind, {**options, "optimizer_dict": [*groups, *(each for each in rest if each["params"])]}
     if {"params", "model", "optimizer_dict"} & set(options) or is_factory(kind):

@@ -58,13 +58,12 @@ class AfterStep(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not getattr(
-            kwargs.get("optimizer"), "step_was_skipped", False
-        ):  # skipped by a scaler because of NaN or Inf gradients
-            model = kwargs["model"]
-            if engine.state_of(model) is None:  # inside DDP or torch.compile; asking accelerate takes a millisecond
-                model = extract_model_from_parallel(model, keep_torch_compile=False)
-            engine.after_step(model, state.global_step + 1, state.max_steps, optimizer=kwargs.get("optimizer"))
+        model, optimizer = kwargs["model"], kwargs.get("optimizer")
+        if getattr(optimizer, "step_was_skipped", False):  # by a scaler, because of NaN or Inf gradients
+            return
+        if engine.state_of(model) is None:  # inside DDP or torch.compile; asking accelerate takes a millisecond
+            model = extract_model_from_parallel(model, keep_torch_compile=False)
+        engine.after_step(model, state.global_step + 1, state.max_steps, optimizer=optimizer)
 
 
 def _model_of(trainer: Trainer) -> nn.Module | None:
@@ -315,8 +314,8 @@ def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 def mark_complete(folder: Path) -> None:
     """Write `complete.json`, after every other file of the checkpoint has reached the disk."""
-    sizes, apart = {}, (COMPLETE, model_card.FILE)  # people edit the card
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in apart):
+    sizes, unlisted = {}, (COMPLETE, model_card.FILE)  # people edit the card
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unlisted):
         with open(file, "rb") as content:
             os.fsync(content.fileno())
         sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
@@ -348,8 +347,12 @@ def is_complete(folder: str | os.PathLike[str]) -> bool:
 def _what_is_wrong(folder: Path) -> str | None:
     try:
         sizes = json.loads((folder / COMPLETE).read_text())
-    except (OSError, ValueError):
+    except OSError:
         return f"{COMPLETE} is missing"
+    except ValueError:
+        sizes = None
+    if not isinstance(sizes, dict):
+        return f"{COMPLETE} is damaged"
     for name, size in sizes.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if found != size:

@@ -209,10 +209,12 @@ def merge_exactly(model: nn.Module) -> None:
         PeftcoreError: merging is refused, or quantizing again loses part of the change.
     """
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", "quantized again, ")
+        warnings.filterwarnings("always", ".*quantized again, ")
         peftcore.merge(model)
     for warning in caught:
-        raise peftcore.PeftcoreError(str(warning.message))
+        if "quantized again, " in str(warning.message):
+            raise peftcore.PeftcoreError(str(warning.message))
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def logits(model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:

@@ -6,8 +6,10 @@ It starts processes, which takes some seconds; mark a plugin's test of it as slo
 from __future__ import annotations
 
 import multiprocessing
+import queue
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any, Literal
@@ -46,15 +48,29 @@ def check_sharded(config: Any, *, family: str = "Llama", adapters: Shards = "rep
         processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(COUNT)]
         for process in processes:
             process.start()
+        error: str | None = "the check was interrupted"
         try:
-            errors = [results.get(timeout=seconds) for _ in processes]
+            error = first_error(results, seconds)
         finally:
             for process in processes:
-                process.join(10)
+                if error is None:
+                    process.join(10)
                 if process.is_alive():
-                    process.kill()
-        found = [error for error in errors if error]
-        assert not found, found[0]
+                    process.kill()  # after an error of one rank the other waits for it
+        assert error is None, error
+
+
+def first_error(results: Any, seconds: float) -> str | None:
+    """Return the first error that a rank puts into the queue `results`, or None once each rank has put None."""
+    end = time.monotonic() + seconds
+    for _ in range(COUNT):
+        try:
+            error: str | None = results.get(timeout=max(0.0, end - time.monotonic()))
+        except queue.Empty:
+            return f"a rank did not end within {seconds:g} s"
+        if error is not None:
+            return error
+    return None
 
 
 def _rank(rank: int, folder: str, config: Any, family: str, adapters: Shards, results: Any) -> None:

@@ -34,3 +34,16 @@ def test_it_computes_the_same_for_any_batch(tmp_path: Path) -> None:
 def test_only_models_of_text(tmp_path: Path) -> None:
     with pytest.raises(PeftcoreError, match=r"does not take input_ids\. Only text models"):
         peftcore.export(convnet(), tmp_path / "model.onnx", format="onnx")
+
+
+def test_a_failure_leaves_the_mode_of_each_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(*_args: object, **_kwargs: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    model = peftcore.apply(llama(num_hidden_layers=1), "lora", r=2).train()
+    model.model.norm.eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(PeftcoreError, match=r"LlamaForCausalLM cannot be exported: NotImplementedError\. Merging"):
+        peftcore.export(model, tmp_path / "model.onnx", format="onnx")
+    assert [module.training for module in model.modules()] == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,11 @@ def test_checkpoints_that_were_cut_off_are_skipped(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"inner/file has [03] of 5 bytes") as warned:
         assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert len(warned) == 2
+    for step in (10, 20):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-2" / "complete.json").write_text("null")
+    with pytest.warns(UserWarning, match=r"checkpoint-2' is incomplete .*complete.json is damaged"):
+        assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 def test_a_save_that_fails_leaves_no_complete_checkpoint(

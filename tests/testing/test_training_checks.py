@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import warnings
 from typing import Any
 
 import processes
@@ -16,7 +18,8 @@ from whole import WHOLE
 import peftcore
 from peftcore.plugin import StateRules, tensor_name
 from peftcore.testing import FAMILIES, check_sharded
-from peftcore.testing.case import Case
+from peftcore.testing.case import Case, merge_exactly
+from peftcore.testing.sharded import first_error
 from peftcore.testing.suite import APPLIES
 
 FILES = "save and load are bit exact"
@@ -155,6 +158,28 @@ def test_on_ranks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         processes.start_server()
         monkeypatch.setattr("multiprocessing.get_context", lambda method: processes.CONTEXT)
     check_sharded(LoraConfig(r=3))
+
+
+def test_the_first_error_of_a_rank_ends_the_check() -> None:
+    """The other rank waits for the one that failed, and puts nothing."""
+    results: queue.Queue[str | None] = queue.Queue()
+    results.put("rank 1: wrong")
+    assert first_error(results, 60) == "rank 1: wrong"
+    results.put(None)
+    assert first_error(results, 0.01) == "a rank did not end within 0.01 s"
+    results.put(None)
+    results.put(None)
+    assert first_error(results, 60) is None
+
+
+def test_a_warning_of_a_merge_is_a_refusal_only_if_a_change_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peftcore, "merge", lambda _: warnings.warn("something else", UserWarning, stacklevel=1))
+    with pytest.warns(UserWarning, match="something else"):
+        merge_exactly(torch.nn.Linear(1, 1))
+    lost = "2 merged layers are quantized again, which loses 3%"
+    monkeypatch.setattr(peftcore, "merge", lambda _: warnings.warn(lost, UserWarning, stacklevel=1))
+    with pytest.raises(peftcore.PeftcoreError, match=lost):
+        merge_exactly(torch.nn.Linear(1, 1))
 
 
 def test_a_base_that_is_computed_with_in_one_format_alone() -> None:

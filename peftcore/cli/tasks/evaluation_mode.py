@@ -9,19 +9,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from peftcore.adaptation.modes import evaluation_mode
+
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode without gradients, and back into the mode that it had."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    """Put `model` into evaluation mode without gradients within the block."""
+    with evaluation_mode(model), torch.no_grad():
+        yield
 
 
 def batched(examples: Sequence[T], size: int) -> Iterator[Sequence[T]]:

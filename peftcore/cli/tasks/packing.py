@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peftcore.cli.tasks.conversations import IGNORED
 from peftcore.cli.tasks.encoded_examples import Example
+from peftcore.cli.tasks.evaluation_mode import evaluating
 from peftcore.errors import PeftcoreError
 
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}  # relative to the norm; leaks are of order 1
@@ -111,11 +112,10 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def tried(model: nn.Module) -> Iterator[None]:
     """Run the model in evaluation mode without gradients, with noise on trained values; restore it afterwards."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kept, was_training = [copy.deepcopy(parameter.data) for parameter in trained], model.training
+    kept = [copy.deepcopy(parameter.data) for parameter in trained]
     draw = torch.Generator().manual_seed(0)
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             for parameter in trained:
                 noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float32)
                 parameter.add_((0.05 * noise).to(parameter))
@@ -124,4 +124,3 @@ def tried(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(trained, kept, strict=True):
                 parameter.copy_(value)
-        model.train(was_training)

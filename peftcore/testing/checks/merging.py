@@ -72,7 +72,7 @@ def stacked(case: Case) -> None:
 
 def _in_both_orders(model: nn.Module, inputs: dict[str, Tensor], names: Sequence[str], merges: bool) -> None:
     for order in (names, names[::-1]):
-        what = f"{' inside '.join(order)}"
+        what = " inside ".join(order)
         peftcore.activate(model, order)
         loss_of(model, inputs).backward()
         for name in order:
