@@ -100,7 +100,7 @@ def shard(
         fully_shard(model, **options)
     if replicated := [p for p in replicated if not hasattr(p, _AVERAGED)]:
         groups = [mesh.get_group(i) for i in range(mesh.ndim)] if mesh is not None else [distributed.group.WORLD]
-        _GradientMean(replicated, groups)
+        GradientMean(replicated, groups)
     return model
 
 
@@ -180,7 +180,7 @@ def refuse_between_blocks(model: nn.Module) -> None:
             )
 
 
-class _GradientMean:
+class GradientMean:
     """Averages the gradients of replicated parameters over the ranks when a backward pass has ended."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
@@ -196,10 +196,11 @@ class _GradientMean:
         backward = torch._C._current_graph_task_id()
         if backward != self.backward:  # a pass that raised an error has never called its callbacks
             self.backward = backward
-            Variable._execution_engine.queue_callback(self._average)
+            Variable._execution_engine.queue_callback(self.average)
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def average(self) -> None:
+        """Replace each gradient by its mean over the ranks. Collective."""
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in self.parameters:
             if parameter.requires_grad:

@@ -68,8 +68,8 @@ class _Failing(torch.autograd.Function):
 def test_gradients_are_averaged_after_a_backward_pass_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     averaged: list[float] = []
     replicated, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    monkeypatch.setattr(sharding._GradientMean, "_average", lambda _: averaged.append(replicated.grad.item()))
-    sharding._GradientMean([replicated], [])
+    monkeypatch.setattr(sharding.GradientMean, "average", lambda _: averaged.append(replicated.grad.item()))
+    sharding.GradientMean([replicated], [])
     failing = _Failing.apply(other)  # made first, so that the backward pass reaches `replicated` before it
     with pytest.raises(RuntimeError, match="out of memory"):
         (failing + 2 * replicated).backward()
