@@ -5,11 +5,11 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import fresh_process
 import pytest
 import torch
 
@@ -107,7 +107,7 @@ def test_killed_at_any_step(tmp_path: Path, monkeypatch, names) -> None:
 
 _KILLED = """
 import os, random, signal, struct, sys, time
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from test_atomic_writing import contents, values
 from peftcore.files.atomic_writing import write_adapters
@@ -138,8 +138,8 @@ for attempt in range(80):
 @pytest.mark.slow
 def test_sigkill_at_random_points(tmp_path: Path) -> None:
     """80 times, in a loop that saves two sets of three adapters by turns: what is there is one of the two."""
-    command = [sys.executable, "-W", "ignore", "-c", _KILLED, str(tmp_path / "set"), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    here = Path(__file__).parent
+    done = fresh_process.run(_KILLED, *map(str, (tmp_path / "set", here, here.parent)), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     found = done.stdout.splitlines()
     assert len(found) == 80 and set(found) == {"{1.0}", "{2.0}"}

@@ -1,17 +1,23 @@
-"""What all corpora share: how many cases of them run, a limit of time, and a report of all that went wrong."""
+"""What all corpora share: how many cases of them run, a limit of time, a report of all that went wrong, processes."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import fresh_process
 from whole import WHOLE
 
 SECONDS = 10  # that a case may take
 SEED = int(os.environ.get("PEFTCORE_FUZZ_SEED", "0"))
+_HERE = f"import os; os.chdir({str(Path(__file__).parents[1])!r}); "
+_MODULE = "import runpy, sys; runpy.run_module('fuzz.' + sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
 
 def cases(name: str, count: int) -> Iterator[tuple[int, random.Random]]:
@@ -38,6 +44,16 @@ def limit(seconds: float = SECONDS) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def program(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run `python -m fuzz.name arguments` in a process of its own, which may crash."""
+    return run(_MODULE, name, *arguments)
+
+
+def run(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run `code` in the folder of the tests, in a process of its own."""
+    return fresh_process.run(_HERE + code, *map(str, arguments), OMP_NUM_THREADS="1")
 
 
 def report(name: str, count: int, case: Callable[[int, random.Random], str]) -> None:

@@ -1,16 +1,11 @@
 """2,000 hostile calls a SIMD level (each tenth in `make test`): what the reference gives, or a refusal."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from fuzz import corpus
 from whole import WHOLE, nightly_but
 
 from peftcore import ops
 
-TESTS = Path(__file__).parents[1]
 COUNT = 2000
 LEVELS = list(ops.extension.cpu_levels()) if ops.extension is not None else []
 
@@ -23,8 +18,7 @@ def test_every_call_is_right_or_refused(level):
     """In a process of its own: a crash is that process's, and its last line says at which call."""
     first = corpus.SEED * COUNT
     numbers = first, first + COUNT, 1 if WHOLE else 10
-    command = [sys.executable, "-m", "fuzz.operators", level, *map(str, numbers)]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=1200)
+    done = corpus.program("operators", level, *numbers)
     lines = done.stdout.splitlines()
     wrong = [line for line in lines if line.startswith("WRONG")]
     assert done.returncode == 0 and lines[-1] == "done", f"ended {lines[-1:]}: {done.returncode} {done.stderr[-2000:]}"
@@ -36,5 +30,5 @@ def test_memory_ends_where_it_cannot_be_read():
     """The corpus's own instrument: a byte behind a guarded tensor is a segmentation fault."""
     code = "import ctypes, torch; from fuzz.memory import guarded; t = guarded(5, torch.float32); "
     code += "ctypes.string_at(t.data_ptr(), {})"
-    ends = [subprocess.run([sys.executable, "-c", code.format(size)], cwd=TESTS).returncode for size in (20, 21)]
+    ends = [corpus.run(code.format(size)).returncode for size in (20, 21)]
     assert ends == [0, -11]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,10 @@ from fuzz import corpus
 
 from peftcore import ops
 
-TESTS = Path(__file__).parents[1]
-
 
 def run(program: str, *arguments: Any) -> list[str]:
     """The lines of a program that ended well."""
-    command = [sys.executable, "-W", "ignore", "-m", f"fuzz.{program}", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=7200, env=environment)
+    done = corpus.program(program, *arguments)
     lines = done.stdout.splitlines()
     wrong = [line for line in lines if "WRONG" in line]
     assert done.returncode == 0 and lines[-1].startswith("done"), f"{lines[-1:]}: {done.stderr[-2000:]}"
