@@ -27,6 +27,7 @@ def main(description: str | None) -> int:
     parser.add_argument("--list", action="store_true", help="print stages and cases, and run nothing")
     parser.add_argument("--wheels", type=Path, default=machine.ROOT / "wheels", help="folder of carried wheels")
     parser.add_argument("--patience", type=float, default=120, help="seconds after which a case counts as hung (120)")
+    parser.add_argument("--most", type=int, help="of each function of cases, at most so many (all)")
     parser.add_argument("--table", default="card.table", help=argparse.SUPPRESS)  # tests run other cases
     options = parser.parse_args()
     chosen = options.only or [name for name in STAGES if not options.emulator or name in (*PROVING, "report")]
@@ -75,7 +76,7 @@ def run(options: argparse.Namespace, results: Results, chosen: list[str]) -> int
 
 
 def stage_run(options: argparse.Namespace, results: Results, until: float, log: Callable[[str], None]) -> stages.Run:
-    given = options.emulator, options.wheels, options.patience, options.table
+    given = options.emulator, options.wheels, options.patience, options.most, options.table
     return stages.Run(options.out, results, until, *given, log)
 
 

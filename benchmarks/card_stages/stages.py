@@ -28,6 +28,7 @@ class Run:
     emulator: bool
     wheels: Path
     patience: float  # seconds after which a case without an end counts as hung
+    most: int | None  # cases of each function; None: all
     table: str
     log: Callable[[str], None]
 
@@ -115,6 +116,7 @@ def correctness(run: Run) -> None:
 
 def worker_arguments(run: Run) -> list[str]:
     arguments = ["-m", "card_stages.worker", "--results", str(run.results.path), "--until", str(run.until)]
+    arguments += [] if run.most is None else ["--most", str(run.most)]
     return [*arguments, "--table", run.table, *(["--emulator"] if run.emulator else [])]
 
 

@@ -1,6 +1,6 @@
 """Run cases of correctness, in a process that a wrong kernel may end.
 
-    python -m card_stages.worker --results FILE --until SECONDS [--emulator] [--table MODULE] [--list]
+    python -m card_stages.worker --results FILE --until SECONDS [--emulator] [--most N] [--table MODULE] [--list]
 
 The names of all cases are in `cases.json` next to the results, and the name of the case that runs is in `running`.
 An error of CUDA leaves the device unusable for the process: the worker then ends with code 77, and its caller starts
@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,28 @@ def strict_numbers() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
+def first_ones(cases: list[Case], most: int | None) -> list[Case]:
+    """Return the first `most` cases of each function, in their order; None: all."""
+    ranks: Counter[str] = Counter()
+    found = []
+    for case in cases:
+        ranks[case.function] += 1
+        if most is None or ranks[case.function] <= most:
+            found.append(case)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--until", type=float, required=True, help="time.time() at which no further case begins")
     parser.add_argument("--emulator", action="store_true")
+    parser.add_argument("--most", type=int)
     parser.add_argument("--table", default="card.table")
     parser.add_argument("--list", action="store_true", help="write cases.json, and run nothing")
     options = parser.parse_args()
     cases = importlib.import_module(options.table).all_cases()
-    cases = [case for case in cases if case.emulated or not options.emulator]
+    cases = first_ones([case for case in cases if case.emulated or not options.emulator], options.most)
     options.results.with_name("cases.json").write_text(json.dumps([case.name for case in cases], indent=0) + "\n")
     if options.list:
         return
