@@ -1,7 +1,7 @@
 """The integrations of the core, which go through the hook of packages that add integrations.
 
 transformers            `pretrained`: `save_pretrained`; `adapter_methods`: `load_adapter` and others, `from_pretrained`
-transformers.trainer    `transformers`: `Trainer` and its subclasses; `peft_config=` of TRL
+transformers.trainer    `trainer`: `Trainer` and its subclasses; `peft_config=` of TRL
 transformers' Llama 4   an attribute of its language model's output that its forward reads
 accelerate              `accelerate`: keeps adapters in memory when it offloads a model
 peft                    `peft`: refuses a model with adapters
@@ -25,8 +25,8 @@ AT_IMPORT = ("trainer", "adapter-methods", "auto-classes", "pipelines", "diffuse
 
 # Integrations whose module patches their library when it is imported: (name, library, module of this package).
 _BY_IMPORT = (
-    ("transformers", "transformers.modeling_utils", "pretrained"),
-    ("trainer", "transformers.trainer", "transformers"),
+    ("pretrained", "transformers.modeling_utils", "pretrained"),
+    ("trainer", "transformers.trainer", "trainer"),
     ("adapter-methods", "transformers.integrations.peft", "adapter_methods"),
     ("accelerate", "accelerate.big_modeling", "accelerate"),
     ("peft", "peft", "peft"),

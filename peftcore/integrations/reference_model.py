@@ -40,7 +40,7 @@ def reference_of(trainer: Any) -> Reference | None:
 
 
 if TYPE_CHECKING:
-    from transformers.trainer import Trainer  # whose import runs `peftcore.integrations.transformers`
+    from transformers.trainer import Trainer  # whose import runs `peftcore.integrations.trainer`
 
     _Over = nn.Module  # `_View` is only mixed into subclasses of it
 else:

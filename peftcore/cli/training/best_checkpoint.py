@@ -17,7 +17,7 @@ from peftcore.cli import task_names
 from peftcore.cli.console import say, warn
 from peftcore.cli.tasks import generations, metrics
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.integrations.transformers import is_complete
+from peftcore.integrations.trainer import is_complete
 
 if TYPE_CHECKING:
     from peftcore.cli.settings import RunOptions

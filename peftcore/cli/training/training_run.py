@@ -61,7 +61,7 @@ from peftcore.engine import takes_batches
 from peftcore.engine.fusing import fused_modules
 from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.errors import PeftcoreError
-from peftcore.integrations.transformers import latest_checkpoint
+from peftcore.integrations.trainer import latest_checkpoint
 from peftcore.merging.merged_layers import mergeable
 
 

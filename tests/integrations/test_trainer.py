@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 from transformers.utils.generic import can_return_loss, find_labels
 
 import peftcore
-from peftcore.integrations.transformers import AfterStep, latest_checkpoint, mark_complete, restore_adapters
+from peftcore.integrations.trainer import AfterStep, latest_checkpoint, mark_complete, restore_adapters
 
 
 class Rows(Dataset):
