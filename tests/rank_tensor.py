@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,8 +21,23 @@ from peftcore import ranks
 from peftcore.adaptation.chain import OwnForward
 from peftcore.adaptation.division import Division
 from peftcore.engine.state import state_of
-from peftcore.plugin import After
+from peftcore.plugin import After, AtModule, Link
 from peftcore.testing import disturb
+
+
+class BeforeLink(Link):
+    def __call__(self, x: Tensor) -> Any:
+        return self.inside(self.adapter(x))
+
+
+@dataclass(frozen=True)
+class Before(AtModule):
+    """A kind of a plugin's own: the adapter changes the input of the layer."""
+
+    path: str
+    adapter: nn.Module
+    link = BeforeLink
+
 
 _UNUSED: list[nn.Module] = []  # bases that have no adapter now
 
@@ -244,9 +260,24 @@ def of_lora(folder: str, whole: bool) -> dict[str, float | str]:
     found["batches"] = message_of(lambda: spread(input_ids=TOKENS + ranks.rank()))
     found["random states"] = message_of(lambda: spread(input_ids=TOKENS))
     found["shard"] = message_of(lambda: peftcore.shard(spread))
+    with tiny.installed(tiny.method("before", _before)):
+        alone, spread = pair(folder, "llama", {"method": "before"})
+        found["before layers"] = gradients(alone, spread)
+        found["before layers, logits"] = off(logits(spread), logits(alone))
     with tiny.installed(tiny.method("behind", lambda *_: [After("model.layers.0.self_attn.q_norm", nn.Identity())])):
         found["a norm of heads"] = message_of(lambda: peftcore.apply(base(folder, "qwen3", tp_size=2), "behind"))
     return found
+
+
+def _before(model: nn.Module, *_: Any) -> list[Before]:
+    """Placements at a layer that is divided along its inputs, and at one that is along its outputs."""
+    attention, mlp = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+    return [Before(path, nn.Linear(in_of(model, path), in_of(model, path))) for path in (attention, mlp)]
+
+
+def in_of(model: nn.Module, path: str) -> int:
+    found: Any = model.get_submodule(path)
+    return int(found.in_features)
 
 
 def of_trained(folder: str, whole: bool) -> dict[str, float | str]:

@@ -151,12 +151,15 @@ class Link:
         follows: calling the link calls the links inside, and then the adapter with the first value of their output.
         merges_by: the member of adapters that merging calls, for messages.
         calls_adapter: a call calls the adapter, so adapters of one class may run together (`Adapter.per_sample`).
+        follows_division: at a linear layer that tensor parallelism divides, a call with whole inputs and outputs
+            (`peftcore.adaptation.division`) computes what one process does.
     """
 
     __slots__ = ("_adapter", "_base", "_name", "module")
     follows: ClassVar[bool] = False
     merges_by: ClassVar[str] = "merged"
     calls_adapter: ClassVar[bool] = True
+    follows_division: ClassVar[bool] = True
 
     @staticmethod
     def changes_of(adapter: Any) -> Mapping[str, Any]:

@@ -12,13 +12,12 @@ from torch import nn
 from peftcore import ranks
 from peftcore.adaptation.adapted import is_adapted, rebuild
 from peftcore.adaptation.base_modules import base_modules, original_class
-from peftcore.adaptation.chain import OWN_FORWARD, Link
+from peftcore.adaptation.chain import OWN_FORWARD
 from peftcore.adaptation.divided_experts import divide_factors, follows_experts, mesh_of_experts
 from peftcore.adaptation.division import division_of, has_plan, plan_of
 from peftcore.adaptation.parallel_hooks import divides_tokens, mesh_of_hooks, without_hooks
 from peftcore.engine.placing import Placed
 from peftcore.errors import PeftcoreError
-from peftcore.placements.after import AfterLink
 from peftcore.placements.on_weight import WeightLink
 
 
@@ -57,7 +56,7 @@ def refuse_divided(model: nn.Module, placed: Placed) -> None:
         return
     for each in placed.attached:
         module = model.get_submodule(each.path)
-        if each.link in (Link, AfterLink, WeightLink) and division_of(module) is not None:
+        if each.link.follows_division and division_of(module) is not None:
             continue
         if each.link is WeightLink and mesh_of_experts(module) is not None:
             if follows_experts(module, WeightLink.changes_of(each.adapter)):

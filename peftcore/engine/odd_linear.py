@@ -22,7 +22,6 @@ from peftcore.adaptation.chain import Link, OwnForward
 from peftcore.adaptation.outputs import first_of
 from peftcore.adapter import Adapter, Change, implements
 from peftcore.errors import PeftcoreError
-from peftcore.placements.after import AfterLink
 from peftcore.placements.attachments import Attached
 
 _MOST_GROUPS = 256
@@ -33,6 +32,7 @@ class MergedLink(Link):
 
     __slots__ = ()
     calls_adapter = False
+    follows_division = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.on_weights({})(*args, **kwargs)
@@ -60,12 +60,12 @@ def fitted(model: nn.Module, method: str, attached: Sequence[Attached]) -> tuple
         module: Any = model.get_submodule(each.path)
         if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
             continue
-        if each.link not in (Link, AfterLink) or each.branches:
+        if (each.link is not Link and not each.link.follows) or each.branches:
             continue
         output = _odd_output(module)
         if output is None or (each.link is Link and _leaves_output(module, each.adapter)):
             continue
-        follows = each.link is AfterLink
+        follows = each.link.follows
         why = _refused_by(each.adapter, output) if follows else _unlike_merged(module, each.adapter)
         if why is not None:
             raise PeftcoreError(
