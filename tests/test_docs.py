@@ -61,7 +61,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         part.save_pretrained(tmp_path / MODEL)
     turns = [("user", "Is it good?"), ("assistant", "It is very good.")]
     line = json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
-    (tmp_path / "chat.jsonl").write_text(f"{line}\n" * 6)
+    (tmp_path / "examples").mkdir()
+    for file in ("chat.jsonl", "examples/chat.jsonl"):
+        (tmp_path / file).write_text(f"{line}\n" * 6)
     texts = [{"text": f"the film is {word}", "label": label} for word, label in (("good", "up"), ("bad", "down"))]
     pairs = [{"prompt": "Is it good?", "chosen": "It is very good.", "rejected": "No."}]
     marked = [{"prompt": "Is it good?", "completion": word, "label": word == "Yes."} for word in ("Yes.", "No.")]

@@ -51,8 +51,8 @@ def prepare(folder: Path) -> None:
     demo = ROOT / ".demo"
     demo.mkdir(exist_ok=True)
     fetch(demo)
-    folder.mkdir(parents=True)
-    shutil.copy(ROOT / "examples/chat.jsonl", folder)
+    (folder / "examples").mkdir(parents=True)
+    shutil.copy(ROOT / "examples/chat.jsonl", folder / "examples")
     from peftcore.cli.bases import models
 
     for load in (models.load_tokenizer, lambda path: models.load_model(path, "causal-lm", dtype="bf16")):
@@ -93,7 +93,7 @@ def clocks() -> tuple[float, float]:
 
 
 def check(folder: Path, talk: str, answer: str) -> None:
-    taught = [json.loads(line)["messages"] for line in (folder / "chat.jsonl").read_text().splitlines()]
+    taught = [json.loads(line)["messages"] for line in (folder / "examples/chat.jsonl").read_text().splitlines()]
     right = next(turns[1]["content"] for turns in taught if turns[0]["content"] == ASK)
     if right not in talk or answer.strip() != right:
         raise SystemExit(f"to {ASK!r} it was taught {right!r}; llama.cpp answers {answer!r}, and the chat was {talk!r}")
