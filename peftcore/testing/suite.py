@@ -63,6 +63,9 @@ class Report:
             lines.append(f" {family}: {passed} of {len(results)} checks passed")
             lines += [_line(r) for r in results if family == self.first or r.error or r.reason]
         lines += [_line(result) for result in self.results if not result.family]
+        failed = next((r.name for r in self.failed if r.family and r.name != APPLIES), None)
+        if failed is not None:
+            lines.append(f"Correct the method. If a check cannot apply: not_applicable={{{failed!r}: 'the reason'}}")
         return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.plugin import Architecture, Around
 from peftcore.testing import COMPILE, IDENTITY, MERGE
-from peftcore.testing.suite import APPLIES
+from peftcore.testing.suite import APPLIES, Report, Result
 
 BASE = "base untouched by training"
 FILES = "save and load are bit exact"
@@ -256,6 +256,14 @@ def test_names_that_are_none() -> None:
         check(method_of(Gain), families=["Lama"])
     with pytest.raises(peftcore.PeftcoreError, match="is not a check"):
         check(method_of(Gain), "ViT")
+
+
+def test_a_report_of_a_failure_shows_how_a_check_is_excused() -> None:
+    hint = f"Correct the method. If a check cannot apply: not_applicable={{{MERGE!r}: 'the reason'}}"
+    right, wrong = Result(IDENTITY, family="Llama"), Result(MERGE, family="Llama", error="differs by 1")
+    assert str(Report("gain", (right, wrong))).splitlines()[-1] == hint
+    assert hint not in str(Report("gain", (right,)))
+    assert "Correct" not in str(Report("gain", (Result(APPLIES, family="Llama", error="it is for others"),)))
 
 
 class AddsTheTokensBefore(Gain):
