@@ -32,7 +32,8 @@ class RunOptions:
     """Command-line options that determine a run, as given by the user.
 
     An option is defined here and nowhere else: `train` has an option for each field; `compare`, `plan` and `suggest`
-    have those that they name; `run.json`, `run.toml` and `--resume` follow.
+    have those that they name; `run.json`, `run.toml` and `--resume` follow. `training/trainer_arguments.py` passes
+    values on to Trainer, and `training/option_checks.py` refuses options that a task ignores.
     """
 
     eval_data: Annotated[str | None, typer.Option(help="Examples to evaluate on.")] = None
