@@ -41,7 +41,15 @@ class Choice:
 
 @dataclass
 class Line:
-    """Bytes and seconds of a choice by batch, its number of trained parameters, and whether its base is in 4 bits."""
+    """Memory and time of a choice as lines of the batch size.
+
+    Args:
+        at_one: (bytes, seconds) with a batch of 1.
+        more: (bytes, seconds) that each further example adds.
+        trained: number of trained parameters.
+        is_packed: whether the base is in 4 bits.
+        correction: factors of bytes and of seconds.
+    """
 
     at_one: tuple[float, float]
     more: tuple[float, float]
@@ -52,7 +60,8 @@ class Line:
     def at(self, batch: int) -> tuple[float, float]:
         """Return (bytes, seconds) of a step with this batch size."""
         memory, seconds = (
-            c * (a + (batch - 1) * b) for a, b, c in zip(self.at_one, self.more, self.correction, strict=True)
+            factor * (first + (batch - 1) * each)
+            for first, each, factor in zip(self.at_one, self.more, self.correction, strict=True)
         )
         return memory, seconds
 

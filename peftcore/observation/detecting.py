@@ -168,10 +168,11 @@ _LOADED = "_is_hf_initialized"  # transformers' mark of a parameter that a check
 
 
 def task_heads(model: nn.Module, backbone: str, output_head: str | None) -> tuple[str, ...]:
-    """Paths of the modules of a transformers model that pre-training did not train.
+    """Return the paths of the modules of a transformers model that pre-training did not train.
 
     Args:
-        backbone: path of the module that runs the layers, "" where the class names none.
+        model: the model.
+        backbone: path of the module that runs the layers; "" if the class does not name one.
         output_head: path of the head that gives token logits.
     """
     kinds = _kinds().get(original_class(model).__name__, set())
@@ -213,21 +214,21 @@ def _outside_backbone(model: nn.Module, backbone: str) -> list[str]:
 
 
 def _missing(model: nn.Module, outside: list[str], output_head: str | None) -> Iterator[str]:
-    """Yield paths of modules whose parameters the checkpoint did not have.
+    """Yield the paths of modules none of whose parameters the checkpoint had.
 
-    Not the output head, which may be one that was made longer. In the backbone they must be few: layers that were
-    replaced after loading bear no mark, too.
+    The output head is left out, since one that was made longer has no mark. So are modules of the backbone if most of
+    its parameters have none: layers that were replaced after loading have no mark either.
     """
-    marked: dict[str, bool] = {}
+    loaded: dict[str, bool] = {}  # True for parameters of which the mark says nothing
     for name, found in base_parameters(model):
         parameter = ranks.behind(found)
-        plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
-        marked[name] = not plain or getattr(parameter, _LOADED, False)
-    inside = [mark for name, mark in marked.items() if not _is_inside(name, outside)]
-    few = 2 * sum(inside) > len(inside)
-    for path in dict.fromkeys(name.rpartition(".")[0] for name, mark in marked.items() if not mark):
-        whole = not any(mark for name, mark in marked.items() if name.startswith(f"{path}."))
-        if path and path != output_head and whole and (few or _is_inside(path, outside)):
+        can_be_marked = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
+        loaded[name] = not can_be_marked or getattr(parameter, _LOADED, False)
+    backbone = [is_loaded for name, is_loaded in loaded.items() if not _is_inside(name, outside)]
+    few_missing = 2 * sum(backbone) > len(backbone)
+    for path in dict.fromkeys(name.rpartition(".")[0] for name, is_loaded in loaded.items() if not is_loaded):
+        whole = not any(is_loaded for name, is_loaded in loaded.items() if name.startswith(f"{path}."))
+        if path and path != output_head and whole and (few_missing or _is_inside(path, outside)):
             yield path
 
 

@@ -60,26 +60,15 @@ class MetaFloats(TorchDispatchMode):
         return output
 
     def _run(self, operator: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
-        device = kwargs.get("device")
-        to_meta = device is not None and torch.device(device).type == "meta"
         if operator in _FILLED and _is_known(args[0], kwargs) and not _in_backward():
             return _without_values(operator, args, {**kwargs, "device": "meta"}, _FILLED[operator](args))
         for tensor in tensors:
             if tensor.is_meta:
-                break
-        else:
-            if torch.Tag.nondeterministic_seeded in operator.tags:
-                return _without_values(operator, args, kwargs)
-            if to_meta and (not tensors or not tensors[0].is_floating_point()):
-                if operator is aten.empty.memory_format or _in_backward():
-                    made = operator(*args, **kwargs)
-                    if made.is_floating_point() and (_in_backward() or made.numel() > _SMALL):
-                        return made  # a gradient, or room for what is not known
-                kwargs = {**kwargs, "device": "cpu"}  # it stays real
-            try:
-                return operator(*args, **kwargs)
-            except NotImplementedError:  # of integers on a CPU, but a forward on another device has it
-                return _without_values(operator, args, kwargs)
+                return self._run_on_meta(operator, args, kwargs)
+        return _run_on_cpu(operator, args, kwargs, tensors)
+
+    def _run_on_meta(self, operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operator with a meta tensor among its arguments."""
         if operator._schema.name == _WRAPPED:
             return aten.alias.default(*args)
         if operator is aten._local_scalar_dense.default:
@@ -90,28 +79,48 @@ class MetaFloats(TorchDispatchMode):
         written = _written(operator, args) if operator._schema.is_mutable else None
         if written is not None and not written.is_meta:
             return written  # a real tensor keeps its values where those to be written are not known
-        if device is not None and not to_meta:
+        if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": "meta"}
         made = _shaped(operator, args, kwargs)
         if operator in _ORDERING:
-            return made[0], _positions(made[1], *args[_ORDERING[operator] :][:1], **kwargs)
+            at = _ORDERING[operator]
+            dim = args[at] if len(args) > at else kwargs.get("dim", -1)
+            return made[0], _positions(made[1], dim)
         if isinstance(made, Tensor):
             return made if made.is_floating_point() else self._with_values(made)
         return tree_map_only(Tensor, self._with_values, made)
 
     def _with_values(self, tensor: Tensor) -> Tensor:
-        """Integers and truths are real: zeros, where they are not known."""
+        """Return an integer or boolean tensor as real zeros, unless it is large; another one as it is."""
         if not tensor.is_meta or tensor.is_floating_point() or tensor.is_complex() or tensor.numel() > self._largest:
             return tensor
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
-# Operators that give values and their positions, and which argument is the dimension.
+def _run_on_cpu(operator: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """Run an operator without meta tensors among its arguments: what it makes is real, unless it is a large float."""
+    if torch.Tag.nondeterministic_seeded in operator.tags:
+        return _without_values(operator, args, kwargs)
+    device = kwargs.get("device")
+    to_meta = device is not None and torch.device(device).type == "meta"
+    if to_meta and (not tensors or not tensors[0].is_floating_point()):
+        if operator is aten.empty.memory_format or _in_backward():
+            made = operator(*args, **kwargs)
+            if made.is_floating_point() and (_in_backward() or made.numel() > _SMALL):
+                return made  # a gradient, or memory for values that are not known
+        kwargs = {**kwargs, "device": "cpu"}
+    try:
+        return operator(*args, **kwargs)
+    except NotImplementedError:  # the CPU lacks it for integers, but the device of a forward may have it
+        return _without_values(operator, args, kwargs)
+
+
+# Operators that return values and their positions, and the number of the argument that is the dimension.
 _ORDERING: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.sort.stable: 2}
 
 
-def _positions(like: Tensor, dim: int = -1, **_: Any) -> Tensor:
-    """Positions along `dim`, each another one, as of experts that a token is given to."""
+def _positions(like: Tensor, dim: int) -> Tensor:
+    """Return 0, 1, 2, .. along `dim` in the shape of `like`, such as the experts that a router chooses."""
     counted = torch.arange(like.shape[dim], device="cpu") if like.dim() else torch.zeros((), dtype=torch.long)
     shape = [1] * like.dim()
     if shape:
@@ -233,7 +242,7 @@ def _written(operator: Any, args: Any) -> Tensor | None:
 
 
 def _indices(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """Truths as indices, so that the output's shape is known."""
+    """Return indices with those of True in place of each boolean mask, so that the output's shape is known."""
     found: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype in (torch.bool, torch.uint8):

@@ -58,8 +58,8 @@ def find(model: nn.Module) -> tuple[Sublayer, ...]:
     found = reader.sublayers()
     if any(sublayer.output in bypassed(model) for sublayer in found):  # it may be called in evaluation only
         training = trace(model, training=True)
-        past = training.read - training.called
-        found = tuple(sublayer for sublayer in found if sublayer.output not in past)
+        not_called = training.read - training.called
+        found = tuple(sublayer for sublayer in found if sublayer.output not in not_called)
     if any(f"{path}.".startswith(f"{sublayer.output}.") for path in rewritten(model) for sublayer in found):
         return ()  # the stream is scaled differently in evaluation and training (RWKV)
     return found
@@ -83,17 +83,18 @@ class _Reader:
         self.called = trace.called
 
     def looks_into_skipped_layers(self) -> bool:
-        """Return whether the output of a layer is added outside of it."""
+        """Return whether a branch has values from inside a layer whose forward the trace skipped."""
         return any(
             self.values[v].operator == SKIPPED for branch in self.residuals.branches for v in self._region(branch)
         )
 
     def sublayers(self) -> tuple[Sublayer, ...]:
+        """Return the sublayers of all numbered layers, in the order of the forward."""
         branches: dict[str, Branch] = {}  # by path; a shared layer counts once
         for branch in self.residuals.branches:
             if _numbers(branch.call.path) and self._has_features_last(branch.call):
                 branches.setdefault(branch.call.path, branch)
-        twins = {path: [path] for path in branches}  # in layers like the one that was traced
+        twins = {path: [path] for path in branches}  # the same path in each layer like the one that was traced
         for path, like in self.trace.alike:
             for known in [known for known in twins if known.startswith(f"{like}.")]:
                 twins[known].append(path + known[len(like) :])
@@ -113,6 +114,7 @@ class _Reader:
         return tuple(replace(sublayer, layer=indices[layer]) for layer in indices for sublayer in found[layer])
 
     def _kinds(self, branches: list[Branch]) -> list[Kind | None]:
+        """Return the kind of each branch of one layer; None for another kind of sublayer."""
         products = [self._product(branch) for branch in branches]
         attends = [product is not None for product in products]
         mixes = [any(self.values[v].operator in MIXING for v in self._region(branch)) for branch in branches]
@@ -124,9 +126,9 @@ class _Reader:
                 kinds.append(FEED_FORWARD)
             elif not any(attends):
                 kinds.append(ATTENTION)
-            else:  # a convolution inside the feed-forward, or a separate module next to one (Conformer)
-                others = sum(not a and not m for a, m in zip(attends, mixes, strict=True))
-                kinds.append(None if others else FEED_FORWARD)
+            else:  # a convolution inside the feed-forward, or in a module next to the feed-forward (Conformer)
+                has_feed_forward = any(not a and not m for a, m in zip(attends, mixes, strict=True))
+                kinds.append(None if has_feed_forward else FEED_FORWARD)
         return kinds
 
     def _region(self, branch: Branch) -> list[int]:
@@ -165,6 +167,7 @@ class _Reader:
         )
 
     def _norm_behind(self, branch: Branch, layer: str) -> str | None:
+        """Return the path of a norm of the sum within the layer, if the sum itself is not a stream (post-norm)."""
         outs = self.residuals.views(branch.out)
         if not self.residuals.streams.isdisjoint(outs):
             return None
@@ -174,11 +177,15 @@ class _Reader:
         return None
 
     def _whole(self, branch: Branch) -> tuple[str | None, bool]:
+        """Return the path of the innermost call from the sublayer's input to h, and whether it adds the stream itself.
+
+        A call that adds takes h, or what h is made from, and the stream as its first two arguments.
+        """
         for call in (branch.call, *branch.call.around()):
-            first, *others = [*call.arguments.values(), None]
-            if first is not None and self._is_input(first, branch) and call.output in (branch.h, branch.out):
+            arguments = list(call.arguments.values())
+            if arguments and self._is_input(arguments[0], branch) and call.output in (branch.h, branch.out):
                 return call.path, False
-            if branch.adder is call and others[0] == branch.stream:
+            if branch.adder is call and arguments[1:2] == [branch.stream]:
                 return call.path, True
         return None, False
 
@@ -204,8 +211,8 @@ class _Reader:
         leaf = not any(True for _ in call.module.children())
         return leaf and weight is not None and weight.dim() == 2 and call in self.residuals.multiplies
 
-    def _linear_behind(self, value: int, since: int) -> list[Call]:
-        """Return the nearest linear layers before `value`."""
+    def _linear_before(self, value: int, since: int) -> list[Call]:
+        """Return the calls of the nearest linear layers that `value` was computed by, none older than value `since`."""
         found: dict[str, Call] = {}
         seen, queue = {value}, [value]
         while queue:
@@ -221,16 +228,18 @@ class _Reader:
         return [found[path] for path in sorted(found)]
 
     def _query(self, branch: Branch) -> str | None:
+        """Return the path of the linear layer that makes the queries; None if it makes the keys, too."""
         product = self._product(branch)
         if product is None:
             return None
-        query, key = (self._linear_behind(v, branch.stream) for v in product)
+        query, key = (self._linear_before(v, branch.stream) for v in product)
         return query[0].path if len(query) == 1 and query[0] not in key else None
 
     def _inner(self, branch: Branch) -> tuple[str, ...]:
-        last = self._linear_behind(branch.h, branch.stream)
+        """Return the paths of the linear layers whose outputs the last layers of a feed-forward read."""
+        last = self._linear_before(branch.h, branch.stream)
         read = [call.first for call in last if call.first is not None]
-        inner = {call.path for value in read for call in self._linear_behind(value, branch.stream)}
+        inner = {call.path for value in read for call in self._linear_before(value, branch.stream)}
         if any(not self._all_called(path) for path in inner):
             return ()  # experts, of which this forward used only some
         return tuple(path for path in self.modules if path in inner)
@@ -259,7 +268,7 @@ def _moved(sublayer: Sublayer, layer: str, to: str) -> Sublayer:
 
 
 def _numbers(path: str) -> list[str]:
-    """Return the prefixes of `path` that end in a number: `layers.3`, `layers.3.mlps.0`."""
+    """Return the prefixes of `path` that end in a number: `layers.3` and `layers.3.mlps.0` of `layers.3.mlps.0.up`."""
     parts = path.split(".")
     return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
 

@@ -102,54 +102,48 @@ def quantize(
             applied. The model is left unchanged.
     """
     plugin, chosen_format = find_type(quant_type)
+    of_core = plugin is CORE
     if batches is not None and quant_type != "affine4":
         raise PeftcoreError(f"batches are for quant_type='affine4', found {shown(quant_type)}. Leave them out")
-    if plugin is CORE:
+    if of_core:
         double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
     else:
         refuse_options(quant_type, double_quant, blocksize, compute_dtype)
-    if hasattr(model, "_orig_mod"):
-        raise PeftcoreError("the model is compiled. Quantize the original model, then call torch.compile on it")
-    if any(map(lock_of, model.modules())):  # also of a submodule, or of a model that contains this one
-        state = state_of(model)
-        applied = ", ".join(state.applied) if state is not None else "to a part of the model"
-        raise PeftcoreError(
-            f"quantize needs a model without adapters, found {applied}. Quantize first, or call peftcore.remove"
-        )
+    _refuse_compiled_or_adapted(model)
     with assumed_unchanged(model):
         chosen, experts = selected(model, skip), selected_experts(model, skip, blocksize)
-    if plugin is not CORE:
+    if not of_core:
         warn_of_experts([f"{path}.{name}" for path, names in experts.items() for name in names], quant_type)
         experts = {}
-    theirs = {path: _bits_of(module, path) for path, module in base_modules(model) if is_bitsandbytes(module)}
+    bitsandbytes = {path: _bits_of(module, path) for path, module in base_modules(model) if is_bitsandbytes(module)}
     for path, module in base_modules(model):
         if isinstance(module, QuantizedLinear) and is_divided_later(module):
             divide_quantized(module, path)
-    if not chosen and not experts and not theirs and not any(packed_names(model)):
+    if not chosen and not experts and not bitsandbytes and not any(packed_names(model)):
         raise PeftcoreError(f"{type(model).__name__} has no linear layer to quantize (skip={skip!r})")
     for path, module in chosen.items():
-        part = None if plugin is not CORE else part_of(module)
+        part = part_of(module) if of_core else None
         _check_parameter(path, module, "weight", part)
         if part is not None:
             refuse_blocks(f"{path}.weight", part, quant_type, blocksize)
     for path, names in experts.items():
         for name in names:
             _check_parameter(path, model.get_submodule(path), name)
-    if plugin is CORE:
+    if of_core:
         check_rows(model, quant_type, blocksize, chosen, experts, skip)
     with assumed_unchanged(model):
         if skip is None:
-            reached = [(path, name) for path, names in experts.items() for name in names]
-            reached += [(path, name) for path, _, name in packed_names(model)]
-            full = [f"{path}.{name}" if path else name for path, name in reached]
-            _warn_if_little(model, [*chosen, *full, *theirs])
+            parameters = [(path, name) for path, names in experts.items() for name in names]
+            parameters += [(path, name) for path, _, name in packed_names(model)]
+            full_names = [f"{path}.{name}" if path else name for path, name in parameters]
+            _warn_if_little(model, [*chosen, *full_names, *bitsandbytes])
         warn_of_dense(model, skip)
     before = _held_by(model)
     if batches is not None:
         chosen = _round_by_gptq(model, chosen, experts, list(batches), blocksize, compute_dtype)
-    for path, packed in theirs.items():
+    for path, packed in bitsandbytes.items():
         _adopt(model.get_submodule(path), packed)
-    if plugin is not CORE:
+    if not of_core:
         quantize_by_plugin(plugin, chosen_format, chosen)
         chosen = {}
     for module, first in _with_first(chosen.values()):
@@ -167,6 +161,17 @@ def quantize(
     if before - _held_by(model) >= _WORTH:
         give_back_freed()
     return model
+
+
+def _refuse_compiled_or_adapted(model: nn.Module) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise PeftcoreError("the model is compiled. Quantize the original model, then call torch.compile on it")
+    if any(map(lock_of, model.modules())):  # also of a submodule, or of a model that contains this one
+        state = state_of(model)
+        applied = ", ".join(state.applied) if state is not None else "to a part of the model"
+        raise PeftcoreError(
+            f"quantize needs a model without adapters, found {applied}. Quantize first, or call peftcore.remove"
+        )
 
 
 def quicken_few_rows(model: nn.Module) -> None:
@@ -203,7 +208,7 @@ def _round_by_gptq(
 
 
 def _held_by(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters."""
+    """Return the bytes of a model's parameters, without those on the meta device."""
     return sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
 
 
@@ -347,19 +352,16 @@ def _check_parameter(path: str, module: nn.Module, parameter: str, part: HeldPar
             f"'{path}' has its own `forward` (such as accelerate's hooks), which reads the dense weight. "
             "Quantize before the model is dispatched"
         )
-    if part is not None and weight.is_meta:
+    if weight.is_meta:
         return
-    if part is not None:
-        bad = ranks.any_of(not cast(Any, weight).to_local().isfinite().all())
-        if bad:
-            refuse_non_finite(ranks.whole(weight), name)
-        return
-    if not weight.is_meta:
+    if part is None:
         refuse_non_finite(weight.detach(), name)
+    elif ranks.any_of(not cast(Any, weight).to_local().isfinite().all()):
+        refuse_non_finite(ranks.whole(weight), name)
 
 
 def _bits_of(module: nn.Module, path: str) -> PackedWeight:
-    """Return the weight of a layer of bitsandbytes, without copying."""
+    """Return the weight of a layer of bitsandbytes, with the layer's own tensors."""
     parts = {name.removeprefix("weight."): t for name, t in module.state_dict().items() if name.startswith("weight.")}
     if not parts:
         raise PeftcoreError(

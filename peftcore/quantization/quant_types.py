@@ -1,4 +1,4 @@
-"""Types of `peftcore.quantize`: weight formats that can quantize a layer, those of the core and of plugins."""
+"""Types of `peftcore.quantize`: the weight formats of the core and of plugins that can quantize a layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
 
     Raises:
         PeftcoreError: no installed format with this name can quantize.
-        PluginError: the format cannot be undone.
+        PluginError: the format cannot be dequantized.
     """
     offered = registry.offered("peftcore_weight_formats", WeightFormat)
     known = {name: found for name, found in offered.items() if found[1].quantize is not None}
@@ -42,15 +42,19 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
             )
         return plugin, found
     if isinstance(quant_type, str) and (package := _PACKAGES.get(quant_type.partition("-")[0])):
-        here = next((each for each in registry.plugins() if each.distribution == package), None)
-        if here is None:
+        installed = _installed(package)
+        if installed is None:
             raise PeftcoreError(
                 f"quant_type='{quant_type}' is in a package that is not installed. Run: pip install {package}"
             )
-        if here.error:
-            raise PeftcoreError(f"quant_type='{quant_type}' is of {here}, which is not usable: {here.error}")
+        if installed.error:
+            raise PeftcoreError(f"quant_type='{quant_type}' is of {installed}, which is not usable: {installed.error}")
     names = ", ".join([*QUANT_TYPES, *sorted(name for name in known if name not in QUANT_TYPES)])
     raise PeftcoreError(f"quant_type={shown(quant_type)} is not known. Choose one of: {names}")
+
+
+def _installed(package: str) -> Plugin | None:
+    return next((each for each in registry.plugins() if each.distribution == package), None)
 
 
 def check_reader(stored: Mapping[str, Any], where: str) -> str | None:
@@ -67,13 +71,13 @@ def check_reader(stored: Mapping[str, Any], where: str) -> str | None:
     package = _READERS.get(method)
     if package is None:
         return None
-    here = next((each for each in registry.plugins() if each.distribution == package), None)
-    if here is None:
+    installed = _installed(package)
+    if installed is None:
         raise PeftcoreError(
             f"'{where}' is quantized with '{method}', which the package {package} reads. Run: pip install {package}"
         )
-    if here.error:
-        raise PeftcoreError(f"'{where}' is quantized with '{method}', which {here} reads: {here.error}")
+    if installed.error:
+        raise PeftcoreError(f"'{where}' is quantized with '{method}', which {installed} reads: {installed.error}")
     return package
 
 
@@ -106,28 +110,37 @@ def check_rows(
     experts: Mapping[str, Mapping[str, int]],
     skip: Sequence[str] | None,
 ) -> None:
-    """Raise a PeftcoreError for weights whose rows are not whole blocks, in a format that needs whole ones."""
+    """Raise a PeftcoreError for weights that do not divide into the format's blocks, if blocks are parts of rows.
+
+    Args:
+        model: the model.
+        quant_type: a type of the core.
+        blocksize: size of a block.
+        layers: linear layers to quantize, by path.
+        experts: parameters to quantize of modules of experts, by path.
+        skip: as in `peftcore.quantize`, for the message.
+    """
     if not FORMATS[quant_type].rows_are_blocks:
         return
-    found = [(path, sizes(layer)[0]) for path, layer in layers.items()]
+    inputs = [(path, sizes(layer)[0]) for path, layer in layers.items()]
     for path, names in experts.items():
         module = model.get_submodule(path)
-        across = -2 if is_turned(module, quant_type) else -1
-        found += [(f"{path}.{name}" if path else name, module.get_parameter(name).shape[across]) for name in names]
-    wrong = {name: size for name, size in found if size % blocksize}
+        dim = -2 if is_turned(module, quant_type) else -1
+        inputs += [(f"{path}.{name}" if path else name, module.get_parameter(name).shape[dim]) for name in names]
+    wrong = {name: size for name, size in inputs if size % blocksize}
     if wrong:
         name, size = next(iter(wrong.items()))
-        common = math.gcd(*(size for _, size in found))
+        common = math.gcd(*(size for _, size in inputs))
         fitting = common & -common  # the largest power of two that divides all
         ways = [f"choose blocksize={fitting}"] if MIN_BLOCKSIZE <= fitting < blocksize else []
-        if len(wrong) < len(found):
-            ways.append(f"leave {len(wrong)} of {len(found)} weights dense: skip={with_skipped(model, skip, wrong)}")
+        if len(wrong) < len(inputs):
+            ways.append(f"leave {len(wrong)} of {len(inputs)} weights dense: skip={with_skipped(model, skip, wrong)}")
         ways.append("choose nf4")
         raise PeftcoreError(
             f"'{name}' has {size} inputs, but {quant_type} needs a multiple of {blocksize}. To quantize "
             f"{type(model).__name__}, {', or '.join(ways)}"
         )
-    for path, names in experts.items():
+    for path, names in experts.items():  # a format may need more, such as NVFP4's multiple of 512 values in an expert
         module = model.get_submodule(path)
         for name in names:
             one = module.get_parameter(name)[:1].detach().to("meta")

@@ -163,6 +163,34 @@ class Joined(nn.Module):
         return torch.cat(parts, -1) @ self.weight.T
 
 
+class OfTuple(nn.Module):
+    """A feed-forward that takes its input in a tuple, and adds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, state: tuple[torch.Tensor]) -> torch.Tensor:
+        return state[0] + self.down(self.up(self.norm(state[0])).relu())
+
+
+def test_a_layer_that_adds_and_takes_a_tuple() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.layers = nn.Embedding(8, 8), nn.ModuleList(OfTuple() for _ in range(2))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embed(input_ids)
+            for layer in self.layers:
+                x = layer((x,))
+            return x
+
+    assert [(s.output, s.kind, s.whole) for s in find(Model())] == [
+        (f"layers.{i}.down", "feed_forward", None) for i in range(2)
+    ]
+
+
 def test_a_layer_that_takes_a_list_has_no_known_inside() -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
