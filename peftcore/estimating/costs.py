@@ -166,7 +166,7 @@ def _ours(operator: Any, args: tuple[Any, ...]) -> Cost:
         found = _frozen(rows, weight, packing, rows_of.dtype, backward=grad is not None)
     if not needs[0]:
         found = FREE
-    again = (0, 0) if grad is None else needs[1:]
-    size = sum((1 + more) * factor.numel() for factor, more in zip(factors, again, strict=False))
+    gradients = (0, 0) if grad is None else needs[1:]  # a product more for each factor's own
+    size = sum((1 + more) * factor.numel() for factor, more in zip(factors, gradients, strict=False))
     narrow = min([rows, *(min(factor.shape) for factor in factors)])
     return found._replace(flops=found.flops + 2.0 * rows * size, low_rank=(2.0 * rows * size, narrow))

@@ -22,7 +22,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
 
 Call = Callable[..., Any]  # (model, **inputs) -> outputs, as a trainer calls the model
-# What each trainer logs of the policy's pass besides log-likelihoods (TRL 1.16).
+# What each trainer asks of the policy's pass besides log-likelihoods, for its log (TRL 1.16).
 _ASKED = {
     "sft": ("entropy", "is_top1"),
     "dpo": ("entropy", "mean_logits", "is_top1"),
@@ -115,31 +115,30 @@ class OfTrainer(Own):
         if self.name == "sft":
             outputs = call(self.model, **inputs, fused_lm_head=True)
             return -outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1)
-        if self.name == "kto":
+        if self.name == "kto":  # the divergence is estimated by passes of its own
             with torch.no_grad():
-                of_policy = likelihoods(self.model)
+                of_divergence = likelihoods(self.model)
         outputs = call(self.model, **inputs, fused_lm_head=True)  # the trainer keeps them for its log
-        found = outputs.log_probs.sum(1)
-        with torch.no_grad(), self._acting():
+        with torch.no_grad(), self._as_reference() as reference:
             if self.name == "kto":
-                divergence = (of_policy - likelihoods(self.reference or self.model)).mean().clamp(min=0)
-            before = likelihoods(self.reference or self.model)
-        ratios = found - before
+                divergence = (of_divergence - likelihoods(reference)).mean().clamp(min=0)
+            of_reference = likelihoods(reference)
+        ratios = outputs.log_probs.sum(1) - of_reference
         if self.name == "kto":
             return (1 - torch.sigmoid(_BETA * (ratios - divergence))).mean()
         chosen, rejected = ratios.chunk(2)
         return -F.logsigmoid(_BETA * (chosen - rejected)).mean()
 
     @contextmanager
-    def _acting(self) -> Iterator[None]:
-        """Make the model the reference within the block."""
+    def _as_reference(self) -> Iterator[nn.Module]:
+        """Return the reference; the model itself is changed to be the reference within the block."""
         if self.reference is not None:
-            yield
+            yield self.reference
             return
         policy, self.model.forward = self.model.forward, self._of_reference
         try:
             with disabled(self.model), evaluation_mode(self.model):
-                yield
+                yield self.model
         finally:
             self.model.forward = policy
 

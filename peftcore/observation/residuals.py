@@ -63,9 +63,8 @@ class Residuals:
             if call.output is not None
         ]
         adders = {around for branch in found for around in self._around(branch.adder)}
-        self.branches = [
-            branch for branch in found if branch.call not in adders
-        ]  # without blocks that contain branches
+        # Without blocks that contain branches.
+        self.branches = [branch for branch in found if branch.call not in adders]
 
     def views(self, value: int) -> list[int]:
         """Return `value` and its views with other leading dimensions, such as OPT's rows back in batches."""
@@ -129,18 +128,25 @@ class Residuals:
             if found := [call for call in calls if not self.is_plain(call)]:
                 yield found[-1]
                 return
-            if calls:
+            if calls:  # of a norm, dropout or scale: what it was called with
                 yield from back(next((v for v in calls[-1].arguments.values() if not self.values[v].is_weight), -1))
+                return
+            operator = self.values[value].operator
+            if operator in MATRIX:
                 return
             inputs = [v for v in self.values[value].inputs if not self.values[v].is_weight]
             if value in self._additions:
                 inputs = [self._additions[value][1]]
-            if self.values[value].operator in MATRIX:
+            if operator.startswith("add"):  # each term may come from a module of its own
+                for term in inputs:
+                    yield from back(term)
                 return
-            for source in inputs if self.values[value].operator.startswith("add") else self._by_depth(inputs, oldest):
-                given = list(back(source))
+            for factor in self._by_depth(
+                inputs, oldest
+            ):  # a gate is not followed if the gated value comes from a module
+                given = list(back(factor))
                 yield from given
-                if given and not self.values[value].operator.startswith("add"):
+                if given:
                     return
 
         return back(value)

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -63,6 +63,41 @@ def without_quantization(config: Any) -> Any:
     return config
 
 
+class _Scheme(NamedTuple):
+    """How a `quantization_config` stores the layers of a model.
+
+    Args:
+        group: number of inputs in a group; -1: one group in each row.
+        has_zeros: groups have zero points.
+        is_ordered: columns are in an order of their own (act-order).
+    """
+
+    group: int
+    has_zeros: bool
+    is_ordered: bool
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> _Scheme:
+        method, weights, symmetric = stored["quant_method"], stored, False
+        if method == "compressed-tensors":
+            _, weights = next(iter(groups_of(stored, "").values()), ({}, {}))
+        if method in ("compressed-tensors", "gptq"):
+            symmetric = weights.get("symmetric" if method == "compressed-tensors" else "sym", True)
+        is_ordered = stored.get("desc_act", False) or weights.get("actorder") in ("group", "dynamic")
+        return cls(weights.get("group_size", weights.get("q_group_size")) or -1, not symmetric, is_ordered)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, path: str) -> PackedWeight:
+        """Return an int4 weight without values."""
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        group = columns if self.group == -1 or columns % self.group else self.group
+        zeros = torch.empty(rows, columns // group, dtype=torch.uint8) if self.has_zeros else None
+        order = torch.empty(columns, dtype=torch.int64) if self.is_ordered and len(shape) == 2 else None
+        scales = torch.empty(rows, columns // group, dtype=torch.float16)
+        codes = torch.empty(rows * columns // 2, 1, dtype=torch.uint8)
+        packed = to_affine4(Int4Weight(codes, scales, zeros, (rows, columns), group, order), dtype, path)
+        return packed._replace(shape=shape)
+
+
 @limited()
 def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
     """Give a dense model on the meta device layers and experts in 4 bits, as its `quantization_config` says.
@@ -71,29 +106,11 @@ def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
         model: the model, changed in place.
         stored: the `quantization_config`, which `find_layout` knows.
     """
-    layout = find_layout(stored, "")
+    layout, scheme = find_layout(stored, ""), _Scheme.of(stored)
     assert layout is not None
-    scheme, is_symmetric = stored, stored["quant_method"] == "gptq" and stored.get("sym", True)
-    if stored["quant_method"] == "compressed-tensors":
-        _, scheme = next(iter(groups_of(stored, "").values()), ({}, {}))
-        is_symmetric = scheme.get("symmetric", True)
-    is_ordered = stored.get("desc_act", False) or scheme.get("actorder") in ("group", "dynamic")
     lists = (stored.get(name) or () for name in ("ignore", "modules_to_not_convert", "exclude_modules"))
-    ignored = [pattern for patterns in lists for pattern in patterns]
-    stay_dense = [_naming(pattern) for pattern in ignored]
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype, path: str) -> PackedWeight:
-        if layout.quant_type == "nvfp4":
-            return empty_nvfp4(shape, dtype)
-        rows, columns = math.prod(shape[:-1]), shape[-1]
-        group = scheme.get("group_size") or -1
-        group = columns if group == -1 or columns % group else group
-        zeros = None if is_symmetric else torch.empty(rows, columns // group, dtype=torch.uint8)
-        order = torch.empty(columns, dtype=torch.int64) if is_ordered else None
-        scales = torch.empty(rows, columns // group, dtype=torch.float16)
-        codes = torch.empty(rows * columns // 2, 1, dtype=torch.uint8)
-        found = to_affine4(Int4Weight(codes, scales, zeros, (rows, columns), group, order), dtype, path)
-        return found._replace(shape=shape, permutation=found.permutation if len(shape) == 2 else None)
+    stay_dense = [_naming(pattern) for patterns in lists for pattern in patterns]
+    empty = empty_nvfp4 if layout.quant_type == "nvfp4" else scheme.empty
 
     def is_packed(path: str) -> bool:
         return not any(names(path) for names in stay_dense)
@@ -115,9 +132,9 @@ def pack_empty(model: nn.Module, stored: Mapping[str, Any]) -> None:
 
 
 def _naming(pattern: str) -> Callable[[str], bool]:
-    """Return what tests whether a name in a `quantization_config` means a layer.
+    """Return a function that tests whether a name in a `quantization_config` means the layer at a path.
 
-    Names are parts of a path, `re:...`, or with ModelOpt's asterisks.
+    Names are parts of a path, regular expressions after `re:`, or have ModelOpt's asterisks.
     """
     if "*" in pattern and not pattern.startswith("re:"):
         anything = re.escape(pattern).replace(r"\*", ".*")

@@ -192,8 +192,8 @@ def joined_rows(parts: Sequence[PackedWeight], experts: int, name: str) -> Packe
         raise PeftcoreError(f"'{name}' has experts in NVFP4 that are not read: {error}. {_DENSE}") from error
 
 
-def empty_nvfp4(shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
-    """Return an NVFP4 weight without values, as one that is read has them."""
+def empty_nvfp4(shape: tuple[int, ...], dtype: torch.dtype, _path: str) -> PackedWeight:
+    """Return an NVFP4 weight without values, with the parts of one that is read."""
     count = torch.Size(shape).numel()
     codes, scales = torch.empty(count // 2, 1, dtype=torch.uint8), torch.empty(count // BLOCKSIZE, dtype=torch.uint8)
     return nvfp4_weight(codes, scales, torch.empty(torch.Size(shape[:-2]).numel()), shape, dtype)
