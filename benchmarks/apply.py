@@ -1,4 +1,4 @@
-"""How long `apply` takes on a model of 7 billion parameters, without their memory: every method, on the meta device.
+"""Time of `apply` with every method on a model of 7 billion parameters, on the meta device, which needs no memory.
 
     python benchmarks/apply.py [--methods NAME ...] [--layers 32] [--times 3]
 
@@ -38,7 +38,7 @@ def llama(layers):
 
 
 def applied(method, layers):
-    """(seconds, numbers that train, bytes that do not)."""
+    """Return (seconds, number of trainable values, bytes of the adapters' other tensors)."""
     model = llama(layers)
     if method in COMBINED:
         for name in "ab":

@@ -1,4 +1,4 @@
-"""How many example configs of another program have a counterpart, by docs/coming-from and by `convert-config`.
+"""Count of other programs' example configs that have a counterpart, by docs/coming-from and by `convert-config`.
 
     python benchmarks/coming_from.py CHECKOUTS [--write FILE] [--page]
 

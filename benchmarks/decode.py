@@ -76,13 +76,13 @@ SHAPES = {
 
 
 def shared_copy(module):
-    """A copy whose numbers lie where the module's do. No cache holds a model's until another one is run."""
+    """Return a copy of the module that shares the memory of its tensors."""
     own = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, own | {id(b): b for b in module.buffers()})
 
 
 def llama(shape, finished=lambda layer: layer, copied=copy.deepcopy):
-    """The model in bf16, made of one layer, `finished`, and copies of it."""
+    """Return the model in bf16, made of copies of one layer that `finished` has completed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def llama(shape, finished=lambda layer: layer, copied=copy.deepcopy):
 
 
 def randomized(model):
-    """A LoRA that changes something: B is not zero."""
+    """Give LoRA's B random values, so that the adapter changes the outputs."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -116,7 +116,7 @@ def with_peft(model):
 
 
 def with_bitsandbytes(model):
-    """Its layers in place of the model's, as transformers puts them there."""
+    """Replace the model's layers by bitsandbytes', as transformers does."""
     import bitsandbytes as bnb
 
     for name, layer in list(model.named_modules()):
@@ -154,7 +154,7 @@ def models(shape, peers):
 
 
 def with_compiled_steps(found):
-    """The same models, and each once more to be generated from by a compiled step: {name: (model, more fields)}."""
+    """Return {name: (model, further fields)}: each model as it is, and with a compiled step of generation."""
     from transformers.generation.configuration_utils import CompileConfig
 
     step = CompileConfig(fullgraph=True, dynamic=False, mode=None)
@@ -186,7 +186,7 @@ class Clock:
 
 
 def generated(model, tokens, count, fields, turn=lambda: None):
-    """Seconds until the first token, and of each of the `count` behind it."""
+    """Return the seconds until the first token, and those of each of the `count` tokens that follow."""
     clock = Clock(turn)
     with torch.no_grad():
         model.generate(
@@ -202,7 +202,7 @@ def generated(model, tokens, count, fields, turn=lambda: None):
 
 
 def bytes_of_token(model):
-    """What decoding reads: every parameter and buffer but an embedding that is only looked up."""
+    """Return the bytes that a token reads: all parameters and buffers but an embedding that is only looked up."""
     lookup = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is lookup
     parts = [t for t in (*model.parameters(), *model.buffers()) if tied or t is not lookup]
@@ -210,7 +210,7 @@ def bytes_of_token(model):
 
 
 def compiled_once(found, tokens, count):
-    """Those that generate; their first tokens, in which steps are compiled, are not timed."""
+    """Return the models that can generate, after a first run, in which steps are compiled."""
     left = dict(found)
     for name, (model, fields) in found.items():
         start = time.perf_counter()
@@ -264,13 +264,13 @@ def table(found, shape, prompt, batch, count, rounds, peer):
 
 
 def rates(rounds, batch):
-    """Tokens a second of the best round and of the median one; `rounds` has the seconds of each token."""
+    """Return the tokens a second of the best round and of the median one. `rounds`: the seconds of each token."""
     seconds = sorted(sum(each) / len(each) for each in rounds)
     return batch / seconds[0], batch / seconds[len(seconds) // 2]
 
 
 def byte_level(rows):
-    """A tokenizer of so many tokens: 256 bytes, a pair of them, and names that no text has."""
+    """Return a tokenizer of `rows` tokens: 256 bytes, a pair of them, and names that no text contains."""
     import tokenizers
     import transformers
 
@@ -283,7 +283,7 @@ def byte_level(rows):
 
 
 class NoPeer:
-    """Nothing to compare with."""
+    """Peer that is not installed."""
 
     kinds = ()
 
@@ -336,7 +336,7 @@ class LlamaCpp:
         return json.loads(answer)
 
     def started(self, prompt, batch, count, rounds):
-        """Seconds of the prompt in each round, by kind and whether there is a LoRA. The first one reads the file."""
+        """Return the seconds of the prompt in each round, by kind, with LoRA and without; the first reads the file."""
         which = [(kind, lora) for kind in self.kinds for lora in (False, True)]
         return {each: [self.ask("start", *each, prompt, batch, count) for _ in range(rounds + 1)][1:] for each in which}
 

@@ -43,7 +43,7 @@ def of_kind(path, kind):
 
 
 class Decoder:
-    """`batch` sequences of at most `length` tokens."""
+    """Decoder of `batch` sequences of at most `length` tokens."""
 
     def __init__(self, model, adapter, batch, length, threads):
         parameters = llama_cpp.llama_context_default_params()
@@ -59,7 +59,7 @@ class Decoder:
         self.batch, self.room = batch, llama_cpp.llama_batch_init(512, 0, 1)
 
     def decode(self, tokens):
-        """tokens: (token, position, sequence, whether its logits are wanted). The likeliest next ones."""
+        """Return the likeliest next tokens. `tokens`: (token, position, sequence, whether its logits are wanted)."""
         self.room.n_tokens = len(tokens)
         for i, (token, position, sequence, wanted) in enumerate(tokens):
             self.room.token[i], self.room.pos[i], self.room.logits[i] = token, position, wanted
@@ -71,7 +71,7 @@ class Decoder:
         return [int(np.ctypeslib.as_array(each, (self.rows,)).argmax()) for each in logits]
 
     def start(self, prompt, now):
-        """Seconds of the prompt, of one sequence."""
+        """Return the seconds that the prompt of one sequence takes."""
         llama_cpp.llama_memory_clear(self.memory, True)
         start, last = now(), len(prompt) - 1
         self.first = self.decode([(token, i, 0, i == last) for i, token in enumerate(prompt)]) * self.batch
@@ -87,7 +87,7 @@ class Decoder:
         self.next_ones, self.position = self.first, self.length
 
     def token(self, now):
-        """Seconds of a token of each sequence."""
+        """Return the seconds that a token of each sequence takes."""
         start = now()
         self.next_ones = self.decode([(token, self.position, i, True) for i, token in enumerate(self.next_ones)])
         self.position += 1

@@ -1,4 +1,4 @@
-"""What two processes cost: a DDP step next to peft's, and what a rank holds of a 4-bit base under FSDP2.
+"""Cost of two processes: a DDP step next to peft's, and a rank's memory of a 4-bit base under FSDP2.
 
     python benchmarks/distributed.py [--steps 8]
 
@@ -30,7 +30,7 @@ BATCH, LENGTH, RANKS = 1, 64, 2
 
 
 def steppers():
-    """Steps of each kind, on this rank, by the same accelerator."""
+    """Return this rank's step of each kind, all with one accelerator."""
     from accelerate import Accelerator
 
     found = {}
@@ -100,7 +100,7 @@ def work(rank, folder, steps, path):
 
 
 def held(rank, folder, path):
-    """Bytes of the base on this rank: its shards and buffers, and the most that is whole at once."""
+    """Write the bytes of the base on this rank: its shards and buffers, and the most that is gathered at once."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     model = sharded()
@@ -122,7 +122,7 @@ def held(rank, folder, path):
 
 
 def on_ranks(function, *arguments):
-    """What rank 0 wrote."""
+    """Return what rank 0 wrote when all ranks ran `function`."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(function, (folder, *arguments, f"{folder}/out.json"), nprocs=RANKS)
         with open(f"{folder}/out.json") as found:

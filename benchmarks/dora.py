@@ -1,4 +1,4 @@
-"""What DoRA costs over LoRA: a layer's norms, a layer forward and backward, a training step. peft in the same run.
+"""Cost of DoRA over LoRA: a layer's norms, a layer forward and backward, a training step. peft in the same run.
 
     python benchmarks/dora.py [--threads 2] [--seconds 10] [--rank 16] [--only norms linear step] [--cpu]
 
@@ -27,7 +27,7 @@ SHAPES = [(512, 576, 1536, "bfloat16"), (512, 1536, 576, "bfloat16"), (1024, 409
 
 
 def norms(k, n, dtype, rank, seconds):
-    """The norms of W + B A."""
+    """Time the norms of W + B A."""
     w = torch.randn(n, k, dtype=getattr(torch, dtype))
     a, b = torch.randn(rank, k) / 16, torch.randn(n, rank) / 16
     packed = peftcore.ops.quantize_4bit(w, double_quant=True)
@@ -46,7 +46,7 @@ def norms(k, n, dtype, rank, seconds):
 
 
 def linear(m, k, n, dtype, rank, seconds):
-    """Forward and backward of one layer."""
+    """Time forward and backward of one layer."""
     import peft
 
     dtype = getattr(torch, dtype)
@@ -66,7 +66,7 @@ def linear(m, k, n, dtype, rank, seconds):
 
 
 def stepper(kind, layers):
-    """A training step of engine.py's model."""
+    """Return a training step of engine.py's model."""
     model = engine.llama(layers)
     if kind == "peftcore dora":
         peftcore.apply(model, "dora", r=engine.R, lora_alpha=engine.R)

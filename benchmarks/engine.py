@@ -1,4 +1,4 @@
-"""What an adapter costs over the frozen model: a call, a step, peak memory, and applying it; peft in the same run.
+"""Cost of an adapter over the frozen model: a call, a step, peak memory, and applying it; peft in the same run.
 
     python benchmarks/engine.py [--threads 2] [--seconds 20] [--layers 30]
 
@@ -36,7 +36,7 @@ def llama(layers=30, dtype=torch.bfloat16, vocabulary=49152):
 
 
 def with_adapter(kind, model):
-    """The model as each library trains it."""
+    """Return the model as library `kind` trains it."""
     if kind == "peftcore":
         import peftcore
 
@@ -51,7 +51,7 @@ def with_adapter(kind, model):
 
 
 def stepper(kind, model):
-    """A training step: forward, backward, and AdamW where there is something to train."""
+    """Return a training step: forward, backward, and AdamW where there is something to train."""
     model = with_adapter(kind, model)
     tokens = torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -117,7 +117,7 @@ def steps(layers, seconds):
 
 
 def floor(layers):
-    """ms of the frozen products of a step."""
+    """Return the ms that the frozen products of a step take."""
     tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     return measure.floor_of_step(llama(layers), {"input_ids": tokens}, measure.product_rate(torch.bfloat16))
 

@@ -1,4 +1,4 @@
-"""How exact the operators are, next to Hugging Face PEFT and bitsandbytes: errors against float64.
+"""Errors of the operators against float64, next to those of Hugging Face PEFT and bitsandbytes.
 
     python benchmarks/exactness.py [--small] [--level amx] [--only lora grouped linear_4bit nf4 optim]
 
@@ -79,7 +79,7 @@ def normal(*shape, seed, dtype=torch.float32):
 
 
 def lora(shapes=SHAPES, ranks=RANKS, dtypes=DTYPES):
-    """lora_linear's y and gradients next to peft's layer over the same weight."""
+    """Compare y and the gradients of lora_linear with those of peft's layer over the same weight."""
     import peft
 
     for m, k, n in shapes:
@@ -152,7 +152,7 @@ def grouped(shapes=SHAPES, dtypes=DTYPES):
 
 
 def linear_4bit(shapes=SHAPES, dtypes=DTYPES):
-    """y and dx of a weight in NF4 next to bitsandbytes, which unpacks it; exact is what its codes stand for."""
+    """Compare y and dx of a weight in NF4 with bitsandbytes', which unpacks it; exact is by the codes' values."""
     import bitsandbytes.functional as bnb
 
     for rows, k, n in shapes:
@@ -174,7 +174,7 @@ def linear_4bit(shapes=SHAPES, dtypes=DTYPES):
 
 
 def nf4(shapes=SHAPES, dtypes=DTYPES):
-    """Values after quantizing and unpacking: the error includes that of four bits, which is all the same."""
+    """Compare values after quantizing and unpacking. The errors include those of four bits, which are equal."""
     import bitsandbytes.functional as bnb
 
     for _, k, n in shapes:
@@ -188,14 +188,14 @@ def nf4(shapes=SHAPES, dtypes=DTYPES):
 
 
 def _adamw(p, g, m, v, step, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, decay=0.01):
-    """One step in float64, which returns the new (p, m, v)."""
+    """Return (p, m, v) after one step in float64."""
     m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
     way = m / (1 - betas[0] ** step) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
     return p * (1 - lr * decay) - lr * way, m, v
 
 
 def optimizers(shapes=SHAPES, steps=20):
-    """Twenty steps of AdamW from one start: p against the same in float64."""
+    """Compare p after `steps` steps of AdamW from one start with p in float64."""
     import bitsandbytes as bnb
 
     count = shapes[0][1] * shapes[0][2]

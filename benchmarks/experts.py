@@ -33,7 +33,7 @@ TOKENS, TOP_K = 256, 8
 
 
 def experts(count, hidden, intermediate, dtype=torch.bfloat16):
-    """Qwen3-MoE's module of experts, frozen."""
+    """Return a frozen module of experts of Qwen3-MoE."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -51,7 +51,7 @@ def routing(tokens, count, top_k):
 
 
 def factors(module, rank):
-    """A thin change of each parameter; both factors fp32, as peft's."""
+    """Return a low-rank product for each parameter; both factors are fp32, as peft's."""
 
     def change(weight):
         count, out, width = weight.shape
@@ -69,7 +69,7 @@ def in_nf4(module):
 
 
 def with_peft(module, rank, implementation):
-    """(the module with peft's LoRA on its parameters, what is trained)."""
+    """Return (the module with peft's LoRA on its parameters, the trained parameters)."""
     import peft
 
     module = copy.deepcopy(module)
@@ -82,7 +82,7 @@ def with_peft(module, rank, implementation):
 
 
 def bandwidth(tensors):
-    """Bytes a second of reading these, which no cache holds: all threads, the best of a few."""
+    """Return the bytes a second of reading `tensors`, which no cache holds, with all threads; the best of three."""
     words = [t.contiguous().view(torch.uint8).view(-1)[: t.nbytes // 8 * 8].view(torch.int64) for t in tensors]
     best = 0.0
     for _ in range(3):
@@ -94,7 +94,7 @@ def bandwidth(tensors):
 
 
 def floor_of(module, seconds):
-    """ms of the dense pair and of the weights read twice."""
+    """Return the ms of the dense pair, and of reading the weights twice."""
     rows = TOKENS * TOP_K
     pairs = [(w[0].clone(), torch.randn(rows, w.shape[2]).bfloat16(), torch.randn(rows, w.shape[1]).bfloat16())
              for w in module.parameters()]  # fmt: skip
@@ -180,7 +180,7 @@ def step(rank, seconds, slow):
 
 @torch.no_grad()
 def exact_result(module, hidden, index, shares):
-    """In float64."""
+    """Return the experts' output in float64."""
     other = copy.deepcopy(module).double()
     other.config._experts_implementation = "eager"
     return other(hidden.double(), index, shares.double())

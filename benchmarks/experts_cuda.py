@@ -43,13 +43,13 @@ def offsets_of(index, count):
 
 
 def split(x, offsets, weight, a, b, scale):
-    """LoRA over all experts by three products."""
+    """Return y of LoRA over all experts by three products."""
     thin = F.grouped_mm(x, a.to(x.dtype).mT, offs=offsets)
     return F.grouped_mm(x, weight.mT, offs=offsets) + scale * F.grouped_mm(thin, b.to(x.dtype).mT, offs=offsets)
 
 
 def loop(x, offsets, weight, a, b, scale):
-    """LoRA expert by expert."""
+    """Return y of LoRA, computed expert by expert."""
     parts, begin = [], 0
     for e, end in enumerate(offsets.tolist()):
         if end > begin:
@@ -60,7 +60,7 @@ def loop(x, offsets, weight, a, b, scale):
 
 
 def of_operator(module, rank, offsets, rows):
-    """(name -> a call, the leaves of a step, bytes of an expert as stored by name)."""
+    """Return ({name: call}, x, the trained factors, the number of values of an expert's weight)."""
     weight, changes = module.gate_up_proj.data, factors(module, rank)
     (thin,) = changes["gate_up_proj"]
     four = in_nf4(module).packed_parameter("gate_up_proj")
@@ -97,7 +97,7 @@ def of_module(module, rank, routings, tokens):
 
 
 def table(title, calls, x, trained, least_bytes, operations, back, rate):
-    """`least_bytes(name)` and `operations` of one pass."""
+    """Print a table of the calls. `least_bytes(name)`, `operations`: those of one pass."""
     x.requires_grad_(back)
     leaves = [x, *trained] if back else []
 

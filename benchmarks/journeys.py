@@ -1,4 +1,4 @@
-"""Three ways from data to answers, on the clock.
+"""Times of three ways from data to answers.
 
     python benchmarks/journeys.py preferences --llama PYTHON [--steps 30]
     python benchmarks/journeys.py images [--steps 240]

@@ -24,7 +24,7 @@ WIDTH, INNER, EPS = 576, 1536, 1e-5
 
 
 def norm(x, weight):
-    """As in Llama."""
+    """Return Llama's RMSNorm of x."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
 

@@ -42,7 +42,7 @@ logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 
 
 def words(weight):
-    """What is stored of a packed weight, as integers."""
+    """Return the stored tensors of a packed weight as integers."""
     whole = [part for part in (weight.codes, weight.absmax) if part.nbytes % 8 == 0]
     return [part.view(-1).view(torch.uint8).view(torch.int64) for part in whole]
 

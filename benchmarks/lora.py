@@ -46,7 +46,7 @@ def peft_layer(layer, rank, dropout):
 
 
 def linear(m, k, n, dtype, rank, seconds):
-    """Forward and backward of one layer, other layers in turn, so that weights and factors come from memory."""
+    """Time forward and backward of a layer, of several in turn, so that weights and factors come from memory."""
     dtype = getattr(torch, dtype)
     torch.manual_seed(0)
     count = measure.beyond_caches(k * n * dtype.itemsize)
@@ -62,7 +62,7 @@ def linear(m, k, n, dtype, rank, seconds):
         return lambda: torch.autograd.grad(call(), inputs, dy)
 
     def of_all(call, p):
-        """`call` of each layer's weight and factors."""
+        """Return `call` with the weight and factors of each layer."""
         return [
             timed(lambda w=layer.weight, a=a, b=b: call(w, a, b, p), (x, a, b))
             for layer, (a, b) in zip(layers, factors, strict=True)
@@ -93,7 +93,7 @@ def linear(m, k, n, dtype, rank, seconds):
 
 
 def call(seconds):
-    """What one call costs on a 16 x 16 layer."""
+    """Time a call on a 16 x 16 layer, where the products take no time."""
     x, w, a, b = torch.randn(1, 16), torch.randn(16, 16), torch.randn(16, 16), torch.randn(16, 16)
 
     def many(one):
@@ -111,7 +111,7 @@ def call(seconds):
 
 
 def samples(rank, seconds):
-    """16 samples of one row, each with an adapter of its own, next to all with one; other layers in turn."""
+    """Time 16 samples of one row, each with another adapter, next to all with one adapter; several layers in turn."""
     scales, index = [0.5] * 16, torch.arange(16)
     for k, n in ((576, 1536), (4096, 4096)):
         x = torch.randn(16, k).bfloat16()
@@ -134,7 +134,7 @@ def samples(rank, seconds):
 
 
 def stepper(kind, layers):
-    """A training step of engine.py's model; 4-bit kinds keep the base in NF4."""
+    """Return a training step of engine.py's model; 4-bit kinds keep the base in NF4."""
     import engine
 
     model = engine.llama(layers)
@@ -159,7 +159,7 @@ def stepper(kind, layers):
 
 
 def with_bitsandbytes(model):
-    """Every linear layer but the head as bitsandbytes keeps it in NF4."""
+    """Replace every linear layer but the head by bitsandbytes' in NF4."""
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):
@@ -180,7 +180,7 @@ def steps(kinds, layers, seconds):
 
 
 def print_steps(file, times, layers):
-    """A table of steps, and the peak memory of each kind, in processes of their own that run `file`."""
+    """Print a table of steps, and the peak memory of each kind, from processes that run `file`."""
     import engine
 
     kinds = list(times)

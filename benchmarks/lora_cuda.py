@@ -33,7 +33,7 @@ PEER = "peft + bitsandbytes" if BITSANDBYTES else "frozen, dense"
 
 
 class ByHand(torch.autograd.Function):
-    """LoRA over bitsandbytes' 4 bits with a gradient of its own: W unpacked once each way, sums in place."""
+    """LoRA over bitsandbytes' 4 bits with a hand-written gradient: W is unpacked once each way, sums are in place."""
 
     @staticmethod
     def forward(ctx, x, weight, state, a, b, scale):
@@ -61,7 +61,7 @@ class ByHand(torch.autograd.Function):
 
 
 def peft_layer(weight, rank, scale, dropout):
-    """peft's LoRA around bitsandbytes' Linear4bit, on weight's device."""
+    """Return peft's LoRA around bitsandbytes' Linear4bit, on the weight's device."""
     import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
 
@@ -76,7 +76,7 @@ def peft_layer(weight, rank, scale, dropout):
 
 
 def calls_of(size, rank, dropout, device, hand_written):
-    """name -> a layer as x -> y, on its own weight."""
+    """Return {name: layer}, each a function of x with another weight."""
     scale, weight = 2.0, torch.randn(size, size, device=device) / size**0.5
     a = nn.Parameter(torch.randn(rank, size, device=device) / size**0.5)
     b = nn.Parameter(torch.randn(size, rank, device=device) * 0.01)
@@ -99,7 +99,7 @@ def calls_of(size, rank, dropout, device, hand_written):
 
 
 def step(layer, x, grad):
-    """Forward, and where x wants one, the gradients of everything that does."""
+    """Run forward and, if x requires a gradient, backward for all tensors that require one."""
     with torch.autocast(x.device.type, DTYPE), torch.set_grad_enabled(x.requires_grad):
         y = layer(x)
     if x.requires_grad:

@@ -1,11 +1,11 @@
-"""What a change costs with many adapters: adding, switching, choosing, loading, memory; peft in the same run.
+"""Cost of changes with many adapters: adding, switching, choosing, loading, memory; peft in the same run.
 
     python benchmarks/many_adapters.py [--adapters 1000] [--layers 32] [--hidden 64] [--peft 50] [--threads 2]
                                        [--only add,disk,mix,peft]
 
 A Llama of `layers` layers, LoRA r=8 on its seven linear layers each.
 
-add     one after the other; they rest but for the first. Memory is what the process holds more of (resident set).
+add     one after the other; all but the first are inactive. Memory is what the process holds more of (resident set).
 disk    `load(..., resident=False)` of so many names, three folders in turn; then some come, and go for others.
 mix     64 different adapters for 64 samples over one for all, 4096 x 4096, bf16. The floor is the operations at the
         rate of a large product.
@@ -38,7 +38,7 @@ LATEST, AT_PEFTS_NUMBER = {}, {}  # medians by row: of the last such row, and wi
 
 
 def milliseconds(change, times=1):
-    """(least, median) of so many calls."""
+    """Return (least, median) ms of `times` calls."""
     found = []
     for _ in range(times):
         start = time.perf_counter()
@@ -72,7 +72,7 @@ def llama(options):
 
 
 def choosing(model, names, there):
-    """Switching, and other adapters for each sample of a batch, of those that are there and do not train."""
+    """Time a switch of adapters, and one adapter for each sample of a batch, among resident ones that do not train."""
     others, shift = itertools.cycle(names[1:]), itertools.count()
 
     def mixed():
@@ -86,7 +86,7 @@ def choosing(model, names, there):
 
 
 def add(options):
-    """Adapters that were applied, in memory; those that are chosen do not train."""
+    """Time adapters that were applied, in memory; chosen ones do not train."""
     model, ids = llama(options), torch.randint(0, 256, (1, 16))
     root = tempfile.TemporaryDirectory()
     folder = peftcore.save(peftcore.apply(llama(options), "lora", r=8), Path(root.name) / "adapter")
@@ -128,7 +128,7 @@ def add(options):
 
 
 def disk(options):
-    """Adapters that rest on disk."""
+    """Time adapters that are on disk while inactive."""
     model = llama(options)
     with tempfile.TemporaryDirectory() as root:
         folders = []
@@ -154,7 +154,7 @@ def disk(options):
 
 
 def mix(options):
-    """The operator: 64 samples of a row each, bf16."""
+    """Time the operator: 64 samples of a row each, bf16."""
     measure.keep_freed_memory()
     size, r = 4096, 16
     index, scales = torch.arange(SAMPLES), [1.0] * SAMPLES

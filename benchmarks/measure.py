@@ -1,4 +1,4 @@
-"""What benchmarks share: rows timed in turn, so that a busy machine slows all alike, and peak memory of a child."""
+"""Functions that benchmarks share: rows timed in turn, so that a busy machine slows all; peak memory of a child."""
 
 import ctypes
 import json
@@ -11,9 +11,12 @@ import time
 
 
 def interleaved(rows, seconds, least=5, clock=time.perf_counter):
-    """Times in ms of each row's calls: every round calls each row once, in random order.
+    """Return the times in ms of each row's calls, as a list by name; every round calls each row once, in random order.
 
     Args:
+        rows: functions to call, by name.
+        seconds: how long rounds begin, by the wall clock.
+        least: the fewest rounds.
         clock: `time.process_time` where others use the machine, with one thread.
     """
     times = {name: [] for name in rows}
@@ -29,19 +32,19 @@ def interleaved(rows, seconds, least=5, clock=time.perf_counter):
 
 
 def last_cache():
-    """Bytes of the last level of cache, as the kernels read it from the machine; 64 MB where they could not."""
+    """Return the bytes of the last level of cache, as the kernels read it from the machine, or 64 MB without them."""
     from peftcore.ops.build_info import build_info
 
     return max(build_info().caches, default=64 << 20)
 
 
 def beyond_caches(nbytes):
-    """How many pieces of `nbytes` come from memory when they are read in turn: twice the last cache, and one."""
+    """Return how many pieces of `nbytes` no cache holds, so that each comes from memory when they are read in turn."""
     return 2 * last_cache() // nbytes + 2
 
 
 def read_rate(clock=time.perf_counter):
-    """GB/s of a plain read of what no cache holds."""
+    """Return the GB/s of a plain read of memory that no cache holds."""
     import torch
 
     words = torch.zeros(max(4 * last_cache(), 256 << 20) // 8, dtype=torch.int64)
@@ -49,7 +52,7 @@ def read_rate(clock=time.perf_counter):
 
 
 def copy_rate():
-    """GB/s of a copy of what no cache holds, read and written."""
+    """Return the GB/s, read and written, of a copy of memory that no cache holds."""
     import torch
 
     words = torch.zeros(max(4 * last_cache(), 256 << 20) // 8, dtype=torch.int64)
@@ -58,7 +61,7 @@ def copy_rate():
 
 
 def product_rate(dtype, size=2048, clock=time.perf_counter):
-    """GFLOP/s of a large product with a dense weight, by PyTorch or by peftcore, whichever is faster."""
+    """Return the GFLOP/s of a large product with a dense weight, by PyTorch or peftcore, whichever is faster."""
     import torch
 
     from peftcore import ops
@@ -73,13 +76,13 @@ def product_rate(dtype, size=2048, clock=time.perf_counter):
 
 
 def floor_of_step(model, inputs, rate):
-    """ms of the products of a step with frozen weights, forward and for the gradient of the input.
+    """Return the ms that the products of a step take: forward, and for the gradient of the input, with frozen weights.
 
-    They are those of one forward pass of `model` with these inputs: of its linear layers, and of the experts that its
-    tokens are sent to.
+    Counts the products of one forward pass of `model`: of its linear layers, and of the experts that its tokens are
+    sent to.
 
     Args:
-        rate: GFLOP/s.
+        rate: GFLOP/s, such as `product_rate` returns.
     """
     import torch
 
@@ -106,11 +109,11 @@ def floor_of_step(model, inputs, rate):
 
 
 def from_memory(rows, seconds, least=5):
-    """(times, times again) in ms: every round times one of each row's calls, another each time, then it again.
+    """Return the times in ms with weights from memory, and those with weights from a cache, each as a list by name.
 
-    A row's calls are one computation over different weights, which together no cache holds (`beyond_caches`): so the
-    first time weights come from memory, as in a model, and the second from whatever cache holds one. Rows may share
-    weights: what the one has just read is not what the next one reads.
+    A row's calls are one computation over different weights, which together no cache holds (`beyond_caches`). Every
+    round takes the next one of each row's calls and times it twice: first its weights come from memory, as in a model,
+    then from whatever cache holds them. Rows may share weights: rows that follow one another read different ones.
     """
     first, again = ({name: [] for name in rows} for _ in range(2))
     apart = {name: place * len(calls) // len(rows) for place, (name, calls) in enumerate(rows.items())}
@@ -128,12 +131,12 @@ def from_memory(rows, seconds, least=5):
 
 
 def print_rates(title, found, base, moved, operations=0, floor=None):
-    """A table of `from_memory`'s times: shortest ones and what they are of those of `base`, medians likewise.
+    """Print a table of the times of `from_memory`: the shortest and the median, and the ratio of each to row `base`'s.
 
     Args:
-        moved: bytes that a call reads and writes at least, by row, for GB/s.
-        operations: of a call, for GFLOP/s; 0: nothing that is counted so.
-        floor: ms.
+        moved: the least bytes that a call reads and writes, by row, for the column GB/s.
+        operations: number of operations of a call, for the column GFLOP/s; 0 leaves the column out.
+        floor: ms, for a row of its own.
     """
     first, again = found
     of = spread(first[base])
@@ -152,14 +155,14 @@ def print_rates(title, found, base, moved, operations=0, floor=None):
 
 
 def note_ratio(what, ratio, peer):
-    """Keep ours over the peer's, less being better, for the summary of `make bench` (run_all.py)."""
+    """Keep the ratio of our figure to the peer's, less being better, for the summary of `make bench` (run_all.py)."""
     if file := os.environ.get("PEFTCORE_RATIOS"):
         with open(file, "a") as out:
             out.write(json.dumps({"what": what, "ratio": ratio, "peer": peer}) + "\n")
 
 
 def note_pairs(title, times, peer="peft"):
-    """`note_ratio` of the shortest times of each row of peftcore that has the peer's next to it."""
+    """Call `note_ratio` with the shortest times of each row of peftcore for which the peer has a row, too."""
     for name, ours in times.items():
         theirs = times.get(name.replace("peftcore", peer))
         if "peftcore" in name and theirs:
@@ -167,7 +170,7 @@ def note_pairs(title, times, peer="peft"):
 
 
 def print_surroundings(threads):
-    """PyTorch, how busy the machine is, and the kernels that run."""
+    """Print the version of PyTorch, the load of the machine, and the level of the kernels."""
     import torch
 
     from peftcore.ops.build_info import build_info
@@ -178,7 +181,7 @@ def print_surroundings(threads):
 
 
 def keep_freed_memory():
-    """Freed memory stays with this process (glibc), so that no row pays for fresh pages, 1.3 µs each, by chance."""
+    """Let this process keep freed memory (glibc), so that no row pays for fresh pages, 1.3 µs each, by chance."""
     trim_threshold, mmap_max = -1, -4
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -187,7 +190,7 @@ def keep_freed_memory():
 
 
 def map_large_blocks():
-    """Blocks of 64 KiB and more are mapped and given back one by one (glibc): what is held is what lives.
+    """Map blocks of 64 KiB and more one by one (glibc), so that each is given back as soon as it is freed.
 
     Otherwise the heap's order decides what is given back, and equal peaks differ by 10 %.
     """
@@ -197,14 +200,14 @@ def map_large_blocks():
 
 
 def give_back_freed_memory():
-    """Freed memory goes back to the system (glibc), so that what is held is what is used."""
+    """Give freed memory back to the system (glibc), so that the process holds what it uses."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def spread(times):
-    """(minimum, median, interquartile range)."""
+    """Return (minimum, median, interquartile range)."""
     low, median, high = statistics.quantiles(times, n=4)
     return min(times), median, high - low
 
@@ -218,7 +221,7 @@ def in_child(file, *arguments):
 
 
 def print_peak(step, times=2):
-    """Print the peak memory of so many steps as JSON, for `in_child`."""
+    """Print the peak memory of `times` steps as JSON, for `in_child`."""
     reset_peak()
     for _ in range(times):
         step()
@@ -226,18 +229,18 @@ def print_peak(step, times=2):
 
 
 def reset_peak():
-    """Forget what this process has held at most (Linux)."""
+    """Reset the peak of this process's memory to what it holds now (Linux)."""
     with open("/proc/self/clear_refs", "w") as out:
         out.write("5")
 
 
 def peak_megabytes():
-    """The most memory this process has held since `reset_peak`."""
+    """Return the peak of this process's memory since `reset_peak`."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1e3
 
 
-# What a processor that has no more than a level's instructions would run: PyTorch's own kernels, oneDNN's, MKL's, ours.
+# Environment in which PyTorch, oneDNN, MKL and peftcore use a level's instructions and no newer ones.
 LEVELS = {
     "avx2": {
         "ATEN_CPU_CAPABILITY": "avx2",

@@ -1,10 +1,10 @@
-"""What benchmarks on a GPU share: rows timed in turn, calls queued without waiting, and what the card can do."""
+"""Functions that benchmarks on a GPU share: rows timed in turn, calls queued without waiting, and the card's rates."""
 
 import torch
 
 
 def milliseconds(rows, rounds=15, least_ms=10):
-    """Times of each row's one call, in rounds of many calls between two events."""
+    """Return the ms of each row's call, as a list by name, from rounds of many calls between two events."""
 
     def once(call, count):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -27,7 +27,7 @@ def milliseconds(rows, rounds=15, least_ms=10):
 
 
 def rates():
-    """(GB/s of a device copy, TFLOP/s of a cuBLAS product)."""
+    """Return (GB/s of a device copy, TFLOP/s of a cuBLAS product)."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)

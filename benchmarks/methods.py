@@ -1,4 +1,4 @@
-"""What a training step costs with each method, next to Hugging Face PEFT's, in one run: time, memory and the ratios.
+"""Time and memory of a training step with each method, next to Hugging Face PEFT's, in one run, and the ratios.
 
     python benchmarks/methods.py [--model minilm|smollm2] [--methods NAME ...] [--seconds 20] [--layers N] [--threads 2]
     python benchmarks/methods.py --quick        both models with fewer layers: at most ten minutes
@@ -49,7 +49,7 @@ KINDS = {"minilm": "SEQ_CLS", "smollm2": "CAUSAL_LM"}
 
 
 def known() -> list[str]:
-    """The installed methods that PEFT has, too."""
+    """Return the installed methods that PEFT has, too."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     from peftcore.registry import registry
@@ -63,7 +63,7 @@ def known() -> list[str]:
 
 
 def base(shape, layers=None, vocabulary=None):
-    """A frozen model of random weights."""
+    """Return a frozen model of random weights."""
     torch.manual_seed(0)
     if shape == "smollm2":
         return engine.llama(layers or SHAPES[shape][0], **({"vocabulary": vocabulary} if vocabulary else {}))
@@ -75,7 +75,7 @@ def base(shape, layers=None, vocabulary=None):
 
 
 def adapted(library, method, model, shape, start):
-    """The model with the adapter that lies in the folder `start`, or in ours with one that is saved there."""
+    """Return the model with the adapter in the folder `start`; with ours, the adapter is made and saved there first."""
     if library == "peftcore":
         model = peftcore.apply(model, method, **FIELDS.get(method, {}))
         if not os.listdir(start):
@@ -91,7 +91,7 @@ def adapted(library, method, model, shape, start):
 
 
 def stepper(library, method, model, shape, start):
-    """A training step."""
+    """Return a training step."""
     model = adapted(library, method, model, shape, start).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     _, texts, length = SHAPES[shape]
@@ -125,7 +125,7 @@ def resident():
 
 
 def warm(library, method, shape):
-    """A step of one layer: what libraries load and build once is no part of a step."""
+    """Run a step of a model of one layer, so that what libraries load and build once is not part of a timed step."""
     with tempfile.TemporaryDirectory() as start:
         for name in dict.fromkeys(("peftcore", library)):  # PEFT reads what ours has saved
             stepper(name, method, base(shape, 1, 2000), shape, start)()
@@ -134,7 +134,7 @@ def warm(library, method, shape):
 
 
 def peak(library, method, shape, start, sizes):
-    """MB of two steps beyond the base; in a process of its own."""
+    """Return the MB of two steps beyond the base, in a process that does nothing else."""
     measure.map_large_blocks()
     warm(library, method, shape)
     model = base(shape, *sizes)
@@ -149,7 +149,7 @@ def peak(library, method, shape, start, sizes):
 
 
 def times(method, shape, start, sizes, seconds, busy):
-    """{library: (fastest, median) ms}."""
+    """Return {library: (fastest, median) ms}."""
     measure.keep_freed_memory()
     steps = {name: stepper(name, method, base(shape, *sizes), shape, start) for name in ("peftcore", "peft")}
     found = measure.interleaved(steps, seconds, clock=time.process_time if busy else time.perf_counter)
@@ -157,7 +157,7 @@ def times(method, shape, start, sizes, seconds, busy):
 
 
 def in_process(threads, work, *arguments):
-    """What `work` gives in a process of its own, or why it failed."""
+    """Return the result of `work` in another process, or why it failed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["engine", "peft", "transformers", "peftcore.engine"])
     ours, theirs = context.Pipe(duplex=False)
@@ -183,7 +183,7 @@ def answer(pipe, threads, work, arguments):
 
 
 def compared(threads, method, shape, sizes, seconds, busy):
-    """((fastest, median) ms of ours, of PEFT, MB of ours, of PEFT), or why they are not compared."""
+    """Return ((fastest, median) ms of ours, of PEFT, MB of ours, of PEFT), or why they cannot be compared."""
     with tempfile.TemporaryDirectory() as start:
         megabytes = []
         for library in ("peftcore", "peft"):

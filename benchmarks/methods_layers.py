@@ -46,7 +46,7 @@ def model(shape):
 
 
 def stepper(shape, library, method, start):
-    """A forward and a backward pass."""
+    """Return a forward and a backward pass."""
     made = model(shape)
     if library == "frozen":
         made.enable_input_require_grads()
@@ -58,7 +58,7 @@ def stepper(shape, library, method, start):
 
 
 def kept(step):
-    """MB that one step's graph holds, without parameters."""
+    """Return the MB that a step's graph holds, without parameters."""
     held = {}
 
     def pack(tensor):
@@ -75,7 +75,7 @@ def kept(step):
 
 
 def compared(shape, method, seconds, clock):
-    """(times, MB kept for the backward pass) by library."""
+    """Return {library: (times, MB kept for the backward pass)}."""
     with tempfile.TemporaryDirectory() as start:
         steps = {name: stepper(shape, name, method, start) for name in ("frozen", "peftcore", "peft")}
     memory = {name: kept(step) for name, step in steps.items()}

@@ -49,13 +49,13 @@ def large(millions):
 
 
 def bandwidth():
-    """GB/s of reading and writing in place, as a step does."""
+    """Return the GB/s of reading and writing in place, as a step does."""
     x = torch.randn(64 << 20)
     return 2 * x.nbytes / min(measure.interleaved({"scaling": lambda: x.mul_(1.0)}, 1)["scaling"]) / 1e6
 
 
 def in_huge_pages(count):
-    """Bytes to read and write from, in huge pages as those of the optimizer are, which a disk takes in fewer parts."""
+    """Return `count` bytes in huge pages, as the optimizer's pages are, which a disk transfers in fewer parts."""
     huge = 2 << 20
     whole = mmap.mmap(-1, count + huge)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -65,7 +65,7 @@ def in_huge_pages(count):
 
 
 def disk_speed(directory, pages=96):
-    """Bytes a second of pages that are written and read by turns, by as many threads as are fastest."""
+    """Return the bytes a second of pages that are written and read by turns, by as many threads as are fastest."""
     return max(disk_speed_of(directory, pages, threads) for threads in (1, 2, 4))
 
 
@@ -106,7 +106,7 @@ def table(title, rows, floor, seconds):
 
 
 def resident(shapes, title, options, peers=True):
-    """Every optimizer on parameters of its own would not fit: they share parameters and gradients."""
+    """Time steps of resident optimizers. They share parameters and gradients, which would not fit once for each."""
     params = parameters(shapes)
     count = sum(p.numel() for p in params)
     rows = {
@@ -148,7 +148,7 @@ def paged(options):
 
 
 def child(kind, millions, directory):
-    """What steps add to the peak memory of this process; paged: with a quarter of the state resident."""
+    """Print what steps add to this process's peak memory; a paged optimizer keeps a quarter of its state resident."""
     import json
 
     params = parameters(large(millions))

@@ -25,7 +25,7 @@ RANK = 16
 
 
 def calls(rows, k, n, dtype, rank):
-    """{name: (forward, forward and backward)} of layers k -> n."""
+    """Return {name: (forward, forward and backward)} of layers k -> n."""
     torch.manual_seed(0)
     x, dy = torch.randn(rows, k).to(dtype).requires_grad_(), torch.randn(rows, n).to(dtype)
     weight = (torch.randn(n, k) / k**0.5).to(dtype)
@@ -76,7 +76,7 @@ def layers(options, clock):
 
 
 def step(options, clock):
-    """Steps of QLoRA on a model of SmolLM2-135M's shape with random weights, a batch of 8 x 96 tokens."""
+    """Time steps of QLoRA on a model of SmolLM2-135M's shape with random weights, a batch of 8 x 96 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

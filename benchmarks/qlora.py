@@ -50,7 +50,7 @@ def with_adapter(kind, model):
 
 @torch.no_grad()
 def same_start(model):
-    """A of each layer, in the order of the layers' names, uniform in ±1/sqrt(in); B zero."""
+    """Set LoRA's A of each layer, in the order of the layers' names, uniform in ±1/sqrt(in), and B to zero."""
     generator = torch.Generator().manual_seed(0)
     found = sorted((name[name.index("layers.") :], p) for name, p in model.named_parameters() if p.requires_grad)
     for name, parameter in found:
@@ -61,7 +61,7 @@ def same_start(model):
 
 @torch.no_grad()
 def held_out_loss(model, examples, collate):
-    """Mean over the tokens to predict."""
+    """Return the mean loss over the tokens to predict."""
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
     loss = count = 0
     for start in range(0, len(ordered), 16):

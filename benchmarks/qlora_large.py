@@ -1,4 +1,4 @@
-"""In how much memory does a large model take a QLoRA training step, on a CPU?
+"""Memory and time that a QLoRA training step of a large model takes on a CPU.
 
     python benchmarks/qlora_large.py [llama-7b|qwen3-30b-a3b|gpt-oss-20b] [--layers N] [--length 128] [--steps 1]
                                      [--threads 2] [--quant-type nf4|mxfp4] [--logits] [--in-backward] [--profile]
@@ -38,7 +38,7 @@ R = 16
 
 @dataclass
 class Shape:
-    """Of a model: transformers' modules, what their config does not say by default, and the limit in MB."""
+    """Shape of a model: transformers' modules, fields of their config that are not defaults, and the limit in MB."""
 
     module: str  # of transformers.models
     prefix: str  # of its classes
@@ -91,7 +91,7 @@ def pack_from_blocks(experts):
 
 
 def decoder_layer(kind, config, index, quant_type):
-    """A layer with weights of N(0, 0.02²), its linear ones and its experts in 4 bits."""
+    """Return a layer with weights of N(0, 0.02²), its linear layers and experts in 4 bits."""
     import peftcore
 
     with torch.device("meta"):
@@ -145,7 +145,7 @@ def complete(trained, optimizer, in_backward, largest, _):
 
 
 def state_bytes(optimizer):
-    """Bytes of the optimizer's state in memory."""
+    """Return the bytes of the optimizer's state in memory."""
     if hasattr(optimizer, "paging"):
         return optimizer.paging().resident
     return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))

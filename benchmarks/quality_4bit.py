@@ -1,4 +1,4 @@
-"""What each 4-bit format costs SmolLM2-135M in perplexity on real text, and NF4 next to bitsandbytes.
+"""Perplexity of SmolLM2-135M on real text in each 4-bit format, and in NF4 next to bitsandbytes.
 
     python benchmarks/quality_4bit.py [--threads 2] [--tokens 8192] [--window 512] [--dtype bfloat16]
 
@@ -35,7 +35,7 @@ KINDS += [f"peftcore {name} + loftq" for name in ("nf4", "mxfp4", "affine4 64")]
 
 
 def bits(model):
-    """(bits a weight in layers kept in 4 bits, how many such weights)."""
+    """Return (bits a weight of the layers in 4 bits, number of such weights)."""
     tensors = model.state_dict()
     packed = [name.partition(".quant_state.")[0] for name in tensors if ".quant_state." in name]
     parts = [f"{name}{part}" for name in packed for part in ("", ".absmax", ".nested_absmax", ".zeros")]
@@ -45,7 +45,7 @@ def bits(model):
 
 
 def run(kind, options):
-    """One row."""
+    """Return the figures of one row."""
     model, seconds = smollm2.load(kind.removesuffix(AS_TRAINED), getattr(torch, options.dtype))
     weight_bits, count = bits(model)
     model.train(kind.endswith(AS_TRAINED))

@@ -24,7 +24,7 @@ logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 
 
 def mapped_bitsandbytes(bnb, packed, state, out):
-    """Its C function on our memory: what its operator does, without the allocation."""
+    """Return a call of bitsandbytes' C function on memory of ours: its operator without the allocation."""
     import ctypes
 
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[out.dtype]
@@ -41,7 +41,7 @@ def mapped_bitsandbytes(bnb, packed, state, out):
 
 
 def note(title, times, peer):
-    """The first row, which is the highest level's, next to the peer's."""
+    """Keep the ratio of the first row, the highest level's, to the peer's."""
     measure.note_ratio(title.removesuffix(" (ms)"), min(next(iter(times.values()))) / min(times[peer]), peer)
 
 
@@ -76,7 +76,7 @@ def main():
         return run
 
     def many(call, *operands):
-        """One call for each layer, whose operands are the next ones of each list."""
+        """Return a call for each layer, with the next operands of each list."""
         return [lambda each=each: call(*each) for each in zip(*operands, strict=True)]
 
     for dtype in (torch.float32, torch.bfloat16):

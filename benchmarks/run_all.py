@@ -64,7 +64,7 @@ def name_of(command):
 
 
 def seconds_of(command):
-    """Seconds that a run is expected to take; scripts without a measurement come last."""
+    """Return the seconds that a run is expected to take; scripts without a measurement come last."""
     return SECONDS.get(name_of(command), float("inf"))
 
 
@@ -89,7 +89,7 @@ def lines_of(output):
 
 
 def run(command):
-    """(seconds, seconds of processors, exit code, ratios) of a script, whose output is shown and kept."""
+    """Run a script, show and keep its output; return (seconds, processor seconds, exit code, ratios)."""
     ratios = KEPT / f"{name_of(command)}.jsonl"
     ratios.write_text("")
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PEFTCORE_RATIOS": str(ratios)}
@@ -110,7 +110,7 @@ def run(command):
 
 
 def with_second_run(command, first):
-    """The result of `run`, with a second one if rows were slower: ratios are the means of both."""
+    """Return the result of `run`; if rows were slower, run again: ratios are then the means of both."""
     if all(row["ratio"] <= SLOWER for row in first[3]):
         return first
     print(f"\n== again: {shlex.join(command)}", flush=True)

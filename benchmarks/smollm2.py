@@ -45,7 +45,7 @@ def tokenizer():
 
 
 def windows(file, tokens, window):
-    """int64 [count, window]: movie-review snippets of the demo's file (`classify_test`), joined by newlines."""
+    """Return int64 [count, window]: movie-review snippets of the demo's file (`classify_test`), joined by newlines."""
     rows = (DEMO / "data" / f"{file}.jsonl").read_text().splitlines()
     text = "\n".join(json.loads(row)["text"] for row in rows)
     ids = torch.tensor(tokenizer()(text)["input_ids"])
@@ -54,7 +54,7 @@ def windows(file, tokens, window):
 
 
 def load(kind, dtype=torch.bfloat16):
-    """(model, seconds): `dense`, `peftcore` or `bitsandbytes`, quantized as transformers reads the folder.
+    """Return (model, seconds): `dense`, `peftcore` or `bitsandbytes`, quantized as transformers reads the folder.
 
     `peftcore` is NF4; another format and block size may follow: `peftcore mxfp4`, `peftcore affine4 64`. ` + ` and one
     of these may follow: `double quant`; `gptq`, rounded with 8 windows of 256 tokens of the demo's training snippets,

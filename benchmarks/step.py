@@ -175,7 +175,7 @@ def most_of_tensors(model, inputs):
 
 
 def floor(name, dtype, layers, rows):
-    """Seconds of the frozen products of a step."""
+    """Return the seconds that the frozen products of a step take."""
     model = build(name, dtype, layers)
     rate = measure.product_rate(dtype, clock=time.process_time)
     return measure.floor_of_step(model, inputs_of(model, rows), rate) / 1e3

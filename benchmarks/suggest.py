@@ -1,4 +1,4 @@
-"""What `peftcore suggest` answers for models of 8B to 70B parameters and cards of 8 to 80 GB, and how long it takes.
+"""Answers of `peftcore suggest` for models of 8B to 70B parameters and cards of 8 to 80 GB, and the time they take.
 
     OMP_NUM_THREADS=1 python benchmarks/suggest.py [--only Llama-3-8B] [--memory 24] [--length 2048]
 

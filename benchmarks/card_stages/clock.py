@@ -12,7 +12,7 @@ Call = Callable[[], Any]
 
 
 class Time(NamedTuple):
-    """Of one call, in microseconds."""
+    """Time of one call, in microseconds."""
 
     median: float
     least: float

@@ -40,7 +40,7 @@ REGISTERS, RESERVED = 65536, 1024  # of a multiprocessor; shared memory that a b
 
 
 class Work(NamedTuple):
-    """What a launch does, as far as its code does not say."""
+    """Work of a launch that its code does not tell."""
 
     label: str
     source: str  # below csrc
@@ -61,7 +61,7 @@ class Work(NamedTuple):
 
 
 class Times(NamedTuple):
-    """In microseconds."""
+    """Times of the parts of a launch, in microseconds."""
 
     memory: float
     l2: float
@@ -82,7 +82,7 @@ class Times(NamedTuple):
 
     @property
     def stages(self) -> tuple[float, ...]:
-        """The times of what a warp does one after the other: fetch, load and store shared memory, compute."""
+        """Return the times of what a warp does one after the other: fetch, load and store shared memory, compute."""
         return (
             max(self.memory, self.l2, self.waiting),
             self.shared,
@@ -91,7 +91,7 @@ class Times(NamedTuple):
 
 
 def resident(card: Card, resources: Resources, threads: int) -> int:
-    """Blocks that a multiprocessor holds."""
+    """Return the number of blocks that a multiprocessor holds."""
     warps = -(-threads // 32)
     of_warp = -(-resources.registers * 32 // 256) * 256
     by_registers = REGISTERS // of_warp // warps
@@ -108,7 +108,7 @@ def _pieces(opcode: str) -> int:
 
 
 def cycles(card: Card, instructions: Iterable[Instruction]) -> dict[str, float]:
-    """Of one warp: what a scheduler, its integer pipe and its tensor core are busy for, and all four's memory pipe."""
+    """Return the cycles for which one warp keeps a scheduler, its pipes and the shared memory pipe busy, by name."""
     total = dict.fromkeys(("issue", "alu", "shared", "tensor"), 0.0)
     for one in instructions:
         total["issue"] += 1
@@ -124,7 +124,7 @@ def cycles(card: Card, instructions: Iterable[Instruction]) -> dict[str, float]:
 
 
 def times(card: Card, work: Work, body: list[Instruction], resources: Resources) -> Times:
-    """A launch on this card, as if each part of it had nothing to wait for but itself."""
+    """Return the times of a launch on this card, as if each part of it waited for nothing else."""
     here = max(1, sum(one.opcode.startswith(work.marker) for one in body))
     busy = cycles(card, body)
     # The multiprocessor that has most blocks is the last.
@@ -162,7 +162,7 @@ def estimates(card: Card, work: Work, body: list[Instruction], resources: Resour
 
 
 def bound(card: Card, work: Work, body: list[Instruction]) -> float:
-    """Microseconds below which no kernel gets: memory once, and the products on all tensor cores."""
+    """Return the microseconds that every kernel needs: memory read once, and the products on all tensor cores."""
     here = max(1, sum(one.opcode.startswith(work.marker) for one in body))
     tensor = cycles(card, body)["tensor"] * work.markers / here / 4 / card.multiprocessors / (card.clock * 1000)
     return max(work.bytes / card.bandwidth / 1000, tensor)

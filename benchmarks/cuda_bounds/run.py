@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def tool(name: str) -> str:
-    """nvcc or nvdisasm: of the variable of its name, of CUDA, or of the package nvidia-cuda-nvdisasm."""
+    """Return the path of nvcc or nvdisasm: from the variable of its name, CUDA, or the package nvidia-cuda-nvdisasm."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [Path(home) / "bin" / name for home in homes if home]
     places += sorted(Path(sysconfig.get_path("purelib")).glob(f"nvidia/*/bin/{name}"))
@@ -51,7 +51,7 @@ def output(*command: str) -> str:
 
 
 def compiled(source: str, arch: int, folder: Path) -> dict[str, tuple[Function, Resources]]:
-    """Of each kernel in a .cu file, by its demangled name."""
+    """Return the code and the resources of each kernel in a .cu file, by its demangled name."""
     cubin = folder / f"{Path(source).stem}-{arch}.cubin"
     flags = [f"-arch=sm_{arch}", "-O3", "-std=c++17", "-Xptxas", "-v", "-cubin", f"-I{ROOT / 'csrc'}"]
     used = resources(output(tool("nvcc"), *flags, "-o", str(cubin), str(ROOT / "csrc" / source)))

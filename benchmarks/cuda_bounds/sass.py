@@ -37,7 +37,7 @@ class Instruction(NamedTuple):
 
     @property
     def wide(self) -> bool:
-        """Half of an operation on 64 bits, as addresses are."""
+        """Return whether this is half of an operation on 64 bits, such as one on an address."""
         base, *modifiers = self.opcode.split(".")
         return self.kind in ("alu", "fma", "uniform") and base != "MOV" and not WIDE.isdisjoint(modifiers)
 
@@ -48,7 +48,7 @@ class Function(NamedTuple):
     labels: dict[str, int]  # the index of the instruction behind it
 
     def loops(self) -> list[range]:
-        """Of every branch back, what lies between; not from behind the end, where code lies that seldom runs."""
+        """Return the range of each loop: a branch back and its target, not behind the end, where code seldom runs."""
         found = []
         for i, instruction in enumerate(self.instructions):
             start = self.labels.get(instruction.target or "")
@@ -88,7 +88,7 @@ class Resources(NamedTuple):
 
 
 def functions(text: str) -> dict[str, Function]:
-    """Of the output of `nvdisasm -c`, by mangled name."""
+    """Return the functions in the output of `nvdisasm -c`, by mangled name."""
     found: dict[str, Function] = {}
     current: Function | None = None
     for line in text.splitlines():
@@ -106,7 +106,7 @@ def functions(text: str) -> dict[str, Function]:
 
 
 def resources(text: str) -> dict[str, Resources]:
-    """Of what `ptxas -v` says, by mangled name."""
+    """Return the resources in the output of `ptxas -v`, by mangled name."""
     found: dict[str, Resources] = {}
     name, spilled = "", 0
     for line in text.splitlines():
@@ -120,7 +120,7 @@ def resources(text: str) -> dict[str, Resources]:
 
 
 def by_class(instructions: list[Instruction]) -> Counter[str]:
-    """How many there are of each class, and of them `wide`: those on 64 bits."""
+    """Return the number of instructions of each class, and as `wide` of those on 64 bits."""
     counts = Counter(one.kind for one in instructions)
     counts["wide"] = sum(one.wide for one in instructions)
     return counts

@@ -17,7 +17,7 @@ EXPERTS, CHOSEN = 8, 2  # of a layer, and of them a token's
 
 
 class Format(NamedTuple):
-    """How W is stored in 4 bits."""
+    """Format of W in 4 bits."""
 
     name: str  # in labels
     scales: str  # their kind, and the blocks in a lane's columns, as template arguments
@@ -37,7 +37,7 @@ def lane_scales(w: Format) -> str:
 
 
 def linear(w: Format, batch: int, kernel: str, blocks: int, threads: int, in_flight: float, readers: int) -> Work:
-    """`readers`: how often all of x comes from the second cache."""
+    """Return the work of a linear layer. `readers`: how often all of x comes from the second cache."""
     x, y = batch * K * 2.0, batch * N * 2.0
     mma = N * K / 256 * -(-batch // 8)
     return Work(

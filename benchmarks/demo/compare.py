@@ -1,4 +1,4 @@
-"""Every installed method on the demo's two tasks, the whole model and PEFT's own run of the same beside them.
+"""Every installed method on the demo's two tasks, next to the whole model and PEFT's runs of them.
 
     python benchmarks/demo/compare.py [FOLDER] [--reduced] [--task classifier|writer] [--method NAME ...]
 
@@ -41,7 +41,7 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Size:
-    """Of one task's runs. `rates`: those of the search; None: each method has its own."""
+    """Size of one task's runs. `rates`: learning rates of the search; None: each method has its own."""
 
     steps: int
     batch_size: int
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, sizes: dict[str, Size]) -> None:
-    """Models and examples; the language model in 16 bits, which is read much faster than its GGUF."""
+    """Prepare models and examples; the language model in 16 bits, which is read much faster than its GGUF."""
     folder.mkdir(parents=True, exist_ok=True)
     fetch(folder)
     if not (folder / DENSE_WRITER / "model.safetensors").exists():
@@ -118,7 +118,7 @@ def data_file(folder: Path, task: str, part: str, size: Size) -> Path:
 
 
 def run_tasks(folder: Path, output: Path, sizes: dict[str, Size], chosen: argparse.Namespace) -> None:
-    """Both at once, this program for each."""
+    """Run both tasks at once, each in a process of this program."""
     tasks = chosen.task or list(MODELS)
     if len(tasks) == 1:
         run_task(folder, output / tasks[0], tasks[0], sizes[tasks[0]], chosen.method)
@@ -146,7 +146,7 @@ def environment() -> dict[str, str]:
 
 
 def run_task(folder: Path, output: Path, task: str, size: Size, names: list[str] | None) -> None:
-    """`peftcore compare` of one task."""
+    """Run `peftcore compare` for one task."""
     from peftcore.registry import registry
 
     methods = []

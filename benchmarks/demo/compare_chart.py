@@ -1,4 +1,4 @@
-"""A picture: what each method reaches against the memory that its training takes, with the Pareto front."""
+"""Chart of what each method reaches against the memory that its training takes, with the Pareto front."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Panel:
-    """`rises`: is more better? `level`: a value to compare with, and its name."""
+    """Half of the chart. `rises`: whether more is better. `level`: a value to compare with, and its name."""
 
     title: str
     y_name: str
@@ -32,7 +32,7 @@ class Panel:
 
 
 def front(points: Sequence[Point], rises: bool) -> list[Point]:
-    """Those that no other beats in both, by rising x."""
+    """Return the points that no other point beats in both values, by rising x."""
     found: list[Point] = []
     for point in sorted(points, key=lambda p: (p.x, -p.y if rises else p.y)):
         if not found or (point.y > found[-1].y if rises else point.y < found[-1].y):
@@ -41,7 +41,7 @@ def front(points: Sequence[Point], rises: bool) -> list[Point]:
 
 
 def near(panel: Panel) -> Panel:
-    """What is far worse than the rest stands at the edge, its number beside its name, so that the rest can be read."""
+    """Move points that are far worse than the rest to the edge, with their value in the name."""
     low, _, high = statistics.quantiles([p.y for p in panel.points], n=4)
     worst = low - 2 * (high - low) if panel.rises else high + 2 * (high - low)
     points = [
@@ -92,7 +92,7 @@ def draw(file: Path, panels: Sequence[Panel], families: Sequence[str]) -> None:
 
 
 def ticks(axes, values: Sequence[float]) -> None:
-    """Whole hundreds or fifties that a reader can name."""
+    """Set ticks at whole hundreds or fifties."""
     from matplotlib.ticker import NullFormatter
 
     low, high = min(values), max(values)
@@ -104,7 +104,7 @@ def ticks(axes, values: Sequence[float]) -> None:
 
 
 def label(figure, axes, panel: Panel, colours: dict[str, str]) -> None:
-    """A name beside each point, at the nearest place where it covers no other name, point or line to a name."""
+    """Put a name next to each point, at the nearest place where it covers no other name, point or line to a name."""
     from matplotlib.lines import Line2D
     from matplotlib.transforms import Bbox
 
@@ -163,5 +163,5 @@ def label(figure, axes, panel: Panel, colours: dict[str, str]) -> None:
 
 
 def crosses(a: tuple[float, float], b: tuple[float, float], box) -> bool:
-    """Does the line from a to b run through the box?"""
+    """Return whether the line from a to b runs through the box."""
     return any(box.contains(a[0] + (b[0] - a[0]) * t / 80, a[1] + (b[1] - a[1]) * t / 80) for t in range(81))

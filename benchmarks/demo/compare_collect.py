@@ -17,7 +17,7 @@ PEFT_RESULT = "peft.json"
 
 @dataclass
 class Row:
-    """A method's runs: of a search the first seed's by rate, and those by seed at the rate that was chosen."""
+    """Runs of a method: the first seed's by rate, from a search, and those by seed at the chosen rate."""
 
     settings: dict
     tried: dict[float, dict] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Row:
 
 
 def rows_of(output: Path) -> list[Row]:
-    """What lies under `output`, by the names of the methods."""
+    """Return the runs under `output`, in the order of the methods' names."""
     return [row for folder in sorted(output.glob("runs/*")) if (row := row_of(folder)) is not None]
 
 
@@ -54,14 +54,14 @@ def row_of(folder: Path) -> Row | None:
 
 
 def result(run: Path) -> dict | None:
-    """What a run found, {"error": why nothing}, or None where it did not end."""
+    """Return what a run found, {"error": why it failed}, or None if it did not end."""
     if (run / "result.json").exists():
         return json.loads((run / "result.json").read_text())
     return {"error": (run / "error.txt").read_text().strip()} if (run / "error.txt").exists() else None
 
 
 def loss(run: dict) -> float:
-    """By which a rate is chosen."""
+    """Return the loss by which a rate is chosen."""
     found = math.inf if "error" in run else (run["validation"] or run["after"])["loss"]
     return math.inf if math.isnan(found) else found
 
@@ -85,7 +85,7 @@ def of_task(rows: list[Row], size) -> dict:
 
 
 def of_row(row: Row) -> dict:
-    """One method: a list has a value for each seed."""
+    """Return the figures of a method; lists have a value for each seed."""
     runs = row.finished
     tried = {f"{rate:g}": run.get("error") or run["validation"]["loss"] for rate, run in row.tried.items()}
     named = {name: row.settings[name] for name in ("method", "fields", "lr")}
@@ -109,7 +109,7 @@ def of_row(row: Row) -> dict:
 
 
 def family(settings: dict) -> str | None:
-    """What a method changes, as its placements say; None where it refuses the model."""
+    """Return what a method changes, by its placements; None if it refuses the model."""
     from peftcore.cli.bases import models
     from peftcore.cli.options import FULL
     from peftcore.engine.placing import placements_for

@@ -1,4 +1,4 @@
-"""PEFT's run beside each of ours: the first seed at the rate that was found, from the initial values of ours.
+"""PEFT's run for each of ours: the first seed at the rate that was found, from the initial values of ours.
 
 Our adapter is saved before its first step, and PEFT trains what it reads there: what both end with is then the same
 arithmetic, or not. Prompts begin with PEFT's own values, since it reads them only to use them. Each run is a process of
@@ -29,7 +29,7 @@ def against_peft(output: Path) -> None:
 
 
 def peft_has(run: Path, method: str) -> bool:
-    """Does PEFT know this method by itself? QLoRA it knows as LoRA over a base that others have packed."""
+    """Return whether PEFT has this method. It has QLoRA as LoRA over a base that another library has packed."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     from peftcore.registry import registry
@@ -50,7 +50,7 @@ def main(run: Path) -> int:
 
 
 def train(run: Path) -> dict:
-    """The run in the folder `run` with PEFT in place of peftcore."""
+    """Train the run in the folder `run` with PEFT in place of peftcore."""
     import gc
     import warnings
 
@@ -119,7 +119,7 @@ def train(run: Path) -> dict:
 
 
 def allocating(tuner: object) -> object:
-    """What PEFT's documentation lets a loop do for AdaLoRA; steps count from 1."""
+    """Return a callback with what PEFT's documentation does after each step of AdaLoRA; steps count from 1."""
     from transformers import TrainerCallback
 
     class Allocating(TrainerCallback):

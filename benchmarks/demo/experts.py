@@ -1,4 +1,4 @@
-"""A mixture of experts with real weights, fine-tuned by LoRA on its experts, beside the dense model that it was.
+"""A mixture of experts with real weights, fine-tuned by LoRA on its experts, next to the dense model it was made from.
 
     python benchmarks/demo/experts.py [FOLDER]
 

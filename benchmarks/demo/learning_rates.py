@@ -32,7 +32,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def sentences(folder: Path, source: str) -> list[tuple[float, str]]:
-    """(mean rating, text) of one of the archive's four sources (Hutto and Gilbert, ICWSM 2014)."""
+    """Return (mean rating, text) of one of the archive's four sources (Hutto and Gilbert, ICWSM 2014)."""
     inner = "additional_resources/hutto_ICWSM_2014.tar.gz"
     with tarfile.open(next((folder / "packages").glob("*.tar.gz"))) as outer:
         member = next(each for each in outer if each.name.endswith(inner))
@@ -44,7 +44,7 @@ def sentences(folder: Path, source: str) -> list[tuple[float, str]]:
 
 
 def examples(folder: Path, task: str) -> list[dict[str, str]]:
-    """The task's examples in an order drawn from a fixed seed."""
+    """Return the task's examples in an order drawn from a fixed seed."""
     if task == "writer":
         files = [folder / f"data/write_{part}.jsonl" for part in ("train", "test")]
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
@@ -67,7 +67,7 @@ def write_files(folder: Path) -> None:
 
 
 def train(folder: Path, task: str, method: str, rate: float) -> dict:
-    """Held-out metrics before and after one run."""
+    """Return the held-out metrics before and after one run."""
     from peftcore.cli import console, settings
     from peftcore.cli.bases import base_files
     from peftcore.cli.training import training_run

@@ -20,7 +20,7 @@ HELD_OUT, CLASSIFIER, WRITER, WRITER_HELD_OUT = 1000, 6000, 480, 150
 
 
 def snippets(archive: Path) -> list[tuple[float, str]]:
-    """(rating, text) of every snippet."""
+    """Return (rating, text) of every snippet."""
     with tarfile.open(archive) as outer:
         inner = next(member for member in outer if member.name.endswith(INNER))
         with tarfile.open(fileobj=io.BytesIO(outer.extractfile(inner).read())) as files:

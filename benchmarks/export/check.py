@@ -1,4 +1,4 @@
-"""Does llama.cpp compute what we do? Logits of SmolLM2-135M-Instruct, its adapter and the merged model, side by side.
+"""Comparison with llama.cpp: logits of SmolLM2-135M-Instruct, its adapter and the merged model, side by side.
 
     python benchmarks/export/check.py --llama PYTHON [FOLDER]
 
@@ -77,7 +77,7 @@ PARTS = (
 
 
 def write_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
-    """{what is compared: (GGUF file of a model, of an adapter)}."""
+    """Return {what is compared: (GGUF file of a model, of an adapter or None)}."""
     # fmt: off
     if not (folder / RUN).exists():
         command(folder, "train", "--model", WRITER, "--data", "data/write_train.jsonl", "--method", "lora",
@@ -103,7 +103,7 @@ def write_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
 
 
 def write_tokenizers(folder: Path, tokenizer: Any) -> dict[str, tuple[Path, Any]]:
-    """{how texts are cut: (GGUF file of a tiny model, the tokenizer of transformers)}."""
+    """Return {how texts are cut: (GGUF file of a tiny model, transformers' tokenizer)}."""
     made: dict[str, tuple[Path, Any]] = {}
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
@@ -114,7 +114,7 @@ def write_tokenizers(folder: Path, tokenizer: Any) -> dict[str, tuple[Path, Any]
 
 
 def byte_level(tokenizer: Any) -> dict[str, Any]:
-    """One tokenizer's merges behind each way to cut a text."""
+    """Return tokenizers with the merges of one, for each way to cut a text."""
     made = {}
     for name, steps in CUTS.items():
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -127,7 +127,7 @@ def byte_level(tokenizer: Any) -> dict[str, Any]:
 
 
 def sentencepiece(folder: Path) -> dict[str, Any]:
-    """Tokenizers as SentencePiece's, of words in the reviews; spaces are part of them."""
+    """Return tokenizers like SentencePiece's, of words in the reviews; spaces are part of them."""
     lines = (folder / "data/write_train.jsonl").read_text(encoding="utf-8").replace(" ", "▁").splitlines()
     trained = Tokenizer(models.BPE())
     trained.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=3000, show_progress=False))
@@ -167,7 +167,7 @@ def logits(model: torch.nn.Module, rows: list[list[int]]) -> list[np.ndarray]:
 
 
 class Apart(NamedTuple):
-    """How far logits are from those that are exact."""
+    """Distance of logits from the exact ones."""
 
     most: float
     mean: float
@@ -188,13 +188,13 @@ def apart(exact: list[np.ndarray], found: list[np.ndarray]) -> Apart:
 def job(
     model: Path, lora: Path | None, tokens: list[list[int]], ask: str, out: Path, texts: tuple[str, ...] = TEXTS
 ) -> dict[str, Any]:
-    """For llama_logits.py."""
+    """Return a job for llama_logits.py."""
     given = {"model": str(model), "lora": lora and str(lora), "out": str(out)}
     return {**given, "tokens": tokens, "texts": texts, "ask": ask}
 
 
 def cut_texts() -> tuple[str, ...]:
-    """Texts, and any parts of them in any order."""
+    """Return texts, and parts of them in random order."""
     draw = random.Random(0)
     parts = [*PARTS, *(text[i : i + 9] for text in TEXTS for i in range(0, len(text), 9))]
     return (*TEXTS, *("".join(draw.choices(parts, k=12)) for _ in range(200)))

@@ -1,11 +1,11 @@
-"""Does llama.cpp compute what we do, for each kind of model that is written? Tiny ones with drawn weights.
+"""Comparison with llama.cpp for each kind of model that is exported: tiny ones with random weights.
 
     python benchmarks/export/families.py --llama PYTHON [FOLDER]
 
 PYTHON is that of an environment with llama-cpp-python (`make export-check` makes one); FOLDER (default: .demo/families)
 gets the files. For each model, with an adapter that has ranks of its own for some modules: the largest difference of
-llama.cpp's logits from ours, of the model, of the model with the adapter beside it, and of the merged model, all in
-fp32, beside what the adapter changes and the largest logit. llama.cpp looks GELU up in a table of 16 bits, and so do
+llama.cpp's logits from ours, of the model, of the model with its adapter, and of the merged model, all in fp32, next
+to what the adapter changes and the largest logit. llama.cpp looks GELU up in a table of 16 bits, and so do
 Gemma's models here; without it they are 0.002 of the largest logit apart, and with it what is at a rounding's edge.
 """
 
@@ -61,7 +61,7 @@ class Looked(nn.Module):
 
 
 def made(name: str) -> nn.Module:
-    """A tiny model, all of whose weights matter."""
+    """Return a tiny model, all of whose weights matter."""
     kind, changes = FAMILIES[name]
     of_text = getattr(transformers, f"{kind}TextConfig", None) or getattr(transformers, f"{kind}Config")
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def write(name: str, folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """({what: its job for llama_logits.py}, {what: our logits})."""
+    """Return ({what: its job for llama_logits.py}, {what: our logits})."""
     model, place = made(name), folder / name.replace(", ", "-").replace("'", "").replace(" ", "-")
     place.mkdir(parents=True, exist_ok=True)
     ours = {"base": logits(model)}

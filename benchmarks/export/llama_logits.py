@@ -1,4 +1,4 @@
-"""What llama.cpp computes, for check.py: run by the Python of an environment that has llama-cpp-python and no PyTorch.
+"""Logits and answers of llama.cpp, for check.py: run by a Python that has llama-cpp-python and no PyTorch.
 
     python llama_logits.py JOBS    # JSON: [{"model", "lora" or null, "tokens": [[...]], "texts": [...], "ask", "out"}]
 

@@ -47,7 +47,7 @@ def main(folder: Path, llama: str) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """The examples, and the model under its name."""
+    """Write the examples, and the model under its name."""
     demo = ROOT / ".demo"
     demo.mkdir(exist_ok=True)
     fetch(demo)
@@ -60,7 +60,7 @@ def prepare(folder: Path) -> None:
 
 
 def of_page(text: str) -> tuple[list[str], str]:
-    """(the commands of peftcore, the program for llama.cpp)."""
+    """Return (the commands of peftcore, the program for llama.cpp)."""
     blocks = re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL)
     lines = "".join(code for language, code in blocks if language == "sh").replace("\\\n", " ").splitlines()
     (code,) = (code for language, code in blocks if language == "python" and "llama_cpp" in code)
@@ -68,7 +68,7 @@ def of_page(text: str) -> tuple[list[str], str]:
 
 
 def run(words: list[str], folder: Path, asked: bool) -> str:
-    """What a command prints; in a chat one question is asked."""
+    """Return what a command prints; in a chat one question is asked."""
     if words[0] == "peftcore":
         words = [str(Path(sys.executable).with_name("peftcore")), *words[1:]]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
@@ -87,7 +87,7 @@ def run(words: list[str], folder: Path, asked: bool) -> str:
 
 
 def clocks() -> tuple[float, float]:
-    """(time, processor time of the programs that have ended), in seconds."""
+    """Return (time, processor time of the programs that have ended), in seconds."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.perf_counter(), used.ru_utime + used.ru_stime
 
