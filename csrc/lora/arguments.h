@@ -55,6 +55,7 @@ inline void check_gradient(const Tensor& grad, const Tensor& s, const Tensor& x,
 // Adapters by number, and the one of each sample. Whether the numbers exist is seen where they are read.
 inline void check_adapters(const Tensor& x, at::TensorList a, at::TensorList b, at::ArrayRef<double> scales,
                            const Tensor& index, int64_t out_features, const char* op) {
+    TORCH_CHECK_VALUE(x.dim() > 1, op, ": x must be [samples, .., in], found ", x.sizes());
     TORCH_CHECK_VALUE(a.size() == b.size() && b.size() == scales.size(), op,
                       ": a, b and scales must be of one length, found ", a.size(), ", ", b.size(), " and ",
                       scales.size());

@@ -74,7 +74,7 @@ class _DenseLinear(torch.autograd.Function):
             # With create_graph=True by an operator that has a gradient itself.
             x_grad = grad @ weight if torch.is_grad_enabled() else _OPS.dense_linear(grad, weight.t())
         if ctx.needs_input_grad[2]:
-            bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
+            bias_grad = grad.sum_to_size(grad.shape[-1])
         return x_grad, None, bias_grad
 
 

@@ -36,6 +36,7 @@ class LoraLinearPerSample:
         frozen = checked(self.weight, self.packing, _OP)
         check_linear(x, frozen, self.bias, _OP)
         self.out_features = frozen.shape[0]
+        value(x.dim() > 1, _OP, f"x must be [samples, .., in], found {list(x.shape)}")
         sizes = f"{len(a)}, {len(b)} and {len(self.scales)}"
         same = len(a) == len(b) == len(self.scales)
         value(same, _OP, f"a, b and scales must be of one length, found {sizes}")

@@ -91,7 +91,7 @@ class RmsNormBackward:
             dx = (scale * (slopes - normed * (slopes * normed).mean(-1, keepdim=True))).to(self.x.dtype)
         if self.needs[1]:
             normed = normed.to(self.x.dtype).float() if self.rounded else normed
-            dweight = (self.grad.float() * normed).view(-1, self.x.shape[-1]).sum(0).to(self.weight.dtype)
+            dweight = (self.grad.float() * normed).sum_to_size(self.weight.shape).to(self.weight.dtype)
         return dx, dweight
 
     def empty(self) -> tuple[Tensor, ...]:

@@ -66,7 +66,7 @@ class ScaledBackward:
         if self.needs[0]:
             dx = (self.grad * self.g.float()).to(self.x.dtype)
         if self.needs[1]:
-            dg = (self.grad.float() * self.x).flatten(0, -2).sum(0) if self.x.dim() > 1 else self.grad.float() * self.x
+            dg = (self.grad.float() * self.x).sum_to_size(self.g.shape)
         return dx, dg.to(self.g.dtype)
 
     def empty(self) -> tuple[Tensor, ...]:

@@ -51,6 +51,12 @@ def test_gradients_beside_float64(transposed: bool, leading: tuple[int, ...], dt
     torch.testing.assert_close(found[1], exact[1].to(dtype), rtol=4 * EPS[dtype], atol=8 * EPS[dtype])
 
 
+def test_gradients_without_rows_of_the_weight() -> None:
+    x, bias = values(3, 4).requires_grad_(), values(0).requires_grad_()
+    dx, dbias = torch.autograd.grad(ops.dense_linear(x, values(0, 4), bias).sum(), (x, bias))
+    assert (dx == 0).all() and dbias.shape == (0,)
+
+
 def test_a_gradient_can_be_differentiated() -> None:
     x, w = values(3, 64).requires_grad_(), values(32, 64)
     (dx,) = torch.autograd.grad((ops.dense_linear(x, w).float() ** 2).sum(), x, create_graph=True)

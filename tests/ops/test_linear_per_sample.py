@@ -5,6 +5,7 @@ import torch
 from products import near, packed, values
 
 from peftcore.ops import lora_linear_per_sample
+from peftcore.ops.linear_per_sample import LoraLinearPerSample
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -63,3 +64,16 @@ def test_an_index_that_does_not_fit(index, error, message):
     x, weight, a, b = torch.ones(3, 64), torch.ones(8, 64), torch.ones(4, 64), torch.ones(8, 4)
     with pytest.raises(error, match=message):
         lora_linear_per_sample(x, weight, None, [a], [b], [1.0], index)
+
+
+@pytest.mark.parametrize("operator", [torch.ops.peftcore.lora_linear_per_sample, LoraLinearPerSample])
+def test_x_without_samples_is_refused(operator):
+    x, weight, a, b = torch.ones(8), torch.ones(4, 8), torch.ones(2, 8), torch.ones(4, 2)
+    with pytest.raises(ValueError, match=r"x must be \[samples, \.\., in\], found \[8\]"):
+        operator(x, [weight], [], None, [a], [b], [1.0], torch.zeros(8, dtype=torch.long))
+
+
+def test_no_columns(level):
+    x, weight, a, b = torch.ones(3, 40, 0).bfloat16(), torch.ones(4, 0).bfloat16(), torch.ones(2, 0), torch.ones(4, 2)
+    y = lora_linear_per_sample(x, weight, None, [a], [b], [1.0], torch.zeros(3, dtype=torch.long))
+    assert y.shape == (3, 40, 4) and not y.any()

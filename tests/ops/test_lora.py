@@ -329,9 +329,14 @@ def test_opcheck(dtype, quantized):
     torch.library.opcheck(operators.lora_linear_per_sample, (x, *w, None, [a], [b], [0.5], index))
 
 
-@pytest.mark.parametrize(("n", "k", "rows", "r"), [(8, 64, 0, 4), (0, 64, 3, 4), (8, 0, 3, 4), (8, 64, 3, 0)])
-def test_nothing_in_or_out(level, n, k, rows, r):
-    check(values((rows, k)), values((n, k)), values((n,)), values((r, k)), values((n, r)))
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "k", "rows", "r"), [(8, 64, 0, 4), (0, 64, 3, 4), (8, 0, 3, 4), (8, 0, 40, 4), (8, 64, 3, 0)]
+)
+def test_nothing_in_or_out(level, n, k, rows, r, dtype, p):
+    x, w, bias = values((rows, k), dtype), values((n, k), dtype), values((n,), dtype)
+    check(x, w, bias, values((r, k)), values((n, r)), p)
 
 
 def test_the_reference_computes_what_the_kernels_do():

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from peftcore import ops
-from peftcore.ops.rms_norm import _formula
+from peftcore.ops.rms_norm import RmsNormBackward, _formula
 
 _OPS = torch.ops.peftcore
 STEP = {torch.float32: 2**-21, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -87,6 +87,15 @@ def test_kernel_and_reference_agree(rows: int, columns: int, dtype: Any, weight_
     torch.testing.assert_close(y, _formula(x, weight, EPS, 0.5, rounded), rtol=2 * STEP[dtype], atol=1e-5)
     wanted = torch.rsqrt(x.double().pow(2).mean(-1) + EPS)
     torch.testing.assert_close(scale.double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "x", [values(4, 3, 5).transpose(0, 1), torch.empty(3, 0), torch.empty(0, 5)], ids=["permuted", "columns", "rows"]
+)
+def test_gradients_of_the_reference(x: torch.Tensor) -> None:
+    weight, scale = values(x.shape[-1], seed=1), values(x.shape[:-1].numel(), seed=2).abs()
+    arguments = x, x, weight, scale, 0.0, False, [True, True]
+    torch.testing.assert_close(RmsNormBackward(*arguments).compute(), _OPS.rms_norm_backward(*arguments))
 
 
 def test_threads_give_the_same_bits(level: None) -> None:

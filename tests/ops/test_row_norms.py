@@ -73,6 +73,8 @@ def test_rows_past_a_panel_of_4_bits() -> None:
 def test_of_nothing() -> None:
     assert ops.row_norms(torch.empty(0, 4), torch.empty(2, 4), torch.empty(0, 2)).shape == (0,)
     assert (ops.row_norms(torch.empty(3, 0), torch.empty(2, 0), torch.ones(3, 2)) == 0).all()
+    without_columns = ops.quantize_4bit(torch.empty(3, 0))
+    assert (ops.row_norms(without_columns, torch.empty(2, 0), torch.ones(3, 2)) == 0).all()
     w = weight(3, 4)
     torch.testing.assert_close(ops.row_norms(w, torch.empty(0, 4), torch.empty(3, 0)), w.norm(dim=1))
 

@@ -30,6 +30,12 @@ def test_small_products_of_fp16() -> None:
     torch.testing.assert_close(g.grad, torch.full((2,), 64e-8), rtol=1e-2, atol=0)
 
 
+def test_no_columns(level: None) -> None:
+    x, g = torch.empty(3, 0, requires_grad=True), torch.empty(0, requires_grad=True)
+    dx, dg = torch.autograd.grad(ops.scaled(x, g).sum(), (x, g))
+    assert (dx.shape, dg.shape) == ((3, 0), (0,))
+
+
 def test_gradients() -> None:
     x, g = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64)
     assert torch.autograd.gradcheck(ops.scaled, (x, g.requires_grad_()))

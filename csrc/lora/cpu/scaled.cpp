@@ -72,11 +72,12 @@ std::tuple<Tensor, Tensor> scaled_backward(const Tensor& grad, const Tensor& x, 
         const int64_t first = group * kScaledGroupRows;
         kernels.backward(args, first, std::min(first + kScaledGroupRows, rows.size(0)));
     };
-    at::parallel_for(0, groups * parts,
-                     ceil_div(kValuesPerTask, kScaledGroupRows * std::min(kPartColumns, stride)),
-                     [&](int64_t first, int64_t last) {
-                         for (; first < last; ++first) task(first / parts, first % parts * kPartColumns);
-                     });
+    at::parallel_for(
+        0, groups * parts,
+        ceil_div(kValuesPerTask, kScaledGroupRows * std::clamp<int64_t>(stride, 1, kPartColumns)),
+        [&](int64_t first, int64_t last) {
+            for (; first < last; ++first) task(first / parts, first % parts * kPartColumns);
+        });
     const Tensor dg = at::empty({needs[1] ? columns : 0}, gain.options());
     float* total = dg.mutable_data_ptr<float>();
     at::parallel_for(0, dg.size(0), ceil_div(kValuesPerTask, std::max<int64_t>(1, groups)),

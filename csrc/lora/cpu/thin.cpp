@@ -84,7 +84,7 @@ Factor arranged_factor(const Arrangement& arrangement, const Tensor& from, bool 
 }
 
 KeepMask keep_mask(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x, int64_t first_row) {
-    if (dropout.threshold == 0) return {};
+    if (dropout.threshold == 0 || x.numel() == 0) return {};
     const int64_t rows = x.size(0), counters = ceil_div(x.size(1), kColumnsPerCounter);
     const int64_t stride = filled_up(counters, kCounters);
     KeepMask made{at::empty({rows, stride}, x.options().dtype(at::kByte)), {}};

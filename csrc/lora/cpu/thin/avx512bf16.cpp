@@ -48,7 +48,7 @@ void down_rows(const DownArgs& args, const BFloat16* from, int64_t stride, int64
 #pragma GCC unroll 12
     for (int i = 0; i < R; ++i) {
         x[i] = from + std::min<int64_t>(i, count - 1) * stride;
-        last[i][0] = x[i][args.columns - 1];
+        if (args.columns % 2 != 0) last[i][0] = x[i][args.columns - 1];
         lasts[i] = last[i];
     }
     alignas(64) float total[R][kSplitSide];

@@ -81,14 +81,15 @@ at::Tensor dequantized_slab(const WeightView& weight, Range rows, Range columns,
     while (segments.piece() > kSlabColumns && (width % segments.piece() || across % segments.piece()))
         --segments.piece_shift;
     char* out = static_cast<char*>(workspace(height * across * segments.itemsize));
-    at::parallel_for(0, height, ceil_div(kValuesPerTask, across), [&](int64_t first, int64_t last) {
-        std::vector<float> absmax;
-        std::vector<char> whole;
-        for (int64_t row = first; row < last; ++row) {
-            const int64_t begin = (rows.first + row) * width + columns.first;
-            segments.write(begin, begin + across, out + row * across * segments.itemsize, absmax, whole);
-        }
-    });
+    at::parallel_for(
+        0, height, ceil_div(kValuesPerTask, std::max<int64_t>(1, across)), [&](int64_t first, int64_t last) {
+            std::vector<float> absmax;
+            std::vector<char> whole;
+            for (int64_t row = first; row < last; ++row) {
+                const int64_t begin = (rows.first + row) * width + columns.first;
+                segments.write(begin, begin + across, out + row * across * segments.itemsize, absmax, whole);
+            }
+        });
     return at::from_blob(out, {height, across}, options);
 }
 
