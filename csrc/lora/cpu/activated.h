@@ -7,10 +7,10 @@
 namespace peftcore {
 namespace lora {
 
-// Φ and its density, 0 far from 0. Φ(-z) = e^(-z²/2) t R(t) with t = 1 / (1 + 0.3 z / √2), z >= 0, and a polynomial R,
-// whose largest relative error is 2e-8 (fitted to z <= 13.5, where Φ(-z) is 1e-41).
+// Φ(x), and the slope of x Φ(x), which is NaN at infinity. Φ(-z) = e^(-z²/2) t R(t) with t = 1 / (1 + 0.3 z / √2), z >= 0,
+// and a polynomial R, whose largest relative error is 2e-8 (fitted to z <= 13.5, where Φ(-z) is 1e-41).
 struct Normal {
-    Native share, density;
+    Native share, slope;
 
     __attribute__((always_inline)) explicit inline Normal(const Native& x) {
         constexpr uint32_t kMinus88 = 0xc2b00000u;
@@ -29,7 +29,7 @@ struct Normal {
         sum = add(sum, t, 0.0845945894f);
         const Native below = sum * t * e;
         share = x > 0.0f ? 1.0f - below : below;
-        density = 0.39894228f * e;
+        slope = fused(x, 0.39894228f * e, share) + (x - x);
     }
 };
 
@@ -38,43 +38,56 @@ struct Activated {
     using T = typename Level::T;
     using Chunk = typename Gates<Level>::Chunk;
     using Power = typename Gates<Level>::Power;
-    using Logistic = typename Gates<Level>::template Logistic<true>;
+    template <bool kCubic>
+    using Logistic = typename Gates<Level>::template Logistic<kCubic>;
     static constexpr int64_t kChunk = Gates<Level>::kChunk;
 
-    static void forward(const ActivationArgs& args, int64_t first, int64_t last) {
-        Chunk x;
+    // body(a function of x that returns `share`, by which x is multiplied, and the slope of their product)
+    template <typename Body>
+    static void with_curve(const ActivationArgs& args, const Body& body) {
         const Power p{args.linear, args.cubic};
+        if (args.normal)
+            body([](const Native& x) { return Normal(x); });
+        else if (args.cubic != 0)
+            body([p](const Native& x) { return Logistic<true>(p, x); });
+        else
+            body([p](const Native& x) { return Logistic<false>(p, x); });
+    }
+
+    template <typename Curve>
+    static void forward_of(const ActivationArgs& args, int64_t first, int64_t last, const Curve& curve) {
+        Chunk x;
         for (; first < last; first += kChunk) {
             const int64_t count = std::min(kChunk, last - first);
             x.load(static_cast<const T*>(args.x) + first, count);
             for (int64_t i = 0; i < kChunk; i += kNative) {
                 Native& value = native_at(x.value + i);
-                value *= args.normal ? Normal(value).share : Logistic(p, value).share;
+                value *= curve(value).share;
             }
             x.store(static_cast<T*>(args.y) + first, count);
         }
     }
 
-    static void backward(const ActivationArgs& args, int64_t first, int64_t last) {
+    template <typename Curve>
+    static void backward_of(const ActivationArgs& args, int64_t first, int64_t last, const Curve& curve) {
         Chunk x, grad;
-        const Power p{args.linear, args.cubic};
         for (; first < last; first += kChunk) {
             const int64_t count = std::min(kChunk, last - first);
             x.load(static_cast<const T*>(args.x) + first, count);
             grad.load(static_cast<const T*>(args.dy) + first, count);
             for (int64_t i = 0; i < kChunk; i += kNative) {
-                const Native value = native_at(x.value + i);
-                Native slope;
-                if (args.normal) {
-                    const Normal normal(value);
-                    slope = fused(value, normal.density, normal.share) + (value - value);  // of infinity NaN
-                } else {
-                    slope = Logistic(p, value).slope;
-                }
-                native_at(x.value + i) = native_at(grad.value + i) * slope;
+                Native& value = native_at(x.value + i);
+                value = native_at(grad.value + i) * curve(value).slope;
             }
             x.store(static_cast<T*>(args.y) + first, count);
         }
+    }
+
+    static void forward(const ActivationArgs& args, int64_t first, int64_t last) {
+        with_curve(args, [&](const auto& curve) { forward_of(args, first, last, curve); });
+    }
+    static void backward(const ActivationArgs& args, int64_t first, int64_t last) {
+        with_curve(args, [&](const auto& curve) { backward_of(args, first, last, curve); });
     }
 
     static ActivationKernels kernels() { return {.forward = forward, .backward = backward}; }
