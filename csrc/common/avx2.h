@@ -18,7 +18,7 @@ inline __m256 load8(const BFloat16* x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
-// Rounded to nearest, ties to even.
+// Rounded to nearest, ties to even; the second argument names the dtype.
 inline __m128i round_to(__m256 values, const Half*) {
     return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -30,6 +30,12 @@ inline __m128i round_to(__m256 values, const BFloat16*) {
     const __m256i result = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0),
                                               _mm256_castps_si256(nan));
     return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+}
+
+inline float sum8(__m256 values) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "common/half.h"
+
 namespace peftcore {
 namespace {
 
@@ -22,6 +24,15 @@ inline __m256i to_bf16(__m512 values) {
 
 inline __m512 from_bf16(__m256i values) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
+// 16 values of any dtype, widened to fp32.
+inline __m512 load16(const float* from) { return _mm512_loadu_ps(from); }
+inline __m512 load16(const Half* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline __m512 load16(const BFloat16* from) {
+    return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
 // Four 32-bit words of each of 16 rows, as vectors of one word of all rows. `row(i)`: address of row i's words.

@@ -4,6 +4,8 @@
 #include <memory>
 #include <new>
 
+#include "common/integers.h"
+
 namespace peftcore {
 namespace {
 
@@ -25,7 +27,7 @@ thread_local Workspace kept;
 void* workspace(int64_t bytes) {
     if (bytes > kept.bytes) {
         free_workspace();
-        const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+        const int64_t rounded = filled_up(bytes, kAlignment);
         void* memory = std::aligned_alloc(size_t(kAlignment), size_t(rounded));
         if (memory == nullptr) throw std::bad_alloc();
         kept.memory.reset(memory);

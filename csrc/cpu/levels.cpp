@@ -22,8 +22,8 @@ namespace {
 // Whether this CPU has dot products of bf16: those of AVX-512, or ARM's (with its products of 2 x 4 by 4 x 2).
 [[maybe_unused]] bool has_bf16_dot() {
 #if defined(__x86_64__) && defined(__linux__)
-    constexpr unsigned kBf16 =
-        1u << 5;  // CPUID 7.1, EAX; compilers that do not know the level do not name it
+    // CPUID 7.1, EAX. Not __builtin_cpu_supports, as compilers that do not know the level do not know its name.
+    constexpr unsigned kBf16 = 1u << 5;
     unsigned a, b, c, d = 0;
     return __builtin_cpu_supports("avx512f") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 &&
            (a & kBf16) != 0;

@@ -14,8 +14,8 @@ namespace lora {
 struct Dropout {
     uint32_t threshold = 0;  // of 65536; 0 keeps all
     uint32_t key0 = 0, key1 = 0;
-    const int64_t* seed =
-        nullptr;  // in the device's memory, where kernels read the key; nullptr: it is known
+    // In the device's memory, where kernels read the key from it; nullptr: the key is known.
+    const int64_t* seed = nullptr;
 };
 
 // The mask with its key, read from the device's memory if the seed is there: once, where a kernel begins.

@@ -6,11 +6,11 @@
 //   and also 0 and 1 (n = 2^(7+s))
 //
 // Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861, section 2), and
-// 8-Bit Approximations for Parallelism in Deep Learning (arXiv 1511.04561). The values are bitsandbytes'
-// bits. A value is encoded to the nearest code: which decade is a
-// comparison, which part of it one multiplication and addition in fp32, so that two entries equally near
-// within their rounding may both be taken. A second moment above 0 is never stored as 0, which would make the
-// next update divide by eps.
+// 8-Bit Approximations for Parallelism in Deep Learning (arXiv 1511.04561). The map has the same bits as bitsandbytes'.
+//
+// A value is encoded as the nearest code: a comparison finds the decade, a multiplication and an addition in fp32 find
+// the part of it. Of two entries that are equally near within the rounding of these, either may be taken. A second moment
+// above 0 is never stored as 0, which would make the next update divide by eps.
 #pragma once
 
 #include "common/half.h"

@@ -16,8 +16,8 @@ int64_t next_number = 0;
 // `count` elements of a segment from `first` on, a multiple of 256; its state is not set.
 Segment part_of(const Segment& whole, int64_t first, int64_t count) {
     Segment part = whole;
-    part.param = static_cast<char*>(whole.param) + first * bytes_of(whole.param_dtype);
-    part.grad = static_cast<const char*>(whole.grad) + first * bytes_of(whole.grad_dtype);
+    part.param = static_cast<char*>(whole.param) + first * itemsize(whole.param_dtype);
+    part.grad = static_cast<const char*>(whole.grad) + first * itemsize(whole.grad_dtype);
     part.first = first;
     part.count = count;
     return part;

@@ -14,9 +14,7 @@ constexpr int64_t kAhead = 8;  // pages that are prefetched
 
 Pool::Pool(std::unique_ptr<Store> store, int64_t page_bytes, int64_t budget)
     : store_(std::move(store)), page_bytes_(page_bytes), budget_(budget) {
-    if (budget < page_bytes)
-        throw std::invalid_argument("the budget must hold at least one page of " +
-                                    std::to_string(page_bytes) + " bytes, found " + std::to_string(budget));
+    check_budget(budget);
 }
 
 Pool::~Pool() {
@@ -40,6 +38,12 @@ void Pool::check_process() const {
             ", from which this one was forked. Make a new optimizer here and load the other's state_dict()");
 }
 
+void Pool::check_budget(int64_t budget) const {
+    if (budget < page_bytes_)
+        throw std::invalid_argument("the budget must hold at least one page of " +
+                                    std::to_string(page_bytes_) + " bytes, found " + std::to_string(budget));
+}
+
 std::unique_lock<std::recursive_mutex> Pool::lock() {
     check_process();
     return std::unique_lock(mutex_);
@@ -54,9 +58,7 @@ void Pool::grow(int64_t pages) {
 
 void Pool::resize(int64_t budget) {
     const auto locked = lock();
-    if (budget < page_bytes_)
-        throw std::invalid_argument("the budget must hold at least one page of " +
-                                    std::to_string(page_bytes_) + " bytes, found " + std::to_string(budget));
+    check_budget(budget);
     budget_ = budget;
     shrink(limit());
 }

@@ -26,7 +26,7 @@ class Pool {
     ~Pool();
     Pool(const Pool&) = delete;
 
-    // All functions below throw std::runtime_error in a process forked from the pool's.
+    // Functions that move pages call it, and throw std::runtime_error in a process forked from the pool's.
     std::unique_lock<std::recursive_mutex> lock();
 
     int64_t page_bytes() const { return page_bytes_; }
@@ -36,7 +36,7 @@ class Pool {
 
     // Adds pages of zeros, up to `pages` in all. Throws, with nothing changed, if the store is full.
     void grow(int64_t pages);
-    // Changes the budget; surplus pages are evicted at once.
+    // Changes the budget; surplus pages are evicted at once. Throws std::invalid_argument as the constructor does.
     void resize(int64_t budget);
     // Evicts all pages that are not in use.
     void evict();
@@ -71,7 +71,8 @@ class Pool {
 
     struct Page {
         void* frame = nullptr;
-        bool dirty = false, stored = false;  // newer than the store's copy; there is one
+        bool dirty = false;   // newer than the store's copy
+        bool stored = false;  // the store has a copy
         int pins = 0;
         int64_t next_use = kNever;  // position in the expected order
         int64_t sweep = -1;
@@ -80,6 +81,7 @@ class Pool {
     };
 
     void check_process() const;
+    void check_budget(int64_t budget) const;
     int64_t limit() const { return std::max<int64_t>(1, budget_ / page_bytes_); }
     int64_t victim(int64_t before) const;
     void* detach(int64_t page);

@@ -12,8 +12,6 @@ constexpr int kBlock = 256;  // elements; a parameter's state begins at a whole 
 constexpr int kMaxPlanes = 4;
 constexpr int kMaxScalars = 8;
 
-static inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
-
 // The scalars of one update, which a rule of rules.h reads by their names.
 struct Scalars {
     float value[kMaxScalars];

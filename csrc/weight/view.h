@@ -45,8 +45,8 @@ struct WeightView {
 
     const float *nested_absmax = nullptr, *nested_quant_map = nullptr, *nested_offset = nullptr;
     int nested_shift = 0;  // log2 of the block size of scales
-    int64_t first_block =
-        0;  // of this weight, counted from where `nested_absmax` begins: an expert's may be any
+    // Of this weight, counted from where `nested_absmax` begins: an expert may begin within a block of scales.
+    int64_t first_block = 0;
 
     ScaleKind scales = ScaleKind::kFloat;
 

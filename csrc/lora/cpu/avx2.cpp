@@ -1,5 +1,5 @@
 // AVX2 with FMA and conversions of fp16.
-#include <immintrin.h>
+#include "common/avx2.h"
 
 #include "gemm/cpu/transpose8.h"
 #include "lora/cpu/level.h"
@@ -18,28 +18,14 @@ struct Avx2 {
     static inline Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
     static inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
-    static inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
-    static inline Vector load(const Half* from) {
-        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    template <typename T>
+    static inline Vector load(const T* from) {
+        return load8(from);
     }
-    static inline Vector load(const BFloat16* from) {
-        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-    }
-
     static inline void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
-    static inline void store(Half* to, Vector v) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-    }
-    static inline void store(BFloat16* to, Vector v) {
-        const __m256i bits = _mm256_castps_si256(v);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-        rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000),
-                                     _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
-        rounded = _mm256_srli_epi32(rounded, 16);
-        rounded = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(rounded));
+    template <typename T>
+    static inline void store(T* to, Vector v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), round_to(v, to));
     }
 
     static inline Vector keep(Vector v, uint32_t bits) {
@@ -54,7 +40,7 @@ struct Avx2 {
         const __m256i multiply0 = _mm256_set1_epi64x(kPhiloxMultiply0);
         const __m256i multiply1 = _mm256_set1_epi64x(kPhiloxMultiply1);
         const __m256i threshold = _mm256_set1_epi16(short(dropout.threshold));
-        for (int64_t at = 0; at < (count + kCounters - 1) / kCounters * kCounters; at += 4) {
+        for (int64_t at = 0; at < filled_up(count, kCounters); at += 4) {
             __m256i a = _mm256_add_epi64(_mm256_set1_epi64x(first + at), _mm256_setr_epi64x(0, 1, 2, 3));
             __m256i b = _mm256_set1_epi64x(row), c = _mm256_set1_epi64x(row >> 32),
                     d = _mm256_setzero_si256();

@@ -20,12 +20,9 @@ struct Avx512 {
     static inline Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
     static inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 
-    static inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
-    static inline Vector load(const Half* from) {
-        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    }
-    static inline Vector load(const BFloat16* from) {
-        return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    template <typename T>
+    static inline Vector load(const T* from) {
+        return load16(from);
     }
 
     static inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }

@@ -211,9 +211,7 @@ void forward(const AttentionArgs& args, int64_t first, int64_t last) {
 
 float dot(const BFloat16* a, const BFloat16* b, int64_t size) {
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < size; i += 16)
-        sum = _mm512_fmadd_ps(from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i))),
-                              from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + i))), sum);
+    for (int64_t i = 0; i < size; i += 16) sum = _mm512_fmadd_ps(load16(a + i), load16(b + i), sum);
     return _mm512_reduce_add_ps(sum);
 }
 

@@ -36,13 +36,13 @@ concept Lanes = LoadsAndStores<Simd, float> && LoadsAndStores<Simd, Half> && Loa
                     { Simd::mul(v, v) } -> std::same_as<typename Simd::Vector>;
                     { Simd::fma(v, v, v) } -> std::same_as<typename Simd::Vector>;   // a b + c
                     { Simd::keep(v, bits) } -> std::same_as<typename Simd::Vector>;  // zero where the bit is
-                    {
-                        Simd::sums(&v)
-                    } -> std::same_as<typename Simd::Vector>;  // lane i: the sum of v[i]'s lanes
-                    Simd::keep_bytes(dropout, n, n, n, out);   // row, first, count: see dropout.h
+                    // Of kLanes vectors from &v on; lane i: the sum of v[i]'s lanes.
+                    { Simd::sums(&v) } -> std::same_as<typename Simd::Vector>;
+                    Simd::keep_bytes(dropout, n, n, n, out);  // row, first, count: see dropout.h
                 };
 
-// A level may have `gather`: n <= 16 values with distance `stride`, followed by zeros.
+// A level may have `gather`, which writes n <= 16 values, `stride` apart, followed by zeros up to 16. False if it does not
+// take the stride; nothing is then written.
 template <typename Simd>
 concept Gathers = requires(const float* from, int64_t stride, int64_t n, float* out) {
     { Simd::gather(from, stride, n, out) } -> std::same_as<bool>;

@@ -71,8 +71,8 @@ Tensor cross_entropy_rows(const Tensor& logits, const Tensor& labels,
     return call.found;
 }
 
-constexpr int64_t kMostRows =
-    1024;  // that read the weight together: sums and logits of a block stay in the L3 cache
+// Rows that read the weight together: their sums, and their logits of a block, stay in the L3 cache.
+constexpr int64_t kMostRows = 1024;
 
 // Losses of a row from its sums, and the factors of its gradient: of the sum over the other classes, and of its label's
 // row of W.

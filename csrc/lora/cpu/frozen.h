@@ -9,9 +9,10 @@
 namespace peftcore {
 namespace lora {
 
-Tensor frozen_linear(const Tensor& x, const Weight& weight,
-                     const std::optional<Tensor>& bias);                // x Wᵀ + bias
-Tensor frozen_linear_backward(const Tensor& dy, const Weight& weight);  // dy W
+// x Wᵀ + bias
+Tensor frozen_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias);
+// dy W
+Tensor frozen_linear_backward(const Tensor& dy, const Weight& weight);
 
 // A matrix as right operand: Wᵀ, if `transposed`, or W. The view is empty if none of our kernels can read the matrix.
 struct Right {

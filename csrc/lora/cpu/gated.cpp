@@ -12,10 +12,11 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int64_t kGatedValues = 8192,
-                  kGatedRow = 1024;  // of a task, and of a row: shapes do not matter here
+constexpr int64_t kGatedValues = 8192;  // of a task
+constexpr int64_t kGatedRow = 1024;
 
-// The matrices of all values, as rows of kGatedRow values and a last, shorter one.
+// kernel(args, first row, last row) for all values, as rows of kGatedRow values and a last, shorter one: the operator
+// takes value by value, so that shapes do not matter.
 template <typename Kernel>
 void for_values(const GateArgs& args, int64_t count, int64_t itemsize, const Kernel& kernel) {
     const int64_t rows = count / kGatedRow, rest = count % kGatedRow;

@@ -59,7 +59,7 @@ struct Neon {
                                   uint8_t* out) {
         const uint16x8_t threshold = vdupq_n_u16(uint16_t(dropout.threshold));
         const uint32x4_t places = {0, 1, 2, 3};
-        for (int64_t at = 0; at < (count + kCounters - 1) / kCounters * kCounters; at += 4) {
+        for (int64_t at = 0; at < filled_up(count, kCounters); at += 4) {
             uint32x4_t a = vaddq_u32(vdupq_n_u32(uint32_t(first + at)), places),
                        b = vdupq_n_u32(uint32_t(row)), c = vdupq_n_u32(uint32_t(uint64_t(row) >> 32)),
                        d = vdupq_n_u32(0);

@@ -1,5 +1,5 @@
 // AVX2 with FMA: 8 fp32 values a register. Maps and encoders are read by gathers.
-#include <immintrin.h>
+#include "common/avx2.h"
 
 #include "optim/cpu/loops.h"
 
@@ -89,27 +89,13 @@ struct Avx2 {
         }
     }
 
-    static inline __m128i words(const uint16_t* x) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-    }
-    static inline F widen_half(const uint16_t* x) { return _mm256_cvtph_ps(words(x)); }
-    static inline F widen_bfloat16(const uint16_t* x) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words(x)), 16));
-    }
+    static inline F widen_half(const uint16_t* x) { return load8(reinterpret_cast<const Half*>(x)); }
+    static inline F widen_bfloat16(const uint16_t* x) { return load8(reinterpret_cast<const BFloat16*>(x)); }
     static inline void narrow_half(F x, uint16_t* out) {
-        const __m128i bits = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bits);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_to(x, static_cast<const Half*>(nullptr)));
     }
     static inline void narrow_bfloat16(F x, uint16_t* out) {
-        const __m256i bits = _mm256_castps_si256(x);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        const __m256i rounded =
-            _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff)), 16);
-        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-        const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-        _mm_storeu_si128(
-            reinterpret_cast<__m128i*>(out),
-            _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out), round_to(x, static_cast<const BFloat16*>(nullptr)));
     }
 };
 

@@ -29,10 +29,9 @@ template <typename V>
 concept Lanes = Arithmetic<V> && requires(typename V::F x, typename V::Largest largest, float value,
                                           const float* from, const uint8_t* codes, uint8_t* out,
                                           const Encoder& encoder, const uint16_t* bits, uint16_t* narrow) {
-    {
-        V::where_zero(x, x)
-    } -> std::same_as<typename V::F>;  // the first where the second is 0; 0 where it is NaN
-    largest.take(x);                   // of |x|; NaN is above all
+    // The first where the second is 0, else 0, also where it is NaN.
+    { V::where_zero(x, x) } -> std::same_as<typename V::F>;
+    largest.take(x);  // of |x|; NaN is above all
     { largest.value() } -> std::same_as<float>;
     { V::kChunk } -> std::convertible_to<int>;
     V::decode(codes, V::signed_table(), value, &x);  // kChunk codes to registers of table[code] * value

@@ -30,7 +30,7 @@ void update_range(const Kernels& level, const Step& step, const Segment& s, int6
         const int64_t count = std::min(span, end - i);
         float* p = wide_param ? reinterpret_cast<float*>(param) + i : p_span;
         const float* g = wide_grad ? reinterpret_cast<const float*>(grad) + i : g_span;
-        void* narrow_param = param + i * bytes_of(s.param_dtype);
+        void* narrow_param = param + i * itemsize(s.param_dtype);
         if (!wide_param) level.widen(narrow_param, s.param_dtype, count, p_span);
         if (!wide_grad) level.widen(grad + i * 2, s.grad_dtype, count, g_span);
         void* state[kMaxPlanes] = {};

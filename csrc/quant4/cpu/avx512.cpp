@@ -10,14 +10,6 @@ namespace peftcore {
 namespace quant4 {
 namespace {
 
-inline __m512 load(const float* x) { return _mm512_loadu_ps(x); }
-inline __m512 load(const Half* x) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
-inline __m512 load(const BFloat16* x) {
-    return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
-
 // The 16 scaled entries rounded to 16 bits, repeated, so that an index's fifth bit does not matter.
 inline __m512i round_to(__m512 values, const Half*) {
     const __m256i half = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -62,8 +54,8 @@ struct Avx512 {
         const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
         __m512i a = _mm512_setzero_si512(), b = a;
         for (int64_t i = 0; i < count; i += 32) {
-            a = _mm512_max_epu32(a, _mm512_and_si512(_mm512_castps_si512(load(x + i)), magnitude));
-            b = _mm512_max_epu32(b, _mm512_and_si512(_mm512_castps_si512(load(x + i + 16)), magnitude));
+            a = _mm512_max_epu32(a, _mm512_and_si512(_mm512_castps_si512(load16(x + i)), magnitude));
+            b = _mm512_max_epu32(b, _mm512_and_si512(_mm512_castps_si512(load16(x + i + 16)), magnitude));
         }
         return _mm512_reduce_max_epu32(_mm512_max_epu32(a, b));
     }
@@ -88,10 +80,10 @@ struct Avx512 {
         const __m512 factor = _mm512_set1_ps(inverse);
         int64_t i = 0;
         for (; i + 64 <= count; i += 64) {
-            const __m512i a = rank(_mm512_mul_ps(load(x + i), factor), encoder);
-            const __m512i b = rank(_mm512_mul_ps(load(x + i + 16), factor), encoder);
-            const __m512i c = rank(_mm512_mul_ps(load(x + i + 32), factor), encoder);
-            const __m512i d = rank(_mm512_mul_ps(load(x + i + 48), factor), encoder);
+            const __m512i a = rank(_mm512_mul_ps(load16(x + i), factor), encoder);
+            const __m512i b = rank(_mm512_mul_ps(load16(x + i + 16), factor), encoder);
+            const __m512i c = rank(_mm512_mul_ps(load16(x + i + 32), factor), encoder);
+            const __m512i d = rank(_mm512_mul_ps(load16(x + i + 48), factor), encoder);
             // Packing works within 128-bit lanes; one permutation of dwords restores the order.
             const __m512i bytes = _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d));
             const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -100,8 +92,8 @@ struct Avx512 {
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i / 2), _mm512_cvtepi16_epi8(pairs));
         }
         if (i < count) {  // block size 32
-            const __m128i a = _mm512_cvtepi32_epi8(rank(_mm512_mul_ps(load(x + i), factor), encoder));
-            const __m128i b = _mm512_cvtepi32_epi8(rank(_mm512_mul_ps(load(x + i + 16), factor), encoder));
+            const __m128i a = _mm512_cvtepi32_epi8(rank(_mm512_mul_ps(load16(x + i), factor), encoder));
+            const __m128i b = _mm512_cvtepi32_epi8(rank(_mm512_mul_ps(load16(x + i + 16), factor), encoder));
             const __m256i codes =
                 _mm256_shuffle_epi8(_mm512_castsi512_si256(encoder.order), _mm256_set_m128i(b, a));
             const __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));

@@ -18,7 +18,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
         const int64_t row = column + begin;
         if (row >= weight.rows) return;
         const T* from[8];
-        for (int r = 0; r < 8; ++r)  // behind the last row that row again, for columns that are not stored
+        for (int r = 0; r < 8; ++r)  // repeats the last row, for columns that are not stored
             from[r] = static_cast<const T*>(weight.dense) + least(row + r, weight.rows - 1) * weight.columns;
         float* to = reinterpret_cast<float*>(out) + begin / kTileColumns * stride + begin % kTileColumns;
         for (int64_t k = first; k < last; k += 8, to += 8 * kTileColumns) {

@@ -26,8 +26,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
         const int64_t row = column + begin;
         if (row >= weight.rows) return;
         const BFloat16* from[kRows];
-        for (int r = 0; r < kRows;
-             ++r)  // behind the last row: that row again, for columns that are not stored
+        for (int r = 0; r < kRows; ++r)  // repeats the last row, for columns that are not stored
             from[r] =
                 static_cast<const BFloat16*>(weight.dense) + least(row + r, weight.rows - 1) * weight.columns;
         uint32_t* to = out + begin / kTileColumns * stride + begin % kTileColumns;

@@ -10,12 +10,6 @@ namespace {
 
 constexpr int kInputs = 4;  // most rows of x
 
-inline float sum_of(__m256 values) {
-    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
-}
-
 // Rows [n, n + kCount) of W by kBatch rows of x, which are fp32.
 template <typename T, int kCount, int kBatch>
 void multiply(const SkinnyProduct& args, const float* x, int64_t n) {
@@ -38,7 +32,7 @@ void multiply(const SkinnyProduct& args, const float* x, int64_t n) {
     }
     for (int i = 0; i < kBatch; ++i)
         for (int r = 0; r < kCount; ++r) {
-            float sum = sum_of(sums[r][i]);
+            float sum = sum8(sums[r][i]);
             for (int64_t k = whole; k < inner; ++k) sum += to_float(w[r * inner + k]) * x[i * inner + k];
             if (args.bias != nullptr) sum += to_float(static_cast<const T*>(args.bias)[n + r]);
             static_cast<T*>(args.y)[i * args.columns + n + r] = from_float<T>(sum);

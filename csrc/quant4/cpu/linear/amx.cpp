@@ -14,9 +14,7 @@ namespace {
 
 constexpr int kRows = 2 * kSide, kStep = 32, kColumns = 2 * kStep;  // a tile takes kStep columns
 
-int64_t tiles_of(int64_t batch) { return (batch + kSide - 1) / kSide; }
-
-int64_t arranged_bytes(int64_t batch, int64_t columns) { return 2 * kSide * tiles_of(batch) * columns; }
+int64_t arranged_bytes(int64_t batch, int64_t columns) { return 2 * filled_up(batch, kSide) * columns; }
 
 // [tiles of x's rows][pairs of columns][16 rows], missing rows zero.
 bool arrange(const void* from, Dtype, int64_t batch, int64_t columns, void* to) {
@@ -136,8 +134,8 @@ void run(const LinearCall& args, int64_t first_row, int64_t last_row) {
 // one.
 void fill_amx(LinearKernels& kernels) {
     static_assert(kTileBatch == 2 * kSide);
-    kernels.integers.max_batch[int(Dtype::kHalf)] =
-        kTileBatch;  // on such processors the library multiplies fp16 faster
+    // With more rows the library is faster: processors with AMX multiply fp16.
+    kernels.integers.max_batch[int(Dtype::kHalf)] = kTileBatch;
     kernels.dots.max_batch[int(Dtype::kBFloat16)] = 1;
     kernels.tile = {.granule = kRows,
                     .min_batch = 2,

@@ -1,5 +1,5 @@
 // AVX2 with FMA: 8 words a chunk.
-#include <immintrin.h>
+#include "common/avx2.h"
 
 #include "quant4/cpu/linear/integers.h"
 #include "quant4/cpu/linear/rows.h"
@@ -44,11 +44,7 @@ struct Avx2 {
         return _mm256_permutevar8x32_ps(_mm256_loadu_ps(from), index);
     }
 
-    static inline float sum(Vector v) {
-        __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-        return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-    }
+    static inline float sum(Vector v) { return sum8(v); }
 };
 
 struct Avx2Integers {
@@ -124,7 +120,7 @@ struct Avx2Integers {
     }
     static inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
     static inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-    static inline float sum(Floats v) { return Avx2::sum(v); }
+    static inline float sum(Floats v) { return sum8(v); }
     static inline Floats all(float value) { return _mm256_set1_ps(value); }
     static inline Floats larger(Floats a, Floats b) {
         return _mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), b), a);
@@ -134,9 +130,7 @@ struct Avx2Integers {
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));
         return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
     }
-    static inline void widen(const Half* from, float* to) {
-        _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-    }
+    static inline void widen(const Half* from, float* to) { _mm256_storeu_ps(to, load8(from)); }
     static inline Floats rounded(Floats v, int16_t* out) {
         const __m256i whole = _mm256_cvtps_epi32(v);
         const __m128i short_ones =

@@ -27,9 +27,9 @@ enum class ChunkKind {
 
 // The scales of some rows.
 struct ChunkScales {
-    static constexpr int kChunk = 256,
-                         kStep = 64;  // values; unless blocks are smaller, each kStep have one scale
-    static constexpr int kRead = 16;  // bytes of a chunk
+    static constexpr int kChunk = 256;  // values
+    static constexpr int kStep = 64;    // values with one scale, unless blocks are smaller
+    static constexpr int kRead = 16;    // bytes of scales that are read for a chunk
 
     ChunkKind kind = ChunkKind::kFloats;
     const uint8_t* from = nullptr;

@@ -66,7 +66,7 @@ struct LinearDots {
     static constexpr int64_t kScaled = 64;  // chunks whose scales are written together
     static constexpr int kLanes = 16;
 
-    static int64_t chunks(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
+    static int64_t chunks(int64_t columns) { return ceil_div(columns, kChunk); }
 
     static int64_t arranged_bytes(int64_t batch, int64_t columns) {
         return batch * chunks(columns) * kChunk * int64_t(sizeof(uint16_t));

@@ -34,8 +34,8 @@ inline void scales_of_row(const WeightView& weight, int64_t n, float* out) {
         return scales_twice(weight, first, end >> weight.shift, out);
     copy_scales(weight, begin, end, out);
     if (size <= kIntegerBlock) return;
-    for (int64_t i = weight.columns / kIntegerBlock - 1; i >= 0;
-         --i)  // backward, to write only behind what is still to be read
+    // Backward, to overwrite no scale that is still to be read.
+    for (int64_t i = weight.columns / kIntegerBlock - 1; i >= 0; --i)
         out[i] = out[((begin + i * kIntegerBlock) >> weight.shift) - first];
     out[weight.columns / kIntegerBlock] = 0;  // for half a chunk, with values of x that are zeros
 }

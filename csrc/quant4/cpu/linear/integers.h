@@ -49,22 +49,20 @@ concept IntegerLanes =
         { Level::all(0.0f) } -> std::same_as<typename Level::Floats>;
         { Level::larger(floats, floats) } -> std::same_as<typename Level::Floats>;  // max(a, |b|)
         { Level::largest(floats) } -> std::same_as<float>;
-        {
-            Level::rounded(floats, out)
-        } -> std::same_as<typename Level::Floats>;  // also stores integers in `out`
+        // To whole numbers, which are also stored in `out`.
+        { Level::rounded(floats, out) } -> std::same_as<typename Level::Floats>;
     };
 
 template <IntegerLanes Level>
 struct LinearIntegers {
-    static constexpr int kBlock =
-        kIntegerBlock;  // values of x that share a scale; of W they may have two or four
+    static constexpr int kBlock = kIntegerBlock;  // values of x that share a scale; W's may have two or four
     static constexpr int kBytes = sizeof(typename Level::Words);  // of W
     static constexpr int kChunk = 2 * kBytes, kBlocks = kChunk / kBlock;
     static constexpr int kLanes = kChunk / 8;  // 32-bit ones
     static constexpr int64_t kGroup = 32;      // rows of x that are multiplied by a row of W together
     static constexpr float kEntry = 8191, kUpperEntry = 6144, kInput = 32767, kLoss = 0x1p-12f;
-    static constexpr float kSmallest =
-        1e-30f;  // largest value of a block below which its reciprocal is not finite
+    // The reciprocal of a block's largest value is finite from this value on.
+    static constexpr float kSmallest = 1e-30f;
     // Prefetch distance in bytes, in memory order. From memory on Zen 4, 4 rows of x take 0.62 ms, with half of the
     // distance 0.72 (AVX-512, 4096 x 4096); with AVX2 a row takes 0.32 ms, with twice the distance 0.34.
     static constexpr int64_t kAhead = 128 * kBytes;
@@ -91,7 +89,7 @@ struct LinearIntegers {
         return places;
     }();
 
-    static int64_t chunks(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
+    static int64_t chunks(int64_t columns) { return ceil_div(columns, kChunk); }
 
     static int64_t arranged_bytes(int64_t batch, int64_t columns) {
         return batch * chunks(columns) * int64_t(sizeof(Inputs));

@@ -11,9 +11,10 @@
 namespace peftcore {
 namespace quant4 {
 
-at::Tensor linear(const at::Tensor& x, const WeightView& weight,
-                  const at::Tensor& bias);  // x Wᵀ + bias, which may be undefined
-at::Tensor linear_backward(const at::Tensor& dy, const WeightView& weight);  // dy W
+// x Wᵀ + bias; `bias` may be undefined.
+at::Tensor linear(const at::Tensor& x, const WeightView& weight, const at::Tensor& bias);
+// dy W
+at::Tensor linear_backward(const at::Tensor& dy, const WeightView& weight);
 
 // Additional work of the threads of a product, before and after each one's rows of W.
 class Companion {
@@ -35,8 +36,8 @@ struct DirectLinear {
     Companion* companion = nullptr;
 };
 
-// y = x Wᵀ + bias directly from 4 bits. Returns false if x has too many rows for that, or if no kernel reads the shape.
-// No dimension may be 0.
+// y = x Wᵀ + bias directly from 4 bits. Returns false, with y not written, if x has too many rows for that, if no kernel
+// reads the shape, or if all that do reject the values of x or of the codebook. No dimension may be 0.
 bool linear_direct(const CpuKernels& kernels, const DirectLinear& args, const WeightView& weight);
 
 // Whether `linear_direct` is the fastest way for so many rows, unless the kernel rejects x's values.

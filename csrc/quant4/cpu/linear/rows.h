@@ -41,7 +41,7 @@ struct LinearRows {
     static constexpr int64_t kAhead = 4096;
     using Vector = typename Level::Vector;
 
-    static int64_t chunks(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
+    static int64_t chunks(int64_t columns) { return ceil_div(columns, kChunk); }
 
     static int64_t arranged_bytes(int64_t batch, int64_t columns) {
         return batch * chunks(columns) * kChunk * int64_t(sizeof(float));

@@ -50,8 +50,8 @@ class RowScales {
         for (int64_t begin = n * weight_.columns; rows > 0; --rows, begin += weight_.columns, row += count) {
             const int64_t first = begin >> weight_.shift;
             write(first, ((begin + weight_.columns - 1) >> weight_.shift) + 1, row);
-            for (int64_t i = count - 1; i >= 0;
-                 --i)  // backward, to write only behind what is still to be read
+            // Backward, to overwrite no scale that is still to be read.
+            for (int64_t i = count - 1; i >= 0; --i)
                 row[i] = row[((begin + i * step_) >> weight_.shift) - first];
         }
         return out;
@@ -89,8 +89,8 @@ class RowScales {
     static constexpr int kPieces = 8;   // of 32 entries
     static constexpr int kAtOnce = 32;  // scales
     static constexpr int kLanes = 16;
-    static constexpr int kReadTogether =
-        256;  // values whose scales are read together, also behind a row's last ones
+    // Values whose scales are read together, also behind a row's last ones.
+    static constexpr int kReadTogether = 256;
 
     static bool are_floats(const WeightView& weight) {
         return weight.scales == ScaleKind::kFloat ||
