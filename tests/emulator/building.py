@@ -13,7 +13,7 @@ from compiled import OBJECTS, compiled, precompiled, unit
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 HERE = ROOT / "tests" / "emulator"
-FLAGS = "-std=c++20 -g1 -O1 -fPIC -ffp-contract=off -DPEFTCORE_EMULATOR -Wall -Wextra -Werror "
+FLAGS = "-std=c++20 -O1 -fPIC -ffp-contract=off -DPEFTCORE_EMULATOR -Wall -Wextra -Werror "
 FLAGS += f"-Wno-unknown-pragmas -Wno-unused-parameter -I{HERE} -I{CSRC}"
 AVX512 = " -mavx2 -mf16c -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 SIMD = {"avx2": " -mavx2 -mf16c -mfma", "avx512": AVX512, "avx512bf16": AVX512 + " -mavx512bf16"}

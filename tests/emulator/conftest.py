@@ -10,7 +10,7 @@ import torch
 from emulator import building, products
 from emulator.building import FLAGS, HERE, ROOT, SIMD, compile_emulated
 
-SANITIZE = " -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+SANITIZE = " -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 
 def compiler():

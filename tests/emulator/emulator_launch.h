@@ -41,14 +41,20 @@ inline std::string describe_deadlock() {
 // Half of the blocks draw any thread that can run. In the other half one warp runs as far as it can before
 // the next does, in drawn order: so a warp is far ahead of another that it should have waited for.
 inline size_t pick_thread() {
-    size_t pick = machine.draw() % machine.ready.size();
-    if (machine.warp_order.empty()) return pick;
-    const size_t start = pick;
-    for (size_t i = 0; i < machine.ready.size(); ++i) {
-        const size_t other = (start + i) % machine.ready.size();
-        const uint64_t order = machine.warp_order[machine.ready[other] / kWarp];
-        if (order < machine.warp_order[machine.ready[pick] / kWarp]) pick = other;
-    }
+    const size_t count = machine.ready.size(), start = machine.draw() % count;
+    if (machine.warp_order.empty()) return start;
+    const int* ready = machine.ready.data();
+    const uint64_t* orders = machine.warp_order.data();
+    size_t pick = start;
+    uint64_t lowest = orders[ready[start] / kWarp];
+    const auto look_at = [&](size_t begin, size_t end) {
+        for (size_t i = begin; i < end; ++i) {
+            const uint64_t order = orders[ready[i] / kWarp];
+            if (order < lowest) lowest = order, pick = i;
+        }
+    };
+    look_at(start + 1, count);
+    look_at(0, start);
     return pick;
 }
 

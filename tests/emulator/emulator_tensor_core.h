@@ -2,6 +2,7 @@
 // mma.m16n8k8, ldmatrix), and cp.async that does not arrive before it is waited for.
 #pragma once
 
+#include <bit>
 #include <cmath>
 
 #include "common/half.h"
@@ -27,10 +28,11 @@ float tensor_core_sum(float c, const float (&a)[kCount], const float (&b)[kCount
         if (product != 0) largest = std::max(largest, exponent(a[k]) + exponent(b[k]));
     }
     if (!finite || largest == -1000) return float(plain);
-    const double scale = std::ldexp(1.0, kBits - 1 - largest);
+    const auto power_of_two = [](int e) { return std::bit_cast<double>(uint64_t(1023 + e) << 52); };
+    const double scale = power_of_two(kBits - 1 - largest);
     int64_t sum = int64_t(c * scale);  // a conversion truncates
     for (int k = 0; k < kCount; ++k) sum += int64_t(double(a[k]) * b[k] * scale);
-    const double value = std::ldexp(double(sum), largest - kBits + 1);
+    const double value = double(sum) * power_of_two(largest - kBits + 1);
     const float rounded = float(value);
     return std::fabs(double(rounded)) > std::fabs(value) ? std::nextafter(rounded, 0.0f) : rounded;
 }
