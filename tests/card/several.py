@@ -54,7 +54,7 @@ def run(chosen: Sequence[str], backend: str) -> str:
             for rank in range(2)
         ]
         try:
-            said = [rank.communicate(timeout=100)[0] for rank in ranks]
+            said = [rank.communicate(timeout=300)[0] for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
