@@ -12,7 +12,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore.quantization.affine4_format import Int4Weight
-from peftcore.quantization.int4_models import find_layout
+from peftcore.quantization.int4_models import find_layout, pack_empty
 
 GROUPS = (32, 96)  # of 96 inputs
 
@@ -165,3 +165,21 @@ def test_damaged_weights_are_refused(kind: str, change: Callable[[dict[str, Tens
     change(tensors)
     with pytest.raises(peftcore.CheckpointError, match=message):
         read(tensors, config(kind, 32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocksize", "has_zeros"),
+    [
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, 64, False),
+        ({"quant_method": "awq", "bits": 4, "q_group_size": 32}, 32, True),
+    ],
+)
+def test_empty_weights_of_a_config_without_groups_or_with_awqs_name_of_them(
+    settings: dict[str, Any], blocksize: int, has_zeros: bool
+) -> None:
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 128))
+    pack_empty(model, settings)
+    packed = model[0].packed
+    assert packed.shape == (128, 64) and packed.blocksize == blocksize
+    assert packed.absmax.numel() == 128 * 64 // blocksize and (packed.zeros is not None) == has_zeros
