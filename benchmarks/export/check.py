@@ -26,7 +26,7 @@ os.environ["TQDM_DISABLE"] = "1"  # bars of transformers
 
 import numpy as np
 import torch
-from peftcore_gguf.tokenizer import CUTS, WHOLE_WORDS_FIRST
+from peftcore_gguf.tokenizer import PRE_TOKENIZERS, WHOLE_WORDS_FIRST
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -116,7 +116,7 @@ def write_tokenizers(folder: Path, tokenizer: Any) -> dict[str, tuple[Path, Any]
 def byte_level(tokenizer: Any) -> dict[str, Any]:
     """Return tokenizers with the merges of one, for each way to cut a text."""
     made = {}
-    for name, steps in CUTS.items():
+    for name, steps in PRE_TOKENIZERS.items():
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
         whole = [{"add_prefix_space": False, "trim_offsets": True, **step} for step in steps]
         parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": whole}

@@ -27,7 +27,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.integrations.reference import Reference
 from peftcore.integrations.trl_config import applying, is_of_peftcore
 
-_TAUGHT = "_peftcore_taught"
+_PATCHED = "_peftcore_patched"  # on the constructor of a trainer class
 _REFERENCE = "_peftcore_reference"  # on a trainer: its reference; on a view: the reference it shows
 _GIVEN = "_peftcore_given"  # on a trainer: the models passed to its constructor
 _LOADS = "create_model_from_path"  # TRL's functions that make a reference in trainers without `ref_model=`
@@ -118,7 +118,7 @@ def patch_trainers(base: type[Trainer]) -> None:
 
 def _patch(cls: type[Trainer]) -> None:
     own = cls.__dict__.get("__init__")
-    if own is None or hasattr(own, _TAUGHT):
+    if own is None or hasattr(own, _PATCHED):
         return
     signature = inspect.signature(own)
     rest = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
@@ -139,7 +139,7 @@ def _patch(cls: type[Trainer]) -> None:
             values = [(p, p.data) for p in model.parameters() if p.requires_grad]
             if "ref_model" in signature.parameters and given.get("ref_model") is None:
                 bound.arguments["ref_model"] = _initial_model(trainer, model)
-            with _given_when_made(own, trainer, lambda: model):
+            with _loading_initial_model(own, trainer, lambda: model):
                 own(*bound.args, **bound.kwargs)
             _restore(values)
         else:
@@ -148,7 +148,7 @@ def _patch(cls: type[Trainer]) -> None:
             _check(trainer)
         return None
 
-    setattr(init, _TAUGHT, True)
+    setattr(init, _PATCHED, True)
     cls.__init__ = init
 
 
@@ -168,7 +168,7 @@ def _init_with_config(own: Callable[..., None], trainer: Any, bound: inspect.Bou
             shown = _initial_model(trainer, model)
             reference.__class__, reference.__dict__ = shown.__class__, shown.__dict__
 
-    with applying(own, bound, applied), _given_when_made(own, trainer, lambda: made[0] if made else None):
+    with applying(own, bound, applied), _loading_initial_model(own, trainer, lambda: made[0] if made else None):
         own(*bound.args, **bound.kwargs)
     _restore(values)
     if not _has_adapters(trainer.__dict__.get("model")):
@@ -179,8 +179,9 @@ def _init_with_config(own: Callable[..., None], trainer: Any, bound: inspect.Bou
 
 
 def _restore(values: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Undo a cast of trainable parameters, which TRL's constructors do on a 4-bit base. `values`: as they were."""
     for parameter, value in values:
-        if parameter.dtype != value.dtype:  # TRL rounds trainable parameters on a 4-bit base
+        if parameter.dtype != value.dtype:
             parameter.data = value.to(parameter.device)
 
 
@@ -189,6 +190,7 @@ def _has_adapters(model: Any) -> bool:
 
 
 def _initial_model(trainer: Any, model: nn.Module) -> nn.Module:
+    """Return a view of the trainer's reference, which is made by the first call."""
     reference = reference_of(trainer)
     if reference is None:
         reference = trainer.__dict__[_REFERENCE] = Reference(model)
@@ -197,8 +199,14 @@ def _initial_model(trainer: Any, model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _given_when_made(own: Callable[..., None], trainer: Any, adapted: Callable[[], nn.Module | None]) -> Iterator[None]:
-    """Give `own`'s module the initial model while it runs, where it would load or copy the model with adapters."""
+def _loading_initial_model(
+    own: Callable[..., None], trainer: Any, adapted: Callable[[], nn.Module | None]
+) -> Iterator[None]:
+    """Make the functions by which the constructor `own` loads or copies the adapted model return the initial model.
+
+    They are replaced in the module of `own` within the block. `adapted` returns the adapted model, or None before it
+    has been made.
+    """
     names = inspect.unwrap(own).__globals__
     before = {name: names[name] for name in (_LOADS, _COPIES) if name in names}
     if "teacher_model" in inspect.signature(own).parameters:  # it may name the same checkpoint, without adapters

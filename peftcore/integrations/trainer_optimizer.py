@@ -138,6 +138,7 @@ class PagingReport(TrainerCallback):
 
 
 def create_optimizer(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return what `Trainer.create_optimizer` makes, by peftcore's names of optimizers and the methods' groups."""
     if trainer.optimizer is not None:
         return own(*args, **kwargs)
     if trainer.optimizer_cls_and_kwargs is None:

@@ -24,7 +24,8 @@ def _split(numbers: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
 
 
-CUTS: dict[str, list[dict[str, Any]]] = {
+# llama.cpp's names of pre-tokenizers, with the steps of a tokenizer.json that split texts alike.
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_BYTES_AND_WORDS],
     "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES_AND_WORDS],
     "qwen2": [_split(r"\p{N}"), _BYTES],
@@ -65,12 +66,12 @@ def write_tokenizer(writer: Any, tokenizer: Any, rows: int, template: str | None
 
 def _write_bytes(writer: Any, parts: dict[str, Any], rows: int) -> None:
     """Write a byte-level BPE tokenizer."""
-    cut = _cut(parts)
+    pre_tokenizer = _pre_tokenizer(parts)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]]
     if not merges:
         raise _refused("it has no merges")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(cut)
+    writer.add_tokenizer_pre(pre_tokenizer)
     _write_tokens(writer, parts, rows)
     writer.add_token_merges(merges)
 
@@ -92,8 +93,12 @@ def _vocabulary(parts: dict[str, Any]) -> dict[str, int]:
     return {**parts["model"]["vocab"], **{added["content"]: added["id"] for added in parts["added_tokens"]}}
 
 
-def _cut(parts: dict[str, Any]) -> str:
-    """Return llama.cpp's name for the way the tokenizer splits texts."""
+def _pre_tokenizer(parts: dict[str, Any]) -> str:
+    """Return llama.cpp's name of the tokenizer's pre-tokenizer.
+
+    Raises:
+        PeftcoreError: llama.cpp has none that splits texts alike.
+    """
     model, before = parts["model"], parts["pre_tokenizer"]
     plain = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     odd = [key for key, value in plain.items() if (model.get(key) or value) != value]
@@ -104,8 +109,8 @@ def _cut(parts: dict[str, Any]) -> str:
     steps = before["pretokenizers"] if before and before["type"] == "Sequence" else [before or {"type": "none"}]
     if any(step.get("add_prefix_space") for step in steps):
         raise _refused("it prepends a space to texts")
-    cuts = [{k: v for k, v in s.items() if k not in ("add_prefix_space", "trim_offsets")} for s in steps]
-    name = next((name for name, known in CUTS.items() if cuts == known), None)
+    splits = [{k: v for k, v in s.items() if k not in ("add_prefix_space", "trim_offsets")} for s in steps]
+    name = next((name for name, known in PRE_TOKENIZERS.items() if splits == known), None)
     if name is None:
         raise _refused(f"it splits texts differently ({', '.join(step['type'] for step in steps)})")
     if bool(model.get("ignore_merges")) != (name in WHOLE_WORDS_FIRST):
@@ -218,5 +223,5 @@ def _refuse_longer(tokens: int, rows: int) -> None:
 def _refused(why: str) -> PeftcoreError:
     return PeftcoreError(
         f"the tokenizer cannot be written as GGUF: {why}. Supported are byte-level BPE that splits texts like "
-        f"{', '.join(CUTS)}, and SentencePiece BPE with byte fallback. {WAY_ROUND}"
+        f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece BPE with byte fallback. {WAY_ROUND}"
     )

@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import pytest
 from exported import VOCABULARY, keys, llama, tokenizer
-from peftcore_gguf.tokenizer import CUTS
+from peftcore_gguf.tokenizer import PRE_TOKENIZERS
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -25,7 +25,7 @@ def sequence(*steps: Any) -> Any:
 
 
 def split(name: str) -> Any:
-    return sequence(pre_tokenizers.Split(Regex(CUTS[name][0]["pattern"]["Regex"]), "isolated"))
+    return sequence(pre_tokenizers.Split(Regex(PRE_TOKENIZERS[name][0]["pattern"]["Regex"]), "isolated"))
 
 
 CUT = {
@@ -44,7 +44,7 @@ def test_how_a_text_is_cut_has_a_name(name: str, tmp_path: Path) -> None:
     found = write(given, tmp_path / "model.gguf")
     assert found["tokenizer.ggml.model"] == "gpt2" and found["tokenizer.ggml.pre"] == name
     assert found["tokenizer.ggml.merges"] == ["a b", "Ġ ab"]
-    assert CUT.keys() == CUTS.keys()
+    assert CUT.keys() == PRE_TOKENIZERS.keys()
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
