@@ -254,13 +254,14 @@ def rebind(copy: nn.Module, *, builds: bool = True) -> None:
 def has_forward_of_instance(module: nn.Module) -> bool:
     """Return whether `module` has its own `forward` on the instance.
 
-    Accelerate's hooks, and transformers' dispatch of tokens to the ranks' experts, call that of its class.
+    Accelerate's hooks, what they leave when they are removed, and transformers' dispatch of tokens to the ranks'
+    experts, call that of its class.
     """
     own = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
     if own is not None and mesh_of_experts(module) is not None:
         return False
     inside = getattr(module, "_old_forward", None) if hasattr(module, "_hf_hook") else own
-    return own is not None and getattr(inside, "__func__", None) is not original_forward(module)
+    return own is not None and getattr(inside, "__func__", None) not in (original_forward(module), type(module).forward)
 
 
 def adapters_of(module: nn.Module) -> Adapters | None:

@@ -7,12 +7,14 @@ and modules of which an adapter trains parameters, stay in memory, so that they 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 from accelerate import big_modeling, hooks
-from torch import nn
+from accelerate.utils import offload
+from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import Adapters
 from peftcore.engine import state_of
@@ -47,5 +49,16 @@ def _patch(name: str) -> None:
             setattr(library, name, attach)
 
 
+_offload_weight: Callable[..., Any] = offload.offload_weight
+
+
+@functools.wraps(_offload_weight)
+def _write(weight: Tensor, weight_name: str, offload_folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    """Write a tensor to a file named after it, in a folder if a part of the name contains "/" (modules_to_save)."""
+    os.makedirs(os.path.dirname(os.path.join(offload_folder, weight_name)), exist_ok=True)
+    return _offload_weight(weight, weight_name, offload_folder, *args, **kwargs)
+
+
+offload.offload_weight = _write
 for _name in ("attach_align_device_hook", "attach_align_device_hook_on_blocks"):
     _patch(_name)

@@ -166,7 +166,7 @@ def merged_copies(
         found = chosen if name == "weight" else quantized_format(module, name)
         if found is not None and found.decode is not None:
             packed[name] = found
-            put(base, name, _with_values(path, found.read(module).detach()).float())
+            put(base, name, _with_values(path, module, found.read(module).detach()).float())
             chosen = DENSE if name == "weight" else chosen
     copies = MergedCopies(base, evaluated(base, adapters=False), packed=packed)
     adapters, whole = adapters_at(module), dict[str, Any]()
@@ -176,14 +176,14 @@ def merged_copies(
         if not changes:
             whole[adapter_name] = adapter
         for name, change in changes.items():
-            before = _with_values(path, _get(copies.merged, name)).clone()
+            before = _with_values(path, module, _get(copies.merged, name)).clone()
             with registry.naming(method, link.merges_by):
                 _merge_change(module, copies, name, partial(link.merged_change, change), before)
             copies.changed[name] = None
     if not whole:
         return copies
     chosen = chosen or weight_format(module)
-    before = _with_values(path, chosen.read(copies.merged))
+    before = _with_values(path, module, chosen.read(copies.merged))
     weight, bias = before.clone(), chosen.read_bias(copies.merged)  # a plugin's `merged` may modify its arguments
     for name, adapter in whole.items():
         given = None if bias is None else bias.clone()
@@ -273,8 +273,14 @@ def _packed(path: str, module: nn.Module, copies: MergedCopies, dtype: torch.dty
     return MergedLayer(path, tensors, max(losses, default=None), unpacked)
 
 
-def _with_values(path: str, tensor: Tensor) -> Tensor:
+def _with_values(path: str, module: nn.Module, tensor: Tensor) -> Tensor:
     if tensor.is_meta:
+        if "_hf_hook" in module.__dict__:
+            raise PeftcoreError(
+                f"accelerate has offloaded '{path}', whose weights are in memory only while it is called, so nothing "
+                "can be merged into them. Remove its hooks first: accelerate.hooks.remove_hook_from_module(model, "
+                "recurse=True)"
+            )
         raise PeftcoreError(
             f"the weight of '{path}' is on the meta device and has no values to merge into. Load the model's weights "
             "first"

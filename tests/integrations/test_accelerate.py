@@ -65,3 +65,25 @@ def test_adapters_of_an_offloaded_model_train(method: str, fields: dict[str, Any
 def test_a_model_without_adapters_is_offloaded_whole(tmp_path: Path) -> None:
     adapted("lora", {"r": 4})  # from now on accelerate is patched
     assert all(parameter.is_meta for parameter in offloaded(tiny.llama(), "cpu", tmp_path).parameters())
+
+
+def test_disk_offload_of_modules_to_save(tmp_path: Path) -> None:
+    import accelerate
+
+    expected = adapted("lora", {"r": 4, "modules_to_save": ["lm_head"]})
+    model = adapted("lora", {"r": 4, "modules_to_save": ["lm_head"]})
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    assert model.model.embed_tokens.weight.is_meta
+    logits = expected(input_ids=tiny.TOKENS).logits
+    assert torch.allclose(model(input_ids=tiny.TOKENS).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_merging_needs_a_model_without_hooks() -> None:
+    from accelerate.hooks import remove_hook_from_module
+
+    expected, model = adapted("lora", {"r": 4}), offloaded(adapted("lora", {"r": 4}), "cpu", Path())
+    with pytest.raises(peftcore.PeftcoreError, match=r"accelerate has offloaded .*remove_hook_from_module"):
+        peftcore.merge(model)
+    remove_hook_from_module(model, recurse=True)
+    peftcore.merge(model)
+    assert torch.equal(model(input_ids=tiny.TOKENS).logits, peftcore.merge(expected)(input_ids=tiny.TOKENS).logits)
