@@ -55,6 +55,17 @@ def is_wrapped(tensor: Tensor) -> bool:
     )
 
 
+def has_scaled_float8(module: nn.Module) -> bool:
+    """Return whether its weight is in 8-bit floats that scales multiply, as in transformers' FP8Linear."""
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None
+        and weight.is_floating_point()
+        and weight.itemsize == 1
+        and any("scale" in name for name in (*module._parameters, *module._buffers))
+    )
+
+
 def is_bitsandbytes(module: nn.Module) -> bool:
     """Return whether it is a 4-bit linear layer of bitsandbytes, adapted or not."""
     library = sys.modules.get("bitsandbytes.nn.modules")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftcore.errors import PeftcoreError
 from peftcore.experts import PackedExpert
 from peftcore.hookspecs import hookimpl
-from peftcore.layers import is_bitsandbytes, is_conv1d, is_wrapped
+from peftcore.layers import has_scaled_float8, is_bitsandbytes, is_conv1d, is_wrapped
 from peftcore.method import WeightFormat
 from peftcore.plugin_discovery import CORE, Plugin
 from peftcore.plugin_errors import failed_at, is_passed_on
@@ -28,6 +28,7 @@ DENSE = WeightFormat(
         (weight := module._parameters.get("weight")) is not None
         and weight.is_floating_point()
         and not is_wrapped(weight)
+        and not has_scaled_float8(module)
         and (isinstance(module, nn.Linear) or not (isinstance(module, nn.MultiheadAttention) or is_conv1d(module)))
     ),
     read=lambda module: module.weight,
@@ -105,6 +106,17 @@ def weight_format(module: nn.Module) -> WeightFormat:
             raise PeftcoreError(
                 "no weight format reads Linear4bit of bitsandbytes. Call peftcore.quantize(model) before apply: the "
                 "layers keep their bits"
+            )
+        if has_scaled_float8(module):
+            raise PeftcoreError(
+                f"no weight format reads {type(module).__name__}: scales multiply its 8-bit floats. Load the model "
+                "with dense weights: from_pretrained(..., quantization_config=FineGrainedFP8Config(dequantize=True))"
+            )
+        weight = module._parameters.get("weight")
+        if weight is not None and not weight.is_floating_point():
+            raise PeftcoreError(
+                f"no weight format reads {type(module).__name__}: another library keeps its weight in {weight.dtype}. "
+                "Use a dense base, or one in 4 bits (peftcore.quantize)"
             )
         raise PeftcoreError(
             f"no weight format reads {type(module).__name__}: it has no floating-point parameter 'weight'. "

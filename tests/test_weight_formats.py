@@ -6,7 +6,7 @@ import torch
 
 import peftcore
 from peftcore.plugin import WeightFormat, hookimpl
-from peftcore.weight_formats import find_weight_format
+from peftcore.weight_formats import find_weight_format, weight_format
 
 
 @pytest.mark.parametrize(("answer", "found"), [("text", "str"), ([1], "int"), (None, "NoneType")])
@@ -75,3 +75,12 @@ def test_the_format_of_other_libraries_tensors_is_there_without_the_contract() -
     )
     found = fresh_process.run(code, PEFTCORE_PLUGINS="ia3")
     assert "'wrapped'" in found.stdout, found.stderr
+
+
+def test_a_weight_that_another_library_keeps_in_integers() -> None:
+    layer = torch.nn.Linear(2, 2)
+    layer.weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"reads Linear: another library keeps its weight in torch.int8. Use"
+    ):
+        weight_format(layer)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peftcore.adaptation.base_modules import base_modules, original_class, original_forward
+from peftcore.adaptation.base_modules import base_modules, base_parameters, original_class, original_forward
 from peftcore.engine.placing import Placed
 from peftcore.errors import PeftcoreError, warn
-from peftcore.layers import is_bitsandbytes, is_linear, is_wrapped, sizes
+from peftcore.layers import has_scaled_float8, is_bitsandbytes, is_linear, is_unknown_linear, is_wrapped, sizes
 from peftcore.observation import observe
 
 
@@ -28,15 +29,15 @@ def refuse_without_gradient(model: nn.Module, placed: Placed, trains: bool) -> N
     _keep_gradients_of_bitsandbytes(model)
     cut = _cut_off(model)
     if cut is not None:
-        path, weight = cut
+        path, kind = cut
         what = (
-            f"the product with '{path}.weight' ({type(weight).__name__}) gives its input no gradient, so adapters "
-            "before it learn nothing, or only from a part of their effect"
+            f"the product with '{path}' ({kind}) gives its input no gradient or a wrong one, so adapters before it "
+            "learn nothing, or only from a part of their effect"
         )
         if trains:
             raise PeftcoreError(
                 f"{what}. Before apply, call peftcore.quantize(model), which keeps its bits"
-                if is_bitsandbytes(model.get_submodule(path))
+                if is_bitsandbytes(model.get_submodule(path.removesuffix(".weight")))
                 else f"{what}. Quantize the weights without the inputs, or use 4 bits of peftcore: peftcore.quantize"
             )
         warn(f"{what}: it can be used but not trained")
@@ -70,19 +71,25 @@ def _keep_gradients_of_bitsandbytes(model: nn.Module) -> None:
             cast(Any, module).support_avx512bf16_for_cpu = False
 
 
-def _cut_off(model: nn.Module) -> tuple[str, Tensor] | None:
-    """Return (path, weight) of a linear layer whose wrapped weight passes no gradient; one of each kind is run."""
+def _cut_off(model: nn.Module) -> tuple[str, str] | None:
+    """Return (path, class of the weight or layer) of a product that passes no right gradient; one of each kind is run.
+
+    Run are linear layers whose weight another library has wrapped, packed or scaled, or keeps in its own way.
+    """
     seen = set()
     for path, module in base_modules(model):
         weight: Any = module._parameters.get("weight")
-        if weight is None or type(weight) is nn.Parameter:
+        if is_unknown_linear(module) or has_scaled_float8(module):
+            found = path, type(module).__name__
+        elif weight is None or type(weight) is nn.Parameter or not is_linear(module):
             continue
-        packed = is_bitsandbytes(module) and _is_packed(weight)
-        if not (packed or is_wrapped(weight)) or not is_linear(module):
+        elif (is_bitsandbytes(module) and _is_packed(weight)) or is_wrapped(weight):
+            found = f"{path}.weight", type(weight).__name__
+        else:
             continue
-        kind = original_class(module), type(weight), packed
-        if kind not in seen and not _lets_through(module, weight):
-            return path, weight
+        kind = original_class(module), type(weight), is_bitsandbytes(module)
+        if kind not in seen and not _lets_through(model, module):
+            return found
         seen.add(kind)
     return None
 
@@ -92,15 +99,31 @@ def _is_packed(weight: Any) -> bool:
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
-def _lets_through(module: nn.Module, weight: Tensor) -> bool:
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+def _lets_through(model: nn.Module, module: nn.Module) -> bool:
+    """Return whether the gradient of a layer's input agrees with what moving the input changes."""
+    forward, weight = partial(original_forward(module), module), module._parameters.get("weight")
+    dtype = torch.float32 if weight is None else weight.dtype
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        floating = (p.dtype for _, p in base_parameters(model) if p.is_floating_point() and p.itemsize > 1)
+        dtype = next(floating, torch.float32)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    width = module.in_features if is_unknown_linear(module) else sizes(module)[0]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 32, cast(int, width), generator=generator).to(device, dtype)
+    if rows.is_meta:
+        return True
     with torch.enable_grad():
-        x = torch.ones(2, sizes(module)[0], dtype=dtype, device=weight.device, requires_grad=True)
+        x, step = rows[0].requires_grad_(), rows[1]
         try:
-            y = original_forward(module)(module, x)
+            y = forward(x).flatten(1).float()
         except Exception:
             return True  # a call of the model raises the error
+        weights = torch.randn(y.shape[1], generator=generator).to(device)
         try:
-            return bool(torch.autograd.grad(y.float().sum(), x)[0].isfinite().any())
+            (gradient,) = torch.autograd.grad((y @ weights).sum(), x)
         except (RuntimeError, NotImplementedError):  # not a function of x, or without a derivative
             return False
+    with torch.no_grad():
+        changes = (forward(x + step).flatten(1).float() - y) @ weights
+        expected = (gradient.float() * step.float()).sum(1)
+    return bool(changes.norm() == 0) or bool(torch.cosine_similarity(changes, expected, dim=0) > 0.7)

@@ -217,6 +217,8 @@ class PrefixAround(Backbone):
         for layer, (key, value) in enumerate(_of_rank(self.adapter, self._division).to(dtype).unbind(0)):
             if layer < len(layers.layers) and _is_shared(layers.layers[layer]):
                 continue
+            if layer >= len(layers.layers) and getattr(layers, "layer_class_to_replicate", None) is None:
+                break  # the cache of a call that ends at an earlier layer (assistant_early_exit)
             shape = (given.shape[0], *key.shape)  # [batch, kv_heads, tokens, head_dim]
             layers.update(key.expand(shape), value.expand(shape), layer)
             if key.requires_grad:  # tensors inside a graph cannot be deep-copied

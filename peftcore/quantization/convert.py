@@ -17,7 +17,7 @@ from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, warn
-from peftcore.layers import is_bitsandbytes, is_wrapped
+from peftcore.layers import is_bitsandbytes, is_wrapped, unknown_layers
 from peftcore.method import Model
 from peftcore.observation import assumed_unchanged, detect
 from peftcore.observation.detecting import mark_as_loaded
@@ -120,7 +120,8 @@ def quantize(
         if isinstance(module, QuantizedLinear) and is_divided_later(module):
             divide_quantized(module, path)
     if not chosen and not experts and not bitsandbytes and not any(packed_names(model)):
-        raise PeftcoreError(f"{type(model).__name__} has no linear layer to quantize (skip={skip!r})")
+        unreadable = unknown_layers(module for _, module in base_modules(model))
+        raise PeftcoreError(f"{type(model).__name__} has no linear layer to quantize (skip={skip!r}){unreadable}")
     for path, module in chosen.items():
         part = part_of(module) if of_core else None
         _check_parameter(path, module, "weight", part)

@@ -114,6 +114,41 @@ def test_a_product_without_a_gradient_cannot_be_trained_through(tmp_path: Path) 
     torch.testing.assert_close(output(model), output(peftcore.load(wrap(tiny.llama()), tmp_path)))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("straight", [True, False])  # whether the gradient passes the rounding
+def test_layers_of_transformers_that_round_their_input(straight: bool) -> None:
+    from transformers.integrations.bitnet import AutoBitLinear, BitLinear
+
+    model = tiny.llama()
+    for layer in model.model.layers:
+        kind: Any = AutoBitLinear if straight else BitLinear
+        new = kind(32, 48, bias=False, dtype=torch.float32)
+        if not straight:
+            new.weight.copy_(torch.arange(12 * 32).view(12, 32) % 171)  # four numbers of 2 bits in a byte
+        layer.mlp.up_proj = new
+    if straight:
+        peftcore.apply(model, "prompt-tuning", num_virtual_tokens=2)
+        return
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"up_proj' \(BitLinear\) gives its input no gradient or a wrong one"
+    ):
+        peftcore.apply(model, "prompt-tuning", num_virtual_tokens=2)
+
+
+def test_floats_of_8_bits_that_scales_multiply() -> None:
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    model = tiny.llama()
+    for layer in model.model.layers:
+        layer.mlp.up_proj = FP8Linear(32, 48, block_size=(16, 16))
+    why = "reads FP8Linear: scales multiply its 8-bit floats. .*dequantize=True"
+    with pytest.raises(peftcore.PeftcoreError, match=why):
+        peftcore.apply(model, "lora", target_modules=["up_proj"], init_lora_weights="pissa")
+    peftcore.apply(model, "lora", target_modules=["up_proj"])
+    with pytest.raises(peftcore.PeftcoreError, match=why):
+        peftcore.merge(model, dtype=torch.float32)
+
+
 def test_a_wrapped_weight_is_not_trained_whole() -> None:
     model = wrap(tiny.llama())
     with pytest.raises(peftcore.PeftcoreError, match=r"trains '.*o_proj.weight', which another library keeps .*.Int8."):

@@ -104,6 +104,14 @@ def test_a_loop_of_one_s_own(kind: str) -> None:
         close(torch.cat(steps, dim=1)[mask == 1], wanted[mask == 1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_assisted_by_its_own_first_layer(kind: str) -> None:
+    model = applied(tiny.llama(), kind)
+    fields = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    alone = model.generate(tiny.TOKENS[:1], **fields)
+    assert torch.equal(model.generate(tiny.TOKENS[:1], assistant_early_exit=1, **fields), alone)
+
+
 @pytest.mark.parametrize("prefixes", [1, 2])
 def test_prefixes_are_none_of_the_tokens_that_a_cache_has_read(prefixes: int) -> None:
     model = tiny.llama()
