@@ -23,7 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from peftcore.adaptation.base_modules import CHILD, original_forward
 from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, Branched, Link, OwnForward, expert_link, own_forward
-from peftcore.adaptation.class_swap import BUILT, one_for_each_class, restore_class, subclass
+from peftcore.adaptation.class_swap import BUILT, one_for_each_class, restore_class, subclass, whole
 from peftcore.adaptation.concurrency import ModelLock, disabled_in_thread
 from peftcore.adaptation.divided_experts import ExpertsForward, mesh_of_experts
 from peftcore.adaptation.division import DividedChain, Division, WholeForward, division_of, on_local, on_parts
@@ -81,12 +81,13 @@ def attach(
         lock: lock of the model; None if the module is a model itself.
     """
     if not is_adapted(module):
-        if "forward" in module.__dict__:  # a forward of this instance, as accelerate's hooks set it
-            module.__dict__[OWN_FORWARD] = module.__dict__.pop("forward")
-        module.__class__ = _adapted_class(type(module))
-        module.add_module(CHILD, Adapters().train(module.training))
-        module.__dict__[LOCK] = lock or ModelLock()
-        activate(module, ())
+        with whole(module):
+            if "forward" in module.__dict__:  # a forward of this instance, as accelerate's hooks set it
+                module.__dict__[OWN_FORWARD] = module.__dict__.pop("forward")
+            module.__class__ = _adapted_class(type(module))
+            module.add_module(CHILD, Adapters().train(module.training))
+            module.__dict__[LOCK] = lock or ModelLock()
+            activate(module, ())
     adapters = cast(Adapters, module._modules[CHILD])
     adapters._modules[name] = adapter
     if link is not Link:
@@ -97,15 +98,17 @@ def attach(
 
 def detach(module: nn.Module, name: str) -> None:
     """Detach the adapter `name` from `module`; detaching the last one restores the module."""
+    if CHILD not in module._modules:
+        return  # detached before an interruption
     adapters = adapters_at(module)
     if is_adapted(module):  # otherwise its class has been changed since, or detaching was interrupted
         active = module.__dict__[_ACTIVE]
         if active is not None and name in active:
             activate(module, [other for other in active if other != name])
         if adapters._modules.keys() != {name}:
-            del adapters._modules[name]
             adapters.links.pop(name, None)
             adapters.branches.pop(name, None)
+            adapters._modules.pop(name, None)
             return
         restore_class(module, "_peftcore_original")
     if OWN_FORWARD in module.__dict__:

@@ -94,6 +94,7 @@ class ModelLock:
         self._backward: dict[int, bool | str] = {}
         self._condition = threading.Condition()
         self._changer: int | None = None  # the thread that changes the model, or waits to
+        self._turn: object = None  # the change that `_changer` makes
         self._queue: list[object] = []  # changes that wait for it
         self._alone = False  # it no longer waits
         self.choosing = 0  # number of calls, of all threads, that name an adapter for each of their samples
@@ -189,11 +190,16 @@ class ModelLock:
             return
         if self.is_disabled():
             raise PeftcoreError(f"cannot {what} inside peftcore.disabled(model). Leave the block first")
-        self._acquire(what, base)
+        turn = object()
         try:
-            yield
-        finally:
-            self._release()
+            try:
+                self._acquire(what, base, turn)
+                yield
+            finally:
+                self._release(turn)
+        except BaseException:
+            self._release(turn)  # Ctrl-C may have stopped the other call: all other threads would wait
+            raise
 
     def open_block(self, block: Block) -> None:
         """Enter `disabled` in this context; it also affects calls in this thread that have begun.
@@ -219,15 +225,14 @@ class ModelLock:
         with self._condition:
             self._blocks.discard(block)
             self._condition.notify_all()
-        if self._held is block:
-            self._release()
+        self._release(block)
 
     def hold(self, block: Block) -> None:
         """Exclude all calls that are not made in the open `block`."""
         with self._condition:
             self._blocks.discard(block)
             self._condition.notify_all()
-        self._acquire("disable adapters that train parameters of the base", base=True, held=block)
+        self._acquire("disable adapters that train parameters of the base", base=True, turn=block)
 
     def is_disabled(self) -> bool:
         """Return whether the adapters are inactive in this context; in a backward pass, in its forward pass."""
@@ -256,7 +261,11 @@ class ModelLock:
         if get_ident() in self.calls:
             self.calls[get_ident()] = True
 
-    def _acquire(self, what: str, base: bool, held: Block | None = None) -> None:
+    def _acquire(self, what: str, base: bool, turn: object) -> None:
+        """Wait until only this thread may call and change the model.
+
+        Make sure that `_release` of `turn`, a `Block` or another new object, follows whatever it raises.
+        """
         thread = get_ident()
         inside = thread in self.calls
 
@@ -271,25 +280,20 @@ class ModelLock:
                     f"cannot {what} within a call of the model while another thread calls it or changes it. {_ALONE}"
                 )
             self._refuse_own_hold(what)
-            turn = object()  # in turn: a thread that has just finished may be here again before others wake
-            self._queue.append(turn)
-            try:
-                self._wait(lambda: self._changer is None and self._queue[0] is turn, what)
-            finally:
-                self._queue.remove(turn)
-                self._condition.notify_all()
-            self._changer = thread
-            try:
-                self._wait(lambda: not others(), what)
-            except BaseException:
-                self._changer = None
-                self._condition.notify_all()
-                raise
-            self._alone, self._held = True, held
+            self._queue.append(turn)  # a thread that has just finished may be here again before others wake
+            self._wait(lambda: self._changer is None and self._queue[0] is turn, what)
+            self._changer, self._turn = thread, turn
+            self._queue.remove(turn)
+            self._condition.notify_all()
+            self._wait(lambda: not others(), what)
+            self._alone, self._held = True, turn if isinstance(turn, Block) else None
 
-    def _release(self) -> None:
+    def _release(self, turn: object) -> None:
         with self._condition:
-            self._changer, self._alone, self._held = None, False, None
+            if turn in self._queue:
+                self._queue.remove(turn)
+            if self._turn is turn:
+                self._changer, self._turn, self._alone, self._held = None, None, False, None
             self._condition.notify_all()
 
     def _wait_for_change(self, thread: int) -> None:

@@ -192,19 +192,19 @@ def inactive(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None
     If the block raises, the new adapter is removed.
     """
     state = engine.require_state(model)
-    active, samples = state.active, state.samples
-    engine.set_active(model, ())  # two inactive adapters may train the same parameter
+    active, samples, others = state.active, state.samples, {*state.applied}
     try:
+        engine.set_active(model, ())  # two inactive adapters may train the same parameter
         with warnings.catch_warnings():  # the source adapters' configs already warned
             warnings.simplefilter("ignore")
             engine.apply(model, config, adapter=name, dtype=dtype)
-        try:
-            yield
-        except BaseException:
-            engine.remove(model, name)
-            raise
-    finally:
+        yield
         engine.set_active(model, active, samples)
+    except BaseException:
+        if name in state.applied.keys() - others:
+            engine.remove(model, name)
+        engine.set_active(model, active, samples)
+        raise
 
 
 @torch.no_grad()

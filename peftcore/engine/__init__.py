@@ -11,10 +11,7 @@ from peftcore.engine.applying import (
     apply as apply,
     apply_to_fill as apply_to_fill,
     check_name as check_name,
-    detach_adapter as detach_adapter,
     refuse_on_disk as refuse_on_disk,
-    remove as remove,
-    restore_base_if_free as restore_base_if_free,
 )
 from peftcore.engine.changes import with_adapter as with_adapter
 from peftcore.engine.divided import follows_plan as follows_plan
@@ -22,6 +19,11 @@ from peftcore.engine.first_values import takes_batches as takes_batches
 from peftcore.engine.placing import (
     placements_for as placements_for,
     refuse_adapters_of_others as refuse_adapters_of_others,
+)
+from peftcore.engine.removing import (
+    detach_adapter as detach_adapter,
+    remove as remove,
+    restore_base_if_free as restore_base_if_free,
 )
 from peftcore.engine.resizing import refuse_resize as refuse_resize
 from peftcore.engine.state import (

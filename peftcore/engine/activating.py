@@ -133,11 +133,21 @@ def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParamet
 def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     """Set whether `adapter` trains while it is active."""
     refuse_changed(model)
-    applied(model, adapter).trainable = bool(trainable)
-    state = require_state(model)
-    for entry in state.applied.values():
-        entry.froze.discard(adapter)
-    set_active(model, state.active, state.samples)
+    entry, state = applied(model, adapter), require_state(model)
+    _refuse_unfinished(state)
+    before = entry.trainable
+    combiners = [each for each in state.applied.values() if adapter in each.froze]
+    try:
+        entry.trainable = bool(trainable)
+        for each in combiners:
+            each.froze.discard(adapter)
+        set_active(model, state.active, state.samples)
+    except BaseException:
+        entry.trainable = before
+        for each in combiners:
+            each.froze.add(adapter)
+        set_active(model, state.active, state.samples)
+        raise
 
 
 def set_active(
@@ -157,8 +167,7 @@ def set_active(
             its weight is looked up again.
     """
     state = require_state(model)
-    if state.merged is not None and state.merged.unfinished is not None:
-        refuse_merged(state, "change the active adapters")
+    _refuse_unfinished(state)
     before, samples_before = state.active, state.samples
     try:
         _change_active(model, state, names, samples, same_base=not base_exchanged)
@@ -167,6 +176,11 @@ def set_active(
             state.snapshot.per_sample = False  # of some modules the chain may have been built
         _change_active(model, state, before, samples_before, same_base=False)
         raise
+
+
+def _refuse_unfinished(state: State) -> None:
+    if state.merged is not None and state.merged.unfinished is not None:
+        refuse_merged(state, "change the active adapters")
 
 
 def _change_active(
@@ -259,6 +273,7 @@ def _set_requires_grad(model: nn.Module, state: State, touched: Iterable[str], t
     for name in touched:
         entry, trains = state.applied[name], name in training
         if trains or not entry.frozen:
+            entry.frozen = False  # of all, so after an interruption every parameter is set again
             for parameter in _parameters(model, state, name):
                 parameter.requires_grad_(trains)
             entry.frozen = not trains

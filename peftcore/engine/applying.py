@@ -1,8 +1,8 @@
-"""Application and removal of adapters."""
+"""Application of adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcore import ranks
 from peftcore.adaptation import adapted, enclosing, fast_path, folding
-from peftcore.adaptation.base_modules import base_modules, base_parameters
+from peftcore.adaptation.base_modules import base_parameters
 from peftcore.adaptation.call import arguments_read
 from peftcore.adaptation.division import watch_batches
 from peftcore.adaptation.light import parts
@@ -18,33 +18,27 @@ from peftcore.adapter import Adapter
 from peftcore.engine.activating import (
     check_branches,
     freeze_branches,
-    refuse_needed,
-    release_branches,
     set_active,
     update_call_context,
 )
-from peftcore.engine.changes import Site, facts, moved_with_adapter, submodule, with_adapter
+from peftcore.engine.changes import Site, facts, submodule
 from peftcore.engine.divided import divide_experts, is_divided, refuse_divided, refuse_stage
 from peftcore.engine.first_values import initialize_adapter, initializer
 from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.placing import Placed, device_and_dtype, placements_for, recorded, warn_of_little, with_memory
+from peftcore.engine.removing import detach_adapter, detach_rest, enclosing_paths
 from peftcore.engine.state import (
     STATE,
     Applied,
     State,
-    applied,
-    as_text,
-    changes_of,
-    exclusive,
     exclusively,
     refuse_changed,
     refuse_merged,
     refuse_per_sample,
-    require_state,
     state_of,
 )
-from peftcore.engine.trained import TrainedParameters, refuse_sharded_parameters, tied_to
-from peftcore.errors import PeftcoreError, warn
+from peftcore.engine.trained import TrainedParameters, refuse_sharded_parameters
+from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
 from peftcore.method import Model
 from peftcore.observation import assumed_unchanged
@@ -152,7 +146,7 @@ def _apply(
         _settle(each.adapter, *device_and_dtype(modules[each.path], dtype), model.training, allocated)
 
     is_first = not state.applied and not state.on_disk
-    state.applied[adapter] = Applied(
+    entry = Applied(
         of_method.name,
         config,
         placed.placements,
@@ -162,12 +156,14 @@ def _apply(
         whole_batch=any([each.whole_batch for each in adapters if isinstance(each, Adapter)]),
         keeps_calls=of_method.call_loss is not None,
     )
-    for path, module in modules.items():
-        if path not in state.sites:
-            state.sites[path] = Site(facts(module))
-        state.sites[path].adapters += 1
-    model.__dict__[STATE] = state
+    sites = {path: state.sites.get(path) or Site(facts(module)) for path, module in modules.items()}
+    others = {path: site.adapters for path, site in sites.items()}
     try:
+        model.__dict__[STATE] = state
+        state.sites.update(sites)
+        for path, site in sites.items():
+            site.adapters = others[path] + 1
+        state.applied[adapter] = entry
         _attach(model, state, adapter, placed, modules, is_first=is_first)
         if initialize is not None:
             initialize_adapter(model, adapter, initialize, placed.method.name, config_of_initialize, batches)
@@ -181,7 +177,10 @@ def _apply(
             set_active(model, (*state.active, adapter))
         adapter_applied.announce(model)
     except BaseException:
-        detach_adapter(model, adapter)
+        if adapter in state.applied:
+            detach_adapter(model, adapter)
+        else:
+            detach_rest(model, state, adapter, set(), others)
         raise
     return model
 
@@ -192,7 +191,7 @@ def _attach(
     """Attach the recorded `adapter` to `modules`, inactive; the first one freezes the base."""
     if is_first:  # before other classes are swapped in, inside which the folding class stays
         folding.fold_frozen(model, placed.architecture.output_head)
-    for path in _enclosing_paths(model, modules, placed.trained):
+    for path in enclosing_paths(model, modules, placed.trained):
         enclosing.enclose(submodule(model, path), state.lock, root=not path)
     if is_first:
         parameters = base_parameters(model)
@@ -242,94 +241,6 @@ def _settle(
         )
     if not is_set:
         adapter.train(training)
-
-
-def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:
-    """Return the paths of the modules whose calls take the model's lock.
-
-    They are the model, every ancestor of the modules `paths`, and the modules that own the parameters `trained`, with
-    their ancestors.
-    """
-    found = {"", *(name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained)))}
-    for path in [*paths, *found]:
-        while path:
-            path = path.rpartition(".")[0]
-            found.add(path)
-    return sorted(found)
-
-
-@exclusive("remove adapters", base=True)
-def remove(model: Model, adapter: str = "default") -> Model:
-    """Remove an adapter. Removing the last one restores the model bit for bit to what it was before `apply`."""
-    state = require_state(model)
-    if not isinstance(adapter, str) or adapter not in state.on_disk:
-        applied(model, adapter)
-    refuse_merged(state, f"remove '{adapter}'")
-    record = state.on_disk.pop(adapter, None)
-    try:
-        left = {}
-        if adapter in state.applied:
-            left = detach_adapter(model, adapter)
-        else:
-            restore_base_if_free(model, state)
-    except BaseException:
-        if record is not None:
-            state.on_disk[adapter] = record
-        raise
-    if left:
-        warn(f"remove left the following as it is: {as_text(left)}")
-    return model
-
-
-def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Detach an adapter that is in memory, and restore the base if it was the last one.
-
-    Returns:
-        {path: how the module was changed after `apply`}, for the modules that are left as they are.
-    """
-    state = require_state(model)
-    refuse_needed(state, adapter)
-    left = dict(changes_of(model, state, adapter))
-    there = set(with_adapter(model, adapter, state.applied[adapter].paths))
-    if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):
-        ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
-    if adapter in state.active:
-        inactive = {adapter, *state.applied[adapter].branches}
-        set_active(model, tuple(name for name in state.active if name not in inactive), state.samples)
-    release_branches(state, adapter)
-    if left:
-        there.update(moved_with_adapter(model, adapter, state.lock))
-    for module in there:
-        adapted.detach(module, adapter)
-    fast_path.guard(model)
-    TrainedParameters.detach(model, adapter)
-    for path in state.applied.pop(adapter).paths:
-        state.sites[path].adapters -= 1
-        if not state.sites[path].adapters:
-            del state.sites[path]
-    update_call_context(state)
-    trained = dict.fromkeys(name for entry in state.applied.values() for name in entry.trained)
-    inside = set(_enclosing_paths(model, state.sites, tuple(trained))) if state.applied else set()
-    for path, module in base_modules(model):
-        if path in inside and module in there:
-            enclosing.enclose(module, state.lock)  # it has lost this adapter, and contains others
-    restore_base_if_free(model, state)
-    return left
-
-
-def restore_base_if_free(model: nn.Module, state: State) -> None:
-    """Restore the base if no adapter is left in memory or on disk."""
-    if state.applied or state.on_disk:
-        return
-    for name, parameter in base_parameters(model):
-        parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
-    for _, module in base_modules(model):
-        enclosing.release(module)
-        folding.unfold(module)
-    if state.watching is not None:
-        state.watching.remove()
-    state.lock.retired = True
-    del model.__dict__[STATE]
 
 
 def refuse_on_disk(model: nn.Module, adapter: str) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from peftcore import ops, ranks
 from peftcore.adaptation.adapted import active_names, adapter_at, has_forward_of_instance, inside, is_active
 from peftcore.adaptation.base_modules import base_modules, original_class
+from peftcore.adaptation.class_swap import whole
 from peftcore.adapter import Adapter, implements
 from peftcore.engine import lazy_handlers as lazy_handlers
 from peftcore.engine.lazy_tensor import Head, LazyLogits, Recipe, lazy
@@ -66,17 +67,18 @@ def lazy_logits(model: M, *, enabled: bool = True) -> M:
             "it on a language model, or leave the call out"
         )
     head = model.get_submodule(path)
-    for handle in head.__dict__.pop(_HANDLE, ()):
-        handle.remove()
-    if not enabled:
-        return model
-    why = why_not(model, head)
-    if why is not None:
-        raise PeftcoreError(f"logits of '{path}' cannot be lazy: {why}")
-    head.__dict__[_HANDLE] = (
-        head.register_forward_pre_hook(partial(mark, model)),
-        head.register_forward_hook(replace),
-    )
+    with whole(head):
+        for handle in head.__dict__.pop(_HANDLE, ()):
+            handle.remove()
+        if not enabled:
+            return model
+        why = why_not(model, head)
+        if why is not None:
+            raise PeftcoreError(f"logits of '{path}' cannot be lazy: {why}")
+        head.__dict__[_HANDLE] = (
+            head.register_forward_pre_hook(partial(mark, model)),
+            head.register_forward_hook(replace),
+        )
     return model
 
 

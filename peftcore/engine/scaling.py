@@ -46,13 +46,20 @@ def scale(model: Model, adapter: str, factor: float) -> Model:
 def set_multiplier(model: nn.Module, adapter: str, factor: float) -> None:
     """Set the factor of an adapter, like `scale` without its checks."""
     entry = applied(model, adapter)
-    if entry.multiplier == factor:
+    before = entry.multiplier
+    if before == factor:
         return
-    entry.multiplier = factor
-    for _, placed in adapter_modules(model, adapter):
-        for module in placed.modules():
-            if isinstance(module, Adapter) and module.multiplier is not None:
-                module.multiplier = factor
+    placed = [module for _, placed in adapter_modules(model, adapter) for module in placed.modules()]
+    scaled = [module for module in placed if isinstance(module, Adapter) and module.multiplier is not None]
+    try:
+        entry.multiplier = factor
+        for module in scaled:
+            module.multiplier = factor
+    except BaseException:
+        entry.multiplier = before
+        for module in scaled:
+            module.multiplier = before
+        raise
 
 
 def scaled_config(model: nn.Module, adapter: str) -> Any:

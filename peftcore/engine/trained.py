@@ -95,15 +95,17 @@ class TrainedParameters(nn.Module):
     @staticmethod
     def detach(model: nn.Module, adapter: str) -> None:
         """Drop the copies of an inactive adapter."""
-        own = TrainedParameters.of(model, adapter)
-        if own is None:
+        adapters = cast("Adapters | None", model._modules.get(TRAINED))
+        if adapters is None:
             return
-        adapters = cast(Adapters, model._modules[TRAINED])
-        del adapters._modules[adapter]
-        trained_parts.unfollow(own.owners(model))
-        for _, other in all_of(model):
-            trained_parts.follow(other.owners(model))
-        if not len(adapters):
+        own = TrainedParameters.of(model, adapter)
+        if own is not None:
+            trained_parts.unfollow(own.owners(model))
+            for name, other in all_of(model):
+                if name != adapter:
+                    trained_parts.follow(other.owners(model))
+            del adapters._modules[adapter]
+        if not len(adapters):  # also if an interruption left it empty
             del model._modules[TRAINED]
 
     @staticmethod

@@ -15,6 +15,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -91,14 +92,18 @@ def measure(clock: Callable[[], float] = time.perf_counter) -> DtypeRates:
     return DtypeRates(*(DtypeRate(flops / shortest[d, "forward"], flops / shortest[d, "backward"]) for d in DTYPES))
 
 
+_ONE_THREAD = RLock()
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with _ONE_THREAD:  # overlapping calls would restore each other's number
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields as dataclass_fields, replace
 from functools import cached_property
+from threading import RLock
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from peftcore.optim.paging import PAGE_BYTES
 from peftcore.quantization import QuantizedLinear, quantize as to_4_bits
 from peftcore.registry import registry
 
+_ONE_AT_A_TIME = RLock()  # following a step replaces functions of PyTorch, which threads that overlap would not restore
 ACTIVATIONS, LOGITS, TEMPORARIES = "activations", "logits and loss", "temporaries"
 KERNELS, KEPT = "inside operators", "kept by operators"
 KINDS = (
@@ -189,6 +191,7 @@ def estimate(
     step = _as_model(step, model, on_card)
     following = Following(NONE if on_card else here(torch.get_num_threads()))
     with ExitStack() as stack:
+        stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

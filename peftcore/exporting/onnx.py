@@ -5,7 +5,11 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import RLock
 from typing import Any
 
 import torch
@@ -41,15 +45,12 @@ def write(model: nn.Module, path: Path, _options: NoOptions) -> None:
     example = torch.ones(2, 8, dtype=torch.long, device=device)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     size = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
-    verbosity = logging.root.manager.disable
     try:
-        logging.disable(logging.WARNING)  # warnings about operators of missing libraries
-        with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet(), torch.no_grad(), evaluation_mode(model), _placed(path) as new:
             torch.onnx.export(
                 _Plain(model).eval(),
                 (example, example.clone()),  # the same tensor twice would become one input
-                path,
+                new,
                 input_names=[*INPUTS],
                 output_names=["logits" if _gives(model, "logits") else "last_hidden_state"],
                 dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
@@ -62,8 +63,34 @@ def write(model: nn.Module, path: Path, _options: NoOptions) -> None:
         raise PeftcoreError(
             f"{type(model).__name__} cannot be exported: {reason}. Merging first may help: peftcore.merge(model)"
         ) from error
-    finally:
-        logging.disable(verbosity)
+
+
+_QUIET = RLock()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop warnings, such as those about operators of missing libraries, within the block, of one thread at a time."""
+    with _QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        verbosity = logging.root.manager.disable
+        try:
+            logging.disable(logging.WARNING)
+            yield
+        finally:
+            logging.disable(verbosity)
+
+
+@contextmanager
+def _placed(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name in a new folder; move the files that the block writes there to that of `path`.
+
+    Files that are at `path` stay as they are until the new ones are complete.
+    """
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        yield Path(folder) / path.name
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):  # its data come first
+            file.replace(path.parent / file.name)
 
 
 ONNX = Exporter("onnx", "ONNX Runtime", write_model=write, model_file="model.onnx", with_adapters=True)

@@ -21,7 +21,7 @@ from peftcore.files.metadata import ties_partly
 from peftcore.files.multiplier import multiplier_in
 from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_saved
 from peftcore.files.resident import register
-from peftcore.files.tensors import fill, grown_buffers
+from peftcore.files.tensors import fill, grown_buffers, kept_after_error
 from peftcore.observation import assumed_unchanged
 from peftcore.targets.patterns import limited
 
@@ -136,10 +136,11 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     multiplier = multiplier_in(metadata)
     grown = grown_buffers(model, adapter, tensors) if method.trained_fields else []
     before = [(module, name, module._buffers[name]) for module, name, _ in grown]
+    parameters = (parameter for _, parameter in engine.adapter_parameters(model, adapter))
     try:
-        for module, name, tensor in grown:
-            module._buffers[name] = tensor
-        with ranks.gathered((parameter for _, parameter in engine.adapter_parameters(model, adapter)), write=True):
+        with ranks.gathered(parameters, write=True), kept_after_error(model, adapter):
+            for module, name, tensor in grown:
+                module._buffers[name] = tensor
             fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
     except BaseException:
         for module, name, own in before:

@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ _REFERENCE = "_peftcore_reference"  # on a trainer: its reference; on a view: th
 _GIVEN = "_peftcore_given"  # on a trainer: the models passed to its constructor
 _LOADS = "create_model_from_path"  # TRL's functions that make a reference in trainers without `ref_model=`
 _COPIES = "create_reference_model"
+_MAKING = RLock()  # held while a trainer's module has other functions, which threads that overlap would not restore
 
 
 def reference_of(trainer: Any) -> Reference | None:
@@ -139,7 +141,7 @@ def _patch(cls: type[Trainer]) -> None:
             values = [(p, p.data) for p in model.parameters() if p.requires_grad]
             if "ref_model" in signature.parameters and given.get("ref_model") is None:
                 bound.arguments["ref_model"] = _initial_model(trainer, model)
-            with _loading_initial_model(own, trainer, lambda: model):
+            with _MAKING, _loading_initial_model(own, trainer, lambda: model):
                 own(*bound.args, **bound.kwargs)
             _restore(values)
         else:
@@ -168,7 +170,11 @@ def _init_with_config(own: Callable[..., None], trainer: Any, bound: inspect.Bou
             shown = _initial_model(trainer, model)
             reference.__class__, reference.__dict__ = shown.__class__, shown.__dict__
 
-    with applying(own, bound, applied), _loading_initial_model(own, trainer, lambda: made[0] if made else None):
+    with (
+        _MAKING,
+        applying(own, bound, applied),
+        _loading_initial_model(own, trainer, lambda: made[0] if made else None),
+    ):
         own(*bound.args, **bound.kwargs)
     _restore(values)
     if not _has_adapters(trainer.__dict__.get("model")):

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any, Protocol
 
 import torch
@@ -107,6 +108,9 @@ def define_by(schema: str, call: type[Call]) -> None:
     define(f"{name}_seeded({arguments}", seeded, fake, reads_host=True)
 
 
+_CONSTANTS = RLock()
+
+
 @contextmanager
 def constants() -> Iterator[None]:
     """Tensors made within live as long as the process: fp32 on the CPU, ordinary ones.
@@ -114,10 +118,11 @@ def constants() -> Iterator[None]:
     Whatever device, dtype or mode is in force where their module is first imported: a plan on meta tensors, a fake or
     an inference mode, a default dtype of float64.
     """
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(default)
+    with _CONSTANTS:  # threads that overlap would restore each other's default dtype
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
+                yield
+        finally:
+            torch.set_default_dtype(default)

@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
+Change = Callable[[], contextlib.AbstractContextManager[None]]
 
+
+def _while_any(change: Change) -> Change:
+    """Make a change of the process last from the first thread that enters its block to the last one that leaves.
+
+    If each thread made the change, one that overlaps would save what another has changed, and restore that.
+    """
+    lock, inside, undo = threading.Lock(), set[object](), contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    @functools.wraps(change)
+    def changed() -> Iterator[None]:
+        own = object()
+        try:
+            with lock:
+                if not inside:
+                    undo.enter_context(change())
+                inside.add(own)
+            yield
+        finally:
+            with lock:
+                inside.discard(own)
+                if not inside:
+                    undo.close()
+
+    return changed
+
+
+@_while_any
 @contextlib.contextmanager
 def read_when_needed() -> Iterator[None]:
     """Make transformers read a quantized tensor when it is converted within the block, not ahead by threads.
@@ -26,6 +57,7 @@ def read_when_needed() -> Iterator[None]:
             os.environ[name] = before
 
 
+@_while_any
 @contextlib.contextmanager
 def not_mapped() -> Iterator[None]:
     """Make transformers read weights instead of memory-mapping files within the block.
@@ -36,9 +68,6 @@ def not_mapped() -> Iterator[None]:
     import transformers.modeling_utils as reader
 
     opened = reader.safe_open
-    if opened.__name__ == "opened_to_read":  # by another thread
-        yield
-        return
 
     def opened_to_read(*args: Any, **kwargs: Any) -> Any:
         return opened(*args, **({**kwargs, "backend": "pread"} if kwargs.get("backend") == "mmap" else kwargs))

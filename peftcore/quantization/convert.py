@@ -13,6 +13,7 @@ from torch import nn
 from peftcore import ranks
 from peftcore.adaptation import fast_path
 from peftcore.adaptation.base_modules import base_modules, walked_once
+from peftcore.adaptation.class_swap import whole
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of
@@ -99,7 +100,8 @@ def quantize(
 
     Raises:
         PeftcoreError: an argument is wrong, a weight is not floating point or contains NaN or Inf, or adapters are
-            applied. The model is left unchanged.
+            applied. The model is left unchanged. After any other exception, such as KeyboardInterrupt, some layers are
+            quantized and the others dense, and the same call quantizes the rest.
     """
     plugin, chosen_format = find_type(quant_type)
     of_core = plugin is CORE
@@ -142,22 +144,28 @@ def quantize(
     before = _held_by(model)
     if batches is not None:
         chosen = _round_by_gptq(model, chosen, experts, list(batches), blocksize, compute_dtype)
-    for path, packed in bitsandbytes.items():
-        _adopt(model.get_submodule(path), packed)
-    if not of_core:
-        quantize_by_plugin(plugin, chosen_format, chosen)
-        chosen = {}
-    for module, first in _with_first(chosen.values()):
-        if first is module:
-            convert_dense(module, quant_type, double_quant, blocksize, compute_dtype)
-        elif isinstance(first, QuantizedPart):
-            hold_part(module, first.packed, first.held_part, compute_dtype)
-        else:
-            convert(module, cast(QuantizedLinear, first).packed, compute_dtype)
-    for path, blocksizes in experts.items():
-        pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
-    (chosen_format.update_config or sync_config)(model)
-    fast_path.guard(model)
+    update_config = chosen_format.update_config or sync_config
+    try:
+        for path, packed in bitsandbytes.items():
+            _adopt(model.get_submodule(path), packed)
+        if not of_core:
+            quantize_by_plugin(plugin, chosen_format, chosen)
+            chosen = {}
+        for module, first in _with_first(chosen.values()):
+            if first is module:
+                convert_dense(module, quant_type, double_quant, blocksize, compute_dtype)
+            elif isinstance(first, QuantizedPart):
+                hold_part(module, first.packed, first.held_part, compute_dtype)
+            else:
+                convert(module, cast(QuantizedLinear, first).packed, compute_dtype)
+        for path, blocksizes in experts.items():
+            pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
+        update_config(model)
+        fast_path.guard(model)
+    except BaseException:  # some layers are quantized
+        update_config(model)
+        fast_path.guard(model)
+        raise
     quicken_few_rows(model)
     if before - _held_by(model) >= _WORTH:
         give_back_freed()
@@ -239,22 +247,27 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
     """
     if any(map(lock_of, model.modules())):
         raise PeftcoreError("dequantize needs a model without adapters. Dequantize first, or call peftcore.remove")
-    for _, module in list(base_modules(model)):
-        found = find_weight_format(module)
-        if found is not None and found.decode and found.plain and not isinstance(module, PackedParameters):
-            dequantize_by_plugin(module, found, dtype)
-            if found.update_config is not None:
-                found.update_config(model)
-    for _, experts in list(quantized_experts(model)):
-        unpack_experts(experts, dtype)
-    layers = [module for _, module in base_modules(model) if isinstance(module, QuantizedLinear)]
-    for module, first in _with_first(layers):
-        if first is module:
-            make_plain(module, module.dense_parameter(dtype))
-        else:
-            make_plain(module, cast(nn.Parameter, first.weight))
-    fast_path.guard(model)
-    sync_config(model)
+    try:
+        for _, module in list(base_modules(model)):
+            found = find_weight_format(module)
+            if found is not None and found.decode and found.plain and not isinstance(module, PackedParameters):
+                dequantize_by_plugin(module, found, dtype)
+                if found.update_config is not None:
+                    found.update_config(model)
+        for _, experts in list(quantized_experts(model)):
+            unpack_experts(experts, dtype)
+        layers = [module for _, module in base_modules(model) if isinstance(module, QuantizedLinear)]
+        for module, first in _with_first(layers):
+            if first is module:
+                make_plain(module, module.dense_parameter(dtype))
+            else:
+                make_plain(module, cast(nn.Parameter, first.weight))
+        fast_path.guard(model)
+        sync_config(model)
+    except BaseException:  # some layers are dense
+        fast_path.guard(model)
+        sync_config(model)
+        raise
     return model
 
 
@@ -273,30 +286,32 @@ def convert_dense(
 
 def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None) -> QuantizedLinear:
     """Turn a linear layer or Conv1D into a `QuantizedLinear` with this weight, in place."""
-    for attribute in ("nf", "nx"):  # Conv1D's
-        module.__dict__.pop(attribute, None)
-    module.out_features, module.in_features = weight.shape
-    dense = module._parameters.get("weight")
-    module.__class__ = QuantizedLinear
-    module.compute_dtype = compute_dtype
-    if isinstance(weight.codes, nn.Parameter):  # for a layer that shares its weight
-        module.weight = weight.codes
-    module.set_packed_parameter("weight", weight._replace(codes=weight.codes.detach()))
-    mark_as_loaded(module.weight, dense)
-    module._is_hf_initialized = True  # transformers must not initialise it again
+    with whole(module):
+        for attribute in ("nf", "nx"):  # Conv1D's
+            module.__dict__.pop(attribute, None)
+        module.out_features, module.in_features = weight.shape
+        dense = module._parameters.get("weight")
+        module.__class__ = QuantizedLinear
+        module.compute_dtype = compute_dtype
+        if isinstance(weight.codes, nn.Parameter):  # for a layer that shares its weight
+            module.weight = weight.codes
+        module.set_packed_parameter("weight", weight._replace(codes=weight.codes.detach()))
+        mark_as_loaded(module.weight, dense)
+        module._is_hf_initialized = True  # transformers must not initialise it again
     return module
 
 
 def make_plain(module: Any, weight: nn.Parameter) -> None:
     """Turn a quantized layer into an `nn.Linear` with this weight, in place."""
-    mark_as_loaded(weight, module.weight)
-    module.weight = weight
-    for name in list(module._buffers):
-        del module._buffers[name]
-    for name in ("packings", "compute_dtype", "held_part"):
-        module.__dict__.pop(name, None)
-    module.__class__ = nn.Linear
-    renew_plan(module)
+    with whole(module):
+        mark_as_loaded(weight, module.weight)
+        module.weight = weight
+        for name in list(module._buffers):
+            del module._buffers[name]
+        for name in ("packings", "compute_dtype", "held_part"):
+            module.__dict__.pop(name, None)
+        module.__class__ = nn.Linear
+        renew_plan(module)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
@@ -374,8 +389,9 @@ def _bits_of(module: nn.Module, path: str) -> PackedWeight:
 def _adopt(module: Any, packed: PackedWeight) -> None:
     """Turn a layer of bitsandbytes into a `QuantizedLinear` with the same bits."""
     compute_dtype = module.compute_dtype
-    for attribute in ("quant_state", "quant_storage", "compute_type_is_set", "support_avx512bf16_for_cpu"):
-        module.__dict__.pop(attribute, None)
-    del module._parameters["weight"]
-    module._parameters = {"weight": None, **module._parameters}
-    convert(module, packed._replace(codes=packed.codes.clone()), compute_dtype)
+    with whole(module):
+        for attribute in ("quant_state", "quant_storage", "compute_type_is_set", "support_avx512bf16_for_cpu"):
+            module.__dict__.pop(attribute, None)
+        del module._parameters["weight"]
+        module._parameters = {"weight": None, **module._parameters}
+        convert(module, packed._replace(codes=packed.codes.clone()), compute_dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.chain import keep_attributes
-from peftcore.adaptation.class_swap import one_for_each_class, restore_class, subclass
+from peftcore.adaptation.class_swap import one_for_each_class, restore_class, subclass, whole
 from peftcore.experts import experts_forward, experts_layout, has_interface_forward
 from peftcore.observation.detecting import mark_as_loaded
 from peftcore.ops import PackedWeight
@@ -26,12 +26,13 @@ _UNPACKED = "_peftcore_unpacked"
 
 def pack_parameter(module: Any, name: str, weight: PackedWeight, compute_dtype: torch.dtype | None) -> None:
     """Store `weight` as the parameter `name` of a module of experts, in place."""
-    if not isinstance(module, PackedParameters):
-        module.__class__ = packed_class(type(module))
-        module.compute_dtype = compute_dtype
-    dense = module._parameters.get(name)
-    module.set_packed_parameter(name, weight)
-    mark_as_loaded(module.get_parameter(name), dense)
+    with whole(module):
+        if not isinstance(module, PackedParameters):
+            module.__class__ = packed_class(type(module))
+            module.compute_dtype = compute_dtype
+        dense = module._parameters.get(name)
+        module.set_packed_parameter(name, weight)
+        mark_as_loaded(module.get_parameter(name), dense)
 
 
 def pack_experts(
@@ -57,11 +58,13 @@ def is_turned(module: nn.Module, quant_type: str) -> bool:
 
 def unpack_experts(module: PackedParameters, dtype: torch.dtype | None = None) -> None:
     """Dequantize all parameters of a module."""
-    for name in module.packings:
-        parameter = nn.Parameter(module.dequantized_parameter(name, dtype), requires_grad=False)
-        mark_as_loaded(parameter, module._parameters[name])
-        module._parameters[name] = parameter
-    forget_dense(module)
+    try:
+        for name in module.packings:
+            parameter = nn.Parameter(module.dequantized_parameter(name, dtype), requires_grad=False)
+            mark_as_loaded(parameter, module._parameters[name])
+            module._parameters[name] = parameter
+    finally:  # also those that were dense before an interruption
+        forget_dense(module)
 
 
 def forget_dense(module: PackedParameters) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -29,6 +31,20 @@ def test_it_computes_the_same_for_any_batch(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = model.eval()(input_ids=tokens, attention_mask=mask).logits
         assert np.abs(found - expected.numpy())[mask.bool().numpy()].max() < 1e-5
+
+
+def test_an_error_leaves_the_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_model: Any, _inputs: Any, path: Path, **_options: Any) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.onnx, "export", failing)
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"whole")
+    with pytest.raises(KeyboardInterrupt):
+        peftcore.export(llama(num_hidden_layers=1), file, format="onnx")
+    assert [*tmp_path.iterdir()] == [file] and file.read_bytes() == b"whole"
+    assert logging.root.manager.disable == 0
 
 
 def test_only_models_of_text(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def export(
         name = _converted(loaded, convert)
     work = _Work(plugin, exporter, given, folder, loaded, base)
     exporter.check(loaded)
-    with _whole(folder):
+    with _whole(folder, work.paths):
         if name is not None and "adapter" in exporter.parts and only != "model":
             work.write_adapter(name, required=only == "adapter" or "model" not in exporter.parts)
         if "model" in exporter.parts and only != "adapter":
@@ -100,12 +100,14 @@ class _Work:
     model: PreTrainedModel
     base: str
     report: list[str] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)  # also of files that could not be written
 
     def write_adapter(self, adapter: str, required: bool) -> None:
         """Write the adapter; if that is impossible and not required, warn."""
         import peftcore
 
         path = self.folder / self.exporter.adapter_file
+        self.paths.append(path)
         try:
             peftcore.export(self.model, path, format=self.exporter.name, adapter=adapter, **self.options)
         except PeftcoreError as error:
@@ -126,6 +128,7 @@ class _Work:
         named = {each.name: getattr(values, each.name) for each in dataclasses.fields(values)}
         with registry.naming(self.plugin, "model_file"):
             path = self.folder / self.exporter.model_file.format(**named)
+        self.paths.append(path)
         peftcore.export(self.model, path, format=self.exporter.name, **self.options)
         self._add(path, "model")
 
@@ -220,14 +223,21 @@ def _new(folder: Path) -> Path:
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[None]:
-    """Remove what the block wrote to `folder`, which was new or empty, if an error ends it."""
+def _whole(folder: Path, paths: list[Path]) -> Iterator[None]:
+    """Remove what the block wrote to `folder`, which was new or empty, if an error ends it, and nothing else.
+
+    Args:
+        folder: the folder.
+        paths: the files and folders that the block has begun to write. Names that continue theirs with a dot are of
+            files that go with them.
+    """
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield
     except BaseException:
-        for each in folder.iterdir() if folder.is_dir() else ():
-            shutil.rmtree(each) if each.is_dir() else each.unlink()
+        for each in list(folder.iterdir()) if folder.is_dir() else ():
+            if any(f"{each.name}.".startswith(f"{path.name}.") for path in paths):
+                shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
         for each in new:
             with suppress(OSError):  # it was not made, or another process wrote to it
                 each.rmdir()

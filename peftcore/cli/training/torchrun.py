@@ -34,14 +34,31 @@ def join(parallel: str | None, device: str) -> None:
         raise PeftcoreError(
             f"--parallel needs several processes: torchrun --nproc-per-node 2 -m peftcore {' '.join(sys.argv[1:2])} ..."
         )
-    on_cuda = torch_device(device).type == "cuda"
+    named = torch_device(device)
+    on_cuda = named.type == "cuda"
     if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(_own_card(named))
     from peftcore.parallel import start
 
     start("nccl" if on_cuda else "gloo")
     if distributed.get_rank() > 0:
         console.silence(f"rank {distributed.get_rank()}")
+
+
+def _own_card(device: torch.device) -> int:
+    """Return the index of this process's card."""
+    if device.index is not None:
+        raise PeftcoreError(
+            f"--parallel gives each process a card of its own, found --device {device}, one card for all processes. "
+            "Pass --device cuda, and choose cards with the variable CUDA_VISIBLE_DEVICES"
+        )
+    card, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if card >= cards:
+        raise PeftcoreError(
+            f"--parallel gives each process a card of its own, found process {card + 1} of this machine and {cards} "
+            f"cards. Start fewer processes: torchrun --nproc-per-node {cards}"
+        )
+    return card
 
 
 def leave() -> None:

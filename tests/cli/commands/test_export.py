@@ -13,11 +13,22 @@ from exported import logits, saved_run
 from safetensors.torch import load_file
 
 import peftcore
+from peftcore.cli.commands import export
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported.saved_llama(tmp_path_factory.mktemp("base"))
+
+
+def test_after_an_error_only_what_was_written_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    with pytest.raises(MemoryError), export._whole(folder, [folder / "model.onnx", folder / "adapter"]):
+        (folder / "adapter").mkdir(parents=True)
+        for name in ("adapter/adapter_config.json", "model.onnx", "model.onnx.data", "notes.txt", "model.txt"):
+            (folder / name).write_text("text")
+        raise MemoryError
+    assert sorted(each.name for each in folder.iterdir()) == ["model.txt", "notes.txt"]
 
 
 def test_vllm_and_peft(run: Run, base: Path, tmp_path: Path) -> None:

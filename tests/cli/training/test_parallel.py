@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from whole import WHOLE
 
 from peftcore.cli import console
+from peftcore.cli.training.torchrun import join
+from peftcore.errors import PeftcoreError
 
 METHOD = ("--method", "lora", "--set", "r=4", "--set", "lora_alpha=8")
 STEPS = ("--steps", 6, "--lr", "0.02", "--save-every", 5, "--eval-every", 6)  # an epoch has four
@@ -192,3 +194,21 @@ def test_parallel_and_torchrun_go_together(
     assert "--parallel must be one of ddp, fsdp2, found 'tp'" in run(*common, "--parallel", "tp", code=1).output
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun has started 2 processes" in run(*common, code=1).output
+
+
+@pytest.mark.parametrize(
+    ("device", "local", "message"),
+    [
+        ("cuda:1", "0", r"a card of its own, found --device cuda:1, one card for all.*CUDA_VISIBLE_DEVICES"),
+        ("cuda", "2", r"found process 3 of this machine and 2 cards\. Start fewer processes: .* --nproc-per-node 2"),
+    ],
+)
+def test_each_process_has_a_card_of_its_own(
+    device: str, local: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": local}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PeftcoreError, match=message):
+        join("ddp", device)
