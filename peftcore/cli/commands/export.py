@@ -77,7 +77,7 @@ def export(
         name = _converted(loaded, convert)
     work = _Work(plugin, exporter, given, folder, loaded, base)
     exporter.check(loaded)
-    with _whole(folder, work.paths):
+    with complete_or_removed(folder, work.paths):
         if name is not None and "adapter" in exporter.parts and only != "model":
             work.write_adapter(name, required=only == "adapter" or "model" not in exporter.parts)
         if "model" in exporter.parts and only != "adapter":
@@ -223,7 +223,7 @@ def _new(folder: Path) -> Path:
 
 
 @contextmanager
-def _whole(folder: Path, paths: list[Path]) -> Iterator[None]:
+def complete_or_removed(folder: Path, paths: list[Path]) -> Iterator[None]:
     """Remove what the block wrote to `folder`, which was new or empty, if an error ends it, and nothing else.
 
     Args:

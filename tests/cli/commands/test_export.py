@@ -23,7 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_after_an_error_only_what_was_written_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    with pytest.raises(MemoryError), export._whole(folder, [folder / "model.onnx", folder / "adapter"]):
+    with pytest.raises(MemoryError), export.complete_or_removed(folder, [folder / "model.onnx", folder / "adapter"]):
         (folder / "adapter").mkdir(parents=True)
         for name in ("adapter/adapter_config.json", "model.onnx", "model.onnx.data", "notes.txt", "model.txt"):
             (folder / name).write_text("text")
