@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
+
 T = TypeVar("T")
 _MOST = 400  # lines
 
@@ -58,10 +60,11 @@ def _lines(call: Callable[[], Any], files: tuple[str, ...], stop: int = -1) -> l
     def in_call(frame: Any, _event: str, _argument: Any) -> Any:
         return in_frame if frame.f_code.co_filename.endswith(files) else None
 
-    before = sys.gettrace()
+    before, gradients = sys.gettrace(), torch.is_grad_enabled()
     sys.settrace(in_call)
     try:
         call()
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(gradients)  # Python leaves a block unfinished if its last line is interrupted
     return seen
