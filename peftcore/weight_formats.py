@@ -28,7 +28,7 @@ DENSE = WeightFormat(
         (weight := module._parameters.get("weight")) is not None
         and weight.is_floating_point()
         and not is_wrapped(weight)
-        and not has_scaled_float8(module)
+        and (weight.itemsize > 1 or not has_scaled_float8(module))
         and (isinstance(module, nn.Linear) or not (isinstance(module, nn.MultiheadAttention) or is_conv1d(module)))
     ),
     read=lambda module: module.weight,

@@ -20,10 +20,10 @@ from typing import Any, cast
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.base_modules import CHILD, original_forward
+from peftcore.adaptation.base_modules import CHILD, original_forward, restored_after_error
 from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, Branched, Link, OwnForward, expert_link, own_forward
-from peftcore.adaptation.class_swap import BUILT, one_for_each_class, restore_class, subclass, whole
+from peftcore.adaptation.class_swap import BUILT, one_for_each_class, restore_class, subclass
 from peftcore.adaptation.concurrency import ModelLock, disabled_in_thread
 from peftcore.adaptation.divided_experts import ExpertsForward, mesh_of_experts
 from peftcore.adaptation.division import DividedChain, Division, WholeForward, division_of, on_local, on_parts
@@ -81,7 +81,7 @@ def attach(
         lock: lock of the model; None if the module is a model itself.
     """
     if not is_adapted(module):
-        with whole(module):
+        with restored_after_error(module):
             if "forward" in module.__dict__:  # a forward of this instance, as accelerate's hooks set it
                 module.__dict__[OWN_FORWARD] = module.__dict__.pop("forward")
             module.__class__ = _adapted_class(type(module))

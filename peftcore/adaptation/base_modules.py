@@ -74,3 +74,20 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     """Return the unbound forward of `module` without adapters."""
     return original_class(module).forward
+
+
+@contextmanager
+def restored_after_error(module: nn.Module) -> Iterator[None]:
+    """Restore the class and the attributes of `module` if the block, which changes them, raises."""
+    cls, attributes = type(module), dict(module.__dict__)
+    tables = [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
+    try:
+        yield
+    except BaseException:
+        module.__class__ = cls
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+        for table, values in tables:
+            table.clear()
+            table.update(values)
+        raise

@@ -7,8 +7,7 @@ by it. Each class has one subclass, shared by all modules.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -71,23 +70,6 @@ def _rebuild(cls: type[nn.Module], *makers: Maker) -> nn.Module:
     for make in makers:
         cls = make(cls)
     return cls.__new__(cls)
-
-
-@contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
-    """Restore the class and the attributes of `module` if the block, which changes them, raises."""
-    cls, attributes = type(module), dict(module.__dict__)
-    tables = [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
-    try:
-        yield
-    except BaseException:
-        module.__class__ = cls
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
-        for table, values in tables:
-            table.clear()
-            table.update(values)
-        raise
 
 
 def restore_class(module: nn.Module, marker: str) -> None:

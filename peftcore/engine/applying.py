@@ -26,7 +26,7 @@ from peftcore.engine.divided import divide_experts, is_divided, refuse_divided, 
 from peftcore.engine.first_values import initialize_adapter, initializer
 from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.placing import Placed, device_and_dtype, placements_for, recorded, warn_of_little, with_memory
-from peftcore.engine.removing import detach_adapter, detach_rest, enclosing_paths
+from peftcore.engine.removing import detach_adapter, detach_rest
 from peftcore.engine.state import (
     STATE,
     Applied,
@@ -37,7 +37,7 @@ from peftcore.engine.state import (
     refuse_per_sample,
     state_of,
 )
-from peftcore.engine.trained import TrainedParameters, refuse_sharded_parameters
+from peftcore.engine.trained import TrainedParameters, enclosing_paths, refuse_sharded_parameters
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
 from peftcore.method import Model

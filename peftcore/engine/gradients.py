@@ -79,6 +79,9 @@ def _cut_off(model: nn.Module) -> tuple[str, str] | None:
     seen = set()
     for path, module in base_modules(model):
         weight: Any = module._parameters.get("weight")
+        plain = weight is None or (type(weight) is nn.Parameter and weight.itemsize > 1)
+        if plain and (isinstance(module, nn.Linear) or not hasattr(module, "in_features")):
+            continue
         if is_unknown_linear(module) or has_scaled_float8(module):
             found = path, type(module).__name__
         elif weight is None or type(weight) is nn.Parameter or not is_linear(module):

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from peftcore import ops, ranks
 from peftcore.adaptation.adapted import active_names, adapter_at, has_forward_of_instance, inside, is_active
-from peftcore.adaptation.base_modules import base_modules, original_class
-from peftcore.adaptation.class_swap import whole
+from peftcore.adaptation.base_modules import base_modules, original_class, restored_after_error
 from peftcore.adapter import Adapter, implements
 from peftcore.engine import lazy_handlers as lazy_handlers
 from peftcore.engine.lazy_tensor import Head, LazyLogits, Recipe, lazy
@@ -67,7 +66,7 @@ def lazy_logits(model: M, *, enabled: bool = True) -> M:
             "it on a language model, or leave the call out"
         )
     head = model.get_submodule(path)
-    with whole(head):
+    with restored_after_error(head):
         for handle in head.__dict__.pop(_HANDLE, ()):
             handle.remove()
         if not enabled:

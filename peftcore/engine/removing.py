@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -21,7 +21,7 @@ from peftcore.engine.state import (
     refuse_merged,
     require_state,
 )
-from peftcore.engine.trained import TrainedParameters, tied_to
+from peftcore.engine.trained import TrainedParameters, enclosing_paths
 from peftcore.errors import warn
 from peftcore.method import Model
 
@@ -126,17 +126,3 @@ def _restore_base(model: nn.Module, state: State) -> None:
         state.watching.remove()
     state.lock.retired = True
     model.__dict__.pop(STATE, None)
-
-
-def enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:
-    """Return the paths of the modules whose calls take the model's lock.
-
-    They are the model, every ancestor of the modules `paths`, and the modules that own the parameters `trained`, with
-    their ancestors.
-    """
-    found = {"", *(name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained)))}
-    for path in [*paths, *found]:
-        while path:
-            path = path.rpartition(".")[0]
-            found.add(path)
-    return sorted(found)

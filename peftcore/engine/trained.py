@@ -307,6 +307,20 @@ def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name, tensor in base.items() if id(tensor) in tensors and name not in names]
 
 
+def enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:
+    """Return the paths of the modules whose calls take the model's lock.
+
+    They are the model, every ancestor of the modules `paths`, and the modules that own the parameters `trained`, with
+    their ancestors.
+    """
+    found = {"", *(name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained)))}
+    for path in [*paths, *found]:
+        while path:
+            path = path.rpartition(".")[0]
+            found.add(path)
+    return sorted(found)
+
+
 def modules_tied_to(model: nn.Module, path: str) -> list[str]:
     """Return the modules that share the weight of the module at `path`, unless the model's config unties them."""
     untied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False

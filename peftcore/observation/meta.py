@@ -64,11 +64,9 @@ class MetaFloats(TorchDispatchMode):
             return _without_values(operator, args, {**kwargs, "device": "meta"}, _FILLED[operator](args))
         for tensor in tensors:
             if tensor.is_meta:
-                return self._run_on_meta(operator, args, kwargs)
-        return _run_on_cpu(operator, args, kwargs, tensors)
-
-    def _run_on_meta(self, operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run an operator with a meta tensor among its arguments."""
+                break
+        else:
+            return _run_on_cpu(operator, args, kwargs, tensors)
         if operator._schema.name == _WRAPPED:
             return aten.alias.default(*args)
         if operator is aten._local_scalar_dense.default:

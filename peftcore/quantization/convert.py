@@ -12,8 +12,7 @@ from torch import nn
 
 from peftcore import ranks
 from peftcore.adaptation import fast_path
-from peftcore.adaptation.base_modules import base_modules, walked_once
-from peftcore.adaptation.class_swap import whole
+from peftcore.adaptation.base_modules import base_modules, restored_after_error, walked_once
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of
@@ -286,7 +285,7 @@ def convert_dense(
 
 def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None) -> QuantizedLinear:
     """Turn a linear layer or Conv1D into a `QuantizedLinear` with this weight, in place."""
-    with whole(module):
+    with restored_after_error(module):
         for attribute in ("nf", "nx"):  # Conv1D's
             module.__dict__.pop(attribute, None)
         module.out_features, module.in_features = weight.shape
@@ -303,7 +302,7 @@ def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None
 
 def make_plain(module: Any, weight: nn.Parameter) -> None:
     """Turn a quantized layer into an `nn.Linear` with this weight, in place."""
-    with whole(module):
+    with restored_after_error(module):
         mark_as_loaded(weight, module.weight)
         module.weight = weight
         for name in list(module._buffers):
@@ -389,7 +388,7 @@ def _bits_of(module: nn.Module, path: str) -> PackedWeight:
 def _adopt(module: Any, packed: PackedWeight) -> None:
     """Turn a layer of bitsandbytes into a `QuantizedLinear` with the same bits."""
     compute_dtype = module.compute_dtype
-    with whole(module):
+    with restored_after_error(module):
         for attribute in ("quant_state", "quant_storage", "compute_type_is_set", "support_avx512bf16_for_cpu"):
             module.__dict__.pop(attribute, None)
         del module._parameters["weight"]

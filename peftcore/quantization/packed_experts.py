@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from peftcore.adaptation.base_modules import restored_after_error
 from peftcore.adaptation.chain import keep_attributes
-from peftcore.adaptation.class_swap import one_for_each_class, restore_class, subclass, whole
+from peftcore.adaptation.class_swap import one_for_each_class, restore_class, subclass
 from peftcore.experts import experts_forward, experts_layout, has_interface_forward
 from peftcore.observation.detecting import mark_as_loaded
 from peftcore.ops import PackedWeight
@@ -26,7 +27,7 @@ _UNPACKED = "_peftcore_unpacked"
 
 def pack_parameter(module: Any, name: str, weight: PackedWeight, compute_dtype: torch.dtype | None) -> None:
     """Store `weight` as the parameter `name` of a module of experts, in place."""
-    with whole(module):
+    with restored_after_error(module):
         if not isinstance(module, PackedParameters):
             module.__class__ = packed_class(type(module))
             module.compute_dtype = compute_dtype
