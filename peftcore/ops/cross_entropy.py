@@ -281,11 +281,10 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "cross_entropy cannot be differentiated twice (create_graph=True). Use F.cross_entropy instead"
-            )
         logits, labels = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: PyTorch's own formula can be differentiated again
+            losses = _by_pytorch(logits, labels, ctx.ignore_index)
+            return torch.autograd.grad(losses, logits, grad, create_graph=True)[0], None, None
         of_logits = torch.zeros_like(logits)
         for piece in _pieces(logits, labels, ctx.ignore_index):
             of_losses = _losses_and_gradient(logits[piece], labels[piece], ctx.ignore_index, True)[1]
@@ -305,6 +304,10 @@ def _losses_and_gradient(rows: Tensor, labels: Tensor, ignore_index: int, gradie
     return losses, rows
 
 
+def _by_pytorch(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    return F.cross_entropy(logits.to(wide(logits)), labels, ignore_index=ignore_index, reduction="none")
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Return the cross-entropy of each row, as `F.cross_entropy(logits.float(), labels, reduction="none")`.
 
@@ -317,7 +320,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
         ignore_index: label of rows without one.
 
     Returns:
-        fp32 (for float64, float64) `[...]`. The gradient cannot be differentiated again.
+        fp32 (for float64, float64) `[...]`.
 
     Raises:
         ValueError: shapes do not fit.
@@ -329,7 +332,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
     value(list(labels.shape) == shape[:-1], op, f"labels must be {shape[:-1]}, found {list(labels.shape)}")
     rows, flat = logits.reshape(-1, shape[-1]), labels.reshape(-1)
     if type(logits) is not Tensor or labels.is_meta or torch.compiler.is_compiling() or transformed():
-        losses = F.cross_entropy(rows.to(wide(rows)), flat, ignore_index=ignore_index, reduction="none")
+        losses = _by_pytorch(rows, flat, ignore_index)
     else:
         losses = _Losses.apply(rows, flat, ignore_index)  # type: ignore[no-untyped-call]
     return losses.reshape(labels.shape)

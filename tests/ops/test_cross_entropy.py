@@ -56,9 +56,21 @@ def test_what_cannot_be_computed_is_an_error():
     for shape in ((3, 0), ()):
         with pytest.raises(ValueError, match=rf"logits must be \[..., classes\], found \{list(shape)}"):
             ops.cross_entropy(torch.zeros(shape), torch.zeros(shape[:-1], dtype=torch.long))
-    loss = ops.cross_entropy(logits, torch.zeros(3, dtype=torch.long)).sum()
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+def test_second_derivatives() -> None:
+    logits, labels = torch.randn(4, 9, dtype=torch.float64, requires_grad=True), torch.tensor([0, 8, -100, 3])
+    assert torch.autograd.gradgradcheck(lambda t: ops.cross_entropy(t, labels), logits)
+    wanted, found = (second_gradient(function, logits.detach(), labels) for function in (exact, ops.cross_entropy))
+    in_fp32 = second_gradient(ops.cross_entropy, logits.detach().float(), labels)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(in_fp32.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def second_gradient(function, logits, labels):
+    logits = logits.clone().requires_grad_()
+    (first,) = torch.autograd.grad(function(logits, labels).square().sum(), logits, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), logits)[0]
 
 
 def test_transforms_and_compiled_code_take_pytorchs():
