@@ -4,7 +4,7 @@
 
 Llama-2-7B's shape, fields at their defaults; the fastest of some times, each on a model of its own, in processor time.
 Next to it are what is trained, and what else the adapters have (banks, indices), each storage once. The meta
-device computes and moves nothing, so the floor is zero; trace.py counts the calls.
+device computes and moves nothing, so the floor is zero.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Run benchmarks one after the other, the shortest first; `make bench` calls this with all of them.
 
-    python benchmarks/run_all.py benchmarks/trace.py "benchmarks/decode.py --shapes smollm2-135m" ...
+    python benchmarks/run_all.py benchmarks/lora.py "benchmarks/decode.py --shapes smollm2-135m" ...
 
 Each argument is a script and its options. What a script prints is shown and also kept in build/bench/NAME.txt; where it
 prints nothing for half a minute, a line says how long it has run. The table at the end has the seconds that each took,
@@ -31,7 +31,6 @@ SILENCE = 30  # seconds
 SECONDS = {
     "experts_cuda": 2,
     "lora_cuda": 2,
-    "trace": 8,
     "qlora_large": 10,
     "linear_cross_entropy": 14,
     "layer": 26,

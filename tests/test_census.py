@@ -41,7 +41,6 @@ def _examine(names: Sequence[str]) -> None:
     assert sum("none" not in row for row in rows) > len(names) / 2
 
 
-@pytest.mark.slow
 def test_a_class_of_each_kind() -> None:
     """Families that every method's conformance tries run in `make test-all`."""
     names = (*OF_EACH_KIND, *(IN_CONFORMANCE if WHOLE else ()))

@@ -23,7 +23,6 @@ COMING_FROM = sorted(set((ROOT / "docs/coming-from").glob("*.md")) - {ROOT / "do
 DAILY_GUIDES = ("classification.md",)  # the others run in `make test-all`
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("plugins/*/README.md"))]  # nothing is run
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a tiny one stands in for it, as a folder where the code runs
-README_WORDS = 900
 # A block of code, unless the line above says that it is not run here, and why.
 BLOCK = re.compile(r"(<!-- not run here: [^\n]* -->\n)?```(python|sh|toml)\n(.*?)```", re.DOTALL)
 NOT_RUN = {"plugins.md"}  # parts of one module, of which test_tutorial.py runs the whole
@@ -196,10 +195,6 @@ def test_the_keys_of_other_programs_files_are_in_the_table(page: Path) -> None:
     keys = {key for file in files for key in re.findall(r"^[\s-]*(\w{4,}):", file, re.MULTILINE)} - {"type", "path"}
     assert len(keys) > 15
     assert keys - shown == set()
-
-
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().split()) <= README_WORDS
 
 
 def test_every_public_name_is_in_the_api() -> None:

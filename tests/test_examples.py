@@ -58,14 +58,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_example_is_run_and_short() -> None:
+def test_every_example_is_run() -> None:
     paths = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("distributed/*.py")]
     scripts = {path.relative_to(EXAMPLES).with_suffix("").as_posix(): path for path in paths}
     assert scripts.keys() == RUNS.keys() | ENGINES.keys()
-    assert all(len(path.read_text().splitlines()) < 40 for path in scripts.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RUNS))
 def test_example(name: str, base: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -89,7 +87,6 @@ def test_example(name: str, base: Path, tmp_path: Path) -> None:
     assert learned and all(p.abs().max() > 0 for p in learned)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", list(ENGINES))
 def test_example_of_an_engine(name: str, base: Path, tmp_path: Path) -> None:
     """It trains, and started again it has nothing left to do."""
@@ -110,7 +107,6 @@ def test_example_of_an_engine(name: str, base: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[1][n], p) for n, p in found[0].items())
 
 
-@pytest.mark.slow
 def test_example_of_an_engine_that_replaces_a_killed_worker(base: Path, tmp_path: Path) -> None:
     """Ray starts both workers again, which continue from the newest checkpoint as if nothing had happened."""
     from transformers import AutoModelForCausalLM

@@ -87,7 +87,6 @@ for mode in (
 """
 
 
-@pytest.mark.slow
 def test_tables_are_ordinary_tensors_whatever_mode_they_are_imported_under() -> None:
     command = [sys.executable, "-W", "error", "-c", IMPORTS]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)

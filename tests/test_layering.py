@@ -2,7 +2,6 @@
 
 import ast
 import re
-from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -87,19 +86,11 @@ def test_no_circle_in_a_plugin_even_for_types(package: Path) -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_modules_have_distinct_names() -> None:
-    """A name that two modules share leads to the wrong one. Files in `cli/commands` are named after the commands."""
-    for package in (CORE, *ROOT.glob("plugins/*/peftcore_*/")):
-        stems = Counter(file.stem for file in package.rglob("*.py") if file.parent.name != "commands")
-        assert [stem for stem, count in stems.items() if count > 1 and not stem.startswith("__")] == [], package
-
-
 def test_no_private_name_is_used_across_modules() -> None:
     found = [f"{module}: {name}" for module, file in MODULES.items() for name in private_names(file)]
     assert found == []
 
 
-@pytest.mark.slow
 def test_tests_use_no_private_name_but_those_of_operators() -> None:  # whose references and steps have no others
     files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("plugins/*/tests/*.py"), *ROOT.glob("benchmarks/**/*.py")]
     found = [f"{file.relative_to(ROOT)}: {name}" for file in files for name in private_names(file)]

@@ -37,7 +37,6 @@ def archived(project: Path) -> dict[str, tarfile.TarInfo]:
         return {member.name.partition("/")[2]: member for member in held}
 
 
-@pytest.mark.slow
 def test_the_source_archive_holds_every_file(tree: Path) -> None:
     files = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if not path.is_dir()}
     left_behind = [

@@ -113,7 +113,6 @@ def test_users_of_models_see_no_name_of_the_contract() -> None:
     assert USERS & {*peftcore.plugin.__all__} == errors
 
 
-@pytest.mark.slow
 def test_a_module_is_imported_when_a_name_of_it_is_used() -> None:
     code = (
         "from peftcore.plugin import Command, hookimpl; import sys; print('torch' in sys.modules); "

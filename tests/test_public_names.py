@@ -60,7 +60,6 @@ def without_sources(tmp_path: Path) -> Path:
 NO_BINARIES = shutil.ignore_patterns("*.so", "__pycache__")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["zipped", "without_sources"])
 def test_names_are_found_where_there_is_no_source_file(where: str, request: pytest.FixtureRequest) -> None:
     path = str(request.getfixturevalue(where))
@@ -76,7 +75,6 @@ def test_a_function_stays_when_modules_are_imported() -> None:
     assert peftcore.summary is peftcore.engine.summary.summary
 
 
-@pytest.mark.slow
 def test_rooms_are_imported_when_they_are_named() -> None:
     code = (
         "import peftcore, sys; print('torch' in sys.modules, peftcore.targets.select.__name__, 'torch' in sys.modules)"

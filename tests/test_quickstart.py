@@ -23,7 +23,6 @@ def test_its_examples_are_conversations_with_one_answer_to_each_question() -> No
     assert json.loads(line)["messages"] == rows[0].messages, "the page shows the first of them"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not LLAMA.exists(), reason=f"llama.cpp is not built ({LLAMA}): make export-check does, in five minutes"
 )

@@ -42,13 +42,11 @@ def sparse_gain(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     registry.unregister("sparse-gain")
 
 
-@pytest.mark.slow
 def test_the_tutorials_result(sparse_gain: ModuleType) -> None:
     sparse_gain.test_conformance()
     sparse_gain.test_few_are_left()
 
 
-@pytest.mark.slow
 def test_the_pages_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source,) = [block for block in BLOCKS if "GainConfig:" in block]
     file = tmp_path / "peftcore_gain.py"

@@ -24,7 +24,6 @@ def mypy(*arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", ["user.py", "author.py"])
 def test_a_script_is_understood(script: str) -> None:
     lines = enumerate((TYPED / script).read_text().splitlines(), 1)

@@ -64,7 +64,6 @@ def test_two_weight_formats_of_one_name_are_refused(discover) -> None:
         discover(("dense", blocks("dense"), "d")).offered("peftcore_weight_formats", WeightFormat)
 
 
-@pytest.mark.slow
 def test_the_format_of_other_libraries_tensors_is_there_without_the_contract() -> None:
     """A plugin that imports nothing of `peftcore.quantization` reads weights of torchao and quanto, too."""
     code = (

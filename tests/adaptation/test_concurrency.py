@@ -78,7 +78,6 @@ class Own(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [lambda inner: inner, Own], ids=["of torch", "own"])
 def test_calls_of_a_compiled_model_are_calls(kind: Callable[[nn.Module], nn.Module]) -> None:
     torch._dynamo.reset()

@@ -41,7 +41,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
 def test_every_case_of_the_emulator_passes_and_is_reported(run: Path) -> None:
     found = {row["name"]: row for row in rows(run) if row["stage"] == "correctness"}
     emulated = [case for case in all_cases() if case.emulated]
@@ -53,7 +52,6 @@ def test_every_case_of_the_emulator_passes_and_is_reported(run: Path) -> None:
     assert "| correctness: lora_linear |" in report
 
 
-@pytest.mark.slow
 def test_the_cases_that_the_page_names_reach_the_kernels(run: Path) -> None:
     reached: dict[str, set[str]] = {}
     for row in rows(run):
@@ -81,7 +79,6 @@ def test_names_of_cases_are_unique() -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.slow
 def test_failures_crashes_and_hangs_are_rows_and_the_rest_runs(tmp_path: Path) -> None:
     options = ["--emulator", "--table", "card.faulty", "--patience", "5", "--only", "correctness", "report"]
     done = card(tmp_path, *options, "--seconds", "0")

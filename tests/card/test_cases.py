@@ -5,7 +5,7 @@ import torch
 
 from card.table import Case, Place, Skip, all_cases
 
-pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"), pytest.mark.slow]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.mark.parametrize("case", all_cases() if torch.cuda.is_available() else [None], ids=str)

@@ -79,7 +79,6 @@ def run(stage: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[d
     return rows
 
 
-@pytest.mark.slow
 def test_timings(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(stages.timings, tmp_path, monkeypatch)
     groups = {row["group"] for row in rows}
@@ -90,14 +89,12 @@ def test_timings(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "| peftcore QLoRA |" in stages.report.measurements(rows)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, where peft asks it
 def test_training(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(stages.training, tmp_path, monkeypatch)
     assert {row["name"] for row in rows} == {"peftcore LoRA", "peftcore QLoRA", "peft LoRA"}
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_decoding(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(stages.decoding, tmp_path, monkeypatch)

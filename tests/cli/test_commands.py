@@ -35,7 +35,6 @@ def test_plugins_show_what_is_broken(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert "peftcore-limp" in output and "0.3" in output and "broken: ImportError: no leg" in output.replace("\n", " ")
 
 
-@pytest.mark.slow
 def test_plugins_survives_a_broken_one_in_strict_mode(tmp_path: Path) -> None:
     """A plugin that raises on import, really installed: `plugins` lists it, and asking for it is an error."""
     (tmp_path / "peftcore_limp.py").write_text("raise RuntimeError('no leg')\n")

@@ -74,7 +74,6 @@ def test_info_takes_the_folder_as_other_commands_do(run: Run, tmp_path: Path) ->
     assert "info shows one adapter" in run("info", tmp_path, "-a", tmp_path, code=1).output
 
 
-@pytest.mark.slow  # the first that imports what suggest needs
 def test_suggest_takes_the_task_and_the_number_of_the_data(
     run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

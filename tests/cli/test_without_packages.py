@@ -27,7 +27,6 @@ def test_the_core_imports_no_plugin() -> None:
     assert {name: names for name, names in found.items() if names} == {}
 
 
-@pytest.mark.slow
 def test_train_without_the_packages(
     run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

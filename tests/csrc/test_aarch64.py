@@ -67,7 +67,6 @@ def check_same_bits(found: dict[tuple[str, str], tuple[int, str]]) -> None:
         assert {found[level, family] for level in levels_of(found)} == {found["portable", family]}
 
 
-@pytest.mark.slow
 def test_a_fifth_of_the_cases_agrees_with_sums_in_double_at_every_level(binary):
     found = results(QEMU, "-cpu", "max", binary, "brief")
     assert levels_of(found) == ("portable", "neon", "neonbf16")

@@ -66,7 +66,6 @@ def test_a_level_is_chosen_by_name():
     ops.extension.set_cpu_level(before)
 
 
-@pytest.mark.slow
 @needs_extension
 def test_the_environment_chooses_a_level():
     done = python(ROUND_TRIP, PEFTCORE_CPU_LEVEL="portable")
@@ -105,7 +104,6 @@ def test_without_the_extension_references_give_the_same_values():
     assert float(without.stdout.split("|")[-1]) == ops.dequantize_4bit(ops.quantize_4bit(x)).sum().item()
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_operators_pass_opcheck_without_the_extension():
     tests = str(ROOT / "tests" / "ops" / "test_quant4.py")
@@ -179,7 +177,6 @@ def test_there_is_one_openmp_in_a_process():
     assert b"libgomp" not in binary or "clang" in build_info().compiler
 
 
-@pytest.mark.slow
 @needs_extension
 def test_an_operator_whose_kernel_takes_other_arguments_says_rebuild():
     """A schema that was changed on the Python side alone: known at import, by PyTorch's own comparison."""
@@ -246,7 +243,6 @@ def build(tmp_path, **environment):
     return done, json.loads(path.read_text()) if path.exists() else None
 
 
-@pytest.mark.slow
 def test_without_a_compiler_the_package_installs_and_says_why(tmp_path):
     done, record = build(tmp_path, CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
@@ -255,7 +251,6 @@ def test_without_a_compiler_the_package_installs_and_says_why(tmp_path):
     assert not list(tmp_path.rglob("_C*"))
 
 
-@pytest.mark.slow
 def test_a_demanded_build_that_fails_is_an_error(tmp_path):
     done, record = build(tmp_path, CXX="false", PEFTCORE_CUDA="0", PEFTCORE_REQUIRE_EXT="1")
     assert done.returncode != 0 and record is None

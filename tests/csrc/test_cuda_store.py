@@ -10,7 +10,6 @@ from compiled import compiled
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_a_call_that_fails_loses_no_page_and_publishes_no_event():
     sources = [ROOT / "tests" / "csrc" / "cuda_store.cpp", ROOT / "csrc" / "optim" / "pool.cpp"]

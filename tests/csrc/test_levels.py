@@ -60,7 +60,6 @@ def test_a_build_level_is_a_run_time_level():
     )
 
 
-@pytest.mark.slow
 @needs_extension
 def test_each_level_is_forced_by_its_name(levels):
     for level in levels:

@@ -122,7 +122,6 @@ def test_blocks_of_a_cluster_read_each_other(emulated):
         cluster(found, 4, 8, 0, 1)
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_reads_out_of_range_are_found_by_the_address_sanitizer(sanitized):
     assert sanitized("read", 100).stdout == "nothing found\n"
@@ -130,7 +129,6 @@ def test_reads_out_of_range_are_found_by_the_address_sanitizer(sanitized):
     assert found.returncode != 0 and "heap-buffer-overflow" in found.stderr and "neighbour_kernel" in found.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_writes_beyond_shared_memory_are_found_by_the_sanitizers(sanitized):
     assert sanitized("shared", 31).stdout == "nothing found\n"

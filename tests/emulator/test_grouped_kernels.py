@@ -303,7 +303,6 @@ def test_nothing_to_do(kernels):
     assert kernels.down(nothing, offsets_of((0, 0)), torch.ones(2, 4, 16), False).shape == (0, 4)
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):
     done = sanitized("grouped", 1)

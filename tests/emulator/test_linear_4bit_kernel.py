@@ -82,7 +82,6 @@ def test_panels_of_w(emulated, dtype, batch, shape):
     check(run(emulated, *arguments, seed=batch), wanted, magnitude)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", nightly_but([(1024, 64), (2048, 30), (4096, 9)], [(2048, 30)]), ids=str)
 def test_clusters_of_two_four_and_eight_blocks_give_the_bits_of_another_launch(emulated, shape):
     columns, batch = shape
@@ -132,7 +131,6 @@ def test_codes_off_their_alignment(emulated, dtype, columns, offset):
     check(run(emulated, x, view, bias), wanted, magnitude)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", nightly_but([(1024, 11), (75, 11), (1088, 33)], [(75, 11)]), ids=str)
 def test_every_order_of_threads_gives_the_same_bits(emulated, shape):
     columns, batch = shape
@@ -152,7 +150,6 @@ def test_nothing_to_do_and_too_much(emulated):
         run(emulated, *arguments)
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):
     done = sanitized("linear", 1)

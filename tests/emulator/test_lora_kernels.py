@@ -324,7 +324,6 @@ def test_memory_off_its_alignment(kernels):
     check_product(kernels.up(thin, [a.T.contiguous()], x[None], add=False)[0], thin.double(), a.double())
 
 
-@pytest.mark.slow
 def test_every_order_of_threads_gives_the_same_bits(kernels):
     x, a = normal(70, 1100, dtype=torch.bfloat16), normal(20, 1100, seed=1)
     wide, thin = normal(600, 130, dtype=torch.half), normal(600, 12, seed=1)
@@ -371,7 +370,6 @@ def test_more_blocks_than_a_launch_has_are_refused(emulated):
     assert not s.any()
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):
     done = sanitized("lora", 1)

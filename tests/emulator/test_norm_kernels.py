@@ -164,7 +164,6 @@ def test_swiglu(emulated, rows, columns, dtype):
     torch.testing.assert_close(dx, SwigluBackward(grad, x).compute(), rtol=step, atol=step / 8 + 2e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):
     done = sanitized("norms", 1)

@@ -141,7 +141,6 @@ def test_an_expert_is_a_view(emulated, emulated_library, shape, nested):
         torch.testing.assert_close(y, inputs @ whole[index].T, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):
     done = sanitized("quant4", 1)

@@ -113,7 +113,7 @@ def test_the_teacher_has_neither_dropout_nor_trained_parameters_of_the_base() ->
         assert found.lm_head.weight.grad is not None
 
 
-@pytest.mark.parametrize("how", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["checkpointed", "compiled"])
 def test_calls_that_run_otherwise(how: str) -> None:
     found, wanted = model(), model()
     called = torch.compile(found, backend="eager") if how == "compiled" else found

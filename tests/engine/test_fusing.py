@@ -206,7 +206,6 @@ def test_changed_settings_and_dtypes() -> None:
         same(step(model), step(plain), 4e-2)
 
 
-@pytest.mark.slow
 def test_compiled_models_compute_their_own_forward() -> None:
     model = peftcore.fuse(family())
     wanted = step(model)

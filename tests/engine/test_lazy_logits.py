@@ -265,7 +265,6 @@ def test_copies_and_files_of_the_model(tmp_path: Any) -> None:
     assert has_lazy_logits(model) and "logits are computed only if they are read" in str(peftcore.summary(other))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_models_have_plain_logits() -> None:
     model = peftcore.lazy_logits(adapted(tiny.llama())).train()

@@ -95,7 +95,6 @@ def losses_of(kind: str, folder: Path, enabled: bool) -> list[float]:
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "orpo"])
 def test_trainers(kind: str, tmp_path: Path, computed: list[int]) -> None:

@@ -86,7 +86,6 @@ def test_a_change_costs_what_it_touches(change: Callable[[nn.Module], Any]) -> N
     assert growth / 30 < LAYERS / 2  # for each adapter that is not touched: it is named, its layers are not walked
 
 
-@pytest.mark.slow
 def test_a_layer_of_an_adapter_is_few_objects() -> None:
     """Of those that the garbage collector walks: it does so time and again, and the more there are, the longer."""
 

@@ -28,7 +28,6 @@ def found() -> peftcore.Suggestion:
     return peftcore.suggest(CONFIG, memory="600MB", length=32, examples=1000, r=(4,), **{**ONE, "max_ways": 2})
 
 
-@pytest.mark.slow
 def test_ways_are_on_the_front_and_fit(found: peftcore.Suggestion) -> None:
     assert found.memory == pytest.approx(64e6) and found.ways
     for way in found.ways:
@@ -59,7 +58,6 @@ def test_on_this_machine_the_process_is_a_range_with_its_libraries(found: peftco
     assert "with Python and its libraries, fastest first:" in str(here) and str(way.memory) in str(here)
 
 
-@pytest.mark.slow
 def test_layers_that_differ_are_followed_whole() -> None:
     """The experts follow three dense layers; the shallow models of the search have only the dense ones."""
     experts = {"n_routed_experts": 64, "moe_intermediate_size": 256, "first_k_dense_replace": 3, "n_group": 1}
@@ -73,7 +71,6 @@ def test_layers_that_differ_are_followed_whole() -> None:
     assert 100e6 < way.memory.high <= usable(850e6)
 
 
-@pytest.mark.slow
 def test_a_language_model_inside_another_and_fields_that_are_lists() -> None:
     text = {**SIZES, "num_hidden_layers": 4, "head_dim": 16, "vocab_size": 320}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -109,7 +106,6 @@ def test_what_cannot_be_answered(arguments: dict[str, object], message: str) -> 
         peftcore.suggest(CONFIG, length=16, methods=["lora"], **{"device": "cpu", **arguments})  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
 def test_ranks_share_the_examples_and_the_base(found: peftcore.Suggestion) -> None:
     shared = {"ranks": 8, "shard": True, "examples": 1000, "length": 32}
     alone, eight = found.ways[0], peftcore.suggest(CONFIG, memory="600MB", r=(4,), **shared, **ONE).ways[0]
@@ -124,7 +120,6 @@ def test_no_config() -> None:
         peftcore.suggest(object(), memory="1GB", device="t4")
 
 
-@pytest.mark.slow
 def test_what_would_help_where_nothing_fits() -> None:
     wide = LlamaConfig(**WIDE, vocab_size=32000)
     with pytest.raises(PeftcoreError, match=r"Examples of at most \d+ tokens would fit \(--max-length"):

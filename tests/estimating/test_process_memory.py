@@ -16,7 +16,6 @@ from whole import nightly_but
 import peftcore
 
 pytestmark = [
-    pytest.mark.slow,  # a process imports transformers
     pytest.mark.skipif(sys.platform != "linux", reason="the peak comes from /proc/self/status"),
 ]
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2}

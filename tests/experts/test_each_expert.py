@@ -353,14 +353,12 @@ def test_planned_and_summed_up() -> None:
     assert plan.rows[0][2] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.slow
 def test_one_graph_is_refused_with_the_reason() -> None:
     model = applied_to(mixture("qwen3_moe", num_hidden_layers=1), "dora", r=4, target_modules=["experts"])
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Message: an adapter acts on experts one by one.*Compile"):
         torch.compile(model, backend="eager", fullgraph=True)(**INPUTS)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Hugging Face PEFT cannot read this file")
 def test_what_the_suite_tries(capsys: pytest.CaptureFixture[str]) -> None:
     peft_lacks = "PEFT has no DoRA of stacked experts"

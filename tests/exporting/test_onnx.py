@@ -17,7 +17,6 @@ import peftcore
 from peftcore import PeftcoreError
 
 
-@pytest.mark.slow
 def test_it_computes_the_same_for_any_batch(tmp_path: Path) -> None:
     model = apply(llama(num_hidden_layers=1), r=4, lora_dropout=0.5, target_modules=["q_proj", "down_proj"]).train()
     file = peftcore.export(model, tmp_path / "model.onnx", format="onnx")

@@ -135,7 +135,6 @@ for attempt in range(80):
 """
 
 
-@pytest.mark.slow
 def test_sigkill_at_random_points(tmp_path: Path) -> None:
     """80 times, in a loop that saves two sets of three adapters by turns: what is there is one of the two."""
     here = Path(__file__).parent
@@ -151,7 +150,6 @@ def _writer(folder: Path, value: int) -> None:
         time.sleep(0.02)  # for the other one to get the lock
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("locks", [True, False])
 def test_writers_and_readers_side_by_side(tmp_path: Path, monkeypatch, locks: bool) -> None:
     """With locks every save succeeds; without, a mixture is possible on the disk, and is never read."""

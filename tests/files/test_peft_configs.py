@@ -210,7 +210,6 @@ def test_two_methods_that_may_read_it_are_named() -> None:
         peftcore.apply(tiny.llama(), peft.LoraConfig())
 
 
-@pytest.mark.slow
 def test_peft_is_not_imported_for_the_question() -> None:
     code = (
         "import sys, torch, peftcore\n"

@@ -10,7 +10,6 @@ COUNT = 2000
 LEVELS = list(ops.extension.cpu_levels()) if ops.extension is not None else []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "level", nightly_but(LEVELS, [LEVELS[0], LEVELS[-1]] if LEVELS else [])
 )  # all in test_levels_agree
@@ -25,7 +24,6 @@ def test_every_call_is_right_or_refused(level):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.slow
 def test_memory_ends_where_it_cannot_be_read():
     """The corpus's own instrument: a byte behind a guarded tensor is a segmentation fault."""
     code = "import ctypes, torch; from fuzz.memory import guarded; t = guarded(5, torch.float32); "

@@ -210,7 +210,6 @@ except peftcore.PeftcoreError as error:
 ORDERS = ["import peftcore", "import transformers.pipelines, peftcore"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("order", nightly_but(ORDERS, ORDERS[1:]))
 def test_where_peft_is_not_installed(order: str, adapter: Path, tmp_path: Path) -> None:
     nameless = shutil.copytree(adapter, tmp_path / "nameless")

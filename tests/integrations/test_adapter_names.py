@@ -92,7 +92,6 @@ def test_calls_of_other_threads_are_left_alone(model: Any) -> None:
     assert not wrong
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model(model: Any) -> None:
     wanted = by_activation(model)

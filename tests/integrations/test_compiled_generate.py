@@ -62,7 +62,6 @@ def compiled() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
 def test_a_step_over_four_bits_follows_what_is_done_to_the_adapters(compiled: Compiled) -> None:
     peftcore.activate(compiled.model, "first")
     assert compiled.agrees() and len(compiled.graphs) == 1
@@ -78,7 +77,6 @@ def test_a_step_over_four_bits_follows_what_is_done_to_the_adapters(compiled: Co
     assert torch.equal(first, compiled.tokens())
 
 
-@pytest.mark.slow
 def test_new_values_need_no_new_graph(compiled: Compiled) -> None:
     peftcore.activate(compiled.model, "first")
     assert compiled.agrees()

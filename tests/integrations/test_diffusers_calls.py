@@ -89,7 +89,6 @@ print("done")
 """
 
 
-@pytest.mark.slow
 def test_where_peft_is_not_installed(tmp_path: Path) -> None:
     done = fresh_process.run(CODE, str(Path(__file__).parent.parent), str(tmp_path))
     assert done.returncode == 0 and "done" in done.stdout, done.stderr[-2000:]

@@ -52,7 +52,6 @@ def test_a_model_without_is_not(peft: Any) -> None:
     assert torch.isfinite(wrapped(input_ids=torch.arange(3, 9)[None]).logits).all()
 
 
-@pytest.mark.slow
 def test_peft_that_is_imported_after_apply(peft: Any) -> None:
     folder = str(Path(__file__).parent.parent)
     code = f"import sys; sys.path.insert(0, {folder!r})\n{CODE}"

@@ -55,7 +55,6 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
     assert not files(tmp_path)
 
 
-@pytest.mark.slow
 def test_a_trainer_that_is_imported_after_apply_knows_adapters() -> None:
     script = (
         "import sys, tiny, peftcore\n"

@@ -19,7 +19,6 @@ from peftcore.integrations.reference_model import reference_of, refuse_wrapped
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL calls what transformers has deprecated
     pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'"),
-    pytest.mark.slow,
 ]
 PATH = "/nowhere/base"  # what is loaded from here fails
 SETTINGS = {

@@ -137,7 +137,6 @@ def test_a_second_run_of_a_trainer_adds_it_once(tmp_path: Path) -> None:
     torch.testing.assert_close(gains(found), by_hand()[0], atol=1e-6, rtol=0)
 
 
-@pytest.mark.slow
 def test_a_compiled_model_is_trained_the_same(tmp_path: Path) -> None:
     told = []
     with tiny.installed(tiny.method("watched", loss=pull, after_step=lambda *call: told.append(call[2]))):

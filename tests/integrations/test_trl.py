@@ -16,7 +16,6 @@ from peftcore.engine import adapter_parameters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),  # TRL sets it by its older name
-    pytest.mark.slow,
 ]
 
 

@@ -18,7 +18,6 @@ import peftcore
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL calls what transformers has deprecated
     pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'"),
-    pytest.mark.slow,
 ]
 SETTINGS = {
     "max_steps": 2,

@@ -57,7 +57,6 @@ def equal(params, others):
     return all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", [KINDS["AdamW"], KINDS["PagedAdamW"]], ids=["resident", "paged"])
 @pytest.mark.parametrize("options", [{}, {"betas": (0.3, 0.99), "weight_decay": 0.0}, {"maximize": True}])
 def test_a_thousand_steps_of_adamw_have_the_bits_of_torchs_fused_one(make, options):

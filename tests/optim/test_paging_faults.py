@@ -165,7 +165,6 @@ def test_a_directory_that_is_not_there():
         step(optimizer, params, 0)
 
 
-@pytest.mark.slow
 def test_nothing_is_on_disk_after_a_crash(tmp_path):
     code = f"""
 import os, torch

@@ -69,7 +69,6 @@ def resident_memory():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.slow
 def test_no_leak_over_ten_thousand_steps():
     params = parameters(4)
     optimizer = paged(params, 2 * PAGE)

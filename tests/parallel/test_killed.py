@@ -19,7 +19,6 @@ def cell(moment: str, said: str) -> str:
 
 
 @pytest.mark.nightly
-@pytest.mark.slow
 def test_methods_end_as_the_table_says(tmp_path: Path) -> None:
     rank_bases.write(tmp_path)
     found = run(rank_killed.killed, str(tmp_path), joined=False)[0]

@@ -45,7 +45,6 @@ def test_rank_0_writes_in_ddp(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-@pytest.mark.slow
 def test_a_rank_killed_in_a_save_leaves_a_whole_adapter(tmp_path: Path) -> None:
     """SIGKILL while a sharded model is saved, later each time: 3 times, in `make test-all` 50."""
     base, attempts = rank_work.model(), 50 if WHOLE else 3

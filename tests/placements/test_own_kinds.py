@@ -127,7 +127,6 @@ def test_a_kind_decides_where_it_is_attached() -> None:
             peftcore.merge(model)
 
 
-@pytest.mark.slow  # compiles
 def test_a_link_of_a_plugin_compiles_whole() -> None:
     with tiny.installed(BEFORE):
         model = peftcore.apply(tiny.llama(), "before")

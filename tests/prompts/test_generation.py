@@ -128,7 +128,6 @@ def test_a_prefix_asks_for_no_cache() -> None:
     assert model(tiny.TOKENS).cache.get_seq_length() == N + tiny.TOKENS.shape[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_generation(kind: str) -> None:
     """A compiled forward with a cache, at prefill and at each step; nothing falls back to Python."""

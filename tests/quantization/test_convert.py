@@ -313,7 +313,6 @@ def test_a_summary_counts_weights_not_bytes():
     assert found.base_bytes < 4 * count
 
 
-@pytest.mark.slow
 def test_an_interrupted_quantize_and_dequantize_go_on() -> None:
     model = tiny.llama()
     quantized = peftcore.quantize(copy.deepcopy(model))

@@ -233,7 +233,6 @@ def test_a_wrong_config(fields, message):
         peftcore.FourBitConfig(**fields)
 
 
-@pytest.mark.slow
 def test_importing_peftcore_imports_no_transformers():
     code = "import peftcore, peftcore.quantization, sys; peftcore.quantize; print('transformers' in sys.modules)"
     done = fresh_process.run(code)

@@ -129,7 +129,9 @@ TENSOR, BANK = torch.ones(2), Bank()
 
 
 FAULTS = [
-    pytest.param(BreaksTheGraph, COMPILE, "Llama", marks=pytest.mark.slow),
+    BreaksTheGraph,
+    COMPILE,
+    "Llama",
     (MergesWrong, MERGE, "Llama"),
     (ForgetsTheBias, MERGE, "Qwen2"),
     (ForgetsAPart, FILES, "Llama"),

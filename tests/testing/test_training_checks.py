@@ -152,7 +152,6 @@ def test_two_names_of_a_part_that_export_loses() -> None:
     assert failed(method_of(Gain, state=rules), FILES)
 
 
-@pytest.mark.slow
 def test_on_ranks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     if not WHOLE:  # ranks are forks with the imports done, since starting Python takes most of the time
         processes.start_server()

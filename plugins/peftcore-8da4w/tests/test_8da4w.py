@@ -104,7 +104,6 @@ def test_groups_that_do_not_fit_are_an_error() -> None:
         peftcore.quantize(layer(), "8da4w-g256")
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of models and trainers
 def test_an_adapter_trains_and_is_measured_over_8da4w(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -278,7 +278,6 @@ def test_without_the_package_an_error_names_it(tmp_path: Path, monkeypatch: pyte
         peftcore.estimate(tmp_path, "lora")
 
 
-@pytest.mark.slow
 def test_an_adapter_trains_resumes_and_merges_on_the_command_line(tmp_path: Path) -> None:
     write_folder(tmp_path / "base")
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"the {word}", "completion": "is good"} for word in WORDS])

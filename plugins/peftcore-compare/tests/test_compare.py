@@ -37,7 +37,6 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-@pytest.mark.slow
 @pytest.mark.pictures
 def test_rows_failures_and_what_is_kept(
     run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path
@@ -91,7 +90,6 @@ def test_a_language_model_is_compared_by_its_loss(
     assert f"| lora r=2 | 0.001 | {found['after']['loss']:.3f} |" in table and "| loss |" in table
 
 
-@pytest.mark.slow
 def test_a_search_tries_the_same_rates_for_all_and_chooses_by_examples_that_none_trains_on(
     run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path
 ) -> None:

@@ -176,7 +176,6 @@ def test_every_field_has_a_row() -> None:
     assert fields == ROWS.keys()
 
 
-@pytest.mark.slow
 def test_the_page_says_what_is_found(found: dict[str, list[tuple[str, str]]]) -> None:
     if os.environ.get("PEFTCORE_WRITE_FIELDS"):
         PAGE.write_text(page(found))

@@ -21,7 +21,6 @@ def gpt_oss() -> nn.Module:
     return mixture("gpt_oss")
 
 
-@pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.parametrize("quant_type", ["mxfp4", "nvfp4", "affine4"])
 def test_conformance_in_each_format(quant_type: str) -> None:

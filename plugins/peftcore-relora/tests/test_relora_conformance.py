@@ -17,7 +17,6 @@ def test_conformance() -> None:
     matrix.conformance(ReloraConfig(r=2, restart_every=2, restart_warmup=1), compile_backend="eager")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["shard", "replicate"])
 def test_restarts_on_ranks(how: str) -> None:
     wanted = rank_restarts.trained(None, torch.optim.AdamW)

@@ -176,7 +176,6 @@ def test_a_classifier(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> N
     run("eval", "--adapter", output / "adapter", "-d", labelled)
 
 
-@pytest.mark.slow
 def test_resume_is_bit_exact(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     results = []
     for name in ("whole", "parts"):
@@ -232,7 +231,6 @@ def test_commands_quantize_as_the_record_says(
     ) in " ".join(output.split())
 
 
-@pytest.mark.slow
 def test_training_continues_on_the_base_that_the_record_says(
     run: Run, reviews: Path, tmp_path: Path, skipping: Path
 ) -> None:

@@ -131,7 +131,6 @@ def test_train_and_use(run: Run, own: Path, reviews: Path, tmp_path: Path) -> No
         torch.testing.assert_close(merged(**tokens).logits, adapted(**tokens).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_code_that_computes_logits_alone(run: Run, reviews: Path, tmp_path: Path) -> None:
     """Replit's takes no labels, and was written for a `PreTrainedModel` that could generate."""
     own_code_models.replit(tmp_path / "base")

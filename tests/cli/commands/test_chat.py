@@ -43,14 +43,12 @@ def trained(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.slow
 def test_the_answer_is_learned_with_its_end(trained: Path) -> None:
     found = json.loads((trained / "result.json").read_text())
     assert found["after"]["loss"] < 0.1 * found["before"]["loss"]
     assert dict(found["samples"])["with the adapter"].split() == ["good", "and", "bright"]
 
 
-@pytest.mark.slow
 def test_generate_uses_the_template_that_was_trained(trained: Path, run: Run) -> None:
     result = run("generate", "--adapter", trained, "--prompt", "the story is", "--max-new-tokens", 6)
     assert result.output.split() == ["good", "and", "bright"]

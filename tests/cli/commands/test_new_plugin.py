@@ -18,7 +18,6 @@ from peftcore.registry import registry
 from peftcore.testing import CHECKS, COMPILE, check_method
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", nightly_but([kind.value for kind in Kind], ("around",)))
 def test_each_kind_passes_the_suite(kind: str, tmp_path: Path, monkeypatch) -> None:
     if kind not in ("around", "on-weight"):  # tracing is slow, and tried on two kinds

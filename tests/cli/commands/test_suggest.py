@@ -18,7 +18,6 @@ from peftcore.cli.training import forecast
 ONE = ("--method", "lora", "--rank", 4, "--max-length", 12)
 
 
-@pytest.mark.slow
 def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     output = run("suggest", "-m", llama, "--memory", "1GB", *ONE, "--dtype", "bf16").output
     assert "fits into 1.0 GB on this machine with Python and its libraries, fastest first:" in output
@@ -85,7 +84,6 @@ def test_train_takes_the_fastest_that_fits(run: Run, llama: Path, reviews: Path,
     assert "--fit chooses the optimizer" in other
 
 
-@pytest.mark.slow
 def test_a_classifier_without_a_head(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
     """The folder is of a bare BERT: the task names the class that is trained."""
     arguments = ("-m", bert, "--method", "lora", "--max-length", 12)

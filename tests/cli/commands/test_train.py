@@ -32,7 +32,6 @@ def writer(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> Path:
     return output
 
 
-@pytest.mark.slow
 def test_losses_without_logits(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     found = []
     for name in ("off", "on", "auto"):
@@ -44,7 +43,6 @@ def test_losses_without_logits(run: Run, llama: Path, reviews: Path, tmp_path: P
     assert 'lazy_logits = "on"' in (tmp_path / "on" / "run.toml").read_text()
 
 
-@pytest.mark.slow
 def test_fused_operators(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     found = []
     for name in ("off", "on", "auto"):
@@ -56,7 +54,6 @@ def test_fused_operators(run: Run, llama: Path, reviews: Path, tmp_path: Path) -
     assert found == pytest.approx([found[0]] * 3, rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.pictures
 def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews: Path, tmp_path: Path) -> None:
     found = result_of(writer)

@@ -151,7 +151,6 @@ def test_what_does_not_fit_is_an_error(chats: Path, qwen: Path, llama: Path, tmp
         models.load_processor(str(llama), AUDIO_TEXT)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of models and trainers
 def test_a_run_learns_what_is_heard(chats: Path, qwen: Path, run: Run, tmp_path: Path) -> None:
     output = tmp_path / "run"

@@ -134,7 +134,6 @@ def test_the_figures_are_those_of_the_formula(pairs: Path, smolvlm: Path) -> Non
     assert found.as_dict()["margin"] == pytest.approx(float(margins.mean()), rel=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of models and trainers
 def test_a_run_learns_the_preference(pairs: Path, smolvlm: Path, run: Run, tmp_path: Path) -> None:
     pytest.importorskip("trl")

@@ -142,7 +142,6 @@ def test_texts_are_tokens_of_transformers_where_the_folder_has_them(voxtral: Pat
 
 
 @needs_mistral
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of models and trainers
 def test_a_run_learns_and_answers(chats: Path, voxtral: Path, run: Run, tmp_path: Path) -> None:
     output, answers = tmp_path / "run", tmp_path / "answers.jsonl"

@@ -94,9 +94,7 @@ def test_a_teacher_of_packed_rows_is_tried_with_them(
     assert tried == [([{"input_ids": [1, 2]}], "the teacher")]
 
 
-@pytest.mark.parametrize(
-    "weight", [pytest.param(0.3, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("weight", [0.3, pytest.param(1.0, marks=pytest.mark.nightly)])
 def test_losses_are_those_of_a_loop(weight: float, llama: Path, teacher: Path, rows: Path, run: Run) -> None:
     more = ("--teacher", teacher, "--teacher-weight", weight, "--batch-size", "2", "--grad-accum", "2", "--lr", "1e-2")
     output = rows.parent / "run"

@@ -225,7 +225,6 @@ def image_trainer(model: Any, rows: Any, processor: Any, folder: Path, watch: An
     )
 
 
-@pytest.mark.slow
 def test_plan_suggest_and_fit_of_examples(run: Run, llama: Path, bert: Path, tmp_path: Path) -> None:
     image_models.smolvlm(tmp_path / "smolvlm")
     chats = chats_with(tmp_path, {"type": "image", "path": "1.png"})

@@ -252,9 +252,7 @@ def arguments(base: Path, folder: Path, mode: str) -> tuple[Any, ...]:
     return ("-m", base, "-d", path, "--eval-data", path, *METHOD, *options, "--lr", 0.02)
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param("structured", marks=pytest.mark.nightly), pytest.param("strided", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mode", [pytest.param("structured", marks=pytest.mark.nightly), "strided"])
 def test_resume_is_exact(run: Run, llama: Path, tmp_path: Path, mode: str) -> None:
     found = []
     options = (*arguments(llama, tmp_path, mode), "--steps", 3, "--save-every", 1, "--eval-every", 3, "--keep", 9)
@@ -285,7 +283,6 @@ def test_rewards_rise(run: Run, llama: Path, tmp_path: Path, mode: str) -> None:
     run("generate", "-a", tmp_path / "run", "-p", "the film is")
 
 
-@pytest.mark.slow
 def test_cross_entropy_alone_is_that_of_other_runs(run: Run, llama: Path, tmp_path: Path) -> None:
     """Also with gradient checkpointing, where texts are sampled in evaluation mode."""
     options = list(arguments(llama, tmp_path, "strided"))

@@ -58,7 +58,6 @@ def losses(output: Path) -> tuple[float, float]:
     return found["before"]["loss"], found["after"]["loss"]
 
 
-@pytest.mark.slow
 def test_two_ranks_train_what_one_trains(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     common = ("train", "-m", llama, "-d", reviews, "--eval-data", reviews, *METHOD, *STEPS)
     run(*common, "-o", tmp_path / "alone", "--batch-size", 4)

@@ -57,7 +57,6 @@ def more(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "more.jsonl", rows)
 
 
-@pytest.mark.slow
 def test_it_begins_where_the_adapter_ended(run: Run, first: Path, more: Path, tmp_path: Path) -> None:
     """Base and method are the adapter's; the first loss is that of the adapter, and its file is left as it was."""
     before = tensors_of(first)
@@ -83,7 +82,6 @@ def test_it_begins_where_the_adapter_ended(run: Run, first: Path, more: Path, tm
     assert same(tmp_path / "on", tmp_path / "again")
 
 
-@pytest.mark.slow
 def test_resume_goes_on_with_such_a_run_too(run: Run, first: Path, more: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for output in (whole, parts):  # the first run's file is no contradiction: it says how the adapter was made
