@@ -23,7 +23,7 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 
 # decode_llama.py is a part of decode.py, for another Python, and run_all.py runs the others; of those left out the rest
 # need arguments, card.py a card, too.
-BENCHMARKS = $(filter-out $(patsubst %,benchmarks/%.py,card decode_llama coming_from journeys run_all),$(shell grep -l __main__ benchmarks/*.py))
+BENCHMARKS = $(filter-out $(patsubst %,benchmarks/%.py,card decode_llama journeys run_all),$(shell grep -l __main__ benchmarks/*.py))
 
 .PHONY: install demo test test-oldest test-newest lock test-engines test-all test-avx2 lint fix docs bench cuda-bounds matrix figures compare census export-check clean
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-APART = {"card", "coming_from", "decode_llama", "journeys", "run_all"}  # that `make bench` leaves out
+APART = {"card", "decode_llama", "journeys", "run_all"}  # that `make bench` leaves out
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ TOOLS = {
         "peftcore.cli",
         "peftcore.engine.summary.megabytes",
     },
-    "peftcore_convert_config": {"peftcore.cli"},  # a command that writes options of `train`
     "peftcore_gguf": {"peftcore.quantization.PackedParameters"},  # keeps the codes of 4-bit weights
     "peftcore_serve": {  # a command that loads bases, adapters and tokenizers as `generate` does
         "peftcore.cli",

@@ -25,7 +25,6 @@ from peftcore.registry import builtin, registry
 builtin(core_commands)
 PACKAGES = {
     "compare": "peftcore-compare",
-    "convert-config": "peftcore-convert-config",
     "serve": "peftcore-serve",
 }  # commands in packages of their own, which may not be installed
 
