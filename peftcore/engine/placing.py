@@ -33,6 +33,7 @@ from peftcore.placements.placement import Placement
 from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
 from peftcore.targets.coverage import LITTLE, Coverage, coverage
+from peftcore.targets.selection import refuse_bypassed
 from peftcore.validation import check_types
 
 
@@ -323,6 +324,7 @@ def _check_placed(model: nn.Module, placed: Placed) -> bool:
             raise PeftcoreError(f"{method} places two adapters at '{path}'; a module takes one adapter of each name")
         seen.add(path)
         odd |= isinstance(modules[path], nn.Linear) and type(modules[path]).forward is not nn.Linear.forward
+    refuse_bypassed(model, [each.path for each in placed.attached])
     if not placed.attached and not placed.trained:
         raise PeftcoreError(f"{method} places nothing on {type(model).__name__}")
     parameters = dict(base_parameters(model))

@@ -114,7 +114,8 @@ def _not_by_sample(model: nn.Module, own: TrainedParameters, adapted_paths: Coll
     """Return why trained parameters cannot differ between the samples of a batch; None if they can."""
     if own.has_moved(model):
         return "it has buffers of its own, such as statistics"
-    rows, read = (rows_of(model), observe(model).read) if own.slots else ({}, set())
+    rows: dict[str, Any] = rows_of(model) if own.slots else {}
+    read = {name.rpartition(".")[0] for name in observe(model).other_reads} if own.slots else set()
     for path in own.by_module():
         known = rows.get(path, "the module is missing")
         if isinstance(known, str):

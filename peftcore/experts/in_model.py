@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
-from itertools import takewhile
-from types import CodeType
 from typing import Any
 
 from torch import nn
 
 from peftcore.adaptation.adapted import has_forward_of_instance
-from peftcore.adaptation.base_modules import base_modules, original_class, original_forward
+from peftcore.adaptation.base_modules import base_modules, original_forward
 from peftcore.errors import PeftcoreError
 from peftcore.experts.layout import (
     expert_linear,
@@ -22,7 +19,7 @@ from peftcore.experts.layout import (
     why_not_fused,
 )
 from peftcore.layers import is_linear, shape_of, sizes
-from peftcore.observation import cached_by_model
+from peftcore.observation import cached_by_model, observe
 
 
 @cached_by_model
@@ -31,26 +28,19 @@ def expert_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     found = {}
     for path, module in base_modules(model):
         names = stacked_weights(module) if path else ()
-        if names and (experts_layout(module) is not None or all(is_read_by_itself(module, name) for name in names)):
+        if names and (experts_layout(module) is not None or not read_elsewhere(model, path, names)):
             found[path] = names
     return found
 
 
-def is_read_by_itself(module: nn.Module, name: str) -> bool:
-    """Return whether a method of the module's class reads its parameter `name`.
+def read_elsewhere(model: nn.Module, path: str, names: Iterable[str]) -> bool:
+    """Return whether only other modules read one of the parameters `names` of the module at `path` (DBRX's experts).
 
-    Otherwise other modules read it past the module's forward, so an adapter would have no effect (DBRX's experts).
+    An adapter would have no effect there. What a forward does not reach counts as read by its own module.
     """
-    own = takewhile(lambda cls: cls is not nn.Module, original_class(module).__mro__)
-    methods = (each for cls in own for key, each in vars(cls).items() if key not in ("__init__", "reset_parameters"))
-    codes = [getattr(inspect.unwrap(getattr(each, "__func__", each)), "__code__", None) for each in methods]
-    while codes:
-        code = codes.pop()
-        if code is not None:
-            if name in code.co_names:
-                return True
-            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-    return False
+    seen = observe(model)
+    full = {f"{path}.{name}" for name in names}
+    return bool(full & seen.other_reads.keys() - seen.own_reads)
 
 
 def routers(model: nn.Module) -> set[str]:

@@ -9,7 +9,7 @@ forward reads, then `merged` of adapters around and after the module, each in or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -25,6 +25,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_layout
 from peftcore.merging.probe import evaluated, put, refuse_inexact
 from peftcore.method import WeightFormat
+from peftcore.observation import read_by_others, reader_named
 from peftcore.registry import registry
 from peftcore.weight_formats import DENSE, find_weight_format, quantized_format, weight_format
 
@@ -143,8 +144,26 @@ def merged_layers(
                     "or Inf, or the sum overflows; nothing was changed"
                 )
             if not checked:
+                _refuse_read_elsewhere(model, path, copies.changed)
                 refuse_inexact(path, module, list(acting), copies.base, copies.merged, copies.changed)
         yield layer
+
+
+def _refuse_read_elsewhere(model: nn.Module, path: str, changed: Iterable[str]) -> None:
+    """Raise a PeftcoreError if code outside of the module at `path` reads a parameter that merging changes.
+
+    The adapters act on calls of the module alone; merged, they would act on that code as well (a tied autoencoder).
+    """
+    reads = read_by_others(model)
+    for name in changed:
+        full = f"{path}.{name}" if path else name
+        readers = {reader for reader in reads.get(full, ()) if not f"{reader}.".startswith(f"{path}.")}
+        if path and readers:
+            raise PeftcoreError(
+                f"cannot merge into '{full}': {reader_named(readers)} reads it without calling '{path}', so merging "
+                "would change more than the adapters do. Nothing was changed. Keep the adapters unmerged, or leave "
+                "this module out (exclude_modules)"
+            )
 
 
 def merged_copies(

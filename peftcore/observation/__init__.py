@@ -1,7 +1,13 @@
 """Facts about a model, read from it or observed in a forward pass with small example inputs."""
 
 from peftcore.observation.batches import gradients_of as gradients_of, inputs_of as inputs_of, run as run
-from peftcore.observation.bypass import asked_for_dtype as asked_for_dtype, bypassed as bypassed, rewritten as rewritten
+from peftcore.observation.bypass import (
+    asked_for_dtype as asked_for_dtype,
+    bypassed as bypassed,
+    read_by_others as read_by_others,
+    reader_named as reader_named,
+    rewritten as rewritten,
+)
 from peftcore.observation.detecting import detect as detect
 from peftcore.observation.inputs import example_inputs as example_inputs
 from peftcore.observation.tracing import (

@@ -57,11 +57,15 @@ def example_inputs(
 
     Returns:
         Integers drawn from the vocabulary, without special tokens where the config names them; floats of the
-        model's dtype. Each call returns equal values. Arguments that no builder knows are left out.
+        model's dtype. Each call returns equal values. Arguments that no builder knows are left out, but the first
+        one goes to the model's first layer.
     """
     device = torch.device(device) if device is not None else _device(model)
     facts = Facts(model, device, batch, length, length if decoder_length is None else decoder_length)
-    built = {name: BUILDERS[name](facts) for name in _wanted(facts) if name in BUILDERS}
+    names, first = _wanted(facts), next(iter(facts.parameters), None)
+    built = {name: BUILDERS[name](facts) for name in names if name in BUILDERS}
+    if first in names and first not in BUILDERS:  # `idx` of a model outside of transformers
+        built[first] = _input(facts)
     return {name: value for name, value in built.items() if value is not None}
 
 

@@ -58,7 +58,8 @@ def find(model: nn.Module) -> tuple[Sublayer, ...]:
     found = reader.sublayers()
     if any(sublayer.output in bypassed(model) for sublayer in found):  # it may be called in evaluation only
         training = trace(model, training=True)
-        not_called = training.read - training.called
+        read = {name.rpartition(".")[0] for name in training.other_reads}
+        not_called = read - training.called
         found = tuple(sublayer for sublayer in found if sublayer.output not in not_called)
     if any(f"{path}.".startswith(f"{sublayer.output}.") for path in rewritten(model) for sublayer in found):
         return ()  # the stream is scaled differently in evaluation and training (RWKV)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 from peftcore.adaptation.base_modules import base_modules, original_class, walked_once
@@ -87,10 +87,12 @@ class Trace:
     Args:
         values, calls: in their order.
         called: paths of the modules whose forward was called.
-        read: paths of the modules of which an operator took a parameter while their forward was not running.
         in_function: paths of the modules that the forward of a `torch.autograd.Function` called (RevNet's layers).
-        alike: (path, path of the traced layer) of layers that do the same; `called`, `read` and `in_function` include
-            their modules.
+        own_reads: full names of the parameters that an operator took while the forward of their module ran.
+        other_reads: {full name of a parameter: paths of the modules that read it while its own module did not run}.
+        rewritten: {full name of a parameter that the forward changes in place: path of the module that does}.
+        dtype_reads: full names of the parameters whose dtype other modules read.
+        alike: (path, path of the traced layer) of layers that do the same; all of the above include their modules.
         error: the exception that ended the forward early, or None.
         failed: paths of the modules in which it was raised.
     """
@@ -98,8 +100,11 @@ class Trace:
     values: list[Value] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     called: set[str] = field(default_factory=set)
-    read: set[str] = field(default_factory=set)
     in_function: set[str] = field(default_factory=set)
+    own_reads: set[str] = field(default_factory=set)
+    other_reads: dict[str, set[str]] = field(default_factory=dict)
+    rewritten: dict[str, str] = field(default_factory=dict)
+    dtype_reads: set[str] = field(default_factory=set)
     alike: list[tuple[str, str]] = field(default_factory=list)
     error: Exception | None = None
     failed: set[str] = field(default_factory=set)
@@ -186,16 +191,16 @@ class _Watch:
         self._model = model
         self._numbers: dict[int, int] = {}  # of tensors, by their id
         self._tensors: list[Tensor] = []  # by number; alive, so that no id comes again
-        self._owners: dict[int, list[int]] = defaultdict(list)  # ids of the modules that have a parameter, by its id
+        # (id of a module, full name) of each module that has a parameter, by the parameter's id
+        self._owners: dict[int, list[tuple[int, str]]] = defaultdict(list)
         self._paths = {id(module): path for path, module in base_modules(model)}
         self._call: Call | None = None
         self._seen: dict[Any, tuple[str, Any, Any]] = {}  # layers that were watched
-        self._structures: dict[int, Any] = {}
         self._running: dict[int, int] = defaultdict(int)  # calls of a module that have begun, by its id
-        for module in model.modules():
-            for parameter in module._parameters.values():
+        for path, module in base_modules(model):
+            for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    self._owners[id(parameter)].append(id(module))
+                    self._owners[id(parameter)].append((id(module), f"{path}.{name}" if path else name))
 
     def run(self, make_inputs: Inputs) -> Trace:
         inputs = {
@@ -207,7 +212,7 @@ class _Watch:
         for module in self._model.modules():
             self._wrap(module)
         try:
-            with torch.no_grad(), MetaFloats(self._record):
+            with torch.no_grad(), _DtypeReads(self._record_dtype), MetaFloats(self._record):
                 self._model(**inputs)
         except Exception as error:  # anything may go wrong in a forward
             self.trace.error = error
@@ -220,6 +225,7 @@ class _Watch:
         path, names = self._paths.get(id(module), ""), _names(forward)
         numbers = list(map(str.isdigit, path.split(".")))
         is_layer = self._skips and numbers[-1] and sum(numbers) == 1 and any(True for _ in module.children())
+        structure = structure_of(module) if is_layer else None  # here, since it reads the dtypes of parameters
 
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -231,14 +237,15 @@ class _Watch:
                 else:
                     call.given[name] = shapes_of(value)
             self.trace.calls.append(call)
-            key = (path.rpartition(".")[0], self._structure(module), _kind(args, kwargs)) if is_layer else None
+            key = (path.rpartition(".")[0], structure, _kind(args, kwargs)) if is_layer else None
             if key in self._seen:
                 output = self._again(call, *self._seen[key], args, kwargs)
             else:
                 self._call = call
                 self._running[id(module)] += 1
                 self.trace.called.add(path)
-                if _in_function():
+                # The forward of an autograd.Function runs with forward-mode derivatives off; no_grad leaves them on.
+                if not torch._C._is_fwd_grad_enabled():
                     self.trace.in_function.add(path)
                 try:
                     output = forward(*args, **kwargs)
@@ -260,9 +267,21 @@ class _Watch:
 
     def _again(self, call: Call, path: str, before: Any, output: Any, args: Any, kwargs: Any) -> Any:
         """Return the output of the layer at `call`, which is like the traced one at `path`."""
-        for seen in (self.trace.called, self.trace.read, self.trace.in_function):
-            seen.update([call.path + name[len(path) :] for name in seen if name == path or name.startswith(f"{path}.")])
-        self.trace.alike.append((call.path, path))
+        seen = self.trace
+
+        def moved(name: str) -> str:
+            return call.path + name[len(path) :] if is_inside(name) else name
+
+        def is_inside(name: str) -> bool:
+            return name == path or name.startswith(f"{path}.")
+
+        for names in (seen.called, seen.in_function, seen.own_reads, seen.dtype_reads):
+            names.update([moved(name) for name in names if is_inside(name)])
+        for name in filter(is_inside, list(seen.other_reads)):
+            seen.other_reads.setdefault(moved(name), set()).update(map(moved, seen.other_reads[name]))
+        for name in filter(is_inside, list(seen.rewritten)):
+            seen.rewritten[moved(name)] = moved(seen.rewritten[name])
+        seen.alike.append((call.path, path))
         given = {id(old): new for old, new in zip(tree_leaves(before), tree_leaves((args, kwargs)), strict=True)}
         inputs = tuple(call.arguments.values())
 
@@ -274,11 +293,6 @@ class _Watch:
             return made
 
         return tree_map_only(Tensor, like, output)
-
-    def _structure(self, module: nn.Module) -> Any:
-        if id(module) not in self._structures:
-            self._structures[id(module)] = structure_of(module)
-        return self._structures[id(module)]
 
     def _new(
         self,
@@ -307,9 +321,7 @@ class _Watch:
             known = self._numbers.get(id(tensor))
             inputs += (self._new(tensor, "leaf", (), True) if known is None else known,)
             is_weight = is_weight and values[inputs[-1]].is_weight
-            owners = self._owners.get(id(tensor), ())
-            if not any(map(self._running.get, owners)):
-                self.trace.read.update(map(self._paths.__getitem__, owners))
+            self._record_read(tensor)
         turned = name in _TURNS and _TURNS[name](-1, *args)
         moved = name in _TURNS and _TURNS[name](0, *args)
         for tensor in tree_leaves(output):
@@ -320,7 +332,45 @@ class _Watch:
             while values[of].operator in _VIEWS:
                 of = values[of].inputs[0]
                 self._new(self._tensors[of], name, (of, number), is_weight)
+            for _, changed in self._owners.get(id(self._tensors[of]), ()):
+                self.trace.rewritten[changed] = self._reader
 
+    @property
+    def _reader(self) -> str:
+        return "" if self._call is None else self._call.path
+
+    def _is_running(self, owners: Iterable[tuple[int, str]]) -> bool:
+        return any(self._running.get(module) for module, _ in owners)
+
+    def _record_read(self, tensor: Tensor) -> None:
+        owners = self._owners.get(id(tensor), ())
+        is_own = self._is_running(owners)
+        for _, name in owners:
+            if is_own:
+                self.trace.own_reads.add(name)
+            else:
+                self.trace.other_reads.setdefault(name, set()).add(self._reader)
+
+    def _record_dtype(self, tensor: Any) -> None:
+        owners = self._owners.get(id(tensor), ())
+        if not self._is_running(owners):
+            self.trace.dtype_reads.update(name for _, name in owners)
+
+
+class _DtypeReads(TorchFunctionMode):
+    """Call `record` with each tensor whose dtype is read, which no operator shows."""
+
+    def __init__(self, record: Callable[[Any], None]) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function == _DTYPE:
+            self._record(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+_DTYPE: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 _VIEWS = {
     "alias", "as_strided", "detach", "diagonal", "expand", "permute", "select", "slice", "split", "split_with_sizes",
@@ -365,17 +415,6 @@ _INDEX = re.compile(r"(^|_)(idx|index|id|number)$|^training$|^_peftcore_")  # or
 @functools.lru_cache(4096)
 def _is_index(name: str) -> bool:
     return _INDEX.search(name) is not None
-
-
-def _in_function() -> bool:
-    """Return whether the forward of a `torch.autograd.Function` is running."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
-            return isinstance(frame.f_locals.get("ctx"), torch.autograd.function.FunctionCtx)
-        frame = frame.f_back
-    return False
 
 
 def shapes_of(value: Any) -> Any:

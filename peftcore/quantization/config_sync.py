@@ -43,7 +43,7 @@ def config_fields(model: nn.Module) -> dict[str, Any] | None:
     dense = [
         path
         for path, module in base_modules(model)
-        if path not in paths and (is_linear(module) or expert_parameters(module))
+        if path not in paths and (is_linear(module) or expert_parameters(model, path, module))
     ]
     if theirs:
         return {

@@ -163,8 +163,11 @@ class FourBitQuantizer(HfQuantizer):
             if layout.tool == "ModelOpt":
                 with noted():
                     found.insert(0, NameOfPacked(names_of_packed(self.files)))
-        modules = [module for _, module in base_modules(model)]
-        for name in dict.fromkeys(name for module in modules for name in expert_parameters(module) if name != "weight"):
+        names: dict[str, None] = {}
+        for path, module in base_modules(model):
+            names.update(dict.fromkeys(expert_parameters(model, path, module)))
+        names.pop("weight", None)
+        for name in names:
             parts = [WHOLE + name, *(f"{WHOLE}{name}.{part}" for part in PARTS)]
             found.append(WeightConverter(parts, name, [Deserialize(self)]))
             blocks = [f"{WHOLE}{name}{part}" for part in (BLOCKS, SCALES)]
@@ -357,7 +360,7 @@ def _dense_experts(model: nn.Module, skipped: Sequence[str] = ()) -> list[str]:
     return [
         f"{path}.{name}"
         for path, module in base_modules(model)
-        for name in expert_parameters(module)
+        for name in expert_parameters(model, path, module)
         if path not in skipped and module.get_parameter(name).is_floating_point()
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import product
@@ -16,7 +15,7 @@ from peftcore.errors import PeftcoreError, nearest, warn
 from peftcore.experts import experts_layout, stacked_weights
 from peftcore.experts.in_model import routers
 from peftcore.layers import is_conv1d, is_linear, is_wrapped
-from peftcore.observation import asked_for_dtype, bypassed, detect, rewritten
+from peftcore.observation import asked_for_dtype, bypassed, detect, observe, rewritten
 from peftcore.ops.weight import DTYPES, MIN_BLOCKSIZE
 from peftcore.quantization.parameters import PackedParameters
 from peftcore.targets import matches
@@ -32,14 +31,17 @@ def default_skip(model: nn.Module) -> list[str]:
     ]
 
 
-def expert_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's weights `[experts, .., ..]`, if its forward reads them."""
+def expert_parameters(model: nn.Module, path: str, module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights `[experts, .., ..]` of the module at `path`, if its own forward reads them."""
     names = stacked_weights(module)
-    if not names or experts_layout(module) is not None:
+    is_packed = any(module._parameters[name].dtype is torch.uint8 for name in names)  # type: ignore[union-attr]
+    if not names or is_packed or experts_layout(module) is not None:
         return names
-    # Hand-written forward. Parameters it does not name may be read by other code.
-    code = getattr(inspect.unwrap(original_class(module).forward), "__code__", None)
-    return names if code is not None and {*names} <= {*code.co_names} else ()
+    # The forward is written by hand, and other code, which reads parameters, would find packed bytes (DBRX).
+    seen, full = observe(model), {f"{path}.{name}" if path else name for name in names}
+    if path in seen.called and not full <= seen.own_reads:
+        return ()
+    return () if full & seen.other_reads.keys() else names
 
 
 def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -99,7 +101,7 @@ def selected_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: in
     chosen: dict[str, dict[str, int]] = {}
     other: dict[int, list[str]] = {}  # names by the block size used instead; 0 for dense
     for path, module in base_modules(model):
-        for name in expert_parameters(module):
+        for name in expert_parameters(model, path, module):
             parameter, full = module._parameters[name], f"{path}.{name}" if path else name
             if parameter is None or not parameter.is_floating_point() or _within(full, skipped):
                 continue
@@ -234,7 +236,7 @@ def _names(model: nn.Module) -> list[str]:
     """Return the paths of modules and of experts' parameters, which `skip` selects from."""
     names = []
     for path, module in base_modules(model):
-        names += [path, *(f"{path}.{name}" if path else name for name in expert_parameters(module))]
+        names += [path, *(f"{path}.{name}" if path else name for name in expert_parameters(model, path, module))]
     return names
 
 

@@ -4,8 +4,8 @@ from peftcore.adaptation.base_modules import base_modules as base_modules, base_
 from peftcore.experts.in_model import (
     expert_weights as expert_weights,
     experts_per_token as experts_per_token,
-    is_read_by_itself as is_read_by_itself,
     layer_at as layer_at,
+    read_elsewhere as read_elsewhere,
     weight_named as weight_named,
 )
 from peftcore.layers import is_conv1d as is_conv1d, is_linear as is_linear, sizes as sizes
@@ -30,7 +30,6 @@ from peftcore.targets.selection import (
     drop_unmatched as drop_unmatched,
     match_counts as match_counts,
     minimal_suffixes as minimal_suffixes,
-    refuse_bypassed as refuse_bypassed,
     refuse_targeted as refuse_targeted,
     select as select,
     select_by as select_by,

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from peftcore.adaptation.base_modules import base_modules, original_class
 from peftcore.architecture import Architecture
-from peftcore.experts.in_model import is_read_by_itself
+from peftcore.experts.in_model import read_elsewhere
 from peftcore.layers import is_unknown_linear, shape_of, sizes
 from peftcore.observation import bypassed
 
@@ -63,7 +63,7 @@ def coverage(
             continue
         if issubclass(original_class(module), nn.MultiheadAttention):
             past[f"{path}.out_proj" if path else "out_proj"] = "read by the attention"
-        for name, what, identity, count in _matrices(module):
+        for name, what, identity, count in _matrices(model, path, module):
             if identity in seen:
                 continue
             seen.add(identity)
@@ -75,7 +75,7 @@ def coverage(
     return Coverage(counted, total, dict(left))
 
 
-def _matrices(module: nn.Module) -> list[tuple[str, str, int, int]]:
+def _matrices(model: nn.Module, path: str, module: nn.Module) -> list[tuple[str, str, int, int]]:
     """Return (name, description, identity, number of weights) of each of a module's own matrices."""
     if is_unknown_linear(module):
         unread = f"layers of {type(module).__name__}, whose weight cannot be read"
@@ -93,7 +93,7 @@ def _matrices(module: nn.Module) -> list[tuple[str, str, int, int]]:
             what = "linear layers"
         elif len(shape) == 3 and min(shape) > 1:
             what = "experts' stacked weights"
-        elif is_read_by_itself(module, name):
+        elif not read_elsewhere(model, path, [name]):
             what = "other parameters"
         else:  # DBRX's experts
             what = "parameters that other modules read past their own"

@@ -77,8 +77,8 @@ def select(
             default the first numbered part of a path counts.
         modules_to_save: modules trained as a whole; nothing in them is selected.
         supported: (module) -> whether the method can adapt it.
-        own_parameters: the method trains the modules' own parameters, so it does not matter whether their
-            forward is called (see `refuse_bypassed`).
+        own_parameters: the method trains the modules' own parameters, so `all-linear` includes layers that are read
+            without a call.
 
     Raises:
         PeftcoreError: a pattern matches nothing, or a module that the method cannot adapt.
@@ -138,8 +138,6 @@ def select(
             f"target_modules={target_modules!r} leaves nothing after exclude_modules={exclude_modules!r} and "
             f"modules_to_save={modules_to_save!r}"
         )
-    if not own_parameters:
-        refuse_bypassed(model, [experts.get(path, path) for path in chosen])
     return _in_order(model, modules, [path for path in chosen if path not in experts], set(chosen) & experts.keys())
 
 

@@ -125,7 +125,6 @@ def selected(model: nn.Module, config: BitFitConfig, architecture: Architecture)
             f"layers without one, such as '{next(iter(missing), None)}'. Use add_missing=True to add biases that start "
             "at zero"
         )
-    targets.refuse_bypassed(model, [path for path in chosen if path in missing])
     return chosen
 
 

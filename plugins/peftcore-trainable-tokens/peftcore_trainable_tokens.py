@@ -121,7 +121,6 @@ def token_rows(model: nn.Module, path: str, ids: Sequence[int], copy: bool = Tru
         f"'{path}' ({kind}) is quantized, so its rows cannot be trained. Leave it out of quantization (skip=...)",
     )
     others = modules_tied_to(model, path) if together else []
-    targets.refuse_bypassed(model, others)
     rows = TokenRows(path, module, ids, copy)
     return [Around(each, rows) for each in (path, *others)]
 

@@ -9,7 +9,6 @@ from torch import nn
 
 import peftcore
 from peftcore import targets
-from peftcore.architecture import Architecture
 from peftcore.observation import detect
 
 LLAMA = tiny.llama()
@@ -104,7 +103,7 @@ def test_a_projection_that_is_never_called_is_refused() -> None:
     model = nn.Module()
     model.attention = nn.MultiheadAttention(8, 2)
     with pytest.raises(peftcore.PeftcoreError, match=r"never calls it.*exclude_modules=\['out_proj'\]"):
-        targets.select(model, Architecture(), target_modules="all-linear")
+        peftcore.apply(model, "vera", target_modules="all-linear")
 
 
 def test_adapters_are_no_targets() -> None:

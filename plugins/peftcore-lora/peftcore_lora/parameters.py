@@ -107,7 +107,6 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[OnWeight]
     )
     for path, names in named(model, config.target_parameters or ()).items():
         module = model.get_submodule(path)
-        targets.refuse_bypassed(model, [path])
         validation.require(
             not has_forward_of_instance(module)
             and ("forward" in vars(module) or not getattr(module, "_is_expert_parallel", False)),
@@ -119,7 +118,7 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[OnWeight]
             parameter: Any = module._parameters[name]
             shape, whole = shape_of(module, name), f"{path}.{name}"
             validation.require(
-                targets.is_read_by_itself(module, name) or experts_layout(module) is not None,
+                not targets.read_elsewhere(model, path, [name]),
                 f"'{whole}' is read by other modules, not by its own module's forward, so LoRA would have no effect. "
                 "Leave it out of target_parameters",
             )

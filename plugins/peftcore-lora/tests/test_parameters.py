@@ -124,14 +124,15 @@ def test_a_layer_in_four_bits() -> None:
 
 def test_what_others_read_is_refused() -> None:
     """DBRX's experts read the weights of their GLU, and give them to its forward."""
-    from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+    from transformers import DbrxConfig, DbrxForCausalLM
 
-    class Config:
-        hidden_size, ffn_hidden_size, moe_num_experts, ffn_act_fn = 16, 24, 4, {"name": "silu"}
-
-    model = nn.Sequential(nn.Linear(16, 16), DbrxExperts(Config()))
+    experts = {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}
+    heads = {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10_000.0}
+    model = DbrxForCausalLM(
+        DbrxConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=32, attn_config=heads, ffn_config=experts)
+    )
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"'1.mlp.w1' is read by other modules, not by its own module's forward"
+        peftcore.PeftcoreError, match=r"experts.mlp.w1' is read by other modules, not by its own module's forward"
     ):
         peftcore.apply(model, "lora", target_modules=[], target_parameters=["mlp.w1"])
 
