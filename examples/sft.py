@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, unchanged: python examples/sft.py MODEL TEXTS.jsonl OUTPUT"""
+"""TRL's SFTTrainer: python examples/sft.py MODEL TEXTS.jsonl OUTPUT"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""transformers' Trainer, unchanged: python examples/trainer.py MODEL TEXTS.jsonl OUTPUT (or torchrun ... for DDP)"""
+"""transformers' Trainer: python examples/trainer.py MODEL TEXTS.jsonl OUTPUT (or torchrun ... for DDP)"""
 
 import json
 import sys

@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
     from peftcore.files.loading import load as load
     from peftcore.files.resident import set_resident_limit as set_resident_limit
     from peftcore.files.saving import save as save
+    from peftcore.integrations.reference_model import reference_model as reference_model
     from peftcore.merging.merge import merge as merge, merge_error as merge_error, unmerge as unmerge
     from peftcore.parallel import TrainingState as TrainingState, load_sharded as load_sharded, shard as shard
     from peftcore.quantization import dequantize as dequantize, quantize as quantize
@@ -82,6 +83,7 @@ _PUBLIC = {
     "peftcore.files.loading": ("load",),
     "peftcore.files.resident": ("set_resident_limit",),
     "peftcore.files.saving": ("save",),
+    "peftcore.integrations.reference_model": ("reference_model",),
     "peftcore.merging.merge": ("merge", "merge_error", "unmerge"),
     "peftcore.parallel": ("TrainingState", "load_sharded", "shard"),
     "peftcore.quantization": ("dequantize", "quantize"),
@@ -121,4 +123,4 @@ def __dir__() -> list[str]:
     return ["__version__", *sorted(_HOMES)]
 
 
-import_module("peftcore.integrations")  # they subscribe to events and import no library yet
+import_module("peftcore.integrations")  # subscribes to `apply`; patches nothing and imports no library

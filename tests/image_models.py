@@ -166,38 +166,6 @@ def mllama(folder: Path) -> Any:
     return _saved(folder, MllamaForConditionalGeneration, config, processor)
 
 
-def llama4(folder: Path) -> Any:
-    """Save a Llama 4 Scout whose images have up to four tiles, of 4 tokens each, and the whole."""
-    from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4Processor
-
-    marks = ["<|image_start|>", "<|image_end|>", "<|image|>", "<|patch|>", "<|tile_x_separator|>"]
-    marks += ["<|tile_y_separator|>", "<|header_start|>", "<|header_end|>", "<|eot|>"]
-    text = tokenizer(marks)
-
-    class Processor(Llama4Processor):
-        """Llama 4's processor, with images that are prepared without torchvision."""
-
-        def check_argument_for_proper_class(self, *_args: Any) -> None:
-            """Accept the processor of images."""
-
-    processor = Processor(_tiles(), text, patch_size=2, chat_template=LLAMA4)
-    config = Llama4Config(
-        text_config={
-            **{**TEXT, "vocab_size": len(text), "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0},
-            **{"intermediate_size_mlp": 24, "num_local_experts": 2},
-        },
-        vision_config={
-            **{"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-            **{"image_size": 8, "patch_size": 2, "vision_output_dim": 24, "projector_input_dim": 24},
-            "projector_output_dim": 24,
-        },
-        image_token_index=text.convert_tokens_to_ids("<|patch|>"),
-        boi_token_index=text.convert_tokens_to_ids("<|image_start|>"),
-        eoi_token_index=text.convert_tokens_to_ids("<|image_end|>"),
-    )
-    return _saved(folder, Llama4ForConditionalGeneration, config, processor)
-
-
 def gemma(folder: Path) -> Any:
     """Save a Gemma 3 whose images have 4 tokens, with line ends around them that are tokens."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor
@@ -254,4 +222,4 @@ def _saved(folder: Path, kind: Any, config: Any, processor: Any) -> Any:
     return processor
 
 
-KINDS = {"smolvlm": smolvlm, "qwen": qwen, "llava": llava, "mllama": mllama, "llama4": llama4, "gemma": gemma}
+KINDS = {"smolvlm": smolvlm, "qwen": qwen, "llava": llava, "mllama": mllama, "gemma": gemma}

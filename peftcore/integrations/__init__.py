@@ -1,7 +1,7 @@
 """Integrations with other libraries: patches, applied when adapters meet the library.
 
-The core's own are in `core_integrations`; packages add theirs through the hook `peftcore_integrations`. Calls that load
-or apply adapters are patched before the first one is applied (`core_integrations.AT_IMPORT`).
+The core's own are in `core_integrations`; packages add theirs through the hook `peftcore_integrations`. Importing
+peftcore patches nothing: the first `apply` does.
 """
 
 from __future__ import annotations
@@ -37,13 +37,5 @@ def _run(plugin: Plugin, what: str, function: Callable[[], object]) -> None:
         function()
 
 
-def _at_import() -> None:
-    for integration in core_integrations.peftcore_integrations():
-        if integration.name in core_integrations.AT_IMPORT and integration.on_import is not None:
-            when_imported(integration.library, integration.on_import)
-            _awaited.add(integration.name)
-
-
 builtin(core_integrations)
 adapter_applied.subscribe(_after_apply)
-_at_import()

@@ -1,82 +1,53 @@
 """The integrations of the core, which go through the hook of packages that add integrations.
 
-transformers            `pretrained`: `save_pretrained`; `adapter_methods`: `load_adapter` and others, `from_pretrained`
-transformers.trainer    `trainer`: `Trainer` and its subclasses; `peft_config=` of TRL
-transformers' Llama 4   an attribute of its language model's output that its forward reads
-accelerate              `accelerate`: keeps adapters in memory when it offloads a model
-peft                    `peft`: refuses a model with adapters
-diffusers               `diffusers`, `diffusers_pipelines`: refuse calls that would ignore adapters
-                        `diffusers_calls`: `load_lora_weights` and others, where PEFT is not installed
-sentence_transformers   `sentence_transformers`: refuses to save what it could not load
+transformers            `saving`: `save_pretrained` writes adapters
+transformers.trainer    `trainer`: `Trainer.__init__` and `Trainer.train` give a trainer the mixin for adapters
+accelerate              `accelerate`: keeps adapters in memory when it offloads a model, where they would not train
+peft                    `peft`: refuses a model with adapters, whose tensors it would save as its own
+diffusers               `diffusers`: refuses calls that would ignore adapters, and `save_pretrained`
+sentence_transformers   `saving`: refuses to save what it could not load
 """
 
 from __future__ import annotations
 
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peftcore.extensions import Integration
 from peftcore.hookspecs import hookimpl
 
-# Integrations that also concern models without adapters: they run when `library` is imported, before any `apply`.
-AT_IMPORT = ("trainer", "adapter-methods", "auto-classes", "pipelines", "diffusers-calls", "llama4")
+if TYPE_CHECKING:
+    from torch import nn
 
 
-# Integrations whose module patches their library when it is imported: (name, library, module of this package).
-_BY_IMPORT = (
-    ("pretrained", "transformers.modeling_utils", "pretrained"),
-    ("trainer", "transformers.trainer", "trainer"),
-    ("adapter-methods", "transformers.integrations.peft", "adapter_methods"),
-    ("accelerate", "accelerate.big_modeling", "accelerate"),
-    ("peft", "peft", "peft"),
-    ("diffusers-calls", "diffusers.pipelines.pipeline_utils", "diffusers_calls"),
-)
-# Modules of transformers whose functions find adapters: (name, module).
-_FINDING = (("auto-classes", "transformers.models.auto.auto_factory"), ("pipelines", "transformers.pipelines"))
+def _import(module: str) -> None:
+    import_module(f"peftcore.integrations.{module}")
 
 
-def _module(name: str) -> Any:
-    return import_module(f"peftcore.integrations.{name}")
-
-
-def _patch_model(name: str, model: Any) -> None:
-    _module(name).patch_model(model)
-
-
-def _find_adapters(module: str) -> None:
-    _module("adapter_methods").find_adapters(module)
-
-
-def _give_image_outputs() -> None:
-    """Let Llama 4 run: in transformers 5.24 its forward reads `image_outputs` of an output that has no such field."""
-    output = import_module("transformers.modeling_outputs").MoeCausalLMOutputWithPast
-    if not hasattr(output, "image_outputs"):
-        output.image_outputs = None
+def _call(module: str, function: str, *args: nn.Module) -> None:
+    getattr(import_module(f"peftcore.integrations.{module}"), function)(*args)
 
 
 @hookimpl
 def peftcore_integrations() -> list[Integration]:
     """Return the integrations of the core."""
     return [
-        *(
-            Integration(name=name, library=library, on_import=partial(_module, module))
-            for name, library, module in _BY_IMPORT
-        ),
-        *(
-            Integration(name=name, library=module, on_import=partial(_find_adapters, module))
-            for name, module in _FINDING
-        ),
-        Integration(name="llama4", library="transformers.models.llama4.modeling_llama4", on_import=_give_image_outputs),
         Integration(
-            name="diffusers",
+            name="transformers", library="transformers", on_apply=partial(_call, "saving", "patch_transformers")
+        ),
+        Integration(name="trainer", library="transformers.trainer", on_import=partial(_import, "trainer")),
+        Integration(name="accelerate", library="accelerate.big_modeling", on_import=partial(_import, "accelerate")),
+        Integration(name="peft", library="peft", on_import=partial(_import, "peft")),
+        Integration(name="diffusers", library="diffusers", on_apply=partial(_call, "diffusers", "patch_model")),
+        Integration(
+            name="pipelines",
             library="diffusers.pipelines.pipeline_utils",
-            on_import=partial(_module, "diffusers_pipelines"),
-            on_apply=partial(_patch_model, "diffusers"),
+            on_import=partial(_call, "diffusers", "patch_pipelines"),
         ),
         Integration(
             name="sentence-transformers",
             library="sentence_transformers",
-            on_apply=partial(_patch_model, "sentence_transformers"),
+            on_apply=partial(_call, "saving", "patch_sentence_transformers"),
         ),
     ]

@@ -1,7 +1,4 @@
-"""Patching of methods of other libraries' classes.
-
-A patched method behaves as the original if the model has no adapters.
-"""
+"""Replacement of a method of another library's class, once."""
 
 from __future__ import annotations
 
@@ -9,18 +6,18 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from peftcore.engine import state_of
+_PATCHED = "_peftcore_patched"  # on the function that replaces a method
 
 
-def patch(cls: type, name: str, ours: Callable[..., Any], model_of: Callable[[Any], Any]) -> None:
-    """Replace `cls.name` by `ours(self, original, *args, **kwargs)` for objects whose `model_of(self)` has adapters."""
-    own = getattr(cls, name)
+def replace(cls: Any, name: str, ours: Callable[..., Any]) -> None:
+    """Replace the method `cls.name`, which `cls` itself defines, by `ours(self, original, *args, **kwargs)`, once."""
+    own = vars(cls)[name]
+    if hasattr(own, _PATCHED):
+        return
 
     @functools.wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = model_of(self)
-        if model is None or state_of(model) is None:
-            return own(self, *args, **kwargs)
         return ours(self, functools.partial(own, self), *args, **kwargs)
 
+    setattr(method, _PATCHED, True)
     setattr(cls, name, method)

@@ -8,8 +8,10 @@ format instead of the model; an adapter not named `default` is in a folder of it
 `complete.json`, written last, lists every other file but the model card with its size: a checkpoint without it, or
 whose files differ, is incomplete.
 
-Importing this module patches `Trainer` (see `pretrained.py`). A model sharded by `peftcore.shard` is trained as it is,
-with replicated adapters; for one that accelerate shards (FSDP2), accelerate saves the optimizer's state.
+All of it is in `AdapterTrainer`, a mixin for subclasses of Trainer. Importing this module patches `Trainer.__init__`
+and `Trainer.train`, so that a trainer whose model has adapters becomes an instance of its class with the mixin. A model
+sharded by `peftcore.shard` is trained as it is, with replicated adapters; for one that accelerate shards (FSDP2),
+accelerate saves the optimizer's state.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -41,15 +44,13 @@ from peftcore.files import model_card
 from peftcore.files.loading import restore
 from peftcore.files.reading import adapter_folder
 from peftcore.files.saving import save_each
-from peftcore.integrations.patching import patch
-from peftcore.integrations.reference_model import check_reference, patch_trainers, reference_of, refuse_averages
 from peftcore.integrations.trainer_loss import add_extra_loss, logged
 from peftcore.integrations.trainer_optimizer import PagingReport, bare_model, create_optimizer, create_scheduler
+from peftcore.integrations.trl_checks import refuse_arguments, refuse_before_training
 from peftcore.parallel import check_ranks, give_adapters, refuse_between_blocks
 
 COMPLETE = "complete.json"
 _QUANTIZED_WITH_ADAPTERS = "_hf_peft_config_loaded"
-_CARD = "_peftcore_card"  # on a trainer: the model card that it has written
 
 
 class AfterStep(TrainerCallback):
@@ -66,23 +67,164 @@ class AfterStep(TrainerCallback):
         engine.after_step(model, state.global_step + 1, state.max_steps, optimizer=optimizer)
 
 
-def _model_of(trainer: Trainer) -> nn.Module | None:
-    """Like `bare_model`, but None if the trainer has no model yet."""
-    return None if getattr(trainer, "model", None) is None else bare_model(trainer)
+_Base: Any = Trainer if TYPE_CHECKING else object  # a mixin before `Trainer` or one of its subclasses
 
 
-def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-    model = kwargs.get("model", args[0] if args else None)
-    with contextlib.ExitStack() as stack:
-        if isinstance(model, nn.Module) and engine.state_of(model) is not None:
-            stack.enter_context(_adapters_on_quantized(model))
-            stack.enter_context(_divided_by_plan(model, kwargs.get("args", args[1] if len(args) > 1 else None)))
-        own(trainer, *args, **kwargs)
-    model = _model_of(trainer)  # `model_init` may have made it
-    if model is None or engine.state_of(model) is None:
+class AdapterTrainer(_Base):
+    """Mixin for subclasses of `Trainer` that train a model with adapters: checkpoints, optimizers and losses.
+
+    A trainer that is given a model with adapters gets it by itself. Without adapters its methods are `Trainer`'s.
+    """
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if not _has_adapters(self):
+            return super().create_optimizer(*args, **kwargs)
+        return create_optimizer(self, super().create_optimizer, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        if not _has_adapters(self):
+            return super().create_scheduler(num_training_steps, *args, **kwargs)
+        return create_scheduler(self, super().create_scheduler, num_training_steps, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        if "loss" in logs:
+            logs.update(logged(self))
+        return super().log(logs, *args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model = bare_model(self)
+        if not _has_adapters(self):
+            return super()._prepare_for_training(*args, **kwargs)
+        if not ranks.is_sharded(model):
+            check_ranks(model)  # DDP's own message does not name the adapter
+            if self.is_fsdp_enabled and ranks.count() > 1:  # DDP sets them itself
+                refuse_between_blocks(model)
+                give_adapters(model)
+        add_extra_loss(self, model)
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # In a resumed run of several ranks, Trainer and accelerate do not reach the innermost sampler: its order would
+        # be the first epoch's, so that rows would be repeated and left out.
+        sampler: Any = kwargs.get("train_dataloader")
+        while getattr(sampler, "batch_sampler", None) is not None:
+            sampler = sampler.batch_sampler
+        sampler = getattr(sampler, "sampler", None)
+        if sampler is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not _has_adapters(self) or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir)  # the original would gather the whole model first
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+        return None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder, model = output_dir or self.args.output_dir, bare_model(self)
+        if not _has_adapters(self) or engine.require_state(model).merged is not None:
+            return super()._save(output_dir, state_dict)
+        if not self.args.should_save and not ranks.is_sharded(model):
+            return None
+        save_adapters(model, folder)
+        if self.args.should_save:
+            processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if processor is not None:
+                processor.save_pretrained(folder)
+            torch.save(self.args, Path(folder) / transformers_trainer.TRAINING_ARGS_NAME)
+        return None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)
+        # Older checkpoints are deleted after this one is complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each rank writes its RNG state
+        if self.args.should_save:
+            mark_complete(folder)
+            transformers_trainer.rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not _has_adapters(self) or not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        from accelerate.utils import save_fsdp_optimizer  # the original would also save the whole model
+
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / transformers_trainer.SCHEDULER_NAME)
+        return None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not _has_adapters(self):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        reason = _why_incomplete(Path(resume_from_checkpoint))
+        if reason is not None:
+            raise CheckpointError(
+                f"checkpoint '{resume_from_checkpoint}' is incomplete ({reason}). train(resume_from_checkpoint=True) "
+                "uses the newest complete one"
+            )
+        return restore_adapters(bare_model(self), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not _has_adapters(self):
+            return super()._load_best_model()
+        return restore_adapters(bare_model(self), self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write Trainer's model card, with the metadata of adapters: hubs take it for a whole model otherwise."""
+        if not _has_adapters(self) or not self.is_world_process_zero():
+            return super().create_model_card(*args, **kwargs)
+        file, model = Path(self.args.output_dir) / model_card.FILE, bare_model(self)
+        file.unlink(missing_ok=True)  # Trainer would read peft's library_name from it, and ask the model for its card
+        super().create_model_card(*args, **kwargs)
+        head, body = model_card.split(file.read_text(encoding="utf-8"))
+        metadata, *_ = model_card.card(model, _training(model), None)
+        file.write_text(f"---\n{model_card.updated(head, metadata)}---\n{body}", encoding="utf-8")
+        return None
+
+
+def _has_adapters(trainer: Trainer) -> bool:
+    model = None if getattr(trainer, "model", None) is None else bare_model(trainer)
+    return model is not None and engine.state_of(model) is not None
+
+
+_classes: dict[type[Trainer], type[Trainer]] = {}  # with the mixin, by the class without
+
+
+def _with_mixin(cls: type[Trainer]) -> type[Trainer]:
+    if cls not in _classes:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _classes[cls] = types.new_class(cls.__name__, (AdapterTrainer, cls), exec_body=lambda ns: ns.update(names))
+    return _classes[cls]
+
+
+def _adopt(trainer: Trainer) -> None:
+    """Give the mixin and its callbacks to a trainer whose model has adapters."""
+    if not _has_adapters(trainer):
         return
-    check_reference(trainer, model)
-    _add_callbacks(trainer)
+    refuse_arguments(trainer)
+    callbacks = [type(callback) for callback in trainer.callback_handler.callbacks]
+    for callback in (AfterStep, PagingReport):
+        if callback not in callbacks:
+            trainer.add_callback(callback())
+    if not isinstance(trainer, AdapterTrainer):
+        trainer.__class__ = _with_mixin(type(trainer))
+    model = bare_model(trainer)
     if any(map(ranks.is_dtensor, model.parameters())):
         if any(ranks.is_dtensor(p) for p in model.parameters() if p.requires_grad):
             raise PeftcoreError(
@@ -92,13 +234,6 @@ def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any)
             )
         # Models that transformers shards are neither wrapped nor moved; replicated adapters' state can be saved.
         trainer.is_distributed_loading_by_transformers = True
-
-
-def _add_callbacks(trainer: Trainer) -> None:
-    there = [type(callback) for callback in trainer.callback_handler.callbacks]
-    for callback in (AfterStep, PagingReport):
-        if callback not in there:
-            trainer.add_callback(callback())
 
 
 @contextlib.contextmanager
@@ -139,162 +274,38 @@ def _divided_by_plan(model: nn.Module, arguments: Any) -> Iterator[None]:
             arguments.save_only_model = before
 
 
-def _prepare_for_training(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not ranks.is_sharded(bare_model(trainer)):
-        check_ranks(bare_model(trainer))  # DDP's own message does not name the adapter
-        if trainer.is_fsdp_enabled and ranks.count() > 1:  # DDP sets them itself
-            refuse_between_blocks(bare_model(trainer))
-            give_adapters(bare_model(trainer))
-    add_extra_loss(trainer, bare_model(trainer))
-    return own(*args, **kwargs)
+def _patch_trainer() -> None:
+    """Make trainers whose model has adapters get the mixin: when they are made, or, with `model_init`, in `train`."""
+    own_init, own_train = Trainer.__init__, Trainer.train
 
+    @functools.wraps(own_init)
+    def init(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        with contextlib.ExitStack() as stack:
+            if isinstance(model, nn.Module) and engine.state_of(model) is not None:
+                stack.enter_context(_adapters_on_quantized(model))
+                stack.enter_context(_divided_by_plan(model, kwargs.get("args", args[1] if len(args) > 1 else None)))
+            own_init(trainer, *args, **kwargs)
+        _adopt(trainer)
 
-def _log(trainer: Trainer, own: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-    if "loss" in logs:
-        logs.update(logged(trainer))
-    return own(logs, *args, **kwargs)
+    @functools.wraps(own_train)
+    def train(trainer: Trainer, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        _adopt(trainer)
+        if _has_adapters(trainer):
+            model = bare_model(trainer)
+            if not any(p.requires_grad for p in model.parameters()):
+                raise PeftcoreError(
+                    "no parameter of the model trains: its adapters are frozen, inactive, or merged. Activate one: "
+                    "peftcore.unmerge(model), peftcore.activate(model, 'NAME')"
+                )
+            refuse_before_training(trainer, model)
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = latest_checkpoint(trainer.args.output_dir)
+                if resume_from_checkpoint is None:
+                    raise CheckpointError(f"'{trainer.args.output_dir}' has no complete checkpoint to resume from")
+        return own_train(trainer, resume_from_checkpoint, *args, **kwargs)
 
-
-def _train(
-    trainer: Trainer, own: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
-) -> Any:
-    if not any(p.requires_grad for p in bare_model(trainer).parameters()):
-        raise PeftcoreError(
-            "no parameter of the model trains: its adapters are frozen, inactive, or merged. Activate one: "
-            "peftcore.unmerge(model), peftcore.activate(model, 'NAME')"
-        )
-    refuse_averages(trainer)  # callbacks may have been added since the trainer was made
-    _add_callbacks(trainer)  # Trainer was not patched yet if `model_init` applied the first adapter of this process
-    if resume_from_checkpoint is True:
-        resume_from_checkpoint = latest_checkpoint(trainer.args.output_dir)
-        if resume_from_checkpoint is None:
-            raise CheckpointError(f"'{trainer.args.output_dir}' has no complete checkpoint to resume from")
-    return own(resume_from_checkpoint, *args, **kwargs)
-
-
-def _run_epoch(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Set the epoch of the innermost sampler, which Trainer and accelerate do not reach in a resumed run of ranks.
-
-    The order would be the first epoch's: rows would be repeated and left out, and the run would not be resumed exactly.
-    """
-    found: Any = kwargs.get("train_dataloader")
-    while getattr(found, "batch_sampler", None) is not None:
-        found = found.batch_sampler
-    sampler = getattr(found, "sampler", None)
-    if sampler is not None and hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(kwargs["epoch"])
-    return own(*args, **kwargs)
-
-
-def _save_model(
-    trainer: Trainer, own: Callable[..., Any], output_dir: str | None = None, _internal_call: bool = False
-) -> None:
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        return own(output_dir, _internal_call)
-    trainer._save(output_dir)  # the original would gather the whole model first
-    if trainer.args.push_to_hub and not _internal_call:
-        trainer.push_to_hub(commit_message="Model save")
-    return None
-
-
-def _save(trainer: Trainer, own: Callable[..., Any], output_dir: str | None = None, state_dict: Any = None) -> None:
-    folder = output_dir or trainer.args.output_dir
-    if engine.require_state(bare_model(trainer)).merged is not None:
-        return own(output_dir, state_dict)
-    if not trainer.args.should_save and not ranks.is_sharded(bare_model(trainer)):
-        return None
-    save_adapters(bare_model(trainer), folder)
-    if trainer.args.should_save:
-        reader = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
-        if reader is not None:
-            reader.save_pretrained(folder)
-        torch.save(trainer.args, Path(folder) / transformers_trainer.TRAINING_ARGS_NAME)
-    return None
-
-
-def _save_checkpoint(trainer: Trainer, own: Callable[..., Any], model: nn.Module, trial: Any) -> None:
-    run = Path(trainer._get_output_dir(trial=trial))
-    folder = run / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-    if trainer.args.should_save:
-        (folder / COMPLETE).unlink(missing_ok=True)
-    # Older checkpoints are deleted after this one is complete.
-    limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
-    try:
-        own(model, trial)
-    finally:
-        trainer.args.save_total_limit = limit
-    reference = reference_of(trainer)
-    if trainer.args.should_save and reference is not None:
-        reference.save(folder)
-    trainer.accelerator.wait_for_everyone()  # each rank writes its RNG state
-    if trainer.args.should_save:
-        mark_complete(folder)
-        transformers_trainer.rotate_checkpoints(
-            output_dir=str(run),
-            save_total_limit=limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
-        )
-
-
-def _save_optimizer_and_scheduler(trainer: Trainer, own: Callable[..., Any], output_dir: str) -> None:
-    if not trainer.is_fsdp_enabled:
-        return own(output_dir)
-    from accelerate.utils import save_fsdp_optimizer  # the original would also save the whole model
-
-    accelerator = trainer.accelerator
-    save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, trainer.optimizer, trainer.model, output_dir)
-    if trainer.args.should_save:
-        torch.save(trainer.lr_scheduler.state_dict(), Path(output_dir) / transformers_trainer.SCHEDULER_NAME)
-    return None
-
-
-def _load_from_checkpoint(
-    trainer: Trainer, own: Callable[..., Any], resume_from_checkpoint: str, model: nn.Module | None = None
-) -> None:
-    wrong = _what_is_wrong(Path(resume_from_checkpoint))
-    if wrong is not None:
-        raise CheckpointError(
-            f"checkpoint '{resume_from_checkpoint}' is incomplete ({wrong}). train(resume_from_checkpoint=True) "
-            "uses the newest complete one"
-        )
-    restore_adapters(bare_model(trainer), resume_from_checkpoint)
-    reference = reference_of(trainer)
-    if reference is None:
-        return
-    was_another = reference.restore(resume_from_checkpoint)
-    if was_another and getattr(trainer.args, "precompute_ref_log_probs", False):
-        raise CheckpointError(
-            "the reference's log-probabilities were precomputed with other adapters than the run of "
-            f"'{resume_from_checkpoint}' started with. Pass the model as it was then, from the same seed or "
-            "files, or set precompute_ref_log_probs=False"
-        )
-
-
-def _load_best_model(trainer: Trainer, own: Callable[..., Any]) -> None:
-    restore_adapters(bare_model(trainer), trainer.state.best_model_checkpoint)
-
-
-def _create_model_card(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Write Trainer's model card with the metadata of the adapters.
-
-    A card that this trainer has not written is somebody's: it is only updated, between its marks.
-    """
-    if not trainer.is_world_process_zero():
-        return
-    file = Path(trainer.args.output_dir) / model_card.FILE
-    model = bare_model(trainer)
-    card = model_card.card(model, _training(model), None)
-    there = file.read_text(encoding="utf-8") if file.is_file() else None
-    if there is None or there == trainer.__dict__.get(_CARD):
-        file.unlink(missing_ok=True)  # with `peft` Trainer would ask the model for PEFT's own card
-        own(*args, **kwargs)
-        head, body = model_card.split(file.read_text(encoding="utf-8"))
-        text = f"---\n{model_card.updated(head, card[0])}---\n{body}"
-        trainer.__dict__[_CARD] = text
-        file.write_text(text, encoding="utf-8")
-    else:
-        model_card.write(file.parent, *card)
+    Trainer.__init__, Trainer.train = init, train
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -332,19 +343,19 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         if path.name.rpartition("-")[2].isdecimal()
     }
     for _, path in sorted(found.items(), reverse=True):
-        wrong = _what_is_wrong(path)
-        if wrong is None:
+        reason = _why_incomplete(path)
+        if reason is None:
             return str(path)
-        warn(f"checkpoint '{path}' is incomplete ({wrong}) and was skipped")
+        warn(f"checkpoint '{path}' is incomplete ({reason}) and was skipped")
     return None
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
     """Return whether a checkpoint has all its files, in the sizes that were written."""
-    return _what_is_wrong(Path(folder)) is None
+    return _why_incomplete(Path(folder)) is None
 
 
-def _what_is_wrong(folder: Path) -> str | None:
+def _why_incomplete(folder: Path) -> str | None:
     try:
         sizes = json.loads((folder / COMPLETE).read_text())
     except OSError:
@@ -363,34 +374,6 @@ def _what_is_wrong(folder: Path) -> str | None:
 def _training(model: nn.Module) -> list[str]:
     state = engine.state_of(model)
     return [name for name in state.active if state.applied[name].trainable] if state else []
-
-
-def _patch_trainer() -> None:
-    own = Trainer.__init__
-
-    @functools.wraps(own)
-    def init(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        _init(own, trainer, *args, **kwargs)
-
-    Trainer.__init__ = init
-    for ours in (
-        create_optimizer,
-        create_scheduler,
-        _prepare_for_training,
-        _train,
-        _run_epoch,
-        _save_model,
-        _save,
-        _save_checkpoint,
-        _save_optimizer_and_scheduler,
-        _load_from_checkpoint,
-        _load_best_model,
-        _create_model_card,
-        _log,
-    ):
-        name = ours.__name__ if hasattr(Trainer, ours.__name__) else ours.__name__[1:]
-        patch(Trainer, name, ours, _model_of)
-    patch_trainers(Trainer)
 
 
 _patch_trainer()

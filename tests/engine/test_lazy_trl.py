@@ -68,6 +68,7 @@ def losses_of(kind: str, folder: Path, enabled: bool) -> list[float]:
         from trl import DPOConfig as Config, DPOTrainer as Trainer
 
         settings |= {"max_length": 16}
+        more["ref_model"] = peftcore.reference_model(model)
     elif kind == "grpo":
         from trl import GRPOConfig as Config, GRPOTrainer as Trainer
 

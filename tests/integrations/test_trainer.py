@@ -332,20 +332,6 @@ def test_the_model_card_needs_no_network(toys: None, tmp_path: Path, monkeypatch
     assert {"peftcore", "around"} <= set(card.tags)
 
 
-def test_edits_of_the_model_card_are_kept(toys: None, tmp_path: Path) -> None:
-    model = peftcore.apply(tiny.llama(), "around")
-    model.config._name_or_path = "org/base"
-    card = tmp_path / "README.md"
-    card.write_text("# Mine\n")
-    trainer(model, tmp_path).create_model_card()
-    assert card.read_text() == "# Mine\n"
-    card.unlink()
-    trainer(model, tmp_path).save_model()  # with marks
-    card.write_text(card.read_text().replace("# Adapter of", "# Another of") + "\nMine.\n")
-    trainer(model, tmp_path).create_model_card()
-    assert "# Adapter of org/base" in card.read_text() and card.read_text().endswith("\nMine.\n")
-
-
 def test_a_card_that_is_edited_leaves_a_checkpoint_complete(toys: None, tmp_path: Path) -> None:
     model = peftcore.apply(tiny.llama(), "around")
     trainer(model, tmp_path).train()

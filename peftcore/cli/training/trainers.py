@@ -17,7 +17,9 @@ from peftcore.cli.data import streamed
 from peftcore.cli.tasks import encoded_examples, image_preferences, odds, rewards, rollouts, sentence_pairs, unpaired
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.training.sampler import LengthGroupedSampler
+from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
+from peftcore.integrations.reference_model import reference_model
 from peftcore.integrations.trainer_optimizer import bare_model
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # mixin before one of several trainers
@@ -125,7 +127,7 @@ def trl_classes(task: str) -> tuple[Any, Any]:
 def comparing_trainer(task: str, **arguments: Any) -> Measuring:
     """Return TRL's trainer of a task in `task_names.COMPARED` for encoded examples (see `comparisons`).
 
-    The reference is the current model; no second one is loaded (`integrations.reference_model`).
+    The reference is the current model; no second one is loaded (`peftcore.reference_model`).
     """
     require("trl", extra="dpo")
     import datasets
@@ -167,4 +169,15 @@ def comparing_trainer(task: str, **arguments: Any) -> Measuring:
         if task in columns:
             arguments[name] = columns[task](arguments[name])
         arguments[name] = datasets.Dataset.from_list(arguments[name])
-    return MeasuringComparison(**arguments)
+    if state_of(arguments["model"]) is None:  # all weights train
+        return MeasuringComparison(**arguments)
+    if task in (task_names.PREFERENCES, task_names.IMAGE_PREFERENCES, task_names.UNPAIRED):
+        arguments["ref_model"] = reference_model(arguments["model"])
+    if task != task_names.ROLLOUTS or arguments["args"].beta == 0:
+        return MeasuringComparison(**arguments)
+    # GRPO's trainer takes no reference: with beta=0 it does not load the base a second time.
+    beta, arguments["args"].beta = arguments["args"].beta, 0.0
+    trainer: Any = MeasuringComparison(**arguments)
+    trainer.beta = trainer.args.beta = beta
+    trainer.ref_model = reference_model(arguments["model"])
+    return trainer

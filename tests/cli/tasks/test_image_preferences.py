@@ -25,7 +25,7 @@ ASKED = [{"role": "user", "content": [{"type": "image", "path": "1.png"}, {"type
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("very good", "it is bad and dull"))
 PAIR = {"chosen": [GOOD], "rejected": [BAD]}
 
-OTHERS = ("qwen", "llava", "mllama", "llama4", "gemma")
+OTHERS = ("qwen", "llava", "mllama", "gemma")
 
 
 @pytest.fixture(scope="session")

@@ -188,7 +188,8 @@ def test_losses_of_training_are_those_of_trl(
         arguments.desirable_weight, arguments.undesirable_weight = weights
     arguments.warmup_steps, arguments.eval_strategy, arguments.save_strategy = 1, "no", "no"
     kind = trl.KTOTrainer if task == task_names.UNPAIRED else trl.DPOTrainer
-    trainer = kind(model=model, args=arguments, train_dataset=Dataset.from_list(drawn), processing_class=tokenizer)
+    arguments_of_trainer = {"args": arguments, "train_dataset": Dataset.from_list(drawn), "processing_class": tokenizer}
+    trainer = kind(model=model, ref_model=peftcore.reference_model(model), **arguments_of_trainer)
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(ours) == 4 and ours == pytest.approx(theirs, rel=1e-4) and ours[-1] < ours[0]

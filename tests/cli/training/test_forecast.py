@@ -163,7 +163,7 @@ def chats_with(folder: Path, part: dict[str, str], count: int = 5) -> Path:
     )
 
 
-FOLLOWED = [kind for kind in image_models.KINDS if kind != "llama4"]  # its step needs values: `NotFollowed`
+FOLLOWED = list(image_models.KINDS)
 
 
 def step_of(model: Path, file: Path, task: str) -> peftcore.Step:
