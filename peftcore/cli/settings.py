@@ -91,15 +91,8 @@ class RunOptions:
             "by name, as by TRL, it returns a list of numbers."
         ),
     ] = None
-    generations: Annotated[int, typer.Option(min=2, help="Answers sampled for each prompt (grpo, --ebft).")] = 8
-    temperature: Annotated[float, typer.Option(help="Temperature of sampled answers (grpo, --ebft).")] = 1.0
-    ebft: Annotated[
-        str | None,
-        typer.Option(
-            help="Learn from sampled text whose features are like those of the data (causal-lm, EBFT): fields, such as "
-            "'mode=strided stride=8'."
-        ),
-    ] = None
+    generations: Annotated[int, typer.Option(min=2, help="Answers sampled for each prompt (grpo).")] = 8
+    temperature: Annotated[float, typer.Option(help="Temperature of sampled answers (grpo).")] = 1.0
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -179,7 +172,7 @@ class RunOptions:
         ),
     ] = None
     answer_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum tokens of such an answer, and of those of grpo and --ebft.")
+        int, typer.Option(min=1, help="Maximum tokens of such an answer, and of those of grpo.")
     ] = 64
     patience: Annotated[
         int | None,

@@ -106,11 +106,6 @@ def train(
         from peftcore.cli.training import distillation
 
         given = replace(given, teacher=distillation.checked(given, task))
-    if given.ebft is not None:
-        require("transformers", "accelerate")
-        from peftcore.cli.training import feature_matching
-
-        feature_matching.checked(given, task)
     for file in filter(None, (None if given.streaming else data, given.eval_data)):
         row_reading.read_rows(file, task, names)  # show wrong lines before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")

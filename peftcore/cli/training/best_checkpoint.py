@@ -78,7 +78,7 @@ def check(given: RunOptions, task: str) -> None:
             raise PeftcoreError(
                 "--metric chooses the best checkpoint, and no option asks for it. Add --load-best or --patience N"
             )
-        known = ("loss", *FIGURES[task], *(["alignment"] if given.ebft is not None else []))
+        known = ("loss", *FIGURES[task])
         if given.metric not in known:
             raise PeftcoreError(
                 f"--metric must be one of {', '.join(known)} for {task}, found '{given.metric}'"

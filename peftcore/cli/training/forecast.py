@@ -381,8 +381,6 @@ def _why_not(settings: Settings) -> str | None:
         return why
     if settings.teacher is not None:
         return "that of a teacher is not known"
-    if settings.ebft is not None:
-        return "that of sampling text is not known"
     if settings.optim not in OPTIMIZERS:
         return f"the state of --optim {settings.optim} is not known"
     return None

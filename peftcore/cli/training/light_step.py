@@ -55,7 +55,7 @@ def use_lazy_logits(
         peftcore.lazy_logits(model)
     if settings.lazy_logits != "auto" or settings.task != task_names.LANGUAGE_MODEL or settings.parallel:
         return
-    if settings.teacher or settings.ebft:  # whose losses need logits
+    if settings.teacher:  # whose loss needs logits
         return
     with precision.autocast(settings.precision, model.device.type):
         why = why_not_lazy(model, _few(model, rows, tokenizer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from peftcore.cli import task_names
@@ -20,7 +20,6 @@ from peftcore.cli.tasks import (
 )
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.tasks.metrics import Metrics
-from peftcore.cli.training import matching_trainer
 from peftcore.cli.training.training_data import Examples
 
 
@@ -125,11 +124,6 @@ class Measure:
         # Not more tokens at once than in training, so that measuring fits too.
         budget = settings.batch_size * self._examples.longest
         if self._answering is not None and is_held_out:
-            found = generations.measure(self._answering, model, examples, tokenizer, tokens=budget)
-        else:
-            tag_names = self._inputs.labels if settings.task == task_names.TAGS else ()
-            found = by_task.measure(model, examples, tokenizer, tokens=budget, tag_names=tag_names)
-        if settings.ebft is None or not is_held_out:
-            return found
-        likeness = matching_trainer.alignment(settings, model, tokenizer, examples)
-        return replace(found, figures={"perplexity": found.perplexity, **found.figures, **likeness})
+            return generations.measure(self._answering, model, examples, tokenizer, tokens=budget)
+        tag_names = self._inputs.labels if settings.task == task_names.TAGS else ()
+        return by_task.measure(model, examples, tokenizer, tokens=budget, tag_names=tag_names)

@@ -34,10 +34,10 @@ def check(given: RunOptions, display: Display, task: str, data: Sequence[str], *
         if task != wanted and getattr(given, name) != getattr(defaults, name):
             option = f"--{name.replace('_', '-')}"
             raise PeftcoreError(f"{option} is for --task {wanted}, found task {task}. Leave it out")
-    if task != task_names.ROLLOUTS and given.ebft is None:
+    if task != task_names.ROLLOUTS:
         for name in ("generations", "temperature"):
             if getattr(given, name) != getattr(defaults, name):
-                raise PeftcoreError(f"--{name} is for --task grpo and --ebft, found task {task}. Leave it out")
+                raise PeftcoreError(f"--{name} is for --task grpo, found task {task}. Leave it out")
     if display.sample is not None and task in task_names.NO_PROMPTS:
         raise PeftcoreError(f"--sample is a prompt for a model of texts, found task {task}. Leave it out")
     if task == task_names.IMAGE and (given.chat_template is not None or given.columns is not None):

@@ -45,7 +45,6 @@ from peftcore.cli.training import (
     distillation,
     forecast as forecasts,
     light_step,
-    matching_trainer,
     progress,
     trainer_arguments,
     trainers,
@@ -105,7 +104,6 @@ def run(
         say(f"memory is not predicted: {predicted}")
         predicted = None
     teacher = distillation.of_run(settings, inputs.tokenizer, examples.train)
-    rollouts = matching_trainer.of_run(settings, model, inputs.tokenizer, examples.train, examples.held_out)
     summary = peftcore.summary(model)
     say(str(summary))
 
@@ -134,7 +132,6 @@ def run(
         examples,
         measure,
         teacher,
-        rollouts,
         model=model,
         args=trainer_arguments.of_run(settings, output, training_data.draws(examples.parts), report_to),
         callbacks=[meter, stop, trace, progress.TaskWriter(made_for), *([keeper] if keeper else [])],
@@ -267,7 +264,6 @@ def _trainer(
     examples: Examples,
     measure: Measure,
     teacher: Any,
-    rollouts: matching_trainer.Rollouts | None,
     **arguments: Any,
 ) -> trainers.Measuring:
     """Return the trainer of the task; `arguments` are those of all trainers."""
@@ -291,9 +287,6 @@ def _trainer(
     elif teacher is not None:
         collate, weight = by_task.collator(tokenizer), settings.teacher_weight
         trainer = distillation.DistillingTrainer(**common, data_collator=collate, teacher=teacher, weight=weight)
-    elif rollouts is not None:
-        collate = by_task.collator(tokenizer)
-        trainer = matching_trainer.MatchingTrainer(**common, data_collator=collate, rollouts=rollouts)
     else:
         is_mean = settings.task in (
             task_names.TAGS,
