@@ -1,11 +1,11 @@
 """Predicted memory of a training step compared with the peak of a real process, on configurations drawn by a seed.
 
-    OMP_NUM_THREADS=1 python benchmarks/estimate.py --seed 4242 --count 20 [--output estimate.json] [--times]
+    OMP_NUM_THREADS=1 python benchmarks/estimate.py --seed 4242 --count 20 [--output estimate.json]
 
 Each configuration (model shape, method, optimizer, checkpointing, dtype, batch) runs in a process of its own, which has
 imported transformers' Trainer and run a tiny step: a model with random weights takes four steps, and the kernel reports
 the peak. Drawn are configurations of 0.1 to 1.2 GB of tensors and at most 0.6 T operations. The output is kept, so that
-a run that was stopped goes on. Seconds of a step (--times) need a machine that does nothing else. Linux only.
+a run that was stopped goes on. Linux only.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import gc
 import json
 import random
 import statistics
-import time
 import warnings
 from pathlib import Path
 
@@ -100,12 +99,12 @@ def name_of(chosen):
     return " ".join([chosen["family"], sizes, *run, dtype, f"{chosen['batch_size']}x{chosen['length']}"])
 
 
-def estimate(chosen, device=None):
+def estimate(chosen):
     import torch
 
     how = {name: chosen[name] for name in ("batch_size", "length", "optimizer", "gradient_checkpointing")}
     dtype, fields = getattr(torch, chosen["dtype"]), FIELDS.get(chosen["method"], {})
-    return peftcore.estimate(config_of(chosen), chosen["method"], **how, dtype=dtype, device=device, **fields)
+    return peftcore.estimate(config_of(chosen), chosen["method"], **how, dtype=dtype, **fields)
 
 
 def run(chosen):
@@ -117,12 +116,12 @@ def run(chosen):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
-    seconds = steps(chosen, STEPS)
-    return {"before": before, "peak": resident("VmHWM"), "seconds": min(seconds[1:], default=0.0)}
+    steps(chosen, STEPS)
+    return {"before": before, "peak": resident("VmHWM")}
 
 
 def steps(chosen, count):
-    """Train a model with random weights for so many steps, and return the seconds of each."""
+    """Train a model with random weights for so many steps."""
     import torch
     import transformers
 
@@ -145,17 +144,13 @@ def steps(chosen, count):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = loop.make_optimizer(parameters, chosen["optimizer"], paged=True)
     measure.reset_peak()
-    seconds = []
     for _ in range(count):
-        start = time.perf_counter()
         loss = model(**inputs).loss
         (loss + peftcore.extra_loss(model) if method else loss).backward()
         del loss
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return seconds
 
 
 def resident(field):
@@ -182,7 +177,6 @@ def main():
     parser.add_argument("--seed", type=int, default=4242)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--output", help="JSON file of measurements; an entry in it is not measured again")
-    parser.add_argument("--times", action="store_true", help="also compare the seconds of a step")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run is not None:
@@ -198,15 +192,14 @@ def main():
             known[name] = measure.in_child(__file__, "--run", json.dumps(chosen))
             if file is not None:
                 file.write_text(json.dumps(known, indent=1))
-        low, high = said.process
-        peak = known[name]["peak"]
+        ran = known[name]
+        within = said.beyond_libraries.plus(ran["before"])
+        (low, high), peak = within, ran["peak"]
         widths.append((high - low) / ((high + low) / 2))
-        held += said.process.holds(peak)
+        held += within.holds(peak)
         row = f"{name:62}{f'{low / 1e6:,.0f}-{high / 1e6:,.0f}':>12}{peak / 1e6:10,.0f}{widths[-1]:6.0%}"
-        if not said.process.holds(peak):
+        if not within.holds(peak):
             row += f"  outside by {(peak - min(max(peak, low), high)) / peak:+.1%}"
-        if options.times:
-            row += f"  {estimate(chosen, 'cpu').seconds:.2f} s predicted, {known[name]['seconds']:.2f} s measured"
         print(row, flush=True)
     print(f"\n{held} of {len(widths)} within; width: median {statistics.median(widths):.1%}, at most {max(widths):.1%}")
 

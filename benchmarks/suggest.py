@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/suggest.py [--only Llama-3-8B] [--memory 24] [--length 2048]
 
-Prints a row of Markdown for each: the fastest way, what it needs, its epoch by the card's data sheet, and the seconds
-of a processor that the answer took. Each is asked of a config alone, in a process of its own; --folder keeps them.
+Prints a row of Markdown for each: the first way, what it needs, and the seconds of a processor that the answer took.
+Each is asked of a config alone, in a process of its own; --folder keeps them.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-CARDS = {8: "rtx4090", 16: "rtx4090", 24: "rtx4090", 48: "l40s", 80: "h100"}  # the first two: its rates, less memory
+CARDS = {8: "rtx4090", 16: "rtx4090", 24: "rtx4090", 48: "l40s", 80: "h100"}
+METHODS = ["lora", "qlora"]
 
 
 def configs():
@@ -38,12 +39,12 @@ def ask(folder, memory, length):
     peftcore.methods()  # what is imported and measured once is not the answer's
     start = time.process_time()
     try:
-        found = peftcore.suggest(folder, memory=f"{memory}GB", device=CARDS[memory], length=length, examples=10000)
+        found = peftcore.suggest(folder, METHODS, memory=f"{memory}GB", device=CARDS[memory], length=length)
         best = found.ways[0]
         needs = f"{best.memory.high / 1e9:.1f} of {found.memory / 1e9:.1f}"
-        answer = f"`{' '.join(best.options())}` | {needs} | {best.hours:.2f}"
+        answer = f"`{' '.join(best.options())}` | {needs}"
     except peftcore.PeftcoreError as error:
-        answer = f"{error} | | "
+        answer = f"{error} | "
     print(f"| {Path(folder).name} | {memory} | {answer} | {time.process_time() - start:.0f} |")
 
 
@@ -59,7 +60,7 @@ def main():
         ask(options.ask, options.memory, options.length)
         return
     print(
-        "| model | GB | the fastest way | needs, GB | hours an epoch | answered in, s |\n|---|---|---|---|---|---|",
+        "| model | GB | the first way | needs, GB | answered in, s |\n|---|---|---|---|---|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as temporary:

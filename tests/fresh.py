@@ -37,7 +37,7 @@ def llama() -> nn.Module:
 
 
 def suggested() -> float:
-    found = peftcore.suggest(llama().config, memory="1GB", device="t4", length=5, methods=["lora"], max_ways=1)
+    found = peftcore.suggest(llama().config, ["lora"], memory="1GB", device="t4", length=5, max_ways=1)
     return float(found.ways[0].estimate.peak)
 
 

@@ -155,7 +155,7 @@ METHODS = {
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CORE)))
 def test_the_core_names_no_method(file: Path) -> None:
-    operators = ("lora", "dropout", "grouped", "grouped_operators", "linear_per_sample", "probes", "weight", "__init__")
+    operators = ("lora", "dropout", "grouped", "grouped_operators", "linear_per_sample", "weight", "__init__")
     if file.parent == CORE / "ops" and file.stem in operators:
         pytest.skip("an operator")
     if file.parent.name == "exporting" and file.stem == "serving":

@@ -91,8 +91,7 @@ WrittenDtype = Annotated[
 Parallel = Annotated[
     str | None,
     typer.Option(
-        help="Distribution over the processes of torchrun: ddp (a copy of the base in each) or fsdp2 (shards); "
-        "for plan also zero1, zero2 or zero3 (DeepSpeed)."
+        help="Distribution over the processes of torchrun: ddp (a copy of the base in each) or fsdp2 (shards)."
     ),
 ]
 Ranks = Annotated[int, typer.Option(min=1, help="Processes of the run, of which one is estimated.")]

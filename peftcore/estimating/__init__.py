@@ -1,4 +1,4 @@
-"""Memory and time of a training step, predicted by running it on meta tensors."""
+"""Memory of a training step, predicted by running it on meta tensors."""
 
 from peftcore.estimating.choosing import Suggestion as Suggestion, suggest as suggest
 from peftcore.estimating.devices import memory_here as memory_here

@@ -1,45 +1,50 @@
-"""Search for ways of training that fit into a memory, with their time (see `searching` for the algorithm)."""
+"""Search for ways of training that fit into a memory, with the largest batch of each.
+
+    memory of a step = a + b · batch, each u + v · layers, from four steps of models of 2 and 3 layers
+
+A way that is returned is followed with its own batch and all layers.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields as dataclass_fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields as dataclass_fields, replace
 from typing import Any
 
 import torch
 
+from peftcore.architecture import text_config
 from peftcore.errors import PeftcoreError
-from peftcore.estimating.devices import CARDS, Device, device_of, libraries_of_command, usable
+from peftcore.estimating.devices import CARDS, Device, device_of, process_memory, usable
 from peftcore.estimating.following import NotFollowed
 from peftcore.estimating.loop import ADAPTERS, BASE
-from peftcore.estimating.prediction import Estimate, step_of
+from peftcore.estimating.prediction import Estimate, estimate, step_of
 from peftcore.estimating.processes import STATE
 from peftcore.estimating.ranges import Range
-from peftcore.estimating.searching import ALIKE, LARGEST_BATCH, PAGED, PLAIN, Choice, Search, Sized, front
 from peftcore.estimating.stand_in import config_of, refuse_not_followed
 from peftcore.estimating.step import Step
 from peftcore.optim.paging import bytes_of
 from peftcore.registry import registry
 
-_LOOKED_FOR = ("batch_size", "gradient_checkpointing", "optimizer")
-NEARLY = 1.2  # a way whose line needs up to so many times the memory may fit: it is followed before it is left out
-_EXAMPLES = {1: "one example", 2: "two examples"}
+PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
+LARGEST_BATCH = 64
+NEARLY = 1.2  # a batch whose line needs up to so many times the memory may fit: it is followed before it is left out
 SHORTEST = 64  # tokens of the shortest examples that an error suggests
+_DEPTHS = (2, 3)
+_LOOKED_FOR = ("batch_size", "gradient_checkpointing", "optimizer")
+_EXAMPLES = {1: "one example", 2: "two examples"}
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way of training that fits.
+    """A way of training that fits, with its largest batch up to 64.
 
     Args:
-        hours: Hours of one epoch.
         next_need: Bytes, of the same kind as `memory`, for a batch of twice the size.
         libraries: Bytes of `memory` that Python and its libraries take; 0 on a card.
-        alike: Other methods with equal memory and time and fewer trainable parameters.
     """
 
     method: str
@@ -48,10 +53,8 @@ class Way:
     gradient_checkpointing: bool
     optimizer: str
     estimate: Estimate
-    hours: float
     next_need: float
     libraries: float = 0.0
-    alike: tuple[str, ...] = ()
 
     @property
     def memory(self) -> Range:
@@ -72,10 +75,10 @@ class Way:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Ways of training that fit into `memory` bytes, the fastest first.
+    """Ways of training that fit into `memory` bytes.
 
-    Each slower way needs less memory, or keeps the base dense. Among the fastest, a way with a dense base comes before
-    one with a base in 4 bits.
+    A dense base comes before one in 4 bits, which is less exact. Of one method, gradient checkpointing, which computes
+    activations twice, and the paged optimizer come after, where they make room for a larger batch.
     """
 
     memory: float
@@ -84,29 +87,25 @@ class Suggestion:
 
     def __str__(self) -> str:
         ranks = self.ways[0].estimate.step.ranks
-        each = f" for each of {ranks} processes, without waiting for one another" if ranks > 1 else ""
-        with_libraries = " with Python and its libraries" if self.device.measured else ""
-        where = f"{self.device.name}{with_libraries}{each}"
-        lines = [f"fits into {self.memory / 1e9:,.1f} GB on {where}, fastest first:"]
+        each = f" for each of {ranks} processes" if ranks > 1 else ""
+        with_libraries = "" if self.device.is_card else " with Python and its libraries"
+        lines = [f"fits into {self.memory / 1e9:,.1f} GB on {self.device.name}{with_libraries}{each}:"]
         for way in self.ways:
             verdict = "" if way.next_need <= self.memory else " and does not fit"
             lines += [
-                f"  {way.memory!s:>15}{way.hours:10,.2f} h an epoch   {shlex.join(way.options())}",
+                f"  {way.memory!s:>15}   {shlex.join(way.options())}",
                 f"  {'':15}   twice the batch needs about {way.next_need / 1e9:,.2f} GB{verdict}",
             ]
-            if way.alike:
-                lines += [f"  {'':15}   equal in both, with fewer trainable parameters: {', '.join(way.alike)}"]
         return "\n".join(lines)
 
 
 def suggest(
     model: Any,
     /,
+    methods: Sequence[str],
     *,
     memory: int | str | None = None,
     device: str = "cpu",
-    examples: int = 1000,
-    methods: Sequence[str] | None = None,
     r: Sequence[int] = (16,),
     dtype: torch.dtype = torch.bfloat16,
     max_ways: int = 4,
@@ -114,24 +113,19 @@ def suggest(
     step: Step | None = None,
     **options: Any,
 ) -> Suggestion:
-    """Suggest ways to train `model` in so much memory: method, batch, gradient checkpointing, optimizer.
+    """Suggest ways to train `model` in so much memory: batch, gradient checkpointing and optimizer for each method.
 
     Args:
         model: A transformers config, a folder with a `config.json`, a hub id, or a model that has a config.
+        methods: Names of the methods to compare, tried in this order.
         memory: Memory of the process or the card, in bytes or as text ("24GB"); None: what the device has free.
         device: `cpu`, which is this machine, or a card, as in `estimate`.
-        examples: Number of training examples, for the time of an epoch.
-        methods: Names of methods; None: the installed methods that have a rank `r` and need no other field, each that
-            is smaller or faster than the others.
-        r: Ranks to try.
+        r: Ranks to try, for methods that have one.
         dtype: Dtype of the base.
         max_ways: Largest number of ways to return.
         fields: Fields of every method's config, such as target_modules.
         step: How a step is run, apart from what is searched; None: `Step()`.
         options: Fields of `Step`, such as length=2048, ranks=8 or mixed_precision="bf16", which override `step`.
-
-    Returns:
-        The Pareto front of memory and time.
 
     Raises:
         PeftcoreError: Nothing fits, with the smallest need that was found, or an argument is wrong.
@@ -146,51 +140,46 @@ def suggest(
             if wanted
             else f"suggest has no argument {', '.join(options)}. Pass fields of a method's config as fields={{...}}"
         )
-    if memory is None and where.measured:
+    if memory is None and not where.is_card:
         room /= step.ranks
     config = config_of(model)
     refuse_not_followed(config)
-    search = Search(config, replace(where, memory=room), step, dtype)
-    named = _methods(methods, r, fields or {})
-    firsts = {Choice(method, tuple(its.items()), False, PLAIN): () for method, its in named}
-    alike: Mapping[Choice, tuple[str, ...]] = search.contenders([*firsts]) if methods is None else firsts
-    if not alike:
-        raise PeftcoreError("no installed method with a rank applies to this model. Name some: methods=[...]")
-    choices = []
-    for first in alike:
-        search.line(first)  # raises if the method refuses the model
-        choices.append(first)
-        for optimizer in (PLAIN, PAGED):
-            again = replace(first, gradient_checkpointing=True, optimizer=optimizer)
-            with suppress(NotFollowed):  # some models have no gradient checkpointing
-                search.line(again)
-                choices.append(again)
-    found = _search(search, choices, room, max_ways)
-    if not found:
-        raise PeftcoreError(_why_nothing(search, choices, room))
-    ways = []
-    libraries = libraries_of_command() if where.measured else 0.0
-    for each in found:
-        followed, choice = each.found, each.choice
-        assert followed is not None  # `_search` returns only ways that were followed
-        ways.append(
-            Way(
-                choice.method,
-                dict(choice.fields),
-                each.batch,
-                choice.gradient_checkpointing,
-                choice.optimizer,
-                followed,
-                hours=(followed.seconds or 0.0) * math.ceil(examples / (each.batch * step.copies)) / 3600,
-                next_need=libraries + search.needs(choice, 2 * each.batch),
-                libraries=libraries,
-                alike=alike[replace(choice, gradient_checkpointing=False, optimizer=PLAIN)],
+    search = _Search(config, replace(where, memory=room), step, dtype)
+    if isinstance(methods, str) or not methods:
+        raise PeftcoreError(f"methods must be a list of names, found {methods!r}")
+    libraries = 0.0 if where.is_card else float(process_memory())
+    ways: list[Way] = []
+    tried: list[_Choice] = []
+    for first in _choices(methods, r, fields or {}):
+        search.bytes(first, search.least)  # raises if the method refuses the model
+        batch_before = 0
+        for choice in _ladder(first):
+            try:
+                batch = search.largest_batch(choice, room)
+            except NotFollowed:  # some models have no gradient checkpointing
+                break
+            tried.append(choice)
+            if batch <= batch_before:
+                continue
+            batch_before = batch
+            found = search.whole(choice, batch)
+            growth = found.needed / search.bytes(choice, batch)
+            ways.append(
+                Way(
+                    choice.method,
+                    dict(choice.fields),
+                    batch,
+                    choice.gradient_checkpointing,
+                    choice.optimizer,
+                    found,
+                    next_need=libraries + growth * search.bytes(choice, 2 * batch),
+                    libraries=libraries,
+                )
             )
-        )
-    ways.sort(key=lambda way: way.hours)
-    near = [way for way in ways if way.hours <= (1 + ALIKE) * ways[0].hours]
-    best = next((way for way in near if not way.estimate.summary.packed_parameters), ways[0])
-    return Suggestion(room + libraries, where, (best, *(way for way in ways if way is not best)))
+    if not ways:
+        raise PeftcoreError(_why_nothing(search, tried, room))
+    ways.sort(key=lambda way: bool(way.estimate.summary.packed_parameters))
+    return Suggestion(room + libraries, where, tuple(ways[:max_ways]))
 
 
 def _room(memory: int | str | None, where: Device) -> float:
@@ -203,52 +192,117 @@ def _room(memory: int | str | None, where: Device) -> float:
         raise PeftcoreError(f"memory must be bytes or text such as '24GB', found {memory!r}") from error
     if given < 1e6:
         raise PeftcoreError(f"memory must be bytes or text such as '24GB', found {memory!r}: no model fits into that")
-    room = given - libraries_of_command() if where.measured else usable(given)
+    room = usable(given) if where.is_card else given - process_memory()
     if room < 1e6:
-        what = "Python and its libraries take" if where.measured else "the CUDA context takes"
+        what = "the CUDA context takes" if where.is_card else "Python and its libraries take"
         raise PeftcoreError(f"memory={memory!r} on {where.name} is no more than {what}. Give at least 1GB")
     return room
 
 
-def _search(search: Search, choices: Sequence[Choice], room: float, max_ways: int) -> list[Sized]:
-    """Return the front of what fits, with at most `max_ways` ways, each followed with all layers."""
-    known: dict[tuple[Choice, int], Estimate] = {}
-    while True:
-        sized = []
-        for choice in choices:
-            line = search.line(choice)
-            for power in range(search.least - 1, LARGEST_BATCH.bit_length()):
-                step = known.get((choice, 2**power))
-                memory, seconds = line.at(2**power) if step is None else (step.needed, step.seconds or 0.0)
-                sized.append(Sized(choice, 2**power, memory, seconds, line.trained, line.is_packed, step))
-        limits = ((each, room if each.found is not None else NEARLY * room) for each in sized)
-        chosen = _spread(front([each for each, limit in limits if each.memory <= limit]), max_ways)
-        unseen = next((each for each in chosen if each.found is None), None)
-        if unseen is None:
-            return chosen
-        step = search.whole(unseen.choice, unseen.batch)
-        known[unseen.choice, unseen.batch] = step
-        search.line(unseen.choice).correct(unseen.batch, step)
+@dataclass(frozen=True)
+class _Choice:
+    """Way of training without its batch size."""
+
+    method: str
+    fields: tuple[tuple[str, Any], ...]
+    gradient_checkpointing: bool = False
+    optimizer: str = PLAIN
+
+    def __hash__(self) -> int:
+        return hash((self.method, repr(self.fields), self.gradient_checkpointing, self.optimizer))
 
 
-def _spread(found: list[Sized], max_ways: int) -> list[Sized]:
-    """Return at most `max_ways` of the front: the fastest, the fastest dense one, the smallest, and others between."""
-    if len(found) <= max_ways:
-        return found
-    dense = next((each for each in found if not each.is_packed), found[0])
-    between = [found[round(i * (len(found) - 1) / max_ways)] for i in range(1, max_ways)]
-    order = [found[0], dense, min(found, key=lambda each: each.memory), *between, *found]
-    chosen = list(dict.fromkeys(map(id, order)))[:max_ways]
-    return [each for each in found if id(each) in chosen]
+def _ladder(first: _Choice) -> tuple[_Choice, ...]:
+    """Return the choice, and what needs less and less memory with the same method."""
+    again = replace(first, gradient_checkpointing=True)
+    return first, again, replace(again, optimizer=PAGED)
 
 
-def _why_nothing(search: Search, choices: Sequence[Choice], room: float) -> str:
+@dataclass
+class _Search:
+    """Cache of followed steps of one model on one device. `step`: the fields that are not searched."""
+
+    config: Any
+    device: Device
+    step: Step
+    dtype: torch.dtype
+    _known: dict[Any, Estimate] = field(default_factory=dict)
+
+    @property
+    def least(self) -> int:
+        """Smallest batch: a pair of texts is compared with another one."""
+        return 2 if self.step.loss == "pairs" else 1
+
+    def whole(self, choice: _Choice, batch: int, length: int | None = None) -> Estimate:
+        """Follow a step with all layers."""
+        return self._estimate(choice, batch, None, length or self.step.length)
+
+    def bytes(self, choice: _Choice, batch: int) -> float:
+        """Return the bytes that a step needs by the line through the smallest batch and the next one."""
+        one, two = (self._extrapolated(choice, self.least + more, lambda found: found.needed) for more in (0, 1))
+        return one + (batch - self.least) * (two - one)
+
+    def largest_batch(self, choice: _Choice, room: float) -> int:
+        """Return the largest power of two that fits, or 0."""
+        batch = LARGEST_BATCH
+        while batch >= self.least:
+            if self.bytes(choice, batch) <= NEARLY * room and self.whole(choice, batch).needed <= room:
+                return batch
+            batch //= 2
+        return 0
+
+    def _extrapolated(self, choice: _Choice, batch: int, value: Callable[[Estimate], float]) -> float:
+        layers = layers_of(self.config)
+        if layers is None or layers <= _DEPTHS[-1]:
+            return float(value(self.whole(choice, batch)))
+        few, more = (float(value(self._estimate(choice, batch, depth, self.step.length))) for depth in _DEPTHS)
+        return few + (layers - _DEPTHS[0]) * (more - few)
+
+    def _estimate(self, choice: _Choice, batch: int, depth: int | None, length: int) -> Estimate:
+        key = choice, batch, depth, length
+        if key not in self._known:
+            self._known[key] = estimate(
+                self.config if depth is None else shallow(self.config, depth),
+                choice.method,
+                step=replace(
+                    self.step,
+                    batch_size=batch,
+                    length=length,
+                    optimizer=choice.optimizer,
+                    gradient_checkpointing=choice.gradient_checkpointing,
+                ),
+                dtype=self.dtype,
+                device=self.device,
+                **dict(choice.fields),
+            )
+        return self._known[key]
+
+
+def layers_of(config: Any) -> int | None:
+    """Return the number of layers of a model with this config, or None if it does not say."""
+    found = getattr(text_config(config), "num_hidden_layers", None)
+    return found if isinstance(found, int) else None
+
+
+def shallow(config: Any, depth: int) -> Any:
+    """Return the config with so many layers."""
+    small = copy.deepcopy(config)
+    text = text_config(small)
+    layers = text.num_hidden_layers
+    text.num_hidden_layers = depth
+    for name, value in vars(text).items():  # such as layer_types
+        if isinstance(value, list) and len(value) == layers:
+            setattr(text, name, value[:depth])
+    return small
+
+
+def _why_nothing(search: _Search, choices: Sequence[_Choice], room: float) -> str:
     """Return an error text with the smallest need, what it is for, and what would need less."""
-    choice = min(choices, key=lambda each: search.line(each).at(search.least)[0])
+    choice = min(choices, key=lambda each: search.bytes(each, search.least))
     step = search.whole(choice, search.least)
     lasting = step.parts[BASE] + step.parts[ADAPTERS] + (0 if step.paged else step.parts[STATE])
     again = " and gradient checkpointing" if choice.gradient_checkpointing else ""
-    beyond = " beyond Python and its libraries" if search.device.measured else ""
+    beyond = "" if search.device.is_card else " beyond Python and its libraries"
     text = (
         f"nothing fits into {_size(room)}{beyond}: the least is {_size(step.needed)}, {choice.method} with "
         f"{_EXAMPLES[search.least]} at a time{again}, {_size(step.parts[BASE])} of it the base"
@@ -264,7 +318,7 @@ def _why_nothing(search: Search, choices: Sequence[Choice], room: float) -> str:
     if not step.summary.packed_parameters:
         ways.append("a method with a base in 4 bits needs less")
     cards = [card.name for card in CARDS.values() if card.memory >= step.needed]
-    if not search.device.measured and cards:
+    if search.device.is_card and cards:
         ways.append(f"cards with enough memory: {', '.join(cards)}")
     return f"{text}. {_sentence(ways or ['Use a smaller model, or more memory'])}"
 
@@ -278,16 +332,13 @@ def _size(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
-def _methods(
-    names: Sequence[str] | None, ranks: Sequence[int], given: Mapping[str, Any]
-) -> list[tuple[str, dict[str, Any]]]:
-    found: list[tuple[str, dict[str, Any]]] = []
-    for name in names if names is not None else registry.methods():
-        ranked = "r" not in given and "r" in {
-            each.name for each in dataclass_fields(registry.method(name).config_class)
-        }
-        if ranked:
-            found += [(name, {**given, "r": rank}) for rank in ranks]
-        elif names is not None:
-            found.append((name, dict(given)))
-    return found
+def _choices(names: Sequence[str], ranks: Sequence[int], given: Mapping[str, Any]) -> list[_Choice]:
+    """Return each method with each rank, or as it is if it has no rank or `given` names one."""
+    choices = []
+    for name in names:
+        has_rank = "r" in {each.name for each in dataclass_fields(registry.method(name).config_class)}
+        if has_rank and "r" not in given:
+            choices += [_Choice(name, (*given.items(), ("r", rank))) for rank in ranks]
+        else:
+            choices.append(_Choice(name, tuple(given.items())))
+    return choices

@@ -1,48 +1,13 @@
-"""Devices and the time of a step on them: this machine, whose rates are measured once, and a table of cards.
-
-    a card          sum over operators of max(operations / rate, bytes moved / bandwidth) + the cost of a call
-    this machine    see `rates`
-
-The rates of a card come from its data sheet (dense). A step is assumed to reach half of them in products and three
-quarters of the bandwidth; neither was measured on a card. Memory is what a CUDA context leaves.
-"""
+"""Devices on which a step is predicted: this machine, and a table of cards with their memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
 
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.estimating.calibration import here
-from peftcore.estimating.following import Operation
-from peftcore.estimating.measurements import Measurement
-from peftcore.estimating.rates import Rates, measure, read
-from peftcore.ops.build_info import build_info
-
-
-class Sheet(NamedTuple):
-    """Rates from a data sheet.
-
-    Args:
-        half, single: Floating-point operations per second in products of 16 and of 32 bits.
-        bandwidth: Bytes per second.
-        call: Seconds of a call besides its work.
-    """
-
-    half: float
-    single: float
-    bandwidth: float
-    call: float
-
-    def seconds(self, operation: Operation) -> float:
-        """Return the seconds of one operation."""
-        rate = self.half if operation.halves else self.single
-        return operation.times * (max(operation.cost.flops / rate, operation.moved / self.bandwidth) + self.call)
 
 
 @dataclass(frozen=True)
@@ -51,22 +16,12 @@ class Device:
 
     Args:
         memory: Bytes available to the step.
-        rates: Rates from a data sheet, or as measured on this machine.
+        is_card: Whether it is a card of the table, not this machine.
     """
 
     name: str
     memory: float
-    rates: Sheet | Rates
-
-    @property
-    def measured(self) -> bool:
-        """Whether the device is this machine, whose rates were measured."""
-        return isinstance(self.rates, Rates)
-
-    def seconds(self, operations: Sequence[Operation], fresh: int = 0) -> float:
-        """Return the seconds of a step. `fresh`: bytes whose pages the system maps again in each step."""
-        of_pages = fresh * self.rates.fresh if isinstance(self.rates, Rates) else 0.0
-        return sum(map(self.rates.seconds, operations)) + of_pages
+    is_card: bool = False
 
 
 def usable(memory: float) -> float:
@@ -74,33 +29,11 @@ def usable(memory: float) -> float:
     return 0.94 * memory - 0.5e9
 
 
-def libraries_of_command() -> float:
-    """Return the bytes that Python and its libraries take in `peftcore train` on this machine."""
-    return here(torch.get_num_threads()).libraries + _OF_COMMAND
-
-
-def _card(name: str, gigabytes: float, half: float, single: float, bandwidth: float) -> Device:
-    """Return a card from its data sheet: GB, TFLOP/s in 16 and 32 bits, GB/s."""
-    return Device(name, usable(1e9 * gigabytes), Sheet(0.5e12 * half, 0.5e12 * single, 0.75e9 * bandwidth, 8e-6))
-
-
-CARDS = {
-    card.name: card
-    for card in (
-        _card("t4", 16, 65, 8.1, 320),
-        _card("v100", 16, 112, 14, 900),
-        _card("rtx3090", 24, 71, 35.6, 936),
-        _card("rtx4090", 24, 165, 82.6, 1008),
-        _card("rtx5090", 32, 209, 104.8, 1792),
-        _card("l4", 24, 121, 30.3, 300),
-        _card("l40s", 48, 362, 91.6, 864),
-        _card("a100-40gb", 40, 312, 19.5, 1555),
-        _card("a100", 80, 312, 19.5, 2039),
-        _card("h100", 80, 989, 67, 3350),
-        _card("h200", 141, 989, 67, 4800),
-        _card("m3-max", 48, 28, 14, 400),
-    )
-}
+_GIGABYTES = {
+    "t4": 16, "v100": 16, "rtx3090": 24, "rtx4090": 24, "rtx5090": 32, "l4": 24, "l40s": 48,
+    "a100-40gb": 40, "a100": 80, "h100": 80, "h200": 141, "m3-max": 48,
+}  # fmt: skip
+CARDS = {name: Device(name, usable(1e9 * size), is_card=True) for name, size in _GIGABYTES.items()}
 
 
 def device_of(name: str) -> Device:
@@ -110,7 +43,7 @@ def device_of(name: str) -> Device:
         PeftcoreError: The name is unknown.
     """
     if name == "cpu":
-        return this_machine()
+        return Device("this machine", memory_here())
     card = CARDS.get(name.lower())
     if card is None:
         raise PeftcoreError(
@@ -145,16 +78,18 @@ def memory_here() -> float:
     return available
 
 
-def _kernels() -> str:
-    """Return the kernels in use, since another build is measured again."""
-    build = build_info()
-    return f"{build.cpu_level} {build.commit}".strip()
+def process_memory() -> int:
+    """Return the resident bytes of this process.
 
-
-_OF_COMMAND = 0.1e9  # bytes of what `peftcore train` imports besides transformers' Trainer
-_RATES = Measurement("rates.json", read, measure, Rates._asdict, _kernels)
-
-
-def this_machine() -> Device:
-    """Return this machine, with rates that are measured at the first call and kept in a file."""
-    return Device("this machine", memory_here(), _RATES.get())
+    Raises:
+        PeftcoreError: The system does not report them.
+    """
+    if sys.platform == "linux":
+        return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
+    try:
+        import psutil
+    except ImportError:
+        raise PeftcoreError(
+            "this process' memory cannot be read here without psutil. Try: pip install psutil"
+        ) from None
+    return int(psutil.Process().memory_info().rss)

@@ -23,10 +23,8 @@ from torch.utils._pytree import tree_leaves
 from peftcore import ranks
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.costs import FREE, Cost, cost
-from peftcore.estimating.overhead import Overhead
 from peftcore.observation.meta import MetaFloats
 
-_LOOKUPS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}  # use few of the values they read
 LARGEST_INDEX = 1 << 22  # integer tensors with more values than this are on meta
 
 
@@ -60,22 +58,14 @@ class Operation:
         name: Name in the operator's schema.
         module: Path of the module whose forward called it; outside of all modules, of the module whose results it read.
         phase: Part of the step.
-        moved: Bytes read and written.
-        elements: Number of elements of the largest tensor read or written.
-        halves: Whether it computes in 16 bits.
         recomputed: Whether it belongs to a forward that the backward runs again.
-        times: Number of calls that this one represents.
     """
 
     name: str
     module: str
     phase: str
     cost: Cost = FREE
-    moved: int = 0
-    halves: bool = False
     recomputed: bool = False
-    elements: int = 0
-    times: float = 1.0
 
 
 def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]], dict[int, list[int]], list[int]]:
@@ -92,14 +82,13 @@ def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]]
 
 
 class Following:
-    """Recorder of what runs within `with following.running(model):`. `overhead`: memory taken inside operators."""
+    """Recorder of what runs within `with following.running(model):`, on this machine or on a card."""
 
-    def __init__(self, overhead: Overhead) -> None:
-        self.overhead = overhead
+    def __init__(self, *, on_card: bool = False) -> None:
+        self.on_card = on_card
         self.storages: list[Storage] = []
         self.operations: list[Operation] = []
         self.phase = ""
-        self.times = 1.0  # number of calls that each call represents now
         self._ended = False
         self._modules: list[str] = []  # modules whose forward is running
         self._live: dict[int, Storage] = {}
@@ -153,10 +142,10 @@ class Following:
         key = ranks.local(tensor).untyped_storage()._cdata
         self._gone(key, self._live[key])
 
-    def pass_by(self, name: str, moved: int) -> None:
-        """Record an operation that moves `moved` bytes of memory outside of tensors."""
+    def pass_by(self, name: str) -> None:
+        """Record an operation that PyTorch's dispatcher does not show."""
         inside = self._modules[-1] if self._modules else ""
-        self.operations.append(Operation(name, inside, self.phase, moved=moved))
+        self.operations.append(Operation(name, inside, self.phase))
 
     def end(self) -> None:
         """Stop recording: tensors that still exist stay in the record when the stand-in is deleted."""
@@ -177,14 +166,10 @@ class Following:
                 if known is not None and known.module:
                     inside = known.module
         again = bool(self._modules) and self.phase.startswith("backward")
-        operation = Operation(operator._schema.name, inside, self.phase, recomputed=again, times=self.times)
+        operation = Operation(operator._schema.name, inside, self.phase, recomputed=again)
         if not operator.is_view:
             made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-            touched = made if operation.name in _LOOKUPS else [*tensors, *made]
-            operation.moved = sum(t.nbytes for t in touched)
-            operation.elements = max((t.numel() for t in touched), default=0)
-            operation.halves = any(t.dtype in (torch.float16, torch.bfloat16) for t in made)
-            operation.cost = cost(operator, args, output, self.overhead)
+            operation.cost = cost(operator, args, output, on_card=self.on_card)
             for tensor in made:
                 self.see(tensor)
         self.operations.append(operation)

@@ -24,7 +24,7 @@ from peftcore.estimating.losses import VECTORS, Own, loss_of, rows_of, tiles_in_
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
 from peftcore.estimating.processes import GRADIENTS, STATE, Alone, Replicas, Shards
 from peftcore.estimating.step import Step
-from peftcore.estimating.zero import Partitions, Replicated
+from peftcore.observation import positions
 from peftcore.observation.inputs import BATCH, LENGTH, example_inputs
 from peftcore.observation.meta import MetaFloats, meta_copy
 from peftcore.optim import NAMES
@@ -53,6 +53,7 @@ def make_inputs(
 
     Raises:
         NotFollowed: The model's forward has no argument `labels`.
+        PeftcoreError: The model has fewer positions than `length`.
     """
     if loss not in VECTORS and "labels" not in inspect.signature(original_forward(model)).parameters:
         raise NotFollowed(
@@ -61,6 +62,12 @@ def make_inputs(
         )
     if example is not None:
         return _repeated(model, rows, example)
+    known = positions.count(model)
+    if known is not None and length > known:
+        raise PeftcoreError(
+            f"{type(model).__name__} has positions for {known:,} tokens, found length={length:,}. Pass length={known} "
+            f"(--max-length {known})"
+        )
     sized = {}
     for name, value in example_inputs(model, device="cpu").items():
         shape = list(value.shape)
@@ -150,7 +157,7 @@ def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool)
             "method, or leave out shard"
         )
     optimizer = make_optimizer(processes.trained(), step.optimizer)
-    precision = None if step.zero is not None else step.mixed_precision  # DeepSpeed casts the model
+    precision = step.mixed_precision
     with ExitStack() as stack:
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(asked_of_cpu())
@@ -162,8 +169,6 @@ def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool)
 
 def _processes_of(model: nn.Module, step: Step, *, on_card: bool) -> Alone:
     """Return the model as one of the step's processes holds it."""
-    if step.zero is not None:
-        return (Partitions if step.zero.stage == 3 else Replicated)(model, step.zero, step.ranks)
     if step.is_sharded:
         return Shards(model, step, on_card)
     if step.copies > 1:
@@ -194,11 +199,6 @@ def _follow(
         loss = loss_of_batch(call, inputs)
         return (loss + extra_loss(model) if state_of(model) is not None else loss) / batches
 
-    def rehearsal() -> None:
-        with MetaFloats(largest_index=LARGEST_INDEX):
-            loss_now().backward()
-
-    processes.rehearse(rehearsal)
     _give_state(parameters, optimizer)
     _see_what_stays(following, processes, loss_of_batch, optimizer)
     for tensor in inputs.values():
@@ -222,12 +222,8 @@ def _follow(
             del loss
             processes.after_backward()
         following.phase = UPDATE
-        processes.finish()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        firsts = {*_firsts(parameters).values()}
-        following.times = sum(p.numel() for p in parameters) / max(1, sum(p.numel() for p in firsts))
         _update(parameters, optimizer)
-        following.times = 1.0
         if state_of(model) is not None:
             after_step(model, 1, 1000, optimizer=optimizer)
         optimizer.zero_grad()
@@ -264,7 +260,8 @@ def _give_state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optim
     for p, first in firsts.items():
         if p is not first and first in optimizer.state:
             state = optimizer.state[first]
-            optimizer.state[p] = {n: torch.empty_like(v) if isinstance(v, Tensor) else v for n, v in state.items()}
+            # Copies, not `empty_like`: Adam's counter of steps is a real number, on the CPU.
+            optimizer.state[p] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in state.items()}
 
 
 def _see_what_stays(following: Following, processes: Alone, loss: Own, optimizer: torch.optim.Optimizer) -> None:

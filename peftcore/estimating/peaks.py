@@ -5,7 +5,7 @@
 
 A C library returns a large tensor to the system when it is freed. Small ones come from a heap that does not shrink, so
 its peak adds to that of the large ones even where the two fall at different times. A hole is used again only by what
-fits into it; `calibration` measures on this machine how much that leaves unused.
+fits into it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from peftcore.estimating.processes import GRADIENTS
 from peftcore.estimating.ranges import Range
 
 LARGE = 32 << 20  # bytes of a tensor that the C library returns to the system when it is freed
-# Weights of the holes, and bytes, that hold 130 of 135 configurations (docs/will-it-fit.md says which were unseen).
-_LEAST_HOLES, _PASSING, _OF_GRADIENTS, _OF_LARGEST = 0.2, 0.85, 1.4, 4.0
-_BELOW, _ABOVE = 10e6, 30e6
+# Shares that holes add, and bytes, chosen on 135 configurations with glibc (docs/will-it-fit.md).
+_LEAST_HOLES, _PASSING, _OF_GRADIENTS, _OF_LARGEST = 0.05, 0.32, 0.53, 1.5
+_BELOW, _ABOVE = 10e6, 50e6  # the upper one with what PyTorch loads in the first step
 
 
 class Peaks(NamedTuple):
@@ -67,8 +67,8 @@ def peaks(storages: Sequence[Storage], operations: Sequence[Operation]) -> Peaks
     return Peaks(both, max(larges), max(smalls), max(smalls) - throughout, gradients, largest)
 
 
-def held(found: Peaks, allowance: float) -> Range:
-    """Return how many bytes a process holds at the peak of a step, by the measured `allowance` for holes."""
-    low = found.tensors + allowance * _LEAST_HOLES * found.passing - _BELOW
+def held(found: Peaks) -> Range:
+    """Return how many bytes a process holds at the peak of a step."""
+    low = found.tensors + _LEAST_HOLES * found.passing - _BELOW
     holes = _PASSING * found.passing + _OF_GRADIENTS * found.gradients + _OF_LARGEST * found.largest
-    return Range(max(0.0, low), found.large + found.small + allowance * holes + _ABOVE)
+    return Range(max(0.0, low), found.large + found.small + holes + _ABOVE)

@@ -1,4 +1,4 @@
-"""Prediction of a training step: memory by purpose, the operation at its peak, operations and time."""
+"""Prediction of a training step: memory by purpose, and the operation at its peak."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore import ranks
 from peftcore.architecture import text_config
 from peftcore.engine import activate, apply, apply_to_fill, state_of, takes_batches
 from peftcore.engine.fusing import fuse, fused_modules, recomputes
 from peftcore.engine.lazy_head import has_lazy_logits
 from peftcore.engine.summary import Summary, summary
 from peftcore.errors import PeftcoreError
-from peftcore.estimating.calibration import here
 from peftcore.estimating.checkpointing import checkpoint
 from peftcore.estimating.costs import kept
-from peftcore.estimating.devices import Device, device_of
+from peftcore.estimating.devices import Device, device_of, process_memory
 from peftcore.estimating.following import Following, NotFollowed, Operation, Storage
 from peftcore.estimating.loop import ADAPTERS, BACKWARD, BASE, FORWARD, INPUTS, follow, is_paged
 from peftcore.estimating.losses import rows_of
-from peftcore.estimating.mixed_precision import DTYPES
-from peftcore.estimating.overhead import NONE, Overhead
-from peftcore.estimating.peaks import LARGE, held, peaks
+from peftcore.estimating.peaks import held, peaks
 from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES, STATE
 from peftcore.estimating.ranges import Range
 from peftcore.estimating.segments import peak_reserved
@@ -37,7 +35,7 @@ from peftcore.estimating.stand_in import apply_again, stand_in
 from peftcore.estimating.step import Step
 from peftcore.estimating.tensor_parallel import divide, first_of, refuse_trained
 from peftcore.optim.paging import PAGE_BYTES
-from peftcore.quantization import QuantizedLinear, quantize as to_4_bits
+from peftcore.quantization import quantize as to_4_bits
 from peftcore.registry import registry
 
 _ONE_AT_A_TIME = RLock()  # following a step replaces functions of PyTorch, which threads that overlap would not restore
@@ -63,8 +61,8 @@ class Estimate:
         step: How the step is run.
         operations: All operations, in order.
         storages: All memory of the step.
-        overhead: What a process takes beyond tensors.
-        device: Device for the time and for `fits`.
+        device: Device for `fits`.
+        libraries: Resident bytes of this process before the step, without the model's weights; 0 on a card.
         paged: Whether the optimizer's state is in pages. `parts` has all of it; where memory is short, a single page
             stays in memory.
     """
@@ -80,17 +78,17 @@ class Estimate:
     paged: bool = False
     device: Device | None = None
     storages: tuple[Storage, ...] = field(default=(), repr=False)
-    overhead: Overhead = field(default=NONE, repr=False)
+    libraries: int = 0
 
     @cached_property
     def beyond_libraries(self) -> Range:
         """Bytes at the peak of a process of this machine, beyond Python and its libraries."""
-        return held(peaks(self.storages, self.operations), self.overhead.allowance).plus(self.parts[KEPT])
+        return held(peaks(self.storages, self.operations)).plus(self.parts[KEPT])
 
     @property
     def process(self) -> Range:
-        """Bytes at the peak of a process of this machine."""
-        return self.beyond_libraries.plus(self.overhead.libraries)
+        """Bytes at the peak of this process, if it runs the step."""
+        return self.beyond_libraries.plus(self.libraries)
 
     @property
     def peak(self) -> int:
@@ -113,17 +111,9 @@ class Estimate:
         return sum(operation.cost.flops for operation in self.operations)
 
     @property
-    def seconds(self) -> float | None:
-        """Seconds of a step, or None without a device."""
-        if self.device is None:
-            return None
-        mapped = sum(each.bytes for each in self.storages if each.born and each.bytes >= LARGE)
-        return self.device.seconds(self.operations, mapped if self.device.measured else 0)
-
-    @property
     def needed(self) -> float:
         """Bytes that must be free: on this machine beyond the libraries, at the upper end; on a card reserved ones."""
-        on_card = self.device is not None and not self.device.measured
+        on_card = self.device is not None and self.device.is_card
         return (self.reserved if on_card else self.beyond_libraries.high) - (self.peak - self.least)
 
     @property
@@ -131,26 +121,24 @@ class Estimate:
         """Whether the device has enough memory, on this machine for all ranks together; None without a device."""
         if self.device is None:
             return None
-        return self.needed * (self.step.ranks if self.device.measured else 1) <= self.device.memory
+        return self.needed * (1 if self.device.is_card else self.step.ranks) <= self.device.memory
 
     def __str__(self) -> str:
         lines = [self.title, *(line for line in str(self.summary).splitlines() if not line.startswith(" "))]
         lines += [f"  {kind:<18}{size / 1e6:>12,.1f} MB" for kind, size in self.parts.items() if size]
         lines += [f"  {'tensors at peak':<18}{self.peak / 1e6:>12,.1f} MB, {self.where}"]
-        if self.device is None or self.device.measured:
-            ranks = f", each of {self.step.ranks} on this machine" if self.step.ranks > 1 else ""
-            libraries = f"{self.overhead.libraries / 1e9:.2f} GB of it Python and its libraries"
-            lines += [f"  {'process':<18}{self.process!s:>15}, {libraries}{ranks}"]
+        if self.device is None or not self.device.is_card:
+            each = f", each of {self.step.ranks} on this machine" if self.step.ranks > 1 else ""
+            libraries = f"{self.libraries / 1e9:.2f} GB of it Python and its libraries, as in this process"
+            lines += [f"  {'process':<18}{self.process!s:>15}, {libraries}{each}"]
         else:
             lines += [f"  {'card':<18}{self.reserved / 1e6:>12,.1f} MB in segments of PyTorch's allocator"]
         if self.paged:
             lines += [f"  {'with state paged':<18}{self.least / 1e6:>12,.1f} MB of tensors"]
         lines += [f"{self.flops / 1e12:,.2f} T floating-point operations"]
-        if self.device is not None and self.seconds is not None:
-            verdict = f"{'fits' if self.fits else 'does not fit'} into {self.device.memory / 1e9:,.1f} GB"
-            how = "at rates measured here" if self.device.measured else "at half the rates of its data sheet, untested"
-            how += ", without waiting for other ranks" if self.step.ranks > 1 else ""
-            lines[-1] += f": about {self.seconds:.2g} s a step on {self.device.name} ({how}); {verdict}"
+        if self.device is not None:
+            verdict = "fits" if self.fits else "does not fit"
+            lines += [f"{verdict} into {self.device.memory / 1e9:,.1f} GB on {self.device.name}"]
         lines += [NOT_COUNTED]
         return "\n".join(lines)
 
@@ -175,7 +163,7 @@ def estimate(
         step: How the step is run; None: `Step()`.
         quantize: Name of a 4-bit format for a base in 4 bits, such as `nf4`.
         dtype: Dtype of the base; None: the module's, or the config's.
-        device: Device for the time and for `fits`: `cpu`, which is this machine, or a card of `CARDS` such as `h100`.
+        device: Device for `fits`: `cpu`, which is this machine, or a card of `CARDS` such as `h100`.
         options: Fields of `Step` (batch_size=4, length=2048, ranks=8, ...), which override those of `step`; all others
             are fields of the method's config.
 
@@ -187,9 +175,10 @@ def estimate(
     _refuse_doubtful(method)
     where = device_of(device) if isinstance(device, str) else device
     there: tuple[str, ...] = ()
-    on_card = where is not None and not where.measured
+    on_card = where is not None and where.is_card
     step = _as_model(step, model, on_card)
-    following = Following(NONE if on_card else here(torch.get_num_threads()))
+    libraries = 0 if on_card else process_memory() - _weights_here(model)
+    following = Following(on_card=on_card)
     with ExitStack() as stack:
         stack.enter_context(_ONE_AT_A_TIME)
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -208,8 +197,6 @@ def estimate(
                 there = apply_again(made, model)
                 _place(made, method, options, step)
                 refuse_trained(made, step.tp_size)
-                if step.zero is not None and step.mixed_precision is not None:
-                    _cast_as_deepspeed(made, step.mixed_precision)
                 if step.gradient_checkpointing:
                     checkpoint(made, step.gradient_checkpointing)
                 if step.fused:
@@ -232,7 +219,16 @@ def estimate(
         summary(made),
         step,
     )
-    return replace(found, device=where)
+    return replace(found, device=where, libraries=libraries)
+
+
+def _weights_here(model: Any) -> int:
+    """Return the bytes of the model's tensors in this process, which the step counts itself."""
+    if not isinstance(model, nn.Module):
+        return 0
+    tensors = [ranks.local(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors if t.device.type == "cpu"}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def step_of(step: Step | None, options: dict[str, Any]) -> Step:
@@ -262,15 +258,6 @@ def _refuse_doubtful(method: Any) -> None:
                 f"{', '.join(sorted(both))}: fields of both Step and the config of {method}. Pass the config object as "
                 "method and step=peftcore.Step(...)"
             )
-
-
-def _cast_as_deepspeed(model: nn.Module, precision: str) -> None:
-    if any(isinstance(module, QuantizedLinear) and module.is_quantized for module in model.modules()):
-        raise NotFollowed(
-            f"mixed_precision='{precision}' on a 4-bit base under ZeRO is not followed. Leave mixed_precision out, and "
-            "name the dtype: dtype=torch.bfloat16"
-        )
-    model.to(DTYPES[precision])
 
 
 def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) -> None:
@@ -309,7 +296,8 @@ def _estimate(title: str, following: Following, vocabulary: int | None, about: S
         if operation.cost.scratch:
             changes[number][KINDS.index(KERNELS)] += operation.cost.scratch
             changes[number + 1][KINDS.index(KERNELS)] -= operation.cost.scratch
-    changes[0][KINDS.index(KEPT)] += kept([operation.cost for operation in operations], following.overhead)
+    if not following.on_card:
+        changes[0][KINDS.index(KEPT)] += kept([operation.cost for operation in operations])
     now, timeline = [0] * len(KINDS), []
     for number in sorted(changes):
         for kind, change in changes[number].items():
@@ -333,7 +321,6 @@ def _estimate(title: str, following: Following, vocabulary: int | None, about: S
         step,
         is_paged(step.optimizer),
         storages=tuple(storages),
-        overhead=following.overhead,
     )
 
 

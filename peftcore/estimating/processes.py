@@ -7,13 +7,11 @@ again before its backward, one message with the whole block is gathered and copi
     forward     gather block k | copy out | free message k-1 | compute | free the weights
     backward    gather block k, if it is missing | copy out | gather block k-1 | compute | free the weights |
                 gradients into one message, of which this rank's part stays
-
-The time of messages is not known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,18 +47,12 @@ class Alone:
     def start(self, following: Following) -> None:
         """Record what exists besides the model when the run begins."""
 
-    def rehearse(self, once: Callable[[], None]) -> None:
-        """Run forward and backward without recording, if their order must be known."""
-
     def after_forward(self, outputs: Any) -> Any:
         """Return the model's outputs as the loss receives them."""
         return outputs
 
     def after_backward(self) -> None:
         """Do what follows a backward."""
-
-    def finish(self) -> None:
-        """Do what precedes the optimizer's step."""
 
 
 class Replicas(Alone):
@@ -130,7 +122,7 @@ class Shards(Alone):
     def sent(self, name: str, size: int) -> None:
         """Record a message between ranks. Gloo, on CPUs, holds a copy of it meanwhile; NCCL does not."""
         copy = None if self.on_card else self.message(size)
-        self.following.pass_by(name, size)
+        self.following.pass_by(name)
         del copy
 
     def after_backward(self) -> None:
@@ -175,7 +167,7 @@ class _Group:
             self.run.last = None
         for p in self.parameters:
             self.run.following.see(p, GATHERED)
-        self.run.following.pass_by("fsdp::split_with_sizes_copy", 2 * self.size)
+        self.run.following.pass_by("fsdp::split_with_sizes_copy")
         if forward:
             self.run.last = self.gathering
         self.gathering, self.is_whole = None, True

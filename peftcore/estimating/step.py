@@ -10,11 +10,15 @@ from torch import Tensor
 
 from peftcore.engine.fusing import RECOMPUTE
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.estimating.zero_settings import Zero, zero_of
 
 MIXED = ("bf16", "fp16")
 LOSSES = ("sft", "dpo", "kto", "pairs", "triplets")
 CHECKPOINTING = ("reentrant", "non-reentrant")
+ZERO = (
+    "DeepSpeed's ZeRO is not estimated here. DeepSpeed estimates it: call "
+    "deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs_all_live, or "
+    "deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs_all_live"
+)
 _OF_SHARD = {"adapter_placement": ("replicate", "shard"), "reshard_after_forward": (True, False)}
 
 
@@ -44,9 +48,7 @@ class Step:
         recompute: `auto` or `none`, as in `peftcore.fuse`.
         ranks: Processes of the run, one of which is estimated.
         shard: False: each process has a whole copy (DDP). True: the base is sharded (FSDP2) as by `peftcore.shard`. A
-            dict: arguments of `peftcore.shard`, `adapter_placement` and `reshard_after_forward`. `zero1`, `zero2` or
-            `zero3`: DeepSpeed's ZeRO with what transformers fills in for `"auto"`; as a dict: `stage` and other fields
-            of DeepSpeed's `zero_optimization` (`peftcore.estimating.zero_settings`).
+            dict: arguments of `peftcore.shard`, `adapter_placement` and `reshard_after_forward`.
         tp_size: Ranks among which tensor parallelism divides each layer, as transformers' `tp_size`; with `shard`, the
             other dimension of the mesh has `ranks / tp_size` ranks.
         per_sample: Number of adapters among the samples of a batch (`activate(..., per_sample=True)`); 0: one adapter
@@ -68,7 +70,7 @@ class Step:
     fused: bool = False
     recompute: str = "auto"
     ranks: int = 1
-    shard: bool | str | Mapping[str, Any] = False
+    shard: bool | Mapping[str, Any] = False
     tp_size: int = 1
     per_sample: int = 0
 
@@ -105,8 +107,6 @@ class Step:
     def _check_shard(self) -> None:
         if self.ranks % self.tp_size:
             raise PeftcoreError(f"ranks must be a multiple of tp_size ({self.tp_size}), found {self.ranks}")
-        if self.zero is not None:
-            return self._check_zero()
         if self.ranks > self.tp_size > 1 and not self.is_sharded:
             raise PeftcoreError(
                 f"ranks={self.ranks} with tp_size={self.tp_size} are several groups of tensor parallelism, which share "
@@ -114,10 +114,10 @@ class Step:
             )
         if isinstance(self.shard, bool):
             return
+        if str(self.shard).startswith("zero") or (isinstance(self.shard, Mapping) and "stage" in self.shard):
+            raise PeftcoreError(f"shard={self.shard!r}: {ZERO}")
         if not isinstance(self.shard, Mapping):
-            raise PeftcoreError(
-                f"shard must be True (FSDP2), False (DDP), zero1, zero2, zero3, or a dict, found {self.shard!r}"
-            )
+            raise PeftcoreError(f"shard must be True (FSDP2), False (DDP) or a dict, found {self.shard!r}")
         for name, value in self.shard.items():
             if name not in _OF_SHARD:
                 raise PeftcoreError(
@@ -125,23 +125,6 @@ class Step:
                 )
             if value not in _OF_SHARD[name]:
                 raise PeftcoreError(f"shard: {name} must be one of {_OF_SHARD[name]}, found {value!r}")
-
-    def _check_zero(self) -> None:
-        if self.tp_size > 1:
-            raise PeftcoreError(
-                f"tp_size={self.tp_size} with shard={self.shard!r} is not followed. Use shard=True, which is FSDP2"
-            )
-        for name in ("loss", "per_sample"):
-            if getattr(self, name):
-                raise PeftcoreError(
-                    f"{name}={getattr(self, name)!r} with shard={self.shard!r} is not followed. Leave {name} out, or "
-                    "use shard=True, which is FSDP2"
-                )
-
-    @property
-    def zero(self) -> Zero | None:
-        """Settings of DeepSpeed's ZeRO; None: it is not used."""
-        return zero_of(self.shard)
 
     @property
     def copies(self) -> int:
@@ -155,8 +138,6 @@ class Step:
 
     def _ways(self) -> str:
         """Return how the ranks share the work."""
-        if self.zero is not None:
-            return f"ZeRO-{self.zero.stage}"
         if self.tp_size == 1:
             return "FSDP2" if self.is_sharded else "DDP"
         fsdp = f"FSDP2 over {self.copies} x " if self.is_sharded else ""

@@ -74,7 +74,7 @@ def test_info_takes_the_folder_as_other_commands_do(run: Run, tmp_path: Path) ->
     assert "info shows one adapter" in run("info", tmp_path, "-a", tmp_path, code=1).output
 
 
-def test_suggest_takes_the_task_and_the_number_of_the_data(
+def test_suggest_takes_the_task_of_the_data(
     run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
@@ -85,8 +85,8 @@ def test_suggest_takes_the_task_and_the_number_of_the_data(
 
     monkeypatch.setattr(peftcore, "suggest", suggest)
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "the", "chosen": "good", "rejected": "bad"}] * 30)
-    shown = " ".join(run("suggest", "-m", llama, "--data", data).output.split())
-    assert (asked["examples"], asked["loss"]) == (30, "dpo")
+    shown = " ".join(run("suggest", "-m", llama, "--method", "lora", "--data", data).output.split())
+    assert asked["loss"] == "dpo"
     assert f"-d {data} -o RUN" in shown and "--task" not in shown  # train takes it from the data, too
-    run("suggest", "-m", llama)
-    assert (asked["examples"], asked["loss"]) == (1000, None)
+    run("suggest", "-m", llama, "--method", "lora")
+    assert asked["loss"] is None

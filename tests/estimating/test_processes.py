@@ -145,30 +145,6 @@ def test_what_ranks_change() -> None:
     assert "one of 4 ranks (FSDP2)" in str(fsdp2) and "one of 4 ranks (DDP)" in str(ddp)
 
 
-def test_what_zero_partitions() -> None:
-    """As DeepSpeed does (tests/parallel/test_deepspeed.py compares both)."""
-    alone, zero1, zero2, zero3 = (
-        peftcore.estimate(CONFIG, "lora", batch_size=2, length=24, ranks=4, shard=shard)
-        for shard in (False, "zero1", "zero2", {"stage": 3, "stage3_max_reuse_distance": 0})
-    )
-    adapters, base = alone.parts["adapters"], alone.parts["base"]
-    for found in (zero1, zero2, zero3):  # two moments and a copy in fp32
-        assert found.parts["optimizer state"] == pytest.approx(3 * adapters / 4, abs=40)
-    assert zero1.parts["base"] == zero2.parts["base"] == base and zero2.parts["adapters"] == adapters
-    assert zero3.parts["base"] == pytest.approx(base / 4, abs=200) and zero3.parts["adapters"] == adapters / 4
-    assert 0 < zero3.parts["gathered weights"] <= base + adapters
-    assert "one of 4 ranks (ZeRO-3)" in str(zero3)
-
-
-def test_settings_of_zero() -> None:
-    def buckets(**options: Any) -> set[int]:
-        found = peftcore.estimate(CONFIG, "lora", batch_size=2, length=24, ranks=2, shard={"stage": 3, **options})
-        return {s.bytes for s in found.storages if s.kind == "between ranks" and s.born == 0}
-
-    assert buckets() == buckets(reduce_bucket_size="auto") == {4 * 64**2}
-    assert buckets(reduce_bucket_size=5e8) == {4 * 5 * 10**8}  # DeepSpeed's default, in the dtype of the adapters
-
-
 def test_all_ranks_of_a_machine_take_of_its_memory() -> None:
     one, four = (peftcore.estimate(CONFIG, "lora", batch_size=2, length=24, device="cpu", ranks=n) for n in (1, 4))
     assert one.device is not None and four.device is not None

@@ -5,9 +5,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from torch import nn
+from transformers import GPT2Config
 
 import peftcore
 from peftcore.engine import set_trainable, state_of
+from peftcore.estimating import loop
 
 STEP: dict[str, Any] = {"batch_size": 2, "length": 8}
 
@@ -86,3 +89,25 @@ def test_results_of_experts_join_what_was_filled() -> None:
     ):
         found = peftcore.estimate(config, "lora", batch_size=2, length=8)
         assert found.parts["activations"] > found.parts["inputs"] > 0
+
+
+def test_every_parameter_has_the_counter_of_the_first_step() -> None:
+    """Adam's counter is a real number on the CPU; PyTorch fills memory that nobody wrote with NaN in this mode."""
+    parameters = [nn.Parameter(torch.empty(4, 4, device="meta")) for _ in range(3)]
+    optimizer = loop.make_optimizer(parameters, "adamw_torch")
+    torch.use_deterministic_algorithms(True)
+    try:
+        loop._give_state(parameters, optimizer)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [float(optimizer.state[p]["step"]) for p in parameters] == [1.0, 1.0, 1.0]
+    assert all(optimizer.state[p]["exp_avg"].is_meta for p in parameters)
+
+
+def test_more_tokens_than_positions_are_refused() -> None:
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=64)
+    config.architectures = ["GPT2LMHeadModel"]
+    message = r"GPT2LMHeadModel has positions for 64 tokens, found length=65. Pass length=64 \(--max-length 64\)"
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.estimate(config, "lora", batch_size=1, length=65)
+    assert peftcore.estimate(config, "lora", batch_size=1, length=64).peak > 0

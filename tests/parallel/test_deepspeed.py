@@ -12,11 +12,9 @@ import rank_bases
 import rank_cases
 import rank_work
 import rank_zero
-import rank_zero_memory
 import trainers
 from processes import run
 from safetensors.torch import load_file
-from step_memory import predicted, staying
 
 import peftcore
 from peftcore.engine import adapter_parameters
@@ -95,16 +93,3 @@ def test_trainer_saves_and_resumes(tmp_path: Path, stage: int, gather: bool) -> 
     for number in (1, 2, 3):
         there = load_file(tmp_path / f"checkpoint-{number}/adapter_model.safetensors")
         assert {name: tensor.shape for name, tensor in there.items()} == shapes
-
-
-def test_a_rank_holds_what_is_estimated() -> None:
-    """Between steps exactly, at the peak within 2 % and what gloo's threads give back late."""
-    measured = run(rank_zero_memory.all_on_a_rank, list(rank_zero_memory.CASES), seconds=600)[0]
-    for name, (method, step, fields) in rank_zero_memory.CASES.items():
-        found = peftcore.estimate(rank_zero_memory.CONFIG, method, step=step, **fields)
-        held, most = measured[name]
-        resting = sum(s.bytes for s in found.storages if s.born == 0 and s.kind is not None)
-        peak = predicted(found) + staying(found)
-        assert resting == pytest.approx(held, rel=1e-3), name
-        late = 2 * max(s.bytes for s in found.storages if s.kind in ("between ranks", "gathered weights"))
-        assert 0.98 * most - late <= peak <= 1.001 * most, (name, peak, most)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("auto", "fp32", "bf16")
+HALVES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def torch_device(device: str) -> torch.device:
@@ -51,3 +52,14 @@ def torch_dtype(dtype: str, device: str) -> torch.dtype:
     if dtype == "bf16" or (dtype == "auto" and on_cuda and torch.cuda.is_bf16_supported()):
         return torch.bfloat16
     return torch.float32
+
+
+def without_instructions(dtype: str) -> str | None:
+    """Return a message if this processor has no instructions for products in a dtype (`fp32`, `bf16`, `fp16`)."""
+    import torch
+
+    from peftcore.ops.processor import has_instructions
+
+    if dtype not in HALVES or has_instructions(getattr(torch, HALVES[dtype])):
+        return None
+    return f"this processor has no instructions for products in {dtype}, which PyTorch computes slowly without them"

@@ -1,9 +1,9 @@
 """`--dtype`: the dtype a base computes in, and the message about it.
 
     CUDA    auto is bf16 if the GPU supports it, else fp32
-    CPU     auto is the dtype in `config.json`, except that 16 bits become fp32 if PyTorch multiplies them at less than
-            half of fp32's rate on this processor, if parameters of the base are trained, whose small updates bf16 would
-            round away, and in place of fp16, whose gradients underflow unless they are scaled
+    CPU     auto is the dtype in `config.json`, or bf16 for a .gguf file in fewer bits, except that 16 bits become fp32
+            if this processor has no instructions for them, if parameters of the base are trained, whose small updates
+            bf16 would round away, and in place of fp16, whose gradients underflow unless they are scaled
 
 A message says what auto uses instead of the checkpoint's dtype, and what a given dtype costs on a processor without
 instructions for it. Commands that write weights (`merge`, `export`) or compare methods use fp32 for auto on a CPU.
@@ -12,13 +12,13 @@ instructions for it. Commands that write weights (`merge`, `export`) or compare 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peftcore import ops, ranks
 from peftcore.cli import task_names
-from peftcore.cli.bases import adapter_folders, device_choice, models
+from peftcore.cli.bases import adapter_folders, device_choice, gguf_file, models
 from peftcore.cli.bases.precision import base_dtype
 from peftcore.cli.console import note, warn
 from peftcore.cli.options import FULL
@@ -72,9 +72,10 @@ def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | Non
         return Choice(named, None, slow_line(named), is_warning=True) if named != WIDE else Choice(named)
     if stored in (None, WIDE):
         return Choice(WIDE)
-    why = _slow(str(stored)) or needs_fp32
-    if why is None and stored == "fp16":
-        why = "gradients underflow in {dtype} unless they are scaled, which PyTorch does on CUDA only"
+    if stored == "fp16":
+        why: str | None = "gradients underflow in {dtype} unless they are scaled, which PyTorch does on CUDA only"
+    else:
+        why = device_choice.without_instructions(str(stored)) or needs_fp32
     if why is None:
         return Choice(str(stored))
     line = f"--dtype auto: fp32, not the checkpoint's {stored}: {why.format(dtype=stored)}. "
@@ -83,7 +84,7 @@ def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | Non
 
 def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
     """Return a message if the user's dtype is slow on this processor, else None."""
-    slow = _slow(dtype)
+    slow = device_choice.without_instructions(dtype)
     if slow is None:
         return None
     spared = (
@@ -92,20 +93,13 @@ def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
     return f"{slow}{spared}. {otherwise} would choose fp32"
 
 
-def _slow(dtype: str) -> str | None:
-    from peftcore.estimating import dtype_rates
-
-    rates = dtype_rates.here()
-    return None if rates.is_fast(dtype) else f"PyTorch multiplies {dtype} {rates.sentence(dtype)}"
-
-
 def stored_dtype(config: Any) -> str | None:
     """Return the dtype that a transformers config states for its checkpoint, as `--dtype` names it, or None."""
     from peftcore.architecture import text_config
-    from peftcore.estimating.dtype_rates import DTYPES
 
     found = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
-    return next((name for name, dtype in DTYPES.items() if found in (dtype, str(dtype).removeprefix("torch."))), None)
+    names = {WIDE: "float32", **device_choice.HALVES}
+    return next((name for name, full in names.items() if str(found).removeprefix("torch.") == full), None)
 
 
 def of_base(
@@ -122,7 +116,7 @@ def of_base(
         trained_in: the base's dtype when its adapter was trained, if the adapter's task file has it.
     """
     needs = RECORDED if trained_in == WIDE or (trained_in is None and task in task_names.NEW_HEAD) else None
-    return choose(dtype, device, _stored(model, task, labels, dtype), needs_fp32=needs)
+    return _of_model(model, dtype, device, _stored(model, task, labels, dtype), needs)
 
 
 def of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
@@ -146,7 +140,15 @@ def _of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
         needs = RECORDED if task.dtype == WIDE or settings.task in task_names.NEW_HEAD else None
     elif on_cpu and stored == "bf16":
         needs = TRAINED if _trains_base(settings, labels) else None
-    return choose(dtype, device, stored, needs_fp32=needs)
+    return _of_model(settings.model, dtype, device, stored, needs)
+
+
+def _of_model(model: str, dtype: str, device: str, stored: str | None, needs_fp32: str | None) -> Choice:
+    """Choose the dtype of a base; a .gguf file has no dtype that the choice would be, so that is always printed."""
+    found = choose(dtype, device, stored, needs_fp32=needs_fp32)
+    if dtype != AUTO or not model.endswith(".gguf") or found.line is not None:
+        return found
+    return replace(found, line=f"--dtype auto: {found.dtype} for the weights of '{Path(model).name}'")
 
 
 def _trains_base(settings: Settings, labels: tuple[str, ...]) -> bool:
@@ -169,7 +171,9 @@ def _trains_base(settings: Settings, labels: tuple[str, ...]) -> bool:
 
 
 def _stored(model: str, task: str, labels: tuple[str, ...], dtype: str) -> str | None:
-    """Return the checkpoint's dtype if it matters; .gguf files have their own types and are read as fp32."""
-    if dtype != AUTO or Path(model).suffix == ".gguf":
+    """Return the checkpoint's dtype if it matters."""
+    if dtype != AUTO:
         return None
+    if model.endswith(".gguf"):
+        return gguf_file.stored_dtype(model)
     return stored_dtype(models.load_config(model, task, labels))

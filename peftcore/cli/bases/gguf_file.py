@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import suppress
 
+from peftcore.cli.console import require
 from peftcore.errors import PeftcoreError
 
 
@@ -26,3 +28,21 @@ def check_blocks(path: str) -> None:
             f"the model of '{path}' cannot be loaded: its header counts {count} blocks, and it has tensors of "
             f"{len(blocks)}. Download it again"
         )
+
+
+def stored_dtype(path: str) -> str:
+    """Return the dtype that holds what the file's matrices hold: fp32, fp16, or bf16 for bf16 and fewer bits.
+
+    Raises:
+        PeftcoreError: the file cannot be read.
+    """
+    require("gguf", extra="gguf")
+    import gguf
+
+    try:
+        kinds = Counter(tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
+    except Exception as error:  # the reader may raise anything on invalid bytes
+        raise PeftcoreError(f"the model of '{path}' cannot be loaded: {error}") from error
+    most = kinds.most_common(1)[0][0] if kinds else gguf.GGMLQuantizationType.F32
+    wide = {gguf.GGMLQuantizationType.F32: "fp32", gguf.GGMLQuantizationType.F16: "fp16"}
+    return wide.get(most, "bf16")

@@ -13,7 +13,7 @@ from peftcore.cli import task_names
 from peftcore.cli.bases import adapter_tokenizer, own_code
 from peftcore.cli.bases.adapter_folders import Quantization, has_tokenizer
 from peftcore.cli.bases.base_files import pretrained, quiet_transformers, remote_code
-from peftcore.cli.bases.device_choice import torch_device, torch_dtype
+from peftcore.cli.bases.device_choice import HALVES, torch_device, torch_dtype, without_instructions
 from peftcore.cli.bases.gguf_file import check_blocks
 from peftcore.cli.console import note, require, warn
 from peftcore.cli.tasks import conversations, image_chats, speech
@@ -238,25 +238,21 @@ def _check_shapes(loaded: PreTrainedModel, mismatched: Collection[Any], model: s
 
 
 def _compute_in_fp32(loaded: PreTrainedModel, device: str) -> None:
-    """Make a 4-bit checkpoint compute in fp32 if this processor is slow in its 16-bit dtype.
+    """Make a 4-bit checkpoint compute in fp32 if this processor has no instructions for its 16-bit dtype.
 
     The checkpoint's dtype of computation is that of the GPU it was made for; layers of bitsandbytes and ours keep it as
     `compute_dtype`.
     """
     import torch
 
-    from peftcore.estimating import dtype_rates
-
     if torch_device(device).type != "cpu":
         return
     packed = [module for module in loaded.modules() if isinstance(vars(module).get("compute_dtype"), torch.dtype)]
-    for name in ("bf16", "fp16"):
-        found: list[Any] = [module for module in packed if module.compute_dtype == dtype_rates.DTYPES[name]]
-        if found and not (rates := dtype_rates.here()).is_fast(name):
-            note(
-                f"4-bit weights are multiplied in fp32, not in {name} as the checkpoint says: "
-                f"PyTorch multiplies {name} {rates.sentence(name)}"
-            )
+    for name, full_name in HALVES.items():
+        found: list[Any] = [module for module in packed if module.compute_dtype == getattr(torch, full_name)]
+        reason = without_instructions(name)
+        if found and reason is not None:
+            note(f"4-bit weights are multiplied in fp32, not in {name} as the checkpoint says: {reason}")
             for module in found:
                 module.compute_dtype = torch.float32
 

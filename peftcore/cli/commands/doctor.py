@@ -35,7 +35,7 @@ def doctor() -> None:
         ("PyTorch", torch.__version__),
         ("CUDA", cuda),
         ("threads", torch.get_num_threads()),
-        *_products(),
+        ("products in bf16", _products()),
         ("extension", "works" if build.available else f"missing: {build.missing_because}"),
     ]
     if build.available:
@@ -76,20 +76,12 @@ def doctor() -> None:
         say("nothing is missing", "green")
 
 
-def _products() -> list[tuple[str, str]]:
-    """Measure how fast PyTorch multiplies in each dtype; `--dtype auto` uses these rates from then on."""
-    from peftcore.estimating import dtype_rates
+def _products() -> str:
+    """Tell whether this processor has instructions for bf16, which `--dtype auto` asks."""
+    from peftcore.cli.bases import device_choice
 
-    rates, rows = dtype_rates.measured_again(), []
-    for name in dtype_rates.DTYPES:
-        rate = rates.of(name)
-        forward, backward = dtype_rates.gigaflops(rate.forward), dtype_rates.gigaflops(rate.backward)
-        text = f"{dtype_rates.gigaflops(rate.both)} GFLOP/s per core (x Wᵀ {forward}, dy W {backward})"
-        if name != "fp32":
-            slow = "" if rates.is_fast(name) else ": --dtype auto uses fp32"
-            text += f", {rates.share(name):.2g} of fp32's rate{slow}"
-        rows.append((f"products in {name}", text))
-    return rows
+    slow = device_choice.without_instructions("bf16")
+    return "by instructions of the processor" if slow is None else "without instructions: --dtype auto uses fp32"
 
 
 def _experts(has_kernels: bool, level: str | None) -> str:

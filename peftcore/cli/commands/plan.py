@@ -12,7 +12,7 @@ from peftcore.cli.settings import RunOptions, Settings
 
 EXAMPLES = ("peftcore plan -m MODEL --method METHOD --set FIELD=VALUE --full",)
 
-# Options of `train` that change a step's memory or time.
+# Options of `train` that change a step's memory.
 _OPTIONS = (
     "batch_size",
     "grad_accum",
@@ -51,12 +51,12 @@ def plan(
     """Show what would be trained, and what a training step would need, before training."""
     import peftcore
     from peftcore.cli.bases import base_files, models
-    from peftcore.cli.training import forecast
+    from peftcore.cli.training import forecast, training_run  # noqa: F401  # the memory of what `train` imports counts
     from peftcore.engine.summary import megabytes
     from peftcore.estimating import NotFollowed
 
     task, names = options.planned_task(task, data, labels)
-    how = forecast.how(task, given.precision, given.parallel, ranks, tp_size, zero=True)
+    how = forecast.how(task, given.precision, given.parallel, ranks, tp_size)
     name, chosen = options.resolve_method(method, fields)
     base = models.empty_model(base_files.resolve(model), task, names)
     planned = peftcore.plan(base, name, **chosen)
@@ -88,7 +88,7 @@ def plan(
         )
         say(f"\n{found}")
     except NotFollowed as error:
-        say(f"\nmemory and time of a step are not predicted: {error}")
+        say(f"\nthe memory of a step is not predicted: {error}")
     if full:
         table(
             ((path, kind, f"{count:,}", megabytes(size)) for path, kind, count, size in planned.rows),

@@ -1,4 +1,4 @@
-"""`peftcore suggest`: ways of training that fit into a memory budget, and their times; no weights are loaded."""
+"""`peftcore suggest`: ways of training that fit into a memory budget; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftcore.cli.settings import RunOptions, Settings
 from peftcore.errors import PeftcoreError
 
 EXAMPLES = (
-    "peftcore suggest -m MODEL --memory 24GB --device rtx4090 --max-length 2048 --examples 10000",
+    "peftcore suggest -m MODEL --method METHOD --memory 24GB --device rtx4090 --max-length 2048",
     "peftcore suggest -m MODEL --method METHOD --rank 8 --rank 64",
 )
 
@@ -29,21 +29,17 @@ def suggest(
     ] = "cpu",
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", help="Method to consider. Repeatable; default: installed methods with a rank."),
+        typer.Option("--method", help="Method to consider. Repeatable."),
     ] = None,
     rank: Annotated[
         list[int] | None, typer.Option("--rank", min=1, help="Rank to consider. Repeatable; default: 16.")
     ] = None,
     *,
     data: Annotated[
-        list[str] | None, typer.Option("--data", "-d", help="Examples, for their task and number. Repeatable.")
+        list[str] | None, typer.Option("--data", "-d", help="Examples, for their task. Repeatable.")
     ] = None,
     task: options.Task = None,
     labels: Annotated[str | None, typer.Option(help="Labels of a classifier, separated by commas.")] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of training examples, for the time of an epoch; default: of --data, or 1000."),
-    ] = None,
     given: Annotated[
         RunOptions,
         ("max_length", "dtype", "precision", "parallel", "lazy_logits", "fuse", "recompute", "trust_remote_code"),
@@ -52,17 +48,15 @@ def suggest(
 ) -> None:
     """Suggest ways to train a model within a memory budget, and print the commands for them.
 
-    Each way is a training step that was simulated without memory. Times on GPUs are estimates from data sheets.
+    Each way is a training step that was simulated without memory.
     """
     import peftcore
     from peftcore.cli.bases import base_files, models
-    from peftcore.cli.data import row_reading
-    from peftcore.cli.training import forecast
+    from peftcore.cli.training import forecast, training_run  # noqa: F401  # the memory of what `train` imports counts
 
     asked = task
     task, names = options.planned_task(task, data, labels)
-    if data and examples is None:
-        examples = len(row_reading.read_rows(data, task))
+    methods = method or [options.resolve_method(None, None)[0]]
     base = base_files.resolve(model)
     settings = Settings.of(given, model=base, data=data or "", task=task, method="", device=device)
     why = forecast.unknown(task)
@@ -76,10 +70,9 @@ def suggest(
         )
     found = peftcore.suggest(
         config,
+        methods,
         memory=memory,
         device=device,
-        examples=examples or 1000,
-        methods=method,
         r=rank or (16,),
         dtype=forecast.dtype_of_base(settings, names),
         length=forecast.tokens_of_step(given.max_length, task, config),

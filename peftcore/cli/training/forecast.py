@@ -22,12 +22,11 @@ from peftcore.cli.settings import Settings
 from peftcore.cli.tasks import by_task, comparisons, conversations, encoded_examples, image_chats, image_preferences
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.training import torchrun
-from peftcore.cli.training.progress import current_memory, gigabytes
+from peftcore.cli.training.progress import current_memory, gigabytes, give_back
 from peftcore.errors import PeftcoreError
 from peftcore.estimating import NotFollowed, Range, memory_here
-from peftcore.estimating.searching import PAGED, PLAIN
+from peftcore.estimating.choosing import PAGED, PLAIN
 from peftcore.estimating.step import MIXED
-from peftcore.estimating.zero_settings import NAMES as ZERO
 
 if TYPE_CHECKING:
     from peftcore.cli.training.measuring import Inputs
@@ -43,14 +42,14 @@ class Forecast:
     """Predicted peak memory of a run, in bytes.
 
     Args:
-        before: resident bytes of the process, with its libraries, at the time of the forecast.
+        libraries: resident bytes of the process at the time of the forecast; 0 on a card.
         room: free bytes at that time.
         together: number of processes of the run that share this memory.
         lighter: options of this run that need less, in addition to those of every run.
     """
 
     estimate: peftcore.Estimate
-    before: int
+    libraries: int
     room: float
     on_card: bool = False
     together: int = 1
@@ -62,7 +61,7 @@ class Forecast:
         found = self.estimate
         if self.on_card:
             return found.reserved - (found.peak - found.least)
-        return self.together * (found.needed + self.libraries - self.before)
+        return self.together * found.needed
 
     @property
     def peak(self) -> Range:
@@ -70,11 +69,6 @@ class Forecast:
         if self.on_card:
             return Range(self.estimate.reserved, self.estimate.reserved)
         return self.estimate.beyond_libraries.plus(self.libraries)
-
-    @property
-    def libraries(self) -> int:
-        """Bytes of Python and its libraries, with what these load in the first step."""
-        return 0 if self.on_card else self.before + self.estimate.overhead.first_step
 
     def __str__(self) -> str:
         parts = sorted(self.estimate.parts.items(), key=lambda part: -part[1])
@@ -86,26 +80,23 @@ class Forecast:
         )
 
 
-def how(
-    task: str, precision: str, parallel: str | None, processes: int, tp_size: int = 1, *, zero: bool = False
-) -> dict[str, Any]:
-    """Return the arguments of `peftcore.Step` that options determine. `zero`: `parallel` may also be ZeRO's.
+def how(task: str, precision: str, parallel: str | None, processes: int, tp_size: int = 1) -> dict[str, Any]:
+    """Return the arguments of `peftcore.Step` that options determine.
 
     Raises:
         PeftcoreError: an option is unknown, or `parallel` and the number of processes do not fit together.
     """
     if precision not in precisions.PRECISIONS:
         raise PeftcoreError(f"--precision must be one of {', '.join(precisions.PRECISIONS)}, found '{precision}'")
-    ways = (*torchrun.WAYS, *(ZERO if zero else ()))
-    if parallel is not None and parallel not in ways:
-        raise PeftcoreError(f"--parallel must be one of {', '.join(ways)}, found '{parallel}'")
+    if parallel is not None and parallel not in torchrun.WAYS:
+        raise PeftcoreError(f"--parallel must be one of {', '.join(torchrun.WAYS)}, found '{parallel}'")
     if parallel is None and processes > tp_size:
         raise PeftcoreError(f"{processes} processes need a way to share the work: --parallel ddp, or fsdp2")
     return {
         "loss": _LOSSES.get(task),
         "mixed_precision": precision if precision in MIXED else None,
         "ranks": processes,
-        "shard": parallel if parallel in ZERO else parallel == "fsdp2",
+        "shard": parallel == "fsdp2",
         "tp_size": tp_size,
     }
 
@@ -201,6 +192,7 @@ def forecast(
     on_cuda = device.type == "cuda"
     room = float(torch.cuda.mem_get_info(device)[0]) if on_cuda else memory_here()
     together = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", settings.ranks))
+    give_back()
     return Forecast(found, 0 if on_cuda else current_memory(), room, on_cuda, together)
 
 
@@ -281,7 +273,7 @@ def refuse_if_too_large(found: Forecast, settings: Settings) -> None:
 
 
 def fitted(settings: Settings) -> Settings:
-    """Return the settings with the batch size, gradient checkpointing and optimizer of the fastest way that fits.
+    """Return the settings with the batch size, gradient checkpointing and optimizer of the first way that fits.
 
     The number of examples per step stays the same through gradient accumulation. With several processes the first one
     chooses for all. Collective.
@@ -322,8 +314,7 @@ def _fitted(settings: Settings) -> Settings:
     known: dict[str, Any] = {"dtype": device_choice.torch_dtype(dtype, settings.device), "step": step}
     if settings.task == task_names.EMBEDDING:
         return _fitted_whole(settings, config, known)
-    method = [settings.method]
-    (way,) = peftcore.suggest(config, methods=method, fields=settings.fields, max_ways=1, **known).ways
+    (way,) = peftcore.suggest(config, [settings.method], fields=settings.fields, max_ways=1, **known).ways
     return _with_way(settings, way.batch_size, way.optimizer, gradient_checkpointing=way.gradient_checkpointing)
 
 

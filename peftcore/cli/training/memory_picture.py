@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from peftcore.cli.training.chart import BLUE, GREY, INK, PALE
 from peftcore.cli.training.forecast import Forecast
 from peftcore.cli.training.memory_trace import Trace
-from peftcore.estimating.devices import Sheet
 from peftcore.estimating.loop import ADAPTERS, BASE, INPUTS
 from peftcore.estimating.prediction import ACTIVATIONS, KEPT, KERNELS, KINDS, LOGITS, TEMPORARIES
 from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES, STATE
@@ -28,24 +27,23 @@ _LAYERS = {
     "logits and loss": ((LOGITS,), "#d98a6a"),
     "temporaries": ((TEMPORARIES, KERNELS, MESSAGES, KEPT), "#e9dcc9"),
 }
-# Of no particular machine: only the relative time of operations matters here.
-_RATES = Sheet(half=2e11, single=1e11, bandwidth=1e10, call=1e-5)
 
 
 def stacked(found: Estimate) -> tuple[list[float], dict[str, list[int]]]:
     """Return (places in the step, bytes of each layer of the picture at these places).
 
-    A place counts completed phases: 1.5 is the middle of the second phase, by the cost of operations.
+    A place counts completed phases: 1.5 is the middle of the second phase, by the floating-point operations.
     """
     firsts = [first for first, _ in found.phases]
     count = len(found.operations)
-    seconds = [0.0, *itertools.accumulate(_RATES.seconds(each) for each in found.operations)]
+    # A call counts as some operations, or phases without products would have no width.
+    done = [0.0, *itertools.accumulate(each.cost.flops + 1e6 for each in found.operations)]
     places = []
     for operation, _ in found.timeline:
         phase = max(0, bisect_right(firsts, operation) - 1)
-        start = seconds[firsts[phase]]
-        end = seconds[firsts[phase + 1] if phase + 1 < len(firsts) else count]
-        places.append(phase + (seconds[min(operation, count)] - start) / ((end - start) or 1.0))
+        start = done[firsts[phase]]
+        end = done[firsts[phase + 1] if phase + 1 < len(firsts) else count]
+        places.append(phase + (done[min(operation, count)] - start) / ((end - start) or 1.0))
     sizes = {
         name: [sum(now[KINDS.index(kind)] for kind in kinds) for _, now in found.timeline]
         for name, (kinds, _) in _LAYERS.items()

@@ -1,4 +1,4 @@
-"""`--dtype`: what auto chooses by rates made by hand, what it says, and what the commands compute in."""
+"""`--dtype`: what auto chooses with and without instructions for 16 bits, and what the commands compute in."""
 
 from __future__ import annotations
 
@@ -16,23 +16,20 @@ from peftcore import ops
 from peftcore.cli import task_names
 from peftcore.cli.bases import dtype_choice, models
 from peftcore.cli.bases.adapter_folders import Quantization
-from peftcore.estimating import dtype_rates
-from peftcore.estimating.dtype_rates import DtypeRate, DtypeRates
+from peftcore.ops import processor
 
-AVX2 = DtypeRates(DtypeRate(53e9, 53e9), DtypeRate(8e9, 0.65e9), DtypeRate(8e9, 0.65e9))
-ZEN4 = DtypeRates(DtypeRate(70e9, 95e9), DtypeRate(116e9, 190e9), DtypeRate(70e9, 95e9))
-SLOW = "at 0.023 of fp32's rate on this processor (1.2 of 53 GFLOP/s per core)"
-INSTEAD = f"--dtype auto: fp32, not the checkpoint's bf16: PyTorch multiplies bf16 {SLOW}. "
-INSTEAD += "Dense weights take twice the memory of bf16"
-NAMED = f"PyTorch multiplies bf16 {SLOW}. --dtype auto would choose fp32"
+AVX2, ZEN4 = frozenset[torch.dtype](), frozenset({torch.bfloat16})  # the 16-bit dtypes with instructions
+SLOW = "this processor has no instructions for products in bf16, which PyTorch computes slowly without them"
+INSTEAD = f"--dtype auto: fp32, not the checkpoint's bf16: {SLOW}. Dense weights take twice the memory of bf16"
+NAMED = f"{SLOW}. --dtype auto would choose fp32"
 METHOD = ("--method", "lora", "--set", "r=4")
 
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`on(rates)`: this machine multiplies at these rates, peftcore's layers no faster than PyTorch."""
+    """`on(dtypes)`: this processor has instructions for these, and peftcore's layers are no faster than PyTorch."""
     monkeypatch.setattr(ops, "WIDENED", frozenset())
-    return lambda rates: monkeypatch.setattr(dtype_rates, "here", lambda: rates)
+    return lambda dtypes: monkeypatch.setattr(processor, "has_instructions", lambda dtype: dtype in dtypes)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +46,7 @@ def said(output: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("rates", "dtype", "stored", "chosen", "instead"),
+    ("instructions", "dtype", "stored", "chosen", "instead"),
     [
         (AVX2, "auto", None, "fp32", None),
         (AVX2, "auto", "fp32", "fp32", None),
@@ -63,12 +60,12 @@ def said(output: str) -> str:
     ],
 )
 def test_what_is_chosen(
-    on: Any, rates: DtypeRates, dtype: str, stored: str | None, chosen: str, instead: str | None
+    on: Any, instructions: frozenset[torch.dtype], dtype: str, stored: str | None, chosen: str, instead: str | None
 ) -> None:
-    on(rates)
+    on(instructions)
     found = dtype_choice.choose(dtype, "cpu", stored)
     assert (found.dtype, found.instead_of) == (chosen, instead)
-    named_and_slow = rates is AVX2 and dtype == "bf16"
+    named_and_slow = instructions is AVX2 and dtype == "bf16"
     assert found.is_warning == (dtype == "bf16") and (found.line is not None) == (named_and_slow or instead is not None)
 
 
@@ -87,12 +84,6 @@ def test_layers_that_peftcore_widens_are_said_to_be_spared(on: Any, monkeypatch:
     monkeypatch.setattr(ops, "WIDENED", frozenset({torch.bfloat16}))
     wanted = NAMED.replace(". --dtype", "; peftcore's linear layers are not affected. --dtype")
     assert dtype_choice.choose("bf16", "cpu", "bf16").line == wanted
-
-
-def test_nothing_is_measured_where_it_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(dtype_rates, "here")
-    assert dtype_choice.choose("auto", "cpu", "fp32").dtype == "fp32"
-    assert dtype_choice.choose("fp32", "cpu", "bf16").dtype == "fp32"
 
 
 def test_cards_have_their_own_rule(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +164,7 @@ def test_a_named_dtype_is_obeyed(
     named = run(*common, tmp_path / "named", "--dtype", "bf16")
     assert f"warning: {NAMED}" in said(named.output) and loaded_in == [torch.bfloat16]
     mixed = run(*common, tmp_path / "mixed", "--precision", "bf16")
-    assert f"bf16 {SLOW}. --precision auto with --dtype auto would choose fp32" in said(mixed.output)
+    assert f"{SLOW}. --precision auto with --dtype auto would choose fp32" in said(mixed.output)
     assert loaded_in[1:] == [torch.float32] and "not the checkpoint's" not in mixed.output
 
 
@@ -243,15 +234,12 @@ def test_4_bit_weights_of_a_checkpoint_compute_in_what_is_fast(
     on(AVX2)
     assert computes_in("bf16") == {torch.bfloat16} and capsys.readouterr().err == ""
     assert computes_in("fp32") == {torch.float32}
-    line = f"4-bit weights are multiplied in fp32, not in bf16 as the checkpoint says: PyTorch multiplies bf16 {SLOW}"
+    line = f"4-bit weights are multiplied in fp32, not in bf16 as the checkpoint says: {SLOW}"
     assert capsys.readouterr().err.strip() == line
 
 
-def test_doctor_prints_what_each_dtype_is_multiplied_at(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dtype_rates, "measured_again", lambda: AVX2)
-    output = said(run("doctor").output)
-    assert "products in fp32 53 GFLOP/s per core (x Wᵀ 53, dy W 53)" in output
-    row = "products in bf16 1.2 GFLOP/s per core (x Wᵀ 8, dy W 0.65), 0.023 of fp32's rate: --dtype auto uses fp32"
-    assert row in output
-    monkeypatch.setattr(dtype_rates, "measured_again", lambda: ZEN4)
-    assert "1.8 of fp32's rate products in fp16" in said(run("doctor").output)
+def test_doctor_tells_whether_bf16_has_instructions(run: Run, on: Any) -> None:
+    on(AVX2)
+    assert "products in bf16 without instructions: --dtype auto uses fp32" in said(run("doctor").output)
+    on(ZEN4)
+    assert "products in bf16 by instructions of the processor" in said(run("doctor").output)

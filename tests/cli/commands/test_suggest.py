@@ -1,4 +1,4 @@
-"""`suggest`: the ways it prints, and what it says to a wrong memory, card or model; `train --fit` takes the fastest."""
+"""`suggest`: the ways it prints, and what it says to a wrong memory, card or model; `train --fit` takes the first."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ ONE = ("--method", "lora", "--rank", 4, "--max-length", 12)
 
 def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     output = run("suggest", "-m", llama, "--memory", "1GB", *ONE, "--dtype", "bf16").output
-    assert "fits into 1.0 GB on this machine with Python and its libraries, fastest first:" in output
-    assert "h an epoch" in output
+    assert "fits into 1.0 GB on this machine with Python and its libraries:" in output
     command = shlex.split(output.strip().splitlines()[-1])
     assert command[:4] == ["peftcore", "train", "-m", str(llama)] and command[-2:] == ["--dtype", "bf16"]
     given = [{"DATA": str(reviews), "RUN": str(tmp_path / "run")}.get(word, word) for word in command[1:]]
@@ -32,7 +31,7 @@ def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_
 
 def test_on_a_card(run: Run, llama: Path) -> None:
     output = run("suggest", "-m", llama, "--device", "T4", "--memory", "1GB", *ONE).output
-    assert "into 0.4 GB on t4, fastest first:" in output and output.strip().endswith("--dtype bf16")
+    assert "into 0.4 GB on t4:" in output and output.strip().endswith("--dtype bf16")
 
 
 @pytest.mark.parametrize(
@@ -43,13 +42,13 @@ def test_on_a_card(run: Run, llama: Path) -> None:
         (("--memory", "-3GB"), "memory must be bytes or text such as '24GB', found '-3GB'"),
         (("--memory", "lots"), "memory must be bytes or text such as '24GB', found 'lots'"),
         (("--memory", "24"), "memory must be bytes or text such as '24GB', found '24': no model fits into that"),
-        (("--memory", "500MB"), "is no more than Python and its libraries take. Give at least 1GB"),
+        (("--memory", "100MB"), "is no more than Python and its libraries take. Give at least 1GB"),
         (("--memory", "1GB", "--dtype", "fp8"), "fp8"),
         (("--memory", "1GB", "--method", "loro"), "nearest: 'lora'"),
     ],
 )
 def test_what_it_does_not_understand(run: Run, llama: Path, arguments: tuple[str, ...], message: str) -> None:
-    output = " ".join(run("suggest", "-m", llama, *arguments, code=1).output.split())
+    output = " ".join(run("suggest", "-m", llama, *ONE, *arguments, code=1).output.split())
     assert message in output
 
 
@@ -87,7 +86,7 @@ def test_train_takes_the_fastest_that_fits(run: Run, llama: Path, reviews: Path,
 def test_a_classifier_without_a_head(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
     """The folder is of a bare BERT: the task names the class that is trained."""
     arguments = ("-m", bert, "--method", "lora", "--max-length", 12)
-    assert "h an epoch" in run("suggest", *arguments, "--memory", "1GB", "--labels", "up,down").output
+    assert "twice the batch" in run("suggest", *arguments, "--memory", "1GB", "--labels", "up,down").output
     run("train", *arguments, "-d", labelled, "-o", tmp_path / "run", "--steps", 1, "--fit")
 
 

@@ -28,7 +28,7 @@ def test_the_stack_is_the_estimate() -> None:
 @pytest.mark.pictures
 def test_a_png_of_that_width() -> None:
     found = peftcore.estimate(CONFIG, "lora", batch_size=2, length=16)
-    said = Forecast(found, before=500_000_000, room=1e10)
+    said = Forecast(found, libraries=500_000_000, room=1e10)
     was = Trace(samples=[(0.5, 501_000_000), (1.5, 502_000_000), (2.5, 500_000_000)], ends=[0.0, 1.0, 2.0, 3.0])
     for width in (9.0, 4.6):
         for trace in (was, None):

@@ -1,0 +1,28 @@
+"""What PyTorch's products use on this processor, within the limit that ONEDNN_MAX_CPU_ISA sets."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Return whether PyTorch passes products in this 16-bit dtype to oneDNN, not to loops of its own."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    try:
+        return bool(getattr(torch.ops.mkldnn, name)())
+    except (AttributeError, NotImplementedError, RuntimeError):  # PyTorch was built without oneDNN
+        return False
+
+
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Return whether products in this dtype have instructions of their own, so that they are as fast as in fp32."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not onednn_multiplies(dtype):
+        return False
+    if dtype is torch.float16 or platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    # With AVX-512 alone oneDNN emulates bf16.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
