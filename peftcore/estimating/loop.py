@@ -199,7 +199,7 @@ def _follow(
         loss = loss_of_batch(call, inputs)
         return (loss + extra_loss(model) if state_of(model) is not None else loss) / batches
 
-    _give_state(parameters, optimizer)
+    give_state(parameters, optimizer)
     _see_what_stays(following, processes, loss_of_batch, optimizer)
     for tensor in inputs.values():
         if isinstance(tensor, Tensor):
@@ -249,7 +249,7 @@ def _update(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
         p.grad = grad
 
 
-def _give_state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def give_state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Create the state that the optimizer has after its first step."""
     firsts = _firsts(parameters)
     for p in {*firsts.values()}:

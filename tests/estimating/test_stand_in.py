@@ -97,7 +97,7 @@ def test_every_parameter_has_the_counter_of_the_first_step() -> None:
     optimizer = loop.make_optimizer(parameters, "adamw_torch")
     torch.use_deterministic_algorithms(True)
     try:
-        loop._give_state(parameters, optimizer)
+        loop.give_state(parameters, optimizer)
     finally:
         torch.use_deterministic_algorithms(False)
     assert [float(optimizer.state[p]["step"]) for p in parameters] == [1.0, 1.0, 1.0]
