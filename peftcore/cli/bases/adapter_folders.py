@@ -15,6 +15,7 @@ from peftcore.validation import check_types, shown
 TASK_FILE = "peftcore_task.json"
 _LABELS = 1_000  # above this, the adapter's head is checked before the base gets one
 _MODULES = 1_000
+TEMPLATE_CHARACTERS = 1_000_000  # of a chat template that came with an adapter; the longest known have 30,000
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
             raise ValueError(
                 f"chat_template={shown(template)} is neither a template nor 'chatml', and is not opened as a "
                 "path (to use a file, pass --chat-template FILE)"
+            )
+        if template is not None and len(template) > TEMPLATE_CHARACTERS:
+            raise ValueError(
+                f"chat_template has {len(template):,} characters; at most {TEMPLATE_CHARACTERS:,} are read"
             )
         _refuse_labels_without_outputs(folder, task)
     except FileNotFoundError:

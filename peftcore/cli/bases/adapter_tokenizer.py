@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli.tasks import template_process
+from peftcore.cli.bases.adapter_folders import TEMPLATE_CHARACTERS
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.files.safe_reading import JSON_BYTES, parse_json, read_bytes, require_regular
 
@@ -40,7 +40,6 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         ids = tokenizer(_PROBE)["input_ids"]
         tokenizer.decode(ids, skip_special_tokens=True)
-    template_process.mark(tokenizer, foreign=True)
     return tokenizer
 
 
@@ -80,6 +79,8 @@ def _check(tokenizer: Any) -> None:
     for each in texts:
         if not isinstance(each, str):
             raise ValueError(f"chat_template must be text, found {type(each).__name__}")
+        if len(each) > TEMPLATE_CHARACTERS:
+            raise ValueError(f"chat_template has {len(each):,} characters; at most {TEMPLATE_CHARACTERS:,} are read")
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise ValueError(f"model_max_length must be a number, found {type(tokenizer.model_max_length).__name__}")
 

@@ -16,7 +16,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from peftcore.cli.data.row import Messages, Row, naming
-from peftcore.cli.tasks import template_process
 from peftcore.errors import PeftcoreError
 
 CHATML = (
@@ -54,7 +53,6 @@ def set_template(processor: Any, template: str | None, of_adapter: str | None = 
     if template is None or template == of_adapter:
         if of_adapter is not None:
             tokenizer.chat_template = BUILT_IN.get(of_adapter, of_adapter)
-            template_process.mark(tokenizer, foreign=of_adapter not in BUILT_IN)
         return
     if template in BUILT_IN:
         template = BUILT_IN[template]
@@ -66,7 +64,6 @@ def set_template(processor: Any, template: str | None, of_adapter: str | None = 
                 f"--chat-template '{template}' cannot be read: {error}. Pass a file, or chatml"
             ) from error
     tokenizer.chat_template = template
-    template_process.mark(tokenizer, foreign=False)
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -77,6 +74,8 @@ def rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Any = None, *, begins_answer: bool = False
 ) -> str:
     """Return the text that the template makes of a conversation, with a generation prompt if `begins_answer`.
+
+    transformers renders the template in Jinja's sandbox: it reads no file and runs no code of Python's, but it may loop.
 
     Raises:
         PeftcoreError: there is no template, or it rejects the conversation.
@@ -93,18 +92,22 @@ def rendered(
             f"the tokenizer of '{name}' has no chat template to turn messages into text. Pass one: "
             "--chat-template chatml, or a file"
         )
-    is_rendered_by_transformers = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
     try:
-        if template_process.is_foreign(tokenizer) and is_rendered_by_transformers:
-            return template_process.render(tokenizer, messages, tools, begins_answer)
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=begins_answer)
-    except PeftcoreError:
-        raise
+        text = str(text)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PeftcoreError(
+            "the chat template writes half a surrogate pair, which is not text. Pass another: --chat-template chatml"
+        ) from error
     except RecursionError as error:
         raise PeftcoreError("the chat template is nested too deeply. Pass another: --chat-template chatml") from error
     except Exception as error:  # a template may raise anything
-        raise PeftcoreError(f"the chat template rejects the conversation: {str(error)[:400]}") from error
-    return str(text)
+        reason = str(error)[:400] or type(error).__name__
+        raise PeftcoreError(
+            f"the chat template rejects the conversation: {reason}. Pass another: --chat-template chatml, or a file"
+        ) from error
+    return text
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:

@@ -26,13 +26,9 @@ def change(file: Path, **fields: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
-def test_it_is_loaded_and_its_template_is_a_strangers(folder: Path) -> None:
+def test_it_is_loaded(folder: Path) -> None:
     tokenizer = adapter_tokenizer.load(folder)
     assert tokenizer("the film")["input_ids"] == [4, 5] and tokenizer.pad_token == "<pad>"
-    from peftcore.cli.tasks import template_process
-
-    assert template_process.is_foreign(tokenizer)
-    assert not template_process.is_foreign(models.load_tokenizer(str(folder)))  # the user's own
 
 
 @pytest.mark.parametrize("name", ["Y", "TokenizersBackend"])
