@@ -75,7 +75,7 @@ def rendered(
 ) -> str:
     """Return the text that the template makes of a conversation, with a generation prompt if `begins_answer`.
 
-    transformers renders the template in Jinja's sandbox: it reads no file and runs no code of Python's, but it may loop.
+    transformers renders it in Jinja's sandbox: it reads no file and reaches no Python code, but it may loop.
 
     Raises:
         PeftcoreError: there is no template, or it rejects the conversation.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +15,24 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from peftcore import PeftcoreError
 from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.plugin import nearest
 from peftcore_serve import folders, protocol
-from peftcore_serve.folders import Folder, Text, Texts
+from peftcore_serve.folders import Folder, Text, Texts, TooLong
 from peftcore_serve.protocol import Answer, ProtocolError, Request
 from peftcore_serve.scheduler import ENDING, Busy, Scheduler
 from peftcore_serve.sequence import Event, Failed, Finished, Piece, Sampling, Sequence
 
 _BODY_BYTES = 16 << 20
 _SHOWN = 20  # names in an error
+_PORT = re.compile(r":\d*$")
 
 
 class Server:
@@ -43,6 +47,8 @@ class Server:
         batch_size: number of sequences that are decoded together.
         max_new_tokens: tokens of a chat's answer if the request does not say how many.
         chat_template: the template of all conversations, as `--chat-template` takes it.
+        trust_templates: whether chat templates that came with adapters are rendered.
+        hosts: host names that requests may be sent to, without ports; None for any.
         refuse: called with the name and the task of each adapter, to raise an error if it does not fit the base.
     """
 
@@ -57,12 +63,14 @@ class Server:
         batch_size: int = 16,
         max_new_tokens: int = 512,
         chat_template: str | None = None,
+        trust_templates: bool = False,
+        hosts: Collection[str] | None = None,
         refuse: Callable[[str, AdapterTask], None] | None = None,
     ) -> None:
         from transformers import GenerationConfig
 
         self.name, self.root, self._max_new_tokens = name, root, max_new_tokens
-        self.texts = Texts(model, base, chat_template, refuse)
+        self.texts = Texts(model, base, chat_template, trust_templates, refuse)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         # Penalties and filters of the base's config would act on answers of `generate` only.
@@ -82,6 +90,7 @@ class Server:
             ],
             exception_handlers={ProtocolError: _refused, HTTPException: _no_route, Exception: _crashed},
             lifespan=self._lifespan,
+            middleware=[] if hosts is None else [Middleware(_KnownHosts, hosts=frozenset(hosts))],
         )
 
     @asynccontextmanager
@@ -153,6 +162,8 @@ class Server:
         try:
             text = self.texts.of_base if folder is None else self.texts.of(folder)
             prompts = [list(each) if _is_tokens(each) else text.tokens(each) for each in request.prompts]
+        except TooLong as error:
+            raise _too_long(request, str(error)) from error
         except (PeftcoreError, OSError) as error:
             raise ProtocolError(str(error)) from error
         adapter = None if folder is None else folder.name
@@ -186,11 +197,10 @@ class Server:
             if self._context is not None:
                 asked = min(asked, max(1, self._context - len(prompt)))
         if self._context is not None and len(prompt) + asked > self._context:
-            raise ProtocolError(
+            raise _too_long(
+                request,
                 f"the prompt has {len(prompt):,} tokens and the answer may have {asked:,}, but the model's context has "
                 f"{self._context:,}. Shorten the prompt, or lower max_tokens",
-                param="messages" if request.is_chat else "prompt",
-                code="context_length_exceeded",
             )
         return replace(request.sampling, max_tokens=asked)
 
@@ -214,6 +224,31 @@ class Server:
                 f"there is no model '{name}'{nearest(name, names)}. There are: {shown}", 404, "model", "model_not_found"
             )
         return found
+
+
+class _KnownHosts:
+    """Middleware that refuses requests to other host names.
+
+    A page in a browser can name a host of its own that resolves to this machine's loopback address, and would then be
+    allowed to read the answers.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given = HttpRequest(scope).headers.get("host", "")
+            host = given.rpartition(":")[0] if _PORT.search(given) else given
+            if host.lower() not in self._hosts:
+                error = ProtocolError(
+                    f"the request is for the host '{host}', which this server does not answer for. Start it with "
+                    f"--allowed-host NAME to allow the name; allowed are {', '.join(sorted(self._hosts))}",
+                    403,
+                )
+                await JSONResponse(error.body, error.status)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class _Running:
@@ -314,11 +349,19 @@ def _failed(event: Failed) -> ProtocolError:
     return ProtocolError(event.message, 400 if event.is_users else 503 if event.message == ENDING else 500)
 
 
+def _too_long(request: Request, message: str) -> ProtocolError:
+    return ProtocolError(message, param="messages" if request.is_chat else "prompt", code="context_length_exceeded")
+
+
 def _is_tokens(prompt: Any) -> bool:
     return isinstance(prompt, list) and isinstance(prompt[0], int)
 
 
 async def _json(http: HttpRequest) -> Any:
+    kind = http.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        # A page in a browser may send anything else without asking this server first.
+        raise ProtocolError(f"the body must be sent as content-type application/json, found '{kind}'", 415)
     body = b""
     async for part in http.stream():
         body += part

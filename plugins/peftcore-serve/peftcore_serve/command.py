@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import ipaddress
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +52,14 @@ def serve(
         int, typer.Option(min=1, help="Tokens of a chat's answer if the request does not say how many.")
     ] = 512,
     chat_template: options.ChatTemplate = None,
+    trust_adapter_templates: Annotated[
+        bool,
+        typer.Option(help="Render chat templates that came with adapters. A template may loop and never end."),
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name that clients may call this server by, beside its address; repeatable."),
+    ] = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -69,6 +78,8 @@ def serve(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             chat_template=chat_template,
+            trust_templates=trust_adapter_templates,
+            hosts=known_hosts(host, listening.getsockname()[0], allowed_host or []),
             quantize=quantize,
             dtype=dtype,
             device=device,
@@ -90,11 +101,13 @@ def make(
     batch_size: int = 16,
     max_new_tokens: int = 512,
     chat_template: str | None = None,
+    trust_templates: bool = False,
+    hosts: Collection[str] | None = None,
     quantize: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
 ) -> Server:
-    """Load the base and return the server; the arguments are the command's options.
+    """Load the base and return the server; the arguments are the command's options, and those of `Server`.
 
     Raises:
         PeftcoreError: the base cannot be loaded, or the folder of adapters cannot be read or is itself an adapter.
@@ -135,6 +148,8 @@ def make(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         chat_template=chat_template,
+        trust_templates=trust_templates,
+        hosts=hosts,
         refuse=functools.partial(base_quantization.refuse_late, quantize, base_as),
     )
     if not server.scheduler.adapters.batches:
@@ -172,6 +187,21 @@ def listen(host: str, port: int) -> socket.socket:
             f"the server cannot listen at {host}:{port}: {error.strerror}. Pass another --port, or 0 for a free one"
         ) from error
     return listening
+
+
+def known_hosts(host: str, address: str, allowed: Sequence[str]) -> set[str] | None:
+    """Return the host names that requests may be sent to, as the Host header has them; None for any.
+
+    Args:
+        host: the option `--host`.
+        address: what the server is bound to.
+        allowed: names of `--allowed-host`. Without them, a server that others than this machine reach takes any name.
+    """
+    is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    if not is_loopback and not allowed:
+        return None
+    names = {host, address, *allowed, *(("localhost", "127.0.0.1", "::1") if is_loopback else ())}
+    return {(f"[{name}]" if ":" in name else name).lower() for name in names}
 
 
 def run(server: Server, listening: socket.socket) -> None:

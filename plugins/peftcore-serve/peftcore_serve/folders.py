@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
 import threading
 from collections import OrderedDict
@@ -14,6 +14,7 @@ from typing import Any
 from peftcore import PeftcoreError
 from peftcore.cli.bases import adapter_folders, base_and_adapter, models
 from peftcore.cli.bases.adapter_folders import AdapterTask
+from peftcore.cli.console import warn
 from peftcore.cli.data.row import Messages
 from peftcore.cli.tasks import conversations, text_generation
 
@@ -52,9 +53,20 @@ def _names(root: Path | None) -> list[str]:
         return []
     try:
         with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+            names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     except OSError as error:
         raise PeftcoreError(f"the folder of adapters '{root}' cannot be read: {error.strerror or error}") from error
+    return sorted(name for name in names if _is_utf8(name))
+
+
+@functools.lru_cache(maxsize=1024)  # so that a name is warned of once
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        warn(f"the adapter in {name!r} is not served: the name of its folder is not UTF-8. Rename the folder")
+        return False
+    return True
 
 
 def _stamp(path: Path) -> Stamp:
@@ -66,58 +78,93 @@ def _stamp(path: Path) -> Stamp:
     return tuple(sorted((name, status.st_mtime_ns, status.st_size) for name, status in files))
 
 
-class Text:
-    """A tokenizer with its chat template; threads may share it."""
+class TooLong(PeftcoreError):
+    """A text with more characters than the model's context can hold."""
 
-    def __init__(self, tokenizer: Any, ends: frozenset[int]) -> None:
-        self.tokenizer, self.ends, self._lock = tokenizer, ends, threading.Lock()
+
+class Text:
+    """A tokenizer with its chat template; threads may share it.
+
+    Args:
+        tokenizer: of the base or of an adapter.
+        ends: tokens that end an answer.
+        context: tokens that the model has positions for; None for no limit.
+        refused: why conversations are refused; empty if they are not.
+    """
+
+    def __init__(self, tokenizer: Any, ends: frozenset[int], context: int | None = None, refused: str = "") -> None:
+        self.tokenizer, self.ends, self._context, self._refused = tokenizer, ends, context, refused
         self.special = frozenset(tokenizer.all_special_ids)  # left out by `decode`
+        self._characters = max(map(len, tokenizer.get_vocab()), default=1)  # of the longest token
+        # The first call ends a truncation or padding that the file asks for. Later calls change nothing in the
+        # tokenizer, so threads call it at the same time: a long text keeps nobody waiting.
+        tokenizer("")
 
     def tokens(self, prompt: str | Messages) -> list[int]:
         """Return the tokens of a text, or of a conversation up to the beginning of the answer.
 
         Raises:
-            PeftcoreError: there is no chat template, it rejects the conversation, or the text is empty and the
-                tokenizer has no token to begin with.
+            TooLong: the text has more characters than the context has room for.
+            PeftcoreError: there is no chat template, it rejects the conversation or may not be rendered, or the text is
+                empty and the tokenizer has no token to begin with.
         """
-        with self._lock:
-            if isinstance(prompt, str):
-                found = self.tokenizer(prompt)["input_ids"]
-            else:
-                text = conversations.rendered(self.tokenizer, prompt, begins_answer=True)
-                found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return list(found) or [text_generation.first_token(self.tokenizer)]
+        if isinstance(prompt, str):
+            self._refuse_long(prompt)
+            tokens = self.tokenizer(prompt)["input_ids"]
+        else:
+            if self._refused:
+                raise PeftcoreError(self._refused)
+            text = conversations.rendered(self.tokenizer, prompt, begins_answer=True)
+            self._refuse_long(text)
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(tokens) or [text_generation.first_token(self.tokenizer)]
+
+    def _refuse_long(self, text: str) -> None:
+        if self._context is None or len(text) <= self._context * self._characters:
+            return
+        raise TooLong(
+            f"the prompt has {len(text):,} characters, but the model's context has {self._context:,} tokens of at most "
+            f"{self._characters:,} characters. Shorten the prompt"
+        )
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of tokens, without special ones."""
-        with self._lock:
-            return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def decode_one(self, token: int) -> str:
         """Return the text of one token, also of a special one."""
-        with self._lock:
-            return str(self.tokenizer.decode([token]))
+        return str(self.tokenizer.decode([token]))
 
 
 class Texts:
-    """Tokenizers of the base and of adapters. Adapters with equal files share one.
+    """Tokenizers of the base and of adapters. Adapters without a tokenizer share one.
 
     Args:
         model: the loaded base.
         base: its folder or hub id.
         chat_template: the user's template for all, as `--chat-template` takes it.
+        trust_templates: whether chat templates that came with adapters are rendered. They may never end.
         refuse: called with the name and the task of each adapter, to raise an error if it does not fit the base.
     """
 
     def __init__(
-        self, model: Any, base: str, chat_template: str | None, refuse: Callable[[str, AdapterTask], None] | None = None
+        self,
+        model: Any,
+        base: str,
+        chat_template: str | None,
+        trust_templates: bool = False,
+        refuse: Callable[[str, AdapterTask], None] | None = None,
     ) -> None:
         self._model, self._base, self._template, self._refuse = model, base, chat_template, refuse
+        self._trust_templates = trust_templates
         self._rows = base_and_adapter.vocabulary(model)
-        self._known: OrderedDict[str, Text] = OrderedDict()
-        self._checked: dict[str, tuple[Stamp, str]] = {}  # of each adapter
+        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._known: OrderedDict[tuple[Stamp, str], Text] = OrderedDict()
         self._lock = threading.Lock()
-        self.of_base = self._load(None, None)
+        tokenizer = models.load_tokenizer(base)
+        conversations.set_template(tokenizer, chat_template)
+        self._base_template = tokenizer.chat_template
+        self.of_base = self._text(tokenizer)
 
     def of(self, folder: Folder) -> Text:
         """Return the tokenizer of an adapter.
@@ -126,43 +173,46 @@ class Texts:
             PeftcoreError: the adapter is a classifier's, its tokenizer has tokens that the base's does not have, or its
                 files are broken.
         """
+        key = folder.stamp, folder.name
         with self._lock:
-            stamp, key = self._checked.get(folder.name, ((), ""))
-            if stamp != folder.stamp or key not in self._known:
-                key = self._check(folder)
-                self._checked[folder.name] = folder.stamp, key
-            self._known.move_to_end(key)
-            while len(self._known) > _TOKENIZERS:
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+        text = self._load(folder)  # without the lock: a large file keeps nobody waiting
+        with self._lock:
+            self._known[key] = text
+            if len(self._known) > _TOKENIZERS:
                 self._known.popitem(last=False)
-            return self._known[key]
+        return text
 
-    def _check(self, folder: Folder) -> str:
+    def _load(self, folder: Folder) -> Text:
         task = adapter_folders.adapter_task(folder.path)
         adapter_folders.refuse_without_prompts(folder.name, task.task)
         if self._refuse is not None:
             self._refuse(folder.name, task)
-        own = adapter_folders.has_tokenizer(folder.path)
-        found = hashlib.blake2b(repr(task.chat_template).encode(), digest_size=16)
-        for name, _, _ in folder.stamp if own else ():
-            if not name.endswith((".safetensors", ".bin")) and name not in (
-                "adapter_config.json",
-                adapter_folders.TASK_FILE,
-            ):
-                found.update(name.encode() + b"\0")
-                found.update((folder.path / name).read_bytes())
-        key = found.hexdigest()
-        if key not in self._known:
-            text = self._load(folder.path if own else None, task.chat_template)
-            tokens = max(text.tokenizer.get_vocab().values()) + 1 if own else 0
-            if self._rows is not None and tokens > max(self._rows, len(self.of_base.tokenizer)):
-                raise PeftcoreError(
-                    f"the tokenizer of the adapter '{folder.name}' has {tokens:,} tokens, but the base has "
-                    f"{self._rows:,}. Merge the adapter (peftcore merge) and serve the merged model"
-                )
-            self._known[key] = text
-        return key
+        has_own = adapter_folders.has_tokenizer(folder.path)
+        if not has_own and (self._template is not None or task.chat_template in (None, self._base_template)):
+            return self.of_base
+        tokenizer = models.load_tokenizer(self._base, folder.path if has_own else None)
+        tokens = max(tokenizer.get_vocab().values()) + 1 if has_own else 0
+        if self._rows is not None and tokens > max(self._rows, len(self.of_base.tokenizer)):
+            raise PeftcoreError(
+                f"the tokenizer of the adapter '{folder.name}' has {tokens:,} tokens, but the base has "
+                f"{self._rows:,}. Merge the adapter (peftcore merge) and serve the merged model"
+            )
+        conversations.set_template(tokenizer, self._template, task.chat_template)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = self._base_template
+        known = (self._base_template, *conversations.BUILT_IN.values())
+        if self._trust_templates or tokenizer.chat_template in known:
+            return self._text(tokenizer)
+        return self._text(
+            tokenizer,
+            f"the adapter '{folder.name}' came with a chat template of its own, which this server does not render. "
+            "Start it with --chat-template, for one template for all, or with --trust-adapter-templates if you know "
+            "where the adapters are from; or write the prompt as text: /v1/completions",
+        )
 
-    def _load(self, path: Path | None, template: str | None) -> Text:
-        tokenizer = models.load_tokenizer(self._base, path)
-        conversations.set_template(tokenizer, self._template, template)
-        return Text(tokenizer, frozenset(text_generation.ends(self._model, tokenizer) or ()))
+    def _text(self, tokenizer: Any, refused: str = "") -> Text:
+        ends = frozenset(text_generation.ends(self._model, tokenizer) or ())
+        return Text(tokenizer, ends, self._context, refused)

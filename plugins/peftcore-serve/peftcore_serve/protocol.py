@@ -15,6 +15,8 @@ from peftcore_serve.sequence import Piece, Sampling, TokenLogprob
 SEQUENCES = 256  # of one request: prompts times n
 COMPLETION_TOKENS = 16  # the protocol's default
 _SEEDS = 1 << 63
+_TOKENS = (1 << 31) - 1  # of an answer, and of a vocabulary
+_COLDEST = 1e-5  # temperature above 0 at which tokens are sampled
 _WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # Fields that nothing here computes, and the values at which they ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -106,7 +108,7 @@ def completion(body: Any) -> Request:
         if not (isinstance(each, str) or is_tokens):
             raise _wrong("prompt", "a text, a list of texts, or lists of tokens", each)
     logprobs, echo = _whole(fields, "logprobs", 0, _COMPLETION_TOP), _flag(fields, "echo")
-    max_tokens = _whole(fields, "max_tokens", 0 if echo else 1)
+    max_tokens = _whole(fields, "max_tokens", 0 if echo else 1, _TOKENS)
     max_tokens = COMPLETION_TOKENS if max_tokens is None else max_tokens
     request = replace(_request(fields, prompts, max_tokens, logprobs, is_chat=False), echo=echo)
     if fields.get("best_of") not in (None, request.n):
@@ -124,7 +126,7 @@ def chat(body: Any) -> Request:
     wants, top = _flag(fields, "logprobs"), _whole(fields, "top_logprobs", 0, _CHAT_TOP)
     if top is not None and not wants:
         raise ProtocolError("top_logprobs needs logprobs: true", param="top_logprobs")
-    most = [_whole(fields, name, 1) for name in ("max_completion_tokens", "max_tokens")]
+    most = [_whole(fields, name, 1, _TOKENS) for name in ("max_completion_tokens", "max_tokens")]
     return _request(fields, [conversation], most[0] or most[1] or 0, (top or 0) if wants else None, is_chat=True)
 
 
@@ -137,15 +139,18 @@ def _request(
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(each, str) and each for each in stop):
         raise _wrong("stop", "a text that is not empty, or a list of at most 4", stop)
-    n, stream = _whole(fields, "n", 1) or 1, _flag(fields, "stream")
+    n, stream = _whole(fields, "n", 1, SEQUENCES) or 1, _flag(fields, "stream")
     if n * len(prompts) > SEQUENCES:
         raise ProtocolError(f"{n * len(prompts):,} answers are asked for; at most {SEQUENCES} may be", param="n")
     options = fields.get("stream_options")
     if options is not None and not (isinstance(options, dict) and options.keys() <= {"include_usage"} and stream):
         raise _wrong("stream_options", 'such as {"include_usage": true}, with stream: true', options)
+    temperature = _number(fields, "temperature", 0, 2)
+    if 0 < temperature < _COLDEST:
+        raise _wrong("temperature", f"0, for the most likely tokens, or a number from {_COLDEST:g} to 2", temperature)
     sampling = Sampling(
         max_tokens,
-        _number(fields, "temperature", 0, 2),
+        temperature,
         _number(fields, "top_p", 0, 1),
         _whole(fields, "seed", -_SEEDS, _SEEDS - 1),
         logprobs,
@@ -187,16 +192,15 @@ def _message(message: Any, where: str) -> dict[str, str]:
 
 
 def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _SEEDS
 
 
-def _whole(fields: Mapping[str, Any], name: str, least: int, most: int | None = None) -> int | None:
+def _whole(fields: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
     value = fields.get(name)
     if value is None:
         return None
-    if not _is_token(value) or value < least or (most is not None and value > most):
-        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise _wrong(name, f"a whole number {bounds}", value)
+    if not _is_token(value) or not least <= value <= most:
+        raise _wrong(name, f"a whole number from {least} to {most}", value)
     return int(value)
 
 

@@ -10,6 +10,7 @@ from peftcore_serve import protocol
 from peftcore_serve.protocol import Answer, ProtocolError, Request
 from peftcore_serve.sequence import Piece, Sampling, TokenLogprob
 
+HUGE = 10**4300 - 1  # the longest number that JSON is read with, which cannot be added to and printed
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -41,12 +42,17 @@ def test_roles_and_parts_of_messages() -> None:
         ("prompt", [], "'prompt' must be a text, a list of texts, or lists of tokens, found []"),
         ("prompt", [True], "'prompt' must be a text, a list of texts, or lists of tokens, found True"),
         ("prompt", ["a", 1], "'prompt' must be a text, a list of texts, or lists of tokens, found 1"),
-        ("max_tokens", 0, "'max_tokens' must be a whole number of at least 1, found 0"),
-        ("max_tokens", 1.5, "'max_tokens' must be a whole number of at least 1, found 1.5"),
+        ("max_tokens", 0, "'max_tokens' must be a whole number from 1 to 2147483647, found 0"),
+        ("max_tokens", 1.5, "'max_tokens' must be a whole number from 1 to 2147483647, found 1.5"),
         ("temperature", 3, "'temperature' must be a number from 0 to 2, found 3"),
         ("temperature", math.nan, "'temperature' must be a number from 0 to 2, found nan"),
         ("top_p", "1", "'top_p' must be a number from 0 to 1, found '1'"),
-        ("n", 300, "300 answers are asked for; at most 256 may be"),
+        ("max_tokens", HUGE, "'max_tokens' must be a whole number from 1 to 2147483647, found 9999"),
+        ("temperature", 5e-324, "'temperature' must be 0, for the most likely tokens, or a number from 1e-05 to 2"),
+        ("temperature", HUGE, "'temperature' must be a number from 0 to 2, found 9999"),
+        ("prompt", [HUGE], "'prompt' must be a text, a list of texts, or lists of tokens, found 9999"),
+        ("n", HUGE, "'n' must be a whole number from 1 to 256, found 9999"),
+        ("n", 300, "'n' must be a whole number from 1 to 256, found 300"),
         ("seed", True, "'seed' must be a whole number from -9223372036854775808 to 9223372036854775807, found True"),
         ("stop", ["a"] * 5, "'stop' must be a text that is not empty, or a list of at most 4, found ['a', 'a'"),
         ("stop", "", "'stop' must be a text that is not empty, or a list of at most 4, found ['']"),
