@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ import typer
 from rich.markup import escape
 
 from peftcore.cli import arguments, console, core_commands, signatures
-from peftcore.cli.console import fail, warn
+from peftcore.cli.console import fail, printable, warn
 from peftcore.cli.synonyms import SuggestingCommand
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.registry import builtin, registry
@@ -37,8 +38,11 @@ def run(words: list[str] | None = None) -> None:
     try:
         app = build(words)
     except PluginError as error:
-        sys.exit(f"peftcore: error: {error}")
-    app(words, prog_name="peftcore")
+        sys.exit(printable(f"peftcore: error: {error}"))
+    try:
+        app(words, prog_name="peftcore")
+    except Exception:  # typer's own traceback would not escape control characters in the message
+        sys.exit(printable(traceback.format_exc()))
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

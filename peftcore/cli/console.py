@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -13,11 +15,41 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
+from rich.console import Console as RichConsole, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from peftcore.errors import PeftcoreError
+
+# What a terminal obeys instead of showing it, what changes the direction of text, and bytes that are not UTF-8 in names
+# of files. Tabs and line ends stay.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with its control characters escaped, such as ESC as `\x1b`.
+
+    Names and texts from a file may contain sequences that move the cursor, rename the window or hide what was printed.
+    """
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class Console(RichConsole):
+    """A console that escapes control characters in everything it prints; the colours are its own."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield the segments of what is printed."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+class LogFormatter(logging.Formatter):
+    """A formatter that escapes control characters in messages and tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -40,21 +72,35 @@ def number(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
+def _plain(message: str, style: str | None = None) -> Text:
+    # `Text` drops some control characters, so they are escaped before it is made.
+    return Text(printable(message), style=style or "")
+
+
 def say(message: str, style: str | None = None) -> None:
     """Print a line without markup or wrapping."""
-    out.print(Text(message, style=style or ""), soft_wrap=True)
+    out.print(_plain(message, style), soft_wrap=True)
+
+
+def print_answer(text: str, end: str = "\n") -> None:
+    """Print what a model wrote: to a terminal escaped, to a file or a pipe as it is."""
+    if out.is_terminal:
+        out.print(_plain(text), end=end, soft_wrap=True)
+    else:
+        out.file.write(text + end)
+        out.file.flush()
 
 
 def warn(message: str) -> None:
     """Print a warning to standard error."""
     if not out.quiet:
-        err.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+        err.print(_plain(f"warning: {message}", "yellow"), soft_wrap=True)
 
 
 def note(message: str) -> None:
     """Print a remark to standard error, so that standard output has answers only."""
     if not out.quiet:
-        err.print(Text(message, style="dim"), soft_wrap=True)
+        err.print(_plain(message, "dim"), soft_wrap=True)
 
 
 def leave_to_first_rank() -> None:
@@ -71,7 +117,7 @@ def leave_to_first_rank() -> None:
 def fail(message: str) -> NoReturn:
     """Print an error to standard error, of several ranks' errors one, and end the command with status 1."""
     leave_to_first_rank()
-    err.print(Text(f"{_speaker}error: {message}", style="bold red"), soft_wrap=True)
+    err.print(_plain(f"{_speaker}error: {message}", "bold red"), soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -94,7 +140,7 @@ def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), titl
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
+        grid.add_row(*(_plain(str(cell)) for cell in row))
     out.print(grid)
 
 

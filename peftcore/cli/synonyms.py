@@ -89,5 +89,7 @@ class SuggestingCommand(TyperCommand):
                     error.message = f"No such option: {name}. Did you mean {known}?"  # type: ignore[attr-defined]
                     error.possibilities = None  # type: ignore[attr-defined]
             if hasattr(error, "format_message"):  # not `--help`
+                if isinstance(getattr(error, "message", None), str):  # may quote a file of `--config`
+                    error.message = console.printable(error.message)  # type: ignore[attr-defined]
                 console.leave_to_first_rank()
             raise

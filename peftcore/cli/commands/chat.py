@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli import completion, options
-from peftcore.cli.console import out, say, warn
+from peftcore.cli.console import out, print_answer, say, warn
 from peftcore.errors import PeftcoreError, nearest
 
 EXAMPLES = (
@@ -176,7 +176,7 @@ class Talk:
 
         class Printed(TextStreamer):
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                out.print(text, end="\n" if stream_end else "", markup=False, soft_wrap=True)
+                print_answer(text, end="\n" if stream_end else "")
 
         streamer = Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         asked = [*self.messages, {"role": "user", "content": text}]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import say, warn
+from peftcore.cli.console import print_answer, say, warn
 from peftcore.errors import PeftcoreError
 
 EXAMPLES = ('peftcore generate -a run -p "Is it good?" --compare',)
@@ -63,7 +63,7 @@ def generate(
         chat = chat and task.task != task_names.SEQ2SEQ
     given: Any = [{"role": "user", "content": prompt}] if chat else prompt
 
-    def answer() -> str:
+    def written() -> str:
         if task.task == task_names.TAGS:
             from peftcore.cli.tasks import tags
 
@@ -75,13 +75,13 @@ def generate(
         )
 
     if adapter is None:
-        say(answer())
+        print_answer(written())
         return
     if compare:
         if base_and_adapter.fit_vocabulary(loaded, adapter):
             warn(base_and_adapter.NEW_ROWS)
         say("base:", "bold")
-        say(answer().strip() + "\n")
+        print_answer(written().strip() + "\n")
         say("with the adapter:", "bold")
     base_and_adapter.load_adapter(loaded, adapter)
-    say(answer().strip() if compare else answer())
+    print_answer(written().strip() if compare else written())

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import number, say
+from peftcore.cli.console import number, print_answer, say
 from peftcore.errors import PeftcoreError
 
 EXAMPLES = (
@@ -81,7 +81,7 @@ def predict(
     lines = [json.dumps(each, ensure_ascii=False) for each in found]
     if output is None:
         for line in lines:
-            typer.echo(line)
+            print_answer(line)
         return
     try:
         output.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ import typer
 
 from peftcore import PeftcoreError
 from peftcore.cli import options
-from peftcore.cli.console import note, say
+from peftcore.cli.console import LogFormatter, note, say
 
 if TYPE_CHECKING:
     import uvicorn
@@ -220,4 +220,13 @@ def configured(server: Server) -> uvicorn.Config:
     """Return uvicorn's configuration."""
     import uvicorn
 
-    return uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=_CLOSING)
+    log = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"escaped": {"()": LogFormatter, "fmt": "%(levelname)s: %(message)s"}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "escaped"}},
+        "loggers": {"uvicorn": {"handlers": ["stderr"], "propagate": False}},
+    }
+    return uvicorn.Config(
+        server.app, log_config=log, log_level="warning", access_log=False, timeout_graceful_shutdown=_CLOSING
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -143,3 +144,9 @@ def test_the_hosts_of_an_address() -> None:
     assert command.known_hosts("::1", "::1", []) == loopback
     assert command.known_hosts("0.0.0.0", "0.0.0.0", []) is None
     assert command.known_hosts("0.0.0.0", "0.0.0.0", ["box"]) == {"0.0.0.0", "box"}
+
+
+def test_the_log_is_escaped(shared: tuple[Server, TestClient], capsys: pytest.CaptureFixture[str]) -> None:
+    command.configured(shared[0])
+    logging.getLogger("uvicorn.error").error("no folder \x1b[2J")
+    assert capsys.readouterr().err == "ERROR: no folder \\x1b[2J\n"
