@@ -1,28 +1,133 @@
-"""Checks of a .gguf file before transformers reads it."""
+"""Base models in a .gguf file: its header, and its tensors read one by one."""
 
 from __future__ import annotations
 
+import functools
 import re
+import struct
 from collections import Counter
-from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from peftcore.cli.console import require
 from peftcore.errors import PeftcoreError
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+# Architectures whose tensors transformers converts one by one, by names alone. It reads others as a whole.
+ONE_BY_ONE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is in the file, and how it is stored.
+
+    Attributes:
+        shape: in PyTorch's order.
+        kind: number of its GGML type.
+        start: its first byte in the file.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its tensors: `fields` has numbers and texts, without arrays."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, Entry]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.fields.get("general.architecture"))
+
+
+def header(path: str) -> Header:
+    """Read the header of a file, without the seconds in which the `gguf` package makes objects of its vocabulary.
+
+    Raises:
+        PeftcoreError: the file is not GGUF of version 2 or 3, or is cut off.
+    """
+    import numpy
+
+    try:
+        return _Reader(memoryview(numpy.memmap(path, mode="r"))).header()
+    except (ValueError, struct.error, UnicodeDecodeError, KeyError, IndexError, OverflowError) as error:
+        raise PeftcoreError(f"the model of '{path}' cannot be loaded: {error}. Download it again") from error
+
+
+class _Reader:
+    """Reader of the values of a file, one after the other."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.place = data, 0
+
+    def number(self, code: str) -> Any:
+        (value,) = struct.unpack_from(f"<{code}", self.data, self.place)
+        self.place += struct.calcsize(code)
+        return value
+
+    def text(self) -> str:
+        length = self.number("Q")
+        start = self.place
+        self.place += length
+        if self.place > len(self.data):
+            raise ValueError("a text goes past its end")
+        return bytes(self.data[start : self.place]).decode()
+
+    def value(self, kind: int) -> Any:
+        """Return the next value, of an array only None."""
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            return self.number(_SCALARS[kind])
+        element, count = self.number("I"), self.number("Q")
+        if element in _SCALARS:
+            self.place += count * struct.calcsize(_SCALARS[element])
+        elif element == _STRING:
+            for _ in range(count):
+                self.place += 8 + struct.unpack_from("<Q", self.data, self.place)[0]
+        else:
+            raise ValueError(f"an array has elements of type {element}")
+        return None
+
+    def header(self) -> Header:
+        if bytes(self.data[:4]) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        self.place = 4
+        version = self.number("I")
+        if version not in (2, 3):
+            raise ValueError(f"it is GGUF of version {version}, and versions 2 and 3 are read")
+        tensors, fields = self.number("Q"), {}
+        for _ in range(self.number("Q")):
+            name = self.text()
+            fields[name] = self.value(self.number("I"))
+        entries = {}
+        for _ in range(tensors):
+            name = self.text()
+            shape = [self.number("Q") for _ in range(self.number("I"))]
+            entries[name] = Entry(tuple(reversed(shape)), self.number("I"), self.number("Q"))
+        alignment = fields.get("general.alignment", 32)
+        first = -(-self.place // alignment) * alignment
+        return Header(fields, {name: Entry(e.shape, e.kind, first + e.start) for name, e in entries.items()})
 
 
 def check_blocks(path: str) -> None:
     """Raise PeftcoreError if the file has tensors of fewer blocks than its header counts.
 
-    transformers would build every block first, which takes it minutes for a few hundred. A file that cannot be read is
-    left to transformers to refuse.
+    transformers would build every block first, which takes it minutes for a few hundred.
     """
-    import gguf
-
-    count, blocks = 0, set[str]()
-    with suppress(Exception):  # the reader may raise anything on invalid bytes
-        reader = gguf.GGUFReader(path)
-        blocks = {block for tensor in reader.tensors for block in re.findall(r"\bblk\.(\d+)\.", tensor.name)}
-        count = next(int(field.contents()) for key, field in reader.fields.items() if key.endswith(".block_count"))
+    found = header(path)
+    blocks = {block for name in found.tensors for block in re.findall(r"\bblk\.(\d+)\.", name)}
+    count = next((value for key, value in found.fields.items() if key.endswith(".block_count")), 0)
     if count > len(blocks):
         raise PeftcoreError(
             f"the model of '{path}' cannot be loaded: its header counts {count} blocks, and it has tensors of "
@@ -36,13 +141,52 @@ def stored_dtype(path: str) -> str:
     Raises:
         PeftcoreError: the file cannot be read.
     """
-    require("gguf", extra="gguf")
-    import gguf
+    kinds = Counter(entry.kind for entry in header(path).tensors.values() if len(entry.shape) > 1)
+    most = max(kinds, key=kinds.__getitem__, default=0)
+    return {0: "fp32", 1: "fp16"}.get(most, "bf16")
 
-    try:
-        kinds = Counter(tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1)
-    except Exception as error:  # the reader may raise anything on invalid bytes
-        raise PeftcoreError(f"the model of '{path}' cannot be loaded: {error}") from error
-    most = kinds.most_common(1)[0][0] if kinds else gguf.GGMLQuantizationType.F32
-    wide = {gguf.GGMLQuantizationType.F32: "fp32", gguf.GGMLQuantizationType.F16: "fp16"}
-    return wide.get(most, "bf16")
+
+class LazyTensor:
+    """A tensor of the file, which is read and dequantized when the loader of transformers takes it by `[...]`."""
+
+    def __init__(self, data: numpy.memmap[Any, Any], entry: Entry, read: Any, dtype: torch.dtype) -> None:
+        self._data, self._entry, self._read, self._dtype = data, entry, read, dtype
+        self.shape = entry.shape
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        import torch
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+        entry = self._entry
+        kind = GGMLQuantizationType(entry.kind)
+        values, size = GGML_QUANT_SIZES[kind]
+        row = entry.shape[-1] // values * size
+        count = prod(entry.shape[:-1]) * row
+        stored = self._data[entry.start : entry.start + count].reshape(*entry.shape[:-1], row)
+        return torch.tensor(self._read(dequantize(stored, kind)), dtype=self._dtype)
+
+
+def load(folder: str, *, gguf_file: str, model_class: Any, config: Any, **options: Any) -> Any:
+    """Return a model of one of the architectures `ONE_BY_ONE`, as `model_class.from_pretrained` does.
+
+    Memory holds the model and one dense tensor at a time, or with a `quantization_config` the model in 4 bits.
+    """
+    import numpy
+    import torch
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    path = str(Path(folder, gguf_file))
+    found, data = header(path), numpy.memmap(path, mode="r")
+    processor = reading.TENSOR_PROCESSORS.get(found.architecture, reading.TensorProcessor)(config=config.to_dict())
+    with torch.device("meta"):
+        names = reading.get_gguf_hf_weights_map(model_class._from_config(config), processor)
+    tensors = {}
+    for name, entry in found.tensors.items():
+        if name in names:
+            convert = functools.partial(_converted, processor, name)
+            tensors[names[name]] = LazyTensor(data, entry, convert, options["dtype"])
+    return model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+
+
+def _converted(processor: Any, name: str, weights: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+    return processor.process(weights=weights, name=name, tensor_key_mapping={}, parsed_parameters={}).weights  # type: ignore[no-any-return]

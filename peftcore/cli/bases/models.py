@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import importlib.util
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcore.cli import task_names
-from peftcore.cli.bases import adapter_tokenizer, own_code
+from peftcore.cli.bases import adapter_tokenizer, gguf_file, own_code
 from peftcore.cli.bases.adapter_folders import Quantization, has_tokenizer
 from peftcore.cli.bases.base_files import pretrained, quiet_transformers, remote_code
 from peftcore.cli.bases.device_choice import HALVES, torch_device, torch_dtype, without_instructions
-from peftcore.cli.bases.gguf_file import check_blocks
 from peftcore.cli.console import note, require, warn
 from peftcore.cli.tasks import conversations, image_chats, speech
 from peftcore.errors import PeftcoreError
@@ -124,9 +126,11 @@ def load_model(
         quantize: 4-bit type of the linear layers, or all about how they are quantized; None for dense weights.
     """
     quiet_transformers()
+    from peftcore.quantization.convert import give_back_freed
+
     asked = Quantization(quantize) if isinstance(quantize, str) else quantize
     packing = None if asked is None else asked.arguments()
-    loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_head(task, labels)}
+    options: dict[str, Any] = {"dtype": torch_dtype(dtype, device)}
     is_gguf = model.endswith(".gguf")
     if packing is None and not is_gguf:
         packing = _packing_of(load_config(model, task, labels))
@@ -134,34 +138,58 @@ def load_model(
         from peftcore import quantization
 
         quantization.find_type(packing["quant_type"])
-        if not is_gguf:  # transformers reads the whole file
-            loader, options = quantization.load, {**options, **packing, "model_class": _auto_class(task)}
-    if is_gguf:
-        require("gguf", extra="gguf")
-        check_blocks(model)
     advice = quantize_advice(None if asked is None or asked.skip is not None else asked.quant_type)
-    if packing is None or is_gguf:
+    if is_gguf:
+        with advice:
+            loaded = _load_gguf(model, task, labels, packing, options)
+    elif packing is None:
         if task == task_names.IMAGE:
             options["ignore_mismatched_sizes"] = True  # image models come with the head of another data set
-        loaded, info = pretrained(loader, model, "model", output_loading_info=True, **options)
+        loader = _auto_class(task).from_pretrained
+        loaded, info = pretrained(loader, model, "model", output_loading_info=True, **options, **_head(task, labels))
         _check_whole(loaded, info["missing_keys"], model, task)
         _check_shapes(loaded, info.get("mismatched_keys", ()), model)
     else:
+        options |= {**packing, **_head(task, labels), "model_class": _auto_class(task)}
         with advice:
-            loaded = pretrained(loader, model, "model", **options)
+            loaded = pretrained(quantization.load, model, "model", **options)
     loaded.config._name_or_path = model  # for a .gguf file transformers would record its folder only
-    if is_gguf and getattr(loaded, "hf_quantizer", None) is not None:
-        loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
-    if is_gguf and packing is not None:
-        with advice:
-            quantization.quantize(loaded, **packing)
     if asked is None and options["dtype"].itemsize == 4:
         _compute_in_fp32(loaded, device)
     if task == task_names.LANGUAGE_MODEL:
         own_code.complete(loaded)
     if task != task_names.IMAGE:
         _set_padding(loaded, model)
+    give_back_freed()  # what loading leaves in the heap
     return loaded.to(torch_device(device)).eval()
+
+
+def _load_gguf(
+    model: str, task: str, labels: tuple[str, ...], packing: dict[str, Any] | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    """Return the model of a .gguf file, dense or in 4 bits; `options` are those of `from_pretrained`."""
+    from peftcore import quantization
+
+    require("gguf", extra="gguf")
+    gguf_file.check_blocks(model)
+    loader, auto_class, config = gguf_file.load, _auto_class(task), load_config(model, task, labels)
+    options = {**options, "config": config, "output_loading_info": True}
+    one_by_one = gguf_file.header(model).architecture in gguf_file.ONE_BY_ONE
+    if one_by_one:
+        options["model_class"] = auto_class._model_mapping[type(config)]
+        if packing is not None and packing["quant_type"] in quantization.QUANT_TYPES:
+            from peftcore.quantization.huggingface import FourBitConfig
+
+            options["quantization_config"], packing = FourBitConfig(**packing), None
+    else:
+        loader = auto_class.from_pretrained
+    loaded, info = pretrained(loader, model, "model", **options)
+    _check_whole(loaded, info["missing_keys"], model, task)
+    if not one_by_one and getattr(loaded, "hf_quantizer", None) is not None:
+        loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
+    if packing is not None:
+        quantization.quantize(loaded, **packing)
+    return loaded
 
 
 def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
@@ -306,7 +334,10 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
     import transformers
     from transformers import AutoConfig
 
-    config = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
+    if model.endswith(".gguf"):
+        config = copy.deepcopy(_gguf_config(model, os.stat(model).st_mtime_ns, task, labels))
+    else:
+        config = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
     kinds = _auto_class(task)._model_mapping
     found = f"'{model}' ({config.model_type})"
     if task == task_names.SPEECH:
@@ -329,6 +360,15 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
     elif has_code(config, task):
         config.architectures = [str(config.auto_map[_auto_class(task).__name__]).rpartition(".")[2]]
     return config
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_config(model: str, changed: int, task: str, labels: tuple[str, ...]) -> PretrainedConfig:
+    """Return the config in a .gguf file as of a time; transformers takes seconds to read it, and a run asks thrice."""
+    from transformers import AutoConfig
+
+    found: PretrainedConfig = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
+    return found
 
 
 def has_code(config: PretrainedConfig, task: str) -> bool:

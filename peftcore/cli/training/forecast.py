@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Sequence
@@ -22,11 +23,12 @@ from peftcore.cli.settings import Settings
 from peftcore.cli.tasks import by_task, comparisons, conversations, encoded_examples, image_chats, image_preferences
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.training import torchrun
-from peftcore.cli.training.progress import current_memory, gigabytes, give_back
+from peftcore.cli.training.progress import current_memory, gigabytes
 from peftcore.errors import PeftcoreError
 from peftcore.estimating import NotFollowed, Range, memory_here
 from peftcore.estimating.choosing import PAGED, PLAIN
 from peftcore.estimating.step import MIXED
+from peftcore.quantization.convert import give_back_freed
 
 if TYPE_CHECKING:
     from peftcore.cli.training.measuring import Inputs
@@ -192,7 +194,8 @@ def forecast(
     on_cuda = device.type == "cuda"
     room = float(torch.cuda.mem_get_info(device)[0]) if on_cuda else memory_here()
     together = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", settings.ranks))
-    give_back()
+    gc.collect()
+    give_back_freed()
     return Forecast(found, 0 if on_cuda else current_memory(), room, on_cuda, together)
 
 

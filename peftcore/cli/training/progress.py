@@ -6,9 +6,6 @@ one immediately.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import math
 import re
 import signal
@@ -184,13 +181,6 @@ def peak_memory() -> dict[str, int]:
     peaks = {"memory": memory}
     on_cards = _on_cards(torch.cuda.max_memory_allocated)
     return {**peaks, "CUDA memory": on_cards} if on_cards else peaks
-
-
-def give_back() -> None:
-    """Return free memory of the C library's heap to the system, which loading a model leaves there."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone has the function
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def gigabytes(count: float) -> str:

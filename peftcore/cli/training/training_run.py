@@ -225,7 +225,6 @@ def _adapted_model(
         labels=inputs.labels,
         quantize=quantization,
     )
-    progress.give_back()
     training_data.check_positions(model, settings, examples)
     if settings.pack:
         packing.check(model, examples.train, type(model).__name__)
