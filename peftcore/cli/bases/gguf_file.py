@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Architectures whose tensors transformers converts one by one, by names alone. It reads others as a whole.
 ONE_BY_ONE = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+_WITHOUT_PARAMETER = {"rope_freqs.weight", "output.weight"}  # of frequencies, and a head that a classifier replaces
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -179,13 +180,31 @@ def load(folder: str, *, gguf_file: str, model_class: Any, config: Any, **option
     found, data = header(path), numpy.memmap(path, mode="r")
     processor = reading.TENSOR_PROCESSORS.get(found.architecture, reading.TensorProcessor)(config=config.to_dict())
     with torch.device("meta"):
-        names = reading.get_gguf_hf_weights_map(model_class._from_config(config), processor)
+        empty = model_class._from_config(config)
+    names = _names(empty, found.architecture)
+    if found.tensors.keys() - names.keys() - _WITHOUT_PARAMETER:
+        names = reading.get_gguf_hf_weights_map(empty, processor)  # takes seconds: a table of names for every module
     tensors = {}
     for name, entry in found.tensors.items():
         if name in names:
             convert = functools.partial(_converted, processor, name)
             tensors[names[name]] = LazyTensor(data, entry, convert, options["dtype"])
     return model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+
+
+def _names(model: Any, architecture: str) -> dict[str, str]:
+    """Return the names of the model's parameters by those in a file, as llama.cpp's table has them."""
+    import gguf
+
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
+    names = {}
+    for parameter in model.state_dict():
+        path, _, suffix = parameter.rpartition(".")
+        name = table.get_name(path)
+        if name is not None:
+            names[f"{name}.{suffix}"] = parameter
+    return names
 
 
 def _converted(processor: Any, name: str, weights: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
