@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
+
+STARTED = time.perf_counter()  # before the imports, which take seconds
 
 
 def main() -> None:

@@ -272,13 +272,20 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("examples", f"{result.train_rows:,} for training, {result.eval_rows:,} held out"),
         ("steps", f"{result.steps:,}"),
         *([] if result.best is None else [("saved", str(result.best))]),
-        ("time", f"{result.seconds:.0f} s, {result.training_seconds:.0f} s of them in training steps"),
+        ("time", _time(result.spent)),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else examples),
         *((f"peak {name}", gigabytes(count)) for name, count in result.peak.items()),
         *_predicted(result),
         *([("loss", "without the logits of a batch")] if result.summary.lazy_logits else []),
         *([("fused", counted(result.summary.fused))] if result.summary.fused else []),
     ]
+
+
+def _time(spent: dict[str, float]) -> str:
+    """Return the seconds of a run and of its parts, the longest first: `53 s: 20 s imports, 6 s training, ...`."""
+    parts = sorted(spent.items(), key=lambda part: -part[1])
+    shown = ", ".join(f"{seconds:.0f} s {part}" for part, seconds in parts if seconds >= 0.5)
+    return f"{sum(spent.values()):.0f} s: {shown}" if shown else f"{sum(spent.values()):.0f} s"
 
 
 def _predicted(result: Result) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from peftcore.cli.tasks import (
 )
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.tasks.metrics import Metrics
+from peftcore.cli.training.progress import Clock
 from peftcore.cli.training.training_data import Examples
 
 
@@ -57,9 +58,13 @@ class Measure:
         inputs: the tokenizer, labels and pooling.
         examples: of the run.
         rows: the held-out examples as they were read, of which the first are answered.
+        clock: of the run, for the part `evaluation`.
     """
 
-    def __init__(self, settings: Settings, inputs: Inputs, examples: Examples, rows: Sequence[Row]) -> None:
+    def __init__(
+        self, settings: Settings, inputs: Inputs, examples: Examples, rows: Sequence[Row], clock: Clock
+    ) -> None:
+        self._clock = clock
         self._settings, self._inputs, self._examples = settings, inputs, examples
         self._comparison = comparisons.of(settings.task) if settings.task in task_names.COMPARED else None
         self.reward = rollouts.load_reward(settings.reward) if settings.reward is not None else None
@@ -99,6 +104,10 @@ class Measure:
 
     def __call__(self, model: Any, examples: list[Example] | None = None) -> Metrics:
         """Return the metrics of `model` on `examples`; by default on held-out ones."""
+        with self._clock.part("evaluation"):
+            return self._metrics(model, examples)
+
+    def _metrics(self, model: Any, examples: list[Example] | None) -> Metrics:
         examples = self._examples.held_out if examples is None else examples
         settings, tokenizer = self._settings, self._inputs.tokenizer
         is_held_out = examples is self._examples.held_out

@@ -19,6 +19,7 @@ class Result:
     `predicted`: the memory forecast, or None; `trace`: the step with the most memory.
     `validation`: metrics of the examples kept to choose among runs; `other`: of texts of another domain, before and
     after.
+    `spent`: seconds since the command began, by what they were spent on.
     `tokens_per_second`: 0 for images.
     `merges`: whether every change can be merged; None for full training.
     `data_sets`: facts about each of several data sets.
@@ -35,6 +36,7 @@ class Result:
     eval_rows: int
     seconds: float
     training_seconds: float
+    spent: dict[str, float]
     step_seconds: float
     tokens_per_second: float
     examples_per_second: float
@@ -68,6 +70,7 @@ class Result:
             "eval_rows": self.eval_rows,
             "seconds": round(self.seconds, 1),
             "training_seconds": round(self.training_seconds, 1),
+            "spent": {part: round(seconds, 1) for part, seconds in self.spent.items()},
             "step_seconds": self.step_seconds,
             "tokens_per_second": round(self.tokens_per_second, 1),
             "peak": self.peak,

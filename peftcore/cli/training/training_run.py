@@ -89,17 +89,20 @@ def run(
         PeftcoreError: the data, the model or a setting is wrong, or there is not enough memory.
         Stopped: Ctrl-C; a checkpoint has been written.
     """
-    began = time.perf_counter()
-    settings = training_data.fit_max_length(settings)
-    rows = training_data.read(settings)
-    inputs = inputs_of(settings, rows)
-    examples = training_data.encode(rows, settings, inputs.tokenizer, inputs.labels)
+    began, clock = time.perf_counter(), progress.Clock()
+    with clock.part("data"):
+        settings = training_data.fit_max_length(settings)
+        rows = training_data.read(settings)
+        inputs = inputs_of(settings, rows)
+        examples = training_data.encode(rows, settings, inputs.tokenizer, inputs.labels)
     if settings.task == task_names.EMBEDDING:
         sentence_pairs.check(examples.train, "training", settings.batch_size)
         sentence_pairs.check(examples.held_out, "held-out")
-    settings, predicted = forecasts.with_memory(settings, inputs, examples, force=force)
-    quantization = base_quantization.of_run(settings, inputs.labels)
-    model = _adapted_model(settings, inputs, examples, quantization)
+    with clock.part("forecast"):
+        settings, predicted = forecasts.with_memory(settings, inputs, examples, force=force)
+    with clock.part("loading"):
+        quantization = base_quantization.of_run(settings, inputs.labels)
+        model = _adapted_model(settings, inputs, examples, quantization)
     if isinstance(predicted, str):
         say(f"memory is not predicted: {predicted}")
         predicted = None
@@ -107,7 +110,7 @@ def run(
     summary = peftcore.summary(model)
     say(str(summary))
 
-    measure = Measure(settings, inputs, examples, rows.held_out)
+    measure = Measure(settings, inputs, examples, rows.held_out, clock)
     samples: list[tuple[str, str]] = []
     with peftcore.disabled(model) if settings.method != FULL and settings.adapter is None else contextlib.nullcontext():
         measure.keep_reference(model)
@@ -115,7 +118,8 @@ def run(
         before = measure.all(model)
         if sample is not None:
             name = "base" if settings.adapter is None else "the adapter before"
-            samples.append((name, _answer(model, inputs, sample, sample_tokens)))
+            with clock.part("samples"):
+                samples.append((name, _answer(model, inputs, sample, sample_tokens)))
     _check_metric(settings, before.held_out)
     say(f"before training, on {number(len(rows.held_out), 'held-out example')}: {before.held_out}", "bold")
 
@@ -150,12 +154,14 @@ def run(
     best = None if keeper is None else keeper.best(trainer.state)
     held_out_after = _measured_at_end(trainer, model, measure, best)
     if sample is not None:
-        samples.append(("with the adapter", _answer(model, inputs, sample, sample_tokens)))
+        with clock.part("samples"):
+            samples.append(("with the adapter", _answer(model, inputs, sample, sample_tokens)))
     adapter = output / "adapter"
     _save(model, adapter, settings, inputs, made_for)
     with precision.own(model):
         chosen_by = measure(model, examples.validation) if examples.validation else None
         after = measure.all(model, held_out=held_out_after)
+    clock.parts["training"] = meter.seconds
     return Result(
         before=before.held_out,
         after=after.held_out,
@@ -166,6 +172,7 @@ def run(
         eval_rows=len(rows.held_out),
         seconds=time.perf_counter() - began,
         training_seconds=meter.seconds,
+        spent=clock.all(),
         step_seconds=meter.step_seconds,
         tokens_per_second=meter.tokens_per_second,
         examples_per_second=settings.batch_size * settings.grad_accum * settings.ranks / (meter.step_seconds or 1.0),

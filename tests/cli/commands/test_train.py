@@ -59,6 +59,7 @@ def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews:
     found = result_of(writer)
     assert found["after"]["loss"] < 0.7 * found["before"]["loss"]
     assert found["steps"] == 6 and found["eval_rows"] == 14
+    assert {"imports", "data", "forecast", "loading", "evaluation", "training", "other"} == found["spent"].keys()
     assert found["adapter_bytes"] < 60_000 and found["tokens_per_second"] > 0 and found["peak"]["memory"] > 1e7
 
     report = (writer / "report.html").read_text()
