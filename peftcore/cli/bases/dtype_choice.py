@@ -78,7 +78,7 @@ def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | Non
         why = device_choice.without_instructions(str(stored)) or needs_fp32
     if why is None:
         return Choice(str(stored))
-    line = f"--dtype auto: fp32, not the checkpoint's {stored}: {why.format(dtype=stored)}. "
+    line = f"--dtype auto: fp32, not {stored}: {why.format(dtype=stored)}. "
     return Choice(WIDE, stored, f"{line}Dense weights take twice the memory of {stored}")
 
 

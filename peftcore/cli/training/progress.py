@@ -24,9 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from peftcore import ranks
-from peftcore.cli import STARTED
 from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.console import out, say, warn
+from peftcore.cli.start import STARTED
 from peftcore.errors import PeftcoreError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
