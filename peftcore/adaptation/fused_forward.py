@@ -1,24 +1,21 @@
 """Modules whose `forward` is computed by one operator: norms, MLPs with a gated activation, activations, dropout.
 
-Attention, of which one call is, is in fused_attention.py; outputs that are computed again for the gradient of the
-layers behind are in recomputed.py.
-
     LlamaMLP                                  LlamaMLP (fused)
       down(act(gate(x)) * up(x))        =>      down(ops.gated(gate(x), up(x)))
 
-The class is swapped below all of peftcore's other classes. Children are called as before, so their hooks and adapters
-work. A call that the operator is not known to compute as the module does, or would compute slower, goes to the
-module's own `forward`: other dtypes, devices and subclasses of tensors, compiled and transformed calls, changed
-settings.
+The class is swapped below all of peftcore's other classes, so hooks, adapters, copies and pickles work as before. The
+children of an MLP are still called. The module's own `forward` computes every call that the operator does not support,
+or would compute more slowly: other dtypes, devices and tensor subclasses, compiled and transformed calls.
+
+Attention is fused in fused_attention.py, since it is a call inside a module. recomputed.py explains how layers avoid
+saving the outputs of fused modules for the backward pass.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,58 +31,49 @@ from peftcore.ops.calling import transformed
 from peftcore.ops.gated import Activation as GateActivation
 from peftcore.ops.weight import DTYPES
 
-FORMULA = "_peftcore_formula"
+FUSED_FORWARD = "_peftcore_fused_forward"
 _MARKER = "_peftcore_fused"
 _DEVICES = ("cpu", "meta")  # with kernels; meta tensors stand for CPU ones
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
-_own = False  # whether fused modules compute their own forward
-Settings = tuple[tuple[str, Any], ...]  # attributes and their values
 
 
 @dataclass(frozen=True)
-class Formula:
+class FusedForward:
     """What a fused module computes.
 
     Args:
-        recompute: layers that the output is given to keep the module's input instead, where that is cheap.
+        recompute: whether layers save the module's input instead of its output, and recompute the output.
     """
 
+    kind: ClassVar[str]
     recompute: bool = field(default=True, kw_only=True)
 
-    def forward(self, module: nn.Module, x: Any) -> Any:
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
         """Return the module's output, or None if its own forward must compute it."""
-
-    def call(self, own: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the module's output. `own` is its own forward."""
-        if len(args) == 1 and not kwargs:
-            output = self.forward(module, args[0])
-            if output is not None:
-                return output
-        return own(module, *args, **kwargs)
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class NormFormula(Formula):
+class FusedNorm(FusedForward):
     """RMSNorm as `ops.rms_norm` computes it.
 
     Args:
         weight, eps: names of the attributes.
         offset, rounded: as in `ops.rms_norm`.
         dtypes: pairs of dtypes of x and weight for which the results agree.
-        settings: the module's other plain attributes, which its forward may read.
     """
 
+    kind = "RMSNorm"
     weight: str
     eps: str
     offset: float
     rounded: bool
     dtypes: frozenset[tuple[torch.dtype, torch.dtype]]
-    settings: Settings
 
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
         """Return the module's output, or None if its own forward must compute it."""
         weight = getattr(module, self.weight)
-        if not plain(x, weight) or (x.dtype, weight.dtype) not in self.dtypes or not unchanged(module, self.settings):
+        if not plain(x, weight) or (x.dtype, weight.dtype) not in self.dtypes:
             return None
         if x.dim() == 0 or weight.shape != x.shape[-1:]:
             return None
@@ -97,17 +85,18 @@ class NormFormula(Formula):
 
 
 @dataclass(frozen=True)
-class LayerNormFormula(Formula):
-    """LayerNorm as PyTorch computes it, whose output is computed again."""
+class RecomputedLayerNorm(FusedForward):
+    """PyTorch's LayerNorm, computed by PyTorch, whose output is recomputed in the backward pass."""
 
-    def call(self, own: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the module's output."""
-        y = own(module, *args, **kwargs)
-        if not (torch.is_grad_enabled() and len(args) == 1 and plain(y, args[0])) or torch.is_autocast_enabled("cpu"):
-            return y
-        norm: Any = module
-        compute = functools.partial(_layer_norm, norm.normalized_shape, norm.eps)
-        return with_source(y, compute, args, (norm.weight, norm.bias))
+    kind = "LayerNorm"
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        """Return the module's output, or None if its own forward must compute it."""
+        # Autocast computes LayerNorm in fp32, and the backward pass runs outside of it.
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not plain(x, x):
+            return None
+        compute = functools.partial(_layer_norm, module.normalized_shape, module.eps)
+        return with_source(compute(x, module.weight, module.bias), compute, (x,), (module.weight, module.bias))
 
 
 def _layer_norm(shape: list[int], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -115,75 +104,69 @@ def _layer_norm(shape: list[int], eps: float, x: Tensor, weight: Tensor | None, 
 
 
 @dataclass(frozen=True)
-class GateFormula(Formula):
-    """down(act(gate(x)) * up(x)). What `down` is given is computed again for its gradient.
+class FusedMLP(FusedForward):
+    """down(act(gate(x)) * up(x)), whose product is recomputed for the gradient of `down`.
 
     Args:
-        calls: names of the children `gate` and `up` in the order in which they are called.
-        gate, up, act, down: names of the children.
+        gate, up, down, act: names of the children.
         activation: as in `ops.gated`.
         act_class: class of `act`.
         dtypes: dtypes for which the results agree.
-        settings, act_settings: plain attributes of the module and of `act`.
     """
 
-    calls: tuple[str, str]
+    kind = "gated MLP"
     gate: str
     up: str
-    act: str
     down: str
+    act: str
     activation: GateActivation
     act_class: type[nn.Module]
     dtypes: frozenset[torch.dtype]
-    settings: Settings
-    act_settings: Settings
 
-    def forward(self, module: nn.Module, x: Any) -> Any:
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
         """Return the module's output, or None if its own forward must compute it."""
         children: dict[str, Any] = module._modules
+        gate_proj, up_proj, down_proj = children.get(self.gate), children.get(self.up), children.get(self.down)
         act = children.get(self.act)
-        if not untransformed() or not unchanged(module, self.settings) or not self.is_plain(act):
+        if gate_proj is None or up_proj is None or down_proj is None or not self._is_plain(act) or not untransformed():
             return None
-        if any(children.get(name) is None for name in (self.gate, self.up, self.down)):
-            return None
-        outputs = {name: children[name](x) for name in self.calls}
-        gate, up = outputs[self.gate], outputs[self.up]
-        if plain(gate, up) and gate.dtype is up.dtype and gate.dtype in self.dtypes and gate.shape == up.shape:
-            compute = functools.partial(ops.gated, activation=self.activation)
-            product = compute(gate, up)
-            if self.recompute:
-                with_source(product, compute, (gate, up))
-            with inputs_instead(product):
-                return children[self.down](product)
-        return children[self.down](act(gate) * up)  # type: ignore[misc]
+        gate, up = gate_proj(x), up_proj(x)
+        if not plain(gate, up) or gate.dtype is not up.dtype or gate.dtype not in self.dtypes or gate.shape != up.shape:
+            output: Tensor = down_proj(act(gate) * up)  # type: ignore[misc]
+            return output
+        compute = functools.partial(ops.gated, activation=self.activation)
+        product = compute(gate, up)
+        if self.recompute:
+            with_source(product, compute, (gate, up))
+        with inputs_instead(product):
+            output = down_proj(product)
+        return output
 
-    def is_plain(self, act: nn.Module | None) -> bool:
-        """Return whether a call of `act` does nothing but its forward."""
+    def _is_plain(self, act: nn.Module | None) -> bool:
+        """Return whether `act` is the activation that was checked, and a call does nothing but its forward."""
         return (
             type(act) is self.act_class
             and not (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks)
             and "forward" not in act.__dict__
-            and unchanged(act, self.act_settings)
         )
 
 
 @dataclass(frozen=True)
-class ActivationFormula(Formula):
+class FusedActivation(FusedForward):
     """An activation as `ops.activated` computes it.
 
     Args:
         activation: as in `ops.activated`.
         dtypes: dtypes for which the results agree.
-        settings: the module's plain attributes.
     """
 
+    kind = "activation"
     activation: Activation
     dtypes: frozenset[torch.dtype]
-    settings: Settings
 
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
         """Return the module's output, or None if its own forward must compute it."""
-        if not plain(x, x) or x.dtype not in self.dtypes or not unchanged(module, self.settings):
+        if not plain(x, x) or x.dtype not in self.dtypes:
             return None
         compute = functools.partial(ops.activated, activation=self.activation)
         y = compute(x)
@@ -191,26 +174,27 @@ class ActivationFormula(Formula):
 
 
 @dataclass(frozen=True)
-class DropoutFormula(Formula):
-    """Dropout as `ops.dropout` computes it, whose mask is made again for the gradient."""
+class FusedDropout(FusedForward):
+    """Dropout as `ops.dropout` computes it, which saves a seed instead of the mask."""
 
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
+    kind = "dropout"
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
         """Return the module's output, or None if its own forward must compute it."""
-        p = module.__dict__.get("p")
-        if not module.training or module.__dict__.get("inplace") or type(p) is not float or not 0 < p < 1:
+        if not module.training or module.inplace or type(module.p) is not float or not 0 < module.p < 1:
             return None
         if not plain(x, x) or x.dtype not in DTYPES or x.dim() == 0:
             return None
-        return ops.dropout(x, p)
+        return ops.dropout(x, module.p)
 
 
 def untransformed() -> bool:
-    """Return whether calls are neither compiled, traced nor transformed, so that an operator of ours serves."""
+    """Return whether the call is neither compiled, traced nor transformed, so that our operators support it."""
     return not (torch.compiler.is_compiling() or torch._C._is_tracing() or transformed())
 
 
 def plain(x: Any, other: Any) -> bool:
-    """Return whether an operator of ours takes both tensors and has a kernel for them."""
+    """Return whether our operators accept both tensors and have a kernel for them."""
     return (
         type(x) in _PLAIN
         and type(other) in _PLAIN
@@ -221,38 +205,11 @@ def plain(x: Any, other: Any) -> bool:
     )
 
 
-def unchanged(module: nn.Module, settings: Settings) -> bool:
-    """Return whether plain attributes of `module` have these values still."""
-    attributes = module.__dict__
-    return all(setting(attributes.get(name)) == value for name, value in settings)
-
-
-def setting(value: Any) -> Any:
-    """Return an attribute's value as it is compared: two partial functions of the same arguments are equal."""
-    return (value.func, value.args, value.keywords) if type(value) is functools.partial else value
-
-
-def computes_itself() -> bool:
-    """Return whether fused modules compute their own forward now (`own_forwards`)."""
-    return _own
-
-
-@contextmanager
-def own_forwards() -> Iterator[None]:
-    """Make fused modules compute their own forward within the block, in all threads."""
-    global _own
-    before, _own = _own, True
-    try:
-        yield
-    finally:
-        _own = before
-
-
-def fuse_module(module: nn.Module, formula: Formula) -> None:
+def fuse_module(module: nn.Module, fused_forward: FusedForward) -> None:
     """Swap the class of `module`, below the other classes of peftcore."""
     classes = _swapped(module)
     with restored_after_error(module):
-        module.__dict__[FORMULA] = formula
+        module.__dict__[FUSED_FORWARD] = fused_forward
         module.__class__ = _rebuilt(_fused_class(classes[-1].__bases__[-1] if classes else type(module)), classes)
 
 
@@ -261,7 +218,7 @@ def separate(module: nn.Module) -> None:
     classes = _swapped(module)
     inner = [cls for cls in classes if _MARKER in cls.__dict__]
     with restored_after_error(module):
-        del module.__dict__[FORMULA]
+        del module.__dict__[FUSED_FORWARD]
         module.__class__ = _rebuilt(inner[0].__dict__[_MARKER], [cls for cls in classes if cls not in inner])
 
 
@@ -282,8 +239,8 @@ def _swapped(module: nn.Module) -> list[Any]:
 
 
 def _rebuilt(cls: Any, swapped: list[Any]) -> Any:
-    for each in reversed(swapped):
-        cls = each.__dict__["_peftcore_maker"](cls)
+    for swapped_class in reversed(swapped):
+        cls = swapped_class.__dict__["_peftcore_maker"](cls)
     return cls
 
 
@@ -293,8 +250,11 @@ def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _own:
-            return own(self, *args, **kwargs)
-        return self.__dict__[FORMULA].call(own, self, args, kwargs)
+        # Compiled graphs contain the module's own operators, which the compiler fuses itself.
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            output = self.__dict__[FUSED_FORWARD](self, args[0])
+            if output is not None:
+                return output
+        return own(self, *args, **kwargs)
 
     return subclass(cls, _fused_class, {"forward": forward, _MARKER: cls})

@@ -129,8 +129,7 @@ class RunOptions:
     fuse: Annotated[
         str,
         typer.Option(
-            help="Norms, gated activations and attention by one operator each, on CPUs: auto (where a few rows show "
-            "the same loss and gradients), on, off."
+            help="Compute norms, gated activations and attention by one operator each: auto (on CPUs), on, off."
         ),
     ] = "auto"
     recompute: Annotated[

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from counted_dropout import CountedDropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore import ops
 from peftcore.adaptation.base_modules import original_class
-from peftcore.adaptation.fused_forward import FORMULA, is_fused
-from peftcore.engine.fuse_probe import CountedDropout
+from peftcore.adaptation.fused_forward import FUSED_FORWARD, is_fused
 from peftcore.engine.fusing import fused_modules
 from peftcore.plugin import Adapter, Around
 
@@ -79,7 +79,7 @@ def classes(model: nn.Module) -> list[type]:
     ("name", "kinds"),
     [
         ("llama", BOTH),
-        ("gemma2", {"RMSNorm": 9, "attention": 2, "gated MLP": 2}),
+        ("gemma2", {"RMSNorm": 9, "gated MLP": 2}),  # whose attention is eager
         ("qwen3", {"RMSNorm": 9, "attention": 2, "gated MLP": 2}),
         ("olmo2", {"RMSNorm": 9, "attention": 2, "gated MLP": 2}),
     ],
@@ -91,7 +91,7 @@ def test_a_step(name: str, kinds: dict[str, int], dtype: torch.dtype) -> None:
     assert fused_modules(model) == kinds
     same(step(model), wanted, 1e-5 if dtype is torch.float32 else 4e-2)
     peftcore.fuse(model, enabled=False)
-    assert classes(model) == own and not any(FORMULA in module.__dict__ for module in model.modules())
+    assert classes(model) == own and not any(FUSED_FORWARD in module.__dict__ for module in model.modules())
     same(step(model), wanted, 1e-7)
 
 

@@ -147,8 +147,7 @@ def is_lazy(settings: Settings) -> bool:
 
 def is_fused(settings: Settings) -> bool:
     """Return whether `train` is expected to fuse operators, which it does on CPUs."""
-    fits = settings.task != task_names.EMBEDDING and settings.parallel is None
-    return settings.fuse == "on" or (settings.fuse == "auto" and fits)
+    return settings.fuse == "on" or (settings.fuse == "auto" and settings.parallel is None)
 
 
 def tokens_of_step(length: int, task: str, config: Any) -> int:

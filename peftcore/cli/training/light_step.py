@@ -1,4 +1,4 @@
-"""Operators that make a run's steps lighter: lazy logits and fused operators, each probed on a few rows."""
+"""Options that make a run's steps lighter: fused operators, and lazy logits, which are probed on a few rows."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from peftcore.cli import task_names
 from peftcore.cli.bases import precision
 from peftcore.cli.console import say
 from peftcore.cli.settings import Settings
-from peftcore.cli.tasks import by_task, comparisons, encoded_examples
+from peftcore.cli.tasks import by_task, encoded_examples
 from peftcore.cli.tasks.encoded_examples import Example
-from peftcore.engine.fuse_probe import difference_when_fused
 from peftcore.engine.fusing import fused_modules
 from peftcore.engine.lazy_probe import why_not_lazy
 from peftcore.engine.summary import counted
@@ -22,29 +21,12 @@ from peftcore.engine.summary import counted
 _ROWS, _TOKENS = 2, 64  # of a probe
 
 
-def fuse(model: PreTrainedModel, settings: Settings, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fuse operators, as `settings` say: with `auto` if loss and gradients of a few rows are the same with them."""
-    if settings.fuse == "on":
-        peftcore.fuse(model, recompute=settings.recompute)  # type: ignore[arg-type]
-    if (
-        settings.fuse != "auto"
-        or settings.parallel
-        or model.device.type != "cpu"
-        or settings.task == task_names.EMBEDDING
-    ):
-        return
-    kinds = fused_modules(peftcore.fuse(model, recompute=settings.recompute))  # type: ignore[arg-type]
-    if not kinds:
-        return
-    if settings.task in task_names.COMPARED:
-        rows = comparisons.of(settings.task).as_texts(rows[:_ROWS])
-    with precision.autocast(settings.precision, model.device.type):
-        why = difference_when_fused(model, _few(model, rows, tokenizer))
-    if why is None:
-        say(f"{counted(kinds)} by one operator each (--fuse auto)")
-    else:
-        peftcore.fuse(model, enabled=False)
-        say(f"no operators are fused: {why}")
+def fuse(model: PreTrainedModel, settings: Settings) -> None:
+    """Fuse operators as `settings` say: with `auto` on CPUs, in a run that is not parallel."""
+    if settings.fuse == "on" or (settings.fuse == "auto" and not settings.parallel and model.device.type == "cpu"):
+        kinds = fused_modules(peftcore.fuse(model, recompute=settings.recompute))  # type: ignore[arg-type]
+        if kinds and settings.fuse == "auto":
+            say(f"{counted(kinds)} by one operator each (--fuse auto)")
 
 
 def use_lazy_logits(

@@ -123,7 +123,7 @@ def run(
     _check_metric(settings, before.held_out)
     say(f"before training, on {number(len(rows.held_out), 'held-out example')}: {before.held_out}", "bold")
 
-    light_step.fuse(model, settings, examples.rows, inputs.tokenizer)
+    light_step.fuse(model, settings)
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
     light_step.use_lazy_logits(model, settings, examples.rows, inputs.tokenizer)

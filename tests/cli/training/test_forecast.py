@@ -139,7 +139,7 @@ def test_what_a_task_makes_of_a_step() -> None:
         50,
     ]
     for task, fuse, wanted in (
-        (task_names.EMBEDDING, "auto", False),
+        (task_names.EMBEDDING, "auto", True),
         (task_names.EMBEDDING, "on", True),
         (task_names.SPEECH, "auto", True),
     ):
