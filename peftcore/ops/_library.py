@@ -10,7 +10,10 @@ from threading import RLock
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter
 
 from peftcore.ops import _extension
 
@@ -46,13 +49,21 @@ def _outside_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
     return computed
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, reads_host: bool = False) -> None:
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    reads_host: bool = False,
+    check: Callable[..., None] | None = None,
+) -> None:
     """Define an operator: its schema, its PyTorch reference for every device, and its shape rule.
 
-    The reference is registered below CPU and CUDA: a compiled kernel, where one is loaded, goes first. Results require
-    no gradient, whatever the inputs require. An operator that `reads_host` takes numbers from the host that differ from
-    call to call: a CUDA graph would repeat those of its capture, so that `torch.compile(mode="reduce-overhead")` leaves
-    the operator out of its graphs.
+    The reference is registered below CPU and CUDA: a compiled kernel, where one is loaded, goes first. A call whose
+    gradient would be lost raises a RuntimeError, see `_refuse_gradients`. An operator that `reads_host` takes numbers
+    from the host that differ from call to call: a CUDA graph would repeat those of its capture, so that
+    `torch.compile(mode="reduce-overhead")` leaves the operator out of its graphs. `check` is called with the arguments
+    before any kernel.
     """
     name = schema.partition("(")[0]
     try:
@@ -67,7 +78,38 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
         ) from error
     library.impl(name, _tensors_there(schema, _outside_autocast(reference)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"peftcore::{name}", _tensors_there(schema, fake), lib=library)
-    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    library.impl(name, _refuse_gradients(name, check), "Autograd", with_keyset=True)
+
+
+def _refuse_gradients(name: str, check: Callable[..., None] | None) -> Callable[..., Any]:
+    """Return the operator's kernel for autograd, which raises a RuntimeError where a gradient would be lost.
+
+    Operators have no gradient of their own: the functions of `peftcore.ops` call them in a `torch.autograd.Function`.
+    """
+    base, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.peftcore, base), overload or "default")
+    after = torch._C._after_autograd_keyset
+
+    def refuse_or_compute(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            for tensor in tree_iter((args, kwargs)):
+                if isinstance(tensor, Tensor) and _is_differentiated(tensor):
+                    raise RuntimeError(
+                        f"torch.ops.peftcore.{name} has no gradient, and an argument requires one. Call the function "
+                        "of peftcore.ops in its place, or call it under torch.no_grad()"
+                    )
+        if check is not None:
+            check(*args, **kwargs)
+        return operator.redispatch(keys & after, *args, **kwargs)
+
+    return refuse_or_compute
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    """Return whether a gradient of the tensor is asked for, backward or forward."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class Call(Protocol):
@@ -82,7 +124,7 @@ class Call(Protocol):
         """Tensors of the results' shapes and dtypes."""
 
 
-def define_by(schema: str, call: type[Call]) -> None:
+def define_by(schema: str, call: type[Call], check: Callable[..., None] | None = None) -> None:
     """Define an operator whose reference and shape rule come from one class, with the same arguments and checks.
 
     An operator with a `seed` is also defined as `NAME_seeded`, which a compiled model calls if the seed is on the CPU:
@@ -97,7 +139,7 @@ def define_by(schema: str, call: type[Call]) -> None:
     def fake(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs).empty()
 
-    define(schema, reference, fake)
+    define(schema, reference, fake, check=check)
     if "Tensor? seed" not in schema:
         return
     name, _, arguments = schema.partition("(")

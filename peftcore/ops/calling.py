@@ -71,7 +71,10 @@ def autocast_device(x: Tensor) -> str:
 def frozen_operands(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None
 ) -> tuple[Tensor, list[Tensor], list[int], Tensor | None]:
-    """Return (x, the operator's two arguments, bias), cast by the rules of autocast. x's columns are permuted."""
+    """Return (x, the operator's two arguments, bias), cast by the rules of autocast. x's columns are permuted.
+
+    A dense weight is detached, since the operators give it no gradient.
+    """
     device = "cpu" if x.is_meta else x.device.type  # as `autocast_device`, in less time
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
@@ -80,7 +83,7 @@ def frozen_operands(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if isinstance(weight, Tensor):
-        return x, [weight], [], bias
+        return x, [weight.detach() if weight.requires_grad else weight], [], bias
     if weight.permutation is not None:
         x = permuted(x, weight)
     return x, *weight.operands(), bias

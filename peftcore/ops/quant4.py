@@ -145,6 +145,13 @@ class Dequantize4bit:
         return self.packed.codes.new_empty(self.packed.shape, dtype=self.dtype)
 
 
+def _refuse_overlap(weight: Sequence[Tensor], packing: Sequence[int], *, out: Tensor) -> None:
+    """Raise a ValueError if `out` shares memory with a part of the weight, which is read while `out` is written."""
+    for part in weight if not out.is_meta else ():
+        if torch._C._overlaps(out, part):
+            raise ValueError("dequantize_4bit: out shares memory with the weight. Pass memory of its own")
+
+
 @dataclass
 class Dequantize4bitOut:
     weight: Sequence[Tensor]
@@ -174,7 +181,11 @@ define_by(
     QuantizeAbsmax,
 )
 define_by("dequantize_4bit(Tensor[] weight, SymInt[] packing, ScalarType dtype) -> Tensor", Dequantize4bit)
-define_by("dequantize_4bit.out(Tensor[] weight, SymInt[] packing, *, Tensor(a!) out) -> ()", Dequantize4bitOut)
+define_by(
+    "dequantize_4bit.out(Tensor[] weight, SymInt[] packing, *, Tensor(a!) out) -> ()",
+    Dequantize4bitOut,
+    _refuse_overlap,
+)
 
 
 # --- what the rest of the package calls ------------------------------------------------------------------------------
@@ -241,6 +252,7 @@ def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype | None = None, *, o
     if out is None:
         dense = _OPS.dequantize_4bit(tensors, packing, dtype or weight.dtype)
     else:
+        _refuse_overlap(tensors, packing, out=out)  # also of inference tensors, which skip the kernel for autograd
         _OPS.dequantize_4bit.out(tensors, packing, out=out)
         dense = out
     if weight.permutation is None:

@@ -69,6 +69,7 @@ class RowNorms:
 define_by("row_norms(Tensor[] weight, SymInt[] packing, Tensor a, Tensor b, float scale) -> Tensor", RowNorms)
 
 
+@torch.no_grad()
 def row_norms(weight: Tensor | PackedWeight, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """Return the norms of the rows of W + scale · B A.
 

@@ -97,7 +97,7 @@ class PagedLion(Lion, PagedOptimizer):
 
 
 class SGD(FusedOptimizer):
-    """SGD with momentum, as `torch.optim.SGD`."""
+    """SGD with or without momentum, with the defaults of `torch.optim.SGD`."""
 
     rule = RULES["momentum"]
 
@@ -105,7 +105,7 @@ class SGD(FusedOptimizer):
         self,
         params: Any,
         lr: float = 1e-3,
-        momentum: float = 0.9,
+        momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,

@@ -83,8 +83,9 @@ def test_odd_sizes_are_within_roundings_of_torchs_steps():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
 
 
-def test_sgd_follows_torchs():
-    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}])
+def test_sgd_follows_torchs(options):
+    options = {"lr": 0.1, **options}
     mine, theirs = parameters(), parameters()
     train(optim.SGD(mine, **options), mine, 50)
     train(torch.optim.SGD(theirs, **options), theirs, 50)

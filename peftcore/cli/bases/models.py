@@ -19,7 +19,7 @@ from peftcore.cli.bases.base_files import pretrained, quiet_transformers, remote
 from peftcore.cli.bases.device_choice import HALVES, torch_device, torch_dtype, without_instructions
 from peftcore.cli.console import note, require, warn
 from peftcore.cli.tasks import conversations, image_chats, speech
-from peftcore.errors import PeftcoreError
+from peftcore.errors import PeftcoreError, nearest
 from peftcore.registry import registry
 
 if TYPE_CHECKING:
@@ -197,11 +197,33 @@ def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
     from peftcore.quantization.int4_models import int4_config
 
     stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        _refuse_unknown_quantization(stored)
     stored = stored if isinstance(stored, dict) else {}
     if stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit"):
         # Not by bitsandbytes, whose layers lose gradients on CPUs with AVX512-BF16 once they have been evaluated.
         return {"quant_type": "nf4", "compute_dtype": stored.get("bnb_4bit_compute_dtype")}
     return None if int4_config(config) is None else {"quant_type": "nf4"}
+
+
+def _refuse_unknown_quantization(stored: Any) -> None:
+    """Raise a PeftcoreError for a `quantization_config` that transformers skips, so that all weights would be random.
+
+    Args:
+        stored: the field of the model's config.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored
+    names = {str(name) for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
+    if isinstance(stored, dict) and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
+        names.add("bitsandbytes")
+    if not isinstance(method, str) or method not in names:
+        raise PeftcoreError(
+            f"the model's quantization_config has quant_method={method!r:.100}, which transformers does not know"
+            f"{nearest(method, names) if isinstance(method, str) else ''}. Correct it in config.json, or choose a "
+            "dense checkpoint"
+        )
 
 
 @contextlib.contextmanager
