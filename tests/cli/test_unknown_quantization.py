@@ -16,5 +16,5 @@ def test_it_is_refused(stored: dict[str, Any], tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
-    with pytest.raises(peftcore.PeftcoreError, match="has quant_method=.*which transformers does not know"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"has quant_method=.*which transformers does not know"):
         load_model(str(tmp_path), "causal-lm")
