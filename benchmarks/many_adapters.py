@@ -1,12 +1,11 @@
 """Cost of changes with many adapters: adding, switching, choosing, loading, memory; peft in the same run.
 
     python benchmarks/many_adapters.py [--adapters 1000] [--layers 32] [--hidden 64] [--peft 50] [--threads 2]
-                                       [--only add,disk,mix,peft]
+                                       [--only add,mix,peft]
 
 A Llama of `layers` layers, LoRA r=8 on its seven linear layers each.
 
 add     one after the other; all but the first are inactive. Memory is what the process holds more of (resident set).
-disk    `load(..., resident=False)` of so many names, three folders in turn; then some come, and go for others.
 mix     64 different adapters for 64 samples over one for all, 4096 x 4096, bf16. The floor is the operations at the
         rate of a large product.
 peft    gets fewer of them, since its times grow with their number: both are shown at that number. It loads adapters
@@ -127,32 +126,6 @@ def add(options):
     row("removing one", *milliseconds(lambda: peftcore.remove(model, f"a{there - 1}"), 1))
 
 
-def disk(options):
-    """Time adapters that are on disk while inactive."""
-    model = llama(options)
-    with tempfile.TemporaryDirectory() as root:
-        folders = []
-        for i in range(3):
-            trained = peftcore.apply(llama(options), "lora", r=8, init_lora_weights=False)
-            folders.append(peftcore.save(trained, Path(root) / str(i)))
-        names, before, begin = [f"d{i}" for i in range(options.adapters)], resident_bytes(), time.perf_counter()
-        times = [
-            milliseconds(lambda i=i, n=n: peftcore.load(model, folders[i % 3], adapter=n, resident=False))[0]
-            for i, n in enumerate(names)
-        ]
-        print(f" {options.adapters} on disk, after {time.perf_counter() - begin:.1f} s")
-        row("load(..., resident=False) (the last ten)", min(times[-10:]), statistics.median(times[-10:]))
-        print(f"  memory: {(resident_bytes() - before) / 2**20:,.1f} MB more")
-        order = itertools.cycle(names)
-        row("one comes", *milliseconds(lambda: peftcore.activate(model, next(order)), 10))
-        size = next(iter(model._peftcore_state.on_disk.values())).size
-        peftcore.activate(model, [])
-        peftcore.set_resident_limit(model, 8 * size)
-        for _ in range(8):
-            peftcore.activate(model, next(order))
-        row("one comes, and another goes", *milliseconds(lambda: peftcore.activate(model, next(order)), 10))
-
-
 def mix(options):
     """Time the operator: 64 samples of a row each, bf16."""
     measure.keep_freed_memory()
@@ -209,7 +182,7 @@ def peft(options):
             measure.note_ratio(f"{count} adapters: {what}", AT_PEFTS_NUMBER[what] / LATEST[what], "peft")
 
 
-PARTS = {"add": add, "disk": disk, "mix": mix, "peft": peft}
+PARTS = {"add": add, "mix": mix, "peft": peft}
 
 
 def main():
@@ -219,7 +192,7 @@ def main():
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--peft", type=int, default=50)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="add,disk,mix,peft")
+    parser.add_argument("--only", default="add,mix,peft")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     measure.print_surroundings(options.threads)

@@ -43,7 +43,6 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
     )
     from peftcore.exporting.export import export as export
     from peftcore.files.loading import load as load
-    from peftcore.files.resident import set_resident_limit as set_resident_limit
     from peftcore.files.saving import save as save
     from peftcore.integrations.reference_model import reference_model as reference_model
     from peftcore.merging.merge import merge as merge, merge_error as merge_error, unmerge as unmerge
@@ -81,7 +80,6 @@ _PUBLIC = {
     "peftcore.estimating": ("Estimate", "Step", "Suggestion", "estimate", "suggest"),
     "peftcore.exporting.export": ("export",),
     "peftcore.files.loading": ("load",),
-    "peftcore.files.resident": ("set_resident_limit",),
     "peftcore.files.saving": ("save",),
     "peftcore.integrations.reference_model": ("reference_model",),
     "peftcore.merging.merge": ("merge", "merge_error", "unmerge"),

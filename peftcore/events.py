@@ -24,5 +24,4 @@ class Event:
 
 adapter_applied = Event()  # (model): an adapter was applied
 vocabulary_resizes = Event()  # (model or part of it, the embedding and head that are about to be resized)
-adapters_wanted = Event()  # (model, names about to be used, which may be on disk; names that must stay in memory)
 adapter_names_given = Event()  # (model, adapter names of a call's samples, function that takes their activation)

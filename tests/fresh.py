@@ -101,13 +101,6 @@ def written(write: Callable[[nn.Module, str], Any]) -> Callable[[], nn.Module]:
     return run
 
 
-def resting(folder: str) -> nn.Module:
-    model = peftcore.load(llama(), folder, adapter="on_disk", resident=False)
-    peftcore.set_resident_limit(model, 1 << 20)
-    peftcore.activate(model, "on_disk")
-    return model
-
-
 def quantized_by_transformers(folder: str) -> nn.Module:
     return LlamaForCausalLM.from_pretrained(folder, quantization_config=peftcore.FourBitConfig())
 
@@ -129,7 +122,6 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "export": written(lambda model, folder: peftcore.export(model, folder, format="vllm")),
     "suggest": lambda: [suggested()],
     "extra_loss": of_adapted(lambda model: peftcore.extra_loss(model)),
-    "set_resident_limit": lambda: saved(resting, lora()),
     "load": lambda: saved(lambda folder: peftcore.load(llama(), folder), lora()),
     "loss_terms": of_adapted(lambda model: peftcore.loss_terms(model)),
     "merge": of_adapted(lambda model: peftcore.merge(model)),

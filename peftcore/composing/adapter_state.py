@@ -42,7 +42,6 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
         PeftcoreError: no adapter with this name is applied, or adapters are merged.
     """
     engine.refuse_merged(engine.require_state(model), "read an adapter's state")
-    engine.read_from_disk(model, adapter)
     engine.refuse_changed(model)
     ranks.reshard(model)
     tensors = {**tensors_on_disk(model, adapter, exported=True), **kept_on_disk(model, adapter)}
@@ -80,7 +79,6 @@ def set_state_dict(
         CheckpointError: the source is of another method, has a larger rank or other modules, or cannot be read.
             Nothing is changed.
     """
-    engine.read_from_disk(model, adapter)
     state, entry = engine.require_state(model), engine.applied(model, adapter)
     engine.refuse_merged(state, f"set the values of '{adapter}'")
     engine.refuse_changed(model)

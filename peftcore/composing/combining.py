@@ -242,7 +242,6 @@ def _sources(
 ) -> tuple[list[str], list[float]]:
     if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
         raise PeftcoreError(f"combine takes a list of adapter names, found {adapters!r}")
-    engine.read_from_disk(model, *adapters)
     for name in adapters:
         engine.applied(model, name)
     given = [1.0] * len(adapters) if weights is None else list(weights)

@@ -49,7 +49,6 @@ def convert(
         PeftcoreError: the adapter does more than change weights (prompts, bottlenecks, biases, `modules_to_save`).
             The model is left unchanged.
     """
-    engine.read_from_disk(model, source)
     state, entry = engine.require_state(model), engine.applied(model, source)
     engine.refuse_merged(state, "convert an adapter")
     engine.refuse_changed(model)

@@ -11,7 +11,6 @@ from peftcore.engine.applying import (
     apply as apply,
     apply_to_fill as apply_to_fill,
     check_name as check_name,
-    refuse_on_disk as refuse_on_disk,
 )
 from peftcore.engine.changes import with_adapter as with_adapter
 from peftcore.engine.divided import follows_plan as follows_plan
@@ -35,7 +34,6 @@ from peftcore.engine.state import (
     exclusive as exclusive,
     modules_with as modules_with,
     placements as placements,
-    read_from_disk as read_from_disk,
     refuse_changed as refuse_changed,
     refuse_merged as refuse_merged,
     refuse_per_sample as refuse_per_sample,

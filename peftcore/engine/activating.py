@@ -37,7 +37,6 @@ from peftcore.engine.state import (
 )
 from peftcore.engine.trained import TrainedParameters, place_kept_tensors, unmoved_buffers
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.events import adapters_wanted
 from peftcore.method import Model
 from peftcore.placements.attachments import Attached
 
@@ -45,9 +44,6 @@ from peftcore.placements.attachments import Attached
 @exclusive("activate adapters", base=True)
 def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: bool = False) -> Model:
     """Activate `adapters`, in this order, and make them trainable; deactivate and freeze all others.
-
-    Adapters on disk (`load(..., resident=False)`) are read, and others leave memory if `set_resident_limit` requires
-    it.
 
     Args:
         model: the model the adapters are on.
@@ -70,8 +66,7 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
     if per_sample:
         chosen = tuple(dict.fromkeys(chosen))
     for name in chosen:
-        if name not in state.on_disk:
-            applied(model, name)
+        applied(model, name)
     if len(set(chosen)) < len(chosen):
         raise PeftcoreError(
             f"activate: an adapter is named twice in {list(chosen)}. To name one for each sample of a batch, pass "
@@ -79,8 +74,6 @@ def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: 
         )
     refuse_changed(model)
     refuse_merged(state, "activate adapters")
-    if state.on_disk:
-        adapters_wanted.announce(model, chosen, [])
     if per_sample:
         refuse_whole_batch(model, with_branches(state, chosen))
     else:

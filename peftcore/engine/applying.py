@@ -118,7 +118,6 @@ def _apply(
     _check_new(adapter, state)
     refuse_merged(state, _CHANGE)
     if active:
-        refuse_on_disk(model, adapter)
         refuse_per_sample(state, _CHANGE)
     check_dtype(dtype)
     if state.applied:
@@ -145,7 +144,7 @@ def _apply(
     for each in placed.attached:
         _settle(each.adapter, *device_and_dtype(modules[each.path], dtype), model.training, allocated)
 
-    is_first = not state.applied and not state.on_disk
+    is_first = not state.applied
     entry = Applied(
         of_method.name,
         config,
@@ -241,16 +240,6 @@ def _settle(
         )
     if not is_set:
         adapter.train(training)
-
-
-def refuse_on_disk(model: nn.Module, adapter: str) -> None:
-    """Raise a PeftcoreError if an adapter with this name is registered on disk."""
-    state = state_of(model)
-    if state is not None and adapter in state.on_disk:
-        raise PeftcoreError(
-            f"an adapter '{adapter}' is registered on disk already ('{state.on_disk[adapter].folder}'). Choose another "
-            f"name (adapter=...), or remove it first: peftcore.remove(model, '{adapter}')"
-        )
 
 
 def check_name(adapter: Any) -> None:

@@ -30,26 +30,16 @@ from peftcore.method import Model
 def remove(model: Model, adapter: str = "default") -> Model:
     """Remove an adapter. Removing the last one restores the model bit for bit to what it was before `apply`."""
     state = require_state(model)
-    if not isinstance(adapter, str) or adapter not in state.on_disk:
-        applied(model, adapter)
+    applied(model, adapter)
     refuse_merged(state, f"remove '{adapter}'")
-    record = state.on_disk.get(adapter)
-    try:
-        state.on_disk.pop(adapter, None)
-        left = detach_adapter(model, adapter) if adapter in state.applied else {}
-        restore_base_if_free(model, state)
-    except BaseException:
-        if record is not None and adapter in state.applied:
-            state.on_disk[adapter] = record
-        restore_base_if_free(model, state)
-        raise
+    left = detach_adapter(model, adapter)
     if left:
         warn(f"remove left the following as it is: {as_text(left)}")
     return model
 
 
 def detach_adapter(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Detach an adapter that is in memory, and restore the base if it was the last one.
+    """Detach an adapter, and restore the base if it was the last one.
 
     An interruption leaves the adapter as it was, or is raised after it has been detached.
 
@@ -106,8 +96,8 @@ def detach_rest(model: nn.Module, state: State, adapter: str, there: set[nn.Modu
 
 
 def restore_base_if_free(model: nn.Module, state: State) -> None:
-    """Restore the base if no adapter is left in memory or on disk. After an interruption it is restored, too."""
-    if state.applied or state.on_disk:
+    """Restore the base if no adapter is left. After an interruption it is restored, too."""
+    if state.applied:
         return
     try:
         _restore_base(model, state)

@@ -17,7 +17,6 @@ from peftcore.engine.state import (
     State,
     applied,
     modules_with,
-    read_from_disk,
     refuse_changed,
     refuse_merged,
     require_state,
@@ -144,7 +143,6 @@ def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -
     wanted = tuple(name for name in dict.fromkeys(samples) if name is not None)
     refuse_changed(model)
     refuse_merged(state, "give each sample its adapter")
-    read_from_disk(model, *wanted)
     refuse_whole_batch(model, wanted)
     for name in state.active:
         own = TrainedParameters.of(model, name)

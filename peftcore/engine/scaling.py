@@ -12,7 +12,6 @@ from peftcore.engine.state import (
     adapter_modules,
     applied,
     exclusive,
-    read_from_disk,
     refuse_changed,
     refuse_merged,
     require_state,
@@ -34,7 +33,6 @@ def scale(model: Model, adapter: str, factor: float) -> Model:
     """
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
         raise PeftcoreError(f"scale takes a finite number, found {factor!r}")
-    read_from_disk(model, adapter)
     applied(model, adapter)
     refuse_changed(model)
     refuse_merged(require_state(model), f"scale '{adapter}'")

@@ -17,7 +17,6 @@ from peftcore.adaptation.concurrency import ModelLock, refuse_running
 from peftcore.engine.changes import Site, Snapshot, attached, changes, changes_of_trained
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.events import adapters_wanted
 from peftcore.placements.placement import Placement
 
 STATE = "_peftcore_state"
@@ -83,15 +82,8 @@ class State:
     samples: tuple[str | None, ...] | None = None  # each sample's adapter, with activate(..., per_sample=True)
     lock: ModelLock = field(default_factory=ModelLock)
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
-    on_disk: dict[str, Any] = field(default_factory=dict)  # `files.resident.OnDisk` by name, most recent last
-    limit: int | None = None  # bytes of adapters of `on_disk` that may be in memory
     watching: Any = None  # handle of the check of `adaptation.division.watch_batches`
     snapshot: Snapshot | None = None  # snapshot of `sites` when they were last unchanged
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all adapters, in memory or on disk."""
-        return list({**self.applied, **self.on_disk})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "snapshot": None}  # a copy has other modules
@@ -129,22 +121,10 @@ def applied(model: nn.Module, adapter: str) -> Applied:
     if not isinstance(adapter, str):
         raise PeftcoreError(f"an adapter's name is a string, found {adapter!r}")
     if adapter not in state.applied:
-        if adapter in state.on_disk:
-            raise PeftcoreError(
-                f"the adapter '{adapter}' is on disk ('{state.on_disk[adapter].folder}'). Read it into memory with "
-                f"peftcore.activate(model, '{adapter}')"
-            )
         there = ", ".join(state.applied)
-        near = nearest(adapter, [*state.applied, *state.on_disk])
+        near = nearest(adapter, list(state.applied))
         raise PeftcoreError(f"no adapter '{adapter}' is applied (applied: {there}){near}")
     return state.applied[adapter]
-
-
-def read_from_disk(model: nn.Module, *adapters: str) -> None:
-    """Read those of `adapters` that are on disk, and keep the active ones in memory."""
-    state = state_of(model)
-    if state is not None and state.on_disk:
-        adapters_wanted.announce(model, adapters, state.active)
 
 
 def adapter_modules(model: nn.Module, adapter: str) -> list[tuple[str, nn.Module]]:

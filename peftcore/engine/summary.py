@@ -99,7 +99,6 @@ class Summary:
         base_bytes: size of the base, with the scales of 4-bit weights.
         changed: by path, modules with adapters that were replaced, resized or parametrized since `apply`.
         experts: facts about the model's experts, if it has any.
-        on_disk: by name, the folders of adapters that are on disk and not in memory.
         packed_parameters, packed_bytes: parameters of the base in 4 bits, and their size with scales.
         lazy_logits: whether logits are computed in training only if they are read.
         fused: how many modules of each kind are computed by one operator (`fuse`).
@@ -114,7 +113,6 @@ class Summary:
     experts: Mixture | None = None
     packed_parameters: int = 0
     packed_bytes: int = 0
-    on_disk: dict[str, str] = field(default_factory=dict)
     lazy_logits: bool = False
     fused: dict[str, int] = field(default_factory=dict)
 
@@ -140,7 +138,6 @@ class Summary:
             + in_buffers(a.buffers, a.buffer_bytes)
             for a in self.adapters
         ]
-        lines += [f"  {name}: on disk, '{folder}'" for name, folder in self.on_disk.items()]
         lines += [f"  changed since: '{path}' {what}" for path, what in self.changed.items()]
         return "\n".join(lines)
 
@@ -253,11 +250,6 @@ def _summary(model: nn.Module) -> Summary:
         packed_bytes=packed_bytes,
         lazy_logits=has_lazy_logits(model),
         fused=fused_modules(model),
-        on_disk={
-            name: record.folder
-            for name, record in (state.on_disk.items() if state is not None else ())
-            if state is not None and name not in state.applied
-        },
     )
 
 

@@ -155,7 +155,7 @@ def _refuse(model: nn.Module, exporter: Exporter) -> None:
 
 def _only(model: nn.Module) -> str:
     """Return the name of the model's only adapter."""
-    names = engine.require_state(model).names
+    names = list(engine.require_state(model).applied)
     if len(names) != 1:
         raise PeftcoreError(f"the model has the adapters {names}. Choose one: export(..., adapter=NAME)")
     return names[0]

@@ -37,7 +37,6 @@ def write(model: nn.Module, folder: Path, adapter: str, _options: NoOptions) -> 
     Raises:
         PeftcoreError: vLLM and SGLang do not support what the adapter does.
     """
-    engine.read_from_disk(model, adapter)
     if _has_experts(model, adapter):
         low_rank.refuse_trained(model, adapter, WHAT)
         save(model, folder, adapter=adapter, format=PER_EXPERT, resumable=False)

@@ -13,7 +13,7 @@ The modules from the lowest up; each may import those above it in this list.
     single_file, reading, fitting                                   files without a config; content; whether it fits
     lost_ranks                                                      which rank has ended while others wait for it
     model_card                                                      README.md, with the metadata that hubs read
-    hub, resident, saving, loading                                  `save`, `load`, `restore`, `set_resident_limit`
+    hub, saving, loading                                            `save`, `load`, `restore`
 
 The first six are below `peftcore.engine`, the others above it, so this module imports none of them.
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from peftcore import engine, ranks
 from peftcore.engine.scaling import set_multiplier
-from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.errors import CheckpointError
 from peftcore.files import single_file
 from peftcore.files.fitting import fill_applied, fitting
 from peftcore.files.folder import read_folder
@@ -20,7 +20,6 @@ from peftcore.files.hub import folder_of
 from peftcore.files.metadata import ties_partly
 from peftcore.files.multiplier import multiplier_in
 from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_saved
-from peftcore.files.resident import register
 from peftcore.files.tensors import fill, grown_buffers, kept_after_error
 from peftcore.observation import assumed_unchanged
 from peftcore.targets.patterns import limited
@@ -34,12 +33,11 @@ def load(
     path: str | os.PathLike[str],
     *,
     adapter: str | None = None,
-    trainable: bool | None = None,
+    trainable: bool = True,
     dtype: torch.dtype | None = None,
     check_base: bool = True,
     method: str | None = None,
     revision: str | None = None,
-    resident: bool = True,
 ) -> Models:
     """Apply the adapter in the folder `path`, or all adapters that were saved there together.
 
@@ -51,28 +49,17 @@ def load(
         model: the model, or models by name, such as `pipe.components`, each of which gets its part of a single file.
         adapter: the name of the adapter on this model; by default `default`, or for adapters saved together all of
             them, under their saved names.
-        trainable: whether it trains; by default True, except with `resident=False`.
+        trainable: whether it trains.
         dtype: dtype of its parameters, as in `apply`.
         check_base: compare the fingerprint of the base that the adapter was trained on, if the file has one.
         method: the installed method that reads it. Needed only if several can, which an error reports.
         revision: branch, tag or commit on the hub.
-        resident: if False, check that the adapter fits the model, then keep it on disk, frozen. It is read when
-            `activate` or another function names it, and the least recently used is dropped when `set_resident_limit`
-            is exceeded. The files must not change.
 
     Raises:
         PluginError: no installed method reads it, or several may and none is named.
         CheckpointError: the files cannot be read, or do not fit the model, which is then unchanged.
     """
     folder = folder_of(path, revision)  # may take long, so outside the lock: the model can be called meanwhile
-    if not resident:
-        if not isinstance(model, nn.Module) or trainable:
-            found = type(model).__name__
-            what = "is for adapters that do not train" if trainable else f"is of one model, found {found}"
-            raise PeftcoreError(f"load(..., resident=False) {what}. Load it with resident=True")
-        register(model, folder, adapter, dtype, check_base, method)
-        return model
-    trainable = trainable is not False
     if isinstance(model, nn.Module):
         _load_all(model, folder, adapter, trainable, dtype, check_base, method)
         return model

@@ -87,17 +87,8 @@ def save(
 
 
 def _names(model: nn.Module, adapter: str | None) -> list[str]:
-    """Return the names of the adapters to save, and read those that are on disk."""
-    state = engine.require_state(model)
-    left_out = [name for name in state.on_disk if name not in state.applied]
-    if adapter is None and left_out:
-        raise PeftcoreError(
-            f"{len(left_out)} adapters are on disk, such as '{left_out[0]}', and would be left out. Name the one to "
-            "save: save(model, folder, adapter='NAME')"
-        )
-    if adapter is not None:
-        engine.read_from_disk(model, adapter)
-    return list(state.applied) if adapter is None else [adapter]
+    """Return the names of the adapters to save."""
+    return list(engine.require_state(model).applied) if adapter is None else [adapter]
 
 
 def _save_single(
