@@ -8,7 +8,7 @@ examples. The names by subject:
 
     placements            Around, After, OnWeight, SoftPrompt, PrefixKV, Train; AdapterModules; Placement, AtModule,
                           Attachments, Link: kinds of a plugin's own
-    adapters              Adapter, LightAdapter, LowRank, Base, BranchedBase; implements; override, of typing_extensions
+    adapters              Adapter, LowRank, Base, BranchedBase; implements; override, of typing_extensions
     method and hooks      Method, hookimpl, WeightFormat, Exporter, Command, Integration
     export                adapter_products: an adapter as low-rank products; base_tensors
     files                 StateRules, PeftRules, ForeignFormat, FileLayout, FileFormat, tensor_name,
@@ -51,7 +51,6 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.adaptation.call import Call as Call, current_call as current_call
     from peftcore.adaptation.chain import Link as Link
     from peftcore.adaptation.division import Division as Division, division_of as division_of
-    from peftcore.adaptation.light import LightAdapter as LightAdapter
     from peftcore.adaptation.outputs import first_of as first_of, with_first as with_first
     from peftcore.adapter import (
         Adapter as Adapter,
@@ -155,7 +154,6 @@ _MODULES = {
     "peftcore.adaptation.call": "Call current_call",
     "peftcore.adaptation.chain": "Link",
     "peftcore.adaptation.division": "Division division_of",
-    "peftcore.adaptation.light": "LightAdapter",
     "peftcore.adaptation.outputs": "first_of with_first",
     "peftcore.adapter": "Adapter Base BranchedBase LowRank implements",
     "peftcore.architecture": "ATTENTION Architecture CROSS_ATTENTION FEED_FORWARD Sublayer",

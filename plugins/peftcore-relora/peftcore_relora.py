@@ -28,11 +28,11 @@ from peftcore_lora.starts import scaled_fields
 from torch import Tensor, nn
 
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Fields,
     FileFormat,
     FileLayout,
-    LightAdapter,
     Method,
     Placement,
     Tensors,
@@ -105,7 +105,7 @@ class Relora(LoraLinear):
     past_B: Tensor
 
     def __init__(self, lora: LoraLinear, rounds: int, gaussian: bool) -> None:
-        LightAdapter.__init__(self)  # the factors are those of `lora`
+        Adapter.__init__(self)  # the factors are those of `lora`
         self.full_scale, self.dropout, self.lora_bias = lora.full_scale, lora.dropout, None
         self.lora_A, self.lora_B, self.gaussian = lora.lora_A, lora.lora_B, gaussian
         (r, width), out_width = self.lora_A.shape, len(self.lora_B)

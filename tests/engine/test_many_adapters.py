@@ -70,37 +70,6 @@ def test_a_change_costs_what_it_touches(change: Callable[[nn.Module], Any]) -> N
     assert growth / 30 < LAYERS / 2  # for each adapter that is not touched: it is named, its layers are not walked
 
 
-def test_a_layer_of_an_adapter_is_few_objects() -> None:
-    """Of those that the garbage collector walks: it does so time and again, and the more there are, the longer."""
-
-    def objects(change: Callable[[], Any]) -> int:
-        gc.collect()
-        gc.freeze()  # what other tests have left is not collected meanwhile
-        try:
-            before = gc.get_freeze_count()
-            change()
-            gc.collect()
-            return len(gc.get_objects()) + gc.get_freeze_count() - before
-        finally:
-            gc.unfreeze()
-
-    few, many = model_with(2), model_with(2, 10 + LAYERS)
-    CHANGES["apply"](model_with(2))  # what a process, and a kind of model, has once
-    modules: list[nn.Module] = []
-    empty = objects(lambda: modules.extend(nn.Module() for _ in range(10)))  # more, once something was compiled
-    added = [objects(lambda model=model: CHANGES["apply"](model)) for model in (few, many)]  # type: ignore[misc]
-    # With two parameters, a placement and, since it acts, a link.
-    assert 0 < added[1] - added[0] < empty
-
-
-def test_what_is_loaded_frozen_has_no_tables_of_hooks(folder: Path) -> None:
-    model = model_with(2)
-    peftcore.load(model, folder, adapter="new", trainable=False)
-    for _, adapter in peftcore.engine.adapter_modules(model, "new"):
-        tables = [name for name in adapter.__dict__ if name.endswith("_hooks") or name.endswith("_set")]
-        assert not tables and not any(p.requires_grad for p in adapter.parameters())
-
-
 def test_what_is_loaded_frozen_trains_when_it_is_let(folder: Path) -> None:
     model = model_with(1)
     peftcore.load(model, folder, adapter="new", trainable=False)

@@ -17,7 +17,6 @@ from peftcore.plugin import (
     Adapter,
     Base,
     Division,
-    LightAdapter,
     LowRank,
     PeftcoreError,
     embed_scale,
@@ -42,7 +41,7 @@ def one_dropout(probability: float) -> Iterator[None]:
         _DROPOUT.reset(token)
 
 
-class Lora(LightAdapter):
+class Lora(Adapter):
     """Base of LoRA's layers: two factors, their scale and dropout. Subclasses apply B A."""
 
     multiplier = 1.0  # set by `peftcore.scale`
@@ -175,7 +174,7 @@ class LowRankLinear(LoraLinear):
     """
 
     def __init__(self, scale: float = 1.0, dropout: float = 0.0) -> None:
-        LightAdapter.__init__(self)
+        Adapter.__init__(self)
         self.full_scale, self.dropout, self.lora_bias = scale, nn.Dropout(dropout), None
 
     def pair(self) -> tuple[Tensor, Tensor]:
