@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.adaptation.base_modules import base_modules, base_parameters
+from peftcore.adaptation.chain import Link
 from peftcore.adaptation.enclosing import LOCK
 from peftcore.adapter import unseen_member
 from peftcore.architecture import Architecture
@@ -27,7 +28,7 @@ from peftcore.experts import split_expert_path
 from peftcore.files.peft_configs import config_of_peft, is_of_peft
 from peftcore.layers import is_wrapped
 from peftcore.method import Method
-from peftcore.observation import assumed_unchanged, bypassed, detect
+from peftcore.observation import assumed_unchanged, bypassed, detect, observe
 from peftcore.placements.attachments import Attached, Attachments
 from peftcore.placements.placement import Placement
 from peftcore.registry import registry
@@ -65,6 +66,7 @@ def placements_for(
     check_model(model)
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
+    refuse_scripted(model)
     _refuse_lazy(model)
     refuse_adapters_of_others(model)
     _refuse_offloaded(model)
@@ -325,6 +327,8 @@ def _check_placed(model: nn.Module, placed: Placed) -> bool:
         seen.add(path)
         odd |= isinstance(modules[path], nn.Linear) and type(modules[path]).forward is not nn.Linear.forward
     refuse_bypassed(model, [each.path for each in placed.attached])
+    _refuse_complex(modules, placed)
+    _refuse_more_arguments(model, modules, placed)
     if not placed.attached and not placed.trained:
         raise PeftcoreError(f"{method} places nothing on {type(model).__name__}")
     parameters = dict(base_parameters(model))
@@ -356,6 +360,47 @@ def refuse_shared(state: State, active: Sequence[str]) -> None:
                     f"'{parameter}' is trained by the active adapter '{other}' already, and two active adapters cannot "
                     f"train the same parameter. Deactivate '{other}' first: peftcore.activate(model, [...])"
                 )
+
+
+def _refuse_complex(modules: Mapping[str, nn.Module], placed: Placed) -> None:
+    """Raise a PeftcoreError if an adapter would be at a module with complex parameters, for which no method is made."""
+    for path in (each.path for each in placed.attached):
+        for name, parameter in modules[path]._parameters.items():
+            if parameter is not None and parameter.is_complex():
+                raise PeftcoreError(
+                    f"{placed.method.name} cannot adapt '{path}', which has complex weights ('{name}' is "
+                    f"{parameter.dtype}). Leave it out of target_modules, or exclude it: exclude_modules=['{path}']"
+                )
+
+
+def _refuse_more_arguments(model: nn.Module, modules: Mapping[str, nn.Module], placed: Placed) -> None:
+    """Raise a PeftcoreError if the model calls a linear layer with more than x, which adapters cannot pass on.
+
+    Adapters that change the weight can, since the layer's own forward runs.
+    """
+    odd = set()
+    for each in placed.attached:
+        module, plain = modules[each.path], nn.Linear.forward
+        if isinstance(module, nn.Linear) and type(module).forward is not plain and each.link is Link:
+            odd.add(each.path)
+    for call in observe(model).calls if odd else ():
+        more = list(call.given)[1:]
+        if call.path in odd and more:
+            raise PeftcoreError(
+                f"{placed.method.name} cannot adapt '{call.path}': the model calls it with {', '.join(more)} besides "
+                f"its input. Leave it out of target_modules, or exclude it: exclude_modules=['{call.path}']"
+            )
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Raise a PeftcoreError if a part of the model is compiled by torch.jit, which hides its code and parameters."""
+    for path, module in base_modules(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PeftcoreError(
+                f"{path or 'the model'!r} is a torch.jit.ScriptModule, which cannot be adapted or quantized, nor can "
+                "the model around it. Build the model with the module that was scripted, and compile it afterwards "
+                "with torch.compile"
+            )
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from peftcore.adaptation.base_modules import base_modules, restored_after_error,
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of
+from peftcore.engine.placing import refuse_scripted
 from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import is_bitsandbytes, is_wrapped, unknown_layers
 from peftcore.method import Model
@@ -172,6 +173,7 @@ def quantize(
 
 
 def _refuse_compiled_or_adapted(model: nn.Module) -> None:
+    refuse_scripted(model)
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Quantize the original model, then call torch.compile on it")
     if any(map(lock_of, model.modules())):  # also of a submodule, or of a model that contains this one

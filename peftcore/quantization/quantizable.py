@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import product
@@ -164,7 +165,10 @@ def is_dense_linear(module: nn.Module) -> bool:
         return False
     if module._buffers or module._modules or not _adds_nothing(cls):
         return False
-    return cls.forward is nn.Linear.forward or _computes_linear(module)
+    if cls.forward is nn.Linear.forward:
+        return True
+    takes_x_alone = len(inspect.signature(cls.forward).parameters) == 2  # with self: a packed layer passes no more on
+    return takes_x_alone and _computes_linear(module)
 
 
 @cache

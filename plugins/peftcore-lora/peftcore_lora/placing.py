@@ -109,10 +109,6 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     """Return the LoRA of one layer."""
     kind_of_layer = original_class(module).__name__
     validation.require(
-        not any([p is not None and p.is_complex() for p in module._parameters.values()]),
-        f"'{path}' ({kind_of_layer}) has complex weights, which LoRA cannot adapt. Leave it out of target_modules",
-    )
-    validation.require(
         not (config.lora_bias and isinstance(module, (nn.MultiheadAttention, nn.Embedding))),
         f"lora_bias=True is not supported at '{path}' ({kind_of_layer}). Leave it out, or drop lora_bias",
     )
