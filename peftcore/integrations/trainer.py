@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from accelerate.utils import extract_model_from_parallel
+from packaging.version import Version
 from torch import nn
 from transformers import (
     TrainerCallback,
@@ -50,6 +52,7 @@ from peftcore.integrations.trl_checks import refuse_arguments, refuse_before_tra
 from peftcore.parallel import check_ranks, give_adapters, refuse_between_blocks
 
 COMPLETE = "complete.json"
+OLDEST = "5.20"  # of transformers, as in pyproject.toml
 _QUANTIZED_WITH_ADAPTERS = "_hf_peft_config_loaded"
 
 
@@ -217,6 +220,11 @@ def _adopt(trainer: Trainer) -> None:
     """Give the mixin and its callbacks to a trainer whose model has adapters."""
     if not _has_adapters(trainer):
         return
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise PeftcoreError(
+            f"Trainer of transformers {transformers.__version__} cannot train adapters of peftcore, which needs "
+            f"transformers {OLDEST} or later: pip install 'transformers>={OLDEST}'"
+        )
     refuse_arguments(trainer)
     callbacks = [type(callback) for callback in trainer.callback_handler.callbacks]
     for callback in (AfterStep, PagingReport):
