@@ -1,22 +1,16 @@
-"""Search for ways of training that fit into a memory, with the largest batch of each.
-
-    memory of a step = a + b · batch, each u + v · layers, from four steps of models of 2 and 3 layers
-
-A way that is returned is followed with its own batch and all layers.
-"""
+"""Search for ways of training that fit into a memory, with the largest batch of each, by bisection."""
 
 from __future__ import annotations
 
-import copy
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields as dataclass_fields, replace
 from typing import Any
 
 import torch
 
-from peftcore.architecture import text_config
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.devices import CARDS, Device, device_of, process_memory, usable
 from peftcore.estimating.following import NotFollowed
@@ -31,9 +25,7 @@ from peftcore.registry import registry
 
 PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
 LARGEST_BATCH = 64
-NEARLY = 1.2  # a batch whose line needs up to so many times the memory may fit: it is followed before it is left out
 SHORTEST = 64  # tokens of the shortest examples that an error suggests
-_DEPTHS = (2, 3)
 _LOOKED_FOR = ("batch_size", "gradient_checkpointing", "optimizer")
 _EXAMPLES = {1: "one example", 2: "two examples"}
 
@@ -151,7 +143,7 @@ def suggest(
     ways: list[Way] = []
     tried: list[_Choice] = []
     for first in _choices(methods, r, fields or {}):
-        search.bytes(first, search.least)  # raises if the method refuses the model
+        search.estimate(first, search.least)  # raises if the method refuses the model
         batch_before = 0
         for choice in _ladder(first):
             try:
@@ -162,8 +154,7 @@ def suggest(
             if batch <= batch_before:
                 continue
             batch_before = batch
-            found = search.whole(choice, batch)
-            growth = found.needed / search.bytes(choice, batch)
+            found = search.estimate(choice, batch)
             ways.append(
                 Way(
                     choice.method,
@@ -172,7 +163,7 @@ def suggest(
                     choice.gradient_checkpointing,
                     choice.optimizer,
                     found,
-                    next_need=libraries + growth * search.bytes(choice, 2 * batch),
+                    next_need=libraries + search.estimate(choice, 2 * batch).needed,
                     libraries=libraries,
                 )
             )
@@ -233,36 +224,13 @@ class _Search:
         """Smallest batch: a pair of texts is compared with another one."""
         return 2 if self.step.loss == "pairs" else 1
 
-    def whole(self, choice: _Choice, batch: int, length: int | None = None) -> Estimate:
-        """Follow a step with all layers."""
-        return self._estimate(choice, batch, None, length or self.step.length)
-
-    def bytes(self, choice: _Choice, batch: int) -> float:
-        """Return the bytes that a step needs by the line through the smallest batch and the next one."""
-        one, two = (self._extrapolated(choice, self.least + more, lambda found: found.needed) for more in (0, 1))
-        return one + (batch - self.least) * (two - one)
-
-    def largest_batch(self, choice: _Choice, room: float) -> int:
-        """Return the largest power of two that fits, or 0."""
-        batch = LARGEST_BATCH
-        while batch >= self.least:
-            if self.bytes(choice, batch) <= NEARLY * room and self.whole(choice, batch).needed <= room:
-                return batch
-            batch //= 2
-        return 0
-
-    def _extrapolated(self, choice: _Choice, batch: int, value: Callable[[Estimate], float]) -> float:
-        layers = layers_of(self.config)
-        if layers is None or layers <= _DEPTHS[-1]:
-            return float(value(self.whole(choice, batch)))
-        few, more = (float(value(self._estimate(choice, batch, depth, self.step.length))) for depth in _DEPTHS)
-        return few + (layers - _DEPTHS[0]) * (more - few)
-
-    def _estimate(self, choice: _Choice, batch: int, depth: int | None, length: int) -> Estimate:
-        key = choice, batch, depth, length
+    def estimate(self, choice: _Choice, batch: int, length: int | None = None) -> Estimate:
+        """Follow a step."""
+        length = length or self.step.length
+        key = choice, batch, length
         if key not in self._known:
             self._known[key] = estimate(
-                self.config if depth is None else shallow(self.config, depth),
+                self.config,
                 choice.method,
                 step=replace(
                     self.step,
@@ -277,29 +245,17 @@ class _Search:
             )
         return self._known[key]
 
-
-def layers_of(config: Any) -> int | None:
-    """Return the number of layers of a model with this config, or None if it does not say."""
-    found = getattr(text_config(config), "num_hidden_layers", None)
-    return found if isinstance(found, int) else None
-
-
-def shallow(config: Any, depth: int) -> Any:
-    """Return the config with so many layers."""
-    small = copy.deepcopy(config)
-    text = text_config(small)
-    layers = text.num_hidden_layers
-    text.num_hidden_layers = depth
-    for name, value in vars(text).items():  # such as layer_types
-        if isinstance(value, list) and len(value) == layers:
-            setattr(text, name, value[:depth])
-    return small
+    def largest_batch(self, choice: _Choice, room: float) -> int:
+        """Return the largest power of two that fits, or 0."""
+        batches = [2**power for power in range(self.least - 1, LARGEST_BATCH.bit_length())]
+        fitting = bisect_left(batches, True, key=lambda batch: self.estimate(choice, batch).needed > room)
+        return batches[fitting - 1] if fitting else 0
 
 
 def _why_nothing(search: _Search, choices: Sequence[_Choice], room: float) -> str:
     """Return an error text with the smallest need, what it is for, and what would need less."""
-    choice = min(choices, key=lambda each: search.bytes(each, search.least))
-    step = search.whole(choice, search.least)
+    choice = min(choices, key=lambda each: search.estimate(each, search.least).needed)
+    step = search.estimate(choice, search.least)
     lasting = step.parts[BASE] + step.parts[ADAPTERS] + (0 if step.paged else step.parts[STATE])
     again = " and gradient checkpointing" if choice.gradient_checkpointing else ""
     beyond = "" if search.device.is_card else " beyond Python and its libraries"
@@ -311,7 +267,7 @@ def _why_nothing(search: _Search, choices: Sequence[_Choice], room: float) -> st
     if lasting < room and search.step.example is None:
         length = search.step.length // 2
         while length >= SHORTEST:
-            if search.whole(choice, search.least, length).needed <= room:
+            if search.estimate(choice, search.least, length).needed <= room:
                 ways.append(f"examples of at most {length} tokens would fit (--max-length {length})")
                 break
             length //= 2

@@ -9,7 +9,6 @@ from transformers import DeepseekV3Config, Gemma3Config, LlamaConfig
 
 import peftcore
 from peftcore.errors import PeftcoreError
-from peftcore.estimating.choosing import layers_of, shallow
 from peftcore.estimating.devices import Device, usable
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -77,15 +76,8 @@ def test_gradient_checkpointing_where_it_makes_room_for_a_larger_batch() -> None
     assert found.ways[0].batch_size < found.ways[1].batch_size
 
 
-def test_shallow_models_have_lists_for_their_layers() -> None:
-    config = LlamaConfig(**SIZES, num_hidden_layers=6, vocab_size=320)
-    config.layer_types = ["full_attention"] * 6
-    small = shallow(config, 2)
-    assert (layers_of(small), small.layer_types, layers_of(config)) == (2, ["full_attention"] * 2, 6)
-
-
 def test_layers_that_differ_are_followed_whole() -> None:
-    """The experts follow three dense layers; the shallow models of the search have only the dense ones."""
+    """The experts follow three dense layers."""
     experts = {"n_routed_experts": 64, "moe_intermediate_size": 256, "first_k_dense_replace": 3, "n_group": 1}
     config = DeepseekV3Config(
         **{**SIZES, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8},

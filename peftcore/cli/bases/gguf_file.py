@@ -8,6 +8,7 @@ import struct
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +58,9 @@ def header(path: str) -> Header:
     Raises:
         PeftcoreError: the file is not GGUF of version 2 or 3, or is cut off.
     """
-    import numpy
-
     try:
-        return _Reader(memoryview(numpy.memmap(path, mode="r"))).header()
+        with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            return _Reader(data).header()
     except (ValueError, struct.error, UnicodeDecodeError, KeyError, IndexError, OverflowError) as error:
         raise PeftcoreError(f"the model of '{path}' cannot be loaded: {error}. Download it again") from error
 
@@ -68,7 +68,7 @@ def header(path: str) -> Header:
 class _Reader:
     """Reader of the values of a file, one after the other."""
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: mmap) -> None:
         self.data, self.place = data, 0
 
     def number(self, code: str) -> Any:
@@ -208,4 +208,4 @@ def _names(model: Any, architecture: str) -> dict[str, str]:
 
 
 def _converted(processor: Any, name: str, weights: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
-    return processor.process(weights=weights, name=name, tensor_key_mapping={}, parsed_parameters={}).weights  # type: ignore[no-any-return]
+    return processor.process(weights=weights, name=name, tensor_key_mapping={}, parsed_parameters={}).weights

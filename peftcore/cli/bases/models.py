@@ -169,6 +169,7 @@ def _load_gguf(
 ) -> PreTrainedModel:
     """Return the model of a .gguf file, dense or in 4 bits; `options` are those of `from_pretrained`."""
     from peftcore import quantization
+    from peftcore.quantization.format import QUANT_TYPES
 
     require("gguf", extra="gguf")
     gguf_file.check_blocks(model)
@@ -177,7 +178,7 @@ def _load_gguf(
     one_by_one = gguf_file.header(model).architecture in gguf_file.ONE_BY_ONE
     if one_by_one:
         options["model_class"] = auto_class._model_mapping[type(config)]
-        if packing is not None and packing["quant_type"] in quantization.QUANT_TYPES:
+        if packing is not None and packing["quant_type"] in QUANT_TYPES:
             from peftcore.quantization.huggingface import FourBitConfig
 
             options["quantization_config"], packing = FourBitConfig(**packing), None
