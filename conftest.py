@@ -32,7 +32,6 @@ LONGEST = (
     "tests/cli/training/test_parallel.py",
     "tests/cli/commands/test_train.py",
     "tests/emulator/test_linear_4bit_kernel.py",
-    "tests/engine/test_lazy_logits.py",
     "tests/test_census.py",
     "tests/cli/commands/test_new_plugin.py",
 )

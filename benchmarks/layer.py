@@ -5,7 +5,7 @@
 Forward and gradient, next to PyTorch's operators as a model calls them, in the same run. The floor is the time of
 copies that move as many bytes as inputs, outputs and their gradients have. The error is the
 gradient's, relative to float64. `--step` measures a step of LoRA on all linear layers of a model in the shape of
-SmolLM2-135M, with lazy logits, and the peak memory of its process, with and without `peftcore.fuse`.
+SmolLM2-135M, with the loss without logits, and the peak memory of its process, with and without `peftcore.fuse`.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def step(dtype, batch, fused):
     sizes = {"vocab_size": 49152, "hidden_size": WIDTH, "intermediate_size": INNER}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)).to(dtype).train()
     peftcore.apply(model, "lora", r=8, target_modules="all-linear")
-    peftcore.lazy_logits(model)
+    peftcore.loss_without_logits(model)
     if fused:
         peftcore.fuse(model)
     ids = torch.randint(49152, batch, generator=torch.Generator().manual_seed(0))

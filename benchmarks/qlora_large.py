@@ -5,8 +5,8 @@
 
 The model's shape with random weights, drawn and quantized one decoder layer after the other, so the dense model never
 exists. LoRA on every linear layer and, of less rank, on every expert, bf16, gradient checkpointing; embedding, output
-head, routers and norms stay dense in bf16. Logits are lazy (`--logits` makes them). The peak is that of the whole
-process, from its start, of which PyTorch, transformers and peftcore take "imports". What the step takes next to them,
+head, routers and norms stay dense in bf16. The loss is computed without logits (`--logits` makes
+them). The peak is that of the whole process, from its start, of which PyTorch, transformers and peftcore take "imports". What the step takes next to them,
 base and adapters is listed: gradients, the optimizer's state, and the rest, activations and temporary memory. With
 `--in-backward` a parameter is updated and its gradient freed as soon as the gradient is complete, so that there are
 never more than a layer's gradients.
@@ -159,7 +159,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quant-type", choices=["nf4", "mxfp4"], default="nf4")
-    parser.add_argument("--logits", action="store_true", help="make the logits instead of lazy ones")
+    parser.add_argument("--logits", action="store_true", help="make the logits for the loss")
     parser.add_argument(
         "--in-backward", action="store_true", help="update each parameter when its gradient is complete"
     )
@@ -181,7 +181,7 @@ def main():
     file = sum(t.nbytes for t in model.state_dict().values())
     peftcore.apply(model, "lora", r=R, lora_alpha=R, **rank)
     if not options.logits:
-        peftcore.lazy_logits(model)
+        peftcore.loss_without_logits(model)
     print(f"base made in {took:.0f} s; file {file / 1e6:,.0f} MB")
     print(peftcore.summary(model))
     model.gradient_checkpointing_enable({"use_reentrant": False})

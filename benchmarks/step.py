@@ -92,7 +92,7 @@ MODELS = {
 }
 KINDS = {"bert": "AutoModelForSequenceClassification", "vit": "AutoModelForImageClassification"}
 PARTS = {  # each changes a model in place, or raises PeftcoreError
-    "lazy logits": peftcore.lazy_logits,
+    "without logits": peftcore.loss_without_logits,
     "fused": peftcore.fuse,
 }
 BASES = ("frozen", "peft", "peftcore")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
     from peftcore.engine.activating import call_arguments as call_arguments
     from peftcore.engine.configs import config as config
     from peftcore.engine.fusing import fuse as fuse
-    from peftcore.engine.lazy_head import lazy_logits as lazy_logits
+    from peftcore.engine.loss_without_logits import loss_without_logits as loss_without_logits
     from peftcore.engine.scaling import scale as scale
     from peftcore.engine.summary import plan as plan, summary as summary
     from peftcore.errors import (
@@ -73,7 +73,7 @@ _PUBLIC = {
     "peftcore.engine.activating": ("call_arguments",),
     "peftcore.engine.configs": ("config",),
     "peftcore.engine.fusing": ("fuse",),
-    "peftcore.engine.lazy_head": ("lazy_logits",),
+    "peftcore.engine.loss_without_logits": ("loss_without_logits",),
     "peftcore.engine.scaling": ("scale",),
     "peftcore.engine.summary": ("plan", "summary"),
     "peftcore.errors": ("CheckpointError", "PeftcoreError", "PluginError"),

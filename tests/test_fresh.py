@@ -18,7 +18,7 @@ NO_LOADING = {
 }
 ELSEWHERE = {  # public functions with tests of their own processes, and classes
     "fuse": "tests/engine",
-    "lazy_logits": "tests/engine",
+    "loss_without_logits": "tests/engine",
     "load_sharded": "tests/parallel",
     "shard": "tests/parallel",
     "call_arguments": "within a call",

@@ -122,7 +122,7 @@ class RunOptions:
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute activations in backward: less memory, more time.")
     ] = False
-    lazy_logits: Annotated[
+    without_logits: Annotated[
         str,
         typer.Option(help="Loss without the logits (causal-lm, chat): auto (where a few rows show the same), on, off."),
     ] = "auto"
@@ -242,7 +242,7 @@ class Settings(RunOptions):
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise PeftcoreError(f"{name} must be a finite number, found {value}")
-        for option, chosen in (("--lazy-logits", self.lazy_logits), ("--fuse", self.fuse)):
+        for option, chosen in (("--without-logits", self.without_logits), ("--fuse", self.fuse)):
             if chosen not in SWITCH:
                 raise PeftcoreError(f"{option} must be one of {', '.join(SWITCH)}, found '{chosen}'")
         from peftcore.engine.fusing import RECOMPUTE  # with PyTorch, which --help does without
@@ -331,8 +331,6 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
         before, now = _read(run_file), settings.to_json()
         since = {each.name: each.default for each in fields(settings) if each.default is not MISSING}
         before = {**since, "fuse": "off", **before}  # a run from before an option existed had its default
-        for name in ("lazy_logits", "fuse"):  # once flags
-            before[name] = {True: "on", False: "off"}.get(before[name], before[name])
         if _batches_per_step(before) == _batches_per_step(now):
             now |= {name: before[name] for name in _OF_RANKS}
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "adapter", name)):

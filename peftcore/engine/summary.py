@@ -15,7 +15,7 @@ from peftcore import ranks
 from peftcore.adaptation.base_modules import base_modules, base_parameters, walked_once
 from peftcore.engine.applying import check_dtype
 from peftcore.engine.fusing import fused_modules
-from peftcore.engine.lazy_head import has_lazy_logits
+from peftcore.engine.loss_without_logits import is_without_logits
 from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
 from peftcore.engine.placing import covered, device_and_dtype, placements_for, reached_by
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
@@ -100,7 +100,7 @@ class Summary:
         changed: by path, modules with adapters that were replaced, resized or parametrized since `apply`.
         experts: facts about the model's experts, if it has any.
         packed_parameters, packed_bytes: parameters of the base in 4 bits, and their size with scales.
-        lazy_logits: whether logits are computed in training only if they are read.
+        without_logits: whether the loss is computed without logits in training (`loss_without_logits`).
         fused: how many modules of each kind are computed by one operator (`fuse`).
     """
 
@@ -113,7 +113,7 @@ class Summary:
     experts: Mixture | None = None
     packed_parameters: int = 0
     packed_bytes: int = 0
-    lazy_logits: bool = False
+    without_logits: bool = False
     fused: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -127,8 +127,8 @@ class Summary:
             bits = 8 * self.packed_bytes / self.packed_parameters
             part = share(self.packed_parameters, self.base_parameters)
             lines.insert(1, f"in 4 bits: {self.packed_parameters:,} of them ({part}), {bits:.3f} bits each with scales")
-        if self.lazy_logits:
-            lines.append("logits are computed only if they are read, in training")
+        if self.without_logits:
+            lines.append("the loss is computed without logits, in training")
         if self.fused:
             lines.append(f"fused: {counted(self.fused)}")
         lines += [
@@ -248,7 +248,7 @@ def _summary(model: nn.Module) -> Summary:
         experts=mixture_of(model, reached, copied, apart),
         packed_parameters=sum(weights for weights, _ in packed),
         packed_bytes=packed_bytes,
-        lazy_logits=has_lazy_logits(model),
+        without_logits=is_without_logits(model),
         fused=fused_modules(model),
     )
 

@@ -24,6 +24,8 @@ from peftcore import ranks
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.costs import FREE, Cost, cost
 from peftcore.observation.meta import MetaFloats
+from peftcore.ops.linear_cross_entropy import workspace, workspace_of_weight
+from peftcore.ops.weight import checked
 
 LARGEST_INDEX = 1 << 22  # integer tensors with more values than this are on meta
 
@@ -170,9 +172,21 @@ class Following:
         if not operator.is_view:
             made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             operation.cost = cost(operator, args, output, on_card=self.on_card)
+            made.append(self._workspace(operation.name, args))
             for tensor in made:
                 self.see(tensor)
         self.operations.append(operation)
+
+    def _workspace(self, name: str, args: tuple[Any, ...]) -> Tensor:
+        """Return a tensor as large as what the operator has beside its arguments and results."""
+        size, device = 0, torch.device("cuda" if self.on_card else "cpu")
+        if name == "peftcore::linear_cross_entropy":
+            hidden, weight, packing = args[:3]
+            classes = checked(weight, packing, name).shape[0]
+            size = workspace(hidden, weight, packing, classes, device)
+        elif name == "peftcore::linear_cross_entropy_weight":
+            size = workspace_of_weight(args[0], args[1].shape[0], device)
+        return torch.empty(size, dtype=torch.uint8, device="meta")
 
 
 @contextmanager

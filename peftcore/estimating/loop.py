@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from peftcore import ops
 from peftcore.adaptation.base_modules import base_modules, original_forward
 from peftcore.architecture import text_config
 from peftcore.engine import after_step, extra_loss, state_of
+from peftcore.engine.loss_without_logits import switch_on
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import LARGEST_INDEX, Following, NotFollowed
-from peftcore.estimating.lazy_loss import lazily
 from peftcore.estimating.losses import VECTORS, Own, loss_of, rows_of, tiles_in_place
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
 from peftcore.estimating.processes import GRADIENTS, STATE, Alone, Replicas, Shards
@@ -148,8 +148,10 @@ def is_paged(optimizer: str) -> bool:
 def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool) -> None:
     """Follow one step of the stand-in after the first, so that the optimizer has its state."""
     inputs = make_inputs(model, rows_of(step.loss, step.batch_size), step.length, step.loss, step.example)
-    lazy = step.lazy_logits and step.loss is None and not step.is_sharded
-    loss = lazily(model, on_card) if lazy else loss_of(model, step.loss)
+    if step.without_logits and step.loss is None and not step.is_sharded:
+        with suppress(PeftcoreError):  # such a model computes its logits
+            switch_on(model)
+    loss = loss_of(model, step.loss)
     processes = _processes_of(model, step, on_card=on_card)
     if loss.reference is not None and step.is_sharded:
         raise NotFollowed(

@@ -18,7 +18,7 @@ from peftcore import ranks
 from peftcore.architecture import text_config
 from peftcore.engine import activate, apply, apply_to_fill, state_of, takes_batches
 from peftcore.engine.fusing import fuse, fused_modules, recomputes
-from peftcore.engine.lazy_head import has_lazy_logits
+from peftcore.engine.loss_without_logits import is_without_logits
 from peftcore.engine.summary import Summary, summary
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.checkpointing import checkpoint
@@ -237,13 +237,13 @@ def step_of(step: Step | None, options: dict[str, Any]) -> Step:
 
 
 def _as_model(step: Step, model: Any, on_card: bool) -> Step:
-    """Return the step with lazy logits and fused operators if the model has them; cards have no fused ones."""
+    """Return the step without logits and with fused operators if the model is so; cards have no fused ones."""
     there = isinstance(model, nn.Module)
-    lazy = step.lazy_logits or (there and has_lazy_logits(model))
+    without = step.without_logits or (there and is_without_logits(model))
     already = there and bool(fused_modules(model))
     return replace(
         step,
-        lazy_logits=lazy,
+        without_logits=without,
         fused=(step.fused or already) and not on_card,
         recompute=recomputes(model) if already else step.recompute,
     )

@@ -41,8 +41,8 @@ class Step:
             loss.
         example: Inputs of one example as the model's processor makes them, `input_ids` [1, length] with pixels or
             features, whose shapes are followed; a batch repeats it, and `length` is its number of tokens. None: texts.
-        lazy_logits: Whether the model's own loss is computed without logits (`peftcore.lazy_logits`). A model whose
-            logits are lazy is followed so in any case.
+        without_logits: Whether the model's own loss is computed without logits (`peftcore.loss_without_logits`). A
+            model whose loss is computed so is followed so in any case.
         fused: Whether norms, gates, activations, dropout and attention are one operator each (`peftcore.fuse`). A fused
             model is followed so in any case. On a card, where the model's own forward computes them, nothing changes.
         recompute: `auto` or `none`, as in `peftcore.fuse`.
@@ -66,7 +66,7 @@ class Step:
     mixed_precision: str | None = None
     loss: str | None = None
     example: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
-    lazy_logits: bool = False
+    without_logits: bool = False
     fused: bool = False
     recompute: str = "auto"
     ranks: int = 1
@@ -149,8 +149,8 @@ class Step:
             parts.append(f"{self.per_sample} adapters by sample")
         if self.loss is not None:
             parts.append(self.loss)
-        if self.lazy_logits:
-            parts.append("lazy logits")
+        if self.without_logits:
+            parts.append("without logits")
         if self.fused:
             parts.append("fused operators" if self.recompute == "auto" else "fused operators without recomputation")
         if self.mixed_precision is not None:

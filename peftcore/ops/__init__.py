@@ -13,11 +13,6 @@ from peftcore.ops.dense_linear import WIDENED as WIDENED, dense_linear as dense_
 from peftcore.ops.dropout import dropout as dropout, keep_mask as keep_mask
 from peftcore.ops.gated import gated as gated
 from peftcore.ops.grouped import grouped_linear as grouped_linear, grouped_lora_linear as grouped_lora_linear
-from peftcore.ops.head_cross_entropy import (
-    HeadFunction as HeadFunction,
-    head_cross_entropy as head_cross_entropy,
-    head_log_probs as head_log_probs,
-)
 from peftcore.ops.linear_4bit import free_workspace as free_workspace, linear_4bit as linear_4bit
 from peftcore.ops.linear_cross_entropy import (
     linear_cross_entropy as linear_cross_entropy,

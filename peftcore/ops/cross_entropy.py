@@ -311,8 +311,8 @@ def _by_pytorch(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Return the cross-entropy of each row, as `F.cross_entropy(logits.float(), labels, reduction="none")`.
 
-    No fp32 copy of all logits is made, here or in the backward pass. Compiled code and tensors of other classes (lazy
-    logits, DTensor) take PyTorch's function.
+    No fp32 copy of all logits is made, here or in the backward pass. Compiled code and tensors of other classes
+    (DTensor) take PyTorch's function.
 
     Args:
         logits: fp32, fp16, bf16 or float64 `[..., classes]`.

@@ -27,6 +27,8 @@ from torch.nn import functional as F
 from peftcore.ops._library import define_by
 from peftcore.ops.calling import frozen_operands, transformed
 from peftcore.ops.cross_entropy import (
+    BLOCK_CLASSES,
+    BLOCK_ROWS,
     Settings,
     capped,
     capturing,
@@ -53,6 +55,25 @@ def rows_in_piece(classes: int, dtype: torch.dtype, device: torch.device) -> int
     """Return how many rows of logits are computed at once."""
     limit = PIECE_BYTES.get(device.type, PIECE_BYTES["cuda"])
     return max(_LEAST_ROWS, limit // max(1, classes * dtype.itemsize) // _ROW_GRAIN * _ROW_GRAIN)
+
+
+def workspace(x: Tensor, weight: Sequence[Tensor], packing: Sequence[int], classes: int, device: torch.device) -> int:
+    """Return the bytes of logits that `linear_cross_entropy` has at once on a device, for tensors of these shapes."""
+    if not packing and has_blocks(x.dtype, device):
+        return min(len(x), BLOCK_ROWS) * (min(classes, BLOCK_CLASSES) * x.dtype.itemsize + 4 * x.shape[1])
+    return min(len(x), rows_in_piece(classes, x.dtype, device)) * classes * x.dtype.itemsize
+
+
+def workspace_of_weight(x: Tensor, classes: int, device: torch.device) -> int:
+    """Return the bytes of logits that `linear_cross_entropy_weight` has at once on a device."""
+    wide_and_rounded = 4 + (2 * x.dtype.itemsize if x.dtype.itemsize < 4 else 0)
+    return len(x) * min(classes, classes_in_piece(len(x), 4, device)) * wide_and_rounded
+
+
+def classes_in_piece(rows: int, itemsize: int, device: torch.device) -> int:
+    """Return for how many classes the gradient of a head's weight is computed at once."""
+    limit = PIECE_BYTES.get(device.type, PIECE_BYTES["cuda"])
+    return max(_ROW_GRAIN, limit // max(1, rows * itemsize))
 
 
 class _Head:
@@ -164,8 +185,7 @@ class LinearCrossEntropyWeight:
         x, labels, lse = x[kept], self.labels[kept].clamp(0, classes - 1), self.lse[kept]
         coefficients = self.coefficients[kept]
         of_softmax, of_label = factors(lse, labels, self.class_weight, self.numbers, classes)
-        limit = PIECE_BYTES.get(x.device.type, PIECE_BYTES["cuda"])
-        size = max(_ROW_GRAIN, limit // max(1, len(kept) * dtype.itemsize))
+        size = classes_in_piece(len(kept), dtype.itemsize, x.device)
         for first in range(0, classes, size):
             columns = slice(first, min(first + size, classes))
             bias = None if self.bias is None else self.bias[columns]

@@ -33,12 +33,6 @@ def test_a_run_that_samples_answers_resumes_on_as_many_ranks(tmp_path: Path) -> 
         for_these_ranks(tmp_path, replace(one, ranks=2))
 
 
-def test_a_run_with_flags_that_have_become_choices_resumes(tmp_path: Path) -> None:
-    for flag, choice in ((True, "on"), (False, "off")):
-        written(tmp_path, fuse=flag, lazy_logits=flag)
-        prepare_folder(tmp_path, replace(SETTINGS, fuse=choice, lazy_logits=choice), resume=True, overwrite=False)
-
-
 def test_a_choice_that_is_none() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="--fuse must be one of auto, on, off, found 'yes'"):
         replace(SETTINGS, fuse="yes")

@@ -1,4 +1,4 @@
-"""Fused operators and lazy logits in the model classes of transformers: results are those of the model without them."""
+"""Fused operators and the loss without logits in transformers' model classes: results are those without them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine.fusing import fused_modules
-from peftcore.engine.lazy_tensor import LazyLogits
 
 ROUNDING = 3e-5  # of the largest value, in fp32
-FUSED, LAZY = 300, 150  # classes that are compared, at least; transformers has more than 400 model types
+FUSED, WITHOUT_LOGITS = 300, 120  # classes that are compared, at least; transformers has more than 400 model types
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:
@@ -95,13 +94,12 @@ def test_outputs_and_gradients_of_a_class_of_each_model_type() -> None:
     assert len(found) > FUSED
 
 
-def _step(model: Any, values: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], type]:
-    """Return the loss and the gradients of a step in training mode, and the class of its logits."""
+def _step(model: Any, values: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss and the gradients of a step in training mode."""
     model = copy.deepcopy(model).train()
-    output = model(**copy.deepcopy(values))
-    output.loss.backward()
-    slopes = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.numel()}
-    return output.loss.detach(), slopes, type(output.logits)
+    loss = model(**copy.deepcopy(values)).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.numel()}
 
 
 def _language_model(name: str) -> tuple[nn.Module, dict[str, Any], Tensor, dict[str, Tensor]] | None:
@@ -109,29 +107,32 @@ def _language_model(name: str) -> tuple[nn.Module, dict[str, Any], Tensor, dict[
     try:
         model = _without_dropout(instances.build(name))
         values = inputs(name, model)
-        labels = values.get("labels", values.get("decoder_input_ids", values["input_ids"])).clone()
+        labels = values["input_ids"].clone()
         labels.view(-1)[:2] = -100
         values["labels"] = labels
-        peftcore.lazy_logits(copy.deepcopy(model))
-        loss, slopes, _ = _step(model, values)
+        peftcore.loss_without_logits(model)
+        peftcore.loss_without_logits(model, enabled=False)
+        loss, slopes = _step(model, values)
         there = bool(loss.isfinite()) and _difference(_step(model, values)[1], slopes) < 1e-6
-    except Exception:  # whatever a class raises that has not what it needs; or its head is refused
+    except Exception:  # whatever a class raises that has not what it needs; or it is refused
         return None
     return (model, values, loss, slopes) if there else None
 
 
 @pytest.mark.nightly
-def test_steps_with_lazy_logits_of_each_language_model() -> None:
+def test_steps_without_logits_of_each_language_model() -> None:
     wrong, count = list[str](), 0
-    names = [name for name in instances.classes() if name.endswith(("CausalLM", "ConditionalGeneration", "MaskedLM"))]
+    names = [
+        name for name in instances.classes() if name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
+    ]
     for name in names:
         found = _language_model(name)
         if found is None:
             continue
+        count += 1
         model, values, wanted, slopes = found
-        loss, others, logits = _step(peftcore.lazy_logits(copy.deepcopy(model)), values)
-        count += logits is LazyLogits
+        loss, others = _step(peftcore.loss_without_logits(copy.deepcopy(model)), values)
         if (loss - wanted).abs() > ROUNDING * wanted.abs().clamp(min=1) or _difference(others, slopes) > ROUNDING:
             wrong.append(name)
     assert not wrong
-    assert count > LAZY
+    assert count > WITHOUT_LOGITS

@@ -150,11 +150,11 @@ def test_models_of_other_tasks(case: str, fused: bool) -> None:
     assert peftcore.estimate(model, **RUN).parts == found.parts  # which is fused itself
 
 
-def test_lazy_logits_and_fused_operators_of_a_model_are_seen() -> None:
-    model = peftcore.lazy_logits(peftcore.fuse(of("lora")))
-    wanted = peftcore.estimate(CONFIG, "lora", lazy_logits=True, fused=True, **RUN)
+def test_a_loss_without_logits_and_fused_operators_of_a_model_are_seen() -> None:
+    model = peftcore.loss_without_logits(peftcore.fuse(of("lora")))
+    wanted = peftcore.estimate(CONFIG, "lora", without_logits=True, fused=True, **RUN)
     assert peftcore.estimate(model, **RUN).parts == wanted.parts
-    peftcore.lazy_logits(peftcore.fuse(model, enabled=False), enabled=False)
+    peftcore.loss_without_logits(peftcore.fuse(model, enabled=False), enabled=False)
     assert peftcore.estimate(model, **RUN).parts == peftcore.estimate(CONFIG, "lora", **RUN).parts
 
 

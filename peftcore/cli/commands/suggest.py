@@ -42,7 +42,7 @@ def suggest(
     labels: Annotated[str | None, typer.Option(help="Labels of a classifier, separated by commas.")] = None,
     given: Annotated[
         RunOptions,
-        ("max_length", "dtype", "precision", "parallel", "lazy_logits", "fuse", "recompute", "trust_remote_code"),
+        ("max_length", "dtype", "precision", "parallel", "without_logits", "fuse", "recompute", "trust_remote_code"),
     ],
     ranks: options.Ranks = 1,
 ) -> None:
@@ -76,7 +76,7 @@ def suggest(
         r=rank or (16,),
         dtype=forecast.dtype_of_base(settings, names),
         length=forecast.tokens_of_step(given.max_length, task, config),
-        lazy_logits=forecast.is_lazy(settings),
+        without_logits=forecast.is_without_logits(settings),
         fused=forecast.is_fused(settings),
         recompute=given.recompute,
         **{**forecast.how(task, given.precision, given.parallel, ranks), **forecast.of_data(settings)},
@@ -86,7 +86,7 @@ def suggest(
     chosen = [*found.ways[0].options(), "--max-length", str(given.max_length)]
     as_what = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
     shown = {"task": asked, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
-    shown |= {"lazy-logits": given.lazy_logits, "fuse": given.fuse, "recompute": given.recompute}
+    shown |= {"without-logits": given.without_logits, "fuse": given.fuse, "recompute": given.recompute}
     for name, value in shown.items():
         if value not in (None, "auto"):
             chosen += [f"--{name}", value]

@@ -276,7 +276,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s" if result.tokens_per_second else examples),
         *((f"peak {name}", gigabytes(count)) for name, count in result.peak.items()),
         *_predicted(result),
-        *([("loss", "without the logits of a batch")] if result.summary.lazy_logits else []),
+        *([("loss", "without the logits of a batch")] if result.summary.without_logits else []),
         *([("fused", counted(result.summary.fused))] if result.summary.fused else []),
     ]
 

@@ -33,7 +33,7 @@ from peftcore.cli.tasks.encoded_examples import Encoded, Example, batches_of, in
 from peftcore.cli.tasks.evaluation_mode import evaluating
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.tasks.text_generation import first_token
-from peftcore.engine.lazy_head import lazily_evaluated
+from peftcore.engine.loss_without_logits import evaluated_without_logits
 from peftcore.errors import PeftcoreError
 
 
@@ -183,7 +183,7 @@ def measure(
     first = 0 if is_encoder_decoder(model) else 1  # a causal model has no answer for the first token
     loss, count = 0.0, 0
     answers, labels = [], []
-    with evaluating(model), lazily_evaluated(model) if is_writer else contextlib.nullcontext():
+    with evaluating(model), evaluated_without_logits(model) if is_writer else contextlib.nullcontext():
         for some in batches_of(examples, batch_size, tokens):
             inputs = in_dtype({name: t.to(device) for name, t in batch(some).items()}, model)
             output = model(**inputs)

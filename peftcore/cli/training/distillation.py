@@ -41,8 +41,8 @@ def checked(given: RunOptions, task: str) -> str:
         raise PeftcoreError(f"--teacher is for causal-lm, found task {task}. Leave it out")
     if not 0 < given.teacher_weight <= 1:
         raise PeftcoreError(f"--teacher-weight must be above 0 and at most 1, found {given.teacher_weight:g}")
-    if given.lazy_logits == "on":
-        raise PeftcoreError("--teacher compares logits, which --lazy-logits on does not compute. Leave one out")
+    if given.without_logits == "on":
+        raise PeftcoreError("--teacher compares logits, which --without-logits on does not compute. Leave one out")
     folder = Path(os.path.expanduser(teacher))
     if not (folder / "config.json").exists() and (adapter_folder(folder) / "adapter_config.json").exists():
         raise PeftcoreError(

@@ -139,10 +139,10 @@ def of_data(settings: Settings) -> dict[str, Any]:
     return of_examples(task, encoded.examples, processor)
 
 
-def is_lazy(settings: Settings) -> bool:
+def is_without_logits(settings: Settings) -> bool:
     """Return whether `train` is expected to compute the loss without logits."""
     fits = settings.task == task_names.LANGUAGE_MODEL and settings.parallel is None
-    return settings.lazy_logits == "on" or (settings.lazy_logits == "auto" and fits)
+    return settings.without_logits == "on" or (settings.without_logits == "auto" and fits)
 
 
 def is_fused(settings: Settings) -> bool:
@@ -216,7 +216,7 @@ def _estimate(
             optimizer=settings.optim,
             gradient_checkpointing=settings.gradient_checkpointing,
             gradient_accumulation=min(2, settings.grad_accum),  # the second step takes what later steps take
-            lazy_logits=is_lazy(settings),
+            without_logits=is_without_logits(settings),
             fused=is_fused(settings),
             recompute=settings.recompute,
             **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **shapes},
@@ -308,7 +308,7 @@ def _fitted(settings: Settings) -> Settings:
     config = models.load_config(settings.model, settings.task)
     step = peftcore.Step(
         length=tokens_of_step(settings.max_length, settings.task, config),
-        lazy_logits=is_lazy(settings),
+        without_logits=is_without_logits(settings),
         fused=is_fused(settings),
         recompute=settings.recompute,
         **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **of_data(settings)},

@@ -1,4 +1,4 @@
-"""Options that make a run's steps lighter: fused operators, and lazy logits, which are probed on a few rows."""
+"""What makes a run's steps lighter: fused operators, and the loss without logits, which is checked on a few rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from peftcore.cli.settings import Settings
 from peftcore.cli.tasks import by_task, encoded_examples
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.engine.fusing import fused_modules
-from peftcore.engine.lazy_probe import why_not_lazy
 from peftcore.engine.summary import counted
+from peftcore.errors import PeftcoreError
 
 _ROWS, _TOKENS = 2, 64  # of a probe
 
@@ -29,23 +29,26 @@ def fuse(model: PreTrainedModel, settings: Settings) -> None:
             say(f"{counted(kinds)} by one operator each (--fuse auto)")
 
 
-def use_lazy_logits(
+def use_loss_without_logits(
     model: PreTrainedModel, settings: Settings, rows: list[Example], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Switch lazy logits on, as `settings` say: with `auto` if the loss of a few rows is the same with them."""
-    if settings.lazy_logits == "on":
-        peftcore.lazy_logits(model)
-    if settings.lazy_logits != "auto" or settings.task != task_names.LANGUAGE_MODEL or settings.parallel:
+    """Compute the loss without logits, as `settings` say: with `auto` if that of a few rows is the same.
+
+    Raises:
+        PeftcoreError: it is `on`, and the loss needs the logits.
+    """
+    may = settings.task == task_names.LANGUAGE_MODEL and not settings.parallel
+    if settings.without_logits == "off" or (settings.without_logits == "auto" and (not may or settings.teacher)):
         return
-    if settings.teacher:  # whose loss needs logits
-        return
-    with precision.autocast(settings.precision, model.device.type):
-        why = why_not_lazy(model, _few(model, rows, tokenizer))
-    if why is None:
-        peftcore.lazy_logits(model)
-        say("the loss is computed without the logits of a batch (--lazy-logits auto)")
+    try:
+        with precision.autocast(settings.precision, model.device.type):
+            peftcore.loss_without_logits(model, _few(model, rows, tokenizer))
+    except PeftcoreError as error:
+        if settings.without_logits == "on":
+            raise
+        say(f"logits are computed in full: {error}")
     else:
-        say(f"logits are computed in full: {why}")
+        say(f"the loss is computed without the logits of a batch (--without-logits {settings.without_logits})")
 
 
 def _few(model: PreTrainedModel, rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

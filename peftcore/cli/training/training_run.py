@@ -58,7 +58,7 @@ from peftcore.cli.training.sampler import LengthGroupedSampler
 from peftcore.cli.training.training_data import Examples
 from peftcore.engine import takes_batches
 from peftcore.engine.fusing import fused_modules
-from peftcore.engine.lazy_head import has_lazy_logits
+from peftcore.engine.loss_without_logits import is_without_logits
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.trainer import latest_checkpoint
 from peftcore.merging.merged_layers import mergeable
@@ -126,8 +126,8 @@ def run(
     light_step.fuse(model, settings)
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
-    light_step.use_lazy_logits(model, settings, examples.rows, inputs.tokenizer)
-    summary = replace(summary, fused=fused_modules(model), lazy_logits=has_lazy_logits(model))
+    light_step.use_loss_without_logits(model, settings, examples.rows, inputs.tokenizer)
+    summary = replace(summary, fused=fused_modules(model), without_logits=is_without_logits(model))
     meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
     keeper, made_for = best_checkpoint.of_run(settings), _task_of(settings, inputs, quantization)
     trainer = _trainer(

@@ -125,7 +125,7 @@ def test_losses_are_those_of_transformers_trainer_and_resume_is_exact(
 
     common = ("train", "--model", llama, "--data", shards, "--method", "lora", "--set", "r=4", "--device", "cpu")
     common += ("--streaming", "--holdout", 2, "--batch-size", 4, "--lr", "1e-2", "--steps", 5, "--save-every", 2)
-    run(*common, "--output", tmp_path / "whole", "--fuse", "off", "--lazy-logits", "off")
+    run(*common, "--output", tmp_path / "whole", "--fuse", "off", "--without-logits", "off")
     state = tmp_path / "whole" / "checkpoints" / "checkpoint-5" / "trainer_state.json"
     ours = [each["loss"] for each in json.loads(state.read_text())["log_history"] if "loss" in each]
 
@@ -168,7 +168,7 @@ def test_losses_are_those_of_transformers_trainer_and_resume_is_exact(
         return plain(self, arguments, state, control, **more)
 
     monkeypatch.setattr(progress.OrderlyStop, "on_step_end", stopping)
-    parts = (*common, "--output", tmp_path / "parts", "--fuse", "off", "--lazy-logits", "off")
+    parts = (*common, "--output", tmp_path / "parts", "--fuse", "off", "--without-logits", "off")
     run(*parts, code=130)
     run(*parts, "--resume")
     one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "parts"))

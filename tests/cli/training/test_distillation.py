@@ -148,7 +148,7 @@ def test_a_student_comes_closer_to_its_teacher(llama: Path, teacher: Path, rows:
     [
         (("--task", "dpo"), "--teacher is for causal-lm, found task dpo"),
         (("--teacher-weight", "1.5"), "above 0 and at most 1, found 1.5"),
-        (("--lazy-logits", "on"), "--teacher compares logits"),
+        (("--without-logits", "on"), "--teacher compares logits"),
     ],
 )
 def test_options_that_do_not_fit(

@@ -28,7 +28,7 @@ METHOD = ("--method", "lora", "--set", "r=4")
 
 def test_plan_says_what_a_step_takes(run: Run, llama: Path) -> None:
     here = run("plan", "-m", llama, *METHOD, "--batch-size", 2, "--max-length", 12).output
-    assert "a training step of LlamaForCausalLM, lora, batch 2 x 12, lazy logits, fused operators" in here
+    assert "a training step of LlamaForCausalLM, lora, batch 2 x 12, without logits, fused operators" in here
     assert "peak" in here and "GB on this machine" in here
     card = run("plan", "-m", llama, *METHOD, "--max-length", 12, "--device", "rtx4090").output
     assert "fits into 22.1 GB on rtx4090" in card
@@ -38,11 +38,11 @@ def test_plan_says_what_a_step_takes(run: Run, llama: Path) -> None:
 
 def test_plan_knows_the_options_of_a_light_step(run: Run, llama: Path) -> None:
     arguments = ("plan", "-m", llama, *METHOD, "--batch-size", 2, "--max-length", 12)
-    assert "batch 2 x 12\n" in run(*arguments, "--lazy-logits", "off", "--fuse", "off").output
-    assert "batch 2 x 12, fused operators\n" in run(*arguments, "--lazy-logits", "off").output
+    assert "batch 2 x 12\n" in run(*arguments, "--without-logits", "off", "--fuse", "off").output
+    assert "batch 2 x 12, fused operators\n" in run(*arguments, "--without-logits", "off").output
     assert "batch 2 x 12, fused operators\n" in run(*arguments, "--task", "tags", "--labels", "A,B").output
     card = run(*arguments, "--device", "h100").output
-    assert "batch 2 x 12, lazy logits\n" in card
+    assert "batch 2 x 12, without logits\n" in card
 
 
 def test_what_will_not_fit_is_refused_before_it_loads(

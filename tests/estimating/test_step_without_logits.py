@@ -1,4 +1,4 @@
-"""Predicted steps with lazy logits, compared with real ones."""
+"""Predicted steps whose loss is computed without logits, compared with real ones."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ STEP = {"batch_size": 4, "length": 64, "optimizer": "adamw_torch"}
     ids=["frozen", "bf16", "4 bits", "trained", "full"],
 )
 def test_is_what_a_step_takes(method: str | None, fields: dict[str, Any], dtype: torch.dtype) -> None:
-    found, without = (
-        peftcore.estimate(CONFIG, method, step=Step(**STEP, lazy_logits=lazy), dtype=dtype, **fields)
-        for lazy in (True, False)
+    found, with_logits = (
+        peftcore.estimate(CONFIG, method, step=Step(**STEP, without_logits=without), dtype=dtype, **fields)
+        for without in (True, False)
     )
-    model = peftcore.lazy_logits(real(CONFIG, method, Step(**STEP), dtype, **fields))
+    model = peftcore.loss_without_logits(real(CONFIG, method, Step(**STEP), dtype, **fields))
     most = allocated(model, Step(**STEP))
     assert predicted(found) == pytest.approx(most, rel=0.06)
-    assert predicted(found) < 0.8 * predicted(without)
-    assert "lazy logits" in found.title
+    assert predicted(found) < 0.8 * predicted(with_logits)
+    assert "without logits" in found.title
 
 
-def test_models_whose_logits_are_not_lazy() -> None:
+def test_models_that_need_their_logits() -> None:
     config = BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, num_hidden_layers=1)
     config.architectures = ["BertForSequenceClassification"]
-    found, without = (peftcore.estimate(config, "lora", **STEP, lazy_logits=lazy) for lazy in (True, False))
-    assert predicted(found) == predicted(without)
-    found, without = (
-        peftcore.estimate(CONFIG, "lora", target_modules=["lm_head"], **STEP, lazy_logits=lazy)
-        for lazy in (True, False)
+    found, plain = (peftcore.estimate(config, "lora", **STEP, without_logits=without) for without in (True, False))
+    assert predicted(found) == predicted(plain)
+    found, plain = (
+        peftcore.estimate(CONFIG, "lora", target_modules=["lm_head"], **STEP, without_logits=without)
+        for without in (True, False)
     )
-    assert predicted(found) == predicted(without)
+    assert predicted(found) == predicted(plain)
