@@ -297,6 +297,8 @@ def _rows(
     )
     labels = labels.reshape(-1)
     x, tensors, packing, bias = frozen_operands(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    if isinstance(weight, Tensor) and weight.requires_grad:  # this operator gives it a gradient
+        tensors = [weight.to(tensors[0].dtype)]
     dtype = wide(x)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
