@@ -6,10 +6,10 @@
 The model's shape with random weights, drawn and quantized one decoder layer after the other, so the dense model never
 exists. LoRA on every linear layer and, of less rank, on every expert, bf16, gradient checkpointing; embedding, output
 head, routers and norms stay dense in bf16. The loss is computed without logits (`--logits` makes them). The peak is
-that of the whole process, from its start, of which PyTorch, transformers and peftcore take "imports". What the step takes
-next to them, base and adapters is listed: gradients, the optimizer's state, and the rest, activations and temporary
-memory. With `--in-backward` a parameter is updated and its gradient freed as soon as the gradient is complete, so that
-there are never more than a layer's gradients.
+that of the whole process, from its start, of which PyTorch, transformers and peftcore take "imports". What the step
+takes next to them, base and adapters is listed: gradients, the optimizer's state, and the rest, activations and
+temporary memory. With `--in-backward` a parameter is updated and its gradient freed as soon as the gradient is
+complete, so that there are never more than a layer's gradients.
 
 gpt-oss in mxfp4 is as it is published: its experts are read from blocks (`from_blocks`), attention is dense in bf16.
 "file" is the size of all base tensors, which is that of the published files.
