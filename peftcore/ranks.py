@@ -273,6 +273,27 @@ def once(action: Callable[[], Any], *, together: bool) -> None:
             raise failure[0]
 
 
+@contextmanager
+def explaining_failure(what: str) -> Iterator[None]:
+    """Say what has failed, and what to do, where communication fails inside the block.
+
+    Args:
+        what: what has failed then, as a sentence without its full stop.
+
+    Raises:
+        PeftcoreError: communication has failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # of gloo and NCCL
+        if count() == 1 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise PeftcoreError(
+            f"{what}: {error}. If another rank has ended, read its output, and start the run again from its last "
+            "checkpoint"
+        ) from error
+
+
 def of_first(value: T) -> T:
     """Rank 0's value, which can be pickled. Collective."""
     if count() == 1:

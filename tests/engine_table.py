@@ -53,7 +53,7 @@ def as_text(found: Found) -> str:
     """A difference with one digit; the key of an error's sentence; `named` for an error that names the lost rank."""
     if not isinstance(found, str):
         return f"{found:.0e}" if found else "0"
-    if "not answered for" in found:
+    if "If another rank has ended" in found:
         return NAMED
     keys = [key for key, part in SENTENCES.items() if part in found]
     assert len(keys) == 1 or found == SAVED, f"no sentence of `SENTENCES` is in: {found}"

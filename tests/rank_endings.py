@@ -15,7 +15,6 @@ from torch import distributed, nn
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_parameters
-from peftcore.files import lost_ranks
 
 
 def saving(pipe: Any, folder: str) -> None:
@@ -38,7 +37,6 @@ def saving_with_a_dying_rank(folder: str, bases: str | None) -> str:
     """Save twice; rank 1 dies in the second call, when it waits for rank 0 to write. On what tells it."""
     import rank_bases
 
-    lost_ranks.WAIT = 0.3
     found = model() if bases is None else rank_bases.base(bases, "llama", tp_size=2)
     peftcore.apply(found, "lora", r=2)
     if bases is None:

@@ -23,7 +23,6 @@ from torch import Tensor, distributed, nn
 
 import peftcore
 from peftcore import ranks
-from peftcore.files import lost_ranks
 
 OF_METHODS = ("lora", "qlora", "dora", "ia3", "adapter", "prefix-tuning", "bitfit", "lora, experts in 4 bits")
 METHODS = dict(zip(NAMES, OF_METHODS, strict=True))
@@ -222,7 +221,7 @@ def killed_by(savers: dict[str, Callable[[str], object]], folder: str) -> dict[s
     for name, save in savers.items():
         save(f"{folder}/{name}")
     distributed.barrier()
-    before, lost_ranks.WAIT = written(), 0.5
+    before = written()
     if ranks.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     found = {}

@@ -20,7 +20,6 @@ from torch import distributed
 
 import peftcore
 from peftcore import ranks
-from peftcore.files import lost_ranks
 
 MOMENTS = ("in a step", "in save")
 
@@ -37,7 +36,7 @@ def pair(folder: str, name: str, moment: str, rank: int) -> None:
     """Train and save, go on, and write down what is raised when rank 1 is killed."""
     here = f"{folder}/{name}, {moment}"
     distributed.init_process_group("gloo", init_method=f"file://{here}.store", rank=rank, world_size=2)
-    spread, lost_ranks.WAIT = Run(way_of(name), folder, name), 0.3
+    spread = Run(way_of(name), folder, name)
     saved = []
     for number in range(2):
         if number and moment == "in a step":

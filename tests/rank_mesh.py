@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import ranks
-from peftcore.files import lost_ranks
 from peftcore.testing import disturb
 
 WAYS = ("tp_plan", "parallelize_module", "FSDP2 and tp_plan", "expert parallel", "pipeline", "parts of sequences")
@@ -205,7 +204,6 @@ def killed(way: str, folder: str) -> dict[str, str]:
             runs[name] = Run(way, folder, name)
         except peftcore.PeftcoreError as error:
             found[name] = str(error)
-    lost_ranks.WAIT = 0.5
     if ranks.rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     for name, spread in runs.items():

@@ -20,7 +20,7 @@ ORDER = [
         "ops",
     },
     {"architecture", "exporter", "extensions", "finished_call", "hookspecs"},
-    {"validation", "ranks", "method", "files.safe_reading", "files.folder", "files.atomic_writing", "optim", "experts"},
+    {"validation", "ranks", "method", "files.safe_reading", "files.folder", "optim", "experts"},
     {"plugin_checks", "sharded_terms"},
     {"plugin_discovery"},
     {"plugin_errors"},

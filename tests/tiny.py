@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,18 @@ from peftcore.registry import registry
 from peftcore.testing import tiny_llama
 
 TOKENS = torch.tensor([[5, 17, 3, 60, 41, 22, 9], [8, 4, 77, 31, 2, 50, 63]])
+
+
+def without_hash(folder: Path) -> None:
+    """Make an adapter folder one of another library: nothing says which config belongs to the tensors."""
+    for file in folder.rglob("adapter_model.safetensors"):
+        content = file.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        header.get("__metadata__", {}).pop("peftcore_config_hash", None)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
 
 
 def observed(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

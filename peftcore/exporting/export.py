@@ -17,7 +17,7 @@ from peftcore.errors import PeftcoreError, nearest
 from peftcore.exporter import Exporter, NoOptions
 from peftcore.exporting.onnx import ONNX
 from peftcore.exporting.serving import VLLM
-from peftcore.files.atomic_writing import made
+from peftcore.files.folder import made
 from peftcore.files.saving import save
 from peftcore.hookspecs import hookimpl
 from peftcore.plugin_discovery import Plugin

@@ -20,8 +20,7 @@ from peftcore.composing import low_rank
 from peftcore.errors import PeftcoreError
 from peftcore.exporter import Exporter, NoOptions
 from peftcore.exporting.one_product import adapter_products, padded
-from peftcore.files.atomic_writing import Content, write_adapters
-from peftcore.files.folder import read_tensors
+from peftcore.files.folder import Content, Folder, read_tensors
 from peftcore.files.reading import fields_of_folder
 from peftcore.files.saving import save
 from peftcore.registry import registry
@@ -46,7 +45,7 @@ def write(model: nn.Module, folder: Path, adapter: str, _options: NoOptions) -> 
     tensors: dict[str, Tensor] = {}
     for path, product in found.items():
         tensors.update(_tensors(model, adapter, path, padded(product, rank, scale)))
-    write_adapters(folder, {"": Content(_fields(model, found, rank, scale), tensors, {"format": "pt"})})
+    Folder(folder).write({"": Content(_fields(model, found, rank, scale), tensors, {})})
 
 
 def commands(folder: Path, base: str, _part: str = "adapter") -> list[str]:

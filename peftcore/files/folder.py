@@ -1,25 +1,35 @@
-"""Reading of a folder as one save left it, while other processes may save there at the same time.
+"""An adapter folder, read and written by one class while other processes may save to it.
 
-The manifest has the hash of every file. By its hash a file is recognised that was not renamed into place yet, or was
-replaced since: all that is read is of one save, or is read again. Without a manifest, reading is repeated if one
-appears meanwhile.
+    adapter_config.json, adapter_model.safetensors              an adapter
+    NAME/adapter_config.json, NAME/adapter_model.safetensors    further ones of the same save
+    README.md                                                   the model card
+
+A save writes every file under a temporary name, and then renames them, the tensors first: once those are in place, the
+save is done. The tensors' metadata have the hash of the config that belongs to them, and, of several adapters, the
+save's id, by which the other files are found under their temporary names until they are renamed as well. So a process
+that is killed at any point leaves all that was there before or all that is new. A reader that finds files of two saves
+reads again. Folders that other libraries wrote have no hash, and are read as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+from safetensors.torch import save as serialized
 from torch import Tensor
 
-from peftcore.errors import CheckpointError, nearest
+from peftcore.errors import CheckpointError, PeftcoreError, nearest
 from peftcore.files.safe_reading import (
     CONFIG,
     JSON_BYTES,
@@ -29,147 +39,78 @@ from peftcore.files.safe_reading import (
     parse_tensors,
     read_bytes,
     read_header,
+    require_regular,
 )
 
-MANIFEST = "peftcore_manifest.json"
-CONFIG_HASH = "peftcore_config_sha256"  # in the metadata of tensors that had no manifest yet
-_VERSION = 1
+CARD = "README.md"
+LOCK = ".peftcore.lock"  # there while a save runs
+CONFIG_HASH = "peftcore_config_hash"  # in the tensors' metadata: hash of the config that belongs to them
+SAVE = "peftcore_save"  # in the tensors' metadata: id of a save of several adapters
+PATIENCE = 120.0  # seconds to wait for other processes that save to the same folder
+_LOOKS, _PAUSE = 10, 0.1  # how often files of two saves are read again, and seconds between
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-PATIENCE = 60  # seconds for which other processes may save again and again before a reader gives up
+# Fields that may be edited by hand: they do not change what the tensors mean.
+_EDITABLE = ("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode")
 
 T = TypeVar("T")
 
 
+class TwoSavesError(CheckpointError):
+    """Files of a folder are from two saves; while another process saves, the next look finds those of one."""
+
+
 @dataclass(frozen=True)
-class Manifest:
-    """The files of one save.
+class Content:
+    """One adapter as it is written.
 
     Args:
-        token: part of the temporary names of this save's files, which they may have until the save is done.
-        files: {path relative to the folder: sha256}.
+        fields: fields of its `adapter_config.json`.
+        tensors: its tensors by their names on disk, contiguous and on the CPU.
+        metadata: metadata of the tensors' file.
     """
 
-    @classmethod
-    def of(cls, files: dict[str, str]) -> Manifest:
-        """Return the manifest of `files`, equal for equal files: the token is made from their hashes."""
-        return cls(sha256(json.dumps(files, sort_keys=True).encode())[:16], files)
-
-    token: str
-    files: dict[str, str]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the content of the manifest's file."""
-        return {"version": _VERSION, "save": self.token, "sha256": self.files}
-
-    def temporary(self, file: Path) -> Path:
-        """Return the name of `file` until it replaces the old one."""
-        return temporary_name(file, self.token)
-
-
-def temporary_name(file: Path, token: str) -> Path:
-    """Return the name under which `file` is written, unique by a token of 16 hexadecimal digits."""
-    return file.with_name(f".{file.name}.{token}.tmp")
-
-
-def read_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest in `folder` itself, or None.
-
-    Raises:
-        CheckpointError: the manifest cannot be read.
-    """
-    file = folder / MANIFEST
-    try:
-        manifest = parse_json(read_bytes(file, JSON_BYTES), file)
-    except FileNotFoundError:
-        return None
-    if isinstance(manifest, dict) and isinstance(manifest.get("version"), int) and manifest["version"] > _VERSION:
-        raise CheckpointError(
-            f"'{file}' was written by a newer peftcore (version {manifest['version']}). Upgrade peftcore"
-        )
-    token, files = (manifest.get("save"), manifest.get("sha256")) if isinstance(manifest, dict) else (None, None)
-    if (
-        not (isinstance(token, str) and re.fullmatch("[0-9a-f]{16}", token))
-        or not isinstance(files, dict)
-        or not all(_names_a_file(name) for name in files)
-        or not all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in files.values())
-    ):
-        raise CheckpointError(f"'{file}' is not a manifest. Copy the folder again, or save the adapter again")
-    return Manifest(token, files)
-
-
-def _names_a_file(name: str) -> bool:
-    *inside, last = name.split("/")
-    return last in (CONFIG, TENSORS) and len(inside) <= 1 and not set(inside) & {"", ".", ".."} and "\\" not in name
-
-
-def root_of(folder: Path) -> tuple[Path, str, Manifest | None]:
-    """Return (root, prefix of the folder's files in the manifest, manifest) of the save that `folder` belongs to.
-
-    The root of adapters that were saved together is the folder above. A damaged manifest there is ignored unless it
-    names `folder`: the folder above may be anyone's.
-    """
-    here = Path(os.path.realpath(folder))
-    try:
-        above = read_manifest(here.parent)
-    except CheckpointError:
-        if os.path.lexists(here / MANIFEST) or not _may_name(here.parent / MANIFEST, here.name):
-            return folder, "", read_manifest(folder)
-        raise
-    if above is not None and any(name.startswith(f"{here.name}/") for name in above.files):
-        return folder.parent if folder.name == here.name else here.parent, f"{here.name}/", above
-    return folder, "", read_manifest(folder)
-
-
-def _may_name(file: Path, folder: str) -> bool:
-    """Return whether a file that cannot be read as a manifest contains the name of a folder."""
-    try:
-        return json.dumps(f"{folder}/")[1:-1].encode() in read_bytes(file, JSON_BYTES)
-    except (CheckpointError, FileNotFoundError):
-        return False
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Folder:
-    """An adapter folder, as it was when it was opened. Each file is read and parsed once.
+    """An adapter folder. Each file is read and parsed once.
 
     Args:
         path: path of the folder.
-        prefix: prefix of the folder's files in the manifest.
-        manifest: the manifest of the save, or None.
-        read: {path relative to the root: content}.
         only: name of the single file in the folder that is meant, or None.
-        parsed: {path relative to the root: value of a JSON file, or (tensors, metadata)}.
+        save: id of the save of several adapters to which the folder must belong, or None.
+        read: {path: content} of the files that were read.
+        parsed: {path: value of a JSON file, or (tensors, metadata)}.
     """
 
     path: Path
-    prefix: str
-    manifest: Manifest | None
-    read: dict[str, bytearray] = field(default_factory=dict)
     only: str | None = None
-    parsed: dict[str, Any] = field(default_factory=dict)
+    save: str | None = None
+    read: dict[Path, bytearray] = field(default_factory=dict)
+    parsed: dict[Path, Any] = field(default_factory=dict)
 
     @classmethod
     def opened(cls, path: Path) -> Folder:
         """Open a folder, or a single file.
 
         Raises:
-            CheckpointError: there is neither, or the manifest cannot be read.
+            CheckpointError: there is neither.
         """
-        if not os.path.isdir(path):
-            if os.path.lexists(path):
-                return cls(path.parent, "", None, only=path.name)
-            raise CheckpointError(f"the folder '{path}' does not exist. {_instead_of(path)}")
-        _, prefix, manifest = root_of(path)
-        return cls(path, prefix, manifest)
+        if os.path.isdir(path):
+            return cls(path)
+        if os.path.lexists(path):
+            return cls(path.parent, path.name)
+        raise CheckpointError(f"the folder '{path}' does not exist. {_instead_of(path)}")
 
-    def inside(self, name: str) -> Folder:
-        """Return a subfolder of the same save."""
-        return Folder(self.path / name, f"{self.prefix}{name}/", self.manifest, self.read, parsed=self.parsed)
+    def inside(self, name: str, save: str | None = None) -> Folder:
+        """Return a subfolder, of the save `save` if that is given."""
+        return Folder(self.path / name, None, save, self.read, self.parsed)
 
     def folders(self) -> list[str]:
-        """Return the names of subfolders that may contain adapters."""
-        if self.manifest is not None and not self.prefix:
-            return sorted({name.partition("/")[0] for name in self.manifest.files if "/" in name})
+        """Return the names of subfolders."""
         return [name for name in self.listed() if os.path.isdir(self.path / name)]
 
     def listed(self) -> list[str]:
@@ -186,41 +127,37 @@ class Folder:
             raise CheckpointError(f"'{self.path}' cannot be listed: {error.strerror}") from error
 
     def has(self, name: str) -> bool:
-        """Return whether the file belongs to the save."""
+        """Return whether the folder contains the file."""
         if self.only is not None:
             return name == self.only
-        if self.manifest is not None and name in (CONFIG, TENSORS):
-            return self.prefix + name in self.manifest.files
-        return os.path.exists(self.path / name)
+        return os.path.exists(self.path / name) or (name == TENSORS and os.path.exists(self._tensors_file()))
 
     def content(self, name: str, limit: int | None = None) -> bytearray:
-        """Return a file's bytes.
+        """Return a file's bytes; of `adapter_config.json` those that belong to the tensors.
 
         Raises:
             FileNotFoundError: the file does not exist.
-            CheckpointError: it cannot be read, or is not what was saved.
+            CheckpointError: it cannot be read, or is from another save than the tensors.
         """
-        key = self.prefix + name
-        if key not in self.read:
-            if not self.has(name):
+        file = self.path / name
+        if file not in self.read:
+            if not self.has(name) and name != CONFIG:
                 raise FileNotFoundError(name)
-            file = self.path / name
-            if self.manifest is not None and (wanted := self.manifest.files.get(key)) is not None:
-                self.read[key] = _saved(self.manifest, file, wanted, limit)
+            if self.only is None and name == CONFIG:
+                self.read[file] = self._config_of_tensors()[1]
             else:
-                self.read[key] = read_bytes(file, limit)
-        return self.read[key]
+                self.read[file] = self._read(self._tensors_file() if name == TENSORS else file, file, limit)
+        return self.read[file]
 
     def config(self) -> dict[str, Any]:
         """Return the fields of `adapter_config.json`.
 
         Raises:
-            CheckpointError: the file is missing, or not that of an adapter.
+            CheckpointError: the file is missing, is from another save than the tensors, or not that of an adapter.
         """
         file = self.path / CONFIG
         try:
-            older = self.config_of_killed_save()
-            fields = self.json(CONFIG) if older is None else parse_json(older, file)
+            fields = self.json(CONFIG)
         except FileNotFoundError:
             raise CheckpointError(
                 f"'{self.path}' does not contain an adapter: {CONFIG} is missing{self._instead()}"
@@ -238,37 +175,28 @@ class Folder:
 
     def json(self, name: str) -> Any:
         """Return the value of a JSON file, which the caller must not change; errors are those of `content`."""
-        key = self.prefix + name
-        if key not in self.parsed:
-            self.parsed[key] = parse_json(self.content(name, JSON_BYTES), self.path / name)
-        return self.parsed[key]
-
-    def config_of_killed_save(self) -> bytearray | None:
-        """Return the config that belongs to the tensors, if a save was killed before it was in place.
-
-        Before there were manifests, such a save left its config under another name, next to the old one.
-        """
-        aside = self.path / f".{CONFIG}.tmp"
-        if self.manifest is not None or not os.path.isfile(aside) or not self.has(TENSORS):
-            return None
-        wanted = self.metadata().get(CONFIG_HASH)
-        content = None if wanted is None else read_bytes(aside, JSON_BYTES)
-        return content if content is not None and sha256(content) == wanted else None
+        file = self.path / name
+        if file not in self.parsed:
+            self.parsed[file] = parse_json(self.content(name, JSON_BYTES), file)
+        return self.parsed[file]
 
     def tensors(self, name: str = TENSORS) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return (tensors, metadata) of `adapter_model.safetensors`, or of another file in the folder.
 
         Raises:
-            CheckpointError: the file is missing or not complete.
+            CheckpointError: the file is missing, not complete, or from another save than what was read before.
         """
         why = "a pickle, which can run any code and is never read here"
+        file = self.path / name
         if name.endswith(_PICKLES):
-            raise CheckpointError(f"'{self.path / name}' is {why}. Have its author save it as safetensors")
-        key = self.prefix + name
+            raise CheckpointError(f"'{file}' is {why}. Have its author save it as safetensors")
         try:
-            if key not in self.parsed:
-                self.parsed[key] = parse_tensors(self.content(name), self.path / name)
-            tensors, metadata = self.parsed[key]
+            if file not in self.parsed:
+                tensors, metadata = parse_tensors(self.content(name), file)
+                if name == TENSORS:
+                    self._check_save(metadata)
+                self.parsed[file] = tensors, metadata
+            tensors, metadata = self.parsed[file]
             return dict(tensors), metadata
         except FileNotFoundError:
             pickles = sorted(path.name for path in self.path.glob("*") if path.name.endswith(_PICKLES))
@@ -280,6 +208,72 @@ class Folder:
             raise CheckpointError(
                 f"'{self.path}' does not contain an adapter: {name} is missing{self._instead()}"
             ) from None
+
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata of `adapter_model.safetensors`; empty if the folder has no such file."""
+        header = self._header()
+        if header not in self.parsed:
+            file = self.path / TENSORS
+            try:
+                start = self.read.get(file) or self._read(self._tensors_file(), file, None, read_header)
+                self._check_save(parse_metadata(start, file))
+            except FileNotFoundError:
+                self.parsed[header] = {}
+        found: dict[str, str] = self.parsed[header]
+        return found
+
+    def _header(self) -> Path:
+        """Return the key of the metadata in `parsed`, which may be read without the tensors."""
+        return self.path / TENSORS / "metadata"
+
+    def _check_save(self, metadata: dict[str, str]) -> None:
+        """Remember the tensors' metadata; raise a TwoSavesError if they are from another save than what was read."""
+        saved_alone = metadata.get(SAVE) is None
+        if not (self.save is None or saved_alone or metadata[SAVE] == self.save):
+            raise TwoSavesError(
+                f"'{self.path / TENSORS}' and the adapters that were saved with it are from two different saves. Copy "
+                "the folder again, or save all adapters again"
+            )
+        if self.parsed.setdefault(self._header(), metadata) != metadata:
+            raise TwoSavesError(f"'{self.path}' was saved to while it was read. Load it when nothing saves to it")
+
+    def _tensors_file(self) -> Path:
+        """Return the file in which the tensors are: of a save of several, they may wait to be renamed."""
+        file = self.path / TENSORS
+        if self.save is not None and re.fullmatch("[0-9a-f]{16}", self.save):
+            waiting = _temporary_name(file, self.save)
+            return waiting if os.path.lexists(waiting) else file
+        return file
+
+    def _config_of_tensors(self) -> tuple[Path, bytearray]:
+        """Return (file, content) of the config that belongs to the tensors: it may wait to be renamed."""
+        file = self.path / CONFIG
+        wanted = self.metadata().get(CONFIG_HASH)
+        content = None
+        if wanted is None:
+            return file, read_bytes(file, JSON_BYTES)
+        waiting = [_temporary_name(file, wanted[:16])] if re.fullmatch("[0-9a-f]{64}", wanted) else []
+        for candidate in (file, *waiting, file):  # it may be renamed between two looks
+            with contextlib.suppress(FileNotFoundError):
+                content = read_bytes(candidate, JSON_BYTES)
+                if _hash(parse_json(content, file)) == wanted:
+                    return candidate, content
+        if content is None:
+            raise FileNotFoundError(CONFIG)
+        raise TwoSavesError(
+            f"'{file}' and '{TENSORS}' are from two different saves: the tensors were saved with another config. Copy "
+            "the folder again, or save the adapter again. If you edited the config, undo it; only "
+            f"{', '.join(_EDITABLE)} may be edited"
+        )
+
+    @staticmethod
+    def _read(file: Path, final: Path, limit: int | None, read: Callable[..., bytearray] = read_bytes) -> bytearray:
+        """Read a file that may be renamed to `final` meanwhile."""
+        arguments = () if read is read_header else (limit,)
+        try:
+            return read(file, *arguments)
+        except FileNotFoundError:
+            return read(final, *arguments)
 
     def _instead(self) -> str:
         """Return what the folder contains in place of an adapter, and what to do, as the end of a message."""
@@ -295,18 +289,248 @@ class Folder:
         found = f"contains {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "is empty"
         return f"; it {found}. Pass the folder that `save` wrote, or copy the missing file into it"
 
-    def metadata(self) -> dict[str, str]:
-        """Return the metadata of `adapter_model.safetensors`; empty if the folder has no such file."""
-        if self.manifest is not None or self.prefix + TENSORS in self.read:
-            return self.tensors()[1] if self.has(TENSORS) else {}
-        try:
-            return parse_metadata(read_header(self.path / TENSORS), self.path / TENSORS)
-        except FileNotFoundError:
-            return {}
+    def write(self, adapters: Mapping[str, Content], card: str | None = None) -> None:
+        """Write adapters, all or none, to subfolders of their names; the adapter "" to the folder itself.
 
-    def was_replaced(self) -> bool:
-        """Return whether another save has replaced the one that was opened."""
-        return self.only is None and root_of(self.path)[2] != self.manifest
+        Args:
+            card: text of its README.md; None leaves that file alone.
+
+        Raises:
+            CheckpointError: they cannot be written. The message says what is in the folder then.
+        """
+        folders = {name: self.path / name for name in sorted(adapters)}
+        with _errors_named(self.path):
+            for name, path in folders.items():
+                if name:
+                    _refuse_link(path)
+                for file in (TENSORS, CONFIG, LOCK):
+                    _refuse_special(path / file)
+            with made(self.path, *folders.values()), locked(self.path, *folders.values()):
+                if "" not in adapters:
+                    self._refuse_mixture(adapters)
+                self._finish(adapters)
+                self._write(adapters, card)
+
+    def _refuse_mixture(self, adapters: Mapping[str, Content]) -> None:
+        """Raise a CheckpointError if `load` would find other adapters in this folder than those to be written."""
+        other = self.path if self.has(TENSORS) or self.has(CONFIG) else None
+        for name in self.folders():
+            with contextlib.suppress(CheckpointError):
+                if name not in adapters and SAVE in self.inside(name).metadata():
+                    other = self.path / name
+        if other is not None:
+            raise CheckpointError(
+                f"the adapters {', '.join(adapters)} were not saved: '{other}' contains an adapter of an earlier save, "
+                f"which `load` would take for one of them. Save to another folder, or delete it"
+            )
+
+    def _finish(self, adapters: Mapping[str, Content]) -> None:
+        """Rename what a save has left under temporary names that was killed after it was done."""
+        with contextlib.suppress(CheckpointError):
+            save = Folder(self.path).metadata().get(SAVE)
+            for name in adapters:
+                with contextlib.suppress(CheckpointError, FileNotFoundError):
+                    inside = Folder(self.path / name, save=save)
+                    if inside._tensors_file() != inside.path / TENSORS:
+                        os.replace(inside._tensors_file(), inside.path / TENSORS)
+                    config, _ = inside._config_of_tensors()
+                    if config != inside.path / CONFIG:
+                        os.replace(config, inside.path / CONFIG)
+
+    def _write(self, adapters: Mapping[str, Content], card: str | None) -> None:
+        save = secrets.token_hex(8)
+        files: list[tuple[Path, Path]] = []  # (temporary name, name)
+        configs: list[tuple[Path, Path]] = []
+        try:
+            for name in sorted(adapters):
+                content, path = adapters[name], self.path / name
+                config = json.dumps(content.fields, indent=2, sort_keys=True).encode() + b"\n"
+                digest = _hash(json.loads(config))
+                metadata = {"format": "pt", **content.metadata, CONFIG_HASH: digest}
+                if len(adapters) > 1:
+                    metadata[SAVE] = save
+                files.append((_temporary_name(path / TENSORS, save), path / TENSORS))
+                create(files[-1][0], to_bytes(content.tensors, metadata))
+                configs.append((_temporary_name(path / CONFIG, digest[:16]), path / CONFIG))
+                configs[-1][0].unlink(missing_ok=True)
+                create(configs[-1][0], config)
+            files += configs
+            if card is not None:
+                files.append((_temporary_name(self.path / CARD, save), self.path / CARD))
+                create(files[-1][0], card.encode())
+            for path in dict.fromkeys(final.parent for _, final in files):
+                _delete_temporary(path, {temporary for temporary, _ in files})
+                _sync(path)
+            os.replace(*files[0])  # the save is done
+        except BaseException:
+            if files and os.path.lexists(files[0][0]):
+                for temporary, _ in (*files, *configs):
+                    temporary.unlink(missing_ok=True)
+            raise
+        _sync(self.path)
+        try:
+            for temporary, final in files[1:]:
+                os.replace(temporary, final)
+                _sync(final.parent)
+        except OSError as error:
+            raise CheckpointError(
+                f"the adapter is saved in '{self.path}', and peftcore loads it, but a file could not be renamed "
+                f"({error.strerror or error}), so other programs do not find it. Save again"
+            ) from error
+
+
+def read_folder(folder: Path, look: Callable[[Folder], T]) -> T:
+    """Return `look(folder)`; it is called again, a few times, if it finds files of two saves.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or from two saves.
+    """
+    for _ in range(_LOOKS - 1):
+        try:
+            return look(Folder.opened(folder))
+        except TwoSavesError:
+            time.sleep(_PAUSE)
+    return look(Folder.opened(folder))
+
+
+def read_tensors(folder: Path, name: str = TENSORS) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (tensors, metadata) of `adapter_model.safetensors` in `folder`, or of another file in it."""
+    return read_folder(folder, lambda opened: opened.tensors(name))
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write one file, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with _errors_named(file):
+        _refuse_special(file)
+        temporary = _temporary_name(file, secrets.token_hex(8))
+        with made(file.parent):
+            try:
+                create(temporary, content)
+                os.replace(temporary, file)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync(file.parent)
+
+
+@contextlib.contextmanager
+def made(*folders: Path) -> Iterator[None]:
+    """Make `folders` and their parents for the block; after an error, remove those that were made and are empty."""
+    new = {path: None for folder in folders for path in (folder, *folder.parents) if not path.exists()}
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in sorted(new, key=lambda path: -len(path.parts)):
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def locked(*folders: Path) -> Iterator[None]:
+    """Keep other processes from saving to `folders`.
+
+    Raises:
+        CheckpointError: another process has been saving there for `PATIENCE` seconds.
+    """
+    with contextlib.ExitStack() as locks:
+        for folder in dict.fromkeys(folders):
+            try:
+                locks.enter_context(FileLock(folder / LOCK, timeout=PATIENCE))
+            except Timeout:
+                raise CheckpointError(
+                    f"the adapter was not saved: another process has been saving to '{folder}' for {PATIENCE:g} s. "
+                    "The files there are that process's. Save to another folder"
+                ) from None
+            # Deleted before it is unlocked; a process that waits for the deleted file makes a new one.
+            locks.callback(_delete_lock, folder / LOCK)
+        yield
+
+
+def _delete_lock(file: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows deletes no open file
+        file.unlink()
+
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file whose metadata are sorted: the library writes them in an order of its own."""
+    content = serialized(dict(tensors), dict(metadata))
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]])
+
+
+def create(file: Path, content: bytes) -> None:
+    """Write a new file to the disk; fails if anything has its name, so that no link is followed."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with open(descriptor, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _temporary_name(file: Path, token: str) -> Path:
+    """Return the name under which `file` is written, unique by a token of 16 hexadecimal digits."""
+    return file.with_name(f".{file.name}.{token}.tmp")
+
+
+def _delete_temporary(folder: Path, needed: Iterable[Path]) -> None:
+    """Delete the temporary files of earlier saves."""
+    names = "|".join(map(re.escape, (CONFIG, TENSORS, CARD)))
+    for file in folder.iterdir():
+        if re.fullmatch(rf"\.({names})(\.[0-9a-f]{{16}})?\.tmp", file.name) and file not in needed:
+            file.unlink(missing_ok=True)
+
+
+def _hash(fields: Any) -> str:
+    """Return the SHA-256 of a config's fields, without those that may be edited by hand."""
+    if isinstance(fields, dict):
+        fields = {name: value for name, value in fields.items() if name not in _EDITABLE}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Turn errors of the file system into CheckpointErrors about `path`."""
+    try:
+        yield
+    except PeftcoreError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"the adapter could not be saved to '{path}': {error.strerror or error}. Existing files are unchanged"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"the adapter could not be saved: {str(path)!a} cannot be a path ({error})") from error
+
+
+def _refuse_link(folder: Path) -> None:
+    """Raise a CheckpointError if one of several adapters would be written through a link to another place."""
+    if os.path.islink(folder):
+        raise CheckpointError(
+            f"'{folder}' is a link to '{os.path.realpath(folder)}', and nothing is written outside the folder that was "
+            "named. Delete the link, or save to another folder"
+        )
+
+
+def _refuse_special(file: Path) -> None:
+    """Raise a CheckpointError if a file would replace a folder, a pipe or a device; a link is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        if not os.path.islink(file):
+            try:
+                require_regular(file, os.lstat(file).st_mode)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"the adapter was not saved: {error}. Delete it, or save to another folder"
+                ) from None
 
 
 def _instead_of(path: Path) -> str:
@@ -325,48 +549,10 @@ def _instead_of(path: Path) -> str:
     return f"{''.join(found)}Pass the folder that `save` wrote, or an id of Hugging Face's hub as a string, 'ORG/NAME'"
 
 
-def _saved(manifest: Manifest, file: Path, wanted: str, limit: int | None) -> bytearray:
-    missing = True
-    for candidate in (file, manifest.temporary(file), file):  # it may be renamed between two looks
+def _sync(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system can
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            content = read_bytes(candidate, limit)
-        except FileNotFoundError:
-            continue
-        missing = False
-        if sha256(content) == wanted:
-            return content
-    what = "is missing" if missing else "is not what was saved: its hash differs"
-    raise CheckpointError(
-        f"'{file}', which '{MANIFEST}' names, {what}. Copy the folder again; if you changed it yourself, "
-        f"delete '{MANIFEST}'"
-    )
-
-
-def read_folder(folder: Path, look: Callable[[Folder], T]) -> T:
-    """Return `look(folder)`, of one save; it is called again if another process has saved meanwhile.
-
-    Raises:
-        CheckpointError: files are missing or damaged.
-    """
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        opened = Folder.opened(folder)
-        try:
-            found = look(opened)
-            if opened.manifest is not None or not opened.was_replaced():
-                return found
-        except CheckpointError:
-            if not opened.was_replaced():
-                raise
-        if time.monotonic() > deadline:
-            raise CheckpointError(f"'{folder}' was saved to again and again for {PATIENCE} s. Load it afterwards")
-
-
-def read_tensors(folder: Path, name: str = TENSORS) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return (tensors, metadata) of `adapter_model.safetensors` in `folder`, or of another file in it."""
-    return read_folder(folder, lambda opened: opened.tensors(name))
-
-
-def sha256(content: bytes | bytearray) -> str:
-    """Return the hexadecimal SHA-256 of `content`."""
-    return hashlib.sha256(content).hexdigest()
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

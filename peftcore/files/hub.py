@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peftcore.errors import CheckpointError
-from peftcore.files.folder import MANIFEST, Folder
+from peftcore.files.folder import Folder
 from peftcore.files.metadata import TOGETHER
 from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.files.single_file import file_names
 from peftcore.registry import registry
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_OWN = [CONFIG, TENSORS, MANIFEST]
+_OWN = [CONFIG, TENSORS]
+_INSIDE = [f"*/{CONFIG}", f"*/{TENSORS}"]  # of adapters saved together
 
 
 def folder_of(path: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -38,10 +39,10 @@ def folder_of(path: str | os.PathLike[str], revision: str | None = None) -> Path
 
 def _fetched(name: str, revision: str | None) -> Path:
     folder = _fetch(name, revision, _OWN)
-    if not os.path.exists(folder / CONFIG) and not os.path.exists(folder / MANIFEST):
+    if not os.path.exists(folder / CONFIG):
         files = file_names()
-        folder = _fetch(name, revision, files) if files else folder
-        if any(os.path.exists(folder / file) for file in files):
+        folder = _fetch(name, revision, [*files, *_INSIDE])
+        if any(os.path.exists(folder / file) for file in files) or any(folder.glob(f"*/{CONFIG}")):
             return folder
         raise CheckpointError(f"'{name}' on Hugging Face's hub does not contain an adapter: {CONFIG} is missing")
     more = _more(folder)
@@ -53,10 +54,8 @@ def _more(folder: Path) -> list[str]:
     """Return further files: of adapters saved together, or of another library's format."""
     try:
         opened = Folder.opened(folder)
-        if opened.manifest is not None:
-            return [name for name in opened.manifest.files if "/" in name]
         if TOGETHER in opened.metadata():
-            return [f"*/{CONFIG}", f"*/{TENSORS}"]
+            return _INSIDE
         if not opened.has(TENSORS) and opened.has(CONFIG):
             return [form.tensors for method in registry.methods().values() for form in method.state.foreign]
     except CheckpointError:  # reading it raises the proper error

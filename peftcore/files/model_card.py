@@ -2,7 +2,8 @@
 
 Every save rewrites the text between two marks and the metadata keys `base_model`, `library_name`, `pipeline_tag` and
 `peftcore`, and adds missing tags. The rest belongs to its author. A card without the marks is not changed.
-Equal adapters get equal cards: there are no dates, and no paths of this machine.
+Equal adapters get equal cards: there are no dates, and no paths of this machine. What comes from a config or from data
+is in code spans, in one line, and cannot end them: see `code`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import dataclasses
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from torch import nn
 import peftcore
 from peftcore import engine, ranks
 from peftcore.engine.scaling import scaled_config
-from peftcore.files.atomic_writing import CARD
+from peftcore.errors import CheckpointError
+from peftcore.files.folder import CARD, write_file
 from peftcore.files.peft_fields import is_of_peft
+from peftcore.files.safe_reading import read_bytes
 from peftcore.registry import registry
 
 FILE = CARD
@@ -40,6 +42,9 @@ _TASKS = {  # PEFT's task types by the hub's names
 _PLAIN = re.compile(r"[A-Za-z][\w./-]*(:[\w./-]+)*")  # YAML that needs no quotes
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LONGEST = 200  # characters of a field's value
+_BYTES = 1 << 24  # of a card
+_ESCAPES = {ord("<"): r"\u003c", ord("`"): r"\u0060", ord("\x7f"): r"\u007f"}
+_ESCAPES |= {control: f"\\u{control:04x}" for control in (*range(0x20), *range(0x80, 0xA0), 0x2028, 0x2029)}
 
 
 def card(model: nn.Module, adapters: Sequence[str], task_type: str | None) -> tuple[dict[str, Any], str]:
@@ -58,7 +63,7 @@ def card(model: nn.Module, adapters: Sequence[str], task_type: str | None) -> tu
     of = base or type(model).__name__
     lines = [f"# Adapter{'s' * (len(adapters) > 1)} of {of}", ""]
     for name in adapters:
-        lines += [*([f"## {name}", ""] if len(adapters) > 1 else []), *_table(_facts(model, name)), ""]
+        lines += [*([f"## {code(name)}", ""] if len(adapters) > 1 else []), *_table(_facts(model, name)), ""]
     lines += ["```python", "import peftcore", ""]
     lines += [f"model = ...  # {of}", 'peftcore.load(model, "ADAPTER")  # this folder, or ORG/NAME on the hub']
     return about, "\n".join([*lines, "```"])
@@ -81,60 +86,65 @@ def _facts(model: nn.Module, adapter: str) -> list[tuple[str, str]]:
             continue
         value = sorted(value) if isinstance(value, (set, frozenset)) else value
         text = json.dumps(value, default=str, sort_keys=True, ensure_ascii=False)
-        rows.append((f"`{field.name}`", f"`{text[:_LONGEST]}{'…' * (len(text) > _LONGEST)}`"))
+        rows.append((code(field.name), code(text[:_LONGEST] + "…" * (len(text) > _LONGEST))))
     return rows
 
 
+def code(text: str) -> str:
+    """Return a Markdown code span of one line that `text` cannot end, whoever wrote it."""
+    return f"`{text.translate(_ESCAPES).strip()}`"
+
+
 def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    cells = [(name, value.replace("\n", " ").replace("|", r"\|")) for name, value in rows]
+    cells = [[cell.replace("\n", " ").replace("<", "&lt;").replace("|", r"\|") for cell in row] for row in rows]
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)]
 
 
-def write(folder: Path, about: Mapping[str, Any], text: str) -> None:
-    """Write the card of `folder`, or update it; one without marks is left as it is.
+def rewritten(folder: Path, about: Mapping[str, Any], text: str) -> str | None:
+    """Return the new card of `folder`; None if it has one without marks, which is left as it is.
 
     Raises:
-        OSError: it cannot be written.
+        CheckpointError: `README.md` is not a regular file, or cannot be read.
     """
-    file = folder / FILE
-    try:
-        before = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        before = f"{BEGIN}\n{END}\n"
-    except UnicodeDecodeError:  # not a card of ours
-        return
+    before = f"{BEGIN}\n{END}\n"
+    if os.path.lexists(folder / FILE):
+        before = read(folder)
     if BEGIN not in before or END not in before.partition(BEGIN)[2]:
-        return
+        return None
     head, body = split(before)
     start, _, rest = body.partition(BEGIN)
     _, _, end = rest.partition(END)
-    _put(file, f"---\n{updated(head, about)}---\n{start}{BEGIN}\n{text}\n{END}{end}")
+    return f"---\n{updated(head, about)}---\n{start}{BEGIN}\n{text}\n{END}{end}"
 
 
-def add(folder: Path, heading: str, rows: Sequence[tuple[str, str]], command: str | None = None) -> None:
-    """Add a table, and a command, to the marked section, until the next save. A card without marks is left as it is.
+def read(folder: Path) -> str:
+    """Return the card in `folder`; "" if there is none, or it is not text.
 
     Raises:
-        OSError: it cannot be written.
+        CheckpointError: `README.md` is not a regular file, or cannot be read.
     """
-    file = folder / FILE
     try:
-        start, mark, end = file.read_text(encoding="utf-8").partition(END)
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):  # not a card of ours
-        return
+        return read_bytes(folder / FILE, _BYTES).decode()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ""
+    except CheckpointError as error:
+        raise CheckpointError(f"the model card was not written: {error}. Delete it, or use another folder") from error
+
+
+def add(folder: Path, heading: str, rows: Sequence[tuple[str, str]], command: str) -> None:
+    """Add a table and a command to the marked section, until the next save. A card without marks is left as it is.
+
+    Args:
+        rows: (name, value) of each row, as Markdown: what comes from files is in `code`.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    start, mark, end = read(folder).partition(END)
     if not mark or BEGIN not in start:
         return
-    lines = [f"## {heading}", "", *_table(rows), *(["", "```sh", command, "```"] if command else [])]
-    _put(file, start + "\n" + "\n".join(lines) + "\n" + mark + end)
-
-
-def _put(file: Path, content: str) -> None:
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    lines = [f"## {heading}", "", *_table(rows), "", "```sh", command.translate(_ESCAPES), "```"]
+    write_file(folder / FILE, (start + "\n" + "\n".join(lines) + "\n" + mark + end).encode())
 
 
 def split(content: str) -> tuple[str, str]:

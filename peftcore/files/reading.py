@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftcore import engine, ranks
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files import single_file
-from peftcore.files.folder import Folder, read_folder
+from peftcore.files.folder import SAVE, Folder, TwoSavesError, read_folder
 from peftcore.files.metadata import METHOD, PLUGIN, TIED, TOGETHER, VERSION, own_fields
 from peftcore.files.peft_fields import config_of, config_of_fields, guarded, method_of_fields, peft_version, with_own
 from peftcore.files.safe_reading import CONFIG, TENSORS
@@ -71,16 +71,20 @@ def read_saved(
     together = _saved_together(opened) if adapter is None and opened.only is None else None
     if together is None:
         return None, {adapter or "default": _read(opened, model, method, model_name=model_name)}
-    return together, {name: _read(_of_several(opened, name), model, method) for name in together["adapters"]}
+    save, names = together.pop("save"), together["adapters"]
+    return together, {name: _read(_of_several(opened, name, save), model, method) for name in names}
 
 
-def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
-    """Return {adapters, active} of the adapters that were saved to a folder in one call, or None."""
+def _saved_together(opened: Folder) -> dict[str, Any] | None:
+    """Return {adapters, active, save} of the adapters that were saved to a folder in one call, or None.
+
+    The first of them decides: it is the first that a save renames.
+    """
     inside = [opened] if opened.has(TENSORS) else map(opened.inside, opened.folders())
-    text = next((text for each in inside if (text := each.metadata().get(TOGETHER))), None)
-    if text is None:
+    metadata = next((metadata for each in inside if TOGETHER in (metadata := each.metadata())), None)
+    if metadata is None:
         return None
-    folder = opened.path
+    text, save, folder = metadata[TOGETHER], metadata.get(SAVE), opened.path
     try:
         together = json.loads(text)
         names, active = together["adapters"], together["active"]
@@ -94,11 +98,19 @@ def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
             raise ValueError(f"{active} are active, but the folder has {names}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"the list of adapters in '{folder}' ({TOGETHER}) is invalid: {error}") from error
-    return together if all(_of_several(opened, name).has(TENSORS) for name in names) else None
+    missing = [name for name in names if not _of_several(opened, name, save).has(TENSORS)]
+    if len(missing) == len([name for name in names if name_inside(name)]):
+        return None  # one of several in a folder of its own
+    if missing:
+        raise CheckpointError(
+            f"'{folder}' lacks the adapter '{missing[0]}', which was saved together with the others. Copy the folder "
+            "again, or load one alone: peftcore.load(model, FOLDER, adapter='NAME')"
+        )
+    return {"adapters": names, "active": active, "save": save}
 
 
-def _of_several(opened: Folder, adapter: str) -> Folder:
-    return opened.inside(name_inside(adapter)) if name_inside(adapter) else opened
+def _of_several(opened: Folder, adapter: str, save: str | None) -> Folder:
+    return opened.inside(name_inside(adapter), save) if name_inside(adapter) else opened
 
 
 def _read(
@@ -229,6 +241,8 @@ def _is_of_peft(opened: Folder) -> bool:
     """Return whether the folder's config is in PEFT's format, so that no other format is tried."""
     try:
         fields = opened.json(CONFIG)
+    except TwoSavesError:
+        raise
     except (FileNotFoundError, CheckpointError):
         return False
     return isinstance(fields, dict) and "peft_type" in fields

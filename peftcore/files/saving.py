@@ -21,10 +21,8 @@ from peftcore.engine.applying import check_dtype
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
 from peftcore.files import model_card, single_file
-from peftcore.files.atomic_writing import Content, write_adapters
 from peftcore.files.fingerprint import fingerprint
-from peftcore.files.folder import root_of
-from peftcore.files.lost_ranks import naming_lost_ranks
+from peftcore.files.folder import Content, Folder
 from peftcore.files.metadata import BASE, METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, VERSION
 from peftcore.files.multiplier import in_metadata
 from peftcore.files.peft_fields import peft_version, refuse_not_its_own
@@ -69,7 +67,7 @@ def save(
     Raises:
         CheckpointError: the files cannot be written, or a value is not finite. Existing files are unchanged.
         PeftcoreError: the adapter does not have this format, or cannot be expressed in it; ranks have different
-            adapters, or one has ended: the message names it, and the folder is whole.
+            adapters, or one has ended: the folder is whole.
     """
     check_dtype(dtype)
     if format != PEFT and format in single_file.formats():
@@ -119,7 +117,7 @@ def _save_single(
     sharded = any(ranks.is_sharded(each) for each, _ in chosen.values())
     if not sharded and ranks.rank() > 0:
         return path
-    with naming_lost_ranks(f"'{path}' could not be written by all ranks") if sharded else nullcontext():
+    with ranks.explaining_failure(f"'{path}' could not be written by all ranks") if sharded else nullcontext():
         for each, name in chosen.values() if sharded else ():
             _refuse_drifted(each, name)
         contents = {
@@ -151,7 +149,7 @@ def _save(
     if not together and ranks.rank() != 0:
         return folder
     failed = f"the adapter could not be saved by all ranks ('{folder}' is whole: as it was before, or as saved now)"
-    with naming_lost_ranks(failed) if together else nullcontext():
+    with ranks.explaining_failure(failed) if together else nullcontext():
         for name in inside.values() if together else ():
             _refuse_drifted(model, name)
         if inside:
@@ -167,19 +165,7 @@ def _save(
 
 
 def _write(folder: Path, contents: dict[str, Content], card: tuple[dict[str, Any], str]) -> None:
-    write_adapters(folder, contents)
-    if root_of(folder)[1] == "":  # not one of several that were saved together, whose card is above
-        _write_card(folder, card)
-
-
-def _write_card(folder: Path, card: tuple[dict[str, Any], str]) -> None:
-    try:
-        model_card.write(folder, *card)
-    except OSError as error:
-        warn(
-            f"the adapter is saved in '{folder}', but its model card could not be written: "
-            f"{error.strerror or error}. Check '{folder / model_card.FILE}'",
-        )
+    Folder(folder).write(contents, model_card.rewritten(folder, *card))
 
 
 def _refuse_drifted(model: nn.Module, adapter: str) -> None:

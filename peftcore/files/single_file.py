@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.errors import CheckpointError, PeftcoreError, warn
-from peftcore.files.atomic_writing import Content, write_file
-from peftcore.files.folder import Folder
+from peftcore.files.folder import Content, Folder, to_bytes, write_file
 from peftcore.files.metadata import BASE, PARTS
 from peftcore.files.peft_fields import guarded
 from peftcore.files.safe_reading import CONFIG, TENSORS, parse_json
@@ -188,7 +187,7 @@ def write(format: str, path: Path, contents: Mapping[str | None, tuple[nn.Module
             {part: (model, dict(content.tensors), dict(content.fields)) for part, (model, content) in parts.items()}
         )
     about = {part: {n: content.metadata[n] for n in _KEPT} for part, (_, content) in parts.items()}
-    write_file(file, tensors, {**metadata, PARTS: json.dumps(about)})
+    write_file(file, to_bytes(tensors, {"format": "pt", **metadata, PARTS: json.dumps(about)}))
 
 
 def _refuse_loss(file: Path, path: Path, parts: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ from torch import distributed, nn
 from peftcore import ranks
 from peftcore.engine import adapter_modules, adapter_parameters, require_state
 from peftcore.errors import PeftcoreError
-from peftcore.files.lost_ranks import naming_lost_ranks
 from peftcore.parallel.sharding import check_ranks, check_running
 
 
@@ -28,7 +27,7 @@ def join_stages(model: nn.Module, stage: nn.Module) -> nn.Module:
             several. Nothing is copied then.
     """
     check_running()
-    with naming_lost_ranks("the stages could not be joined"):
+    with ranks.explaining_failure("the stages could not be joined"):
         _join(model, stage)
     return model
 

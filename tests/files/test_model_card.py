@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,10 @@ def test_methods_that_peft_does_not_have(tmp_path: Path) -> None:
 def test_several_adapters(tmp_path: Path) -> None:
     found = peftcore.apply(model(r=2), "ia3", adapter="second")
     card = read(peftcore.save(found, tmp_path))
-    assert '  method: ["lora", "ia3"]\n' in card and "## default\n" in card and "## second\n" in card
+    assert '  method: ["lora", "ia3"]\n' in card and "## `default`\n" in card and "## `second`\n" in card
     assert not (tmp_path / "second" / "README.md").exists()
-    peftcore.save(found, tmp_path / "second", adapter="second")  # in its place among the others
-    assert read(tmp_path) == card and not (tmp_path / "second" / "README.md").exists()
+    peftcore.save(found, tmp_path / "second", adapter="second")
+    assert read(tmp_path) == card and "# Adapter of org/base" in read(tmp_path / "second")
 
 
 def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
@@ -86,11 +87,11 @@ def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
         peftcore.scale(found, "default", 0.5)
         peftcore.save(found, tmp_path / name)
     files = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors", "peftcore_manifest.json"]
+    assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes(), file
     header = (tmp_path / "one" / "adapter_model.safetensors").read_bytes()[8:]
-    names = [header.index(f'"peftcore_{name}"'.encode()) for name in ("base", "config_sha256", "method", "version")]
+    names = [header.index(f'"peftcore_{name}"'.encode()) for name in ("base", "config_hash", "method", "version")]
     assert names == sorted(names)
 
 
@@ -125,11 +126,26 @@ def test_a_card_without_marks_is_left_alone(content: bytes, tmp_path: Path) -> N
     assert (tmp_path / "README.md").read_bytes() == content
 
 
-def test_a_card_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "README.md").mkdir()
-    with pytest.warns(UserWarning, match=r"adapter is saved in .*, but its model card could not be written: Is a dir"):
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_nothing_is_written_where_the_card_is_no_file(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    {"folder": file.mkdir, "pipe": lambda: os.mkfifo(file), "device": lambda: file.symlink_to("/dev/zero")}[kind]()
+    with pytest.raises(peftcore.CheckpointError, match=rf"README.md' is a {kind}, not a regular file. Delete it"):
         peftcore.save(model(r=2), tmp_path)
-    peftcore.load(tiny.llama(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_field_cannot_end_its_code_span_or_the_card(tmp_path: Path) -> None:
+    found = model(
+        r=2,
+        target_modules=["q_proj"],
+        exclude_modules=r".*(v_proj|`|<img src=x>|" + model_card.END + "|\n# Mine\u2028)",
+    )
+    peftcore.save(found, tmp_path)
+    card = read(tmp_path)
+    assert card.count(model_card.END) == 1 and "<img" not in card and "\n# Mine" not in card
+    peftcore.save(found, tmp_path)
+    assert read(tmp_path) == card
 
 
 @pytest.mark.parametrize(
@@ -165,9 +181,9 @@ def test_figures_are_added_until_the_next_save(tmp_path: Path) -> None:
 
 def test_facts_of_a_training_leave_a_file_alone_that_is_not_a_card(tmp_path: Path) -> None:
     file = tmp_path / "README.md"
-    model_card.add(tmp_path, "Training", [("steps", "6")])
+    model_card.add(tmp_path, "Training", [("steps", "6")], "peftcore train")
     assert not file.exists()
     for content in (b"\xff\xfe words", b"words without marks"):
         file.write_bytes(content)
-        model_card.add(tmp_path, "Training", [("steps", "6")])
+        model_card.add(tmp_path, "Training", [("steps", "6")], "peftcore train")
         assert file.read_bytes() == content

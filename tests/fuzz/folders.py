@@ -20,7 +20,7 @@ from safetensors import safe_open
 import peftcore
 from peftcore.testing import disturb
 
-CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "peftcore_manifest.json"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTERHUB = Path(__file__).parents[2] / "plugins" / "peftcore-adapter" / "tests" / "adapterhub"
 
 ORIGINALS: dict[str, tuple[str, dict[str, Any]]] = {

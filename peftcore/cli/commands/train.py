@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ import typer
 from peftcore.cli import config_file, options
 from peftcore.cli.console import command, out, require, say, table
 from peftcore.cli.settings import Display, RunOptions, Settings, for_these_ranks, prepare_folder, write_options
-from peftcore.errors import PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError
 
 if TYPE_CHECKING:
     from peftcore.cli.training.run_result import Result
@@ -241,23 +241,25 @@ def _add_to_card(settings: Settings, result: Result, rows: list[tuple[str, str, 
     files = [settings.data] if isinstance(settings.data, str) else settings.data
     said = [
         ("task", settings.task),
-        ("data", ", ".join(f"`{Path(file).name}`" for file in files)),
+        ("data", ", ".join(model_card.code(Path(file).name) for file in files)),
         ("examples", f"{result.train_rows:,} for training, {result.eval_rows:,} held out"),
         ("steps", f"{result.steps:,}"),
         *((f"held-out {name}", f"{before} before, {after} after") for name, before, after in rows),
     ]
-    words = [option + Path(value).name if os.path.isabs(value) else word for word, option, value in _options()]
     try:
-        model_card.add(result.adapter, "Training", said, shlex.join(words))
-    except OSError as error:  # the adapter and the report are written
-        say(f"the model card was left as it is: {error.strerror or error}. Check '{result.adapter / model_card.FILE}'")
+        model_card.add(result.adapter, "Training", said, shlex.join(map(_without_folders, shlex.split(command()))))
+    except CheckpointError as error:  # the adapter and the report are written
+        say(str(error))
 
 
-def _options() -> Iterator[tuple[str, str, str]]:
-    """Yield (word, its part up to `=`, the rest) of the command line."""
-    for word in shlex.split(command()):
-        name, equals, value = word.rpartition("=")
-        yield word, name + equals, value
+def _without_folders(word: str) -> str:
+    """Return a word of the command line with the name of a file or folder in place of its path."""
+    starts = [0, *(match.end() for match in re.finditer("=", word))]  # a path may contain `=` as well
+    for start in starts:
+        path = word[start:]
+        if path.startswith(("/", "~", "./", "../")) or os.path.isabs(path) or ("/" in path and os.path.lexists(path)):
+            return word[:start] + Path(path).name
+    return word
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:

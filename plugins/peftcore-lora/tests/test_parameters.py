@@ -90,7 +90,7 @@ def test_older_files(inner: int, tmp_path: Path) -> None:
         other = name.replace("lora_A", "lora_X").replace("lora_B", "lora_A").replace("lora_X", "lora_B")
         old[other] = swapped.reshape(12, -1) if "lora_B" in name else swapped.reshape(-1, 12)
     safetensors.torch.save_file(old, file, {"format": "pt"})
-    (tmp_path / "peftcore_manifest.json").unlink()
+    tiny.without_hash(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.18.1"}))
     assert torch.equal(logits(peftcore.load(mixtral(inner), tmp_path)), logits(model))

@@ -113,7 +113,7 @@ def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
     folder = peftcore.save(peftcore.apply(tiny.llama(), "oft", oft_block_size=8), tmp_path)
     config = json.loads((folder / "adapter_config.json").read_text())
     del config["oft_block_size"]
-    (folder / "peftcore_manifest.json").unlink()
+    tiny.without_hash(folder)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(peftcore.CheckpointError, match=r"an OFT of PEFT before 0\.14"):
         peftcore.load(tiny.llama(), folder)

@@ -111,7 +111,7 @@ def refused(match: str, *arguments: Any) -> None:
     assert status == 1 and re.search(match, " ".join(output.split())), output
 
 
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "peftcore_manifest.json", "tokenizer.json"}
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
 
 
 def test_a_new_repository_is_private(hub: Hub, adapter: Path) -> None:
