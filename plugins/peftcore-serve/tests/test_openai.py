@@ -54,7 +54,7 @@ def test_errors_are_those_of_the_client(running: tuple[Server, openai.OpenAI]) -
     _, client = running
     with pytest.raises(openai.NotFoundError, match="there is no model 'three'"):
         client.completions.create(model="three", prompt="a")
-    with pytest.raises(openai.BadRequestError, match="Copy the folder again"):
+    with pytest.raises(openai.BadRequestError, match="copy it again"):
         client.completions.create(model="broken", prompt="a")
     with pytest.raises(openai.BadRequestError, match="'temperature' must be a number from 0 to 2, found 9"):
         client.completions.create(model="one", prompt="a", temperature=9)
