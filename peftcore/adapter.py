@@ -132,9 +132,10 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def neutral(self) -> dict[str, Tensor]:
-        """Return the value of each tensor at which the adapter changes nothing.
+        """Return the value of each parameter, by name, at which the adapter changes nothing.
 
-        For adapters whose change is linear in their tensors: change(t0 + w (t - t0)) = w · change(t).
+        For adapters whose change is linear in their parameters: change(t0 + w (t - t0)) = w · change(t). Buffers are
+        constants: adapters can be combined if theirs are equal.
         """
         raise NotImplementedError
 

@@ -101,7 +101,11 @@ def combine(
             raise PeftcoreError(
                 f"r={r} has no effect with how='{how}', which takes its rank from the adapters. Leave it out"
             )
-    if any(low_rank.has_factors(model, each) for each in names):
+    # A method without `low_rank` cannot make an adapter of products, but the sum of its tensors may be one.
+    made_of_products = any(registry.method(engine.applied(model, each).method).low_rank is not None for each in names)
+    if any(low_rank.has_factors(model, each) for each in names) and (
+        made_of_products or how not in ("cat", "linear") or not all(_is_linear(model, each) for each in names)
+    ):
         _combine_products(model, names, given, adapter, how, pruning, r)
     elif how in ("cat", "linear"):
         _combine_tensors(model, names, given, adapter)
@@ -177,11 +181,12 @@ def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], a
     entries = [engine.applied(model, each) for each in names]
     parts = [_linear_parts(model, each) for each in names]
     first = dict(engine.adapter_modules(model, names[0]))
+    constants = _constants(model, names[0])
     for other, entry, there in zip(names[1:], entries[1:], parts[1:], strict=True):
         why = "their tensors belong to different modules or have different shapes"
         if entry.method == entries[0].method and _shapes(there) == _shapes(parts[0]):
             unlike = (difference(first[path], each) for path, each in engine.adapter_modules(model, other))
-            why = next(filter(None, unlike), "")
+            why = next(filter(None, unlike), "") or _different_constant(_constants(model, other), constants)
         if why:
             raise PeftcoreError(
                 f"'{names[0]}' ({entries[0].method}) and '{other}' ({entry.method}) cannot be combined: {why}"
@@ -196,10 +201,40 @@ def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], a
         if _shapes(made) != _shapes(parts[0]):
             raise PeftcoreError(f"{entries[0].method} places '{adapter}' differently from '{names[0]}'")
         with torch.no_grad():
+            for place, buffer in _constants(model, adapter).items():
+                buffer.copy_(constants[place])
             for key, (tensor, _) in made.items():
                 tensor.copy_(sums[key])
                 if not bool(tensor.isfinite().all()):
                     raise PeftcoreError(f"'{adapter}' would contain NaN or Inf in '{key[1]}'. Use smaller weights")
+
+
+def _different_constant(constants: Mapping[tuple[str, str], Tensor], first: Mapping[tuple[str, str], Tensor]) -> str:
+    """Return how the buffers of two adapters differ, or an empty string."""
+    for (path, name), tensor in constants.items():
+        if (path, name) not in first or not torch.equal(tensor, first[path, name].to(tensor.device)):
+            return f"different values of the buffer '{name}' at '{path}'"
+    return ""
+
+
+def _is_linear(model: nn.Module, adapter: str) -> bool:
+    """Return whether the adapter's change is linear in its parameters at every module."""
+    for _, module in engine.adapter_modules(model, adapter):
+        neutral = neutral_of(module)
+        if neutral is None or neutral.keys() != dict(module.named_parameters()).keys():
+            return False
+    return True
+
+
+def _constants(model: nn.Module, adapter: str) -> dict[tuple[str, str], Tensor]:
+    """Return {(path, name): persistent buffer}, which a sum of adapters cannot change."""
+    constants: dict[tuple[str, str], Tensor] = {}
+    for path, module in engine.adapter_modules(model, adapter):
+        parameters = dict(module.named_parameters())
+        for name, tensor in own_tensors(module).items():
+            if name not in parameters:
+                constants[path, name] = tensor
+    return constants
 
 
 Parts = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
@@ -212,7 +247,7 @@ def _linear_parts(model: nn.Module, adapter: str) -> Parts:
     parts: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     placed: Any
     for path, placed in engine.adapter_modules(model, adapter):
-        own = own_tensors(placed)
+        own = dict(placed.named_parameters())
         neutral = neutral_of(placed)
         if neutral is None or own.keys() != neutral.keys():
             raise PeftcoreError(

@@ -223,6 +223,44 @@ def test_adapters_that_are_linear_in_their_tensors_are_summed() -> None:
         assert list(peftcore.engine.state_of(model).applied) == ["a", "b", "c", "d"]
 
 
+class Projected(Adapter):
+    """W -> W + scaling · out · inᵀ, with drawn vectors that stay; linear in `scaling`, and of rank 1."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("out", torch.randn(32, 1, generator=generator))
+        self.register_buffer("inner", torch.randn(1, 32, generator=generator))
+        self.scaling = nn.Parameter(torch.zeros(1))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return base(x) + (self.scaling * (x @ self.inner.T)) @ self.out.T
+
+    def low_rank(self) -> list[LowRank]:
+        return [LowRank(self.scaling * self.inner, self.out)]
+
+    def neutral(self) -> dict[str, Tensor]:
+        return {"scaling": torch.zeros(1)}
+
+
+def projected(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
+    return [Around("model.layers.0.self_attn.q_proj", Projected(int(config.value)))]
+
+
+def test_adapters_with_factors_and_without_a_method_of_products_are_summed_by_their_parameters() -> None:
+    with tiny.installed(tiny.method("projected", projected)):
+        model = tiny.llama()
+        for name, seed, value in (("a", 1, 2.0), ("b", 1, 3.0), ("c", 2, 1.0)):
+            peftcore.apply(model, "projected", adapter=name, value=float(seed))
+            with torch.no_grad():
+                next(parameter for _, parameter in adapter_parameters(model, name)).fill_(value)
+        peftcore.combine(model, ["a", "b"], weights=[2, -1], adapter="d")
+        ((_, first),), ((_, made),) = adapter_modules(model, "a"), adapter_modules(model, "d")
+        assert made.scaling.item() == 1.0 and torch.equal(made.out, first.out)
+        with pytest.raises(peftcore.PeftcoreError, match="different values of the buffer 'out' at 'model.layers.0"):
+            peftcore.combine(model, ["a", "c"], adapter="e")
+
+
 class WeightGain(Gain):
     """W -> gain · W."""
 

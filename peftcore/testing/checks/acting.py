@@ -45,6 +45,8 @@ def neutral(case: Case) -> str | None:
                 without = path
                 continue
             tensors, found = dict(adapter.named_parameters()), True
+            unknown = sorted(values.keys() - tensors.keys())
+            assert not unknown, f"neutral() names {unknown}, which are not parameters of the adapter at '{path}'"
             for name, value in values.items():
                 tensors[name].copy_(value)
     if not found:
