@@ -129,9 +129,7 @@ TENSOR, BANK = torch.ones(2), Bank()
 
 
 FAULTS = [
-    BreaksTheGraph,
-    COMPILE,
-    "Llama",
+    (BreaksTheGraph, COMPILE, "Llama"),
     (MergesWrong, MERGE, "Llama"),
     (ForgetsTheBias, MERGE, "Qwen2"),
     (ForgetsAPart, FILES, "Llama"),
