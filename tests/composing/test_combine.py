@@ -257,7 +257,7 @@ def test_adapters_with_factors_and_without_a_method_of_products_are_summed_by_th
         peftcore.combine(model, ["a", "b"], weights=[2, -1], adapter="d")
         ((_, first),), ((_, made),) = adapter_modules(model, "a"), adapter_modules(model, "d")
         assert made.scaling.item() == 1.0 and torch.equal(made.out, first.out)
-        with pytest.raises(peftcore.PeftcoreError, match="different values of the buffer 'out' at 'model.layers.0"):
+        with pytest.raises(peftcore.PeftcoreError, match=r"different values of the buffer 'out' at 'model\.layers\.0"):
             peftcore.combine(model, ["a", "c"], adapter="e")
 
 
