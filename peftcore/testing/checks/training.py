@@ -76,9 +76,9 @@ def checkpointing(case: Case) -> str | None:
     options = {"use_cache": False} if case.generates else {}
     ways = [None, {"use_reentrant": False}, *([{"use_reentrant": True}] if case.first is None else [])]
     # In float32 gradients of T5, whose logits are large, differ by 1e-4 of their maximum. PyTorch's grouped products of
-    # experts have no float64.
+    # experts have no float64, nor do bases that a method prepares, in 4 bits.
     has_experts = any(experts_layout(module) for module in case.original.modules())
-    dtype = torch.float32 if has_experts else torch.float64
+    dtype = torch.float32 if has_experts or case.method.prepare is not None else torch.float64
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case.inputs().items()}
     for kwargs in ways:
         model: Any = case.model(dtype).train()
