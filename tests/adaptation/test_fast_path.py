@@ -60,9 +60,7 @@ def test_an_adapter_inside_acts(path: str) -> None:
             torch.testing.assert_close(model(X), wanted)
             assert (base(X) - wanted).abs().max() > 1e-2
             with peftcore.disabled(model):
-                assert fused(model) and torch.equal(model(X), base(X))
-            peftcore.activate(model, [])
-            assert fused(model)
+                torch.testing.assert_close(model(X), base(X))
             masked = model.train()(X)
             assert masked.shape == X.shape
         peftcore.remove(model)
