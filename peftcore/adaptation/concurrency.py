@@ -10,7 +10,6 @@ also watches outputs: a backward pass after a change of adapters would lose grad
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from _thread import get_ident
@@ -19,7 +18,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -386,14 +384,3 @@ class _Watch:
                 "since, so its gradients would be lost. Run backward() before peftcore.activate, merge or remove; "
                 "gradients of several forward passes add up"
             )
-
-
-def refuse_running(model: nn.Module, what: str) -> None:
-    """Raise a PeftcoreError if another thread is inside a call of `model`, which has no adapters and so no lock yet."""
-    modules = {id(module) for module in model.modules()}
-    for thread, innermost in sys._current_frames().items():
-        frame: FrameType | None = innermost
-        while frame is not None and thread != get_ident():
-            if frame.f_code is nn.Module._call_impl.__code__ and id(frame.f_locals.get("self")) in modules:
-                raise PeftcoreError(f"cannot {what}: another thread is calling the model. {_ALONE}")
-            frame = frame.f_back

@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcore.adaptation import adapted
 from peftcore.adaptation.base_modules import TRAINED
-from peftcore.adaptation.concurrency import ModelLock, refuse_running
+from peftcore.adaptation.concurrency import ModelLock
 from peftcore.engine.changes import Site, Snapshot, attached, changes, changes_of_trained
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
@@ -235,6 +235,8 @@ def check_model(model: Any) -> None:
 def exclusively(model: nn.Module, what: str, *, base: bool = False) -> Iterator[None]:
     """Change `model` inside the block, while no other thread calls or changes it.
 
+    A model without adapters tracks no calls: apply before you start threads.
+
     Args:
         what: what the block does, for messages, such as `merge`.
         base: the base changes, too, so the block waits for open `disabled` blocks of other threads.
@@ -242,7 +244,6 @@ def exclusively(model: nn.Module, what: str, *, base: bool = False) -> Iterator[
     check_model(model)
     state = state_of(model)
     if state is None:
-        refuse_running(model, what)
         yield
         return
     with state.lock.changing(what, base=base):

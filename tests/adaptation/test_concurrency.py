@@ -158,22 +158,6 @@ def test_waiting_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert infer(model) == 16.0
 
 
-def test_the_first_apply_refuses_while_another_thread_calls() -> None:
-    model = layers()
-    inside, done = threading.Event(), threading.Event()
-    model.register_forward_pre_hook(lambda *_: pause(inside, done))
-    thread = threading.Thread(target=infer, args=(model,))
-    thread.start()
-    inside.wait(5)
-    with pytest.raises(
-        peftcore.PeftcoreError, match="cannot apply another adapter: another thread is calling the model"
-    ):
-        peftcore.apply(model, "around", target_modules=["0"])
-    done.set()
-    thread.join()
-    assert type(model) is nn.Sequential
-
-
 def test_generate_has_one_adapter_from_the_first_token_to_the_last() -> None:
     model = tiny.llama().eval()
     for name, value in (("a", 30.0), ("b", -30.0)):
