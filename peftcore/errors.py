@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import heapq
-import sys
 import warnings
 from collections.abc import Iterable
 
 _COMPARED = 1_000  # names with one, which takes 0.1 s
 _LONGEST = 200  # characters of a name that is compared
-_BETWEEN = ("contextlib", "functools", "pluggy", "torch.utils._contextlib")  # modules whose frames lie between our own
 
 
 class PeftcoreError(ValueError):
@@ -26,17 +24,8 @@ class CheckpointError(PeftcoreError):
 
 
 def warn(message: str) -> None:
-    """Issue a UserWarning that names the line from which peftcore was called, however deep in it the cause is found."""
-    frame = sys._getframe(1)
-    while _is_ours(frame.f_globals.get("__name__", "")) and frame.f_back is not None:
-        frame = frame.f_back
-    module, registry = frame.f_globals.get("__name__"), frame.f_globals.setdefault("__warningregistry__", {})
-    warnings.warn_explicit(message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module, registry)
-
-
-def _is_ours(module: str) -> bool:
-    package = module.partition(".")[0]
-    return package == "peftcore" or package.startswith("peftcore_") or module in _BETWEEN or package in _BETWEEN
+    """Issue a UserWarning that names the line that calls this function."""
+    warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

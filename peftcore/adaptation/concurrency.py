@@ -21,7 +21,6 @@ from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.autograd import Variable
 from torch.compiler import is_dynamo_compiling
 
