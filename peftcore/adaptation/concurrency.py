@@ -189,19 +189,15 @@ class ModelLock:
             raise PeftcoreError(f"cannot {what} inside peftcore.disabled(model). Leave the block first")
         turn = object()
         try:
-            try:
-                self._acquire(what, base, turn)
-                yield
-            finally:
-                self._release(turn)
-        except BaseException:
-            self._release(turn)  # Ctrl-C may have stopped the other call: all other threads would wait
-            raise
+            self._acquire(what, base, turn)
+            yield
+        finally:
+            self._release(turn)
 
     def open_block(self, block: Block) -> None:
         """Enter `disabled` in this context; it also affects calls in this thread that have begun.
 
-        Make sure that `close_block` follows whatever it raises: Ctrl-C may stop it anywhere.
+        Make sure that `close_block` follows whatever it raises.
         """
         with self._condition:
             if not self.is_disabled() and not (self._changer == get_ident() and self._held is None):

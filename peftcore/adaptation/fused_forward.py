@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.adaptation.base_modules import restored_after_error
 from peftcore.adaptation.class_swap import one_for_each_class, subclass
 from peftcore.adaptation.recomputed import inputs_instead, with_source
 from peftcore.ops.activated import Activation
@@ -208,18 +207,16 @@ def plain(x: Any, other: Any) -> bool:
 def fuse_module(module: nn.Module, fused_forward: FusedForward) -> None:
     """Swap the class of `module`, below the other classes of peftcore."""
     classes = _swapped(module)
-    with restored_after_error(module):
-        module.__dict__[FUSED_FORWARD] = fused_forward
-        module.__class__ = _rebuilt(_fused_class(classes[-1].__bases__[-1] if classes else type(module)), classes)
+    module.__dict__[FUSED_FORWARD] = fused_forward
+    module.__class__ = _rebuilt(_fused_class(classes[-1].__bases__[-1] if classes else type(module)), classes)
 
 
 def separate(module: nn.Module) -> None:
     """Restore the class of a fused module."""
     classes = _swapped(module)
     inner = [cls for cls in classes if _MARKER in cls.__dict__]
-    with restored_after_error(module):
-        del module.__dict__[FUSED_FORWARD]
-        module.__class__ = _rebuilt(inner[0].__dict__[_MARKER], [cls for cls in classes if cls not in inner])
+    del module.__dict__[FUSED_FORWARD]
+    module.__class__ = _rebuilt(inner[0].__dict__[_MARKER], [cls for cls in classes if cls not in inner])
 
 
 def is_fused(module: nn.Module) -> bool:

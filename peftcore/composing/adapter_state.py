@@ -25,7 +25,7 @@ from peftcore.files.fitting import config_on, refuse_other_base
 from peftcore.files.metadata import ties_partly
 from peftcore.files.peft_fields import guarded, peft_version
 from peftcore.files.reading import read_adapter
-from peftcore.files.tensors import fill, kept_after_error, kept_on_disk, tensors_on_disk
+from peftcore.files.tensors import fill, kept_on_disk, tensors_on_disk
 from peftcore.method import Method, Model
 from peftcore.registry import registry
 
@@ -84,10 +84,9 @@ def set_state_dict(
     engine.refuse_changed(model)
     ranks.refuse_sharded(model, f"set the values of '{adapter}'")
     before = entry.multiplier
+    set_multiplier(model, adapter, 1.0)  # the other adapter's values are fitted to the scale of the config
     try:
-        set_multiplier(model, adapter, 1.0)
-        with kept_after_error(model, adapter):
-            _set(model, adapter, source, check_base)
+        _set(model, adapter, source, check_base)
     except BaseException:
         set_multiplier(model, adapter, before)
         raise

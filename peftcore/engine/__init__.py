@@ -22,7 +22,6 @@ from peftcore.engine.placing import (
 from peftcore.engine.removing import (
     detach_adapter as detach_adapter,
     remove as remove,
-    restore_base_if_free as restore_base_if_free,
 )
 from peftcore.engine.resizing import refuse_resize as refuse_resize
 from peftcore.engine.state import (

@@ -127,20 +127,11 @@ def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     """Set whether `adapter` trains while it is active."""
     refuse_changed(model)
     entry, state = applied(model, adapter), require_state(model)
-    _refuse_unfinished(state)
-    before = entry.trainable
-    combiners = [each for each in state.applied.values() if adapter in each.froze]
-    try:
-        entry.trainable = bool(trainable)
-        for each in combiners:
-            each.froze.discard(adapter)
-        set_active(model, state.active, state.samples)
-    except BaseException:
-        entry.trainable = before
-        for each in combiners:
-            each.froze.add(adapter)
-        set_active(model, state.active, state.samples)
-        raise
+    _refuse_stopped_merge(state)
+    entry.trainable = bool(trainable)
+    for each in state.applied.values():
+        each.froze.discard(adapter)
+    set_active(model, state.active, state.samples)
 
 
 def set_active(
@@ -160,7 +151,7 @@ def set_active(
             its weight is looked up again.
     """
     state = require_state(model)
-    _refuse_unfinished(state)
+    _refuse_stopped_merge(state)
     before, samples_before = state.active, state.samples
     try:
         _change_active(model, state, names, samples, same_base=not base_exchanged)
@@ -171,8 +162,8 @@ def set_active(
         raise
 
 
-def _refuse_unfinished(state: State) -> None:
-    if state.merged is not None and state.merged.unfinished is not None:
+def _refuse_stopped_merge(state: State) -> None:
+    if state.merged is not None and state.merged.stopped:
         refuse_merged(state, "change the active adapters")
 
 
@@ -266,7 +257,6 @@ def _set_requires_grad(model: nn.Module, state: State, touched: Iterable[str], t
     for name in touched:
         entry, trains = state.applied[name], name in training
         if trains or not entry.frozen:
-            entry.frozen = False  # of all, so after an interruption every parameter is set again
             for parameter in _parameters(model, state, name):
                 parameter.requires_grad_(trains)
             entry.frozen = not trains

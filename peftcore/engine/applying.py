@@ -26,7 +26,7 @@ from peftcore.engine.divided import divide_experts, is_divided, refuse_divided, 
 from peftcore.engine.first_values import initialize_adapter, initializer
 from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.placing import Placed, device_and_dtype, placements_for, recorded, warn_of_little, with_memory
-from peftcore.engine.removing import detach_adapter, detach_rest
+from peftcore.engine.removing import detach_adapter
 from peftcore.engine.state import (
     STATE,
     Applied,
@@ -156,13 +156,12 @@ def _apply(
         keeps_calls=of_method.call_loss is not None,
     )
     sites = {path: state.sites.get(path) or Site(facts(module)) for path, module in modules.items()}
-    others = {path: site.adapters for path, site in sites.items()}
+    model.__dict__[STATE] = state
+    state.sites.update(sites)
+    for site in sites.values():
+        site.adapters += 1
+    state.applied[adapter] = entry
     try:
-        model.__dict__[STATE] = state
-        state.sites.update(sites)
-        for path, site in sites.items():
-            site.adapters = others[path] + 1
-        state.applied[adapter] = entry
         _attach(model, state, adapter, placed, modules, is_first=is_first)
         if initialize is not None:
             initialize_adapter(model, adapter, initialize, placed.method.name, config_of_initialize, batches)
@@ -176,10 +175,7 @@ def _apply(
             set_active(model, (*state.active, adapter))
         adapter_applied.announce(model)
     except BaseException:
-        if adapter in state.applied:
-            detach_adapter(model, adapter)
-        else:
-            detach_rest(model, state, adapter, set(), others)
+        detach_adapter(model, adapter)
         raise
     return model
 

@@ -44,20 +44,13 @@ def scale(model: Model, adapter: str, factor: float) -> Model:
 def set_multiplier(model: nn.Module, adapter: str, factor: float) -> None:
     """Set the factor of an adapter, like `scale` without its checks."""
     entry = applied(model, adapter)
-    before = entry.multiplier
-    if before == factor:
+    if entry.multiplier == factor:
         return
     placed = [module for _, placed in adapter_modules(model, adapter) for module in placed.modules()]
-    scaled = [module for module in placed if isinstance(module, Adapter) and module.multiplier is not None]
-    try:
-        entry.multiplier = factor
-        for module in scaled:
+    entry.multiplier = factor
+    for module in placed:
+        if isinstance(module, Adapter) and module.multiplier is not None:
             module.multiplier = factor
-    except BaseException:
-        entry.multiplier = before
-        for module in scaled:
-            module.multiplier = before
-        raise
 
 
 def scaled_config(model: nn.Module, adapter: str) -> Any:

@@ -105,7 +105,7 @@ class TrainedParameters(nn.Module):
                 if name != adapter:
                     trained_parts.follow(other.owners(model))
             del adapters._modules[adapter]
-        if not len(adapters):  # also if an interruption left it empty
+        if not len(adapters):
             del model._modules[TRAINED]
 
     @staticmethod
@@ -208,18 +208,10 @@ class TrainedParameters(nn.Module):
         slots = [slot for slot in slots if _shape(model, slot) == list(ranks.shape_of(aside))]  # resized ones stay
         if not slots:
             return
-        before = _slot(model, slots[0])
-        try:
-            here[key] = before
-            for slot in slots:
-                tensors, attribute = _tensors(model, slot)
-                tensors[attribute] = aside
-        except BaseException:  # such as Ctrl-C: otherwise one of the tensors might be nowhere
-            for slot in slots:
-                tensors, attribute = _tensors(model, slot)
-                tensors[attribute] = before
-            here[key] = aside
-            raise
+        here[key] = _slot(model, slots[0])
+        for slot in slots:
+            tensors, attribute = _tensors(model, slot)
+            tensors[attribute] = aside
 
 
 def place_kept_tensors(model: nn.Module, active: Sequence[str]) -> None:

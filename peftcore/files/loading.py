@@ -20,7 +20,7 @@ from peftcore.files.hub import folder_of
 from peftcore.files.metadata import ties_partly
 from peftcore.files.multiplier import multiplier_in
 from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_saved
-from peftcore.files.tensors import fill, grown_buffers, kept_after_error
+from peftcore.files.tensors import fill, grown_buffers
 from peftcore.observation import assumed_unchanged
 from peftcore.targets.patterns import limited
 
@@ -125,7 +125,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     before = [(module, name, module._buffers[name]) for module, name, _ in grown]
     parameters = (parameter for _, parameter in engine.adapter_parameters(model, adapter))
     try:
-        with ranks.gathered(parameters, write=True), kept_after_error(model, adapter):
+        with ranks.gathered(parameters, write=True):
             for module, name, tensor in grown:
                 module._buffers[name] = tensor
             fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))

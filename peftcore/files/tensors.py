@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -153,24 +152,6 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
         state = engine.require_state(model)
         TrainedParameters.keep(model, adapter, embeddings)
         engine.set_active(model, state.active, state.samples)
-
-
-@contextmanager
-def kept_after_error(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Give the tensors of `adapter` their values back if the block raises, also in the middle of a copy."""
-    own = TrainedParameters.of(model, adapter)
-    modules = [module for _, module in engine.adapter_modules(model, adapter)]
-    tensors = [tensor for each in modules for tensor in (*each.parameters(), *each.buffers())]
-    if own is not None:
-        tensors += [tensor for _, tensor in (*own.values(model), *own.kept_values(model))]
-    before = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, values in zip(tensors, before, strict=True):
-                tensor.copy_(values)
-        raise
 
 
 def for_training(model: nn.Module, adapter: str) -> set[str]:

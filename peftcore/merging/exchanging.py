@@ -15,39 +15,6 @@ from peftcore.observation.detecting import mark_as_loaded
 
 
 @dataclass
-class Unfinished:
-    """What a merge without `unmerge` needs to go on after an interruption.
-
-    Layers in `done` run without their adapters, so the model computes what it computed before.
-
-    Args:
-        dtype: that of dense weights in place of quantized ones, see `merge`.
-        layers: the number of layers to merge.
-        alike: names of parameters that stay tied, see `changed_alike`.
-        tied: weights that merging unties, see `tied_weights`.
-        done: paths of the merged layers.
-        shared: merged parameters of `alike`, by the first name.
-        unpacked: formats of quantized weights that dense ones replace, by path.
-        removing: whether all layers are merged.
-    """
-
-    dtype: torch.dtype | None
-    layers: int
-    alike: list[list[str]]
-    tied: list[tuple[str, str]]
-    done: dict[str, None] = field(default_factory=dict)
-    shared: dict[str, Tensor] = field(default_factory=dict)
-    unpacked: dict[str, WeightFormat] = field(default_factory=dict)
-    removing: bool = False
-
-    @property
-    def call(self) -> str:
-        """The call that goes on."""
-        dtype = "" if self.dtype is None else f", dtype={self.dtype}"
-        return f"peftcore.merge(model, keep_adapters=False{dtype})"
-
-
-@dataclass
 class Merged:
     """State for `unmerge`: the adapters that were active, and the original tensors by name."""
 
@@ -57,16 +24,16 @@ class Merged:
     lost: dict[str, float] = field(default_factory=dict)  # by path, for quantized weights
     written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # the merged tensors
     unpacked: tuple[WeightFormat, ...] = ()  # formats of quantized weights that dense ones replace
-    unfinished: Unfinished | None = None  # of an interrupted merge, which cannot be undone
+    stopped: str = ""  # where a merge that cannot be undone was interrupted
 
     @property
     def why(self) -> str:
         """Why other functions refuse the model, and what to do."""
-        if self.unfinished is None:
+        if not self.stopped:
             return "adapters are merged into the base. First peftcore.unmerge(model)"
         return (
-            f"merging was interrupted after {len(self.unfinished.done)} of {self.unfinished.layers} layers, whose "
-            f"original weights are not kept. First {self.unfinished.call}, which merges the rest"
+            f"merging was interrupted after {self.stopped} layers, whose original weights are not kept. Load the base "
+            "and the adapters again, and merge again"
         )
 
 

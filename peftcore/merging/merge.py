@@ -22,7 +22,7 @@ from peftcore.engine.applying import check_dtype
 from peftcore.engine.changes import facts
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, warn
-from peftcore.merging.exchanging import Exchange, Merged, Unfinished, get
+from peftcore.merging.exchanging import Exchange, Merged, get
 from peftcore.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
 from peftcore.merging.tied import changed_alike, tied_weights, untie_config
 from peftcore.method import Model, WeightFormat
@@ -57,15 +57,12 @@ def merge(
         PeftcoreError: an adapter cannot be merged, or the merged weight would not compute the same; a weight is tied; a
             result is NaN or Inf; or quantizing again would lose more than `max_error`. The model is left unchanged.
 
-    Interrupted, as by Ctrl-C, it leaves the model unchanged as well; with `keep_adapters=False` only until the first
-    layer is written. From then on the model computes the same as before, other functions refuse it, and the same call
-    merges the remaining layers.
+    Everything is checked before the first weight is written. After Ctrl-C the model is unchanged as well; with
+    `keep_adapters=False` only until the first layer is written. From then on the model computes the same as before, and
+    other functions refuse it.
     """
     _check_limit(max_error)
     check_dtype(dtype)
-    begun = None if keep_adapters else _unfinished(model)
-    if begun is not None:
-        return _go_on(model, begun, dtype, max_error)
     state = _ready(model, "merge")
     if not state.active:
         raise PeftcoreError("no adapter is active. Activate the adapters to merge: peftcore.activate(model, [...])")
@@ -82,9 +79,7 @@ def merge(
     with ranks.whole_when_read(model):
         if keep_adapters:
             return _merge(model, state, alike, tied, dtype=dtype, max_error=max_error)
-        paths = {path for name in state.active for path in state.applied[name].paths}
-        merged = Merged(state.active, unfinished=Unfinished(dtype, len(paths), alike, tied))
-        return _merge_for_good(model, state, merged, max_error)
+        return _merge_for_good(model, state, alike, tied, dtype=dtype, max_error=max_error)
 
 
 def _merge(
@@ -124,84 +119,66 @@ def _merge(
     return model
 
 
-def _merge_for_good(model: Model, state: engine.State, merged: Merged, max_error: float | None) -> Model:
+def _merge_for_good(
+    model: Model,
+    state: engine.State,
+    alike: list[list[str]],
+    tied: list[tuple[str, str]],
+    *,
+    dtype: torch.dtype | None,
+    max_error: float | None,
+) -> Model:
     """Merge the active adapters and remove them; the base's weights are freed one by one."""
-    rest = merged.unfinished
-    assert rest is not None
+    active = state.active
     # Every result is checked before the first is written, and none is kept in between.
-    if not rest.removing:
-        _check_lost(measured_error(model, merged.active, rest.dtype, without=rest.done), max_error)
-    trained, exchange, current = Exchange(model), Exchange(model), ""
+    _check_lost(measured_error(model, active, dtype), max_error)
+    trained, exchange = Exchange(model), Exchange(model)
+    shared, unpacked, done = dict[str, Tensor](), dict[str, WeightFormat](), 0
     try:
-        state.merged = None
-        if not (rest.done or rest.removing):
-            _merge_trained(model, merged.active, trained)
-        layers = merged_layers(model, merged.active, rest.dtype, checked=True, without=rest.done)
-        for layer in layers if not rest.removing else ():
-            current, exchange = layer.path, Exchange(model)
-            _write(layer, rest.alike, rest.shared, exchange)
+        _merge_trained(model, active, trained)
+        for layer in merged_layers(model, active, dtype, checked=True):
+            exchange = Exchange(model)
+            _write(layer, alike, shared, exchange)
             if layer.unpacked is not None:
-                rest.unpacked[layer.path] = layer.unpacked
-            rest.done[layer.path] = None
-            adapted.activate(model.get_submodule(layer.path), ())
-        rest.removing = True
-        if rest.tied:
-            untie_config(model, rest.tied)
-            rest.tied = []
-        _remove_merged(model, state, merged.active, rest)
+                unpacked[layer.path] = layer.unpacked
+            adapted.activate(model.get_submodule(layer.path), ())  # the model computes the same after every layer
+            exchange, done = Exchange(model), done + 1
+        if tied:
+            untie_config(model, tied)
+        _remove_merged(model, state, active, dtype, unpacked)
     except BaseException:
-        if current not in rest.done:
-            exchange.undo()
-        if engine.state_of(model) is state:
-            if rest.done or rest.removing:
-                for path in rest.done:
-                    if is_adapted(module := model.get_submodule(path)):
-                        adapted.activate(module, ())
-                state.merged = merged
-            else:
-                _put_own_aside(model, state.applied)
-                trained.undo()
-                engine.set_active(model, merged.active, base_exchanged=True)
+        exchange.undo()
+        if done:
+            paths = {path for name in active if name in state.applied for path in state.applied[name].paths}
+            state.merged = Merged(active, stopped=f"{done} of {max(done, len(paths))}")
+        else:
+            _put_own_aside(model, state.applied)
+            trained.undo()
+            engine.set_active(model, active, base_exchanged=True)
         raise
     return model
 
 
-def _remove_merged(model: nn.Module, state: engine.State, active: tuple[str, ...], rest: Unfinished) -> None:
+def _remove_merged(
+    model: nn.Module,
+    state: engine.State,
+    active: tuple[str, ...],
+    dtype: torch.dtype | None,
+    unpacked: dict[str, WeightFormat],
+) -> None:
     """Remove the merged adapters and what only quantized weights needed."""
     engine.set_active(model, (), base_exchanged=True)
     for path, site in state.sites.items():  # a weight that was packed has a different shape now
         site.facts = facts(model.get_submodule(path))
     for name in active:
-        if name in state.applied:
-            engine.remove(model, name)
-    if engine.state_of(model) is state:
-        engine.restore_base_if_free(model, state)  # if its removal was interrupted
-    for path, was in rest.unpacked.items():
+        engine.remove(model, name)
+    for path, was in unpacked.items():
         module = model.get_submodule(path)
         if was.plain is not None and not is_adapted(module):
             was.plain(module)
-    if rest.unpacked:
-        model.to(rest.dtype)
-    _update_config(model, rest.unpacked.values())
-
-
-def _unfinished(model: nn.Module) -> Merged | None:
-    """Return the record of a merge without `unmerge` that was interrupted, or None."""
-    state = engine.state_of(model)
-    merged: Merged | None = None if state is None else state.merged
-    return None if merged is None or merged.unfinished is None else merged
-
-
-def _go_on(model: Model, merged: Merged, dtype: torch.dtype | None, max_error: float | None) -> Model:
-    """Merge the layers that an interrupted merge has left."""
-    rest = merged.unfinished
-    assert rest is not None
-    if dtype != rest.dtype:
-        raise PeftcoreError(f"merging was interrupted and began with dtype={rest.dtype}, found {dtype}. {rest.call}")
-    if not rest.removing:
-        engine.refuse_changed(model)
-    with ranks.whole_when_read(model):
-        return _merge_for_good(model, engine.require_state(model), merged, max_error)
+    if unpacked:
+        model.to(dtype)
+    _update_config(model, unpacked.values())
 
 
 def _write(layer: MergedLayer, alike: list[list[str]], shared: dict[str, Tensor], exchange: Exchange) -> None:
@@ -253,8 +230,8 @@ def unmerge(model: Model) -> Model:
     if state.merged is None:
         raise PeftcoreError("nothing is merged into this model. Call peftcore.merge(model) first")
     merged: Merged = state.merged
-    if merged.unfinished is not None:
-        raise PeftcoreError(f"cannot unmerge: {merged.why}. For the original weights, load the base again")
+    if merged.stopped:
+        raise PeftcoreError(f"cannot unmerge: {merged.why}")
     there = {name: get(model, name) for name in merged.written}  # may have been moved or cast since
     for name, (shape, _) in merged.written.items():
         found = there[name]

@@ -9,7 +9,7 @@ forward reads, then `merged` of adapters around and after the module, each in or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -112,7 +112,6 @@ def merged_layers(
     dtype: torch.dtype | None,
     *,
     checked: bool = False,
-    without: Collection[str] = (),
 ) -> Iterator[MergedLayer]:
     """Yield every adapted module, merged and checked: values are finite, and outputs are those of the adapters.
 
@@ -121,10 +120,9 @@ def merged_layers(
         names: the adapters, in order of activation.
         dtype: of a dense weight that replaces a quantized one; None to quantize again.
         checked: outputs were compared before.
-        without: paths of modules to leave out.
     """
     entries = {name: engine.applied(model, name) for name in names}
-    paths = dict.fromkeys(path for entry in entries.values() for path in entry.paths if path not in without)
+    paths = dict.fromkeys(path for entry in entries.values() for path in entry.paths)
     for path in paths:
         module = model.get_submodule(path)
         acting = {name: entry.method for name, entry in entries.items() if path in entry.placements}
@@ -319,12 +317,9 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(smallest.isfinite() and largest.isfinite())
 
 
-def measured_error(
-    model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None, *, without: Collection[str] = ()
-) -> dict[str, float]:
-    """Return the error of merging into each quantized layer, by path; modules `without` are left out."""
-    layers = merged_layers(model, names, dtype, without=without)
-    return {layer.path: layer.lost for layer in layers if layer.lost is not None}
+def measured_error(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> dict[str, float]:
+    """Return the error of merging into each quantized layer, by path."""
+    return {layer.path: layer.lost for layer in merged_layers(model, names, dtype) if layer.lost is not None}
 
 
 def changes_nothing(model: nn.Module, adapter: str) -> bool:

@@ -46,7 +46,6 @@ class FusedOptimizer(Optimizer):
 
     rule: Rule
     _step_supports_amp_scaling = True
-    _loading = False  # also after `load_state_dict` has been interrupted
 
     def __init__(
         self,
@@ -87,7 +86,6 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Return the result of `closure`."""
-        self._refuse_partial()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -241,7 +239,6 @@ class FusedOptimizer(Optimizer):
 
         Paged state is read in full.
         """
-        self._refuse_partial()
         packed = super().state_dict()
         owners = dict(self._owners())
         packed["state"] = {
@@ -273,22 +270,9 @@ class FusedOptimizer(Optimizer):
                     read[owners[key]] = self._read(owners[key], saved), int(saved.get("step", 0))
                 except ValueError as error:
                     raise ValueError(f"the state of parameter {key} does not fit: {error}") from None
-        self._loading = True
         super().load_state_dict({**state_dict, "state": {}})  # torch would cast moments to the parameter's dtype
         for param, (values, step) in read.items():
             self._take_over(param, values, step)
-        self._loading = False
-
-    def _refuse_partial(self) -> None:
-        if self._loading:
-            raise RuntimeError(
-                f"{type(self).__name__}.load_state_dict was interrupted, and a part of the state is missing. Call it "
-                "again, or make a new optimizer"
-            )
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._refuse_partial()
-        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

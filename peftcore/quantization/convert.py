@@ -160,12 +160,9 @@ def quantize(
                 convert(module, cast(QuantizedLinear, first).packed, compute_dtype)
         for path, blocksizes in experts.items():
             pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
+    finally:  # also if an error leaves some layers quantized
         update_config(model)
         fast_path.guard(model)
-    except BaseException:  # some layers are quantized
-        update_config(model)
-        fast_path.guard(model)
-        raise
     quicken_few_rows(model)
     if before - _held_by(model) >= _WORTH:
         give_back_freed()
@@ -263,12 +260,9 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
                 make_plain(module, module.dense_parameter(dtype))
             else:
                 make_plain(module, cast(nn.Parameter, first.weight))
+    finally:  # also if an error leaves some layers dense
         fast_path.guard(model)
         sync_config(model)
-    except BaseException:  # some layers are dense
-        fast_path.guard(model)
-        sync_config(model)
-        raise
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import tiny
 import torch
 from against_peft import quiet
 from composed import Images, output
-from interrupting import interrupted
 from torch import Tensor, nn
 
 import peftcore
@@ -220,18 +218,6 @@ def test_other_methods_bases_and_damaged_values_are_refused_and_nothing_changes(
         assert torch.equal(output(model), before)
     peftcore.set_state_dict(model, "a", tmp_path, check_base=False)
     assert not torch.equal(output(model), before)
-
-
-def test_an_interruption_changes_nothing_or_comes_after_the_last_value() -> None:
-    model = adapted(modules_to_save=["lm_head"])
-    state = peftcore.state_dict(adapted(seed=3, modules_to_save=["lm_head"]), "a")
-    finished = copy.deepcopy(model)
-    peftcore.set_state_dict(finished, "a", state)
-    wanted = [output(model), output(finished)]
-    change = lambda each: peftcore.set_state_dict(each, "a", state)  # noqa: E731
-    files = ("composing/adapter_state.py", "files/tensors.py")
-    found = [output(each) for each, _ in interrupted(lambda: copy.deepcopy(model), change, files)]
-    assert all(any(torch.equal(each, one) for one in wanted) for each in found)
 
 
 def test_configs_that_compute_otherwise_are_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.adaptation import adapted
 from peftcore.engine import adapter_parameters, state_of
 from peftcore.testing import disturb
 
@@ -151,28 +149,3 @@ def test_remove_gets_out_where_a_trained_module_is_gone() -> None:
         with pytest.warns(UserWarning, match="classifier.weight' is gone"):
             peftcore.remove(model, name)
     assert not any("peftcore" in key for key in model.state_dict()) and not hasattr(type(model), "_peftcore_enclosed")
-
-
-@pytest.mark.parametrize(
-    ("before", "after"), [(["a", "b"], ["a"]), (["b"], ["b", "a"]), (["b"], NAMES), (NAMES, ["a"]), (NAMES, ["b", "a"])]
-)
-def test_adapters_act_as_before_where_a_change_is_interrupted(before: Any, after: Any, monkeypatch: Any) -> None:
-    model, other = classifier(modules_to_save=[]), classifier(modules_to_save=[])
-    peftcore.activate(model, before, per_sample=before is NAMES)
-    calls = iter(range(999))
-
-    def interrupted(function: Any, *args: Any, **kwargs: Any) -> None:
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        function(*args, **kwargs)
-
-    with torch.no_grad():
-        wanted = model(input_ids=tokens()).logits
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            for name in ("activate", "activate_outermost"):
-                patched.setattr(adapted, name, functools.partial(interrupted, getattr(adapted, name)))
-            peftcore.activate(model, after, per_sample=after is NAMES)
-        assert torch.equal(model(input_ids=tokens()).logits, wanted)
-        for each in (model, other):
-            peftcore.activate(each, after, per_sample=after is NAMES)
-        assert torch.equal(model(input_ids=tokens()).logits, other(input_ids=tokens()).logits)

@@ -28,12 +28,6 @@ def test_levels_agree() -> None:
     run("levels", first, first + 2000, 1 if corpus.WHOLE else 10)
 
 
-@pytest.mark.skipif(ops.extension is None, reason="no _C: no paged optimizers")
-def test_interrupts() -> None:
-    """900 times Ctrl-C, or 15."""
-    run("interrupted", 900 if corpus.WHOLE else 15, corpus.SEED)
-
-
 def test_mutated_gguf_files(tmp_path: Path) -> None:
     """1,000 of them, or 10."""
     run("gguf_files", tmp_path, 1000, 1 if corpus.WHOLE else 100, corpus.SEED)

@@ -1,4 +1,4 @@
-"""A merge or unmerge that is interrupted at any tensor leaves a model that computes the same, and can be repeated."""
+"""A merge or unmerge that is interrupted leaves a model that computes the same; one that can be undone is undone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import peftcore
 from peftcore.merging import merge as merging
 from peftcore.merging.exchanging import Exchange
+from peftcore.plugin import Around
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -89,34 +90,24 @@ def test_an_interrupted_merge_and_unmerge_are_undone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_an_interrupted_merge_for_good_goes_on(kind: str, tmp_path: Any) -> None:
+def test_an_interrupted_merge_for_good_computes_the_same_and_is_refused(kind: str, tmp_path: Any) -> None:
     options = {**_options(kind), "keep_adapters": False}
-    expected = _model(kind)
-    number = _counted(expected, **options)
-    result = tiny.logits(expected)
-    for at in range(number):
-        model = _model(kind)
-        acting = tiny.logits(model)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(_Interrupted):
-            _interrupt(patch, at)
-            peftcore.merge(model, **options)
-        torch.testing.assert_close(tiny.logits(model), acting)
-        if at == number - 1:
-            match = r"interrupted after \d+ of \d+ layers.*First peftcore.merge\(model, keep_adapters=False"
-            for call, *given in (
-                (peftcore.save, tmp_path),
-                (peftcore.activate, []),
-                (peftcore.merge,),
-                (peftcore.unmerge,),
-            ):
-                with pytest.raises(peftcore.PeftcoreError, match=match):
-                    call(model, *given)
-            with pytest.raises(peftcore.PeftcoreError, match="began with dtype"):
-                peftcore.merge(model, keep_adapters=False, dtype=torch.float16)
+    model = _model(kind)
+    acting, at = tiny.logits(model), _counted(_model(kind), **options) - 1
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Interrupted):
+        _interrupt(patch, at)
         peftcore.merge(model, **options)
-        assert torch.equal(tiny.logits(model), result)
-        with pytest.raises(peftcore.PeftcoreError, match="no adapter is applied"):
-            peftcore.unmerge(model)
+    torch.testing.assert_close(tiny.logits(model), acting)
+    match = r"interrupted after \d+ of \d+ layers.*Load the base and the adapters again"
+    for call, *given in (
+        (peftcore.save, tmp_path),
+        (peftcore.activate, []),
+        (peftcore.merge,),
+        (peftcore.remove,),
+        (peftcore.unmerge,),
+    ):
+        with pytest.raises(peftcore.PeftcoreError, match=match):
+            call(model, *given)
 
 
 def test_an_error_in_a_layer_after_the_first_is_written_keeps_what_is_merged() -> None:
@@ -133,5 +124,23 @@ def test_an_error_in_a_layer_after_the_first_is_written_keeps_what_is_merged() -
         patch.setattr(merging, "merged_layers", failing)
         peftcore.merge(model, keep_adapters=False)
     torch.testing.assert_close(tiny.logits(model), acting)
-    peftcore.merge(model, keep_adapters=False)
-    torch.testing.assert_close(tiny.logits(model), acting)
+
+
+@pytest.mark.parametrize("keep_adapters", [True, False])
+def test_an_error_in_merged_of_a_plugin_leaves_the_model_unchanged(keep_adapters: bool) -> None:
+    class Failing(tiny.Scaled):
+        def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            raise RuntimeError("no")
+
+    def place(model: nn.Module, config: Any, architecture: Any) -> list[Around]:
+        names = ("q_proj", "k_proj")
+        return [Around(f"model.layers.0.self_attn.{name}", kind(2.0)) for name, kind in zip(names, kinds, strict=True)]
+
+    kinds = (tiny.Scaled, Failing)
+    with tiny.installed(tiny.method("failing", place)):
+        model = peftcore.apply(tiny.llama(), "failing")
+        acting, before = tiny.logits(model), dict(model.named_parameters())
+        with pytest.raises(peftcore.PluginError, match="no"):
+            peftcore.merge(model, keep_adapters=keep_adapters)
+        assert all(p is before[name] for name, p in model.named_parameters()) and not peftcore.summary(model).merged
+        assert torch.equal(tiny.logits(model), acting)

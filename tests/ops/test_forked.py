@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from fuzz.interrupted import flat, operators, same
 from torch import Tensor
 
 import peftcore
+from peftcore import ops
+from peftcore.ops.swiglu import swiglu
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -41,6 +43,41 @@ def in_fork(work: Callable[[], bool]) -> bool | None:
     os.kill(child, 9)
     os.waitpid(child, 0)
     return None
+
+
+def operators() -> dict[str, Callable[[], Any]]:
+    """Calls of some milliseconds."""
+    torch.manual_seed(0)
+    x, w = torch.randn(256, 512), torch.randn(1024, 512)
+    packed = ops.quantize_4bit(w)
+    a, b = torch.randn(16, 512) / 20, torch.randn(1024, 16) / 4
+    half, grad = x.bfloat16(), torch.randn(256, 1024)
+    gate, up = torch.randn(512, 1024), torch.randn(512, 1024)
+
+    def gradients() -> list[Any]:
+        inputs = [t.clone().requires_grad_() for t in (x, a, b)]
+        ops.lora_linear(inputs[0], packed, None, inputs[1], inputs[2], 0.5).backward(grad)
+        return [t.grad for t in inputs]
+
+    return {
+        "quantize": lambda: list(ops.quantize_4bit(w)[:2]),
+        "dequantize": lambda: ops.dequantize_4bit(packed),
+        "linear_4bit": lambda: ops.linear_4bit(x, packed),
+        "linear_4bit in bf16": lambda: ops.linear_4bit(half, packed),
+        "one row": lambda: ops.linear_4bit(half[:1], packed),
+        "lora_linear": lambda: ops.lora_linear(x, w, None, a, b, 0.5),
+        "gradients": gradients,
+        "dense_linear": lambda: ops.dense_linear(half, w.bfloat16()),
+        "swiglu": lambda: swiglu(torch.cat([gate, up], 1)),
+    }
+
+
+def flat(found: Any) -> list[Any]:
+    return [t.clone() for t in (found if isinstance(found, list | tuple) else [found]) if isinstance(t, torch.Tensor)]
+
+
+def same(found: list[Any], wanted: list[Any]) -> bool:
+    return len(found) == len(wanted) and all(map(torch.equal, found, wanted))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Whole models: which layers, tied and shared weights, Conv1D, bitsandbytes' layers, and what is refused."""
 
-import copy
 import gc
 import mmap
 import weakref
@@ -9,7 +8,6 @@ import bitsandbytes as bnb
 import pytest
 import tiny
 import torch
-from interrupting import interrupted
 from quantized import INPUTS, gpt2, llama, logits, of_bnb
 from torch import nn
 
@@ -311,24 +309,3 @@ def test_a_summary_counts_weights_not_bytes():
     found = peftcore.summary(model)
     assert found.base_parameters == peftcore.plan(model, "lora").base_parameters == count
     assert found.base_bytes < 4 * count
-
-
-def test_an_interrupted_quantize_and_dequantize_go_on() -> None:
-    model = tiny.llama()
-    quantized = peftcore.quantize(copy.deepcopy(model))
-    dense = peftcore.dequantize(copy.deepcopy(quantized))
-    files = ("quantization/convert.py", "quantization/linear.py")
-    for start, change, wanted in (
-        (model, peftcore.quantize, quantized),
-        (quantized, peftcore.dequantize, dense),
-    ):
-        expected = {name: type(module) for name, module in wanted.named_modules()}
-        for number, (each, line) in enumerate(interrupted(lambda start=start: copy.deepcopy(start), change, files)):
-            if number % 5:
-                continue
-            assert tiny.logits(each).isfinite().all(), line  # each layer is dense or quantized
-            packed = any(isinstance(module, QuantizedLinear) for module in each.modules())
-            assert packed == hasattr(each.config, "quantization_config"), line
-            if expected != {name: type(module) for name, module in each.named_modules()}:
-                change(each)
-            assert torch.equal(tiny.logits(each), tiny.logits(wanted)), line
