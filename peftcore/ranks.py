@@ -157,8 +157,9 @@ def whole_when_read(model: nn.Module) -> Iterator[None]:
         for name, parameter in module._parameters.items()
         if parameter is not None and is_part(parameter)
     ]
+    stand_ins = {id(parameter): cast(nn.Parameter, Unread(parameter)) for _, _, parameter in slots}
     for parameters, name, parameter in slots:
-        parameters[name] = cast(nn.Parameter, Unread(parameter))
+        parameters[name] = stand_ins[id(parameter)]  # tied parameters stay tied
     try:
         yield
     finally:

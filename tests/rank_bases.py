@@ -35,9 +35,11 @@ READING += ["adapter", "reft", "ia3", "bitfit", "ln-tuning"]
 
 
 def write(folder: Path) -> None:
-    """Folders with a tiny model: `llama` and `gpt2`, of which two ranks can have halves, `odd`, two of Qwen3, and
-    `blocks`, whose halves are whole blocks of 32."""
+    """Folders with a tiny model: `llama` and `gpt2`, of which two ranks can have halves, `odd`, two of Qwen3, `blocks`,
+    whose halves are whole blocks of 32, and `tied`, a Gemma 3 with a scaled embedding and a head tied to it."""
     from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
         LlamaConfig,
         LlamaForCausalLM,
         Qwen3Config,
@@ -58,6 +60,7 @@ def write(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**sizes | biases)).save_pretrained(folder / "odd")
     blocks = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16, "attention_bias": True}
     LlamaForCausalLM(LlamaConfig(**sizes | blocks)).save_pretrained(folder / "blocks")
+    Gemma3ForCausalLM(Gemma3TextConfig(**sizes | {"tie_word_embeddings": True})).save_pretrained(folder / "tied")
     rank_work.model("gpt2").save_pretrained(folder / "gpt2")
 
 

@@ -314,6 +314,24 @@ def of_trained(folder: str, whole: bool) -> dict[str, float | str]:
     return found
 
 
+def of_tied(folder: str) -> dict[str, float | str]:
+    """Trained rows of an embedding that the head shares."""
+    found: dict[str, float | str] = {}
+    rows = {"method": "trainable-tokens", "token_indices": [29, 5]}, {**BOTH, "trainable_token_indices": [29, 5]}
+    for fields in rows:
+        name = f"tied, {fields.get('method', 'lora')}"
+        alone, spread = pair(folder, "tied", fields)
+        found[f"{name}, gradients"] = gradients(alone, spread)
+        wanted = logits(spread)
+        found[f"{name}, logits"] = off(wanted, logits(alone))
+        peftcore.save(spread, f"{folder}/{name}")
+        distributed.barrier()
+        for count, divided in (("one", {}), ("two", {"tp_size": 2})):
+            loaded = peftcore.load(base(folder, "tied", **divided), f"{folder}/{name}")
+            found[f"{name}, loaded by {count}"] = off(logits(loaded), wanted)
+    return found
+
+
 class OfTokens(nn.Module):
     """Two layers, of which each rank computes its part, for its tokens of the whole input `[batch, tokens, 8]`."""
 
@@ -388,4 +406,5 @@ def of_hooks(folder: str, whole: bool) -> dict[str, float | str]:
 def everything(
     folder: str, cases: list[str], whole: bool
 ) -> tuple[dict[str, dict[str, float | str]], dict[str, float | str]]:
-    return table(folder, cases), {**of_lora(folder, whole), **of_trained(folder, whole), **of_hooks(folder, whole)}
+    found = {**of_lora(folder, whole), **of_trained(folder, whole), **of_tied(folder), **of_hooks(folder, whole)}
+    return table(folder, cases), found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peftcore import engine
+from peftcore import engine, ranks
 from peftcore.adaptation.base_modules import base_parameters
 from peftcore.adaptation.light import own_tensors
 from peftcore.engine.placing import Placed
@@ -108,7 +108,7 @@ def _placed(model: nn.Module, method: Method, config: Any, folder: Path) -> Plac
         CheckpointError: the config cannot be applied.
     """
     try:
-        with guarded(method, f"'{folder}'"):
+        with guarded(method, f"'{folder}'"), ranks.whole_when_read(model):
             return engine.placements_for(model, config, {}, _on_meta())
     except (CheckpointError, PluginError):
         raise
