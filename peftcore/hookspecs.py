@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftcore.exporter import Exporter
     from peftcore.extensions import Command, Integration
     from peftcore.method import Method, WeightFormat
+    from peftcore.quantization.checkpoint_layouts import CheckpointFormat
 
 hookspec = pluggy.HookspecMarker("peftcore")
 hookimpl = pluggy.HookimplMarker("peftcore")
@@ -29,6 +30,11 @@ def peftcore_methods() -> list[Method]:  # type: ignore[empty-body]  # a specifi
 @hookspec
 def peftcore_weight_formats() -> list[WeightFormat]:  # type: ignore[empty-body]
     """Return formats of stored weights. Each has a name of its own; those of plugins are asked before the core's."""
+
+
+@hookspec
+def peftcore_checkpoint_formats() -> list[CheckpointFormat]:  # type: ignore[empty-body]
+    """Return formats of checkpoints in 4 bits. Each has the `quant_method` of its checkpoints as its name."""
 
 
 @hookspec

@@ -10,6 +10,7 @@ examples. The names by subject:
                           Attachments, Link: kinds of a plugin's own
     adapters              Adapter, LowRank, Base, BranchedBase; implements; override, of typing_extensions
     method and hooks      Method, hookimpl, WeightFormat, Exporter, Command, Integration
+    checkpoints in 4 bits CheckpointFormat, CheckpointLayout: how other tools store weights
     export                adapter_products: an adapter as low-rank products; base_tensors
     files                 StateRules, PeftRules, ForeignFormat, FileLayout, FileFormat, tensor_name,
                           prompt_tensor_name; Tensors, Fields
@@ -129,6 +130,10 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.prompts.counting import TokenCounter as TokenCounter, cached_tokens as cached_tokens
     from peftcore.prompts.packed import refuse_packed as refuse_packed, text_starts as text_starts
     from peftcore.quantization import default_skip as default_skip, quantized_layers as quantized_layers
+    from peftcore.quantization.checkpoint_layouts import (
+        CheckpointFormat as CheckpointFormat,
+        CheckpointLayout as CheckpointLayout,
+    )
     from peftcore.targets import LayersConfig as LayersConfig, layer_at as layer_at
     from peftcore.testing import (
         CHECKS as CHECKS,
@@ -188,6 +193,7 @@ _MODULES = {
     "peftcore.prompts.counting": "TokenCounter cached_tokens",
     "peftcore.prompts.packed": "refuse_packed text_starts",
     "peftcore.quantization": "default_skip quantized_layers",
+    "peftcore.quantization.checkpoint_layouts": "CheckpointFormat CheckpointLayout",
     "peftcore.targets": "LayersConfig layer_at",
     "peftcore.testing": (
         "CHECKS COMPILE FAMILIES Family IDENTITY MERGE PEFT_READS PEFT_WRITES check_method check_sharded disturb"

@@ -30,6 +30,7 @@ COMMANDS = "peftcore_commands"
 LISTS = (  # hooks that return a list, never None
     "peftcore_methods",
     "peftcore_weight_formats",
+    "peftcore_checkpoint_formats",
     "peftcore_exporters",
     COMMANDS,
     "peftcore_integrations",

@@ -17,8 +17,8 @@ from peftcore.estimating.following import NotFollowed
 from peftcore.layers import is_wrapped
 from peftcore.observation.meta import meta_copy
 from peftcore.quantization import QuantizedLinear, quantized_experts
+from peftcore.quantization.checkpoint_layouts import layout_of, pack_empty, without_quantization
 from peftcore.quantization.convert import convert
-from peftcore.quantization.int4_models import int4_config, pack_empty, without_quantization
 
 
 def stand_in(model: Any, dtype: torch.dtype | None) -> nn.Module:
@@ -83,7 +83,7 @@ def config_of(model: Any) -> Any:
 
 def refuse_not_followed(config: Any) -> None:
     """Raise NotFollowed if the weights that the config describes are quantized in a way that is not followed."""
-    if int4_config(config) is None:
+    if layout_of(config) is None:
         _refuse_packed(config)
 
 
@@ -137,10 +137,10 @@ def _built(config: Any, dtype: torch.dtype) -> nn.Module:
     """Build the class that the config names, or a language model; from_config would initialise weights."""
     import transformers
 
-    stored = int4_config(config)
-    if stored is not None:
+    layout = layout_of(config)
+    if layout is not None:
         made = _built(without_quantization(config), dtype)
-        pack_empty(made, stored)
+        pack_empty(made, layout)
         return made
     _refuse_packed(config)
     config = copy.deepcopy(config)  # building a model changes its config

@@ -30,6 +30,7 @@ from peftcore.ops.weight import MAX_BLOCKSIZE, MIN_BLOCKSIZE, PackedWeight, chec
 BLOCKSIZE = 16
 EXPERT_VALUES = BLOCKSIZE * MIN_BLOCKSIZE  # an expert has a multiple of them, so that nested scales are one expert's
 _LARGEST_CODE, _LARGEST_SCALE, _SMALLEST_SCALE = 6.0, 448.0, 2.0**-9
+_NAN = 127  # E4M3's code, without sign
 _AT_ONCE = 1 << 18  # values that are quantized together, so that temporary tensors stay in a cache
 
 
@@ -138,6 +139,18 @@ def _nearest(x: Tensor) -> Tensor:
     codes = torch.minimum((2 * size).round_(), size.round() + 2)
     codes = torch.minimum(codes, (size / 2).round_() + 4).to(torch.uint8)
     return codes | (x < 0).to(torch.uint8) << 3
+
+
+def not_finite(weight: PackedWeight) -> str:
+    """Return what makes values of a weight infinite or NaN, as the end of a sentence about it; "" if nothing does."""
+    if weight.absmax.is_meta or not weight.absmax.numel():
+        return ""
+    used = torch.bincount(weight.absmax.reshape(-1), minlength=256) > 0
+    if used[_NAN] or used[_NAN | 128]:
+        return "has a scale of NaN, so values are not finite"
+    assert weight.nested_quant_map is not None and weight.nested_absmax is not None
+    largest = weight.nested_quant_map[used].abs().max() * weight.nested_absmax.abs().max() * _LARGEST_CODE
+    return "" if largest.isfinite() else "has scales whose products with the global scale are too large for float32"
 
 
 def largest_of(x: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) 
     """Load a transformers model from a folder or hub id, quantizing each weight as it is read.
 
     Memory holds the quantized model and one dense weight at a time. A checkpoint that is quantized keeps its bits:
-    bitsandbytes' 4-bit format, MXFP4, int4 of GPTQ, AutoAWQ and compressed-tensors, whose layers become `affine4`, and
-    NVFP4 of ModelOpt and compressed-tensors.
+    bitsandbytes' 4-bit format, MXFP4, and with the package peftcore-checkpoints int4 of GPTQ, AutoAWQ and
+    compressed-tensors, whose layers become `affine4`, and NVFP4 of ModelOpt and compressed-tensors.
 
     Args:
         path: folder or hub id.

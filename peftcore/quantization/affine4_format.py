@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftcore import ops
 from peftcore.errors import PeftcoreError
-from peftcore.ops.codebooks import codebook
-from peftcore.ops.huge_pages import in_huge_pages
-from peftcore.ops.weight import AFFINE, MAX_BLOCKSIZE, MIN_BLOCKSIZE, PackedWeight
+from peftcore.ops.weight import AFFINE, PackedWeight
 from peftcore.quantization.four_bit_format import (
     FourBitFormat,
     check_blocksize,
@@ -111,65 +109,3 @@ AFFINE4 = FourBitFormat(
     from_tensors=from_tensors,
     rows_are_blocks=True,
 )
-
-
-class Int4Weight(NamedTuple):
-    """An int4 weight as a checkpoint has it.
-
-    Args:
-        codes: uint8 `[out * in / 2, 1]`, two codes a byte, the even one in the high nibble.
-        scales: fp32, fp16 or bf16 `[out, groups]`.
-        zeros: uint8 `[out, groups]`; None if all are 8.
-        shape: `(out, in)`. group: number of inputs that share a scale.
-        order: int64 `[in]`: column j of the codes is input `order[j]`; None if they are in the inputs' order.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    shape: tuple[int, int]
-    group: int
-    order: Tensor | None = None
-
-    def values(self, dtype: torch.dtype) -> Tensor:
-        """Return the dense weight `[out, in]`, computed in this dtype."""
-        bytes_ = self.codes.view(self.shape[0], -1)
-        codes = torch.stack((bytes_ >> 4, bytes_ & 15), -1).flatten(-2).to(dtype)
-        zeros = 8 if self.zeros is None else self.zeros.to(dtype).repeat_interleave(self.group, 1)
-        dense = (codes - zeros) * self.scales.to(dtype).repeat_interleave(self.group, 1)
-        return dense if self.order is None else torch.empty_like(dense).index_copy_(1, self.order, dense)
-
-
-def to_affine4(weight: Int4Weight, dtype: torch.dtype, name: str) -> PackedWeight:
-    """Return the weight `name` in the format `affine4`.
-
-    Args:
-        weight: the weight.
-        dtype: dtype of the weight when it is dequantized.
-        name: for messages.
-
-    Raises:
-        PeftcoreError: a group is smaller than 32 inputs or not a multiple of it.
-    """
-    block = min(weight.group & -weight.group, MAX_BLOCKSIZE)  # the largest power of two that divides a group
-    if block < MIN_BLOCKSIZE:
-        raise PeftcoreError(
-            f"'{name}' has a scale for each {weight.group} inputs, and only multiples of {MIN_BLOCKSIZE} are read. Use "
-            "a checkpoint in larger groups, or the dense one"
-        )
-    scales, zeros = weight.scales, weight.zeros
-    if block < weight.group:
-        scales = scales.repeat_interleave(weight.group // block, 1)
-        zeros = None if zeros is None else zeros.repeat_interleave(weight.group // block, 1)
-    return PackedWeight(
-        in_huge_pages(weight.codes),
-        scales.reshape(-1),
-        codebook("affine4", weight.codes.device),
-        weight.shape,
-        block,
-        dtype,
-        "affine4",
-        nested_blocksize=AFFINE,
-        zeros=None if zeros is None else zeros.reshape(-1),
-        permutation=weight.order,
-    )

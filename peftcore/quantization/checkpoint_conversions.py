@@ -15,12 +15,11 @@ from peftcore.experts import experts_layout
 from peftcore.experts.conversion import is_by_expert
 from peftcore.layers import shape_of
 from peftcore.ops import PackedWeight
+from peftcore.quantization.checkpoint_layouts import CheckpointLayout
 from peftcore.quantization.convert import convert
 from peftcore.quantization.format import from_tensors
-from peftcore.quantization.int4_layouts import CheckpointLayout
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES, from_blocks
-from peftcore.quantization.nvfp4_layouts import PACKED
 from peftcore.quantization.packed_experts import pack_parameter
 from peftcore.quantization.parameters import check_experts, check_shape
 from peftcore.targets import is_linear, sizes
@@ -181,18 +180,18 @@ def layout_converter(layout: CheckpointLayout, hf_quantizer: Any) -> WeightConve
 
 
 class NameOfPacked(WeightRenaming):
-    """Renaming of ModelOpt's weights in NVFP4 to compressed-tensors' name: dense weights have the same name."""
+    """Renaming of packed weights that a tool (ModelOpt) gives the name of dense ones."""
 
-    __slots__ = ("packed",)
+    __slots__ = ("codes", "packed")
 
-    def __init__(self, packed: set[str]) -> None:
-        super().__init__("weight", PACKED)
-        self.packed = packed
+    def __init__(self, packed: set[str], codes: str) -> None:
+        super().__init__("weight", codes)
+        self.packed, self.codes = packed, codes
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         if source_key not in self.packed:
             return source_key, None
-        return f"{source_key.removesuffix('weight')}{PACKED}", "weight"
+        return f"{source_key.removesuffix('weight')}{self.codes}", "weight"
 
 
 def layout_experts_converter(converter: Any, layout: CheckpointLayout, hf_quantizer: Any) -> WeightConverter | None:

@@ -37,6 +37,7 @@ from peftcore.quantization.checkpoint_conversions import (
     layout_converter,
     noted,
 )
+from peftcore.quantization.checkpoint_layouts import CheckpointLayout, described, find_layout
 from peftcore.quantization.checkpoint_reading import not_mapped, read_when_needed
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import (
@@ -49,10 +50,7 @@ from peftcore.quantization.convert import (
 )
 from peftcore.quantization.format import FORMATS, PARTS, check_quant_type
 from peftcore.quantization.four_bit_format import DTYPES, METHOD
-from peftcore.quantization.int4_layouts import CheckpointLayout
-from peftcore.quantization.int4_models import find_layout
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES
-from peftcore.quantization.nvfp4_layouts import described, names_of_packed
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
 from peftcore.quantization.parameters import joined_experts, refuse_non_finite
 from peftcore.quantization.quant_types import check_rows, refuse_options, refuse_read_as_it_is
@@ -160,9 +158,9 @@ class FourBitQuantizer(HfQuantizer):
             dense = [each for each in found if isinstance(each, WeightConverter)]
             found += experts_converters(dense, model, layout, self)
             found.append(layout_converter(layout, self))
-            if layout.tool == "ModelOpt":
+            if layout.packed_names is not None:
                 with noted():
-                    found.insert(0, NameOfPacked(names_of_packed(self.files)))
+                    found.insert(0, NameOfPacked(layout.packed_names(self.files), layout.parts[0]))
         names: dict[str, None] = {}
         for path, module in base_modules(model):
             names.update(dict.fromkeys(expert_parameters(model, path, module)))
@@ -386,8 +384,8 @@ def _check_layout(model: Any, layout: CheckpointLayout, unexpected: Iterable[str
         )
     if next(quantized_layers(model), None) is None and next(quantized_experts(model), None) is None:
         raise CheckpointError(
-            f"'{where}' is quantized with {layout.tool} by its config, but has no '{layout.known_by}'. The checkpoint "
-            "is damaged or has another format"
+            f"'{where}' is quantized with {layout.tool} by its config, but has no "
+            f"'{layout.known_by or layout.parts[0]}'. The checkpoint is damaged or has another format"
         )
 
 

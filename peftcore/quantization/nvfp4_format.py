@@ -21,13 +21,12 @@ from torch import Tensor
 from peftcore import ops
 from peftcore.errors import PeftcoreError
 from peftcore.ops.codebooks import E4M3
-from peftcore.ops.nvfp4 import BLOCKSIZE, EXPERT_VALUES, largest_of, matrices, nvfp4_weight
+from peftcore.ops.nvfp4 import BLOCKSIZE, EXPERT_VALUES, largest_of, matrices, not_finite, nvfp4_weight
 from peftcore.ops.weight import PackedWeight
 from peftcore.quantization.four_bit_format import FourBitFormat, check_parts, check_state, damaged, encoded, facts_of
 from peftcore.validation import shown
 
 _STATE, _GLOBAL, _MAP = "quant_state.peftcore__nvfp4", "nested_absmax", "nested_quant_map"
-_LARGEST_CODE, _NAN = 6.0, 127
 
 
 def _settings(double_quant: bool, blocksize: int) -> tuple[bool, int]:
@@ -92,21 +91,9 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
         weight = nvfp4_weight(codes.detach().contiguous(), scales, outer, shape, dtype, scale_map)
     except ValueError as error:
         raise damaged(name, f"has parts that do not fit: {error}") from error
-    check_scales(weight, name)
+    if reason := not_finite(weight):
+        raise damaged(name, reason)
     return weight._replace(turned=is_turned)
-
-
-def check_scales(weight: PackedWeight, name: str) -> None:
-    """Raise a CheckpointError if a scale of the weight `name` is NaN, or a value would be infinite."""
-    if weight.absmax.is_meta or not weight.absmax.numel():
-        return
-    used = torch.bincount(weight.absmax.reshape(-1), minlength=256) > 0
-    if used[_NAN] or used[_NAN | 128]:
-        raise damaged(name, "has a scale of NaN, so values are not finite")
-    assert weight.nested_quant_map is not None and weight.nested_absmax is not None
-    largest = weight.nested_quant_map[used].abs().max()
-    if not (largest * weight.nested_absmax.abs().max() * _LARGEST_CODE).isfinite():
-        raise damaged(name, "has scales whose products with the global scale are too large for float32")
 
 
 NVFP4 = FourBitFormat(

@@ -22,7 +22,11 @@ from peftcore.targets import sizes
 from peftcore.validation import shown
 
 _PACKAGES = {"8da4w": "peftcore-8da4w"}  # by the name of a type, without its group
-_READERS = {"aqlm": "peftcore-aqlm"}  # packages that make transformers read checkpoints, by their `quant_method`
+# Packages that read checkpoints, by their `quant_method`. AQLM's makes transformers read them.
+_READERS = {
+    "aqlm": "peftcore-aqlm",
+    **dict.fromkeys(("gptq", "awq", "compressed-tensors", "modelopt"), "peftcore-checkpoints"),
+}
 
 
 def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
@@ -58,7 +62,7 @@ def _installed(package: str) -> Plugin | None:
 
 
 def check_reader(stored: Mapping[str, Any], where: str) -> str | None:
-    """Return the package that makes transformers read a checkpoint as it is, or None.
+    """Return the package that reads a checkpoint as it is, or None.
 
     Args:
         stored: `quantization_config` of the checkpoint.

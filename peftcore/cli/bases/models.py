@@ -195,7 +195,7 @@ def _load_gguf(
 
 def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
     """Return arguments of `quantization.load` for a quantized checkpoint, which keeps its bits; None for others."""
-    from peftcore.quantization.int4_models import int4_config
+    from peftcore.quantization.checkpoint_layouts import layout_of
 
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
@@ -204,7 +204,7 @@ def _packing_of(config: PretrainedConfig) -> dict[str, Any] | None:
     if stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit"):
         # Not by bitsandbytes, whose layers lose gradients on CPUs with AVX512-BF16 once they have been evaluated.
         return {"quant_type": "nf4", "compute_dtype": stored.get("bnb_4bit_compute_dtype")}
-    return None if int4_config(config) is None else {"quant_type": "nf4"}
+    return None if layout_of(config) is None else {"quant_type": "nf4"}
 
 
 def _refuse_unknown_quantization(stored: Any) -> None:
@@ -312,15 +312,15 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
     """Return a base without weights, on the meta device."""
     import torch
 
-    from peftcore.quantization.int4_models import int4_config, pack_empty, without_quantization
+    from peftcore.quantization.checkpoint_layouts import layout_of, pack_empty, without_quantization
 
     config = load_config(model, task, labels)
-    stored = int4_config(config)
+    layout = layout_of(config)
     with torch.device("meta"):
-        shape = config if stored is None else without_quantization(config)
+        shape = config if layout is None else without_quantization(config)
         made = _made_empty(shape, model, task)
-    if stored is not None:
-        pack_empty(made, stored)
+    if layout is not None:
+        pack_empty(made, layout)
     if task == task_names.LANGUAGE_MODEL:
         own_code.complete(made)
     return made

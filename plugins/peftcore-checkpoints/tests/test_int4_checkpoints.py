@@ -12,15 +12,18 @@ import pytest
 import torch
 from int4_checkpoints import awq, compressed, config, gptq, values, write_folder
 from mixtures import mixture
+from peftcore_checkpoints.int4 import to_affine4
 from quantized import INPUTS, llama, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.cli import task_names
+from peftcore.cli.bases import models
 from peftcore.quantization import quantized_experts, quantized_layers
-from peftcore.quantization.affine4_format import to_affine4
+from peftcore.quantization.checkpoint_layouts import find_layout
 from peftcore.quantization.convert import convert
-from peftcore.quantization.int4_models import find_layout
+from peftcore.registry import registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -218,3 +221,16 @@ def test_experts_that_are_refused(change: Any, message: str, tmp_path: Path) -> 
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(peftcore.PeftcoreError, match=message):
         peftcore.quantization.load(tmp_path)
+
+
+def test_without_the_package_an_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path)
+    plugins = [each for each in registry.plugins() if each.distribution != "peftcore-checkpoints"]
+    monkeypatch.setattr(registry, "plugins", lambda: plugins)
+    message = r"quantized with 'gptq', which the package .* Run: pip install peftcore-checkpoints"
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.quantization.load(tmp_path)
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.estimate(tmp_path, "lora")
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        models.load_model(str(tmp_path), task_names.LANGUAGE_MODEL)

@@ -24,122 +24,107 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from peftcore.errors import PeftcoreError
-from peftcore.files.safe_reading import parse_json, read_bytes
+from peftcore.ops import PackedWeight
 from peftcore.ops.codebooks import E4M3
 from peftcore.ops.huge_pages import in_huge_pages
 from peftcore.ops.mxfp4 import swap_nibbles
-from peftcore.ops.nvfp4 import BLOCKSIZE, nvfp4_weight
-from peftcore.ops.weight import PackedWeight
-from peftcore.quantization.int4_layouts import CheckpointLayout, damaged, groups_of, refuse_transforms, refused
-from peftcore.quantization.nvfp4_format import check_scales
-from peftcore.validation import shown
+from peftcore.ops.nvfp4 import BLOCKSIZE, not_finite, nvfp4_weight
+from peftcore.plugin import CheckpointLayout, PeftcoreError, validation
+from peftcore_checkpoints.configs import damaged, dense_layers, groups_of, refuse_transforms, refused
 
-MODELOPT = "hf_quant_config.json"  # file that ModelOpt writes next to, or in older versions instead of, the config
-PACKED, _WEIGHT, _SCALE_2 = "weight_packed", "weight", "weight_scale_2"
+_PACKED, _WEIGHT = "weight_packed", "weight"
+_SCALE_2, _DIVISOR = "weight_scale_2", "weight_global_scale"  # that multiplies, and that divides
 _ONE = 56  # E4M3's code of 1
 _KIND = "NVFP4"
+_WARNING = "'{}' rounds the inputs of layers to 4 bits, which is not done here: its weights alone are in NVFP4"
 _DENSE = "Use a checkpoint in NVFP4, or the dense one"
 
 
-def nvfp4_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | None:
-    """Return the NVFP4 layout that a model's `quantization_config` describes; None if another kind of format does.
+def modelopt_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout:
+    """Return the layout of ModelOpt's NVFP4 that a `quantization_config` describes.
 
     Raises:
-        PeftcoreError: the config is of ModelOpt, or of compressed-tensors in NVFP4, with a layout that is not read.
+        PeftcoreError: it is another one.
     """
-    method = config.get("quant_method")
-    if method == "modelopt":
-        return _modelopt(config, where)
-    if method == "compressed-tensors":
-        groups = groups_of(config, where).values()
-        if "nvfp4-pack-quantized" in (config.get("format"), *(group.get("format") for group, _ in groups)):
-            return _compressed_tensors(config, where)
-    return None
-
-
-def described(config: Any) -> Mapping[str, Any] | None:
-    """Return the `quantization_config` of a transformers config, or that of ModelOpt's file in the model's folder."""
-    stored = getattr(config, "quantization_config", None)
-    file = Path(str(getattr(config, "_name_or_path", "") or "?")) / MODELOPT
-    if stored is not None or not file.is_file():
-        return stored if isinstance(stored, Mapping) else None
-    found = parse_json(read_bytes(file), file)
-    details = found.get("quantization") if isinstance(found, Mapping) else None
-    if not isinstance(details, Mapping):
-        raise PeftcoreError(f"'{file}' must have an object 'quantization', found {shown(found)}")
-    cache = details.get("kv_cache_quant_algo")
-    return {**details, "quant_method": "modelopt", "kv_cache_scheme": cache}
-
-
-def _modelopt(config: Mapping[str, Any], where: str) -> CheckpointLayout:
     algorithm = config.get("quant_algo")
     if algorithm not in ("NVFP4", "W4A16_NVFP4"):
-        raise refused(where, f"ModelOpt in {shown(algorithm)}", "'NVFP4' and 'W4A16_NVFP4'", _DENSE)
+        raise refused(where, f"ModelOpt in {validation.shown(algorithm)}", "'NVFP4' and 'W4A16_NVFP4'", _DENSE)
     sizes = (weights.get("group_size") for _, weights in groups_of(config, where).values())
     _check_sizes([config.get("group_size"), *sizes], "ModelOpt", where)
-    return _layout("ModelOpt", _SCALE_2, False, "input_scale", algorithm == "NVFP4", where)
+    warning = _WARNING.format(where) if algorithm == "NVFP4" else ""
+    return _layout("ModelOpt", _SCALE_2, "input_scale", config, warning)
 
 
-def _compressed_tensors(config: Mapping[str, Any], where: str) -> CheckpointLayout:
+def is_nvfp4(config: Mapping[str, Any], where: str) -> bool:
+    """Return whether a `quantization_config` of compressed-tensors has weights in NVFP4."""
+    groups = groups_of(config, where).values()
+    return "nvfp4-pack-quantized" in (config.get("format"), *(group.get("format") for group, _ in groups))
+
+
+def compressed_tensors_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout:
+    """Return the layout of compressed-tensors' NVFP4 that a `quantization_config` describes.
+
+    Raises:
+        PeftcoreError: it is another one.
+    """
     tool, dense = "compressed-tensors", "Use a checkpoint of the model in one format, or the dense one"
     groups = groups_of(config, where).values()
     for group, weights in groups:
         kind = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
         stored = group.get("format") or config.get("format")
         if stored != "nvfp4-pack-quantized" or kind != ("float", 4, "tensor_group"):
-            found = f"{tool} in several formats, of which one is {shown(stored)} with weights of {kind[0]}{kind[1]}"
+            one = f"{validation.shown(stored)} with weights of {kind[0]}{kind[1]}"
+            found = f"{tool} in several formats, of which one is {one}"
             raise refused(where, found, "'nvfp4-pack-quantized' by itself", dense)
         if not weights.get("symmetric", True):
             raise refused(where, f"{tool} with zero points", "symmetric weights", dense)
     _check_sizes([weights.get("group_size") for _, weights in groups], tool, where)
     refuse_transforms(config, where, dense)
     has_inputs = any(group.get("input_activations") is not None for group, _ in groups)
-    return _layout(tool, "weight_global_scale", True, "input_global_scale", has_inputs, where)
+    return _layout(tool, _DIVISOR, "input_global_scale", config, _WARNING.format(where) if has_inputs else "")
 
 
 def _check_sizes(sizes: Iterable[Any], tool: str, where: str) -> None:
     for size in sizes:
         if size not in (None, BLOCKSIZE):
-            raise refused(where, f"{tool} in groups of {shown(size)}", f"groups of {BLOCKSIZE}", _DENSE)
+            raise refused(where, f"{tool} in groups of {validation.shown(size)}", f"groups of {BLOCKSIZE}", _DENSE)
 
 
-def _layout(tool: str, outer: str, divides: bool, unread: str, has_inputs: bool, where: str) -> CheckpointLayout:
-    warning = f"'{where}' rounds the inputs of layers to 4 bits, which is not done here: its weights alone are in NVFP4"
+def _layout(tool: str, outer: str, unread: str, config: Mapping[str, Any], warning: str) -> CheckpointLayout:
+    """Return a layout, given the names of the whole weight's scale and of the tensor that is not read."""
     return CheckpointLayout(
         tool,
-        (PACKED, "weight_scale", outer),
-        partial(_read, outer=outer, divides=divides),
         _KIND,
+        "nvfp4",
+        (_PACKED, "weight_scale", outer),
+        partial(_read, outer=outer),
         lambda weight, dtype, name: weight._replace(dtype=dtype, codes=in_huge_pages(weight.codes)),
         joined_rows,
-        "nvfp4",
-        (unread,),
-        warning if has_inputs else "",
+        empty_nvfp4,
+        dense_layers(config),
+        known_by=outer,
+        ignored=(unread,),
+        packed_names=names_of_packed if outer == _SCALE_2 else None,
+        warning=warning,
     )
 
 
 # --- reading a weight --------------------------------------------------------------------------------------------
 
 
-def _read(tensors: Mapping[str, Tensor], name: str, *, outer: str, divides: bool) -> PackedWeight:
-    """Read a weight.
-
-    Args:
-        outer: name of the scale of the whole weight. divides: scales are divided by it.
-    """
+def _read(tensors: Mapping[str, Tensor], name: str, *, outer: str) -> PackedWeight:
+    """Read a weight. `outer`: name of the scale of the whole weight."""
     is_modelopt = outer == _SCALE_2
-    for part in (PACKED, "weight_scale", outer):
+    for part in (_PACKED, "weight_scale", outer):
         if part not in tensors:
-            raise damaged(name, f"lacks '{name}.{_WEIGHT if is_modelopt and part == PACKED else part}'", _KIND)
-    packed, scales, whole = tensors[PACKED], tensors["weight_scale"], tensors[outer]
+            raise damaged(name, f"lacks '{name}.{_WEIGHT if is_modelopt and part == _PACKED else part}'", _KIND)
+    packed, scales, whole = tensors[_PACKED], tensors["weight_scale"], tensors[outer]
     rows, columns = (packed.shape[0], 2 * packed.shape[1]) if packed.dim() == 2 else (0, 0)
     if packed.dtype is not torch.uint8 or packed.dim() != 2 or columns % BLOCKSIZE:
         raise damaged(
@@ -154,10 +139,11 @@ def _read(tensors: Mapping[str, Tensor], name: str, *, outer: str, divides: bool
         raise damaged(name, f"has '{outer}' {found}, expected a number of {torch.float32} that is not 0", _KIND)
     codes = swap_nibbles(packed.detach().clone()).view(-1, 1)
     bits, whole, scale_map = scales.contiguous().view(torch.uint8).reshape(-1).clone(), whole.reshape(1).clone(), None
-    if divides:
+    if outer == _DIVISOR:
         scale_map, whole = E4M3.to(whole.device) / whole, torch.ones_like(whole)
     weight = nvfp4_weight(codes, bits, whole, (rows, columns), torch.float32, scale_map)
-    check_scales(weight, name)
+    if reason := not_finite(weight):
+        raise damaged(name, reason, _KIND)
     return weight
 
 

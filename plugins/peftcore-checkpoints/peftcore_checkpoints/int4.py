@@ -27,23 +27,86 @@ of casper-hansen/AutoAWQ, compressors/pack_quantized of vllm-project/compressed-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.ops import PackedWeight, codebook
+from peftcore.ops.huge_pages import in_huge_pages
 from peftcore.ops.mxfp4 import swap_nibbles
-from peftcore.ops.weight import DTYPES, PackedWeight
-from peftcore.quantization.affine4_format import Int4Weight, to_affine4
-from peftcore.validation import shown
+from peftcore.ops.weight import AFFINE, DTYPES, MAX_BLOCKSIZE, MIN_BLOCKSIZE
+from peftcore.plugin import CheckpointError, CheckpointLayout, PeftcoreError, validation
+from peftcore_checkpoints.configs import damaged, dense_layers, groups_of, object_in, refuse_transforms, refused
 
 _ONES = 0x11111111  # one in each of a word's eight values
 _ROWS = 256  # of a weight that are unpacked together, so that temporary memory stays small
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word each of eight outputs is
+
+
+class Int4Weight(NamedTuple):
+    """An int4 weight as a checkpoint has it.
+
+    Args:
+        codes: uint8 `[out * in / 2, 1]`, two codes a byte, the even one in the high nibble.
+        scales: fp32, fp16 or bf16 `[out, groups]`.
+        zeros: uint8 `[out, groups]`; None if all are 8.
+        shape: `(out, in)`. group: number of inputs that share a scale.
+        order: int64 `[in]`: column j of the codes is input `order[j]`; None if they are in the inputs' order.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    shape: tuple[int, int]
+    group: int
+    order: Tensor | None = None
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense weight `[out, in]`, computed in this dtype."""
+        bytes_ = self.codes.view(self.shape[0], -1)
+        codes = torch.stack((bytes_ >> 4, bytes_ & 15), -1).flatten(-2).to(dtype)
+        zeros = 8 if self.zeros is None else self.zeros.to(dtype).repeat_interleave(self.group, 1)
+        dense = (codes - zeros) * self.scales.to(dtype).repeat_interleave(self.group, 1)
+        return dense if self.order is None else torch.empty_like(dense).index_copy_(1, self.order, dense)
+
+
+def to_affine4(weight: Int4Weight, dtype: torch.dtype, name: str) -> PackedWeight:
+    """Return the weight `name` as a packed weight of the type `affine4`.
+
+    Args:
+        weight: the weight.
+        dtype: dtype of the weight when it is dequantized.
+        name: for messages.
+
+    Raises:
+        PeftcoreError: a group is smaller than 32 inputs or not a multiple of it.
+    """
+    block = min(weight.group & -weight.group, MAX_BLOCKSIZE)  # the largest power of two that divides a group
+    if block < MIN_BLOCKSIZE:
+        raise PeftcoreError(
+            f"'{name}' has a scale for each {weight.group} inputs, and only multiples of {MIN_BLOCKSIZE} are read. Use "
+            "a checkpoint in larger groups, or the dense one"
+        )
+    scales, zeros = weight.scales, weight.zeros
+    if block < weight.group:
+        scales = scales.repeat_interleave(weight.group // block, 1)
+        zeros = None if zeros is None else zeros.repeat_interleave(weight.group // block, 1)
+    return PackedWeight(
+        in_huge_pages(weight.codes),
+        scales.reshape(-1),
+        codebook("affine4", weight.codes.device),
+        weight.shape,
+        block,
+        dtype,
+        "affine4",
+        nested_blocksize=AFFINE,
+        zeros=None if zeros is None else zeros.reshape(-1),
+        permutation=weight.order,
+    )
 
 
 def joined_rows(parts: Sequence[PackedWeight], experts: int, name: str) -> PackedWeight:
@@ -76,139 +139,113 @@ def joined_rows(parts: Sequence[PackedWeight], experts: int, name: str) -> Packe
     return first._replace(codes=codes, absmax=scales, zeros=zeros, shape=shape)
 
 
-@dataclass(frozen=True)
-class CheckpointLayout:
-    """Layout of the 4-bit weights of a checkpoint.
+class _Scheme(NamedTuple):
+    """How a `quantization_config` stores the layers of a model.
 
     Args:
-        tool, kind: names of the tool and of the kind of weights, for messages.
-        parts: names of a layer's tensors. The first is the codes.
-        read: (tensors by part, name of the layer) -> weight. Raises CheckpointError.
-        pack: (weight, dtype, name) -> packed weight of this dtype.
-        join: (packed projections, one expert after the other; experts; name) -> packed weight of all experts.
-        quant_type: format of the packed weights.
-        ignored: names of a layer's tensors that are not read.
-        warning: what is not as the checkpoint says, or "".
+        group: number of inputs in a group; -1: one group in each row.
+        has_zeros: groups have zero points.
+        is_ordered: columns are in an order of their own (act-order).
     """
 
-    tool: str
-    parts: tuple[str, ...]
-    read: Callable[[Mapping[str, Tensor], str], Any]
-    kind: str = "int4"
-    pack: Callable[[Any, torch.dtype, str], PackedWeight] = to_affine4
-    join: Callable[[Sequence[PackedWeight], int, str], PackedWeight] = joined_rows
-    quant_type: str = "affine4"
-    ignored: tuple[str, ...] = ()
-    warning: str = ""
+    group: int
+    has_zeros: bool
+    is_ordered: bool
 
-    @property
-    def known_by(self) -> str:
-        """Name of a tensor that only a weight in the layout has."""
-        return self.parts[-1] if self.kind == "NVFP4" else self.parts[0]
-
-
-def int4_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | None:
-    """Return the int4 layout that a model's `quantization_config` describes; None if another kind of format does.
-
-    Raises:
-        PeftcoreError: the format is GPTQ, AWQ or compressed-tensors, with a layout that is not read.
-    """
-    method = config.get("quant_method")
-    make = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors}.get(str(method))
-    return None if make is None else make(config, where)
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> PackedWeight:
+        """Return a packed weight without values."""
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        group = columns if self.group == -1 or columns % self.group else self.group
+        zeros = torch.empty(rows, columns // group, dtype=torch.uint8) if self.has_zeros else None
+        order = torch.empty(columns, dtype=torch.int64) if self.is_ordered and len(shape) == 2 else None
+        scales = torch.empty(rows, columns // group, dtype=torch.float16)
+        codes = torch.empty(rows * columns // 2, 1, dtype=torch.uint8)
+        packed = to_affine4(Int4Weight(codes, scales, zeros, (rows, columns), group, order), dtype, name)
+        return packed._replace(shape=shape)
 
 
-def refused(where: str, found: str, needed: str, what_to_do: str) -> PeftcoreError:
-    """Return the error for a checkpoint of a tool in a layout that is not read."""
-    return PeftcoreError(f"'{where}' is quantized with {found}, but only {needed} can be read. {what_to_do}")
-
-
-def object_in(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """Return the JSON object `key` of a `quantization_config`, empty if it is missing.
-
-    Raises:
-        PeftcoreError: it is another value.
-    """
-    found = config.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise PeftcoreError(f"'{where}' has {key}={shown(found)} in its config, expected an object")
-    return found
-
-
-def groups_of(config: Mapping[str, Any], where: str) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Return (group, its `weights`) of the `config_groups` of a `quantization_config`, by name.
-
-    Raises:
-        PeftcoreError: a group is not an object, such as the name of a preset without its settings.
-    """
-    groups = object_in(config, "config_groups", where)
-    made = {name: object_in(groups, name, where) for name in groups}
-    return {name: (group, object_in(group, "weights", where)) for name, group in made.items()}
-
-
-def refuse_transforms(config: Mapping[str, Any], where: str, what_to_do: str) -> None:
-    """Raise a PeftcoreError if compressed-tensors stored transforms of the activations, or sparse weights."""
-    if config.get("transform_config"):
-        found = "compressed-tensors with transforms of the activations"
-        raise refused(where, found, "a model without them", what_to_do)
-    sparse = object_in(config, "sparsity_config", where).get("format", "dense")
-    if sparse != "dense":
-        found = f"compressed-tensors with sparse weights ({shown(sparse)})"
-        raise refused(where, found, "a dense layout", what_to_do)
+def _layout(
+    tool: str,
+    parts: tuple[str, ...],
+    read: Callable[[Mapping[str, Tensor], str], Int4Weight],
+    config: Mapping[str, Any],
+    scheme: _Scheme,
+) -> CheckpointLayout:
+    return CheckpointLayout(
+        tool, "int4", "affine4", parts, read, to_affine4, joined_rows, scheme.empty, dense_layers(config)
+    )
 
 
 def _check_bits(config: Mapping[str, Any], where: str, tool: str) -> None:
     bits = config.get("bits", config.get("w_bit"))
     if bits != 4:
-        raise refused(where, f"{tool} in {shown(bits)} bits", "4 bits", _OTHER)
+        raise refused(where, f"{tool} in {validation.shown(bits)} bits", "4 bits", _OTHER)
 
 
 _OTHER = "Use a checkpoint of the model in 4 bits, or the dense one"
 
 
-def _gptq(config: Mapping[str, Any], where: str) -> CheckpointLayout:
+def gptq_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout:
+    """Return the layout of GPTQ that a `quantization_config` describes.
+
+    Raises:
+        PeftcoreError: it is another one.
+    """
     _check_bits(config, where, "GPTQ")
     default = "marlin" if config.get("is_marlin_format") else "gptq"
     stored = config.get("checkpoint_format") or config.get("format") or default
     if stored not in ("gptq", "gptq_v2"):
         again = "Save it with GPTQModel in format='gptq_v2', or use the dense checkpoint"
-        raise refused(where, f"GPTQ in the format {shown(stored)}", "the format 'gptq' or 'gptq_v2'", again)
+        raise refused(where, f"GPTQ in the format {validation.shown(stored)}", "the format 'gptq' or 'gptq_v2'", again)
     for pattern, changes in object_in(config, "dynamic", where).items():
         bits = changes.get("bits", 4) if isinstance(changes, Mapping) else 4
         if bits != 4:
-            raise refused(where, f"GPTQ in {shown(bits)} bits for layers '{pattern}'", "4 bits", _OTHER)
+            raise refused(where, f"GPTQ in {validation.shown(bits)} bits for layers '{pattern}'", "4 bits", _OTHER)
     words = config.get("pack_dtype", "int32")
     if str(words).removeprefix("torch.") != "int32":
-        raise refused(where, f"GPTQ in words of {shown(words)}", "int32", "Quantize it with pack_dtype='int32'")
+        raise refused(
+            where, f"GPTQ in words of {validation.shown(words)}", "int32", "Quantize it with pack_dtype='int32'"
+        )
     size, is_v1 = config.get("group_size", -1), stored == "gptq"
     writers = object_in(config, "meta", where).get("quantizer") or ()
     writers = writers if isinstance(writers, (list, tuple)) else [writers]
     by_gptqmodel = any(str(each).startswith("gptqmodel") for each in writers)
-    return CheckpointLayout(
-        "GPTQ",
-        ("qweight", "qzeros", "scales", "g_idx"),
-        partial(_read_gptq, size=_group_size(size, where), is_v1=is_v1, by_gptqmodel=by_gptqmodel),
-    )
+    read = partial(_read_gptq, size=_group_size(size, where), is_v1=is_v1, by_gptqmodel=by_gptqmodel)
+    scheme = _Scheme(size, not config.get("sym", True), bool(config.get("desc_act", False)))
+    return _layout("GPTQ", ("qweight", "qzeros", "scales", "g_idx"), read, config, scheme)
 
 
-def _awq(config: Mapping[str, Any], where: str) -> CheckpointLayout:
+def awq_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout:
+    """Return the layout of AWQ's version `gemm` that a `quantization_config` describes.
+
+    Raises:
+        PeftcoreError: it is another one.
+    """
     _check_bits(config, where, "AWQ")
     version = str(config.get("version") or config.get("format") or "gemm").lower()
     if version != "gemm" or config.get("backend") == "llm-awq":
         found = "llm-awq" if version == "gemm" else version
         again = "Quantize it with AutoAWQ in version='gemm', or use the dense checkpoint"
-        raise refused(where, f"AWQ in the version {shown(found)}", "the version 'gemm'", again)
-    size = _group_size(config.get("group_size", config.get("q_group_size", -1)), where)
-    return CheckpointLayout("AWQ", ("qweight", "qzeros", "scales"), partial(_read_awq, size=size))
+        raise refused(where, f"AWQ in the version {validation.shown(found)}", "the version 'gemm'", again)
+    size = config.get("group_size", config.get("q_group_size", -1))
+    read = partial(_read_awq, size=_group_size(size, where))
+    return _layout("AWQ", ("qweight", "qzeros", "scales"), read, config, _Scheme(size, True, False))
 
 
-def _compressed_tensors(config: Mapping[str, Any], where: str) -> CheckpointLayout:
+def compressed_tensors_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout:
+    """Return the layout of int4 weights of compressed-tensors that a `quantization_config` describes.
+
+    Raises:
+        PeftcoreError: it is another one.
+    """
     tool, again = "compressed-tensors", "Use a checkpoint of the model in W4A16, or the dense one"
     groups = groups_of(config, where)
     default = config.get("format")
     for stored in (default, *(group.get("format") or default for group, _ in groups.values())):
         if stored != "pack-quantized":
-            raise refused(where, f"{tool} in the format {shown(stored)}", "the format 'pack-quantized'", again)
+            raise refused(
+                where, f"{tool} in the format {validation.shown(stored)}", "the format 'pack-quantized'", again
+            )
     for name, (group, weights) in groups.items():
         kind = weights.get("type", "int"), weights.get("num_bits"), weights.get("strategy")
         if kind[:2] != ("int", 4) or kind[2] not in ("group", "channel"):
@@ -221,13 +258,18 @@ def _compressed_tensors(config: Mapping[str, Any], where: str) -> CheckpointLayo
     symmetric = {bool(weights.get("symmetric", True)) for _, weights in groups.values()}
     if len(symmetric) > 1:  # a missing zero point would look like a symmetric layer
         raise refused(where, f"{tool} with symmetric and asymmetric groups", "groups of one kind", again)
-    return CheckpointLayout(tool, parts, partial(_read_compressed, needs_zeros=symmetric == {False}))
+    _, weights = next(iter(groups.values()), ({}, {}))
+    is_ordered = weights.get("actorder") in ("group", "dynamic")
+    scheme = _Scheme(weights.get("group_size") or -1, not weights.get("symmetric", True), is_ordered)
+    return _layout(tool, parts, partial(_read_compressed, needs_zeros=symmetric == {False}), config, scheme)
 
 
 def _group_size(size: Any, where: str) -> int | None:
     """Return the number of inputs in a group; None for one group in each row."""
     if type(size) is not int or (size <= 0 and size != -1):
-        raise PeftcoreError(f"'{where}' has group_size={shown(size)} in its config, expected a positive number or -1")
+        raise PeftcoreError(
+            f"'{where}' has group_size={validation.shown(size)} in its config, expected a positive number or -1"
+        )
     return None if size == -1 else size
 
 
@@ -382,8 +424,3 @@ def _check_scales(scales: Tensor, shape: tuple[int, int], part: str, name: str) 
     _check(scales, scales.dtype, shape, part, name)
     if not scales.isfinite().all():
         raise damaged(name, f"has NaN or Inf in '{part}'")
-
-
-def damaged(name: str, what: str, kind: str = "int4") -> CheckpointError:
-    """Return the error for a weight of a layer that is not as its layout says."""
-    return CheckpointError(f"the {kind} weight '{name}' {what}. The checkpoint is damaged or has another format")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.quantization import quantized_experts, quantized_layers
-from peftcore.quantization.int4_models import find_layout
+from peftcore.quantization.checkpoint_layouts import find_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from int4_checkpoints import Values, awq, compressed, config, gptq, values
+from peftcore_checkpoints.int4 import Int4Weight
 from torch import Tensor
 
 import peftcore
-from peftcore.quantization.affine4_format import Int4Weight
-from peftcore.quantization.int4_models import find_layout, pack_empty
+from peftcore.quantization.checkpoint_layouts import find_layout, pack_empty
 
 GROUPS = (32, 96)  # of 96 inputs
 
@@ -179,7 +179,9 @@ def test_empty_weights_of_a_config_without_groups_or_with_awqs_name_of_them(
 ) -> None:
     with torch.device("meta"):
         model = torch.nn.Sequential(torch.nn.Linear(64, 128))
-    pack_empty(model, settings)
+    layout = find_layout(settings, "folder")
+    assert layout is not None
+    pack_empty(model, layout)
     packed = model[0].packed
     assert packed.shape == (128, 64) and packed.blocksize == blocksize
     assert packed.absmax.numel() == 128 * 64 // blocksize and (packed.zeros is not None) == has_zeros

@@ -1,0 +1,171 @@
+"""Checkpoints that other tools stored in 4 bits: their layouts, which plugins describe, and models of such a config."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import PeftcoreError
+from peftcore.files.safe_reading import parse_json, read_bytes
+from peftcore.ops import PackedWeight
+from peftcore.ops.weight import MIN_BLOCKSIZE
+from peftcore.quantization.convert import convert
+from peftcore.quantization.packed_experts import is_turned, pack_parameter
+from peftcore.quantization.quant_types import check_reader
+from peftcore.quantization.quantizable import selected, selected_experts
+from peftcore.registry import registry
+from peftcore.targets import matches, sizes
+from peftcore.targets.patterns import compiled, limited
+from peftcore.validation import shown
+
+MODELOPT = "hf_quant_config.json"  # file that ModelOpt writes next to, or in older versions instead of, the config
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """Layout of the 4-bit weights of a checkpoint.
+
+    Args:
+        tool, kind: names of the tool and of the kind of weights, for messages.
+        quant_type: type of `peftcore.quantize` whose format the packed weights have, such as `affine4`.
+        parts: names of a layer's tensors, those of the layer `X` being `X.part`. The first is the codes.
+        read: (tensors by part, name of the layer) -> weight, of any type. Raises CheckpointError.
+        pack: (weight that `read` returned, dtype, name) -> packed weight that is dequantized to this dtype.
+        join: (packed projections, one expert after the other; experts; name) -> packed weight of all experts.
+        empty: (shape, dtype, name) -> packed weight without values, made on the default device.
+        dense: layers that are not in the layout: parts of their paths, regular expressions after `re:`, or paths with
+            asterisks.
+        known_by: name of a tensor that only a weight in the layout has. Default: the first part.
+        ignored: names of a layer's tensors that are not read.
+        packed_names: (safetensors files) -> names of the weights in the layout, if the tool gives their codes the name
+            of a dense weight. They are read as the first part.
+        warning: what is not as the checkpoint says, or "".
+    """
+
+    tool: str
+    kind: str
+    quant_type: str
+    parts: tuple[str, ...]
+    read: Callable[[Mapping[str, Tensor], str], Any]
+    pack: Callable[[Any, torch.dtype, str], PackedWeight]
+    join: Callable[[Sequence[PackedWeight], int, str], PackedWeight]
+    empty: Callable[[tuple[int, ...], torch.dtype, str], PackedWeight]
+    dense: tuple[str, ...] = ()
+    known_by: str = ""
+    ignored: tuple[str, ...] = ()
+    packed_names: Callable[[Sequence[str]], set[str]] | None = None
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """Checkpoints that a plugin reads.
+
+    Args:
+        name: `quant_method` of the `quantization_config` of such models.
+        layout: (`quantization_config`, name of the checkpoint for messages) -> layout. Raises PeftcoreError if such
+            weights are not read.
+    """
+
+    name: str
+    layout: Callable[[Mapping[str, Any], str], CheckpointLayout]
+
+
+def find_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | None:
+    """Return the layout that a model's `quantization_config` describes; None if no plugin's format does.
+
+    Raises:
+        PeftcoreError: the package that reads such checkpoints is not installed, or the layout is not read.
+    """
+    check_reader(config, where)
+    found = registry.offered("peftcore_checkpoint_formats", CheckpointFormat).get(str(config.get("quant_method")))
+    if found is None:
+        return None
+    plugin, of_plugin = found
+    with registry.naming(plugin, "layout"):
+        return of_plugin.layout(config, where)
+
+
+def described(config: Any) -> Mapping[str, Any] | None:
+    """Return the `quantization_config` of a transformers config, or that of ModelOpt's file in the model's folder."""
+    stored = getattr(config, "quantization_config", None)
+    file = Path(str(getattr(config, "_name_or_path", "") or "?")) / MODELOPT
+    if stored is not None or not file.is_file():
+        return stored if isinstance(stored, Mapping) else None
+    found = parse_json(read_bytes(file), file)
+    details = found.get("quantization") if isinstance(found, Mapping) else None
+    if not isinstance(details, Mapping):
+        raise PeftcoreError(f"'{file}' must have an object 'quantization', found {shown(found)}")
+    cache = details.get("kv_cache_quant_algo")
+    return {**details, "quant_method": "modelopt", "kv_cache_scheme": cache}
+
+
+def layout_of(config: Any) -> CheckpointLayout | None:
+    """Return the layout of a transformers config's checkpoint; None if it is dense, or no plugin's format.
+
+    Raises:
+        PeftcoreError: the layout is not read, or by a package that is not installed.
+    """
+    stored = described(config)
+    if stored is None:
+        return None
+    try:
+        return find_layout(stored, str(getattr(config, "_name_or_path", "")))
+    except PeftcoreError:
+        is_compressed = stored.get("quant_method") == "compressed-tensors"
+        if is_compressed and importlib.util.find_spec("compressed_tensors") is not None:
+            return None  # transformers loads it with that library
+        raise
+
+
+def without_quantization(config: Any) -> Any:
+    """Return a copy of a transformers config that describes the dense model."""
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)
+    config._name_or_path = ""  # the folder may have ModelOpt's file
+    return config
+
+
+@limited()
+def pack_empty(model: nn.Module, layout: CheckpointLayout) -> None:
+    """Give a dense model on the meta device layers and experts in 4 bits, changed in place."""
+    stay_dense = [_naming(pattern) for pattern in layout.dense]
+
+    def is_packed(path: str) -> bool:
+        return not any(names(path) for names in stay_dense)
+
+    with torch.device("meta"):
+        for path, layer in selected(model, None).items():
+            if is_packed(path):
+                columns, rows = sizes(layer)
+                weight: Any = layer.weight
+                convert(layer, layout.empty((rows, columns), weight.dtype, path), None)
+        for path, names in selected_experts(model, None, MIN_BLOCKSIZE).items():
+            module = model.get_submodule(path)
+            if is_turned(module, layout.quant_type) or not is_packed(path):
+                continue
+            for name in names:
+                parameter = module.get_parameter(name)
+                packed = layout.empty(tuple(parameter.shape), parameter.dtype, f"{path}.{name}")
+                pack_parameter(module, name, packed, None)
+
+
+def _naming(pattern: str) -> Callable[[str], bool]:
+    """Return a function that tests whether a name in a `quantization_config` means the layer at a path.
+
+    Names are parts of a path, regular expressions after `re:`, or have asterisks.
+    """
+    if "*" in pattern and not pattern.startswith("re:"):
+        anything = re.escape(pattern).replace(r"\*", ".*")
+        return compiled(rf"{anything}(?:\..*)?", "ignore")
+    if pattern.startswith("re:"):
+        return compiled(f"(?:{pattern[3:]}).*", "ignore")
+    return lambda path: matches(pattern, path) or pattern in path
