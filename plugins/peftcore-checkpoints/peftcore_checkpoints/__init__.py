@@ -11,7 +11,7 @@ from typing import Any
 from peftcore.plugin import CheckpointFormat, CheckpointLayout, hookimpl
 from peftcore_checkpoints import int4, nvfp4
 
-peftcore_api = ">=3.1,<4"
+peftcore_api = ">=3.8,<4"
 
 
 def _compressed_tensors(config: Mapping[str, Any], where: str) -> CheckpointLayout:
