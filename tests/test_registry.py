@@ -141,7 +141,7 @@ def test_an_installed_plugin_that_does_not_declare_its_api(discover) -> None:
     plugin = Answers([tiny.method("scale")])
     registry = discover(("scale", plugin, "peftcore-scale"))
     del plugin.peftcore_api
-    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin APIs .*peftcore_api = \">=3.7,<4\""):
+    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin APIs .*peftcore_api = \">=3.8,<4\""):
         assert registry.methods() == {}
 
 
