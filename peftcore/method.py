@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peftcore.architecture import Architecture
-    from peftcore.finished_call import FinishedCall
     from peftcore.placements.placement import Placement
 
 
@@ -219,10 +218,6 @@ class Method:
         loss: (adapters, config) -> a scalar with gradients that is added to the loss, or None. Trainers add it once per
             step, also with gradient accumulation: for each of n batches 1/n of its value after the batch's forward
             pass.
-        call_loss: (adapters, config, call) -> like `loss`, but it depends on a call of the model, a
-            `FinishedCall`: its arguments, such as labels, its output, and the output of the model without
-            adapters as a teacher. It is the mean over the samples of the call, so that n batches, each with 1/n of
-            its term, equal one.
         after_step: (adapters, config, step, total_steps) -> None, or a new config in which `trained_fields` differ.
             Called after each optimizer step, counted from 1, before gradients are cleared; for methods with a schedule
             or an importance. `current_optimizer` and `reset_optimizer_state` reach the optimizer. Not called after a
@@ -258,7 +253,6 @@ class Method:
     recorded_as: Callable[[Any], Any] | None = None
     low_rank: Callable[[nn.Module, Any, Mapping[str, int]], Any] | None = None
     learning_rate: float = 2e-4
-    call_loss: Callable[[AdapterModules, Any, FinishedCall], Tensor | None] | None = None
     trained_fields: Sequence[str] = ()
     schedule: Callable[[Any, int, int], float] | None = None
 

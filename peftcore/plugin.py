@@ -22,7 +22,7 @@ examples. The names by subject:
     mixtures of experts   ExpertsLayout, experts_layout, expert_biases
     the model             Architecture, Sublayer, ATTENTION, CROSS_ATTENTION, FEED_FORWARD, detect; run, inputs_of,
                           gradients_of: forward passes over batches
-    a call                Call, current_call, FinishedCall, TokenCounter, cached_tokens, decoder_path,
+    a call                Call, current_call, TokenCounter, cached_tokens, decoder_path,
                           forward_arguments, arguments_by_name, cache_argument; first_of, with_first;
                           text_starts, refuse_packed: rows of several texts
     training              current_optimizer, reset_optimizer_state
@@ -93,7 +93,6 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.exporter import Exporter as Exporter
     from peftcore.exporting import adapter_products as adapter_products
     from peftcore.extensions import Command as Command, Integration as Integration
-    from peftcore.finished_call import FinishedCall as FinishedCall
     from peftcore.hookspecs import hookimpl as hookimpl
     from peftcore.layers import is_conv1d as is_conv1d, is_linear as is_linear, shape_of as shape_of, sizes as sizes
     from peftcore.merging.lookup import embed_scale as embed_scale, looks_up as looks_up, odd_embedding as odd_embedding
@@ -171,7 +170,6 @@ _MODULES = {
     "peftcore.exporter": "Exporter",
     "peftcore.exporting": "adapter_products",
     "peftcore.extensions": "Command Integration",
-    "peftcore.finished_call": "FinishedCall",
     "peftcore.hookspecs": "hookimpl",
     "peftcore.layers": "is_conv1d is_linear shape_of sizes",
     "peftcore.merging.lookup": "embed_scale looks_up odd_embedding",

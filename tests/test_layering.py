@@ -19,7 +19,7 @@ ORDER = [
         "layers",
         "ops",
     },
-    {"architecture", "exporter", "extensions", "finished_call", "hookspecs"},
+    {"architecture", "exporter", "extensions", "hookspecs"},
     {"validation", "ranks", "method", "files.safe_reading", "files.folder", "optim", "experts"},
     {"plugin_checks", "sharded_terms"},
     {"plugin_discovery"},

@@ -349,11 +349,8 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
                     return chain(*args, **kwargs)
             return chain(*args, **kwargs)
         if lock.context is not None and not lock.context.inside():
-            with Frame(self, lock.context, args, kwargs) as frame:
-                output = forward(self, *args, **kwargs)
-            if frame.context.keeping:
-                lock.keep_call(frame, args, kwargs, output)
-            return output
+            with Frame(self, lock.context, args, kwargs):
+                return forward(self, *args, **kwargs)
         lock.enter(thread)
         try:
             if lock.calls[thread]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -129,20 +129,15 @@ class CallContext:
 
     Args:
         names: names of keyword arguments that only adapters take.
-
-    Attributes:
-        keeping: adapters whose loss depends on the model's calls, which are kept for it.
     """
 
     def __init__(self, names: frozenset[str] = frozenset()) -> None:
         self.names = names
-        self.keeping: frozenset[str] = frozenset()
         self._frames: WeakSet[Frame] = WeakSet()  # of calls whose graph is alive
-        self._kept: list[KeptCall] = []
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CallContext, (self.names,), {"keeping": self.keeping}
+        return CallContext, (self.names,)
 
     @partial(untraced, within=True)
     def inside(self) -> bool:
@@ -213,17 +208,6 @@ class CallContext:
         with self._lock:
             self._frames.add(frame)
 
-    def keep(self, kept: KeptCall) -> None:
-        """Keep a call of the model until `take_calls`; of an earlier one only that there was one."""
-        with self._lock:
-            self._kept = [*(each._replace(args=(), kwargs={}, output=None) for each in self._kept), kept]
-
-    def take_calls(self) -> list[KeptCall]:
-        """Return the calls that were kept, and forget them."""
-        with self._lock:
-            kept, self._kept = self._kept, []
-        return kept
-
     def call_of_forward(self) -> Call:
         """Return the call in whose forward the running node was made, in a backward pass that runs a part again."""
         node: Any = torch._C._current_autograd_node()
@@ -240,16 +224,6 @@ class CallContext:
                 "part in another, with use_reentrant=False, and compute the loss from what the model returns"
             )
         return frames[0].call
-
-
-class KeptCall(NamedTuple):
-    """Call of a model, its arguments as they were passed, its output, and the `Activation` of its adapters."""
-
-    call: Call
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-    activation: Any
 
 
 class _Given:

@@ -24,7 +24,7 @@ import torch
 from torch.autograd import Variable
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.call import ROOT, CallContext, Frame, KeptCall, current_frame, untraced
+from peftcore.adaptation.call import CallContext, current_frame, untraced
 from peftcore.adaptation.outputs import tensors_of
 from peftcore.errors import PeftcoreError
 
@@ -109,15 +109,6 @@ class ModelLock:
     def for_replica(self) -> ModelLock:
         """Return the lock of a module's replica of `nn.DataParallel`, which is called once, in its own thread."""
         return ModelLock(self.activation, self.context and self.context.for_replica())
-
-    @partial(untraced, within=True)
-    def keep_call(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Keep a finished call of the model if it builds a graph for an adapter whose loss depends on calls."""
-        if is_dynamo_compiling() or frame.task >= 0 or not torch.is_grad_enabled() or ROOT not in frame.module.__dict__:
-            return
-        if frame.context.keeping.isdisjoint(self.activation.training) or self.is_disabled():
-            return
-        frame.context.keep(KeptCall(frame.call, args, kwargs, output, self.activation))
 
     @partial(untraced, within=True)
     def enter(self, thread: int) -> None:

@@ -138,11 +138,8 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
                 return __call__(self, *args, **kwargs)
         lock = self._peftcore_lock
         if lock.context is not None and not lock.context.inside():
-            with Frame(self, lock.context, args, kwargs) as frame:
-                output = __call__(self, *args, **kwargs)
-            if frame.context.keeping:
-                lock.keep_call(frame, args, kwargs, output)
-            return output
+            with Frame(self, lock.context, args, kwargs):
+                return __call__(self, *args, **kwargs)
         if is_dynamo_compiling():
             return super(enclosing, self).__call__(*args, **kwargs)
         thread = get_ident()

@@ -41,7 +41,6 @@ from peftcore.engine.state import (
 )
 from peftcore.engine.training_hooks import (
     after_step as after_step,
-    call_losses as call_losses,
     extra_loss as extra_loss,
     has_loss as has_loss,
     has_parameter_groups as has_parameter_groups,

@@ -312,15 +312,12 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
 
 
 def update_call_context(state: State) -> None:
-    """Make calls of the model known to adapters (active or not) and losses that read them, and with `per_sample`."""
+    """Make calls of the model known to adapters (active or not) that read them, and with `per_sample`."""
     reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
-    keeping = frozenset(name for name, entry in state.applied.items() if entry.keeps_calls)
-    if not reads and not keeping and state.samples is None:
+    if not reads and state.samples is None:
         state.lock.context = None
         return
-    context = require_call_context(state)
-    context.names = frozenset().union(*reads)
-    context.keeping = keeping
+    require_call_context(state).names = frozenset().union(*reads)
 
 
 def check_branches(model: nn.Module, state: State, adapter: str, attached: Iterable[Attached]) -> None:

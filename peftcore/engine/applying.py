@@ -153,7 +153,6 @@ def _apply(
         trainable=trainable,
         reads=arguments_read(adapters),
         whole_batch=any([each.whole_batch for each in adapters if isinstance(each, Adapter)]),
-        keeps_calls=of_method.call_loss is not None,
     )
     sites = {path: state.sites.get(path) or Site(facts(module)) for path, module in modules.items()}
     model.__dict__[STATE] = state

@@ -35,7 +35,6 @@ class Applied:
         multiplier: the factor of its change, set by `peftcore.scale`.
         reads: the arguments of calls that its modules read, or None.
         whole_batch: whether one of its modules mixes the samples of a batch.
-        keeps_calls: whether its method's loss depends on the model's calls.
         frozen: whether `requires_grad` has been cleared on all its parameters.
         froze: the branches that it froze, which become trainable again when it is removed.
         missed_steps: optimizer steps without `after_step`; None if the method does not need it, it has been called, or
@@ -53,7 +52,6 @@ class Applied:
     frozen: bool = False
     froze: set[str] = field(default_factory=set)
     missed_steps: int | None = None
-    keeps_calls: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

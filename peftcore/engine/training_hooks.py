@@ -22,11 +22,9 @@ from torch.utils.hooks import RemovableHandle
 
 from peftcore import ranks
 from peftcore.engine.current_optimizer import stepping, unwrapped
-from peftcore.engine.finished_calls import take_finished_call
 from peftcore.engine.state import Applied, adapter_parameters, applied, check_model, placements, require_state, state_of
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.events import adapter_applied
-from peftcore.finished_call import FinishedCall
 from peftcore.method import Method
 from peftcore.registry import registry
 from peftcore.sharded_terms import term_of_whole
@@ -139,12 +137,8 @@ def extra_loss(model: nn.Module) -> Tensor:
     It is computed from the current adapters, so call it again each time, after the forward. `Trainer`, its subclasses
     and the command line add it themselves. Collective if adapters are sharded.
 
-    The term of a method that compares outputs (`Method.call_loss`) is that of the call of the model before it: call
-    `extra_loss` once after each call, and add 1/n to the loss of each of n batches.
-
     Raises:
-        PeftcoreError: no adapter is applied, a method's term is not a scalar or has no gradient, or it depends on one
-            call of the model, and none or several have finished since the last time.
+        PeftcoreError: no adapter is applied, or a method's term is not a scalar or has no gradient.
     """
     terms = loss_terms(model)
     if not terms:
@@ -158,40 +152,22 @@ def extra_loss(model: nn.Module) -> Tensor:
 def loss_terms(model: nn.Module) -> dict[str, Tensor]:
     """Return the terms that `extra_loss` sums, by the adapter's name; adapters without a term are left out."""
     terms: dict[str, Tensor] = {}
-    call: FinishedCall | None = None
     for name, entry, method in _training(model):
-        if method.loss is None and method.call_loss is None:
+        if method.loss is None:
             continue
         modules = method_modules(model, name)
         ranks.reshard(model)  # or whole parameters may be in the slots, whose gradients would be lost
         of_parts = any(ranks.is_part(p) for module in modules.values() for p in module.parameters())
-        found: list[Tensor | None] = []
-        if method.loss is not None:
-            of_modules = partial(method.loss, modules, entry.config)
-            with registry.naming(method.name, "loss"):
-                term = term_of_whole(list(modules.values()), of_modules, method.name) if of_parts else of_modules()
-            found.append(_term(term, method.name, "the adapters' parameters"))
-        if method.call_loss is not None:
-            if of_parts:
-                raise PeftcoreError(
-                    f"the loss of {method.name} depends on calls of the model, not on its parameters alone, and they "
-                    "are sharded. Keep them whole: peftcore.shard(model, adapter_placement='replicate')"
-                )
-            call = call or take_finished_call(model, method.name)
-            with registry.naming(method.name, "call_loss"):
-                term = method.call_loss(modules, entry.config, call)
-            source = (
-                "the output of the call, the adapters' parameters, or what layers leave in the call's state "
-                "(checkpointed ones: with use_reentrant=False)"
-            )
-            found.append(_term(term, method.name, source))
-        for each in found:
-            if each is not None:
-                terms[name] = terms[name] + each.to(terms[name].device) if name in terms else each
+        of_modules = partial(method.loss, modules, entry.config)
+        with registry.naming(method.name, "loss"):
+            found = term_of_whole(list(modules.values()), of_modules, method.name) if of_parts else of_modules()
+        term = _term(found, method.name)
+        if term is not None:
+            terms[name] = term
     return terms
 
 
-def _term(term: Any, method: str, source: str) -> Tensor | None:
+def _term(term: Any, method: str) -> Tensor | None:
     """Return what a method's loss has returned, in float32 at least.
 
     Raises:
@@ -205,7 +181,7 @@ def _term(term: Any, method: str, source: str) -> Tensor | None:
     if torch.is_grad_enabled() and not term.requires_grad:
         raise PeftcoreError(
             f"the term that {method} adds to the loss has no gradient, so it would have no effect. Compute it from "
-            f"{source}, without detach() or .data, or return None"
+            "the adapters' parameters, without detach() or .data, or return None"
         )
     return term.float() if term.dtype.itemsize < 4 else term
 
@@ -213,12 +189,7 @@ def _term(term: Any, method: str, source: str) -> Tensor | None:
 def has_loss(model: nn.Module) -> bool:
     """Return whether the method of any adapter, active or not, has a loss term."""
     methods = [registry.method(entry.method) for entry in require_state(model).applied.values()]
-    return any(method.loss or method.call_loss for method in methods)
-
-
-def call_losses(model: nn.Module) -> list[str]:
-    """Return the adapters that train now and whose loss depends on calls of the model."""
-    return [name for name, _, method in _training(model) if method.call_loss is not None]
+    return any(method.loss for method in methods)
 
 
 def has_parameter_groups(model: nn.Module) -> bool:

@@ -68,7 +68,7 @@ class ExtraLoss(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.added and (names := engine.call_losses(self.model) or list(engine.loss_terms(self.model))):
+        if not self.added and (names := list(engine.loss_terms(self.model))):
             raise PeftcoreError(
                 f"{names} add a term to the loss, but training_step of {type(self.trainer).__name__} "
                 "bypassed it. Make it call self.accelerator.backward(loss) instead of loss.backward()"
