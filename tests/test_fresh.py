@@ -25,6 +25,7 @@ ELSEWHERE = {  # public functions with tests of their own processes, and classes
     "config": "needs no model",
     "current_call": "within a call",
     "current_optimizer": "within a step",
+    "reference_model": "tests/integrations",
     "reset_optimizer_state": "within a step",
     "hookimpl": "a marker",
     "prompt_tensor_name": "a string of strings",

@@ -147,7 +147,9 @@ class Dequantize4bit:
 
 def _refuse_overlap(weight: Sequence[Tensor], packing: Sequence[int], *, out: Tensor) -> None:
     """Raise a ValueError if `out` shares memory with a part of the weight, which is read while `out` is written."""
-    for part in weight if not out.is_meta else ():
+    if out.is_meta or torch.compiler.is_compiling():  # Dynamo cannot ask whether tensors overlap
+        return
+    for part in weight:
         if torch._C._overlaps(out, part):
             raise ValueError("dequantize_4bit: out shares memory with the weight. Pass memory of its own")
 

@@ -92,8 +92,8 @@ def test_options_of_another_task(run: Run, llama: Path, reviews: Path, tmp_path:
     for words, message in (
         (("--language", "english"), "--language is for --task asr"),
         (("--undesirable-weight", 2), "--undesirable-weight is for --task kto"),
-        (("--generations", 4), "--generations is for --task grpo,"),
-        (("--temperature", 0.5), "--temperature is for --task grpo,"),
+        (("--generations", 4), "--generations is for --task grpo"),
+        (("--temperature", 0.5), "--temperature is for --task grpo"),
     ):
         found = run(*TRAIN, "-m", llama, "-d", reviews, "-o", tmp_path / "run", *words, code=1)
         assert f"error: {message}, found task causal-lm. Leave it out" in found.stderr

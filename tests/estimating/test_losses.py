@@ -56,9 +56,15 @@ def trainer(name: str, model: torch.nn.Module, folder: Path, watch: Any, **chang
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
+    reference = {"ref_model": peftcore.reference_model(model)} if name in ("dpo", "kto") else {}
     rows = Dataset.from_list([ROWS[name]] * 9)
     return OfTokens(
-        model, args=config(str(folder), **settings), train_dataset=rows, processing_class=tokenizer(), callbacks=[watch]
+        model,
+        args=config(str(folder), **settings),
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        callbacks=[watch],
+        **reference,
     )
 
 

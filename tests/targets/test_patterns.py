@@ -193,6 +193,7 @@ _OWN_WORDS = {
     "peftcore/targets/patterns.py": 3,  # the bounded matcher itself
     "peftcore/cli/data/image_turns.py": 1,  # marks of images and recordings
     "peftcore/files/folder.py": 1,  # names of files
+    "peftcore/observation/fusible.py": 1,  # names of classes
     "plugins/peftcore-lora/peftcore_lora/per_expert.py": 2,  # parts of experts, names of blocks in transformers
     "plugins/peftcore-lora/peftcore_lora/pipelines/diffusers_file.py": 1,  # parts of a pipeline
     "plugins/peftcore-reft/peftcore_reft.py": 1,  # the index of a layer

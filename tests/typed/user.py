@@ -76,7 +76,7 @@ def wrong(net: Net) -> None:
     peftcore.apply("lora", net)  # E: cannot be "str"
     peftcore.apply(net, "lora", adapter=1)  # E: incompatible type "int"; expected "str"
     peftcore.save(net)  # E: Missing positional argument "path"
-    peftcore.load(net, "folder", trainable="no")  # E: incompatible type "str"; expected "bool | None"
+    peftcore.load(net, "folder", trainable="no")  # E: incompatible type "str"; expected "bool"
     peftcore.shard(net, adapter_placement="both")  # E: incompatible type "Literal['both']"
     Around("path", 3)  # E: incompatible type "int"; expected Module
     LoraConfig(r="8")  # E: incompatible type "str"; expected "int"

@@ -211,7 +211,7 @@ def test_plan_and_fit_are_of_the_dtype_that_train_takes(run: Run, in_bf16: Path,
     assert INSTEAD in said(slow) and "--dtype auto" not in fast
     assert base(slow) == pytest.approx(2 * base(fast), rel=0.02)
     on(AVX2)
-    found = run("suggest", "-m", in_bf16, *METHOD[:2], "--memory", "1GB", "--max-length", 12).output
+    found = run("suggest", "-m", in_bf16, *METHOD[:2], "--memory", "4GB", "--max-length", 12).output
     assert INSTEAD in said(found) and not found.strip().splitlines()[-1].endswith("bf16")
 
 

@@ -19,8 +19,8 @@ ONE = ("--method", "lora", "--rank", 4, "--max-length", 12)
 
 
 def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
-    output = run("suggest", "-m", llama, "--memory", "1GB", *ONE, "--dtype", "bf16").output
-    assert "fits into 1.0 GB on this machine with Python and its libraries:" in output
+    output = run("suggest", "-m", llama, "--memory", "4GB", *ONE, "--dtype", "bf16").output
+    assert "fits into 4.0 GB on this machine with Python and its libraries:" in output
     command = shlex.split(output.strip().splitlines()[-1])
     assert command[:4] == ["peftcore", "train", "-m", str(llama)] and command[-2:] == ["--dtype", "bf16"]
     given = [{"DATA": str(reviews), "RUN": str(tmp_path / "run")}.get(word, word) for word in command[1:]]
@@ -86,7 +86,7 @@ def test_train_takes_the_fastest_that_fits(run: Run, llama: Path, reviews: Path,
 def test_a_classifier_without_a_head(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
     """The folder is of a bare BERT: the task names the class that is trained."""
     arguments = ("-m", bert, "--method", "lora", "--max-length", 12)
-    assert "twice the batch" in run("suggest", *arguments, "--memory", "1GB", "--labels", "up,down").output
+    assert "twice the batch" in run("suggest", *arguments, "--memory", "4GB", "--labels", "up,down").output
     run("train", *arguments, "-d", labelled, "-o", tmp_path / "run", "--steps", 1, "--fit")
 
 
