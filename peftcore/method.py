@@ -220,7 +220,7 @@ class Method:
             pass.
         after_step: (adapters, config, step, total_steps) -> None, or a new config in which `trained_fields` differ.
             Called after each optimizer step, counted from 1, before gradients are cleared; for methods with a schedule
-            or an importance. `current_optimizer` and `reset_optimizer_state` reach the optimizer. Not called after a
+            or an importance. `reset_optimizer_state` resets what the optimizer keeps. Not called after a
             step that a scaler skipped because of non-finite gradients.
         trained_fields: fields of the config that `after_step` changes, in a method whose buffers change shape in
             training. A file has their values, and resuming takes them over with buffers of the file's shapes.

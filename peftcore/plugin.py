@@ -25,7 +25,7 @@ examples. The names by subject:
     a call                Call, current_call, TokenCounter, cached_tokens, decoder_path,
                           forward_arguments, arguments_by_name, cache_argument; first_of, with_first;
                           text_starts, refuse_packed: rows of several texts
-    training              current_optimizer, reset_optimizer_state
+    training              reset_optimizer_state
     other adapters        OtherAdapter, other_adapter, has_adapters, set_trainable
     distributed training  ranks: parameters that are sharded over ranks; Division, division_of: layers that tensor
                           parallelism divides
@@ -68,10 +68,7 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
         Sublayer as Sublayer,
     )
     from peftcore.engine import set_trainable as set_trainable
-    from peftcore.engine.current_optimizer import (
-        current_optimizer as current_optimizer,
-        reset_optimizer_state as reset_optimizer_state,
-    )
+    from peftcore.engine.current_optimizer import reset_optimizer_state as reset_optimizer_state
     from peftcore.engine.other_adapters import (
         OtherAdapter as OtherAdapter,
         has_adapters as has_adapters,
@@ -162,7 +159,7 @@ _MODULES = {
     "peftcore.adapter": "Adapter Base BranchedBase LowRank implements",
     "peftcore.architecture": "ATTENTION Architecture CROSS_ATTENTION FEED_FORWARD Sublayer",
     "peftcore.engine": "set_trainable",
-    "peftcore.engine.current_optimizer": "current_optimizer reset_optimizer_state",
+    "peftcore.engine.current_optimizer": "reset_optimizer_state",
     "peftcore.engine.other_adapters": "OtherAdapter has_adapters other_adapter",
     "peftcore.engine.trained": "base_tensors modules_tied_to",
     "peftcore.errors": "CheckpointError PeftcoreError PluginError nearest warn",

@@ -24,7 +24,6 @@ ELSEWHERE = {  # public functions with tests of their own processes, and classes
     "call_arguments": "within a call",
     "config": "needs no model",
     "current_call": "within a call",
-    "current_optimizer": "within a step",
     "reference_model": "tests/integrations",
     "reset_optimizer_state": "within a step",
     "hookimpl": "a marker",

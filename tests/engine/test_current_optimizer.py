@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trainers import LR, trainer
 
 import peftcore
-from peftcore.engine.current_optimizer import stepping
+from peftcore.engine.current_optimizer import current_optimizer, stepping
 from peftcore.plugin import (
     Adapter,
     Architecture,
@@ -28,7 +28,6 @@ from peftcore.plugin import (
     Placement,
     StateRules,
     check_method,
-    current_optimizer,
     reset_optimizer_state,
 )
 
