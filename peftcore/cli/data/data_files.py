@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import itertools
 import json
 import os
 from collections import Counter
@@ -220,7 +221,10 @@ def _tsv(path: Path) -> Iterator[Record]:
 def _csv(path: Path) -> Iterator[Record]:
     _read_long_fields()
     with _text(path) as file:
-        yield from _table(path, csv.reader(file, strict=True))
+        # Spreadsheets of countries with a decimal comma separate columns by semicolons.
+        header = file.readline()
+        delimiter = max(",;\t", key=header.count)
+        yield from _table(path, csv.reader(itertools.chain([header] if header else [], file), strict=True, delimiter=delimiter))
 
 
 def _table(path: Path, lines: Any) -> Iterator[Record]:
@@ -240,6 +244,11 @@ def _table(path: Path, lines: Any) -> Iterator[Record]:
             if len(values) != len(header):
                 raise PeftcoreError(
                     f"{path}:{lines.line_num}: {len(values)} columns, but the first line names {len(header)}"
+                )
+            if values == header and len(header) > 1:
+                raise PeftcoreError(
+                    f"{path}:{lines.line_num}: the line repeats the names of the columns, as files that were joined "
+                    "have it. Delete it"
                 )
             yield f"{path}:{lines.line_num}", dict(zip(header, values, strict=True))
         if is_empty:

@@ -36,9 +36,15 @@ def parsed(where: str, key: str, value: Any, task: str) -> Label:
         return several
     if not isinstance(value, (int, str)):
         raise PeftcoreError(f"{where}: '{key}' must be text, found {short(value)}")
-    if not str(value).strip():
+    label = str(value).strip()  # otherwise "good" and "good " would be two classes
+    if not label:
         raise PeftcoreError(f"{where}: '{key}' is empty")
-    return str(value)
+    if label.lower() == "nan":
+        raise PeftcoreError(
+            f"{where}: '{key}' is {label}, which tables write where a value is missing. Leave the row out, or name the "
+            "class differently"
+        )
+    return label
 
 
 def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from peftcore.cli.data.row import Row
 from peftcore.errors import PeftcoreError, nearest
+
+_SHOWN = 20  # labels that are listed by name
 
 
 def labels_of(rows: list[Row]) -> list[str]:
@@ -31,6 +35,18 @@ def labels_of(rows: list[Row]) -> list[str]:
     if not found:
         raise PeftcoreError(f"{rows[0].where}: no example has a label")
     return sorted(found, key=int) if all(each.removeprefix("-").isdecimal() for each in found) else sorted(found)
+
+
+def counts_of(rows: list[Row]) -> str:
+    """Describe the labels of a classifier's rows by their counts, most frequent first; empty for other rows."""
+    counts = Counter(row.label for row in rows if isinstance(row.label, str))
+    if not counts:
+        return ""
+    shown = [f"{label} ({count:,})" for label, count in counts.most_common(_SHOWN)]
+    if len(counts) > _SHOWN:
+        shown.append(f"{len(counts) - _SHOWN:,} more")
+    share = counts.most_common(1)[0][1] / counts.total()
+    return f"labels: {', '.join(shown)}. The most frequent is {share:.1%} of the examples"
 
 
 def targets(rows: list[Row], known: list[str]) -> list[int] | list[float] | list[tuple[float, ...]]:

@@ -204,6 +204,8 @@ def inputs_of(settings: Settings, rows: training_data.Rows) -> Inputs:
     labels: tuple[str, ...] = ()
     if settings.task in task_names.HEADED:
         seen = [*rows.train, *rows.validation]
+        if counts := row_labels.counts_of(seen):
+            say(counts)
         labels = tuple(row_labels.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
     tokenizer = models.load_processor(settings.model, settings.task, start)
     if settings.task == task_names.SPEECH:

@@ -56,6 +56,20 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_columns_are_separated_by_what_separates_those_of_the_first_line(delimiter: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text(delimiter.join(["text", "label"]) + "\n" + delimiter.join(['"one, two; three"', "good"]) + "\n")
+    assert [fields for _, fields in records(str(file))] == [{"text": "one, two; three", "label": "good"}]
+
+
+def test_a_first_line_that_is_repeated_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text("text,label\nfine,good\ntext,label\n")
+    with pytest.raises(PeftcoreError, match=r"data\.csv:3: the line repeats the names of the columns"):
+        list(records(str(file)))
+
+
 def test_columns_have_other_names(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("question,completion,answer\na,x,b\n")

@@ -24,6 +24,7 @@ def file_of(folder: Path, *labels: Any, name: str = "label") -> Path:
     ("labels", "task", "read"),
     [
         ((1, "b"), CLASSIFICATION, ["1", "b"]),
+        (("good ", "good", " bad"), CLASSIFICATION, ["good", "good", "bad"]),
         ((1, 2), CLASSIFICATION, ["1", "2"]),
         ((1, 2.5, "-3e1"), REGRESSION, [1.0, 2.5, -30.0]),
         (("1.0", "2.0"), CLASSIFICATION, ["1.0", "2.0"]),
@@ -41,6 +42,7 @@ def test_the_task_is_read_off_all_labels(tmp_path: Path, labels: tuple[Any, ...]
     ("task", "label", "message"),
     [
         (CLASSIFICATION, 2.5, "'label' must be text, found 2.5"),
+        (CLASSIFICATION, "NaN", "'label' is NaN, which tables write where a value is missing"),
         (REGRESSION, "high", "'label' must be a number, found \"high\""),
         (REGRESSION, True, "'label' must be a number, found true"),
         (REGRESSION, float("nan"), "'label' must be a number, found NaN"),
@@ -133,3 +135,10 @@ def test_batches_that_make_one_step_weigh_as_one_batch(run: Run, bert: Path, lab
         state = json.loads((output / "checkpoints" / "checkpoint-1" / "trainer_state.json").read_text())
         norms.append(state["log_history"][0]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_counts_of_labels_are_described(tmp_path: Path) -> None:
+    rows = list(row_reading.read_rows(file_of(tmp_path, "good", "bad", "good ", "good"), CLASSIFICATION))
+    assert row_labels.counts_of(rows) == "labels: good (3), bad (1). The most frequent is 75.0% of the examples"
+    numbers = list(row_reading.read_rows(file_of(tmp_path, 1.0, 2.5), REGRESSION))
+    assert row_labels.counts_of(numbers) == ""
