@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peftcore import ranks
 from peftcore.engine.current_optimizer import stepping, unwrapped
-from peftcore.engine.state import Applied, adapter_parameters, applied, check_model, placements, require_state, state_of
+from peftcore.engine.state import Applied, adapter_parameters, applied, placements, require_state, state_of
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.events import adapter_applied
 from peftcore.method import Method
@@ -204,10 +204,10 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     such as biases, norms and scales, do not.
 
     Raises:
-        PeftcoreError: two groups contain the same parameter, or one contains a tensor that is not a parameter of the
-            model.
+        PeftcoreError: the model has no adapter; two groups contain the same parameter, or one contains a tensor that
+            is not a parameter of the model.
     """
-    check_model(model)
+    require_state(model)
     groups = method_groups(model, lr, weight_decay)
     rest = not_in(groups, model.named_parameters())
     vectors = [p for p in rest.values() if _dimensions(p) < 2]

@@ -176,10 +176,9 @@ def test_all_that_trains_is_in_one_group() -> None:
         assert len(peftcore.parameter_groups(model, lr=0.1)) == 2
 
 
-def test_groups_of_a_model_without_adapters_are_all_that_trains() -> None:
-    groups = peftcore.parameter_groups(tiny.llama(), lr=0.1, weight_decay=0.5)
-    assert [group["weight_decay"] for group in groups] == [0.5, 0]
-    assert sum(len(group["params"]) for group in groups) == len(list(tiny.llama().parameters()))
+def test_a_model_without_adapters_has_no_groups() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match="no adapter is applied to this model"):
+        peftcore.parameter_groups(tiny.llama(), lr=0.1)
 
 
 @pytest.mark.parametrize(

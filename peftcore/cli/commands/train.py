@@ -114,10 +114,12 @@ def train(
     base_files.quiet_transformers()
     from peftcore import ranks
     from peftcore.cli.bases import base_files, base_quantization
+    from peftcore.cli.bases.device_choice import torch_device
     from peftcore.cli.training import best_checkpoint, reporting, torchrun, training_run
     from peftcore.quantization import find_type
     from peftcore.registry import registry
 
+    torch_device(given.device)
     best_checkpoint.check(given, task)
     services = reporting.services(display.report_to)
     torchrun.join(given.parallel, given.device)

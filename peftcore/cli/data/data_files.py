@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import itertools
 import json
 import os
 from collections import Counter
@@ -224,7 +223,9 @@ def _csv(path: Path) -> Iterator[Record]:
         # Spreadsheets of countries with a decimal comma separate columns by semicolons.
         header = file.readline()
         delimiter = max(",;\t", key=header.count)
-        yield from _table(path, csv.reader(itertools.chain([header] if header else [], file), strict=True, delimiter=delimiter))
+        yield from _table(
+            path, csv.reader(itertools.chain([header] if header else [], file), strict=True, delimiter=delimiter)
+        )
 
 
 def _table(path: Path, lines: Any) -> Iterator[Record]:

@@ -51,6 +51,17 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     return Encoded(examples, truncated)
 
 
+def refuse_one_mark(rows: Sequence[Row]) -> None:
+    """Raise a PeftcoreError unless there are good and bad answers: KTO learns from the difference."""
+    marks = {row.is_good for row in rows}
+    if len(marks) < 2:
+        mark, other = ("true", "false") if True in marks else ("false", "true")
+        raise PeftcoreError(
+            f"{rows[0].where}: every answer has the label {mark}, and --task kto needs both. Add answers with {other}, "
+            "or train on the good answers alone, as prompts and completions"
+        )
+
+
 def weighted(examples: Sequence[Example], weights: Sequence[float] | None) -> list[Example]:
     """Return the examples with their weights, of which the first is that of good answers; None for 1."""
     good, bad = weights or (1.0, 1.0)

@@ -131,6 +131,10 @@ def read(settings: Settings) -> Rows:
 def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> Examples:
     """Return the examples of a run as token ids."""
     lines = rows.lines
+    if settings.task == task_names.UNPAIRED and lines is None:
+        from peftcore.cli.tasks import unpaired  # imports transformers
+
+        unpaired.refuse_one_mark(rows.train)
     sets = encode_parts("training" if lines is None else "first", rows.train, settings, tokenizer, labels)
     held_out_sets = encode_parts("held-out", rows.held_out, settings, tokenizer, labels)
     held_out = [example for part in held_out_sets.values() for example in part]

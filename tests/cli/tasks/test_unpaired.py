@@ -69,6 +69,13 @@ def test_errors_name_file_and_line(tmp_path: Path, fields: dict[str, Any], messa
         read(tmp_path, fields)
 
 
+@pytest.mark.parametrize(("mark", "other"), [(True, "false"), (False, "true")])
+def test_answers_of_one_mark_are_refused(mark: bool, other: str) -> None:
+    rows = [Row(f"file:{number}", "a", completion="b", is_good=mark) for number in (1, 2)]
+    with pytest.raises(PeftcoreError, match=rf"file:1: every answer has the label .* Add answers with {other}"):
+        unpaired.refuse_one_mark(rows)
+
+
 def test_tokens(tmp_path: Path, tokenizer: Any) -> None:
     row = read(tmp_path, {"prompt": "the film is", "completion": "very good", "label": True})
     (example,) = unpaired.encode([row], tokenizer, 32).examples
