@@ -165,5 +165,7 @@ def place(model: nn.Module, config: PsoftConfig, architecture: Architecture) -> 
 
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="PSOFT", peft=PeftRules(unreadable=targets.conv1d_paths))
+    rules = StateRules(
+        peft_type="PSOFT", recomputes=lambda _config: True, peft=PeftRules(unreadable=targets.conv1d_paths)
+    )
     return [Method("psoft", PsoftConfig, place, rules, learning_rate=3e-3)]

@@ -168,6 +168,7 @@ def peftcore_methods() -> list[Method]:
         peft_type="SUPERTUNING",
         write=write,
         read=read,
+        recomputes=lambda config: not config.save_precomputed_indices,
         peft=PeftRules(own_fields=SupertuningConfig.not_in_peft, unreadable=targets.conv1d_paths),
     )
     return [Method("supertuning", SupertuningConfig, place, rules, learning_rate=5e-4)]

@@ -58,3 +58,18 @@ def test_what_has_no_meaning_is_refused() -> None:
 def test_layers_that_are_not_linear_are_refused() -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"'0' matches Conv2d .* which this method cannot adapt"):
         peftcore.apply(tiny.convnet(), "psoft", target_modules=["0"])
+
+
+def test_a_file_of_a_4_bit_base_is_refused_on_the_dense_one(tmp_path: Path) -> None:
+    """The rotation's factors are computed from W, which rounding to 4 bits changes."""
+    trained = peftcore.quantize(tiny.llama(), "nf4")
+    peftcore.apply(trained, "psoft", r=4, target_modules=TARGETS["llama"])
+    disturb(trained, "default", seed=1)
+    peftcore.save(trained, tmp_path / "adapter")
+    again = peftcore.load(peftcore.quantize(tiny.llama(), "nf4"), tmp_path / "adapter")
+    assert torch.equal(tiny.logits(again), tiny.logits(trained))
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"k_proj' in 'nf4 of .*, and here it is in 'dense'\. psoft computes"
+    ):
+        peftcore.load(tiny.llama(), tmp_path / "adapter")
+    peftcore.load(tiny.llama(), tmp_path / "adapter", check_base=False)
