@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import math
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,9 @@ from peftcore.cli.fields import text_of
 from peftcore.errors import nearest
 
 NAME = "run.toml"
+RUN_FILE = "run.json"
 _FIELDS = "peftcore.cli.fields"  # key in the context: the file's `[set]`
+_RESUMED = "peftcore.cli.resumed"  # key in the context: values of --output and --resume
 _NOT_IN_FILES = {"config", "help"}
 # If the command line gives the first option, the file's second, which would override it, is ignored.
 _OVERRULED = {"epochs": "steps", "holdout": "eval_data"}
@@ -50,6 +53,36 @@ def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) 
             defaults[str(option.name)] = _default(f"{file}: '{name}'", context, option, value)
     context.default_map = defaults
     return file
+
+
+def use_of_run(context: typer.Context, param: typer.CallbackParam, value: Any) -> Any:
+    """Use the options of the run in `--output` as defaults if `--resume` continues it (callback of both options).
+
+    A file of `--config` comes first. An empty folder is a run that has not begun, for jobs that are started again.
+
+    Raises:
+        typer.BadParameter: there is no run in the folder, or its `run.toml` cannot be used.
+    """
+    if context.resilient_parsing:
+        return value
+    known = context.meta.setdefault(_RESUMED, {})
+    known[param.name] = value
+    if not known.get("resume") or known.get("output") is None:
+        return value
+    output = Path(known["output"])
+    known.clear()  # `use` processes --output again, as it does every option of the file
+    if (output / RUN_FILE).exists():
+        if (output / NAME).exists() and not context.default_map:
+            use(context, param, output / NAME)
+    elif not (output.is_dir() and not any(output.iterdir())):
+        siblings = [each.parent.name for each in output.absolute().parent.glob(f"*/{RUN_FILE}")]
+        what = f"has no {RUN_FILE}" if output.exists() else "does not exist"
+        raise typer.BadParameter(
+            f"there is no run to resume: '{output}' {what}{nearest(output.name, siblings)}. Correct --output, or leave "
+            "out --resume. A job that is started again with the same command makes an empty folder first: mkdir -p "
+            f"{shlex.quote(str(output))}"
+        )
+    return value
 
 
 def fields(context: typer.Context, settings: list[str] | None) -> list[str]:

@@ -1,26 +1,30 @@
 """Settings that determine a run, and the run's folder, which stores them.
 
 OUTPUT/run.json       the settings; --resume refuses different ones
+OUTPUT/.train.lock    locked while a process trains there
 OUTPUT/run.toml       the settings as options: `peftcore train --config OUTPUT/run.toml --output OTHER` repeats it
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from filelock import FileLock, Timeout
 
 from peftcore.cli import config_file, options, task_names
 from peftcore.cli.data import mixture
 from peftcore.errors import PeftcoreError, nearest
 
-RUN_FILE = "run.json"
+RUN_FILE = config_file.RUN_FILE
+LOCK = ".train.lock"  # in the folder while a process trains there
 _OF_RANKS = ("ranks", "parallel", "grad_accum")  # may change together, see `for_these_ranks`
 _NOT_THE_SAME = (
     ". --resume continues an interrupted run in --output; --adapter starts a new run from an existing adapter"
@@ -320,6 +324,39 @@ def _read(run_file: Path) -> dict[str, Any]:
     return found
 
 
+@contextlib.contextmanager
+def only_process(output: Path) -> Iterator[None]:
+    """Create the folder, and keep other processes from training in it within the block.
+
+    Raises:
+        PeftcoreError: another process trains in it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise PeftcoreError(
+            f"another process is training in '{output}'. Wait until it ends, or pass another folder: --output FOLDER"
+        ) from None
+
+
+def check_folder(output: Path, *, overwrite: bool) -> None:
+    """Raise a PeftcoreError unless a run may begin in this folder: it is empty, or a run that is overwritten."""
+    if output.exists() and not output.is_dir():
+        raise PeftcoreError(f"'{output}' is a file. Pass a folder: --output FOLDER")
+    # Settings alone belong to a run that failed before it made anything.
+    begun = {RUN_FILE, config_file.NAME, LOCK}
+    if not output.is_dir() or all(path.name in begun for path in output.iterdir()):
+        return
+    if not (output / RUN_FILE).exists():
+        raise PeftcoreError(f"'{output}' already contains something else. Pass another folder")
+    if not overwrite:
+        raise PeftcoreError(
+            f"'{output}' already contains a run. Use --resume to continue it, or --overwrite to start again"
+        )
+
+
 def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
     """Create the run's folder and write the settings.
 
@@ -347,20 +384,9 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
                     f"{_NOT_THE_SAME if name == 'adapter' else ''}"
                 )
         return
-    if output.exists() and not output.is_dir():
-        raise PeftcoreError(f"'{output}' is a file. Pass a folder: --output FOLDER")
-    # Settings alone belong to a run that failed before it made anything.
-    if output.is_dir() and any(path.name not in (RUN_FILE, config_file.NAME) for path in output.iterdir()):
-        if not (overwrite and run_file.exists()):
-            what = "a run" if run_file.exists() else "something else"
-            hint = (
-                "Use --resume to continue it, or --overwrite to start again"
-                if run_file.exists()
-                else "Pass another folder"
-            )
-            raise PeftcoreError(f"'{output}' already contains {what}. {hint}")
-        for name in ("checkpoints", "adapter"):
-            shutil.rmtree(output / name, ignore_errors=True)
+    check_folder(output, overwrite=overwrite)
+    for name in ("checkpoints", "adapter"):
+        shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     run_file.write_text(json.dumps(settings.to_json(), indent=2) + "\n", encoding="utf-8")
 

@@ -144,6 +144,7 @@ def main(folder: Path, count: int, seed: int) -> None:
             if resume:
                 at = re.search(r"checkpoint-(\d+)", shown)
                 steps.append(int(at[1]) if at else 0)
+            output.mkdir(exist_ok=True)  # it may be killed before it has made the folder
             resume = ["--resume"]
             if status is not None:
                 assert status == 0, f"run {runs} ended with {status} after {here} kills:\n{_tail(folder / 'log')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,17 @@ import typer
 
 from peftcore.cli import config_file, options
 from peftcore.cli.console import command, out, require, say, table
-from peftcore.cli.settings import Display, RunOptions, Settings, for_these_ranks, prepare_folder, write_options
+from peftcore.cli.settings import (
+    RUN_FILE,
+    Display,
+    RunOptions,
+    Settings,
+    check_folder,
+    for_these_ranks,
+    only_process,
+    prepare_folder,
+    write_options,
+)
 from peftcore.errors import CheckpointError, PeftcoreError
 
 if TYPE_CHECKING:
@@ -23,7 +34,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "peftcore train -m HuggingFaceTB/SmolLM2-135M-Instruct -d chat.jsonl --method METHOD -o run",
     "peftcore train -m MODEL -d reviews.csv --columns text=review,label=stars --method METHOD --set FIELD=VALUE -o run",
-    "peftcore train -m MODEL -d chat.jsonl --method METHOD -o run --resume",
+    "peftcore train -o run --resume",
     "peftcore train --adapter run -d more.jsonl -o further",
 )
 
@@ -31,7 +42,16 @@ EXAMPLES = (
 def train(
     context: typer.Context,
     data: options.Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run and its adapter.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            is_eager=True,
+            callback=config_file.use_of_run,
+            help="Folder for the run and its adapter.",
+        ),
+    ],
     *,
     model: options.MaybeModel = None,
     config: options.Config = None,
@@ -41,7 +61,13 @@ def train(
     fields: options.Fields = None,
     given: RunOptions,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue exactly from the latest complete checkpoint.")
+        bool,
+        typer.Option(
+            "--resume",
+            is_eager=True,
+            callback=config_file.use_of_run,
+            help="Continue the run in --output, whose options are the defaults, from its latest complete checkpoint.",
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again, replacing the run in --output.")] = False,
     fit: Annotated[
@@ -162,26 +188,31 @@ def train(
     trainer_arguments.check(settings, output)
 
     def prepare() -> None:
+        if not (resume and (output / RUN_FILE).exists()):
+            check_folder(output, overwrite=overwrite)  # before a lock is written into a folder of something else
+        held.enter_context(only_process(output))
         prepare_folder(output, settings, resume=resume, overwrite=overwrite)
         write_options(output, settings, display)
 
-    ranks.once(prepare, together=True)
-    try:
-        result = training_run.run(
-            settings,
-            output,
-            resume=resume,
-            sample=display.sample,
-            sample_tokens=display.sample_tokens,
-            report_to=services,
-            force=force,
-        )
-    except run_result.Stopped as stopped:
-        say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To continue:\n  {command(resume=True)}", "bold")
-        torchrun.leave()
-        raise typer.Exit(130) from None
-    if ranks.rank() == 0:
-        _show(settings, result, output, display.sample)
+    with contextlib.ExitStack() as held:
+        ranks.once(prepare, together=True)
+        try:
+            result = training_run.run(
+                settings,
+                output,
+                resume=resume,
+                sample=display.sample,
+                sample_tokens=display.sample_tokens,
+                report_to=services,
+                force=force,
+            )
+        except run_result.Stopped as stopped:
+            again = command(resume=True)
+            say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To continue:\n  {again}", "bold")
+            torchrun.leave()
+            raise typer.Exit(130) from None
+        if ranks.rank() == 0:
+            _show(settings, result, output, display.sample)
     torchrun.leave()
 
 

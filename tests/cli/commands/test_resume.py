@@ -14,6 +14,7 @@ import torch
 from commands import Run
 from safetensors.torch import load_file
 
+from peftcore.cli import settings
 from peftcore.cli.training import progress
 
 
@@ -86,9 +87,46 @@ def test_a_checkpoint_that_was_cut_off_is_skipped(
     assert same_tensors(whole, parted)
 
 
-def test_resume_without_a_checkpoint_starts_anew(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+def test_a_run_is_continued_with_its_own_options(
+    run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    run(*train_arguments(llama, reviews, whole))
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        run(*train_arguments(llama, reviews, parted), code=130)
+    assert "resuming from" in run("train", "--resume", "--output", parted).output
+    assert same_tensors(whole, parted)
+    error = run("train", "-o", parted, "--resume", "--batch-size", 4, code=1).output
+    assert "had batch_size=2, now it is 4" in error
+
+
+def test_an_empty_folder_is_a_run_that_has_not_begun(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     output = run(*train_arguments(llama, reviews, tmp_path / "run"), "--resume").output
     assert "has no complete checkpoint; starting from the beginning" in output
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_no_run_to_resume(run: Run, llama: Path, reviews: Path, tmp_path: Path, is_whole: bool) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    words = train_arguments(llama, reviews, tmp_path / "rnu") if is_whole else ["train", "-o", tmp_path / "rnu"]
+    error = " ".join(run(*words, "--resume", code=2).stderr.replace("│", " ").split())
+    assert "there is no run to resume" in error and "does not exist (nearest: 'run')" in error
+    assert not (tmp_path / "rnu").exists()
+
+
+def test_two_processes_cannot_train_in_one_folder(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = train_arguments(llama, reviews, output)
+    run(*arguments)
+    adapter = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    with settings.only_process(output):  # a lock of another open file, as another process has it
+        for option in ("--overwrite", "--resume"):
+            assert f"another process is training in '{output}'" in run(*arguments, option, code=1).output
+    assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    run(*arguments, "--overwrite")
 
 
 def test_a_folder_that_is_no_run_is_left_alone(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
@@ -96,4 +134,4 @@ def test_a_folder_that_is_no_run_is_left_alone(run: Run, llama: Path, reviews: P
     other.mkdir()
     (other / "precious").write_text("here")
     error = run(*train_arguments(llama, reviews, other), "--overwrite", code=1).output
-    assert "already contains something else" in error and (other / "precious").read_text() == "here"
+    assert "already contains something else" in error and [file.name for file in other.iterdir()] == ["precious"]

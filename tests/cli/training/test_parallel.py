@@ -133,6 +133,8 @@ def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(llama: Path, whole_b
     data = ("-d", whole_batches, "--eval-data", whole_batches)
     common = ("train", "-m", llama, *data, *METHOD, "--steps", 60, "--save-every", 10, "--eval-every", 60)
     common += ("--batch-size", 2, "--parallel", "ddp", "--resume")
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
     torchrun(*common, "-o", tmp_path / "whole")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "--max-restarts", "1", "-m", "peftcore", *map(str, common), "-o", str(tmp_path / "killed")]
