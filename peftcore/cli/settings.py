@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from peftcore.cli import config_file, options, task_names
 from peftcore.cli.data import mixture
-from peftcore.errors import PeftcoreError, nearest
+from peftcore.errors import PeftcoreError
 
 RUN_FILE = config_file.RUN_FILE
 LOCK = ".train.lock"  # in the folder while a process trains there
@@ -364,13 +364,7 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
         PeftcoreError: the folder is not empty, or the run to resume has different settings.
     """
     run_file = output / RUN_FILE
-    if resume and not run_file.exists():
-        runs = sorted(path.parent.name for path in output.parent.glob(f"*/{RUN_FILE}"))
-        raise PeftcoreError(
-            f"there is no run to resume in '{output}'{nearest(output.name, runs)}. Pass the run's folder, or leave "
-            "--resume out to begin"
-        )
-    if resume:
+    if resume and run_file.exists():
         before, now = _read(run_file), settings.to_json()
         since = {each.name: each.default for each in fields(settings) if each.default is not MISSING}
         before = {**since, "fuse": "off", **before}  # a run from before an option existed had its default

@@ -216,12 +216,6 @@ def test_what_peft_wrote(run: Run, bert: Path, labelled: Path, tmp_path: Path) -
     assert "--labels names 1 labels, but the adapter has 2" in error
 
 
-def test_resume_without_a_run_is_refused(run: Run, writer: Path, llama: Path, reviews: Path) -> None:
-    arguments = ("train", "-m", llama, "-d", reviews, *METHOD, *STEPS, "--resume", "-o")
-    error = run(*arguments, writer.with_name("writre"), code=1).output
-    assert "there is no run to resume in" in error and "(nearest: 'writer')" in error
-
-
 def test_a_device_that_is_absent_is_named_first(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a card")
