@@ -115,7 +115,7 @@ class Registry:
             )
         installed = ", ".join(methods) or "none"
         raise PluginError(
-            f"no PEFT method '{name}' is installed (installed: {installed}){nearest(name, methods)}. {HOW_TO_INSTALL}"
+            f"no PEFT method '{name}' is installed{nearest(name, methods)}. {HOW_TO_INSTALL}. Installed: {installed}"
         )
 
     def plugin_of(self, method: str) -> Plugin:

@@ -197,7 +197,8 @@ def test_a_message_never_names_a_package_that_may_be_a_strangers(discover, monke
     monkeypatch.setattr(peft_fields, "registry", registry)
     with pytest.raises(peftcore.PluginError) as foreign:
         peft_fields.method_of_fields("a file", {"peft_type": "EVIL_NAME"})
-    assert "no PEFT method 'scael' is installed (installed: scale) (nearest: 'scale')" in str(unknown.value)
+    assert "no PEFT method 'scael' is installed (nearest: 'scale'). Methods are separate packages" in str(unknown.value)
+    assert str(unknown.value).endswith("Installed: scale")
     assert "no installed method reads peft_type 'EVIL_NAME' (installed: TOY_SCALE (scale))" in str(foreign.value)
     for error in (unknown, foreign):
         assert "pip install" not in str(error.value) and "evil-name" not in str(error.value)

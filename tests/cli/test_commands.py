@@ -51,7 +51,8 @@ def test_plugins_survives_a_broken_one_in_strict_mode(tmp_path: Path) -> None:
 
 
 def test_methods(run: Run) -> None:
-    assert "lora" in run("methods").output
+    output = " ".join(run("methods").output.split())
+    assert "LoRA (Hu et al. 2021, arXiv 2106.09685)" in output  # the plugin's docstring, not its config's
     fields = run("methods", "lora").output
     assert "rank_pattern" in fields and "'none', 'all' or 'lora_only'" in fields.replace("\n", " ")
     assert "no PEFT method 'lorra' is installed" in run("methods", "lorra", code=1).output

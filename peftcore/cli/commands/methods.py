@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import typing
 import warnings
 from collections.abc import Iterator
@@ -84,8 +85,8 @@ def _tried(folder: str, task: str | None, names: list[str]) -> Iterator[tuple[st
 
 
 def _first_line(method: Any) -> str:
-    module = inspect.getmodule(method.config_class)
-    return (getattr(module, "__doc__", None) or "").strip().partition("\n")[0]
+    package = sys.modules.get(method.config_class.__module__.partition(".")[0])
+    return (getattr(package, "__doc__", None) or "").strip().partition("\n")[0]
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
