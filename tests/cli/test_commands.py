@@ -315,8 +315,12 @@ def test_version(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", registry.commands())
-def test_examples_of_help_are_understood(name: str) -> None:
+def test_examples_of_help_are_understood(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is one of this command, whose options exist and take what it gives them; nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "run.toml").write_text('data = "chat.jsonl"')  # one of them resumes this run
     examples = registry.commands(name)[name].examples
     group: Any = typer.main.get_command(application.build([name]))
     command = group.commands[name]

@@ -298,7 +298,7 @@ def test_an_error_while_tokens_are_decoded_is_of_its_request_alone(
         return decode(tokens)
 
     monkeypatch.setattr(server.texts.of_base, "decode", fails)
-    body = {"model": server.name, "prompt": "the film", "max_tokens": 3}
+    body = {"model": server.name, "prompt": "the film", "max_tokens": 3, "temperature": 0}
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(ask, client, "one", "the film")
         response = client.post("/v1/completions", json=body)

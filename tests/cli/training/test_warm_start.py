@@ -91,9 +91,7 @@ def test_resume_goes_on_with_such_a_run_too(run: Run, first: Path, more: Path, t
     (parts / "checkpoints" / "checkpoint-4" / "complete.json").unlink()
     assert "resuming from" in run(*arguments, "--resume").output
     assert same(whole, parts)
-    plain = ("-m", json.loads((parts / "run.json").read_text())["model"], "--method", "lora")
-    error = run("train", *plain, "-d", more, "-o", parts, "--resume", code=1).output
-    assert "--resume continues an interrupted run in --output" in error and "--adapter starts a new run" in error
+    assert "resuming from" in run("train", "-o", parts, "--resume").output  # the run's file has its options
 
 
 @pytest.mark.parametrize(
