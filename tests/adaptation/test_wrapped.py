@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from against_peft import quiet
 from composed import output
 from torch import Tensor, nn
+from transformers import FineGrainedFP8Config
 from wrapped import Int8, WithoutGradient, unwrapped, wrap
 
 import peftcore
@@ -79,7 +79,7 @@ def test_merging_makes_dense_weights_and_unmerging_takes_them_out(method: str) -
 
 def test_a_merged_model_says_which_layers_are_dense() -> None:
     model = wrap(tiny.llama())
-    told = SimpleNamespace(quant_method="torchao", modules_to_not_convert=None)  # as transformers keeps it
+    told = FineGrainedFP8Config()
     model.config.quantization_config, model.hf_quantizer = told, "theirs"
     adapted(model, "lora", target_modules=["q_proj"])
     peftcore.merge(model, dtype=torch.float32)

@@ -7,13 +7,13 @@ import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DoryConfig, Llama4TextConfig, PhimoeConfig
 
 import peftcore
 from peftcore.engine import adapter_modules
@@ -43,10 +43,7 @@ def model_of(family: str, name: str, *arguments: Any, **options: Any) -> nn.Modu
     return model
 
 
-def router(**sizes: Any) -> Any:
-    return SimpleNamespace(hidden_size=8, num_local_experts=6, num_experts_per_tok=2, **sizes)
-
-
+ROUTER = {"hidden_size": 8, "num_local_experts": 6, "num_experts_per_tok": 2}
 NO_NOISE = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0}
 # What PEFT adds to the output is what W + B A gives.
 LIKE_PEFT: dict[str, tuple[Callable[[], nn.Module], Any]] = {
@@ -60,8 +57,8 @@ LIKE_PEFT: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 }
 # PEFT cannot run these; W + B A stands.
 ON_WEIGHT: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "Llama 4's router": (lambda: model_of("llama4", "Llama4Router", router()), ROWS),
-    "PhiMoE's router": (lambda: model_of("phimoe", "PhimoeTopKRouter", router(**NO_NOISE)), ROWS),
+    "Llama 4's router": (lambda: model_of("llama4", "Llama4Router", Llama4TextConfig(**ROUTER)), ROWS),
+    "PhiMoE's router": (lambda: model_of("phimoe", "PhimoeTopKRouter", PhimoeConfig(**ROUTER, **NO_NOISE)), ROWS),
     "in groups": (lambda: model_of("deepseek_v4", "DeepseekV4GroupedLinear", 8, 12, 2), torch.randn(3, 2, 8)),
     "Idefics": (lambda: model_of("idefics", "IdeficsDecoupledLinear", 8, 6, 3, True, False), ROWS),
     "Voxtral": (lambda: model_of("voxtral_realtime", "VoxtralRealtimeCausalConv1d", 8, 6, 3, "key"), SIGNAL),
@@ -155,7 +152,7 @@ def test_what_is_refused(case: tuple[Callable[[], nn.Module], str]) -> None:
 
 def test_what_acts_as_in_peft_and_does_not_merge(tmp_path: Path) -> None:
     """A head that scales its logits, and tokens that an embedding replaces: PEFT adds B A behind that."""
-    sizes = SimpleNamespace(hidden_size=8, vocab_size=6, initializer_range=0.02)
+    sizes = DoryConfig(hidden_size=8, vocab_size=6, initializer_range=0.02)
     for make, inputs in (
         (lambda: model_of("dory", "DoryLMHead", sizes), ROWS),
         (lambda: model_of("t5gemma2", "T5Gemma2TextScaledWordEmbedding", 20, 8, 0, 3.0, 5), IDS),
@@ -194,7 +191,7 @@ def test_gemma_in_bf16_is_scaled_as_its_embedding() -> None:
 
 
 def test_dropout_that_does_not_act_is_said() -> None:
-    model = model_of("llama4", "Llama4Router", router())
+    model = model_of("llama4", "Llama4Router", Llama4TextConfig(**ROUTER))
     with pytest.warns(UserWarning, match=r"lora_dropout=0.5 has no effect at 1 of 1 modules.*such as 'layer'"):
         peftcore.apply(model, "lora", target_modules=["layer"], lora_dropout=0.5)
     disturb(model, "default", seed=1)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from commands import SPECIAL, WORDS, Run, save_tokenizer, write_jsonl
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import peftcore
 from peftcore.cli.bases import models
 from peftcore.cli.data.row_reading import read_rows
+from peftcore.cli.settings import Settings
 from peftcore.cli.task_names import LANGUAGE_MODEL
 from peftcore.cli.tasks import by_task
 from peftcore.cli.tasks.conversations import IGNORED
@@ -60,25 +60,32 @@ def test_divergence() -> None:
     assert float(distillation.divergence(logits, wanted, torch.full((2, 5), IGNORED))) == 0
 
 
-def test_the_divergence_of_a_step_is_a_mean_over_the_tokens_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, wanted = torch.zeros(1, 3, 4), torch.eye(4)[None, :3]
-    trainer = distillation.DistillingTrainer.__new__(distillation.DistillingTrainer)
-    trainer.teacher, trainer.weight = lambda **_: SimpleNamespace(logits=wanted), 0.25
-    trainer.model_accepts_loss_kwargs, trainer.accelerator = True, SimpleNamespace(num_processes=3)
-    trainer.args = SimpleNamespace(average_tokens_across_devices=True)
-    own = (torch.tensor(2.0), SimpleNamespace(logits=logits))
-    monkeypatch.setattr(distillation.MeasuringTrainer, "compute_loss", lambda *_, **__: own)
+def test_the_divergence_of_a_step_is_a_mean_over_the_tokens_of_all_processes(
+    llama: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, knowing = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (llama, teacher))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    row = {"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}
+    trainer = distillation.DistillingTrainer(
+        student, arguments, train_dataset=[row], measure=print, lengths=[3], teacher=knowing, weight=0.25
+    )
+    monkeypatch.setattr(trainer.accelerator.state, "num_processes", 3)
+    tokens = torch.tensor([[4, 5, 6]])
 
     def loss(labels: list[int], count: int | None) -> float:
-        inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long), "labels": torch.tensor([labels])}
-        return float(trainer.compute_loss(torch.nn.Identity(), inputs, num_items_in_batch=count))
+        inputs = {"input_ids": tokens, "labels": torch.tensor([labels])}
+        return trainer.compute_loss(student, inputs, num_items_in_batch=count).item()
 
-    total = float(distillation.divergence(logits, wanted, torch.tensor([[IGNORED, 1, 2]])))
-    assert loss([IGNORED, 1, 2], 8) == pytest.approx(0.75 * 2 + 0.25 * total / 8 * 3)
-    assert loss([IGNORED, 1, 2], None) == pytest.approx(0.75 * 2 + 0.25 * total / 2)
-    assert loss([IGNORED, IGNORED, IGNORED], None) == 1.5
+    labels = torch.tensor([[IGNORED, 5, 6]])
+    with torch.no_grad():
+        logits, wanted = student(tokens).logits, knowing(tokens).logits
+    own = float(torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum"))
+    total = 0.75 * own + 0.25 * float(distillation.divergence(logits, wanted, labels))
+    assert loss([IGNORED, 5, 6], 8) == pytest.approx(total / 8 * 3)
+    assert loss([IGNORED, 5, 6], None) == pytest.approx(total / 2)
+    assert loss([IGNORED, IGNORED, IGNORED], 8) == 0
     trainer.args.average_tokens_across_devices = False
-    assert loss([IGNORED, 1, 2], 8) == pytest.approx(0.75 * 2 + 0.25 * total / 8)
+    assert loss([IGNORED, 5, 6], 8) == pytest.approx(total / 8)
 
 
 def test_a_teacher_of_packed_rows_is_tried_with_them(
@@ -87,9 +94,10 @@ def test_a_teacher_of_packed_rows_is_tried_with_them(
     tried = []
     monkeypatch.setattr(distillation.packing, "check", lambda model, examples, what: tried.append((examples, what)))
     tokenizer = models.load_processor(str(llama), LANGUAGE_MODEL)
-    common = {"teacher": str(teacher), "task": LANGUAGE_MODEL, "dtype": "fp32", "device": "cpu"}
+    common: dict[str, Any] = {"model": str(llama), "data": "d", "task": LANGUAGE_MODEL, "method": "lora"}
+    common |= {"teacher": str(teacher), "dtype": "fp32", "device": "cpu"}
     for pack in (False, True):
-        found = distillation.of_run(SimpleNamespace(**common, pack=pack), tokenizer, [{"input_ids": [1, 2]}])
+        found = distillation.of_run(Settings(**common, pack=pack), tokenizer, [{"input_ids": [1, 2]}])
         assert found is not None and not any(p.requires_grad for p in found.parameters())
     assert tried == [([{"input_ids": [1, 2]}], "the teacher")]
 

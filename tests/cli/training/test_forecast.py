@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import audio_models
@@ -13,6 +12,7 @@ import tiny
 from commands import WORDS, Run, write_jsonl
 from PIL import Image
 from step_memory import allocated_by, allocated_with, predicted
+from transformers import WhisperConfig
 from whole import nightly_but
 
 import peftcore
@@ -133,7 +133,7 @@ def test_what_a_task_makes_of_a_step() -> None:
         for task in (task_names.UNPAIRED, task_names.ODDS, task_names.SPEECH)
     }
     assert losses == {task_names.UNPAIRED: "kto", task_names.ODDS: "dpo", task_names.SPEECH: None}
-    config = SimpleNamespace(max_target_positions=10)
+    config = WhisperConfig(max_target_positions=10)
     assert [forecast.tokens_of_step(50, task, config) for task in (task_names.SPEECH, task_names.LANGUAGE_MODEL)] == [
         10,
         50,
@@ -143,7 +143,7 @@ def test_what_a_task_makes_of_a_step() -> None:
         (task_names.EMBEDDING, "on", True),
         (task_names.SPEECH, "auto", True),
     ):
-        settings: Any = SimpleNamespace(task=task, fuse=fuse, parallel=None)
+        settings = Settings(model="m", data="d", task=task, method="lora", fuse=fuse)
         assert forecast.is_fused(settings) == wanted
 
 
