@@ -11,6 +11,7 @@ import peftcore
 from peftcore.engine import adapter_parameters, applied, set_trainable
 from peftcore.plugin import After, Around, Train
 from peftcore.registry import registry
+from peftcore.testing.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -40,6 +41,16 @@ def test_each_placement_acts_rests_and_leaves(kind: str) -> None:
     assert torch.equal(tiny.logits(model), base)
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+
+
+def test_disabled_with_gradients_is_the_frozen_base() -> None:
+    """A trainable T5 may differ in the last digits: PyTorch's attention looks at requires_grad of the mask."""
+    model = FAMILIES["T5"].make().requires_grad_(False)
+    inputs = FAMILIES["T5"].inputs(model, 2)
+    base = model(**inputs).logits
+    peftcore.apply(model, "lora", target_modules=["q", "v"])
+    with peftcore.disabled(model):
+        assert torch.equal(model(**inputs).logits, base)
 
 
 def test_train_placement_acts_rests_and_leaves() -> None:
