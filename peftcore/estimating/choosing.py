@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -186,7 +187,8 @@ def _room(memory: int | str | None, where: Device) -> float:
     room = usable(given) if where.is_card else given - process_memory()
     if room < 1e6:
         what = "the CUDA context takes" if where.is_card else "Python and its libraries take"
-        raise PeftcoreError(f"memory={memory!r} on {where.name} is no more than {what}. Give at least 1GB")
+        least = math.ceil((given - room + 1e6) / 1e9)
+        raise PeftcoreError(f"memory={memory!r} on {where.name} is no more than {what}. Give at least {least}GB")
     return room
 
 

@@ -232,13 +232,13 @@ def test_plan_suggest_and_fit_of_examples(run: Run, llama: Path, bert: Path, tmp
     assert "a training step of Idefics3ForConditionalGeneration, lora, batch 2 x 77, fused operators" in planned
     without = run("plan", *seen[:4], "--task", "image-text").output
     assert "not predicted: a step of --task image-text depends on the examples. Pass some: --data FILE" in without
-    assert "twice the batch" in run("suggest", *seen, "--memory", "2GB").output
+    assert "twice the batch" in run("suggest", *seen, "--memory", "8GB").output
     texts = write_jsonl(
         tmp_path / "texts.jsonl",
         [{"anchor": f"the film is {word}", "positive": f"{word} story"} for word in WORDS[:20]],
     )
     pairs = ("-m", bert, "--method", "lora", "-d", texts, "--max-length", 16)
     assert "a training step of BertModel, lora, batch 8 x 16, pairs" in run("plan", *pairs).output
-    assert "--batch-size 1 " not in run("suggest", *pairs, "--memory", "2GB").output
+    assert "--batch-size 1 " not in run("suggest", *pairs, "--memory", "8GB").output
     trained = run("train", *pairs, "-o", tmp_path / "run", "--fit", "--steps", 1, "--batch-size", 6).output
     assert "--fit: --batch-size 6 --grad-accum 1" in trained and "predicted peak" in trained
