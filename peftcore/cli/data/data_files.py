@@ -53,7 +53,7 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
         raise PeftcoreError(_missing(where, path))
     else:
         found = _of_file(where)
-    return (renamed(record, columns) for record in found) if columns else found
+    return (renamed(record, columns or {}) for record in found)
 
 
 def _missing(where: Path, path: str) -> str:
@@ -103,9 +103,15 @@ def renamed(record: Record, columns: Mapping[str, str]) -> Record:
     """Return a record with fields named as `columns` says.
 
     Raises:
-        PeftcoreError: a column does not exist.
+        PeftcoreError: a column does not exist, or the record repeats the names of the columns.
     """
     where, fields = record
+    if all(isinstance(value, str) and value.strip() == name.strip() for name, value in fields.items()) and fields:
+        raise PeftcoreError(
+            f"{where}: the line repeats the names of the columns, as files that were joined have it. Delete it"
+        )
+    if not columns:
+        return record
     for name, theirs in columns.items():
         if theirs not in fields:
             raise PeftcoreError(
@@ -172,7 +178,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
     with _text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _object(f"{path}:{number}", _parsed(line, f"{path}:{number}"))
+                yield object_of(f"{path}:{number}", line)
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -199,6 +205,15 @@ def _parsed(text: str, where: str) -> Any:
         raise PeftcoreError(f"{where}: not JSON of examples: {error}") from error
 
 
+def object_of(where: str, text: str) -> Record:
+    """Return the record of a line of JSON.
+
+    Raises:
+        PeftcoreError: the line is not a JSON object; the message begins with `where`.
+    """
+    return _object(where, _parsed(text, where))
+
+
 def _object(where: str, fields: Any) -> Record:
     if not isinstance(fields, dict):
         raise PeftcoreError(f"{where}: expected a JSON object, found {type(fields).__name__}")
@@ -220,12 +235,16 @@ def _tsv(path: Path) -> Iterator[Record]:
 def _csv(path: Path) -> Iterator[Record]:
     _read_long_fields()
     with _text(path) as file:
+        first = file.readline()
+        lines = itertools.chain([first] if first else [], file)
         # Spreadsheets of countries with a decimal comma separate columns by semicolons.
-        header = file.readline()
-        delimiter = max(",;\t", key=header.count)
-        yield from _table(
-            path, csv.reader(itertools.chain([header] if header else [], file), strict=True, delimiter=delimiter)
-        )
+        headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t"}
+        delimiter = max(headers, key=lambda each: len(headers[each]))
+        # Where a space follows each delimiter of the first line it belongs to no column, and quotes may follow it.
+        others = headers[delimiter][1:]
+        is_spaced = bool(others) and all(name.startswith(" ") for name in others)
+        reader = csv.reader(lines, strict=True, delimiter=delimiter, skipinitialspace=is_spaced)
+        yield from _table(path, reader)
 
 
 def _table(path: Path, lines: Any) -> Iterator[Record]:
@@ -245,11 +264,6 @@ def _table(path: Path, lines: Any) -> Iterator[Record]:
             if len(values) != len(header):
                 raise PeftcoreError(
                     f"{path}:{lines.line_num}: {len(values)} columns, but the first line names {len(header)}"
-                )
-            if values == header and len(header) > 1:
-                raise PeftcoreError(
-                    f"{path}:{lines.line_num}: the line repeats the names of the columns, as files that were joined "
-                    "have it. Delete it"
                 )
             yield f"{path}:{lines.line_num}", dict(zip(header, values, strict=True))
         if is_empty:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftcore.cli.console import require
+from peftcore.cli.data.labels import class_name
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ def labelled(path: str) -> Iterator[tuple[str, str]]:
         files = _listed(folder)
         if not files:
             raise PeftcoreError(f"'{folder}' has no images. Remove it, or add images with this label")
+        label = class_name(str(folder), "label", folder.name)
         for file in files:
-            yield _checked(file), folder.name
+            yield _checked(file), label
 
 
 def unlabelled(path: str) -> list[str]:

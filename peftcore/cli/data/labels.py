@@ -24,9 +24,10 @@ def parsed(where: str, key: str, value: Any, task: str) -> Label:
             raise PeftcoreError(f"{where}: '{key}' must be a number, found {short(value)}")
         return found
     if task == MULTI_LABEL:
-        several = names(value)
-        if several is None:
+        listed = names(value)
+        if listed is None:
             raise PeftcoreError(f'{where}: \'{key}\' must be a list of names, such as ["a", "b"], found {short(value)}')
+        several = tuple(class_name(where, key, name) for name in listed)
         twice = next((name for name in several if several.count(name) > 1), None)
         if twice is not None:
             raise PeftcoreError(
@@ -36,7 +37,16 @@ def parsed(where: str, key: str, value: Any, task: str) -> Label:
         return several
     if not isinstance(value, (int, str)):
         raise PeftcoreError(f"{where}: '{key}' must be text, found {short(value)}")
-    label = str(value).strip()  # otherwise "good" and "good " would be two classes
+    return class_name(where, key, str(value))
+
+
+def class_name(where: str, key: str, text: str) -> str:
+    """Return the name of a class, a tag or a folder of images, without spaces around it.
+
+    Raises:
+        PeftcoreError: it is empty or NaN; the message begins with `where`.
+    """
+    label = text.strip()  # otherwise "good" and "good " would be two classes
     if not label:
         raise PeftcoreError(f"{where}: '{key}' is empty")
     if label.lower() == "nan":
@@ -51,7 +61,7 @@ def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tu
     """Return (words, tags) of a row.
 
     Raises:
-        PeftcoreError: they are not lists of one length; the message begins with `where`.
+        PeftcoreError: they are not lists of one length, or a tag is NaN; the message begins with `where`.
     """
     found = [names(each) for each in (words, tags)]
     for key, value, each in zip(keys, (words, tags), found, strict=True):
@@ -61,7 +71,7 @@ def tagged_words(where: str, keys: tuple[str, str], words: Any, tags: Any) -> tu
         raise PeftcoreError(
             f"{where}: '{keys[0]}' has {len(found[0] or ())} words, but '{keys[1]}' has {len(found[1] or ())} tags"
         )
-    return found[0] or (), found[1] or ()
+    return found[0] or (), tuple(class_name(where, keys[1], tag) for tag in found[1] or ())
 
 
 def number(value: Any) -> float | None:

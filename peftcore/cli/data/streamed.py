@@ -8,7 +8,6 @@ order depends on the seed and the epoch alone, so a run resumes at the same line
 from __future__ import annotations
 
 import bisect
-import json
 import os
 import random
 from array import array
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 
 from peftcore.cli import task_names
 from peftcore.cli.data import row_reading
-from peftcore.cli.data.data_files import renamed
+from peftcore.cli.data.data_files import object_of, renamed
 from peftcore.cli.data.row import Row
 from peftcore.errors import PeftcoreError
 
@@ -111,12 +110,10 @@ class Lines:
 
     def _parsed(self, where: str, line: bytes) -> Row:
         try:
-            fields = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise PeftcoreError(f"{where}: not JSON in UTF-8: {error}") from error
-        if not isinstance(fields, dict):
-            raise PeftcoreError(f"{where}: expected a JSON object, found {type(fields).__name__}")
-        where, fields = renamed((where, fields), self.columns) if self.columns else (where, fields)
+            text = line.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise PeftcoreError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+        where, fields = renamed(object_of(where, text), self.columns or {})
         return row_reading.row_of(where, fields, self.task)
 
     def _number(self, which: int, index: int) -> int:

@@ -38,15 +38,22 @@ def labels_of(rows: list[Row]) -> list[str]:
 
 
 def counts_of(rows: list[Row]) -> str:
-    """Describe the labels of a classifier's rows by their counts, most frequent first; empty for other rows."""
-    counts = Counter(row.label for row in rows if isinstance(row.label, str))
+    """Describe the labels or tags of rows by their counts, most frequent first; empty for regression."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        if isinstance(row.label, str):
+            counts[row.label] += 1
+        elif isinstance(row.label, tuple):
+            counts.update(row.label)
     if not counts:
         return ""
     shown = [f"{label} ({count:,})" for label, count in counts.most_common(_SHOWN)]
     if len(counts) > _SHOWN:
         shown.append(f"{len(counts) - _SHOWN:,} more")
-    share = counts.most_common(1)[0][1] / counts.total()
-    return f"labels: {', '.join(shown)}. The most frequent is {share:.1%} of the examples"
+    # Every word has one tag, but an example of several labels may have any number of them.
+    whole, unit = (counts.total(), "tags") if rows[0].words else (len(rows), "examples")
+    share = counts.most_common(1)[0][1] / whole
+    return f"labels: {', '.join(shown)}. {share:.1%} of the {unit} have the most frequent one"
 
 
 def targets(rows: list[Row], known: list[str]) -> list[int] | list[float] | list[tuple[float, ...]]:

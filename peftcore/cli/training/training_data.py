@@ -131,7 +131,7 @@ def read(settings: Settings) -> Rows:
 def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> Examples:
     """Return the examples of a run as token ids."""
     lines = rows.lines
-    if settings.task == task_names.UNPAIRED and lines is None:
+    if settings.task == task_names.UNPAIRED:
         from peftcore.cli.tasks import unpaired  # imports transformers
 
         unpaired.refuse_one_mark(rows.train)

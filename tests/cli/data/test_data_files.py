@@ -63,11 +63,35 @@ def test_columns_are_separated_by_what_separates_those_of_the_first_line(delimit
     assert [fields for _, fields in records(str(file))] == [{"text": "one, two; three", "label": "good"}]
 
 
-def test_a_first_line_that_is_repeated_is_refused(tmp_path: Path) -> None:
+def test_delimiters_in_quoted_names_separate_nothing(tmp_path: Path) -> None:
     file = tmp_path / "data.csv"
-    file.write_text("text,label\nfine,good\ntext,label\n")
-    with pytest.raises(PeftcoreError, match=r"data\.csv:3: the line repeats the names of the columns"):
-        list(records(str(file)))
+    file.write_text('"a;b;c",d\n1,2\n')
+    assert [fields for _, fields in records(str(file))] == [{"a;b;c": "1", "d": "2"}]
+
+
+def test_spaces_after_the_delimiter_belong_to_no_column(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text('"text", "label"\n"a fine, long film", "good"\n')
+    assert [fields for _, fields in records(str(file))] == [{"text": "a fine, long film", "label": "good"}]
+    file.write_text("prompt,completion\nThe capital of France is, Paris\n")
+    assert [fields["completion"] for _, fields in records(str(file))] == [" Paris"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.csv", "text,label\nfine,good\ntext,label\n"),
+        ("rows.csv", "text,label\nfine,good\ntext, label\n"),
+        ("rows.csv", "text, label\nfine, good\ntext, label\n"),
+        ("rows.csv", "text\nfine\ntext\n"),
+        ("rows.tsv", "text\tlabel\nfine\tgood\ntext\tlabel\n"),
+        ("rows.jsonl", '{"text": "fine"}\n{"text": "good"}\n{"text": "text"}\n'),
+    ],
+)
+def test_a_line_that_repeats_the_names_of_the_columns_is_refused(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PeftcoreError, match=f"{name}:3: the line repeats the names of the columns"):
+        list(records(str(tmp_path / name)))
 
 
 def test_columns_have_other_names(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_the_task_is_read_off_all_labels(tmp_path: Path, labels: tuple[Any, ...]
             "'label' names 1 twice: [0, 1, 1]. List the labels that apply, not zeros",
         ),
         (MULTI_LABEL, ["a", " "], "'label' must be a list of names"),
+        (MULTI_LABEL, ["a", " nan"], "'label' is nan, which tables write where a value is missing"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, task: str, label: Any, message: str) -> None:
@@ -137,8 +138,17 @@ def test_batches_that_make_one_step_weigh_as_one_batch(run: Run, bert: Path, lab
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_counts_of_labels_are_described(tmp_path: Path) -> None:
-    rows = list(row_reading.read_rows(file_of(tmp_path, "good", "bad", "good ", "good"), CLASSIFICATION))
-    assert row_labels.counts_of(rows) == "labels: good (3), bad (1). The most frequent is 75.0% of the examples"
-    numbers = list(row_reading.read_rows(file_of(tmp_path, 1.0, 2.5), REGRESSION))
-    assert row_labels.counts_of(numbers) == ""
+@pytest.mark.parametrize(
+    ("task", "labels", "said"),
+    [
+        (CLASSIFICATION, ("good", "bad", "good ", "good"), "good (3), bad (1). 75.0% of the examples"),
+        (MULTI_LABEL, (["old", "good"], ["good"], [], []), "good (2), old (1). 50.0% of the examples"),
+    ],
+)
+def test_counts_of_labels_are_described(tmp_path: Path, task: str, labels: tuple[Any, ...], said: str) -> None:
+    rows = row_reading.read_rows(file_of(tmp_path, *labels), task)
+    assert row_labels.counts_of(rows) == f"labels: {said} have the most frequent one"
+
+
+def test_numbers_have_no_counts(tmp_path: Path) -> None:
+    assert row_labels.counts_of(row_reading.read_rows(file_of(tmp_path, 1.0, 2.5), REGRESSION)) == ""

@@ -48,12 +48,15 @@ def test_rows_are_those_of_reading_all(shards: Path) -> None:
 
 
 def test_wrong_files(shards: Path, tmp_path: Path) -> None:
-    (shards / "b.jsonl").write_text('{"text": "a"}\n\n{"text": 3}\n{"text"\n["a"]\n', encoding="utf-8")
+    (shards / "b.jsonl").write_text(
+        '{"text": "a"}\n\n{"text": 3}\n{"text"\n["a"]\n{"text": "text"}\n', encoding="utf-8"
+    )
     lines = streamed.Lines([str(shards)], LANGUAGE_MODEL, None)
     for index, message in (
         (10, "b.jsonl:3: 'text' must be text"),
         (11, "b.jsonl:4: not JSON"),
         (12, "b.jsonl:5: expected"),
+        (13, "b.jsonl:6: the line repeats the names of the columns"),
     ):
         with pytest.raises(PeftcoreError, match=message):
             lines[index]

@@ -95,6 +95,14 @@ def test_other_folders(photos: Path, how: str, message: str) -> None:
         row_reading.read_rows(photos, IMAGE)
 
 
+def test_names_of_folders_are_labels_as_those_of_tables(photos: Path) -> None:
+    (photos / "red").rename(photos / " red ")
+    assert {row.label for row in row_reading.read_rows(photos, IMAGE)} == {"blue", "red"}
+    (photos / "blue").rename(photos / "nan")
+    with pytest.raises(PeftcoreError, match="photos/nan: 'label' is nan, which tables write"):
+        row_reading.read_rows(photos, IMAGE)
+
+
 def test_what_is_no_folder(photos: Path) -> None:
     with pytest.raises(PeftcoreError, match=r"is a file\. --task image needs a folder with one subfolder"):
         row_reading.read_rows(photos / "red" / "0.png", IMAGE)

@@ -58,6 +58,11 @@ def test_numbers_are_names_and_other_keys(tmp_path: Path) -> None:
     assert row.label == ("0", "3") and row_labels.labels_of([row]) == ["0", "3"]
 
 
+def test_counts_are_those_of_the_words(tmp_path: Path) -> None:
+    row = read(tmp_path, {"tokens": ["a", "nan", "b", "c"], "tags": ["O", " B-A", "B-A ", "B-A"]})
+    assert row_labels.counts_of([row]) == "labels: B-A (3), O (1). 75.0% of the tags have the most frequent one"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -65,6 +70,7 @@ def test_numbers_are_names_and_other_keys(tmp_path: Path) -> None:
         ({"tokens": ["a", "b"], "tags": ["O"]}, "'tokens' has 2 words, but 'tags' has 1 tags"),
         ({"tokens": "a b", "tags": ["O"]}, "'tokens' must be a list of words without spaces, found \"a b\""),
         ({"tokens": ["a b"], "tags": ["O"]}, "'tokens' must be a list of words without spaces"),
+        ({"tokens": ["nan"], "tags": ["NaN"]}, "'tags' is NaN, which tables write where a value is missing"),
     ],
 )
 def test_wrong_rows(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
