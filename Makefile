@@ -65,7 +65,7 @@ build/oldest.txt: pyproject.toml $(PLUGINS:%=%/pyproject.toml) | $(VENV)/uv.stam
 	mv $@.part $@
 
 # Without the folders that try all levels themselves, and those that compute nothing with kernels.
-PORTABLE = plugins $(filter-out $(addprefix tests/,card/ csrc/ emulator/ fuzz/ ops/ typed/ census/ estimating/ observation/ targets/ __pycache__/),\
+PORTABLE = plugins $(filter-out $(addprefix tests/,card/ csrc/ emulator/ fuzz/ ops/ typed/ census/ estimating/ observation/ support/ targets/ __pycache__/),\
 	$(wildcard tests/*/))
 
 # And what takes long: each family of models and every check, all cases of the corpora, sanitizers, a part of the census;
@@ -118,11 +118,11 @@ docs: $(VENV)/docs.stamp
 
 # The table of methods in docs/methods.md, from conformance runs; a test fails when it is stale.
 matrix: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(PY) tests/matrix.py
+	cd tests && OMP_NUM_THREADS=1 ../$(PY) -m support.matrix
 
 # docs/figures.md, a page of all figures, and docs/performance.png from docs/figures.csv; a test fails when the page is stale.
 figures: $(VENV)/dev.stamp
-	$(PY) tests/figures.py
+	cd tests && ../$(PY) -m support.figures
 
 # Every method on the demo's two tasks, PEFT beside it, docs/comparison.md: hours on two cores, and it goes on where it was
 # stopped. Much less: make compare COMPARE=--reduced

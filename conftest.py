@@ -12,7 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from whole import WHOLE
+from support.whole_run import WHOLE
 
 # The same examples in every run, however slow the machine is.
 hypothesis.settings.register_profile(

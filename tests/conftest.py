@@ -5,8 +5,8 @@ import types
 from collections.abc import Callable, Iterator
 
 import pytest
-import tiny
-from discovered import entry
+from support import tiny
+from support.entry_points import entry
 
 from peftcore import plugin_discovery
 from peftcore.registry import Registry

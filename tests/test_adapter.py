@@ -1,8 +1,8 @@
 """`Adapter`: what it says of members that a class does not have, and errors for members that nobody would call."""
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

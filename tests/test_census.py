@@ -12,7 +12,7 @@ import pytest
 from census import __main__ as census, instances, report
 from census.check import FIELDS
 from census.worker import Worker
-from whole import WHOLE
+from support.whole_run import WHOLE
 
 # Text with images, recurrence, experts; an encoder, a decoder, an encoder and decoder.
 OF_EACH_KIND = ("CLIPModel", "MambaForCausalLM", "MixtralForCausalLM")

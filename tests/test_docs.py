@@ -8,11 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import figures
-import guide_files
-import matrix
 import pytest
 import torch
+from support import figures, guide_files, matrix
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import peftcore

@@ -13,12 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-import processes
 import psutil
 import pytest
 import torch
-from commands import SPECIAL, WORDS, save_tokenizer, write_jsonl
-from whole import WHOLE
+from support import processes
+from support.commands import SPECIAL, WORDS, save_tokenizer, write_jsonl
+from support.whole_run import WHOLE
 
 import peftcore
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fresh
 import pytest
+from support import first_calls
 
 import peftcore
 
@@ -35,15 +35,18 @@ ELSEWHERE = {  # public functions with tests of their own processes, and classes
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, dict[str, list[float] | str]]:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", fresh.__file__], capture_output=True, text=True, cwd=Path(__file__).parent
+        [sys.executable, "-W", "ignore", first_calls.__file__],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("function", fresh.FUNCTIONS)
-@pytest.mark.parametrize("surroundings", [s for s in fresh.SURROUNDINGS if s != "plain"])
+@pytest.mark.parametrize("function", first_calls.FUNCTIONS)
+@pytest.mark.parametrize("surroundings", [s for s in first_calls.SURROUNDINGS if s != "plain"])
 def test_the_answer_is_the_same(outcomes, function: str, surroundings: str) -> None:
     found = outcomes[function][surroundings]
     assert isinstance(outcomes[function]["plain"], list), outcomes[function]["plain"]
@@ -55,7 +58,7 @@ def test_the_answer_is_the_same(outcomes, function: str, surroundings: str) -> N
 
 def test_every_public_function_is_tried() -> None:
     functions = {name for name in peftcore.__all__ if not isinstance(getattr(peftcore, name), type)}
-    assert functions <= fresh.FUNCTIONS.keys() | ELSEWHERE.keys()
+    assert functions <= first_calls.FUNCTIONS.keys() | ELSEWHERE.keys()
 
 
 IMPORTS = """

@@ -6,7 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-from imports import CORE, MODULES, ROOT, imports, private_names
+from support.imports import CORE, MODULES, ROOT, imports, private_names
 
 # Each package may import packages of the lines above its own, and no others. Modules of a package that are on a line of
 # their own, such as `files.folder`, are below the rest of it.

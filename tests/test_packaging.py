@@ -42,7 +42,7 @@ def test_the_source_archive_holds_every_file(tree: Path) -> None:
     left_behind = [
         "peftcore/_C.so",
         "peftcore/_build.json",
-        "tests/tiny.pyc",
+        "tests/support/tiny.pyc",
         "plugins/peftcore-lora/x.egg-info/PKG-INFO",
     ]
     for name in left_behind:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from imports import ROOT, dotted
+from support.imports import ROOT, dotted
 
 import peftcore
 import peftcore.plugin

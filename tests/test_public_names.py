@@ -8,8 +8,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-import fresh_process
 import pytest
+from support import fresh_process
 
 import peftcore
 

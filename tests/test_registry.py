@@ -6,9 +6,9 @@ import re
 import types
 
 import pytest
-import tiny
 import torch
-from discovered import entry
+from support import tiny
+from support.entry_points import entry
 
 import peftcore
 from peftcore import plugin_checks, plugin_discovery

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from whole import WHOLE
+from support.whole_run import WHOLE
 
 import peftcore
 from peftcore.registry import registry
@@ -88,8 +88,8 @@ def from_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 
 def test_the_pages_command(from_page: Any, tmp_path: Path) -> None:
-    import tiny
-    from commands import invoke
+    from support import tiny
+    from support.commands import invoke
 
     from_page("count", "[Command(")
     peftcore.save(peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"], r=2), tmp_path / "run")
@@ -101,7 +101,7 @@ def test_the_pages_command(from_page: Any, tmp_path: Path) -> None:
 
 
 def test_the_pages_integration(from_page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tiny
+    from support import tiny
 
     (tmp_path / "ponder.py").write_text("def freeze(model):\n    return 'frozen'\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,8 +1,8 @@
 """Formats of weights that plugins offer: found before those of the core, and refused with the names of the plugins."""
 
-import fresh_process
 import pytest
 import torch
+from support import fresh_process
 
 import peftcore
 from peftcore.plugin import WeightFormat, hookimpl

@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from exported import SIZES, apply, tokenizer  # noqa: E402
+from support.exported import SIZES, apply, tokenizer  # noqa: E402
 
 ROWS = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(0))
 ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}

@@ -5,8 +5,8 @@ import functools
 import pickle
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import nn
 
 import peftcore

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from threads import X, infer, layers, merge, switch, two_and_three
+from support.threaded_layers import X, infer, layers, merge, switch, two_and_three
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from tiny import TOKENS
+from support import tiny
+from support.tiny import TOKENS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

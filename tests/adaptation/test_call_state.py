@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

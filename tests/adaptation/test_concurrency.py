@@ -7,9 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from threads import X, calling, come_and_go, infer, layers, meanwhile, merge, pause, switch, two_and_three
+from support import tiny
+from support.threaded_layers import (
+    X,
+    calling,
+    come_and_go,
+    infer,
+    layers,
+    meanwhile,
+    merge,
+    pause,
+    switch,
+    two_and_three,
+)
 from torch import Tensor, nn
 
 import peftcore

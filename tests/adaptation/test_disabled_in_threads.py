@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from threads import X, calling, infer, layers, meanwhile, two_and_three
+from support.threaded_layers import X, calling, infer, layers, meanwhile, two_and_three
 from torch import nn
 
 import peftcore

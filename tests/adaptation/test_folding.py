@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -7,8 +7,8 @@ import pickle
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

@@ -4,8 +4,8 @@ from collections import OrderedDict, namedtuple
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 

@@ -4,8 +4,8 @@ import copy
 import pickle
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import nn
 
 import peftcore

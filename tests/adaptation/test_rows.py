@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers as hf
 from census import instances
 from census.images import with_images
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from against_peft import quiet
-from composed import output
+from support import tiny
+from support.against_peft import quiet
+from support.composed_models import output
+from support.wrapped_weights import Int8, WithoutGradient, unwrapped, wrap
 from torch import Tensor, nn
 from transformers import FineGrainedFP8Config
-from wrapped import Int8, WithoutGradient, unwrapped, wrap
 
 import peftcore
 from peftcore.testing import disturb

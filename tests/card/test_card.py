@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from emulator import building
-from whole import WHOLE
+from support.whole_run import WHOLE
 
 from card.launch_sites import CSRC, kernels, sites, sources
 from card.table import all_cases

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import processes
+from support import processes
 
 MEMORY = 6 << 30  # bytes of address space beyond what is imported
 RENEWED = 100  # classes after which a worker is replaced, so that nothing of one model reaches far

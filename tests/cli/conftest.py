@@ -1,5 +1,5 @@
 """Fixtures of the command line, which plugins with commands share."""
 
-from command_fixtures import bert, labelled, llama, quick_pictures, reviews, run
+from support.command_fixtures import bert, labelled, llama, quick_pictures, reviews, run
 
 __all__ = ["bert", "labelled", "llama", "quick_pictures", "reviews", "run"]

@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
-from commands import Run
+from support.commands import Run
 
 from peftcore import PeftcoreError
 from peftcore.cli import arguments

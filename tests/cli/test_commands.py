@@ -13,12 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import fresh_process
 import pytest
-import tiny
 import typer
-from commands import Run
-from mixtures import mixture
+from support import fresh_process, tiny
+from support.commands import Run
+from support.mixtures import mixture
 from transformers import AutoModelForCausalLM
 
 import peftcore

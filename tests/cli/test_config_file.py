@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Run
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file
+from support.commands import Run
 
 from peftcore.cli import config_file
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from commands import Run
 from safetensors.torch import save_file
+from support.commands import Run
 
 from peftcore.cli import console
 from peftcore.cli.app import run as run_app

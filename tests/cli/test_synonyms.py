@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import typer
-from commands import Run, write_jsonl
 from safetensors.torch import save_file
+from support.commands import Run, write_jsonl
 
 import peftcore
 from peftcore.cli import signatures, synonyms

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
+from support import tiny
 
 import peftcore
 from peftcore.cli.bases.models import load_model

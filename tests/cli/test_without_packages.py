@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import Run
-from imports import CORE, ROOT
+from support.commands import Run
+from support.imports import CORE, ROOT
 
 from peftcore.registry import registry
 

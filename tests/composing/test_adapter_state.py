@@ -9,10 +9,10 @@ from typing import Any
 import peft
 import pytest
 import safetensors.torch
-import tiny
 import torch
-from against_peft import quiet
-from composed import Images, output
+from support import tiny
+from support.against_peft import quiet
+from support.composed_models import Images, output
 from torch import Tensor, nn
 
 import peftcore

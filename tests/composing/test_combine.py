@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import quiet
-from composed import Images, output, qwen2
+from support import tiny
+from support.against_peft import quiet
+from support.composed_models import Images, output, qwen2
 from torch import Tensor, nn
 
 import peftcore

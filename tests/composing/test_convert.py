@@ -8,11 +8,11 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import quiet
-from composed import Images, output, qwen2
-from mixtures import mixture
+from support import tiny
+from support.against_peft import quiet
+from support.composed_models import Images, output, qwen2
+from support.mixtures import mixture
 from torch import Tensor, nn
 
 import peftcore

@@ -9,9 +9,9 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import quiet
+from support import tiny
+from support.against_peft import quiet
 from torch import Tensor, nn
 
 import peftcore

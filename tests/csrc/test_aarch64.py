@@ -12,9 +12,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from compiled import compiled, unit
-from levels import LEVELS_OF
-from setup_file import setup_file
+from support.compiled import compiled, unit
+from support.levels import LEVELS_OF
+from support.setup_file import setup_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "csrc" / "kernels"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from setup_file import setup_file
+from support.setup_file import setup_file
 
 import peftcore
 from peftcore import ops

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from compiled import compiled
+from support.compiled import compiled
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"

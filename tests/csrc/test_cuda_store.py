@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from compiled import compiled
+from support.compiled import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from levels import LEVELS_OF
-from setup_file import setup_file
+from support.levels import LEVELS_OF
+from support.setup_file import setup_file
 
 from peftcore import ops
 from peftcore.ops import PackedWeight, lora_linear

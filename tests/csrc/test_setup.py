@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from levels import LEVELS_OF
-from setup_file import setup_file
+from support.levels import LEVELS_OF
+from support.setup_file import setup_file
 
 setup = setup_file()
 toolchain = setup.toolchain

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from compiled import OBJECTS, compiled, precompiled, unit
+from support.compiled import OBJECTS, compiled, precompiled, unit
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"

@@ -9,7 +9,7 @@ from emulator.test_grouped_kernels import Case, Kernels
 from emulator.test_linear_4bit_kernel import check, run
 from emulator.test_one_launch import in_two, run as run_one_launch
 from emulator.test_quant4_kernels import bits, cuda_dequantize
-from whole import nightly_but
+from support.whole_run import nightly_but
 
 from peftcore import ops
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulator.products import dropout, normal
 from emulator.structs import FactorCopy, Factors, OneLaunch, WeightView, Wide
-from whole import nightly_but
+from support.whole_run import nightly_but
 
 from peftcore import ops
 

@@ -5,7 +5,7 @@ import torch
 from emulator.products import check
 from emulator.structs import DTYPES, WeightView
 from hypothesis import given, settings, strategies as st
-from whole import nightly_but
+from support.whole_run import nightly_but
 
 from peftcore import ops
 

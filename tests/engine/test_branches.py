@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from threads import X, layers
+from support import tiny
+from support.threaded_layers import X, layers
 from torch import Tensor, nn
 
 import peftcore

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny
+from support.trainers import LR, trainer
 from torch import Tensor, nn
-from trainers import LR, trainer
 
 import peftcore
 from peftcore.engine.current_optimizer import current_optimizer, stepping

@@ -3,8 +3,8 @@
 import importlib
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import nn
 
 import peftcore

@@ -7,9 +7,9 @@ import io
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from counted_dropout import CountedDropout
+from support import tiny
+from support.counted_dropout import CountedDropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

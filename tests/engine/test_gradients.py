@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized import INPUTS, llama, logits, moved, of_bnb
+from support.quantized import INPUTS, llama, logits, moved, of_bnb
 from torch import nn
 
 import peftcore

@@ -9,19 +9,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import rank_cases
-import rank_work
 import torch
+from support.ranks import cases, work
+from support.whole_run import nightly_but
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from whole import nightly_but
 
 from peftcore.engine import adapter_modules
 
-DENSE = [case for case, (kind, _, quantized) in rank_cases.CASES.items() if kind == "llama" and not quantized]
+DENSE = [case for case, (kind, _, quantized) in cases.CASES.items() if kind == "llama" and not quantized]
 
 
-def calls_of(work: Callable[[], object]) -> int:
+def calls_of(call: Callable[[], object]) -> int:
     """Calls of Python's functions and of C's; not of what the collector finalizes of earlier tests."""
     count = 0
 
@@ -33,7 +32,7 @@ def calls_of(work: Callable[[], object]) -> int:
     gc.disable()
     sys.setprofile(counted)
     try:
-        work()
+        call()
     finally:
         sys.setprofile(None)
         gc.enable()
@@ -48,19 +47,19 @@ def test_apply_is_linear_in_the_layers(case: str) -> None:
     for layers in (2, 3, 6, 12):  # the first of them for what is imported
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers, vocab_size=97))
-        rank_work.combined(model, case)
-        found.append(calls_of(lambda model=model: rank_work.apply(model, case)))
+        work.combined(model, case)
+        found.append(calls_of(lambda model=model: work.apply(model, case)))
     _, few, more, many = found
     assert many - more <= 2.6 * (more - few), f"calls for 2, 3, 6 and 12 layers: {found}"
 
 
-@pytest.mark.parametrize("case", nightly_but([case for case in DENSE if case != "shira"], rank_cases.KINDS))
+@pytest.mark.parametrize("case", nightly_but([case for case in DENSE if case != "shira"], cases.KINDS))
 def test_what_layers_share_lies_once(case: str) -> None:
     """Frozen tensors that are the same in several layers (banks, bases, indices) are one.
 
     Not SHiRA's places: a file may have others in each layer.
     """
-    found = rank_work.adapted(case)
+    found = work.adapted(case)
     places: dict[Any, set[int]] = defaultdict(set)
     for _, adapter in adapter_modules(found, "default"):
         for tensor in frozen(adapter):

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import mixtures
 import pytest
-import tiny
 import torch
+from support import mixtures, tiny
 
 import peftcore
 from peftcore.plugin import Around, OnWeight, StateRules

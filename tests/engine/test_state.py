@@ -4,8 +4,8 @@ import copy
 import pickle
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 import peftcore
 from peftcore.engine import adapter_modules, applied, placements

@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from mixtures import mixture
+from support import tiny
+from support.mixtures import mixture
 
 import peftcore
 from peftcore.engine.mixtures import Mixture

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import tiny
 import torch
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from step_memory import allocated, predicted, real
+from support.step_memory import allocated, predicted, real
+from support.whole_run import nightly_but
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import LlamaConfig
-from whole import nightly_but
 
 import peftcore
 from peftcore.errors import PeftcoreError

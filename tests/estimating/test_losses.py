@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from step_memory import allocated_by, allocated_with, predicted, real
+from support.step_memory import allocated_by, allocated_with, predicted, real
+from support.whole_run import nightly_but
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, TrainingArguments
-from whole import nightly_but
 
 import peftcore
 from peftcore.cli.tasks import sentence_pairs

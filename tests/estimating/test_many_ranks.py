@@ -6,11 +6,11 @@ import re
 import shlex
 from pathlib import Path
 
-import fake_ranks
 import pytest
 import torch
-from commands import invoke
-from processes import run
+from support.commands import invoke
+from support.processes import run
+from support.ranks import fake
 from transformers import LlamaConfig
 
 import peftcore
@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 @pytest.mark.nightly
 def test_a_rank_of_sixteen_holds_what_the_plan_says() -> None:
     config = LLAMA_70B
-    [held] = run(fake_ranks.held_by_first, config, 16, ranks=1, joined=False)
+    [held] = run(fake.held_by_first, config, 16, ranks=1, joined=False)
     plan = peftcore.estimate(
         config, "lora", r=16, ranks=16, shard=True, batch_size=1, length=4096, dtype=torch.bfloat16,
         gradient_checkpointing=True, device="h100",
@@ -36,7 +36,7 @@ def test_a_rank_of_sixteen_holds_what_the_plan_says() -> None:
 @pytest.mark.nightly
 def test_a_rank_of_a_mesh_holds_what_the_page_prints(tmp_path: Path) -> None:
     """Tensor parallelism over the 8 cards of a machine and FSDP2 over 2 machines."""
-    [held] = run(fake_ranks.held_in_mesh, LLAMA_70B, 16, 8, ranks=1, joined=False)
+    [held] = run(fake.held_in_mesh, LLAMA_70B, 16, 8, ranks=1, joined=False)
     part = re.search(r"```sh\npeftcore (plan -m llama-70b .*?)\n```.*?```text\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert part is not None
     command, shown = part.groups()

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from step_memory import allocated_by, predicted, real
+from support.step_memory import allocated_by, predicted, real
+from support.whole_run import nightly_but
 from torch.nn import functional as F
 from transformers import LlamaConfig, Trainer, TrainingArguments
-from whole import nightly_but
 
 import peftcore
 from peftcore import ops

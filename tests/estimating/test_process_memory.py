@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.whole_run import nightly_but
 from transformers import LlamaConfig
-from whole import nightly_but
 
 import peftcore
 
@@ -35,7 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], str | None, dict[str, Any]]] = {
 def test_the_peak_is_near_the_range(case: str) -> None:
     sizes, method, run = CASES[case]
     found = peftcore.estimate(LlamaConfig(**sizes), method, **run)
-    code = f"import step_memory; print(step_memory.peak_beyond_libraries({sizes!r}, {method!r}, {run!r}))"
+    code = f"from support import step_memory; print(step_memory.peak_beyond_libraries({sizes!r}, {method!r}, {run!r}))"
     folder = Path(__file__).parents[1]
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=folder)
     low, high = found.beyond_libraries

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run
-from step_memory import divided_on_a_rank, on_a_rank, predicted
+from support.processes import run
+from support.step_memory import divided_on_a_rank, on_a_rank, predicted
+from support.whole_run import WHOLE, nightly_but
 from transformers import LlamaConfig, LlamaForCausalLM
-from whole import WHOLE, nightly_but
 
 import peftcore
 from peftcore.errors import PeftcoreError

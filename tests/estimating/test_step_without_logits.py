@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from step_memory import allocated, predicted, real
+from support.step_memory import allocated, predicted, real
 from transformers import BertConfig, LlamaConfig
 
 import peftcore

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from mixtures import INPUTS, mixture
+from support import tiny
+from support.mixtures import INPUTS, mixture
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mixtures import mixture
+from support.mixtures import mixture
 
 import peftcore
 from peftcore.engine import adapter_parameters

@@ -9,8 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from against_peft import quiet
-from mixtures import INPUTS, mixture
+from support.against_peft import quiet
+from support.mixtures import INPUTS, mixture
 from torch import nn
 
 import peftcore

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import apply, llama, logits, tokenizer
+from support.exported import apply, llama, logits, tokenizer
 
 import peftcore
 from peftcore.plugin import Exporter, PeftcoreError, adapter_products, base_tensors, hookimpl
@@ -94,7 +94,7 @@ def test_a_plugin_adds_a_format(tmp_path: Path) -> None:
 
 
 def test_a_plugins_format_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from commands import invoke
+    from support.commands import invoke
 
     for part in (llama(num_hidden_layers=1), tokenizer()):
         part.save_pretrained(tmp_path / "base")

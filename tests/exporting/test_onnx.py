@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from exported import apply, llama
-from tiny import convnet
+from support.exported import apply, llama
+from support.tiny import convnet
 
 import peftcore
 from peftcore import PeftcoreError

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from exported import apply, llama, logits
-from mixtures import mixture
-from tiny import gpt2
+from support.exported import apply, llama, logits
+from support.mixtures import mixture
+from support.tiny import gpt2
 
 import peftcore
 from peftcore import PeftcoreError

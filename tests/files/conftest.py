@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import tiny
+from support import tiny
 
 import peftcore
 

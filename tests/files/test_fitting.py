@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from counting import growth
 from safetensors.torch import load_file, save_file
+from support import tiny
+from support.counted_lines import growth
 from torch import nn
 
 import peftcore

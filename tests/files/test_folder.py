@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-import fresh_process
 import pytest
 import torch
+from support import fresh_process
 
 from peftcore import CheckpointError
 from peftcore.files import folder as folder_module

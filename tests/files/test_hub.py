@@ -8,10 +8,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import tiny
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
+from support import tiny
 
 import peftcore
 from peftcore.engine import adapter_parameters

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import safetensors.torch
-import tiny
+from support import tiny
 
 import peftcore
 from peftcore.engine import applied

@@ -6,12 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import fresh_process
 import peft
 import pytest
-import tiny
 import torch
-from mixtures import INPUTS, mixture
+from support import fresh_process, tiny
+from support.mixtures import INPUTS, mixture
 
 import peftcore
 from peftcore.engine import adapter_parameters, applied

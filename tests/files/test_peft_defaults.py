@@ -1,9 +1,8 @@
 """PEFT's defaults, as the installed PEFT has them."""
 
 import peft
-import peft_defaults
 import pytest
-import tiny
+from support import peft_defaults, tiny
 
 import peftcore
 from peftcore.files.peft_fields import DEFAULTS, config_of_fields, defaults, peft_version, says_something
@@ -14,7 +13,7 @@ def test_the_file_is_what_the_installed_peft_says() -> None:
     if peft_version() != peft.__version__:
         pytest.skip(f"the defaults are of PEFT {peft_version()}, installed is {peft.__version__}")
     wanted = peft_defaults.as_text(peft_defaults.of_installed())
-    assert DEFAULTS.read_text() == wanted, "run: python tests/peft_defaults.py"
+    assert DEFAULTS.read_text() == wanted, "run in tests/: python -m support.peft_defaults"
 
 
 def test_what_says_something() -> None:

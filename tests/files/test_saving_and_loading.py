@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import tiny
 import torch
+from support import tiny
 
 import peftcore
 from peftcore.engine import adapter_parameters

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from safetensors.torch import load_file, save_file
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

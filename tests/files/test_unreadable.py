@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 import peftcore
 from peftcore.plugin import Method, StateRules

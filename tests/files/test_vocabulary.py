@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import nn
 
 import peftcore

@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import against_peft
 import peft
 import pytest
-import tiny
 import torch
 import transformers
+from support import against_peft, tiny
 from torch import Tensor, nn
 
 import peftcore

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fresh_process
-from whole import WHOLE
+from support import fresh_process
+from support.whole_run import WHOLE
 
 SECONDS = 10  # that a case may take
 SEED = int(os.environ.get("PEFTCORE_FUZZ_SEED", "0"))

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import tiny
 import torch
 from safetensors import safe_open
+from support import tiny
 
 import peftcore
 from peftcore.testing import disturb

@@ -323,8 +323,8 @@ def in_child(work: Callable[[], str]) -> str:
 
 def main(folder: str, count: str, step: str = "1", seed: str = "0") -> None:
     warnings.simplefilter("ignore")
-    import exported
     import torch
+    from support import exported
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # noqa: F401
 
     import peftcore

@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from commands import SPECIAL, WORDS, save_tokenizer, write_jsonl
+from support.commands import SPECIAL, WORDS, save_tokenizer, write_jsonl
 
 # The state is 23 pages of 4 KiB, of which 4 are resident, so that pages leave and come at each step.
 OPTIONS = ["--method", "lora", "--set", "r=32", "--set", "lora_dropout=0.2", "--batch-size", 2, "--grad-accum", 2]

@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from fuzz import by_hand, corpus, folders
+from support import tiny
 from torch import Tensor
 
 import peftcore

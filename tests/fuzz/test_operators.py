@@ -2,7 +2,7 @@
 
 import pytest
 from fuzz import corpus
-from whole import WHOLE, nightly_but
+from support.whole_run import WHOLE, nightly_but
 
 from peftcore import ops
 

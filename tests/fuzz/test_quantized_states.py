@@ -11,11 +11,11 @@ import random
 import warnings
 from pathlib import Path
 
-import tiny
 import torch
 from fuzz import corpus
 from fuzz.folders import TEXTS, VALUES
 from safetensors.torch import load_file, save_file
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import pipelines
 import pytest
 import torch
 from peft import LoraConfig
-from pipelines import apply, output, pipeline
 from safetensors.torch import load_file
+from support import pipelines
+from support.pipelines import apply, output, pipeline
 
 import peftcore
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from against_peft import quiet
+from support import tiny
+from support.against_peft import quiet
 from torch import Tensor, nn
 
 import peftcore

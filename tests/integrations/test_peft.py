@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import fresh_process
 import pytest
-import tiny
 import torch
+from support import fresh_process, tiny
 
 import peftcore
 
 CODE = """
-import torch, tiny, peftcore
+import torch, peftcore
+from support import tiny
 model = peftcore.apply(tiny.llama(), "lora", r=2)
 import peft
 try:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import quantized
 import torch
-from quantized import logits, moved
+from support import quantized
+from support.quantized import logits, moved
 
 import peftcore
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fresh_process
 import pytest
-import tiny
 import torch
+from support import fresh_process, tiny
 from transformers import AutoModelForCausalLM
 
 import peftcore
@@ -56,7 +55,7 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
 
 def test_a_trainer_that_is_imported_after_apply_knows_adapters() -> None:
     script = (
-        "import sys, tiny, peftcore\n"
+        "import sys, peftcore\nfrom support import tiny\n"
         "with tiny.installed(tiny.method('around')):\n"
         "    peftcore.apply(tiny.llama(), 'around')\n"
         "assert 'transformers.trainer' not in sys.modules\n"

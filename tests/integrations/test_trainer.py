@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quantized
-import tiny
 import torch
+from support import quantized, tiny
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from transformers.utils.generic import can_return_loss, find_labels
@@ -342,7 +341,7 @@ def test_a_card_that_is_edited_leaves_a_checkpoint_complete(toys: None, tmp_path
 
 
 def test_a_tokenizer_is_saved_with_the_adapter(toys: None, tmp_path: Path) -> None:
-    from commands import save_tokenizer
+    from support.commands import save_tokenizer
     from transformers import AutoTokenizer
 
     save_tokenizer(tmp_path / "tokenizer")

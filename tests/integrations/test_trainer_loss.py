@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny
+from support.trainers import LR, NORM, ROWS, STEPS, trainer
 from torch import Tensor, nn
-from trainers import LR, NORM, ROWS, STEPS, trainer
 from transformers import Trainer
 
 import peftcore

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny
+from support.trainers import trainer
 from torch import nn
 from torch.optim import Optimizer
-from trainers import trainer
 from transformers import Trainer, TrainingArguments
 
 import peftcore

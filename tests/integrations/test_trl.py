@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from commands import WORDS, save_tokenizer
-from mixtures import INPUTS, mixture
+from support import tiny
+from support.commands import WORDS, save_tokenizer
+from support.mixtures import INPUTS, mixture
 
 import peftcore
 from peftcore.engine import adapter_parameters

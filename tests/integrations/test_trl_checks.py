@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quantized
 import torch
-from commands import WORDS, save_tokenizer
-from mixtures import mixture
-from quantized import logits, moved
+from support import quantized
+from support.commands import WORDS, save_tokenizer
+from support.mixtures import mixture
+from support.quantized import logits, moved
 
 import peftcore
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings, strategies as st
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

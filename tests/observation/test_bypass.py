@@ -4,10 +4,10 @@ import warnings
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from census import instances
+from support import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 

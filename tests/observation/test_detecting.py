@@ -1,8 +1,8 @@
 """What a model says of itself, and a plugin that says it for a model that does not."""
 
 import pytest
-import tiny
 from census import instances
+from support import tiny
 from torch import nn
 
 import peftcore

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import against_peft
 import peft
 import pytest
-import tiny
 import torch
 import transformers
+from support import against_peft, tiny
 from torch import nn
 
 import peftcore

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-import tiny
 import torch
 import transformers as hf
+from support import tiny
 from torch import nn
 
 import peftcore

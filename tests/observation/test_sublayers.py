@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import nn
 
 import peftcore

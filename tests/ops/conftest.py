@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-from levels import LEVELS, at_level
+from support.levels import LEVELS, at_level
 
 
 @pytest.fixture(params=LEVELS)

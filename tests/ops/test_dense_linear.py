@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from levels import LEVELS, at_level
+from support.levels import LEVELS, at_level
 from torch import Tensor
 
 from peftcore import ops

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from levels import LEVELS, at_level
+from support.levels import LEVELS, at_level
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from levels import at_level
+from support.levels import at_level
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from products import near, packed, values
+from support.operands import near, packed, values
 
 from peftcore.ops import lora_linear_per_sample
 from peftcore.ops.linear_per_sample import LoraLinearPerSample

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from levels import LEVELS, at_level
-from products import near, packed, values
+from support.levels import LEVELS, at_level
+from support.operands import near, packed, values
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 

@@ -2,10 +2,10 @@
 
 import math
 
-import fresh_process
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from support import fresh_process
 
 from peftcore import ops
 from peftcore.ops import dynamic8, optim, optim_rules as rules

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from paged import PAGE, paged, parameters, step
+from support.paged_optimizers import PAGE, paged, parameters, step
 from torch import nn
 
 from peftcore import ops, optim

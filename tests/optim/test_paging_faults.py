@@ -3,10 +3,10 @@
 import os
 import resource
 
-import fresh_process
 import pytest
 import torch
-from paged import PAGE, paged, pages_of, parameters, step
+from support import fresh_process
+from support.paged_optimizers import PAGE, paged, pages_of, parameters, step
 from torch import nn
 
 from peftcore import ops, optim

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from paged import PAGE, paged, parameters, step
+from support.paged_optimizers import PAGE, paged, parameters, step
 from torch import nn
 
 from peftcore import ops, optim

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from paged import PAGE, paged, pages_of, parameters, step
+from support.paged_optimizers import PAGE, paged, pages_of, parameters, step
 
 from peftcore import ops, optim
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
-import rank_endings
-from processes import run
+from support.processes import run
+from support.ranks import endings
 
 import peftcore
 
@@ -15,18 +15,18 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are cou
 
 @pytest.mark.parametrize("how", ["fsdp2, finish", "fsdp2, destroy, then finish", "ddp, finish"])
 def test_no_thread_is_left(how: str) -> None:
-    for found in run(rank_endings.ended, how):
+    for found in run(endings.ended, how):
         assert found["before"]
         assert not found["after"]
 
 
 def test_without_it_threads_are_left() -> None:
     """What is worked around: where this fails, PyTorch does it itself."""
-    assert all(found["after"] == found["before"] for found in run(rank_endings.ended, "fsdp2, destroy"))
+    assert all(found["after"] == found["before"] for found in run(endings.ended, "fsdp2, destroy"))
 
 
 def test_a_rank_that_fails_waits_for_nobody() -> None:
-    assert run(rank_endings.failing_alone) == ["of rank 0", "waits"]
+    assert run(endings.failing_alone) == ["of rank 0", "waits"]
 
 
 def test_without_a_run_nothing_happens() -> None:

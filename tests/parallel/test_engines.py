@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import engine_table
 import pytest
-import rank_engines
-import rank_work
-from processes import run
+from support import engine_table
+from support.processes import run
+from support.ranks import engines, work
 
 ZERO = ["ZeRO-1", "ZeRO-2", "ZeRO-3"]
 
@@ -33,7 +32,7 @@ def check(engine: str, of_ranks: list[dict[str, Any]], *whats: str) -> None:
 
 def test_the_page_is_made_of_the_facts() -> None:
     page = engine_table.PAGE.read_text()
-    assert engine_table.of_page(page)[1] == engine_table.table(), "run: python tests/engine_table.py"
+    assert engine_table.of_page(page)[1] == engine_table.table(), "run in tests/: python -m support.engine_table"
 
 
 def test_no_fact_is_missing() -> None:
@@ -49,8 +48,8 @@ def test_no_fact_is_missing() -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2", "accelerate"])
 def test_a_loop_of_ones_own(engine: str, tmp_path: Path) -> None:
-    check(engine, run(rank_engines.table, engine, str(tmp_path / "table")), "equal", "save", "resume")
-    engine_table.check(engine, "killed", run(rank_engines.killed, engine, str(tmp_path / "killed"), dying=[1])[0])
+    check(engine, run(engines.table, engine, str(tmp_path / "table")), "equal", "save", "resume")
+    engine_table.check(engine, "killed", run(engines.killed, engine, str(tmp_path / "killed"), dying=[1])[0])
 
 
 @pytest.mark.parametrize(
@@ -58,25 +57,25 @@ def test_a_loop_of_ones_own(engine: str, tmp_path: Path) -> None:
 )
 def test_an_engine_with_a_loop_of_its_own(engine: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "two")
-    [alone] = run(rank_engines.by_engine, engine, str(tmp_path / "alone"), True, ranks=1, joined=False)
-    for name, case in rank_engines.METHODS.items():
-        assert rank_work.farthest(alone[name], rank_work.values(rank_work.adapted(case))) > 1e-3  # it has learned
-    two = run(rank_engines.by_engine, engine, folder, False, joined=False)
-    [loaded] = run(rank_engines.loaded_of_each, folder, ranks=1, joined=False)
-    [resumed] = run(rank_engines.by_engine, engine, folder, True, ranks=1, joined=False)
+    [alone] = run(engines.by_engine, engine, str(tmp_path / "alone"), True, ranks=1, joined=False)
+    for name, case in engines.METHODS.items():
+        assert work.farthest(alone[name], work.values(work.adapted(case))) > 1e-3  # it has learned
+    two = run(engines.by_engine, engine, folder, False, joined=False)
+    [loaded] = run(engines.loaded_of_each, folder, ranks=1, joined=False)
+    [resumed] = run(engines.by_engine, engine, folder, True, ranks=1, joined=False)
     found = [
         {
             name: {
-                "equal": rank_work.farthest(of_rank[name], wanted),
-                "save": rank_work.farthest(loaded[name], of_rank[name]),
-                "resume": rank_work.farthest(resumed[name], wanted),
+                "equal": work.farthest(of_rank[name], wanted),
+                "save": work.farthest(loaded[name], of_rank[name]),
+                "resume": work.farthest(resumed[name], wanted),
             }
             for name, wanted in alone.items()
         }
         for of_rank in two
     ]
     check(engine, found, "equal", "save", "resume")
-    messages = run(rank_engines.killed, engine, str(tmp_path / "killed"), joined=False, dying=[1])[0]
+    messages = run(engines.killed, engine, str(tmp_path / "killed"), joined=False, dying=[1])[0]
     engine_table.check(engine, "killed", messages)
 
 
@@ -84,12 +83,12 @@ def test_an_engine_with_a_loop_of_its_own(engine: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ZERO)
 def test_deepspeed(engine: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "table")
-    found = run(rank_engines.table, engine, folder, seconds=600)
+    found = run(engines.table, engine, folder, seconds=600)
     check(engine, found, "equal", "save")
     assert all(float(value) <= engine_table.LIMIT for value in engine_table.worst(found, "resume on as many").values())
-    [refused] = run(rank_engines.zero_on_one_rank, engine, folder, ranks=1, seconds=600)
+    [refused] = run(engines.zero_on_one_rank, engine, folder, ranks=1, seconds=600)
     engine_table.check(engine, "resume", refused)
-    messages = run(rank_engines.killed, engine, str(tmp_path / "killed"), dying=[1], seconds=600)[0]
+    messages = run(engines.killed, engine, str(tmp_path / "killed"), dying=[1], seconds=600)[0]
     engine_table.check(engine, "killed", messages)
 
 
@@ -97,7 +96,7 @@ def test_deepspeed(engine: str, tmp_path: Path) -> None:
 def test_ray_train_of_an_engine(tmp_path: Path) -> None:
     """A worker is killed after the table: both start again, and take the third step from the checkpoint."""
     start = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(Path(rank_engines.__file__).with_name("rank_ray.py")), str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", "-m", "support.ranks.ray_workers", str(tmp_path)]
     environment = {**os.environ, **start, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

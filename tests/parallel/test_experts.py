@@ -5,24 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import rank_bases
-import rank_experts
-from processes import run
+from support.processes import run
+from support.ranks import bases, divided_experts
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("targets", [["experts"], ["experts", "q_proj", "o_proj"]], ids="-".join)
-@pytest.mark.parametrize("way", rank_experts.WAYS)
+@pytest.mark.parametrize("way", divided_experts.WAYS)
 def test_lora_on_experts_is_as_in_one_process(way: str, targets: list[str], tmp_path: Path) -> None:
-    rank_bases.write(tmp_path)
-    for measured in run(rank_experts.of_experts, str(tmp_path), way, targets):
+    bases.write(tmp_path)
+    for measured in run(divided_experts.of_experts, str(tmp_path), way, targets):
         assert not {name: value for name, value in measured.items() if value > 1e-6}
 
 
 @pytest.mark.nightly
 def test_what_cannot_follow_divided_experts(tmp_path: Path) -> None:
-    rank_bases.write(tmp_path)
-    for said in run(rank_experts.refused, str(tmp_path)):
+    bases.write(tmp_path)
+    for said in run(divided_experts.refused, str(tmp_path)):
         assert "Turn dropout off in adapters of experts that ranks share out" in said["dropout"]
         assert "only low-rank products of single experts can follow them" in said["another change"]
         assert said["merge"].startswith("cannot merge: the model is sharded")

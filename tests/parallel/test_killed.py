@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import rank_bases
-import rank_killed
-from processes import run
+from support.processes import run
+from support.ranks import bases, killing
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 
@@ -20,8 +19,8 @@ def cell(moment: str, said: str) -> str:
 
 @pytest.mark.nightly
 def test_methods_end_as_the_table_says(tmp_path: Path) -> None:
-    rank_bases.write(tmp_path)
-    found = run(rank_killed.killed, str(tmp_path), joined=False)[0]
-    for moment in rank_killed.MOMENTS:
+    bases.write(tmp_path)
+    found = run(killing.killed, str(tmp_path), joined=False)[0]
+    for moment in killing.MOMENTS:
         cells = [cell(moment, said) for said in found[moment].values()]
         assert f"| {moment} | {' | '.join(cells)} |" in PAGE.read_text()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import rank_parts
-from processes import run
+from support.processes import run
+from support.ranks import parts
 
 
 def test_the_adapters_of_stages_are_joined_and_saved(tmp_path: Path) -> None:
-    for measured in run(rank_parts.piped, str(tmp_path)):
+    for measured in run(parts.piped, str(tmp_path)):
         assert measured.pop("before") > 1e-3
         assert "no stage has the adapter parameter" in str(measured.pop("a copy"))
         assert "the stages of ranks [0, 1] share the adapter parameter" in str(measured.pop("shared"))
@@ -19,7 +19,7 @@ def test_the_adapters_of_stages_are_joined_and_saved(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_ranks_with_parts_of_sequences() -> None:
-    for measured in run(rank_parts.of_tokens):
+    for measured in run(parts.of_tokens):
         said = {name: value for name, value in measured.items() if isinstance(value, str)}
         assert said.keys() == {"prompt-tuning", "prefix-tuning", "reft", "alora"}
         assert all(

@@ -5,24 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import rank_cases
-import rank_work
 import torch
-import training_work
-from processes import run
+from support.processes import run
+from support.ranks import cases, rested, work
+from support.whole_run import WHOLE, nightly_but
 from torch import Tensor, nn
-from whole import WHOLE, nightly_but
 
 from peftcore.parallel import sharding
 from peftcore.registry import registry
 
 
 def test_every_method_is_tried() -> None:
-    assert {case.partition(",")[0] for case in rank_cases.CASES} == set(registry.methods())
+    assert {case.partition(",")[0] for case in cases.CASES} == set(registry.methods())
 
 
-ALL = list(rank_cases.CASES)
-KINDS = ALL if WHOLE else list(rank_cases.KINDS)
+ALL = list(cases.CASES)
+KINDS = ALL if WHOLE else list(cases.KINDS)
 # In `make test-all` every method is tried sharded; those of each kind also on a base in 4 bits, and in the other ways.
 SHARDED = [case for case in ALL if case in KINDS or not case.endswith(", 4 bits")] if WHOLE else KINDS
 HOWS = [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"]]
@@ -30,27 +28,27 @@ HOWS = [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"
 
 @pytest.mark.parametrize("hows", nightly_but(HOWS, [["ddp"], ["shard"]]), ids=str)
 def test_gradients_and_a_step_are_those_of_one_process(hows: list[str]) -> None:
-    cases = SHARDED if hows == ["shard"] else KINDS
-    cases = cases if hows == ["ddp"] else rank_cases.shardable(cases)
-    for found in run(rank_work.all_against_one_process, hows, cases):
-        assert len(found) == len(cases) * len(hows)
+    chosen = SHARDED if hows == ["shard"] else KINDS
+    chosen = chosen if hows == ["ddp"] else cases.shardable(chosen)
+    for found in run(work.all_against_one_process, hows, chosen):
+        assert len(found) == len(chosen) * len(hows)
         wrong = {name: far for name, far in found.items() if max(far) > 1e-6}
         assert not wrong
 
 
 def test_gradients_where_accelerate_shards() -> None:
-    for found in run(rank_work.sharded_by_accelerate, rank_cases.shardable(KINDS)):
-        assert [*found] == rank_cases.shardable(KINDS) and max(found.values()) <= 1e-6, found
+    for found in run(work.sharded_by_accelerate, cases.shardable(KINDS)):
+        assert [*found] == cases.shardable(KINDS) and max(found.values()) <= 1e-6, found
 
 
 @pytest.mark.parametrize("trained_before", [False, True])
 @pytest.mark.parametrize("how", ["replicate", "shard"])
 def test_an_adapter_that_rested_when_the_model_was_sharded_trains_later(how: str, trained_before: bool) -> None:
-    assert max(run(training_work.awakened, how, trained_before)) <= 1e-6
+    assert max(run(rested.awakened, how, trained_before)) <= 1e-6
 
 
 def test_a_layer_that_no_rank_calls_gets_no_gradient() -> None:
-    assert run(training_work.uncalled) == [({"layers.0"}, {"default"})] * 2
+    assert run(rested.uncalled) == [({"layers.0"}, {"default"})] * 2
 
 
 class _Failing(torch.autograd.Function):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import rank_endings
-from processes import run
+from support.processes import run
+from support.ranks import endings
 
 
 def test_a_restarted_run_has_keys_of_its_own() -> None:
-    assert run(rank_endings.started_twice, joined=False) == [[(False, 2.0), (False, 2.0)]] * 2
+    assert run(endings.started_twice, joined=False) == [[(False, 2.0), (False, 2.0)]] * 2

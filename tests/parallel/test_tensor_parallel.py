@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rank_bases
-import rank_dimensions
-import rank_tensor
-from processes import run
-from whole import WHOLE
+from support.processes import run
+from support.ranks import bases, dimensions, tensor_parallel
+from support.whole_run import WHOLE
 
-CASES = [case for case in rank_bases.DENSE if "," not in case]
+CASES = [case for case in bases.DENSE if "," not in case]
 DAILY = ["lora", "qlora", "dora", "ia3", "prefix-tuning", "bitfit", "adaption-prompt"]
 HOOKS = {
     "hooks, saved modules": "'lm_head.weight' is sharded and cannot be trained",
@@ -25,14 +23,14 @@ PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     found = tmp_path_factory.mktemp("bases")
-    rank_bases.write(found)
+    bases.write(found)
     return str(found)
 
 
 @pytest.fixture(scope="module")
 def found(folder: str) -> list[Any]:
     """(differences of methods, of LoRA) on each rank; the ranks start once."""
-    return run(rank_tensor.everything, folder, CASES if WHOLE else DAILY, WHOLE)
+    return run(tensor_parallel.everything, folder, CASES if WHOLE else DAILY, WHOLE)
 
 
 def row(case: str, measured: dict[str, float | str]) -> str:
@@ -80,7 +78,7 @@ def check(measured: dict[str, float | str], refused: dict[str, str]) -> None:
 
 @pytest.mark.nightly
 def test_a_mesh_of_fsdp_and_tensor_parallelism(folder: str) -> None:
-    for measured in run(rank_dimensions.of_mesh, folder, ranks=4):
+    for measured in run(dimensions.of_mesh, folder, ranks=4):
         check(
             measured,
             {"mesh, merge": "cannot merge: the model is sharded", "mesh, modules": "is sharded and cannot be trained"},
@@ -89,5 +87,5 @@ def test_a_mesh_of_fsdp_and_tensor_parallelism(folder: str) -> None:
 
 @pytest.mark.nightly
 def test_experts_that_the_ranks_share_out(folder: str) -> None:
-    for measured in run(rank_dimensions.of_experts, folder):
+    for measured in run(dimensions.of_experts, folder):
         check(measured, {})

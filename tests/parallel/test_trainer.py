@@ -6,17 +6,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import rank_bases
-import rank_trainer
-from processes import run
-from rank_work import farthest
+from support.processes import run
+from support.ranks import bases, trainer_runs
+from support.ranks.work import farthest
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_trainer_trains_saves_and_resumes_under_tensor_parallelism(method: str, tmp_path: Path) -> None:
-    rank_bases.write(tmp_path)
-    train = partial(run, rank_trainer.train, str(tmp_path), joined=False)
+    bases.write(tmp_path)
+    train = partial(run, trainer_runs.train, str(tmp_path), joined=False)
     (wanted,) = train(str(tmp_path / "one"), method, ranks=1)
     both, middle = str(tmp_path / "two"), str(tmp_path / "two" / "checkpoint-2")
     for found in train(both, method):
@@ -28,6 +27,6 @@ def test_trainer_trains_saves_and_resumes_under_tensor_parallelism(method: str, 
 
 @pytest.mark.nightly
 def test_trainer_has_no_tensor_parallelism_on_cpus(tmp_path: Path) -> None:
-    rank_bases.write(tmp_path)
-    for said in run(rank_trainer.train, str(tmp_path), str(tmp_path), "lora", None, True, joined=False):
+    bases.write(tmp_path)
+    for said in run(trainer_runs.train, str(tmp_path), str(tmp_path), "lora", None, True, joined=False):
         assert "has no tensor parallelism on CPUs. Train on GPUs, or in a loop of your own" in said

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import training_work
-from processes import run
+from support.processes import run
+from support.ranks import rested
 
 
 def test_terms_and_shared_modules_are_those_of_one_process() -> None:
-    for found in run(training_work.all_against_one_process):
+    for found in run(rested.all_against_one_process):
         refused = {name: far for name, far in found.items() if isinstance(far, str)}
         assert refused.keys() == {"seeing, shard", "seeing, shard keeping"}
         assert all("depends on a forward" in far and "adapter_placement='replicate'" in far for far in refused.values())

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
-from prompted import ENCODER_DECODERS, KINDS, applied, bart, close, generate, logits
+from support import tiny
+from support.prompted import ENCODER_DECODERS, KINDS, applied, bart, close, generate, logits
 from torch import nn
 
 import peftcore

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from prompted import N, bart, check_steps, close, gemma3, generate, logits, padded
-from tiny import TOKENS
+from support import tiny
+from support.prompted import N, bart, check_steps, close, gemma3, generate, logits, padded
+from support.tiny import TOKENS
 from torch import Tensor, nn
 
 import peftcore

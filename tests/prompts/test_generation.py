@@ -7,9 +7,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from prompted import DECODERS, KINDS, N, applied, check_steps, close, falcon, generate, logits, mamba, mpt, xlstm
+from support import tiny
+from support.prompted import (
+    DECODERS,
+    KINDS,
+    N,
+    applied,
+    check_steps,
+    close,
+    falcon,
+    generate,
+    logits,
+    mamba,
+    mpt,
+    xlstm,
+)
 from torch import nn
 
 from peftcore.plugin import PeftcoreError, cached_tokens

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from prompted import KINDS, N, Vectors, applied, check_steps, deepseek, generate, logits, opt
+from support import tiny
+from support.prompted import KINDS, N, Vectors, applied, check_steps, deepseek, generate, logits, opt
 from torch import nn
 
 import peftcore

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from census import instances
-from prompted import applied, close, generate, logits, mpt, padded
+from support import tiny
+from support.prompted import applied, close, generate, logits, mpt, padded
 
 from peftcore import PeftcoreError
 

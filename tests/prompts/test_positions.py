@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from census import instances
 from census.prompts import generated
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

@@ -8,9 +8,9 @@ import pickle
 from collections.abc import Callable
 
 import pytest
-import tiny
 import torch
-from prompted import DECODERS, KINDS, applied, bloom, by_hand, check_steps, close, generate, logits
+from support import tiny
+from support.prompted import DECODERS, KINDS, applied, bloom, by_hand, check_steps, close, generate, logits
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 

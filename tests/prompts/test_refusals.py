@@ -6,10 +6,10 @@ import copy
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from census import instances
+from support import tiny
 
 import peftcore
 from peftcore import PeftcoreError

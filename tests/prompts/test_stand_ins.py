@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from census import instances
-from prompted import N, applied, close, logits, padded
+from support import tiny
+from support.prompted import N, applied, close, logits, padded
 
 import peftcore
 from peftcore.engine import adapter_parameters

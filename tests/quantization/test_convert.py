@@ -6,9 +6,9 @@ import weakref
 
 import bitsandbytes as bnb
 import pytest
-import tiny
 import torch
-from quantized import INPUTS, gpt2, llama, logits, of_bnb
+from support import tiny
+from support.quantized import INPUTS, gpt2, llama, logits, of_bnb
 from torch import nn
 
 import peftcore

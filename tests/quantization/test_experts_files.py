@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 import transformers
-from mixtures import INPUTS, mixture
 from safetensors.torch import load_file, save_file
+from support.mixtures import INPUTS, mixture
 from transformers import AutoModelForCausalLM
 
 import peftcore

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tiny
 import torch
-from mixtures import INPUTS as TOKENS, mixture
-from quantized import INPUTS, llama, logits
+from support import tiny
+from support.mixtures import INPUTS as TOKENS, mixture
+from support.quantized import INPUTS, llama, logits
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from mixtures import INPUTS as TOKENS, mixture
 from safetensors.torch import load_file, save_file
+from support.mixtures import INPUTS as TOKENS, mixture
 from transformers import AutoModelForCausalLM
 
 import peftcore

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import INPUTS as EXPERTS_INPUTS, mixture
-from quantized import INPUTS, llama
-from tiny import gpt2
+from support.mixtures import INPUTS as EXPERTS_INPUTS, mixture
+from support.quantized import INPUTS, llama
+from support.tiny import gpt2
 from torch import Tensor, nn
 
 import peftcore

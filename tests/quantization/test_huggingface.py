@@ -5,13 +5,13 @@ import json
 import sys
 from pathlib import Path
 
-import fresh_process
 import pytest
 import torch
 import transformers
 from census import instances
-from quantized import gpt2, llama, logits
 from safetensors.torch import load_file, save_file
+from support import fresh_process
+from support.quantized import gpt2, llama, logits
 from torch import nn
 from transformers import AutoModelForCausalLM
 

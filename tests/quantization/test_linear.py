@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from quantized import bnb, of_bnb
+from support.quantized import bnb, of_bnb
 from torch import nn
 
 import peftcore

@@ -5,10 +5,10 @@ import json
 import warnings
 
 import pytest
-import tiny
 import torch
-from mixtures import mixture
-from quantized import gpt2, llama, logits
+from support import tiny
+from support.mixtures import mixture
+from support.quantized import gpt2, llama, logits
 from torch import nn
 
 import peftcore

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from bitsandbytes.nn import parametrize
-from mixtures import FAMILIES, INPUTS, mixture
+from support.mixtures import FAMILIES, INPUTS, mixture
 from torch import nn
 
 import peftcore

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported import apply, llama, logits, qwen3moe, tokenizer
+from support.exported import apply, llama, logits, qwen3moe, tokenizer
 from torch import nn
 
 import peftcore
@@ -90,7 +90,7 @@ def test_adapters_train_save_and_merge(int4: ModuleType, tmp_path: Path, method:
 
 
 def test_load_and_the_command_line(int4: ModuleType, tmp_path: Path) -> None:
-    from commands import invoke
+    from support.commands import invoke
 
     for part in (llama(**WIDE), tokenizer()):
         part.save_pretrained(tmp_path / "base")

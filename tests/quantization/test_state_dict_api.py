@@ -1,8 +1,8 @@
 """`get_model_state_dict` and `set_model_state_dict` of torch.distributed.checkpoint on a quantized model."""
 
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 import peftcore

@@ -3,9 +3,9 @@
 import warnings
 
 import pytest
-import tiny
 from census import instances
-from mixtures import mixture
+from support import tiny
+from support.mixtures import mixture
 from torch import nn
 
 import peftcore

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-import tiny
 import torch
 import transformers
+from support import tiny
 from torch import nn
 
 import peftcore

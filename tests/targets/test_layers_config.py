@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-import tiny
+from support import tiny
 from torch import nn
 
 import peftcore

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 
 import pytest
-import tiny
-from counting import growth
 from fuzz.corpus import limit
 from hypothesis import given, strategies as st
-from imports import ROOT
+from support import tiny
+from support.counted_lines import growth
+from support.imports import ROOT
 
 import peftcore
 from peftcore import targets

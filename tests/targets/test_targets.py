@@ -3,8 +3,8 @@
 import re
 
 import pytest
-import tiny
 from hypothesis import given, strategies as st
+from support import tiny
 from torch import nn
 
 import peftcore

@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from faulty import Gain, check, failed, method_of
+from support import tiny
+from support.faulty_methods import Gain, check, failed, method_of
 from torch import Tensor, nn
 
 import peftcore

@@ -6,14 +6,13 @@ import queue
 import warnings
 from typing import Any
 
-import processes
 import pytest
-import tiny
 import torch
-from faulty import Gain, check, failed, method_of
 from peftcore_lora import LoraConfig
+from support import processes, tiny
+from support.faulty_methods import Gain, check, failed, method_of
+from support.whole_run import WHOLE
 from torch import Tensor
-from whole import WHOLE
 
 import peftcore
 from peftcore.plugin import StateRules, tensor_name

@@ -6,7 +6,7 @@ from pathlib import Path
 import peftcore_8da4w
 import pytest
 import torch
-from commands import SPECIAL, WORDS, printed, save_tokenizer, write_jsonl
+from support.commands import SPECIAL, WORDS, printed, save_tokenizer, write_jsonl
 from torch import nn
 from torch.nn import functional as F
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peftcore_adapter_fusion import AdapterFusionConfig, bottlenecks
 from safetensors.torch import load_file
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

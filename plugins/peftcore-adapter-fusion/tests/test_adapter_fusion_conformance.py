@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-import matrix
 from peftcore_adapter_fusion import AdapterFusionConfig
+from support import matrix
 from torch import nn
 
 import peftcore

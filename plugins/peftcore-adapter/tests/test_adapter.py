@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings, strategies as st
 from peftcore_adapter import ACTIVATIONS
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

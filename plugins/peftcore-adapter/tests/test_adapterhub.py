@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from support import tiny
 
 import peftcore
 
@@ -125,7 +125,7 @@ def test_a_config_of_nobody_keeps_the_core_s_message(tmp_path: Path) -> None:
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`command("eval", ...)`: a command on the folder of the Llama's adapter, with its base; returns what it prints."""
-    from commands import SPECIAL, WORDS, save_tokenizer
+    from support.commands import SPECIAL, WORDS, save_tokenizer
     from typer.testing import CliRunner
 
     from peftcore.cli import console

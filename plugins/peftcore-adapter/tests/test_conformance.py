@@ -1,8 +1,8 @@
 """Bottleneck adapters pass the conformance suite, in each style, on each family of models."""
 
-import matrix
 import pytest
 from peftcore_adapter import AdapterConfig
+from support import matrix
 
 from peftcore.plugin import CHECKS, COMPILE, MERGE, check_method
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 import transformers
-from against_peft import both_ways
+from support import tiny
+from support.against_peft import both_ways
 from torch import nn
 
 import peftcore

@@ -1,7 +1,7 @@
 """It passes the conformance suite."""
 
-import matrix
 from peftcore_adaption_prompt import AdaptionPromptConfig
+from support import matrix
 
 from peftcore.plugin import MERGE
 

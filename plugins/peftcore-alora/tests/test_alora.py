@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import prompted
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, quiet
+from support import prompted, tiny
+from support.against_peft import both_ways, quiet
 from torch import Tensor, nn
 from transformers import DynamicCache
 

@@ -1,7 +1,7 @@
 """It passes the conformance suite."""
 
-import matrix
 from peftcore_alora import AloraConfig
+from support import matrix
 from torch import nn
 
 from peftcore.plugin import MERGE

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import aqlm_checkpoints
 import peftcore_aqlm
 import pytest
 import torch
-from aqlm_checkpoints import LAYOUTS, by_loop, change_config, stored
-from commands import SPECIAL, WORDS, printed, save_tokenizer, write_jsonl
 from safetensors.torch import load_file, save_file
+from support import aqlm_checkpoints
+from support.aqlm_checkpoints import LAYOUTS, by_loop, change_config, stored
+from support.commands import SPECIAL, WORDS, printed, save_tokenizer, write_jsonl
 from torch import Tensor, nn
 from torch.nn import functional as F
 

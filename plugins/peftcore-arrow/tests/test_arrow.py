@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import quiet
 from peft.tuners.lora import create_arrow_model
+from support import tiny
+from support.against_peft import quiet
 
 import peftcore
 from peftcore.plugin import disturb

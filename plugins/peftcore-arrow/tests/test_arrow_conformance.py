@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-import matrix
 from peftcore_arrow import ArrowConfig
+from support import matrix
 from torch import nn
 
 import peftcore

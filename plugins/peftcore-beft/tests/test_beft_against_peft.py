@@ -7,8 +7,8 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
-from against_peft import both_ways
+from support import tiny
+from support.against_peft import both_ways
 
 import peftcore
 

@@ -1,7 +1,7 @@
 """It passes the conformance suite."""
 
-import matrix
 from peftcore_beft import BeftConfig
+from support import matrix
 
 NO_BIASES = "merge refuses layers without a bias; it merges if all have one"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

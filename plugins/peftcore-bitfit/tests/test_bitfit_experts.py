@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixtures import INPUTS, mixture
 from safetensors.torch import load_file
+from support.mixtures import INPUTS, mixture
 from torch import nn
 
 import peftcore

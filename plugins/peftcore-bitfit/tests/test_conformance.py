@@ -1,8 +1,8 @@
 """BitFit passes the conformance suite, on each family of models."""
 
-import matrix
 import pytest
 from peftcore_bitfit import BitFitConfig
+from support import matrix
 
 from peftcore.plugin import CHECKS, COMPILE, MERGE, check_method
 

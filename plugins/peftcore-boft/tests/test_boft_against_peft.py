@@ -9,10 +9,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, logits, moved, quiet, same_start
 from peft.tuners.boft import layer as peft_layer
+from support import tiny
+from support.against_peft import both_ways, logits, moved, quiet, same_start
 
 import peftcore
 from peftcore.plugin import disturb

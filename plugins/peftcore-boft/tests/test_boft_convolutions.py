@@ -10,8 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from against_peft import Layer, same_layer
 from peft.tuners.boft import layer as peft_layer
+from support.against_peft import Layer, same_layer
 from torch import nn
 
 import peftcore

@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import TASKS, both_ways
 from safetensors.torch import load_file
+from support import tiny
+from support.against_peft import TASKS, both_ways
 
 import peftcore
 

@@ -1,7 +1,7 @@
 """It passes the conformance suite."""
 
-import matrix
 from peftcore_cartridge import CartridgeConfig
+from support import matrix
 
 from peftcore.plugin import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES
 

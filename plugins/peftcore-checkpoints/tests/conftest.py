@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from command_fixtures import llama, reviews, run
+from support.command_fixtures import llama, reviews, run
 
 __all__ = ["llama", "reviews", "run"]
 

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import quantized
 import torch
-from commands import Run
 from int4_checkpoints import config, gptq, write_folder
+from support import quantized
+from support.commands import Run
 from transformers import AutoModelForCausalLM
 
 import peftcore

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from int4_checkpoints import awq, compressed, config, gptq, values, write_folder
-from mixtures import mixture
 from peftcore_checkpoints.int4 import to_affine4
-from quantized import INPUTS, llama, logits
 from safetensors.torch import load_file, save_file
+from support.mixtures import mixture
+from support.quantized import INPUTS, llama, logits
 from torch import Tensor, nn
 
 import peftcore

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import mixture
 from nvfp4_checkpoints import config, tensors, values, write_folder
-from quantized import INPUTS, llama, logits
 from safetensors.torch import load_file, save_file
+from support.mixtures import mixture
+from support.quantized import INPUTS, llama, logits
 from torch import Tensor, nn
 
 import peftcore

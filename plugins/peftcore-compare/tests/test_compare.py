@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Run
 from peftcore_compare import command as compare, training_process
 from peftcore_compare.report import ComparisonReport
+from support.commands import Run
 
 from peftcore import PeftcoreError
 from peftcore.cli.settings import Settings

@@ -7,13 +7,13 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, quiet
 from safetensors.torch import load_file
+from support import tiny
+from support.against_peft import both_ways, quiet
+from support.trainers import trainer
+from support.whole_run import nightly_but
 from torch import nn
-from trainers import trainer
-from whole import nightly_but
 
 import peftcore
 from peftcore.plugin import disturb

@@ -1,8 +1,8 @@
 """Parameters of 16 bits are applied, trained and merged like those of 32."""
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 import peftcore
 

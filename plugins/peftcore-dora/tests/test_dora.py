@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from quantized import llama as wide_llama, logits as wide_logits
+from support import tiny
+from support.quantized import llama as wide_llama, logits as wide_logits
 from torch import Tensor, nn
 
 import peftcore

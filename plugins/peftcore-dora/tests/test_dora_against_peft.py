@@ -10,8 +10,8 @@ from typing import Any
 import peft
 import pytest
 import safetensors.torch
-import tiny
 import torch
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

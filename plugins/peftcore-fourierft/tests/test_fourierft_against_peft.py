@@ -7,11 +7,11 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, quiet, same_start
 from hypothesis import given, strategies as st
 from peftcore_fourierft import FourierFT, FourierFTConfig, Places
+from support import tiny
+from support.against_peft import both_ways, quiet, same_start
 
 import peftcore
 

@@ -1,5 +1,5 @@
 """A way to run commands, as tests/cli has it."""
 
-from command_fixtures import run
+from support.command_fixtures import run
 
 __all__ = ["run"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exported import apply, keys, llama, qwen2, tensors, tokenizer
-from mixtures import mixture
+from support.exported import apply, keys, llama, qwen2, tensors, tokenizer
+from support.mixtures import mixture
 
 import peftcore
 from peftcore import PeftcoreError

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from exported import apply, keys, llama, logits, qwen3moe, tokenizer
+from support.exported import apply, keys, llama, logits, qwen3moe, tokenizer
 
 import peftcore
 from peftcore import PeftcoreError

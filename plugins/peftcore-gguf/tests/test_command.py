@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import commands
-import exported
 import pytest
-import tiny
-from commands import Run
-from exported import logits, saved_run, tensors
+from support import commands, exported, tiny
+from support.commands import Run
+from support.exported import logits, saved_run, tensors
 
 from peftcore.cli.bases.adapter_folders import TASK_FILE
 from peftcore.errors import PeftcoreError

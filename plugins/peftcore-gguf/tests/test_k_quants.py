@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from exported import llama, tokenizer
+from support.exported import llama, tokenizer
 
 import peftcore
 from peftcore import PeftcoreError

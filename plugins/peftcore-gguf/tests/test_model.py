@@ -9,8 +9,21 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from exported import TOKENS, apply, gemma2, gemma3, keys, llama, logits, qwen2, qwen3, qwen3moe, tensors, tokenizer
-from tiny import gpt2
+from support.exported import (
+    TOKENS,
+    apply,
+    gemma2,
+    gemma3,
+    keys,
+    llama,
+    logits,
+    qwen2,
+    qwen3,
+    qwen3moe,
+    tensors,
+    tokenizer,
+)
+from support.tiny import gpt2
 
 import peftcore
 from peftcore import PeftcoreError

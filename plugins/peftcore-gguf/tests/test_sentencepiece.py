@@ -11,8 +11,8 @@ from typing import Any
 
 import gguf
 import pytest
-from exported import keys, llama
 from hypothesis import HealthCheck, given, settings, strategies as st
+from support.exported import keys, llama
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import gguf
 import pytest
-from exported import VOCABULARY, keys, llama, tokenizer
 from peftcore_gguf.tokenizer import PRE_TOKENIZERS
+from support.exported import VOCABULARY, keys, llama, tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import TASKS, both_ways, quiet
 from safetensors.torch import load_file
-from whole import nightly_but
+from support import tiny
+from support.against_peft import TASKS, both_ways, quiet
+from support.whole_run import nightly_but
 
 import peftcore
 

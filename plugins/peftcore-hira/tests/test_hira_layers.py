@@ -8,9 +8,9 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import Layer, both_ways, quiet, same_layer
+from support import tiny
+from support.against_peft import Layer, both_ways, quiet, same_layer
 from torch import nn
 
 import peftcore

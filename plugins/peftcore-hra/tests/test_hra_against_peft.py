@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, quiet, same_start
 from peftcore_hra import HRA, HRAConfig
+from support import tiny
+from support.against_peft import both_ways, quiet, same_start
 
 import peftcore
 

@@ -1,7 +1,7 @@
 """It passes the conformance suite."""
 
-import matrix
 from peftcore_hra import HRAConfig
+from support import matrix
 
 from peftcore.plugin import IDENTITY
 

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from against_peft import Layer, quiet, same_layer
+from support.against_peft import Layer, quiet, same_layer
 from torch import nn
 
 import peftcore

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import TASKS, both_ways
-from whole import nightly_but
+from support import tiny
+from support.against_peft import TASKS, both_ways
+from support.whole_run import nightly_but
 
 import peftcore
 from peftcore.plugin import disturb

@@ -1,7 +1,7 @@
 """It passes the conformance suite."""
 
-import matrix
 from peftcore_ia3 import IA3Config
+from support import matrix
 
 
 def test_conformance() -> None:

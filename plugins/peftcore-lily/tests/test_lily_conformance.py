@@ -1,7 +1,7 @@
 """It passes the conformance suite."""
 
-import matrix
 from peftcore_lily import LilyConfig
+from support import matrix
 
 MEAN = "its factors are mixed by a mean over all tokens of the call, as in PEFT"
 

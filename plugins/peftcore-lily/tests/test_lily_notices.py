@@ -6,8 +6,8 @@ import warnings
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 import peftcore
 from peftcore.plugin import disturb

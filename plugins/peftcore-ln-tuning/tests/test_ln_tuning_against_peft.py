@@ -6,9 +6,9 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import TASKS, both_ways, moved, quiet
+from support import tiny
+from support.against_peft import TASKS, both_ways, moved, quiet
 from torch import Tensor, nn
 
 import peftcore

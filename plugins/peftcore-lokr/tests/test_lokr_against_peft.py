@@ -7,12 +7,12 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, same_start
 from hypothesis import given, strategies as st
 from peft.tuners.lokr.layer import factorization
 from peftcore_lokr import divided
+from support import tiny
+from support.against_peft import both_ways, same_start
 
 import peftcore
 from peftcore.plugin import disturb

@@ -8,10 +8,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, quiet, same_start
 from safetensors.torch import load_file
+from support import tiny
+from support.against_peft import both_ways, quiet, same_start
 from torch import nn
 
 import peftcore

@@ -1,8 +1,8 @@
 """LoRA passes the conformance suite, on each family of models."""
 
-import matrix
 import pytest
 from peftcore_lora import LoraConfig
+from support import matrix
 
 from peftcore.plugin import COMPILE, check_method
 

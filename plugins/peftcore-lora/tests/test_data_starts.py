@@ -10,10 +10,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import logits, quiet
 from peft.tuners.lora.loraga import preprocess_loraga
+from support import tiny
+from support.against_peft import logits, quiet
 from torch import Tensor
 
 import peftcore

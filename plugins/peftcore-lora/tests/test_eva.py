@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import logits, quiet
 from peftcore_lora.eva import Components
+from support import tiny
+from support.against_peft import logits, quiet
 from torch import Tensor
 
 import peftcore

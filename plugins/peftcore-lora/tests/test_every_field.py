@@ -15,11 +15,11 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import logits, moved, quiet
 from peftcore_lora import replicate_layers
 from peftcore_lora.files import PLAIN
+from support import tiny
+from support.against_peft import logits, moved, quiet
 from torch import nn
 
 import peftcore

@@ -8,10 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from against_peft import logits, moved, quiet
-from mixtures import FAMILIES, mixture
+from support.against_peft import logits, moved, quiet
+from support.mixtures import FAMILIES, mixture
+from support.whole_run import nightly_but
 from torch import nn
-from whole import nightly_but
 
 import peftcore
 from peftcore.adaptation.adapted import adapters_at

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import pipelines
 import pytest
 import torch
 from peftcore_lora.pipelines.kohya_file import FORMAT
 from peftcore_lora.pipelines.kohya_names import names_of
-from pipelines import FILE, is_layer, of_kohya, output, pipeline
 from safetensors.torch import save_file
+from support import pipelines
+from support.pipelines import FILE, is_layer, of_kohya, output, pipeline
 from torch import Tensor
 
 import peftcore

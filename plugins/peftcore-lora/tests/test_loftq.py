@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from peftcore_lora import loftq_start
-from quantized import INPUTS, llama, logits
-from tiny import gpt2
+from support.quantized import INPUTS, llama, logits
+from support.tiny import gpt2
 
 import peftcore
 from peftcore.plugin import other_adapter

@@ -10,10 +10,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings, strategies as st
 from peftcore_lora import LoraConfig
+from support import tiny
 from torch import nn
 
 import peftcore

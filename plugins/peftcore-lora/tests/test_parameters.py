@@ -9,9 +9,9 @@ from typing import Any
 import peft
 import pytest
 import safetensors.torch
-import tiny
 import torch
-from against_peft import both_ways, logits
+from support import tiny
+from support.against_peft import both_ways, logits
 from torch import nn
 
 import peftcore

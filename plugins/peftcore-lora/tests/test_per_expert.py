@@ -8,12 +8,12 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import logits, quiet
 from fuzz.corpus import limit
-from mixtures import mixture
 from safetensors.torch import load_file, save_file
+from support import tiny
+from support.against_peft import logits, quiet
+from support.mixtures import mixture
 
 import peftcore
 from peftcore.engine import applied

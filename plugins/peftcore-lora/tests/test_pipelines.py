@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pipelines
 import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from pipelines import EVERY, FILE, apply, models, output, pipeline, there
 from safetensors.torch import load_file, save_file
+from support import pipelines
+from support.pipelines import EVERY, FILE, apply, models, output, pipeline, there
 from torch import Tensor
 
 import peftcore

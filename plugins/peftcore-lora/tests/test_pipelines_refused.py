@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
-import pipelines
 import pytest
 import torch
-from pipelines import FILE, apply, has_adapters, of_kohya, output, pipeline
 from safetensors.torch import load_file, save_file
+from support import pipelines
+from support.pipelines import FILE, apply, has_adapters, of_kohya, output, pipeline
 from torch import Tensor
 
 import peftcore

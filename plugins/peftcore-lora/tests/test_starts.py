@@ -8,11 +8,11 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import logits, moved, quiet
+from support import tiny
+from support.against_peft import logits, moved, quiet
+from support.whole_run import nightly_but
 from torch import nn
-from whole import nightly_but
 
 import peftcore
 from peftcore.engine import adapter_modules

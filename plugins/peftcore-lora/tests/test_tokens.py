@@ -7,9 +7,9 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, logits
+from support import tiny
+from support.against_peft import both_ways, logits
 
 import peftcore
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import logits, quiet
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peftcore_lora import replicate_layers
+from support import tiny
+from support.against_peft import logits, quiet
 from torch import Tensor, nn
 
 import peftcore

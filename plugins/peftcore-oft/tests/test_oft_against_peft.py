@@ -9,10 +9,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, same_start
 from peftcore_oft import OFTConfig, Rotation, Series, nearest_divisor
+from support import tiny
+from support.against_peft import both_ways, same_start
 
 import peftcore
 from peftcore.plugin import disturb

@@ -1,7 +1,7 @@
 """It passes the conformance suite."""
 
-import matrix
 from peftcore_p_tuning import PTuningConfig
+from support import matrix
 
 from peftcore.plugin import IDENTITY, MERGE
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import TASKS, moved, quiet, same_start
+from support import tiny
+from support.against_peft import TASKS, moved, quiet, same_start
+from support.whole_run import nightly_but
 from torch import nn
-from whole import nightly_but
 
 import peftcore
 from peftcore.plugin import disturb

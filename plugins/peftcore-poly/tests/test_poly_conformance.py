@@ -1,7 +1,7 @@
 """It passes the conformance suite."""
 
-import matrix
 from peftcore_poly import PolyConfig
+from support import matrix
 
 from peftcore.plugin import PEFT_READS, PEFT_WRITES
 

@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import against_peft
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import compare_padded, logits, quiet
+from support import against_peft, tiny
+from support.against_peft import compare_padded, logits, quiet
+from support.whole_run import nightly_but
 from torch import nn
-from whole import nightly_but
 
 import peftcore
 from peftcore.files.folder import read_tensors

@@ -1,9 +1,8 @@
 """Prefix tuning passes the conformance suite, on each family of models, with and without its projection."""
 
-import matrix
 import pytest
-import tiny
 from peftcore_prefix_tuning import PrefixTuningConfig
+from support import matrix, tiny
 
 from peftcore.plugin import CHECKS, COMPILE, IDENTITY, MERGE, PEFT_READS, PEFT_WRITES, check_method
 

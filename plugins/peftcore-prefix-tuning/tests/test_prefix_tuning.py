@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peftcore_prefix_tuning import Prefix, PrefixTuningConfig
+from support import tiny
 from torch import nn
 
 import peftcore

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import against_peft
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import compare_padded, logits, quiet
+from support import against_peft, tiny
+from support.against_peft import compare_padded, logits, quiet
 from torch import nn
 
 import peftcore

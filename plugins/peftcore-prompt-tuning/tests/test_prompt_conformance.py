@@ -1,9 +1,8 @@
 """Prompt tuning passes the conformance suite, on each family of models."""
 
-import matrix
 import pytest
-import tiny
 from peftcore_prompt_tuning import PromptTuningConfig
+from support import matrix, tiny
 
 from peftcore.plugin import CHECKS, COMPILE, IDENTITY, MERGE, check_method
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, quiet, same_start
+from support import tiny
+from support.against_peft import both_ways, quiet, same_start
 
 import peftcore
 from peftcore.plugin import disturb

@@ -7,9 +7,9 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
-from against_peft import TASKS, both_ways
-from whole import nightly_but
+from support import tiny
+from support.against_peft import TASKS, both_ways
+from support.whole_run import nightly_but
 
 import peftcore
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peftcore_lora import LoraConfig
 from peftcore_qlora import QLoraConfig
-from quantized import INPUTS, llama, logits, of_bnb
+from support import tiny
+from support.quantized import INPUTS, llama, logits, of_bnb
 from torch import nn
 
 import peftcore

@@ -1,9 +1,9 @@
 """QLoRA passes the conformance suite, on each family of models, which it prepares."""
 
-import matrix
 import pytest
-from mixtures import mixture
 from peftcore_qlora import QLoraConfig
+from support import matrix
+from support.mixtures import mixture
 from torch import nn
 
 from peftcore.plugin import MERGE

@@ -1,7 +1,7 @@
 """It passes the conformance suite."""
 
-import matrix
 from peftcore_randlora import RandLoraConfig
+from support import matrix
 
 
 def test_conformance() -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from peftcore_reft import Unit
 from safetensors.torch import load_file
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

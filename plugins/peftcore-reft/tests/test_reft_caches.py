@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
+from support import tiny
 from torch import Tensor, nn
 
 import peftcore

@@ -1,8 +1,8 @@
 """It passes the conformance suite."""
 
-import matrix
 import pytest
 from peftcore_reft import ReftConfig
+from support import matrix
 
 from peftcore.plugin import CHECKS, COMPILE, MERGE, check_method
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import quiet
 from peftcore_relora import Relora, ReloraConfig, schedule
+from support import tiny
+from support.against_peft import quiet
+from support.trainers import LR, ROWS, trainer
 from torch import nn
-from trainers import LR, ROWS, trainer
 
 import peftcore
 from peftcore.files.loading import restore

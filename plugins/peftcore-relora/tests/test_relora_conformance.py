@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import matrix
 import pytest
-import rank_restarts
-import tiny
 import torch
 from peftcore_relora import ReloraConfig
-from processes import run
+from support import matrix, tiny
+from support.processes import run
+from support.ranks import restarts
 
 import peftcore
 
@@ -19,9 +18,9 @@ def test_conformance() -> None:
 
 @pytest.mark.parametrize("how", ["shard", "replicate"])
 def test_restarts_on_ranks(how: str) -> None:
-    wanted = rank_restarts.trained(None, torch.optim.AdamW)
+    wanted = restarts.trained(None, torch.optim.AdamW)
     assert sum(".past_" in name for name in wanted) == 28
-    for found in run(rank_restarts.trained, how, torch.optim.AdamW):
+    for found in run(restarts.trained, how, torch.optim.AdamW):
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
             torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=0)

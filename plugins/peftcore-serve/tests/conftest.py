@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from command_fixtures import llama
 from peftcore_serve.app import Server
 from peftcore_serve.command import make
 from starlette.testclient import TestClient
+from support.command_fixtures import llama
 
 import peftcore
 from peftcore.cli.bases import base_and_adapter, models

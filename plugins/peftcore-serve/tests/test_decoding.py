@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from command_fixtures import SIZES
-from commands import SPECIAL, WORDS, save_tokenizer
 from peftcore_serve import command
 from peftcore_serve.sequence import Event, Failed, Finished, Sampling, Sequence
+from support.command_fixtures import SIZES
+from support.commands import SPECIAL, WORDS, save_tokenizer
 
 from .conftest import PROMPTS, save_adapter, written
 

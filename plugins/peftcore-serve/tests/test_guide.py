@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import uvicorn
-from command_fixtures import quick_pictures
-from commands import invoke
 from peftcore_serve import command
 from peftcore_serve.app import Server
+from support.command_fixtures import quick_pictures
+from support.commands import invoke
 
 __all__ = ["quick_pictures"]
 PAGE = Path(__file__).parents[3] / "docs" / "serving.md"

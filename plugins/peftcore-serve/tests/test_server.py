@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from commands import save_tokenizer
 from peftcore_serve import folders
 from peftcore_serve.app import Server
 from peftcore_serve.command import make
 from peftcore_serve.decoding import Batch
 from starlette.testclient import TestClient
+from support.commands import save_tokenizer
 
 import peftcore
 from peftcore.cli.bases import models

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import save_tokenizer
 from peftcore_serve import command, folders
 from peftcore_serve.app import Server
 from peftcore_serve.command import make
 from peftcore_serve.folders import Text
 from starlette.testclient import TestClient
+from support.commands import save_tokenizer
 from tokenizers import PreTokenizedString
 from tokenizers.pre_tokenizers import PreTokenizer
 

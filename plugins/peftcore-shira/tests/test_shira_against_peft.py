@@ -6,11 +6,11 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, logits, moved, quiet
+from support import tiny
+from support.against_peft import both_ways, logits, moved, quiet
+from support.whole_run import nightly_but
 from torch import nn
-from whole import nightly_but
 
 import peftcore
 

@@ -1,8 +1,8 @@
 """Trainable tokens pass the conformance suite, on each family of models that have tokens."""
 
-import matrix
 import torch
 from peftcore_trainable_tokens import TrainableTokensConfig
+from support import matrix
 
 from peftcore.plugin import IDENTITY
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import both_ways, logits, moved, quiet
 from peftcore_trainable_tokens import TrainableTokensConfig
+from support import tiny
+from support.against_peft import both_ways, logits, moved, quiet
 from torch import nn
 
 import peftcore

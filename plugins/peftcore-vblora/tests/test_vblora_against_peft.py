@@ -7,9 +7,9 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import TASKS, both_ways
+from support import tiny
+from support.against_peft import TASKS, both_ways
 
 import peftcore
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import peft
 import pytest
-import tiny
-from against_peft import TASKS, both_ways
 from safetensors.torch import load_file
-from whole import nightly_but
+from support import tiny
+from support.against_peft import TASKS, both_ways
+from support.whole_run import nightly_but
 
 import peftcore
 

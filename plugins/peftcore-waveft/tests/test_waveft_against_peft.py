@@ -7,12 +7,12 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
-from against_peft import TASKS, both_ways, quiet, same_start
 from hypothesis import given, strategies as st
 from peft.tuners.waveft.layer import WaveFTLinear
 from peftcore_waveft import FAMILIES, Patches, WaveFT, WaveFTConfig, filters
+from support import tiny
+from support.against_peft import TASKS, both_ways, quiet, same_start
 from torch import nn
 
 import peftcore

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Run, save_tokenizer
+from support.commands import Run, save_tokenizer
 
 from peftcore import CheckpointError, PeftcoreError
 from peftcore.cli.bases import adapter_tokenizer, models

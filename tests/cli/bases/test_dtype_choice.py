@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Run, save_tokenizer
+from support.commands import Run, save_tokenizer
 
 import peftcore
 from peftcore import ops

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import exported
 import gguf
 import pytest
 import torch
 from fuzz.gguf_files import Content
+from support import exported
 from transformers import AutoModelForCausalLM
 
 import peftcore

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Run
 from safetensors.torch import load_file, save_file
+from support.commands import Run
 
 from peftcore import CheckpointError, PeftcoreError
 from peftcore.cli.bases.adapter_folders import TASK_FILE, AdapterTask, adapter_task, base_of

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Run
 from safetensors.torch import load_file
+from support.commands import Run
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peftcore

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import own_code_models
 import pytest
 import torch
-from commands import SPECIAL, WORDS, Run
+from support import own_code_models
+from support.commands import SPECIAL, WORDS, Run
 from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
 from peftcore import PeftcoreError

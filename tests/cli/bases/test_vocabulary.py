@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import exported
 import pytest
 import torch
-from commands import Run, write_jsonl
+from support import exported
+from support.commands import Run, write_jsonl
 
 import peftcore
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import Run, write_jsonl
+from support.commands import Run, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import peftcore

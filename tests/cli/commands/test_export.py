@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import exported
 import pytest
 import torch
-from commands import Run
-from exported import logits, saved_run
 from safetensors.torch import load_file
+from support import exported
+from support.commands import Run
+from support.exported import logits, saved_run
 
 import peftcore
 from peftcore.cli.commands import export

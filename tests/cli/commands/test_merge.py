@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from commands import Run
+from support.commands import Run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peftcore

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from whole import WHOLE, nightly_but
+from support.whole_run import WHOLE, nightly_but
 
 import peftcore
 from peftcore.cli.commands.new_plugin import Kind, write
@@ -59,7 +59,8 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
 
 
 USE = """
-import sys, tiny, torch, peftcore
+import sys, torch, peftcore
+from support import tiny
 model = peftcore.apply(tiny.llama(), "fresh")
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 losses = []
@@ -103,7 +104,7 @@ def test_installed_with_pip_used_and_uninstalled(tmp_path: Path) -> None:
     assert "peftcore-fresh" in listed.stdout, listed
     used = python("-c", USE, adapter, with_plugin=True)
     assert used.returncode == 0, used.stderr
-    load = "import sys, tiny, peftcore; peftcore.load(tiny.llama(), sys.argv[1])"
+    load = "import sys, peftcore; from support import tiny; peftcore.load(tiny.llama(), sys.argv[1])"
     gone = python("-c", load, adapter, with_plugin=False)
     assert "no installed method reads peft_type 'FRESH'" in gone.stderr
     assert "pip install peftcore-fresh==0.1.0" in gone.stderr

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from commands import printed
+from support import tiny
+from support.commands import printed
 
 import peftcore
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Run
 from safetensors.torch import load_file
+from support.commands import Run
 
 from peftcore.cli import settings
 from peftcore.cli.training import progress

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commands import Run
+from support.commands import Run
 
 import peftcore
 from peftcore.cli.settings import Settings

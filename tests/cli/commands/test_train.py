@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from commands import Run, write_jsonl
 from safetensors.torch import load_file
+from support import tiny
+from support.commands import Run, write_jsonl
 
 import peftcore
 

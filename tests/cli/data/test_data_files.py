@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from counting import growth
+from support.counted_lines import growth
 
 from peftcore import PeftcoreError
 from peftcore.cli import task_names

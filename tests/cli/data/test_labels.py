@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Run, write_jsonl
+from support.commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
 from peftcore.cli.data import row_reading

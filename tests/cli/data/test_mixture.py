@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Run, write_jsonl
 from hypothesis import given, strategies as st
+from support.commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
 from peftcore.cli import options, task_names

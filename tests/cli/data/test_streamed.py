@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Run, write_jsonl
 from safetensors.torch import load_file
+from support.commands import Run, write_jsonl
 
 import peftcore
 from peftcore import PeftcoreError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Run
+from support.commands import Run
 
 from peftcore import PeftcoreError
 from peftcore.cli import task_names

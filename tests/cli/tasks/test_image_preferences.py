@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import image_models
 import pytest
 import torch
-from commands import Run, write_jsonl
 from PIL import Image
+from support import image_models
+from support.commands import Run, write_jsonl
 
 import peftcore
 from peftcore import PeftcoreError

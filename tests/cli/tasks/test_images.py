@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Run
 from PIL import Image
+from support.commands import Run
 
 import peftcore
 from peftcore import PeftcoreError

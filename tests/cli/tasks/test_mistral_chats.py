@@ -8,11 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import audio_models
-import image_models
 import pytest
 import torch
-from commands import Run, write_jsonl
+from support import audio_models, image_models
+from support.commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
 from peftcore.cli import task_names

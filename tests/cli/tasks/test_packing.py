@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Run
 from hypothesis import given, strategies as st
+from support.commands import Run
 
 import peftcore
 from peftcore.cli.tasks import by_task, packing

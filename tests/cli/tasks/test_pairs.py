@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Run, write_jsonl
+from support.commands import Run, write_jsonl
 from torch.nn import functional as F
 
 import peftcore

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Run, write_jsonl
+from support.commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
 from peftcore.cli.data import row_reading

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Run, write_jsonl
 from safetensors.torch import load_file
+from support.commands import Run, write_jsonl
 
 from peftcore import PeftcoreError
 from peftcore.cli.bases import models

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import Run, write_jsonl
+from support.commands import Run, write_jsonl
 
 import peftcore
 from peftcore import PeftcoreError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import save_tokenizer
+from support.commands import save_tokenizer
 from transformers import AutoTokenizer
 
 from peftcore import CheckpointError, PeftcoreError

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 import torch
-from commands import Run, printed, write_jsonl
 from safetensors.torch import load_file
+from support import processes
+from support.commands import Run, printed, write_jsonl
 
 from peftcore import PeftcoreError
 from peftcore.cli.settings import RunOptions

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import SPECIAL, WORDS, Run, save_tokenizer, write_jsonl
+from support.commands import SPECIAL, WORDS, Run, save_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import peftcore

@@ -5,15 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import audio_models
-import image_models
 import pytest
-import tiny
-from commands import WORDS, Run, write_jsonl
 from PIL import Image
-from step_memory import allocated_by, allocated_with, predicted
+from support import audio_models, image_models, tiny
+from support.commands import WORDS, Run, write_jsonl
+from support.step_memory import allocated_by, allocated_with, predicted
+from support.whole_run import nightly_but
 from transformers import WhisperConfig
-from whole import nightly_but
 
 import peftcore
 from peftcore.cli import task_names

@@ -16,14 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import processes
 import psutil
 import pytest
 import torch
 import typer
-from commands import Run, printed_without_pictures
 from safetensors.torch import load_file
-from whole import WHOLE
+from support import processes
+from support.commands import Run, printed_without_pictures
+from support.whole_run import WHOLE
 
 from peftcore.cli import console
 from peftcore.cli.training.torchrun import join

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Run
+from support.commands import Run
 
 METHOD = ("--method", "lora", "--set", "r=4", "--set", "lora_alpha=8")
 STEPS = ("--steps", 6, "--batch-size", 4, "--lr", "0.02", "--eval-every", 3)

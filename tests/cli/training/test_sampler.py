@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import Run
 from hypothesis import given, strategies as st
+from support.commands import Run
 
 from peftcore.cli.training.sampler import LengthGroupedSampler
 

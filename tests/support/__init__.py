@@ -1,0 +1,1 @@
+"""What tests share: tiny models, toy methods, files as other tools write them, and processes."""

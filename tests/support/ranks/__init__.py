@@ -1,0 +1,1 @@
+"""What the ranks of a distributed run do: `processes.run` calls these functions on each rank."""
