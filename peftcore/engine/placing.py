@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from peftcore.engine.odd_linear import fitted
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, PluginError, nearest, warn
-from peftcore.experts import split_expert_path
 from peftcore.files.peft_configs import config_of_peft, is_of_peft
 from peftcore.layers import is_wrapped
 from peftcore.method import Method
@@ -99,23 +97,18 @@ def _placed(model: nn.Module, chosen: Method, config: Any, building: AbstractCon
 
 
 def _placements_of(method: Method, model: nn.Module, config: Any, architecture: Architecture) -> Sequence[Any]:
-    """Call `place`; explain the error if it took the path of an expert for that of a module."""
+    """Call `place`; if a module is missing in a model of experts, say how a method reads the layer of one expert."""
     try:
         with registry.naming(method.name, "place"):
             return list(method.place(model, config, architecture))
-    except PluginError as named:
-        error = named.__cause__
-        if not isinstance(error, AttributeError):
+    except PluginError as error:
+        if not isinstance(error.__cause__, AttributeError) or not expert_weights(model):
             raise
-        *_, last = traceback.walk_tb(error.__traceback__)
-        path = last[0].f_locals.get("target") if last[0].f_code.co_name == "get_submodule" else None
-        if not isinstance(path, str) or split_expert_path(model, path) is None:
-            raise
-        raise PeftcoreError(
-            f"{method.name} looks for a module at '{path}', where an expert's layer is made of a part of a stacked "
-            "weight. Leave experts out of target_modules; the method's author can read the layer with "
+        raise PluginError(
+            f"{error}. {type(model).__name__} stacks the layers of its experts in one weight: if the method looked for "
+            "one of them, leave experts out of target_modules; its author can read such a layer with "
             "peftcore.plugin.layer_at(model, path)"
-        ) from error
+        ) from error.__cause__
 
 
 def reached_by(placements: Mapping[str, Sequence[Placement]]) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-import sys
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
@@ -57,22 +56,32 @@ def _completed(where: str, model: nn.Module, config: Any) -> Any:
     if getattr(config, "modules_to_save", None):
         heads = detect(model).task_heads if _plain(config.task_type) in _WITH_HEADS else ()
         config.modules_to_save = [*config.modules_to_save, *ends_within_a_name(model, config.modules_to_save), *heads]
-    tuner: Any = getattr(sys.modules["peft"], "PEFT_TYPE_TO_TUNER_MAPPING", {}).get(config.peft_type)
-    prepare = None if tuner is None else getattr(tuner.__new__(tuner), "_prepare_adapter_config", None)
-    if prepare is None:  # prompts, or another version of PEFT
-        if getattr(config, "target_modules", ()) is None:
-            raise PeftcoreError(f"{where} names no target_modules. Name them, or 'all-linear'")
-        return config
-    _name_experts(where, model, config)
-    _refuse_experts(where, model, config)
-    of_model: Any = getattr(model, "config", None)
-    known = of_model.to_dict() if hasattr(of_model, "to_dict") else {}
-    try:
-        return prepare(config, {"model_type": "custom", **known})
-    except ValueError as error:
-        raise PeftcoreError(
-            f"{where} has no target_modules, and PEFT has no defaults for {type(model).__name__} ({error})"
-        ) from error
+    if hasattr(config, "target_modules"):  # prompts have none
+        _name_experts(where, model, config)
+        _refuse_experts(where, model, config)
+        _fill_in_targets(where, model, config)
+    return config
+
+
+def _fill_in_targets(where: str, model: nn.Module, config: Any) -> None:
+    """Set fields of module names that are None to PEFT's defaults for the type of model.
+
+    PEFT has a table for each `peft_type` and field. Without one, the method has a default of its own for None.
+    """
+    tables = vars(importlib.import_module("peft.utils.constants"))
+    peft_type = _plain(config.peft_type).replace("_", "")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for field in ("target_modules", "feedforward_modules"):
+        table = tables.get(f"TRANSFORMERS_MODELS_TO_{peft_type}_{field.upper()}_MAPPING")
+        if table is None or getattr(config, field, ()) is not None:
+            continue
+        if model_type in table:
+            defaults = table[model_type]
+            setattr(config, field, defaults if isinstance(defaults, str) else set(defaults))
+        elif not getattr(config, "target_parameters", None):
+            raise PeftcoreError(
+                f"{where} has no {field}, and PEFT has no defaults for {type(model).__name__}. Name them: {field}=[...]"
+            )
 
 
 def _name_experts(where: str, model: nn.Module, config: Any) -> None:

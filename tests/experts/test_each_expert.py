@@ -185,7 +185,7 @@ class Gain(nn.Module):
 @pytest.mark.parametrize(
     ("left_out", "read", "message"),
     [
-        (None, lambda model, path: model.get_submodule(path), r"gain looks for a module at '.*experts.0.gate_up_proj'"),
+        (None, lambda model, path: model.get_submodule(path), "has no attribute .0.* with peftcore.plugin.layer_at"),
         ("2.down_proj", targets.layer_at, r"at experts of '.*experts.down_proj', and none at expert 2. All have one"),
         (None, lambda model, path: model.heads, "has no attribute 'heads'"),
         ("twice", targets.layer_at, r"gain places two adapters at '.*experts.0.gate_up_proj'; a module takes one"),

@@ -25,6 +25,7 @@ OBJECTS = {
     "a regular expression": peft.LoraConfig(target_modules=r".*\.mlp\.(up|down)_proj", exclude_modules=["up_proj"]),
     "lists without an entry": peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[], exclude_modules=[]),
     "all-linear": peft.LoraConfig(target_modules="all-linear", modules_to_save=["norm"]),
+    "the token embedding by default": peft.TrainableTokensConfig(token_indices=[1, 5]),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "cpt": peft.CPTConfig(task_type="CAUSAL_LM"),
     "cpt with examples": peft.CPTConfig(
