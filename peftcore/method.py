@@ -15,9 +15,20 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)  # functions return the type of model that they were given
 
-# The adapters with one name, by `Placement.key`: the path of the module or parameter. Those without a key, such as
-# prompts, have "", or, if that is taken, "#1", "#2" in order of placement.
-AdapterModules = Mapping[str, nn.Module]
+
+class AdapterModules(dict[str, nn.Module]):
+    """The modules of one adapter, by `Placement.key`: the path of the adapted module or parameter.
+
+    Modules without a key, such as prompts, have "", or, if that is taken, "#1", "#2" in order of placement.
+
+    Attributes:
+        trained: the base parameters that the adapter trains, by name in the model: those of `Train` placements and of
+            `modules_to_save`. They are the adapter's own copies, which `remove` exchanges for the original ones.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], trained: dict[str, nn.Parameter]) -> None:
+        super().__init__(modules)
+        self.trained = trained
 
 
 def tensor_name(placement: Placement, name: str) -> str:

@@ -13,7 +13,7 @@ from peftcore import ranks
 from peftcore.adaptation.base_modules import base_modules
 from peftcore.engine.divided import undivided
 from peftcore.engine.placing import recorded, with_memory
-from peftcore.engine.state import adapter_modules, applied, require_state
+from peftcore.engine.state import adapter_modules, adapter_parameters, applied, require_state
 from peftcore.engine.trained import moving_buffers, unmoved_buffers
 from peftcore.engine.training_hooks import method_modules
 from peftcore.errors import PeftcoreError, PluginError
@@ -68,13 +68,15 @@ def initialize_adapter(
                 f"{method} has changed '{changed}' of the base while initialising its adapter. It may change only the "
                 "adapter. Load the base again, and report this to the plugin's author"
             )
+    tensors: dict[str, Tensor] = dict(adapter_parameters(model, adapter))
     for path, module in adapter_modules(model, adapter):
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
-                raise PeftcoreError(
-                    f"{method} initialises '{name}' at '{path}' with values that are not finite. Check the base and "
-                    "the batches for NaN and Inf, or pass more batches"
-                )
+        tensors.update((f"{path}.{name}" if path else name, buffer) for name, buffer in module.named_buffers())
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            raise PeftcoreError(
+                f"{method} initialises '{name}' with values that are not finite. Check the base and the batches for "
+                "NaN and Inf, or pass more batches"
+            )
 
 
 @contextmanager

@@ -23,18 +23,16 @@ from torch.utils.hooks import RemovableHandle
 from peftcore import ranks
 from peftcore.engine.current_optimizer import stepping, unwrapped
 from peftcore.engine.state import Applied, adapter_parameters, applied, placements, require_state, state_of
+from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.events import adapter_applied
-from peftcore.method import Method
+from peftcore.method import AdapterModules, Method
 from peftcore.registry import registry
 from peftcore.sharded_terms import term_of_whole
 
 
-def method_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
-    """Return the adapter modules of `adapter` that are still attached, each once.
-
-    Keys are those of the placements (`Placement.key`); for an adapter without one, such as a prompt, `""`, then `#1`,
-    `#2`, in the order of placing.
+def method_modules(model: nn.Module, adapter: str) -> AdapterModules:
+    """Return the modules of `adapter` that are still attached, each once, and the base parameters that it trains.
 
     Raises:
         PeftcoreError: no such adapter is applied, or its method placed two at one path.
@@ -52,7 +50,9 @@ def method_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
             )
         found[key] = placement.adapter
     free = (key for key in ("", *(f"#{number}" for number in range(1, len(others) + 1))) if key not in found)
-    return found | dict(zip(free, others, strict=False))
+    found.update(zip(free, others, strict=False))
+    owned = TrainedParameters.of(model, adapter)
+    return AdapterModules(found, {} if owned is None else dict(owned.values(model)))
 
 
 def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any = None) -> None:
@@ -79,15 +79,15 @@ def after_step(model: nn.Module, step: int, total_steps: int, *, optimizer: Any 
         entry.missed_steps = None
         if method.after_step is not None:
             modules = method_modules(model, name)
-            before = _base_versions(model, entry)
-            parameters = (parameter for module in modules.values() for parameter in module.parameters())
+            parameters = [parameter for _, parameter in adapter_parameters(model, name)]
+            before = _base_versions(model, entry, parameters)
             with (
                 registry.naming(method.name, "after_step"),
                 ranks.gathered(parameters, write=True),
                 stepping(optimizer),
             ):
                 config = method.after_step(modules, entry.config, step, total_steps)
-            after = _base_versions(model, entry)
+            after = _base_versions(model, entry, parameters)
             changed = next((each for each in after if before.get(each, after[each]) != after[each]), None)
             if changed is not None:
                 raise PluginError(
@@ -155,12 +155,17 @@ def loss_terms(model: nn.Module) -> dict[str, Tensor]:
     for name, entry, method in _training(model):
         if method.loss is None:
             continue
-        modules = method_modules(model, name)
         ranks.reshard(model)  # or whole parameters may be in the slots, whose gradients would be lost
-        of_parts = any(ranks.is_part(p) for module in modules.values() for p in module.parameters())
-        of_modules = partial(method.loss, modules, entry.config)
+        modules = method_modules(model, name)
+        of_parts = any(ranks.is_part(parameter) for _, parameter in adapter_parameters(model, name))
+        compute = partial(method.loss, modules, entry.config)
+        if of_parts:
+            trained = nn.Module()
+            # The same dictionary, so that the method finds the full tensors in `modules.trained`.
+            trained._parameters = modules.trained
+            compute = partial(term_of_whole, [*modules.values(), trained], compute, method.name)
         with registry.naming(method.name, "loss"):
-            found = term_of_whole(list(modules.values()), of_modules, method.name) if of_parts else of_modules()
+            found = compute()
         term = _term(found, method.name)
         if term is not None:
             terms[name] = term
@@ -267,16 +272,23 @@ def _training(model: nn.Module) -> Iterator[tuple[str, Applied, Method]]:
             yield name, entry, registry.method(entry.method)
 
 
-def _base_versions(model: nn.Module, entry: Applied) -> dict[str, int]:
-    """Return {name: version} of the frozen base parameters of the modules that an adapter is attached to."""
+def _base_versions(model: nn.Module, entry: Applied, trained: Iterable[nn.Parameter]) -> dict[str, int]:
+    """Return {name: version} of the frozen base parameters of the modules that an adapter is attached to.
+
+    Args:
+        trained: the adapter's parameters, which are left out; a method may have frozen some for the next steps.
+    """
     found = {}
+    own = {id(parameter) for parameter in trained}
     for path in entry.paths:
         try:
             module = model.get_submodule(path)
         except AttributeError:  # it has been deleted
             continue
         for name, parameter in module._parameters.items():
-            if parameter is None or parameter.requires_grad or parameter.is_inference() or ranks.is_part(parameter):
+            if parameter is None or id(parameter) in own:
+                continue
+            if parameter.requires_grad or parameter.is_inference() or ranks.is_part(parameter):
                 continue
             found[f"{path}.{name}" if path else name] = parameter._version
     return found

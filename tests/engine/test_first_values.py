@@ -148,7 +148,7 @@ def greedy(model: nn.Module, adapters: Any, config: Any, batches: Any) -> None:
         (from_data, None, "needs batches"),
         (from_data, [], "there is no batch"),
         (from_data, ["text"], "a batch is a mapping .* found 'text'"),
-        (broken, None, r"it initialises 'gain' at 'model.layers.0.self_attn.q_proj' with values that are not finite"),
+        (broken, None, r"it initialises 'model.layers.0.self_attn.q_proj.gain' with values that are not finite"),
         (greedy, None, "it has changed 'model.norm.weight' of the base"),
         (greedy, BATCHES, "it has changed 'model.norm.weight' of the base"),
         (None, BATCHES, "it does not initialise from data. Leave batches out"),

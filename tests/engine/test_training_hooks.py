@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,7 +15,18 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, adapter_parameters, method_modules
-from peftcore.plugin import After, Architecture, SoftPrompt
+from peftcore.plugin import (
+    AdapterModules,
+    After,
+    Architecture,
+    Method,
+    Placement,
+    SoftPrompt,
+    StateRules,
+    Train,
+    targets,
+)
+from peftcore.testing import check_method
 
 
 def test_modules_of_a_method_are_its_own_by_path(toys: None) -> None:
@@ -197,3 +210,98 @@ def test_wrong_groups_are_refused(groups: Any, match: str) -> None:
         model = peftcore.apply(tiny.llama(), "grouped")
         with pytest.raises(peftcore.PeftcoreError, match=f"groups of grouped .'default'.*{match}"):
             peftcore.parameter_groups(model, lr=0.1)
+
+
+NORMS = ("model.layers.0.input_layernorm.weight", "model.norm.weight")
+
+
+def test_hooks_get_the_base_parameters_that_the_adapter_trains() -> None:
+    def initialize(model: nn.Module, adapters: AdapterModules, config: Any, batches: Any) -> None:
+        adapters.trained[NORMS[0]].fill_(3.0)
+
+    def groups(adapters: AdapterModules, config: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        return [{"params": [adapters.trained[NORMS[0]]], "lr": 10 * lr}]
+
+    def after_step(adapters: AdapterModules, config: Any, step: int, total_steps: int) -> None:
+        with torch.no_grad():
+            adapters.trained[NORMS[1]].clamp_(max=0.5)
+
+    def loss(adapters: AdapterModules, config: Any) -> Tensor:
+        return sum(parameter.sum() for parameter in adapters.trained.values())
+
+    hooks = {"initialize": initialize, "parameter_groups": groups, "after_step": after_step, "loss": loss}
+    with tiny.installed(tiny.method("norms", tiny.PLACES["train"], **hooks)):
+        model = peftcore.apply(tiny.llama(), "norms", names=NORMS)
+        first, last = model.model.layers[0].input_layernorm.weight, model.model.norm.weight
+        assert first.eq(3).all() and last.eq(1).all()
+        own, rest = peftcore.parameter_groups(model, lr=0.1)
+        assert own["lr"] == 1 and own["params"][0] is first and rest["params"][0] is last
+        assert peftcore.extra_loss(model).item() == 3 * len(first) + len(last)
+        peftcore.after_step(model, 1, 2)
+        assert first.eq(3).all() and last.eq(0.5).all()
+        peftcore.remove(model)
+        assert model.model.layers[0].input_layernorm.weight.eq(1).all() and model.model.norm.weight.eq(1).all()
+
+
+def test_modules_to_save_are_among_them_and_adapters_keep_their_keys() -> None:
+    found = []
+    with tiny.installed(tiny.method("around", after_step=lambda adapters, *_: found.append(adapters))):
+        model = peftcore.apply(tiny.llama(), "around")
+        peftcore.apply(model, "lora", adapter="head", target_modules=["q_proj"], modules_to_save=["lm_head"])
+        peftcore.after_step(model, 1, 2)
+        assert found[0].trained == {} and len(found[0]) == 2
+        adapters = method_modules(model, "head")
+        assert adapters.trained == {"lm_head.weight": model.lm_head.weight}
+        assert list(adapters) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+
+
+@dataclass(frozen=True)
+class LayersInTurnConfig:
+    """Train `layers` random layers at a time, and choose again every `interval` steps (LISA, arXiv 2403.17919)."""
+
+    layers: int = 1
+    interval: int = 2
+    seed: int = 0
+
+
+def place_layers(model: nn.Module, config: LayersInTurnConfig, architecture: Architecture) -> list[Placement]:
+    return [Train([name for name, parameter in targets.base_parameters(model) if parameter.is_floating_point()])]
+
+
+def choose_layers(adapters: AdapterModules, config: LayersInTurnConfig, step: int, total_steps: int) -> None:
+    numbers = {name: re.search(r"[.](\d+)[.]", name) for name in adapters.trained}
+    count = 1 + max(int(number[1]) for number in numbers.values() if number)
+    generator = torch.Generator().manual_seed(config.seed + step // config.interval)
+    chosen = torch.randperm(count, generator=generator)[: config.layers].tolist()
+    for name, parameter in adapters.trained.items():
+        number = numbers[name]
+        parameter.requires_grad_(number is None or int(number[1]) in chosen)
+
+
+LAYERS_IN_TURN = Method(
+    "layers-in-turn", LayersInTurnConfig, place_layers, StateRules("LAYERS_IN_TURN"), after_step=choose_layers
+)
+
+
+def test_layers_in_turn() -> None:
+    trained = []
+    with tiny.installed(LAYERS_IN_TURN):
+        model = peftcore.apply(tiny.llama(), "layers-in-turn")
+        optimizer = torch.optim.AdamW(peftcore.parameter_groups(model, lr=1e-2))
+        for step in range(1, 9):
+            before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+            optimizer.zero_grad()
+            model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
+            optimizer.step()
+            peftcore.after_step(model, step, 8)
+            moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+            assert "lm_head.weight" in moved
+            trained.append({int(name.split(".")[2]) for name in moved if ".layers." in name})
+        # The first choice is made after the first step, a later one after every second.
+        assert trained == [{0, 1}, {0}, {1}, {1}, {0}, {0}, {0}, {0}]
+
+
+def test_layers_in_turn_pass_the_conformance_suite() -> None:
+    reasons = {"resume is exact": "which layers train is not saved: all do in the first step after resuming"}
+    with tiny.installed(LAYERS_IN_TURN):
+        check_method(LayersInTurnConfig(), families=["Llama"], not_applicable=reasons)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_modules, adapter_parameters
-from peftcore.plugin import Around
+from peftcore.plugin import AdapterModules, Around, Train
 from peftcore.testing import disturb
 from support import tiny
 from support.ranks import work
@@ -26,6 +26,16 @@ def pull(adapters: Any, config: Any) -> Tensor:
 
 def follow(adapters: Any, config: Any) -> Tensor:
     return torch.stack([each.seen for each in adapters.values()]).sum()
+
+
+def orthogonal(adapters: AdapterModules, config: Any) -> Tensor:
+    """A term of trained base parameters that takes full tensors."""
+    terms = [(weight @ weight.T - torch.eye(len(weight))).square().sum() for weight in adapters.trained.values()]
+    return 0.01 * torch.stack(terms).sum()
+
+
+def place_trained(model: nn.Module, *_: Any) -> list[Any]:
+    return [Train([f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)])]
 
 
 class Seeing(tiny.Banked):
@@ -77,10 +87,11 @@ def against_one_process(method: str, how: str) -> tuple[float, ...] | str:
 def all_against_one_process() -> dict[str, tuple[float, ...] | str]:
     warnings.simplefilter("ignore")
     seeing = tiny.method("seeing", place_seeing, loss=follow)
-    with tiny.installed(tiny.method("shared", tiny.PLACES["shared"], loss=pull), seeing):
+    trained = tiny.method("trained", place_trained, loss=orthogonal)
+    with tiny.installed(tiny.method("shared", tiny.PLACES["shared"], loss=pull), seeing, trained):
         return {
             f"{method}, {how}": against_one_process(method, how)
-            for method in ("shared", "seeing")
+            for method in ("shared", "seeing", "trained")
             for how in ("ddp", "replicate", "replicate keeping", "shard", "shard keeping")
         }
 
