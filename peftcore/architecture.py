@@ -32,6 +32,8 @@ class Sublayer:
         norm: path of the norm whose input is h + x (post-norm), else None.
         stream: path of the module whose (first) output is h + s (pre-norm), or None.
         query: path of the layer that projects x to queries, None if keys and values share it.
+        output_projection: path of the layer that projects the concatenated outputs of the heads, `[..., heads *
+            head_dim]`, to the hidden size (Llama's `o_proj`), or None if there is no such layer.
         inner: paths of the layers from the hidden to the inner size of a feed-forward.
     """
 
@@ -44,6 +46,7 @@ class Sublayer:
     norm: str | None = None
     stream: str | None = None
     query: str | None = None
+    output_projection: str | None = None
     inner: tuple[str, ...] = ()
 
 

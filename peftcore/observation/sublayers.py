@@ -164,6 +164,7 @@ class _Reader:
             norm=norm,
             stream=streams[0].path if streams and norm is None else None,
             query=self._query(branch) if kind != FEED_FORWARD else None,
+            output_projection=self._output_projection(branch) if kind != FEED_FORWARD else None,
             inner=self._inner(branch) if kind == FEED_FORWARD else (),
         )
 
@@ -236,6 +237,16 @@ class _Reader:
         query, key = (self._linear_before(v, branch.stream) for v in product)
         return query[0].path if len(query) == 1 and query[0] not in key else None
 
+    def _output_projection(self, branch: Branch) -> str | None:
+        """Return the path of the only linear layer between the heads' outputs and h."""
+        product = self._product(branch)
+        if product is None:
+            return None
+        last = self._linear_before(branch.h, branch.stream)
+        # Without an output projection, the nearest layers are those of queries, keys and values.
+        before = [call for value in product for call in self._linear_before(value, branch.stream)]
+        return last[0].path if len(last) == 1 and last[0] not in before else None
+
     def _inner(self, branch: Branch) -> tuple[str, ...]:
         """Return the paths of the linear layers whose outputs the last layers of a feed-forward read."""
         last = self._linear_before(branch.h, branch.stream)
@@ -263,7 +274,8 @@ def _moved(sublayer: Sublayer, layer: str, to: str) -> Sublayer:
     def moved(path: str) -> str:
         return to + path[len(layer) :] if path == layer or path.startswith(f"{layer}.") else path
 
-    paths: dict[str, Any] = {name: getattr(sublayer, name) for name in ("output", "whole", "norm", "stream", "query")}
+    names = ("output", "whole", "norm", "stream", "query", "output_projection")
+    paths: dict[str, Any] = {name: getattr(sublayer, name) for name in names}
     paths = {name: moved(path) for name, path in paths.items() if path is not None}
     return replace(sublayer, inner=tuple(map(moved, sublayer.inner)), **paths)
 
