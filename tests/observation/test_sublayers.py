@@ -10,6 +10,7 @@ from support import tiny
 from torch import nn
 
 import peftcore
+from peftcore.architecture import Sublayer
 from peftcore.observation import detect, example_inputs
 from peftcore.observation.sublayers import find
 
@@ -39,13 +40,32 @@ MODELS = {
 COUNTS = {"t5": 2 * 2 + 2 * 3, "BartModel": 10, "WhisperModel": 10, "CLIPModel": 8, "MambaModel": 2, "SwinModel": 8}
 
 
+OUTPUT_PROJECTIONS = {
+    "llama": "model.layers.0.self_attn.o_proj",
+    "gpt2": "transformer.h.0.attn.c_proj",
+    "bert": "bert.encoder.layer.0.attention.output.dense",
+    "distilbert": "transformer.layer.0.attention.out_lin",
+    "BartModel": "encoder.layers.0.self_attn.out_proj",
+    "BloomModel": "h.0.self_attention.dense",
+    "FalconModel": "h.0.self_attention.dense",
+    "GPTJModel": "h.0.attn.out_proj",
+    "MixtralModel": "layers.0.self_attn.o_proj",
+    "OPTModel": "decoder.layers.0.self_attn.out_proj",
+    "SwinModel": "encoder.layers.0.blocks.0.attention.o_proj",
+}
+
+
+def modules_of(sublayer: Sublayer) -> tuple[str | None, ...]:
+    return sublayer.output, sublayer.whole, sublayer.norm, sublayer.stream, sublayer.output_projection
+
+
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_what_is_observed_is_what_the_model_does(kind: str) -> None:
     model = MODELS[kind]()
     sublayers = detect(model).sublayers
     assert len(sublayers) == COUNTS.get(kind, 4)
     seen: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {}
-    for path in {p for s in sublayers for p in (s.output, s.whole, s.norm, s.stream) if p is not None}:
+    for path in {p for s in sublayers for p in modules_of(s) if p is not None}:
         model.get_submodule(path).register_forward_hook(
             lambda module, args, kwargs, out, path=path: seen.update(copy.deepcopy({path: (args, kwargs, out)})),
             with_kwargs=True,
@@ -59,6 +79,8 @@ def test_what_is_observed_is_what_the_model_does(kind: str) -> None:
     for sublayer in sublayers:
         h = first(seen[sublayer.output][2])
         assert h.shape[-1] == sublayer.width
+        if sublayer.output_projection is not None:  # Swin's is in windows of tokens
+            torch.testing.assert_close(first(seen[sublayer.output_projection][2]).reshape(h.shape), h)
         x = None
         if sublayer.whole is not None:
             args, kwargs, whole = seen[sublayer.whole]
@@ -118,6 +140,53 @@ def test_a_forward_that_fails_half_way_gives_none() -> None:
     assert find(model) == ()
     with pytest.raises(peftcore.PeftcoreError, match="where LlamaForCausalLM has its attention"):
         peftcore.apply(model, "adapter")
+
+
+@pytest.mark.parametrize("kind", list(OUTPUT_PROJECTIONS))
+def test_output_projections_of_attention(kind: str) -> None:
+    paths = [s.output_projection for s in detect(MODELS[kind]()).sublayers if s.kind == "attention"]
+    assert None not in paths and paths[0] == OUTPUT_PROJECTIONS[kind]
+
+
+def test_cross_attention_has_an_output_projection_of_its_own() -> None:
+    last = {s.kind: s.output_projection for s in find(tiny.MODELS["t5"]()) if s.output.startswith("decoder.block.1.")}
+    assert last == {
+        "attention": "decoder.block.1.layer.0.SelfAttention.o",
+        "cross_attention": "decoder.block.1.layer.1.EncDecAttention.o",
+        "feed_forward": None,
+    }
+
+
+class OneHead(nn.Module):
+    """Attention with one head and without an output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+class OneHeadModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(96, 8), nn.ModuleList([OneHead(), OneHead()])
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_attention_may_have_no_output_projection() -> None:
+    sublayers = find(OneHeadModel())
+    assert [(s.kind, s.output, s.output_projection) for s in sublayers] == [
+        ("attention", "layers.0", None),
+        ("attention", "layers.1", None),
+    ]
 
 
 def test_projections_and_layers() -> None:
