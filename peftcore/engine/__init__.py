@@ -8,15 +8,15 @@ from peftcore.engine.activating import (
     set_trainable as set_trainable,
 )
 from peftcore.engine.applying import (
+    add_adapter as add_adapter,
     apply as apply,
-    apply_to_fill as apply_to_fill,
-    check_name as check_name,
 )
 from peftcore.engine.changes import with_adapter as with_adapter
 from peftcore.engine.divided import follows_plan as follows_plan
 from peftcore.engine.first_values import takes_batches as takes_batches
-from peftcore.engine.placing import (
-    placements_for as placements_for,
+from peftcore.engine.placing import placements_for as placements_for
+from peftcore.engine.preflight import (
+    check_name as check_name,
     refuse_adapters_of_others as refuse_adapters_of_others,
 )
 from peftcore.engine.removing import (

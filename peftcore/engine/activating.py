@@ -13,10 +13,9 @@ from typing import Any
 from torch import nn
 
 from peftcore.adaptation import adapted
-from peftcore.adaptation.adapted import adapters_of
 from peftcore.adaptation.concurrency import Activation, Block
 from peftcore.adaptation.light import parts
-from peftcore.engine.placing import refuse_shared
+from peftcore.engine.preflight import refuse_shared
 from peftcore.engine.samples import (
     modules_by_sample,
     observe_rows,
@@ -38,7 +37,6 @@ from peftcore.engine.state import (
 from peftcore.engine.trained import TrainedParameters, place_kept_tensors, unmoved_buffers
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import Model
-from peftcore.placements.attachments import Attached
 
 
 @exclusive("activate adapters", base=True)
@@ -318,31 +316,6 @@ def update_call_context(state: State) -> None:
         state.lock.context = None
         return
     require_call_context(state).names = frozenset().union(*reads)
-
-
-def check_branches(model: nn.Module, state: State, adapter: str, attached: Iterable[Attached]) -> None:
-    """Raise a PeftcoreError unless each branch of the new `adapter` is attached where it is to be combined."""
-    for each in attached:
-        for name in each.branches:
-            if name == adapter:
-                raise PeftcoreError(f"'{adapter}' names itself among the adapters that it combines")
-            if name not in state.applied:
-                there = f"applied: {', '.join(state.applied)}" if state.applied else "none is applied"
-                raise PeftcoreError(
-                    f"'{adapter}' combines '{name}', which is not applied ({there}). Apply or load it first: "
-                    f"peftcore.load(model, folder, adapter='{name}')"
-                )
-            entry, own = state.applied[name], TrainedParameters.of(model, name)
-            why = f"combines others itself ({', '.join(entry.branches)})" if entry.branches else None
-            if entry.trained or (own is not None and own.has_moved(model)):
-                why = "trains parameters of the base, which cannot be a branch of a call"
-            if why:
-                raise PeftcoreError(f"'{adapter}' cannot combine '{name}' ({entry.method}): it {why}")
-            if name not in (adapters_of(model.get_submodule(each.path)) or ()):
-                raise PeftcoreError(
-                    f"'{adapter}' combines '{name}' at '{each.path}', where '{name}' ({entry.method}) is not "
-                    f"attached. It is attached to {', '.join(map(repr, entry.paths[:3]))}"
-                )
 
 
 def freeze_branches(state: State, adapter: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,36 +15,20 @@ from peftcore.adaptation.call import arguments_read
 from peftcore.adaptation.division import watch_batches
 from peftcore.adaptation.light import parts
 from peftcore.adapter import Adapter
-from peftcore.engine.activating import (
-    check_branches,
-    freeze_branches,
-    set_active,
-    update_call_context,
-)
+from peftcore.engine.activating import freeze_branches, set_active, update_call_context
 from peftcore.engine.changes import Site, facts, submodule
-from peftcore.engine.divided import divide_experts, is_divided, refuse_divided, refuse_stage
+from peftcore.engine.divided import divide_experts, is_divided
 from peftcore.engine.first_values import initialize_adapter, initializer
-from peftcore.engine.gradients import refuse_without_gradient
-from peftcore.engine.placing import Placed, device_and_dtype, placements_for, recorded, warn_of_little, with_memory
+from peftcore.engine.placing import device_and_dtype, placements_for, recorded, warn_of_little, with_memory
+from peftcore.engine.preflight import CHANGE, check_new_adapter, check_request
 from peftcore.engine.removing import detach_adapter
-from peftcore.engine.state import (
-    STATE,
-    Applied,
-    State,
-    exclusively,
-    refuse_changed,
-    refuse_merged,
-    refuse_per_sample,
-    state_of,
-)
-from peftcore.engine.trained import TrainedParameters, enclosing_paths, refuse_sharded_parameters
-from peftcore.errors import PeftcoreError
+from peftcore.engine.state import STATE, Applied, State, exclusive, state_of
+from peftcore.engine.trained import TrainedParameters, enclosing_paths
 from peftcore.events import adapter_applied
 from peftcore.method import Model
 from peftcore.observation import assumed_unchanged
+from peftcore.placements.attachments import Attachments
 from peftcore.registry import registry
-
-_CHANGE = "apply another adapter"  # as messages name it
 
 
 def apply(
@@ -77,79 +61,67 @@ def apply(
         PeftcoreError: a field, pattern or name is wrong, or the adapter cannot be initialised. The model is then
             unchanged except for what the method has prepared, such as a base in 4 bits.
     """
-    with exclusively(model, _CHANGE, base=True):
-        return _apply(model, method, fields, adapter, dtype, batches, first_values=True)
+    return add_adapter(model, method, fields, adapter=adapter, dtype=dtype, batches=batches)
 
 
-def apply_to_fill(
-    model: Model,
-    config: Any,
-    *,
-    adapter: str = "default",
-    dtype: torch.dtype | None = None,
-    active: bool = True,
-    trainable: bool = True,
-) -> Model:
-    """Attach an adapter like `apply`, without initialising it: its values will be filled in.
-
-    Args:
-        config: the config, or a `Placed` on the meta device, whose tensors are then allocated without values.
-        active: activate the adapter. If False, the active adapters stay as they are, also with one for each sample.
-        trainable: whether the adapter trains, as in `set_trainable`.
-    """
-    with exclusively(model, _CHANGE, base=True):
-        return _apply(model, config, {}, adapter, dtype, None, first_values=False, active=active, trainable=trainable)
-
-
+@exclusive(CHANGE, base=True)
 @torch.inference_mode(False)  # what is made under it could never train
-def _apply(
+def add_adapter(
     model: Model,
     method: str | Any,
     fields: dict[str, Any],
-    adapter: str,
-    dtype: torch.dtype | None,
-    batches: Iterable[Any] | None,
     *,
-    first_values: bool,
+    adapter: str = "default",
+    dtype: torch.dtype | None = None,
+    batches: Iterable[Any] | None = None,
+    fill: Callable[[], object] | None = None,
     active: bool = True,
     trainable: bool = True,
 ) -> Model:
-    state = state_of(model) or State()
-    _check_new(adapter, state)
-    refuse_merged(state, _CHANGE)
-    if active:
-        refuse_per_sample(state, _CHANGE)
-    check_dtype(dtype)
-    if state.applied:
-        refuse_changed(model)
-    refuse_stage(model)
+    """Attach an adapter as `apply` does, whose values may come from elsewhere, such as a file.
+
+    Args:
+        model: the model.
+        method: name of a method, a config, or checked `Attachments` on the meta device, whose tensors are then
+            allocated without values.
+        fields: fields of the config, for a name.
+        adapter, dtype, batches: as in `apply`.
+        fill: sets the values of the new adapter, in place of the method's `initialize`.
+        active: activate the adapter. If False, the active adapters stay as they are, also with one for each sample.
+        trainable: whether the adapter trains, as in `set_trainable`.
+    """
+    check_request(model, adapter, dtype, activates=active)
     with assumed_unchanged(model), with_memory(model), ranks.whole_when_read(model):
-        placed = method if isinstance(method, Placed) else placements_for(model, method, fields)
-        initialize, config_of_initialize = initializer(placed.method, placed.config) if first_values else (None, None)
-        if batches is not None and initialize is None:
-            here = "" if placed.method.initialize is None else " with these fields"
-            raise PeftcoreError(f"{placed.method.name} does not initialise from data{here}. Leave batches out")
-        check_branches(model, state, adapter, placed.attached)
-        refuse_without_gradient(model, placed, trains=first_values)
-        refuse_divided(model, placed)
-        refuse_sharded_parameters(model, placed.trained)
-        warn_of_little(model, placed)
-    if placed.method.prepare is not None:
-        with registry.naming(placed.method.name, "prepare"):
-            placed.method.prepare(model, placed.config)
-    of_method, config = recorded(placed.method, placed.config)
-    modules = {each.path: submodule(model, each.path) for each in placed.attached}
-    adapters = [each.adapter for each in placed.attached]
+        attachments = method if isinstance(method, Attachments) else placements_for(model, method, fields)
+        initialize, config_of_initialize = None, None
+        if fill is None:
+            initialize, config_of_initialize = initializer(attachments.method, attachments.config)
+        check_new_adapter(
+            model,
+            adapter,
+            attachments,
+            trains=fill is None,
+            initializes=initialize is not None,
+            has_batches=batches is not None,
+        )
+        warn_of_little(model, attachments)
+    if attachments.method.prepare is not None:
+        with registry.naming(attachments.method.name, "prepare"):
+            attachments.method.prepare(model, attachments.config)
+    of_method, config = recorded(attachments.method, attachments.config)
+    modules = {each.path: submodule(model, each.path) for each in attachments.attached}
+    adapters = [each.adapter for each in attachments.attached]
     allocated: dict[Any, Any] = {}
-    for each in placed.attached:
+    for each in attachments.attached:
         _settle(each.adapter, *device_and_dtype(modules[each.path], dtype), model.training, allocated)
 
+    state = state_of(model) or State()
     is_first = not state.applied
     entry = Applied(
         of_method.name,
         config,
-        placed.placements,
-        placed.trained,
+        attachments.placements,
+        attachments.trained,
         trainable=trainable,
         reads=arguments_read(adapters),
         whole_batch=any([each.whole_batch for each in adapters if isinstance(each, Adapter)]),
@@ -161,17 +133,19 @@ def _apply(
         site.adapters += 1
     state.applied[adapter] = entry
     try:
-        _attach(model, state, adapter, placed, modules, is_first=is_first)
+        _attach(model, state, adapter, attachments, modules, is_first=is_first)
         if initialize is not None:
-            initialize_adapter(model, adapter, initialize, placed.method.name, config_of_initialize, batches)
+            initialize_adapter(model, adapter, initialize, attachments.method.name, config_of_initialize, batches)
         if is_first and is_divided(model):
             state.watching = watch_batches(model)
-        if first_values and is_divided(model):  # the ranks may have drawn different random numbers
+        if fill is None and is_divided(model):  # the ranks may have drawn different random numbers
             ranks.give(tensor for each in adapters for tensor in (*each.parameters(), *each.buffers()))
         if ranks.count() > 1:
-            divide_experts(model, placed)
+            divide_experts(model, attachments)
         if active:
             set_active(model, (*state.active, adapter))
+        if fill is not None:
+            fill()
         adapter_applied.announce(model)
     except BaseException:
         detach_adapter(model, adapter)
@@ -180,22 +154,28 @@ def _apply(
 
 
 def _attach(
-    model: nn.Module, state: State, adapter: str, placed: Placed, modules: Mapping[str, nn.Module], *, is_first: bool
+    model: nn.Module,
+    state: State,
+    adapter: str,
+    attachments: Attachments,
+    modules: Mapping[str, nn.Module],
+    *,
+    is_first: bool,
 ) -> None:
     """Attach the recorded `adapter` to `modules`, inactive; the first one freezes the base."""
     if is_first:  # before other classes are swapped in, inside which the folding class stays
-        folding.fold_frozen(model, placed.architecture.output_head)
-    for path in enclosing_paths(model, modules, placed.trained):
+        folding.fold_frozen(model, attachments.architecture.output_head)
+    for path in enclosing_paths(model, modules, attachments.trained):
         enclosing.enclose(submodule(model, path), state.lock, root=not path)
     if is_first:
         parameters = base_parameters(model)
         state.requires_grad = {name: parameter.requires_grad for name, parameter in parameters}
         for _, parameter in parameters:
             parameter.requires_grad_(False)
-    for each in placed.attached:
+    for each in attachments.attached:
         module = modules[each.path]
         adapted.attach(module, adapter, each.adapter, link=each.link, branches=each.branches, lock=state.lock)
-    TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
+    TrainedParameters.attach(model, adapter, attachments.trained, attachments.apart)
     state.applied[adapter].frozen = TrainedParameters.of(model, adapter) is None  # by `_settle`
     fast_path.guard(model)
     freeze_branches(state, adapter)
@@ -235,39 +215,3 @@ def _settle(
         )
     if not is_set:
         adapter.train(training)
-
-
-def check_name(adapter: Any) -> None:
-    """Raise a PeftcoreError unless `adapter` can be the name of an adapter, a part of keys and paths."""
-    if not isinstance(adapter, str) or not adapter:
-        raise PeftcoreError(f"an adapter's name is a non-empty string, found {adapter!r}")
-    for wrong in "./\\\0":
-        if wrong in adapter:
-            raise PeftcoreError(
-                f"the adapter name {adapter!r} contains {wrong!r}, which paths and keys use. Choose another"
-            )
-    try:
-        adapter.encode()
-    except UnicodeEncodeError:
-        raise PeftcoreError(
-            f"the adapter name {adapter!a} contains half a surrogate pair, which is not text. Choose another"
-        ) from None
-    if hasattr(nn.Module, adapter):
-        raise PeftcoreError(f"the adapter name '{adapter}' is an attribute of torch.nn.Module. Choose another")
-
-
-def _check_new(adapter: str, state: State) -> None:
-    check_name(adapter)
-    if adapter in state.applied:
-        raise PeftcoreError(
-            f"an adapter '{adapter}' is applied already ({state.applied[adapter].method}). "
-            f"Choose another name (adapter=...), or remove it first: peftcore.remove(model, '{adapter}')"
-        )
-
-
-def check_dtype(dtype: Any) -> None:
-    """Raise a PeftcoreError unless `dtype` is None or a floating-point dtype of 16 bits or more."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-        raise PeftcoreError(
-            f"dtype must be a floating torch.dtype of 16 bits or more, such as torch.bfloat16, found {dtype!r}"
-        )

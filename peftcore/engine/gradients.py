@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from peftcore.adaptation.base_modules import base_modules, base_parameters, original_class, original_forward
-from peftcore.engine.placing import Placed
 from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import has_scaled_float8, is_bitsandbytes, is_linear, is_unknown_linear, is_wrapped, sizes
 from peftcore.observation import observe
+from peftcore.placements.attachments import Attachments
 
 
-def refuse_without_gradient(model: nn.Module, placed: Placed, trains: bool) -> None:
+def refuse_without_gradient(model: nn.Module, attachments: Attachments, trains: bool) -> None:
     """Raise a PeftcoreError if adapters would get no gradient, or a wrong one.
 
     Args:
@@ -25,7 +25,7 @@ def refuse_without_gradient(model: nn.Module, placed: Placed, trains: bool) -> N
         PeftcoreError: adapters would be inside a `torch.autograd.Function` whose input requires no gradient, or the
             product with a weight that another library has wrapped or packed passes none to its input.
     """
-    _refuse_in_function(model, placed)
+    _refuse_in_function(model, attachments)
     _keep_gradients_of_bitsandbytes(model)
     cut = _cut_off(model)
     if cut is not None:
@@ -43,12 +43,12 @@ def refuse_without_gradient(model: nn.Module, placed: Placed, trains: bool) -> N
         warn(f"{what}: it can be used but not trained")
 
 
-def _refuse_in_function(model: nn.Module, placed: Placed) -> None:
+def _refuse_in_function(model: nn.Module, attachments: Attachments) -> None:
     """Refuse layers in a `torch.autograd.Function` (Reformer's), which learn only if its input requires gradients."""
     inside = observe(model).in_function
     if not inside or getattr(model, "_require_grads_hooks", None):
         return
-    paths = [*(each.path for each in placed.attached), *(name.rpartition(".")[0] for name in placed.trained)]
+    paths = [*attachments.paths, *(name.rpartition(".")[0] for name in attachments.trained)]
     lost = next((path for path in paths if path in inside), None)
     if lost is None:
         return

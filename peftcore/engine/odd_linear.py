@@ -21,8 +21,9 @@ from peftcore.adaptation.call import arguments_read
 from peftcore.adaptation.chain import Link, OwnForward
 from peftcore.adaptation.outputs import first_of
 from peftcore.adapter import Adapter, Change, implements
+from peftcore.engine.changes import submodule
 from peftcore.errors import PeftcoreError
-from peftcore.placements.attachments import Attached
+from peftcore.placements.attachments import Attachment
 
 _MOST_GROUPS = 256
 
@@ -49,7 +50,7 @@ class MergedLink(Link):
         return own.on_weights(changes).on_weights(merged)  # the last one is the first to be applied
 
 
-def fitted(model: nn.Module, method: str, attached: Sequence[Attached]) -> tuple[Attached, ...]:
+def fitted(model: nn.Module, method: str, attached: Sequence[Attachment]) -> list[Attachment]:
     """Return what is attached, by a `MergedLink` where an adapter does not fit the output of a linear layer.
 
     Raises:
@@ -57,7 +58,7 @@ def fitted(model: nn.Module, method: str, attached: Sequence[Attached]) -> tuple
     """
     found = list(attached)
     for i, each in enumerate(found):
-        module: Any = model.get_submodule(each.path)
+        module: Any = submodule(model, each.path)
         if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
             continue
         if (each.link is not Link and not each.link.follows) or each.branches:
@@ -75,7 +76,7 @@ def fitted(model: nn.Module, method: str, attached: Sequence[Attached]) -> tuple
             )
         if not follows:
             found[i] = dataclasses.replace(each, link=MergedLink)
-    return tuple(found)
+    return found
 
 
 def _odd_output(module: nn.Linear) -> Any:

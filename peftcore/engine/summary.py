@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from peftcore import ranks
 from peftcore.adaptation.base_modules import base_modules, base_parameters, walked_once
-from peftcore.engine.applying import check_dtype
 from peftcore.engine.fusing import fused_modules
 from peftcore.engine.loss_without_logits import is_without_logits
 from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
 from peftcore.engine.placing import covered, device_and_dtype, placements_for, reached_by
+from peftcore.engine.preflight import check_dtype
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.layers import shape_of

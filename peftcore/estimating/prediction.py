@@ -16,7 +16,7 @@ from torch import nn
 
 from peftcore import ranks
 from peftcore.architecture import text_config
-from peftcore.engine import activate, apply, apply_to_fill, state_of, takes_batches
+from peftcore.engine import activate, add_adapter, apply, state_of, takes_batches
 from peftcore.engine.fusing import fuse, fused_modules, recomputes
 from peftcore.engine.loss_without_logits import is_without_logits
 from peftcore.engine.summary import Summary, summary
@@ -278,7 +278,7 @@ def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) ->
                 "peftcore.activate(model, 'NAME'), or name a method"
             )
     elif isinstance(method, str) and takes_batches(method, fields):  # its size depends on no batch
-        apply_to_fill(model, registry.method(method).config_class(**fields))
+        add_adapter(model, method, fields, fill=lambda: None)
     else:
         apply(model, method, **fields)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.engine import activate, adapter_parameters, apply_to_fill, state_of
+from peftcore.engine import activate, adapter_parameters, add_adapter, state_of
 from peftcore.engine.state import refuse_merged, refuse_per_sample
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
@@ -56,11 +56,13 @@ def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
     refuse_per_sample(state, "estimate a step")
     for name, entry in state.applied.items():
         dtypes = {p.dtype for _, p in adapter_parameters(model, name)}
-        apply_to_fill(
+        add_adapter(
             made,
             entry.config,
+            {},
             adapter=name,
             dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            fill=lambda: None,  # sizes alone matter
             active=name in state.active,
             trainable=entry.trainable,
         )

@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from peftcore import engine, ranks
 from peftcore.adaptation.base_modules import base_parameters
 from peftcore.adaptation.light import own_tensors
-from peftcore.engine.placing import Placed
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.experts.in_model import layer_at
@@ -31,6 +30,7 @@ from peftcore.files.safe_reading import CONFIG, TENSORS, parse_json
 from peftcore.files.tensors import fill, is_tied_in
 from peftcore.method import Method
 from peftcore.observation import detect
+from peftcore.placements.attachments import Attachments
 from peftcore.placements.train import Train
 from peftcore.targets import drop_unmatched
 from peftcore.validation import shown
@@ -43,12 +43,12 @@ class Fit:
 
     Args:
         to_fill: its placements on the meta device if the file has all tensors, otherwise its config, for
-            `engine.apply_to_fill`.
+            `engine.add_adapter`.
         multiplier: the factor set by `scale`.
         trained: names of base parameters that it trains.
     """
 
-    to_fill: Placed | Any
+    to_fill: Attachments | Any
     multiplier: float
     trained: tuple[str, ...]
 
@@ -158,7 +158,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _placed(model: nn.Module, method: Method, config: Any, folder: Path) -> Placed:
+def _placed(model: nn.Module, method: Method, config: Any, folder: Path) -> Attachments:
     """Return the placements of the config, built on the meta device.
 
     Raises:
@@ -181,7 +181,7 @@ def _on_meta() -> Iterator[None]:
         yield
 
 
-def _check_fits(placed: Placed, tensors: Mapping[str, Tensor], folder: Path) -> bool:
+def _check_fits(placed: Attachments, tensors: Mapping[str, Tensor], folder: Path) -> bool:
     """Return whether a file has every tensor of these adapters, so that none must be initialised.
 
     Raises:

@@ -149,10 +149,9 @@ def _load(
     trainable: bool,
 ) -> None:
     fit = fitting(model, folder, content, check_base)
-    engine.apply_to_fill(model, fit.to_fill, adapter=adapter, dtype=dtype, trainable=trainable)
-    try:
+
+    def fill() -> None:
         fill_applied(model, adapter, folder, content)
         set_multiplier(model, adapter, fit.multiplier)
-    except BaseException:
-        engine.remove(model, adapter)
-        raise
+
+    engine.add_adapter(model, fit.to_fill, {}, adapter=adapter, dtype=dtype, fill=fill, trainable=trainable)

@@ -17,7 +17,7 @@ import peftcore
 from peftcore import engine, ranks
 from peftcore.adaptation.base_modules import base_parameters, walked_once
 from peftcore.adaptation.light import own_tensors
-from peftcore.engine.applying import check_dtype
+from peftcore.engine.preflight import check_dtype
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
 from peftcore.files import model_card, single_file

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from peftcore import engine, ranks
 from peftcore.adaptation import adapted
 from peftcore.adaptation.adapted import is_adapted
-from peftcore.engine.applying import check_dtype
 from peftcore.engine.changes import facts
+from peftcore.engine.preflight import check_dtype
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, warn
 from peftcore.merging.exchanging import Exchange, Merged, get

@@ -1,9 +1,10 @@
-"""What the placements of a method attach to a model."""
+"""What a method attaches to a model: adapters of modules, and trained parameters of the base."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -11,12 +12,13 @@ from peftcore.adaptation.chain import Link
 from peftcore.architecture import Architecture
 from peftcore.experts import split_expert_path
 from peftcore.experts.joining import ExpertLink, OfExpert, each_expert
+from peftcore.method import Method
 from peftcore.placements.on_weight import WeightLink, joined
 from peftcore.placements.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
-class Attached:
+class Attachment:
     """One adapter as it is attached to a module.
 
     Args:
@@ -43,14 +45,22 @@ class Attachments:
     Args:
         model: the model, which is not changed.
         architecture: facts about it.
-        method: name of the method, for messages.
+        method: the method.
+        config: its config, with every choice explicit.
+        attached: the adapters, one for each module.
+        trained: names of trained parameters of the base.
+        apart: those trained separately from the parameters they are tied to.
+        names_modules: the config names modules, rather than all of a kind.
     """
 
     model: nn.Module
     architecture: Architecture
-    method: str
-    trained: list[str] = field(default_factory=list)
-    _wrapped: list[Attached] = field(default_factory=list)
+    method: Method
+    config: Any = None
+    attached: list[Attachment] = field(default_factory=list)
+    trained: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    names_modules: bool = True
     _changes: dict[str, list[tuple[str, nn.Module, Placement]]] = field(default_factory=dict)
     _experts: dict[str, list[tuple[OfExpert, Placement]]] = field(default_factory=dict)
 
@@ -73,7 +83,7 @@ class Attachments:
         """
         found = split_expert_path(self.model, path)
         if found is None:
-            self._wrapped.append(Attached(path, adapter, (placement,), link, branches))
+            self.attached.append(Attachment(path, adapter, (placement,), link, branches))
         else:
             of_expert = OfExpert(path, *found[1:], adapter, link, branches)
             self._experts.setdefault(found[0], []).append((of_expert, placement))
@@ -84,19 +94,27 @@ class Attachments:
 
     def train(self, names: Sequence[str]) -> None:
         """Train the base parameters `names`."""
-        self.trained += names
+        self.trained = tuple(dict.fromkeys([*self.trained, *names]))
 
-    def joined(self) -> list[Attached]:
-        """Return what is attached to each module, with one adapter for several parameters or experts of a module."""
-        found = self._wrapped[:]
+    def join(self) -> None:
+        """Make one adapter of those for several parameters or experts of a module, once all are declared."""
         for path, experts in self._experts.items():
-            whole: nn.Module = each_expert(self.model, self.method, path, [each for each, _ in experts])
+            whole: nn.Module = each_expert(self.model, self.method.name, path, [each for each, _ in experts])
             placements = tuple(placement for _, placement in experts)
-            found.append(
-                Attached(path, whole, placements, ExpertLink, parts=tuple(each.adapter for each, _ in experts))
-            )
+            parts = tuple(each.adapter for each, _ in experts)
+            self.attached.append(Attachment(path, whole, placements, ExpertLink, parts=parts))
         for path, changes in self._changes.items():
-            whole = joined(self.model, self.method, path, [(name, adapter) for name, adapter, _ in changes])
+            whole = joined(self.model, self.method.name, path, [(name, adapter) for name, adapter, _ in changes])
             placements = tuple(placement for *_, placement in changes)
-            found.append(Attached(path, whole, placements, WeightLink, parts=tuple(each for _, each, _ in changes)))
-        return found
+            parts = tuple(adapter for _, adapter, _ in changes)
+            self.attached.append(Attachment(path, whole, placements, WeightLink, parts=parts))
+
+    @property
+    def placements(self) -> dict[str, tuple[Placement, ...]]:
+        """What the method placed, by the path of the module that carries it."""
+        return {each.path: each.placements for each in self.attached}
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the modules to which adapters are attached."""
+        return [each.path for each in self.attached]

@@ -16,7 +16,7 @@ from peftcore.adaptation.base_modules import base_modules, restored_after_error,
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of
-from peftcore.engine.placing import refuse_scripted
+from peftcore.engine.preflight import refuse_scripted
 from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import is_bitsandbytes, is_wrapped, unknown_layers
 from peftcore.method import Model

@@ -17,6 +17,7 @@ from peftcore.observation import detect
 from peftcore.placements.attachments import Attachments
 from peftcore.plugin import PrefixKV, SoftPrompt
 from peftcore.prompts.backbone import learned_context
+from peftcore.registry import registry
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -52,7 +53,7 @@ def test_input_that_leaves_no_room(make: Callable[[], nn.Module], kind: str) -> 
 def test_wrong_shapes(placement: Callable[[], Any], message: str) -> None:
     model = tiny.gpt2()
     with pytest.raises(PeftcoreError, match=message):
-        placement().attach(Attachments(model, detect(model), "prompt"))
+        placement().attach(Attachments(model, detect(model), registry.method("soft")))
 
 
 def test_models_that_cannot() -> None:
@@ -60,7 +61,7 @@ def test_models_that_cannot() -> None:
 
     distilbert = DistilBertModel(DistilBertConfig(vocab_size=96, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
     with pytest.raises(PeftcoreError, match="needs attention with a cache, and that of DistilBertModel has none"):
-        PrefixKV(Vectors(2, 2, 4, 3, 8)).attach(Attachments(distilbert, detect(distilbert), "prefix"))
+        PrefixKV(Vectors(2, 2, 4, 3, 8)).attach(Attachments(distilbert, detect(distilbert), registry.method("prefix")))
     assert torch.isfinite(peftcore.apply(distilbert, "soft")(tiny.TOKENS)[0]).all()
     with pytest.raises(PeftcoreError, match="DeepseekV3ForCausalLM has latent attention"):
         peftcore.apply(deepseek(), "prefix")

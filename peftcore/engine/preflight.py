@@ -1,0 +1,474 @@
+"""Every refusal of `apply`, `load` and `plan`, before anything changes.
+
+    check_request       the arguments, and the adapters that the model has already
+    check_base          the model, before `place` of the method, which reads it
+    check_placements    what the method has placed
+    check_new_adapter   what else is needed to apply it under a name, and to train it
+
+They run in this order. `plan` changes nothing, so it needs only the two in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import ranks
+from peftcore.adaptation.adapted import adapters_of
+from peftcore.adaptation.base_modules import base_modules, base_parameters
+from peftcore.adaptation.chain import Link
+from peftcore.adaptation.divided_experts import follows_experts, mesh_of_experts
+from peftcore.adaptation.division import division_of, has_plan
+from peftcore.adaptation.enclosing import LOCK
+from peftcore.adaptation.parallel_hooks import divides_tokens
+from peftcore.adapter import unseen_member
+from peftcore.engine.changes import submodule
+from peftcore.engine.gradients import refuse_without_gradient
+from peftcore.engine.state import (
+    Applied,
+    State,
+    check_model,
+    refuse_changed,
+    refuse_merged,
+    refuse_per_sample,
+    state_of,
+)
+from peftcore.engine.trained import TrainedParameters, refuse_sharded_parameters
+from peftcore.errors import PeftcoreError, PluginError, nearest
+from peftcore.layers import is_wrapped
+from peftcore.observation import observe
+from peftcore.placements.attachments import Attachments
+from peftcore.placements.on_weight import WeightLink
+from peftcore.placements.placement import Placement
+from peftcore.targets.selection import refuse_bypassed
+
+CHANGE = "apply another adapter"  # as messages name it
+
+
+def check_request(model: nn.Module, adapter: str, dtype: torch.dtype | None, *, activates: bool) -> None:
+    """Raise a PeftcoreError if no adapter of this name can be applied to `model` now, whatever its method."""
+    state = state_of(model) or State()
+    check_name(adapter)
+    refuse_taken_name(state, adapter)
+    refuse_merged(state, CHANGE)
+    if activates:
+        refuse_per_sample(state, CHANGE)
+    check_dtype(dtype)
+    if state.applied:
+        refuse_changed(model)
+
+
+def check_base(model: nn.Module) -> None:
+    """Raise a PeftcoreError if no adapter can be placed on `model`."""
+    for check in _BASE:
+        check(model)
+
+
+def check_placements(model: nn.Module, attachments: Attachments) -> None:
+    """Raise an error if `attachments` cannot be attached to `model`, or would do nothing."""
+    for check in _PLACEMENTS:
+        check(model, attachments)
+
+
+def check_new_adapter(
+    model: nn.Module, adapter: str, attachments: Attachments, *, trains: bool, initializes: bool, has_batches: bool
+) -> None:
+    """Raise a PeftcoreError if `attachments` cannot become the adapter named `adapter`.
+
+    Args:
+        trains: the adapter is to be trained; a loaded one may only be used.
+        initializes: the method initialises the adapter.
+        has_batches: data was given for that.
+    """
+    if has_batches and not initializes:
+        method = attachments.method
+        with_fields = "" if method.initialize is None else " with these fields"
+        raise PeftcoreError(f"{method.name} does not initialise from data{with_fields}. Leave batches out")
+    refuse_missing_branches(model, adapter, attachments)
+    refuse_without_gradient(model, attachments, trains)
+    refuse_divided(model, attachments)
+    refuse_sharded_parameters(model, attachments.trained)
+
+
+def check_name(adapter: Any) -> None:
+    """Raise a PeftcoreError unless `adapter` can be the name of an adapter, a part of keys and paths."""
+    if not isinstance(adapter, str) or not adapter:
+        raise PeftcoreError(f"an adapter's name is a non-empty string, found {adapter!r}")
+    for wrong in "./\\\0":
+        if wrong in adapter:
+            raise PeftcoreError(
+                f"the adapter name {adapter!r} contains {wrong!r}, which paths and keys use. Choose another"
+            )
+    try:
+        adapter.encode()
+    except UnicodeEncodeError:
+        raise PeftcoreError(
+            f"the adapter name {adapter!a} contains half a surrogate pair, which is not text. Choose another"
+        ) from None
+    if hasattr(nn.Module, adapter):
+        raise PeftcoreError(f"the adapter name '{adapter}' is an attribute of torch.nn.Module. Choose another")
+
+
+def refuse_taken_name(state: State, adapter: str) -> None:
+    """Raise a PeftcoreError if the model has an adapter of this name."""
+    if adapter in state.applied:
+        raise PeftcoreError(
+            f"an adapter '{adapter}' is applied already ({state.applied[adapter].method}). "
+            f"Choose another name (adapter=...), or remove it first: peftcore.remove(model, '{adapter}')"
+        )
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise a PeftcoreError unless `dtype` is None or a floating-point dtype of 16 bits or more."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise PeftcoreError(
+            f"dtype must be a floating torch.dtype of 16 bits or more, such as torch.bfloat16, found {dtype!r}"
+        )
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise a PeftcoreError if `model` is the wrapper of torch.compile."""
+    if hasattr(model, "_orig_mod"):
+        raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Raise a PeftcoreError if a part of the model is compiled by torch.jit, which hides its code and parameters."""
+    for path, module in base_modules(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PeftcoreError(
+                f"{path or 'the model'!r} is a torch.jit.ScriptModule, which cannot be adapted or quantized, nor can "
+                "the model around it. Build the model with the module that was scripted, and compile it afterwards "
+                "with torch.compile"
+            )
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Raise a PeftcoreError if a parameter has no shape yet."""
+    for name, parameter in base_parameters(model):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise PeftcoreError(f"'{name}' has no shape yet (a lazy module). Run the model once before apply")
+
+
+@cache
+def _is_of_peft(cls: type) -> bool:
+    return any(base.__module__.partition(".")[0] == "peft" for base in cls.__mro__)
+
+
+def refuse_adapters_of_others(model: nn.Module) -> None:
+    """Raise a PeftcoreError if the model, a part or an ancestor of it has adapters of another library or model."""
+    state = state_of(model)
+    modules = base_modules(model)
+    is_of_peft: Callable[[Any], bool] = _is_of_peft  # to mypy a class is not hashable
+    for path, module in modules:
+        if is_of_peft(type(module)):
+            raise PeftcoreError(
+                f"the model has adapters of Hugging Face PEFT already ({path or 'the model itself'!r} is a "
+                f"{type(module).__module__}.{type(module).__name__}). Save them with its save_pretrained(folder), and "
+                "load them here on the plain base: peftcore.load(base, folder)"
+            )
+        lock = module.__dict__.get(LOCK)
+        if lock is not None and not lock.retired and (state is None or lock is not state.lock):
+            raise PeftcoreError(
+                f"{path or 'the model'!r} has adapters that were applied to another model, of which it is a part, or "
+                "which is a part of this one. Apply all to one of them"
+            )
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """Refuse weights that accelerate offloads between calls: adapters would be on the meta device, without values."""
+    for path, module in base_modules(model):
+        if "_hf_hook" not in module.__dict__:
+            continue
+        if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
+            raise PeftcoreError(
+                f"accelerate has offloaded {path or 'the model itself'!r}, whose weights are here only while it is "
+                "called. Apply or load adapters first, and offload the model with them afterwards"
+            )
+
+
+def refuse_stage(model: nn.Module) -> None:
+    """Raise a PeftcoreError if this rank has only a pipeline stage of the model."""
+    if getattr(model, "_pp_stage", None) is not None:  # of transformers, for pp_size > 1
+        raise PeftcoreError(
+            "the model is divided into stages of a pipeline (pp_size), and this rank has only some of its layers: an "
+            "adapter would cover these alone, and no gradient crosses the stages. Load the model without pp_size, "
+            "apply, and call peftcore.shard(model), or load it with peftcore.load_sharded(folder)"
+        )
+
+
+_BASE = (
+    check_model,
+    refuse_compiled,
+    refuse_scripted,
+    refuse_lazy,
+    refuse_adapters_of_others,
+    refuse_offloaded,
+    refuse_stage,
+)
+
+
+def refuse_unregistered_class(model: nn.Module, attachments: Attachments) -> None:
+    """Raise a PluginError if an adapter has members of `Adapter` that are not called, since it is not one.
+
+    Or if it has registered a module or tensor of the base.
+    """
+    method = attachments.method.name
+    placements = [placement for each in attachments.attached for placement in each.placements]
+    for kind, is_placed in _classes_apart(model, method, placements).items():
+        unseen = unseen_member(kind, inside=not is_placed)
+        if unseen is not None:
+            raise PluginError(
+                f"{method} places a {kind.__name__} that has `{unseen}` and does not derive from "
+                "peftcore.plugin.Adapter, without which it is not called. Write: class "
+                f"{kind.__name__}(Adapter)"
+            )
+
+
+def _classes_apart(model: nn.Module, method: str, placements: Sequence[Placement]) -> dict[type[nn.Module], bool]:
+    """Return {class of a module of the adapters: whether one with it is placed itself, not only inside another}.
+
+    Raises:
+        PluginError: an adapter has registered a module or tensor of the base.
+    """
+    modules, tensors, addresses = set(), set(), set()  # of the base
+    for _, module in base_modules(model):
+        modules.add(id(module))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                tensors.add(id(tensor))
+                addresses.add(tensor.data_ptr() if type(tensor) in _PLAIN else 0)
+    addresses.discard(0)  # tensors without memory
+    seen: set[int] = set()
+    classes: dict[type[nn.Module], bool] = {}
+    for placement in placements:
+        ahead: list[Any] = [placement.adapter] if placement.has_adapter else []
+        while ahead:
+            part = ahead.pop()
+            if part is None or id(part) in seen:
+                continue
+            seen.add(id(part))
+            classes[type(part)] = classes.get(type(part), False) or part is placement.adapter
+            if id(part) in modules:
+                _refuse_registered(model, method, placement, part)
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                if tensor is not None and (
+                    id(tensor) in tensors or (type(tensor) in _PLAIN and tensor.data_ptr() in addresses)
+                ):
+                    _refuse_registered(model, method, placement, tensor)
+            ahead += part._modules.values()
+    return classes
+
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where a plain tensor's memory begins, the same for a parameter made from another tensor."""
+    return tensor.data_ptr() if type(tensor) in _PLAIN else 0
+
+
+def _refuse_registered(model: nn.Module, method: str, placement: Any, registered: Any) -> None:
+    """Raise a PluginError that names the module or tensor of the base that an adapter has registered."""
+
+    def name_in(root: nn.Module) -> str:
+        for name, each in (*root.named_modules(), *root.named_parameters(), *root.named_buffers()):
+            both_tensors = isinstance(each, Tensor) and isinstance(registered, Tensor)
+            if each is registered or (both_tensors and 0 != _address(each) == _address(registered)):
+                return name
+        return ""
+
+    of = name_in(model) or type(model).__name__
+    name = "" if registered is placement.adapter else name_in(placement.adapter)
+    at = "" if placement.key is None else f" at '{placement.key}'"
+    raise PluginError(
+        f"the adapter that {method} places{at} registers '{of}' of the base{f' as {name!r}' if name else ''}, which "
+        "would be trained and saved as the adapter's own. An adapter reads the layer in forward (base.module, "
+        "base.weight()), or registers a copy"
+    )
+
+
+def refuse_unknown_paths(model: nn.Module, attachments: Attachments) -> None:
+    """Raise a PeftcoreError if an adapter is placed at no module, or two are placed at one."""
+    method, modules = attachments.method.name, dict(base_modules(model))
+    seen: set[str] = set()
+    for path in attachments.paths:
+        if path not in modules:
+            raise PeftcoreError(
+                f"{method} places an adapter at '{path}', which is not a module{nearest(path, modules)}"
+            )
+        if path in seen:
+            raise PeftcoreError(f"{method} places two adapters at '{path}'; a module takes one adapter of each name")
+        seen.add(path)
+
+
+def refuse_uncalled(model: nn.Module, attachments: Attachments) -> None:
+    """Raise a PeftcoreError if the model reads a module's weight without calling it."""
+    refuse_bypassed(model, attachments.paths)
+
+
+def refuse_complex(model: nn.Module, attachments: Attachments) -> None:
+    """Raise a PeftcoreError if an adapter would be at a module with complex parameters, for which no method is made."""
+    for path in attachments.paths:
+        for name, parameter in submodule(model, path)._parameters.items():
+            if parameter is not None and parameter.is_complex():
+                raise PeftcoreError(
+                    f"{attachments.method.name} cannot adapt '{path}', which has complex weights ('{name}' is "
+                    f"{parameter.dtype}). Leave it out of target_modules, or exclude it: exclude_modules=['{path}']"
+                )
+
+
+def refuse_more_arguments(model: nn.Module, attachments: Attachments) -> None:
+    """Raise a PeftcoreError if the model calls a linear layer with more than x, which adapters cannot pass on.
+
+    Adapters that change the weight can, since the layer's own forward runs.
+    """
+    odd = set()
+    for each in attachments.attached:
+        module = submodule(model, each.path)
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward and each.link is Link:
+            odd.add(each.path)
+    for call in observe(model).calls if odd else ():
+        more = list(call.given)[1:]
+        if call.path in odd and more:
+            raise PeftcoreError(
+                f"{attachments.method.name} cannot adapt '{call.path}': the model calls it with {', '.join(more)} "
+                "besides its input. Leave it out of target_modules, or exclude it: "
+                f"exclude_modules=['{call.path}']"
+            )
+
+
+def refuse_nothing(model: nn.Module, attachments: Attachments) -> None:
+    """Raise a PeftcoreError if the method has placed nothing."""
+    if not attachments.attached and not attachments.trained:
+        raise PeftcoreError(f"{attachments.method.name} places nothing on {type(model).__name__}")
+
+
+def refuse_untrainable(model: nn.Module, attachments: Attachments) -> None:
+    """Raise a PeftcoreError if a parameter of the base that is to be trained is missing or has no gradient."""
+    method, parameters = attachments.method.name, dict(base_parameters(model))
+    for name in attachments.trained:
+        if name not in parameters:
+            raise PeftcoreError(f"{method} trains '{name}', which is not a parameter{nearest(name, parameters)}")
+        dtype = parameters[name].dtype
+        if not dtype.is_floating_point:
+            raise PeftcoreError(f"{method} trains '{name}' of dtype {dtype}, which has no gradient")
+        if is_wrapped(parameters[name]):
+            raise PeftcoreError(
+                f"{method} trains '{name}', which another library keeps quantized ({type(parameters[name]).__name__}). "
+                "Adapt its module (target_modules), or leave it dense where the model is quantized"
+            )
+
+
+def refuse_trained_twice(model: nn.Module, attachments: Attachments) -> None:
+    """Raise a PeftcoreError if an active adapter trains a parameter that the new one would train."""
+    state = state_of(model) or State()
+    new = Applied(attachments.method.name, None, trained=attachments.trained)  # it is active with the others
+    refuse_shared(State({**state.applied, "(new)": new}), (*state.active, "(new)"))
+
+
+def refuse_shared(state: State, active: Sequence[str]) -> None:
+    """Raise a PeftcoreError if two of the adapters `active` train the same parameter."""
+    owner: dict[str, str] = {}
+    for name in active:
+        for parameter in state.applied[name].trained:
+            other = owner.setdefault(parameter, name)
+            if other != name:
+                raise PeftcoreError(
+                    f"'{parameter}' is trained by the active adapter '{other}' already, and two active adapters cannot "
+                    f"train the same parameter. Deactivate '{other}' first: peftcore.activate(model, [...])"
+                )
+
+
+_PLACEMENTS = (
+    refuse_unregistered_class,
+    refuse_unknown_paths,
+    refuse_uncalled,
+    refuse_complex,
+    refuse_more_arguments,
+    refuse_nothing,
+    refuse_untrainable,
+    refuse_trained_twice,
+)
+
+
+def refuse_missing_branches(model: nn.Module, adapter: str, attachments: Attachments) -> None:
+    """Raise a PeftcoreError unless each branch of the new `adapter` is attached where it is to be combined."""
+    state = state_of(model) or State()
+    for each in attachments.attached:
+        for name in each.branches:
+            if name == adapter:
+                raise PeftcoreError(f"'{adapter}' names itself among the adapters that it combines")
+            if name not in state.applied:
+                there = f"applied: {', '.join(state.applied)}" if state.applied else "none is applied"
+                raise PeftcoreError(
+                    f"'{adapter}' combines '{name}', which is not applied ({there}). Apply or load it first: "
+                    f"peftcore.load(model, folder, adapter='{name}')"
+                )
+            entry, own = state.applied[name], TrainedParameters.of(model, name)
+            why = f"combines others itself ({', '.join(entry.branches)})" if entry.branches else None
+            if entry.trained or (own is not None and own.has_moved(model)):
+                why = "trains parameters of the base, which cannot be a branch of a call"
+            if why:
+                raise PeftcoreError(f"'{adapter}' cannot combine '{name}' ({entry.method}): it {why}")
+            if name not in (adapters_of(model.get_submodule(each.path)) or ()):
+                raise PeftcoreError(
+                    f"'{adapter}' combines '{name}' at '{each.path}', where '{name}' ({entry.method}) is not "
+                    f"attached. It is attached to {', '.join(map(repr, entry.paths[:3]))}"
+                )
+
+
+def refuse_divided(model: nn.Module, attachments: Attachments) -> None:
+    """Raise a PeftcoreError if tensor parallelism splits a layer that an adapter would change and cannot follow.
+
+    Adapters around and after linear layers follow a plan of transformers (`peftcore.adaptation.division`). Other layers
+    of which every parameter is whole, and their gradients, are as in one process.
+    """
+    method = attachments.method.name
+    if ranks.count() == 1 and not ranks.is_sharded(model):
+        return
+    paths = {id(module): path for path, module in base_modules(model)}
+    divided = {
+        f"{paths[id(module)]}.{name}".removeprefix("."): parameter
+        for fsdp, module in ranks.enclosed(model)
+        for name, parameter in module._parameters.items()
+        if id(module) in paths and parameter is not None and ranks.is_divided(ranks.behind(parameter), fsdp=fsdp)
+    }
+    tokens = divides_tokens(model)
+    if not divided and not tokens:
+        return
+    for each in attachments.attached:
+        module = submodule(model, each.path)
+        if each.link.follows_division and division_of(module) is not None:
+            continue
+        if each.link is WeightLink and mesh_of_experts(module) is not None:
+            if follows_experts(module, WeightLink.changes_of(each.adapter)):
+                continue
+            raise PeftcoreError(
+                f"{method} cannot be applied: the ranks share out the experts of '{each.path}' (ep_size), "
+                "and only low-rank products of single experts can follow them. Exclude the module, "
+                f"exclude_modules=['{each.path.rpartition('.')[2]}'], or load the model without ep_size"
+            )
+        held = [name for name, parameter in module._parameters.items() if parameter is not None]
+        own = [f"{each.path}.{name}".removeprefix(".") for name in held]
+        found = f"the work of '{each.path}'" if has_plan(module) else f"the tokens of '{each.path}'" if tokens else None
+        if found is None:
+            needed = (placement.divided(each.path, own, divided) for placement in each.placements)
+            found = next((f"'{name}'" for name in needed if name), None)
+        weight = module._parameters.get("weight")
+        if found is not None and weight is not None and not ranks.behind(weight).is_floating_point():
+            raise PeftcoreError(
+                f"{method} cannot be applied: '{each.path}' was divided over the ranks after it was "
+                "quantized, and its blocks of 4-bit values with it. Call peftcore.quantize(model) again, which gives "
+                "each rank its part of the blocks"
+            )
+        if found is not None:
+            raise PeftcoreError(
+                f"{method} cannot be applied: tensor parallelism (tp_plan, tp_size, parallelize_module) "
+                f"divides {found} over the ranks, and the adapter needs all outputs or inputs of the layer. Load the "
+                "model without it, apply, and call peftcore.shard(model), or load it by peftcore.load_sharded(folder)"
+            )
