@@ -17,9 +17,11 @@ accelerate saves the optimizer's state.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
+import shutil
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ import torch
 import transformers
 from accelerate.utils import extract_model_from_parallel
 from packaging.version import Version
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     TrainerCallback,
@@ -54,6 +57,10 @@ from peftcore.parallel import check_ranks, give_adapters, refuse_between_blocks
 COMPLETE = "complete.json"
 OLDEST = "5.20"  # of transformers, as in pyproject.toml
 _QUANTIZED_WITH_ADAPTERS = "_hf_peft_config_loaded"
+_BEST = ("best_metric", "best_global_step", "best_model_checkpoint")  # of TrainerState
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# `torch.save` reports a failed write without errno, by these words.
+_TORCH_WRITE_ERRORS = ("iostream error", "inline_container.cc")
 
 
 class AfterStep(TrainerCallback):
@@ -139,9 +146,28 @@ class AdapterTrainer(_Base):
             torch.save(self.args, Path(folder) / transformers_trainer.TRAINING_ARGS_NAME)
         return None
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        self._best_before = {name: getattr(self.state, name) for name in _BEST}
+        return bool(super()._determine_best_metric(metrics, trial))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint. If the disk is full, remove it again and warn; with several ranks, raise the error."""
         run = Path(self._get_output_dir(trial=trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            self._write_checkpoint(model, trial, run, folder)
+        except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
+            if self.args.world_size > 1 or not is_disk_full(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            if self.state.best_global_step == self.state.global_step:
+                vars(self.state).update(self._best_before)
+            warn(
+                f"checkpoint '{folder}' was not written: the disk is full ({error}). Training goes on without it; make "
+                "room before the run ends, when the adapter is saved"
+            )
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, run: Path, folder: Path) -> None:
         if self.args.should_save:
             (folder / COMPLETE).unlink(missing_ok=True)
         # Older checkpoints are deleted after this one is complete.
@@ -199,6 +225,19 @@ class AdapterTrainer(_Base):
         metadata, *_ = model_card.card(model, _training(model), None)
         file.write_text(f"---\n{model_card.updated(head, metadata)}---\n{body}", encoding="utf-8")
         return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether the operating system refused a write for want of space, also where a library has wrapped that."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
+            return True
+        words = (*_TORCH_WRITE_ERRORS, *map(os.strerror, _DISK_FULL))  # safetensors quotes strerror
+        if isinstance(cause, (RuntimeError, SafetensorError)) and any(word in str(cause) for word in words):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def _has_adapters(trainer: Trainer) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import quantized, tiny
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.generic import can_return_loss, find_labels
 
 import peftcore
@@ -292,6 +292,46 @@ def test_the_limit_of_checkpoints_counts_whole_ones(
         run.train()
     with pytest.warns(UserWarning, match="checkpoint-4' is incomplete"):
         assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+class FullDisk(TrainerCallback):
+    """Makes writes to a file of the checkpoint of some steps fail: `/dev/full` has no space."""
+
+    def __init__(self, name: str, steps: tuple[int, ...]) -> None:
+        self.name, self.steps = name, steps
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            folder.mkdir()
+            (folder / self.name).symlink_to("/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", ".complete.json.tmp"])
+def test_training_goes_on_when_the_disk_is_full_at_a_checkpoint(toys: None, tmp_path: Path, name: str) -> None:
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+    changes = {"load_best_model_at_end": True, "metric_for_best_model": "grade", "greater_is_better": False}
+    changes |= {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    model = peftcore.apply(tiny.llama(), "around", value=1.5)
+    run = trainer(model, tmp_path, eval_data=Rows(), metrics=lambda _: {"grade": next(losses)}, **changes)
+    run.add_callback(FullDisk(name, (2,)))
+    with pytest.warns(UserWarning, match="checkpoint-2' was not written: the disk is full") as warned:
+        run.train()
+    assert sum("was not written" in str(warning.message) for warning in warned) == 1
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 3, 4)]
+    # The best evaluation, at step 2, has no checkpoint: the best of the others is loaded.
+    assert run.state.best_metric == 2.0 and run.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    best = peftcore.load(tiny.llama(), tmp_path / "checkpoint-3")
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(best), strict=True))
+
+
+def test_other_errors_at_a_checkpoint_end_training(toys: None, tmp_path: Path) -> None:
+    run = trainer(peftcore.apply(tiny.llama(), "around"), tmp_path)
+    (tmp_path / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        run.train()
 
 
 def test_a_base_that_transformers_quantized_is_accepted(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def train(
     from peftcore.cli.bases import base_files, base_quantization
     from peftcore.cli.bases.device_choice import torch_device
     from peftcore.cli.training import best_checkpoint, reporting, torchrun, training_run
+    from peftcore.integrations.trainer import latest_checkpoint
     from peftcore.quantization import find_type
     from peftcore.registry import registry
 
@@ -207,8 +208,10 @@ def train(
                 force=force,
             )
         except run_result.Stopped as stopped:
-            again = command(resume=True)
-            say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To continue:\n  {again}", "bold")
+            if ranks.rank() == 0:
+                newest = latest_checkpoint(output / "checkpoints")
+                where = "no checkpoint was written" if newest is None else f"the newest checkpoint is {newest}"
+                say(f"{stopped}; {where}. To continue:\n  {command(resume=True)}", "bold")
             torchrun.leave()
             raise typer.Exit(130) from None
         if ranks.rank() == 0:

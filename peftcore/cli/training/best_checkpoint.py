@@ -5,6 +5,7 @@ Both follow from Trainer's log, which every checkpoint contains, so a resumed ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,13 +149,16 @@ class BestCheckpoint(TrainerCallback):
                 say(f"no improvement of {metrics.title(self.metric)} in {waited} evaluations: training stops")
             self.stopped = control.should_training_stop = True
 
-    def best(self, state: TrainerState) -> Best:
-        """Return the best evaluation of a finished run.
+    def best(self, state: TrainerState) -> Best | None:
+        """Return the best evaluation of a finished run whose checkpoint was written; None if the disk was full at each.
 
         Raises:
             PeftcoreError: no evaluation gave a number.
         """
         if not state.best_global_step:
+            if any(map(math.isfinite, evaluations(state.log_history, self.metric))):
+                warn("no checkpoint of an evaluation was written, so the last adapter is saved instead of the best")
+                return None
             raise PeftcoreError(
                 f"no evaluation gave a finite {metrics.title(self.metric)}, so no checkpoint is the best. Lower the "
                 "rate: --lr LR --overwrite"

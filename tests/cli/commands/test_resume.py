@@ -59,7 +59,7 @@ def test_resume_is_bit_exact(
         interrupt_at(5, patch)
         patch.setattr(sys, "argv", ["peftcore", "train", "-o", "a folder"])
         stopped = run(*train_arguments(llama, reviews, parted), code=130).output
-    assert "stopped at step 5 of 8; a checkpoint is in" in stopped
+    assert f"stopped at step 5 of 8; the newest checkpoint is {parted / 'checkpoints' / 'checkpoint-5'}" in stopped
     assert "peftcore train -o 'a folder' --resume" in stopped
     assert not (parted / "adapter").exists()
 

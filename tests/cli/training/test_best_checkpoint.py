@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from support import processes
 from support.commands import Run, printed, write_jsonl
+from transformers import Trainer
 
 from peftcore import PeftcoreError
 from peftcore.cli.settings import RunOptions
@@ -95,6 +96,24 @@ def test_a_finished_run_takes_no_step_more(run: Run, llama: Path, reviews: Path,
     before = adapter_of(tmp_path / "run" / "adapter")
     run(*arguments, "--resume")
     assert result_of(tmp_path / "run")["steps"] == 2 and same(adapter_of(tmp_path / "run" / "adapter"), before)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_the_last_adapter_is_saved_if_no_checkpoint_could_be_written(
+    run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_full_disk(self: Trainer, folder: str) -> None:
+        Path(folder, "optimizer.pt").symlink_to("/dev/full")
+        save(self, folder)
+
+    output, save = tmp_path / "run", Trainer._save_optimizer_and_scheduler
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", on_a_full_disk)
+    arguments = ("-m", llama, "-d", reviews, "-o", output, *METHOD, "--steps", 2, "--eval-every", 1, "--load-best")
+    with pytest.warns(UserWarning, match="checkpoint-[12]' was not written: the disk is full"):
+        text = " ".join(run("train", *arguments).output.split())
+    assert "no checkpoint of an evaluation was written, so the last adapter is saved instead of the best" in text
+    assert adapter_of(output / "adapter") and result_of(output)["best"] is None
+    assert not list((output / "checkpoints").iterdir())
 
 
 @pytest.mark.nightly
