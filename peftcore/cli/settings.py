@@ -1,7 +1,7 @@
 """Settings that determine a run, and the run's folder, which stores them.
 
 OUTPUT/run.json       the settings; --resume refuses different ones
-OUTPUT/.train.lock    locked while a process trains there
+OUTPUT/.train.lock    locked while a process trains or compares there
 OUTPUT/run.toml       the settings as options: `peftcore train --config OUTPUT/run.toml --output OTHER` repeats it
 """
 
@@ -24,7 +24,7 @@ from peftcore.cli.data import mixture
 from peftcore.errors import PeftcoreError
 
 RUN_FILE = config_file.RUN_FILE
-LOCK = ".train.lock"  # in the folder while a process trains there
+LOCK = ".train.lock"  # in the folder while a process trains or compares there
 _OF_RANKS = ("ranks", "parallel", "grad_accum")  # may change together, see `for_these_ranks`
 _NOT_THE_SAME = (
     ". --resume continues an interrupted run in --output; --adapter starts a new run from an existing adapter"
@@ -326,10 +326,10 @@ def _read(run_file: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def only_process(output: Path) -> Iterator[None]:
-    """Create the folder, and keep other processes from training in it within the block.
+    """Create the folder, and keep other processes from training or comparing in it within the block.
 
     Raises:
-        PeftcoreError: another process trains in it.
+        PeftcoreError: another process trains or compares in it.
     """
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -337,7 +337,7 @@ def only_process(output: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise PeftcoreError(
-            f"another process is training in '{output}'. Wait until it ends, or pass another folder: --output FOLDER"
+            f"another process is at work in '{output}'. Wait until it ends, or pass another folder: --output FOLDER"
         ) from None
 
 

@@ -21,12 +21,13 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def check(precision: str, dtype: str, device: str) -> None:
-    """Raise a PeftcoreError unless this machine supports the precision and the base's dtype fits it."""
+    """Raise a PeftcoreError unless this machine has the device, it supports the precision, and the dtype fits it."""
+    kind = device_choice.torch_device(device).type
     if precision not in PRECISIONS:
         raise PeftcoreError(f"--precision must be one of {', '.join(PRECISIONS)}, found '{precision}'")
     if precision == "fp32" and dtype == "bf16":
         raise PeftcoreError("--precision fp32 contradicts a base in bf16. Leave out --dtype bf16")
-    if precision == "fp16" and device_choice.torch_device(device).type != "cuda":
+    if precision == "fp16" and kind != "cuda":
         raise PeftcoreError(
             "--precision fp16 scales gradients, which PyTorch does on CUDA only. On a CPU use --precision bf16"
         )

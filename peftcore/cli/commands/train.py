@@ -102,12 +102,11 @@ def train(
     """
     from peftcore.cli import task_names
     from peftcore.cli.bases import base_files, precision as precisions
-    from peftcore.cli.data import row_reading
+    from peftcore.cli.data import row_reading, streamed
     from peftcore.cli.data.data_files import parsed_columns
     from peftcore.cli.training import option_checks, run_result, trainer_arguments, warm_start
 
     given = config_file.in_force(context, given)
-    precisions.check(given.precision, given.dtype, given.device)
     names = parsed_columns(given.columns)
     if adapter is None:
         if model is None:
@@ -132,21 +131,22 @@ def train(
         from peftcore.cli.training import distillation
 
         given = replace(given, teacher=distillation.checked(given, task))
+    if given.streaming:
+        streamed.files_of(data)
     for file in filter(None, (None if given.streaming else data, given.eval_data)):
         row_reading.read_rows(file, task, names)  # show wrong lines before anything is loaded
+    precisions.check(given.precision, given.dtype, given.device)
     require("transformers", "accelerate", "matplotlib", "psutil")
     if task in task_names.COMPARED:
         require("trl", extra="dpo")
     base_files.quiet_transformers()
     from peftcore import ranks
     from peftcore.cli.bases import base_files, base_quantization
-    from peftcore.cli.bases.device_choice import torch_device
     from peftcore.cli.training import best_checkpoint, reporting, torchrun, training_run
     from peftcore.integrations.trainer import latest_checkpoint
     from peftcore.quantization import find_type
     from peftcore.registry import registry
 
-    torch_device(given.device)
     best_checkpoint.check(given, task)
     services = reporting.services(display.report_to)
     torchrun.join(given.parallel, given.device)

@@ -27,7 +27,7 @@ import peftcore
 from peftcore import PeftcoreError
 from peftcore.cli import completion, config_file, options
 from peftcore.cli.console import command, out, require, say, warn
-from peftcore.cli.settings import RunOptions, Settings
+from peftcore.cli.settings import LOCK, RunOptions, Settings, only_process
 
 if TYPE_CHECKING:
     from peftcore_compare.report import ComparisonReport
@@ -150,12 +150,16 @@ def compare(
         validation=given.holdout if rates else None,
         eval_every=sys.maxsize,  # once, at the end
     )
-    _prepare_folder(output, resume, overwrite)
+    _check_folder(output, resume, overwrite)  # before a lock is written into a folder of something else
     chosen = {name: getattr(common, name) for name in ("model", "data", "task", *_OPTIONS)}
     more = {"method": method, "full": full, "seeds": seeds, "search": search, "output": str(output.resolve())}
-    config_file.write(output / "compare.toml", {**chosen, **more})
     dtype = _one_dtype(given.dtype, given.device)
-    _run_all(replace(common, dtype=dtype), candidates, seeds, rates, output)
+    with only_process(output):
+        if not resume:
+            shutil.rmtree(output / "runs", ignore_errors=True)
+        (output / "runs").mkdir(exist_ok=True)
+        config_file.write(output / "compare.toml", {**chosen, **more})
+        _run_all(replace(common, dtype=dtype), candidates, seeds, rates, output)
 
 
 def _one_dtype(dtype: str, device: str) -> str:
@@ -232,19 +236,18 @@ def _candidate(text: str) -> Candidate:
     return Candidate(label, name, lr or peftcore.methods()[name].learning_rate, fields)
 
 
-def _prepare_folder(output: Path, resume: bool, overwrite: bool) -> None:
+def _check_folder(output: Path, resume: bool, overwrite: bool) -> None:
+    """Raise a PeftcoreError unless a comparison may begin in this folder, or continue in it."""
     if output.exists() and not output.is_dir():
         raise PeftcoreError(f"'{output}' is a file. Pass a folder: --output FOLDER")
-    runs = output / "runs"
-    if output.is_dir() and any(output.iterdir()) and not (resume and runs.is_dir()):
-        if not (overwrite and runs.is_dir()):
-            what = "a comparison" if runs.is_dir() else "something else"
-            hint = (
-                "Use --resume to keep finished runs, or --overwrite to start again" if runs.is_dir() else "Give another"
+    if (output / "runs").is_dir():
+        if not (resume or overwrite):
+            raise PeftcoreError(
+                f"'{output}' already contains a comparison. Use --resume to keep finished runs, or --overwrite to "
+                "start again"
             )
-            raise PeftcoreError(f"'{output}' already contains {what}. {hint}")
-        shutil.rmtree(runs)
-    runs.mkdir(parents=True, exist_ok=True)
+    elif output.is_dir() and any(path.name != LOCK for path in output.iterdir()):
+        raise PeftcoreError(f"'{output}' already contains something else. Give another")
 
 
 def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: Sequence[float], output: Path) -> None:

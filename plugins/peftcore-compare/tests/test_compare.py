@@ -18,7 +18,7 @@ from peftcore_compare.report import ComparisonReport
 from support.commands import Run
 
 from peftcore import PeftcoreError
-from peftcore.cli.settings import Settings
+from peftcore.cli.settings import Settings, only_process
 
 SIZE = ("--steps", 2, "--batch-size", 4, "--max-length", 16)
 
@@ -35,6 +35,17 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(training_process, "run_child", child)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     return ran
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--resume"])
+def test_one_process_compares_in_a_folder(run: Run, bert: Path, labelled: Path, tmp_path: Path, option: str) -> None:
+    result = tmp_path / "runs" / "lora" / "seed-0" / "result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    arguments = ("compare", "-m", bert, "-d", labelled, "-o", tmp_path, "--method", "lora", "--no-full", option)
+    with only_process(tmp_path):  # a lock of another open file, as another process has it
+        assert f"another process is at work in '{tmp_path}'" in run(*arguments, code=1).output
+    assert result.read_text() == "{}"
 
 
 @pytest.mark.pictures

@@ -124,7 +124,7 @@ def test_two_processes_cannot_train_in_one_folder(run: Run, llama: Path, reviews
     adapter = (output / "adapter" / "adapter_model.safetensors").read_bytes()
     with settings.only_process(output):  # a lock of another open file, as another process has it
         for option in ("--overwrite", "--resume"):
-            assert f"another process is training in '{output}'" in run(*arguments, option, code=1).output
+            assert f"another process is at work in '{output}'" in run(*arguments, option, code=1).output
     assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     run(*arguments, "--overwrite")
 

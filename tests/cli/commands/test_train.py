@@ -223,6 +223,15 @@ def test_a_device_that_is_absent_is_named_first(run: Run, llama: Path, reviews: 
     assert "device 'cuda' is not available" in " ".join(error.split())
 
 
+@pytest.mark.parametrize("options", [("--precision", "fp16"), ("--streaming", "--holdout", 2)])
+def test_a_file_that_is_missing_is_named_before_an_absent_device(
+    run: Run, llama: Path, tmp_path: Path, options: tuple[Any, ...]
+) -> None:
+    arguments = ("-m", llama, "-d", tmp_path / "rows.jsonl", "-o", tmp_path / "run", "--device", "cuda:99", *options)
+    error = run("train", *arguments, "--method", "lora", "--task", "causal-lm", code=1).output
+    assert "rows.jsonl' does not exist" in " ".join(error.split())
+
+
 def test_resume_with_other_settings_is_refused(run: Run, writer: Path, llama: Path, reviews: Path) -> None:
     same = ("train", "-m", llama, "-d", reviews, "-o", writer, "--eval-data", reviews, *METHOD, "--epochs", 9)
     error = run(*same, *STEPS, "--seed", 1, "--resume", code=1).output
