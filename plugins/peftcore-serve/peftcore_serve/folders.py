@@ -19,6 +19,9 @@ from peftcore.cli.data.row import Messages
 from peftcore.cli.tasks import conversations, text_generation
 
 _TOKENIZERS = 32  # different ones in memory
+# Characters per token of the context that are tokenized. Text has 3 to 5; the longest tokens of a vocabulary are runs of
+# 128 spaces or dashes, by which a context of 128k tokens would take 16 MB and minutes.
+_CHARACTERS = 16
 Stamp = tuple[tuple[str, int, int], ...]  # (name, time of the last change, bytes) of each file
 
 
@@ -79,7 +82,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 class TooLong(PeftcoreError):
-    """A text with more characters than the model's context can hold."""
+    """A text with more characters than are tokenized for the model's context."""
 
 
 class Text:
@@ -95,7 +98,8 @@ class Text:
     def __init__(self, tokenizer: Any, ends: frozenset[int], context: int | None = None, refused: str = "") -> None:
         self.tokenizer, self.ends, self._context, self._refused = tokenizer, ends, context, refused
         self.special = frozenset(tokenizer.all_special_ids)  # left out by `decode`
-        self._characters = max(map(len, tokenizer.get_vocab()), default=1)  # of the longest token
+        longest = max(map(len, tokenizer.get_vocab()), default=1)
+        self._most = None if context is None else context * min(longest, _CHARACTERS)  # characters
         # The first call ends a truncation or padding that the file asks for. Later calls change nothing in the
         # tokenizer, so threads call it at the same time: a long text keeps nobody waiting.
         tokenizer("")
@@ -104,7 +108,7 @@ class Text:
         """Return the tokens of a text, or of a conversation up to the beginning of the answer.
 
         Raises:
-            TooLong: the text has more characters than the context has room for.
+            TooLong: the text has more characters than are read for the context.
             PeftcoreError: there is no chat template, it rejects the conversation or may not be rendered, or the text is
                 empty and the tokenizer has no token to begin with.
         """
@@ -120,12 +124,11 @@ class Text:
         return list(tokens) or [text_generation.first_token(self.tokenizer)]
 
     def _refuse_long(self, text: str) -> None:
-        if self._context is None or len(text) <= self._context * self._characters:
-            return
-        raise TooLong(
-            f"the prompt has {len(text):,} characters, but the model's context has {self._context:,} tokens of at most "
-            f"{self._characters:,} characters. Shorten the prompt"
-        )
+        if self._most is not None and len(text) > self._most:
+            raise TooLong(
+                f"the prompt has {len(text):,} characters, but at most {self._most:,} are read for the model's context "
+                f"of {self._context:,} tokens. Shorten the prompt"
+            )
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of tokens, without special ones."""

@@ -13,7 +13,7 @@ import pytest
 from peftcore_serve import command, folders
 from peftcore_serve.app import Server
 from peftcore_serve.command import make
-from peftcore_serve.folders import Text
+from peftcore_serve.folders import Text, TooLong
 from starlette.testclient import TestClient
 from support.commands import save_tokenizer
 from tokenizers import PreTokenizedString
@@ -64,8 +64,7 @@ def test_a_long_text_is_refused_before_it_is_tokenized(
     shared: tuple[Server, TestClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, client = shared
-    longest = max(map(len, server.texts.of_base.tokenizer.get_vocab()))
-    most = 2048 * longest
+    most = 2048 * min(16, max(map(len, server.texts.of_base.tokenizer.get_vocab())))
 
     def tokenize(*_: object, **__: object) -> None:
         raise AssertionError("the text was tokenized")
@@ -78,9 +77,16 @@ def test_a_long_text_is_refused_before_it_is_tokenized(
     ):
         error = client.post(path, json={"model": "one", field: prompt}).json()["error"]
         assert (error["code"], error["param"]) == ("context_length_exceeded", field)
-        assert (
-            f"characters, but the model's context has 2,048 tokens of at most {longest} characters" in error["message"]
-        )
+        assert f"at most {most:,} are read for the model's context of 2,048 tokens" in error["message"]
+
+
+def test_a_vocabulary_with_long_tokens_allows_no_longer_text(llama: Path) -> None:
+    tokenizer: Any = models.load_tokenizer(str(llama))
+    tokenizer.add_tokens("-" * 128)  # as in the vocabularies of Llama 3 and GPT-4
+    text = Text(tokenizer, frozenset(), context=100)
+    assert len(text.tokens("the " * 400)) == 400
+    with pytest.raises(TooLong, match="has 1,601 characters, but at most 1,600 are read for the model's context of 100"):
+        text.tokens("-" * 1601)
 
 
 def test_a_text_that_is_tokenized_slowly_keeps_nobody_waiting(llama: Path) -> None:
