@@ -4,7 +4,7 @@ The package also installs without the extension: operators then run on their PyT
 says why. peftcore/_build.json, next to the binary, records what was built.
 
 Environment:
-    PEFTCORE_REQUIRE_EXT=1   make a failed build an error (default: a notice)
+    PEFTCORE_REQUIRE_EXT=1   make a failed build an error (default: a notice); not read when peftcore is imported
     PEFTCORE_CUDA=0|1        leave CUDA out | require it (default: built where nvcc is found)
     PEFTCORE_CUDA_ARCHS      for example "80;90+PTX" (default: those of the GPUs of this machine, or "80+PTX")
     PEFTCORE_SANITIZE        for example "address,undefined": instrument the host code

@@ -54,8 +54,10 @@ def serve(
     chat_template: options.ChatTemplate = None,
     trust_adapter_templates: Annotated[
         bool,
-        typer.Option(help="Render chat templates that came with adapters: their authors can keep the server busy for ever, since a "
-            "template may loop and never end."),
+        typer.Option(
+            help="Render chat templates that came with adapters. Their authors can occupy the server for ever: a "
+            "template may loop and never end."
+        ),
     ] = False,
     allowed_host: Annotated[
         list[str] | None,

@@ -19,8 +19,8 @@ from peftcore.cli.data.row import Messages
 from peftcore.cli.tasks import conversations, text_generation
 
 _TOKENIZERS = 32  # different ones in memory
-# Characters per token of the context that are tokenized. Text has 3 to 5; the longest tokens of a vocabulary are runs of
-# 128 spaces or dashes, by which a context of 128k tokens would take 16 MB and minutes.
+# Characters per token of the context that are tokenized. Text has 3 to 5; the longest tokens of a vocabulary are runs
+# of 128 spaces or dashes, by which a context of 128k tokens would take 16 MB and minutes.
 _CHARACTERS = 16
 Stamp = tuple[tuple[str, int, int], ...]  # (name, time of the last change, bytes) of each file
 
