@@ -58,12 +58,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_example_is_run() -> None:
-    paths = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("distributed/*.py")]
-    scripts = {path.relative_to(EXAMPLES).with_suffix("").as_posix(): path for path in paths}
-    assert scripts.keys() == RUNS.keys() | ENGINES.keys()
-
-
 @pytest.mark.parametrize("name", list(RUNS))
 def test_example(name: str, base: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM

@@ -91,56 +91,6 @@ def test_no_private_name_is_used_across_modules() -> None:
     assert found == []
 
 
-def test_tests_use_no_private_name_but_those_of_operators() -> None:  # whose references and steps have no others
-    files = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("plugins/*/tests/*.py"), *ROOT.glob("benchmarks/**/*.py")]
-    found = [f"{file.relative_to(ROOT)}: {name}" for file in files for name in private_names(file)]
-    assert [name for name in found if " peftcore.ops." not in name] == []
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import peftcore.engine.state",
-        "import peftcore.engine.state as what",
-        "from peftcore.engine import state",
-        "from peftcore.engine.state import state_of",
-        "def f():\n    from peftcore.engine.state import state_of",
-        "import peftcore\npeftcore.engine.state.state_of(1)",
-        "from importlib import import_module\nimport_module('peftcore.engine.state')",
-        "__import__('peftcore.engine.state')",
-        "HOME = {'what': 'peftcore.engine.state'}",
-        "if TYPE_CHECKING:\n    pass\nelse:\n    import peftcore.engine.state",
-    ],
-)
-def test_every_kind_of_import_is_seen(code: str, tmp_path: Path) -> None:
-    file = tmp_path / "code.py"
-    file.write_text(code)
-    assert imports(file) == {"peftcore.engine.state"}
-
-
-def test_public_names_are_seen_in_their_homes(tmp_path: Path) -> None:
-    file = tmp_path / "code.py"
-    file.write_text(
-        "import peftcore\nfrom peftcore import save\npeftcore.merge(1)\nif TYPE_CHECKING:\n    import peftcore.cli"
-    )
-    assert imports(file) == {"peftcore.files.saving", "peftcore.merging.merge"}
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "from peftcore.engine.state import _secret",
-        "from peftcore.engine import state\nstate._secret()",
-        "import peftcore.engine.state as s\ns._secret",
-        "import peftcore\npeftcore.engine.state._secret",
-    ],
-)
-def test_private_names_are_seen(code: str, tmp_path: Path) -> None:
-    file = tmp_path / "code.py"
-    file.write_text(code)
-    assert list(private_names(file)) == ["peftcore.engine.state._secret"]
-
-
 def test_ops_import_only_torch() -> None:
     for file in (CORE / "ops").glob("*.py"):
         assert packages(file) <= {"ops"}, file
@@ -169,12 +119,3 @@ def test_the_core_names_no_method(file: Path) -> None:
         for spelling in {method, method.replace("-", "_"), method.replace("-", "")}:
             end = r"(?![a-z])" if method in ("oft", "road") else ""  # often, roads
             assert not re.search(rf"\b{spelling}{end}", text), f"{file.name} names the method '{method}'"
-
-
-def test_every_plugin_has_the_same_shape() -> None:
-    for plugin in (ROOT / "plugins").iterdir():
-        if plugin.is_dir():
-            for part in (plugin / "pyproject.toml", plugin / "README.md", plugin / "tests"):
-                assert part.exists(), f"{plugin.name} lacks {part.name}"
-            name = plugin.name.replace("-", "_")
-            assert any((plugin / part).exists() for part in (f"{name}.py", f"{name}/__init__.py")), plugin.name

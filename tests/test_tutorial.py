@@ -59,18 +59,6 @@ def test_the_pages_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         registry.unregister("gain")
 
 
-def test_the_pages_names_and_links() -> None:
-    code = "\n".join(BLOCKS)
-    for block in BLOCKS:
-        compile(block, "docs/plugins.md", "exec")
-    for name in re.findall(r"peftcore\.(\w+)", code):
-        assert hasattr(peftcore, name) or name == "testing", name
-    for name in re.findall(r"`targets\.(\w+)", PAGE):
-        assert hasattr(peftcore.targets, name), name
-    for target in re.findall(r"\]\(([^)#:]+)\)", PAGE):
-        assert (ROOT / "docs" / target).exists(), target
-
-
 @pytest.fixture
 def from_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
     """Register under a name the plugin of the page whose source contains a text."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +10,10 @@ import pytest
 from emulator import building
 from support.whole_run import WHOLE
 
-from card.launch_sites import CSRC, kernels, sites, sources
 from card.table import all_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST = None if WHOLE else 12  # cases of each function: enough for each kernel that `docs/card.md` lists
-PAGE = (ROOT / "docs" / "card.md").read_text()
-ROW = re.compile(r"^\| `(\S+): (\w+)` \| `(\w+)` \|$", re.MULTILINE)
 
 
 def card(out: Path, *options: str) -> "subprocess.CompletedProcess[str]":
@@ -50,33 +46,6 @@ def test_every_case_of_the_emulator_passes_and_is_reported(run: Path) -> None:
     report = (run / "report.md").read_text()
     assert "**every check passed** (exit code 0)" in report
     assert "| correctness: lora_linear |" in report
-
-
-def test_the_cases_that_the_page_names_reach_the_kernels(run: Path) -> None:
-    reached: dict[str, set[str]] = {}
-    for row in rows(run):
-        for kernel in row.get("kernels", []):
-            reached.setdefault(kernel, set()).add(row["name"].partition("[")[0])
-    assert [row for row in ROW.findall(PAGE) if row[2] not in reached.get(f"{row[0]}:{row[1]}", set())] == []
-
-
-def test_the_page_names_a_case_for_every_kernel() -> None:
-    listed = [(file, kernel) for file, kernel, _ in ROW.findall(PAGE)]
-    assert listed == [tuple(kernel) for kernel in kernels()], "docs/card.md must list these kernels in this order"
-    functions = {case.function for case in all_cases()}
-    assert {function for *_, function in ROW.findall(PAGE)} <= functions
-
-
-def test_every_launch_is_of_a_kernel_that_is_known() -> None:
-    names = {kernel.name for kernel in kernels()}
-    files = [path.relative_to(CSRC).as_posix() for path in sources()]
-    assert [site for file in files for site in sites(file) if site.kernel not in names] == []
-    assert names == {site.kernel for file in files for site in sites(file)}
-
-
-def test_names_of_cases_are_unique() -> None:
-    names = [case.name for case in all_cases()]
-    assert len(set(names)) == len(names)
 
 
 def test_failures_crashes_and_hangs_are_rows_and_the_rest_runs(tmp_path: Path) -> None:

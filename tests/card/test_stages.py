@@ -81,8 +81,6 @@ def run(stage: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[d
 
 def test_timings(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(stages.timings, tmp_path, monkeypatch)
-    groups = {row["group"] for row in rows}
-    assert len(groups) == 18 and len(rows) > 60
     assert all(row["values"]["floor, µs"] > 0 for row in rows if "label" in row)
     picture = stages.report.bars(rows)
     assert picture.startswith("<svg") and picture.count("<rect") > len(rows)

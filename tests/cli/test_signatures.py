@@ -64,5 +64,4 @@ def test_commands_have_the_options_of_the_dataclass(name: str) -> None:
     shared = {field.name for field in fields(RunOptions)} | {field.name for field in fields(Display)}
     if name == "train":
         assert shared <= options.keys()
-    assert len(shared & options.keys()) >= 8
     assert all(option.help for option in options.values())

@@ -1,6 +1,5 @@
-"""SIMD levels: each that was compiled can be forced and is itself, one file chooses, and caches change no result."""
+"""SIMD levels: each that was compiled can be forced and is itself, and caches change no result."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.levels import LEVELS_OF
-from support.setup_file import setup_file
 
 from peftcore import ops
 from peftcore.ops import PackedWeight, lora_linear
 from peftcore.ops.build_info import build_info
 
 ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
 ALL_LEVELS = tuple(dict.fromkeys(level for levels in LEVELS_OF.values() for level in levels))
 needs_extension = pytest.mark.skipif(ops.extension is None, reason="no extension")
 
@@ -25,27 +22,6 @@ def levels():
     before = ops.extension.cpu_level()
     yield ops.extension.cpu_levels()
     ops.extension.set_cpu_level(before)
-
-
-def code_of(path):
-    return re.sub(r"//.*", "", path.read_text())
-
-
-def test_one_file_chooses_the_level():
-    asks = re.compile(r"PEFTCORE_HAVE_|__builtin_cpu_|__get_cpuid|PEFTCORE_CPU_LEVEL\b|[.>]level\s*[!=<>]=|CpuLevel")
-    files = (path for path in CSRC.rglob("*.[ch]*") if path.suffix != ".pyc")
-    found = {str(path.relative_to(CSRC)) for path in files if asks.search(code_of(path))}
-    assert found == {"cpu/levels.cpp"}
-
-
-def test_a_level_s_files_bear_its_name_and_fill_its_entries():
-    files = [path for path in CSRC.rglob("*.cpp") if path.stem in ALL_LEVELS]
-    assert {path.stem for path in files} == set(ALL_LEVELS)
-    declared = set(re.findall(r"\bfill_(\w+)\(table\.", (CSRC / "cpu" / "levels.cpp").read_text()))
-    assert declared == set(ALL_LEVELS)
-    assert ("portable", *setup_file().toolchain.SIMD) == ALL_LEVELS
-    for path in files:
-        assert re.findall(r"^void fill_(\w+)\(", path.read_text(), re.M) == [path.stem], path
 
 
 @needs_extension

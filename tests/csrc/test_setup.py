@@ -103,23 +103,6 @@ def test_macos_wants_clang(tmp_path, monkeypatch):
         toolchain.compiler()
 
 
-def includes_pytorch(path: Path) -> bool:
-    """Return whether the file includes a header of PyTorch or pybind11, itself or by files of csrc."""
-    text = path.read_text()
-    inner = (setup.CSRC / name for name in re.findall(r'^#include "(.*)"', text, re.M))
-    found = re.search(r"^#include <(torch|ATen|c10|pybind11)/", text, re.M)
-    return bool(found) or any(includes_pytorch(header) for header in inner if header.exists())
-
-
-def test_files_that_include_pytorch_share_five_translation_units():
-    units = {path: setup.unit_of(path) for path in setup.CSRC.rglob("*.cpp")}
-    assert all(units[path] is not None for path in units if includes_pytorch(path))
-    assert set(filter(None, units.values())) == {"linear", "lora", "grouped", "optim", "cuda"}
-    assert {units[path] for path in units if path.stem in ("portable", *toolchain.SIMD)} == {None}
-    on_cuda = {path: "cuda" in path.relative_to(setup.CSRC).parts for path in units}
-    assert all((unit == "cuda") == on_cuda[path] for path, unit in units.items())
-
-
 @pytest.fixture
 def build(tmp_path, monkeypatch):
     monkeypatch.setenv("PEFTCORE_CUDA", "0")

@@ -35,16 +35,6 @@ def test_the_page_is_made_of_the_facts() -> None:
     assert engine_table.of_page(page)[1] == engine_table.table(), "run in tests/: python -m support.engine_table"
 
 
-def test_no_fact_is_missing() -> None:
-    facts = engine_table.read()
-    assert [*facts] == engine_table.LINES
-    for row in facts.values():
-        assert tuple(row) == engine_table.METHODS
-        for text in row.values():
-            known = {engine_table.NAMED, engine_table.SAVED, *engine_table.SENTENCES}
-            assert text in known or 0 <= float(text) <= engine_table.LIMIT
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2", "accelerate"])
 def test_a_loop_of_ones_own(engine: str, tmp_path: Path) -> None:

@@ -132,9 +132,3 @@ def test_a_link_of_a_plugin_compiles_whole() -> None:
         model = peftcore.apply(tiny.llama(), "before")
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(output(compiled), output(model))
-
-
-def test_the_guide_has_this_kind() -> None:
-    page = (Path(__file__).parents[2] / "docs/plugins.md").read_text()
-    assert "        return self.inside(self.adapter(x), *args, **kwargs)\n" in page
-    assert "class Before(AtModule):\n    path: str\n    adapter: nn.Module " in page
