@@ -53,6 +53,16 @@ def test_the_source_archive_holds_every_file(tree: Path) -> None:
     assert not held.keys() & {*left_behind}
 
 
+def test_the_package_data_names_every_file_that_is_not_python() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    settings = tomllib.loads(PROJECTS[0].read_text())["tool"]["setuptools"]
+    package = ROOT / "peftcore"
+    packaged = {path for pattern in settings["package-data"]["peftcore"] for path in package.glob(pattern)}
+    built = {".so", ".pyc"}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in {".py", *built}}
+    assert others - {package / "_build.json"} == packaged
+
+
 def test_a_plugins_archive_has_the_license_itself(tree: Path) -> None:
     held = archived(tree / "plugins" / "peftcore-lora")
     assert held["LICENSE"].isfile() and held["LICENSE"].size == (ROOT / "LICENSE").stat().st_size

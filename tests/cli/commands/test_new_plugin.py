@@ -13,7 +13,7 @@ import pytest
 from support.whole_run import WHOLE, nightly_but
 
 import peftcore
-from peftcore.cli.commands.new_plugin import Kind, write
+from peftcore.cli.commands.new_plugin import Kind, new_plugin, write
 from peftcore.registry import registry
 from peftcore.testing import CHECKS, COMPILE, check_method
 
@@ -23,7 +23,7 @@ def test_each_kind_passes_the_suite(kind: str, tmp_path: Path, monkeypatch) -> N
     if kind not in ("around", "on-weight"):  # tracing is slow, and tried on two kinds
         monkeypatch.delitem(CHECKS, COMPILE)
     name = f"fresh-{kind}"
-    package = write(name, kind, tmp_path)
+    package = write(name, Kind(kind), tmp_path)
     (file,) = package.glob("*.py")
     modules = {}
     for path in (file, *package.glob("tests/*.py")):
@@ -40,21 +40,43 @@ def test_each_kind_passes_the_suite(kind: str, tmp_path: Path, monkeypatch) -> N
         test.test_conformance()
     finally:
         registry.unregister(name)
-    lint = subprocess.run([sys.executable, "-m", "ruff", "check", package, "--isolated", "--select", "F"], check=False)
-    assert lint.returncode == 0
+
+
+@pytest.mark.parametrize("command", [["check", "--ignore", "I001"], ["format", "--check"]])
+def test_what_is_written_passes_the_linters_of_this_repository(command: list[str], tmp_path: Path) -> None:
+    """Except for the order of imports, which depends on the folder that ruff runs in."""
+    for kind in Kind:
+        write(f"fresh-{kind.value}", kind, tmp_path)
+    config = Path(__file__).parents[3] / "pyproject.toml"
+    lint = [sys.executable, "-m", "ruff", *command, "--config", config, tmp_path]
+    result = subprocess.run(lint, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_printed_commands_work_where_only_peftcore_is_installed(tmp_path: Path, capsys) -> None:
+    """A new environment of Python 3.11 has setuptools 65, which cannot build the package, and no pytest."""
+    tomllib = pytest.importorskip("tomllib")
+    new_plugin("gain", Kind.around, tmp_path)
+    package = tmp_path / "peftcore-gain"
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"  python -m pip install -e '{package}[test]'",
+        f"  python -m pytest {package}",
+    ]
+    project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"] == {"test": ["peftcore[train]", "pytest>=8"]}
 
 
 @pytest.mark.parametrize("name", ["Gain", "two--hyphens", "9lives", "a.b", "../x", "-x", ""])
 def test_names_that_no_method_can_have(name: str, tmp_path: Path) -> None:
     with pytest.raises(peftcore.PeftcoreError, match="lowercase letters, digits and single hyphens"):
-        write(name, "around", tmp_path)
+        write(name, Kind.around, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "peftcore-gain").mkdir()
     with pytest.raises(peftcore.PeftcoreError, match="exists already"):
-        write("gain", "around", tmp_path)
+        write("gain", Kind.around, tmp_path)
 
 
 USE = """
@@ -77,7 +99,7 @@ assert torch.equal(tiny.logits(peftcore.load(tiny.llama(), sys.argv[1])), tiny.l
 
 @pytest.mark.nightly
 def test_installed_with_pip_used_and_uninstalled(tmp_path: Path) -> None:
-    package = write("fresh", "around", tmp_path)
+    package = write("fresh", Kind.around, tmp_path)
     site, adapter = tmp_path / "site", tmp_path / "adapter"
     install = [
         sys.executable,
