@@ -1,6 +1,6 @@
 """The contract of a plugin: all that the author of a method imports, next to `peftcore` and `peftcore.ops`.
 
-    from peftcore.plugin import Adapter, Around, Base, LayersConfig, Method, Placement, StateRules, hookimpl, override
+    from peftcore.plugin import Adapter, Around, Base, Method, Placement, StateRules, hookimpl, override, targets
 
 A plugin is a module with the hook `peftcore_methods`, which returns `Method` objects. A method's `place` turns a config
 into placements, which say where in the model each adapter is attached. docs/plugins.md explains the contract with
@@ -14,22 +14,21 @@ examples. The names by subject:
     export                adapter_products: an adapter as low-rank products; base_tensors
     files                 StateRules, PeftRules, ForeignFormat, FileLayout, FileFormat, tensor_name,
                           prompt_tensor_name; Tensors, Fields
-    configs               LayersConfig; validation: checks of fields
-    layers                targets: choosing modules; sizes, shape_of, layer_at, is_linear, is_conv1d, base_modules,
-                          base_parameters, original_class, has_forward_of_instance, modules_tied_to
+    configs               validation: checks of fields; targets.LayersConfig
+    layers                targets: choosing modules; shape_of, base_modules, base_parameters, original_class,
+                          has_forward_of_instance, modules_tied_to
     weights               weight_format, quantized_format, inside_at; embed_scale, looks_up, odd_embedding,
                           own_output; quantized_layers, default_skip
     mixtures of experts   ExpertsLayout, experts_layout, expert_biases
-    the model             Architecture, Sublayer, ATTENTION, CROSS_ATTENTION, FEED_FORWARD, detect; run, inputs_of,
-                          gradients_of: forward passes over batches
+    the model             Architecture, Sublayer, detect; run, inputs_of, gradients_of: forward passes over batches
     a call                Call, current_call, TokenCounter, cached_tokens, decoder_path,
                           forward_arguments, arguments_by_name, cache_argument; first_of, with_first;
                           text_starts, refuse_packed: rows of several texts
     training              reset_optimizer_state
-    other adapters        OtherAdapter, other_adapter, has_adapters, set_trainable
+    other adapters        other_adapter, has_adapters, set_trainable
     distributed training  ranks: parameters that are sharded over ranks; Division, division_of: layers that tensor
                           parallelism divides
-    errors                PeftcoreError, CheckpointError, PluginError, nearest; warn
+    errors                PeftcoreError, CheckpointError, nearest; warn
     the conformance suite check_method, check_sharded, Family, FAMILIES, CHECKS, IDENTITY, MERGE, COMPILE, PEFT_READS,
                           PEFT_WRITES, disturb
 
@@ -60,25 +59,14 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
         LowRank as LowRank,
         implements as implements,
     )
-    from peftcore.architecture import (
-        ATTENTION as ATTENTION,
-        CROSS_ATTENTION as CROSS_ATTENTION,
-        FEED_FORWARD as FEED_FORWARD,
-        Architecture as Architecture,
-        Sublayer as Sublayer,
-    )
+    from peftcore.architecture import Architecture as Architecture, Sublayer as Sublayer
     from peftcore.engine import set_trainable as set_trainable
     from peftcore.engine.current_optimizer import reset_optimizer_state as reset_optimizer_state
-    from peftcore.engine.other_adapters import (
-        OtherAdapter as OtherAdapter,
-        has_adapters as has_adapters,
-        other_adapter as other_adapter,
-    )
+    from peftcore.engine.other_adapters import has_adapters as has_adapters, other_adapter as other_adapter
     from peftcore.engine.trained import base_tensors as base_tensors, modules_tied_to as modules_tied_to
     from peftcore.errors import (
         CheckpointError as CheckpointError,
         PeftcoreError as PeftcoreError,
-        PluginError as PluginError,
         nearest as nearest,
         warn as warn,
     )
@@ -91,7 +79,7 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
     from peftcore.exporting import adapter_products as adapter_products
     from peftcore.extensions import Command as Command, Integration as Integration
     from peftcore.hookspecs import hookimpl as hookimpl
-    from peftcore.layers import is_conv1d as is_conv1d, is_linear as is_linear, shape_of as shape_of, sizes as sizes
+    from peftcore.layers import shape_of as shape_of
     from peftcore.merging.lookup import embed_scale as embed_scale, looks_up as looks_up, odd_embedding as odd_embedding
     from peftcore.merging.probe import own_output as own_output
     from peftcore.method import (
@@ -130,7 +118,6 @@ if TYPE_CHECKING:  # type checkers read the names here, programs in `_HOMES`
         CheckpointFormat as CheckpointFormat,
         CheckpointLayout as CheckpointLayout,
     )
-    from peftcore.targets import LayersConfig as LayersConfig, layer_at as layer_at
     from peftcore.testing import (
         CHECKS as CHECKS,
         COMPILE as COMPILE,
@@ -157,18 +144,18 @@ _MODULES = {
     "peftcore.adaptation.division": "Division division_of",
     "peftcore.adaptation.outputs": "first_of with_first",
     "peftcore.adapter": "Adapter Base BranchedBase LowRank implements",
-    "peftcore.architecture": "ATTENTION Architecture CROSS_ATTENTION FEED_FORWARD Sublayer",
+    "peftcore.architecture": "Architecture Sublayer",
     "peftcore.engine": "set_trainable",
     "peftcore.engine.current_optimizer": "reset_optimizer_state",
-    "peftcore.engine.other_adapters": "OtherAdapter has_adapters other_adapter",
+    "peftcore.engine.other_adapters": "has_adapters other_adapter",
     "peftcore.engine.trained": "base_tensors modules_tied_to",
-    "peftcore.errors": "CheckpointError PeftcoreError PluginError nearest warn",
+    "peftcore.errors": "CheckpointError PeftcoreError nearest warn",
     "peftcore.experts": "ExpertsLayout expert_biases experts_layout",
     "peftcore.exporter": "Exporter",
     "peftcore.exporting": "adapter_products",
     "peftcore.extensions": "Command Integration",
     "peftcore.hookspecs": "hookimpl",
-    "peftcore.layers": "is_conv1d is_linear shape_of sizes",
+    "peftcore.layers": "shape_of",
     "peftcore.merging.lookup": "embed_scale looks_up odd_embedding",
     "peftcore.merging.probe": "own_output",
     "peftcore.method": (
@@ -189,7 +176,6 @@ _MODULES = {
     "peftcore.prompts.packed": "refuse_packed text_starts",
     "peftcore.quantization": "default_skip quantized_layers",
     "peftcore.quantization.checkpoint_layouts": "CheckpointFormat CheckpointLayout",
-    "peftcore.targets": "LayersConfig layer_at",
     "peftcore.testing": (
         "CHECKS COMPILE FAMILIES Family IDENTITY MERGE PEFT_READS PEFT_WRITES check_method check_sharded disturb"
     ),

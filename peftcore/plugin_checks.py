@@ -13,7 +13,7 @@ import pluggy
 from peftcore import hookspecs
 from peftcore.errors import PluginError, nearest
 
-API = "3.8"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
+API = "3.9"  # of plugins: an addition raises the minor number, a change that breaks plugins the major number
 ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords of `apply`, which cannot be names of config fields
 
 

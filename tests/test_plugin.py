@@ -85,7 +85,7 @@ def test_type_checkers_and_programs_read_the_same_names() -> None:
 
 
 def test_users_of_models_see_no_name_of_the_contract() -> None:
-    errors = {"PeftcoreError", "PluginError", "CheckpointError"}
+    errors = {"PeftcoreError", "CheckpointError"}
     assert USERS & {*peftcore.plugin.__all__} == errors
 
 

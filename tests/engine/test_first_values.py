@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules
+from peftcore.plugin import run
 
 BATCHES = [{"input_ids": tiny.TOKENS + i, "labels": tiny.TOKENS + i} for i in range(3)]
 
@@ -172,3 +173,21 @@ def test_a_method_that_prepares_for_another_has_its_first_values() -> None:
         assert peftcore.engine.takes_batches("prepared", {}) and peftcore.engine.takes_batches("plain", {})
         peftcore.apply(tiny.llama(), "prepared", batches=BATCHES)
     assert told == [(plain.config_class, BATCHES)]
+
+
+def test_batches_reach_the_method_with_all_their_columns() -> None:
+    """A method that needs a column which the model does not take, such as marks of true answers, takes it out."""
+
+    def from_marked_rows(model: nn.Module, adapters: Any, config: Any, batches: Any) -> None:
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name != "is_true"}
+            logits = run(model, inputs).logits[batch["is_true"]]
+            for adapter in adapters.values():
+                adapter.gain.copy_(logits.square().mean())
+
+    marked = {**BATCHES[0], "is_true": torch.tensor([True, False])}
+    with tiny.installed(tiny.method("from-marked", initialize=from_marked_rows)):
+        model = peftcore.apply(tiny.llama(), "from-marked", batches=[marked])
+    expected = tiny.llama()(**BATCHES[0]).logits[0].square().mean()
+    for _, adapter in adapter_modules(model, "default"):
+        torch.testing.assert_close(adapter.gain.detach(), expected.detach())

@@ -15,7 +15,7 @@ from torch import nn
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_modules
-from peftcore.plugin import Around, StateRules, layer_at, weight_format
+from peftcore.plugin import Around, StateRules, targets, weight_format
 from peftcore.testing import disturb
 from support import tiny
 from support.ranks import work
@@ -181,7 +181,7 @@ def computed_from_weights(folder: str) -> list[float]:
     def means(model: nn.Module, tensors: dict[str, Any], fields: dict[str, Any]) -> tuple[Any, Any]:
         found = {}
         for name in tensors:
-            layer = layer_at(model, name.removeprefix("base_model.model.").removesuffix(".gain"))
+            layer = targets.layer_at(model, name.removeprefix("base_model.model.").removesuffix(".gain"))
             found[name] = weight_format(layer).read(layer).mean()
         return found, fields
 
