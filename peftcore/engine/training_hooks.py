@@ -10,7 +10,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -162,7 +162,7 @@ def loss_terms(model: nn.Module) -> dict[str, Tensor]:
         if of_parts:
             trained = nn.Module()
             # The same dictionary, so that the method finds the full tensors in `modules.trained`.
-            trained._parameters = modules.trained
+            trained._parameters = cast("dict[str, nn.Parameter | None]", modules.trained)
             compute = partial(term_of_whole, [*modules.values(), trained], compute, method.name)
         with registry.naming(method.name, "loss"):
             found = compute()
