@@ -38,11 +38,56 @@ EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}  # of tran
 OWN_FORWARD = "_peftcore_own_forward"  # attribute: the forward of this one instance
 
 
-class OwnForward:
-    """`Base` of the innermost adapter: the module's own forward."""
+class ChainLink:
+    """`Base` of the next adapter outside: it computes what the module does with the adapters inside.
 
-    __slots__ = ("_changes", "_forward", "_operands", "_weights", "module")
-    adapter: nn.Module | None = None  # none inside
+    Attributes:
+        module: the adapted module.
+    """
+
+    __slots__ = ("module",)
+    module: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    @property
+    def adapter(self) -> nn.Module | None:
+        """The outermost adapter of this link, which is the next inside for the adapter around it; None if none is."""
+        return None
+
+    @property
+    def inside(self) -> Any:
+        """`Base` of `adapter`."""
+        raise NotImplementedError
+
+    def on_weights(self, changes: Mapping[str, Change]) -> ChainLink:
+        """See `Base.on_weights`."""
+        raise NotImplementedError
+
+    def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
+        """See `Base.linear_operands`."""
+        return None
+
+    def weight(self) -> Tensor:
+        """Return the dense weight in the layout of `WeightFormat` (`[out, in]` of a linear), as adapters change it.
+
+        If no adapter inside changes it, it has the stored dtype (float32 if quantized), else float32 with gradients.
+
+        Raises:
+            PeftcoreError: no format reads the module's weight, or an adapter inside does not change a weight.
+        """
+        return self.weight_and_bias()[0]
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return `weight()`, and the bias `[out]` likewise, or None if the module has none."""
+        raise NotImplementedError
+
+
+class OwnForward(ChainLink):
+    """The innermost link: the module's own forward."""
+
+    __slots__ = ("_changes", "_forward", "_operands", "_weights")
 
     def __init__(
         self,
@@ -98,11 +143,9 @@ class OwnForward:
         return expert_changes(self.module, self._changes)
 
     def on_weights(self, changes: Mapping[str, Change]) -> OwnForward:
-        """See `Base.on_weights`."""
         return OwnForward(self.module, self._forward, self._weights, (changes, *self._changes))
 
     def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
-        """See `Base.linear_operands`."""
         if self._operands is nn.Linear:  # the ordinary case
             module = self.module
             weight: Any = module.weight
@@ -111,18 +154,7 @@ class OwnForward:
             return weight, module.bias  # type: ignore[return-value]
         return None if self._operands is None else self._operands(self.module, x)
 
-    def weight(self) -> Tensor:
-        """Return the dense weight in the layout of `WeightFormat` (`[out, in]` of a linear), as adapters change it.
-
-        If no adapter inside changes it, it has the stored dtype (float32 if quantized), else float32 with gradients.
-
-        Raises:
-            PeftcoreError: no format reads the module's weight, or an adapter inside does not change a weight.
-        """
-        return self.weight_and_bias()[0]
-
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return `weight()`, and the bias `[out]` likewise, or None if the module has none."""
         weights = self._weights or weight_format(self.module)
         if not self._changes:
             return weights.read(self.module), weights.read_bias(self.module)
@@ -141,8 +173,8 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return own.__func__(plain, *args, **kwargs)
 
 
-class Link:
-    """One adapter around the links inside; the `Base` of the next adapter outside.
+class Link(ChainLink):
+    """One adapter around the links inside.
 
     A kind of placement whose adapters take part in a call, or are merged, in another way has its own subclass. What is
     asked of the class holds whether the adapter is active or not.
@@ -155,7 +187,7 @@ class Link:
             (`peftcore.adaptation.division`) computes what one process does.
     """
 
-    __slots__ = ("_adapter", "_base", "_name", "module")
+    __slots__ = ("_adapter", "_base", "_name")
     follows: ClassVar[bool] = False
     merges_by: ClassVar[str] = "merged"
     calls_adapter: ClassVar[bool] = True
@@ -190,26 +222,16 @@ class Link:
 
     @property
     def adapter(self) -> nn.Module:
-        """Adapter of this link: for the next adapter outside, the one inside it."""
         return cast(nn.Module, self._adapter)
 
     @property
     def inside(self) -> Any:
-        """`Base` of the adapter of this link."""
         return self._base
 
     def on_weights(self, changes: Mapping[str, Change]) -> Link:
         return type(self)(self._name, self._adapter, self._base.on_weights(changes))
 
-    def linear_operands(self, x: Tensor) -> None:
-        """Return None: an adapter is in between."""
-
-    def weight(self) -> Tensor:
-        """See `OwnForward.weight`."""
-        return self.weight_and_bias()[0]
-
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """See `OwnForward.weight_and_bias`."""
         if not implements(self._adapter, Adapter.merged):
             raise PeftcoreError(
                 f"an adapter reads the weight of a {original_class(self.module).__name__}, around which '{self._name}' "
@@ -220,10 +242,10 @@ class Link:
         return self._adapter.merged(weight.float(), None if bias is None else bias.float())
 
 
-class Branched:
+class Branched(ChainLink):
     """`BranchedBase` of a combiner: the links inside, and the adapters that it combines, each alone around `own`."""
 
-    __slots__ = ("_base", "_branches", "module", "own")
+    __slots__ = ("_base", "_branches", "own")
 
     def __init__(self, base: Any, own: OwnForward, branches: Mapping[str, Link]) -> None:
         self.module = base.module
@@ -245,12 +267,10 @@ class Branched:
 
     @property
     def adapter(self) -> nn.Module | None:
-        """Adapter of the next link inside, or None."""
         return cast("nn.Module | None", self._base.adapter)
 
     @property
     def inside(self) -> Any:
-        """`Base` of the adapter of the next link inside."""
         return self._base.inside
 
     @property
@@ -264,16 +284,11 @@ class Branched:
         return Branched(own if self.is_own else base, own, branches)
 
     def linear_operands(self, x: Tensor) -> Any:
-        """Return the operands of the links inside."""
         return self._base.linear_operands(x)
 
-    def weight(self) -> Tensor:
-        """See `OwnForward.weight`."""
-        return self._base.weight()
-
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """See `OwnForward.weight_and_bias`."""
-        return self._base.weight_and_bias()
+        found: tuple[Tensor, Tensor | None] = self._base.weight_and_bias()
+        return found
 
 
 def with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:

@@ -292,7 +292,7 @@ class WholeForward(OwnForward):
         """Return None: this rank has only a part of the weight."""
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return the whole weight and bias, see `OwnForward.weight_and_bias`. Collective."""
+        """Return the whole weight and bias, see `ChainLink.weight_and_bias`. Collective."""
         return self._whole().weight_and_bias()
 
     def _whole(self) -> OwnForward:
@@ -342,9 +342,6 @@ class DividedChain:
             return self._parts(x)
         y = self.chain(division.gathered(x, division.inputs) if division.input_in_parts else x, *args, **kwargs)
         return division.part(y) if division.output_in_parts else y
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.chain, name)
 
 
 def on_parts(adapter: nn.Module) -> bool:

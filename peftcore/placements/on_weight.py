@@ -102,7 +102,6 @@ class WeightLink(Link):
         return change(weight).float(), bias
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """See `OwnForward.weight_and_bias`."""
         found: tuple[Tensor, Tensor | None] = self._base.on_weights(self._adapter.changes).weight_and_bias()
         return found
 
