@@ -25,7 +25,7 @@ from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, Branched, Link, OwnForward, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, restore_class, subclass
 from peftcore.adaptation.concurrency import ModelLock, disabled_in_thread
-from peftcore.adaptation.divided_experts import ExpertsForward, mesh_of_experts
+from peftcore.adaptation.divided_experts import ExpertsForward, followed_plan
 from peftcore.adaptation.division import DividedChain, Division, WholeForward, division_of, on_local, on_parts
 from peftcore.adaptation.enclosing import LOCK, NAMES, adapter_for_each_sample, is_enclosing, takes_adapter_names
 from peftcore.adaptation.per_sample import PerSample
@@ -179,8 +179,8 @@ def _base_of(module: nn.Module) -> OwnForward:
     except PeftcoreError:  # a plugin's format fails; the error is raised again when something reads the weight
         weights = None
     own = OwnForward(module, forward, weights)
-    mesh = mesh_of_experts(module) if OWN_FORWARD in module.__dict__ else None
-    return own if mesh is None else ExpertsForward(own, mesh)
+    plan = followed_plan(module) if OWN_FORWARD in module.__dict__ else None
+    return own if plan is None else ExpertsForward(own, plan)
 
 
 def _chain_of(module: nn.Module, base: OwnForward) -> Any:
@@ -261,7 +261,7 @@ def has_forward_of_instance(module: nn.Module) -> bool:
     experts, call that of its class.
     """
     own = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
-    if own is not None and mesh_of_experts(module) is not None:
+    if own is not None and followed_plan(module) is not None:
         return False
     inside = getattr(module, "_old_forward", None) if hasattr(module, "_hf_hook") else own
     return own is not None and getattr(inside, "__func__", None) not in (original_forward(module), type(module).forward)

@@ -10,6 +10,7 @@ are: DTensors, of which a rank trains its part and no other rank computes with i
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +31,16 @@ if TYPE_CHECKING:
 def plan_of_experts(module: nn.Module) -> dict[str, Any] | None:
     """Return the closure of the forward that dispatches tokens to the ranks' experts; None without one."""
     own: Any = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
-    code = getattr(own, "__code__", None)
-    if code is None or own.__name__ != "ep_forward" or "implementation" not in code.co_freevars:
+    if not inspect.isfunction(own) or own.__name__ != "ep_forward":
         return None
     if not own.__module__.startswith("transformers.distributed"):
         return None
-    return {name: cell.cell_contents for name, cell in zip(code.co_freevars, own.__closure__ or (), strict=True)}
+    plan = dict(inspect.getclosurevars(own).nonlocals)
+    return plan if "implementation" in plan else None  # other styles of experts move no tokens
 
 
-def mesh_of_experts(module: nn.Module) -> DeviceMesh | None:
-    """Return the mesh over which a plan divides the experts of `module`, if adapters can follow it; else None."""
+def followed_plan(module: nn.Module) -> dict[str, Any] | None:
+    """Return the plan that divides the experts of `module` over a mesh, if adapters can follow it; else None."""
     plan, layout = plan_of_experts(module), experts_layout(module)
     if plan is None or layout is None or not has_interface_forward(module, original_forward(module)):
         return None
@@ -53,7 +54,7 @@ def mesh_of_experts(module: nn.Module) -> DeviceMesh | None:
         if weight.device_mesh.size() != mesh.size():  # FSDP2 has parts of each rank's experts on other ranks, too
             return None
     inside = getattr(plan["implementation"].experts_forward, "__func__", None)
-    return mesh if inside is original_forward(module) else None
+    return plan if inside is original_forward(module) else None
 
 
 def follows_experts(module: nn.Module, changes: Mapping[str, Any]) -> bool:
@@ -72,30 +73,31 @@ def divide_factors(module: nn.Module, changes: Mapping[str, nn.Module]) -> None:
     """Leave this rank's experts' factors of adapters, which are whole, as DTensors."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = mesh_of_experts(module)
-    for change in changes.values() if mesh is not None else ():
+    plan = followed_plan(module)
+    if plan is None:
+        return
+    for change in changes.values():
         for part in change.modules():
             for name, whole in part._parameters.items():
                 if whole is not None and not ranks.is_dtensor(whole):
-                    own = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
+                    own = distribute_tensor(whole.detach(), plan["ep_mesh"], [Shard(0)], src_data_rank=None)
                     part._parameters[name] = nn.Parameter(own, whole.requires_grad)
 
 
 class ExpertsForward(OwnForward):
     """Own forward of a module whose experts are divided over the ranks; changes act on this rank's experts."""
 
-    __slots__ = ("_mesh",)
+    __slots__ = ("_plan",)
 
-    def __init__(self, own: OwnForward, mesh: DeviceMesh, changes: Any = ()) -> None:
+    def __init__(self, own: OwnForward, plan: Mapping[str, Any], changes: Any = ()) -> None:
         super().__init__(own.module, own._forward, own._weights)
-        self._mesh, self._changes = mesh, changes
+        self._plan, self._changes = plan, changes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._changes:
             return super().__call__(*args, **kwargs)
-        module, plan = self.module, plan_of_experts(self.module)
+        module, plan = self.module, self._plan
         found = expert_changes(module, self._changes)
-        assert plan is not None
         if found is None:
             raise PeftcoreError(
                 "experts that ranks share out can be changed by low-rank products of single experts only, and their "
@@ -111,7 +113,7 @@ class ExpertsForward(OwnForward):
 
     def on_weights(self, changes: Mapping[str, Change]) -> ExpertsForward:
         """See `Base.on_weights`."""
-        return ExpertsForward(self, self._mesh, (changes, *self._changes))
+        return ExpertsForward(self, self._plan, (changes, *self._changes))
 
 
 def _local(change: LowRank | EachExpert, batches: int) -> LowRank:

@@ -16,6 +16,7 @@ Whole tensors have whole gradients: where ranks use different parts of one, the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,8 @@ def mesh_of_norm(module: nn.Module) -> DeviceMesh | None:
     reduce: Any = None if found is None else found.get("_all_reduce_grad")
     if reduce is None:
         return None
-    return dict(zip(reduce.__code__.co_freevars, reduce.__closure__ or (), strict=True))["mesh"].cell_contents
+    mesh: DeviceMesh = inspect.getclosurevars(reduce).nonlocals["mesh"]
+    return mesh
 
 
 def division_of(module: nn.Module) -> Division | None:
@@ -237,15 +239,18 @@ def _own_forward(module: nn.Module) -> Any:
 
 
 def plan_of(module: nn.Module) -> dict[str, Any] | None:
-    """Return the closure of a plan's forward: `self` (the style), `mesh` and `original_forward`; None without one."""
+    """Return the closure of a plan's forward: `self` (the style), `mesh` and `original_forward`; None without one.
+
+    transformers keeps the style and the mesh of a layer nowhere else: `model.tp_plan` has the styles of a whole model,
+    not those that `apply_tensor_parallelism` was called with.
+    """
     own = _own_forward(module)
     own = getattr(own, "planned", own)  # inside a `trained_parts.TrainedForward`
-    code = getattr(own, "__code__", None)
-    if code is None or own.__name__ != "tp_forward" or not own.__module__.startswith("transformers.distributed"):
+    if not inspect.isfunction(own) or own.__name__ != "tp_forward":
         return None
-    cells = zip(code.co_freevars, own.__closure__ or (), strict=True)
-    found = {name: cell.cell_contents for name, cell in cells}
-    return {"self": None, "mesh": None, "original_forward": None, **found}
+    if not own.__module__.startswith("transformers.distributed"):
+        return None
+    return {"self": None, "mesh": None, "original_forward": None, **inspect.getclosurevars(own).nonlocals}
 
 
 class LocalForward(OwnForward):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def is_hook(hook: Any) -> bool:
     """Return whether a forward hook is that of a parallel style."""
-    return hasattr(hook, "__code__") and str(hook.__module__).startswith("torch.distributed.tensor")
+    return inspect.isfunction(hook) and str(hook.__module__).startswith("torch.distributed.tensor")
 
 
 def mesh_of_hooks(module: nn.Module) -> DeviceMesh | None:
@@ -58,10 +59,13 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def _closures(module: nn.Module) -> Iterator[Mapping[str, Any]]:
+    """Yield the variables of each hook: a layer's style, its layouts and mesh are nowhere else.
+
+    The placements of its weight do not show how its inputs and outputs are divided (`input_layouts=Shard(1)`).
+    """
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
         if is_hook(hook):
-            cells = zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)
-            yield {name: cell.cell_contents for name, cell in cells}
+            yield inspect.getclosurevars(hook).nonlocals
 
 
 def _is_of_tokens(value: Any) -> bool:

@@ -21,7 +21,7 @@ from peftcore import ranks
 from peftcore.adaptation.adapted import adapters_of
 from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.adaptation.chain import Link
-from peftcore.adaptation.divided_experts import follows_experts, mesh_of_experts
+from peftcore.adaptation.divided_experts import followed_plan, follows_experts
 from peftcore.adaptation.division import division_of, has_plan
 from peftcore.adaptation.enclosing import LOCK
 from peftcore.adaptation.parallel_hooks import divides_tokens
@@ -445,7 +445,7 @@ def refuse_divided(model: nn.Module, attachments: Attachments) -> None:
         module = submodule(model, each.path)
         if each.link.follows_division and division_of(module) is not None:
             continue
-        if each.link is WeightLink and mesh_of_experts(module) is not None:
+        if each.link is WeightLink and followed_plan(module) is not None:
             if follows_experts(module, WeightLink.changes_of(each.adapter)):
                 continue
             raise PeftcoreError(
