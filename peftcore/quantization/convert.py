@@ -91,8 +91,8 @@ def quantize(
             nvfp4 16. Experts that do not divide into blocks get smaller ones or stay dense, with a warning.
         batches: for affine4: what to call the model with (mappings, tuples or tensors), to round linear layers by GPTQ
             (arXiv 2210.17323) with their inputs. 16 to 128 texts of a few hundred tokens are usual. Takes a forward
-            pass up to each layer, and the memory of the dense model until the last. None: round to nearest. Experts,
-            and layers that no batch reaches, are rounded to nearest, with a warning.
+            pass up to each layer. None: round to nearest. Experts, and layers that no batch reaches, are rounded to
+            nearest, with a warning.
 
     Returns:
         The model, changed in place. The config of a transformers model contains what bitsandbytes needs to load it.
@@ -100,8 +100,9 @@ def quantize(
 
     Raises:
         PeftcoreError: an argument is wrong, a weight is not floating point or contains NaN or Inf, or adapters are
-            applied. The model is left unchanged. After any other exception, such as KeyboardInterrupt, some layers are
-            quantized and the others dense, and the same call quantizes the rest.
+            applied. The model is left unchanged. If GPTQ finds inputs that are not finite, or after any other
+            exception, such as KeyboardInterrupt, some layers are quantized and the others dense, and the same call
+            quantizes the rest.
     """
     plugin, chosen_format = find_type(quant_type)
     of_core = plugin is CORE
@@ -142,10 +143,10 @@ def quantize(
             _warn_if_little(model, [*chosen, *full_names, *bitsandbytes])
         warn_of_dense(model, skip)
     before = _held_by(model)
-    if batches is not None:
-        chosen = _round_by_gptq(model, chosen, experts, list(batches), blocksize, compute_dtype)
     update_config = chosen_format.update_config or sync_config
     try:
+        if batches is not None:
+            chosen = _round_by_gptq(model, chosen, experts, list(batches), blocksize, compute_dtype)
         for path, packed in bitsandbytes.items():
             _adopt(model.get_submodule(path), packed)
         if not of_core:
@@ -206,11 +207,8 @@ def _round_by_gptq(
         convert(layer, weight, compute_dtype)
         fast_path.guard(model)
 
-    try:
-        with gptq.rounded_layers(model, layers, batches, blocksize, converted) as unreached:
-            gptq.warn_of_nearest(unreached, [f"{path}.{name}" for path, names in experts.items() for name in names])
-    finally:
-        fast_path.guard(model)
+    unreached = gptq.round_layers(model, layers, batches, blocksize, converted)
+    gptq.warn_of_nearest(unreached, [f"{path}.{name}" for path, names in experts.items() for name in names])
     return {path: layers[path] for path in unreached}
 
 

@@ -11,8 +11,7 @@ already, give it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -101,11 +100,10 @@ class _Enough(BaseException):
     """Signal that ends a forward pass whose rest is not needed. No `except Exception` of a model catches it."""
 
 
-@contextmanager
-def rounded_layers(
+def round_layers(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], blocksize: int, convert: Any
-) -> Iterator[list[str]]:
-    """Convert linear layers to affine4 in place; if the block or the conversion raises, restore them.
+) -> list[str]:
+    """Convert linear layers to affine4 in place, one after the other, so that each dense weight is freed at once.
 
     Args:
         model: the model.
@@ -114,16 +112,15 @@ def rounded_layers(
         blocksize: number of inputs in a group.
         convert: (layer, packed weight) -> None: convert one layer in place.
 
-    Yields:
+    Returns:
         Paths of layers that no batch reaches, which are not converted.
 
     Raises:
-        PeftcoreError: there is no batch, or inputs are not finite.
+        PeftcoreError: there is no batch, or inputs are not finite. Layers before those with such inputs are converted.
     """
     if not batches:
         raise PeftcoreError("there is no batch. If it is an iterator that was read before, pass a list or a DataLoader")
     training = [module for module in model.modules() if module.training]
-    before: list[tuple[Any, type, dict[str, Any]]] = []
     try:
         model.eval()
         groups, unreached = _in_order(model, layers, batches)
@@ -139,24 +136,11 @@ def rounded_layers(
                     f"'{group.paths[0]}' cannot be rounded by GPTQ: {error}. Check the batches"
                 ) from error
             for paths in group.weights:
-                before += [_state(layers[path]) for path in paths]
                 _convert(layers, paths, upper, blocksize, convert)
+    finally:
         for module in training:
             module.training = True
-        yield unreached
-    except BaseException:
-        for module, cls, state in reversed(before):
-            module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(state)
-        for module in training:
-            module.training = True
-        raise
-
-
-def _state(module: nn.Module) -> tuple[nn.Module, type, dict[str, Any]]:
-    """Return a module with its class and a copy of its attributes."""
-    return module, type(module), {k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(module).items()}
+    return unreached
 
 
 def _convert(layers: Mapping[str, Any], paths: list[str], upper: Tensor, blocksize: int, convert: Any) -> None:
