@@ -147,8 +147,8 @@ class OfTrainer(Own):
 def tiles_in_place() -> Iterator[None]:
     """Make TRL read and write a tile of logits in place, as its Triton kernels do on a card, within the block.
 
-    On meta tensors TRL runs its functions for devices without Triton, whose temporaries of a tile take 3 GB more than the
-    kernels: up to 70 % of the step of a model with 1 billion parameters and 128,000 words.
+    On meta tensors TRL runs its functions for devices without Triton, whose temporaries of a tile take 3 GB more than
+    the kernels do: up to 70 % of the step of a model with 1 billion parameters and 128,000 words.
     """
     kernels = sys.modules.get("trl.kernels.chunked_logprob")
     names = [name for name in ("_forward_tile", "_backward_tile") if hasattr(kernels, name)]
