@@ -66,12 +66,14 @@ def train(run: Path) -> dict:
 
     warnings.simplefilter("ignore")
     chosen = settings.Settings(**json.loads((run / settings.RUN_FILE).read_text()))
-    train_rows, eval_rows, validation = training_data.read_splits(chosen)
-    labels = tuple(row_labels.labels_of([*train_rows, *validation])) if chosen.task in task_names.LABELLED else ()
+    split = training_data.read(chosen)
+    labels = (
+        tuple(row_labels.labels_of([*split.train, *split.validation])) if chosen.task in task_names.LABELLED else ()
+    )
     tokenizer = models.load_tokenizer(chosen.model)
     rows, held_out = (
         training_data.encode_examples(what, part, chosen, tokenizer, labels)
-        for what, part in (("training", train_rows), ("held-out", eval_rows))
+        for what, part in (("training", split.train), ("held-out", split.held_out))
     )
 
     def fresh():

@@ -70,7 +70,7 @@ def train(folder: Path, task: str, method: str, rate: float) -> dict:
     """Return the held-out metrics before and after one run."""
     from peftcore.cli import console, settings
     from peftcore.cli.bases import base_files
-    from peftcore.cli.training import training_run
+    from peftcore.cli.training import training_data, training_run
     from peftcore.errors import PeftcoreError
 
     console.out.quiet = True
@@ -91,7 +91,7 @@ def train(folder: Path, task: str, method: str, rate: float) -> dict:
     )
     output = Path(tempfile.mkdtemp())
     try:
-        result = training_run.run(made, output, resume=False)
+        result = training_run.run(made, output, training_data.read(made), resume=False)
     except PeftcoreError as error:
         return {"error": str(error)}
     finally:

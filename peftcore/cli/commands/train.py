@@ -26,6 +26,7 @@ from peftcore.cli.settings import (
     prepare_folder,
     write_options,
 )
+from peftcore.cli.start import Clock
 from peftcore.errors import CheckpointError, PeftcoreError
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def train(
     from peftcore.cli.bases import base_files, precision as precisions
     from peftcore.cli.data import row_reading, streamed
     from peftcore.cli.data.data_files import parsed_columns
+    from peftcore.cli.data.row import Row
     from peftcore.cli.training import option_checks, run_result, trainer_arguments, warm_start
 
     given = config_file.in_force(context, given)
@@ -118,11 +120,20 @@ def train(
                 "--labels names the outputs of an existing adapter (--adapter); a new one takes "
                 "them from the examples. Leave it out"
             )
-        start, task = None, task or row_reading.guess_task(data, names)
+        start = None
     else:
         start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
-        task = start.task_of(task, data, names)
+        task = start.task_of(task)
+    clock, rows = Clock(), list[Row]()
+    with clock.part("data"):  # which shows wrong lines before anything is loaded
+        if given.streaming:
+            task = task or row_reading.guess_task(data, names)
+        else:
+            task, rows = row_reading.read(data, task, names)
+        held_out = None if given.eval_data is None else row_reading.read_rows(given.eval_data, task, names)
     task_names.check_task(task)
+    if start is not None:
+        start.check_task(task, f"{', '.join(map(repr, data))} is for {task}")
     if task == task_names.SPEECH and start is not None:
         given = replace(given, language=given.language or start.task.language)
     option_checks.check(given, display, task, data, continues=start is not None)
@@ -131,10 +142,8 @@ def train(
         from peftcore.cli.training import distillation
 
         given = replace(given, teacher=distillation.checked(given, task))
-    if given.streaming:
-        streamed.files_of(data)
-    for file in filter(None, (None if given.streaming else data, given.eval_data)):
-        row_reading.read_rows(file, task, names)  # show wrong lines before anything is loaded
+    with clock.part("data"):
+        examples = streamed.Lines(data, task, names) if given.streaming else rows
     precisions.check(given.precision, given.dtype, given.device)
     require("transformers", "accelerate", "matplotlib", "psutil")
     if task in task_names.COMPARED:
@@ -142,7 +151,7 @@ def train(
     base_files.quiet_transformers()
     from peftcore import ranks
     from peftcore.cli.bases import base_files, base_quantization
-    from peftcore.cli.training import best_checkpoint, reporting, torchrun, training_run
+    from peftcore.cli.training import best_checkpoint, reporting, torchrun, training_data, training_run
     from peftcore.integrations.trainer import latest_checkpoint
     from peftcore.quantization import find_type
     from peftcore.registry import registry
@@ -178,7 +187,7 @@ def train(
     if fit:
         from peftcore.cli.training import forecast
 
-        settings = forecast.fitted(settings)
+        settings = forecast.fitted(settings, rows)
 
     if resume:
         chosen_before, resumed = settings, list[Settings]()
@@ -201,7 +210,9 @@ def train(
             result = training_run.run(
                 settings,
                 output,
+                training_data.split(settings, examples, held_out),
                 resume=resume,
+                clock=clock,
                 sample=display.sample,
                 sample_tokens=display.sample_tokens,
                 report_to=services,

@@ -53,7 +53,8 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
         raise PeftcoreError(_missing(where, path))
     else:
         found = _of_file(where)
-    return (renamed(record, columns or {}) for record in found)
+    found = map(checked, found)
+    return (renamed(record, columns) for record in found) if columns else found
 
 
 def _missing(where: Path, path: str) -> str:
@@ -99,19 +100,27 @@ def alpaca_prompt(instruction: str, more: Any) -> str:
     return f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
 
 
+def checked(record: Record) -> Record:
+    """Return a record that is not the names of the columns themselves.
+
+    Raises:
+        PeftcoreError: it is.
+    """
+    where, fields = record
+    if fields and all(isinstance(value, str) and value.strip() == name.strip() for name, value in fields.items()):
+        raise PeftcoreError(
+            f"{where}: the line repeats the names of the columns, as files that were joined have it. Delete it"
+        )
+    return record
+
+
 def renamed(record: Record, columns: Mapping[str, str]) -> Record:
     """Return a record with fields named as `columns` says.
 
     Raises:
-        PeftcoreError: a column does not exist, or the record repeats the names of the columns.
+        PeftcoreError: a column does not exist.
     """
     where, fields = record
-    if all(isinstance(value, str) and value.strip() == name.strip() for name, value in fields.items()) and fields:
-        raise PeftcoreError(
-            f"{where}: the line repeats the names of the columns, as files that were joined have it. Delete it"
-        )
-    if not columns:
-        return record
     for name, theirs in columns.items():
         if theirs not in fields:
             raise PeftcoreError(

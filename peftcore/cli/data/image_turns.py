@@ -23,7 +23,6 @@ from peftcore.errors import PeftcoreError
 MARK, HEARD = "<image>", "<audio>"  # in texts of rows that name their images or audio
 PLACE, AUDIO_PLACE = {"type": "image"}, {"type": "audio"}  # what chat templates take
 _SOURCES = ("path", "image", "audio", "url", "image_url", "audio_url")
-_ROWS = 100  # rows that are looked at to guess a task
 
 
 def has_images(fields: Mapping[str, Any]) -> bool:
@@ -44,11 +43,6 @@ def has_audio(fields: Mapping[str, Any]) -> bool:
         return False
     parts = (part for turn in found if isinstance(turn, dict) for part in _parts(turn.get("content")))
     return bool(_named(fields, "audio")) or any(part.get("type") in ("audio", "audio_url") for part in parts)
-
-
-def first_with_images(rows: Iterator[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the first conversation with images among the first rows, or None."""
-    return next((fields for _, fields in zip(range(_ROWS), rows, strict=False) if has_images(fields)), None)
 
 
 def row_of(where: str, fields: dict[str, Any], *, hears: bool = False) -> Row:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from peftcore.cli.data import audio_files, image_files, image_turns, judged_rows, labels, mixture, pair_rows, turns
-from peftcore.cli.data.data_files import alpaca_prompt, listed, records
+from peftcore.cli.data.data_files import Record, alpaca_prompt, listed, records, renamed
 from peftcore.cli.data.labels import text_of
 from peftcore.cli.data.row import Row
 from peftcore.cli.data.token_rows import tokens_of
@@ -95,40 +95,55 @@ _EXAMPLES |= dict.fromkeys((IMAGE_TEXT, AUDIO_TEXT), "messages=chat")
 _EXAMPLES |= dict.fromkeys((CLASSIFICATION, REGRESSION), "text=review,label=stars")
 _EXAMPLES |= dict.fromkeys((*PAIRED, IMAGE_PREFERENCES), "chosen=better,rejected=worse") | {ROLLOUTS: "prompt=question"}
 
+_LOOKED_AT = 100  # first lines in which images or audio determine a task
 
 Paths = str | os.PathLike[str] | Sequence[str]
 
 
 def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all examples of a file, a folder of files or a hub dataset, or of several.
+    """Return all examples of files for a task that is known, see `read`."""
+    return read(path, task, columns)[1]
+
+
+def read(path: Paths, task: str | None, columns: Mapping[str, str] | None = None) -> tuple[str, list[Row]]:
+    """Return the task and all examples of a file, a folder of files or a hub dataset, or of several.
 
     Args:
         path: file, folder, or dataset id, or a list of these, whose weights are ignored.
-        task: the task.
+        task: the task, or None for the one that the files have examples for, see `guess_task`.
         columns: {our field name: the file's}. Of several data sets, those without any of these names are read as they
             are.
 
     Raises:
         PeftcoreError: a file is missing, empty or of another kind, or a line is wrong.
     """
-    check_task(task)
-    if task == IMAGE and columns:
-        raise PeftcoreError("--columns names the fields of rows, and a folder of images has none. Leave it out")
+    paths = [source.path for source in sources(path)]
+    if task is not None:
+        check_task(task)
+    elif _are_images(paths):
+        task = IMAGE
+    if task == IMAGE:
+        if columns:
+            raise PeftcoreError("--columns names the fields of rows, and a folder of images has none. Leave it out")
+        images = [list(image_files.labelled(each)) for each in paths]
+        parts = [[Row(file, "", label=label, image=file) for file, label in folder] for folder in images]
+    else:
+        data_sets: Sequence[Iterable[Record]] = records_of_each(paths, columns)
+        if task is None:
+            data_sets = [list(each) for each in data_sets]
+            task = _task_of(paths, itertools.chain.from_iterable(data_sets))
+        parts = [[row_of(where, fields, task) for where, fields in data_set] for data_set in data_sets]
     rows: list[Row] = []
-    for source, (each, names) in enumerate(_sources(path, columns)):
-        if task == IMAGE:
-            found = [Row(file, "", label=label, image=file) for file, label in image_files.labelled(each)]
-        else:
-            found = [row_of(where, fields, task) for where, fields in records(each, names)]
-        if not found:
+    for source, (each, part) in enumerate(zip(paths, parts, strict=True)):
+        if not part:
             raise PeftcoreError(f"'{each}' has no examples")
-        odd = next((row for row in found if row.kind != found[0].kind), None)
+        odd = next((row for row in part if row.kind != part[0].kind), None)
         if odd is not None and task in (LANGUAGE_MODEL, EMBEDDING):
             raise PeftcoreError(
-                f"{odd.where}: this line has {odd.kind}, but the first line has {found[0].kind}. Split the file in two"
+                f"{odd.where}: this line has {odd.kind}, but the first line has {part[0].kind}. Split the file in two"
             )
-        rows += [replace(row, source=source) for row in found] if source else found
-    return rows
+        rows += [replace(row, source=source) for row in part] if source else part
+    return task, rows
 
 
 def sources(path: Paths) -> list[mixture.Source]:
@@ -137,50 +152,61 @@ def sources(path: Paths) -> list[mixture.Source]:
     return [mixture.parsed(text) for text in texts]
 
 
-def _sources(path: Paths, columns: Mapping[str, str] | None) -> list[tuple[str, Mapping[str, str] | None]]:
-    """Return (path, columns) of each data set: of several, only those that have one of the columns rename them."""
-    paths = [source.path for source in sources(path)]
-    if not columns or len(paths) == 1:
-        return [(each, columns) for each in paths]
-    named = {}
-    for each in paths:
-        _, fields = next(records(each), ("", {}))
-        named[each] = not fields.keys().isdisjoint(columns.values())
-    return [(each, columns if named[each] or not any(named.values()) else None) for each in paths]
+def records_of_each(paths: Sequence[str], columns: Mapping[str, str] | None) -> list[Iterator[Record]]:
+    """Return the records of each data set; where only some have one of the columns, only those rename them."""
+    data_sets = [records(path) for path in paths]
+    if not columns:
+        return data_sets
+    first = [list(itertools.islice(each, 1)) for each in data_sets]
+    has_columns = [any(not fields.keys().isdisjoint(columns.values()) for _, fields in some) for some in first]
+    whole = [itertools.chain(some, rest) for some, rest in zip(first, data_sets, strict=True)]
+    return [
+        (renamed(record, columns) for record in each) if has or not any(has_columns) else each
+        for each, has in zip(whole, has_columns, strict=True)
+    ]
 
 
 def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
     """Return the task that files have examples for.
 
-    It is determined by the fields of the first line. If it has a label, all labels decide: lists mean multi-label;
-    numbers of which at least one is not whole mean regression; everything else is classification.
+    It is determined by the fields of the first line, and by images or audio in one of the first hundred. If the first
+    line has a label, all labels decide: lists mean multi-label; numbers of which at least one is not whole mean
+    regression; everything else is classification.
     """
-    if all(image_files.is_labelled(source.path) for source in sources(path)):
+    paths = [source.path for source in sources(path)]
+    if _are_images(paths):
         return IMAGE
-    found: list[Any] = []
-    rows = itertools.chain.from_iterable(records(*each) for each in _sources(path, columns))
-    seen = image_turns.first_with_images(fields for _, fields in rows)
-    if seen is not None and image_turns.has_audio(seen):
+    return _task_of(paths, itertools.chain.from_iterable(records_of_each(paths, columns)))
+
+
+def _are_images(paths: Sequence[str]) -> bool:
+    return all(image_files.is_labelled(path) for path in paths)
+
+
+def _task_of(paths: Sequence[str], lines: Iterator[Record]) -> str:
+    rows = (fields for _, fields in lines)
+    beginning = list(itertools.islice(rows, _LOOKED_AT))
+    if not beginning:
+        raise PeftcoreError(f"'{', '.join(paths)}' has no examples")
+    shown = next((fields for fields in beginning if image_turns.has_images(fields)), None)
+    if shown is not None and image_turns.has_audio(shown):
         return AUDIO_TEXT
-    if seen is not None:
-        return IMAGE_PREFERENCES if {"chosen", "rejected"} <= seen.keys() else IMAGE_TEXT
-    for _, fields in itertools.chain.from_iterable(records(*each) for each in _sources(path, columns)):
-        if not found and any(fields.keys() >= set(keys) for keys in _KEYS[TAGS]):
-            return TAGS
-        name = next((name for name in ("label", "labels") if name in fields), None)
-        if name is None and not found:
-            if pair_rows.is_pairs(fields):
-                return EMBEDDING
-            if any(fields.keys() >= set(keys) for keys in _KEYS[SPEECH]):
-                return SPEECH
-            if {"source", "target"} <= fields.keys():
-                return SEQ2SEQ
-            return PREFERENCES if {"chosen", "rejected"} <= fields.keys() else LANGUAGE_MODEL
-        if not found and {"prompt", "completion", "label"} <= fields.keys():
-            return UNPAIRED
-        found.append(fields.get(name or "label"))
-    if not found:
-        raise PeftcoreError(f"'{', '.join(source.path for source in sources(path))}' has no examples")
+    if shown is not None:
+        return IMAGE_PREFERENCES if {"chosen", "rejected"} <= shown.keys() else IMAGE_TEXT
+    first = beginning[0].keys()
+    if any(first >= set(keys) for keys in _KEYS[TAGS]):
+        return TAGS
+    if {"prompt", "completion", "label"} <= first:
+        return UNPAIRED
+    if first.isdisjoint({"label", "labels"}):
+        if pair_rows.is_pairs(first):
+            return EMBEDDING
+        if any(first >= set(keys) for keys in _KEYS[SPEECH]):
+            return SPEECH
+        if {"source", "target"} <= first:
+            return SEQ2SEQ
+        return PREFERENCES if {"chosen", "rejected"} <= first else LANGUAGE_MODEL
+    found = [fields.get("label", fields.get("labels")) for fields in itertools.chain(beginning, rows)]
     if labels.names(found[0]) is not None:
         return MULTI_LABEL
     numbers = [labels.number(label) for label in found]

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 
 from peftcore.cli import task_names
 from peftcore.cli.data import row_reading
-from peftcore.cli.data.data_files import object_of, renamed
+from peftcore.cli.data.data_files import checked, object_of, renamed
 from peftcore.cli.data.row import Row
 from peftcore.errors import PeftcoreError
 
@@ -113,7 +113,7 @@ class Lines:
             text = line.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise PeftcoreError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-        where, fields = renamed(object_of(where, text), self.columns or {})
+        where, fields = renamed(checked(object_of(where, text)), self.columns or {})
         return row_reading.row_of(where, fields, self.task)
 
     def _number(self, which: int, index: int) -> int:

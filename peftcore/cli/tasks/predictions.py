@@ -37,17 +37,15 @@ def read_rows(paths: Sequence[str], task: AdapterTask, columns: Mapping[str, str
         files = [file for path in paths for file in image_files.unlabelled(path)]
         return [Row(file, "", label=task.labels[0], image=file) for file in files]
     rows = []
-    for path in paths:
+    for path, records in zip(paths, row_reading.records_of_each(paths, columns), strict=True):
         if task.task in task_names.MULTIMODAL:
-            found = [
-                image_turns.asked_of(where, fields, task.task) for where, fields in data_files.records(path, columns)
-            ]
+            found = [image_turns.asked_of(where, fields, task.task) for where, fields in records]
         elif task.task == task_names.SPEECH:
-            found = [_recording(where, fields) for where, fields in data_files.records(path, columns)]
+            found = [_recording(where, fields) for where, fields in records]
         elif task.task == task_names.EMBEDDING:
-            found = [_text_row(where, fields) for where, fields in data_files.records(path, columns)]
+            found = [_text_row(where, fields) for where, fields in records]
         else:
-            found = [_row(where, fields, task) for where, fields in data_files.records(path, columns)]
+            found = [_row(where, fields, task) for where, fields in records]
         if not found:
             raise PeftcoreError(f"'{path}' has no examples")
         rows += found

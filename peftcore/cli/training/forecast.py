@@ -18,6 +18,7 @@ from peftcore.cli.bases import base_quantization, device_choice, dtype_choice, m
 from peftcore.cli.console import say
 from peftcore.cli.data import row_reading
 from peftcore.cli.data.data_files import parsed_columns
+from peftcore.cli.data.row import Row
 from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
 from peftcore.cli.tasks import by_task, comparisons, conversations, encoded_examples, image_chats, image_preferences
@@ -114,8 +115,12 @@ def of_examples(task: str, examples: Sequence[Example], processor: Any) -> dict[
     return {"example": image_chats.collate([max(examples, key=encoded_examples.length)], processor)}
 
 
-def of_data(settings: Settings) -> dict[str, Any]:
+def of_data(settings: Settings, rows: Sequence[Row] | None = None) -> dict[str, Any]:
     """Return the arguments of `peftcore.Step` that the data of `settings` determine; without data, those of texts.
+
+    Args:
+        settings: of the run.
+        rows: its examples if they are read already.
 
     Raises:
         NotFollowed: the task needs examples, since a step depends on the sizes of images or the length of recordings.
@@ -131,11 +136,12 @@ def of_data(settings: Settings) -> dict[str, Any]:
     processor = models.load_processor(settings.model, task)
     if task in task_names.MULTIMODAL:
         conversations.set_template(processor, settings.chat_template)
-    rows = row_reading.read_rows(settings.data, task, parsed_columns(settings.columns))
+    if rows is None:
+        rows = row_reading.read_rows(settings.data, task, parsed_columns(settings.columns))
     if task in task_names.COMPARED:
         encoded = comparisons.of(task).encode(rows, processor, settings.max_length)
     else:
-        encoded = by_task.encode(rows, task, processor, settings.max_length)
+        encoded = by_task.encode(list(rows), task, processor, settings.max_length)
     return of_examples(task, encoded.examples, processor)
 
 
@@ -274,7 +280,7 @@ def refuse_if_too_large(found: Forecast, settings: Settings) -> None:
     )
 
 
-def fitted(settings: Settings) -> Settings:
+def fitted(settings: Settings, rows: Sequence[Row]) -> Settings:
     """Return the settings with the batch size, gradient checkpointing and optimizer of the first way that fits.
 
     The number of examples per step stays the same through gradient accumulation. With several processes the first one
@@ -286,13 +292,13 @@ def fitted(settings: Settings) -> Settings:
     chosen = [settings]
 
     def choose() -> None:
-        chosen[0] = _fitted(settings)
+        chosen[0] = _fitted(settings, rows)
 
     ranks.once(choose, together=True)
     return ranks.of_first(chosen[0])
 
 
-def _fitted(settings: Settings) -> Settings:
+def _fitted(settings: Settings, rows: Sequence[Row]) -> Settings:
     if device_choice.torch_device(settings.device).type != "cpu":
         raise PeftcoreError("--fit is for training on a CPU. For a GPU: peftcore suggest --device NAME --memory 24GB")
     why = _why_not(settings)
@@ -311,7 +317,7 @@ def _fitted(settings: Settings) -> Settings:
         without_logits=is_without_logits(settings),
         fused=is_fused(settings),
         recompute=settings.recompute,
-        **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **of_data(settings)},
+        **{**how(settings.task, settings.precision, settings.parallel, settings.ranks), **of_data(settings, rows)},
     )
     known: dict[str, Any] = {"dtype": device_choice.torch_dtype(dtype, settings.device), "step": step}
     if settings.task == task_names.EMBEDDING:

@@ -9,6 +9,7 @@ from typing import Any
 from peftcore.cli import task_names
 from peftcore.cli.data.row import Row
 from peftcore.cli.settings import Settings
+from peftcore.cli.start import Clock
 from peftcore.cli.tasks import (
     by_task,
     comparisons,
@@ -20,7 +21,6 @@ from peftcore.cli.tasks import (
 )
 from peftcore.cli.tasks.encoded_examples import Example
 from peftcore.cli.tasks.metrics import Metrics
-from peftcore.cli.training.progress import Clock
 from peftcore.cli.training.training_data import Examples
 
 

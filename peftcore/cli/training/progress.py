@@ -13,8 +13,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +25,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from peftcore import ranks
 from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.console import out, say, warn
-from peftcore.cli.start import STARTED
 from peftcore.errors import PeftcoreError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -42,27 +40,6 @@ class TaskWriter(TrainerCallback):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if self.task is not None and args.should_save and folder.is_dir():
             self.task.write(folder)
-
-
-class Clock:
-    """Seconds that the parts of a run take, by name, beginning with the imports."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = {"imports": time.perf_counter() - STARTED}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to a part."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - began
-
-    def all(self) -> dict[str, float]:
-        """Return the parts so far, with the rest as `other`; their sum is the time since the command began."""
-        rest = time.perf_counter() - STARTED - sum(self.parts.values())
-        return {**self.parts, "other": max(0.0, rest)}
 
 
 class Meter(TrainerCallback):

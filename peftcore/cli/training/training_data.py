@@ -109,23 +109,39 @@ class Examples:
 
 
 def read(settings: Settings) -> Rows:
-    """Return the examples of a run.
+    """Read the examples of a run without `--streaming`, see `split`."""
+    names = parsed_columns(settings.columns)
+    rows = row_reading.read_rows(settings.data, settings.task, names)
+    held_out = None
+    if settings.eval_data is not None:
+        held_out = row_reading.read_rows(settings.eval_data, settings.task, names)
+    return split(settings, rows, held_out)
+
+
+def split(settings: Settings, rows: list[Row] | streamed.Lines, held_out: list[Row] | None) -> Rows:
+    """Return the examples of a run, divided.
+
+    Args:
+        settings: of the run.
+        rows: the examples of `--data`.
+        held_out: those of `--eval-data`, or None to hold some of `rows` out.
 
     Raises:
-        PeftcoreError: a file is missing or of another kind, or nothing is held out.
+        PeftcoreError: there are too few examples to hold some out.
     """
-    if not settings.streaming:
-        return Rows(*read_splits(settings))
-    names = parsed_columns(settings.columns)
-    paths = [settings.data] if isinstance(settings.data, str) else settings.data
-    lines = streamed.Lines(paths, settings.task, names)
-    if settings.eval_data is not None:
-        kept, held_out = list[int](), row_reading.read_rows(settings.eval_data, settings.task, names)
-    else:
-        kept = streamed.chosen(lines, int(settings.holdout), settings.seed)
-        held_out = [lines[index] for index in kept]
-    first = itertools.islice((i for i in range(len(lines)) if i not in kept), _PROBED)
-    return Rows([lines[i] for i in first], held_out, lines=lines, kept=kept)
+    if isinstance(rows, streamed.Lines):
+        kept: list[int] = []
+        if held_out is None:
+            kept = streamed.chosen(rows, int(settings.holdout), settings.seed)
+            held_out = [rows[index] for index in kept]
+        first = itertools.islice((i for i in range(len(rows)) if i not in kept), _PROBED)
+        return Rows([rows[i] for i in first], held_out, lines=rows, kept=kept)
+    if held_out is None:
+        rows, held_out = holdout.split(rows, settings.holdout, settings.seed)
+    if settings.validation is None:
+        return Rows(rows, held_out)
+    train, validation = holdout.split(rows, settings.validation, settings.seed)
+    return Rows(train, held_out, validation)
 
 
 def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> Examples:
@@ -164,20 +180,6 @@ def encode(rows: Rows, settings: Settings, tokenizer: Any, labels: tuple[str, ..
     return Examples(
         sets, found, dataset, parts, sizes, longest, held_out, held_out_sets, validation, other, is_mixed=is_mixed
     )
-
-
-def read_splits(settings: Settings) -> tuple[list[Row], list[Row], list[Row]]:
-    """Return (training examples, held-out examples, examples kept to choose among runs)."""
-    names = parsed_columns(settings.columns)
-    rows = row_reading.read_rows(settings.data, settings.task, names)
-    if settings.eval_data is not None:
-        held_out = row_reading.read_rows(settings.eval_data, settings.task, names)
-    else:
-        rows, held_out = holdout.split(rows, settings.holdout, settings.seed)
-    if settings.validation is None:
-        return rows, held_out, []
-    train, validation = holdout.split(rows, settings.validation, settings.seed)
-    return train, held_out, validation
 
 
 def other_rows(settings: Settings) -> list[Row]:

@@ -26,6 +26,7 @@ from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.console import number, say, warn
 from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
+from peftcore.cli.start import Clock
 from peftcore.cli.tasks import (
     by_task,
     comparisons,
@@ -67,8 +68,10 @@ from peftcore.merging.merged_layers import mergeable
 def run(
     settings: Settings,
     output: Path,
+    rows: training_data.Rows,
     *,
     resume: bool,
+    clock: Clock | None = None,
     sample: str | None = None,
     sample_tokens: int = 48,
     report_to: Sequence[str] = (),
@@ -79,7 +82,9 @@ def run(
     Args:
         settings: of the run.
         output: folder of the run.
+        rows: its examples, see `training_data.read` and `split`.
         resume: continue from the latest checkpoint.
+        clock: has the parts of the run so far, such as reading its data.
         sample: prompt to answer before and after, in at most `sample_tokens` tokens.
         sample_tokens: see `sample`.
         report_to: services that receive Trainer's log, see `reporting`.
@@ -89,10 +94,10 @@ def run(
         PeftcoreError: the data, the model or a setting is wrong, or there is not enough memory.
         Stopped: Ctrl-C; a checkpoint has been written.
     """
-    began, clock = time.perf_counter(), progress.Clock()
+    began, clock = time.perf_counter(), clock or Clock()
+    clock.parts["imports"] = clock.rest()
     with clock.part("data"):
         settings = training_data.fit_max_length(settings)
-        rows = training_data.read(settings)
         inputs = inputs_of(settings, rows)
         examples = training_data.encode(rows, settings, inputs.tokenizer, inputs.labels)
     if settings.task == task_names.EMBEDDING:

@@ -7,7 +7,7 @@ base records the method in its settings, because the adapter's file does not.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from peftcore.cli import task_names
 from peftcore.cli.bases import adapter_folders, base_and_adapter
 from peftcore.cli.bases.adapter_folders import TASK_FILE, AdapterTask
-from peftcore.cli.data import row_reading
 from peftcore.cli.fields import text_of
 from peftcore.cli.settings import RUN_FILE, Settings
 from peftcore.errors import PeftcoreError
@@ -49,29 +48,31 @@ class Start:
     fields: dict[str, Any] = field(default_factory=dict)
     quantize: str | None = None
 
-    def task_of(self, task: str | None, files: Sequence[str], columns: Mapping[str, str] | None) -> str:
-        """Return the run's task: the given one, otherwise the adapter's; for a language model, the task of the files.
+    def _related_tasks(self) -> tuple[str, ...]:
+        """Return the tasks that can continue the adapter's, if there are several."""
+        return next((kinds for kinds in (_WRITERS, task_names.SEEING) if self.task.task in kinds), ())
+
+    def task_of(self, task: str | None) -> str | None:
+        """Return the run's task: the given one, otherwise the adapter's; None if the data decide among related ones.
 
         Raises:
             PeftcoreError: the adapter is for another task.
         """
+        if task is not None:
+            task_names.check_task(task)
+            self.check_task(task, f"--task {task} is different")
+            return task
+        return None if self._related_tasks() else self.task.task
+
+    def check_task(self, task: str, what: str) -> None:
+        """Raise a PeftcoreError, with `what` has another task, unless the adapter can be trained further for `task`."""
         own = self.task.task
-        related = next((kinds for kinds in (_WRITERS, task_names.SEEING) if own in kinds), None)
-        if related is not None:
-            found = task or row_reading.guess_task(files, columns)
-            fits = found in related
-        else:
-            found = task or own
-            fits = found == own or (
-                found == task_names.MULTI_LABEL and not self._says_task() and bool(self.task.labels)
-            )
-        task_names.check_task(found)
+        could_be_multi_label = not self._says_task() and bool(self.task.labels)
+        fits = task in (own, *self._related_tasks()) or (task == task_names.MULTI_LABEL and could_be_multi_label)
         if not fits:
-            what = f"--task {found} is different" if task else f"{', '.join(map(repr, files))} is for {found}"
             raise PeftcoreError(
                 f"the adapter in '{self.folder}' is for {own}, and {what}. To train a new adapter, leave out --adapter"
             )
-        return found
 
     def _says_task(self) -> bool:
         return (self.folder / TASK_FILE).exists()

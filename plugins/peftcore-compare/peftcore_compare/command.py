@@ -127,9 +127,9 @@ def compare(
 
     given = config_file.in_force(context, given)
     names = parsed_columns(given.columns)
-    task = task or row_reading.guess_task(data, names)
-    for file in filter(None, (data, given.eval_data)):
-        row_reading.read_rows(file, task, names)  # show wrong lines before anything is loaded
+    task, _ = row_reading.read(data, task, names)  # shows wrong lines before anything is loaded
+    if given.eval_data is not None:
+        row_reading.read_rows(given.eval_data, task, names)
     if given.epochs <= 0:
         raise PeftcoreError(f"--epochs must be above 0, found {given.epochs:g}")
     if given.other_data is not None and task != task_names.LANGUAGE_MODEL:

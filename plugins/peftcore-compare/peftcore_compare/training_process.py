@@ -112,12 +112,13 @@ def _failure(folder: Path, status: int) -> str:
 
 def main(folder: Path) -> int:
     """Train as `folder` says; the exit status."""
-    from peftcore.cli.training import run_result, training_run
+    from peftcore.cli.training import run_result, training_data, training_run
 
     settings = Settings(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
     (folder / _ERROR).unlink(missing_ok=True)
     try:
-        result = training_run.run(settings, folder, resume=(folder / "checkpoints").is_dir())
+        rows = training_data.read(settings)
+        result = training_run.run(settings, folder, rows, resume=(folder / "checkpoints").is_dir())
     except run_result.Stopped:
         return STOPPED
     except Exception as error:

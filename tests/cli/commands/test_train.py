@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support import tiny
 from support.commands import Run, write_jsonl
 
 import peftcore
+from peftcore.cli.data import data_files
 
 METHOD = ("--method", "lora", "--set", "r=4", "--set", "lora_alpha=8")
 STEPS = ("--steps", 6, "--batch-size", 4, "--lr", "0.02", "--save-every", 2, "--eval-every", 3)
@@ -169,6 +171,22 @@ def test_eval_measures_the_base_that_training_began_with(
     shown = run("eval", "-a", tmp_path / "run", "-d", labelled, "--device", "cpu").output
     row = next(line.split() for line in shown.splitlines() if line.startswith("loss"))
     assert row[1] == f"{before['loss']:.4f}", shown
+
+
+def test_each_file_is_read_once(
+    run: Run, bert: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, plain = list[str](), data_files.READERS[".jsonl"]
+
+    def counted(path: Path) -> Iterator[data_files.Record]:
+        read.append(path.name)
+        return plain(path)
+
+    monkeypatch.setitem(data_files.READERS, ".jsonl", counted)
+    test = tmp_path / "test.jsonl"
+    test.write_bytes(labelled.read_bytes())
+    run("train", "-m", bert, "-d", labelled, "--eval-data", test, "-o", tmp_path / "run", *METHOD, "--steps", 1)
+    assert read == [labelled.name, test.name]
 
 
 def test_several_files_are_mixed_in_training(run: Run, llama: Path, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ import peftcore
 from peftcore import PeftcoreError
 from peftcore.cli.bases import models
 from peftcore.cli.data import row_reading, streamed
-from peftcore.cli.settings import Settings
-from peftcore.cli.task_names import LANGUAGE_MODEL
+from peftcore.cli.settings import Display, RunOptions, Settings
+from peftcore.cli.task_names import LANGUAGE_MODEL, UNPAIRED
 from peftcore.cli.tasks import by_task
-from peftcore.cli.training import trainer_arguments
+from peftcore.cli.training import option_checks, trainer_arguments
 
 WORDS = ("good", "bad", "dull", "bright", "fun", "very good", "no story")
 
@@ -70,6 +70,11 @@ def test_wrong_files(shards: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(PeftcoreError, match=message):
             streamed.Lines([str(tmp_path / path)], LANGUAGE_MODEL, None)
+
+
+def test_marked_answers_are_not_streamed() -> None:
+    with pytest.raises(PeftcoreError, match="--streaming is for causal-lm and seq2seq, found task kto"):
+        option_checks.check(RunOptions(streaming=True), Display(), UNPAIRED, [], continues=False)
 
 
 def test_lines_without_anything_to_learn_and_held_out_lines(shards: Path) -> None:
