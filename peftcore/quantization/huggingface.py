@@ -318,6 +318,7 @@ def load(
             _check_blocks(model, where)
         elif stored is not None:
             _warn_of_dense_experts(model, where, stored.get("llm_int8_skip_modules") or ())
+        _refuse_missing(model, found[1]["missing_keys"], where)
         return model
     except SafetensorError as error:
         raise CheckpointError(f"the weights in '{where}' cannot be read: {error}. The checkpoint is damaged") from error
@@ -349,8 +350,32 @@ def load_then_quantize(
     if model_class is None:
         named = (config.architectures or [None])[0]
         model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
-    model: nn.Module = model_class.from_pretrained(where, config=config, dtype=dtype, **options)
+    found = model_class.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **options)
+    model: nn.Module = found[0]
+    _refuse_missing(model, found[1]["missing_keys"], where)
     return quantize(model, quant_type, skip=skip)
+
+
+def _refuse_missing(model: Any, missing: Iterable[str], where: str) -> None:
+    """Raise a CheckpointError if the checkpoint lacks weights, which transformers has initialised at random.
+
+    Args:
+        model: the loaded model.
+        missing: names of these weights. A new task's head, outside of the backbone, may be among them.
+        where: the checkpoint.
+    """
+    if model.get_output_embeddings() is not None:  # a language model, whose head is its own
+        names = sorted(missing)
+    elif hasattr(model, model.base_model_prefix):
+        names = sorted(name for name in missing if name.startswith(f"{model.base_model_prefix}."))
+    else:  # a backbone, which may lack the pooler that no task of its checkpoint has trained
+        names = sorted(name for name in missing if not name.startswith("pooler."))
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"'{where}' lacks {', '.join(names[:3])}{more}, which would be random. The checkpoint is incomplete or "
+            "another model's: download it again, or pass its model_class"
+        )
 
 
 def _dense_experts(model: nn.Module, skipped: Sequence[str] = ()) -> list[str]:

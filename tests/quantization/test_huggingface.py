@@ -55,6 +55,24 @@ def test_load_is_the_same(dense):
     assert type(found) is type(model) and not found.training
 
 
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path, is_quantized):
+    model = llama()
+    (peftcore.quantize(model) if is_quantized else model).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    missing = "model.layers.0.self_attn.q_proj.weight"
+    left = {name: tensor for name, tensor in tensors.items() if not name.startswith(missing)}
+    save_file(left, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(peftcore.CheckpointError, match=f"lacks {missing}, which would be random"):
+        peftcore.quantization.load(tmp_path)
+
+
+def test_a_new_head_may_be_missing(tmp_path):
+    llama().save_pretrained(tmp_path)
+    found = peftcore.quantization.load(tmp_path, model_class=transformers.LlamaForSequenceClassification)
+    assert found.score.weight.isfinite().all()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at what the process has mapped")
 def test_what_was_read_does_not_stay_with_the_process(tmp_path, monkeypatch):
     """Else all of the dense checkpoint would be there beside the packed model when the last weight is read."""
