@@ -11,7 +11,7 @@ from torch import nn
 from peftcore.adaptation.base_modules import base_modules, base_parameters, original_class, original_forward
 from peftcore.errors import PeftcoreError, warn
 from peftcore.layers import has_scaled_float8, is_bitsandbytes, is_linear, is_unknown_linear, is_wrapped, sizes
-from peftcore.observation import observe
+from peftcore.observation import observe, without_gradients
 from peftcore.placements.attachments import Attachments
 
 
@@ -23,8 +23,11 @@ def refuse_without_gradient(model: nn.Module, attachments: Attachments, trains: 
 
     Raises:
         PeftcoreError: adapters would be inside a `torch.autograd.Function` whose input requires no gradient, or the
-            product with a weight that another library has wrapped or packed passes none to its input.
+            product with a weight that another library has wrapped or packed passes none to its input, or the model
+            runs an adapted module under `torch.no_grad`.
     """
+    if trains:
+        _refuse_no_grad(model, attachments)
     _refuse_in_function(model, attachments)
     _keep_gradients_of_bitsandbytes(model)
     cut = _cut_off(model)
@@ -41,6 +44,25 @@ def refuse_without_gradient(model: nn.Module, attachments: Attachments, trains: 
                 else f"{what}. Quantize the weights without the inputs, or use 4 bits of peftcore: peftcore.quantize"
             )
         warn(f"{what}: it can be used but not trained")
+
+
+def _refuse_no_grad(model: nn.Module, attachments: Attachments) -> None:
+    """Refuse adapters at modules that the model runs under `torch.no_grad` (indexers of DeepSeek's sparse attention).
+
+    Of base parameters there is a warning, since methods choose them by their kind, such as all biases.
+    """
+    idle = without_gradients(model)
+    why = f"{type(model).__name__} runs it under torch.no_grad, so it gets no gradient"
+    for path in attachments.paths:
+        if path in idle:
+            raise PeftcoreError(
+                f"{attachments.method.name} cannot train at '{path}': {why}. Leave it out, or exclude it: "
+                f"exclude_modules=['{path.rpartition('.')[2]}']"
+            )
+    lost = [name for name in attachments.trained if name.rpartition(".")[0] in idle]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        warn(f"{attachments.method.name} does not train '{lost[0]}'{more}: {why}")
 
 
 def _refuse_in_function(model: nn.Module, attachments: Attachments) -> None:

@@ -7,6 +7,7 @@ from peftcore.observation.bypass import (
     read_by_others as read_by_others,
     reader_named as reader_named,
     rewritten as rewritten,
+    without_gradients as without_gradients,
 )
 from peftcore.observation.detecting import detect as detect
 from peftcore.observation.inputs import example_inputs as example_inputs

@@ -85,6 +85,13 @@ def bypassed(model: nn.Module) -> dict[str, str]:
     return layers | dict(_fused(modules))
 
 
+def without_gradients(model: nn.Module) -> set[str]:
+    """Return the paths of modules that the model calls under `torch.no_grad` alone (sparse attention's indexers)."""
+    seen = observe(model)
+    paths: set[str] = seen.called - seen.with_gradients - seen.in_function
+    return paths
+
+
 def read_by_others(model: nn.Module) -> dict[str, set[str]]:
     """Return {full name of a parameter: paths of the modules whose code reads it outside of its own module}."""
     reads: dict[str, set[str]] = observe(model).other_reads

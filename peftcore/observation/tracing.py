@@ -87,6 +87,7 @@ class Trace:
     Args:
         values, calls: in their order.
         called: paths of the modules whose forward was called.
+        with_gradients: paths of the modules whose forward was called with gradients enabled.
         in_function: paths of the modules that the forward of a `torch.autograd.Function` called (RevNet's layers).
         own_reads: full names of the parameters that an operator took while the forward of their module ran.
         other_reads: {full name of a parameter: paths of the modules that read it while its own module did not run}.
@@ -100,6 +101,7 @@ class Trace:
     values: list[Value] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     called: set[str] = field(default_factory=set)
+    with_gradients: set[str] = field(default_factory=set)
     in_function: set[str] = field(default_factory=set)
     own_reads: set[str] = field(default_factory=set)
     other_reads: dict[str, set[str]] = field(default_factory=dict)
@@ -212,7 +214,8 @@ class _Watch:
         for module in self._model.modules():
             self._wrap(module)
         try:
-            with torch.no_grad(), _DtypeReads(self._record_dtype), MetaFloats(self._record):
+            # No parameter of the copy requires a gradient: this shows which modules the model itself runs without.
+            with torch.enable_grad(), _DtypeReads(self._record_dtype), MetaFloats(self._record):
                 self._model(**inputs)
         except Exception as error:  # anything may go wrong in a forward
             self.trace.error = error
@@ -244,6 +247,8 @@ class _Watch:
                 self._call = call
                 self._running[id(module)] += 1
                 self.trace.called.add(path)
+                if torch.is_grad_enabled():
+                    self.trace.with_gradients.add(path)
                 # The forward of an autograd.Function runs with forward-mode derivatives off; no_grad leaves them on.
                 if not torch._C._is_fwd_grad_enabled():
                     self.trace.in_function.add(path)
@@ -275,7 +280,7 @@ class _Watch:
         def is_inside(name: str) -> bool:
             return name == path or name.startswith(f"{path}.")
 
-        for names in (seen.called, seen.in_function, seen.own_reads, seen.dtype_reads):
+        for names in (seen.called, seen.with_gradients, seen.in_function, seen.own_reads, seen.dtype_reads):
             names.update([moved(name) for name in names if is_inside(name)])
         for name in filter(is_inside, list(seen.other_reads)):
             seen.other_reads.setdefault(moved(name), set()).update(map(moved, seen.other_reads[name]))

@@ -18,7 +18,7 @@ from peftcore.adaptation.base_modules import base_modules, original_class
 from peftcore.architecture import Architecture
 from peftcore.experts.in_model import read_elsewhere
 from peftcore.layers import is_unknown_linear, shape_of, sizes
-from peftcore.observation import bypassed
+from peftcore.observation import bypassed, without_gradients
 
 LITTLE = 0.5  # share of the weight; a selection of everything that reaches less is warned about
 
@@ -55,6 +55,7 @@ def coverage(
     """
     heads = tuple([f"{head}." for head in (architecture.output_head, *architecture.task_heads) if head])
     past, wanted = dict(bypassed(model)), set(reached)
+    idle = without_gradients(model)
     counted, total = 0, 0
     left: Counter[str] = Counter()
     seen: set[int] = set()
@@ -71,7 +72,7 @@ def coverage(
             if not wanted.isdisjoint((f"{path}.", f"{path}.{name}" if path else name, *_ways_to(path))):
                 counted += count
             else:
-                left[_reason(what, lacking, path in past)] += count
+                left[_reason(what, lacking, path in past, path in idle)] += count
     return Coverage(counted, total, dict(left))
 
 
@@ -101,9 +102,11 @@ def _matrices(model: nn.Module, path: str, module: nn.Module) -> list[tuple[str,
     return found
 
 
-def _reason(what: str, lacking: str, is_bypassed: bool) -> str:
+def _reason(what: str, lacking: str, is_bypassed: bool, is_idle: bool) -> str:
     if is_bypassed:
         return f"{what} that are read and not called"
+    if is_idle:
+        return f"{what} that the model runs without gradients"
     return f"{what} {lacking}" if what == "linear layers" else what
 
 

@@ -20,7 +20,7 @@ from peftcore.errors import PeftcoreError, nearest
 from peftcore.experts import expert_biases
 from peftcore.experts.in_model import expert_layers, expert_weights, routers, weight_named
 from peftcore.layers import is_conv1d, is_linear, sizes, unknown_layers
-from peftcore.observation import bypassed, rewritten
+from peftcore.observation import bypassed, rewritten, without_gradients
 from peftcore.placements.train import Train
 from peftcore.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes
 from peftcore.targets.patterns import (
@@ -68,10 +68,10 @@ def select(
 
     Args:
         target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
-            every linear layer but the output head, the task's heads, routers, and those that are bypassed. A
-            `nn.MultiheadAttention` replaces its projections if `supported`, else they are left out. An entry that
-            matches no module that the method adapts may match experts, `experts` or a weight of theirs: their layers
-            are returned one by one, at paths as in a list of experts (`experts.3.down_proj`).
+            every linear layer but the output head, the task's heads, routers, and those that are bypassed or run
+            without gradients. A `nn.MultiheadAttention` replaces its projections if `supported`, else they are left
+            out. An entry that matches no module that the method adapts may match experts, `experts` or a weight of
+            theirs: their layers are returned one by one, at paths as in a list of experts (`experts.3.down_proj`).
         exclude_modules: list of suffixes or a regular expression, removed from the selection.
         layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
             default the first numbered part of a path counts.
@@ -99,7 +99,7 @@ def select(
         heads = tuple([f"{head}." for head in (architecture.output_head, *architecture.task_heads) if head is not None])
         chosen = [path for path, module in modules.items() if is_linear(module) and not f"{path}.".startswith(heads)]
         if not own_parameters:
-            past = {**bypassed(model), **rewritten(model), **dict.fromkeys(routers(model), "")}
+            past = {*bypassed(model), *rewritten(model), *routers(model), *without_gradients(model)}
             chosen = [path for path in chosen if path not in past]
         if not chosen:
             raise PeftcoreError(

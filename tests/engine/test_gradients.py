@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.quantized import INPUTS, llama, logits, moved, of_bnb
 from torch import nn
 
@@ -54,3 +55,47 @@ def test_layers_of_bitsandbytes_that_are_packed_already_are_refused() -> None:
     peftcore.apply(peftcore.quantize(model, skip=["mlp", "lm_head"]), "lora", r=4)
     assert (logits(model) - before).norm() < 0.02 * before.norm()  # the kernel of bitsandbytes rounds to bfloat16
     assert min(gradients(model)[1::2]) > 0
+
+
+SPARSE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 4,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("name", ["DeepseekV32", "GlmMoeDsa"])
+def test_indexers_of_sparse_attention_run_without_gradients(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")(**SPARSE)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(peftcore.PeftcoreError, match=r"indexer.wq_b': .* runs it under torch.no_grad, so it gets no"):
+        peftcore.apply(model, "lora", r=2, target_modules=["wq_b"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    with pytest.warns(UserWarning, match=r"ln-tuning does not train '.*indexer.k_norm.weight' and 3 more"):
+        peftcore.apply(model, "ln-tuning")
+    peftcore.remove(model)
+
+    peftcore.apply(model, "lora", r=2, target_modules="all-linear")
+    model(**INPUTS, labels=INPUTS["input_ids"]).loss.backward()
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(p.grad is not None and "indexer" not in key for key, p in trained.items())
