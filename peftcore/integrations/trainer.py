@@ -161,7 +161,8 @@ class AdapterTrainer(_Base):
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             if self.state.best_global_step == self.state.global_step:
-                vars(self.state).update(self._best_before)
+                for name, value in self._best_before.items():
+                    setattr(self.state, name, value)
             warn(
                 f"checkpoint '{folder}' was not written: the disk is full ({error}). Training goes on without it; make "
                 "room before the run ends, when the adapter is saved"
