@@ -1,4 +1,8 @@
-"""sentence-transformers refuses to save a model with adapters; a class of its package stands in for its own."""
+"""sentence-transformers refuses to save a model with adapters.
+
+It is not among the packages that tests install: a class of its package stands in for its own, since
+peftcore goes by the package of the class and by its methods that save.
+"""
 
 from __future__ import annotations
 

@@ -12,12 +12,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from peftcore.registry import registry
 from peftcore.testing import CHECKS, COMPILE, FAMILIES, PEFT_READS, PEFT_WRITES, Report, check_method
@@ -29,20 +26,42 @@ REPORTS = Path(__file__).with_name("matrix.json")
 WRITING = "PEFTCORE_WRITE_MATRIX"
 START, END = "<!-- matrix: made by `make matrix` -->", "<!-- end of matrix -->"
 ON = "on "  # and a family: why the method cannot be applied to it, or None
-OTHER_KINDS = ("T5", "Qwen3-MoE")
-STACKED = "with another method's adapter, merged in both orders, saved and removed"
-# One method of each kind: around a layer, after one, on its weight, before the input, in the cache, in the base.
-KINDS = ("lora", "adapter", "dora", "prompt-tuning", "prefix-tuning", "bitfit")
-# Quantized bases of the kinds and of QLoRA alone in `make test`; NF4 ones of every method.
-OTHER_FORMATS = ("a quantized base (MXFP4)", "a quantized base (affine4)")
-# Checks of what the kind of placement does with a model, whatever the method computes.
-OF_KINDS = (
-    STACKED,
+# {first method of a kind of placement: others of the kind, whose code is only what an adapter computes}. `make test`
+# shows with the first what the engine does, `make test-all` with each. Methods that are not here run all checks: they
+# change the call, or have several kinds of placements.
+KINDS = {
+    # around a linear layer
+    "lora": (
+        "adalora", "beft", "boft", "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "ia3",
+        "loha", "lokr", "miss", "oft", "peanut", "psoft", "pvera", "qlora", "randlora", "relora", "road", "shira",
+        "supertuning", "tinylora", "unilora", "vblora", "vera", "waveft",
+    ),
+    "dora": (),  # around a layer, with its weight
+    "adapter": (),  # behind a layer
+    "prompt-tuning": ("multitask-prompt-tuning", "p-tuning"),  # before the embeddings
+    "prefix-tuning": ("cartridge",),  # in the cache
+    "bitfit": ("ln-tuning",),  # parameters of the base
+}  # fmt: skip
+REPRESENTED = {name for others in KINDS.values() for name in others}
+OF_THE_ENGINE = (
     "base untouched by training",
     "disabled equals base",
+    "remove is bit exact",
+    "two adapters are switched",
+    "an adapter for each sample of a batch equals each sample alone",
+    "a frozen adapter gets no gradients",
+    "with another method's adapter, merged in both orders, saved and removed",
+    "generate, with and without cache, equals one full forward",
+    "generate for rows of different lengths, with and without cache, equals each row alone",
+    "texts packed into a row equal a row for each, or are refused",
+    "parameter groups name each trained parameter once",
     "gradient checkpointing",
-    "neutral tensors change nothing",
 )
+# Only for the first of each kind, and for QLoRA; NF4 is tried with every method.
+OTHER_FORMATS = ("a quantized base (MXFP4)", "a quantized base (affine4)")
+# What `make test` runs for other configs of a method.
+OWN_CHECKS = [name for name in CHECKS if name != COMPILE and (WHOLE or name not in OF_THE_ENGINE)]
+OTHER_FAMILIES = ("T5", "Qwen3-MoE")
 COLUMNS = {
     "merge": "merge equals forward, unmerge is bit exact",
     "4-bit base": "a quantized base (NF4)",
@@ -60,20 +79,18 @@ def conformance(config: Any, *, not_applicable: Mapping[str, str] | None = None,
 
     All of it in `make test-all`. In `make test` it runs on the first family that the method can be applied to, on one
     with an encoder and a decoder, and on one with experts; PEFT's files are left to tests of their own where a method
-    has those. `torch.compile`, and the checks `OF_KINDS` on the further families, are tried for one method of each kind
-    of placement; with the backend that traces the backward pass for LoRA alone. `OTHER_FORMATS` are, and for QLoRA.
+    has those. `KINDS` says which methods run the checks `OF_THE_ENGINE`. `torch.compile` is tried for the first of each
+    kind; with the backend that traces the backward pass for LoRA alone.
     """
     name, excuses = registry.method_of_config(config).name, dict(not_applicable or {})
-    once: AbstractContextManager[None] = nullcontext()
     if not WHOLE and not os.environ.get(WRITING):
         names = _of_the_day(read().get(name, {}))
         families = [family for family in families_of(options.get("families", tuple(FAMILIES))) if family.name in names]
-        left_out = set()
+        left_out = set(OF_THE_ENGINE) if name in REPRESENTED else set()
         if name not in KINDS:
             left_out.add(COMPILE)
-            once = of_kinds_once()
-            if name != "qlora":
-                left_out.update(OTHER_FORMATS)
+        if name not in (*KINDS, "qlora"):
+            left_out.update(OTHER_FORMATS)
         if name != "lora":
             options["compile_backend"] = "eager"
         if _compares_with_peft(name):
@@ -81,18 +98,9 @@ def conformance(config: Any, *, not_applicable: Mapping[str, str] | None = None,
         options |= {"families": families, "checks": [check for check in CHECKS if check not in left_out]}
         others = FAMILIES.keys() - names
         excuses = {key: why for key, why in excuses.items() if key.partition(":")[0] not in others}
-    with once:
-        report = check_method(config, not_applicable=excuses, **options)
+    report = check_method(config, not_applicable=excuses, **options)
     _compare(report)
     return report
-
-
-@contextmanager
-def of_kinds_once() -> Iterator[None]:
-    """Run the checks `OF_KINDS` on the first family alone within the block; in `make test-all` on each."""
-    changed = {} if WHOLE else {name: replace(CHECKS[name], essential=False) for name in OF_KINDS}
-    with mock.patch.dict(CHECKS, changed):
-        yield
 
 
 def _compares_with_peft(method: str) -> bool:
@@ -105,7 +113,7 @@ def _of_the_day(row: Mapping[str, str | None]) -> list[str]:
     """Return the families up to the first that a method can be applied to, and those of two other kinds."""
     families = list(FAMILIES)
     first = next((i for i, family in enumerate(families) if row.get(f"{ON}{family}") is None), len(families) - 1)
-    return [*families[: first + 1], *(family for family in OTHER_KINDS if family in families[first + 1 :])]
+    return [*families[: first + 1], *(family for family in OTHER_FAMILIES if family in families[first + 1 :])]
 
 
 def _compare(report: Report) -> None:

@@ -44,9 +44,7 @@ def test_conformance() -> None:
     ],
 )
 def test_other_styles(style: AdapterConfig, families: list[str]) -> None:
-    checks = [name for name in CHECKS if name != COMPILE]
-    with matrix.of_kinds_once():
-        check_method(style, families=families, not_applicable=EXCUSED, checks=checks)
+    check_method(style, families=families, not_applicable=EXCUSED, checks=matrix.OWN_CHECKS)
 
 
 @pytest.mark.parametrize(

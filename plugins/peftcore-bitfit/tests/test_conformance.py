@@ -4,7 +4,7 @@ import pytest
 from peftcore_bitfit import BitFitConfig
 from support import matrix
 
-from peftcore.plugin import CHECKS, COMPILE, MERGE, check_method
+from peftcore.plugin import MERGE, check_method
 
 BARE = dict.fromkeys(("Llama", "Gemma", "T5", "Qwen3-MoE"), "the model has no biases; add_missing=True adds them")
 
@@ -16,6 +16,5 @@ def test_conformance() -> None:
 @pytest.mark.parametrize("families", [["Llama", "Qwen2"], pytest.param(["T5", "Qwen3-MoE"], marks=pytest.mark.nightly)])
 def test_conformance_of_added_biases(families: list[str]) -> None:
     excused = {MERGE: "the base has no place for an added bias"}
-    checks = [name for name in CHECKS if name != COMPILE]
-    with matrix.of_kinds_once():
-        check_method(BitFitConfig(add_missing=True), families=families, not_applicable=excused, checks=checks)
+    config = BitFitConfig(add_missing=True)
+    check_method(config, families=families, not_applicable=excused, checks=matrix.OWN_CHECKS)

@@ -22,7 +22,7 @@ TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 def block_diagonals(blocks: torch.Tensor) -> list[torch.Tensor]:
-    """What PEFT's CUDA kernel computes, which its products of several rotations need."""
+    """What PEFT's CUDA kernel computes, which its products of several rotations need and compile where a card is."""
     return [torch.stack([torch.block_diag(*each) for each in blocks])]
 
 

@@ -30,6 +30,7 @@ FIELDS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("fields", FIELDS, ids=["one rotation", "two"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_files(kind: str, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # PEFT's products of several rotations need its CUDA kernel, which is compiled on machines with a card.
     block_diagonals = lambda blocks: [torch.stack([torch.block_diag(*each) for each in blocks])]  # noqa: E731
     monkeypatch.setattr(peft_layer, "_FBD_CUDA", SimpleNamespace(forward=block_diagonals))
     config = peft.BOFTConfig(target_modules=["layer"], **fields)

@@ -17,7 +17,7 @@ from peftcore import PeftcoreError
 
 
 class Library(SimpleNamespace):
-    """Of llama.cpp: a copy, or a failure."""
+    """The two functions of llama.cpp that are called: a copy, or a failure. Its build takes minutes."""
 
     def __init__(self, fails: bool = False) -> None:
         self.fails, self.seen = fails, {}

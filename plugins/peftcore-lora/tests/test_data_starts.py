@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -40,8 +40,9 @@ def products_of_peft(model: Any, paths: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", ["ipm", "kpm"])
 def test_corda_is_peft_s(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # PEFT's module takes `dataclass` from a library that it does not require.
-    monkeypatch.setitem(sys.modules, "attr", SimpleNamespace(dataclass=dataclasses.dataclass))
+    # PEFT's module takes `dataclass` from attrs, which PEFT does not require.
+    if importlib.util.find_spec("attr") is None:
+        monkeypatch.setitem(sys.modules, "attr", dataclasses)
     from peft.tuners.lora.corda import preprocess_corda
 
     fields: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": "corda"}

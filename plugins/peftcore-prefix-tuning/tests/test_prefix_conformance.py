@@ -38,5 +38,4 @@ def test_on_a_classifier_with_positions_after_the_padding() -> None:
 
 def test_conformance_with_projection() -> None:
     config = PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=7)
-    with matrix.of_kinds_once():
-        check_method(config, families=["Llama", "T5"], not_applicable=EXCUSED, checks=NOT_COMPILED)
+    check_method(config, families=["Llama", "T5"], not_applicable=EXCUSED, checks=matrix.OWN_CHECKS)
