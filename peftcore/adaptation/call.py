@@ -33,7 +33,7 @@ from peftcore.errors import PeftcoreError
 def untraced(function: Callable[..., Any], *, within: bool = False) -> Callable[..., Any]:
     """Make torch.compile begin with what `function` calls, or, with `within`, not there either.
 
-    Functions that are being traced already continue into it.
+    Functions that are being traced already continue into it: `torch.compiler.disable` would break their graph.
     """
     frames = torch._C._dynamo.eval_frame
     inside = frames._FrameAction.SKIP if within else frames._FrameAction.DEFAULT

@@ -361,14 +361,15 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
         config = copy.deepcopy(_gguf_config(model, os.stat(model).st_mtime_ns, task, labels))
     else:
         config = pretrained(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
-    kinds = _auto_class(task)._model_mapping
+    auto_class = _auto_class(task)
+    kinds = auto_class._model_mapping
     found = f"'{model}' ({config.model_type})"
     if task == task_names.SPEECH:
         speech.check(model, config)
     elif type(config) not in kinds and not has_code(config, task):
         needed = _NEEDED.get(task, "a model of texts, found {}. Pass another model")
         raise PeftcoreError(f"--task {task} needs {needed.format(found)}")
-    if kinds is transformers.AutoModelForCausalLM._model_mapping and _is_encoder(config):
+    if auto_class is transformers.AutoModelForCausalLM and _is_encoder(config):
         raise PeftcoreError(
             f"--task {task} needs a decoder, found {found}, an encoder, which reads the words that it would have to "
             "write. Use it for classification, tags or pairs, or pass another model"
@@ -403,7 +404,7 @@ def _is_encoder(config: PretrainedConfig) -> bool:
     """Return whether transformers would load a model as a decoder that has no causal mask, such as a BERT."""
     import transformers
 
-    is_masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    is_masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     return is_masked and not config.is_encoder_decoder and getattr(config, "is_decoder", None) is False
 
 
