@@ -7,6 +7,7 @@
 
 #include "build_facts.h"
 #include "common/caches.h"
+#include "common/huge_pages.h"
 #include "common/workspace.h"
 #include "cpu/kernels.h"
 #include "optim/python.h"
@@ -85,6 +86,12 @@ PYBIND11_MODULE(_C, m) {
         "set_caches",
         [](int64_t first, int64_t second, int64_t third) { set_caches({first, second, third}); },
         py::arg("first"), py::arg("second"), py::arg("third"), "Divide work for other caches: for tests.");
+    m.def(
+        "move_into_huge_pages",
+        [](uintptr_t address, int64_t bytes) {
+            move_into_huge_pages(reinterpret_cast<void*>(address), bytes);
+        },
+        py::arg("address"), py::arg("bytes"), "Ask the system to move memory into huge pages, in place.");
     m.def("free_workspace", &free_workspace, "Give back what this thread keeps for linear_4bit on CPU.");
     optim::bind_optim(m);
 }

@@ -2,19 +2,33 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 namespace peftcore {
+namespace {
 
-void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr int64_t kHugePage = int64_t(2) << 20;
-    if (bytes < 2 * kHugePage) return;  // it may cross a page boundary and contain no whole huge page
-    const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<uintptr_t>(memory);
-    const uintptr_t begin = (at + page - 1) / page * page, end = (at + uintptr_t(bytes)) / page * page;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // if refused, pages stay small
+// Advises the system on the whole huge pages in `memory`. Less memory than two of them may contain none.
+void advise([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int advice) {
+#if defined(__linux__)
+    constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+    if (bytes < int64_t(2 * kHugePage)) return;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t begin = (at + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = (at + uintptr_t(bytes)) / kHugePage * kHugePage;
+    madvise(reinterpret_cast<void*>(begin), end - begin, advice);
 #endif
+}
+
+}  // namespace
+
+void ask_for_huge_pages(void* memory, int64_t bytes) {
+    constexpr int kHugePage = 14;  // MADV_HUGEPAGE
+    advise(memory, bytes, kHugePage);
+}
+
+void move_into_huge_pages(void* memory, int64_t bytes) {
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers do not name
+    advise(memory, bytes, kCollapse);
 }
 
 }  // namespace peftcore

@@ -8,10 +8,9 @@ results (csrc/common/huge_pages.h).
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -20,10 +19,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from peftcore.ops._extension import extension
+
 _HUGE_PAGE = 2 << 20  # bytes
 _TOGETHER = 32 << 20  # bytes of tensors that share a mapping: its memory is free when all of them are
 _ALIGNMENT = 64
-_COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1, which Python does not name
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _held: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # mappings by the address of each of their tensors
 
@@ -54,11 +54,8 @@ def move_to_huge_pages(tensors: Iterable[Tensor]) -> None:
 
 def collapse(t: Tensor) -> None:
     """Ask the system to move the memory of a large tensor into huge pages, in place."""
-    if not _may_move(t.data) or t.nbytes < 2 * _HUGE_PAGE:
-        return
-    begin, end = t.data_ptr(), t.data_ptr() + t.nbytes
-    begin += -begin % _HUGE_PAGE
-    _madvise()(begin, end // _HUGE_PAGE * _HUGE_PAGE - begin, _COLLAPSE)  # if refused, pages stay small
+    if extension is not None and _may_move(t.data):
+        extension.move_into_huge_pages(t.data_ptr(), t.nbytes)
 
 
 def _may_move(t: Tensor) -> bool:
@@ -104,12 +101,3 @@ def _are_granted() -> bool:
         return sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE") and "[never]" not in _SETTING.read_text()
     except OSError:
         return False
-
-
-@cache
-def _madvise() -> Callable[[int, int, int], int]:
-    """Return the C library's `madvise`."""
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    found: Callable[[int, int, int], int] = function
-    return found
