@@ -1,6 +1,7 @@
 """Prove every CUDA kernel on the card at hand, and time them: one command for a bare machine without a network.
 
     python benchmarks/card.py --out DIR [--seconds 560] [--resume DIR/results.json] [--only STAGE ...] [--list]
+                              [--pack FILE.tgz] [--commit NAME]
     python benchmarks/card.py --out DIR --emulator        (without a card: the kernels on the CPU, correctness alone)
 
 Stages: build, correctness, sanitizer, timings, training, decoding, report. Each row is on the disk as soon as it is

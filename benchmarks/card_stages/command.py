@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,8 +27,10 @@ def main(description: str | None) -> int:
     parser.add_argument("--emulator", action="store_true", help="run the kernels on the CPU, without timings")
     parser.add_argument("--list", action="store_true", help="print stages and cases, and run nothing")
     parser.add_argument("--wheels", type=Path, default=machine.ROOT / "wheels", help="folder of carried wheels")
-    parser.add_argument("--patience", type=float, default=120, help="seconds after which a case counts as hung (120)")
+    parser.add_argument("--patience", type=float, default=20, help="seconds after which a case counts as hung (20)")
     parser.add_argument("--most", type=int, help="of each function of cases, at most so many (all)")
+    parser.add_argument("--pack", type=Path, help="archive (.tgz) of the whole folder, renewed after each stage")
+    parser.add_argument("--commit", help="the checkout's commit, for a report from an archive without .git")
     parser.add_argument("--table", default="card.table", help=argparse.SUPPRESS)  # tests run other cases
     options = parser.parse_args()
     chosen = options.only or [name for name in STAGES if not options.emulator or name in (*PROVING, "report")]
@@ -49,7 +52,8 @@ def run(options: argparse.Namespace, results: Results, chosen: list[str]) -> int
     def log(text: str) -> None:
         print(f"[{time.time() - began:5.0f} s] {text}", flush=True)
 
-    (options.out / "machine.json").write_text(json.dumps(machine.facts(), indent=1) + "\n")
+    facts = machine.facts() | ({"commit": options.commit} if options.commit else {})
+    (options.out / "machine.json").write_text(json.dumps(facts, indent=1) + "\n")
     for stage in chosen:
         if stage == "report":
             continue
@@ -65,14 +69,28 @@ def run(options: argparse.Namespace, results: Results, chosen: list[str]) -> int
         log(
             f"{stage}: " + (", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "nothing ran")
         )
+        pack(options.out, options.pack)
         if stage == "build" and counts[FAILED]:
             log(next(row["detail"] for row in results if row["stage"] == stage and row["status"] == FAILED))
             break
     expected = case_names(options.out) if "correctness" in chosen else []
     code = exit_code(results, expected)
     report.write(options.out, results, expected, code)
+    pack(options.out, options.pack)
     log(f"exit code {code}; the report is {options.out / 'report.md'}")
     return code
+
+
+def pack(out: Path, archive: Path | None) -> None:
+    """Write all files of a folder into one archive, in the place of an older one."""
+    if archive is None:
+        return
+    files = [path for path in sorted(out.iterdir()) if path.is_file() and path.suffix != ".tgz"]
+    new = archive.with_name(f"{archive.name}.new")
+    with tarfile.open(new, "w:gz") as into:
+        for path in files:
+            into.add(path, arcname=f"{out.name}/{path.name}")
+    new.replace(archive)
 
 
 def stage_run(options: argparse.Namespace, results: Results, until: float, log: Callable[[str], None]) -> stages.Run:

@@ -2,9 +2,10 @@
 
     python -m card_stages.worker --results FILE --until SECONDS [--emulator] [--most N] [--table MODULE] [--list]
 
-The names of all cases are in `cases.json` next to the results, and the name of the case that runs is in `running`.
-An error of CUDA leaves the device unusable for the process: the worker then ends with code 77, and its caller starts
-another one for the rest.
+The names of all cases are in `cases.json` next to the results, and the name of the case that runs is in `running`, with
+"slow" on a second line if it may take a minute. An error of CUDA leaves the device unusable for the process: the worker
+then ends with code 77, and its caller starts another one for the rest. Crashes, hangs and such errors are faults: after
+two of them the other cases of a function do not run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from card.table import Case, Place, Skip
 from card_stages.results import FAILED, PASSED, SKIPPED, Results
 
 START_AGAIN = 77
-BROKEN = ("CUDA error", "cudaError", "CUBLAS_STATUS", "misaligned address", "illegal memory")
+MOST_FAULTS = 2  # of a function
 
 
 def place_of(emulator: bool) -> Place:
@@ -59,6 +60,7 @@ def run(case: Case, place: Place) -> dict[str, Any]:
     except Exception as error:
         found = {"status": FAILED, "detail": f"{type(error).__name__}: {error}"[:2000]}
         found["traceback"] = "".join(traceback.format_exception(error))[-4000:]
+        found["fault"] = is_unusable(place, error)
     found |= {"name": case.name, "seconds": time.perf_counter() - began}
     if place.emulated:
         from card.emulated import launch_sites
@@ -66,6 +68,18 @@ def run(case: Case, place: Place) -> dict[str, Any]:
 
         found["kernels"] = sorted(f"{kernel.file}:{kernel.name}" for kernel in reached(launch_sites()))
     return found
+
+
+def is_unusable(place: Place, error: Exception) -> bool:
+    """Return whether an error leaves the card unusable for this process."""
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    try:
+        if not place.emulated:
+            torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def strict_numbers() -> None:
@@ -103,14 +117,15 @@ def main() -> None:
     strict_numbers()
     results, place = Results(options.results), place_of(options.emulator)
     known, running = results.names("correctness"), options.results.with_name("running")
+    faults = Counter(row["name"].partition("[")[0] for row in results if row.get("fault"))
     for case in cases:
-        if case.name in known:
+        if case.name in known or faults[case.function] >= MOST_FAULTS:
             continue
         if time.time() > options.until:
             return
-        running.write_text(case.name)
+        running.write_text(f"{case.name}\n{'slow' if case.slow else ''}")
         row = results.add("correctness", **run(case, place))
-        if row["status"] == FAILED and any(text in row["detail"] for text in BROKEN):
+        if row.get("fault"):
             sys.stdout.flush()
             os._exit(START_AGAIN)
     running.unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 import os
 import time
 
+import torch
+
 from card.table import Case, Place, Skip
 
 
@@ -27,13 +29,18 @@ def hangs(place: Place) -> None:
 
 
 def breaks_the_card(place: Place) -> None:
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
 
 def comes_last(place: Place) -> None:
     pass
 
 
+def crashes_again(place: Place, number: int) -> None:
+    os._exit(9)
+
+
 def all_cases() -> list[Case]:
     functions = (passes, fails, skips, crashes, breaks_the_card, hangs, comes_last)
-    return [Case(function.__name__, {}, function, emulated=True) for function in functions]
+    numbered = [Case("crashes_again", {"number": number}, crashes_again, emulated=True) for number in range(3)]
+    return [*(Case(function.__name__, {}, function, emulated=True) for function in functions), *numbered]

@@ -28,7 +28,7 @@ ALL = [f"{way}:{kind}" for way, kind in itertools.product(WAYS, KINDS)]
 LIMIT = 1e-4  # of the largest gradient: fp32 sums in another order
 
 
-@cases(way=WAYS, kind=KINDS)
+@cases(way=WAYS, kind=KINDS, slow=True)
 def on_two_cards(place: Place, way: str, kind: str) -> str:
     found = torch.cuda.device_count()
     if found < 2:

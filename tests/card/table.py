@@ -38,6 +38,7 @@ class Case:
         call: the function; returns a short text for the report, or None.
         emulated: whether the emulator runs the case, too.
         gigabytes: free memory that the case needs on a card.
+        slow: whether it takes a minute, as what compiles or starts processes: such cases come last.
     """
 
     function: str
@@ -45,6 +46,7 @@ class Case:
     call: Callable[..., str | None]
     emulated: bool
     gigabytes: float = 0
+    slow: bool = False
 
     @property
     def name(self) -> str:
@@ -66,13 +68,18 @@ _CASES: list[Case] = []
 
 
 def cases(
-    emulated: Callable[..., bool] | bool = False, gigabytes: float = 0, every: int = 1, **axes: Iterable[Any]
+    emulated: Callable[..., bool] | bool = False,
+    gigabytes: float = 0,
+    slow: bool = False,
+    every: int = 1,
+    **axes: Iterable[Any],
 ) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
     """Register a function once for each combination of the values of `axes`.
 
     Args:
         emulated: whether the emulator runs the case, for all or as a function of the arguments.
         gigabytes: free memory that a case needs on a card.
+        slow: whether a case takes a minute.
         every: only one of so many combinations is a case, picked by a hash of its name, next to those for the emulator.
         axes: values of each argument.
     """
@@ -81,7 +88,7 @@ def cases(
         for values in itertools.product(*axes.values()):
             arguments = dict(zip(axes, values, strict=True))
             here = emulated(**arguments) if callable(emulated) else emulated
-            case = Case(function.__name__, arguments, function, here, gigabytes)
+            case = Case(function.__name__, arguments, function, here, gigabytes, slow)
             if here or _hash(case.name) % every == 0:
                 _CASES.append(case)
         return function
@@ -101,7 +108,8 @@ def _hash(name: str) -> int:
 def all_cases() -> list[Case]:
     """Return all cases, the most telling first: of every function one, then of every function a second one, and so on.
 
-    Cases of a function are in a fixed order that looks drawn, so that the first ones differ in all arguments.
+    Of each round those come last that take much memory; behind all rounds those that are slow. Cases of a function are
+    in a fixed order that looks drawn, so that the first ones differ in all arguments.
     """
     from card import (  # noqa: F401  they register cases
         entropy,
@@ -118,10 +126,10 @@ def all_cases() -> list[Case]:
     return [case for _, case in sorted(_ranked(), key=lambda pair: pair[0])]
 
 
-def _ranked() -> Iterator[tuple[tuple[float, int, str], Case]]:
+def _ranked() -> Iterator[tuple[tuple[bool, int, float, str], Case]]:
     by_function: dict[str, list[Case]] = {}
     for case in _CASES:
         by_function.setdefault(case.function, []).append(case)
     for group in by_function.values():
         for rank, case in enumerate(sorted(group, key=lambda case: _hash(case.name))):
-            yield (case.gigabytes, rank, case.name), case
+            yield (case.slow, rank, case.gigabytes, case.name), case

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if building.compiler() is None:
         pytest.skip("no g++")
     out = tmp_path_factory.mktemp("card")
-    done = card(out, "--emulator", "--seconds", "3600", *([] if MOST is None else ["--most", str(MOST)]))
+    done = card(
+        out, "--emulator", "--seconds", "3600", "--patience", "120", *([] if MOST is None else ["--most", str(MOST)])
+    )
     log = out / "correctness.log"
     assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
     return out
@@ -49,7 +52,9 @@ def test_every_case_of_the_emulator_passes_and_is_reported(run: Path) -> None:
 
 
 def test_failures_crashes_and_hangs_are_rows_and_the_rest_runs(tmp_path: Path) -> None:
+    archive = tmp_path / "results.tgz"
     options = ["--emulator", "--table", "card.faulty", "--patience", "5", "--only", "correctness", "report"]
+    options += ["--pack", str(archive), "--commit", "the commit"]
     done = card(tmp_path, *options, "--seconds", "0")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "the time was up" in (tmp_path / "report.md").read_text() and rows(tmp_path) == []
@@ -65,8 +70,20 @@ def test_failures_crashes_and_hangs_are_rows_and_the_rest_runs(tmp_path: Path) -
     assert found["crashes"] == ("failed", "the process ended with code 9")
     assert found["hangs"] == ("failed", "no end within 5 seconds")
     assert found["breaks_the_card"][0] == "failed" and found["comes_last"][0] == "passed"
+    assert "crashes_again[1]" in found and "crashes_again[2]" not in found  # after two faults
     report = (tmp_path / "report.md").read_text()
+    assert "| commit | the commit |" in report
+    with tarfile.open(archive) as packed:
+        assert {Path(name).name for name in packed.getnames()} >= {"results.json", "report.md", "correctness.log"}
     assert "**checks failed** (exit code 1)" in report and "- `crashes`: the process ended with code 9" in report
     before = rows(tmp_path)
     assert card(tmp_path, *resumed).returncode == 1
     assert [row["name"] for row in rows(tmp_path)[len(before) :]] == ["skips"]  # nothing else runs again
+
+
+def test_the_first_cases_are_one_of_each_function_and_slow_ones_come_last() -> None:
+    cases = all_cases()
+    quick = [case for case in cases if not case.slow]
+    functions = {case.function for case in quick}
+    assert {case.function for case in quick[: len(functions)]} == functions
+    assert cases[: len(quick)] == quick
