@@ -1,8 +1,8 @@
 """The kernels of the table: layers of 4096 x 4096 in bf16, 4 bits with double quantization, LoRA of rank 16.
 
 Products of few rows also from MXFP4, from NVFP4, and from affine4 with groups of 128, scales in 16 and zero points in 8
-bits; with blocks of 32, by the kernel for weights that the other two do not take. Layers of experts have eight of that
-size, of which each token chooses two; each expert has as many rows as the others.
+bits. Layers of experts have eight of that size, of which each token chooses two; each expert has as many rows as the
+others.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,6 @@ NESTED = Format("4 bits", "(peftcore::ScaleKind)1, 1", N * K / 2 + N * K / 64 + 
 MXFP4 = Format("MXFP4", "(peftcore::ScaleKind)2, 2", N * K / 2 + N * K / 32)
 NVFP4 = Format("NVFP4", "(peftcore::ScaleKind)1, 4", N * K / 2 + N * K / 16)
 AFFINE4 = Format("affine4", "(peftcore::ScaleKind)3, 2", N * K / 2 + N * K / 128 * 3)
-SMALL_BLOCKS = Format("4 bits in blocks of 32", "", N * K / 2 + N * K / 32 * 4)  # scales of any kind
 
 
 def lane_scales(w: Format) -> str:
@@ -83,16 +82,6 @@ def one_launch(batch: int, parts: int) -> Work:
     )
 
 
-def tensor(batch: int, stage: int, stages: int) -> Work:
-    """Warps that divide the columns in stages. x passes the first cache by: each block has it from the second one.
-
-    Instructions for all kinds of scales are counted, of which a weight has one: the estimate is too high.
-    """
-    tiles, in_flight = -(-batch // 8), 4 * (stages - 1) * 16 * stage / 2
-    name = f"tensor_kernel<peftcore::BFloat16, {tiles}, {stage}, {stages}>"
-    return linear(SMALL_BLOCKS, batch, name, N // 16, 128, in_flight, N // 16)
-
-
 def few_rows_of_experts(tokens: int) -> Work:
     """Blocks as for a single layer of up to eight rows, for each expert that has any."""
     some = min(EXPERTS, tokens * CHOSEN)
@@ -102,28 +91,6 @@ def few_rows_of_experts(tokens: int) -> Work:
         source="grouped/cuda/skinny.cu",
         kernel=f"skinny_kernel<peftcore::BFloat16, 1, {lane_scales(NESTED)}>",
         **{name: getattr(one, name) * some for name in ("markers", "bytes", "blocks", "again", "weight_bytes")},
-    )
-
-
-def experts(name: str, packed: bool, weight: float, stages: int) -> Work:
-    """Many rows: blocks of 128 rows and 64 columns. `weight`: bytes of one W, whose stages have 32 columns.
-
-    From 4 bits, instructions for all kinds of scales are counted, of which a weight has one: the estimate is too high.
-    """
-    wide, thin = TOKENS * K * 2.0, TOKENS * RANK * 4 + EXPERTS * N * RANK * 4
-    blocks = TOKENS // 128 * (N // 64)
-    return Work(
-        label=f"experts {name}, {TOKENS // CHOSEN:,} tokens",
-        source="grouped/cuda/product_bfloat16.cu",
-        kernel="product_kernel<peftcore::BFloat16, peftcore::grouped::Shape<peftcore::BFloat16, 8, "
-        f"{'true' if packed else 'false'}, false, false> >",
-        marker="HMMA.16816",
-        markers=TOKENS / 16 * N / 8 * K / 16,
-        bytes=EXPERTS * weight + 2 * wide + thin,
-        blocks=blocks,
-        threads=128,
-        again=(N / 64 - 1) * wide + (TOKENS / 128 - EXPERTS) * weight,
-        in_flight=(stages - 1) * 32 * (128 * 2 + 64 * weight / (N * K)),
     )
 
 
@@ -144,12 +111,8 @@ WORK = (
         for w in (MXFP4, NVFP4, AFFINE4)
         for kernel in (rows(1, 2, w), rows(8, 1, w), panel(16, 2, w), panel(64, 8, w))
     ),
-    tensor(8, 64, 4),
-    tensor(64, 32, 2),
     few_rows_of_experts(1),
     few_rows_of_experts(8),
-    experts("from 4 bits", True, NESTED.bytes, 3),
-    experts("in bf16", False, N * K * 2, 3),
     Work(
         label="dequantize",
         source="quant4/cuda/dequantize.cu",

@@ -6,19 +6,12 @@
 
 namespace peftcore {
 
-// Threads that read a stage, whose copies all of them wait for: a block, or a warp with slots of its own.
-enum class Readers { kBlock, kWarp };
-
-struct NothingToDo {
-    __device__ __forceinline__ void operator()(int64_t, int) const {}
-};
-
 // Stages from `at` on, in strides of `step` up to `last`, which count what the caller counts: columns, rows. All but
 // one of kStages slots are pending.
 //
 // fetch(at, slot): begins to copy a stage. arrived(at, slot): what a thread does with the bytes that it copied itself,
-// before others read them. use(at, slot): reads the stage.
-template <int kStages, Readers kReaders, typename Fetch, typename Arrived, typename Use>
+// before others read them. use(at, slot): reads the stage. All threads of a block call it.
+template <int kStages, typename Fetch, typename Arrived, typename Use>
 __device__ __forceinline__ void for_stages(int64_t at, int64_t last, int64_t step, const Fetch& fetch,
                                            const Arrived& arrived, const Use& use) {
     static_assert(kStages >= 2, "");
@@ -32,11 +25,7 @@ __device__ __forceinline__ void for_stages(int64_t at, int64_t last, int64_t ste
     for (; at < last; at += step) {
         cp_async_wait<kStages - 2>();
         arrived(at, slot);
-        if constexpr (kReaders ==
-                      Readers::kBlock)  // this stage has arrived, and the previous one has been read
-            __syncthreads();
-        else
-            __syncwarp();
+        __syncthreads();  // this stage has arrived, and the previous one has been read
         fetch_or_none(at + (kStages - 1) * step, (slot + kStages - 1) % kStages);
         use(at, slot);
         slot = (slot + 1) % kStages;

@@ -42,22 +42,24 @@ struct Name {
     constexpr Name(const char (&from)[size]) { std::copy_n(from, size, text); }
 };
 
-// `call` runs `kernel`, or on a device without code the reference of the operator `name` or `name.overload`. The
-// reference is registered for every backend without a kernel (CompositeExplicitAutograd), such as HPU, whose dispatch
-// key is used to reach it; the tensors are not moved.
+// `call` runs `kernel`, or on a device without code `reference`, that of the operator `name` or `name.overload`. It is
+// registered for every backend without a kernel (CompositeExplicitAutograd), such as HPU, whose dispatch key is used to
+// reach it; the tensors are not moved.
 template <Name name, Name overload, auto kernel>
 struct OrReference;
 
 template <Name name, Name overload, typename Result, typename First, typename... Rest,
           Result (*kernel)(First, Rest...)>
 struct OrReference<name, overload, kernel> {
-    static Result call(First first, Rest... rest) {
-        const c10::Device device = place_of(first);
-        if (!device.is_cuda() || has_code_for(device)) return kernel(first, rest...);
+    static Result reference(First first, Rest... rest) {
         static const auto op = c10::Dispatcher::singleton()
                                    .findSchemaOrThrow(name.text, overload.text)
                                    .template typed<Result(First, Rest...)>();
         return op.redispatch(c10::DispatchKeySet(c10::DispatchKey::HPU), first, rest...);
+    }
+    static Result call(First first, Rest... rest) {
+        const c10::Device device = place_of(first);
+        return !device.is_cuda() || has_code_for(device) ? kernel(first, rest...) : reference(first, rest...);
     }
 };
 

@@ -10,9 +10,11 @@ W is `[E, out, in]`, or `[E, in, out]` with `transposed`; dense, or in 4 bits, w
 Only experts that have rows are read. Rows from the last offset on belong to no expert (transformers' expert parallelism
 sorts rows of other processes there): their y and dx are zero.
 
-`offsets` stays on its device without synchronisation. Offsets that do not rise from 0 to the number of rows are an
-error on CPU, and NaN in all results on CUDA. Everything else is as in lora.py: S, T and the factors are fp32 for a
-16-bit x, and the gradient cannot be differentiated again.
+On CUDA the product of many rows with W is PyTorch's `_grouped_mm`, with W unpacked if it is in 4 bits. It reads the
+offsets on the device for bf16 from compute capability 9.0 on, and waits for them otherwise, which a captured graph
+refuses. Offsets that do not rise from 0 to the number of rows are an error on CPU; on CUDA they give NaN in all
+results, or fail an assertion of PyTorch's kernel. Everything else is as in lora.py: S, T and the factors are fp32 for
+a 16-bit x, and the gradient cannot be differentiated again.
 """
 
 from __future__ import annotations

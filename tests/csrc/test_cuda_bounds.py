@@ -154,8 +154,7 @@ def test_estimates_are_a_range():
 
 
 ARGUMENTS = {
-    "typename": r"peftcore::\w+|peftcore::quant4::LaneScales<\(peftcore::ScaleKind\)\d, \d> "
-    r"|peftcore::grouped::Shape<peftcore::\w+, \d(, (true|false)){3}> ",
+    "typename": r"peftcore::\w+|peftcore::quant4::LaneScales<\(peftcore::ScaleKind\)\d, \d> ",
     "int": r"\d+",
     "bool": "true|false",
     "ScaleKind": r"\(peftcore::ScaleKind\)\d",

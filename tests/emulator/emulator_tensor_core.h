@@ -126,9 +126,7 @@ void emulated_ldmatrix(uint32_t* r, const void* row) {
     });
 }
 
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { emulated_ldmatrix<2, false>(r, row); }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emulated_ldmatrix<4, false>(r, row); }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { emulated_ldmatrix<2, true>(r, row); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emulated_ldmatrix<4, true>(r, row); }
 
 // Of the eight bytes of `low` and `high` the four that the nibbles of `selector` name; bit 3 of a nibble, which asks

@@ -157,8 +157,8 @@ class Groups(Structure):
         self.kept = offsets
 
 
-class GroupedProduct(Structure):
-    """csrc/grouped/cuda/grouped_cuda.h, Product"""
+class GroupedSkinny(Structure):
+    """csrc/grouped/cuda/grouped_cuda.h, Skinny"""
 
     _fields_ = [
         ("groups", Groups),
@@ -168,13 +168,26 @@ class GroupedProduct(Structure):
         ("inner", c_int64),
         ("columns", c_int64),
         ("weight", WeightView),
-        ("across", c_bool),
         ("bias", c_void_p),
         ("thin", c_void_p),
         ("factor", c_void_p),
-        ("factor_across", c_bool),
+        ("rank", c_int),
+    ]  # fmt: skip
+
+
+class GroupedUp(Structure):
+    """csrc/grouped/cuda/grouped_cuda.h, Up"""
+
+    _fields_ = [
+        ("groups", Groups),
+        ("dtype", c_int),
+        ("columns", c_int64),
+        ("bias", c_void_p),
+        ("thin", c_void_p),
+        ("factor", c_void_p),
         ("rank", c_int),
         ("dropout", Dropout),
+        ("out", c_void_p),
     ]  # fmt: skip
 
 

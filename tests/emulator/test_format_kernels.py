@@ -6,7 +6,7 @@ from emulator.formats import KINDS, exact, group_of, packed
 from emulator.products import check as check_products, normal
 from emulator.structs import DTYPES, WeightView
 from emulator.test_grouped_kernels import Case, Kernels
-from emulator.test_linear_4bit_kernel import check, run
+from emulator.test_linear_4bit_kernel import check, run, takes
 from emulator.test_one_launch import in_two, run as run_one_launch
 from emulator.test_quant4_kernels import bits, cuda_dequantize
 from support.whole_run import nightly_but
@@ -52,11 +52,11 @@ def test_values_are_rounded_once(emulated, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", SOME)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("batch", nightly_but([1, 4, 8, 9, 17, 33, 64], [4, 8, 17]))
 @pytest.mark.parametrize("groups", nightly_but([1, 3, 4, 9], [3, 4]))
 def test_products_of_every_number_of_rows(emulated, kind, dtype, batch, groups):
-    columns = groups * max(group_of(kind), 32 if groups % 2 else 64)
+    columns = groups * max(group_of(kind), 64)
     weight = packed(kind, 37, columns, seed=batch)
     dense = weight.values(dtype).double()
     x, bias = normal(batch, columns, seed=1, dtype=dtype), normal(37, seed=2, dtype=dtype)
@@ -64,20 +64,10 @@ def test_products_of_every_number_of_rows(emulated, kind, dtype, batch, groups):
     check(run(emulated, x, weight, bias, seed=batch), wanted, magnitude)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [16, 48, 80, 112])
-def test_rows_of_blocks_of_16_that_are_no_pieces(emulated, dtype, columns):
-    weight = packed("divided", 37, columns, seed=columns)
-    dense, x = weight.values(dtype).double(), normal(5, columns, seed=1, dtype=dtype)
-    check(run(emulated, x, weight, None), x.double() @ dense.T, x.double().abs() @ dense.abs().T)
-
-
-@pytest.mark.parametrize("batch", [3, 20])
-def test_four_scales_off_the_word_that_they_are_read_as(emulated, batch):
-    weight, x = packed("nvfp4", 19, 640), normal(batch, 640, seed=1, dtype=torch.half)
-    moved, dense = torch.cat([weight.absmax[:1], weight.absmax])[1:], weight.values(torch.half).double()
-    found = run(emulated, x, weight._replace(absmax=moved), None)
-    check(found, x.double() @ dense.T, x.double().abs() @ dense.abs().T)
+def test_four_scales_off_the_word_that_they_are_read_as_are_left_to_the_library(emulated):
+    weight, x = packed("nvfp4", 19, 640), normal(3, 640, seed=1, dtype=torch.half)
+    moved = torch.cat([weight.absmax[:1], weight.absmax])[1:]
+    assert takes(emulated, x, weight) and not takes(emulated, x, weight._replace(absmax=moved))
 
 
 @pytest.mark.parametrize("kind", SOME)
@@ -121,16 +111,11 @@ def test_lora_takes_two_launches_where_a_row_ends_within_64_columns(emulated):
 
 
 @pytest.mark.parametrize("kind", SOME)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("counts", nightly_but([(3, 0, 5), (9, 16), (40, 1, 70)], [(3, 0, 5), (9, 16)]))
-@pytest.mark.parametrize("across", [False, True])
-def test_experts(emulated, emulated_library, kind, dtype, counts, across):
-    case = Case(counts, 2, dtype, inner=128, columns=128, packed=kind, across=across, rank=4)
-    found = Kernels(emulated_library, emulated).product(case)
-    check_products(found, *case.wanted())
-    if not across and sum(counts) < 30 and dtype in HALVES:  # rows of W end within 64 columns
-        case = Case(counts, 2, dtype, inner=96, columns=40, packed="mxfp4" if group_of(kind) > 32 else kind)
-        check_products(Kernels(emulated_library, emulated).product(case), *case.wanted())
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("counts", [(3, 0, 5), (9, 16)], ids=str)
+def test_experts(emulated, emulated_library, kind, dtype, counts):
+    case = Case(counts, 2, dtype, inner=128, columns=128, packed=kind, rank=4)
+    check_products(Kernels(emulated_library, emulated).skinny(case), *case.wanted())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from emulator.formats import KINDS, packed
 from emulator.products import SEED, check, dropout, guarded, kept, normal, untouched
-from emulator.structs import DTYPES, GroupedDown, GroupedProduct, GroupedReduce, Groups, WeightView, address
+from emulator.structs import DTYPES, GroupedDown, GroupedReduce, GroupedSkinny, GroupedUp, Groups, WeightView, address
 
 from peftcore import ops
 from peftcore.ops.dropout import keep_mask
 
-# Rows of each expert, and of none. By their number the kernels take 16, 64 or 128 rows at a time.
+# Rows of each expert, and of none. By their number the kernels take 8, 16 or 64 rows at a time.
 COUNTS = {
     "few": ((3, 0, 17, 1), 2),
     "one_row": ((0, 0, 1, 0), 0),
@@ -36,46 +36,44 @@ class Case:
     counts: tuple
     behind: int
     dtype: torch.dtype
-    inner: int = 96
+    inner: int = 128
     columns: int = 75
     rank: int = 0
-    packed: str = ""
-    across: bool = False
-    factor_across: bool = False
+    packed: str = ""  # without it, what the library has computed is there
     p: float = 0.0
     bias: bool = False
 
     def __post_init__(self):
         self.offsets, self.experts = offsets_of(self.counts), len(self.counts)
         self.rows = sum(self.counts) + self.behind
-        shape = (self.inner, self.columns) if self.across else (self.columns, self.inner)
-        values = normal(self.experts, *shape, seed=1)
-        if self.packed:
-            nested = self.packed == "nested"  # an expert is not a whole number of blocks of scales
-            if self.packed in KINDS:
-                self.weight = packed(self.packed, self.experts, *shape, seed=1)
-            else:
-                self.weight = ops.quantize_4bit(values, blocksize=32, double_quant=nested, nested_blocksize=128)
-            dense = ops.dequantize_4bit(self.weight, self.dtype)
-        else:
-            self.weight = dense = values.to(self.dtype)
-        self.matrices = (dense.mT if self.across else dense).double()  # [columns, inner] of each
         self.x = normal(self.rows, self.inner, dtype=self.dtype)
+        self.base = normal(self.rows, self.columns, seed=5, dtype=self.dtype)
         self.thin = normal(self.rows, self.rank, seed=2)
-        factors = (self.rank, self.columns) if self.factor_across else (self.columns, self.rank)
-        self.factor = normal(self.experts, *factors, seed=3)
+        self.factor = normal(self.experts, self.columns, self.rank, seed=3)
         self.added = normal(self.experts, self.columns, seed=4, dtype=self.dtype) if self.bias else None
+        if not self.packed:
+            return
+        shape = self.experts, self.columns, self.inner
+        nested = self.packed == "nested"  # an expert is not a whole number of blocks of scales
+        if self.packed in KINDS:
+            self.weight = packed(self.packed, *shape, seed=1)
+        else:
+            values = normal(*shape, seed=1)
+            self.weight = ops.quantize_4bit(values, blocksize=64, double_quant=nested, nested_blocksize=128)
+        self.matrices = ops.dequantize_4bit(self.weight, self.dtype).double()
 
     def wanted(self):
         """In float64: the product, and the sum of its terms' magnitudes."""
         keep = keep_mask(self.rows, self.columns, self.p, SEED).double()
         y, size = torch.zeros(2, self.rows, self.columns, dtype=torch.float64)
         for e, own in enumerate(slices_of(self.offsets)):
-            factor = (self.factor[e] if self.factor_across else self.factor[e].T).double()
+            factor, x, thin = (t.double() for t in (self.factor[e].T, self.x[own], self.thin[own]))
             bias = torch.zeros(()) if self.added is None else self.added[e].double()
-            x, thin = self.x[own].double(), self.thin[own].double()
-            y[own] = x @ self.matrices[e].T + thin @ factor * keep[own] + bias
-            size[own] = x.abs() @ self.matrices[e].abs().T + thin.abs() @ factor.abs() + bias.abs()
+            base, base_size = (self.base[own].double(),) * 2
+            if self.packed:
+                base, base_size = x @ self.matrices[e].T, x.abs() @ self.matrices[e].abs().T
+            y[own] = base + thin @ factor * keep[own] + bias
+            size[own] = base_size.abs() + thin.abs() @ factor.abs() + bias.abs()
         return y, size
 
 
@@ -97,21 +95,29 @@ class Kernels:
         return out
 
     def launch(self, case, out):
-        launch = GroupedProduct(Groups(case.offsets, case.rows), DTYPES.index(case.dtype), address(case.x))
+        launch = GroupedSkinny(Groups(case.offsets, case.rows), DTYPES.index(case.dtype), address(case.x))
         launch.out, launch.inner, launch.columns = address(out), case.inner, case.columns
-        launch.weight, launch.across, launch.bias = WeightView(case.weight), case.across, address(case.added)
+        launch.weight, launch.bias = WeightView(case.weight), address(case.added)
         launch.thin, launch.factor, launch.rank = address(case.thin), address(case.factor), case.rank
-        launch.factor_across, launch.dropout = case.factor_across, dropout(case.p)
         return launch
 
-    def product(self, case, seed=0):
+    def skinny(self, case, seed=0):
+        assert self.is_skinny(case)
         memory, out = guarded(case.rows, case.columns, dtype=case.dtype)
-        return self.run("product", self.launch(case, out), out, memory, seed)
+        return self.run("skinny", self.launch(case, out), out, memory, seed)
 
     def is_skinny(self, case):
         function = self.library.peftcore_grouped_is_skinny
         function.restype = c_bool
         return function(byref(self.launch(case, case.x)))
+
+    def up(self, case, seed=0):
+        memory, out = guarded(case.rows, case.columns, dtype=case.dtype)
+        out.copy_(case.base)
+        launch = GroupedUp(Groups(case.offsets, case.rows), DTYPES.index(case.dtype), case.columns)
+        launch.bias, launch.thin, launch.factor = (address(t) for t in (case.added, case.thin, case.factor))
+        launch.rank, launch.dropout, launch.out = case.rank, dropout(case.p), address(out)
+        return self.run("up", launch, out, memory, seed)
 
     def down(self, x, offsets, factor, across, scale=1.0, p=0.0, seed=0):
         rank = factor.shape[2 if across else 1]
@@ -136,31 +142,14 @@ def kernels(emulated_library, emulated):
     return Kernels(emulated_library, emulated)
 
 
-# Rows of W of whole pieces of 32 values, and not; in 4 bits an expert is whole blocks.
-SIZES = {"": [(96, 75), (75, 66), (200, 72)], "4bit": [(96, 32), (75, 64), (160, 75)]}
-
-
-@pytest.mark.parametrize("packed", ["", "plain", "nested"])
-@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 16, 40, 70])
 @pytest.mark.parametrize("counts", COUNTS)
-def test_product(kernels, counts, across, packed):
+def test_up(kernels, counts, rank):
     """Neighbours differ in all the rest."""
-    number = list(COUNTS).index(counts) + across + 2 * bool(packed)
-    sizes = SIZES["4bit" if packed else ""][number % 3]
-    inner, columns = reversed(sizes) if across else sizes
-    case = Case(
-        *COUNTS[counts],
-        dtype=DTYPES[number % 3],
-        inner=inner,
-        columns=columns,
-        rank=[0, 1, 16, 40][(number + across) % 4],
-        packed=packed,
-        across=across,
-        factor_across=number % 2 == 0,
-        p=[0.0, 0.3][number % 2],
-        bias=number % 4 < 2,
-    )
-    found = kernels.product(case, seed=number)
+    number = list(COUNTS).index(counts) + rank
+    dtype, columns, p = DTYPES[number % 3], [75, 66, 72][number // 2 % 3], [0.0, 0.3][number % 2]
+    case = Case(*COUNTS[counts], dtype, columns=columns, rank=rank, p=p, bias=number % 4 < 2)
+    found = kernels.up(case, seed=number)
     check(found, *case.wanted())
     assert (found[sum(case.counts) :] == 0).all()
 
@@ -170,14 +159,17 @@ def test_product(kernels, counts, across, packed):
 @pytest.mark.parametrize("counts", ["few", "one_row", "none", "many_experts"])
 def test_skinny_products_from_four_bits(kernels, counts, packed, rank):
     number = list(COUNTS).index(counts) + rank
-    dtype, inner = DTYPES[1 + number % 2], [96, 320][number // 2 % 2]
+    dtype, inner = DTYPES[1 + number % 2], [64, 320][number // 2 % 2]
     case = Case(*COUNTS[counts], dtype, inner, 75, rank, packed, bias=number % 2 == 0)
-    assert kernels.is_skinny(case)
-    assert not any(
-        kernels.is_skinny(Case(*COUNTS[counts], **{"dtype": dtype, "rank": 1, "packed": packed} | other))
-        for other in ({"packed": ""}, {"p": 0.1}, {"factor_across": True}, {"dtype": torch.float32})
-    )
-    check(kernels.product(case, seed=number), *case.wanted())
+    check(kernels.skinny(case, seed=number), *case.wanted())
+
+
+def test_what_is_left_to_the_library(kernels):
+    """fp32, rows of W that are no whole blocks of 64 columns, and many rows."""
+    few = {"counts": (3, 0, 17), "behind": 2, "dtype": torch.half, "packed": "plain"}
+    assert kernels.is_skinny(Case(**few))
+    for other in ({"dtype": torch.float32}, {"inner": 96, "columns": 64}, {"counts": (40, 0, 17)}):
+        assert not kernels.is_skinny(Case(**few | other))
 
 
 @pytest.mark.parametrize("rank", [1, 16, 33, 100])
@@ -215,12 +207,12 @@ def test_reduce(kernels, counts, rank):
 @pytest.mark.parametrize(
     "ends", [(3, 2, 9), (-1, 5, 9), (4, 9, 10), (2**31 - 1, -(2**31), 9), (0, 0, 2**31 - 1), (5, 9, -3)]
 )
-@pytest.mark.parametrize("packed", ["", "nested"])
-def test_offsets_that_do_not_rise_are_nan_and_lead_nowhere(kernels, ends, packed):
-    case = Case((3, 2, 4), 0, torch.half, columns=64, rank=3, packed=packed)
+def test_offsets_that_do_not_rise_are_nan_and_lead_nowhere(kernels, ends):
+    case = Case((3, 2, 4), 0, torch.half, columns=64, rank=3, packed="nested")
     case.offsets = torch.tensor(ends, dtype=torch.int32)
-    assert kernels.product(case).isnan().all()
-    assert kernels.down(case.x, case.offsets, normal(3, 5, 96), False).isnan().all()
+    assert kernels.skinny(case).isnan().all()
+    assert kernels.up(case).isnan().all()
+    assert kernels.down(case.x, case.offsets, normal(3, 5, 128), False).isnan().all()
     assert kernels.reduce(case.x, case.thin, case.offsets, torch.half, False).isnan().all()
 
 
@@ -234,21 +226,21 @@ def test_dropout_has_the_bits_of_the_mask_of_all_rows(kernels, dtype):
     rows = kernels.reduce(ones, torch.eye(33), offsets, dtype, True, p)
     assert torch.equal(rows.sum(0) == 1, mask)
     case = Case(counts, 0, dtype, columns=72, rank=1, p=p)
-    case.x.zero_()
+    case.base.zero_()
     case.thin, case.factor = torch.ones(33, 1), torch.ones(3, 72, 1)
-    assert torch.equal(kernels.product(case) == 1, mask)
+    assert torch.equal(kernels.up(case) == 1, mask)
     case.thin.fill_(torch.nan)  # what is dropped is zero all the same
-    assert torch.equal(kernels.product(case).isnan(), mask)
+    assert torch.equal(kernels.up(case).isnan(), mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_others_do_not_matter(kernels, dtype):
-    """NaN in rows, weights and factors of other experts stays there."""
+    """NaN in rows and factors of other experts stays there."""
     case = Case((5, 20, 3), 2, dtype, rank=3)
     wanted = case.wanted()
-    for t in (case.x[:5], case.x[25:], case.thin[:5], case.thin[25:], case.weight[::2], case.factor[::2]):
+    for t in (case.base[:5], case.base[25:], case.thin[:5], case.thin[25:], case.factor[::2]):
         t.fill_(torch.nan)
-    found = kernels.product(case)
+    found = kernels.up(case)
     assert found[:5].isnan().all() and found[25:28].isnan().all() and (found[28:] == 0).all()
     check(found[5:25], *(t[5:25] for t in wanted))
 
@@ -257,33 +249,31 @@ def test_products_that_fp16_does_not_hold(kernels):
     for size in (1e-9, 1e5):
         case = Case((20, 30), 0, torch.half, rank=8)
         case.thin, case.factor = case.thin * size, case.factor / size
-        check(kernels.product(case), *case.wanted())
+        check(kernels.up(case), *case.wanted())
 
 
-@pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize("packed", ["", "nested"])
-def test_memory_off_its_alignment(kernels, packed, across):
+def test_memory_off_its_alignment(kernels):
     def moved(t):
         return torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
 
-    case = Case((5, 40), 0, torch.bfloat16, columns=32, rank=8, packed=packed, across=across)
-    case.x, case.thin, case.factor = moved(case.x), moved(case.thin), moved(case.factor)
-    if packed:
-        case.weight = case.weight._replace(codes=moved(case.weight.codes))
-    else:
-        case.weight = moved(case.weight)
-    check(kernels.product(case), *case.wanted())
+    case = Case((5, 40), 0, torch.bfloat16, columns=32, rank=8)
+    case.thin, case.factor = moved(case.thin), moved(case.factor)
+    check(kernels.up(case), *case.wanted())
+    case = Case((5, 4), 0, torch.bfloat16, packed="nested")
+    assert kernels.is_skinny(case)
+    case.x = moved(case.x)
+    assert not kernels.is_skinny(case)
 
 
 def test_every_order_of_threads_gives_the_same_bits(kernels):
     few = Case((3, 0, 17), 1, torch.bfloat16, columns=128, rank=20, packed="nested")
-    many = Case((140, 0), 1, torch.half, inner=128, rank=20, packed="plain", across=True, columns=96, p=0.1)
-    dense = Case((50, 31), 1, torch.float32, inner=70, columns=96, rank=20)
-    factor, thin = normal(3, 20, 96, seed=5), normal(21, 12, seed=6)
+    many = Case((140, 0), 1, torch.half, rank=20, columns=96, p=0.1)
+    factor, thin = normal(3, 20, 128, seed=5), normal(21, 12, seed=6)
 
     def run(seed):
         return [
-            *(kernels.product(case, seed) for case in (few, many, dense)),
+            kernels.skinny(few, seed),
+            kernels.up(many, seed),
             kernels.down(few.x, few.offsets, factor, False, p=0.1, seed=seed),
             kernels.reduce(few.x, thin, few.offsets, torch.float32, False, 0.1, seed=seed),
         ]
@@ -295,9 +285,9 @@ def test_every_order_of_threads_gives_the_same_bits(kernels):
 
 def test_nothing_to_do(kernels):
     for dtype in DTYPES:
-        assert kernels.product(Case((0, 0), 0, dtype)).shape == (0, 75)
-        assert kernels.product(Case((2, 0), 0, dtype, columns=0)).shape == (2, 0)
-        assert (kernels.product(Case((2, 0), 1, dtype, inner=0, rank=0)) == 0).all()
+        assert kernels.up(Case((0, 0), 0, dtype)).shape == (0, 75)
+        assert kernels.up(Case((2, 0), 0, dtype, columns=0)).shape == (2, 0)
+    assert kernels.skinny(Case((0, 0), 0, torch.half, packed="plain")).shape == (0, 75)
     nothing = torch.empty(0, 16).half()
     assert (kernels.reduce(nothing, torch.empty(0, 4), offsets_of((0, 0)), torch.half, True) == 0).all()
     assert kernels.down(nothing, offsets_of((0, 0)), torch.ones(2, 4, 16), False).shape == (0, 4)

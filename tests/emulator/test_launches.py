@@ -44,8 +44,9 @@ class Layer:
         self.launch("peftcore_lora_up", thin, given, dropout(0.1), None, c_bool(False), Wide(out))
 
     def linear(self, s):
-        y, given = torch.zeros_like(self.grad), (self.x, 1, self.rows, WeightView(self.weight))
-        self.launch("peftcore_quant4_linear", *given, None, s, self.b, RANK, self.space("quant4_linear", *given), y)
+        y, weight = torch.zeros_like(self.grad), WeightView(self.weight)
+        partial = self.space("quant4_linear", self.rows, weight)
+        self.launch("peftcore_quant4_linear", self.x, 1, self.rows, weight, None, s, self.b, RANK, partial, y)
         return y
 
     def dequantize(self):

@@ -9,7 +9,7 @@ from ctypes import c_float, c_int64
 import pytest
 import torch
 from emulator.products import dropout
-from emulator.structs import DTYPES, Factors, GroupedDown, GroupedProduct, Groups, WeightView, Wide, address
+from emulator.structs import DTYPES, Factors, GroupedDown, GroupedSkinny, GroupedUp, Groups, WeightView, Wide, address
 from emulator.test_linear_4bit_kernel import run as linear_4bit
 
 from peftcore import ops
@@ -50,26 +50,12 @@ def test_down_of_experts(emulated, dtype):
     assert error(s, x.double() @ a[0].double().T) < LIMIT
 
 
-def product_of_experts(emulated, x, w, thin=None, factor=None):
-    """Return the product with one expert's weight: [1, out, in], packed or not."""
-    y, offsets = torch.empty(len(x), w.shape[1], dtype=x.dtype), torch.tensor([len(x)], dtype=torch.int32)
-    launch = GroupedProduct(Groups(offsets, len(x)), DTYPES.index(x.dtype), address(x), address(y), *w.shape[:0:-1])
-    launch.weight, launch.thin, launch.factor = WeightView(w), address(thin), address(factor)
-    launch.rank = 0 if thin is None else thin.shape[1]
-    emulated("peftcore_grouped_product")(launch)
-    return y
-
-
-@pytest.mark.parametrize("rows", [16, 64, 128])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_product_of_experts(emulated, dtype, rows):
-    x, w = positive(rows, 2048, dtype=dtype), positive(1, 8, 2048, seed=1, dtype=dtype)
-    assert error(product_of_experts(emulated, x, w), x.double() @ w[0].double().T) < LIMIT
-
-
 def test_low_rank_product_of_experts(emulated):
-    x, w, thin, factor = torch.zeros(16, 8), torch.zeros(1, 8, 8), positive(16, 512), positive(1, 8, 512, seed=1)
-    y = product_of_experts(emulated, x, w, thin, factor)
+    y, thin, factor = torch.zeros(16, 8), positive(16, 512), positive(1, 8, 512, seed=1)
+    offsets = torch.tensor([16], dtype=torch.int32)
+    launch = GroupedUp(Groups(offsets, 16), DTYPES.index(y.dtype), 8)
+    launch.thin, launch.factor, launch.rank, launch.out = address(thin), address(factor), 512, address(y)
+    emulated("peftcore_grouped_up")(launch)
     assert error(y, thin.double() @ factor[0].double().T) < LIMIT
 
 
@@ -80,15 +66,17 @@ def test_low_rank_product(emulated, dtype):
     assert error(y, thin.double() @ factor.double().T) < LIMIT
 
 
-@pytest.mark.parametrize("columns", [14336, 14368])  # whole blocks of 64, and not
 @pytest.mark.parametrize("rows", [1, 8])
-def test_products_from_four_bits(emulated, rows, columns):
-    x, blocksize = positive(rows, columns, dtype=torch.half), 64 if columns % 64 == 0 else 32
-    w = ops.quantize_4bit(positive(16, columns, seed=1), blocksize=blocksize)
-    exact = x.double() @ ops.dequantize_4bit(w, torch.half).double().T
+def test_products_from_four_bits(emulated, rows):
+    columns = 14336
+    x, w = positive(rows, columns, dtype=torch.half), ops.quantize_4bit(positive(1, 16, columns, seed=1))
+    exact = x.double() @ ops.dequantize_4bit(w, torch.half)[0].double().T
     assert error(linear_4bit(emulated, x, w, None), exact) < LIMIT
-    expert = ops.quantize_4bit(positive(1, 16, columns, seed=1), blocksize=blocksize)
-    assert error(product_of_experts(emulated, x, expert), exact) < LIMIT
+    y, offsets = torch.empty(rows, 16, dtype=x.dtype), torch.tensor([rows], dtype=torch.int32)
+    launch = GroupedSkinny(Groups(offsets, rows), DTYPES.index(x.dtype), address(x), address(y), columns, 16)
+    launch.weight = WeightView(w)
+    emulated("peftcore_grouped_skinny")(launch)
+    assert error(y, exact) < LIMIT
 
 
 def test_gradients(emulated):

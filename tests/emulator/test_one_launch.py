@@ -50,7 +50,7 @@ def in_two(emulated, x, weight, bias, a, b, scale=0.75):
     factors = Factors([a], 0, rank, [scale])
     emulated("peftcore_lora_down")(Wide(x), factors, dropout(0.0), partial, s)
     given = x, DTYPES.index(x.dtype), batch, WeightView(weight)
-    partial = emulated.workspace("peftcore_quant4_linear_workspace", *given)
+    partial = emulated.workspace("peftcore_quant4_linear_workspace", *given[2:])
     emulated("peftcore_quant4_linear")(*given, bias, s, b, rank, partial, y)
     return y, s
 

@@ -131,14 +131,11 @@ def test_an_expert_is_a_view(emulated, emulated_library, shape, nested):
     x = data(torch.Size(shape).numel(), torch.float32, 3, 0).view(shape)
     weight = ops.quantize_4bit(x, blocksize=32, double_quant=nested, nested_blocksize=32)
     whole = ops.dequantize_4bit(weight)
-    inputs = data(4 * shape[2], torch.float32, 4, 0).view(4, shape[2])
     for index in range(shape[0]):
         expert = WeightView(weight).expert(emulated_library, index)
-        values, y = torch.zeros(shape[1:]), torch.zeros(4, shape[1])
+        values = torch.zeros(shape[1:])
         emulated("peftcore_quant4_dequantize")(expert, values, 0)
         assert torch.equal(bits(values), bits(whole[index]))
-        emulated("peftcore_quant4_linear")(inputs, 0, 4, expert, None, None, None, 0, None, y)
-        torch.testing.assert_close(y, inputs @ whole[index].T, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
 
 @pytest.mark.nightly

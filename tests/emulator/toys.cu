@@ -65,11 +65,11 @@ __global__ void mma_kernel(const T* a, const T* b, float* c) {
     peftcore::cp_async_commit();
     if constexpr (kWait) peftcore::cp_async_wait<0>();
     __syncthreads();
-    uint32_t a_fragment[4], b_fragment[2];
+    uint32_t a_fragment[4], b_fragment[4];  // of b twice
     peftcore::ldmatrix_x4(a_fragment, &a_tile[lane % 16][lane / 16 * 8]);
-    peftcore::ldmatrix_x2(b_fragment, &b_tile[lane % 8][lane / 8 % 2 * 8]);
+    peftcore::ldmatrix_x4(b_fragment, &b_tile[lane % 8][lane / 8 % 2 * 8]);
     float sums[4] = {};
-    peftcore::mma_m16n8k16<T>(sums, a_fragment, b_fragment);
+    peftcore::mma_m16n8k16<T>(sums, a_fragment, {b_fragment[0], b_fragment[1]});
     for (int r = 0; r < 4; ++r) c[(lane / 4 + r / 2 * 8) * 8 + lane % 4 * 2 + r % 2] = sums[r];
 }
 
@@ -81,8 +81,8 @@ __global__ void transpose_kernel(const uint16_t* in, uint16_t* out) {
     peftcore::cp_async_commit();
     peftcore::cp_async_wait<0>();
     __syncthreads();
-    uint32_t r[2];
-    peftcore::ldmatrix_x2_trans(r, tile[lane % 16]);
+    uint32_t r[4];  // both twice
+    peftcore::ldmatrix_x4_trans(r, tile[lane % 16]);
     for (int matrix = 0; matrix < 2; ++matrix)
         for (int i = 0; i < 2; ++i)
             out[matrix * 64 + lane / 4 * 8 + lane % 4 * 2 + i] = uint16_t(r[matrix] >> 16 * i);

@@ -19,21 +19,31 @@ struct Groups {
     int64_t experts, rows;
 };
 
-// out_i = keep ∘ (thin_i F_eᵀ) + wide_i W_e + bias_e for each row of an expert, zero for rows without an expert.
-struct Product {
+// out_i = wide_i W_eᵀ + bias_e + thin_i F_eᵀ for each row of an expert, zero for rows without an expert.
+struct Skinny {
     Groups groups;
-    Dtype dtype;       // of wide, bias and out, and of W if it is dense
+    Dtype dtype;       // of wide, bias and out
     const void* wide;  // [rows, inner]
     void* out;         // [rows, columns]
     int64_t inner, columns;
-    WeightView weight;  // [experts * columns, inner], or across [experts * inner, columns]
-    bool across;
+    WeightView weight;    // in 4 bits, [experts * columns, inner]
     const void* bias;     // [experts, columns] or nullptr
     const float* thin;    // [rows, rank]
-    const float* factor;  // F [experts, columns, rank], or across [experts, rank, columns]
-    bool factor_across;
-    int rank;  // 0: neither thin nor factor
+    const float* factor;  // F [experts, columns, rank]
+    int rank;             // 0: neither thin nor factor
+};
+
+// out_i += bias_e + keep ∘ (thin_i F_eᵀ) for each row of an expert; zero for rows without an expert.
+struct Up {
+    Groups groups;
+    Dtype dtype;  // of bias and out
+    int64_t columns;
+    const void* bias;     // [experts, columns] or nullptr
+    const float* thin;    // [rows, rank]
+    const float* factor;  // F [experts, columns, rank]
+    int rank;             // 0: neither thin nor factor
     lora::Dropout dropout;
+    void* out;  // [rows, columns]
 };
 
 // out_i = scale (keep ∘ wide_i) F_eᵀ for each row of an expert, zero for rows without an expert.
@@ -69,18 +79,11 @@ struct Reduce {
 
 extern "C" {
 
-// The product, by the kernel for its shapes.
-const char* peftcore_grouped_product(const peftcore::grouped::Product* product, void* stream);
+// The product of few rows per expert, directly from 4 bits, where `peftcore_grouped_is_skinny`.
+const char* peftcore_grouped_skinny(const peftcore::grouped::Skinny* product, void* stream);
+bool peftcore_grouped_is_skinny(const peftcore::grouped::Skinny* product);
 
-// Kernels of one dtype, for any number of rows.
-const char* peftcore_grouped_product_float(const peftcore::grouped::Product* product, void* stream);
-const char* peftcore_grouped_product_half(const peftcore::grouped::Product* product, void* stream);
-const char* peftcore_grouped_product_bfloat16(const peftcore::grouped::Product* product, void* stream);
-
-// Kernel for few rows per expert, where `peftcore_grouped_is_skinny`.
-const char* peftcore_grouped_skinny(const peftcore::grouped::Product* product, void* stream);
-bool peftcore_grouped_is_skinny(const peftcore::grouped::Product* product);
-
+const char* peftcore_grouped_up(const peftcore::grouped::Up* up, void* stream);
 const char* peftcore_grouped_down(const peftcore::grouped::Down* down, void* stream);
 const char* peftcore_grouped_reduce(const peftcore::grouped::Reduce* reduce, void* stream);
 }

@@ -71,8 +71,7 @@ __device__ void down_tile(const DownTile& p) {
             }
         }
     };
-    for_stages<kStages, Readers::kBlock>(p.first_column, p.last_column, kStage, fetch_stage, drop_stage,
-                                         add_stage);
+    for_stages<kStages>(p.first_column, p.last_column, kStage, fetch_stage, drop_stage, add_stage);
     __syncthreads();  // stages have been read: their memory is free
 
     auto sums = reinterpret_cast<float (*)[kRows][kRanks + 1]>(memory);

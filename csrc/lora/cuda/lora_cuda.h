@@ -82,7 +82,7 @@ int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, int rank);
 const char* peftcore_lora_one_launch(const peftcore::lora::OneLaunch* given,
                                      const peftcore::WeightView* weight, bool* launched, void* stream);
 
-// out = keep ∘ (bias + thin factor_iᵀ), without bias where that is nullptr, or added to it where `add`; thin
+// out = bias + keep ∘ (thin factor_iᵀ), without bias where that is nullptr, or added to it where `add`; thin
 // [samples * rows, stride], out and bias [columns] of one dtype, of 16 bits, factors [columns, rank_i]. i = -1
 // adds nothing; any other i without an adapter makes its rows NaN.
 const char* peftcore_lora_up(const float* thin, const peftcore::lora::Factors* factors,

@@ -1,6 +1,6 @@
 // lora_linear, its gradient, and per-sample adapters on CUDA. Schemas and formulas: peftcore/ops/lora.py.
 //
-// The sum s Bᵀ + x Wᵀ. Up to kLinearMaxBatch rows over a packed W, one kernel does both (quant4/cuda/linear.cu), and up
+// The sum s Bᵀ + x Wᵀ. Where peftcore_quant4_linear takes x and W, few rows and 4 bits, one kernel does both, and up
 // to kRankDotRows s as well (one_launch.cu). Beyond, and with a dense W, y is first written as bias + s Bᵀ, and cuBLAS
 // adds x Wᵀ with beta = 1: its read of y overlaps with the product. A pass over y after the product would read the same
 // bytes without overlap. The gradient of x is computed likewise.
@@ -132,7 +132,7 @@ Tensor down(const Tensor& x, int64_t samples, const FactorList& a, const Dropout
     return s;
 }
 
-// keep ∘ (bias + thin Fᵀ) into out, or added to it.
+// bias + keep ∘ (thin Fᵀ) into out, or added to it.
 void up(const Tensor& thin, const FactorList& list, const Dropout& dropout, const Tensor& bias, bool add,
         const Tensor& out, int64_t samples, const char* op) {
     const Wide written = wide_of(out, samples);
@@ -237,10 +237,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const auto [a_float, b_float] = float_factors(a, false, b, false, op);
     const Tensor s = has_kernels(x) ? down(flat, 1, FactorList({a_float}, 0, {factor}), dropout, op)
                                     : at::mm(dropped(flat, dropout, op), a_float.t()).mul_(factor);
-    Tensor y;
-    if (weight.packed() && flat.size(0) <= quant4::kLinearMaxBatch) {
-        y = quant4::linear_direct(flat, weight.view(), added, s, b_float);
-    } else {
+    Tensor y = quant4::linear_direct(flat, weight, added, s, b_float);
+    if (!y.defined()) {
         const Tensor dense = quant4::dense_weight(weight, x);
         if (has_kernels(x)) {
             y = at::empty({flat.size(0), weight.rows()}, x.options());
@@ -312,10 +310,8 @@ Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntAr
 
     const Tensor flat = matrix(x), adapter = index.contiguous();
     const int64_t samples = x.size(0), rows = samples ? flat.size(0) / samples : 0;
-    Tensor y;
-    if (weight.packed() && flat.size(0) <= quant4::kLinearMaxBatch) {
-        y = quant4::linear_direct(flat, weight.view(), contiguous(bias), {}, {});
-    } else {
+    Tensor y = quant4::linear_direct(flat, weight, contiguous(bias), {}, {});
+    if (!y.defined()) {
         const Tensor dense = quant4::dense_weight(weight, x);
         y = bias.has_value() ? at::addmm(*bias, flat, dense.t()) : at::mm(flat, dense.t());
     }

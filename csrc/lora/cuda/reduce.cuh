@@ -90,8 +90,7 @@ __device__ void reduce_tile(const ReduceTile& p, const Store& store) {
             }
         }
     };
-    for_stages<kStages, Readers::kBlock>(p.first_row, p.last_row, kReduceRows, fetch_stage, drop_stage,
-                                         add_stage);
+    for_stages<kStages>(p.first_row, p.last_row, kReduceRows, fetch_stage, drop_stage, add_stage);
 
 #pragma unroll
     for (int c = 0; c < 2; ++c)

@@ -84,67 +84,6 @@ struct KnownScales {
     }
 };
 
-// Scales whose kind is known at run time only. kZeros: whether kinds with zero points are among them.
-template <bool kZeros>
-struct AnyScales {
-    using Decoded = std::conditional_t<kZeros, ScaleAndZero, Scale>;
-    static constexpr int kEntries = 256;
-
-    const float* nested_quant_map;
-    float nested_offset;
-
-    static __device__ __forceinline__ AnyScales load(const WeightView& weight, float* quant_map,
-                                                     float* nested_quant_map) {
-        const float offset =
-            weight.scales == ScaleKind::kNested
-                ? KnownScales<ScaleKind::kNested>::load(weight, quant_map, nested_quant_map).nested_offset
-                : KnownScales<ScaleKind::kFloat>::load(weight, quant_map, nested_quant_map).nested_offset;
-        return {nested_quant_map, offset};
-    }
-
-    static __device__ __forceinline__ StoredScale stored(const WeightView& weight, int64_t block) {
-        switch (weight.scales) {
-            case ScaleKind::kNested:
-                return KnownScales<ScaleKind::kNested>::stored(weight, block);
-            case ScaleKind::kPowerOfTwo:
-                return KnownScales<ScaleKind::kPowerOfTwo>::stored(weight, block);
-            case ScaleKind::kAffine:
-                if constexpr (kZeros) return KnownScales<ScaleKind::kAffine>::stored(weight, block);
-                break;
-            case ScaleKind::kFloat:
-                break;
-        }
-        return KnownScales<ScaleKind::kFloat>::stored(weight, block);
-    }
-
-    __device__ __forceinline__ Decoded of(const WeightView& weight, const StoredScale& stored) const {
-        Decoded decoded = {};
-        switch (weight.scales) {
-            case ScaleKind::kNested:
-                decoded.factor = KnownScales<ScaleKind::kNested>{nested_quant_map, nested_offset}
-                                     .of(weight, stored)
-                                     .factor;
-                return decoded;
-            case ScaleKind::kPowerOfTwo:
-                decoded.factor = KnownScales<ScaleKind::kPowerOfTwo>{}.of(weight, stored).factor;
-                return decoded;
-            case ScaleKind::kAffine:
-                if constexpr (kZeros) return KnownScales<ScaleKind::kAffine>{}.of(weight, stored);
-                break;
-            case ScaleKind::kFloat:
-                break;
-        }
-        decoded.factor = KnownScales<ScaleKind::kFloat>{}.of(weight, stored).factor;
-        return decoded;
-    }
-};
-
-// The two values of a byte, rounded to 16 bits, the even one in the low half.
-template <typename T, typename Decoded>
-__device__ __forceinline__ uint32_t value_pair(const float* quant_map, uint32_t byte, const Decoded& scale) {
-    return pair_bits<T>(scale.value(quant_map[byte >> 4 & 15]), scale.value(quant_map[byte & 15]));
-}
-
 }  // namespace
 }  // namespace quant4
 }  // namespace peftcore

@@ -1,11 +1,9 @@
 // y = x Wᵀ + b for few rows of x, directly from 4 bits, with LoRA's s Fᵀ, whose operands are fp32. Written for
 // bandwidth and tested on the emulator; not measured on a GPU.
 //
-// rows_kernel (fp16, bf16; up to 8 rows, columns that are whole blocks of 64): rows.cuh; panel_kernel (up to 64):
-// panel.cuh. tensor_kernel (fp16, bf16; other columns): linear.cuh. s is computed by an earlier launch; in
-// lora/cuda/one_launch.cu by the same one.
-//
-// simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W, simple.cuh.
+// rows_kernel (up to 8 rows): rows.cuh; panel_kernel (up to 64): panel.cuh. Both take fp16 and bf16, and a W whose rows
+// are whole blocks of 64 columns; every other x and W is for the library, with W unpacked (ops.cpp). s is computed by an
+// earlier launch; in lora/cuda/one_launch.cu by the same one.
 #include "common/cuda_dispatch.cuh"
 #include "common/cuda_sum.h"
 #include "common/cuda_tickets.h"
@@ -13,17 +11,10 @@
 #include "quant4/cuda/panel.cuh"
 #include "quant4/cuda/quant4_cuda.h"
 #include "quant4/cuda/rows.cuh"
-#include "quant4/cuda/simple.cuh"
-#include "quant4/format.h"
 
 namespace peftcore {
 namespace quant4 {
 namespace {
-
-template <typename T, int kTiles, int kStage, int kStages>
-__global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) {
-    tensor_tile<T, kTiles, kStage, kStages>(p, int64_t(blockIdx.x) * kRows);
-}
 
 template <typename T, int kParts, typename Scales>
 __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const LinearLaunch p) {
@@ -40,28 +31,17 @@ __global__ void __launch_bounds__(kPanelThreads, 1)
                                   int(split), int(splits));
 }
 
-template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) simple_kernel(const LinearLaunch p) {
-    PEFTCORE_SHARED(float, quant_map, [16]);
-    using Scales = AnyScales<true>;
-    PEFTCORE_SHARED(float, nested_quant_map, [Scales::kEntries]);
-    const Scales scales = Scales::load(p.weight, quant_map, nested_quant_map);
-    __syncthreads();
-    const int64_t n = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-    if (n < p.weight.rows) simple_row<T, kVector>(p, quant_map, scales, n, int(blockIdx.y) * kSimpleTile);
-}
+// Estimated, not measured: at 64 rows panel_kernel takes about half of the time of only unpacking W to memory
+// (benchmarks/cuda_bounds). Sums of more rows would not fit into registers.
+constexpr int kRowsMaxBatch = 8, kPanelMaxBatch = 64;
 
 // Division of W among panel_kernel's blocks: chosen by the shape only, so that results are the same on every GPU.
 struct PanelPlan {
-    unsigned row_blocks, splits;  // 0 splits: a shape for another kernel
+    unsigned row_blocks, splits;
     uint32_t split_columns;
 };
 
-PanelPlan panel_plan(const void* x, Dtype dtype, int batch, const WeightView& weight) {
-    constexpr int64_t kMostColumns = INT32_MAX / kLinearMaxBatch;  // x has numbers of 32 bits
-    if (dtype == Dtype::kFloat || batch <= 8 || weight.columns == 0 || weight.columns > kMostColumns ||
-        !in_pieces(x, weight) || !in_lanes(weight))
-        return {};
+PanelPlan panel_plan(const WeightView& weight) {
     PanelPlan plan;
     plan.row_blocks = unsigned(ceil_div(weight.rows, kPanelRows));
     const int64_t wanted = ceil_div(cuda_tuning().panel_blocks, plan.row_blocks);
@@ -90,15 +70,6 @@ const char* launch_panel(LinearLaunch p, const PanelPlan& plan, Dtype dtype, voi
     return peftcore_sum(p.partial, plan.splits, p.batch * p.weight.rows, 1, p.y, int(dtype), stream);
 }
 
-template <typename T>
-const char* launch_simple(const LinearLaunch& p, void* stream) {
-    const Grid grid(ceil_div(p.weight.rows, kWarps), ceil_div(p.batch, kSimpleTile));
-    return dispatch_flag(in_vectors(p.x, 4 * sizeof(T), 4, p.weight), [&](auto vectors) {
-        constexpr int kVector = decltype(vectors)::value ? 4 : 1;
-        return PEFTCORE_LAUNCH((simple_kernel<T, kVector>), grid, kThreads, 0, stream, p);
-    });
-}
-
 template <typename T, typename Scales>
 const char* launch_rows(const LinearLaunch& p, void* stream) {
     return dispatch_flag(p.batch <= 4, [&](auto halves) {
@@ -108,26 +79,22 @@ const char* launch_rows(const LinearLaunch& p, void* stream) {
     });
 }
 
-template <typename T>
-const char* launch_tensor(const LinearLaunch& p, void* stream) {
-    const int64_t blocks = ceil_div(p.weight.rows, kRows);
-    return dispatch_size<1, 2, 3, 4, 8>(ceil_div(p.batch, 8), [&](auto tiles) {
-        constexpr int kTiles = decltype(tiles)::value;
-        // As many stages as fit in 48 KiB of shared memory.
-        constexpr int kStage = kTiles < 4 ? 64 : 32;
-        constexpr int kStages = kTiles == 1 ? 4 : kTiles == 3 || kTiles == 8 ? 2 : 3;
-        return PEFTCORE_LAUNCH((tensor_kernel<T, kTiles, kStage, kStages>), blocks, kThreads, 0, stream, p);
-    });
-}
-
 }  // namespace
 }  // namespace quant4
 }  // namespace peftcore
 
-extern "C" int64_t peftcore_quant4_linear_workspace(const void* x, int dtype, int batch,
-                                                    const peftcore::WeightView* weight) {
+extern "C" bool peftcore_quant4_linear_takes(const void* x, int dtype, int64_t batch,
+                                             const peftcore::WeightView* weight) {
+    using namespace peftcore;
     using namespace peftcore::quant4;
-    const unsigned splits = panel_plan(x, Dtype(dtype), batch, *weight).splits;
+    constexpr int64_t kMostColumns = INT32_MAX / kPanelMaxBatch;  // x has numbers of 32 bits
+    return Dtype(dtype) != Dtype::kFloat && batch <= kPanelMaxBatch && weight->columns <= kMostColumns &&
+           in_pieces(x, *weight) && in_lanes(*weight);
+}
+
+extern "C" int64_t peftcore_quant4_linear_workspace(int batch, const peftcore::WeightView* weight) {
+    using namespace peftcore::quant4;
+    const unsigned splits = batch <= kRowsMaxBatch ? 1 : panel_plan(*weight).splits;
     return splits > 1 ? splits * batch * weight->rows : 0;
 }
 
@@ -138,22 +105,16 @@ extern "C" const char* peftcore_quant4_linear(const void* x, int dtype, int batc
     using namespace peftcore;
     using namespace peftcore::quant4;
     if (batch == 0 || weight->rows == 0) return nullptr;
-    if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
     const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial, nullptr, false};
-    const PanelPlan plan = panel_plan(x, Dtype(dtype), batch, *weight);
-    return dispatch_dtype(Dtype(dtype), [&](auto type) {
+    return dispatch_16_bits(Dtype(dtype), [&](auto type) {
         using T = typename decltype(type)::type;
-        if constexpr (sizeof(T) == 2) {
-            if (in_pieces(x, *weight) && in_lanes(*weight) && (plan.splits > 0 || batch <= 8))
-                return dispatch_lane_scales(*weight, [&](auto scales) {
-                    using Scales = typename decltype(scales)::type;
-                    if (plan.splits == 0) return launch_rows<T, Scales>(p, stream);
-                    return dispatch_size<2, 4, 8>(ceil_div(batch, 8), [&](auto tiles) {
-                        return launch_panel<T, decltype(tiles)::value, Scales>(p, plan, Dtype(dtype), stream);
-                    });
-                });
-            if (in_pieces(x, *weight)) return launch_tensor<T>(p, stream);
-        }
-        return launch_simple<T>(p, stream);
+        return dispatch_lane_scales(*weight, [&](auto scales) {
+            using Scales = typename decltype(scales)::type;
+            if (batch <= kRowsMaxBatch) return launch_rows<T, Scales>(p, stream);
+            return dispatch_size<2, 4, 8>(ceil_div(batch, 8), [&](auto tiles) {
+                return launch_panel<T, decltype(tiles)::value, Scales>(p, panel_plan(*weight), Dtype(dtype),
+                                                                       stream);
+            });
+        });
     });
 }

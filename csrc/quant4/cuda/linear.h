@@ -10,9 +10,9 @@ namespace quant4 {
 // layer.
 at::Tensor dense_weight(const Weight& weight, const at::Tensor& like);
 
-// x Wᵀ + bias + thin factorᵀ directly from 4 bits, for at most kLinearMaxBatch rows of x; all but x and W may be
-// undefined.
-at::Tensor linear_direct(const at::Tensor& x, const WeightView& weight, const at::Tensor& bias,
+// x Wᵀ + bias + thin factorᵀ directly from 4 bits, or undefined where there is no kernel for x and W; all but these two
+// may be undefined.
+at::Tensor linear_direct(const at::Tensor& x, const Weight& weight, const at::Tensor& bias,
                          const at::Tensor& thin, const at::Tensor& factor);
 
 }  // namespace quant4

@@ -104,8 +104,8 @@ Tensor linear_4bit(const Tensor& x, at::TensorList tensors, at::IntArrayRef pack
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Tensor flat = matrix(x), added = contiguous(bias);
-    const Tensor y = flat.size(0) > kLinearMaxBatch ? at::linear(flat, dense_weight(weight, x), bias)
-                                                    : linear_direct(flat, weight.view(), added, {}, {});
+    Tensor y = linear_direct(flat, weight, added, {}, {});
+    if (!y.defined()) y = at::linear(flat, dense_weight(weight, x), bias);
     return y.view(with_last(x, weight.rows()));
 }
 
@@ -129,20 +129,24 @@ Tensor dense_weight(const Weight& weight, const Tensor& like) {
     return dense;
 }
 
-Tensor linear_direct(const Tensor& x, const WeightView& weight, const Tensor& bias, const Tensor& thin,
+Tensor linear_direct(const Tensor& x, const Weight& weight, const Tensor& bias, const Tensor& thin,
                      const Tensor& factor) {
     const char* op = "linear_4bit";
+    if (!weight.packed()) return {};
     const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
-    const int dtype = int(kernel_dtype(x.scalar_type(), op)), batch = int(x.size(0));
-    const Tensor y = at::empty({batch, weight.rows}, x.options());
-    const int64_t floats = peftcore_quant4_linear_workspace(x.const_data_ptr(), dtype, batch, &weight);
+    const WeightView view = weight.view();
+    const int dtype = int(kernel_dtype(x.scalar_type(), op));
+    if (!peftcore_quant4_linear_takes(x.const_data_ptr(), dtype, x.size(0), &view)) return {};
+    const int batch = int(x.size(0));
+    const Tensor y = at::empty({batch, view.rows}, x.options());
+    const int64_t floats = peftcore_quant4_linear_workspace(batch, &view);
     const Tensor partial = at::empty({floats}, x.options().dtype(at::kFloat));
-    check_launch(peftcore_quant4_linear(
-                     x.const_data_ptr(), dtype, batch, &weight, pointer(bias),
-                     static_cast<const float*>(pointer(thin)), static_cast<const float*>(pointer(factor)),
-                     thin.defined() ? int(thin.size(1)) : 0, partial.mutable_data_ptr<float>(),
-                     y.mutable_data_ptr(), current_cuda_stream(x.device())),
-                 op);
+    check_launch(
+        peftcore_quant4_linear(
+            x.const_data_ptr(), dtype, batch, &view, pointer(bias), static_cast<const float*>(pointer(thin)),
+            static_cast<const float*>(pointer(factor)), thin.defined() ? int(thin.size(1)) : 0,
+            partial.mutable_data_ptr<float>(), y.mutable_data_ptr(), current_cuda_stream(x.device())),
+        op);
     return y;
 }
 

@@ -21,21 +21,15 @@ const char* peftcore_quant4_dequantize(const peftcore::WeightView* weight, void*
                                        void* stream);
 
 // y [batch, rows] = x [batch, columns] Wᵀ + bias + thin factorᵀ, x, bias (or nullptr) and y of `dtype`, thin
-// [batch, rank] and factor [rows, rank] fp32. Rank 0: neither of the last two. At most kLinearMaxBatch rows of
-// x. `partial`: peftcore_quant4_linear_workspace floats.
+// [batch, rank] and factor [rows, rank] fp32. Rank 0: neither of the last two. Only where
+// peftcore_quant4_linear_takes them. `partial`: peftcore_quant4_linear_workspace floats.
 const char* peftcore_quant4_linear(const void* x, int dtype, int batch, const peftcore::WeightView* weight,
                                    const void* bias, const float* thin, const float* factor, int rank,
                                    float* partial, void* y, void* stream);
-int64_t peftcore_quant4_linear_workspace(const void* x, int dtype, int batch,
-                                         const peftcore::WeightView* weight);
+int64_t peftcore_quant4_linear_workspace(int batch, const peftcore::WeightView* weight);
+
+// Whether the kernels take x and the weight: up to 64 rows of 16 bits, and rows of W that are whole blocks of 64
+// columns on 16 bytes.
+bool peftcore_quant4_linear_takes(const void* x, int dtype, int64_t batch,
+                                  const peftcore::WeightView* weight);
 }
-
-namespace peftcore {
-namespace quant4 {
-
-// Estimated, not measured: at 64 rows the kernel takes about half of the time of only unpacking W to memory
-// (benchmarks/cuda_bounds). Sums of more rows would not fit into registers.
-constexpr int kLinearMaxBatch = 64;
-
-}  // namespace quant4
-}  // namespace peftcore
