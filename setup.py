@@ -9,7 +9,7 @@ Environment:
     PEFTCORE_CUDA_ARCHS      for example "80;90+PTX" (default: those of the GPUs of this machine, or "80+PTX")
     PEFTCORE_SANITIZE        for example "address,undefined": instrument the host code
     CXX, NVCC, CUDA_HOME     compilers
-    MAX_JOBS                 number of compilations at a time
+    MAX_JOBS                 number of compilations at a time (default: the cores that this process may use)
 """
 
 import importlib.util
@@ -275,7 +275,8 @@ class Build:
         facts, sources = self.facts(), digest(CSRC)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text(self.ninja_file(facts))
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = os.environ.get("MAX_JOBS") or str(cores)
         print(self.announcement(jobs), flush=True)
         failed, output = followed([self.ninja, "-C", str(self.folder), "-j", jobs])
         if not failed:

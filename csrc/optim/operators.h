@@ -1,4 +1,5 @@
-// The operators of all backends, which differ in how segments are updated. Schemas: peftcore/ops/optim.py.
+// The operators of all backends, which differ in how segments are updated, and in what is refused first: before pages
+// move, whose copies could not be taken back. Schemas: peftcore/ops/optim.py.
 #pragma once
 
 #include "optim/paged_state.h"
@@ -6,7 +7,10 @@
 namespace peftcore {
 namespace optim {
 
-template <void (*update)(const Step& step, const std::vector<Segment>& segments, int64_t blocks_per_task)>
+inline void refuse_nothing(const Step&, const char*) {}
+
+template <void (*update)(const Step& step, const std::vector<Segment>& segments, int64_t blocks_per_task),
+          void (*refuse)(const Step& step, const char* op) = refuse_nothing>
 struct Operators {
     static void optim_step_(at::TensorList params, at::TensorList grads, at::TensorList state,
                             std::string_view rule, at::ArrayRef<double> scalars, at::IntArrayRef steps,
@@ -14,6 +18,7 @@ struct Operators {
         const char* op = "optim_step_";
         Step step = step_of(params, grads, {rule, scalars, steps, rows, streams}, op);
         attach_state(step, state, op);
+        refuse(step, op);
         update(step, step.segments, kBlocksPerTask);
     }
 
@@ -23,6 +28,7 @@ struct Operators {
                                   at::IntArrayRef streams) {
         const char* op = "optim_step_paged_";
         const Step step = step_of(params, grads, {rule, scalars, steps, rows, streams}, op);
+        refuse(step, op);
         state_of(state, op)->step(step, slots, sweep, update, op);
     }
 };

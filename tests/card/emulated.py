@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from emulator import building
@@ -27,6 +29,17 @@ def library() -> ctypes.CDLL:
 
     describe(define_rule)
     return found
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Let the runtime say that a CUDA graph is captured."""
+    flag = ctypes.c_int.in_dll(library(), "emulator_capturing")
+    flag.value = 1
+    try:
+        yield
+    finally:
+        flag.value = 0
 
 
 def launch_sites() -> list[str]:

@@ -14,6 +14,7 @@ from card.streams import captured, new_stream
 from card.table import Place, Skip, cases
 from peftcore import ops, optim
 from peftcore.ops import keep_mask
+from peftcore.ops.optim_rules import LionScalars
 
 OUT, WIDTH = 640, 2048
 
@@ -359,3 +360,26 @@ def optimizer_steps_under_capture_are_refused(place: Place) -> None:
         assert "CUDA graph cannot hold" in str(error), f"another error: {error}"
     else:
         raise AssertionError("an optimizer's step was captured in a graph")
+
+
+@cases(emulated=True)
+def a_paged_step_under_capture_is_refused_before_pages_move(place: Place) -> None:
+    """The refusal precedes the look-up of the state, which does not exist here."""
+    p, grad, scalars = place.normal(64, seed=1), place.normal(64, seed=2), LionScalars.of(1e-2, (0.9, 0.99), 0.1)
+
+    def run() -> list[Tensor]:
+        torch.ops.peftcore.optim_step_paged_([p], [grad], -1, [0], 0, "lion", list(scalars), [1], [0])
+        return [p]
+
+    try:
+        if place.emulated:
+            from card.emulated import capturing
+
+            with capturing():
+                run()
+        else:
+            captured(run)
+    except RuntimeError as error:
+        assert "CUDA graph cannot hold" in str(error), f"another error: {error}"
+    else:
+        raise AssertionError("a paged step was captured in a graph")

@@ -61,8 +61,9 @@ const char* peftcore_cuda_zero(void* memory, int64_t bytes, void*) {
     std::memset(memory, 0, size_t(bytes));
     return nullptr;
 }
+int emulator_capturing = 0;  // set by a test
 const char* peftcore_cuda_capturing(void*, int* capturing) {
-    *capturing = 0;
+    *capturing = emulator_capturing;
     return nullptr;
 }
 }

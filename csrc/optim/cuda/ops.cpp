@@ -25,9 +25,11 @@ void* stream_of_device(int device) {
     return current_cuda_stream(c10::Device(c10::kCUDA, c10::DeviceIndex(device)));
 }
 
-void refuse_capture(const c10::Device& device, const char* op) {
+void refuse_capture(const Step& step, const char* op) {
+    if (step.segments.empty()) return;
+    const c10::DeviceGuard guard(step.device);
     int capturing = 0;
-    const char* error = peftcore_cuda_capturing(current_cuda_stream(device), &capturing);
+    const char* error = peftcore_cuda_capturing(current_cuda_stream(step.device), &capturing);
     TORCH_CHECK(error == nullptr, op, ": ", error);
     TORCH_CHECK(!capturing, op,
                 ": a CUDA graph cannot hold an optimizer's step, whose scalars the host counts. "
@@ -74,7 +76,6 @@ void update(const Step& step, const std::vector<Segment>& segments, int64_t) {
     const char* op = "optim_step_";
     if (segments.empty()) return;
     const c10::DeviceGuard guard(step.device);
-    refuse_capture(step.device, op);
     const size_t count = segments.size();
     std::vector<int64_t> first_block(count + 1, 0);
     for (size_t i = 0; i < count; ++i) first_block[i + 1] = first_block[i] + blocks_of(segments[i].count);
@@ -98,8 +99,9 @@ std::unique_ptr<Store> make_cuda_store(int device, int64_t page_bytes) {
 }
 
 TORCH_LIBRARY_IMPL(peftcore, CUDA, m) {
-    m.impl("optim_step_", &OrReference<"peftcore::optim_step_", "", &Operators<update>::optim_step_>::call);
-    m.impl("optim_step_paged_", &Operators<update>::optim_step_paged_);
+    using Own = Operators<update, refuse_capture>;
+    m.impl("optim_step_", &OrReference<"peftcore::optim_step_", "", &Own::optim_step_>::call);
+    m.impl("optim_step_paged_", &Own::optim_step_paged_);
 }
 
 }  // namespace optim
