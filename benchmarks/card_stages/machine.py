@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +23,8 @@ NEEDED = {
     "safetensors": "safetensors",
 }
 
+SETUPTOOLS = 77  # the first that reads pyproject.toml's license
+
 
 def carried(folder: Path) -> list[str]:
     """Return wheels of pure Python in a folder, which Python imports without installing them."""
@@ -34,13 +38,22 @@ def environment(wheels: Path) -> dict[str, str]:
 
 
 def missing(wheels: Path) -> list[str]:
-    """Return the packages that neither this Python nor the carried wheels have."""
+    """Return the packages that neither this Python nor the carried wheels have, or have too old."""
     sys.path.extend(path for path in carried(wheels) if path not in sys.path)
-    return [wheel for module, wheel in NEEDED.items() if importlib.util.find_spec(module) is None]
+    lacking = [wheel for module, wheel in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if "setuptools" not in lacking and int(metadata.version("setuptools").partition(".")[0]) < SETUPTOOLS:
+        lacking.append(f"setuptools>={SETUPTOOLS}")
+    return lacking
+
+
+def headers_missing() -> str:
+    """Return where Python.h should be, if it is not there, or an empty string."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else f"{header} not found. Install Python's headers, such as the package python3-dev"
 
 
 def how_to_carry(packages: list[str], wheels: Path) -> str:
-    names = " ".join(packages)
+    names = " ".join(f'"{name}"' if ">" in name else name for name in packages)
     return (
         f"{names} not found. On a machine with a network: pip download --no-deps -d wheels {names}; then carry the "
         f"folder here as {wheels} (wheels of pure Python are used from there; install others with pip install "

@@ -56,6 +56,9 @@ def build(run: Run) -> None:
     if lacking:
         run.results.add("build", "extension", FAILED, detail=machine.how_to_carry(lacking, run.wheels))
         return
+    if machine.headers_missing():
+        run.results.add("build", "extension", FAILED, detail=machine.headers_missing())
+        return
     arch, began = os.environ.get("PEFTCORE_CUDA_ARCHS") or machine.architecture(), time.time()
     if not arch:
         run.results.add(

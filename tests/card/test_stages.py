@@ -97,3 +97,15 @@ def test_training(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_decoding(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(stages.decoding, tmp_path, monkeypatch)
     assert len(rows) == 8 and all(row["values"]["largest difference of logits"] == 0 for row in rows)
+
+
+def test_a_machine_without_what_the_build_takes(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = stages.machine
+    assert machine.missing(tmp_path) == [] and machine.headers_missing() == ""
+    monkeypatch.setattr(machine.metadata, "version", lambda name: "65.5.1")
+    assert machine.missing(tmp_path) == ["setuptools>=77"]
+    assert 'pip download --no-deps -d wheels "setuptools>=77"' in machine.how_to_carry(["setuptools>=77"], tmp_path)
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert machine.headers_missing().startswith(f"{tmp_path / 'Python.h'} not found")
