@@ -83,6 +83,19 @@ def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]]
     return born, died, stay
 
 
+def _unpacked(operator: Any, args: tuple[Any, ...]) -> int:
+    """Return the bytes of a 4-bit weight, of all experts, that a card unpacks for many rows or a gradient."""
+    given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
+    rows = given.get("grad", given.get("x"))
+    if rows is None or not given.get("packing"):
+        return 0
+    shape = checked(given["weight"], given["packing"], operator._schema.name).shape
+    few = 64 if len(shape) == 2 else 16 * shape[0]
+    if "grad" not in given and rows[..., 0].numel() <= few:
+        return 0
+    return int(torch.Size(shape).numel() * rows.element_size())
+
+
 class Following:
     """Recorder of what runs within `with following.running(model):`, on this machine or on a card."""
 
@@ -172,20 +185,22 @@ class Following:
         if not operator.is_view:
             made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             operation.cost = cost(operator, args, output, on_card=self.on_card)
-            made.append(self._workspace(operation.name, args))
+            made.append(self._workspace(operator, args))
             for tensor in made:
                 self.see(tensor)
         self.operations.append(operation)
 
-    def _workspace(self, name: str, args: tuple[Any, ...]) -> Tensor:
+    def _workspace(self, operator: Any, args: tuple[Any, ...]) -> Tensor:
         """Return a tensor as large as what the operator has beside its arguments and results."""
-        size, device = 0, torch.device("cuda" if self.on_card else "cpu")
+        name, size, device = operator._schema.name, 0, torch.device("cuda" if self.on_card else "cpu")
         if name == "peftcore::linear_cross_entropy":
             hidden, weight, packing = args[:3]
             classes = checked(weight, packing, name).shape[0]
             size = workspace(hidden, weight, packing, classes, device)
         elif name == "peftcore::linear_cross_entropy_weight":
             size = workspace_of_weight(args[0], args[1].shape[0], device)
+        elif self.on_card:
+            size = _unpacked(operator, args)
         return torch.empty(size, dtype=torch.uint8, device="meta")
 
 
