@@ -24,6 +24,7 @@ from peftcore.engine.preflight import CHANGE, check_new_adapter, check_request
 from peftcore.engine.removing import detach_adapter
 from peftcore.engine.state import STATE, Applied, State, exclusive, state_of
 from peftcore.engine.trained import TrainedParameters, enclosing_paths
+from peftcore.engine.training_hooks import method_modules
 from peftcore.events import adapter_applied
 from peftcore.method import Model
 from peftcore.observation import assumed_unchanged
@@ -140,6 +141,8 @@ def add_adapter(
             state.watching = watch_batches(model)
         if fill is None and is_divided(model):  # the ranks may have drawn different random numbers
             ranks.give(tensor for each in adapters for tensor in (*each.parameters(), *each.buffers()))
+            if initialize is not None:
+                ranks.give(parameter.detach() for parameter in method_modules(model, adapter).trained.values())
         if ranks.count() > 1:
             divide_experts(model, attachments)
         if active:

@@ -69,6 +69,10 @@ def test_lora_in_every_way_that_a_layer_is_divided(found: list[Any]) -> None:
         assert not {name: value for name, value in values.items() if value > 1e-6}
 
 
+def test_trained_parameters_start_equal_on_all_ranks(folder: str) -> None:
+    assert run(tensor_parallel.random_start_of_trained, folder) == [0.0, 0.0]
+
+
 def check(measured: dict[str, float | str], refused: dict[str, str]) -> None:
     said = {name: value for name, value in measured.items() if isinstance(value, str)}
     assert said.keys() == refused.keys()

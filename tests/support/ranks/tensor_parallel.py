@@ -17,7 +17,7 @@ from peftcore import ranks
 from peftcore.adaptation.chain import OwnForward
 from peftcore.adaptation.division import Division
 from peftcore.engine.state import state_of
-from peftcore.plugin import After, AtModule, Link
+from peftcore.plugin import AdapterModules, After, AtModule, Link
 from peftcore.testing import disturb
 from support import tiny
 from support.ranks import work
@@ -267,6 +267,19 @@ def of_lora(folder: str, whole: bool) -> dict[str, float | str]:
     with tiny.installed(tiny.method("behind", lambda *_: [After("model.layers.0.self_attn.q_norm", nn.Identity())])):
         found["a norm of heads"] = message_of(lambda: peftcore.apply(base(folder, "qwen3", tp_size=2), "behind"))
     return found
+
+
+def random_start_of_trained(folder: str) -> float:
+    """Largest difference between the ranks of a base parameter that a method trains from random values."""
+
+    def draw(model: nn.Module, adapters: AdapterModules, config: Any, batches: Any) -> None:
+        for parameter in adapters.trained.values():
+            parameter.normal_()
+
+    torch.manual_seed(ranks.rank())
+    with tiny.installed(tiny.method("drawing", tiny.PLACES["train"], initialize=draw)):
+        model = peftcore.apply(base(folder, "llama", tp_size=2), "drawing", names=("model.norm.weight",))
+    return spread_over_ranks(model)
 
 
 def _before(model: nn.Module, *_: Any) -> list[Before]:
