@@ -6,7 +6,7 @@ import pytest
 import torch
 from emulator.structs import DTYPES, WeightView
 from hypothesis import given, settings, strategies as st
-from support.thresholds import at_thresholds
+from support.operands import at_thresholds
 
 from peftcore import ops
 from peftcore.ops.quant4 import Quantize4bit, QuantizeAbsmax

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from support.thresholds import at_thresholds
+from support.operands import at_thresholds
 
 from peftcore import ops
 from peftcore.ops import PackedWeight
