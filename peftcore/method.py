@@ -169,9 +169,6 @@ class StateRules:
             tensors contain more (a reparameterisation). They are written next to the adapter's, or instead of them with
             `save(..., resumable=False)`. If they are a subset of the adapter's, a file may lack the others,
             which then have their initial values (the state of a schedule).
-        recomputes: (config) -> whether a file leaves out what `place` or `read` computes from the base's weights. Such
-            an adapter is another one where these weights are rounded differently, so the file records their formats,
-            and `load` refuses others.
         peft: relation to PEFT's files.
     """
 
@@ -181,7 +178,6 @@ class StateRules:
     write: Callable[[nn.Module | None, dict[str, Tensor], dict[str, Any]], tuple[Tensors, Fields]] = _unchanged
     formats: Sequence[ForeignFormat | FileLayout | FileFormat] = ()
     export: Callable[[Any], Tensors] | None = None
-    recomputes: Callable[[Any], bool] = lambda _config: False
     peft: PeftRules = PeftRules()
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import has_forward_of_instance
 from peftcore.adaptation.base_modules import base_modules, original_forward
@@ -20,6 +20,7 @@ from peftcore.experts.layout import (
 )
 from peftcore.layers import is_linear, shape_of, sizes
 from peftcore.observation import cached_by_model, observe
+from peftcore.weight_formats import weight_format
 
 
 @cached_by_model
@@ -83,6 +84,25 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
     """Return the module at a path, which may be that of one expert's layer."""
     found = split_expert_path(model, path)
     return model.get_submodule(path) if found is None else expert_linear(model.get_submodule(found[0]), *found[1:])
+
+
+def dense_weight(model: nn.Module, path: str) -> Tensor:
+    """Return the weight `[out, in]` of the layer at `path`.
+
+    For `StateRules.read`, to compute what files of other libraries leave out.
+
+    Raises:
+        PeftcoreError: the weight is quantized, so other values would be computed from it.
+    """
+    layer = layer_at(model, path)
+    found = weight_format(layer)
+    if found.decode is not None:
+        raise PeftcoreError(
+            f"the file lacks values that were computed from the dense weight of '{path}', which here is in "
+            f"{found.name}. Load the file on the dense base and save it again: peftcore.save(model, folder). That file "
+            "can be loaded here"
+        )
+    return found.read(layer).detach()
 
 
 def weight_named(model: nn.Module, path: str) -> str:

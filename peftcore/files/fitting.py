@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,19 @@ from peftcore.adaptation.base_modules import base_parameters
 from peftcore.adaptation.light import own_tensors
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
-from peftcore.experts.in_model import layer_at
-from peftcore.experts.layout import split_expert_path
 from peftcore.files.fingerprint import difference
-from peftcore.files.metadata import BASE, METHOD, VERSION, WEIGHTS, ties_partly
+from peftcore.files.metadata import BASE, VERSION, ties_partly
 from peftcore.files.multiplier import without
 from peftcore.files.peft_configs import ends_within_a_name
 from peftcore.files.peft_fields import guarded
 from peftcore.files.reading import Stored
-from peftcore.files.safe_reading import CONFIG, TENSORS, parse_json
+from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.files.tensors import fill, is_tied_in
 from peftcore.method import Method
 from peftcore.observation import detect
 from peftcore.placements.attachments import Attachments
 from peftcore.placements.train import Train
 from peftcore.targets import drop_unmatched
-from peftcore.validation import shown
-from peftcore.weight_formats import find_weight_format
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def config_on(
 
 
 def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], call: str) -> None:
-    """Raise a CheckpointError if the file is of another base, or of one with other roundings that its method reads.
+    """Raise a CheckpointError if the file is of another base.
 
     Args:
         call: what loads it anyway, for the message.
@@ -107,55 +103,6 @@ def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], 
             "rows of a vocabulary), train its module, too: modules_to_save=[...]. To load the adapter anyway: "
             f"{call}, check_base=False)"
         )
-    why = _other_weights(model, folder, metadata)
-    if why:
-        raise CheckpointError(f"{why}. To load the adapter anyway: {call}, check_base=False)")
-
-
-def refuse_other_weights(model: nn.Module, folder: Path, metadata: Mapping[str, str]) -> None:
-    """Raise a CheckpointError if the file's method computes from weights that are stored in another format here."""
-    why = _other_weights(model, folder, metadata)
-    if why:
-        raise CheckpointError(why)
-
-
-def _other_weights(model: nn.Module, folder: Path, metadata: Mapping[str, str]) -> str | None:
-    where = f"{folder / TENSORS}: {WEIGHTS}"
-    recorded = parse_json(metadata.get(WEIGHTS, "{}").encode(errors="surrogatepass"), where)
-    if not isinstance(recorded, dict):
-        raise CheckpointError(f"'{where}' must be a table of formats by path, found {shown(recorded)}")
-    here = stored_formats(model, recorded)
-    for path, found in here.items():
-        if found != recorded[path]:
-            method = metadata.get(METHOD, "Its method")
-            return (
-                f"'{folder}' was trained on a base with '{path}' in {shown(recorded[path])}, and here it is in "
-                f"{found!r}. {method} computes a part of the adapter from this weight, which rounding changes. Load "
-                "the base in the format of the training"
-            )
-    return None
-
-
-def stored_formats(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """Return how the weights of layers are stored, such as "dense"; layers without a weight are left out."""
-    there, formats = dict(model.named_modules()), dict[str, str]()
-    for path in paths:
-        if path not in there and split_expert_path(model, path) is None:
-            continue
-        layer = layer_at(model, path)
-        found, weight = find_weight_format(layer), layer._parameters.get("weight")
-        if found is not None and found.decode is not None:
-            packing = getattr(layer, "packings", {}).get("weight")
-            double = ", double_quant" if layer._buffers.get("nested_absmax") is not None else ""
-            of = "" if packing is None else f" of {_name(packing.dtype)}, blocksize={packing.blocksize}{double}"
-            formats[path] = f"{found.name}{of}"
-        elif weight is not None:
-            formats[path] = "dense"  # 16-bit weights may be held in float32, with the same values
-    return formats
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _placed(model: nn.Module, method: Method, config: Any, folder: Path) -> Attachments:

@@ -14,7 +14,7 @@ from peftcore import engine, ranks
 from peftcore.engine.scaling import set_multiplier
 from peftcore.errors import CheckpointError
 from peftcore.files import single_file
-from peftcore.files.fitting import fill_applied, fitting, refuse_other_weights
+from peftcore.files.fitting import fill_applied, fitting
 from peftcore.files.folder import read_folder
 from peftcore.files.hub import folder_of
 from peftcore.files.metadata import ties_partly
@@ -120,7 +120,6 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     method, config, tensors, metadata = read_adapter(folder, model, applied=entry.method)
     if method.name != entry.method:
         raise CheckpointError(f"'{folder}' contains an adapter of {method.name}, but '{adapter}' is of {entry.method}")
-    refuse_other_weights(model, folder, metadata)
     multiplier = multiplier_in(metadata)
     grown = grown_buffers(model, adapter, tensors) if method.trained_fields else []
     before = [(module, name, module._buffers[name]) for module, name, _ in grown]

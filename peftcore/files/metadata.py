@@ -12,7 +12,6 @@ from peftcore.validation import shown
 
 VERSION = "peftcore_version"  # of the peftcore that wrote the file; only its files have it
 BASE = "peftcore_base"  # the fingerprint of the base
-WEIGHTS = "peftcore_weights"  # how the adapted layers are stored, for a method that computes from their weights
 METHOD = "peftcore_method"  # the adapter's method
 PLUGIN = "peftcore_plugin"  # `DISTRIBUTION VERSION` of the plugin that wrote the file
 OWN_FIELDS = "peftcore_fields"  # fields of the method's config that PEFT does not know

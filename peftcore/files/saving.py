@@ -22,9 +22,8 @@ from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
 from peftcore.files import model_card, single_file
 from peftcore.files.fingerprint import fingerprint
-from peftcore.files.fitting import stored_formats
 from peftcore.files.folder import Content, Folder
-from peftcore.files.metadata import BASE, METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, VERSION, WEIGHTS
+from peftcore.files.metadata import BASE, METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, VERSION
 from peftcore.files.multiplier import in_metadata
 from peftcore.files.peft_fields import peft_version, refuse_not_its_own
 from peftcore.files.reading import name_inside
@@ -242,8 +241,6 @@ def _whole_content(
         PLUGIN: f"{plugin.distribution} {plugin.version}",
         TIED: json.dumps(getattr(entry.config, "ensure_weight_tying", True)),
     }
-    if method.state.recomputes(entry.config):
-        about[WEIGHTS] = json.dumps(stored_formats(model, entry.placements))
     about |= in_metadata(model, adapter)
     fields, own_fields = fields_of_config(model, method, adapter)
     refuse_not_its_own(method, fields, own_fields)

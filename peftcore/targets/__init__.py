@@ -2,6 +2,7 @@
 
 from peftcore.adaptation.base_modules import base_modules as base_modules, base_parameters as base_parameters
 from peftcore.experts.in_model import (
+    dense_weight as dense_weight,
     expert_weights as expert_weights,
     experts_per_token as experts_per_token,
     layer_at as layer_at,

@@ -5,12 +5,13 @@
 
 The rotation is the Cayley transform of a skew-symmetric Q, as in OFT; a and b, r numbers each, allow small changes of
 length. Trained: the upper triangle of Q, zero at the start, and a and b, one. x is multiplied by A, R - 1 and B in
-turn. Files contain only R; A and B are computed from W on load.
+turn. Files contain A, B and R, since singular vectors of W depend on its rounding and on the machine's LAPACK. Files of
+Hugging Face PEFT contain only R: A and B are then computed from W, as in PEFT.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -23,10 +24,12 @@ from peftcore.plugin import (
     Architecture,
     Around,
     Base,
+    Fields,
     Method,
     PeftRules,
     Placement,
     StateRules,
+    Tensors,
     hookimpl,
     targets,
     validation,
@@ -114,10 +117,10 @@ class Turn(nn.Module):
 
 
 class Psoft(LowRankLinear):
-    """Rotation `psoft_R` of a linear layer, and the frozen A and B of its weight."""
+    """Rotation `psoft_R` of a linear layer, and the frozen A `[r, in]` and B `[out, r]` of its weight."""
 
-    a: Tensor
-    b: Tensor
+    psoft_A: Tensor
+    psoft_B: Tensor
 
     def __init__(self, config: PsoftConfig, weight: Tensor | None, width: int, out_width: int) -> None:
         super().__init__(config.psoft_alpha / config.r, config.psoft_dropout)
@@ -125,16 +128,16 @@ class Psoft(LowRankLinear):
         a, b = torch.empty(config.r, width), torch.empty(out_width, config.r)
         if weight is not None:
             a, b = principal(weight, config, self.full_scale)
-        self.register_buffer("a", a, persistent=False)
-        self.register_buffer("b", b, persistent=False)
+        self.register_buffer("psoft_A", a)
+        self.register_buffer("psoft_B", b)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        return self.psoft_R() @ self.a.float(), self.b
+        return self.psoft_R() @ self.psoft_A.float(), self.psoft_B
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         """Compute y from A x, whose r numbers are all that the gradient of R needs."""
-        y, u = base(x), F.linear(self.dropout(x), self.a.to(x.dtype))
-        return y + F.linear(F.linear(u, (self.scale * self.psoft_R()).to(x.dtype)), self.b.to(x.dtype))
+        y, u = base(x), F.linear(self.dropout(x), self.psoft_A.to(x.dtype))
+        return y + F.linear(F.linear(u, (self.scale * self.psoft_R()).to(x.dtype)), self.psoft_B.to(x.dtype))
 
 
 @torch.no_grad()
@@ -163,9 +166,22 @@ def place(model: nn.Module, config: PsoftConfig, architecture: Architecture) -> 
     return placed
 
 
+def read(model: nn.Module | None, tensors: dict[str, Tensor], stored: dict[str, Any]) -> tuple[Tensors, Fields]:
+    """Add A and B, which PEFT's files lack, from the model's weights."""
+    if model is None:
+        return tensors, stored
+    config = PsoftConfig(**{field.name: stored[field.name] for field in fields(PsoftConfig) if field.name in stored})
+    found = dict(tensors)
+    for name in tensors:
+        prefix, is_rotation, _ = name.rpartition(".psoft_R.weight")
+        if is_rotation and f"{prefix}.psoft_A" not in tensors:
+            weight = targets.dense_weight(model, prefix.removeprefix("base_model.model."))
+            a, b = principal(weight, config, config.psoft_alpha / config.r)
+            found |= {f"{prefix}.psoft_A": a, f"{prefix}.psoft_B": b}
+    return found, stored
+
+
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(
-        peft_type="PSOFT", recomputes=lambda _config: True, peft=PeftRules(unreadable=targets.conv1d_paths)
-    )
+    rules = StateRules(peft_type="PSOFT", read=read, peft=PeftRules(unreadable=targets.conv1d_paths))
     return [Method("psoft", PsoftConfig, place, rules, learning_rate=3e-3)]

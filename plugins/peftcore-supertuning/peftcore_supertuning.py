@@ -5,7 +5,8 @@
                      7 . . . .                2 . . . .
 
 Trained: the numbers, zero at the start. With r ("Supra") a LoRA is added: + lora_alpha / r · B A dropout(x). The
-positions are saved, or computed again from the same base (save_precomputed_indices=False).
+positions are always saved, since they differ in a W of another dtype. Files that Hugging Face PEFT wrote with
+save_precomputed_indices=False lack them; they are then computed from W, as in PEFT.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ class SupertuningConfig(targets.LayersConfig):
         r: rank of the additional LoRA. None: no LoRA.
         lora_alpha, lora_dropout: alpha (None: 2 r) and dropout of the LoRA.
         init_weights: False: numbers and B are random, so the adapter changes the model from the start.
-        save_precomputed_indices: False: positions are not saved, but computed from the base on load.
     """
 
     not_in_peft: ClassVar[frozenset[str]] = frozenset(
@@ -61,7 +61,6 @@ class SupertuningConfig(targets.LayersConfig):
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     init_weights: bool = True
-    save_precomputed_indices: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,8 +130,12 @@ def places_of(module: nn.Module, config: SupertuningConfig, path: str) -> Tensor
     stored: Any = getattr(module, "base_layer", module)
     if stored.weight.is_meta or torch.empty(0).is_meta:
         return torch.empty(count, dtype=torch.int32)
-    weight = weight_format(module).read(module).abs().flatten()
-    return weight.topk(count, largest=config.select_top)[1].int()
+    return chosen(weight_format(module).read(module), count, config.select_top)
+
+
+def chosen(weight: Tensor, count: int, largest: bool) -> Tensor:
+    """Return the positions, int32 `[count]`, of the largest or smallest numbers of a weight."""
+    return weight.detach().abs().flatten().topk(count, largest=largest)[1].int()
 
 
 def place(model: nn.Module, config: SupertuningConfig, architecture: Architecture) -> list[Placement]:
@@ -143,22 +146,18 @@ def place(model: nn.Module, config: SupertuningConfig, architecture: Architectur
     ]
 
 
-def write(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    kept = fields["save_precomputed_indices"]
-    return {name: t for name, t in tensors.items() if kept or not name.endswith(".supertuning_indices")}, fields
-
-
 def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, Any]) -> tuple[Tensors, Fields]:
-    """Add indices that the file does not have, from the model's weights."""
+    """Add indices that a file of PEFT lacks, from the model's weights."""
+    fields = {name: value for name, value in fields.items() if name != "save_precomputed_indices"}
     if model is None:
         return tensors, fields
-    config = SupertuningConfig(sparsity=fields.get("sparsity", 0.99), select_top=fields.get("select_top", True))
     found = dict(tensors)
     for name in tensors:
         prefix, _, last = name.rpartition(".")
         if last == "supertuning_values" and f"{prefix}.supertuning_indices" not in tensors:
-            path = prefix.removeprefix("base_model.model.")
-            found[f"{prefix}.supertuning_indices"] = places_of(targets.layer_at(model, path), config, path)
+            weight = targets.dense_weight(model, prefix.removeprefix("base_model.model."))
+            indices = chosen(weight, len(tensors[name]), fields.get("select_top", True))
+            found[f"{prefix}.supertuning_indices"] = indices
     return found, fields
 
 
@@ -166,9 +165,7 @@ def read(model: nn.Module | None, tensors: dict[str, Tensor], fields: dict[str, 
 def peftcore_methods() -> list[Method]:
     rules = StateRules(
         peft_type="SUPERTUNING",
-        write=write,
         read=read,
-        recomputes=lambda config: not config.save_precomputed_indices,
         peft=PeftRules(own_fields=SupertuningConfig.not_in_peft, unreadable=targets.conv1d_paths),
     )
     return [Method("supertuning", SupertuningConfig, place, rules, learning_rate=5e-4)]

@@ -9,12 +9,13 @@ from support.faulty_methods import Gain, check, failed, method_of
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.plugin import Architecture, Around
+from peftcore.plugin import Adapter, Architecture, Around, weight_format
 from peftcore.testing import COMPILE, IDENTITY, MERGE
 from peftcore.testing.suite import APPLIES, Report, Result
 
 BASE = "base untouched by training"
 FILES = "save and load are bit exact"
+FORMATS = "a file of a dense base on a quantized one (NF4), and the reverse"
 LEFT_OUT = "no layer is left out without a warning"
 PACKED = "texts packed into a row equal a row for each, or are refused"
 PER_SAMPLE = "an adapter for each sample of a batch equals each sample alone"
@@ -51,6 +52,20 @@ class ForgetsAPart(Gain):
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         return super().forward(base, x) * (1 + self.drawn)
+
+
+class Sparse(Adapter):
+    """Adds `values` to a weight at `positions`."""
+
+    def __init__(self, positions: Tensor, persistent: bool) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(len(positions)))
+        self.register_buffer("positions", positions, persistent=persistent)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        weight = torch.zeros(base.module.out_features, base.module.in_features)
+        change = weight.flatten().index_add(0, self.positions, self.values).view(weight.shape)
+        return base(x) + nn.functional.linear(x, change)
 
 
 class MovesTheBase(Gain):
@@ -273,3 +288,22 @@ class AddsTheTokensBefore(Gain):
 
 def test_a_method_that_mixes_the_texts_of_a_row() -> None:
     assert list(failed(method_of(AddsTheTokensBefore), PACKED)) == [f"FAILED          {PACKED}"]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_what_place_computes_from_a_weight_must_be_saved(saved: bool) -> None:
+    """A 4-bit weight's largest numbers are at other positions."""
+
+    def place(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
+        placements = []
+        for path, layer in peftcore.targets.select(model, architecture, target_modules="all-linear").items():
+            weight = weight_format(layer).read(layer).detach()
+            placements.append(Around(path, Sparse(weight.abs().flatten().topk(20)[1], saved)))
+        return placements
+
+    method = tiny.method("faulty", place)
+    if saved:
+        check(method, FILES, FORMATS)
+    else:
+        check(method, FILES)
+        assert "differs by " in failed(method, FORMATS)[f"FAILED          {FORMATS}"]

@@ -41,6 +41,32 @@ def saving(case: Case) -> None:
     close(logits(used, case.inputs()), wanted, "output of a file without what only training needs", 1e-5)
 
 
+@check("a file of a dense base on a quantized one (NF4), and the reverse")
+def on_another_format(case: Case) -> str | None:
+    why = case.why_not_quantized("nf4")
+    if why is not None:
+        return why
+    for trained_on, loaded_on in ((None, "nf4"), ("nf4", None)):
+        model = case.add(case.base(quant_type=trained_on), 1, "default")
+        with tempfile.TemporaryDirectory() as folder:
+            peftcore.save(model, folder, adapter="default")
+            loaded = peftcore.load(case.base(quant_type=loaded_on), folder)
+        wanted, found = _change(case, model, trained_on), _change(case, loaded, loaded_on)
+        share = ((found - wanted).norm() / wanted.norm()).item()
+        # The change of a right method depends on the base's rounding by a quarter at most; a wrong one differs by 80 %.
+        assert share <= 0.5, (
+            f"trained on {trained_on or 'dense'}, loaded on {loaded_on or 'dense'}: its change of the output differs "
+            f"by {share:.0%}. Keep what `place` computes from weights in persistent buffers, which are saved"
+        )
+    return None
+
+
+def _change(case: Case, model: nn.Module, quant_type: str | None) -> torch.Tensor:
+    """Return what the adapter adds to the output of its base."""
+    output = logits(model, case.inputs())
+    return output - logits(case.base(quant_type=quant_type), case.inputs())
+
+
 @check("deepcopy and pickle")
 def copying(case: Case) -> None:
     model, inputs = case.model(), case.inputs()

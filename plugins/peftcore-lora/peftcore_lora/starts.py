@@ -163,11 +163,10 @@ def read_start(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str
         for name, tensor in tensors.items():
             path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             if name.endswith(".lora_A.weight"):
-                module, r = model.get_submodule(path), len(tensor)
+                r = len(tensor)
                 alpha = targets.pattern_value(fields.get("alpha_pattern") or {}, path, fields.get("lora_alpha", 8))
                 scale = alpha / (r**0.5 if fields.get("use_rslora") else r)
-                weight = weight_format(module).read(module).detach().float()
-                a, b = STARTS[start](weight, r, scale, start)
+                a, b = STARTS[start](targets.dense_weight(model, path).float(), r, scale, start)
                 found[name.replace(".lora_A.", ".start_A.")], found[name.replace(".lora_A.", ".start_B.")] = a, b
     return found
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
-from support.against_peft import TASKS, both_ways, quiet
+from support.against_peft import TASKS, both_ways, logits, moved, quiet
 from support.whole_run import nightly_but
 from torch import nn
 
 import peftcore
+from peftcore.files.loading import restore
 from peftcore.plugin import disturb
 
 TARGETS = {"llama": ["k_proj", "v_proj", "down_proj"], "bert": ["key", "output.dense"], "t5": ["k", "v", "wo"]}
@@ -25,7 +26,6 @@ CASES: dict[str, dict[str, Any]] = {
     "supra": {"r": 3},
     "supra, scaled": {"r": 3, "lora_alpha": 9.0, "lora_dropout": 0.5},
     "drawn": {"init_weights": False, "r": 2},
-    "without places": {"save_precomputed_indices": False},
 }
 
 
@@ -64,12 +64,40 @@ def test_places_are_those_of_the_largest_numbers(tmp_path: Path) -> None:
     assert len(at) == int(size.numel() * 0.02) and size[at].min() >= size.sort(descending=True)[0][len(at) - 1]
 
 
-def test_places_that_a_file_lacks_are_the_base_s(tmp_path: Path) -> None:
-    model = peftcore.apply(tiny.llama(), "supertuning", sparsity=0.9, save_precomputed_indices=False)
-    disturb(model, "default", seed=1)
-    tensors = load_file(peftcore.save(model, tmp_path) / "adapter_model.safetensors")
-    assert tensors and not any("indices" in name for name in tensors)
-    torch.testing.assert_close(tiny.logits(peftcore.load(tiny.llama(), tmp_path)), tiny.logits(model), rtol=0, atol=0)
+def test_a_file_of_peft_without_places(tmp_path: Path) -> None:
+    """They are computed from a dense base; a 4-bit base refuses the file until it is saved with them."""
+    fields = {"sparsity": 0.9, "target_modules": ["v_proj"], "save_precomputed_indices": False}
+    config = quiet(peft.SupertuningConfig, task_type="CAUSAL_LM", **fields)
+    theirs = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
+    quiet(theirs.save_pretrained, tmp_path / "theirs")
+    assert not any("indices" in name for name in load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
+    dense = peftcore.load(tiny.llama(), tmp_path / "theirs")
+    torch.testing.assert_close(tiny.logits(dense), logits(theirs), rtol=0, atol=1e-5)
+    quantized = peftcore.quantize(tiny.llama(), "nf4")
+    with pytest.raises(peftcore.PeftcoreError, match=r"dense weight of 'model\..*v_proj', which here is in nf4"):
+        peftcore.load(quantized, tmp_path / "theirs")
+    peftcore.load(quantized, peftcore.save(dense, tmp_path / "ours"))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: tiny.llama().bfloat16(), lambda: peftcore.quantize(tiny.llama(), "nf4")], ids=["bf16", "nf4"]
+)
+def test_places_are_saved(make: Any, tmp_path: Path) -> None:
+    """In a rounded weight other numbers are the largest; also for an adapter that takes the file's values."""
+    trained = peftcore.apply(tiny.llama(), "supertuning", sparsity=0.9)
+    disturb(trained, "default", seed=1)
+    peftcore.save(trained, tmp_path)
+    wanted = tiny.logits(trained) - tiny.logits(tiny.llama())
+
+    def compare(model: nn.Module) -> None:
+        change = tiny.logits(model).float() - tiny.logits(make()).float()
+        assert (change - wanted).norm() < 0.2 * wanted.norm()
+
+    compare(peftcore.load(make(), tmp_path))
+    for replace in (restore, lambda model, folder: peftcore.set_state_dict(model, "default", folder)):
+        applied = peftcore.apply(make(), "supertuning", sparsity=0.9)
+        replace(applied, tmp_path)
+        compare(applied)
 
 
 def test_what_does_not_fit_is_refused() -> None:
