@@ -73,8 +73,14 @@ def frozen_operands(
 ) -> tuple[Tensor, list[Tensor], list[int], Tensor | None]:
     """Return (x, the operator's two arguments, bias), cast by the rules of autocast. x's columns are permuted.
 
-    A dense weight is detached, since the operators give it no gradient.
+    Raises:
+        ValueError: the weight requires a gradient, which the operators do not compute.
     """
+    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight requires grad, but this product computes no gradient for it. Pass weight.detach(), or freeze it: "
+            "weight.requires_grad_(False). To train it, use torch.nn.functional.linear"
+        )
     device = "cpu" if x.is_meta else x.device.type  # as `autocast_device`, in less time
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
@@ -83,7 +89,7 @@ def frozen_operands(
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if isinstance(weight, Tensor):
-        return x, [weight.detach() if weight.requires_grad else weight], [], bias
+        return x, [weight], [], bias
     if weight.permutation is not None:
         x = permuted(x, weight)
     return x, *weight.operands(), bias

@@ -83,7 +83,7 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
     Args:
         x: fp32, fp16 or bf16 `[..., in]`; under autocast it is cast as for `F.linear`.
-        weight: `[out, in]` in x's dtype (under autocast in any). It gets no gradient.
+        weight: `[out, in]` in x's dtype (under autocast in any). It must not require grad.
         bias: `[out]`, cast to x's dtype.
 
     Returns:

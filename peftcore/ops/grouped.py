@@ -78,7 +78,7 @@ def grouped_linear(
     Args:
         x: fp32, fp16, bf16 or float64 `[rows, in]`, sorted by expert; under autocast it is cast as for `F.linear`.
         offsets: int32 `[E]`, the end of each expert's rows. Rows from the last offset on give zeros.
-        weight: `[E, out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It gets no gradient.
+        weight: `[E, out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It must not require grad.
         bias: `[E, out]`, cast to x's dtype.
         transposed: the weight is `[E, in, out]`.
 

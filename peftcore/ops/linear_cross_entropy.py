@@ -296,7 +296,8 @@ def _rows(
         labels.shape == hidden.shape[:-1], op, f"labels must be {list(hidden.shape[:-1])}, found {list(labels.shape)}"
     )
     labels = labels.reshape(-1)
-    x, tensors, packing, bias = frozen_operands(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    frozen = weight.detach() if isinstance(weight, Tensor) else weight
+    x, tensors, packing, bias = frozen_operands(hidden.reshape(-1, hidden.shape[-1]), frozen, bias)
     if isinstance(weight, Tensor) and weight.requires_grad:  # this operator gives it a gradient
         tensors = [weight.to(tensors[0].dtype)]
     dtype = wide(x)

@@ -91,6 +91,5 @@ def lora_linear_per_sample(
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
     arguments = x, tensors, packing, bias, a, b, scales, index
     if x.dtype is torch.float64:
-        with torch.no_grad():
-            return LoraLinearPerSample(*arguments).compute()
+        return LoraLinearPerSample(*arguments).compute()
     return torch.ops.peftcore.lora_linear_per_sample(*arguments)

@@ -251,7 +251,7 @@ def lora_linear(
 
     Args:
         x: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.
-        weight: `[out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It gets no gradient.
+        weight: `[out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It must not require grad.
         bias: `[out]`, cast to x's dtype.
         a, b: `[r, in]` and `[out, r]` in floating point of 16, 32 or 64 bits, used as fp32 (as float64 for
             such an x); their gradients have their own.

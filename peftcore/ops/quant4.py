@@ -10,11 +10,12 @@ Double quantization stores the scales themselves in 8 bits, around their mean (`
 
     a[b] = nested_quant_map[s[b]] * nested_absmax[b // nested_blocksize] + nested_offset, each step rounded to fp32
 
-Source: Dettmers et al., arXiv 2305.14314, section 3 and appendix E. Codes, scales and values equal those of
-bitsandbytes 0.50 on CPU bit for bit, so packed weights can be exchanged: a full block is multiplied by the fp32
-reciprocal of its scale, the partial block at the end is divided by it, and scales below 1e-38 count as 1e-38.
-bitsandbytes takes the 8-bit codes of scales from a coarse table on CPU; here, as in its CUDA kernels, they are the
-nearest.
+Source: Dettmers et al., arXiv 2305.14314, section 3 and appendix E. 4-bit codes, fp32 scales and dequantized values
+equal those of bitsandbytes 0.50 on CPU bit for bit, so packed weights can be exchanged: a full block is multiplied by
+the fp32 reciprocal of its scale, the partial block at the end is divided by it, and scales below 1e-38 count as 1e-38.
+The 8-bit codes of scales are the nearest, as in bitsandbytes' CUDA kernels. On CPU it looks them up in a table of
+65,536 entries, which misses the nearest for about 2 of 1,000 scales, by at most 3e-5 of `nested_absmax`;
+`nested_absmax` and `nested_offset` are equal.
 
 Non-finite input is not an error, so that a caller can check many tensors with one synchronisation: a NaN makes the
 scale of its block NaN and the whole block dequantizes to NaN, an infinity makes the scale infinite. `absmax` is finite

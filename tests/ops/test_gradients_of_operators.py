@@ -1,4 +1,4 @@
-"""Operators called directly, past the functions of `peftcore.ops`, which have gradients."""
+"""No gradient is lost in silence, in operators called directly or in the functions of `peftcore.ops`."""
 
 import pytest
 import torch
@@ -23,6 +23,28 @@ def test_a_gradient_that_would_be_lost_is_an_error() -> None:
     weight = [torch.randn(8, 64).requires_grad_()]  # in a list
     with pytest.raises(RuntimeError, match=r"torch\.ops\.peftcore\.linear_4bit has no gradient"):
         torch.ops.peftcore.linear_4bit(X, weight, [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_that_requires_grad_is_refused_where_it_gets_none(dtype: torch.dtype) -> None:
+    x, a, b, weight = (torch.randn(size, dtype=dtype) for size in ((4, 64), (2, 64), (8, 2), (8, 64)))
+    weight.requires_grad_()
+    offsets = torch.tensor([4], dtype=torch.int32)
+    calls = [
+        lambda: ops.dense_linear(x, weight),
+        lambda: ops.lora_linear(x, weight, None, a, b),
+        lambda: ops.lora_linear_per_sample(x, weight, None, [a], [b], [1.0], torch.zeros(4, dtype=torch.long)),
+        lambda: ops.grouped_linear(x, offsets, weight[None]),
+        lambda: ops.grouped_lora_linear(x, offsets, weight[None], None, a[None], b[None]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"weight requires grad, but this product computes no gradient for it"):
+            call()
+        if dtype is torch.float32:
+            with torch.no_grad():
+                call()
+    ops.linear_cross_entropy(x, weight, torch.zeros(4, dtype=torch.long)).backward()
+    assert weight.grad is not None
 
 
 def test_without_gradients_it_computes() -> None:

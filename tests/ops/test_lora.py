@@ -248,7 +248,6 @@ def test_the_number_of_threads_changes_no_bit(level, dtype):
 def test_only_what_asks_for_it_gets_a_gradient():
     x, w, a, b = values((3, 64)), values((8, 64)), values((4, 64)), values((8, 4))
     assert not lora_linear(x, w, None, a, b).requires_grad
-    assert not lora_linear(x, w.clone().requires_grad_(), None, a, b).requires_grad
     for i in range(3):
         inputs = [x.clone(), a.clone(), b.clone()]
         inputs[i].requires_grad_()

@@ -107,6 +107,18 @@ def test_files_of_peft_are_read_on_the_base_itself(start: str, rslora: bool, tmp
     torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_file_of_peft_is_refused_on_a_base_in_4_bits(start: str, tmp_path: Path) -> None:
+    """The start that PEFT subtracted was computed from the dense weights."""
+    config = quiet(peft.LoraConfig, task_type="CAUSAL_LM", **fields_of("llama", start, False))
+    quiet(moved(quiet(peft.get_peft_model, tiny.llama(), config)).save_pretrained, tmp_path / "theirs")
+    quantized = peftcore.quantize(tiny.llama(), "nf4")
+    with pytest.raises(peftcore.PeftcoreError, match=r"dense weight of 'model\..*_proj', which here is in nf4"):
+        peftcore.load(quantized, tmp_path / "theirs")
+    dense = peftcore.load(tiny.llama(), tmp_path / "theirs")
+    peftcore.load(quantized, peftcore.save(dense, tmp_path / "ours"))
+
+
 def test_a_base_in_4_bits_is_read_dense() -> None:
     model = tiny.llama()
     peftcore.quantize(model)
