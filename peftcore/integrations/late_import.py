@@ -1,4 +1,8 @@
-"""Run a function when a module is imported, now or later."""
+"""Run a function when a module is imported, now or later.
+
+A library may be imported after `apply` (`from transformers import Trainer`), and would then ignore adapters without an
+error; importing it in `apply` would cost those who never use it seconds.
+"""
 
 from __future__ import annotations
 

@@ -196,6 +196,8 @@ class GradientMean:
         backward = torch._C._current_graph_task_id()
         if backward != self.backward:  # a pass that raised an error has never called its callbacks
             self.backward = backward
+            # As DDP and FSDP do: clipping reads the means before the optimizer's step, and a hook on the gradients
+            # (register_multi_grad_hook) would run before they are added to `grad`.
             Variable._execution_engine.queue_callback(self.average)
 
     @torch.no_grad()
