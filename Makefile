@@ -65,7 +65,7 @@ build/oldest.txt: pyproject.toml $(PLUGINS:%=%/pyproject.toml) | $(VENV)/uv.stam
 	mv $@.part $@
 
 # Without the folders that try all levels themselves, and those that compute nothing with kernels.
-PORTABLE = plugins $(filter-out $(addprefix tests/,card/ csrc/ emulator/ fuzz/ ops/ typed/ census/ estimating/ observation/ support/ targets/ __pycache__/),\
+PORTABLE = plugins $(filter-out $(addprefix tests/,card/ csrc/ emulator/ fuzz/ ops/ typed/ census/ estimating/ model/ support/ __pycache__/),\
 	$(wildcard tests/*/))
 
 # And what takes long: each family of models and every check, all cases of the corpora, sanitizers, a part of the census;
@@ -81,7 +81,7 @@ test-all: $(VENV)/dev.stamp
 AVX2 := TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 PEFTCORE_CPU_LEVEL=avx2
 AVX2_TESTS := \
 	tests/estimating/test_mixed_precision.py \
-	tests/integrations/test_reference_model.py \
+	tests/training/integrations/test_reference_model.py \
 	tests/quantization \
 	tests/ops/test_linear_4bit.py tests/ops/test_dense_linear.py tests/ops/test_swiglu.py \
 	plugins/peftcore-lora/tests/test_experts.py plugins/peftcore-lora/tests/test_lora.py \
@@ -95,8 +95,8 @@ test-avx2: $(VENV)/dev.stamp
 # numpy. They have an environment of their own, over .venv;
 # DeepSpeed compiles a part of itself at the first call.
 test-engines: $(ENGINES)/engines.stamp
-	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -p no:xdist tests/parallel/test_deepspeed.py \
-		tests/parallel/test_engines.py tests/test_examples.py tests/cli/tasks/test_mistral_chats.py -k "deepspeed or engine or mistral"
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest -p no:xdist tests/distributed/test_deepspeed.py \
+		tests/distributed/test_engines.py tests/test_examples.py tests/cli/tasks/test_mistral_chats.py -k "deepspeed or engine or mistral"
 
 # mypy reads PyTorch once, 20 seconds, and then takes a second: its cache is .mypy_cache.
 lint: $(VENV)/dev.stamp
@@ -105,6 +105,7 @@ lint: $(VENV)/dev.stamp
 	$(VENV)/bin/codespell
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 fix: $(VENV)/dev.stamp

@@ -28,7 +28,7 @@ LONGEST = (
     "tests/card/test_card.py",
     "tests/csrc/test_sanitizers.py",
     "tests/emulator/test_lora_kernels.py",
-    "tests/parallel/test_sharding.py",
+    "tests/distributed/test_sharding.py",
     "tests/cli/training/test_parallel.py",
     "tests/cli/commands/test_train.py",
     "tests/emulator/test_linear_4bit_kernel.py",

@@ -17,7 +17,7 @@ import torch
 
 import peftcore
 from peftcore.engine import adapter_modules
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 
 FIELDS = {
     **methods.FIELDS,

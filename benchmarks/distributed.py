@@ -63,7 +63,7 @@ def stepper(model, optimizer):
 def our_part(model):
     from transformers import TrainerControl, TrainerState
 
-    from peftcore.integrations.trainer import AfterStep
+    from peftcore.training.integrations.trainer import AfterStep
 
     callback, state, control = AfterStep(), TrainerState(), TrainerControl()
     return lambda: callback.on_optimizer_step(None, state, control, model=model)

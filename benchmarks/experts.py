@@ -24,8 +24,8 @@ import torch
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.adapter import LowRank
-from peftcore.experts import experts_forward
+from peftcore.model.experts import experts_forward
+from peftcore.plugin.adapter import LowRank
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")

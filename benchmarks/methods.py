@@ -52,7 +52,7 @@ def known() -> list[str]:
     """Return the installed methods that PEFT has, too."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     return [
         name

@@ -8,8 +8,8 @@ import pytest
 from support import tiny
 from support.entry_points import entry
 
-from peftcore import plugin_discovery
-from peftcore.registry import Registry
+from peftcore.plugin import discovery as plugin_discovery
+from peftcore.plugin.registry import Registry
 
 
 @pytest.fixture

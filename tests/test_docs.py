@@ -14,7 +14,7 @@ from support import figures, guide_files, matrix
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import peftcore
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -244,7 +244,7 @@ def test_figures_in_other_pages_are_in_the_data_file() -> None:
 def test_the_methods_of_peft_s_that_are_not_here_are_listed() -> None:
     section = (ROOT / "docs/methods.md").read_text().partition("## PEFT's methods that are not here\n")[2]
     listed = re.findall(r"^\| `([A-Z0-9_]+)` \|", section.partition("\n## ")[0], re.MULTILINE)
-    known = json.loads((ROOT / "peftcore/files/peft_defaults.json").read_text())["defaults"].keys()
+    known = json.loads((ROOT / "peftcore/plugin/peft_defaults.json").read_text())["defaults"].keys()
     here = {m.state.peft_type for m in registry.methods().values()}
     assert set(listed) == known - here
 

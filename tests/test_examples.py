@@ -151,7 +151,7 @@ def test_jobs_of_clusters_call_the_command_as_it_is() -> None:
         call = call.removeprefix("mkdir -p /results/run && ")  # --resume continues a run, or begins in an empty folder
         words = shlex.split(call.replace('$(echo "$SKYPILOT_NODE_IPS" | head -n1)', "host").replace("\\\n", " "))
         parsed = parse_args(words[1:])
-        # A machine that joins late would count other restarts: see `peftcore.parallel.start`.
+        # A machine that joins late would count other restarts: see `peftcore.distributed.start`.
         assert parsed.max_restarts == 0 and parsed.module and parsed.training_script == "peftcore"
         assert parsed.training_script_args[0] == "train"
         assert {word for word in parsed.training_script_args if word.startswith("--")} <= own

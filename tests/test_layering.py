@@ -1,89 +1,12 @@
-"""What DESIGN asks of the source tree: the direction of imports, private names, and a core that names no method."""
+"""What the source tree keeps besides its floors (`import-linter`): private names, and a core without methods."""
 
-import ast
 import re
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 from support.imports import CORE, MODULES, ROOT, imports, private_names
 
-# Each package may import packages of the lines above its own, and no others. Modules of a package that are on a line of
-# their own, such as `files.folder`, are below the rest of it.
-ORDER = [
-    {
-        "adapter",
-        "errors",
-        "field_types",
-        "events",
-        "layers",
-        "ops",
-    },
-    {"architecture", "exporter", "extensions", "hookspecs"},
-    {"validation", "ranks", "method", "files.safe_reading", "files.folder", "optim", "experts"},
-    {"plugin_checks", "sharded_terms"},
-    {"plugin_discovery"},
-    {"plugin_errors"},
-    {"registry"},
-    {"weight_formats"},
-    {"adaptation"},
-    {"observation"},
-    {"placements.placement", "placements.around", "placements.after", "placements.on_weight", "placements.train"},
-    {"experts.in_model", "experts.joining", "experts.conversion"},
-    {"targets", "prompts", "files.metadata", "files.peft_fields", "files.peft_configs"},
-    {"placements"},
-    {"engine"},
-    {"files", "quantization"},
-    {"merging", "parallel"},
-    {"composing", "testing", "estimating"},
-    {"exporting", "integrations"},
-    {"plugin"},  # names of all of the above, which plugins import
-    {"cli"},
-    {"__main__"},
-]
 FILES = sorted(file for file in CORE.rglob("*.py") if file != CORE / "__init__.py")
-
-
-def layer(module: str) -> int:
-    """Return the line of a module, by its own name or that of its package."""
-    package = module.split(".")[1]
-    inside = ".".join(module.split(".")[1:3])
-    lines = {name: i for i, names in enumerate(ORDER) for name in names}
-    return lines.get(inside, lines[package])
-
-
-def packages(file: Path) -> set[str]:
-    return {module.split(".")[1] for module in imports(file)}
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CORE)))
-def test_direction_of_imports(file: Path) -> None:
-    (module,) = (name for name, each in MODULES.items() if each == file)
-    for imported in imports(file):
-        same_package = imported.split(".")[1] == module.split(".")[1]  # `test_no_circle` looks inside packages
-        assert layer(imported) < layer(module) + same_package, f"{module} must not import {imported}"
-
-
-def test_no_circle() -> None:
-    graph = {module: imports(file) for module, file in MODULES.items() if module != "peftcore"}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        raise AssertionError(" imports ".join(reversed(error.args[1]))) from None
-
-
-def imports_for_types(file: Path) -> set[str]:
-    """Return the modules that a file imports from, also under `if TYPE_CHECKING`."""
-    nodes = list(ast.walk(ast.parse(file.read_text())))
-    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return plain | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-
-
-@pytest.mark.parametrize("package", sorted(ROOT.glob("plugins/*/peftcore_*/")), ids=lambda package: package.name)
-def test_no_circle_in_a_plugin_even_for_types(package: Path) -> None:
-    files = {".".join(file.relative_to(package.parent).with_suffix("").parts): file for file in package.rglob("*.py")}
-    graph = {module: imports_for_types(file) & files.keys() for module, file in files.items()}
-    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_no_private_name_is_used_across_modules() -> None:
@@ -93,7 +16,7 @@ def test_no_private_name_is_used_across_modules() -> None:
 
 def test_ops_import_only_torch() -> None:
     for file in (CORE / "ops").glob("*.py"):
-        assert packages(file) <= {"ops"}, file
+        assert {module.split(".")[1] for module in imports(file)} <= {"ops"}, file
 
 
 METHODS = {

@@ -15,7 +15,7 @@ import torch
 from support.whole_run import WHOLE
 
 import peftcore
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 from peftcore.testing import CHECKS, COMPILE, check_method
 
 ROOT = Path(__file__).parent.parent

@@ -45,7 +45,7 @@ def with_lora(kind: str) -> Any:
 
         return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
     import peftcore
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     if "lora" not in peftcore.methods():  # not installed: from the checkout
         sys.path.append(str(ROOT / "plugins" / "peftcore-lora"))

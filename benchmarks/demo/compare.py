@@ -147,7 +147,7 @@ def environment() -> dict[str, str]:
 
 def run_task(folder: Path, output: Path, task: str, size: Size, names: list[str] | None) -> None:
     """Run `peftcore compare` for one task."""
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     methods = []
     for name in names or [*registry.methods(), "full"]:

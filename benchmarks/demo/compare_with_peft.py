@@ -32,7 +32,7 @@ def peft_has(run: Path, method: str) -> bool:
     """Return whether PEFT has this method. It has QLoRA as LoRA over a base that another library has packed."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     saved = run / "adapter" / "adapter_config.json"
     known = saved.exists() and json.loads(saved.read_text())["peft_type"] in PEFT_TYPE_TO_CONFIG_MAPPING

@@ -108,7 +108,7 @@ def shown(run: dict) -> str:
 
 
 def main() -> None:
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo")

@@ -36,4 +36,4 @@ for step, batch in enumerate(accelerator.skip_first_batches(loader, done), done 
     dcp.save(state, checkpoint_id=f"{output}/state/{step}")
 peftcore.save(model, f"{output}/adapter")  # rank 0 writes
 accelerator.end_training()
-peftcore.parallel.finish()
+peftcore.distributed.finish()

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import peftcore
 
 source, data, output = sys.argv[1:]
-peftcore.parallel.start()
+peftcore.distributed.start()
 rank, world = distributed.get_rank(), distributed.get_world_size()
 if torch.cuda.is_available():
     torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -36,4 +36,4 @@ for start in range(0, len(texts), 2):
 
 dcp.save({"training": peftcore.TrainingState(model, optimizer)}, checkpoint_id=f"{output}/state")  # any number of ranks
 peftcore.save(model, f"{output}/adapter")
-peftcore.parallel.finish()
+peftcore.distributed.finish()

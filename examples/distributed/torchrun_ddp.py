@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import peftcore
 
 source, data, output = sys.argv[1:]
-peftcore.parallel.start()  # init_process_group() would wait forever after a restart
+peftcore.distributed.start()  # init_process_group() would wait forever after a restart
 rank, world = distributed.get_rank(), distributed.get_world_size()
 device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(source)
@@ -34,4 +34,4 @@ for step in range(done, len(texts) // 4):  # 4 texts a step, whatever the number
     optimizer.zero_grad()
     dcp.save(state, checkpoint_id=f"{output}/state/{step + 1}")
 peftcore.save(model, f"{output}/adapter")  # rank 0 writes
-peftcore.parallel.finish()
+peftcore.distributed.finish()

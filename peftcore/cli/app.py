@@ -21,7 +21,7 @@ from peftcore.cli import arguments, console, core_commands, signatures
 from peftcore.cli.console import fail, printable, warn
 from peftcore.cli.synonyms import SuggestingCommand
 from peftcore.errors import PeftcoreError, PluginError
-from peftcore.registry import builtin, registry
+from peftcore.plugin.registry import builtin, registry
 
 builtin(core_commands)
 PACKAGES = {

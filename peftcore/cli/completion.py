@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from peftcore.plugin_discovery import mentions
+from peftcore.plugin.discovery import mentions
 
 _DEPTH = 3  # depth of folders searched
 _MOST = 2000  # number of folders searched at most, so that Tab answers at once

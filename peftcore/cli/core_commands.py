@@ -19,8 +19,8 @@ from peftcore.cli.commands import (
     suggest,
     train,
 )
-from peftcore.extensions import Command
-from peftcore.hookspecs import hookimpl
+from peftcore.plugin.extensions import Command
+from peftcore.plugin.hooks import hookimpl
 
 
 @hookimpl

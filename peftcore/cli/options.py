@@ -158,7 +158,7 @@ def resolve_method(
     """
     from peftcore.cli.fields import parse
     from peftcore.engine.configs import config
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     if name is None:
         installed = registry.methods()

@@ -1,4 +1,7 @@
-"""Apply, activate, disable and remove adapters, and keep the record of them on the model."""
+"""Apply, activate, disable and remove adapters, and keep the record of them on the model.
+
+It imports `model` and what is below it.
+"""
 
 from peftcore.engine.activating import (
     activate as activate,

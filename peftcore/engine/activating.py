@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation import adapted
-from peftcore.adaptation.concurrency import Activation, Block
-from peftcore.adaptation.light import parts
+from peftcore.engine.adaptation import adapted
+from peftcore.engine.adaptation.concurrency import Activation, Block
 from peftcore.engine.preflight import refuse_shared
 from peftcore.engine.samples import (
     modules_by_sample,
@@ -36,7 +35,8 @@ from peftcore.engine.state import (
 )
 from peftcore.engine.trained import TrainedParameters, place_kept_tensors, unmoved_buffers
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.method import Model
+from peftcore.plugin.method import Model
+from peftcore.plugin.modules import parts
 
 
 @exclusive("activate adapters", base=True)

@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore import ranks
-from peftcore.adaptation import adapted, enclosing, fast_path, folding
-from peftcore.adaptation.base_modules import base_parameters
-from peftcore.adaptation.call import arguments_read
-from peftcore.adaptation.division import watch_batches
-from peftcore.adaptation.light import parts
-from peftcore.adapter import Adapter
 from peftcore.engine.activating import freeze_branches, set_active, update_call_context
+from peftcore.engine.adaptation import adapted, enclosing, fast_path, folding
+from peftcore.engine.adaptation.division import watch_batches
+from peftcore.engine.attachments import Attachments
 from peftcore.engine.changes import Site, facts, submodule
 from peftcore.engine.divided import divide_experts, is_divided
 from peftcore.engine.first_values import initialize_adapter, initializer
@@ -25,11 +21,15 @@ from peftcore.engine.removing import detach_adapter
 from peftcore.engine.state import STATE, Applied, State, exclusive, state_of
 from peftcore.engine.trained import TrainedParameters, enclosing_paths
 from peftcore.engine.training_hooks import method_modules
-from peftcore.events import adapter_applied
-from peftcore.method import Model
-from peftcore.observation import assumed_unchanged
-from peftcore.placements.attachments import Attachments
-from peftcore.registry import registry
+from peftcore.model import assumed_unchanged
+from peftcore.model.base_modules import base_parameters
+from peftcore.plugin import ranks
+from peftcore.plugin.adapter import Adapter
+from peftcore.plugin.call import arguments_read
+from peftcore.plugin.events import adapter_applied
+from peftcore.plugin.method import Model
+from peftcore.plugin.modules import parts
+from peftcore.plugin.registry import registry
 
 
 def apply(

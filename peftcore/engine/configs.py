@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.files.peft_fields import why_unknown
-from peftcore.registry import registry
-from peftcore.validation import check_types
+from peftcore.plugin.peft_fields import why_unknown
+from peftcore.plugin.registry import registry
+from peftcore.plugin.validation import check_types
 
 
 def config(method: str, /, **fields: Any) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
-from peftcore import ranks
 from peftcore.errors import PeftcoreError
 from peftcore.optim.base import FusedOptimizer, largest
+from peftcore.plugin import ranks
 
 _OPTIMIZER: ContextVar[tuple[Optimizer | None, ...]] = ContextVar("peftcore_optimizer", default=())
 

@@ -9,15 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from peftcore import ranks
-from peftcore.adaptation.adapted import is_adapted, rebuild
-from peftcore.adaptation.base_modules import base_modules, original_class
-from peftcore.adaptation.chain import OWN_FORWARD
-from peftcore.adaptation.divided_experts import divide_factors
-from peftcore.adaptation.division import division_of, has_plan, plan_of
-from peftcore.adaptation.parallel_hooks import mesh_of_hooks, without_hooks
-from peftcore.placements.attachments import Attachments
-from peftcore.placements.on_weight import WeightLink
+from peftcore.engine.adaptation.adapted import is_adapted, rebuild
+from peftcore.engine.adaptation.divided_experts import divide_factors
+from peftcore.engine.adaptation.division import division_of, has_plan, plan_of
+from peftcore.engine.adaptation.parallel_hooks import mesh_of_hooks, without_hooks
+from peftcore.engine.attachments import Attachments
+from peftcore.model.base_modules import OWN_FORWARD, base_modules, original_class
+from peftcore.plugin import ranks
+from peftcore.plugin.placements.on_weight import WeightLink
 
 
 def is_divided(model: nn.Module) -> bool:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import ranks
-from peftcore.adaptation.base_modules import base_modules
 from peftcore.engine.divided import undivided
 from peftcore.engine.placing import recorded, with_memory
 from peftcore.engine.state import adapter_modules, adapter_parameters, applied, require_state
 from peftcore.engine.trained import moving_buffers, unmoved_buffers
 from peftcore.engine.training_hooks import method_modules
 from peftcore.errors import PeftcoreError, PluginError
-from peftcore.method import Method
-from peftcore.registry import registry
+from peftcore.model.base_modules import base_modules
+from peftcore.plugin import ranks
+from peftcore.plugin.method import Method
+from peftcore.plugin.registry import registry
 
 
 def initializer(method: Method, config: Any) -> tuple[Any, Any]:

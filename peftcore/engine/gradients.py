@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from peftcore.adaptation.base_modules import base_modules, base_parameters, original_class, original_forward
+from peftcore.engine.attachments import Attachments
 from peftcore.errors import PeftcoreError, warn
-from peftcore.layers import has_scaled_float8, is_bitsandbytes, is_linear, is_unknown_linear, is_wrapped, sizes
-from peftcore.observation import observe, without_gradients
-from peftcore.placements.attachments import Attachments
+from peftcore.model import observe, without_gradients
+from peftcore.model.base_modules import base_modules, base_parameters, original_class, original_forward
+from peftcore.plugin.layers import has_scaled_float8, is_bitsandbytes, is_linear, is_unknown_linear, is_wrapped, sizes
 
 
 def refuse_without_gradient(model: nn.Module, attachments: Attachments, trains: bool) -> None:

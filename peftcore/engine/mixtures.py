@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peftcore.adaptation.base_modules import base_modules, original_class, original_forward
-from peftcore.experts import why_not_fused
-from peftcore.experts.in_model import expert_weights, experts_per_token
-from peftcore.layers import shape_of
-from peftcore.targets.coverage import percent
+from peftcore.model.base_modules import base_modules, original_class, original_forward
+from peftcore.model.experts import why_not_fused
+from peftcore.model.experts.in_model import expert_weights, experts_per_token
+from peftcore.model.targets.coverage import percent
+from peftcore.plugin.layers import shape_of
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftcore.adaptation.base_modules import original_class, original_forward
-from peftcore.adaptation.call import arguments_read
-from peftcore.adaptation.chain import Link, OwnForward
-from peftcore.adaptation.outputs import first_of
-from peftcore.adapter import Adapter, Change, implements
+from peftcore.engine.adaptation.chain import OwnForward
+from peftcore.engine.attachments import Attachment
 from peftcore.engine.changes import submodule
 from peftcore.errors import PeftcoreError
-from peftcore.placements.attachments import Attachment
+from peftcore.model.base_modules import original_class, original_forward
+from peftcore.plugin.adapter import Adapter, Change, implements
+from peftcore.plugin.call import arguments_read
+from peftcore.plugin.link import Link
+from peftcore.plugin.outputs import first_of
 
 _MOST_GROUPS = 256
 

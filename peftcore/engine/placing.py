@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.adaptation.base_modules import base_parameters
-from peftcore.architecture import Architecture
+from peftcore.engine.attachments import Attachments
 from peftcore.engine.configs import config as named_config
 from peftcore.engine.odd_linear import fitted
+from peftcore.engine.peft_configs import config_of_peft, is_of_peft
 from peftcore.engine.preflight import check_base, check_placements
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, PluginError, warn
-from peftcore.files.peft_configs import config_of_peft, is_of_peft
-from peftcore.method import Method
-from peftcore.observation import assumed_unchanged, bypassed, detect
-from peftcore.placements.attachments import Attachments
-from peftcore.placements.placement import Placement
-from peftcore.registry import registry
-from peftcore.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
-from peftcore.targets.coverage import LITTLE, Coverage, coverage
-from peftcore.validation import check_types
+from peftcore.model import assumed_unchanged, bypassed, detect
+from peftcore.model.base_modules import base_parameters
+from peftcore.model.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
+from peftcore.model.targets.coverage import LITTLE, Coverage, coverage
+from peftcore.plugin.architecture import Architecture
+from peftcore.plugin.method import Method
+from peftcore.plugin.placements.placement import Placement
+from peftcore.plugin.registry import registry
+from peftcore.plugin.validation import check_types
 
 
 def placements_for(

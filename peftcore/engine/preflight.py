@@ -17,15 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import ranks
-from peftcore.adaptation.adapted import adapters_of
-from peftcore.adaptation.base_modules import base_modules, base_parameters
-from peftcore.adaptation.chain import Link
-from peftcore.adaptation.divided_experts import followed_plan, follows_experts
-from peftcore.adaptation.division import division_of, has_plan
-from peftcore.adaptation.enclosing import LOCK
-from peftcore.adaptation.parallel_hooks import divides_tokens
-from peftcore.adapter import unseen_member
+from peftcore.engine.adaptation.adapted import adapters_of
+from peftcore.engine.adaptation.divided_experts import followed_plan, follows_experts
+from peftcore.engine.adaptation.division import division_of, has_plan
+from peftcore.engine.adaptation.enclosing import LOCK
+from peftcore.engine.adaptation.parallel_hooks import divides_tokens
+from peftcore.engine.attachments import Attachments
 from peftcore.engine.changes import submodule
 from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.state import (
@@ -39,12 +36,15 @@ from peftcore.engine.state import (
 )
 from peftcore.engine.trained import TrainedParameters, refuse_sharded_parameters
 from peftcore.errors import PeftcoreError, PluginError, nearest
-from peftcore.layers import is_wrapped
-from peftcore.observation import observe
-from peftcore.placements.attachments import Attachments
-from peftcore.placements.on_weight import WeightLink
-from peftcore.placements.placement import Placement
-from peftcore.targets.selection import refuse_bypassed
+from peftcore.model import observe
+from peftcore.model.base_modules import base_modules, base_parameters
+from peftcore.model.targets.selection import refuse_bypassed
+from peftcore.plugin import ranks
+from peftcore.plugin.adapter import unseen_member
+from peftcore.plugin.layers import is_wrapped
+from peftcore.plugin.link import Link
+from peftcore.plugin.placements.on_weight import WeightLink
+from peftcore.plugin.placements.placement import Placement
 
 CHANGE = "apply another adapter"  # as messages name it
 
@@ -425,8 +425,8 @@ def refuse_missing_branches(model: nn.Module, adapter: str, attachments: Attachm
 def refuse_divided(model: nn.Module, attachments: Attachments) -> None:
     """Raise a PeftcoreError if tensor parallelism splits a layer that an adapter would change and cannot follow.
 
-    Adapters around and after linear layers follow a plan of transformers (`peftcore.adaptation.division`). Other layers
-    of which every parameter is whole, and their gradients, are as in one process.
+    Adapters around and after linear layers follow a plan of transformers (`peftcore.engine.adaptation.division`). Other
+    layers of which every parameter is whole, and their gradients, are as in one process.
     """
     method = attachments.method.name
     if ranks.count() == 1 and not ranks.is_sharded(model):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from peftcore import ranks
-from peftcore.adaptation import adapted, enclosing, fast_path, folding
-from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.engine.activating import refuse_needed, release_branches, set_active, update_call_context
+from peftcore.engine.adaptation import adapted, enclosing, fast_path, folding
 from peftcore.engine.changes import moved_with_adapter, with_adapter
 from peftcore.engine.state import (
     STATE,
@@ -21,7 +19,9 @@ from peftcore.engine.state import (
 )
 from peftcore.engine.trained import TrainedParameters, enclosing_paths
 from peftcore.errors import warn
-from peftcore.method import Model
+from peftcore.model.base_modules import base_modules, base_parameters
+from peftcore.plugin import ranks
+from peftcore.plugin.method import Model
 
 
 @exclusive("remove adapters", base=True)

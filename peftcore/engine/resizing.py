@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from peftcore.adaptation.adapted import adapters_of
-from peftcore.adaptation.base_modules import base_modules
+from peftcore.engine.adaptation.adapted import adapters_of
 from peftcore.engine.changes import module_at
 from peftcore.engine.state import state_of
 from peftcore.engine.trained import all_of
 from peftcore.errors import PeftcoreError
-from peftcore.events import vocabulary_resizes
+from peftcore.model.base_modules import base_modules
+from peftcore.plugin.events import vocabulary_resizes
 
 
 def refuse_resize(model: nn.Module, modules: Iterable[nn.Module]) -> None:

@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.adaptation.adapted import adapters_of, attach, detach
-from peftcore.adaptation.call import CallContext
-from peftcore.adaptation.concurrency import Activation
-from peftcore.adaptation.rows import ROWS
+from peftcore.engine.adaptation.adapted import adapters_of, attach, detach
+from peftcore.engine.adaptation.concurrency import Activation
 from peftcore.engine.changes import module_at
 from peftcore.engine.state import (
     State,
@@ -23,9 +21,11 @@ from peftcore.engine.state import (
 )
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
-from peftcore.events import adapter_names_given
-from peftcore.observation import observe
-from peftcore.observation.sample_rows import rows_of
+from peftcore.model import observe
+from peftcore.model.rows import ROWS
+from peftcore.model.sample_rows import rows_of
+from peftcore.plugin.call import CallContext
+from peftcore.plugin.events import adapter_names_given
 
 _BASE = "__base__"  # PEFT's name for no adapter
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adapter import Adapter, neutral_of
 from peftcore.engine.state import (
     adapter_modules,
     applied,
@@ -17,8 +16,9 @@ from peftcore.engine.state import (
     require_state,
 )
 from peftcore.errors import PeftcoreError
-from peftcore.method import Model
-from peftcore.registry import registry
+from peftcore.plugin.adapter import Adapter, neutral_of
+from peftcore.plugin.method import Model
+from peftcore.plugin.registry import registry
 
 
 @exclusive("scale an adapter")

@@ -11,13 +11,13 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from peftcore.adaptation import adapted
-from peftcore.adaptation.base_modules import TRAINED
-from peftcore.adaptation.concurrency import ModelLock
+from peftcore.engine.adaptation import adapted
+from peftcore.engine.adaptation.concurrency import ModelLock
 from peftcore.engine.changes import Site, Snapshot, attached, changes, changes_of_trained
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.placements.placement import Placement
+from peftcore.model.base_modules import TRAINED
+from peftcore.plugin.placements.placement import Placement
 
 STATE = "_peftcore_state"
 
@@ -76,7 +76,7 @@ class State:
     sites: dict[str, Site] = field(default_factory=dict)  # by the path of each module that has adapters
     active: tuple[str, ...] = ()
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    merged: Any = None  # peftcore.merging.exchanging.Merged
+    merged: Any = None  # peftcore.engine.merging.exchanging.Merged
     samples: tuple[str | None, ...] | None = None  # each sample's adapter, with activate(..., per_sample=True)
     lock: ModelLock = field(default_factory=ModelLock)
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`

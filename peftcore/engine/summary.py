@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import ranks
-from peftcore.adaptation.base_modules import base_modules, base_parameters, walked_once
-from peftcore.engine.fusing import fused_modules
-from peftcore.engine.loss_without_logits import is_without_logits
+from peftcore.engine.fused import fused_modules, is_without_logits
 from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
 from peftcore.engine.placing import covered, device_and_dtype, placements_for, reached_by
 from peftcore.engine.preflight import check_dtype
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
-from peftcore.layers import shape_of
-from peftcore.placements.placement import Placement
-from peftcore.targets import match_counts
-from peftcore.targets.coverage import Coverage
+from peftcore.model.base_modules import base_modules, base_parameters, walked_once
+from peftcore.model.targets import match_counts
+from peftcore.model.targets.coverage import Coverage
+from peftcore.plugin import ranks
+from peftcore.plugin.layers import shape_of
+from peftcore.plugin.placements.placement import Placement
 
 
 @dataclass(frozen=True)

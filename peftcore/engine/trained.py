@@ -19,12 +19,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftcore import ranks
-from peftcore.adaptation import trained_parts
-from peftcore.adaptation.adapted import Adapters
-from peftcore.adaptation.base_modules import TRAINED, base_modules, base_parameters
+from peftcore.engine.adaptation import trained_parts
+from peftcore.engine.adaptation.adapted import Adapters
 from peftcore.errors import PeftcoreError
-from peftcore.observation.detecting import mark_as_loaded
+from peftcore.model.base_modules import TRAINED, base_modules, base_parameters
+from peftcore.model.detecting import mark_as_loaded
+from peftcore.plugin import ranks
 
 
 class TrainedParameters(nn.Module):

@@ -20,15 +20,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from peftcore import ranks
 from peftcore.engine.current_optimizer import stepping, unwrapped
 from peftcore.engine.state import Applied, adapter_parameters, applied, placements, require_state, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, PluginError
-from peftcore.events import adapter_applied
-from peftcore.method import AdapterModules, Method
-from peftcore.registry import registry
-from peftcore.sharded_terms import term_of_whole
+from peftcore.plugin import ranks
+from peftcore.plugin.events import adapter_applied
+from peftcore.plugin.method import AdapterModules, Method
+from peftcore.plugin.registry import registry
+from peftcore.plugin.sharded_terms import term_of_whole
 
 
 def method_modules(model: nn.Module, adapter: str) -> AdapterModules:

@@ -22,7 +22,7 @@ from peftcore.estimating.ranges import Range
 from peftcore.estimating.stand_in import config_of, refuse_not_followed
 from peftcore.estimating.step import Step
 from peftcore.optim.paging import bytes_of
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 
 PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
 LARGEST_BATCH = 64

@@ -20,12 +20,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from peftcore import ranks
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.costs import FREE, Cost, cost
-from peftcore.observation.meta import MetaFloats
+from peftcore.model.meta import MetaFloats
 from peftcore.ops.linear_cross_entropy import workspace, workspace_of_weight
 from peftcore.ops.weight import checked
+from peftcore.plugin import ranks
 
 LARGEST_INDEX = 1 << 22  # integer tensors with more values than this are on meta
 

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ops
-from peftcore.adaptation.base_modules import base_modules, original_forward
-from peftcore.architecture import text_config
 from peftcore.engine import after_step, extra_loss, state_of
-from peftcore.engine.loss_without_logits import switch_on
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import LARGEST_INDEX, Following, NotFollowed
 from peftcore.estimating.losses import VECTORS, Own, loss_of, rows_of, tiles_in_place
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
 from peftcore.estimating.processes import GRADIENTS, STATE, Alone, Replicas, Shards
 from peftcore.estimating.step import Step
-from peftcore.observation import positions
-from peftcore.observation.inputs import BATCH, LENGTH, example_inputs
-from peftcore.observation.meta import MetaFloats, meta_copy
+from peftcore.model import positions
+from peftcore.model.base_modules import base_modules, original_forward
+from peftcore.model.inputs import BATCH, LENGTH, example_inputs
+from peftcore.model.meta import MetaFloats, meta_copy
 from peftcore.optim import NAMES
 from peftcore.optim.paging import PagedOptimizer
+from peftcore.plugin.architecture import text_config
+from peftcore.training.loss_without_logits import switch_on
 
 BASE, ADAPTERS = "base", "adapters"
 INPUTS = "inputs"

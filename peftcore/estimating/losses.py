@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.adaptation.modes import evaluation_mode
 from peftcore.engine import disabled, state_of
+from peftcore.engine.adaptation.modes import evaluation_mode
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
 

@@ -14,11 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore import ranks
-from peftcore.architecture import text_config
 from peftcore.engine import activate, add_adapter, apply, state_of, takes_batches
-from peftcore.engine.fusing import fuse, fused_modules, recomputes
-from peftcore.engine.loss_without_logits import is_without_logits
+from peftcore.engine.fused import fused_modules, is_without_logits
 from peftcore.engine.summary import Summary, summary
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.checkpointing import checkpoint
@@ -35,8 +32,11 @@ from peftcore.estimating.stand_in import apply_again, stand_in
 from peftcore.estimating.step import Step
 from peftcore.estimating.tensor_parallel import divide, first_of, refuse_trained
 from peftcore.optim.paging import PAGE_BYTES
+from peftcore.plugin import ranks
+from peftcore.plugin.architecture import text_config
+from peftcore.plugin.registry import registry
 from peftcore.quantization import quantize as to_4_bits
-from peftcore.registry import registry
+from peftcore.training.fusing import fuse, recomputes
 
 _ONE_AT_A_TIME = RLock()  # following a step replaces functions of PyTorch, which threads that overlap would not restore
 ACTIVATIONS, LOGITS, TEMPORARIES = "activations", "logits and loss", "temporaries"

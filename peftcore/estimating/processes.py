@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from peftcore import ranks
+from peftcore.distributed import divided
+from peftcore.engine.replicas import blocks
 from peftcore.estimating.following import Following
 from peftcore.estimating.step import Step
 from peftcore.estimating.tensor_parallel import planned_groups
-from peftcore.parallel import blocks, divided
+from peftcore.plugin import ranks
 
 GRADIENTS, GATHERED, MESSAGES = "gradients", "gathered weights", "between ranks"
 STATE = "optimizer state"

@@ -14,8 +14,8 @@ from peftcore.engine import activate, adapter_parameters, add_adapter, state_of
 from peftcore.engine.state import refuse_merged, refuse_per_sample
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
-from peftcore.layers import is_wrapped
-from peftcore.observation.meta import meta_copy
+from peftcore.model.meta import meta_copy
+from peftcore.plugin.layers import is_wrapped
 from peftcore.quantization import QuantizedLinear, quantized_experts
 from peftcore.quantization.checkpoint_layouts import layout_of, pack_empty, without_quantization
 from peftcore.quantization.convert import convert

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore.engine.fusing import RECOMPUTE
 from peftcore.errors import PeftcoreError, nearest
+from peftcore.training.fusing import RECOMPUTE
 
 MIXED = ("bf16", "fp16")
 LOSSES = ("sft", "dpo", "kto", "pairs", "triplets")

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import distributed, nn
 
-from peftcore import ranks
-from peftcore.architecture import text_config
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
 from peftcore.estimating.step import Step
+from peftcore.plugin import ranks
+from peftcore.plugin.architecture import text_config
 
 
 @contextmanager

@@ -12,17 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from peftcore import engine, ranks
+from peftcore import engine
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.exporter import Exporter, NoOptions
 from peftcore.exporting.onnx import ONNX
 from peftcore.exporting.serving import VLLM
 from peftcore.files.folder import made
 from peftcore.files.saving import save
-from peftcore.hookspecs import hookimpl
-from peftcore.plugin_discovery import Plugin
-from peftcore.registry import builtin, registry
-from peftcore.validation import check_types
+from peftcore.plugin import ranks
+from peftcore.plugin.discovery import Plugin
+from peftcore.plugin.exporter import Exporter, NoOptions
+from peftcore.plugin.hooks import hookimpl
+from peftcore.plugin.registry import builtin, registry
+from peftcore.plugin.validation import check_types
 
 EXTRAS = {"gguf": "gguf"}  # formats of packages that are separate, and the extra that installs each
 

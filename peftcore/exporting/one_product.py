@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftcore import engine, ranks
-from peftcore.adapter import LowRank
-from peftcore.composing import low_rank
+from peftcore import engine
+from peftcore.engine.composing import low_rank
 from peftcore.errors import PeftcoreError
+from peftcore.plugin import ranks
+from peftcore.plugin.adapter import LowRank
 
 
 def adapter_products(model: nn.Module, adapter: str, what: str) -> dict[str, LowRank]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine
-from peftcore.adaptation.base_modules import original_forward
-from peftcore.adaptation.modes import evaluation_mode
+from peftcore.engine.adaptation.modes import evaluation_mode
 from peftcore.errors import PeftcoreError
-from peftcore.exporter import Exporter, NoOptions
+from peftcore.model.base_modules import original_forward
+from peftcore.plugin.exporter import Exporter, NoOptions
 
 INPUTS = ("input_ids", "attention_mask")
 PROTOBUF_BYTES = 1_900_000_000  # a protobuf holds at most two gigabytes; larger weights go to a second file

@@ -15,15 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore import engine
-from peftcore.adapter import LowRank
-from peftcore.composing import low_rank
+from peftcore.engine.composing import low_rank
 from peftcore.errors import PeftcoreError
-from peftcore.exporter import Exporter, NoOptions
 from peftcore.exporting.one_product import adapter_products, padded
 from peftcore.files.folder import Content, Folder, read_tensors
 from peftcore.files.reading import fields_of_folder
 from peftcore.files.saving import save
-from peftcore.registry import registry
+from peftcore.plugin.adapter import LowRank
+from peftcore.plugin.exporter import Exporter, NoOptions
+from peftcore.plugin.registry import registry
 
 WHAT = "be written for vLLM and SGLang"
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # values of vLLM's --max-lora-rank, 16 by default

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore import ranks
 from peftcore.errors import CheckpointError
-from peftcore.layers import is_wrapped
-from peftcore.validation import shown
+from peftcore.plugin import ranks
+from peftcore.plugin.layers import is_wrapped
+from peftcore.plugin.validation import shown
 
 _VERSION = 2
 _GATHERED = 16

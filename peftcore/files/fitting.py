@@ -13,24 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peftcore import engine, ranks
-from peftcore.adaptation.base_modules import base_parameters
-from peftcore.adaptation.light import own_tensors
+from peftcore import engine
+from peftcore.engine.attachments import Attachments
+from peftcore.engine.peft_configs import ends_within_a_name
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files.fingerprint import difference
 from peftcore.files.metadata import BASE, VERSION, ties_partly
 from peftcore.files.multiplier import without
-from peftcore.files.peft_configs import ends_within_a_name
-from peftcore.files.peft_fields import guarded
 from peftcore.files.reading import Stored
-from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.files.tensors import fill, is_tied_in
-from peftcore.method import Method
-from peftcore.observation import detect
-from peftcore.placements.attachments import Attachments
-from peftcore.placements.train import Train
-from peftcore.targets import drop_unmatched
+from peftcore.model import detect
+from peftcore.model.base_modules import base_parameters
+from peftcore.model.targets import drop_unmatched
+from peftcore.plugin import ranks
+from peftcore.plugin.method import Method
+from peftcore.plugin.modules import own_tensors
+from peftcore.plugin.peft_fields import guarded
+from peftcore.plugin.placements.train import Train
+from peftcore.plugin.safe_reading import CONFIG, TENSORS
 
 
 @dataclass(frozen=True)

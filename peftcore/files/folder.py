@@ -30,7 +30,7 @@ from safetensors.torch import save as serialized
 from torch import Tensor
 
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
-from peftcore.files.safe_reading import (
+from peftcore.plugin.safe_reading import (
     CONFIG,
     JSON_BYTES,
     TENSORS,

@@ -10,9 +10,9 @@ from pathlib import Path
 from peftcore.errors import CheckpointError
 from peftcore.files.folder import Folder
 from peftcore.files.metadata import TOGETHER
-from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.files.single_file import file_names
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
+from peftcore.plugin.safe_reading import CONFIG, TENSORS
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _OWN = [CONFIG, TENSORS]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peftcore import engine, ranks
+from peftcore import engine
 from peftcore.engine.scaling import set_multiplier
 from peftcore.errors import CheckpointError
 from peftcore.files import single_file
@@ -21,8 +21,9 @@ from peftcore.files.metadata import ties_partly
 from peftcore.files.multiplier import multiplier_in
 from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_saved
 from peftcore.files.tensors import fill, grown_buffers
-from peftcore.observation import assumed_unchanged
-from peftcore.targets.patterns import limited
+from peftcore.model import assumed_unchanged
+from peftcore.model.targets.patterns import limited
+from peftcore.plugin import ranks
 
 Models = TypeVar("Models", bound="nn.Module | Mapping[str, Any]")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peftcore.errors import CheckpointError
-from peftcore.files.safe_reading import TENSORS, parse_json
-from peftcore.validation import shown
+from peftcore.plugin.safe_reading import TENSORS, parse_json
+from peftcore.plugin.validation import shown
 
 VERSION = "peftcore_version"  # of the peftcore that wrote the file; only its files have it
 BASE = "peftcore_base"  # the fingerprint of the base

@@ -18,14 +18,15 @@ from typing import Any
 
 from torch import nn
 
-import peftcore
-from peftcore import engine, ranks
+from peftcore import engine
 from peftcore.engine.scaling import scaled_config
 from peftcore.errors import CheckpointError
 from peftcore.files.folder import CARD, write_file
-from peftcore.files.peft_fields import is_of_peft
-from peftcore.files.safe_reading import read_bytes
-from peftcore.registry import registry
+from peftcore.plugin import ranks
+from peftcore.plugin.peft_fields import is_of_peft
+from peftcore.plugin.registry import registry
+from peftcore.plugin.safe_reading import read_bytes
+from peftcore.version import installed_version
 
 FILE = CARD
 BEGIN = "<!-- peftcore: written by each save; text outside of these two marks is kept -->"
@@ -59,7 +60,7 @@ def card(model: nn.Module, adapters: Sequence[str], task_type: str | None) -> tu
     if task_type in _TASKS:
         about["pipeline_tag"] = _TASKS[task_type]
     about["tags"] = tags
-    about["peftcore"] = {"method": methods[0] if len(methods) == 1 else methods, "version": peftcore.__version__}
+    about["peftcore"] = {"method": methods[0] if len(methods) == 1 else methods, "version": installed_version()}
     of = base or type(model).__name__
     lines = [f"# Adapter{'s' * (len(adapters) > 1)} of {of}", ""]
     for name in adapters:

@@ -19,7 +19,7 @@ from peftcore import engine
 from peftcore.engine.scaling import scaled_config
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.files.metadata import MULTIPLIER
-from peftcore.method import Method
+from peftcore.plugin.method import Method
 
 
 def in_metadata(model: nn.Module, adapter: str) -> dict[str, str]:

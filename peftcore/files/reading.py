@@ -8,19 +8,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from peftcore import engine, ranks
+from peftcore import engine
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files import single_file
 from peftcore.files.folder import SAVE, Folder, TwoSavesError, read_folder
 from peftcore.files.metadata import METHOD, PLUGIN, TIED, TOGETHER, VERSION, own_fields
-from peftcore.files.peft_fields import config_of, config_of_fields, guarded, method_of_fields, peft_version, with_own
-from peftcore.files.safe_reading import CONFIG, TENSORS
 from peftcore.files.tensors import name_in_base
 from peftcore.files.vocabulary import embedding_parameters
-from peftcore.method import ForeignFormat, Method
-from peftcore.plugin_discovery import Plugin
-from peftcore.registry import registry
-from peftcore.targets.patterns import limited
+from peftcore.model.targets.patterns import limited
+from peftcore.plugin import ranks
+from peftcore.plugin.discovery import Plugin
+from peftcore.plugin.method import ForeignFormat, Method
+from peftcore.plugin.peft_fields import config_of, config_of_fields, guarded, method_of_fields, peft_version, with_own
+from peftcore.plugin.registry import registry
+from peftcore.plugin.safe_reading import CONFIG, TENSORS
 
 
 class Stored(NamedTuple):

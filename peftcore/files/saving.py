@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import engine, ranks
-from peftcore.adaptation.base_modules import base_parameters, walked_once
-from peftcore.adaptation.light import own_tensors
+from peftcore import engine
 from peftcore.engine.preflight import check_dtype
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
@@ -25,13 +22,17 @@ from peftcore.files.fingerprint import fingerprint
 from peftcore.files.folder import Content, Folder
 from peftcore.files.metadata import BASE, METHOD, OWN_FIELDS, PLUGIN, TIED, TOGETHER, VERSION
 from peftcore.files.multiplier import in_metadata
-from peftcore.files.peft_fields import peft_version, refuse_not_its_own
 from peftcore.files.reading import name_inside
 from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, own_slots, tensors_on_disk
 from peftcore.files.written_config import fields_of_config
-from peftcore.method import Method
-from peftcore.observation import detect
-from peftcore.registry import registry
+from peftcore.model import detect
+from peftcore.model.base_modules import base_parameters, walked_once
+from peftcore.plugin import ranks
+from peftcore.plugin.method import Method
+from peftcore.plugin.modules import own_tensors
+from peftcore.plugin.peft_fields import peft_version, refuse_not_its_own
+from peftcore.plugin.registry import registry
+from peftcore.version import installed_version
 
 PEFT = "peft"  # the default format
 
@@ -235,7 +236,7 @@ def _whole_content(
         base = {name: tensor for name, tensor in base.items() if on_disk[name] not in whole}
     plugin = registry.plugin_of(method.name)
     about = {
-        VERSION: peftcore.__version__,
+        VERSION: installed_version(),
         BASE: fingerprint(base, _important(model, base)),
         METHOD: method.name,
         PLUGIN: f"{plugin.distribution} {plugin.version}",

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from peftcore.errors import CheckpointError, PeftcoreError, warn
 from peftcore.files.folder import Content, Folder, to_bytes, write_file
 from peftcore.files.metadata import BASE, PARTS
-from peftcore.files.peft_fields import guarded
-from peftcore.files.safe_reading import CONFIG, TENSORS, parse_json
-from peftcore.method import FileFormat, Method
-from peftcore.registry import registry
+from peftcore.plugin.method import FileFormat, Method
+from peftcore.plugin.peft_fields import guarded
+from peftcore.plugin.registry import registry
+from peftcore.plugin.safe_reading import CONFIG, TENSORS, parse_json
 
 _KEPT = (BASE,)  # the rest is for training, or wrong once another tool has changed the file
 ENDING = ".safetensors"

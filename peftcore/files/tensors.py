@@ -15,15 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftcore import engine, ranks, targets
-from peftcore.adaptation.base_modules import base_modules
-from peftcore.adaptation.light import own_tensors
+from peftcore import engine
 from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
 from peftcore.files import vocabulary
-from peftcore.method import Method, StateRules
-from peftcore.placements.train import Train
-from peftcore.registry import registry
+from peftcore.model import targets
+from peftcore.model.base_modules import base_modules
+from peftcore.plugin import ranks
+from peftcore.plugin.method import Method, StateRules
+from peftcore.plugin.modules import own_tensors
+from peftcore.plugin.placements.train import Train
+from peftcore.plugin.registry import registry
 
 
 def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exported: bool = False) -> dict[str, Tensor]:

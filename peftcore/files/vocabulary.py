@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.base_modules import base_parameters
-from peftcore.architecture import text_config
-from peftcore.observation import detect
+from peftcore.model import detect
+from peftcore.model.base_modules import base_parameters
+from peftcore.plugin.architecture import text_config
 
 
 def resized(model: nn.Module) -> list[str]:

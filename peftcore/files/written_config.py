@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from peftcore import engine, targets
-from peftcore.adaptation.base_modules import original_forward
-from peftcore.architecture import Architecture
+from peftcore import engine
 from peftcore.engine.scaling import scaled_config
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import warn
-from peftcore.method import Method
-from peftcore.observation import detect
-from peftcore.placements.placement import Placement
-from peftcore.registry import registry
+from peftcore.model import detect, targets
+from peftcore.model.base_modules import original_forward
+from peftcore.plugin.architecture import Architecture
+from peftcore.plugin.method import Method
+from peftcore.plugin.placements.placement import Placement
+from peftcore.plugin.registry import registry
 
 _TEXT = ("input_ids", "attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states", "return_dict")
 # Further arguments that a wrapper always passes on.

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-import peftcore
 from peftcore.ops._sources import digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ def how_to_build(csrc: Path | None) -> str:
     """Return the command that builds the extension for the installed PyTorch, with or without a checkout."""
     pip = "pip install --no-build-isolation --no-deps --force-reinstall"
     if csrc is None:
-        return f"{pip} --no-binary peftcore peftcore=={peftcore.__version__}, with g++, ninja and pybind11"
+        return f"{pip} --no-binary peftcore peftcore=={version('peftcore')}, with g++, ninja and pybind11"
     return f"in the folder of its source: {pip} . (or -e .)"
 
 

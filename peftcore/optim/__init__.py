@@ -3,6 +3,8 @@
     optimizer = peftcore.optim.PagedAdamW8bit(model.parameters(), lr=2e-4, budget="256MB")
 
 They are ordinary `torch.optim.Optimizer`s: parameter groups, schedulers, closures, `GradScaler`, clipping, checkpoints.
+
+It imports `ops`.
 """
 
 from peftcore.optim.optimizers import (

@@ -1,4 +1,7 @@
-"""4-bit weights: quantized linear layers, experts and whole models, and their files."""
+"""4-bit weights: quantized linear layers, experts and whole models, and their files.
+
+It imports `engine` and what is below it.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from peftcore import ops
 from peftcore.errors import PeftcoreError
 from peftcore.ops.weight import AFFINE, PackedWeight
+from peftcore.plugin.validation import shown
 from peftcore.quantization.four_bit_format import (
     FourBitFormat,
     check_blocksize,
@@ -30,7 +31,6 @@ from peftcore.quantization.four_bit_format import (
     encoded,
     facts_of,
 )
-from peftcore.validation import shown
 
 _STATE = "quant_state.peftcore__affine4"
 

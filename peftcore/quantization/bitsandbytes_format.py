@@ -20,6 +20,7 @@ from torch import Tensor
 from peftcore import ops
 from peftcore.errors import PeftcoreError
 from peftcore.ops.weight import PackedWeight
+from peftcore.plugin.validation import shown
 from peftcore.quantization.four_bit_format import (
     FourBitFormat,
     check_blocksize,
@@ -29,7 +30,6 @@ from peftcore.quantization.four_bit_format import (
     encoded,
     shape_and_dtype,
 )
-from peftcore.validation import shown
 
 STATE_KEY = "quant_state.bitsandbytes__"
 _STORAGE = (  # dtypes that packed bytes are viewed as

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.experts import experts_layout
-from peftcore.experts.conversion import is_by_expert
-from peftcore.layers import shape_of
+from peftcore.model.experts import experts_layout
+from peftcore.model.experts.conversion import is_by_expert
+from peftcore.model.targets import is_linear, sizes
 from peftcore.ops import PackedWeight
-from peftcore.quantization.checkpoint_layouts import CheckpointLayout
+from peftcore.plugin.checkpoints import CheckpointLayout
+from peftcore.plugin.layers import shape_of
 from peftcore.quantization.convert import convert
 from peftcore.quantization.format import from_tensors
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES, from_blocks
 from peftcore.quantization.packed_experts import pack_parameter
 from peftcore.quantization.parameters import check_experts, check_shape
-from peftcore.targets import is_linear, sizes
 
 WHOLE = r"(?<!\w)"  # prefix of a pattern: matches the last `weight` of `inject_weight.weight.absmax` only
 # Where the errors of conversions go, which transformers only logs while it loads; None: nowhere.

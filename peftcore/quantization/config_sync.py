@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.adaptation.base_modules import base_modules, base_parameters
+from peftcore.model.base_modules import base_modules, base_parameters
+from peftcore.model.targets import is_linear
 from peftcore.quantization.format import FORMATS
 from peftcore.quantization.four_bit_format import METHOD
 from peftcore.quantization.parameters import PackedParameters
 from peftcore.quantization.quantizable import expert_parameters
-from peftcore.targets import is_linear
 
 _CONVERSIONS = "_weight_conversions"  # transformers' attribute: how names on disk are converted to names in the model
 _OWN_CONVERSIONS = "_peftcore_own_conversions"

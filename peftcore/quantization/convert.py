@@ -10,22 +10,26 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from peftcore import ranks
-from peftcore.adaptation import fast_path
-from peftcore.adaptation.base_modules import base_modules, restored_after_error, walked_once
-from peftcore.adaptation.enclosing import lock_of
-from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of
+from peftcore.engine.adaptation import fast_path
+from peftcore.engine.adaptation.enclosing import lock_of
+from peftcore.engine.adaptation.folding import fold_frozen
 from peftcore.engine.preflight import refuse_scripted
 from peftcore.errors import PeftcoreError, warn
-from peftcore.layers import is_bitsandbytes, is_wrapped, unknown_layers
-from peftcore.method import Model
-from peftcore.observation import assumed_unchanged, detect
-from peftcore.observation.detecting import mark_as_loaded
+from peftcore.model import assumed_unchanged, detect
+from peftcore.model.base_modules import base_modules, restored_after_error, walked_once
+from peftcore.model.detecting import mark_as_loaded
+from peftcore.model.targets import is_conv1d
+from peftcore.model.targets.coverage import LITTLE, coverage
+from peftcore.model.weight_formats import find_weight_format
 from peftcore.ops import PackedWeight
 from peftcore.ops.huge_pages import collapse, move_to_huge_pages
 from peftcore.ops.weight import DTYPES
-from peftcore.plugin_discovery import CORE
+from peftcore.plugin import ranks
+from peftcore.plugin.discovery import CORE
+from peftcore.plugin.layers import is_bitsandbytes, is_wrapped, unknown_layers
+from peftcore.plugin.method import Model
+from peftcore.plugin.validation import shown
 from peftcore.quantization import gptq
 from peftcore.quantization.config_sync import packed_names, sync_config
 from peftcore.quantization.divided_linear import (
@@ -52,10 +56,6 @@ from peftcore.quantization.quant_types import (
     warn_of_experts,
 )
 from peftcore.quantization.quantizable import selected, selected_experts, warn_of_dense
-from peftcore.targets import is_conv1d
-from peftcore.targets.coverage import LITTLE, coverage
-from peftcore.validation import shown
-from peftcore.weight_formats import find_weight_format
 
 _WORTH = 16 << 20  # bytes of dense weights from which returning free memory to the system is worth the time
 Layer = TypeVar("Layer", bound=nn.Module)

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from peftcore import ops, ranks
-from peftcore.adaptation.division import division_of, has_plan, plan_of
-from peftcore.adaptation.parallel_hooks import style_of_hooks
+from peftcore import ops
+from peftcore.engine.adaptation.division import division_of, has_plan, plan_of
+from peftcore.engine.adaptation.parallel_hooks import style_of_hooks
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
+from peftcore.plugin import ranks
 from peftcore.quantization.format import FORMATS, quantized
 from peftcore.quantization.linear import QuantizedLinear
 

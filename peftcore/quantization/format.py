@@ -9,12 +9,12 @@ from torch import Tensor
 
 from peftcore.errors import PeftcoreError
 from peftcore.ops.weight import PackedWeight
+from peftcore.plugin.validation import shown
 from peftcore.quantization.affine4_format import AFFINE4
 from peftcore.quantization.bitsandbytes_format import FP4, NF4
 from peftcore.quantization.four_bit_format import FourBitFormat, damaged
 from peftcore.quantization.mxfp4_format import MXFP4
 from peftcore.quantization.nvfp4_format import NVFP4
-from peftcore.validation import shown
 
 FORMATS: Mapping[str, FourBitFormat] = {each.name: each for each in (NF4, FP4, MXFP4, NVFP4, AFFINE4)}
 QUANT_TYPES = tuple(FORMATS)

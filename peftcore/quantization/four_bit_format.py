@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.files.safe_reading import parse_json
 from peftcore.ops.weight import DTYPES as FLOATS, PackedWeight
-from peftcore.validation import shown
+from peftcore.plugin.safe_reading import parse_json
+from peftcore.plugin.validation import shown
 
 METHOD = "peftcore_4bit"  # quant_method of models that bitsandbytes does not read
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from peftcore import ops
 from peftcore.errors import PeftcoreError, warn
-from peftcore.layers import is_conv1d
-from peftcore.observation.batches import run
+from peftcore.model.batches import run
 from peftcore.ops import PackedWeight
+from peftcore.plugin.layers import is_conv1d
 
 _DAMP = 0.01  # of the mean of H's diagonal
 _AT_ONCE = 32  # columns whose errors reach the columns behind them together

@@ -21,12 +21,13 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peftcore import ranks
-from peftcore.adaptation import fast_path
-from peftcore.adaptation.base_modules import base_modules
+from peftcore.engine.adaptation import fast_path
 from peftcore.errors import CheckpointError, PeftcoreError, warn
-from peftcore.experts.conversion import expert_of, is_by_expert
-from peftcore.layers import shape_of
+from peftcore.model.base_modules import base_modules
+from peftcore.model.experts.conversion import expert_of, is_by_expert
+from peftcore.plugin import ranks
+from peftcore.plugin.checkpoints import CheckpointLayout
+from peftcore.plugin.layers import shape_of
 from peftcore.quantization.checkpoint_conversions import (
     WHOLE,
     Deserialize,
@@ -37,7 +38,7 @@ from peftcore.quantization.checkpoint_conversions import (
     layout_converter,
     noted,
 )
-from peftcore.quantization.checkpoint_layouts import CheckpointLayout, described, find_layout
+from peftcore.quantization.checkpoint_layouts import described, find_layout
 from peftcore.quantization.checkpoint_reading import not_mapped, read_when_needed
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import (

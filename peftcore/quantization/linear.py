@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import ops, ranks
+from peftcore import ops
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
+from peftcore.plugin import ranks
 from peftcore.quantization.format import quantized
 from peftcore.quantization.parameters import PackedParameters, double_quant_text
 
@@ -112,7 +113,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         return ops.linear_4bit(x.to(dtype), self.packed, bias).to(x.dtype)
 
     def linear_operands(self, x: Tensor) -> tuple[PackedWeight, Tensor | None] | None:
-        """Return what an adapter may multiply by itself, see `peftcore.adapter.Base`."""
+        """Return what an adapter may multiply by itself, see `peftcore.plugin.adapter.Base`."""
         parameters: dict[str, Any] = self._parameters  # see `packed`
         if parameters["weight"].dtype is not torch.uint8 or self.compute_dtype not in (None, x.dtype):
             return None

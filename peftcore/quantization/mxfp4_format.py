@@ -23,8 +23,8 @@ from peftcore import ops
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops.mxfp4 import BLOCKSIZE, swap_nibbles
 from peftcore.ops.weight import POWERS_OF_TWO, PackedWeight
+from peftcore.plugin.validation import shown
 from peftcore.quantization.four_bit_format import FourBitFormat, check_parts, check_state, damaged, encoded, facts_of
-from peftcore.validation import shown
 
 _STATE = "quant_state.peftcore__mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of gpt-oss's tensors

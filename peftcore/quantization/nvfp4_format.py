@@ -23,8 +23,8 @@ from peftcore.errors import PeftcoreError
 from peftcore.ops.codebooks import E4M3
 from peftcore.ops.nvfp4 import BLOCKSIZE, EXPERT_VALUES, largest_of, matrices, not_finite, nvfp4_weight
 from peftcore.ops.weight import PackedWeight
+from peftcore.plugin.validation import shown
 from peftcore.quantization.four_bit_format import FourBitFormat, check_parts, check_state, damaged, encoded, facts_of
-from peftcore.validation import shown
 
 _STATE, _GLOBAL, _MAP = "quant_state.peftcore__nvfp4", "nested_absmax", "nested_quant_map"
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.base_modules import restored_after_error
-from peftcore.adaptation.chain import keep_attributes
-from peftcore.adaptation.class_swap import one_for_each_class, restore_class, subclass
-from peftcore.experts import experts_forward, experts_layout, has_interface_forward
-from peftcore.observation.detecting import mark_as_loaded
+from peftcore.engine.adaptation.chain import keep_attributes
+from peftcore.engine.adaptation.class_swap import one_for_each_class, restore_class, subclass
+from peftcore.model.base_modules import restored_after_error
+from peftcore.model.detecting import mark_as_loaded
+from peftcore.model.experts import experts_forward, experts_layout, has_interface_forward
 from peftcore.ops import PackedWeight
 from peftcore.quantization.format import FORMATS
 from peftcore.quantization.parameters import PackedParameters, quantized_by_expert

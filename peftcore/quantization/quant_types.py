@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from peftcore.errors import PeftcoreError, PluginError, warn
-from peftcore.layers import is_conv1d
-from peftcore.method import WeightFormat
+from peftcore.model.targets import sizes
 from peftcore.ops.weight import MIN_BLOCKSIZE
-from peftcore.plugin_discovery import Plugin
+from peftcore.plugin.discovery import Plugin
+from peftcore.plugin.layers import is_conv1d
+from peftcore.plugin.method import WeightFormat
+from peftcore.plugin.registry import registry
+from peftcore.plugin.validation import shown
 from peftcore.quantization.format import FORMATS, QUANT_TYPES
 from peftcore.quantization.packed_experts import is_turned
 from peftcore.quantization.quantizable import with_skipped
-from peftcore.registry import registry
-from peftcore.targets import sizes
-from peftcore.validation import shown
 
 _PACKAGES = {"8da4w": "peftcore-8da4w"}  # by the name of a type, without its group
 # Packages that read checkpoints, by their `quant_method`. AQLM's makes transformers read them.

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation.base_modules import base_modules, base_parameters, original_class
 from peftcore.errors import PeftcoreError, nearest, warn
-from peftcore.experts import experts_layout, stacked_weights
-from peftcore.experts.in_model import routers
-from peftcore.layers import is_conv1d, is_linear, is_wrapped
-from peftcore.observation import asked_for_dtype, bypassed, detect, observe, rewritten
+from peftcore.model import asked_for_dtype, bypassed, detect, observe, rewritten
+from peftcore.model.base_modules import base_modules, base_parameters, original_class
+from peftcore.model.experts import experts_layout, stacked_weights
+from peftcore.model.experts.in_model import routers
+from peftcore.model.targets import matches
 from peftcore.ops.weight import DTYPES, MIN_BLOCKSIZE
+from peftcore.plugin.layers import is_conv1d, is_linear, is_wrapped
 from peftcore.quantization.parameters import PackedParameters
-from peftcore.targets import matches
 
 
 def default_skip(model: nn.Module) -> list[str]:

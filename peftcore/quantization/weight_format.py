@@ -9,15 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftcore.hookspecs import hookimpl
-from peftcore.method import WeightFormat
+from peftcore.plugin.hooks import hookimpl
+from peftcore.plugin.method import WeightFormat
+from peftcore.plugin.registry import builtin
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense, make_plain
 from peftcore.quantization.format import QUANT_TYPES
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import forget_dense
 from peftcore.quantization.parameters import BUFFERS, PackedParameters
-from peftcore.registry import builtin
 
 
 @cache

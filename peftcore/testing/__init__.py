@@ -1,4 +1,7 @@
-"""Conformance suite for plugin authors: `check_method(config)` tries what users do with a method."""
+"""Conformance suite for plugin authors: `check_method(config)` tries what users do with a method.
+
+It imports `files`, `quantization` and what is below them, and `peftcore` itself for the calls that users make.
+"""
 
 from __future__ import annotations
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import ranks
 from peftcore.engine import adapter_parameters
 from peftcore.engine.first_values import initializer
-from peftcore.method import Method
-from peftcore.observation import detect, observe, share_facts
-from peftcore.registry import registry
+from peftcore.model import detect, observe, share_facts
+from peftcore.plugin import ranks
+from peftcore.plugin.method import Method
+from peftcore.plugin.registry import registry
 from peftcore.testing.families import Family
 
 

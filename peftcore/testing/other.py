@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import targets
-from peftcore.adapter import Adapter, Base
-from peftcore.architecture import Architecture
 from peftcore.engine import apply
-from peftcore.hookspecs import hookimpl
-from peftcore.method import Method, StateRules
-from peftcore.placements.around import Around
-from peftcore.registry import registry
+from peftcore.model import targets
+from peftcore.plugin.adapter import Adapter, Base
+from peftcore.plugin.architecture import Architecture
+from peftcore.plugin.hooks import hookimpl
+from peftcore.plugin.method import Method, StateRules
+from peftcore.plugin.placements.around import Around
+from peftcore.plugin.registry import registry
 from peftcore.testing.case import disturb
 
 NAME = "the-suites-other"

@@ -18,10 +18,10 @@ import torch
 from torch import distributed
 
 import peftcore
-from peftcore import ranks
 from peftcore.engine import adapter_parameters
 from peftcore.errors import PluginError
-from peftcore.registry import registry
+from peftcore.plugin import ranks
+from peftcore.plugin.registry import registry
 from peftcore.testing.case import Case, logits, loss_of, same
 from peftcore.testing.families import family_of
 

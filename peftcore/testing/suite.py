@@ -12,7 +12,7 @@ from torch import nn
 
 import peftcore
 from peftcore.errors import nearest
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 from peftcore.testing.case import Case
 from peftcore.testing.checks import CHECKS, Check
 from peftcore.testing.families import FAMILIES, Family, families_of

@@ -52,8 +52,8 @@ class BitFitConfig:
     Args:
         target_modules: "all" modules with a bias (norms too); "query-intermediate", the paper's subset: the
             projection to queries and the feed-forward's layer to its inner size (b_q and b_m2); or a list of
-            suffixes or a regular expression, see `peftcore.targets.select`.
-        exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+            suffixes or a regular expression, see `peftcore.model.targets.select`.
+        exclude_modules, layers_to_transform, layers_pattern: see `peftcore.model.targets.select`.
         add_missing: add a bias, zero at the start, to chosen linear layers without one ("all": every linear layer
             but the output head and the task's heads).
         modules_to_save: modules that are also trained, in full. None: a classifier's head.

@@ -43,8 +43,8 @@ class IA3Config:
     """Config with the field names of Hugging Face PEFT's `IA3Config`.
 
     Args:
-        target_modules, exclude_modules: see `peftcore.targets.select`. The paper scales keys, values and the inner
-            activations: `["k_proj", "v_proj", "down_proj"]` of a Llama.
+        target_modules, exclude_modules: see `peftcore.model.targets.select`. The paper scales keys, values and the
+            inner activations: `["k_proj", "v_proj", "down_proj"]` of a Llama.
         feedforward_modules: suffixes, or a regular expression for whole paths, of selected layers whose input is
             scaled. None: the last layers of feed-forward blocks, where they are known.
         modules_to_save: modules that are also trained, in full. None: a classifier's head.

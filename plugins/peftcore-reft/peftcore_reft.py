@@ -68,7 +68,7 @@ class ReftConfig:
         non_linearity: activation of W h + b, one of `ACTIVATIONS`. None: none. With an activation and
             `subtract_projection` the start differs from the base.
         target_modules: modules whose outputs are edited, instead of all layers; exclude_modules,
-            layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+            layers_to_transform, layers_pattern: see `peftcore.model.targets.select`.
     """
 
     r: int = 1

@@ -39,7 +39,7 @@ class VeraConfig:
 
     Args:
         r: rank of A and B. It costs r numbers a layer, so it is larger than LoRA's.
-        target_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+        target_modules, layers_to_transform, layers_pattern: see `peftcore.model.targets.select`.
         projection_prng_key: seed of A and B. save_projection: save them; otherwise they are drawn again on load.
         vera_dropout: dropout probability of the inputs of A.
         d_initial: value of d at the start (table 6c of the paper).

@@ -128,7 +128,7 @@ def difference(way: str, kind: str, rank: int, device: torch.device) -> float:
 
 
 def main(backend: str, store: str, number: str, *chosen: str) -> None:
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     if "lora" not in peftcore.methods():  # not installed: from the checkout
         sys.path.append(str(Path(__file__).parents[2] / "plugins" / "peftcore-lora"))
@@ -141,7 +141,7 @@ def main(backend: str, store: str, number: str, *chosen: str) -> None:
     distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2)
     found = {each: difference(*each.split(":"), rank, device) for each in chosen}  # type: ignore[call-arg]  # WAY:KIND
     assert max(found.values()) < LIMIT, found
-    peftcore.parallel.finish()
+    peftcore.distributed.finish()
     print(", ".join(f"{each} off by {off:.1g}" for each, off in found.items()))
 
 

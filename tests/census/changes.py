@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peftcore.observation.inputs import Facts
+from peftcore.model.inputs import Facts
 
 Change = Callable[[dict[str, Any], Facts], dict[str, Any]]
 CHANGES: list[tuple[str, Change]] = []

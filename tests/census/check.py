@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_map
 import peftcore
 from census import prompts
 from census.case import Case, Wrong, distance, gradients, run, same, tensors
-from peftcore.adaptation.base_modules import base_modules, base_parameters
 from peftcore.engine import adapter_modules, adapter_parameters, applied
+from peftcore.model.base_modules import base_modules, base_parameters
 from peftcore.quantization import default_skip
 from peftcore.testing import disturb
 
@@ -304,6 +304,6 @@ def _equal(found: Tensor, wanted: Tensor) -> bool:
 def layers(model: nn.Module) -> dict[str, bool]:
     """Has it a linear layer, a bias?"""
     return {
-        "linear": any(peftcore.targets.is_linear(m) for _, m in base_modules(model)),
+        "linear": any(peftcore.model.targets.is_linear(m) for _, m in base_modules(model)),
         "bias": any(name.rpartition(".")[2] == "bias" for name, _ in base_parameters(model)),
     }

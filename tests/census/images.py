@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from census.case import Case
-from peftcore.architecture import text_config
-from peftcore.observation.inputs import BATCH, LENGTH, Facts
+from peftcore.model.inputs import BATCH, LENGTH, Facts
+from peftcore.plugin.architecture import text_config
 
 _TOKEN = ("image_token_id", "image_token_index")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from census import image_inputs, sound_inputs  # noqa: F401  they register changes
 from census.changes import CHANGES, of
-from peftcore.observation.inputs import BATCH, LENGTH, Facts, example_inputs
+from peftcore.model.inputs import BATCH, LENGTH, Facts, example_inputs
 
 
 def inputs(name: str, model: Any) -> dict[str, Any]:

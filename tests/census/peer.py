@@ -30,7 +30,7 @@ def served_by_peft(case: Case, method: str) -> bool:
 
 
 def _task(model: nn.Module) -> str:
-    known = peftcore.observation.detect(model).task_type
+    known = peftcore.model.detect(model).task_type
     if known:
         return known
     if getattr(model.config, "is_encoder_decoder", False):

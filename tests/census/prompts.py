@@ -15,7 +15,7 @@ from census import special
 from census.case import Case, Wrong, distance, run, same, tensors
 from census.instances import VOCABULARY
 from peftcore.engine import adapter_parameters, applied
-from peftcore.prompts.stand_ins import ordinary_token
+from peftcore.engine.prompts.stand_ins import ordinary_token
 
 VIRTUAL = 4  # tokens of a prompt or prefix
 SHORT, LONG, NEW = 5, 21, 3  # tokens of a row alone, of the batch it is padded to, and that are generated
@@ -25,7 +25,7 @@ def mixes(case: Case) -> bool:
     """Does a row's first token change the backbone's states of its last one?"""
     if "input_ids" not in case.inputs:
         return True
-    backbone = case.base.get_submodule(peftcore.observation.detect(case.base).backbone)
+    backbone = case.base.get_submodule(peftcore.model.detect(case.base).backbone)
     states: list[Tensor] = []
     handle = backbone.register_forward_hook(lambda module, args, output: states.append(next(tensors(output))))
     tokens = case.inputs["input_ids"].clone()
@@ -86,7 +86,7 @@ def definition(case: Case, notes: list[str]) -> None:
         return notes.append(f"definition: the base itself fails ({type(error).__name__})")
     model = case.model()
     peftcore.apply(model, "prompt-tuning", num_virtual_tokens=VIRTUAL)
-    embedding = model.get_submodule(peftcore.observation.detect(model).embedding)
+    embedding = model.get_submodule(peftcore.model.detect(model).embedding)
     with torch.no_grad():
         vectors = torch.nn.functional.embedding(own.flatten()[:count], embedding.weight)
         if type(embedding).forward is not nn.Embedding.forward:
@@ -121,7 +121,7 @@ def _cut(case: Case, count: int) -> Iterator[None]:
         output.last_hidden_state = output.last_hidden_state[:, count:]
         return output
 
-    found = peftcore.observation.detect(case.base)
+    found = peftcore.model.detect(case.base)
     backbone, embedding = case.base.get_submodule(found.backbone), case.base.get_submodule(found.embedding)
     whole = (m for m in backbone.modules() if hasattr(m, "encoder") and hasattr(m, "embeddings"))
     text = (m for m in whole if embedding in m.embeddings.modules())  # a tower of images has embeddings, too
@@ -215,7 +215,7 @@ def _by_hand(model: nn.Module, tokens: Tensor, padding: int = 0) -> dict[str, Te
     """The base's inputs in place of a soft prompt: its vectors, behind the padding of each row, and the tokens'."""
     vectors = next(iter(dict(adapter_parameters(model, "default")).values())).detach()
     with peftcore.disabled(model), torch.no_grad():
-        embedded = model.get_submodule(peftcore.observation.detect(model).embedding)(tokens)
+        embedded = model.get_submodule(peftcore.model.detect(model).embedding)(tokens)
     rows = [embedded[:, :padding], vectors.expand(len(tokens), -1, -1), embedded[:, padding:]]
     mask = torch.ones(len(tokens), len(vectors) + tokens.shape[1]).long()
     mask[:, :padding] = 0
@@ -269,7 +269,7 @@ def _vectors_in_place(case: Case, model: nn.Module, padding: int = 0) -> Iterato
             output[:, padding : padding + VIRTUAL] = vectors
         return output
 
-    embedding = case.base.get_submodule(peftcore.observation.detect(case.base).embedding)
+    embedding = case.base.get_submodule(peftcore.model.detect(case.base).embedding)
     handle = embedding.register_forward_hook(put)
     try:
         yield

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from census.changes import of
-from peftcore.observation.inputs import BATCH, LENGTH, Facts
+from peftcore.model.inputs import BATCH, LENGTH, Facts
 
 
 @of("MusicgenForCausalLM", "MusicgenMelodyForCausalLM", "MusicgenModel", "MusicgenMelodyModel")

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 import peftcore
 from peftcore.cli import app as application, console
 from peftcore.plugin import Command, hookimpl
-from peftcore.plugin_discovery import Plugin
-from peftcore.registry import registry
+from peftcore.plugin.discovery import Plugin
+from peftcore.plugin.registry import registry
 
 
 def test_plugins_show_what_is_broken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,9 +271,8 @@ def test_commands_of_another_type_are_refused(register: Any, answer: Any) -> Non
     ],
 )
 def test_a_command_in_a_package_that_is_missing(before: str, message: str) -> None:
-    code = (
-        f"from peftcore import plugin_discovery; {before}\nfrom peftcore.cli.app import run; run(['compare', '--help'])"
-    )
+    code = f"from peftcore.plugin import discovery as plugin_discovery; {before}\n"
+    code += "from peftcore.cli.app import run; run(['compare', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.strip()) == (1, message)
 
@@ -299,7 +298,7 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
 
 def test_no_plugin_is_imported_for_a_command_of_the_core() -> None:
     code = (
-        "import sys; from peftcore.cli.app import build; from peftcore import plugin_discovery\n"
+        "import sys; from peftcore.cli.app import build; from peftcore.plugin import discovery as plugin_discovery\n"
         "plugin_discovery.entry_points = None\nbuild(['train', '--help'])"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

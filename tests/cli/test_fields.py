@@ -103,7 +103,7 @@ def test_errors(settings: list[str], message: str) -> None:
 def test_every_installed_config_can_be_described() -> None:
     import typing
 
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     for method in registry.methods().values():
         assert all(describe(hint) for hint in typing.get_type_hints(method.config_class).values())

@@ -10,7 +10,7 @@ import pytest
 from support.commands import Run
 from support.imports import CORE, ROOT
 
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 
 # Packages of plugins/ without a method.
 TOOLS = {

@@ -14,8 +14,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, parametrize
 
 import peftcore
-from peftcore.adaptation.base_modules import original_class
 from peftcore.engine import adapter_modules, set_trainable
+from peftcore.model.base_modules import original_class
 from peftcore.plugin import Train
 from peftcore.testing import disturb
 

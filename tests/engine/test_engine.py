@@ -10,7 +10,7 @@ from torch import nn
 import peftcore
 from peftcore.engine import adapter_parameters, applied, set_trainable
 from peftcore.plugin import After, Around, Train
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 from peftcore.testing.families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -215,7 +215,7 @@ def test_refusals_leave_the_model_alone(call, message: str) -> None:
 
 
 @pytest.mark.parametrize("has_other", [False, True])
-@pytest.mark.parametrize("step", ["adaptation.adapted.attach", "engine.trained.mark_as_loaded"])
+@pytest.mark.parametrize("step", ["engine.adaptation.adapted.attach", "engine.trained.mark_as_loaded"])
 def test_an_apply_that_fails_midway_leaves_the_model_as_it_was(step: str, has_other: bool, monkeypatch) -> None:
     model = peftcore.apply(tiny.llama(), "around", adapter="other") if has_other else tiny.llama()
     outputs, keys, classes = tiny.logits(model), list(model.state_dict()), list(map(type, model.modules()))

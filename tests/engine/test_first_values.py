@@ -44,7 +44,7 @@ def from_data(model: nn.Module, adapters: Any, config: Any, batches: Any) -> Non
         assert not x.requires_grad and not model.training
         sums[path] += x.square().mean() / len(BATCHES)
 
-    peftcore.observation.inputs_of(model, adapters, batches, add)
+    peftcore.model.inputs_of(model, adapters, batches, add)
     torch.rand(7)
     for path, adapter in adapters.items():
         adapter.gain.copy_(sums[path])
@@ -123,7 +123,7 @@ def test_statistics_do_not_move() -> None:
 
 def test_the_problem_type_that_labels_imply_is_not_kept() -> None:
     def labelled(model: nn.Module, adapters: Any, config: Any, batches: Any) -> None:
-        peftcore.observation.run(model, batches[0])
+        peftcore.model.run(model, batches[0])
         assert model.config.problem_type == "single_label_classification"
 
     model = tiny.bert_classifier()

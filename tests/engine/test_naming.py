@@ -8,7 +8,7 @@ from support import mixtures, tiny
 
 import peftcore
 from peftcore.plugin import Around, OnWeight, StateRules
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 
 
 def raising(*_):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.plugin import disturb
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 
 GROUPS, WIDTH = 4, 8
 RIGHT: dict[str, dict[str, Any]] = {

@@ -302,6 +302,9 @@ def test_layers_in_turn() -> None:
 
 
 def test_layers_in_turn_pass_the_conformance_suite() -> None:
-    reasons = {"resume is exact": "which layers train is not saved: all do in the first step after resuming"}
+    reasons = {
+        "resume is exact": "which layers train is not saved: all do in the first step after resuming",
+        "a file of a dense base on a quantized one (NF4), and the reverse": "it trains the weights that NF4 packs",
+    }
     with tiny.installed(LAYERS_IN_TURN):
         check_method(LayersInTurnConfig(), families=["Llama"], not_applicable=reasons)

@@ -15,7 +15,7 @@ from support.exported import apply, llama, logits, tokenizer
 
 import peftcore
 from peftcore.plugin import Exporter, PeftcoreError, adapter_products, base_tensors, hookimpl
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 
 # --- a user's module: the whole of a new format ----------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ import pytest
 from support import peft_defaults, tiny
 
 import peftcore
-from peftcore.files.peft_fields import DEFAULTS, config_of_fields, defaults, peft_version, says_something
 from peftcore.plugin import StateRules
+from peftcore.plugin.peft_fields import DEFAULTS, config_of_fields, defaults, peft_version, says_something
 
 
 def test_the_file_is_what_the_installed_peft_says() -> None:

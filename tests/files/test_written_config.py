@@ -12,7 +12,7 @@ from support import against_peft, tiny
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.observation.inputs import example_inputs
+from peftcore.model.inputs import example_inputs
 from peftcore.testing import disturb
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 96}

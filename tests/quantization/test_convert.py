@@ -12,11 +12,11 @@ from support.quantized import INPUTS, gpt2, llama, logits, of_bnb
 from torch import nn
 
 import peftcore
-from peftcore.adaptation.base_modules import original_class
+from peftcore.model.base_modules import original_class
+from peftcore.model.weight_formats import weight_format
 from peftcore.ops import huge_pages
+from peftcore.plugin.registry import registry
 from peftcore.quantization import QuantizedLinear, convert, quantized_layers
-from peftcore.registry import registry
-from peftcore.weight_formats import weight_format
 
 
 def kinds(model):

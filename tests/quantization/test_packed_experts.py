@@ -12,11 +12,11 @@ from support.mixtures import FAMILIES, INPUTS, mixture
 from torch import nn
 
 import peftcore
-from peftcore.adaptation.base_modules import original_class
-from peftcore.observation import detect
+from peftcore.model import detect
+from peftcore.model.base_modules import original_class
+from peftcore.model.targets.coverage import coverage
 from peftcore.quantization import PackedParameters, QuantizedLinear, quantized_experts, quantized_layers
 from peftcore.quantization.format import from_tensors
-from peftcore.targets.coverage import coverage
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -19,7 +19,7 @@ from torch import nn
 
 import peftcore
 from peftcore.plugin import PeftcoreError, WeightFormat, hookimpl, original_class
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 
 PAGE = Path(__file__).parents[2] / "docs/plugins.md"
 WIDE = {"intermediate_size": 128, "num_hidden_layers": 1}  # rows are whole groups of 64

@@ -117,7 +117,7 @@ def same_layer(make: Any, x: Tensor, folder: Path, config: peft.PeftConfig, meth
 
 def trained_by_peft(model: nn.Module, config_class: type, **fields: Any) -> nn.Module:
     """A model of PEFT's with four virtual tokens, whose values are not those of the start."""
-    task = peftcore.observation.detect(model).task_type
+    task = peftcore.model.detect(model).task_type
     config = config_class(task_type=task, num_virtual_tokens=4, **fields)
     return moved(quiet(peft.get_peft_model, model, config).eval())
 

@@ -1,4 +1,4 @@
-"""What engines and divided bases do with eight kinds of methods: tests/parallel/engines.csv, and the table made of it.
+"""What engines and divided bases do with eight kinds of methods: engines.csv of tests/distributed, and its table.
 
 Tests call `check` with what they have measured or read. `python -m support.engine_table` in tests/ writes the table in
 docs/distributed.md; a test fails when that is stale. To record a line: its test with PEFTCORE_WRITE_ENGINES=1.
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FACTS = Path(__file__).parents[1] / "parallel" / "engines.csv"
+FACTS = Path(__file__).parents[1] / "distributed" / "engines.csv"
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 START, END = "<!-- engines: made by `python -m support.engine_table` -->", "<!-- end of engines -->"
 WRITING = "PEFTCORE_WRITE_ENGINES"

@@ -19,7 +19,7 @@ class Gain(tiny.Scaled):
 
 def method_of(adapter: type[nn.Module], **changes: Any) -> Method:
     def place(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
-        layers = peftcore.targets.select(model, architecture, target_modules="all-linear")
+        layers = peftcore.model.targets.select(model, architecture, target_modules="all-linear")
         return [Around(path, adapter(config.value)) for path in layers]
 
     return tiny.method("faulty", place, **changes)

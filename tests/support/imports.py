@@ -20,7 +20,7 @@ def _modules() -> dict[str, Path]:
 
 MODULES = _modules()
 HOMES = {name: getattr(peftcore, name).__module__ for name in peftcore.__all__ if name != "hookimpl"} | {
-    "hookimpl": "peftcore.hookspecs"
+    "hookimpl": "peftcore.plugin.hooks"
 }
 
 

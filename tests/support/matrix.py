@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 from peftcore.testing import CHECKS, COMPILE, FAMILIES, PEFT_READS, PEFT_WRITES, Report, check_method
 from peftcore.testing.families import families_of
 from support.whole_run import WHOLE

@@ -1,4 +1,4 @@
-"""Write `peftcore/files/peft_defaults.json` from the installed PEFT: `python -m support.peft_defaults` in tests/."""
+"""Write `peftcore/plugin/peft_defaults.json` from the installed PEFT: `python -m support.peft_defaults` in tests/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from peftcore.files.peft_fields import COMMON, DEFAULTS, EMPTY
+from peftcore.plugin.peft_fields import COMMON, DEFAULTS, EMPTY
 
 
 def of_installed() -> dict[str, Any]:

@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import peftcore
-from peftcore import ranks
 from peftcore.estimating import Step, loop
 from peftcore.estimating.checkpointing import checkpoint
 from peftcore.estimating.prediction import KEPT, KERNELS, KINDS
+from peftcore.plugin import ranks
 
 
 def predicted(found: peftcore.Estimate) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.observation import observe, share_facts
+from peftcore.model import observe, share_facts
 from peftcore.plugin import (
     Adapter,
     After,
@@ -28,7 +28,7 @@ from peftcore.plugin import (
     Train,
     hookimpl,
 )
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 from peftcore.testing import tiny_llama
 
 TOKENS = torch.tensor([[5, 17, 3, 60, 41, 22, 9], [8, 4, 77, 31, 2, 50, 63]])
@@ -238,7 +238,7 @@ class Vectors(nn.Module):
 
 
 def _paths(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[str]:
-    return list(peftcore.targets.select(model, architecture, target_modules=config.target_modules))
+    return list(peftcore.model.targets.select(model, architecture, target_modules=config.target_modules))
 
 
 def _around(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[Any]:
@@ -275,7 +275,7 @@ def _train(model: nn.Module, config: ToyConfig, architecture: Architecture) -> l
 
 def _shared(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[Any]:
     paths = _paths(model, config, architecture)
-    inputs, outputs = peftcore.targets.sizes(model.get_submodule(paths[0]))
+    inputs, outputs = peftcore.model.targets.sizes(model.get_submodule(paths[0]))
     bank = Bank(inputs, outputs)
     return [Around(path, Banked(bank)) for path in paths]
 

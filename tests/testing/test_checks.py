@@ -193,7 +193,7 @@ def test_layers_that_are_left_out_in_silence() -> None:
     """Of experts the matrices are no linear layers; of T5 one of the two stacks is forgotten."""
 
     def linear(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
-        paths = [path for path, module in peftcore.targets.base_modules(model) if isinstance(module, nn.Linear)]
+        paths = [path for path, module in peftcore.model.targets.base_modules(model) if isinstance(module, nn.Linear)]
         return [Around(path, Gain(config.value)) for path in paths if not path.startswith("decoder")]
 
     method = tiny.method("silent", linear)
@@ -238,7 +238,7 @@ def test_an_after_step_that_does_not_resume() -> None:
 def only_llama(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
     if model.config.model_type != "llama":
         raise peftcore.PeftcoreError("it is for Llama alone")
-    layers = peftcore.targets.select(model, architecture, target_modules="all-linear")
+    layers = peftcore.model.targets.select(model, architecture, target_modules="all-linear")
     return [Around(path, Gain(config.value)) for path in layers]
 
 
@@ -259,7 +259,9 @@ def test_an_excuse_that_nothing_needs_fails() -> None:
 
 
 def test_a_wrong_merge_is_no_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peftcore.merging.merge.merged_layers", lambda *_, **__: [])  # merges nothing, in silence
+    monkeypatch.setattr(
+        "peftcore.engine.merging.merge.merged_layers", lambda *_, **__: []
+    )  # merges nothing, in silence
     found = failed(method_of(Gain), MERGE, not_applicable={MERGE: "it cannot be merged"})
     assert "merged: differs by" in str(found)
 
@@ -296,7 +298,7 @@ def test_what_place_computes_from_a_weight_must_be_saved(saved: bool) -> None:
 
     def place(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
         placements = []
-        for path, layer in peftcore.targets.select(model, architecture, target_modules="all-linear").items():
+        for path, layer in peftcore.model.targets.select(model, architecture, target_modules="all-linear").items():
             weight = weight_format(layer).read(layer).detach()
             placements.append(Around(path, Sparse(weight.abs().flatten().topk(20)[1], saved)))
         return placements

@@ -10,7 +10,7 @@ from typing import Any
 
 from peftcore.cli import task_names
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.validation import check_types, shown
+from peftcore.plugin.validation import check_types, shown
 
 TASK_FILE = "peftcore_task.json"
 _LABELS = 1_000  # above this, the adapter's head is checked before the base gets one
@@ -76,7 +76,7 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         PeftcoreError: the folder has no adapter, or one for a task that no command runs.
     """
     from peftcore.files.reading import fields_of_folder
-    from peftcore.files.safe_reading import JSON_BYTES, parse_json, read_bytes
+    from peftcore.plugin.safe_reading import JSON_BYTES, parse_json, read_bytes
 
     refuse_other_folders(folder)
     given = tuple(part.strip() for part in labels.split(",")) if labels else ()

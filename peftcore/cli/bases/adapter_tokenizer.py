@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftcore.cli.bases.adapter_folders import TEMPLATE_CHARACTERS
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.files.safe_reading import JSON_BYTES, parse_json, read_bytes, require_regular
+from peftcore.plugin.safe_reading import JSON_BYTES, parse_json, read_bytes, require_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

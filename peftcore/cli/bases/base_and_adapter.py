@@ -105,8 +105,8 @@ def _is_packed(model: PreTrainedModel) -> bool:
 
 def _is_read_only(model: PreTrainedModel) -> bool:
     """Return whether layers have a plugin's weight format that stores no other values than those of its checkpoint."""
-    from peftcore.adaptation.base_modules import base_modules
-    from peftcore.weight_formats import find_weight_format
+    from peftcore.model.base_modules import base_modules
+    from peftcore.model.weight_formats import find_weight_format
 
     formats = (find_weight_format(module) for _, module in base_modules(model))
     return any(each is not None and each.decode and each.plain and not each.quantize for each in formats)

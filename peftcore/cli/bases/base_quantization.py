@@ -12,7 +12,7 @@ from peftcore.cli.bases.adapter_folders import AdapterTask, Quantization, adapte
 from peftcore.cli.bases.models import empty_model
 from peftcore.cli.fields import text_of
 from peftcore.errors import PeftcoreError
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 
 if TYPE_CHECKING:
     import torch
@@ -150,10 +150,10 @@ def by_method(
 
     The method prepares a base without weights to find out. A base loaded that way is never dense as a whole.
     """
-    from peftcore.adaptation.base_modules import base_modules
+    from peftcore.model.base_modules import base_modules
+    from peftcore.model.weight_formats import find_weight_format
     from peftcore.quantization import quantized_experts, quantized_layers
     from peftcore.quantization.quantizable import selected, selected_experts
-    from peftcore.weight_formats import find_weight_format
 
     found = registry.method(method)
     if found.prepare is None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftcore import ops, ranks
+from peftcore import ops
 from peftcore.cli import task_names
 from peftcore.cli.bases import adapter_folders, device_choice, gguf_file, models
 from peftcore.cli.bases.precision import base_dtype
@@ -25,6 +25,7 @@ from peftcore.cli.options import FULL
 from peftcore.cli.settings import Settings
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.step import MIXED
+from peftcore.plugin import ranks
 
 AUTO, WIDE = "auto", "fp32"
 TRAINED = "parameters of the base are trained, and {dtype} would round away small updates"
@@ -95,7 +96,7 @@ def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
 
 def stored_dtype(config: Any) -> str | None:
     """Return the dtype that a transformers config states for its checkpoint, as `--dtype` names it, or None."""
-    from peftcore.architecture import text_config
+    from peftcore.plugin.architecture import text_config
 
     found = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     names = {WIDE: "float32", **device_choice.HALVES}

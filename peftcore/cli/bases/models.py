@@ -20,7 +20,7 @@ from peftcore.cli.bases.device_choice import HALVES, torch_device, torch_dtype, 
 from peftcore.cli.console import note, require, warn
 from peftcore.cli.tasks import conversations, image_chats, speech
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

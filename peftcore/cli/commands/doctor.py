@@ -96,7 +96,7 @@ def _experts(has_kernels: bool, level: str | None) -> str:
 
 
 def _plugins(missing: list[str]) -> list[tuple[str, str]]:
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

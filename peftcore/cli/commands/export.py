@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftcore.cli.bases.adapter_folders import AdapterTask
-    from peftcore.exporter import Exporter
-    from peftcore.plugin_discovery import Plugin
+    from peftcore.plugin.discovery import Plugin
+    from peftcore.plugin.exporter import Exporter
 
 EXAMPLES = (
     "peftcore export",
@@ -122,7 +122,7 @@ class _Work:
         """Write the model with its current weights."""
         import peftcore
         from peftcore import exporting
-        from peftcore.registry import registry
+        from peftcore.plugin.registry import registry
 
         values = exporting.options_of(self.exporter, self.options)
         named = {each.name: getattr(values, each.name) for each in dataclasses.fields(values)}
@@ -133,7 +133,7 @@ class _Work:
         self._add(path, "model")
 
     def _add(self, path: Path, part: str) -> None:
-        from peftcore.registry import registry
+        from peftcore.plugin.registry import registry
 
         label = f"{path} ({path.stat().st_size / 1e6:.1f} MB)" if path.is_file() else str(path)
         with registry.naming(self.plugin, "usage"):
@@ -148,7 +148,7 @@ class _Work:
 def _list_formats() -> None:
     """Print the installed formats, their parts and options."""
     import peftcore.exporting  # noqa: F401  # registers the core's formats
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     def options(exporter: Exporter) -> str:
         fields = (each for each in dataclasses.fields(exporter.options) if each.name not in _FROM_THE_RUN)
@@ -183,7 +183,7 @@ def _refuse_part(
     exporter: Exporter, only: str | None, adapter: Path | None, model: str | None, convert: int | None
 ) -> None:
     """Raise a PeftcoreError if the format does not have the part to write, or the adapter to write is missing."""
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     if only is not None and only not in exporter.parts:
         raise PeftcoreError(
@@ -247,7 +247,7 @@ def complete_or_removed(folder: Path, paths: list[Path]) -> Iterator[None]:
 def _converted(model: PreTrainedModel, rank: int | None) -> str:
     """Return the name of the adapter to write: the model's adapter, or a low-rank approximation of it."""
     import peftcore
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     names = [each.name for each in peftcore.summary(model).adapters]
     if len(names) != 1:

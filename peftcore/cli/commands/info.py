@@ -43,10 +43,10 @@ def _show(adapter: Path) -> None:
     from peftcore.errors import CheckpointError, PluginError
     from peftcore.files.folder import read_tensors
     from peftcore.files.metadata import BASE, VERSION, own_fields
-    from peftcore.files.peft_fields import config_of_fields, with_own
     from peftcore.files.reading import fields_of_folder, method_of_folder
-    from peftcore.files.safe_reading import CONFIG, TENSORS
     from peftcore.files.single_file import parts_of_file
+    from peftcore.plugin.peft_fields import config_of_fields, with_own
+    from peftcore.plugin.safe_reading import CONFIG, TENSORS
 
     single = parts_of_file(adapter)
     if single is not None:
@@ -119,7 +119,7 @@ def _counts(tensors: Mapping[str, Tensor]) -> str:
 
 def of_experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
     """Return rows about parameters `[experts, out, in]`, which are adapted by name: A is `[experts · r, in]`."""
-    from peftcore.targets import pattern_value
+    from peftcore.model.targets import pattern_value
 
     given = fields.get("target_parameters")
     by_module: dict[str, list[str]] = {}

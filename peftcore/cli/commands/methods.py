@@ -36,7 +36,7 @@ def methods(
     trust_remote_code: options.TrustRemoteCode = False,  # the application reads it
 ) -> None:
     """List the installed methods, those that work on a model, or the fields of one for --set."""
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     if name is not None and for_ is not None:
         fail(f"--for tries every method. Leave out '{name}', or use `peftcore plan` for a single method")

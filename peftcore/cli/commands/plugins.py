@@ -12,7 +12,7 @@ EXAMPLES = ("peftcore plugins",)
 
 def plugins() -> None:
     """List the installed plugins; broken ones with the reason."""
-    from peftcore.registry import STRICT, registry
+    from peftcore.plugin.registry import STRICT, registry
 
     # The list shows broken plugins and must not fail because of them.
     strict = os.environ.pop(STRICT, None)

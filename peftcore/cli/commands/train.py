@@ -149,12 +149,12 @@ def train(
     if task in task_names.COMPARED:
         require("trl", extra="dpo")
     base_files.quiet_transformers()
-    from peftcore import ranks
     from peftcore.cli.bases import base_files, base_quantization
     from peftcore.cli.training import best_checkpoint, reporting, torchrun, training_data, training_run
-    from peftcore.integrations.trainer import latest_checkpoint
+    from peftcore.plugin import ranks
+    from peftcore.plugin.registry import registry
     from peftcore.quantization import find_type
-    from peftcore.registry import registry
+    from peftcore.training.integrations.trainer import latest_checkpoint
 
     best_checkpoint.check(given, task)
     services = reporting.services(display.report_to)

@@ -33,8 +33,8 @@ from peftcore.cli.tasks.encoded_examples import Encoded, Example, batches_of, in
 from peftcore.cli.tasks.evaluation_mode import evaluating
 from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.tasks.text_generation import first_token
-from peftcore.engine.loss_without_logits import evaluated_without_logits
 from peftcore.errors import PeftcoreError
+from peftcore.training.loss_without_logits import evaluated_without_logits
 
 
 def encode(

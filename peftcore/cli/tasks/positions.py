@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from peftcore.errors import PeftcoreError
-from peftcore.observation.positions import count as count
+from peftcore.model.positions import count as count
 
 
 def check(model: nn.Module, tokens: int, advice: str = "Pass --max-length {}") -> None:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peftcore import ranks
 from peftcore.cli import task_names
 from peftcore.cli.console import say, warn
 from peftcore.cli.tasks import generations, metrics
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.integrations.trainer import is_complete
+from peftcore.plugin import ranks
+from peftcore.training.integrations.trainer import is_complete
 
 if TYPE_CHECKING:
     from peftcore.cli.settings import RunOptions

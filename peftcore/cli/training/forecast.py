@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import peftcore
-from peftcore import ranks
 from peftcore.cli import task_names
 from peftcore.cli.bases import base_quantization, device_choice, dtype_choice, models, precision as precisions
 from peftcore.cli.console import say
@@ -29,6 +28,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.estimating import NotFollowed, Range, memory_here
 from peftcore.estimating.choosing import PAGED, PLAIN
 from peftcore.estimating.step import MIXED
+from peftcore.plugin import ranks
 from peftcore.quantization.convert import give_back_freed
 
 if TYPE_CHECKING:

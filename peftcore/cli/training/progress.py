@@ -22,10 +22,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from peftcore import ranks
 from peftcore.cli.bases.adapter_folders import AdapterTask
 from peftcore.cli.console import out, say, warn
 from peftcore.errors import PeftcoreError
+from peftcore.plugin import ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -38,7 +38,7 @@ def join(parallel: str | None, device: str) -> None:
     on_cuda = named.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(_own_card(named))
-    from peftcore.parallel import start
+    from peftcore.distributed import start
 
     start("nccl" if on_cuda else "gloo")
     if distributed.get_rank() > 0:
@@ -64,6 +64,6 @@ def _own_card(device: torch.device) -> int:
 def leave() -> None:
     """Leave the distributed run, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
-        from peftcore.parallel import finish
+        from peftcore.distributed import finish
 
         finish()

@@ -19,8 +19,8 @@ from peftcore.cli.tasks.metrics import Metrics
 from peftcore.cli.training.sampler import LengthGroupedSampler
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
-from peftcore.integrations.reference_model import reference_model
-from peftcore.integrations.trainer_optimizer import bare_model
+from peftcore.training.integrations.reference_model import reference_model
+from peftcore.training.integrations.trainer_optimizer import bare_model
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # mixin before one of several trainers
 

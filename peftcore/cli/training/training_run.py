@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, set_seed
 
 import peftcore
-from peftcore import ranks
 from peftcore.cli import task_names
 from peftcore.cli.bases import adapter_folders, base_quantization, models, precision
 from peftcore.cli.bases.adapter_folders import AdapterTask
@@ -58,11 +57,11 @@ from peftcore.cli.training.run_result import Result, Stopped
 from peftcore.cli.training.sampler import LengthGroupedSampler
 from peftcore.cli.training.training_data import Examples
 from peftcore.engine import takes_batches
-from peftcore.engine.fusing import fused_modules
-from peftcore.engine.loss_without_logits import is_without_logits
+from peftcore.engine.fused import fused_modules, is_without_logits
+from peftcore.engine.merging.merged_layers import mergeable
 from peftcore.errors import PeftcoreError
-from peftcore.integrations.trainer import latest_checkpoint
-from peftcore.merging.merged_layers import mergeable
+from peftcore.plugin import ranks
+from peftcore.training.integrations.trainer import latest_checkpoint
 
 
 def run(

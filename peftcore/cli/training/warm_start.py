@@ -18,8 +18,8 @@ from peftcore.cli.bases.adapter_folders import TASK_FILE, AdapterTask
 from peftcore.cli.fields import text_of
 from peftcore.cli.settings import RUN_FILE, Settings
 from peftcore.errors import PeftcoreError
-from peftcore.files.safe_reading import JSON_BYTES, parse_json, read_bytes
-from peftcore.validation import check_types
+from peftcore.plugin.safe_reading import JSON_BYTES, parse_json, read_bytes
+from peftcore.plugin.validation import check_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
         PeftcoreError: there is no adapter, `method` does not read it, or it is in `output`.
     """
     from peftcore.files.reading import method_of_folder
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     if folder.resolve().is_relative_to(output.resolve()):
         raise PeftcoreError(
@@ -140,7 +140,7 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
     import peftcore
     from peftcore import engine
     from peftcore.files.reading import read_adapter
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     folder, method = Path(str(settings.adapter)), registry.method(settings.method)
     named = None if method.recorded_as is not None else method.name

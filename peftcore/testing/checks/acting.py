@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.adaptation.base_modules import base_parameters
-from peftcore.adaptation.class_swap import BUILT
-from peftcore.adapter import neutral_of
-from peftcore.architecture import Sublayer
 from peftcore.engine import adapter_modules, adapter_parameters, applied, set_trainable
-from peftcore.experts import experts_layout
-from peftcore.observation import detect
-from peftcore.targets.coverage import coverage
+from peftcore.engine.adaptation.class_swap import BUILT
+from peftcore.model import detect
+from peftcore.model.base_modules import base_parameters
+from peftcore.model.experts import experts_layout
+from peftcore.model.targets.coverage import coverage
+from peftcore.plugin.adapter import neutral_of
+from peftcore.plugin.architecture import Sublayer
 from peftcore.testing.case import Case, close, differs, logits, loss_of, same, train
 from peftcore.testing.checks.register import check
 

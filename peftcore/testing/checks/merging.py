@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.adaptation.base_modules import base_parameters
 from peftcore.engine import adapter_parameters
+from peftcore.model.base_modules import base_parameters
 from peftcore.testing.case import Case, close, logits, loss_of, merge_exactly, same
 from peftcore.testing.checks.register import check
 from peftcore.testing.other import add_other, other_method

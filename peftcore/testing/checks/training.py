@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.adaptation.base_modules import base_parameters
 from peftcore.engine import adapter_parameters
-from peftcore.experts import experts_layout
+from peftcore.model.base_modules import base_parameters
+from peftcore.model.experts import experts_layout
 from peftcore.testing.case import Case, close, disturb, first_output, logits, loss_of, optimizer_of, same, train
 from peftcore.testing.checks.register import check
 

@@ -50,7 +50,7 @@ class AdapterConfig:
         inv_adapter_output: False: leave out the inverse.
         layers_to_transform: indices of the layers with bottlenecks; None: all.
         target_modules: modules to put bottlenecks after (or parallel to), instead of the known sublayers;
-            exclude_modules, layers_pattern: see `peftcore.targets.select`.
+            exclude_modules, layers_pattern: see `peftcore.model.targets.select`.
         modules_to_save: modules that are also trained, in full. None: a classifier's head.
     """
 

@@ -10,8 +10,7 @@ forward and in backward.
 
 from __future__ import annotations
 
-from peftcore.integrations.late_import import when_imported
-from peftcore.plugin import WeightFormat, hookimpl
+from peftcore.plugin import WeightFormat, hookimpl, when_imported
 from peftcore_aqlm.layer import (
     AqlmLinear as AqlmLinear,
     decode,

@@ -269,7 +269,7 @@ def test_commands_that_would_quantize_it_again_say_how_it_is_read(tmp_path: Path
 
 
 def test_without_the_package_an_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     write_folder(tmp_path)
     plugins = [each for each in registry.plugins() if each.distribution != "peftcore-aqlm"]

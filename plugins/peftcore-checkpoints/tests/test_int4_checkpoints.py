@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.cli import task_names
 from peftcore.cli.bases import models
+from peftcore.plugin.registry import registry
 from peftcore.quantization import quantized_experts, quantized_layers
 from peftcore.quantization.checkpoint_layouts import find_layout
 from peftcore.quantization.convert import convert
-from peftcore.registry import registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -253,7 +253,7 @@ def test_mean_and_spread() -> None:
 
 
 def test_every_installed_method_and_the_whole_model_by_default() -> None:
-    from peftcore.registry import registry
+    from peftcore.plugin.registry import registry
 
     candidates = compare.parse_candidates(None, full=True)
     assert [candidate.method for candidate in candidates] == [*registry.methods(), "full"]

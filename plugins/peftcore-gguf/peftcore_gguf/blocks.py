@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.ops import PackedWeight
-from peftcore.plugin import PeftcoreError, base_modules
-from peftcore.quantization import PackedParameters
+from peftcore.plugin import PackedParameters, PeftcoreError, base_modules
 
 BLOCK = 32
 _ROUNDED = 2.0**-10  # of a number: what fp16 loses at most where it is not subnormal

@@ -58,7 +58,7 @@ class LoraConfig:
             saved instead. None: for experts selected by target_modules, r divided by the number of experts per token,
             at least 1, so that a token has the same total rank as elsewhere; for target_parameters, r.
         lora_dropout: dropout probability of the inputs of A.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.model.targets.select`.
             `all-linear` includes experts, whose weights are parameters [experts, out, in], unless target_parameters is
             given. Names that match no layer may match a module of experts, or its weight: `experts`, `gate_up_proj`.
         target_parameters: suffixes of parameters with two or three dimensions, such as `mlp.experts.down_proj`, in

@@ -70,7 +70,7 @@ def test_peft_reads_ours(case, tmp_path: Path) -> None:
 
 def test_ours_reads_peft(case, tmp_path: Path) -> None:
     ours, theirs, fields = case
-    task = peftcore.observation.detect(ours).task_type
+    task = peftcore.model.detect(ours).task_type
     fields = {"target_modules": "all-linear", **fields}
     theirs = quiet(peft.get_peft_model, theirs, peft.LoraConfig(task_type=task, **fields)).eval()
     generator = torch.Generator().manual_seed(2)

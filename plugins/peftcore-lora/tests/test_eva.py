@@ -15,7 +15,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore.engine import adapter_modules, applied
-from peftcore.observation import inputs_of
+from peftcore.model import inputs_of
 
 FIELDS: dict[str, Any] = {"r": 4, "init_lora_weights": "eva", "target_modules": ["q_proj", "down_proj"]}
 

@@ -125,7 +125,7 @@ NOTES = {
 def outcome(case: Case, folder: Path) -> str:
     """`works`, or the sentence with which the file is refused."""
     base = case.make()
-    task = peftcore.observation.detect(base).task_type
+    task = peftcore.model.detect(base).task_type
     config = quiet(peft.LoraConfig, task_type=task, **{"r": 4, **case.fields})
     theirs = moved(quiet(peft.get_peft_model, base, config).eval())
     quiet(theirs.save_pretrained, folder / "theirs")

@@ -14,8 +14,8 @@ from support.whole_run import nightly_but
 from torch import nn
 
 import peftcore
-from peftcore.adaptation.adapted import adapters_at
 from peftcore.engine import applied
+from peftcore.engine.adaptation.adapted import adapters_at
 from peftcore.plugin import disturb
 
 

@@ -320,7 +320,7 @@ def test_training_follows_the_composition_of_plain_operators(monkeypatch: pytest
         return found
 
     fused = losses()
-    monkeypatch.setattr(peftcore.adaptation.adapted.OwnForward, "linear_operands", lambda self, x: None)
+    monkeypatch.setattr(peftcore.engine.adaptation.adapted.OwnForward, "linear_operands", lambda self, x: None)
     plain = losses()
     assert fused[-1] < fused[0] - 0.2
     torch.testing.assert_close(fused, plain, rtol=2e-4, atol=0)

@@ -51,7 +51,7 @@ def test_against_peft_and_merged(case: str, tmp_path: Path) -> None:
         assert [path for path, _ in peftcore.engine.adapter_modules(model, "default")] == ["model.embed_tokens"]
         return
     ours = peftcore.apply(tiny.MODELS[kind](), "lora", r=2, **fields)
-    task = peftcore.observation.detect(ours).task_type
+    task = peftcore.model.detect(ours).task_type
     both_ways(tiny.MODELS[kind], tmp_path, ours, peft.LoraConfig(task_type=task, r=2, **fields))
     acting = logits(ours)
     if case in ("apart", "the head alone"):

@@ -117,8 +117,8 @@ def test_the_file_is_a_lora_adapter(tmp_path: Path) -> None:
 
 
 def test_of_two_methods_one_reads_the_files() -> None:
-    from peftcore.files.peft_fields import method_of_fields
-    from peftcore.registry import registry
+    from peftcore.plugin.peft_fields import method_of_fields
+    from peftcore.plugin.registry import registry
 
     assert method_of_fields("a file", {"peft_type": "LORA"}).name == "lora"
     assert registry.method_of_config(QLoraConfig()).name == "qlora"

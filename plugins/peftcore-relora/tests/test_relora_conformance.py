@@ -30,4 +30,4 @@ def test_a_checkpoint_of_torch_distributed_is_refused() -> None:
     model = peftcore.apply(tiny.llama(), "relora")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(peftcore.PeftcoreError, match=r"adapters of relora grow in training.*peftcore\.save"):
-        peftcore.parallel.TrainingState(model, optimizer)
+        peftcore.distributed.TrainingState(model, optimizer)

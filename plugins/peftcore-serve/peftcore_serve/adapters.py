@@ -11,7 +11,7 @@ import peftcore
 from peftcore import PeftcoreError
 from peftcore.cli.bases import base_and_adapter
 from peftcore.files.reading import vocabulary_rows
-from peftcore.files.safe_reading import CONFIG, JSON_BYTES, read_bytes
+from peftcore.plugin import safe_reading
 from peftcore_serve.decoding import can_batch
 from peftcore_serve.folders import Folder, Stamp
 
@@ -104,7 +104,7 @@ class Adapters:
         self._active = None
         peftcore.load(self.model, folder.path, adapter=key, trainable=False)
         found = self.loaded[folder.name] = Loaded(key, folder.stamp, False)
-        config = bytes(read_bytes(folder.path / CONFIG, JSON_BYTES))
+        config = bytes(safe_reading.read_bytes(folder.path / safe_reading.CONFIG, safe_reading.JSON_BYTES))
         if self.batches and config not in self._tried:
             self._tried[config] = can_batch(self.model, self.activate, self.activate_alone, key)
         found.by_sample = self.batches and self._tried[config]

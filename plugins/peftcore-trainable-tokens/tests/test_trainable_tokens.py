@@ -34,7 +34,7 @@ MODELS = {**tiny.MODELS, "gemma": gemma}
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_files(kind: str, tmp_path: Path) -> None:
     make = MODELS[kind]
-    task = peftcore.observation.detect(make()).task_type
+    task = peftcore.model.detect(make()).task_type
     ours = peftcore.apply(make(), TrainableTokensConfig(token_indices=IDS))
     both_ways(make, tmp_path, ours, peft.TrainableTokensConfig(token_indices=IDS, task_type=task))
 

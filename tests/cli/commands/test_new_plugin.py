@@ -14,7 +14,7 @@ from support.whole_run import WHOLE, nightly_but
 
 import peftcore
 from peftcore.cli.commands.new_plugin import Kind, new_plugin, write
-from peftcore.registry import registry
+from peftcore.plugin.registry import registry
 from peftcore.testing import CHECKS, COMPILE, check_method
 
 

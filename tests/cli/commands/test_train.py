@@ -295,9 +295,7 @@ def test_first_values_come_from_the_examples_of_training(run: Run, llama: Path, 
 
     def initialize(model: Any, adapters: Any, config: Any, batches: Any) -> None:
         gradients: dict[str, torch.Tensor] = {}
-        peftcore.observation.gradients_of(
-            model, [f"{path}.weight" for path in adapters], batches, gradients.__setitem__
-        )
+        peftcore.model.gradients_of(model, [f"{path}.weight" for path in adapters], batches, gradients.__setitem__)
         for path, adapter in adapters.items():
             adapter.gain.add_(gradients[f"{path}.weight"].norm())
         seen.append((sum(len(batch["input_ids"]) for batch in batches), [a.gain.item() for a in adapters.values()]))

@@ -89,7 +89,8 @@ def test_misuse(run: Run, llama: Path, judges: Path, tmp_path: Path) -> None:
     )
     assert "does not exist" in refused("--reward", "none.py:f") and not (tmp_path / "no").exists()
     other = ("--task", "dpo", "--reward", "a.py:f", "-o", tmp_path / "no")
-    wrong = run("train", "-m", llama, "-d", path, *METHOD, *other, code=1).output
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8)
+    wrong = run("train", "-m", llama, "-d", pairs, *METHOD, *other, code=1).output
     assert "--reward judges the answers of --task grpo" in wrong
 
 

@@ -154,7 +154,6 @@ def test_a_student_comes_closer_to_its_teacher(llama: Path, teacher: Path, rows:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--task", "dpo"), "--teacher is for causal-lm, found task dpo"),
         (("--teacher-weight", "1.5"), "above 0 and at most 1, found 1.5"),
         (("--without-logits", "on"), "--teacher compares logits"),
     ],
@@ -164,6 +163,13 @@ def test_options_that_do_not_fit(
 ) -> None:
     arguments = ("--model", llama, "--data", rows, "--method", "lora", "-o", rows.parent / "run", "--teacher", teacher)
     assert message in run("train", *arguments, *options, code=1).output.replace("\n", " ")
+
+
+def test_a_teacher_is_for_causal_lm(llama: Path, teacher: Path, tmp_path: Path, run: Run) -> None:
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8)
+    arguments = ("--model", llama, "--data", pairs, "--method", "lora", "-o", tmp_path / "run", "--teacher", teacher)
+    output = run("train", *arguments, "--task", "dpo", code=1).output.replace("\n", " ")
+    assert "--teacher is for causal-lm, found task dpo" in output
 
 
 def test_a_weight_without_a_teacher_is_refused(llama: Path, rows: Path, run: Run) -> None:

@@ -10,7 +10,7 @@ import pytest
 from peftcore import PeftcoreError
 from peftcore.cli.settings import Settings
 from peftcore.cli.training import optim_options, trainer_arguments
-from peftcore.integrations.trainer_optimizer import optimizer_of
+from peftcore.training.integrations.trainer_optimizer import optimizer_of
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore import ranks
 from peftcore.engine import adapter_modules
-from peftcore.plugin import Around, StateRules, targets, weight_format
+from peftcore.plugin import Around, StateRules, ranks, targets, weight_format
 from peftcore.testing import disturb
 from support import tiny
 from support.ranks import work

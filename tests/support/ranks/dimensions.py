@@ -1,4 +1,4 @@
-"""What ranks of tests/parallel/test_tensor_parallel.py do where FSDP2 or experts' parallelism divides the base, too."""
+"""Ranks of tests/distributed/test_tensor_parallel.py where FSDP2 or experts' parallelism divides the base, too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import distributed
 
 import peftcore
-from peftcore import ranks
+from peftcore.plugin import ranks
 from peftcore.testing import disturb
 from support.ranks import work
 from support.ranks.bases import base

@@ -1,4 +1,4 @@
-"""What ranks of tests/parallel/test_experts.py do: LoRA on experts of which each rank has some."""
+"""What ranks of tests/distributed/test_experts.py do: LoRA on experts of which each rank has some."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
 
 import peftcore
-from peftcore import ranks
-from peftcore.plugin import OnWeight
+from peftcore.plugin import OnWeight, ranks
 from peftcore.testing import disturb
 from support import tiny
 from support.ranks import work
@@ -71,7 +70,7 @@ def of_experts(folder: str, way: str, targets: list[str]) -> dict[str, float]:
         found[f"gradients, {step}"] = farthest(values(spread, "grad"), wanted)
         norm = torch.nn.utils.clip_grad_norm_(trained(alone), 1e-2)
         assert norm > 1e-2
-        found[f"norm, {step}"] = (peftcore.parallel.clip_grad_norm_(trained(spread), 1e-2) - norm).abs().item()
+        found[f"norm, {step}"] = (peftcore.distributed.clip_grad_norm_(trained(spread), 1e-2) - norm).abs().item()
         found[f"clipped, {step}"] = farthest(values(spread, "grad"), values(alone, "grad"))
         for optimizer in optimizers:
             optimizer.step()

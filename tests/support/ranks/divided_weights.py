@@ -1,4 +1,4 @@
-"""What two ranks of tests/parallel/test_quantized.py do: 4-bit weights of which each rank has a part."""
+"""What two ranks of tests/distributed/test_quantized.py do: 4-bit weights of which each rank has a part."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import distributed, nn
 
 import peftcore
-from peftcore import ranks
-from peftcore.plugin import quantized_layers
+from peftcore.plugin import quantized_layers, ranks
 from peftcore.testing import disturb
 from support.ranks import work
 from support.ranks.bases import base

@@ -1,4 +1,4 @@
-"""How ranks begin and end, for tests/parallel: `finish`, restarts, and ranks that die in `save`."""
+"""How ranks begin and end, for tests/distributed: `finish`, restarts, and ranks that die in `save`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import distributed, nn
 
 import peftcore
-from peftcore import ranks
 from peftcore.engine import adapter_parameters
+from peftcore.plugin import ranks
 from support.ranks import work
 from support.ranks.work import mine, model, optimizer_of, step
 
@@ -70,11 +70,11 @@ def ended(how: str) -> dict[str, dict[str, int]]:
     step(found, mine(), optimizer_of(found))
     before = threads()
     if how.endswith(", finish"):
-        peftcore.parallel.finish()
-        peftcore.parallel.finish()  # there is nothing left to do
+        peftcore.distributed.finish()
+        peftcore.distributed.finish()  # there is nothing left to do
     elif how.endswith(", destroy, then finish"):
         distributed.destroy_process_group()
-        peftcore.parallel.finish()
+        peftcore.distributed.finish()
     else:
         distributed.destroy_process_group()
     return {"before": before, "after": threads()}
@@ -86,7 +86,7 @@ def failing_alone() -> str:
         try:
             raise ValueError("of rank 0")
         except ValueError as error:
-            peftcore.parallel.finish()
+            peftcore.distributed.finish()
             return str(error)
     return "waits"
 
@@ -96,7 +96,7 @@ def started_twice() -> list[tuple[bool, float]]:
     found = []
     for attempt in range(2):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
-        peftcore.parallel.start("gloo")
+        peftcore.distributed.start("gloo")
         store = distributed.distributed_c10d._get_default_store()
         stale = store.check(["address"])
         total = torch.ones(())

@@ -1,4 +1,4 @@
-"""What ranks do for tests/parallel/test_engines.py: each engine trains, saves and resumes eight kinds of methods."""
+"""What ranks do for tests/distributed/test_engines.py: each engine trains, saves and resumes eight kinds of methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
 
 import peftcore
-from peftcore import ranks
+from peftcore.plugin import ranks
 from support import trainers
 from support.engine_table import METHODS as NAMES, SAVED
 from support.ranks import work, zero3

@@ -11,8 +11,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 import peftcore
-from peftcore import ranks
 from peftcore.engine import adapter_parameters
+from peftcore.plugin import ranks
 
 
 def held_by_first(config: Any, count: int) -> dict[str, int]:

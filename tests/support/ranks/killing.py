@@ -1,4 +1,4 @@
-"""What two ranks of tests/parallel/test_killed.py do: one of them is killed in a training step, or in `save`.
+"""What two ranks of tests/distributed/test_killed.py do: one of them is killed in a training step, or in `save`.
 
 Each method has a pair of processes of its own, forked from the two ranks, which have no process group themselves.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 import peftcore
-from peftcore import ranks
+from peftcore.plugin import ranks
 from support.ranks.bases import base
 from support.ranks.meshes import METHODS, SKIP, Run, kind_of
 from support.ranks.work import farthest, values

@@ -1,4 +1,4 @@
-"""What the ranks of tests/parallel/test_mesh.py do: eight kinds of methods on bases that are divided in six ways."""
+"""What the ranks of tests/distributed/test_mesh.py do: eight kinds of methods on bases that are divided in six ways."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 import peftcore
-from peftcore import ranks
+from peftcore.plugin import ranks
 from peftcore.testing import disturb
 from support.ranks.bases import base
 from support.ranks.parts import attention_of_parts
@@ -129,7 +129,7 @@ class Run:
         self.optimizer.zero_grad()
 
     def joined(self) -> nn.Module:
-        return peftcore.parallel.join_stages(self.whole, self.part) if self.way == "pipeline" else self.whole
+        return peftcore.distributed.join_stages(self.whole, self.part) if self.way == "pipeline" else self.whole
 
 
 def optimizer_of(found: nn.Module) -> torch.optim.Optimizer:

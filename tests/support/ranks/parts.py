@@ -1,4 +1,4 @@
-"""What two ranks of tests/parallel/test_parts.py do: each has a stage of a pipeline, or a part of every sequence."""
+"""What two ranks of tests/distributed/test_parts.py do: each has a stage of a pipeline, or a part of every sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 import peftcore
-from peftcore import ranks
+from peftcore.plugin import ranks
 from peftcore.testing import disturb
 from support.ranks.tensor_parallel import logits, message_of
 from support.ranks.work import TOKENS, farthest, model, values
@@ -46,16 +46,16 @@ def piped(folder: str) -> dict[str, float | str]:
             optimizer.step()
             optimizer.zero_grad()
     found: dict[str, float | str] = {"before": farthest(values(whole), values(alone))}
-    peftcore.parallel.join_stages(whole, stage)
+    peftcore.distributed.join_stages(whole, stage)
     found["joined"] = farthest(values(whole), values(alone))
     peftcore.save(whole, folder)
     distributed.barrier()
     again = peftcore.load(peftcore.remove(alone), folder)
     found["loaded"] = (again(x) - whole(x)).abs().max().item()
-    found["a copy"] = message_of(lambda: peftcore.parallel.join_stages(whole, nn.Linear(2, 2)))
+    found["a copy"] = message_of(lambda: peftcore.distributed.join_stages(whole, nn.Linear(2, 2)))
     shared = layers("vblora", r=3, vector_length=4, num_vectors=11)
     part = nn.Sequential(*list(shared)[:3]) if ranks.rank() == 0 else nn.Sequential(*list(shared)[3:])
-    found["shared"] = message_of(lambda: peftcore.parallel.join_stages(shared, part))
+    found["shared"] = message_of(lambda: peftcore.distributed.join_stages(shared, part))
     return found
 
 

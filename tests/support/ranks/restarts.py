@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import peftcore
-from peftcore import ranks
 from peftcore.engine import adapter_parameters
+from peftcore.plugin import ranks
 from support import tiny
 
 ROWS = torch.randint(3, 90, (4, 7), generator=torch.Generator().manual_seed(3))

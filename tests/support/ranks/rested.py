@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import ranks
 from peftcore.engine import adapter_modules, adapter_parameters
-from peftcore.plugin import AdapterModules, Around, Train
+from peftcore.plugin import AdapterModules, Around, Train, ranks
 from peftcore.testing import disturb
 from support import tiny
 from support.ranks import work

@@ -17,7 +17,7 @@ import transformers.models.llama.modeling_llama
 import transformers.trainer  # noqa: F401
 
 import peftcore.cli.training.training_run
-import peftcore.parallel
+import peftcore.distributed
 import peftcore.testing
 from support.ranks import work  # noqa: F401
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import ops, ranks
+from peftcore import ops
+from peftcore.plugin import ranks
 from peftcore.quantization import quantized_layers
 from peftcore.testing import disturb
 from support import quantized

@@ -1,4 +1,4 @@
-"""What two ranks of tests/parallel/test_tensor_parallel.py do, each with half of the layers."""
+"""What two ranks of tests/distributed/test_tensor_parallel.py do, each with half of the layers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
 
 import peftcore
-from peftcore import ranks
-from peftcore.adaptation.chain import OwnForward
-from peftcore.adaptation.division import Division
+from peftcore.engine.adaptation.chain import OwnForward
+from peftcore.engine.adaptation.division import Division
 from peftcore.engine.state import state_of
-from peftcore.plugin import AdapterModules, After, AtModule, Link
+from peftcore.plugin import AdapterModules, After, AtModule, Link, ranks
 from peftcore.testing import disturb
 from support import tiny
 from support.ranks import work

@@ -1,4 +1,4 @@
-"""What ranks of tests/parallel/test_trainer.py do: transformers' Trainer on a base that tensor parallelism divides."""
+"""Ranks of tests/distributed/test_trainer.py: transformers' Trainer on a base that tensor parallelism divides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of the tests in tests/parallel do. In a module of its own, since their processes import it."""
+"""What the ranks of the tests in tests/distributed do. In a module of its own, since their processes import it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 import peftcore
-from peftcore import ranks
 from peftcore.engine import adapter_parameters, set_trainable
+from peftcore.engine.replicas import refuse_between_blocks
 from peftcore.files.loading import restore
-from peftcore.parallel import refuse_between_blocks
+from peftcore.plugin import ranks
 from peftcore.testing import disturb
 from support import tiny
 from support.mixtures import mixture

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 import peftcore
-from peftcore import ranks
 from peftcore.engine import adapter_parameters
 from peftcore.files.loading import restore
+from peftcore.plugin import ranks
 from support.ranks import bases, work
 from support.ranks.cases import CASES
 

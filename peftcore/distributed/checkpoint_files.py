@@ -1,0 +1,93 @@
+"""Lazy access to the tensors of a checkpoint by their names in the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import core_model_loading as loading
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from peftcore.errors import CheckpointError
+from peftcore.model.base_modules import base_parameters
+from peftcore.model.experts.conversion import expert_of, is_by_expert
+from peftcore.quantization.format import PARTS
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class CheckpointFiles:
+    """The tensors of a checkpoint, by their names in the model.
+
+    Args:
+        keys: their names in the files. experts: (the conversion that makes a parameter of the tensors of single
+            experts, their names in the model's order by its source patterns), by the parameter's name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files = folder, _files(folder)
+        self.keys = {name: name for name in self.files}
+        self.experts: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+        self._archives: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def rename(self, model: nn.Module) -> None:
+        """Take the names that transformers has for what is called otherwise in files of this class of model."""
+        if not hasattr(model, "base_model_prefix"):
+            return
+        known = {name for name, _ in (*base_parameters(model), *model.named_buffers())}
+        found = get_model_conversion_mapping(model)
+        renamings = [each for each in found if isinstance(each, loading.WeightRenaming)]
+        converters = [each for each in found if isinstance(each, loading.WeightConverter) and is_by_expert(each)]
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        self.keys = {}
+        for key in sorted(self.files, key=loading.dot_natural_key):
+            name = key if key in known else loading.apply_renamings(key, renamings)
+            target, pattern = (name, None) if name in known else loading.apply_converters(name, converters)
+            if pattern is None or target not in known:
+                self.keys[name] = key
+            else:
+                lists = self.experts.setdefault(target, (by_pattern[pattern], {}))[1]
+                lists.setdefault(pattern, []).append(key)
+
+    def stored(self, key: str) -> Any:
+        """Return the stored tensor with this name, to be sliced."""
+        file = self.files[key]
+        if file not in self._archives:
+            self._archives[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
+        return self._archives[file].get_slice(key)
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors that belong to a packed parameter, other than its bytes."""
+        there = {part: self.keys[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in self.keys}
+        return {part: self.stored(key)[...] for part, key in there.items()}
+
+    def by_expert(self, model: nn.Module, name: str, first: int, last: int) -> Iterator[Tensor]:
+        """Yield the experts [first, last) of a parameter."""
+        converter, lists = self.experts[name]
+        for i in range(first, last):
+            yield expert_of(converter, {p: self.stored(keys[i])[...] for p, keys in lists.items()}, name, model)
+
+    def close(self) -> None:
+        self._archives.clear()
+        self._stack.close()
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Return {tensor: file} of a checkpoint."""
+    if (folder / _INDEX).is_file():
+        files = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        for file in sorted(set(files.values())):
+            if not (folder / file).is_file():
+                raise CheckpointError(f"'{folder}' is not whole: '{file}', which its index names, is missing")
+        return files
+    if not (folder / _SINGLE).is_file():
+        raise CheckpointError(f"'{folder}' has neither {_SINGLE} nor {_INDEX}. Pass a local folder with safetensors")
+    with safe_open(folder / _SINGLE, framework="pt") as archive:
+        return dict.fromkeys(archive.keys(), _SINGLE)

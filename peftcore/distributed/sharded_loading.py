@@ -1,0 +1,247 @@
+"""Loading of a transformers model in shards: no rank ever has more than its shards and one weight in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.distributed.sharding import check_running, shard
+from peftcore.errors import CheckpointError, nearest
+from peftcore.model.base_modules import base_parameters
+from peftcore.ops.weight import MIN_BLOCKSIZE
+from peftcore.plugin import ranks
+from peftcore.plugin.layers import is_linear
+from peftcore.quantization.config_sync import sync_config
+from peftcore.quantization.convert import convert_dense
+from peftcore.quantization.format import FORMATS, PARTS, check_quant_type, from_tensors
+from peftcore.quantization.packed_experts import pack_experts
+from peftcore.quantization.parameters import (
+    PackedParameters,
+    check_experts,
+    joined_experts,
+    parameter_shape,
+    refuse_non_finite,
+)
+from peftcore.quantization.quantizable import selected, selected_experts
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.tensor import DTensor
+
+    from peftcore.distributed.checkpoint_files import CheckpointFiles
+
+_PARTS = tuple(f".{part}" for part in PARTS)  # suffixes of the other tensors of a packed parameter
+
+
+def load_sharded(
+    path: str | os.PathLike[str],
+    quant_type: str | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    mixed_precision: MixedPrecisionPolicy | None = None,
+    offload: bool = False,
+    reshard_after_forward: bool = True,
+    double_quant: bool = True,
+    skip: Sequence[str] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    blocksize: int = 64,
+    dtype: torch.dtype | None = None,
+    model_class: Any = None,
+) -> nn.Module:
+    """Read a model in shards onto the ranks of a distributed run. Collective.
+
+    The model is made on the meta device, sharded (`shard`), and filled tensor by tensor. Apply an adapter to it, then
+    call `shard` again, which copies the adapter to all ranks.
+
+    Args:
+        path: a local folder with safetensors in the model's own names, as `save_pretrained` writes it; experts may be
+            stored one by one.
+        quant_type: None keeps the weights as they are; the name of a 4-bit format, such as `nf4`, quantizes linear
+            layers and experts as they are read. Weights stored in one keep their bits in any case.
+        mesh, mixed_precision, offload, reshard_after_forward: as in `shard`.
+        double_quant, skip, compute_dtype, blocksize: as in `quantize`.
+        dtype: dtype of dense tensors; None: the checkpoint's.
+        model_class: class of the model; by default that of the checkpoint.
+
+    Raises:
+        CheckpointError: a file or a tensor is missing, or does not fit.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    from peftcore.distributed.checkpoint_files import CheckpointFiles
+
+    if quant_type is not None:
+        check_quant_type(quant_type)
+        double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
+    check_running()
+    folder = Path(path)
+    tensors = CheckpointFiles(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    named = (config.architectures or [None])[0]
+    model_class = model_class or getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        model = getattr(model_class, "_from_config", model_class)(config, dtype=dtype or config.dtype)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    model.config._name_or_path = os.fspath(path)
+    tensors.rename(model)
+    _make_quantized(model, tensors, quant_type, skip, double_quant, blocksize, compute_dtype)
+    shard(model, mesh, mixed_precision=mixed_precision, offload=offload, reshard_after_forward=reshard_after_forward)
+    device = torch.device("cpu") if offload else _device(model)
+    _materialize(model, device)
+    _read(model, tensors)
+    sync_config(model)
+    return model.eval()
+
+
+def _make_quantized(
+    model: nn.Module,
+    tensors: CheckpointFiles,
+    quant_type: str | None,
+    skip: Any,
+    double_quant: bool,
+    blocksize: int,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """Turn the layers that are or become 4 bits into quantized ones, on the meta device."""
+    packed = [name.partition(".quant_state.")[0] for name in tensors.keys if ".quant_state." in name]
+    chosen = set(selected(model, skip)) if quant_type is not None and not packed else set()
+    experts = selected_experts(model, skip, blocksize) if quant_type is not None and not packed else {}
+    for name in packed:
+        path, _, attribute = name.rpartition(".")
+        if attribute == "weight" and is_linear(model.get_submodule(path)):
+            chosen.add(path)
+        else:  # the blocks are the file's
+            experts.setdefault(path, {})[attribute] = MIN_BLOCKSIZE
+    for path in chosen:
+        convert_dense(model.get_submodule(path), quant_type or "nf4", double_quant, blocksize, compute_dtype)
+    for path, blocksizes in experts.items():
+        pack_experts(model.get_submodule(path), blocksizes, quant_type or "nf4", double_quant, compute_dtype)
+
+
+def _device(model: nn.Module) -> torch.device:
+    kind: str = next(p for p in model.parameters() if ranks.is_dtensor(p)).device_mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _materialize(model: nn.Module, device: torch.device) -> None:
+    """Allocate memory for every shard on the meta device."""
+    from torch.distributed.tensor import DTensor
+
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            if id(p) not in made:
+                assert ranks.is_dtensor(p)  # all are sharded
+                local = torch.empty_like(p.to_local(), device=device)
+                whole = DTensor.from_local(
+                    local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+                )
+                made[id(p)] = nn.Parameter(whole, requires_grad=False)
+            module._parameters[name] = made[id(p)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _read(model: nn.Module, tensors: CheckpointFiles) -> None:
+    parameters = dict(base_parameters(model))
+    left = {id(p): name for name, p in parameters.items()}
+    buffers = dict(model.named_buffers())
+    with closing(tensors), torch.no_grad():
+        for name in [*tensors.keys, *tensors.experts]:
+            if name.endswith(_PARTS):
+                continue
+            if name not in parameters:
+                key = tensors.keys[name]
+                if name in buffers:
+                    buffers[name].copy_(tensors.stored(key)[...])
+                    continue
+                raise CheckpointError(
+                    f"'{tensors.folder / tensors.files[key]}' holds '{name}', for which {type(model).__name__} has no "
+                    f"place{nearest(name, parameters)}"
+                )
+            parameter, (path, _, attribute) = parameters[name], name.rpartition(".")
+            module: Any = model.get_submodule(path)
+            assert ranks.is_dtensor(parameter)
+            if attribute in getattr(module, "packings", ()):
+                _fill_quantized(model, module, attribute, tensors, name)
+            elif name in tensors.experts:
+                begin, rows = _rows(parameter)
+                _check_shape(name, tensors.experts[name][1], parameter.shape)
+                for i, expert in enumerate(tensors.by_expert(model, name, begin, begin + rows)):
+                    parameter.to_local()[i].copy_(expert)
+            else:
+                _fill_dense(parameter, tensors.stored(tensors.keys[name]), name)
+            left.pop(id(parameter), None)
+    if left:
+        missing = sorted(left.values())
+        raise CheckpointError(
+            f"'{tensors.folder}' is not whole: {len(missing)} tensors are missing, such as '{missing[0]}'"
+            f"{nearest(missing[0], tensors.files)}"
+        )
+
+
+def _fill_dense(parameter: DTensor, stored: Any, name: str) -> None:
+    """Read this rank's rows, and no others, from the file."""
+    if list(stored.get_shape()) != list(parameter.shape):
+        raise CheckpointError(f"'{name}' has shape {stored.get_shape()}, the model needs {list(parameter.shape)}")
+    begin, rows = _rows(parameter)
+    if rows:
+        parameter.to_local().copy_(stored[begin : begin + rows])
+
+
+def _fill_quantized(
+    model: nn.Module, module: PackedParameters, attribute: str, tensors: CheckpointFiles, name: str
+) -> None:
+    packing, parameter = module.packings[attribute], module.get_parameter(attribute)
+    if name in tensors.experts:
+        _check_shape(name, tensors.experts[name][1], packing.shape)
+        double_quant = module._buffers[packing.buffers[2]] is not None
+        experts = (_finite(expert, name) for expert in tensors.by_expert(model, name, 0, packing.shape[0]))
+        settings = packing.quant_type, double_quant, packing.blocksize, packing.turned
+        packed = joined_experts(experts, packing.shape, *settings)
+    else:
+        weight, parts = tensors.stored(tensors.keys[name])[...], tensors.parts(name)
+        packed = (
+            from_tensors(weight, parts, name) if parts else module.quantized_parameter(attribute, _finite(weight, name))
+        )
+        check_experts(packed, name)
+    assert ranks.is_dtensor(parameter)
+    if packed.codes.shape != parameter.shape or parameter_shape(packed) != packing.shape:
+        raise CheckpointError(f"'{name}' has shape {list(parameter_shape(packed))}, this layer {list(packing.shape)}")
+    module.set_packed_parameter(attribute, packed.to(parameter.to_local().device)._replace(codes=parameter))
+    begin, rows = _rows(parameter)
+    parameter.to_local().copy_(packed.codes[begin : begin + rows])
+
+
+def _finite(weight: Tensor, name: str) -> Tensor:
+    refuse_non_finite(weight, name)
+    return weight
+
+
+def _check_shape(name: str, lists: dict[str, list[str]], shape: Sequence[int]) -> None:
+    """Raise a CheckpointError unless each of the lists has an entry for every expert."""
+    counts = {len(keys) for keys in lists.values()}
+    if counts != {shape[0]}:
+        raise CheckpointError(f"'{name}' has {sorted(counts)} experts in the files, the model needs {list(shape)}")
+
+
+def _rows(parameter: DTensor) -> tuple[int, int]:
+    """Return (first, number) of this rank's rows of a sharded parameter."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offset[0], shape[0]

@@ -1,0 +1,92 @@
+"""Adapters and optimizer as `torch.distributed.checkpoint` (DCP) saves and loads them, on any number of ranks.
+
+dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import Optimizer
+
+from peftcore.engine import adapter_parameters, require_state, state_of
+from peftcore.engine.trained import TrainedParameters, base_tensors
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files.fingerprint import difference, fingerprint
+from peftcore.files.tensors import own_slots
+from peftcore.plugin import ranks
+from peftcore.plugin.registry import registry
+
+
+class TrainingState(Stateful):
+    """All that further training needs of a model with adapters: their values, and the optimizer's. Collective.
+
+    Args:
+        model: with adapters; sharded, in DDP, or plain.
+        optimizer: of its trainable parameters.
+        others: what else has `state_dict` and `load_state_dict`, such as `scheduler=...`.
+
+    Raises:
+        CheckpointError: at load, where the checkpoint is of another base. Nothing is changed then.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, **others: Any) -> None:
+        self.model = getattr(model, "module", model) if state_of(model) is None else model
+        self.optimizer, self.others = optimizer, others
+        if state_of(self.model) is None:
+            raise PeftcoreError("no adapter is applied to this model. Try: peftcore.apply(model, 'METHOD')")
+        grown = [
+            e.method for e in require_state(self.model).applied.values() if registry.method(e.method).trained_fields
+        ]
+        if grown:
+            raise PeftcoreError(
+                f"adapters of {grown[0]} grow in training, and a checkpoint of torch.distributed is read into tensors "
+                "of the shapes that are there. Train with Trainer, which saves and restores them, or save the adapter "
+                "by peftcore.save and the optimizer by torch.distributed.checkpoint.state_dict"
+            )
+        if any(map(ranks.is_partitioned, self.model.parameters())):
+            raise PeftcoreError(
+                "DeepSpeed's ZeRO-3 has partitioned the model, and keeps the optimizer's state itself. Save it by "
+                "DeepSpeed's engine.save_checkpoint(folder), and the adapter by peftcore.save(model, folder)"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adapters by name, optimizer state by parameter name, the base's fingerprint."""
+        ranks.reshard(self.model)
+        return {
+            # Copies: loading fills them in place, before anything is checked.
+            "adapters": {name: parameter.detach().clone() for name, parameter in self._adapters()},
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "base": fingerprint(self._base()),
+            **{name: other.state_dict() for name, other in self.others.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `dcp.load` read."""
+        found = difference(self._base(), state_dict["base"])
+        if found:
+            raise CheckpointError(f"the checkpoint is of another base: {found}")
+        with torch.no_grad():
+            for name, parameter in self._adapters():
+                parameter.copy_(state_dict["adapters"][name])
+        set_optimizer_state_dict(self.model, self.optimizer, state_dict["optimizer"])
+        for name, other in self.others.items():
+            other.load_state_dict(state_dict[name])
+
+    def _adapters(self) -> Iterator[tuple[str, Tensor]]:
+        for adapter in require_state(self.model).applied:
+            for name, parameter in adapter_parameters(self.model, adapter):
+                yield f"{adapter}.{name}", parameter
+            own = TrainedParameters.of(self.model, adapter)
+            for name, tensor in own.kept_values(self.model) if own is not None else ():
+                yield f"{adapter}.{name}", tensor
+
+    def _base(self) -> dict[str, Tensor]:
+        own = {slot for adapter in require_state(self.model).applied for slot in own_slots(self.model, adapter)}
+        return {name: value for name, value in base_tensors(self.model).items() if name not in own}

@@ -1,0 +1,85 @@
+"""Class swap: a module's class is replaced by a subclass of it, and later restored.
+
+The subclass has the name of the original, since transformers writes it into `config.json` and accelerate finds blocks
+by it. Each class has one subclass, shared by all modules.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from peftcore.plugin.call import arguments
+
+Maker = Callable[[type[nn.Module]], type[nn.Module]]  # a class -> the subclass that replaces it
+
+BUILT = ("_peftcore_chain", "_peftcore_base")  # attributes that a copy rebuilds
+
+
+def one_for_each_class(make: Maker) -> Maker:
+    """Make `make` return one subclass for each class, whenever it is called."""
+    return functools.cache(make)  # type: ignore[return-value]  # to mypy a class is not hashable
+
+
+def subclass(
+    cls: type[nn.Module], maker: Maker, namespace: dict[str, Any], mixins: tuple[type[nn.Module], ...] = ()
+) -> type[nn.Module]:
+    """Return a subclass with the name of `cls` that can be pickled, although its name refers to `cls`.
+
+    Args:
+        cls: the class.
+        maker: function that makes this subclass of `cls`, importable by name and decorated by `one_for_each_class`.
+        namespace: attributes that the subclass overrides.
+        mixins: classes between the subclass and `cls`.
+    """
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.__class__ = cls  # a module made by `type(module)(...)`, as a slice of `nn.Sequential`, has no adapters
+        self.__init__(*args, **kwargs)
+
+    __init__.__wrapped__ = cls.__init__  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        made: list[Any] = [c for c in type(self).__mro__ if "_peftcore_maker" in c.__dict__]  # the innermost last
+        _, _, state, *rest = super(made[-1], self).__reduce_ex__(protocol)
+        state = {key: value for key, value in state.items() if key not in BUILT}
+        makers = [c.__dict__["_peftcore_maker"] for c in reversed(made)]
+        return (_rebuild, (made[-1].__bases__[-1], *makers), state, *rest)
+
+    metaclass: Any = type(cls)
+    return metaclass(
+        cls.__name__,
+        (*mixins, cls),
+        {
+            **namespace,
+            "__init__": __init__,
+            "__reduce_ex__": __reduce_ex__,
+            "_peftcore_maker": maker,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "_peftcore_arguments": arguments(cls),
+        },
+    )
+
+
+def _rebuild(cls: type[nn.Module], *makers: Maker) -> nn.Module:
+    for make in makers:
+        cls = make(cls)
+    return cls.__new__(cls)
+
+
+def restore_class(module: nn.Module, marker: str) -> None:
+    """Remove the swapped class that has `marker`; classes above it (parametrizations) stay."""
+
+    def without(cls: Any) -> Any:
+        if marker in cls.__dict__:
+            return cls.__dict__[marker]
+        bases = tuple(without(base) if hasattr(base, marker) else base for base in cls.__bases__)
+        own = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+        return type(cls)(cls.__name__, bases, own)
+
+    module.__class__ = without(type(module))

@@ -1,0 +1,372 @@
+"""Threads: a call sees one set of adapters from start to end, and a change of adapters excludes calls.
+
+    call        of the model, or of a part of it: any number at once
+    change      activate, apply, remove, merge, ...: waits for the calls of other threads, and new calls wait for it
+    disabled    affects only the context that entered it (a thread, an asyncio task)
+
+One `ModelLock`, a readers-writer lock, is shared by all modules of a model that are adapted or contain adapted ones. It
+also watches outputs: a backward pass after a change of adapters would lose gradients, so it raises.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from _thread import get_ident
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, cast
+
+import torch
+from torch.autograd import Variable
+from torch.compiler import is_dynamo_compiling
+
+from peftcore.errors import PeftcoreError
+from peftcore.plugin.call import CallContext, current_frame, untraced
+from peftcore.plugin.outputs import tensors_of
+
+PATIENCE = 60.0  # seconds for which a call or a change waits for others before it raises
+_ALONE = "Let one thread change adapters while no other runs the model, or run the model in fewer or shorter calls"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Active adapters in order, the adapter of each sample (`per_sample`), and the adapters that train.
+
+    The modules of a model read it at their calls, so a new choice for each sample needs only a new object. `found` is a
+    cache of what modules derive from it.
+    """
+
+    active: tuple[str, ...] = ()
+    samples: tuple[str | None, ...] | None = None
+    training: tuple[str, ...] = ()
+    found: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def mixed(self) -> tuple[str, ...]:
+        """Adapters that at least one sample has, once each."""
+        return tuple(name for name in dict.fromkeys(self.samples or ()) if name is not None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Activation, (self.active, self.samples, self.training)
+
+
+class Block:
+    """One `disabled` block."""
+
+    __slots__ = ("lock", "open")
+
+    def __init__(self, lock: ModelLock) -> None:
+        self.lock = lock
+        self.open = True
+
+
+# Blocks that a context has entered. PyTorch's tracer reads no context variables, so the thread's are kept as well.
+_BLOCKS: ContextVar[tuple[Block, ...]] = ContextVar("peftcore_disabled", default=())
+_THREAD = threading.local()
+
+
+def disabled_in_thread(lock: ModelLock) -> bool:
+    """Return whether this thread is in a `disabled` block of the model, in code that torch.compile traces."""
+    return any(block.lock is lock and block.open for block in getattr(_THREAD, "blocks", ()))
+
+
+class ModelLock:
+    """Readers-writer lock of one model.
+
+    `calls` has an entry for every thread inside the model: whether adapters are inactive for it (`disabled`). The
+    outermost call makes it (`enter`) and removes it (`leave`); inner calls only read it. A thread writes its own entry
+    before it looks for a change, and a change announces itself before it looks for entries, so one sees the other.
+    """
+
+    def __init__(self, activation: Activation = Activation(), context: CallContext | None = None) -> None:
+        self.activation = activation
+        self.context = context  # what adapters read of a call, if any does
+        self.retired = False  # the last adapter has been removed
+        self.calls: dict[int, bool] = {}
+        # By running backward pass: whether adapters were inactive in its forward, or an error message.
+        self._backward: dict[int, bool | str] = {}
+        self._condition = threading.Condition()
+        self._changer: int | None = None  # the thread that changes the model, or waits to
+        self._turn: object = None  # the change that `_changer` makes
+        self._queue: list[object] = []  # changes that wait for it
+        self._alone = False  # it no longer waits
+        self.choosing = 0  # number of calls, of all threads, that name an adapter for each of their samples
+        self._held: Block | None = None  # the `disabled` block that excludes other calls
+        self._blocks: set[Block] = set()  # the open `disabled` blocks that exclude no calls
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.is_disabled():
+            raise PeftcoreError(
+                "a copy made inside peftcore.disabled(model) would compute with adapters. Copy the model outside the "
+                "block, and deactivate the adapters of the copy: peftcore.activate(copy, [])"
+            )
+        return ModelLock, (self.activation, self.context)
+
+    def for_replica(self) -> ModelLock:
+        """Return the lock of a module's replica of `nn.DataParallel`, which is called once, in its own thread."""
+        return ModelLock(self.activation, self.context and self.context.for_replica())
+
+    @partial(untraced, within=True)
+    def enter(self, thread: int) -> None:
+        """Begin the outermost call of `thread`."""
+        self.calls[thread] = False
+        try:
+            if self._changer is not None and (self._changer != thread or self._held is not None):
+                self._wait_for_change(thread)
+            self.calls[thread] = self.is_disabled()
+        except BaseException:
+            self.leave(thread)
+            raise
+
+    @partial(untraced, within=True)
+    def leave(self, thread: int) -> None:
+        """End the outermost call of `thread`."""
+        del self.calls[thread]
+        if self._changer is not None:
+            with self._condition:
+                self._condition.notify_all()
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Prevent changes of the model by other threads in the block, which may make many calls."""
+        thread = get_ident()
+        if thread in self.calls:
+            yield
+            return
+        self.enter(thread)
+        try:
+            yield
+        finally:
+            self.leave(thread)
+
+    @contextmanager
+    def choosing_by_sample(self, activation: Activation) -> Iterator[None]:
+        """Use `activation`, with an adapter for each sample, in calls of this thread in the block."""
+        before = getattr(_THREAD, "choices", ())
+        _THREAD.choices = (*before, (self, activation))
+        with self._condition:
+            self.choosing += 1
+        try:
+            yield
+        finally:
+            _THREAD.choices = before
+            with self._condition:
+                self.choosing -= 1
+
+    def choice(self) -> Activation | None:
+        """Return the activation of `choosing_by_sample` in this thread, or None."""
+        for lock, activation in reversed(getattr(_THREAD, "choices", ())):
+            if lock is self:
+                return cast(Activation, activation)
+        return None
+
+    @contextmanager
+    def changing(self, what: str, *, base: bool = False) -> Iterator[None]:
+        """Prevent calls and changes of the model by other threads in the block.
+
+        Args:
+            what: name of the change in messages, such as `merge`.
+            base: the change affects what `disabled` blocks see, so wait for those of other threads.
+        """
+        thread = get_ident()
+        if self._changer == thread and self._held is None:  # a part of a larger change
+            yield
+            return
+        if self.is_disabled():
+            raise PeftcoreError(f"cannot {what} inside peftcore.disabled(model). Leave the block first")
+        turn = object()
+        try:
+            self._acquire(what, base, turn)
+            yield
+        finally:
+            self._release(turn)
+
+    def open_block(self, block: Block) -> None:
+        """Enter `disabled` in this context; it also affects calls in this thread that have begun.
+
+        Make sure that `close_block` follows whatever it raises.
+        """
+        with self._condition:
+            if not self.is_disabled() and not (self._changer == get_ident() and self._held is None):
+                self._refuse_own_hold("disable adapters")
+                # Otherwise a change waits for this thread.
+                if get_ident() not in self.calls and not disabled_in_thread(self):
+                    self._wait(lambda: self._changer is None and not self._queue, "disable adapters")
+            self._blocks.add(block)
+        self._show(block)
+
+    def close_block(self, block: Block) -> None:
+        """Leave `disabled`, from any context."""
+        block.open = False
+        _BLOCKS.set(tuple(other for other in _BLOCKS.get() if other is not block))
+        _THREAD.blocks = tuple(other for other in getattr(_THREAD, "blocks", ()) if other is not block)
+        if get_ident() in self.calls:
+            self.calls[get_ident()] = self.is_disabled()
+        with self._condition:
+            self._blocks.discard(block)
+            self._condition.notify_all()
+        self._release(block)
+
+    def hold(self, block: Block) -> None:
+        """Exclude all calls that are not made in the open `block`."""
+        with self._condition:
+            self._blocks.discard(block)
+            self._condition.notify_all()
+        self._acquire("disable adapters that train parameters of the base", base=True, turn=block)
+
+    def is_disabled(self) -> bool:
+        """Return whether the adapters are inactive in this context; in a backward pass, in its forward pass."""
+        if not (_BLOCKS.get() or self._backward):
+            return False
+        task = torch._C._current_graph_task_id()
+        if task < 0:
+            return any(block.lock is self and block.open for block in _BLOCKS.get())
+        seen = self._backward.get(task, False)
+        if isinstance(seen, str):
+            raise PeftcoreError(seen)
+        return seen
+
+    @partial(untraced, within=True)
+    def watch(self, output: Any) -> None:
+        """Record the adapters of a forward, so that its backward pass does not lose their gradients."""
+        nodes = {tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None}
+        if nodes:
+            watch = _Watch(self)
+            for node in nodes:
+                node.register_prehook(watch)
+
+    def _show(self, block: Block) -> None:
+        _BLOCKS.set((*_BLOCKS.get(), block))
+        _THREAD.blocks = (*getattr(_THREAD, "blocks", ()), block)
+        if get_ident() in self.calls:
+            self.calls[get_ident()] = True
+
+    def _acquire(self, what: str, base: bool, turn: object) -> None:
+        """Wait until only this thread may call and change the model.
+
+        Make sure that `_release` of `turn`, a `Block` or another new object, follows whatever it raises.
+        """
+        thread = get_ident()
+        inside = thread in self.calls
+
+        def others() -> bool:
+            return any(other != thread for other in list(self.calls)) or (
+                base and any(block.open for block in list(self._blocks))
+            )
+
+        with self._condition:
+            if inside and (self._changer is not None or others()):  # they may wait for the call that we are part of
+                raise PeftcoreError(
+                    f"cannot {what} within a call of the model while another thread calls it or changes it. {_ALONE}"
+                )
+            self._refuse_own_hold(what)
+            self._queue.append(turn)  # a thread that has just finished may be here again before others wake
+            self._wait(lambda: self._changer is None and self._queue[0] is turn, what)
+            self._changer, self._turn = thread, turn
+            self._queue.remove(turn)
+            self._condition.notify_all()
+            self._wait(lambda: not others(), what)
+            self._alone, self._held = True, turn if isinstance(turn, Block) else None
+
+    def _release(self, turn: object) -> None:
+        with self._condition:
+            if turn in self._queue:
+                self._queue.remove(turn)
+            if self._turn is turn:
+                self._changer, self._turn, self._alone, self._held = None, None, False, None
+            self._condition.notify_all()
+
+    def _wait_for_change(self, thread: int) -> None:
+        in_backward = torch._C._current_graph_task_id() >= 0
+        with self._condition:
+            if self.is_disabled() and self._held is not None:
+                return
+            # The change waits for a block of this thread.
+            if not self._alone and (self.is_disabled() or disabled_in_thread(self)):
+                return
+            if self._held is not None and in_backward:
+                raise PeftcoreError(
+                    "a checkpointed part of the model runs again inside peftcore.disabled(model), but its forward ran "
+                    "outside. Run backward() outside the block too"
+                )
+            self._refuse_own_hold("call the model")
+            if in_backward and not self._alone:  # the change may wait for a call that waits for this backward pass
+                return
+            del self.calls[thread]
+            self._condition.notify_all()
+            try:
+                self._wait(lambda: self._changer is None, "call the model")
+            finally:
+                self.calls[thread] = False
+
+    def _refuse_own_hold(self, what: str) -> None:
+        """Raise a PeftcoreError if another asyncio task or generator of this thread holds the model.
+
+        Waiting for it would take forever.
+        """
+        if self._held is not None and self._changer == get_ident():
+            raise PeftcoreError(
+                f"cannot {what}: another task of this thread is inside peftcore.disabled(model), and adapters train "
+                "parameters of the base, which the block has exchanged. Leave the block first"
+            )
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait, with the condition held, until `ready`."""
+        end = time.monotonic() + PATIENCE
+        while not ready():
+            if not self._condition.wait(end - time.monotonic()) and not ready():
+                raise PeftcoreError(
+                    f"cannot {what}: another thread has been calling, changing or disabling the model for "
+                    f"{PATIENCE:g} s. {_ALONE}"
+                )
+
+
+class _Watch:
+    """Hook that compares the adapters of a forward with the current ones, when a backward pass reaches its output."""
+
+    def __init__(self, lock: ModelLock) -> None:
+        self._lock, self._activation, self._task = lock, lock.activation, -1
+        self._disabled = lock.calls[get_ident()]
+        self._frame = current_frame()
+
+    def __call__(self, _gradients: Any) -> None:
+        task = torch._C._current_graph_task_id()
+        if task == self._task or is_dynamo_compiling():  # compiled autograd cannot call anything at the end
+            return
+        self._task = task
+        if self._frame is not None:
+            self._frame.reached = task
+        self._check()
+        others = self._lock._backward
+        disabled: bool | str = self._disabled
+        if self._lock.activation != self._activation:
+            disabled = (
+                "a checkpointed part of the model runs again in a backward pass, and the active adapters are not those "
+                f"of its forward ({list(self._activation.active)}). Run backward() before adapters change"
+            )
+        elif others.get(task, disabled) != disabled:
+            disabled = (
+                "one backward pass runs checkpointed parts of two forwards again, one of them inside "
+                "peftcore.disabled(model). Run backward() for each forward"
+            )
+        others[task] = disabled
+        Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self._lock._backward.pop(self._task, None)
+        self._check()
+
+    def _check(self) -> None:
+        if self._disabled:
+            return
+        lost = [name for name in self._activation.training if name not in self._lock.activation.active]
+        if lost:
+            raise PeftcoreError(
+                f"backward() belongs to a forward pass in which {lost} was active and trained. It has been deactivated "
+                "since, so its gradients would be lost. Run backward() before peftcore.activate, merge or remove; "
+                "gradients of several forward passes add up"
+            )

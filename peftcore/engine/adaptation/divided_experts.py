@@ -1,0 +1,163 @@
+"""Experts of which each rank has some, under transformers' expert parallelism, and low-rank adapters of them.
+
+The plan replaces the forward of a module of experts: it sends tokens to the ranks of their experts, each of which
+computes its experts' outputs, and back. An adapter's factors `[experts, .., ..]` are divided as the experts' weights
+are: DTensors, of which a rank trains its part and no other rank computes with it. So their gradients need no message:
+
+    y = plan(x; experts' forward on this rank's weights and factors)
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.engine.adaptation.chain import OwnForward, with_changes
+from peftcore.errors import PeftcoreError
+from peftcore.model.base_modules import OWN_FORWARD, original_forward
+from peftcore.model.experts import EachExpert, expert_changes, experts_forward, experts_layout, has_interface_forward
+from peftcore.plugin import ranks
+from peftcore.plugin.adapter import Adapter, Change, LowRank, implements
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def plan_of_experts(module: nn.Module) -> dict[str, Any] | None:
+    """Return the closure of the forward that dispatches tokens to the ranks' experts; None without one."""
+    own: Any = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
+    if not inspect.isfunction(own) or own.__name__ != "ep_forward":
+        return None
+    if not own.__module__.startswith("transformers.distributed"):
+        return None
+    plan = dict(inspect.getclosurevars(own).nonlocals)
+    return plan if "implementation" in plan else None  # other styles of experts move no tokens
+
+
+def followed_plan(module: nn.Module) -> dict[str, Any] | None:
+    """Return the plan that divides the experts of `module` over a mesh, if adapters can follow it; else None."""
+    plan, layout = plan_of_experts(module), experts_layout(module)
+    if plan is None or layout is None or not has_interface_forward(module, original_forward(module)):
+        return None
+    from torch.distributed.tensor import Shard
+
+    mesh: DeviceMesh = plan["ep_mesh"]
+    for name in layout.names:
+        weight: Any = ranks.behind(module._parameters[name])  # type: ignore[arg-type]
+        if not ranks.is_dtensor(weight) or weight.placements[-1] != Shard(0):
+            return None
+        if weight.device_mesh.size() != mesh.size():  # FSDP2 has parts of each rank's experts on other ranks, too
+            return None
+    inside = getattr(plan["implementation"].experts_forward, "__func__", None)
+    return plan if inside is original_forward(module) else None
+
+
+def follows_experts(module: nn.Module, changes: Mapping[str, Any]) -> bool:
+    """Return whether each of `changes`, by the parameter's name, has a part for every expert of a divided module."""
+    layout = experts_layout(module)
+    return layout is not None and all(
+        name in layout.names
+        and implements(change, Adapter.expert_low_rank)
+        and all(p.dim() > 0 and len(p) == layout.count for p in change.parameters())
+        and next(change.buffers(), None) is None
+        for name, change in changes.items()
+    )
+
+
+def divide_factors(module: nn.Module, changes: Mapping[str, nn.Module]) -> None:
+    """Leave this rank's experts' factors of adapters, which are whole, as DTensors."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    plan = followed_plan(module)
+    if plan is None:
+        return
+    for change in changes.values():
+        for part in change.modules():
+            for name, whole in part._parameters.items():
+                if whole is not None and not ranks.is_dtensor(whole):
+                    own = distribute_tensor(whole.detach(), plan["ep_mesh"], [Shard(0)], src_data_rank=None)
+                    part._parameters[name] = nn.Parameter(own, whole.requires_grad)
+
+
+class ExpertsForward(OwnForward):
+    """Own forward of a module whose experts are divided over the ranks; changes act on this rank's experts."""
+
+    __slots__ = ("_plan",)
+
+    def __init__(self, own: OwnForward, plan: Mapping[str, Any], changes: Any = ()) -> None:
+        super().__init__(own.module, own._forward, own._weights)
+        self._plan, self._changes = plan, changes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._changes:
+            return super().__call__(*args, **kwargs)
+        module, plan = self.module, self._plan
+        found = expert_changes(module, self._changes)
+        if found is None:
+            raise PeftcoreError(
+                "experts that ranks share out can be changed by low-rank products of single experts only, and their "
+                "own weights cannot train. Freeze them, or load the model without ep_size"
+            )
+        batches = ranks.count() // plan["implementation"].tp_mesh.size()
+        local = {name: [_local(each, batches) for each in own] for name, own in found.items()}
+
+        def forward(*inputs: Any, **named: Any) -> Tensor:
+            return experts_forward(module, *inputs, changes=local, around=with_changes, **named)
+
+        return _called(plan, forward)(*args, **kwargs)
+
+    def on_weights(self, changes: Mapping[str, Change]) -> ExpertsForward:
+        """See `Base.on_weights`."""
+        return ExpertsForward(self, self._plan, (changes, *self._changes))
+
+
+def _local(change: LowRank | EachExpert, batches: int) -> LowRank:
+    """Return this rank's part of a change. `batches`: how many the ranks have, of whose losses the mean is meant."""
+    if not isinstance(change, LowRank) or not ranks.is_dtensor(change.a) or not ranks.is_dtensor(change.b):
+        raise PeftcoreError("experts that ranks share out can be changed by low-rank products of single experts only")
+    if change.dropout_p:
+        raise PeftcoreError(
+            "an adapter's dropout draws random numbers for the tokens of a rank's experts, after which the ranks' "
+            "other random numbers would differ. Turn dropout off in adapters of experts that ranks share out (ep_size)"
+        )
+    a, b = (_Mean.apply(factor.to_local(), batches) for factor in (change.a, change.b))  # type: ignore[no-untyped-call]
+    return LowRank(a, b, change.scale)
+
+
+class _Mean(torch.autograd.Function):
+    """Factor whose gradient is a sum over batches, of which the mean is returned."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, batches: int) -> Tensor:
+        ctx.batches = batches
+        return factor.view_as(factor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] / ctx.batches, None
+
+
+def _called(plan: Mapping[str, Any], forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the plan's forward with another forward of this rank's experts."""
+    style, copied = plan["self"], copy.copy(plan["implementation"])
+    copied.experts_forward = forward
+    for name, inner in vars(copied).items():  # those that it chooses from
+        if hasattr(inner, "experts_forward"):
+            one = copy.copy(inner)
+            one.experts_forward = forward
+            setattr(copied, name, one)
+
+    def call(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        hidden_states, top_k_weights = (
+            each.to_local() if ranks.is_dtensor(each) else each for each in (hidden_states, top_k_weights)
+        )
+        with style.context_around_forward(plan["module"], plan["ep_mesh"]):
+            output: Tensor = copied(hidden_states, top_k_index, top_k_weights)
+        return output.to(hidden_states.dtype)
+
+    return call

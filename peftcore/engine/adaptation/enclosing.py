@@ -1,0 +1,219 @@
+"""Ancestors of adapted modules, whose calls take the model's lock.
+
+Their `forward` stays their own. A call of any of them is one call of the model: until it ends, adapters do not change,
+and adapters see its arguments. That holds for a part that is called alone too, so every ancestor that can be called has
+a swapped class; only the outermost call does something.
+"""
+
+from __future__ import annotations
+
+import functools
+from _thread import get_ident
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from peftcore.engine.adaptation.class_swap import one_for_each_class, restore_class, subclass
+from peftcore.engine.adaptation.concurrency import ModelLock
+from peftcore.errors import PeftcoreError
+from peftcore.model.base_modules import original_class
+from peftcore.model.rows import ROWS
+from peftcore.plugin.call import ROOT, Frame, untraced
+from peftcore.plugin.events import adapter_names_given, vocabulary_resizes
+
+LOCK = "_peftcore_lock"
+NAMES = "adapter_names"  # PEFT's argument of a call: the adapter of each sample
+
+
+def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
+    """Make calls of `module`, an ancestor of adapted modules, take the model's `lock`. `root`: it is the model."""
+    module.__dict__[LOCK] = lock
+    if root:
+        module.__dict__[ROOT] = True
+    is_adapted = hasattr(type(module), "_peftcore_original")  # its forward takes the lock
+    if _is_called(module) and not is_enclosing(module) and not is_adapted:
+        module.__class__ = _enclosing_class(type(module))
+
+
+def release(module: nn.Module) -> None:
+    """Restore the class of an ancestor; under the class of `fully_shard` it stays, which does no harm."""
+    if is_enclosing(module) and not hasattr(module, "unshard"):
+        restore_class(module, "_peftcore_enclosed")
+        del module.__dict__[LOCK]
+    elif not _is_called(module):
+        module.__dict__.pop(LOCK, None)
+    for name in (ROOT, ROWS):
+        module.__dict__.pop(name, None)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Return whether `module` may be called: not a list or dictionary, unless its class has a forward."""
+    is_container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    return not is_container or original_class(module).forward is not nn.Module.forward
+
+
+def is_enclosing(module: nn.Module) -> bool:
+    """Return whether `module` contains adapted modules, so that its calls are calls of the model."""
+    return hasattr(type(module), "_peftcore_enclosed")
+
+
+def lock_of(module: nn.Module) -> ModelLock | None:
+    """Return the lock of the model with adapters that `module` is, or is a part of, or None."""
+    return module.__dict__.get(LOCK)
+
+
+def takes_adapter_names(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a call of `module` names an adapter for each sample in an argument that its forward lacks."""
+    return NAMES in kwargs and NAMES not in module._peftcore_arguments
+
+
+@contextmanager
+def adapter_for_each_sample(module: nn.Module, kwargs: dict[str, Any]) -> Iterator[int]:
+    """Remove PEFT's `adapter_names` from the arguments of a call of the model, and use them in the block.
+
+    Yields:
+        The number of samples.
+
+    Raises:
+        PeftcoreError: a name is unknown, or `module` is not the model that adapters were applied to.
+    """
+    if ROOT not in module.__dict__:
+        raise PeftcoreError(
+            f"adapter_names were passed to a {type(module).__name__}, a part of the model that adapters were applied "
+            "to. Pass them to that model"
+        )
+    names = kwargs.pop(NAMES)
+    if names is None:
+        yield 0
+        return
+    chosen: list[Any] = []
+    adapter_names_given.announce(module, names, chosen.append)
+    with lock_of(module).choosing_by_sample(chosen[0]):  # type: ignore[union-attr]  # of a model with adapters
+        yield len(chosen[0].samples)
+
+
+untraced(adapter_for_each_sample.__wrapped__, within=True)  # type: ignore[attr-defined]  # of contextmanager
+
+
+def _resizes(
+    module: nn.Module | None,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *_: Any,
+    **__: Any,
+) -> bool:
+    """Return whether `resize_token_embeddings` with these arguments changes the number of rows of `module`."""
+    weight = getattr(module, "weight", None)
+    if weight is None or not isinstance(pad_to_multiple_of, (int, type(None))):  # transformers refuses anything else
+        return False
+    known = (getattr(module, name, None) for name in ("num_embeddings", "out_features"))  # the weight may be packed
+    rows: int = next((rows for rows in known if rows is not None), len(weight))
+    wanted = new_num_tokens or rows
+    return bool(-(-wanted // pad_to_multiple_of) * pad_to_multiple_of != rows if pad_to_multiple_of else wanted != rows)
+
+
+def _repeats_samples(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether `generate` with these arguments runs each sample several times, for beams or several answers."""
+    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+    for name in ("num_beams", "num_return_sequences"):
+        given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        if next((number for number in given if number is not None), 1) > 1:
+            return True
+    return False
+
+
+@one_for_each_class
+def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
+    original: Any = cls  # which may have `generate`
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if LOCK not in self.__dict__:  # torch.compile kept this bound method, and the adapters were removed since
+            return cls.__call__(self, *args, **kwargs)
+        if NAMES in kwargs and takes_adapter_names(self, kwargs):
+            with adapter_for_each_sample(self, kwargs):
+                return __call__(self, *args, **kwargs)
+        lock = self._peftcore_lock
+        if lock.context is not None and not lock.context.inside():
+            with Frame(self, lock.context, args, kwargs):
+                return __call__(self, *args, **kwargs)
+        if is_dynamo_compiling():
+            return super(enclosing, self).__call__(*args, **kwargs)
+        thread = get_ident()
+        if thread in lock.calls:
+            return super(enclosing, self).__call__(*args, **kwargs)
+        lock.enter(thread)
+        try:
+            output = super(enclosing, self).__call__(*args, **kwargs)
+            if torch.is_grad_enabled():
+                lock.watch(output)
+            return output
+        finally:
+            lock.leave(thread)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if LOCK not in self.__dict__:  # as in __call__
+            return original.generate(self, *args, **kwargs)
+        if takes_adapter_names(self, kwargs):
+            with torch.no_grad(), adapter_for_each_sample(self, kwargs):
+                return generate(self, *args, **kwargs)
+        lock = self._peftcore_lock
+        with lock.calling():  # one adapter from the first token to the last
+            if lock.context is None:
+                return super(enclosing, self).generate(*args, **kwargs)
+            samples = (lock.choice() or lock.activation).samples if _repeats_samples(self, kwargs) else None
+            with lock.context.generating(self._peftcore_arguments, kwargs, len(samples or ())):
+                return super(enclosing, self).generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        context = self._peftcore_lock.context
+        own = {} if context is None else context.own(self._peftcore_arguments, kwargs)
+        return {**super(enclosing, self).prepare_inputs_for_generation(*args, **kwargs), **own}
+
+    def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
+        context = self._peftcore_lock.context
+        if context is not None:
+            context.own(self._peftcore_arguments, model_kwargs)  # transformers would refuse them as misspelt
+        super(enclosing, self)._validate_model_kwargs(model_kwargs)
+
+    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if LOCK in self.__dict__:
+            modules = [self.get_input_embeddings(), self.get_output_embeddings()]
+            vocabulary_resizes.announce(self, [each for each in modules if _resizes(each, *args, **kwargs)])
+        return super(enclosing, self).resize_token_embeddings(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self: Any) -> nn.Module:
+        replica = super(enclosing, self)._replicate_for_data_parallel()
+        replica.__dict__[LOCK] = self._peftcore_lock.for_replica()
+        return replica
+
+    namespace: dict[str, Any] = {
+        "__call__": __call__,
+        "_replicate_for_data_parallel": _replicate_for_data_parallel,
+        "_peftcore_enclosed": cls,
+    }
+    # `torch.compile(model)` starts with what this calls, so that compiled calls take the lock too. For PyTorch's own
+    # modules, such as `nn.Sequential`, it would start further out, unless their forward is not PyTorch's.
+    untraced(__call__)
+    if cls.forward.__module__.partition(".")[0] == "torch":
+        namespace["forward"] = functools.wraps(cls.forward)(forward)
+    overriding: list[Any] = [
+        generate,
+        prepare_inputs_for_generation,
+        _validate_model_kwargs,
+        resize_token_embeddings,
+    ]
+    for function in overriding:
+        own = getattr(cls, function.__name__, None)
+        if callable(own):
+            function.__wrapped__ = own  # as functools.wraps sets it
+            function.__doc__ = own.__doc__
+            namespace[function.__name__] = function
+    enclosing: Any = subclass(cls, _enclosing_class, namespace)
+    return enclosing

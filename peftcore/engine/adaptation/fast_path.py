@@ -1,0 +1,57 @@
+"""PyTorch's fused paths of `nn.TransformerEncoder`, which read the weights of the modules inside without calling them.
+
+In evaluation without gradients a layer, or all of them at once, would bypass adapters inside, and read the bytes of
+quantized weights as dense ones. Both check an attribute of the module first, which is False while a module inside is
+adapted or quantized.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peftcore.engine.adaptation.adapted import is_adapted
+from peftcore.model.base_modules import base_modules
+from peftcore.model.weight_formats import find_weight_format
+
+_FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+_KEPT = "_peftcore_fast_path"  # attribute of such a module: the original value of its flag
+
+# Parts of a layer, which may be adapted or quantized without the layer being known.
+_PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention)
+
+
+def guard(model: nn.Module) -> None:
+    """Disable fused paths around adapters and quantized layers in `model`; restore the flags where none is left."""
+    for _, module in base_modules(model):
+        for kind, flag in _FLAGS.items():
+            if not isinstance(module, kind) or flag not in module.__dict__:
+                continue
+            if any(_is_changed(inside) for inside in module.modules()):
+                module.__dict__.setdefault(_KEPT, module.__dict__[flag])
+                module.__dict__[flag] = False
+            elif _KEPT in module.__dict__:
+                module.__dict__[flag] = module.__dict__.pop(_KEPT)
+    if isinstance(model, _PARTS):
+        _guard_part(model)
+
+
+def _guard_part(model: nn.Module) -> None:
+    """Give a part that is adapted or quantized alone a forward hook: a layer with hooks inside calls all its parts."""
+    hooks = model._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _keep_output]:
+        del hooks[key]
+    if _is_changed(model):
+        model.register_forward_hook(_keep_output)
+
+
+def _keep_output(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+    """Leave the output of a module as it is."""
+
+
+def _is_changed(module: nn.Module) -> bool:
+    if is_adapted(module) or hasattr(type(module), "packings"):  # `PackedParameters`, also dense after a merge
+        return True
+    found = find_weight_format(module)
+    return found is not None and found.decode is not None

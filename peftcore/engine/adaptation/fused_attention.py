@@ -1,0 +1,130 @@
+"""Attention of transformers' modules, computed by `ops.attention`.
+
+transformers looks attention functions up by name in a table, `AttentionInterface`. Its entry "sdpa" is replaced by one
+that calls the function that was there before, except for calls of fused modules that the kernel supports.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import ops
+from peftcore.engine.adaptation.fused_forward import plain
+from peftcore.engine.adaptation.modes import numeric_check
+from peftcore.model.base_modules import original_class
+from peftcore.ops.attention import has_attention_kernel
+
+FUSED_ATTENTION = "_peftcore_fused_attention"  # attribute of fused modules
+_ENTRY = "sdpa"
+_CLASSES = re.compile(r"\w*Attention\w*|\w+MLA")
+_ORIGINAL = "_peftcore_original"  # attribute of the entry: the function that it replaced
+_LEAST_QUERIES = 16  # in fp32 without gradients: the kernel first rearranges keys and values
+# Parameters of transformers' function. With another one it may compute something that we do not know.
+_PARAMETERS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
+_PARAMETERS |= {"position_bias", "kwargs"}
+
+
+def calls_attention(module: nn.Module) -> bool:
+    """Return whether `module` is an attention module of transformers that uses `sdpa`."""
+    config = getattr(module, "config", None)
+    return (
+        _CLASSES.fullmatch(original_class(module).__name__) is not None
+        and hasattr(module, "is_causal")
+        and getattr(config, "_attn_implementation", None) == _ENTRY
+    )
+
+
+def replace_entry() -> bool:
+    """Replace transformers' "sdpa" function once. Return whether fused modules now reach `ops.attention`."""
+    table: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    original = None if table is None else table._global_mapping.get(_ENTRY)
+    if original is None:
+        return False
+    if not hasattr(original, _ORIGINAL):
+        if not _PARAMETERS.issuperset(inspect.signature(original).parameters) or not _agrees(original):
+            return False
+        table.register(_ENTRY, _replacement(original))
+    return True
+
+
+def _replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sdpa(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and not torch.compiler.is_compiling() and getattr(module, FUSED_ATTENTION, False):
+            output = _attention(module, query, key, value, attention_mask, **kwargs)
+            if output is not None:
+                return output, None
+        return original(module, query, key, value, attention_mask, *args, **kwargs)
+
+    setattr(sdpa, _ORIGINAL, original)
+    return sdpa
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    output_attentions: bool | None = None,
+    **_: Any,
+) -> Tensor | None:
+    """Return the attention `[batch, queries, heads, size]`, or None if transformers must compute it, or refuse it."""
+    if position_bias is not None or softcap is not None or output_attentions:
+        return None
+    if not 0 <= dropout < 1 or torch.is_autocast_enabled("cpu"):
+        return None
+    if not plain(query, key) or not plain(value, query) or not has_attention_kernel(query, key, value, mask):
+        return None
+    if mask is not None and type(mask) is not Tensor:
+        return None
+    queries = query.shape[2]
+    if query.dtype is torch.float32 and queries < _LEAST_QUERIES and not torch.is_grad_enabled():
+        return None
+    # As transformers' function: one query sees all keys, and a given mask says what is seen.
+    causal = queries > 1 and mask is None and bool(module.is_causal if is_causal is None else is_causal)
+    if causal and key.shape[2] > queries:  # a static cache that is still empty behind the prompt
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    output = ops.attention(query, key, value, mask, causal=causal, scale=scaling, dropout_p=dropout)
+    return output.transpose(1, 2).contiguous()
+
+
+class _Module(nn.Module):
+    is_causal = True
+    num_key_value_groups = 2
+
+
+def _agrees(original: Callable[..., Any]) -> bool:
+    """Return whether transformers' function and ours give the same values on random input."""
+    module = _Module()
+    with numeric_check():
+        query, key, value = (torch.randn(2, heads, 17, 32) for heads in (4, 2, 2))
+        mask = torch.rand(2, 1, 17, 17) < 0.5
+        mask[..., 0] = True
+        cases: list[tuple[Tensor, Tensor | None, dict[str, Any]]] = [
+            (query, None, {}),
+            (query, None, {"is_causal": False, "scaling": 0.3}),
+            (query, mask, {}),
+            (query[:, :, :9], None, {}),
+            (query[:, :, :1], None, {}),
+        ]
+        for q, seen, options in cases:
+            ours = _attention(module, q, key, value, seen, **options)
+            theirs = original(module, q, key, value, seen, **options)[0]
+            if ours is not None and not torch.allclose(ours, theirs, atol=1e-5):
+                return False
+    return True

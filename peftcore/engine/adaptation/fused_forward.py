@@ -1,0 +1,257 @@
+"""Modules whose `forward` is computed by one operator: norms, MLPs with a gated activation, activations, dropout.
+
+    LlamaMLP                                  LlamaMLP (fused)
+      down(act(gate(x)) * up(x))        =>      down(ops.gated(gate(x), up(x)))
+
+The class is swapped below all of peftcore's other classes, so hooks, adapters, copies and pickles work as before. The
+children of an MLP are still called. The module's own `forward` computes every call that the operator does not support,
+or would compute more slowly: other dtypes, devices and tensor subclasses, compiled and transformed calls.
+
+Attention is fused in fused_attention.py, since it is a call inside a module. recomputed.py explains how layers avoid
+saving the outputs of fused modules for the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+
+from peftcore import ops
+from peftcore.engine.adaptation.class_swap import one_for_each_class, subclass
+from peftcore.engine.adaptation.recomputed import inputs_instead, with_source
+from peftcore.ops.activated import Activation
+from peftcore.ops.calling import transformed
+from peftcore.ops.gated import Activation as GateActivation
+from peftcore.ops.weight import DTYPES
+
+FUSED_FORWARD = "_peftcore_fused_forward"
+_MARKER = "_peftcore_fused"
+_DEVICES = ("cpu", "meta")  # with kernels; meta tensors stand for CPU ones
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+
+
+@dataclass(frozen=True)
+class FusedForward:
+    """What a fused module computes.
+
+    Args:
+        recompute: whether layers save the module's input instead of its output, and recompute the output.
+    """
+
+    kind: ClassVar[str]
+    recompute: bool = field(default=True, kw_only=True)
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        """Return the module's output, or None if its own forward must compute it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FusedNorm(FusedForward):
+    """RMSNorm as `ops.rms_norm` computes it.
+
+    Args:
+        weight, eps: names of the attributes.
+        offset, rounded: as in `ops.rms_norm`.
+        dtypes: pairs of dtypes of x and weight for which the results agree.
+    """
+
+    kind = "RMSNorm"
+    weight: str
+    eps: str
+    offset: float
+    rounded: bool
+    dtypes: frozenset[tuple[torch.dtype, torch.dtype]]
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        """Return the module's output, or None if its own forward must compute it."""
+        weight = getattr(module, self.weight)
+        if not plain(x, weight) or (x.dtype, weight.dtype) not in self.dtypes:
+            return None
+        if x.dim() == 0 or weight.shape != x.shape[-1:]:
+            return None
+        compute = functools.partial(
+            ops.rms_norm, eps=getattr(module, self.eps), offset=self.offset, rounded=self.rounded
+        )
+        y = compute(x, weight)
+        return with_source(y, compute, (x,), (weight,)) if self.recompute else y
+
+
+@dataclass(frozen=True)
+class RecomputedLayerNorm(FusedForward):
+    """PyTorch's LayerNorm, computed by PyTorch, whose output is recomputed in the backward pass."""
+
+    kind = "LayerNorm"
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        """Return the module's output, or None if its own forward must compute it."""
+        # Autocast computes LayerNorm in fp32, and the backward pass runs outside of it.
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not plain(x, x):
+            return None
+        compute = functools.partial(_layer_norm, module.normalized_shape, module.eps)
+        return with_source(compute(x, module.weight, module.bias), compute, (x,), (module.weight, module.bias))
+
+
+def _layer_norm(shape: list[int], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+@dataclass(frozen=True)
+class FusedMLP(FusedForward):
+    """down(act(gate(x)) * up(x)), whose product is recomputed for the gradient of `down`.
+
+    Args:
+        gate, up, down, act: names of the children.
+        activation: as in `ops.gated`.
+        act_class: class of `act`.
+        dtypes: dtypes for which the results agree.
+    """
+
+    kind = "gated MLP"
+    gate: str
+    up: str
+    down: str
+    act: str
+    activation: GateActivation
+    act_class: type[nn.Module]
+    dtypes: frozenset[torch.dtype]
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        """Return the module's output, or None if its own forward must compute it."""
+        children: dict[str, Any] = module._modules
+        gate_proj, up_proj, down_proj = children.get(self.gate), children.get(self.up), children.get(self.down)
+        act = children.get(self.act)
+        if gate_proj is None or up_proj is None or down_proj is None or not self._is_plain(act) or not untransformed():
+            return None
+        gate, up = gate_proj(x), up_proj(x)
+        if not plain(gate, up) or gate.dtype is not up.dtype or gate.dtype not in self.dtypes or gate.shape != up.shape:
+            output: Tensor = down_proj(act(gate) * up)  # type: ignore[misc]
+            return output
+        compute = functools.partial(ops.gated, activation=self.activation)
+        product = compute(gate, up)
+        if self.recompute:
+            with_source(product, compute, (gate, up))
+        with inputs_instead(product):
+            output = down_proj(product)
+        return output
+
+    def _is_plain(self, act: nn.Module | None) -> bool:
+        """Return whether `act` is the activation that was checked, and a call does nothing but its forward."""
+        return (
+            type(act) is self.act_class
+            and not (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks)
+            and "forward" not in act.__dict__
+        )
+
+
+@dataclass(frozen=True)
+class FusedActivation(FusedForward):
+    """An activation as `ops.activated` computes it.
+
+    Args:
+        activation: as in `ops.activated`.
+        dtypes: dtypes for which the results agree.
+    """
+
+    kind = "activation"
+    activation: Activation
+    dtypes: frozenset[torch.dtype]
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        """Return the module's output, or None if its own forward must compute it."""
+        if not plain(x, x) or x.dtype not in self.dtypes:
+            return None
+        compute = functools.partial(ops.activated, activation=self.activation)
+        y = compute(x)
+        return with_source(y, compute, (x,)) if self.recompute else y
+
+
+@dataclass(frozen=True)
+class FusedDropout(FusedForward):
+    """Dropout as `ops.dropout` computes it, which saves a seed instead of the mask."""
+
+    kind = "dropout"
+
+    def __call__(self, module: Any, x: Any) -> Tensor | None:
+        """Return the module's output, or None if its own forward must compute it."""
+        if not module.training or module.inplace or type(module.p) is not float or not 0 < module.p < 1:
+            return None
+        if not plain(x, x) or x.dtype not in DTYPES or x.dim() == 0:
+            return None
+        return ops.dropout(x, module.p)
+
+
+def untransformed() -> bool:
+    """Return whether the call is neither compiled, traced nor transformed, so that our operators support it."""
+    return not (torch.compiler.is_compiling() or torch._C._is_tracing() or transformed())
+
+
+def plain(x: Any, other: Any) -> bool:
+    """Return whether our operators accept both tensors and have a kernel for them."""
+    return (
+        type(x) in _PLAIN
+        and type(other) in _PLAIN
+        and x.device.type in _DEVICES
+        and x.device == other.device
+        and x.layout is torch.strided is other.layout
+        and untransformed()
+    )
+
+
+def fuse_module(module: nn.Module, fused_forward: FusedForward) -> None:
+    """Swap the class of `module`, below the other classes of peftcore."""
+    classes = _swapped(module)
+    module.__dict__[FUSED_FORWARD] = fused_forward
+    module.__class__ = _rebuilt(_fused_class(classes[-1].__bases__[-1] if classes else type(module)), classes)
+
+
+def separate(module: nn.Module) -> None:
+    """Restore the class of a fused module."""
+    classes = _swapped(module)
+    inner = [cls for cls in classes if _MARKER in cls.__dict__]
+    del module.__dict__[FUSED_FORWARD]
+    module.__class__ = _rebuilt(inner[0].__dict__[_MARKER], [cls for cls in classes if cls not in inner])
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Return whether the class of `module` is a fused one."""
+    return hasattr(type(module), _MARKER)
+
+
+def is_outermost(module: nn.Module) -> bool:
+    """Return whether no other library has swapped the class of `module` over peftcore's classes."""
+    classes = _swapped(module)
+    return not classes or classes[0] is type(module)
+
+
+def _swapped(module: nn.Module) -> list[Any]:
+    """Return peftcore's classes of `module`, the innermost last."""
+    return [cls for cls in type(module).__mro__ if "_peftcore_maker" in cls.__dict__]
+
+
+def _rebuilt(cls: Any, swapped: list[Any]) -> Any:
+    for swapped_class in reversed(swapped):
+        cls = swapped_class.__dict__["_peftcore_maker"](cls)
+    return cls
+
+
+@one_for_each_class
+def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+    own: Any = cls.forward
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Compiled graphs contain the module's own operators, which the compiler fuses itself.
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            output = self.__dict__[FUSED_FORWARD](self, args[0])
+            if output is not None:
+                return output
+        return own(self, *args, **kwargs)
+
+    return subclass(cls, _fused_class, {"forward": forward, _MARKER: cls})

@@ -1,0 +1,244 @@
+"""Several adapters in one batch: sample i passes through the adapter of the i-th name, or through none.
+
+The module runs once for each adapter, on the samples that have it. An adapter's class that can do better has
+
+    @staticmethod
+    per_sample(adapters, index, base, *args, **kwargs) -> output, or NotImplemented
+
+Samples are then in dimension 0 of the first tensor, and `index`, int64 `[x.shape[0]]`, is the number among `adapters`
+(of this class) of the one that a row passes through; -1 for none.
+
+The dimension of the samples is a fact of the module, observed before (`rows.py`). The sample of each row is a fact of
+the call: `generate` repeats samples for beams, and repeats their numbers (`SAMPLES`) with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from peftcore.engine.adaptation.concurrency import ModelLock
+from peftcore.errors import PeftcoreError
+from peftcore.model.rows import ROWS, UNKNOWN, Rows, Samples, first_in, joined, taken
+from peftcore.plugin.adapter import Adapter
+from peftcore.plugin.call import Call, CallState, Frame, as_if_called, current_frame
+from peftcore.plugin.link import Link
+from peftcore.plugin.outputs import first_of, with_first
+
+
+class Group:
+    """Some samples of a batch, by their numbers."""
+
+    def __init__(self, numbers: tuple[int, ...], device: torch.device) -> None:
+        self.numbers = numbers
+        self.index = torch.tensor(numbers, device=device)  # int64
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+class Chosen:
+    """Adapters of one module that an activation gives to samples, and the adapter of each sample.
+
+    Args:
+        there: all adapters of the module, by name.
+        samples: the adapter's name of each sample.
+    """
+
+    __slots__ = ("_index", "adapters", "names", "samples", "together")
+
+    def __init__(self, there: Mapping[str, nn.Module | None], samples: tuple[str | None, ...]) -> None:
+        self.names = [name for name in dict.fromkeys(samples) if name is not None and name in there]
+        self.adapters: list[Any] = [there[name] for name in self.names]
+        number: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
+        self.samples = [number.get(name, -1) for name in samples]
+        kinds = {type(adapter) for adapter in self.adapters}
+        self.together = _together_of(next(iter(kinds))) if len(kinds) == 1 else None
+        self._index: Tensor | None = None
+
+    def index(self, device: torch.device) -> Tensor:
+        """Return int64 `[samples]`: which of the adapters a sample has; -1 for none."""
+        if self._index is None or self._index.device != device:
+            self._index = torch.tensor(self.samples, device=device)
+        return self._index
+
+    def groups(self, device: torch.device) -> list[tuple[int, Group]]:
+        """Return (adapter or -1, the samples that have it)."""
+        return [
+            (which, Group(tuple(i for i, other in enumerate(self.samples) if other == which), device))
+            for which in sorted(set(self.samples))
+        ]
+
+
+def _together_of(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """Return `per_sample` of a class of adapters, or None if it has none."""
+    own = kind.per_sample if issubclass(kind, Adapter) else None
+    return None if own is Adapter.per_sample else own
+
+
+class PerSample:
+    """Link of a module's chain that passes each sample through its adapter.
+
+    Args:
+        base: the module's own forward.
+        adapters: adapters of the module.
+        link: (name) -> the link of that adapter around the module.
+        lock: lock of the model, whose current activation is used.
+    """
+
+    __slots__ = ("_adapters", "_base", "_link", "_links", "_lock", "module")
+
+    def __init__(
+        self,
+        base: Any,
+        adapters: Any,
+        link: Callable[[str], Callable[..., Any]],
+        lock: ModelLock,
+    ) -> None:
+        self.module, self._base, self._lock = base.module, base, lock
+        self._adapters, self._links, self._link = adapters._modules, adapters.links, link
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        frame = current_frame()
+        call = None if frame is None else frame.call
+        chosen = self._chosen(call)
+        if not chosen.names:
+            return self._base(*args, **kwargs)
+        first, rows = self._rows(len(chosen.samples), call, args, kwargs)
+        if chosen.together is not None and all(self._links.get(name, Link).calls_adapter for name in chosen.names):
+            output = self._together(chosen, rows.first, first, *args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        if all(self._links.get(name, Link).follows for name in chosen.names):
+            return self._after(chosen, rows, frame, *args, **kwargs)
+        parts, groups = [], chosen.groups(first.device)
+        count = len(chosen.samples)
+        for which, own in groups:
+            run = self._base if which < 0 else self._link(chosen.names[which])
+            if len(own) == count:
+                return run(*args, **kwargs)
+            own_args, own_kwargs = self._taken(rows, first, own, count, args, kwargs)
+            with as_if_called(frame, _narrowed(frame, own, count)):
+                parts.append(run(*own_args, **own_kwargs))
+        order = torch.cat([own.index for _, own in groups]).argsort()
+        return joined(parts, rows.output, [len(own) for _, own in groups], order)
+
+    def _chosen(self, call: Call | None) -> Chosen:
+        """Return the adapters that the current activation gives to samples here."""
+        activation = self._lock.choice() or self._lock.activation
+        repeated = call.samples if call is not None else None
+        samples = activation.samples or ()
+        if repeated is not None:
+            samples = tuple(samples[i] for i in repeated)
+        if is_dynamo_compiling():
+            return Chosen(self._adapters, samples)
+        found: Chosen | None = activation.found.get((self.module, repeated))
+        if found is None:
+            found = activation.found[self.module, repeated] = Chosen(self._adapters, samples)
+        return found
+
+    def _rows(
+        self, samples: int, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Rows]:
+        """Return the first tensor argument, and the place of the samples, whose number is checked."""
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        rows = self.module.__dict__.get(ROWS, "it was not observed")
+        kind = type(self.module).__name__
+        if isinstance(rows, str) or first is None:
+            why = rows if isinstance(rows, str) else "it is called without a tensor"
+            raise PeftcoreError(
+                f"{samples} samples were given adapters (activate(..., per_sample=True)), but it is not known which "
+                f"part of the input of a {kind} belongs to which sample: {why}. Leave that module out of "
+                "target_modules, or run the samples of each adapter in a batch of their own"
+            )
+        each, dim = rows.first.entries(call), rows.first.dim
+        size = first.shape[dim] if dim < first.dim() else 0
+        if each is None or size != samples * each:
+            found = f"{size // each:,}" if each and size % each == 0 else f"{size:,} rows"
+            raise PeftcoreError(
+                f"{samples} samples were given adapters (activate(..., per_sample=True)), but {kind} gets a batch of "
+                f"{found}. Give a name for each sample"
+            )
+        return first, rows
+
+    def _taken(
+        self, rows: Rows, first: Tensor, samples: Group, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments as they would be with only some of the samples."""
+        names: tuple[str, ...] = type(self.module)._peftcore_arguments
+
+        def part(name: str, value: Any) -> Any:
+            where = rows.first if value is first else rows.arguments.get(name, UNKNOWN)
+            return taken(value, where, samples.index, count)
+
+        named = [part(names[i] if i < len(names) else "", value) for i, value in enumerate(args)]
+        return named, {name: part(name, value) for name, value in kwargs.items()}
+
+    def _together(self, chosen: Chosen, where: Samples, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run all adapters in one pass by their class; return NotImplemented if it cannot."""
+        together, index = cast(Callable[..., Any], chosen.together), chosen.index(first.device)
+        each = first.shape[where.dim] // len(chosen.samples)
+        index = index if each == 1 else index.repeat_interleave(each)
+        if where.dim == 0:
+            return together(chosen.adapters, index, self._base, *args, **kwargs)
+        if not args or args[0] is not first or len(args) > 1 or kwargs:
+            return NotImplemented
+        output = together(chosen.adapters, index, self._base, first.transpose(0, where.dim))
+        return output if output is NotImplemented else output.transpose(0, where.dim).contiguous()
+
+    def _after(self, chosen: Chosen, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any) -> Any:
+        """Run adapters that are all after the module, which runs once, on the whole batch."""
+        output = self._base(*args, **kwargs)
+        first, where, count = first_of(output), first_in(rows.output), len(chosen.samples)
+        parts, groups = [], chosen.groups(first.device)
+        for which, own in groups:
+            y = taken(first, where, own.index, count)
+            with as_if_called(frame, _narrowed(frame, own, count)):
+                parts.append(y if which < 0 else chosen.adapters[which](y))
+        order = torch.cat([own.index for _, own in groups]).argsort()
+        return with_first(output, joined(parts, where, [len(own) for _, own in groups], order))
+
+
+class _CallOfSamples(Call):
+    """A call of the model as it would be with only some of its samples; each of its rows belongs to one of them.
+
+    Args:
+        call: the call with all samples.
+        where: place of the samples in the model's arguments, as in `Rows.arguments`.
+        samples: the samples.
+        count: number of samples in the batch.
+    """
+
+    def __init__(self, call: Call, where: Mapping[str, Any], samples: Group, count: int) -> None:
+        super().__init__(call._values)
+        outer = call.samples
+        self._repeated = samples.numbers if outer is None else tuple(outer[i] for i in samples.numbers)
+        self._call, self._where, self._index, self._count = call, where, samples.index, count
+        self.state = call.states.setdefault(samples.numbers, CallState())
+
+    def __getitem__(self, name: str) -> Any:
+        return taken(self._call[name], self._where.get(name, UNKNOWN), self._index, self._count)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self._values else default
+
+
+# Arguments with samples in dimension 0, for models that were not observed with them.
+_OF_SAMPLES = (
+    "input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "labels", "decoder_input_ids",
+    "decoder_inputs_embeds", "decoder_attention_mask",
+)  # fmt: skip
+
+
+def _narrowed(frame: Frame | None, samples: Group, count: int) -> Call | None:
+    """Return the call that adapters of only some samples see."""
+    if frame is None:
+        return None
+    rows = frame.module.__dict__.get(ROWS)
+    where = rows.arguments if isinstance(rows, Rows) else {}
+    own = dict.fromkeys((*_OF_SAMPLES, *frame.context.names), Samples())
+    return _CallOfSamples(frame.call, {**own, **where}, samples, count)

@@ -1,0 +1,169 @@
+"""What a method attaches to a model: adapters of modules, and trained parameters of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from peftcore.engine.expert_adapters import ExpertLink, OfExpert, each_expert
+from peftcore.engine.prompts import checked_shape
+from peftcore.engine.prompts.prefix import place_prefix
+from peftcore.engine.prompts.soft import place_soft_prompt
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.model.base_modules import base_modules, base_parameters
+from peftcore.model.experts import split_expert_path
+from peftcore.model.weight_formats import quantized_format
+from peftcore.plugin.architecture import Architecture
+from peftcore.plugin.link import Link
+from peftcore.plugin.method import Method
+from peftcore.plugin.placements.on_weight import WeightChanges, WeightLink
+from peftcore.plugin.placements.placement import Placement
+
+_PREFIX = ("layers", "2", "kv_heads", "tokens", "head_dim")
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One adapter as it is attached to a module.
+
+    Args:
+        path: path of the module.
+        adapter: the adapter that is attached, which may consist of several.
+        placements: what the method placed.
+        link: how the adapter takes part in calls, and how it is merged.
+        branches: names of other adapters of the module that it combines.
+        parts: the adapters that it consists of.
+    """
+
+    path: str
+    adapter: nn.Module
+    placements: tuple[Placement, ...]
+    link: type[Link] = Link
+    branches: Sequence[str] = ()
+    parts: tuple[nn.Module, ...] = ()
+
+
+@dataclass
+class Attachments:
+    """What the placements of a method attach to `model`; `Placement.attach` adds to it.
+
+    Args:
+        model: the model, which is not changed.
+        architecture: facts about it.
+        method: the method.
+        config: its config, with every choice explicit.
+        attached: the adapters, one for each module.
+        trained: names of trained parameters of the base.
+        apart: those trained separately from the parameters they are tied to.
+        names_modules: the config names modules, rather than all of a kind.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    method: Method
+    config: Any = None
+    attached: list[Attachment] = field(default_factory=list)
+    trained: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    names_modules: bool = True
+    _changes: dict[str, list[tuple[str, nn.Module, Placement]]] = field(default_factory=dict)
+    _experts: dict[str, list[tuple[OfExpert, Placement]]] = field(default_factory=dict)
+
+    def wrap(
+        self,
+        placement: Placement,
+        path: str,
+        adapter: nn.Module,
+        link: type[Link] = Link,
+        branches: Sequence[str] = (),
+    ) -> None:
+        """Attach `adapter` to the module at `path`, which may be the layer of one expert.
+
+        Args:
+            placement: the placement that asks for it.
+            path: path of the module; "" for the model itself.
+            adapter: the adapter, or one that the kind of placement makes of it.
+            link: how the adapter takes part in calls of the module, and how it is merged.
+            branches: names of other adapters of the module that it combines.
+        """
+        found = split_expert_path(self.model, path)
+        if found is None:
+            self.attached.append(Attachment(path, adapter, (placement,), link, branches))
+        else:
+            of_expert = OfExpert(path, *found[1:], adapter, link, branches)
+            self._experts.setdefault(found[0], []).append((of_expert, placement))
+
+    def change(self, placement: Placement, path: str, name: str, adapter: nn.Module) -> None:
+        """Let `adapter` change what the module at `path` reads as its parameter `name`."""
+        self._changes.setdefault(path, []).append((name, adapter, placement))
+
+    def train(self, names: Sequence[str]) -> None:
+        """Train the base parameters `names`."""
+        self.trained = tuple(dict.fromkeys([*self.trained, *names]))
+
+    def prompt(self, placement: Placement, shape: tuple[int, int] | None) -> None:
+        """Put the vectors of the placement's adapter before the embedded input; `shape` if it cannot be called now."""
+        found = checked_shape(self.model, self.architecture, placement, ("tokens", "hidden"), shape)
+        for path, adapter in place_soft_prompt(self.model, self.architecture, placement.adapter, *found):
+            self.wrap(placement, path, adapter)
+
+    def prefix(self, placement: Placement) -> None:
+        """Put the keys and values of the placement's adapter at the start of the cache."""
+        found = checked_shape(self.model, self.architecture, placement, _PREFIX)
+        for path, adapter in place_prefix(self.model, self.architecture, placement.adapter, found):
+            self.wrap(placement, path, adapter)
+
+    def join(self) -> None:
+        """Make one adapter of those for several parameters or experts of a module, once all are declared."""
+        for path, experts in self._experts.items():
+            whole: nn.Module = each_expert(self.model, self.method.name, path, [each for each, _ in experts])
+            placements = tuple(placement for _, placement in experts)
+            parts = tuple(each.adapter for each, _ in experts)
+            self.attached.append(Attachment(path, whole, placements, ExpertLink, parts=parts))
+        for path, changes in self._changes.items():
+            whole = _joined(self.model, self.method.name, path, [(name, adapter) for name, adapter, _ in changes])
+            placements = tuple(placement for *_, placement in changes)
+            parts = tuple(adapter for _, adapter, _ in changes)
+            self.attached.append(Attachment(path, whole, placements, WeightLink, parts=parts))
+
+    @property
+    def placements(self) -> dict[str, tuple[Placement, ...]]:
+        """What the method placed, by the path of the module that carries it."""
+        return {each.path: each.placements for each in self.attached}
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the modules to which adapters are attached."""
+        return [each.path for each in self.attached]
+
+
+def _joined(model: nn.Module, method: str, path: str, changes: Sequence[tuple[str, nn.Module]]) -> WeightChanges:
+    """Return one adapter for all parameters, (name, adapter), of the module at `path` that a method changes.
+
+    Raises:
+        PeftcoreError: the module or parameter does not exist, no format reads it, or two adapters are on one parameter.
+    """
+    modules = dict(base_modules(model))
+    if path not in modules:
+        raise PeftcoreError(f"{method} places an adapter at '{path}', which is not a module{nearest(path, modules)}")
+    parameters = dict(base_parameters(modules[path]))
+    for name, _ in changes:
+        parameter, inside = parameters.get(name), name.rpartition(".")[0]
+        if parameter is None:
+            raise PeftcoreError(
+                f"{method} changes the parameter '{name}' of '{path}', which has none of this name"
+                f"{nearest(name, parameters)}"
+            )
+        is_read = not inside and quantized_format(modules[path], name) is not None
+        if not is_read and not (parameter.is_floating_point() or parameter.is_complex()):
+            raise PeftcoreError(
+                f"{method} changes the parameter '{name}' of '{path}', which is stored as {parameter.dtype}: "
+                "no weight format can decode. Leave that module dense, or exclude it"
+            )
+    names = [name for name, _ in changes]
+    if len(set(names)) < len(names):
+        raise PeftcoreError(f"{method} places two adapters on one parameter of '{path}': {sorted(names)}")
+    return WeightChanges(dict(changes))

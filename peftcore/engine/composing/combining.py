@@ -1,0 +1,308 @@
+"""`combine`: a new adapter that is a weighted sum of others.
+
+products   adapters with `low_rank` (adapter.py), module by module; an adapter adds nothing where it is not attached
+tensors    adapters whose change is linear in their tensors (`neutral`), and trained parameters of the base:
+           t = t0 + Σ w_i (t_i - t0), where t0 is the value at which the adapter changes nothing
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import engine
+from peftcore.engine.composing import low_rank
+from peftcore.engine.composing.arithmetic import Majority, Pruning, pruned_sum, weighted_sum
+from peftcore.engine.composing.compatibility import difference
+from peftcore.engine.composing.products import dense, of_matrix, of_product
+from peftcore.engine.merging.merged_layers import is_mergeable
+from peftcore.engine.trained import TrainedParameters, base_tensors
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.plugin import ranks
+from peftcore.plugin.adapter import LowRank, neutral_of
+from peftcore.plugin.method import Model
+from peftcore.plugin.modules import own_tensors
+from peftcore.plugin.registry import registry
+from peftcore.plugin.validation import positive_whole
+
+How = Literal[
+    "cat",
+    "svd",
+    "linear",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+]
+
+
+@engine.exclusive("combine adapters", base=True)
+def combine(
+    model: Model,
+    adapters: Sequence[str],
+    *,
+    adapter: str,
+    weights: Sequence[float] | None = None,
+    how: How = "cat",
+    density: float | None = None,
+    majority_sign_method: Majority = "total",
+    r: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """Add a new, inactive adapter that is a weighted sum of others, like PEFT's `add_weighted_adapter`.
+
+    If adapter i adds ΔW_i = s_i B_i A_i to a weight, with scale s_i and weight w_i, the new adapter adds
+
+        "cat"     Σ w_i ΔW_i, exactly, by concatenating the factors. The rank is the sum of the ranks.
+        "svd"     the nearest matrix of rank `r` to that sum; exact if the sum's rank is at most `r`.
+        "linear"  (Σ c_i B_i) (Σ ±c_i A_i), c_i = sqrt|w_i s_i|, with the sign of w_i s_i, as in PEFT. This is *not*
+                  the sum: it contains products of one adapter's B and another's A. Needs equal ranks.
+        "ties", "dare_linear", "dare_ties", "magnitude_prune"
+                  like "linear", on factors that are pruned first (arithmetic.py). Needs `density`.
+        "ties_svd", ...
+                  prunes and sums the ΔW_i themselves, then takes the nearest matrix of rank `r`.
+
+    Adapters whose change is linear in their tensors, and trained parameters of the base, are summed directly by "cat"
+    and "linear", and both are exact.
+
+    Args:
+        model: the model the adapters are on.
+        adapters: names of applied adapters, active or not. A module that only some of them change gets their sum.
+        adapter: name of the new adapter.
+        weights: one number of any sign for each adapter; 1 by default.
+        how: how the sum is formed, see above.
+        density: fraction of entries kept by pruning, in (0, 1].
+        majority_sign_method: "total" (of values) or "frequency" (of signs), for "ties".
+        r: rank for "svd" and "..._svd"; by default the largest rank among the adapters.
+        generator: random generator for "dare"; PyTorch's default if None.
+
+    Returns:
+        The model.
+
+    Raises:
+        PeftcoreError: an adapter cannot be combined in this way. The model is left unchanged.
+    """
+    state = engine.require_state(model)
+    engine.refuse_merged(state, "combine adapters")
+    engine.refuse_changed(model)
+    ranks.refuse_sharded(model, "combine adapters")
+    names, given = _sources(model, adapters, weights)
+    pruning = _pruning(how, density, majority_sign_method, generator)
+    if r is not None:
+        positive_whole(r=r)
+        if not how.endswith("svd"):
+            raise PeftcoreError(
+                f"r={r} has no effect with how='{how}', which takes its rank from the adapters. Leave it out"
+            )
+    # A method without `low_rank` cannot make an adapter of products, but the sum of its tensors may be one.
+    made_of_products = any(registry.method(engine.applied(model, each).method).low_rank is not None for each in names)
+    if any(low_rank.has_factors(model, each) for each in names) and (
+        made_of_products or how not in ("cat", "linear") or not all(_is_linear(model, each) for each in names)
+    ):
+        _combine_products(model, names, given, adapter, how, pruning, r)
+    elif how in ("cat", "linear"):
+        _combine_tensors(model, names, given, adapter)
+    else:
+        for each in names:  # raises with the reason
+            low_rank.factors_of(model, each, f"be combined by '{how}'")
+    return model
+
+
+def _combine_products(
+    model: nn.Module,
+    names: list[str],
+    weights: list[float],
+    adapter: str,
+    how: str,
+    pruning: Pruning | None,
+    r: int | None,
+) -> None:
+    sources = [low_rank.factors_of(model, each, "be combined") for each in names]
+    makers = [(registry.method(entry.method), entry.config) for entry in (engine.applied(model, n) for n in names)]
+    maker = next((each for each in makers if each[0].low_rank is not None), None)
+    if maker is None:
+        raise PeftcoreError(
+            f"a sum of adapters of {makers[0][0].name} is not an adapter of {makers[0][0].name}. "
+            + low_rank.conversion_hint(f"peftcore.convert(model, '{names[0]}', method=...)")
+        )
+    largest = max(f.a.shape[0] for source in sources for pairs in source.values() for f in pairs)
+    products: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for path in dict.fromkeys(path for source in sources for path in source):
+        here = [(source[path], w) for source, w in zip(sources, weights, strict=True) if path in source]
+        lists, used = [pairs for pairs, _ in here], [w for _, w in here]
+        if len({tuple((f.a.shape[1:], f.b.shape[0], f.transposed) for f in pairs) for pairs in lists}) > 1:
+            raise PeftcoreError(f"adapters {names} have factors of different shapes for '{path}'")
+        products[path] = [_product(path, each, used, how, pruning, r or largest) for each in zip(*lists, strict=True)]
+    first = next(iter(sources[0].values()))[0].a
+    low_rank.add(model, adapter, *maker, products, first.dtype)
+
+
+@torch.no_grad()
+def _product(
+    path: str, factors: Sequence[LowRank], weights: Sequence[float], how: str, pruning: Pruning | None, r: int
+) -> tuple[Tensor, Tensor]:
+    """Return the combined (b, a) of one weight, fp32, in the shapes of its factors."""
+    first = factors[0]
+    a, b = [f.a.float().flatten(1) for f in factors], [f.b.float().flatten(1) for f in factors]
+    scaled = [weight * f.scale for f, weight in zip(factors, weights, strict=True)]
+    if how.endswith("svd"):
+        if pruning is None:
+            product = of_product(torch.cat(b, 1), torch.cat([c * t for c, t in zip(scaled, a, strict=True)]), r).product
+        else:
+            product = of_matrix(pruned_sum([dense(f) for f in factors], weights, pruning), r).product
+        left, right = product.b, product.a
+    elif how == "cat":
+        left, right = torch.cat(b, 1), torch.cat([c * t for c, t in zip(scaled, a, strict=True)])
+    else:
+        found = sorted({t.shape[0] for t in a})
+        if len(found) > 1:
+            raise PeftcoreError(
+                f"how='{how}' adds A to A and B to B, which needs equal ranks, found {found} at '{path}'. "
+                "For different ranks use how='cat' (exact, adds the ranks up) or how='svd'"
+            )
+        with_sign = [math.copysign(math.sqrt(abs(c)), c) for c in scaled]
+        roots = [abs(c) for c in with_sign]
+        if pruning is None:
+            right, left = weighted_sum(a, with_sign), weighted_sum(b, roots)
+        else:
+            right, left = pruned_sum(a, with_sign, pruning), pruned_sum(b, roots, pruning)
+    rank = right.shape[0]
+    return left.reshape(-1, rank, *first.b.shape[2:]), right.reshape(rank, *first.a.shape[1:])
+
+
+def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], adapter: str) -> None:
+    entries = [engine.applied(model, each) for each in names]
+    parts = [_linear_parts(model, each) for each in names]
+    first = dict(engine.adapter_modules(model, names[0]))
+    constants = _constants(model, names[0])
+    for other, entry, there in zip(names[1:], entries[1:], parts[1:], strict=True):
+        why = "their tensors belong to different modules or have different shapes"
+        if entry.method == entries[0].method and _shapes(there) == _shapes(parts[0]):
+            unlike = (difference(first[path], each) for path, each in engine.adapter_modules(model, other))
+            why = next(filter(None, unlike), "") or _different_constant(_constants(model, other), constants)
+        if why:
+            raise PeftcoreError(
+                f"'{names[0]}' ({entries[0].method}) and '{other}' ({entry.method}) cannot be combined: {why}"
+            )
+    sums = {
+        key: neutral.float() + weighted_sum([there[key][0].float() - neutral.float() for there in parts], weights)
+        for key, (_, neutral) in parts[0].items()
+    }
+    dtype = next((tensor.dtype for (kind, _), (tensor, _) in parts[0].items() if kind), None)
+    with low_rank.inactive(model, adapter, entries[0].config, dtype):
+        made = _linear_parts(model, adapter)
+        if _shapes(made) != _shapes(parts[0]):
+            raise PeftcoreError(f"{entries[0].method} places '{adapter}' differently from '{names[0]}'")
+        with torch.no_grad():
+            for place, buffer in _constants(model, adapter).items():
+                buffer.copy_(constants[place])
+            for key, (tensor, _) in made.items():
+                tensor.copy_(sums[key])
+                if not bool(tensor.isfinite().all()):
+                    raise PeftcoreError(f"'{adapter}' would contain NaN or Inf in '{key[1]}'. Use smaller weights")
+
+
+def _different_constant(constants: Mapping[tuple[str, str], Tensor], first: Mapping[tuple[str, str], Tensor]) -> str:
+    """Return how the buffers of two adapters differ, or an empty string."""
+    for (path, name), tensor in constants.items():
+        if (path, name) not in first or not torch.equal(tensor, first[path, name].to(tensor.device)):
+            return f"different values of the buffer '{name}' at '{path}'"
+    return ""
+
+
+def _is_linear(model: nn.Module, adapter: str) -> bool:
+    """Return whether the adapter's change is linear in its parameters at every module."""
+    for _, module in engine.adapter_modules(model, adapter):
+        neutral = neutral_of(module)
+        if neutral is None or neutral.keys() != dict(module.named_parameters()).keys():
+            return False
+    return True
+
+
+def _constants(model: nn.Module, adapter: str) -> dict[tuple[str, str], Tensor]:
+    """Return {(path, name): persistent buffer}, which a sum of adapters cannot change."""
+    constants: dict[tuple[str, str], Tensor] = {}
+    for path, module in engine.adapter_modules(model, adapter):
+        parameters = dict(module.named_parameters())
+        for name, tensor in own_tensors(module).items():
+            if name not in parameters:
+                constants[path, name] = tensor
+    return constants
+
+
+Parts = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+
+
+def _linear_parts(model: nn.Module, adapter: str) -> Parts:
+    """Return {(adapter type, name): (tensor, neutral value)}. Parameters of the base have an empty adapter type."""
+    entry, what = engine.applied(model, adapter), "be combined"
+    low_rank.refuse_saved(model, adapter, what)
+    parts: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+    placed: Any
+    for path, placed in engine.adapter_modules(model, adapter):
+        own = dict(placed.named_parameters())
+        neutral = neutral_of(placed)
+        if neutral is None or own.keys() != neutral.keys():
+            raise PeftcoreError(
+                f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' is not linear in its tensors. "
+                + low_rank.conversion_hint(
+                    f"peftcore.convert(model, '{adapter}', method=...)",
+                    is_mergeable(model.get_submodule(path), adapter),
+                )
+            )
+        for key, tensor in own.items():
+            parts[type(placed).__qualname__, f"{path}.{key}"] = tensor.detach(), neutral[key].to(tensor.device)
+    owned = TrainedParameters.of(model, adapter)
+    if owned is not None:
+        if owned.has_moved(model):
+            low_rank.refuse_trained(model, adapter, what)
+        base = base_tensors(model)
+        parts |= {("", key): (value.detach(), base[key].detach()) for key, value in owned.values(model)}
+    return parts
+
+
+def _shapes(parts: Parts) -> dict[tuple[str, str], torch.Size]:
+    return {key: tensor.shape for key, (tensor, _) in parts.items()}
+
+
+def _sources(
+    model: nn.Module, adapters: Sequence[str], weights: Sequence[float] | None
+) -> tuple[list[str], list[float]]:
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
+        raise PeftcoreError(f"combine takes a list of adapter names, found {adapters!r}")
+    for name in adapters:
+        engine.applied(model, name)
+    given = [1.0] * len(adapters) if weights is None else list(weights)
+    wrong = [w for w in given if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w)]
+    if wrong or len(given) != len(adapters):
+        raise PeftcoreError(f"weights must be {len(adapters)} finite numbers, one for each adapter, found {weights!r}")
+    return list(adapters), [float(w) for w in given]
+
+
+def _pruning(how: str, density: float | None, majority: Majority, generator: torch.Generator | None) -> Pruning | None:
+    """Return the pruning that `how` asks for, or None."""
+    if how not in get_args(How):
+        raise PeftcoreError(
+            f"how={how!r} is not known{nearest(str(how), get_args(How))}. Known: {', '.join(get_args(How))}"
+        )
+    if majority not in get_args(Majority):
+        raise PeftcoreError(f"majority_sign_method must be one of {list(get_args(Majority))}, found {majority!r}")
+    kind = how.removesuffix("_svd")
+    if kind in ("cat", "svd", "linear"):
+        if density is not None:
+            raise PeftcoreError(
+                f"density={density} has no effect with how='{how}', which keeps every entry. Leave it out"
+            )
+        return None
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise PeftcoreError(f"how='{how}' needs density, the fraction of entries to keep, in (0, 1], found {density!r}")
+    random, elects = kind.startswith("dare"), kind.endswith("ties")
+    return Pruning(random, elects, float(density), majority, generator)

@@ -1,0 +1,145 @@
+"""`convert`: a low-rank approximation of any adapter's change of weights.
+
+B A = the matrix of rank r nearest to W' - W, where (W', b) = merged(W, b)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import engine
+from peftcore.engine.adaptation.adapted import changes_at
+from peftcore.engine.composing import low_rank
+from peftcore.engine.composing.products import Approximation, kept_of, of_matrix, of_product
+from peftcore.engine.merging.merged_layers import MergedCopies, is_mergeable, merged_copies
+from peftcore.errors import PeftcoreError
+from peftcore.model.weight_formats import DENSE, find_weight_format, weight_format
+from peftcore.plugin import ranks
+from peftcore.plugin.registry import registry
+from peftcore.plugin.validation import positive_whole
+
+Change = Tensor | tuple[Tensor, Tensor]  # dense [rows, columns] as stored, or b [rows, R] · a [R, columns]
+Refusal = Callable[[str], PeftcoreError]
+
+
+@engine.exclusive("convert an adapter", base=True)
+def convert(
+    model: nn.Module, source: str, *, method: str, r: int | None = 16, adapter: str | None = None
+) -> dict[str, float]:
+    """Add a new, inactive adapter of `method` that approximates `source` with rank `r`.
+
+    The approximation is exact if `r` is at least the rank of the change, and so if it is the smaller width of the
+    layer.
+
+    Args:
+        model: the model the adapter is on.
+        source: name of the adapter to approximate.
+        method: a method with low-rank adapters: one whose entry in `peftcore.methods()` has `low_rank`.
+        r: rank; None for the smallest rank in each layer that keeps 99 % of the change.
+        adapter: name of the new adapter, by default `SOURCE-METHOD`.
+
+    Returns:
+        The fraction of each weight's change that is kept, |B A| / |W' - W| (Frobenius norm; over all experts of a
+        layer), by path. Where it is k, the relative error is sqrt(1 - k²). It is 1 where nothing is changed.
+
+    Raises:
+        PeftcoreError: the adapter does more than change weights (prompts, bottlenecks, biases, `modules_to_save`).
+            The model is left unchanged.
+    """
+    state, entry = engine.require_state(model), engine.applied(model, source)
+    engine.refuse_merged(state, "convert an adapter")
+    engine.refuse_changed(model)
+    ranks.refuse_sharded(model, "convert an adapter")
+    if r is not None:
+        positive_whole(r=r)
+    target = registry.method(method)
+    if target.low_rank is None:
+        able = [other for other, each in registry.methods().items() if each.low_rank is not None]
+        raise PeftcoreError(f"method={method!r} has no low-rank adapters. Methods that have: {able}")
+    low_rank.refuse_trained(model, source, "be converted")
+    found: dict[str, list[Approximation]] = {}
+    seen: set[Any] = set()
+    for path, placed in engine.adapter_modules(model, source):
+        changes = _changes(model, source, path, placed, seen)
+        found |= {weight: _nearest(each, r) for weight, each in changes.items()}
+    template = entry.config if entry.method == method else None
+    like = next((p.dtype for _, p in engine.adapter_parameters(model, source) if p.is_floating_point()), None)
+    new = f"{source}-{method}" if adapter is None else adapter
+    products = {path: [(each.product.b, each.product.a) for each in own] for path, own in found.items()}
+    low_rank.add(model, new, target, template, products, like, of_weights=True)
+    return {path: kept_of(own) for path, own in found.items()}
+
+
+@torch.no_grad()
+def _nearest(changes: Sequence[Change], r: int | None) -> list[Approximation]:
+    """Return a product for each change, all of one rank: `r`, or the largest that any of them needs."""
+
+    def of(change: Change, r: int | None) -> Approximation:
+        return of_matrix(change, r) if isinstance(change, Tensor) else of_product(*change, r)
+
+    if r is None:
+        r = max(of(change, None).product.b.shape[1] for change in changes)
+    return [of(change, r) for change in changes]
+
+
+@torch.no_grad()
+def _changes(model: nn.Module, adapter: str, path: str, placed: Any, seen: set[Any]) -> dict[str, list[Change]]:
+    """Return the changes that `placed` makes to the weights at `path`, by path; one for each expert."""
+    module, method = model.get_submodule(path), engine.applied(model, adapter).method
+
+    def refuse(why: str) -> PeftcoreError:
+        return PeftcoreError(f"'{adapter}' ({method}) cannot be converted: its change at '{path}' {why}")
+
+    if not is_mergeable(module, adapter):
+        raise refuse("is not a change of a weight")
+    changes = changes_at(module, adapter)
+    by_name = {} if "weight" in changes else changes
+    sites = {_joined(path, name): (low_rank.Site(module, name), each) for name, each in by_name.items()}
+    sites = sites or {path: (low_rank.Site(module), placed)}
+    if not any(low_rank.why_not(site, each, seen, method) for site, each in sites.values()):
+        found = {weight: _products(each) for weight, (_, each) in sites.items()}
+        if by_name or len(found[path]) == 1:
+            return found
+    chosen = find_weight_format(module) if by_name else weight_format(module)
+    copies = merged_copies(path, module, {adapter: method}, chosen)
+    tensors = _of_parameters(copies, list(by_name), refuse) if by_name else {"": _of_layer(module, copies, refuse)}
+    if not all(bool(each.isfinite().all()) for each in tensors.values()):
+        raise refuse("gives a weight with NaN or Inf")
+    return {
+        _joined(path, name): [*each] if name and each.ndim == 3 else [each.flatten(1)] for name, each in tensors.items()
+    }
+
+
+def _joined(path: str, name: str) -> str:
+    return ".".join(filter(None, (path, name)))
+
+
+def _products(adapter: Any) -> list[Change]:
+    pairs = ((f.scale * f.b.float().flatten(1), f.a.float().flatten(1), f.transposed) for f in adapter.low_rank())
+    return [(a.T, b.T) if transposed else (b, a) for b, a, transposed in pairs]
+
+
+def _of_layer(module: nn.Module, copies: MergedCopies, refuse: Refusal) -> Tensor:
+    form = weight_format(module)
+    dense = form if form.decode is None else DENSE  # quantized weights are dense in the copies
+    before, after = dense.read(copies.base).float(), dense.read(copies.merged).float()
+    biases = [dense.read_bias(copy) for copy in (copies.base, copies.merged)]
+    if biases[0] is not None and not torch.equal(*cast(list[Tensor], biases)):
+        raise refuse("also changes the bias, which a low-rank product cannot. Combine or merge it as it is")
+    _refuse_more(copies, dense.write(copies.merged, after).keys() | {"bias"}, refuse)
+    return after - before
+
+
+def _of_parameters(copies: MergedCopies, names: Sequence[str], refuse: Refusal) -> dict[str, Tensor]:
+    _refuse_more(copies, set(names), refuse)
+    return {name: (getattr(copies.merged, name) - getattr(copies.base, name)).float() for name in names}
+
+
+def _refuse_more(copies: MergedCopies, known: Set[str], refuse: Refusal) -> None:
+    others = copies.changed.keys() - known
+    if others:
+        raise refuse(f"also changes '{min(others)}', which is not a weight of the layer")

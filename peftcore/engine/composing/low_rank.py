@@ -1,0 +1,288 @@
+"""Adapters that add low-rank products to weights: read their factors, check them, and make new adapters from them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import engine
+from peftcore.engine.adaptation.adapted import changes_at
+from peftcore.engine.composing.products import dense
+from peftcore.engine.trained import TrainedParameters
+from peftcore.errors import PeftcoreError
+from peftcore.model.weight_formats import weight_format
+from peftcore.plugin.adapter import Adapter, LowRank, implements
+from peftcore.plugin.layers import shape_of
+from peftcore.plugin.method import Method
+from peftcore.plugin.registry import registry
+
+
+class Site(NamedTuple):
+    """Module an adapter is attached to, and the name of the parameter if it changes a single one."""
+
+    module: nn.Module
+    name: str | None = None
+
+
+def has_factors(model: nn.Module, adapter: str) -> bool:
+    """Return whether every adapter with this name exposes `low_rank()`."""
+    placed = [each for _, _, each in sites(model, adapter)]
+    return bool(placed) and all(implements(each, Adapter.low_rank) for each in placed)
+
+
+def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, Any]]:
+    """Yield (path, site, adapter); changes of a parameter have the parameter's path."""
+    for path, placed in engine.adapter_modules(model, adapter):
+        module = model.get_submodule(path)
+        changes = changes_at(module, adapter)
+        for name, change in changes.items():
+            yield (f"{path}.{name}" if path else name), Site(module, name), change
+        if not changes:
+            yield path, Site(module), placed
+
+
+def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[LowRank]]:
+    """Return the factors of an applied adapter, by path.
+
+    Args:
+        model: the model.
+        adapter: name of the adapter.
+        what: what the caller does, for messages, such as `be combined`.
+
+    Raises:
+        PeftcoreError: at some module the adapter does more than add a low-rank product to a weight.
+    """
+    entry = engine.applied(model, adapter)
+    refuse_trained(model, adapter, what)
+    found: dict[str, list[LowRank]] = {}
+    seen: set[Any] = set()
+    placed: Any
+    for path, site, placed in sites(model, adapter):
+        why = why_not(site, placed, seen, entry.method)
+        if why:
+            raise PeftcoreError(
+                f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' {why}. "
+                + conversion_hint(
+                    f"peftcore.convert(model, '{adapter}', method=...)",
+                    site.name is None and implements(placed, Adapter.merged),
+                )
+            )
+        found[path] = list(placed.low_rank())
+    return found
+
+
+def why_not(site: Site, adapter: Any, seen: set[Any], method: str) -> str:
+    """Describe why an adapter is not just the low-rank products of its `low_rank()`; empty if it is.
+
+    Args:
+        site: where the adapter is attached.
+        adapter: the adapter.
+        seen: kinds of adapters, by class and shapes, whose `merged` was compared with their factors already; updated.
+        method: name of the adapter's method, for messages.
+    """
+    if not implements(adapter, Adapter.low_rank):
+        return "is not a low-rank product added to a weight"
+    with registry.naming(method, "low_rank"):
+        factors = list(adapter.low_rank())
+    why = _more(adapter, factors)
+    kind = type(adapter), type(site.module), site.name, tuple((f.a.shape, f.b.shape, f.transposed) for f in factors)
+    if not why and kind not in seen:
+        why = _other(site, adapter, factors, method)
+        if not _are_mixed(adapter, factors):  # otherwise the other tensors of another layer may do more
+            seen.add(kind)
+    return why
+
+
+def conversion_hint(call: str, possible: bool = True) -> str:
+    """Return a sentence with the call that makes a low-rank adapter."""
+    able = [f"'{name}'" for name, method in registry.methods().items() if method.low_rank is not None]
+    if not possible or not able:
+        return "It does not change a weight, so it cannot be converted to a low-rank adapter"
+    return f"{call.replace('method=...', f'method={able[0]}')} makes a low-rank adapter of it"
+
+
+def refuse_trained(model: nn.Module, adapter: str, what: str) -> None:
+    """Raise a PeftcoreError if an adapter also trains parameters of the base or has its own copies of them."""
+    entry, own = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
+    refuse_saved(model, adapter, what)
+    if entry.trained:
+        raise PeftcoreError(
+            f"'{adapter}' ({entry.method}) cannot {what}: it also trains the base parameter '{entry.trained[0]}', "
+            "which has no factors. Use an adapter that was trained without it"
+        )
+    if own is not None and own.has_moved(model):
+        raise PeftcoreError(
+            f"'{adapter}' ({entry.method}) cannot {what}: it has its own copies of base tensors, such as statistics "
+            "of a norm or rows of an embedding, which cannot be summed"
+        )
+
+
+def refuse_saved(model: nn.Module, adapter: str, what: str) -> None:
+    """Raise a PeftcoreError if an adapter trains whole modules (`modules_to_save`)."""
+    entry = engine.applied(model, adapter)
+    saved = getattr(entry.config, "modules_to_save", None)
+    if saved:
+        raise PeftcoreError(
+            f"'{adapter}' ({entry.method}) cannot {what}: it trains whole modules "
+            f"(modules_to_save={list(saved)}). Use an adapter that was trained with modules_to_save=[]"
+        )
+
+
+def add(
+    model: nn.Module,
+    name: str,
+    method: Method,
+    template: Any,
+    products: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
+    dtype: torch.dtype | None,
+    *,
+    of_weights: bool = False,
+) -> None:
+    """Apply an inactive adapter made of the products b `[out, r, ...]` · a `[r, ...]`, by path.
+
+    Args:
+        model: the model.
+        name: name of the new adapter.
+        method: its method.
+        template: a config of the method whose fields are kept, except those that depend on modules and ranks; or None.
+        products: (b, a) of each weight, by path.
+        dtype: of the new adapter's parameters; None for the method's default.
+        of_weights: the products have the shape of the weights, `[rows, r]` · `[r, ...]`, not of the method's factors.
+
+    Raises:
+        PeftcoreError: the method does not place the products as asked. The model is left unchanged.
+    """
+    assert method.low_rank is not None
+    ranks = {path: pairs[0][0].shape[1] for path, pairs in products.items()}
+    config = method.low_rank(model, template, ranks)
+    with inactive(model, name, config, dtype):
+        placed = {path: (site, each) for path, site, each in sites(model, name)}
+        if placed.keys() != products.keys() or engine.applied(model, name).trained:
+            raise PeftcoreError(
+                f"{method.name} was asked to place adapters at {sorted(products)}, and placed them at {sorted(placed)}"
+            )
+        adapter: Any
+        seen: set[Any] = set()
+        for path, (site, adapter) in placed.items():
+            if why := why_not(site, adapter, seen, method.name):
+                raise PeftcoreError(f"{method.name} placed an adapter at '{path}' that {why}")
+            own, given = set(map(id, adapter.parameters())), products[path]
+            factors = list(adapter.low_rank())
+            if len(factors) != len(given) or not {_owner(t) for f in factors for t in (f.a, f.b)} <= own:
+                raise PeftcoreError(
+                    f"{method.name} placed {len(factors)} products at '{path}', and {len(given)} were given"
+                )
+            for f, (b, a) in zip(factors, given, strict=True):
+                if of_weights:
+                    b, a = (a.T, b.T) if f.transposed else (b, a)
+                    b, a = b.reshape(*b.shape, *(1 for _ in f.b.shape[2:])), a.reshape(a.shape[0], *f.a.shape[1:])
+                _fill(f, b, a, name, path)
+
+
+@contextmanager
+def inactive(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None) -> Iterator[None]:
+    """Apply a new adapter and keep all adapters inactive within the block; activate as before afterwards.
+
+    If the block raises, the new adapter is removed.
+    """
+    state = engine.require_state(model)
+    active, samples, others = state.active, state.samples, {*state.applied}
+    try:
+        engine.set_active(model, ())  # two inactive adapters may train the same parameter
+        with warnings.catch_warnings():  # the source adapters' configs already warned
+            warnings.simplefilter("ignore")
+            engine.apply(model, config, adapter=name, dtype=dtype)
+        yield
+        engine.set_active(model, active, samples)
+    except BaseException:
+        if name in state.applied.keys() - others:
+            engine.remove(model, name)
+        engine.set_active(model, active, samples)
+        raise
+
+
+@torch.no_grad()
+def _fill(factors: LowRank, b: Tensor, a: Tensor, name: str, path: str) -> None:
+    if factors.a.shape != a.shape or factors.b.shape != b.shape:
+        raise PeftcoreError(
+            f"'{path}' has factors {list(factors.b.shape)} and {list(factors.a.shape)}, which cannot be filled with "
+            f"{list(b.shape)} and {list(a.shape)}"
+        )
+    factors.a.copy_(a)
+    factors.b.copy_(b / factors.scale)
+    for tensor in (factors.a, factors.b):
+        if not bool(tensor.float().isfinite().all()):
+            raise PeftcoreError(
+                f"'{name}' would contain NaN or Inf in {tensor.dtype} at '{path}'. Check the source adapters for NaN "
+                "and Inf, or use smaller weights"
+            )
+
+
+def _more(adapter: nn.Module, factors: Sequence[LowRank]) -> str:
+    """Name a tensor that an adapter has besides its factors; empty if there is none or factors are computed."""
+    own = dict(chain(adapter.named_parameters(), adapter.named_buffers()))
+    if _are_computed(own.values(), factors):
+        return ""
+    known = {_owner(tensor) for each in factors for tensor in (each.a, each.b)}
+    more = [name for name, tensor in own.items() if id(tensor) not in known]
+    return f"is more than a low-rank product: it also has the tensor '{more[0]}'" if more else ""
+
+
+def _are_computed(own: Iterable[Tensor], factors: Sequence[LowRank]) -> bool:
+    """Return whether a factor is computed rather than one of the tensors in `own`."""
+    known = set(map(id, own))
+    return any(_owner(tensor) not in known for each in factors for tensor in (each.a, each.b))
+
+
+def _are_mixed(adapter: nn.Module, factors: Sequence[LowRank]) -> bool:
+    """Return whether some factors are the adapter's own tensors and others are computed."""
+    own = [*adapter.parameters(), *adapter.buffers()]
+    owners = {_owner(tensor) for each in factors for tensor in (each.a, each.b)}
+    return _are_computed(own, factors) and not owners.isdisjoint(map(id, own))
+
+
+def _owner(tensor: Tensor) -> int:
+    """Return the id of the parameter that the factor is, or is a view of."""
+    return id(tensor if tensor._base is None else tensor._base)
+
+
+def _other(site: Site, adapter: Any, factors: Sequence[LowRank], method: str) -> str:
+    """Describe how the adapter's change of a weight differs from adding its products; empty if it does not.
+
+    The two are compared on a random weight.
+    """
+    device = factors[0].a.device
+    if site.name is not None:
+        shape, bias = torch.Size(shape_of(site.module, site.name)), None
+    elif not implements(adapter, Adapter.merged):
+        return "is not a change of a weight"
+    else:
+        form = weight_format(site.module)
+        shape, bias = form.read(site.module).shape, form.read_bias(site.module)
+    numbers = sum(f.b.shape[0] * f.a[0].numel() for f in factors)
+    if numbers != shape.numel() or any(f.b.shape[1] != f.a.shape[0] for f in factors):
+        return "does not have the shape of its factors' product"
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
+    with torch.no_grad():
+        zeros = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        with registry.naming(method, "merged" if site.name is None else "forward"):
+            changed, moved = (
+                adapter.merged(weight.clone(), zeros) if site.name is None else (adapter(weight.clone()), None)
+            )
+        change = as_weight(factors, shape)
+    off = (changed - weight - change).norm() / (change.norm() + weight.norm())
+    if moved is not None and (bias is None or moved.any()):
+        return "also changes a bias"
+    return "" if off < 1e-5 else "is not just the product of its factors"
+
+
+def as_weight(factors: Sequence[LowRank], shape: torch.Size) -> Tensor:
+    """Return the change that the products make to a weight of this shape, fp32."""
+    changes = [dense(each).T if each.transposed else dense(each) for each in factors]
+    return torch.cat(changes).reshape(shape)

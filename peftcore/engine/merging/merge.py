@@ -1,0 +1,330 @@
+"""Merging: one loop for every method and every weight format.
+
+The weight is read through its format in fp32, each active adapter's pure `merged(weight, bias)` is applied, and the
+result is rounded once to the stored dtype. The base's parameters are kept, not overwritten, so `unmerge` is bit exact.
+Before anything is written, each layer is run both ways (probe.py).
+
+The error of merging into a quantized weight is measured per layer (merged_layers.py), and refused above a limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import engine
+from peftcore.engine.adaptation import adapted
+from peftcore.engine.adaptation.adapted import is_adapted
+from peftcore.engine.changes import facts
+from peftcore.engine.merging.exchanging import Exchange, Merged, get
+from peftcore.engine.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
+from peftcore.engine.merging.tied import changed_alike, tied_weights, untie_config
+from peftcore.engine.preflight import check_dtype
+from peftcore.engine.trained import TrainedParameters
+from peftcore.errors import PeftcoreError, warn
+from peftcore.plugin import ranks
+from peftcore.plugin.method import Model, WeightFormat
+
+
+@engine.exclusive("merge", base=True)
+def merge(
+    model: Model,
+    *,
+    keep_adapters: bool = True,
+    untie: bool = False,
+    dtype: torch.dtype | None = None,
+    max_error: float | None = 0.1,
+) -> Model:
+    """Merge the active adapters into the base's weights.
+
+    Args:
+        model: the model.
+        keep_adapters: keep the original weights for `unmerge`. If False, the adapters are removed and nothing is kept:
+            the model is a plain model with new weights.
+        untie: merge into a weight that another module shares (tied embeddings) by giving the adapted module its own
+            copy. By default such a weight is an error, because merging would change the other module too.
+        dtype: replace quantized weights that adapters change by dense ones of this dtype. With `keep_adapters=False`
+            the whole model is cast to it. By default they are quantized again, see `max_error`.
+        max_error: largest fraction of the adapters' change that quantizing again may lose in any layer, see
+            `merge_error`; None for no limit.
+
+    Returns:
+        The model.
+
+    Raises:
+        PeftcoreError: an adapter cannot be merged, or the merged weight would not compute the same; a weight is tied; a
+            result is NaN or Inf; or quantizing again would lose more than `max_error`. The model is left unchanged.
+
+    Everything is checked before the first weight is written. After Ctrl-C the model is unchanged as well; with
+    `keep_adapters=False` only until the first layer is written. From then on the model computes the same as before, and
+    other functions refuse it.
+    """
+    _check_limit(max_error)
+    check_dtype(dtype)
+    state = _ready(model, "merge")
+    if not state.active:
+        raise PeftcoreError("no adapter is active. Activate the adapters to merge: peftcore.activate(model, [...])")
+    refuse_unmergeable(model, state.active)
+    for name in () if keep_adapters else state.active:
+        engine.refuse_needed(state, name)
+    alike = changed_alike(model, state.active)
+    tied = tied_weights(model, state.active, alike)
+    if tied and not untie:
+        raise PeftcoreError(
+            f"the weight of '{tied[0][0]}' is tied to '{tied[0][1]}', which merging would change too. Call "
+            "merge(model, untie=True) to give the adapted module its own weight"
+        )
+    with ranks.whole_when_read(model):
+        if keep_adapters:
+            return _merge(model, state, alike, tied, dtype=dtype, max_error=max_error)
+        return _merge_for_good(model, state, alike, tied, dtype=dtype, max_error=max_error)
+
+
+def _merge(
+    model: Model,
+    state: engine.State,
+    alike: list[list[str]],
+    tied: list[tuple[str, str]],
+    *,
+    dtype: torch.dtype | None,
+    max_error: float | None,
+) -> Model:
+    """Merge the active adapters so that `unmerge` can undo it."""
+    layers = list(merged_layers(model, state.active, dtype))
+    lost = {layer.path: layer.lost for layer in layers if layer.lost is not None}
+    _check_lost(lost, max_error)
+    merged, exchange, shared = Merged(state.active, lost=lost), Exchange(model), dict[str, Tensor]()
+    merged.unpacked = tuple(layer.unpacked for layer in layers if layer.unpacked is not None)
+    try:
+        _merge_trained(model, state.active, exchange)
+        for layer in layers:
+            _write(layer, alike, shared, exchange)
+        if tied:
+            merged.tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+            untie_config(model, tied)
+        engine.set_active(model, (), base_exchanged=True)
+        merged.aside = exchange.aside
+        merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [get(model, name)]}
+        _update_config(model, merged.unpacked)
+        state.merged = merged
+    except BaseException:
+        _put_own_aside(model, state.applied)
+        exchange.undo()
+        _restore_tied(model, merged)
+        engine.set_active(model, merged.active, base_exchanged=True)
+        _update_config(model, merged.unpacked)
+        raise
+    return model
+
+
+def _merge_for_good(
+    model: Model,
+    state: engine.State,
+    alike: list[list[str]],
+    tied: list[tuple[str, str]],
+    *,
+    dtype: torch.dtype | None,
+    max_error: float | None,
+) -> Model:
+    """Merge the active adapters and remove them; the base's weights are freed one by one."""
+    active = state.active
+    # Every result is checked before the first is written, and none is kept in between.
+    _check_lost(measured_error(model, active, dtype), max_error)
+    trained, exchange = Exchange(model), Exchange(model)
+    shared, unpacked, done = dict[str, Tensor](), dict[str, WeightFormat](), 0
+    try:
+        _merge_trained(model, active, trained)
+        for layer in merged_layers(model, active, dtype, checked=True):
+            exchange = Exchange(model)
+            _write(layer, alike, shared, exchange)
+            if layer.unpacked is not None:
+                unpacked[layer.path] = layer.unpacked
+            adapted.activate(model.get_submodule(layer.path), ())  # the model computes the same after every layer
+            exchange, done = Exchange(model), done + 1
+        if tied:
+            untie_config(model, tied)
+        _remove_merged(model, state, active, dtype, unpacked)
+    except BaseException:
+        exchange.undo()
+        if done:
+            paths = {path for name in active if name in state.applied for path in state.applied[name].paths}
+            state.merged = Merged(active, stopped=f"{done} of {max(done, len(paths))}")
+        else:
+            _put_own_aside(model, state.applied)
+            trained.undo()
+            engine.set_active(model, active, base_exchanged=True)
+        raise
+    return model
+
+
+def _remove_merged(
+    model: nn.Module,
+    state: engine.State,
+    active: tuple[str, ...],
+    dtype: torch.dtype | None,
+    unpacked: dict[str, WeightFormat],
+) -> None:
+    """Remove the merged adapters and what only quantized weights needed."""
+    engine.set_active(model, (), base_exchanged=True)
+    for path, site in state.sites.items():  # a weight that was packed has a different shape now
+        site.facts = facts(model.get_submodule(path))
+    for name in active:
+        engine.remove(model, name)
+    for path, was in unpacked.items():
+        module = model.get_submodule(path)
+        if was.plain is not None and not is_adapted(module):
+            was.plain(module)
+    if unpacked:
+        model.to(dtype)
+    _update_config(model, unpacked.values())
+
+
+def _write(layer: MergedLayer, alike: list[list[str]], shared: dict[str, Tensor], exchange: Exchange) -> None:
+    """Put a merged layer's tensors into the model; parameters in `alike` stay tied, by `shared`."""
+    first = {slot: slots[0] for slots in alike for slot in slots}
+    for name, tensor in layer.named():
+        if name in first:
+            tensor = shared.setdefault(first[name], nn.Parameter(tensor, requires_grad=False))
+        exchange.put(name, tensor)
+
+
+def _ready(model: nn.Module, what: str) -> engine.State:
+    """Return the record of a model whose adapters can be merged; `what` names the operation in messages."""
+    state = engine.require_state(model)
+    engine.refuse_merged(state, what)
+    engine.refuse_changed(model)
+    if not engine.follows_plan(model):
+        ranks.refuse_sharded(model, what)
+    engine.refuse_per_sample(state, what)
+    return state
+
+
+@engine.exclusive("measure the error of merging")
+def merge_error(model: nn.Module) -> dict[str, float]:
+    """Return the fraction of the active adapters' change that `merge` would lose in each quantized layer, by path.
+
+    0 means no loss, 1 means that the error is as large as the change itself. Dense layers are not listed. The model is
+    not changed.
+    """
+    state = _ready(model, "measure the error of merging")
+    refuse_unmergeable(model, state.active)
+    with ranks.whole_when_read(model):
+        return measured_error(model, state.active, None)
+
+
+@engine.exclusive("unmerge", base=True)
+def unmerge(model: Model) -> Model:
+    """Restore the original weights, bit for bit, and activate the merged adapters again.
+
+    If the model was moved or cast since, the weights are moved and cast with it.
+
+    Returns:
+        The model.
+
+    Raises:
+        PeftcoreError: nothing is merged, or a merged weight has a different size now. The model is left unchanged.
+    """
+    state = engine.require_state(model)
+    if state.merged is None:
+        raise PeftcoreError("nothing is merged into this model. Call peftcore.merge(model) first")
+    merged: Merged = state.merged
+    if merged.stopped:
+        raise PeftcoreError(f"cannot unmerge: {merged.why}")
+    there = {name: get(model, name) for name in merged.written}  # may have been moved or cast since
+    for name, (shape, _) in merged.written.items():
+        found = there[name]
+        if found is None or found.shape != shape:
+            what = "gone" if found is None else f"of shape {list(found.shape)}"
+            raise PeftcoreError(
+                f"'{name}' is {what} and was {list(shape)} when it was merged (resized?), so the original does "
+                "not fit. Undo the resize first, or keep the model merged"
+            )
+    exchange, devices = Exchange(model), dict[str, tuple[torch.device, torch.device]]()
+    try:
+        state.merged = None
+        for name, tensor in merged.aside.items():
+            now = there[name]
+            is_cast = now.dtype is not merged.written[name][1] and tensor.is_floating_point()
+            devices[name] = home, _ = tensor.device, now.device
+            tensor.data = tensor.data.to(now.device, now.dtype if is_cast else tensor.dtype)
+            exchange.put(name, tensor)
+            if home != now.device:  # no device holds both
+                now.data = now.data.to(home)
+        _restore_tied(model, merged)
+        _update_config(model, merged.unpacked)
+        engine.set_active(model, merged.active, base_exchanged=True)
+    except BaseException:
+        for name, (home, device) in devices.items():
+            merged.aside[name].data = merged.aside[name].data.to(home)
+            there[name].data = there[name].data.to(device)
+        exchange.undo()
+        if merged.tied:
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        _update_config(model, merged.unpacked)
+        engine.set_active(model, (), base_exchanged=True)
+        state.merged = merged
+        raise
+    return model
+
+
+def _restore_tied(model: nn.Module, merged: Merged) -> None:
+    if merged.tied is not None:
+        config: Any = model.config
+        config.tie_word_embeddings = merged.tied
+
+
+def _update_config(model: nn.Module, formats: Iterable[WeightFormat]) -> None:
+    for update in dict.fromkeys(each.update_config for each in formats if each.update_config is not None):
+        update(model)
+
+
+def _check_limit(max_error: Any) -> None:
+    is_number = isinstance(max_error, (int, float)) and not isinstance(max_error, bool)
+    if max_error is not None and not (is_number and max_error >= 0):
+        raise PeftcoreError(
+            f"max_error must be a number from 0 up, a share of the adapters' change, or None for no limit, found "
+            f"{max_error!r}"
+        )
+
+
+def _check_lost(lost: dict[str, float], max_error: float | None) -> None:
+    if not lost:
+        return
+    worst = max(lost, key=lambda path: lost[path])
+    mean = sum(lost.values()) / len(lost)
+    what = (
+        f"{len(lost)} merged layers are quantized again, which loses {mean:.0%} of the adapters' change on "
+        f"average, at worst {lost[worst]:.0%} ('{worst}')"
+    )
+    if max_error is not None and lost[worst] > max_error:
+        raise PeftcoreError(
+            f"{what}; max_error={max_error:g} allows {max_error:.0%}. Nothing was changed. Merge into 16 bits: "
+            "peftcore.merge(model, dtype=torch.bfloat16). For each layer's error: peftcore.merge_error(model)"
+        )
+    warn(what)
+
+
+def _merge_trained(model: nn.Module, names: tuple[str, ...], exchange: Exchange) -> None:
+    """Merge the adapters' own copies of base tensors: the base's slots get a copy of their values."""
+    for name in names:
+        own = TrainedParameters.of(model, name)
+        if own is None:
+            continue
+        values = [(slots, value.detach().clone()) for slots, value, _ in own.in_model(model)]
+        _put_own_aside(model, [name])
+        for slots, value in values:
+            is_parameter = isinstance(get(model, slots[0]), nn.Parameter)
+            tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value
+            for slot in slots:
+                exchange.put(slot, tensor)
+
+
+def _put_own_aside(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        own = TrainedParameters.of(model, name)
+        if own is not None:
+            own.activate(model, False)
+            own.hold(model, ())

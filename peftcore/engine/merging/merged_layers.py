@@ -1,0 +1,339 @@
+"""Adapted modules merged one by one: the merged parameters, checked, and the error of quantizing them again.
+
+error = |stored - wanted| / |wanted - before|     (Frobenius norms)
+
+Merging works on a shallow copy in float32: first changes of single parameters (`OnWeight`), which the module's own
+forward reads, then `merged` of adapters around and after the module, each in order of activation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import engine
+from peftcore.engine.adaptation.adapted import adapters_at
+from peftcore.engine.merging.probe import evaluated, put, refuse_inexact
+from peftcore.engine.trained import TrainedParameters
+from peftcore.errors import PeftcoreError
+from peftcore.model import read_by_others, reader_named
+from peftcore.model.experts import experts_layout
+from peftcore.model.weight_formats import DENSE, find_weight_format, quantized_format, weight_format
+from peftcore.plugin.link import Link
+from peftcore.plugin.method import WeightFormat
+from peftcore.plugin.registry import registry
+
+
+@dataclass
+class MergedLayer:
+    """One merged module: the tensors to store, and the error of storing them (None if there is none)."""
+
+    path: str
+    tensors: dict[str, Tensor]
+    lost: float | None
+    unpacked: WeightFormat | None = None  # format of a dense weight that replaces a quantized one
+
+    def named(self) -> list[tuple[str, Tensor]]:
+        """Return (full name, tensor) for each tensor to store."""
+        prefix = f"{self.path}." if self.path else ""
+        return [(prefix + attribute, tensor) for attribute, tensor in self.tensors.items()]
+
+
+@dataclass
+class MergedCopies:
+    """Two float32 copies of a module: one with the base's parameters, one with merged parameters.
+
+    Args:
+        changed: names of the parameters that may differ.
+        packed: formats of the module's own quantized parameters, by name.
+        weight, bias: those of the merged copy, in the layout of the module's format, if they were asked for.
+    """
+
+    base: nn.Module
+    merged: nn.Module
+    changed: dict[str, None] = field(default_factory=dict)
+    packed: dict[str, WeightFormat] = field(default_factory=dict)
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def differs(self) -> bool:
+        """Return whether an adapter changes anything."""
+        return any(not torch.equal(_get(self.base, name), _get(self.merged, name)) for name in self.changed)
+
+
+def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Raise a PeftcoreError if one of the adapters does more than change weights."""
+    state = engine.require_state(model)
+    cannot = {
+        name: path
+        for name in names
+        for path, module in engine.modules_with(model, state, name)
+        if not is_mergeable(module, name)
+    }
+    if not cannot:
+        return
+    method = {name: engine.applied(model, name).method for name in names}
+    can = [name for name in names if name not in cannot]
+    name, path = next(iter(cannot.items()))
+    raise PeftcoreError(
+        f"adapter '{name}' ({method[name]}) cannot be merged: its change at '{path}' is not a change of a weight. "
+        + (
+            f"These active adapters can be: {', '.join(f'{other} ({method[other]})' for other in can)}. Call "
+            f"peftcore.activate(model, {can}) first"
+            if can
+            else "No active adapter can be merged"
+        )
+    )
+
+
+def is_mergeable(module: nn.Module, name: str) -> bool:
+    """Return whether the adapter `name` of a module only changes weights."""
+    adapters = adapters_at(module)
+    return adapters.links.get(name, Link).is_mergeable(adapters[name])
+
+
+def mergeable(model: nn.Module) -> bool:
+    """Return whether all active adapters only change weights."""
+    state = engine.require_state(model)
+    return all(
+        is_mergeable(module, name) for name in state.active for _, module in engine.modules_with(model, state, name)
+    )
+
+
+def merged_layers(
+    model: nn.Module,
+    names: tuple[str, ...],
+    dtype: torch.dtype | None,
+    *,
+    checked: bool = False,
+) -> Iterator[MergedLayer]:
+    """Yield every adapted module, merged and checked: values are finite, and outputs are those of the adapters.
+
+    Args:
+        model: the model.
+        names: the adapters, in order of activation.
+        dtype: of a dense weight that replaces a quantized one; None to quantize again.
+        checked: outputs were compared before.
+    """
+    entries = {name: engine.applied(model, name) for name in names}
+    paths = dict.fromkeys(path for entry in entries.values() for path in entry.paths)
+    for path in paths:
+        module = model.get_submodule(path)
+        acting = {name: entry.method for name, entry in entries.items() if path in entry.placements}
+        kinds = {p.device.type for p in module._parameters.values() if p is not None} - {"meta"}
+        with torch.no_grad(), torch.autocast(min(kinds, default="cpu"), enabled=False):
+            chosen = find_weight_format(module)
+            copies = merged_copies(path, module, acting, chosen)
+            if not copies.packed.keys().isdisjoint(copies.changed):
+                layer = _packed(path, module, copies, dtype)
+            else:
+                layer = MergedLayer(path, _stored(module, copies, chosen), None)
+            bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not _is_finite(t)]
+            if bad or not math.isfinite(layer.lost or 0):
+                where = bad[0] if bad or chosen is None else chosen.name
+                raise PeftcoreError(
+                    f"merging {list(names)} into '{path}' gives NaN or Inf in {where}. The adapter contains NaN "
+                    "or Inf, or the sum overflows; nothing was changed"
+                )
+            if not checked:
+                _refuse_read_elsewhere(model, path, copies.changed)
+                refuse_inexact(path, module, list(acting), copies.base, copies.merged, copies.changed)
+        yield layer
+
+
+def _refuse_read_elsewhere(model: nn.Module, path: str, changed: Iterable[str]) -> None:
+    """Raise a PeftcoreError if code outside of the module at `path` reads a parameter that merging changes.
+
+    The adapters act on calls of the module alone; merged, they would act on that code as well (a tied autoencoder).
+    """
+    reads = read_by_others(model)
+    for name in changed:
+        full = f"{path}.{name}" if path else name
+        readers = {reader for reader in reads.get(full, ()) if not f"{reader}.".startswith(f"{path}.")}
+        if path and readers:
+            raise PeftcoreError(
+                f"cannot merge into '{full}': {reader_named(readers)} reads it without calling '{path}', so merging "
+                "would change more than the adapters do. Nothing was changed. Keep the adapters unmerged, or leave "
+                "this module out (exclude_modules)"
+            )
+
+
+def merged_copies(
+    path: str, module: nn.Module, methods: Mapping[str, str], chosen: WeightFormat | None
+) -> MergedCopies:
+    """Merge adapters of a module into a copy of it. The module's own tensors are not changed.
+
+    Args:
+        path: path of the module.
+        module: the module.
+        methods: {adapter name: method name}, in order of activation.
+        chosen: the module's weight format, or None if it has none.
+
+    Raises:
+        PluginError: `merged` of an adapter fails.
+    """
+    base, packed = evaluated(module), dict[str, WeightFormat]()
+    for name in module._parameters:
+        found = chosen if name == "weight" else quantized_format(module, name)
+        if found is not None and found.decode is not None:
+            packed[name] = found
+            put(base, name, _with_values(path, module, found.read(module).detach()).float())
+            chosen = DENSE if name == "weight" else chosen
+    copies = MergedCopies(base, evaluated(base, adapters=False), packed=packed)
+    adapters, whole = adapters_at(module), dict[str, Any]()
+    for adapter_name, method in methods.items():
+        adapter, link = adapters._modules[adapter_name], adapters.links.get(adapter_name, Link)
+        changes = link.changes_of(adapter)
+        if not changes:
+            whole[adapter_name] = adapter
+        for name, change in changes.items():
+            before = _with_values(path, module, _get(copies.merged, name)).clone()
+            with registry.naming(method, link.merges_by):
+                _merge_change(module, copies, name, partial(link.merged_change, change), before)
+            copies.changed[name] = None
+    if not whole:
+        return copies
+    chosen = chosen or weight_format(module)
+    before = _with_values(path, module, chosen.read(copies.merged))
+    weight, bias = before.clone(), chosen.read_bias(copies.merged)  # a plugin's `merged` may modify its arguments
+    for name, adapter in whole.items():
+        given = None if bias is None else bias.clone()
+        with registry.naming(methods[name], "merged"):
+            found = adapter.merged(weight, given)
+        weight, bias = _checked(path, name, found, before.shape, bias)
+    copies.weight, copies.bias = weight, bias
+    written = chosen.write(copies.merged, weight)
+    if bias is not None and not torch.equal(bias, cast(Tensor, chosen.read_bias(copies.merged))):
+        written |= chosen.write_bias(copies.merged, bias)
+    else:
+        copies.bias = None
+    for name, tensor in written.items():
+        put(copies.merged, name, tensor)
+        copies.changed[name] = None
+    return copies
+
+
+def _merge_change(
+    module: nn.Module, copies: MergedCopies, name: str, merged: Callable[..., Any], weight: Tensor
+) -> None:
+    """Merge the change of one parameter; if that is the stacked weight of experts, their biases may change, too."""
+    layout = experts_layout(module)
+    bias_name = None if layout is None else layout.bias_name(name)
+    before = None if bias_name is None else _get(copies.merged, bias_name)
+    weight, bias = merged(weight, before)
+    put(copies.merged, name, weight)
+    if bias_name is not None and bias is not None and before is not None and not torch.equal(bias, before):
+        put(copies.merged, bias_name, bias)
+        copies.changed[bias_name] = None
+
+
+def _checked(path: str, name: str, found: Any, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the result of `merged` if it is a weight and bias that can replace the old ones."""
+    is_pair = isinstance(found, tuple) and len(found) == 2
+    weight, new_bias = found if is_pair else (found, None)
+    who = f"'merged' of the adapter '{name}' at '{path}'"
+    if not is_pair or not isinstance(weight, Tensor) or weight.shape != shape:
+        raise PeftcoreError(
+            f"{who} returned {_shown(weight)}{'' if is_pair else ' alone'} for a weight {list(shape)}. It must "
+            "return (weight, bias), with bias None if it was None"
+        )
+    if bias is None and new_bias is not None:
+        raise PeftcoreError(
+            f"{who} returned a bias, but {path or 'the module'!r} has no bias. Nothing was changed. Keep the "
+            "adapters unmerged, or exclude the module from them"
+        )
+    if bias is not None and (not isinstance(new_bias, Tensor) or new_bias.shape != bias.shape):
+        raise PeftcoreError(f"{who} returned {_shown(new_bias)} for a bias {list(bias.shape)}")
+    return weight, new_bias
+
+
+def _shown(found: Any) -> str:
+    return str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
+
+
+def _stored(module: nn.Module, copies: MergedCopies, chosen: WeightFormat | None) -> dict[str, Tensor]:
+    """Return the tensors to store for an unquantized module, in their dtypes."""
+    stored: dict[str, Tensor] = {}
+    written = {} if copies.weight is None or chosen is None else chosen.write(module, copies.weight)
+    for name in copies.changed:
+        if name not in written:
+            stored[name] = _get(copies.merged, name).to(_get(module, name).dtype)
+    stored |= written
+    if copies.bias is not None and chosen is not None:
+        stored |= chosen.write_bias(module, copies.bias)
+    return stored
+
+
+def _packed(path: str, module: nn.Module, copies: MergedCopies, dtype: torch.dtype | None) -> MergedLayer:
+    """Merge a module with quantized parameters; its error is that of the worst parameter."""
+    tensors: dict[str, Tensor] = {}
+    losses: list[float] = []
+    for name in copies.changed:
+        before, weight, chosen = _get(copies.base, name), _get(copies.merged, name), copies.packed.get(name)
+        if chosen is None:
+            tensors[name] = weight.to(_get(module, name).dtype)
+        elif dtype is not None:
+            tensors[name] = weight.to(dtype)
+        elif not torch.equal(weight, before):  # quantizing an unchanged weight again would only round it again
+            written = chosen.write(module, weight)
+            assert chosen.decode is not None
+            losses.append(((chosen.decode(module, written) - weight).norm() / (weight - before).norm()).item())
+            tensors |= written
+    formats = [copies.packed[name] for name in copies.changed if name in copies.packed]
+    unpacked = formats[0] if dtype is not None else None
+    return MergedLayer(path, tensors, max(losses, default=None), unpacked)
+
+
+def _with_values(path: str, module: nn.Module, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        if "_hf_hook" in module.__dict__:
+            raise PeftcoreError(
+                f"accelerate has offloaded '{path}', whose weights are in memory only while it is called, so nothing "
+                "can be merged into them. Remove its hooks first: accelerate.hooks.remove_hook_from_module(model, "
+                "recurse=True)"
+            )
+        raise PeftcoreError(
+            f"the weight of '{path}' is on the meta device and has no values to merge into. Load the model's weights "
+            "first"
+        )
+    return tensor
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    return cast(Tensor, getattr(module.get_submodule(path), attribute)).detach()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return True
+    smallest, largest = torch.aminmax(tensor)  # NaN is kept
+    return bool(smallest.isfinite() and largest.isfinite())
+
+
+def measured_error(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> dict[str, float]:
+    """Return the error of merging into each quantized layer, by path."""
+    return {layer.path: layer.lost for layer in merged_layers(model, names, dtype) if layer.lost is not None}
+
+
+def changes_nothing(model: nn.Module, adapter: str) -> bool:
+    """Return whether merging `adapter` leaves every weight unchanged; False if weights cannot tell."""
+    own = TrainedParameters.of(model, adapter)
+    if own is not None:
+        pairs = zip(own.values(model), own.originals(model), strict=True)
+        if own.has_moved(model) or not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
+            return False
+    for path, module in engine.modules_with(model, engine.require_state(model), adapter):
+        if not is_mergeable(module, adapter):
+            return False
+        methods = {adapter: engine.applied(model, adapter).method}
+        with torch.no_grad():
+            if merged_copies(path, module, methods, find_weight_format(module)).differs():
+                return False
+    return True

@@ -1,0 +1,241 @@
+"""Base of soft prompts and prefixes: where the backbone is, how it is called, and how mask and positions grow."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.engine.prompts.packed import refuse_packed
+from peftcore.errors import PeftcoreError
+from peftcore.model.base_modules import base_modules, original_forward
+from peftcore.plugin import ranks
+from peftcore.plugin.adapter import Adapter, Base
+from peftcore.plugin.architecture import Architecture, text_config
+
+# argument names of attention modules for the cache
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+IN_CACHE = "_peftcore_prefix"  # attribute of a cache: how many of its tokens are prefixes
+IN_MASK = "_peftcore_masked"  # attribute of a cache: how many columns of this call's mask belong to prefixes
+SOFT = "soft_prompt"  # attribute of a call with a soft prompt before the input
+
+
+class Backbone(Adapter):
+    """Adapter around a backbone that reads the call by the backbone's argument names.
+
+    Args:
+        tokens: how many tokens the adapter puts before the input.
+        cache_argument: name of the backbone's argument for the attention cache.
+        causal: compute positions for padded batches, as `generate` does; an encoder counts from its start.
+    """
+
+    whole_batch = True
+
+    def __init__(
+        self,
+        adapter: nn.Module | None,
+        module: nn.Module,
+        tokens: int = 0,
+        *,
+        cache_argument: str | None = None,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        self.adapter: Any = adapter  # None if it only extends the mask and positions
+        self.tokens = tokens
+        self._names = forward_arguments(module)
+        self._cache_argument = cache_argument
+        self._causal = causal
+        self.counts = causal and "position_ids" in self._names
+        self._first = first_position(module)
+        self._context = learned_context(module)
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.tokens}"
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        ranks.refuse_context_parallel("a prompt or prefix")
+        call = arguments_by_name(self._names, args, kwargs)
+        old = [name for name in _CACHE_ARGUMENTS if name in call and name not in self._names]
+        # Older names that the module still takes.
+        if old and self._cache_argument and call.get(self._cache_argument) is None:
+            call[self._cache_argument] = call.pop(old[0])
+        return call
+
+    def _cached(self, call: dict[str, Any]) -> tuple[Any, int]:
+        """Return (cache or None, number of tokens it holds without prefixes)."""
+        cache = call.get(self._cache_argument) if self._cache_argument else None
+        length = 0 if cache is None else seen(cache)
+        return cache, length - getattr(cache, IN_CACHE, 0) if length else 0
+
+    def _make_room(self, call: dict[str, Any], past: int) -> int:
+        """Extend the mask by the adapter's tokens and shift positions after them; return the number of given tokens."""
+        given = call.get("inputs_embeds")
+        given = call.get("input_ids") if given is None else given
+        if given is None:
+            raise PeftcoreError("a prompt needs input tokens, and the model was called without input_ids")
+        if given.dim() != (2 if given is call.get("input_ids") else 3):
+            raise PeftcoreError(f"a prompt needs tokens [batch, length], found a tensor of shape {list(given.shape)}")
+        length = given.shape[1]
+        if self._context and past + self.tokens + length > self._context:
+            raise PeftcoreError(
+                f"{past + length} input tokens and a prompt of {self.tokens} exceed the {self._context} "
+                "positions that this model has learned. Shorten the input"
+            )
+        mask, positions = call.get("attention_mask"), call.get("position_ids")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise PeftcoreError(
+                f"a prompt needs a 2-d attention mask [batch, tokens] to extend, found {found} (static caches use "
+                "another; generate with the dynamic one)"
+            )
+        if self._causal:
+            refuse_packed(call, "a prompt would precede only the first of them")
+        if positions is None and mask is not None and self.counts:
+            counted = (mask.long().cumsum(-1) - 1).clamp(min=0)  # positions count tokens, not padding
+            positions = counted[:, -length:] + self._first
+        if positions is not None:
+            call["position_ids"] = positions + self.tokens
+        if mask is not None:
+            call["attention_mask"] = prepend(mask, torch.ones, self.tokens)
+        return length
+
+
+class Positions(Backbone):
+    """Adapter around a backbone that computes the decoder's positions from the input and the length of the cache.
+
+    It counts tokens, neither padding nor prefixes: the adapter around the decoder adds its own.
+    """
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        call = self._call(args, kwargs)
+        _, past = self._cached(call)
+        mask, given = call.get("attention_mask"), call.get("inputs_embeds")
+        given = call.get("input_ids") if given is None else given
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self._make_room(call, past=0)
+        elif mask is None and given is not None and past > 0 and call.get("position_ids") is None:
+            places = torch.arange(past, past + given.shape[1], device=given.device)
+            call["position_ids"] = self._first + places.expand(len(given), -1)
+        return base(**call)
+
+
+def decoder_path(model: nn.Module, architecture: Architecture) -> str:
+    """Return the path of the module that is called with tokens, at prefill and at each step.
+
+    Heads of some models (OPT, models with images) call a decoder inside the backbone instead of the backbone, and some
+    models do not declare their backbone.
+    """
+    if architecture.is_encoder_decoder:
+        return stacks(model, architecture)[1]
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    inside = dict(base_modules(model.get_submodule(architecture.backbone), architecture.backbone))
+    path = architecture.backbone
+    if decoder is not None and "inputs_embeds" in forward_arguments(decoder):
+        path = next((path for path, module in inside.items() if module is decoder), path)
+    if path == "" and architecture.output_head is not None and architecture.embedding is not None:
+        parts = architecture.embedding.split(".")
+        above = (".".join(parts[:i]) for i in range(1, len(parts)))
+        path = next((at for at in above if "inputs_embeds" in forward_arguments(model.get_submodule(at))), path)
+    return path
+
+
+def stacks(model: nn.Module, architecture: Architecture) -> tuple[str, str]:
+    """Return the paths of the encoder and the decoder of an encoder-decoder.
+
+    Raises:
+        PeftcoreError: the model does not declare them.
+    """
+    if architecture.encoder is None or architecture.decoder is None:
+        raise PeftcoreError(
+            f"prompts and prefixes need the encoder and the decoder, and {type(model).__name__} does not declare "
+            "both. A plugin's peftcore_architecture hook can name them"
+        )
+    return architecture.encoder, architecture.decoder
+
+
+def arguments_by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name."""
+    return {**dict(zip(names, args)), **kwargs}  # noqa: B905  # PyTorch 2.9 traces strict=False as True
+
+
+def forward_arguments(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the module's arguments."""
+    return tuple(inspect.signature(original_forward(module)).parameters)[1:]
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """Return the name of the module's argument for the attention cache."""
+    return next((name for name in _CACHE_ARGUMENTS if name in forward_arguments(module)), None)
+
+
+def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
+    """Return whether the backbone is causal, by its attention, its config, or because it takes a cache."""
+    config = language_config(backbone)
+    said = [getattr(module, "is_causal", None) for module in backbone.modules()] + [getattr(config, "causal", None)]
+    if hasattr(config, "add_cross_attention"):  # encoder families that can be decoders
+        said.append(getattr(config, "is_decoder", None))
+    said = [each for each in said if isinstance(each, bool)]
+    if getattr(config, "is_decoder", None) is True:
+        return True
+    return any(said) if said else architecture.cache_argument is not None
+
+
+def language_config(model: nn.Module) -> Any:
+    """Return the config of the language model in `model`."""
+    return text_config(getattr(model, "config", None))
+
+
+def input_embedding(module: Any) -> Any:
+    """Return the embedding that `module` declares, an `nn.Embedding` or a replacement; None if it declares none."""
+    try:
+        return module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def learned_context(backbone: nn.Module) -> int | None:
+    """Return the size of the table of learned positions; None if positions are computed."""
+    context = getattr(language_config(backbone), "max_position_embeddings", None)
+    tokens = input_embedding(backbone)
+    if not isinstance(context, int) or tokens is None:
+        return None
+    for module in backbone.modules():
+        if isinstance(module, nn.Embedding) and module is not tokens:
+            # OPT and BART reserve 2 additional positions, RoBERTa 2 within the table.
+            offset = getattr(module, "offset", 0)
+            if module.num_embeddings == context + offset:
+                return context - (0 if module.padding_idx is None or offset else module.padding_idx + 1)
+    return None
+
+
+def first_position(backbone: nn.Module) -> int:
+    """Return the position of the first token: the one after padding's in families derived from RoBERTa."""
+    counting = (m for m in backbone.modules() if hasattr(m, "create_position_ids_from_input_ids"))
+    padding = next((getattr(module, "padding_idx", None) for module in counting), None)
+    return 0 if padding is None else padding + 1
+
+
+def seen(cache: Any) -> int:
+    """Return the number of tokens in a cache; for one with recurrent states only, whether it holds any."""
+    if not hasattr(cache, "get_seq_length"):
+        count = getattr(cache, "seqlen_offset", None)  # xLSTM's
+        if count is None:
+            raise PeftcoreError(
+                f"a prompt needs the number of tokens in the cache, and a {type(cache).__name__} has no "
+                "get_seq_length(). Pass use_cache=False to the model"
+            )
+        return int(count)
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return int(cache.has_previous_state())
+
+
+def prepend(tensor: Tensor, fill: Any, tokens: int) -> Tensor:
+    """Return `tensor [batch, n]` with `tokens` columns made by `fill` (torch.ones, torch.zeros) before it."""
+    head = fill(tensor.shape[0], tokens, dtype=tensor.dtype, device=tensor.device)
+    return torch.cat([head, tensor], dim=-1)

@@ -1,0 +1,402 @@
+"""A prefix: keys and values at the start of every layer's attention cache."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.engine.adaptation.division import Division, division_of
+from peftcore.engine.prompts.backbone import (
+    IN_CACHE,
+    IN_MASK,
+    Backbone,
+    Positions,
+    arguments_by_name,
+    cache_argument,
+    decoder_path,
+    forward_arguments,
+    input_embedding,
+    is_causal,
+    language_config,
+    seen,
+)
+from peftcore.errors import PeftcoreError
+from peftcore.model.base_modules import base_modules, base_parameters
+from peftcore.plugin import ranks
+from peftcore.plugin.adapter import Adapter, Base
+from peftcore.plugin.architecture import Architecture
+
+# arguments that only cross-attention gets
+_CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
+_FAILED = "_peftcore_failed"  # attribute of a cache: the call that put a prefix into it has raised an error
+_TOKEN_BY_TOKEN = ("prophetnet",)  # families that read one token at a time if the cache is not empty
+# Families whose attention computes distances from places, including padding.
+_COUNTS_PADDING = ("mpt", "cpmant", "roformer")
+
+
+def place_prefix(
+    model: nn.Module, architecture: Architecture, adapter: nn.Module, shape: tuple[int, ...]
+) -> list[tuple[str, nn.Module]]:
+    """Return (path, adapter) of the backbone and of its attention modules, for a prefix of this shape.
+
+    Raises:
+        PeftcoreError: the cache of the model cannot hold the prefix.
+    """
+    path = decoder_path(model, architecture)
+    attentions = _attentions(model.get_submodule(path), path)
+    outer = model.get_submodule(architecture.backbone)
+    blocks = path != architecture.backbone and "token_type_ids" in forward_arguments(outer)
+    if blocks:  # it makes the masks, from token types
+        path = architecture.backbone
+    backbone = model.get_submodule(path)
+    argument = cache_argument(backbone)
+    if argument is None or not attentions:
+        raise PeftcoreError(
+            f"PrefixKV needs attention with a cache, and that of {type(model).__name__} has none. Use a soft prompt"
+        )
+    if isinstance(input_embedding(backbone), nn.ModuleList):
+        raise PeftcoreError(
+            f"'{path}' of {type(model).__name__} reads several rows of codes for each sequence, and PrefixKV "
+            "would give each row a prefix. Use a method for linear layers"
+        )
+    if getattr(language_config(backbone), "model_type", None) in _TOKEN_BY_TOKEN:
+        raise PeftcoreError(
+            f"{type(model).__name__} reads one token at a time if its cache is not empty, and a prefix fills it. "
+            "Use a soft prompt"
+        )
+    if getattr(language_config(backbone), "kv_lora_rank", None):
+        raise PeftcoreError(
+            f"{type(model).__name__} has latent attention, with keys and values of different widths, but "
+            "PrefixKV gives both the same. Use a soft prompt"
+        )
+    there: set[Any] = {_layer(module) for module in attentions.values()}
+    if there != set(range(shape[0])):
+        raise PeftcoreError(
+            f"the prefix has keys and values for {shape[0]} layers, but {type(model).__name__} has attention "
+            f"with a cache in {len(there)}: {sorted(there)}"
+        )
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = _new_cache(backbone, architecture.is_encoder_decoder)
+    kept = getattr(cache, "self_attention_cache", cache).layers
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    other = [i for i, layer in enumerate(kept) if type(layer) not in plain and not _is_shared(layer)]
+    if other:
+        raise PeftcoreError(
+            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, which has no keys "
+            "and values for PrefixKV. Use a soft prompt"
+        )
+    if kept and len(kept) != shape[0]:
+        raise PeftcoreError(
+            f"{type(model).__name__} keeps keys and values of {len(kept)} layers but runs {shape[0]}, so "
+            "PrefixKV cannot assign its parts to layers. Use a soft prompt"
+        )
+    widths: set[Any] = {
+        getattr(module, name, None) for module in attentions.values() for name in ("head_dim", "v_head_dim")
+    }
+    widths -= {None, shape[4]}
+    if widths:
+        raise PeftcoreError(
+            f"layers of {type(model).__name__} have heads of different widths {sorted({shape[4], *widths})}, but "
+            "PrefixKV gives all the same. Use a soft prompt"
+        )
+    numbers = shape[2] * shape[4]
+    for at, module in attentions.items():
+        made = {name: getattr(child, "out_features", numbers) for name, child in module.named_children()}
+        odd = {name: made[name] for name in ("k_proj", "v_proj") if made.get(name, numbers) != numbers}
+        if odd:
+            raise PeftcoreError(
+                f"PrefixKV gives each layer {shape[2]} heads of width {shape[4]}, {numbers} numbers in all, but "
+                f"'{at}' of {type(model).__name__} produces {odd}. Use a soft prompt"
+            )
+    division = _heads_division(attentions, shape[2])
+    around = PrefixAround(
+        adapter,
+        backbone,
+        shape[3],
+        division=division,
+        cache_argument=argument,
+        causal=architecture.is_encoder_decoder or is_causal(backbone, architecture),
+        window=min((layer.sliding_window for layer in kept if getattr(layer, "sliding_window", None)), default=None),
+        blocks=blocks,
+        crosses=architecture.is_encoder_decoder,
+    )
+    windows: dict[int | None, int | None] = {i: getattr(part, "sliding_window", None) for i, part in enumerate(kept)}
+    layers: list[tuple[str, nn.Module]] = [
+        (at, PrefixLayer(adapter, module, windows.get(_layer(module)), division)) for at, module in attentions.items()
+    ]
+    inside = path != architecture.backbone and not architecture.is_encoder_decoder
+    if inside and around.counts and not hasattr(outer, "get_rope_index"):
+        known = cache_argument(outer) or argument  # some pass it on among others
+        layers.append((architecture.backbone, Positions(None, outer, cache_argument=known, causal=True)))
+    return [(path, around), *layers]
+
+
+class PrefixAround(Backbone):
+    """Adapter `adapter() -> [layers, 2, kv_heads, tokens, head_dim]` whose result fills the empty cache at prefill.
+
+    Args:
+        window: how many tokens back the layer with the smallest window looks; None for all.
+        blocks: images attend in both directions if the cache is empty.
+        crosses: the backbone is the decoder of an encoder-decoder, whatever its config says.
+        division: how tensor parallelism divides the layers that make keys and values, by whole heads; None: it does
+            not.
+    """
+
+    def __init__(
+        self,
+        adapter: nn.Module,
+        module: nn.Module,
+        *args: Any,
+        window: int | None = None,
+        blocks: bool = False,
+        crosses: bool = False,
+        division: Division | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(adapter, module, *args, **kwargs)
+        self._window = window
+        self._blocks = blocks
+        self._division = division
+        self._crosses = crosses
+        self._counts_padding = getattr(module.config, "model_type", None) in _COUNTS_PADDING
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        call: dict[Any, Any] = self._call(args, kwargs)
+        if self._cache_argument and not self._causal:
+            call[self._cache_argument] = None  # bidirectional backbones keep nothing for later calls
+        cache, past = self._cached(call)
+        if getattr(cache, _FAILED, False):
+            if seen(cache):
+                raise PeftcoreError(
+                    "the first call with this cache raised an error after the prefix had been put into it, and this "
+                    "call would put it there again. Pass a new cache"
+                )
+            setattr(cache, _FAILED, False)  # the cache has been emptied since
+        self._refuse_padding(base.module, call.get("attention_mask"))
+        if self._blocks and any(value is not None and "pixel" in name for name, value in call.items()):
+            raise PeftcoreError(
+                f"the images of {type(base.module).__name__} attend in both directions while the cache is empty, "
+                "and a prefix fills it. Use a soft prompt"
+            )
+        length = self._make_room(call, past)
+        mask = call.get("attention_mask")
+        if not self._causal and mask is not None and mask.shape[1] != length + self.tokens:
+            raise PeftcoreError(
+                f"{type(base.module).__name__} is bidirectional and keeps no cache, but was called with {length} "
+                f"tokens and a mask of {mask.shape[1] - self.tokens}. To generate, set is_decoder=True in its config"
+            )
+        own = cache is None
+        if own:
+            cache = call[self._cache_argument] = _new_cache(base.module, self._crosses)
+        if past == 0:
+            self._fill(cache, base.module, call)
+        outer = getattr(cache, IN_MASK, 0)
+        setattr(cache, IN_MASK, outer + self.tokens)
+        try:
+            output = base(**call)
+        except BaseException:
+            setattr(cache, _FAILED, past == 0)
+            raise
+        finally:
+            setattr(cache, IN_MASK, outer)
+        return output if not own or self._wants_cache(base.module, call) else _without(output, self._cache_argument)
+
+    def _fill(self, cache: Any, module: nn.Module, call: dict[str, Any]) -> None:
+        given = call.get("inputs_embeds")
+        given = given if given is not None else call["input_ids"]
+        dtype = next(p.dtype for _, p in base_parameters(module) if p.is_floating_point())
+        if (embedding := input_embedding(module)) is not None:
+            dtype = embedding.weight.dtype
+        layers = getattr(cache, "self_attention_cache", cache)
+        before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # of another prefix
+        for layer, (key, value) in enumerate(_of_rank(self.adapter, self._division).to(dtype).unbind(0)):
+            if layer < len(layers.layers) and _is_shared(layers.layers[layer]):
+                continue
+            if layer >= len(layers.layers) and getattr(layers, "layer_class_to_replicate", None) is None:
+                break  # the cache of a call that ends at an earlier layer (assistant_early_exit)
+            shape = (given.shape[0], *key.shape)  # [batch, kv_heads, tokens, head_dim]
+            layers.update(key.expand(shape), value.expand(shape), layer)
+            if key.requires_grad:  # tensors inside a graph cannot be deep-copied
+                layers.layers[layer].__deepcopy__ = _DeepCopy(layers.layers[layer])
+        setattr(cache, IN_CACHE, before + self.tokens)
+
+    def _refuse_padding(self, module: nn.Module, mask: Any) -> None:
+        """Raise a PeftcoreError if padding between prefix and input would change distances."""
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return
+        narrow = self._window is not None and mask.shape[1] + self.tokens > self._window
+        if (self._counts_padding or narrow) and not mask[:, 0].all():
+            why = "counts padding in its distances" if self._counts_padding else f"looks {self._window} tokens back"
+            raise PeftcoreError(
+                f"{type(module).__name__} {why}, so padding would separate the prefix from the input. Pad on the "
+                "right, or use rows of one length. A soft prompt supports padding on either side"
+            )
+
+    def _wants_cache(self, module: nn.Module, call: dict[str, Any]) -> bool:
+        if not self._causal:
+            return False
+        asked = call.get("use_cache")
+        asked = getattr(language_config(module), "use_cache", False) if asked is None else asked
+        return bool(asked) and not (module.training and getattr(module, "gradient_checkpointing", False))
+
+
+class PrefixLayer(Adapter):
+    """Adapter around one attention module, for activation checkpointing, which takes the cache away from its layer.
+
+    The layer runs again in the backward pass, so it must not write into a cache. Here it gets one that stores nothing
+    and holds this layer's part of the prefix, recomputed so that every run has its own graph.
+
+    Args:
+        window: how many tokens the layer sees, including its own; None for all.
+    """
+
+    whole_batch = True
+
+    def __init__(self, adapter: nn.Module, module: Any, window: int | None, division: Division | None = None) -> None:
+        super().__init__()
+        self._window = window
+        self._division = division
+        self._adapter = (adapter,)  # owned by the adapter around the backbone, so no parameters here
+        self._layer = _layer(module)
+        self._names = forward_arguments(module)
+        self._cache_argument = cache_argument(module)
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        call: dict[Any, Any] = arguments_by_name(self._names, args, kwargs)
+        cache = call.get(self._cache_argument)
+        if any(call.get(name) is not None for name in _CROSS_ARGUMENTS) or not (
+            cache is None or isinstance(cache, _Stateless)
+        ):
+            return base(*args, **kwargs)
+        key, value = _of_rank(self._adapter[0], self._division)[self._layer]  # [kv_heads, tokens, head_dim] each
+        call[self._cache_argument] = _Stateless(key, value, self._window, cache)
+        return base(**call)
+
+
+class _Stateless:
+    """Cache of one layer that stores nothing: it returns keys and values with the prefix before them.
+
+    Args:
+        window: window of the layer. As in transformers' cache and mask, no token sees more than the last `window - 1`
+            tokens of the prefix; None for all.
+    """
+
+    is_compileable = False
+
+    def __init__(self, key: Tensor, value: Tensor, window: int | None, before: _Stateless | None) -> None:
+        self._key: Tensor = key if before is None else torch.cat([before._key, key], dim=1)
+        self._value: Tensor = value if before is None else torch.cat([before._value, value], dim=1)
+        self._start = 0 if window is None else max(0, self._key.shape[1] - window + 1)
+
+    def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        before_key, before_value = self._key[:, self._start :], self._value[:, self._start :]
+        shape = (key.shape[0], *before_key.shape)
+        return (
+            torch.cat([before_key.to(key.dtype).expand(shape), key], dim=2),
+            torch.cat([before_value.to(value.dtype).expand(shape), value], dim=2),
+        )
+
+    def get_seq_length(self, *_args: Any) -> int:
+        return self._key.shape[1]
+
+
+def _of_rank(adapter: nn.Module, division: Division | None) -> Tensor:
+    """Return `adapter()`, `[layers, 2, kv_heads, tokens, head_dim]`, with the heads that this rank computes."""
+    found: Tensor = adapter()
+    return found if division is None else division.part(found, 2)
+
+
+def _heads_division(attentions: dict[str, Any], heads: int) -> Division | None:
+    """Return how tensor parallelism divides the projections of keys and values in all layers, or None if it does not.
+
+    Raises:
+        PeftcoreError: layers are divided in different ways, or other parts of attention are, or not by whole heads.
+    """
+    if not any(ranks.has_divided(module) for module in attentions.values()):
+        return None
+    divisions = {
+        division_of(child) if isinstance(child := getattr(module, name, None), nn.Module) else None
+        for module in attentions.values()
+        for name in ("k_proj", "v_proj")
+    }
+    found = divisions.pop()
+    if divisions or found is None or not found.output_in_parts or heads % found.mesh.size():
+        raise PeftcoreError(
+            f"tensor parallelism (tp_plan, tp_size) divides attention ('{next(iter(attentions))}'), and its "
+            f"{heads} heads of keys and values are not divided equally by k_proj and v_proj, as a prefix needs it. "
+            "Load the model without tp_plan, apply, and call peftcore.shard(model)"
+        )
+    return found
+
+
+def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:
+    """Return the innermost modules that take a cache and know their layer, by path: the attention modules."""
+    found = {
+        path: module
+        for path, module in base_modules(backbone, prefix)
+        if _layer(module) is not None and cache_argument(module) is not None
+    }
+    return {path: module for path, module in found.items() if not any(o.startswith(f"{path}.") for o in found)}
+
+
+def _layer(module: nn.Module) -> int | None:
+    """Return which layer's part of the cache an attention module uses; GPT-Neo has another name for it."""
+    its_own = getattr(getattr(module, "config", None), "model_type", None) == "gpt_neo"  # Flaubert's is not an index
+    index = getattr(module, "layer_idx", getattr(module, "layer_id", None) if its_own else None)
+    return index if isinstance(index, int) else None
+
+
+def _new_cache(backbone: Any, crosses: bool) -> Any:
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache  # lazy modules cannot be traced
+
+    cache = DynamicCache(config=backbone.config)
+    if crosses or any(getattr(backbone.config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
+        return EncoderDecoderCache(cache, DynamicCache())  # no windows over the encoder's output
+    return cache
+
+
+def _is_shared(layer: Any) -> bool:
+    """Return whether a layer of the model uses the keys and values, and so the prefix, of an earlier one (Gemma 3n).
+
+    Its own part of the prefix then has no effect.
+    """
+    return type(layer).__name__ == "DummyLayer"
+
+
+class _DeepCopy:
+    """Deep copy of a cache's layer that keeps the prefix's graph, for models that run layers again on a copy.
+
+    It is the layer's `__deepcopy__` and must not hold the layer, or its keys would outlive a step.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = ref(layer)
+
+    def __call__(self, memo: dict[int, Any]) -> Any:
+        layer = self._layer()
+        if layer is None:
+            raise PeftcoreError(
+                "a shallow copy of a cache's layer cannot be deep-copied after the original is gone. Deep-copy the "
+                "original"
+            )
+        new = copy.copy(layer)
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor):
+                setattr(new, name, value.clone())
+        new.__deepcopy__ = _DeepCopy(new)
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _DeepCopy, (self._layer(),)
+
+
+def _without(output: Any, name: str | None) -> Any:
+    """Return a model output without the entry `name`, which the caller did not ask for."""
+    if isinstance(output, tuple) or name not in output:
+        return output
+    return type(output)(**{key: value for key, value in output.items() if key != name})

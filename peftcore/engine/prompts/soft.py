@@ -1,0 +1,315 @@
+"""A soft prompt: vectors before the embedded input of a decoder, an encoder, or the encoder of an encoder-decoder."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.engine.prompts.backbone import (
+    IN_MASK,
+    SOFT,
+    Backbone,
+    cache_argument,
+    decoder_path,
+    forward_arguments,
+    input_embedding,
+    is_causal,
+    language_config,
+    prepend,
+    stacks,
+)
+from peftcore.engine.prompts.stand_ins import StandIns, entering, ordinary_token, places
+from peftcore.errors import PeftcoreError
+from peftcore.model.base_modules import base_modules
+from peftcore.plugin.adapter import Adapter, Base
+from peftcore.plugin.architecture import Architecture, config_fields
+from peftcore.plugin.call import current_frame
+
+_ADDS_SOUND = ("voxtral_realtime", "voxtral_realtime_text")  # families that pair tokens with pieces of sound
+
+
+def place_soft_prompt(
+    model: nn.Module, architecture: Architecture, adapter: nn.Module, tokens: int, hidden: int
+) -> list[tuple[str, nn.Module]]:
+    """Return (path, adapter) of the backbone, or of encoder and decoder, for a prompt `[tokens, hidden]`."""
+    embedding = model.get_submodule(architecture.embedding or "")
+    width = getattr(embedding, "embedding_dim", hidden)
+    if hidden != width:
+        raise PeftcoreError(f"the prompt's vectors have width {hidden}, but the token embedding has width {width}")
+    after: list[tuple[str, nn.Module]] = []
+    keeps = causal = senses = False
+    if architecture.is_encoder_decoder:
+        path, decoder = stacks(model, architecture)
+        keeps = True
+        after = [(decoder, CrossMask(model.get_submodule(decoder)))]
+    else:
+        path, senses = _entry(model, architecture)
+        causal = is_causal(model.get_submodule(path), architecture)
+        if architecture.task_type == "SEQ_CLS" and not causal:
+            # The head pools a bidirectional encoder's output, at position 0 or by the mask, so it must see all of it.
+            path, keeps = "", True
+    backbone = model.get_submodule(path)
+    names = forward_arguments(backbone)
+    if "input_ids" not in names and "inputs_embeds" not in names:
+        raise PeftcoreError(
+            f"a soft prompt needs tokens, and '{path}' ({type(backbone).__name__}) takes none: "
+            f"{', '.join(names[:3])}. Use a prefix or a method for linear layers"
+        )
+    # The decoder's name for the cache: some backbones pass it on among other arguments.
+    cached = None if keeps else cache_argument(model.get_submodule(decoder_path(model, architecture)))
+    if getattr(language_config(backbone), "model_type", None) in _ADDS_SOUND:
+        raise PeftcoreError(
+            f"{type(model).__name__} adds a piece of sound to each token, and a soft prompt has none. Use a "
+            "prefix or a method for linear layers"
+        )
+    own = input_embedding(backbone) or embedding
+    needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, own)
+    around = SoftPromptAround(
+        adapter,
+        backbone,
+        tokens,
+        hidden=hidden,
+        cache_argument=None if keeps else cached or cache_argument(backbone),
+        causal=causal and not keeps,
+        keeps=keeps,
+        stand_in=ordinary_token(model.config),
+        needs_tokens=needs_tokens,
+        embedding=own,
+        counts=not senses,  # the model computes positions of images itself
+    )
+    at = next(name for name, module in base_modules(model) if module is own)
+    return [(path, around), *after, (at, StandIns(backbone))]
+
+
+def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:
+    """Return the path of the module that is called with tokens, and whether it also gets images or sound."""
+    path = decoder_path(model, architecture)
+    backbone = model.get_submodule(architecture.backbone)
+    others = set(forward_arguments(backbone)) - set(forward_arguments(model.get_submodule(path)))
+    senses = any(part in name for name in others for part in ("pixel", "image", "video", "audio", "feature"))
+    has_head = architecture.backbone == "" and architecture.output_head is not None
+    if senses and "input_ids" in forward_arguments(backbone) and not has_head:
+        return architecture.backbone, True
+    return path, False
+
+
+def _reads_tokens(backbone: nn.Module, embedding: nn.Module) -> bool:
+    """Return whether the backbone has other tables indexed by token (Gemma 4, DeepSeek-V4), or positions with padding.
+
+    RoBERTa finds padding by token and does not count it in positions.
+    """
+    config = language_config(backbone)
+    sizes = {value for name, value in config_fields(config).items() if name.startswith("vocab_size")}
+    embeddings = (m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not embedding)
+    routes = (t for t in (*backbone.parameters(), *backbone.buffers()) if t.dim() > 1 and not t.is_floating_point())
+    tables = any(m.num_embeddings in sizes or m.padding_idx is not None for m in embeddings)
+    return tables or any(t.shape[0] in sizes for t in routes)
+
+
+class SoftPromptAround(Backbone):
+    """Adapter `adapter() -> [tokens, hidden]` or `[batch or 1, tokens, hidden]` whose vectors precede the input.
+
+    Args:
+        hidden: width of the vectors.
+        keeps: leave the vectors in the output, for an encoder.
+        stand_in: token that stands in for them until the embedding, if the call has tokens.
+        embedding: the token embedding.
+        needs_tokens: use stand-ins also in a graph, where vectors are otherwise put before the embedded input.
+        counts: compute positions for padded batches, if causal.
+    """
+
+    def __init__(
+        self,
+        adapter: nn.Module,
+        backbone: nn.Module,
+        *args: Any,
+        hidden: int,
+        stand_in: int,
+        embedding: nn.Module,
+        needs_tokens: bool = False,
+        keeps: bool = False,
+        counts: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(adapter, backbone, *args, **kwargs)
+        self._hidden = hidden
+        self._keeps = keeps
+        self._stand_in = stand_in
+        self._embedding = (embedding,)  # not a child of this module
+        self._needs_tokens = needs_tokens
+        self.counts = self.counts and counts
+        rope = getattr(language_config(backbone), "rope_parameters", None) or {}
+        self._has_coordinates = len(rope.get("mrope_section", ())) > 3  # besides the position in the text
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        call = self._call(args, kwargs)
+        cache, past = self._cached(call)
+        cached = (name for name, value in call.items() if value is not None and name.startswith("past_"))
+        if (unknown := next((name for name in cached if name != self._cache_argument), None)) is not None:
+            raise PeftcoreError(
+                f"{type(base.module).__name__} keeps what it has read in '{unknown}', which may or may not "
+                "contain a soft prompt. Generate with use_cache=False"
+            )
+        if (frame := current_frame()) is not None:
+            vars(frame.call)[SOFT] = True
+        mask = call.get("attention_mask")
+        positions = call.get("position_ids")
+        length = self._make_room(call, past)
+        if self._has_coordinates and isinstance(positions, Tensor) and positions.dim() == 3:
+            # Of an image's positions only the first axis grows with the text.
+            coordinates = (positions != positions[:1]).any(0)
+            call["position_ids"][1:] = torch.where(coordinates, positions[1:], call["position_ids"][1:])
+        order = back = None
+        if mask is not None:
+            # Padding must not separate prompt and input: windows and ALiBi count it, recurrences read it.
+            prefixes = getattr(cache, IN_MASK, 0)
+            order, back = orders(mask[:, prefixes:], self.tokens)
+            grown = call["attention_mask"]
+            call["attention_mask"] = torch.cat([grown[:, :prefixes], grown[:, prefixes:].gather(-1, order)], dim=-1)
+        if past > 0:
+            return base(**call)
+        self._grow(call, order)
+        in_graph = torch.compiler.is_compiling() and not self._needs_tokens
+        if call.get("input_ids") is not None and not in_graph:
+            output = self._by_tokens(base, call, order)
+        else:
+            output = base(**self._embedded(call, order))
+        if self._keeps:
+            return output
+        if not (isinstance(self.adapter, Adapter) and self.adapter.in_output()):
+            return _without_prompt(output, self.tokens, self.tokens + length, back)
+        if back is not None:
+            back = torch.cat([places(order, self.tokens, len(back), back.device), back], dim=1)
+        return _without_prompt(output, 0, self.tokens + length, back)
+
+    def _embedded(self, call: dict[str, Any], order: Tensor | None) -> dict[str, Any]:
+        embedded = call.get("inputs_embeds")
+        if embedded is None:
+            embedded = self._embedding[0](call["input_ids"])  # [batch, length, hidden]
+        prompt = self._vectors(embedded.shape[0]).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
+        rows = torch.cat([prompt, embedded], dim=1)  # [batch, tokens + length, hidden]
+        return {**call, "input_ids": None, "inputs_embeds": rows if order is None else _taken(rows, order)}
+
+    def _vectors(self, batch: int) -> Tensor:
+        """Return the vectors, `[tokens, hidden]` or `[batch or 1, tokens, hidden]`."""
+        vectors: Tensor = self.adapter()
+        fits = vectors.shape[-2:] == (self.tokens, self._hidden)
+        if not fits or vectors.dim() > 3 or (vectors.dim() == 3 and vectors.shape[0] not in (1, batch)):
+            raise PeftcoreError(
+                f"a soft prompt must be [{self.tokens}, {self._hidden}], or [{batch} or 1, {self.tokens}, "
+                f"{self._hidden}] in a batch of {batch}; {type(self.adapter).__name__} returned "
+                f"{list(vectors.shape)}. If it reads the call, check that it uses all rows"
+            )
+        return vectors
+
+    def _by_tokens(self, base: Base, call: dict[str, Any], order: Tensor | None) -> Any:
+        tokens = call["input_ids"]
+        own = prepend(tokens, torch.ones, self.tokens)
+        own[:, : self.tokens] = self._stand_in
+        call["input_ids"] = _reordered(own, order)
+        with entering(base.module) as waiting:
+            # vectors of an outer prompt precede this one's
+            moved = places(order, own.shape[1], len(own), own.device)[:, self.tokens :]
+            waiting.prompts[:] = [(moved.gather(1, at), vectors) for at, vectors in waiting.prompts]
+            waiting.prompts.append((places(order, self.tokens, len(own), own.device), self._vectors(len(own))))
+            waiting.columns = own.shape[1]
+            return base(**call)
+
+    def _grow(self, call: dict[str, Any], order: Tensor | None) -> None:
+        """Extend positions and all other arguments with an entry for each token by entries for the prompt."""
+        positions = call.get("position_ids")
+        if positions is not None:
+            own = torch.arange(-self.tokens, 0, device=positions.device, dtype=positions.dtype)
+            counted = positions[:1] if self._has_coordinates and positions.dim() == 3 else positions
+            own = counted.amin(-1, keepdim=True) + own  # the positions just before the first token
+            own = own.expand(*positions.shape[:-1], -1)
+            call["position_ids"] = _reordered(torch.cat([own, positions], dim=-1), order)
+        given = call.get("inputs_embeds")
+        shape = (call["input_ids"] if given is None else given).shape[:2]
+        for name, value in call.items():
+            if isinstance(value, Tensor) and value.shape[:2] == shape and _is_per_token(name, value):
+                own = value.new_zeros(len(value), self.tokens, *value.shape[2:])
+                grown = torch.cat([own, value], dim=1)
+                call[name] = grown if order is None else _taken(grown, order)
+
+
+class CrossMask(Backbone):
+    """Adapter around a decoder whose encoder output begins with a prompt: extends the cross-attention mask."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(None, module)
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        call = self._call(args, kwargs)
+        states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
+        if states is not None and mask is not None and mask.shape[-1] < states.shape[1]:
+            tokens = states.shape[1] - mask.shape[-1]
+            order, _ = orders(mask, tokens)
+            call["encoder_attention_mask"] = prepend(mask, torch.ones, tokens).gather(-1, order)
+        return base(**call)
+
+
+_NOT_GROWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
+# if it happens to have as many as there are tokens
+_OF_IMAGES = re.compile("pixel|image_(sizes|attention)|grid|aspect_ratio|shapes|video|audio|feature")
+
+
+def _is_per_token(name: str, value: Tensor) -> bool:
+    """Return whether an argument of the tokens' size has an entry for each token: a type, a box, or a mask."""
+    if value.dim() > 2:
+        return name.endswith(("bbox", "attention_mask", "token_type_ids"))
+    return re.sub("^(en|de)coder_", "", name) not in _NOT_GROWN and not _OF_IMAGES.search(name)
+
+
+def orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return indices that move a prompt behind each row's left padding, and the input's places in the result."""
+    padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # [batch, 1]
+    place = torch.arange(tokens + mask.shape[-1], device=mask.device)
+    order = torch.where(place < padding, place + tokens, torch.where(place < padding + tokens, place - padding, place))
+    place = place[: mask.shape[-1]]
+    return order, torch.where(place < padding, place, place + tokens)
+
+
+def _reordered(values: Tensor, order: Tensor | None) -> Tensor:
+    """Return `values [..., batch, tokens]` in the order of each row."""
+    if order is None:
+        return values
+    shape = (*values.shape[:-2], *order.shape)
+    return values.expand(shape).gather(-1, order.expand(shape))
+
+
+def _taken(states: Tensor, order: Tensor) -> Tensor:
+    """Return `states [batch, tokens, ...]` in the order of each row."""
+    index = order.view(*order.shape, *[1] * (states.dim() - 2))
+    return states.gather(1, index.expand(*order.shape, *states.shape[2:]))
+
+
+def _without_prompt(output: Any, tokens: int, columns: int, back: Tensor | None = None) -> Any:
+    """Return the output at the input's tokens: after the prompt, or at the places `back`, of `columns` in all."""
+
+    def cut(states: Tensor) -> Tensor:
+        if states.shape[1] != columns:
+            raise PeftcoreError(
+                f"the model returned {states.shape[1]} states for {columns} tokens, {tokens} of them a soft "
+                "prompt's, so the prompt's states are not known. Use a method for linear layers"
+            )
+        return states[:, tokens:] if back is None else _taken(states, back)
+
+    if isinstance(output, tuple):
+        return (cut(output[0]), *output[1:])
+    if getattr(output, "last_hidden_state", None) is None:
+        raise PeftcoreError(
+            f"a soft prompt cannot be removed from a {type(output).__name__}, which has no last_hidden_state. "
+            "Apply it to the part of the model that reads text, or use another method"
+        )
+    output.last_hidden_state = cut(output.last_hidden_state)
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = tuple(cut(states) for states in output.hidden_states)
+    if getattr(output, "last_hidden_state_ngram", None) is not None:  # a stream of states for each n, one by one
+        streams = output.last_hidden_state_ngram
+        streams = [cut(states) for states in streams.split(columns, dim=1)]
+        output.last_hidden_state_ngram = torch.cat(streams, dim=1)
+    return output

@@ -1,0 +1,72 @@
+"""Adapters of a model that several ranks hold: the same on all, and sharded block by block."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from peftcore.engine import adapter_modules, adapter_parameters, state_of
+from peftcore.errors import PeftcoreError
+from peftcore.model.base_modules import base_modules, base_parameters
+from peftcore.plugin import ranks
+
+
+def give_adapters(model: nn.Module) -> None:
+    """Copy rank 0's adapters with their buffers to every rank, since they may be initialised randomly. Collective."""
+    state = state_of(model)
+    tensors: list[Tensor] = []
+    for name in state.applied if state is not None else ():
+        tensors += [parameter for _, parameter in adapter_parameters(model, name)]
+        tensors += [buffer for _, adapter in adapter_modules(model, name) for buffer in adapter.buffers()]
+    ranks.give(tensors)
+
+
+def check_ranks(model: nn.Module) -> None:
+    """Raise a PeftcoreError on every rank unless all have the same model with the same adapters. Collective."""
+    base = {id(p): (name, p) for name, p in base_parameters(model)}.values()
+    facts = {"base": f"{type(model).__name__} with {_digest(base)}"}
+    if (state := state_of(model)) is not None:
+        for name, entry in state.applied.items():
+            inactive = "" if name in state.active else ", inactive"
+            facts[name] = f"{entry.method}, {entry.config}, {_digest(adapter_parameters(model, name))}{inactive}"
+    ranks.agree(facts, "adapters")
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the repeated blocks of a model: the members of its outermost `ModuleList`s."""
+    outer: list[str] = []
+    for path, module in base_modules(model):
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{other}.") for other in outer):
+            outer.append(path)
+            yield from (block for block in module if any(True for _ in block.parameters()))
+
+
+def between_blocks(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that several blocks share, as adapters in them may: they stay whole, as `fully_shard` needs it."""
+    found = Counter(parameter for block in blocks(model) for parameter in block.parameters())
+    return {parameter for parameter, count in found.items() if count > 1}
+
+
+def refuse_between_blocks(model: nn.Module) -> None:
+    """Raise a PeftcoreError where blocks share a trained parameter and each is to be sharded by itself."""
+    shared = {parameter for parameter in between_blocks(model) if parameter.requires_grad}
+    state = state_of(model)
+    for adapter, entry in state.applied.items() if state is not None else ():
+        name = next((name for name, p in adapter_parameters(model, adapter) if p in shared), None)
+        if name is not None:
+            raise PeftcoreError(
+                f"'{adapter}' ({entry.method}) trains '{name}' in several blocks, which FSDP2 as accelerate sets it up "
+                "cannot shard. Leave fsdp out of the arguments, and shard before Trainer is made: "
+                "peftcore.shard(model, adapter_placement='replicate')"
+            )
+
+
+def _digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a digest of names, shapes and dtypes: `12 tensors of 3,456 values (1a2b3c4d)`."""
+    parameters = list(parameters)
+    listing = "\n".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in parameters)
+    values = sum(p.numel() for _, p in parameters)
+    return f"{len(parameters)} tensors of {values:,} values ({hashlib.sha256(listing.encode()).hexdigest()[:8]})"

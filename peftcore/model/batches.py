@@ -1,0 +1,204 @@
+"""Observation of a model on data: inputs of its layers and gradients of its weights.
+
+A batch is the arguments of a call: a mapping of keyword arguments, a tuple of positional ones, or a single tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from peftcore.errors import PeftcoreError
+from peftcore.plugin import ranks
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Return the output of `model` for `batch`, whose tensors, also in lists, are moved to the model's device.
+
+    Raises:
+        PeftcoreError: `batch` is not a batch.
+    """
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+    def moved(value: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: t.to(device), value)
+
+    if isinstance(batch, Mapping):
+        return model(**{name: moved(value) for name, value in batch.items()})
+    if isinstance(batch, (tuple, list)):
+        return model(*map(moved, batch))
+    if isinstance(batch, Tensor):
+        return model(moved(batch))
+    raise PeftcoreError(
+        f"a batch is a mapping of keyword arguments for the model, a tuple or a tensor, found {batch!r:.200}"
+    )
+
+
+@torch.no_grad()
+def inputs_of(
+    model: nn.Module, paths: Iterable[str], batches: Iterable[Any], visit: Callable[[str, Tensor, Any], bool | None]
+) -> None:
+    """Run `model` on `batches`, and pass the inputs of the modules at `paths` to `visit`.
+
+    Args:
+        visit: (path, first tensor argument, batch) -> True if the module needs no more inputs. Once all modules are
+            done, the remaining batches are skipped.
+
+    Raises:
+        PeftcoreError: a path is not a module, there is no batch, or a module was not called with a tensor.
+    """
+    now: list[Any] = []
+    seen: set[str] = set()
+    hooks: dict[str, Any] = {}
+
+    def look(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is None or path not in hooks:
+            return
+        seen.add(path)
+        if visit(path, x, now[0]):
+            hooks.pop(path).remove()
+
+    try:
+        for path in dict.fromkeys(paths):
+            hooks[path] = _submodule(model, path).register_forward_pre_hook(partial(look, path), with_kwargs=True)
+        wanted = set(hooks)
+        for batch in _some(batches):
+            now[:] = [batch]
+            run(model, batch)
+            if not hooks:
+                break
+    finally:
+        for hook in hooks.values():
+            hook.remove()
+    _refuse_unseen(sorted(wanted - seen), "was not called with a tensor, so it has no inputs to see")
+
+
+def gradients_of(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Any],
+    visit: Callable[[str, Tensor], object],
+    *,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    at_once: int = 16,
+) -> None:
+    """Pass the mean gradient of the loss over `batches` with respect to base weights, in float32, to `visit`.
+
+    With one batch, each gradient is passed on as soon as the backward pass has it. With more, `at_once` gradients are
+    summed at a time, and the batches run again for the next ones.
+
+    Args:
+        names: names of parameters.
+        visit: (name, gradient), in any order.
+        loss: (output, batch) -> a scalar; by default the output's `loss`, for batches with labels.
+        at_once: how many gradients are in memory at a time.
+
+    Raises:
+        PeftcoreError: a name is not a parameter with a gradient, there is no batch or no loss, or the loss does not
+            depend on a parameter.
+    """
+    held = [dict(batch) if isinstance(batch, Mapping) else batch for batch in _some(batches)]
+    names_of: dict[nn.Parameter, list[str]] = {}  # several of a shared parameter
+    for name in dict.fromkeys(names):
+        names_of.setdefault(_parameter(model, name), []).append(name)
+    chosen = list(names_of)
+    at_once = len(chosen) if len(held) == 1 else max(1, at_once)
+    unseen: list[str] = []
+
+    def pass_on(parameter: nn.Parameter, gradient: Tensor) -> None:
+        with torch.no_grad():
+            for name in names_of[parameter]:
+                visit(name, gradient)
+
+    for start in range(0, len(chosen), at_once or 1):
+        part = chosen[start : start + at_once]
+        seen: set[nn.Parameter] = set()
+        sums: dict[nn.Parameter, Tensor] = {}
+
+        def take(parameter: nn.Parameter, seen: Any = seen, sums: Any = sums) -> None:
+            assert parameter.grad is not None
+            gradient, parameter.grad = parameter.grad.float(), None
+            seen.add(parameter)
+            if len(held) == 1:
+                pass_on(parameter, gradient)
+            else:
+                sums[parameter] = sums[parameter].add_(gradient) if parameter in sums else gradient
+
+        with _training_alone(model, part, take):
+            for batch in held:
+                answer = run(model, batch)
+                value = loss(answer, batch) if loss is not None else getattr(answer, "loss", None)
+                if not isinstance(value, Tensor):
+                    raise PeftcoreError(
+                        "the model returned no loss: add labels to the batches, or pass loss=(output, batch) -> ..."
+                    )
+                if value.requires_grad:
+                    value.backward()
+        unseen += [name for parameter in part if parameter not in seen for name in names_of[parameter]]
+        for parameter in list(sums):
+            pass_on(parameter, sums.pop(parameter) / len(held))
+    _refuse_unseen(unseen, "has no gradient: the loss does not depend on it. Leave it out, such as by exclude_modules")
+
+
+@contextmanager
+def _training_alone(
+    model: nn.Module, chosen: Sequence[nn.Parameter], take: Callable[[nn.Parameter], None]
+) -> Iterator[None]:
+    """Compute gradients of the parameters `chosen` alone within the block, and call `take` with each that has one."""
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    gradients = {parameter: parameter.grad for parameter in chosen}
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        try:
+            for parameter in required:
+                parameter.requires_grad_(False)
+            for parameter in chosen:
+                parameter.requires_grad_(True).grad = None
+                stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+            yield
+        finally:
+            for parameter, requires_grad in required.items():
+                parameter.requires_grad_(requires_grad)
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+
+
+def _some(batches: Iterable[Any]) -> Iterator[Any]:
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise PeftcoreError("there is no batch. If it is an iterator that was read before, pass a list or a DataLoader")
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise PeftcoreError(f"'{path}' is not a module of {type(model).__name__}") from None
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    try:
+        parameter = model.get_parameter(name)
+    except AttributeError:
+        raise PeftcoreError(f"'{name}' is not a parameter of {type(model).__name__}") from None
+    if not parameter.is_floating_point():
+        raise PeftcoreError(f"'{name}' is stored as {parameter.dtype}, which has no gradient. Observe a dense base")
+    if ranks.is_part(parameter):
+        raise PeftcoreError(f"'{name}' is sharded. Observe its gradient before the model is sharded")
+    return parameter
+
+
+def _refuse_unseen(names: Sequence[str], what: str) -> None:
+    if names:
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        raise PeftcoreError(f"'{names[0]}'{more} {what}")

@@ -1,0 +1,222 @@
+"""Layout of a module of experts, from transformers' experts interface (`use_experts_implementation`).
+
+The decorator records the layout of the weights on every instance and lets `config._experts_implementation` choose a
+forward, so one forward serves every model that uses it (transformers 5, integrations/moe.py).
+
+`expert_linear` makes one expert a linear layer whose weight is a view of the stacked one, dense or in 4 bits.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import ops
+from peftcore.plugin.layers import shape_of
+
+IMPLEMENTATIONS = {None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"}  # which compute the same
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """Layout of the weights of a module of experts.
+
+    Args:
+        count: number of experts.
+        up: name of the parameter of the first product: `gate_up_proj`, or `up_proj` without a gate.
+        down: name of the parameter of the second product.
+        transposed: the parameters are `[experts, in, out]`, and not `[experts, out, in]`.
+        interleaved: outputs of gate and up alternate; otherwise all of gate's come first.
+        has_bias: `<name>_bias` `[experts, out]` is added.
+    """
+
+    count: int
+    up: str
+    down: str
+    transposed: bool
+    interleaved: bool
+    has_bias: bool
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the parameters in the order of use."""
+        return self.up, self.down
+
+    def bias_name(self, name: str) -> str | None:
+        return f"{name}_bias" if self.has_bias else None
+
+
+def experts_layout(module: nn.Module) -> ExpertsLayout | None:
+    """Return the layout of a module that uses the interface; None for any other module."""
+    if not hasattr(module, "_is_expert_parallel"):
+        return None
+    flags: Any = {flag: getattr(module, flag, None) for flag in FLAGS}
+    if not {*map(type, flags.values())} <= {bool}:
+        return None
+    up = "gate_up_proj" if flags["has_gate"] else "up_proj"
+    weight = module._parameters.get(up)
+    if weight is None or module._parameters.get("down_proj") is None:
+        return None
+    return ExpertsLayout(
+        count=shape_of(module, up)[0],  # under expert parallelism, `num_experts` is this rank's alone
+        up=up,
+        down="down_proj",
+        transposed=flags["is_transposed"],
+        interleaved=not flags["is_concatenated"],
+        has_bias=flags["has_bias"],
+    )
+
+
+def has_interface_forward(module: Any, forward: Any) -> bool:
+    """Return whether `forward` of the module's class is that of the interface. See `why_not_fused`."""
+    return why_not_fused(module, forward) is None
+
+
+def why_not_fused(module: Any, forward: Any) -> str | None:
+    """Return why `experts_forward` cannot replace `forward` of the module's class; None if it can.
+
+    A subclass may have one that computes something else, and what the interface looks up by the config may be one that
+    a user has registered.
+    """
+    forward = getattr(forward, "over_dense", forward)  # of weights in 4 bits (`quantization.packed_experts`)
+    # transformers' decorator, `use_experts_implementation`, defines the forward in this module.
+    if getattr(forward, "__globals__", {}).get("__name__") != "transformers.integrations.moe":
+        return "its forward is written by hand, not one of transformers' experts interface"
+    implementation = getattr(module.config, "_experts_implementation", None)
+    return None if implementation in IMPLEMENTATIONS else f"_experts_implementation={implementation!r} is a user's own"
+
+
+def stacked_weights(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's parameters that are weights of all its experts, dense or packed.
+
+    These are those of transformers' interface, and three-dimensional parameters whose first dimension is the module's
+    number of experts (Llama 4's `num_experts`).
+    """
+    layout = experts_layout(module)
+    if layout is not None:
+        return tuple(name for name in module._parameters if name in layout.names)
+    if not module._parameters:
+        return ()
+    counts = set()
+    for name, value in vars(module).items():
+        if "expert" in name and type(value) is int and value > 1:
+            counts.add(value)
+    if not counts:
+        return ()
+    return tuple(
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (parameter.is_floating_point() or parameter.dtype is torch.uint8)
+        if len(shape := shape_of(module, name)) == 3 and shape[0] in counts and min(shape[1:]) > 1
+    )
+
+
+def expert_biases(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's parameters that are biases of all its experts, `[experts, out]`."""
+    layout = experts_layout(module)
+    return () if layout is None or not layout.has_bias else tuple(f"{name}_bias" for name in layout.names)
+
+
+_PATH = re.compile(r"(.+)\.(\d+)\.(\w+)")
+
+
+def operand(module: nn.Module, name: str) -> Tensor | ops.PackedWeight:
+    """Return a weight as operators take it: the parameter, or the packed weight of a quantized module."""
+    packed = getattr(module, "packed_parameter", None)
+    found = packed(name) if packed is not None else None
+    return getattr(module, name) if found is None else found
+
+
+def is_turned(weight: Tensor | ops.PackedWeight) -> bool:
+    """Return whether the operand is the transpose of the parameter, of each expert."""
+    return isinstance(weight, ops.PackedWeight) and weight.turned
+
+
+def expert_path(path: str, name: str, expert: int) -> str:
+    """Return the path of an expert's layer, as in a list of experts: `experts.3.down_proj` of `experts`."""
+    return f"{path}.{expert}.{name}"
+
+
+def split_expert_path(model: nn.Module, path: str) -> tuple[str, str, int] | None:
+    """Return (path of the module of experts, name of the weight, expert) of an `expert_path`; None for other paths."""
+    match = _PATH.fullmatch(path)
+    if match is None:
+        return None
+    try:
+        module = model.get_submodule(match[1])
+    except AttributeError:
+        return None
+    layout = experts_layout(module)
+    known = layout is not None and match[3] in layout.names and int(match[2]) < layout.count
+    return (match[1], match[3], int(match[2])) if known else None
+
+
+def expert_linear(module: nn.Module, name: str, expert: int) -> nn.Linear:
+    """Return the layer of one expert of a module that has an `experts_layout`; each call makes a new one.
+
+    Args:
+        name: of the weight, one of the layout's `names`.
+    """
+    layout = experts_layout(module)
+    assert layout is not None
+    weight, bias = operand(module, name), None
+    if layout.has_bias:
+        bias = getattr(module, f"{name}_bias")[expert]
+    if not isinstance(weight, Tensor):
+        return PackedExpert(weight.expert(expert), bias, layout.transposed != weight.turned)
+    own = weight[expert]
+    return _linear(own.mT if layout.transposed else own, bias)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return an `nn.Linear` with these tensors, which need not be parameters."""
+    layer = object.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    tensors: Any = layer._parameters
+    tensors.update(weight=weight, bias=bias)
+    return layer
+
+
+class PackedExpert(nn.Linear):
+    """An expert in 4 bits. `weight` is dense and computed on each access; products use the packed weight.
+
+    Args:
+        packed: `[1, out, in]`; `transposed`: `[1, in, out]`.
+        bias: `[out]`.
+    """
+
+    def __init__(self, packed: ops.PackedWeight, bias: Tensor | None, transposed: bool) -> None:
+        nn.Module.__init__(self)
+        self.packed, self.transposed = packed, transposed
+        self.in_features, self.out_features = packed.shape[1:] if transposed else packed.shape[:0:-1]
+        tensors: Any = self._parameters
+        tensors["bias"] = bias
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # of nn.Linear an attribute
+        """Dense weight `[out, in]` in fp32, or the value that was assigned."""
+        given = self._parameters.get("weight")
+        if given is not None:
+            return given
+        dense = ops.dequantize_4bit(self.packed, torch.float32)[0]
+        return dense.mT if self.transposed else dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._parameters.get("weight") is not None:
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        offsets = torch.full((1,), len(rows), dtype=torch.int32, device=x.device)
+        bias = None if self.bias is None else self.bias[None]
+        y = ops.grouped_linear(rows, offsets, self.packed, bias, self.transposed)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def linear_operands(self, x: Tensor) -> tuple[ops.PackedWeight, Tensor | None] | None:
+        """Return the operands that an adapter may multiply itself: see `peftcore.plugin.adapter.Base`."""
+        matrix = self.packed._replace(shape=tuple(self.packed.shape[1:]))
+        return None if self.transposed else (matrix, self.bias)

@@ -1,0 +1,365 @@
+"""A small valid input for any model, from its forward's signature and the sizes in its config.
+
+One builder makes the values of one argument. It is found by the argument's name, and reads sizes off the config, never
+the class's name. To serve one more argument, add a function with `@argument("its_name")`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.model.base_modules import original_forward
+from peftcore.plugin.architecture import config_fields, text_config
+
+BATCH, LENGTH = 2, 7
+_SIDE = 32  # of images of models that name no size
+
+BUILDERS: dict[str, Callable[[Facts], Any]] = {}  # by the name of the argument
+# Arguments that bring other ones along: one modality's input in pieces.
+_TOGETHER = {
+    "pixel_values_videos": ("video_grid_thw",),
+    "past_values": ("past_time_features", "past_observed_mask", "future_time_features", "future_values"),
+    "states": ("actions", "rewards", "returns_to_go", "timesteps"),
+    "bbox": ("bbox",),
+}
+_MODALITIES = {
+    "image": ("pixel_values", "pixel_values_images", "image"),
+    "audio": ("input_features", "input_values"),
+    "video": ("pixel_values_videos",),
+}
+
+
+def example_inputs(
+    model: nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    batch: int = BATCH,
+    length: int = LENGTH,
+    decoder_length: int | None = None,
+) -> dict[str, Any]:
+    """Return keyword arguments for a small forward pass of `model`.
+
+    A model that takes text as well as images or sound gets only text if its config has a placeholder token for the
+    others (`image_token_id`), since it then runs without them; otherwise it gets everything (CLIP).
+
+    Args:
+        device: device of the tensors; by default the model's.
+        batch: number of samples.
+        length: number of tokens of each sample.
+        decoder_length: number of tokens of each sample for the decoder of an encoder-decoder; by default `length`.
+
+    Returns:
+        Integers drawn from the vocabulary, without special tokens where the config names them; floats of the
+        model's dtype. Each call returns equal values. Arguments that no builder knows are left out, but the first
+        one goes to the model's first layer.
+    """
+    device = torch.device(device) if device is not None else _device(model)
+    facts = Facts(model, device, batch, length, length if decoder_length is None else decoder_length)
+    names, first = _wanted(facts), next(iter(facts.parameters), None)
+    built = {name: BUILDERS[name](facts) for name in names if name in BUILDERS}
+    if first in names and first not in BUILDERS:  # `idx` of a model outside of transformers
+        built[first] = _input(facts)
+    return {name: value for name, value in built.items() if value is not None}
+
+
+def argument(*names: str) -> Callable[[Callable[[Facts], Any]], Callable[[Facts], Any]]:
+    """Register a builder of the arguments `names`; it returns None if it does not know a value."""
+
+    def register(build: Callable[[Facts], Any]) -> Callable[[Facts], Any]:
+        BUILDERS.update(dict.fromkeys(names, build))
+        return build
+
+    return register
+
+
+@dataclass
+class Facts:
+    """A model, as builders ask it."""
+
+    model: nn.Module
+    device: torch.device
+    batch: int = BATCH
+    length: int = LENGTH
+    decoder_length: int = LENGTH
+    parameters: dict[str, inspect.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        signature = inspect.signature(original_forward(self.model))
+        self.parameters = dict(list(signature.parameters.items())[1:])
+
+    @property
+    def configs(self) -> Iterator[Any]:
+        """Yield the model's config, that of its text part, then all nested ones."""
+        config = getattr(self.model, "config", None)
+        if config is None:
+            return
+        seen: list[Any] = []
+        queue = [config, text_config(config)]
+        while queue:
+            config = queue.pop(0)
+            if not any(config is other for other in seen):
+                seen.append(config)
+                yield config
+                queue += [value for value in config_fields(config).values() if hasattr(value, "to_dict")]
+
+    def find(self, *names: str, default: Any = None, inside: str | None = None) -> Any:
+        """Return the first of the fields `names` that a config has, first in the sub-config `inside`."""
+        configs = list(self.configs)
+        if inside is not None:
+            configs.sort(key=lambda config: inside not in type(config).__name__.lower())
+        for config in configs:
+            for name in names:
+                value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+                if value is not None:
+                    return value
+        return default
+
+    def has(self, name: str) -> bool:
+        """Return whether the forward takes this argument."""
+        return name in self.parameters
+
+    def tokens(self, *shape: int, vocabulary: int | None = None) -> Tensor:
+        """Ids from 0 to `vocabulary`, no special ones."""
+        size = vocabulary or self.find("vocab_size", "src_vocab_size", "text_vocab_size", default=32)
+        size = min(size) if isinstance(size, (list, tuple)) else size
+        special: set[int] = set()
+        for config in self.configs:
+            for name, value in config_fields(config).items():
+                if name.endswith(("token_id", "token_index", "token_ids", "tok_index")):
+                    special.update(v for v in (value if isinstance(value, (list, tuple)) else [value]) if _whole(v))
+        allowed = [i for i in range(min(size, 256)) if i not in special] or [0]
+        ids = [allowed[(3 + 5 * i) % len(allowed)] for i in range(prod(shape))]
+        return torch.tensor(ids, dtype=torch.long, device=self.device).view(shape)
+
+    def floats(self, *shape: int) -> Tensor:
+        """Values between -1 and 1."""
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = dtype if dtype.itemsize >= 2 else torch.float32
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        count = prod(shape)
+        values = torch.sin(torch.arange(count, dtype=torch.float32, device=self.device) * 1.7)
+        return values.view(shape).to(dtype)
+
+    def whole(self, value: int, *shape: int) -> Tensor:
+        """Return a tensor filled with an integer."""
+        return torch.full(shape, value, dtype=torch.long, device=self.device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wanted(facts: Facts) -> list[str]:
+    """Return the arguments to fill: those without a default, the main one, and further ones that these need."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    required = [
+        name for name, p in facts.parameters.items() if p.default is inspect.Parameter.empty and p.kind not in kinds
+    ]
+    main = getattr(facts.model, "main_input_name", None) or next(iter(facts.parameters), None)
+    names = [*required, *([main] if isinstance(main, str) else main or [])]
+    if not any(facts.has(name) for name in names):
+        names += list(facts.parameters)[:1]
+    modalities = getattr(facts.model, "input_modalities", ())
+    if not _has_placeholders(facts):
+        for modality in [modalities] if isinstance(modalities, str) else modalities or ():
+            names += [name for name in _MODALITIES.get(modality, ()) if facts.has(name)][:1]
+        if "text" in modalities and modalities != "text":
+            names += ["input_ids"]
+    names += ["decoder_input_ids"] if facts.find("is_encoder_decoder") or "decoder_input_ids" in required else []
+    names += ["encoder_hidden_states"] if facts.find("add_cross_attention") else []
+    for name in list(names):
+        names += _TOGETHER.get(name, ())
+    return [name for name in dict.fromkeys(names) if facts.has(name)]
+
+
+def _has_placeholders(facts: Facts) -> bool:
+    """Return whether the model's text has placeholder tokens for images or sound."""
+    return facts.has("input_ids") and any(
+        facts.find(*(f"{kind}_token{end}" for end in ("_id", "_index"))) is not None
+        for kind in ("image", "audio", "video")
+    )
+
+
+# Text
+
+
+@argument("input_ids", "qformer_input_ids", "tasks_input_ids", "classes_input_ids")
+def _input_ids(facts: Facts) -> Tensor:
+    return facts.tokens(facts.batch, facts.length)
+
+
+@argument("decoder_input_ids")
+def _decoder_input_ids(facts: Facts) -> Tensor:
+    return facts.tokens(facts.batch, facts.decoder_length)
+
+
+@argument("attention_mask", "classes_attention_mask", "tasks_attention_mask")
+def _attention_mask(facts: Facts) -> Tensor:
+    return facts.whole(1, facts.batch, facts.length)
+
+
+@argument("decoder_attention_mask")
+def _decoder_attention_mask(facts: Facts) -> Tensor:
+    return facts.whole(1, facts.batch, facts.decoder_length)
+
+
+@argument(
+    "inputs_embeds", "hidden_states", "encoder_hidden_states", "query_embeds", "context_hidden_states", "noise_embeds"
+)
+def _embeddings(facts: Facts) -> Tensor:
+    if facts.has("grid_thw"):
+        return _patches(facts)
+    return facts.floats(facts.batch, facts.length, facts.find("hidden_size", "d_model", "n_embd", "dim", default=32))
+
+
+# Other models, whose only argument goes to their first layer
+
+
+@argument("input", "x", "src")
+def _input(facts: Facts) -> Tensor | None:
+    for layer in facts.model.modules():
+        if isinstance(layer, nn.Embedding):
+            return facts.tokens(facts.batch, facts.length, vocabulary=layer.num_embeddings)
+        if isinstance(layer, nn.Linear):
+            return facts.floats(facts.batch, layer.in_features)
+        if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+            sizes = (facts.batch, facts.length) if layer.batch_first else (facts.length, facts.batch)
+            return facts.floats(
+                *sizes, layer.embed_dim if isinstance(layer, nn.MultiheadAttention) else layer.input_size
+            )
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return facts.floats(facts.batch, layer.in_channels, *[_SIDE] * len(layer.kernel_size))
+    return facts.tokens(facts.batch, facts.length)
+
+
+# Images
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, dict):
+        value = (value.get("height", 32), value.get("width", 32))
+    return tuple(value)[-2:] if isinstance(value, (list, tuple)) else (value, value)
+
+
+def _image_size(facts: Facts) -> tuple[int, int]:
+    size = _pair(facts.find("image_size", "input_size", "img_size", inside="vision", default=64))
+    patch = _pair(facts.find("patch_size", inside="vision", default=16))
+    return max(size[0], patch[0]), max(size[1], patch[1])
+
+
+def _channels(facts: Facts) -> int:
+    return facts.find("num_channels", "in_channels", "in_chans", inside="vision", default=3)
+
+
+@argument("pixel_values", "image", "pixel_values_images", "prompt_pixel_values")
+def _pixel_values(facts: Facts) -> Tensor:
+    if facts.has("grid_thw"):
+        return _patches(facts)
+    frames = facts.find("num_frames") if not facts.has("input_ids") else None
+    clip = [frames] if frames and facts.find("tubelet_size", "drop_path_type", "num_frames") else []
+    return facts.floats(facts.batch, *clip, _channels(facts), *_image_size(facts))
+
+
+@argument("pixel_values_videos")
+def _pixel_values_videos(facts: Facts) -> Tensor:
+    frames = facts.find("frames_per_clip", "num_frames", inside="vi", default=4)
+    return facts.floats(facts.batch, frames, _channels(facts), *_image_size(facts))
+
+
+# Sound
+
+
+@argument("input_values", "audio_values")
+def _input_values(facts: Facts) -> Tensor:
+    kernels, strides = facts.find("conv_kernel"), facts.find("conv_stride")
+    if kernels and strides:  # a feature encoder on the wave: 16 frames out
+        length = 16
+        for kernel, stride in zip(reversed(kernels), reversed(strides), strict=False):
+            length = (length - 1) * stride + kernel
+        return facts.floats(facts.batch, length)
+    if (mels := facts.find("num_mel_bins", "max_length")) and facts.find("max_length"):
+        return facts.floats(facts.batch, facts.find("max_length"), mels)  # a spectrogram as an image
+    return facts.floats(facts.batch, facts.find("audio_channels", "num_channels", default=1), 2048)
+
+
+@argument("input_features")
+def _input_features(facts: Facts) -> Tensor:
+    bins = facts.find(
+        "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "n_mels", "mel_bins", "input_dim",
+        inside="audio", default=80,
+    )  # fmt: skip
+    frames = facts.find("max_source_positions", inside="audio")
+    if frames and facts.find("num_mel_bins") and not facts.find("input_feat_per_channel"):
+        return facts.floats(facts.batch, bins, 2 * frames)  # Whisper's order; its convolution halves the frames
+    return facts.floats(facts.batch, 64, bins)
+
+
+@argument("input_features_mask", "audio_mel_mask")
+def _features_mask(facts: Facts) -> Tensor:
+    return facts.whole(1, facts.batch, 64).bool()
+
+
+# Series
+
+
+def _history(facts: Facts) -> int:
+    context = facts.find("context_length", "seq_length", "prediction_length", default=16)
+    lags = facts.find("lags_sequence", default=[0])
+    return context + max(lags)
+
+
+@argument("past_values")
+def _past_values(facts: Facts) -> Tensor:
+    channels = facts.find("num_input_channels", "input_size", default=1)
+    series = [channels] if channels > 1 or not facts.has("past_time_features") else []
+    return facts.floats(facts.batch, _history(facts), *series)
+
+
+@argument("past_observed_mask")
+def _past_observed_mask(facts: Facts) -> Tensor | None:
+    return torch.ones_like(_past_values(facts)) if facts.has("past_time_features") else None
+
+
+@argument("past_time_features")
+def _past_time_features(facts: Facts) -> Tensor:
+    return facts.floats(facts.batch, _history(facts), facts.find("num_time_features", default=0))
+
+
+@argument("future_time_features")
+def _future_time_features(facts: Facts) -> Tensor | None:
+    return facts.floats(
+        facts.batch, facts.find("prediction_length", default=1), facts.find("num_time_features", default=0)
+    )
+
+
+@argument("future_values")
+def _future_values(facts: Facts) -> Tensor:
+    return facts.floats(facts.batch, facts.find("prediction_length", default=1))
+
+
+# Grids of patches
+
+
+@argument("grid_thw", "image_grid_thw", "video_grid_thw")
+def _grid(facts: Facts) -> Tensor:
+    merge = facts.find("spatial_merge_size", inside="vision", default=2)
+    return torch.tensor([[1, 2 * merge, 2 * merge]], device=facts.device)
+
+
+def _patches(facts: Facts) -> Tensor:
+    """Flat patches of the images of `_grid`, `[patches, channels · frames · height · width]`."""
+    height, width = _pair(facts.find("patch_size", inside="vision", default=16))
+    frames = facts.find("temporal_patch_size", inside="vision", default=1)
+    return facts.floats(int(_grid(facts).prod(-1).sum()), _channels(facts) * frames * height * width)

@@ -1,0 +1,310 @@
+"""Detection of attention, cross-attention and feed-forward sublayers in one forward pass.
+
+A sublayer is a branch F of the residual stream: s + F(s). It is found by what is added to what, never by the name of a
+class; see `residuals`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from peftcore.model.base_modules import base_modules
+from peftcore.model.bypass import bypassed, rewritten
+from peftcore.model.residuals import FUSED_ATTENTION, MATRIX, MIXING, Branch, Residuals
+from peftcore.model.tracing import SKIPPED, Call, Trace, cached_by_model, observe, trace
+from peftcore.plugin.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Kind, Sublayer
+
+
+class Observed(Sequence[Sublayer]):
+    """The sublayers of a model, found on first use."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @cached_property
+    def _found(self) -> tuple[Sublayer, ...]:
+        return find(self._model)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found[index]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._found == tuple(other)
+
+    def __repr__(self) -> str:
+        return repr(self._found)
+
+
+@cached_by_model
+def find(model: nn.Module) -> tuple[Sublayer, ...]:
+    """Return the sublayers of all numbered layers of `model`, in the order of its forward.
+
+    The result is empty if the forward fails with example inputs, or if the model scales the residual stream.
+    """
+    reader = _Reader(model, observe(model))
+    if reader.looks_into_skipped_layers():
+        reader = _Reader(model, trace(model, every_layer=True))
+    if reader.trace.error is not None and not _whole_stacks(model, reader.trace):
+        return ()
+    found = reader.sublayers()
+    if any(sublayer.output in bypassed(model) for sublayer in found):  # it may be called in evaluation only
+        training = trace(model, training=True)
+        read = {name.rpartition(".")[0] for name in training.other_reads}
+        not_called = read - training.called
+        found = tuple(sublayer for sublayer in found if sublayer.output not in not_called)
+    if any(f"{path}.".startswith(f"{sublayer.output}.") for path in rewritten(model) for sublayer in found):
+        return ()  # the stream is scaled differently in evaluation and training (RWKV)
+    return found
+
+
+def _whole_stacks(model: nn.Module, trace: Trace) -> bool:
+    """Return whether a failed forward ran every list of layers completely or not at all."""
+    if any(_numbers(path) for path in trace.failed):
+        return False
+    lists = [(path, module) for path, module in base_modules(model) if isinstance(module, nn.ModuleList)]
+    return all(len({f"{path}.{i}" in trace.called for i in range(len(module))}) <= 1 for path, module in lists)
+
+
+class _Reader:
+    """Converter of the branches of a trace into sublayers."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.trace, self.values = trace, trace.values
+        self.residuals = Residuals(trace)
+        self.modules = dict(base_modules(model))
+        self.called = trace.called
+
+    def looks_into_skipped_layers(self) -> bool:
+        """Return whether a branch has values from inside a layer whose forward the trace skipped."""
+        return any(
+            self.values[v].operator == SKIPPED for branch in self.residuals.branches for v in self._region(branch)
+        )
+
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """Return the sublayers of all numbered layers, in the order of the forward."""
+        branches: dict[str, Branch] = {}  # by path; a shared layer counts once
+        for branch in self.residuals.branches:
+            if _numbers(branch.call.path) and self._has_features_last(branch.call):
+                branches.setdefault(branch.call.path, branch)
+        twins = {path: [path] for path in branches}  # the same path in each layer like the one that was traced
+        for path, like in self.trace.alike:
+            for known in [known for known in twins if known.startswith(f"{like}.")]:
+                twins[known].append(path + known[len(like) :])
+        layers = _layers([path for paths in twins.values() for path in paths])
+        watched: dict[str, list[Branch]] = defaultdict(list)
+        for path, branch in branches.items():
+            watched[layers[path]].append(branch)
+        found: dict[str, list[Sublayer]] = defaultdict(list)
+        for layer, inside in watched.items():
+            for branch, kind in zip(inside, self._kinds(inside), strict=True):
+                if kind is not None:
+                    sublayer = self._sublayer(branch, kind, layer)
+                    for path in dict.fromkeys(twins[branch.call.path]):
+                        found[layers[path]].append(_moved(sublayer, layer, layers[path]))
+        order = [call.path for call in self.trace.calls]
+        indices = _indices(sorted(found, key=order.index))
+        return tuple(replace(sublayer, layer=indices[layer]) for layer in indices for sublayer in found[layer])
+
+    def _kinds(self, branches: list[Branch]) -> list[Kind | None]:
+        """Return the kind of each branch of one layer; None for another kind of sublayer."""
+        products = [self._product(branch) for branch in branches]
+        attends = [product is not None for product in products]
+        mixes = [any(self.values[v].operator in MIXING for v in self._region(branch)) for branch in branches]
+        kinds: list[Kind | None] = []
+        for branch, product, mixing in zip(branches, products, mixes, strict=True):
+            if product is not None:
+                kinds.append(ATTENTION if self._looks_at_itself(branch, product) else CROSS_ATTENTION)
+            elif not mixing:
+                kinds.append(FEED_FORWARD)
+            elif not any(attends):
+                kinds.append(ATTENTION)
+            else:  # a convolution inside the feed-forward, or in a module next to the feed-forward (Conformer)
+                has_feed_forward = any(not a and not m for a, m in zip(attends, mixes, strict=True))
+                kinds.append(None if has_feed_forward else FEED_FORWARD)
+        return kinds
+
+    def _region(self, branch: Branch) -> list[int]:
+        """Return the values between the stream and h, in order, made inside the call that returned h or before it."""
+        return sorted(self.residuals.region(branch.h, branch.stream) - {branch.stream})
+
+    def _product(self, branch: Branch) -> tuple[int, int] | None:
+        """Return the factors of the first product of two activations: queries and keys."""
+        for number in self._region(branch):
+            value = self.values[number]
+            if value.operator in FUSED_ATTENTION:
+                return value.inputs[0], value.inputs[1]
+            if value.operator in ("bmm", "baddbmm") and not any(self.values[v].is_weight for v in value.inputs[-2:]):
+                return value.inputs[-2], value.inputs[-1]
+        return None
+
+    def _looks_at_itself(self, branch: Branch, product: tuple[int, int]) -> bool:
+        return self.residuals.comes_from(product[1], branch.stream)
+
+    def _sublayer(self, branch: Branch, kind: Kind, layer: str) -> Sublayer:
+        norm = self._norm_behind(branch, layer)
+        whole, adds = self._whole(branch)
+        given = [call for out in self.residuals.views(branch.out) for call in self.residuals.returned[out]]
+        streams = [call for call in given if not self.residuals.is_plain(call)]
+        return Sublayer(
+            kind,
+            0,  # until all layers are known
+            output=branch.call.path,
+            width=self.values[branch.h].shape[-1],
+            whole=whole,
+            adds_residual=adds,
+            norm=norm,
+            stream=streams[0].path if streams and norm is None else None,
+            query=self._query(branch) if kind != FEED_FORWARD else None,
+            output_projection=self._output_projection(branch) if kind != FEED_FORWARD else None,
+            inner=self._inner(branch) if kind == FEED_FORWARD else (),
+        )
+
+    def _norm_behind(self, branch: Branch, layer: str) -> str | None:
+        """Return the path of a norm of the sum within the layer, if the sum itself is not a stream (post-norm)."""
+        outs = self.residuals.views(branch.out)
+        if not self.residuals.streams.isdisjoint(outs):
+            return None
+        for call in self.trace.calls:
+            if call.first in outs and self.residuals.is_norm(call) and call.path.startswith(f"{layer}."):
+                return call.path
+        return None
+
+    def _whole(self, branch: Branch) -> tuple[str | None, bool]:
+        """Return the path of the innermost call from the sublayer's input to h, and whether it adds the stream itself.
+
+        A call that adds takes h, or what h is made from, and the stream as its first two arguments.
+        """
+        for call in (branch.call, *branch.call.around()):
+            arguments = list(call.arguments.values())
+            if arguments and self._is_input(arguments[0], branch) and call.output in (branch.h, branch.out):
+                return call.path, False
+            if branch.adder is call and arguments[1:2] == [branch.stream]:
+                return call.path, True
+        return None, False
+
+    def _is_input(self, value: int, branch: Branch) -> bool:
+        """Return whether it is the sublayer's input: the stream, or the normed stream."""
+        region = self.residuals.region(value, branch.stream)
+        return branch.stream in region and not any(self.values[v].operator in MATRIX for v in region - {branch.stream})
+
+    def _has_features_last(self, call: Call) -> bool:
+        """Return whether the output has features in its last dimension, unlike that of a convolution."""
+        value = call.output
+        while value is not None:
+            operator = self.values[value].operator
+            if operator == "convolution" or self.values[value].turned:
+                return False
+            if operator in MATRIX or operator == "embedding":
+                return True
+            value = next((v for v in self.values[value].inputs if not self.values[v].is_weight), None)
+        return False
+
+    def _is_linear(self, call: Call) -> bool:
+        weight = call.module._parameters.get("weight")
+        leaf = not any(True for _ in call.module.children())
+        return leaf and weight is not None and weight.dim() == 2 and call in self.residuals.multiplies
+
+    def _linear_before(self, value: int, since: int) -> list[Call]:
+        """Return the calls of the nearest linear layers that `value` was computed by, none older than value `since`."""
+        found: dict[str, Call] = {}
+        seen, queue = {value}, [value]
+        while queue:
+            number = queue.pop()
+            calls = [c for c in self.residuals.returned[number] if self._is_linear(c)]
+            if calls:
+                found.setdefault(calls[0].path, calls[0])
+                continue
+            for source in self.values[number].inputs:
+                if source > since and source not in seen:
+                    seen.add(source)
+                    queue.append(source)
+        return [found[path] for path in sorted(found)]
+
+    def _query(self, branch: Branch) -> str | None:
+        """Return the path of the linear layer that makes the queries; None if it makes the keys, too."""
+        product = self._product(branch)
+        if product is None:
+            return None
+        query, key = (self._linear_before(v, branch.stream) for v in product)
+        return query[0].path if len(query) == 1 and query[0] not in key else None
+
+    def _output_projection(self, branch: Branch) -> str | None:
+        """Return the path of the only linear layer between the heads' outputs and h."""
+        product = self._product(branch)
+        if product is None:
+            return None
+        last = self._linear_before(branch.h, branch.stream)
+        # Without an output projection, the nearest layers are those of queries, keys and values.
+        before = [call for value in product for call in self._linear_before(value, branch.stream)]
+        return last[0].path if len(last) == 1 and last[0] not in before else None
+
+    def _inner(self, branch: Branch) -> tuple[str, ...]:
+        """Return the paths of the linear layers whose outputs the last layers of a feed-forward read."""
+        last = self._linear_before(branch.h, branch.stream)
+        read = [call.first for call in last if call.first is not None]
+        inner = {call.path for value in read for call in self._linear_before(value, branch.stream)}
+        if any(not self._all_called(path) for path in inner):
+            return ()  # experts, of which this forward used only some
+        return tuple(path for path in self.modules if path in inner)
+
+    def _all_called(self, path: str) -> bool:
+        """Return whether all modules in the same list were called."""
+        parts = path.split(".")
+        for i, part in enumerate(parts):
+            if part.isdigit():
+                above = ".".join(parts[:i])
+                siblings = self.modules[above].named_children() if above in self.modules else ()
+                if not all(f"{above}.{name}" in self.called for name, _ in siblings):
+                    return False
+        return True
+
+
+def _moved(sublayer: Sublayer, layer: str, to: str) -> Sublayer:
+    """Return the corresponding sublayer of another layer."""
+
+    def moved(path: str) -> str:
+        return to + path[len(layer) :] if path == layer or path.startswith(f"{layer}.") else path
+
+    names = ("output", "whole", "norm", "stream", "query", "output_projection")
+    paths: dict[str, Any] = {name: getattr(sublayer, name) for name in names}
+    paths = {name: moved(path) for name, path in paths.items() if path is not None}
+    return replace(sublayer, inner=tuple(map(moved, sublayer.inner)), **paths)
+
+
+def _numbers(path: str) -> list[str]:
+    """Return the prefixes of `path` that end in a number: `layers.3` and `layers.3.mlps.0` of `layers.3.mlps.0.up`."""
+    parts = path.split(".")
+    return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
+
+
+def _layers(paths: list[str]) -> dict[str, str]:
+    """Return the layer of each sublayer: the outermost numbered module without several numbered ones inside."""
+    inside: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        for number in _numbers(path):
+            inside[number].add(path)
+    return {
+        path: max((n for n in _numbers(path) if len(inside[n]) > 1), key=len, default=_numbers(path)[0])
+        for path in paths
+    }
+
+
+def _indices(layers: list[str]) -> dict[str, int]:
+    """Return the index of each layer in its stack: its number, or its position if lists are nested (stages)."""
+    counts: Counter[str] = Counter()
+    indices = {}
+    for layer in layers:
+        stack = _numbers(layer)[0].rpartition(".")[0]
+        nested = len(_numbers(layer)) > 1
+        indices[layer] = counts[stack] if nested else int(layer.rpartition(".")[2])
+        counts[stack] += 1
+    return indices

@@ -1,0 +1,389 @@
+"""Selection of modules by suffix lists, regular expressions, `all-linear`, exclusions and layer choices.
+
+Also of what a config trains besides its adapters: `modules_to_save` and biases.
+
+Matching is Hugging Face PEFT's, so that one config selects the same modules there and here, but a
+pattern that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.model import bypassed, rewritten, without_gradients
+from peftcore.model.base_modules import base_modules, base_parameters, original_class
+from peftcore.model.experts import expert_biases
+from peftcore.model.experts.in_model import expert_layers, expert_weights, routers, weight_named
+from peftcore.model.targets.expert_selection import ALL_LINEAR, name_experts, parameter_suffixes
+from peftcore.model.targets.patterns import (
+    compiled,
+    ends,
+    excluded,
+    is_inside,
+    layer_indices,
+    matches,
+    nearest_path,
+    shortest_suffixes,
+)
+from peftcore.plugin.architecture import Architecture, Sublayer
+from peftcore.plugin.layers import is_conv1d, is_linear, sizes, unknown_layers
+from peftcore.plugin.placements.train import Train
+
+
+def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:
+    """Return (input, output) sizes of a module: its own if it is linear, else the model's hidden size twice.
+
+    Raises:
+        PeftcoreError: the model names no hidden size.
+    """
+    module, width = model.get_submodule(path), architecture.hidden_size
+    if is_linear(module):
+        return sizes(module)
+    if width is None:
+        raise PeftcoreError(
+            f"the width of '{path}' ({type(module).__name__}) is not known, since {type(model).__name__} names no "
+            "hidden_size. Name linear layers in target_modules"
+        )
+    return width, width
+
+
+def select(
+    model: nn.Module,
+    architecture: Architecture,
+    *,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    supported: Any = is_linear,
+    own_parameters: bool = False,
+) -> dict[str, nn.Module]:
+    """Return the selected modules by path, in the model's order.
+
+    Args:
+        target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
+            every linear layer but the output head, the task's heads, routers, and those that are bypassed or run
+            without gradients. A `nn.MultiheadAttention` replaces its projections if `supported`, else they are left
+            out. An entry that matches no module that the method adapts may match experts, `experts` or a weight of
+            theirs: their layers are returned one by one, at paths as in a list of experts (`experts.3.down_proj`).
+        exclude_modules: list of suffixes or a regular expression, removed from the selection.
+        layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
+            default the first numbered part of a path counts.
+        modules_to_save: modules trained as a whole; nothing in them is selected.
+        supported: (module) -> whether the method can adapt it.
+        own_parameters: the method trains the modules' own parameters, so `all-linear` includes layers that are read
+            without a call.
+
+    Raises:
+        PeftcoreError: a pattern matches nothing, or a module that the method cannot adapt.
+    """
+    modules = dict(base_modules(model))
+    weights = {f"{path}.{name}": path for path, each in expert_weights(model).items() for name in each}
+    names = [*modules, *weights]
+    without = excluded(names, exclude_modules)
+    inside_saved = {path for saved in modules_to_save or () for path in modules if is_inside(saved, path)}
+    experts = dict[str, str]()  # the path of their module by the names of weights
+    if weights and not own_parameters and supported(nn.Linear(1, 1, device="meta")):
+        target_modules, named = name_experts(model, target_modules, supported)
+        experts = {name: weights[name] for name in named}
+
+    if not target_modules and experts:
+        chosen = []
+    elif target_modules == ALL_LINEAR:
+        heads = tuple([f"{head}." for head in (architecture.output_head, *architecture.task_heads) if head is not None])
+        chosen = [path for path, module in modules.items() if is_linear(module) and not f"{path}.".startswith(heads)]
+        if not own_parameters:
+            past = {*bypassed(model), *rewritten(model), *routers(model), *without_gradients(model)}
+            chosen = [path for path in chosen if path not in past]
+        if not chosen:
+            raise PeftcoreError(
+                f"target_modules='{ALL_LINEAR}' found no linear layer in {type(model).__name__}. "
+                f"Name the modules: {_examples(modules, supported)}{unknown_layers(modules.values())}"
+            )
+    elif isinstance(target_modules, str):
+        chosen = _by_regex(modules, target_modules, supported)
+        if not own_parameters and layers_to_transform is None:  # which leaves out what is in no layer
+            left = {path: modules[path] for path in modules if path not in without and path not in inside_saved}
+            _refuse_other_layers(left, target_modules, supported)
+    else:
+        chosen = _by_suffix(modules, target_modules, supported, names)
+
+    chosen = [path for path in chosen if path not in without and path not in inside_saved]
+    gone = without | inside_saved
+    chosen += [name for name, path in experts.items() if name not in without and path not in gone]
+    if target_modules == ALL_LINEAR:
+        kept = _with_attention(modules, chosen, without, supported)
+        chosen = kept if kept or without else chosen  # where nothing else is there, the error is that of the projection
+    if layers_to_transform is not None:
+        indices = layer_indices(chosen, layers_pattern)
+        wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+        if not wanted:
+            raise PeftcoreError("layers_to_transform=[] names no layer. Name some, or leave it out for all layers")
+        missing = wanted - set(indices.values())
+        if missing:
+            there = sorted({i for i in indices.values() if i is not None})
+            raise PeftcoreError(
+                f"layers_to_transform: no targeted module is in layer {sorted(missing)} "
+                f"(layers found: {there if there else f'none by layers_pattern={layers_pattern!r}'})"
+            )
+        chosen = [path for path in chosen if indices[path] in wanted]
+    if not chosen:
+        raise PeftcoreError(
+            f"target_modules={target_modules!r} leaves nothing after exclude_modules={exclude_modules!r} and "
+            f"modules_to_save={modules_to_save!r}"
+        )
+    return _in_order(model, modules, [path for path in chosen if path not in experts], set(chosen) & experts.keys())
+
+
+def _in_order(
+    model: nn.Module, modules: Mapping[str, nn.Module], chosen: Collection[str], weights: Collection[str]
+) -> dict[str, nn.Module]:
+    """Return the modules `chosen`, and the layers of experts whose weights are named, in the model's order."""
+    if not weights:
+        return {path: modules[path] for path in chosen}
+    found: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        if path in chosen:
+            found[path] = module
+        own = [name for name in module._parameters if f"{path}.{name}" in weights]
+        if own:
+            found |= expert_layers(model, path, own)
+    return found
+
+
+def select_by(config: Any, model: nn.Module, architecture: Architecture, **others: Any) -> dict[str, nn.Module]:
+    """Call `select` with the fields of a config that have the names of its arguments; `others` take precedence."""
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    return select(model, architecture, **{**{name: getattr(config, name) for name in fields}, **others})
+
+
+def sublayers(
+    model: nn.Module, architecture: Architecture, kinds: Collection[str], layers: int | Sequence[int] | None = None
+) -> list[Sublayer]:
+    """Return the known sublayers of these kinds, in all layers or those with the indices `layers`.
+
+    Raises:
+        PeftcoreError: the kind of layer is not known, or an index is none.
+    """
+    known = [sublayer for sublayer in architecture.sublayers if sublayer.kind in kinds]
+    if not known:
+        linear = [path for path, module in base_modules(model) if is_linear(module)][:3]
+        raise PeftcoreError(
+            f"where {type(model).__name__} has its attention and feed-forward is not known. Name modules: "
+            f"target_modules=[...]; linear layers here: {', '.join(linear) or 'none'}"
+        )
+    wanted = {layers} if isinstance(layers, int) else None if layers is None else set(layers)
+    there = {sublayer.layer for sublayer in known}
+    if wanted is not None and (not wanted or wanted - there):
+        wrong = f"there is no layer {sorted(wanted - there)}" if wanted else "it names no layer"
+        raise PeftcoreError(f"layers_to_transform: {wrong} (layers: {sorted(there)})")
+    return [sublayer for sublayer in known if wanted is None or sublayer.layer in wanted]
+
+
+def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, int]:
+    """Return how many modules each pattern of `target_modules` matches."""
+    paths = [path for path, _ in base_modules(model)]
+    if isinstance(target_modules, str):
+        return {target_modules: sum(map(compiled(target_modules, "target_modules"), paths))}
+    weights = [f"{path}.{name}" for path, names in expert_weights(model).items() for name in names]
+    counts = {pattern: sum(matches(pattern, path) for path in paths) for pattern in target_modules}
+    return {p: count or sum(matches(p, name) for name in weights) for p, count in counts.items()}
+
+
+def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
+    """Return the shortest list of suffixes that selects exactly the modules `chosen`, for a saved config."""
+    paths, named = [path for path, _ in base_modules(model)], {weight_named(model, path) for path in chosen}
+    layers = named.intersection(paths)
+    suffixes = shortest_suffixes(layers, [path for path in paths if path not in layers])
+    return suffixes + (parameter_suffixes(model, named - layers) if named - layers else [])
+
+
+def conv1d_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Return those of `paths` that are transformers' Conv1D, which PEFT refuses for many methods."""
+    return [path for path in paths if is_conv1d(model.get_submodule(path))]
+
+
+def drop_unmatched(model: nn.Module, entries: Sequence[str], experts: bool = False) -> list[str]:
+    """Return the entries that match a module of `model`, or a weight of `experts`.
+
+    Files of PEFT name modules that a model may lack (`classifier` and `score` for every classifier).
+    Reading one, the tensors decide what must be there; the list need not.
+    """
+    known: set[str] = set()
+    weights = expert_weights(model) if experts else {}
+    for path in [*dict(base_modules(model)), *(f"{path}.{name}" for path, names in weights.items() for name in names)]:
+        known.update(ends(path))
+    return [entry for entry in dict.fromkeys(entries) if entry in known]
+
+
+def refuse_bypassed(model: nn.Module, chosen: Iterable[str]) -> None:
+    """Raise a PeftcoreError if a module of `chosen` is read and not called: an adapter there would do nothing.
+
+    And if the model itself changes its weight, which would leave the adapter as it is.
+    """
+    modules, past, changed = dict(base_modules(model)), bypassed(model), rewritten(model)
+    for path in chosen:
+        attention, name = _attention_over(modules, path), path.rpartition(".")[2]
+        if attention is not None:
+            raise PeftcoreError(
+                f"'{path}' belongs to nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
+                f"there would do nothing. Where the method adapts the attention as a whole, name that: "
+                f"target_modules=['{attention.rpartition('.')[2]}']; else exclude it: exclude_modules=['{name}']"
+            )
+        if path in past:
+            raise PeftcoreError(
+                f"an adapter at '{path}' would do nothing, always or in some modes and on some devices: {past[path]}. "
+                f"Leave it out, or exclude it: exclude_modules=['{name}']"
+            )
+        if path in changed:
+            raise PeftcoreError(
+                f"an adapter at '{path}' would not be changed with the layer: {changed[path]}. "
+                f"Leave it out, or exclude it: exclude_modules=['{name}']"
+            )
+
+
+def _attention_over(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """Return the path of the `nn.MultiheadAttention` that the projection `path` belongs to."""
+    parent = path.rpartition(".")[0]
+    is_attention = path and parent in modules and issubclass(original_class(modules[parent]), nn.MultiheadAttention)
+    return parent if is_attention else None
+
+
+def _with_attention(
+    modules: Mapping[str, nn.Module], chosen: Iterable[str], excluded: Collection[str], supported: Any
+) -> list[str]:
+    """Return `chosen` with attentions as a whole in place of their projections; what is not `supported` is left out."""
+    paths: list[str] = []
+    for path in chosen:
+        attention = _attention_over(modules, path)
+        if attention is None:
+            paths.append(path)
+        elif attention not in excluded and supported(modules[attention]):
+            paths.append(attention)
+    return paths
+
+
+def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> list[str]:
+    matched = list(filter(compiled(pattern, "target_modules"), modules))
+    chosen = [path for path in matched if supported(modules[path])]
+    if not chosen:
+        kinds = f"matches only {_kinds(modules, matched)}, which this method cannot adapt"
+        what = kinds if matched else "matches no module"
+        raise PeftcoreError(
+            f"target_modules={pattern!r}, a regular expression for whole paths, {what}. "
+            f"Paths here look like: {_examples(modules, supported)}"
+        )
+    return chosen
+
+
+def _refuse_other_layers(modules: dict[str, nn.Module], pattern: str, supported: Any) -> None:
+    """Raise a PeftcoreError if a regular expression also matches layers that the method cannot adapt."""
+    matched = filter(compiled(pattern, "target_modules"), modules)
+    other = [path for path in matched if not supported(modules[path]) and _is_layer(modules[path])]
+    if other:
+        raise PeftcoreError(
+            f"target_modules={pattern!r} also matches {_kinds(modules, other)} (such as '{other[0]}'), which this "
+            "method cannot adapt. Name it in exclude_modules, or write an expression that leaves it out"
+        )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Return whether the module has its own matrix or kernel."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() > 1 and not any(True for _ in module.children())
+
+
+def _by_suffix(
+    modules: dict[str, nn.Module], patterns: Sequence[str], supported: Any, names: Collection[str]
+) -> list[str]:
+    if not patterns:
+        raise PeftcoreError("target_modules is an empty list. Name modules, or use 'all-linear'")
+    meant: dict[str, list[str]] = defaultdict(list)
+    for path in modules:
+        for end in ends(path):
+            meant[end].append(path)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = meant.get(pattern, [])
+        chosen.update(matched)
+        if not matched:
+            raise PeftcoreError(f"target_modules: '{pattern}' matches no module{nearest_path(pattern, names)}")
+        wrong = [path for path in matched if not supported(modules[path])]
+        if wrong:
+            raise PeftcoreError(
+                f"target_modules: '{pattern}' matches {_kinds(modules, wrong)} (such as '{wrong[0]}'), which this "
+                f"method cannot adapt. Modules it can: {_examples(modules, supported)}"
+            )
+    return [path for path in modules if path in chosen]
+
+
+def _kinds(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:
+    return ", ".join(sorted({original_class(modules[path]).__name__ for path in paths}))
+
+
+def _examples(modules: dict[str, nn.Module], supported: Any) -> str:
+    return ", ".join([f"'{path}'" for path, module in modules.items() if path and supported(module)][:3]) or "none"
+
+
+def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
+    """Return the parameters of the modules that `modules_to_save` selects, to be trained themselves.
+
+    Raises:
+        PeftcoreError: an entry matches no module with parameters.
+    """
+    names = [name for name, _ in base_parameters(model)]
+    trained: list[str] = []
+    for pattern in modules_to_save:
+        paths = [path for path, _ in base_modules(model) if path and matches(pattern, path)]
+        inside = [name for name in names if any(name.startswith(f"{path}.") for path in paths)]
+        if not inside:
+            known = {part for path, _ in base_modules(model) for part in (path, path.rpartition(".")[2])}
+            raise PeftcoreError(
+                f"modules_to_save: '{pattern}' matches no module with parameters{nearest(pattern, known)}"
+            )
+        trained += inside
+    return Train(tuple(dict.fromkeys(trained)))
+
+
+def refuse_targeted(target_modules: Any, paths: Iterable[str], why: str) -> None:
+    """Raise a PeftcoreError if `target_modules` selects one of the modules `paths`, which are trained as a whole."""
+    if not target_modules or target_modules == ALL_LINEAR:
+        return
+    for path in paths:
+        if isinstance(target_modules, str):
+            named = compiled(target_modules, "target_modules")(path)
+        else:
+            named = any(matches(pattern, path) for pattern in target_modules)
+        if named:
+            raise PeftcoreError(
+                f"target_modules={target_modules!r} selects '{path}', whose weight is {why}, which modules_to_save "
+                "trains as a whole. Remove it from target_modules, or untie the two: ensure_weight_tying=False"
+            )
+
+
+def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
+    """Return the parameters named `bias` of the whole model or of the modules `paths`."""
+    names = [name for name, _ in base_parameters(model) if name.rpartition(".")[2] == "bias"]
+    if paths is not None:
+        paths = set(paths)
+        names = [name for name in names if name.rpartition(".")[0] in paths]
+    return Train(tuple(names))
+
+
+def trained_biases(model: nn.Module, bias: str, paths: Iterable[str]) -> list[Train]:
+    """Return what PEFT's field `bias` trains: "none", "all" biases of the model, or otherwise those of `paths`."""
+    if bias == "none":
+        return []
+    of_experts = next((path for path in paths if weight_named(model, path) != path), None)
+    if of_experts is not None and any(expert_biases(module) for _, module in base_modules(model)):
+        raise PeftcoreError(
+            f"bias={bias!r} is not supported for the expert '{of_experts}', whose biases have other names. "
+            "Choose bias='none'"
+        )
+    return [biases(model, None if bias == "all" else paths)]

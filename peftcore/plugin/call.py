@@ -1,0 +1,342 @@
+"""Arguments of the running call of a model, for adapters that depend on them: positions, padding, task ids.
+
+    model(input_ids, task_ids=t)        outermost call: its arguments by name, `task_ids` for the adapters alone
+      layer(h)                          current_call()["input_ids"], current_call().get("task_ids")
+
+An adapter's class that reads the call declares it: `needs_call = True`, or `needs_call = ("task_ids",)` with the names
+of keyword arguments that the model's forward does not take. If no class does, a call costs nothing.
+
+A checkpointed part that runs again in a backward pass sees the call of its forward: autograd numbers its nodes as they
+are made, so the number of the node that runs the part again identifies the call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from peftcore.errors import PeftcoreError
+from peftcore.plugin.adapter import Adapter
+from peftcore.plugin.modules import parts
+
+
+def untraced(function: Callable[..., Any], *, within: bool = False) -> Callable[..., Any]:
+    """Make torch.compile begin with what `function` calls, or, with `within`, not there either.
+
+    Functions that are being traced already continue into it: `torch.compiler.disable` would break their graph.
+    """
+    frames = torch._C._dynamo.eval_frame
+    inside = frames._FrameAction.SKIP if within else frames._FrameAction.DEFAULT
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, inside)
+    frames.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
+ROOT = "_peftcore_root"  # attribute of the model itself
+SAMPLES = "peftcore_samples"  # keyword argument of calls made by `generate`: int64 `[rows]`, the sample of each row
+
+
+class CallState(dict[Hashable, Any]):
+    """Values that adapters share during one call of their model; each key is written once.
+
+    A checkpointed part that runs again in the backward pass reads what its forward read, so a value must not change in
+    between: what each layer updates is written under a key of that layer.
+    """
+
+    def __setitem__(self, key: Hashable, value: Any) -> None:
+        if key in self and not is_dynamo_compiling() and torch._C._current_graph_task_id() < 0:
+            raise PeftcoreError(
+                f"the state of this call has {key!r} already. A checkpointed part that runs again would read the new "
+                "value, and two adapters of one method would read each other's. Write each value once, under a key of "
+                "its adapter and its layer, such as (a module that the adapter's layers share, layer)"
+            )
+        super().__setitem__(key, value)
+
+
+class Call(Mapping[str, Any]):
+    """Arguments of a call of the model by name, read-only, including arguments that only adapters take.
+
+    Attributes:
+        state: values that adapters share during this call, such as what one layer's adapter leaves for the next. It
+            belongs to one call in one thread, and is empty at the beginning; keys are an adapter's own, such as
+            `(module that its layers share, layer)`. Where each sample of a batch has its own adapter, the samples of
+            one adapter have a state of their own.
+    """
+
+    def __init__(self, values: dict[str, Any], samples: Tensor | None = None) -> None:
+        self.state = CallState()
+        self.states: dict[tuple[int, ...], CallState] = {}  # of calls of some of the samples, by their numbers
+        self._values = values
+        self._samples = samples
+        self._repeated: tuple[int, ...] | None = None
+
+    @property
+    def samples(self) -> tuple[int, ...] | None:
+        """Sample that each row of the batch belongs to; None if rows are samples in order.
+
+        `generate` repeats samples, and adapters that act on some samples see a call of those alone.
+        """
+        if self._repeated is None and self._samples is not None:
+            self._repeated = tuple(self._samples.tolist())
+        return self._repeated
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._values.get(name, default)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._values)})"
+
+
+def current_call() -> Call:
+    """Return the running call: of the model itself, or of a part of it that is called alone.
+
+    Raises:
+        PeftcoreError: no call is running, or no adapter declares that it reads the call (`needs_call`).
+    """
+    frame = getattr(_CURRENT, "frame", None)
+    if frame is None or not (is_dynamo_compiling() or frame.task == torch._C._current_graph_task_id()):
+        raise PeftcoreError(
+            "current_call() is for adapters while their model is called. The adapter's class declares that it reads "
+            "the call: needs_call = True"
+        )
+    return frame.call
+
+
+class CallContext:
+    """What the adapters of one model read of its calls.
+
+    Args:
+        names: names of keyword arguments that only adapters take.
+    """
+
+    def __init__(self, names: frozenset[str] = frozenset()) -> None:
+        self.names = names
+        self._frames: WeakSet[Frame] = WeakSet()  # of calls whose graph is alive
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CallContext, (self.names,)
+
+    @partial(untraced, within=True)
+    def inside(self) -> bool:
+        """Return whether this thread is in a call of the model, in the same pass."""
+        frame = getattr(_CURRENT, "frame", None)
+        if frame is None or frame.context is not self:
+            return False
+        return is_dynamo_compiling() or frame.task == torch._C._current_graph_task_id()
+
+    def own(self, names: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Remove from `kwargs`, and return, keyword arguments that only adapters take. `names`: what forward takes."""
+        there = {*self.names, SAMPLES}
+        return {name: kwargs.pop(name) for name in list(kwargs) if name in there and name not in names}
+
+    @contextmanager
+    def given(self, values: Mapping[str, Any]) -> Iterator[None]:
+        """Add `values` to the arguments of the calls that are made in the block."""
+        block = _Given(self, dict(values))
+        _GIVEN.set((*_GIVEN.get(), block))
+        _CURRENT.given = (*getattr(_CURRENT, "given", ()), block)
+        try:
+            yield
+        finally:
+            _GIVEN.set(tuple(other for other in _GIVEN.get() if other is not block))
+            _CURRENT.given = tuple(other for other in getattr(_CURRENT, "given", ()) if other is not block)
+
+    @contextmanager
+    def generating(self, names: Sequence[str], kwargs: dict[str, Any], samples: int = 0) -> Iterator[None]:
+        """Run `generate` in the block with `kwargs`, whose tensors it repeats for the beams of each row.
+
+        They are passed with the call of each step. Parts called alone before that, such as an encoder, get them as
+        they are.
+
+        Args:
+            names: arguments of forward.
+            kwargs: keyword arguments of `generate`.
+            samples: number of samples, which `generate` repeats, and whose numbers each call gets; 0 for none.
+        """
+        if samples:
+            kwargs[SAMPLES] = torch.arange(samples)
+        values = {name: value for name, value in kwargs.items() if name in self.names and name not in names}
+        for name, value in self.values().items():
+            if name not in names and isinstance(value, Tensor) and value.dim():
+                kwargs.setdefault(name, value)
+        with self.given(values):
+            yield
+
+    def values(self) -> dict[str, Any]:
+        """Return the arguments that the open blocks add; inner blocks take precedence."""
+        blocks = getattr(_CURRENT, "given", ()) if is_dynamo_compiling() else _GIVEN.get()
+        values: dict[str, Any] = {}
+        for block in blocks:
+            if block.context is self:
+                values.update(block.values)
+        return values
+
+    def for_replica(self) -> CallContext:
+        """Return the context of a replica of `nn.DataParallel`, which is called in another thread."""
+        if self.values():
+            raise PeftcoreError(
+                "DataParallel splits the model's arguments among replicas, and cannot split those of call_arguments: "
+                f"{', '.join(self.values())}. Pass them to the call: model(..., name=tensor)"
+            )
+        return self
+
+    def note(self, frame: Frame) -> None:
+        """Record a call that has begun and builds a graph."""
+        with self._lock:
+            self._frames.add(frame)
+
+    def call_of_forward(self) -> Call:
+        """Return the call in whose forward the running node was made, in a backward pass that runs a part again."""
+        node: Any = torch._C._current_autograd_node()
+        number = -1 if node is None else node._sequence_nr()
+        with self._lock:
+            frames = [frame for frame in self._frames if frame.first <= number < frame.last]
+        if len({id(frame.call) for frame in frames}) > 1:  # each thread numbers its nodes from the start
+            task = torch._C._current_graph_task_id()
+            frames = [frame for frame in frames if frame.reached == task]
+        if len({id(frame.call) for frame in frames}) != 1:
+            raise PeftcoreError(
+                "a part of the model runs again in a backward pass, and the call of the model that it belongs to, "
+                "which an adapter needs, is not known. Checkpoint parts inside the model, not the whole model or one "
+                "part in another, with use_reentrant=False, and compute the loss from what the model returns"
+            )
+        return frames[0].call
+
+
+class _Given:
+    def __init__(self, context: CallContext, values: dict[str, Any]) -> None:
+        self.context = context
+        self.values = values
+
+
+_GIVEN: ContextVar[tuple[_Given, ...]] = ContextVar("peftcore_given", default=())
+# The thread's innermost call (`frame`). PyTorch's tracer reads no context variables, so `given` is also here.
+_CURRENT = threading.local()
+
+
+class Frame:
+    """A call of a model, which runs in the block; keyword arguments that only adapters take are removed from `kwargs`.
+
+    A frame lives as long as the graph of its call, which the watch on the call's outputs keeps.
+    """
+
+    def __init__(self, module: nn.Module, context: CallContext, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self.context = context
+        self.module = module
+        names: tuple[str, ...] = type(module)._peftcore_arguments  # type: ignore[attr-defined]
+        own = context.own(names, kwargs)
+        self.first = self.last = self.task = self.reached = -1
+        if is_dynamo_compiling():
+            if ROOT not in module.__dict__:
+                # The call of this part is only known outside of graphs: it may run again in a backward pass.
+                torch._dynamo.graph_break(msg="a part of a model whose adapters read its call is called alone")
+            self.call = Call({**context.values(), **_named(names, args), **kwargs, **own})
+        else:
+            self._enter(names, args, kwargs, own)
+
+    @partial(untraced, within=True)
+    def _enter(self, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], own: dict[str, Any]) -> None:
+        self.task = torch._C._current_graph_task_id()
+        self.first = torch._C._autograd._get_sequence_nr()
+        if self.task >= 0:
+            self.call = self.context.call_of_forward()
+        else:
+            samples = own.pop(SAMPLES, None)
+            self.call = Call({**self.context.values(), **_named(names, args), **kwargs, **own}, samples)
+        if torch.is_grad_enabled():
+            self.context.note(self)
+
+    def __enter__(self) -> Frame:
+        self.outer = getattr(_CURRENT, "frame", None)
+        _CURRENT.frame = self
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if not is_dynamo_compiling():
+            self.last = torch._C._autograd._get_sequence_nr()
+        _CURRENT.frame = self.outer
+        self.outer = None
+
+
+class _Replaced:
+    """Frame that `current_frame` returns while adapters see another call than the running one."""
+
+    def __init__(self, frame: Frame, call: Call) -> None:
+        self.context, self.module, self.task, self.call = frame.context, frame.module, frame.task, call
+
+
+@contextmanager
+def as_if_called(frame: Frame | None, call: Call | None) -> Iterator[None]:
+    """Make `current_call` return `call` in the block instead of the call of `frame`; None leaves it as it is."""
+    if frame is None or call is None:
+        yield
+        return
+    _CURRENT.frame = _Replaced(frame, call)
+    try:
+        yield
+    finally:
+        _CURRENT.frame = frame
+
+
+for _function in (CallContext.own, CallContext.values, Frame.__init__, Frame.__enter__, Frame.__exit__):
+    untraced(_function, within=True)
+
+
+@partial(untraced, within=True)
+def current_frame() -> Frame | None:
+    """Return the frame of the thread's innermost call of a model whose adapters read calls."""
+    return getattr(_CURRENT, "frame", None)
+
+
+def arguments_read(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
+    """Return the arguments that these adapters read of their model's calls; None if none reads calls."""
+    needs = [
+        module.needs_call
+        for adapter in adapters
+        for module in parts(adapter)
+        if isinstance(module, Adapter) and module.needs_call
+    ]
+    return frozenset(name for need in needs if not isinstance(need, bool) for name in need) if needs else None
+
+
+def arguments(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names of the arguments of the forward of `cls`, with asterisks for `*args` and `**kwargs`."""
+    try:
+        parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return ()
+    plain = (each.replace(annotation=inspect.Parameter.empty, default=inspect.Parameter.empty) for each in parameters)
+    return tuple(str(each) for each in plain)
+
+
+def _named(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
+    values = {}
+    for place, name in enumerate(names[: len(args)]):
+        if name[:1] == "*":
+            values[name[1:]] = args[place:]
+            break
+        values[name] = args[place]
+    return values

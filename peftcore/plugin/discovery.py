@@ -1,0 +1,84 @@
+"""Installed plugins, and their entry points, which are found without importing them."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftcore.plugin.checks import canonical
+
+if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
+    from peftcore.plugin.method import Method
+
+GROUP = "peftcore"
+CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
+
+
+@dataclass
+class Plugin:
+    """One installed plugin: who provides it, what it offers, or why it cannot be used."""
+
+    name: str
+    distribution: str = "-"
+    version: str = "-"
+    hooks: list[str] = field(default_factory=list)
+    methods: list[Method] = field(default_factory=list)
+    error: str | None = None
+
+    def __str__(self) -> str:
+        """Return who it is, for messages."""
+        return self.name if self is CORE else f"the plugin '{self.name}' ({self.distribution} {self.version})"
+
+
+CORE = Plugin("peftcore")  # owner of the built-in hooks
+
+
+def installed() -> dict[str, list[EntryPoint]]:
+    """Return the entry points of all plugins by canonical name, the one to use first."""
+    by_name: dict[str, list[EntryPoint]] = defaultdict(list)
+    for entry_point in entry_points(group=GROUP):
+        same = by_name[canonical(entry_point.name)]
+        if _identity(entry_point) not in map(_identity, same):
+            same.append(entry_point)
+    for candidates in by_name.values():
+        candidates.sort(key=_has_other_distribution)  # stable: then the first on sys.path, as for modules
+    return by_name
+
+
+def chosen() -> list[str] | None:
+    """Return the names of the plugins that may be imported; None: all."""
+    value = os.environ.get(CHOSEN)
+    if value is None or not value.strip():
+        return None
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    return [] if names == ["none"] else names
+
+
+def _identity(entry_point: EntryPoint) -> tuple[str, str, str | None]:
+    return entry_point.name, entry_point.value, entry_point.dist.name if entry_point.dist else None
+
+
+def _has_other_distribution(entry_point: EntryPoint) -> bool:
+    """Return whether the distribution has another name than the documented one, `peftcore-<name>`."""
+    distribution = canonical(entry_point.dist.name) if entry_point.dist else ""
+    return distribution != canonical(f"peftcore-{entry_point.name}")
+
+
+def owner(entry_point: EntryPoint, name: str) -> str:
+    """Return `DISTRIBUTION VERSION`, with the entry point's name if it is spelt differently."""
+    owner = f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "an unknown distribution"
+    return owner if entry_point.name == name else f"{owner} (as '{entry_point.name}')"
+
+
+def mentions(entry_point: EntryPoint, hook: str) -> bool:
+    """Return whether a plugin's source mentions the hook, without importing it; True if it cannot be read."""
+    try:
+        spec = find_spec(entry_point.module)
+        return spec is None or spec.origin is None or hook in Path(spec.origin).read_text(encoding="utf-8")
+    except Exception:  # a broken plugin may raise anything; its import reports it
+        return True

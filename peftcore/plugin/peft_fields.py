@@ -1,0 +1,316 @@
+"""Choice of the installed method that reads a file, by the file's fields alone, and the defaults of PEFT's fields.
+
+A file saved by peftcore names its method. Any other has a `peft_type`, and perhaps a field that a method of this
+peft_type declares as its flag (`PeftRules.flag`): the method whose flag is set reads it, or else the method without a
+flag. If several methods remain, an error names them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
+from peftcore.plugin.checks import canonical
+from peftcore.plugin.discovery import Plugin
+from peftcore.plugin.method import Method
+from peftcore.plugin.registry import HOW_TO_INSTALL, registry
+from peftcore.plugin.validation import check_types, shown
+
+Offered = tuple[Method, Plugin]
+COMMON = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+    }
+)
+
+
+def method_of_fields(
+    where: str,
+    fields: Mapping[str, Any],
+    own: Mapping[str, Any] | None = None,
+    *,
+    written_by: str | None = None,
+    plugin: str | None = None,
+    method: str | None = None,
+    say: str = "peftcore.load(..., method='{}')",
+) -> Method:
+    """Return the method that reads these fields.
+
+    Args:
+        where: where the fields are, for messages.
+        own: fields that PEFT does not know (`PeftRules.own_fields`); each method sees its own.
+        written_by: the method that wrote them, if known; it reads them if it is installed.
+        plugin: `DISTRIBUTION VERSION` of the plugin that wrote them, if known, for messages.
+        method: the method that the user names.
+        say: how the user names a method, for messages.
+
+    Raises:
+        PluginError: no method reads them, several do, or the named one does not.
+    """
+    peft_type = fields["peft_type"]
+    if method is None and written_by is not None:
+        writer = _writer(written_by)
+        if writer is not None and _reads(writer, peft_type) and _is_flagged(writer, fields, own or {}) is not False:
+            return writer
+    offered = of_peft_type(peft_type)
+    if method is not None:
+        return _named(where, offered, fields, own or {}, method)
+    if not offered:
+        all_methods = [m for m in registry.methods().values() if m.recorded_as is None]
+        known = ", ".join(f"{m.state.peft_type} ({m.name})" for m in all_methods) or "none"
+        raise PluginError(
+            f"no installed method reads peft_type {peft_type!r} (installed: {known}). {how_to_install(plugin)}"
+        )
+    flagged = {m.name: _is_flagged(m, fields, own or {}) for m, _ in offered}
+    wanted = True if True in flagged.values() else None
+    left = [(m, plugin) for m, plugin in offered if flagged[m.name] is wanted]
+    if not left:
+        flags = ", ".join(
+            f"'{m.name}' ({plugin.distribution} {plugin.version}) {m.state.peft.flag}" for m, plugin in offered
+        )
+        raise PluginError(
+            f"no installed method reads {where}, {_set_in(fields, own or {})}, without a field that marks its method: "
+            f"{flags}. {how_to_install(plugin)}"
+        )
+    if len(left) > 1:
+        raise PluginError(
+            f"{where}, {_set_in(fields, own or {})}, may be read by any of {len(left)} installed methods: "
+            f"{_in_words(left)}. Choose one: {say.format('NAME')}; or restrict the plugins: "
+            "PEFTCORE_PLUGINS=NAME,NAME"
+        )
+    chosen = left[0][0]
+    if written_by is not None:
+        what = "which is not installed" if _writer(written_by) is None else "which does not read it"
+        warn(
+            f"{where} was written by the method {shown(written_by)}, {what}. '{chosen.name}' reads it as any file of "
+            f"peft_type {shown(peft_type)}",
+        )
+    return chosen
+
+
+def how_to_install(plugin: str | None) -> str:
+    """Say which package reads a file, where the file names it in a form that a package index takes."""
+    found = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,99}) ([0-9][A-Za-z0-9.+!]{0,49})", plugin or "")
+    if found is None:
+        return HOW_TO_INSTALL
+    return (
+        f"The file names {found[1]} {found[2]} as the package that wrote it. If you trust the file and that package: "
+        f"pip install {found[1]}=={found[2]}"
+    )
+
+
+def why_unknown(method: Method, name: str, value: Any) -> str:
+    """Explain a field that PEFT's config has and the method's does not: which method has it, or why it is refused."""
+    peft_type = method.state.peft_type
+    if not says_something(peft_type, name, value):
+        return ""
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # a plugin may need more fields
+        warnings.simplefilter("ignore")
+        known = {**defaults(peft_type), "peft_type": peft_type}
+        other = method_of_fields("", {**known, name: value})
+        is_its_field = name in {field.name for field in dataclasses.fields(other.config_class)}
+        if other is not method and (is_its_field or other is not method_of_fields("", known)):
+            return f". It belongs to the method '{other.name}': peftcore.apply(model, '{other.name}', ...)"
+        try:
+            method.state.read_fields({name: value})
+        except PeftcoreError as error:
+            return f". Files of PEFT with this field are refused: {error}"
+    return ""
+
+
+def refuse_not_its_own(method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise a PluginError if the fields written by a method lack its flag."""
+    if _is_flagged(method, fields, own) is False:
+        raise PluginError(
+            f"the file of '{method.name}' would not have {method.state.peft.flag!r} set, the PeftRules.flag that marks "
+            f"it, {_set_in(fields, own)}, and another method would read it. Upgrade the plugin; meanwhile the "
+            "adapter's values are in model.state_dict()"
+        )
+
+
+def of_peft_type(peft_type: str) -> list[Offered]:
+    """Return the installed methods that read files of this `peft_type`, each with its plugin."""
+    return [(method, plugin) for plugin in registry.plugins() for method in plugin.methods if _reads(method, peft_type)]
+
+
+def _reads(method: Method, peft_type: str) -> bool:
+    return method.recorded_as is None and peft_type in (method.state.peft_type, *method.state.peft.older_types)
+
+
+def _writer(name: str) -> Method | None:
+    """Return the installed method that a file names, in any spelling."""
+    methods = registry.methods()
+    if name in methods:
+        return methods[name]
+    return next((method for each, method in methods.items() if canonical(each) == canonical(name)), None)
+
+
+def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any], name: str) -> Method:
+    method = registry.method(name)
+    for candidate, _ in offered:
+        if candidate is method:
+            if _is_flagged(method, fields, own) is False:
+                raise PluginError(
+                    f"'{method.name}' reads files with {method.state.peft.flag} set, found {where}, "
+                    f"{_set_in(fields, own)}"
+                )
+            return method
+    if method.recorded_as is not None:
+        raise PluginError(
+            f"'{method.name}' has no files: its adapters are recorded as those of another method. Name that method"
+        )
+    raise PluginError(
+        f"'{method.name}' reads peft_type {method.state.peft_type!r}, {where} has {shown(fields['peft_type'])}"
+    )
+
+
+def _is_flagged(method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> bool | None:
+    """Return whether the flag of the method is set; None if it has none."""
+    flag = method.state.peft.flag
+    return None if flag is None else bool({**fields, **own_of(method, own)}.get(flag))
+
+
+def _in_words(offered: list[Offered]) -> str:
+    return ", ".join(f"'{method.name}' ({plugin.distribution} {plugin.version})" for method, plugin in offered)
+
+
+def _set_in(fields: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Return a phrase such as `of peft_type 'X' with r, use_rslora set`."""
+    peft_type = str(fields["peft_type"])
+    said = {**fields, **own}.items()
+    found = sorted(n for n, value in said if n not in COMMON and says_something(peft_type, n, value))
+    names = ", ".join([*(shown(name)[1:-1] for name in found[:12]), *(["..."] if len(found) > 12 else [])])
+    return f"of peft_type {shown(peft_type)}" + (f" with {names} set" if found else "")
+
+
+def config_of_fields(
+    where: str, method: Method, fields: Mapping[str, Any], kind: type[PeftcoreError] = CheckpointError
+) -> Any:
+    """Return the method's config for the fields.
+
+    Args:
+        where: where the fields are, for messages.
+        kind: the class of errors.
+
+    Raises:
+        PeftcoreError: a field is unknown, or has a value that the method refuses.
+    """
+    peft_type = str(fields.get("peft_type", method.state.peft_type))
+    with guarded(method, where, kind):
+        try:
+            read = method.state.read_fields(fields)
+        except PeftcoreError as error:
+            raise kind(f"{where} cannot be read: {error}") from error
+    return config_of(where, method, read, peft_type, kind)
+
+
+def config_of(
+    where: str,
+    method: Method,
+    read: Mapping[str, Any],
+    peft_type: str,
+    kind: type[PeftcoreError] = CheckpointError,
+) -> Any:
+    """Return the method's config of the fields that `StateRules.read` returned; see `config_of_fields`."""
+    known = {f.name for f in dataclasses.fields(method.config_class)}
+    ignored = {*COMMON, "ensure_weight_tying"}  # a method may lack it: the tensors show it
+    for name, value in read.items():
+        if name not in known and name not in ignored and says_something(peft_type, name, value):
+            raise _unknown(where, method, name, value, kind)
+    read = {name: value for name, value in read.items() if name in known}
+    if read.get("layers_to_transform") == []:
+        del read["layers_to_transform"]  # for PEFT an empty list means all layers
+    try:
+        check_types(method.config_class, read)
+        return method.config_class(**read)
+    except (TypeError, PeftcoreError) as error:
+        raise kind(f"{where} is not a valid config of '{method.name}': {error}") from error
+
+
+def own_of(method: Method, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the fields outside a config that belong to the method."""
+    return {name: value for name, value in own.items() if name in method.state.peft.own_fields}
+
+
+def with_own(where: str, method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config combined with those outside it (`PeftRules.own_fields`), found at `where`.
+
+    Raises:
+        CheckpointError: one of the latter is not the method's, or is also in the config.
+    """
+    for name, value in own.items():
+        if name not in method.state.peft.own_fields:
+            raise _unknown(where, method, name, value, CheckpointError)
+        if name in fields and fields[name] != value:
+            raise CheckpointError(f"{where} has {name}={shown(value)}, but its config {name}={shown(fields[name])}")
+    return {**fields, **own_of(method, own)}
+
+
+def _unknown(where: str, method: Method, name: str, value: Any, kind: type[PeftcoreError]) -> PeftcoreError:
+    return kind(
+        f"{where} uses {name}={shown(value)}, which the installed plugin '{method.name}' does not "
+        "support. Without it the adapter would compute something else, so it is not loaded"
+    )
+
+
+@contextlib.contextmanager
+def guarded(method: Method, where: str, kind: type[PeftcoreError] = CheckpointError) -> Iterator[None]:
+    """Turn exceptions of a plugin inside the block into errors about the content of `where`."""
+    try:
+        yield
+    except PeftcoreError:
+        raise
+    except Exception as error:
+        raise kind(
+            f"{where} contains something that the plugin '{method.name}' cannot use: {type(error).__name__}: {error}"
+        ) from error
+
+
+DEFAULTS = files(__package__) / "peft_defaults.json"  # may be in a zip file
+
+EMPTY: tuple[Any, ...] = (None, False, "", [], {}, 0)
+
+
+@cache
+def _content() -> dict[str, Any]:
+    return json.loads(DEFAULTS.read_text(encoding="utf-8"))
+
+
+def peft_version() -> str:
+    """Return the version of PEFT that the defaults come from."""
+    return str(_content()["peft"])
+
+
+def defaults(peft_type: str) -> dict[str, Any]:
+    """Return {field: PEFT's default} for non-empty defaults; nothing for a type that PEFT does not have."""
+    return dict(_content()["defaults"].get(peft_type, {}))
+
+
+def is_of_peft(peft_type: str) -> bool:
+    """Return whether PEFT has adapters of this type."""
+    return peft_type in _content()["defaults"]
+
+
+def says_something(peft_type: str, name: str, value: Any) -> bool:
+    """Return whether the value of a field differs from PEFT's default and is not empty.
+
+    None, and any empty value if PEFT's default is empty, do not count. `False` or 0 count if the default is not empty.
+    """
+    known = defaults(peft_type)
+    if name in known:
+        return value is not None and value != known[name]
+    return value not in EMPTY

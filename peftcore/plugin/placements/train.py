@@ -1,0 +1,33 @@
+"""`Train`: parameters of the base are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftcore.plugin.placements.placement import Placement
+
+if TYPE_CHECKING:
+    from peftcore.plugin.placements.placement import Attachments
+
+
+@dataclass(frozen=True)
+class Train(Placement):
+    """Placement that trains parameters of the base themselves; `remove` restores their original values.
+
+    Args:
+        names: full names of the parameters.
+        saved: only in `tensor_name`: the tensor belongs to `modules_to_save`, and was not chosen by the method.
+    """
+
+    names: Sequence[str]
+    saved: bool = False
+    has_adapter = False
+
+    def attach(self, to: Attachments) -> None:
+        to.train(self.names)
+
+    def tensor_name(self, name: str) -> str:
+        """Return the name on disk of the parameter `name`."""
+        return f"base_model.model.{name}"

@@ -1,0 +1,355 @@
+"""Registry of installed plugins, which are found by entry point and imported one by one; a broken one breaks no other.
+
+pluggy's own `load_setuptools_entrypoints` is not used: it imports every plugin at once, one failure stops all, and a
+second distribution of the same name is silently dropped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import pluggy
+
+from peftcore.errors import PeftcoreError, PluginError, nearest, warn
+from peftcore.plugin import checks as plugin_checks, discovery as plugin_discovery, hooks as hookspecs
+from peftcore.plugin.checks import canonical
+from peftcore.plugin.discovery import CHOSEN, CORE, Plugin
+from peftcore.plugin.exporter import Exporter
+from peftcore.plugin.extensions import Command, Integration
+from peftcore.plugin.failures import all_are, failure, failure_with_advice, is_passed_on, naming_plugin
+
+if TYPE_CHECKING:  # imported when first used: the command line asks for commands before PyTorch is loaded
+    from peftcore.plugin.method import Method
+
+STRICT = "PEFTCORE_STRICT_PLUGINS"
+COMMANDS = "peftcore_commands"
+LISTS = (  # hooks that return a list, never None
+    "peftcore_methods",
+    "peftcore_weight_formats",
+    "peftcore_checkpoint_formats",
+    "peftcore_exporters",
+    COMMANDS,
+    "peftcore_integrations",
+)
+
+# Never a package name derived from the name of a method: anyone can register such a package.
+HOW_TO_INSTALL = "Methods are separate packages: install the one that provides it, or run: peftcore methods"
+
+
+class Named(Protocol):
+    """Object that a hook returns and that is found by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Offered = TypeVar("Offered", bound=Named)
+
+
+_BUILTIN: dict[str, ModuleType] = {}  # modules of the core that implement hooks, by name
+
+
+def builtin(module: ModuleType) -> None:
+    """Register the hooks of a module of the core. It calls this when it is imported.
+
+    They are implemented like those of plugins and asked after them; errors in them are raised as they are.
+    """
+    _BUILTIN[module.__name__] = module
+
+
+class Registry:
+    """The plugins of one process. Discovery runs once, at the first question."""
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager("peftcore")
+        self._manager.add_hookspecs(hookspecs)
+        self._plugins: dict[str, Plugin] = {}  # by canonical name
+        self._discovered = False
+        self._built_in = 0  # number of built-ins that are registered with pluggy
+        # What the implementations of a hook offer, by hook: the number of built-ins that were asked, objects by name.
+        self._offered: dict[str, tuple[int, dict[str, tuple[Plugin, Any]]]] = {}
+
+    @property
+    def hook(self) -> Any:
+        """Hook caller of pluggy, with every working plugin and the built-in hooks registered."""
+        self.plugins()
+        return self._with_builtin()
+
+    def _with_builtin(self) -> Any:
+        for name in list(_BUILTIN)[self._built_in :]:
+            self._manager.register(_BUILTIN[name], name=name)
+            self._built_in += 1
+        return self._manager.hook
+
+    def plugins(self) -> list[Plugin]:
+        """Return all plugins by name, including broken ones."""
+        if not self._discovered:
+            self._discovered = True
+            self._discover()
+        return [self._plugins[name] for name in sorted(self._plugins)]
+
+    def methods(self) -> dict[str, Method]:
+        """Return the usable methods by name."""
+        return {method.name: method for plugin in self.plugins() for method in plugin.methods}
+
+    def method(self, name: str) -> Method:
+        """Return the method `name`; names are compared like package names.
+
+        Raises:
+            PluginError: it is not installed, or its plugin is broken.
+        """
+        methods = self.methods()
+        if name in methods:
+            return methods[name]
+        for known, method in methods.items():
+            if canonical(known) == canonical(name):
+                return method
+        broken = self._plugins.get(canonical(name))
+        if broken is not None and broken.error:
+            raise PluginError(
+                f"the plugin '{broken.name}' ({broken.distribution} {broken.version}) is broken: {broken.error}"
+            )
+        installed = ", ".join(methods) or "none"
+        raise PluginError(
+            f"no PEFT method '{name}' is installed{nearest(name, methods)}. {HOW_TO_INSTALL}. Installed: {installed}"
+        )
+
+    def plugin_of(self, method: str) -> Plugin:
+        """Return the plugin of the installed method `method`."""
+        return self._plugins.get(canonical(method), Plugin(method))
+
+    def method_of_config(self, config: Any) -> Method:
+        """Return the method with the config class of `config`."""
+        for method in self.methods().values():
+            if type(config) is method.config_class:
+                return method
+        name, known = type(config).__name__, [method.config_class.__name__ for method in self.methods().values()]
+        raise PluginError(
+            f"{name} is not the config of an installed method{nearest(name, known)}. Install the package of its plugin "
+            "(pip install -e FOLDER). `peftcore plugins` lists what is installed"
+        )
+
+    def exporters(self) -> dict[str, tuple[Plugin, Exporter]]:
+        """Return the formats that `export` writes by name, with their plugins.
+
+        Raises:
+            PluginError: a plugin returns something else, or a name that is taken.
+        """
+        return self.offered("peftcore_exporters", Exporter, contain=True)
+
+    def integrations(self) -> dict[str, tuple[Plugin, Integration]]:
+        """Return the integrations with other libraries by name, with their plugins.
+
+        Raises:
+            PluginError: a plugin's hook fails or returns something else, or a name is taken.
+        """
+        return self.offered("peftcore_integrations", Integration)
+
+    def commands(self, typed: str | None = None) -> dict[str, Command]:
+        """Return the commands of the command line by name, the core's first.
+
+        Of plugins, only those whose source mentions the hook are imported; none, if `typed` is a command of the core.
+
+        Raises:
+            PluginError: a plugin returns something else, or a name that is taken.
+        """
+        implementations = getattr(self._with_builtin(), COMMANDS).get_hookimpls()
+        core = [command for each in implementations if each.plugin_name in _BUILTIN for command in each.function()]
+        if typed in (command.name for command in core):
+            return {command.name: command for command in core}
+        found = self.offered(COMMANDS, Command, contain=True)
+        return {name: found[name][1] for name in sorted(found, key=lambda name: found[name][0] is not CORE)}
+
+    def offered(self, hook: str, kind: type[Offered], *, contain: bool = False) -> dict[str, tuple[Plugin, Offered]]:
+        """Return what the implementations of a hook that returns lists offer, by name, with their plugins.
+
+        Raises:
+            PluginError: an implementation fails (a warning with `contain`), returns something else than a list of
+                `kind`, or two have an object with the same name.
+        """
+        known = self._offered.get(hook)
+        if known is not None and known[0] == len(_BUILTIN):
+            return known[1]
+        found: dict[str, tuple[Plugin, Any]] = {}
+        for plugin, answer in self.answers(hook, contain=contain):
+            for each in all_are(kind, plugin, hook, answer):
+                if each.name in found:
+                    first, second = found[each.name][0], plugin
+                    raise PluginError(
+                        f"{hook}: {first} and {second} both offer '{each.name}'. Give one another name, or list the "
+                        f"plugins to use without one of them: {CHOSEN}=NAME,NAME"
+                    )
+                contained = hook == "peftcore_weight_formats" and plugin is not CORE
+                found[each.name] = plugin, naming_plugin(plugin, each) if contained else each
+        self._offered[hook] = len(_BUILTIN), found
+        return found
+
+    def answers(
+        self, hook: str, *, contain: bool = False, first: bool = False, **arguments: Any
+    ) -> Iterator[tuple[Plugin, Any]]:
+        """Yield (plugin, result of its `hook`) for every plugin that has one, then for the core.
+
+        The order is pluggy's: what was registered last comes first. With `first` the core is asked only if no plugin
+        answered.
+
+        Raises:
+            PluginError: a plugin's hook fails. With `contain` that is a warning, and the other plugins are used.
+        """
+        answered = False
+        if hook == COMMANDS and not self._discovered:
+            self._discover(COMMANDS)
+        else:
+            self.plugins()
+        implementations = reversed(getattr(self._with_builtin(), hook).get_hookimpls())
+        for implementation in sorted(implementations, key=lambda each: each.plugin_name in _BUILTIN):
+            given = {name: arguments[name] for name in implementation.argnames}
+            if implementation.plugin_name in _BUILTIN:
+                if first and answered:
+                    return
+                answer = implementation.function(**given)
+                if answer is not None:
+                    yield CORE, answer
+                continue
+            plugin = self._plugins[canonical(implementation.plugin_name)]
+            try:
+                answer = implementation.function(**given)
+            except (Exception, SystemExit) as error:
+                if not contain:
+                    raise PluginError(failure_with_advice(hook, plugin, error)) from error
+                self.go_on_without(hook, plugin, error)
+                continue
+            if answer is not None or hook in LISTS:
+                answered = True
+                yield plugin, answer
+
+    def go_on_without(self, what: str, plugin: Plugin, error: BaseException) -> None:
+        """Warn that `what` of a plugin failed with `error`, and is left out. Where plugins are strict, raise it."""
+        if os.environ.get(STRICT) == "1":
+            raise PluginError(failure_with_advice(what, plugin, error)) from error
+        warn(f"{failure(what, plugin, error)}. peftcore continues without it")
+
+    @contextmanager
+    def naming(self, method: str | Plugin, function: str) -> Iterator[None]:
+        """Name the plugin, or that of `method`, and its `function` in an error that the block raises.
+
+        Errors of peftcore, warnings turned into errors, and lack of memory are passed on unchanged.
+
+        Raises:
+            PluginError: the block raised another exception.
+        """
+        try:
+            yield
+        except Exception as error:
+            if is_passed_on(error):
+                raise
+            plugin = method if isinstance(method, Plugin) else self.plugin_of(method)
+            raise PluginError(failure(f"`{function}`", plugin, error)) from error
+
+    def register(self, name: str, plugin: Any, distribution: str = "-", version: str = "-") -> Plugin:
+        """Register the plugin object `plugin` (a module, or any object with hooks) under the entry-point name `name`.
+
+        Raises:
+            PluginError: a hook is misspelt, a method is malformed, or its name is taken.
+        """
+        self.plugins()
+        there = self._plugins.get(canonical(name))
+        if there is not None and not there.error:
+            raise PluginError(f"a plugin '{there.name}' is already registered by {there.distribution}")
+        entry = Plugin(name, distribution, version)
+        entry.methods = self._register(entry, plugin)
+        self._plugins[canonical(name)] = entry
+        self._offered.clear()
+        return entry
+
+    def unregister(self, name: str) -> None:
+        """Forget the plugin `name`."""
+        self.plugins()
+        entry = self._plugins.pop(canonical(name), None)
+        if entry is not None and self._manager.get_plugin(entry.name) is not None:
+            self._manager.unregister(name=entry.name)
+            self._offered.clear()
+
+    def _discover(self, hook: str | None = None) -> None:
+        """Import the installed plugins; with `hook`, only those whose source mentions it."""
+        by_name, allowed = plugin_discovery.installed(), plugin_discovery.chosen()
+        for name in allowed or ():
+            if canonical(name) not in by_name:
+                self._forget()
+                raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
+        problems = []
+        for key, candidates in sorted(by_name.items()):
+            if key in self._plugins or not (
+                hook is None or any(plugin_discovery.mentions(each, hook) for each in candidates)
+            ):
+                continue
+            name, dist = candidates[0].name, candidates[0].dist
+            entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
+            self._plugins[key] = entry
+            if allowed is not None and key not in map(canonical, allowed):
+                entry.error = f"it is switched off by {CHOSEN}={os.environ[CHOSEN]}"
+                continue
+            if len(candidates) > 1:
+                used, *others = [plugin_discovery.owner(candidate, name) for candidate in candidates]
+                problems.append(
+                    f"{len(candidates)} distributions provide the peftcore plugin '{name}': {used} is used, "
+                    f"{', '.join(others)} is ignored. Uninstall all but one"
+                )
+            try:
+                plugin_checks.check_requirement(dist)
+                plugin = candidates[0].load()
+                plugin_checks.check_api_declared(plugin)
+                entry.methods = self._register(entry, plugin)
+            except KeyboardInterrupt:
+                self._forget()
+                raise
+            except BaseException as error:  # an import may end in SystemExit
+                entry.error = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"
+                message = (
+                    f"peftcore plugin '{name}' ({entry.distribution} {entry.version}) is not usable: {entry.error}"
+                )
+                if os.environ.get(STRICT) == "1":
+                    self._forget()
+                    raise PluginError(message) from error
+                problems.append(message)
+        for message in problems:  # after all others are loaded, since a warning may be turned into an error
+            warn(message)
+
+    def _forget(self) -> None:
+        """Clear the cache, so that plugins are discovered again on next use."""
+        self._plugins, self._discovered = {}, False
+        self._offered.clear()
+
+    def _register(self, entry: Plugin, plugin: Any) -> list[Method]:
+        plugin_checks.check_api(plugin)
+        plugin_checks.check_hook_names(self._manager, entry.name, plugin)
+        try:
+            self._manager.register(plugin, name=entry.name)
+            self._manager.check_pending()
+            callers = self._manager.get_hookcallers(plugin) or []
+            entry.hooks = sorted(caller.name for caller in callers)
+            if not entry.hooks:
+                raise PluginError(
+                    "it has no hook. Mark its functions with @peftcore.plugin.hookimpl, at least peftcore_methods()"
+                )
+            implementations = self._manager.hook.peftcore_methods.get_hookimpls()
+            offered = [each.function() for each in implementations if each.plugin is plugin]
+            methods = [method for answer in offered for method in plugin_checks.list_of_methods(answer)]
+            for method in methods:
+                plugin_checks.check_method(entry.name, method)
+        except BaseException:
+            if self._manager.get_plugin(entry.name) is not None:
+                self._manager.unregister(name=entry.name)
+            raise
+        return methods
+
+
+registry = Registry()
+
+
+def methods() -> dict[str, Method]:
+    """Return the usable installed methods by name."""
+    return registry.methods()

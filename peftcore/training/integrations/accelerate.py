@@ -1,0 +1,64 @@
+"""accelerate's offloading (`dispatch_model`, `cpu_offload`, `disk_offload`) of a model with adapters.
+
+An offloaded module gets its weights for each call and loses them afterwards, and their gradients with them. Adapters,
+and modules of which an adapter trains parameters, stay in memory, so that they can be trained and saved.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from accelerate import big_modeling, hooks
+from accelerate.utils import offload
+from torch import Tensor, nn
+
+from peftcore.engine import state_of
+from peftcore.engine.adaptation.adapted import Adapters
+from peftcore.engine.trained import all_of
+
+_STAY: ContextVar[frozenset[int]] = ContextVar("_STAY", default=frozenset())  # modules of the model that is offloaded
+
+
+def _staying(model: nn.Module) -> frozenset[int]:
+    adapters = {id(module) for module in model.modules() if isinstance(module, Adapters)}
+    return frozenset(adapters | {id(module) for _, own in all_of(model) for module in own.owners(model)})
+
+
+def _patch(name: str) -> None:
+    """Patch a function that attaches hooks to a module and calls itself for the children."""
+    own: Callable[..., None] = getattr(hooks, name)
+
+    @functools.wraps(own)
+    def attach(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        token = None if state_of(module) is None else _STAY.set(_staying(module))
+        try:
+            if id(module) in _STAY.get():
+                own(module, *args[:1], **{**kwargs, "offload": False})
+            else:
+                own(module, *args, **kwargs)
+        finally:
+            if token is not None:
+                _STAY.reset(token)
+
+    for library in (hooks, big_modeling):
+        if hasattr(library, name):
+            setattr(library, name, attach)
+
+
+_offload_weight: Callable[..., Any] = offload.offload_weight
+
+
+@functools.wraps(_offload_weight)
+def _write(weight: Tensor, weight_name: str, offload_folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    """Write a tensor to a file named after it, in a folder if a part of the name contains "/" (modules_to_save)."""
+    os.makedirs(os.path.dirname(os.path.join(offload_folder, weight_name)), exist_ok=True)
+    return _offload_weight(weight, weight_name, offload_folder, *args, **kwargs)
+
+
+offload.offload_weight = _write
+for _name in ("attach_align_device_hook", "attach_align_device_hook_on_blocks"):
+    _patch(_name)

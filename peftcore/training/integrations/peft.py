@@ -1,0 +1,33 @@
+"""Hugging Face PEFT refuses a model that has peftcore's adapters.
+
+It would freeze some of them, rename the modules they are attached to, and write their tensors into its own adapter's
+file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from peftcore.engine import state_of
+from peftcore.errors import PeftcoreError
+from peftcore.training.integrations.patching import replace
+
+
+def _init(_self: Any, own: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
+    state = state_of(model) if isinstance(model, nn.Module) else None
+    if state is not None:
+        raise PeftcoreError(
+            f"PEFT cannot adapt {type(model).__name__}, which has peftcore's adapters "
+            f"{', '.join(state.applied)}. Add another with peftcore.apply(model, ..., adapter='NAME'), or "
+            "remove them first: peftcore.remove(model)"
+        )
+    own(model, *args, **kwargs)
+
+
+for _cls in (PeftModel, PeftMixedModel, BaseTuner):
+    replace(_cls, "__init__", _init)

@@ -1,0 +1,383 @@
+"""The loss of a causal language model from its hidden states, without its logits.
+
+    model(..., labels=...)
+      head(hidden)             is called with no rows; hidden states are kept
+      loss_function(...)       ops.linear_cross_entropy(hidden, head's weight, labels), in pieces of rows
+      output.loss              as before
+      output.logits            an error that says how to get them
+
+Between head and loss, models multiply logits by a factor or cap them. Both are read from the config and given to the
+operator. Whether a model does anything else is seen once, when it is switched on: loss and gradients of a small batch
+are compared with those of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import ops
+from peftcore.engine.adaptation.adapted import has_forward_of_instance, is_active
+from peftcore.engine.adaptation.modes import evaluation_mode
+from peftcore.engine.fused import LOSS_HANDLES, is_without_logits
+from peftcore.engine.state import check_model
+from peftcore.errors import PeftcoreError
+from peftcore.model import detect
+from peftcore.model.base_modules import original_class
+from peftcore.model.inputs import example_inputs
+from peftcore.ops import PackedWeight
+from peftcore.plugin import ranks
+
+M = TypeVar("M", bound=nn.Module)
+# What stands between head and loss, by its name in the config: the soft cap, and the factor of logits.
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+_FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}  # with its power
+_SPREAD = 3.0  # standard deviation of logits in the check, at which a soft cap of 50 shows
+# Largest differences in the check, relative to the loss and to the norm of each gradient. The logits are rounded to the
+# dtype in both computations, in sums of another order.
+_LOSS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_GRADIENT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
+
+
+@dataclass
+class _Call:
+    """One call of a model with labels: what its head was given, and whether its loss was computed from it."""
+
+    head: nn.Module
+    factor: float
+    cap: float | None
+    hidden: Tensor | None = None
+    operands: tuple[Tensor | PackedWeight, Tensor | None] | None = None
+    has_loss: bool = False
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)
+_IN_EVALUATION = ContextVar("_IN_EVALUATION", default=False)
+
+
+class LogitsNotComputed(PeftcoreError, AttributeError):
+    """The logits of a call whose loss was computed without them were read."""
+
+
+class NoLogits:
+    """The `logits` of an output whose loss was computed without: every use is an error that says how to get them."""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise LogitsNotComputed(
+            "the logits of this call were not computed, only its loss (peftcore.loss_without_logits). Call the model "
+            "without labels, or in evaluation mode, or switch it off: "
+            "peftcore.loss_without_logits(model, enabled=False)"
+        )
+
+    __getattr__ = __getitem__ = __iter__ = __len__ = __array__ = __float__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
+        cls()._refuse()
+
+    def __repr__(self) -> str:
+        return "logits that were not computed"
+
+
+def loss_without_logits(model: M, check: Mapping[str, Any] | None = None, *, enabled: bool = True) -> M:
+    """Let a causal language model compute the loss of its `labels` in training without making the logits.
+
+    In training mode, `model(..., labels=...)` returns the same loss, with the same gradients, within rounding: it is
+    computed from hidden states and the head's weight in pieces of rows (`ops.linear_cross_entropy`). The `logits` of
+    that output raise an error when they are used. Calls without labels and calls in evaluation mode give logits, as
+    before. So do calls under `torch.compile`, calls while adapters of the head itself are active or other hooks watch
+    the head, and calls of a sharded model or of `nn.DataParallel`'s replicas.
+
+    The head may be frozen, trained, tied, in 4 bits, and have a bias. Losses agree with those of the logits within the
+    rounding of fp32, gradients within that of the model's dtype. They cannot be differentiated twice.
+
+    Args:
+        model: a causal language model of transformers, which computes its loss by its `loss_function`.
+        check: arguments of a call, with `labels`, of a few tokens. Loss and gradients of the head's input, weight and
+            bias are compared with those of the logits, in evaluation mode. None: random tokens.
+        enabled: False: the logits are computed again.
+
+    Returns:
+        The model.
+
+    Raises:
+        PeftcoreError: the model has no linear head for logits of tokens, its head has active adapters or its own
+            `forward`, it is sharded, or its loss is not this one. The model is as it was.
+    """
+    check_model(model)
+    if not enabled:
+        _switch_off(model)
+        return model
+    switch_on(model)
+    why: str | None = "the check did not end"
+    try:
+        why = _difference(model, check)
+    finally:
+        if why is not None:
+            _switch_off(model)
+    if why is not None:
+        raise PeftcoreError(f"the loss of {original_class(model).__name__} needs its logits: {why}")
+    return model
+
+
+@contextmanager
+def evaluated_without_logits(model: nn.Module) -> Iterator[None]:
+    """Let the model compute its loss without logits in evaluation mode, too, if it can."""
+    was_on = is_without_logits(model)
+    try:
+        if not was_on:
+            loss_without_logits(model)
+    except PeftcoreError:  # the logits are computed
+        yield
+        return
+    try:
+        with _in_evaluation():
+            yield
+    finally:
+        if not was_on:
+            _switch_off(model)
+
+
+@contextmanager
+def _in_evaluation() -> Iterator[None]:
+    token = _IN_EVALUATION.set(True)
+    try:
+        yield
+    finally:
+        _IN_EVALUATION.reset(token)
+
+
+def switch_on(model: Any) -> None:
+    """Switch it on without the check, as for a copy of a model on the meta device, which has lost its hooks.
+
+    Raises:
+        PeftcoreError: the model, or its head, is of another kind.
+    """
+    _switch_off(model)
+    path = detect(model).output_head
+    if path is None:
+        raise PeftcoreError(f"{original_class(model).__name__} has no linear head for logits of tokens")
+    head = model.get_submodule(path)
+    why = _why_not(model, head)
+    if why is not None:
+        raise PeftcoreError(f"the loss of {original_class(model).__name__} needs its logits: {why}")
+    model.loss_function = _loss
+    model.__dict__[LOSS_HANDLES] = (
+        model.register_forward_pre_hook(_begin, with_kwargs=True),
+        model.register_forward_hook(_finish, always_call=True),
+        head.register_forward_pre_hook(_keep),
+    )
+
+
+def _switch_off(model: Any) -> None:
+    for handle in model.__dict__.pop(LOSS_HANDLES, ()):
+        handle.remove()
+    if getattr(model, "loss_function", None) is _loss:  # also of a copy that has lost its hooks
+        model.loss_function = _loss_of_logits()
+
+
+def _why_not(model: Any, head: nn.Module) -> str | None:
+    """Return why the loss needs logits, or None."""
+    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "loss_function"):
+        return "it does not compute it by a loss_function"
+    if model.loss_function is not _loss_of_logits():
+        name = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
+        return f"its loss_function is {name}, not ForCausalLMLoss"
+    if original_class(head).forward is not nn.Linear.forward and not hasattr(head, "linear_operands"):
+        return f"its head is a {original_class(head).__name__}, not a linear layer"
+    if has_forward_of_instance(head):
+        return "its head has its own forward on the instance"
+    if is_active(head):
+        return "adapters of its head are active"
+    if _is_sharded(model, head):
+        return "it is sharded, and the weight of its head is not whole after the head's forward"
+    return None
+
+
+def _loss_of_logits() -> Any:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return ForCausalLMLoss
+
+
+def _is_sharded(model: nn.Module, head: nn.Module) -> bool:
+    # FSDP2 makes parameters whole for the forward pass of the module that has `unshard`.
+    return hasattr(model, "unshard") or hasattr(head, "unshard") or ranks.is_sharded(model)
+
+
+# --- a call ----------------------------------------------------------------------------------------------------------
+
+
+def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Begin a call of the model, as its forward pre-hook."""
+    if torch.compiler.is_compiling():
+        return
+    _CALL.set(None)
+    if kwargs.get("labels") is None or not (model.training or _IN_EVALUATION.get()):
+        return
+    head = model.get_output_embeddings()
+    if getattr(model, "_is_replica", False) or _is_sharded(model, head):
+        return
+    factor, cap = _between(model.config.get_text_config())
+    _CALL.set(_Call(head, factor, cap))
+
+
+def _between(config: Any) -> tuple[float, float | None]:
+    """Return the factor and the soft cap of logits."""
+    factor = 1.0
+    for name, power in _FACTORS.items():
+        factor *= float(getattr(config, name, None) or 1.0) ** power
+    caps = [float(cap) for name in _CAPS if (cap := getattr(config, name, None))]
+    return factor, caps[0] if caps else None
+
+
+def _keep(head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+    """Keep the hidden states of a call, and call the head with no rows, as its forward pre-hook."""
+    if torch.compiler.is_compiling():
+        return None
+    call = _CALL.get()
+    if call is None or call.head is not head or len(args) != 1 or _is_watched(head):
+        return None
+    (hidden,) = args
+    operands = _operands(head, hidden)
+    if operands is None:
+        return None
+    if call.hidden is not None:
+        raise PeftcoreError(
+            "the head was called twice for one loss. Call peftcore.loss_without_logits(model, enabled=False)"
+        )
+    call.hidden, call.operands = hidden, operands
+    return (hidden[..., :0, :],)
+
+
+def _operands(head: Any, hidden: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
+    """Return weight and bias, whose product with the hidden states the head computes; None if it computes more."""
+    if is_active(head) or has_forward_of_instance(head):
+        return None
+    if original_class(head).forward is nn.Linear.forward:
+        return head.weight, head.bias
+    found: tuple[PackedWeight, Tensor | None] | None = head.linear_operands(hidden)
+    return found
+
+
+def _is_watched(head: nn.Module) -> bool:
+    """Return whether other hooks see the head's input, output or their gradients."""
+    others = [hook for hook in head._forward_pre_hooks.values() if hook is not _keep and type(hook) is not _Enlarged]
+    return bool(others or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks)
+
+
+def _loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Return the loss of a call, as transformers' ForCausalLMLoss does of logits."""
+    call = None if torch.compiler.is_compiling() else _CALL.get()
+    if call is None or call.hidden is None or call.operands is None:
+        found: Tensor = _loss_of_logits()(
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+        )
+        return found
+    hidden, (weight, bias) = call.hidden, call.operands
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # type: ignore[arg-type]
+    loss = ops.linear_cross_entropy(
+        hidden,
+        weight,
+        shift_labels.to(hidden.device),
+        bias=bias,
+        ignore_index=ignore_index,
+        logit_scale=call.factor,
+        soft_cap=call.cap,
+        reduction="mean" if num_items_in_batch is None else "sum",
+    )
+    call.has_loss = True
+    if num_items_in_batch is None:
+        return loss
+    return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
+
+
+def _finish(model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+    """End a call of the model, as its forward hook, which runs after an error, too."""
+    if torch.compiler.is_compiling():
+        return
+    call = _CALL.get()
+    _CALL.set(None)
+    if call is None or call.hidden is None or output is None:
+        return
+    off = "Call peftcore.loss_without_logits(model, enabled=False)"
+    if not call.has_loss:
+        raise PeftcoreError(f"{original_class(model).__name__} did not compute its loss by peftcore's function. {off}")
+    if not isinstance(output, dict):
+        raise PeftcoreError(f"the output is a {type(output).__name__}: pass return_dict=True. Otherwise: {off}")
+    output["logits"] = NoLogits()
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+class _Enlarged:
+    """A pre-hook of the head that enlarges hidden states, so that what follows the head shows, and wants gradients.
+
+    Attributes:
+        hidden: what the head was given.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.hidden = factor, torch.empty(0)
+
+    def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        with torch.no_grad():
+            hidden = args[0] * self.factor
+        self.hidden = hidden.requires_grad_()
+        return (self.hidden,)
+
+
+def _difference(model: Any, given: Mapping[str, Any] | None) -> str | None:
+    """Return how loss and gradients of a call differ from those of the logits, or None if they agree."""
+    inputs = example_inputs(model) if given is None else dict(given)
+    inputs.setdefault("labels", inputs.get("input_ids"))
+    with evaluation_mode(model), torch.enable_grad():
+        with torch.no_grad():
+            spread = float(model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.float().std())
+        factor = max(1.0, _SPREAD / max(spread, 1e-3))
+        wanted = _loss_and_gradients(model, inputs, factor)
+        try:
+            with _in_evaluation():
+                found = _loss_and_gradients(model, inputs, factor)
+        except Exception as error:  # whatever a model raises whose logits have no rows
+            return f"without them it raises {type(error).__name__}: {error}"
+    device, dtype = wanted[1].device.type, wanted[1].dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+    limits = [_LOSS.get(dtype, 1e-4), *[_GRADIENT.get(dtype, 1e-3)] * (len(wanted) - 1)]
+    off = [
+        float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12))
+        for a, b in zip(found, wanted, strict=True)
+    ]
+    if all(each <= limit for each, limit in zip(off, limits, strict=True)):
+        return None
+    return (
+        f"without them, the loss of a few tokens differs by {off[0]:.1e}, the head's gradients by {max(off[1:]):.1e}, "
+        "relatively"
+    )
+
+
+def _loss_and_gradients(model: Any, inputs: dict[str, Any], factor: float) -> list[Tensor]:
+    """Return the loss, and its gradients of the head's input and of what trains of the head."""
+    head = model.get_output_embeddings()
+    enlarged = _Enlarged(factor)
+    trained = [p for p in (head._parameters.get("weight"), head._parameters.get("bias")) if p is not None]
+    with head.register_forward_pre_hook(enlarged, prepend=True):
+        loss = model(**inputs).loss
+    wanted = [enlarged.hidden, *(p for p in trained if p.requires_grad)]
+    return [loss.detach(), *torch.autograd.grad(loss, wanted)]

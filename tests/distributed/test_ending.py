@@ -1,0 +1,47 @@
+"""After `finish` no thread of a distributed run is left; after `destroy_process_group` alone, those of a mesh are."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from support.processes import run
+from support.ranks import endings
+
+import peftcore
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+
+
+@pytest.mark.parametrize("how", ["fsdp2, finish", "fsdp2, destroy, then finish", "ddp, finish"])
+def test_no_thread_is_left(how: str) -> None:
+    for found in run(endings.ended, how):
+        assert found["before"]
+        assert not found["after"]
+
+
+def test_without_it_threads_are_left() -> None:
+    """What is worked around: where this fails, PyTorch does it itself."""
+    assert all(found["after"] == found["before"] for found in run(endings.ended, "fsdp2, destroy"))
+
+
+def test_a_rank_that_fails_waits_for_nobody() -> None:
+    assert run(endings.failing_alone) == ["of rank 0", "waits"]
+
+
+def test_without_a_run_nothing_happens() -> None:
+    peftcore.distributed.finish()
+
+
+class Hiding:
+    """As an object of C whose attributes cannot be read: a library of cffi, which soundfile imports."""
+
+    @property
+    def __dict__(self) -> dict[str, object]:  # type: ignore[override]
+        raise AttributeError("'Hiding' object has no attribute '__dict__'")
+
+
+def test_objects_that_hide_their_attributes_are_left_alone() -> None:
+    held = Hiding()
+    peftcore.distributed.finish()
+    assert type(held) is Hiding

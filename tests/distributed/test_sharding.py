@@ -1,0 +1,77 @@
+"""Two ranks compute what one process computes, for every method, on dense and 4-bit bases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.processes import run
+from support.ranks import cases, rested, work
+from support.whole_run import WHOLE, nightly_but
+from torch import Tensor, nn
+
+from peftcore.distributed import sharding
+from peftcore.plugin.registry import registry
+
+
+def test_every_method_is_tried() -> None:
+    assert {case.partition(",")[0] for case in cases.CASES} == set(registry.methods())
+
+
+ALL = list(cases.CASES)
+KINDS = ALL if WHOLE else list(cases.KINDS)
+# In `make test-all` every method is tried sharded; those of each kind also on a base in 4 bits, and in the other ways.
+SHARDED = [case for case in ALL if case in KINDS or not case.endswith(", 4 bits")] if WHOLE else KINDS
+HOWS = [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"]]
+
+
+@pytest.mark.parametrize("hows", nightly_but(HOWS, [["ddp"], ["shard"]]), ids=str)
+def test_gradients_and_a_step_are_those_of_one_process(hows: list[str]) -> None:
+    chosen = SHARDED if hows == ["shard"] else KINDS
+    chosen = chosen if hows == ["ddp"] else cases.shardable(chosen)
+    for found in run(work.all_against_one_process, hows, chosen):
+        assert len(found) == len(chosen) * len(hows)
+        wrong = {name: far for name, far in found.items() if max(far) > 1e-6}
+        assert not wrong
+
+
+def test_gradients_where_accelerate_shards() -> None:
+    for found in run(work.sharded_by_accelerate, cases.shardable(KINDS)):
+        assert [*found] == cases.shardable(KINDS) and max(found.values()) <= 1e-6, found
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+@pytest.mark.parametrize("how", ["replicate", "shard"])
+def test_an_adapter_that_rested_when_the_model_was_sharded_trains_later(how: str, trained_before: bool) -> None:
+    assert max(run(rested.awakened, how, trained_before)) <= 1e-6
+
+
+def test_a_layer_that_no_rank_calls_gets_no_gradient() -> None:
+    assert run(rested.uncalled) == [({"layers.0"}, {"default"})] * 2
+
+
+class _Failing(torch.autograd.Function):
+    """Identity whose backward pass raises an error, as one that runs out of memory does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError("out of memory")
+
+
+def test_gradients_are_averaged_after_a_backward_pass_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    averaged: list[float] = []
+    replicated, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    monkeypatch.setattr(sharding.GradientMean, "average", lambda _: averaged.append(replicated.grad.item()))
+    sharding.GradientMean([replicated], [])
+    failing = _Failing.apply(other)  # made first, so that the backward pass reaches `replicated` before it
+    with pytest.raises(RuntimeError, match="out of memory"):
+        (failing + 2 * replicated).backward()
+    assert replicated.grad.item() == 2 and averaged == []
+    (replicated + 3 * replicated).backward()
+    (5 * replicated).backward()
+    assert averaged == [6, 11]
