@@ -48,7 +48,7 @@ class Attachment:
 
 @dataclass
 class Attachments:
-    """What the placements of a method attach to `model`; `Placement.attach` adds to it.
+    """What the placements of a method attach to `model`. Each `Placement.attach` adds to it, as the contract says.
 
     Args:
         model: the model, which is not changed.
@@ -80,15 +80,6 @@ class Attachments:
         link: type[Link] = Link,
         branches: Sequence[str] = (),
     ) -> None:
-        """Attach `adapter` to the module at `path`, which may be the layer of one expert.
-
-        Args:
-            placement: the placement that asks for it.
-            path: path of the module; "" for the model itself.
-            adapter: the adapter, or one that the kind of placement makes of it.
-            link: how the adapter takes part in calls of the module, and how it is merged.
-            branches: names of other adapters of the module that it combines.
-        """
         found = split_expert_path(self.model, path)
         if found is None:
             self.attached.append(Attachment(path, adapter, (placement,), link, branches))
@@ -97,21 +88,17 @@ class Attachments:
             self._experts.setdefault(found[0], []).append((of_expert, placement))
 
     def change(self, placement: Placement, path: str, name: str, adapter: nn.Module) -> None:
-        """Let `adapter` change what the module at `path` reads as its parameter `name`."""
         self._changes.setdefault(path, []).append((name, adapter, placement))
 
     def train(self, names: Sequence[str]) -> None:
-        """Train the base parameters `names`."""
         self.trained = tuple(dict.fromkeys([*self.trained, *names]))
 
     def prompt(self, placement: Placement, shape: tuple[int, int] | None) -> None:
-        """Put the vectors of the placement's adapter before the embedded input; `shape` if it cannot be called now."""
         found = checked_shape(self.model, self.architecture, placement, ("tokens", "hidden"), shape)
         for path, adapter in place_soft_prompt(self.model, self.architecture, placement.adapter, *found):
             self.wrap(placement, path, adapter)
 
     def prefix(self, placement: Placement) -> None:
-        """Put the keys and values of the placement's adapter at the start of the cache."""
         found = checked_shape(self.model, self.architecture, placement, _PREFIX)
         for path, adapter in place_prefix(self.model, self.architecture, placement.adapter, found):
             self.wrap(placement, path, adapter)

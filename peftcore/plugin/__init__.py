@@ -40,7 +40,7 @@ Names are imported when first used, so that a package of commands needs no PyTor
 from importlib import import_module
 from typing import Any
 
-# {module: its names in the contract}. `tests/plugin/test_plugin.py` compares them with the imports above.
+# {module: its names in the contract}. `__init__.pyi` has them for type checkers, and a test compares the two.
 _MODULES = {
     "typing_extensions": "override",
     "peftcore.plugin": "ranks safe_reading validation",

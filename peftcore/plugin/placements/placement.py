@@ -21,11 +21,8 @@ class Attachments(Protocol):
         architecture: facts about it.
     """
 
-    @property
-    def model(self) -> nn.Module: ...
-
-    @property
-    def architecture(self) -> Architecture: ...
+    model: nn.Module
+    architecture: Architecture
 
     def wrap(
         self,
