@@ -1,8 +1,8 @@
 """Install peftcore and plugins as editable packages: python plugins/install.py ".[train]" plugins/peftcore-lora ...
 
 `pip install -e` starts Python and imports setuptools three times for each package, 40 seconds for all of them. Here one
-process imports setuptools once and builds each wheel in a fork, and pip only unpacks the wheels. Then peftcore is
-installed with the extras of the first argument, some of which are plugins, and last what else plugins need.
+process imports setuptools once and builds each wheel in a fork, and pip only unpacks the wheels, with peftcore,
+the extras of the first argument and what plugins need.
 """
 
 from __future__ import annotations
@@ -33,9 +33,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as target:
         with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
             wheels = pool.map(partial(wheel, target), packages, chunksize=1)
-        for arguments in (
-            ["--no-deps", "--force-reinstall", *wheels],
-            ["--no-build-isolation", "-e", peftcore],
-            ["--quiet", *wheels],
-        ):
-            subprocess.run([*pip, *arguments], check=True)
+        subprocess.run([*pip, "--no-build-isolation", "-e", peftcore, *wheels], check=True)
+        # pip keeps an installed package of the same version, whatever has changed in its pyproject.toml.
+        subprocess.run([*pip, "--quiet", "--no-deps", "--force-reinstall", *wheels], check=True)

@@ -170,8 +170,8 @@ class AdapterTrainer(_Base):
                 for name, value in self._best_before.items():
                     setattr(self.state, name, value)
             warn(
-                f"checkpoint '{folder}' was not written: the disk is full ({error}). Training goes on without it; make "
-                "room before the run ends, when the adapter is saved"
+                f"checkpoint '{folder}' was not written, since the disk seems to be full: {error}. Training goes on "
+                "without it; make room before the run ends, when the adapter is saved"
             )
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, run: Path, folder: Path) -> None:
