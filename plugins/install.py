@@ -33,6 +33,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as target:
         with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
             wheels = pool.map(partial(wheel, target), packages, chunksize=1)
-        subprocess.run([*pip, "--no-build-isolation", "-e", peftcore, *wheels], check=True)
+        # pip looks for peftcore in the index where it was only given with extras.
+        subprocess.run([*pip, "--no-build-isolation", "-e", ".", "-e", peftcore, *wheels], check=True)
         # pip keeps an installed package of the same version, whatever has changed in its pyproject.toml.
         subprocess.run([*pip, "--quiet", "--no-deps", "--force-reinstall", *wheels], check=True)
