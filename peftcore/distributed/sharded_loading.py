@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.distributed.sharding import check_running, shard
+from peftcore.distributed.process_group import check_running
+from peftcore.distributed.sharding import shard
 from peftcore.errors import CheckpointError, nearest
 from peftcore.model.base_modules import base_parameters
 from peftcore.ops.weight import MIN_BLOCKSIZE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import distributed, nn
 
-from peftcore.distributed.sharding import check_running
+from peftcore.distributed.process_group import check_running
 from peftcore.engine import adapter_modules, adapter_parameters, require_state
 from peftcore.engine.replicas import check_ranks
 from peftcore.errors import PeftcoreError

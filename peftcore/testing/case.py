@@ -111,19 +111,17 @@ class Case:
         if self.batches is not None:
             return self.batches(self._made)
         batches = [self.family.inputs(self._made, rows) for rows in (2, 3)]  # `base()` may itself need batches
-        if "labels" not in inspect.signature(self._made.forward).parameters:
-            return batches
-        classes = getattr(getattr(self._made, "config", None), "num_labels", 2)
-        is_classifier = detect(self._made).output_head is None
-        return [
-            {
-                **batch,
-                "labels": torch.arange(len(next(iter(batch.values())))) % classes
-                if is_classifier
-                else batch.get("decoder_input_ids", batch["input_ids"]).clone(),
-            }
-            for batch in batches
-        ]
+        if "labels" in inspect.signature(self._made.forward).parameters:
+            for batch in batches:
+                batch["labels"] = self._labels(batch)
+        return batches
+
+    def _labels(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return a class for each row of a classifier's batch, or the tokens of a language model's."""
+        if detect(self._made).output_head is not None:
+            return batch.get("decoder_input_ids", batch["input_ids"]).clone()
+        rows = len(next(iter(batch.values())))
+        return torch.arange(rows) % getattr(getattr(self._made, "config", None), "num_labels", 2)
 
     @property
     def _made(self) -> nn.Module:

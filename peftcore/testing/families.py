@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from peftcore.errors import PeftcoreError, nearest
 
 # Inputs of layers are multiples of 32, so that each 4-bit format can quantize them.
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -185,13 +187,12 @@ def family_of(given: str | Family | Callable[[], nn.Module]) -> Family:
     """Return a family by its name, itself, or from a function that makes a model.
 
     Raises:
-        KeyError: no family has this name.
+        PeftcoreError: no family has this name.
     """
     if isinstance(given, Family):
         return given
-    return FAMILIES[given] if isinstance(given, str) else Family(getattr(given, "__name__", "model"), given)
-
-
-def families_of(given: Sequence[str | Family | Callable[[], nn.Module]]) -> list[Family]:
-    """Return `family_of` for each."""
-    return [family_of(each) for each in given]
+    if not isinstance(given, str):
+        return Family(getattr(given, "__name__", "model"), given)
+    if given not in FAMILIES:
+        raise PeftcoreError(f"'{given}' is not a family{nearest(given, FAMILIES)}: {', '.join(FAMILIES)}")
+    return FAMILIES[given]

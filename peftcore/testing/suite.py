@@ -15,7 +15,7 @@ from peftcore.errors import nearest
 from peftcore.plugin.registry import registry
 from peftcore.testing.case import Case
 from peftcore.testing.checks import CHECKS, Check
-from peftcore.testing.families import FAMILIES, Family, families_of
+from peftcore.testing.families import FAMILIES, Family, family_of
 
 APPLIES = "apply, or a refusal that says why not"
 
@@ -28,6 +28,10 @@ class Result:
     error: str | None = None
     reason: str | None = None
     family: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.error and not self.reason
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ class Report:
         lines = [f"check_method: {self.method}"]
         for family in self.families:
             results = self.of(family)
-            passed = sum(not result.error and not result.reason for result in results)
+            passed = sum(result.passed for result in results)
             lines.append(f" {family}: {passed} of {len(results)} checks passed")
-            lines += [_line(r) for r in results if family == self.first or r.error or r.reason]
+            lines += [_line(result) for result in results if family == self.first or not result.passed]
         lines += [_line(result) for result in self.results if not result.family]
         failed = next((r.name for r in self.failed if r.family and r.name != APPLIES), None)
         if failed is not None:
@@ -70,9 +74,11 @@ class Report:
 
 
 def _line(result: Result) -> str:
-    state = "FAILED" if result.error else "not applicable" if result.reason else "passed"
-    detail = result.error or result.reason or ""
-    return f"  {state:<14}  {result.name}" + (f": {detail}" if detail else "")
+    if result.error:
+        return f"  FAILED          {result.name}: {result.error}"
+    if result.reason:
+        return f"  not applicable  {result.name}: {result.reason}"
+    return f"  passed          {result.name}"
 
 
 def check_method(
@@ -106,35 +112,17 @@ def check_method(
         PeftcoreError: `families`, `checks` or `not_applicable` contains an unknown name.
     """
     excuses = _Excuses(dict(not_applicable or {}))
-    for each in families:
-        if isinstance(each, str) and each not in FAMILIES:
-            raise peftcore.PeftcoreError(f"'{each}' is not a family{nearest(each, FAMILIES)}: {', '.join(FAMILIES)}")
-    chosen = families_of(families)
-    known = [*CHECKS, *(family.name for family in chosen)]
-    known += [f"{family.name}: {name}" for family in chosen for name in CHECKS]
-    for name in (*excuses.reasons, *(checks or ())):
-        if name not in (CHECKS if name in (checks or ()) else known):
-            raise peftcore.PeftcoreError(
-                f"'{name}' is not a check{nearest(name, known)}. The checks: {', '.join(CHECKS)}"
-            )
+    chosen_families = [family_of(family) for family in families]
+    _refuse_unknown_names(excuses.reasons, checks or (), chosen_families)
     results: list[Result] = []
     first: Case | None = None
-    for family in chosen:
+    for family in chosen_families:
         case = Case(config, family, compile_backend, first, batches)
-        applies = _applies(case, excuses)
-        results.append(applies)
-        if applies.error or applies.reason:
-            continue
-        for check in CHECKS.values():
-            if (first is None or check.essential) and (checks is None or check.name in checks):
-                results.append(_run(check, case, excuses))
-        first = first or case
-    meant = {name for r in results if r.error is None for name in (r.name, r.family, f"{r.family}: {r.name}")}
-    results += [
-        Result(name, error="it is excused, but passes without the excuse. Remove it from not_applicable")
-        for name in excuses.reasons
-        if name not in excuses.used and name in meant and not excuses.reasons[name].startswith("may ")
-    ]
+        of_family = _check_family(case, checks, excuses)
+        results += of_family
+        if first is None and of_family[0].passed:
+            first = case
+    results += excuses.unneeded(results)
     if first is None and not any(result.error for result in results):
         results.append(Result(APPLIES, error="it applies to none of the families"))
     report = Report(registry.method_of_config(config).name, tuple(results))
@@ -142,6 +130,29 @@ def check_method(
     if report.failed:
         raise AssertionError(str(report))
     return report
+
+
+def _refuse_unknown_names(excused: Iterable[str], checks: Iterable[str], families: Sequence[Family]) -> None:
+    """Raise a PeftcoreError if one of `checks` is not a check, or an excuse is for neither a check nor a family."""
+    known = [*CHECKS, *(family.name for family in families)]
+    for family in families:
+        known += [f"{family.name}: {name}" for name in CHECKS]
+    unknown = [name for name in excused if name not in known] + [name for name in checks if name not in CHECKS]
+    if unknown:
+        raise peftcore.PeftcoreError(
+            f"'{unknown[0]}' is not a check{nearest(unknown[0], known)}. The checks: {', '.join(CHECKS)}"
+        )
+
+
+def _check_family(case: Case, checks: Collection[str] | None, excuses: _Excuses) -> list[Result]:
+    """Return the results of `apply` and of the checks: of all on the first family, of the essential ones on others."""
+    applies = _applies(case, excuses)
+    if not applies.passed:
+        return [applies]
+    chosen = [check for check in CHECKS.values() if checks is None or check.name in checks]
+    if case.first is not None:
+        chosen = [check for check in chosen if check.essential]
+    return [applies, *(_run(check, case, excuses) for check in chosen)]
 
 
 class _Excuses:
@@ -158,6 +169,18 @@ class _Excuses:
             return None
         self.used.add(name)
         return self.reasons[name]
+
+    def unneeded(self, results: Iterable[Result]) -> list[Result]:
+        """Return a failure for each excuse of what has passed without it, unless its reason begins with "may"."""
+        passed: set[str] = set()
+        for result in results:
+            if result.error is None:
+                passed |= {result.name, result.family, f"{result.family}: {result.name}"}
+        return [
+            Result(name, error="it is excused, but passes without the excuse. Remove it from not_applicable")
+            for name, reason in self.reasons.items()
+            if name in passed - self.used and not reason.startswith("may ")
+        ]
 
 
 def _applies(case: Case, excuses: _Excuses) -> Result:

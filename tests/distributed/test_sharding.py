@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 from support.processes import run
 from support.ranks import cases, rested, work
 from support.whole_run import WHOLE, nightly_but
-from torch import Tensor, nn
 
-from peftcore.distributed import sharding
 from peftcore.plugin.registry import registry
 
 
@@ -49,29 +44,3 @@ def test_an_adapter_that_rested_when_the_model_was_sharded_trains_later(how: str
 
 def test_a_layer_that_no_rank_calls_gets_no_gradient() -> None:
     assert run(rested.uncalled) == [({"layers.0"}, {"default"})] * 2
-
-
-class _Failing(torch.autograd.Function):
-    """Identity whose backward pass raises an error, as one that runs out of memory does."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        raise RuntimeError("out of memory")
-
-
-def test_gradients_are_averaged_after_a_backward_pass_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    averaged: list[float] = []
-    replicated, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-    monkeypatch.setattr(sharding.GradientMean, "average", lambda _: averaged.append(replicated.grad.item()))
-    sharding.GradientMean([replicated], [])
-    failing = _Failing.apply(other)  # made first, so that the backward pass reaches `replicated` before it
-    with pytest.raises(RuntimeError, match="out of memory"):
-        (failing + 2 * replicated).backward()
-    assert replicated.grad.item() == 2 and averaged == []
-    (replicated + 3 * replicated).backward()
-    (5 * replicated).backward()
-    assert averaged == [6, 11]

@@ -18,7 +18,7 @@ from typing import Any
 
 from peftcore.plugin.registry import registry
 from peftcore.testing import CHECKS, COMPILE, FAMILIES, PEFT_READS, PEFT_WRITES, Report, check_method
-from peftcore.testing.families import families_of
+from peftcore.testing.families import family_of
 from support.whole_run import WHOLE
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,9 @@ def conformance(config: Any, *, not_applicable: Mapping[str, str] | None = None,
     name, excuses = registry.method_of_config(config).name, dict(not_applicable or {})
     if not WHOLE and not os.environ.get(WRITING):
         names = _of_the_day(read().get(name, {}))
-        families = [family for family in families_of(options.get("families", tuple(FAMILIES))) if family.name in names]
+        families = [
+            family for family in map(family_of, options.get("families", tuple(FAMILIES))) if family.name in names
+        ]
         left_out = set(OF_THE_ENGINE) if name in REPRESENTED else set()
         if name not in KINDS:
             left_out.add(COMPILE)

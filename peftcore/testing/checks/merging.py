@@ -1,19 +1,32 @@
-"""Checks of merging into the weights, and of several adapters at one module."""
+"""Checks of merging into the weights, and of several adapters at one module.
+
+The method to stack others on is the suite's own: y = gain · base(x) at every linear layer.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
+from peftcore.model import targets
 from peftcore.model.base_modules import base_parameters
-from peftcore.testing.case import Case, close, logits, loss_of, merge_exactly, same
+from peftcore.plugin.adapter import Adapter, Base
+from peftcore.plugin.architecture import Architecture
+from peftcore.plugin.hooks import hookimpl
+from peftcore.plugin.method import Method, StateRules
+from peftcore.plugin.placements.around import Around
+from peftcore.plugin.registry import registry
+from peftcore.testing.case import Case, close, disturb, logits, loss_of, merge_exactly, same
 from peftcore.testing.checks.register import check
-from peftcore.testing.other import add_other, other_method
+
+_OTHER = "the-suites-other"  # name of the method to stack others on
 
 
 @check("merge equals forward, unmerge is bit exact", essential=True, refused=True)
@@ -52,10 +65,10 @@ def together(case: Case) -> str | None:
 @check("with another method's adapter, merged in both orders, saved and removed", essential=True)
 def stacked(case: Case) -> None:
     inputs = case.inputs()
-    with other_method():
+    with _other_method():
         model = case.model()
         alone = logits(model, inputs)
-        add_other(model)
+        _add_other(model)
         _in_both_orders(model, inputs, ("default", "other"), case.merges)
         with tempfile.TemporaryDirectory() as folder:
             peftcore.save(model, folder, adapter="default")
@@ -64,7 +77,7 @@ def stacked(case: Case) -> None:
         same(logits(model, inputs), alone, "with the other one removed")
 
         model = case.base()
-        add_other(model)
+        _add_other(model)
         wanted = logits(model, inputs)
         peftcore.remove(case.add(model, 1, "default"), "default")
         same(logits(model, inputs), wanted, "the other one alone, after removal")
@@ -82,3 +95,50 @@ def _in_both_orders(model: nn.Module, inputs: dict[str, Tensor], names: Sequence
         model.zero_grad()
         if merges:
             _merge_and_unmerge(model, inputs, f"{what}, merged")
+
+
+@dataclass(frozen=True)
+class _OtherConfig:
+    """Config of the other method, without fields."""
+
+
+class _Gain(Adapter):
+    """Gain for each output: y = gain · base(x)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size))
+
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        y: Tensor = base(x)
+        return y * self.gain.to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.gain[:, None], None if bias is None else bias * self.gain
+
+
+def _place_gains(model: nn.Module, config: _OtherConfig, architecture: Architecture) -> list[Around]:
+    layers = targets.select(model, architecture, target_modules=targets.ALL_LINEAR)
+    return [Around(path, _Gain(targets.sizes(layer)[1])) for path, layer in layers.items()]
+
+
+class _OtherPlugin:
+    @hookimpl
+    def peftcore_methods(self) -> list[Method]:
+        return [Method(_OTHER, _OtherConfig, _place_gains, StateRules(peft_type="THE_SUITES_OTHER"))]
+
+
+@contextmanager
+def _other_method() -> Iterator[None]:
+    """Register the other method within the block."""
+    registry.register(_OTHER, _OtherPlugin())
+    try:
+        yield
+    finally:
+        registry.unregister(_OTHER)
+
+
+def _add_other(model: nn.Module) -> None:
+    """Apply the other method to `model` as the adapter `other`, with non-trivial values."""
+    peftcore.apply(model, _OtherConfig(), adapter="other")
+    disturb(model, "other", 3)

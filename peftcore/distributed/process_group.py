@@ -1,4 +1,4 @@
-"""Clean end of a distributed run, after which none of its threads is left.
+"""Start and clean end of a distributed run.
 
 `destroy_process_group` drops the groups, but objects that still refer to one keep its threads alive: meshes, which
 PyTorch caches with the placements of sharded tensors, and functions imported after `init_process_group`, with a group
@@ -9,11 +9,44 @@ everything: `terminate called without an active exception`.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from types import FunctionType
 from typing import Any
 
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from peftcore.errors import PeftcoreError
+
+
+def check_running() -> None:
+    """Raise a PeftcoreError unless a distributed run has begun."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise PeftcoreError(
+            "no distributed run has begun. Start the script with `torchrun --nproc-per-node N script.py`, and call "
+            "torch.distributed.init_process_group() first"
+        )
+
+
+def start(backend: str | None = None) -> None:
+    """Join the run that torchrun started, also after `--max-restarts` has replaced lost ranks. Collective.
+
+    `torch.distributed.init_process_group()` then waits forever: torchrun's store still has the addresses of the ranks
+    before. Here every attempt has keys of its own in the store. On several machines use `--max-restarts 0` and start
+    the whole job again: a machine that replaces another one does not know how many attempts there were.
+
+    Args:
+        backend: such as `gloo` or `nccl`; None: PyTorch's choice for the devices of this machine.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None:  # joined without torchrun, or by mpirun
+        distributed.init_process_group(backend)
+        return
+    store, rank, world_size = next(rendezvous("env://"))
+    store = PrefixStore(f"attempt {attempt} of {world_size}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def finish() -> None:

@@ -1,4 +1,4 @@
-"""After `finish` no thread of a distributed run is left; after `destroy_process_group` alone, those of a mesh are."""
+"""A run starts, also again after a restart, and after `finish` none of its threads is left."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from support.ranks import endings
 
 import peftcore
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 
 
+def test_a_restarted_run_has_keys_of_its_own() -> None:
+    assert run(endings.started_twice, joined=False) == [[(False, 2.0), (False, 2.0)]] * 2
+
+
+@on_linux
 @pytest.mark.parametrize("how", ["fsdp2, finish", "fsdp2, destroy, then finish", "ddp, finish"])
 def test_no_thread_is_left(how: str) -> None:
     for found in run(endings.ended, how):
@@ -20,6 +25,7 @@ def test_no_thread_is_left(how: str) -> None:
         assert not found["after"]
 
 
+@on_linux
 def test_without_it_threads_are_left() -> None:
     """What is worked around: where this fails, PyTorch does it itself."""
     assert all(found["after"] == found["before"] for found in run(endings.ended, "fsdp2, destroy"))
