@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import engine
+from peftcore.engine.attachments import Attachments
 from peftcore.engine.composing.compatibility import difference, has_nonpersistent_buffers
 from peftcore.engine.scaling import scaled_config, set_multiplier
 from peftcore.errors import CheckpointError
@@ -28,9 +30,12 @@ from peftcore.plugin import ranks
 from peftcore.plugin.adapter import Adapter, LowRank, implements
 from peftcore.plugin.method import Method, Model
 from peftcore.plugin.peft_fields import guarded, peft_version
+from peftcore.plugin.placements.placement import Placement
 from peftcore.plugin.registry import registry
 
 _OWN = "peftcore"  # key in the dictionary's `_metadata`, which PyTorch uses for versions of modules
+
+_Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Tensor]"
 
 
 def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
@@ -57,9 +62,7 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
 
 
 @engine.exclusive("set an adapter's values", base=True)
-def set_state_dict(
-    model: Model, adapter: str, source: str | os.PathLike[str] | Mapping[str, Tensor], *, check_base: bool = True
-) -> Model:
+def set_state_dict(model: Model, adapter: str, source: _Source, *, check_base: bool = True) -> Model:
     """Replace the values of an applied adapter by those of another, in place; a compiled model is not recompiled.
 
     `adapter` then computes what the other adapter would compute if it were loaded. It keeps its name and dtype, and a
@@ -94,30 +97,58 @@ def set_state_dict(
     return model
 
 
-def _set(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None:
-    entry = engine.applied(model, adapter)
-    method, partly_tied, config = registry.method(entry.method), False, entry.config
+@dataclass(frozen=True)
+class _Values:
+    """Values for an applied adapter.
+
+    Args:
+        where: folder, or what else messages call the source.
+        config: config of the adapter that has the values.
+        tensors: its tensors by their names on disk.
+        partly_tied: a tied parameter may be under only one of its names.
+    """
+
+    where: Path
+    config: Any
+    tensors: dict[str, Tensor]
+    partly_tied: bool = False
+
+
+def _set(model: nn.Module, adapter: str, source: _Source, check_base: bool) -> None:
     if isinstance(source, Mapping):
-        where, tensors = Path("state_dict"), dict(source)
-        own = getattr(source, "_metadata", {}).get(_OWN)
-        if own is not None:
-            _refuse_other(method, registry.method(own["method"]), adapter, where)
-            config = method.config_class(**own["config"])
-        with guarded(method, f"'{where}'"):
-            fields = {**method.state.write_fields(dataclasses.asdict(config)), "peft_version": peft_version()}
-            tensors = dict(method.state.read(model, tensors, fields)[0])
-        if own is None:
-            _refuse_other_shapes(model, adapter, tensors)
+        values = _of_dictionary(model, adapter, source)
     else:
-        where = Path(source)
-        other, config, tensors, metadata = read_adapter(where, model, applied=method.name)
-        _refuse_other(method, other, adapter, where)
-        if check_base:
-            refuse_other_base(model, where, metadata, f"peftcore.set_state_dict(model, {adapter!r}, ...")
-        config, partly_tied = config_on(model, method, config, tensors, metadata), ties_partly(metadata)
-    if not _same(config, entry.config):
-        tensors = _fitted(model, adapter, method, config, tensors, where)
-    fill(model, adapter, tensors, where, partly_tied=partly_tied)
+        values = _of_folder(model, adapter, Path(source), check_base)
+    tensors = values.tensors
+    if not _same(values.config, engine.applied(model, adapter).config):
+        tensors = _fitted(model, adapter, values)
+    fill(model, adapter, tensors, values.where, partly_tied=values.partly_tied)
+
+
+def _of_dictionary(model: nn.Module, adapter: str, source: Mapping[str, Tensor]) -> _Values:
+    """Return the values in a dictionary from `state_dict`, or in one without a config, which must have the shapes."""
+    entry, where = engine.applied(model, adapter), Path("state_dict")
+    method, config = registry.method(entry.method), entry.config
+    recorded = getattr(source, "_metadata", {}).get(_OWN)
+    if recorded is not None:
+        _refuse_other(method, registry.method(recorded["method"]), adapter, where)
+        config = method.config_class(**recorded["config"])
+    with guarded(method, f"'{where}'"):
+        fields = {**method.state.write_fields(dataclasses.asdict(config)), "peft_version": peft_version()}
+        tensors = dict(method.state.read(model, dict(source), fields)[0])
+    if recorded is None:
+        _refuse_other_shapes(model, adapter, tensors)
+    return _Values(where, config, tensors)
+
+
+def _of_folder(model: nn.Module, adapter: str, folder: Path, check_base: bool) -> _Values:
+    method = registry.method(engine.applied(model, adapter).method)
+    stored = read_adapter(folder, model, applied=method.name)
+    _refuse_other(method, stored.method, adapter, folder)
+    if check_base:
+        refuse_other_base(model, folder, stored.metadata, f"peftcore.set_state_dict(model, {adapter!r}, ...")
+    config = config_on(model, method, stored.config, stored.tensors, stored.metadata)
+    return _Values(folder, config, stored.tensors, partly_tied=ties_partly(stored.metadata))
 
 
 def _refuse_other(method: Method, other: Method, adapter: str, where: Path) -> None:
@@ -141,68 +172,102 @@ def _same(one: Any, other: Any) -> bool:
     """Return whether two configs are equal, ignoring the order of lists."""
 
     def comparable(config: Any) -> dict[str, Any]:
-        fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        return {n: sorted(map(str, v)) or None if isinstance(v, (list, tuple, set)) else v for n, v in fields.items()}
+        fields: dict[str, Any] = {}
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if isinstance(value, (list, tuple, set)):
+                value = sorted(map(str, value)) or None
+            fields[field.name] = value
+        return fields
 
     return comparable(one) == comparable(other)
 
 
-def _fitted(
-    model: nn.Module, adapter: str, method: Method, config: Any, tensors: dict[str, Tensor], where: Path
-) -> dict[str, Tensor]:
-    """Return the tensors of an adapter with another config, in the shapes of the applied one."""
+def _fitted(model: nn.Module, adapter: str, values: _Values) -> dict[str, Tensor]:
+    """Return the tensors of an adapter with another config, in the shapes of the applied one.
 
-    def refuse(why: str) -> CheckpointError:
+    Raises:
+        CheckpointError: the two differ in more than rank and scale.
+    """
+
+    def refuse(reason: str) -> CheckpointError:
         return CheckpointError(
-            f"'{adapter}' cannot take the values of '{where}': {why}. Load it as another adapter: "
+            f"'{adapter}' cannot take the values of '{values.where}': {reason}. Load it as another adapter: "
             "peftcore.load(model, folder, adapter=...)"
         )
 
     entry = engine.applied(model, adapter)
-    for name in method.trained_fields:
-        theirs, own = getattr(config, name), getattr(entry.config, name)
-        if theirs != own:
-            raise refuse(f"training has changed {name} to {theirs} there and {own} here, and with it the shapes")
-    if entry.trained:
-        raise refuse(f"it trains parameters of the base, such as '{entry.trained[0]}', and the configs differ")
-    with torch.device("meta"), guarded(method, f"'{where}'"):
-        placed = engine.placements_for(model, config, {})
-    if any(has_nonpersistent_buffers(each.adapter) for each in placed.attached):
-        with torch.random.fork_rng(devices=[]), guarded(method, f"'{where}'"):
-            placed = engine.placements_for(model, config, {})
-    wanted = {each.path: each.adapter for each in placed.attached}
-    applied = dict(engine.adapter_modules(model, adapter))
-    more = next((path for path in wanted if path not in applied), None)
-    if more is not None or placed.trained:
-        raise refuse(f"it changes '{more or placed.trained[0]}', and '{adapter}' does not")
-    tensors, rules = dict(tensors), method.state
+    method = registry.method(entry.method)
+    reason = _why_fixed(entry, method, values.config)
+    if reason is not None:
+        raise refuse(reason)
+    here = dict(engine.adapter_modules(model, adapter))
+    placed = _placed(model, method, values)
+    there = {attached.path: attached.adapter for attached in placed.attached}
+    unknown = [*(path for path in there if path not in here), *placed.trained]
+    if unknown:
+        raise refuse(f"it changes '{unknown[0]}', and '{adapter}' does not")
+    tensors = dict(values.tensors)
     for path, placements in entry.placements.items():
-        if path not in applied:
+        if path not in here:
             continue
-        here, other = applied[path], wanted.get(path)
-        own, theirs = _own_factors(here), None if other is None else _own_factors(other)
-        is_low_rank = own is not None and (other is None or theirs is not None)
-        why = (
-            difference(here, other, numbers=not is_low_rank)
-            if other is not None
-            else None
-            if is_low_rank
-            else "nothing is there"
-        )
-        if why:
-            raise refuse(f"it differs at '{path}': {why}")
-        if own is None or not is_low_rank:
-            continue
-        names = {
-            id(tensor): rules.tensor_name(each, name) for each in placements for name, tensor in _tensors(each.adapter)
-        }
-        for number, factors in enumerate(own):
-            a, b = names[id(factors.a)], names[id(factors.b)]
-            if theirs is None:
-                tensors[a], tensors[b] = factors.a.detach(), torch.zeros_like(factors.b)
-            elif a in tensors and b in tensors:  # otherwise `fill` raises for the missing tensor
-                _fit(tensors, a, b, factors, theirs[number], where)
+        factors, other_factors = _factors(here[path]), _factors(there.get(path))
+        is_low_rank = factors is not None and (path not in there or other_factors is not None)
+        reason = _why_different(here[path], there.get(path), is_low_rank)
+        if reason is not None:
+            raise refuse(f"it differs at '{path}': {reason}")
+        if factors is not None and is_low_rank:
+            _fit_factors(tensors, method, placements, factors, other_factors, values.where)
     return tensors
+
+
+def _why_fixed(entry: engine.Applied, method: Method, config: Any) -> str | None:
+    """Return why the adapter cannot take values of an adapter with another config at all, or None."""
+    for name in method.trained_fields:
+        here, there = getattr(entry.config, name), getattr(config, name)
+        if there != here:
+            return f"training has changed {name} to {there} there and {here} here, and with it the shapes"
+    if entry.trained:
+        return f"it trains parameters of the base, such as '{entry.trained[0]}', and the configs differ"
+    return None
+
+
+def _placed(model: nn.Module, method: Method, values: _Values) -> Attachments:
+    """Return what the other config would attach, on the meta device if tensors in files are all that it has."""
+    with torch.device("meta"), guarded(method, f"'{values.where}'"):
+        placed = engine.placements_for(model, values.config, {})
+    if any(has_nonpersistent_buffers(attached.adapter) for attached in placed.attached):
+        with torch.random.fork_rng(devices=[]), guarded(method, f"'{values.where}'"):
+            placed = engine.placements_for(model, values.config, {})
+    return placed
+
+
+def _why_different(here: nn.Module, there: nn.Module | None, is_low_rank: bool) -> str | None:
+    """Return how two adapters differ, ignoring rank and scale of low-rank ones, or None."""
+    if there is not None:
+        return difference(here, there, numbers=not is_low_rank)
+    return None if is_low_rank else "nothing is there"
+
+
+def _fit_factors(
+    tensors: dict[str, Tensor],
+    method: Method,
+    placements: Iterable[Placement],
+    here: Sequence[LowRank],
+    there: Sequence[LowRank] | None,
+    where: Path,
+) -> None:
+    """Bring the factors of one module to the ranks and scales of the applied ones; None: the module is unchanged."""
+    names: dict[int, str] = {}
+    for placement in placements:
+        for name, tensor in _tensors(placement.adapter):
+            names[id(tensor)] = method.state.tensor_name(placement, name)
+    for number, factors in enumerate(here):
+        a, b = names[id(factors.a)], names[id(factors.b)]
+        if there is None:
+            tensors[a], tensors[b] = factors.a.detach(), torch.zeros_like(factors.b)
+        elif a in tensors and b in tensors:  # otherwise `fill` raises for the missing tensor
+            _fit(tensors, a, b, factors, there[number], where)
 
 
 def _fit(tensors: dict[str, Tensor], a: str, b: str, here: LowRank, there: LowRank, where: Path) -> None:
@@ -231,12 +296,12 @@ def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
-def _own_factors(adapter: Any) -> list[LowRank] | None:
+def _factors(adapter: nn.Module | None) -> list[LowRank] | None:
     """Return the factors of an adapter that has no other tensors, or None."""
     if not implements(adapter, Adapter.low_rank):
         return None
     factors = list(adapter.low_rank())
-    known = {id(tensor) for each in factors for tensor in (each.a, each.b)}
+    known = {id(tensor) for product in factors for tensor in (product.a, product.b)}
     return factors if {id(tensor) for _, tensor in _tensors(adapter)} == known else None
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,13 @@ def fitting(model: nn.Module, folder: Path, content: Stored, check_base: bool) -
     Raises:
         CheckpointError: the file does not fit, or belongs to another base.
     """
-    method, config, tensors, metadata = content
-    config, multiplier = without(method, config, metadata)
+    config, multiplier = without(content.method, content.config, content.metadata)
     if check_base:
-        refuse_other_base(model, folder, metadata, "peftcore.load(...")
-    config = config_on(model, method, config, tensors, metadata)
-    placed = _placed(model, method, config, folder)
-    return Fit(placed if _check_fits(placed, tensors, folder) else config, multiplier, placed.trained)
+        refuse_other_base(model, folder, content.metadata, "peftcore.load(...")
+    config = config_on(model, content.method, config, content.tensors, content.metadata)
+    placed = _placed(model, content.method, config, folder)
+    to_fill = placed if _has_every_tensor(placed, content.tensors, folder) else config
+    return Fit(to_fill, multiplier, placed.trained)
 
 
 def fill_applied(model: nn.Module, adapter: str, folder: Path, content: Stored) -> None:
@@ -77,11 +78,11 @@ def config_on(
 
     In files of other libraries, names in `target_modules` do not select experts.
     """
-    changes: dict[str, Any] = {
-        name: drop_unmatched(model, value, experts=VERSION in metadata)
-        for name in ("target_modules", "modules_to_save", "exclude_modules")
-        if isinstance(value := getattr(config, name, None), (list, tuple)) and value
-    }
+    changes: dict[str, Any] = {}
+    for name in ("target_modules", "modules_to_save", "exclude_modules"):
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)) and value:
+            changes[name] = drop_unmatched(model, value, experts=VERSION in metadata)
     if hasattr(config, "modules_to_save"):  # None would add heads that the file does not have
         named = changes.get("modules_to_save", config.modules_to_save) or []
         changes["modules_to_save"] = [*named, *_unnamed(model, method, named, tensors)]
@@ -129,31 +130,35 @@ def _on_meta() -> Iterator[None]:
         yield
 
 
-def _check_fits(placed: Attachments, tensors: Mapping[str, Tensor], folder: Path) -> bool:
+def _has_every_tensor(placed: Attachments, tensors: Mapping[str, Tensor], folder: Path) -> bool:
     """Return whether a file has every tensor of these adapters, so that none must be initialised.
 
     Raises:
         CheckpointError: the adapters are much larger than the file.
     """
-    rules, wanted, complete = placed.method.state, dict[int, int](), True
-    for placement in {id(each): each for placements in placed.placements.values() for each in placements}.values():
+    rules = placed.method.state
+    sizes: dict[int, int] = {}  # by id: shared tensors count once
+    missing = False
+    for placement in {id(each): each for each in chain.from_iterable(placed.placements.values())}.values():
         for name, tensor in own_tensors(placement.adapter).items():
-            wanted[id(tensor)] = tensor.numel()  # shared ones once
-            complete = complete and rules.tensor_name(placement, name) in tensors
-    there = sum([tensor.numel() for tensor in tensors.values()])
-    if sum(wanted.values()) > 2 * there + 1_000_000:  # a small difference is reported tensor by tensor
+            sizes[id(tensor)] = tensor.numel()
+            missing = missing or rules.tensor_name(placement, name) not in tensors
+    needed, stored = sum(sizes.values()), sum([tensor.numel() for tensor in tensors.values()])
+    if needed > 2 * stored + 1_000_000:  # a small difference is reported tensor by tensor
         raise CheckpointError(
-            f"'{folder / CONFIG}' needs an adapter of {sum(wanted.values()):,} numbers, but '{TENSORS}' has {there:,}"
+            f"'{folder / CONFIG}' needs an adapter of {needed:,} numbers, but '{TENSORS}' has {stored:,}"
         )
-    modules = [module for each in placed.attached for module in each.adapter.modules()] if complete else []
-    for module in modules:
-        held = [*module._parameters.values(), *module._buffers.values()]
-        if [t for t in held if t is not None and id(t) not in wanted]:
-            return False
-        others = [value for name, value in module.__dict__.items() if name not in _OF_ANY_MODULE]
-        if not {*map(type, others)} <= {*_PLAIN} and not all(map(_is_plain, others)):
-            return False
-    return complete
+    if missing:
+        return False
+    modules = chain.from_iterable(attached.adapter.modules() for attached in placed.attached)
+    return all(_has_no_other_tensors(module, sizes) for module in modules)
+
+
+def _has_no_other_tensors(module: nn.Module, known: Container[int]) -> bool:
+    """Return whether the ids of all tensors that a module holds, also in attributes, are `known`."""
+    held = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+    attributes = [value for name, value in module.__dict__.items() if name not in _OF_ANY_MODULE]
+    return all(id(tensor) in known for tensor in held) and all(map(_is_plain, attributes))
 
 
 class Unfilled(TorchFunctionMode):
@@ -174,7 +179,6 @@ class Unfilled(TorchFunctionMode):
 
 _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_normal_, nn.init.xavier_uniform_}
 _CONSTANTS = {torch.zeros, torch.ones}
-
 
 _OF_ANY_MODULE = nn.Module().__dict__.keys()
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +18,9 @@ from peftcore.files import single_file
 from peftcore.files.fitting import fill_applied, fitting
 from peftcore.files.folder import read_folder
 from peftcore.files.hub import folder_of
-from peftcore.files.metadata import ties_partly
 from peftcore.files.multiplier import multiplier_in
 from peftcore.files.reading import Stored, adapter_folder, read_adapter, read_saved
-from peftcore.files.tensors import fill, grown_buffers
+from peftcore.files.tensors import grown_buffers
 from peftcore.model import assumed_unchanged
 from peftcore.model.targets.patterns import limited
 from peftcore.plugin import ranks
@@ -61,13 +61,14 @@ def load(
         CheckpointError: the files cannot be read, or do not fit the model, which is then unchanged.
     """
     folder = folder_of(path, revision)  # may take long, so outside the lock: the model can be called meanwhile
+    options = _Options(adapter=adapter, trainable=trainable, dtype=dtype, check_base=check_base, method=method)
     if isinstance(model, nn.Module):
-        _load_all(model, folder, adapter, trainable, dtype, check_base, method)
+        _load_all(model, folder, options)
         return model
     done: list[nn.Module] = []
     try:
         for model_name, each in single_file.owners(folder, single_file.by_name(model)).items():
-            _load_all(each, folder, adapter, trainable, dtype, check_base, method, model_name)
+            _load_all(each, folder, options, model_name)
             done.append(each)
     except BaseException:
         for each in done:
@@ -76,35 +77,40 @@ def load(
     return model
 
 
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of `load`."""
+
+    adapter: str | None
+    trainable: bool
+    dtype: torch.dtype | None
+    check_base: bool
+    method: str | None
+
+
 @engine.exclusive("load adapters", base=True)
-def _load_all(
-    model: nn.Module,
-    folder: Path,
-    adapter: str | None,
-    trainable: bool,
-    dtype: torch.dtype | None,
-    check_base: bool,
-    method: str | None,
-    model_name: str | None = None,
-) -> None:
+def _load_all(model: nn.Module, folder: Path, options: _Options, model_name: str | None = None) -> None:
     engine.refuse_adapters_of_others(model)  # where a file's names match nothing
     active: tuple[str, ...] = ()
     state = engine.state_of(model)
     if state is not None:
         engine.refuse_per_sample(state, "load adapters")
         active = state.active
-    together, contents = read_folder(folder, lambda opened: read_saved(opened, model, adapter, method, model_name))
+    saved_active, contents = read_folder(
+        folder, lambda opened: read_saved(opened, model, options.adapter, options.method, model_name)
+    )
+    is_together = saved_active is not None
     with assumed_unchanged(model):
         done: list[str] = []
         try:
             for name, content in contents.items():
-                if together and engine.state_of(model):
+                if is_together and engine.state_of(model):
                     engine.activate(model, [])  # two of them may train the same parameter
-                inside = adapter_folder(folder, name) if together else folder
-                _load(model, inside, content, name, dtype, check_base, trainable)
+                inside = adapter_folder(folder, name) if is_together else folder
+                _load(model, inside, content, name, options)
                 done.append(name)
-            if together:
-                engine.activate(model, [*active, *together["active"]])
+            if saved_active is not None:
+                engine.activate(model, [*active, *saved_active])
         except BaseException:
             for name in reversed(done):
                 engine.remove(model, name)
@@ -118,40 +124,36 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     """Set the values of the applied `adapter` to those in the folder `path`, which must be of the same method."""
     folder = Path(path)
     entry = engine.applied(model, adapter)
-    method, config, tensors, metadata = read_adapter(folder, model, applied=entry.method)
-    if method.name != entry.method:
-        raise CheckpointError(f"'{folder}' contains an adapter of {method.name}, but '{adapter}' is of {entry.method}")
-    multiplier = multiplier_in(metadata)
-    grown = grown_buffers(model, adapter, tensors) if method.trained_fields else []
+    stored = read_adapter(folder, model, applied=entry.method)
+    if stored.method.name != entry.method:
+        raise CheckpointError(
+            f"'{folder}' contains an adapter of {stored.method.name}, but '{adapter}' is of {entry.method}"
+        )
+    multiplier = multiplier_in(stored.metadata)
+    grown = grown_buffers(model, adapter, stored.tensors) if stored.method.trained_fields else []
     before = [(module, name, module._buffers[name]) for module, name, _ in grown]
     parameters = (parameter for _, parameter in engine.adapter_parameters(model, adapter))
     try:
         with ranks.gathered(parameters, write=True):
             for module, name, tensor in grown:
                 module._buffers[name] = tensor
-            fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
+            fill_applied(model, adapter, folder, stored)
     except BaseException:
-        for module, name, own in before:
-            module._buffers[name] = own
+        for module, name, buffer in before:
+            module._buffers[name] = buffer
         raise
-    if method.trained_fields:
-        engine.set_trained_fields(entry, method, config)
+    if stored.method.trained_fields:
+        engine.set_trained_fields(entry, stored.method, stored.config)
     set_multiplier(model, adapter, multiplier)
 
 
-def _load(
-    model: nn.Module,
-    folder: Path,
-    content: Stored,
-    adapter: str,
-    dtype: torch.dtype | None,
-    check_base: bool,
-    trainable: bool,
-) -> None:
-    fit = fitting(model, folder, content, check_base)
+def _load(model: nn.Module, folder: Path, content: Stored, adapter: str, options: _Options) -> None:
+    fit = fitting(model, folder, content, options.check_base)
 
     def fill() -> None:
         fill_applied(model, adapter, folder, content)
         set_multiplier(model, adapter, fit.multiplier)
 
-    engine.add_adapter(model, fit.to_fill, {}, adapter=adapter, dtype=dtype, fill=fill, trainable=trainable)
+    engine.add_adapter(
+        model, fit.to_fill, {}, adapter=adapter, dtype=options.dtype, fill=fill, trainable=options.trainable
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ from peftcore.plugin.registry import registry
 from peftcore.plugin.safe_reading import CONFIG, TENSORS
 
 
-class Stored(NamedTuple):
+@dataclass(frozen=True)
+class Stored:
     """An adapter as its files have it.
 
     Args:
@@ -61,10 +63,19 @@ def read_adapter(folder: Path, model: nn.Module, method: str | None = None, appl
     return read_folder(folder, lambda opened: _read(opened, model, method, applied))
 
 
+@dataclass(frozen=True)
+class _Together:
+    """Adapters that were saved in one call: their names, which were active, and the id of the save."""
+
+    names: list[str]
+    active: list[str]
+    save: str | None
+
+
 def read_saved(
     opened: Folder, model: nn.Module, adapter: str | None, method: str | None = None, model_name: str | None = None
-) -> tuple[dict[str, list[str]] | None, dict[str, Stored]]:
-    """Return ({adapters, active} of adapters saved together, or None; {name: adapter}).
+) -> tuple[list[str] | None, dict[str, Stored]]:
+    """Return (names of the active ones of adapters saved together, or None for one adapter; {name: adapter}).
 
     Args:
         model_name: the user's name of the model, whose part of a file for several models is read.
@@ -72,20 +83,38 @@ def read_saved(
     together = _saved_together(opened) if adapter is None and opened.only is None else None
     if together is None:
         return None, {adapter or "default": _read(opened, model, method, model_name=model_name)}
-    save, names = together.pop("save"), together["adapters"]
-    return together, {name: _read(_of_several(opened, name, save), model, method) for name in names}
+    stored = {name: _read(_of_several(opened, name, together.save), model, method) for name in together.names}
+    return together.active, stored
 
 
-def _saved_together(opened: Folder) -> dict[str, Any] | None:
-    """Return {adapters, active, save} of the adapters that were saved to a folder in one call, or None.
+def _saved_together(opened: Folder) -> _Together | None:
+    """Return the adapters that were saved to a folder in one call, or None.
 
     The first of them decides: it is the first that a save renames.
     """
-    inside = [opened] if opened.has(TENSORS) else map(opened.inside, opened.folders())
-    metadata = next((metadata for each in inside if TOGETHER in (metadata := each.metadata())), None)
+    candidates = [opened] if opened.has(TENSORS) else map(opened.inside, opened.folders())
+    metadata = next((metadata for metadata in map(Folder.metadata, candidates) if TOGETHER in metadata), None)
     if metadata is None:
         return None
-    text, save, folder = metadata[TOGETHER], metadata.get(SAVE), opened.path
+    names, active = _names_and_active(metadata[TOGETHER], opened.path)
+    save = metadata.get(SAVE)
+    missing = [name for name in names if not _of_several(opened, name, save).has(TENSORS)]
+    if len(missing) == len([name for name in names if name_inside(name)]):
+        return None  # one of several in a folder of its own
+    if missing:
+        raise CheckpointError(
+            f"'{opened.path}' lacks the adapter '{missing[0]}', which was saved together with the others. Copy the "
+            "folder again, or load one alone: peftcore.load(model, FOLDER, adapter='NAME')"
+        )
+    return _Together(names, active, save)
+
+
+def _names_and_active(text: str, folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of adapters that were saved together, and of those that were active, from JSON.
+
+    Raises:
+        CheckpointError: the JSON is something else, or a name could not be that of an adapter.
+    """
     try:
         together = json.loads(text)
         names, active = together["adapters"], together["active"]
@@ -99,15 +128,7 @@ def _saved_together(opened: Folder) -> dict[str, Any] | None:
             raise ValueError(f"{active} are active, but the folder has {names}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"the list of adapters in '{folder}' ({TOGETHER}) is invalid: {error}") from error
-    missing = [name for name in names if not _of_several(opened, name, save).has(TENSORS)]
-    if len(missing) == len([name for name in names if name_inside(name)]):
-        return None  # one of several in a folder of its own
-    if missing:
-        raise CheckpointError(
-            f"'{folder}' lacks the adapter '{missing[0]}', which was saved together with the others. Copy the folder "
-            "again, or load one alone: peftcore.load(model, FOLDER, adapter='NAME')"
-        )
-    return {"adapters": names, "active": active, "save": save}
+    return names, active
 
 
 def _of_several(opened: Folder, adapter: str, save: str | None) -> Folder:
@@ -123,7 +144,7 @@ def _read(
 ) -> Stored:
     foreign = _foreign(opened, named)
     if foreign is not None:
-        return _read_foreign(opened, model, *foreign)
+        return _read_foreign(opened, model, foreign)
     single = single_file.named_in(opened)
     if single is not None:
         tensors, fields, metadata = single_file.read(opened, single, model, model_name)
@@ -172,9 +193,9 @@ def _about(opened: Folder) -> tuple[dict[str, Any], ForeignFormat | None]:
     foreign = _foreign(opened)
     if foreign is None:
         return opened.config(), None
-    method, form, fields = foreign
-    with guarded(method, f"'{opened.path}'"):
-        return {"peft_type": method.state.peft_type, **form.about(fields)}, form
+    with guarded(foreign.method, f"'{opened.path}'"):
+        fields = {"peft_type": foreign.method.state.peft_type, **foreign.format.about(foreign.fields)}
+    return fields, foreign.format
 
 
 def vocabulary_rows(model: nn.Module, folder: Path) -> int | None:
@@ -204,38 +225,52 @@ def method_of_folder(folder: Path, method: str | None = None, say: str = "peftco
 def _method(opened: Folder, named: str | None, say: str) -> Method:
     foreign = _foreign(opened, named)
     if foreign is not None:
-        return foreign[0]
+        return foreign.method
     fields, metadata = opened.config(), opened.metadata()
     own, where = own_fields(opened.path, metadata), f"'{opened.path / CONFIG}'"
     writer = {"written_by": metadata.get(METHOD), "plugin": metadata.get(PLUGIN)}
     return method_of_fields(where, fields, own, **writer, method=named, say=say)
 
 
-def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
-    """Return (method, format, fields) of another library's folder, whose config has no peft_type."""
+@dataclass(frozen=True)
+class _Foreign:
+    """Another library's folder: the plugin and the method that read it, its format, and the fields of its config."""
+
+    plugin: Plugin
+    method: Method
+    format: ForeignFormat
+    fields: dict[str, Any]
+
+
+def _foreign(opened: Folder, named: str | None = None) -> _Foreign | None:
+    """Return what reads another library's folder, whose config has no peft_type; None for a folder of PEFT."""
     if _is_of_peft(opened):
         return None
-    chosen = None if named is None else registry.method(named)
-    found: dict[str, tuple[Method, ForeignFormat, dict[str, Any], Plugin]] = {}
-    configs: dict[str, dict[str, Any] | None] = {}
-    for plugin in registry.plugins():
-        for method in plugin.methods:
-            for foreign in method.state.foreign if method.recorded_as is None and chosen in (None, method) else ():
-                try:
-                    if foreign.config not in configs:
-                        configs[foreign.config] = _fields_of_others(opened, foreign.config)
-                    fields = configs[foreign.config]
-                    if fields is not None and foreign.matches(dict(fields)):
-                        found.setdefault(method.name, (method, foreign, fields, plugin))
-                except (Exception, SystemExit) as error:
-                    registry.go_on_without(f"ForeignFormat.matches of {foreign.name!r}", plugin, error)
-    if len(found) > 1:
-        names = ", ".join(f"'{name}' ({p.distribution} {p.version})" for name, (*_, p) in found.items())
+    matches = _matching_formats(opened, None if named is None else registry.method(named))
+    if len(matches) > 1:
+        names = ", ".join(f"'{name}' ({m.plugin.distribution} {m.plugin.version})" for name, m in matches.items())
         raise PluginError(
-            f"'{opened.path}' may be read by any of {len(found)} installed methods: {names}. Choose one: "
+            f"'{opened.path}' may be read by any of {len(matches)} installed methods: {names}. Choose one: "
             f"peftcore.load(..., method='NAME'); or restrict the plugins: PEFTCORE_PLUGINS=NAME,NAME"
         )
-    return next(((method, foreign, fields) for method, foreign, fields, _ in found.values()), None)
+    return next(iter(matches.values()), None)
+
+
+def _matching_formats(opened: Folder, chosen: Method | None) -> dict[str, _Foreign]:
+    """Return what may read a folder, by method: its first format that matches. Only `chosen` if it is given."""
+    found: dict[str, _Foreign] = {}
+    for plugin in registry.plugins():
+        for method in plugin.methods:
+            if method.recorded_as is not None or chosen not in (None, method):
+                continue
+            for form in method.state.foreign:
+                try:
+                    fields = _fields_of_others(opened, form.config)
+                    if fields is not None and form.matches(dict(fields)):
+                        found.setdefault(method.name, _Foreign(plugin, method, form, fields))
+                except (Exception, SystemExit) as error:
+                    registry.go_on_without(f"ForeignFormat.matches of {form.name!r}", plugin, error)
+    return found
 
 
 def _is_of_peft(opened: Folder) -> bool:
@@ -258,13 +293,11 @@ def _fields_of_others(opened: Folder, config: str) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) and "peft_type" not in fields else None
 
 
-def _read_foreign(
-    opened: Folder, model: nn.Module, method: Method, foreign: ForeignFormat, fields: dict[str, Any]
-) -> Stored:
-    tensors, _ = opened.tensors(foreign.tensors)
+def _read_foreign(opened: Folder, model: nn.Module, foreign: _Foreign) -> Stored:
+    tensors, _ = opened.tensors(foreign.format.tensors)
     try:
-        with guarded(method, f"'{opened.path}'"):
-            config, tensors = foreign.read(model, fields, tensors)
+        with guarded(foreign.method, f"'{opened.path}'"):
+            config, tensors = foreign.format.read(model, foreign.fields, tensors)
     except PeftcoreError as error:
-        raise CheckpointError(f"'{opened.path}', of {foreign.name}, cannot be read: {error}") from error
-    return Stored(method, config, tensors, {})
+        raise CheckpointError(f"'{opened.path}', of {foreign.format.name}, cannot be read: {error}") from error
+    return Stored(foreign.method, config, tensors, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from peftcore import engine
 from peftcore.engine.preflight import check_dtype
-from peftcore.engine.trained import all_of, base_tensors
+from peftcore.engine.scaling import scaled_config
+from peftcore.engine.trained import TrainedParameters, all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, warn
 from peftcore.files import model_card, single_file
 from peftcore.files.fingerprint import fingerprint
@@ -24,17 +26,28 @@ from peftcore.files.metadata import BASE, METHOD, OWN_FIELDS, PLUGIN, TIED, TOGE
 from peftcore.files.multiplier import in_metadata
 from peftcore.files.reading import name_inside
 from peftcore.files.tensors import for_training, kept_on_disk, names_of_base, own_slots, tensors_on_disk
-from peftcore.files.written_config import fields_of_config
-from peftcore.model import detect
-from peftcore.model.base_modules import base_parameters, walked_once
+from peftcore.model import detect, targets
+from peftcore.model.base_modules import base_parameters, original_forward, walked_once
 from peftcore.plugin import ranks
+from peftcore.plugin.architecture import Architecture
 from peftcore.plugin.method import Method
 from peftcore.plugin.modules import own_tensors
 from peftcore.plugin.peft_fields import peft_version, refuse_not_its_own
+from peftcore.plugin.placements.placement import Placement
 from peftcore.plugin.registry import registry
 from peftcore.version import installed_version
 
 PEFT = "peft"  # the default format
+# Arguments that every wrapper of PEFT for text passes on to the model, and further ones by its task type.
+_TEXT = ("input_ids", "attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states", "return_dict")
+_PASSED = {
+    "CAUSAL_LM": ("labels",),
+    "SEQ_2_SEQ_LM": ("labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+    "SEQ_CLS": ("labels",),
+    "TOKEN_CLS": ("labels",),
+    "QUESTION_ANS": ("start_positions", "end_positions"),
+    "FEATURE_EXTRACTION": (),
+}
 
 
 def save(
@@ -80,9 +93,12 @@ def save(
         )
     names = _names(model, adapter)
     state = engine.require_state(model)
-    together = {} if len(names) == 1 else {TOGETHER: json.dumps({"adapters": names, "active": state.active})}
-    inside = {name_inside(name) if together else "": name for name in names}
-    return _save(model, Path(path), inside, dtype, resumable, together, format)
+    if len(names) == 1:
+        inside, metadata = {"": names[0]}, {}
+    else:
+        inside = {name_inside(name): name for name in names}
+        metadata = {TOGETHER: json.dumps({"adapters": names, "active": state.active})}
+    return _save(model, Path(path), inside, dtype=dtype, resumable=resumable, metadata=metadata, format=format)
 
 
 def _names(model: nn.Module, adapter: str | None) -> list[str]:
@@ -91,116 +107,94 @@ def _names(model: nn.Module, adapter: str | None) -> list[str]:
 
 
 def _save_single(
-    model: nn.Module | Mapping[str, Any], path: Path, adapter: str | None, dtype: torch.dtype | None, format: str
+    models: nn.Module | Mapping[str, Any], path: Path, adapter: str | None, dtype: torch.dtype | None, format: str
 ) -> Path:
     """Write an adapter of each model to one file."""
-    models: dict[str | None, nn.Module] = {None: model} if isinstance(model, nn.Module) else {}
-    if not isinstance(model, nn.Module):
-        there = {name: each for name, each in single_file.by_name(model).items() if isinstance(each, nn.Module)}
-        models = {name: each for name, each in there.items() if engine.state_of(each) is not None}
-        if not models:
-            raise PeftcoreError(f"none of the models has adapters: {', '.join(there) or 'no models were given'}")
-    chosen: dict[str | None, tuple[nn.Module, str]] = {}
-    for model_name, each in models.items():
-        names = _names(each, adapter)
-        state = engine.require_state(each)
-        if len(names) != 1:
-            raise PeftcoreError(
-                f"format={format!r} takes one adapter of a model, found {', '.join(names)}. Pass adapter='NAME'"
-            )
-        engine.refuse_merged(state, "save")
-        engine.refuse_changed(each)
-        _warn_of_others_trained(each)
-        method = registry.method(engine.applied(each, names[0]).method)
-        if format not in method.state.files:
-            raise _no_format(names[0], method, format)
-        chosen[model_name] = each, names[0]
-    sharded = any(ranks.is_sharded(each) for each, _ in chosen.values())
+    adapters = {
+        model_name: (model, _only_adapter(model, adapter, format))
+        for model_name, model in _with_adapters(models).items()
+    }
+    sharded = any(ranks.is_sharded(model) for model, _ in adapters.values())
     if not sharded and ranks.rank() > 0:
         return path
     with ranks.explaining_failure(f"'{path}' could not be written by all ranks") if sharded else nullcontext():
-        for each, name in chosen.values() if sharded else ():
-            _refuse_drifted(each, name)
-        contents = {
-            model_name: (each, _content(each, name, dtype, False, {})) for model_name, (each, name) in chosen.items()
-        }
+        contents: dict[str | None, tuple[nn.Module, Content]] = {}
+        for model_name, (model, name) in adapters.items():
+            if sharded:
+                _refuse_drifted(model, name)
+            contents[model_name] = model, _content(model, name, dtype, resumable=False)
         ranks.once(lambda: single_file.write(format, path, contents), together=sharded)
     return path
 
 
+def _with_adapters(models: nn.Module | Mapping[str, Any]) -> dict[str | None, nn.Module]:
+    """Return the models with adapters by the user's names of them; a single model has the name None."""
+    if isinstance(models, nn.Module):
+        return {None: models}
+    modules = {name: model for name, model in single_file.by_name(models).items() if isinstance(model, nn.Module)}
+    found: dict[str | None, nn.Module] = {}
+    for name, model in modules.items():
+        if engine.state_of(model) is not None:
+            found[name] = model
+    if not found:
+        raise PeftcoreError(f"none of the models has adapters: {', '.join(modules) or 'no models were given'}")
+    return found
+
+
+def _only_adapter(model: nn.Module, adapter: str | None, format: str) -> str:
+    """Return the name of the adapter to save in a single-file format."""
+    names = _names(model, adapter)
+    if len(names) != 1:
+        raise PeftcoreError(
+            f"format={format!r} takes one adapter of a model, found {', '.join(names)}. Pass adapter='NAME'"
+        )
+    _check_savable(model)
+    method = registry.method(engine.applied(model, names[0]).method)
+    if format not in method.state.files:
+        raise _no_format(names[0], method, format)
+    return names[0]
+
+
 def save_each(model: nn.Module, path: str | os.PathLike[str], adapters: Sequence[str]) -> Path:
     """Write these adapters to the folder `path` and its subfolders, all or none, for `restore`."""
-    return _save(model, Path(path), {name_inside(name): name for name in adapters}, None, True, {})
+    return _save(model, Path(path), {name_inside(name): name for name in adapters})
 
 
 def _save(
     model: nn.Module,
     folder: Path,
     inside: dict[str, str],
-    dtype: torch.dtype | None,
-    resumable: bool,
-    metadata: dict[str, str],
+    *,
+    dtype: torch.dtype | None = None,
+    resumable: bool = True,
+    metadata: Mapping[str, str] | None = None,
     format: str = PEFT,
 ) -> Path:
     """Write adapters, by subfolder of `folder`, on rank 0. Collective if the model is sharded."""
-    engine.refuse_merged(engine.require_state(model), "save")
-    engine.refuse_changed(model)
-    _warn_of_others_trained(model)
-    together = ranks.is_sharded(model)
-    if not together and ranks.rank() != 0:
+    _check_savable(model)
+    sharded = ranks.is_sharded(model)
+    if not inside or (not sharded and ranks.rank() != 0):
         return folder
-    failed = f"the adapter could not be saved by all ranks ('{folder}' is whole: as it was before, or as saved now)"
-    with ranks.explaining_failure(failed) if together else nullcontext():
-        for name in inside.values() if together else ():
-            _refuse_drifted(model, name)
-        if inside:
-            with walked_once(model):
-                contents = {
-                    place: _in_format(model, name, format, _content(model, name, dtype, resumable, metadata))
-                    for place, name in inside.items()
-                }
-                tasks = {content.fields.get("task_type") for content in contents.values()}
-                card = model_card.card(model, list(inside.values()), tasks.pop() if len(tasks) == 1 else None)
-            ranks.once(lambda: _write(folder, contents, card), together=together)
+    failure = f"the adapter could not be saved by all ranks ('{folder}' is whole: as it was before, or as saved now)"
+    with ranks.explaining_failure(failure) if sharded else nullcontext():
+        if sharded:
+            for name in inside.values():
+                _refuse_drifted(model, name)
+        with walked_once(model):
+            contents: dict[str, Content] = {}
+            for place, name in inside.items():
+                content = _content(model, name, dtype, resumable, metadata)
+                contents[place] = _in_format(model, name, format, content)
+            tasks = {content.fields.get("task_type") for content in contents.values()}
+            card = model_card.card(model, list(inside.values()), tasks.pop() if len(tasks) == 1 else None)
+        ranks.once(lambda: _write(folder, contents, card), together=sharded)
     return folder
 
 
-def _write(folder: Path, contents: dict[str, Content], card: tuple[dict[str, Any], str]) -> None:
-    Folder(folder).write(contents, model_card.rewritten(folder, *card))
-
-
-def _refuse_drifted(model: nn.Module, adapter: str) -> None:
-    """Raise a PeftcoreError on every rank if the adapter differs between ranks. Collective."""
-    found = ranks.difference(dict(engine.adapter_parameters(model, adapter)))
-    if found is not None:
-        name, number, off = found
-        raise PeftcoreError(
-            f"adapter '{adapter}' was not saved: '{name}' on rank {number} differs by {off:.2g} from rank 0. The ranks "
-            "have trained without averaging their gradients. Call peftcore.shard(model) after apply, which averages "
-            "them in every backward pass"
-        )
-    whole = [
-        (path, each) for path, each in engine.adapter_modules(model, adapter) if not ranks.any_part(each.parameters())
-    ]
-    found = ranks.difference(
-        {
-            f"{path}.{name}" if path else name: tensor
-            for path, each in whole
-            for name, tensor in own_tensors(each).items()
-            if not isinstance(tensor, nn.Parameter)
-        }
-    )
-    if found is not None:
-        name, number, off = found
-        raise PeftcoreError(
-            f"adapter '{adapter}' was not saved: the buffer '{name}' on rank {number} differs by {off:.2g} from rank "
-            f"0. The method '{engine.applied(model, adapter).method}' computes it from each rank's batches. It has to "
-            "average it over the ranks in after_step"
-        )
-
-
-def _warn_of_others_trained(model: nn.Module) -> None:
-    """Warn about parameters of the base with requires_grad=True, which no adapter's file contains."""
+def _check_savable(model: nn.Module) -> None:
+    """Raise a PeftcoreError if adapters are merged or changed; warn of trained parameters that no file would have."""
+    engine.refuse_merged(engine.require_state(model), "save")
+    engine.refuse_changed(model)
     of_adapters = {id(parameter) for _, own in all_of(model) for _, parameter in own.values(model)}
     others = [name for name, p in base_parameters(model) if p.requires_grad and id(p) not in of_adapters]
     if others:
@@ -211,47 +205,174 @@ def _warn_of_others_trained(model: nn.Module) -> None:
         )
 
 
+def _write(folder: Path, contents: dict[str, Content], card: tuple[dict[str, Any], str]) -> None:
+    Folder(folder).write(contents, model_card.rewritten(folder, *card))
+
+
+def _refuse_drifted(model: nn.Module, adapter: str) -> None:
+    """Raise a PeftcoreError on every rank if the adapter differs between ranks. Collective."""
+    drifted = ranks.difference(dict(engine.adapter_parameters(model, adapter)))
+    if drifted is not None:
+        name, rank, difference = drifted
+        raise PeftcoreError(
+            f"adapter '{adapter}' was not saved: '{name}' on rank {rank} differs by {difference:.2g} from rank 0. The "
+            "ranks have trained without averaging their gradients. Call peftcore.shard(model) after apply, which "
+            "averages them in every backward pass"
+        )
+    drifted = ranks.difference(_buffers(model, adapter))
+    if drifted is not None:
+        name, rank, difference = drifted
+        raise PeftcoreError(
+            f"adapter '{adapter}' was not saved: the buffer '{name}' on rank {rank} differs by {difference:.2g} from "
+            f"rank 0. The method '{engine.applied(model, adapter).method}' computes it from each rank's batches. It "
+            "has to average it over the ranks in after_step"
+        )
+
+
+def _buffers(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """Return the saved buffers of an adapter by name, without those of modules with sharded parameters."""
+    buffers: dict[str, Tensor] = {}
+    for path, module in engine.adapter_modules(model, adapter):
+        if ranks.any_part(module.parameters()):
+            continue
+        for name, tensor in own_tensors(module).items():
+            if not isinstance(tensor, nn.Parameter):
+                buffers[f"{path}.{name}" if path else name] = tensor
+    return buffers
+
+
 def _content(
-    model: nn.Module, adapter: str, dtype: torch.dtype | None, resumable: bool, metadata: dict[str, str]
+    model: nn.Module,
+    adapter: str,
+    dtype: torch.dtype | None,
+    resumable: bool,
+    metadata: Mapping[str, str] | None = None,
 ) -> Content:
-    if not ranks.is_sharded(model):
-        return _whole_content(model, adapter, dtype, resumable, metadata)
-    with ranks.gathered(parameter for _, parameter in engine.adapter_parameters(model, adapter)):
-        return _whole_content(model, adapter, dtype, resumable, metadata)
-
-
-def _whole_content(
-    model: nn.Module, adapter: str, dtype: torch.dtype | None, resumable: bool, metadata: dict[str, str]
-) -> Content:
+    """Return what is written of an adapter in PEFT's format. Collective if the model is sharded."""
     entry = engine.applied(model, adapter)
     method = registry.method(entry.method)
-    ranks.reshard(model)
-    own = tensors_on_disk(model, adapter, own=resumable, exported=True)
-    kept = kept_on_disk(model, adapter)
-    whole = _for_disk({**own, **kept}, adapter, own, dtype)
-    base = base_tensors(model)
-    if kept or own_slots(model, adapter):
-        # Tensors that the adapter owns may differ in the base, such as a head that every load re-initialises.
-        on_disk = names_of_base(model, adapter, base)
-        base = {name: tensor for name, tensor in base.items() if on_disk[name] not in whole}
-    plugin = registry.plugin_of(method.name)
-    about = {
-        VERSION: installed_version(),
-        BASE: fingerprint(base, _important(model, base)),
-        METHOD: method.name,
-        PLUGIN: f"{plugin.distribution} {plugin.version}",
-        TIED: json.dumps(getattr(entry.config, "ensure_weight_tying", True)),
-    }
-    about |= in_metadata(model, adapter)
-    fields, own_fields = fields_of_config(model, method, adapter)
-    refuse_not_its_own(method, fields, own_fields)
-    if own_fields:
-        about[OWN_FIELDS] = json.dumps(own_fields, allow_nan=False)
+    with ranks.gathered(parameter for _, parameter in engine.adapter_parameters(model, adapter)):
+        ranks.reshard(model)
+        own = tensors_on_disk(model, adapter, own=resumable, exported=True)
+        kept = kept_on_disk(model, adapter)
+        tensors = _for_disk({**own, **kept}, adapter, own, dtype)
+        base = base_tensors(model)
+        if kept or own_slots(model, adapter):
+            # Tensors that the adapter owns may differ in the base, such as a head that every load re-initialises.
+            on_disk = names_of_base(model, adapter, base)
+            base = {name: tensor for name, tensor in base.items() if on_disk[name] not in tensors}
+        plugin = registry.plugin_of(method.name)
+        about = {
+            VERSION: installed_version(),
+            BASE: fingerprint(base, _important(model, base)),
+            METHOD: method.name,
+            PLUGIN: f"{plugin.distribution} {plugin.version}",
+            TIED: json.dumps(getattr(entry.config, "ensure_weight_tying", True)),
+            **in_metadata(model, adapter),
+        }
+        fields, own_fields = _fields_of_config(model, method, adapter)
+        refuse_not_its_own(method, fields, own_fields)
+        if own_fields:
+            about[OWN_FIELDS] = json.dumps(own_fields, allow_nan=False)
+        with registry.naming(method.name, "write"):
+            written = dict(method.state.write(model, dict(tensors), dataclasses.asdict(entry.config))[0])
+        if written.keys() != tensors.keys() or any(written[name] is not tensor for name, tensor in tensors.items()):
+            _refuse_unreadable(model, adapter, tensors, written, {**fields, **own_fields})
+    return Content(fields, written, {**about, **(metadata or {})})
+
+
+def _fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (fields of an applied adapter's `adapter_config.json`, fields of its method that PEFT does not know).
+
+    The latter contain only values that differ from the default. If PEFT cannot read the file, a warning says so.
+    """
+    # asdict keeps tuples, and JSON has no sets, tuples or dtypes.
+    own_fields = dataclasses.asdict(scaled_config(model, adapter))
     with registry.naming(method.name, "write"):
-        written = dict(method.state.write(model, dict(whole), dataclasses.asdict(entry.config))[0])
-    if written.keys() != whole.keys() or any(written[name] is not tensor for name, tensor in whole.items()):
-        _refuse_unreadable(model, adapter, whole, written, {**fields, **own_fields})
-    return Content(fields, written, {**about, **metadata})
+        fields = dict(method.state.write_fields(own_fields))
+    if "ensure_weight_tying" in fields:
+        fields["ensure_weight_tying"] = _is_tied_by_peft(model, adapter)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    for name, value in fields.items():
+        if isinstance(value, (set, frozenset)):
+            fields[name] = sorted(value)
+    own = {name: fields.pop(name) for name in sorted(method.state.peft.own_fields) if name in fields}
+    usual = {field.name: field.default for field in dataclasses.fields(method.config_class)}
+    common = {
+        **fields,
+        "peft_type": method.state.peft_type,
+        "task_type": _task_type(model, adapter),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "revision": None,
+        "auto_mapping": None,
+    }
+    return common, {name: value for name, value in own.items() if _as_json(value) != _as_json(usual[name])}
+
+
+def _as_json(value: Any) -> str | None:
+    """Return the JSON text of a value, or None for a dataclass's marker of a missing default."""
+    return None if isinstance(value, type(dataclasses.MISSING)) else json.dumps(value, sort_keys=True)
+
+
+def _task_type(model: nn.Module, adapter: str) -> str | None:
+    """Return PEFT's task type of an adapter."""
+    entry = engine.applied(model, adapter)
+    prompts = [placement for placement in engine.placements(model, adapter) if placement.whole_model]
+    task_type = _task_type_of(model, detect(model), prompts)
+    if prompts and task_type is None:
+        warn(
+            f"Hugging Face PEFT computes the base from this file: it gives prompts to no {type(model).__name__}",
+        )
+    paths = [*registry.method(entry.method).state.peft.unreadable(model, entry.paths)]
+    paths += [path for path, placed in entry.placements.items() if any(each.is_of_expert(path) for each in placed)]
+    if paths:
+        names = sorted({".".join(path.split(".")[-2:]) for path in paths})
+        way = f"exclude_modules={names}" if hasattr(entry.config, "exclude_modules") else f"adapt none of {names}"
+        warn(
+            f"Hugging Face PEFT cannot read this file: in a {type(model).__name__} it takes the adapters of "
+            f"{len(paths)} modules for others or refuses them, such as '{paths[0]}'. It reads one without: {way}",
+        )
+    return task_type
+
+
+def _is_tied_by_peft(model: nn.Module, adapter: str) -> bool:
+    """Return whether PEFT's `ensure_weight_tying` ties what this adapter trains tied; if not, PEFT keeps equal copies.
+
+    PEFT turns whatever is tied to the embedding into a linear layer without a bias.
+    """
+    owned, embedding = TrainedParameters.of(model, adapter), detect(model).embedding
+    groups = [slots for slots in owned.slots.values() if len(slots) > 1] if owned is not None else []
+    others = [slot for slots in groups for slot in slots if slot != f"{embedding}.weight"]
+    modules = [model.get_submodule(slot.rpartition(".")[0]) for slot in others]
+    return (
+        len(groups) == 1
+        and len(others) == len(groups[0]) - 1
+        and all(targets.is_linear(module) and module.bias is None for module in modules)
+    )
+
+
+def _task_type_of(model: nn.Module, architecture: Architecture, prompts: Sequence[Placement]) -> str | None:
+    """Return the `task_type` with which PEFT computes the same as peftcore; None: no task type.
+
+    Args:
+        prompts: the placements of prompts and prefixes. Without any, None means that PEFT would compute the base.
+    """
+    choices = [architecture.task_type]
+    if prompts and architecture.task_type is None:
+        generates = architecture.output_head is not None and hasattr(model, "prepare_inputs_for_generation")
+        first, *others = (placement.peft_tasks(architecture) for placement in prompts)
+        tasks = [task for task in first if all(task in other for other in others)]
+        choices += [task for task in tasks if task != "CAUSAL_LM" or generates]
+    return next((choice for choice in choices if choice is not None and _passes(model, choice)), None)
+
+
+def _passes(model: nn.Module, task: str) -> bool:
+    """Return whether the model's forward accepts what PEFT's wrapper for `task` passes on."""
+    arguments = inspect.signature(original_forward(model)).parameters
+    takes_all = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments.values())
+    names = (*_TEXT, *_PASSED.get(task, ()))
+    return "input_ids" in arguments and all(takes_all or name in arguments for name in names)
 
 
 def _refuse_unreadable(

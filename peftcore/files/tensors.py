@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -79,13 +81,11 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     rules, base = registry.method(entry.method).state, base_tensors(model)
     owned = TrainedParameters.of(model, adapter)
     saved = getattr(entry.config, "modules_to_save", None) or ()
-    whole = {
-        f"{path}.{name}"
-        for path, module in (base_modules(model) if saved else ())
-        if path and any(targets.is_inside(pattern, path) for pattern in saved)
-        for name in module._buffers.keys() - module._non_persistent_buffers_set
-        if module._buffers[name] is not None
-    }
+    whole: set[str] = set()
+    for path, module in base_modules(model) if saved else ():
+        if path and any(targets.is_inside(pattern, path) for pattern in saved):
+            persistent = module._buffers.keys() - module._non_persistent_buffers_set
+            whole.update(f"{path}.{name}" for name in persistent if module._buffers[name] is not None)
     found = {name: model.get_buffer(name) for name in sorted(whole)}
     own = own_slots(model, adapter)
     found.update({name: base[name] for name in vocabulary.resized(model) if name not in own})
@@ -119,41 +119,56 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     expected = exported = tensors_on_disk(model, adapter)
     if registry.method(engine.applied(model, adapter).method).state.export is not None or own_slots(model, adapter):
         exported = tensors_on_disk(model, adapter, exported=True)  # equal to the adapter's own tensors
-    if exported is not expected:
         _untie(tensors, expected, exported, folder, type(model).__name__, partly_tied)
+    values = _take_kept(model, adapter, tensors)
     embeddings: dict[str, Tensor] = {}
-    kept = _take_kept(model, adapter, tensors)
     if tensors.keys() - expected.keys():
         embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
-        extra = [name for name in tensors if name not in expected]
-        base = _values_of_base(model)
-        repeats = {name for name in extra if name in exported or _is_copy_of_base(base, name, tensors[name])}
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in repeats}
+        _drop_repeats(model, tensors, expected, exported)
     missing = sorted(expected.keys() - tensors.keys() - for_training(model, adapter))
-    extra = sorted(tensors.keys() - expected.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"'{folder}' does not fit {type(model).__name__}: "
-            + "; ".join(
-                f"{len(names)} tensors {what}, such as '{names[0]}'{nearest(names[0], others, 1)}"
-                for names, what, others in ((missing, "are missing", extra), (extra, "have no place", missing))
-                if names
-            )
-        )
-    _check_values([*((n, t, expected[n]) for n, t in tensors.items()), *kept], folder, type(model).__name__)
-    divided = ranks.any_part(expected.values())
+    _refuse_other_names(missing, sorted(tensors.keys() - expected.keys()), folder, type(model).__name__)
+    values += [_Value(name, tensor, expected[name]) for name, tensor in tensors.items()]
+    for value in values:
+        _refuse_unfit(value, folder, type(model).__name__)
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            if divided:
-                ranks.fill(expected[name], tensor)
-            else:
-                expected[name].copy_(tensor)
-        for _, tensor, target in kept:
-            target.copy_(tensor)
+        for value in values:
+            ranks.fill(value.target, value.tensor)
     if embeddings:
         state = engine.require_state(model)
         TrainedParameters.keep(model, adapter, embeddings)
         engine.set_active(model, state.active, state.samples)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A tensor of a file, its name there, and the tensor that gets its values."""
+
+    name: str
+    tensor: Tensor
+    target: Tensor
+
+
+def _drop_repeats(
+    model: nn.Module, tensors: dict[str, Tensor], expected: Mapping[str, Tensor], exported: Mapping[str, Tensor]
+) -> None:
+    """Delete from `tensors` what only repeats others: exported forms of the adapter's own, and copies of the base's."""
+    base = _values_of_base(model)
+    for name in [name for name in tensors if name not in expected]:
+        if name in exported or _is_copy_of_base(base, name, tensors[name]):
+            del tensors[name]
+
+
+def _refuse_other_names(missing: Sequence[str], unexpected: Sequence[str], folder: Path, model: str) -> None:
+    """Raise a CheckpointError if tensors are missing or unexpected. It names what may have been meant."""
+    problems: list[str] = []
+    if missing:
+        guess = nearest(missing[0], unexpected, 1)
+        problems.append(f"{len(missing)} tensors are missing, such as '{missing[0]}'{guess}")
+    if unexpected:
+        guess = nearest(unexpected[0], missing, 1)
+        problems.append(f"{len(unexpected)} tensors have no place, such as '{unexpected[0]}'{guess}")
+    if problems:
+        raise CheckpointError(f"'{folder}' does not fit {model}: {'; '.join(problems)}")
 
 
 def for_training(model: nn.Module, adapter: str) -> set[str]:
@@ -170,28 +185,25 @@ def for_training(model: nn.Module, adapter: str) -> set[str]:
     return found
 
 
-def _check_values(filled: Iterable[tuple[str, Tensor, Tensor]], folder: Path, model: str) -> None:
-    """Raise a CheckpointError unless each target has the shape of its value and can represent it.
-
-    Args:
-        filled: (name, value, target) of each tensor.
-    """
-    for name, tensor, target in filled:
-        if tensor.shape != target.shape:
-            raise CheckpointError(
-                f"'{folder}' does not fit {model}: '{name}' has shape {list(tensor.shape)}, the model needs "
-                f"{list(target.shape)}"
-            )
-        floating = target.is_floating_point()
-        if tensor.is_floating_point() != floating or not (floating or tensor.dtype is target.dtype):
-            raise CheckpointError(f"'{folder}': '{name}' is {tensor.dtype}, the model needs {target.dtype}")
-        if floating and tensor.numel():
-            there = tensor.to(target.dtype)
-            low, high = torch.aminmax(there.float() if there.dtype.itemsize == 1 else there)
-            if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-                finite = bool(tensor.double().isfinite().all())
-                wrong = "values too large for it" if finite else "values that are not finite"
-                raise CheckpointError(f"'{folder}': '{name}' ({tensor.dtype}, here {target.dtype}) contains {wrong}")
+def _refuse_unfit(value: _Value, folder: Path, model: str) -> None:
+    """Raise a CheckpointError unless the target has the shape of the value and can represent it."""
+    name, tensor, target = value.name, value.tensor, value.target
+    if tensor.shape != target.shape:
+        raise CheckpointError(
+            f"'{folder}' does not fit {model}: '{name}' has shape {list(tensor.shape)}, the model needs "
+            f"{list(target.shape)}"
+        )
+    floating = target.is_floating_point()
+    if tensor.is_floating_point() != floating or not (floating or tensor.dtype is target.dtype):
+        raise CheckpointError(f"'{folder}': '{name}' is {tensor.dtype}, the model needs {target.dtype}")
+    if floating and tensor.numel():
+        cast = tensor.to(target.dtype)
+        # PyTorch cannot compare 8-bit floats.
+        low, high = torch.aminmax(cast.float() if cast.dtype.itemsize == 1 else cast)
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+            finite = bool(tensor.double().isfinite().all())
+            wrong = "values too large for it" if finite else "values that are not finite"
+            raise CheckpointError(f"'{folder}': '{name}' ({tensor.dtype}, here {target.dtype}) contains {wrong}")
 
 
 def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
@@ -213,8 +225,8 @@ def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: 
     base = base_tensors(model)
     for name in tied_to(model, names):
         mine = next(other for other in names if base[other] is base[name])
-        one, other = (tensors.get(method.state.tensor_name(Train((n,), saved=True), n)) for n in (name, mine))
-        if one is None or other is None or not torch.equal(one, other):
+        value, own = (tensors.get(method.state.tensor_name(Train((n,), saved=True), n)) for n in (name, mine))
+        if value is None or own is None or not torch.equal(value, own):
             return False
     return True
 
@@ -239,12 +251,11 @@ def _untie(
             continue
         lacking = next((other for other in group if other not in tensors), None)
         differing = next((other for other in there if not torch.equal(tensors[other], tensors[there[0]])), None)
-        if differing or (lacking and not partly_tied):
+        if differing is not None or (lacking is not None and not partly_tied):
+            problem = f"'{lacking}' is missing next to" if differing is None else f"'{differing}' differs from"
             raise CheckpointError(
-                f"'{folder}' does not fit {model}: "
-                + (f"'{differing}' differs from" if differing else f"'{lacking}' is missing next to")
-                + f" '{there[0]}', and the two are one parameter here. It was trained with separate parameters, "
-                "so load it on a model that is not tied (tie_word_embeddings=False)"
+                f"'{folder}' does not fit {model}: {problem} '{there[0]}', and the two are one parameter here. It was "
+                "trained with separate parameters, so load it on a model that is not tied (tie_word_embeddings=False)"
             )
         value = tensors[there[0]]
         for other in there:
@@ -258,32 +269,28 @@ def _take_embeddings(
     """Take embedding and head that differ from the base out of `tensors`, and return them by base name."""
     entry, base = engine.applied(model, adapter), base_tensors(model)
     rules, owned = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
-    mine, values = owned.kept if owned is not None else {}, _values_of_base(model)
+    kept = set(chain.from_iterable(owned.kept.values())) if owned is not None else set[str]()
+    values_of_base = _values_of_base(model)
     resized: dict[str, Tensor] = {}
     lacking: list[str] = []
     for name in vocabulary.embedding_parameters(model):
         on_disk = _base_name(rules, entry, name)
-        value = tensors.get(on_disk)
-        if on_disk in expected or any(name in slots for slots in mine.values()):
+        if on_disk in expected or name in kept:
             continue
-        if value is None:
+        if on_disk not in tensors:
             lacking.append(name)
             continue
-        if value.shape != base[name].shape:
-            raise CheckpointError(
-                f"'{folder}' does not fit {type(model).__name__}: '{on_disk}' has shape {list(value.shape)}, the model "
-                f"{list(base[name].shape)}. Its vocabulary was resized; resize it before loading, too: "
-                f"model.resize_token_embeddings({len(value)})"
-            )
+        value = tensors.pop(on_disk)
+        _refuse_other_vocabulary(model, on_disk, value, base[name], folder)
         tied = next((other for other in resized if base[other] is base[name]), None)
         if tied is not None and not torch.equal(resized[tied], value):
             raise CheckpointError(
                 f"'{folder}' has different values for '{tied}' and '{name}', which are one parameter here"
             )
-        del tensors[on_disk]
-        if tied is None and not _is_copy_of_base(values, on_disk, value):
+        if tied is None and not _is_copy_of_base(values_of_base, on_disk, value):
             resized[name] = value
-    lacking = [name for name in lacking if all(base[other] is not base[name] for other in resized)]
+    written = {id(base[name]) for name in resized}
+    lacking = [name for name in lacking if id(base[name]) not in written]
     if resized and lacking:
         raise CheckpointError(
             f"'{folder}' has '{next(iter(resized))}' for a resized vocabulary but not '{lacking[0]}', whose new rows "
@@ -292,17 +299,27 @@ def _take_embeddings(
     return resized
 
 
-def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
-    """Take kept tensors out of `tensors`; return (name, value, the adapter's tensor), missing ones from the base."""
+def _refuse_other_vocabulary(model: nn.Module, name: str, value: Tensor, own: Tensor, folder: Path) -> None:
+    """Raise a CheckpointError if the embedding or head of a file has another shape than the model's."""
+    if value.shape != own.shape:
+        raise CheckpointError(
+            f"'{folder}' does not fit {type(model).__name__}: '{name}' has shape {list(value.shape)}, the model "
+            f"{list(own.shape)}. Its vocabulary was resized; resize it before loading as well: "
+            f"model.resize_token_embeddings({len(value)})"
+        )
+
+
+def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[_Value]:
+    """Take kept tensors out of `tensors` and return their values; missing ones get the base's."""
     entry, owned = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
     if owned is None:
         return []
     rules, base = registry.method(entry.method).state, base_tensors(model)
-    kept = []
+    kept: list[_Value] = []
     for name, target in owned.kept_values(model):
         on_disk = [_base_name(rules, entry, slot) for slot in owned.kept[name]]
-        values = [tensors.pop(other) for other in on_disk if other in tensors]
-        kept.append((on_disk[0], values[0] if values else base[name], target))
+        stored = [tensors.pop(other) for other in on_disk if other in tensors]
+        kept.append(_Value(on_disk[0], stored[0] if stored else base[name], target))
     return kept
 
 

@@ -145,7 +145,7 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
     folder, method = Path(str(settings.adapter)), registry.method(settings.method)
     named = None if method.recorded_as is not None else method.name
     base_and_adapter.fit_vocabulary(model, folder)
-    _, config, _, _ = read_adapter(folder, model, named)
+    config = read_adapter(folder, model, named).config
     shared = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
     names = {each.name for each in dataclasses.fields(method.config_class)}
     asked: Any = None
