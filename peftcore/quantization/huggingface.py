@@ -108,6 +108,7 @@ class FourBitQuantizer(HfQuantizer):
         self.blocksizes: dict[str, int] = {}  # of experts, by parameter name
         self.layout_names: set[str] = set()  # parameters of which the checkpoint has tensors in another tool's layout
         self.files: Sequence[str] = ()
+        self.model: nn.Module | None = None  # while it is loaded
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -122,6 +123,7 @@ class FourBitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.files = kwargs.get("checkpoint_files") or ()
+        self.model = model
         self.divided = ranks.count() > 1 and getattr(model.config, "distributed_config", None) is not None
         if self.divided and self.pre_quantized:
             raise PeftcoreError(
@@ -140,6 +142,7 @@ class FourBitQuantizer(HfQuantizer):
             self.weights = {*(f"{path}.weight" for path in chosen), *self.blocksizes} - {*tied, *tied.values()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self.model = None
         if self.divided:  # each rank has read its dense parts
             config = self.quantization_config
             settings: dict[str, Any] = {name: getattr(config, name) for name in ("double_quant", "skip", "blocksize")}
@@ -149,10 +152,14 @@ class FourBitQuantizer(HfQuantizer):
         sync_config(model)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        found: list[Any] = super().update_weight_conversions(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+        """Return converters that fill the model's 4-bit weights; transformers before 5.21 passes no model."""
+        model = model or self.model
+        assert model is not None
         if not self.pre_quantized:
-            return [_by_expert(each) if isinstance(each, WeightConverter) else each for each in found]
+            return [_by_expert(each) if isinstance(each, WeightConverter) else each for each in weight_conversions]
+        # Not `super()`: of older releases it adds nothing, and of newer ones this alone for a format like ours.
+        found = [*weight_conversions, WeightConverter(self.serialized_names["weight"], "weight", [Deserialize(self)])]
         stored = self.quantization_config.stored
         layout = None if stored is None else find_layout(stored, "")
         if layout is not None:  # first: below, `down_proj` of experts matches `down_proj.qweight` of a layer
