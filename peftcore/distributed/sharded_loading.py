@@ -20,7 +20,7 @@ from peftcore.plugin import ranks
 from peftcore.plugin.layers import is_linear
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense
-from peftcore.quantization.format import FORMATS, PARTS, check_quant_type, from_tensors
+from peftcore.quantization.format import PARTS, FourBitSettings, check_quant_type, from_tensors
 from peftcore.quantization.packed_experts import pack_experts
 from peftcore.quantization.parameters import (
     PackedParameters,
@@ -79,9 +79,10 @@ def load_sharded(
 
     from peftcore.distributed.checkpoint_files import CheckpointFiles
 
+    settings = FourBitSettings(quant_type or "nf4", double_quant, blocksize, compute_dtype)
     if quant_type is not None:
         check_quant_type(quant_type)
-        double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
+        settings = settings.resolved()
     check_running()
     folder = Path(path)
     tensors = CheckpointFiles(folder)
@@ -96,7 +97,7 @@ def load_sharded(
         model.tie_weights()
     model.config._name_or_path = os.fspath(path)
     tensors.rename(model)
-    _make_quantized(model, tensors, quant_type, skip, double_quant, blocksize, compute_dtype)
+    _make_quantized(model, tensors, settings, skip, quantizes=quant_type is not None)
     shard(model, mesh, mixed_precision=mixed_precision, offload=offload, reshard_after_forward=reshard_after_forward)
     device = torch.device("cpu") if offload else _device(model)
     _materialize(model, device)
@@ -108,26 +109,32 @@ def load_sharded(
 def _make_quantized(
     model: nn.Module,
     tensors: CheckpointFiles,
-    quant_type: str | None,
-    skip: Any,
-    double_quant: bool,
-    blocksize: int,
-    compute_dtype: torch.dtype | None,
+    settings: FourBitSettings,
+    skip: Sequence[str] | None,
+    *,
+    quantizes: bool,
 ) -> None:
-    """Turn the layers that are or become 4 bits into quantized ones, on the meta device."""
+    """Turn the layers that are or become 4 bits into quantized ones, on the meta device.
+
+    Args:
+        quantizes: quantize dense weights of the checkpoint, unless it has others in 4 bits.
+    """
     packed = [name.partition(".quant_state.")[0] for name in tensors.keys if ".quant_state." in name]
-    chosen = set(selected(model, skip)) if quant_type is not None and not packed else set()
-    experts = selected_experts(model, skip, blocksize) if quant_type is not None and not packed else {}
+    layers: set[str] = set()
+    experts: dict[str, dict[str, int]] = {}
+    if quantizes and not packed:
+        layers.update(selected(model, skip))
+        experts = selected_experts(model, skip, settings.blocksize)
     for name in packed:
         path, _, attribute = name.rpartition(".")
         if attribute == "weight" and is_linear(model.get_submodule(path)):
-            chosen.add(path)
+            layers.add(path)
         else:  # the blocks are the file's
             experts.setdefault(path, {})[attribute] = MIN_BLOCKSIZE
-    for path in chosen:
-        convert_dense(model.get_submodule(path), quant_type or "nf4", double_quant, blocksize, compute_dtype)
+    for path in layers:
+        convert_dense(model.get_submodule(path), settings)
     for path, blocksizes in experts.items():
-        pack_experts(model.get_submodule(path), blocksizes, quant_type or "nf4", double_quant, compute_dtype)
+        pack_experts(model.get_submodule(path), blocksizes, settings)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -210,10 +217,8 @@ def _fill_quantized(
     packing, parameter = module.packings[attribute], module.get_parameter(attribute)
     if name in tensors.experts:
         _check_shape(name, tensors.experts[name][1], packing.shape)
-        double_quant = module._buffers[packing.buffers[2]] is not None
         experts = (_finite(expert, name) for expert in tensors.by_expert(model, name, 0, packing.shape[0]))
-        settings = packing.quant_type, double_quant, packing.blocksize, packing.turned
-        packed = joined_experts(experts, packing.shape, *settings)
+        packed = joined_experts(experts, packing.shape, module.settings_of(attribute), packing.turned)
     else:
         weight, parts = tensors.stored(tensors.keys[name])[...], tensors.parts(name)
         packed = (

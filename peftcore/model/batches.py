@@ -176,7 +176,7 @@ def _some(batches: Iterable[Any]) -> Iterator[Any]:
         empty = False
         yield batch
     if empty:
-        raise PeftcoreError("there is no batch. If it is an iterator that was read before, pass a list or a DataLoader")
+        raise PeftcoreError("`batches` is empty. If it is an iterator that has been read, pass a list or a DataLoader")
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:

@@ -1,6 +1,8 @@
 """4-bit weights: quantized linear layers, experts and whole models, and their files.
 
-It imports `engine` and what is below it.
+It imports `engine` and what is below it. Public names: `peftcore.quantize`, `dequantize` and `FourBitConfig`; here
+`load`, `QuantizedLinear`, `quantized_layers` and `quantized_experts`; and for plugins `PackedParameters`,
+`default_skip` and `find_type`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from peftcore.errors import PeftcoreError
-from peftcore.quantization import weight_format  # noqa: F401  # it registers the 4-bit formats
+from peftcore.quantization import weight_formats  # noqa: F401  # it registers the 4-bit formats
 from peftcore.quantization.convert import (
     dequantize as dequantize,
     quantize as quantize,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -43,7 +44,7 @@ from peftcore.quantization.divided_linear import (
     refuse_blocks,
     renew_plan,
 )
-from peftcore.quantization.format import FORMATS, from_tensors, quantized
+from peftcore.quantization.format import FourBitSettings, from_tensors, quantized
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import pack_experts, unpack_experts
 from peftcore.quantization.parameters import PackedParameters, packed_codes, refuse_non_finite
@@ -104,70 +105,118 @@ def quantize(
             exception, such as KeyboardInterrupt, some layers are quantized and the others dense, and the same call
             quantizes the rest.
     """
-    plugin, chosen_format = find_type(quant_type)
-    of_core = plugin is CORE
+    plugin, weight_format = find_type(quant_type)
     if batches is not None and quant_type != "affine4":
         raise PeftcoreError(f"batches are for quant_type='affine4', found {shown(quant_type)}. Leave them out")
-    if of_core:
-        double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
+    settings = FourBitSettings(quant_type, double_quant, blocksize, compute_dtype)
+    if plugin is CORE:
+        settings = settings.resolved()
     else:
-        refuse_options(quant_type, double_quant, blocksize, compute_dtype)
+        refuse_options(settings)
     _refuse_compiled_or_adapted(model)
-    with assumed_unchanged(model):
-        chosen, experts = selected(model, skip), selected_experts(model, skip, blocksize)
-    if not of_core:
-        warn_of_experts([f"{path}.{name}" for path, names in experts.items() for name in names], quant_type)
-        experts = {}
-    bitsandbytes = {path: _bits_of(module, path) for path, module in base_modules(model) if is_bitsandbytes(module)}
-    for path, module in base_modules(model):
-        if isinstance(module, QuantizedLinear) and is_divided_later(module):
-            divide_quantized(module, path)
-    if not chosen and not experts and not bitsandbytes and not any(packed_names(model)):
-        unreadable = unknown_layers(module for _, module in base_modules(model))
-        raise PeftcoreError(f"{type(model).__name__} has no linear layer to quantize (skip={skip!r}){unreadable}")
-    for path, module in chosen.items():
-        part = part_of(module) if of_core else None
-        _check_parameter(path, module, "weight", part)
-        if part is not None:
-            refuse_blocks(f"{path}.weight", part, quant_type, blocksize)
-    for path, names in experts.items():
-        for name in names:
-            _check_parameter(path, model.get_submodule(path), name)
-    if of_core:
-        check_rows(model, quant_type, blocksize, chosen, experts, skip)
-    with assumed_unchanged(model):
-        if skip is None:
-            parameters = [(path, name) for path, names in experts.items() for name in names]
-            parameters += [(path, name) for path, _, name in packed_names(model)]
-            full_names = [f"{path}.{name}" if path else name for path, name in parameters]
-            _warn_if_little(model, [*chosen, *full_names, *bitsandbytes])
-        warn_of_dense(model, skip)
+    chosen = _select(model, skip, settings, stores_experts=plugin is CORE)
+    if plugin is CORE:
+        _check_blocks(model, chosen, settings, skip)
+    _warn_of_what_stays_dense(model, chosen, skip)
     before = _held_by(model)
-    update_config = chosen_format.update_config or sync_config
     try:
-        if batches is not None:
-            chosen = _round_by_gptq(model, chosen, experts, list(batches), blocksize, compute_dtype)
-        for path, packed in bitsandbytes.items():
+        for path, module in base_modules(model):
+            if isinstance(module, QuantizedLinear) and is_divided_later(module):
+                divide_quantized(module, path)
+        for path, packed in chosen.bitsandbytes.items():
             _adopt(model.get_submodule(path), packed)
-        if not of_core:
-            quantize_by_plugin(plugin, chosen_format, chosen)
-            chosen = {}
-        for module, first in _with_first(chosen.values()):
-            if first is module:
-                convert_dense(module, quant_type, double_quant, blocksize, compute_dtype)
-            elif isinstance(first, QuantizedPart):
-                hold_part(module, first.packed, first.held_part, compute_dtype)
-            else:
-                convert(module, cast(QuantizedLinear, first).packed, compute_dtype)
-        for path, blocksizes in experts.items():
-            pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
+        if plugin is not CORE:
+            quantize_by_plugin(plugin, weight_format, chosen.layers)
+        else:
+            _convert_all(model, chosen, settings, None if batches is None else list(batches))
     finally:  # also if an error leaves some layers quantized
-        update_config(model)
+        (weight_format.update_config or sync_config)(model)
         fast_path.guard(model)
     quicken_few_rows(model)
     if before - _held_by(model) >= _WORTH:
         give_back_freed()
     return model
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What `quantize` converts.
+
+    Args:
+        layers: dense linear layers by path.
+        experts: parameters of experts: block sizes by path of the module and name.
+        bitsandbytes: weights of bitsandbytes' layers by path, which keep their bits.
+    """
+
+    layers: dict[str, nn.Module]
+    experts: dict[str, dict[str, int]]
+    bitsandbytes: dict[str, PackedWeight]
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the experts' parameters."""
+        return [_joined(path, name) for path, names in self.experts.items() for name in names]
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _select(
+    model: nn.Module, skip: Sequence[str] | None, settings: FourBitSettings, *, stores_experts: bool
+) -> _Chosen:
+    """Return what is quantized.
+
+    Raises:
+        PeftcoreError: there is nothing to quantize, or a weight cannot be.
+    """
+    with assumed_unchanged(model):
+        layers, experts = selected(model, skip), selected_experts(model, skip, settings.blocksize)
+    theirs = {path: _bits_of(module, path) for path, module in base_modules(model) if is_bitsandbytes(module)}
+    chosen = _Chosen(layers, experts, theirs)
+    if not stores_experts:
+        warn_of_experts(chosen.expert_names, settings.quant_type)
+        chosen = replace(chosen, experts={})
+    if not layers and not chosen.experts and not theirs and not any(packed_names(model)):
+        unreadable = unknown_layers(module for _, module in base_modules(model))
+        raise PeftcoreError(f"{type(model).__name__} has no linear layer to quantize (skip={skip!r}){unreadable}")
+    for path, module in layers.items():
+        _check_parameter(path, module, "weight", part_of(module) if stores_experts else None)
+    for path, names in chosen.experts.items():
+        for name in names:
+            _check_parameter(path, model.get_submodule(path), name)
+    return chosen
+
+
+def _check_blocks(model: nn.Module, chosen: _Chosen, settings: FourBitSettings, skip: Sequence[str] | None) -> None:
+    """Raise a PeftcoreError for weights, or ranks' parts of them, that do not divide into the format's blocks."""
+    for path, module in chosen.layers.items():
+        part = part_of(module)
+        if part is not None:
+            refuse_blocks(f"{path}.weight", part, settings)
+    check_rows(model, settings, chosen.layers, chosen.experts, skip)
+
+
+def _warn_of_what_stays_dense(model: nn.Module, chosen: _Chosen, skip: Sequence[str] | None) -> None:
+    with assumed_unchanged(model):
+        if skip is None:
+            packed_before = [_joined(path, name) for path, _, name in packed_names(model)]
+            _warn_if_little(model, [*chosen.layers, *chosen.expert_names, *packed_before, *chosen.bitsandbytes])
+        warn_of_dense(model, skip)
+
+
+def _convert_all(model: nn.Module, chosen: _Chosen, settings: FourBitSettings, batches: list[Any] | None) -> None:
+    """Convert layers and experts in place, by GPTQ those that `batches` reach."""
+    layers = chosen.layers if batches is None else _round_by_gptq(model, chosen, batches, settings)
+    for module, first in _with_first(layers.values()):
+        if first is module:
+            convert_dense(module, settings)
+        elif isinstance(first, QuantizedPart):
+            hold_part(module, first.packed, first.held_part, settings.compute_dtype)
+        else:  # it shares the weight of a layer that has been converted
+            convert(module, cast(QuantizedLinear, first).packed, settings.compute_dtype)
+    for path, blocksizes in chosen.experts.items():
+        pack_experts(model.get_submodule(path), blocksizes, settings)
 
 
 def _refuse_compiled_or_adapted(model: nn.Module) -> None:
@@ -194,22 +243,17 @@ def quicken_few_rows(model: nn.Module) -> None:
 
 
 def _round_by_gptq(
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    experts: Mapping[str, Mapping[str, int]],
-    batches: list[Any],
-    blocksize: int,
-    compute_dtype: torch.dtype | None,
+    model: nn.Module, chosen: _Chosen, batches: list[Any], settings: FourBitSettings
 ) -> dict[str, nn.Module]:
     """Convert layers by GPTQ, and return those that no batch reaches."""
 
-    def converted(layer: nn.Module, weight: PackedWeight) -> None:
-        convert(layer, weight, compute_dtype)
+    def convert_one(layer: nn.Module, weight: PackedWeight) -> None:
+        convert(layer, weight, settings.compute_dtype)
         fast_path.guard(model)
 
-    unreached = gptq.round_layers(model, layers, batches, blocksize, converted)
-    gptq.warn_of_nearest(unreached, [f"{path}.{name}" for path, names in experts.items() for name in names])
-    return {path: layers[path] for path in unreached}
+    unreached = gptq.round_layers(model, chosen.layers, batches, settings.blocksize, convert_one)
+    gptq.warn_of_nearest(unreached, chosen.expert_names)
+    return {path: chosen.layers[path] for path in unreached}
 
 
 def _held_by(model: nn.Module) -> int:
@@ -245,11 +289,13 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
         raise PeftcoreError("dequantize needs a model without adapters. Dequantize first, or call peftcore.remove")
     try:
         for _, module in list(base_modules(model)):
-            found = find_weight_format(module)
-            if found is not None and found.decode and found.plain and not isinstance(module, PackedParameters):
-                dequantize_by_plugin(module, found, dtype)
-                if found.update_config is not None:
-                    found.update_config(model)
+            weight_format = find_weight_format(module)
+            if weight_format is None or isinstance(module, PackedParameters):
+                continue
+            if weight_format.decode and weight_format.plain:  # a plugin's
+                dequantize_by_plugin(module, weight_format, dtype)
+                if weight_format.update_config is not None:
+                    weight_format.update_config(model)
         for _, experts in list(quantized_experts(model)):
             unpack_experts(experts, dtype)
         layers = [module for _, module in base_modules(model) if isinstance(module, QuantizedLinear)]
@@ -264,17 +310,14 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
     return model
 
 
-def convert_dense(
-    module: Any, quant_type: str, double_quant: bool, blocksize: int, compute_dtype: torch.dtype | None
-) -> QuantizedLinear:
+def convert_dense(module: Any, settings: FourBitSettings) -> QuantizedLinear:
     """Quantize one dense layer in place."""
     part = part_of(module)
     if part is not None:
-        return convert_part(module, part, quant_type, double_quant, blocksize, compute_dtype)
+        return convert_part(module, part, settings)
     weight = module.weight.detach()
     weight = weight.T if is_conv1d(module) else weight
-    packed = quantized(weight, quant_type, double_quant, blocksize)
-    return convert(module, packed, compute_dtype)
+    return convert(module, quantized(weight, settings), settings.compute_dtype)
 
 
 def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None) -> QuantizedLinear:
@@ -333,8 +376,9 @@ def _with_first(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
 
 
 def _check_parameter(path: str, module: nn.Module, parameter: str, part: HeldPart | None = None) -> None:
+    """Raise a PeftcoreError if a parameter cannot be quantized. `part`: the part of it that this rank can quantize."""
     weight = module.get_parameter(parameter)
-    name = f"{path}.{parameter}" if path else parameter
+    name = _joined(path, parameter)
     if ranks.is_partitioned(weight):
         raise PeftcoreError(
             f"'{name}' is partitioned by DeepSpeed's ZeRO-3, and no rank has the whole weight. Load and quantize the "

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from peftcore.engine.adaptation.parallel_hooks import style_of_hooks
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.plugin import ranks
-from peftcore.quantization.format import FORMATS, quantized
+from peftcore.quantization.format import FORMATS, FourBitSettings, quantized
 from peftcore.quantization.linear import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ class QuantizedPart(QuantizedLinear):
 
     def quantized_parameter(self, name: str, weight: Tensor) -> PackedWeight:
         """Return this rank's part of a whole dense weight, quantized with this layer's settings. Collective."""
-        packing, part = self.packings[name], self.held_part
-        return _quantized(part.of(weight).contiguous(), packing.quant_type, packing.blocksize, part)
+        return _quantized(self.held_part.of(weight).contiguous(), self.settings_of(name), self.held_part)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_quantized:
@@ -186,13 +185,17 @@ def part_of(module: nn.Module) -> HeldPart | None:
         return None
     from torch.distributed.tensor import Shard
 
-    shape = division.outputs, division.inputs
-    return HeldPart(division.mesh, Shard(1 if division.by_rows else 0), shape, division.dtensors)
+    return HeldPart(
+        mesh=division.mesh,
+        placement=Shard(1 if division.by_rows else 0),
+        shape=(division.outputs, division.inputs),
+        hooked=division.dtensors,
+    )
 
 
-def refuse_blocks(name: str, part: HeldPart, quant_type: str, blocksize: int) -> None:
+def refuse_blocks(name: str, part: HeldPart, settings: FourBitSettings) -> None:
     """Raise a PeftcoreError unless the part of every rank of the weight `name` begins a block, and is not empty."""
-    columns = part.shape[1]
+    columns, blocksize = part.shape[1], settings.blocksize
     count, across = part.mesh.size(), part.placement.dim
     begins = [part.bounds(rank)[0] for rank in range(count)]
     if part.bounds(count - 1)[0] == part.bounds(count - 1)[1]:
@@ -200,25 +203,26 @@ def refuse_blocks(name: str, part: HeldPart, quant_type: str, blocksize: int) ->
             f"'{name}' has {part.shape[across]} {'columns' if across else 'rows'}, of which some of {count} ranks have "
             "none. Leave it dense: skip=[...]"
         )
-    fits = columns % blocksize == 0 if across else True
-    if fits and not any(begin * (1 if across else columns) % blocksize for begin in begins):
+    if across:
+        fits = columns % blocksize == 0 and all(begin % blocksize == 0 for begin in begins)
+    else:
+        fits = all(begin * columns % blocksize == 0 for begin in begins)
+    if fits:
         return
     what = "columns" if across else f"rows of {columns} values"
     raise PeftcoreError(
         f"'{name}' is divided over {count} ranks after {begins[1]} {what}, which is not a multiple of the {blocksize} "
-        f"values that share a scale in {quant_type}: its 4 bits would not be those of one process. Choose a smaller "
-        f"blocksize, of 32 or more, or leave the weight dense: skip=['{name.removesuffix('.weight')}']"
+        f"values that share a scale in {settings.quant_type}: its 4 bits would not be those of one process. Choose a "
+        f"smaller blocksize, of 32 or more, or leave the weight dense: skip=['{name.removesuffix('.weight')}']"
     )
 
 
-def convert_part(
-    module: Any, part: HeldPart, quant_type: str, double_quant: bool, blocksize: int, compute_dtype: torch.dtype | None
-) -> QuantizedPart:
+def convert_part(module: Any, part: HeldPart, settings: FourBitSettings) -> QuantizedPart:
     """Quantize this rank's part of a dense layer in place. Collective."""
-    double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
-    part = HeldPart(part.mesh, part.placement, part.shape, part.hooked, double_quant)
-    packed = _quantized(module.weight.detach().to_local(), quant_type, blocksize, part)
-    return hold_part(module, packed, part, compute_dtype)
+    settings = settings.resolved()
+    part = replace(part, double_quant=settings.double_quant)
+    packed = _quantized(module.weight.detach().to_local(), settings, part)
+    return hold_part(module, packed, part, settings.compute_dtype)
 
 
 def is_divided_later(module: QuantizedLinear) -> bool:
@@ -241,8 +245,14 @@ def divide_quantized(module: Any, path: str) -> QuantizedPart:
     whole: dict[str, Any] = {name: ranks.whole(t) for name, t in tensors.items()}
     packed = module.packed._replace(**whole)
     rows, columns = packed.shape
-    part = HeldPart(mesh, Shard(int(by_rows)), (rows, columns), True, packed.double_quant)
-    refuse_blocks(f"{path}.weight", part, packed.quant_type, packed.blocksize)
+    part = HeldPart(
+        mesh=mesh,
+        placement=Shard(int(by_rows)),
+        shape=(rows, columns),
+        hooked=True,
+        double_quant=packed.double_quant,
+    )
+    refuse_blocks(f"{path}.weight", part, module.settings_of("weight"))
     del module._parameters["weight"]
     module._parameters = {"weight": None, **module._parameters}
     return hold_part(module, _part_of_packed(packed, part), part, module.compute_dtype)
@@ -266,12 +276,12 @@ def renew_plan(module: nn.Module) -> None:
         plan["self"].install_forward(module, plan["mesh"])
 
 
-def _quantized(part: Tensor, quant_type: str, blocksize: int, held: HeldPart) -> PackedWeight:
+def _quantized(part: Tensor, settings: FourBitSettings, held: HeldPart) -> PackedWeight:
     """Return a part, quantized as if the whole was. Collective."""
-    by_whole = FORMATS[quant_type].quantize_part
+    by_whole = FORMATS[settings.quant_type].quantize_part
     if by_whole is not None:
         return by_whole(part, lambda t: t if t.is_meta else _largest(t, held))
-    packed = quantized(part, quant_type, False, blocksize)
+    packed = quantized(part, replace(settings, double_quant=False))
     if not held.double_quant:
         return packed
     if part.is_meta:

@@ -1,10 +1,12 @@
-"""The 4-bit formats, by name."""
+"""The 4-bit formats by name, and the settings with which a weight is quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftcore.errors import PeftcoreError
@@ -27,11 +29,29 @@ def check_quant_type(quant_type: Any) -> None:
         raise PeftcoreError(f"quant_type={shown(quant_type)} is not known. Choose one of: {', '.join(QUANT_TYPES)}")
 
 
-def quantized(weight: Tensor, quant_type: str, double_quant: bool, blocksize: int) -> PackedWeight:
-    """Quantize a dense weight in the format `quant_type`."""
-    found = FORMATS[quant_type]
-    double_quant, blocksize = found.settings(double_quant, blocksize)
-    return found.quantize(weight, blocksize, double_quant)
+@dataclass(frozen=True)
+class FourBitSettings:
+    """How weights are quantized, and the dtype of products with them; see `peftcore.quantize`."""
+
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    blocksize: int = 64
+    compute_dtype: torch.dtype | None = None
+
+    def resolved(self) -> FourBitSettings:
+        """Return the settings with the values that the format uses.
+
+        Raises:
+            PeftcoreError: the format does not have such a block size.
+        """
+        double_quant, blocksize = FORMATS[self.quant_type].settings(self.double_quant, self.blocksize)
+        return replace(self, double_quant=double_quant, blocksize=blocksize)
+
+
+def quantized(weight: Tensor, settings: FourBitSettings) -> PackedWeight:
+    """Quantize a dense weight."""
+    settings = settings.resolved()
+    return FORMATS[settings.quant_type].quantize(weight, settings.blocksize, settings.double_quant)
 
 
 def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ already, give it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from peftcore.ops import PackedWeight
 from peftcore.plugin.layers import is_conv1d
 
 _DAMP = 0.01  # of the mean of H's diagonal
+Convert: TypeAlias = "Callable[[nn.Module, PackedWeight], object]"
+
 _AT_ONCE = 32  # columns whose errors reach the columns behind them together
 
 
@@ -101,7 +103,7 @@ class _Enough(BaseException):
 
 
 def round_layers(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], blocksize: int, convert: Any
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], blocksize: int, convert: Convert
 ) -> list[str]:
     """Convert linear layers to affine4 in place, one after the other, so that each dense weight is freed at once.
 
@@ -119,7 +121,7 @@ def round_layers(
         PeftcoreError: there is no batch, or inputs are not finite. Layers before those with such inputs are converted.
     """
     if not batches:
-        raise PeftcoreError("there is no batch. If it is an iterator that was read before, pass a list or a DataLoader")
+        raise PeftcoreError("`batches` is empty. If it is an iterator that has been read, pass a list or a DataLoader")
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -143,7 +145,7 @@ def round_layers(
     return unreached
 
 
-def _convert(layers: Mapping[str, Any], paths: list[str], upper: Tensor, blocksize: int, convert: Any) -> None:
+def _convert(layers: Mapping[str, Any], paths: list[str], upper: Tensor, blocksize: int, convert: Convert) -> None:
     first = layers[paths[0]]
     weight = first.weight.detach()
     packed = rounded(weight.T if is_conv1d(first) else weight, upper, blocksize)
@@ -151,7 +153,8 @@ def _convert(layers: Mapping[str, Any], paths: list[str], upper: Tensor, blocksi
         convert(layers[path], packed if layers[path] is first else first.packed)
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)
+class _Call:
     """Call of a layer: its input with the version that in-place operators raise, and the leader of the layer's weight.
 
     The leader of weights that get one input in consecutive calls, such as query, key and value, is the first of them.
@@ -200,7 +203,7 @@ def _in_order(model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Any
     return found, [path for weight, paths in paths_of.items() if weight not in groups for path in paths]
 
 
-def _forward(model: nn.Module, keys: Mapping[str, Any], batch: Any, see: Any) -> None:
+def _forward(model: nn.Module, keys: Mapping[str, Any], batch: Any, see: Callable[[Any, Tensor], object]) -> None:
     """Run the model on a batch, and pass (key, input) of each call of the modules at `keys` to `see`."""
 
     def look(key: Any, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -39,7 +44,6 @@ from peftcore.quantization.checkpoint_conversions import (
     noted,
 )
 from peftcore.quantization.checkpoint_layouts import described, find_layout
-from peftcore.quantization.checkpoint_reading import not_mapped, read_when_needed
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import (
     convert_dense,
@@ -49,7 +53,7 @@ from peftcore.quantization.convert import (
     quantized_layers,
     quicken_few_rows,
 )
-from peftcore.quantization.format import FORMATS, PARTS, check_quant_type
+from peftcore.quantization.format import PARTS, FourBitSettings, check_quant_type
 from peftcore.quantization.four_bit_format import DTYPES, METHOD
 from peftcore.quantization.mxfp4_format import BLOCKS, SCALES
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
@@ -77,17 +81,23 @@ class FourBitConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         check_quant_type(quant_type)
-        double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
+        settings = FourBitSettings(quant_type, double_quant, blocksize).resolved()
         compute_dtype = str(compute_dtype).removeprefix("torch.") if compute_dtype is not None else None
         if compute_dtype is not None and compute_dtype not in DTYPES:
             raise PeftcoreError(f"compute_dtype must be one of {', '.join(DTYPES)} or None, found {compute_dtype!r}")
         self.quant_method = METHOD
         self.quant_type = quant_type
-        self.double_quant = double_quant
+        self.double_quant = settings.double_quant
         self.skip = list(skip) if skip is not None else None
         self.compute_dtype = compute_dtype
-        self.blocksize = blocksize
+        self.blocksize = settings.blocksize
         self.stored = stored  # `quantization_config` of a checkpoint that another tool wrote (`find_layout`)
+
+    @property
+    def settings(self) -> FourBitSettings:
+        """The settings, with `compute_dtype` as a dtype; the attributes are what a JSON file has."""
+        dtype = None if self.compute_dtype is None else DTYPES[self.compute_dtype]
+        return FourBitSettings(self.quant_type, self.double_quant, self.blocksize, dtype)
 
 
 @register_quantizer(METHOD)
@@ -112,8 +122,7 @@ class FourBitQuantizer(HfQuantizer):
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        name = self.quantization_config.compute_dtype
-        return DTYPES[name] if name else None
+        return self.quantization_config.settings.compute_dtype
 
     def is_serializable(self) -> bool:
         return True
@@ -137,7 +146,7 @@ class FourBitQuantizer(HfQuantizer):
             warn_of_dense(model, config.skip)
             experts = selected_experts(model, config.skip, config.blocksize)
             chosen = {path: chosen[path] for path in chosen if f"{path}.weight" not in {*tied, *tied.values()}}
-            check_rows(model, config.quant_type, config.blocksize, chosen, experts, config.skip)
+            check_rows(model, config.settings, chosen, experts, config.skip)
             self.blocksizes = {f"{path}.{name}": size for path in experts for name, size in experts[path].items()}
             self.weights = {*(f"{path}.weight" for path in chosen), *self.blocksizes} - {*tied, *tied.values()}
 
@@ -145,8 +154,14 @@ class FourBitQuantizer(HfQuantizer):
         self.model = None
         if self.divided:  # each rank has read its dense parts
             config = self.quantization_config
-            settings: dict[str, Any] = {name: getattr(config, name) for name in ("double_quant", "skip", "blocksize")}
-            return quantize(model, config.quant_type, compute_dtype=self.compute_dtype, **settings)
+            return quantize(
+                model,
+                config.quant_type,
+                double_quant=config.double_quant,
+                skip=config.skip,
+                compute_dtype=self.compute_dtype,
+                blocksize=config.blocksize,
+            )
         fast_path.guard(model)
         quicken_few_rows(model)
         sync_config(model)
@@ -204,9 +219,7 @@ class _Quantize(ConversionOps):
                 continue
             module = model.get_submodule(name.rpartition(".")[0])
             module.weight = nn.Parameter(value, requires_grad=False)
-            convert_dense(
-                module, config.quant_type, config.double_quant, config.blocksize, self.hf_quantizer.compute_dtype
-            )
+            convert_dense(module, config.settings)
             done[name] = module.weight
         return done
 
@@ -230,8 +243,8 @@ class _Quantize(ConversionOps):
                 raise CheckpointError(f"'{name}' has {count} experts, but the model needs {list(shape)}")
 
         with noted():
-            settings = config.quant_type, config.double_quant, blocksize, is_turned(module, config.quant_type)
-            packed = joined_experts(checked(), shape, *settings)
+            settings = replace(config.settings, blocksize=blocksize)
+            packed = joined_experts(checked(), shape, settings, is_turned(module, config.quant_type))
         pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
         return {name: module.get_parameter(attribute)}
 
@@ -281,53 +294,69 @@ def load(
     **options: Any,
 ) -> nn.Module:
     """Implement `peftcore.quantization.load`."""
-    import transformers
-
     where = os.fspath(path)
     ours = FourBitConfig(quant_type, double_quant, skip, compute_dtype, blocksize)
-    config, _ = transformers.AutoConfig.from_pretrained(where, return_unused_kwargs=True, **options)
-    options = {name: value for name, value in options.items() if not hasattr(config, name)}
+    config, options = _config_and_options(where, options)
     stored, layout = described(config), None
     if stored is None:
         options["quantization_config"] = ours
-    elif stored.get("quant_method") in (METHOD, "mxfp4") or (
-        stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit")
-    ):
-        config.quantization_config = ours.to_dict()
-    elif (layout := find_layout(stored, where)) is not None:
-        ours = FourBitConfig(layout.quant_type, skip=skip, compute_dtype=compute_dtype, stored=stored)
-        if layout.warning:
-            warn(layout.warning)
-        if stored.get("kv_cache_scheme"):
-            warn(f"'{where}' asks for a quantized cache of keys and values, which is left in the model's dtype")
-        config.quantization_config = ours.to_dict()
     else:
+        layout = _read_as_ours(config, stored, ours, where)
+    model_class = model_class or _class_named_in(config)
+    reading = contextlib.nullcontext() if stored is None else read_when_needed()
+    with _errors_of_reading(where), not_mapped(), reading:
+        model, info = model_class.from_pretrained(
+            where, config=config, dtype=dtype, output_loading_info=True, **options
+        )
+    for parameter in model.parameters():
+        if parameter.untyped_storage().filename is not None:  # mapped anyway, which would hold the whole file
+            parameter.data = parameter.data.clone()
+    give_back_freed()
+    if layout is not None:
+        _check_layout(model, layout, info["unexpected_keys"], where)
+    elif stored is not None and stored.get("quant_method") == "mxfp4":
+        _check_blocks(model, where)
+    elif stored is not None:
+        _warn_of_dense_experts(model, where, stored.get("llm_int8_skip_modules") or ())
+    _refuse_missing(model, info["missing_keys"], where)
+    return model
+
+
+def _read_as_ours(
+    config: PretrainedConfig, stored: Mapping[str, Any], ours: FourBitConfig, where: str
+) -> CheckpointLayout | None:
+    """Make transformers read a checkpoint in 4 bits by the quantizer above. Return its layout, if another tool's.
+
+    Raises:
+        PeftcoreError: the checkpoint is quantized in another format.
+    """
+    quant_method = stored.get("quant_method")
+    if quant_method in (METHOD, "mxfp4") or (quant_method == "bitsandbytes" and stored.get("load_in_4bit")):
+        config.quantization_config = ours.to_dict()
+        return None
+    layout = find_layout(stored, where)
+    if layout is None:
         refuse_read_as_it_is(stored, where)
         raise PeftcoreError(
-            f"'{where}' is quantized with {stored.get('quant_method')!r}, which is not supported. Use a dense "
+            f"'{where}' is quantized with {quant_method!r}, which is not supported. Use a dense "
             "checkpoint, or one in bitsandbytes' 4-bit format, MXFP4, GPTQ, AWQ, NVFP4 or compressed-tensors' W4A16"
         )
-    if model_class is None:
-        named = (config.architectures or [None])[0]
-        model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
-    reading = contextlib.nullcontext() if stored is None else read_when_needed()
+    if layout.warning:
+        warn(layout.warning)
+    if stored.get("kv_cache_scheme"):
+        warn(f"'{where}' asks for a quantized cache of keys and values, which is left in the model's dtype")
+    of_layout = FourBitConfig(layout.quant_type, skip=ours.skip, compute_dtype=ours.compute_dtype, stored=stored)
+    config.quantization_config = of_layout.to_dict()
+    return layout
+
+
+@contextlib.contextmanager
+def _errors_of_reading(where: str) -> Iterator[None]:
+    """Raise the errors of conversions, which transformers only logs, and name a checkpoint that cannot be read."""
     failures: list[PeftcoreError] = []
     try:
-        with not_mapped(), reading, collected(failures):
-            found = model_class.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **options)
-        model: nn.Module = found[0]
-        for parameter in model.parameters():
-            if parameter.untyped_storage().filename is not None:  # mapped anyway, which would hold the whole file
-                parameter.data = parameter.data.clone()
-        give_back_freed()
-        if layout is not None:
-            _check_layout(model, layout, found[1]["unexpected_keys"], where)
-        elif stored is not None and stored.get("quant_method") == "mxfp4":
-            _check_blocks(model, where)
-        elif stored is not None:
-            _warn_of_dense_experts(model, where, stored.get("llm_int8_skip_modules") or ())
-        _refuse_missing(model, found[1]["missing_keys"], where)
-        return model
+        with collected(failures):
+            yield
     except SafetensorError as error:
         raise CheckpointError(f"the weights in '{where}' cannot be read: {error}. The checkpoint is damaged") from error
     except RuntimeError as error:
@@ -349,19 +378,25 @@ def load_then_quantize(
     **options: Any,
 ) -> nn.Module:
     """Load a dense model and quantize it in a plugin's format."""
-    import transformers
-
-    refuse_options(quant_type, double_quant, blocksize, compute_dtype)
+    refuse_options(FourBitSettings(quant_type, double_quant, blocksize, compute_dtype))
     where = os.fspath(path)
-    config, _ = transformers.AutoConfig.from_pretrained(where, return_unused_kwargs=True, **options)
-    options = {name: value for name, value in options.items() if not hasattr(config, name)}
-    if model_class is None:
-        named = (config.architectures or [None])[0]
-        model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
-    found = model_class.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **options)
-    model: nn.Module = found[0]
-    _refuse_missing(model, found[1]["missing_keys"], where)
+    config, options = _config_and_options(where, options)
+    model_class = model_class or _class_named_in(config)
+    model, info = model_class.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **options)
+    _refuse_missing(model, info["missing_keys"], where)
     return quantize(model, quant_type, skip=skip)
+
+
+def _config_and_options(where: str, options: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Return a checkpoint's config, with those of the options that it has, and the others."""
+    config, _ = AutoConfig.from_pretrained(where, return_unused_kwargs=True, **options)
+    return config, {name: value for name, value in options.items() if not hasattr(config, name)}
+
+
+def _class_named_in(config: PretrainedConfig) -> Any:
+    """Return the class of models that a checkpoint names, or else that of language models."""
+    name = (config.architectures or [""])[0]
+    return getattr(transformers, name, None) or transformers.AutoModelForCausalLM
 
 
 def _refuse_missing(model: Any, missing: Iterable[str], where: str) -> None:
@@ -430,3 +465,73 @@ def _warn_of_dense_experts(model: nn.Module, where: str, skipped: Sequence[str])
             f"{len(dense)} weights of experts ('{dense[0]}') are dense in '{where}'. peftcore.quantize(model) "
             "quantizes them too",
         )
+
+
+_Change = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def _while_any(change: _Change) -> _Change:
+    """Make a change of the process last from the first thread that enters its block to the last one that leaves.
+
+    If each thread made the change, one that overlaps would save what another has changed, and restore that.
+    """
+    lock, inside, undo = threading.Lock(), set[object](), contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    @functools.wraps(change)
+    def changed() -> Iterator[None]:
+        own = object()
+        try:
+            with lock:
+                if not inside:
+                    undo.enter_context(change())
+                inside.add(own)
+            yield
+        finally:
+            with lock:
+                inside.discard(own)
+                if not inside:
+                    undo.close()
+
+    return changed
+
+
+@_while_any
+@contextlib.contextmanager
+def read_when_needed() -> Iterator[None]:
+    """Make transformers read a quantized tensor when it is converted within the block, not ahead by threads.
+
+    The memory of what threads have read is not reused for converted weights: a checkpoint would take twice its size.
+    """
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+@_while_any
+@contextlib.contextmanager
+def not_mapped() -> Iterator[None]:
+    """Make transformers read weights instead of memory-mapping files within the block.
+
+    Pages read from a mapped file stay in memory until it is closed, so at the end of loading the whole dense checkpoint
+    would be resident in addition to the quantized model. Other threads that load at the same time get the same values.
+    """
+    import transformers.modeling_utils as reader
+
+    opened = reader.safe_open
+
+    def opened_to_read(*args: Any, **kwargs: Any) -> Any:
+        return opened(*args, **({**kwargs, "backend": "pread"} if kwargs.get("backend") == "mmap" else kwargs))
+
+    reader.safe_open = opened_to_read
+    try:
+        yield
+    finally:
+        reader.safe_open = opened

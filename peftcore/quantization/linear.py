@@ -15,7 +15,7 @@ from peftcore import ops
 from peftcore.errors import PeftcoreError
 from peftcore.ops import PackedWeight
 from peftcore.plugin import ranks
-from peftcore.quantization.format import quantized
+from peftcore.quantization.format import FourBitSettings, quantized
 from peftcore.quantization.parameters import PackedParameters, double_quant_text
 
 
@@ -45,8 +45,8 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         weight = torch.zeros(out_features, in_features, device=device, dtype=dtype)
         self.bias: nn.Parameter | None  # type: ignore[assignment]  # as in nn.Linear, which does not say so
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        packed = quantized(weight, quant_type, double_quant, blocksize)
-        self.set_packed_parameter("weight", packed)
+        settings = FourBitSettings(quant_type=quant_type, double_quant=double_quant, blocksize=blocksize)
+        self.set_packed_parameter("weight", quantized(weight, settings))
 
     @property
     def is_quantized(self) -> bool:
@@ -56,7 +56,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """Return the 4-bit weight, without copying."""
-        # bypasses `nn.Module.__getattr__`, which costs more than the call
+        # This is read for every token. Neither `nn.Module.__getattr__` nor names of arguments are worth their time.
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
         shape, blocksize, dtype, quant_type, nested_blocksize, _, _ = self.packings["weight"]

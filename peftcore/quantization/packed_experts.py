@@ -7,6 +7,7 @@ hand-written forward runs on weights that are dequantized for the call.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from peftcore.model.base_modules import restored_after_error
 from peftcore.model.detecting import mark_as_loaded
 from peftcore.model.experts import experts_forward, experts_layout, has_interface_forward
 from peftcore.ops import PackedWeight
-from peftcore.quantization.format import FORMATS
+from peftcore.quantization.format import FORMATS, FourBitSettings
 from peftcore.quantization.parameters import PackedParameters, quantized_by_expert
 
 _UNPACKED = "_peftcore_unpacked"
@@ -36,19 +37,14 @@ def pack_parameter(module: Any, name: str, weight: PackedWeight, compute_dtype: 
         mark_as_loaded(module.get_parameter(name), dense)
 
 
-def pack_experts(
-    module: nn.Module,
-    blocksizes: Mapping[str, int],
-    quant_type: str,
-    double_quant: bool,
-    compute_dtype: torch.dtype | None,
-) -> None:
-    """Quantize parameters of a module in place, expert by expert."""
+def pack_experts(module: nn.Module, blocksizes: Mapping[str, int], settings: FourBitSettings) -> None:
+    """Quantize parameters of a module in place, expert by expert, in blocks of these sizes by name."""
     for name, blocksize in blocksizes.items():
         weight = module.get_parameter(name).detach()
-        packed = quantized_by_expert(weight, quant_type, double_quant, blocksize, is_turned(module, quant_type))
+        of_parameter = replace(settings, blocksize=blocksize)
+        packed = quantized_by_expert(weight, of_parameter, is_turned(module, settings.quant_type))
         del weight
-        pack_parameter(module, name, packed, compute_dtype)
+        pack_parameter(module, name, packed, settings.compute_dtype)
 
 
 def is_turned(module: nn.Module, quant_type: str) -> bool:

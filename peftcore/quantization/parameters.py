@@ -10,6 +10,7 @@ tensors only. Merging may replace a quantized parameter by a dense one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from peftcore import ops
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops import PackedWeight
-from peftcore.quantization.format import FORMATS, PARTS, from_tensors, quantized, to_tensors
+from peftcore.quantization.format import FORMATS, PARTS, FourBitSettings, from_tensors, quantized, to_tensors
 
 BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset", "zeros", "permutation")
 _BY_EXPERT = ("codes", "absmax", "nested_absmax", "zeros")  # parts of a packed weight that experts do not share
@@ -28,7 +29,13 @@ class Packing(NamedTuple):
     """Metadata of a `PackedWeight` and the names of the buffers that hold its tensors.
 
     Args:
-        shape: shape of the parameter. turned: the packed weight is its transpose, of each expert.
+        shape: shape of the parameter.
+        blocksize: number of weights that share a scale.
+        dtype: original dtype.
+        quant_type: name of the format.
+        nested_blocksize: number of scales that share a scale.
+        buffers: names of the buffers, in the order of `BUFFERS`.
+        turned: the packed weight is the transpose of the parameter, of each expert.
     """
 
     shape: tuple[int, ...]
@@ -60,20 +67,33 @@ class PackedParameters(nn.Module):
         packing, codes = self.packings.get(name), self._parameters.get(name)
         if packing is None or codes is None or codes.dtype is not torch.uint8:
             return None
-        _, blocksize, dtype, quant_type, nested_blocksize, names, is_turned = packing
-        buffers: Any = self._buffers
-        absmax, quant_map, nested, values, offset, zeros, permutation = (buffers[each] for each in names)
-        facts = packing.packed_shape, blocksize, dtype, quant_type
-        scales = nested, values, offset, nested_blocksize
-        return PackedWeight(codes, absmax, quant_map, *facts, *scales, is_turned, zeros, permutation)
+        tensors: dict[str, Any] = dict(zip(BUFFERS, map(self._buffers.get, packing.buffers), strict=True))
+        return PackedWeight(
+            codes=codes,
+            shape=packing.packed_shape,
+            blocksize=packing.blocksize,
+            dtype=packing.dtype,
+            quant_type=packing.quant_type,
+            nested_blocksize=packing.nested_blocksize,
+            turned=packing.turned,
+            **tensors,
+        )
 
     def set_packed_parameter(self, name: str, weight: PackedWeight) -> None:
         """Replace the parameter by another quantized weight of its shape."""
         prefix = "" if name == "weight" else f"{name}_"
         names = tuple(prefix + part for part in BUFFERS)
-        facts = weight.blocksize, weight.dtype, weight.quant_type, weight.nested_blocksize
+        packing = Packing(
+            shape=parameter_shape(weight),
+            blocksize=weight.blocksize,
+            dtype=weight.dtype,
+            quant_type=weight.quant_type,
+            nested_blocksize=weight.nested_blocksize,
+            buffers=names,
+            turned=weight.turned,
+        )
         # A new dictionary, because shallow copies of this module share the old one.
-        self.packings = {**self.packings, name: Packing(parameter_shape(weight), *facts, names, weight.turned)}
+        self.packings = {**self.packings, name: packing}
         held = self._parameters.get(name)
         if held is not None and held.dtype is torch.uint8 and not held.is_meta:
             if held is not weight.codes:
@@ -100,12 +120,23 @@ class PackedParameters(nn.Module):
     def quantized_parameter(self, name: str, weight: Tensor) -> PackedWeight:
         """Quantize a dense weight with this parameter's settings."""
         packing = self.packings[name]
-        double_quant, permutation = (self._buffers[packing.buffers[i]] for i in (2, 6))
-        settings = packing.quant_type, double_quant is not None, packing.blocksize, packing.turned
+        permutation = self._buffers[packing.buffers[BUFFERS.index("permutation")]]
         if permutation is None:
-            return quantized_by_expert(weight, *settings)
+            return quantized_by_expert(weight, self.settings_of(name), packing.turned)
         permutation = permutation.to(weight.device)
-        return quantized_by_expert(weight.index_select(-1, permutation), *settings)._replace(permutation=permutation)
+        packed = quantized_by_expert(weight.index_select(-1, permutation), self.settings_of(name), packing.turned)
+        return packed._replace(permutation=permutation)
+
+    def settings_of(self, name: str) -> FourBitSettings:
+        """Return the settings with which a parameter was quantized."""
+        packing = self.packings[name]
+        nested_absmax = self._buffers[packing.buffers[BUFFERS.index("nested_absmax")]]
+        return FourBitSettings(
+            quant_type=packing.quant_type,
+            double_quant=nested_absmax is not None,
+            blocksize=packing.blocksize,
+            compute_dtype=self.compute_dtype,
+        )
 
     def forget_packing(self, name: str) -> None:
         """Turn the parameter, which is dense by now, into an ordinary one."""
@@ -115,10 +146,12 @@ class PackedParameters(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedParameters:
         # A cast to half precision would round the scales, and `type(dtype)` would read bytes as numbers.
-        kept = {id(self._buffers[name]) for packing in self.packings.values() for name in packing.buffers}
-        kept |= {
-            id(p) for name in self.packings if (p := self._parameters[name]) is not None and p.dtype is torch.uint8
-        }
+        kept: set[int] = set()
+        for name, packing in self.packings.items():
+            kept.update(id(self._buffers[buffer]) for buffer in packing.buffers)
+            parameter = self._parameters[name]
+            if parameter is not None and parameter.dtype is torch.uint8:
+                kept.add(id(parameter))
         apply: Any = super()._apply
         return apply(lambda t: _moved(t, fn) if id(t) in kept else fn(t), recurse)
 
@@ -235,28 +268,23 @@ def parameter_shape(weight: PackedWeight) -> tuple[int, ...]:
     return swapped(weight.shape) if weight.turned else weight.shape
 
 
-def quantized_by_expert(
-    weight: Tensor, quant_type: str, double_quant: bool, blocksize: int, turned: bool = False
-) -> PackedWeight:
+def quantized_by_expert(weight: Tensor, settings: FourBitSettings, turned: bool = False) -> PackedWeight:
     """Quantize `[experts, .., ..]` like the whole weight, bit for bit, with temporary memory for one expert only.
 
     Args:
         turned: quantize the transpose of each expert.
     """
     experts = weight.shape[0] if weight.dim() > 2 and not weight.is_meta else 1
-    each = weight.numel() // max(experts, 1)
-    if experts < 2 or each % blocksize:
-        packed = quantized(weight.mT if turned else weight, quant_type, double_quant, blocksize)
+    if experts < 2 or (weight.numel() // experts) % settings.blocksize:
+        packed = quantized(weight.mT if turned else weight, settings)
         return packed._replace(turned=turned)
-    return joined_experts(iter(weight), tuple(weight.shape), quant_type, double_quant, blocksize, turned)
+    return joined_experts(iter(weight), tuple(weight.shape), settings, turned)
 
 
 def joined_experts(
     experts: Iterable[Tensor],
     shape: tuple[int, ...],
-    quant_type: str,
-    double_quant: bool,
-    blocksize: int,
+    settings: FourBitSettings,
     turned: bool = False,
 ) -> PackedWeight:
     """Return the packed weight `[experts, ..]` of dense experts produced one by one, in whole blocks.
@@ -264,20 +292,23 @@ def joined_experts(
     Args:
         turned: quantize the transpose of each expert.
     """
-    double_quant, blocksize = FORMATS[quant_type].settings(double_quant, blocksize)
+    settings = settings.resolved()
     joined: dict[str, Tensor] = {}
     for i, expert in enumerate(experts):
         dense = expert.detach()
-        one = quantized((dense.mT if turned else dense).unsqueeze(0), quant_type, False, blocksize)
-        parts = {name: part for name in _BY_EXPERT if (part := getattr(one, name)) is not None}
-        if not joined:
-            joined = {name: part.new_empty((shape[0], *part.shape)) for name, part in parts.items()}
-        for name, part in parts.items():
+        # Scales of the scales are those of all experts together.
+        one = quantized((dense.mT if turned else dense).unsqueeze(0), replace(settings, double_quant=False))
+        for name in _BY_EXPERT:
+            part = getattr(one, name)
+            if part is None:
+                continue
+            if name not in joined:
+                joined[name] = part.new_empty((shape[0], *part.shape))
             joined[name][i] = part
     assert joined
     whole: dict[str, Any] = {name: part.flatten(0, 1) for name, part in joined.items()}
     weight = one._replace(**whole, shape=swapped(shape) if turned else shape, turned=turned)
-    return ops.with_nested_scales(weight) if double_quant else weight
+    return ops.with_nested_scales(weight) if settings.double_quant else weight
 
 
 def check_shape(weight: PackedWeight, shape: tuple[int, ...], name: str) -> None:

@@ -17,7 +17,7 @@ from peftcore.plugin.layers import is_conv1d
 from peftcore.plugin.method import WeightFormat
 from peftcore.plugin.registry import registry
 from peftcore.plugin.validation import shown
-from peftcore.quantization.format import FORMATS, QUANT_TYPES
+from peftcore.quantization.format import FORMATS, QUANT_TYPES, FourBitSettings
 from peftcore.quantization.packed_experts import is_turned
 from peftcore.quantization.quantizable import with_skipped
 
@@ -96,20 +96,19 @@ def refuse_read_as_it_is(stored: Mapping[str, Any], where: str) -> None:
         )
 
 
-def refuse_options(quant_type: str, double_quant: bool, blocksize: int, compute_dtype: torch.dtype | None) -> None:
+def refuse_options(settings: FourBitSettings) -> None:
     """Raise a PeftcoreError for options that only the types of the core have."""
-    if double_quant and blocksize == 64 and compute_dtype is None:  # the defaults
-        return
-    raise PeftcoreError(
-        f"quant_type='{quant_type}' takes no double_quant, blocksize or compute_dtype, found {double_quant}, "
-        f"{shown(blocksize)} and {compute_dtype}. Leave them out, or choose one of: {', '.join(QUANT_TYPES)}"
-    )
+    if settings != FourBitSettings(settings.quant_type):
+        raise PeftcoreError(
+            f"quant_type='{settings.quant_type}' takes no double_quant, blocksize or compute_dtype, found "
+            f"{settings.double_quant}, {shown(settings.blocksize)} and {settings.compute_dtype}. Leave them out, or "
+            f"choose one of: {', '.join(QUANT_TYPES)}"
+        )
 
 
 def check_rows(
     model: nn.Module,
-    quant_type: str,
-    blocksize: int,
+    settings: FourBitSettings,
     layers: Mapping[str, nn.Module],
     experts: Mapping[str, Mapping[str, int]],
     skip: Sequence[str] | None,
@@ -118,37 +117,55 @@ def check_rows(
 
     Args:
         model: the model.
-        quant_type: a type of the core.
-        blocksize: size of a block.
+        settings: settings of a type of the core.
         layers: linear layers to quantize, by path.
         experts: parameters to quantize of modules of experts, by path.
         skip: as in `peftcore.quantize`, for the message.
     """
-    if not FORMATS[quant_type].rows_are_blocks:
+    if not FORMATS[settings.quant_type].rows_are_blocks:
         return
-    inputs = [(path, sizes(layer)[0]) for path, layer in layers.items()]
+    inputs = {path: sizes(layer)[0] for path, layer in layers.items()}  # number of inputs by weight
     for path, names in experts.items():
         module = model.get_submodule(path)
-        dim = -2 if is_turned(module, quant_type) else -1
-        inputs += [(f"{path}.{name}" if path else name, module.get_parameter(name).shape[dim]) for name in names]
-    wrong = {name: size for name, size in inputs if size % blocksize}
+        dim = -2 if is_turned(module, settings.quant_type) else -1
+        for name in names:
+            inputs[f"{path}.{name}" if path else name] = module.get_parameter(name).shape[dim]
+    wrong = [name for name, size in inputs.items() if size % settings.blocksize]
     if wrong:
-        name, size = next(iter(wrong.items()))
-        common = math.gcd(*(size for _, size in inputs))
-        fitting = common & -common  # the largest power of two that divides all
-        ways = [f"choose blocksize={fitting}"] if MIN_BLOCKSIZE <= fitting < blocksize else []
-        if len(wrong) < len(inputs):
-            ways.append(f"leave {len(wrong)} of {len(inputs)} weights dense: skip={with_skipped(model, skip, wrong)}")
-        ways.append("choose nf4")
         raise PeftcoreError(
-            f"'{name}' has {size} inputs, but {quant_type} needs a multiple of {blocksize}. To quantize "
-            f"{type(model).__name__}, {', or '.join(ways)}"
+            f"'{wrong[0]}' has {inputs[wrong[0]]} inputs, but {settings.quant_type} needs a multiple of "
+            f"{settings.blocksize}. To quantize {type(model).__name__}, {_ways(model, settings, inputs, wrong, skip)}"
         )
-    for path, names in experts.items():  # a format may need more, such as NVFP4's multiple of 512 values in an expert
+    _try_one_expert(model, settings, experts)
+
+
+def _ways(
+    model: nn.Module,
+    settings: FourBitSettings,
+    inputs: Mapping[str, int],
+    wrong: Sequence[str],
+    skip: Sequence[str] | None,
+) -> str:
+    """Return what to do about weights whose inputs do not divide into blocks."""
+    ways: list[str] = []
+    common = math.gcd(*inputs.values())
+    fitting = common & -common  # the largest power of two that divides all
+    if MIN_BLOCKSIZE <= fitting < settings.blocksize:
+        ways.append(f"choose blocksize={fitting}")
+    if len(wrong) < len(inputs):
+        ways.append(f"leave {len(wrong)} of {len(inputs)} weights dense: skip={with_skipped(model, skip, wrong)}")
+    return ", or ".join([*ways, "choose nf4"])
+
+
+def _try_one_expert(model: nn.Module, settings: FourBitSettings, experts: Mapping[str, Mapping[str, int]]) -> None:
+    """Quantize an expert on the meta device: a format may need more, as NVFP4 does a multiple of 512 values in one."""
+    for path, names in experts.items():
         module = model.get_submodule(path)
         for name in names:
             one = module.get_parameter(name)[:1].detach().to("meta")
-            FORMATS[quant_type].quantize(one.mT if is_turned(module, quant_type) else one, blocksize, False)
+            if is_turned(module, settings.quant_type):
+                one = one.mT
+            FORMATS[settings.quant_type].quantize(one, settings.blocksize, False)
 
 
 def warn_of_experts(names: list[str], quant_type: str) -> None:

@@ -147,7 +147,7 @@ def greedy(model: nn.Module, adapters: Any, config: Any, batches: Any) -> None:
     ("initialize", "batches", "match"),
     [
         (from_data, None, "needs batches"),
-        (from_data, [], "there is no batch"),
+        (from_data, [], "`batches` is empty"),
         (from_data, ["text"], "a batch is a mapping .* found 'text'"),
         (broken, None, r"it initialises 'model.layers.0.self_attn.q_proj.gain' with values that are not finite"),
         (greedy, None, "it has changed 'model.norm.weight' of the base"),

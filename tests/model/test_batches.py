@@ -121,7 +121,7 @@ def test_tensors_in_lists_are_moved() -> None:
     [
         (lambda m: inputs_of(m, ["nothing"], BATCHES, print), "'nothing' is not a module"),
         (lambda m: inputs_of(m, ["model.layers"], BATCHES, print), "'model.layers' was not called"),
-        (lambda m: inputs_of(m, PATHS, iter([]), print), "there is no batch"),
+        (lambda m: inputs_of(m, PATHS, iter([]), print), "`batches` is empty"),
         (lambda m: gradients_of(m, ["nothing"], BATCHES, print), "'nothing' is not a parameter"),
         (lambda m: gradients_of(m, ["lm_head.weight"], [tiny.TOKENS], print), "the model returned no loss"),
         (lambda m: gradients_of(m, ["idle", "lm_head.weight"], BATCHES, print), "'idle' has no gradient"),

@@ -146,7 +146,7 @@ def test_after_an_interruption_the_same_call_rounds_the_rest(error: Any, monkeyp
 def test_asked_for_wrongly() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="batches are for quant_type='affine4', found 'nf4'"):
         peftcore.quantize(llama(), "nf4", batches=[INPUTS])
-    with pytest.raises(peftcore.PeftcoreError, match="there is no batch"):
+    with pytest.raises(peftcore.PeftcoreError, match="`batches` is empty"):
         peftcore.quantize(llama(), "affine4", blocksize=32, batches=[])
     model = nn.Sequential(nn.Linear(32, 32))
     with pytest.raises(peftcore.PeftcoreError, match="'0' cannot be rounded by GPTQ: the inputs are not finite"):

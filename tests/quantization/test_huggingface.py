@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import fresh_process
 from support.quantized import gpt2, llama, logits
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_utils
 
 import peftcore
 from peftcore.quantization import QuantizedLinear, huggingface, quantized_layers
@@ -259,3 +260,20 @@ def test_importing_peftcore_imports_no_transformers():
 
 def test_a_layer_outside_transformers_needs_no_config():
     assert not hasattr(peftcore.quantize(nn.Sequential(nn.Linear(64, 64))), "config")
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_blocks_that_overlap_leave_the_process_as_it_was(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, opened = "HF_DEACTIVATE_ASYNC_LOAD", modeling_utils.safe_open
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    blocks = [(huggingface.read_when_needed(), huggingface.not_mapped()) for _ in range(2)]
+    for block in blocks:
+        for each in block:
+            each.__enter__()
+    for number, block in enumerate(blocks):  # the first one leaves first
+        assert os.environ[name] == "1" and modeling_utils.safe_open is not opened, number
+        for each in block:
+            each.__exit__(None, None, None)
+    assert os.environ.get(name) == before and modeling_utils.safe_open is opened

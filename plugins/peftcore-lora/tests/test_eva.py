@@ -118,7 +118,7 @@ def test_batches_of_any_size_give_one_result(sizes: list[int]) -> None:
     ("changes", "given", "message"),
     [
         ({}, None, r"init_lora_weights='eva' needs data: pass peftcore.apply\(..., batches="),
-        ({}, [], "there is no batch"),
+        ({}, [], "`batches` is empty"),
         ({"eva_config": {"rhoo": 2.0}}, batches(1), "eva_config has no field 'rhoo'. Its fields: rho, tau"),
         ({"eva_config": {"rho": 0.5}}, batches(1), "rho must be 1 or more, found 0.5"),
         ({"r": 40}, batches(1), r"no batch had at least 32 tokens for 'model.layers.0.self_attn.q_proj'|at least"),

@@ -14,7 +14,7 @@ from peftcore.plugin.method import WeightFormat
 from peftcore.plugin.registry import builtin
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense, make_plain
-from peftcore.quantization.format import QUANT_TYPES
+from peftcore.quantization.format import QUANT_TYPES, FourBitSettings
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.packed_experts import forget_dense
 from peftcore.quantization.parameters import BUFFERS, PackedParameters
@@ -53,7 +53,7 @@ def four_bits(quant_type: str, name: str = "weight") -> WeightFormat:
         decode=decode,
         plain=_plain,
         update_config=sync_config,
-        quantize=partial(convert_dense, quant_type=quant_type, double_quant=True, blocksize=64, compute_dtype=None),
+        quantize=partial(convert_dense, settings=FourBitSettings(quant_type)),
         for_parameter=partial(four_bits, quant_type),
     )
 
