@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from peftcore.distributed.process_group import check_running
 from peftcore.engine import adapter_modules, adapter_parameters, require_state
@@ -36,26 +38,40 @@ def join_stages(model: nn.Module, stage: nn.Module) -> nn.Module:
 def _join(model: nn.Module, stage: nn.Module) -> None:
     check_ranks(model)
     state = require_state(model)
-    named = [(name, p) for adapter in state.applied for name, p in adapter_parameters(model, adapter)]
-    modules = [each for adapter in state.applied for _, each in adapter_modules(model, adapter)]
-    buffers = [(name, buffer) for each in modules for name, buffer in each.named_buffers()]
-    inside = {id(tensor) for tensor in (*stage.parameters(), *stage.buffers())}
+    parameters: list[tuple[str, Tensor]] = []
+    buffers: list[Tensor] = []
+    for adapter in state.applied:
+        parameters += adapter_parameters(model, adapter)
+        for _, module in adapter_modules(model, adapter):
+            buffers += module.buffers()
+    tensors = [*(parameter for _, parameter in parameters), *buffers]
+    owners = _owners(tensors, stage)
+    _refuse_no_or_two_owners([name for name, _ in parameters], owners)
+    for tensor, ranks_with in zip(tensors, owners, strict=True):
+        message = tensor.detach().to(ranks.message_device()).contiguous()
+        distributed.broadcast(message, src=ranks_with[0] if ranks_with else 0)
+        tensor.copy_(message)
+
+
+def _owners(tensors: Sequence[Tensor], stage: nn.Module) -> list[list[int]]:
+    """Return the ranks whose stage has each tensor. Collective."""
+    held = {id(tensor) for tensor in (*stage.parameters(), *stage.buffers())}
     everyone: list[list[bool]] = [[]] * ranks.count()
-    distributed.all_gather_object(everyone, [id(tensor) in inside for _, tensor in named + buffers])
-    owners = [[rank for rank, has in enumerate(everyone) if has[i]] for i in range(len(named + buffers))]
-    for (name, _), found in zip(named, owners, strict=False):
-        if not found:
+    distributed.all_gather_object(everyone, [id(tensor) in held for tensor in tensors])
+    return [[rank for rank, has in enumerate(flags) if has] for flags in zip(*everyone, strict=True)]
+
+
+def _refuse_no_or_two_owners(names: Sequence[str], owners: Sequence[list[int]]) -> None:
+    """Raise a PeftcoreError unless each parameter is in exactly one rank's stage. Buffers come after parameters."""
+    for name, ranks_with in zip(names, owners, strict=False):
+        if not ranks_with:
             raise PeftcoreError(
                 f"no stage has the adapter parameter '{name}'. Build each stage of the layers of this model, not of "
                 "copies, and give every rank its own. An adapter around the whole model, such as a prompt, is in no "
                 "stage: use another method"
             )
-        if len(found) > 1:
+        if len(ranks_with) > 1:
             raise PeftcoreError(
-                f"the stages of ranks {found} share the adapter parameter '{name}', and each has trained its own copy. "
-                "Use a method whose layers share no parameters"
+                f"the stages of ranks {ranks_with} share the adapter parameter '{name}', and each has trained its own "
+                "copy. Use a method whose layers share no parameters"
             )
-    for (_, tensor), found in zip(named + buffers, owners, strict=True):
-        message = tensor.detach().to(ranks.message_device()).contiguous()
-        distributed.broadcast(message, src=found[0] if found else 0)
-        tensor.copy_(message)

@@ -66,23 +66,34 @@ def fused_forward(module: nn.Module) -> FusedForward | None:
 def _norm(module: nn.Module) -> FusedForward | None:
     """Return the variant of RMSNorm that agrees in the most dtypes."""
     eps = next((name for name in EPSILONS if type(getattr(module, name, None)) is float), None)
-    parameters = [name for name, parameter in module._parameters.items() if parameter is not None]
-    if eps is None or module._modules or module._buffers or len(parameters) != 1:
+    weight = _only_vector(module)
+    if eps is None or weight is None:
         return None
-    weight = module._parameters[parameters[0]]
-    if type(weight) is not nn.Parameter or weight.dim() != 1 or not len(weight):
+    variants = [_checked_norm(module, weight, eps, offset=offset, rounded=rounded) for offset, rounded in _VARIANTS]
+    best = max(variants, key=lambda norm: len(norm.dtypes))
+    return best if best.dtypes else None
+
+
+def _only_vector(module: nn.Module) -> str | None:
+    """Return the name of a module's parameter if it is a vector and all that the module holds."""
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    if len(names) != 1 or module._modules or module._buffers:
         return None
-    best: FusedNorm | None = None
-    for offset, rounded in _VARIANTS:
-        dtypes = set[tuple[torch.dtype, torch.dtype]]()
-        for pair in product(DTYPES, DTYPES):  # fp32 first
-            if _is_norm(module, len(weight), FusedNorm(parameters[0], eps, offset, rounded, frozenset([pair]))):
-                dtypes.add(pair)
-            elif not dtypes:
-                break
-        if dtypes and (best is None or len(dtypes) > len(best.dtypes)):
-            best = FusedNorm(parameters[0], eps, offset, rounded, frozenset(dtypes))
-    return best
+    weight = module._parameters[names[0]]
+    is_vector = type(weight) is nn.Parameter and weight.dim() == 1 and len(weight) > 0
+    return names[0] if is_vector else None
+
+
+def _checked_norm(module: nn.Module, weight: str, eps: str, *, offset: float, rounded: bool) -> FusedNorm:
+    """Return a variant of RMSNorm with the pairs of dtypes, of input and weight, in which `module` computes it."""
+    columns = module.get_parameter(weight).numel()
+    dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
+    for pair in product(DTYPES, DTYPES):  # fp32 first
+        if _is_norm(module, columns, FusedNorm(weight, eps, offset, rounded, frozenset([pair]))):
+            dtypes.add(pair)
+        elif not dtypes:
+            break
+    return FusedNorm(weight, eps, offset, rounded, frozenset(dtypes))
 
 
 def _is_norm(module: nn.Module, columns: int, norm: FusedNorm) -> bool:

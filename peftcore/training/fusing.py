@@ -74,9 +74,9 @@ def fuse(model: M, *, enabled: bool = True, recompute: Recompute = "auto") -> M:
             continue
         if calls_attention(module) and replace_entry():
             module.__dict__[FUSED_ATTENTION] = True
-        elif (
-            not (is_fused(module) or is_adapted(module)) and is_outermost(module) and id(module) not in computed_by_mlp
-        ):
+            continue
+        is_plain = is_outermost(module) and not is_fused(module) and not is_adapted(module)
+        if is_plain and id(module) not in computed_by_mlp:
             _fuse(module, recompute, computed_by_mlp)
     return model
 

@@ -233,8 +233,8 @@ def _between(config: Any) -> tuple[float, float | None]:
     factor = 1.0
     for name, power in _FACTORS.items():
         factor *= float(getattr(config, name, None) or 1.0) ** power
-    caps = [float(cap) for name in _CAPS if (cap := getattr(config, name, None))]
-    return factor, caps[0] if caps else None
+    cap = next(filter(None, (getattr(config, name, None) for name in _CAPS)), None)
+    return factor, None if cap is None else float(cap)
 
 
 def _keep(head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
@@ -360,16 +360,17 @@ def _difference(model: Any, given: Mapping[str, Any] | None) -> str | None:
     device, dtype = wanted[1].device.type, wanted[1].dtype
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
     limits = [_LOSS.get(dtype, 1e-4), *[_GRADIENT.get(dtype, 1e-3)] * (len(wanted) - 1)]
-    off = [
-        float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12))
-        for a, b in zip(found, wanted, strict=True)
-    ]
-    if all(each <= limit for each, limit in zip(off, limits, strict=True)):
+    errors = [_relative_error(*pair) for pair in zip(found, wanted, strict=True)]
+    if all(error <= limit for error, limit in zip(errors, limits, strict=True)):
         return None
     return (
-        f"without them, the loss of a few tokens differs by {off[0]:.1e}, the head's gradients by {max(off[1:]):.1e}, "
-        "relatively"
+        f"without them, the loss of a few tokens differs by {errors[0]:.1e}, the head's gradients by "
+        f"{max(errors[1:]):.1e}, relatively"
     )
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-12))
 
 
 def _loss_and_gradients(model: Any, inputs: dict[str, Any], factor: float) -> list[Tensor]:

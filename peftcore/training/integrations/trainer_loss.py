@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peftcore import engine
 from peftcore.errors import PeftcoreError
@@ -21,7 +21,7 @@ from peftcore.errors import PeftcoreError
 class ExtraLoss(TrainerCallback):
     """Adds the terms of one trainer once to each batch of a step, and averages them for the log."""
 
-    def __init__(self, trainer: Any, model: nn.Module) -> None:
+    def __init__(self, trainer: Trainer, model: nn.Module) -> None:
         self.trainer = trainer
         self.model = model
         self.waits = True  # not added to this batch yet
@@ -76,7 +76,7 @@ class ExtraLoss(TrainerCallback):
         self.steps += 1
 
 
-def add_extra_loss(trainer: Any, model: nn.Module) -> None:
+def add_extra_loss(trainer: Trainer, model: nn.Module) -> None:
     """Make `trainer`, which is about to train `model`, add the loss terms of methods that have any."""
     for callback in list(trainer.callback_handler.callbacks):
         if isinstance(callback, ExtraLoss):
@@ -85,7 +85,7 @@ def add_extra_loss(trainer: Any, model: nn.Module) -> None:
         trainer.add_callback(ExtraLoss(trainer, model))
 
 
-def logged(trainer: Any) -> dict[str, float]:
+def logged(trainer: Trainer) -> dict[str, float]:
     """Return the means to log with a training loss."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ExtraLoss):

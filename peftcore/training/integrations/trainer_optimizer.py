@@ -54,7 +54,7 @@ def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
     return kind, options
 
 
-def with_groups(trainer: Any, adapted: nn.Module, model: nn.Module | None) -> tuple[Any, dict[str, Any]]:
+def with_groups(trainer: Trainer, adapted: nn.Module, model: nn.Module | None) -> tuple[Any, dict[str, Any]]:
     """Return the optimizer that `trainer` would make and its arguments, with the methods' parameter groups.
 
     Parameters in no group are grouped by Trainer's rule: no weight decay for biases and norms.
@@ -69,30 +69,50 @@ def with_groups(trainer: Any, adapted: nn.Module, model: nn.Module | None) -> tu
     """
     model = trainer.model if model is None else model
     kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-
-    is_factory = getattr(transformers_trainer, "is_optimizer_factory", lambda _kind: False)  # in later releases
     lr, decay = options.get("lr") or trainer.args.learning_rate, trainer.args.weight_decay
     groups = engine.method_groups(adapted, lr, decay)
     if not groups:
         return kind, options
-    of_trainer = options.get("optimizer_dict")  # groups that sentence-transformers' trainer makes
-    if isinstance(of_trainer, list) and all(isinstance(each, dict) and "params" in each for each in of_trainer):
-        ours = {id(p) for group in groups for p in group["params"]}
-        rest = [{**each, "params": [p for p in each["params"] if id(p) not in ours]} for each in of_trainer]
-        return kind, {**options, "optimizer_dict": [*groups, *(each for each in rest if each["params"])]}
-    if {"params", "model", "optimizer_dict"} & set(options) or is_factory(kind):
+    own_groups = options.get("optimizer_dict")
+    if _are_groups(own_groups):  # of sentence-transformers' trainer
+        return kind, {**options, "optimizer_dict": [*groups, *_without_members(own_groups, groups)]}
+    if {"params", "model", "optimizer_dict"} & set(options) or _is_factory(kind):
         raise PeftcoreError(
             f"optim='{getattr(trainer.args.optim, 'value', trainer.args.optim)}' groups parameters itself, but "
             "an adapter's method defines its own groups. Choose another optim, such as 'adamw_torch'"
         )
-    left, decaying = engine.not_in(groups, model.named_parameters()), set(trainer.get_decay_parameter_names(model))
-    for amount, wanted in ((decay, True), (0.0, False)):
-        if chosen := [p for name, p in left.items() if (name in decaying) is wanted]:
-            groups.append({"params": chosen, "weight_decay": amount})
+    others = engine.not_in(groups, model.named_parameters())
+    decaying = set(trainer.get_decay_parameter_names(model))
+    with_decay = [parameter for name, parameter in others.items() if name in decaying]
+    without_decay = [parameter for name, parameter in others.items() if name not in decaying]
+    if with_decay:
+        groups.append({"params": with_decay, "weight_decay": decay})
+    if without_decay:
+        groups.append({"params": without_decay, "weight_decay": 0.0})
     return kind, {**options, "params": groups}
 
 
-def create_scheduler(trainer: Any, own: Callable[..., Any], num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+def _are_groups(value: Any) -> bool:
+    """Return whether `value` is a list of parameter groups, as optimizers take them."""
+    return isinstance(value, list) and all(isinstance(group, dict) and "params" in group for group in value)
+
+
+def _without_members(groups: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return parameter groups without the parameters of `others`; groups that this leaves empty are dropped."""
+    taken = {id(parameter) for group in others for parameter in group["params"]}
+    left = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+    return [group for group in left if group["params"]]
+
+
+def _is_factory(kind: Any) -> bool:
+    """Return whether transformers calls `kind` with the model, not with parameters. Older releases have no such."""
+    is_factory = getattr(transformers_trainer, "is_optimizer_factory", None)
+    return is_factory is not None and bool(is_factory(kind))
+
+
+def create_scheduler(
+    trainer: Trainer, own: Callable[..., Any], num_training_steps: int, *args: Any, **kwargs: Any
+) -> Any:
     """Return the scheduler that `trainer` would make, times the schedules of the adapters' methods.
 
     Raises:

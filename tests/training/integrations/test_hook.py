@@ -15,7 +15,7 @@ import peftcore
 from peftcore.plugin import Integration, hookimpl
 from peftcore.plugin.registry import registry
 
-INTEGRATIONS = Path(peftcore.__file__).parent / "integrations"
+INTEGRATIONS = Path(peftcore.__file__).parent / "training" / "integrations"
 
 
 class Adds:
