@@ -24,9 +24,15 @@ from peftcore.quantization.mxfp4_format import BLOCKS, SCALES, from_blocks
 from peftcore.quantization.packed_experts import pack_parameter
 from peftcore.quantization.parameters import check_experts, check_shape
 
-WHOLE = r"(?<!\w)"  # prefix of a pattern: matches the last `weight` of `inject_weight.weight.absmax` only
+# Around a name in a pattern, so that `weight` matches neither `inject_weight` nor `weight.absmax` nor `weight_scale`.
+_START, _END = r"(?<!\w)", r"(?![\w.])"
 # Where the errors of conversions go, which transformers only logs while it loads; None: nowhere.
 _FAILURES: ContextVar[list[PeftcoreError] | None] = ContextVar("failures", default=None)
+
+
+def whole_names(names: Iterable[str]) -> list[str]:
+    """Return patterns, for a converter's sources, that match these names and no longer ones."""
+    return [f"{_START}{name}{_END}" for name in names]
 
 
 class _ToPacked(ConversionOps):
@@ -146,15 +152,17 @@ class FromLayoutOfExperts(_ToPacked):
         path, _, attribute = name.rpartition(".")
         count, dtype = shape_of(model.get_submodule(path), attribute)[0], model.get_parameter(name).dtype
         for pattern, tensors in found.items():
-            if len(tensors) != count and not pattern.endswith(self.layout.ignored):
+            wanted = pattern.removesuffix(_END)
+            if len(tensors) != count and not wanted.endswith(self.layout.ignored):
                 raise CheckpointError(
-                    f"the checkpoint has {len(tensors)} tensors '{pattern}' for '{name}', but the model has {count} "
+                    f"the checkpoint has {len(tensors)} tensors '{wanted}' for '{name}', but the model has {count} "
                     f"experts. Use a checkpoint where all experts are in {self.layout.kind}, or the dense one"
                 )
         parts = []
         for i in range(count):
             for source in self.sources:
-                tensors = {part: found[f"{source}{part}"] for part in self.layout.parts if f"{source}{part}" in found}
+                patterns = {part: f"{source}{part}{_END}" for part in self.layout.parts}
+                tensors = {part: found[pattern] for part, pattern in patterns.items() if pattern in found}
                 expert = source.strip(".").replace("*", str(i))
                 # taken out of the lists, so that each is freed once it is packed
                 one = self.layout.read({part: t.pop(0) for part, t in tensors.items()}, expert)
@@ -175,8 +183,7 @@ def layout_converter(layout: CheckpointLayout, hf_quantizer: Any) -> WeightConve
                 names.add(renamed)
             return renamed, pattern
 
-    parts = [WHOLE + part for part in (*layout.parts, *layout.ignored)]
-    return Converter(parts, "weight", [FromLayout(hf_quantizer, layout)])
+    return Converter(whole_names([*layout.parts, *layout.ignored]), "weight", [FromLayout(hf_quantizer, layout)])
 
 
 class NameOfPacked(WeightRenaming):
@@ -204,10 +211,10 @@ def layout_experts_converter(converter: Any, layout: CheckpointLayout, hf_quanti
     if (len(sources) > 1) != bool(joins) or not all(source.endswith(".weight") for source in sources):
         return None
     stems = [source.removesuffix("weight") for source in sources]
-    patterns = [stem + part for stem in stems for part in (*layout.parts, *layout.ignored)]
-    found: WeightConverter = converter.copy(
-        patterns, list(converter.target_patterns), operations=[FromLayoutOfExperts(hf_quantizer, layout, stems)]
-    )
+    patterns = [stem + part + _END for stem in stems for part in (*layout.parts, *layout.ignored)]
+    operation = FromLayoutOfExperts(hf_quantizer, layout, stems)
+    found = WeightConverter(patterns, list(converter.target_patterns), [operation])
+    found.scope_prefix, found.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
     return found
 
 
@@ -244,7 +251,11 @@ def experts_converters(
 
 def _by_part(found: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of one parameter, by the names that the patterns mean."""
-    return {name.removeprefix(WHOLE): t[0] if isinstance(t, list) else t for name, t in found.items()}
+    tensors = {}
+    for pattern, tensor in found.items():
+        name = pattern.removeprefix(_START).removesuffix(_END)
+        tensors[name] = tensor[0] if isinstance(tensor, list) else tensor
+    return tensors
 
 
 class _AsItIs(ConversionOps):

@@ -34,7 +34,6 @@ from peftcore.plugin import ranks
 from peftcore.plugin.checkpoints import CheckpointLayout
 from peftcore.plugin.layers import shape_of
 from peftcore.quantization.checkpoint_conversions import (
-    WHOLE,
     Deserialize,
     FromBlocks,
     NameOfPacked,
@@ -42,6 +41,7 @@ from peftcore.quantization.checkpoint_conversions import (
     experts_converters,
     layout_converter,
     noted,
+    whole_names,
 )
 from peftcore.quantization.checkpoint_layouts import described, find_layout
 from peftcore.quantization.config_sync import sync_config
@@ -109,7 +109,7 @@ class FourBitQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_trainable = True
     quantized_element_size = 0.5
-    serialized_names: ClassVar = {"weight": [WHOLE + "weight", *(f"{WHOLE}weight.{part}" for part in PARTS)]}
+    serialized_names: ClassVar = {"weight": whole_names(["weight", *(f"weight.{part}" for part in PARTS)])}
 
     def __init__(self, quantization_config: FourBitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -177,9 +177,9 @@ class FourBitQuantizer(HfQuantizer):
         found = [*weight_conversions, WeightConverter(self.serialized_names["weight"], "weight", [Deserialize(self)])]
         stored = self.quantization_config.stored
         layout = None if stored is None else find_layout(stored, "")
-        if layout is not None:  # first: below, `down_proj` of experts matches `down_proj.qweight` of a layer
+        if layout is not None:  # first: older transformers match `w1.weight` with `w1.weight_packed`, too
             dense = [each for each in found if isinstance(each, WeightConverter)]
-            found += experts_converters(dense, model, layout, self)
+            found = [*experts_converters(dense, model, layout, self), *found]
             found.append(layout_converter(layout, self))
             if layout.packed_names is not None:
                 with noted():
@@ -189,9 +189,9 @@ class FourBitQuantizer(HfQuantizer):
             names.update(dict.fromkeys(expert_parameters(model, path, module)))
         names.pop("weight", None)
         for name in names:
-            parts = [WHOLE + name, *(f"{WHOLE}{name}.{part}" for part in PARTS)]
+            parts = whole_names([name, *(f"{name}.{part}" for part in PARTS)])
             found.append(WeightConverter(parts, name, [Deserialize(self)]))
-            blocks = [f"{WHOLE}{name}{part}" for part in (BLOCKS, SCALES)]
+            blocks = whole_names([f"{name}{part}" for part in (BLOCKS, SCALES)])
             found.append(WeightConverter(blocks, name, [FromBlocks(self)]))
         return found
 

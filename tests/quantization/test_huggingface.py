@@ -173,6 +173,8 @@ def test_what_stays_dense_of_a_quantized_checkpoint_is_cast(tmp_path):
 # One whose projections transformers joins as it saves, and one with `inject_weight.weight`.
 @pytest.mark.parametrize("name", ["LaraMiniForCausalLM", "Qwen4ExpForCausalLM"])
 def test_names_that_others_take_apart(name, tmp_path):
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     model = peftcore.quantize(instances.build(name).float())
     model.save_pretrained(tmp_path)
     same(peftcore.quantization.load(tmp_path, model_class=type(model)), model)
