@@ -88,7 +88,7 @@ def _elements(values: Any) -> Any:
     return list(values.values()) if type(values) is dict else values
 
 
-def _is_group(value: Any) -> bool:
+def _is_group(value: object) -> bool:
     """Return whether it is a process group, or contains one invisibly, like DDP."""
     holders = (distributed.Reducer, distributed.Logger)  # type: ignore[attr-defined]  # there, and not in its stubs
     return issubclass(type(value), (distributed.ProcessGroup, *holders))

@@ -184,7 +184,7 @@ _OF_ANY_MODULE = nn.Module().__dict__.keys()
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Return whether `value` consists of plain Python values, dtypes and devices, and so contains no tensor."""
     if isinstance(value, (list, tuple, set)):
         return all(map(_is_plain, value))

@@ -490,7 +490,7 @@ def _delete_temporary(folder: Path, needed: Iterable[Path]) -> None:
             file.unlink(missing_ok=True)
 
 
-def _hash(fields: Any) -> str:
+def _hash(fields: object) -> str:
     """Return the SHA-256 of a config's fields, without those that may be edited by hand."""
     if isinstance(fields, dict):
         fields = {name: value for name, value in fields.items() if name not in _EDITABLE}

@@ -40,7 +40,8 @@ _TASKS = {  # PEFT's task types by the hub's names
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-_PLAIN = re.compile(r"[A-Za-z][\w./-]*(:[\w./-]+)*")  # YAML that needs no quotes
+_PLAIN = re.compile(r"[A-Za-z][\w./-]*(:[\w./-]+)*")  # YAML that needs no quotes, but for these words
+_RESERVED = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LONGEST = 200  # characters of a field's value
 _BYTES = 1 << 24  # of a card
@@ -156,23 +157,32 @@ def split(content: str) -> tuple[str, str]:
 
 def updated(head: str, about: Mapping[str, Any]) -> str:
     """Return the lines of a YAML header with our keys and tags; all other lines stay as they are."""
-    blocks: list[tuple[str, str]] = []  # (key, lines)
-    for line in head.splitlines(keepends=True):
-        found = re.match(r"([\w-]+)[ \t]*:", line)
-        if found or not blocks:
-            blocks.append((found[1] if found else "", line))
-        else:
-            blocks[-1] = blocks[-1][0], blocks[-1][1] + line
+    blocks = _blocks(head)
     values: dict[str, Any] = dict(about)
     tags = next((lines for key, lines in blocks if key == "tags"), None)
     if tags is not None:
         missing = [tag for tag in values.pop("tags", []) if not _has(tags, tag)]
         blocks = [(key, _with_tags(lines, missing) if key == "tags" else lines) for key, lines in blocks]
-    for key in _OWN:
-        at = next((i for i, block in enumerate(blocks) if block[0] == key), None)
-        if at is not None:
-            blocks[at : at + 1] = [(key, _yaml(key, values.pop(key)))] if key in values else []
-    return "".join(lines for _, lines in blocks) + "".join(_yaml(key, value) for key, value in values.items())
+    written: list[str] = []
+    for key, lines in blocks:
+        if key not in _OWN:
+            written.append(lines)
+        elif key in values:  # else it is a key of ours that no longer applies
+            written.append(_yaml(key, values.pop(key)))
+    return "".join([*written, *(_yaml(key, value) for key, value in values.items())])
+
+
+def _blocks(head: str) -> list[tuple[str, str]]:
+    """Return (key, its lines) of a YAML header; lines before the first key have the key ""."""
+    blocks: list[tuple[str, str]] = []
+    for line in head.splitlines(keepends=True):
+        match = re.match(r"([\w-]+)[ \t]*:", line)
+        if match or not blocks:
+            blocks.append((match[1] if match else "", line))
+        else:
+            key, lines = blocks[-1]
+            blocks[-1] = key, lines + line
+    return blocks
 
 
 def _has(tags: str, tag: str) -> bool:
@@ -191,7 +201,7 @@ def _with_tags(lines: str, tags: Sequence[str]) -> str:
     return lines + "".join(f"{indent[1] if indent else ''}- {_scalar(tag)}\n" for tag in tags)
 
 
-def _yaml(key: str, value: Any) -> str:
+def _yaml(key: str, value: object) -> str:
     if isinstance(value, Mapping):
         return f"{key}:\n" + "".join(f"  {name}: {_scalar(each)}\n" for name, each in value.items())
     if isinstance(value, (list, tuple)):
@@ -199,7 +209,8 @@ def _yaml(key: str, value: Any) -> str:
     return f"{key}: {_scalar(value)}\n"
 
 
-def _scalar(value: Any) -> str:
-    reserved = isinstance(value, str) and value.lower() in ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
-    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and not reserved
-    return value if plain else json.dumps(value, ensure_ascii=False)
+def _scalar(value: object) -> str:
+    """Return a value as YAML; JSON is YAML."""
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _RESERVED:
+        return value
+    return json.dumps(value, ensure_ascii=False)

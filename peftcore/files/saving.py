@@ -310,7 +310,7 @@ def _fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[d
     return common, {name: value for name, value in own.items() if _as_json(value) != _as_json(usual[name])}
 
 
-def _as_json(value: Any) -> str | None:
+def _as_json(value: object) -> str | None:
     """Return the JSON text of a value, or None for a dataclass's marker of a missing default."""
     return None if isinstance(value, type(dataclasses.MISSING)) else json.dumps(value, sort_keys=True)
 

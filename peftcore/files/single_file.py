@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def parts_of_file(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]] | None
     return next(name for name, (each, _) in formats().items() if each is form), dict(form.split(tensors))
 
 
-def by_name(models: Any) -> Mapping[str, Any]:
+def by_name(models: object) -> Mapping[str, Any]:
     """Return `models` if it maps names to models, else raise a PeftcoreError."""
     if not isinstance(models, Mapping):
         raise PeftcoreError(
@@ -154,7 +154,7 @@ def owners(file: Path, models: Mapping[str, Any]) -> dict[str, nn.Module]:
     return found
 
 
-def _parts_or_none(form: FileFormat, model: Any, model_name: str) -> list[str]:
+def _parts_or_none(form: FileFormat, model: object, model_name: str) -> list[str]:
     if not isinstance(model, nn.Module):
         return []
     try:
@@ -222,7 +222,7 @@ def _format_of(where: Path, tensors: Mapping[str, Tensor]) -> tuple[FileFormat, 
     return next(iter(found.values()))
 
 
-def _not_one(model: nn.Module, wanted: Any, there: list[str], parts: Mapping[str, Any]) -> str:
+def _not_one(model: nn.Module, wanted: Sequence[str], there: list[str], parts: Mapping[str, Collection[str]]) -> str:
     if there:
         example = f"peftcore.load({{'{there[0]}': model}}, ...)"
         return f"it contains {' and '.join(there)}, and a {type(model).__name__} may be either. Say which: {example}"

@@ -6,13 +6,16 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from peftcore.model import detect
 from peftcore.model.base_modules import base_parameters
 from peftcore.plugin.architecture import text_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def resized(model: nn.Module) -> list[str]:
@@ -35,7 +38,7 @@ def embedding_parameters(model: nn.Module) -> list[str]:
     return [name for name, _ in base_parameters(model) if name.rpartition(".")[0] in paths]
 
 
-def _vocabulary(config: Any) -> int | None:
+def _vocabulary(config: PretrainedConfig | dict[str, Any] | None) -> int | None:
     """Return `vocab_size` of the language model."""
     config = text_config(config)
     if isinstance(config, dict):
@@ -46,7 +49,7 @@ def _vocabulary(config: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _config_of_checkpoint(config: Any) -> dict[str, Any] | None:
+def _config_of_checkpoint(config: PretrainedConfig | None) -> dict[str, Any] | None:
     name = getattr(config, "_name_or_path", None)
     if not name:
         return None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
 
 from peftcore.errors import CheckpointError, PeftcoreError
@@ -35,13 +37,29 @@ def whole_names(names: Iterable[str]) -> list[str]:
     return [f"{_START}{name}{_END}" for name in names]
 
 
+class Quantizer(Protocol):
+    """What conversions use of the quantizer with which transformers loads a model.
+
+    Attributes:
+        compute_dtype: dtype of products with the weights.
+        weights: gets the names of parameters in 4 bits.
+        layout_names: gets the names of parameters of which the checkpoint has tensors in another tool's layout.
+    """
+
+    weights: set[str]
+    layout_names: set[str]
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None: ...
+
+
 class _ToPacked(ConversionOps):
     """Conversion of a checkpoint's tensors to a 4-bit parameter. Subclasses build the packed weight."""
 
-    def __init__(self, hf_quantizer: Any) -> None:
+    def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def packed(self, found: dict[str, Any], name: str, model: Any) -> PackedWeight:
+    def packed(self, found: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
         """Return the packed weight of the parameter `name` from its tensors by the pattern of their names.
 
         Raises:
@@ -85,7 +103,7 @@ class Deserialize(_ToPacked):
         tensors = _by_part(input_dict)
         return {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
-    def packed(self, found: dict[str, Any], name: str, model: Any) -> PackedWeight:
+    def packed(self, found: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
         tensors, attribute = _by_part(found), name.rpartition(".")[2]
         if attribute not in tensors:
             raise CheckpointError(
@@ -99,7 +117,7 @@ class Deserialize(_ToPacked):
 class FromBlocks(_ToPacked):
     """Conversion of experts in MXFP4 as gpt-oss stores them."""
 
-    def packed(self, found: dict[str, Any], name: str, model: Any) -> PackedWeight:
+    def packed(self, found: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
         tensors = {f"_{pattern.rpartition('_')[2]}": t for pattern, t in _by_part(found).items()}
         missing = [part for part in (BLOCKS, SCALES) if part not in tensors]
         if missing:
@@ -113,11 +131,11 @@ class FromBlocks(_ToPacked):
 class FromLayout(_ToPacked):
     """Conversion of a layer's weight in 4 bits that another tool wrote."""
 
-    def __init__(self, hf_quantizer: Any, layout: CheckpointLayout) -> None:
+    def __init__(self, hf_quantizer: Quantizer, layout: CheckpointLayout) -> None:
         super().__init__(hf_quantizer)
         self.layout = layout
 
-    def packed(self, found: dict[str, Any], name: str, model: Any) -> PackedWeight:
+    def packed(self, found: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
         path = name.rpartition(".")[0]
         module: Any = model.get_submodule(path)
         if not is_linear(module):
@@ -143,12 +161,12 @@ class FromLayoutOfExperts(_ToPacked):
             their outputs in this order.
     """
 
-    def __init__(self, hf_quantizer: Any, layout: CheckpointLayout, sources: Sequence[str]) -> None:
+    def __init__(self, hf_quantizer: Quantizer, layout: CheckpointLayout, sources: Sequence[str]) -> None:
         super().__init__(hf_quantizer)
         self.layout = layout
         self.sources = sources
 
-    def packed(self, found: dict[str, Any], name: str, model: Any) -> PackedWeight:
+    def packed(self, found: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
         path, _, attribute = name.rpartition(".")
         count, dtype = shape_of(model.get_submodule(path), attribute)[0], model.get_parameter(name).dtype
         for pattern, tensors in found.items():
@@ -170,7 +188,7 @@ class FromLayoutOfExperts(_ToPacked):
         return self.layout.join(parts, count, name)
 
 
-def layout_converter(layout: CheckpointLayout, hf_quantizer: Any) -> WeightConverter:
+def layout_converter(layout: CheckpointLayout, hf_quantizer: Quantizer) -> WeightConverter:
     """Return the converter of layers' weights. `hf_quantizer.layout_names` gets the names that it finds."""
     names = hf_quantizer.layout_names
 
@@ -201,7 +219,9 @@ class NameOfPacked(WeightRenaming):
         return f"{source_key.removesuffix('weight')}{self.codes}", "weight"
 
 
-def layout_experts_converter(converter: Any, layout: CheckpointLayout, hf_quantizer: Any) -> WeightConverter | None:
+def layout_experts_converter(
+    converter: WeightConverter, layout: CheckpointLayout, hf_quantizer: Quantizer
+) -> WeightConverter | None:
     """Return the converter of experts in 4 bits to the parameter of a dense experts' converter; None if it has none."""
     operations, sources = list(converter.operations), list(converter.source_patterns)
     joins = [each for each in operations if isinstance(each, Concatenate)]
@@ -219,7 +239,7 @@ def layout_experts_converter(converter: Any, layout: CheckpointLayout, hf_quanti
 
 
 def experts_converters(
-    dense: Iterable[WeightConverter], model: nn.Module, layout: CheckpointLayout, hf_quantizer: Any
+    dense: Iterable[WeightConverter], model: nn.Module, layout: CheckpointLayout, hf_quantizer: Quantizer
 ) -> list[WeightConverter]:
     """Return the converters of experts in 4 bits that a checkpoint stores one by one.
 

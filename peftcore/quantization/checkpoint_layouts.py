@@ -7,7 +7,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from peftcore.quantization.convert import convert
 from peftcore.quantization.packed_experts import is_turned, pack_parameter
 from peftcore.quantization.quant_types import check_reader
 from peftcore.quantization.quantizable import selected, selected_experts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MODELOPT = "hf_quant_config.json"  # file that ModelOpt writes next to, or in older versions instead of, the config
 
@@ -43,7 +46,7 @@ def find_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | Non
         return of_plugin.layout(config, where)
 
 
-def described(config: Any) -> Mapping[str, Any] | None:
+def described(config: PretrainedConfig) -> Mapping[str, Any] | None:
     """Return the `quantization_config` of a transformers config, or that of ModelOpt's file in the model's folder."""
     stored = getattr(config, "quantization_config", None)
     file = Path(str(getattr(config, "_name_or_path", "") or "?")) / MODELOPT
@@ -57,7 +60,7 @@ def described(config: Any) -> Mapping[str, Any] | None:
     return {**details, "quant_method": "modelopt", "kv_cache_scheme": cache}
 
 
-def layout_of(config: Any) -> CheckpointLayout | None:
+def layout_of(config: PretrainedConfig) -> CheckpointLayout | None:
     """Return the layout of a transformers config's checkpoint; None if it is dense, or no plugin's format.
 
     Raises:
@@ -75,7 +78,7 @@ def layout_of(config: Any) -> CheckpointLayout | None:
         raise
 
 
-def without_quantization(config: Any) -> Any:
+def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a transformers config that describes the dense model."""
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,10 @@ from peftcore.quantization.format import FORMATS
 from peftcore.quantization.four_bit_format import METHOD
 from peftcore.quantization.parameters import PackedParameters
 from peftcore.quantization.quantizable import expert_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 _CONVERSIONS = "_weight_conversions"  # transformers' attribute: how names on disk are converted to names in the model
 _OWN_CONVERSIONS = "_peftcore_own_conversions"
@@ -79,7 +83,7 @@ def sync_config(model: nn.Module) -> None:
     _sync_conversions(model)
 
 
-def _sync_conversions(model: Any) -> None:
+def _sync_conversions(model: PreTrainedModel) -> None:
     """Make `save_pretrained` write 4-bit weights under their names in the model.
 
     transformers would split or join them as it does dense weights, such as experts into one tensor each.
@@ -95,7 +99,7 @@ def _sync_conversions(model: Any) -> None:
         return
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    def splits(conversion: Any) -> bool:
+    def splits(conversion: WeightConverter | WeightRenaming) -> bool:
         if not isinstance(conversion, loading.WeightConverter):
             return False
         reverse = conversion.reverse_transform()

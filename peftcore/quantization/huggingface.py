@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -130,7 +130,7 @@ class FourBitQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.weights
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.files = kwargs.get("checkpoint_files") or ()
         self.model = model
         self.divided = ranks.count() > 1 and getattr(model.config, "distributed_config", None) is not None
@@ -223,7 +223,7 @@ class _Quantize(ConversionOps):
             done[name] = module.weight
         return done
 
-    def experts(self, model: Any, name: str, experts: Iterable[Tensor]) -> dict[str, nn.Parameter]:
+    def experts(self, model: nn.Module, name: str, experts: Iterable[Tensor]) -> dict[str, nn.Parameter]:
         """Quantize the parameter `name` expert by expert as they arrive."""
         config, blocksize = self.hf_quantizer.quantization_config, self.hf_quantizer.blocksizes[name]
         path, _, attribute = name.rpartition(".")
@@ -272,7 +272,7 @@ class _ByExpert(WeightConverter):
         return quantize.experts(model, layer_name, experts())
 
 
-def _by_expert(converter: Any) -> Any:
+def _by_expert(converter: WeightConverter) -> WeightConverter:
     """Return the converter, changed to convert one expert at a time if it treats each expert separately."""
     if not is_by_expert(converter):
         return converter
@@ -290,7 +290,7 @@ def load(
     compute_dtype: torch.dtype | str | None = None,
     blocksize: int = 64,
     dtype: torch.dtype | str = "auto",
-    model_class: Any = None,
+    model_class: type[PreTrainedModel] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Implement `peftcore.quantization.load`."""
@@ -371,7 +371,7 @@ def load_then_quantize(
     *,
     skip: Sequence[str] | None = None,
     dtype: torch.dtype | str = "auto",
-    model_class: Any = None,
+    model_class: type[PreTrainedModel] | None = None,
     double_quant: bool = True,
     blocksize: int = 64,
     compute_dtype: torch.dtype | None = None,
@@ -393,13 +393,13 @@ def _config_and_options(where: str, options: dict[str, Any]) -> tuple[Pretrained
     return config, {name: value for name, value in options.items() if not hasattr(config, name)}
 
 
-def _class_named_in(config: PretrainedConfig) -> Any:
+def _class_named_in(config: PretrainedConfig) -> type[PreTrainedModel]:
     """Return the class of models that a checkpoint names, or else that of language models."""
     name = (config.architectures or [""])[0]
     return getattr(transformers, name, None) or transformers.AutoModelForCausalLM
 
 
-def _refuse_missing(model: Any, missing: Iterable[str], where: str) -> None:
+def _refuse_missing(model: PreTrainedModel, missing: Iterable[str], where: str) -> None:
     """Raise a CheckpointError if the checkpoint lacks weights, which transformers has initialised at random.
 
     Args:
@@ -442,7 +442,7 @@ def _check_blocks(model: nn.Module, where: str) -> None:
         )
 
 
-def _check_layout(model: Any, layout: CheckpointLayout, unexpected: Iterable[str], where: str) -> None:
+def _check_layout(model: PreTrainedModel, layout: CheckpointLayout, unexpected: Iterable[str], where: str) -> None:
     """Raise a PeftcoreError unless each weight of the checkpoint in the layout has been read."""
     unread = sorted(model.hf_quantizer.layout_names.intersection(unexpected))
     if unread:

@@ -198,7 +198,7 @@ def quantize_by_plugin(plugin: Plugin, weight_format: WeightFormat, layers: Mapp
             )
 
 
-def dequantize_by_plugin(module: Any, weight_format: WeightFormat, dtype: torch.dtype | None) -> None:
+def dequantize_by_plugin(module: nn.Module, weight_format: WeightFormat, dtype: torch.dtype | None) -> None:
     """Turn a layer in a plugin's format into an ordinary one with the values of its weight."""
     assert weight_format.plain is not None
     weight = weight_format.read(module).detach()

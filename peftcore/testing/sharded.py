@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import distributed
@@ -27,6 +27,9 @@ from peftcore.testing.families import family_of
 
 Shards = Literal["replicate", "shard"]
 COUNT = 2
+
+if TYPE_CHECKING:
+    Results = multiprocessing.Queue[str | None]
 
 
 def check_sharded(config: Any, *, family: str = "Llama", adapters: Shards = "replicate", seconds: float = 300) -> None:
@@ -60,7 +63,7 @@ def check_sharded(config: Any, *, family: str = "Llama", adapters: Shards = "rep
         assert error is None, error
 
 
-def first_error(results: Any, seconds: float) -> str | None:
+def first_error(results: Results, seconds: float) -> str | None:
     """Return the first error that a rank puts into the queue `results`, or None once each rank has put None."""
     end = time.monotonic() + seconds
     for _ in range(COUNT):
@@ -73,7 +76,7 @@ def first_error(results: Any, seconds: float) -> str | None:
     return None
 
 
-def _rank(rank: int, folder: str, config: Any, family: str, adapters: Shards, results: Any) -> None:
+def _rank(rank: int, folder: str, config: Any, family: str, adapters: Shards, results: Results) -> None:
     try:
         torch.set_num_threads(1)
         store = f"file://{folder}/store"

@@ -7,7 +7,7 @@ gradients in fp32; fp16 and bf16 are checked as well, and fused where they agree
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from itertools import product
 from typing import Any
 
@@ -42,7 +42,7 @@ _OTHER_EPSILONS = (1e-8, 1e-3, 0.3)
 _STEPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # largest relative distance of neighbouring values
 _SETTINGS = (bool, int, float, str, type(None), tuple)
 _MOST_REMEMBERED = 256
-_remembered: dict[Any, FusedForward | None] = {}
+_remembered: dict[Hashable, FusedForward | None] = {}
 
 
 def fused_forward(module: nn.Module) -> FusedForward | None:
@@ -166,7 +166,7 @@ def _activation(module: nn.Module) -> FusedForward | None:
     return None
 
 
-def _is_activation(module: Any, activation: Activation, dtype: torch.dtype) -> bool:
+def _is_activation(module: nn.Module, activation: Activation, dtype: torch.dtype) -> bool:
     x = torch.cat([4 * torch.randn(2000), torch.tensor([-1e3, -30.0, 0.0, 30.0, 1e3])]).to(dtype).requires_grad_()
     y, expected = module.forward(x), ops.activated(x, activation)
     grad = torch.randn(x.shape).to(dtype)
@@ -189,10 +189,13 @@ _TABLE: tuple[tuple[str, Callable[[nn.Module], FusedForward | None]], ...] = (
 
 
 def _copy(
-    module: nn.Module, attributes: dict[str, Any], parameters: dict[str, nn.Parameter], children: dict[str, Any]
-) -> Any:
+    module: nn.Module,
+    attributes: dict[str, Any],
+    parameters: dict[str, nn.Parameter],
+    children: Mapping[str, nn.Module | None],
+) -> nn.Module:
     """Return a module of the original class with other attributes, parameters and children, and no hooks."""
-    copy: Any = object.__new__(original_class(module))
+    copy: nn.Module = object.__new__(original_class(module))
     nn.Module.__init__(copy)
     copy.__dict__.update({name: value for name, value in module.__dict__.items() if name not in copy.__dict__})
     copy.__dict__.update(attributes)
@@ -225,14 +228,14 @@ def _same_gradients(y: Tensor, expected: Tensor, inputs: Iterable[Tensor], grad:
     return True
 
 
-def _key(module: nn.Module) -> Any:
+def _key(module: nn.Module) -> Hashable:
     """Return what the result for a module depends on."""
     shapes = tuple((name, type(p), getattr(p, "shape", None)) for name, p in module._parameters.items())
     children = tuple((name, _class_and_settings(child)) for name, child in module._modules.items())
     return _class_and_settings(module), shapes, children, tuple(module._buffers)
 
 
-def _class_and_settings(module: nn.Module | None) -> Any:
+def _class_and_settings(module: nn.Module | None) -> Hashable:
     if module is None:
         return None
     cls: Any = original_class(module)

@@ -13,11 +13,11 @@ are compared with those of the logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from peftcore.model.base_modules import original_class
 from peftcore.model.inputs import example_inputs
 from peftcore.ops import PackedWeight
 from peftcore.plugin import ranks
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 M = TypeVar("M", bound=nn.Module)
 # What stands between head and loss, by its name in the config: the soft cap, and the factor of logits.
@@ -153,7 +156,7 @@ def _in_evaluation() -> Iterator[None]:
         _IN_EVALUATION.reset(token)
 
 
-def switch_on(model: Any) -> None:
+def switch_on(model: PreTrainedModel) -> None:
     """Switch it on without the check, as for a copy of a model on the meta device, which has lost its hooks.
 
     Raises:
@@ -175,14 +178,14 @@ def switch_on(model: Any) -> None:
     )
 
 
-def _switch_off(model: Any) -> None:
+def _switch_off(model: PreTrainedModel) -> None:
     for handle in model.__dict__.pop(LOSS_HANDLES, ()):
         handle.remove()
     if getattr(model, "loss_function", None) is _loss:  # also of a copy that has lost its hooks
         model.loss_function = _loss_of_logits()
 
 
-def _why_not(model: Any, head: nn.Module) -> str | None:
+def _why_not(model: PreTrainedModel, head: nn.Module) -> str | None:
     """Return why the loss needs logits, or None."""
     if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "loss_function"):
         return "it does not compute it by a loss_function"
@@ -200,7 +203,7 @@ def _why_not(model: Any, head: nn.Module) -> str | None:
     return None
 
 
-def _loss_of_logits() -> Any:
+def _loss_of_logits() -> Callable[..., Tensor]:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     return ForCausalLMLoss
@@ -214,7 +217,7 @@ def _is_sharded(model: nn.Module, head: nn.Module) -> bool:
 # --- a call ----------------------------------------------------------------------------------------------------------
 
 
-def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Begin a call of the model, as its forward pre-hook."""
     if torch.compiler.is_compiling():
         return
@@ -228,7 +231,7 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     _CALL.set(_Call(head, factor, cap))
 
 
-def _between(config: Any) -> tuple[float, float | None]:
+def _between(config: PretrainedConfig) -> tuple[float, float | None]:
     """Return the factor and the soft cap of logits."""
     factor = 1.0
     for name, power in _FACTORS.items():
@@ -343,7 +346,7 @@ class _Enlarged:
         return (self.hidden,)
 
 
-def _difference(model: Any, given: Mapping[str, Any] | None) -> str | None:
+def _difference(model: PreTrainedModel, given: Mapping[str, Any] | None) -> str | None:
     """Return how loss and gradients of a call differ from those of the logits, or None if they agree."""
     inputs = example_inputs(model) if given is None else dict(given)
     inputs.setdefault("labels", inputs.get("input_ids"))
@@ -373,7 +376,7 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-12))
 
 
-def _loss_and_gradients(model: Any, inputs: dict[str, Any], factor: float) -> list[Tensor]:
+def _loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Any], factor: float) -> list[Tensor]:
     """Return the loss, and its gradients of the head's input and of what trains of the head."""
     head = model.get_output_embeddings()
     enlarged = _Enlarged(factor)

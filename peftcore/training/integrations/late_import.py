@@ -7,8 +7,9 @@ error; importing it in `apply` would cost those who never use it seconds.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 _waiting: dict[str, list[Callable[[], object]]] = {}  # by module
 
@@ -33,17 +34,19 @@ class _Finder:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != self.name:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         candidates = (finder.find_spec(name, path, target) for finder in others)
-        spec: Any = next(filter(None, candidates), None)
+        spec = next(filter(None, candidates), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
-        def exec_module(module: Any) -> None:
+        def exec_module(module: ModuleType) -> None:
             execute(module)
             acts = _waiting.get(name, [])
             while acts:
@@ -53,5 +56,5 @@ class _Finder:
                 sys.meta_path.remove(self)
                 del _waiting[name]
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

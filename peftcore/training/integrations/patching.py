@@ -9,7 +9,7 @@ from typing import Any
 _PATCHED = "_peftcore_patched"  # on the function that replaces a method
 
 
-def replace(cls: Any, name: str, ours: Callable[..., Any]) -> None:
+def replace(cls: type, name: str, ours: Callable[..., Any]) -> None:
     """Replace the method `cls.name`, which `cls` itself defines, by `ours(self, original, *args, **kwargs)`, once."""
     own = vars(cls)[name]
     if hasattr(own, _PATCHED):

@@ -32,7 +32,7 @@ import transformers
 from accelerate.utils import extract_model_from_parallel
 from packaging.version import Version
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -138,7 +138,7 @@ class AdapterTrainer(_Base):
             self.push_to_hub(commit_message="Model save")
         return None
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder, model = output_dir or self.args.output_dir, bare_model(self)
         if not _has_adapters(self) or engine.require_state(model).merged is not None:
             return super()._save(output_dir, state_dict)
@@ -304,16 +304,17 @@ def _adapters_on_quantized(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _divided_by_plan(model: nn.Module, arguments: Any) -> Iterator[None]:
+def _divided_by_plan(model: nn.Module, arguments: TrainingArguments | None) -> Iterator[None]:
     """Let Trainer keep checkpoints of a base that transformers has divided, of which the adapters alone are trained.
 
     Raises:
         PeftcoreError: accelerate has no tensor parallelism on this device.
     """
-    keeps = arguments is not None and getattr(model, "is_distributed_loading_by_transformers", False)
-    before = arguments.save_only_model if keeps else None
-    if keeps:  # else Trainer raises an error: it would save the state of DTensors
-        arguments.save_only_model = True
+    is_divided = getattr(model, "is_distributed_loading_by_transformers", False)
+    changed = arguments if is_divided else None
+    before = changed is not None and changed.save_only_model
+    if changed is not None:  # else Trainer raises an error: it would save the state of DTensors
+        changed.save_only_model = True
     try:
         yield
     except ValueError as error:
@@ -324,8 +325,8 @@ def _divided_by_plan(model: nn.Module, arguments: Any) -> Iterator[None]:
             "on GPUs, or in a loop of your own"
         ) from error
     finally:
-        if keeps:
-            arguments.save_only_model = before
+        if changed is not None:
+            changed.save_only_model = before
 
 
 def _patch_trainer() -> None:

@@ -92,7 +92,7 @@ def with_groups(trainer: Trainer, adapted: nn.Module, model: nn.Module | None) -
     return kind, {**options, "params": groups}
 
 
-def _are_groups(value: Any) -> bool:
+def _are_groups(value: object) -> bool:
     """Return whether `value` is a list of parameter groups, as optimizers take them."""
     return isinstance(value, list) and all(isinstance(group, dict) and "params" in group for group in value)
 
