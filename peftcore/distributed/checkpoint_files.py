@@ -42,10 +42,16 @@ class CheckpointFiles:
         if not hasattr(model, "base_model_prefix"):
             return
         known = {name for name, _ in (*base_parameters(model), *model.named_buffers())}
-        found = get_model_conversion_mapping(model)
-        renamings = [each for each in found if isinstance(each, loading.WeightRenaming)]
-        converters = [each for each in found if isinstance(each, loading.WeightConverter) and is_by_expert(each)]
-        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        renamings: list[loading.WeightRenaming] = []
+        converters: list[loading.WeightConverter] = []
+        for conversion in get_model_conversion_mapping(model):
+            if isinstance(conversion, loading.WeightRenaming):
+                renamings.append(conversion)
+            elif isinstance(conversion, loading.WeightConverter) and is_by_expert(conversion):
+                converters.append(conversion)
+        by_pattern: dict[str, loading.WeightConverter] = {}
+        for converter in converters:
+            by_pattern.update(dict.fromkeys(converter.source_patterns, converter))
         self.keys = {}
         for key in sorted(self.files, key=loading.dot_natural_key):
             name = key if key in known else loading.apply_renamings(key, renamings)

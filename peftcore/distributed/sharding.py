@@ -130,8 +130,10 @@ def divided(model: nn.Module, adapter_placement: str) -> tuple[list[nn.Parameter
 
 def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
     state = state_of(model)
-    names = list(state.applied) if state is not None else []
-    return list(dict.fromkeys(p for name in names for _, p in adapter_parameters(model, name)))
+    parameters: dict[nn.Parameter, None] = {}  # several adapters may train the same
+    for name in state.applied if state is not None else ():
+        parameters.update((parameter, None) for _, parameter in adapter_parameters(model, name))
+    return list(parameters)
 
 
 def _aside(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -41,14 +41,13 @@ class TrainingState(Stateful):
         self.optimizer, self.others = optimizer, others
         if state_of(self.model) is None:
             raise PeftcoreError("no adapter is applied to this model. Try: peftcore.apply(model, 'METHOD')")
-        grown = [
-            e.method for e in require_state(self.model).applied.values() if registry.method(e.method).trained_fields
-        ]
-        if grown:
+        methods = [entry.method for entry in require_state(self.model).applied.values()]
+        growing = [method for method in methods if registry.method(method).trained_fields]
+        if growing:
             raise PeftcoreError(
-                f"adapters of {grown[0]} grow in training, and a checkpoint of torch.distributed is read into tensors "
-                "of the shapes that are there. Train with Trainer, which saves and restores them, or save the adapter "
-                "by peftcore.save and the optimizer by torch.distributed.checkpoint.state_dict"
+                f"adapters of {growing[0]} grow in training, and a checkpoint of torch.distributed is read into "
+                "tensors of the shapes that are there. Train with Trainer, which saves and restores them, or save the "
+                "adapter by peftcore.save and the optimizer by torch.distributed.checkpoint.state_dict"
             )
         if any(map(ranks.is_partitioned, self.model.parameters())):
             raise PeftcoreError(
@@ -88,5 +87,7 @@ class TrainingState(Stateful):
                 yield f"{adapter}.{name}", tensor
 
     def _base(self) -> dict[str, Tensor]:
-        own = {slot for adapter in require_state(self.model).applied for slot in own_slots(self.model, adapter)}
-        return {name: value for name, value in base_tensors(self.model).items() if name not in own}
+        owned: set[str] = set()
+        for adapter in require_state(self.model).applied:
+            owned |= own_slots(self.model, adapter)
+        return {name: value for name, value in base_tensors(self.model).items() if name not in owned}

@@ -301,7 +301,7 @@ def _factors(adapter: nn.Module | None) -> list[LowRank] | None:
     if not implements(adapter, Adapter.low_rank):
         return None
     factors = list(adapter.low_rank())
-    known = {id(tensor) for product in factors for tensor in (product.a, product.b)}
+    known = {id(product.a) for product in factors} | {id(product.b) for product in factors}
     return factors if {id(tensor) for _, tensor in _tensors(adapter)} == known else None
 
 

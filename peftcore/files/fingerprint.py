@@ -83,12 +83,12 @@ def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
 
 def _with_values(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of floating-point tensors that have values here and are not quantized."""
-    return [
-        name
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not tensor.is_meta
-        if type(tensor) is torch.nn.Parameter or not is_wrapped(tensor)
-    ]
+    names: list[str] = []
+    for name, tensor in tensors.items():
+        has_values = tensor.is_floating_point() and not tensor.is_meta
+        if has_values and (type(tensor) is torch.nn.Parameter or not is_wrapped(tensor)):
+            names.append(name)
+    return names
 
 
 def _parsed(text: str) -> dict[str, tuple[list[int], list[float]]]:

@@ -22,6 +22,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -286,8 +287,10 @@ class Folder:
             return f". Its subfolder contains one: pass '{self.path / inside}'"
         if "config.json" in names:
             return ", and config.json is that of a model. Pass this folder as the base, and the one that `save` wrote"
-        found = f"contains {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "is empty"
-        return f"; it {found}. Pass the folder that `save` wrote, or copy the missing file into it"
+        content = "is empty"
+        if names:
+            content = f"contains {', '.join(names[:5])}" + (", ..." if len(names) > 5 else "")
+        return f"; it {content}. Pass the folder that `save` wrote, or copy the missing file into it"
 
     def write(self, adapters: Mapping[str, Content], card: str | None = None) -> None:
         """Write adapters, all or none, to subfolders of their names; the adapter "" to the folder itself.
@@ -419,7 +422,8 @@ def write_file(file: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def made(*folders: Path) -> Iterator[None]:
     """Make `folders` and their parents for the block; after an error, remove those that were made and are empty."""
-    new = {path: None for folder in folders for path in (folder, *folder.parents) if not path.exists()}
+    paths = chain.from_iterable((folder, *folder.parents) for folder in folders)
+    new = {path for path in paths if not path.exists()}
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from peftcore.errors import CheckpointError
@@ -57,7 +58,8 @@ def _more(folder: Path) -> list[str]:
         if TOGETHER in opened.metadata():
             return _INSIDE
         if not opened.has(TENSORS) and opened.has(CONFIG):
-            return [form.tensors for method in registry.methods().values() for form in method.state.foreign]
+            formats = chain.from_iterable(method.state.foreign for method in registry.methods().values())
+            return [form.tensors for form in formats]
     except CheckpointError:  # reading it raises the proper error
         pass
     return []

@@ -195,7 +195,9 @@ def _check_savable(model: nn.Module) -> None:
     """Raise a PeftcoreError if adapters are merged or changed; warn of trained parameters that no file would have."""
     engine.refuse_merged(engine.require_state(model), "save")
     engine.refuse_changed(model)
-    of_adapters = {id(parameter) for _, own in all_of(model) for _, parameter in own.values(model)}
+    of_adapters: set[int] = set()
+    for _, owned in all_of(model):
+        of_adapters.update(id(parameter) for _, parameter in owned.values(model))
     others = [name for name, p in base_parameters(model) if p.requires_grad and id(p) not in of_adapters]
     if others:
         warn(
@@ -343,13 +345,11 @@ def _is_tied_by_peft(model: nn.Module, adapter: str) -> bool:
     """
     owned, embedding = TrainedParameters.of(model, adapter), detect(model).embedding
     groups = [slots for slots in owned.slots.values() if len(slots) > 1] if owned is not None else []
-    others = [slot for slots in groups for slot in slots if slot != f"{embedding}.weight"]
+    if len(groups) != 1 or f"{embedding}.weight" not in groups[0]:
+        return False
+    others = [slot for slot in groups[0] if slot != f"{embedding}.weight"]
     modules = [model.get_submodule(slot.rpartition(".")[0]) for slot in others]
-    return (
-        len(groups) == 1
-        and len(others) == len(groups[0]) - 1
-        and all(targets.is_linear(module) and module.bias is None for module in modules)
-    )
+    return all(targets.is_linear(module) and module.bias is None for module in modules)
 
 
 def _task_type_of(model: nn.Module, architecture: Architecture, prompts: Sequence[Placement]) -> str | None:

@@ -339,7 +339,7 @@ def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor
 def own_slots(model: nn.Module, adapter: str) -> set[str]:
     """Return the names of the base's tensors that `adapter` owns a copy of."""
     owned = TrainedParameters.of(model, adapter)
-    return {slot for slots in owned.slots.values() for slot in slots} if owned is not None else set()
+    return set(chain.from_iterable(owned.slots.values())) if owned is not None else set()
 
 
 def names_of_base(model: nn.Module, adapter: str, names: Iterable[str]) -> dict[str, str]:

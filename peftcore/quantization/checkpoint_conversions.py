@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -231,7 +232,7 @@ def layout_experts_converter(
     if (len(sources) > 1) != bool(joins) or not all(source.endswith(".weight") for source in sources):
         return None
     stems = [source.removesuffix("weight") for source in sources]
-    patterns = [stem + part + _END for stem in stems for part in (*layout.parts, *layout.ignored)]
+    patterns = ["".join(names) for names in product(stems, (*layout.parts, *layout.ignored), [_END])]
     operation = FromLayoutOfExperts(hf_quantizer, layout, stems)
     found = WeightConverter(patterns, list(converter.target_patterns), [operation])
     found.scope_prefix, found.base_model_prefix = converter.scope_prefix, converter.base_model_prefix

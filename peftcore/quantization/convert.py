@@ -155,7 +155,10 @@ class _Chosen:
     @property
     def expert_names(self) -> list[str]:
         """Names of the experts' parameters."""
-        return [_joined(path, name) for path, names in self.experts.items() for name in names]
+        names: list[str] = []
+        for path, of_module in self.experts.items():
+            names += [_joined(path, name) for name in of_module]
+        return names
 
 
 def _joined(path: str, name: str) -> str:

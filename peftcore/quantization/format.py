@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from peftcore.quantization.four_bit_format import FourBitFormat, damaged
 from peftcore.quantization.mxfp4_format import MXFP4
 from peftcore.quantization.nvfp4_format import NVFP4
 
-FORMATS: Mapping[str, FourBitFormat] = {each.name: each for each in (NF4, FP4, MXFP4, NVFP4, AFFINE4)}
+FORMATS: Mapping[str, FourBitFormat] = {form.name: form for form in (NF4, FP4, MXFP4, NVFP4, AFFINE4)}
 QUANT_TYPES = tuple(FORMATS)
-PARTS = tuple(dict.fromkeys(part for each in FORMATS.values() for part in each.parts))
+PARTS = tuple(dict.fromkeys(chain.from_iterable(form.parts for form in FORMATS.values())))
 
 
 def check_quant_type(quant_type: Any) -> None:

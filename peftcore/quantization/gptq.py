@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -129,7 +130,7 @@ def round_layers(
         for group in groups:
             hessian = _hessian(model, group, batches)
             if hessian is None:  # routing has changed
-                unreached += [path for paths in group.weights for path in paths]
+                unreached += chain.from_iterable(group.weights)
                 continue
             try:
                 upper = inverse_factor(hessian)
@@ -167,10 +168,10 @@ class _Call:
 
 def _in_order(model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Any]) -> tuple[list[_Group], list[str]]:
     """Return the weights, grouped by their input, in the order of first calls, and the paths that no batch reaches."""
+    weights = {path: id(layer.weight) for path, layer in layers.items()}
     paths_of: dict[int, list[str]] = {}  # by weight
-    for path, layer in layers.items():
-        paths_of.setdefault(id(layer.weight), []).append(path)
-    weights = {path: weight for weight, paths in paths_of.items() for path in paths}
+    for path, weight in weights.items():
+        paths_of.setdefault(weight, []).append(path)
     groups: dict[int, _Group] = {}
     leaders: dict[int, int] = {}
     counts: Counter[int] = Counter()
@@ -200,7 +201,7 @@ def _in_order(model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Any
             leading.weights += group.weights
         else:
             found.append(group)
-    return found, [path for weight, paths in paths_of.items() if weight not in groups for path in paths]
+    return found, [path for path, weight in weights.items() if weight not in groups]
 
 
 def _forward(model: nn.Module, keys: Mapping[str, Any], batch: Any, see: Callable[[Any, Tensor], object]) -> None:

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -147,7 +148,8 @@ class FourBitQuantizer(HfQuantizer):
             experts = selected_experts(model, config.skip, config.blocksize)
             chosen = {path: chosen[path] for path in chosen if f"{path}.weight" not in {*tied, *tied.values()}}
             check_rows(model, config.settings, chosen, experts, config.skip)
-            self.blocksizes = {f"{path}.{name}": size for path in experts for name, size in experts[path].items()}
+            for path, blocksizes in experts.items():
+                self.blocksizes |= {f"{path}.{name}": size for name, size in blocksizes.items()}
             self.weights = {*(f"{path}.weight" for path in chosen), *self.blocksizes} - {*tied, *tied.values()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -258,7 +260,8 @@ class _ByExpert(WeightConverter):
         quantize, lists = self.quantization_operation, self.collected_tensors
         counts = {len(tensors) for tensors in lists.values()}
         is_by_expert = isinstance(quantize, _Quantize) and layer_name in quantize.hf_quantizer.blocksizes
-        if not is_by_expert or len(counts) != 1 or not all(callable(job) for jobs in lists.values() for job in jobs):
+        are_jobs = all(map(callable, chain.from_iterable(lists.values())))
+        if not is_by_expert or len(counts) != 1 or not are_jobs:
             return super().convert(layer_name, model=model, config=config, **kwargs)
         taken = {pattern: lists.pop(pattern) for pattern in list(lists)}
 
@@ -423,12 +426,12 @@ def _refuse_missing(model: PreTrainedModel, missing: Iterable[str], where: str) 
 
 def _dense_experts(model: nn.Module, skipped: Sequence[str] = ()) -> list[str]:
     """Return the names of weights of experts that are dense."""
-    return [
-        f"{path}.{name}"
-        for path, module in base_modules(model)
-        for name in expert_parameters(model, path, module)
-        if path not in skipped and module.get_parameter(name).is_floating_point()
-    ]
+    names: list[str] = []
+    for path, module in base_modules(model):
+        if path not in skipped:
+            experts = expert_parameters(model, path, module)
+            names += [f"{path}.{name}" for name in experts if module.get_parameter(name).is_floating_point()]
+    return names
 
 
 def _check_blocks(model: nn.Module, where: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -175,7 +176,7 @@ class PackedParameters(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        buffers = [buffer for packing in self.packings.values() for buffer in packing.buffers]
+        buffers = list(chain.from_iterable(packing.buffers for packing in self.packings.values()))
         # `set_model_state_dict` of torch.distributed.checkpoint adds the buffers itself.
         taken = {prefix + key for key in buffers if state_dict.get(prefix + key, 0) is self._buffers.get(key)}
         for name in self.packings:

@@ -174,9 +174,11 @@ def is_dense_linear(module: nn.Module) -> bool:
 @cache
 def _adds_nothing(cls: Any) -> bool:
     """Return whether a subclass of `nn.Linear` overrides at most what is allowed here, and has no further methods."""
-    own = [c for c in cls.__mro__ if c not in nn.Linear.__mro__]
-    values = [(name, value) for c in own for name, value in vars(c).items()]
-    return all(name in _HARMLESS or not (callable(value) or hasattr(value, "__get__")) for name, value in values)
+    for subclass in set(cls.__mro__).difference(nn.Linear.__mro__):
+        for name, value in vars(subclass).items():
+            if name not in _HARMLESS and (callable(value) or hasattr(value, "__get__")):
+                return False
+    return True
 
 
 _HARMLESS = {"__init__", "forward", "extra_repr", "reset_parameters"}
@@ -230,7 +232,7 @@ def _skipped(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
     for pattern in skip:
         paths = [path for path in names if matches(pattern, path)]
         if not paths:
-            parts = {part for path in names for part in (path, path.rpartition(".")[2])}
+            parts = {*names, *(path.rpartition(".")[2] for path in names)}
             raise PeftcoreError(f"skip: '{pattern}' matches no module{nearest(pattern, parts)}")
         found += paths
     return found

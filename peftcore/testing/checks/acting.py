@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def identity(case: Case) -> None:
 @check("neutral tensors change nothing", essential=True)
 def neutral(case: Case) -> str | None:
     model, start, found = case.model(), case.model(seed=None), False
-    attached = {id(p) for _, adapter in adapter_modules(model, "default") for p in adapter.parameters()}
+    attached: set[int] = set()
+    for _, adapter in adapter_modules(model, "default"):
+        attached.update(map(id, adapter.parameters()))
     with torch.no_grad():
         own = zip(adapter_parameters(model, "default"), adapter_parameters(start, "default"), strict=True)
         for (_, parameter), (_, original) in own:  # a classifier's head, for example, is trained as well
@@ -65,7 +68,7 @@ def left_out(case: Case) -> str | None:
     entry, architecture = applied(model, "default"), detect(model)
     if caught or getattr(entry.config, "layers_to_transform", None) is not None:
         return None
-    if any(each.whole_model for placed in entry.placements.values() for each in placed):
+    if any(placement.whole_model for placement in chain.from_iterable(entry.placements.values())):
         return None  # the method does not choose where prompts act
     reached = [*entry.paths, *(f"{name.rpartition('.')[0]}." for name in entry.trained)]
     found, nothing = coverage(model, architecture, reached), coverage(model, architecture, ())
@@ -202,11 +205,11 @@ def switching(case: Case) -> None:
     inputs = case.inputs()
     alone = {name: logits(case.model(seed=seed, adapter=name), inputs) for name, seed in (("a", 1), ("b", 2))}
     model = _with_two(case)
-    for name in ("b", "a", "b"):
+    for name, other in (("b", "a"), ("a", "b"), ("b", "a")):
         peftcore.activate(model, name)
         same(logits(model, inputs), alone[name], f"'{name}' of two")
-        others = [p for n in ("a", "b") if n != name for _, p in adapter_parameters(model, n)]
-        assert not any(p.requires_grad for p in others), "an inactive adapter requires gradients"
+        trains = any(parameter.requires_grad for _, parameter in adapter_parameters(model, other))
+        assert not trains, "an inactive adapter requires gradients"
 
 
 def _with_two(case: Case) -> nn.Module:

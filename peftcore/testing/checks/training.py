@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import chain
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def accumulating(case: Case) -> None:
 def grouping(case: Case) -> None:
     model = case.model()
     groups = peftcore.parameter_groups(model, lr=1e-3, weight_decay=0.01)
-    named = [each[1] if isinstance(each, tuple) else each for group in groups for each in group["params"]]
+    members = chain.from_iterable(group["params"] for group in groups)
+    named = [member[1] if isinstance(member, tuple) else member for member in members]
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     assert len({id(p) for p in named}) == len(named), "a parameter is in two groups"
     missing = trained.keys() - {id(p) for p in named}

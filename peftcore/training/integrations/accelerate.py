@@ -24,8 +24,10 @@ _STAY: ContextVar[frozenset[int]] = ContextVar("_STAY", default=frozenset())  # 
 
 
 def _staying(model: nn.Module) -> frozenset[int]:
-    adapters = {id(module) for module in model.modules() if isinstance(module, Adapters)}
-    return frozenset(adapters | {id(module) for _, own in all_of(model) for module in own.owners(model)})
+    staying = {id(module) for module in model.modules() if isinstance(module, Adapters)}
+    for _, owned in all_of(model):
+        staying.update(id(module) for module in owned.owners(model))
+    return frozenset(staying)
 
 
 def _patch(name: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -99,9 +100,13 @@ def _are_groups(value: object) -> bool:
 
 def _without_members(groups: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return parameter groups without the parameters of `others`; groups that this leaves empty are dropped."""
-    taken = {id(parameter) for group in others for parameter in group["params"]}
-    left = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
-    return [group for group in left if group["params"]]
+    taken = set(map(id, chain.from_iterable(group["params"] for group in others)))
+    left: list[dict[str, Any]] = []
+    for group in groups:
+        parameters = [parameter for parameter in group["params"] if id(parameter) not in taken]
+        if parameters:
+            left.append({**group, "params": parameters})
+    return left
 
 
 def _is_factory(kind: Any) -> bool:
