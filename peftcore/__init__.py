@@ -31,6 +31,7 @@ _PUBLIC = {
     "peftcore.errors": ("CheckpointError", "PeftcoreError", "PluginError"),
     "peftcore.estimating": ("Estimate", "Step", "Suggestion", "estimate", "suggest"),
     "peftcore.exporting.export": ("export",),
+    "peftcore.files.inspecting": ("AdapterInfo", "inspect"),
     "peftcore.files.loading": ("load",),
     "peftcore.files.saving": ("save",),
     "peftcore.training.integrations.reference_model": ("reference_model",),

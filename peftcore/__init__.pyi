@@ -34,6 +34,7 @@ from peftcore.estimating import (
 )
 from peftcore.exporting.export import export as export
 from peftcore.files.adapter_state import set_state_dict as set_state_dict, state_dict as state_dict
+from peftcore.files.inspecting import AdapterInfo as AdapterInfo, inspect as inspect
 from peftcore.files.loading import load as load
 from peftcore.files.saving import save as save
 from peftcore.plugin.registry import methods as methods

@@ -186,11 +186,12 @@ def fields_of_folder(folder: Path) -> tuple[dict[str, Any], ForeignFormat | None
     Raises:
         CheckpointError: the folder does not contain an adapter.
     """
-    return read_folder(folder, _about)
+    return read_folder(folder, about)
 
 
-def _about(opened: Folder) -> tuple[dict[str, Any], ForeignFormat | None]:
-    foreign = _foreign(opened)
+def about(opened: Folder, method: str | None = None) -> tuple[dict[str, Any], ForeignFormat | None]:
+    """Return the config fields of an opened folder by PEFT's names, and its foreign format."""
+    foreign = _foreign(opened, method)
     if foreign is None:
         return opened.config(), None
     with guarded(foreign.method, f"'{opened.path}'"):
@@ -219,10 +220,11 @@ def method_of_folder(folder: Path, method: str | None = None, say: str = "peftco
         PluginError: no method can read it, several can, or the named one cannot.
         CheckpointError: the folder does not contain an adapter.
     """
-    return read_folder(folder, lambda opened: _method(opened, method, say))
+    return read_folder(folder, lambda opened: method_of(opened, method, say))
 
 
-def _method(opened: Folder, named: str | None, say: str) -> Method:
+def method_of(opened: Folder, named: str | None, say: str = "peftcore.load(..., method='{}')") -> Method:
+    """Return the installed method that reads an opened folder; arguments and errors as for `method_of_folder`."""
     foreign = _foreign(opened, named)
     if foreign is not None:
         return foreign.method

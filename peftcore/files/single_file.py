@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +100,33 @@ def read(
     return found, fields, {name: about[name] for name in _KEPT if isinstance(about, dict) and name in about}
 
 
-def parts_of_file(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]] | None:
-    """Return (name of the format, {part: its tensors}) of a single file or its folder; None for any other folder.
+@dataclass(frozen=True)
+class Parts:
+    """A single file as it is, for every model that it has a part for.
+
+    Args:
+        format: name of its format for `save`.
+        method: the method that the format belongs to.
+        tensors: {part: {name: tensor}}.
+        metadata: metadata of the file.
+    """
+
+    format: str
+    method: Method
+    tensors: dict[str, dict[str, Tensor]]
+    metadata: dict[str, str]
+
+
+def parts_of(opened: Folder, file: str) -> Parts:
+    """Return the content of a single file.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    opened = Folder.opened(path)
-    file = named_in(opened)
-    if file is None:
-        return None
-    tensors, _ = opened.tensors(file)
-    form, _ = _format_of(path, tensors)
-    return next(name for name, (each, _) in formats().items() if each is form), dict(form.split(tensors))
+    tensors, metadata = opened.tensors(file)
+    form, method = _format_of(opened.path / file, tensors)
+    name = next(name for name, (each, _) in formats().items() if each is form)
+    return Parts(name, method, dict(form.split(tensors)), metadata)
 
 
 def by_name(models: object) -> Mapping[str, Any]:

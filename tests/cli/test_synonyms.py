@@ -68,6 +68,7 @@ def test_a_folder_without_a_model(run: Run, tmp_path: Path) -> None:
 
 def test_info_takes_the_folder_as_other_commands_do(run: Run, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    save_file({}, tmp_path / "adapter_model.safetensors")
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "adapter_model.safetensors")
     assert run("info", "--adapter", tmp_path).output == run("info", tmp_path).output
     assert "info shows one adapter. Pass its folder" in run("info", code=1).output

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters, state_of
-from peftcore.files.single_file import parts_of_file
 from peftcore.plugin import FileFormat
 
 FILE = "toys.safetensors"
@@ -144,9 +143,12 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
 
 
 def test_what_is_in_it(tmp_path: Path) -> None:
-    assert parts_of_file(peftcore.save(peftcore.apply(tiny.llama(), "filed"), tmp_path / "folder")) is None
-    name, parts = parts_of_file(saved(tmp_path / "several"))
-    assert name == "toys" and parts.keys() == {"left", "right"} and len(parts["left"]) == len(parts["right"]) > 0
+    folder = peftcore.inspect(peftcore.save(peftcore.apply(tiny.llama(), "filed"), tmp_path / "folder"))
+    assert folder.format == "peft" and folder.parts.keys() == {""}
+    info = peftcore.inspect(saved(tmp_path / "several"))
+    assert (info.format, info.method, info.fields, info.base_is_checked) == ("toys", "filed", {}, True)
+    assert info.parts.keys() == {"left", "right"} and len(info.parts["left"]) == len(info.parts["right"]) > 0
+    assert str(info).splitlines()[0] == "layout  toys"
 
 
 def test_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,14 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftcore.cli import task_names
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.plugin.validation import check_types, shown
+from peftcore.plugin import safe_reading, validation
+
+if TYPE_CHECKING:
+    from peftcore import AdapterInfo
 
 TASK_FILE = "peftcore_task.json"
 _LABELS = 1_000  # above this, the adapter's head is checked before the base gets one
@@ -75,16 +78,17 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     Raises:
         PeftcoreError: the folder has no adapter, or one for a task that no command runs.
     """
-    from peftcore.files.reading import fields_of_folder
-    from peftcore.plugin.safe_reading import JSON_BYTES, parse_json, read_bytes
+    import peftcore
 
     refuse_other_folders(folder)
     given = tuple(part.strip() for part in labels.split(",")) if labels else ()
-    fields, foreign = fields_of_folder(folder)
+    info = peftcore.inspect(folder)
     try:
-        stored = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
+        stored = safe_reading.parse_json(
+            safe_reading.read_bytes(folder / TASK_FILE, safe_reading.JSON_BYTES), folder / TASK_FILE
+        )
         if not isinstance(stored, dict):
-            raise TypeError(f"it must be a JSON object, found {shown(stored)}")
+            raise TypeError(f"it must be a JSON object, found {validation.shown(stored)}")
         # Files without `chat` are older than conversations.
         chat, template = stored.get("chat", False), stored.get("chat_template")
         more = {name: stored.get(name) for name in ("beta", "dtype", "seed", "pooling", "language")}
@@ -92,24 +96,24 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         more["weights"] = None if stored.get("weights") is None else tuple(stored["weights"])
         task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, **more)
         if type(stored["labels"]) is not list:
-            raise TypeError(f"labels must be a list, found {shown(stored['labels'])}")
+            raise TypeError(f"labels must be a list, found {validation.shown(stored['labels'])}")
         if task.task not in task_names.TASKS:
-            raise ValueError(f"task must be one of {', '.join(task_names.TASKS)}, found {shown(task.task)}")
-        check_types(task)
+            raise ValueError(f"task must be one of {', '.join(task_names.TASKS)}, found {validation.shown(task.task)}")
+        validation.check_types(task)
         if template is not None and "{" not in template and template != "chatml":
             raise ValueError(
-                f"chat_template={shown(template)} is neither a template nor 'chatml', and is not opened as a "
-                "path (to use a file, pass --chat-template FILE)"
+                f"chat_template={validation.shown(template)} is neither a template nor 'chatml', and is not opened as "
+                "a path (to use a file, pass --chat-template FILE)"
             )
         if template is not None and len(template) > TEMPLATE_CHARACTERS:
             raise ValueError(
                 f"chat_template has {len(template):,} characters; at most {TEMPLATE_CHARACTERS:,} are read"
             )
-        _refuse_labels_without_outputs(folder, task)
+        _refuse_labels_without_outputs(info, task)
     except FileNotFoundError:
-        if foreign is not None:  # not stated; heads are elsewhere and belong to the base
+        if info.format != "peft":  # not stated; heads are elsewhere and belong to the base
             return AdapterTask(task_names.CLASSIFICATION if given else task_names.LANGUAGE_MODEL, 512, given)
-        task = _task_of_peft(folder, fields)
+        task = _task_of_peft(info)
     except KeyError as error:
         raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: it lacks {error}. It can be deleted") from error
     except (OSError, ValueError, TypeError) as error:
@@ -129,24 +133,23 @@ def _quantization(stored: Any) -> Quantization | None:
     if stored is None:
         return None
     if not isinstance(stored, dict) or not all(isinstance(name, str) for name in stored.get("skip") or ()):
-        raise TypeError(f"quantized must be a JSON object with names to skip, found {shown(stored)}")
+        raise TypeError(f"quantized must be a JSON object with names to skip, found {validation.shown(stored)}")
     skip = stored.get("skip")
     found = Quantization(**{**stored, "skip": None if skip is None else tuple(skip)})
-    check_types(found)
+    validation.check_types(found)
     if found.compute_dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"compute_dtype must be float32, bfloat16 or float16, found {shown(found.compute_dtype)}")
+        raise ValueError(
+            f"compute_dtype must be float32, bfloat16 or float16, found {validation.shown(found.compute_dtype)}"
+        )
     return found
 
 
-def _refuse_labels_without_outputs(folder: Path, task: AdapterTask) -> None:
+def _refuse_labels_without_outputs(info: AdapterInfo, task: AdapterTask) -> None:
     """Raise a ValueError for very many labels without a head in the adapter, before the base gets one of that size."""
-    from peftcore.files.folder import read_tensors
-
     count = len(task.labels)
-    if task.task in task_names.HEADED and count > _LABELS:
-        tensors, _ = read_tensors(folder)
-        if not any(tensor.shape[:1] == (count,) for tensor in tensors.values()):
-            raise ValueError(f"it names {count:,} labels, but no tensor of the adapter has as many rows")
+    has_head = any(tensor.shape[:1] == (count,) for tensor in info.tensors)
+    if task.task in task_names.HEADED and count > _LABELS and not has_head:
+        raise ValueError(f"it names {count:,} labels, but no tensor of the adapter has as many rows")
 
 
 def refuse_without_prompts(name: str, task: str) -> None:
@@ -169,10 +172,10 @@ def refuse_without_prompts(name: str, task: str) -> None:
 
 def base_of(folder: Path, model: str | None) -> str:
     """Return the base of an adapter: `model` if given, otherwise the one the adapter names."""
-    from peftcore.files.reading import fields_of_folder
+    import peftcore
 
-    named = model or fields_of_folder(folder)[0].get("base_model_name_or_path")
-    if not named or not isinstance(named, str):
+    named = model or peftcore.inspect(folder).base
+    if not named:
         raise PeftcoreError(f"'{folder}' does not name the base it was trained on. Pass it: --model MODEL")
     return named
 
@@ -205,27 +208,26 @@ def has_tokenizer(folder: Path) -> bool:
     return os.path.exists(folder / "tokenizer_config.json")
 
 
-def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
-    from peftcore.files.folder import read_tensors
-
-    if fields.get("task_type") in (None, "CAUSAL_LM"):
+def _task_of_peft(info: AdapterInfo) -> AdapterTask:
+    if info.task_type in (None, "CAUSAL_LM"):
         return AdapterTask(task_names.LANGUAGE_MODEL, 512)
-    if fields["task_type"] == "SEQ_2_SEQ_LM":
+    if info.task_type == "SEQ_2_SEQ_LM":
         return AdapterTask(task_names.SEQ2SEQ, 512)
-    if fields["task_type"] == "FEATURE_EXTRACTION":
+    if info.task_type == "FEATURE_EXTRACTION":
         return AdapterTask(task_names.EMBEDDING, 512)
-    if fields["task_type"] != "SEQ_CLS":
+    if info.task_type != "SEQ_CLS":
         raise PeftcoreError(
-            f"'{folder}' is for the task {fields['task_type']}, which no command supports. Use the library"
+            f"'{info.path}' is for the task {info.task_type}, which no command supports. Use the library"
         )
-    tensors, _ = read_tensors(folder)
-    saved = fields.get("modules_to_save") or ["classifier", "score"]
+    saved = info.fields.get("modules_to_save") or ["classifier", "score"]
     if not isinstance(saved, list) or len(saved) > _MODULES or not all(isinstance(each, str) for each in saved):
-        raise CheckpointError(f"'{folder}': modules_to_save must be a list of names, found {shown(saved)}")
-    held = [tensor for name, tensor in tensors.items() if any(f".{module}." in name for module in saved)]
+        raise CheckpointError(
+            f"'{info.path}': modules_to_save must be a list of names, found {validation.shown(saved)}"
+        )
+    held = [tensor for name, tensor in info.parts[""].items() if any(f".{module}." in name for module in saved)]
     heads = [tensor for tensor in held if tensor.dim()]
     if not heads:
-        raise CheckpointError(f"'{folder}' has no classification head among its tensors")
+        raise CheckpointError(f"'{info.path}' has no classification head among its tensors")
     outputs = heads[-1].shape[0]
     if outputs == 1:
         return AdapterTask(task_names.REGRESSION, 512)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftcore.cli.bases.adapter_folders import TEMPLATE_CHARACTERS
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.plugin.safe_reading import JSON_BYTES, parse_json, read_bytes, require_regular
+from peftcore.plugin import safe_reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def _check_files(folder: Path) -> None:
             if file.suffix not in _READ or not os.path.lexists(file):
                 continue
             status = os.stat(file)
-            require_regular(file, status.st_mode)
+            safe_reading.require_regular(file, status.st_mode)
             if status.st_size > _BYTES:
                 raise CheckpointError(f"'{file}' has {status.st_size:,} bytes; at most {_BYTES:,} are read")
     except OSError as error:
@@ -67,7 +67,7 @@ def _check_files(folder: Path) -> None:
 
 def _value(file: Path) -> Any:
     try:
-        return parse_json(read_bytes(file, JSON_BYTES), file)
+        return safe_reading.parse_json(safe_reading.read_bytes(file, safe_reading.JSON_BYTES), file)
     except FileNotFoundError as error:  # a broken link
         raise CheckpointError(f"'{file}' cannot be read: it is a broken link") from error
 

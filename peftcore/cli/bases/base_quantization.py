@@ -113,9 +113,9 @@ def of_run(settings: Settings, labels: tuple[str, ...]) -> Quantization | None:
         return asked
     more: dict[str, Any] = {}
     if settings.adapter is not None:
-        from peftcore.files.reading import fields_of_folder
+        import peftcore
 
-        more["modules_to_save"] = fields_of_folder(Path(settings.adapter))[0].get("modules_to_save")
+        more["modules_to_save"] = peftcore.inspect(settings.adapter).fields.get("modules_to_save")
     names = {each.name for each in fields(registry.method(settings.method).config_class)}
     more = {name: value for name, value in more.items() if name in names and value}
     if asked is None:

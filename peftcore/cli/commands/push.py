@@ -37,9 +37,9 @@ def push(
 
     A new repository is private. Checkpoints' optimizer states and pickles are not uploaded.
     """
-    from peftcore.files.reading import fields_of_folder
+    import peftcore
 
-    fields_of_folder(adapter)  # raises a CheckpointError if it is not an adapter
+    peftcore.inspect(adapter)  # raises a CheckpointError if it is not an adapter
     if public and update:
         raise PeftcoreError("--public is for a new repository. Change who sees an existing one in its settings")
     require("huggingface_hub", extra="hub")

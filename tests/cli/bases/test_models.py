@@ -29,6 +29,7 @@ def test_a_folder_without_an_adapter(tmp_path: Path, run: Run) -> None:
 
 def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    save_file({}, tmp_path / "adapter_model.safetensors")
     fields = {"task": "classification", "max_length": 7, "labels": ["a", "b"]}
     (tmp_path / TASK_FILE).write_text(json.dumps(fields))
     assert adapter_task(tmp_path) == AdapterTask("classification", 7, ("a", "b"), chat=False)
@@ -40,6 +41,7 @@ def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("told", [[], 3, None, "x", {}, {"task": "causal-lm"}, {"task": ["x"], "max_length": 1}])
 def test_a_task_file_of_other_types_is_refused(tmp_path: Path, told: Any) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    save_file({}, tmp_path / "adapter_model.safetensors")
     (tmp_path / TASK_FILE).write_text(json.dumps(told))
     with pytest.raises(
         CheckpointError,
@@ -51,6 +53,7 @@ def test_a_task_file_of_other_types_is_refused(tmp_path: Path, told: Any) -> Non
 
 def test_thousands_of_labels_need_a_head_of_as_many_rows(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    save_file({}, tmp_path / "adapter_model.safetensors")
     labels = [str(i) for i in range(2_000)]
     (tmp_path / TASK_FILE).write_text(json.dumps({"task": "classification", "max_length": 7, "labels": labels}))
     save_file({"score.weight": torch.ones(1_999, 1)}, tmp_path / "adapter_model.safetensors")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.commands import Run
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -286,6 +286,7 @@ def test_damaged_records_are_refused(tmp_path: Path, record: object, message: st
     from peftcore.errors import CheckpointError
 
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({}, tmp_path / "adapter_model.safetensors")
     AdapterTask("causal-lm", 64).write(tmp_path)
     file = tmp_path / "peftcore_task.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantized": record}))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from support.commands import save_tokenizer
 from transformers import AutoTokenizer
 
@@ -61,6 +62,7 @@ def test_a_template_of_more_than_a_million_characters_is_not_read(tmp_path: Path
     with pytest.raises(PeftcoreError, match=r"chat_template has 2,000,006 characters; at most 1,000,000 are read"):
         models.load_tokenizer("base", tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    save_file({}, tmp_path / "adapter_model.safetensors")
     task = {"task": "causal-lm", "max_length": 7, "labels": [], "chat_template": long}
     (tmp_path / TASK_FILE).write_text(json.dumps(task))
     with pytest.raises(CheckpointError, match=r"chat_template has 2,000,006 characters; at most 1,000,000 are read"):
@@ -87,6 +89,7 @@ def test_the_users_template_counts_before_the_adapters(tokenizer: Any, tmp_path:
 )
 def test_a_folder_names_no_file_as_its_template(tmp_path: Path, template: Any) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    save_file({}, tmp_path / "adapter_model.safetensors")
     fields = {"task": "causal-lm", "max_length": 7, "labels": [], "chat_template": template}
     (tmp_path / TASK_FILE).write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match=rf"{TASK_FILE}' cannot be read: chat_template.*It can be deleted"):

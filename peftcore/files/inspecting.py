@@ -1,0 +1,226 @@
+"""`inspect`: what an adapter's files say of it, read without its base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.files import reading, single_file
+from peftcore.files.folder import Folder, read_folder
+from peftcore.files.hub import folder_of
+from peftcore.files.metadata import BASE, PARTS, VERSION, own_fields
+from peftcore.model.targets import pattern_value
+from peftcore.plugin.peft_fields import config_of_fields, with_own
+from peftcore.plugin.safe_reading import CONFIG, TENSORS, parse_json
+
+_SHOWN_BY_NAME = {"peft_type", "task_type", "base_model_name_or_path", "peft_version", "inference_mode"}
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter on disk.
+
+    Args:
+        path: its folder or file; for an id of the hub, the folder in the hub's cache.
+        format: "peft"; the name of another library's format, or of a single file's.
+        peft_type: the kind of adapter by PEFT's name, in capitals.
+        method: the installed method that reads it; None if there is none.
+        problem: why `load` cannot read it, as far as that is known without the base; None if it can.
+        base: hub id or path of the base, if the files name it.
+        task_type: PEFT's name of the task, such as "CAUSAL_LM", if the files name it.
+        fields: fields of the config by PEFT's names, and those that only peftcore has.
+        writer: program that wrote the files, such as "PEFT 0.20.0", if they name it.
+        base_is_checked: whether the files have a fingerprint of the base, with which `load` compares the model.
+        parts: tensors by name, for every model that a single file has a part for; a folder has one part, "". The
+            tensors are on the meta device: they have shape and dtype, and no values.
+    """
+
+    path: Path
+    format: str
+    peft_type: str
+    method: str | None
+    problem: PeftcoreError | None
+    base: str | None
+    task_type: str | None
+    fields: dict[str, Any]
+    writer: str | None
+    base_is_checked: bool
+    parts: dict[str, dict[str, Tensor]]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of all parts, on the meta device."""
+        return [tensor for tensors in self.parts.values() for tensor in tensors.values()]
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of values in the tensors."""
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of the tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what is known as pairs of a label and a text, as `print` shows them."""
+        if list(self.parts) != [""]:
+            parts = ((part or "of one model", _sizes(list(held.values()))) for part, held in self.parts.items())
+            return [("layout", self.format), *parts]
+        wrong = self.problem is not None and self.method is not None
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors})
+        fields = [
+            (f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+            for name, value in sorted(self.fields.items())
+            if name not in _SHOWN_BY_NAME and value not in (None, False, "", [], {})
+        ]
+        return [
+            ("peft_type", self.peft_type),
+            ("method", self.method or str(self.problem)),
+            *([("cannot be loaded", str(self.problem))] if wrong else []),
+            ("task", self.task_type or "-"),
+            ("base", self.base or "-"),
+            ("base is checked on load", "yes" if self.base_is_checked else "no: the file has no fingerprint"),
+            ("written by", self.writer or "-"),
+            ("tensors", f"{len(self.tensors):,}, {', '.join(dtypes)}"),
+            ("parameters", f"{self.parameters:,}"),
+            ("size", f"{self.bytes / 1e6:.1f} MB" if self.bytes >= 1e6 else f"{self.bytes / 1e3:.1f} kB"),
+            *_experts(self.fields, self.parts[""]),
+            *fields,
+        ]
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:{width}}  {text}" for label, text in rows)
+
+
+def inspect(path: str | os.PathLike[str], *, method: str | None = None, revision: str | None = None) -> AdapterInfo:
+    """Return what is known of an adapter from its files alone; its base is not needed.
+
+    Args:
+        path: folder or single file of an adapter in any format that `load` reads, or an id on Hugging Face's hub.
+        method: the installed method to read it with. Needed only if several can.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: the files are missing or damaged, or are not an adapter's.
+    """
+
+    def look(opened: Folder) -> AdapterInfo:
+        file = single_file.named_in(opened)
+        return _of_folder(opened, method) if file is None else _of_file(opened, file)
+
+    return read_folder(folder_of(path, revision), look)
+
+
+def _of_file(opened: Folder, file: str) -> AdapterInfo:
+    found = single_file.parts_of(opened, file)
+    of_parts = parse_json(
+        found.metadata.get(PARTS, "{}").encode(errors="surrogatepass"), f"{opened.path / file}: {PARTS}"
+    )
+    of_parts = of_parts if isinstance(of_parts, dict) else {}
+    return AdapterInfo(
+        path=opened.path / file,
+        format=found.format,
+        peft_type=found.method.state.peft_type,
+        method=found.method.name,
+        problem=None,
+        base=None,
+        task_type=None,
+        fields={},
+        writer=_writer(found.metadata, {}),
+        base_is_checked=any(isinstance(about, dict) and BASE in about for about in of_parts.values()),
+        parts={part: _without_values(tensors) for part, tensors in found.tensors.items()},
+    )
+
+
+def _of_folder(opened: Folder, named: str | None) -> AdapterInfo:
+    try:
+        fields, foreign = reading.about(opened, named)
+    except CheckpointError:
+        opened.tensors()  # `load` reads them first, so that a folder without them has the same error
+        raise
+    tensors, metadata = opened.tensors(foreign.tensors if foreign else TENSORS)
+    own = own_fields(opened.path, metadata)
+    problem: PeftcoreError | None = None
+    name: str | None = None
+    try:
+        method = reading.method_of(opened, named)
+        name = method.name
+        if foreign is None:
+            of_method = with_own(f"'{opened.path / TENSORS}'", method, fields, own)
+            config_of_fields(f"'{opened.path / CONFIG}'", method, of_method)
+    except PeftcoreError as error:
+        problem = error
+    return AdapterInfo(
+        path=opened.path,
+        format=foreign.name if foreign else "peft",
+        peft_type=fields["peft_type"],
+        method=name,
+        problem=problem,
+        base=_text(fields.get("base_model_name_or_path")),
+        task_type=_text(fields.get("task_type")),
+        fields={**own, **fields},
+        writer=foreign.name if foreign else _writer(metadata, fields),
+        base_is_checked=BASE in metadata,
+        parts={"": _without_values(tensors)},
+    )
+
+
+def _text(value: Any) -> str | None:
+    """Return a field of a file if it is text; files of strangers have anything."""
+    return value if isinstance(value, str) and value else None
+
+
+def _writer(metadata: Mapping[str, str], fields: Mapping[str, Any]) -> str | None:
+    if VERSION in metadata:
+        return f"peftcore {metadata[VERSION]}"
+    return f"PEFT {fields['peft_version']}" if fields.get("peft_version") else None
+
+
+def _without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+
+
+def _sizes(tensors: list[Tensor]) -> str:
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    return f"{len(tensors):,} tensors, {', '.join(dtypes)}, {sum(tensor.numel() for tensor in tensors):,} parameters"
+
+
+def _experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """Return rows about parameters `[experts, out, in]`, which are adapted by name: A is `[experts · r, in]`."""
+    given = fields.get("target_parameters")
+    by_module: dict[str, list[str]] = {}
+    for name in given if isinstance(given, list) else ():
+        if isinstance(name, str):
+            by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    counts: set[int] = set()
+    modules: set[str] = set()
+    held = 0
+    for key, tensor in tensors.items():
+        whole = key.removeprefix("base_model.model.").removesuffix(".weight").replace(".base_layer", "")
+        path, _, part = whole.rpartition(".")
+        words = path.split(".")
+        inside = [name for i in range(len(words)) for name in by_module.get(".".join(words[i:]), ())]
+        if not inside:
+            continue
+        modules.add(path)
+        held += tensor.numel()
+        full = (f"{path}.{name.rpartition('.')[2]}" for name in inside)
+        ranks = {pattern_value(fields.get("rank_pattern"), name, fields.get("r")) for name in full}
+        r = ranks.pop()
+        if part.endswith("_A") and not ranks and type(r) is int and r > 0:
+            counts.add(tensor.shape[0] // r)
+    if not modules or counts == {1}:
+        return []
+    each = f" of {', '.join(map(str, sorted(counts)))}" if counts else ""
+    share = 100 * held / sum(tensor.numel() for tensor in tensors.values())
+    return [("experts", f"{len(modules)} modules{each}, {held:,} of the parameters ({share:.3g} %)")]
