@@ -71,8 +71,8 @@ class CheckpointFiles:
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """Return the tensors that belong to a packed parameter, other than its bytes."""
-        there = {part: self.keys[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in self.keys}
-        return {part: self.stored(key)[...] for part, key in there.items()}
+        keys = {part: self.keys[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in self.keys}
+        return {part: self.stored(key)[...] for part, key in keys.items()}
 
     def by_expert(self, model: nn.Module, name: str, first: int, last: int) -> Iterator[Tensor]:
         """Yield the experts [first, last) of a parameter."""

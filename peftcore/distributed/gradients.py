@@ -80,7 +80,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
     Returns:
         The norm before, a plain tensor, equal on every rank.
     """
-    gradients = [each.grad for each in parameters if each.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     groups: dict[object, list[Tensor]] = {}
     for gradient in gradients:
         groups.setdefault(gradient.device_mesh if ranks.is_dtensor(gradient) else None, []).append(gradient)

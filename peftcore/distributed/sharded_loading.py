@@ -146,19 +146,19 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
     """Allocate memory for every shard on the meta device."""
     from torch.distributed.tensor import DTensor
 
-    made: dict[int, nn.Parameter] = {}
+    materialized: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is None:
                 continue
-            if id(p) not in made:
+            if id(p) not in materialized:
                 assert ranks.is_dtensor(p)  # all are sharded
                 local = torch.empty_like(p.to_local(), device=device)
                 whole = DTensor.from_local(
                     local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
                 )
-                made[id(p)] = nn.Parameter(whole, requires_grad=False)
-            module._parameters[name] = made[id(p)]
+                materialized[id(p)] = nn.Parameter(whole, requires_grad=False)
+            module._parameters[name] = materialized[id(p)]
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)

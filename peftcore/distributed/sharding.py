@@ -140,6 +140,6 @@ def _aside(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield adapter-owned and replaced parameters that are not in the model now."""
     state = state_of(model)
     for name in state.applied if state else ():
-        own = TrainedParameters.of(model, name)
-        if own is not None:
-            yield from own.parameters()
+        owned = TrainedParameters.of(model, name)
+        if owned is not None:
+            yield from owned.parameters()

@@ -68,9 +68,9 @@ class TrainingState(Stateful):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `dcp.load` read."""
-        found = difference(self._base(), state_dict["base"])
-        if found:
-            raise CheckpointError(f"the checkpoint is of another base: {found}")
+        problem = difference(self._base(), state_dict["base"])
+        if problem:
+            raise CheckpointError(f"the checkpoint is of another base: {problem}")
         with torch.no_grad():
             for name, parameter in self._adapters():
                 parameter.copy_(state_dict["adapters"][name])
@@ -82,8 +82,8 @@ class TrainingState(Stateful):
         for adapter in require_state(self.model).applied:
             for name, parameter in adapter_parameters(self.model, adapter):
                 yield f"{adapter}.{name}", parameter
-            own = TrainedParameters.of(self.model, adapter)
-            for name, tensor in own.kept_values(self.model) if own is not None else ():
+            owned = TrainedParameters.of(self.model, adapter)
+            for name, tensor in owned.kept_values(self.model) if owned is not None else ():
                 yield f"{adapter}.{name}", tensor
 
     def _base(self) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def export(
         PluginError: the package of the format failed.
     """
     plugin, exporter = find(format)
-    given, target = options_of(exporter, options), Path(path)
+    format_options, target = options_of(exporter, options), Path(path)
     with registry.naming(plugin, "check"):
         exporter.check(model)
     if adapter is not None or exporter.write_model is None:
@@ -86,11 +86,11 @@ def export(
             )
         name = _only(model) if adapter is None else adapter
         with registry.naming(plugin, "write_adapter"), _folder_of(target):
-            exporter.write_adapter(model, target, name, given)
+            exporter.write_adapter(model, target, name, format_options)
     else:
         _refuse(model, exporter)
         with registry.naming(plugin, "write_model"), _folder_of(target):
-            exporter.write_model(model, target, given)
+            exporter.write_model(model, target, format_options)
     return target
 
 
@@ -104,7 +104,7 @@ def find(format: str) -> tuple[Plugin, Exporter]:
     if format in known:
         return known[format]
     names = ", ".join(sorted(known))
-    broken = next((each for each in registry.plugins() if each.name == format and each.error), None)
+    broken = next((plugin for plugin in registry.plugins() if plugin.name == format and plugin.error), None)
     if broken is not None:
         raise PeftcoreError(f"the format '{format}' is of {broken}, which is not usable: {broken.error}")
     if format in EXTRAS:

@@ -26,27 +26,27 @@ def adapter_products(model: nn.Module, adapter: str, what: str) -> dict[str, Low
     engine.refuse_merged(engine.require_state(model), "export")
     engine.refuse_changed(model)
     ranks.refuse_sharded(model, "export")
-    found = low_rank.factors_of(model, adapter, what)
-    if not found:
+    factors_by_path = low_rank.factors_of(model, adapter, what)
+    if not factors_by_path:
         raise PeftcoreError(f"'{adapter}' cannot {what}: it changes no weights")
-    return {path: _one(model, adapter, path, factors, what) for path, factors in found.items()}
+    return {path: _one(model, adapter, path, factors, what) for path, factors in factors_by_path.items()}
 
 
 def _one(model: nn.Module, adapter: str, path: str, factors: list[LowRank], what: str) -> LowRank:
     is_module = path in dict(model.named_modules())  # otherwise it is the path of a parameter, such as that of experts
     if len(factors) > 1 or factors[0].a.ndim != 2 or not is_module:
         raise PeftcoreError(f"'{adapter}' cannot {what}: it changes '{path}', which is not a linear layer or embedding")
-    (each,) = factors
-    a, b = each.a.detach().float().cpu(), each.b.detach().float().cpu()
+    (product,) = factors
+    a, b = product.a.detach().float().cpu(), product.b.detach().float().cpu()
     if not bool(a.isfinite().all() and b.isfinite().all()):
         raise PeftcoreError(
             f"'{adapter}' contains NaN or Inf at '{path}'. Training has diverged; export an earlier checkpoint"
         )
-    return LowRank(b.T, a.T, each.scale) if each.transposed else LowRank(a, b, each.scale)
+    return LowRank(b.T, a.T, product.scale) if product.transposed else LowRank(a, b, product.scale)
 
 
 def padded(product: LowRank, rank: int, scale: float) -> LowRank:
     """Return an equal product with this rank, padded with zeros, and this scale."""
-    more = rank - len(product.a)
-    b = torch.nn.functional.pad(product.b * (product.scale / scale), (0, more))
-    return LowRank(torch.nn.functional.pad(product.a, (0, 0, 0, more)), b, scale)
+    missing = rank - len(product.a)
+    b = torch.nn.functional.pad(product.b * (product.scale / scale), (0, missing))
+    return LowRank(torch.nn.functional.pad(product.a, (0, 0, 0, missing)), b, scale)

@@ -44,7 +44,7 @@ def write(model: nn.Module, path: Path, _options: NoOptions) -> None:
     device = next(model.parameters()).device
     example = torch.ones(2, 8, dtype=torch.long, device=device)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    size = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     try:
         with _quiet(), torch.no_grad(), evaluation_mode(model), _placed(path) as new:
             torch.onnx.export(
@@ -106,8 +106,8 @@ class _Plain(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits, or the last hidden state."""
         cache: dict[str, Any] = {"use_cache": False} if hasattr(self.model, "generate") else {}
-        found = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **cache)
-        return found.logits if "logits" in found else found.last_hidden_state
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **cache)
+        return output.logits if "logits" in output else output.last_hidden_state
 
 
 def _gives(model: nn.Module, name: str) -> bool:

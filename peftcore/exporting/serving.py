@@ -40,20 +40,20 @@ def write(model: nn.Module, folder: Path, adapter: str, _options: NoOptions) -> 
         low_rank.refuse_trained(model, adapter, WHAT)
         save(model, folder, adapter=adapter, format=PER_EXPERT, resumable=False)
         return
-    found = adapter_products(model, adapter, WHAT)
-    rank, scale = max(len(each.a) for each in found.values()), next(iter(found.values())).scale or 1.0
+    products = adapter_products(model, adapter, WHAT)
+    rank, scale = max(len(each.a) for each in products.values()), next(iter(products.values())).scale or 1.0
     tensors: dict[str, Tensor] = {}
-    for path, product in found.items():
+    for path, product in products.items():
         tensors.update(_tensors(model, adapter, path, padded(product, rank, scale)))
-    Folder(folder).write({"": Content(_fields(model, found, rank, scale), tensors, {})})
+    Folder(folder).write({"": Content(_fields(model, products, rank, scale), tensors, {})})
 
 
 def commands(folder: Path, base: str, _part: str = "adapter") -> list[str]:
     """Return commands that serve the folder with vLLM and SGLang."""
     named, rank = f"mine={folder}", fields_of_folder(folder)[0]["r"]
-    rank_option = (
-        ["--max-lora-rank", str(next((each for each in RANKS if each >= rank), rank))] if rank > RANKS[1] else []
-    )
+    rank_option: list[str] = []
+    if rank > RANKS[1]:  # more than the default
+        rank_option = ["--max-lora-rank", str(next((value for value in RANKS if value >= rank), rank))]
     return [
         shlex.join(["vllm", "serve", base, "--enable-lora", *rank_option, "--lora-modules", named]),
         shlex.join(["python", "-m", "sglang.launch_server", "--model-path", base, "--lora-paths", named]),
@@ -63,26 +63,26 @@ def commands(folder: Path, base: str, _part: str = "adapter") -> list[str]:
 def remarks(folder: Path, base: str, _part: str = "adapter") -> list[str]:
     """Return sentences about what may not work there with a folder that `write` wrote."""
     fields, tensors = fields_of_folder(folder)[0], read_tensors(folder)[0]
-    rank, said = fields["r"], []
+    rank, sentences = fields["r"], []
     if base.endswith(".gguf"):
-        said.append(f"vLLM and SGLang need the base as a folder or hub id to load an adapter, not '{base}'.")
+        sentences.append(f"vLLM and SGLang need the base as a folder or hub id to load an adapter, not '{base}'.")
     if rank > RANKS[-1]:
-        said.append(f"vLLM supports ranks up to {RANKS[-1]}, and the adapter has rank {rank}.")
+        sentences.append(f"vLLM supports ranks up to {RANKS[-1]}, and the adapter has rank {rank}.")
     paths = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in tensors}
     outside = sorted(path for path in paths if not any(part.isdigit() for part in path.split(".")))
     if outside:
-        said.append(
+        sentences.append(
             f"{', '.join(outside)} are outside the layers; vLLM and SGLang support adapters there for some "
             "architectures only."
         )
     if any(".experts." in path for path in paths):
-        said.append("Only versions of vLLM and SGLang that support experts of this architecture load the adapter.")
+        sentences.append("Only versions of vLLM and SGLang that support experts of this architecture load the adapter.")
         if fields.get("rank_pattern") or fields.get("alpha_pattern"):
-            said.append(
+            sentences.append(
                 "The adapter has different ranks or scales for some modules, which older versions of "
                 "vLLM and SGLang ignore."
             )
-    return said
+    return sentences
 
 
 VLLM = Exporter("vllm", "vLLM, SGLang", write_adapter=write, usage=commands, remarks=remarks)
@@ -108,8 +108,8 @@ def _tensors(model: nn.Module, adapter: str, path: str, product: LowRank) -> dic
     return {f"{stem}.lora_A.weight": product.a.contiguous(), f"{stem}.lora_B.weight": product.b.contiguous()}
 
 
-def _fields(model: nn.Module, found: dict[str, LowRank], rank: int, scale: float) -> dict[str, Any]:
-    ends = {path.rpartition(".")[2] for path in found}
+def _fields(model: nn.Module, products: dict[str, LowRank], rank: int, scale: float) -> dict[str, Any]:
+    ends = {path.rpartition(".")[2] for path in products}
     all_of_them = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in ends}
     config = getattr(model, "config", None)
     return {
@@ -118,7 +118,7 @@ def _fields(model: nn.Module, found: dict[str, LowRank], rank: int, scale: float
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
         "r": rank,
         "lora_alpha": scale * rank,
-        "target_modules": sorted(ends if all_of_them == found.keys() else found),
+        "target_modules": sorted(ends if all_of_them == products.keys() else products),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,

@@ -55,10 +55,10 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
     entry = engine.applied(model, adapter)
     with registry.naming(entry.method, "write"):
         fields = dataclasses.asdict(entry.config)
-        found = OrderedDict(registry.method(entry.method).state.write(model, whole, fields)[0])
+        state = OrderedDict(registry.method(entry.method).state.write(model, whole, fields)[0])
     config = dataclasses.asdict(scaled_config(model, adapter))
-    found._metadata = {_OWN: {"method": entry.method, "config": config}}  # type: ignore[attr-defined]
-    return found
+    state._metadata = {_OWN: {"method": entry.method, "config": config}}  # type: ignore[attr-defined]
+    return state
 
 
 @engine.exclusive("set an adapter's values", base=True)
@@ -160,11 +160,11 @@ def _refuse_other(method: Method, other: Method, adapter: str, where: Path) -> N
 
 
 def _refuse_other_shapes(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    for name, here in tensors_on_disk(model, adapter).items():
-        if name in tensors and tensors[name].shape != here.shape:
+    for name, applied_tensor in tensors_on_disk(model, adapter).items():
+        if name in tensors and tensors[name].shape != applied_tensor.shape:
             raise CheckpointError(
-                f"'{name}' has shape {list(tensors[name].shape)}, here {list(here.shape)}. Tensors of another shape "
-                "need their config: pass the adapter's folder, or a dictionary from peftcore.state_dict"
+                f"'{name}' has shape {list(tensors[name].shape)}, here {list(applied_tensor.shape)}. Tensors of "
+                "another shape need their config: pass the adapter's folder, or a dictionary from peftcore.state_dict"
             )
 
 
@@ -201,19 +201,19 @@ def _fitted(model: nn.Module, adapter: str, values: _Values) -> dict[str, Tensor
     reason = _why_fixed(entry, method, values.config)
     if reason is not None:
         raise refuse(reason)
-    here = dict(engine.adapter_modules(model, adapter))
+    applied_adapters = dict(engine.adapter_modules(model, adapter))
     placed = _placed(model, method, values)
-    there = {attached.path: attached.adapter for attached in placed.attached}
-    unknown = [*(path for path in there if path not in here), *placed.trained]
+    other_adapters = {attached.path: attached.adapter for attached in placed.attached}
+    unknown = [*(path for path in other_adapters if path not in applied_adapters), *placed.trained]
     if unknown:
         raise refuse(f"it changes '{unknown[0]}', and '{adapter}' does not")
     tensors = dict(values.tensors)
     for path, placements in entry.placements.items():
-        if path not in here:
+        if path not in applied_adapters:
             continue
-        factors, other_factors = _factors(here[path]), _factors(there.get(path))
-        is_low_rank = factors is not None and (path not in there or other_factors is not None)
-        reason = _why_different(here[path], there.get(path), is_low_rank)
+        factors, other_factors = _factors(applied_adapters[path]), _factors(other_adapters.get(path))
+        is_low_rank = factors is not None and (path not in other_adapters or other_factors is not None)
+        reason = _why_different(applied_adapters[path], other_adapters.get(path), is_low_rank)
         if reason is not None:
             raise refuse(f"it differs at '{path}': {reason}")
         if factors is not None and is_low_rank:
@@ -224,9 +224,9 @@ def _fitted(model: nn.Module, adapter: str, values: _Values) -> dict[str, Tensor
 def _why_fixed(entry: engine.Applied, method: Method, config: Any) -> str | None:
     """Return why the adapter cannot take values of an adapter with another config at all, or None."""
     for name in method.trained_fields:
-        here, there = getattr(entry.config, name), getattr(config, name)
-        if there != here:
-            return f"training has changed {name} to {there} there and {here} here, and with it the shapes"
+        value, other_value = getattr(entry.config, name), getattr(config, name)
+        if other_value != value:
+            return f"training has changed {name} to {other_value} there and {value} here, and with it the shapes"
     if entry.trained:
         return f"it trains parameters of the base, such as '{entry.trained[0]}', and the configs differ"
     return None
@@ -242,10 +242,10 @@ def _placed(model: nn.Module, method: Method, values: _Values) -> Attachments:
     return placed
 
 
-def _why_different(here: nn.Module, there: nn.Module | None, is_low_rank: bool) -> str | None:
+def _why_different(adapter: nn.Module, other: nn.Module | None, is_low_rank: bool) -> str | None:
     """Return how two adapters differ, ignoring rank and scale of low-rank ones, or None."""
-    if there is not None:
-        return difference(here, there, numbers=not is_low_rank)
+    if other is not None:
+        return difference(adapter, other, numbers=not is_low_rank)
     return None if is_low_rank else "nothing is there"
 
 
@@ -253,8 +253,8 @@ def _fit_factors(
     tensors: dict[str, Tensor],
     method: Method,
     placements: Iterable[Placement],
-    here: Sequence[LowRank],
-    there: Sequence[LowRank] | None,
+    applied_factors: Sequence[LowRank],
+    other_factors: Sequence[LowRank] | None,
     where: Path,
 ) -> None:
     """Bring the factors of one module to the ranks and scales of the applied ones; None: the module is unchanged."""
@@ -262,28 +262,28 @@ def _fit_factors(
     for placement in placements:
         for name, tensor in _tensors(placement.adapter):
             names[id(tensor)] = method.state.tensor_name(placement, name)
-    for number, factors in enumerate(here):
+    for number, factors in enumerate(applied_factors):
         a, b = names[id(factors.a)], names[id(factors.b)]
-        if there is None:
+        if other_factors is None:
             tensors[a], tensors[b] = factors.a.detach(), torch.zeros_like(factors.b)
         elif a in tensors and b in tensors:  # otherwise `fill` raises for the missing tensor
-            _fit(tensors, a, b, factors, there[number], where)
+            _fit(tensors, a, b, factors, other_factors[number], where)
 
 
-def _fit(tensors: dict[str, Tensor], a: str, b: str, here: LowRank, there: LowRank, where: Path) -> None:
-    """Bring the tensors named `a` and `b` to the rank and scale of `here`."""
-    for name, wanted in ((a, there.a), (b, there.b)):
-        if tensors[name].shape != wanted.shape:
+def _fit(tensors: dict[str, Tensor], a: str, b: str, applied: LowRank, other: LowRank, where: Path) -> None:
+    """Bring the tensors named `a` and `b` to the rank and scale of `applied`."""
+    for name, factor in ((a, other.a), (b, other.b)):
+        if tensors[name].shape != factor.shape:
             raise CheckpointError(
-                f"'{where}': '{name}' has shape {list(tensors[name].shape)}, its config says {list(wanted.shape)}"
+                f"'{where}': '{name}' has shape {list(tensors[name].shape)}, its config says {list(factor.shape)}"
             )
-    r, most = there.a.shape[0], here.a.shape[0]
+    r, most = other.a.shape[0], applied.a.shape[0]
     if r > most:
         raise CheckpointError(
             f"'{where}' has rank {r} at '{a}', and the applied adapter has {most}, which cannot grow in place. Apply "
             f"with r={r} or more before compiling the model; smaller ranks fit into that"
         )
-    ratio = there.scale / here.scale
+    ratio = other.scale / applied.scale
     tensors[a] = _padded(tensors[a], 0, most)
     tensors[b] = _padded(tensors[b] if ratio == 1 else tensors[b].float() * ratio, 1, most)
 

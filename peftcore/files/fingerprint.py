@@ -43,10 +43,10 @@ def fingerprint(tensors: Mapping[str, Tensor], important: Collection[str] = ()) 
         chosen = {*names[:: -(-len(names) // _GATHERED)], *important}
     shapes = {name: ranks.shape_of(tensors[name]) if parts else tensors[name].shape for name in names}
     values = _samples({name: (tensors[name], _positions(shapes[name].numel())) for name in names if name in chosen})
-    found: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     for name in names:
-        found[name] = list(shapes[name]), list(map(float, map("{:.5g}".format, values.get(name, ()))))
-    return json.dumps({"version": _VERSION, "tensors": found}, separators=(",", ":"))
+        recorded[name] = list(shapes[name]), list(map(float, map("{:.5g}".format, values.get(name, ()))))
+    return json.dumps({"version": _VERSION, "tensors": recorded}, separators=(",", ":"))
 
 
 def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
@@ -63,19 +63,22 @@ def difference(tensors: Mapping[str, Tensor], expected: str) -> str | None:
             return f"it has no parameter '{name}'"
         if name not in with_values:
             continue
-        here = getattr(tensor, "ds_shape", tensor.shape)  # `ranks.shape_of`
-        if list(here) != shape:
-            return f"'{name}' has shape {list(here)}, the adapter's base {shape}"
+        shape_here = getattr(tensor, "ds_shape", tensor.shape)  # `ranks.shape_of`
+        if list(shape_here) != shape:
+            return f"'{name}' has shape {list(shape_here)}, the adapter's base {shape}"
         if not values:
             continue
-        positions = _positions(math.prod(here))
+        positions = _positions(math.prod(shape_here))
         if len(values) != len(positions):
             return f"'{name}' has {len(positions)} sampled values, the adapter's base {len(values)}"
         sampled[name] = tensor, positions
-    for name, found in _samples(sampled).items():
-        wanted = recorded[name][1]
-        size = math.hypot(*wanted)
-        error = math.dist(found, wanted) / max(size, 1e-12) if math.isfinite(size) else _error(found, wanted)
+    for name, values_here in _samples(sampled).items():
+        values_of_base = recorded[name][1]
+        size = math.hypot(*values_of_base)
+        if math.isfinite(size):
+            error = math.dist(values_here, values_of_base) / max(size, 1e-12)
+        else:
+            error = _error(values_here, values_of_base)
         if not error <= _TOLERANCE:  # also for NaN
             return f"the values of '{name}' differ by {100 * error:.0f} %"
     return None
@@ -107,10 +110,10 @@ def _parsed(text: str) -> dict[str, tuple[list[int], list[float]]]:
     return tensors
 
 
-def _error(found: list[float], wanted: list[float]) -> float:
+def _error(values: list[float], expected: list[float]) -> float:
     """Return |found - wanted| / |wanted| where some values are infinite; equal ones match."""
-    away = math.hypot(*(0.0 if one == other else one - other for one, other in zip(found, wanted, strict=True)))
-    return away / max(math.hypot(*filter(math.isfinite, wanted)), 1e-12)
+    away = math.hypot(*(0.0 if one == other else one - other for one, other in zip(values, expected, strict=True)))
+    return away / max(math.hypot(*filter(math.isfinite, expected)), 1e-12)
 
 
 @lru_cache(1024)
@@ -128,14 +131,14 @@ def _samples(chosen: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> dict[str, 
         index = _index(positions)
         sample = flat.index_select(0, index if flat.is_cpu else index.to(flat.device))
         kinds.setdefault((sample.dtype, sample.device), {})[name] = sample
-    found: dict[str, list[float]] = {}
+    lists: dict[str, list[float]] = {}
     for samples in kinds.values():
         values = torch.cat(list(samples.values())).float().tolist()
         end = 0
         for name, sample in samples.items():
             begin, end = end, end + len(sample)
-            found[name] = values[begin:end]
-    return {name: found[name] for name in chosen}
+            lists[name] = values[begin:end]
+    return {name: lists[name] for name in chosen}
 
 
 @lru_cache(1024)  # many layers have the same size

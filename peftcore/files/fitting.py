@@ -98,11 +98,11 @@ def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], 
     Args:
         call: what loads it anyway, for the message.
     """
-    why = difference(base_tensors(model), metadata[BASE]) if BASE in metadata else None
-    if why:
+    reason = difference(base_tensors(model), metadata[BASE]) if BASE in metadata else None
+    if reason:
         raise CheckpointError(
-            f"'{folder}' was trained on another base: {why}. If each load of the base re-initialises that (a head, new "
-            "rows of a vocabulary), train its module, too: modules_to_save=[...]. To load the adapter anyway: "
+            f"'{folder}' was trained on another base: {reason}. If each load of the base re-initialises that (a head, "
+            "new rows of a vocabulary), train its module as well: modules_to_save=[...]. To load the adapter anyway: "
             f"{call}, check_base=False)"
         )
 

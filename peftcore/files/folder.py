@@ -166,9 +166,9 @@ class Folder:
         if not isinstance(fields, dict):
             raise CheckpointError(f"'{file}' must be a JSON object, found {type(fields).__name__}. Copy it again")
         if not isinstance(fields.get("peft_type"), str):
-            found = ", ".join(list(fields)[:8]) or "none"
+            names = ", ".join(list(fields)[:8]) or "none"
             raise CheckpointError(
-                f"'{file}' has no field peft_type (its fields: {found}), so it is not an adapter in the format of "
+                f"'{file}' has no field peft_type (its fields: {names}), so it is not an adapter in the format of "
                 "Hugging Face PEFT, and no installed plugin reads it as another library's. Save the adapter in PEFT's "
                 "format, or install the plugin that reads it"
             )
@@ -187,10 +187,10 @@ class Folder:
         Raises:
             CheckpointError: the file is missing, not complete, or from another save than what was read before.
         """
-        why = "a pickle, which can run any code and is never read here"
+        reason = "a pickle, which can run any code and is never read here"
         file = self.path / name
         if name.endswith(_PICKLES):
-            raise CheckpointError(f"'{file}' is {why}. Have its author save it as safetensors")
+            raise CheckpointError(f"'{file}' is {reason}. Have its author save it as safetensors")
         try:
             if file not in self.parsed:
                 tensors, metadata = parse_tensors(self.content(name), file)
@@ -203,7 +203,7 @@ class Folder:
             pickles = sorted(path.name for path in self.path.glob("*") if path.name.endswith(_PICKLES))
             if pickles:
                 raise CheckpointError(
-                    f"'{self.path}' contains '{pickles[0]}', {why}. "
+                    f"'{self.path}' contains '{pickles[0]}', {reason}. "
                     f"Have its author save it as {name}, or convert it where you trust it"
                 ) from None
             raise CheckpointError(
@@ -220,8 +220,8 @@ class Folder:
                 self._check_save(parse_metadata(start, file))
             except FileNotFoundError:
                 self.parsed[header] = {}
-        found: dict[str, str] = self.parsed[header]
-        return found
+        metadata: dict[str, str] = self.parsed[header]
+        return metadata
 
     def _header(self) -> Path:
         """Return the key of the metadata in `parsed`, which may be read without the tensors."""
@@ -249,15 +249,15 @@ class Folder:
     def _config_of_tensors(self) -> tuple[Path, bytearray]:
         """Return (file, content) of the config that belongs to the tensors: it may wait to be renamed."""
         file = self.path / CONFIG
-        wanted = self.metadata().get(CONFIG_HASH)
+        expected_hash = self.metadata().get(CONFIG_HASH)
         content = None
-        if wanted is None:
+        if expected_hash is None:
             return file, read_bytes(file, JSON_BYTES)
-        waiting = [_temporary_name(file, wanted[:16])] if re.fullmatch("[0-9a-f]{64}", wanted) else []
+        waiting = [_temporary_name(file, expected_hash[:16])] if re.fullmatch("[0-9a-f]{64}", expected_hash) else []
         for candidate in (file, *waiting, file):  # it may be renamed between two looks
             with contextlib.suppress(FileNotFoundError):
                 content = read_bytes(candidate, JSON_BYTES)
-                if _hash(parse_json(content, file)) == wanted:
+                if _hash(parse_json(content, file)) == expected_hash:
                     return candidate, content
         if content is None:
             raise FileNotFoundError(CONFIG)
@@ -539,18 +539,18 @@ def _refuse_special(file: Path) -> None:
 
 def _instead_of(path: Path) -> str:
     """Return advice for a path at which there is no folder: similar names next to it, and what else can be passed."""
-    found = []
+    hints = []
     try:
         if not path.is_absolute():
-            found.append(f"The path is relative to '{os.getcwd()}'. ")
-        with os.scandir(path.parent) as there:
-            similar = nearest(path.name, [each.name for each in there if each.is_dir()])
-        found.append(f"In '{path.parent}' are others{similar}. " if similar else "")
+            hints.append(f"The path is relative to '{os.getcwd()}'. ")
+        with os.scandir(path.parent) as entries:
+            similar = nearest(path.name, [entry.name for entry in entries if entry.is_dir()])
+        hints.append(f"In '{path.parent}' are others{similar}. " if similar else "")
     except FileNotFoundError:
-        found.append(f"'{path.parent}' does not exist either. ")
+        hints.append(f"'{path.parent}' does not exist either. ")
     except (OSError, ValueError):  # it cannot be listed, or cannot be a path
         pass
-    return f"{''.join(found)}Pass the folder that `save` wrote, or an id of Hugging Face's hub as a string, 'ORG/NAME'"
+    return f"{''.join(hints)}Pass the folder that `save` wrote, or an id of Hugging Face's hub as a string, 'ORG/NAME'"
 
 
 def _sync(folder: Path) -> None:

@@ -33,8 +33,10 @@ def folder_of(path: str | os.PathLike[str], revision: str | None = None) -> Path
     if isinstance(path, str) and not os.path.lexists(folder) and _ID.fullmatch(path):
         return _fetched(path, revision)
     if revision is not None:
-        what = f"'{path}' is a local folder" if os.path.isdir(folder) else f"'{path}' is not an id ORG/NAME of the hub"
-        raise CheckpointError(f"revision={revision!r} is for adapters on Hugging Face's hub, but {what}. Leave it out")
+        problem = "is a local folder" if os.path.isdir(folder) else "is not an id ORG/NAME of the hub"
+        raise CheckpointError(
+            f"revision={revision!r} is for adapters on Hugging Face's hub, but '{path}' {problem}. Leave it out"
+        )
     return folder
 
 
@@ -46,9 +48,9 @@ def _fetched(name: str, revision: str | None) -> Path:
         if any(os.path.exists(folder / file) for file in files) or any(folder.glob(f"*/{CONFIG}")):
             return folder
         raise CheckpointError(f"'{name}' on Hugging Face's hub does not contain an adapter: {CONFIG} is missing")
-    more = _more(folder)
+    further_files = _more(folder)
     # Both in one call, so that no commit can come between an adapter's files.
-    return _fetch(name, revision, [*_OWN, *more]) if more else folder
+    return _fetch(name, revision, [*_OWN, *further_files]) if further_files else folder
 
 
 def _more(folder: Path) -> list[str]:
@@ -77,10 +79,10 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:
-        why = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         of = f" (revision {revision!r})" if revision is not None else ""
         raise CheckpointError(
             f"the folder '{name}' does not exist, and Hugging Face's hub does not provide an adapter of this name{of}: "
-            f"{type(error).__name__}: {why[:400]}. Check the path if you mean a local folder; log in for a private or "
-            "gated adapter; without a network, only adapters in the cache can be loaded"
+            f"{type(error).__name__}: {reason[:400]}. Check the path if you mean a local folder; log in for a private "
+            "or gated adapter; without a network, only adapters in the cache can be loaded"
         ) from error

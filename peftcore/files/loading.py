@@ -65,14 +65,14 @@ def load(
     if isinstance(model, nn.Module):
         _load_all(model, folder, options)
         return model
-    done: list[nn.Module] = []
+    loaded: list[nn.Module] = []
     try:
-        for model_name, each in single_file.owners(folder, single_file.by_name(model)).items():
-            _load_all(each, folder, options, model_name)
-            done.append(each)
+        for model_name, part in single_file.owners(folder, single_file.by_name(model)).items():
+            _load_all(part, folder, options, model_name)
+            loaded.append(part)
     except BaseException:
-        for each in done:
-            engine.remove(each, adapter or "default")
+        for part in loaded:
+            engine.remove(part, adapter or "default")
         raise
     return model
 
@@ -101,18 +101,18 @@ def _load_all(model: nn.Module, folder: Path, options: _Options, model_name: str
     )
     is_together = saved_active is not None
     with assumed_unchanged(model):
-        done: list[str] = []
+        loaded: list[str] = []
         try:
             for name, content in contents.items():
                 if is_together and engine.state_of(model):
                     engine.activate(model, [])  # two of them may train the same parameter
                 inside = adapter_folder(folder, name) if is_together else folder
                 _load(model, inside, content, name, options)
-                done.append(name)
+                loaded.append(name)
             if saved_active is not None:
                 engine.activate(model, [*active, *saved_active])
         except BaseException:
-            for name in reversed(done):
+            for name in reversed(loaded):
                 engine.remove(model, name)
             if engine.state_of(model):
                 engine.set_active(model, active)

@@ -30,10 +30,10 @@ def own_fields(folder: Path, metadata: Metadata) -> dict[str, Any]:
         CheckpointError: they are not a table of fields.
     """
     file = f"{folder / TENSORS}: {OWN_FIELDS}"
-    own = parse_json(metadata.get(OWN_FIELDS, "{}").encode(errors="surrogatepass"), file)
-    if not isinstance(own, dict):
-        raise CheckpointError(f"'{file}' must be a table of fields, found {shown(own)}")
-    return own
+    fields = parse_json(metadata.get(OWN_FIELDS, "{}").encode(errors="surrogatepass"), file)
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"'{file}' must be a table of fields, found {shown(fields)}")
+    return fields
 
 
 def ties_partly(metadata: Metadata) -> bool:

@@ -151,8 +151,8 @@ def add(folder: Path, heading: str, rows: Sequence[tuple[str, str]], command: st
 
 def split(content: str) -> tuple[str, str]:
     """Return (lines of the YAML header, the text after it)."""
-    found = re.match(r"---[ \t]*\n(.*?\n|)---[ \t]*(\n|$)", content, re.DOTALL)
-    return (found[1], content[found.end() :]) if found else ("", content)
+    match = re.match(r"---[ \t]*\n(.*?\n|)---[ \t]*(\n|$)", content, re.DOTALL)
+    return (match[1], content[match.end() :]) if match else ("", content)
 
 
 def updated(head: str, about: Mapping[str, Any]) -> str:
@@ -203,9 +203,9 @@ def _with_tags(lines: str, tags: Sequence[str]) -> str:
 
 def _yaml(key: str, value: object) -> str:
     if isinstance(value, Mapping):
-        return f"{key}:\n" + "".join(f"  {name}: {_scalar(each)}\n" for name, each in value.items())
+        return f"{key}:\n" + "".join(f"  {name}: {_scalar(item)}\n" for name, item in value.items())
     if isinstance(value, (list, tuple)):
-        return f"{key}:\n" + "".join(f"- {_scalar(each)}\n" for each in value)
+        return f"{key}:\n" + "".join(f"- {_scalar(item)}\n" for item in value)
     return f"{key}: {_scalar(value)}\n"
 
 

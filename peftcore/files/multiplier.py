@@ -27,9 +27,9 @@ def in_metadata(model: nn.Module, adapter: str) -> dict[str, str]:
     entry = engine.applied(model, adapter)
     if entry.multiplier == 1.0:
         return {}
-    own, scaled = entry.config, scaled_config(model, adapter)
-    names = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(scaled, f.name)]
-    fields = {name: getattr(own, name) for name in names}
+    config, scaled = entry.config, scaled_config(model, adapter)
+    names = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(scaled, f.name)]
+    fields = {name: getattr(config, name) for name in names}
     return {MULTIPLIER: json.dumps({"multiplier": entry.multiplier, "fields": fields})}
 
 
@@ -48,12 +48,12 @@ def without(method: Method, config: Any, metadata: dict[str, str]) -> tuple[Any,
     if multiplier == 1.0 or method.state.peft.scaled is None:
         return config, 1.0
     try:
-        own = dataclasses.replace(config, **fields)
-        scaled = method.state.peft.scaled(own, multiplier)
+        unscaled = dataclasses.replace(config, **fields)
+        scaled = method.state.peft.scaled(unscaled, multiplier)
     except (TypeError, PeftcoreError) as error:
         raise CheckpointError(f"the adapter's factor ({MULTIPLIER}) cannot be read: {error}") from error
     as_it_was = all(getattr(scaled, name) == getattr(config, name) for name in fields)
-    return (own, multiplier) if as_it_was else (config, 1.0)
+    return (unscaled, multiplier) if as_it_was else (config, 1.0)
 
 
 def _parsed(metadata: dict[str, str]) -> tuple[float, dict[str, Any]]:

@@ -155,11 +155,16 @@ def _read(
         where = f"'{opened.path / CONFIG}'"
     # torch cannot compare 8-bit floats with others; float32 represents them all.
     tensors = {n: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for n, t in tensors.items()}
-    own = own_fields(opened.path, metadata)
+    method_fields = own_fields(opened.path, metadata)
     method = method_of_fields(
-        where, fields, own, written_by=metadata.get(METHOD, applied), plugin=metadata.get(PLUGIN), method=named
+        where,
+        fields,
+        method_fields,
+        written_by=metadata.get(METHOD, applied),
+        plugin=metadata.get(PLUGIN),
+        method=named,
     )
-    fields = with_own(f"'{opened.path / TENSORS}'", method, fields, own)
+    fields = with_own(f"'{opened.path / TENSORS}'", method, fields, method_fields)
     # PEFT's default is False, which its older files do not name.
     tied = metadata.get(TIED) != "false" if VERSION in metadata else fields.get("ensure_weight_tying")
     fields["ensure_weight_tying"] = False if tied is None else tied
@@ -168,16 +173,16 @@ def _read(
     with guarded(method, f"'{opened.path}'"), ranks.whole_when_read(model):
         for layout in method.state.layouts.values():
             tensors, fields = layout.read(model, tensors, fields)
-        why = None if VERSION in metadata else method.state.peft.refused(model, tensors, fields)
-        if why is not None:
-            raise CheckpointError(f"'{opened.path}' cannot be read: {why}")
+        reason = None if VERSION in metadata else method.state.peft.refused(model, tensors, fields)
+        if reason is not None:
+            raise CheckpointError(f"'{opened.path}' cannot be read: {reason}")
         try:
-            found, read_fields = method.state.read(model, tensors, fields)
+            read_tensors, read_fields = method.state.read(model, tensors, fields)
             config = config_of(where, method, read_fields, str(fields["peft_type"]))
         except Exception:
             config_of_fields(where, method, fields)  # an error in the fields themselves is the better message
             raise
-        return Stored(method, config, dict(found), metadata)
+        return Stored(method, config, dict(read_tensors), metadata)
 
 
 def fields_of_folder(folder: Path) -> tuple[dict[str, Any], ForeignFormat | None]:
@@ -201,11 +206,11 @@ def about(opened: Folder, method: str | None = None) -> tuple[dict[str, Any], Fo
 
 def vocabulary_rows(model: nn.Module, folder: Path) -> int | None:
     """Return the number of rows of the embedding or output head in the adapter's file; None if it has neither."""
-    own = set(embedding_parameters(model))
+    names = set(embedding_parameters(model))
 
     def rows(opened: Folder) -> int | None:
         tensors = opened.tensors()[0] if opened.has(TENSORS) else {}
-        return max((len(tensor) for name, tensor in tensors.items() if name_in_base(name) in own), default=None)
+        return max((len(tensor) for name, tensor in tensors.items() if name_in_base(name) in names), default=None)
 
     return read_folder(folder, rows)
 
@@ -229,9 +234,9 @@ def method_of(opened: Folder, named: str | None, say: str = "peftcore.load(..., 
     if foreign is not None:
         return foreign.method
     fields, metadata = opened.config(), opened.metadata()
-    own, where = own_fields(opened.path, metadata), f"'{opened.path / CONFIG}'"
+    method_fields, where = own_fields(opened.path, metadata), f"'{opened.path / CONFIG}'"
     writer = {"written_by": metadata.get(METHOD), "plugin": metadata.get(PLUGIN)}
-    return method_of_fields(where, fields, own, **writer, method=named, say=say)
+    return method_of_fields(where, fields, method_fields, **writer, method=named, say=say)
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,7 @@ def _foreign(opened: Folder, named: str | None = None) -> _Foreign | None:
 
 def _matching_formats(opened: Folder, chosen: Method | None) -> dict[str, _Foreign]:
     """Return what may read a folder, by method: its first format that matches. Only `chosen` if it is given."""
-    found: dict[str, _Foreign] = {}
+    matches: dict[str, _Foreign] = {}
     for plugin in registry.plugins():
         for method in plugin.methods:
             if method.recorded_as is not None or chosen not in (None, method):
@@ -269,10 +274,10 @@ def _matching_formats(opened: Folder, chosen: Method | None) -> dict[str, _Forei
                 try:
                     fields = _fields_of_others(opened, form.config)
                     if fields is not None and form.matches(dict(fields)):
-                        found.setdefault(method.name, _Foreign(plugin, method, form, fields))
+                        matches.setdefault(method.name, _Foreign(plugin, method, form, fields))
                 except (Exception, SystemExit) as error:
                     registry.go_on_without(f"ForeignFormat.matches of {form.name!r}", plugin, error)
-    return found
+    return matches
 
 
 def _is_of_peft(opened: Folder) -> bool:

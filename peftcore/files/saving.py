@@ -132,13 +132,13 @@ def _with_adapters(models: nn.Module | Mapping[str, Any]) -> dict[str | None, nn
     if isinstance(models, nn.Module):
         return {None: models}
     modules = {name: model for name, model in single_file.by_name(models).items() if isinstance(model, nn.Module)}
-    found: dict[str | None, nn.Module] = {}
+    adapted: dict[str | None, nn.Module] = {}
     for name, model in modules.items():
         if engine.state_of(model) is not None:
-            found[name] = model
-    if not found:
+            adapted[name] = model
+    if not adapted:
         raise PeftcoreError(f"none of the models has adapters: {', '.join(modules) or 'no models were given'}")
-    return found
+    return adapted
 
 
 def _only_adapter(model: nn.Module, adapter: str | None, format: str) -> str:
@@ -298,7 +298,7 @@ def _fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[d
     for name, value in fields.items():
         if isinstance(value, (set, frozenset)):
             fields[name] = sorted(value)
-    own = {name: fields.pop(name) for name in sorted(method.state.peft.own_fields) if name in fields}
+    method_fields = {name: fields.pop(name) for name in sorted(method.state.peft.own_fields) if name in fields}
     usual = {field.name: field.default for field in dataclasses.fields(method.config_class)}
     common = {
         **fields,
@@ -309,7 +309,7 @@ def _fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[d
         "revision": None,
         "auto_mapping": None,
     }
-    return common, {name: value for name, value in own.items() if _as_json(value) != _as_json(usual[name])}
+    return common, {name: value for name, value in method_fields.items() if _as_json(value) != _as_json(usual[name])}
 
 
 def _as_json(value: object) -> str | None:
@@ -376,20 +376,24 @@ def _passes(model: nn.Module, task: str) -> bool:
 
 
 def _refuse_unreadable(
-    model: nn.Module, adapter: str, given: Mapping[str, Tensor], written: dict[str, Tensor], fields: dict[str, Any]
+    model: nn.Module,
+    adapter: str,
+    tensors: Mapping[str, Tensor],
+    written: dict[str, Tensor],
+    fields: dict[str, Any],
 ) -> None:
     """Raise a PluginError unless `read` returns the tensors that `write` was given, in their shapes."""
     method = registry.method(engine.applied(model, adapter).method)
     fields = {**fields, "peft_version": peft_version()}
     with registry.naming(method.name, "read"), ranks.whole_when_read(model):
-        found = method.state.read(model, dict(written), fields)[0]
-    wanted = {**tensors_on_disk(model, adapter), **kept_on_disk(model, adapter)}
-    for name in sorted(wanted.keys() & given.keys() - for_training(model, adapter)):
-        if name not in found or found[name].shape != given[name].shape:
-            back = f"with shape {list(found[name].shape)}" if name in found else "not at all"
+        read_tensors = method.state.read(model, dict(written), fields)[0]
+    expected = {**tensors_on_disk(model, adapter), **kept_on_disk(model, adapter)}
+    for name in sorted(expected.keys() & tensors.keys() - for_training(model, adapter)):
+        if name not in read_tensors or read_tensors[name].shape != tensors[name].shape:
+            back = f"with shape {list(read_tensors[name].shape)}" if name in read_tensors else "not at all"
             raise PluginError(
                 f"adapter '{adapter}' was not saved, since it could not be loaded: '{name}' with shape "
-                f"{list(given[name].shape)} comes back {back}. `write` of {method.name} must keep it in a form "
+                f"{list(tensors[name].shape)} comes back {back}. `write` of {method.name} must keep it in a form "
                 "that `read` reads"
             )
 

@@ -32,12 +32,12 @@ def formats() -> dict[str, tuple[FileFormat, Method]]:
 
     If several methods have a format, the method is the one without a flag.
     """
-    found: dict[str, tuple[FileFormat, Method]] = {}
+    by_name: dict[str, tuple[FileFormat, Method]] = {}
     for method in sorted(registry.methods().values(), key=lambda method: method.state.peft.flag is not None):
         if method.state.formats and method.recorded_as is None:
             for name, form in method.state.files.items():
-                found.setdefault(name, (form, method))
-    return found
+                by_name.setdefault(name, (form, method))
+    return by_name
 
 
 def file_names() -> list[str]:
@@ -54,13 +54,13 @@ def named_in(opened: Folder) -> str | None:
     if opened.only is not None:
         return opened.only
     others = {name for name in opened.listed() if name.endswith(ENDING) and name != TENSORS}
-    there = [name for name in file_names() if name in others] if others else []
-    if there and (opened.has(CONFIG) or opened.has(TENSORS)):
+    known = [name for name in file_names() if name in others] if others else []
+    if known and (opened.has(CONFIG) or opened.has(TENSORS)):
         raise CheckpointError(
-            f"'{opened.path}' contains two adapters, '{TENSORS}' and '{there[0]}', which may differ. Pass the "
-            f"file itself, '{opened.path / there[0]}', or move it into a folder of its own"
+            f"'{opened.path}' contains two adapters, '{TENSORS}' and '{known[0]}', which may differ. Pass the "
+            f"file itself, '{opened.path / known[0]}', or move it into a folder of its own"
         )
-    return there[0] if there else None
+    return known[0] if known else None
 
 
 def read(
@@ -82,22 +82,22 @@ def read(
     with guarded(method, f"'{where}'"):
         try:
             parts = form.split(tensors)
-            wanted = [""] if parts.keys() == {""} else form.parts(model, model_name)
-            there = [part for part in wanted if part in parts]
-            if len(there) != 1:
-                raise CheckpointError(_not_one(model, wanted, there, parts))
-            found, fields = form.read(model, there[0], parts[there[0]], metadata)
+            parts_of_model = [""] if parts.keys() == {""} else form.parts(model, model_name)
+            matching = [part for part in parts_of_model if part in parts]
+            if len(matching) != 1:
+                raise CheckpointError(_not_one(model, parts_of_model, matching, parts))
+            part_tensors, fields = form.read(model, matching[0], parts[matching[0]], metadata)
         except PeftcoreError as error:
             raise CheckpointError(f"'{where}' cannot be read: {error}") from error
-    left = {part: len(names) for part, names in parts.items() if part not in there}
+    left = {part: len(names) for part, names in parts.items() if part not in matching}
     if left and model_name is None:
         warn(
             f"'{where}' also contains {_counted(left)}, left for other models: peftcore.load(them, ...), or all at "
             "once: peftcore.load(pipe.components, ...)",
         )
-    own = parse_json(metadata.get(PARTS, "{}").encode(errors="surrogatepass"), f"{where}: {PARTS}")
-    about = own.get(there[0], {}) if isinstance(own, dict) else {}
-    return found, fields, {name: about[name] for name in _KEPT if isinstance(about, dict) and name in about}
+    metadata_of_parts = parse_json(metadata.get(PARTS, "{}").encode(errors="surrogatepass"), f"{where}: {PARTS}")
+    about = metadata_of_parts.get(matching[0], {}) if isinstance(metadata_of_parts, dict) else {}
+    return part_tensors, fields, {name: about[name] for name in _KEPT if isinstance(about, dict) and name in about}
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def parts_of(opened: Folder, file: str) -> Parts:
     """
     tensors, metadata = opened.tensors(file)
     form, method = _format_of(opened.path / file, tensors)
-    name = next(name for name, (each, _) in formats().items() if each is form)
+    name = next(name for name, (known_form, _) in formats().items() if known_form is form)
     return Parts(name, method, dict(form.split(tensors)), metadata)
 
 
@@ -154,19 +154,19 @@ def owners(file: Path, models: Mapping[str, Any]) -> dict[str, nn.Module]:
     tensors, _ = opened.tensors(name)
     form, _ = _format_of(opened.path / name, tensors)
     parts = dict(form.split(tensors))
-    found: dict[str, nn.Module] = {}
+    models_with_parts: dict[str, nn.Module] = {}
     for model_name, model in models.items():
         for part in _parts_or_none(form, model, model_name):
             if part in parts:
                 del parts[part]
-                found[model_name] = model
+                models_with_parts[model_name] = model
     if parts:
-        what = _counted({part: len(names) for part, names in parts.items()})
+        unowned = _counted({part: len(names) for part, names in parts.items()})
         raise CheckpointError(
-            f"'{opened.path / name}' contains {what}, for which no model is given (found: {', '.join(models)}). Pass "
-            "it under its name in the pipeline, or load the others one by one: peftcore.load(model, ...)"
+            f"'{opened.path / name}' contains {unowned}, for which no model is given (found: {', '.join(models)}). "
+            "Pass it under its name in the pipeline, or load the others one by one: peftcore.load(model, ...)"
         )
-    return found
+    return models_with_parts
 
 
 def _parts_or_none(form: FileFormat, model: object, model_name: str) -> list[str]:
@@ -214,12 +214,12 @@ def _refuse_loss(file: Path, path: Path, parts: Mapping[str, Any]) -> None:
         return
     try:
         names, _ = Folder.opened(file).tensors(file.name)
-        there = _format_of(file, names)[0].split(names)
+        existing_parts = _format_of(file, names)[0].split(names)
     except CheckpointError as error:
         raise CheckpointError(
             f"the existing file '{file}' is not in a known format: {error}. Save elsewhere, or delete it"
         ) from error
-    lost = {part: len(names) for part, names in there.items() if part not in parts}
+    lost = {part: len(names) for part, names in existing_parts.items() if part not in parts}
     if lost:
         raise CheckpointError(
             f"'{file}' also contains {_counted(lost)}, which this would overwrite. Save the models together: "
@@ -229,20 +229,24 @@ def _refuse_loss(file: Path, path: Path, parts: Mapping[str, Any]) -> None:
 
 def _format_of(where: Path, tensors: Mapping[str, Tensor]) -> tuple[FileFormat, Method]:
     known = formats()
-    found = {name: each for name, each in known.items() if each[0].matches(tensors.keys())}
-    if len(found) != 1:
+    matching = {name: entry for name, entry in known.items() if entry[0].matches(tensors.keys())}
+    if len(matching) != 1:
         names = ", ".join(f"'{name}'" for name in list(tensors)[:3]) or "none"
-        what = f"may be in any of these formats: {', '.join(found)}" if found else "is in no format that is known"
-        raise CheckpointError(f"'{where}' {what} (known: {', '.join(known) or 'none'}). Its tensors: {names}, ...")
-    return next(iter(found.values()))
+        problem = "is in no format that is known"
+        if matching:
+            problem = f"may be in any of these formats: {', '.join(matching)}"
+        raise CheckpointError(f"'{where}' {problem} (known: {', '.join(known) or 'none'}). Its tensors: {names}, ...")
+    return next(iter(matching.values()))
 
 
-def _not_one(model: nn.Module, wanted: Sequence[str], there: list[str], parts: Mapping[str, Collection[str]]) -> str:
-    if there:
-        example = f"peftcore.load({{'{there[0]}': model}}, ...)"
-        return f"it contains {' and '.join(there)}, and a {type(model).__name__} may be either. Say which: {example}"
+def _not_one(
+    model: nn.Module, parts_of_model: Sequence[str], matching: list[str], parts: Mapping[str, Collection[str]]
+) -> str:
+    if matching:
+        example = f"peftcore.load({{'{matching[0]}': model}}, ...)"
+        return f"it contains {' and '.join(matching)}, and a {type(model).__name__} may be either. Say which: {example}"
     counted = _counted({part: len(names) for part, names in parts.items()})
-    return f"it contains {counted}, and nothing for a {type(model).__name__} ({' or '.join(wanted)})"
+    return f"it contains {counted}, and nothing for a {type(model).__name__} ({' or '.join(parts_of_model)})"
 
 
 def _counted(parts: Mapping[str, int]) -> str:

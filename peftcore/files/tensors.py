@@ -86,26 +86,26 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         if path and any(targets.is_inside(pattern, path) for pattern in saved):
             persistent = module._buffers.keys() - module._non_persistent_buffers_set
             whole.update(f"{path}.{name}" for name in persistent if module._buffers[name] is not None)
-    found = {name: model.get_buffer(name) for name in sorted(whole)}
-    own = own_slots(model, adapter)
-    found.update({name: base[name] for name in vocabulary.resized(model) if name not in own})
+    kept = {name: model.get_buffer(name) for name in sorted(whole)}
+    owned_slots = own_slots(model, adapter)
+    kept.update({name: base[name] for name in vocabulary.resized(model) if name not in owned_slots})
     if owned is not None:
         for name, tensor in owned.kept_values(model):
-            if name in found or not torch.equal(tensor, base[name]):
-                found.update(dict.fromkeys(owned.kept[name], tensor))
-    return {_base_name(rules, entry, name): tensor for name, tensor in found.items()}
+            if name in kept or not torch.equal(tensor, base[name]):
+                kept.update(dict.fromkeys(owned.kept[name], tensor))
+    return {_base_name(rules, entry, name): tensor for name, tensor in kept.items()}
 
 
 def grown_buffers(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, str, Tensor]]:
     """Return (module, name, empty buffer of the new shape) for buffers of an adapter with other shapes in `tensors`."""
-    rules, found = registry.method(engine.applied(model, adapter).method).state, []
+    rules, grown = registry.method(engine.applied(model, adapter).method).state, []
     for placement in engine.placements(model, adapter):
         for name, tensor in own_tensors(placement.adapter).items():
-            there = tensors.get(rules.tensor_name(placement, name))
-            if there is not None and there.shape != tensor.shape and not isinstance(tensor, nn.Parameter):
+            stored = tensors.get(rules.tensor_name(placement, name))
+            if stored is not None and stored.shape != tensor.shape and not isinstance(tensor, nn.Parameter):
                 path, _, last = name.rpartition(".")
-                found.append((placement.adapter.get_submodule(path), last, tensor.new_empty(there.shape)))
-    return found
+                grown.append((placement.adapter.get_submodule(path), last, tensor.new_empty(stored.shape)))
+    return grown
 
 
 def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Path, *, partly_tied: bool = True) -> None:
@@ -174,15 +174,15 @@ def _refuse_other_names(missing: Sequence[str], unexpected: Sequence[str], folde
 def for_training(model: nn.Module, adapter: str) -> set[str]:
     """Return the names of own tensors that a file may lack because only further training needs them."""
     rules = registry.method(engine.applied(model, adapter).method).state
-    found: set[str] = set()
+    names: set[str] = set()
     if rules.export is None:
-        return found
+        return names
     for placement in engine.placements(model, adapter):
         exported = rules.export(placement)
-        own = {rules.tensor_name(placement, n): t for n, t in own_tensors(placement.adapter).items()}
-        if exported and all(own.get(name) is tensor for name, tensor in exported.items()):
-            found |= own.keys() - exported.keys()
-    return found
+        own_tensors_by_name = {rules.tensor_name(placement, n): t for n, t in own_tensors(placement.adapter).items()}
+        if exported and all(own_tensors_by_name.get(name) is tensor for name, tensor in exported.items()):
+            names |= own_tensors_by_name.keys() - exported.keys()
+    return names
 
 
 def _refuse_unfit(value: _Value, folder: Path, model: str) -> None:
@@ -224,9 +224,10 @@ def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: 
     names = targets.trained_modules(model, saved).names
     base = base_tensors(model)
     for name in tied_to(model, names):
-        mine = next(other for other in names if base[other] is base[name])
-        value, own = (tensors.get(method.state.tensor_name(Train((n,), saved=True), n)) for n in (name, mine))
-        if value is None or own is None or not torch.equal(value, own):
+        saved_name = next(other for other in names if base[other] is base[name])
+        value = tensors.get(method.state.tensor_name(Train((name,), saved=True), name))
+        saved_value = tensors.get(method.state.tensor_name(Train((saved_name,), saved=True), saved_name))
+        if value is None or saved_value is None or not torch.equal(value, saved_value):
             return False
     return True
 
@@ -246,19 +247,19 @@ def _untie(
         if id(tensor) in first:
             groups.setdefault(first[id(tensor)], []).append(name)
     for name, group in groups.items():
-        there = [other for other in group if other in tensors]
-        if len(group) == 1 or not there:
+        present = [other for other in group if other in tensors]
+        if len(group) == 1 or not present:
             continue
         lacking = next((other for other in group if other not in tensors), None)
-        differing = next((other for other in there if not torch.equal(tensors[other], tensors[there[0]])), None)
+        differing = next((other for other in present if not torch.equal(tensors[other], tensors[present[0]])), None)
         if differing is not None or (lacking is not None and not partly_tied):
             problem = f"'{lacking}' is missing next to" if differing is None else f"'{differing}' differs from"
             raise CheckpointError(
-                f"'{folder}' does not fit {model}: {problem} '{there[0]}', and the two are one parameter here. It was "
-                "trained with separate parameters, so load it on a model that is not tied (tie_word_embeddings=False)"
+                f"'{folder}' does not fit {model}: {problem} '{present[0]}', and the two are one parameter here. It "
+                "was trained with separate parameters: load it on a model that is not tied (tie_word_embeddings=False)"
             )
-        value = tensors[there[0]]
-        for other in there:
+        value = tensors[present[0]]
+        for other in present:
             del tensors[other]
         tensors[name] = value
 
@@ -299,12 +300,12 @@ def _take_embeddings(
     return resized
 
 
-def _refuse_other_vocabulary(model: nn.Module, name: str, value: Tensor, own: Tensor, folder: Path) -> None:
+def _refuse_other_vocabulary(model: nn.Module, name: str, value: Tensor, weight: Tensor, folder: Path) -> None:
     """Raise a CheckpointError if the embedding or head of a file has another shape than the model's."""
-    if value.shape != own.shape:
+    if value.shape != weight.shape:
         raise CheckpointError(
             f"'{folder}' does not fit {type(model).__name__}: '{name}' has shape {list(value.shape)}, the model "
-            f"{list(own.shape)}. Its vocabulary was resized; resize it before loading as well: "
+            f"{list(weight.shape)}. Its vocabulary was resized; resize it before loading as well: "
             f"model.resize_token_embeddings({len(value)})"
         )
 
@@ -330,10 +331,10 @@ def _values_of_base(model: nn.Module) -> Callable[[], Mapping[str, Tensor]]:
 
 def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor: Tensor) -> bool:
     """Return whether a tensor of a file repeats one of the base, as PEFT's files do with the embedding's weight."""
-    own = base().get(name_in_base(name))
-    return (
-        own is not None and own.shape == tensor.shape and torch.equal(ranks.whole(own).cpu().to(tensor.dtype), tensor)
-    )
+    base_tensor = base().get(name_in_base(name))
+    if base_tensor is None or base_tensor.shape != tensor.shape:
+        return False
+    return torch.equal(ranks.whole(base_tensor).cpu().to(tensor.dtype), tensor)
 
 
 def own_slots(model: nn.Module, adapter: str) -> set[str]:

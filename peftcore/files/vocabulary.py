@@ -25,8 +25,8 @@ def resized(model: nn.Module) -> list[str]:
     folder that the model was loaded from or from Hugging Face's cache, never from the network.
     """
     config = getattr(model, "config", None)
-    now, then = _vocabulary(config), _vocabulary(_config_of_checkpoint(config))
-    if now is None or then is None or now == then:
+    size, size_of_checkpoint = _vocabulary(config), _vocabulary(_config_of_checkpoint(config))
+    if size is None or size_of_checkpoint is None or size == size_of_checkpoint:
         return []
     return embedding_parameters(model)
 

@@ -75,14 +75,14 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
         raise damaged(name, f"has shape={list(shape)}, whose rows are not multiples of {blocksize} values")
     blocks, found = math.prod(shape) // blocksize, {part: t.dtype for part, t in tensors.items()}
     scales, zeros = found.get("absmax"), found.get("zeros")
-    wanted = {"absmax": (scales if scales in (torch.float16, torch.bfloat16) else torch.float32, blocks)}
+    expected = {"absmax": (scales if scales in (torch.float16, torch.bfloat16) else torch.float32, blocks)}
     if zeros is not None:
-        wanted["zeros"] = (torch.uint8 if zeros is torch.uint8 else torch.float32, blocks)
+        expected["zeros"] = (torch.uint8 if zeros is torch.uint8 else torch.float32, blocks)
     if "permutation" in tensors:
-        wanted["permutation"] = (torch.int64, shape[-1])
-    check_parts(tensors, wanted, name)
+        expected["permutation"] = (torch.int64, shape[-1])
+    check_parts(tensors, expected, name)
     # Copies, so that small parts do not keep a memory-mapped file open.
-    parts: dict[str, Any] = {part: tensors[part].detach().clone() for part in wanted}
+    parts: dict[str, Any] = {part: tensors[part].detach().clone() for part in expected}
     if "permutation" in parts:
         _check_permutation(parts["permutation"], shape, name)
     quant_map = ops.codebook("affine4", codes.device)

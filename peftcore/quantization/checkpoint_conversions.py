@@ -60,7 +60,7 @@ class _ToPacked(ConversionOps):
     def __init__(self, hf_quantizer: Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def packed(self, found: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
+    def packed(self, by_pattern: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
         """Return the packed weight of the parameter `name` from its tensors by the pattern of their names.
 
         Raises:
@@ -104,8 +104,8 @@ class Deserialize(_ToPacked):
         tensors = _by_part(input_dict)
         return {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
-    def packed(self, found: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
-        tensors, attribute = _by_part(found), name.rpartition(".")[2]
+    def packed(self, by_pattern: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
+        tensors, attribute = _by_part(by_pattern), name.rpartition(".")[2]
         if attribute not in tensors:
             raise CheckpointError(
                 f"the checkpoint has the 4-bit state of '{name}' but not its weight. Download it again"
@@ -118,8 +118,8 @@ class Deserialize(_ToPacked):
 class FromBlocks(_ToPacked):
     """Conversion of experts in MXFP4 as gpt-oss stores them."""
 
-    def packed(self, found: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
-        tensors = {f"_{pattern.rpartition('_')[2]}": t for pattern, t in _by_part(found).items()}
+    def packed(self, by_pattern: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
+        tensors = {f"_{pattern.rpartition('_')[2]}": t for pattern, t in _by_part(by_pattern).items()}
         missing = [part for part in (BLOCKS, SCALES) if part not in tensors]
         if missing:
             raise CheckpointError(f"the checkpoint lacks '{name}{missing[0]}'. Download it again")
@@ -136,7 +136,7 @@ class FromLayout(_ToPacked):
         super().__init__(hf_quantizer)
         self.layout = layout
 
-    def packed(self, found: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
+    def packed(self, by_pattern: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
         path = name.rpartition(".")[0]
         module: Any = model.get_submodule(path)
         if not is_linear(module):
@@ -150,7 +150,7 @@ class FromLayout(_ToPacked):
                 f"'{model.all_tied_weights_keys[name]}'. Set tie_word_embeddings=false in its config"
             )
         layout = self.layout
-        return layout.pack(layout.read(_by_part(found), path), module.weight.dtype, path)
+        return layout.pack(layout.read(_by_part(by_pattern), path), module.weight.dtype, path)
 
 
 class FromLayoutOfExperts(_ToPacked):
@@ -167,10 +167,10 @@ class FromLayoutOfExperts(_ToPacked):
         self.layout = layout
         self.sources = sources
 
-    def packed(self, found: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
+    def packed(self, by_pattern: dict[str, Any], name: str, model: PreTrainedModel) -> PackedWeight:
         path, _, attribute = name.rpartition(".")
         count, dtype = shape_of(model.get_submodule(path), attribute)[0], model.get_parameter(name).dtype
-        for pattern, tensors in found.items():
+        for pattern, tensors in by_pattern.items():
             wanted = pattern.removesuffix(_END)
             if len(tensors) != count and not wanted.endswith(self.layout.ignored):
                 raise CheckpointError(
@@ -181,7 +181,7 @@ class FromLayoutOfExperts(_ToPacked):
         for i in range(count):
             for source in self.sources:
                 patterns = {part: f"{source}{part}{_END}" for part in self.layout.parts}
-                tensors = {part: found[pattern] for part, pattern in patterns.items() if pattern in found}
+                tensors = {part: by_pattern[pattern] for part, pattern in patterns.items() if pattern in by_pattern}
                 expert = source.strip(".").replace("*", str(i))
                 # taken out of the lists, so that each is freed once it is packed
                 one = self.layout.read({part: t.pop(0) for part, t in tensors.items()}, expert)
@@ -234,9 +234,9 @@ def layout_experts_converter(
     stems = [source.removesuffix("weight") for source in sources]
     patterns = ["".join(names) for names in product(stems, (*layout.parts, *layout.ignored), [_END])]
     operation = FromLayoutOfExperts(hf_quantizer, layout, stems)
-    found = WeightConverter(patterns, list(converter.target_patterns), [operation])
-    found.scope_prefix, found.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
-    return found
+    of_experts = WeightConverter(patterns, list(converter.target_patterns), [operation])
+    of_experts.scope_prefix, of_experts.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+    return of_experts
 
 
 def experts_converters(
@@ -253,8 +253,13 @@ def experts_converters(
         layout: the layout of each expert.
         hf_quantizer: the quantizer that loads the model.
     """
-    found = [layout_experts_converter(each, layout, hf_quantizer) for each in dense]
-    names = {pattern.rpartition(".")[2] for each in found if each is not None for pattern in each.target_patterns}
+    converters = [layout_experts_converter(converter, layout, hf_quantizer) for converter in dense]
+    names = {
+        pattern.rpartition(".")[2]
+        for converter in converters
+        if converter is not None
+        for pattern in converter.target_patterns
+    }
     of_layers = {}
     for path, module in model.named_modules():
         facts = experts_layout(module)
@@ -266,8 +271,8 @@ def experts_converters(
             operations: list[Any] = [MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(parts) > 1 else [])]
             sources = [f"{stem}.*.{part}.weight" for part in parts]
             of_layers[f"{stem}.{name}"] = WeightConverter(sources, f"{stem}.{name}", operations)
-    found += [layout_experts_converter(each, layout, hf_quantizer) for each in of_layers.values()]
-    return [each for each in found if each is not None]
+    converters += [layout_experts_converter(converter, layout, hf_quantizer) for converter in of_layers.values()]
+    return [converter for converter in converters if converter is not None]
 
 
 def _by_part(found: Mapping[str, Any]) -> dict[str, Tensor]:

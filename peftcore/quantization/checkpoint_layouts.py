@@ -38,10 +38,11 @@ def find_layout(config: Mapping[str, Any], where: str) -> CheckpointLayout | Non
         PeftcoreError: the package that reads such checkpoints is not installed, or the layout is not read.
     """
     check_reader(config, where)
-    found = registry.offered("peftcore_checkpoint_formats", CheckpointFormat).get(str(config.get("quant_method")))
-    if found is None:
+    formats = registry.offered("peftcore_checkpoint_formats", CheckpointFormat)
+    offered_format = formats.get(str(config.get("quant_method")))
+    if offered_format is None:
         return None
-    plugin, of_plugin = found
+    plugin, of_plugin = offered_format
     with registry.naming(plugin, "layout"):
         return of_plugin.layout(config, where)
 
@@ -52,10 +53,10 @@ def described(config: PretrainedConfig) -> Mapping[str, Any] | None:
     file = Path(str(getattr(config, "_name_or_path", "") or "?")) / MODELOPT
     if stored is not None or not file.is_file():
         return stored if isinstance(stored, Mapping) else None
-    found = parse_json(read_bytes(file), file)
-    details = found.get("quantization") if isinstance(found, Mapping) else None
+    content = parse_json(read_bytes(file), file)
+    details = content.get("quantization") if isinstance(content, Mapping) else None
     if not isinstance(details, Mapping):
-        raise PeftcoreError(f"'{file}' must have an object 'quantization', found {shown(found)}")
+        raise PeftcoreError(f"'{file}' must have an object 'quantization', found {shown(content)}")
     cache = details.get("kv_cache_quant_algo")
     return {**details, "quant_method": "modelopt", "kv_cache_scheme": cache}
 

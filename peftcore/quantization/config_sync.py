@@ -39,8 +39,8 @@ def config_fields(model: nn.Module) -> dict[str, Any] | None:
     packed = list(packed_names(model))
     if not packed:
         return None
-    theirs = [each for each in packed if FORMATS[each[1].packings[each[2]].quant_type].quant_method == METHOD]
-    _, module, name = (theirs or packed)[0]  # bitsandbytes reads no model with a weight in another format
+    of_peftcore = [entry for entry in packed if FORMATS[entry[1].packings[entry[2]].quant_type].quant_method == METHOD]
+    _, module, name = (of_peftcore or packed)[0]  # bitsandbytes reads no model with a weight in another format
     first = module.packings[name]
     paths = {path for path, _, _ in packed}
     floating = next((p.dtype for _, p in base_parameters(model) if p.is_floating_point()), torch.float32)
@@ -49,7 +49,7 @@ def config_fields(model: nn.Module) -> dict[str, Any] | None:
         for path, module in base_modules(model)
         if path not in paths and (is_linear(module) or expert_parameters(model, path, module))
     ]
-    if theirs:
+    if of_peftcore:
         return {
             "quant_method": METHOD,
             "quant_type": first.quant_type,
@@ -90,10 +90,10 @@ def _sync_conversions(model: PreTrainedModel) -> None:
     """
     packed = [f"{path}.{name}" for path, _, name in packed_names(model)]
     if _OWN_CONVERSIONS in model.__dict__:
-        own = model.__dict__.pop(_OWN_CONVERSIONS)
+        model_conversions = model.__dict__.pop(_OWN_CONVERSIONS)
         model.__dict__.pop(_CONVERSIONS, None)
-        if own is not None:
-            model.__dict__[_CONVERSIONS] = own
+        if model_conversions is not None:
+            model.__dict__[_CONVERSIONS] = model_conversions
     loading = sys.modules.get("transformers.core_model_loading")
     if not packed or loading is None:
         return
@@ -106,13 +106,13 @@ def _sync_conversions(model: PreTrainedModel) -> None:
         return any(reverse.rename_source_key(name)[1] is not None for name in packed)
 
     # as transformers makes them for a model that it did not load
-    found = get_model_conversion_mapping(model, add_legacy=False)
-    found = [each for each in found if not isinstance(each, loading.PrefixChange)]
-    own = getattr(model, _CONVERSIONS, None)
-    kept = [each for each in (found if own is None else own) if not splits(each)]
-    if not any(map(splits, own or found)):
+    usual = get_model_conversion_mapping(model, add_legacy=False)
+    usual = [each for each in usual if not isinstance(each, loading.PrefixChange)]
+    model_conversions = getattr(model, _CONVERSIONS, None)
+    remaining = [each for each in (usual if model_conversions is None else model_conversions) if not splits(each)]
+    if not any(map(splits, model_conversions or usual)):
         return
-    if own is not None:  # conversions of a file that had the model's names lack those that split them
-        own = [*kept, *filter(splits, found)]
-    model.__dict__[_OWN_CONVERSIONS] = own
-    model.__dict__[_CONVERSIONS] = kept
+    if model_conversions is not None:  # conversions of a file that had the model's names lack those that split them
+        model_conversions = [*remaining, *filter(splits, usual)]
+    model.__dict__[_OWN_CONVERSIONS] = model_conversions
+    model.__dict__[_CONVERSIONS] = remaining

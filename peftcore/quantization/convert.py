@@ -175,12 +175,12 @@ def _select(
     """
     with assumed_unchanged(model):
         layers, experts = selected(model, skip), selected_experts(model, skip, settings.blocksize)
-    theirs = {path: _bits_of(module, path) for path, module in base_modules(model) if is_bitsandbytes(module)}
-    chosen = _Chosen(layers, experts, theirs)
+    bitsandbytes = {path: _bits_of(module, path) for path, module in base_modules(model) if is_bitsandbytes(module)}
+    chosen = _Chosen(layers, experts, bitsandbytes)
     if not stores_experts:
         warn_of_experts(chosen.expert_names, settings.quant_type)
         chosen = replace(chosen, experts={})
-    if not layers and not chosen.experts and not theirs and not any(packed_names(model)):
+    if not layers and not chosen.experts and not bitsandbytes and not any(packed_names(model)):
         unreadable = unknown_layers(module for _, module in base_modules(model))
         raise PeftcoreError(f"{type(model).__name__} has no linear layer to quantize (skip={skip!r}){unreadable}")
     for path, module in layers.items():
@@ -273,9 +273,9 @@ def give_back_freed() -> None:
 
 
 def _warn_if_little(model: nn.Module, quantized: Sequence[str]) -> None:
-    found = coverage(model, detect(model), quantized, lacking="that share their weight or are kept dense")
-    if found.share < LITTLE:
-        warn(f"quantize on {type(model).__name__} {found}")
+    covered = coverage(model, detect(model), quantized, lacking="that share their weight or are kept dense")
+    if covered.share < LITTLE:
+        warn(f"quantize on {type(model).__name__} {covered}")
 
 
 def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:

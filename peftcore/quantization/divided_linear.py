@@ -77,19 +77,19 @@ class HeldPart:
         shapes = [self.shape_of(rank) for rank in range(self.mesh.size())]
         shapes = [(rows, columns // blocksize) for rows, columns in shapes]
         longest = max(map(math.prod, shapes))
-        mine = F.pad(part.detach().reshape(-1), (0, longest - part.numel()))
-        everyone = [torch.empty_like(mine) for _ in shapes]
-        distributed.all_gather(everyone, mine, group=self.mesh.get_group())
-        parts = [each[: math.prod(shape)].view(shape) for each, shape in zip(everyone, shapes, strict=True)]
+        padded = F.pad(part.detach().reshape(-1), (0, longest - part.numel()))
+        everyone = [torch.empty_like(padded) for _ in shapes]
+        distributed.all_gather(everyone, padded, group=self.mesh.get_group())
+        parts = [rank_part[: math.prod(shape)].view(shape) for rank_part, shape in zip(everyone, shapes, strict=True)]
         return torch.cat(parts, self.placement.dim)
 
     def dtensor(self, part: Tensor) -> nn.Parameter:
         """Return the frozen parameter of a layer with dense weights of which this rank has `part`."""
         from torch.distributed.tensor import DTensor
 
-        shape, stride, own = torch.Size(self.shape), (self.shape[1], 1), part.contiguous()
-        made = DTensor.from_local(own, self.mesh, [self.placement], run_check=False, shape=shape, stride=stride)
-        return nn.Parameter(made, requires_grad=False)
+        shape, stride, local = torch.Size(self.shape), (self.shape[1], 1), part.contiguous()
+        parameter = DTensor.from_local(local, self.mesh, [self.placement], run_check=False, shape=shape, stride=stride)
+        return nn.Parameter(parameter, requires_grad=False)
 
 
 class QuantizedPart(QuantizedLinear):
@@ -135,15 +135,15 @@ class QuantizedPart(QuantizedLinear):
         from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
         part, bias = self.held_part, self._parameters["bias"]
-        mesh, own = part.mesh, None if bias is None else ranks.behind(bias)
+        mesh, local_bias = part.mesh, None if bias is None else ranks.behind(bias)
         local = x.to_local(grad_placements=[x.placements[0] if part.placement.dim else Partial()])
         if part.placement.dim:
             y = DTensor.from_local(self._product(local, None), mesh, [Partial()], run_check=False)
             y = y.redistribute(placements=[Replicate()])
-            return y if own is None else y + own.to(y.dtype)
-        if own is not None and ranks.is_dtensor(own):
-            own = own.to_local()
-        product = self._product(local, own)
+            return y if local_bias is None else y + local_bias.to(y.dtype)
+        if local_bias is not None and ranks.is_dtensor(local_bias):
+            local_bias = local_bias.to_local()
+        product = self._product(local, local_bias)
         shape = torch.Size([*product.shape[:-1], self.out_features])
         stride = torch.empty(shape, device="meta").stride()
         last = [Shard(product.dim() - 1)]
@@ -209,9 +209,9 @@ def refuse_blocks(name: str, part: HeldPart, settings: FourBitSettings) -> None:
         fits = all(begin * columns % blocksize == 0 for begin in begins)
     if fits:
         return
-    what = "columns" if across else f"rows of {columns} values"
+    unit = "columns" if across else f"rows of {columns} values"
     raise PeftcoreError(
-        f"'{name}' is divided over {count} ranks after {begins[1]} {what}, which is not a multiple of the {blocksize} "
+        f"'{name}' is divided over {count} ranks after {begins[1]} {unit}, which is not a multiple of the {blocksize} "
         f"values that share a scale in {settings.quant_type}: its 4 bits would not be those of one process. Choose a "
         f"smaller blocksize, of 32 or more, or leave the weight dense: skip=['{name.removesuffix('.weight')}']"
     )
@@ -303,10 +303,10 @@ def _largest(t: Tensor, held: HeldPart) -> Tensor:
 def _joined(packed: PackedWeight, held: HeldPart) -> Tensor:
     """Return the scales of all ranks' rows, in whole blocks that may have parts of several rows. Collective."""
     counts = [-(-math.prod(held.shape_of(rank)) // packed.blocksize) for rank in range(held.mesh.size())]
-    mine = F.pad(packed.absmax.reshape(-1), (0, max(counts) - packed.absmax.numel()))
-    everyone = [torch.empty_like(mine) for _ in counts]
-    distributed.all_gather(everyone, mine, group=held.mesh.get_group())
-    return torch.cat([each[:count] for each, count in zip(everyone, counts, strict=True)])
+    padded = F.pad(packed.absmax.reshape(-1), (0, max(counts) - packed.absmax.numel()))
+    everyone = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(everyone, padded, group=held.mesh.get_group())
+    return torch.cat([scales[:count] for scales, count in zip(everyone, counts, strict=True)])
 
 
 def _with_scales_of(packed: PackedWeight, whole: PackedWeight, held: HeldPart) -> PackedWeight:

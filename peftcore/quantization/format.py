@@ -66,9 +66,9 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     Raises:
         CheckpointError: a part is missing or does not fit: the file is damaged or has another format.
     """
-    stored = [each for each in FORMATS.values() if each.state in tensors]
+    stored = [form for form in FORMATS.values() if form.state in tensors]
     states = [key for key in tensors if key.startswith("quant_state.")]
     if len(stored) != 1 or len(states) != 1:
-        wanted = [f"'{name}.{each.state}'" for each in FORMATS.values()]
-        raise damaged(name, f"needs one tensor {' or '.join(wanted)}, found {states or 'none'}")
+        states_of_formats = [f"'{name}.{form.state}'" for form in FORMATS.values()]
+        raise damaged(name, f"needs one tensor {' or '.join(states_of_formats)}, found {states or 'none'}")
     return stored[0].from_tensors(codes, tensors, name)

@@ -64,9 +64,9 @@ def check_blocksize(blocksize: Any, name: str = "blocksize") -> None:
         raise PeftcoreError(f"{name} must be a power of two from 32 to 4096, found {shown(blocksize)}")
 
 
-def damaged(name: str, what: str) -> CheckpointError:
+def damaged(name: str, problem: str) -> CheckpointError:
     """Return the error for a stored weight whose 4-bit state is wrong."""
-    return CheckpointError(f"the 4-bit state of '{name}' {what}. The checkpoint is damaged or has another format")
+    return CheckpointError(f"the 4-bit state of '{name}' {problem}. The checkpoint is damaged or has another format")
 
 
 def encoded(facts: Mapping[str, Any], device: torch.device) -> Tensor:
@@ -129,13 +129,13 @@ def check_state(
     return facts, shape, dtype, is_turned
 
 
-def check_parts(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[torch.dtype, int]], name: str) -> None:
+def check_parts(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.dtype, int]], name: str) -> None:
     """Raise a CheckpointError unless each wanted part is there with its dtype and size, and finite."""
-    for part, (dtype, size) in wanted.items():
-        found = tensors.get(part)
-        if found is None:
+    for part, (dtype, size) in expected.items():
+        tensor = tensors.get(part)
+        if tensor is None:
             raise damaged(name, f"lacks '{name}.{part}'")
-        if found.dtype != dtype or found.shape != (size,):
-            raise damaged(name, f"has '{part}' {found.dtype} {list(found.shape)}, expected {dtype} [{size}]")
-        if found.is_floating_point() and not found.isfinite().all():
+        if tensor.dtype != dtype or tensor.shape != (size,):
+            raise damaged(name, f"has '{part}' {tensor.dtype} {list(tensor.shape)}, expected {dtype} [{size}]")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
             raise damaged(name, f"has NaN or Inf in '{part}'")

@@ -194,14 +194,14 @@ def _in_order(model: nn.Module, layers: Mapping[str, Any], batches: Sequence[Any
         _forward(model, weights, batch, see)
         for weight, count in counts.items():
             groups[weight].calls = max(groups[weight].calls, count)
-    found: list[_Group] = []
+    ordered: list[_Group] = []
     for weight, group in groups.items():
         leading = groups[leaders[weight]]
         if leading is not group and leading.calls == group.calls == 1:
             leading.weights += group.weights
         else:
-            found.append(group)
-    return found, [path for path, weight in weights.items() if weight not in groups]
+            ordered.append(group)
+    return ordered, [path for path, weight in weights.items() if weight not in groups]
 
 
 def _forward(model: nn.Module, keys: Mapping[str, Any], batch: Any, see: Callable[[Any, Tensor], object]) -> None:
@@ -250,6 +250,6 @@ def _hessian(model: nn.Module, group: _Group, batches: Sequence[Any]) -> Tensor 
 
 def warn_of_nearest(unreached: Sequence[str], experts: Sequence[str]) -> None:
     """Warn of weights that are rounded to nearest, since GPTQ has no inputs of theirs."""
-    for names, why in ((unreached, "no batch reaches them"), (experts, "they are weights of experts")):
+    for names, reason in ((unreached, "no batch reaches them"), (experts, "they are weights of experts")):
         if names:
-            warn(f"{len(names)} weights ('{names[0]}') are rounded to nearest and not by GPTQ, because {why}")
+            warn(f"{len(names)} weights ('{names[0]}') are rounded to nearest and not by GPTQ, because {reason}")

@@ -174,28 +174,34 @@ class FourBitQuantizer(HfQuantizer):
         model = model or self.model
         assert model is not None
         if not self.pre_quantized:
-            return [_by_expert(each) if isinstance(each, WeightConverter) else each for each in weight_conversions]
+            return [
+                _by_expert(conversion) if isinstance(conversion, WeightConverter) else conversion
+                for conversion in weight_conversions
+            ]
         # Not `super()`: of older releases it adds nothing, and of newer ones this alone for a format like ours.
-        found = [*weight_conversions, WeightConverter(self.serialized_names["weight"], "weight", [Deserialize(self)])]
+        conversions = [
+            *weight_conversions,
+            WeightConverter(self.serialized_names["weight"], "weight", [Deserialize(self)]),
+        ]
         stored = self.quantization_config.stored
         layout = None if stored is None else find_layout(stored, "")
         if layout is not None:  # first: older transformers match `w1.weight` with `w1.weight_packed`, too
-            dense = [each for each in found if isinstance(each, WeightConverter)]
-            found = [*experts_converters(dense, model, layout, self), *found]
-            found.append(layout_converter(layout, self))
+            dense = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+            conversions = [*experts_converters(dense, model, layout, self), *conversions]
+            conversions.append(layout_converter(layout, self))
             if layout.packed_names is not None:
                 with noted():
-                    found.insert(0, NameOfPacked(layout.packed_names(self.files), layout.parts[0]))
+                    conversions.insert(0, NameOfPacked(layout.packed_names(self.files), layout.parts[0]))
         names: dict[str, None] = {}
         for path, module in base_modules(model):
             names.update(dict.fromkeys(expert_parameters(model, path, module)))
         names.pop("weight", None)
         for name in names:
             parts = whole_names([name, *(f"{name}.{part}" for part in PARTS)])
-            found.append(WeightConverter(parts, name, [Deserialize(self)]))
+            conversions.append(WeightConverter(parts, name, [Deserialize(self)]))
             blocks = whole_names([f"{name}{part}" for part in (BLOCKS, SCALES)])
-            found.append(WeightConverter(blocks, name, [FromBlocks(self)]))
-        return found
+            conversions.append(WeightConverter(blocks, name, [FromBlocks(self)]))
+        return conversions
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -210,20 +216,20 @@ class _Quantize(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, nn.Parameter]:
         config = self.hf_quantizer.quantization_config
-        done: dict[str, nn.Parameter] = {}
+        quantized_parameters: dict[str, nn.Parameter] = {}
         for name in list(input_dict):
             value = input_dict.pop(name)
             value = value[0] if isinstance(value, list) else value
             with noted():
                 refuse_non_finite(value, name)
             if name in self.hf_quantizer.blocksizes:
-                done |= self.experts(model, name, value)
+                quantized_parameters |= self.experts(model, name, value)
                 continue
             module = model.get_submodule(name.rpartition(".")[0])
             module.weight = nn.Parameter(value, requires_grad=False)
             convert_dense(module, config.settings)
-            done[name] = module.weight
-        return done
+            quantized_parameters[name] = module.weight
+        return quantized_parameters
 
     def experts(self, model: nn.Module, name: str, experts: Iterable[Tensor]) -> dict[str, nn.Parameter]:
         """Quantize the parameter `name` expert by expert as they arrive."""
@@ -279,9 +285,9 @@ def _by_expert(converter: WeightConverter) -> WeightConverter:
     """Return the converter, changed to convert one expert at a time if it treats each expert separately."""
     if not is_by_expert(converter):
         return converter
-    found = copy.copy(converter)
-    found.__class__ = _ByExpert
-    return found
+    by_expert = copy.copy(converter)
+    by_expert.__class__ = _ByExpert
+    return by_expert
 
 
 def load(
@@ -298,13 +304,13 @@ def load(
 ) -> nn.Module:
     """Implement `peftcore.quantization.load`."""
     where = os.fspath(path)
-    ours = FourBitConfig(quant_type, double_quant, skip, compute_dtype, blocksize)
+    quantization_config = FourBitConfig(quant_type, double_quant, skip, compute_dtype, blocksize)
     config, options = _config_and_options(where, options)
     stored, layout = described(config), None
     if stored is None:
-        options["quantization_config"] = ours
+        options["quantization_config"] = quantization_config
     else:
-        layout = _read_as_ours(config, stored, ours, where)
+        layout = _read_as_ours(config, stored, quantization_config, where)
     model_class = model_class or _class_named_in(config)
     reading = contextlib.nullcontext() if stored is None else read_when_needed()
     with _errors_of_reading(where), not_mapped(), reading:
@@ -326,7 +332,7 @@ def load(
 
 
 def _read_as_ours(
-    config: PretrainedConfig, stored: Mapping[str, Any], ours: FourBitConfig, where: str
+    config: PretrainedConfig, stored: Mapping[str, Any], quantization_config: FourBitConfig, where: str
 ) -> CheckpointLayout | None:
     """Make transformers read a checkpoint in 4 bits by the quantizer above. Return its layout, if another tool's.
 
@@ -335,7 +341,7 @@ def _read_as_ours(
     """
     quant_method = stored.get("quant_method")
     if quant_method in (METHOD, "mxfp4") or (quant_method == "bitsandbytes" and stored.get("load_in_4bit")):
-        config.quantization_config = ours.to_dict()
+        config.quantization_config = quantization_config.to_dict()
         return None
     layout = find_layout(stored, where)
     if layout is None:
@@ -348,7 +354,9 @@ def _read_as_ours(
         warn(layout.warning)
     if stored.get("kv_cache_scheme"):
         warn(f"'{where}' asks for a quantized cache of keys and values, which is left in the model's dtype")
-    of_layout = FourBitConfig(layout.quant_type, skip=ours.skip, compute_dtype=ours.compute_dtype, stored=stored)
+    of_layout = FourBitConfig(
+        layout.quant_type, skip=quantization_config.skip, compute_dtype=quantization_config.compute_dtype, stored=stored
+    )
     config.quantization_config = of_layout.to_dict()
     return layout
 
@@ -438,9 +446,9 @@ def _check_blocks(model: nn.Module, where: str) -> None:
     """Raise a CheckpointError unless all experts of a model in MXFP4 were read from blocks."""
     dense = _dense_experts(model)
     if dense or next(quantized_experts(model), None) is None:
-        what = f"no blocks of '{dense[0]}'" if dense else "no experts in blocks"
+        problem = f"no blocks of '{dense[0]}'" if dense else "no experts in blocks"
         raise CheckpointError(
-            f"'{where}' is quantized with 'mxfp4', but has {what}. Only experts stored as gpt-oss's are read: "
+            f"'{where}' is quantized with 'mxfp4', but has {problem}. Only experts stored as gpt-oss's are read: "
             "use a dense checkpoint"
         )
 
@@ -483,16 +491,16 @@ def _while_any(change: _Change) -> _Change:
     @contextlib.contextmanager
     @functools.wraps(change)
     def changed() -> Iterator[None]:
-        own = object()
+        token = object()
         try:
             with lock:
                 if not inside:
                     undo.enter_context(change())
-                inside.add(own)
+                inside.add(token)
             yield
         finally:
             with lock:
-                inside.discard(own)
+                inside.discard(token)
                 if not inside:
                     undo.close()
 

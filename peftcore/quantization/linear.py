@@ -120,7 +120,7 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         return self.packed, parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # looked up when needed
 
     def extra_repr(self) -> str:
-        kept = self.quant_type if self.is_quantized else "dense"
+        storage = self.quant_type if self.is_quantized else "dense"
         double = double_quant_text(self.quant_type, self._buffers["nested_absmax"])
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{text}, {kept}, blocksize={self.blocksize}{double}"
+        return f"{text}, {storage}, blocksize={self.blocksize}{double}"

@@ -75,18 +75,18 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     except PeftcoreError as error:
         raise damaged(name, f"cannot be read from '{_STATE}': {error}") from error
     parts, count = tensors[_GLOBAL].numel() if _GLOBAL in tensors else 0, matrices(shape)
-    wanted = {"absmax": (torch.uint8, math.prod(shape) // BLOCKSIZE)}
-    wanted[_GLOBAL] = (torch.float32, count if len(shape) < 3 or not parts or parts % count else parts)
-    check_parts(tensors, wanted, name)
+    expected = {"absmax": (torch.uint8, math.prod(shape) // BLOCKSIZE)}
+    expected[_GLOBAL] = (torch.float32, count if len(shape) < 3 or not parts or parts % count else parts)
+    check_parts(tensors, expected, name)
     scale_map = tensors.get(_MAP)
     if scale_map is not None:
         is_map = scale_map.dtype is torch.float32 and scale_map.shape == (256,)
         if not is_map or not scale_map.isfinite().all():
-            found = f"{scale_map.dtype} {list(scale_map.shape)}"
-            raise damaged(name, f"has '{_MAP}' {found}, expected finite values {torch.float32} [256]")
+            packed = f"{scale_map.dtype} {list(scale_map.shape)}"
+            raise damaged(name, f"has '{_MAP}' {packed}, expected finite values {torch.float32} [256]")
         scale_map = scale_map.detach().clone()
     # Copies, so that small parts do not keep a memory-mapped file open.
-    scales, outer = (tensors[part].detach().clone() for part in wanted)
+    scales, outer = (tensors[part].detach().clone() for part in expected)
     try:
         weight = nvfp4_weight(codes.detach().contiguous(), scales, outer, shape, dtype, scale_map)
     except ValueError as error:

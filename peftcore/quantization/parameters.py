@@ -147,14 +147,14 @@ class PackedParameters(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedParameters:
         # A cast to half precision would round the scales, and `type(dtype)` would read bytes as numbers.
-        kept: set[int] = set()
+        packed_ids: set[int] = set()
         for name, packing in self.packings.items():
-            kept.update(id(self._buffers[buffer]) for buffer in packing.buffers)
+            packed_ids.update(id(self._buffers[buffer]) for buffer in packing.buffers)
             parameter = self._parameters[name]
             if parameter is not None and parameter.dtype is torch.uint8:
-                kept.add(id(parameter))
+                packed_ids.add(id(parameter))
         apply: Any = super()._apply
-        return apply(lambda t: _moved(t, fn) if id(t) in kept else fn(t), recurse)
+        return apply(lambda t: _moved(t, fn) if id(t) in packed_ids else fn(t), recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -203,8 +203,8 @@ class PackedParameters(nn.Module):
             self._parameters = {name: self._parameters.get(name, p) for name, p in parameters.items()}
 
     def _load_parameter(self, name: str, weight: Tensor, parts: dict[str, Tensor], full: str) -> None:
-        shape, there = self.packings[name].shape, self.get_parameter(name)
-        device = weight.device if there.is_meta else there.device
+        shape, parameter = self.packings[name].shape, self.get_parameter(name)
+        device = weight.device if parameter.is_meta else parameter.device
         if not parts and weight.is_floating_point():
             if tuple(weight.shape) != shape:
                 raise PeftcoreError(f"'{full}' has shape {list(weight.shape)}, but the layer needs {list(shape)}")
@@ -220,9 +220,9 @@ class PackedParameters(nn.Module):
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
         for name, packing in self.packings.items():
-            kept = packing.quant_type if self.packed_parameter(name) is not None else "dense"
+            storage = packing.quant_type if self.packed_parameter(name) is not None else "dense"
             double = double_quant_text(packing.quant_type, self._buffers[packing.buffers[2]])
-            parts.append(f"{name}={list(packing.shape)} {kept}, blocksize={packing.blocksize}{double}")
+            parts.append(f"{name}={list(packing.shape)} {storage}, blocksize={packing.blocksize}{double}")
         return "; ".join(filter(None, parts))
 
     def _fqn_modifiers(self) -> dict[str, str]:
@@ -236,12 +236,12 @@ class PackedParameters(nn.Module):
 
 def packed_codes(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model that have 4-bit codes; a shared one once."""
-    found: dict[nn.Parameter, None] = {}
+    codes: dict[nn.Parameter, None] = {}
     for module in model.modules():
         if isinstance(module, PackedParameters):
             parameters = (module._parameters.get(name) for name in module.packings)
-            found |= {p: None for p in parameters if p is not None and p.dtype is torch.uint8}
-    return list(found)
+            codes |= {p: None for p in parameters if p is not None and p.dtype is torch.uint8}
+    return list(codes)
 
 
 class _AnyPath:
@@ -314,9 +314,9 @@ def joined_experts(
 
 def check_shape(weight: PackedWeight, shape: tuple[int, ...], name: str) -> None:
     """Raise a CheckpointError unless the weight `name` has this shape."""
-    found = parameter_shape(weight)
-    if found != shape:
-        raise CheckpointError(f"'{name}' has shape {list(found)}, but the layer needs {list(shape)}")
+    shape_of_weight = parameter_shape(weight)
+    if shape_of_weight != shape:
+        raise CheckpointError(f"'{name}' has shape {list(shape_of_weight)}, but the layer needs {list(shape)}")
 
 
 def check_experts(weight: PackedWeight, name: str) -> None:
@@ -341,9 +341,9 @@ def refuse_non_finite(weight: Tensor, name: str) -> None:
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply `fn`, which moves or casts, to the bytes of `tensor`, but keep only the move if the dtype would change."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
-    found = fn(flat)
-    if found is flat:
+    moved = fn(flat)
+    if moved is flat:
         return tensor
-    if found.dtype is not torch.uint8 or found.shape != flat.shape:
-        return tensor.to(found.device)
-    return found.view(tensor.dtype).view(tensor.shape)
+    if moved.dtype is not torch.uint8 or moved.shape != flat.shape:
+        return tensor.to(moved.device)
+    return moved.view(tensor.dtype).view(tensor.shape)

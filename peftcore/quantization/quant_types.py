@@ -37,14 +37,14 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
         PluginError: the format cannot be dequantized.
     """
     offered = registry.offered("peftcore_weight_formats", WeightFormat)
-    known = {name: found for name, found in offered.items() if found[1].quantize is not None}
+    known = {name: weight_format for name, weight_format in offered.items() if weight_format[1].quantize is not None}
     if isinstance(quant_type, str) and quant_type in known:
-        plugin, found = known[quant_type]
-        if found.decode is None or found.plain is None:
+        plugin, weight_format = known[quant_type]
+        if weight_format.decode is None or weight_format.plain is None:
             raise PluginError(
                 f"the weight format '{quant_type}' of {plugin} has `quantize`, but not `decode` and `plain`. Add both"
             )
-        return plugin, found
+        return plugin, weight_format
     if isinstance(quant_type, str) and (package := _PACKAGES.get(quant_type.partition("-")[0])):
         installed = _installed(package)
         if installed is None:
@@ -58,7 +58,7 @@ def find_type(quant_type: Any) -> tuple[Plugin, WeightFormat]:
 
 
 def _installed(package: str) -> Plugin | None:
-    return next((each for each in registry.plugins() if each.distribution == package), None)
+    return next((plugin for plugin in registry.plugins() if plugin.distribution == package), None)
 
 
 def check_reader(stored: Mapping[str, Any], where: str) -> str | None:

@@ -25,8 +25,8 @@ from peftcore.quantization.parameters import PackedParameters
 def default_skip(model: nn.Module) -> list[str]:
     """Return the paths left dense by default: heads, routers, modules that the class keeps in float32."""
     architecture = detect(model)
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    paths = [path for path, _ in base_modules(model) if any(matches(name, path) for name in kept)]
+    float32_modules = getattr(model, "_keep_in_fp32_modules", None) or ()
+    paths = [path for path, _ in base_modules(model) if any(matches(name, path) for name in float32_modules)]
     return [
         path for path in (architecture.output_head, *architecture.task_heads, *sorted(routers(model)), *paths) if path
     ]
@@ -65,23 +65,23 @@ def warn_of_dense(model: nn.Module, skip: Sequence[str] | None) -> None:
     Layers that share their weight with a layer that stays dense, such as a tied head, are not mentioned.
     """
     skipped, modules = _skipped(model, skip), dict(base_modules(model))
-    why = {**dict.fromkeys(asked_for_dtype(model), "other code reads the dtype of the weight")}
-    why |= {**rewritten(model), **bypassed(model)}
-    found: dict[str, list[str]] = {}
+    reason_by_path = {**dict.fromkeys(asked_for_dtype(model), "other code reads the dtype of the weight")}
+    reason_by_path |= {**rewritten(model), **bypassed(model)}
+    dense: dict[str, list[str]] = {}
     for path, module in modules.items():
         if _within(path, skipped) or _is_in_attention(modules, path):
             continue
         if isinstance(module, nn.MultiheadAttention):
             if _has_plain_weight(module.out_proj):
-                found.setdefault("nn.MultiheadAttention reads the weights of its layers itself", []).append(path)
+                dense.setdefault("nn.MultiheadAttention reads the weights of its layers itself", []).append(path)
         elif is_linear(module) and _has_plain_weight(module):
-            reasons = [reason for other, reason in why.items() if _within(path, [other])]
+            reasons = [reason for other, reason in reason_by_path.items() if _within(path, [other])]
             if not is_dense_linear(module):
                 reasons = [f"{original_class(module).__name__} is not known to compute x Wᵀ + b"]
             if reasons:
-                found.setdefault(reasons[0], []).append(path)
-    if found:
-        parts = [f"{_listed(paths)}, because {reason}" for reason, paths in found.items()]
+                dense.setdefault(reasons[0], []).append(path)
+    if dense:
+        parts = [f"{_listed(paths)}, because {reason}" for reason, paths in dense.items()]
         warn(
             f"quantize leaves layers of {type(model).__name__} dense: {'; '.join(parts)}. To leave them dense "
             "without this warning, name them in skip",
@@ -108,16 +108,16 @@ def selected_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: in
                 continue
             if len(owners[id(parameter)]) > 1:
                 continue
-            found = _dividing(parameter[0].numel(), blocksize)
-            if found != blocksize:
-                other.setdefault(found, []).append(full)
-            if found:
-                chosen.setdefault(path, {})[name] = found
-    for found, names in other.items():
-        how = f"quantized in blocks of {found}" if found else "left dense"
+            size = _dividing(parameter[0].numel(), blocksize)
+            if size != blocksize:
+                other.setdefault(size, []).append(full)
+            if size:
+                chosen.setdefault(path, {})[name] = size
+    for size, names in other.items():
+        treatment = f"quantized in blocks of {size}" if size else "left dense"
         warn(
-            f"{len(names)} weights of experts ('{names[0]}') are {how}, because an expert is not a multiple of "
-            f"{blocksize if found else min(blocksize, MIN_BLOCKSIZE)} values",
+            f"{len(names)} weights of experts ('{names[0]}') are {treatment}, because an expert is not a multiple of "
+            f"{blocksize if size else min(blocksize, MIN_BLOCKSIZE)} values",
         )
     return chosen
 
@@ -201,15 +201,15 @@ def _computes_linear(module: nn.Module) -> bool:
             **vars(module), "_parameters": {"weight": w, "bias": b}, "in_features": 4, "out_features": 6,
             "training": is_training,
         }  # fmt: skip
-        wanted = nn.functional.linear(x.to(dtype), w, b)
+        expected = nn.functional.linear(x.to(dtype), w, b)
         try:
             with torch.no_grad():
-                found = original_class(module).forward(probe, x.to(dtype))
+                output = original_class(module).forward(probe, x.to(dtype))
         except Exception:  # it needs more than one input
             return False
-        if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != wanted.shape:
+        if not isinstance(output, Tensor) or output.dtype != dtype or output.shape != expected.shape:
             return False
-        if (found - wanted).abs().max() > 4 * torch.finfo(dtype).eps * wanted.abs().max():
+        if (output - expected).abs().max() > 4 * torch.finfo(dtype).eps * expected.abs().max():
             return False
     return True
 
@@ -228,14 +228,14 @@ def _skipped(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
     if skip is None:
         return default_skip(model)
     names = _names(model)
-    found = []
+    skipped = []
     for pattern in skip:
         paths = [path for path in names if matches(pattern, path)]
         if not paths:
             parts = {*names, *(path.rpartition(".")[2] for path in names)}
             raise PeftcoreError(f"skip: '{pattern}' matches no module{nearest(pattern, parts)}")
-        found += paths
-    return found
+        skipped += paths
+    return skipped
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -246,10 +246,10 @@ def _names(model: nn.Module) -> list[str]:
     return names
 
 
-def with_skipped(model: nn.Module, skip: Sequence[str] | None, more: Collection[str]) -> list[str]:
+def with_skipped(model: nn.Module, skip: Sequence[str] | None, dense: Collection[str]) -> list[str]:
     """Return a `skip` that leaves `more` paths dense, too, by their last parts where these select nothing else."""
-    names, found = _names(model), list(default_skip(model) if skip is None else skip)
-    for path in more:
+    names, skipped = _names(model), list(default_skip(model) if skip is None else skip)
+    for path in dense:
         part = path.rpartition(".")[2]
-        found.append(part if all(other in more for other in names if matches(part, other)) else path)
-    return list(dict.fromkeys(found))
+        skipped.append(part if all(other in dense for other in names if matches(part, other)) else path)
+    return list(dict.fromkeys(skipped))

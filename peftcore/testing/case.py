@@ -46,11 +46,11 @@ class Case:
         """Return the family's model, prepared if the method prepares the base. `quant_type`: quantized before that."""
         if self.method.prepare is None:
             model = _model_of(self.family, dtype, quant_type)
-            made = _made(self.family, dtype, quant_type)
+            shared = _made(self.family, dtype, quant_type)
         else:
-            made = self._prepared(dtype, quant_type)
-            model = copy.deepcopy(made)
-        share_facts(model, made)  # observing each model again would take most of the suite's time
+            shared = self._prepared(dtype, quant_type)
+            model = copy.deepcopy(shared)
+        share_facts(model, shared)  # observing each model again would take most of the suite's time
         if self.family.before is not None:
             self.family.before(model)
         return model
@@ -141,8 +141,8 @@ class Case:
     @cached_property
     def starts_as_base(self) -> bool:
         """Whether the adapter changes nothing before training."""
-        found, wanted = logits(self.model(seed=None), self.inputs()), self.base_output
-        return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0, atol=1e-5)
+        actual, expected = logits(self.model(seed=None), self.inputs()), self.base_output
+        return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=0, atol=1e-5)
 
     @cached_property
     def merges(self) -> bool:
@@ -226,21 +226,21 @@ def first_output(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def same(found: Tensor, wanted: Tensor, what: str, atol: float = 0.0) -> None:
+def same(actual: Tensor, expected: Tensor, label: str, atol: float = 0.0) -> None:
     """Fail if two tensors differ by more than `atol`."""
-    assert found.shape == wanted.shape, f"{what}: shape {list(found.shape)}, expected {list(wanted.shape)}"
-    difference = (found.float() - wanted.float()).abs().max().item() if found.numel() else 0.0
-    assert difference <= atol, f"{what}: differs by {difference:.3g}, allowed {atol:g}"
+    assert actual.shape == expected.shape, f"{label}: shape {list(actual.shape)}, expected {list(expected.shape)}"
+    difference = (actual.float() - expected.float()).abs().max().item() if actual.numel() else 0.0
+    assert difference <= atol, f"{label}: differs by {difference:.3g}, allowed {atol:g}"
 
 
-def close(found: Tensor, wanted: Tensor, what: str, share: float = 1e-4) -> None:
+def close(actual: Tensor, expected: Tensor, label: str, share: float = 1e-4) -> None:
     """Fail if two tensors differ by more than this share of the largest value."""
-    same(found, wanted, what, atol=share * wanted.abs().max().item())
+    same(actual, expected, label, atol=share * expected.abs().max().item())
 
 
-def differs(found: Tensor, base: Tensor) -> None:
+def differs(actual: Tensor, base: Tensor) -> None:
     """Fail if two tensors are equal."""
-    assert found.shape != base.shape or not torch.equal(found, base), "the adapter changes nothing"
+    assert actual.shape != base.shape or not torch.equal(actual, base), "the adapter changes nothing"
 
 
 def loss_of(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:

@@ -24,10 +24,10 @@ _VOCABULARY = 96
 
 def tokens(model: nn.Module, rows: int) -> dict[str, Tensor]:
     """Return a call of a language model, text classifier or encoder-decoder: rows of one length, without padding."""
-    found = torch.randint(3, 90, (rows, 9), generator=torch.Generator().manual_seed(3))
-    call = {"input_ids": found, "attention_mask": torch.ones_like(found)}
+    input_ids = torch.randint(3, 90, (rows, 9), generator=torch.Generator().manual_seed(3))
+    call = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        call["decoder_input_ids"] = found[:, :5]
+        call["decoder_input_ids"] = input_ids[:, :5]
     return call
 
 
@@ -151,8 +151,8 @@ def _varied(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 def _copy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Return a deep copy; `copy.deepcopy` takes four times as long, most of it for empty tables of hooks."""
     if id(module) in memo:
-        found: nn.Module = memo[id(module)]
-        return found
+        copy_made: nn.Module = memo[id(module)]
+        return copy_made
     copied = memo[id(module)] = type(module).__new__(type(module))
     for name, value in module.__dict__.items():
         if not value and type(value) in (dict, OrderedDict, set):

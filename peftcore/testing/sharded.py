@@ -94,10 +94,10 @@ def _work(folder: str, config: Any, family: str, adapters: Shards) -> None:
     _install(config)
     case = Case(config, family_of(family))
     inputs = case.inputs(rows=2 * COUNT)
-    mine = {name: each.chunk(COUNT)[ranks.rank()] for name, each in inputs.items()}
+    batch_of_rank = {name: value.chunk(COUNT)[ranks.rank()] for name, value in inputs.items()}
     alone, spread = case.model().train(), case.model().train()
     peftcore.shard(spread, adapter_placement=adapters)
-    for model, batch in ((alone, inputs), (spread, mine)):
+    for model, batch in ((alone, inputs), (spread, batch_of_rank)):
         (loss_of(model, batch) + peftcore.extra_loss(model)).backward()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, foreach=False)
         optimizer.step()
@@ -110,9 +110,9 @@ def _work(folder: str, config: Any, family: str, adapters: Shards) -> None:
     peftcore.save(spread, Path(folder, "adapter"))
     distributed.barrier()
     loaded = peftcore.load(case.base(), Path(folder, "adapter"))
-    found = logits(loaded, inputs)
+    actual = logits(loaded, inputs)
     expected = logits(alone.eval(), inputs)
-    same(found, expected, "output of what was saved", 1e-3 * expected.abs().max().item())
+    same(actual, expected, "output of what was saved", 1e-3 * expected.abs().max().item())
 
 
 def _install(config: Any) -> None:

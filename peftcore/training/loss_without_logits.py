@@ -118,14 +118,14 @@ def loss_without_logits(model: M, check: Mapping[str, Any] | None = None, *, ena
         _switch_off(model)
         return model
     switch_on(model)
-    why: str | None = "the check did not end"
+    reason: str | None = "the check did not end"
     try:
-        why = _difference(model, check)
+        reason = _difference(model, check)
     finally:
-        if why is not None:
+        if reason is not None:
             _switch_off(model)
-    if why is not None:
-        raise PeftcoreError(f"the loss of {original_class(model).__name__} needs its logits: {why}")
+    if reason is not None:
+        raise PeftcoreError(f"the loss of {original_class(model).__name__} needs its logits: {reason}")
     return model
 
 
@@ -167,9 +167,9 @@ def switch_on(model: PreTrainedModel) -> None:
     if path is None:
         raise PeftcoreError(f"{original_class(model).__name__} has no linear head for logits of tokens")
     head = model.get_submodule(path)
-    why = _why_not(model, head)
-    if why is not None:
-        raise PeftcoreError(f"the loss of {original_class(model).__name__} needs its logits: {why}")
+    reason = _why_not(model, head)
+    if reason is not None:
+        raise PeftcoreError(f"the loss of {original_class(model).__name__} needs its logits: {reason}")
     model.loss_function = _loss
     model.__dict__[LOSS_HANDLES] = (
         model.register_forward_pre_hook(_begin, with_kwargs=True),
@@ -265,8 +265,8 @@ def _operands(head: Any, hidden: Tensor) -> tuple[Tensor | PackedWeight, Tensor 
         return None
     if original_class(head).forward is nn.Linear.forward:
         return head.weight, head.bias
-    found: tuple[PackedWeight, Tensor | None] | None = head.linear_operands(hidden)
-    return found
+    operands: tuple[PackedWeight, Tensor | None] | None = head.linear_operands(hidden)
+    return operands
 
 
 def _is_watched(head: nn.Module) -> bool:
@@ -287,10 +287,10 @@ def _loss(
     """Return the loss of a call, as transformers' ForCausalLMLoss does of logits."""
     call = None if torch.compiler.is_compiling() else _CALL.get()
     if call is None or call.hidden is None or call.operands is None:
-        found: Tensor = _loss_of_logits()(
+        loss_of_logits: Tensor = _loss_of_logits()(
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
         )
-        return found
+        return loss_of_logits
     hidden, (weight, bias) = call.hidden, call.operands
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]  # type: ignore[arg-type]
@@ -346,24 +346,24 @@ class _Enlarged:
         return (self.hidden,)
 
 
-def _difference(model: PreTrainedModel, given: Mapping[str, Any] | None) -> str | None:
+def _difference(model: PreTrainedModel, check: Mapping[str, Any] | None) -> str | None:
     """Return how loss and gradients of a call differ from those of the logits, or None if they agree."""
-    inputs = example_inputs(model) if given is None else dict(given)
+    inputs = example_inputs(model) if check is None else dict(check)
     inputs.setdefault("labels", inputs.get("input_ids"))
     with evaluation_mode(model), torch.enable_grad():
         with torch.no_grad():
             spread = float(model(**{k: v for k, v in inputs.items() if k != "labels"}).logits.float().std())
         factor = max(1.0, _SPREAD / max(spread, 1e-3))
-        wanted = _loss_and_gradients(model, inputs, factor)
+        expected = _loss_and_gradients(model, inputs, factor)
         try:
             with _in_evaluation():
-                found = _loss_and_gradients(model, inputs, factor)
+                actual = _loss_and_gradients(model, inputs, factor)
         except Exception as error:  # whatever a model raises whose logits have no rows
             return f"without them it raises {type(error).__name__}: {error}"
-    device, dtype = wanted[1].device.type, wanted[1].dtype
+    device, dtype = expected[1].device.type, expected[1].dtype
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
-    limits = [_LOSS.get(dtype, 1e-4), *[_GRADIENT.get(dtype, 1e-3)] * (len(wanted) - 1)]
-    errors = [_relative_error(*pair) for pair in zip(found, wanted, strict=True)]
+    limits = [_LOSS.get(dtype, 1e-4), *[_GRADIENT.get(dtype, 1e-3)] * (len(expected) - 1)]
+    errors = [_relative_error(*pair) for pair in zip(actual, expected, strict=True)]
     if all(error <= limit for error, limit in zip(errors, limits, strict=True)):
         return None
     return (
@@ -372,8 +372,8 @@ def _difference(model: PreTrainedModel, given: Mapping[str, Any] | None) -> str 
     )
 
 
-def _relative_error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-12))
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-12))
 
 
 def _loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Any], factor: float) -> list[Tensor]:
@@ -383,5 +383,5 @@ def _loss_and_gradients(model: PreTrainedModel, inputs: dict[str, Any], factor: 
     trained = [p for p in (head._parameters.get("weight"), head._parameters.get("bias")) if p is not None]
     with head.register_forward_pre_hook(enlarged, prepend=True):
         loss = model(**inputs).loss
-    wanted = [enlarged.hidden, *(p for p in trained if p.requires_grad)]
-    return [loss.detach(), *torch.autograd.grad(loss, wanted)]
+    sources = [enlarged.hidden, *(p for p in trained if p.requires_grad)]
+    return [loss.detach(), *torch.autograd.grad(loss, sources)]

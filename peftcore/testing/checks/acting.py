@@ -24,21 +24,21 @@ from peftcore.testing.checks.register import check
 
 @check("identity at the start", essential=True)
 def identity(case: Case) -> None:
-    model, wanted = case.model(seed=None), case.base_output
+    model, expected = case.model(seed=None), case.base_output
     rounded = any(experts_layout(model.get_submodule(path)) for path in applied(model, "default").paths)
     # products of experts are summed in one operator
-    (close if rounded else same)(logits(model, case.inputs()), wanted, "output")
+    (close if rounded else same)(logits(model, case.inputs()), expected, "output")
 
 
 @check("neutral tensors change nothing", essential=True)
 def neutral(case: Case) -> str | None:
-    model, start, found = case.model(), case.model(seed=None), False
+    model, start, has_neutral = case.model(), case.model(seed=None), False
     attached: set[int] = set()
     for _, adapter in adapter_modules(model, "default"):
         attached.update(map(id, adapter.parameters()))
     with torch.no_grad():
-        own = zip(adapter_parameters(model, "default"), adapter_parameters(start, "default"), strict=True)
-        for (_, parameter), (_, original) in own:  # a classifier's head, for example, is trained as well
+        pairs = zip(adapter_parameters(model, "default"), adapter_parameters(start, "default"), strict=True)
+        for (_, parameter), (_, original) in pairs:  # a classifier's head, for example, is trained as well
             if id(parameter) not in attached:
                 parameter.copy_(original)
         without = None
@@ -47,15 +47,15 @@ def neutral(case: Case) -> str | None:
             if values is None:
                 without = path
                 continue
-            tensors, found = dict(adapter.named_parameters()), True
+            tensors, has_neutral = dict(adapter.named_parameters()), True
             unknown = sorted(values.keys() - tensors.keys())
             assert not unknown, f"neutral() names {unknown}, which are not parameters of the adapter at '{path}'"
             for name, value in values.items():
                 tensors[name].copy_(value)
-    if not found:
+    if not has_neutral:
         return "its adapters have no neutral tensors"
-    what = "output" if without is None else f"output, with an adapter at '{without}' that has no neutral()"
-    close(logits(model, case.inputs()), case.base_output, what)
+    label = "output" if without is None else f"output, with an adapter at '{without}' that has no neutral()"
+    close(logits(model, case.inputs()), case.base_output, label)
     return None
 
 
@@ -71,10 +71,10 @@ def left_out(case: Case) -> str | None:
     if any(placement.whole_model for placement in chain.from_iterable(entry.placements.values())):
         return None  # the method does not choose where prompts act
     reached = [*entry.paths, *(f"{name.rpartition('.')[0]}." for name in entry.trained)]
-    found, nothing = coverage(model, architecture, reached), coverage(model, architecture, ())
-    for what, count in nothing.left_out.items():
-        assert found.left_out.get(what) != count or count < found.total / 2 or found.share == 0, (
-            f"{case.method.name} {found}, without a warning. Adapt them, or warn in place(...)"
+    covered, nothing = coverage(model, architecture, reached), coverage(model, architecture, ())
+    for kind_left_out, count in nothing.left_out.items():
+        assert covered.left_out.get(kind_left_out) != count or count < covered.total / 2 or covered.share == 0, (
+            f"{case.method.name} {covered}, without a warning. Adapt them, or warn in place(...)"
         )
     for kind in dict.fromkeys(sublayer.kind for sublayer in architecture.sublayers):
         scopes = [_scope(sublayer) for sublayer in architecture.sublayers if sublayer.kind == kind]
@@ -117,9 +117,9 @@ def base_untouched(case: Case) -> None:
 def gradients(case: Case) -> None:
     model = case.model()
     loss_of(model, case.inputs()).backward()
-    own = {id(p): name for name, p in adapter_parameters(model, "default")}
+    adapter_names = {id(p): name for name, p in adapter_parameters(model, "default")}
     for name, parameter in model.named_parameters():
-        if id(parameter) in own:
+        if id(parameter) in adapter_names:
             assert parameter.grad is not None, f"'{name}' of the adapter gets no gradient"
             assert torch.isfinite(parameter.grad).all(), f"the gradient of '{name}' is not finite"
         else:
@@ -178,12 +178,12 @@ _OF_ANY_MODULE = tuple(vars(nn.Module()))
 
 def _facts(model: nn.Module) -> list[tuple[str, Any]]:
     """Return (where, value) of everything but tensors; objects by their identity."""
-    found: list[tuple[str, Any]] = [
+    facts: list[tuple[str, Any]] = [
         (f"requires_grad of '{name}'", p.requires_grad) for name, p in model.named_parameters()
     ]
-    found += [(f"the gradient of '{name}'", id(p.grad)) for name, p in model.named_parameters()]
+    facts += [(f"the gradient of '{name}'", id(p.grad)) for name, p in model.named_parameters()]
     for path, module in model.named_modules():
-        found.append((f"the class of '{path}'", type(module)))
+        facts.append((f"the class of '{path}'", type(module)))
         for name in _OF_ANY_MODULE:
             getattr(module, name, None)  # makes a `LightModule` create its tables
         for name, value in vars(module).items():
@@ -192,12 +192,12 @@ def _facts(model: nn.Module) -> list[tuple[str, Any]]:
             is_plain = isinstance(value, (bool, int, float, str, tuple, set, torch.dtype, type(None)))
             fact = value if is_plain else id(value)
             if isinstance(value, dict):  # hooks, children
-                fact = {key: id(each) for key, each in value.items()}
-            found.append((f"'{name}' of '{path}'", fact))
+                fact = {key: id(element) for key, element in value.items()}
+            facts.append((f"'{name}' of '{path}'", fact))
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
-        found += [(f"'{name}' of the model's config", value) for name, value in config.to_dict().items()]
-    return found
+        facts += [(f"'{name}' of the model's config", value) for name, value in config.to_dict().items()]
+    return facts
 
 
 @check("two adapters are switched")
@@ -229,12 +229,12 @@ def per_sample(case: Case) -> str | None:
         if "acts on a batch as a whole" in str(refusal):
             return "it says that it acts on a batch as a whole"
         raise
-    found = logits(model, inputs)
+    output = logits(model, inputs)
     for row, name in enumerate(names):
         peftcore.activate(model, name or [])
-        sample = {key: each[row : row + 1] if isinstance(each, Tensor) else each for key, each in inputs.items()}
+        sample = {key: value[row : row + 1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
         alone = logits(model, sample)
-        close(found[row : row + 1], alone, f"row {row}, adapter {name}")
+        close(output[row : row + 1], alone, f"row {row}, adapter {name}")
     return None
 
 
@@ -254,6 +254,6 @@ def dtypes(case: Case) -> None:
         assert output.dtype == logits(case.base(dtype), case.inputs()).dtype, f"{dtype}: output is {output.dtype}"
         assert torch.isfinite(output).all(), f"{dtype}: the output is not finite"
         for name, parameter in adapter_parameters(model, "default"):
-            wanted = dtype if name in trained else torch.float32
-            assert parameter.dtype == wanted, f"{dtype}: '{name}' is {parameter.dtype}"
+            expected = dtype if name in trained else torch.float32
+            assert parameter.dtype == expected, f"{dtype}: '{name}' is {parameter.dtype}"
         loss_of(model, case.inputs()).backward()

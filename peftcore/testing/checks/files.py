@@ -36,23 +36,23 @@ def saving(case: Case) -> None:
     loaded = dict(adapter_parameters(fresh, "default"))
     for name, parameter in adapter_parameters(model, "default"):
         same(loaded[name], parameter, name)
-    wanted = logits(model, case.inputs())
-    same(logits(fresh, case.inputs()), wanted, "output")
-    close(logits(used, case.inputs()), wanted, "output of a file without what only training needs", 1e-5)
+    expected = logits(model, case.inputs())
+    same(logits(fresh, case.inputs()), expected, "output")
+    close(logits(used, case.inputs()), expected, "output of a file without what only training needs", 1e-5)
 
 
 @check("a file of a dense base on a quantized one (NF4), and the reverse")
 def on_another_format(case: Case) -> str | None:
-    why = case.why_not_quantized("nf4")
-    if why is not None:
-        return why
+    reason = case.why_not_quantized("nf4")
+    if reason is not None:
+        return reason
     for trained_on, loaded_on in ((None, "nf4"), ("nf4", None)):
         model = case.add(case.base(quant_type=trained_on), 1, "default")
         with tempfile.TemporaryDirectory() as folder:
             peftcore.save(model, folder, adapter="default")
             loaded = peftcore.load(case.base(quant_type=loaded_on), folder)
-        wanted, found = _change(case, model, trained_on), _change(case, loaded, loaded_on)
-        share = ((found - wanted).norm() / wanted.norm()).item()
+        expected, actual = _change(case, model, trained_on), _change(case, loaded, loaded_on)
+        share = ((actual - expected).norm() / expected.norm()).item()
         # The change of a right method depends on the base's rounding by a quarter at most; a wrong one differs by 80 %.
         assert share <= 0.5, (
             f"trained on {trained_on or 'dense'}, loaded on {loaded_on or 'dense'}: its change of the output differs "
@@ -70,12 +70,12 @@ def _change(case: Case, model: nn.Module, quant_type: str | None) -> torch.Tenso
 @check("deepcopy and pickle")
 def copying(case: Case) -> None:
     model, inputs = case.model(), case.inputs()
-    wanted = logits(model, inputs)
-    for how, twin in (("deepcopy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
-        same(logits(twin, inputs), wanted, how)
+    expected = logits(model, inputs)
+    for copy_kind, twin in (("deepcopy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
+        same(logits(twin, inputs), expected, copy_kind)
         disturb(twin, "default", 5)
-        differs(logits(twin, inputs), wanted)
-        same(logits(model, inputs), wanted, f"the original after its {how} changed")
+        differs(logits(twin, inputs), expected)
+        same(logits(model, inputs), expected, f"the original after its {copy_kind} changed")
 
 
 @check("shared tensors are saved once, and stay shared after load, deepcopy and .to()")
@@ -89,12 +89,12 @@ def sharing(case: Case) -> str | None:
         on_disk = load_file(Path(folder, "adapter_model.safetensors"))
         loaded = peftcore.load(case.base(), folder)
     for group, value in shared.items():
-        there = [name for name, t in on_disk.items() if t.shape == value.shape and torch.equal(t, value.to(t))]
-        assert len(there) <= 1, f"{sorted(group)} is saved {len(there)} times: {there}"
+        names = [name for name, t in on_disk.items() if t.shape == value.shape and torch.equal(t, value.to(t))]
+        assert len(names) <= 1, f"{sorted(group)} is saved {len(names)} times: {names}"
     twins = {"load": loaded, "deepcopy": copy.deepcopy(model), ".to()": copy.deepcopy(model).to(torch.float64)}
-    for how, twin in twins.items():
+    for copy_kind, twin in twins.items():
         lost = shared.keys() - _shared(twin).keys()
-        assert not lost, f"not shared any more after {how}: {[sorted(group)[:3] for group in lost]}"
+        assert not lost, f"not shared any more after {copy_kind}: {[sorted(group)[:3] for group in lost]}"
     return None
 
 
@@ -103,8 +103,11 @@ def _shared(model: nn.Module) -> dict[frozenset[str], torch.Tensor]:
     places: dict[int, list[str]] = defaultdict(list)
     tensors: dict[int, torch.Tensor] = {}
     for path, adapter in adapter_modules(model, "default"):
-        own = [*adapter.named_parameters(remove_duplicate=False), *adapter.named_buffers(remove_duplicate=False)]
-        for name, tensor in own:
+        tensors_of_adapter = [
+            *adapter.named_parameters(remove_duplicate=False),
+            *adapter.named_buffers(remove_duplicate=False),
+        ]
+        for name, tensor in tensors_of_adapter:
             places[id(tensor)].append(f"{path}.{name}")
             tensors[id(tensor)] = tensor.detach()
     several = {key: names for key, names in places.items() if len(names) > 1}
@@ -120,9 +123,9 @@ def read_by_peft(case: Case) -> str | None:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's warnings about names that transformers has deprecated
         peftcore.save(model, folder, adapter="default")
-        found = logits(peft.PeftModel.from_pretrained(_base_for_peft(case), folder).eval(), inputs)
-    wanted = logits(model, inputs)
-    close(found[:, -wanted.shape[1] :], wanted, "output")  # PEFT's output starts with that of the soft prompt
+        actual = logits(peft.PeftModel.from_pretrained(_base_for_peft(case), folder).eval(), inputs)
+    expected = logits(model, inputs)
+    close(actual[:, -expected.shape[1] :], expected, "output")  # PEFT's output starts with that of the soft prompt
     return None
 
 
@@ -138,16 +141,16 @@ def written_by_peft(case: Case) -> str | None:
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = False
         torch.manual_seed(7)
-        theirs = peft.get_peft_model(_base_for_peft(case), config).eval()
+        peft_model = peft.get_peft_model(_base_for_peft(case), config).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            for parameter in theirs.parameters():
+            for parameter in peft_model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        theirs.save_pretrained(Path(folder, "theirs"))
-        ours = peftcore.load(case.base(), Path(folder, "theirs"))
-        found, wanted = logits(ours, inputs), logits(theirs, inputs)
-    close(found, wanted[:, -found.shape[1] :], "output")
+        peft_model.save_pretrained(Path(folder, "theirs"))
+        model = peftcore.load(case.base(), Path(folder, "theirs"))
+        actual, expected = logits(model, inputs), logits(peft_model, inputs)
+    close(actual, expected[:, -actual.shape[1] :], "output")
     return None
 
 

@@ -35,15 +35,15 @@ def merging(case: Case) -> None:
     _merge_and_unmerge(model, inputs, "merged")
 
 
-def _merge_and_unmerge(model: nn.Module, inputs: dict[str, Tensor], what: str) -> None:
+def _merge_and_unmerge(model: nn.Module, inputs: dict[str, Tensor], label: str) -> None:
     before = logits(model, inputs)
-    kept = {name: p.detach().clone() for name, p in base_parameters(model)}
+    weights = {name: p.detach().clone() for name, p in base_parameters(model)}
     merge_exactly(model)
-    close(logits(model, inputs), before, what)
+    close(logits(model, inputs), before, label)
     peftcore.unmerge(model)
     for name, parameter in base_parameters(model):
-        same(parameter, kept[name], name)
-    same(logits(model, inputs), before, f"{what} and unmerged")
+        same(parameter, weights[name], name)
+    same(logits(model, inputs), before, f"{label} and unmerged")
 
 
 @check("two adapters of the method together, merged in both orders")
@@ -78,23 +78,23 @@ def stacked(case: Case) -> None:
 
         model = case.base()
         _add_other(model)
-        wanted = logits(model, inputs)
+        expected = logits(model, inputs)
         peftcore.remove(case.add(model, 1, "default"), "default")
-        same(logits(model, inputs), wanted, "the other one alone, after removal")
+        same(logits(model, inputs), expected, "the other one alone, after removal")
 
 
 def _in_both_orders(model: nn.Module, inputs: dict[str, Tensor], names: Sequence[str], merges: bool) -> None:
     for order in (names, names[::-1]):
-        what = " inside ".join(order)
+        label = " inside ".join(order)
         peftcore.activate(model, order)
         loss_of(model, inputs).backward()
         for name in order:
-            for own, parameter in adapter_parameters(model, name):
-                assert parameter.grad is not None, f"{what}: '{own}' of '{name}' gets no gradient"
-                assert torch.isfinite(parameter.grad).all(), f"{what}: the gradient of '{own}' of '{name}'"
+            for parameter_name, parameter in adapter_parameters(model, name):
+                assert parameter.grad is not None, f"{label}: '{parameter_name}' of '{name}' gets no gradient"
+                assert torch.isfinite(parameter.grad).all(), f"{label}: the gradient of '{parameter_name}' of '{name}'"
         model.zero_grad()
         if merges:
-            _merge_and_unmerge(model, inputs, f"{what}, merged")
+            _merge_and_unmerge(model, inputs, f"{label}, merged")
 
 
 @dataclass(frozen=True)

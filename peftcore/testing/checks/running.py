@@ -47,7 +47,7 @@ def _compile(case: Case) -> None:
     model, inputs = case.model(), case.inputs()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=case.compile_backend)
-    wanted = logits(model, inputs)
+    expected = logits(model, inputs)
     seen: list[Tensor] = []
 
     def run(**call: Any) -> tuple[Tensor]:
@@ -55,7 +55,7 @@ def _compile(case: Case) -> None:
         return (seen[-1],)
 
     loss_of(run, inputs).backward()  # one graph for the output and the gradients
-    close(seen[0], wanted, "compiled")
+    close(seen[0], expected, "compiled")
     compiled_gradients = gradients_of(model)
     model.zero_grad()
     loss_of(model, inputs).backward()
@@ -73,11 +73,11 @@ def generating(case: Case) -> str | None:
     for use_cache in (True, False):
         out = _generate(model, inputs, use_cache)
         if case.is_encoder_decoder:
-            wanted = logits(model, {**inputs, "decoder_input_ids": out.sequences})[:, :-1]
+            expected = logits(model, {**inputs, "decoder_input_ids": out.sequences})[:, :-1]
         else:
             full = {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
-            wanted = logits(model, full)[:, inputs["input_ids"].shape[1] - 1 : -1]
-        same(_steps(out), wanted, f"logits of the steps, use_cache={use_cache}", atol=1e-4)
+            expected = logits(model, full)[:, inputs["input_ids"].shape[1] - 1 : -1]
+        same(_steps(out), expected, f"logits of the steps, use_cache={use_cache}", atol=1e-4)
     return None
 
 
@@ -94,8 +94,8 @@ def padding(case: Case) -> str | None:
         steps = _steps(_generate(model, {"input_ids": batch, "attention_mask": (batch != 0).long()}, use_cache))
         for row, alone in enumerate((tokens[:1], short)):
             inputs = {"input_ids": alone, "attention_mask": torch.ones_like(alone)}
-            wanted = _steps(_generate(model, inputs, use_cache))[0]
-            same(steps[row], wanted, f"logits of row {row}, use_cache={use_cache}", atol=1e-4)
+            expected = _steps(_generate(model, inputs, use_cache))[0]
+            same(steps[row], expected, f"logits of row {row}, use_cache={use_cache}", atol=1e-4)
     return None
 
 
@@ -107,20 +107,20 @@ def packing(case: Case) -> str | None:
     rows: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
     positions = torch.arange(tokens.shape[1]).repeat(len(tokens))[None]
     row = {**rows, "input_ids": tokens.reshape(1, -1), "position_ids": positions}
-    wanted = logits(case.original, rows)
+    expected = logits(case.original, rows)
     try:
-        close(logits(case.original, row).view_as(wanted), wanted, "the model without adapters")
+        close(logits(case.original, row).view_as(expected), expected, "the model without adapters")
     except (AssertionError, TypeError):
         return "the model without adapters does not separate the texts of a row"
     model = case.model()
-    wanted = logits(model, rows)
+    expected = logits(model, rows)
     try:
-        found = logits(model, row)
+        actual = logits(model, row)
     except PeftcoreError as refusal:
         if isinstance(refusal, PluginError):
             raise
         return str(refusal)
-    close(found.view_as(wanted), wanted, "texts packed into a row")
+    close(actual.view_as(expected), expected, "texts packed into a row")
     return None
 
 
@@ -128,10 +128,10 @@ def packing(case: Case) -> str | None:
 def threads(case: Case) -> None:
     model, rows = case.model(), case.inputs(rows=4)
     calls = [
-        {name: each[part] if isinstance(each, Tensor) else each for name, each in rows.items()}
+        {name: value[part] if isinstance(value, Tensor) else value for name, value in rows.items()}
         for part in (slice(0, 2), slice(2, 4))
     ]
-    wanted = [logits(model, call) for call in calls]
+    expected = [logits(model, call) for call in calls]
     turns = _Turns(len(calls))
 
     def run(number: int) -> Tensor:
@@ -139,9 +139,9 @@ def threads(case: Case) -> None:
             return logits(model, calls[number])
 
     with ThreadPoolExecutor(len(calls)) as pool:
-        found = [future.result() for future in [pool.submit(run, number) for number in range(len(calls))]]
-    for number, output in enumerate(found):
-        close(output, wanted[number], f"thread {number}, while another one called the model with other inputs")
+        outputs = [future.result() for future in [pool.submit(run, number) for number in range(len(calls))]]
+    for number, output in enumerate(outputs):
+        close(output, expected[number], f"thread {number}, while another one called the model with other inputs")
 
 
 class _Turns:
@@ -171,7 +171,7 @@ class _Turns:
             self._changed.notify_all()
 
     def _pass_on(self, number: int) -> None:
-        after = [each for each in self._running if each > number] or self._running
+        after = [thread for thread in self._running if thread > number] or self._running
         self._turn = after[0]
 
 

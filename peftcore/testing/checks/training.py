@@ -37,10 +37,10 @@ def resuming(case: Case) -> None:
     resumed = optimizer_of(second)
     resumed.load_state_dict(optimizer.state_dict())
     train(second, inputs, steps=half, optimizer=resumed, begin=half, total=total)
-    for (name, parameter), (_, wanted) in zip(
+    for (name, parameter), (_, expected) in zip(
         adapter_parameters(second, "default"), adapter_parameters(whole, "default"), strict=True
     ):
-        same(parameter, wanted, name)
+        same(parameter, expected, name)
     same(logits(second, inputs), logits(whole, inputs), "output")
 
 
@@ -49,11 +49,11 @@ def accumulating(case: Case) -> None:
     inputs, whole, parts = case.inputs(rows=4), case.model(), case.model()
     (loss_of(whole, inputs) + peftcore.extra_loss(whole)).backward()
     for row in range(4):
-        loss = loss_of(parts, {name: each[row : row + 1] for name, each in inputs.items()})
+        loss = loss_of(parts, {name: value[row : row + 1] for name, value in inputs.items()})
         ((loss + peftcore.extra_loss(parts)) / 4).backward()
-    found = gradients_of(parts)
-    for name, wanted in gradients_of(whole).items():
-        same(found[name], wanted, f"gradient of '{name}'", atol=1e-4 * wanted.abs().max().item() + 1e-6)
+    actual = gradients_of(parts)
+    for name, expected in gradients_of(whole).items():
+        same(actual[name], expected, f"gradient of '{name}'", atol=1e-4 * expected.abs().max().item() + 1e-6)
 
 
 @check("parameter groups name each trained parameter once")
@@ -74,7 +74,7 @@ def grouping(case: Case) -> None:
 def checkpointing(case: Case) -> str | None:
     if not getattr(case.original, "supports_gradient_checkpointing", False):
         return "the model does not support it"
-    wanted: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
     options = {"use_cache": False} if case.generates else {}
     ways = [None, {"use_reentrant": False}, *([{"use_reentrant": True}] if case.first is None else [])]
     # In float32 gradients of T5, whose logits are large, differ by 1e-4 of their maximum. PyTorch's grouped products of
@@ -90,21 +90,21 @@ def checkpointing(case: Case) -> str | None:
             if kwargs["use_reentrant"]:
                 model.enable_input_require_grads()
         first_output(model(**inputs, **options)).square().mean().backward()
-        found = gradients_of(model, f"{kwargs}: ")
-        wanted = wanted or found
-        for name, gradient in found.items():
-            limit = 1e-5 * wanted[name].abs().max().item() + 1e-7  # for gradients that are zero up to rounding
-            same(gradient, wanted[name], f"{kwargs}: gradient of '{name}'", limit)
+        actual = gradients_of(model, f"{kwargs}: ")
+        expected = expected or actual
+        for name, gradient in actual.items():
+            limit = 1e-5 * expected[name].abs().max().item() + 1e-7  # for gradients that are zero up to rounding
+            same(gradient, expected[name], f"{kwargs}: gradient of '{name}'", limit)
     return None
 
 
-def gradients_of(model: nn.Module, when: str = "") -> dict[str, Tensor]:
+def gradients_of(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Return the gradient of each parameter of the adapter. `when`: the first words of a failure."""
-    found = {}
+    gradients = {}
     for name, parameter in adapter_parameters(model, "default"):
-        assert parameter.grad is not None, f"{when}'{name}' gets no gradient"
-        found[name] = parameter.grad.clone()
-    return found
+        assert parameter.grad is not None, f"{prefix}'{name}' gets no gradient"
+        gradients[name] = parameter.grad.clone()
+    return gradients
 
 
 @check("a quantized base (NF4)", essential=True)

@@ -44,8 +44,8 @@ def _after_apply(model: nn.Module) -> None:
             _run(plugin, f"{name}.on_apply", partial(integration.on_apply, model))
 
 
-def _run(plugin: Plugin, what: str, function: Callable[[], object]) -> None:
-    with registry.naming(plugin, what):
+def _run(plugin: Plugin, label: str, function: Callable[[], object]) -> None:
+    with registry.naming(plugin, label):
         function()
 
 

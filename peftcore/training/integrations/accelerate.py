@@ -32,16 +32,16 @@ def _staying(model: nn.Module) -> frozenset[int]:
 
 def _patch(name: str) -> None:
     """Patch a function that attaches hooks to a module and calls itself for the children."""
-    own: Callable[..., None] = getattr(hooks, name)
+    original: Callable[..., None] = getattr(hooks, name)
 
-    @functools.wraps(own)
+    @functools.wraps(original)
     def attach(module: nn.Module, *args: Any, **kwargs: Any) -> None:
         token = None if state_of(module) is None else _STAY.set(_staying(module))
         try:
             if id(module) in _STAY.get():
-                own(module, *args[:1], **{**kwargs, "offload": False})
+                original(module, *args[:1], **{**kwargs, "offload": False})
             else:
-                own(module, *args, **kwargs)
+                original(module, *args, **kwargs)
         finally:
             if token is not None:
                 _STAY.reset(token)

@@ -69,7 +69,7 @@ def _refuse_calls(cls: type) -> None:
             replace(cls, name, functools.partial(_refuse, instead))
 
 
-def _refuse(instead: str, library_object: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _refuse(instead: str, library_object: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     for model in getattr(library_object, "components", {"": library_object}).values():
         state = state_of(model) if isinstance(model, nn.Module) else None
         if state is not None:
@@ -77,7 +77,7 @@ def _refuse(instead: str, library_object: Any, own: Callable[..., Any], *args: A
                 "This call acts on layers of PEFT, and would ignore peftcore's adapters on "
                 f"{type(model).__name__}: {', '.join(state.applied)}. {instead}"
             )
-    return own(*args, **kwargs)
+    return original(*args, **kwargs)
 
 
 def _refuse_scale(model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def _refuse_scale(model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, An
             )
 
 
-def _fuse(name: str, model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _fuse(name: str, model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     replaced = _FUSED if name.startswith("un") else _PARTS
     for path, module in model.named_modules():
         if path.rpartition(".")[2] in replaced and is_adapted(module):
@@ -98,12 +98,12 @@ def _fuse(name: str, model: Any, own: Callable[..., Any], *args: Any, **kwargs: 
                 f"{name} would replace '{path}' and other layers by new ones without adapters. Call it before "
                 "applying adapters, or remove them first: peftcore.remove(model)"
             )
-    return own(*args, **kwargs)
+    return original(*args, **kwargs)
 
 
-def _save_model(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _save_model(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if state_of(model) is None:
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
     if require_state(model).merged is None:
         raise PeftcoreError(
             f"save_pretrained would write the weights of {type(model).__name__} without its adapters. Save the "
@@ -112,12 +112,12 @@ def _save_model(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) 
     tensors = merged_tensors(model.state_dict())
     model.__dict__["state_dict"] = lambda: tensors
     try:
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
     finally:
         del model.__dict__["state_dict"]
 
 
-def _save_pipeline(pipe: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _save_pipeline(pipe: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     for name, model in pipe.components.items():
         state = state_of(model) if isinstance(model, nn.Module) else None
         if state is not None and state.merged is None:
@@ -126,4 +126,4 @@ def _save_pipeline(pipe: Any, own: Callable[..., Any], *args: Any, **kwargs: Any
                 "adapters with peftcore.save(pipe.components, folder, format='diffusers'), or merge them "
                 f"first: peftcore.merge(pipe.{name})"
             )
-    return own(*args, **kwargs)
+    return original(*args, **kwargs)

@@ -9,15 +9,15 @@ from typing import Any
 _PATCHED = "_peftcore_patched"  # on the function that replaces a method
 
 
-def replace(cls: type, name: str, ours: Callable[..., Any]) -> None:
+def replace(cls: type, name: str, replacement: Callable[..., Any]) -> None:
     """Replace the method `cls.name`, which `cls` itself defines, by `ours(self, original, *args, **kwargs)`, once."""
-    own = vars(cls)[name]
-    if hasattr(own, _PATCHED):
+    original = vars(cls)[name]
+    if hasattr(original, _PATCHED):
         return
 
-    @functools.wraps(own)
+    @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return ours(self, functools.partial(own, self), *args, **kwargs)
+        return replacement(self, functools.partial(original, self), *args, **kwargs)
 
     setattr(method, _PATCHED, True)
     setattr(cls, name, method)

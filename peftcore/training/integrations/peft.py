@@ -18,7 +18,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.training.integrations.patching import replace
 
 
-def _init(_self: Any, own: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
+def _init(_self: Any, original: Callable[..., None], model: Any, *args: Any, **kwargs: Any) -> None:
     state = state_of(model) if isinstance(model, nn.Module) else None
     if state is not None:
         raise PeftcoreError(
@@ -26,7 +26,7 @@ def _init(_self: Any, own: Callable[..., None], model: Any, *args: Any, **kwargs
             f"{', '.join(state.applied)}. Add another with peftcore.apply(model, ..., adapter='NAME'), or "
             "remove them first: peftcore.remove(model)"
         )
-    own(model, *args, **kwargs)
+    original(model, *args, **kwargs)
 
 
 for _cls in (PeftModel, PeftMixedModel, BaseTuner):

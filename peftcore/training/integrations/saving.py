@@ -39,16 +39,16 @@ def merged_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if not {CHILD, TRAINED} & set(name.split("."))}
 
 
-def _save_transformers(model: Any, own: Callable[..., Any], save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+def _save_transformers(model: Any, original: Callable[..., Any], save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     if state_of(model) is None:
-        return own(save_directory, *args, **kwargs)
+        return original(save_directory, *args, **kwargs)
     names = ("is_main_process", "state_dict", "push_to_hub")  # in transformers' order
     options = {**dict(zip(names, args, strict=False)), **kwargs}
     is_main_process = options.get("is_main_process", True)
     if require_state(model).merged is not None:
         tensors = options.get("state_dict")
         options["state_dict"] = merged_tensors(model.state_dict() if tensors is None else tensors)
-        return own(save_directory, **options)
+        return original(save_directory, **options)
     if is_main_process or ranks.is_sharded(model):
         save(model, save_directory)
     if options.get("push_to_hub") and is_main_process:
@@ -58,7 +58,7 @@ def _save_transformers(model: Any, own: Callable[..., Any], save_directory: Any,
     return None
 
 
-def _save_sentence_transformers(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _save_sentence_transformers(model: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     state = state_of(model)
     if state is not None:
         raise PeftcoreError(
@@ -66,4 +66,4 @@ def _save_sentence_transformers(model: Any, own: Callable[..., Any], *args: Any,
             f"{', '.join(state.applied)}. Save the adapters with peftcore.save(model, folder), or merge them first: "
             "peftcore.merge(model, keep_adapters=False)"
         )
-    return own(*args, **kwargs)
+    return original(*args, **kwargs)

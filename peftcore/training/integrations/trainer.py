@@ -392,12 +392,12 @@ def mark_complete(folder: Path) -> None:
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     """Return the newest complete checkpoint in `folder`, or None. Newer incomplete ones are named in a warning."""
-    found = {
+    checkpoints = {
         int(path.name.rpartition("-")[2]): path
         for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.name.rpartition("-")[2].isdecimal()
     }
-    for _, path in sorted(found.items(), reverse=True):
+    for _, path in sorted(checkpoints.items(), reverse=True):
         reason = _why_incomplete(path)
         if reason is None:
             return str(path)
@@ -420,9 +420,9 @@ def _why_incomplete(folder: Path) -> str | None:
     if not isinstance(sizes, dict):
         return f"{COMPLETE} is damaged"
     for name, size in sizes.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
-        if found != size:
-            return f"{name} has {found:,} of {size:,} bytes"
+        bytes_there = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if bytes_there != size:
+            return f"{name} has {bytes_there:,} of {size:,} bytes"
     return None
 
 

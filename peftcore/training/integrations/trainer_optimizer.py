@@ -116,25 +116,25 @@ def _is_factory(kind: Any) -> bool:
 
 
 def create_scheduler(
-    trainer: Trainer, own: Callable[..., Any], num_training_steps: int, *args: Any, **kwargs: Any
+    trainer: Trainer, original: Callable[..., Any], num_training_steps: int, *args: Any, **kwargs: Any
 ) -> Any:
     """Return the scheduler that `trainer` would make, times the schedules of the adapters' methods.
 
     Raises:
         PeftcoreError: the scheduler does not compute each rate from the step alone.
     """
-    given, model = trainer.lr_scheduler, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    given, model = trainer.lr_scheduler, bare_model(trainer)
     made_before = given is not None and getattr(trainer, "_created_lr_scheduler", False)
-    found = own(num_training_steps, *args, **kwargs)
+    scheduler = original(num_training_steps, *args, **kwargs)
     if made_before or not engine.has_schedule(model):
-        return found
+        return scheduler
     if given is not None:
         warn(
             "the trainer was given its own scheduler, so the learning rate is not multiplied by the schedule of the "
             "adapter's method. Leave out the scheduler, and choose lr_scheduler_type"
         )
-        return found
-    if not isinstance(found, LambdaLR):
+        return scheduler
+    if not isinstance(scheduler, LambdaLR):
         raise PeftcoreError(
             f"lr_scheduler_type={str(trainer.args.lr_scheduler_type)!r} does not compute the learning rate from the "
             "step alone, so the schedule of the adapter's method cannot multiply it. Use linear, cosine or constant"
@@ -143,11 +143,11 @@ def create_scheduler(
     def times(rate: Callable[[int], float]) -> Callable[[int], float]:
         return lambda steps: rate(steps) * engine.scheduled(model, steps + 1, num_training_steps)
 
-    found.lr_lambdas = [times(rate) for rate in found.lr_lambdas]
-    for group, rate in zip(found.optimizer.param_groups, found.lr_lambdas, strict=True):
+    scheduler.lr_lambdas = [times(rate) for rate in scheduler.lr_lambdas]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * rate(0)
-    found._last_lr = [group["lr"] for group in found.optimizer.param_groups]
-    return found
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+    return scheduler
 
 
 class PagingReport(TrainerCallback):
@@ -162,10 +162,10 @@ class PagingReport(TrainerCallback):
             print(f"optimizer state: {optimizer.paging()}", flush=True)
 
 
-def create_optimizer(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def create_optimizer(trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return what `Trainer.create_optimizer` makes, by peftcore's names of optimizers and the methods' groups."""
     if trainer.optimizer is not None:
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
     if trainer.optimizer_cls_and_kwargs is None:
         trainer.optimizer_cls_and_kwargs = optimizer_of(trainer.args)
     before = trainer.optimizer_cls_and_kwargs
@@ -173,7 +173,7 @@ def create_optimizer(trainer: Trainer, own: Callable[..., Any], *args: Any, **kw
         model = kwargs.get("model", args[0] if args else None)
         trainer.optimizer_cls_and_kwargs = with_groups(trainer, bare_model(trainer), model)
     try:
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
     finally:
         trainer.optimizer_cls_and_kwargs = before
 
