@@ -254,25 +254,28 @@ def experts_converters(
         hf_quantizer: the quantizer that loads the model.
     """
     converters = [layout_experts_converter(converter, layout, hf_quantizer) for converter in dense]
-    names = {
-        pattern.rpartition(".")[2]
-        for converter in converters
-        if converter is not None
-        for pattern in converter.target_patterns
-    }
-    of_layers = {}
+    names: set[str] = set()  # of parameters for which transformers has a converter of single experts
+    for converter in filter(None, converters):
+        names.update(pattern.rpartition(".")[2] for pattern in converter.target_patterns)
+    of_layers: dict[str, WeightConverter] = {}
     for path, module in model.named_modules():
-        facts = experts_layout(module)
-        if facts is None or facts.transposed or facts.interleaved or not names.isdisjoint(facts.names):
+        experts = experts_layout(module)
+        if experts is None or experts.transposed or experts.interleaved or not names.isdisjoint(experts.names):
             continue
         stem = path.rpartition(".")[2]
-        ups = ["gate_proj", "up_proj"] if facts.up == "gate_up_proj" else [facts.up]
-        for name, parts in ((facts.up, ups), (facts.down, [facts.down])):
-            operations: list[Any] = [MergeModulelist(dim=0), *([Concatenate(dim=1)] if len(parts) > 1 else [])]
-            sources = [f"{stem}.*.{part}.weight" for part in parts]
-            of_layers[f"{stem}.{name}"] = WeightConverter(sources, f"{stem}.{name}", operations)
+        ups = ["gate_proj", "up_proj"] if experts.up == "gate_up_proj" else [experts.up]
+        of_layers[f"{stem}.{experts.up}"] = _converter_of_layers(stem, experts.up, ups)
+        of_layers[f"{stem}.{experts.down}"] = _converter_of_layers(stem, experts.down, [experts.down])
     converters += [layout_experts_converter(converter, layout, hf_quantizer) for converter in of_layers.values()]
     return [converter for converter in converters if converter is not None]
+
+
+def _converter_of_layers(stem: str, name: str, layers: Sequence[str]) -> WeightConverter:
+    """Return the converter of dense layers of single experts, joined along their outputs, to one parameter."""
+    operations: list[ConversionOps] = [MergeModulelist(dim=0)]
+    if len(layers) > 1:
+        operations.append(Concatenate(dim=1))
+    return WeightConverter([f"{stem}.*.{layer}.weight" for layer in layers], f"{stem}.{name}", operations)
 
 
 def _by_part(found: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,16 +39,13 @@ def config_fields(model: nn.Module) -> dict[str, Any] | None:
     packed = list(packed_names(model))
     if not packed:
         return None
-    of_peftcore = [entry for entry in packed if FORMATS[entry[1].packings[entry[2]].quant_type].quant_method == METHOD]
-    _, module, name = (of_peftcore or packed)[0]  # bitsandbytes reads no model with a weight in another format
+    of_peftcore: list[tuple[PackedParameters, str]] = []  # in formats that bitsandbytes does not have
+    for _, module, name in packed:
+        if FORMATS[module.packings[name].quant_type].quant_method == METHOD:
+            of_peftcore.append((module, name))
+    module, name = (of_peftcore or [packed[0][1:]])[0]
     first = module.packings[name]
-    paths = {path for path, _, _ in packed}
-    floating = next((p.dtype for _, p in base_parameters(model) if p.is_floating_point()), torch.float32)
-    dense = [
-        path
-        for path, module in base_modules(model)
-        if path not in paths and (is_linear(module) or expert_parameters(model, path, module))
-    ]
+    dense = _dense_paths(model, {path for path, _, _ in packed})
     if of_peftcore:
         return {
             "quant_method": METHOD,
@@ -58,16 +55,26 @@ def config_fields(model: nn.Module) -> dict[str, Any] | None:
             "compute_dtype": str(module.compute_dtype).removeprefix("torch.") if module.compute_dtype else None,
             "skip": dense,
         }
+    floating = next((p.dtype for _, p in base_parameters(model) if p.is_floating_point()), torch.float32)
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": first.quant_type,
-        "bnb_4bit_use_double_quant": module._buffers[first.buffers[2]] is not None,
+        "bnb_4bit_use_double_quant": module.settings_of(name).double_quant,
         "bnb_4bit_compute_dtype": str(module.compute_dtype or floating).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": dense,
     }
+
+
+def _dense_paths(model: nn.Module, packed: Collection[str]) -> list[str]:
+    """Return the paths of linear layers and modules of experts that have no packed weight."""
+    paths: list[str] = []
+    for path, module in base_modules(model):
+        if path not in packed and (is_linear(module) or expert_parameters(model, path, module)):
+            paths.append(path)
+    return paths
 
 
 def sync_config(model: nn.Module) -> None:
@@ -88,12 +95,9 @@ def _sync_conversions(model: PreTrainedModel) -> None:
 
     transformers would split or join them as it does dense weights, such as experts into one tensor each.
     """
-    packed = [f"{path}.{name}" for path, _, name in packed_names(model)]
     if _OWN_CONVERSIONS in model.__dict__:
-        model_conversions = model.__dict__.pop(_OWN_CONVERSIONS)
-        model.__dict__.pop(_CONVERSIONS, None)
-        if model_conversions is not None:
-            model.__dict__[_CONVERSIONS] = model_conversions
+        _restore_conversions(model)
+    packed = [f"{path}.{name}" for path, _, name in packed_names(model)]
     loading = sys.modules.get("transformers.core_model_loading")
     if not packed or loading is None:
         return
@@ -106,13 +110,22 @@ def _sync_conversions(model: PreTrainedModel) -> None:
         return any(reverse.rename_source_key(name)[1] is not None for name in packed)
 
     # as transformers makes them for a model that it did not load
-    usual = get_model_conversion_mapping(model, add_legacy=False)
-    usual = [each for each in usual if not isinstance(each, loading.PrefixChange)]
+    mapping = get_model_conversion_mapping(model, add_legacy=False)
+    usual = [conversion for conversion in mapping if not isinstance(conversion, loading.PrefixChange)]
     model_conversions = getattr(model, _CONVERSIONS, None)
-    remaining = [each for each in (usual if model_conversions is None else model_conversions) if not splits(each)]
     if not any(map(splits, model_conversions or usual)):
         return
+    present = usual if model_conversions is None else model_conversions
+    remaining = [conversion for conversion in present if not splits(conversion)]
     if model_conversions is not None:  # conversions of a file that had the model's names lack those that split them
         model_conversions = [*remaining, *filter(splits, usual)]
     model.__dict__[_OWN_CONVERSIONS] = model_conversions
     model.__dict__[_CONVERSIONS] = remaining
+
+
+def _restore_conversions(model: PreTrainedModel) -> None:
+    """Give the model the conversions back that it had when all its weights were dense."""
+    before = model.__dict__.pop(_OWN_CONVERSIONS)
+    model.__dict__.pop(_CONVERSIONS, None)
+    if before is not None:
+        model.__dict__[_CONVERSIONS] = before

@@ -59,19 +59,19 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         # This is read for every token. Neither `nn.Module.__getattr__` nor names of arguments are worth their time.
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
-        shape, blocksize, dtype, quant_type, nested_blocksize, _, _ = self.packings["weight"]
+        packing = self.packings["weight"]
         return PackedWeight(
             parameters["weight"],
             buffers["absmax"],
             buffers["quant_map"],
-            shape,
-            blocksize,
-            dtype,
-            quant_type,
+            packing.shape,
+            packing.blocksize,
+            packing.dtype,
+            packing.quant_type,
             buffers["nested_absmax"],
             buffers["nested_quant_map"],
             buffers["nested_offset"],
-            nested_blocksize,
+            packing.nested_blocksize,
             False,
             buffers["zeros"],
             buffers["permutation"],

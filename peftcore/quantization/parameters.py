@@ -10,9 +10,9 @@ tensors only. Merging may replace a quantized parameter by a dense one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_o
 _BY_EXPERT = ("codes", "absmax", "nested_absmax", "zeros")  # parts of a packed weight that experts do not share
 
 
-class Packing(NamedTuple):
+@dataclass(frozen=True)
+class Packing:
     """Metadata of a `PackedWeight` and the names of the buffers that hold its tensors.
 
     Args:

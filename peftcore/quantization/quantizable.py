@@ -65,27 +65,33 @@ def warn_of_dense(model: nn.Module, skip: Sequence[str] | None) -> None:
     Layers that share their weight with a layer that stays dense, such as a tied head, are not mentioned.
     """
     skipped, modules = _skipped(model, skip), dict(base_modules(model))
-    reason_by_path = {**dict.fromkeys(asked_for_dtype(model), "other code reads the dtype of the weight")}
+    reason_by_path = dict.fromkeys(asked_for_dtype(model), "other code reads the dtype of the weight")
     reason_by_path |= {**rewritten(model), **bypassed(model)}
     dense: dict[str, list[str]] = {}
     for path, module in modules.items():
         if _within(path, skipped) or _is_in_attention(modules, path):
             continue
-        if isinstance(module, nn.MultiheadAttention):
-            if _has_plain_weight(module.out_proj):
-                dense.setdefault("nn.MultiheadAttention reads the weights of its layers itself", []).append(path)
-        elif is_linear(module) and _has_plain_weight(module):
-            reasons = [reason for other, reason in reason_by_path.items() if _within(path, [other])]
-            if not is_dense_linear(module):
-                reasons = [f"{original_class(module).__name__} is not known to compute x Wᵀ + b"]
-            if reasons:
-                dense.setdefault(reasons[0], []).append(path)
+        reason = _why_dense(path, module, reason_by_path)
+        if reason is not None:
+            dense.setdefault(reason, []).append(path)
     if dense:
         parts = [f"{_listed(paths)}, because {reason}" for reason, paths in dense.items()]
         warn(
             f"quantize leaves layers of {type(model).__name__} dense: {'; '.join(parts)}. To leave them dense "
             "without this warning, name them in skip",
         )
+
+
+def _why_dense(path: str, module: nn.Module, reason_by_path: Mapping[str, str]) -> str | None:
+    """Return why a module's weight stays dense, or None if it is quantized or has no dense weight."""
+    if isinstance(module, nn.MultiheadAttention):
+        reads_weights = _has_plain_weight(module.out_proj)
+        return "nn.MultiheadAttention reads the weights of its layers itself" if reads_weights else None
+    if not is_linear(module) or not _has_plain_weight(module):
+        return None
+    if not is_dense_linear(module):
+        return f"{original_class(module).__name__} is not known to compute x Wᵀ + b"
+    return next((reason for other, reason in reason_by_path.items() if _within(path, [other])), None)
 
 
 def _listed(paths: Sequence[str]) -> str:
@@ -109,17 +115,22 @@ def selected_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: in
             if len(owners[id(parameter)]) > 1:
                 continue
             size = _dividing(parameter[0].numel(), blocksize)
-            if size != blocksize:
-                other.setdefault(size, []).append(full)
             if size:
                 chosen.setdefault(path, {})[name] = size
-    for size, names in other.items():
+            if size != blocksize:
+                other.setdefault(size, []).append(full)
+    _warn_of_other_sizes(other, blocksize)
+    return chosen
+
+
+def _warn_of_other_sizes(names_by_size: Mapping[int, Sequence[str]], blocksize: int) -> None:
+    """Warn of experts' weights that get another block size than `blocksize`; 0: that stay dense."""
+    for size, names in names_by_size.items():
         treatment = f"quantized in blocks of {size}" if size else "left dense"
         warn(
             f"{len(names)} weights of experts ('{names[0]}') are {treatment}, because an expert is not a multiple of "
             f"{blocksize if size else min(blocksize, MIN_BLOCKSIZE)} values",
         )
-    return chosen
 
 
 def _dividing(count: int, blocksize: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,7 @@ from peftcore.model.base_modules import base_parameters
 from peftcore.model.experts import experts_layout
 from peftcore.model.targets.coverage import coverage
 from peftcore.plugin.adapter import neutral_of
-from peftcore.plugin.architecture import Sublayer
+from peftcore.plugin.architecture import Architecture, Sublayer
 from peftcore.testing.case import Case, close, differs, logits, loss_of, same, train
 from peftcore.testing.checks.register import check
 
@@ -72,17 +73,23 @@ def left_out(case: Case) -> str | None:
         return None  # the method does not choose where prompts act
     reached = [*entry.paths, *(f"{name.rpartition('.')[0]}." for name in entry.trained)]
     covered, nothing = coverage(model, architecture, reached), coverage(model, architecture, ())
-    for kind_left_out, count in nothing.left_out.items():
-        assert covered.left_out.get(kind_left_out) != count or count < covered.total / 2 or covered.share == 0, (
+    for kind, count in nothing.left_out.items():
+        is_left_out = covered.left_out.get(kind) == count
+        assert not is_left_out or count < covered.total / 2 or covered.share == 0, (
             f"{case.method.name} {covered}, without a warning. Adapt them, or warn in place(...)"
         )
+    _require_all_or_no_sublayers(architecture, reached)
+    return None
+
+
+def _require_all_or_no_sublayers(architecture: Architecture, reached: Sequence[str]) -> None:
+    """Fail if the paths reach sublayers of one kind in some blocks and not in others."""
     for kind in dict.fromkeys(sublayer.kind for sublayer in architecture.sublayers):
         scopes = [_scope(sublayer) for sublayer in architecture.sublayers if sublayer.kind == kind]
         lacking = [scope for scope in scopes if not any(_meet(scope, path.rstrip(".")) for path in reached)]
         assert not lacking or len(lacking) == len(scopes), (
             f"{kind} layers are left out without a warning: {', '.join(lacking)}. Adapt them, or warn in place(...)"
         )
-    return None
 
 
 def _scope(sublayer: Sublayer) -> str:

@@ -76,7 +76,9 @@ def checkpointing(case: Case) -> str | None:
         return "the model does not support it"
     expected: dict[str, Tensor] = {}
     options = {"use_cache": False} if case.generates else {}
-    ways = [None, {"use_reentrant": False}, *([{"use_reentrant": True}] if case.first is None else [])]
+    ways: list[dict[str, bool] | None] = [None, {"use_reentrant": False}]
+    if case.first is None:
+        ways.append({"use_reentrant": True})
     # In float32 gradients of T5, whose logits are large, differ by 1e-4 of their maximum. PyTorch's grouped products of
     # experts have no float64, nor do bases that a method prepares, in 4 bits.
     has_experts = any(experts_layout(module) for module in case.original.modules())
@@ -85,10 +87,7 @@ def checkpointing(case: Case) -> str | None:
     for kwargs in ways:
         model: Any = case.model(dtype).train()
         if kwargs is not None:
-            enable = getattr(model, "activation_checkpointing_enable", None)  # renamed in transformers 5
-            (enable or model.gradient_checkpointing_enable)(kwargs)
-            if kwargs["use_reentrant"]:
-                model.enable_input_require_grads()
+            _enable_checkpointing(model, kwargs)
         first_output(model(**inputs, **options)).square().mean().backward()
         actual = gradients_of(model, f"{kwargs}: ")
         expected = expected or actual
@@ -98,8 +97,15 @@ def checkpointing(case: Case) -> str | None:
     return None
 
 
+def _enable_checkpointing(model: Any, kwargs: dict[str, bool]) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None)  # renamed in transformers 5
+    (enable or model.gradient_checkpointing_enable)(kwargs)
+    if kwargs["use_reentrant"]:  # which needs an input that requires gradients
+        model.enable_input_require_grads()
+
+
 def gradients_of(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Return the gradient of each parameter of the adapter. `when`: the first words of a failure."""
+    """Return the gradient of each parameter of the adapter. `prefix`: the first words of a failure."""
     gradients = {}
     for name, parameter in adapter_parameters(model, "default"):
         assert parameter.grad is not None, f"{prefix}'{name}' gets no gradient"
