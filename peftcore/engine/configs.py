@@ -1,12 +1,25 @@
-"""Configs of methods by the name of the method."""
+"""Configs of methods, by the name of the method or from a config object of Hugging Face PEFT.
+
+PEFT's objects are read like the fields of a file.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import importlib
+from collections.abc import Iterable, Mapping
+from enum import Enum
 from typing import Any
 
+from torch import nn
+
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.plugin.peft_fields import why_unknown
+from peftcore.model import detect
+from peftcore.model.base_modules import base_modules
+from peftcore.model.experts import experts_layout
+from peftcore.plugin.method import Method
+from peftcore.plugin.peft_fields import config_of_fields, method_of_fields, of_peft_type, why_unknown
 from peftcore.plugin.registry import registry
 from peftcore.plugin.validation import check_types
 
@@ -35,3 +48,149 @@ def config(method: str, /, **fields: Any) -> Any:
         return config_class(**fields)
     except TypeError as error:
         raise PeftcoreError(f"{config_class.__name__}: {error}") from error
+
+
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT trains, whatever else it trains
+
+
+def is_of_peft(config: Any) -> bool:
+    """Return whether `config` is one of PEFT's configs, without importing PEFT."""
+    return any(f"{cls.__module__}.{cls.__name__}" == "peft.config.PeftConfigMixin" for cls in type(config).__mro__)
+
+
+def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
+    """Return (method, config) for an object of PEFT, as if read from an `adapter_config.json`.
+
+    PEFT fills in what it fills in for a model type, such as `target_modules`.
+
+    Raises:
+        PluginError: no installed method reads it, or several do.
+        PeftcoreError: it has a field or value that the method does not support.
+    """
+    where = f"peft.{type(config).__name__}"
+    peft_type = _plain(getattr(config, "peft_type", None))
+    if isinstance(peft_type, str) and not of_peft_type(peft_type):
+        method_of_fields(where, {"peft_type": peft_type})  # raises the proper error before PEFT fills in fields
+    config = _completed(where, model, config)
+    fields = {name: _plain(value) for name, value in config.to_dict().items()}
+    for name, value in vars(config).items():  # fields that PEFT does not write to files, if they are set
+        if name not in fields and value is not None and not _is_as_made(config, name, value):
+            fields[name] = _plain(value)
+    if not isinstance(fields.get("peft_type"), str):
+        raise PeftcoreError(f"{where} names no peft_type: give the config of a method")
+    method = method_of_fields(where, fields, say="peftcore.apply(model, '{}', FIELD=...)")
+    return method, _as_fresh(where, method, config_of_fields(where, method, fields, PeftcoreError))
+
+
+def _completed(where: str, model: nn.Module, config: Any) -> Any:
+    """Return a copy in which PEFT has filled in fields from its tables of models."""
+    config = copy.deepcopy(config)
+    if getattr(config, "modules_to_save", None):
+        heads = detect(model).task_heads if _plain(config.task_type) in _WITH_HEADS else ()
+        config.modules_to_save = [*config.modules_to_save, *ends_within_a_name(model, config.modules_to_save), *heads]
+    if hasattr(config, "target_modules"):  # prompts have none
+        _name_experts(where, model, config)
+        _refuse_experts(where, model, config)
+        _fill_in_targets(where, model, config)
+    return config
+
+
+def _fill_in_targets(where: str, model: nn.Module, config: Any) -> None:
+    """Set fields of module names that are None to PEFT's defaults for the type of model.
+
+    PEFT has a table for each `peft_type` and field. Without one, the method has a default of its own for None.
+    """
+    tables = vars(importlib.import_module("peft.utils.constants"))
+    peft_type = _plain(config.peft_type).replace("_", "")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for field in ("target_modules", "feedforward_modules"):
+        table = tables.get(f"TRANSFORMERS_MODELS_TO_{peft_type}_{field.upper()}_MAPPING")
+        if table is None or getattr(config, field, ()) is not None:
+            continue
+        if model_type in table:
+            defaults = table[model_type]
+            setattr(config, field, defaults if isinstance(defaults, str) else set(defaults))
+        elif not getattr(config, "target_parameters", None):
+            raise PeftcoreError(
+                f"{where} has no {field}, and PEFT has no defaults for {type(model).__name__}. Name them: {field}=[...]"
+            )
+
+
+def _name_experts(where: str, model: nn.Module, config: Any) -> None:
+    """Make `target_modules` select layers that transformers 5 stacked into `[experts, out, in]`, as PEFT does.
+
+    PEFT has a table of models: `gate_proj` and `up_proj` together become `gate_up_proj` with twice the rank, and
+    `all-linear` includes them and the router. For other models `all-linear` leaves experts out.
+    """
+    try:
+        conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
+        convert = conversion.convert_peft_config_for_transformers
+    except (ImportError, AttributeError):  # another PEFT, or transformers 4, whose experts are layers
+        return
+    try:
+        convert(config, model=model, conversions=None)
+    except ValueError as error:
+        raise PeftcoreError(f"{where} does not fit {type(model).__name__}: {error}") from error
+
+
+def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
+    """Refuse an entry that PEFT ignores because it matches no module, and that would select experts here."""
+    named = getattr(config, "target_modules", None)
+    if not named or isinstance(named, str) or hasattr(config, "target_parameters"):
+        return
+    modules = dict(base_modules(model))
+    layouts = ((path, layout) for path, module in modules.items() if (layout := experts_layout(module)) is not None)
+    weights = [f".{path}.{name}" for path, layout in layouts for name in layout.names]
+    for entry in named:
+        means_module = any(f".{path}".endswith(f".{entry}") for path in modules)
+        if not means_module and any(weight.endswith(f".{entry}") for weight in weights):
+            raise PeftcoreError(
+                f"{where} names '{entry}' in target_modules, which is not a layer of {type(model).__name__}. PEFT "
+                "ignores it, but here it would select experts. Leave it out, or apply the method by name with these "
+                "fields"
+            )
+
+
+def ends_within_a_name(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:
+    """Return what PEFT matches by any suffix, and peftcore does not: for PEFT `norm` matches `input_layernorm`, too."""
+    named = tuple(modules_to_save)
+    whole = tuple(f".{name}" for name in named)
+    return [path for path, _ in base_modules(model) if path.endswith(named) and not f".{path}".endswith(whole)]
+
+
+def _plain(value: Any) -> Any:
+    """Return the value as JSON represents it."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(_plain, value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {_plain(name): _plain(each) for name, each in value.items()}
+    return value
+
+
+def _is_as_made(config: Any, name: str, value: Any) -> bool:
+    """Return whether an attribute that is not saved has its initial value."""
+    constants = vars(type(config))  # such as `is_prompt_learning`
+    if name in constants and constants[name] is value:
+        return True
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return bool(value == type(value)())
+    try:
+        return bool(getattr(type(config)(), name) == value)
+    except Exception:  # an object cannot be made without arguments
+        return False
+
+
+def _as_fresh(where: str, method: Method, config: Any) -> Any:
+    """Return the config with the defaults of fields that are not saved, which reading a file sets otherwise."""
+    on_disk = method.state.write_fields(dataclasses.asdict(config))
+    for field in dataclasses.fields(config):
+        if field.name in on_disk or field.default is dataclasses.MISSING:
+            continue
+        fresh = dataclasses.replace(config, **{field.name: field.default})
+        if method.state.write_fields(dataclasses.asdict(fresh)) == on_disk:
+            config = fresh
+    return config

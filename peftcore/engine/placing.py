@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from peftcore.engine.attachments import Attachments
-from peftcore.engine.configs import config as named_config
+from peftcore.engine.configs import config as named_config, config_of_peft, is_of_peft
 from peftcore.engine.odd_linear import fitted
-from peftcore.engine.peft_configs import config_of_peft, is_of_peft
 from peftcore.engine.preflight import check_base, check_placements
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, PluginError, warn

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peftcore.engine.adaptation import adapted
 from peftcore.engine.adaptation.concurrency import ModelLock
@@ -17,6 +18,7 @@ from peftcore.engine.changes import Site, Snapshot, attached, changes, changes_o
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.model.base_modules import TRAINED
+from peftcore.plugin.method import WeightFormat
 from peftcore.plugin.placements.placement import Placement
 
 STATE = "_peftcore_state"
@@ -66,6 +68,29 @@ class Applied:
 
 
 @dataclass
+class Merged:
+    """State for `unmerge`: the adapters that were active, and the original tensors by name."""
+
+    active: tuple[str, ...]
+    aside: dict[str, Tensor] = field(default_factory=dict)
+    tied: bool | None = None  # the model config's tie_word_embeddings, if merging untied them
+    lost: dict[str, float] = field(default_factory=dict)  # by path, for quantized weights
+    written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # the merged tensors
+    unpacked: tuple[WeightFormat, ...] = ()  # formats of quantized weights that dense ones replace
+    stopped: str = ""  # where a merge that cannot be undone was interrupted
+
+    @property
+    def why(self) -> str:
+        """Why other functions refuse the model, and what to do."""
+        if not self.stopped:
+            return "adapters are merged into the base. First peftcore.unmerge(model)"
+        return (
+            f"merging was interrupted after {self.stopped} layers, whose original weights are not kept. Load the base "
+            "and the adapters again, and merge again"
+        )
+
+
+@dataclass
 class State:
     """Adapters of a model, the active ones in the order of their chain, and the original state of the base.
 
@@ -76,7 +101,7 @@ class State:
     sites: dict[str, Site] = field(default_factory=dict)  # by the path of each module that has adapters
     active: tuple[str, ...] = ()
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    merged: Any = None  # peftcore.engine.merging.exchanging.Merged
+    merged: Merged | None = None
     samples: tuple[str | None, ...] | None = None  # each sample's adapter, with activate(..., per_sample=True)
     lock: ModelLock = field(default_factory=ModelLock)
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
@@ -260,3 +285,37 @@ def exclusive(what: str, *, base: bool = False) -> Callable[[Function], Function
         return cast(Function, decorated)
 
     return decorate
+
+
+@dataclass(frozen=True)
+class OtherAdapter:
+    """An adapter that is on a model already, with one of its modules for each adapted module.
+
+    Args:
+        name: name of the adapter.
+        method: name of its method.
+        config: config of its method, with all choices explicit.
+        modules: {path of the adapted module: the adapter there}. They are the adapter's own modules, not copies.
+    """
+
+    name: str
+    method: str
+    config: Any
+    modules: Mapping[str, nn.Module]
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Return whether an adapter is on `model`, active or not."""
+    return state_of(model) is not None
+
+
+def other_adapter(model: nn.Module, name: str) -> OtherAdapter:
+    """Return the adapter `name` of `model`, for a method that builds on it: a router, a fusion, a second stage.
+
+    Raises:
+        PeftcoreError: `model` has no adapter with this name.
+    """
+    if not has_adapters(model):
+        raise PeftcoreError(f"the model has no adapter '{name}'. First apply or load it: adapter='{name}'")
+    entry = applied(model, name)
+    return OtherAdapter(name, entry.method, entry.config, dict(adapter_modules(model, name)))

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from peftcore import engine
 from peftcore.engine.attachments import Attachments
-from peftcore.engine.peft_configs import ends_within_a_name
+from peftcore.engine.configs import ends_within_a_name
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.files.fingerprint import difference

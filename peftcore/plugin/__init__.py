@@ -54,7 +54,7 @@ _MODULES = {
     "peftcore.plugin.architecture": "Architecture Sublayer",
     "peftcore.engine": "set_trainable",
     "peftcore.engine.current_optimizer": "reset_optimizer_state",
-    "peftcore.engine.other_adapters": "has_adapters other_adapter",
+    "peftcore.engine.state": "has_adapters other_adapter",
     "peftcore.engine.trained": "base_tensors modules_tied_to",
     "peftcore.errors": "CheckpointError PeftcoreError nearest warn",
     "peftcore.model.experts": "ExpertsLayout expert_biases experts_layout",
@@ -63,8 +63,7 @@ _MODULES = {
     "peftcore.plugin.extensions": "Command Integration",
     "peftcore.plugin.hooks": "hookimpl",
     "peftcore.plugin.layers": "shape_of",
-    "peftcore.engine.merging.lookup": "embed_scale looks_up odd_embedding",
-    "peftcore.engine.merging.probe": "own_output",
+    "peftcore.engine.merging.probe": "embed_scale looks_up odd_embedding own_output",
     "peftcore.plugin.method": (
         "AdapterModules Fields FileFormat FileLayout ForeignFormat Method PeftRules StateRules Tensors WeightFormat "
         "prompt_tensor_name tensor_name"
@@ -77,9 +76,10 @@ _MODULES = {
     "peftcore.plugin.placements.prefix_kv": "PrefixKV",
     "peftcore.plugin.placements.soft_prompt": "SoftPrompt",
     "peftcore.plugin.placements.train": "Train",
-    "peftcore.engine.prompts.backbone": "arguments_by_name cache_argument decoder_path forward_arguments",
+    "peftcore.engine.prompts.backbone": (
+        "arguments_by_name cache_argument decoder_path forward_arguments refuse_packed text_starts"
+    ),
     "peftcore.engine.prompts.counting": "TokenCounter cached_tokens",
-    "peftcore.engine.prompts.packed": "refuse_packed text_starts",
     "peftcore.quantization": "PackedParameters default_skip quantized_layers",
     "peftcore.training.integrations.late_import": "when_imported",
     "peftcore.plugin.checkpoints": "CheckpointFormat CheckpointLayout",

@@ -9,21 +9,22 @@ from peftcore.engine.adaptation.adapted import (
 )
 from peftcore.engine.adaptation.division import Division as Division, division_of as division_of
 from peftcore.engine.current_optimizer import reset_optimizer_state as reset_optimizer_state
-from peftcore.engine.merging.lookup import (
+from peftcore.engine.merging.probe import (
     embed_scale as embed_scale,
     looks_up as looks_up,
     odd_embedding as odd_embedding,
+    own_output as own_output,
 )
-from peftcore.engine.merging.probe import own_output as own_output
-from peftcore.engine.other_adapters import has_adapters as has_adapters, other_adapter as other_adapter
 from peftcore.engine.prompts.backbone import (
     arguments_by_name as arguments_by_name,
     cache_argument as cache_argument,
     decoder_path as decoder_path,
     forward_arguments as forward_arguments,
+    refuse_packed as refuse_packed,
+    text_starts as text_starts,
 )
 from peftcore.engine.prompts.counting import TokenCounter as TokenCounter, cached_tokens as cached_tokens
-from peftcore.engine.prompts.packed import refuse_packed as refuse_packed, text_starts as text_starts
+from peftcore.engine.state import has_adapters as has_adapters, other_adapter as other_adapter
 from peftcore.engine.trained import base_tensors as base_tensors, modules_tied_to as modules_tied_to
 from peftcore.errors import (
     CheckpointError as CheckpointError,

@@ -8,7 +8,7 @@ from support import tiny
 from support.mixtures import mixture
 
 import peftcore
-from peftcore.engine.mixtures import Mixture
+from peftcore.engine.summary import Mixture
 from peftcore.plugin import OnWeight
 
 pytestmark = pytest.mark.usefixtures("toys")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.engine.adaptation.adapted import changes_at
 from peftcore.engine.composing import low_rank
-from peftcore.engine.composing.products import Approximation, kept_of, of_matrix, of_product
+from peftcore.engine.composing.low_rank import Approximation, kept_of, of_matrix, of_product
 from peftcore.engine.merging.merged_layers import MergedCopies, is_mergeable, merged_copies
 from peftcore.errors import PeftcoreError
 from peftcore.model.weight_formats import DENSE, find_weight_format, weight_format

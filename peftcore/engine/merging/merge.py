@@ -9,7 +9,7 @@ The error of merging into a quantized weight is measured per layer (merged_layer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from peftcore import engine
 from peftcore.engine.adaptation import adapted
-from peftcore.engine.adaptation.adapted import is_adapted
-from peftcore.engine.changes import facts
-from peftcore.engine.merging.exchanging import Exchange, Merged, get
+from peftcore.engine.adaptation.adapted import changes_at, is_adapted
+from peftcore.engine.changes import facts, module_at
 from peftcore.engine.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
-from peftcore.engine.merging.tied import changed_alike, tied_weights, untie_config
 from peftcore.engine.preflight import check_dtype
-from peftcore.engine.trained import TrainedParameters
+from peftcore.engine.state import Merged
+from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError, warn
+from peftcore.model.base_modules import base_parameters
+from peftcore.model.detecting import mark_as_loaded
 from peftcore.plugin import ranks
 from peftcore.plugin.method import Model, WeightFormat
 
@@ -230,7 +231,7 @@ def unmerge(model: Model) -> Model:
     state = engine.require_state(model)
     if state.merged is None:
         raise PeftcoreError("nothing is merged into this model. Call peftcore.merge(model) first")
-    merged: Merged = state.merged
+    merged = state.merged
     if merged.stopped:
         raise PeftcoreError(f"cannot unmerge: {merged.why}")
     there = {name: get(model, name) for name in merged.written}  # may have been moved or cast since
@@ -328,3 +329,117 @@ def _put_own_aside(model: nn.Module, names: Iterable[str]) -> None:
         if own is not None:
             own.activate(model, False)
             own.hold(model, ())
+
+
+def tied_weights(model: nn.Module, names: tuple[str, ...], alike: list[list[str]]) -> list[tuple[str, str]]:
+    """Return (adapted module, another name of its parameter) for every adapted weight that is shared.
+
+    Shared parameters in `alike` are left out.
+    """
+    shared = [slots for slots in _shared(model) if slots not in alike]
+    paths = {path for name in names for path in _changed_modules(model, name)} if shared else ()
+    return [
+        *_trained_apart(model, names),
+        *(
+            (path, other)
+            for slots in shared
+            for slot in slots
+            for path in [slot.rpartition(".")[0]]
+            if path in paths
+            for other in slots
+            if other != slot
+        ),
+    ]
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that has several."""
+    by_parameter: dict[int, list[str]] = {}
+    for name, parameter in base_parameters(model):
+        by_parameter.setdefault(id(parameter), []).append(name)
+    return [slots for slots in by_parameter.values() if len(slots) > 1]
+
+
+def changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
+    """Return the shared parameters that the same adapters change under each name; merged, they stay shared."""
+    changed_by: dict[str, list[int]] = {}
+    for name in names:
+        for path, adapter in engine.adapter_modules(model, name):
+            changed_by.setdefault(f"{path}.weight", []).append(id(adapter))
+    return [slots for slots in _shared(model) if all(changed_by.get(s, []) == changed_by.get(slots[0]) for s in slots)]
+
+
+def _changed_modules(model: nn.Module, name: str) -> list[str]:
+    """Return the paths of modules whose parameters an adapter changes."""
+    found: list[str] = []
+    for path, module in engine.modules_with(model, engine.require_state(model), name):
+        found.append(path)
+        for changed in changes_at(module, name):
+            inside = changed.rpartition(".")[0]
+            found.append(f"{path}.{inside}".strip(".") if inside else path)
+    return found
+
+
+def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield (module, another name of its parameter) for tied parameters that an adapter trains separately."""
+    for name in names:
+        own = TrainedParameters.of(model, name)
+        for slot, slots in own.slots.items() if own is not None else ():
+            tied = tied_to(model, slots)
+            if tied:
+                yield slot.rpartition(".")[0], tied[0]
+
+
+def untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> None:
+    """Warn that `tied` weights are not tied any more, and record it in the model's config."""
+    warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}', so the model has one more weight")
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", None):
+        config.tie_word_embeddings = False  # otherwise saving drops the new weight
+
+
+class Exchange:
+    """Exchanges of parameters and buffers of a model.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        aside: the original tensors, by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.aside: dict[str, Tensor] = {}
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Replace the parameter or buffer `name` by `tensor`."""
+        path, _, attribute = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        before: Tensor = ranks.behind(getattr(module, attribute))
+        self.aside.setdefault(name, before)
+        held = getattr(module, "held_part", None) if attribute == "weight" else None
+        table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+        if table is module._parameters:
+            if held is not None:
+                if tensor.is_floating_point() and not ranks.is_dtensor(tensor):
+                    tensor = held.dtensor(held.of(tensor))
+            elif ranks.is_dtensor(before) and not ranks.is_dtensor(tensor):
+                tensor = ranks.divided_as(tensor, before)
+            if not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            mark_as_loaded(tensor, before)
+        self._before.append((table, attribute, table.get(attribute)))
+        table[attribute] = tensor
+
+    def undo(self) -> None:
+        """Put the tensors back that were there before."""
+        for table, attribute, tensor in reversed(self._before):
+            table[attribute] = tensor
+
+
+def get(model: nn.Module, name: str) -> Any:
+    """Return a parameter or buffer by name, or None if it or its module does not exist."""
+    path, _, attribute = name.rpartition(".")
+    return getattr(module_at(model, path), attribute, None)

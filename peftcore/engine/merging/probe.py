@@ -5,6 +5,8 @@
 One check covers adapters and layers that nobody listed: an adapter that moves a bias, two that do not commute, a
 subclass that scales, clips, or normalises. The module is not changed. A shallow copy runs in evaluation mode, without
 hooks, with its own float32 parameters.
+
+What an embedding does besides the lookup is also observed here, because there are many classes.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from peftcore.engine.adaptation import adapted
 from peftcore.engine.adaptation.division import division_of
 from peftcore.errors import PeftcoreError
-from peftcore.model.base_modules import CHILD, original_class, original_forward
+from peftcore.model.base_modules import CHILD, base_modules, original_class, original_forward
 from peftcore.model.experts import experts_layout
 from peftcore.plugin.layers import is_linear, is_wrapped, shape_of, sizes
 
@@ -221,3 +224,36 @@ def _relative(off: Tensor, size: Tensor) -> float:
         return 0.0
     off, size = off.reshape(-1, off.shape[-1]).amax(0), size.reshape(-1, size.shape[-1]).amax(0)
     return (off / size.clamp(min=1e-3 * size.max().item() + 1e-30)).nan_to_num(nan=torch.inf).max().item()
+
+
+def embed_scale(module: nn.Embedding) -> Tensor | float:
+    """Return the factor of an embedding's output, in the dtype that the layer multiplies in."""
+    scale = getattr(module, "embed_scale", None)
+    return 1.0 if scale is None else scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
+
+
+def odd_embedding(path: str, module: nn.Module) -> str | None:
+    """Return the error message for an embedding that a method cannot adapt like PEFT, or None."""
+    if not isinstance(module, nn.Embedding):
+        return None
+    kind, scale = original_class(module).__name__, embed_scale(module)
+    if not looks_up(module):
+        why = "does more than look up its input"
+    elif isinstance(scale, Tensor) or scale != 1:
+        why = "multiplies its output by embed_scale, which PEFT does not apply to the adapter's output"
+    else:
+        return None
+    return f"'{path}' ({kind}) {why}, so this method cannot adapt it. Exclude it: exclude_modules=['{path}']"
+
+
+def looks_up(module: nn.Embedding) -> bool:
+    """Return whether the module's output is rows of its weight times `embed_scale`."""
+    if module.max_norm is not None or len(list(base_modules(module))) > 1:
+        return False
+    if original_class(module).forward is nn.Embedding.forward or module.weight.is_meta:
+        return True
+    tokens = torch.arange(module.num_embeddings, device=module.weight.device)[None, -3:]
+    found = own_output(module, tokens)
+    wanted = F.embedding(tokens, module.weight.detach()) * embed_scale(module)
+    is_same = isinstance(found, Tensor) and found.shape == wanted.shape
+    return is_same and torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=1e-6)

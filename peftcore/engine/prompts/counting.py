@@ -24,8 +24,8 @@ from peftcore.engine.prompts.backbone import (
     arguments_by_name,
     first_position,
     forward_arguments,
+    text_starts,
 )
-from peftcore.engine.prompts.packed import text_starts
 from peftcore.errors import PeftcoreError
 from peftcore.plugin import ranks
 from peftcore.plugin.adapter import Adapter, Base

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, adapter_parameters
-from peftcore.engine.composing.arithmetic import Pruning, pruned_sum
+from peftcore.engine.composing.combining import Pruning, pruned_sum
 from peftcore.plugin import Adapter, Around, LowRank, OnWeight
 from peftcore.testing import disturb
 from peftcore.testing.families import family_of

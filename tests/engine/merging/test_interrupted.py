@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine.merging import merge as merging
-from peftcore.engine.merging.exchanging import Exchange
+from peftcore.engine.merging.merge import Exchange
 from peftcore.plugin import Around
 
 pytestmark = pytest.mark.usefixtures("toys")
