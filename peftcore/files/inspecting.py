@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class AdapterInfo:
     @property
     def tensors(self) -> list[Tensor]:
         """Return the tensors of all parts, on the meta device."""
-        return [tensor for tensors in self.parts.values() for tensor in tensors.values()]
+        return list(chain.from_iterable(tensors.values() for tensors in self.parts.values()))
 
     @property
     def parameters(self) -> int:
@@ -74,17 +75,11 @@ class AdapterInfo:
         if list(self.parts) != [""]:
             parts = ((part or "of one model", _sizes(list(held.values()))) for part, held in self.parts.items())
             return [("layout", self.format), *parts]
-        wrong = self.problem is not None and self.method is not None
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors})
-        fields = [
-            (f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-            for name, value in sorted(self.fields.items())
-            if name not in _SHOWN_BY_NAME and value not in (None, False, "", [], {})
-        ]
-        return [
-            ("peft_type", self.peft_type),
-            ("method", self.method or str(self.problem)),
-            *([("cannot be loaded", str(self.problem))] if wrong else []),
+        rows = [("peft_type", self.peft_type), ("method", self.method or str(self.problem))]
+        if self.problem is not None and self.method is not None:
+            rows.append(("cannot be loaded", str(self.problem)))
+        rows += [
             ("task", self.task_type or "-"),
             ("base", self.base or "-"),
             ("base is checked on load", "yes" if self.base_is_checked else "no: the file has no fingerprint"),
@@ -93,8 +88,11 @@ class AdapterInfo:
             ("parameters", f"{self.parameters:,}"),
             ("size", f"{self.bytes / 1e6:.1f} MB" if self.bytes >= 1e6 else f"{self.bytes / 1e3:.1f} kB"),
             *_experts(self.fields, self.parts[""]),
-            *fields,
         ]
+        for name, value in sorted(self.fields.items()):
+            if name not in _SHOWN_BY_NAME and value not in (None, False, "", [], {}):
+                rows.append((f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+        return rows
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -197,30 +195,44 @@ def _sizes(tensors: list[Tensor]) -> str:
 
 def _experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
     """Return rows about parameters `[experts, out, in]`, which are adapted by name: A is `[experts · r, in]`."""
-    given = fields.get("target_parameters")
-    by_module: dict[str, list[str]] = {}
-    for name in given if isinstance(given, list) else ():
-        if isinstance(name, str):
-            by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    targets = _parameters_by_module(fields.get("target_parameters"))
     counts: set[int] = set()
     modules: set[str] = set()
-    held = 0
+    parameters = 0
     for key, tensor in tensors.items():
-        whole = key.removeprefix("base_model.model.").removesuffix(".weight").replace(".base_layer", "")
-        path, _, part = whole.rpartition(".")
-        words = path.split(".")
-        inside = [name for i in range(len(words)) for name in by_module.get(".".join(words[i:]), ())]
-        if not inside:
+        name_in_base = key.removeprefix("base_model.model.").removesuffix(".weight").replace(".base_layer", "")
+        path, _, factor = name_in_base.rpartition(".")
+        names = _parameters_of(path, targets)
+        if not names:
             continue
         modules.add(path)
-        held += tensor.numel()
-        full = (f"{path}.{name.rpartition('.')[2]}" for name in inside)
-        ranks = {pattern_value(fields.get("rank_pattern"), name, fields.get("r")) for name in full}
+        parameters += tensor.numel()
+        ranks = {pattern_value(fields.get("rank_pattern"), f"{path}.{name}", fields.get("r")) for name in names}
         r = ranks.pop()
-        if part.endswith("_A") and not ranks and type(r) is int and r > 0:
+        if factor.endswith("_A") and not ranks and type(r) is int and r > 0:
             counts.add(tensor.shape[0] // r)
     if not modules or counts == {1}:
         return []
-    each = f" of {', '.join(map(str, sorted(counts)))}" if counts else ""
-    share = 100 * held / sum(tensor.numel() for tensor in tensors.values())
-    return [("experts", f"{len(modules)} modules{each}, {held:,} of the parameters ({share:.3g} %)")]
+    of_experts = f" of {', '.join(map(str, sorted(counts)))}" if counts else ""
+    share = 100 * parameters / sum(tensor.numel() for tensor in tensors.values())
+    return [("experts", f"{len(modules)} modules{of_experts}, {parameters:,} of the parameters ({share:.3g} %)")]
+
+
+def _parameters_by_module(target_parameters: object) -> dict[str, list[str]]:
+    """Return the last parts of names in PEFT's `target_parameters`, by the end of the module's path before them."""
+    by_module: dict[str, list[str]] = {}
+    for name in target_parameters if isinstance(target_parameters, list) else ():
+        if isinstance(name, str):
+            module, _, parameter = name.rpartition(".")
+            by_module.setdefault(module, []).append(parameter)
+    return by_module
+
+
+def _parameters_of(path: str, by_module: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the names of the adapted parameters of the module at `path`, whose end selects it."""
+    names: list[str] = []
+    end = path
+    while end:
+        names += by_module.get(end, ())
+        end = end.partition(".")[2]
+    return names

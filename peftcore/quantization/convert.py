@@ -78,7 +78,7 @@ def quantize(
     `[experts, .., ..]` get a subclass with `PackedParameters`. Embeddings, weights shared with them (a tied output
     head) and experts' biases stay dense. Also left dense, with a warning, are subclasses of `nn.Linear` that compute
     something else, `nn.MultiheadAttention`, and layers whose weight or its dtype is read or changed by other code
-    (`observation.bypassed`, `rewritten`). Layers that are quantized already, also by bitsandbytes, keep their bits.
+    (`peftcore.model.bypassed`, `rewritten`). Layers that are quantized already, also by bitsandbytes, keep their bits.
 
     Args:
         model: the model.

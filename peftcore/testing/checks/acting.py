@@ -180,9 +180,6 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-_OF_ANY_MODULE = tuple(vars(nn.Module()))
-
-
 def _facts(model: nn.Module) -> list[tuple[str, Any]]:
     """Return (where, value) of everything but tensors; objects by their identity."""
     facts: list[tuple[str, Any]] = [
@@ -191,8 +188,6 @@ def _facts(model: nn.Module) -> list[tuple[str, Any]]:
     facts += [(f"the gradient of '{name}'", id(p.grad)) for name, p in model.named_parameters()]
     for path, module in model.named_modules():
         facts.append((f"the class of '{path}'", type(module)))
-        for name in _OF_ANY_MODULE:
-            getattr(module, name, None)  # makes a `LightModule` create its tables
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", *BUILT):  # adapters that were attached before
                 continue
